@@ -1,0 +1,1 @@
+"""Custom ops, their references and the generators of their fast forms."""

@@ -1,0 +1,95 @@
+"""What users configure: which modules may carry LoRA, how much room, how to compile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import torch
+
+from lorafx.errors import ConfigError, nearest
+
+Lowering = Literal["auto", "inductor", "reference"]
+Verify = Literal["off", "lint", "numeric"]
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Which modules may carry LoRA, and how much room adapters get.
+
+    Attributes:
+        target_modules: a list of exact or dotted-suffix module names, one regular expression
+            (a str, matched by `re.fullmatch` against the module path), "all-linear", or None
+            for what the given adapters target ("all-linear" when none are given).
+        exclude_modules: same forms; taken away from `target_modules`.
+        max_adapters: slots on the device, adapters that can be active in one batch.
+        max_rank: largest rank of an adapter that can be loaded.
+        dtype: dtype of the banks; None takes each module's weight dtype.
+        row_dims: dimension that holds the requests, by forward-argument name; None for an
+            argument that all requests share. Overrides the table of roles.
+    """
+
+    target_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+    max_adapters: int = 8
+    max_rank: int = 16
+    dtype: torch.dtype | None = None
+    row_dims: Mapping[str, int | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("max_adapters", "max_rank"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"LoraConfig.{name} must be a positive int, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to compile.
+
+    Attributes:
+        lowering: "auto" (Inductor with generated kernels where the device has them),
+            "inductor", or "reference" (plain aten, run node by node).
+        verify: "off"; "lint" (graph structure, shapes and dtypes after each pass); "numeric"
+            (also runs each pass's graph beside the reference on the first real inputs).
+        passes: graph passes switched on or off by name, `{"pack": False}`.
+        max_edits: stop rewriting after this many edits, to bisect a wrong result.
+        plan: strategies pinned by site path, `{"model.layers.0.mlp.up_proj": "segments"}`.
+        dump: folder for every pass's graph; None reads LORAFX_DUMP.
+        recompile_limit: most graphs one entry point may have; more is an error.
+    """
+
+    lowering: Lowering = "auto"
+    verify: Verify = "lint"
+    passes: Mapping[str, bool] = field(default_factory=dict)
+    max_edits: int | None = None
+    plan: Mapping[str, str] = field(default_factory=dict)
+    dump: str | None = None
+    recompile_limit: int = 64
+
+    @classmethod
+    def of(cls, value: Options | Mapping[str, Any] | None) -> Options:
+        """`value` as Options; a mapping's keys must be field names."""
+        if value is None:
+            return cls()
+        if isinstance(value, Options):
+            return value
+        known = [f.name for f in fields(cls)]
+        for key in value:
+            if key not in known:
+                raise ConfigError(
+                    f"unknown option {key!r}{nearest(key, known)}; options are {', '.join(known)}"
+                )
+        return cls(**value)
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("lowering", ("auto", "inductor", "reference")),
+            ("verify", ("off", "lint", "numeric")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"Options.{name} must be one of {', '.join(allowed)}, "
+                    f"got {getattr(self, name)!r}"
+                )

@@ -1,0 +1,68 @@
+"""Every error that lorafx raises on purpose, in one hierarchy.
+
+`LorafxError` is the root. Errors about a value that the caller passed also derive from
+`ValueError`, so that `except ValueError` keeps working for people who do not know lorafx.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LorafxError(Exception):
+    """Root of all errors raised by lorafx."""
+
+
+class ConfigError(LorafxError, ValueError):
+    """A `LoraConfig`, `Options` or call argument that cannot be honoured."""
+
+
+class TargetError(ConfigError):
+    """`target_modules` names nothing, or names a module that cannot carry LoRA."""
+
+
+class CheckpointError(LorafxError, ValueError):
+    """An adapter checkpoint that is absent, truncated, misshapen or for another model."""
+
+
+class UnsupportedAdapterError(CheckpointError):
+    """An adapter whose configuration asks for arithmetic that lorafx does not do."""
+
+
+class UnknownAdapterError(LorafxError, ValueError):
+    """A request names an adapter that is not loaded."""
+
+
+class CapacityError(LorafxError, ValueError):
+    """More distinct adapters, or a larger rank, than the banks were allocated for."""
+
+
+class BatchError(LorafxError, ValueError):
+    """The rows of a batch and the adapters named for them do not fit together."""
+
+
+class MatchError(LorafxError):
+    """A selected weight is used in a way that no rule can apply LoRA to."""
+
+
+class ProvenanceError(LorafxError):
+    """It cannot be proved which request a row belongs to, and the batch mixes adapters."""
+
+
+class CaptureError(LorafxError):
+    """The model cannot be captured as asked (recompile limit, attach after compile)."""
+
+
+class VerifyError(LorafxError):
+    """A pass left a graph that is malformed or computes something else."""
+
+
+class LoweringError(LorafxError):
+    """A kernel could not be generated, compiled or loaded."""
+
+
+def nearest(name: str, candidates: Iterable[str], count: int = 3) -> str:
+    """A sentence fragment naming the closest candidates to `name`, or an empty string."""
+    close = difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.4)
+    return f"; nearest: {', '.join(close)}" if close else ""

@@ -1,0 +1,1 @@
+"""Row ownership: labels, rules by op, and their propagation over a graph."""
