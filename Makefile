@@ -1,0 +1,51 @@
+# `make demo` and `make test` do all their set-up: they build .venv when it is missing or older than
+# what it is built from. Which package index pip uses is left to pip's own configuration.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+# The folders passes/ and kernels/ at the root must not shadow other packages: keep the working
+# directory and the scripts' folders off sys.path.
+export PYTHONSAFEPATH := 1
+# Nothing here needs a model hub; a look-up that fails by time-out would only be slow.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help demo test test-all lint bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo      compile the small model in examples/, serve five adapters in one batch (CPU)"
+	@echo "make test      ruff, mypy and the tests"
+	@echo "make test-all  the same with the slow tests"
+	@echo "make bench     benchmarks/cpu_mixed.py, results into benchmarks/results/"
+	@echo "make clean     remove .venv, caches and dumps"
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: lint
+	$(BIN)/pytest -m "not slow"
+
+test-all: lint
+	$(BIN)/pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/cpu_mixed.py
+
+# torch goes first and pinned: left to the resolver, it may come with gigabytes of CUDA packages.
+$(STAMP): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("The pinned packages need Python 3.11 or later; this is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch setuptools
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) dumps build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
