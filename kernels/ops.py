@@ -1,0 +1,329 @@
+"""The ops of namespace `lorafx`: schemas, fake implementations, eager references.
+
+Importing this module registers them. What they share:
+
+    slots   int32 (n,), -1 for a base row; rows m of x are counted over all its dimensions but the
+            last (an embedding's over all dimensions of ids)
+    rows    > 0: row m belongs to slots[(m // rows) % n]; 0: unproved, then all slots must be equal
+    A, B    the bank of one group (lorafx.adapters.bank): A (S, G·R, K), B (S, R, ΣN);
+            embedding: A (S, V, R). Only the first ranks[s, i] of the R factors are read.
+
+    site                  y + delta of one sibling, the mark that `attach` leaves on a module
+    embedding_site        the same for an embedding
+    fused_linear          base linear and the deltas of a pack, what `fuse` makes
+    add_delta_            the delta alone, into y in place, what `lower` calls after the base GEMM
+    add_embedding_delta_  the same for an embedding
+
+The last two carry the id of a generated kernel (lorafx.kernels.cpu); 0 is plain aten. Inference
+only: no gradient is registered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+from lorafx.errors import LoweringError
+from lorafx.kernels.delta import add_embedding_delta, add_linear_delta
+
+BANK = "Tensor A, Tensor B, Tensor ranks, Tensor scales, Tensor slots"
+RANGES = "int[] siblings, int[] offsets, int[] sizes"
+SCHEMAS = (
+    f"site(Tensor x, Tensor y, {BANK}, int sibling, int offset, SymInt rows,"
+    " Tensor? weight=None, Tensor? bias=None) -> Tensor",
+    f"embedding_site(Tensor ids, Tensor y, {BANK}, SymInt rows) -> Tensor",
+    f"fused_linear(Tensor x, Tensor weight, Tensor? bias, {BANK}, {RANGES}, SymInt rows,"
+    " bool transposed) -> Tensor",
+    f"add_delta_(Tensor(a!) y, Tensor x, {BANK}, {RANGES}, SymInt rows, int kernel) -> ()",
+    f"add_embedding_delta_(Tensor(a!) y, Tensor ids, {BANK}, SymInt rows, int kernel) -> ()",
+)
+
+
+def _require(op: str, condition: bool | torch.SymBool, message: str) -> None:
+    if not guard_or_true(condition):
+        raise LoweringError(f"lorafx::{op}: {message}")
+
+
+def _check_bank(
+    op: str, A: Tensor, B: Tensor, ranks: Tensor, scales: Tensor, slots: Tensor
+) -> None:
+    _require(op, A.dim() == B.dim() == 3, f"A and B are 3-d, not {A.dim()}-d and {B.dim()}-d")
+    _require(op, A.dtype == B.dtype, f"A is {A.dtype} and B {B.dtype}; a bank has one dtype")
+    _require(
+        op,
+        ranks.dim() == 2 and ranks.dtype == torch.int32,
+        f"ranks is int32 (slots, siblings), not {ranks.dtype} {tuple(ranks.shape)}",
+    )
+    _require(
+        op,
+        scales.dim() == 2 and scales.dtype == torch.float32,
+        f"scales is float32 (slots, siblings), not {scales.dtype} {tuple(scales.shape)}",
+    )
+    _require(
+        op,
+        slots.dim() == 1 and slots.dtype == torch.int32,
+        f"slots is int32 (requests,), not {slots.dtype} {tuple(slots.shape)}",
+    )
+    S, G = ranks.shape
+    for name, tensor in (("A", A), ("B", B), ("scales", scales)):
+        _require(op, tensor.shape[0] == S, f"{name} has {tensor.shape[0]} slots, ranks has {S}")
+    _require(op, scales.shape[1] == G, f"scales has {scales.shape[1]} siblings, ranks has {G}")
+
+
+def _check_linear(
+    op: str,
+    x: Tensor,
+    y_features: int | torch.SymInt,
+    A: Tensor,
+    B: Tensor,
+    ranks: Tensor,
+    scales: Tensor,
+    slots: Tensor,
+    siblings: Sequence[int],
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+) -> None:
+    _check_bank(op, A, B, ranks, scales, slots)
+    G, R, columns = ranks.shape[1], B.shape[1], B.shape[2]
+    _require(op, x.dim() >= 1 and x.is_floating_point(), "x is a floating-point tensor")
+    _require(
+        op, A.shape[1] == G * R, f"A has {A.shape[1]} rows a slot, not {G} siblings times rank {R}"
+    )
+    _require(
+        op, A.shape[2] == x.shape[-1], f"x has {x.shape[-1]} features, A was made for {A.shape[2]}"
+    )
+    _require(
+        op,
+        len(siblings) == len(offsets) == len(sizes),
+        f"{len(siblings)} siblings, {len(offsets)} offsets and {len(sizes)} sizes do not pair up",
+    )
+    _require(
+        op, sum(sizes) == y_features, f"sizes {list(sizes)} do not fill y's {y_features} columns"
+    )
+    for i, offset, size in zip(siblings, offsets, sizes, strict=True):
+        _require(op, i in range(G), f"sibling {i} of a group of {G}")
+        _require(
+            op,
+            offset >= 0 and offset + size <= columns,
+            f"columns [{offset}, {offset + size}) of a bank of {columns} columns",
+        )
+
+
+def _check_rows(
+    op: str, x_shape: Sequence[int], y_shape: Sequence[int], rows: int | torch.SymInt
+) -> None:
+    _require(op, rows >= 0, f"rows is {rows}; it is a row count a request, or 0 for unproved")
+    x_rows, y_rows = 1, 1
+    for size in x_shape:
+        x_rows = x_rows * size
+    for size in y_shape:
+        y_rows = y_rows * size
+    _require(op, x_rows == y_rows, f"x has {x_rows} rows and y has {y_rows}")
+
+
+def _check_embedding(
+    op: str,
+    ids: Tensor,
+    y: Tensor,
+    A: Tensor,
+    B: Tensor,
+    ranks: Tensor,
+    scales: Tensor,
+    slots: Tensor,
+    rows: int | torch.SymInt,
+) -> None:
+    _check_bank(op, A, B, ranks, scales, slots)
+    _check_rows(op, ids.shape, y.shape[:-1], rows)
+    _require(
+        op, ids.dtype in (torch.int32, torch.int64), f"ids is an integer tensor, not {ids.dtype}"
+    )
+    _require(op, ranks.shape[1] == 1, "an embedding has no siblings")
+    _require(op, A.shape[2] == B.shape[1], f"A has rank {A.shape[2]} and B {B.shape[1]}")
+    _require(
+        op, B.shape[2] == y.shape[-1], f"y has {y.shape[-1]} columns, B was made for {B.shape[2]}"
+    )
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """(..., F) as (M, F), a view where strides allow it; M is named, as F may be 0."""
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+
+
+class _Rows:
+    """y (..., N) as (M, N) to write into; `commit` copies back where no view could be had."""
+
+    def __init__(self, y: Tensor) -> None:
+        self.y = y
+        self.flat = _flat(y)
+        self.is_view = self.flat.numel() == 0 or self.flat.data_ptr() == y.data_ptr()
+
+    def commit(self) -> None:
+        if not self.is_view:
+            self.y.copy_(self.flat.view(self.y.shape))
+
+
+def site(
+    x: Tensor,
+    y: Tensor,
+    A: Tensor,
+    B: Tensor,
+    ranks: Tensor,
+    scales: Tensor,
+    slots: Tensor,
+    sibling: int,
+    offset: int,
+    rows: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y (..., N) + delta of `sibling` for x (..., K), a new contiguous tensor of y's dtype.
+
+    `weight` and `bias` are the group's packed base parameters, carried for the `pack` pass only.
+    """
+    ranges = ([sibling], [offset], [y.shape[-1]])
+    _check_linear("site", x, y.shape[-1], A, B, ranks, scales, slots, *ranges)
+    _check_rows("site", x.shape[:-1], y.shape[:-1], rows)
+    out = y.clone(memory_format=torch.contiguous_format)
+    add_linear_delta(_flat(out), _flat(x), A, B, ranks, scales, slots, *ranges, rows)
+    return out
+
+
+def site_fake(x, y, A, B, ranks, scales, slots, sibling, offset, rows, weight=None, bias=None):
+    ranges = ([sibling], [offset], [y.shape[-1]])
+    _check_linear("site", x, y.shape[-1], A, B, ranks, scales, slots, *ranges)
+    _check_rows("site", x.shape[:-1], y.shape[:-1], rows)
+    return y.new_empty(y.shape)
+
+
+def embedding_site(
+    ids: Tensor,
+    y: Tensor,
+    A: Tensor,
+    B: Tensor,
+    ranks: Tensor,
+    scales: Tensor,
+    slots: Tensor,
+    rows: int,
+) -> Tensor:
+    """y (*ids.shape, N) + scales · A[slot, ids, :r] B[slot, :r], a new contiguous tensor."""
+    _check_embedding("embedding_site", ids, y, A, B, ranks, scales, slots, rows)
+    out = y.clone(memory_format=torch.contiguous_format)
+    add_embedding_delta(_flat(out), ids.reshape(-1), A, B, ranks, scales, slots, rows)
+    return out
+
+
+def embedding_site_fake(ids, y, A, B, ranks, scales, slots, rows):
+    _check_embedding("embedding_site", ids, y, A, B, ranks, scales, slots, rows)
+    return y.new_empty(y.shape)
+
+
+def _check_fused(x, weight, bias, A, B, ranks, scales, slots, siblings, offsets, sizes, rows, t):
+    K, N = weight.shape if t else (weight.shape[1], weight.shape[0])
+    _require("fused_linear", x.shape[-1] == K, f"x has {x.shape[-1]} features, the weight {K}")
+    _check_linear("fused_linear", x, N, A, B, ranks, scales, slots, siblings, offsets, sizes)
+    _check_rows("fused_linear", (), (), rows)
+    return N
+
+
+def fused_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    ranks: Tensor,
+    scales: Tensor,
+    slots: Tensor,
+    siblings: Sequence[int],
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    rows: int,
+    transposed: bool,
+) -> Tensor:
+    """x Wᵀ + b (x W when transposed) with the delta of siblings[j] in the j-th column range."""
+    ranges = (siblings, offsets, sizes)
+    _check_fused(x, weight, bias, A, B, ranks, scales, slots, *ranges, rows, transposed)
+    y = torch.nn.functional.linear(x, weight.T if transposed else weight, bias)
+    y = y.contiguous()
+    add_linear_delta(_flat(y), _flat(x), A, B, ranks, scales, slots, *ranges, rows)
+    return y
+
+
+def fused_linear_fake(
+    x, weight, bias, A, B, ranks, scales, slots, siblings, offsets, sizes, rows, transposed
+):
+    ranges = (siblings, offsets, sizes)
+    N = _check_fused(x, weight, bias, A, B, ranks, scales, slots, *ranges, rows, transposed)
+    return x.new_empty((*x.shape[:-1], N))
+
+
+def add_delta_(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    ranks: Tensor,
+    scales: Tensor,
+    slots: Tensor,
+    siblings: Sequence[int],
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    rows: int,
+    kernel: int,
+) -> None:
+    """The delta of `fused_linear`, added into y (..., Σsizes) in place, in aten."""
+    ranges = (siblings, offsets, sizes)
+    _check_linear("add_delta_", x, y.shape[-1], A, B, ranks, scales, slots, *ranges)
+    _check_rows("add_delta_", x.shape[:-1], y.shape[:-1], rows)
+    out = _Rows(y)
+    add_linear_delta(out.flat, _flat(x), A, B, ranks, scales, slots, *ranges, rows)
+    out.commit()
+
+
+def add_delta_fake(
+    y, x, A, B, ranks, scales, slots, siblings, offsets, sizes, rows, kernel
+) -> None:
+    ranges = (siblings, offsets, sizes)
+    _check_linear("add_delta_", x, y.shape[-1], A, B, ranks, scales, slots, *ranges)
+    _check_rows("add_delta_", x.shape[:-1], y.shape[:-1], rows)
+
+
+def add_embedding_delta_(
+    y: Tensor,
+    ids: Tensor,
+    A: Tensor,
+    B: Tensor,
+    ranks: Tensor,
+    scales: Tensor,
+    slots: Tensor,
+    rows: int,
+    kernel: int,
+) -> None:
+    """The delta of `embedding_site`, added into y in place, in aten."""
+    _check_embedding("add_embedding_delta_", ids, y, A, B, ranks, scales, slots, rows)
+    out = _Rows(y)
+    add_embedding_delta(out.flat, ids.reshape(-1), A, B, ranks, scales, slots, rows)
+    out.commit()
+
+
+def add_embedding_delta_fake(y, ids, A, B, ranks, scales, slots, rows, kernel) -> None:
+    _check_embedding("add_embedding_delta_", ids, y, A, B, ranks, scales, slots, rows)
+
+
+_LIBRARY = torch.library.Library("lorafx", "FRAGMENT")
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
+    "site": (site, site_fake),
+    "embedding_site": (embedding_site, embedding_site_fake),
+    "fused_linear": (fused_linear, fused_linear_fake),
+    "add_delta_": (add_delta_, add_delta_fake),
+    "add_embedding_delta_": (add_embedding_delta_, add_embedding_delta_fake),
+}
+for _schema in SCHEMAS:
+    _name = _schema.partition("(")[0]
+    _eager, _fake = _IMPLEMENTATIONS[_name]
+    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(_name, _eager, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lorafx::{_name}", _fake, lib=_LIBRARY)
