@@ -14,6 +14,10 @@ class LorafxError(Exception):
     """Root of all errors raised by lorafx."""
 
 
+class LorafxWarning(UserWarning):
+    """Something the caller did not ask for by name is left out; the result is still right."""
+
+
 class ConfigError(LorafxError, ValueError):
     """A `LoraConfig`, `Options` or call argument that cannot be honoured."""
 

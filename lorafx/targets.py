@@ -1,0 +1,83 @@
+"""Which paths a target specification names, by PEFT's rules.
+
+    str           re.fullmatch(spec, path)
+    "all-linear"  every eligible linear module but the output embedding (any letter case)
+    list          path == entry, or path ends with "." + entry
+
+A module with several paths is named when one of them is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+
+from torch import nn
+
+from lorafx.errors import ConfigError, nearest
+
+ALL_LINEAR = "all-linear"
+
+
+def is_all_linear(spec: str | Sequence[str] | None) -> bool:
+    """Whether `spec` stands for all linear modules."""
+    return isinstance(spec, str) and spec.lower() == ALL_LINEAR
+
+
+def checked(spec: str | Collection[str] | None, field: str) -> str | tuple[str, ...] | None:
+    """`spec` as a str, a tuple of str or None.
+
+    Raises:
+        ConfigError: another type, an empty entry, or a str that is no regular expression.
+    """
+    if spec is None:
+        return None
+    if isinstance(spec, str):
+        try:
+            re.compile(spec)
+        except re.error as error:
+            raise ConfigError(f"{field}={spec!r} is not a regular expression: {error}") from error
+        return spec
+    if not isinstance(spec, Collection) or not all(isinstance(entry, str) for entry in spec):
+        raise ConfigError(
+            f"{field} must be a list of module names, one regular expression or "
+            f"{ALL_LINEAR!r}, got {spec!r}"
+        )
+    return tuple(spec)
+
+
+def entry_names(entry: str, path: str) -> bool:
+    """Whether one entry of a list names `path`, exactly or as a dotted suffix."""
+    return path == entry or path.endswith(f".{entry}")
+
+
+def names(spec: str | Sequence[str], paths: Iterable[str]) -> bool:
+    """Whether `spec` (not "all-linear") names a module that these paths reach."""
+    if isinstance(spec, str):
+        return any(re.fullmatch(spec, path) for path in paths)
+    return any(entry_names(entry, path) for path in paths for entry in spec)
+
+
+def output_embedding(model: nn.Module) -> nn.Module | None:
+    """The module that maps to the vocabulary, for models that say which one it is.
+
+    PEFT leaves it out of "all-linear". Models of other libraries have no such method, and some
+    inherit one that their class does not answer.
+    """
+    ask = getattr(model, "get_output_embeddings", None)
+    if not callable(ask):
+        return None
+    try:
+        return ask()
+    except NotImplementedError:
+        return None
+
+
+def nearest_targets(entry: str, paths: Iterable[str]) -> str:
+    """A sentence fragment with the names closest to `entry` among the eligible modules.
+
+    Undotted entries are compared with last names, of which a model has few.
+    """
+    if "." in entry:
+        return nearest(entry, paths)
+    return nearest(entry, dict.fromkeys(path.rpartition(".")[2] for path in paths))

@@ -1,0 +1,37 @@
+"""alias: every instance once, under its canonical path, with the other paths that reach it.
+
+    model → ModuleGraph
+
+Two names for one instance are one node, so that it gets one mark; two parameters over one
+storage (a tied head and embedding) stay two sites over one storage node. `torch.compile`'s
+wrapper is refused here: it hides the model one level down, and its graphs would never see marks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+from torch._dynamo import OptimizedModule
+
+from lorafx.errors import CaptureError
+from lorafx.module_graph import ModuleGraph
+
+
+@dataclass(frozen=True)
+class Alias:
+    """Raises CaptureError, naming the path, when the model holds a `torch.compile` wrapper."""
+
+    name: ClassVar[str] = "alias"
+
+    def run(self, model: nn.Module) -> ModuleGraph:
+        graph = ModuleGraph.of(model)
+        for path, module in graph.modules():
+            if isinstance(module, OptimizedModule):
+                where = f"the module at {path!r}" if path else "the model"
+                raise CaptureError(
+                    f"{where} is wrapped by torch.compile; pass the module itself "
+                    "(`._orig_mod` of the wrapper), lorafx compiles it"
+                )
+        return graph

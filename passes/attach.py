@@ -1,0 +1,188 @@
+"""attach: one bank for each group of siblings, one mark on each site.
+
+    (Site, ...) → groups by (parent, kind, K, dtype, device) → Bank each → SiteMark each
+
+Siblings are what may turn out to share an input (q/k/v, gate/up); one bank lets one shrink serve
+them all. Embeddings stay alone: a token's row of A is gathered, not multiplied. Nothing of the
+model changes but its forward hooks, and `Attachment.detach` takes exactly those away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import ClassVar
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lorafx.adapters.bank import Bank
+from lorafx.config import LoraConfig
+from lorafx.errors import CaptureError, ConfigError
+from lorafx.marks import SiteMark
+from lorafx.module_graph import ModuleGraph
+from lorafx.runtime import Runtime
+from lorafx.sites import Group, Site
+
+
+@dataclass(eq=False)
+class Attachment:
+    """What `attach` put on a model.
+
+    Attributes:
+        groups: siblings and their banks, in the order of their first sites.
+        runtime: the batch that all marks read.
+        marks: the mark of each site, by canonical path.
+    """
+
+    groups: tuple[Group, ...]
+    runtime: Runtime
+    marks: dict[str, SiteMark]
+    handles: list[RemovableHandle]
+
+    def detach(self) -> None:
+        """Take the marks away again; safe to call twice."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+
+@dataclass(frozen=True)
+class Attach:
+    """Raises CaptureError for a model that is marked or compiled already; nothing changes then."""
+
+    name: ClassVar[str] = "attach"
+
+    def run(self, graph: ModuleGraph, sites: Sequence[Site], config: LoraConfig) -> Attachment:
+        _refuse_marked(graph)
+        _refuse_compiled(graph, sites)
+        runtime = Runtime(config.max_adapters, _one_device(sites))
+        groups = tuple(_group(siblings, config) for siblings in _siblings(sites))
+        marks = {
+            site.path: _mark(site, index, group, runtime)
+            for group in groups
+            for index, site in enumerate(group.sites)
+        }
+        # Hooks of others see the output with its delta: for them the model is W + ΔW.
+        handles = [
+            site.module.register_forward_hook(marks[site.path], with_kwargs=True, prepend=True)
+            for site in sites
+        ]
+        return Attachment(groups, runtime, marks, handles)
+
+
+def _siblings(sites: Sequence[Site]) -> list[list[Site]]:
+    found: dict[object, list[Site]] = {}
+    for site in sites:
+        key: object = (
+            site.path
+            if site.eligible.kind == "embedding"
+            else (site.path.rpartition(".")[0], site.in_features, site.dtype, site.device)
+        )
+        found.setdefault(key, []).append(site)
+    return list(found.values())
+
+
+def _group(siblings: list[Site], config: LoraConfig) -> Group:
+    first = siblings[0]
+    sizes = tuple(site.out_features for site in siblings)
+    bank = Bank.allocate(
+        kind=first.eligible.kind,
+        slots=config.max_adapters,
+        rank=config.max_rank,
+        in_features=first.in_features,
+        out_features=sizes,
+        dtype=config.dtype or first.dtype,
+        device=first.device,
+    )
+    return Group(tuple(siblings), (0, *accumulate(sizes[:-1])), bank)
+
+
+def _mark(site: Site, index: int, group: Group, runtime: Runtime) -> SiteMark:
+    return SiteMark(
+        path=site.path,
+        runtime=runtime,
+        bank=group.bank,
+        sibling=index,
+        offset=group.offsets[index],
+        kind=site.eligible.kind,
+        in_features=site.in_features,
+        out_features=site.out_features,
+        weight_name=site.eligible.weight,
+        transposed=site.eligible.transposed,
+        derived=_has_own_forward(site),
+    )
+
+
+def _has_own_forward(site: Site) -> bool:
+    """Whether a subclass or the instance overrides the forward of the registered class."""
+    return (
+        "forward" in vars(site.module)
+        or type(site.module).forward is not site.eligible.cls.forward
+    )
+
+
+def _one_device(sites: Sequence[Site]) -> torch.device:
+    devices = list(dict.fromkeys(site.device for site in sites))
+    if len(devices) > 1:
+        raise ConfigError(
+            f"the sites lie on {', '.join(map(str, devices))}; lorafx serves models on one device"
+        )
+    return devices[0] if devices else torch.device("cpu")
+
+
+def _refuse_marked(graph: ModuleGraph) -> None:
+    for path, module in graph.modules():
+        if any(isinstance(hook, SiteMark) for hook in module._forward_hooks.values()):
+            raise CaptureError(
+                f"{path or 'the model'} carries a LoRA mark already; detach the model before "
+                "attaching again"
+            )
+
+
+def _refuse_compiled(graph: ModuleGraph, sites: Sequence[Site]) -> None:
+    """Dynamo does not guard hooks: a forward compiled before would go on without any delta."""
+    above = set().union(*(graph.ancestors(site.module) for site in sites))
+    for path, module in graph.modules():
+        if id(module) not in above:
+            continue
+        label = f"{path or 'the model'} ({type(module).__qualname__})"
+        if module._compiled_call_impl is not None:
+            raise CaptureError(
+                f"{label} was compiled by module.compile(); its graphs would not see LoRA. "
+                "Give lorafx the model before compiling it"
+            )
+        if hasattr(module.forward, "_torchdynamo_orig_callable"):
+            raise CaptureError(
+                f"the forward of {label} was compiled by torch.compile; its graphs would not see "
+                "LoRA. Give lorafx the model before compiling it"
+            )
+
+
+def attach_sites(model: nn.Module, sites: Sequence[Site], config: LoraConfig) -> Attachment:
+    """Mark `sites` of `model`, with banks for `config.max_adapters` of rank `config.max_rank`.
+
+    Raises:
+        CaptureError: the model is marked or compiled already.
+        ConfigError: the sites lie on several devices.
+    """
+    return Attach().run(ModuleGraph.of(model), sites, config)
+
+
+def detach(model: nn.Module) -> int:
+    """Take every mark off `model`, also those that a deep copy or pickle carried over.
+
+    Returns:
+        How many marks were removed.
+    """
+    removed = 0
+    for _, module in ModuleGraph.of(model).modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, SiteMark):
+                del module._forward_hooks[key]
+                module._forward_hooks_with_kwargs.pop(key, None)
+                module._forward_hooks_always_called.pop(key, None)
+                removed += 1
+    return removed

@@ -1,0 +1,265 @@
+"""select: the sites that a configuration asks for.
+
+    ModuleGraph, LoraConfig → (Site, ...) in canonical path order
+
+What the user names and cannot carry LoRA is an error, all of them in one; what only "all-linear"
+swept up is left out with a warning. Eligibility is the registry's, along the MRO.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from lorafx import targets
+from lorafx.config import LoraConfig
+from lorafx.errors import LorafxError, LorafxWarning, TargetError
+from lorafx.marks import is_dense
+from lorafx.module_graph import ModuleGraph
+from lorafx.passes.alias import Alias
+from lorafx.registry import Eligible, lookup
+from lorafx.sites import Site
+
+# A regular expression can name thousands of containers; the first ones show the mistake.
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Select:
+    """Raises TargetError for targets that name nothing, or modules that cannot carry LoRA."""
+
+    name: ClassVar[str] = "select"
+
+    def run(self, graph: ModuleGraph, config: LoraConfig) -> tuple[Site, ...]:
+        return _Selection(graph, config).sites()
+
+
+@dataclass
+class _Selection:
+    graph: ModuleGraph
+    config: LoraConfig
+    problems: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.target = targets.checked(self.config.target_modules, "target_modules")
+        self.exclude = targets.checked(self.config.exclude_modules, "exclude_modules")
+        self.by_default = self.target is None or targets.is_all_linear(self.target)
+        self.modules = [
+            (path, module, self.graph.paths(module), lookup(module))
+            for path, module in self.graph.modules()
+        ]
+        self.eligible_paths = [path for path, _, _, entry in self.modules if entry is not None]
+
+    def sites(self) -> tuple[Site, ...]:
+        head = targets.output_embedding(self.graph.root)
+        found: list[Site] = []
+        named = excluded = 0
+        for path, module, paths, entry in self.modules:
+            if not self._targeted(module, paths, entry, head):
+                continue
+            named += 1
+            if self._excluded(paths, entry):
+                excluded += 1
+                continue
+            reason = impossible(module, entry)
+            if reason is None and entry is not None:
+                found.append(self._site(module, paths, entry))
+            elif self.by_default:
+                warnings.warn(f"{_label(path, module)} carries no LoRA: {reason}", LorafxWarning)
+            else:
+                self.problems.append(
+                    f"{_label(path, module)}: {reason}{self._candidates(path, entry)}"
+                )
+        self.problems.extend(self._unnamed_targets())
+        self._unnamed_exclusions()
+        if not self.problems and named == 0:
+            self.problems.append(
+                f"target_modules={self.config.target_modules!r} names no module of "
+                f"{type(self.graph.root).__qualname__}"
+                f"{self._nearest(str(self.config.target_modules))}"
+            )
+        elif not self.problems and named == excluded:
+            self.problems.append(
+                f"exclude_modules={self.config.exclude_modules!r} takes away all {named} modules "
+                "that target_modules names"
+            )
+        elif not self.problems and not found:
+            self.problems.append("none of the modules that target_modules names can carry LoRA")
+        if self.problems:
+            raise TargetError(_listed(self.problems))
+        return tuple(found)
+
+    def _targeted(
+        self,
+        module: nn.Module,
+        paths: tuple[str, ...],
+        entry: Eligible | None,
+        head: nn.Module | None,
+    ) -> bool:
+        if self.target is None or self.by_default:
+            return entry is not None and entry.kind == "linear" and module is not head
+        return targets.names(self.target, paths) or self._walked_to(self.target, module)
+
+    def _walked_to(self, spec: str | tuple[str, ...], module: nn.Module) -> bool:
+        """Whether an exact entry reaches `module` by an alias beyond those that are listed."""
+        return not isinstance(spec, str) and any(
+            module is found for found in self._walk(spec).values()
+        )
+
+    def _walk(self, entries: tuple[str, ...]) -> dict[str, nn.Module]:
+        found: dict[str, nn.Module] = {}
+        for entry in entries:
+            try:
+                found[entry] = self.graph.at(entry)
+            except LorafxError:
+                continue
+        return found
+
+    def _excluded(self, paths: tuple[str, ...], entry: Eligible | None) -> bool:
+        if self.exclude is None:
+            return False
+        if targets.is_all_linear(self.exclude):
+            return entry is not None and entry.kind == "linear"
+        return targets.names(self.exclude, paths)
+
+    def _unnamed_targets(self) -> list[str]:
+        """A problem for each list entry that names no module at all."""
+        if self.target is None or isinstance(self.target, str):
+            return []
+        return [
+            f"target_modules entry {entry!r} names no module of "
+            f"{type(self.graph.root).__qualname__}{self._nearest(entry)}"
+            for entry in self.target
+            if not self._names_any(entry)
+        ]
+
+    def _unnamed_exclusions(self) -> None:
+        if self.exclude is None or isinstance(self.exclude, str):
+            return
+        for entry in self.exclude:
+            if not self._names_any(entry):
+                warnings.warn(
+                    f"exclude_modules entry {entry!r} names no module{self._nearest(entry)}",
+                    LorafxWarning,
+                )
+
+    def _names_any(self, entry: str) -> bool:
+        return bool(self._walk((entry,))) or any(
+            targets.entry_names(entry, path) for _, _, paths, _ in self.modules for path in paths
+        )
+
+    def _nearest(self, entry: str) -> str:
+        return targets.nearest_targets(entry, self.eligible_paths)
+
+    def _candidates(self, path: str, entry: Eligible | None) -> str:
+        """What the user may have meant by a module that cannot carry LoRA."""
+        if entry is not None or len(self.problems) >= _SHOWN:
+            return ""
+        below = [p for p in self.eligible_paths if p.startswith(f"{path}.")]
+        if below:
+            return f"; eligible below it: {', '.join(below[:3])}"
+        return self._nearest(path)
+
+    def _site(self, module: nn.Module, paths: tuple[str, ...], entry: Eligible) -> Site:
+        in_features, out_features = entry.sizes(module)
+        weight = _weight_of(module, entry)
+        return Site(
+            path=paths[0],
+            aliases=paths[1:],
+            module=module,
+            eligible=entry,
+            in_features=in_features,
+            out_features=out_features,
+            dtype=self._compute_dtype(module, weight),
+            device=weight.device if weight is not None else _device_of(module, self.graph.root),
+        )
+
+    def _compute_dtype(self, module: nn.Module, weight: Tensor | None) -> torch.dtype:
+        """Dtype of the weight; where that is packed or 8-bit, the dtype it is computed in."""
+        if weight is not None and is_dense(weight):
+            return weight.dtype
+        declared = getattr(module, "compute_dtype", None)  # bitsandbytes, HQQ
+        if isinstance(declared, torch.dtype):
+            return declared
+        for holder in (module, self.graph.root):
+            for tensor in holder.parameters():
+                if is_dense(tensor):
+                    return tensor.dtype
+        return torch.get_default_dtype()
+
+
+def impossible(module: nn.Module, entry: Eligible | None) -> str | None:
+    """Why this module cannot carry LoRA, or None when it can."""
+    if entry is None:
+        return "no class along its MRO is registered (see lorafx.register)"
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        return "its parameters are not initialised yet; run the model once before"
+    try:
+        sizes = entry.sizes(module)
+    except (AttributeError, TypeError, ValueError) as error:
+        return f"its sizes cannot be read ({error}); see lorafx.register(in_features=...)"
+    if not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sizes):
+        return f"its sizes must be positive, got {sizes}"
+    if entry.kind == "embedding" and getattr(module, "max_norm", None) is not None:
+        return "max_norm rewrites the weight in its forward, so W + ΔW is not fixed"
+    weight = _weight_of(module, entry)
+    return None if weight is None else _wrong_weight(weight, sizes, entry)
+
+
+def _wrong_weight(weight: Tensor, sizes: tuple[int, int], entry: Eligible) -> str | None:
+    if weight.layout is not torch.strided:
+        return f"its weight is not dense ({weight.layout})"
+    # Packed and 8-bit formats store W in shapes of their own; the declared sizes stand.
+    if not is_dense(weight):
+        return None
+    in_features, out_features = sizes
+    as_stored = entry.kind == "embedding" or entry.transposed
+    expected = (in_features, out_features) if as_stored else (out_features, in_features)
+    if tuple(weight.shape) != expected:
+        return (
+            f"its weight has shape {tuple(weight.shape)} where its sizes ask for {expected}, so "
+            "the delta would not be one to this weight"
+        )
+    return None
+
+
+def _weight_of(module: nn.Module, entry: Eligible) -> Tensor | None:
+    weight = getattr(module, entry.weight, None)
+    return weight if isinstance(weight, Tensor) else None
+
+
+def _device_of(module: nn.Module, root: nn.Module) -> torch.device:
+    """Where a module without a weight tensor computes: beside its other tensors."""
+    for holder in (module, root):
+        for tensor in (*holder.parameters(), *holder.buffers()):
+            return tensor.device
+    return torch.get_default_device()
+
+
+def _label(path: str, module: nn.Module) -> str:
+    return f"{path or 'the model'} ({type(module).__qualname__})"
+
+
+def _listed(problems: list[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    shown = "".join(f"\n  - {problem}" for problem in problems[:_SHOWN])
+    more = f"\n  - and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return f"{len(problems)} problems with target_modules:{shown}{more}"
+
+
+def build_sites(model: nn.Module, config: LoraConfig) -> tuple[ModuleGraph, tuple[Site, ...]]:
+    """The module graph of `model` and the sites that `config` asks for; nothing is changed.
+
+    Raises:
+        CaptureError: the model is, or holds, a wrapper made by torch.compile.
+        TargetError: targets that name nothing or cannot carry LoRA, all in one error.
+        ConfigError: a target specification of another form.
+    """
+    graph = Alias().run(model)
+    return graph, Select().run(graph, config)
