@@ -129,11 +129,7 @@ class SiteMark:
             if self.derived and scale is None and torch.compiler.is_compiling():
                 return False
             return not x.is_floating_point() and x.shape == output.shape[:-1]
-        return (
-            x.dim() > 0
-            and x.shape[-1] == self.in_features
-            and x.shape[:-1] == output.shape[:-1]
-        )
+        return x.dim() > 0 and x.shape[-1] == self.in_features and x.shape[:-1] == output.shape[:-1]
 
     def _check_eager(
         self, module: nn.Module, x: Tensor, output: Tensor, scale: Tensor | float | None

@@ -86,7 +86,9 @@ def register(
     if not isinstance(cls, type) or not issubclass(cls, nn.Module):
         raise ConfigError(f"register() takes an nn.Module class, got {cls!r}")
     if kind not in ("linear", "embedding"):
-        raise ConfigError(f"register({cls.__qualname__}): kind is 'linear' or 'embedding', got {kind!r}")
+        raise ConfigError(
+            f"register({cls.__qualname__}): kind is 'linear' or 'embedding', got {kind!r}"
+        )
     entry = Eligible(cls, kind, Sizes(in_features, out_features), weight, transposed)
     _REGISTERED[cls] = entry
     return entry

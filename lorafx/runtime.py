@@ -3,25 +3,36 @@
     slots: (n,) int32 on the model's device, −1 for a base row
 
 One Runtime serves all marks of one model. It is set on the host before the forward; marks and
-graphs only read it. `slots` is always a view from the start of one buffer that is written in
-place, so that its address stays while the batch stays within the buffer.
+graphs only read it. `slots` always starts at the start of one buffer that is written in place, so
+its address stays while the batch fits into the buffer.
 """
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorafx.errors import BatchError
 
+# The slots of every live Runtime. Dynamo takes whatever it reaches through a module of torch.nn,
+# a hook's attributes included, to have fixed shapes, and would recompile for each batch size.
+# What it reaches through a global may vary. Keys are strings, which it never makes symbolic.
+_SLOTS: dict[str, Tensor] = {}
+_KEYS = itertools.count()
+_SMALLEST_BUFFER = 64
+
 
 class Runtime:
     """The batch that the next forward serves.
 
     Attributes:
-        slots: (n,) int32, the slot of each request, −1 for the base.
+        capacity: slots there are; requests name 0 to capacity − 1, or −1.
+        rows: the slots as host ints.
         active: some request uses an adapter. False makes every mark a no-op, so that a graph
             captured then is the base model's own.
         uniform: all requests use the same slot, the only kind of batch that is right before the
@@ -29,15 +40,21 @@ class Runtime:
         graph_passes: graphs of this model go through lorafx's own passes. A mark that cannot add
             its delta in a trace then leaves the weight's use to the `match` pass; where a foreign
             backend compiles the model nobody would, and the mark raises instead.
+
+    Copies and pickles keep the batch and have slots of their own.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         self.capacity = capacity
         self.device = device
-        self.active = False
-        self.uniform = True
         self.graph_passes = True
-        self._grow(16)
+        self._register()
+        self.clear()
+
+    @property
+    def slots(self) -> Tensor:
+        """(n,) int32, the slot of each request, −1 for the base."""
+        return _SLOTS[self._key]
 
     def set_rows(self, slots: Sequence[int]) -> None:
         """Serve requests with these slots from the next forward on.
@@ -57,13 +74,8 @@ class Runtime:
                     f"request {index} asks for slot {slot}; slots are 0 to {self.capacity - 1}, "
                     "-1 for the base model"
                 )
-        # Inference tensors may not be written outside inference mode, and Dynamo tells them
-        # apart: the buffer and its views are made the same way whatever mode the caller is in.
-        with torch.inference_mode(False):
-            if len(rows) > self._buffer.numel():
-                self._grow(2 * len(rows))
-            self.slots = self._buffer[: len(rows)]
-            self.slots.copy_(torch.tensor(rows, dtype=torch.int32))
+        self._write(rows)
+        self.rows = tuple(rows)
         self.active = any(slot >= 0 for slot in rows)
         self.uniform = len(set(rows)) == 1
 
@@ -71,7 +83,32 @@ class Runtime:
         """Serve the base model alone."""
         self.set_rows([-1])
 
-    def _grow(self, rows: int) -> None:
+    def _register(self) -> None:
+        self._key = f"runtime {next(_KEYS)}"
+        self._buffer = torch.empty(0)
+        weakref.finalize(self, _SLOTS.pop, self._key, None)
+
+    def _write(self, rows: list[int]) -> None:
+        n = len(rows)
+        # Inference tensors may not be written outside inference mode, and Dynamo tells them
+        # apart: the buffer is made the same way whatever mode the caller is in.
         with torch.inference_mode(False):
-            self._buffer: Tensor = torch.full((rows,), -1, dtype=torch.int32, device=self.device)
-            self.slots: Tensor = self._buffer[:1]
+            if n > self._buffer.numel():
+                size = max(_SMALLEST_BUFFER, 2 * n)
+                self._buffer = torch.empty(size, dtype=torch.int32, device=self.device)
+            slots = _SLOTS.get(self._key)
+            if slots is None or slots.shape[0] != n or slots.data_ptr() != self._buffer.data_ptr():
+                # Not a slice: of a view, Dynamo would also trace and guard the base.
+                slots = torch.empty(0, dtype=torch.int32, device=self.device).set_(
+                    self._buffer.untyped_storage(), 0, (n,), (1,)
+                )
+                _SLOTS[self._key] = slots
+            slots.copy_(torch.tensor(rows, dtype=torch.int32))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in ("_key", "_buffer")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._register()
+        self._write(list(self.rows))

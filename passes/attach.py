@@ -119,8 +119,7 @@ def _mark(site: Site, index: int, group: Group, runtime: Runtime) -> SiteMark:
 def _has_own_forward(site: Site) -> bool:
     """Whether a subclass or the instance overrides the forward of the registered class."""
     return (
-        "forward" in vars(site.module)
-        or type(site.module).forward is not site.eligible.cls.forward
+        "forward" in vars(site.module) or type(site.module).forward is not site.eligible.cls.forward
     )
 
 
