@@ -8,10 +8,29 @@ slot's own rank are never read, so traffic grows with what is active, not with w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Factors(NamedTuple):
+    """One sibling's factors in the bank's layout, for `Bank.write`.
+
+    A: linear (r, K), embedding (V, r). B: (r, N), the checkpoint's B transposed.
+    """
+
+    sibling: int
+    offset: int
+    A: Tensor
+    B: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.B.shape[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,12 +42,14 @@ class Bank:
         B: (S, R, ΣN), N_i columns a sibling.
         ranks: (S, G) int32; 0 where the slot's adapter does not touch the sibling.
         scales: (S, G) float32, α/r or α/√r.
+        kind: "linear" or "embedding", which says how A is laid out.
     """
 
     A: Tensor
     B: Tensor
     ranks: Tensor
     scales: Tensor
+    kind: str = "linear"
 
     @classmethod
     def allocate(
@@ -45,11 +66,49 @@ class Bank:
         """A bank of zeros for siblings with these output sizes."""
         siblings = len(out_features)
         a_shape = (
-            (slots, in_features, rank) if kind == "embedding" else (slots, siblings * rank, in_features)
+            (slots, in_features, rank)
+            if kind == "embedding"
+            else (slots, siblings * rank, in_features)
         )
-        return cls(
-            A=torch.zeros(a_shape, dtype=dtype, device=device),
-            B=torch.zeros((slots, rank, sum(out_features)), dtype=dtype, device=device),
-            ranks=torch.zeros((slots, siblings), dtype=torch.int32, device=device),
-            scales=torch.zeros((slots, siblings), dtype=torch.float32, device=device),
-        )
+        # Tensors made in inference mode could not be written in place outside of it.
+        with torch.inference_mode(False):
+            return cls(
+                A=torch.zeros(a_shape, dtype=dtype, device=device),
+                B=torch.zeros((slots, rank, sum(out_features)), dtype=dtype, device=device),
+                ranks=torch.zeros((slots, siblings), dtype=torch.int32, device=device),
+                scales=torch.zeros((slots, siblings), dtype=torch.float32, device=device),
+                kind=kind,
+            )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.A, self.B, self.ranks, self.scales))
+
+    @torch.no_grad()
+    def write(self, slot: int, factors: Sequence[Factors]) -> None:
+        """Make `slot` hold `factors` and nothing else, in place.
+
+        Rows beyond a sibling's rank keep what they held: `ranks` says that they are not read, so
+        it is written last, and every sibling without factors gets rank 0.
+        """
+        siblings = self.ranks.shape[1]
+        room = self.B.shape[1]
+        ranks = torch.zeros(siblings, dtype=torch.int32, device="cpu")
+        scales = torch.zeros(siblings, dtype=torch.float32, device="cpu")
+        for f in factors:
+            self._a(slot, f.sibling * room, f.rank).copy_(f.A, non_blocking=True)
+            self.B[slot, : f.rank, f.offset : f.offset + f.B.shape[1]].copy_(f.B, non_blocking=True)
+            ranks[f.sibling], scales[f.sibling] = f.rank, f.scale
+        self.scales[slot].copy_(scales)
+        self.ranks[slot].copy_(ranks)
+
+    @torch.no_grad()
+    def clear(self, slot: int) -> None:
+        """Make `slot` a base slot: no sibling has a rank."""
+        self.ranks[slot].zero_()
+
+    def _a(self, slot: int, first: int, rank: int) -> Tensor:
+        """The part of A that holds one sibling's factor, (r, K) or (V, r)."""
+        if self.kind == "embedding":
+            return self.A[slot, :, :rank]
+        return self.A[slot, first : first + rank]

@@ -1,0 +1,370 @@
+"""PEFT's `adapter_config.json`: what a LoRA adapter's configuration means for inference.
+
+    y = base(x) + s · B (A x),   s = α/r, or α/√r with `use_rslora`
+
+r and α are per module: the first key k of `rank_pattern` / `alpha_pattern`, in the file's order,
+with `re.match(rf"(.*\\.)?({k})$", path)` decides, else `r` and `lora_alpha`. Fields that change
+this arithmetic are refused by name; so is any field that this reader does not know, unless it
+holds null, false or nothing: PEFT adds fields with every version, and their "off" is harmless.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorafx.errors import CheckpointError, UnsupportedAdapterError
+
+CONFIG_FILE = "adapter_config.json"
+
+# Fields that say how the adapter was trained, packaged or initialised, and nothing about what it
+# computes once trained. The *_config fields of initialisations stay set after an exact export,
+# PEFT ignores them unless `init_lora_weights` asks for them; `velora_config` changes gradients
+# only; with `ensure_weight_tying` the tied head's factors are in the file like any other's.
+_NO_ARITHMETIC = frozenset(
+    {
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "revision",
+        "inference_mode",
+        "lora_dropout",
+        "megatron_core",
+        "qalora_group_size",
+        "runtime_config",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "velora_config",
+        "ensure_weight_tying",
+    }
+)
+
+_READ = frozenset(
+    {
+        "peft_type",
+        "base_model_name_or_path",
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "fan_in_fan_out",
+        "bias",
+        "init_lora_weights",
+    }
+)
+
+_MERGE = "merge it into a copy of the base model (`PeftModel.merge_and_unload()`) instead"
+
+# Fields whose every set value changes the arithmetic, with the way out.
+_REFUSED: Mapping[str, str] = {
+    "use_dora": f"DoRA rescales the base output per column; {_MERGE}",
+    "lora_bias": f"a bias on lora_B is not applied; {_MERGE}",
+    "modules_to_save": (
+        "these modules are replaced by trained copies; put the saved weights into the base model "
+        "that you compile and clear the field, or merge the adapter into a copy of the base model"
+    ),
+    "trainable_token_indices": (
+        "embedding rows are replaced; write the saved rows into the base model's embedding and "
+        "clear the field, or merge the adapter into a copy of the base model"
+    ),
+    "target_parameters": (
+        f"LoRA on bare parameters (experts) is not read; train with target_modules, or {_MERGE}"
+    ),
+    "alora_invocation_tokens": (
+        "aLoRA is active only from its invocation tokens on; load it without this field and "
+        "choose per token with `adapter_slots=`"
+    ),
+    "use_qalora": f"QALoRA pools the inputs of lora_A; {_MERGE}",
+    "use_bdlora": (
+        "BD-LoRA's factors are block-diagonal; expand them to full factors and clear the field"
+    ),
+    "layer_replication": (
+        "the adapter belongs to a model with repeated layers; build that model, save it, and "
+        "train or convert the adapter against it"
+    ),
+    "megatron_config": "Megatron's parallel layers; export the adapter for the plain model",
+    "arrow_config": "Arrow routes tokens between adapters; load those adapters one by one",
+    "kasa_config": f"KaSA truncates the base weight and adds a diagonal; {_MERGE}",
+    "monteclora_config": f"MonteCLoRA samples its weights; {_MERGE}",
+}
+# Configuration objects count as asked for even when empty: PEFT would build one with defaults.
+_OBJECTS = frozenset({"use_bdlora", "arrow_config", "kasa_config", "monteclora_config"})
+
+# Initialisations that leave the base weight alone, so that s·BA is the whole difference.
+_PLAIN_INITS = frozenset({"gaussian", "orthogonal", "eva", "mica"})
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """What lorafx needs of a PEFT LoRA configuration; everything else was refused.
+
+    Attributes:
+        r: rank where `rank_pattern` says nothing; None where the file leaves it out.
+        lora_alpha, use_rslora, rank_pattern, alpha_pattern: see the module's equation.
+        target_modules, exclude_modules: a tuple of exact or dotted-suffix names, one regular
+            expression (a str, `re.fullmatch`), "all-linear", or None.
+        layers_to_transform, layers_pattern: restrict a tuple of suffixes to these layers.
+        fan_in_fan_out: the base weight is stored (in, out); the delta is the same.
+        base_model: `base_model_name_or_path`, for messages.
+    """
+
+    r: int | None = 8
+    lora_alpha: float = 8
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    target_modules: str | tuple[str, ...] | None = None
+    exclude_modules: str | tuple[str, ...] | None = None
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
+    fan_in_fan_out: bool = False
+    base_model: str | None = None
+
+    @classmethod
+    def read(cls, source: Any, *, where: str | None = None) -> PeftConfig:
+        """The configuration in a folder, a mapping, or a `peft.LoraConfig`.
+
+        `where` names it in messages. Raises CheckpointError for what is absent or malformed and
+        UnsupportedAdapterError, naming every refused field at once.
+        """
+        if isinstance(source, PeftConfig):
+            return source
+        values, found = _load(source)
+        return _Fields(values, where or found).config()
+
+    @property
+    def max_rank(self) -> int | None:
+        """The largest rank that the configuration asks for anywhere; None if it does not say."""
+        ranks = [*self.rank_pattern.values(), *([] if self.r is None else [self.r])]
+        return max(ranks, default=None)
+
+    def rank(self, path: str) -> int | None:
+        """Rank of the module at `path` (its dotted path without PEFT's prefixes)."""
+        return _by_pattern(self.rank_pattern, path, self.r)
+
+    def scale(self, path: str, rank: int) -> float:
+        """s of the module at `path`, whose A has `rank` rows."""
+        alpha = _by_pattern(self.alpha_pattern, path, self.lora_alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def matches(self, path: str) -> bool:
+        """Whether PEFT would have put LoRA on the module at `path`.
+
+        False for every path where the configuration does not name modules ("all-linear", None).
+        """
+        targets = self.target_modules
+        if targets is None or targets == "all-linear" or _named(self.exclude_modules, path):
+            return False
+        if isinstance(targets, str) or path in targets:
+            return _named(targets, path)
+        return _named(targets, path) and self._layer_wanted(path)
+
+    def _layer_wanted(self, path: str) -> bool:
+        if self.layers_to_transform is None:
+            return True
+        # PEFT: the first numbered segment is the layer (a later one may be an expert).
+        patterns = self.layers_pattern or (r"[^.]*",)
+        lead = r"(?:^|.*?\.)" if self.layers_pattern else r".*?\."
+        for pattern in patterns:
+            found = re.match(rf"{lead}{pattern}\.(?P<idx>\d+)\.", path)
+            if found:
+                return int(found["idx"]) in self.layers_to_transform
+        return False
+
+
+def _named(names: str | tuple[str, ...] | None, path: str) -> bool:
+    if names is None:
+        return False
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path == n or path.endswith(f".{n}") for n in names)
+
+
+def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
+
+
+def _load(source: Any) -> tuple[dict[str, Any], str]:
+    """The raw fields of `source`, and how to call it in messages."""
+    if isinstance(source, Mapping):
+        return dict(source), "adapter configuration"
+    if dataclasses.is_dataclass(source) and hasattr(source, "peft_type"):
+        # Not source.to_dict(), which follows the installed PEFT; private fields are not read.
+        names = [f.name for f in dataclasses.fields(source)]
+        return {name: getattr(source, name) for name in names}, "peft configuration"
+    if isinstance(source, str | os.PathLike):
+        return _load_file(Path(source))
+    raise CheckpointError(
+        f"an adapter configuration is a folder, a dict or a peft.LoraConfig, not {source!r}"
+    )
+
+
+def _load_file(folder: Path) -> tuple[dict[str, Any], str]:
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise CheckpointError(_absent(folder))
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as exc:
+        raise CheckpointError(f"{file} cannot be read as JSON: {exc}") from exc
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, it holds {values!r:.80}")
+    return values, str(file)
+
+
+def _absent(folder: Path) -> str:
+    if not folder.exists():
+        return (
+            f"adapter folder {folder} does not exist; an adapter on the Hub must be downloaded "
+            "first (huggingface_hub.snapshot_download)"
+        )
+    if not folder.is_dir():
+        return f"{folder} is a file; give the folder that holds it and {CONFIG_FILE}"
+    below = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_FILE}"))
+    hint = f"; adapters lie in its folders {', '.join(below)}" if below else ""
+    return f"{folder} has no {CONFIG_FILE}{hint}"
+
+
+class _Fields:
+    """One configuration's raw fields, checked and turned into a PeftConfig."""
+
+    def __init__(self, values: dict[str, Any], where: str) -> None:
+        self.values, self.where = values, where
+        self.malformed: list[str] = []
+
+    def config(self) -> PeftConfig:
+        refused = list(self._refused())
+        if refused:
+            raise UnsupportedAdapterError(
+                f"{self.where} asks for what lorafx does not do:\n"
+                + "\n".join(f"  - {line}" for line in refused)
+            )
+        layers = self.values.get("layers_to_transform")
+        config = PeftConfig(
+            r=self._rank("r", self.values["r"]) if "r" in self.values else None,
+            lora_alpha=self._alpha("lora_alpha", self.values.get("lora_alpha", 8)),
+            use_rslora=bool(self.values.get("use_rslora")),
+            rank_pattern=self._patterns("rank_pattern", self._rank),
+            alpha_pattern=self._patterns("alpha_pattern", self._alpha),
+            target_modules=self._names("target_modules"),
+            exclude_modules=self._names("exclude_modules") or None,
+            layers_to_transform=self._layers(layers) if layers not in (None, []) else None,
+            layers_pattern=self._layer_names(),
+            fan_in_fan_out=bool(self.values.get("fan_in_fan_out")),
+            base_model=self.values.get("base_model_name_or_path") or None,
+        )
+        if self.malformed:
+            raise CheckpointError(
+                f"{self.where} is malformed:\n" + "\n".join(f"  - {m}" for m in self.malformed)
+            )
+        return config
+
+    def _refused(self) -> Iterable[str]:
+        kind = self.values.get("peft_type")
+        if kind is not None and getattr(kind, "value", kind) != "LORA":
+            kind = getattr(kind, "value", kind)
+            yield f"peft_type = {kind!r}: only LORA adapters are read; {_MERGE}"
+            return  # another type's fields have meanings of their own
+        bias = self.values.get("bias", "none")
+        if bias not in ("none", None, False, ""):
+            yield f"bias = {bias!r}: the base model's biases are replaced; {_MERGE}"
+        init = self.values.get("init_lora_weights", True)
+        if not (init is None or isinstance(init, bool) or str(init).lower() in _PLAIN_INITS):
+            yield (
+                f"init_lora_weights = {init!r}: this initialisation may subtract from the base "
+                "weight, so the saved factors alone are not the difference; export with "
+                "`save_pretrained(path_initial_model_for_weight_conversion=...)`, which writes a "
+                f"plain LoRA of rank 2r, or {_MERGE}"
+            )
+        for name, way_out in _REFUSED.items():
+            value = self.values.get(name)
+            asked = value not in (None, False) if name in _OBJECTS else not _is_off(value)
+            if asked:
+                yield f"{name} = {_short(value)}: {way_out}"
+        for name in sorted(set(self.values) - _READ - _NO_ARITHMETIC - set(_REFUSED)):
+            if not _is_off(self.values[name]):
+                yield (
+                    f"{name} = {_short(self.values[name])}: unknown field, which may change the "
+                    "arithmetic; remove it if it does not, or upgrade lorafx"
+                )
+
+    def _rank(self, name: str, value: Any) -> int:
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+        self.malformed.append(f"{name} must be a positive integer, it is {value!r}")
+        return 1
+
+    def _alpha(self, name: str, value: Any) -> float:
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return value
+        self.malformed.append(f"{name} must be a finite number, it is {value!r}")
+        return 0
+
+    def _patterns(self, name: str, check: Any) -> dict[str, Any]:
+        patterns = self.values.get(name) or {}
+        if not isinstance(patterns, Mapping):
+            self.malformed.append(f"{name} must map module names to numbers, it is {patterns!r}")
+            return {}
+        for key in patterns:
+            self._regex(f"{name} key", key)
+        return {key: check(f"{name}[{key!r}]", value) for key, value in patterns.items()}
+
+    def _names(self, name: str) -> str | tuple[str, ...] | None:
+        value = self.values.get(name)
+        if value is None:
+            return None
+        if isinstance(value, str):
+            if value != "all-linear":
+                self._regex(name, value)
+            return value
+        if isinstance(value, list | tuple | set) and all(isinstance(v, str) for v in value):
+            return tuple(sorted(value))
+        self.malformed.append(f"{name} must be a string or a list of strings, it is {value!r}")
+        return None
+
+    def _layers(self, value: Any) -> tuple[int, ...]:
+        layers = [value] if isinstance(value, int) else value
+        if isinstance(layers, list | tuple) and all(isinstance(i, int) for i in layers):
+            return tuple(layers)
+        self.malformed.append(f"layers_to_transform must be integers, it is {value!r}")
+        return ()
+
+    def _layer_names(self) -> tuple[str, ...]:
+        value = self.values.get("layers_pattern") or ()
+        names = (value,) if isinstance(value, str) else tuple(value)
+        for name in names:
+            self._regex("layers_pattern", name)
+        return names
+
+    def _regex(self, name: str, pattern: Any) -> None:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as exc:
+            self.malformed.append(f"{name} {pattern!r} is not a regular expression: {exc}")
+
+
+def _is_off(value: Any) -> bool:
+    """Null, false or nothing: how every PEFT version spells a feature that is not used."""
+    return value is None or value is False or (hasattr(value, "__len__") and len(value) == 0)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,289 @@
+"""The store: adapters in host memory by name, and which of them hold a slot of the banks.
+
+    load      checkpoint factors -> host copies in the banks' dtype and layout
+    acquire   the names of a batch's rows -> slots; missing adapters are written into free slots,
+              or over the least recently used adapter that is neither pinned nor in the batch
+
+Banks are written in place, so compiled graphs and captured addresses stay valid. Everything is
+checked before the first write; a call that raises has changed nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lorafx.adapters.bank import Factors
+from lorafx.errors import (
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    UnknownAdapterError,
+    nearest,
+)
+
+if TYPE_CHECKING:
+    from lorafx.adapters.peft_reader import Adapter, LoraWeights
+    from lorafx.sites import Group, Site
+
+BASE = "__base__"
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter in host memory.
+
+    Attributes:
+        name, rank, source: as in `Adapter`.
+        sites: canonical paths of the sites that it touches.
+        factors: index of a group -> that group's factors, in its bank's dtype and layout.
+        nbytes: host memory that the factors take.
+    """
+
+    name: str
+    rank: int
+    source: str
+    sites: tuple[str, ...]
+    factors: dict[int, list[Factors]]
+    nbytes: int
+
+
+class AdapterStore:
+    """Adapters by name over the banks of `groups`; safe to use from several threads.
+
+    Args:
+        groups: the groups whose banks are filled; each bank has `max_adapters` slots.
+        max_adapters: slots, the most distinct adapters in one batch.
+        max_rank: largest rank that the banks hold.
+    """
+
+    def __init__(self, groups: Sequence[Group], max_adapters: int, max_rank: int) -> None:
+        self._groups = tuple(groups)
+        self._max_adapters, self._max_rank = max_adapters, max_rank
+        self._places = {
+            site.path: (g, i)
+            for g, group in enumerate(self._groups)
+            for i, site in enumerate(group.sites)
+        }
+        self._lock = threading.RLock()
+        self._adapters: dict[str, StoredAdapter] = {}
+        self._slots: OrderedDict[str, int] = OrderedDict()  # least recently used first
+        self._pinned: set[str] = set()
+        self._last: tuple[tuple[str | None, ...], tuple[int, ...]] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Loaded adapters, in order of loading."""
+        with self._lock:
+            return tuple(self._adapters)
+
+    @property
+    def resident(self) -> dict[str, int]:
+        """Adapters that hold a slot -> the slot, least recently used first."""
+        with self._lock:
+            return dict(self._slots)
+
+    @property
+    def pinned(self) -> frozenset[str]:
+        """Adapters that keep their slot until unpinned or unloaded."""
+        with self._lock:
+            return frozenset(self._pinned)
+
+    def __contains__(self, name: object) -> bool:
+        with self._lock:
+            return name in self._adapters
+
+    def __getitem__(self, name: str) -> StoredAdapter:
+        """The stored adapter; UnknownAdapterError if there is none of this name."""
+        with self._lock:
+            self._check_known([name])
+            return self._adapters[name]
+
+    def load(self, adapter: Adapter) -> None:
+        """Keep `adapter` in host memory; it gets a slot when a batch, or a pin, asks for it.
+
+        An adapter of the same name is replaced, and rewritten in place if it holds a slot.
+        Raises CapacityError (rank), CheckpointError (sites, shapes, values beyond the banks'
+        dtype) or ConfigError (name).
+        """
+        check_name(adapter.name)
+        stored = self._stored(adapter)
+        with self._lock:
+            if adapter.name in self._slots:
+                self._write(self._slots[adapter.name], stored)
+            self._adapters[adapter.name] = stored
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter, pinned or not, and free its slot."""
+        with self._lock:
+            self._check_known([name])
+            slot = self._slots.pop(name, None)
+            if slot is not None:
+                self._clear(slot)
+            self._pinned.discard(name)
+            del self._adapters[name]
+            self._last = None
+
+    def pin(self, name: str) -> int:
+        """Give an adapter a slot that it keeps until unpinned; returns the slot."""
+        with self._lock:
+            self._check_known([name])
+            (slot,) = self.acquire([name])
+            self._pinned.add(name)
+            return slot
+
+    def unpin(self, name: str) -> None:
+        """Let an adapter be evicted again; nothing happens if it was not pinned."""
+        with self._lock:
+            self._check_known([name])
+            self._pinned.discard(name)
+
+    def acquire(self, names: Sequence[str | None]) -> list[int]:
+        """The slot of each row's adapter, -1 for None and "__base__".
+
+        Raises UnknownAdapterError for names that are not loaded, CapacityError when the batch
+        has more distinct adapters than there are slots, or than pinned ones leave free.
+        """
+        key = tuple(names)
+        with self._lock:
+            if self._last is not None and self._last[0] == key:
+                return list(self._last[1])  # decoding asks for the same rows step after step
+            wanted = list(dict.fromkeys(n for n in key if n is not None and n != BASE))
+            self._check_known(wanted)
+            self._make_resident(wanted)
+            for name in wanted:
+                self._slots.move_to_end(name)
+            slots = [-1 if n is None or n == BASE else self._slots[n] for n in key]
+            self._last = key, tuple(slots)
+            return slots
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of the banks ("banks") and of the adapters in host memory ("host")."""
+        with self._lock:
+            return {
+                "banks": sum(group.bank.nbytes for group in self._groups),
+                "host": sum(stored.nbytes for stored in self._adapters.values()),
+            }
+
+    def _make_resident(self, wanted: list[str]) -> None:
+        missing = [name for name in wanted if name not in self._slots]
+        if not missing:
+            return
+        if len(wanted) > self._max_adapters:
+            raise CapacityError(
+                f"the batch has {len(wanted)} distinct adapters ({', '.join(wanted)}) and there "
+                f"are {self._max_adapters} slots; split the batch or compile with "
+                f"LoraConfig(max_adapters={len(wanted)})"
+            )
+        free = [s for s in range(self._max_adapters) if s not in set(self._slots.values())]
+        evictable = [n for n in self._slots if n not in wanted and n not in self._pinned]
+        if len(missing) > len(free) + len(evictable):
+            kept = sorted(self._pinned - set(wanted))
+            raise CapacityError(
+                f"no slots for {', '.join(missing)}: {self._max_adapters} slots, of which "
+                f"{', '.join(kept)} are pinned; unpin_adapter() some, split the batch, or "
+                "compile with a larger LoraConfig(max_adapters=...)"
+            )
+        self._last = None
+        for name in missing:
+            slot = free.pop(0) if free else self._slots.pop(evictable.pop(0))
+            # Between here and the assignment the slot belongs to nobody: if the device fails
+            # in the middle, the store still tells the truth.
+            self._write(slot, self._adapters[name])
+            self._slots[name] = slot
+
+    def _write(self, slot: int, stored: StoredAdapter) -> None:
+        for g, group in enumerate(self._groups):
+            factors = stored.factors.get(g)
+            if factors:
+                group.bank.write(slot, factors)
+            else:
+                group.bank.clear(slot)
+
+    def _clear(self, slot: int) -> None:
+        for group in self._groups:
+            group.bank.clear(slot)
+
+    def _check_known(self, names: Sequence[str]) -> None:
+        unknown = [name for name in names if name not in self._adapters]
+        if unknown:
+            said = "; ".join(f"{n!r}{nearest(str(n), self._adapters)}" for n in unknown)
+            raise UnknownAdapterError(
+                f"no adapter named {said}; loaded: {', '.join(self._adapters) or 'none'}"
+            )
+
+    def _stored(self, adapter: Adapter) -> StoredAdapter:
+        if adapter.rank > self._max_rank:
+            raise CapacityError(
+                f"adapter {adapter.name!r} has rank {adapter.rank}, over max_rank = "
+                f"{self._max_rank}; compile with LoraConfig(max_rank={adapter.rank})"
+            )
+        factors: dict[int, list[Factors]] = {}
+        problems: list[str] = []
+        for path, weights in adapter.weights.items():
+            place = self._places.get(path)
+            if place is None:
+                problems.append(f"{path} is not a site{nearest(path, self._places)}")
+                continue
+            problem = _misfit(self._groups[place[0]].sites[place[1]], weights, self._max_rank)
+            if problem:
+                problems.append(problem)
+                continue
+            made = self._factors(*place, weights)
+            factors.setdefault(place[0], []).append(made)
+            if not all(bool(torch.isfinite(t).all()) for t in (made.A, made.B)):
+                problems.append(f"{path}: values beyond the range of {made.A.dtype}")
+        if problems:
+            raise CheckpointError(
+                f"adapter {adapter.name!r} from {adapter.source} does not fit the banks:\n"
+                + "\n".join(f"  - {problem}" for problem in problems)
+            )
+        size = sum(t.nbytes for f in _all(factors) for t in (f.A, f.B))
+        sites = tuple(adapter.weights)
+        return StoredAdapter(adapter.name, adapter.rank, adapter.source, sites, factors, size)
+
+    def _factors(self, g: int, sibling: int, weights: LoraWeights) -> Factors:
+        group = self._groups[g]
+        a = weights.A.t() if group.bank.kind == "embedding" else weights.A
+        pin = group.bank.A.is_cuda
+        return Factors(
+            sibling,
+            group.offsets[sibling],
+            _host_copy(a, group.bank.A.dtype, pin),
+            _host_copy(weights.B.t(), group.bank.B.dtype, pin),
+            float(weights.scale),
+        )
+
+
+def check_name(name: object) -> None:
+    """Raise ConfigError unless `name` can name an adapter."""
+    if not isinstance(name, str) or not name or name == BASE:
+        raise ConfigError(
+            f"an adapter's name is a non-empty string other than {BASE!r}, got {name!r}"
+        )
+
+
+def _misfit(site: Site, weights: LoraWeights, max_rank: int) -> str | None:
+    rank = weights.A.shape[0]
+    want = (rank, site.in_features), (site.out_features, rank)
+    have = tuple(weights.A.shape), tuple(weights.B.shape)
+    if have != want or not 0 < rank <= max_rank:
+        return f"{site.path}: factors {have} do not fit {want} with rank at most {max_rank}"
+    return None
+
+
+def _host_copy(tensor: Tensor, dtype: torch.dtype, pin: bool) -> Tensor:
+    """A contiguous copy on the host, page-locked where it is to be copied to a GPU."""
+    made = torch.empty(tensor.shape, dtype=dtype, device="cpu", pin_memory=pin)
+    return made.copy_(tensor.detach())
+
+
+def _all(factors: dict[int, list[Factors]]) -> Iterator[Factors]:
+    for group in factors.values():
+        yield from group
