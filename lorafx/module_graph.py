@@ -18,7 +18,7 @@ walking and therefore knows all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import networkx as nx
@@ -143,20 +143,21 @@ class ModuleGraph:
                     chains.append((parent, longer, seen | {parent}))
         return tuple(found)
 
-    def at(self, path: str) -> nn.Module:
-        """The instance that `path` reaches, canonical or alias, "" for the root.
-
-        LorafxError naming the nearest paths when there is none.
-        """
-        module = self.root
+    def find(self, path: str) -> nn.Module | None:
+        """The instance that `path` reaches, canonical or alias, "" for the root; None if none."""
+        module: nn.Module | None = self.root
         for name in path.split(".") if path else ():
-            child = module._modules.get(name)
-            if child is None:
-                raise LorafxError(
-                    f"no module at {path!r}: {type(module).__qualname__} holds no {name!r}"
-                    f"{nearest(path, self._canonical.values())}"
-                )
-            module = child
+            module = module._modules.get(name) if module is not None else None
+        return module
+
+    def at(self, path: str) -> nn.Module:
+        """As `find`; LorafxError naming the nearest paths when there is none."""
+        module = self.find(path)
+        if module is None:
+            raise LorafxError(
+                f"{type(self.root).__qualname__} has no module {path!r}"
+                f"{nearest(path, self._canonical.values())}"
+            )
         return module
 
     def parent(self, path: str) -> nn.Module:
@@ -166,11 +167,16 @@ class ModuleGraph:
         self.at(path)
         return self.at(path.rpartition(".")[0])
 
-    def ancestors(self, module: nn.Module) -> set[int]:
-        """`id` of each module instance that reaches `module`, itself included."""
-        node: Node = ("module", id(module))
-        self.path(module)
-        return {id(module), *(key for _, key in nx.ancestors(self.graph, node))}
+    def ancestors(self, modules: Iterable[nn.Module]) -> set[int]:
+        """`id` of each module instance that reaches one of `modules`, themselves included."""
+        seen: set[Node] = set()
+        pending: list[Node] = [("module", id(module)) for module in modules]
+        while pending:
+            node = pending.pop()
+            if node not in seen:
+                seen.add(node)
+                pending.extend(self.graph.predecessors(node))
+        return {key for _, key in seen}
 
     def owners(self, tensor: Tensor) -> list[Owner]:
         """The attributes that hold this very parameter or buffer; empty when none does."""

@@ -143,7 +143,7 @@ def _refuse_marked(graph: ModuleGraph) -> None:
 
 def _refuse_compiled(graph: ModuleGraph, sites: Sequence[Site]) -> None:
     """Dynamo does not guard hooks: a forward compiled before would go on without any delta."""
-    above = set().union(*(graph.ancestors(site.module) for site in sites))
+    above = graph.ancestors(site.module for site in sites)
     for path, module in graph.modules():
         if id(module) not in above:
             continue

@@ -18,7 +18,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from lorafx import targets
 from lorafx.config import LoraConfig
-from lorafx.errors import LorafxError, LorafxWarning, TargetError
+from lorafx.errors import LorafxWarning, TargetError
 from lorafx.marks import is_dense
 from lorafx.module_graph import ModuleGraph
 from lorafx.passes.alias import Alias
@@ -53,6 +53,9 @@ class _Selection:
             (path, module, self.graph.paths(module), lookup(module))
             for path, module in self.graph.modules()
         ]
+        # Exact entries reach a module also by an alias beyond those that are listed.
+        exact = () if self.target is None or isinstance(self.target, str) else self.target
+        self.walked = {id(self.graph.find(entry)) for entry in exact} - {id(None)}
         self.eligible_paths = [path for path, _, _, entry in self.modules if entry is not None]
 
     def sites(self) -> tuple[Site, ...]:
@@ -70,7 +73,7 @@ class _Selection:
             if reason is None and entry is not None:
                 found.append(self._site(module, paths, entry))
             elif self.by_default:
-                warnings.warn(f"{_label(path, module)} carries no LoRA: {reason}", LorafxWarning)
+                _warn(f"{_label(path, module)} carries no LoRA: {reason}")
             else:
                 self.problems.append(
                     f"{_label(path, module)}: {reason}{self._candidates(path, entry)}"
@@ -103,22 +106,7 @@ class _Selection:
     ) -> bool:
         if self.target is None or self.by_default:
             return entry is not None and entry.kind == "linear" and module is not head
-        return targets.names(self.target, paths) or self._walked_to(self.target, module)
-
-    def _walked_to(self, spec: str | tuple[str, ...], module: nn.Module) -> bool:
-        """Whether an exact entry reaches `module` by an alias beyond those that are listed."""
-        return not isinstance(spec, str) and any(
-            module is found for found in self._walk(spec).values()
-        )
-
-    def _walk(self, entries: tuple[str, ...]) -> dict[str, nn.Module]:
-        found: dict[str, nn.Module] = {}
-        for entry in entries:
-            try:
-                found[entry] = self.graph.at(entry)
-            except LorafxError:
-                continue
-        return found
+        return id(module) in self.walked or targets.names(self.target, paths)
 
     def _excluded(self, paths: tuple[str, ...], entry: Eligible | None) -> bool:
         if self.exclude is None:
@@ -143,13 +131,10 @@ class _Selection:
             return
         for entry in self.exclude:
             if not self._names_any(entry):
-                warnings.warn(
-                    f"exclude_modules entry {entry!r} names no module{self._nearest(entry)}",
-                    LorafxWarning,
-                )
+                _warn(f"exclude_modules entry {entry!r} names no module{self._nearest(entry)}")
 
     def _names_any(self, entry: str) -> bool:
-        return bool(self._walk((entry,))) or any(
+        return self.graph.find(entry) is not None or any(
             targets.entry_names(entry, path) for _, _, paths, _ in self.modules for path in paths
         )
 
@@ -239,6 +224,10 @@ def _device_of(module: nn.Module, root: nn.Module) -> torch.device:
         for tensor in (*holder.parameters(), *holder.buffers()):
             return tensor.device
     return torch.get_default_device()
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, LorafxWarning, stacklevel=2)
 
 
 def _label(path: str, module: nn.Module) -> str:
