@@ -1,0 +1,274 @@
+"""select: target forms on real modules, and every refusal with its message."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from lorafx.config import LoraConfig
+from lorafx.errors import ConfigError, LorafxWarning, TargetError
+from lorafx.passes.select import build_sites
+from lorafx.registry import register, unregister
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(8, 8)
+        self.k_proj = nn.Linear(8, 4)
+        self.act = nn.ReLU()
+
+
+class Model(nn.Module):
+    def __init__(self, **odd: nn.Module) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, 8)
+        self.layers = nn.ModuleList([Attention(), Attention()])
+        self.head = nn.Linear(8, 16, bias=False)
+        for name, module in odd.items():
+            self.add_module(name, module)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+def paths(model: nn.Module, target=None, exclude=None) -> list[str]:
+    config = LoraConfig(target_modules=target, exclude_modules=exclude)
+    return [site.path for site in build_sites(model, config)[1]]
+
+
+LINEARS = [f"layers.{i}.{name}" for i in (0, 1) for name in ("q_proj", "k_proj")]
+
+
+@pytest.mark.parametrize("target", [None, "all-linear", "All-Linear"])
+def test_all_linear_leaves_out_the_output_embedding(target):
+    assert paths(Model(), target) == LINEARS
+
+
+def test_the_root_itself_can_be_a_site():
+    assert paths(nn.Linear(2, 3)) == [""]
+
+
+def test_forms():
+    model = Model()
+    assert paths(model, ["k_proj", "q_proj"]) == LINEARS  # the model's order, not the list's
+    assert paths(model, ["1.q_proj"]) == ["layers.1.q_proj"]
+    assert paths(model, ["layers.0.q_proj", "head", "embed"]) == [
+        "embed",
+        "layers.0.q_proj",
+        "head",
+    ]
+    assert paths(model, r"layers\.\d\.q_proj") == ["layers.0.q_proj", "layers.1.q_proj"]
+    assert paths(model, {"head"}) == ["head"]
+
+
+def test_exclusions():
+    model = Model()
+    assert paths(model, None, ["k_proj"]) == ["layers.0.q_proj", "layers.1.q_proj"]
+    assert paths(model, None, r"layers\.0\..*") == LINEARS[2:]
+    assert paths(model, ["embed", "q_proj"], "all-linear") == ["embed"]
+
+
+def test_peft_selects_the_same():
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=32,
+    )
+    for target, exclude in [
+        ("all-linear", None),
+        (["q_proj", "embed_tokens", "lm_head"], None),
+        (r".*\.(up|down)_proj", ["layers.0.mlp.up_proj"]),
+    ]:
+        model = transformers.LlamaForCausalLM(config)
+        mine = set(paths(model, target, exclude))
+        wrapped = peft.get_peft_model(
+            model, peft.LoraConfig(target_modules=target, exclude_modules=exclude)
+        )
+        assert mine == set(wrapped.targeted_module_names)
+
+
+def test_sizes_dtype_and_device():
+    model = Model().to(torch.bfloat16)
+    sites = build_sites(model, LoraConfig(target_modules=["embed", "k_proj"]))[1]
+    assert [(s.in_features, s.out_features) for s in sites] == [(16, 8), (8, 4), (8, 4)]
+    assert {s.dtype for s in sites} == {torch.bfloat16}
+    assert {s.device.type for s in sites} == {"cpu"}
+    assert sites[1].module is model.layers[0].k_proj
+
+
+class Packed(nn.Linear):
+    """Stores W as bytes, two values each, as 4-bit formats do."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        packed = torch.zeros(in_features * out_features // 2, 1, dtype=torch.uint8)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+
+def test_quantised_weights_take_the_declared_sizes_and_the_compute_dtype():
+    model = Model(packed=Packed(8, 6)).to(torch.bfloat16)
+    (site,) = build_sites(model, LoraConfig(target_modules=["packed"]))[1]
+    assert (site.in_features, site.out_features) == (8, 6)
+    assert site.dtype == torch.bfloat16
+    model.packed.compute_dtype = torch.float16
+    (site,) = build_sites(model, LoraConfig(target_modules=["packed"]))[1]
+    assert site.dtype == torch.float16
+
+
+def test_parametrised_weights_are_read_through():
+    model = Model(normed=torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 6)))
+    (site,) = build_sites(model, LoraConfig(target_modules=["normed"]))[1]
+    assert (site.in_features, site.out_features, site.dtype) == (8, 6, torch.float32)
+
+
+# Refusals ---------------------------------------------------------------------------------
+
+
+class Grouped(nn.Linear):
+    """A Linear by class whose weight is not (out, in)."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.weight = nn.Parameter(torch.zeros(4, 8))
+
+
+class Stacked(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.weight = nn.Parameter(torch.zeros(3, 8, 8))
+
+
+class Sizeless(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 4))
+
+
+def sparse_linear() -> nn.Module:
+    module = nn.Linear(4, 4)
+    module.weight = nn.Parameter(torch.eye(4).to_sparse(), requires_grad=False)
+    return module
+
+
+def without_features() -> nn.Module:
+    module = nn.Linear(4, 4)
+    module.in_features = None
+    return module
+
+
+IMPOSSIBLE = [
+    (nn.LayerNorm(4), r"odd \(LayerNorm\): no class along its MRO is registered"),
+    (nn.LazyLinear(4), r"odd \(LazyLinear\): its parameters are not initialised.*run the model"),
+    (nn.Embedding(4, 4, max_norm=1.0), r"odd \(Embedding\): max_norm rewrites the weight"),
+    (Grouped(), r"odd \(Grouped\): its weight has shape \(4, 8\) .*ask for \(8, 8\)"),
+    (Stacked(), r"odd \(Stacked\): its weight has shape \(3, 8, 8\)"),
+    (sparse_linear(), r"odd \(Linear\): its weight is not dense \(torch.sparse_coo\)"),
+    (without_features(), r"odd \(Linear\): its sizes must be positive, got \(None, 4\)"),
+]
+
+
+@pytest.mark.parametrize(("module", "message"), IMPOSSIBLE, ids=lambda v: type(v).__name__)
+def test_named_and_impossible(module, message):
+    with pytest.raises(TargetError, match=message):
+        paths(Model(odd=module), ["odd", "q_proj"])
+
+
+@pytest.mark.parametrize(
+    "module", [nn.LazyLinear(4), Grouped(), sparse_linear()], ids=lambda m: type(m).__name__
+)
+def test_matched_by_default_and_impossible_is_a_warning(module):
+    with pytest.warns(LorafxWarning, match="odd .* carries no LoRA: its "):
+        assert paths(Model(odd=module)) == LINEARS
+
+
+def test_default_selection_of_plain_models_is_silent():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        paths(Model())
+
+
+def test_registered_class_without_sizes():
+    register(Sizeless)
+    try:
+        with pytest.raises(TargetError, match=r"odd \(Sizeless\): its sizes cannot be read"):
+            paths(Model(odd=Sizeless()), ["odd"])
+    finally:
+        unregister(Sizeless)
+
+
+def test_containers_name_what_is_eligible_below():
+    with pytest.raises(
+        TargetError,
+        match=r"layers\.0 \(Attention\): .*eligible below it: layers\.0\.q_proj, layers\.0\.k_proj",
+    ):
+        paths(Model(), ["layers.0"])
+
+
+def test_every_problem_at_once():
+    with pytest.raises(TargetError) as caught:
+        paths(Model(odd=nn.LazyLinear(4)), ["odd", "act", "q_porj", "head", "nothing.like.it"])
+    message = str(caught.value)
+    assert message.startswith("5 problems with target_modules:")
+    for part in (
+        "layers.0.act (ReLU)",
+        "layers.1.act (ReLU)",
+        "odd (LazyLinear)",
+        "'q_porj' names no module of Model; nearest: q_proj",
+        "'nothing.like.it' names no module of Model",
+    ):
+        assert part in message
+
+
+def test_long_lists_of_problems_are_cut():
+    model = nn.Sequential(*(nn.ReLU() for _ in range(30)), nn.Linear(2, 2))
+    with pytest.raises(TargetError, match=r"(?s)^31 problems.*and 11 more$"):
+        paths(model, ".*")
+
+
+@pytest.mark.parametrize("target", ["q_prj", r"layers\.9\.q_proj", ["q_prj"], []], ids=str)
+def test_targets_that_name_nothing(target):
+    with pytest.raises(TargetError, match="names no module of Model"):
+        paths(Model(), target)
+
+
+def test_nearest_name_of_an_undotted_regular_expression():
+    with pytest.raises(TargetError, match="nearest: q_proj"):
+        paths(Model(), "q_prj")
+
+
+def test_a_model_without_any_linear():
+    with pytest.raises(TargetError, match="target_modules=None names no module of ReLU"):
+        paths(nn.ReLU())
+
+
+def test_everything_excluded():
+    with pytest.raises(TargetError, match=r"exclude_modules=\['q_proj'\] takes away all 2 modules"):
+        paths(Model(), ["q_proj"], ["q_proj"])
+
+
+def test_nothing_left_by_default():
+    with (
+        pytest.warns(LorafxWarning),
+        pytest.raises(TargetError, match="none of the modules .* can carry LoRA"),
+    ):
+        paths(nn.Sequential(nn.LazyLinear(4)))
+
+
+def test_an_exclusion_that_names_nothing_is_a_warning():
+    with pytest.warns(LorafxWarning, match="exclude_modules entry 'kproj' names no module; near"):
+        assert paths(Model(), None, ["kproj"]) == LINEARS
+
+
+def test_malformed_specifications():
+    with pytest.raises(ConfigError, match="not a regular expression"):
+        paths(Model(), "(")
+    with pytest.raises(ConfigError, match="target_modules must be"):
+        paths(Model(), 7)
