@@ -138,7 +138,7 @@ class ModuleGraph:
             for parent in reversed(list(self.graph.predecessors(node))):
                 if parent in seen:
                     continue
-                for name in reversed(self.graph.edges[parent, node]["names"]):
+                for name in reversed(self._names(parent, node)):
                     longer = f"{name}.{suffix}" if suffix else name
                     chains.append((parent, longer, seen | {parent}))
         return tuple(found)
@@ -187,7 +187,7 @@ class ModuleGraph:
             Owner(data["path"], data["module"], name)
             for node in self.graph.predecessors(leaf)
             for data in (self.graph.nodes[node],)
-            for name in self.graph.edges[node, leaf]["names"]
+            for name in self._names(node, leaf)
         ]
 
     def sharing(self, tensor: Tensor) -> list[Owner]:
@@ -219,6 +219,11 @@ class ModuleGraph:
     def _module_nodes(self) -> Iterator[Node]:
         return (("module", key) for key in self._canonical)
 
+    def _names(self, source: Node, target: Node) -> list[str]:
+        # Not `graph.edges`: networkx keeps that view on the graph it points to, and the cycle
+        # would keep the whole model alive until the garbage collector comes by.
+        return self.graph.get_edge_data(source, target)["names"]
+
     def _read_storages(self) -> None:
         """Replace the storage nodes by the storages that the tensors have at this moment."""
         graph = self.graph
@@ -235,6 +240,6 @@ class ModuleGraph:
 def _add_edge(graph: nx.DiGraph, source: Node, target: Node, name: str) -> None:
     """An edge with the attribute name; a second name for one pair joins the first."""
     if graph.has_edge(source, target):
-        graph.edges[source, target]["names"].append(name)
+        graph.get_edge_data(source, target)["names"].append(name)
     else:
         graph.add_edge(source, target, names=[name])

@@ -1,0 +1,215 @@
+"""The public entry points: `compile`, `attach`, `explain`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorafx.adapters.checkpoint import AdapterState
+from lorafx.adapters.peft_config import PeftConfig
+from lorafx.adapters.peft_model import is_peft_model, take_over
+from lorafx.adapters.peft_reader import Adapter, adapter_target_modules, read_adapter
+from lorafx.adapters.store import AdapterStore
+from lorafx.compiled import CompiledModel
+from lorafx.config import LoraConfig, Options
+from lorafx.errors import CaptureError, ConfigError
+from lorafx.explain import Explanation, model_sections
+from lorafx.packing import pack_weights
+from lorafx.passes.attach import Attach, allocate_groups
+from lorafx.passes.select import build_sites
+from lorafx.pipeline import check_options
+from lorafx.program import Program
+from lorafx.progress import progress
+
+Source = "str | os.PathLike[str] | AdapterState"
+
+
+def compile(
+    model: nn.Module,
+    lora_config: Any = None,
+    *,
+    adapters: Mapping[str, Any] | None = None,
+    example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
+    dynamic: bool | None = True,
+    options: Options | Mapping[str, Any] | None = None,
+) -> CompiledModel:
+    """Compile `model` for inference with many LoRA adapters, each row of a batch with its own.
+
+    The model's modules stay what and where they are; LoRA is a rewrite of its captured graphs.
+    Sibling weights that are packed become views of one buffer, with the same values.
+
+    Args:
+        model: any `nn.Module`, or a `peft.PeftModel`, whose loaded adapters are taken over (its
+            wrappers are taken out of the base model).
+        lora_config: a `LoraConfig`, a `peft.LoraConfig` or its dict, the path of an adapter
+            folder, a mapping name -> folder (which are loaded too), or None: what `adapters`
+            target, else every linear.
+        adapters: name -> adapter folder, loaded before the first call.
+        example_inputs: a call's keyword arguments (or positional ones) to capture graphs with at
+            once; otherwise they are captured by the first calls.
+        dynamic: as in `torch.compile`; True captures graphs for any batch size and length.
+        options: an `Options` or its dict.
+
+    Returns:
+        The executable module.
+
+    Raises:
+        ConfigError, TargetError: a configuration that cannot be honoured.
+        CheckpointError, CapacityError: an adapter that cannot be read.
+        CaptureError: the model is compiled or attached already.
+        The model is unchanged then.
+    """
+    settings = Options.of(options)
+    check_options(settings)
+    sources: dict[str, Any] = dict(adapters or {})
+    default: str | None = None
+    taken = None
+    if isinstance(model, CompiledModel):
+        raise CaptureError("this model was compiled by lorafx already; use it, or detach() first")
+    if is_peft_model(model):
+        taken = take_over(model)
+        model, default = taken.base, taken.active
+        sources = {**taken.adapters, **sources}
+    try:
+        config, extra = _resolve(lora_config, sources)
+        sources = {**extra, **sources}
+        compiled = _build(model, config, settings, sources, dynamic)
+    except BaseException:
+        if taken is not None:
+            taken.restore()
+        raise
+    if default is not None:
+        compiled.set_adapter(default)
+    if example_inputs is not None:
+        _capture(compiled, example_inputs)
+    return compiled
+
+
+def attach(model: nn.Module, lora_config: Any = None) -> nn.Module:
+    """Only mark `model`: its sites get banks and forward hooks. Returns the model.
+
+    Raises:
+        As `compile`.
+    """
+    config, _ = _resolve(lora_config, {})
+    graph, sites = build_sites(model, config)
+    Attach().run(graph, sites, config)
+    return model
+
+
+def explain(model: nn.Module, lora_config: Any = None) -> Explanation:
+    """Sites and banks that `lora_config` gives `model`; nothing runs and nothing is changed.
+
+    Bank sizes are computed on the meta device.
+    """
+    config, _ = _resolve(lora_config, {})
+    graph, sites = build_sites(model, config)
+    meta = tuple(replace(site, device=torch.device("meta")) for site in sites)
+    groups = allocate_groups(meta, config)
+    return Explanation(tuple(model_sections(sites, groups, config)))
+
+
+def _build(
+    model: nn.Module,
+    config: LoraConfig,
+    options: Options,
+    sources: Mapping[str, Any],
+    dynamic: bool | None,
+) -> CompiledModel:
+    graph, sites = build_sites(model, config)
+    loaded: list[Adapter] = []
+    for name, source in sources.items():
+        with progress(f"reading adapter {name}"):
+            loaded.append(
+                read_adapter(source, name, sites, model=model, max_rank=config.max_rank)
+            )
+    attachment = Attach().run(graph, sites, config)
+    try:
+        store = AdapterStore(attachment.groups, config.max_adapters, config.max_rank)
+        for adapter in loaded:
+            store.load(adapter)
+    except BaseException:
+        attachment.detach()
+        raise
+    packed = []
+    if options.passes.get("pack", True) and options.passes.get("fuse", True):
+        for group in attachment.groups:
+            pack = pack_weights(graph, group)
+            if pack is not None:
+                packed.append(pack)
+                for site in group.sites:
+                    mark = attachment.marks[site.path]
+                    mark.weight, mark.bias = pack.weight, pack.bias
+    program = Program(
+        model, graph, sites, attachment.groups, tuple(packed), attachment.runtime, config, options
+    )
+    return CompiledModel(program, attachment, store, dynamic)
+
+
+def _capture(compiled: CompiledModel, inputs: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Capture the base's graph and the one with adapters."""
+    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+    compiled.capture(args, kwargs)
+
+
+def _resolve(
+    lora_config: Any, sources: Mapping[str, Any]
+) -> tuple[LoraConfig, dict[str, Any]]:
+    """(configuration, adapters that it names) from any accepted form."""
+    if isinstance(lora_config, LoraConfig):
+        if lora_config.target_modules is None and sources:
+            targets, _ = _targets_of(sources)
+            return replace(lora_config, target_modules=targets), {}
+        return lora_config, {}
+    if lora_config is None:
+        if not sources:
+            return LoraConfig(), {}
+        targets, rank = _targets_of(sources)
+        return LoraConfig(target_modules=targets, max_rank=rank, max_adapters=_room(sources)), {}
+    if isinstance(lora_config, (str, os.PathLike)):
+        return _resolve(None, {"default": lora_config, **sources})[0], {"default": lora_config}
+    if isinstance(lora_config, Mapping) and _is_adapter_mapping(lora_config):
+        named = dict(lora_config)
+        return _resolve(None, {**named, **sources})[0], named
+    peft = PeftConfig.read(lora_config)
+    rank = peft.max_rank or LoraConfig.max_rank
+    if sources:
+        rank = max(rank, _targets_of(sources)[1])
+    return (
+        LoraConfig(
+            target_modules=peft.target_modules,
+            exclude_modules=peft.exclude_modules,
+            max_rank=rank,
+            max_adapters=_room(sources),
+        ),
+        {},
+    )
+
+
+def _room(sources: Mapping[str, Any]) -> int:
+    return max(LoraConfig.max_adapters, len(sources))
+
+
+def _is_adapter_mapping(value: Mapping[str, Any]) -> bool:
+    """A mapping name -> adapter, told from a PEFT configuration by its keys and values."""
+    if not value:
+        raise ConfigError("lora_config is an empty mapping; give name -> adapter folder")
+    if "peft_type" in value or {"r", "lora_alpha"} & set(value):
+        return False
+    return all(isinstance(item, (str, os.PathLike, AdapterState)) for item in value.values())
+
+
+def _targets_of(sources: Mapping[str, Any]) -> tuple[list[str], int]:
+    """Modules that the adapters name, and their largest rank."""
+    modules: dict[str, None] = {}
+    rank = 1
+    for source in sources.values():
+        targets = adapter_target_modules(source)
+        modules.update(dict.fromkeys(targets.modules))
+        rank = max(rank, targets.rank)
+    return list(modules), rank

@@ -1,0 +1,186 @@
+"""The Dynamo backend of one program: a captured frame goes in, an executable comes out.
+
+A frame without LoRA (no active adapter, or a part of the model without sites) is compiled exactly
+as the base model would be. Any other goes through AOTAutograd to the functional ATen graph, the
+passes, and the lowering. The executable keeps nothing of one layer: weights, banks and slots are
+graph inputs, and what `match` had to add is looked up by the weight of the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._guards import CompileContext
+
+from lorafx.context import Context, Refusal, SiteState
+from lorafx.dump import GraphDump, dump_folder
+from lorafx.errors import MatchError, ProvenanceError
+from lorafx.frame import Frame
+from lorafx.lowering import Lowering, lowering_for
+from lorafx.pipeline import PipelineReport, run_pipeline
+from lorafx.program import Program
+from lorafx.progress import progress
+from lorafx.sites import Site
+from lorafx.verify import NumericCheck
+
+
+@dataclass(eq=False)
+class GraphRecord:
+    """What is known about one compiled graph; `explain`, `dump` and the tests read it."""
+
+    title: str
+    frame_id: int
+    lora: bool
+    dump: GraphDump
+    report: PipelineReport = field(default_factory=PipelineReport)
+    states: list[SiteState] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+
+    def check(self, program: Program) -> None:
+        """Refuse the running batch where this graph cannot serve it.
+
+        Raises:
+            MatchError: an adapter of the batch touches a site whose weight is used in a way that
+                LoRA cannot be applied to.
+            ProvenanceError: the batch mixes adapters that touch a site whose rows have no proved
+                owner.
+        """
+        runtime = program.runtime
+        for refusal in self.refusals:
+            if refusal.when == "mixed" and runtime.uniform:
+                continue
+            touched = [site for site in refusal.sites if program.is_touched(site)]
+            if touched:
+                names = ", ".join(site.path or "(root)" for site in touched)
+                if refusal.when == "always":
+                    raise MatchError(
+                        f"LoRA cannot be applied at {names}: {refusal.reason}. Take the module out "
+                        "by exclude_modules, or unload the adapters that touch it"
+                    )
+                raise ProvenanceError(
+                    f"this batch mixes adapters, and at {names} it is not proved which request a "
+                    f"row belongs to: {refusal.reason}. Run one adapter a batch, say which "
+                    "dimension of an argument holds the requests by LoraConfig(row_dims=...), or "
+                    "take the module out by exclude_modules"
+                )
+
+
+class Backend:
+    """Compiles the frames of one program. One instance a CompiledModel; graphs are not shared."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.records: list[GraphRecord] = []
+        self.lowering: Lowering = lowering_for(program)
+
+    def __call__(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        program = self.program
+        frame = Frame.of(program, gm.graph, examples)
+        lora = program.runtime.active and frame.carries_lora
+        title = f"graph {len(self.records)}{' lora' if lora else ' base'}"
+        compile_id = CompileContext.current_compile_id()
+        frame_id = getattr(compile_id, "frame_id", 0) or 0
+        record = GraphRecord(title, frame_id, lora, GraphDump(title, dump_folder(program.options)))
+        with progress(f"compiling {title}"):
+            if not lora:
+                record.dump.graph("captured", gm)
+                executable = self.lowering.base(gm, examples)
+            else:
+                compiler = _FrameCompiler(self, frame, record)
+                executable = aot_autograd(
+                    fw_compiler=compiler,
+                    inference_compiler=compiler,
+                    decompositions=self.lowering.decompositions(),
+                )(gm, examples)
+        self.records.append(record)
+        return executable
+
+
+class _FrameCompiler:
+    """AOTAutograd's inference compiler for one frame."""
+
+    def __init__(self, backend: Backend, frame: Frame, record: GraphRecord) -> None:
+        self.backend = backend
+        self.frame = frame
+        self.record = record
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        program, record = self.backend.program, self.record
+        self.frame.bind(gm.graph)
+        ctx = Context(program, self.frame, gm, edits_left=program.options.max_edits)
+        numeric = NumericCheck(record.title) if program.options.verify == "numeric" else None
+        record.report = run_pipeline(gm, ctx, record.dump, numeric.keep if numeric else None)
+        for key, states in enumerate(ctx.states.values()):
+            for state in states:
+                state.node_key = key
+                # Nodes would hold the whole graph alive.
+                state.use = state.packed_weight = state.packed_bias = None
+            record.states.extend(states)
+        record.refusals = ctx.refusals
+        extra = list(self.frame.extra_nodes)
+        values = [node.meta["val"] for node in self.frame.extra_nodes.values()]
+        executable = self.backend.lowering.compile(gm, [*inputs, *values])
+        nulls = [
+            torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+            if name not in ("slot", "slots")
+            else None
+            for (_, name), value in zip(extra, values, strict=True)
+        ]
+        return _executable(program, record, executable, extra, nulls, numeric)
+
+
+def _executable(
+    program: Program,
+    record: GraphRecord,
+    compiled: Callable[[list[Any]], Any],
+    extra: Sequence[tuple[int, str]],
+    nulls: Sequence[Tensor | None],
+    numeric: NumericCheck | None,
+) -> Callable[..., Any]:
+    """The compiled graph behind the checks of each call, in AOTAutograd's boxed convention."""
+
+    def run(arguments: list[Any]) -> Any:
+        if record.refusals:
+            record.check(program)
+        if extra:
+            arguments.extend(_looked_up(program, arguments, extra, nulls))
+        if numeric is not None and numeric.stages:
+            numeric.run(arguments, mixed=not program.runtime.uniform)
+        return compiled(arguments)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def _looked_up(
+    program: Program,
+    arguments: Sequence[Any],
+    extra: Sequence[tuple[int, str]],
+    nulls: Sequence[Tensor | None],
+) -> list[Any]:
+    """The inputs that `match` added, found by the weight that stands at their position.
+
+    A layer whose weight carries no site gets a bank of rank zero.
+    """
+    found: list[Any] = []
+    for (position, name), null in zip(extra, nulls, strict=True):
+        if name == "slots":
+            found.append(program.runtime.slots)
+        elif name == "slot":
+            found.append(program.runtime.slots[:1])
+        else:
+            bank = program.bank_of_weight(arguments[position])
+            found.append(null if bank is None else getattr(bank, name))
+    return found
+
+
+def seen_sites(records: Sequence[GraphRecord]) -> set[Site]:
+    """The sites that some graph serves or refuses."""
+    found = {state.site for record in records for state in record.states}
+    found.update(site for record in records for item in record.refusals for site in item.sites)
+    return found

@@ -1,0 +1,206 @@
+"""CompiledModel: the executable that `lorafx.compile` returns."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lorafx.adapters.peft_reader import read_adapter
+from lorafx.adapters.store import BASE, AdapterStore
+from lorafx.backend import Backend
+from lorafx.entry import Entry, Session
+from lorafx.errors import CaptureError, ConfigError, LorafxError
+from lorafx.explain import Explanation
+from lorafx.generation import generate
+from lorafx.passes.attach import Attachment
+from lorafx.program import Program
+from lorafx.sites import Site
+
+
+class CompiledModel(nn.Module):
+    """A model that serves its base and many LoRA adapters in one batch.
+
+    Attributes that it does not have are those of the model, which is `model`, unchanged: same
+    classes, names, `state_dict()`, `save_pretrained()`. For inference only: gradients are off.
+    Not safe for calls from several threads at once.
+    """
+
+    def __init__(
+        self, program: Program, attachment: Attachment, store: AdapterStore, dynamic: bool | None
+    ) -> None:
+        super().__init__()
+        self.model = program.model
+        self._attachment = attachment
+        self._session = Session(program, store, Backend(program), dynamic)
+        self._entries: dict[int, Entry] = {}
+        self.train(program.model.training)
+
+    def forward(
+        self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any
+    ) -> Any:
+        """The model's forward with an adapter for each row.
+
+        Args:
+            adapter_names: a name, or None or "__base__" for the base model, for each request, in
+                the order of the batch. Without it every row uses the default of `set_adapter`.
+            *args, **kwargs: of the model's own forward.
+
+        Raises:
+            BatchError: `adapter_names` does not fit the batch.
+            UnknownAdapterError: a name that is not loaded.
+            CapacityError: more distinct adapters than slots.
+            ProvenanceError, MatchError: this batch cannot be served rightly; says why.
+            CaptureError: the model was detached, moved, or needs more graphs than allowed.
+        """
+        self._check_attached()
+        with self._session.serving(self._checked(adapter_names)):
+            return self.entry(self.model)(*args, **kwargs)
+
+    def generate(
+        self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any
+    ) -> Any:
+        """transformers' `generate` with an adapter for each prompt.
+
+        Beams and returned sequences of one prompt keep its adapter.
+
+        Args:
+            adapter_names: one for each prompt, as in `forward`.
+            *args, **kwargs: of the model's own `generate`.
+
+        Raises:
+            LorafxError: the model has no `generate`.
+            Otherwise as `forward`.
+        """
+        self._check_attached()
+        with self._session.serving(self._checked(adapter_names), repeats=True):
+            return generate(self, *args, **kwargs)
+
+    def entry(self, module: nn.Module) -> Entry:
+        """The compiled forward of `module`, the model itself or a part that runs by itself."""
+        if id(module) not in self._entries:
+            self._entries[id(module)] = Entry(self._session, module)
+        return self._entries[id(module)]
+
+    def capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Capture the graphs for this call, without adapters and with them, by running both."""
+        self._check_attached()
+        with self._session.serving(None):
+            self._session.default, default = None, self._session.default
+            try:
+                self.entry(self.model)(*args, **kwargs)
+                with self._session.forced_active():
+                    self.entry(self.model)(*args, **kwargs)
+            finally:
+                self._session.default = default
+
+    # --- adapters ---
+
+    def set_adapter(self, name: str | None) -> None:
+        """The adapter of calls that name none; None for the base model."""
+        if name is not None and name != BASE:
+            self._session.store[name]
+        self._session.default = name
+
+    def load_adapter(self, source: str | os.PathLike[str], name: str) -> None:
+        """Read an adapter folder and keep it in host memory; a batch that names it brings it in.
+
+        An adapter of the same name is replaced.
+
+        Raises:
+            CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
+        """
+        program = self._session.program
+        adapter = read_adapter(
+            source, name, program.sites, model=program.model, max_rank=program.config.max_rank
+        )
+        self._session.store.load(adapter)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter and free its slot; if it was the default, the base model is now.
+
+        Raises:
+            UnknownAdapterError: it is not loaded.
+        """
+        self._session.store.unload(name)
+        if self._session.default == name:
+            self._session.default = None
+
+    def pin_adapter(self, name: str) -> None:
+        """Bring an adapter into a slot now and keep it there.
+
+        Raises:
+            UnknownAdapterError, CapacityError.
+        """
+        self._session.store.pin(name)
+
+    def unpin_adapter(self, name: str) -> None:
+        """Let a pinned adapter be evicted again."""
+        self._session.store.unpin(name)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loaded adapters, in order of loading."""
+        return self._session.store.names
+
+    # --- what it is and does ---
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The modules that can carry LoRA, by canonical path with their aliases."""
+        return self._session.program.sites
+
+    @property
+    def recompiles(self) -> int:
+        """Graphs captured so far."""
+        return len(self._session.backend.records)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes: "banks" on the device, "host" copies of adapters, "base" parameters."""
+        base = {id(p): p.numel() * p.element_size() for p in self.model.parameters()}
+        return {**self._session.store.nbytes(), "base": sum(base.values())}
+
+    def explain(self) -> Explanation:
+        """Sites, groups, graphs, packs, row maps, plan and refusals as they are now."""
+        return Explanation.of(self._session)
+
+    def dump(self, folder: str | os.PathLike[str]) -> Path:
+        """Write every captured graph, before and after each pass, as text and as diffs."""
+        target = Path(folder)
+        for record in self._session.backend.records:
+            record.dump.write(target)
+        (target / "explain.txt").write_text(f"{self.explain()}\n")
+        return target
+
+    def detach(self) -> nn.Module:
+        """Take the marks off the model and return it; this object serves no more calls."""
+        self._attachment.detach()
+        return self.model
+
+    # --- plumbing ---
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    def _check_attached(self) -> None:
+        if not self._attachment.handles:
+            raise CaptureError("this model was detached; call lorafx.compile again")
+
+    def _checked(self, names: Sequence[str | None] | None) -> Sequence[str | None] | None:
+        if names is None:
+            return None
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise ConfigError(
+                f"adapter_names is a list with one name, or None, a row; got {names!r}"
+            )
+        if not names:
+            raise LorafxError("adapter_names is empty; give one name, or None, a row")
+        return names

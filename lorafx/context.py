@@ -1,0 +1,209 @@
+"""What a graph pass may read and change: the frame, the site nodes, refusals, and new nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch._guards import detect_fake_mode
+
+import lorafx.kernels.ops  # noqa: F401  (defines torch.ops.lorafx)
+from lorafx.errors import MatchError
+from lorafx.frame import Frame, fake_value
+from lorafx.program import BANK_FIELDS, Program
+from lorafx.registry import lookup
+from lorafx.sites import Site
+from lorafx.weight_uses import Use
+
+SITE_OP = torch.ops.lorafx.site.default
+EMBEDDING_OP = torch.ops.lorafx.embedding_site.default
+FUSED_OP = torch.ops.lorafx.fused_linear.default
+
+#: Positions of arguments that the two site ops share: x (or ids), y, A, B, ranks, scales, slots.
+BANK_ARGUMENTS = slice(2, 7)
+SLOTS_ARGUMENT = 6
+ROWS_ARGUMENT = {SITE_OP: 9, EMBEDDING_OP: 7}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why LoRA cannot be applied at some sites in this graph.
+
+    `when` says which batches it concerns: "always" any whose adapters touch the site, "mixed"
+    only those whose rows use different adapters.
+    """
+
+    sites: tuple[Site, ...]
+    when: Literal["always", "mixed"]
+    reason: str
+
+    def describe(self) -> str:
+        return f"{', '.join(site.path or '(root)' for site in self.sites)}: {self.reason}"
+
+
+@dataclass
+class SiteState:
+    """What became of one site in one graph; printed by `explain` and the dumps."""
+
+    site: Site
+    use: Use | None
+    rewritten: bool = False
+    rows: str = "unproved"
+    form: str = "mark"
+    strategy: str = ""
+    node_key: int = 0  # sites with the same key are served by one node
+    packed_weight: fx.Node | None = None
+    packed_bias: fx.Node | None = None
+
+
+@dataclass(eq=False)
+class Context:
+    """State of one graph on its way through the passes."""
+
+    program: Program
+    frame: Frame
+    graph_module: fx.GraphModule
+    states: dict[fx.Node, list[SiteState]] = field(default_factory=dict)
+    refusals: list[Refusal] = field(default_factory=list)
+    edits_left: int | None = None
+
+    def __post_init__(self) -> None:
+        values = [fake_value(node) for node in self.graph_module.graph.nodes]
+        self.fake_mode = detect_fake_mode([value for value in values if isinstance(value, Tensor)])
+
+    # --- site nodes ---
+
+    def is_mark(self, node: fx.Node) -> bool:
+        return node.op == "call_function" and node.target in ROWS_ARGUMENT
+
+    def site_of_mark(self, node: fx.Node) -> Site:
+        """The site of a hook's op: its bank names the group, its `sibling` argument the site."""
+        item = self.frame.by_node.get(node.args[2])  # type: ignore[arg-type]
+        if item is None or item.group is None:
+            raise MatchError(
+                f"{node.name} takes a bank that is not a graph input of this model's program"
+                f"{self.where(node)}; was another model's mark captured with this one?"
+            )
+        sibling = node.args[7] if node.target is SITE_OP else 0
+        return item.group.sites[int(sibling)]  # type: ignore[call-overload]
+
+    def record(
+        self, site: Site, node: fx.Node, use: Use | None, *, rewritten: bool = False
+    ) -> None:
+        form = "mark" if use is None or not rewritten else "rewritten"
+        self.states[node] = [SiteState(site, use, rewritten, form=form)]
+
+    def forget(self, node: fx.Node) -> None:
+        self.states.pop(node, None)
+
+    def merge(self, old: Iterable[fx.Node], new: fx.Node, form: str) -> None:
+        """`new` now does what the nodes `old` did."""
+        merged: list[SiteState] = []
+        for node in old:
+            merged.extend(self.states.pop(node))
+        for state in merged:
+            state.form = form
+        self.states[new] = merged
+
+    def refuse(self, refusal: Refusal) -> None:
+        self.refusals.append(refusal)
+
+    def take_edit(self) -> bool:
+        """True while the budget of `Options.max_edits` lasts; each True uses one up."""
+        if self.edits_left is None:
+            return True
+        self.edits_left -= 1
+        return self.edits_left >= 0
+
+    # --- where things are ---
+
+    def where(self, node: fx.Node) -> str:
+        """A fragment for messages: the node, the innermost module, the source line."""
+        parts = [f"node {node.name}"]
+        path = self.module_path(node)
+        if path:
+            parts.append(f"in {path}")
+        trace = str(node.meta.get("stack_trace") or "").strip().splitlines()
+        if trace:
+            parts.append(f"`{trace[-1].strip()}`")
+        return f" ({', '.join(parts)})"
+
+    def module_path(self, node: fx.Node) -> str:
+        """Path of the innermost module whose forward made `node`, or "" where it is not known."""
+        stack = node.meta.get("nn_module_stack") or {}
+        for path, _ in reversed(list(stack.values())):
+            return _plain_path(path)
+        return ""
+
+    def inside(self, node: fx.Node, module: nn.Module) -> bool:
+        """True where `node` was made by the forward of `module` itself or something below it."""
+        paths = self.program.graph.paths(module)
+        stack = node.meta.get("nn_module_stack") or {}
+        return any(_plain_path(path) in paths for path, _ in stack.values())
+
+    def unselected_owners(self, weight: fx.Node, kind: str) -> list[nn.Module]:
+        """Modules of this kind that hold the same weight and are not sites (a tied head)."""
+        sites = self.frame.by_node[weight].sites
+        tensor = self.program.weight_of(sites[0])
+        selected = {id(site.module) for site in sites}
+        owners = []
+        for path, module, _ in self.program.graph.owners(tensor):
+            entry = lookup(module)
+            if id(module) not in selected and entry is not None and entry.kind == kind:
+                owners.append(self.program.graph.at(path))
+        return owners
+
+    # --- new nodes ---
+
+    def call(self, graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
+        """A call_function node with its fake value, at the graph's insertion point."""
+        node = graph.call_function(target, args)
+        values = fx.node.map_arg(args, fake_value)
+        assert self.fake_mode is not None
+        with self.fake_mode:
+            node.meta["val"] = target(*values)
+        return node
+
+    def bank_inputs(self, graph: fx.Graph, site: Site, weight: fx.Node) -> tuple[fx.Node, ...]:
+        """(A, B, ranks, scales, slots) of `site` as graph inputs that the executable looks up by
+        the weight that it is called with: the same graph may serve other layers."""
+        frame, assert_mode = self.frame, self.fake_mode
+        assert assert_mode is not None
+        position = frame.positions[weight]
+        bank = self.program.site_bank(site)
+        nodes = [
+            self._extra_input(
+                graph, position, name, assert_mode.from_tensor(getattr(bank, name), static_shapes=True)
+            )
+            for name in BANK_FIELDS
+        ]
+        slots = next((node for node, item in frame.by_node.items() if item.kind == "slots"), None)
+        if slots is None:
+            size = frame.batch_size()
+            with assert_mode:
+                value = torch.empty(
+                    (1 if size is None else size,), dtype=torch.int32, device=bank.A.device
+                )
+            slots = self._extra_input(graph, position, "slot" if size is None else "slots", value)
+        return (*nodes, slots)
+
+    def _extra_input(self, graph: fx.Graph, position: int, name: str, value: Tensor) -> fx.Node:
+        key = (position, name)
+        if key in self.frame.extra_nodes:
+            return self.frame.extra_nodes[key]
+        last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+        with graph.inserting_after(last):
+            node = graph.placeholder(f"lorafx_{name}_{len(self.frame.extra_nodes)}")
+        node.meta["val"] = value
+        self.frame.extra_nodes[key] = node
+        return node
+
+
+def _plain_path(path: str) -> str:
+    """Dynamo's module path as a dotted path: `L['self']._modules['model']` -> `model`."""
+    text = path.replace("L['self']", "", 1).replace("._modules[", ".[").replace("['", ".")
+    text = text.replace('["', ".").replace("']", "").replace('"]', "").replace("..", ".")
+    return text.strip(".")

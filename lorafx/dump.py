@@ -1,0 +1,56 @@
+"""Graph dumps: every pass's graph as a readable program, and what the pass changed as a diff."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import fx
+
+from lorafx.config import Options
+
+
+def dump_folder(options: Options) -> Path | None:
+    """Where dumps go: `Options.dump`, else LORAFX_DUMP, else nowhere. The one place that asks."""
+    folder = options.dump or os.environ.get("LORAFX_DUMP")
+    return Path(folder) if folder else None
+
+
+@dataclass
+class GraphDump:
+    """The graphs of one capture, kept as text and written as they come when a folder is given."""
+
+    title: str
+    folder: Path | None
+    stages: list[tuple[str, str, str]] = field(default_factory=list)  # (name, heading, text)
+
+    def graph(
+        self, name: str, gm: fx.GraphModule, *, edits: int | None = None, seconds: float = 0.0
+    ) -> None:
+        """Record the graph after pass `name`."""
+        text = gm.print_readable(print_output=False, include_stride=False, include_device=False)
+        heading = f"# {self.title}, after {name}"
+        if edits is not None:
+            heading += f": {edits} edits, {len(gm.graph.nodes)} nodes, {seconds * 1e3:.1f} ms"
+        self.stages.append((name, heading, text))
+        if self.folder is not None:
+            self._write(len(self.stages) - 1, self.folder)
+
+    def write(self, folder: Path) -> None:
+        """Write all stages into `folder`, as LORAFX_DUMP would have."""
+        for index in range(len(self.stages)):
+            self._write(index, folder)
+
+    def _write(self, index: int, folder: Path) -> None:
+        target = folder / self.title.replace(" ", "-")
+        target.mkdir(parents=True, exist_ok=True)
+        name, heading, text = self.stages[index]
+        (target / f"{index:02d}-{name}.py").write_text(f"{heading}\n{text}\n")
+        if index:
+            before = self.stages[index - 1]
+            lines = difflib.unified_diff(
+                before[2].splitlines(), text.splitlines(), before[0], name, lineterm="", n=2
+            )
+            (target / f"{index:02d}-{name}.diff").write_text("\n".join([heading, *lines]) + "\n")

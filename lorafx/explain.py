@@ -1,0 +1,101 @@
+"""`explain`: what lorafx made of a model, as text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lorafx.backend import GraphRecord, seen_sites
+from lorafx.config import LoraConfig
+from lorafx.sites import Group, Site
+
+if TYPE_CHECKING:
+    from lorafx.entry import Session
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Text by section; `str()` is the whole report."""
+
+    sections: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def __str__(self) -> str:
+        parts = []
+        for title, lines in self.sections:
+            parts.append(title)
+            parts.extend(f"  {line}" for line in lines)
+        return "\n".join(parts)
+
+    @classmethod
+    def of(cls, session: Session) -> Explanation:
+        """The report on a compiled model."""
+        program, store = session.program, session.store
+        records = session.backend.records
+        resident, pinned = store.resident, store.pinned
+        adapters = [
+            f"{name}: rank {store[name].rank}, {len(store[name].sites)} sites, "
+            + (f"slot {resident[name]}" if name in resident else "in host memory")
+            + (", pinned" if name in pinned else "")
+            for name in store.names
+        ]
+        sections = [
+            *model_sections(program.sites, program.groups, program.config),
+            (f"adapters: {len(adapters)}", tuple(adapters)),
+            (f"graphs: {len(records)}", ()),
+        ]
+        for record in records:
+            sections.append((record.title, tuple(_graph_lines(record))))
+        lora = [record for record in records if record.lora]
+        unseen = [site.path for site in program.sites if site not in seen_sites(lora)]
+        if lora and unseen:
+            sections.append(("sites that no graph has reached yet", tuple(unseen)))
+        return cls(tuple(sections))
+
+
+def model_sections(
+    sites: Sequence[Site], groups: Sequence[Group], config: LoraConfig
+) -> list[tuple[str, tuple[str, ...]]]:
+    """Sites and banks, which need no graph."""
+    site_lines = [
+        f"{site.path or '(root)'}: {type(site.module).__name__} as {site.eligible.cls.__name__}, "
+        f"{site.in_features} -> {site.out_features}, {site.dtype}".replace("torch.", "")
+        + (f", also {', '.join(site.aliases)}" if site.aliases else "")
+        for site in sites
+    ]
+    bank_lines = [
+        f"[{', '.join(site.path.rpartition('.')[2] for site in group.sites)}] "
+        f"of {group.sites[0].path.rpartition('.')[0] or '(root)'}: {group.bank.nbytes} bytes"
+        for group in groups
+    ]
+    return [
+        (f"sites: {len(sites)}", tuple(site_lines)),
+        (
+            f"banks: {len(groups)}, {config.max_adapters} slots of rank up to {config.max_rank}",
+            tuple(bank_lines),
+        ),
+    ]
+
+
+def _graph_lines(record: GraphRecord) -> list[str]:
+    lines = [
+        f"{report.name}: {report.edits} edits, {report.nodes} nodes, {report.seconds * 1e3:.0f} ms"
+        for report in record.report.passes
+    ]
+    packs: dict[int, list[str]] = {}
+    for state in record.states:
+        packs.setdefault(state.node_key, []).append(state.site.path)
+    forms = Counter(state.form for state in record.states)
+    if forms:
+        lines.append("forms: " + ", ".join(f"{count} {form}" for form, count in forms.items()))
+    for paths in packs.values():
+        if len(paths) > 1:
+            parent = paths[0].rpartition(".")[0]
+            names = ", ".join(path.rpartition(".")[2] for path in paths)
+            lines.append(f"pack {parent}: [{names}]")
+    strategies = Counter((state.strategy, state.rows) for state in record.states)
+    for (strategy, rows), count in strategies.items():
+        lines.append(f"plan: {strategy or 'aten'} at {count} sites, {rows}")
+    lines.extend(f"refused ({item.when}): {item.describe()}" for item in record.refusals)
+    return lines

@@ -1,0 +1,143 @@
+"""One captured frame: what each input of its graph is.
+
+Dynamo hands the backend a graph and the real example tensors. Identity of those tensors says what
+each input is: a weight of some module, a bank, the slots, a packed weight, an argument of the
+call. The frame is dropped when its graph is compiled; nothing of it reaches the executable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from lorafx.roles import Role
+from lorafx.sites import Group, Site
+
+if TYPE_CHECKING:
+    from lorafx.program import Program
+
+InputKind = Literal["symbol", "weight", "state", "bank", "slots", "packed", "argument", "unknown"]
+
+
+@dataclass(frozen=True)
+class FrameInput:
+    """One graph input.
+
+    Attributes:
+        kind: "symbol" (a size), "weight" (of a selected site), "state" (another parameter, buffer
+            or attribute of a module), "bank", "slots", "packed" (packed base weight or bias),
+            "argument" (of the call), "unknown" (an intermediate of another frame, a global).
+        sites: the sites whose base weight or bias this is.
+        group, field: for banks and packed tensors.
+        role: for arguments.
+        label: how to name the input in messages.
+    """
+
+    kind: InputKind
+    label: str
+    sites: tuple[Site, ...] = ()
+    group: Group | None = None
+    field: str = ""
+    role: Role | None = None
+
+
+class Frame:
+    """The inputs of one captured frame, by position, and by placeholder once AOT has traced it."""
+
+    def __init__(self, program: Program, inputs: Sequence[FrameInput]) -> None:
+        self.program = program
+        self.inputs = tuple(inputs)
+        self.by_node: dict[fx.Node, FrameInput] = {}
+        #: Position of each placeholder among the arguments that the executable is called with.
+        self.positions: dict[fx.Node, int] = {}
+        #: Inputs that `match` added, by (position of a weight, field of its site's bank). They
+        #: follow the others in this order.
+        self.extra_nodes: dict[tuple[int, str], fx.Node] = {}
+
+    @classmethod
+    def of(cls, program: Program, graph: fx.Graph, examples: Sequence[Any]) -> Frame:
+        """Classify the inputs of a Dynamo graph by the identity of their example values."""
+        known = program.known_tensors()
+        arguments = program.call_arguments()
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        inputs = []
+        for node, example in zip(placeholders, examples, strict=True):
+            label = _source_name(node)
+            if not isinstance(example, Tensor):
+                inputs.append(FrameInput("symbol", label))
+            elif id(example) in known:
+                inputs.append(known[id(example)])
+            elif id(example) in arguments:
+                inputs.append(FrameInput("argument", label, role=arguments[id(example)]))
+            elif example.dim() == 0 and example.numel() == 1:
+                # Dynamo turns Python floats held by modules into 0-d tensors.
+                inputs.append(FrameInput("state", label))
+            else:
+                inputs.append(FrameInput("unknown", label))
+        return cls(program, inputs)
+
+    @property
+    def carries_lora(self) -> bool:
+        """True where the graph takes a bank, or the weight of a selected site."""
+        return any(item.kind in ("bank", "weight") for item in self.inputs)
+
+    def bind(self, graph: fx.Graph) -> None:
+        """Map AOTAutograd's placeholders, which keep the order of Dynamo's, to the inputs."""
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        for position, node in enumerate(placeholders):
+            index = getattr(node.meta.get("desc"), "idx", position)
+            self.by_node[node] = self.inputs[index]
+            self.positions[node] = position
+
+    def batch_size(self) -> Any:
+        """The number of requests as tracing knows it (int or SymInt), or None: no argument of
+        this frame carries requests."""
+        for node, item in self.by_node.items():
+            value = fake_value(node)
+            if item.kind == "argument" and item.role is not None and item.role.known:
+                dim = item.role.dim
+                if dim is not None and dim < value.dim():
+                    return value.shape[dim]
+        return None
+
+
+def _source_name(node: fx.Node) -> str:
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", None)
+    if callable(name):  # a method before torch 2.12
+        name = name()
+    return str(name) if name is not None else node.name
+
+
+def fake_value(node: fx.Node) -> Any:
+    """The fake tensor (or symbol) that tracing recorded for `node`."""
+    return node.meta.get("val")
+
+
+def batch_symbols(frame: Frame) -> set[Any]:
+    """The symbols (or ints) that are the number of requests, by contract, in this frame's graph.
+
+    The slots' length, and the request dimension of every argument that has one; a size of one
+    beside a larger batch is a shared argument, not a batch.
+    """
+    found: set[Any] = set()
+    for node, item in frame.by_node.items():
+        value = fake_value(node)
+        if not isinstance(value, torch.Tensor):
+            continue
+        size: Any = None
+        if item.kind == "slots":
+            size = value.shape[0]
+        elif item.kind == "argument" and item.role is not None and item.role.known:
+            dim = item.role.dim
+            if dim is not None and dim < value.dim():
+                size = value.shape[dim]
+        if size is not None:
+            found.add(size.node.expr if isinstance(size, torch.SymInt) else size)
+    if len(found) > 1:
+        found.discard(1)
+    return found

@@ -1,0 +1,92 @@
+"""Lowerings: how a graph after the passes, and a graph without LoRA, become executables.
+
+    inductor    Inductor with generated kernels for the LoRA part; the base as torch.compile has it
+    reference   aten, run node by node; the base as eager has it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import fx
+
+if TYPE_CHECKING:
+    from lorafx.program import Program
+
+aten = torch.ops.aten
+
+
+class Lowering(Protocol):
+    """Two roads: graphs with LoRA (`compile`) and graphs of the base model alone (`base`)."""
+
+    def decompositions(self) -> dict[Any, Callable[..., Any]]: ...
+
+    def compile(
+        self, gm: fx.GraphModule, inputs: Sequence[Any]
+    ) -> Callable[[list[Any]], Any]: ...
+
+    def base(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]: ...
+
+
+def decomposition_table() -> dict[Any, Callable[..., Any]]:
+    """Inductor's table without those that take matrix products apart: `match` has to see them.
+
+    Inductor lowers the products itself afterwards.
+    """
+    from torch._inductor.decomposition import select_decomp_table
+
+    table = dict(select_decomp_table())
+    for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.embedding):
+        for overload in op.overloads():
+            table.pop(getattr(op, overload), None)
+    return table
+
+
+class InductorLowering:
+    """Inductor. The rewritten graph is what its caches hash, so a changed pass cannot be stale."""
+
+    def decompositions(self) -> dict[Any, Callable[..., Any]]:
+        return decomposition_table()
+
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
+        from torch._inductor import compile_fx as inductor
+
+        # What compile_fx does for inference before its inner compile.
+        gm = inductor._recursive_joint_graph_passes(gm)
+        output = next(node for node in gm.graph.nodes if node.op == "output")
+        output.meta["user_visible_output_idxs"] = [
+            index for index, item in enumerate(output.args[0]) if isinstance(item, fx.Node)
+        ]
+        return inductor.compile_fx_inner(gm, list(inputs), is_inference=True)
+
+    def base(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(gm, list(examples))
+
+
+class ReferenceLowering:
+    """Plain aten, node by node, on any device."""
+
+    def decompositions(self) -> dict[Any, Callable[..., Any]]:
+        return decomposition_table()
+
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
+        forward = gm.forward
+
+        def run(arguments: list[Any]) -> Any:
+            return forward(*arguments)
+
+        return run
+
+    def base(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        return gm.forward
+
+
+def lowering_for(program: Program) -> Lowering:
+    """The lowering that `Options.lowering` names; "auto" is Inductor."""
+    if program.options.lowering == "reference":
+        return ReferenceLowering()
+    return InductorLowering()

@@ -1,0 +1,108 @@
+"""The pass pipeline: its order, and the driver that alone verifies, times, cleans and dumps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import fx
+
+from lorafx.config import Options
+from lorafx.context import Context
+from lorafx.dump import GraphDump
+from lorafx.errors import ConfigError, nearest
+from lorafx.passes.fuse import Fuse
+from lorafx.passes.lower import Lower
+from lorafx.passes.match import Match
+from lorafx.passes.pack import Pack
+from lorafx.passes.plan import Plan
+from lorafx.passes.provenance import Provenance
+from lorafx.verify import check_graph
+
+
+class GraphPass(Protocol):
+    """One rewrite of the functional ATen graph.
+
+    `required` passes cannot be switched off: without them a delta could be dropped silently.
+    `run` returns the number of edits it made. It neither lints nor recompiles nor removes dead
+    code; the driver does.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def required(self) -> bool: ...
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int: ...
+
+
+#: `outline` (repeated layers compiled once) has its place between `pack` and `plan`.
+PIPELINE: tuple[GraphPass, ...] = (Match(), Provenance(), Fuse(), Pack(), Plan(), Lower())
+
+
+@dataclass
+class PassReport:
+    """What one pass did to one graph."""
+
+    name: str
+    edits: int
+    seconds: float
+    nodes: int
+
+
+@dataclass
+class PipelineReport:
+    passes: list[PassReport] = field(default_factory=list)
+
+
+def check_options(options: Options) -> None:
+    """Every pass that `options.passes` names exists and can be switched off, or ConfigError."""
+    known = {item.name: item for item in PIPELINE}
+    for name, enabled in options.passes.items():
+        if name not in known:
+            raise ConfigError(
+                f"unknown pass {name!r}{nearest(name, known)}; passes are {', '.join(known)}"
+            )
+        if known[name].required and not enabled:
+            raise ConfigError(f"pass {name!r} cannot be switched off: adapters would be dropped")
+
+
+def run_pipeline(
+    gm: fx.GraphModule,
+    ctx: Context,
+    dump: GraphDump,
+    after_pass: Callable[[str, fx.GraphModule], None] | None = None,
+) -> PipelineReport:
+    """Run all passes that are switched on over `gm`, in place.
+
+    `after_pass(name, gm)` is called with the graph as captured ("captured") and after each pass;
+    numeric verification keeps its copies that way.
+    """
+    options = ctx.program.options
+    report = PipelineReport()
+    dump.graph("captured", gm)
+    if after_pass is not None:
+        after_pass("captured", gm)
+    for item in PIPELINE:
+        if not options.passes.get(item.name, True):
+            continue
+        start = time.perf_counter()
+        edits = item.run(gm, ctx)
+        gm.graph.eliminate_dead_code(_is_impure)
+        gm.recompile()
+        if options.verify != "off":
+            check_graph(item.name, gm, ctx)
+        seconds = time.perf_counter() - start
+        report.passes.append(PassReport(item.name, edits, seconds, len(gm.graph.nodes)))
+        dump.graph(item.name, gm, edits=edits, seconds=seconds)
+        if after_pass is not None:
+            after_pass(item.name, gm)
+    return report
+
+
+def _is_impure(node: fx.Node) -> bool:
+    """Placeholders must stay (the executable's calling convention), and so must effects."""
+    return node.op == "placeholder" or node.is_impure()

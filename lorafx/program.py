@@ -1,0 +1,147 @@
+"""A program: one attached model with everything that compiling its frames needs to know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorafx.adapters.bank import Bank
+from lorafx.config import LoraConfig, Options
+from lorafx.frame import FrameInput
+from lorafx.module_graph import ModuleGraph
+from lorafx.packing import PackedGroup
+from lorafx.roles import Role, RoleTable, tensor_leaves
+from lorafx.runtime import Runtime
+from lorafx.sites import Group, Site
+
+BANK_FIELDS = ("A", "B", "ranks", "scales")
+
+
+@dataclass(eq=False)
+class Call:
+    """The call that is running: its entry's roles and its arguments by name."""
+
+    roles: RoleTable
+    named: Mapping[str, Any]
+
+
+@dataclass(eq=False)
+class Program:
+    """What the passes may ask about the model. Lives as long as the CompiledModel."""
+
+    model: nn.Module
+    graph: ModuleGraph
+    sites: tuple[Site, ...]
+    groups: tuple[Group, ...]
+    packed: tuple[PackedGroup, ...]
+    runtime: Runtime
+    config: LoraConfig
+    options: Options
+    call: Call | None = None
+    #: Canonical paths of the sites that the running batch's adapters touch.
+    touched: frozenset[str] = frozenset()
+    #: Plain tensor attributes of modules that existed before the first call: constants. One that
+    #: appears later may hold what an earlier call computed for its own requests.
+    constants: frozenset[int] = field(default_factory=frozenset)
+
+    def __post_init__(self) -> None:
+        self.constants = frozenset(id(tensor) for tensor in _plain_attributes(self.model))
+        self._by_weight: dict[int, Site] = {}
+        self._site_banks: dict[int, Bank] = {}
+        self._home = {
+            id(site): (group, index)
+            for group in self.groups
+            for index, site in enumerate(group.sites)
+        }
+
+    def home(self, site: Site) -> tuple[Group, int]:
+        """The group a site belongs to and its index there."""
+        return self._home[id(site)]
+
+    def weight_of(self, site: Site) -> Tensor | None:
+        """The site's base weight as it is now, or None where it holds no plain tensor."""
+        value = getattr(site.module, site.eligible.weight, None)
+        return value if isinstance(value, Tensor) else None
+
+    def is_touched(self, site: Site) -> bool:
+        """True where an adapter of the running batch has factors for `site`."""
+        return site.path in self.touched
+
+    def bank_of_weight(self, weight: Tensor) -> Bank | None:
+        """The bank (of one sibling) of the site whose base weight this very tensor is."""
+        if self._by_weight.get(id(weight)) is None:
+            self._by_weight = {
+                id(own): site for site in self.sites if (own := self.weight_of(site)) is not None
+            }
+        site = self._by_weight.get(id(weight))
+        if site is None or self.weight_of(site) is not weight:
+            return None
+        if id(site) not in self._site_banks:
+            self._site_banks[id(site)] = self.site_bank(site)
+        return self._site_banks[id(site)]
+
+    def site_bank(self, site: Site) -> Bank:
+        """The site's own part of its group's bank, as a bank of one sibling (views)."""
+        group, index = self.home(site)
+        bank, offset = group.bank, group.offsets[index]
+        rank = bank.B.shape[1]
+        linear = site.eligible.kind == "linear"
+        return Bank(
+            A=bank.A[:, index * rank : (index + 1) * rank] if linear else bank.A,
+            B=bank.B[:, :, offset : offset + site.out_features],
+            ranks=bank.ranks[:, index : index + 1],
+            scales=bank.scales[:, index : index + 1],
+        )
+
+    def known_tensors(self) -> dict[int, FrameInput]:
+        """Every tensor that is not data of a request, by identity."""
+        known: dict[int, FrameInput] = {}
+        for path, module in self.graph.modules():
+            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None:
+                    label = f"{path}.{name}" if path else name
+                    known.setdefault(id(tensor), FrameInput("state", label))
+        for tensor in _plain_attributes(self.model):
+            if id(tensor) in self.constants:
+                known.setdefault(id(tensor), FrameInput("state", "a tensor attribute"))
+        by_weight: dict[int, list[Site]] = {}
+        for site in self.sites:
+            weight = self.weight_of(site)
+            if weight is not None:
+                by_weight.setdefault(id(weight), []).append(site)
+        for key, sites in by_weight.items():
+            label = f"{sites[0].path}.{sites[0].eligible.weight}"
+            known[key] = FrameInput("weight", label, sites=tuple(sites))
+        for group in self.groups:
+            for name in BANK_FIELDS:
+                tensor = getattr(group.bank, name)
+                known[id(tensor)] = FrameInput("bank", name, group=group, field=name)
+        for packed in self.packed:
+            for name in ("weight", "bias"):
+                tensor = getattr(packed, name)
+                if tensor is not None:
+                    known[id(tensor)] = FrameInput("packed", name, group=packed.group, field=name)
+        known[id(self.runtime.slots)] = FrameInput("slots", "slots")
+        return known
+
+    def call_arguments(self) -> dict[int, Role]:
+        """The tensors of the running call, by identity, with their roles."""
+        found: dict[int, Role] = {}
+        if self.call is None:
+            return found
+        for name, value in self.call.named.items():
+            for tensor in tensor_leaves(value):
+                found[id(tensor)] = self.call.roles.role(name, tensor)
+        return found
+
+
+def _plain_attributes(model: nn.Module) -> list[Tensor]:
+    return [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor)
+    ]

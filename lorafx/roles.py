@@ -1,0 +1,167 @@
+"""Which forward arguments carry requests, and in which dimension.
+
+The contract is: along that dimension, index b belongs to request b. It comes from a table by the
+argument's role, from `LoraConfig.row_dims` where the user says otherwise, and for models that
+declare no roles of their own from the convention that dimension 0 is the batch. It is never
+guessed from sizes; sizes are only checked against it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+_BATCH_FIRST = 0
+
+#: Arguments in the order in which they are asked for the number of requests.
+PRIMARY = (
+    "input_ids",
+    "inputs_embeds",
+    "pixel_values",
+    "input_values",
+    "input_features",
+    "decoder_input_ids",
+    "decoder_inputs_embeds",
+)
+
+#: Argument role -> dimension of the requests; None for what all requests share.
+ROW_DIMS: Mapping[str, int | None] = {
+    **dict.fromkeys(PRIMARY, _BATCH_FIRST),
+    # masks and per-token types
+    "attention_mask": 0,
+    "decoder_attention_mask": 0,
+    "encoder_attention_mask": 0,
+    "cross_attention_mask": 0,
+    "global_attention_mask": 0,
+    "padding_mask": 0,
+    "input_mask": 0,
+    "pixel_mask": 0,
+    "bool_masked_pos": 0,
+    "mask_time_indices": 0,
+    "perm_mask": 0,
+    "target_mapping": 0,
+    "token_type_ids": 0,
+    "mm_token_type_ids": 0,
+    "segment_ids": 0,
+    "langs": 0,
+    "lengths": 0,
+    "bbox": 0,
+    "labels": 0,
+    # states and caches
+    "encoder_hidden_states": 0,
+    "encoder_outputs": 0,
+    "past_key_values": 0,
+    "cache_params": 0,
+    "past_buckets_states": 0,
+    "state": 0,
+    "mems": 1,  # (memory length, batch, hidden)
+    # shared by all requests
+    "cache_position": None,
+    "head_mask": None,
+    "decoder_head_mask": None,
+    "cross_attn_head_mask": None,
+    "logits_to_keep": None,
+    "num_logits_to_keep": None,
+}
+
+
+def _position_ids_dim(tensor: Tensor) -> int | None:
+    """(T,) is shared; (B, T) has requests first; (axes, B, T) is multi-axis rotary."""
+    return {0: None, 1: None, 2: 0}.get(tensor.dim(), 1)
+
+
+#: Roles whose dimension depends on the tensor's rank.
+RANKED: Mapping[str, Callable[[Tensor], int | None]] = {
+    "position_ids": _position_ids_dim,
+    "decoder_position_ids": _position_ids_dim,
+}
+
+
+@dataclass(frozen=True)
+class Role:
+    """What one tensor argument is: its argument's name, and the requests' dimension.
+
+    `known` is False where nothing says which dimension holds the requests.
+    """
+
+    argument: str
+    dim: int | None
+    known: bool = True
+
+
+class RoleTable:
+    """Roles of the arguments of one module's forward."""
+
+    def __init__(self, module: nn.Module, row_dims: Mapping[str, int | None]) -> None:
+        self._signature = inspect.signature(module.forward)
+        self._row_dims = dict(row_dims)
+        # A model that names its main input declares roles; for others batch first is the contract.
+        self._declares_roles = hasattr(module, "main_input_name")
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The call's arguments by name; positional extras as `args.0`, ...; keyword extras flat."""
+        bound = self._signature.bind_partial(*args, **kwargs)
+        named: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            kind = self._signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_KEYWORD:
+                named.update(value)
+            elif kind is inspect.Parameter.VAR_POSITIONAL:
+                named.update({f"{name}.{index}": item for index, item in enumerate(value)})
+            else:
+                named[name] = value
+        return named
+
+    def role(self, argument: str, tensor: Tensor) -> Role:
+        """The role of `tensor`, found in `argument` (itself, or a leaf of a container)."""
+        if argument in self._row_dims:
+            return Role(argument, self._row_dims[argument])
+        if tensor.dim() == 0:
+            return Role(argument, None)
+        if argument in RANKED:
+            return Role(argument, RANKED[argument](tensor))
+        if argument in ROW_DIMS:
+            return Role(argument, ROW_DIMS[argument])
+        if self._declares_roles:
+            return Role(argument, None, known=False)
+        return Role(argument, _BATCH_FIRST)
+
+    def rows(self, named: Mapping[str, Any]) -> int | None:
+        """Number of requests in the call, or None where no argument carries any."""
+        order = [name for name in PRIMARY if name in named]
+        for name in order + [name for name in named if name not in order]:
+            value = named[name]
+            if isinstance(value, Tensor):
+                role = self.role(name, value)
+                if role.known and role.dim is not None and value.dim() > role.dim:
+                    return value.shape[role.dim]
+        return None
+
+
+def tensor_leaves(value: Any, depth: int = 8) -> Iterator[Tensor]:
+    """The tensors inside a call argument: containers, dataclasses, cache objects; not modules."""
+    seen: set[int] = set()
+
+    def walk(item: Any, left: int) -> Iterator[Tensor]:
+        if isinstance(item, Tensor):
+            yield item
+            return
+        if left == 0 or id(item) in seen or isinstance(item, (str, bytes, int, float, nn.Module)):
+            return
+        seen.add(id(item))
+        if isinstance(item, Mapping):
+            children: list[Any] = list(item.values())
+        elif isinstance(item, (list, tuple, set)):
+            children = list(item)
+        elif is_dataclass(item) and not isinstance(item, type):
+            children = [getattr(item, field.name) for field in fields(item)]
+        else:
+            children = list(getattr(item, "__dict__", {}).values())
+        for child in children:
+            yield from walk(child, left - 1)
+
+    yield from walk(value, depth)

@@ -1,0 +1,89 @@
+"""Base linear and its site become one node: y = x Wᵀ + b + Δ(x), x read once, y written once.
+
+    y = mm(x, Wᵀ); y' = site(x, y, bank)   →   y' = fused_linear(x, W, b, bank)
+
+Only where W enters the product as it is (uncast, unexpanded) and y has no other reader; every
+other site keeps its op on y.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from lorafx.context import FUSED_OP, SITE_OP, Context, SiteState
+from lorafx.frame import fake_value
+from lorafx.weight_uses import RESHAPES, Use
+
+aten = torch.ops.aten
+FUSIBLE = frozenset({aten.mm.default, aten.addmm.default, aten.linear.default})
+
+
+@dataclass(frozen=True)
+class Fuse:
+    name: str = "fuse"
+    required: bool = False
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        edits = 0
+        for node, (state, *_) in list(ctx.states.items()):
+            if node.target is SITE_OP and _fusible(node, state) and ctx.take_edit():
+                _fuse(gm.graph, ctx, node, state)
+                edits += 1
+        return edits
+
+
+def _fusible(node: fx.Node, state: SiteState) -> bool:
+    use = state.use
+    if use is None or not use.plain or use.node.target not in FUSIBLE:
+        return False
+    x, y = node.args[0], node.args[1]
+    if _unviewed(use.x, until=x) is not x:
+        return False
+    if use.bias is not None and fake_value(use.bias).dim() != 1:
+        return False
+    if tuple(fake_value(x).shape[:-1]) != tuple(fake_value(node).shape[:-1]):
+        return False
+    chain: Any = y
+    while chain is not use.node:
+        if chain.target not in RESHAPES or len(chain.users) != 1:
+            return False
+        chain = chain.args[0]
+    return len(use.node.users) == 1
+
+
+def _unviewed(node: Any, until: Any) -> Any:
+    """`node` without the views on top of it, stopping at `until`."""
+    while node is not until and isinstance(node, fx.Node) and node.target in RESHAPES:
+        node = node.args[0]
+    return node
+
+
+def _fuse(graph: fx.Graph, ctx: Context, node: fx.Node, state: SiteState) -> None:
+    use: Use | None = state.use
+    assert use is not None
+    x, _, A, B, ranks, scales, slots, sibling, offset, rows = node.args[:10]
+    size = fake_value(node).shape[-1]
+    transposed = state.site.eligible.transposed
+    arguments = (x, use.weight, use.bias, A, B, ranks, scales, slots)
+    with graph.inserting_before(node):
+        fused = ctx.call(
+            graph, FUSED_OP, (*arguments, [sibling], [offset], [size], rows, transposed)
+        )
+    fused.meta.update({key: node.meta[key] for key in COPIED if key in node.meta})
+    state.packed_weight, state.packed_bias = packed_inputs(node)
+    node.replace_all_uses_with(fused)
+    ctx.merge([node], fused, "fused")
+
+
+#: Where a node came from, kept for messages and dumps.
+COPIED = ("nn_module_stack", "stack_trace")
+
+
+def packed_inputs(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    """The packed base weight and bias that a mark carries into the graph, where it does."""
+    extra = [*node.args[10:12], None, None]
+    return extra[0], extra[1]  # type: ignore[return-value]

@@ -1,0 +1,125 @@
+"""Map every use of a selected module's weight to its site, and make every use carry its delta.
+
+A use either carries its mark already (the hook's `site` op on y or on y + bias), or is a linear in
+disguise, which gets the op here (`F.linear(x, m.weight)`, `W @ x.mT`, MultiheadAttention's
+out_proj), or is refused by name. A mark that stands behind other arithmetic of the module (a
+scaled embedding, a router that goes on to softmax) is moved to the use of the weight, so that the
+result is that of W + ΔW. Weights that no rule can see (quantised kernels) keep their mark.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lorafx.context import Context, Refusal
+from lorafx.frame import fake_value
+from lorafx.sites import Site
+from lorafx.weight_uses import Use, depends_on, origin_of, uses_of
+
+SITE_OPS = {
+    "linear": torch.ops.lorafx.site.default,
+    "embedding": torch.ops.lorafx.embedding_site.default,
+}
+USE_KINDS = {"linear": "linear", "swapped": "linear", "embedding": "embedding"}
+
+
+@dataclass(frozen=True)
+class Match:
+    name: str = "match"
+    required: bool = True
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        marks = {node: ctx.site_of_mark(node) for node in gm.graph.nodes if ctx.is_mark(node)}
+        uses: dict[fx.Node, Use] = {}
+        for node, item in list(ctx.frame.by_node.items()):
+            if item.kind == "weight":
+                transposed = any(site.eligible.transposed for site in item.sites)
+                for use in uses_of(node, transposed=transposed):
+                    uses[use.node] = use
+        origins = {mark: origin_of(mark.args[1], uses) for mark in marks}  # type: ignore[arg-type]
+        for mark, site in marks.items():
+            ctx.record(site, mark, origins[mark])
+        claimed = {origin.node for origin in origins.values() if origin is not None}
+
+        edits = 0
+        added: dict[int, set[fx.Node]] = {}
+        for use in uses.values():
+            if use.node in claimed:
+                continue
+            site_or_none = _owner(ctx, use)
+            if isinstance(site_or_none, Refusal):
+                ctx.refuse(site_or_none)
+            elif site_or_none is not None:
+                _insert(gm.graph, ctx, site_or_none, use)
+                added.setdefault(id(site_or_none), set()).add(use.node)
+                edits += 1
+        for mark, site in marks.items():
+            moved = added.get(id(site), set())
+            if origins[mark] is None and moved and depends_on(mark.args[1], moved):  # type: ignore[arg-type]
+                # The delta is at the weight's own use now; behind it would count it twice.
+                mark.replace_all_uses_with(mark.args[1])  # type: ignore[arg-type]
+                ctx.forget(mark)
+                gm.graph.erase_node(mark)
+                edits += 1
+        return edits
+
+
+def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
+    """The site that an unmarked use belongs to; None where it belongs to a module not selected."""
+    sites = ctx.frame.by_node[use.weight].sites
+    where = ctx.where(use.node)
+    if use.kind == "unknown":
+        return Refusal(
+            sites, "always", f"its weight is used in a way no rule knows: {use.reason}{where}"
+        )
+    kind = USE_KINDS[use.kind]
+    fitting = [site for site in sites if site.eligible.kind == kind]
+    unselected = ctx.unselected_owners(use.weight, kind)
+    if len(fitting) == 1 and not unselected:
+        return fitting[0]
+    inside = [
+        site for site in fitting if ctx.inside(use.node, site.module)
+    ]
+    if len(inside) == 1:
+        return inside[0]
+    if unselected and (not fitting or any(ctx.inside(use.node, module) for module in unselected)):
+        return None
+    if not fitting:
+        return Refusal(
+            sites, "always", f"its weight is used as a {kind}, which its class is not{where}"
+        )
+    return Refusal(
+        tuple(fitting), "always", f"several modules share the weight of this {kind}{where}"
+    )
+
+
+def _insert(graph: fx.Graph, ctx: Context, site: Site, use: Use) -> None:
+    """Put the site's op at the use: y' = site(x, y). Its bank is looked up by the weight at run
+    time, since no hook brought it into the graph as an input."""
+    assert use.x is not None
+    bank = ctx.bank_inputs(graph, site, use.weight)
+    y = use.node
+    users = list(y.users)
+    with graph.inserting_after(y):
+        if use.kind == "embedding":
+            node = ctx.call(graph, SITE_OPS["embedding"], (use.x, y, *bank, 0))
+            last = node
+        elif use.kind == "linear":
+            node = ctx.call(graph, SITE_OPS["linear"], (use.x, y, *bank, 0, 0, 0))
+            last = node
+        else:
+            dims = list(range(fake_value(y).dim()))
+            dims[-1], dims[-2] = dims[-2], dims[-1]
+            x_t = ctx.call(graph, torch.ops.aten.permute.default, (use.x, dims))
+            with graph.inserting_after(x_t):
+                y_t = ctx.call(graph, torch.ops.aten.permute.default, (y, dims))
+            with graph.inserting_after(y_t):
+                node = ctx.call(graph, SITE_OPS["linear"], (x_t, y_t, *bank, 0, 0, 0))
+            with graph.inserting_after(node):
+                last = ctx.call(graph, torch.ops.aten.permute.default, (node, dims))
+    for user in users:
+        user.replace_input_with(y, last)
+    ctx.record(site, node, use, rewritten=True)

@@ -1,0 +1,97 @@
+"""Siblings proved to share x become one node over the packed weight and the group's bank.
+
+    y_i = x W_iᵀ + b_i + Δ_i(x)   →   [y_0 | y_1 | ...] = fused_linear(x, [W_0; W_1; ...], ...)
+
+One GEMM, one shrink and one expand serve q/k/v or gate/up; x is read once. That they share x is
+not assumed from their names: it is the same node of the graph. The packed weight comes in as a
+graph input that the mark carries (lorafx.packing), so one graph serves all layers.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lorafx.context import FUSED_OP, Context, SiteState
+from lorafx.frame import fake_value
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Pack:
+    name: str = "pack"
+    required: bool = False
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        order = {node: index for index, node in enumerate(gm.graph.nodes)}
+        edits = 0
+        for nodes in _candidates(ctx):
+            for run in _adjacent(ctx, nodes):
+                if len(run) > 1 and ctx.take_edit():
+                    _merge(gm.graph, ctx, run, first=min(run, key=order.__getitem__))
+                    edits += 1
+        return edits
+
+
+def _candidates(ctx: Context) -> list[list[fx.Node]]:
+    """Fused nodes by what they must have in common: x, bank, slots, rows, packed weight."""
+    buckets: dict[tuple[object, ...], list[fx.Node]] = {}
+    for node, (state, *_) in ctx.states.items():
+        if node.target is FUSED_OP and state.packed_weight is not None:
+            x, _, _, A, B, ranks, scales, slots, _, _, _, rows, _ = node.args
+            packed = (state.packed_weight, state.packed_bias)
+            key = (x, A, B, ranks, scales, slots, rows, *packed)
+            buckets.setdefault(key, []).append(node)
+    return list(buckets.values())
+
+
+def _adjacent(ctx: Context, nodes: list[fx.Node]) -> list[list[fx.Node]]:
+    """Runs of siblings whose rows follow one another in the packed weight."""
+    runs: list[list[fx.Node]] = []
+    end = None
+    for node in sorted(nodes, key=lambda item: item.args[9][0]):  # type: ignore[index,arg-type,return-value]
+        (offset,), (size,) = node.args[9], node.args[10]  # type: ignore[misc]
+        has_bias = node.args[2] is not None
+        if has_bias and ctx.states[node][0].packed_bias is None:
+            continue
+        if runs and offset == end:
+            runs[-1].append(node)
+        else:
+            runs.append([node])
+        end = offset + size
+    return runs
+
+
+def _merge(graph: fx.Graph, ctx: Context, run: list[fx.Node], first: fx.Node) -> None:
+    state: SiteState = ctx.states[run[0]][0]
+    x, _, _, A, B, ranks, scales, slots, _, _, _, rows, transposed = run[0].args
+    siblings = [node.args[8][0] for node in run]  # type: ignore[index]
+    offsets = [node.args[9][0] for node in run]  # type: ignore[index]
+    sizes = [node.args[10][0] for node in run]  # type: ignore[index]
+    any_bias = any(node.args[2] is not None for node in run)
+    with graph.inserting_before(first):
+        weight = _rows(graph, ctx, state.packed_weight, offsets[0], sum(sizes))
+        bias = _rows(graph, ctx, state.packed_bias, offsets[0], sum(sizes)) if any_bias else None
+        bank = (A, B, ranks, scales, slots)
+        packed = ctx.call(
+            graph, FUSED_OP, (x, weight, bias, *bank, siblings, offsets, sizes, rows, transposed)
+        )
+        split = ctx.call(graph, aten.split_with_sizes.default, (packed, sizes, -1))
+        parts = [ctx.call(graph, operator.getitem, (split, index)) for index in range(len(run))]
+    packed.meta.update({key: first.meta[key] for key in ("stack_trace",) if key in first.meta})
+    for node, part in zip(run, parts, strict=True):
+        node.replace_all_uses_with(part)
+    ctx.merge(run, packed, "packed")
+
+
+def _rows(
+    graph: fx.Graph, ctx: Context, packed: fx.Node | None, start: int, count: int
+) -> fx.Node | None:
+    """Rows [start, start + count) of a packed input."""
+    if packed is None or (start == 0 and count == fake_value(packed).shape[0]):
+        return packed
+    return ctx.call(graph, aten.slice.Tensor, (packed, 0, start, start + count))
