@@ -35,6 +35,9 @@ _FEATURE_KEYS = {
     "lora_diag": "KaSA (kasa_config)",
 }
 
+# Saved beside the factors and used in training only: VeLoRA compresses activations with it.
+_TRAINING_KEYS = (".lora_velora_embed",)
+
 
 class LoraWeights(NamedTuple):
     """One site's factors: A (r, K) and B (N, r) in the file's dtype, and s."""
@@ -268,6 +271,8 @@ class _Reading:
         return self.state.scales.get(saved, self.config.scale(saved, rank))
 
     def _other_key(self, key: str) -> None:
+        if key.endswith(_TRAINING_KEYS):
+            return
         for mark, feature in _FEATURE_KEYS.items():
             if f".{mark}" in f".{key}":
                 self.unsupported.append(f"{key} belongs to {feature}, which lorafx does not do")
@@ -292,14 +297,15 @@ class _Reading:
             )
         total = len(self.unknown) + len(self.unselected) + len(self.factors)
         names = list(self.unknown)
-        nowhere = "in the model" if self.places.whole else "among the selected sites"
+        nowhere = "in this model" if self.places.whole else "among the selected sites"
         if len(names) > total / 2:
             base = self.config.base_model
+            origin = repr(base) if base else "it does not say which"
             examples = "; ".join(f"{n}{self.places.nearest(n)}" for n in names[:3])
             self.problems.insert(
                 0,
-                f"{len(names)} of the {total} modules that it names are not {nowhere}: it was made "
-                f"for another model ({repr(base) if base else 'it does not say which'}): {examples}",
+                f"{len(names)} of the {total} modules that it names are not {nowhere}, so it was "
+                f"made for another model ({origin}): {examples}",
             )
             return
         for at, path in enumerate(names):
@@ -319,8 +325,8 @@ class _Reading:
         ]
         if empty:
             self.problems.append(
-                f"the configuration targets {_listed(empty)}, but the file has no weights there; it is "
-                "incomplete, or target_modules names more than was trained"
+                f"the configuration targets {_listed(empty)}, but the file has no weights there; "
+                "it is incomplete, or target_modules names more than was trained"
             )
 
 

@@ -1,0 +1,197 @@
+"""PEFT configurations: benign values pass, everything else is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import peft
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+
+from lorafx.adapters import peft_config
+from lorafx.adapters.peft_config import PeftConfig
+from lorafx.errors import CheckpointError, UnsupportedAdapterError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+PATHS = [
+    "model.embed_tokens",
+    "lm_head",
+    *(
+        f"model.layers.{i}.{name}"
+        for i in (0, 1, 11)
+        for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.experts.3.up_proj")
+    ),
+    "encoder.h.1.attn.q_proj",
+    "q_proj",
+]
+
+
+def test_defaults_pass_as_object_dict_and_folder(tmp_path):
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"])
+    config.save_pretrained(str(tmp_path))
+    read = [PeftConfig.read(source) for source in (config, config.to_dict(), str(tmp_path))]
+    assert read[0] == read[1] == read[2]
+    assert (read[0].r, read[0].lora_alpha, read[0].max_rank) == (3, 5, 3)
+    assert read[0].target_modules == ("q_proj", "v_proj")
+
+
+def test_every_field_of_the_installed_peft_is_known():
+    """A field that a new PEFT adds must be sorted into one of the three tables."""
+    known = peft_config._READ | peft_config._NO_ARITHMETIC | set(peft_config._REFUSED)
+    assert {f.name for f in dataclasses.fields(peft.LoraConfig)} <= known
+
+
+REFUSED = {
+    "use_dora": True,
+    "lora_bias": True,
+    "bias": "lora_only",
+    "modules_to_save": ["classifier", "score"],
+    "trainable_token_indices": [3],
+    "target_parameters": ["mlp.experts.gate_up_proj"],
+    "alora_invocation_tokens": [1, 2],
+    "use_qalora": True,
+    "use_bdlora": {"nblocks": 2},
+    "layer_replication": [[0, 1]],
+    "megatron_config": {"a": 1},
+    "arrow_config": {"top_k": 2},
+    "kasa_config": {},
+    "monteclora_config": {"num_samples": 2},
+    "init_lora_weights": "pissa_niter_16",
+    "peft_type": "LOHA",
+    "a_field_of_tomorrow": 3,
+}
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_refused_by_name(field):
+    with pytest.raises(UnsupportedAdapterError) as caught:
+        PeftConfig.read({"peft_type": "LORA", "r": 4, field: REFUSED[field]})
+    line = str(caught.value).splitlines()[1]
+    assert line.startswith(f"  - {field} = ")
+    assert len(line.split(": ", 1)[1]) > 20  # the way out
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "OLoRA", "corda", "loftq", "lora_ga", "new"])
+def test_initialisations_that_change_the_base_are_refused(init):
+    with pytest.raises(UnsupportedAdapterError, match="path_initial_model_for_weight_conversion"):
+        PeftConfig.read({"init_lora_weights": init})
+
+
+def test_all_refused_fields_at_once():
+    fields = {k: v for k, v in REFUSED.items() if k != "peft_type"}
+    with pytest.raises(UnsupportedAdapterError) as caught:
+        PeftConfig.read(fields)
+    assert [f for f in fields if f"  - {f} = " not in str(caught.value)] == []
+
+
+def test_a_peft_object_is_refused_too():
+    config = peft.LoraConfig(use_dora=True, modules_to_save=["lm_head"])
+    with pytest.raises(UnsupportedAdapterError, match=r"(?s)use_dora.*modules_to_save"):
+        PeftConfig.read(config)
+    with pytest.raises(UnsupportedAdapterError, match="peft_type = 'IA3'"):
+        PeftConfig.read(peft.IA3Config())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tomorrow": None},
+        {"tomorrow": False},
+        {"tomorrow": []},
+        {"tomorrow": {}},
+        {"tomorrow": ""},
+        {"modules_to_save": []},
+        {"alora_invocation_tokens": []},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": False},
+        {"corda_config": {"corda_method": "kpm"}},  # stays set after an exact export
+        {"lora_dropout": 0.1, "task_type": "CAUSAL_LM", "qalora_group_size": 32},
+        {"peft_type": None, "auto_mapping": {"base_model_class": "X", "unsloth_fixed": True}},
+    ],
+)
+def test_benign_values_pass(fields):
+    assert PeftConfig.read({"r": 4, **fields}).r == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"r": 0}, "r must be a positive integer, it is 0"),
+        ({"r": "8"}, "r must be a positive integer, it is '8'"),
+        ({"lora_alpha": None}, "lora_alpha must be a finite number"),
+        ({"rank_pattern": {"q": 1.5}}, r"rank_pattern\['q'\] must be a positive integer"),
+        ({"alpha_pattern": ["q"]}, "alpha_pattern must map"),
+        ({"rank_pattern": {"(q": 2}}, r"rank_pattern key '\(q' is not a regular expression"),
+        ({"target_modules": "*q"}, "target_modules .* is not a regular expression"),
+        ({"target_modules": [1]}, "target_modules must be a string or a list of strings"),
+        ({"layers_to_transform": "1"}, "layers_to_transform must be integers"),
+    ],
+)
+def test_malformed(fields, message):
+    with pytest.raises(CheckpointError, match=message):
+        PeftConfig.read(fields)
+
+
+def test_malformed_sources(tmp_path):
+    with pytest.raises(CheckpointError, match="not 3"):
+        PeftConfig.read(3)
+    (tmp_path / "adapter_config.json").write_text(json.dumps([1]))
+    with pytest.raises(CheckpointError, match="must hold a JSON object"):
+        PeftConfig.read(tmp_path)
+    with pytest.raises(CheckpointError, match="is a file; give the folder"):
+        PeftConfig.read(tmp_path / "adapter_config.json")
+
+
+KEYS = [
+    "q_proj",
+    r"layers\.1\..*",
+    r".*\.up_proj",
+    "^model.layers.0.self_attn.q_proj",
+    "proj",
+    r"\d+",
+]
+
+
+@given(st.permutations(KEYS), st.integers(0, 6), st.sampled_from(PATHS), st.booleans())
+def test_patterns_as_peft(keys, count, path, rslora):
+    """The first matching key in the file's order decides rank and alpha, as PEFT has it."""
+    pattern = {key: i + 2 for i, key in enumerate(keys[:count])}
+    config = PeftConfig.read(
+        {
+            "r": 1,
+            "lora_alpha": 50,
+            "rank_pattern": pattern,
+            "alpha_pattern": pattern,
+            "use_rslora": rslora,
+        }
+    )
+    said = get_pattern_key(pattern.keys(), path)
+    rank, alpha = pattern.get(said, 1), pattern.get(said, 50)
+    assert config.rank(path) == rank
+    assert config.scale(path, rank) == pytest.approx(alpha / (rank**0.5 if rslora else rank))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["model.layers.1.mlp.up_proj", "experts.3.up_proj"]},
+        {"target_modules": r".*\.(0|11)\..*_proj"},
+        {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["mlp.up_proj"]},
+        {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*\.1\..*"},
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 1},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0, 11], "layers_pattern": "layers"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["x", "h"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": []},
+    ],
+)
+def test_matches_as_peft(fields):
+    theirs = peft.LoraConfig(**fields)
+    ours = PeftConfig.read(theirs)
+    expected = {p for p in PATHS if check_target_module_exists(theirs, p)}
+    assert {p for p in PATHS if ours.matches(p)} == expected != set()
