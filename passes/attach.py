@@ -59,7 +59,7 @@ class Attach:
         _refuse_marked(graph)
         _refuse_compiled(graph, sites)
         runtime = Runtime(config.max_adapters, _one_device(sites))
-        groups = tuple(_group(siblings, config) for siblings in _siblings(sites))
+        groups = allocate_groups(sites, config)
         marks = {
             site.path: _mark(site, index, group, runtime)
             for group in groups
@@ -71,6 +71,11 @@ class Attach:
             for site in sites
         ]
         return Attachment(groups, runtime, marks, handles)
+
+
+def allocate_groups(sites: Sequence[Site], config: LoraConfig) -> tuple[Group, ...]:
+    """Groups of siblings with banks of zeros on the sites' device (which may be meta)."""
+    return tuple(_group(siblings, config) for siblings in _siblings(sites))
 
 
 def _siblings(sites: Sequence[Site]) -> list[list[Site]]:
