@@ -118,9 +118,9 @@ def test_looking_up_does_not_import_transformers():
 
 
 def test_refusals():
-    with pytest.raises(ConfigError, match="takes an nn.Module class, got <class 'int'>"):
+    with pytest.raises(ConfigError, match=r"takes an nn\.Module class, got <class 'int'>"):
         register(int)
-    with pytest.raises(ConfigError, match="takes an nn.Module class"):
+    with pytest.raises(ConfigError, match=r"takes an nn\.Module class"):
         register(nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="kind is 'linear' or 'embedding', got 'conv'"):
         register(nn.Conv1d, kind="conv")

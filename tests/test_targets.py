@@ -62,7 +62,7 @@ def test_all_linear_is_only_the_whole_word():
 def test_forms_that_are_not_targets():
     with pytest.raises(ConfigError, match=r"target_modules='q\(' is not a regular expression"):
         targets.checked("q(", "target_modules")
-    with pytest.raises(ConfigError, match="exclude_modules must be a list of module names.*got 3"):
+    with pytest.raises(ConfigError, match=r"exclude_modules must be a list of module names.*got 3"):
         targets.checked(3, "exclude_modules")
     with pytest.raises(ConfigError, match=r"target_modules must be .*got \['a', None\]"):
         targets.checked(["a", None], "target_modules")

@@ -257,7 +257,7 @@ def test_everything_excluded():
 def test_nothing_left_by_default():
     with (
         pytest.warns(LorafxWarning),
-        pytest.raises(TargetError, match="none of the modules .* can carry LoRA"),
+        pytest.raises(TargetError, match=r"none of the modules .* can carry LoRA"),
     ):
         paths(nn.Sequential(nn.LazyLinear(4)))
 

@@ -1,0 +1,335 @@
+"""Marks in eager mode: dense merge where the delta has a place, a refusal where it has none."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+from lorafx.config import LoraConfig
+from lorafx.errors import MatchError, ProvenanceError
+from lorafx.marks import SiteMark
+from lorafx.passes.attach import Attachment, attach_sites, detach
+from lorafx.passes.select import build_sites
+from lorafx.registry import register, unregister
+
+SLOT = 1
+SCALE = 0.5
+
+
+def attach(model: nn.Module, target=None, **config) -> Attachment:
+    lora = LoraConfig(target_modules=target, max_adapters=3, max_rank=4, **config)
+    _, sites = build_sites(model, lora)
+    return attach_sites(model, sites, lora)
+
+
+def write_adapter(attachment: Attachment, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random factors of rank 3 at every site, in slot SLOT; ΔW by path, in the weight's layout.
+
+    The rank beyond 3 is filled with NaN, which nothing may read.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    deltas = {}
+    for group in attachment.groups:
+        bank, rank = group.bank, 3
+        room = bank.B.shape[1]
+        bank.A[SLOT] = bank.B[SLOT] = torch.nan
+        for index, (site, offset) in enumerate(zip(group.sites, group.offsets, strict=True)):
+            a = torch.randn(rank, site.in_features, generator=generator) * 0.3
+            b = torch.randn(rank, site.out_features, generator=generator) * 0.3
+            if site.eligible.kind == "embedding":
+                bank.A[SLOT, :, :rank] = a.T
+            else:
+                bank.A[SLOT, index * room : index * room + rank] = a
+            bank.B[SLOT, :rank, offset : offset + site.out_features] = b
+            bank.ranks[SLOT, index] = rank
+            bank.scales[SLOT, index] = SCALE
+            as_stored = site.eligible.kind == "embedding" or site.eligible.transposed
+            deltas[site.path] = SCALE * (a.T @ b if as_stored else b.T @ a)
+    return deltas
+
+
+def merged(model: nn.Module, deltas: dict[str, torch.Tensor]) -> nn.Module:
+    """A copy of `model` (before it was marked) with W + ΔW; tied weights part first."""
+    model = copy.deepcopy(model)
+    for path, delta in deltas.items():
+        module = model.get_submodule(path)
+        module.weight = nn.Parameter((module.weight + delta).detach())
+    return model
+
+
+def check(model, target, inputs, out=lambda y: y, **config) -> Attachment:
+    """Marked eager equals dense merge for one adapter and the base for none; then both again."""
+    plain = copy.deepcopy(model)
+    attachment = attach(model, target, **config)
+    dense = merged(plain, write_adapter(attachment))
+    with torch.no_grad():
+        base, wanted = out(plain(**inputs)), out(dense(**inputs))
+        assert (base - wanted).abs().max() > 1e-2  # the adapter does something
+        assert torch.equal(out(model(**inputs)), base)
+        attachment.runtime.set_rows([SLOT, SLOT])
+        torch.testing.assert_close(out(model(**inputs)), wanted, rtol=1e-5, atol=1e-5)
+        attachment.runtime.set_rows([-1, -1])
+        assert torch.equal(out(model(**inputs)), base)
+        attachment.runtime.set_rows([SLOT, SLOT])
+    return attachment
+
+
+def llama(**changes) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+        **changes,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+IDS = {"input_ids": torch.arange(14).view(2, 7)}
+ALL = r".*(_proj|embed_tokens|lm_head)"
+
+
+def logits(output):
+    return output.logits
+
+
+# Numerics
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_llama_equals_dense_merge(tied):
+    attachment = check(llama(tie_word_embeddings=tied), ALL, IDS, logits)
+    assert len(attachment.marks) == 16
+
+
+def test_gpt2_equals_dense_merge():
+    """Conv1D stores (in, out); the head is tied to the token table; positions are a site too."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50, n_positions=16)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    attachment = check(model, ["c_attn", "c_proj", "c_fc", "wte", "wpe", "lm_head"], IDS, logits)
+    assert attachment.marks["transformer.h.0.attn.c_attn"].transposed
+
+
+def test_scaled_embeddings_scale_their_delta():
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=50,
+    )
+    model = transformers.Gemma3ForCausalLM(config).eval()
+    attachment = check(model, ["embed_tokens", "q_proj"], IDS, logits)
+    assert attachment.marks["model.embed_tokens"].derived
+
+
+class NumberScaled(nn.Embedding):
+    embed_scale = 3.0
+
+    def forward(self, ids):
+        return super().forward(ids) * self.embed_scale
+
+
+def test_scaled_embedding_by_a_number():
+    torch.manual_seed(0)
+    check(nn.Sequential(NumberScaled(9, 5)), ["0"], {"input": torch.arange(6).view(2, 3)})
+
+
+def test_parametrised_weights():
+    torch.manual_seed(0)
+    model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)))
+    attachment = attach(model)
+    deltas = write_adapter(attachment)
+    attachment.runtime.set_rows([SLOT])
+    x = torch.randn(2, 6)
+    wanted = F.linear(x, model[0].weight + deltas["0"], model[0].bias)
+    torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+class Keyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.lin(input=x)
+
+
+def test_input_by_keyword_and_of_any_rank():
+    torch.manual_seed(0)
+    check(Keyword(), None, {"x": torch.randn(4)})
+    check(Keyword(), None, {"x": torch.randn(2, 3, 1, 4)})
+
+
+class Projection(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 3))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+def test_a_registered_class():
+    torch.manual_seed(0)
+    register(
+        Projection,
+        in_features=lambda m: m.weight.shape[0],
+        out_features=lambda m: m.weight.shape[1],
+        transposed=True,
+    )
+    try:
+        attachment = check(nn.Sequential(Projection()), None, {"input": torch.randn(2, 5)})
+        assert not attachment.marks["0"].derived
+    finally:
+        unregister(Projection)
+
+
+def test_hooks_of_the_user_see_the_delta():
+    """For them the model is W + ΔW, whether they were there first or came later."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4))
+    seen = []
+    model[0].register_forward_hook(lambda m, a, y: seen.append(y))
+    attachment = attach(model)
+    model[0].register_forward_hook(lambda m, a, y: seen.append(y))
+    write_adapter(attachment)
+    attachment.runtime.set_rows([SLOT])
+    y = model(torch.randn(2, 4))
+    assert torch.equal(seen[0], y)
+    assert torch.equal(seen[1], y)
+
+
+# What eager mode cannot do, it says
+
+
+def test_a_mixed_batch_is_refused_in_eager_mode():
+    model = llama()
+    attachment = attach(model, ["q_proj"])
+    write_adapter(attachment)
+    attachment.runtime.set_rows([SLOT, -1])
+    with (
+        torch.no_grad(),
+        pytest.raises(
+            ProvenanceError,
+            match=r"layers\.0\.self_attn\.q_proj: the batch mixes.*compile",
+        ),
+    ):
+        model(**IDS)
+
+
+class Pair(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        return y, y.sum()
+
+
+class Halved(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).chunk(2, -1)[0]
+
+
+class Softmaxed(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).softmax(-1)
+
+
+class Upcast(nn.Linear):
+    """A router in the style of many: the same linear, in another precision."""
+
+    def forward(self, x):
+        return F.linear(x.double(), self.weight.double(), self.bias.double()).float()
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Pair(4, 4), r"0 \(Pair\): a call with input \(2, 4\) torch.float32 and output tuple"),
+        (Halved(4, 4), r"0 \(Halved\): .*output \(2, 2\) .*maps \(…, 4\) to \(…, 4\).*compile"),
+        (Softmaxed(4, 4), r"0 \(Softmaxed\): its forward is its own and does not compute x Wᵀ"),
+    ],
+    ids=lambda v: type(v).__name__,
+)
+def test_forwards_that_leave_no_place_for_the_delta(module, message):
+    model = nn.Sequential(module)
+    attachment = attach(model)
+    write_adapter(attachment)
+    model(torch.randn(2, 4))  # the base model is served as before
+    attachment.runtime.set_rows([SLOT, SLOT])
+    with pytest.raises(MatchError, match=message):
+        model(torch.randn(2, 4))
+
+
+def test_a_forward_of_its_own_that_computes_the_same():
+    torch.manual_seed(0)
+    attachment = check(nn.Sequential(Upcast(4, 3)), None, {"input": torch.randn(2, 4)})
+    assert attachment.marks["0"].derived
+
+
+def test_positions_that_shift_their_ids_are_refused():
+    """OPT's table takes the attention mask first and adds an offset to its ids."""
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        hidden_size=16,
+        ffn_dim=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=50,
+        word_embed_proj_dim=16,
+        max_position_embeddings=16,
+    )
+    model = transformers.OPTForCausalLM(config).eval()
+    attachment = attach(model, ["embed_positions"])
+    write_adapter(attachment)
+    attachment.runtime.set_rows([SLOT, SLOT])
+    mask = torch.ones_like(IDS["input_ids"])
+    with (
+        torch.no_grad(),
+        pytest.raises(MatchError, match=r"embed_positions \(OPT.*W\[ids\]"),
+    ):
+        model(**IDS, attention_mask=mask)
+
+
+# Copies
+
+
+def _pickled(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    pickle.dump(model, buffer)
+    buffer.seek(0)
+    return pickle.load(buffer)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, _pickled], ids=["deepcopy", "pickle"])
+def test_a_copy_is_marked_and_independent(duplicate):
+    model = llama()
+    attachment = check(model, ALL, IDS, logits)
+    with torch.no_grad():
+        adapted = model(**IDS).logits
+        other = duplicate(model)
+        marks = [h for m in other.modules() for h in m._forward_hooks.values()]
+        assert len(marks) == len(attachment.marks)
+        assert all(isinstance(mark, SiteMark) for mark in marks)
+        (runtime,) = {id(mark.runtime): mark.runtime for mark in marks}.values()
+        assert len({id(mark.bank) for mark in marks}) == len(attachment.groups)
+        attachment.runtime.clear()  # the original's batch is not the copy's
+        assert torch.equal(other(**IDS).logits, adapted)
+        runtime.clear()
+        assert torch.equal(other(**IDS).logits, model(**IDS).logits)
+        assert detach(other) == len(marks)
+        assert detach(other) == 0
+    assert len(model.lm_head._forward_hooks) == 1

@@ -1,0 +1,51 @@
+"""Runtime: the batch on the host and in its buffer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lorafx.errors import BatchError
+from lorafx.runtime import Runtime
+
+
+def test_runtime_rows():
+    runtime = Runtime(3, torch.device("cpu"))
+    assert not runtime.active
+    assert runtime.slots.tolist() == [-1]
+    runtime.set_rows([2, -1, 0])
+    assert (runtime.active, runtime.uniform, runtime.rows) == (True, False, (2, -1, 0))
+    assert runtime.slots.tolist() == [2, -1, 0]
+    assert runtime.slots.dtype == torch.int32
+    runtime.set_rows([1, 1])
+    assert (runtime.active, runtime.uniform) == (True, True)
+    runtime.set_rows([-1, -1])
+    assert (runtime.active, runtime.uniform) == (False, True)
+
+
+def test_runtime_writes_in_place_and_grows():
+    runtime = Runtime(3, torch.device("cpu"))
+    runtime.set_rows([0, 1])
+    slots, address = runtime.slots, runtime.slots.data_ptr()
+    runtime.set_rows([1, 2])
+    assert runtime.slots is slots
+    runtime.set_rows([0] * 5)
+    assert runtime.slots.data_ptr() == address
+    with torch.inference_mode():
+        runtime.set_rows([2] * 1000)
+    assert runtime.slots.tolist() == [2] * 1000
+    runtime.set_rows([1] * 1000)  # an inference tensor could not be written here
+    assert runtime.slots.tolist() == [1] * 1000
+
+
+def test_runtime_refusals_change_nothing():
+    runtime = Runtime(3, torch.device("cpu"))
+    runtime.set_rows([2, 1])
+    with pytest.raises(BatchError, match="request 1 asks for slot 3; slots are 0 to 2, -1 for"):
+        runtime.set_rows([0, 3])
+    with pytest.raises(BatchError, match="request 0 asks for slot -2"):
+        runtime.set_rows([-2])
+    with pytest.raises(BatchError, match="at least one request"):
+        runtime.set_rows([])
+    assert runtime.rows == (2, 1)
+    assert runtime.slots.tolist() == [2, 1]
