@@ -29,7 +29,9 @@ from pathlib import Path
 import peft
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 HERE = Path(__file__).resolve().parent
 PAD, END = 0, ord("\n")
@@ -171,6 +173,21 @@ def make_base() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Each byte is its own token, its value the id; 0 pads (on the left), newline ends."""
+    letters = bytes_to_unicode()
+    bytewise = Tokenizer(models.BPE(vocab={c: byte for byte, c in letters.items()}, merges=[]))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bytewise.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bytewise,
+        pad_token=letters[PAD],
+        eos_token=letters[END],
+        padding_side="left",
+        model_max_length=128,
+    )
+
+
 def train_base(folder: Path, *, steps: int, batch: int) -> None:
     model = make_base()
     rng = random.Random(1)
@@ -183,6 +200,7 @@ def train_base(folder: Path, *, steps: int, batch: int) -> None:
 
     train(model, draw, steps=steps, batch=batch, rate=3e-3, label="base")
     model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
     for name, task in TASKS.items():
         test = words(random.Random(2), held_out=True)
         pairs = [(w + task.separator, task.answer(w)) for w, _ in zip(test, range(512))]  # noqa: B905
