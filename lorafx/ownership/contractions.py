@@ -1,0 +1,193 @@
+"""Rules for contractions: the owner's letter must survive from the operands into the output.
+
+In an einsum such as `nk,km->nm` an owner dimension is one letter. It may run through operands
+that share it (batch letters) and must appear in the output; a letter that is summed over mixes
+requests. All operands that are owned must name the same letter and the same map.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from lorafx.ownership.flow import Flow, Rule, bound, each_output, outputs
+from lorafx.ownership.labels import Label, Own, Single
+from lorafx.ownership.symbolic import ONE, equal
+
+aten = torch.ops.aten
+
+
+def lettered(
+    node: fx.Node, flow: Flow, operands: list[tuple[object, str]], out: str, *bias: object
+) -> Single:
+    """The label of `out` from operands with their letters; `bias` is broadcast to the output."""
+    labels: list[Single] = []
+    for arg, letters in operands:
+        label = flow.label(arg)
+        if isinstance(label, Own):
+            letter = letters[label.dim]
+            if letter not in out:
+                return flow.lost(node, f"contracted over the owner dimension of {label}")
+            label = label.at(out.index(letter))
+        labels.append(label)
+    return flow.agree(node, labels + [flow.aligned(arg, len(out)) for arg in bias])
+
+
+def einsum(operands: dict[str, str], out: str, bias: str | None = None) -> Rule:
+    """A contraction whose operands are the named schema arguments."""
+
+    def rule(node: fx.Node, flow: Flow) -> Label:
+        args = bound(node)
+        pairs = [(args[name], letters) for name, letters in operands.items()]
+        extra = [args[bias]] if bias is not None else []
+        return lettered(node, flow, pairs, out, *extra)
+
+    return rule
+
+
+def matmul(node: fx.Node, flow: Flow) -> Label:
+    """matmul and linear before decomposition: batch dimensions broadcast, the last contracts."""
+    args = bound(node)
+    a, b = args.get("self", args.get("input")), args.get("other", args.get("weight"))
+    right = flow.label(b)
+    left = flow.label(a)
+    n = len(flow.shape(node))
+    if len(flow.shape(a)) < 2 or len(flow.shape(b)) < 2:
+        return (
+            flow.lost(node, "a vector product") if left is not None or right is not None else None
+        )
+    if isinstance(left, Own) and left.dim == len(flow.shape(a)) - 1:
+        return flow.lost(node, "contracted over the owner dimension")
+    batch_dims = len(flow.shape(b)) - 2
+    if isinstance(right, Own) and right.dim >= batch_dims:
+        return flow.lost(node, "the right operand's matrix is owned")
+    bias = args.get("bias")
+    return flow.agree(node, [flow.aligned(a, n), flow.aligned(b, n), flow.aligned(bias, n)])
+
+
+def grouped(node: fx.Node, flow: Flow) -> Label:
+    """Rows (N, K) by expert weights (E, K, M), bounds in offs: each row keeps its place.
+
+    The bounds count the tokens of all requests; they say which weight a row meets and move none.
+    """
+    args = bound(node)
+    rows = args.get("self", args.get("input", args.get("mat_a")))
+    weight = args.get("mat2", args.get("weight", args.get("mat_b")))
+    label, others = flow.label(rows), [flow.label(weight), flow.label(args.get("bias"))]
+    shapes = len(flow.shape(rows)), len(flow.shape(weight))
+    if any(other is not None for other in others):
+        return flow.lost(node, "expert weights depend on requests")
+    if isinstance(label, Own) and (label.dim != 0 or shapes != (2, 3)):
+        return flow.lost(node, f"groups over {label}")
+    return label
+
+
+def attention(node: fx.Node, flow: Flow) -> Label:
+    """Scaled dot product: q (b, h, q, d), k (b, h, k, d), v (b, h, k, e) -> (b, h, q, e).
+
+    Keys may have fewer heads than queries, so heads carry an owner only where their sizes agree.
+    A mask is broadcast to (b, h, q, k). Further outputs (log-sum-exp) keep (b, h) in front.
+    """
+    args = bound(node)
+    mask = next((args[k] for k in ("attn_mask", "attn_bias") if args.get(k) is not None), None)
+    query, key, value = args["query"], args["key"], args["value"]
+    n = len(flow.shape(query))
+    if n != 4:
+        return each_output(node, flow.lost(node, "attention that is not four-dimensional"))
+    q, k, v = (flow.shape(t) for t in (query, key, value))
+    kv_heads = "h" if equal(q[1], k[1]) and equal(k[1], v[1]) else "g"
+    pairs: list[tuple[object, str]] = [
+        (query, "bhqd"),
+        (key, f"b{kv_heads}kd"),
+        (value, f"b{kv_heads}ke"),
+    ]
+    if mask is not None:
+        pairs.append((mask, "bhqk"[4 - len(flow.shape(mask)) :]))
+    out = lettered(node, flow, pairs, "bhqe")
+    values = outputs(node)
+    if not isinstance(node.meta["val"], (tuple, list)):
+        return out
+    labels: list[Single] = [out]
+    for other in values[1:]:
+        shape = flow.sizes.shape(other) if isinstance(other, torch.Tensor) else ()
+        kept = isinstance(out, Own) and out.dim < 2 and len(shape) > 2
+        if isinstance(out, Own) and not (kept and equal(shape[out.dim], q[out.dim])):
+            labels.append(flow.lost(node, "statistics of attention"))
+        else:
+            labels.append(out)
+    return tuple(labels)
+
+
+def recurrent(node: fx.Node, flow: Flow) -> Label:
+    """One layer of a recurrent net over x (time, batch, features), or batch first.
+
+    Outputs: y as x, then states whose batch is the dimension before the last.
+    """
+    args = bound(node)
+    x = args["input"]
+    label = flow.label(x)
+    if not isinstance(label, Own):
+        return each_output(node, label)
+    first = 0 if args.get("batch_first") and not _time_major(node, flow) else 1
+    states = [args.get("hx_"), args.get("cx_")]
+    ndims = [len(flow.shape(s)) for s in states]
+    for state, n in zip(states, ndims, strict=True):
+        other = flow.label(state)
+        if other is not None and other != label.at(n - 2):
+            return each_output(node, flow.lost(node, "the state is not owned like the input"))
+    if label.dim != first or label.rows != ONE:
+        return each_output(node, flow.lost(node, f"a recurrence over {label}"))
+    labels: list[Single] = []
+    for i, out in enumerate(outputs(node)):
+        n = out.ndim if isinstance(out, torch.Tensor) else 0
+        state_like = (
+            isinstance(out, torch.Tensor)
+            and n >= 2
+            and equal(flow.sizes.shape(out)[n - 2], flow.shape(x)[first])
+        )
+        if i == 0:
+            labels.append(label)
+        else:
+            labels.append(label.at(n - 2) if state_like else flow.lost(node, "workspace"))
+    return tuple(labels)
+
+
+def _time_major(node: fx.Node, flow: Flow) -> bool:
+    """mkldnn_rnn_layer is handed time-major input whatever batch_first says of its caller."""
+    return node.target.overloadpacket == aten.mkldnn_rnn_layer  # type: ignore[union-attr]
+
+
+RULES: dict[object, Rule] = {
+    **dict.fromkeys((aten.mm, aten._int_mm), einsum({"self": "nk", "mat2": "km"}, "nm")),
+    aten.bmm: einsum({"self": "bnk", "mat2": "bkm"}, "bnm"),
+    aten.addmm: einsum({"mat1": "nk", "mat2": "km"}, "nm", "self"),
+    aten._addmm_activation: einsum({"mat1": "nk", "mat2": "km"}, "nm", "self"),
+    aten.baddbmm: einsum({"batch1": "bnk", "batch2": "bkm"}, "bnm", "self"),
+    aten.addbmm: einsum({"batch1": "bnk", "batch2": "bkm"}, "nm", "self"),
+    aten.mv: einsum({"self": "nk", "vec": "k"}, "n"),
+    aten.addmv: einsum({"mat": "nk", "vec": "k"}, "n", "self"),
+    aten.dot: einsum({"self": "k", "tensor": "k"}, ""),
+    aten.vdot: einsum({"self": "k", "other": "k"}, ""),
+    aten.outer: einsum({"self": "n", "vec2": "m"}, "nm"),
+    aten.addr: einsum({"vec1": "n", "vec2": "m"}, "nm", "self"),
+    aten._weight_int8pack_mm: einsum({"self": "nk", "mat2": "mk", "scales": "m"}, "nm"),
+    **dict.fromkeys((aten.matmul, aten.linear), matmul),
+    **dict.fromkeys((aten._grouped_mm,), grouped),
+    **dict.fromkeys(
+        (
+            aten._scaled_dot_product_flash_attention_for_cpu,
+            aten._scaled_dot_product_flash_attention,
+            aten._scaled_dot_product_efficient_attention,
+            aten._scaled_dot_product_cudnn_attention,
+            aten._scaled_dot_product_fused_attention_overrideable,
+            aten._scaled_dot_product_attention_math,
+            aten._scaled_dot_product_attention_math_for_mps,
+            aten.scaled_dot_product_attention,
+        ),
+        attention,
+    ),
+    **dict.fromkeys((aten.mkldnn_rnn_layer,), recurrent),
+}
+
+# Operators of libraries that may not be loaded, by namespace and name.
+OPTIONAL: dict[tuple[str, str], Rule] = {("transformers", "grouped_mm_fallback"): grouped}

@@ -1,0 +1,154 @@
+"""Row maps as graph nodes: sizes from the graph's own symbols, owners from a permutation.
+
+A size expression becomes operator.mul / add / floordiv nodes over SymInt placeholders or sym_size
+of a tensor placeholder. A map through a permutation p of N rows becomes one slot a row,
+
+    slots'[m] = slots[(p[i_m] // R) mod n]        (i_m row m's index along the owner dimension)
+
+with n = len(slots), so that the operator is called with rows = 1.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._guards import detect_fake_mode
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
+
+from lorafx.ownership.symbolic import BatchSymbols, Sizes, as_expr
+
+aten = torch.ops.aten
+
+_FUNCTIONS: tuple[tuple[type, Callable[..., Any]], ...] = (
+    (sympy.Mul, operator.mul),
+    (sympy.Add, operator.add),
+    (FloorDiv, operator.floordiv),
+    (Mod, operator.mod),
+    (PythonMod, operator.mod),
+    (Max, torch.sym_max),
+    (Min, torch.sym_min),
+)
+
+
+class Emitter:
+    """Adds nodes to one graph, each value once. Ask for uses in graph order."""
+
+    def __init__(self, graph: fx.Graph, batch: BatchSymbols) -> None:
+        self.graph = graph
+        self.sizes = Sizes(batch)
+        self._sizes: dict[sympy.Expr, Any] = {}
+        self._slots: dict[tuple[Any, ...], fx.Node] = {}
+        self._inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        self._fake_mode = detect_fake_mode(
+            [n.meta["val"] for n in self._inputs if isinstance(n.meta.get("val"), torch.Tensor)]
+        )
+        for node in graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
+                self._sizes.setdefault(self.sizes.unify(value.node.expr), node)
+
+    def call(
+        self, before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> fx.Node:
+        """A call_function node before `before`, with its fake value."""
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(target, args, kwargs)
+        values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        if self._fake_mode is None:
+            node.meta["val"] = target(*values[0], **values[1])
+        else:
+            with self._fake_mode:
+                node.meta["val"] = target(*values[0], **values[1])
+        return node
+
+    def size(self, expr: sympy.Expr, before: fx.Node) -> Any:
+        """An int, or a node that computes `expr`; None where a symbol has no source here."""
+        if expr.is_Integer:
+            return int(expr)
+        if expr in self._sizes:
+            return self._sizes[expr]
+        node = self._symbol(expr, before) if expr.is_Symbol else self._compound(expr, before)
+        if node is not None:
+            self._sizes[expr] = node
+        return node
+
+    def _symbol(self, symbol: sympy.Expr, before: fx.Node) -> Any:
+        for source in self._inputs:
+            value = source.meta.get("val")
+            if not isinstance(value, torch.Tensor):
+                continue
+            for dim, size in enumerate(value.shape):
+                if self.sizes.unify(as_expr(size)) == symbol:
+                    return self.call(before, aten.sym_size.int, source, dim)
+        return None
+
+    def _compound(self, expr: sympy.Expr, before: fx.Node) -> Any:
+        if expr.is_Pow and expr.exp.is_Integer and expr.exp > 0:
+            target, parts = operator.mul, [expr.base] * int(expr.exp)
+        else:
+            found = next((fn for kind, fn in _FUNCTIONS if isinstance(expr, kind)), None)
+            if found is None:
+                return None
+            target, parts = found, list(expr.args)
+        total = None
+        for part in parts:
+            value = self.size(part, before)
+            if value is None:
+                return None
+            total = value if total is None else self._joined(before, target, total, value)
+        return total
+
+    def _joined(self, before: fx.Node, target: Callable[..., Any], a: Any, b: Any) -> Any:
+        return (
+            target(a, b)
+            if isinstance(a, int) and isinstance(b, int)
+            else self.call(before, target, a, b)
+        )
+
+    def row_slots(
+        self,
+        slots: fx.Node,
+        perm: fx.Node,
+        rows: sympy.Expr,
+        x: fx.Node,
+        dim: int,
+        ndim: int,
+        before: fx.Node,
+    ) -> fx.Node | None:
+        """slots'[m], one entry for each row of x: its first `ndim` dimensions, owned at `dim`."""
+        step = self.size(rows, before)
+        if step is None:
+            return None
+        shape = tuple(self.sizes.shape(x.meta["val"])[:ndim])
+        key = (slots, perm, rows, shape, dim)
+        if key not in self._slots:
+            count = self._length(slots, before)
+            owner = self.call(before, aten.div.Scalar_mode, perm, step, rounding_mode="floor")
+            owner = self.call(before, aten.remainder.Scalar, owner, count)
+            picked = self.call(before, aten.index.Tensor, slots, [owner])
+            self._slots[key] = self._spread(picked, x, dim, ndim, before)
+        return self._slots[key]
+
+    def _length(self, slots: fx.Node, before: fx.Node) -> Any:
+        size = slots.meta["val"].shape[0]
+        return size if isinstance(size, int) else self.call(before, aten.sym_size.int, slots, 0)
+
+    def _spread(self, picked: fx.Node, x: fx.Node, dim: int, ndim: int, before: fx.Node) -> fx.Node:
+        """(N,) along dimension `dim` of x's row dimensions, flattened to one entry a row."""
+        if ndim == 1:
+            return picked
+        sizes = x.meta["val"].shape[:ndim]
+        shape = [
+            size if isinstance(size, int) else self.call(before, aten.sym_size.int, x, d)
+            for d, size in enumerate(sizes)
+        ]
+        line = [1] * dim + [shape[dim]] + [1] * (ndim - 1 - dim)
+        wide = self.call(before, aten.view.default, picked, line)
+        wide = self.call(before, aten.expand.default, wide, shape)
+        wide = self.call(before, aten.clone.default, wide, memory_format=torch.contiguous_format)
+        return self.call(before, aten.view.default, wide, [-1])

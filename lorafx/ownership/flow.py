@@ -1,0 +1,146 @@
+"""The state of one propagation: labels, known index values, sizes; and what rules share.
+
+A rule is a function (node, flow) -> Label. It reads the labels of its inputs through `flow`,
+answers with a label, and says `flow.lost(node, why)` where it cannot prove one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from lorafx.ownership.labels import Digit, Label, Mixed, Own, Single
+from lorafx.ownership.symbolic import BatchSymbols, Shape, Sizes, is_multiple
+
+Rule = Callable[[fx.Node, "Flow"], Label]
+
+
+class Flow:
+    """Labels and digits of the nodes seen so far. `batch` is B as a sympy expression."""
+
+    def __init__(self, batch: BatchSymbols) -> None:
+        self.sizes = Sizes(batch)
+        self.batch = self.sizes.batch
+        self.labels: dict[fx.Node, Label] = {}
+        self.digits: dict[fx.Node, Digit] = {}
+        self.inverses: dict[fx.Node, fx.Node] = {}
+
+    def label(self, arg: object) -> Single:
+        """The label of an argument; constants and numbers depend on no request."""
+        label = self.labels.get(arg) if isinstance(arg, fx.Node) else None
+        if isinstance(label, tuple):
+            return next((one for one in label if isinstance(one, Mixed)), None)
+        return label
+
+    def digit(self, arg: object) -> Digit | None:
+        return self.digits.get(arg) if isinstance(arg, fx.Node) else None
+
+    def shape(self, arg: object) -> Shape:
+        """Sizes of a tensor argument; numbers have none."""
+        value = arg.meta.get("val") if isinstance(arg, fx.Node) else None
+        return self.sizes.shape(value) if isinstance(value, torch.Tensor) else ()
+
+    def size(self, arg: object) -> sympy.Expr | None:
+        """An integer argument (a number or a SymInt node) as an expression."""
+        return self.sizes.of(arg)
+
+    def numbers(self, args: Iterable[object]) -> Shape:
+        """A list of integer arguments; empty where one of them is no integer."""
+        found = [self.size(arg) for arg in args]
+        return tuple(one for one in found if one is not None) if None not in found else ()
+
+    def whole(self, size: sympy.Expr, own: Own) -> bool:
+        """A size is a whole number of the label's periods rows·B."""
+        return is_multiple(size, own.rows * self.batch)
+
+    def lost(self, node: fx.Node, why: str) -> Mixed:
+        return Mixed(f"{operator_name(node)}: {why} ({place(node)})")
+
+    def agree(self, node: fx.Node, labels: Iterable[Single]) -> Single:
+        """The one label of operands that meet index by index; None is neutral."""
+        joined: Single = None
+        for label in labels:
+            if isinstance(label, Mixed):
+                return label
+            if label is None or label == joined:
+                continue
+            if joined is not None:
+                return self.lost(node, f"operands disagree, {joined} and {label}")
+            joined = label
+        return joined
+
+    def broadcast(self, node: fx.Node, args: Iterable[object], ndim: int) -> Single:
+        """The one label of operands broadcast together, right-aligned, to `ndim` dimensions."""
+        return self.agree(node, [self.aligned(arg, ndim) for arg in args])
+
+    def aligned(self, arg: object, ndim: int) -> Single:
+        """An operand's label in the numbering of a result that it is broadcast to."""
+        label = self.label(arg)
+        if not isinstance(label, Own):
+            return label
+        return label.at(label.dim + ndim - len(self.shape(arg)))
+
+
+def bound(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator call by their names in its schema, defaults filled in."""
+    values: dict[str, Any] = {}
+    for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if i < len(node.args):
+            values[argument.name] = node.args[i]
+        elif argument.name in node.kwargs:
+            values[argument.name] = node.kwargs[argument.name]
+        elif argument.has_default_value():
+            values[argument.name] = argument.default_value
+    return values
+
+
+def outputs(node: fx.Node) -> Sequence[torch.Tensor | None]:
+    """The fake tensors that a node computes, one for each output."""
+    value = node.meta.get("val")
+    return value if isinstance(value, (tuple, list)) else [value]
+
+
+def each_output(node: fx.Node, label: Single) -> Label:
+    """One label for all outputs of a node."""
+    value = node.meta.get("val")
+    return (label,) * len(value) if isinstance(value, (tuple, list)) else label
+
+
+def wrap(dim: int, ndim: int) -> int:
+    """A dimension counted from the front."""
+    return dim % ndim if ndim else 0
+
+
+def wrap_all(dims: object, ndim: int) -> set[int]:
+    """A schema's dim list as positions; None and an empty list mean every dimension."""
+    if isinstance(dims, int):
+        return {wrap(dims, ndim)}
+    if dims is None or not isinstance(dims, Sequence) or len(dims) == 0:
+        return set(range(ndim))
+    return {wrap(d, ndim) for d in dims}
+
+
+def operator_name(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target.name()
+    return getattr(target, "__name__", None) or repr(target)
+
+
+def place(node: fx.Node) -> str:
+    """Where a node comes from: its name, innermost module and source line."""
+    parts = [f"node {node.name}"]
+    stack = node.meta.get("nn_module_stack")
+    if stack:
+        path, _ = list(stack.values())[-1]
+        parts.append(f"in {path}")
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    files = [i for i, line in enumerate(lines) if line.startswith(("File ", "# File"))]
+    if files:
+        source = lines[files[-1] : files[-1] + 2]
+        parts.append("at " + ": ".join(line.removeprefix("# ") for line in source))
+    return ", ".join(parts)

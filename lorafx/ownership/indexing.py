@@ -1,0 +1,258 @@
+"""Rules for operators that choose positions by tensors of indices.
+
+x owned at d, indexed there by t whose values are the digit v(i) = (p[i] // k) mod m, is owned
+through the composition: row i belongs to (v(i) // rows) mod B = (p[i] // (k·rows)) mod B, when m
+is a whole number of periods. Writing through such indices runs the same map backwards. An owner
+dimension that is indexed by anything else is lost; indices themselves carry labels as operands do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from lorafx.ownership.flow import Flow, Rule, bound, wrap
+from lorafx.ownership.labels import Digit, Label, Mixed, Own, Single
+from lorafx.ownership.symbolic import ONE, divide, equal, is_multiple
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+
+def compose(
+    flow: Flow, outer: Own | Digit, index: Digit, modulus: sympy.Expr
+) -> tuple[sympy.Expr, fx.Node | None] | None:
+    """(rows, perm) of outer∘index: the digit `outer` of the positions that `index` names."""
+    if outer.perm is not None:
+        undone = index.perm is not None and flow.inverses.get(index.perm) is outer.perm
+        same = index.rows == ONE and undone and is_multiple(index.modulus, outer.rows * modulus)
+        return (outer.rows, None) if same else None
+    if not is_multiple(index.modulus, outer.rows * modulus):
+        return None
+    return outer.rows * index.rows, index.perm
+
+
+class Layout:
+    """Where dimensions go when x is indexed by tensors at some of its dimensions.
+
+    `at`: {dimension of x: index tensor}; `first`: where the index dimensions start in the result;
+    `count`: how many there are (the broadcast of the index tensors).
+    """
+
+    def __init__(self, flow: Flow, ndim: int, indices: list[Any]) -> None:
+        self.at = {d: t for d, t in enumerate(indices) if t is not None}
+        self.count = max((len(flow.shape(t)) for t in self.at.values()), default=0)
+        places = list(self.at)
+        together = places == list(range(places[0], places[0] + len(places))) if places else True
+        self.first = places[0] if places and together else 0
+        self.free = [d for d in range(ndim) if d not in self.at]
+        self.result = [("x", d) for d in self.free if d < self.first and together]
+        self.result += [("i", j) for j in range(self.count)]
+        self.result += [("x", d) for d in self.free if ("x", d) not in self.result]
+
+    def of_x(self, dim: int) -> int:
+        return self.result.index(("x", dim))
+
+    def of_index(self, dim: int) -> int:
+        return self.result.index(("i", dim))
+
+
+def is_boolean(arg: fx.Node) -> bool:
+    return arg.meta["val"].dtype in (torch.bool, torch.uint8)
+
+
+def layout(node: fx.Node, flow: Flow, x: fx.Node, indices: list[Any]) -> Layout | None:
+    """None where an index is a boolean mask: its result has as many rows as it has ones."""
+    if any(t is not None and is_boolean(t) for t in indices):
+        return None
+    return Layout(flow, len(flow.shape(x)), indices)
+
+
+def read(node: fx.Node, flow: Flow, x: fx.Node, indices: list[Any]) -> Single:
+    """x[indices]."""
+    own, where = flow.label(x), layout(node, flow, x, indices)
+    if where is None:
+        return flow.lost(node, "rows chosen by a mask")
+    if isinstance(own, Mixed):
+        return own
+    labels: list[Single] = []
+    through = where.at.get(own.dim) if isinstance(own, Own) else None
+    if isinstance(own, Own) and through is None:
+        labels.append(own.at(where.of_x(own.dim)))
+    elif isinstance(own, Own):
+        digit = flow.digit(through)
+        there = compose(flow, own, digit, flow.batch) if digit is not None else None
+        if digit is None or there is None:
+            return flow.lost(node, f"{own} is indexed by values that are not known")
+        j = digit.dim + where.count - len(flow.shape(through))
+        labels.append(Own(where.of_index(j), *there))
+    for t in where.at.values():
+        if t is through:
+            continue
+        label = flow.aligned(t, where.count)
+        labels.append(label.at(where.of_index(label.dim)) if isinstance(label, Own) else label)
+    return flow.agree(node, labels)
+
+
+def indexed(node: fx.Node, flow: Flow) -> Label:
+    args = bound(node)
+    return read(node, flow, args["self"], list(args["indices"]))
+
+
+def index_selected(node: fx.Node, flow: Flow) -> Label:
+    args = bound(node)
+    dim = wrap(args["dim"], len(flow.shape(args["self"])))
+    return read(node, flow, args["self"], [None] * dim + [args["index"]])
+
+
+def index_digit(node: fx.Node, flow: Flow) -> Digit | None:
+    """t[p] of known values t at known positions p, both vectors."""
+    args = bound(node)
+    indices = args["indices"] if "indices" in args else [args["index"]]
+    table = flow.digit(args["self"])
+    index = flow.digit(indices[0])
+    if table is None or index is None or len(indices) != 1 or len(flow.shape(args["self"])) != 1:
+        return None
+    there = compose(flow, table, index, table.modulus)
+    return Digit(index.dim, there[0], table.modulus, there[1]) if there is not None else None
+
+
+def embedded(node: fx.Node, flow: Flow) -> Label:
+    """embedding(weight, indices): one table for all requests, a row for each index."""
+    args = bound(node)
+    if flow.label(args["weight"]) is not None:
+        return flow.lost(node, "the table depends on requests")
+    return flow.label(args["indices"])
+
+
+def written(node: fx.Node, flow: Flow, x: fx.Node, indices: list[Any], values: object) -> Single:
+    """x with x[indices] replaced by (or increased by) values, in the shape of x."""
+    own, where = flow.label(x), layout(node, flow, x, indices)
+    if where is None:
+        return masked_write(node, flow, x, indices, values)
+    labels: list[Single] = [own]
+    passed = flow.aligned(values, len(where.result))
+    if isinstance(passed, Own):
+        passed = landed(node, flow, x, where, passed, "values")
+    labels.append(passed)
+    for t in where.at.values():
+        label, digit = flow.aligned(t, where.count), flow.digit(t)
+        if isinstance(label, Mixed) and isinstance(passed, Own) and digit is not None:
+            continue  # the order of everybody's rows, through which `passed` has been followed
+        if isinstance(label, Own):
+            label = landed(node, flow, x, where, label, "index")
+        labels.append(label)
+    return flow.agree(node, labels)
+
+
+def landed(node: fx.Node, flow: Flow, x: fx.Node, where: Layout, label: Own, role: str) -> Single:
+    """The label in x's numbering of something owned in the numbering of the result x[indices].
+
+    Row i is written to v(i) = (p[i] // k) mod m of dimension d: with the owner of row i equal to
+    (p[i] // rows) mod B, v belongs to (v // (rows / k)) mod B.
+    """
+    kind, at = where.result[label.dim] if role == "values" else ("i", label.dim)
+    if kind == "x":
+        return label.at(at)
+    for d, t in where.at.items():
+        digit = flow.digit(t)
+        if digit is None or digit.dim + where.count - len(flow.shape(t)) != at:
+            continue
+        rows = divide(label.rows, digit.rows)
+        undone = (
+            digit.perm is not None
+            and label.perm is None
+            and digit.rows == ONE
+            and flow.inverses.get(digit.perm) is not None
+        )
+        if rows is not None and digit.perm is label.perm:
+            back = Own(d, rows)
+            if equal(digit.modulus, flow.shape(x)[d]) and flow.whole(digit.modulus, back):
+                return back
+        elif undone and equal(digit.modulus, flow.shape(x)[d]):
+            # x[p] = y puts row i at p[i]: row j of x is y[inverse(p)[j]].
+            return Own(d, label.rows, flow.inverses[digit.perm])  # type: ignore[index]
+    return flow.lost(node, f"{label} is written to positions that are not known")
+
+
+def masked_write(
+    node: fx.Node, flow: Flow, x: fx.Node, indices: list[Any], values: object
+) -> Single:
+    """x[mask] = one value for all chosen positions, which is where(mask, value, x)."""
+    n = len(flow.shape(x))
+    masks = [(d, t) for d, t in enumerate(indices) if t is not None]
+    if len(masks) != 1:
+        return flow.lost(node, "written through several masks")
+    (d, mask), m = masks[0], len(flow.shape(masks[0][1]))
+    if len(flow.shape(values)) > n - d - m or flow.label(values) is not None:
+        return flow.lost(node, "different values are written to the positions of a mask")
+    label = flow.label(mask)
+    if isinstance(label, Own):
+        label = label.at(label.dim + d)
+    return flow.agree(node, [flow.label(x), label])
+
+
+def index_put(node: fx.Node, flow: Flow) -> Label:
+    args = bound(node)
+    return written(node, flow, args["self"], list(args["indices"]), args["values"])
+
+
+def index_added(node: fx.Node, flow: Flow) -> Label:
+    """index_add, index_copy, index_reduce (self, dim, index, source); index_fill has a value."""
+    args = bound(node)
+    dim = wrap(args["dim"], len(flow.shape(args["self"])))
+    source = args.get("source", args.get("value"))
+    indices = [None] * dim + [args["index"]]
+    if not flow.shape(source):
+        laid = written(node, flow, args["self"], indices, None)
+        return flow.agree(node, [flow.label(source), laid])
+    return written(node, flow, args["self"], indices, source)
+
+
+def elementwise_index(node: fx.Node, flow: Flow) -> Label:
+    """gather and scatter: index, source and result meet dimension by dimension, except `dim`."""
+    args = bound(node)
+    x, index, src = args["self"], args["index"], args.get("src", args.get("value"))
+    n = len(flow.shape(x))
+    dim = wrap(args["dim"], n)
+    labels = [flow.label(x), flow.label(index), flow.label(src)]
+    reads = src is None
+    if reads and labels[0] is None:
+        return labels[1]
+    label = flow.agree(node, labels)
+    if isinstance(label, Own):
+        if label.dim == dim:
+            return flow.lost(node, f"picks along the owner dimension of {label}")
+        sizes = [flow.shape(t)[label.dim] for t in (x, index, src) if len(flow.shape(t)) == n]
+        if not all(flow.whole(size, label) for size in sizes):
+            return flow.lost(node, "picks a part of the owner dimension")
+        if label.perm is not None and any(size != sizes[0] for size in sizes):
+            return flow.lost(node, "picks a part of permuted rows")
+    return label
+
+
+def taken(node: fx.Node, flow: Flow) -> Label:
+    """take(self, index): positions of a flat table that depends on no request."""
+    args = bound(node)
+    if flow.label(args["self"]) is not None:
+        return flow.lost(node, "flat positions of an owned tensor")
+    return flow.label(args["index"])
+
+
+RULES: dict[object, Rule] = {
+    **dict.fromkeys((aten.index, aten._unsafe_index), indexed),
+    aten.index_select: index_selected,
+    aten.embedding: embedded,
+    **dict.fromkeys((aten.index_put, aten._unsafe_index_put), index_put),
+    **dict.fromkeys(
+        (aten.index_add, aten.index_copy, aten.index_reduce, aten.index_fill), index_added
+    ),
+    **dict.fromkeys(
+        (aten.gather, aten.scatter, aten.scatter_add, aten.scatter_reduce, aten.take_along_dim),
+        elementwise_index,
+    ),
+    aten.take: taken,
+}
+DIGITS = {**dict.fromkeys((aten.index, aten._unsafe_index, aten.index_select), index_digit)}

@@ -1,0 +1,76 @@
+"""Labels: what is known about which request the entries of a tensor belong to.
+
+With B requests in the batch, a tensor t carries one of
+
+    None                   t depends on no request (weights, position tables, iotas)
+    Own(dim, rows, perm)   t[..., i, ...] (i along `dim`) depends on one request only, namely
+                           ((perm[i] if perm else i) // rows) mod B
+    Mixed(reason)          nothing is proved
+
+The size of an owned dimension is always a whole number of periods rows·B. Labels are canonical
+(`dim` is not negative, `rows` is a positive sympy expression), so equality of labels is equality
+of maps. The statement is about ownership, not information flow: that a router sorts the tokens of
+all requests together moves rows about (`perm`), it does not make them common property.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import sympy
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Own:
+    """Index i along `dim` belongs to request ((perm[i] if perm else i) // rows) mod B."""
+
+    dim: int
+    rows: sympy.Expr = sympy.S.One
+    perm: fx.Node | None = None
+
+    def at(self, dim: int) -> Own:
+        """The same map along another dimension."""
+        return self if dim == self.dim else Own(dim, self.rows, self.perm)
+
+    def __str__(self) -> str:
+        perm = f", perm={self.perm.name}" if self.perm is not None else ""
+        return f"Own(dim={self.dim}, rows={self.rows}{perm})"
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Nothing is proved; `reason` names the operator and the place where the proof was lost."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"Mixed({self.reason})"
+
+
+@dataclass(frozen=True)
+class Digit:
+    """What is known about the *values* of an integer tensor t: a digit of the position.
+
+        t[..., i, ...] = ((perm[i] if perm else i) // rows) mod modulus      (i along `dim`)
+
+    An iota of n entries is Digit(0, 1, n); its n·k-fold `repeat_interleave` Digit(0, k, n); the
+    indices p of a 1-D sort of n entries are Digit(0, 1, n, p), and p // k is Digit(0, k, n/k, p).
+    An `Own` label is the same arithmetic with modulus B: row i of an owned tensor belongs to the
+    request that the digit names. Indexing composes the two.
+    """
+
+    dim: int
+    rows: sympy.Expr
+    modulus: sympy.Expr
+    perm: fx.Node | None = None
+
+    def at(self, dim: int) -> Digit:
+        """The same values along another dimension."""
+        return self if dim == self.dim else Digit(dim, self.rows, self.modulus, self.perm)
+
+
+# What one tensor carries, and what a node carries: a tuple for an operator with several outputs.
+Single: TypeAlias = Own | Mixed | None
+Label: TypeAlias = Own | Mixed | tuple[Own | Mixed | None, ...] | None

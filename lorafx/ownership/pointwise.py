@@ -1,0 +1,267 @@
+"""Rules for operators that act entry by entry: out[i] = f(a[i], b[i], ...) after broadcasting.
+
+All labels that are not None must name the same dimension, counted from the right, and the same
+map. Most of these operators carry `torch.Tag.pointwise`; the tables name those that do not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from lorafx.ownership.flow import Flow, Rule, bound, each_output, outputs
+from lorafx.ownership.labels import Digit, Label, Own
+from lorafx.ownership.symbolic import divide, equal, is_multiple
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+
+def pointwise(node: fx.Node, flow: Flow) -> Label:
+    """Every tensor operand is broadcast to the (first) output."""
+    first = outputs(node)[0]
+    if not isinstance(first, torch.Tensor):
+        return flow.agree(node, map(flow.label, node.all_input_nodes))
+    shape = flow.sizes.shape(first)
+    for arg in node.all_input_nodes:
+        label = flow.label(arg)
+        if isinstance(label, Own):
+            at = label.dim + len(shape) - len(flow.shape(arg))
+            if at < 0 or not equal(flow.shape(arg)[label.dim], shape[at]):
+                return flow.lost(node, "an operand is not broadcast to the result")
+    return each_output(node, flow.broadcast(node, node.all_input_nodes, len(shape)))
+
+
+def same_as_first(node: fx.Node, flow: Flow) -> Label:
+    """The first argument's entries, each where it was; other operands depend on no request."""
+    others = flow.agree(node, [flow.label(arg) for arg in node.all_input_nodes[1:]])
+    if others is not None:
+        return flow.lost(node, f"an operand that should be shared is {others}")
+    return each_output(node, flow.label(node.all_input_nodes[0]))
+
+
+def copied(node: fx.Node, flow: Flow) -> Label:
+    """copy(self, src): src broadcast to self's shape; self's own values are gone."""
+    src = bound(node)["src"]
+    return flow.aligned(src, len(flow.shape(node)))
+
+
+def unlabelled(node: fx.Node, flow: Flow) -> Label:
+    """A new tensor of which only shape, dtype and device come from the inputs."""
+    return each_output(node, None)
+
+
+def searched(node: fx.Node, flow: Flow) -> Label:
+    """Positions of the values of one operand in a table that depends on no request."""
+    args = bound(node)
+    table = args.get("boundaries", args.get("sorted_sequence", args.get("test_elements")))
+    values = args.get("self", args.get("input", args.get("elements")))
+    if flow.label(table) is not None:
+        return flow.lost(node, "the table searched in depends on requests")
+    return flow.label(values)
+
+
+def scalar_read(node: fx.Node, flow: Flow) -> Label:
+    """item(): a size read from data is ignored, another number read from requests is not."""
+    label = flow.label(node.all_input_nodes[0])
+    if isinstance(node.meta.get("val"), (int, torch.SymInt)) or label is None:
+        return None
+    return flow.lost(node, "a number computed from all requests")
+
+
+def as_real(node: fx.Node, flow: Flow) -> Label:
+    """view_as_real and view_as_complex add or drop a last dimension of two."""
+    label = flow.label(node.all_input_nodes[0])
+    if isinstance(label, Own) and label.dim >= min(
+        len(flow.shape(node)), len(flow.shape(node.args[0]))
+    ):
+        return flow.lost(node, "the owner dimension is the pair of a complex number")
+    return label
+
+
+RULES: dict[object, Rule] = {
+    **dict.fromkeys(
+        (
+            aten._to_copy,
+            aten.to,
+            aten.alias,
+            aten.detach,
+            aten.contiguous,
+            aten.lift_fresh,
+            aten.lift_fresh_copy,
+            aten.complex,
+            aten.polar,
+            aten.conj,
+            aten._conj,
+            aten.real,
+            aten.imag,
+            aten.conj_physical,
+            aten.resolve_conj,
+            aten.resolve_neg,
+            aten._neg_view,
+            aten.masked_fill,
+            aten._prelu_kernel,
+            aten.floor_divide,
+            aten.fill,
+            aten.native_dropout,
+            aten.dropout,
+            aten.rrelu_with_noise,
+            aten.isclose,
+            aten.triu,
+            aten.tril,
+            aten.clamp,
+            aten.clip,
+            aten.bernoulli,
+            aten.addcmul,
+            aten.addcdiv,
+            aten.lerp,
+            aten.feature_dropout,
+            aten.alpha_dropout,
+            aten.type_as,
+            aten.softplus,
+            aten.logaddexp,
+            aten.copysign,
+            aten.frexp,
+            prims.abs,
+            prims.acos,
+            prims.asin,
+            prims.atan,
+            prims.cos,
+            prims.cosh,
+            prims.erf,
+            prims.exp,
+            prims.expm1,
+            prims.floor,
+            prims.imag,
+            prims.isfinite,
+            prims.log,
+            prims.log1p,
+            prims.log10,
+            prims.neg,
+            prims.real,
+            prims.round,
+            prims.sin,
+            prims.sinh,
+            prims.sqrt,
+            prims.tan,
+            prims.tanh,
+            prims.add,
+            prims.atan2,
+            prims.bitwise_and,
+            prims.bitwise_or,
+            prims.bitwise_xor,
+            prims.div,
+            prims.eq,
+            prims.fmod,
+            prims.ge,
+            prims.gt,
+            prims.le,
+            prims.lt,
+            prims.maximum,
+            prims.minimum,
+            prims.mul,
+            prims.ne,
+            prims.pow,
+            prims.remainder,
+            prims.rsqrt,
+            prims.shift_left,
+            prims.sub,
+            prims.where,
+            prims.clone,
+            prims.convert_element_type,
+            prims.device_put,
+            prims.view_of,
+            prims.fma,
+            prims.conj,
+            prims.ceil,
+        ),
+        pointwise,
+    ),
+    **dict.fromkeys((aten.copy, aten.copy_), copied),
+    **dict.fromkeys((aten.bucketize, aten.searchsorted, aten.isin), searched),
+    **dict.fromkeys((aten._local_scalar_dense, aten.item, aten.is_nonzero), scalar_read),
+    **dict.fromkeys((aten.view_as_real, aten.view_as_complex), as_real),
+    **dict.fromkeys(
+        (
+            aten.empty_like,
+            aten.zeros_like,
+            aten.ones_like,
+            aten.full_like,
+            aten.rand_like,
+            aten.randn_like,
+            aten.randint_like,
+            aten.new_empty,
+            aten.new_zeros,
+            aten.new_ones,
+            aten.new_full,
+            aten.new_empty_strided,
+            aten.sym_size,
+            aten.sym_numel,
+            aten.sym_stride,
+            aten.sym_storage_offset,
+            aten._assert_async,
+            aten._assert_scalar,
+            aten._assert_tensor_metadata,
+            aten.sym_constrain_range,
+            aten.sym_constrain_range_for_size,
+            aten._functional_assert_async,
+            aten._print,
+        ),
+        unlabelled,
+    ),
+}
+
+
+def cast_digit(node: fx.Node, flow: Flow) -> Digit | None:
+    """Copies, aliases and casts keep values, unless the type is too narrow to hold them."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.dtype not in (torch.int32, torch.int64):
+        return None
+    return flow.digit(node.all_input_nodes[0])
+
+
+def divided_digit(node: fx.Node, flow: Flow) -> Digit | None:
+    """t // k: ((w // rows) mod m) // k = (w // (rows·k)) mod (m / k) where k divides m."""
+    digit, k = flow.digit(node.args[0]), flow.size(node.args[1])
+    if digit is None or k is None or not k.is_positive or not rounds_down(node):
+        return None
+    modulus = divide(digit.modulus, k)
+    if modulus is None:
+        return None
+    return Digit(digit.dim, digit.rows * k, modulus, digit.perm)
+
+
+def rounds_down(node: fx.Node) -> bool:
+    """An integer division (the values are not negative: truncation is the floor)."""
+    rounding = bound(node).get("rounding_mode")
+    return node.target.overloadpacket == aten.floor_divide or rounding in ("floor", "trunc")  # type: ignore[union-attr]
+
+
+def remainder_digit(node: fx.Node, flow: Flow) -> Digit | None:
+    """t mod k, where k divides the modulus."""
+    digit, k = flow.digit(node.args[0]), flow.size(node.args[1])
+    if digit is None or k is None or not k.is_positive or not is_multiple(digit.modulus, k):
+        return None
+    return Digit(digit.dim, digit.rows, k, digit.perm)
+
+
+DIGITS = {
+    **dict.fromkeys(
+        (
+            aten._to_copy,
+            aten.to,
+            aten.alias,
+            aten.detach,
+            aten.contiguous,
+            aten.lift_fresh,
+            aten.lift_fresh_copy,
+            aten.clone,
+            prims.clone,
+            prims.convert_element_type,
+            prims.device_put,
+            prims.view_of,
+        ),
+        cast_digit,
+    ),
+    **dict.fromkeys((aten.div, aten.floor_divide), divided_digit),
+    **dict.fromkeys((aten.remainder, aten.fmod), remainder_digit),
+}

@@ -1,0 +1,144 @@
+"""Propagation of row ownership over a functional ATen graph, one rule a node, in graph order.
+
+    labels[node] = rule(labels of its inputs)
+
+The tables of the rule files are looked up by operator, then the pointwise tag decides; an operator
+that neither knows is loud: with a labelled input its result is Mixed and names it. Whatever a
+rule claims, an owned dimension whose size is not a whole number of periods is given up.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from functools import cache
+
+import torch
+from torch import fx
+
+from lorafx.ownership import (
+    contractions,
+    dispatch,
+    indexing,
+    pointwise,
+    reductions,
+    sites,
+    slices,
+    spatial,
+    views,
+)
+from lorafx.ownership.flow import Flow, Rule, each_output, outputs
+from lorafx.ownership.labels import Digit, Label, Mixed, Own, Single
+from lorafx.ownership.symbolic import BatchSymbols
+
+# Specific first; the first table that knows an operator decides.
+TABLES = (sites, indexing, slices, views, reductions, contractions, spatial, pointwise)
+OPTIONAL = (contractions, spatial)
+DIGIT_TABLES = (dispatch, indexing, slices, views, pointwise)
+# Rules that look at Mixed inputs themselves: the order of everybody's rows is Mixed by nature, and
+# some operators take no values from an input, only its shape.
+TOLERANT = frozenset(
+    {
+        pointwise.unlabelled,
+        pointwise.scalar_read,
+        pointwise.copied,
+        contractions.grouped,
+        *indexing.RULES.values(),
+    }
+)
+
+
+def propagate(
+    graph: fx.Graph, seeds: Mapping[fx.Node, Label], batch: BatchSymbols
+) -> dict[fx.Node, Label]:
+    """The label of every node of a graph whose nodes carry fake tensors in meta["val"].
+
+    `seeds` gives the labels of the inputs; a tensor input without one is of unknown origin and
+    Mixed. Linear in the number of nodes.
+    """
+    return flow_through(graph, seeds, batch).labels
+
+
+def flow_through(graph: fx.Graph, seeds: Mapping[fx.Node, Label], batch: BatchSymbols) -> Flow:
+    """`propagate` with everything that was learnt on the way."""
+    flow = Flow(batch)
+    for node in graph.nodes:
+        if node in seeds:
+            label = seeds[node]
+        elif node.op == "placeholder":
+            tensor = isinstance(node.meta.get("val"), torch.Tensor)
+            label = flow.lost(node, "an input of unknown origin") if tensor else None
+        elif node.op == "call_function":
+            label = called(node, flow)
+            digit = known_values(node, flow)
+            if digit is not None:
+                flow.digits[node] = digit
+        else:
+            label = None
+        flow.labels[node] = checked(node, flow, label)
+    return flow
+
+
+def called(node: fx.Node, flow: Flow) -> Label:
+    if node.target is operator.getitem:
+        return slices.item_of(node, flow)
+    labels = [flow.label(arg) for arg in node.all_input_nodes]
+    if all(label is None for label in labels):
+        return each_output(node, None)
+    rule, tolerant = rule_for(node.target)
+    mixed = next((label for label in labels if isinstance(label, Mixed)), None)
+    if mixed is not None and not tolerant:
+        return each_output(node, mixed)
+    if rule is None:
+        return each_output(node, flow.lost(node, "no rule for this operator"))
+    return rule(node, flow)
+
+
+@cache
+def rule_for(target: object) -> tuple[Rule | None, bool]:
+    """The rule for an operator, and whether it takes Mixed inputs."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return None, False
+    packet = target.overloadpacket
+    for table in OPTIONAL:
+        for (namespace, name), rule in table.OPTIONAL.items():
+            if packet is getattr(getattr(torch.ops, namespace), name, None):
+                return rule, rule in TOLERANT
+    for table in TABLES:
+        if packet in table.RULES:
+            return table.RULES[packet], table.RULES[packet] in TOLERANT
+    if torch.Tag.pointwise in target.tags:
+        return pointwise.pointwise, False
+    return None, False
+
+
+def known_values(node: fx.Node, flow: Flow) -> Digit | None:
+    """What is known about the values of an integer tensor, if anything."""
+    if node.target is operator.getitem:
+        return dispatch.vector_order(node, flow)
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    packet = node.target.overloadpacket
+    for table in DIGIT_TABLES:
+        if packet in table.DIGITS:
+            digit = table.DIGITS[packet](node, flow)
+            if digit is not None:
+                return digit
+    return None
+
+
+def checked(node: fx.Node, flow: Flow, label: Label) -> Label:
+    """A label whose owner dimension is not a whole number of periods long proves nothing."""
+    values = outputs(node)
+    if isinstance(label, tuple):
+        return tuple(_checked(node, flow, v, one) for v, one in zip(values, label, strict=True))
+    return _checked(node, flow, values[0], label)
+
+
+def _checked(node: fx.Node, flow: Flow, value: object, label: Single) -> Single:
+    if not isinstance(label, Own):
+        return label
+    shape = flow.sizes.shape(value) if isinstance(value, torch.Tensor) else ()
+    if label.dim < len(shape) and flow.whole(shape[label.dim], label):
+        return label
+    return flow.lost(node, f"sizes {shape} are not proved to hold whole periods of {label}")

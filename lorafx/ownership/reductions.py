@@ -1,0 +1,161 @@
+"""Rules for reductions, scans, sorts and norms: what works along dimensions must spare the owner.
+
+out[...] = f(x[..., :, ...]) over `dim`. A reduction over other dimensions keeps the owner and
+renumbers it when the reduced dimensions go; a scan or softmax keeps the shape. The one scan along
+the owner dimension that keeps ownership is a 1-D sort: its values are x[p] for its indices p, so
+they are owned through p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from lorafx.ownership.flow import Flow, Rule, bound, each_output, outputs, wrap_all
+from lorafx.ownership.labels import Label, Own
+from lorafx.ownership.pointwise import same_as_first
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+
+def first_tensor(node: fx.Node) -> fx.Node:
+    return node.all_input_nodes[0]
+
+
+def reduced(node: fx.Node, flow: Flow) -> Label:
+    """Reductions over `dim` or `dims`; none given (or an empty list) means all."""
+    label, args = flow.label(node.args[0]), bound(node)
+    if not isinstance(label, Own):
+        return each_output(node, label)
+    n = len(flow.shape(node.args[0]))
+    dims = wrap_all(args.get("dim", args.get("dims")), n)
+    if label.dim in dims:
+        return each_output(node, flow.lost(node, f"reduced over the owner dimension of {label}"))
+    kept = args.get("keepdim", args.get("keepdims", False))
+    return each_output(
+        node, label if kept else label.at(label.dim - sum(d < label.dim for d in dims))
+    )
+
+
+def scanned(node: fx.Node, flow: Flow) -> Label:
+    """Softmax, cumulative sums, fft, top-k: the shape's dimensions stay, `dim` is worked along."""
+    label, args = flow.label(first_tensor(node)), bound(node)
+    if not isinstance(label, Own):
+        return each_output(node, label)
+    if label.dim in wrap_all(args.get("dim"), len(flow.shape(first_tensor(node)))):
+        return each_output(node, flow.lost(node, f"works along the owner dimension of {label}"))
+    return each_output(node, label)
+
+
+def sort_dim(node: fx.Node, flow: Flow) -> bool:
+    """The sort is that of a vector."""
+    return len(flow.shape(node.args[0])) == 1
+
+
+def sorted_values(node: fx.Node, flow: Flow) -> Label:
+    """sort: (values, indices). A vector's values are x[p] with p the indices."""
+    label = flow.label(node.args[0])
+    if not isinstance(label, Own) or not sort_dim(node, flow):
+        return scanned(node, flow)
+    lost = flow.lost(node, "the order of all requests' entries")
+    indices = next((u for u in node.users if u.args[1:] == (1,)), None)
+    if label.perm is not None or indices is None:
+        return lost, lost
+    return Own(0, label.rows, indices), lost
+
+
+def normalised(over: Callable[[fx.Node, Flow, int], bool], leading: bool = True) -> Rule:
+    """Norms: (out, mean, rstd, ...) where `over` says whether dimension d is averaged over.
+
+    `leading`: the statistics keep the dimensions that are not averaged over in their places, and
+    with them the label. Weights are shared.
+    """
+
+    def rule(node: fx.Node, flow: Flow) -> Label:
+        label = same_as_first(node, flow)
+        one = label[0] if isinstance(label, tuple) else label
+        if not isinstance(one, Own):
+            return label
+        if over(node, flow, one.dim):
+            return each_output(node, flow.lost(node, f"normalises over the owner of {one}"))
+        if leading or not isinstance(label, tuple):
+            return label
+        lost = flow.lost(node, "statistics of several requests")
+        return (one, *(lost for _ in outputs(node)[1:]))
+
+    return rule
+
+
+def trailing(node: fx.Node, flow: Flow, dim: int) -> bool:
+    """layer_norm, rms_norm: the last len(normalized_shape) dimensions."""
+    args = bound(node)
+    return dim >= len(flow.shape(node.args[0])) - len(args["normalized_shape"])
+
+
+def groups(node: fx.Node, flow: Flow, dim: int) -> bool:
+    """group_norm: everything but the leading dimension."""
+    return dim != 0
+
+
+def batch_statistics(node: fx.Node, flow: Flow, dim: int) -> bool:
+    """batch_norm: in evaluation nothing; in training (and in instance_norm, which is one over
+    (1, B·C, ...)) everything but the channels."""
+    training = bound(node).get("training", bound(node).get("train", False))
+    return bool(training) and dim != 1
+
+
+def nothing(node: fx.Node, flow: Flow, dim: int) -> bool:
+    return False
+
+
+def renormed(node: fx.Node, flow: Flow, dim: int) -> bool:
+    """renorm(p, dim, maxnorm): each index of dim by itself."""
+    return dim not in wrap_all(bound(node)["dim"], len(flow.shape(node)))
+
+
+RULES: dict[object, Rule] = {
+    **dict.fromkeys(
+        (
+            aten.sum, aten.mean, aten.amax, aten.amin, aten.max, aten.min, aten.argmax,
+            aten.argmin, aten.any, aten.all, aten.prod, aten.var, aten.std, aten.var_mean,
+            aten.std_mean, aten.norm, aten.linalg_vector_norm, aten.logsumexp, aten.nansum,
+            aten.nanmean, aten.count_nonzero, aten.median, aten.nanmedian, aten.aminmax,
+            aten.kthvalue, aten.mode, prims.sum, prims.prod, prims.amax, prims.amin, prims.var,
+            prims.xor_sum,
+        ),
+        reduced,
+    ),
+    **dict.fromkeys(
+        (
+            aten._softmax, aten.softmax, aten._log_softmax, aten.log_softmax, aten._safe_softmax,
+            aten.cumsum, aten.cumprod, aten.cummax, aten.cummin, aten.logcumsumexp, aten.topk,
+            aten._fft_r2c, aten._fft_c2r, aten._fft_c2c, prims.fft_r2c, prims.fft_c2r,
+            prims.fft_c2c, aten.cumulative_trapezoid,
+        ),
+        scanned,
+    ),
+    **dict.fromkeys((aten.sort, aten.argsort), sorted_values),
+    **dict.fromkeys(
+        (aten.native_layer_norm, aten.layer_norm, aten.rms_norm, aten._fused_rms_norm),
+        normalised(trailing),
+    ),
+    **dict.fromkeys((aten.native_group_norm, aten.group_norm), normalised(groups)),
+    **dict.fromkeys(
+        (
+            aten.native_batch_norm, aten._native_batch_norm_legit, aten.batch_norm,
+            aten._native_batch_norm_legit_functional, aten._batch_norm_with_update,
+            aten._batch_norm_with_update_functional,
+        ),
+        normalised(batch_statistics, leading=False),
+    ),
+    **dict.fromkeys(
+        (
+            aten._native_batch_norm_legit_no_training, aten._batch_norm_no_update,
+            aten.cudnn_batch_norm,
+        ),
+        normalised(nothing, leading=False),
+    ),
+    aten.renorm: normalised(renormed),
+}  # fmt: skip

@@ -1,0 +1,117 @@
+"""Rules for operators of images and signals: (batch, channels, spatial...) with shared weights.
+
+Convolution, pooling, resampling and patch extraction mix channels or neighbours and keep the
+batch; an owner in front of the dimensions that are worked on survives.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from lorafx.ownership.flow import Flow, Rule, bound, each_output
+from lorafx.ownership.labels import Label, Own
+from lorafx.ownership.pointwise import same_as_first
+from lorafx.ownership.symbolic import ONE
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+
+def convolution(node: fx.Node, flow: Flow) -> Label:
+    """input (N, C, spatial...), weight (C_out, C_in / groups, kernel...): N survives.
+
+    So does a spatial dimension that the kernel visits one index at a time: kernel 1, stride 1,
+    no padding.
+    """
+    args = bound(node)
+    label = same_as_first(node, flow)
+    if not isinstance(label, Own) or label.dim == 0:
+        return label
+    spatial, kernel = label.dim - 2, flow.shape(args["weight"])[2:]
+    if spatial >= 0 and not args.get("transposed", False):
+        stride, padding = args["stride"], args["padding"]
+        alone = kernel[spatial] == ONE and flow.size(stride[spatial % len(stride)]) == ONE
+        if alone and flow.size(padding[spatial % len(padding)]) == 0:
+            return label
+    return flow.lost(node, f"convolved over the owner dimension of {label}")
+
+
+def in_front_of(trailing: int) -> Rule:
+    """The last `trailing` dimensions are worked on; the owner is in front of them."""
+
+    def rule(node: fx.Node, flow: Flow) -> Label:
+        label = same_as_first(node, flow)
+        one = label[0] if isinstance(label, tuple) else label
+        if isinstance(one, Own) and one.dim >= len(flow.shape(node.args[0])) - trailing:
+            return each_output(node, flow.lost(node, f"works over the owner dimension of {one}"))
+        return label
+
+    return rule
+
+
+def batch_first(node: fx.Node, flow: Flow) -> Label:
+    """Every tensor leads with the batch: grid sampling, affine grids."""
+    label = flow.agree(node, [flow.label(arg) for arg in node.all_input_nodes])
+    if isinstance(label, Own) and label.dim != 0:
+        return each_output(node, flow.lost(node, f"works over the owner dimension of {label}"))
+    return each_output(node, label)
+
+
+def distances(node: fx.Node, flow: Flow) -> Label:
+    """cdist: (..., P, M) and (..., R, M) -> (..., P, R), leading dimensions broadcast."""
+    args, n = bound(node), len(flow.shape(node))
+    left, right = (flow.aligned(args[k], n) for k in ("x1", "x2"))
+    if any(isinstance(label, Own) and label.dim == n - 1 for label in (left, right)):
+        return flow.lost(node, "distances over the owner dimension")
+    if isinstance(right, Own) and right.dim == n - 2:
+        right = right.at(n - 1)
+    return flow.agree(node, [left, right])
+
+
+_ONE_D = (
+    aten.avg_pool1d, aten.max_pool1d, aten.adaptive_avg_pool1d, aten.adaptive_max_pool1d,
+    aten.upsample_linear1d, aten.upsample_nearest1d, aten._upsample_nearest_exact1d,
+    aten.max_pool1d_with_indices,
+)  # fmt: skip
+_TWO_D = (
+    aten.avg_pool2d, aten.max_pool2d, aten.max_pool2d_with_indices, aten.adaptive_avg_pool2d,
+    aten._adaptive_avg_pool2d, aten.adaptive_max_pool2d, aten.upsample_bilinear2d,
+    aten.upsample_nearest2d, aten.upsample_bicubic2d, aten._upsample_nearest_exact2d,
+    aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa, aten.fractional_max_pool2d,
+    aten.linalg_inv_ex, aten.linalg_inv, aten.inverse, aten.linalg_cholesky_ex,
+    aten.linalg_cholesky, aten.linalg_qr, aten.linalg_eigh, aten._linalg_eigh, aten._linalg_svd,
+    aten.linalg_svd, aten._linalg_det, aten.linalg_det, aten.linalg_lu_factor_ex,
+    aten.linalg_matrix_exp, aten._linalg_slogdet,
+)  # fmt: skip
+_THREE_D = (
+    aten.avg_pool3d, aten.max_pool3d, aten.max_pool3d_with_indices, aten.adaptive_avg_pool3d,
+    aten._adaptive_avg_pool3d, aten.adaptive_max_pool3d, aten.upsample_trilinear3d,
+    aten.upsample_nearest3d, aten._upsample_nearest_exact3d, aten.pixel_shuffle,
+    aten.pixel_unshuffle, aten.channel_shuffle, aten.native_channel_shuffle, aten.im2col,
+)  # fmt: skip
+
+RULES: dict[object, Rule] = {
+    **dict.fromkeys((aten.convolution, aten._convolution), convolution),
+    **dict.fromkeys(_ONE_D, in_front_of(1)),
+    **dict.fromkeys(_TWO_D, in_front_of(2)),
+    **dict.fromkeys(_THREE_D, in_front_of(3)),
+    aten.col2im: in_front_of(2),
+    **dict.fromkeys(
+        (
+            aten.grid_sampler_2d, aten.grid_sampler_3d, aten.grid_sampler,
+            aten._grid_sampler_2d_cpu_fallback, aten.affine_grid_generator,
+        ),
+        batch_first,
+    ),
+    **dict.fromkeys((aten.cdist, aten._cdist_forward), distances),
+}  # fmt: skip
+
+
+def low_memory_pool(node: fx.Node, flow: Flow) -> Label:
+    """Inductor's max pool: as many trailing dimensions as the kernel has."""
+    return in_front_of(len(bound(node)["kernel_size"]))(node, flow)
+
+
+OPTIONAL: dict[tuple[str, str], Rule] = {
+    ("prims", "_low_memory_max_pool_with_offsets"): low_memory_pool,
+}

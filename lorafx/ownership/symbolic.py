@@ -1,0 +1,207 @@
+"""Exact arithmetic on symbolic sizes: one symbol for the batch, division by cancellation.
+
+Every size is a sympy expression read from the fake tensors of the graph (`SymInt.node.expr`);
+hints (the numbers of the example call) are never used, so that what is proved holds for every
+call of the graph. An expression is kept as integer · ∏ baseᵉ, and a / b exists only where every
+factor of b cancels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import sympy
+import torch
+from torch import fx
+from torch.utils._sympy.functions import FloorDiv
+
+from lorafx.errors import ProvenanceError
+
+Shape = tuple[sympy.Expr, ...]
+ONE = sympy.Integer(1)
+
+
+@dataclass(frozen=True)
+class BatchSymbols:
+    """Symbols and integers known to equal the number of requests B (checked at entry).
+
+    `members` are what the sizes in the graph call B; `canonical` is the one that stands for all.
+    A batch that was specialised to a number keeps that number.
+    """
+
+    members: frozenset[sympy.Expr]
+
+    @staticmethod
+    def of(sizes: Iterable[int | torch.SymInt | sympy.Expr]) -> BatchSymbols:
+        """From the leading sizes of the inputs that carry requests.
+
+        Raises:
+            ProvenanceError: a size is neither a symbol nor an integer, two of them are different
+                integers, or there is none.
+        """
+        members = frozenset(as_expr(size) for size in sizes)
+        numbers = {m for m in members if m.is_Integer}
+        odd = [m for m in members if not (m.is_Integer or m.is_Symbol)]
+        if odd or len(numbers) > 1 or not members:
+            raise ProvenanceError(
+                f"the batch has sizes {sorted(map(str, members))}: expected symbols and at most "
+                "one number, all equal to the number of requests"
+            )
+        return BatchSymbols(members)
+
+    @property
+    def canonical(self) -> sympy.Expr:
+        numbers = [m for m in self.members if m.is_Integer]
+        return numbers[0] if numbers else min(self.members, key=str)
+
+    @property
+    def is_one(self) -> bool:
+        """The batch was specialised to one request: every row is that request's."""
+        return self.canonical == ONE
+
+
+def as_expr(size: int | torch.SymInt | sympy.Expr) -> sympy.Expr:
+    """A size as a sympy expression; no hint is looked at."""
+    if isinstance(size, sympy.Expr):
+        return size
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+class Sizes:
+    """Sizes in a graph as expressions in which all batch symbols are one.
+
+    Fake tensors are read through `node.meta["val"]`.
+    """
+
+    def __init__(self, batch: BatchSymbols) -> None:
+        self.batch = batch.canonical
+        self._unify = {m: self.batch for m in batch.members if m != self.batch}
+        self._memo: dict[sympy.Expr, sympy.Expr] = {}
+
+    def of(self, size: object) -> sympy.Expr | None:
+        """An int, SymInt or node holding one, as an expression; None where it is neither."""
+        if isinstance(size, fx.Node):
+            size = size.meta.get("val")
+        if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
+            return None
+        return self.unify(as_expr(size))
+
+    def unify(self, expr: sympy.Expr) -> sympy.Expr:
+        if not self._unify or expr.is_Integer:
+            return expr
+        if expr not in self._memo:
+            self._memo[expr] = expr.xreplace(self._unify)
+        return self._memo[expr]
+
+    def shape(self, value: torch.Tensor) -> Shape:
+        return tuple(self.unify(as_expr(size)) for size in value.shape)
+
+    def strides(self, value: torch.Tensor) -> Shape:
+        return tuple(self.unify(as_expr(stride)) for stride in value.stride())
+
+
+@lru_cache(maxsize=65536)
+def factors(expr: sympy.Expr) -> tuple[int, dict[sympy.Expr, int]]:
+    """expr as (integer, {base: positive exponent}), with sums factored where that is possible."""
+    if expr.is_Integer:
+        return int(expr), {}
+    if expr.is_Mul:
+        return _multiplied(factors(arg) for arg in expr.args)
+    if expr.is_Pow and expr.exp.is_Integer and expr.exp > 0:
+        number, bases = factors(expr.base)
+        power = int(expr.exp)
+        return number**power, {base: e * power for base, e in bases.items()}
+    if expr.is_Add:
+        whole = sympy.factor(expr)
+        if whole.is_Mul or whole.is_Pow:
+            return factors(whole)
+    if isinstance(expr, FloorDiv):
+        exact = divide(*expr.args)
+        if exact is not None:
+            return factors(exact)
+    return 1, {expr: 1}
+
+
+def _multiplied(parts: Iterable[tuple[int, dict]]) -> tuple[int, dict[sympy.Expr, int]]:
+    number = 1
+    bases: dict[sympy.Expr, int] = {}
+    for n, part in parts:
+        number *= n
+        for base, exponent in part.items():
+            bases[base] = bases.get(base, 0) + exponent
+    return number, bases
+
+
+@lru_cache(maxsize=65536)
+def divide(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
+    """a / b where it is provably an integer for all values of the symbols, else None."""
+    if b == ONE:
+        return a
+    if a == b:
+        return ONE if b != 0 else None
+    (na, fa), (nb, fb) = factors(a), factors(b)
+    if nb == 0 or na % nb:
+        return None
+    rest = dict(fa)
+    for base, exponent in fb.items():
+        left = rest.get(base, 0) - exponent
+        if left < 0:
+            return None
+        rest[base] = left
+    return sympy.Mul(na // nb, *(base**e for base, e in rest.items() if e))
+
+
+def product(sizes: Iterable[sympy.Expr]) -> sympy.Expr:
+    return sympy.Mul(*sizes)
+
+
+def is_multiple(a: sympy.Expr, b: sympy.Expr) -> bool:
+    """b divides a for all values of the symbols."""
+    return divide(a, b) is not None
+
+
+def equal(a: sympy.Expr, b: sympy.Expr) -> bool:
+    """a = b for all values of the symbols."""
+    return a == b or divide(a, b) == ONE
+
+
+def never_negative(expr: sympy.Expr) -> bool:
+    """expr ≥ 0 for all non-negative values of its atoms: no term of the expansion is negative."""
+    atoms = {a: sympy.Dummy(integer=True, nonnegative=True) for a in expr.atoms(sympy.Function)}
+    expanded = sympy.expand(expr.xreplace(atoms))
+    return all(
+        term.as_coeff_Mul()[0] >= 0
+        and all(f.is_Symbol or f.is_Pow or f.is_Number for f in sympy.Mul.make_args(term))
+        for term in sympy.Add.make_args(expanded)
+    )
+
+
+def reshaped(
+    dim: int, rows: sympy.Expr, modulus: sympy.Expr, old: Shape, new: Shape, fixed: bool = False
+) -> tuple[int, sympy.Expr] | None:
+    """Where the digit (i_dim // rows) mod modulus of a row-major position goes in a new shape.
+
+    With F = rows · ∏ old[dim+1:] the digit is (position // F) mod modulus, because old[dim] is a
+    whole number of periods. Output dimension e of suffix product P carries it as
+    (i_e // R') mod modulus with R' = F / P, when P divides F and modulus·R' divides new[e]. The
+    same in prefix products, for shapes whose trailing sizes do not cancel symbolically:
+    R' = rows · ∏ new[:e+1] / ∏ old[:dim+1].
+
+    `fixed`: only a dimension that is kept as it is will do (its indices go through a table).
+    Returns (e, R') or None.
+    """
+    behind = product(old[dim + 1 :])
+    before = product(old[: dim + 1])
+    for e, size in enumerate(new):
+        after, upto = product(new[e + 1 :]), product(new[: e + 1])
+        if fixed:
+            kept = equal(size, old[dim])
+            if kept and (equal(after, behind) or equal(upto, before)):
+                return e, rows
+            continue
+        for step in (divide(rows * behind, after), divide(rows * upto, before)):
+            if step is not None and step != 0 and is_multiple(size, modulus * step):
+                return e, step
+    return None

@@ -1,0 +1,259 @@
+"""Rules for operators that move positions without looking at values.
+
+Views find the digit of the position again (`symbolic.reshaped`); permutations and insertions
+renumber dimensions; slices, pads, rolls and flips must leave the owner dimension alone or take
+whole periods rows·B of it. What holds for ownership holds for known index values (`Digit`), so
+the shape rules serve both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import fx
+
+from lorafx.ownership.flow import Flow, Rule, bound, each_output, wrap, wrap_all
+from lorafx.ownership.labels import Digit, Label, Own
+from lorafx.ownership.symbolic import ONE, equal, never_negative, product, reshaped
+
+aten, prims = torch.ops.aten, torch.ops.prims
+Placed = TypeVar("Placed", Own, Digit)
+Renumber = Callable[[fx.Node, Flow, int], "int | None"]
+
+
+def view_of(node: fx.Node, flow: Flow, carried: Placed) -> Placed | None:
+    """Row-major reshape of the first argument into the node's shape."""
+    modulus = carried.modulus if isinstance(carried, Digit) else flow.batch
+    old, new = flow.shape(node.args[0]), flow.shape(node)
+    found = reshaped(carried.dim, carried.rows, modulus, old, new, carried.perm is not None)
+    return replace(carried, dim=found[0], rows=found[1]) if found is not None else None
+
+
+def view(node: fx.Node, flow: Flow) -> Label:
+    label = flow.label(node.args[0])
+    if not isinstance(label, Own):
+        return label
+    there = view_of(node, flow, label)
+    if there is None:
+        old, new = flow.shape(node.args[0]), flow.shape(node)
+        return flow.lost(node, f"{label} cannot be followed from sizes {old} to {new}")
+    return there
+
+
+def view_digit(node: fx.Node, flow: Flow) -> Digit | None:
+    digit = flow.digit(node.args[0])
+    return view_of(node, flow, digit) if digit is not None else None
+
+
+def moved(renumber: Renumber, why: str) -> tuple[Rule, Callable]:
+    """A rule (and its twin for digits) that sends dimension d of the first argument elsewhere."""
+
+    def rule(node: fx.Node, flow: Flow) -> Label:
+        label = flow.label(node.args[0])
+        if not isinstance(label, Own):
+            return each_output(node, label)
+        dim = renumber(node, flow, label.dim)
+        return each_output(node, flow.lost(node, why) if dim is None else label.at(dim))
+
+    def digits(node: fx.Node, flow: Flow) -> Digit | None:
+        digit = flow.digit(node.args[0])
+        dim = renumber(node, flow, digit.dim) if digit is not None else None
+        return digit.at(dim) if digit is not None and dim is not None else None
+
+    return rule, digits
+
+
+def ndim(node: fx.Node, flow: Flow) -> int:
+    return len(flow.shape(node.args[0]))
+
+
+def permuted(node: fx.Node, flow: Flow, dim: int) -> int | None:
+    args, n = bound(node), ndim(node, flow)
+    dims = args["dims"] if "dims" in args else args["permutation"]
+    return [wrap(d, n) for d in dims].index(dim)
+
+
+def transposed(node: fx.Node, flow: Flow, dim: int) -> int | None:
+    args, n = bound(node), ndim(node, flow)
+    names = ("dim0", "dim1") if "dim0" in args else ("axis0", "axis1")
+    a, b = (wrap(args[name], n) for name in names)
+    return {a: b, b: a}.get(dim, dim)
+
+
+def turned(node: fx.Node, flow: Flow, dim: int) -> int | None:
+    """t(): the transpose of a matrix, a vector as it is."""
+    return 1 - dim if ndim(node, flow) == 2 else dim
+
+
+def unsqueezed(node: fx.Node, flow: Flow, dim: int) -> int | None:
+    at = wrap(bound(node)["dim"], ndim(node, flow) + 1)
+    return dim + (dim >= at)
+
+
+def squeezed(node: fx.Node, flow: Flow, dim: int) -> int | None:
+    """An owner dimension has B > 1 entries or more and is never squeezed away."""
+    args, shape = bound(node), flow.shape(node.args[0])
+    dims = args.get("dim", args.get("dimensions"))
+    asked = wrap_all(dims, len(shape))
+    gone = [d for d in sorted(asked) if shape[d] == ONE]
+    if len(shape) - len(gone) != len(flow.shape(node)):
+        return None  # a size of one that only the example call knew about
+    return None if dim in gone else dim - sum(d < dim for d in gone)
+
+
+def expanded(node: fx.Node, flow: Flow, dim: int) -> int | None:
+    return dim + len(flow.shape(node)) - ndim(node, flow)
+
+
+def broadcast_in_dim(node: fx.Node, flow: Flow, dim: int) -> int | None:
+    return bound(node)["broadcast_dimensions"][dim]
+
+
+def selected(node: fx.Node, flow: Flow, dim: int) -> int | None:
+    at = wrap(bound(node)["dim"], ndim(node, flow))
+    return None if dim == at else dim - (dim > at)
+
+
+def diagonal(node: fx.Node, flow: Flow, dim: int) -> int | None:
+    args, n = bound(node), ndim(node, flow)
+    a, b = sorted(wrap(args[k], n) for k in ("dim1", "dim2"))
+    return None if dim in (a, b) else dim - (dim > a) - (dim > b)
+
+
+def windowed(node: fx.Node, flow: Flow, dim: int) -> int | None:
+    """unfold(dimension, size, step): windows along one dimension, their inside a new last one."""
+    return None if dim == wrap(bound(node)["dimension"], ndim(node, flow)) else dim
+
+
+def untouched(*names: str) -> Renumber:
+    """All dimensions stay in place, and the ones that an argument names must not be the owner."""
+
+    def renumber(node: fx.Node, flow: Flow, dim: int) -> int | None:
+        args, n = bound(node), ndim(node, flow)
+        dims = next(args[name] for name in names if name in args)
+        return None if dim in wrap_all(dims, n) else dim
+
+    return renumber
+
+
+def padded(node: fx.Node, flow: Flow, dim: int) -> int | None:
+    """constant_pad_nd: pairs (before, after), last dimension first."""
+    pad = bound(node)["pad"]
+    back = ndim(node, flow) - 1 - dim
+    sides = pad[2 * back : 2 * back + 2]
+    return dim if all(flow.size(side) == 0 for side in sides) else None
+
+
+def last_dims_padded(node: fx.Node, flow: Flow, dim: int) -> int | None:
+    """Reflection and replication pads work on the last len(padding) / 2 dimensions."""
+    return dim if dim < ndim(node, flow) - len(bound(node)["padding"]) // 2 else None
+
+
+def repeated(node: fx.Node, flow: Flow) -> Label:
+    """Tiling: i goes to i + j·size, the same request, since size is a whole number of periods."""
+    label = flow.label(node.args[0])
+    if not isinstance(label, Own):
+        return label
+    args, old = bound(node), flow.shape(node.args[0])
+    repeats = args["repeats"] if "repeats" in args else args["dims"]
+    dim = label.dim + len(flow.shape(node)) - len(old)
+    times = repeats[dim - len(flow.shape(node))] if len(repeats) >= len(old) - label.dim else 1
+    if label.perm is not None and flow.size(times) != ONE:
+        return flow.lost(node, "permuted rows are tiled")
+    return label.at(dim)
+
+
+def repeat_interleaved(node: fx.Node, flow: Flow) -> Label:
+    """repeat_interleave by a number: rows become rows·k along the repeated dimension."""
+    label, args = flow.label(node.args[0]), bound(node)
+    k, dim = flow.size(args.get("repeats")), args.get("dim")
+    if not isinstance(label, Own):
+        return label
+    if dim is not None and wrap(dim, ndim(node, flow)) != label.dim:
+        return label
+    if k is None or label.perm is not None or (dim is None and ndim(node, flow) != 1):
+        return flow.lost(node, "rows are repeated a number of times that is not known")
+    return Own(label.dim, label.rows * k)
+
+
+def as_strided(node: fx.Node, flow: Flow) -> Label:
+    """Only windows of a dense input that stay inside one step of its leading owner dimension."""
+    label, args = flow.label(node.args[0]), bound(node)
+    if not isinstance(label, Own):
+        return label
+    value = args["self"].meta["val"]
+    shape, stride = flow.sizes.shape(value), flow.sizes.strides(value)
+    dense = all(equal(s, product(shape[d + 1 :])) for d, s in enumerate(stride))
+    offset = args.get("storage_offset")
+    size = flow.numbers(args["size"])
+    steps = flow.numbers(args["stride"])
+    fits = (
+        dense
+        and label.dim == 0
+        and (offset is None or flow.size(offset) == 0)
+        and value.storage_offset() == 0
+        and bool(size and steps)
+        and size[0] == shape[0]
+        and equal(steps[0], stride[0])
+    )
+    if fits:
+        reach = sum((s - 1) * step for s, step in zip(size[1:], steps[1:], strict=True))
+        if never_negative(stride[0] - 1 - reach):
+            return label
+    return flow.lost(node, "a strided window that is not proved to stay inside one row")
+
+
+_MOVES: dict[object, tuple[Renumber, str]] = {
+    **dict.fromkeys((aten.permute, prims.transpose), (permuted, "")),
+    **dict.fromkeys((aten.transpose, aten.swapaxes, aten.swapdims), (transposed, "")),
+    aten.t: (turned, ""),
+    aten.unsqueeze: (unsqueezed, ""),
+    **dict.fromkeys((aten.squeeze, prims.squeeze), (squeezed, "the owner dimension is dropped")),
+    **dict.fromkeys((aten.expand, aten.broadcast_to, aten.expand_as), (expanded, "")),
+    prims.broadcast_in_dim: (broadcast_in_dim, ""),
+    aten.select: (selected, "one index of the owner dimension is taken for all requests"),
+    aten.unbind: (selected, "the owner dimension is taken apart"),
+    aten.diagonal: (diagonal, "a diagonal over the owner dimension"),
+    aten.unfold: (windowed, "windows over the owner dimension"),
+    **dict.fromkeys((aten.flip, aten.roll), (untouched("dims"), "the owner dimension is moved")),
+    prims.rev: (untouched("dims"), "the owner dimension is reversed"),
+    aten.constant_pad_nd: (padded, "the owner dimension is padded"),
+    **dict.fromkeys(
+        (
+            aten.reflection_pad1d,
+            aten.reflection_pad2d,
+            aten.reflection_pad3d,
+            aten.replication_pad1d,
+            aten.replication_pad2d,
+            aten.replication_pad3d,
+        ),
+        (last_dims_padded, "the owner dimension is padded"),
+    ),
+}
+_PAIRS = {op: moved(*move) for op, move in _MOVES.items()}
+_VIEWS: Sequence[object] = (
+    aten.view, aten._unsafe_view, aten.reshape, aten._reshape_copy, aten._reshape_alias,
+    aten.flatten, aten.unflatten, prims.reshape, prims.collapse_view, prims.split_dim,
+    prims.collapse, aten.view_copy,
+)  # fmt: skip
+
+RULES: dict[object, Rule] = {
+    **dict.fromkeys(_VIEWS, view),
+    **{op: rule for op, (rule, _) in _PAIRS.items()},
+    **dict.fromkeys((aten.repeat, aten.tile), repeated),
+    aten.repeat_interleave: repeat_interleaved,
+    aten.as_strided: as_strided,
+}
+# Padding, windows and reversals change values of the result's positions: no twin for digits.
+DIGITS = {
+    **dict.fromkeys(_VIEWS, view_digit),
+    **{
+        op: digits
+        for op, (_, digits) in _PAIRS.items()
+        if _MOVES[op][0] not in (padded, last_dims_padded, selected)
+    },
+    aten.select: _PAIRS[aten.select][1],
+}

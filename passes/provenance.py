@@ -1,0 +1,153 @@
+"""Which request each row of a site belongs to, proved on the graph and put in the op's arguments.
+
+    x (d0, ..., dk, K) owned at dimension d with period ρ:   row m of x.view(-1, K) belongs to
+    request (m // R) mod n,  R = ρ · ∏ sizes after d without K
+
+becomes rows = R; rows owned through a permutation p become slots'[m] = slots[(p // ρ) mod n], one
+slot a row, and rows = 1. Sites whose rows cannot be proved keep rows = 0: they serve batches of
+one adapter only, and the reason is a refusal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import sympy
+import torch
+from torch import fx
+
+from lorafx.context import ROWS_ARGUMENT, SITE_OP, SLOTS_ARGUMENT, Context, Refusal
+from lorafx.errors import ProvenanceError
+from lorafx.frame import FrameInput, batch_symbols, fake_value
+from lorafx.ownership.emit import Emitter
+from lorafx.ownership.flow import Flow
+from lorafx.ownership.labels import Label, Mixed, Own
+from lorafx.ownership.propagate import flow_through
+from lorafx.ownership.symbolic import ONE, BatchSymbols, Sizes, product
+
+
+@dataclass(frozen=True)
+class RowMap:
+    """Row m belongs to request (m // period) mod n; with `perm`, index i along dimension `dim` of
+    the rows belongs to request (perm[i] // period) mod n."""
+
+    period: sympy.Expr
+    perm: fx.Node | None = None
+    dim: int = 0
+
+    def __str__(self) -> str:
+        via = f" through {self.perm.name}" if self.perm is not None else ""
+        return f"{self.period} a request{via}"
+
+
+@dataclass(frozen=True)
+class Unproved:
+    """Why no row map is known."""
+
+    reason: str
+
+
+Proof: TypeAlias = RowMap | Unproved
+
+
+def is_site(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in ROWS_ARGUMENT
+
+
+def prove(
+    graph: fx.Graph, seeds: Mapping[fx.Node, Label], batch: BatchSymbols
+) -> dict[fx.Node, Proof]:
+    """The row map of every site node of the graph, or why there is none. Changes nothing."""
+    sites = [node for node in graph.nodes if is_site(node)]
+    if batch.is_one:
+        return {node: RowMap(ONE) for node in sites}
+    flow = flow_through(graph, seeds, batch)
+    return {node: row_map(node, flow) for node in sites}
+
+
+def row_map(node: fx.Node, flow: Flow) -> Proof:
+    """The map of one site from the label of its x (of its ids, which have no feature dimension)."""
+    x = node.args[0]
+    label, shape = flow.label(x), flow.shape(x)
+    ndim = len(shape) - (node.target is SITE_OP)
+    if isinstance(label, Mixed):
+        return Unproved(label.reason)
+    if not isinstance(label, Own):
+        return Unproved("its rows are shared by all requests: x depends on none of them")
+    if label.dim >= ndim:
+        return Unproved(f"the features of x are what belongs to requests: {label}")
+    if label.perm is not None:
+        return RowMap(label.rows, label.perm, label.dim)
+    return RowMap(label.rows * product(shape[label.dim + 1 : ndim]))
+
+
+def apply(
+    graph: fx.Graph, proofs: Mapping[fx.Node, Proof], batch: BatchSymbols
+) -> dict[fx.Node, Proof]:
+    """Write proved maps into the `slots` and `rows` arguments of their site nodes.
+
+    Returns the proofs as they came out: a map whose sizes the graph cannot compute is unproved.
+    """
+    emitter, done = Emitter(graph, batch), dict(proofs)
+    for node in [node for node in graph.nodes if node in proofs]:
+        proof = proofs[node]
+        if isinstance(proof, Unproved):
+            continue
+        if proof.perm is None:
+            rows = emitter.size(proof.period, node)
+        else:
+            x, slots, rows = node.args[0], node.args[SLOTS_ARGUMENT], 1
+            ndim = fake_value(x).dim() - (node.target is SITE_OP)
+            slots = emitter.row_slots(slots, proof.perm, proof.period, x, proof.dim, ndim, node)
+            if slots is None:
+                rows = None
+            else:
+                node.update_arg(SLOTS_ARGUMENT, slots)
+        if rows is None:
+            done[node] = Unproved(f"the graph cannot compute the size {proof.period}")
+            continue
+        node.update_arg(ROWS_ARGUMENT[node.target], rows)
+    return done
+
+
+def seeds_of(inputs: Mapping[fx.Node, FrameInput], batch: BatchSymbols) -> dict[fx.Node, Label]:
+    """Labels of the graph's inputs from what the frame says that they are."""
+    sizes = Sizes(batch)
+    seeds: dict[fx.Node, Label] = {}
+    for node, item in inputs.items():
+        value = fake_value(node)
+        if not isinstance(value, torch.Tensor) or item.kind not in ("argument", "unknown"):
+            seeds[node] = None
+        elif item.kind == "unknown" or item.role is None or not item.role.known:
+            seeds[node] = Mixed(f"nothing says which requests the input {item.label} belongs to")
+        elif item.role.dim is None or sizes.shape(value)[item.role.dim] == ONE:
+            seeds[node] = None  # shared by all requests
+        else:
+            seeds[node] = Own(item.role.dim)
+    return seeds
+
+
+@dataclass(frozen=True)
+class Provenance:
+    name: str = "provenance"
+    required: bool = False
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        marks: Iterable[fx.Node] = [node for node in gm.graph.nodes if is_site(node)]
+        try:
+            batch = BatchSymbols.of(batch_symbols(ctx.frame))
+        except ProvenanceError as error:
+            proofs: dict[fx.Node, Proof] = {node: Unproved(str(error)) for node in marks}
+        else:
+            proofs = prove(gm.graph, seeds_of(ctx.frame.by_node, batch), batch)
+            allowed = {node: proof for node, proof in proofs.items() if ctx.take_edit()}
+            proofs = {**proofs, **apply(gm.graph, allowed, batch)}
+        for node, proof in proofs.items():
+            for state in ctx.states.get(node, ()):
+                state.rows = str(proof) if isinstance(proof, RowMap) else f"no map: {proof.reason}"
+            if isinstance(proof, Unproved):
+                sites = tuple(state.site for state in ctx.states.get(node, ()))
+                ctx.refuse(Refusal(sites, "mixed", proof.reason))
+        return sum(isinstance(proof, RowMap) for proof in proofs.values())
