@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -261,6 +262,34 @@ def test_values_beyond_the_banks_dtype():
     adapter.weights["q"].B.fill_(1e6)
     with pytest.raises(CheckpointError, match=r"q: values beyond the range of torch\.float16"):
         store.load(adapter)
+
+
+def test_a_device_that_fails_midway_is_not_believed(filled, monkeypatch):
+    """The evicted adapter lost its slot, the new one has none, and the next call writes both."""
+    store = filled.store
+    store.acquire(["a", "b", "c"])
+    with monkeypatch.context() as patch:
+        patch.setattr(Bank, "write", lambda *_: (_ for _ in ()).throw(RuntimeError("device")))
+        with pytest.raises(RuntimeError, match="device"):
+            store.acquire(["d"])
+    assert list(store.resident) == ["b", "c"]
+    slots = store.acquire(["a", "b", "c"])
+    assert len(set(slots)) == 3
+    for name, slot in zip("abc", slots, strict=True):
+        assert same(held(filled.groups, slot), filled.adapters[name])
+
+
+def test_many_threads(filled):
+    def work(names: str) -> list[int]:
+        return [slot for name in names * 50 for slot in filled.store.acquire([name, None])]
+
+    with ThreadPoolExecutor(4) as pool:
+        slots = list(pool.map(work, ["abcd", "edcb", "adbe", "cabd"]))
+    assert {s for row in slots for s in row} == {-1, 0, 1, 2}
+    resident = filled.store.resident
+    assert len(set(resident.values())) == len(resident) == SLOTS
+    for name, slot in resident.items():
+        assert same(held(filled.groups, slot), filled.adapters[name])
 
 
 class StoreAgainstModel(RuleBasedStateMachine):
