@@ -243,6 +243,13 @@ class Halved(nn.Linear):
         return super().forward(x).chunk(2, -1)[0]
 
 
+class Pooled(nn.Linear):
+    """The sizes fit, the rows do not."""
+
+    def forward(self, x):
+        return super().forward(x).mean(0, keepdim=True)
+
+
 class Softmaxed(nn.Linear):
     def forward(self, x):
         return super().forward(x).softmax(-1)
@@ -260,6 +267,7 @@ class Upcast(nn.Linear):
     [
         (Pair(4, 4), r"0 \(Pair\): a call with input \(2, 4\) torch.float32 and output tuple"),
         (Halved(4, 4), r"0 \(Halved\): .*output \(2, 2\) .*maps \(…, 4\) to \(…, 4\).*compile"),
+        (Pooled(4, 4), r"0 \(Pooled\): .*input \(2, 4\) .*output \(1, 4\)"),
         (Softmaxed(4, 4), r"0 \(Softmaxed\): its forward is its own and does not compute x Wᵀ"),
     ],
     ids=lambda v: type(v).__name__,

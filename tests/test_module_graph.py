@@ -84,6 +84,17 @@ def test_a_child_that_holds_its_parent_ends():
     assert graph.at("child.parent.child.linear") is model.child.linear
 
 
+def test_paths_do_not_go_round_a_cycle_below_the_root():
+    model = nn.Module()
+    model.a = nn.Module()
+    model.a.b = nn.Module()
+    model.a.b.back = model.a
+    model.a.b.linear = nn.Linear(2, 2)
+    graph = ModuleGraph.of(model)
+    assert graph.paths(model.a) == ("a",)
+    assert graph.paths(model.a.b.linear) == ("a.b.linear",)
+
+
 def test_paths_are_bounded_and_at_knows_them_all():
     """Ten levels, each holding the next twice: 1024 paths to the leaf."""
     leaf = nn.Linear(2, 2)
