@@ -1,0 +1,175 @@
+"""C++ text to a loaded library: the compiler that Inductor uses, flags by ISA, a cache on disk.
+
+    path = cache / sha256(source, command, compiler's version).so
+
+A library is compiled in a temporary folder of the cache and renamed into place, so processes that
+race build it twice at worst and none sees half a file. Sources stay beside the libraries, to read.
+What is compiled here includes no torch header and links nothing, so it is valid for every torch
+version and takes about a second.
+
+Everything that depends on torch's internals is in this file, and a missing one means "no compiler".
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lorafx.errors import LoweringError
+
+BASE_FLAGS = (
+    *("-O3", "-std=c++17", "-shared", "-fPIC", "-w"),
+    # one rounding a multiply-add, in every tile shape alike: bit-equality of rows rests on it
+    *("-ffp-contract=fast", "-fno-math-errno"),
+)
+
+
+@dataclass(frozen=True)
+class Isa:
+    """An instruction set: compiler flags and the shapes that fill its registers.
+
+    Attributes:
+        lanes: float32 lanes of a vector.
+        tile, planes, pairs: rows of a full tile, and planes of A or pairs of column vectors of B
+            beside them; tile · planes and tile · 2 · pairs accumulators fit the register file.
+        f16c, dpbf16: whether conversions from float16 and bfloat16 dot products are instructions.
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    lanes: int
+    tile: int
+    planes: int
+    pairs: int
+    f16c: bool = False
+    dpbf16: bool = False
+
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw")
+ISAS = (
+    Isa("avx512_bf16", (*_AVX512, "-mavx512bf16"), 16, 6, 4, 2, f16c=True, dpbf16=True),
+    Isa("avx512", _AVX512, 16, 6, 4, 2, f16c=True),
+    Isa("avx2", _AVX2, 8, 4, 2, 1, f16c=True),
+    Isa("portable", (), 4, 4, 2, 1),
+)
+
+
+def runnable_isas() -> tuple[Isa, ...]:
+    """The ISAs that this CPU runs, best first; torch's own limit (ATEN_CPU_CAPABILITY) holds."""
+    level = torch.backends.cpu.get_cpu_capability()
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    runs = {
+        "avx512_bf16": x86 and level == "AVX512" and has_bf16(),
+        "avx512": x86 and level == "AVX512",
+        "avx2": x86 and level in ("AVX2", "AVX512"),
+        "portable": True,
+    }
+    return tuple(isa for isa in ISAS if runs[isa.name])
+
+
+def find_compiler() -> str:
+    """The C++ compiler that Inductor would call.
+
+    Raises:
+        LoweringError: there is none, or it is not one that takes GCC's flags.
+    """
+    if os.name != "posix":
+        raise LoweringError("generated CPU kernels need a compiler that takes GCC's flags")
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        return get_cpp_compiler()
+    except Exception as error:  # Inductor's own error classes differ between torch versions
+        raise LoweringError(
+            "no C++ compiler was found; install g++ or clang, or name one in CXX"
+        ) from error
+
+
+@functools.cache
+def _version_of(compiler: str) -> str:
+    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    return done.stdout
+
+
+def cache_folder() -> Path:
+    """LORAFX_CACHE_DIR, or a folder of Inductor's cache."""
+    folder = os.environ.get("LORAFX_CACHE_DIR")
+    if folder is None:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        folder = os.path.join(cache_dir(), "lorafx")
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def compile_library(source: str, flags: tuple[str, ...] = ()) -> Path:
+    """The shared library of `source`, from the cache or compiled now.
+
+    Raises:
+        LoweringError: no compiler, or the compiler refuses the source.
+    """
+    compiler = find_compiler()
+    command = [compiler, *BASE_FLAGS, *flags]
+    key = hashlib.sha256("\0".join([source, *command, _version_of(compiler)]).encode())
+    name = key.hexdigest()[:32]
+    folder = cache_folder()
+    library = folder / f"{name}.so"
+    if library.exists():
+        return library
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        text, built = Path(scratch, f"{name}.cpp"), Path(scratch, f"{name}.so")
+        text.write_text(source)
+        try:
+            done = subprocess.run(
+                [*command, str(text), "-o", str(built)], capture_output=True, text=True, check=False
+            )
+        except OSError as error:
+            raise LoweringError(f"{compiler} could not be started: {error}") from error
+        if done.returncode:
+            raise LoweringError(f"{compiler} refused a generated kernel:\n{done.stderr[-2000:]}")
+        os.replace(text, folder / f"{name}.cpp")
+        os.replace(built, library)
+    return library
+
+
+def load_library(path: Path) -> ctypes.CDLL:
+    """`path` mapped into this process, for good: its code is called by address.
+
+    Raises:
+        LoweringError: the loader refuses it (a cache folder mounted noexec, say).
+    """
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise LoweringError(
+            f"{path} could not be loaded: {error}; set LORAFX_CACHE_DIR to another folder"
+        ) from error
+
+
+def torch_function(name: str) -> int:
+    """The address of an exported C function of torch.
+
+    Raises:
+        LoweringError: this torch does not have it.
+    """
+    folder = Path(torch.__file__).parent / "lib"
+    for candidate in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        if (folder / candidate).exists():
+            function = getattr(ctypes.CDLL(str(folder / candidate)), name, None)
+            if function is not None:
+                address = ctypes.cast(function, ctypes.c_void_p).value
+                assert address is not None
+                return address
+    raise LoweringError(f"torch {torch.__version__} has no {name}")

@@ -1,0 +1,158 @@
+"""The C++ source of one generated CPU kernel: constants, then vectors.h and delta.cpp.
+
+source(spec, isa) = #defines and constants of (dtypes, sizes, ranges, tiles) + vectors.h + delta.cpp
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+
+import torch
+from torch import Tensor
+
+from lorafx.kernels.compiler import Isa
+
+ELEMENTS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+# Below this many multiply-adds one thread is faster than waking the others (about 3 µs, 2 cores).
+SERIAL_WORK = 1 << 15
+# With fewer rows a thread than this, a row's planes and columns are shared out instead of rows.
+SPLIT_ROWS = 2
+# Columns of one unit of work then.
+COLUMN_BLOCK = 512
+# Bytes that a stream of B is asked for ahead of its use; 512 was best of 0, 128 ... 1024 for decode
+# in float32 and bfloat16 (Zen 4, 8 adapters of rank 16, N = 1024 ... 5632).
+AHEAD = 512
+
+
+@dataclass(frozen=True)
+class DeltaSpec:
+    """What a generated kernel takes for granted.
+
+    Attributes:
+        x_dtype: of x; for an embedding ignored (ids may be int32 or int64).
+        bank_dtype: of A and B.
+        y_dtype: of y.
+        in_features: K; 0 for an embedding.
+        max_rank: R of the bank.
+        group: siblings of the bank, G.
+        columns: ΣN of the bank.
+        siblings, offsets, sizes: the column ranges of y, as the ops take them.
+        embedding: A is (S, V, R) and x holds ids.
+    """
+
+    x_dtype: torch.dtype
+    bank_dtype: torch.dtype
+    y_dtype: torch.dtype
+    in_features: int
+    max_rank: int
+    group: int
+    columns: int
+    siblings: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    embedding: bool = False
+
+    @classmethod
+    def linear(
+        cls,
+        y: Tensor,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        ranks: Tensor,
+        siblings: list[int],
+        offsets: list[int],
+        sizes: list[int],
+    ) -> DeltaSpec:
+        """The spec of an `add_delta_` call; the tensors may be fake, only metadata is read."""
+        return cls(
+            x_dtype=x.dtype,
+            bank_dtype=A.dtype,
+            y_dtype=y.dtype,
+            in_features=int(A.shape[2]),
+            max_rank=int(B.shape[1]),
+            group=int(ranks.shape[1]),
+            columns=int(B.shape[2]),
+            siblings=tuple(siblings),
+            offsets=tuple(offsets),
+            sizes=tuple(sizes),
+        )
+
+    @classmethod
+    def of_embedding(cls, y: Tensor, A: Tensor, B: Tensor) -> DeltaSpec:
+        """The spec of an `add_embedding_delta_` call."""
+        columns = int(B.shape[2])
+        return cls(
+            x_dtype=A.dtype,
+            bank_dtype=A.dtype,
+            y_dtype=y.dtype,
+            in_features=0,
+            max_rank=int(B.shape[1]),
+            group=1,
+            columns=columns,
+            siblings=(0,),
+            offsets=(0,),
+            sizes=(columns,),
+            embedding=True,
+        )
+
+    def supported(self) -> bool:
+        """Whether kernels are generated for it: 16- and 32-bit floats, nothing empty."""
+        dtypes = (self.x_dtype, self.bank_dtype, self.y_dtype)
+        return (
+            all(dtype in ELEMENTS for dtype in dtypes)
+            and self.max_rank > 0
+            and len(self.sizes) > 0
+            and min(self.sizes) > 0
+            and (self.embedding or self.in_features > 0)
+        )
+
+
+def source(spec: DeltaSpec, isa: Isa) -> str:
+    """The complete C++ text of the kernel of `spec` for `isa`."""
+    starts = [sum(spec.sizes[:j]) for j in range(len(spec.sizes))]
+    blocks = sum(-(-size // COLUMN_BLOCK) for size in spec.sizes)
+    features = 0 if spec.embedding else len(spec.sizes) * spec.in_features
+    defines = {
+        "LANES": isa.lanes,
+        "HAS_F16C": int(isa.f16c),
+        "HAS_DPBF16": int(isa.dpbf16),
+        "EMBEDDING": int(spec.embedding),
+        "X": ELEMENTS[spec.x_dtype],
+        "W": ELEMENTS[spec.bank_dtype],
+        "Y": ELEMENTS[spec.y_dtype],
+    }
+    constants = {
+        "TILE": isa.tile,
+        "PLANES": isa.planes,
+        "PAIRS": isa.pairs,
+        "AHEAD": AHEAD,
+        "K": max(spec.in_features, 1),
+        "R": spec.max_rank,
+        "G": spec.group,
+        "COLUMNS": spec.columns,
+        "RANGES": len(spec.sizes),
+        "BLOCK": COLUMN_BLOCK,
+        "COLUMN_BLOCKS": blocks,
+        "WORK": spec.max_rank * (features + sum(spec.sizes)),
+        "SERIAL_WORK": SERIAL_WORK,
+        "SPLIT_ROWS": SPLIT_ROWS,
+    }
+    tables = {
+        "SIBLING": spec.siblings,
+        "OFFSET": spec.offsets,
+        "SIZE": spec.sizes,
+        "START": starts,
+    }
+    lines = [f"// {isa.name}: {spec}"]
+    lines += [f"#define {name} {value}" for name, value in defines.items()]
+    lines += [f"static const long {name} = {value};" for name, value in constants.items()]
+    lines += [
+        f"static const long {name}[] = {{{', '.join(map(str, values))}}};"
+        for name, values in tables.items()
+    ]
+    folder = resources.files("lorafx.kernels")
+    lines += [folder.joinpath(name).read_text() for name in ("vectors.h", "delta.cpp")]
+    return "\n".join(lines)

@@ -1,0 +1,289 @@
+// LoRA delta on a CPU: y[m, range j] += (scale · A[s, i_j] x[m]) B[s, :r, range j], s = slot of row m.
+//
+// Before this text stand the generated preamble and vectors.h. The preamble sets the parameters:
+// element types X, W (bank), Y; LANES; K, R, G, COLUMNS; RANGES with SIBLING, OFFSET, SIZE, START;
+// EMBEDDING; TILE (rows of a tile), PLANES and PAIRS (accumulators a row of a full tile).
+//
+// Sums are float32. Rows are sorted by slot, so that rows of one adapter share the loads of A and B;
+// the order of additions behind one element of v or y depends on K and r alone, never on the
+// shape of the tile that computed it, so a row's result is bit-equal whatever its neighbours are.
+
+// ---- tiles -------------------------------------------------------------------------------------
+
+// v[row][plane] = scale · (A[plane] · x[row]) for ROWS × N planes
+template <int ROWS, int N>
+INLINE void shrink_tile(const X::T* const* x, const W::T* a, float scale, float* v) {
+    typedef Dot<X, W> D;
+    vec acc[ROWS][N] = {};
+    long k = 0;
+    for (; k + D::STEP <= K; k += D::STEP) {
+        D::left xs[ROWS];
+        UNROLL for (int row = 0; row < ROWS; row++) xs[row] = load_raw<D::left>(x[row] + k);
+        UNROLL for (int n = 0; n < N; n++) {
+            // few rows: a stream from memory, so ask for the planes that come next
+            if (ROWS <= 2) __builtin_prefetch(a + (n + N) * K + k, 0, 2);
+            D::right as = load_raw<D::right>(a + n * K + k);
+            UNROLL for (int row = 0; row < ROWS; row++)
+                acc[row][n] = D::add(acc[row][n], xs[row], as);
+        }
+    }
+    if (K % D::STEP) {
+        const long rest = K % D::STEP;
+        D::left xs[ROWS];
+        UNROLL for (int row = 0; row < ROWS; row++)
+            xs[row] = load_first<D::left>(x[row] + k, rest * sizeof(X::T));
+        UNROLL for (int n = 0; n < N; n++) {
+            D::right as = load_first<D::right>(a + n * K + k, rest * sizeof(W::T));
+            UNROLL for (int row = 0; row < ROWS; row++)
+                acc[row][n] = D::add(acc[row][n], xs[row], as);
+        }
+    }
+    UNROLL for (int row = 0; row < ROWS; row++) {
+        int n = 0;
+#if SUM_FOUR
+        UNROLL for (; n + 4 <= N; n += 4) {
+            vec* p = acc[row] + n;
+            vec four = scale * sum_four(p[0], p[1], p[2], p[3]);
+            memcpy(v + row * R + n, &four, 16);
+        }
+#endif
+        for (; n < N; n++) v[row * R + n] = scale * sum(acc[row][n]);
+    }
+}
+
+// y[row][c] += Σ_k v[row][k] B[k][c] for ROWS × N pairs of vectors; `last` columns if not WHOLE
+template <int ROWS, int N, bool WHOLE>
+INLINE void expand_tile(Y::T* const* y, long column, const W::T* b, const float* v, int rank,
+                        long last) {
+    typedef Columns<W, Y> C;
+    Pair acc[ROWS][N] = {};
+    for (int k = 0; k < rank; k++) {
+        Pair bs[N];
+        UNROLL for (int n = 0; n < N; n++) {
+            const W::T* p = b + k * COLUMNS + n * 2 * LANES;
+            if (ROWS <= 2) __builtin_prefetch((const char*)p + AHEAD, 0, 2);
+            bs[n] = C::widen_bank(WHOLE ? load_raw<C::bank>(p)
+                                        : load_first<C::bank>(p, last * sizeof *p));
+        }
+        UNROLL for (int row = 0; row < ROWS; row++) {
+            UNROLL for (int n = 0; n < N; n++) {
+                acc[row][n].first += v[row * R + k] * bs[n].first;
+                acc[row][n].second += v[row * R + k] * bs[n].second;
+            }
+        }
+    }
+    UNROLL for (int row = 0; row < ROWS; row++) {
+        UNROLL for (int n = 0; n < N; n++) {
+            Y::T* p = y[row] + column + n * 2 * LANES;
+            long bytes = WHOLE ? sizeof(C::part) : last * sizeof *p;
+            Pair old = C::widen(WHOLE ? load_raw<C::part>(p) : load_first<C::part>(p, bytes));
+            C::part out = C::narrow({old.first + acc[row][n].first, old.second + acc[row][n].second});
+            memcpy(p, &out, bytes);
+        }
+    }
+}
+
+template <int ROWS>
+__attribute__((noinline)) static void shrink(const X::T* const* x, const W::T* a, float scale,
+                                             float* v, int first, int rank) {
+    const int N = ROWS * PLANES * 2 > TILE * PLANES ? PLANES : 2 * PLANES;  // the same registers
+    int p = first;
+    for (; p + N <= rank; p += N) shrink_tile<ROWS, N>(x, a + p * K, scale, v + p);
+    for (; p < rank; p++) shrink_tile<ROWS, 1>(x, a + p * K, scale, v + p);
+}
+
+template <int ROWS>
+__attribute__((noinline)) static void expand(Y::T* const* y, long column, const W::T* b,
+                                             const float* v, int rank, long size) {
+    const long UNIT = 2 * LANES;
+    long c = 0;
+    for (; c + PAIRS * UNIT <= size; c += PAIRS * UNIT)
+        expand_tile<ROWS, PAIRS, true>(y, column + c, b + c, v, rank, 0);
+    for (; c + UNIT <= size; c += UNIT)
+        expand_tile<ROWS, 1, true>(y, column + c, b + c, v, rank, 0);
+    if (c < size) expand_tile<ROWS, 1, false>(y, column + c, b + c, v, rank, size - c);
+}
+
+// ---- rows ----------------------------------------------------------------------------------------
+
+typedef void (*Body)(int64_t, int64_t, void*);
+struct Args {  // mirrors dispatcher.cpp
+    void* y;
+    const void* x;
+    const void* a;
+    const void* b;
+    const int32_t* ranks;
+    const float* scales;
+    const int32_t* slots;
+    int64_t m, n, rows, capacity, vocabulary, y_stride, x_stride, threads;
+    int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
+    int64_t wide_ids;
+};
+enum Status { DONE = 0, BAD_SLOT = 1, MIXED = 2, NO_MEMORY = 3, BAD_ID = 4 };
+
+struct Call {
+    const Args* args;
+    int32_t* order;  // active rows, sorted by slot
+    int32_t* owner;  // owner[p] is the slot of row order[p]
+    int64_t active;
+    float* v;  // only when one row's work is split
+    int32_t status;
+};
+
+INLINE const W::T* factor_a(const Args* g, int slot, int range) {
+    return (const W::T*)g->a + ((long)slot * G + SIBLING[range]) * R * K;
+}
+INLINE const W::T* factor_b(const Args* g, int slot, int range) {
+    return (const W::T*)g->b + (long)slot * R * COLUMNS + OFFSET[range];
+}
+INLINE int rank_of(const Args* g, int slot, int range) {
+    int rank = g->ranks[(long)slot * G + SIBLING[range]];
+    return rank < 0 ? 0 : rank > R ? R : rank;
+}
+INLINE Y::T* y_row(const Args* g, long m) { return (Y::T*)g->y + m * g->y_stride; }
+
+#if EMBEDDING
+INLINE bool lookup(const Args* g, int slot, long m, int rank, float* v) {
+    int64_t id = g->wide_ids ? ((const int64_t*)g->x)[m] : ((const int32_t*)g->x)[m];
+    if (id < 0 || id >= g->vocabulary) return false;
+    const W::T* a = (const W::T*)g->a + ((long)slot * g->vocabulary + id) * R;
+    float scale = g->scales[(long)slot * G];
+    for (int k = 0; k < rank; k++) v[k] = scale * W::one(a[k]);
+    return true;
+}
+#endif
+
+template <int ROWS> INLINE void tile(Call* c, long p) {
+    const Args* g = c->args;
+    int slot = c->owner[p];
+    float v[ROWS * R];
+    Y::T* y[ROWS];
+    for (int row = 0; row < ROWS; row++) y[row] = y_row(g, c->order[p + row]);
+#if EMBEDDING
+    int rank = rank_of(g, slot, 0);
+    for (int row = 0; row < ROWS; row++)
+        if (!lookup(g, slot, c->order[p + row], rank, v + row * R)) {
+            c->status = BAD_ID;
+            return;
+        }
+    expand<ROWS>(y, 0, factor_b(g, slot, 0), v, rank, SIZE[0]);
+#else
+    const X::T* x[ROWS];
+    for (int row = 0; row < ROWS; row++)
+        x[row] = (const X::T*)g->x + (long)c->order[p + row] * g->x_stride;
+    for (int j = 0; j < RANGES; j++) {
+        int rank = rank_of(g, slot, j);
+        if (!rank) continue;
+        float scale = g->scales[(long)slot * G + SIBLING[j]];
+        shrink<ROWS>(x, factor_a(g, slot, j), scale, v, 0, rank);
+        expand<ROWS>(y, START[j], factor_b(g, slot, j), v, rank, SIZE[j]);
+    }
+#endif
+}
+
+static void run_rows(int64_t begin, int64_t end, void* context) {
+    Call* c = (Call*)context;
+    while (begin < end) {
+        long stop = begin + 1;
+        while (stop < end && stop - begin < TILE && c->owner[stop] == c->owner[begin]) stop++;
+        long count = stop - begin;
+        if (count == TILE) tile<TILE>(c, begin), begin += TILE;
+        else if (TILE > 4 && count >= 4) tile<4>(c, begin), begin += 4;
+        else if (TILE > 2 && count >= 2) tile<2>(c, begin), begin += 2;
+        else tile<1>(c, begin), begin += 1;
+    }
+}
+
+#if !EMBEDDING
+// Fewer rows than would keep the threads busy: each row's planes, then its columns, are shared out.
+static const int PLANE_BLOCKS = (R + 2 * PLANES - 1) / (2 * PLANES);
+
+static void run_planes(int64_t begin, int64_t end, void* context) {
+    Call* c = (Call*)context;
+    const Args* g = c->args;
+    for (int64_t unit = begin; unit < end; unit++) {
+        int block = unit % PLANE_BLOCKS, j = unit / PLANE_BLOCKS % RANGES;
+        long p = unit / PLANE_BLOCKS / RANGES;
+        int slot = c->owner[p], rank = rank_of(g, slot, j), first = block * 2 * PLANES;
+        int last = first + 2 * PLANES < rank ? first + 2 * PLANES : rank;
+        const X::T* x = (const X::T*)g->x + (long)c->order[p] * g->x_stride;
+        float scale = g->scales[(long)slot * G + SIBLING[j]];
+        shrink<1>(&x, factor_a(g, slot, j), scale, c->v + (p * RANGES + j) * R, first, last);
+    }
+}
+
+static void run_columns(int64_t begin, int64_t end, void* context) {
+    Call* c = (Call*)context;
+    const Args* g = c->args;
+    for (int64_t unit = begin; unit < end; unit++) {
+        int j = 0;
+        long p = unit / COLUMN_BLOCKS, block = unit % COLUMN_BLOCKS;
+        while (block >= (SIZE[j] + BLOCK - 1) / BLOCK) block -= (SIZE[j++] + BLOCK - 1) / BLOCK;
+        int slot = c->owner[p], rank = rank_of(g, slot, j);
+        if (!rank) continue;
+        long first = block * BLOCK, size = SIZE[j] - first < BLOCK ? SIZE[j] - first : BLOCK;
+        Y::T* y = y_row(g, c->order[p]);
+        const float* v = c->v + (p * RANGES + j) * R;
+        expand<1>(&y, START[j] + first, factor_b(g, slot, j) + first, v, rank, size);
+    }
+}
+#endif
+
+// Sorts the active rows by slot: a counting sort over requests, `rows` rows at a time.
+static int sort_rows(Call* c, int32_t* count) {
+    const Args* g = c->args;
+    int64_t rows = g->rows;
+    if (rows == 0) {
+        for (int64_t j = 1; j < g->n; j++)
+            if (g->slots[j] != g->slots[0]) return MIXED;
+        rows = g->m;
+    }
+    memset(count, 0, (g->capacity + 1) * sizeof *count);
+    for (int pass = 0; pass < 2; pass++) {
+        for (int64_t m = 0, j = 0; m < g->m; j = j + 1 == g->n ? 0 : j + 1) {
+            int64_t stop = m + rows < g->m ? m + rows : g->m;
+            int slot = g->slots[j];
+            if (slot >= g->capacity) return BAD_SLOT;
+            if (slot < 0) m = stop;
+            else if (pass == 0) count[slot + 1] += stop - m, m = stop;
+            else for (; m < stop; m++) {
+                int32_t p = count[slot]++;
+                c->order[p] = m;
+                c->owner[p] = slot;
+            }
+        }
+        if (pass == 0)
+            for (int64_t s = 0; s < g->capacity; s++) count[s + 1] += count[s];
+        if (pass == 0) c->active = count[g->capacity];
+    }
+    return DONE;
+}
+
+extern "C" int32_t lorafx_kernel(const Args* g) {
+    if (g->m == 0) return DONE;
+    if (g->n == 0) return BAD_SLOT;
+    Call c = {g, 0, 0, 0, 0, DONE};
+    int32_t small[512];
+    size_t words = 2 * g->m + g->capacity + 1;
+    int32_t* space = words <= 512 ? small : (int32_t*)malloc(words * sizeof *space);
+    if (!space) return NO_MEMORY;
+    c.order = space;
+    c.owner = space + g->m;
+    c.status = sort_rows(&c, space + 2 * g->m);
+    if (c.status == DONE && c.active) {
+        bool tiny = c.active * WORK < SERIAL_WORK || g->threads == 1;
+#if !EMBEDDING
+        if (!tiny && c.active < SPLIT_ROWS * g->threads)
+            c.v = (float*)malloc(c.active * RANGES * R * sizeof *c.v);
+        if (c.v) {
+            g->parallel(0, c.active * RANGES * PLANE_BLOCKS, 1, run_planes, &c);
+            g->parallel(0, c.active * COLUMN_BLOCKS, 1, run_columns, &c);
+            free(c.v);
+        } else
+#endif
+        if (tiny) run_rows(0, c.active, &c);
+        else g->parallel(0, c.active, 1, run_rows, &c);
+    }
+    if (space != small) free(space);
+    return c.status;
+}

@@ -1,0 +1,231 @@
+// CPU kernels of lorafx::run_delta_ and lorafx::run_embedding_delta_: from a kernel's id to its code.
+//
+//     run_delta_(y!, x, A, B, ranks, scales, slots, rows, kernel) -> ()
+//
+// Registered through torch's stable C interface, whose functions Python hands over as pointers: no
+// torch header is read (0.1 s to compile instead of tens of seconds) and nothing is linked. A call
+// costs 2 µs from Python, where one through a Python kernel costs 20 µs and more.
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <stdexcept>
+
+typedef void* Handle;
+typedef void (*Body)(int64_t, int64_t, void*);
+
+struct Shims {  // the order of SHIMS in cpu.py
+    int32_t (*library_init)(const char*, const char*, const char*, uint32_t, Handle*);
+    int32_t (*library_impl)(Handle, const char*, void (*)(uint64_t*, uint64_t, uint64_t), uint64_t);
+    uint64_t (*version)();
+    int32_t (*data_ptr)(Handle, void**);
+    int32_t (*dim)(Handle, int64_t*);
+    int32_t (*sizes)(Handle, int64_t**);
+    int32_t (*strides)(Handle, int64_t**);
+    int32_t (*dtype)(Handle, int32_t*);
+    int32_t (*delete_tensor)(Handle);
+    int32_t (*threads)(uint32_t*);
+    int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
+};
+static Shims torch;
+
+struct Args {  // mirrors delta.cpp
+    void* y;
+    const void* x;
+    const void* a;
+    const void* b;
+    const int32_t* ranks;
+    const float* scales;
+    const int32_t* slots;
+    int64_t m, n, rows, capacity, vocabulary, y_stride, x_stride, threads;
+    int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
+    int64_t wide_ids;
+};
+
+struct Kernel {  // mirrors KernelEntry in cpu.py; what the generated code takes for granted
+    int64_t id;
+    int32_t (*run)(const Args*);
+    int64_t embedding, in_features, out_features, rank, group, columns;
+    int64_t x_dtype, bank_dtype, y_dtype, int32, int64, float32;
+};
+
+// Open addressing; entries are only ever added, each published by its id, last.
+static const uint64_t CAPACITY = 1 << 14;
+static Kernel* table[CAPACITY];
+static uint64_t filled = 0;
+
+static const Kernel* find(int64_t id) {
+    for (uint64_t i = (uint64_t)id;; i++) {
+        Kernel* k = __atomic_load_n(&table[i % CAPACITY], __ATOMIC_ACQUIRE);
+        if (!k || k->id == id) return k;
+    }
+}
+
+struct View {
+    char* data;
+    int64_t dim, *sizes, *strides;
+    int32_t dtype;
+
+    explicit View(uint64_t handle) {
+        Handle t = (Handle)handle;
+        void* p;
+        if (torch.data_ptr(t, &p) | torch.dim(t, &dim) | torch.sizes(t, &sizes) |
+            torch.strides(t, &strides) | torch.dtype(t, &dtype))
+            throw std::runtime_error("lorafx: a tensor without plain memory");
+        data = (char*)p;
+    }
+    bool contiguous() const {
+        int64_t expected = 1;
+        for (int64_t d = dim - 1; d >= 0; d--) {
+            if (sizes[d] != 1 && strides[d] != expected) return false;
+            expected *= sizes[d];
+        }
+        return true;
+    }
+    bool is(int64_t type, int64_t a, int64_t b) const {
+        return dtype == type && dim == 2 && sizes[0] == a && sizes[1] == b && contiguous();
+    }
+    bool is(int64_t type, int64_t a, int64_t b, int64_t c) const {
+        return dtype == type && dim == 3 && sizes[0] == a && sizes[1] == b && sizes[2] == c &&
+               contiguous();
+    }
+};
+
+static void copy_strided(const View& t, int64_t d, char* strided, char* packed, int64_t bytes,
+                         bool gather) {
+    if (d == t.dim) {
+        if (gather) memcpy(packed, strided, bytes);
+        else memcpy(strided, packed, bytes);
+        return;
+    }
+    int64_t block = bytes;
+    for (int64_t e = d + 1; e < t.dim; e++) block *= t.sizes[e];
+    for (int64_t i = 0; i < t.sizes[d]; i++)
+        copy_strided(t, d + 1, strided + i * t.strides[d] * bytes, packed + i * block, bytes, gather);
+}
+
+// A tensor as rows of `features` elements at one stride, in place where its strides allow that.
+struct Rows {
+    const View& view;
+    int64_t count, stride, bytes;
+    char* data;
+    char* copy;
+
+    Rows(const View& v, int64_t leading, int64_t features, int64_t bytes)
+        : view(v), count(1), stride(features), bytes(bytes), data(v.data), copy(0) {
+        for (int64_t d = 0; d < leading; d++) count *= v.sizes[d];
+        bool plain = leading == v.dim || features == 1 || v.strides[leading] == 1;
+        int64_t inner = -1;  // the innermost leading dimension that is not 1 sets the stride
+        for (int64_t d = leading - 1; d >= 0; d--) {
+            if (v.sizes[d] == 1) continue;
+            if (inner < 0) stride = v.strides[d];
+            else if (v.strides[d] != v.strides[inner] * v.sizes[inner]) plain = false;
+            inner = d;
+        }
+        if (plain || count * features == 0) return;
+        stride = features;
+        data = copy = (char*)malloc(count * features * bytes);
+        if (!copy) throw std::runtime_error("lorafx: out of memory");
+        copy_strided(v, 0, v.data, copy, bytes, true);
+    }
+    void commit() {
+        if (copy) copy_strided(view, 0, view.data, copy, bytes, false);
+    }
+    ~Rows() { free(copy); }
+    Rows(const Rows&) = delete;
+};
+
+static void require(bool condition, const char* message) {
+    if (!condition) throw std::runtime_error(message);
+}
+
+static int64_t element_bytes(const Kernel* k, int64_t dtype) { return dtype == k->float32 ? 4 : 2; }
+
+static void run(const uint64_t* stack, bool embedding) {
+    const Kernel* k = find((int64_t)stack[8]);
+    require(k && k->embedding == embedding,
+            "lorafx: this process has not loaded that kernel id; build it with lorafx.kernels.cpu");
+    View y(stack[0]), x(stack[1]), a(stack[2]), b(stack[3]), ranks(stack[4]), scales(stack[5]),
+        slots(stack[6]);
+    int64_t capacity = ranks.dim == 2 ? ranks.sizes[0] : -1;
+    int64_t vocabulary = embedding && a.dim == 3 ? a.sizes[1] : 0;
+    require(ranks.is(k->int32, capacity, k->group) && scales.is(k->float32, capacity, k->group),
+            "lorafx: ranks (int32) and scales (float32) are not (slots, siblings) of the kernel's group");
+    require(b.is(k->bank_dtype, capacity, k->rank, k->columns) &&
+                (embedding ? a.is(k->bank_dtype, capacity, vocabulary, k->rank)
+                           : a.is(k->bank_dtype, capacity, k->group * k->rank, k->in_features)),
+            "lorafx: A and B are not a contiguous bank of the kernel's dtype and sizes");
+    require(slots.dtype == k->int32 && slots.dim == 1 && slots.contiguous(),
+            "lorafx: slots is not a contiguous int32 vector");
+    require(y.dtype == k->y_dtype && y.dim >= 1 && y.sizes[y.dim - 1] == k->out_features,
+            "lorafx: y does not have the dtype and columns that the kernel was generated for");
+    require(embedding ? x.dtype == k->int32 || x.dtype == k->int64
+                      : x.dtype == k->x_dtype && x.dim >= 1 && x.sizes[x.dim - 1] == k->in_features,
+            "lorafx: x does not have the dtype and features that the kernel was generated for");
+    Rows out(y, y.dim - 1, k->out_features, element_bytes(k, k->y_dtype));
+    // ids are read as consecutive numbers: all their dimensions are one row's features
+    Rows in(x, embedding ? x.dim : x.dim - 1, embedding ? 1 : k->in_features,
+            embedding ? (x.dtype == k->int64 ? 8 : 4) : element_bytes(k, k->x_dtype));
+    require(out.count == in.count, "lorafx: x and y differ in rows");
+    uint32_t threads = 1;
+    torch.threads(&threads);
+    Args args = {out.data,   in.data,   a.data,
+                 b.data,     (const int32_t*)ranks.data,
+                 (const float*)scales.data,
+                 (const int32_t*)slots.data,
+                 out.count,  slots.sizes[0],
+                 (int64_t)stack[7],
+                 capacity,   vocabulary,
+                 out.stride, in.stride, (int64_t)threads,
+                 torch.parallel,
+                 embedding && x.dtype == k->int64};
+    switch (k->run(&args)) {
+        case 0: break;
+        case 1: throw std::runtime_error("lorafx: a slot is outside the bank, or slots is empty");
+        case 2:
+            throw std::runtime_error(
+                "lorafx: rows could not be traced to requests, and slots mixes adapters");
+        case 4: throw std::runtime_error("lorafx: a token id is outside the embedding");
+        default: throw std::runtime_error("lorafx: out of memory");
+    }
+    out.commit();
+}
+
+struct Owned {  // a boxed kernel owns the tensors on its stack
+    uint64_t* stack;
+    ~Owned() {
+        for (int i = 0; i < 7; i++) torch.delete_tensor((Handle)stack[i]);
+    }
+};
+
+static void run_delta(uint64_t* stack, uint64_t, uint64_t) {
+    Owned owned = {stack};
+    run(stack, false);
+}
+static void run_embedding_delta(uint64_t* stack, uint64_t, uint64_t) {
+    Owned owned = {stack};
+    run(stack, true);
+}
+
+extern "C" int32_t lorafx_install(const Shims* shims) {
+    torch = *shims;
+    Handle library;
+    uint64_t version = torch.version();
+    return torch.library_init("lorafx", "CPU", "lorafx/kernels/dispatcher.cpp", 1, &library) ||
+           torch.library_impl(library, "run_delta_", run_delta, version) ||
+           torch.library_impl(library, "run_embedding_delta_", run_embedding_delta, version);
+}
+
+// 0 when added or there already, 1 when the table is full. The caller holds a lock.
+extern "C" int32_t lorafx_add(const Kernel* kernel) {
+    if (find(kernel->id)) return 0;
+    if (filled * 2 >= CAPACITY) return 1;
+    Kernel* copy = (Kernel*)malloc(sizeof *copy);
+    if (!copy) return 1;
+    *copy = *kernel;
+    uint64_t i = (uint64_t)kernel->id;
+    while (table[i % CAPACITY]) i++;
+    __atomic_store_n(&table[i % CAPACITY], copy, __ATOMIC_RELEASE);
+    filled++;
+    return 0;
+}
