@@ -111,6 +111,7 @@ def test_a_peft_object_is_refused_too():
         {"init_lora_weights": False},
         {"corda_config": {"corda_method": "kpm"}},  # stays set after an exact export
         {"lora_dropout": 0.1, "task_type": "CAUSAL_LM", "qalora_group_size": 32},
+        {"enable_lora": None, "merge_weights": False, "rank_pattern": None},  # PEFT of 2023
         {"peft_type": None, "auto_mapping": {"base_model_class": "X", "unsloth_fixed": True}},
     ],
 )
