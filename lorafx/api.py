@@ -125,9 +125,7 @@ def _build(
     loaded: list[Adapter] = []
     for name, source in sources.items():
         with progress(f"reading adapter {name}"):
-            loaded.append(
-                read_adapter(source, name, sites, model=model, max_rank=config.max_rank)
-            )
+            loaded.append(read_adapter(source, name, sites, model=model, max_rank=config.max_rank))
     attachment = Attach().run(graph, sites, config)
     try:
         store = AdapterStore(attachment.groups, config.max_adapters, config.max_rank)
@@ -157,9 +155,7 @@ def _capture(compiled: CompiledModel, inputs: Mapping[str, Any] | Sequence[Any])
     compiled.capture(args, kwargs)
 
 
-def _resolve(
-    lora_config: Any, sources: Mapping[str, Any]
-) -> tuple[LoraConfig, dict[str, Any]]:
+def _resolve(lora_config: Any, sources: Mapping[str, Any]) -> tuple[LoraConfig, dict[str, Any]]:
     """(configuration, adapters that it names) from any accepted form."""
     if isinstance(lora_config, LoraConfig):
         if lora_config.target_modules is None and sources:

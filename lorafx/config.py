@@ -11,6 +11,8 @@ import torch
 from lorafx.errors import ConfigError, nearest
 
 Lowering = Literal["auto", "inductor", "reference"]
+#: How a LoRA node is computed: a kernel generated for its shape, or the op's own aten.
+STRATEGIES = ("generated", "aten")
 Verify = Literal["off", "lint", "numeric"]
 
 
@@ -55,7 +57,7 @@ class Options:
             (also runs each pass's graph beside the reference on the first real inputs).
         passes: graph passes switched on or off by name, `{"pack": False}`.
         max_edits: stop rewriting after this many edits, to bisect a wrong result.
-        plan: strategies pinned by site path, `{"model.layers.0.mlp.up_proj": "segments"}`.
+        plan: strategies ("generated", "aten") pinned by canonical site path.
         dump: folder for every pass's graph; None reads LORAFX_DUMP.
         recompile_limit: most graphs one entry point may have; more is an error.
     """
@@ -84,6 +86,12 @@ class Options:
         return cls(**value)
 
     def __post_init__(self) -> None:
+        for path, strategy in self.plan.items():
+            if strategy not in STRATEGIES:
+                raise ConfigError(
+                    f"Options.plan[{path!r}] must be one of {', '.join(STRATEGIES)}, "
+                    f"got {strategy!r}"
+                )
         for name, allowed in (
             ("lowering", ("auto", "inductor", "reference")),
             ("verify", ("off", "lint", "numeric")),

@@ -176,7 +176,10 @@ class Context:
         bank = self.program.site_bank(site)
         nodes = [
             self._extra_input(
-                graph, position, name, assert_mode.from_tensor(getattr(bank, name), static_shapes=True)
+                graph,
+                position,
+                name,
+                assert_mode.from_tensor(getattr(bank, name), static_shapes=True),
             )
             for name in BANK_FIELDS
         ]

@@ -1,7 +1,7 @@
 """Lowerings: how a graph after the passes, and a graph without LoRA, become executables.
 
-    inductor    Inductor with generated kernels for the LoRA part; the base as torch.compile has it
-    reference   aten, run node by node; the base as eager has it
+inductor    Inductor with generated kernels for the LoRA part; the base as torch.compile has it
+reference   aten, run node by node; the base as eager has it
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ class Lowering(Protocol):
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]: ...
 
-    def compile(
-        self, gm: fx.GraphModule, inputs: Sequence[Any]
-    ) -> Callable[[list[Any]], Any]: ...
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]: ...
 
     def base(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]: ...
 

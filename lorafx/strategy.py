@@ -1,4 +1,4 @@
-"""The plan as data: which strategy each LoRA node uses, why, and with which kernel."""
+"""The plan as data: which strategy each LoRA node uses, and why."""
 
 from __future__ import annotations
 
@@ -6,27 +6,20 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from lorafx.config import STRATEGIES
 from lorafx.context import Context
+
+GENERATED, ATEN = STRATEGIES
 
 _KEY = "lorafx_strategy"
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """The choice for one node.
-
-    Attributes:
-        name: the strategy.
-        kernel: id of the generated kernel that runs it, 0 for aten.
-        reason: what decided.
-    """
+    """The choice for one node: its name, one of STRATEGIES, and what decided."""
 
     name: str
-    kernel: int = 0
     reason: str = ""
-
-
-ATEN = Strategy("aten", reason="no generated kernel")
 
 
 def choose(ctx: Context, node: fx.Node, strategy: Strategy) -> None:
@@ -36,6 +29,7 @@ def choose(ctx: Context, node: fx.Node, strategy: Strategy) -> None:
         state.strategy = f"{strategy.name} ({strategy.reason})"
 
 
-def kernel_id(ctx: Context, node: fx.Node) -> int:
-    """Id of the generated kernel that the plan chose for `node`, 0 for aten."""
-    return node.meta.get(_KEY, ATEN).kernel
+def strategy_of(node: fx.Node) -> str:
+    """The name of the node's strategy; aten where nothing was planned."""
+    chosen = node.meta.get(_KEY)
+    return ATEN if chosen is None else chosen.name

@@ -118,7 +118,9 @@ def _swap(form: _Form, user: fx.Node) -> _Form | Use:
         first, second = (int(dim) % dims for dim in user.args[1:3])  # type: ignore[arg-type]
         order[first], order[second] = order[second], order[first]
     if sorted(order[-2:]) != [dims - 2, dims - 1]:
-        return Use("unknown", form.weight, user, reason="the weight's dimensions are permuted apart")
+        return Use(
+            "unknown", form.weight, user, reason="the weight's dimensions are permuted apart"
+        )
     flipped = order[-1] == dims - 2
     return _Form(form.weight, user, form.out_first != flipped, form.plain)
 
@@ -144,17 +146,23 @@ def _product(form: _Form, user: fx.Node) -> Use:
     if any(user.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
         return Use("unknown", form.weight, user, reason="a matrix product with alpha or beta")
     if left is right or bias is form.node:
-        return Use("unknown", form.weight, user, reason="the weight multiplied by or added to itself")
+        return Use(
+            "unknown", form.weight, user, reason="the weight multiplied by or added to itself"
+        )
     if right is form.node and not form.out_first:
         return Use("linear", form.weight, user, x=left, bias=bias, plain=form.plain)
     if left is form.node and form.out_first and bias is None:
         return Use("swapped", form.weight, user, x=right)
-    return Use("unknown", form.weight, user, reason="a matrix product with the weight the other way round")
+    return Use(
+        "unknown", form.weight, user, reason="a matrix product with the weight the other way round"
+    )
 
 
 def _linear(form: _Form, user: fx.Node) -> Use:
     if user.args[1] is not form.node or user.args[0] is form.node or not form.out_first:
-        return Use("unknown", form.weight, user, reason="linear with the weight the other way round")
+        return Use(
+            "unknown", form.weight, user, reason="linear with the weight the other way round"
+        )
     bias = user.args[2] if len(user.args) > 2 else user.kwargs.get("bias")
     return Use("linear", form.weight, user, x=user.args[0], bias=bias, plain=form.plain)  # type: ignore[arg-type]
 
@@ -171,9 +179,7 @@ _HANDLERS: tuple[tuple[frozenset[Any], _Handler], ...] = (
     (frozenset({aten.t.default, aten.permute.default, aten.transpose.int}), _swap),
     (RESHAPES | {aten.expand.default}, _reshape),
     (
-        frozenset(
-            {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
-        ),
+        frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}),
         _product,
     ),
     (frozenset({aten.linear.default}), _linear),

@@ -16,10 +16,13 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from lorafx.context import EMBEDDING_OP, FUSED_OP, SITE_OP, Context
 from lorafx.frame import fake_value
-from lorafx.strategy import kernel_id
+from lorafx.kernels.cpu import delta_call, embedding_delta_call
+from lorafx.passes.plan import delta_spec
+from lorafx.strategy import GENERATED, strategy_of
 
 aten = torch.ops.aten
 ADD_DELTA = torch.ops.lorafx.add_delta_.default
@@ -53,48 +56,50 @@ def _linear(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
         y = ctx.call(graph, aten.mm.default, (x_flat, right))
     else:
         y = ctx.call(graph, aten.addmm.default, (bias, x_flat, right))
-    delta = (A, B, ranks, scales, slots, siblings, offsets, sizes, rows)
-    y = _add_delta(graph, ctx, y, x_flat, delta, kernel_id(ctx, node))
-    return _shaped(graph, ctx, y, x, node)
+    bank = (A, B, ranks, scales, slots)
+    written = _add_delta(graph, node, y, x_flat, bank, (siblings, offsets, sizes), rows)
+    return _shaped(graph, ctx, written, x, node)
 
 
 def _site(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
     x, y, A, B, ranks, scales, slots, sibling, offset, rows = node.args[:10]
-    size = fake_value(node).shape[-1]
-    delta = (A, B, ranks, scales, slots, [sibling], [offset], [size], rows)
+    ranges = ([sibling], [offset], [fake_value(node).shape[-1]])
     flat = _flat(graph, ctx, y)
-    y_new = _add_delta(graph, ctx, flat, _flat(graph, ctx, x), delta, kernel_id(ctx, node))
-    return _shaped(graph, ctx, y_new, y, node)
+    bank = (A, B, ranks, scales, slots)
+    written = _add_delta(graph, node, flat, _flat(graph, ctx, x), bank, ranges, rows)
+    return _shaped(graph, ctx, written, y, node)
 
 
 def _embedding(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
     ids, y, *bank, rows = node.args
-    names = ("ids", "A", "B", "ranks", "scales", "slots", "rows", "kernel")
-    values = (ids, *bank, rows, kernel_id(ctx, node))
-    return _in_place(graph, ctx, ADD_EMBEDDING_DELTA, y, dict(zip(names, values, strict=True)))
+    if strategy_of(node) == GENERATED:
+        return _in_place(graph, *embedding_delta_call(delta_spec(node), y, ids, *bank, rows=rows))
+    return _in_place(graph, ADD_EMBEDDING_DELTA, (y, ids, *bank, rows, 0))
 
 
 def _add_delta(
     graph: fx.Graph,
-    ctx: Context,
+    node: fx.Node,
     y: fx.Node,
     x: fx.Node,
-    delta: tuple[Any, ...],
-    kernel: int,
+    bank: tuple[Any, ...],
+    ranges: tuple[Any, ...],
+    rows: Any,
 ) -> fx.Node:
-    names = ("A", "B", "ranks", "scales", "slots", "siblings", "offsets", "sizes", "rows")
-    arguments = {"x": x, **dict(zip(names, delta, strict=True)), "kernel": kernel}
-    return _in_place(graph, ctx, ADD_DELTA, y, arguments)
+    if strategy_of(node) == GENERATED:
+        return _in_place(graph, *delta_call(delta_spec(node), y, x, *bank, rows=rows))
+    return _in_place(graph, ADD_DELTA, (y, x, *bank, *ranges, rows, 0))
 
 
-def _in_place(
-    graph: fx.Graph, ctx: Context, op: Any, y: Any, arguments: dict[str, Any]
-) -> fx.Node:
-    """y after `op` has written it, as functional nodes."""
+def _in_place(graph: fx.Graph, op: OpOverload, arguments: tuple[Any, ...]) -> fx.Node:
+    """The first argument, y, after `op` has written it, as functional nodes."""
+    names = [argument.name for argument in op._schema.arguments]
     both = graph.call_function(
-        torch.ops.higher_order.auto_functionalized, (op,), {"y": y, **arguments}
+        torch.ops.higher_order.auto_functionalized,
+        (op,),
+        dict(zip(names, arguments, strict=True)),
     )
-    value = fake_value(y)
+    value = fake_value(arguments[0])
     both.meta["val"] = (None, value)
     with graph.inserting_after(both):
         written = graph.call_function(operator.getitem, (both, 1))

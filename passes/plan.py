@@ -1,10 +1,86 @@
-"""plan (provisional): aten."""
+"""Choose how each LoRA node is computed, and say so.
+
+On a CPU a node runs as generated C++ (one kernel a shape, that reads only the active adapters,
+each at its own rank) or as plain aten. The choice is data on the node: users pin it by site path
+(`Options.plan`), `lower` only carries it out, `explain` prints it with the node's byte floor
+
+    floor(D) = 1 + D · r · Σ(K + N_i) / Σ(K · N_i)
+
+for D distinct adapters of rank r, the least traffic over that of the base weight.
+"""
+
+from __future__ import annotations
+
 from dataclasses import dataclass
-from lorafx.strategy import ATEN, choose
+
+from torch import fx
+
+from lorafx.context import EMBEDDING_OP, FUSED_OP, Context
+from lorafx.errors import ConfigError
+from lorafx.frame import fake_value
+from lorafx.kernels.cost import byte_floor
+from lorafx.kernels.cpu import DeltaSpec, build_all
+from lorafx.strategy import ATEN, GENERATED, Strategy, choose
+
+
 @dataclass(frozen=True)
 class Plan:
     name: str = "plan"
     required: bool = False
-    def run(self, gm, ctx):
-        for node in ctx.states: choose(ctx, node, ATEN)
-        return 0
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        wanted = {node: _wanted(ctx, node) for node in ctx.states}
+        specs = {node: delta_spec(node) for node, name in wanted.items() if name == GENERATED}
+        kernels = build_all(specs.values())
+        for node, name in wanted.items():
+            spec = specs.get(node)
+            built = spec is not None and kernels[spec] is not None
+            choose(
+                ctx, node, Strategy(GENERATED if built else ATEN, _reason(ctx, node, name, built))
+            )
+        return len(wanted)
+
+
+def _wanted(ctx: Context, node: fx.Node) -> str:
+    """The strategy that the user pinned, else the best that the device has."""
+    program = ctx.program
+    pinned = {program.options.plan[p] for p in _paths(ctx, node) if p in program.options.plan}
+    if len(pinned) > 1:
+        raise ConfigError(
+            f"Options.plan pins {', '.join(sorted(pinned))} for {', '.join(_paths(ctx, node))}, "
+            "which one node computes; pin one strategy for all of them, or switch `pack` off"
+        )
+    if pinned:
+        return pinned.pop()
+    on_cpu = fake_value(node).device.type == "cpu"
+    return GENERATED if on_cpu and program.options.lowering != "reference" else ATEN
+
+
+def _paths(ctx: Context, node: fx.Node) -> list[str]:
+    return [state.site.path for state in ctx.states[node]]
+
+
+def _reason(ctx: Context, node: fx.Node, wanted: str, built: bool) -> str:
+    rank = fake_value(node.args[4 if node.target is FUSED_OP else 3]).shape[1]  # type: ignore[arg-type]
+    sites = [state.site for state in ctx.states[node]]
+    floors = [byte_floor(sites, rank, distinct) for distinct in (1, 8)]
+    text = f"byte floor at rank {rank}: {floors[0]:.3f} with 1 adapter, {floors[1]:.3f} with 8"
+    if wanted == GENERATED and not built:
+        text += "; no kernel could be generated"
+    return text
+
+
+def delta_spec(node: fx.Node) -> DeltaSpec:
+    """What a kernel for this node may take for granted; only metadata is read."""
+    value = fake_value
+    if node.target is EMBEDDING_OP:
+        _, y, A, B = node.args[:4]
+        return DeltaSpec.of_embedding(value(y), value(A), value(B))  # type: ignore[arg-type]
+    if node.target is FUSED_OP:
+        x, _, _, A, B, ranks, _, _, siblings, offsets, sizes = node.args[:11]
+    else:
+        x, _, A, B, ranks, _, _, sibling, offset = node.args[:9]
+        siblings, offsets, sizes = [sibling], [offset], [value(node).shape[-1]]
+    y = value(node)
+    tensors = (value(item) for item in (x, A, B, ranks))  # type: ignore[arg-type]
+    return DeltaSpec.linear(y, *tensors, siblings, offsets, sizes)  # type: ignore[arg-type]

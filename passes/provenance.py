@@ -27,6 +27,11 @@ from lorafx.ownership.labels import Label, Mixed, Own
 from lorafx.ownership.propagate import flow_through
 from lorafx.ownership.symbolic import ONE, BatchSymbols, Sizes, product
 
+#: `rows` of a site without a row map: every row counts as the first request's. That is right when
+#: all requests use one adapter, and when none of theirs touches the site; the refusal keeps other
+#: batches away.
+ALL_ALIKE = 1 << 62
+
 
 @dataclass(frozen=True)
 class RowMap:
@@ -150,4 +155,5 @@ class Provenance:
             if isinstance(proof, Unproved):
                 sites = tuple(state.site for state in ctx.states.get(node, ()))
                 ctx.refuse(Refusal(sites, "mixed", proof.reason))
+                node.update_arg(ROWS_ARGUMENT[node.target], ALL_ALIKE)
         return sum(isinstance(proof, RowMap) for proof in proofs.values())

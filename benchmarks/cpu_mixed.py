@@ -1,0 +1,141 @@
+"""Eight requests with 0, 1 and 8 adapters on a CPU: lorafx beside the compiled base and PEFT.
+
+A Llama of hidden 1024, intermediate 2816 and 6 layers, LoRA of rank 16 on all its linears, fp32
+and bf16, decode [8, 1] and prefill [8, 128]. Time over the compiled base model in the same run:
+
+    python benchmarks/cpu_mixed.py [--quick] [--dtype fp32|bf16] [--case decode|prefill]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from protocol import as_row, compare, save
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lorafx
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RANK = 16
+ADAPTERS = 8
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SHAPES = {"decode": (8, 1), "prefill": (8, 128)}
+
+
+def build_model(layers: int, dtype: torch.dtype) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        vocab_size=4096,
+        max_position_embeddings=512,
+    )
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def save_adapters(model: LlamaForCausalLM, folder: Path) -> dict[str, str]:
+    """Adapters with non-zero B, saved by PEFT."""
+    paths = {}
+    for index in range(ADAPTERS):
+        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS)
+        peft_model = get_peft_model(copy.deepcopy(model), config)
+        for name, parameter in peft_model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
+        paths[f"a{index}"] = str(folder / f"a{index}")
+        peft_model.save_pretrained(paths[f"a{index}"])
+    return paths
+
+
+def peft_mixed(model: LlamaForCausalLM, paths: dict[str, str]) -> PeftModel:
+    names = list(paths)
+    peft_model = PeftModel.from_pretrained(copy.deepcopy(model), paths[names[0]], names[0])
+    for name in names[1:]:
+        peft_model.load_adapter(paths[name], name)
+    return peft_model.eval()
+
+
+def check(model: LlamaForCausalLM, paths: dict[str, str], cm, ids: torch.Tensor) -> float:
+    """Largest error of the mixed batch against dense merge in float64, over that of the merged
+    model in the model's own dtype: about 1 when lorafx rounds no worse than a merged model."""
+    names = [*list(paths)[: ids.shape[0] - 1], None]
+    got = cm(input_ids=ids, use_cache=False, adapter_names=names).logits.double()
+    worst = 0.0
+    for row, name in list(enumerate(names))[:: max(1, len(names) // 2)]:
+        exact = copy.deepcopy(model).double()
+        if name is not None:
+            exact = PeftModel.from_pretrained(exact, paths[name]).merge_and_unload()
+        want = exact(input_ids=ids[row : row + 1], use_cache=False).logits
+        plain = copy.deepcopy(exact).to(model.dtype)
+        own = plain(input_ids=ids[row : row + 1], use_cache=False).logits.double()
+        worst = max(worst, float((got[row] - want[0]).abs().max() / (own - want).abs().max()))
+    return worst
+
+
+def run_case(
+    dtype_name: str, case: str, layers: int, blocks: int, seconds: float
+) -> list[dict[str, object]]:
+    dtype = DTYPES[dtype_name]
+    model = build_model(layers, dtype)
+    ids = torch.randint(0, model.config.vocab_size, SHAPES[case])
+    torch._dynamo.reset()
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        paths = save_adapters(model, Path(folder))
+        base = torch.compile(copy.deepcopy(model))
+        mixed = peft_mixed(model, paths)
+        single_model = PeftModel.from_pretrained(copy.deepcopy(model), paths["a0"]).eval()
+        single = torch.compile(single_model)
+        names = list(paths)
+        error = 0.0
+        cm = lorafx.compile(copy.deepcopy(model), dict(paths))
+        error = check(model, paths, cm, ids)
+
+        def serve(adapter_names: Sequence[str | None]):
+            return lambda: cm(input_ids=ids, use_cache=False, adapter_names=adapter_names)
+
+        arms = {
+            "lorafx D=0": serve([None] * 8),
+            "lorafx D=1": serve([names[0]] * 8),
+            "lorafx D=8": serve(names),
+            "PEFT mixed, eager, D=8": lambda: mixed(
+                input_ids=ids, use_cache=False, adapter_names=names
+            ),
+            "PEFT one adapter, compiled": lambda: single(input_ids=ids, use_cache=False),
+        }
+        ratios = compare(
+            lambda: base(input_ids=ids, use_cache=False), arms, blocks=blocks, seconds=seconds
+        )
+    label = f"{case} {list(SHAPES[case])} {dtype_name}"
+    print(f"\n{label}, {layers} layers; error over a merged model's own rounding: {error:.2f}")
+    for ratio in ratios:
+        print(f"  {ratio.arm:28s} {ratio}")
+    return [as_row(label, ratio) | {"error_over_rounding": error} for ratio in ratios]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="2 layers, 5 blocks; nothing saved")
+    parser.add_argument("--dtype", choices=DTYPES, action="append")
+    parser.add_argument("--case", choices=SHAPES, action="append")
+    parser.add_argument("--out", default="benchmarks/results/cpu_mixed.json")
+    options = parser.parse_args()
+    layers, blocks, seconds = (2, 5, 0.02) if options.quick else (6, 24, 0.1)
+    rows = []
+    for dtype in options.dtype or DTYPES:
+        for case in options.case or SHAPES:
+            rows += run_case(dtype, case, layers, blocks, seconds)
+    if not options.quick:
+        save(Path(options.out), "time over compiled base, Llama 1024/2816, r=16", rows)
+
+
+if __name__ == "__main__":
+    main()
