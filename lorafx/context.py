@@ -12,7 +12,7 @@ from torch._guards import detect_fake_mode
 
 import lorafx.kernels.ops  # noqa: F401  (defines torch.ops.lorafx)
 from lorafx.errors import MatchError
-from lorafx.frame import Frame, fake_value
+from lorafx.frame import Frame, FrameInput, fake_value
 from lorafx.program import BANK_FIELDS, Program
 from lorafx.registry import lookup
 from lorafx.sites import Site
@@ -202,6 +202,8 @@ class Context:
             node = graph.placeholder(f"lorafx_{name}_{len(self.frame.extra_nodes)}")
         node.meta["val"] = value
         self.frame.extra_nodes[key] = node
+        kind = "slots" if name in ("slot", "slots") else "bank"
+        self.frame.by_node[node] = FrameInput(kind, name, field=name)
         return node
 
 

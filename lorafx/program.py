@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lorafx.adapters.bank import Bank
 from lorafx.config import LoraConfig, Options
@@ -89,12 +90,13 @@ class Program:
         bank, offset = group.bank, group.offsets[index]
         rank = bank.B.shape[1]
         linear = site.eligible.kind == "linear"
-        return Bank(
-            A=bank.A[:, index * rank : (index + 1) * rank] if linear else bank.A,
-            B=bank.B[:, :, offset : offset + site.out_features],
-            ranks=bank.ranks[:, index : index + 1],
-            scales=bank.scales[:, index : index + 1],
-        )
+        with unset_fake_temporarily():  # passes run while AOTAutograd's fake mode is on
+            return Bank(
+                A=bank.A[:, index * rank : (index + 1) * rank] if linear else bank.A,
+                B=bank.B[:, :, offset : offset + site.out_features],
+                ranks=bank.ranks[:, index : index + 1],
+                scales=bank.scales[:, index : index + 1],
+            )
 
     def known_tensors(self) -> dict[int, FrameInput]:
         """Every tensor that is not data of a request, by identity."""
