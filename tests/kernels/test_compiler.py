@@ -1,0 +1,184 @@
+"""Compiling generated C++: the cache on disk, ids that other processes know, life without g++."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from delta_oracle import assert_delta, random_problem
+
+from lorafx.errors import LoweringError
+from lorafx.kernels import compiler, cpu
+from lorafx.kernels.compiler import compile_library, find_compiler, load_library
+from lorafx.kernels.cpu import DeltaSpec, build, delta_call, embedding_delta_call
+
+SOURCE = 'extern "C" int answer() { return 42; }\n'
+NO_COMPILER = {"cpp.cxx": ("/nowhere/g++",)}
+
+
+def _has_compiler() -> bool:
+    try:
+        find_compiler()
+    except LoweringError:
+        return False
+    return True
+
+
+needs_compiler = pytest.mark.skipif(not _has_compiler(), reason="needs a C++ compiler")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LORAFX_CACHE_DIR", str(tmp_path / "kernels"))
+    return tmp_path / "kernels"
+
+
+def _spec(size: int) -> DeltaSpec:
+    p = random_problem(x_shape=(2, 7), slots=(0, 1), rows=1, sizes=(size,))
+    return DeltaSpec.linear(p.y, p.x, p.A, p.B, p.ranks, *p.ranges)
+
+
+@needs_compiler
+def test_a_source_is_compiled_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = compile_library(SOURCE)
+    assert path.parent == folder
+    assert load_library(path).answer() == 42
+    assert path.with_suffix(".cpp").read_text() == SOURCE
+    find = compiler.find_compiler()
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the compiler was called again")
+
+    monkeypatch.setattr(compiler, "find_compiler", lambda: find)
+    monkeypatch.setattr(compiler.subprocess, "run", refuse)
+    assert compile_library(SOURCE) == path
+    with pytest.raises(AssertionError, match="called again"):
+        compile_library(SOURCE, ("-DOTHER",))
+
+
+@needs_compiler
+def test_racing_compilations_leave_one_library(folder: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        paths = set(pool.map(compile_library, [SOURCE] * 4))
+    assert sorted(folder.iterdir()) == sorted(p for x in paths for p in (x, x.with_suffix(".cpp")))
+    assert load_library(paths.pop()).answer() == 42
+
+
+@needs_compiler
+def test_a_refused_source_is_an_error_with_the_compilers_words(folder: Path) -> None:
+    with pytest.raises(LoweringError, match=r"refused a generated kernel:\n.*nonsense"):
+        compile_library("nonsense;")
+    assert list(folder.iterdir()) == []
+
+
+def test_a_library_that_does_not_load(tmp_path: Path) -> None:
+    (tmp_path / "broken.so").write_text("no library")
+    with pytest.raises(LoweringError, match="set LORAFX_CACHE_DIR to another folder"):
+        load_library(tmp_path / "broken.so")
+
+
+def test_a_torch_without_the_interface() -> None:
+    with pytest.raises(LoweringError, match="has no aoti_torch_of_the_future"):
+        compiler.torch_function("aoti_torch_of_the_future")
+
+
+def test_no_compiler_means_aten_and_one_warning(folder: Path) -> None:
+    cpu._warn_once.cache_clear()
+    with torch._inductor.config.patch(NO_COMPILER):
+        with pytest.warns(UserWarning, match="plain aten on this CPU.*no C\\+\\+ compiler"):
+            assert build(_spec(101)) is None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert build(_spec(102)) is None
+        p = random_problem(x_shape=(2, 7), slots=(0, 1), rows=1, sizes=(101,))
+        y = p.y.clone()
+        op, arguments = delta_call(_spec(101), y, p.x, *p.bank, rows=1)
+    assert op is torch.ops.lorafx.add_delta_.default
+    assert arguments[-1] == 0
+    op(*arguments)
+    assert_delta(p, y)
+
+
+def test_specs_without_a_kernel_fall_back_quietly() -> None:
+    p = random_problem(
+        x_shape=(2, 7), slots=(0, 1), rows=1, sizes=(9,), dtypes=(torch.float64,) * 3
+    )
+    spec = DeltaSpec.linear(p.y, p.x, p.A, p.B, p.ranks, *p.ranges)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert build(spec) is None
+        op, _ = delta_call(spec, p.y, p.x, *p.bank, rows=1)
+    assert op is torch.ops.lorafx.add_delta_.default
+
+
+@needs_compiler
+def test_calls_name_the_generated_kernel() -> None:
+    p = random_problem(x_shape=(2, 7), slots=(0, 1), rows=1, sizes=(9,))
+    spec = DeltaSpec.linear(p.y, p.x, p.A, p.B, p.ranks, *p.ranges)
+    y = p.y.clone()
+    op, arguments = delta_call(spec, y, p.x, *p.bank, rows=1)
+    assert op is torch.ops.lorafx.run_delta_.default
+    assert arguments[-1] == build(spec)
+    op(*arguments)
+    assert_delta(p, y)
+    assert delta_call(spec, y, p.x, *p.bank, rows=0)[0] is torch.ops.lorafx.add_delta_.default
+    e = random_problem(x_shape=(2, 3), slots=(0, 1), rows=3, sizes=(9,), vocabulary=5)
+    y = e.y.clone()
+    op, arguments = embedding_delta_call(
+        DeltaSpec.of_embedding(e.y, e.A, e.B), y, e.x, *e.bank, rows=3
+    )
+    assert op is torch.ops.lorafx.run_embedding_delta_.default
+    op(*arguments)
+    assert_delta(e, y)
+
+
+def test_an_id_that_was_never_loaded() -> None:
+    p = random_problem(x_shape=(2, 7), slots=(0, 1), rows=1)
+    with pytest.raises((LoweringError, RuntimeError), match=r"is not loaded|has not loaded"):
+        torch.ops.lorafx.run_delta_(p.y, p.x, *p.bank, 1, 12345)
+
+
+ELSEWHERE = """
+import torch
+from lorafx.kernels.cpu import DeltaSpec, build
+f = torch.float32
+print(build(DeltaSpec(f, f, f, 7, 5, 1, 9, (0,), (0,), (9,))))
+"""
+
+
+@needs_compiler
+def test_ids_are_the_same_in_every_process() -> None:
+    f = torch.float32
+    here = build(DeltaSpec(f, f, f, 7, 5, 1, 9, (0,), (0,), (9,)))
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONSAFEPATH": "1"},
+    )
+    assert done.stdout.split() == [str(here)]
+
+
+def test_a_process_that_never_had_a_compiler(tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "PYTHONSAFEPATH": "1",
+        "CXX": "/nowhere/g++",
+        "LORAFX_CACHE_DIR": str(tmp_path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    assert done.stdout.split() == ["None"]
+    assert done.stderr.count("install g++ or clang, or name one in CXX") == 1

@@ -1,0 +1,100 @@
+"""The in-place ops in graphs that Inductor compiles: y's buffer is written, never copied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from delta_oracle import Problem, assert_delta, random_problem
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+
+from lorafx.kernels.cpu import DeltaSpec, delta_call, embedding_delta_call
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+
+
+def traced(p: Problem, aten: bool = False) -> Callable[..., Tensor]:
+    """(x, weight, *bank) -> x W + delta, by the op that `lower` would choose."""
+    spec = DeltaSpec.linear(p.y, p.x, p.A, p.B, p.ranks, *p.ranges)
+    kernel = None if aten else delta_call(spec, p.y, p.x, *p.bank, rows=p.rows)[1][-1]
+
+    def function(x: Tensor, weight: Tensor, *bank: Tensor) -> Tensor:
+        y = x @ weight
+        if aten:
+            torch.ops.lorafx.add_delta_(y, x, *bank, *p.ranges, p.rows, 0)
+        else:
+            torch.ops.lorafx.run_delta_(y, x, *bank, p.rows, kernel)
+        return y
+
+    return function
+
+
+def with_product(p: Problem, weight: Tensor) -> Problem:
+    return p.with_(y=p.x @ weight)
+
+
+@pytest.mark.parametrize("aten", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_delta_lands_in_the_products_buffer(aten: bool, dtype: torch.dtype) -> None:
+    p = random_problem(x_shape=(12, 7), slots=(2, -1, 0, 1), rows=3, dtypes=(dtype,) * 3)
+    weight = torch.randn(7, 30).to(dtype)
+    compiled = torch.compile(traced(p, aten), fullgraph=True)
+    with torch.no_grad():
+        y, (code, *_) = run_and_get_code(compiled, p.x, weight, *p.bank)
+    assert_delta(with_product(p, weight), y)
+    assert ("add_delta_" if aten else "run_delta_") in code
+    assert "cpp_fused" not in code  # a copy of y would be a generated pointwise kernel
+    assert "clone" not in code.replace("clone_preserve_strides", "")
+    assert "copy_" not in code
+
+
+def test_one_graph_for_every_batch_size() -> None:
+    p = random_problem(x_shape=(12, 7), slots=(2, -1, 0, 1), rows=3)
+    weight = torch.randn(7, 30)
+    compiled = torch.compile(traced(p), fullgraph=True, dynamic=True)
+    with torch.no_grad(), torch.fx.experimental._config.patch(use_duck_shape=False):
+        compiled(p.x, weight, *p.bank)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for requests in (2, 5, 31):
+                q = random_problem(
+                    x_shape=(requests * 3, 7), slots=[j % 5 - 1 for j in range(requests)], rows=3
+                )
+                y = compiled(q.x, weight, *q.bank)
+                assert_delta(with_product(q, weight), y)
+
+
+def test_an_argument_is_mutated_in_place() -> None:
+    p = random_problem(x_shape=(12, 7), slots=(2, -1, 0, 1), rows=3)
+    spec = DeltaSpec.linear(p.y, p.x, p.A, p.B, p.ranks, *p.ranges)
+
+    y, kernel = p.y.clone(), delta_call(spec, p.y, p.x, *p.bank, rows=3)[1][-1]
+
+    def function(y: Tensor, x: Tensor, *bank: Tensor) -> Tensor:
+        torch.ops.lorafx.run_delta_(y, x, *bank, 3, kernel)
+        return y + 1
+
+    with torch.no_grad():
+        out = torch.compile(function, fullgraph=True)(y, p.x, *p.bank)
+    assert_delta(p, y)
+    assert torch.equal(out, y + 1)
+
+
+def test_embedding() -> None:
+    e = random_problem(x_shape=(4, 3), slots=(2, -1, 0, 1), rows=3, sizes=(9,), vocabulary=11)
+    weight = torch.randn(11, 9)
+    spec = DeltaSpec.of_embedding(e.y, e.A, e.B)
+    kernel = embedding_delta_call(spec, e.y, e.x, *e.bank, rows=3)[1][-1]
+
+    def function(ids: Tensor, weight: Tensor, *bank: Tensor) -> Tensor:
+        y = torch.nn.functional.embedding(ids, weight)
+        torch.ops.lorafx.run_embedding_delta_(y, ids, *bank, 3, kernel)
+        return y
+
+    with torch.no_grad():
+        y = torch.compile(function, fullgraph=True)(e.x, weight, *e.bank)
+    assert_delta(e.with_(y=torch.nn.functional.embedding(e.x, weight)), y)

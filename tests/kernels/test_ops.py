@@ -1,0 +1,192 @@
+"""The ops: schemas and fakes by opcheck, aten arithmetic against float64, messages."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from delta_oracle import Problem, assert_delta, dense_delta, random_problem
+from torch import Tensor
+from torch.library import opcheck
+
+import lorafx.kernels.ops  # noqa: F401  registers them
+from lorafx.errors import BatchError, LoweringError, ProvenanceError
+from lorafx.kernels.cpu import DeltaSpec, build
+from lorafx.kernels.delta import add_embedding_delta, add_linear_delta
+
+lora = torch.ops.lorafx
+MIX = (2, -1, 0, 1)
+
+
+def linear(**changes: object) -> Problem:
+    return random_problem(**{"x_shape": (4, 3, 7), "slots": MIX, "rows": 3, **changes})
+
+
+def embedding(**changes: object) -> Problem:
+    defaults = {"x_shape": (4, 3), "slots": MIX, "rows": 3, "sizes": (9,), "vocabulary": 11}
+    return random_problem(**{**defaults, **changes})
+
+
+def live(problem: Problem) -> Problem:
+    """The NaN planes zeroed: opcheck compares whole arguments."""
+    return problem.with_(A=problem.A.nan_to_num(), B=problem.B.nan_to_num())
+
+
+CASES = (
+    *("site", "site with weight", "embedding_site", "fused_linear", "fused_linear, x W"),
+    *("add_delta_", "add_delta_ by kernel", "run_delta_", "run_embedding_delta_"),
+    *("add_embedding_delta_", "add_embedding_delta_ by kernel"),
+)
+
+
+@functools.cache
+def cases() -> dict[str, tuple[object, tuple[object, ...]]]:
+    p, e = live(linear()), live(embedding())
+    weight, bias = torch.randn(sum(p.sizes), 7), torch.randn(sum(p.sizes))
+    y = p.y[..., p.offsets[1] :]
+    kernel = build(DeltaSpec.linear(p.y, p.x, p.A, p.B, p.ranks, *p.ranges))
+    table = build(DeltaSpec.of_embedding(e.y, e.A, e.B))
+    return {
+        "site": (lora.site, (p.x, y, *p.bank, 1, p.offsets[1], p.rows)),
+        "site with weight": (lora.site, (p.x, y, *p.bank, 1, p.offsets[1], 3, weight, bias)),
+        "embedding_site": (lora.embedding_site, (e.x, e.y, *e.bank, e.rows)),
+        "fused_linear": (lora.fused_linear, (p.x, weight, bias, *p.bank, *p.ranges, 3, False)),
+        "fused_linear, x W": (
+            lora.fused_linear,
+            (p.x, weight.T.contiguous(), None, *p.bank, *p.ranges, 3, True),
+        ),
+        "add_delta_": (lora.add_delta_, (p.y, p.x, *p.bank, *p.ranges, 3, 0)),
+        "add_delta_ by kernel": (lora.add_delta_, (p.y, p.x, *p.bank, *p.ranges, 3, kernel)),
+        "add_embedding_delta_": (lora.add_embedding_delta_, (e.y, e.x, *e.bank, 3, 0)),
+        "add_embedding_delta_ by kernel": (
+            lora.add_embedding_delta_,
+            (e.y, e.x, *e.bank, 3, table),
+        ),
+        "run_delta_": (lora.run_delta_, (p.y, p.x, *p.bank, 3, kernel)),
+        "run_embedding_delta_": (lora.run_embedding_delta_, (e.y, e.x, *e.bank, 3, table)),
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name: str) -> None:
+    op, arguments = cases()[name]
+    assert set(opcheck(op, arguments).values()) == {"SUCCESS"}
+
+
+DTYPES = {
+    "fp64": (torch.float64,) * 3,
+    "fp32": (torch.float32,) * 3,
+    "bf16": (torch.bfloat16,) * 3,
+    "fp16": (torch.float16,) * 3,
+    "bf16 bank": (torch.float32, torch.bfloat16, torch.float32),
+}
+
+
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("grouped", [True, False])
+def test_aten_linear(dtypes: tuple[torch.dtype, ...], grouped: bool) -> None:
+    p = linear(dtypes=dtypes, x_shape=(12, 7), sizes=(13, 17, 4), siblings=(2, 0))
+    y = p.y.clone()
+    add_linear_delta(y, p.x, *p.bank, *p.ranges, p.rows, grouped=grouped)
+    assert_delta(p, y)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("grouped", [True, False])
+def test_aten_embedding(dtypes: tuple[torch.dtype, ...], grouped: bool) -> None:
+    e = embedding(dtypes=dtypes, x_shape=(12,))
+    y = e.y.clone()
+    add_embedding_delta(y, e.x, *e.bank, e.rows, grouped=grouped)
+    assert_delta(e, y)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5])
+def test_row_map_wraps_around(rows: int) -> None:
+    """Row m belongs to slots[(m // rows) % n], whatever M is."""
+    p = linear(rows=rows, x_shape=(23, 7))
+    y = p.y.clone()
+    lora.add_delta_(y, p.x, *p.bank, *p.ranges, rows, 0)
+    assert_delta(p, y)
+
+
+def test_site_leaves_y_alone_and_reads_its_own_columns() -> None:
+    p = linear(sizes=(13, 17, 4), siblings=(1,))
+    before = p.y.clone()
+    out = lora.site(p.x, p.y, *p.bank, 1, 13, p.rows)
+    assert_delta(p, out)
+    assert torch.equal(p.y, before)
+    assert torch.equal(out[1], before[1])  # the base row, bit for bit
+
+
+def test_fused_linear_is_linear_and_delta() -> None:
+    p = linear()
+    weight, bias = torch.randn(30, 7, dtype=torch.float64), torch.randn(30)
+    base = torch.nn.functional.linear(p.x.double(), weight, bias.double())
+    expected = dense_delta(p.with_(y=base))[0].reshape(base.shape)
+    for argument, swapped in ((weight, False), (weight.T, True)):
+        out = lora.fused_linear(p.x, argument.float(), bias, *p.bank, *p.ranges, 3, swapped)
+        torch.testing.assert_close(out, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_add_delta_writes_through_any_strides() -> None:
+    p = linear(x_shape=(3, 4, 7), rows=4, slots=(2, -1, 0))
+    y = p.y.transpose(0, 1).contiguous().transpose(0, 1)
+    lora.add_delta_(y, p.x, *p.bank, *p.ranges, p.rows, 0)
+    assert_delta(p, y)
+
+
+def test_rows_not_traced_to_requests() -> None:
+    """rows = 0: fine while all slots agree, an error once they differ."""
+    alike = linear(rows=0, slots=(1, 1))
+    y = alike.y.clone()
+    lora.add_delta_(y, alike.x, *alike.bank, *alike.ranges, 0, 0)
+    assert_delta(alike, y)
+    mixed = linear(rows=0, slots=(1, -1))
+    with pytest.raises(ProvenanceError, match="could not be traced to requests"):
+        lora.site(mixed.x, mixed.y[..., :13], *mixed.bank, 0, 0, 0)
+
+
+def test_no_rows() -> None:
+    for slots in (MIX, ()):
+        p = linear(x_shape=(0, 3, 7), slots=slots)
+        assert lora.site(p.x, p.y[..., :13], *p.bank, 0, 0, 3).shape == (0, 3, 13)
+        e = embedding(x_shape=(0, 3), slots=slots)
+        assert lora.embedding_site(e.x, e.y, *e.bank, 3).shape == (0, 3, 9)
+
+
+BAD = {
+    "x has 6 features, A was made for 7": lambda p: {"x": p.x[..., :6]},
+    "x has 12 rows and y has 9": lambda p: {"y": p.y[:3]},
+    "A is torch.float32 and B torch.bfloat16": lambda p: {"B": p.B.bfloat16()},
+    "slots is int32": lambda p: {"slots": p.slots.long()},
+    "ranks is int32": lambda p: {"ranks": p.ranks.long()},
+    "scales is float32": lambda p: {"scales": p.scales.double()},
+    "B has 3 slots, ranks has 4": lambda p: {"B": p.B[:3]},
+    "A has 9 rows a slot, not 2 siblings times rank 5": lambda p: {"A": p.A[:, :9]},
+    r"sizes \[13, 16\] do not fill y's 30 columns": lambda p: {"sizes": [13, 16]},
+    "sibling 2 of a group of 2": lambda p: {"siblings": [0, 2]},
+    r"columns \[14, 31\) of a bank of 30 columns": lambda p: {"offsets": [0, 14]},
+    "2 siblings, 1 offsets and 2 sizes do not pair up": lambda p: {"offsets": [0]},
+    "rows is -1": lambda p: {"rows": -1},
+}
+
+
+@pytest.mark.parametrize("message", list(BAD))
+@pytest.mark.parametrize("fake", [False, True])
+def test_bad_arguments_are_named(message: str, fake: bool) -> None:
+    p = linear()
+    p = p.with_(**BAD[message](p))
+    arguments = (p.y, p.x, *p.bank, *p.ranges, p.rows, 0)
+    if fake:
+        arguments = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in arguments)
+    with pytest.raises(LoweringError, match=message):
+        lora.add_delta_(*arguments)
+
+
+def test_slot_beyond_the_bank() -> None:
+    p = linear(slots=(0, 1, 2, 4))
+    with pytest.raises(BatchError, match="slot 4 in a batch, but the bank has 4 slots"):
+        lora.add_delta_(p.y, p.x, *p.bank, *p.ranges, 3, 0)
+    with pytest.raises(BatchError, match="12 rows but an empty slots tensor"):
+        lora.add_delta_(p.y, p.x, *p.bank[:4], p.slots[:0], *p.ranges, 3, 0)
