@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def save_adapter(
     config = {"r": rank, "lora_alpha": 2 * rank, "target_modules": targets, **config}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrapped = get_peft_model(_untied_copy(model), LoraConfig(**config))
+        with _by_present_names(_untied_copy(model)) as twin:
+            wrapped = get_peft_model(twin, LoraConfig(**config))
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in wrapped.named_parameters():
             if "lora_" not in name:
@@ -83,8 +85,29 @@ def merged(model: nn.Module, folder: str | Path) -> nn.Module:
     """A copy of `model` with the saved adapter merged into its weights."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrapped = PeftModel.from_pretrained(_untied_copy(model), str(folder))
+        with _by_present_names(_untied_copy(model)) as twin:
+            wrapped = PeftModel.from_pretrained(twin, str(folder))
         return wrapped.merge_and_unload().eval()
+
+
+@contextmanager
+def _by_present_names(model: nn.Module) -> Iterator[nn.Module]:
+    """Let PEFT take target names as they are.
+
+    For mixture-of-experts families, which it knows by model type, it turns every target called
+    `gate_proj` or `down_proj` into LoRA on the fused experts of transformers 5, also those of
+    dense layers and of shared experts.
+    """
+    config = getattr(model, "config", None)
+    known = getattr(config, "model_type", None)
+    if known is None:
+        yield model
+        return
+    config.model_type = ""
+    try:
+        yield model
+    finally:
+        config.model_type = known
 
 
 def _untied_copy(model: nn.Module) -> nn.Module:

@@ -106,12 +106,33 @@ LISTS: dict[str, int] = {
 #: By model type, what the rules do not give.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
-    "deepseek_v2": {"topk_method": "greedy"},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "intermediate_size": FFN,
+        "activation_sparsity_pattern": [0.5, 0.0],
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "hunyuan_v1_dense": {"head_dim": HEAD_DIM},
+    "hunyuan_v1_moe": {"head_dim": HEAD_DIM},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 4, "head_dim": 32},
+    "ministral": {"head_dim": HEAD_DIM},
+    "nemotron": {"num_key_value_heads": KV_HEADS},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": HEAD_DIM,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 1,
+    },
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {
         "is_decoder": True,
@@ -119,9 +140,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "axial_pos_embds": False,
         "num_buckets": 2,
     },
+    "xlstm": {"qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
-    "zamba": {"num_hidden_layers": 3, "layer_types": ["mamba", "mamba", "hybrid"]},
-    "zamba2": {"num_hidden_layers": 3, "layer_types": ["mamba", "mamba", "hybrid"]},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+    },
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+    },
 }
 
 #: Kinds of models and the classes that transformers maps model types to.
@@ -227,7 +255,8 @@ def build(family: Family, seed: int = 0) -> nn.Module:
     cls = getattr(transformers, family.class_name)
     # A class for the text part of a composite model takes that part's configuration.
     config_class = cls.config_class or CONFIG_MAPPING[family.model_type]
-    config = shrink(config_class, **OVERRIDES.get(family.model_type, {}))
+    own = OVERRIDES.get(config_class.model_type) or OVERRIDES.get(family.model_type, {})
+    config = shrink(config_class, **own)
     with torch.device("meta"):
         size = sum(p.numel() for p in cls(config).parameters())
     if size > _LARGEST:

@@ -1,0 +1,255 @@
+"""Every transformers family against the oracle: one line each, and a table for the documentation.
+
+    python tests/conformance/sweep.py --out outcome.jsonl [--kinds causal,masked] [--only llama]
+    python tests/conformance/sweep.py --table outcome.jsonl > docs/families.md
+
+Each family is compiled in a process of its own (forked from one that has imported everything and
+compiled a model once), with a time limit, so that a crash or a hang costs only that family. The
+lowering is "reference": what is asked here is whether the right thing is computed.
+
+Outcomes:
+    ok         every batch equals the oracle, mixed batches too
+    refused    one adapter a batch equals the oracle; a mixed batch is refused, with the reason
+    unmatched  LoRA is refused at some modules for any batch, with the reason
+    wrong      some batch differs from the oracle
+    error      an exception that is not one of lorafx's refusals
+    base       the base alone cannot be built small, or run, here
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import select
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import oracle
+import tiny
+import torch
+import transformers
+from tiny import Family
+
+import lorafx
+from lorafx.errors import LorafxError, MatchError, ProvenanceError
+
+#: (batch, length): length no multiple of the batch, equal to it, a multiple of it.
+SHAPES = ((3, 5), (4, 4), (3, 6))
+_NOISE_FACTOR = 20
+
+
+def examine(family: Family, folder: str) -> dict[str, Any]:
+    """The outcome of one family; `folder` takes its adapters."""
+    report: dict[str, Any] = {"kind": family.kind, "type": family.model_type}
+    report["class"] = family.class_name
+    try:
+        model = tiny.build(family)
+        batches = [tiny.inputs(model, family.kind, b, t, seed=b) for b, t in SHAPES]
+        with torch.no_grad():
+            model(**batches[0])
+    except Exception as error:
+        return {**report, "outcome": "base", "detail": _brief(error)}
+    adapters = oracle.standard_adapters(model, folder)
+    reference = oracle.Oracle.of(model, adapters)
+    report["modules"] = len(oracle.linears(model))
+    batches = [_independent(reference, batch) for batch in batches]
+    plain = [None] * 3
+    base_rows = reference.rows(plain, batches[0])
+    with torch.no_grad():
+        whole = oracle.tensors(reference.base(**batches[0]))
+    report["coupling"] = oracle.difference(whole, base_rows)
+    report["effect"] = min(
+        oracle.difference(reference.rows([name] * 3, batches[0]), base_rows) for name in adapters
+    )
+    compiled = lorafx.compile(model, adapters, options={"lowering": "reference"})
+    names = list(adapters)
+    try:
+        worst = 0.0
+        for mix, batch in _calls(names, batches):
+            try:
+                found = oracle.tensors(compiled(**batch, adapter_names=mix))
+            except ProvenanceError as error:
+                report["outcome"] = "refused"
+                report["detail"] = _brief(error)
+                report["refusals"] = _refusals(compiled)
+                continue
+            expected = reference.rows(mix, batch)
+            difference = oracle.difference(found, expected)
+            if difference > oracle.TOLERANCE and difference > _NOISE_FACTOR * _noise(
+                reference, mix, batch, expected
+            ):
+                detail = f"{mix}: differs by {difference:.1e}"
+                return {**report, "outcome": "wrong", "detail": detail}
+            worst = max(worst, difference)
+        report.setdefault("outcome", "ok")
+        report["worst"] = worst
+        report["graphs"] = compiled.recompiles
+    except MatchError as error:
+        report.update(outcome="unmatched", detail=_brief(error), refusals=_refusals(compiled))
+    return report
+
+
+def _calls(
+    names: list[str], batches: list[dict[str, Any]]
+) -> Iterable[tuple[list[str | None], dict[str, Any]]]:
+    """One adapter a batch first, then mixes with base rows."""
+    first, *others = batches
+    last = names[-1]
+    yield ["all"] * 3, first
+    yield [last] * 3, first
+    yield [None, "all", "odd"], first
+    for batch in others:
+        size = len(next(iter(batch.values())))
+        yield (["even", last, None, "all", "odd"])[:size], batch
+
+
+def _independent(reference: oracle.Oracle, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch, without its padding where the base itself does not support padding."""
+    if "attention_mask" not in batch:
+        return batch
+    rows = len(batch["attention_mask"])
+    try:
+        with torch.no_grad():
+            whole = oracle.tensors(reference.base(**batch))
+        if oracle.difference(whole, reference.rows([None] * rows, batch)) < 1e-4:
+            return batch
+    except Exception:  # the family does not take this mask
+        pass
+    return {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}
+
+
+@torch.no_grad()
+def _noise(
+    reference: oracle.Oracle,
+    names: oracle.Names,
+    batch: dict[str, Any],
+    expected: list[torch.Tensor],
+) -> float:
+    """How far the merged models themselves are from their rows alone when run in a batch."""
+    worst = 0.0
+    for index, name in enumerate(names):
+        whole = oracle.tensors(reference.model(name)(**batch))
+        worst = max(
+            worst,
+            oracle.difference(
+                [part[index : index + 1] for part in whole],
+                [part[index : index + 1] for part in expected],
+            ),
+        )
+    return worst
+
+
+def _refusals(compiled: lorafx.CompiledModel) -> dict[str, int]:
+    """Sites by the reason for which they were refused."""
+    found: Counter[str] = Counter()
+    for record in compiled._session.backend.records:
+        for refusal in record.refusals:
+            found[f"{refusal.when}: {refusal.reason[:300]}"] += len(refusal.sites)
+    return dict(found)
+
+
+def _brief(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    at = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}{at}: {text[:600]}"
+
+
+def _in_child(family: Family, limit: float) -> dict[str, Any]:
+    """`examine` in a forked process, killed after `limit` seconds."""
+    began = time.monotonic()
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.close(reader)
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    report = examine(family, folder)
+                except BaseException as error:
+                    report = {**_named(family), "outcome": "error", "detail": _brief(error)}
+                    if isinstance(error, LorafxError):
+                        report["trace"] = traceback.format_exc()[-1500:]
+            os.write(writer, json.dumps(report).encode()[:60_000])
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(writer)
+    data = b""
+    ready, _, _ = select.select([reader], [], [], limit)
+    if ready:
+        while chunk := os.read(reader, 1 << 16):
+            data += chunk
+    else:
+        os.kill(child, signal.SIGKILL)
+    os.close(reader)
+    _, status = os.waitpid(child, 0)
+    if data:
+        report = json.loads(data)
+    elif not ready:
+        report = {**_named(family), "outcome": "error", "detail": f"no answer in {limit:.0f} s"}
+    else:
+        report = {**_named(family), "outcome": "error", "detail": f"crashed, status {status}"}
+    report["seconds"] = round(time.monotonic() - began, 1)
+    return report
+
+
+def _named(family: Family) -> dict[str, Any]:
+    return {"kind": family.kind, "type": family.model_type, "class": family.class_name}
+
+
+def sweep(kinds: list[str], only: set[str], out: Path, limit: float) -> None:
+    """Append one line a family to `out`; families that it has already are left out."""
+    done = {(r["kind"], r["type"]) for r in _read(out)} if out.exists() else set()
+    with tempfile.TemporaryDirectory() as folder:
+        examine(Family("causal", "llama", "LlamaForCausalLM"), folder)  # warm
+    for kind in kinds:
+        for family in tiny.families(kind):
+            if (only and family.model_type not in only) or (kind, family.model_type) in done:
+                continue
+            report = _in_child(family, limit)
+            with out.open("a") as file:
+                file.write(json.dumps(report) + "\n")
+            detail = str(report.get("detail", ""))[:200]
+            print(
+                f"{kind} {family.model_type}: {report['outcome']} {report['seconds']} s {detail}",
+                flush=True,
+            )
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The reports in `path`, the last one of each family."""
+    found = {}
+    for line in path.read_text().splitlines():
+        report = json.loads(line)
+        found[report["kind"], report["type"]] = report
+    return list(found.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--kinds", default=",".join(tiny.KINDS))
+    parser.add_argument("--only", default="", help="model types, by commas")
+    parser.add_argument("--out", type=Path, default=Path("families.jsonl"))
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds a family")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    only = {name for name in options.only.split(",") if name}
+    sweep(options.kinds.split(","), only, options.out, options.limit)
+
+
+if __name__ == "__main__":
+    main()
