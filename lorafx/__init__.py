@@ -1,7 +1,7 @@
 """lorafx: a compiler that makes LoRA inference fast and correct for any PyTorch model.
 
-    cm = lorafx.compile(model, lora_config)
-    cm(input_ids, adapter_names=["sql", None, "chat"])
+cm = lorafx.compile(model, lora_config)
+cm(input_ids, adapter_names=["sql", None, "chat"])
 """
 
 from lorafx.api import attach, compile, explain

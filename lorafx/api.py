@@ -17,7 +17,7 @@ from lorafx.adapters.peft_reader import Adapter, adapter_target_modules, read_ad
 from lorafx.adapters.store import AdapterStore
 from lorafx.compiled import CompiledModel
 from lorafx.config import LoraConfig, Options
-from lorafx.errors import CaptureError, ConfigError
+from lorafx.errors import CaptureError, ConfigError, nearest
 from lorafx.explain import Explanation, model_sections
 from lorafx.packing import pack_weights
 from lorafx.passes.attach import Attach, allocate_groups
@@ -25,8 +25,7 @@ from lorafx.passes.select import build_sites
 from lorafx.pipeline import check_options
 from lorafx.program import Program
 from lorafx.progress import progress
-
-Source = "str | os.PathLike[str] | AdapterState"
+from lorafx.sites import Site
 
 
 def compile(
@@ -76,13 +75,15 @@ def compile(
         model, default = taken.base, taken.active
         sources = {**taken.adapters, **sources}
     try:
-        config, extra = _resolve(lora_config, sources)
+        config, extra = _resolve(lora_config, sources, model)
         sources = {**extra, **sources}
         compiled = _build(model, config, settings, sources, dynamic)
     except BaseException:
         if taken is not None:
             taken.restore()
         raise
+    if taken is not None:
+        compiled.on_detach(taken.restore)
     if default is not None:
         compiled.set_adapter(default)
     if example_inputs is not None:
@@ -93,12 +94,18 @@ def compile(
 def attach(model: nn.Module, lora_config: Any = None) -> nn.Module:
     """Only mark `model`: its sites get banks and forward hooks. Returns the model.
 
+    A marked model adds the delta to what its modules return, in eager mode for batches of one
+    adapter. A weight that is used without calling its module (the out_proj of
+    `nn.MultiheadAttention`) is out of a mark's reach; `compile` finds it in the graph.
+
     Raises:
         As `compile`.
     """
-    config, _ = _resolve(lora_config, {})
+    config, _ = _resolve(lora_config, {}, model)
     graph, sites = build_sites(model, config)
-    Attach().run(graph, sites, config)
+    attachment = Attach().run(graph, sites, config)
+    # Whoever compiles the model has no `match` pass to find a weight that is used by itself.
+    attachment.runtime.graph_passes = False
     return model
 
 
@@ -107,8 +114,8 @@ def explain(model: nn.Module, lora_config: Any = None) -> Explanation:
 
     Bank sizes are computed on the meta device.
     """
-    config, _ = _resolve(lora_config, {})
-    graph, sites = build_sites(model, config)
+    config, _ = _resolve(lora_config, {}, model)
+    _, sites = build_sites(model, config)
     meta = tuple(replace(site, device=torch.device("meta")) for site in sites)
     groups = allocate_groups(meta, config)
     return Explanation(tuple(model_sections(sites, groups, config)))
@@ -122,6 +129,7 @@ def _build(
     dynamic: bool | None,
 ) -> CompiledModel:
     graph, sites = build_sites(model, config)
+    _check_plan(options, sites)
     loaded: list[Adapter] = []
     for name, source in sources.items():
         with progress(f"reading adapter {name}"):
@@ -149,13 +157,24 @@ def _build(
     return CompiledModel(program, attachment, store, dynamic)
 
 
+def _check_plan(options: Options, sites: Sequence[Site]) -> None:
+    paths = [site.path for site in sites]
+    for path in options.plan:
+        if path not in paths:
+            raise ConfigError(
+                f"Options.plan names {path!r}, which is no site{nearest(path, paths)}"
+            )
+
+
 def _capture(compiled: CompiledModel, inputs: Mapping[str, Any] | Sequence[Any]) -> None:
     """Capture the base's graph and the one with adapters."""
     args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (tuple(inputs), {})
     compiled.capture(args, kwargs)
 
 
-def _resolve(lora_config: Any, sources: Mapping[str, Any]) -> tuple[LoraConfig, dict[str, Any]]:
+def _resolve(
+    lora_config: Any, sources: Mapping[str, Any], model: nn.Module
+) -> tuple[LoraConfig, dict[str, Any]]:
     """(configuration, adapters that it names) from any accepted form."""
     if isinstance(lora_config, LoraConfig):
         if lora_config.target_modules is None and sources:
@@ -168,22 +187,28 @@ def _resolve(lora_config: Any, sources: Mapping[str, Any]) -> tuple[LoraConfig, 
         targets, rank = _targets_of(sources)
         return LoraConfig(target_modules=targets, max_rank=rank, max_adapters=_room(sources)), {}
     if isinstance(lora_config, (str, os.PathLike)):
-        return _resolve(None, {"default": lora_config, **sources})[0], {"default": lora_config}
+        named = {"default": lora_config}
+        return _resolve(None, {**named, **sources}, model)[0], named
     if isinstance(lora_config, Mapping) and _is_adapter_mapping(lora_config):
         named = dict(lora_config)
-        return _resolve(None, {**named, **sources})[0], named
-    peft = PeftConfig.read(lora_config)
+        return _resolve(None, {**named, **sources}, model)[0], named
+    return _from_peft(PeftConfig.read(lora_config), sources, model), {}
+
+
+def _from_peft(peft: PeftConfig, sources: Mapping[str, Any], model: nn.Module) -> LoraConfig:
+    targets: Any = peft.target_modules
+    exclude: Any = peft.exclude_modules
+    if peft.layers_to_transform:
+        # Which layers is a condition of PEFT's own; write out the modules that it picks.
+        targets, exclude = [path for path, _ in model.named_modules() if peft.matches(path)], None
     rank = peft.max_rank or LoraConfig.max_rank
     if sources:
         rank = max(rank, _targets_of(sources)[1])
-    return (
-        LoraConfig(
-            target_modules=peft.target_modules,
-            exclude_modules=peft.exclude_modules,
-            max_rank=rank,
-            max_adapters=_room(sources),
-        ),
-        {},
+    return LoraConfig(
+        target_modules=targets,
+        exclude_modules=exclude,
+        max_rank=rank,
+        max_adapters=_room(sources),
     )
 
 

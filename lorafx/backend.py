@@ -129,7 +129,7 @@ class _FrameCompiler:
             torch.zeros(value.shape, dtype=value.dtype, device=value.device)
             if name not in ("slot", "slots")
             else None
-            for (_, name), value in zip(extra, values, strict=True)
+            for (_, _, name), value in zip(extra, values, strict=True)
         ]
         return _executable(program, record, executable, extra, nulls, numeric)
 
@@ -138,7 +138,7 @@ def _executable(
     program: Program,
     record: GraphRecord,
     compiled: Callable[[list[Any]], Any],
-    extra: Sequence[tuple[int, str]],
+    extra: Sequence[tuple[int, int, str]],
     nulls: Sequence[Tensor | None],
     numeric: NumericCheck | None,
 ) -> Callable[..., Any]:
@@ -160,7 +160,7 @@ def _executable(
 def _looked_up(
     program: Program,
     arguments: Sequence[Any],
-    extra: Sequence[tuple[int, str]],
+    extra: Sequence[tuple[int, int, str]],
     nulls: Sequence[Tensor | None],
 ) -> list[Any]:
     """The inputs that `match` added, found by the weight that stands at their position.
@@ -168,13 +168,13 @@ def _looked_up(
     A layer whose weight carries no site gets a bank of rank zero.
     """
     found: list[Any] = []
-    for (position, name), null in zip(extra, nulls, strict=True):
+    for (position, index, name), null in zip(extra, nulls, strict=True):
         if name == "slots":
             found.append(program.runtime.slots)
         elif name == "slot":
             found.append(program.runtime.slots[:1])
         else:
-            bank = program.bank_of_weight(arguments[position])
+            bank = program.bank_of_weight(arguments[position], index)
             found.append(null if bank is None else getattr(bank, name))
     return found
 

@@ -6,7 +6,7 @@ Also the only place that touches Dynamo's and the symbolic-shape machinery's set
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,13 +23,15 @@ def compile_entry(
     *,
     dynamic: bool | None,
     recompile_limit: int,
+    keep_guards: Callable[[Sequence[Any]], Sequence[bool]],
 ) -> Callable[..., Any]:
     """`torch.compile(function)` with a cache and a recompile limit of its own where torch has them.
 
     Without `isolate_recompiles` every model whose forward shares a code object (transformers'
-    decorators) would use up one common limit of eight.
+    decorators) would use up one common limit of eight. `keep_guards` says which of a new graph's
+    guards are checked before each call.
     """
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {"options": {"guard_filter_fn": keep_guards}}
     if "isolate_recompiles" in _COMPILE_ARGUMENTS:
         extra["isolate_recompiles"] = True
     if "recompile_limit" in _COMPILE_ARGUMENTS:
@@ -37,32 +39,35 @@ def compile_entry(
     return torch.compile(function, backend=backend, dynamic=dynamic, **extra)
 
 
+#: Settings that must hold whenever a call may capture a graph.
+#: - No duck shaping: a batch of 5 with 5 tokens must not make batch and length one symbol.
+#: - Past the recompile limit Dynamo would silently run eager: make it raise instead.
+#: - Floats that modules hold are constants. Under dynamic=True each would be a graph input that
+#:   is made into a tensor on every call (26 of them for a Llama of 6 layers).
+_CAPTURE: tuple[tuple[Any, str, Any], ...] = (
+    (shape_config, "use_duck_shape", False),
+    (torch._dynamo.config, "fail_on_recompile_limit_hit", True),
+    (torch._dynamo.config, "specialize_float", True),
+)
+
+
 @contextmanager
 def capture_settings(recompile_limit: int) -> Iterator[None]:
-    """Settings that must hold whenever a call may capture a graph.
-
-    - no duck shaping: a batch of 5 with 5 tokens must not make batch and length one symbol;
-    - past the recompile limit Dynamo would silently run eager: make it raise instead.
+    """The settings of `_CAPTURE`, and the recompile limit where `torch.compile` takes none.
 
     Plain attribute writes: `config.patch` costs 14 µs a call and this runs once a forward.
     """
-    dynamo_config = torch._dynamo.config
-    duck, fail = shape_config.use_duck_shape, dynamo_config.fail_on_recompile_limit_hit
-    shape_config.use_duck_shape = False
-    dynamo_config.fail_on_recompile_limit_hit = True
-    shared_limit = None
-    if "recompile_limit" not in _COMPILE_ARGUMENTS and (
-        dynamo_config.recompile_limit < recompile_limit
-    ):
-        shared_limit = dynamo_config.recompile_limit
-        dynamo_config.recompile_limit = recompile_limit
+    wanted = _CAPTURE
+    if "recompile_limit" not in _COMPILE_ARGUMENTS:
+        wanted = (*_CAPTURE, (torch._dynamo.config, "recompile_limit", recompile_limit))
+    before = [getattr(config, name) for config, name, _ in wanted]
+    for config, name, value in wanted:
+        setattr(config, name, value)
     try:
         yield
     finally:
-        shape_config.use_duck_shape = duck
-        dynamo_config.fail_on_recompile_limit_hit = fail
-        if shared_limit is not None:
-            dynamo_config.recompile_limit = shared_limit
+        for (config, name, _), value in zip(wanted, before, strict=True):
+            setattr(config, name, value)
 
 
 def is_recompile_limit(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ from torch._guards import detect_fake_mode
 
 import lorafx.kernels.ops  # noqa: F401  (defines torch.ops.lorafx)
 from lorafx.errors import MatchError
-from lorafx.frame import Frame, FrameInput, fake_value
+from lorafx.frame import Frame, FrameInput, InputKind, arguments_of, fake_value
 from lorafx.program import BANK_FIELDS, Program
 from lorafx.registry import lookup
 from lorafx.sites import Site
@@ -25,7 +25,7 @@ FUSED_OP = torch.ops.lorafx.fused_linear.default
 #: Positions of arguments that the two site ops share: x (or ids), y, A, B, ranks, scales, slots.
 BANK_ARGUMENTS = slice(2, 7)
 SLOTS_ARGUMENT = 6
-ROWS_ARGUMENT = {SITE_OP: 9, EMBEDDING_OP: 7}
+ROWS_ARGUMENT: dict[Any, int] = {SITE_OP: 9, EMBEDDING_OP: 7}
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,14 @@ class Context:
 
     def site_of_mark(self, node: fx.Node) -> Site:
         """The site of a hook's op: its bank names the group, its `sibling` argument the site."""
-        item = self.frame.by_node.get(node.args[2])  # type: ignore[arg-type]
+        item = self.frame.by_node.get(arguments_of(node)[2])
         if item is None or item.group is None:
             raise MatchError(
                 f"{node.name} takes a bank that is not a graph input of this model's program"
                 f"{self.where(node)}; was another model's mark captured with this one?"
             )
-        sibling = node.args[7] if node.target is SITE_OP else 0
-        return item.group.sites[int(sibling)]  # type: ignore[call-overload]
+        sibling = arguments_of(node)[7] if node.target is SITE_OP else 0
+        return item.group.sites[int(sibling)]
 
     def record(
         self, site: Site, node: fx.Node, use: Use | None, *, rewritten: bool = False
@@ -148,6 +148,8 @@ class Context:
         """Modules of this kind that hold the same weight and are not sites (a tied head)."""
         sites = self.frame.by_node[weight].sites
         tensor = self.program.weight_of(sites[0])
+        if tensor is None:
+            return []
         selected = {id(site.module) for site in sites}
         owners = []
         for path, module, _ in self.program.graph.owners(tensor):
@@ -170,31 +172,34 @@ class Context:
     def bank_inputs(self, graph: fx.Graph, site: Site, weight: fx.Node) -> tuple[fx.Node, ...]:
         """(A, B, ranks, scales, slots) of `site` as graph inputs that the executable looks up by
         the weight that it is called with: the same graph may serve other layers."""
-        frame, assert_mode = self.frame, self.fake_mode
-        assert assert_mode is not None
-        position = frame.positions[weight]
+        frame, fake_mode = self.frame, self.fake_mode
+        assert fake_mode is not None
+        # Tied weights have several sites: a head and an embedding.
+        place = (frame.positions[weight], frame.by_node[weight].sites.index(site))
         bank = self.program.site_bank(site)
         nodes = [
             self._extra_input(
                 graph,
-                position,
+                place,
                 name,
-                assert_mode.from_tensor(getattr(bank, name), static_shapes=True),
+                fake_mode.from_tensor(getattr(bank, name), static_shapes=True),
             )
             for name in BANK_FIELDS
         ]
         slots = next((node for node, item in frame.by_node.items() if item.kind == "slots"), None)
         if slots is None:
             size = frame.batch_size()
-            with assert_mode:
+            with fake_mode:
                 value = torch.empty(
                     (1 if size is None else size,), dtype=torch.int32, device=bank.A.device
                 )
-            slots = self._extra_input(graph, position, "slot" if size is None else "slots", value)
+            slots = self._extra_input(graph, place, "slot" if size is None else "slots", value)
         return (*nodes, slots)
 
-    def _extra_input(self, graph: fx.Graph, position: int, name: str, value: Tensor) -> fx.Node:
-        key = (position, name)
+    def _extra_input(
+        self, graph: fx.Graph, place: tuple[int, int], name: str, value: Tensor
+    ) -> fx.Node:
+        key = (*place, name)
         if key in self.frame.extra_nodes:
             return self.frame.extra_nodes[key]
         last = [node for node in graph.nodes if node.op == "placeholder"][-1]
@@ -202,7 +207,7 @@ class Context:
             node = graph.placeholder(f"lorafx_{name}_{len(self.frame.extra_nodes)}")
         node.meta["val"] = value
         self.frame.extra_nodes[key] = node
-        kind = "slots" if name in ("slot", "slots") else "bank"
+        kind: InputKind = "slots" if name in ("slot", "slots") else "bank"
         self.frame.by_node[node] = FrameInput(kind, name, field=name)
         return node
 

@@ -19,6 +19,7 @@ from lorafx.adapters.store import AdapterStore
 from lorafx.backend import Backend
 from lorafx.compat import capture_settings, compile_entry, is_recompile_limit
 from lorafx.errors import BatchError, CaptureError
+from lorafx.guards import keep_guards
 from lorafx.packing import repack
 from lorafx.program import Call, Program
 from lorafx.roles import RoleTable
@@ -142,6 +143,7 @@ class Entry:
             session.backend,
             dynamic=session.dynamic,
             recompile_limit=session.program.options.recompile_limit,
+            keep_guards=functools.partial(keep_guards, module),
         )
         functools.update_wrapper(self, module.forward)
 

@@ -54,9 +54,9 @@ class Frame:
         self.by_node: dict[fx.Node, FrameInput] = {}
         #: Position of each placeholder among the arguments that the executable is called with.
         self.positions: dict[fx.Node, int] = {}
-        #: Inputs that `match` added, by (position of a weight, field of its site's bank). They
-        #: follow the others in this order.
-        self.extra_nodes: dict[tuple[int, str], fx.Node] = {}
+        #: Inputs that `match` added, by (position of a weight, which of the sites that share it,
+        #: field of that site's bank). They follow the others in this order.
+        self.extra_nodes: dict[tuple[int, int, str], fx.Node] = {}
 
     @classmethod
     def of(cls, program: Program, graph: fx.Graph, examples: Sequence[Any]) -> Frame:
@@ -116,6 +116,11 @@ def _source_name(node: fx.Node) -> str:
 def fake_value(node: fx.Node) -> Any:
     """The fake tensor (or symbol) that tracing recorded for `node`."""
     return node.meta.get("val")
+
+
+def arguments_of(node: fx.Node) -> tuple[Any, ...]:
+    """The node's positional arguments; fx's own type for them is a union of everything."""
+    return node.args
 
 
 def batch_symbols(frame: Frame) -> set[Any]:

@@ -7,7 +7,7 @@ compile static caches itself on some devices: `disable_compile` keeps it from ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,18 +22,20 @@ if TYPE_CHECKING:
 def generate(compiled: CompiledModel, *args: Any, **kwargs: Any) -> Any:
     """The model's `generate` with its forwards compiled."""
     model = compiled.model
-    if not callable(getattr(model, "generate", None)):
+    run = getattr(model, "generate", None)
+    if not callable(run):
         raise LorafxError(f"{type(model).__name__} has no generate(); call the model itself")
     kwargs.setdefault("disable_compile", True)
     with _compiled_forwards(compiled, [model, *_encoders(model)]):
-        return model.generate(*args, **kwargs)
+        return run(*args, **kwargs)
 
 
 def _encoders(model: nn.Module) -> list[nn.Module]:
     """The encoder that `generate` runs by itself, for encoder-decoder models."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return []
-    encoder = model.get_encoder()  # type: ignore[operator]
+    get_encoder: Callable[[], nn.Module] = getattr(model, "get_encoder")  # noqa: B009
+    encoder = get_encoder()
     return [] if encoder is model else [encoder]
 
 
@@ -44,7 +46,7 @@ def _compiled_forwards(compiled: CompiledModel, modules: list[nn.Module]) -> Ite
     before = [(module, vars(module).get("forward")) for module in modules]
     try:
         for module, entry in entries:
-            module.forward = entry  # type: ignore[assignment]
+            module.forward = entry
         yield
     finally:
         for module, own in before:

@@ -7,7 +7,7 @@ reference   aten, run node by node; the base as eager has it
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import fx
@@ -62,7 +62,7 @@ class InductorLowering:
     def base(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(gm, list(examples))
+        return cast("Callable[..., Any]", compile_fx(gm, list(examples)))
 
 
 class ReferenceLowering:

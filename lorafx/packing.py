@@ -9,6 +9,7 @@ splits the views again (`model.to(...)`, `load_state_dict(assign=True)`) is noti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,9 +38,11 @@ class PackedGroup:
             parameter = site.module._parameters[site.eligible.weight]
             if parameter is None or parameter.data_ptr() != _address(self.weight, offset):
                 return False
-            if self.bias is not None and (own := site.module._parameters.get("bias")) is not None:
-                if own.data_ptr() != _address(self.bias, offset):
-                    return False
+            bias = site.module._parameters.get("bias")
+            if self.bias is None or bias is None:
+                continue
+            if bias.data_ptr() != _address(self.bias, offset):
+                return False
         return True
 
 
@@ -54,12 +57,17 @@ def pack_weights(graph: ModuleGraph, group: Group) -> PackedGroup | None:
         return None
     weights = [site.module._parameters.get(site.eligible.weight) for site in sites]
     shapes = [(site.out_features, site.in_features) for site in sites]
-    if not all(_packable(graph, weight, shape) for weight, shape in zip(weights, shapes)):
+    if not all(
+        _packable(graph, weight, shape) for weight, shape in zip(weights, shapes, strict=True)
+    ):
         return None
     if len({(w.dtype, w.device, w.requires_grad) for w in weights if w is not None}) != 1:
         return None
     biases = [site.module._parameters.get("bias") for site in sites]
-    if any(getattr(site.module, "bias", None) is not own for site, own in zip(sites, biases)):
+    if any(
+        getattr(site.module, "bias", None) is not own
+        for site, own in zip(sites, biases, strict=True)
+    ):
         return None
     first = weights[0]
     assert first is not None
@@ -126,7 +134,7 @@ def _adopt(
     parameters: list[nn.Parameter | None],
     buffer: Tensor,
     offsets: tuple[int, ...],
-    shapes: list[tuple[int, ...]],
+    shapes: Sequence[tuple[int, ...]],
 ) -> None:
     for parameter, offset, shape in zip(parameters, offsets, shapes, strict=True):
         if parameter is not None:

@@ -50,7 +50,7 @@ class Program:
 
     def __post_init__(self) -> None:
         self.constants = frozenset(id(tensor) for tensor in _plain_attributes(self.model))
-        self._by_weight: dict[int, Site] = {}
+        self._by_weight: dict[int, list[Site]] = {}
         self._site_banks: dict[int, Bank] = {}
         self._home = {
             id(site): (group, index)
@@ -71,15 +71,19 @@ class Program:
         """True where an adapter of the running batch has factors for `site`."""
         return site.path in self.touched
 
-    def bank_of_weight(self, weight: Tensor) -> Bank | None:
-        """The bank (of one sibling) of the site whose base weight this very tensor is."""
-        if self._by_weight.get(id(weight)) is None:
-            self._by_weight = {
-                id(own): site for site in self.sites if (own := self.weight_of(site)) is not None
-            }
-        site = self._by_weight.get(id(weight))
-        if site is None or self.weight_of(site) is not weight:
+    def bank_of_weight(self, weight: Tensor, index: int = 0) -> Bank | None:
+        """The bank (of one sibling) of the site whose base weight this very tensor is; of the
+        site at `index`, where several are tied."""
+        if id(weight) not in self._by_weight:
+            self._by_weight = {}
+            for site in self.sites:
+                own = self.weight_of(site)
+                if own is not None:
+                    self._by_weight.setdefault(id(own), []).append(site)
+        tied = self._by_weight.get(id(weight), [])
+        if index >= len(tied) or self.weight_of(tied[index]) is not weight:
             return None
+        site = tied[index]
         if id(site) not in self._site_banks:
             self._site_banks[id(site)] = self.site_bank(site)
         return self._site_banks[id(site)]

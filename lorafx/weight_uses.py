@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from lorafx.frame import fake_value
+from lorafx.frame import arguments_of, fake_value
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -112,15 +112,13 @@ def _swap(form: _Form, user: fx.Node) -> _Form | Use:
     if user.target is aten.t.default:
         order = [1, 0]
     elif user.target is aten.permute.default:
-        order = [int(dim) % dims for dim in user.args[1]]  # type: ignore[union-attr,arg-type]
+        order = [int(dim) % dims for dim in arguments_of(user)[1]]
     else:
         order = list(range(dims))
-        first, second = (int(dim) % dims for dim in user.args[1:3])  # type: ignore[arg-type]
+        first, second = (int(dim) % dims for dim in arguments_of(user)[1:3])
         order[first], order[second] = order[second], order[first]
     if sorted(order[-2:]) != [dims - 2, dims - 1]:
-        return Use(
-            "unknown", form.weight, user, reason="the weight's dimensions are permuted apart"
-        )
+        return Use("unknown", form.weight, user, reason="its dimensions are permuted apart")
     flipped = order[-1] == dims - 2
     return _Form(form.weight, user, form.out_first != flipped, form.plain)
 
@@ -129,48 +127,43 @@ def _reshape(form: _Form, user: fx.Node) -> _Form | Use:
     before, after = fake_value(form.node).shape, fake_value(user).shape
     if len(after) >= 2 and tuple(after[-2:]) == tuple(before[-2:]):
         return _Form(form.weight, user, form.out_first, form.plain and len(after) == 2)
-    return Use("unknown", form.weight, user, reason="the weight is reshaped or sliced")
+    return Use("unknown", form.weight, user, reason="it is reshaped or sliced")
 
 
 def _operands(user: fx.Node, form: _Form) -> tuple[Any, Any, Any]:
     """(bias, left, right) of a matrix product."""
     if user.target in (aten.addmm.default, aten.baddbmm.default):
-        bias, left, right = user.args[:3]
+        bias, left, right = arguments_of(user)[:3]
         return bias, left, right
-    left, right = user.args[:2]
+    left, right = arguments_of(user)[:2]
     return None, left, right
 
 
 def _product(form: _Form, user: fx.Node) -> Use:
     bias, left, right = _operands(user, form)
     if any(user.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
-        return Use("unknown", form.weight, user, reason="a matrix product with alpha or beta")
+        return Use("unknown", form.weight, user, reason="a product with alpha or beta")
     if left is right or bias is form.node:
-        return Use(
-            "unknown", form.weight, user, reason="the weight multiplied by or added to itself"
-        )
+        return Use("unknown", form.weight, user, reason="multiplied by itself")
     if right is form.node and not form.out_first:
         return Use("linear", form.weight, user, x=left, bias=bias, plain=form.plain)
     if left is form.node and form.out_first and bias is None:
         return Use("swapped", form.weight, user, x=right)
-    return Use(
-        "unknown", form.weight, user, reason="a matrix product with the weight the other way round"
-    )
+    return Use("unknown", form.weight, user, reason="a product with x W in place of x Wᵀ")
 
 
 def _linear(form: _Form, user: fx.Node) -> Use:
-    if user.args[1] is not form.node or user.args[0] is form.node or not form.out_first:
-        return Use(
-            "unknown", form.weight, user, reason="linear with the weight the other way round"
-        )
-    bias = user.args[2] if len(user.args) > 2 else user.kwargs.get("bias")
-    return Use("linear", form.weight, user, x=user.args[0], bias=bias, plain=form.plain)  # type: ignore[arg-type]
+    x, weight, *rest = arguments_of(user)
+    if weight is not form.node or x is form.node or not form.out_first:
+        return Use("unknown", form.weight, user, reason="a linear of Wᵀ")
+    bias: Any = rest[0] if rest else user.kwargs.get("bias")
+    return Use("linear", form.weight, user, x=x, bias=bias, plain=form.plain)
 
 
 def _embedding(form: _Form, user: fx.Node) -> Use:
-    if user.args[0] is not form.node or not form.out_first:
-        return Use("unknown", form.weight, user, reason="embedding of a transposed weight")
-    return Use("embedding", form.weight, user, x=user.args[1], plain=form.plain)  # type: ignore[arg-type]
+    if arguments_of(user)[0] is not form.node or not form.out_first:
+        return Use("unknown", form.weight, user, reason="an embedding of Wᵀ")
+    return Use("embedding", form.weight, user, x=arguments_of(user)[1], plain=form.plain)
 
 
 _Handler = Callable[[_Form, fx.Node], "_Form | Use"]
@@ -195,9 +188,9 @@ def origin_of(y: fx.Node, uses: dict[fx.Node, Use]) -> Use | None:
     node: Any = y
     while isinstance(node, fx.Node) and node not in uses:
         if node.target in SAME_VALUE or node.target in RESHAPES:
-            node = node.args[0]
+            node = arguments_of(node)[0]
         elif node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1:
-            left, right = node.args
+            left, right = arguments_of(node)
             if isinstance(right, fx.Node) and is_constant(right):
                 node = left
             elif isinstance(left, fx.Node) and is_constant(left):
@@ -212,9 +205,9 @@ def origin_of(y: fx.Node, uses: dict[fx.Node, Use]) -> Use | None:
 def is_constant(node: fx.Node) -> bool:
     """True for a graph input seen through views and casts: a bias, not something computed."""
     while node.op == "call_function" and (node.target in SAME_VALUE or node.target in RESHAPES):
-        if not isinstance(node.args[0], fx.Node):
+        if not isinstance(arguments_of(node)[0], fx.Node):
             return False
-        node = node.args[0]
+        node = arguments_of(node)[0]
     return node.op == "placeholder"
 
 

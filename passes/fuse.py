@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from lorafx.context import FUSED_OP, SITE_OP, Context, SiteState
-from lorafx.frame import fake_value
+from lorafx.frame import arguments_of, fake_value
 from lorafx.weight_uses import RESHAPES, Use
 
 aten = torch.ops.aten
@@ -40,7 +40,7 @@ def _fusible(node: fx.Node, state: SiteState) -> bool:
     use = state.use
     if use is None or not use.plain or use.node.target not in FUSIBLE:
         return False
-    x, y = node.args[0], node.args[1]
+    x, y = arguments_of(node)[0], arguments_of(node)[1]
     if _unviewed(use.x, until=x) is not x:
         return False
     if use.bias is not None and fake_value(use.bias).dim() != 1:
@@ -58,14 +58,14 @@ def _fusible(node: fx.Node, state: SiteState) -> bool:
 def _unviewed(node: Any, until: Any) -> Any:
     """`node` without the views on top of it, stopping at `until`."""
     while node is not until and isinstance(node, fx.Node) and node.target in RESHAPES:
-        node = node.args[0]
+        node = arguments_of(node)[0]
     return node
 
 
 def _fuse(graph: fx.Graph, ctx: Context, node: fx.Node, state: SiteState) -> None:
     use: Use | None = state.use
     assert use is not None
-    x, _, A, B, ranks, scales, slots, sibling, offset, rows = node.args[:10]
+    x, _, A, B, ranks, scales, slots, sibling, offset, rows = arguments_of(node)[:10]
     size = fake_value(node).shape[-1]
     transposed = state.site.eligible.transposed
     arguments = (x, use.weight, use.bias, A, B, ranks, scales, slots)
@@ -85,5 +85,5 @@ COPIED = ("nn_module_stack", "stack_trace")
 
 def packed_inputs(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
     """The packed base weight and bias that a mark carries into the graph, where it does."""
-    extra = [*node.args[10:12], None, None]
-    return extra[0], extra[1]  # type: ignore[return-value]
+    extra = [*arguments_of(node)[10:12], None, None]
+    return extra[0], extra[1]

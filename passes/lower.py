@@ -11,6 +11,7 @@ decides that y's buffer may be written (it is the GEMM's own output) without a c
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import fx
 from torch._ops import OpOverload
 
 from lorafx.context import EMBEDDING_OP, FUSED_OP, SITE_OP, Context
-from lorafx.frame import fake_value
+from lorafx.frame import arguments_of, fake_value
 from lorafx.kernels.cpu import delta_call, embedding_delta_call
 from lorafx.passes.plan import delta_spec
 from lorafx.strategy import GENERATED, strategy_of
@@ -49,7 +50,9 @@ class Lower:
 
 
 def _linear(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
-    x, weight, bias, A, B, ranks, scales, slots, siblings, offsets, sizes, rows, swap = node.args
+    x, weight, bias, A, B, ranks, scales, slots, siblings, offsets, sizes, rows, swap = (
+        arguments_of(node)
+    )
     x_flat = _flat(graph, ctx, x)
     right = weight if swap else ctx.call(graph, aten.permute.default, (weight, [1, 0]))
     if bias is None:
@@ -62,7 +65,7 @@ def _linear(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
 
 
 def _site(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
-    x, y, A, B, ranks, scales, slots, sibling, offset, rows = node.args[:10]
+    x, y, A, B, ranks, scales, slots, sibling, offset, rows = arguments_of(node)[:10]
     ranges = ([sibling], [offset], [fake_value(node).shape[-1]])
     flat = _flat(graph, ctx, y)
     bank = (A, B, ranks, scales, slots)
@@ -71,7 +74,7 @@ def _site(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
 
 
 def _embedding(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
-    ids, y, *bank, rows = node.args
+    ids, y, *bank, rows = arguments_of(node)
     if strategy_of(node) == GENERATED:
         return _in_place(graph, *embedding_delta_call(delta_spec(node), y, ids, *bank, rows=rows))
     return _in_place(graph, ADD_EMBEDDING_DELTA, (y, ids, *bank, rows, 0))
@@ -127,4 +130,8 @@ def _shaped(graph: fx.Graph, ctx: Context, y: fx.Node, source: Any, like: fx.Nod
     return ctx.call(graph, aten.reshape.default, (y, sizes))
 
 
-_LOWERINGS = {SITE_OP: _site, EMBEDDING_OP: _embedding, FUSED_OP: _linear}
+_LOWERINGS: dict[Any, Callable[..., fx.Node]] = {
+    SITE_OP: _site,
+    EMBEDDING_OP: _embedding,
+    FUSED_OP: _linear,
+}

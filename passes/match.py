@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from lorafx.context import Context, Refusal
-from lorafx.frame import fake_value
+from lorafx.frame import arguments_of, fake_value
 from lorafx.sites import Site
 from lorafx.weight_uses import Use, depends_on, origin_of, uses_of
 
@@ -39,7 +39,7 @@ class Match:
                 transposed = any(site.eligible.transposed for site in item.sites)
                 for use in uses_of(node, transposed=transposed):
                     uses[use.node] = use
-        origins = {mark: origin_of(mark.args[1], uses) for mark in marks}  # type: ignore[arg-type]
+        origins = {mark: origin_of(arguments_of(mark)[1], uses) for mark in marks}
         for mark, site in marks.items():
             ctx.record(site, mark, origins[mark])
         claimed = {origin.node for origin in origins.values() if origin is not None}
@@ -58,9 +58,9 @@ class Match:
                 edits += 1
         for mark, site in marks.items():
             moved = added.get(id(site), set())
-            if origins[mark] is None and moved and depends_on(mark.args[1], moved):  # type: ignore[arg-type]
+            if origins[mark] is None and moved and depends_on(arguments_of(mark)[1], moved):
                 # The delta is at the weight's own use now; behind it would count it twice.
-                mark.replace_all_uses_with(mark.args[1])  # type: ignore[arg-type]
+                mark.replace_all_uses_with(arguments_of(mark)[1])
                 ctx.forget(mark)
                 gm.graph.erase_node(mark)
                 edits += 1
@@ -80,9 +80,7 @@ def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
     unselected = ctx.unselected_owners(use.weight, kind)
     if len(fitting) == 1 and not unselected:
         return fitting[0]
-    inside = [
-        site for site in fitting if ctx.inside(use.node, site.module)
-    ]
+    inside = [site for site in fitting if ctx.inside(use.node, site.module)]
     if len(inside) == 1:
         return inside[0]
     if unselected and (not fitting or any(ctx.inside(use.node, module) for module in unselected)):

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from lorafx.context import FUSED_OP, Context, SiteState
-from lorafx.frame import fake_value
+from lorafx.frame import arguments_of, fake_value
 
 aten = torch.ops.aten
 
@@ -42,7 +42,7 @@ def _candidates(ctx: Context) -> list[list[fx.Node]]:
     buckets: dict[tuple[object, ...], list[fx.Node]] = {}
     for node, (state, *_) in ctx.states.items():
         if node.target is FUSED_OP and state.packed_weight is not None:
-            x, _, _, A, B, ranks, scales, slots, _, _, _, rows, _ = node.args
+            x, _, _, A, B, ranks, scales, slots, _, _, _, rows, _ = arguments_of(node)
             packed = (state.packed_weight, state.packed_bias)
             key = (x, A, B, ranks, scales, slots, rows, *packed)
             buckets.setdefault(key, []).append(node)
@@ -53,9 +53,9 @@ def _adjacent(ctx: Context, nodes: list[fx.Node]) -> list[list[fx.Node]]:
     """Runs of siblings whose rows follow one another in the packed weight."""
     runs: list[list[fx.Node]] = []
     end = None
-    for node in sorted(nodes, key=lambda item: item.args[9][0]):  # type: ignore[index,arg-type,return-value]
-        (offset,), (size,) = node.args[9], node.args[10]  # type: ignore[misc]
-        has_bias = node.args[2] is not None
+    for node in sorted(nodes, key=lambda item: arguments_of(item)[9][0]):
+        (offset,), (size,) = arguments_of(node)[9], arguments_of(node)[10]
+        has_bias = arguments_of(node)[2] is not None
         if has_bias and ctx.states[node][0].packed_bias is None:
             continue
         if runs and offset == end:
@@ -68,11 +68,11 @@ def _adjacent(ctx: Context, nodes: list[fx.Node]) -> list[list[fx.Node]]:
 
 def _merge(graph: fx.Graph, ctx: Context, run: list[fx.Node], first: fx.Node) -> None:
     state: SiteState = ctx.states[run[0]][0]
-    x, _, _, A, B, ranks, scales, slots, _, _, _, rows, transposed = run[0].args
-    siblings = [node.args[8][0] for node in run]  # type: ignore[index]
-    offsets = [node.args[9][0] for node in run]  # type: ignore[index]
-    sizes = [node.args[10][0] for node in run]  # type: ignore[index]
-    any_bias = any(node.args[2] is not None for node in run)
+    x, _, _, A, B, ranks, scales, slots, _, _, _, rows, transposed = arguments_of(run[0])
+    siblings = [arguments_of(node)[8][0] for node in run]
+    offsets = [arguments_of(node)[9][0] for node in run]
+    sizes = [arguments_of(node)[10][0] for node in run]
+    any_bias = any(arguments_of(node)[2] is not None for node in run)
     with graph.inserting_before(first):
         weight = _rows(graph, ctx, state.packed_weight, offsets[0], sum(sizes))
         bias = _rows(graph, ctx, state.packed_bias, offsets[0], sum(sizes)) if any_bias else None

@@ -17,7 +17,7 @@ from torch import fx
 
 from lorafx.context import EMBEDDING_OP, FUSED_OP, Context
 from lorafx.errors import ConfigError
-from lorafx.frame import fake_value
+from lorafx.frame import arguments_of, fake_value
 from lorafx.kernels.cost import byte_floor
 from lorafx.kernels.cpu import DeltaSpec, build_all
 from lorafx.strategy import ATEN, GENERATED, Strategy, choose
@@ -61,7 +61,7 @@ def _paths(ctx: Context, node: fx.Node) -> list[str]:
 
 
 def _reason(ctx: Context, node: fx.Node, wanted: str, built: bool) -> str:
-    rank = fake_value(node.args[4 if node.target is FUSED_OP else 3]).shape[1]  # type: ignore[arg-type]
+    rank = fake_value(arguments_of(node)[4 if node.target is FUSED_OP else 3]).shape[1]
     sites = [state.site for state in ctx.states[node]]
     floors = [byte_floor(sites, rank, distinct) for distinct in (1, 8)]
     text = f"byte floor at rank {rank}: {floors[0]:.3f} with 1 adapter, {floors[1]:.3f} with 8"
@@ -74,13 +74,12 @@ def delta_spec(node: fx.Node) -> DeltaSpec:
     """What a kernel for this node may take for granted; only metadata is read."""
     value = fake_value
     if node.target is EMBEDDING_OP:
-        _, y, A, B = node.args[:4]
-        return DeltaSpec.of_embedding(value(y), value(A), value(B))  # type: ignore[arg-type]
+        _, y, A, B = arguments_of(node)[:4]
+        return DeltaSpec.of_embedding(value(y), value(A), value(B))
     if node.target is FUSED_OP:
-        x, _, _, A, B, ranks, _, _, siblings, offsets, sizes = node.args[:11]
+        x, _, _, A, B, ranks, _, _, siblings, offsets, sizes = arguments_of(node)[:11]
     else:
-        x, _, A, B, ranks, _, _, sibling, offset = node.args[:9]
+        x, _, A, B, ranks, _, _, sibling, offset = arguments_of(node)[:9]
         siblings, offsets, sizes = [sibling], [offset], [value(node).shape[-1]]
-    y = value(node)
-    tensors = (value(item) for item in (x, A, B, ranks))  # type: ignore[arg-type]
-    return DeltaSpec.linear(y, *tensors, siblings, offsets, sizes)  # type: ignore[arg-type]
+    tensors = (value(node), value(x), value(A), value(B), value(ranks))
+    return DeltaSpec.linear(*tensors, siblings, offsets, sizes)

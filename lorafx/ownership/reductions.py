@@ -115,7 +115,15 @@ def renormed(node: fx.Node, flow: Flow, dim: int) -> bool:
     return dim not in wrap_all(bound(node)["dim"], len(flow.shape(node)))
 
 
+def counted(node: fx.Node, flow: Flow) -> Label:
+    """histc, bincount, unique, nonzero: counts and positions over all entries."""
+    return each_output(node, flow.lost(node, "counts or positions over all requests' entries"))
+
+
 RULES: dict[object, Rule] = {
+    **dict.fromkeys(
+        (aten.histc, aten.bincount, aten.nonzero, aten._unique2, aten.masked_select), counted
+    ),
     **dict.fromkeys(
         (
             aten.sum, aten.mean, aten.amax, aten.amin, aten.max, aten.min, aten.argmax,

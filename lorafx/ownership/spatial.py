@@ -68,6 +68,15 @@ def distances(node: fx.Node, flow: Flow) -> Label:
     return flow.agree(node, [left, right])
 
 
+def solved(node: fx.Node, flow: Flow) -> Label:
+    """Systems of equations: the last two dimensions are matrices, those in front broadcast."""
+    n = len(flow.shape(node))
+    label = flow.broadcast(node, node.all_input_nodes, n)
+    if isinstance(label, Own) and label.dim >= n - 2:
+        return flow.lost(node, f"solves over the owner dimension of {label}")
+    return label
+
+
 _ONE_D = (
     aten.avg_pool1d, aten.max_pool1d, aten.adaptive_avg_pool1d, aten.adaptive_max_pool1d,
     aten.upsample_linear1d, aten.upsample_nearest1d, aten._upsample_nearest_exact1d,
@@ -103,6 +112,7 @@ RULES: dict[object, Rule] = {
         ),
         batch_first,
     ),
+    **dict.fromkeys((aten.linalg_solve_triangular, aten.cholesky_solve), solved),
     **dict.fromkeys((aten.cdist, aten._cdist_forward), distances),
 }  # fmt: skip
 

@@ -144,6 +144,8 @@ def divide(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
     (na, fa), (nb, fb) = factors(a), factors(b)
     if nb == 0 or na % nb:
         return None
+    if na == 0:
+        return sympy.S.Zero
     rest = dict(fa)
     for base, exponent in fb.items():
         left = rest.get(base, 0) - exponent
