@@ -1,0 +1,58 @@
+"""What README.md and examples/ show is what they do."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ANSWERS = {
+    "base": "8",
+    "consonants": "cmplr",
+    "copy": "compiler",
+    "reverse": "relipmoc",
+    "rot13": "pbzcvyre",
+    "upper": "COMPILER",
+}
+
+
+def test_readme_example(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)  # its paths are the repository's
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    said = capsys.readouterr().out
+    for name in ("base", "reverse", "upper"):
+        assert f"compiler>{ANSWERS[name]}" in said
+
+
+def test_hf_mixed_batch(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hf_mixed_batch.py"])
+    runpy.run_path(str(ROOT / "examples/hf_mixed_batch.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if ": compiler>" in line] == [
+        f"{name}: compiler>{answer}" for name, answer in ANSWERS.items()
+    ]
+
+
+def test_plain_module(capsys):
+    runpy.run_path(str(ROOT / "examples/plain_module.py"), run_name="__main__")
+    assert capsys.readouterr().out.count("as when served alone") == 3
+
+
+@pytest.mark.slow
+def test_training_script_writes_what_the_demo_reads(monkeypatch, tmp_path):
+    model, adapters = tmp_path / "model", tmp_path / "adapters"
+    few = ["--steps", "2", "--adapter-steps", "1", "--batch", "4"]
+    where = ["--model", str(model), "--adapters", str(adapters)]
+    monkeypatch.setattr(sys, "argv", ["train_demo.py", *few, *where])
+    runpy.run_path(str(ROOT / "examples/train_demo.py"), run_name="__main__")
+    for made, shipped in (
+        (model, ROOT / "examples/demo_model"),
+        (adapters, ROOT / "examples/demo_adapters"),
+    ):
+        files = {path.relative_to(made) for path in made.rglob("*") if path.is_file()}
+        assert files == {path.relative_to(shipped) for path in shipped.rglob("*") if path.is_file()}
