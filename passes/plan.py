@@ -61,8 +61,9 @@ def _paths(ctx: Context, node: fx.Node) -> list[str]:
 
 
 def _reason(ctx: Context, node: fx.Node, wanted: str, built: bool) -> str:
-    rank = fake_value(arguments_of(node)[4 if node.target is FUSED_OP else 3]).shape[1]
     sites = [state.site for state in ctx.states[node]]
+    # From the bank itself: in a frame that tracing knows less of, its sizes may be symbols.
+    rank = ctx.program.home(sites[0])[0].bank.B.shape[1]
     floors = [byte_floor(sites, rank, distinct) for distinct in (1, 8)]
     text = f"byte floor at rank {rank}: {floors[0]:.3f} with 1 adapter, {floors[1]:.3f} with 8"
     if wanted == GENERATED and not built:
