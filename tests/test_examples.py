@@ -29,6 +29,7 @@ def test_readme_example(monkeypatch, capsys):
         assert f"compiler>{ANSWERS[name]}" in said
 
 
+@pytest.mark.slow  # the same road as README's example
 def test_hf_mixed_batch(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["hf_mixed_batch.py"])
     runpy.run_path(str(ROOT / "examples/hf_mixed_batch.py"), run_name="__main__")
