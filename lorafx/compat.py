@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch.fx.experimental._config as shape_config
+from torch import Tensor
 
 _COMPILE_ARGUMENTS = inspect.signature(torch.compile).parameters
 
@@ -73,3 +74,13 @@ def capture_settings(recompile_limit: int) -> Iterator[None]:
 def is_recompile_limit(error: BaseException) -> bool:
     """True for the error that Dynamo raises when an entry has as many graphs as it may have."""
     return isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit)
+
+
+def mark_fixed_shape(tensor: Tensor) -> Tensor:
+    """Have Dynamo take the sizes of `tensor` as constants in `dynamic=True` captures.
+
+    It does so by itself for what hangs on a module of torch.nn, and not on one of transformers:
+    generated kernels need the sizes of GPT-2's banks as much as those of Llama's.
+    """
+    torch._dynamo.mark_static(tensor)
+    return tensor

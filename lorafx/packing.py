@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lorafx.compat import mark_fixed_shape
 from lorafx.module_graph import ModuleGraph
 from lorafx.sites import Group
 
@@ -87,6 +88,9 @@ def pack_weights(graph: ModuleGraph, group: Group) -> PackedGroup | None:
                 if bias is not None:
                     packed_bias[offset : offset + bias.shape[0]] = bias
             _adopt(biases, packed_bias, group.offsets, [(site.out_features,) for site in sites])
+    for tensor in (packed, packed_bias):
+        if tensor is not None:
+            mark_fixed_shape(tensor)
     return PackedGroup(group, packed, packed_bias)
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lorafx.adapters.bank import Bank
+from lorafx.compat import mark_fixed_shape
 from lorafx.config import LoraConfig
 from lorafx.errors import CaptureError, ConfigError
 from lorafx.marks import SiteMark
@@ -102,6 +103,8 @@ def _group(siblings: list[Site], config: LoraConfig) -> Group:
         dtype=config.dtype or first.dtype,
         device=first.device,
     )
+    for tensor in (bank.A, bank.B, bank.ranks, bank.scales):
+        mark_fixed_shape(tensor)
     return Group(tuple(siblings), (0, *accumulate(sizes[:-1])), bank)
 
 

@@ -1,0 +1,117 @@
+"""Cases: a tiny base model, its five adapters on disk, and the dense-merge oracle (see `oracle`)."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import oracle
+import torch
+from tiny import randomise
+from tiny_models import FAMILIES, RANKS, Family
+from torch import Tensor, nn
+
+import lorafx
+
+REFERENCE = {"lowering": "reference"}
+TOLERANCE = oracle.TOLERANCE
+
+
+@dataclass(eq=False)
+class Case:
+    """A base model, its adapters on disk, and copies of the base with one merged into each."""
+
+    base: nn.Module
+    folders: dict[str, Path]
+    merged: dict[str, nn.Module] = field(default_factory=dict)
+
+    def model(self) -> nn.Module:
+        """A copy of the base that a test may compile and change."""
+        return copy.deepcopy(self.base)
+
+    def compile(self, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+        """The base compiled with all adapters, by the reference lowering unless said otherwise."""
+        return lorafx.compile(
+            self.model(), self.folders, options={**REFERENCE, **(options or {})}, **kwargs
+        )
+
+    def alone(self, name: str | None) -> nn.Module:
+        """The base with `name` merged densely into it."""
+        if name is None or name == "__base__":
+            return self.base
+        if name not in self.merged:
+            self.merged[name] = oracle.merged(self.base, self.folders[name])
+        return self.merged[name]
+
+    def expected(self, names: Sequence[str | None], inputs: Mapping[str, Tensor]) -> Tensor:
+        """(rows, ...) logits, each row alone on its own merged copy."""
+        rows = []
+        for index, name in enumerate(names):
+            with torch.no_grad():
+                output = self.alone(name)(**oracle.one_row(inputs, index))
+            rows.append(output["logits"])
+        return torch.cat(rows)
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """Largest difference, relative to the largest of 1 and the expected magnitude."""
+    return oracle.difference([got], [want])
+
+
+def valid(inputs: Mapping[str, Tensor], tensor: Tensor) -> Tensor:
+    """The entries of (rows, length, ...) `tensor` that are not padding."""
+    mask = inputs.get("attention_mask")
+    if mask is None or tensor.shape[:2] != mask.shape:
+        return tensor
+    return tensor[mask.bool()]
+
+
+def check_mixed(
+    cm: Any, case: Case, names: Sequence[str | None], inputs: Mapping[str, Tensor]
+) -> None:
+    """A batch of `cm` with these adapters is the oracle's, and each adapter did change its row."""
+    got = cm(**inputs, adapter_names=names)["logits"]
+    want = case.expected(names, inputs)
+    assert error(valid(inputs, got), valid(inputs, want)) <= TOLERANCE
+    base = case.expected([None] * len(names), inputs)
+    for row, name in enumerate(names):
+        if name not in (None, "__base__"):
+            assert error(want[row], base[row]) > 100 * TOLERANCE
+
+
+def random_base(family: str | Family, **changes: Any) -> nn.Module:
+    """A tiny model with unit-gain random weights, the same every time."""
+    family = FAMILIES[family] if isinstance(family, str) else family
+    torch.manual_seed(0)
+    model = family.build(**changes).eval().requires_grad_(False)
+    randomise(model)
+    return model
+
+
+def _paths(base: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """A list as it is; of a pattern, the linears that it matches ("all-linear" is all of them)."""
+    if not isinstance(targets, str):
+        return list(targets)
+    return [p for p in oracle.linears(base) if targets == "all-linear" or re.fullmatch(targets, p)]
+
+
+def build_case(family: str | Family, folder: Path, **changes: Any) -> Case:
+    """The family's tiny base with adapters a0 ... a4 of ranks `RANKS` under `folder`."""
+    family = FAMILIES[family] if isinstance(family, str) else family
+    base = random_base(family, **changes)
+    folders = {
+        f"a{seed}": oracle.save_adapter(
+            base,
+            folder / f"a{seed}",
+            rank=rank,
+            targets=_paths(base, targets),
+            seed=seed,
+            **family.config,
+        )
+        for seed, (rank, targets) in enumerate(zip(RANKS, family.targets, strict=True))
+    }
+    return Case(base, folders)
