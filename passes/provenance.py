@@ -75,7 +75,7 @@ def prove(
 def row_map(node: fx.Node, flow: Flow) -> Proof:
     """The map of one site from the label of its x (of its ids, which have no feature dimension)."""
     x = node.args[0]
-    label, shape = flow.label(x), flow.shape(x)
+    label, shape = flow.label(node if node in flow.given else x), flow.shape(x)
     ndim = len(shape) - (node.target is SITE_OP)
     if isinstance(label, Mixed):
         return Unproved(label.reason)

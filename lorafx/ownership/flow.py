@@ -22,12 +22,14 @@ Rule = Callable[[fx.Node, "Flow"], Label]
 class Flow:
     """Labels and digits of the nodes seen so far. `batch` is B as a sympy expression."""
 
-    def __init__(self, batch: BatchSymbols) -> None:
+    def __init__(self, batch: BatchSymbols, give_out: bool = True) -> None:
         self.sizes = Sizes(batch)
         self.batch = self.sizes.batch
         self.labels: dict[fx.Node, Label] = {}
         self.digits: dict[fx.Node, Digit] = {}
         self.inverses: dict[fx.Node, fx.Node] = {}
+        self.give_out = give_out
+        self.given: list[fx.Node] = []
 
     def label(self, arg: object) -> Single:
         """The label of an argument; constants and numbers depend on no request."""

@@ -15,7 +15,7 @@ all requests together moves rows about (`perm`), it does not make them common pr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import sympy
@@ -32,7 +32,7 @@ class Own:
 
     def at(self, dim: int) -> Own:
         """The same map along another dimension."""
-        return self if dim == self.dim else Own(dim, self.rows, self.perm)
+        return replace(self, dim=dim)
 
     def __str__(self) -> str:
         perm = f", perm={self.perm.name}" if self.perm is not None else ""
@@ -68,7 +68,7 @@ class Digit:
 
     def at(self, dim: int) -> Digit:
         """The same values along another dimension."""
-        return self if dim == self.dim else Digit(dim, self.rows, self.modulus, self.perm)
+        return replace(self, dim=dim)
 
 
 # What one tensor carries, and what a node carries: a tuple for an operator with several outputs.

@@ -60,8 +60,33 @@ def propagate(
 
 
 def flow_through(graph: fx.Graph, seeds: Mapping[fx.Node, Label], batch: BatchSymbols) -> Flow:
-    """`propagate` with everything that was learnt on the way."""
-    flow = Flow(batch)
+    """`propagate` with everything that was learnt on the way.
+
+    Where copies of something shared were given out to the requests (`sites.given_out`), every
+    site and every result of the graph must keep to it; else nothing is given out.
+    """
+    flow = _run(graph, seeds, batch, give_out=True)
+    if flow.given and any(isinstance(flow.label(arg), Mixed) for arg in _ends(graph)):
+        flow = _run(graph, seeds, batch, give_out=False)
+    return flow
+
+
+def _ends(graph: fx.Graph) -> list[fx.Node]:
+    """What the graph hands to sites and to its caller."""
+    ends = [n for n in graph.nodes if n.op == "call_function" and called_by(n) in sites.RULES]
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    return [*ends, *output.all_input_nodes]
+
+
+def called_by(node: fx.Node) -> object:
+    """The operator of a node, whatever its overload."""
+    return getattr(node.target, "overloadpacket", None)
+
+
+def _run(
+    graph: fx.Graph, seeds: Mapping[fx.Node, Label], batch: BatchSymbols, *, give_out: bool
+) -> Flow:
+    flow = Flow(batch, give_out)
     for node in graph.nodes:
         if node in seeds:
             label = seeds[node]
@@ -83,9 +108,9 @@ def called(node: fx.Node, flow: Flow) -> Label:
     if node.target is operator.getitem:
         return slices.item_of(node, flow)
     labels = [flow.label(arg) for arg in node.all_input_nodes]
-    if all(label is None for label in labels):
-        return each_output(node, None)
     rule, tolerant = rule_for(node.target)
+    if rule is not sites.site and all(label is None for label in labels):
+        return each_output(node, None)
     mixed = next((label for label in labels if isinstance(label, Mixed)), None)
     if mixed is not None and not tolerant:
         return each_output(node, mixed)

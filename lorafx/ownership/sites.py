@@ -19,9 +19,28 @@ def site(node: fx.Node, flow: Flow) -> Label:
     args = bound(node)
     x, y = args.get("x", args.get("ids")), args["y"]
     label = flow.label(x)
+    if label is None:
+        label = given_out(node, flow, x, y)
     if isinstance(label, Own) and label.dim >= len(flow.shape(y)) - 1:
         return flow.lost(node, f"the feature dimension is the owner dimension of {label}")
     return flow.agree(node, [flow.label(y), label])
+
+
+def given_out(node: fx.Node, flow: Flow, x: fx.Node, y: fx.Node) -> Own | None:
+    """Copies of something shared, one a request (learned queries, expanded type ids): x depends on
+    no request, and exactly one of its row dimensions has B entries.
+
+    Copy b may be given request b's delta, as long as what follows keeps to that: the result is
+    labelled so, and `propagate.flow_through` takes it back where the label is lost later on.
+    """
+    shape = flow.shape(y)[:-1]
+    dims = [d for d, size in enumerate(shape) if size == flow.batch]
+    if not flow.give_out or not flow.batch.is_Symbol or len(dims) != 1:
+        return None
+    if shape != flow.shape(x)[: len(shape)]:
+        return None
+    flow.given.append(node)
+    return Own(dims[0])
 
 
 RULES: dict[object, Rule] = dict.fromkeys(

@@ -1,0 +1,304 @@
+"""Each rule on the smallest functions: what it proves, and what it must not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lorafx.ownership.labels import Mixed, Own
+
+X = torch.arange(3 * 5 * 4, dtype=torch.float64).view(3, 5, 4).sin()  # (B, T, K)
+SEQ = torch.arange(5 * 3 * 4, dtype=torch.float64).view(5, 3, 4).sin()  # (T, B, K)
+ROWS = torch.arange(6 * 4, dtype=torch.float64).view(6, 4).cos()
+WEIGHT = torch.arange(4 * 7, dtype=torch.float64).view(4, 7).cos()
+IDS = torch.tensor([[3, 1, 0, 2, 4], [0, 0, 4, 1, 2], [2, 4, 1, 3, 0]])
+
+
+def rows_of(label: object) -> str | None:
+    """A label as dim:rows (and p for a permutation), None, or the operator where it was lost."""
+    if isinstance(label, Mixed):
+        return label.reason.split(":: ")[0].split(":")[2] if "::" in label.reason else label.reason
+    if label is None:
+        return None
+    assert isinstance(label, Own)
+    return f"{label.dim}:{label.rows}{'p' if label.perm is not None else ''}"
+
+
+BATCH_FIRST = {
+    # pointwise and broadcasting
+    "add_shared": (lambda x: x + torch.ones(4), "0:1"),
+    "cast": (lambda x: x.float().relu(), "0:1"),
+    "where": (lambda x: torch.where(x > 0, x, 0.0), "0:1"),
+    "outer_sum": (lambda x: x[:, None] + x[None], "add"),
+    "like": (lambda x: torch.zeros_like(x), None),
+    # views, permutations, expansions
+    "view_as_real": (lambda x: torch.view_as_real(torch.complex(x, x)), "0:1"),
+    "transpose": (lambda x: x.transpose(0, 1), "1:1"),
+    "unsqueeze": (lambda x: x.unsqueeze(0), "1:1"),
+    "squeeze": (lambda x: x.unsqueeze(0).squeeze(0), "0:1"),
+    "heads": (lambda x: x.view(x.shape[0], -1, 2, 2).transpose(1, 2), "0:1"),
+    "repeat_rows": (lambda x: x.repeat_interleave(2, 0), "0:2"),
+    "tile_rows": (lambda x: x.repeat(2, 1, 1), "0:1"),
+    "expand": (lambda x: x[:, :, None].expand(-1, -1, 6, -1), "0:1"),
+    "unfold": (lambda x: x.unfold(1, 2, 1), "0:1"),
+    "windows": (lambda x: x.as_strided((x.shape[0], 3, 2, 4), (20, 4, 4, 1)), "0:1"),
+    "windows_beyond": (lambda x: x.as_strided((x.shape[0] - 1, 6, 4), (20, 4, 1)), "as_strided"),
+    # pieces
+    "narrow_time": (lambda x: x[:, 1:], "0:1"),
+    "narrow_rows": (lambda x: x[1:], "slice"),
+    "one_row": (lambda x: x[0], "select"),
+    "last_token": (lambda x: x[:, -1], "0:1"),
+    "every_other_copy": (lambda x: x.repeat_interleave(2, 0)[0::2], "0:1"),
+    "first_of_two_tiles": (lambda x: x.repeat(2, 1, 1).chunk(2)[1], "0:1"),
+    "cat_rows": (lambda x: torch.cat([x, 2 * x]), "0:1"),
+    "cat_shared_rows": (lambda x: torch.cat([x, torch.ones(1, 5, 4)]), "cat"),
+    "cat_time": (lambda x: torch.cat([torch.zeros(x.shape[0], 1, 4), x], 1), "0:1"),
+    "stack": (lambda x: torch.stack([x, x], 1), "0:1"),
+    "stack_front": (lambda x: torch.stack([x, x]), "1:1"),
+    "pad_time": (lambda x: F.pad(x, (0, 0, 1, 0)), "0:1"),
+    "pad_rows": (lambda x: F.pad(x, (0, 0, 0, 0, 1, 0)), "constant_pad_nd"),
+    "shift_time": (lambda x: x.roll(1, 1), "0:1"),
+    "shift_rows": (lambda x: x.roll(1, 0), None),  # decomposed: what is lost is checked below
+    "flip_time": (lambda x: x.flip(1), "0:1"),
+    "flip_rows": (lambda x: x.flip(0), "rev"),
+    # along dimensions
+    "softmax": (lambda x: x.softmax(-1), "0:1"),
+    "cumsum_rows": (lambda x: x.cumsum(0), "cumsum"),
+    "mean_time": (lambda x: x.mean(1), "0:1"),
+    "sum_all": (lambda x: x.sum(), "sum"),
+    "max_kept": (lambda x: x.amax(1, keepdim=True), "0:1"),
+    "topk": (lambda x: x.topk(2)[1], "0:1"),
+    "layer_norm": (lambda x: F.layer_norm(x, (4,)), "0:1"),
+    "group_norm": (lambda x: F.group_norm(x.transpose(1, 2), 2), "0:1"),
+    "instance_norm": (lambda x: F.instance_norm(x.transpose(1, 2)), "0:1"),
+    # contractions
+    "linear": (lambda x: x @ WEIGHT, "0:1"),
+    "scores": (lambda x: x @ x.transpose(1, 2), "0:1"),
+    "gram": (lambda x: torch.einsum("btk,ctk->bc", x, x), "bmm"),
+    "conv1d": (lambda x: F.conv1d(x.transpose(1, 2), torch.ones(2, 4, 3).double()), "0:1"),
+    "attention": (
+        lambda x: F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None]),
+        "0:1",
+    ),
+    # writes
+    "write_time": (lambda x: x.clone().index_fill_(1, torch.tensor([0]), 0.0), "0:1"),
+    "write_slice": (lambda x: torch.slice_scatter(x, x[:, :2], 1, 0, 2), "0:1"),
+    "masked": (lambda x: x.masked_fill(x > 0, 0.0), "0:1"),
+    # choices
+    "last_real_token": (lambda x: x[torch.arange(x.shape[0]), x.argmax(1)[:, 0]], "0:1"),
+    "gather_time": (lambda x: x.gather(1, x.argsort(1)), "0:1"),
+    "gather_rows": (lambda x: x.gather(0, (x > 0).long()), "gather"),
+    "permuted_rows": (lambda x: x[torch.tensor([1, 0, 2])], "index"),
+    "selected_rows": (lambda x: x.index_select(0, torch.arange(x.shape[0])), "0:1"),
+}
+
+
+@pytest.mark.parametrize("name", BATCH_FIRST)
+def test_batch_first(name, labelled, taint):
+    fn, expected = BATCH_FIRST[name]
+    label, flow, gm = labelled(fn, [X], [Own(0)], static=(0,) if "windows" in name else ())
+    if name == "shift_rows":
+        assert isinstance(label, Mixed)
+    elif isinstance(label, Mixed):
+        assert expected is not None
+        assert f"::{expected}" in label.reason
+    else:
+        assert rows_of(label) == expected
+    changed = X.clone()
+    changed[1] += 1.5
+    assert taint(gm, flow, [X], [changed], 1, 3) == []
+
+
+def test_reason_names_operator_and_node(labelled):
+    label, _, gm = labelled(lambda x: x.cumsum(0) * 2, [X], [Own(0)])
+    node = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.cumsum.default)
+    assert label.reason.startswith("aten::cumsum:")
+    assert f"node {node.name}" in label.reason
+
+
+@torch.library.custom_op("lorafx_tests::mystery", mutates_args=())
+def mystery(x: torch.Tensor) -> torch.Tensor:
+    return x.flip(0)
+
+
+mystery.register_fake(torch.empty_like)
+
+
+def test_unknown_operator_is_loud(labelled):
+    label, _, _ = labelled(lambda x: mystery(x) + 1, [X], [Own(0)])
+    assert isinstance(label, Mixed)
+    assert "lorafx_tests::mystery: no rule for this operator" in label.reason
+
+
+def test_input_without_a_label_is_mixed(trace):
+    from lorafx.ownership.propagate import propagate
+    from lorafx.ownership.symbolic import BatchSymbols
+
+    gm = trace(lambda x, y: x + y, [X, X.clone()])
+    first, second = (n for n in gm.graph.nodes if n.op == "placeholder")
+    labels = propagate(gm.graph, {first: Own(0)}, BatchSymbols.of([first.meta["val"].shape[0]]))
+    assert "unknown origin" in labels[second].reason
+
+
+SEQUENCE_FIRST = {
+    "flat": (lambda x: x.reshape(-1, 4), "0:1"),
+    "flat_linear": (lambda x: (x.reshape(-1, 4) @ WEIGHT).view(x.shape[0], x.shape[1], 7), "1:1"),
+    "as_if_batch_first": (lambda x: x.reshape(x.shape[1], x.shape[0], 4).cumsum(1), "mixed"),
+    "attention": (
+        lambda x: torch.einsum("ibd,jbd->bij", x, x).softmax(-1) @ x.transpose(0, 1),
+        "0:1",
+    ),
+    "mean_time": (lambda x: x.mean(0), "0:1"),
+}
+
+
+@pytest.mark.parametrize("name", SEQUENCE_FIRST)
+@pytest.mark.parametrize(("time", "batch"), [(5, 3), (6, 3), (3, 3)])
+def test_sequence_first(name, time, batch, labelled, taint):
+    """T a multiple of B, and T equal to B: what misleads every guess by shape."""
+    fn, expected = SEQUENCE_FIRST[name]
+    x = torch.randn(time, batch, 4, dtype=torch.float64)
+    label, flow, gm = labelled(fn, [x], [Own(1)])
+    assert ("mixed" if isinstance(label, Mixed) else rows_of(label)) == expected
+    changed = x.clone()
+    changed[:, 1] += 1.5
+    assert taint(gm, flow, [x], [changed], 1, batch) == []
+
+
+def route(x: torch.Tensor, k: int = 2):
+    """Router and dispatch as mixture-of-experts layers do it, on flat tokens."""
+    flat = x.reshape(-1, 4)
+    experts = (flat[:, :k] * 10).long().reshape(-1)
+    _, p = experts.sort()
+    return flat, experts, p, k
+
+
+def dispatch_inverse(x):
+    flat, _, p, k = route(x)
+    picked = flat[p // k] @ WEIGHT
+    inverse = torch.empty_like(p)
+    inverse[p] = torch.arange(p.shape[0])
+    return picked[inverse].view(-1, k, 7).sum(1)
+
+
+def dispatch_argsort(x):
+    flat, _, p, k = route(x)
+    return (flat.repeat_interleave(k, 0)[p] @ WEIGHT)[p.argsort()].view(-1, k, 7).sum(1)
+
+
+def dispatch_index_add(x):
+    flat, _, p, k = route(x)
+    out = torch.zeros(flat.shape[0], 7, dtype=x.dtype)
+    return out.index_add(0, p // k, flat[p // k] @ WEIGHT)
+
+
+def dispatch_token_table(x):
+    flat, _, p, k = route(x)
+    tokens = torch.arange(flat.shape[0])[:, None].expand(-1, k).reshape(-1)
+    return torch.zeros_like(flat).index_add(0, tokens[p], flat[tokens[p]])
+
+
+def dispatch_left_sorted(x):
+    flat, _, p, k = route(x)
+    return flat[p // k] @ WEIGHT
+
+
+def dispatch_write_back(x):
+    flat, _, p, k = route(x)
+    rows = flat.repeat_interleave(k, 0)
+    out = torch.zeros_like(rows)
+    out[p] = rows[p]
+    return out
+
+
+def wrong_inverse(x):
+    flat, experts, p, k = route(x)
+    other = (experts * 3).sort()[1]
+    return flat[p // k][other.argsort()]
+
+
+def wrong_divisor(x):
+    flat, _, p, _ = route(x)
+    return flat.repeat_interleave(4, 0)[: 2 * flat.shape[0]][p // 3]
+
+
+def sorted_positions(x):
+    _, _, p, _ = route(x)
+    out = torch.zeros(p.shape[0], dtype=torch.long)
+    out[p] = torch.arange(p.shape[0])
+    return out
+
+
+DISPATCH = {
+    dispatch_inverse: "0:{T}",
+    dispatch_argsort: "0:{T}",
+    dispatch_index_add: "0:{T}",
+    dispatch_token_table: "0:{T}",
+    dispatch_write_back: "0:2*{T}",
+    dispatch_left_sorted: "0:2*{T}p",
+    wrong_inverse: "mixed",
+    wrong_divisor: "mixed",
+    sorted_positions: "mixed",
+}
+
+
+@pytest.mark.parametrize("fn", DISPATCH, ids=lambda fn: fn.__name__)
+def test_expert_dispatch(fn, labelled, taint):
+    label, flow, gm = labelled(fn, [X], [Own(0)])
+    time = next(n for n in gm.graph.nodes if n.op == "placeholder").meta["val"].shape[1].node.expr
+    expected = DISPATCH[fn].format(T=time)
+    assert ("mixed" if isinstance(label, Mixed) else rows_of(label)) == expected
+    for request in range(3):
+        changed = X.clone()
+        changed[request] = X[request].flip(0) * 0.7
+        assert taint(gm, flow, [X], [changed], request, 3) == []
+
+
+def test_embedding_and_masks(labelled, taint):
+    table = torch.randn(6, 4, dtype=torch.float64)
+
+    def fn(ids, mask):
+        x = F.embedding(ids, table)
+        b, t = torch.arange(ids.shape[0])[:, None, None, None], torch.arange(ids.shape[1])
+        allowed = mask[b, t[None, None, None, :]] & (t[None, :] <= t[:, None])
+        q = x[:, None]
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=allowed)
+
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]).bool()
+    label, flow, gm = labelled(fn, [IDS, mask], [Own(0), Own(0)])
+    assert rows_of(label) == "0:1"
+    changed = IDS.clone()
+    changed[2] = IDS[2].flip(0)
+    other = mask.clone()
+    other[2] = True
+    assert taint(gm, flow, [IDS, mask], [changed, other], 2, 3) == []
+
+
+def test_masks_of_another_layout_disagree(labelled):
+    x = torch.randn(3, 3, 4, dtype=torch.float64)
+    label, _, _ = labelled(
+        lambda x, mask: x + mask[:, :, None], [x, x[0, :, :3].clone()], [Own(0), Own(1)], (0, 1)
+    )
+    assert isinstance(label, Mixed)
+    assert "operands disagree" in label.reason
+
+
+def test_grouped_rows_meet_their_experts(labelled):
+    weights, bounds = torch.randn(2, 8, 8, dtype=torch.bfloat16), torch.tensor([2, 6]).int()
+
+    def fn(x, bounds):
+        return torch._grouped_mm(x, weights, offs=bounds)
+
+    x = ROWS.bfloat16().repeat(1, 2)
+    label, _, _ = labelled(fn, [x, bounds], [Own(0), Mixed("counts of everybody's tokens")], (1,))
+    assert rows_of(label) == "0:1"
+
+
+def test_static_batch_is_exact_arithmetic(labelled):
+    """All sizes are numbers and T is a multiple of B: dimensions are followed, not guessed."""
+    x = torch.randn(4, 2, 6, dtype=torch.float64)
+    flat, _, _ = labelled(lambda x: x.reshape(-1, 6), [x], [Own(1)], static=(0,))
+    assert rows_of(flat) == "0:1"
+    lost, _, _ = labelled(lambda x: x.reshape(2, 4, 6).cumsum(1), [x], [Own(1)], static=(0,))
+    assert isinstance(lost, Mixed)
