@@ -144,6 +144,28 @@ def compile_library(source: str, flags: tuple[str, ...] = ()) -> Path:
     return library
 
 
+PROBE = 'extern "C" void lorafx_probe() { %s }\n'
+
+
+@functools.cache
+def best_isa() -> Isa:
+    """The best ISA that this CPU runs and the compiler and its assembler know.
+
+    Raises:
+        LoweringError: no compiler.
+    """
+    problem = LoweringError("no instruction set")
+    for isa in runnable_isas():
+        body = '__asm__("vdpbf16ps %zmm0, %zmm0, %zmm0");' if isa.dpbf16 else ""
+        try:
+            compile_library(PROBE % body, isa.flags)
+        except LoweringError as error:
+            problem = error
+        else:
+            return isa
+    raise problem
+
+
 def load_library(path: Path) -> ctypes.CDLL:
     """`path` mapped into this process, for good: its code is called by address.
 

@@ -9,6 +9,7 @@ returns None, one warning says why, and `delta_call` names the aten op instead.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -27,9 +28,9 @@ from lorafx.errors import LoweringError
 from lorafx.kernels import ops
 from lorafx.kernels.compiler import (
     Isa,
+    best_isa,
     compile_library,
     load_library,
-    runnable_isas,
     torch_function,
 )
 from lorafx.kernels.cpu_source import DeltaSpec, source
@@ -144,27 +145,27 @@ def build(spec: DeltaSpec, isa: Isa | None = None) -> int | None:
     """
     if not spec.supported():
         return None
-    isa = isa or runnable_isas()[0]
     with _LOCK:
-        if (spec, isa.name) not in _BUILT:
-            try:
+        try:
+            isa = isa or best_isa()
+            if (spec, isa.name) not in _BUILT:
                 _dispatcher()
                 kernel, path = _compile(spec, isa)
                 _load(spec, kernel, path)
-            except LoweringError as error:
-                _warn_once(str(error))
-                return None
-            _BUILT[spec, isa.name] = kernel
-        return _BUILT[spec, isa.name]
+                _BUILT[spec, isa.name] = kernel
+            return _BUILT[spec, isa.name]
+        except LoweringError as error:
+            _warn_once(str(error))
+            return None
 
 
 def build_all(specs: Iterable[DeltaSpec]) -> dict[DeltaSpec, int | None]:
     """`build` of each spec; those to be compiled are compiled at the same time."""
     wanted = list(dict.fromkeys(specs))
-    isa = runnable_isas()[0]
-    todo = [spec for spec in wanted if spec.supported() and (spec, isa.name) not in _BUILT]
-    if len(todo) > 1:
-        with ThreadPoolExecutor(max_workers=4) as pool:  # failures are met again, and told, below
+    with contextlib.suppress(LoweringError):  # failures are met again, and told, by build
+        isa = best_isa()
+        todo = [spec for spec in wanted if spec.supported() and (spec, isa.name) not in _BUILT]
+        with ThreadPoolExecutor(max_workers=4) as pool:
             for future in [pool.submit(_compile, spec, isa) for spec in todo]:
                 future.exception()
     return {spec: build(spec) for spec in wanted}

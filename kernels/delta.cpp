@@ -175,8 +175,13 @@ template <int ROWS> INLINE void tile(Call* c, long p) {
         int rank = rank_of(g, slot, j);
         if (!rank) continue;
         float scale = g->scales[(long)slot * G + SIBLING[j]];
+        const W::T* b = factor_b(g, slot, j);
+        if (ROWS <= 2)  // the columns that expand_tile's own look-ahead comes too late for
+            for (int k = 0; k < rank; k++)
+                for (int i = 0; i < AHEAD; i += 64)
+                    __builtin_prefetch((const char*)(b + k * COLUMNS) + i, 0, 2);
         shrink<ROWS>(x, factor_a(g, slot, j), scale, v, 0, rank);
-        expand<ROWS>(y, START[j], factor_b(g, slot, j), v, rank, SIZE[j]);
+        expand<ROWS>(y, START[j], b, v, rank, SIZE[j]);
     }
 #endif
 }

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from delta_oracle import assert_delta, random_problem
 
 from lorafx.errors import LoweringError
 from lorafx.kernels import compiler, cpu
-from lorafx.kernels.compiler import compile_library, find_compiler, load_library
+from lorafx.kernels.compiler import Isa, compile_library, find_compiler, load_library
 from lorafx.kernels.cpu import DeltaSpec, build, delta_call, embedding_delta_call
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
@@ -88,6 +89,29 @@ def test_a_torch_without_the_interface() -> None:
         compiler.torch_function("aoti_torch_of_the_future")
 
 
+@pytest.fixture
+def fresh_choice() -> Iterator[None]:
+    """The choice of instruction set is made anew, in the test and after it."""
+    compiler.best_isa.cache_clear()
+    yield
+    compiler.best_isa.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.usefixtures("fresh_choice")
+def test_an_instruction_set_that_the_compiler_does_not_know(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown = Isa("of the future", ("-mfuture",), 32, 8, 4, 2)
+    runs = compiler.runnable_isas()
+    monkeypatch.setattr(compiler, "runnable_isas", lambda: (unknown, *runs))
+    assert compiler.best_isa() in runs
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert build(_spec(103)) is not None
+
+
+@pytest.mark.usefixtures("fresh_choice")
 def test_no_compiler_means_aten_and_one_warning(folder: Path) -> None:
     cpu._warn_once.cache_clear()
     with torch._inductor.config.patch(NO_COMPILER):
