@@ -160,13 +160,14 @@ class Context:
 
     # --- new nodes ---
 
-    def call(self, graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
-        """A call_function node with its fake value, at the graph's insertion point."""
-        node = graph.call_function(target, args)
+    def call(self, graph: fx.Graph, target: Any, args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
+        """A call_function node with its fake value, at the graph's insertion point. `kwargs` are
+        constants."""
+        node = graph.call_function(target, args, kwargs)
         values = fx.node.map_arg(args, fake_value)
         assert self.fake_mode is not None
         with self.fake_mode:
-            node.meta["val"] = target(*values)
+            node.meta["val"] = target(*values, **kwargs)
         return node
 
     def bank_inputs(self, graph: fx.Graph, site: Site, weight: fx.Node) -> tuple[fx.Node, ...]:

@@ -20,6 +20,21 @@ from lorafx.frame import arguments_of, fake_value
 
 aten = torch.ops.aten
 
+#: Nodes whose result shares its operand's memory whatever the strides are.
+ALIASES = frozenset(
+    {aten.permute.default, aten.transpose.int, aten.t.default, aten.slice.Tensor}
+    | {aten.select.int, aten.expand.default, aten.unsqueeze.default, aten.alias.default}
+    | {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.split.Tensor}
+    | {aten.split_with_sizes.default, aten.unfold.default, aten.detach.default, operator.getitem}
+)
+#: Views that exist only for some strides; `reshape` is the same value for any.
+VIEWS = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default})
+#: What addresses memory by the strides that tracing saw.
+ADDRESSING = frozenset(
+    {aten.as_strided.default, aten.view.dtype, aten.view_as_complex.default}
+    | {aten.view_as_real.default}
+)
+
 
 @dataclass(frozen=True)
 class Pack:
@@ -85,7 +100,35 @@ def _merge(graph: fx.Graph, ctx: Context, run: list[fx.Node], first: fx.Node) ->
     packed.meta.update({key: first.meta[key] for key in ("stack_trace",) if key in first.meta})
     for node, part in zip(run, parts, strict=True):
         node.replace_all_uses_with(part)
+        _allow_strides(graph, ctx, part)
     ctx.merge(run, packed, "packed")
+
+
+def _allow_strides(graph: fx.Graph, ctx: Context, part: fx.Node) -> None:
+    """Make the readers of `part`, columns of the packed y, right for its strides.
+
+    Tracing saw a contiguous y. A view of it that merges rows is a reshape now; what addresses the
+    memory itself (longformer's overlapping chunks) gets a contiguous copy.
+    """
+    pending, seen = [part], {part}
+    while pending:
+        for user in list(pending.pop().users):
+            if user in seen:
+                continue
+            seen.add(user)
+            if user.target in ADDRESSING:
+                readers = list(part.users)
+                with graph.inserting_after(part):
+                    copy = ctx.call(
+                        graph, aten.clone.default, (part,), memory_format=torch.contiguous_format
+                    )
+                for reader in readers:
+                    reader.replace_input_with(part, copy)
+                return
+            if user.target in VIEWS:
+                user.target = aten.reshape.default
+            if user.target in ALIASES or user.target in VIEWS:
+                pending.append(user)
 
 
 def _rows(
