@@ -17,7 +17,7 @@ def site(node: fx.Node, flow: Flow) -> Label:
     is one of them keeps its number. Banks and slots are shared by construction.
     """
     args = bound(node)
-    x, y = args.get("x", args.get("ids")), args["y"]
+    x, y = args["x"] if "x" in args else args["ids"], args["y"]
     label = flow.label(x)
     if label is None:
         label = given_out(node, flow, x, y)

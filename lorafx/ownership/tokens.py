@@ -1,0 +1,238 @@
+"""Which token position each row of a site stands for, where slots are given per token (B, T).
+
+Ownership says which request a row belongs to. Here each dimension of a tensor has a state:
+
+    rows (an expression)   index i stands for position (i // rows) mod T
+    None                   neutral: the dimension says nothing about positions
+    LOST                   positions were moved, contracted into it, or never known
+
+A contraction or reduction drops a dimension; joining, rolling, reversing or cutting one loses it;
+views split and merge as for ownership; entrywise operators need every operand that varies along
+the dimension to be aligned there. Attention mixes tokens, yet row t of its output still stands for
+position t: this is about places, not about information.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import TypeAlias
+
+import sympy
+import torch
+from torch import fx
+
+from lorafx.ownership import contractions, pointwise, reductions, slices, spatial, views
+from lorafx.ownership.flow import Flow, bound, outputs, wrap, wrap_all
+from lorafx.ownership.labels import Label, Own
+from lorafx.ownership.symbolic import (
+    ONE,
+    BatchSymbols,
+    Shape,
+    equal,
+    is_multiple,
+    product,
+    reshaped,
+)
+
+aten = torch.ops.aten
+
+
+class Place(Enum):
+    """The state of a dimension whose positions are not known."""
+
+    LOST = "lost"
+
+
+LOST = Place.LOST
+State: TypeAlias = sympy.Basic | Place | None
+States: TypeAlias = tuple[State, ...]
+
+
+class Alignment:
+    """States of every tensor of a graph. `flow` is the finished ownership propagation."""
+
+    def __init__(
+        self, graph: fx.Graph, flow: Flow, tokens: BatchSymbols, seeds: Mapping[fx.Node, int]
+    ) -> None:
+        self.flow = flow
+        self._same = dict.fromkeys(tokens.members, tokens.canonical)
+        self.tokens = tokens.canonical
+        self.states: dict[fx.Node, States] = {}
+        for node in graph.nodes:
+            if isinstance(outputs(node)[0], torch.Tensor):
+                self.states[node] = (
+                    self._input(node, seeds) if node.op == "placeholder" else (self._state(node))
+                )
+
+    def shape(self, node: object) -> Shape:
+        """Sizes in which all names of T are one symbol."""
+        return tuple(size.xreplace(self._same) for size in self.flow.shape(node))
+
+    def of(self, arg: object) -> States:
+        """A tensor that depends on no request says nothing about positions."""
+        if isinstance(arg, fx.Node) and self.flow.label(arg) is not None and arg in self.states:
+            return self.states[arg]
+        return (None,) * len(self.shape(arg))
+
+    def rows_in_order(self, node: fx.Node, label: Label, ndim: int) -> sympy.Expr | None:
+        """R with row m of the first `ndim` dimensions ↔ slot (m // R) mod (B·T) of the (B, T)
+        slots in row-major order, or None: requests must step exactly when T positions are through.
+        """
+        shape = self.shape(node)[:ndim]
+        if not isinstance(label, Own) or label.perm is not None or label.dim >= ndim:
+            return None
+        request = label.rows.xreplace(self._same) * product(shape[label.dim + 1 :])
+        for dim, state in enumerate(self.of(node)[:ndim]):
+            if state is not None and state is not LOST:
+                position = state * product(shape[dim + 1 :])
+                if equal(request, position * self.tokens):
+                    return position
+        return None
+
+    def _input(self, node: fx.Node, seeds: Mapping[fx.Node, int]) -> States:
+        label, at, shape = self.flow.label(node), seeds.get(node), self.shape(node)
+        if label is None:
+            return (None,) * len(shape)
+        if at is not None and shape[at] == self.tokens:
+            return tuple(ONE if d == at else None for d in range(len(shape)))
+        owner = label.dim if isinstance(label, Own) else None
+        return tuple(None if d == owner else LOST for d in range(len(shape)))
+
+    def _state(self, node: fx.Node) -> States:
+        n = outputs(node)[0].dim()  # type: ignore[union-attr]
+        if node.target is operator.getitem:
+            found = self.states[node.args[0]]  # type: ignore[index]
+            return found if len(found) == n else (LOST,) * n
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return (LOST,) * n
+        packet = node.target.overloadpacket
+        if packet in views._MOVES:
+            found = self._moved(node, views._MOVES[packet][0])
+        elif packet in views._VIEWS:
+            found = self._viewed(node)
+        elif packet in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm):
+            found = self._contracted(node, packet)
+        elif packet == aten.slice:
+            found = self._cut(node)
+        elif slices.RULES.get(packet) is slices.split:
+            found = self._split(node)
+        elif packet == aten.cat:
+            found = self._joined(node)
+        elif contractions.RULES.get(packet) is contractions.attention:
+            found = (*self.of(bound(node)["query"])[:-1], None)
+        elif reductions.RULES.get(packet) is reductions.reduced:
+            found = self._reduced(node)
+        elif packet in (aten._softmax, aten.softmax, aten._safe_softmax, aten.cumsum):
+            found = self.of(node.args[0])
+        elif packet == aten.embedding:
+            found = (*self.of(bound(node)["indices"]), None)
+        elif packet in (torch.ops.lorafx.site, torch.ops.lorafx.embedding_site):
+            found = self.of(node.args[1])
+        elif (
+            pointwise.RULES.get(packet) is pointwise.pointwise
+            or torch.Tag.pointwise in node.target.tags
+        ):
+            found = self._broadcast(node.all_input_nodes, n)
+        elif packet in spatial.RULES:
+            found = self.of(node.all_input_nodes[0])[:1] + (LOST,) * (n - 1)
+        else:
+            found = (LOST,) * n
+        return tuple(found) if len(found) == n else (LOST,) * n
+
+    def _broadcast(self, args: Sequence[object], n: int) -> States:
+        """Along each dimension the operands that are not broadcast there must agree."""
+        states: list[State] = [None] * n
+        for arg in args:
+            shape, own = self.shape(arg), self.of(arg)
+            for d, state in enumerate(own, n - len(own)):
+                if shape[d - n] != ONE:
+                    states[d] = self._met(states[d], state)
+        return tuple(states)
+
+    @staticmethod
+    def _met(a: State, b: State) -> State:
+        if a is None or b is None:
+            return b if a is None else a
+        return a if a == b else LOST
+
+    def _moved(self, node: fx.Node, renumber: views.Renumber) -> States:
+        """Permutations and their like: what cannot stay (a roll, a pad) is lost where it was."""
+        n, kept = len(self.shape(node)), self.of(node.args[0])
+        states: list[State] = [None] * n
+        for d, state in enumerate(kept):
+            if state is None or self.shape(node.args[0])[d] == ONE:
+                continue
+            to = renumber(node, self.flow, d)
+            if to is not None:
+                states[to] = state
+            elif len(kept) == n:
+                states[d] = LOST
+        return tuple(states)
+
+    def _viewed(self, node: fx.Node) -> States:
+        old, new = self.shape(node.args[0]), self.shape(node)
+        states: list[State] = [None] * len(new)
+        for d, state in enumerate(self.of(node.args[0])):
+            if state is None or old[d] == ONE:
+                continue
+            lost = state is LOST
+            rows = ONE if lost else state
+            to = reshaped(d, rows, self.tokens, old, new, fixed=lost)
+            if to is None:
+                return (LOST,) * len(new)
+            states[to[0]] = LOST if lost else self._met(states[to[0]], to[1])
+        return tuple(states)
+
+    def _contracted(self, node: fx.Node, packet: object) -> States:
+        args = bound(node)
+        left, right = (
+            (args[k] for k in ("self", "mat2"))
+            if packet in (aten.mm, aten.bmm)
+            else (
+                args[k]
+                for k in (("mat1", "mat2") if packet == aten.addmm else ("batch1", "batch2"))
+            )
+        )
+        a, b = self.of(left), self.of(right)
+        if b[-1] is None and is_multiple(self.shape(right)[-1], self.tokens):
+            b = (*b[:-1], LOST)  # a new dimension of T entries is no list of positions
+        out = (*(self._met(x, y) for x, y in zip(a[:-2], b[:-2], strict=True)), a[-2], b[-1])
+        if packet in (aten.mm, aten.bmm):
+            return out
+        bias = self._broadcast([args["self"]], len(out))
+        return tuple(self._met(x, y) for x, y in zip(out, bias, strict=True))
+
+    def _cut(self, node: fx.Node) -> States:
+        args, states = bound(node), list(self.of(node.args[0]))
+        dim = wrap(args["dim"], len(states))
+        if states[dim] is not None and not slices.is_full(node, self.flow, dim, args["step"]):
+            states[dim] = LOST
+        return tuple(states)
+
+    def _split(self, node: fx.Node) -> States:
+        states = list(self.of(node.args[0]))
+        dim = wrap(bound(node).get("dim", 0), len(states))
+        states[dim] = None if states[dim] is None else LOST
+        return tuple(states)
+
+    def _joined(self, node: fx.Node) -> States:
+        args, n = bound(node), len(self.shape(node))
+        states = list(self._broadcast(args["tensors"], n))
+        states[wrap(args["dim"], n)] = (
+            LOST
+            if any(
+                self.flow.label(t) is not None and self.of(t)[wrap(args["dim"], n)] is not None
+                for t in args["tensors"]
+            )
+            else None
+        )
+        return tuple(states)
+
+    def _reduced(self, node: fx.Node) -> States:
+        args, states = bound(node), list(self.of(node.args[0]))
+        dims = wrap_all(args.get("dim", args.get("dims")), len(states))
+        if args.get("keepdim", args.get("keepdims", False)):
+            return tuple(None if d in dims else s for d, s in enumerate(states))
+        return tuple(s for d, s in enumerate(states) if d not in dims)

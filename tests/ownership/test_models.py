@@ -1,0 +1,164 @@
+"""Tiny transformers models: every site is proved, and no label of any node is contradicted.
+
+Batch first, flattened tokens (OPT), sequence first (XLNet), windows (Swin), expert dispatch
+(Qwen3-MoE), encoder-decoder (T5). One request's ids or pixels change; T is a multiple of B, then
+T equals B.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch._inductor.decomposition import select_decomp_table
+from torch.export import Dim, export
+from torch.export.graph_signature import InputKind
+from transformers.pytorch_utils import Conv1D
+
+from lorafx.ownership.labels import Mixed, Own
+from lorafx.ownership.propagate import flow_through
+from lorafx.ownership.symbolic import BatchSymbols
+from lorafx.passes.provenance import RowMap, is_site, row_map
+
+TEXT = {
+    "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "use_cache": False,  # export knows no cache classes
+}  # fmt: skip
+LLAMA = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, **TEXT,
+}  # fmt: skip
+BERT = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2
+}  # fmt: skip
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+VISION = {"image_size": 16, "num_channels": 3}
+
+# class, configuration, names of the inputs, sites that are shared by all requests
+MODELS = {
+    "llama": ("LlamaForCausalLM", LLAMA, ("input_ids", "attention_mask"), 0),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        {"n_embd": 16, "n_layer": 1, "n_head": 2, **TEXT},
+        ("input_ids", "attention_mask"),
+        1,  # the position table
+    ),
+    "opt": (
+        "OPTForCausalLM",
+        {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+         "word_embed_proj_dim": 16, **TEXT},
+        ("input_ids", "attention_mask"),
+        0,
+    ),
+    "xlnet": (
+        "XLNetLMHeadModel",
+        {"d_model": 16, "d_inner": 24, "n_layer": 1, "n_head": 2, **TEXT},
+        ("input_ids", "attention_mask"),
+        0,
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM", {**LLAMA, **EXPERTS, "head_dim": 8}, ("input_ids",), 0
+    ),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        {**LLAMA, **EXPERTS, "shared_expert_intermediate_size": 16},
+        ("input_ids",),
+        0,
+    ),
+    "bert": ("BertForMaskedLM", {**BERT, **TEXT}, ("input_ids", "attention_mask"), 1),
+    "t5": (
+        "T5ForConditionalGeneration",
+        {**T5, **TEXT, "decoder_start_token_id": 0},
+        ("input_ids", "decoder_input_ids"),
+        2,  # the relative position tables
+    ),
+    "vit": ("ViTForImageClassification", {**BERT, **VISION, "patch_size": 4}, ("pixel_values",), 0),
+    "swin": (
+        "SwinForImageClassification",
+        {**VISION, "embed_dim": 8, "depths": [2], "num_heads": [2], "patch_size": 2,
+         "window_size": 4},
+        ("pixel_values",),
+        0,
+    ),
+}  # fmt: skip
+
+
+def mark(model: nn.Module) -> None:
+    """A site op after every linear and embedding."""
+    ranks, scales = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 1)
+    slots = torch.zeros(1, dtype=torch.int32)
+
+    def hook(module, args, y):
+        x = args[0]
+        if isinstance(module, nn.Embedding):
+            bank = torch.zeros(1, module.num_embeddings, 1), torch.zeros(1, 1, y.shape[-1])
+            return torch.ops.lorafx.embedding_site(x, y, *bank, ranks, scales, slots, 0)
+        bank = torch.zeros(1, 1, x.shape[-1]), torch.zeros(1, 1, y.shape[-1])
+        return torch.ops.lorafx.site(x, y, *bank, ranks, scales, slots, 0, 0, 0)
+
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
+            module.register_forward_hook(hook)
+
+
+def inputs_of(names, batch: int, time: int) -> dict[str, torch.Tensor]:
+    made = {}
+    for name in names:
+        if name == "pixel_values":
+            made[name] = torch.randn(batch, 3, 16, 16)
+        elif name == "attention_mask":
+            made[name] = torch.ones(batch, time, dtype=torch.long)
+            made[name][0, time - 1] = 0
+        else:
+            made[name] = torch.randint(3, 64, (batch, time))
+    return made
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_sites_are_proved_and_labels_hold(family, taint):
+    torch.manual_seed(0)
+    name, config, names, shared = MODELS[family]
+    cls = getattr(transformers, name)
+    model = cls(cls.config_class(**config)).eval().requires_grad_(False)
+    mark(model)
+    example = inputs_of(names, 3, 5)
+    dynamic = {n: dict.fromkeys(range(min(t.dim(), 2)), Dim.AUTO) for n, t in example.items()}
+    if "pixel_values" in dynamic:
+        dynamic["pixel_values"] = {0: Dim.AUTO}
+    program = export(model, (), example, dynamic_shapes=dynamic, strict=False)
+    program = program.run_decompositions(select_decomp_table())
+    gm = program.graph_module
+    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    users = [n for n in placeholders if specs[n.name].kind is InputKind.USER_INPUT]
+    seeds = {node: Own(0) if node in users else None for node in placeholders}
+    batch = BatchSymbols.of(node.meta["val"].shape[0] for node in users)
+    flow = flow_through(gm.graph, seeds, batch)
+
+    proofs = [row_map(node, flow) for node in gm.graph.nodes if is_site(node)]
+    refused = [proof.reason for proof in proofs if not isinstance(proof, RowMap)]
+    assert len(proofs) > 3
+    assert len(refused) == shared, refused
+    assert all("shared by all requests" in reason for reason in refused)
+    matmuls = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    products = [node for node in gm.graph.nodes if node.target in matmuls]
+    assert products
+    assert not any(isinstance(flow.labels[node], Mixed) for node in products)
+
+    held = [
+        program.state_dict[specs[n.name].target]
+        if specs[n.name].target in program.state_dict
+        else program.constants[specs[n.name].target]
+        for n in placeholders
+        if n not in users
+    ]
+    for requests, time in ((3, 6), (4, 4)):
+        before = inputs_of(names, requests, time)
+        after = {n: t.clone() for n, t in before.items()}
+        for n, t in after.items():
+            if n != "attention_mask":
+                t[1] = inputs_of((n,), 1, time)[n][0]
+        runs = [(*held, *run.values()) for run in (before, after)]
+        assert taint(gm, flow, *runs, 1, requests, tolerance=1e-5) == []

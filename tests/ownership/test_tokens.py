@@ -1,0 +1,97 @@
+"""Slots per token: which sites' rows are the (request, position) pairs in order, and which not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lorafx.ownership.labels import Own
+from lorafx.ownership.symbolic import BatchSymbols
+from lorafx.ownership.tokens import LOST, Alignment
+
+X = torch.randn(3, 5, 4, dtype=torch.float64)
+WEIGHT = torch.randn(4, 8, dtype=torch.float64)
+IDS = torch.arange(15).view(3, 5)
+TABLE = torch.randn(15, 4, dtype=torch.float64)
+
+
+def block(x):
+    """One layer of a causal decoder."""
+    q = F.layer_norm(x, (4,)).unflatten(-1, (2, 2)).transpose(1, 2)
+    mask = torch.ones(x.shape[1], x.shape[1]).bool().tril()
+    mixed = F.scaled_dot_product_attention(q, q, q, attn_mask=mask).transpose(1, 2)
+    x = x + mixed.reshape(x.shape[0], x.shape[1], 4)
+    return x + F.gelu(x @ WEIGHT) @ WEIGHT.T
+
+
+def scores(x):
+    return (x @ x.transpose(1, 2)).softmax(-1) @ x
+
+
+TOKENS = {
+    "itself": (lambda x: x, "1"),
+    "block": (block, "1"),
+    "scores": (scores, "1"),
+    "flat": (lambda x: x.flatten(0, 1) @ WEIGHT, "1"),
+    "heads": (lambda x: x.unflatten(-1, (2, 2)), "2"),
+    "repeated": (lambda x: x.repeat_interleave(3, 1), "3"),
+    "shared_table": (lambda x: x + torch.ones(x.shape[1], 4), "1"),
+    "pooled_and_joined": (lambda x: x + x.mean(1, keepdim=True), "1"),
+    "halves": (lambda x: torch.cat(x.chunk(2, -1), -1), "1"),
+    "shifted": (lambda x: x.roll(1, 1), None),
+    "shifted_and_added": (lambda x: x + x.roll(1, 1), None),
+    "reversed": (lambda x: x.flip(1), None),
+    "cut": (lambda x: x[:, 1:], None),
+    "prefixed": (lambda x: torch.cat([torch.ones(x.shape[0], 1, 4), x], 1), None),
+    "pooled": (lambda x: x.mean(1), None),
+    "sorted": (lambda x: x.sort(1)[0], None),
+    "gathered": (lambda x: x.gather(1, x.argsort(1)), None),
+    "token_mixing": (
+        lambda x: (x.transpose(1, 2) @ x[:, :, :1] * torch.ones(4, 5)).transpose(1, 2),
+        None,
+    ),
+    "tiled": (lambda x: x.repeat(1, 2, 1), None),
+    "sequence_first": (lambda x: x.transpose(0, 1), None),
+    "requests_mixed": (lambda x: x.cumsum(0), None),
+}
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_rows_in_order(name, labelled):
+    fn, expected = TOKENS[name]
+    label, flow, gm = labelled(fn, [X], [Own(0)])
+    (x,) = (n for n in gm.graph.nodes if n.op == "placeholder")
+    places = Alignment(gm.graph, flow, BatchSymbols.of([x.meta["val"].shape[1]]), {x: 1})
+    (result,) = next(n for n in gm.graph.nodes if n.op == "output").args
+    rows = places.rows_in_order(result, label, len(flow.shape(result)) - 1)
+    assert (None if rows is None else str(rows)) == expected
+
+
+def test_what_is_not_a_token_input_is_lost(labelled):
+    """Cross attention: queries are tokens of the decoder, keys are not."""
+
+    def fn(x, memory):
+        return scores(x + 0 * memory.mean(1, keepdim=True)), memory @ WEIGHT
+
+    label, flow, gm = labelled(fn, [X, X[:, :2].clone()], [Own(0), Own(0)])
+    x, memory = (n for n in gm.graph.nodes if n.op == "placeholder")
+    places = Alignment(gm.graph, flow, BatchSymbols.of([x.meta["val"].shape[1]]), {x: 1})
+    first, second = next(n for n in gm.graph.nodes if n.op == "output").args[0]
+    assert places.rows_in_order(first, label, 2) == 1
+    assert places.states[memory][1] is LOST
+    assert places.rows_in_order(second, flow.labels[second], 2) is None
+
+
+def test_embedded_ids_and_masks(labelled):
+    def fn(ids, mask):
+        return F.embedding(ids, TABLE) * mask[:, :, None]
+
+    label, flow, gm = labelled(fn, [IDS, (IDS > 3).double()], [Own(0), Own(0)])
+    ids, mask = (n for n in gm.graph.nodes if n.op == "placeholder")
+    (result,) = next(n for n in gm.graph.nodes if n.op == "output").args
+    tokens = BatchSymbols.of(n.meta["val"].shape[1] for n in (ids, mask))
+    both = Alignment(gm.graph, flow, tokens, {ids: 1, mask: 1})
+    assert both.rows_in_order(result, label, 2) == 1
+    without = Alignment(gm.graph, flow, tokens, {ids: 1})
+    assert without.rows_in_order(result, label, 2) is None

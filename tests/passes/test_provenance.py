@@ -1,0 +1,241 @@
+"""Proved row maps in the site op's arguments: a mixed batch equals its requests run one by one."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from lorafx.ownership.labels import Mixed, Own
+from lorafx.ownership.symbolic import BatchSymbols
+from lorafx.passes.provenance import RowMap, Unproved, apply, is_site, prove
+
+_path = Path(__file__).parent.parent / "ownership" / "conftest.py"
+_spec = importlib.util.spec_from_file_location("ownership_graphs", _path)
+assert _spec is not None
+assert _spec.loader is not None
+graphs = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(graphs)
+
+K, N, SLOTS, RANK = 4, 6, 3, 2
+WEIGHT = torch.linspace(-1, 1, K * N, dtype=torch.float64).sin().view(K, N)
+BANK = (
+    torch.linspace(-1, 1, SLOTS * RANK * K, dtype=torch.float64).cos().view(SLOTS, RANK, K),
+    torch.linspace(-2, 1, SLOTS * RANK * N, dtype=torch.float64).sin().view(SLOTS, RANK, N),
+    torch.tensor([[2], [1], [2]], dtype=torch.int32),
+    torch.tensor([[1.0], [0.5], [2.0]]),
+)
+TABLE = torch.linspace(-1, 1, 9 * N, dtype=torch.float64).sin().view(9, N)
+EMBEDDING = (BANK[0].repeat(1, 1, 5)[:, :, :9].transpose(1, 2).contiguous(), *BANK[1:])
+
+
+def lora(x, slots):
+    """A marked linear."""
+    return torch.ops.lorafx.site(x, x @ WEIGHT, *BANK, slots, 0, 0, 0)
+
+
+def marked_embedding(ids, slots):
+    y = F.embedding(ids, TABLE)
+    return torch.ops.lorafx.embedding_site(ids, y, *EMBEDDING, slots, 0)
+
+
+def batch_first(x, slots):
+    return lora(x, slots)
+
+
+def flattened(x, slots):
+    return lora(x.flatten(0, 1), slots).view(x.shape[0], x.shape[1], N)
+
+
+def sequence_first(x, slots):
+    return lora(x.transpose(0, 1), slots).transpose(0, 1)
+
+
+def sequence_first_flattened(x, slots):
+    y = lora(x.transpose(0, 1).reshape(-1, K), slots)
+    return y.view(x.shape[1], x.shape[0], N).transpose(0, 1)
+
+
+def repeated(x, slots):
+    return lora(x.repeat_interleave(3, 0), slots).view(-1, 3, x.shape[1], N).sum(1)
+
+
+def tiled(x, slots):
+    return lora(x.repeat(2, 1, 1), slots).view(2, -1, x.shape[1], N).sum(0)
+
+
+def experts(x, slots):
+    flat = x.flatten(0, 1)
+    p = (flat[:, :2] * 10).long().flatten().argsort()
+    y = lora(flat[p // 2], slots)
+    return y[p.argsort()].view(x.shape[0], x.shape[1], 2, N).sum(2)
+
+
+def experts_in_blocks(x, slots):
+    """Permuted rows that are not the only row dimension."""
+    flat = x.flatten(0, 1)
+    p = flat[:, 0].argsort()
+    y = lora(torch.stack([flat[p], 2 * flat[p]], 1), slots).sum(1)
+    return y[p.argsort()].view(x.shape[0], x.shape[1], N)
+
+
+def two_in_a_row(x, slots):
+    return lora(lora(x, slots)[..., :K].relu(), slots)
+
+
+def learned_queries(x, slots):
+    """Copies of something shared are given out, one a request."""
+    queries = torch.ones(1, 2, K, dtype=x.dtype).expand(x.shape[0], -1, -1)
+    return lora(queries, slots) + x.sum((1, 2))[:, None, None]
+
+
+PROVED = (
+    batch_first, flattened, sequence_first, sequence_first_flattened, repeated, tiled, experts,
+    experts_in_blocks, two_in_a_row, learned_queries,
+)  # fmt: skip
+
+
+BATCH_FIRST = (Own(0), None)
+
+
+def traced(fn, batch: int, time: int, seeds=BATCH_FIRST):
+    x = torch.randn(batch, time, K, dtype=torch.float64)
+    slots = torch.zeros(batch, dtype=torch.int32)
+    gm = graphs.trace_function(fn, [x, slots])
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    symbols = BatchSymbols.of(node.meta["val"].shape[0] for node in inputs)
+    return gm, dict(zip(inputs, seeds, strict=True)), symbols
+
+
+def rewritten(fn, batch: int, time: int):
+    gm, seeds, symbols = traced(fn, batch, time)
+    proofs = apply(gm.graph, prove(gm.graph, seeds, symbols), symbols)
+    gm.graph.lint()
+    gm.recompile()
+    return gm, proofs
+
+
+@pytest.mark.parametrize("fn", PROVED, ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize(("batch", "time"), [(3, 5), (2, 4), (3, 3)])
+def test_mixed_batch_equals_requests_run_alone(fn, batch, time):
+    gm, proofs = rewritten(fn, 3, 5)
+    assert proofs
+    assert all(isinstance(proof, RowMap) for proof in proofs.values())
+    x = torch.randn(batch, time, K, dtype=torch.float64)
+    slots = torch.tensor([1, -1, 2], dtype=torch.int32)[:batch]
+    with torch.no_grad():
+        together = gm(x, slots)
+        alone = torch.cat([fn(x[b : b + 1], slots[b : b + 1]) for b in range(batch)])
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
+    assert (alone - fn(x, torch.full_like(slots, -1))).abs().max() > 1e-3
+
+
+def test_rows_are_a_number_or_a_size_of_the_graph():
+    gm, _ = rewritten(flattened, 3, 5)
+    (site,) = filter(is_site, gm.graph.nodes)
+    rows = site.args[9]
+    assert isinstance(rows, fx.Node)
+    x = next(node for node in gm.graph.nodes if node.op == "placeholder")
+    assert rows.meta["val"].node.expr == x.meta["val"].shape[1].node.expr
+    gm, _ = rewritten(sequence_first, 3, 5)
+    (site,) = filter(is_site, gm.graph.nodes)
+    assert site.args[9] == 1
+
+
+def test_one_gather_of_slots_serves_all_sites_behind_one_permutation():
+    def fn(x, slots):
+        flat = x.flatten(0, 1)
+        p = flat[:, 0].argsort()
+        return lora(flat[p], slots) + lora(flat[p].relu(), slots)
+
+    gm, _ = rewritten(fn, 3, 5)
+    first, second = filter(is_site, gm.graph.nodes)
+    assert first.args[6] is second.args[6]
+    assert first.args[9] == second.args[9] == 1
+    assert first.args[6].target is torch.ops.aten.index.Tensor
+
+
+def test_embedding_rows():
+    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [0, 2, 4, 6]])
+    slots = torch.tensor([2, 0, -1], dtype=torch.int32)
+    gm = graphs.trace_function(
+        lambda i, s: marked_embedding(i.t(), s).transpose(0, 1), [ids, slots]
+    )
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    symbols = BatchSymbols.of(node.meta["val"].shape[0] for node in inputs)
+    apply(gm.graph, prove(gm.graph, {inputs[0]: Own(0), inputs[1]: None}, symbols), symbols)
+    gm.recompile()
+    alone = torch.cat([marked_embedding(ids[b : b + 1], slots[b : b + 1]) for b in range(3)])
+    torch.testing.assert_close(gm(ids, slots), alone)
+
+
+REFUSED = {
+    "position table": (
+        lambda x, slots: x[..., :1] + lora(torch.ones(x.shape[1], K).double(), slots),
+        "shared by all requests",
+    ),
+    "requests mixed": (lambda x, slots: lora(x.cumsum(0), slots), "aten::cumsum"),
+    "misleading view": (
+        lambda x, slots: lora(x.reshape(x.shape[1], x.shape[0], K), slots),
+        "aten::view",
+    ),
+    "copies that are mixed up afterwards": (
+        lambda x, slots: x[..., :1] + lora(torch.ones(x.shape[0], K).double(), slots).flip(0)[0],
+        "shared by all requests",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_the_reason(name):
+    fn, reason = REFUSED[name]
+    gm, seeds, symbols = traced(fn, 3, 5)
+    (proof,) = prove(gm.graph, seeds, symbols).values()
+    assert isinstance(proof, Unproved)
+    assert reason in proof.reason
+
+
+def test_refused_sites_are_left_as_they_were():
+    gm, seeds, symbols = traced(REFUSED["requests mixed"][0], 3, 5)
+    before = str(gm.graph)
+    apply(gm.graph, prove(gm.graph, seeds, symbols), symbols)
+    assert str(gm.graph) == before
+
+
+def test_owner_dimension_that_is_the_features():
+    x, slots = torch.randn(K, 5, 3, dtype=torch.float64), torch.zeros(3, dtype=torch.int32)
+
+    def fn(x, slots):
+        y = x @ torch.ones(x.shape[2], N, dtype=x.dtype)
+        bank = (torch.ones(SLOTS, RANK, 3, dtype=x.dtype), *BANK[1:])
+        return torch.ops.lorafx.site(x, y, *bank, slots, 0, 0, 0)
+
+    gm = graphs.trace_function(fn, [x, slots], static=(0,))
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    seeds = {inputs[0]: Own(2), inputs[1]: None}
+    (proof,) = prove(gm.graph, seeds, BatchSymbols.of([3])).values()
+    assert isinstance(proof, Unproved)
+    assert "features" in proof.reason
+
+
+def test_input_of_unknown_origin():
+    gm, seeds, symbols = traced(batch_first, 3, 5, (Mixed("nothing is known of x"), None))
+    (proof,) = prove(gm.graph, seeds, symbols).values()
+    assert proof == Unproved("nothing is known of x")
+
+
+def test_batch_of_one_owns_everything():
+    """Rule of its own: sizes of one broadcast, but all rows are the one request's."""
+    x, slots = torch.randn(1, 5, K, dtype=torch.float64), torch.tensor([2], dtype=torch.int32)
+    gm = graphs.trace_function(REFUSED["position table"][0], [x, slots], static=(0, 1))
+    symbols = BatchSymbols.of([1])
+    proofs = prove(gm.graph, {}, symbols)
+    apply(gm.graph, proofs, symbols)
+    gm.recompile()
+    (site,) = filter(is_site, gm.graph.nodes)
+    assert site.args[9] == 1
+    torch.testing.assert_close(gm(x, slots), REFUSED["position table"][0](x, slots))
