@@ -79,10 +79,22 @@ class Backend:
         self.lowering: Lowering = lowering_for(program)
 
     def __call__(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        """Compile a frame of calls with one slot a request."""
+        return self._compile(gm, examples, per_token=False)
+
+    def per_token(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        """Compile a frame of calls with one slot a token."""
+        return self._compile(gm, examples, per_token=True)
+
+    def _compile(
+        self, gm: fx.GraphModule, examples: Sequence[Any], *, per_token: bool
+    ) -> Callable[..., Any]:
         program = self.program
         frame = Frame.of(program, gm.graph, examples)
         lora = program.runtime.active and frame.carries_lora
+        frame.per_token = per_token
         title = f"graph {len(self.records)}{' lora' if lora else ' base'}"
+        title += " per token" if per_token else ""
         compile_id = CompileContext.current_compile_id()
         frame_id = getattr(compile_id, "frame_id", 0) or 0
         record = GraphRecord(title, frame_id, lora, GraphDump(title, dump_folder(program.options)))

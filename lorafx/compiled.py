@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorafx.adapters.peft_reader import read_adapter
 from lorafx.adapters.store import BASE, AdapterStore
 from lorafx.backend import Backend
 from lorafx.entry import Entry, Session
-from lorafx.errors import CaptureError, ConfigError, LorafxError
+from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxError
 from lorafx.explain import Explanation
 from lorafx.generation import generate
 from lorafx.passes.attach import Attachment
@@ -36,30 +36,41 @@ class CompiledModel(nn.Module):
         self.model = program.model
         self._attachment = attachment
         self._session = Session(program, store, Backend(program), dynamic)
-        self._entries: dict[int, Entry] = {}
+        self._entries: dict[tuple[int, bool], Entry] = {}
         self._on_detach: list[Callable[[], None]] = []
         self.train(program.model.training)
 
     def forward(
-        self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        adapter_names: Sequence[str | None] | None = None,
+        adapter_slots: Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:
         """The model's forward with an adapter for each row.
 
         Args:
             adapter_names: a name, or None or "__base__" for the base model, for each request, in
                 the order of the batch. Without it every row uses the default of `set_adapter`.
+            adapter_slots: integers (B, T), the adapter of each token: an index into
+                `adapter_names`, or without it into `adapters`; -1 for the base model. For packed
+                sequences, and adapters that begin at a token. (B,) is one a request.
             *args, **kwargs: of the model's own forward.
 
         Raises:
-            BatchError: `adapter_names` does not fit the batch.
+            BatchError: `adapter_names` or `adapter_slots` does not fit the batch.
             UnknownAdapterError: a name that is not loaded.
             CapacityError: more distinct adapters than slots.
             ProvenanceError, MatchError: this batch cannot be served rightly; says why.
             CaptureError: the model was detached, moved, or needs more graphs than allowed.
         """
         self._check_attached()
-        with self._session.serving(self._checked(adapter_names)):
-            return self.entry(self.model)(*args, **kwargs)
+        names = self._checked(adapter_names)
+        tokens = None
+        if adapter_slots is not None:
+            names, tokens = self._by_slots(adapter_slots, self.adapters if names is None else names)
+        with self._session.serving(names, tokens=tokens):
+            return self.entry(self.model, per_token=tokens is not None)(*args, **kwargs)
 
     def generate(
         self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any
@@ -80,11 +91,12 @@ class CompiledModel(nn.Module):
         with self._session.serving(self._checked(adapter_names), repeats=True):
             return generate(self, *args, **kwargs)
 
-    def entry(self, module: nn.Module) -> Entry:
+    def entry(self, module: nn.Module, *, per_token: bool = False) -> Entry:
         """The compiled forward of `module`, the model itself or a part that runs by itself."""
-        if id(module) not in self._entries:
-            self._entries[id(module)] = Entry(self._session, module)
-        return self._entries[id(module)]
+        key = id(module), per_token
+        if key not in self._entries:
+            self._entries[key] = Entry(self._session, module, per_token=per_token)
+        return self._entries[key]
 
     def capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Capture the graphs for this call, without adapters and with them, by running both."""
@@ -204,6 +216,27 @@ class CompiledModel(nn.Module):
     def _check_attached(self) -> None:
         if not self._attachment.handles:
             raise CaptureError("this model was detached; call lorafx.compile again")
+
+    def _by_slots(
+        self, slots: Tensor, names: Sequence[str | None]
+    ) -> tuple[Sequence[str | None], Tensor | None]:
+        """(names, slots a token), or (a name a request, None) where no row mixes adapters."""
+        if slots.dim() not in (1, 2) or slots.is_floating_point() or not slots.numel():
+            raise BatchError(
+                "adapter_slots holds integers of shape (B,) or (B, T), got "
+                f"{tuple(slots.shape)} {slots.dtype}"
+            )
+        slots = slots.cpu()
+        if not -1 <= int(slots.min()) <= int(slots.max()) < len(names):
+            raise BatchError(
+                f"adapter_slots holds {int(slots.min())} to {int(slots.max())}, but there are "
+                f"{len(names)} adapters to point at ({', '.join(map(str, names)) or 'none'}); "
+                "-1 is the base model"
+            )
+        by_request = slots if slots.dim() == 1 else slots[:, 0]
+        if slots.dim() == 1 or bool((slots == by_request[:, None]).all()):
+            return [names[i] if i >= 0 else None for i in by_request.tolist()], None
+        return names, slots
 
     def _checked(self, names: Sequence[str | None] | None) -> Sequence[str | None] | None:
         if names is None:

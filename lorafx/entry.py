@@ -22,7 +22,7 @@ from lorafx.errors import BatchError, CaptureError
 from lorafx.guards import keep_guards
 from lorafx.packing import repack
 from lorafx.program import Call, Program
-from lorafx.roles import RoleTable
+from lorafx.roles import TOKEN_DIMS, RoleTable
 
 Names = Sequence["str | None"]
 
@@ -33,6 +33,7 @@ class Session:
 
     Attributes:
         requests: the adapter of each request of the running call; None outside a call.
+        tokens: (B, T) which of `requests` each token uses, -1 for the base; None otherwise.
         repeats: rows of one request may follow one another (beams, returned sequences), as
             `generate` expands them.
     """
@@ -43,6 +44,7 @@ class Session:
     dynamic: bool | None
     default: str | None = None
     requests: tuple[str | None, ...] | None = None
+    tokens: Tensor | None = None
     repeats: bool = False
     force_active: bool = False
     has_mha: bool = field(init=False)
@@ -53,16 +55,20 @@ class Session:
         )
 
     @contextmanager
-    def serving(self, names: Names | None, *, repeats: bool = False) -> Iterator[None]:
+    def serving(
+        self, names: Names | None, *, repeats: bool = False, tokens: Tensor | None = None
+    ) -> Iterator[None]:
         """Serve these requests inside the block; None stands for the default adapter."""
-        before = self.requests, self.repeats
+        before = self.requests, self.repeats, self.tokens
         self.requests = None if names is None else tuple(names)
-        self.repeats = repeats
+        self.repeats, self.tokens = repeats, tokens
         try:
             yield
         finally:
-            self.requests, self.repeats = before
+            self.requests, self.repeats, self.tokens = before
             self.program.call = None
+            # The marks stay on the model: called by itself it is the base model.
+            self.program.runtime.active = False
 
     @contextmanager
     def forced_active(self) -> Iterator[None]:
@@ -82,7 +88,38 @@ class Session:
         """
         rows = roles.rows(named)
         names = self._row_names(rows)
-        slots = self.store.acquire(names)
+        program = self.program
+        self._set_slots(roles, named, names, self.store.acquire(names))
+        if not program.runtime.uniform and rows is not None:
+            _check_rows(roles, named, rows)
+
+    def set_tokens(self, roles: RoleTable, named: Mapping[str, Any]) -> None:
+        """Give every token of the call its slot, as `tokens` says.
+
+        Raises:
+            BatchError: arguments with one entry a token do not have the shape of `tokens`.
+            As `set_batch`.
+        """
+        assert self.tokens is not None
+        assert self.requests is not None
+        rows, length = self.tokens.shape
+        _check_rows(roles, named, rows)
+        for name, dim in TOKEN_DIMS.items():
+            value = named.get(name)
+            if not isinstance(value, Tensor) or roles.role(name, value).dim != 0:
+                continue
+            if value.dim() > dim and value.shape[dim] != length:
+                raise BatchError(
+                    f"adapter_slots has shape {(rows, length)}, and {name!r} {tuple(value.shape)}: "
+                    "calls with a slot a token take whole sequences, without a cache of earlier "
+                    "tokens"
+                )
+        names = [self.requests[i] if i >= 0 else None for i in self.tokens.flatten().tolist()]
+        self._set_slots(roles, named, names, self.store.acquire(names))
+
+    def _set_slots(
+        self, roles: RoleTable, named: Mapping[str, Any], names: Names, slots: Sequence[int]
+    ) -> None:
         program = self.program
         program.runtime.set_rows(slots)
         program.runtime.active |= self.force_active
@@ -91,8 +128,6 @@ class Session:
         program.touched = frozenset().union(
             *(self.store[name].sites for name in distinct if name is not None)
         )
-        if not program.runtime.uniform and rows is not None:
-            _check_rows(roles, named, rows)
 
     def _row_names(self, rows: int | None) -> Names:
         if self.requests is None:
@@ -134,13 +169,13 @@ def _check_rows(roles: RoleTable, named: Mapping[str, Any], rows: int) -> None:
 class Entry:
     """One module's forward, compiled. Called in place of it, by users and by `generate`."""
 
-    def __init__(self, session: Session, module: nn.Module) -> None:
+    def __init__(self, session: Session, module: nn.Module, *, per_token: bool = False) -> None:
         self.session = session
         self.module = module
         self.roles = RoleTable(module, session.program.config.row_dims)
         self.compiled = compile_entry(
             _target(session.program, module),
-            session.backend,
+            session.backend.per_token if per_token else session.backend,
             dynamic=session.dynamic,
             recompile_limit=session.program.options.recompile_limit,
             keep_guards=functools.partial(keep_guards, module),
@@ -150,7 +185,10 @@ class Entry:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         session = self.session
         named = self.roles.bind(args, kwargs) if args else kwargs
-        session.set_batch(self.roles, named)
+        if session.tokens is None:
+            session.set_batch(self.roles, named)
+        else:
+            session.set_tokens(self.roles, named)
         _check_packing(session.program)
         limit = session.program.options.recompile_limit
         try:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, fx
 
-from lorafx.roles import Role
+from lorafx.roles import TOKEN_DIMS, Role
 from lorafx.sites import Group, Site
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ class Frame:
     def __init__(self, program: Program, inputs: Sequence[FrameInput]) -> None:
         self.program = program
         self.inputs = tuple(inputs)
+        #: The slots are one a token, in row-major order of (B, T), not one a request.
+        self.per_token = False
         self.by_node: dict[fx.Node, FrameInput] = {}
         #: Position of each placeholder among the arguments that the executable is called with.
         self.positions: dict[fx.Node, int] = {}
@@ -126,8 +128,8 @@ def arguments_of(node: fx.Node) -> tuple[Any, ...]:
 def batch_symbols(frame: Frame) -> set[Any]:
     """The symbols (or ints) that are the number of requests, by contract, in this frame's graph.
 
-    The slots' length, and the request dimension of every argument that has one; a size of one
-    beside a larger batch is a shared argument, not a batch.
+    The slots' length (unless there is one a token), and the request dimension of every argument
+    that has one; a size of one beside a larger batch is a shared argument, not a batch.
     """
     found: set[Any] = set()
     for node, item in frame.by_node.items():
@@ -136,7 +138,7 @@ def batch_symbols(frame: Frame) -> set[Any]:
             continue
         size: Any = None
         if item.kind == "slots":
-            size = value.shape[0]
+            size = None if frame.per_token else value.shape[0]
         elif item.kind == "argument" and item.role is not None and item.role.known:
             dim = item.role.dim
             if dim is not None and dim < value.dim():
@@ -145,4 +147,17 @@ def batch_symbols(frame: Frame) -> set[Any]:
             found.add(size.node.expr if isinstance(size, torch.SymInt) else size)
     if len(found) > 1:
         found.discard(1)
+    return found
+
+
+def token_inputs(frame: Frame) -> dict[fx.Node, int]:
+    """The arguments that hold one entry a token, with that dimension (checked at entry)."""
+    found: dict[fx.Node, int] = {}
+    for node, item in frame.by_node.items():
+        dim = TOKEN_DIMS.get(item.role.argument) if item.role is not None else None
+        value = fake_value(node)
+        if item.role is None or item.role.dim != 0 or dim is None:
+            continue
+        if item.kind == "argument" and value.dim() > dim:
+            found[node] = dim
     return found

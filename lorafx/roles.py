@@ -69,6 +69,16 @@ ROW_DIMS: Mapping[str, int | None] = {
 }
 
 
+#: Arguments that hold one entry a token -> that dimension; those of a call have one length T.
+TOKEN_DIMS: Mapping[str, int] = {
+    "input_ids": 1,
+    "inputs_embeds": 1,
+    "attention_mask": 1,
+    "token_type_ids": 1,
+    "position_ids": 1,
+}
+
+
 def _position_ids_dim(tensor: Tensor) -> int | None:
     """(T,) is shared; (B, T) has requests first; (axes, B, T) is multi-axis rotary."""
     return {0: None, 1: None, 2: 0}.get(tensor.dim(), 1)

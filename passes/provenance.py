@@ -20,12 +20,13 @@ from torch import fx
 
 from lorafx.context import ROWS_ARGUMENT, SITE_OP, SLOTS_ARGUMENT, Context, Refusal
 from lorafx.errors import ProvenanceError
-from lorafx.frame import FrameInput, batch_symbols, fake_value
+from lorafx.frame import FrameInput, batch_symbols, fake_value, token_inputs
 from lorafx.ownership.emit import Emitter
 from lorafx.ownership.flow import Flow
 from lorafx.ownership.labels import Label, Mixed, Own
 from lorafx.ownership.propagate import flow_through
 from lorafx.ownership.symbolic import ONE, BatchSymbols, Sizes, product
+from lorafx.ownership.tokens import Alignment
 
 #: `rows` of a site without a row map: every row counts as the first request's. That is right when
 #: all requests use one adapter, and when none of theirs touches the site; the refusal keeps other
@@ -44,7 +45,7 @@ class RowMap:
 
     def __str__(self) -> str:
         via = f" through {self.perm.name}" if self.perm is not None else ""
-        return f"{self.period} a request{via}"
+        return f"{self.period} rows a slot{via}"
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,35 @@ def prove(
         return {node: RowMap(ONE) for node in sites}
     flow = flow_through(graph, seeds, batch)
     return {node: row_map(node, flow) for node in sites}
+
+
+def prove_tokens(
+    graph: fx.Graph,
+    seeds: Mapping[fx.Node, Label],
+    batch: BatchSymbols,
+    token_inputs: Mapping[fx.Node, int],
+) -> dict[fx.Node, Proof]:
+    """The row map of every site node to slots (B·T,), one a token, or why there is none.
+
+    `token_inputs` are the inputs with one entry a token, and the dimension that holds them.
+    """
+    lengths = [fake_value(node).shape[dim] for node, dim in token_inputs.items()]
+    sites = [node for node in graph.nodes if is_site(node)]
+    if not lengths:
+        return {node: Unproved("no input of this graph has one entry a token") for node in sites}
+    flow = flow_through(graph, seeds, batch)
+    places = Alignment(graph, flow, BatchSymbols.of(lengths), token_inputs)
+    proofs: dict[fx.Node, Proof] = {}
+    for node in sites:
+        x = node.args[0]
+        ndim = len(flow.shape(x)) - (node.target is SITE_OP)
+        period = places.rows_in_order(x, flow.label(x), ndim)
+        proofs[node] = (
+            Unproved("it is not proved that its rows are the tokens of the requests in order")
+            if period is None
+            else RowMap(period)
+        )
+    return proofs
 
 
 def row_map(node: fx.Node, flow: Flow) -> Proof:
@@ -127,7 +157,9 @@ def seeds_of(inputs: Mapping[fx.Node, FrameInput], batch: BatchSymbols) -> dict[
             seeds[node] = None
         elif item.kind == "unknown" or item.role is None or not item.role.known:
             seeds[node] = Mixed(f"nothing says which requests the input {item.label} belongs to")
-        elif item.role.dim is None or sizes.shape(value)[item.role.dim] == ONE:
+        elif item.role.dim is None or (
+            sizes.shape(value)[item.role.dim] == ONE and not batch.is_one
+        ):
             seeds[node] = None  # shared by all requests
         else:
             seeds[node] = Own(item.role.dim)
@@ -146,7 +178,11 @@ class Provenance:
         except ProvenanceError as error:
             proofs: dict[fx.Node, Proof] = {node: Unproved(str(error)) for node in marks}
         else:
-            proofs = prove(gm.graph, seeds_of(ctx.frame.by_node, batch), batch)
+            seeds = seeds_of(ctx.frame.by_node, batch)
+            if ctx.frame.per_token:
+                proofs = prove_tokens(gm.graph, seeds, batch, token_inputs(ctx.frame))
+            else:
+                proofs = prove(gm.graph, seeds, batch)
             allowed = {node: proof for node, proof in proofs.items() if ctx.take_edit()}
             proofs = {**proofs, **apply(gm.graph, allowed, batch)}
         for node, proof in proofs.items():

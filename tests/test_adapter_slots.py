@@ -1,0 +1,198 @@
+"""`adapter_slots`: an adapter for each token, against W + ΔW applied token by token."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, OPTConfig
+from transformers.models.opt.modeling_opt import OPTForCausalLM
+
+import lorafx
+
+VOCABULARY = 61
+
+
+def _llama() -> nn.Module:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=VOCABULARY,
+        )
+    )
+
+
+def _opt() -> nn.Module:
+    """Its feed-forward sees (batch · tokens, hidden)."""
+    return OPTForCausalLM(
+        OPTConfig(
+            hidden_size=32,
+            ffn_dim=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            vocab_size=VOCABULARY,
+            word_embed_proj_dim=32,
+            max_position_embeddings=32,
+            dropout=0.0,
+        )
+    )
+
+
+def _bert() -> nn.Module:
+    config = BertConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=32,
+    )
+    return BertModel(config, add_pooling_layer=False)
+
+
+TARGETS = {
+    _llama: (["q_proj", "v_proj"], ["up_proj", "down_proj", "o_proj", "embed_tokens"]),
+    _opt: (["fc1", "fc2"], ["q_proj", "k_proj", "out_proj"]),
+    _bert: (["query", "value"], ["intermediate.dense", "output.dense", "word_embeddings"]),
+}
+
+
+class Served:
+    """A model with two adapters on disk, and its oracle by token."""
+
+    def __init__(self, build, folder: Path) -> None:
+        torch.manual_seed(0)
+        self.base = build().eval()
+        self.deltas: list[dict[str, Tensor]] = []
+        paths = {}
+        for index, targets in enumerate(TARGETS[build]):
+            peft_model = get_peft_model(
+                copy.deepcopy(self.base), LoraConfig(r=3 + index, target_modules=targets)
+            )
+            for name, parameter in peft_model.named_parameters():
+                if "lora_" in name:
+                    nn.init.normal_(parameter, std=0.2)
+            paths[f"a{index}"] = str(folder / f"a{index}")
+            peft_model.save_pretrained(paths[f"a{index}"])
+            merged = dict(peft_model.merge_and_unload().named_parameters())
+            own = dict(self.base.named_parameters())
+            self.deltas.append({name: merged[name] - own[name] for name in own})
+        self.cm = lorafx.compile(copy.deepcopy(self.base), paths, options={"lowering": "reference"})
+
+    def oracle(self, slots: Tensor, **inputs: Tensor) -> Tensor:
+        """Every linear and embedding adds x ΔWᵀ of each token's own adapter."""
+        model = copy.deepcopy(self.base)
+        for path, module in model.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                deltas = [delta.get(f"{path}.weight") for delta in self.deltas]
+                module.register_forward_hook(_token_hook(deltas, slots))
+        with torch.no_grad():
+            return model(**inputs)[0]
+
+
+def _token_hook(deltas: list[Tensor | None], slots: Tensor):
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        for index, delta in enumerate(deltas):
+            if delta is None or not delta.any():
+                continue
+            if isinstance(module, nn.Embedding):
+                added = nn.functional.embedding(args[0], delta)
+            else:
+                added = args[0] @ delta.T
+            mask = (slots == index).reshape(*added.shape[:-1], 1)
+            output = output + added * mask
+        return output
+
+    return hook
+
+
+@pytest.fixture(scope="module", params=list(TARGETS), ids=lambda build: build.__name__[1:])
+def served(request, tmp_path_factory) -> Served:
+    return Served(request.param, tmp_path_factory.mktemp("adapters"))
+
+
+def _inputs(rows: int, length: int) -> dict[str, Tensor]:
+    ids = torch.randint(0, VOCABULARY, (rows, length))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def test_each_token_gets_its_own_adapter(served: Served) -> None:
+    for rows, length in ((1, 7), (1, 9), (3, 6), (4, 8), (6, 6)):
+        inputs = _inputs(rows, length)
+        slots = torch.randint(-1, 2, (rows, length))
+        slots[0, :2] = torch.tensor([0, 1])  # never one adapter a request
+        got = served.cm(**inputs, adapter_slots=slots)[0]
+        torch.testing.assert_close(got, served.oracle(slots, **inputs), rtol=1e-5, atol=1e-5)
+    before = served.cm.recompiles
+    served.cm(**_inputs(5, 7), adapter_slots=torch.tensor([[0, 1, -1, 1, 0, 0, 1]] * 5))
+    assert served.cm.recompiles == before
+
+
+def test_slots_of_one_adapter_a_request_are_adapter_names(served: Served) -> None:
+    inputs = _inputs(3, 5)
+    by_name = served.cm(**inputs, adapter_names=["a1", None, "a0"])[0]
+    for slots in (torch.tensor([1, -1, 0]), torch.tensor([[1] * 5, [-1] * 5, [0] * 5])):
+        assert torch.equal(served.cm(**inputs, adapter_slots=slots)[0], by_name)
+
+
+def test_slots_index_the_names_that_are_given(served: Served) -> None:
+    inputs = _inputs(2, 4)
+    slots = torch.tensor([[0, 1, 1, -1], [1, 1, 0, 0]])
+    got = served.cm(**inputs, adapter_slots=slots, adapter_names=["a1", "a0"])[0]
+    swapped = torch.where(slots < 0, slots, 1 - slots)
+    torch.testing.assert_close(got, served.oracle(swapped, **inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("slots", "message"),
+    [
+        (torch.tensor([[0, 1, 2, 0], [0, 0, 0, 0]]), "there are 2 adapters"),
+        (torch.tensor([[0, 1, -2, 0], [0, 0, 0, 0]]), "holds -2 to 1"),
+        (torch.zeros(2, 4), r"integers of shape \(B,\) or \(B, T\)"),
+        (torch.tensor([[0, 1, 1], [0, 0, 1]]), r"adapter_slots has shape \(2, 3\)"),
+        (torch.tensor([[0, 1, 1, 0]]), "should hold the 1 requests"),
+        (torch.tensor([0, 1, 1]), "3 entries and the batch has 2 rows"),
+    ],
+)
+def test_slots_that_do_not_fit_are_refused(served: Served, slots: Tensor, message: str) -> None:
+    with pytest.raises(lorafx.BatchError, match=message):
+        served.cm(**_inputs(2, 4), adapter_slots=slots)
+
+
+class Pooled(nn.Module):
+    """The head's rows are requests, not tokens; the second body sees the tokens reversed."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 8)
+        self.body = nn.Linear(8, 8)
+        self.reversed = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.body(self.embed(input_ids))
+        return self.head(self.reversed(x.flip(1)).sum(1))
+
+
+@pytest.mark.parametrize("target", ["head", "reversed"])
+def test_rows_that_are_not_the_tokens_in_order_are_refused(target: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Pooled().eval()
+    peft_model = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=[target]))
+    peft_model.save_pretrained(tmp_path / "a")
+    cm = lorafx.compile(model, {"a": tmp_path / "a"}, options={"lowering": "reference"})
+    with pytest.raises(lorafx.ProvenanceError, match=target):
+        cm(
+            input_ids=torch.randint(0, VOCABULARY, (2, 4)),
+            adapter_slots=torch.tensor([[0, 0, -1, 0], [0, 0, 0, 0]]),
+        )
