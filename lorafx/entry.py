@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -192,12 +192,11 @@ class Entry:
         _check_packing(session.program)
         limit = session.program.options.recompile_limit
         try:
-            with ExitStack() as stack:
-                stack.enter_context(torch.no_grad())
-                stack.enter_context(capture_settings(limit))
+            with torch.no_grad(), capture_settings(limit):
                 if session.has_mha and session.program.runtime.active:
                     # Its fused inference path takes the weights past every module and mark.
-                    stack.enter_context(_no_mha_fast_path())
+                    with _no_mha_fast_path():
+                        return self.compiled(*args, **kwargs)
                 return self.compiled(*args, **kwargs)
         except Exception as error:
             if is_recompile_limit(error):

@@ -32,17 +32,21 @@ class PackedGroup:
     weight: Tensor
     bias: Tensor | None
 
+    def __post_init__(self) -> None:
+        # Looked at before every call, so addresses are computed once; the buffers never move.
+        self._views = [
+            (site.module._parameters, name, _address(buffer, offset))
+            for site, offset in zip(self.group.sites, self.group.offsets, strict=True)
+            for name, buffer in ((site.eligible.weight, self.weight), ("bias", self.bias))
+            if buffer is not None and site.module._parameters.get(name) is not None
+        ]
+
     @property
     def intact(self) -> bool:
         """True while every sibling's parameter still is its view of the packed buffer."""
-        for site, offset in zip(self.group.sites, self.group.offsets, strict=True):
-            parameter = site.module._parameters[site.eligible.weight]
-            if parameter is None or parameter.data_ptr() != _address(self.weight, offset):
-                return False
-            bias = site.module._parameters.get("bias")
-            if self.bias is None or bias is None:
-                continue
-            if bias.data_ptr() != _address(self.bias, offset):
+        for parameters, name, address in self._views:
+            parameter = parameters[name]
+            if parameter is None or parameter.data_ptr() != address:
                 return False
         return True
 

@@ -48,6 +48,7 @@ class Runtime:
         self.capacity = capacity
         self.device = device
         self.graph_passes = True
+        self.rows: tuple[int, ...] = ()
         self._register()
         self.clear()
 
@@ -74,8 +75,9 @@ class Runtime:
                     f"request {index} asks for slot {slot}; slots are 0 to {self.capacity - 1}, "
                     "-1 for the base model"
                 )
-        self._write(rows)
-        self.rows = tuple(rows)
+        if tuple(rows) != self.rows:  # a decode step repeats the last one's
+            self._write(rows)
+            self.rows = tuple(rows)
         self.active = any(slot >= 0 for slot in rows)
         self.uniform = len(set(rows)) == 1
 
