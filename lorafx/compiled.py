@@ -247,4 +247,9 @@ class CompiledModel(nn.Module):
             )
         if not names:
             raise LorafxError("adapter_names is empty; give one name, or None, a row")
+        for row, name in enumerate(names):
+            if name is not None and not isinstance(name, str):
+                raise ConfigError(
+                    f"adapter_names[{row}] is {name!r}; give a name, or None for the base model"
+                )
         return names

@@ -126,9 +126,10 @@ class Context:
         path = self.module_path(node)
         if path:
             parts.append(f"in {path}")
-        trace = str(node.meta.get("stack_trace") or "").strip().splitlines()
-        if trace:
-            parts.append(f"`{trace[-1].strip()}`")
+        trace = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
+        source = [line for line in trace if line.strip("^~ ")]  # without Python's markers
+        if source:
+            parts.append(f"`{source[-1]}`")
         return f" ({', '.join(parts)})"
 
     def module_path(self, node: fx.Node) -> str:

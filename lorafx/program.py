@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from lorafx.adapters.bank import Bank
 from lorafx.config import LoraConfig, Options
 from lorafx.frame import FrameInput
+from lorafx.handover import Ledger
 from lorafx.module_graph import ModuleGraph
 from lorafx.packing import PackedGroup
 from lorafx.roles import Role, RoleTable, tensor_leaves
@@ -23,10 +25,12 @@ BANK_FIELDS = ("A", "B", "ranks", "scales")
 
 @dataclass(eq=False)
 class Call:
-    """The call that is running: its entry's roles and its arguments by name."""
+    """The call that is running: its entry's roles and its arguments by name, and what its graphs
+    have returned so far."""
 
     roles: RoleTable
     named: Mapping[str, Any]
+    ledger: Ledger = field(default_factory=Ledger)
 
 
 @dataclass(eq=False)
@@ -46,10 +50,11 @@ class Program:
     touched: frozenset[str] = frozenset()
     #: Plain tensor attributes of modules that existed before the first call: constants. One that
     #: appears later may hold what an earlier call computed for its own requests.
-    constants: frozenset[int] = field(default_factory=frozenset)
+    #: By identity, held weakly: a number of `id` alone may be given to another tensor later.
+    constants: Mapping[int, weakref.ref[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.constants = frozenset(id(tensor) for tensor in _plain_attributes(self.model))
+        self.constants = {id(t): weakref.ref(t) for t in _plain_attributes(self.model)}
         self._by_weight: dict[int, list[Site]] = {}
         self._site_banks: dict[int, Bank] = {}
         self._home = {
@@ -111,7 +116,8 @@ class Program:
                     label = f"{path}.{name}" if path else name
                     known.setdefault(id(tensor), FrameInput("state", label))
         for tensor in _plain_attributes(self.model):
-            if id(tensor) in self.constants:
+            constant = self.constants.get(id(tensor))
+            if constant is not None and constant() is tensor:
                 known.setdefault(id(tensor), FrameInput("state", "a tensor attribute"))
         by_weight: dict[int, list[Site]] = {}
         for site in self.sites:
@@ -132,6 +138,10 @@ class Program:
                     known[id(tensor)] = FrameInput("packed", name, group=packed.group, field=name)
         known[id(self.runtime.slots)] = FrameInput("slots", "slots")
         return known
+
+    def earlier_result(self, tensor: Tensor) -> Role | None:
+        """The role of a tensor that an earlier graph of the running call returned."""
+        return None if self.call is None else self.call.ledger.get(tensor)
 
     def call_arguments(self) -> dict[int, Role]:
         """The tensors of the running call, by identity, with their roles."""

@@ -5,8 +5,8 @@
     embedding  y = W[ids]
     unknown    anything else, with the reason
 
-A *form* is W seen through views: whether its last two dimensions are (out, in) or (in, out), with
-any number of broadcast dimensions in front.
+A *form* is W seen through views: which of its dimensions is out, which is in, while all others are
+of size one or broadcast. einsum takes W through (out, in, 1) and (1, 1, out, in) to (1, in, out).
 """
 
 from __future__ import annotations
@@ -66,18 +66,32 @@ class Use:
     reason: str = ""
 
 
+OUT, IN = 0, 1
+Axes = tuple["int | None", ...]
+
+
 @dataclass(frozen=True)
 class _Form:
+    """`node` is W with its dimensions `axes`: OUT, IN, or None for size one and broadcast."""
+
     weight: fx.Node
     node: fx.Node
-    out_first: bool  # last two dimensions are (out, in)
+    axes: Axes
     plain: bool
+
+    @property
+    def out_first(self) -> bool:
+        return self.axes[-2:] == (OUT, IN)
+
+    @property
+    def in_first(self) -> bool:
+        return self.axes[-2:] == (IN, OUT)
 
 
 def uses_of(weight: fx.Node, *, transposed: bool) -> list[Use]:
     """All uses of the 2-D weight held by `weight`; `transposed` where it is stored (in, out)."""
     found: list[Use] = []
-    pending = [_Form(weight, weight, out_first=not transposed, plain=True)]
+    pending = [_Form(weight, weight, (IN, OUT) if transposed else (OUT, IN), plain=True)]
     while pending:
         form = pending.pop()
         for user in list(form.node.users):
@@ -104,11 +118,11 @@ def _interpret(form: _Form, user: fx.Node) -> _Form | Use | None:
 
 def _same(form: _Form, user: fx.Node) -> _Form:
     before, after = fake_value(form.node).dtype, fake_value(user).dtype
-    return _Form(form.weight, user, form.out_first, form.plain and before == after)
+    return _Form(form.weight, user, form.axes, form.plain and before == after)
 
 
-def _swap(form: _Form, user: fx.Node) -> _Form | Use:
-    dims = fake_value(form.node).dim()
+def _swap(form: _Form, user: fx.Node) -> _Form:
+    dims = len(form.axes)
     if user.target is aten.t.default:
         order = [1, 0]
     elif user.target is aten.permute.default:
@@ -117,17 +131,41 @@ def _swap(form: _Form, user: fx.Node) -> _Form | Use:
         order = list(range(dims))
         first, second = (int(dim) % dims for dim in arguments_of(user)[1:3])
         order[first], order[second] = order[second], order[first]
-    if sorted(order[-2:]) != [dims - 2, dims - 1]:
-        return Use("unknown", form.weight, user, reason="its dimensions are permuted apart")
-    flipped = order[-1] == dims - 2
-    return _Form(form.weight, user, form.out_first != flipped, form.plain)
+    return _Form(form.weight, user, tuple(form.axes[dim] for dim in order), form.plain)
+
+
+def _expand(form: _Form, user: fx.Node) -> _Form:
+    front = len(fake_value(user).shape) - len(form.axes)
+    return _Form(form.weight, user, (None,) * front + form.axes, form.plain and not front)
 
 
 def _reshape(form: _Form, user: fx.Node) -> _Form | Use:
+    """A view that only adds and drops dimensions of size one."""
     before, after = fake_value(form.node).shape, fake_value(user).shape
-    if len(after) >= 2 and tuple(after[-2:]) == tuple(before[-2:]):
-        return _Form(form.weight, user, form.out_first, form.plain and len(after) == 2)
-    return Use("unknown", form.weight, user, reason="it is reshaped or sliced")
+    kept = [
+        item
+        for item in zip(form.axes, before, strict=True)
+        if item[0] is not None or not _same_size(item[1], 1)
+    ]
+    axes: list[int | None] = []
+    for size in reversed(after):
+        if kept and _same_size(size, kept[-1][1]):
+            axes.append(kept.pop()[0])
+        elif isinstance(size, int) and size == 1:
+            axes.append(None)
+        else:
+            break
+    if kept or len(axes) != len(after):
+        return Use("unknown", form.weight, user, reason="it is reshaped or sliced")
+    axes.reverse()
+    return _Form(form.weight, user, tuple(axes), form.plain and len(axes) == 2)
+
+
+def _same_size(a: Any, b: Any) -> bool:
+    """Equal as ints or as symbols; never by a hint, which would add a guard."""
+    if isinstance(a, int) or isinstance(b, int):
+        return isinstance(a, int) and isinstance(b, int) and a == b
+    return a.node.expr == b.node.expr
 
 
 def _operands(user: fx.Node, form: _Form) -> tuple[Any, Any, Any]:
@@ -145,7 +183,7 @@ def _product(form: _Form, user: fx.Node) -> Use:
         return Use("unknown", form.weight, user, reason="a product with alpha or beta")
     if left is right or bias is form.node:
         return Use("unknown", form.weight, user, reason="multiplied by itself")
-    if right is form.node and not form.out_first:
+    if right is form.node and form.in_first:
         return Use("linear", form.weight, user, x=left, bias=bias, plain=form.plain)
     if left is form.node and form.out_first and bias is None:
         return Use("swapped", form.weight, user, x=right)
@@ -170,7 +208,8 @@ _Handler = Callable[[_Form, fx.Node], "_Form | Use"]
 _HANDLERS: tuple[tuple[frozenset[Any], _Handler], ...] = (
     (SAME_VALUE, _same),
     (frozenset({aten.t.default, aten.permute.default, aten.transpose.int}), _swap),
-    (RESHAPES | {aten.expand.default}, _reshape),
+    (frozenset({aten.expand.default}), _expand),
+    (RESHAPES, _reshape),
     (
         frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}),
         _product,

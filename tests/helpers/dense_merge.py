@@ -1,4 +1,4 @@
-"""Cases: a tiny base model, its five adapters on disk, and the dense-merge oracle (see `oracle`)."""
+"""Cases: a tiny base model, five adapters on disk, and the dense-merge oracle (see `oracle`)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,258 @@
+"""What is refused, with which words, and that nothing has changed afterwards."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import save_adapter
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES
+
+import lorafx
+from lorafx.errors import (
+    BatchError,
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    LorafxError,
+    TargetError,
+    UnknownAdapterError,
+    UnsupportedAdapterError,
+)
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+class Served:
+    """A compiled model with room for two adapters, and a good call to compare with afterwards."""
+
+    def __init__(self, case: Any) -> None:
+        torch.manual_seed(0)
+        self.inputs = FAMILIES["plain"].inputs(3, 4)
+        config = lorafx.LoraConfig(max_adapters=2, max_rank=8)
+        self.cm = lorafx.compile(
+            case.model(), config, adapters=case.folders, options={"lowering": "reference"}
+        )
+        self.good = self.call(["a1", None, "a3"])
+        self.state = self.snapshot()
+
+    def call(self, names: Any) -> torch.Tensor:
+        return self.cm(**self.inputs, adapter_names=names)["logits"]
+
+    def snapshot(self) -> tuple[Any, ...]:
+        return self.cm.adapters, self.cm.recompiles, self.cm.memory()
+
+    def unchanged(self) -> None:
+        assert self.snapshot() == self.state
+        assert torch.equal(self.call(["a1", None, "a3"]), self.good)
+
+
+@pytest.fixture(scope="module")
+def shared(plain):
+    return Served(plain)
+
+
+@pytest.fixture
+def served(shared):
+    yield shared
+    shared.unchanged()
+
+
+@pytest.fixture
+def folder(plain, tmp_path) -> Path:
+    """A copy of a good adapter, to be spoiled."""
+    return Path(shutil.copytree(plain.folders["a1"], tmp_path / "spoiled"))
+
+
+def spoil(folder: Path, change: Any) -> None:
+    state = load_file(folder / WEIGHTS)
+    save_file(change(state), folder / WEIGHTS)
+
+
+# Calls
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        (
+            ["a1", "a7", None],
+            UnknownAdapterError,
+            r"no adapter named 'a7'; nearest: a4.*; loaded: a0",
+        ),
+        (
+            ["a1", None],
+            BatchError,
+            "adapter_names has 2 entries and the batch has 3 rows; give one",
+        ),
+        (["a1"] * 6, BatchError, "adapter_names has 6 entries and the batch has 3 rows"),
+        ("a1", ConfigError, "adapter_names is a list with one name, or None, a row; got 'a1'"),
+        ([], LorafxError, "adapter_names is empty"),
+        (
+            ["a0", "a1", "a2"],
+            CapacityError,
+            "3 distinct adapters .a0, a1, a2. and there are 2 slots",
+        ),
+    ],
+    ids=["unknown", "too-few", "too-many", "string", "empty", "too-many-adapters"],
+)
+def test_adapter_names(served, names, error, message):
+    with pytest.raises(error, match=message):
+        served.call(names)
+
+
+@pytest.mark.parametrize("names", [{"a1": 1}, 3, [1, None, "a0"], [["a0"], None, "a1"]])
+def test_adapter_names_of_the_wrong_type(served, names):
+    with pytest.raises(ConfigError, match=r"adapter_names(\[\d\] is .*; give a name| is a list)"):
+        served.call(names)
+
+
+def test_the_default_adapter(served):
+    with pytest.raises(UnknownAdapterError, match="no adapter named 'a11'; nearest: a1"):
+        served.cm.set_adapter("a11")
+    with pytest.raises(UnknownAdapterError, match="no adapter named 'gone'"):
+        served.cm.unload_adapter("gone")
+    with pytest.raises(UnknownAdapterError, match="no adapter named 'gone'"):
+        served.cm.pin_adapter("gone")
+
+
+def test_no_slot_is_left_beside_the_pinned_ones(served):
+    served.cm.pin_adapter("a1")
+    served.cm.pin_adapter("a3")
+    try:
+        with pytest.raises(
+            CapacityError, match="no slots for a0: 2 slots, of which a1, a3 are pin"
+        ):
+            served.call(["a0", None, None])
+    finally:
+        served.cm.unpin_adapter("a1")
+        served.cm.unpin_adapter("a3")
+
+
+# Checkpoints
+
+
+def test_wrong_shapes(served, folder):
+    spoil(folder, lambda state: {k: v[:, :-1].contiguous() for k, v in state.items()})
+    with pytest.raises(CheckpointError, match=r"up.*\(5, 11\)"):
+        served.cm.load_adapter(folder, "new")
+
+
+def test_rank_over_max_rank(served, plain, tmp_path):
+    wide = save_adapter(plain.base, tmp_path / "wide", rank=9, targets=["up"])
+    with pytest.raises(CapacityError, match=r"rank 9.*max_rank"):
+        served.cm.load_adapter(wide, "new")
+
+
+def test_truncated_weights(served, folder):
+    file = folder / WEIGHTS
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=WEIGHTS):
+        served.cm.load_adapter(folder, "new")
+
+
+def test_absent_files(served, folder):
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match=WEIGHTS):
+        served.cm.load_adapter(folder, "new")
+    (folder / CONFIG).unlink()
+    with pytest.raises(CheckpointError, match=CONFIG):
+        served.cm.load_adapter(folder, "new")
+    with pytest.raises(CheckpointError, match="nowhere"):
+        served.cm.load_adapter(folder / "nowhere", "new")
+
+
+def test_a_checkpoint_for_another_model(served, case_of):
+    with pytest.raises(CheckpointError, match="q_proj"):
+        served.cm.load_adapter(case_of("llama").folders["a0"], "new")
+
+
+def test_a_key_that_lands_nowhere(served, folder):
+    spoil(folder, lambda s: {k.replace("model.down.", "model.dwon."): v for k, v in s.items()})
+    with pytest.raises(CheckpointError, match=r"dwon"):
+        served.cm.load_adapter(folder, "new")
+
+
+def test_a_feature_that_is_not_supported(served, folder):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, "use_dora": True}))
+    with pytest.raises(UnsupportedAdapterError, match="use_dora"):
+        served.cm.load_adapter(folder, "new")
+
+
+def test_replacing_an_adapter_by_a_bad_one_keeps_the_old_one(served, folder):
+    spoil(folder, lambda state: {k: v[:, :-1].contiguous() for k, v in state.items()})
+    with pytest.raises(CheckpointError):
+        served.cm.load_adapter(folder, "a1")
+
+
+@pytest.mark.parametrize("name", ["__base__", "", None, 3])
+def test_names_that_no_adapter_can_have(served, plain, name):
+    with pytest.raises(ConfigError, match="an adapter's name is a non-empty string"):
+        served.cm.load_adapter(plain.folders["a0"], name)
+
+
+# Compiling
+
+
+def untouched(model: Any, before: dict[str, int]) -> None:
+    assert not any(module._forward_hooks for module in model.modules())
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
+
+
+@pytest.mark.parametrize(
+    ("config", "kwargs", "error", "message"),
+    [
+        ({"target_modules": ["upp"]}, {}, TargetError, r"upp.*nearest: up"),
+        ({"target_modules": r".*nothing"}, {}, TargetError, r"\.\*nothing"),
+        ({"target_modules": ["act"]}, {}, TargetError, r"act.*ReLU"),
+        ({"max_rank": 0}, {}, ConfigError, "max_rank must be a positive int, got 0"),
+        ({"max_adapters": True}, {}, ConfigError, "max_adapters must be a positive int"),
+        ({}, {"options": {"lowerng": "reference"}}, ConfigError, "'lowerng'; nearest: lowering"),
+        ({}, {"options": {"lowering": "cuda"}}, ConfigError, "lowering must be one of auto"),
+        ({}, {"options": {"passes": {"fusee": False}}}, ConfigError, "'fusee'; nearest: fuse"),
+        ({}, {"options": {"passes": {"match": False}}}, ConfigError, "'match' cannot be switched"),
+        ({}, {"adapters": {"x": "/nowhere/at/all"}}, CheckpointError, "/nowhere/at/all"),
+    ],
+)
+def test_configurations(config, kwargs, error, message):
+    torch.manual_seed(0)
+    model = FAMILIES["plain"].build()
+    model.act = torch.nn.ReLU()
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    with pytest.raises(error, match=message):
+        lorafx.compile(model, lorafx.LoraConfig(**config), **kwargs)
+    untouched(model, before)
+
+
+def test_a_bad_adapter_among_good_ones_leaves_the_model_alone(plain, folder):
+    spoil(folder, lambda state: {k: v[:, :-1].contiguous() for k, v in state.items()})
+    model = plain.model()
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    with pytest.raises(CheckpointError, match="up"):
+        lorafx.compile(model, {**plain.folders, "bad": folder})
+    untouched(model, before)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "empty mapping"),
+        (3, "is a folder, a dict or a peft.LoraConfig"),
+        ({"r": 4, "target_modules": ["upp"]}, "upp"),
+    ],
+)
+def test_what_is_no_configuration(plain, config, message):
+    with pytest.raises(LorafxError, match=message):
+        lorafx.compile(plain.model(), config)
+
+
+def test_errors_about_values_are_value_errors():
+    for cls in (BatchError, CapacityError, CheckpointError, ConfigError, UnknownAdapterError):
+        assert issubclass(cls, ValueError)
+        assert issubclass(cls, LorafxError)

@@ -1,0 +1,161 @@
+"""Generated tokens equal those of each row's merged model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import seq2seq_inputs, token_inputs
+
+from lorafx.errors import BatchError, LorafxError, UnknownAdapterError
+
+NEW = 4
+NAMES = ["a1", None, "a3", "a0"]
+FIXED = {"pad_token_id": 0, "eos_token_id": None, "min_new_tokens": NEW, "max_new_tokens": NEW}
+
+
+@pytest.fixture(scope="module")
+def served(llama):
+    """One compiled model for the module: its graphs are shared as in use."""
+    return llama.compile()
+
+
+def oracle_tokens(case: Any, names: Any, inputs: Any, **kwargs: Any) -> torch.Tensor:
+    rows = []
+    for index, name in enumerate(names):
+        one = {key: value[index : index + 1] for key, value in inputs.items()}
+        rows.append(case.alone(name).generate(**one, **FIXED, **kwargs))
+    return torch.cat(rows)
+
+
+def prompts(rows: int = len(NAMES), length: int = 5) -> dict[str, torch.Tensor]:
+    """Left-padded prompts."""
+    torch.manual_seed(rows)
+    return token_inputs(rows, length)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"do_sample": False},
+        {"do_sample": False, "cache_implementation": "static"},
+        {"do_sample": False, "use_cache": False},
+        {"do_sample": False, "num_beams": 3},
+        {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
+    ],
+    ids=["greedy", "static-cache", "no-cache", "beams", "beams-returned"],
+)
+def test_tokens_are_those_of_the_merged_models(llama, served, kwargs):
+    inputs = prompts()
+    got = served.generate(**inputs, **FIXED, **kwargs, adapter_names=NAMES)
+    want = oracle_tokens(llama, NAMES, inputs, **kwargs)
+    assert torch.equal(got, want)
+    base = oracle_tokens(llama, [None] * len(NAMES), inputs, **kwargs)
+    repeats = kwargs.get("num_return_sequences", 1)
+    changed = (got != base).any(1).view(len(NAMES), repeats).any(1)
+    assert changed.tolist() == [name is not None for name in NAMES]
+
+
+@pytest.mark.parametrize("returned", [1, 2])
+def test_sampling_with_one_adapter(llama, served, returned):
+    """Sampling draws from one generator for the whole batch, so the batch's oracle is the merged
+    model run on the same batch with the same seed."""
+    inputs = prompts(3)
+    kwargs = {**FIXED, "do_sample": True, "num_return_sequences": returned, "temperature": 2.0}
+    torch.manual_seed(5)
+    want = llama.alone("a1").generate(**inputs, **kwargs)
+    torch.manual_seed(5)
+    got = served.generate(**inputs, **kwargs, adapter_names=["a1"] * 3)
+    assert got.shape[0] == 3 * returned
+    assert torch.equal(got, want)
+
+
+def test_sampling_a_mixed_batch(llama, served):
+    """With the same noise a row's sample does not depend on its neighbours' adapters: rows of a
+    mixed batch are those of the single-adapter batches with the same seed."""
+    inputs = prompts(3)
+    kwargs = {**FIXED, "do_sample": True, "temperature": 2.0}
+    names = ["a1", None, "a3"]
+    torch.manual_seed(6)
+    got = served.generate(**inputs, **kwargs, adapter_names=names)
+    for row, name in enumerate(names):
+        torch.manual_seed(6)
+        want = llama.alone(name).generate(**inputs, **kwargs)
+        assert torch.equal(got[row], want[row])
+
+
+def test_positional_prompts_and_the_default_adapter(llama, served):
+    inputs = {"input_ids": prompts(2)["input_ids"]}
+    served.set_adapter("a3")
+    try:
+        got = served.generate(inputs["input_ids"], **FIXED, do_sample=False)
+    finally:
+        served.set_adapter(None)
+    assert torch.equal(got, oracle_tokens(llama, ["a3"] * 2, inputs, do_sample=False))
+
+
+def test_one_prompt(llama, served):
+    inputs = prompts(1)
+    got = served.generate(**inputs, **FIXED, do_sample=False, adapter_names=["a1"])
+    assert torch.equal(got, oracle_tokens(llama, ["a1"], inputs, do_sample=False))
+
+
+def test_encoder_decoder(case_of):
+    case = case_of("t5")
+    torch.manual_seed(0)
+    inputs = seq2seq_inputs(3, 6)
+    del inputs["decoder_input_ids"]
+    names = ["a1", None, "a2"]
+    cm = case.compile()
+    for kwargs in ({"do_sample": False}, {"do_sample": False, "num_beams": 2}):
+        got = cm.generate(**inputs, **FIXED, **kwargs, adapter_names=names)
+        assert torch.equal(got, oracle_tokens(case, names, inputs, **kwargs))
+    assert "forward" not in vars(cm.model)
+    assert "forward" not in vars(cm.model.get_encoder())
+
+
+def test_forward_is_put_back(served):
+    """After success, after an exception in the middle, and with a forward of the user's own."""
+    model, inputs = served.model, prompts(2)
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("stopped in the middle")
+
+    with pytest.raises(RuntimeError, match="stopped in the middle"):
+        served.generate(**inputs, **FIXED, stopping_criteria=[fail], adapter_names=["a0", None])
+    assert "forward" not in vars(model)
+    own = type(model).forward.__get__(model)
+    model.forward = own
+    try:
+        served.generate(**inputs, **FIXED, do_sample=False, adapter_names=["a0", None])
+        assert vars(model)["forward"] is own
+    finally:
+        del model.forward
+
+
+def test_no_nested_compile(served, monkeypatch):
+    """transformers would compile a static cache's decode by itself; the user may not be able to
+    tell, so disable_compile is set for them."""
+    seen = []
+    model = served.model
+    original = type(model).generate
+
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs.get("disable_compile"))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "generate", generate)
+    served.generate(**prompts(2), **FIXED, do_sample=False, adapter_names=["a0", None])
+    assert seen == [True]
+
+
+def test_what_cannot_be_generated(served, plain):
+    inputs = prompts(3)
+    with pytest.raises(BatchError, match="adapter_names has 2 entries and the batch has 3 rows"):
+        served.generate(**inputs, **FIXED, adapter_names=["a0", None])
+    with pytest.raises(UnknownAdapterError, match="no adapter named 'a9'; nearest: a4"):
+        served.generate(**inputs, **FIXED, adapter_names=["a9", None, None])
+    assert "forward" not in vars(served.model)
+    with pytest.raises(LorafxError, match=r"PlainModel has no generate\(\); call the model itself"):
+        plain.compile().generate(ids=torch.zeros(1, 2).long())

@@ -1,0 +1,188 @@
+"""Graphs: captured once for every mix, adapter, batch size and length, and never shared wrongly."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch._dynamo
+from dense_merge import REFERENCE, check_mixed, error, random_base
+from oracle import Oracle, save_adapter
+from tiny_models import FAMILIES, token_inputs
+from torch import nn
+from torch._dynamo.utils import counters
+
+import lorafx
+from lorafx.errors import CaptureError
+
+
+def frames() -> int:
+    """Frames that Dynamo has compiled in this process."""
+    return counters["frames"]["ok"]
+
+
+def test_twenty_mixes_and_a_swap_on_one_graph(llama):
+    cm = llama.compile(options={"verify": "off"})
+    draw = random.Random(0)
+    torch.manual_seed(0)
+    check_mixed(cm, llama, ["a0", None, "a1", "a2"], token_inputs(4, 6))
+    captured, seen, mixes = cm.recompiles, frames(), set()
+    while len(mixes) < 20:
+        names = tuple(draw.choice([None, "a0", "a1", "a2", "a3", "a4"]) for _ in range(4))
+        if any(names):
+            mixes.add(names)
+            inputs = token_inputs(4, draw.randrange(2, 12))
+            if len(mixes) % 5 == 0:
+                check_mixed(cm, llama, names, inputs)
+            else:
+                cm(**inputs, adapter_names=names)
+    cm.unload_adapter("a2")
+    cm.load_adapter(llama.folders["a4"], "a2")  # another adapter under a known name
+    inputs = token_inputs(4, 5)
+    want = llama.expected(["a4", "a0", None, "a4"], inputs)
+    got = cm(**inputs, adapter_names=["a2", "a0", None, "a4"]).logits
+    assert error(got, want) <= 1e-5
+    check_mixed(cm, llama, ["a3", "a1", "a0"], token_inputs(3, 7))
+    assert (cm.recompiles, frames()) == (captured, seen)
+
+
+def test_batch_as_long_as_the_sequence_is_no_common_symbol(plain):
+    """(5, 5) then (5, 7): with duck shaping batch and length would be one symbol."""
+    torch.manual_seed(0)
+    cm, feed = plain.compile(), FAMILIES["plain"].inputs
+    names = ["a0", None, "a1", "a3", "a2"]
+    check_mixed(cm, plain, names, feed(5, 5))
+    captured = cm.recompiles
+    check_mixed(cm, plain, names, feed(5, 7))
+    check_mixed(cm, plain, names[:4], feed(4, 5))
+    assert cm.recompiles == captured == 1
+    assert torch.fx.experimental._config.use_duck_shape  # the user's own setting is back
+
+
+def test_growing_batches_beyond_the_first_buffer_of_slots(plain):
+    torch.manual_seed(0)
+    cm, feed = plain.compile(), FAMILIES["plain"].inputs
+    for rows in (3, 70, 5, 200):
+        names = [("a0", None, "a1")[row % 3] for row in range(rows)]
+        check_mixed(cm, plain, names, feed(rows, 2))
+    assert cm.recompiles == 1
+
+
+def test_load_and_unload_between_calls(plain, tmp_path):
+    torch.manual_seed(0)
+    cm, feed = plain.compile(), FAMILIES["plain"].inputs
+    check_mixed(cm, plain, ["a0", "a1", None], feed(3, 4))
+    captured = cm.recompiles
+    folder = save_adapter(plain.base, tmp_path / "new", rank=4, targets=["up", "down"], seed=9)
+    oracle = Oracle.of(plain.base, {"new": folder})
+    cm.load_adapter(folder, "new")
+    assert cm.adapters == ("a0", "a1", "a2", "a3", "a4", "new")
+    inputs = feed(2, 3)
+    got = cm(**inputs, adapter_names=["new", "a1"])["logits"]
+    assert error(got[:1], oracle.rows(["new"], {"ids": inputs["ids"][:1]})[0]) <= 1e-5
+    cm.unload_adapter("new")
+    with pytest.raises(lorafx.UnknownAdapterError, match="no adapter named 'new'"):
+        cm(**inputs, adapter_names=["new", "a1"])
+    check_mixed(cm, plain, ["a2", "a1"], inputs)
+    assert cm.recompiles == captured
+
+
+class Block(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(size, 2 * size)
+        self.gate = nn.Linear(size, 2 * size)
+        self.down = nn.Linear(2 * size, size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Dynamo compiles this frame once for all layers: the break makes each block a frame.
+        torch._dynamo.graph_break()
+        return x + self.down(torch.tanh(self.gate(x)) * self.up(x))
+
+
+class Stack(nn.Module):
+    def __init__(self, layers: int = 12, size: int = 8) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(size) for _ in range(layers))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        for layer in self.layers:
+            x = layer(x)
+        return {"logits": x}
+
+
+def stack(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return Stack().eval().requires_grad_(False)
+
+
+def test_twelve_layers_that_share_graphs_each_with_its_own_adapters(tmp_path):
+    """Layers of one class share graphs where Dynamo breaks them out; weights, packed weights and
+    banks of one must not be another's, and adapters of some layers leave the others alone."""
+    base = stack(0)
+    plans = {"some": ["layers.3.up", "layers.7.down", "layers.11.gate"], "all": ["up", "down"]}
+    folders = {
+        name: save_adapter(base, tmp_path / name, rank=3, targets=plan)
+        for name, plan in plans.items()
+    }
+    oracle = Oracle.of(base, folders)
+    cm = lorafx.compile(base, folders, options=REFERENCE)
+    inputs = {"x": torch.randn(4, 3, 8)}
+    for name in ("some", "all", None, "some"):
+        got = cm(**inputs, adapter_names=[name] * 4)["logits"]
+        assert error(got, oracle.rows([name] * 4, inputs)[0]) <= 1e-5
+    assert cm.recompiles < 12  # fewer graphs than layers: they are shared
+
+
+def test_two_models_of_one_class(tmp_path):
+    """Each has its own weights and adapters; the second must never get the first one's graph."""
+    models = [random_base("plain"), random_base("plain")]
+    with torch.no_grad():
+        for parameter in models[1].parameters():
+            parameter.mul_(-0.7)
+    oracles, compiled = [], []
+    for index, model in enumerate(models):
+        folder = save_adapter(
+            model, tmp_path / str(index), rank=2 + index, targets=["up", "gate", "head"], seed=index
+        )
+        oracles.append(Oracle.of(model, {"x": folder}))
+        compiled.append(lorafx.compile(model, {"x": folder}, options=REFERENCE))
+    torch.manual_seed(1)
+    inputs = FAMILIES["plain"].inputs(3, 4)
+    names = ["x", None, "x"]
+    for _ in range(2):
+        for cm, oracle in zip(compiled, oracles, strict=True):
+            got = cm(**inputs, adapter_names=names)["logits"]
+            assert error(got, oracle.rows(names, inputs)[0]) <= 1e-5
+    wrong = oracles[0].rows(names, inputs)[0]
+    assert error(compiled[1](**inputs, adapter_names=names)["logits"], wrong) > 0.1
+
+
+def test_ten_shapes_then_generation_without_eager(llama):
+    """Dynamo's own limit of eight graphs a code object, and its silent eager after, stay away."""
+    cm = llama.compile(options={"verify": "off"})
+    torch.manual_seed(0)
+    names = ["a1", None, "a0", "a3"]
+    for rows, length in ((1, 3), (2, 2), (3, 9), (4, 4), (1, 1), (2, 7), (4, 1), (3, 3), (2, 1)):
+        cm(**token_inputs(rows, length), adapter_names=names[:rows])
+        cm(**token_inputs(rows, length))
+    fixed = {"pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 3, "do_sample": False}
+    inputs = token_inputs(3, 10)
+    got = cm.generate(**inputs, **fixed, adapter_names=names[:3])
+    captured, seen = cm.recompiles, frames()
+    assert torch.equal(got, cm.generate(**inputs, **fixed, adapter_names=names[:3]))
+    assert (cm.recompiles, frames()) == (captured, seen)
+    for row, name in enumerate(names[:3]):
+        one = {key: value[row : row + 1] for key, value in inputs.items()}
+        assert torch.equal(got[row], llama.alone(name).generate(**one, **fixed)[0])
+
+
+def test_the_recompile_limit_is_an_error_not_silent_eager(plain):
+    cm = plain.compile(options={"recompile_limit": 1}, dynamic=False)
+    feed = FAMILIES["plain"].inputs
+    torch.manual_seed(0)
+    check_mixed(cm, plain, ["a0", "a1"], feed(2, 3))
+    with pytest.raises(CaptureError, match=r"PlainModel has 1 graphs.*recompile_limit"):
+        cm(**feed(3, 4), adapter_names=["a0", "a1", None])
+    check_mixed(cm, plain, ["a0", "a1"], feed(2, 3))
