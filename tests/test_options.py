@@ -1,0 +1,371 @@
+"""Options, the forms of `lora_config`, adapters by name, and what explain and the dumps say."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import oracle
+import peft
+import pytest
+import torch
+from dense_merge import REFERENCE, Case, check_mixed, error
+from tiny_models import FAMILIES
+from torch import fx
+
+import lorafx
+from lorafx import pipeline
+from lorafx.context import FUSED_OP, SITE_OP, Context
+from lorafx.errors import ProvenanceError, VerifyError
+from lorafx.frame import arguments_of
+
+NAMES = ["a1", None, "a3", "a0"]
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    torch.manual_seed(0)
+    return FAMILIES["plain"].inputs(len(NAMES), 4)
+
+
+def edits(cm: Any) -> dict[str, int]:
+    report = cm._session.backend.records[-1].report
+    return {item.name: item.edits for item in report.passes}
+
+
+def forms(cm: Any) -> set[str]:
+    return {state.form for state in cm._session.backend.records[-1].states}
+
+
+# Passes
+
+
+@pytest.mark.parametrize(
+    ("passes", "left"),
+    [
+        ({}, {"packed", "fused", "mark"}),
+        ({"pack": False}, {"fused", "mark"}),
+        ({"fuse": False}, {"mark"}),
+        ({"plan": False}, {"packed", "fused", "mark"}),
+        ({"fuse": False, "pack": False, "plan": False}, {"mark"}),
+    ],
+)
+def test_the_same_numbers_without_a_pass(plain, inputs, passes, left):
+    cm = plain.compile(options={"passes": passes})
+    check_mixed(cm, plain, NAMES, inputs)
+    assert forms(cm) == left
+    assert not {name for name, on in passes.items() if not on} & set(edits(cm))
+
+
+def test_without_provenance_mixed_batches_are_refused(plain, inputs):
+    cm = plain.compile(options={"passes": {"provenance": False}})
+    check_mixed(cm, plain, ["a1"] * 4, inputs)
+    assert torch.equal(cm(**inputs)["logits"], plain.base(**inputs)["logits"])
+    with pytest.raises(ProvenanceError, match=r"not proved|could not be traced"):
+        cm(**inputs, adapter_names=NAMES)
+
+
+def test_max_edits_stops_rewriting(plain, inputs):
+    """Each budget gives the same numbers for one adapter; the first that does not is the edit to
+    blame."""
+    full = plain.compile()
+    check_mixed(full, plain, ["a1"] * 4, inputs)
+    done = []
+    for budget in (0, 3, 10, 1000):
+        cm = plain.compile(options={"max_edits": budget})
+        check_mixed(cm, plain, ["a1"] * 4, inputs)
+        done.append(sum(edits(cm)[name] for name in ("provenance", "fuse", "pack")))
+    assert done[0] == 0
+    assert done == sorted(done)
+    assert done[-1] == sum(edits(full)[name] for name in ("provenance", "fuse", "pack"))
+    assert done[1] == 3
+
+
+# Verification
+
+
+@dataclass(frozen=True)
+class Doubles:
+    """A broken pass: every fused node gives twice its result."""
+
+    name: str = "doubles"
+    required: bool = False
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        for node in gm.graph.find_nodes(op="call_function", target=FUSED_OP):
+            with gm.graph.inserting_after(node):
+                twice = ctx.call(gm.graph, torch.ops.aten.mul.Tensor, (node, 2.0))
+            node.replace_all_uses_with(
+                twice, delete_user_cb=lambda user, own=twice: user is not own
+            )
+        return 1
+
+
+@dataclass(frozen=True)
+class Loses:
+    """A broken pass: drops the LoRA of every site that is still a mark."""
+
+    name: str = "loses"
+    required: bool = False
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        for node in gm.graph.find_nodes(op="call_function", target=SITE_OP):
+            node.replace_all_uses_with(arguments_of(node)[1])
+            gm.graph.erase_node(node)
+        return 1
+
+
+@dataclass(frozen=True)
+class Reshapes:
+    """A broken pass: the graph's output gets another shape."""
+
+    name: str = "reshapes"
+    required: bool = False
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        output = gm.graph.output_node()
+        (result, *rest) = output.args[0]
+        with gm.graph.inserting_before(output):
+            flat = ctx.call(gm.graph, torch.ops.aten.view.default, (result, [-1]))
+        output.args = ((flat, *rest),)
+        return 1
+
+
+def broken(monkeypatch, after: str, item: Any) -> None:
+    passes = []
+    for own in pipeline.PIPELINE:
+        passes += [own, item] if own.name == after else [own]
+    monkeypatch.setattr(pipeline, "PIPELINE", tuple(passes))
+
+
+def failing(plain: Case, inputs: Any, **options: Any) -> str:
+    with pytest.raises(Exception, match="pass") as caught:
+        plain.compile(options=options)(**inputs, adapter_names=NAMES)
+    found: BaseException | None = caught.value
+    while found is not None and not isinstance(found, VerifyError):
+        found = found.__cause__ or getattr(found, "inner_exception", None)
+    assert found is not None, caught.value
+    return str(found)
+
+
+def test_numeric_verification_names_the_pass_that_broke_it(plain, inputs, monkeypatch):
+    broken(monkeypatch, "fuse", Doubles())
+    message = failing(plain, inputs, verify="numeric")
+    assert "after pass 'doubles' output 0 differs by" in message
+    assert "Options(passes={'doubles': False})" in message
+
+
+def test_the_broken_pass_can_be_switched_off(plain, inputs, monkeypatch):
+    broken(monkeypatch, "fuse", Doubles())
+    options = {"verify": "numeric", "passes": {"doubles": False}}
+    check_mixed(plain.compile(options=options), plain, NAMES, inputs)
+
+
+def test_without_numeric_verification_nothing_would_notice(plain, inputs, monkeypatch):
+    """The test above could not fail if the broken pass did nothing."""
+    broken(monkeypatch, "fuse", Doubles())
+    got = plain.compile()(**inputs, adapter_names=NAMES)["logits"]
+    assert error(got, plain.expected(NAMES, inputs)) > 1e-2
+
+
+def test_lint_names_the_pass_that_lost_a_site(plain, inputs, monkeypatch):
+    broken(monkeypatch, "provenance", Loses())
+    message = failing(plain, inputs, verify="lint")
+    assert message.startswith("pass 'loses' lost the LoRA of ")
+    assert "gate" in message
+
+
+def test_lint_names_the_pass_that_changed_an_output(plain, inputs, monkeypatch):
+    broken(monkeypatch, "match", Reshapes())
+    assert "pass 'reshapes' changed the graph's outputs from" in failing(plain, inputs)
+
+
+@pytest.mark.parametrize("names", [["a1"] * 4, NAMES])
+def test_numeric_verification_passes_what_is_right(plain, inputs, names):
+    check_mixed(plain.compile(options={"verify": "numeric"}), plain, names, inputs)
+
+
+# Dumps and explain
+
+
+def dumped(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "graph-0-lora").iterdir())
+
+
+PASSES = ["captured", "match", "provenance", "fuse", "pack", "plan", "lower"]
+
+
+def test_dumps(plain, inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORAFX_DUMP", str(tmp_path / "environment"))
+    cm = plain.compile()
+    cm(**inputs, adapter_names=NAMES)
+    monkeypatch.delenv("LORAFX_DUMP")
+    by_option = plain.compile(options={"dump": str(tmp_path / "option")})
+    by_option(**inputs, adapter_names=NAMES)
+    assert cm.dump(tmp_path / "method") == tmp_path / "method"
+    expected = sorted(
+        [f"{i:02d}-{name}.py" for i, name in enumerate(PASSES)]
+        + [f"{i:02d}-{name}.diff" for i, name in enumerate(PASSES) if i]
+    )
+    for folder in ("environment", "option", "method"):
+        assert dumped(tmp_path / folder) == expected
+    text = (tmp_path / "method" / "graph-0-lora" / "04-pack.diff").read_text()
+    assert text.startswith("# graph 0 lora, after pack: 2 edits")
+    assert "+" in text
+    assert "lorafx.fused_linear" in text
+    assert "sites: 5" in (tmp_path / "method" / "explain.txt").read_text()
+
+
+def test_explain(plain, inputs):
+    cm = plain.compile()
+    cm(**inputs, adapter_names=NAMES)
+    cm(**inputs)
+    text = str(cm.explain())
+    for line in (
+        "sites: 5",
+        "up: Linear as Linear, 12 -> 20, float32",
+        "embed: Embedding as Embedding, 61 -> 12, float32",
+        "8 slots of rank up to 8",
+        "[up, gate, head] of (root)",
+        "a3: rank 8, 2 sites, slot",
+        "a4: rank 1, 1 sites, in host memory",
+        "graphs: 2",
+        "graph 0 lora",
+        "graph 1 base",
+        "pack (root): [up, gate]",
+        "plan: aten",
+        "a request",
+    ):
+        assert line in text, line
+    assert "refused" not in text
+
+
+def test_explain_before_anything_is_compiled(plain):
+    model = plain.model()
+    text = str(lorafx.explain(model, plain.folders))
+    assert "sites: 5" in text
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_explain_tells_of_refusals(plain, inputs):
+    cm = plain.compile(options={"max_edits": 0})
+    cm(**inputs, adapter_names=["a1"] * 4)
+    text = str(cm.explain())
+    assert "no map: Options.max_edits is used up" in text
+    assert "refused (mixed): up: Options.max_edits is used up" in text
+    with pytest.raises(ProvenanceError, match=r"Options\.max_edits is used up"):
+        cm(**inputs, adapter_names=NAMES)
+
+
+# Forms of the configuration
+
+
+def test_example_inputs_capture_at_once(plain, inputs):
+    for example in (inputs, list(inputs.values())):
+        cm = plain.compile(example_inputs=example)
+        assert cm.recompiles == 2
+        check_mixed(cm, plain, NAMES, inputs)
+        assert torch.equal(cm(**inputs)["logits"], plain.base(**inputs)["logits"])
+        assert cm.recompiles == 2
+
+
+def test_forms_of_lora_config(plain, inputs):
+    folder = plain.folders["a1"]
+    one = {"one": folder}
+    config = lorafx.LoraConfig(target_modules="all-linear", max_rank=8, max_adapters=3)
+    every = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["up", "gate", "down", "head"])
+    cases = [
+        ((one,), {}, "one"),
+        ((str(folder),), {}, "default"),
+        ((folder,), {}, "default"),
+        ((config,), {"adapters": one}, "one"),
+        ((None,), {"adapters": one}, "one"),
+        ((every,), {"adapters": one}, "one"),
+        ((every.to_dict(),), {"adapters": one}, "one"),
+        (({"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},), {"adapters": one}, "one"),
+    ]
+    want = plain.expected(["a1", None, "a1", "a1"], inputs)
+    sites = {"up", "gate", "down", "head"}
+    for args, kwargs, name in cases:
+        cm = lorafx.compile(plain.model(), *args, **kwargs, options=REFERENCE)
+        assert cm.adapters == (name,)
+        assert {site.path for site in cm.sites} == sites
+        got = cm(**inputs, adapter_names=[name, "__base__", name, name])["logits"]
+        assert error(got, want) <= 1e-5
+
+
+def test_no_configuration_means_every_linear(plain):
+    cm = lorafx.compile(plain.model(), options=REFERENCE)
+    assert {site.path for site in cm.sites} == {"up", "gate", "down", "head"}
+    assert cm.adapters == ()
+
+
+def test_a_peft_model_is_taken_over(plain, inputs):
+    """Its adapters are loaded, its active one is the default, its wrappers are gone."""
+    base = copy.deepcopy(plain.base)
+    wrapped = peft.PeftModel.from_pretrained(base, str(plain.folders["a1"]), adapter_name="a1")
+    for name in ("a0", "a2"):
+        wrapped.load_adapter(str(plain.folders[name]), adapter_name=name)
+    wrapped.set_adapter("a2")
+    cm = lorafx.compile(wrapped, options=REFERENCE)
+    assert cm.adapters == ("a1", "a0", "a2")
+    assert isinstance(cm.model, type(plain.base))
+    assert not any("lora" in name for name, _ in cm.model.named_parameters())
+    got = cm(**inputs)["logits"]  # the active adapter is the default
+    assert error(got, plain.expected(["a2"] * 4, inputs)) <= 1e-5
+    check_mixed(cm, plain, ["a1", None, "a2", "a0"], inputs)
+    cm.set_adapter(None)
+    assert torch.equal(cm(**inputs)["logits"], plain.base(**inputs)["logits"])
+
+
+# Adapters by name
+
+
+def test_the_default_adapter(plain, inputs):
+    cm = plain.compile()
+    cm.set_adapter("a1")
+    assert error(cm(**inputs)["logits"], plain.expected(["a1"] * 4, inputs)) <= 1e-5
+    names = [None, "__base__", "a1", "a0"]  # None is the base, not the default
+    check_mixed(cm, plain, names, inputs)
+    cm.set_adapter("__base__")
+    assert torch.equal(cm(**inputs)["logits"], plain.base(**inputs)["logits"])
+    cm.set_adapter("a1")
+    cm.unload_adapter("a1")  # the base model is the default again
+    assert torch.equal(cm(**inputs)["logits"], plain.base(**inputs)["logits"])
+
+
+def test_slots_are_evicted_by_least_recent_use_and_kept_by_pins(plain, inputs):
+    config = lorafx.LoraConfig(max_adapters=2, max_rank=8)
+    cm = lorafx.compile(plain.model(), config, adapters=plain.folders, options=REFERENCE)
+
+    def resident() -> set[str]:
+        text = str(cm.explain())
+        return {name for name in cm.adapters if f"{name}: rank" in text and _slot(text, name)}
+
+    def _slot(text: str, name: str) -> bool:
+        line = next(line for line in text.splitlines() if line.strip().startswith(f"{name}: rank"))
+        return "slot" in line
+
+    check_mixed(cm, plain, ["a1", "a0", None, "a1"], inputs)
+    check_mixed(cm, plain, ["a1", None, None, "a1"], inputs)
+    check_mixed(cm, plain, ["a3", None, None, "a3"], inputs)  # a0 was used longest ago
+    assert resident() == {"a1", "a3"}
+    cm.pin_adapter("a1")
+    for name in ("a2", "a4", "a0"):
+        check_mixed(cm, plain, [name, None, "a1", name], inputs)
+        assert resident() == {"a1", name}
+    cm.unpin_adapter("a1")
+    check_mixed(cm, plain, ["a2", "a3", "a3", "a2"], inputs)
+    assert resident() == {"a2", "a3"}
+    assert cm.recompiles == 1
+
+
+def test_the_oracle_tells_adapters_apart(plain, inputs):
+    """What the tests of this file compare with would notice a mix-up of any two adapters."""
+    rows = {name: plain.expected([name] * 4, inputs) for name in (None, *plain.folders)}
+    names = list(rows)
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            assert oracle.difference([rows[first]], [rows[second]]) > 1e-3
