@@ -19,7 +19,7 @@ from lorafx.passes.match import Match
 from lorafx.passes.pack import Pack
 from lorafx.passes.plan import Plan
 from lorafx.passes.provenance import Provenance
-from lorafx.verify import check_graph
+from lorafx.verify import check_graph, output_signature
 
 
 class GraphPass(Protocol):
@@ -83,6 +83,7 @@ def run_pipeline(
     """
     options = ctx.program.options
     report = PipelineReport()
+    outputs = output_signature(gm)
     dump.graph("captured", gm)
     if after_pass is not None:
         after_pass("captured", gm)
@@ -94,7 +95,7 @@ def run_pipeline(
         gm.graph.eliminate_dead_code(_is_impure)
         gm.recompile()
         if options.verify != "off":
-            check_graph(item.name, gm, ctx)
+            check_graph(item.name, gm, ctx, outputs)
         seconds = time.perf_counter() - start
         report.passes.append(PassReport(item.name, edits, seconds, len(gm.graph.nodes)))
         dump.graph(item.name, gm, edits=edits, seconds=seconds)

@@ -25,8 +25,11 @@ from lorafx.frame import fake_value
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
-def check_graph(pass_name: str, gm: fx.GraphModule, ctx: Context) -> None:
-    """Structure, fake values, and that no site was lost.
+def check_graph(pass_name: str, gm: fx.GraphModule, ctx: Context, outputs: Sequence[str]) -> None:
+    """Structure, fake values, that no site was lost, and that the outputs still are `outputs`.
+
+    Args:
+        outputs: `output_signature` of the graph as captured.
 
     Raises:
         VerifyError: naming the pass, and what it broke.
@@ -43,11 +46,10 @@ def check_graph(pass_name: str, gm: fx.GraphModule, ctx: Context) -> None:
     for node in gm.graph.nodes:
         if node.op == "call_function" and "val" not in node.meta and _returns(node):
             raise VerifyError(f"pass {pass_name!r} left node {node.name} without a fake value")
-    signature = _output_signature(gm)
-    expected = ctx.frame.__dict__.setdefault("_output_signature", signature)
-    if signature != expected:
+    signature = output_signature(gm)
+    if signature != outputs:
         raise VerifyError(
-            f"pass {pass_name!r} changed the graph's outputs from {expected} to {signature}"
+            f"pass {pass_name!r} changed the graph's outputs from {outputs} to {signature}"
         )
 
 
@@ -56,7 +58,8 @@ def _returns(node: fx.Node) -> bool:
     return not isinstance(node.target, torch._ops.OpOverload) or bool(node.target._schema.returns)
 
 
-def _output_signature(gm: fx.GraphModule) -> list[str]:
+def output_signature(gm: fx.GraphModule) -> list[str]:
+    """Shape and dtype of each of the graph's outputs."""
     output = next(node for node in gm.graph.nodes if node.op == "output")
     values = [
         fake_value(item) if isinstance(item, fx.Node) else item
