@@ -21,6 +21,7 @@ from lorafx.context import Context, Refusal, SiteState
 from lorafx.dump import GraphDump, dump_folder
 from lorafx.errors import MatchError, ProvenanceError
 from lorafx.frame import Frame
+from lorafx.handover import Handover
 from lorafx.lowering import Lowering, lowering_for
 from lorafx.pipeline import PipelineReport, run_pipeline
 from lorafx.program import Program
@@ -40,6 +41,17 @@ class GraphRecord:
     report: PipelineReport = field(default_factory=PipelineReport)
     states: list[SiteState] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    handover: Handover = field(default_factory=Handover)
+
+    def refuse_changed(self, program: Program) -> None:
+        """Refuse the running batch: an input is not what it was when the graph was captured."""
+        touched = [state.site.path for state in self.states if program.is_touched(state.site)]
+        if touched:
+            raise ProvenanceError(
+                f"this batch mixes adapters, and at {', '.join(touched)} a tensor comes from "
+                "elsewhere than when the graph was captured, so it is not proved which request a "
+                "row belongs to. Run one adapter a batch"
+            )
 
     def check(self, program: Program) -> None:
         """Refuse the running batch where this graph cannot serve it.
@@ -76,6 +88,8 @@ class Backend:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.records: list[GraphRecord] = []
+        #: Some graph takes what another made: results are worth keeping note of.
+        self.several_graphs = False
         self.lowering: Lowering = lowering_for(program)
 
     def __call__(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
@@ -92,6 +106,7 @@ class Backend:
         program = self.program
         frame = Frame.of(program, gm.graph, examples)
         lora = program.runtime.active and frame.carries_lora
+        self.several_graphs |= frame.follows_another
         frame.per_token = per_token
         title = f"graph {len(self.records)}{' lora' if lora else ' base'}"
         title += " per token" if per_token else ""
@@ -99,7 +114,7 @@ class Backend:
         frame_id = getattr(compile_id, "frame_id", 0) or 0
         record = GraphRecord(title, frame_id, lora, GraphDump(title, dump_folder(program.options)))
         with progress(f"compiling {title}"):
-            if not lora:
+            if not program.runtime.active:
                 record.dump.graph("captured", gm)
                 executable = self.lowering.base(gm, examples)
             else:
@@ -109,6 +124,7 @@ class Backend:
                     inference_compiler=compiler,
                     decompositions=self.lowering.decompositions(),
                 )(gm, examples)
+                executable = _handing_over(self, record, executable)
         self.records.append(record)
         return executable
 
@@ -134,6 +150,7 @@ class _FrameCompiler:
                 state.use = state.packed_weight = state.packed_bias = None
             record.states.extend(states)
         record.refusals = ctx.refusals
+        record.handover = ctx.handover
         extra = list(self.frame.extra_nodes)
         values = [node.meta["val"] for node in self.frame.extra_nodes.values()]
         executable = self.backend.lowering.compile(gm, [*inputs, *values])
@@ -144,6 +161,27 @@ class _FrameCompiler:
             for (_, _, name), value in zip(extra, values, strict=True)
         ]
         return _executable(program, record, executable, extra, nulls, numeric)
+
+
+def _handing_over(
+    backend: Backend, record: GraphRecord, compiled: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The graph among others of one call: what it takes is checked, what it returns is noted."""
+    program, handover = backend.program, record.handover
+
+    def run(*arguments: Any) -> Any:
+        call = program.call
+        if call is None or not (backend.several_graphs or handover.fresh):
+            return compiled(*arguments)
+        holds = handover.holds(call.ledger, arguments)
+        if not holds and not program.runtime.uniform:
+            record.refuse_changed(program)
+        results = compiled(*arguments)
+        handover.note(call.ledger, arguments, results, known=holds)
+        handover.fresh = False
+        return results
+
+    return run
 
 
 def _executable(

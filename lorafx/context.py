@@ -13,6 +13,7 @@ from torch._guards import detect_fake_mode
 import lorafx.kernels.ops  # noqa: F401  (defines torch.ops.lorafx)
 from lorafx.errors import MatchError
 from lorafx.frame import Frame, FrameInput, InputKind, arguments_of, fake_value
+from lorafx.handover import Handover
 from lorafx.program import BANK_FIELDS, Program
 from lorafx.registry import lookup
 from lorafx.sites import Site
@@ -69,6 +70,7 @@ class Context:
     states: dict[fx.Node, list[SiteState]] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
     edits_left: int | None = None
+    handover: Handover = field(default_factory=Handover)
 
     def __post_init__(self) -> None:
         values = [fake_value(node) for node in self.graph_module.graph.nodes]

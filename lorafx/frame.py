@@ -20,7 +20,9 @@ from lorafx.sites import Group, Site
 if TYPE_CHECKING:
     from lorafx.program import Program
 
-InputKind = Literal["symbol", "weight", "state", "bank", "slots", "packed", "argument", "unknown"]
+InputKind = Literal[
+    "symbol", "weight", "state", "bank", "slots", "packed", "argument", "result", "unknown"
+]
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,11 @@ class FrameInput:
     Attributes:
         kind: "symbol" (a size), "weight" (of a selected site), "state" (another parameter, buffer
             or attribute of a module), "bank", "slots", "packed" (packed base weight or bias),
-            "argument" (of the call), "unknown" (an intermediate of another frame, a global).
+            "argument" (of the call), "result" (of an earlier graph of the call, whose owner was
+            proved there), "unknown" (made between two graphs, a global).
         sites: the sites whose base weight or bias this is.
         group, field: for banks and packed tensors.
-        role: for arguments.
+        role: for arguments and results.
         label: how to name the input in messages.
     """
 
@@ -79,8 +82,24 @@ class Frame:
                 # Dynamo turns Python floats held by modules into 0-d tensors.
                 inputs.append(FrameInput("state", label))
             else:
-                inputs.append(FrameInput("unknown", label))
+                role = program.earlier_result(example)
+                kind: InputKind = "unknown" if role is None else "result"
+                inputs.append(FrameInput(kind, label, role=role))
         return cls(program, inputs)
+
+    @property
+    def follows_another(self) -> bool:
+        """True where some input was made in the running call: the model is in several graphs."""
+        return any(item.kind in ("result", "unknown") for item in self.inputs)
+
+    @property
+    def taken(self) -> dict[int, Role]:
+        """Roles of the inputs that earlier graphs returned, by position."""
+        return {
+            position: item.role
+            for position, item in enumerate(self.inputs)
+            if item.kind == "result" and item.role is not None
+        }
 
     @property
     def carries_lora(self) -> bool:
@@ -100,7 +119,7 @@ class Frame:
         this frame carries requests."""
         for node, item in self.by_node.items():
             value = fake_value(node)
-            if item.kind == "argument" and item.role is not None and item.role.known:
+            if item.kind in ("argument", "result") and item.role is not None and item.role.known:
                 dim = item.role.dim
                 if dim is not None and dim < value.dim():
                     return value.shape[dim]
@@ -139,7 +158,7 @@ def batch_symbols(frame: Frame) -> set[Any]:
         size: Any = None
         if item.kind == "slots":
             size = None if frame.per_token else value.shape[0]
-        elif item.kind == "argument" and item.role is not None and item.role.known:
+        elif item.kind in ("argument", "result") and item.role is not None and item.role.known:
             dim = item.role.dim
             if dim is not None and dim < value.dim():
                 size = value.shape[dim]

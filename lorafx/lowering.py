@@ -33,6 +33,7 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
 
     Inductor lowers the products itself afterwards.
     """
+    import torch._inductor.lowering  # noqa: F401  (max_pool2d's decomposition reaches for it)
     from torch._inductor.decomposition import select_decomp_table
 
     table = dict(select_decomp_table())

@@ -20,7 +20,8 @@ from torch import fx
 
 from lorafx.context import ROWS_ARGUMENT, SITE_OP, SLOTS_ARGUMENT, Context, Refusal
 from lorafx.errors import ProvenanceError
-from lorafx.frame import FrameInput, batch_symbols, fake_value, token_inputs
+from lorafx.frame import Frame, FrameInput, batch_symbols, fake_value, token_inputs
+from lorafx.handover import Handover, results_of
 from lorafx.ownership.emit import Emitter
 from lorafx.ownership.flow import Flow
 from lorafx.ownership.labels import Label, Mixed, Own
@@ -66,11 +67,18 @@ def prove(
     graph: fx.Graph, seeds: Mapping[fx.Node, Label], batch: BatchSymbols
 ) -> dict[fx.Node, Proof]:
     """The row map of every site node of the graph, or why there is none. Changes nothing."""
+    return prove_results(graph, seeds, batch)[0]
+
+
+def prove_results(
+    graph: fx.Graph, seeds: Mapping[fx.Node, Label], batch: BatchSymbols
+) -> tuple[dict[fx.Node, Proof], Handover]:
+    """`prove`, and what is known about the graph's results."""
     sites = [node for node in graph.nodes if is_site(node)]
     if batch.is_one:
-        return {node: RowMap(ONE) for node in sites}
+        return {node: RowMap(ONE) for node in sites}, Handover()
     flow = flow_through(graph, seeds, batch)
-    return {node: row_map(node, flow) for node in sites}
+    return {node: row_map(node, flow) for node in sites}, results_of(graph, flow.labels)
 
 
 def prove_tokens(
@@ -147,13 +155,16 @@ def apply(
     return done
 
 
+_OF_THE_CALL = ("argument", "result", "unknown")
+
+
 def seeds_of(inputs: Mapping[fx.Node, FrameInput], batch: BatchSymbols) -> dict[fx.Node, Label]:
     """Labels of the graph's inputs from what the frame says that they are."""
     sizes = Sizes(batch)
     seeds: dict[fx.Node, Label] = {}
     for node, item in inputs.items():
         value = fake_value(node)
-        if not isinstance(value, torch.Tensor) or item.kind not in ("argument", "unknown"):
+        if not isinstance(value, torch.Tensor) or item.kind not in _OF_THE_CALL:
             seeds[node] = None
         elif item.kind == "unknown" or item.role is None or not item.role.known:
             seeds[node] = Mixed(f"nothing says which requests the input {item.label} belongs to")
@@ -164,6 +175,10 @@ def seeds_of(inputs: Mapping[fx.Node, FrameInput], batch: BatchSymbols) -> dict[
         else:
             seeds[node] = Own(item.role.dim)
     return seeds
+
+
+def _results(frame: Frame) -> list[fx.Node]:
+    return [node for node, item in frame.by_node.items() if item.kind == "result"]
 
 
 @dataclass(frozen=True)
@@ -180,11 +195,16 @@ class Provenance:
         else:
             seeds = seeds_of(ctx.frame.by_node, batch)
             if ctx.frame.per_token:
+                # Which token a result of an earlier graph belongs to was not kept.
+                seeds.update(dict.fromkeys(_results(ctx.frame), Mixed("of an earlier graph")))
                 proofs = prove_tokens(gm.graph, seeds, batch, token_inputs(ctx.frame))
             else:
-                proofs = prove(gm.graph, seeds, batch)
-            allowed = {node: proof for node, proof in proofs.items() if ctx.take_edit()}
-            proofs = {**proofs, **apply(gm.graph, allowed, batch)}
+                proofs, ctx.handover = prove_results(gm.graph, seeds, batch)
+                ctx.handover.taken = ctx.frame.taken
+            for node, proof in proofs.items():
+                if isinstance(proof, RowMap) and not ctx.take_edit():
+                    proofs[node] = Unproved("Options.max_edits is used up")
+            proofs = apply(gm.graph, proofs, batch)
         for node, proof in proofs.items():
             for state in ctx.states.get(node, ()):
                 state.rows = str(proof) if isinstance(proof, RowMap) else f"no map: {proof.reason}"

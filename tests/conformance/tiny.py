@@ -10,6 +10,7 @@ nested configurations too. `OVERRIDES` holds what no rule gives. Weights are dra
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -103,9 +104,25 @@ LISTS: dict[str, int] = {
     "attention_window": 4,
 }
 
+SWIN = {"image_size": 64, "patch_size": 2}  # no stage smaller than a window
+
 #: By model type, what the rules do not give.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
+    "convnext": {"image_size": 64},
+    "convnextv2": {"image_size": 64},
+    "cvt": {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 2, 2]},
+    "donut-swin": {"embed_dim": 16, "num_heads": [1, 2, 4, 8], **SWIN},
+    "efficientnet": {"width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640},
+    "esm": {"vocab_size": VOCAB, "mask_token_id": 4, "pad_token_id": 0},
+    "hiera": {"embed_dim": 16, "image_size": [64, 64]},
+    "levit": {"image_size": 64, "patch_size": 16},
+    "mobilevitv2": {"image_size": 64, "patch_size": 2},
+    "mobilebert": {"embedding_size": 32, "true_hidden_size": 32, "intra_bottleneck_size": 32},
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+    "perceiver": {"d_latents": 64, "num_latents": 8, "num_self_attends_per_block": 1},
+    "swin": {"embed_dim": 16, "num_heads": [1, 2, 4, 8], **SWIN},
+    "swinv2": {"embed_dim": 16, "num_heads": [1, 2, 4, 8], **SWIN},
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
     },
@@ -120,7 +137,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "hunyuan_v1_dense": {"head_dim": HEAD_DIM},
-    "hunyuan_v1_moe": {"head_dim": HEAD_DIM},
+    "hunyuan_v1_moe": {"head_dim": HEAD_DIM, "num_experts": 4, "moe_topk": 2},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 4, "head_dim": 32},
@@ -321,14 +338,7 @@ def inputs(
         channels = _first(config, "num_channels", 3)
         found["pixel_values"] = noise(batch, channels, height, width)
     elif main == "input_features":
-        bins = _first(config, "num_mel_bins", _first(config, "feature_projection_input_dim", 16))
-        frames = 2 * _first(config, "max_source_positions", 32)
-        if _accepts(model, "attention_mask") and kind == "audio":
-            frames = 32
-        whisper_like = frames == 2 * _first(config, "max_source_positions", -1)
-        found["input_features"] = (
-            noise(batch, bins, frames) if whisper_like else noise(batch, frames, bins)
-        )
+        found["input_features"] = noise(batch, *_feature_shape(config))
     elif main == "input_values":
         if hasattr(config, "max_length") and hasattr(config, "num_mel_bins"):
             found["input_values"] = noise(batch, config.max_length, config.num_mel_bins)
@@ -341,19 +351,31 @@ def inputs(
             if padding and length > 2:
                 mask[0, -1] = 0
             found["attention_mask"] = mask
+    if _accepts(model, "spatial_shapes"):  # patches, unfolded by the processor
+        patch = _first(config, "patch_size", 16)
+        found["pixel_values"] = noise(batch, 16, 3 * patch * patch)
+        found["pixel_attention_mask"] = torch.ones(batch, 16, dtype=torch.long)
+        found["spatial_shapes"] = torch.full((batch, 2), 4)
     if kind == "seq2seq":
-        found["decoder_input_ids"] = tokens(max(2, length - 1))
+        channels = getattr(getattr(config, "decoder_config", None), "num_channels", None)
+        ids = tokens(max(2, length - 1))
+        found["decoder_input_ids"] = ids if channels is None else ids[..., None] % channels
+        if channels is not None:
+            found["decoder_input_ids"] = found["decoder_input_ids"].repeat(1, 1, channels)
     return found
 
 
+def _feature_shape(config: PretrainedConfig) -> tuple[int, int]:
+    """(bins, frames) of encoders with a fixed number of positions, else (frames, bins)."""
+    for name in ("feature_projection_input_dim", "input_feat_per_channel"):
+        if hasattr(config, name):
+            return 32, getattr(config, name)
+    bins, positions = _first(config, "num_mel_bins", 16), _first(config, "max_source_positions", 0)
+    return (bins, 2 * positions) if positions else (32, bins)
+
+
 def _accepts(model: nn.Module, name: str) -> bool:
-    return name in model.forward.__code__.co_varnames or name in _signature(model)
-
-
-def _signature(model: nn.Module) -> Any:
-    import inspect
-
-    return inspect.signature(model.forward).parameters
+    return name in inspect.signature(model.forward).parameters
 
 
 def _vocab(config: PretrainedConfig) -> int:
