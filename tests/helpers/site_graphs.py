@@ -1,0 +1,185 @@
+"""Functional ATen graphs built by hand over the weights and banks of a tiny marked module.
+
+    g = SiteGraph(Module(), rows=[0, 1, -1])
+    x = g.argument(torch.randn(3, 2, K))
+    y = g.call(aten.mm.default, ...)
+    g.output(g.mark("up", x, y))
+    gm, ctx, values = g.finish()
+
+`values` are what `gm` is called with; every node carries its fake value, as after AOTAutograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import lorafx
+from lorafx.context import EMBEDDING_OP, SITE_OP, Context
+from lorafx.frame import Frame, FrameInput
+from lorafx.program import BANK_FIELDS, Program
+from lorafx.roles import Role
+from lorafx.sites import Site
+from lorafx.verify import check_graph, output_signature
+
+SLOTS, RANK = 3, 2
+
+
+@dataclass
+class Finished:
+    gm: fx.GraphModule
+    ctx: Context
+    values: list[Any]
+
+    def run(self, *passes: Any) -> int:
+        """Run passes as the driver does; returns the edits of the last one."""
+        edits, outputs = 0, output_signature(self.gm)
+        for item in passes:
+            edits = item.run(self.gm, self.ctx)
+            self.gm.graph.eliminate_dead_code(lambda n: n.op == "placeholder" or n.is_impure())
+            self.gm.recompile()
+            check_graph(item.name, self.gm, self.ctx, outputs)
+        return edits
+
+    def result(self) -> Any:
+        """The graph's outputs on the values, with what `match` added looked up as at run time."""
+        program, extra = self.ctx.program, []
+        for position, index, name in self.ctx.frame.extra_nodes:
+            if name in ("slot", "slots"):
+                extra.append(program.runtime.slots)
+            else:
+                bank = program.bank_of_weight(self.values[position], index)
+                assert bank is not None
+                extra.append(getattr(bank, name))
+        copies = [v.clone() if isinstance(v, Tensor) else v for v in [*self.values, *extra]]
+        return self.gm(*copies)
+
+    def targets(self) -> list[str]:
+        """The called ops, in order, by name without their namespace's noise."""
+        return [
+            str(node.target.__name__) for node in self.gm.graph.nodes if node.op == "call_function"
+        ]
+
+    def refusals(self) -> list[tuple[str, list[str], str]]:
+        return [(r.when, [s.path for s in r.sites], r.reason) for r in self.ctx.refusals]
+
+
+@dataclass
+class SiteGraph:
+    """Builder of one graph. `rows` are the slots of the requests."""
+
+    module: nn.Module
+    rows: Sequence[int]
+    lowering: str = "reference"
+    targets: Any = None
+    graph: fx.Graph = field(default_factory=fx.Graph)
+
+    def __post_init__(self) -> None:
+        config = lorafx.LoraConfig(target_modules=self.targets, max_adapters=SLOTS, max_rank=RANK)
+        self.compiled = lorafx.compile(
+            self.module.eval().requires_grad_(False), config, options={"lowering": self.lowering}
+        )
+        self.program: Program = self.compiled._session.program
+        self.program.runtime.set_rows(self.rows)
+        torch.manual_seed(1)
+        for group in self.program.groups:
+            for tensor in (group.bank.A, group.bank.B):
+                tensor.normal_(std=0.5)
+            group.bank.ranks.random_(1, RANK + 1)
+            group.bank.scales.uniform_(0.5, 2)
+        self.mode = FakeTensorMode()
+        self.values: list[Any] = []
+        self.inputs: list[FrameInput] = []
+        self._known: dict[int, fx.Node] = {}
+
+    def site(self, path: str) -> Site:
+        return next(site for site in self.program.sites if site.path == path)
+
+    def input(self, value: Tensor, item: FrameInput | None = None) -> fx.Node:
+        """A graph input, one for each tensor; what it is comes from the program."""
+        if id(value) not in self._known:
+            node = self.graph.placeholder(f"arg{len(self.values)}")
+            node.meta["val"] = self.mode.from_tensor(value, static_shapes=True)
+            self.values.append(value)
+            self.inputs.append(item or self.program.known_tensors()[id(value)])
+            self._known[id(value)] = node
+        return self._known[id(value)]
+
+    def argument(self, value: Tensor, dim: int = 0) -> fx.Node:
+        return self.input(value, FrameInput("argument", "x", role=Role("x", dim)))
+
+    def weight(self, path: str, name: str = "weight") -> fx.Node:
+        return self.input(getattr(self.site(path).module, name))
+
+    def bank(self, path: str) -> list[fx.Node]:
+        group, _ = self.program.home(self.site(path))
+        return [
+            *(self.input(getattr(group.bank, name)) for name in BANK_FIELDS),
+            self.input(self.program.runtime.slots),
+        ]
+
+    def declare(self, *paths: str, bias: bool = True, marks: bool = True) -> None:
+        """Make weights, banks and slots inputs; placeholders come before all calls."""
+        for path in paths:
+            self.weight(path)
+            if bias:
+                self.weight(path, "bias")
+            if marks:
+                self.bank(path)
+                self.packed(path)
+
+    def packed(self, path: str) -> tuple[fx.Node | None, fx.Node | None]:
+        group, _ = self.program.home(self.site(path))
+        found = next((p for p in self.program.packed if p.group is group), None)
+        if found is None:
+            return None, None
+        bias = None if found.bias is None else self.input(found.bias)
+        return self.input(found.weight), bias
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        fakes, named = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with self.mode:
+            node.meta["val"] = target(*fakes, **named)
+        return node
+
+    def mark(self, path: str, x: fx.Node, y: fx.Node, rows: int = 0) -> fx.Node:
+        """What the hook of the site leaves in a trace."""
+        site = self.site(path)
+        group, index = self.program.home(site)
+        if site.eligible.kind == "embedding":
+            return self.call(EMBEDDING_OP, x, y, *self.bank(path), rows)
+        packed = self.packed(path)
+        place = (index, group.offsets[index], rows)
+        return self.call(SITE_OP, x, y, *self.bank(path), *place, *packed)
+
+    def output(self, *nodes: fx.Node) -> Finished:
+        self.graph.output(tuple(nodes))
+        gm = fx.GraphModule(nn.Module(), self.graph)
+        frame = Frame(self.program, self.inputs)
+        frame.bind(gm.graph)
+        return Finished(gm, Context(self.program, frame, gm), self.values)
+
+    def merged(self, path: str, x: Tensor) -> Tensor:
+        """x (requests, ..., K) through W + ΔW of each request's slot, in fp64."""
+        site = self.site(path)
+        group, index = self.program.home(site)
+        bank, offset = group.bank, group.offsets[index]
+        weight = getattr(site.module, site.eligible.weight).double()
+        bias = getattr(site.module, "bias", None)
+        out = []
+        for row, slot in zip(x.double(), self.rows, strict=True):
+            full = weight.T if site.eligible.transposed else weight
+            if slot >= 0:
+                r = int(bank.ranks[slot, index])
+                a = bank.A[slot, index * RANK : index * RANK + r].double()
+                b = bank.B[slot, :r, offset : offset + site.out_features].double()
+                full = full + float(bank.scales[slot, index]) * (a.T @ b).T
+            y = row @ full.T
+            out.append(y if bias is None else y + bias.double())
+        return torch.stack(out).float()

@@ -1,0 +1,137 @@
+"""fuse on graphs built by hand: a plain linear and its site become one node, others keep theirs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dense_merge import error
+from site_graphs import SiteGraph
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lorafx.context import FUSED_OP
+from lorafx.frame import arguments_of
+from lorafx.passes.fuse import Fuse
+from lorafx.passes.match import Match
+
+aten = torch.ops.aten
+K, N, B, T = 4, 6, 3, 2
+ROWS = [0, -1, 2]
+
+
+class One(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Linear(K, N)
+
+
+class Bare(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Linear(K, N, bias=False)
+
+
+class Transposed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = Conv1D(N, K)
+
+
+def start(cls=One):
+    torch.manual_seed(0)
+    g = SiteGraph(cls(), ROWS)
+    x = g.argument(torch.randn(B, T, K))
+    g.declare("w", bias=cls is not Bare)
+    return g, x
+
+
+def product(g, x, *, transposed=False):
+    """x (B, T, K) as PyTorch decomposes a linear: views around addmm."""
+    flat = g.call(aten.view.default, x, [B * T, K])
+    weight = g.weight("w")
+    right = weight if transposed else g.call(aten.permute.default, weight, [1, 0])
+    y = g.call(aten.addmm.default, g.weight("w", "bias"), flat, right)
+    return g.call(aten.view.default, y, [B, T, N])
+
+
+@pytest.mark.parametrize("cls", [One, Transposed])
+def test_a_linear_and_its_site_become_one_node(cls):
+    g, x = start(cls)
+    done = g.output(g.mark("w", x, product(g, x, transposed=cls is Transposed), rows=T))
+    want = done.result()[0]
+    assert done.run(Match(), Fuse()) == 1
+    assert done.targets() == ["fused_linear.default"]
+    (node,) = done.ctx.states
+    arguments = arguments_of(node)
+    assert node.target is FUSED_OP
+    assert arguments[0] is x
+    assert list(arguments[8:]) == [[0], [0], [N], T, cls is Transposed]
+    assert done.ctx.states[node][0].form == "fused"
+    assert error(done.result()[0], want) <= 1e-6
+    assert error(want, g.merged("w", done.values[0])) <= 1e-5
+
+
+def test_without_bias_on_two_dimensions():
+    torch.manual_seed(0)
+    g = SiteGraph(Bare(), ROWS)
+    x = g.argument(torch.randn(B, K))
+    g.declare("w", bias=False)
+    y = g.call(aten.mm.default, x, g.call(aten.permute.default, g.weight("w"), [1, 0]))
+    done = g.output(g.mark("w", x, y, rows=1))
+    assert done.run(Match(), Fuse()) == 1
+    assert done.targets() == ["fused_linear.default"]
+    assert error(done.result()[0], g.merged("w", done.values[0])) <= 1e-5
+
+
+def other_reader(g, x):
+    y = product(g, x)
+    return g.mark("w", x, y, rows=T), g.call(aten.relu.default, y)
+
+
+def cast_weight(g, x):
+    cast = g.call(aten._to_copy.default, g.weight("w"), dtype=torch.float64)
+    cast = g.call(aten._to_copy.default, cast, dtype=torch.float32)
+    return (g.mark("w", x, g.call(aten.linear.default, x, cast, g.weight("w", "bias")), rows=T),)
+
+
+def other_input(g, x):
+    """The mark's x is not the product's: a forward that changes its input first."""
+    y = g.call(aten.linear.default, g.call(aten.relu.default, x), g.weight("w"))
+    return (g.mark("w", x, y, rows=T),)
+
+
+def bias_of_another_shape(g, x):
+    flat = g.call(aten.view.default, x, [B * T, K])
+    right = g.call(aten.permute.default, g.weight("w"), [1, 0])
+    wide = g.call(aten.expand.default, g.weight("w", "bias"), [B * T, N])
+    y = g.call(aten.addmm.default, wide, flat, right)
+    return (g.mark("w", x, g.call(aten.view.default, y, [B, T, N]), rows=T),)
+
+
+def batched(g, x):
+    wide = g.call(aten.unsqueeze.default, g.weight("w"), 0)
+    wide = g.call(aten.permute.default, g.call(aten.expand.default, wide, [B, N, K]), [0, 2, 1])
+    return (g.mark("w", x, g.call(aten.bmm.default, x, wide), rows=T),)
+
+
+@pytest.mark.parametrize(
+    "build", [other_reader, cast_weight, other_input, bias_of_another_shape, batched]
+)
+def test_what_is_not_a_plain_linear_keeps_its_op(build):
+    g, x = start()
+    done = g.output(*build(g, x))
+    want = done.result()
+    before = done.targets()
+    assert done.run(Match(), Fuse()) == 0
+    assert done.targets() == before
+    assert {state.form for (state,) in done.ctx.states.values()} == {"mark"}
+    for got, expected in zip(done.result(), want, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_the_budget_of_edits():
+    g, x = start()
+    done = g.output(g.mark("w", x, product(g, x), rows=T))
+    done.ctx.edits_left = 0
+    assert done.run(Match(), Fuse()) == 0
+    assert "site.default" in done.targets()

@@ -1,0 +1,125 @@
+"""lower on graphs built by hand: LoRA nodes become base products and deltas added in place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dense_merge import error
+from site_graphs import SiteGraph
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lorafx.passes.fuse import Fuse
+from lorafx.passes.lower import Lower
+from lorafx.passes.match import Match
+from lorafx.passes.plan import Plan
+
+aten = torch.ops.aten
+K, N, B, T, VOCAB = 4, 6, 3, 2, 7
+ROWS = [0, -1, 2]
+
+
+class Linears(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.with_bias = nn.Linear(K, N)
+        self.without = nn.Linear(K, N, bias=False)
+        self.transposed = Conv1D(N, K)
+        self.embed = nn.Embedding(VOCAB, N)
+
+
+def start(path, x, lowering="inductor"):
+    torch.manual_seed(0)
+    targets = ["with_bias", "without", "transposed", "embed"]
+    g = SiteGraph(Linears(), ROWS, lowering=lowering, targets=targets)
+    node = g.argument(x)
+    g.declare(path, bias=path in ("with_bias", "transposed"))
+    return g, node
+
+
+def product(g, path, x):
+    if path == "transposed":
+        flat = g.call(aten.view.default, x, [B * T, K])
+        y = g.call(aten.addmm.default, g.weight(path, "bias"), flat, g.weight(path))
+        return g.call(aten.view.default, y, [B, T, N])
+    bias = [g.weight(path, "bias")] if path == "with_bias" else []
+    return g.call(aten.linear.default, x, g.weight(path), *bias)
+
+
+def wrapped(done):
+    """The in-place ops inside auto_functionalized."""
+    return [
+        node.args[0]._schema.name.partition("::")[2]
+        for node in done.gm.graph.nodes
+        if node.op == "call_function" and node.target is torch.ops.higher_order.auto_functionalized
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "base"), [("with_bias", "addmm"), ("without", "mm"), ("transposed", "addmm")]
+)
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_fused_linear(path, base, planned):
+    torch.manual_seed(2)
+    x = torch.randn(B, T, K)
+    g, node = start(path, x)
+    done = g.output(g.mark(path, node, product(g, path, node), rows=T))
+    want = g.merged(path, x)
+    steps = (Match(), Fuse(), Plan(), Lower()) if planned else (Match(), Fuse(), Lower())
+    assert done.run(*steps) == 1
+    names = [name.partition(".")[0] for name in done.targets()]
+    assert names.count(base) == 1
+    assert "fused_linear" not in names
+    (op,) = wrapped(done)
+    assert op == "add_delta_" or planned
+    assert error(done.result()[0], want) <= 1e-5
+    (states,) = done.ctx.states.values()
+    assert [state.site.path for state in states] == [path]
+
+
+def test_a_site_that_was_not_fused():
+    """y has another reader, which must see the base's y: the delta may not be written over it."""
+    torch.manual_seed(2)
+    x = torch.randn(B, T, K)
+    g, node = start("with_bias", x)
+    y = product(g, "with_bias", node)
+    done = g.output(g.mark("with_bias", node, y, rows=T), g.call(aten.relu.default, y))
+    want = done.result()
+    assert done.run(Match(), Fuse(), Lower()) == 1
+    assert wrapped(done) == ["add_delta_"]
+    for got, expected in zip(done.result(), want, strict=True):
+        assert error(got, expected) <= 1e-6
+
+
+def test_an_embedding():
+    torch.manual_seed(2)
+    ids = torch.randint(0, VOCAB, (B, T))
+    g, node = start("embed", ids)
+    y = g.call(aten.embedding.default, g.weight("embed"), node)
+    done = g.output(g.mark("embed", node, y, rows=T))
+    want = done.result()[0]
+    base = torch.nn.functional.embedding(ids, g.site("embed").module.weight)
+    assert error(want, base) > 1e-2
+    assert done.run(Match(), Fuse(), Lower()) == 1
+    assert wrapped(done) == ["add_embedding_delta_"]
+    assert error(done.result()[0], want) <= 1e-6
+
+
+def test_inputs_are_not_written():
+    torch.manual_seed(2)
+    x = torch.randn(B, T, K)
+    g, node = start("without", x)
+    done = g.output(g.mark("without", node, product(g, "without", node), rows=T))
+    done.run(Match(), Fuse(), Lower())
+    before = [value.clone() for value in done.values]
+    with torch.no_grad():
+        done.gm(*done.values)
+    assert all(torch.equal(old, new) for old, new in zip(before, done.values, strict=True))
+
+
+def test_the_reference_keeps_the_ops():
+    torch.manual_seed(2)
+    g, node = start("with_bias", torch.randn(B, T, K), lowering="reference")
+    done = g.output(g.mark("with_bias", node, product(g, "with_bias", node), rows=T))
+    assert done.run(Match(), Fuse(), Lower()) == 0
+    assert done.targets() == ["fused_linear.default"]

@@ -1,0 +1,117 @@
+"""pack on graphs built by hand: siblings that share x become one node over the packed weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dense_merge import error
+from site_graphs import SiteGraph
+from torch import nn
+
+from lorafx.frame import arguments_of
+from lorafx.passes.fuse import Fuse
+from lorafx.passes.match import Match
+from lorafx.passes.pack import Pack
+
+aten = torch.ops.aten
+K, B, T = 4, 3, 2
+ROWS = [0, -1, 2]
+SIZES = {"q": 6, "k": 2, "v": 3}
+
+
+class Siblings(nn.Module):
+    def __init__(self, biases: str = "qkv") -> None:
+        super().__init__()
+        for name, size in SIZES.items():
+            setattr(self, name, nn.Linear(K, size, bias=name in biases))
+
+
+def start(biases="qkv", *, inputs=1):
+    torch.manual_seed(0)
+    g = SiteGraph(Siblings(biases), ROWS)
+    xs = [g.argument(torch.randn(B, T, K)) for _ in range(inputs)]
+    for name in SIZES:
+        g.declare(name, bias=name in biases)
+    return g, xs
+
+
+def site(g, name, x, rows=T):
+    bias = [g.weight(name, "bias")] if g.site(name).module.bias is not None else []
+    y = g.call(aten.linear.default, x, g.weight(name), *bias)
+    return g.mark(name, x, y, rows=rows)
+
+
+def check(g, done, inputs):
+    for got, (name, x) in zip(done.result(), inputs, strict=True):
+        assert error(got, g.merged(name, x)) <= 1e-5
+
+
+@pytest.mark.parametrize("biases", ["qkv", "", "qv"])
+def test_siblings_of_one_input_become_one_node(biases):
+    g, (x,) = start(biases)
+    done = g.output(*(site(g, name, x) for name in SIZES))
+    assert done.run(Match(), Fuse(), Pack()) == 1
+    assert done.targets() == ["fused_linear.default", "split_with_sizes.default", *["getitem"] * 3]
+    ((node, states),) = done.ctx.states.items()
+    arguments = arguments_of(node)
+    assert [state.site.path for state in states] == ["q", "k", "v"]
+    assert {state.form for state in states} == {"packed"}
+    assert list(arguments[8:12]) == [[0, 1, 2], [0, 6, 8], [6, 2, 3], T]
+    (packed,) = g.program.packed
+    assert done.values[done.ctx.frame.positions[arguments[1]]] is packed.weight
+    assert (arguments[2] is not None) == bool(biases)
+    check(g, done, [(name, done.values[0]) for name in SIZES])
+
+
+def test_the_order_in_the_graph_does_not_matter():
+    g, (x,) = start()
+    done = g.output(*(site(g, name, x) for name in ("v", "q", "k")))
+    assert done.run(Match(), Fuse(), Pack()) == 1
+    check(g, done, [(name, done.values[0]) for name in ("v", "q", "k")])
+
+
+@pytest.mark.parametrize(("pair", "packs"), [(("q", "k"), 1), (("k", "v"), 1), (("q", "v"), 0)])
+def test_only_neighbours_in_the_packed_weight(pair, packs):
+    """Two of three share x: their rows must follow one another."""
+    g, (x, other) = start(inputs=2)
+    inputs = [(name, x if name in pair else other) for name in SIZES]
+    done = g.output(*(site(g, *item) for item in inputs))
+    assert done.run(Match(), Fuse(), Pack()) == packs
+    assert done.targets().count("fused_linear.default") == 3 - packs
+    values = {x: done.values[0], other: done.values[1]}
+    check(g, done, [(name, values[item]) for name, item in inputs])
+
+
+def test_equal_values_are_not_one_input():
+    """Sharing x is being the same node, not looking alike."""
+    g, (x, twin) = start(inputs=2)
+    done = g.output(site(g, "q", x), site(g, "k", twin))
+    assert done.run(Match(), Fuse(), Pack()) == 0
+
+
+def test_other_row_maps_are_not_packed():
+    g, (x,) = start()
+    done = g.output(site(g, "q", x, rows=T), site(g, "k", x, rows=0))
+    assert done.run(Match(), Fuse(), Pack()) == 0
+
+
+def test_a_view_of_a_part_stands_its_strides():
+    """Columns of the packed y are not contiguous, as tracing took them to be."""
+    g, (x,) = start()
+    q, k = site(g, "q", x), site(g, "k", x)
+    merged = g.call(aten.view.default, q, [B * T, 6])
+    strided = g.call(aten.as_strided.default, k, [B, T], [T * 2, 2])
+    done = g.output(merged, strided)
+    assert done.run(Match(), Fuse(), Pack()) == 1
+    assert "reshape.default" in done.targets()
+    got = done.result()
+    assert error(got[0], g.merged("q", done.values[0]).view(B * T, 6)) <= 1e-5
+    assert error(got[1], g.merged("k", done.values[0])[..., 0]) <= 1e-5
+
+
+def test_the_budget_of_edits():
+    g, (x,) = start()
+    done = g.output(*(site(g, name, x) for name in SIZES))
+    done.ctx.edits_left = 3
+    assert done.run(Match(), Fuse(), Pack()) == 0
+    assert done.targets() == ["fused_linear.default"] * 3
