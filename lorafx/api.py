@@ -94,6 +94,7 @@ def compile(
 def attach(model: nn.Module, lora_config: Any = None) -> nn.Module:
     """Only mark `model`: its sites get banks and forward hooks. Returns the model.
 
+    `lora_config` is as for `compile`; adapters that it names say what to mark and are not loaded.
     A marked model adds the delta to what its modules return, in eager mode for batches of one
     adapter. A weight that is used without calling its module (the out_proj of
     `nn.MultiheadAttention`) is out of a mark's reach; `compile` finds it in the graph.
@@ -112,7 +113,8 @@ def attach(model: nn.Module, lora_config: Any = None) -> nn.Module:
 def explain(model: nn.Module, lora_config: Any = None) -> Explanation:
     """Sites and banks that `lora_config` gives `model`; nothing runs and nothing is changed.
 
-    Bank sizes are computed on the meta device.
+    `lora_config` is as for `compile`, and so are the errors; adapters that it names are not
+    loaded. Bank sizes are computed on the meta device.
     """
     config, _ = _resolve(lora_config, {}, model)
     _, sites = build_sites(model, config)
@@ -143,6 +145,7 @@ def _build(
         attachment.detach()
         raise
     packed = []
+    # Only the `pack` pass reads packed weights, and what it merges is what `fuse` made.
     if options.passes.get("pack", True) and options.passes.get("fuse", True):
         for group in attachment.groups:
             pack = pack_weights(graph, group)
@@ -187,8 +190,7 @@ def _resolve(
         targets, rank = _targets_of(sources)
         return LoraConfig(target_modules=targets, max_rank=rank, max_adapters=_room(sources)), {}
     if isinstance(lora_config, (str, os.PathLike)):
-        named = {"default": lora_config}
-        return _resolve(None, {**named, **sources}, model)[0], named
+        lora_config = {"default": lora_config}
     if isinstance(lora_config, Mapping) and _is_adapter_mapping(lora_config):
         named = dict(lora_config)
         return _resolve(None, {**named, **sources}, model)[0], named

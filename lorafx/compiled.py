@@ -13,7 +13,7 @@ from lorafx.adapters.peft_reader import read_adapter
 from lorafx.adapters.store import BASE, AdapterStore
 from lorafx.backend import Backend
 from lorafx.entry import Entry, Session
-from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxError
+from lorafx.errors import BatchError, CaptureError, ConfigError
 from lorafx.explain import Explanation
 from lorafx.generation import generate
 from lorafx.passes.attach import Attachment
@@ -58,6 +58,7 @@ class CompiledModel(nn.Module):
             *args, **kwargs: of the model's own forward.
 
         Raises:
+            ConfigError: `adapter_names` is no list of names.
             BatchError: `adapter_names` or `adapter_slots` does not fit the batch.
             UnknownAdapterError: a name that is not loaded.
             CapacityError: more distinct adapters than slots.
@@ -65,10 +66,10 @@ class CompiledModel(nn.Module):
             CaptureError: the model was detached, moved, or needs more graphs than allowed.
         """
         self._check_attached()
-        names = self._checked(adapter_names)
+        names = _checked(adapter_names)
         tokens = None
         if adapter_slots is not None:
-            names, tokens = self._by_slots(adapter_slots, self.adapters if names is None else names)
+            names, tokens = _by_slots(adapter_slots, self.adapters if names is None else names)
         with self._session.serving(names, tokens=tokens):
             return self.entry(self.model, per_token=tokens is not None)(*args, **kwargs)
 
@@ -88,7 +89,7 @@ class CompiledModel(nn.Module):
             Otherwise as `forward`.
         """
         self._check_attached()
-        with self._session.serving(self._checked(adapter_names), repeats=True):
+        with self._session.serving(_checked(adapter_names), repeats=True):
             return generate(self, *args, **kwargs)
 
     def entry(self, module: nn.Module, *, per_token: bool = False) -> Entry:
@@ -101,19 +102,19 @@ class CompiledModel(nn.Module):
     def capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Capture the graphs for this call, without adapters and with them, by running both."""
         self._check_attached()
-        with self._session.serving(None):
-            self._session.default, default = None, self._session.default
-            try:
+        with self._session.serving([None], repeats=True):  # every row is the base's
+            self.entry(self.model)(*args, **kwargs)
+            with self._session.forced_active():
                 self.entry(self.model)(*args, **kwargs)
-                with self._session.forced_active():
-                    self.entry(self.model)(*args, **kwargs)
-            finally:
-                self._session.default = default
 
     # --- adapters ---
 
     def set_adapter(self, name: str | None) -> None:
-        """The adapter of calls that name none; None for the base model."""
+        """The adapter of calls that name none; None for the base model.
+
+        Raises:
+            UnknownAdapterError: it is not loaded.
+        """
         if name is not None and name != BASE:
             self._session.store[name]
         self._session.default = name
@@ -146,12 +147,17 @@ class CompiledModel(nn.Module):
         """Bring an adapter into a slot now and keep it there.
 
         Raises:
-            UnknownAdapterError, CapacityError.
+            UnknownAdapterError: it is not loaded.
+            CapacityError: every slot is pinned.
         """
         self._session.store.pin(name)
 
     def unpin_adapter(self, name: str) -> None:
-        """Let a pinned adapter be evicted again."""
+        """Let a pinned adapter be evicted again.
+
+        Raises:
+            UnknownAdapterError: it is not loaded.
+        """
         self._session.store.unpin(name)
 
     @property
@@ -217,39 +223,44 @@ class CompiledModel(nn.Module):
         if not self._attachment.handles:
             raise CaptureError("this model was detached; call lorafx.compile again")
 
-    def _by_slots(
-        self, slots: Tensor, names: Sequence[str | None]
-    ) -> tuple[Sequence[str | None], Tensor | None]:
-        """(names, slots a token), or (a name a request, None) where no row mixes adapters."""
-        if slots.dim() not in (1, 2) or slots.is_floating_point() or not slots.numel():
-            raise BatchError(
-                "adapter_slots holds integers of shape (B,) or (B, T), got "
-                f"{tuple(slots.shape)} {slots.dtype}"
-            )
-        slots = slots.cpu()
-        if not -1 <= int(slots.min()) <= int(slots.max()) < len(names):
-            raise BatchError(
-                f"adapter_slots holds {int(slots.min())} to {int(slots.max())}, but there are "
-                f"{len(names)} adapters to point at ({', '.join(map(str, names)) or 'none'}); "
-                "-1 is the base model"
-            )
-        by_request = slots if slots.dim() == 1 else slots[:, 0]
-        if slots.dim() == 1 or bool((slots == by_request[:, None]).all()):
-            return [names[i] if i >= 0 else None for i in by_request.tolist()], None
-        return names, slots
 
-    def _checked(self, names: Sequence[str | None] | None) -> Sequence[str | None] | None:
-        if names is None:
-            return None
-        if isinstance(names, str) or not isinstance(names, Sequence):
+def _by_slots(
+    slots: Tensor, names: Sequence[str | None]
+) -> tuple[Sequence[str | None], Tensor | None]:
+    """(names, slots a token), or (a name a request, None) where no row mixes adapters."""
+    if slots.dim() not in (1, 2) or slots.is_floating_point() or not slots.numel():
+        raise BatchError(
+            "adapter_slots holds integers of shape (B,) or (B, T), got "
+            f"{tuple(slots.shape)} {slots.dtype}"
+        )
+    slots = slots.cpu()
+    if not -1 <= int(slots.min()) <= int(slots.max()) < len(names):
+        raise BatchError(
+            f"adapter_slots holds {int(slots.min())} to {int(slots.max())}, but there are "
+            f"{len(names)} adapters to point at ({', '.join(map(str, names)) or 'none'}); "
+            "-1 is the base model"
+        )
+    by_request = slots if slots.dim() == 1 else slots[:, 0]
+    if slots.dim() == 1 or bool((slots == by_request[:, None]).all()):
+        return [names[i] if i >= 0 else None for i in by_request.tolist()], None
+    return names, slots
+
+
+def _checked(names: Sequence[str | None] | None) -> Sequence[str | None] | None:
+    """`names` as given, once it is known to be a list of names.
+
+    Raises:
+        ConfigError: it is not; BatchError: it is empty.
+    """
+    if names is None:
+        return None
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise ConfigError(f"adapter_names is a list with one name, or None, a row; got {names!r}")
+    if not names:
+        raise BatchError("adapter_names is empty; give one name, or None, a row")
+    for row, name in enumerate(names):
+        if name is not None and not isinstance(name, str):
             raise ConfigError(
-                f"adapter_names is a list with one name, or None, a row; got {names!r}"
+                f"adapter_names[{row}] is {name!r}; give a name, or None for the base model"
             )
-        if not names:
-            raise LorafxError("adapter_names is empty; give one name, or None, a row")
-        for row, name in enumerate(names):
-            if name is not None and not isinstance(name, str):
-                raise ConfigError(
-                    f"adapter_names[{row}] is {name!r}; give a name, or None for the base model"
-                )
-        return names
+    return names

@@ -222,14 +222,14 @@ def _check_packing(program: Program) -> None:
     """Packed weights still are what the parameters are views of.
 
     Raises:
-        CaptureError: the model was moved or cast after compiling.
+        CaptureError: the model was moved, cast or resized after compiling.
     """
     for packed in program.packed:
         if not packed.intact and not repack(packed):
             site = packed.group.sites[0]
             raise CaptureError(
-                f"the weights of {site.path} and its siblings have changed dtype or device since "
-                "the model was compiled; move or cast the model first and compile it then"
+                f"the weights of {site.path} and its siblings have changed shape, dtype or device "
+                "since the model was compiled; change the model first and compile it then"
             )
 
 

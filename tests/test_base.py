@@ -159,7 +159,7 @@ def test_casting_after_compile_is_refused_where_weights_are_packed(llama):
     inputs = token_inputs(2, 4)
     check_mixed(cm, llama, ["a0", None], inputs)
     cm.model.to(torch.bfloat16)
-    with pytest.raises(CaptureError, match=r"q_proj and its siblings have changed dtype or device"):
+    with pytest.raises(CaptureError, match=r"q_proj and its siblings have changed shape, dtype or device"):
         cm(**inputs, adapter_names=["a0", None])
 
 
