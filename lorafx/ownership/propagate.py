@@ -107,6 +107,8 @@ def _run(
 def called(node: fx.Node, flow: Flow) -> Label:
     if node.target is operator.getitem:
         return slices.item_of(node, flow)
+    if called_by(node) in views.VIEWS:
+        views.learn_sizes(node, flow)
     labels = [flow.label(arg) for arg in node.all_input_nodes]
     rule, tolerant = rule_for(node.target)
     if rule is not sites.site and all(label is None for label in labels):

@@ -78,6 +78,7 @@ class Sizes:
     def __init__(self, batch: BatchSymbols) -> None:
         self.batch = batch.canonical
         self._unify = {m: self.batch for m in batch.members if m != self.batch}
+        self._learnt: dict[sympy.Expr, sympy.Expr] = {}
         self._memo: dict[sympy.Expr, sympy.Expr] = {}
 
     def of(self, size: object) -> sympy.Expr | None:
@@ -89,11 +90,26 @@ class Sizes:
         return self.unify(as_expr(size))
 
     def unify(self, expr: sympy.Expr) -> sympy.Expr:
-        if not self._unify or expr.is_Integer:
+        if expr.is_Integer:
             return expr
         if expr not in self._memo:
-            self._memo[expr] = expr.xreplace(self._unify)
+            known = expr.xreplace(self._unify)
+            while self._learnt:
+                simpler = known.xreplace(self._learnt)
+                if simpler == known:
+                    break
+                known = simpler
+            self._memo[expr] = known
         return self._memo[expr]
+
+    def learn(self, size: sympy.Expr, same: sympy.Expr) -> None:
+        """Use `same` wherever `size`, another expression of the same number, occurs.
+
+        Only towards fewer operations, so that replacing comes to an end.
+        """
+        if size != same and not size.is_Integer and same.count_ops() < size.count_ops():
+            self._learnt[size] = same
+            self._memo.clear()
 
     def shape(self, value: torch.Tensor) -> Shape:
         return tuple(self.unify(as_expr(size)) for size in value.shape)

@@ -108,9 +108,9 @@ class Alignment:
         if not isinstance(node.target, torch._ops.OpOverload):
             return (LOST,) * n
         packet = node.target.overloadpacket
-        if packet in views._MOVES:
-            found = self._moved(node, views._MOVES[packet][0])
-        elif packet in views._VIEWS:
+        if packet in views.MOVES:
+            found = self._moved(node, views.MOVES[packet][0])
+        elif packet in views.VIEWS:
             found = self._viewed(node)
         elif packet in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm):
             found = self._contracted(node, packet)

@@ -17,7 +17,7 @@ from torch import fx
 
 from lorafx.ownership.flow import Flow, Rule, bound, each_output, wrap, wrap_all
 from lorafx.ownership.labels import Digit, Label, Own
-from lorafx.ownership.symbolic import ONE, equal, never_negative, product, reshaped
+from lorafx.ownership.symbolic import ONE, divide, equal, never_negative, product, reshaped
 
 aten, prims = torch.ops.aten, torch.ops.prims
 Placed = TypeVar("Placed", Own, Digit)
@@ -41,6 +41,32 @@ def view(node: fx.Node, flow: Flow) -> Label:
         old, new = flow.shape(node.args[0]), flow.shape(node)
         return flow.lost(node, f"{label} cannot be followed from sizes {old} to {new}")
     return there
+
+
+def learn_sizes(node: fx.Node, flow: Flow) -> None:
+    """The sizes that a view was asked for, which tracing may know by a longer expression.
+
+    Shape propagation writes a size as ((B·H·W) // (H·W)) // ... where the call says 4, or where
+    what is left for -1 divides exactly.
+    """
+    args = bound(node)
+    asked = args["size"] if "size" in args else args.get("shape")
+    if not isinstance(asked, (list, tuple)):
+        return
+    sizes = [flow.size(size) for size in asked]
+    open_dim = None
+    for dim, size in enumerate(sizes):
+        if size is None:
+            return
+        if size == -1:
+            open_dim = dim
+        else:
+            flow.sizes.learn(flow.shape(node)[dim], size)
+    if open_dim is not None:
+        rest = product(size for dim, size in enumerate(sizes) if dim != open_dim)
+        exact = divide(product(flow.shape(node.args[0])), rest)
+        if exact is not None:
+            flow.sizes.learn(flow.shape(node)[open_dim], exact)
 
 
 def view_digit(node: fx.Node, flow: Flow) -> Digit | None:
@@ -206,7 +232,7 @@ def as_strided(node: fx.Node, flow: Flow) -> Label:
     return flow.lost(node, "a strided window that is not proved to stay inside one row")
 
 
-_MOVES: dict[object, tuple[Renumber, str]] = {
+MOVES: dict[object, tuple[Renumber, str]] = {
     **dict.fromkeys((aten.permute, prims.transpose), (permuted, "")),
     **dict.fromkeys((aten.transpose, aten.swapaxes, aten.swapdims), (transposed, "")),
     aten.t: (turned, ""),
@@ -233,15 +259,15 @@ _MOVES: dict[object, tuple[Renumber, str]] = {
         (last_dims_padded, "the owner dimension is padded"),
     ),
 }
-_PAIRS = {op: moved(*move) for op, move in _MOVES.items()}
-_VIEWS: Sequence[object] = (
+_PAIRS = {op: moved(*move) for op, move in MOVES.items()}
+VIEWS: Sequence[object] = (
     aten.view, aten._unsafe_view, aten.reshape, aten._reshape_copy, aten._reshape_alias,
     aten.flatten, aten.unflatten, prims.reshape, prims.collapse_view, prims.split_dim,
     prims.collapse, aten.view_copy,
 )  # fmt: skip
 
 RULES: dict[object, Rule] = {
-    **dict.fromkeys(_VIEWS, view),
+    **dict.fromkeys(VIEWS, view),
     **{op: rule for op, (rule, _) in _PAIRS.items()},
     **dict.fromkeys((aten.repeat, aten.tile), repeated),
     aten.repeat_interleave: repeat_interleaved,
@@ -249,11 +275,11 @@ RULES: dict[object, Rule] = {
 }
 # Padding, windows and reversals change values of the result's positions: no twin for digits.
 DIGITS = {
-    **dict.fromkeys(_VIEWS, view_digit),
+    **dict.fromkeys(VIEWS, view_digit),
     **{
         op: digits
         for op, (_, digits) in _PAIRS.items()
-        if _MOVES[op][0] not in (padded, last_dims_padded, selected)
+        if MOVES[op][0] not in (padded, last_dims_padded, selected)
     },
     aten.select: _PAIRS[aten.select][1],
 }
