@@ -1,9 +1,10 @@
 """The Dynamo backend of one program: a captured frame goes in, an executable comes out.
 
-A frame without LoRA (no active adapter, or a part of the model without sites) is compiled exactly
-as the base model would be. Any other goes through AOTAutograd to the functional ATen graph, the
-passes, and the lowering. The executable keeps nothing of one layer: weights, banks and slots are
-graph inputs, and what `match` had to add is looked up by the weight of the call.
+Without an active adapter a frame is compiled exactly as the base model would be. With one it goes
+through AOTAutograd to the functional ATen graph, the passes, and the lowering; so do parts without
+sites, since a later graph may rest on whose rows their results are. The executable keeps nothing
+of one layer: weights, banks and slots are graph inputs, and what `match` had to add is looked up
+by the weight of the call.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
-from torch._guards import CompileContext
 
 from lorafx.context import Context, Refusal, SiteState
 from lorafx.dump import GraphDump, dump_folder
@@ -35,7 +35,6 @@ class GraphRecord:
     """What is known about one compiled graph; `explain`, `dump` and the tests read it."""
 
     title: str
-    frame_id: int
     lora: bool
     dump: GraphDump
     report: PipelineReport = field(default_factory=PipelineReport)
@@ -110,9 +109,7 @@ class Backend:
         frame.per_token = per_token
         title = f"graph {len(self.records)}{' lora' if lora else ' base'}"
         title += " per token" if per_token else ""
-        compile_id = CompileContext.current_compile_id()
-        frame_id = getattr(compile_id, "frame_id", 0) or 0
-        record = GraphRecord(title, frame_id, lora, GraphDump(title, dump_folder(program.options)))
+        record = GraphRecord(title, lora, GraphDump(title, dump_folder(program.options)))
         with progress(f"compiling {title}"):
             if not program.runtime.active:
                 record.dump.graph("captured", gm)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch.fx.experimental._config as shape_config
-from torch import Tensor
+from torch import Tensor, fx
 
 _COMPILE_ARGUMENTS = inspect.signature(torch.compile).parameters
 
@@ -79,11 +79,19 @@ def is_recompile_limit(error: BaseException) -> bool:
     return isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit)
 
 
-def mark_fixed_shape(tensor: Tensor) -> Tensor:
+def source_name(node: fx.Node) -> str:
+    """How Dynamo reached the graph input `node`: `L['input_ids']`."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", None)
+    if callable(name):  # a method before torch 2.12
+        name = name()
+    return str(name) if name is not None else node.name
+
+
+def mark_fixed_shape(tensor: Tensor) -> None:
     """Have Dynamo take the sizes of `tensor` as constants in `dynamic=True` captures.
 
     It does so by itself for what hangs on a module of torch.nn, and not on one of transformers:
     generated kernels need the sizes of GPT-2's banks as much as those of Llama's.
     """
     torch._dynamo.mark_static(tensor)
-    return tensor

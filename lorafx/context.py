@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -23,10 +23,14 @@ SITE_OP = torch.ops.lorafx.site.default
 EMBEDDING_OP = torch.ops.lorafx.embedding_site.default
 FUSED_OP = torch.ops.lorafx.fused_linear.default
 
-#: Positions of arguments that the two site ops share: x (or ids), y, A, B, ranks, scales, slots.
-BANK_ARGUMENTS = slice(2, 7)
+#: Both site ops begin with x (or ids), y, A, B, ranks, scales, slots.
 SLOTS_ARGUMENT = 6
 ROWS_ARGUMENT: dict[Any, int] = {SITE_OP: 9, EMBEDDING_OP: 7}
+
+
+def is_site(node: fx.Node) -> bool:
+    """True for a node of the two ops that add one site's delta to y."""
+    return node.op == "call_function" and node.target in ROWS_ARGUMENT
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,6 @@ class SiteState:
 
     site: Site
     use: Use | None
-    rewritten: bool = False
     rows: str = "unproved"
     form: str = "mark"
     strategy: str = ""
@@ -66,20 +69,17 @@ class Context:
 
     program: Program
     frame: Frame
-    graph_module: fx.GraphModule
+    graph_module: InitVar[fx.GraphModule]
     states: dict[fx.Node, list[SiteState]] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
     edits_left: int | None = None
     handover: Handover = field(default_factory=Handover)
 
-    def __post_init__(self) -> None:
-        values = [fake_value(node) for node in self.graph_module.graph.nodes]
+    def __post_init__(self, graph_module: fx.GraphModule) -> None:
+        values = [fake_value(node) for node in graph_module.graph.nodes]
         self.fake_mode = detect_fake_mode([value for value in values if isinstance(value, Tensor)])
 
     # --- site nodes ---
-
-    def is_mark(self, node: fx.Node) -> bool:
-        return node.op == "call_function" and node.target in ROWS_ARGUMENT
 
     def site_of_mark(self, node: fx.Node) -> Site:
         """The site of a hook's op: its bank names the group, its `sibling` argument the site."""
@@ -92,13 +92,12 @@ class Context:
         sibling = arguments_of(node)[7] if node.target is SITE_OP else 0
         return item.group.sites[int(sibling)]
 
-    def record(
-        self, site: Site, node: fx.Node, use: Use | None, *, rewritten: bool = False
-    ) -> None:
-        form = "mark" if use is None or not rewritten else "rewritten"
-        self.states[node] = [SiteState(site, use, rewritten, form=form)]
+    def record(self, site: Site, node: fx.Node, use: Use | None, *, form: str = "mark") -> None:
+        """`node` serves `site`."""
+        self.states[node] = [SiteState(site, use, form=form)]
 
     def forget(self, node: fx.Node) -> None:
+        """`node` serves no site any more."""
         self.states.pop(node, None)
 
     def merge(self, old: Iterable[fx.Node], new: fx.Node, form: str) -> None:
@@ -212,7 +211,7 @@ class Context:
         node.meta["val"] = value
         self.frame.extra_nodes[key] = node
         kind: InputKind = "slots" if name in ("slot", "slots") else "bank"
-        self.frame.by_node[node] = FrameInput(kind, name, field=name)
+        self.frame.by_node[node] = FrameInput(kind, name)
         return node
 
 

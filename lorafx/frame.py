@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, fx
 
+from lorafx.compat import source_name
 from lorafx.roles import TOKEN_DIMS, Role
 from lorafx.sites import Group, Site
 
@@ -35,7 +36,7 @@ class FrameInput:
             "argument" (of the call), "result" (of an earlier graph of the call, whose owner was
             proved there), "unknown" (made between two graphs, a global).
         sites: the sites whose base weight or bias this is.
-        group, field: for banks and packed tensors.
+        group: for banks and packed tensors.
         role: for arguments and results.
         label: how to name the input in messages.
     """
@@ -44,15 +45,13 @@ class FrameInput:
     label: str
     sites: tuple[Site, ...] = ()
     group: Group | None = None
-    field: str = ""
     role: Role | None = None
 
 
 class Frame:
     """The inputs of one captured frame, by position, and by placeholder once AOT has traced it."""
 
-    def __init__(self, program: Program, inputs: Sequence[FrameInput]) -> None:
-        self.program = program
+    def __init__(self, inputs: Sequence[FrameInput]) -> None:
         self.inputs = tuple(inputs)
         #: The slots are one a token, in row-major order of (B, T), not one a request.
         self.per_token = False
@@ -71,7 +70,7 @@ class Frame:
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         inputs = []
         for node, example in zip(placeholders, examples, strict=True):
-            label = _source_name(node)
+            label = source_name(node)
             if not isinstance(example, Tensor):
                 inputs.append(FrameInput("symbol", label))
             elif id(example) in known:
@@ -85,7 +84,7 @@ class Frame:
                 role = program.earlier_result(example)
                 kind: InputKind = "unknown" if role is None else "result"
                 inputs.append(FrameInput(kind, label, role=role))
-        return cls(program, inputs)
+        return cls(inputs)
 
     @property
     def follows_another(self) -> bool:
@@ -124,14 +123,6 @@ class Frame:
                 if dim is not None and dim < value.dim():
                     return value.shape[dim]
         return None
-
-
-def _source_name(node: fx.Node) -> str:
-    source = getattr(node.meta.get("grapharg"), "source", None)
-    name = getattr(source, "name", None)
-    if callable(name):  # a method before torch 2.12
-        name = name()
-    return str(name) if name is not None else node.name
 
 
 def fake_value(node: fx.Node) -> Any:

@@ -88,7 +88,10 @@ def results_of(graph: fx.Graph, labels: Mapping[fx.Node, object]) -> Handover:
     """The roles of a graph's results, from the labels that provenance gave them."""
     found = Handover()
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
-    for node, place in zip(output.args[0], output.meta.get("desc") or (), strict=False):
+    results = output.args[0]
+    if not isinstance(results, (list, tuple)):  # AOTAutograd always returns a tuple
+        results = (results,)
+    for node, place in zip(results, output.meta.get("desc") or (), strict=False):
         if not isinstance(node, fx.Node):
             continue
         role = _role(labels.get(node, ()))

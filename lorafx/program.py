@@ -76,15 +76,20 @@ class Program:
         """True where an adapter of the running batch has factors for `site`."""
         return site.path in self.touched
 
+    def _sites_by_weight(self) -> dict[int, list[Site]]:
+        """The sites by identity of their base weight as it is now; tied sites share one."""
+        found: dict[int, list[Site]] = {}
+        for site in self.sites:
+            weight = self.weight_of(site)
+            if weight is not None:
+                found.setdefault(id(weight), []).append(site)
+        return found
+
     def bank_of_weight(self, weight: Tensor, index: int = 0) -> Bank | None:
         """The bank (of one sibling) of the site whose base weight this very tensor is; of the
         site at `index`, where several are tied."""
         if id(weight) not in self._by_weight:
-            self._by_weight = {}
-            for site in self.sites:
-                own = self.weight_of(site)
-                if own is not None:
-                    self._by_weight.setdefault(id(own), []).append(site)
+            self._by_weight = self._sites_by_weight()
         tied = self._by_weight.get(id(weight), [])
         if index >= len(tied) or self.weight_of(tied[index]) is not weight:
             return None
@@ -119,23 +124,18 @@ class Program:
             constant = self.constants.get(id(tensor))
             if constant is not None and constant() is tensor:
                 known.setdefault(id(tensor), FrameInput("state", "a tensor attribute"))
-        by_weight: dict[int, list[Site]] = {}
-        for site in self.sites:
-            weight = self.weight_of(site)
-            if weight is not None:
-                by_weight.setdefault(id(weight), []).append(site)
-        for key, sites in by_weight.items():
+        for key, sites in self._sites_by_weight().items():
             label = f"{sites[0].path}.{sites[0].eligible.weight}"
             known[key] = FrameInput("weight", label, sites=tuple(sites))
         for group in self.groups:
             for name in BANK_FIELDS:
                 tensor = getattr(group.bank, name)
-                known[id(tensor)] = FrameInput("bank", name, group=group, field=name)
+                known[id(tensor)] = FrameInput("bank", name, group=group)
         for packed in self.packed:
             for name in ("weight", "bias"):
                 tensor = getattr(packed, name)
                 if tensor is not None:
-                    known[id(tensor)] = FrameInput("packed", name, group=packed.group, field=name)
+                    known[id(tensor)] = FrameInput("packed", name, group=packed.group)
         known[id(self.runtime.slots)] = FrameInput("slots", "slots")
         return known
 

@@ -168,7 +168,7 @@ def _same_size(a: Any, b: Any) -> bool:
     return a.node.expr == b.node.expr
 
 
-def _operands(user: fx.Node, form: _Form) -> tuple[Any, Any, Any]:
+def _operands(user: fx.Node) -> tuple[Any, Any, Any]:
     """(bias, left, right) of a matrix product."""
     if user.target in (aten.addmm.default, aten.baddbmm.default):
         bias, left, right = arguments_of(user)[:3]
@@ -178,7 +178,7 @@ def _operands(user: fx.Node, form: _Form) -> tuple[Any, Any, Any]:
 
 
 def _product(form: _Form, user: fx.Node) -> Use:
-    bias, left, right = _operands(user, form)
+    bias, left, right = _operands(user)
     if any(user.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
         return Use("unknown", form.weight, user, reason="a product with alpha or beta")
     if left is right or bias is form.node:

@@ -14,15 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lorafx.context import Context, Refusal
+from lorafx.context import EMBEDDING_OP, SITE_OP, Context, Refusal, is_site
 from lorafx.frame import arguments_of, fake_value
+from lorafx.marks import UNPROVED
 from lorafx.sites import Site
 from lorafx.weight_uses import Use, depends_on, origin_of, uses_of
 
-SITE_OPS = {
-    "linear": torch.ops.lorafx.site.default,
-    "embedding": torch.ops.lorafx.embedding_site.default,
-}
 USE_KINDS = {"linear": "linear", "swapped": "linear", "embedding": "embedding"}
 
 
@@ -32,7 +29,7 @@ class Match:
     required: bool = True
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        marks = {node: ctx.site_of_mark(node) for node in gm.graph.nodes if ctx.is_mark(node)}
+        marks = {node: ctx.site_of_mark(node) for node in gm.graph.nodes if is_site(node)}
         uses: dict[fx.Node, Use] = {}
         for node, item in list(ctx.frame.by_node.items()):
             if item.kind == "weight":
@@ -101,23 +98,22 @@ def _insert(graph: fx.Graph, ctx: Context, site: Site, use: Use) -> None:
     bank = ctx.bank_inputs(graph, site, use.weight)
     y = use.node
     users = list(y.users)
-    with graph.inserting_after(y):
+    with graph.inserting_before(y.next):
         if use.kind == "embedding":
-            node = ctx.call(graph, SITE_OPS["embedding"], (use.x, y, *bank, 0))
-            last = node
+            node = last = ctx.call(graph, EMBEDDING_OP, (use.x, y, *bank, UNPROVED))
         elif use.kind == "linear":
-            node = ctx.call(graph, SITE_OPS["linear"], (use.x, y, *bank, 0, 0, 0))
-            last = node
+            node = last = ctx.call(graph, SITE_OP, (use.x, y, *bank, 0, 0, UNPROVED))
         else:
-            dims = list(range(fake_value(y).dim()))
-            dims[-1], dims[-2] = dims[-2], dims[-1]
-            x_t = ctx.call(graph, torch.ops.aten.permute.default, (use.x, dims))
-            with graph.inserting_after(x_t):
-                y_t = ctx.call(graph, torch.ops.aten.permute.default, (y, dims))
-            with graph.inserting_after(y_t):
-                node = ctx.call(graph, SITE_OPS["linear"], (x_t, y_t, *bank, 0, 0, 0))
-            with graph.inserting_after(node):
-                last = ctx.call(graph, torch.ops.aten.permute.default, (node, dims))
+            x_t, y_t = _swapped(graph, ctx, use.x), _swapped(graph, ctx, y)
+            node = ctx.call(graph, SITE_OP, (x_t, y_t, *bank, 0, 0, UNPROVED))
+            last = _swapped(graph, ctx, node)
     for user in users:
         user.replace_input_with(y, last)
-    ctx.record(site, node, use, rewritten=True)
+    ctx.record(site, node, use, form="rewritten")
+
+
+def _swapped(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
+    """`node` with its last two dimensions swapped."""
+    dims = list(range(fake_value(node).dim()))
+    dims[-1], dims[-2] = dims[-2], dims[-1]
+    return ctx.call(graph, torch.ops.aten.permute.default, (node, dims))

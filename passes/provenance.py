@@ -18,7 +18,7 @@ import sympy
 import torch
 from torch import fx
 
-from lorafx.context import ROWS_ARGUMENT, SITE_OP, SLOTS_ARGUMENT, Context, Refusal
+from lorafx.context import ROWS_ARGUMENT, SITE_OP, SLOTS_ARGUMENT, Context, Refusal, is_site
 from lorafx.errors import ProvenanceError
 from lorafx.frame import Frame, FrameInput, batch_symbols, fake_value, token_inputs
 from lorafx.handover import Handover, results_of
@@ -57,10 +57,6 @@ class Unproved:
 
 
 Proof: TypeAlias = RowMap | Unproved
-
-
-def is_site(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target in ROWS_ARGUMENT
 
 
 def prove(

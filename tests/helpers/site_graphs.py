@@ -161,7 +161,7 @@ class SiteGraph:
     def output(self, *nodes: fx.Node) -> Finished:
         self.graph.output(tuple(nodes))
         gm = fx.GraphModule(nn.Module(), self.graph)
-        frame = Frame(self.program, self.inputs)
+        frame = Frame(self.inputs)
         frame.bind(gm.graph)
         return Finished(gm, Context(self.program, frame, gm), self.values)
 

@@ -88,7 +88,7 @@ def test_an_unmarked_use_gets_its_delta(build, expected):
     names = [name.partition(".")[0] for name in done.targets() if not name.startswith("add.")]
     assert names == expected
     ((state,),) = done.ctx.states.values()
-    assert (state.site.path, state.rewritten) == ("up", True)
+    assert (state.site.path, state.form) == ("up", "rewritten")
     assert error(done.result()[0], g.merged("up", done.values[0])) <= 1e-5
 
 
