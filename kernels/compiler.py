@@ -7,7 +7,7 @@ race build it twice at worst and none sees half a file. Sources stay beside the 
 What is compiled here includes no torch header and links nothing, so it is valid for every torch
 version and takes about a second.
 
-Everything that depends on torch's internals is in this file, and a missing one means "no compiler".
+What the kernels need of torch's Python internals is in this file.
 """
 
 from __future__ import annotations

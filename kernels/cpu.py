@@ -171,15 +171,20 @@ def build_all(specs: Iterable[DeltaSpec]) -> dict[DeltaSpec, int | None]:
     return {spec: build(spec) for spec in wanted}
 
 
+def _kernel(spec: DeltaSpec, rows: Any) -> int | None:
+    """The kernel of `spec`, unless `rows` is a literal 0: only aten can say what was not proved."""
+    unproved = isinstance(rows, int) and rows == 0
+    return None if unproved else build(spec)
+
+
 def delta_call(spec: DeltaSpec, *tensors: Any, rows: Any) -> tuple[OpOverload, tuple[Any, ...]]:
     """The op and arguments that add the delta of `spec`, generated where that is possible.
 
     Args:
         tensors: y, x, A, B, ranks, scales, slots: tensors or graph nodes.
-        rows: rows a request; a literal 0 (unproved) stays with the aten op, which can say why.
+        rows: rows a request; a literal 0 (unproved) stays with the aten op.
     """
-    proved = not (isinstance(rows, int) and rows == 0)
-    kernel = build(spec) if proved else None
+    kernel = _kernel(spec, rows)
     if kernel is not None:
         return torch.ops.lorafx.run_delta_.default, (*tensors, rows, kernel)
     ranges = (list(spec.siblings), list(spec.offsets), list(spec.sizes))
@@ -190,8 +195,7 @@ def embedding_delta_call(
     spec: DeltaSpec, *tensors: Any, rows: Any
 ) -> tuple[OpOverload, tuple[Any, ...]]:
     """`delta_call` of an embedding; tensors: y, ids, A, B, ranks, scales, slots."""
-    proved = not (isinstance(rows, int) and rows == 0)
-    kernel = build(spec) if proved else None
+    kernel = _kernel(spec, rows)
     if kernel is not None:
         return torch.ops.lorafx.run_embedding_delta_.default, (*tensors, rows, kernel)
     return torch.ops.lorafx.add_embedding_delta_.default, (*tensors, rows, 0)

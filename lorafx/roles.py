@@ -152,7 +152,10 @@ class RoleTable:
         return None
 
 
-def tensor_leaves(value: Any, depth: int = 8) -> Iterator[Tensor]:
+_DEPTH = 8  # how far containers are followed; a cache object refers to much that is no tensor
+
+
+def tensor_leaves(value: Any) -> Iterator[Tensor]:
     """The tensors inside a call argument: containers, dataclasses, cache objects; not modules."""
     seen: set[int] = set()
 
@@ -174,4 +177,4 @@ def tensor_leaves(value: Any, depth: int = 8) -> Iterator[Tensor]:
         for child in children:
             yield from walk(child, left - 1)
 
-    yield from walk(value, depth)
+    yield from walk(value, _DEPTH)

@@ -20,6 +20,8 @@ from lorafx.weight_uses import RESHAPES, Use
 
 aten = torch.ops.aten
 FUSIBLE = frozenset({aten.mm.default, aten.addmm.default, aten.linear.default})
+#: Where a node came from, kept for messages and dumps.
+COPIED = ("nn_module_stack", "stack_trace")
 
 
 @dataclass(frozen=True)
@@ -74,16 +76,12 @@ def _fuse(graph: fx.Graph, ctx: Context, node: fx.Node, state: SiteState) -> Non
             graph, FUSED_OP, (*arguments, [sibling], [offset], [size], rows, transposed)
         )
     fused.meta.update({key: node.meta[key] for key in COPIED if key in node.meta})
-    state.packed_weight, state.packed_bias = packed_inputs(node)
+    state.packed_weight, state.packed_bias = _packed_inputs(node)
     node.replace_all_uses_with(fused)
     ctx.merge([node], fused, "fused")
 
 
-#: Where a node came from, kept for messages and dumps.
-COPIED = ("nn_module_stack", "stack_trace")
-
-
-def packed_inputs(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+def _packed_inputs(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
     """The packed base weight and bias that a mark carries into the graph, where it does."""
-    extra = [*arguments_of(node)[10:12], None, None]
-    return extra[0], extra[1]
+    weight, bias, *_ = (*arguments_of(node)[10:12], None, None)
+    return weight, bias

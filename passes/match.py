@@ -4,7 +4,7 @@ A use either carries its mark already (the hook's `site` op on y or on y + bias)
 disguise, which gets the op here (`F.linear(x, m.weight)`, `W @ x.mT`, MultiheadAttention's
 out_proj), or is refused by name. A mark that stands behind other arithmetic of the module (a
 scaled embedding, a router that goes on to softmax) is moved to the use of the weight, so that the
-result is that of W + ΔW. Weights that no rule can see (quantised kernels) keep their mark.
+result is that of W + ΔW. A module that holds no plain weight tensor keeps its mark as it is.
 """
 
 from __future__ import annotations
