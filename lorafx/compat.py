@@ -45,13 +45,10 @@ def compile_entry(
 #: - Past the recompile limit Dynamo would silently run eager: make it raise instead.
 #: - Floats that modules hold are constants. Under dynamic=True each would be a graph input that
 #:   is made into a tensor on every call (26 of them for a Llama of 6 layers).
-#: - A number read out of a tensor (xlm's `assert lengths.max().item() <= slen`) stays in the graph;
-#:   a break there would leave the rest of the model without a proof of its rows.
 _CAPTURE: tuple[tuple[Any, str, Any], ...] = (
     (shape_config, "use_duck_shape", False),
     (torch._dynamo.config, "fail_on_recompile_limit_hit", True),
     (torch._dynamo.config, "specialize_float", True),
-    (torch._dynamo.config, "capture_scalar_outputs", True),
 )
 
 

@@ -10,6 +10,7 @@ embedding as well.
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -64,7 +65,12 @@ def save_adapter(
     `gain` is the size of ΔW beside a weight of unit gain.
     """
     targets = list(targets)
-    config = {"r": rank, "lora_alpha": 2 * rank, "target_modules": targets, **config}
+    config = {
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": _unambiguous(model, targets),
+        **config,
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with _by_present_names(_untied_copy(model)) as twin:
@@ -79,6 +85,14 @@ def save_adapter(
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
         wrapped.save_pretrained(str(folder), save_embedding_layers=False)
     return Path(folder)
+
+
+def _unambiguous(model: nn.Module, targets: list[str]) -> list[str] | str:
+    """The list, or a regular expression where PEFT would take an entry as another one's suffix."""
+    paths = {path for path, _ in model.named_modules()} - set(targets)
+    if any(path.endswith(f".{target}") for target in targets for path in paths):
+        return "|".join(re.escape(target) for target in targets)
+    return targets
 
 
 def merged(model: nn.Module, folder: str | Path) -> nn.Module:
