@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from lorafx.adapters.peft_reader import Adapter, adapter_target_modules, read_ad
 from lorafx.adapters.store import AdapterStore
 from lorafx.compiled import CompiledModel
 from lorafx.config import LoraConfig, Options
-from lorafx.errors import CaptureError, ConfigError, nearest
+from lorafx.errors import CaptureError, ConfigError, LorafxWarning, nearest
 from lorafx.explain import Explanation, model_sections
 from lorafx.packing import pack_weights
 from lorafx.passes.attach import Attach, allocate_groups
@@ -25,6 +26,7 @@ from lorafx.passes.select import build_sites
 from lorafx.pipeline import check_options
 from lorafx.program import Program
 from lorafx.progress import progress
+from lorafx.targets import SavedNames
 from lorafx.sites import Site
 
 
@@ -84,10 +86,14 @@ def compile(
         raise
     if taken is not None:
         compiled.on_detach(taken.restore)
-    if default is not None:
-        compiled.set_adapter(default)
-    if example_inputs is not None:
-        _capture(compiled, example_inputs)
+    try:
+        if default is not None:
+            compiled.set_adapter(default)
+        if example_inputs is not None:
+            _capture(compiled, example_inputs)
+    except BaseException:
+        compiled.detach()
+        raise
     return compiled
 
 
@@ -130,6 +136,13 @@ def _build(
     sources: Mapping[str, Any],
     dynamic: bool | None,
 ) -> CompiledModel:
+    if model.training:
+        warnings.warn(
+            f"{type(model).__name__} is in training mode, so its dropout is active; call eval() "
+            "for inference",
+            LorafxWarning,
+            stacklevel=3,
+        )
     graph, sites = build_sites(model, config)
     _check_plan(options, sites)
     loaded: list[Adapter] = []
@@ -227,7 +240,7 @@ def _is_adapter_mapping(value: Mapping[str, Any]) -> bool:
     return all(isinstance(item, (str, os.PathLike, AdapterState)) for item in value.values())
 
 
-def _targets_of(sources: Mapping[str, Any]) -> tuple[list[str], int]:
+def _targets_of(sources: Mapping[str, Any]) -> tuple[SavedNames, int]:
     """Modules that the adapters name, and their largest rank."""
     modules: dict[str, None] = {}
     rank = 1
@@ -235,4 +248,4 @@ def _targets_of(sources: Mapping[str, Any]) -> tuple[list[str], int]:
         targets = adapter_target_modules(source)
         modules.update(dict.fromkeys(targets.modules))
         rank = max(rank, targets.rank)
-    return list(modules), rank
+    return SavedNames(modules), rank

@@ -31,8 +31,7 @@ def inputs():
 
 
 def edits(cm: Any) -> dict[str, int]:
-    report = cm._session.backend.records[-1].report
-    return {item.name: item.edits for item in report.passes}
+    return {item.name: item.edits for item in cm._session.backend.records[-1].passes}
 
 
 def forms(cm: Any) -> set[str]:
@@ -262,6 +261,13 @@ def test_explain_tells_of_refusals(plain, inputs):
 # Forms of the configuration
 
 
+def test_example_inputs_that_fail_leave_the_model_unmarked(plain):
+    model = plain.model()
+    with pytest.raises(TypeError, match="no_such_argument"):
+        lorafx.compile(model, plain.folders, example_inputs={"no_such_argument": torch.ones(1)})
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def test_example_inputs_capture_at_once(plain, inputs):
     for example in (inputs, list(inputs.values())):
         cm = plain.compile(example_inputs=example)
@@ -369,3 +375,9 @@ def test_the_oracle_tells_adapters_apart(plain, inputs):
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
             assert oracle.difference([rows[first]], [rows[second]]) > 1e-3
+
+
+def test_a_model_in_training_mode_is_warned_about():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout())
+    with pytest.warns(lorafx.LorafxWarning, match="training mode"):
+        lorafx.compile(model, lorafx.LoraConfig(target_modules=["0"]))
