@@ -26,8 +26,8 @@ from lorafx.passes.select import build_sites
 from lorafx.pipeline import check_options
 from lorafx.program import Program
 from lorafx.progress import progress
-from lorafx.targets import SavedNames
 from lorafx.sites import Site
+from lorafx.targets import SavedNames
 
 
 def compile(

@@ -19,6 +19,11 @@ from lorafx.errors import ConfigError, nearest
 ALL_LINEAR = "all-linear"
 
 
+class SavedNames(tuple[str, ...]):
+    """Modules that a checkpoint names. Where an entry is the path of a module it names that one
+    alone: a head called `output` does not stand for every `attention.output`."""
+
+
 def is_all_linear(spec: str | Sequence[str] | None) -> bool:
     """Whether `spec` stands for all linear modules."""
     return isinstance(spec, str) and spec.lower() == ALL_LINEAR
@@ -43,7 +48,7 @@ def checked(spec: str | Collection[str] | None, field: str) -> str | tuple[str, 
             f"{field} must be a list of module names, one regular expression or "
             f"{ALL_LINEAR!r}, got {spec!r}"
         )
-    return tuple(spec)
+    return spec if isinstance(spec, SavedNames) else tuple(spec)
 
 
 def entry_names(entry: str, path: str) -> bool:

@@ -55,7 +55,10 @@ class _Selection:
         ]
         # Exact entries reach a module also by an alias beyond those that are listed.
         exact = () if self.target is None or isinstance(self.target, str) else self.target
-        self.walked = {id(self.graph.find(entry)) for entry in exact} - {id(None)}
+        found = {entry: self.graph.find(entry) for entry in exact}
+        self.walked = {id(module) for module in found.values()} - {id(None)}
+        if isinstance(self.target, targets.SavedNames):
+            self.target = tuple(entry for entry, module in found.items() if module is None)
         self.eligible_paths = [path for path, _, _, entry in self.modules if entry is not None]
 
     def sites(self) -> tuple[Site, ...]:

@@ -137,3 +137,20 @@ def double_(h: Tensor) -> None:
 def test_a_result_that_was_written_has_no_owner(tmp_path: Path) -> None:
     with pytest.raises(lorafx.ProvenanceError, match=r"second.*nothing says which requests"):
         check(Written(), tmp_path, ["second"], x=torch.randn(3, 5, 6))
+
+
+class Ends(nn.Module):
+    """git: a head whose name is the suffix of other modules' names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.ModuleDict({"output": nn.LayerNorm(6), "dense": nn.Linear(6, 6)})
+        self.output = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.block["output"](self.block["dense"](x)))
+
+
+def test_an_adapter_names_modules_by_whole_paths(tmp_path: Path) -> None:
+    compiled = check(Ends(), tmp_path, ["output", "block.dense"], x=torch.randn(3, 5, 6))
+    assert [site.path for site in compiled.sites] == ["block.dense", "output"]
