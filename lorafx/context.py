@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import InitVar, dataclass, field
 from typing import Any, Literal
@@ -215,8 +216,12 @@ class Context:
         return node
 
 
+#: The module whose forward is traced, by whatever name its forward has for it.
+_ROOT = re.compile(r"^L\['\w+'\]")
+
+
 def _plain_path(path: str) -> str:
     """Dynamo's module path as a dotted path: `L['self']._modules['model']` -> `model`."""
-    text = path.replace("L['self']", "", 1).replace("._modules[", ".[").replace("['", ".")
+    text = _ROOT.sub("", path).replace("._modules[", ".[").replace("['", ".")
     text = text.replace('["', ".").replace("']", "").replace('"]', "").replace("..", ".")
     return text.strip(".")

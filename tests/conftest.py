@@ -33,3 +33,9 @@ def llama(case_of: Callable[..., Case]) -> Case:
 @pytest.fixture(scope="session")
 def plain(case_of: Callable[..., Case]) -> Case:
     return case_of("plain")
+
+
+@pytest.fixture(scope="session")
+def shallow(case_of: Callable[..., Case]) -> Case:
+    """A Llama of one layer, for what needs many graphs."""
+    return case_of("llama", num_hidden_layers=1)

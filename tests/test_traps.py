@@ -14,7 +14,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_merge import Case, check_mixed, error
+from dense_merge import Case, check_mixed, error, save_adapter
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -37,7 +37,7 @@ def small(tmp_path: Path) -> Callable[..., Case]:
         torch.manual_seed(0)
         base = cls().eval().requires_grad_(False)
         folders = {
-            name: oracle.save_adapter(
+            name: save_adapter(
                 base, tmp_path / name, rank=rank, targets=targets, seed=rank, **config
             )
             for name, rank, targets in (("a", 2, a), ("b", 3, b or a))
@@ -306,6 +306,25 @@ def test_both_ends_of_a_tied_weight(small):
     check_mixed(case.compile(), case, NAMES, tokens(4, 3))
 
 
+class OneWeightTwice(nn.Module):
+    """Two linears over one weight; its forward calls itself something other than `self`."""
+
+    def __init__(this) -> None:
+        super().__init__()
+        this.w = nn.Linear(K, K)
+        this.v = nn.Linear(K, K)
+        this.v.weight = this.w.weight
+
+    def forward(this, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": this.w(x) + torch.tanh(this.v(x))}
+
+
+def test_two_modules_over_one_weight_of_which_one_is_selected(small):
+    """Told apart by the module whose forward the use is in."""
+    case = small(OneWeightTwice, ["w"])
+    check_mixed(case.compile(), case, NAMES, features(4, 3))
+
+
 # Graph breaks
 
 
@@ -323,11 +342,30 @@ class Broken(nn.Module):
 
 
 def test_graph_breaks(small):
-    """One adapter: right. A mixed batch: right where it is proved, else refused with reasons."""
+    """What one graph hands to the next keeps its proof."""
     case = small(Broken, ["first", "second"], ["first"])
     cm, inputs = case.compile(), features(3, 3)
     check_mixed(cm, case, ["a", "a", "a"], inputs)
     check_mixed(cm, case, ["b", None, "b"], inputs)  # the second graph has nothing of theirs
+    check_mixed(cm, case, ["a", None, "b"], inputs)
+    check_mixed(cm, case, ["a", None, "b", "b"], features(4, 2))
+    assert torch.equal(cm(**inputs)["logits"], case.base(**inputs)["logits"])
+
+
+class BrokenOutside(Broken):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = torch.tanh(self.first(x))
+        torch._dynamo.graph_break()
+        h = torch.tensor(h.flip(0).tolist())  # nothing can be known of where this came from
+        return {"logits": self.second(h).flip(0)}
+
+
+def test_a_graph_break_through_python(small):
+    """One adapter: right. A mixed batch that touches what comes after: refused with the reason."""
+    case = small(BrokenOutside, ["first", "second"], ["first"])
+    cm, inputs = case.compile(), features(3, 3)
+    check_mixed(cm, case, ["a", "a", "a"], inputs)
+    check_mixed(cm, case, ["b", None, "b"], inputs)
     with pytest.raises(ProvenanceError, match="at second it is not proved which request a row"):
         cm(**inputs, adapter_names=["a", None, "b"])
     assert torch.equal(cm(**inputs)["logits"], case.base(**inputs)["logits"])

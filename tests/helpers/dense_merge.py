@@ -92,11 +92,22 @@ def random_base(family: str | Family, **changes: Any) -> nn.Module:
     return model
 
 
+def save_adapter(
+    base: nn.Module, folder: Path, *, rank: int, targets: str | Sequence[str], **config: Any
+) -> Path:
+    """`oracle.save_adapter` of the modules that dotted suffixes, a pattern or "all-linear" name."""
+    return oracle.save_adapter(base, folder, rank=rank, targets=_paths(base, targets), **config)
+
+
 def _paths(base: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    """A list as it is; of a pattern, the linears that it matches ("all-linear" is all of them)."""
-    if not isinstance(targets, str):
-        return list(targets)
-    return [p for p in oracle.linears(base) if targets == "all-linear" or re.fullmatch(targets, p)]
+    linears = oracle.linears(base)
+    if isinstance(targets, str):
+        return [path for path in linears if targets == "all-linear" or re.fullmatch(targets, path)]
+    return [
+        path
+        for path, _ in base.named_modules()
+        if any(path == target or path.endswith(f".{target}") for target in targets)
+    ]
 
 
 def build_case(family: str | Family, folder: Path, **changes: Any) -> Case:
@@ -104,13 +115,8 @@ def build_case(family: str | Family, folder: Path, **changes: Any) -> Case:
     family = FAMILIES[family] if isinstance(family, str) else family
     base = random_base(family, **changes)
     folders = {
-        f"a{seed}": oracle.save_adapter(
-            base,
-            folder / f"a{seed}",
-            rank=rank,
-            targets=_paths(base, targets),
-            seed=seed,
-            **family.config,
+        f"a{seed}": save_adapter(
+            base, folder / f"a{seed}", rank=rank, targets=targets, seed=seed, **family.config
         )
         for seed, (rank, targets) in enumerate(zip(RANKS, family.targets, strict=True))
     }

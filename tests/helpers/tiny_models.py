@@ -95,7 +95,7 @@ _LLAMA_TARGETS = (
     "all-linear",
     ["gate_proj", "up_proj", "down_proj"],
     ["embed_tokens", "o_proj", "lm_head"],
-    ["layers.1.self_attn.k_proj"],
+    ["layers.0.self_attn.k_proj"],
 )
 
 FAMILIES: Mapping[str, Family] = {
@@ -171,7 +171,7 @@ FAMILIES: Mapping[str, Family] = {
             "all-linear",
             ["gate_proj", "up_proj", "down_proj"],
             ["embed_tokens", "o_proj"],
-            ["layers.1.self_attn.k_proj"],
+            ["layers.0.self_attn.k_proj"],
         ),
     ),
     "bert": Family(
@@ -210,7 +210,7 @@ FAMILIES: Mapping[str, Family] = {
             "all-linear",
             ["wi", "wo"],
             ["shared", "o"],
-            ["decoder.block.1.layer.1.EncDecAttention.k"],
+            ["decoder.block.0.layer.1.EncDecAttention.k"],
         ),
         seq2seq_inputs,
     ),
