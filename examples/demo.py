@@ -113,14 +113,22 @@ def show_rows(cm: torch.nn.Module, base: torch.nn.Module, rows: list[tuple[str, 
     check(gap < 1e-4, f"base rows' logits are the base model's (largest difference {gap:.1e})")
 
 
-def time_arms(arms: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:
-    """Seconds a call, arms interleaved in random order so that a busy machine slows all alike."""
+def time_arms(
+    arms: dict[str, Callable[[], object]], *, rounds: int = 20, budget: float = 30.0
+) -> dict[str, list[float]]:
+    """Seconds a call, arms interleaved in random order so that a busy machine slows all alike.
+
+    On a machine so busy that `rounds` would take longer than `budget` seconds: at least five.
+    """
     rng = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for run in arms.values():
         run()  # compiles what is not compiled yet
         run()
-    for _ in range(rounds):
+    ending = time.perf_counter() + budget
+    for done in range(rounds):
+        if done >= 5 and time.perf_counter() > ending:
+            break
         for name in rng.sample(list(arms), len(arms)):
             started = time.perf_counter()
             arms[name]()
@@ -147,8 +155,7 @@ def show_times(cm: torch.nn.Module, loaded: dict[str, str], rows: list[tuple[str
             base_arm: lambda: generate(compiled_base, prompts, **fixed, disable_compile=True),
             our_arm: lambda: generate(cm, prompts, **fixed, adapter_names=names),
             peft_arm: lambda: generate(mixed, prompts, **fixed, adapter_names=peft_names),
-        },
-        rounds=20,
+        }
     )
     table = Table(f"generate: {len(rows)} rows, {NEW_TOKENS} tokens each", "median ms", "over base")
     for name, values in seconds.items():
