@@ -23,7 +23,7 @@ from lorafx.errors import MatchError, ProvenanceError
 from lorafx.frame import Frame
 from lorafx.handover import Handover
 from lorafx.lowering import Lowering, lowering_for
-from lorafx.pipeline import PipelineReport, run_pipeline
+from lorafx.pipeline import PassReport, run_pipeline
 from lorafx.program import Program
 from lorafx.progress import progress
 from lorafx.sites import Site
@@ -37,7 +37,7 @@ class GraphRecord:
     title: str
     lora: bool
     dump: GraphDump
-    report: PipelineReport = field(default_factory=PipelineReport)
+    passes: list[PassReport] = field(default_factory=list)
     states: list[SiteState] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     handover: Handover = field(default_factory=Handover)
@@ -139,7 +139,7 @@ class _FrameCompiler:
         self.frame.bind(gm.graph)
         ctx = Context(program, self.frame, gm, edits_left=program.options.max_edits)
         numeric = NumericCheck(record.title) if program.options.verify == "numeric" else None
-        record.report = run_pipeline(gm, ctx, record.dump, numeric.keep if numeric else None)
+        record.passes = run_pipeline(gm, ctx, record.dump, numeric.keep if numeric else None)
         for key, states in enumerate(ctx.states.values()):
             for state in states:
                 state.node_key = key

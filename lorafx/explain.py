@@ -81,7 +81,7 @@ def model_sections(
 def _graph_lines(record: GraphRecord) -> list[str]:
     lines = [
         f"{report.name}: {report.edits} edits, {report.nodes} nodes, {report.seconds * 1e3:.0f} ms"
-        for report in record.report.passes
+        for report in record.passes
     ]
     packs: dict[int, list[str]] = {}
     for state in record.states:
@@ -91,7 +91,7 @@ def _graph_lines(record: GraphRecord) -> list[str]:
         lines.append("forms: " + ", ".join(f"{count} {form}" for form, count in forms.items()))
     for paths in packs.values():
         if len(paths) > 1:
-            parent = paths[0].rpartition(".")[0]
+            parent = paths[0].rpartition(".")[0] or "(root)"
             names = ", ".join(path.rpartition(".")[2] for path in paths)
             lines.append(f"pack {parent}: [{names}]")
     strategies = Counter((state.strategy, state.rows) for state in record.states)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import fx
@@ -53,11 +53,6 @@ class PassReport:
     nodes: int
 
 
-@dataclass
-class PipelineReport:
-    passes: list[PassReport] = field(default_factory=list)
-
-
 def check_options(options: Options) -> None:
     """Every pass that `options.passes` names exists and can be switched off, or ConfigError."""
     known = {item.name: item for item in PIPELINE}
@@ -75,14 +70,14 @@ def run_pipeline(
     ctx: Context,
     dump: GraphDump,
     after_pass: Callable[[str, fx.GraphModule], None] | None = None,
-) -> PipelineReport:
+) -> list[PassReport]:
     """Run all passes that are switched on over `gm`, in place.
 
     `after_pass(name, gm)` is called with the graph as captured ("captured") and after each pass;
     numeric verification keeps its copies that way.
     """
     options = ctx.program.options
-    report = PipelineReport()
+    reports: list[PassReport] = []
     outputs = output_signature(gm)
     dump.graph("captured", gm)
     if after_pass is not None:
@@ -97,11 +92,11 @@ def run_pipeline(
         if options.verify != "off":
             check_graph(item.name, gm, ctx, outputs)
         seconds = time.perf_counter() - start
-        report.passes.append(PassReport(item.name, edits, seconds, len(gm.graph.nodes)))
+        reports.append(PassReport(item.name, edits, seconds, len(gm.graph.nodes)))
         dump.graph(item.name, gm, edits=edits, seconds=seconds)
         if after_pass is not None:
             after_pass(item.name, gm)
-    return report
+    return reports
 
 
 def _is_impure(node: fx.Node) -> bool:

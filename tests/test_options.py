@@ -235,7 +235,7 @@ def test_explain(plain, inputs):
         "graph 1 base",
         "pack (root): [up, gate]",
         "plan: aten",
-        "a request",
+        "rows a slot",
     ):
         assert line in text, line
     assert "refused" not in text
