@@ -10,6 +10,7 @@ with n = len(slots), so that the operator is called with rows = 1.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,16 @@ import sympy
 import torch
 from torch import fx
 from torch._guards import detect_fake_mode
-from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
+from torch.utils._sympy.functions import (
+    CeilToInt,
+    FloorDiv,
+    FloorToInt,
+    IntTrueDiv,
+    Max,
+    Min,
+    Mod,
+    PythonMod,
+)
 
 from lorafx.ownership.symbolic import BatchSymbols, Sizes, as_expr
 
@@ -30,6 +40,9 @@ _FUNCTIONS: tuple[tuple[type, Callable[..., Any]], ...] = (
     (FloorDiv, operator.floordiv),
     (Mod, operator.mod),
     (PythonMod, operator.mod),
+    (IntTrueDiv, operator.truediv),
+    (CeilToInt, math.ceil),
+    (FloorToInt, math.floor),
     (Max, torch.sym_max),
     (Min, torch.sym_min),
 )
@@ -101,7 +114,7 @@ class Emitter:
             if value is None:
                 return None
             total = value if total is None else self._joined(before, target, total, value)
-        return total
+        return total if len(parts) > 1 else self.call(before, target, total)
 
     def _joined(self, before: fx.Node, target: Callable[..., Any], a: Any, b: Any) -> Any:
         return (

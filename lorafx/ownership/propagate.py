@@ -46,6 +46,8 @@ TOLERANT = frozenset(
         *indexing.RULES.values(),
     }
 )
+# Rules whose result holds no values of their labelled inputs.
+FORGETFUL = frozenset({pointwise.unlabelled, pointwise.scalar_read, pointwise.copied})
 
 
 def propagate(
@@ -118,7 +120,10 @@ def called(node: fx.Node, flow: Flow) -> Label:
         return each_output(node, mixed)
     if rule is None:
         return each_output(node, flow.lost(node, "no rule for this operator"))
-    return rule(node, flow)
+    label = rule(node, flow)
+    if label is None and rule not in FORGETFUL and any(one is not None for one in labels):
+        return flow.lost(node, "an operand that the rule does not look at depends on requests")
+    return label
 
 
 @cache
@@ -131,11 +136,11 @@ def rule_for(target: object) -> tuple[Rule | None, bool]:
         for (namespace, name), rule in table.OPTIONAL.items():
             if packet is getattr(getattr(torch.ops, namespace), name, None):
                 return rule, rule in TOLERANT
+    if torch.Tag.pointwise in target.tags and packet not in pointwise.RULES:
+        return pointwise.pointwise, False  # also max(a, b), whose packet holds reductions
     for table in TABLES:
         if packet in table.RULES:
             return table.RULES[packet], table.RULES[packet] in TOLERANT
-    if torch.Tag.pointwise in target.tags:
-        return pointwise.pointwise, False
     return None, False
 
 

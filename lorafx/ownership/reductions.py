@@ -60,6 +60,8 @@ def sorted_values(node: fx.Node, flow: Flow) -> Label:
     if not isinstance(label, Own) or not sort_dim(node, flow):
         return scanned(node, flow)
     lost = flow.lost(node, "the order of all requests' entries")
+    if not isinstance(node.meta["val"], (tuple, list)):
+        return lost  # argsort: the indices alone
     indices = next((u for u in node.users if u.args[1:] == (1,)), None)
     if label.perm is not None or indices is None:
         return lost, lost

@@ -24,6 +24,8 @@ def convolution(node: fx.Node, flow: Flow) -> Label:
     no padding.
     """
     args = bound(node)
+    if flow.label(args["weight"]) is not None:
+        return flow.lost(node, "the kernel depends on requests")
     label = same_as_first(node, flow)
     if not isinstance(label, Own) or label.dim == 0:
         return label

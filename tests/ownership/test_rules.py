@@ -110,6 +110,25 @@ def test_batch_first(name, labelled, taint):
     assert taint(gm, flow, [X], [changed], 1, 3) == []
 
 
+def test_an_operand_that_a_rule_does_not_look_at_is_not_forgotten(trace):
+    """A reduction's packet also holds max(a, b): shared on the left, owned on the right."""
+    from torch import fx
+
+    from lorafx.ownership.propagate import propagate
+    from lorafx.ownership.symbolic import BatchSymbols
+
+    gm = trace(lambda x, y: x + y, [X, X.clone()])
+    shared, owned = (n for n in gm.graph.nodes if n.op == "placeholder")
+    total = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.add.Tensor)
+    batch = BatchSymbols.of([owned.meta["val"].shape[0]])
+    expected = {torch.ops.aten.max.other: Own, torch.ops.aten.convolution.default: Mixed}
+    for target, kind in expected.items():
+        extra = (None, [1], [0], [1], False, [0], 1) if kind is Mixed else ()
+        assert isinstance(total, fx.Node)
+        total.target, total.args = target, (shared, owned, *extra)
+        assert type(propagate(gm.graph, {shared: None, owned: Own(0)}, batch)[total]) is kind
+
+
 def test_reason_names_operator_and_node(labelled):
     label, _, gm = labelled(lambda x: x.cumsum(0) * 2, [X], [Own(0)])
     node = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.cumsum.default)
