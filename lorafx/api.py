@@ -63,7 +63,8 @@ def compile(
         ConfigError, TargetError: a configuration that cannot be honoured.
         CheckpointError, CapacityError: an adapter that cannot be read.
         CaptureError: the model is compiled or attached already.
-        The model is unchanged then.
+        Whatever a call with `example_inputs` raises.
+        The model's modules and hooks are as they were then.
     """
     settings = Options.of(options)
     check_options(settings)

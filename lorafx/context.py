@@ -143,8 +143,12 @@ class Context:
 
     def inside(self, node: fx.Node, module: nn.Module) -> bool:
         """True where `node` was made by the forward of `module` itself or something below it."""
-        paths = self.program.graph.paths(module)
         stack = node.meta.get("nn_module_stack") or {}
+        names = [str(key).partition("@")[0] for key in stack]
+        if any(name.isdecimal() for name in names):  # Dynamo's keys are identities
+            return str(id(module)) in names
+        # By path, which is the module's own only where the whole model is one frame.
+        paths = self.program.graph.paths(module)
         return any(_plain_path(path) in paths for path, _ in stack.values())
 
     def unselected_owners(self, weight: fx.Node, kind: str) -> list[nn.Module]:
@@ -155,10 +159,10 @@ class Context:
             return []
         selected = {id(site.module) for site in sites}
         owners = []
-        for path, module, _ in self.program.graph.owners(tensor):
+        for _, module, _ in self.program.graph.owners(tensor):
             entry = lookup(module)
             if id(module) not in selected and entry is not None and entry.kind == kind:
-                owners.append(self.program.graph.at(path))
+                owners.append(module)
         return owners
 
     # --- new nodes ---

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 
 def generate(compiled: CompiledModel, *args: Any, **kwargs: Any) -> Any:
-    """The model's `generate` with its forwards compiled."""
+    """The model's `generate` with its forwards compiled.
+
+    Raises:
+        LorafxError: the model has no `generate`.
+    """
     model = compiled.model
     run = getattr(model, "generate", None)
     if not callable(run):

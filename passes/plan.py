@@ -42,7 +42,11 @@ class Plan:
 
 
 def _wanted(ctx: Context, node: fx.Node) -> str:
-    """The strategy that the user pinned, else the best that the device has."""
+    """The strategy that the user pinned, else the best that the device has.
+
+    Raises:
+        ConfigError: the node computes several sites, pinned to different strategies.
+    """
     program = ctx.program
     pinned = {program.options.plan[p] for p in _paths(ctx, node) if p in program.options.plan}
     if len(pinned) > 1:
