@@ -4,7 +4,7 @@ cm = lorafx.compile(model, lora_config)
 cm(input_ids, adapter_names=["sql", None, "chat"])
 """
 
-from lorafx.api import attach, compile, explain
+from lorafx.api import compile, explain
 from lorafx.compiled import CompiledModel
 from lorafx.config import LoraConfig, Options
 from lorafx.errors import (
@@ -43,7 +43,6 @@ __all__ = [
     "UnknownAdapterError",
     "UnsupportedAdapterError",
     "VerifyError",
-    "attach",
     "compile",
     "explain",
     "register",

@@ -1,4 +1,4 @@
-"""The public entry points: `compile`, `attach`, `explain`."""
+"""The public entry points: `compile` and `explain`."""
 
 from __future__ import annotations
 
@@ -96,25 +96,6 @@ def compile(
         compiled.detach()
         raise
     return compiled
-
-
-def attach(model: nn.Module, lora_config: Any = None) -> nn.Module:
-    """Only mark `model`: its sites get banks and forward hooks. Returns the model.
-
-    `lora_config` is as for `compile`; adapters that it names say what to mark and are not loaded.
-    A marked model adds the delta to what its modules return, in eager mode for batches of one
-    adapter. A weight that is used without calling its module (the out_proj of
-    `nn.MultiheadAttention`) is out of a mark's reach; `compile` finds it in the graph.
-
-    Raises:
-        As `compile`.
-    """
-    config, _ = _resolve(lora_config, {}, model)
-    graph, sites = build_sites(model, config)
-    attachment = Attach().run(graph, sites, config)
-    # Whoever compiles the model has no `match` pass to find a weight that is used by itself.
-    attachment.runtime.graph_passes = False
-    return model
 
 
 def explain(model: nn.Module, lora_config: Any = None) -> Explanation:
