@@ -9,7 +9,7 @@ by the weight of the call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch._dynamo.backends.common import aot_autograd
 from lorafx.context import Context, Refusal, SiteState
 from lorafx.dump import GraphDump, dump_folder
 from lorafx.errors import MatchError, ProvenanceError
-from lorafx.frame import Frame
+from lorafx.frame import Frame, calling_modules
 from lorafx.handover import Handover
 from lorafx.lowering import Lowering, lowering_for
 from lorafx.pipeline import PassReport, run_pipeline
@@ -41,6 +41,7 @@ class GraphRecord:
     states: list[SiteState] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     handover: Handover = field(default_factory=Handover)
+    inside: dict[tuple[int, int], bool] = field(default_factory=dict)  # as in Frame
 
     def refuse_changed(self, program: Program) -> None:
         """Refuse the running batch: an input is not what it was when the graph was captured."""
@@ -157,6 +158,7 @@ class _FrameCompiler:
             else None
             for (_, _, name), value in zip(extra, values, strict=True)
         ]
+        record.inside = self.frame.inside
         return _executable(program, record, executable, extra, nulls, numeric)
 
 
@@ -194,6 +196,8 @@ def _executable(
     def run(arguments: list[Any]) -> Any:
         if record.refusals:
             record.check(program)
+        if record.inside:
+            _check_callers(program, arguments, record.inside)
         if extra:
             arguments.extend(_looked_up(program, arguments, extra, nulls))
         if numeric is not None and numeric.stages:
@@ -202,6 +206,26 @@ def _executable(
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
+
+
+def _check_callers(
+    program: Program, arguments: Sequence[Any], inside: Mapping[tuple[int, int], bool]
+) -> None:
+    """The graph's unmarked uses are inside or outside of their modules' calls, as when captured.
+
+    Raises:
+        MatchError: they are not: a delta would be added twice, or not at all.
+    """
+    callers = calling_modules()
+    for (position, index), expected in inside.items():
+        site = program.site_of_weight(arguments[position], index)
+        if site is None or (id(site.module) in callers) == expected:
+            continue
+        if program.is_touched(site):
+            raise MatchError(
+                f"{site.path}: its forward is called by itself and through its module, in "
+                "graphs that breaks keep apart; call the module, or use exclude_modules"
+            )
 
 
 def _looked_up(

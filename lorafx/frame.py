@@ -7,12 +7,14 @@ call. The frame is dropped when its graph is compiled; nothing of it reaches the
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from lorafx.compat import source_name
 from lorafx.roles import TOKEN_DIMS, Role
@@ -20,6 +22,8 @@ from lorafx.sites import Group, Site
 
 if TYPE_CHECKING:
     from lorafx.program import Program
+
+_CALL = nn.Module._call_impl.__code__
 
 InputKind = Literal[
     "symbol", "weight", "state", "bank", "slots", "packed", "argument", "result", "unknown"
@@ -61,6 +65,11 @@ class Frame:
         #: Inputs that `match` added, by (position of a weight, which of the sites that share it,
         #: field of that site's bank). They follow the others in this order.
         self.extra_nodes: dict[tuple[int, int, str], fx.Node] = {}
+        #: Modules whose call this frame is part of, by identity: their hooks run after it.
+        self.callers = calling_modules()
+        #: For each unmarked use that `match` met, by the weight's position and which of the sites
+        #: that share it: whether that site's module was among the callers.
+        self.inside: dict[tuple[int, int], bool] = {}
 
     @classmethod
     def of(cls, program: Program, graph: fx.Graph, examples: Sequence[Any]) -> Frame:
@@ -123,6 +132,21 @@ class Frame:
                 if dim is not None and dim < value.dim():
                     return value.shape[dim]
         return None
+
+
+def calling_modules() -> frozenset[int]:
+    """Identities of the modules whose `__call__` is running, seen on the Python stack.
+
+    Where Dynamo cannot break a frame in two it runs it in Python and compiles what it calls: a
+    module's forward and the hooks after it are then graphs of their own.
+    """
+    found = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _CALL:
+            found.append(id(frame.f_locals["self"]))
+        frame = frame.f_back
+    return frozenset(found)
 
 
 def fake_value(node: fx.Node) -> Any:

@@ -85,15 +85,21 @@ class Program:
                 found.setdefault(id(weight), []).append(site)
         return found
 
-    def bank_of_weight(self, weight: Tensor, index: int = 0) -> Bank | None:
-        """The bank (of one sibling) of the site whose base weight this very tensor is; of the
-        site at `index`, where several are tied."""
+    def site_of_weight(self, weight: Tensor, index: int = 0) -> Site | None:
+        """The site whose base weight this very tensor is; the one at `index`, where several are
+        tied."""
         if id(weight) not in self._by_weight:
             self._by_weight = self._sites_by_weight()
         tied = self._by_weight.get(id(weight), [])
         if index >= len(tied) or self.weight_of(tied[index]) is not weight:
             return None
-        site = tied[index]
+        return tied[index]
+
+    def bank_of_weight(self, weight: Tensor, index: int = 0) -> Bank | None:
+        """The bank (of one sibling) of `site_of_weight`."""
+        site = self.site_of_weight(weight, index)
+        if site is None:
+            return None
         if id(site) not in self._site_banks:
             self._site_banks[id(site)] = self.site_bank(site)
         return self._site_banks[id(site)]

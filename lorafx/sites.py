@@ -42,6 +42,12 @@ class Site:
     def paths(self) -> tuple[str, ...]:
         return (self.path, *self.aliases)
 
+    @property
+    def has_own_forward(self) -> bool:
+        """Whether a subclass or the instance overrides the forward of the registered class."""
+        forward = type(self.module).forward
+        return "forward" in vars(self.module) or forward is not self.eligible.cls.forward
+
 
 @dataclass(frozen=True, eq=False)
 class Group:

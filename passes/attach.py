@@ -120,14 +120,7 @@ def _mark(site: Site, index: int, group: Group, runtime: Runtime) -> SiteMark:
         out_features=site.out_features,
         weight_name=site.eligible.weight,
         transposed=site.eligible.transposed,
-        derived=_has_own_forward(site),
-    )
-
-
-def _has_own_forward(site: Site) -> bool:
-    """Whether a subclass or the instance overrides the forward of the registered class."""
-    return (
-        "forward" in vars(site.module) or type(site.module).forward is not site.eligible.cls.forward
+        derived=site.has_own_forward,
     )
 
 

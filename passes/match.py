@@ -39,6 +39,8 @@ class Match:
         origins = {mark: origin_of(arguments_of(mark)[1], uses) for mark in marks}
         for mark, site in marks.items():
             ctx.record(site, mark, origins[mark])
+            if site.has_own_forward and arguments_of(mark)[1].op == "placeholder":
+                ctx.refuse(_compiled_apart(site))
         claimed = {origin.node for origin in origins.values() if origin is not None}
 
         edits = 0
@@ -50,6 +52,8 @@ class Match:
             if isinstance(site_or_none, Refusal):
                 ctx.refuse(site_or_none)
             elif site_or_none is not None:
+                if _mark_follows(ctx, site_or_none, use):
+                    continue
                 _insert(gm.graph, ctx, site_or_none, use)
                 added.setdefault(id(site_or_none), set()).add(use.node)
                 edits += 1
@@ -62,6 +66,28 @@ class Match:
                 gm.graph.erase_node(mark)
                 edits += 1
         return edits
+
+
+def _mark_follows(ctx: Context, site: Site, use: Use) -> bool:
+    """True where the use is part of a running call of the module, whose mark adds the delta to
+    what it returns, in a graph that follows.
+
+    Right only where the module returns x Wᵀ itself; otherwise LoRA is refused.
+    """
+    frame = ctx.frame
+    inside = id(site.module) in frame.callers
+    frame.inside[frame.positions[use.weight], frame.by_node[use.weight].sites.index(site)] = inside
+    if inside and site.has_own_forward:
+        ctx.refuse(_compiled_apart(site))
+    return inside
+
+
+def _compiled_apart(site: Site) -> Refusal:
+    return Refusal(
+        (site,),
+        "always",
+        "its forward is its own, and a graph break keeps its forward and its mark in graphs apart",
+    )
 
 
 def _owner(ctx: Context, use: Use) -> Site | Refusal | None:

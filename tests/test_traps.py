@@ -372,6 +372,89 @@ def test_a_graph_break_through_python(small):
     check_mixed(cm, case, ["a", "a", "a"], inputs)
 
 
+class Unbreakable(nn.Module):
+    """Dynamo cannot break a frame inside `with`: it runs the frame in Python and compiles what it
+    calls, the linear's forward and its mark, as graphs of their own."""
+
+    linear: type[nn.Module] = nn.Linear
+    bypass = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = self.linear(K, N)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        try:
+            with open(os.devnull):
+                torch._dynamo.graph_break()
+                y = self.w.forward(x) if self.bypass else self.w(x)
+                torch._dynamo.graph_break()
+        finally:
+            torch._dynamo.graph_break()
+        return {"logits": y}
+
+
+class UnbreakableBypass(Unbreakable):
+    bypass = True
+
+
+class Gated(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(super().forward(x))
+
+
+class UnbreakableGated(Unbreakable):
+    linear = Gated
+
+
+@pytest.mark.parametrize("cls", [Unbreakable, UnbreakableBypass])
+def test_a_module_whose_frame_cannot_be_broken(small, cls):
+    """Its weight's use and its mark are compiled apart: the delta must be added once."""
+    case = small(cls, ["w"])
+    cm, inputs = case.compile(), features(3, 3)
+    check_mixed(cm, case, ["a", "a", "a"], inputs)
+    check_mixed(cm, case, ["b", "b", "b"], inputs)
+    assert cm.recompiles >= 1
+    assert torch.equal(cm(**inputs)["logits"], case.base(**inputs)["logits"])
+
+
+def test_a_forward_of_its_own_in_a_frame_that_cannot_be_broken(small):
+    """Its mark alone could not know what the forward does after the product."""
+    case = small(UnbreakableGated, ["w"])
+    cm, inputs = case.compile(), features(3, 3)
+    with pytest.raises(MatchError, match="at w: its forward is its own, and a graph break keeps"):
+        cm(**inputs, adapter_names=["a", "a", "a"])
+    assert torch.equal(cm(**inputs)["logits"], case.base(**inputs)["logits"])
+
+
+class Failing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Linear(K, N)
+        self.fail = False
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.w(x)
+        if self.fail:
+            raise RuntimeError("the model's own")
+        return {"logits": y}
+
+
+def test_a_call_that_failed_in_the_model_leaves_nothing_behind(small):
+    """Dynamo gives up on a frame that raises and compiles its parts from then on."""
+    case = small(Failing, ["w"])
+    cm, inputs = case.compile(), features(3, 3)
+    names = ["a", None, "b"]
+    check_mixed(cm, case, names, inputs)
+    cm.model.fail = True
+    with pytest.raises(RuntimeError, match="the model's own"):
+        cm(**inputs, adapter_names=names)
+    cm.model.fail = False
+    check_mixed(cm, case, ["b", "b", "b"], inputs)
+    check_mixed(cm, case, names, inputs)
+    assert torch.equal(cm(**inputs)["logits"], case.base(**inputs)["logits"])
+
+
 # Settings, order of calls, processes
 
 
