@@ -302,7 +302,8 @@ def randomise(model: nn.Module) -> None:
             elif name.startswith("weight") and parameter.dim() == 2:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
             elif name.startswith("weight") and parameter.dim() > 2:
-                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+                # Convolutions come in long chains whose activations halve the variance.
+                nn.init.normal_(parameter, std=1.6 * parameter[0].numel() ** -0.5)
             elif parameter.dim() == 3:
                 nn.init.normal_(parameter, std=max(parameter.shape[1:]) ** -0.5)  # experts
             elif name == "bias":
