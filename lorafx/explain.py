@@ -89,11 +89,14 @@ def _graph_lines(record: GraphRecord) -> list[str]:
     forms = Counter(state.form for state in record.states)
     if forms:
         lines.append("forms: " + ", ".join(f"{count} {form}" for form, count in forms.items()))
+    parents: dict[str, list[str]] = {}  # packs of repeated layers are told once
     for paths in packs.values():
         if len(paths) > 1:
-            parent = paths[0].rpartition(".")[0] or "(root)"
             names = ", ".join(path.rpartition(".")[2] for path in paths)
-            lines.append(f"pack {parent}: [{names}]")
+            parents.setdefault(names, []).append(paths[0].rpartition(".")[0] or "(root)")
+    for names, found in parents.items():
+        others = f" and {len(found) - 1} more like it" if len(found) > 1 else ""
+        lines.append(f"pack {found[0]}: [{names}]{others}")
     strategies = Counter((state.strategy, state.rows) for state in record.states)
     for (strategy, rows), count in strategies.items():
         lines.append(f"plan: {strategy or 'aten'} at {count} sites, {rows}")
