@@ -26,7 +26,7 @@ class CompiledModel(nn.Module):
 
     Attributes that it does not have are those of the model, which is `model`, unchanged: same
     classes, names, `state_dict()`, `save_pretrained()`. For inference only: gradients are off.
-    Not safe for calls from several threads at once.
+    Calls from several threads wait for one another.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ runs and reads only tensors.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -48,6 +49,8 @@ class Session:
     repeats: bool = False
     force_active: bool = False
     has_mha: bool = field(init=False)
+    #: One call at a time: slots and the running call are one state for all marks of the model.
+    lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __post_init__(self) -> None:
         self.has_mha = any(
@@ -59,16 +62,17 @@ class Session:
         self, names: Names | None, *, repeats: bool = False, tokens: Tensor | None = None
     ) -> Iterator[None]:
         """Serve these requests inside the block; None stands for the default adapter."""
-        before = self.requests, self.repeats, self.tokens
-        self.requests = None if names is None else tuple(names)
-        self.repeats, self.tokens = repeats, tokens
-        try:
-            yield
-        finally:
-            self.requests, self.repeats, self.tokens = before
-            self.program.call = None
-            # The marks stay on the model: called by itself it is the base model.
-            self.program.runtime.active = False
+        with self.lock:
+            before = self.requests, self.repeats, self.tokens
+            self.requests = None if names is None else tuple(names)
+            self.repeats, self.tokens = repeats, tokens
+            try:
+                yield
+            finally:
+                self.requests, self.repeats, self.tokens = before
+                self.program.call = None
+                # The marks stay on the model: called by itself it is the base model.
+                self.program.runtime.active = False
 
     @contextmanager
     def forced_active(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -453,6 +454,29 @@ def test_a_call_that_failed_in_the_model_leaves_nothing_behind(small):
     check_mixed(cm, case, ["b", "b", "b"], inputs)
     check_mixed(cm, case, names, inputs)
     assert torch.equal(cm(**inputs)["logits"], case.base(**inputs)["logits"])
+
+
+def test_calls_from_several_threads_wait_for_one_another(small):
+    """Slots are one state for the model: without a lock a call would read another one's."""
+    case = small(Failing, ["w"])
+    cm, inputs = case.compile(), features(3, 3)
+    mixes = (["a", None, "b"], ["b", "b", None], [None, "a", "a"])
+    wanted = [case.expected(names, inputs) for names in mixes]
+    errors: list[float] = []
+
+    def serve(index: int) -> None:
+        for _ in range(40):
+            got = cm(**inputs, adapter_names=mixes[index])["logits"]
+            errors.append(error(got, wanted[index]))
+
+    serve(0)
+    threads = [threading.Thread(target=serve, args=(index,)) for index in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 160
+    assert max(errors) <= 1e-5
 
 
 # Settings, order of calls, processes
