@@ -1,19 +1,13 @@
 """Every transformers family against the oracle: one line each, and a table for the documentation.
 
     python tests/conformance/sweep.py --out outcome.jsonl [--kinds causal,masked] [--only llama]
-    python tests/conformance/sweep.py --table outcome.jsonl > docs/families.md
+    python tests/conformance/sweep.py --out outcome.jsonl --table > docs/families.md
 
 Each family is compiled in a process of its own (forked from one that has imported everything and
 compiled a model once), with a time limit, so that a crash or a hang costs only that family. The
 lowering is "reference": what is asked here is whether the right thing is computed.
 
-Outcomes:
-    ok         every batch equals the oracle, mixed batches too
-    refused    one adapter a batch equals the oracle; a mixed batch is refused, with the reason
-    unmatched  LoRA is refused at some modules for any batch, with the reason
-    wrong      some batch differs from the oracle
-    error      an exception that is not one of lorafx's refusals
-    base       the base alone cannot be built small, or run, here
+The outcomes are listed at `OUTCOMES`.
 """
 
 from __future__ import annotations
@@ -21,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import select
 import signal
 import sys
@@ -30,11 +25,12 @@ import traceback
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import oracle
+import peft
 import tiny
 import torch
 import transformers
@@ -46,15 +42,27 @@ from lorafx.errors import LorafxError, MatchError, ProvenanceError
 #: (batch, length): length no multiple of the batch, equal to it, a multiple of it.
 SHAPES = ((3, 5), (4, 4), (3, 6))
 _NOISE_FACTOR = 20
+_SEEN = 1e-3  # smallest effect of an adapter that makes a comparison worth something
+
+OUTCOMES = {
+    "ok": "every batch equals the oracle, mixed batches too",
+    "refused": "one adapter a batch equals the oracle; a mixed batch is refused with the reason",
+    "unmatched": "LoRA is refused at some modules for any batch, with the reason",
+    "wrong": "some batch differs from the oracle",
+    "error": "an exception that is not one of lorafx's refusals, or no answer in time",
+    "base": "the base model cannot be built small, or run, here; not counted as tried",
+}
 
 
-def examine(family: Family, folder: str) -> dict[str, Any]:
-    """The outcome of one family; `folder` takes its adapters."""
+def examine(
+    family: Family, folder: str, shapes: Sequence[tuple[int, int]] = SHAPES
+) -> dict[str, Any]:
+    """The outcome of one family; `folder` takes its adapters, the first of `shapes` has 3 rows."""
     report: dict[str, Any] = {"kind": family.kind, "type": family.model_type}
     report["class"] = family.class_name
     try:
         model = tiny.build(family)
-        batches = [tiny.inputs(model, family.kind, b, t, seed=b) for b, t in SHAPES]
+        batches = [tiny.inputs(model, family.kind, b, t, seed=b) for b, t in shapes]
         with torch.no_grad():
             model(**batches[0])
     except Exception as error:
@@ -231,6 +239,72 @@ def sweep(kinds: list[str], only: set[str], out: Path, limit: float) -> None:
         )
 
 
+def table(reports: Iterable[dict[str, Any]]) -> str:
+    """The outcomes as Markdown, with what they were made with."""
+    rows = sorted(reports, key=lambda r: (list(tiny.KINDS).index(r["kind"]), r["type"]))
+    tested = [r for r in rows if r["outcome"] != "base"]
+    counts = Counter((r["kind"], r["outcome"]) for r in rows)
+    outcomes = [name for name in OUTCOMES if any(counts[kind, name] for kind in tiny.KINDS)]
+    lines = [
+        "# Families of transformers",
+        "",
+        f"Made by `tests/conformance/sweep.py` on {time.strftime('%Y-%m-%d')} with torch "
+        f"{torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}, "
+        'on a CPU in fp32 with `lowering="reference"`. Each family is a tiny model of random '
+        "weights with three or four PEFT adapters of unequal ranks and targets (every linear, "
+        "every second one, the others, the token embedding), saved and read from disk. Calls: two "
+        "with one adapter a batch, then mixed batches with base rows of 3, 4 and 3 requests and "
+        "5, 4 and 6 tokens. Each row is compared with W + ΔW merged densely, run alone; tolerance "
+        f"{oracle.TOLERANCE:g}.",
+        "",
+        "The sweep runs for about two hours; rows come from runs during one day of development, "
+        "each family's last one.",
+        "",
+        "| outcome | meaning |",
+        "|---|---|",
+        *(f"| {name} | {meaning} |" for name, meaning in OUTCOMES.items()),
+        "",
+        f"{len(tested)} families tried:",
+        "",
+        "| kind | " + " | ".join(outcomes) + " |",
+        "|---|" + "---|" * len(outcomes),
+        *(
+            f"| {kind} | " + " | ".join(str(counts[kind, name]) for name in outcomes) + " |"
+            for kind in tiny.KINDS
+        ),
+        "",
+        "## Those that are not ok",
+        "",
+        "| kind | family | outcome | why |",
+        "|---|---|---|---|",
+        *(
+            f"| {r['kind']} | {r['type']} | {r['outcome']} | {_cell(r.get('detail', ''))} |"
+            for r in rows
+            if r["outcome"] != "ok"
+        ),
+        "",
+        "## Those that are ok",
+        "",
+    ]
+    for kind in tiny.KINDS:
+        good = [r["type"] for r in rows if r["kind"] == kind and r["outcome"] == "ok"]
+        lines += [f"**{kind}** ({len(good)}): {', '.join(good)}", ""]
+    blind = [r["type"] for r in rows if r["outcome"] == "ok" and r["effect"] < _SEEN]
+    if blind:
+        lines += [
+            "In these the adapters change the result by less than "
+            f"{_SEEN:g}, so that equality says little: {', '.join(blind)}.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    text = re.sub(r"( at \S+:\d+)?: (this batch mixes adapters, and )?", ": ", text, count=1)
+    text = re.sub(r"File \S+, line \d+, |Run one adapter a batch.*", "", text)
+    return text.replace("|", "\\|")[:330].strip()
+
+
 def _read(path: Path) -> list[dict[str, Any]]:
     """The reports in `path`, the last one of each family."""
     found = {}
@@ -245,8 +319,12 @@ def main() -> None:
     parser.add_argument("--kinds", default=",".join(tiny.KINDS))
     parser.add_argument("--only", default="", help="model types, by commas")
     parser.add_argument("--out", type=Path, default=Path("families.jsonl"))
+    parser.add_argument("--table", action="store_true", help="print the table of --out instead")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds a family")
     options = parser.parse_args()
+    if options.table:
+        print(table(_read(options.out)))
+        return
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
