@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
-from dense_merge import Case, build_case
+import torch
+from dense_merge import Case, build_case, save_adapter
+from torch import nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -39,3 +43,21 @@ def plain(case_of: Callable[..., Case]) -> Case:
 def shallow(case_of: Callable[..., Case]) -> Case:
     """A Llama of one layer, for what needs many graphs."""
     return case_of("llama", num_hidden_layers=1)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Callable[..., Case]:
+    """A `Case` of one module class: adapter "a" and "b" at the given targets."""
+
+    def make(cls: type[nn.Module], a: list[str], b: list[str] | None = None, **config: Any) -> Case:
+        torch.manual_seed(0)
+        base = cls().eval().requires_grad_(False)
+        folders = {
+            name: save_adapter(
+                base, tmp_path / name, rank=rank, targets=targets, seed=rank, **config
+            )
+            for name, rank, targets in (("a", 2, a), ("b", 3, b or a))
+        }
+        return Case(base, folders)
+
+    return make
