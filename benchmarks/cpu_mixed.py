@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--case", choices=SHAPES, action="append")
     parser.add_argument("--out", default="benchmarks/results/cpu_mixed.json")
     options = parser.parse_args()
-    layers, blocks, seconds = (2, 5, 0.02) if options.quick else (6, 24, 0.1)
+    layers, blocks, seconds = (2, 5, 0.02) if options.quick else (6, 20, 0.1)
     rows = []
     for dtype in options.dtype or DTYPES:
         for case in options.case or SHAPES:

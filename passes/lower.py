@@ -1,6 +1,6 @@
 """LoRA nodes become what the chosen lowering executes.
 
-    inductor   fused_linear → mm / addmm, then add_delta_ into its output in place;
+    inductor   fused_linear → mm / addmm (one, or one a sibling), then add_delta_ into its output;
                site → add_delta_ into y. The delta op carries the id of a generated kernel.
     reference  nothing to do: the ops' own aten implementations run.
 
@@ -54,14 +54,29 @@ def _linear(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
         arguments_of(node)
     )
     x_flat = _flat(graph, ctx, x)
-    right = weight if swap else ctx.call(graph, aten.permute.default, (weight, [1, 0]))
-    if bias is None:
-        y = ctx.call(graph, aten.mm.default, (x_flat, right))
+    if strategy_of(node).split:
+        parts, start = [], 0
+        for size in sizes:
+            part = ctx.call(graph, aten.slice.Tensor, (weight, 0, start, start + size))
+            own = bias and ctx.call(graph, aten.slice.Tensor, (bias, 0, start, start + size))
+            parts.append(_product(graph, ctx, x_flat, part, own, swap=False))
+            start += size
+        y = ctx.call(graph, aten.cat.default, (parts, 1))  # Inductor has each GEMM write its part
     else:
-        y = ctx.call(graph, aten.addmm.default, (bias, x_flat, right))
+        y = _product(graph, ctx, x_flat, weight, bias, swap=swap)
     bank = (A, B, ranks, scales, slots)
     written = _add_delta(graph, node, y, x_flat, bank, (siblings, offsets, sizes), rows)
     return _shaped(graph, ctx, written, x, node)
+
+
+def _product(
+    graph: fx.Graph, ctx: Context, x: fx.Node, weight: fx.Node, bias: fx.Node | None, *, swap: bool
+) -> fx.Node:
+    """x Wᵀ + b (x W with `swap`) for x (M, K)."""
+    right = weight if swap else ctx.call(graph, aten.permute.default, (weight, [1, 0]))
+    if bias is None:
+        return ctx.call(graph, aten.mm.default, (x, right))
+    return ctx.call(graph, aten.addmm.default, (bias, x, right))
 
 
 def _site(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
@@ -75,7 +90,7 @@ def _site(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
 
 def _embedding(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
     ids, y, *bank, rows = arguments_of(node)
-    if strategy_of(node) == GENERATED:
+    if strategy_of(node).name == GENERATED:
         return _in_place(graph, *embedding_delta_call(delta_spec(node), y, ids, *bank, rows=rows))
     return _in_place(graph, ADD_EMBEDDING_DELTA, (y, ids, *bank, rows, 0))
 
@@ -89,7 +104,7 @@ def _add_delta(
     ranges: tuple[Any, ...],
     rows: Any,
 ) -> fx.Node:
-    if strategy_of(node) == GENERATED:
+    if strategy_of(node).name == GENERATED:
         return _in_place(graph, *delta_call(delta_spec(node), y, x, *bank, rows=rows))
     return _in_place(graph, ADD_DELTA, (y, x, *bank, *ranges, rows, 0))
 

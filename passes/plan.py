@@ -4,9 +4,7 @@ On a CPU a node runs as generated C++ (one kernel a shape, that reads only the a
 each at its own rank) or as plain aten. The choice is data on the node: users pin it by site path
 (`Options.plan`), `lower` only carries it out, `explain` prints it with the node's byte floor
 
-    floor(D) = 1 + D · r · Σ(K + N_i) / Σ(K · N_i)
-
-for D distinct adapters of rank r, the least traffic over that of the base weight.
+of `lorafx.kernels.cost`. A pack's base product is one GEMM, or one a sibling where that is faster.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from torch import fx
 from lorafx.context import EMBEDDING_OP, FUSED_OP, Context
 from lorafx.errors import ConfigError
 from lorafx.frame import arguments_of, fake_value
-from lorafx.kernels.cost import byte_floor
+from lorafx.kernels.cost import byte_floor, split_is_faster
 from lorafx.kernels.cpu import DeltaSpec, build_all
 from lorafx.strategy import ATEN, GENERATED, Strategy, choose
 
@@ -35,9 +33,8 @@ class Plan:
         for node, name in wanted.items():
             spec = specs.get(node)
             built = spec is not None and kernels[spec] is not None
-            choose(
-                ctx, node, Strategy(GENERATED if built else ATEN, _reason(ctx, node, name, built))
-            )
+            name_built = GENERATED if built else ATEN
+            choose(ctx, node, Strategy(name_built, _split(node), _reason(ctx, node, name, built)))
         return len(wanted)
 
 
@@ -62,6 +59,15 @@ def _wanted(ctx: Context, node: fx.Node) -> str:
 
 def _paths(ctx: Context, node: fx.Node) -> list[str]:
     return [state.site.path for state in ctx.states[node]]
+
+
+def _split(node: fx.Node) -> bool:
+    """Whether a pack's base product is better done a sibling at a time."""
+    if node.target is not FUSED_OP:
+        return False
+    weight, sizes = arguments_of(node)[1], arguments_of(node)[10]
+    value = fake_value(weight)
+    return len(sizes) > 1 and split_is_faster(value.dtype, value.device)
 
 
 def _reason(ctx: Context, node: fx.Node, wanted: str, built: bool) -> str:
