@@ -1,0 +1,48 @@
+"""A few families of transformers that differ in kind, each against the oracle; `sweep.py` runs all.
+
+What makes them different: sequence first (xlnet), a mixture of experts (qwen2_moe), a state space
+model whose weights are used without their modules (mamba), an encoder and decoder (t5), flattened
+rows (opt), images (vit), audio (wav2vec2), learned positions shared by all rows (bert).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import sweep
+import tiny
+import torch
+
+CASES = (
+    ("causal", "xlnet"),
+    ("causal", "qwen2_moe"),
+    ("causal", "mamba"),
+    ("seq2seq", "t5"),
+    ("causal", "opt"),
+    ("image", "vit"),
+    ("audio", "wav2vec2"),
+    ("masked", "bert"),
+)
+
+
+@pytest.mark.parametrize(("kind", "model_type"), CASES)
+def test_family_equals_dense_merge(kind: str, model_type: str, tmp_path: Path) -> None:
+    family = next(f for f in tiny.families(kind) if f.model_type == model_type)
+    # Dynamo unrolls mamba's loop over tokens, once for each length.
+    shapes = sweep.SHAPES[: 1 if model_type == "mamba" else 2]
+    report = sweep.examine(family, str(tmp_path), shapes)
+    assert report["outcome"] == "ok", report
+    assert report["effect"] > 1e-3, "its adapters change too little for a comparison to mean much"
+
+
+def test_oracle_sees_a_wrong_row(tmp_path: Path) -> None:
+    family = next(f for f in tiny.families("causal") if f.model_type == "llama")
+    model = tiny.build(family)
+    adapters = sweep.oracle.standard_adapters(model, tmp_path)
+    reference = sweep.oracle.Oracle.of(model, adapters)
+    batch = tiny.inputs(model, "causal", 3, 5)
+    right = reference.rows(["all", None, "odd"], batch)
+    with torch.no_grad():
+        wrong = reference.rows(["all", None, "even"], batch)
+    assert sweep.oracle.difference(wrong, right) > 1e-2
