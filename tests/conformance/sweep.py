@@ -244,6 +244,9 @@ def table(reports: Iterable[dict[str, Any]]) -> str:
     rows = sorted(reports, key=lambda r: (list(tiny.KINDS).index(r["kind"]), r["type"]))
     tested = [r for r in rows if r["outcome"] != "base"]
     counts = Counter((r["kind"], r["outcome"]) for r in rows)
+    known = {(r["kind"], r["type"]) for r in rows}
+    every = [family for kind in tiny.KINDS for family in tiny.families(kind)]
+    missing = [f.model_type for f in every if (f.kind, f.model_type) not in known]
     outcomes = [name for name in OUTCOMES if any(counts[kind, name] for kind in tiny.KINDS)]
     lines = [
         "# Families of transformers",
@@ -272,6 +275,8 @@ def table(reports: Iterable[dict[str, Any]]) -> str:
             f"| {kind} | " + " | ".join(str(counts[kind, name]) for name in outcomes) + " |"
             for kind in tiny.KINDS
         ),
+        "",
+        f"{len(missing)} not run yet: {', '.join(missing)}." if missing else "All have been run.",
         "",
         "## Those that are not ok",
         "",
