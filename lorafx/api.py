@@ -20,6 +20,7 @@ from lorafx.compiled import CompiledModel
 from lorafx.config import LoraConfig, Options
 from lorafx.errors import CaptureError, ConfigError, LorafxWarning, nearest
 from lorafx.explain import Explanation, model_sections
+from lorafx.lowering import resolved
 from lorafx.packing import pack_weights
 from lorafx.passes.attach import Attach, allocate_groups
 from lorafx.passes.select import build_sites
@@ -127,6 +128,7 @@ def _build(
         )
     graph, sites = build_sites(model, config)
     _check_plan(options, sites)
+    options = resolved(options, sites[0].device)
     loaded: list[Adapter] = []
     for name, source in sources.items():
         with progress(f"reading adapter {name}"):

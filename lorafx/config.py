@@ -51,7 +51,7 @@ class Options:
     """How to compile.
 
     Attributes:
-        lowering: "auto" (Inductor with generated kernels where the device has them),
+        lowering: "auto" (Inductor, or plain aten on a CPU without a C++ compiler),
             "inductor", or "reference" (plain aten, run node by node).
         verify: "off"; "lint" (graph structure, shapes and dtypes after each pass); "numeric"
             (also runs each pass's graph beside the reference on the first real inputs).

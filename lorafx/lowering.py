@@ -6,11 +6,17 @@ reference   aten, run node by node; the base as eager has it
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import fx
+
+from lorafx.config import Options
+from lorafx.errors import LorafxWarning, LoweringError
+from lorafx.kernels.compiler import find_compiler
 
 if TYPE_CHECKING:
     from lorafx.program import Program
@@ -84,8 +90,25 @@ class ReferenceLowering:
         return gm.forward
 
 
+def resolved(options: Options, device: torch.device) -> Options:
+    """`options` with "auto" made into what the machine can do.
+
+    That is Inductor; on a CPU without a C++ compiler, which Inductor needs too, plain aten, with a
+    warning.
+    """
+    if options.lowering != "auto":
+        return options
+    if device.type == "cpu":
+        try:
+            find_compiler()
+        except LoweringError as error:
+            warnings.warn(f"the model runs in plain aten: {error}", LorafxWarning, stacklevel=3)
+            return replace(options, lowering="reference")
+    return replace(options, lowering="inductor")
+
+
 def lowering_for(program: Program) -> Lowering:
-    """The lowering that `Options.lowering` names; "auto" is Inductor."""
+    """The lowering that `Options.lowering` names."""
     if program.options.lowering == "reference":
         return ReferenceLowering()
     return InductorLowering()

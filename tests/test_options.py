@@ -382,3 +382,15 @@ def test_a_model_in_training_mode_is_warned_about():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout())
     with pytest.warns(lorafx.LorafxWarning, match="training mode"):
         lorafx.compile(model, lorafx.LoraConfig(target_modules=["0"]))
+
+
+def test_without_a_compiler_the_model_runs_in_aten(monkeypatch):
+    def absent():
+        raise lorafx.LoweringError("no C++ compiler was found")
+
+    monkeypatch.setattr("lorafx.lowering.find_compiler", absent)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4)).eval()
+    with pytest.warns(lorafx.LorafxWarning, match="no C\\+\\+ compiler"):
+        cm = lorafx.compile(copy.deepcopy(model), lorafx.LoraConfig(target_modules=["0"]))
+    x = torch.randn(3, 4)
+    assert torch.equal(cm(x), model(x))
