@@ -23,7 +23,7 @@ from lorafx.errors import BatchError, CaptureError
 from lorafx.guards import keep_guards
 from lorafx.packing import repack
 from lorafx.program import Call, Program
-from lorafx.roles import TOKEN_DIMS, RoleTable
+from lorafx.roles import IMAGES, TOKEN_DIMS, RoleTable
 
 Names = Sequence["str | None"]
 
@@ -193,6 +193,7 @@ class Entry:
             session.set_batch(self.roles, named)
         else:
             session.set_tokens(self.roles, named)
+        _fix_image_sizes(named)
         _check_packing(session.program)
         limit = session.program.options.recompile_limit
         try:
@@ -209,6 +210,14 @@ class Entry:
                     f"Options.recompile_limit allows, and this call needs one more: {error}"
                 ) from error
             raise
+
+
+def _fix_image_sizes(named: Mapping[str, Any]) -> None:
+    """Only the number of requests may vary in a graph that takes images."""
+    for name in IMAGES:
+        value = named.get(name)
+        if isinstance(value, Tensor) and value.dim() == 4:
+            torch._dynamo.mark_static(value, [1, 2, 3])
 
 
 def _target(program: Program, module: nn.Module) -> Callable[..., Any]:

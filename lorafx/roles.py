@@ -69,6 +69,10 @@ ROW_DIMS: Mapping[str, int | None] = {
 }
 
 
+#: Arguments whose channels and image size are constants of a graph. As symbols they pass through
+#: window partitions and rolls into expressions that tracing does not come to an end with (Swin).
+IMAGES = ("pixel_values",)
+
 #: Arguments that hold one entry a token -> that dimension; those of a call have one length T.
 TOKEN_DIMS: Mapping[str, int] = {
     "input_ids": 1,

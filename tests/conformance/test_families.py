@@ -21,6 +21,7 @@ CASES = (
     ("seq2seq", "t5"),
     ("causal", "opt"),
     ("image", "vit"),
+    ("image", "swin"),
     ("audio", "wav2vec2"),
     ("masked", "bert"),
 )
