@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafx.adapters.checkpoint import AdapterState
-from lorafx.adapters.peft_config import PeftConfig
-from lorafx.adapters.peft_model import is_peft_model, take_over
-from lorafx.adapters.peft_reader import Adapter, adapter_target_modules, read_adapter
-from lorafx.adapters.store import AdapterStore
+from lorafx.adapter_store.checkpoint import AdapterState
+from lorafx.adapter_store.peft_config import PeftConfig
+from lorafx.adapter_store.peft_model import is_peft_model, take_over
+from lorafx.adapter_store.peft_reader import Adapter, adapter_target_modules, read_adapter
+from lorafx.adapter_store.store import AdapterStore
 from lorafx.compiled import CompiledModel
 from lorafx.config import LoraConfig, Options
 from lorafx.errors import CaptureError, ConfigError, LorafxWarning, nearest

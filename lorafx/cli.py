@@ -20,9 +20,9 @@ def inspect(adapter: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from lorafx.adapters.checkpoint import peek_shapes
-    from lorafx.adapters.peft_config import PeftConfig
-    from lorafx.adapters.peft_keys import parse, without_prefix
+    from lorafx.adapter_store.checkpoint import peek_shapes
+    from lorafx.adapter_store.peft_config import PeftConfig
+    from lorafx.adapter_store.peft_keys import parse, without_prefix
 
     config = PeftConfig.read(adapter)
     table = Table("module", "in", "out", "rank", "scale", title=str(adapter))

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorafx.adapters.peft_reader import read_adapter
-from lorafx.adapters.store import BASE, AdapterStore
+from lorafx.adapter_store.peft_reader import read_adapter
+from lorafx.adapter_store.store import BASE, AdapterStore
 from lorafx.backend import Backend
 from lorafx.entry import Entry, Session
 from lorafx.errors import BatchError, CaptureError, ConfigError

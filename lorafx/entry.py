@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafx.adapters.store import AdapterStore
+from lorafx.adapter_store.store import AdapterStore
 from lorafx.backend import Backend
 from lorafx.compat import capture_settings, compile_entry, is_recompile_limit
 from lorafx.errors import BatchError, CaptureError

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorafx.kernels.ops  # noqa: F401  (defines torch.ops.lorafx)
-from lorafx.adapters.bank import Bank
+from lorafx.adapter_store.bank import Bank
 from lorafx.errors import MatchError, ProvenanceError
 from lorafx.registry import Kind
 from lorafx.runtime import Runtime

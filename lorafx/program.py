@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from lorafx.adapters.bank import Bank
+from lorafx.adapter_store.bank import Bank
 from lorafx.config import LoraConfig, Options
 from lorafx.frame import FrameInput
 from lorafx.handover import Ledger

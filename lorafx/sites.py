@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lorafx.adapters.bank import Bank
+from lorafx.adapter_store.bank import Bank
 from lorafx.registry import Eligible
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lorafx.adapters.bank import Bank
+from lorafx.adapter_store.bank import Bank
 from lorafx.compat import mark_fixed_shape
 from lorafx.config import LoraConfig
 from lorafx.errors import CaptureError, ConfigError

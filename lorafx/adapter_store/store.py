@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lorafx.adapters.bank import Factors
+from lorafx.adapter_store.bank import Factors
 from lorafx.errors import (
     CapacityError,
     CheckpointError,
@@ -29,7 +29,7 @@ from lorafx.errors import (
 )
 
 if TYPE_CHECKING:
-    from lorafx.adapters.peft_reader import Adapter, LoraWeights
+    from lorafx.adapter_store.peft_reader import Adapter, LoraWeights
     from lorafx.sites import Group, Site
 
 BASE = "__base__"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lorafx.adapters.bank import Bank
+from lorafx.adapter_store.bank import Bank
 from lorafx.registry import lookup
 from lorafx.sites import Group, Site
 

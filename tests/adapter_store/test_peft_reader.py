@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lorafx.adapters.checkpoint import AdapterState
-from lorafx.adapters.peft_config import PeftConfig
-from lorafx.adapters.peft_reader import Adapter, adapter_target_modules, read_adapter
+from lorafx.adapter_store.checkpoint import AdapterState
+from lorafx.adapter_store.peft_config import PeftConfig
+from lorafx.adapter_store.peft_reader import Adapter, adapter_target_modules, read_adapter
 from lorafx.errors import CheckpointError
 from lorafx.registry import lookup
 from lorafx.sites import Site

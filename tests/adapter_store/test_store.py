@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import nn
 
-from lorafx.adapters.bank import Bank
-from lorafx.adapters.peft_reader import Adapter, LoraWeights
-from lorafx.adapters.store import AdapterStore
+from lorafx.adapter_store.bank import Bank
+from lorafx.adapter_store.peft_reader import Adapter, LoraWeights
+from lorafx.adapter_store.store import AdapterStore
 from lorafx.errors import CapacityError, CheckpointError, ConfigError, UnknownAdapterError
 from lorafx.registry import lookup
 from lorafx.sites import Group, Site

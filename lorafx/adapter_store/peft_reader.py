@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorafx.adapters.checkpoint import AdapterState, load_state, peek_shapes
-from lorafx.adapters.peft_config import PeftConfig
-from lorafx.adapters.peft_keys import FactorKey, Places, parse, without_prefix
+from lorafx.adapter_store.checkpoint import AdapterState, load_state, peek_shapes
+from lorafx.adapter_store.peft_config import PeftConfig
+from lorafx.adapter_store.peft_keys import FactorKey, Places, parse, without_prefix
 from lorafx.errors import CapacityError, CheckpointError, UnsupportedAdapterError
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lorafx.adapters.peft_config import PeftConfig
+from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.errors import CheckpointError
 
 SAFETENSORS = "adapter_model.safetensors"

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from lorafx.adapters import peft_config
-from lorafx.adapters.peft_config import PeftConfig
+from lorafx.adapter_store import peft_config
+from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import nn
 
-from lorafx.adapters.checkpoint import AdapterState
-from lorafx.adapters.peft_config import PeftConfig
+from lorafx.adapter_store.checkpoint import AdapterState
+from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
 
 

@@ -6,8 +6,8 @@ import peft
 import pytest
 import torch
 
-from lorafx.adapters.peft_model import from_peft_model, is_peft_model, take_over
-from lorafx.adapters.peft_reader import read_adapter
+from lorafx.adapter_store.peft_model import from_peft_model, is_peft_model, take_over
+from lorafx.adapter_store.peft_reader import read_adapter
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorafx.adapters.peft_reader import adapter_target_modules, read_adapter
+from lorafx.adapter_store.peft_reader import adapter_target_modules, read_adapter
 from lorafx.errors import CapacityError, CheckpointError, UnsupportedAdapterError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
