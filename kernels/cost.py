@@ -1,14 +1,27 @@
-"""The cost model's floor: bytes that any LoRA step must move over those of the base alone.
+"""The cost models: the byte floor of any device, and a roofline of the strategies on a GPU.
 
     floor(D) = 1 + D · r · Σ_i (K_i + N_i) / Σ_i (K_i · N_i)
 
 A decode step reads W once and the A and B of every distinct adapter in the batch once; siblings
-that share x still have an A each.
+that share x still have an A each. On a GPU a kernel takes
+
+    t = max(device-memory bytes / bandwidth, L2 bytes / L2 bandwidth, FLOPs / rate)
+
+and each kernel after the first one more dependent launch. What the strategies launch:
+
+    recompute   one kernel: every tile of y computes v = x Aᵀ again beside its loop over K
+    epilogue    the shrink to v, then one kernel for base product and expand: y is written once
+    gemv        vendor GEMM, then shrink and expand a row at a time: no padding of rows
+    segments    vendor GEMM, then shrink and expand by runs of equal slots, padded to 16 rows
+
+The chips' constants are assumptions (docs/performance.md) until a run on the chip calibrates them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -47,3 +60,279 @@ def split_is_faster(dtype: torch.dtype, device: torch.device) -> bool:
         bfloat16 gate/up  0.96  0.95  0.96  0.97  0.96  0.97  0.99  1.00
     """
     return device.type == "cpu" and dtype in (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the GPU model takes for granted; SI units, rates that kernels reach, not data sheets'.
+
+    Attributes:
+        bandwidth: device memory, bytes/s.
+        l2_bandwidth: second-level cache to the cores, bytes/s.
+        tensor_rate: FLOP/s of a GEMM of 16-bit types.
+        fma_rate: FLOP/s outside of tensor cores, which is what float32 gets (no TF32 rounding).
+        launch: seconds that one more dependent kernel costs inside a captured graph.
+        triton_over_vendor: speed of a plain Triton GEMM over the vendor's where the FLOPs decide;
+            None while unmeasured.
+        calibrated: whether the figures were measured on the chip.
+    """
+
+    name: str
+    bandwidth: float
+    l2_bandwidth: float
+    tensor_rate: float
+    fma_rate: float
+    launch: float = 2e-6
+    triton_over_vendor: float | None = None
+    calibrated: bool = False
+
+    def rate(self, dtype: torch.dtype) -> float:
+        """FLOP/s of a matrix product with operands of `dtype`."""
+        return self.tensor_rate if dtype in (torch.float16, torch.bfloat16) else self.fma_rate
+
+
+MEMORY, FLOPS = 0.87, 0.70  # reached of the data sheet's figures: assumed
+#: Data sheets times what is assumed reachable; the L2 figures are rough (a few microbenchmarks).
+CHIPS: Mapping[tuple[str, int | str], Chip] = {
+    ("cuda", 80): Chip("A100", MEMORY * 2.04e12, 4.0e12, FLOPS * 312e12, FLOPS * 19.5e12),
+    ("cuda", 90): Chip("H200", MEMORY * 4.8e12, 7.0e12, FLOPS * 989e12, FLOPS * 67e12),
+    ("cuda", 100): Chip("B200", MEMORY * 8.0e12, 12e12, FLOPS * 2250e12, FLOPS * 75e12),
+    ("hip", "gfx942"): Chip("MI300X", MEMORY * 5.3e12, 8.0e12, FLOPS * 1307e12, FLOPS * 81.7e12),
+}
+DEFAULT_CHIP = CHIPS["cuda", 90]
+
+#: A vendor GEMM this much faster than plain Triton's costs more than all of LoRA (5 % against
+#: 0.6 to 5 % of the floor), so below it a fused kernel is not used where FLOPs decide.
+LEAST_TRITON_OVER_VENDOR = 0.97
+TILE_N, TILE_M, DOT = 128, 64, 16  # columns and rows of a tile of y; least side of a dot
+
+
+def chip_of(device: torch.device) -> Chip:
+    """The chip behind `device`; the H200 where there is none to ask (interpreter, fake tensors)."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return DEFAULT_CHIP
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        architecture = properties.gcnArchName.partition(":")[0]
+        return CHIPS.get(("hip", architecture), CHIPS["hip", "gfx942"])
+    if (properties.major, properties.minor) < (9, 0):
+        return CHIPS["cuda", 80]
+    return CHIPS["cuda", 100 if properties.major >= 10 else 90]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Modelled time of one strategy for one node.
+
+    Attributes:
+        seconds: of base product and delta together.
+        over_base: over the vendor GEMM alone.
+        over_floor: over the vendor GEMM with A, B and the LoRA FLOPs added, and nothing else.
+        refusal: why it is not chosen whatever its time; empty where it may be.
+    """
+
+    seconds: float
+    over_base: float
+    over_floor: float
+    refusal: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.seconds * 1e6:.1f} µs, {self.over_base:.3f} of the base"
+        return f"{text}, refused: {self.refusal}" if self.refusal else text
+
+
+@dataclass(frozen=True)
+class Work:
+    """One node: y (M, ΣN) = x (M, K) Wᵀ with the deltas of D adapters of rank r in M rows.
+
+    Attributes:
+        sizes: N_i of the siblings that share x.
+        distinct: D, adapters in the batch.
+    """
+
+    in_features: int
+    sizes: tuple[int, ...]
+    rows: int
+    distinct: int
+    rank: int
+    dtype: torch.dtype
+    chip: Chip = field(default=DEFAULT_CHIP)
+
+    @property
+    def columns(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def factors(self) -> int:
+        """Elements of A and B of one adapter."""
+        return self.rank * (len(self.sizes) * self.in_features + self.columns)
+
+    @property
+    def m_tiles(self) -> int:
+        return math.ceil(self.rows / TILE_M)
+
+    @property
+    def n_tiles(self) -> int:
+        return sum(math.ceil(size / TILE_N) for size in self.sizes)
+
+    @property
+    def compute_bound(self) -> bool:
+        """Whether FLOPs rather than bytes decide the base product's time."""
+        memory = self.in_features * self.columns * self.dtype.itemsize / self.chip.bandwidth
+        return self.product / self.chip.rate(self.dtype) > memory
+
+    @property
+    def product(self) -> float:
+        """FLOPs of the base product."""
+        return 2.0 * self.rows * self.in_features * self.columns
+
+    def kernel(self, memory: float, l2: float, flops: float, *, tensor: bool = True) -> float:
+        """Seconds of a kernel that moves these elements and does these FLOPs."""
+        size = self.dtype.itemsize
+        rate = self.chip.rate(self.dtype) if tensor else self.chip.fma_rate
+        return max(
+            memory * size / self.chip.bandwidth, l2 * size / self.chip.l2_bandwidth, flops / rate
+        )
+
+    def base(self, memory: float = 0.0, l2: float = 0.0, flops: float = 0.0) -> float:
+        """Seconds of the base product by kernels that also do what is named."""
+        M, K, N = self.rows, self.in_features, self.columns
+        return self.kernel(
+            K * N + M * (K + N) + memory,
+            self.m_tiles * K * N + self.n_tiles * M * K + M * N + l2,
+            self.product + flops,
+        )
+
+    def floor(self) -> float:
+        """Seconds that no implementation goes below: each active factor read once and used."""
+        M, K, N = self.rows, self.in_features, self.columns
+        flops = 2.0 * M * self.rank * (len(self.sizes) * K + N)
+        return self.base(self.distinct * self.factors, 0, flops)
+
+
+def _adapters_in_tile(work: Work) -> int:
+    """Adapters that a tile of TILE_M rows, grouped by adapter, has to look at."""
+    return math.ceil(work.distinct / work.m_tiles)
+
+
+def _padded_rows(work: Work) -> int:
+    """Rows of runs of equal slots, each padded to what a dot takes."""
+    a_run = math.ceil(work.rows / max(work.distinct, 1))
+    return work.distinct * math.ceil(a_run / DOT) * DOT
+
+
+def _fused_base(work: Work, memory: float, l2: float, flops: float) -> float:
+    """The base product by our own kernel, slower than the vendor's where FLOPs decide."""
+    speed = work.chip.triton_over_vendor or 1.0
+    return work.base(memory, l2, flops) / (speed if work.compute_bound else 1.0)
+
+
+def _recompute(work: Work) -> float:
+    adapters = _adapters_in_tile(work)
+    padded = max(work.rank, DOT) * adapters
+    M, K, N = work.rows, work.in_features, work.columns
+    return _fused_base(
+        work,
+        work.distinct * work.factors,
+        work.m_tiles * adapters * work.rank * (work.n_tiles * K + N),
+        2.0 * M * padded * (work.n_tiles * K + N),
+    )
+
+
+def _epilogue(work: Work) -> float:
+    adapters, G = _adapters_in_tile(work), len(work.sizes)
+    padded = max(work.rank, DOT) * adapters
+    M, K, N = work.rows, work.in_features, work.columns
+    A, B = work.distinct * work.rank * G * K, work.distinct * work.rank * N
+    v = M * G * work.rank
+    shrink = work.kernel(A + M * K + v, 0, 2.0 * M * padded * G * K)
+    l2 = work.m_tiles * adapters * work.rank * N
+    return shrink + work.chip.launch + _fused_base(work, B + v, l2, 2.0 * M * padded * N)
+
+
+def _gemv(work: Work) -> float:
+    M, K, N, G = work.rows, work.in_features, work.columns, len(work.sizes)
+    A, B = work.rank * G * K, work.rank * N
+    shrink = work.kernel(work.distinct * A + M * K, M * A, 2.0 * M * A, tensor=False)
+    expand = work.kernel(work.distinct * B + 2 * M * N, M * B, 2.0 * M * B, tensor=False)
+    return work.base() + shrink + expand + 2 * work.chip.launch
+
+
+def _segments(work: Work) -> float:
+    M, K, N, G = work.rows, work.in_features, work.columns, len(work.sizes)
+    A, B = work.rank * G * K, work.rank * N
+    padded = _padded_rows(work) * max(work.rank, DOT) / work.rank
+    shrink = work.kernel(work.distinct * A + M * K, 0, 2.0 * padded * A)
+    expand = work.kernel(work.distinct * B + 2 * M * N, 0, 2.0 * padded * B)
+    return work.base() + shrink + expand + 2 * work.chip.launch
+
+
+GPU_STRATEGIES = {
+    "epilogue": _epilogue,
+    "recompute": _recompute,
+    "gemv": _gemv,
+    "segments": _segments,
+}
+FUSED = ("epilogue", "recompute")  # their own base product instead of the vendor's
+
+
+def _refusal(name: str, work: Work) -> str:
+    if name not in FUSED or not work.compute_bound:
+        return ""
+    speed = work.chip.triton_over_vendor
+    if speed is None:
+        return "plain Triton against the vendor GEMM is unmeasured for this many rows"
+    if speed < LEAST_TRITON_OVER_VENDOR:
+        return f"plain Triton reaches {speed:.2f} of the vendor GEMM"
+    return ""
+
+
+def estimate(work: Work) -> dict[str, Estimate]:
+    """Every strategy's modelled time for `work`, fastest first, refused ones last."""
+    base, floor = work.base(), work.floor()
+    estimates = {}
+    for name, model in GPU_STRATEGIES.items():
+        seconds = model(work)
+        estimates[name] = Estimate(seconds, seconds / base, seconds / floor, _refusal(name, work))
+    order = sorted(estimates, key=lambda n: (bool(estimates[n].refusal), estimates[n].seconds))
+    return {name: estimates[name] for name in order}
+
+
+def choose_strategy(
+    sites: Sequence[Sized],
+    rows_hint: int | None,
+    slots: int,
+    rank: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    chip: Chip | None = None,
+) -> tuple[str, dict[str, Estimate]]:
+    """The strategy with the least modelled time for sites that share one x, and all estimates.
+
+    Args:
+        sites: siblings of one node; all have the same in_features.
+        rows_hint: rows M of x that the graph is made for; None where nothing is known, which
+            leaves "segments", the one that no number of rows makes slow.
+        slots: adapters the bank holds; a batch is taken to be of min(slots, M) adapters.
+        rank: largest rank in the bank.
+        dtype: of x, W and the bank.
+        device: whose chip is asked; a CPU (the interpreter) stands for the default chip.
+        chip: constants to use instead of the device's.
+
+    Returns:
+        The name, one of GPU_STRATEGIES, and the estimates, fastest first; without a hint none.
+    """
+    if rows_hint is None:
+        return "segments", {}
+    work = Work(
+        sites[0].in_features,
+        tuple(site.out_features for site in sites),
+        max(rows_hint, 1),
+        max(1, min(slots, rows_hint)),
+        rank,
+        dtype,
+        chip or chip_of(device),
+    )
+    estimates = estimate(work)
+    return next(iter(estimates)), estimates

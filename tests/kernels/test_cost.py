@@ -1,0 +1,136 @@
+"""The GPU cost model against the cases whose outcome is known: docs/performance.md's table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from lorafx.kernels.cost import (
+    CHIPS,
+    DEFAULT_CHIP,
+    GPU_STRATEGIES,
+    Chip,
+    Work,
+    byte_floor,
+    chip_of,
+    choose_strategy,
+    estimate,
+)
+
+CUDA = torch.device("cuda")
+
+
+@dataclass(frozen=True)
+class Site:
+    in_features: int
+    out_features: int
+
+
+LLAMA_8B = (
+    (Site(4096, 4096), Site(4096, 1024), Site(4096, 1024)),
+    (Site(4096, 4096),),
+    (Site(4096, 14336), Site(4096, 14336)),
+    (Site(14336, 4096),),
+)
+
+
+def choices(rows: int | None, slots: int, *, rank: int = 16, chip: Chip | None = None) -> list[str]:
+    return [
+        choose_strategy(sites, rows, slots, rank, torch.bfloat16, CUDA, chip=chip)[0]
+        for sites in LLAMA_8B
+    ]
+
+
+def over_base(strategy: str, rows: int, distinct: int) -> float:
+    """A layer's modelled time by one strategy over the layer's base."""
+    seconds = base = 0.0
+    for sites in LLAMA_8B:
+        _, estimates = choose_strategy(sites, rows, distinct, 16, torch.bfloat16, CUDA)
+        seconds += estimates[strategy].seconds
+        base += estimates[strategy].seconds / estimates[strategy].over_base
+    return seconds / base
+
+
+def test_one_row_with_one_adapter_recomputes() -> None:
+    assert choices(rows=1, slots=8) == ["recompute"] * 4
+
+
+def test_many_rows_with_many_adapters_expand_in_the_epilogue() -> None:
+    assert choices(rows=64, slots=8) == ["epilogue"] * 4
+    assert choices(rows=64, slots=32) == ["epilogue"] * 4
+
+
+@pytest.mark.parametrize("slots", [1, 8])
+def test_prefill_keeps_the_vendor_gemm_until_triton_is_measured(slots: int) -> None:
+    assert choices(rows=8192, slots=slots) == ["segments"] * 4
+    slow = replace(DEFAULT_CHIP, triton_over_vendor=0.96)
+    assert choices(rows=8192, slots=slots, chip=slow) == ["segments"] * 4
+    fast = replace(DEFAULT_CHIP, triton_over_vendor=1.0)
+    assert choices(rows=8192, slots=slots, chip=fast) == ["epilogue"] * 4
+
+
+def test_a_refusal_says_why() -> None:
+    _, estimates = choose_strategy(LLAMA_8B[1], 8192, 8, 16, torch.bfloat16, CUDA)
+    assert "unmeasured" in estimates["epilogue"].refusal
+    assert "refused" in str(estimates["epilogue"])
+    assert not estimates["segments"].refusal
+
+
+def test_no_hint_takes_what_no_number_of_rows_makes_slow() -> None:
+    assert choices(rows=None, slots=8) == ["segments"] * 4
+
+
+def test_rows_alone_with_their_adapter_prefer_gemv_and_long_runs_segments() -> None:
+    """A run of rows shares one read of A and B from the cache; a row at a time does not."""
+    alone = estimate(Work(4096, (4096,), 8, 8, 16, torch.bfloat16))
+    runs = estimate(Work(4096, (4096,), 64, 1, 16, torch.bfloat16))
+    assert list(alone).index("gemv") < list(alone).index("segments")
+    assert list(runs).index("segments") < list(runs).index("gemv")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "rows", "distinct", "ratio"),
+    [
+        ("recompute", 1, 1, 1.006),
+        ("segments", 1, 1, 1.15),
+        ("segments", 64, 8, 1.21),
+        ("segments", 64, 32, 1.35),
+        ("segments", 8192, 8, 1.09),
+    ],
+)
+def test_the_table_of_techniques(strategy: str, rows: int, distinct: int, ratio: float) -> None:
+    """Within a twentieth: the table was computed by a model of more detail."""
+    assert over_base(strategy, rows, distinct) == pytest.approx(ratio, rel=0.055)
+
+
+def test_every_strategy_is_estimated_and_none_beats_the_floor() -> None:
+    for chip in CHIPS.values():
+        for sites in LLAMA_8B:
+            for rows, distinct in ((1, 1), (7, 3), (64, 8), (8192, 8)):
+                name, estimates = choose_strategy(
+                    sites, rows, distinct, 16, torch.bfloat16, CUDA, chip=chip
+                )
+                assert set(estimates) == set(GPU_STRATEGIES)
+                assert name == next(iter(estimates))
+                assert all(e.over_floor >= 1 - 1e-9 for e in estimates.values())
+                assert all(e.over_base >= 1 for e in estimates.values())
+
+
+def test_decode_floor_is_the_byte_floor() -> None:
+    for sites in LLAMA_8B:
+        work = Work(sites[0].in_features, tuple(s.out_features for s in sites), 1, 1, 16,
+                    torch.bfloat16)  # fmt: skip
+        assert work.floor() / work.base() == pytest.approx(byte_floor(sites, 16, 1), rel=1e-3)
+
+
+def test_adapters_are_no_more_than_rows_or_slots() -> None:
+    few = choose_strategy(LLAMA_8B[0], 4, 64, 16, torch.bfloat16, CUDA)[1]
+    assert few == choose_strategy(LLAMA_8B[0], 4, 4, 16, torch.bfloat16, CUDA)[1]
+
+
+def test_without_a_gpu_the_default_chip_stands_in() -> None:
+    assert chip_of(torch.device("cpu")) is DEFAULT_CHIP
+    if not torch.cuda.is_available():
+        assert chip_of(CUDA) is DEFAULT_CHIP
