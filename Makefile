@@ -12,13 +12,14 @@ export PYTHONSAFEPATH := 1
 # Nothing here needs a model hub; a look-up that fails by time-out would only be slow.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all test-gpu lint bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      compile the small model in examples/, serve five adapters in one batch (CPU)"
 	@echo "make test      ruff, mypy and the tests"
 	@echo "make test-all  the same with the slow tests"
+	@echo "make test-gpu  the tests that need a CUDA or ROCm device"
 	@echo "make bench     benchmarks/cpu_mixed.py, results into benchmarks/results/"
 	@echo "make clean     remove .venv, caches and dumps"
 
@@ -30,6 +31,9 @@ test: lint
 
 test-all: lint
 	$(BIN)/pytest
+
+test-gpu: $(STAMP)
+	$(BIN)/pytest tests/gpu
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

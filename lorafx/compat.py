@@ -92,3 +92,10 @@ def mark_fixed_shape(tensor: Tensor) -> None:
     generated kernels need the sizes of GPT-2's banks as much as those of Llama's.
     """
     torch._dynamo.mark_static(tensor)
+
+
+def size_hint(size: int | torch.SymInt) -> int | None:
+    """The number that a size had when the graph was captured; None where it depends on data."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else None

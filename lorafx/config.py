@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -10,9 +11,13 @@ import torch
 
 from lorafx.errors import ConfigError, nearest
 
-Lowering = Literal["auto", "inductor", "reference"]
-#: How a LoRA node is computed: a kernel generated for its shape, or the op's own aten.
-STRATEGIES = ("generated", "aten")
+Lowering = Literal["auto", "inductor", "triton", "reference"]
+#: How a LoRA node can be computed, by lowering; "aten" is the op's own implementation.
+STRATEGIES: Mapping[str, tuple[str, ...]] = {
+    "inductor": ("generated", "aten"),
+    "triton": ("epilogue", "recompute", "gemv", "segments", "aten"),
+    "reference": ("aten",),
+}
 Verify = Literal["off", "lint", "numeric"]
 
 
@@ -51,13 +56,16 @@ class Options:
     """How to compile.
 
     Attributes:
-        lowering: "auto" (Inductor, or plain aten on a CPU without a C++ compiler),
-            "inductor", or "reference" (plain aten, run node by node).
+        lowering: "auto" ("triton" on a CUDA or ROCm device, else "inductor"; on a CPU without a
+            C++ compiler "reference"), "inductor" (generated C++ on a CPU, else aten, in
+            Inductor's code), "triton" (generated Triton in Inductor's code; on a CPU in Triton's
+            interpreter, to debug), or "reference" (plain aten, run node by node).
         verify: "off"; "lint" (graph structure, shapes and dtypes after each pass); "numeric"
             (also runs each pass's graph beside the reference on the first real inputs).
         passes: graph passes switched on or off by name, `{"pack": False}`.
         max_edits: stop rewriting after this many edits, to bisect a wrong result.
-        plan: strategies ("generated", "aten") pinned by canonical site path.
+        plan: strategies pinned by canonical site path: "generated" for generated C++;
+            "epilogue", "recompute", "gemv", "segments" for Triton (docs/kernels.md); "aten".
         dump: folder for every pass's graph; None reads LORAFX_DUMP.
         recompile_limit: most graphs one entry point may have; more is an error.
     """
@@ -86,18 +94,21 @@ class Options:
         return cls(**value)
 
     def __post_init__(self) -> None:
-        for path, strategy in self.plan.items():
-            if strategy not in STRATEGIES:
-                raise ConfigError(
-                    f"Options.plan[{path!r}] must be one of {', '.join(STRATEGIES)}, "
-                    f"got {strategy!r}"
-                )
         for name, allowed in (
-            ("lowering", ("auto", "inductor", "reference")),
+            ("lowering", ("auto", *STRATEGIES)),
             ("verify", ("off", "lint", "numeric")),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(
                     f"Options.{name} must be one of {', '.join(allowed)}, "
                     f"got {getattr(self, name)!r}"
+                )
+        allowed = tuple(dict.fromkeys(itertools.chain(*STRATEGIES.values())))
+        if self.lowering != "auto":  # what that stands for depends on the device
+            allowed = STRATEGIES[self.lowering]
+        for path, strategy in self.plan.items():
+            if strategy not in allowed:
+                raise ConfigError(
+                    f"Options.plan[{path!r}] must be one of {', '.join(allowed)} for lowering "
+                    f"{self.lowering!r}, got {strategy!r}"
                 )

@@ -25,6 +25,7 @@ class GraphDump:
     title: str
     folder: Path | None
     stages: list[tuple[str, str, str]] = field(default_factory=list)  # (name, heading, text)
+    sources: dict[str, str] = field(default_factory=dict)  # of generated kernels, by file name
 
     def graph(
         self, name: str, gm: fx.GraphModule, *, edits: int | None = None, seconds: float = 0.0
@@ -38,10 +39,24 @@ class GraphDump:
         if self.folder is not None:
             self._write(len(self.stages) - 1, self.folder)
 
+    def source(self, name: str, text: str) -> None:
+        """Record the source of a generated kernel that the graph calls."""
+        if name not in self.sources:
+            self.sources[name] = text
+            if self.folder is not None:
+                self._write_source(name, self.folder)
+
     def write(self, folder: Path) -> None:
-        """Write all stages into `folder`, as LORAFX_DUMP would have."""
+        """Write all stages and sources into `folder`, as LORAFX_DUMP would have."""
         for index in range(len(self.stages)):
             self._write(index, folder)
+        for name in self.sources:
+            self._write_source(name, folder)
+
+    def _write_source(self, name: str, folder: Path) -> None:
+        target = folder / self.title.replace(" ", "-")
+        target.mkdir(parents=True, exist_ok=True)
+        (target / name).write_text(self.sources[name])
 
     def _write(self, index: int, folder: Path) -> None:
         target = folder / self.title.replace(" ", "-")

@@ -1,6 +1,7 @@
 """Lowerings: how a graph after the passes, and a graph without LoRA, become executables.
 
 inductor    Inductor with generated kernels for the LoRA part; the base as torch.compile has it
+triton      the same, with Triton kernels: `plan` and `lower` make the graph, Inductor compiles it
 reference   aten, run node by node; the base as eager has it
 """
 
@@ -93,8 +94,8 @@ class ReferenceLowering:
 def resolved(options: Options, device: torch.device) -> Options:
     """`options` with "auto" made into what the machine can do.
 
-    That is Inductor; on a CPU without a C++ compiler, which Inductor needs too, plain aten, with a
-    warning.
+    That is Triton on CUDA and ROCm devices, else Inductor; on a CPU without a C++ compiler, which
+    Inductor needs too, plain aten, with a warning.
     """
     if options.lowering != "auto":
         return options
@@ -104,7 +105,7 @@ def resolved(options: Options, device: torch.device) -> Options:
         except LoweringError as error:
             warnings.warn(f"the model runs in plain aten: {error}", LorafxWarning, stacklevel=3)
             return replace(options, lowering="reference")
-    return replace(options, lowering="inductor")
+    return replace(options, lowering="triton" if device.type == "cuda" else "inductor")
 
 
 def lowering_for(program: Program) -> Lowering:

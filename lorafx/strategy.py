@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from lorafx.config import STRATEGIES
 from lorafx.context import Context
 
-GENERATED, ATEN = STRATEGIES
+GENERATED = "generated"
+ATEN = "aten"
 
 _KEY = "lorafx_strategy"
 
@@ -19,13 +19,15 @@ class Strategy:
     """The choice for one node.
 
     Attributes:
-        name: how the delta is computed, one of STRATEGIES.
+        name: how the node is computed, one of `lorafx.config.STRATEGIES` of the lowering.
+        kernel: id of the generated Triton kernels; 0 for other strategies.
         split: a pack's base product is one GEMM a sibling, each into its columns of y, instead of
             one over the packed weight.
         reason: what decided.
     """
 
     name: str
+    kernel: int = 0
     split: bool = False
     reason: str = ""
 

@@ -34,7 +34,8 @@ class Plan:
             spec = specs.get(node)
             built = spec is not None and kernels[spec] is not None
             name_built = GENERATED if built else ATEN
-            choose(ctx, node, Strategy(name_built, _split(node), _reason(ctx, node, name, built)))
+            reason = _reason(ctx, node, name, built)
+            choose(ctx, node, Strategy(name_built, split=_split(node), reason=reason))
         return len(wanted)
 
 
