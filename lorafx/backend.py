@@ -90,7 +90,7 @@ class Backend:
         self.records: list[GraphRecord] = []
         #: Some graph takes what another made: results are worth keeping note of.
         self.several_graphs = False
-        self.lowering: Lowering = lowering_for(program)
+        self.lowering: Lowering = lowering_for(program.options)
 
     def __call__(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         """Compile a frame of calls with one slot a request."""

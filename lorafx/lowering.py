@@ -8,9 +8,9 @@ reference   aten, run node by node; the base as eager has it
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, cast
 
 import torch
 from torch import fx
@@ -18,9 +18,6 @@ from torch import fx
 from lorafx.config import Options
 from lorafx.errors import LorafxWarning, LoweringError
 from lorafx.kernels.compiler import find_compiler
-
-if TYPE_CHECKING:
-    from lorafx.program import Program
 
 aten = torch.ops.aten
 
@@ -50,27 +47,40 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
     return table
 
 
+@dataclass(frozen=True)
 class InductorLowering:
-    """Inductor. The rewritten graph is what its caches hash, so a changed pass cannot be stale."""
+    """Inductor. The rewritten graph is what its caches hash, so a changed pass cannot be stale.
+
+    `patches` are Inductor's settings that a `mode` of torch.compile stands for.
+    """
+
+    patches: Mapping[str, Any] = field(default_factory=dict)
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]:
-        return decomposition_table()
+        from torch._inductor import config
+
+        with config.patch(dict(self.patches)):
+            return decomposition_table()
 
     def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
         from torch._inductor import compile_fx as inductor
+        from torch._inductor import config
 
-        # What compile_fx does for inference before its inner compile.
-        gm = inductor._recursive_joint_graph_passes(gm)
-        output = next(node for node in gm.graph.nodes if node.op == "output")
-        output.meta["user_visible_output_idxs"] = [
-            index for index, item in enumerate(output.args[0]) if isinstance(item, fx.Node)
-        ]
-        return inductor.compile_fx_inner(gm, list(inputs), is_inference=True)
+        with config.patch(dict(self.patches)):
+            # What compile_fx does for inference before its inner compile.
+            gm = inductor._recursive_joint_graph_passes(gm)
+            output = next(node for node in gm.graph.nodes if node.op == "output")
+            output.meta["user_visible_output_idxs"] = [
+                index for index, item in enumerate(output.args[0]) if isinstance(item, fx.Node)
+            ]
+            return inductor.compile_fx_inner(gm, list(inputs), is_inference=True)
 
     def base(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
 
-        return cast("Callable[..., Any]", compile_fx(gm, list(examples)))
+        # A compiled backward, made later, keeps the settings too.
+        compiled = compile_fx(gm, list(examples), config_patches=dict(self.patches))
+        return cast("Callable[..., Any]", compiled)
 
 
 class ReferenceLowering:
@@ -108,8 +118,8 @@ def resolved(options: Options, device: torch.device) -> Options:
     return replace(options, lowering="triton" if device.type == "cuda" else "inductor")
 
 
-def lowering_for(program: Program) -> Lowering:
-    """The lowering that `Options.lowering` names."""
-    if program.options.lowering == "reference":
+def lowering_for(options: Options, patches: Mapping[str, Any] | None = None) -> Lowering:
+    """The lowering that `Options.lowering` names; `patches` are settings of Inductor."""
+    if options.lowering == "reference":
         return ReferenceLowering()
-    return InductorLowering()
+    return InductorLowering(patches or {})
