@@ -1,4 +1,4 @@
-"""Generated CPU kernels: from a DeltaSpec to an id that `lorafx::run_delta_` understands.
+"""Generated CPU kernels: from a spec to an id that `lorafx::run_delta_` or `run_factors_` takes.
 
     build(spec) = id, a hash of the source, so a graph cached on disk by another process stays valid
 
@@ -34,8 +34,11 @@ from lorafx.kernels.compiler import (
     torch_function,
 )
 from lorafx.kernels.cpu_source import DeltaSpec, source
+from lorafx.kernels.factor_source import FactorSpec, factor_source
 
-__all__ = ["DeltaSpec", "build", "build_all", "delta_call", "embedding_delta_call"]
+__all__ = ["DeltaSpec", "FactorSpec", "build", "build_all", "delta_call", "embedding_delta_call"]
+
+Spec = DeltaSpec | FactorSpec
 
 SHIMS = (
     "aoti_torch_library_init_impl",
@@ -65,7 +68,7 @@ class KernelEntry(ctypes.Structure):
     _fields_ = (
         ("id", ctypes.c_int64),
         ("run", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("embedding", "in_features", "out_features")),
+        *((name, ctypes.c_int64) for name in ("op", "in_features", "out_features")),
         *((name, ctypes.c_int64) for name in ("rank", "group", "columns")),
         *((name, ctypes.c_int64) for name in ("x_dtype", "bank_dtype", "y_dtype")),
         *((name, ctypes.c_int64) for name in ("int32", "int64", "float32")),
@@ -73,7 +76,7 @@ class KernelEntry(ctypes.Structure):
 
 
 _LOCK = threading.RLock()
-_BUILT: dict[tuple[DeltaSpec, str], int] = {}
+_BUILT: dict[tuple[Spec, str], int] = {}
 _LIBRARIES: list[ctypes.CDLL] = []  # keeps what the table points into
 
 
@@ -102,37 +105,53 @@ def _warn_once(reason: str) -> None:
     warnings.warn(f"LoRA runs in plain aten on this CPU, which is slow: {reason}", stacklevel=3)
 
 
-def _compile(spec: DeltaSpec, isa: Isa) -> tuple[int, Path]:
-    text = source(spec, isa)
+def _compile(spec: Spec, isa: Isa) -> tuple[int, Path]:
+    text = factor_source(spec, isa) if isinstance(spec, FactorSpec) else source(spec, isa)
     digest = hashlib.sha256("\0".join((text, *isa.flags)).encode()).digest()
     return int.from_bytes(digest[:7], "big") + 1, compile_library(text, isa.flags)
 
 
-def _load(spec: DeltaSpec, kernel: int, path: Path) -> None:
+def _sizes(spec: Spec) -> dict[str, int]:
+    """The entry's fields that say what `spec` takes for granted; `op` as in dispatcher.cpp."""
+    if isinstance(spec, FactorSpec):
+        return {
+            "op": 2,
+            "in_features": spec.in_features,
+            "out_features": spec.out_features,
+            "rank": spec.rank,
+            "bank_dtype": _dtype_code(spec.factor_dtype),
+        }
+    return {
+        "op": int(spec.embedding),
+        "in_features": spec.in_features,
+        "out_features": sum(spec.sizes),
+        "rank": spec.max_rank,
+        "group": spec.group,
+        "columns": spec.columns,
+        "bank_dtype": _dtype_code(spec.bank_dtype),
+    }
+
+
+def _load(spec: Spec, kernel: int, path: Path) -> None:
     dispatcher, library = _dispatcher(), load_library(path)
     entry = KernelEntry(
         id=kernel,
         run=ctypes.cast(library.lorafx_kernel, ctypes.c_void_p),
-        embedding=int(spec.embedding),
-        in_features=spec.in_features,
-        out_features=sum(spec.sizes),
-        rank=spec.max_rank,
-        group=spec.group,
-        columns=spec.columns,
         x_dtype=_dtype_code(spec.x_dtype),
-        bank_dtype=_dtype_code(spec.bank_dtype),
         y_dtype=_dtype_code(spec.y_dtype),
         int32=_dtype_code(torch.int32),
         int64=_dtype_code(torch.int64),
         float32=_dtype_code(torch.float32),
+        **_sizes(spec),
     )
     if dispatcher.lorafx_add(ctypes.byref(entry)):
         raise LoweringError("the table of generated CPU kernels is full")
     _LIBRARIES.append(library)
-    ops.KERNELS[kernel] = (spec.siblings, spec.offsets, spec.sizes)
+    if isinstance(spec, DeltaSpec):
+        ops.KERNELS[kernel] = (spec.siblings, spec.offsets, spec.sizes)
 
 
-def build(spec: DeltaSpec, isa: Isa | None = None) -> int | None:
+def build(spec: Spec, isa: Isa | None = None) -> int | None:
     """The id of the kernel of `spec`, compiled if need be and loaded into this process.
 
     Args:
@@ -159,7 +178,7 @@ def build(spec: DeltaSpec, isa: Isa | None = None) -> int | None:
             return None
 
 
-def build_all(specs: Iterable[DeltaSpec]) -> dict[DeltaSpec, int | None]:
+def build_all(specs: Iterable[Spec]) -> dict[Spec, int | None]:
     """`build` of each spec; those to be compiled are compiled at the same time."""
     wanted = list(dict.fromkeys(specs))
     with contextlib.suppress(LoweringError):  # failures are met again, and told, by build

@@ -1,10 +1,12 @@
 """The C++ source of one generated CPU kernel: constants, then vectors.h and delta.cpp.
 
-source(spec, isa) = #defines and constants of (dtypes, sizes, ranges, tiles) + vectors.h + delta.cpp
+source(spec, isa) = #defines and constants of (dtypes, sizes, ranges, tiles)
+                    + vectors.h + tiles.h + delta.cpp
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 
@@ -115,16 +117,7 @@ def source(spec: DeltaSpec, isa: Isa) -> str:
     starts = [sum(spec.sizes[:j]) for j in range(len(spec.sizes))]
     blocks = sum(-(-size // COLUMN_BLOCK) for size in spec.sizes)
     features = 0 if spec.embedding else len(spec.sizes) * spec.in_features
-    defines = {
-        "LANES": isa.lanes,
-        "HAS_F16C": int(isa.f16c),
-        "HAS_DPBF16": int(isa.dpbf16),
-        "EMBEDDING": int(spec.embedding),
-        "X": ELEMENTS[spec.x_dtype],
-        "W": ELEMENTS[spec.bank_dtype],
-        "Y": ELEMENTS[spec.y_dtype],
-    }
-    constants = {
+    sizes = {
         "TILE": isa.tile,
         "PLANES": isa.planes,
         "PAIRS": isa.pairs,
@@ -133,6 +126,7 @@ def source(spec: DeltaSpec, isa: Isa) -> str:
         "R": spec.max_rank,
         "G": spec.group,
         "COLUMNS": spec.columns,
+        "B_STRIDE": spec.columns,
         "RANGES": len(spec.sizes),
         "BLOCK": COLUMN_BLOCK,
         "COLUMN_BLOCKS": blocks,
@@ -146,13 +140,31 @@ def source(spec: DeltaSpec, isa: Isa) -> str:
         "SIZE": spec.sizes,
         "START": starts,
     }
-    lines = [f"// {isa.name}: {spec}"]
-    lines += [f"#define {name} {value}" for name, value in defines.items()]
-    lines += [f"static const long {name} = {value};" for name, value in constants.items()]
+    lines = [f"// {isa.name}: {spec}", f"#define EMBEDDING {int(spec.embedding)}"]
+    lines += element_defines(isa, spec.x_dtype, spec.bank_dtype, spec.y_dtype)
+    lines += constants(sizes)
     lines += [
         f"static const long {name}[] = {{{', '.join(map(str, values))}}};"
         for name, values in tables.items()
     ]
     folder = resources.files("lorafx.kernels")
-    lines += [folder.joinpath(name).read_text() for name in ("vectors.h", "delta.cpp")]
+    lines += [folder.joinpath(name).read_text() for name in ("vectors.h", "tiles.h", "delta.cpp")]
     return "\n".join(lines)
+
+
+def element_defines(isa: Isa, x: torch.dtype, factors: torch.dtype, y: torch.dtype) -> list[str]:
+    """The lines that vectors.h needs: lanes, instructions, element types of x, factors and y."""
+    values = {
+        "LANES": isa.lanes,
+        "HAS_F16C": int(isa.f16c),
+        "HAS_DPBF16": int(isa.dpbf16),
+        "X": ELEMENTS[x],
+        "W": ELEMENTS[factors],
+        "Y": ELEMENTS[y],
+    }
+    return [f"#define {name} {value}" for name, value in values.items()]
+
+
+def constants(values: Mapping[str, int]) -> list[str]:
+    """The lines that give a template its sizes."""
+    return [f"static const long {name} = {value};" for name, value in values.items()]

@@ -1,6 +1,7 @@
-// CPU kernels of lorafx::run_delta_ and lorafx::run_embedding_delta_: from a kernel's id to its code.
+// CPU kernels of lorafx::run_delta_, run_embedding_delta_ and run_factors_: from an id to its code.
 //
 //     run_delta_(y!, x, A, B, ranks, scales, slots, rows, kernel) -> ()
+//     run_factors_(y!, x, A, B, scale, kernel) -> ()
 //
 // Registered through torch's stable C interface, whose functions Python hands over as pointers: no
 // torch header is read (0.1 s to compile instead of tens of seconds) and nothing is linked. A call
@@ -42,10 +43,21 @@ struct Args {  // mirrors delta.cpp
     int64_t wide_ids;
 };
 
+struct FactorArgs {  // Args of factors.cpp
+    void* y;
+    const void* x;
+    const void* a;
+    const void* b;
+    const float* scale;
+    int64_t m, y_stride, x_stride, threads;
+    int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
+};
+
+enum Op { LINEAR = 0, EMBEDDING = 1, FACTORS = 2 };
 struct Kernel {  // mirrors KernelEntry in cpu.py; what the generated code takes for granted
     int64_t id;
-    int32_t (*run)(const Args*);
-    int64_t embedding, in_features, out_features, rank, group, columns;
+    int32_t (*run)(const void*);
+    int64_t op, in_features, out_features, rank, group, columns;
     int64_t x_dtype, bank_dtype, y_dtype, int32, int64, float32;
 };
 
@@ -141,10 +153,21 @@ static void require(bool condition, const char* message) {
 
 static int64_t element_bytes(const Kernel* k, int64_t dtype) { return dtype == k->float32 ? 4 : 2; }
 
-static void run(const uint64_t* stack, bool embedding) {
-    const Kernel* k = find((int64_t)stack[8]);
-    require(k && k->embedding == embedding,
+static const Kernel* kernel_of(uint64_t id, Op op) {
+    const Kernel* k = find((int64_t)id);
+    require(k && k->op == op,
             "lorafx: this process has not loaded that kernel id; build it with lorafx.kernels.cpu");
+    return k;
+}
+
+static uint32_t thread_count() {
+    uint32_t threads = 1;
+    torch.threads(&threads);
+    return threads;
+}
+
+static void run(const uint64_t* stack, bool embedding) {
+    const Kernel* k = kernel_of(stack[8], embedding ? EMBEDDING : LINEAR);
     View y(stack[0]), x(stack[1]), a(stack[2]), b(stack[3]), ranks(stack[4]), scales(stack[5]),
         slots(stack[6]);
     int64_t capacity = ranks.dim == 2 ? ranks.sizes[0] : -1;
@@ -167,8 +190,6 @@ static void run(const uint64_t* stack, bool embedding) {
     Rows in(x, embedding ? x.dim : x.dim - 1, embedding ? 1 : k->in_features,
             embedding ? (x.dtype == k->int64 ? 8 : 4) : element_bytes(k, k->x_dtype));
     require(out.count == in.count, "lorafx: x and y differ in rows");
-    uint32_t threads = 1;
-    torch.threads(&threads);
     Args args = {out.data,   in.data,   a.data,
                  b.data,     (const int32_t*)ranks.data,
                  (const float*)scales.data,
@@ -176,7 +197,7 @@ static void run(const uint64_t* stack, bool embedding) {
                  out.count,  slots.sizes[0],
                  (int64_t)stack[7],
                  capacity,   vocabulary,
-                 out.stride, in.stride, (int64_t)threads,
+                 out.stride, in.stride, (int64_t)thread_count(),
                  torch.parallel,
                  embedding && x.dtype == k->int64};
     switch (k->run(&args)) {
@@ -191,20 +212,48 @@ static void run(const uint64_t* stack, bool embedding) {
     out.commit();
 }
 
+static void run_one_adapter(const uint64_t* stack) {
+    const Kernel* k = kernel_of(stack[5], FACTORS);
+    View y(stack[0]), x(stack[1]), a(stack[2]), b(stack[3]), scale(stack[4]);
+    require(a.is(k->bank_dtype, k->rank, k->in_features) &&
+                b.is(k->bank_dtype, k->out_features, k->rank),
+            "lorafx: A and B are not contiguous factors of the kernel's dtype and sizes");
+    require(scale.dtype == k->float32 && scale.dim == 1 && scale.sizes[0] == 1,
+            "lorafx: scale is not a float32 vector of one element");
+    require(y.dtype == k->y_dtype && y.dim >= 1 && y.sizes[y.dim - 1] == k->out_features,
+            "lorafx: y does not have the dtype and columns that the kernel was generated for");
+    require(x.dtype == k->x_dtype && x.dim >= 1 && x.sizes[x.dim - 1] == k->in_features,
+            "lorafx: x does not have the dtype and features that the kernel was generated for");
+    Rows out(y, y.dim - 1, k->out_features, element_bytes(k, k->y_dtype));
+    Rows in(x, x.dim - 1, k->in_features, element_bytes(k, k->x_dtype));
+    require(out.count == in.count, "lorafx: x and y differ in rows");
+    FactorArgs args = {out.data,  in.data,    a.data,    b.data,
+                       (const float*)scale.data,
+                       out.count, out.stride, in.stride, (int64_t)thread_count(),
+                       torch.parallel};
+    require(k->run(&args) == 0, "lorafx: out of memory");
+    out.commit();
+}
+
 struct Owned {  // a boxed kernel owns the tensors on its stack
     uint64_t* stack;
+    int tensors;
     ~Owned() {
-        for (int i = 0; i < 7; i++) torch.delete_tensor((Handle)stack[i]);
+        for (int i = 0; i < tensors; i++) torch.delete_tensor((Handle)stack[i]);
     }
 };
 
 static void run_delta(uint64_t* stack, uint64_t, uint64_t) {
-    Owned owned = {stack};
+    Owned owned = {stack, 7};
     run(stack, false);
 }
 static void run_embedding_delta(uint64_t* stack, uint64_t, uint64_t) {
-    Owned owned = {stack};
+    Owned owned = {stack, 7};
     run(stack, true);
+}
+static void run_factors(uint64_t* stack, uint64_t, uint64_t) {
+    Owned owned = {stack, 5};
+    run_one_adapter(stack);
 }
 
 extern "C" int32_t lorafx_install(const Shims* shims) {
@@ -213,7 +262,8 @@ extern "C" int32_t lorafx_install(const Shims* shims) {
     uint64_t version = torch.version();
     return torch.library_init("lorafx", "CPU", "lorafx/kernels/dispatcher.cpp", 1, &library) ||
            torch.library_impl(library, "run_delta_", run_delta, version) ||
-           torch.library_impl(library, "run_embedding_delta_", run_embedding_delta, version);
+           torch.library_impl(library, "run_embedding_delta_", run_embedding_delta, version) ||
+           torch.library_impl(library, "run_factors_", run_factors, version);
 }
 
 // 0 when added or there already, 1 when the table is full. The caller holds a lock.

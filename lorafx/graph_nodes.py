@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from typing import Any
 
+import torch
 from torch import fx
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorafx.frame import fake_value
@@ -21,6 +24,26 @@ def call_function(
     with fake_mode:
         node.meta["val"] = target(*values, **kwargs)
     return node
+
+
+def call_in_place(graph: fx.Graph, op: OpOverload, arguments: tuple[Any, ...]) -> fx.Node:
+    """The first argument, y, after `op` has written it, as functional nodes.
+
+    The op is wrapped in `auto_functionalized`: Inductor decides whether y's buffer may be written
+    without a copy.
+    """
+    names = [argument.name for argument in op._schema.arguments]
+    both = graph.call_function(
+        torch.ops.higher_order.auto_functionalized,
+        (op,),
+        dict(zip(names, arguments, strict=True)),
+    )
+    value = fake_value(arguments[0])
+    both.meta["val"] = (None, value)
+    with graph.inserting_after(both):
+        written = graph.call_function(operator.getitem, (both, 1))
+    written.meta["val"] = value
+    return written
 
 
 def module_path(node: fx.Node) -> str:

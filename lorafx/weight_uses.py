@@ -145,11 +145,11 @@ def _reshape(form: _Form, user: fx.Node) -> _Form | Use:
     kept = [
         item
         for item in zip(form.axes, before, strict=True)
-        if item[0] is not None or not _same_size(item[1], 1)
+        if item[0] is not None or not same_size(item[1], 1)
     ]
     axes: list[int | None] = []
     for size in reversed(after):
-        if kept and _same_size(size, kept[-1][1]):
+        if kept and same_size(size, kept[-1][1]):
             axes.append(kept.pop()[0])
         elif isinstance(size, int) and size == 1:
             axes.append(None)
@@ -161,7 +161,7 @@ def _reshape(form: _Form, user: fx.Node) -> _Form | Use:
     return _Form(form.weight, user, tuple(axes), form.plain and len(axes) == 2)
 
 
-def _same_size(a: Any, b: Any) -> bool:
+def same_size(a: Any, b: Any) -> bool:
     """Equal as ints or as symbols; never by a hint, which would add a guard."""
     if isinstance(a, int) or isinstance(b, int):
         return isinstance(a, int) and isinstance(b, int) and a == b

@@ -1,0 +1,102 @@
+// Tiles of a generated CPU kernel: some rows times some planes of A, some rows times some columns.
+//
+//     shrink   v[row] = scale · A x[row]          expand   y[row] += v[row] B
+//
+// Before this text stand the generated preamble and vectors.h. A is (planes, K); B is (rank, ...),
+// its planes B_STRIDE apart. Sums are float32. The order of additions behind one element of v or y
+// depends on K and the rank alone, never on the shape of the tile that computed it, so a row's
+// result is bit-equal whatever its neighbours are.
+
+// v[row][plane] = scale · (A[plane] · x[row]) for ROWS × N planes
+template <int ROWS, int N>
+INLINE void shrink_tile(const X::T* const* x, const W::T* a, float scale, float* v) {
+    typedef Dot<X, W> D;
+    vec acc[ROWS][N] = {};
+    long k = 0;
+    for (; k + D::STEP <= K; k += D::STEP) {
+        D::left xs[ROWS];
+        UNROLL for (int row = 0; row < ROWS; row++) xs[row] = load_raw<D::left>(x[row] + k);
+        UNROLL for (int n = 0; n < N; n++) {
+            // few rows: a stream from memory, so ask for the planes that come next
+            if (ROWS <= 2) __builtin_prefetch(a + (n + N) * K + k, 0, 2);
+            D::right as = load_raw<D::right>(a + n * K + k);
+            UNROLL for (int row = 0; row < ROWS; row++)
+                acc[row][n] = D::add(acc[row][n], xs[row], as);
+        }
+    }
+    if (K % D::STEP) {
+        const long rest = K % D::STEP;
+        D::left xs[ROWS];
+        UNROLL for (int row = 0; row < ROWS; row++)
+            xs[row] = load_first<D::left>(x[row] + k, rest * sizeof(X::T));
+        UNROLL for (int n = 0; n < N; n++) {
+            D::right as = load_first<D::right>(a + n * K + k, rest * sizeof(W::T));
+            UNROLL for (int row = 0; row < ROWS; row++)
+                acc[row][n] = D::add(acc[row][n], xs[row], as);
+        }
+    }
+    UNROLL for (int row = 0; row < ROWS; row++) {
+        int n = 0;
+#if SUM_FOUR
+        UNROLL for (; n + 4 <= N; n += 4) {
+            vec* p = acc[row] + n;
+            vec four = scale * sum_four(p[0], p[1], p[2], p[3]);
+            memcpy(v + row * R + n, &four, 16);
+        }
+#endif
+        for (; n < N; n++) v[row * R + n] = scale * sum(acc[row][n]);
+    }
+}
+
+// y[row][c] += Σ_k v[row][k] B[k][c] for ROWS × N pairs of vectors; `last` columns if not WHOLE
+template <int ROWS, int N, bool WHOLE>
+INLINE void expand_tile(Y::T* const* y, long column, const W::T* b, const float* v, int rank,
+                        long last) {
+    typedef Columns<W, Y> C;
+    Pair acc[ROWS][N] = {};
+    for (int k = 0; k < rank; k++) {
+        Pair bs[N];
+        UNROLL for (int n = 0; n < N; n++) {
+            const W::T* p = b + k * B_STRIDE + n * 2 * LANES;
+            if (ROWS <= 2) __builtin_prefetch((const char*)p + AHEAD, 0, 2);
+            bs[n] = C::widen_bank(WHOLE ? load_raw<C::bank>(p)
+                                        : load_first<C::bank>(p, last * sizeof *p));
+        }
+        UNROLL for (int row = 0; row < ROWS; row++) {
+            UNROLL for (int n = 0; n < N; n++) {
+                acc[row][n].first += v[row * R + k] * bs[n].first;
+                acc[row][n].second += v[row * R + k] * bs[n].second;
+            }
+        }
+    }
+    UNROLL for (int row = 0; row < ROWS; row++) {
+        UNROLL for (int n = 0; n < N; n++) {
+            Y::T* p = y[row] + column + n * 2 * LANES;
+            long bytes = WHOLE ? sizeof(C::part) : last * sizeof *p;
+            Pair old = C::widen(WHOLE ? load_raw<C::part>(p) : load_first<C::part>(p, bytes));
+            C::part out = C::narrow({old.first + acc[row][n].first, old.second + acc[row][n].second});
+            memcpy(p, &out, bytes);
+        }
+    }
+}
+
+template <int ROWS>
+__attribute__((noinline)) static void shrink(const X::T* const* x, const W::T* a, float scale,
+                                             float* v, int first, int rank) {
+    const int N = ROWS * PLANES * 2 > TILE * PLANES ? PLANES : 2 * PLANES;  // the same registers
+    int p = first;
+    for (; p + N <= rank; p += N) shrink_tile<ROWS, N>(x, a + p * K, scale, v + p);
+    for (; p < rank; p++) shrink_tile<ROWS, 1>(x, a + p * K, scale, v + p);
+}
+
+template <int ROWS>
+__attribute__((noinline)) static void expand(Y::T* const* y, long column, const W::T* b,
+                                             const float* v, int rank, long size) {
+    const long UNIT = 2 * LANES;
+    long c = 0;
+    for (; c + PAIRS * UNIT <= size; c += PAIRS * UNIT)
+        expand_tile<ROWS, PAIRS, true>(y, column + c, b + c, v, rank, 0);
+    for (; c + UNIT <= size; c += UNIT)
+        expand_tile<ROWS, 1, true>(y, column + c, b + c, v, rank, 0);
+    if (c < size) expand_tile<ROWS, 1, false>(y, column + c, b + c, v, rank, size - c);
+}

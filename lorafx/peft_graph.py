@@ -1,0 +1,166 @@
+"""Frames of PEFT-wrapped models: PEFT's own LoRA arithmetic is found in the graph and fused.
+
+    y + lora_B(lora_A(x)) · scaling   →   one kernel that adds into y      (lorafx.passes.factors)
+
+PEFT's modules decide what is computed: which adapters are active, merged or disabled is Python
+state that Dynamo guards, so a switch compiles the frame again, as with any backend. Factors and
+base weights are graph inputs; nothing of one model is kept. Whether a frame is PEFT's is decided by
+class (`peft.tuners.lora.LoraLayer`), which products are LoRA by arithmetic (`lorafx.factored`).
+
+A frame without LoRA arithmetic (merged, disabled, or no PEFT at all), and one whose result wants a
+gradient, goes to Inductor untouched.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.backends.common import aot_autograd
+
+from lorafx.config import Options
+from lorafx.dump import GraphDump, dump_folder
+from lorafx.errors import VerifyError
+from lorafx.factored import factor_chains
+from lorafx.graph_nodes import module_path
+from lorafx.lowering import Lowering
+from lorafx.passes.factors import Factors
+from lorafx.passes.lower_factors import LowerFactors
+from lorafx.peft_context import FactorSite, PeftContext
+from lorafx.pipeline import PassReport, is_impure
+from lorafx.verify import output_signature
+
+PIPELINE = (Factors(), LowerFactors())
+
+
+@dataclass(eq=False)
+class PeftRecord:
+    """What became of one frame.
+
+    Attributes:
+        title: names the frame's folder of dumps.
+        dump: the graph after each pass.
+        passes: what each pass did.
+        sites: adapters at modules that one kernel each serves now.
+        left: products of factors that stay as PEFT wrote them, with the reason.
+    """
+
+    title: str
+    dump: GraphDump
+    passes: list[PassReport] = field(default_factory=list)
+    sites: list[FactorSite] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The record as text, for `explain`."""
+        lines = [f"{item.name}: {item.edits} edits, {item.nodes} nodes" for item in self.passes]
+        lines += [f"rewritten: {site}" for site in self.sites]
+        return lines + [f"as PEFT wrote it: {text}" for text in self.left]
+
+
+def has_peft_lora(gm: fx.GraphModule, examples: Sequence[Any]) -> bool:
+    """True where the Dynamo graph `gm` holds LoRA arithmetic of a PEFT model that may be fused.
+
+    That is a linear of a linear inside one `LoraLayer`, and no result that wants a gradient.
+    """
+    layer = _lora_layer()
+    if layer is None or _wants_gradient(examples):
+        return False
+    linears: dict[fx.Node, str] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target is torch._C._nn.linear:
+            owner = _owner(node, layer)
+            if owner is not None:
+                linears[node] = owner
+    return any(linears.get(node.args[0]) == owner for node, owner in linears.items())
+
+
+def compile_peft_frame(
+    gm: fx.GraphModule,
+    examples: Sequence[Any],
+    *,
+    options: Options,
+    lowering: Lowering,
+    records: list[PeftRecord] | None = None,
+) -> Callable[..., Any]:
+    """Compile a frame for which `has_peft_lora` holds.
+
+    Args:
+        gm, examples: as Dynamo hands them to a backend.
+        options: `verify`, `max_edits`, `dump` and `passes` are honoured; `lowering` must be
+            resolved.
+        lowering: compiles the rewritten graph.
+        records: where to note what became of the frame.
+    """
+    title = f"peft {0 if records is None else len(records)}"
+    record = PeftRecord(title, GraphDump(title, dump_folder(options)))
+
+    def compiler(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        _run_passes(graph, PeftContext(options, graph), record)
+        return _boxed(lowering.compile(graph, inputs))
+
+    executable = aot_autograd(
+        fw_compiler=compiler,
+        inference_compiler=compiler,
+        decompositions=lowering.decompositions(),
+    )(gm, examples)
+    if records is not None:
+        records.append(record)
+    return executable
+
+
+def _run_passes(gm: fx.GraphModule, ctx: PeftContext, record: PeftRecord) -> None:
+    outputs = output_signature(gm)
+    record.dump.graph("captured", gm)
+    for item in PIPELINE:
+        start = time.perf_counter()
+        edits = item.run(gm, ctx)
+        gm.graph.eliminate_dead_code(is_impure)
+        gm.recompile()
+        if ctx.options.verify != "off":
+            gm.graph.lint()
+            if output_signature(gm) != outputs:
+                raise VerifyError(f"pass {item.name!r} changed the outputs of {record.title}")
+        seconds = time.perf_counter() - start
+        record.passes.append(PassReport(item.name, edits, seconds, len(gm.graph.nodes)))
+        record.dump.graph(item.name, gm, edits=edits, seconds=seconds)
+    record.sites = list(ctx.sites.values())
+    record.left = ctx.left + [
+        f"{module_path(node)}: it is not simply added to a result"
+        for node in factor_chains(gm.graph)
+    ]
+
+
+def _lora_layer() -> type | None:
+    """PEFT's base class of LoRA layers, where a model can have any: PEFT is imported then."""
+    return getattr(sys.modules.get("peft.tuners.lora.layer"), "LoraLayer", None)
+
+
+def _wants_gradient(examples: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(item, Tensor) and item.requires_grad for item in examples
+    )
+
+
+def _owner(node: fx.Node, layer: type) -> str | None:
+    """Identity of the innermost `LoraLayer` whose forward made `node`, as Dynamo's stack has it."""
+    stack = node.meta.get("nn_module_stack") or {}
+    for key, (_, cls) in reversed(list(stack.items())):
+        if isinstance(cls, type) and issubclass(cls, layer):
+            return str(key)
+    return None
+
+
+def _boxed(compiled: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    """`compiled` in AOTAutograd's convention: one list of arguments."""
+
+    def run(arguments: list[Any]) -> Any:
+        return compiled(arguments)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run

@@ -1,0 +1,48 @@
+"""Ops of one adapter become what the chosen lowering executes.
+
+    inductor   factors → run_factors_ into y, a kernel generated for its sizes
+    reference  nothing to do: the op's own aten runs
+
+The in-place op is wrapped in `auto_functionalized`, as in `lower`: the graph stays functional, and
+Inductor writes the delta into the base product's own output where nothing else reads that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from lorafx.frame import arguments_of, fake_value
+from lorafx.graph_nodes import call_in_place
+from lorafx.kernels.cpu import build_all
+from lorafx.kernels.factor_ops import ADD_FACTORS, RUN_FACTORS
+from lorafx.kernels.factor_source import FactorSpec
+from lorafx.peft_context import PeftContext
+
+
+@dataclass(frozen=True)
+class LowerFactors:
+    name: str = "lower_factors"
+
+    def run(self, gm: fx.GraphModule, ctx: PeftContext) -> int:
+        if ctx.reference:
+            return 0
+        specs = {node: _spec(node) for node in ctx.sites}
+        kernels = build_all(specs.values())
+        for node, spec in specs.items():
+            kernel = kernels[spec]
+            arguments = arguments_of(node)
+            with gm.graph.inserting_before(node):
+                if kernel is None:
+                    new = call_in_place(gm.graph, ADD_FACTORS, arguments)
+                else:
+                    new = call_in_place(gm.graph, RUN_FACTORS, (*arguments, kernel))
+            node.replace_all_uses_with(new)
+            ctx.sites[new] = ctx.sites.pop(node)
+        return len(specs)
+
+
+def _spec(node: fx.Node) -> FactorSpec:
+    y, x, A, B, _ = (fake_value(argument) for argument in arguments_of(node))
+    return FactorSpec.of(y, x, A, B)
