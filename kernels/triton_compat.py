@@ -1,0 +1,120 @@
+"""Triton's interpreter on a CPU, and what differs between the versions of Triton, in one place.
+
+    interpret(function, grid, arguments)    run the Python function of a @triton.jit kernel
+
+The interpreter is used whether or not TRITON_INTERPRET is set, so that kernels can be compiled
+ahead of time in the process that also runs them. What it gets wrong (triton 3.6 and 3.7) is put
+right while a kernel runs, and only then:
+
+- `tl.sum`, `tl.min` and `tl.max` are compiled functions unless TRITON_INTERPRET was set before
+  triton was imported, and when they are not, calling them leaves `triton.language` patched.
+- bfloat16 is kept as the bits, in uint16. Casting from float32 cuts off instead of rounding to
+  nearest even (and where it rounds, a carry into the exponent is lost), and `tl.dot` multiplies the
+  bits as integers. Here casts round as hardware does and products are taken in float32, in which
+  those of two bfloat16 numbers are exact. Arithmetic on bfloat16 values other than casts and
+  `tl.dot` stays wrong, so generated kernels do none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+
+from lorafx.errors import LoweringError
+
+# The interpreter patches triton.language and keeps the current program in a global.
+_LOCK = threading.RLock()
+
+
+def _is_bf16(value: Any) -> bool:
+    return value.dtype.scalar == tl.bfloat16
+
+
+def _widen(bits: np.ndarray) -> np.ndarray:
+    """float32 values of bfloat16 bits."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _narrow(values: np.ndarray) -> np.ndarray:
+    """bfloat16 bits of float32 values, rounded to nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = (bits + (((bits >> 16) & 1) + 0x7FFF).astype(np.uint32)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+def _cast(original: Callable[..., Any]) -> Callable[..., Any]:
+    def cast(src: Any, dst_type: Any) -> Any:
+        target = dst_type.scalar
+        if _is_bf16(src) and target == tl.float32:
+            return interpreter.TensorHandle(_widen(src.data), target)
+        if src.dtype.scalar == tl.float32 and target == tl.bfloat16:
+            return interpreter.TensorHandle(_narrow(src.data), target)
+        return original(src, dst_type)
+
+    return cast
+
+
+def _dot(a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+    left = _widen(a.data) if _is_bf16(a) else a.data.astype(np.float32)
+    right = _widen(b.data) if _is_bf16(b) else b.data.astype(np.float32)
+    return interpreter.TensorHandle(np.matmul(left, right) + d.data, d.dtype.scalar)
+
+
+def _reduction(combine: Any) -> Callable[..., Any]:
+    def reduce(input: Any, axis: int) -> Any:
+        return tl.reduce(input, axis, combine)  # the interpreter's own while it runs
+
+    return reduce
+
+
+@contextlib.contextmanager
+def _put_right() -> Iterator[None]:
+    builder, standard = interpreter.interpreter_builder, tl.standard
+    changes: list[tuple[Any, str, Any]] = [
+        (tl, "sum", _reduction(standard._sum_combine)),
+        (tl, "min", _reduction(standard._elementwise_min)),
+        (tl, "max", _reduction(standard._elementwise_max)),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    builder.cast_impl, builder.create_dot = _cast(builder.cast_impl), _dot
+    for change in changes:
+        setattr(*change)
+    try:
+        yield
+    finally:
+        for change in before:
+            setattr(*change)
+        del builder.cast_impl, builder.create_dot  # the class's own show again
+
+
+def python_function(kernel: Any) -> Callable[..., None]:
+    """What @triton.jit was put on."""
+    return kernel.fn
+
+
+def interpret(kernel: Any, grid: Sequence[int], arguments: Sequence[Any]) -> None:
+    """Runs `kernel` over `grid` on CPU tensors, in Triton's interpreter.
+
+    Raises:
+        LoweringError: the kernel failed; its source is in the message's cause.
+    """
+    function = python_function(kernel)
+    with _LOCK, _put_right(), np.errstate(all="ignore"):  # a NaN in x is not the kernel's fault
+        try:
+            interpreter.InterpretedFunction(function)[tuple(grid)](*arguments)
+        except interpreter.InterpreterError as error:
+            raise LoweringError(
+                f"{function.__name__} of {function.__code__.co_filename} failed in Triton's"
+                f" interpreter: {error}"
+            ) from error
+
+
+def version() -> str:
+    return triton.__version__

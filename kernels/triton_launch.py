@@ -1,0 +1,221 @@
+"""Launches of the generated Triton kernels, each beside its torch reference.
+
+    order     (n,)                       stable argsort of the slots
+    shrink    (P, M, J·R) float32        Σ_p v[p, m, j·R + r] = scale · A[s, i_j·R + r] x[m]
+    linear    y (M, N)                   x Wᵀ + b + v B, or y += v B
+    rows      y (M, N)                   y += v B a row at a time; v from planes or from a table
+
+s is the slot of row m: slots[(m // rows) % n]. A launch freezes grid and tiles, never slots, ranks
+or who has how many rows: kernels read those on the device, so a captured launch stays right when
+they change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafx.kernels.delta import row_slots
+from lorafx.kernels.triton_cache import GeneratedKernel
+from lorafx.kernels.triton_source import TritonSpec
+
+#: runs a kernel over a grid: compiled on a device, or in the interpreter
+Launch = Callable[[GeneratedKernel, Sequence[Any], Sequence[Any]], None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Whose row each row is, as the kernels take it.
+
+    Attributes:
+        M: rows of x.
+        slots: (n,) int32, one a request.
+        rows: rows a request, at most M: all rows alike is M rows of the first request.
+        order: (count,) int32, the requests that have rows, sorted by slot; None: not sorted.
+        count: requests that have rows.
+        span: rows of one request, over all repetitions of the n requests in M.
+    """
+
+    M: Any
+    slots: Tensor
+    rows: Any
+    order: Tensor | None
+    count: Any
+    span: Any
+
+    @classmethod
+    def of(
+        cls, M: Any, slots: Tensor, rows: Any, kernel: GeneratedKernel | None, launch: Launch
+    ) -> Batch:
+        """The batch of an op's arguments; sorted where there is an `order` kernel."""
+        n = slots.shape[0]
+        rows = torch.sym_min(rows, M)  # also keeps "all rows alike", 2⁶², out of 32-bit arithmetic
+        count = torch.sym_min(n, _cdiv(M, rows))
+        span = _cdiv(M, n * rows) * rows
+        order = None
+        if kernel is not None:
+            order = torch.empty(count, dtype=torch.int32, device=slots.device)
+            launch(kernel, (_cdiv(count, kernel.tiles.block_m),), (slots, order, count))
+        return cls(M, slots, rows, order, count, span)
+
+    def tiles(self, block: int) -> Any:
+        """Tiles of `block` rows; a sorted batch may have a few places without a row at its end."""
+        return _cdiv(self.M if self.order is None else self.count * self.span, block)
+
+    def arguments(self, *tail: Any) -> list[Any]:
+        """M, n, rows and, for sorted rows, span and count, followed by `tail`."""
+        sorting = [] if self.order is None else [self.span, self.count]
+        return [self.M, self.slots.shape[0], self.rows, *sorting, *tail]
+
+    @property
+    def pointers(self) -> list[Tensor]:
+        """slots and, for sorted rows, order."""
+        return [self.slots] if self.order is None else [self.slots, self.order]
+
+
+def _cdiv(value: Any, by: Any) -> Any:
+    return (value + by - 1) // by
+
+
+def order_reference(slots: Tensor) -> Tensor:
+    """The requests sorted by slot, (n,) int32."""
+    return torch.argsort(slots, stable=True).to(torch.int32)
+
+
+def shrink(
+    kernel: GeneratedKernel,
+    spec: TritonSpec,
+    x: Tensor,
+    A: Tensor,
+    ranks: Tensor,
+    scales: Tensor,
+    batch: Batch,
+    launch: Launch,
+) -> Tensor:
+    """v (P, M, J·R) float32 of x (M, K), by `shrink` or `shrink_rows`.
+
+    What a row's adapter has no factor for is not written, and must not be read.
+    """
+    tiles, M = kernel.tiles, batch.M
+    v = torch.empty((tiles.parts, M, spec.planes), dtype=torch.float32, device=x.device)
+    tall = M if kernel.name == "shrink_rows" else batch.tiles(tiles.block_m) * tiles.lanes
+    grid = (tall, _cdiv(spec.planes, tiles.block_r), tiles.parts)
+    arguments = [x, A, ranks, scales, *batch.pointers, v]
+    launch(kernel, grid, arguments + batch.arguments(ranks.shape[0], x.stride(0)))
+    return v
+
+
+def shrink_reference(
+    spec: TritonSpec, x: Tensor, A: Tensor, ranks: Tensor, scales: Tensor, slots: Tensor, rows: int
+) -> Tensor:
+    """The sum of `shrink`'s planes, (M, J·R) float32, with 0 where there is no factor."""
+    R = spec.delta.max_rank
+    v = torch.zeros((x.shape[0], spec.planes), dtype=torch.float32, device=x.device)
+    for m, slot in enumerate(row_slots(slots, rows, x.shape[0]).tolist()):
+        for j, i in enumerate(spec.delta.siblings if slot >= 0 else ()):
+            r = int(ranks[slot, i])
+            factors = A[slot, i * R : i * R + r].float()
+            v[m, j * R : j * R + r] = scales[slot, i] * (factors @ x[m].float())
+    return v
+
+
+def linear(
+    kernel: GeneratedKernel,
+    spec: TritonSpec,
+    y: Tensor,
+    v: Tensor | None,
+    base: tuple[Tensor, Tensor, Tensor | None] | None,
+    bank: tuple[Tensor, Tensor, Tensor, Tensor],
+    batch: Batch,
+    launch: Launch,
+) -> None:
+    """Writes y (M, N), or adds to it where there is no base product.
+
+    Args:
+        v: shrink's planes; None where the kernel ("recompute") computes v itself.
+        base: x (M, K), the weight and the bias; None for "expand".
+        bank: A, B, ranks, scales.
+    """
+    A, B, ranks, scales = bank
+    tiles = kernel.tiles
+    pointers: list[Any] = []
+    strides: list[Any] = []
+    if base is not None:
+        x, weight, bias = base
+        pointers += [x, weight] if bias is None else [x, weight, bias]
+        strides += [x.stride(0), weight.stride(0)]
+    pointers += [A, B, ranks, scales] if v is None else [v, B, ranks]
+    tiles_m = batch.tiles(tiles.block_m)
+    tiles_n = sum(_cdiv(size, tiles.block_n) for size in spec.delta.sizes)
+    scalars = batch.arguments(ranks.shape[0], tiles_m, *strides, y.stride(0))
+    launch(kernel, (tiles_m * tiles_n,), [*pointers, *batch.pointers, y, *scalars])
+
+
+def linear_reference(
+    spec: TritonSpec,
+    y: Tensor,
+    v: Tensor,
+    base: tuple[Tensor, Tensor, Tensor | None] | None,
+    bank: tuple[Tensor, Tensor, Tensor, Tensor],
+    slots: Tensor,
+    rows: int,
+) -> None:
+    """`linear` for v (M, J·R) of `shrink_reference`, in float32 and rounded once."""
+    _, B, ranks, _ = bank
+    d, R = spec.delta, spec.delta.max_rank
+    acc = y.float()
+    if base is not None:
+        x, weight, bias = base
+        acc = x.float() @ (weight if spec.transposed else weight.T).float()
+        acc = acc if bias is None else acc + bias.float()
+    for m, slot in enumerate(row_slots(slots, rows, y.shape[0]).tolist()):
+        start = 0
+        for j, (i, offset, size) in enumerate(zip(d.siblings, d.offsets, d.sizes, strict=True)):
+            if slot >= 0:
+                r = int(ranks[slot, i])
+                b = B[slot, :r, offset : offset + size].float()
+                acc[m, start : start + size] += v[m, j * R : j * R + r] @ b
+            start += size
+    y.copy_(acc)
+
+
+def expand_rows(
+    kernel: GeneratedKernel,
+    spec: TritonSpec,
+    y: Tensor,
+    v: Tensor,
+    B: Tensor,
+    ranks: Tensor,
+    batch: Batch,
+    launch: Launch,
+) -> None:
+    """Adds v B into y (M, N) row by row; its reference is `linear_reference` without a base."""
+    tiles_n = sum(_cdiv(size, kernel.tiles.block_n) for size in spec.delta.sizes)
+    arguments = [v, B, ranks, *batch.pointers, y]
+    scalars = batch.arguments(ranks.shape[0], y.stride(0))
+    launch(kernel, (batch.M, tiles_n), arguments + scalars)
+
+
+def embedding_rows(
+    kernel: GeneratedKernel,
+    spec: TritonSpec,
+    y: Tensor,
+    ids: Tensor,
+    bank: tuple[Tensor, Tensor, Tensor, Tensor],
+    batch: Batch,
+    launch: Launch,
+) -> None:
+    """Adds scale · A[s, ids, :r] B[s, :r] into y (M, N).
+
+    Its reference is `lorafx.kernels.delta.add_embedding_delta`. An id outside the table adds
+    nothing: a kernel cannot raise, and the base's own lookup has.
+    """
+    A, B, ranks, scales = bank
+    tiles_n = _cdiv(spec.delta.columns, kernel.tiles.block_n)
+    arguments = [ids, A, B, ranks, scales, *batch.pointers, y]
+    scalars = batch.arguments(ranks.shape[0], A.shape[1], y.stride(0))
+    launch(kernel, (batch.M, tiles_n), arguments + scalars)

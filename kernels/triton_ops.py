@@ -1,0 +1,351 @@
+"""The ops that run generated Triton kernels. Importing this module registers them.
+
+    lorafx::triton_linear            x Wᵀ + b and the deltas of all column ranges, (M, N)
+    lorafx::triton_delta_            the deltas alone, added into y in place
+    lorafx::triton_embedding_delta_  the delta of an embedding, added into y in place
+
+`kernel` is an id of lorafx.kernels.triton_build, which stands for strategy, sizes and column
+ranges; slots, rows and the bank are those of lorafx.kernels.ops, with rows > 0. The torch reference
+is `lorafx::fused_linear`, `add_delta_` and `add_embedding_delta_` with the same ranges.
+
+Each is a `triton_op`: AOTAutograd replaces it by its launches, which Inductor then compiles as its
+own, CUDA graphs capture, and ahead-of-time packages contain. On a CPU there is nothing to launch
+on, so the body calls an opaque op instead (`lorafx::interpreted_*`) that runs the same kernels in
+Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.library import custom_op, triton_op, wrap_triton
+
+from lorafx.kernels.ops import _check_bank, _require
+from lorafx.kernels.triton_build import LINEAR, LaunchPlan, plan_of
+from lorafx.kernels.triton_cache import GeneratedKernel
+from lorafx.kernels.triton_compat import interpret
+from lorafx.kernels.triton_launch import (
+    Batch,
+    Launch,
+    embedding_rows,
+    expand_rows,
+    linear,
+    shrink,
+)
+
+
+def launch_wrapped(kernel: GeneratedKernel, grid: Sequence[Any], arguments: Sequence[Any]) -> None:
+    """Launches on the arguments' device, or adds the launch to the graph that is traced."""
+    options = {"num_warps": kernel.tiles.num_warps, "num_stages": kernel.tiles.num_stages}
+    wrap_triton(kernel.jit)[tuple(grid)](*arguments, **options)
+
+
+def launch_interpreted(
+    kernel: GeneratedKernel, grid: Sequence[Any], arguments: Sequence[Any]
+) -> None:
+    """Runs the kernel in Triton's interpreter."""
+    interpret(kernel.jit, grid, arguments)
+
+
+def _inner_contiguous(tensor: Tensor) -> Tensor:
+    return tensor if guard_or_false(tensor.stride(-1) == 1) else tensor.contiguous()
+
+
+def _checked(
+    op: str, kernel: int, strategies: Sequence[str], bank: tuple[Tensor, ...], rows: Any
+) -> LaunchPlan:
+    plan = plan_of(kernel)
+    d = plan.spec.delta
+    A, B, ranks, scales, slots = bank
+    _require(op, plan.strategy in strategies, f"kernel {kernel} is one of {plan.strategy!r}")
+    _check_bank(op, A, B, ranks, scales, slots)
+    _require(op, rows > 0, f"rows is {rows}; a kernel needs it proved")
+    _require(op, slots.shape[0] > 0, "slots is empty; give one slot per request")
+    _require(op, A.dtype == d.bank_dtype, f"the bank is {A.dtype}, the kernel's {d.bank_dtype}")
+    shape = (d.max_rank, d.columns)
+    _require(op, tuple(B.shape[1:]) == shape, f"B is {tuple(B.shape)}, the kernel's (S, *{shape})")
+    _require(op, ranks.shape[1] == d.group, f"ranks is for {ranks.shape[1]} siblings")
+    for name, tensor in zip(("A", "B", "ranks", "scales"), bank, strict=False):
+        _require(op, tensor.is_contiguous(), f"{name} is not a contiguous bank")
+    _require(op, slots.is_contiguous(), "slots is not contiguous")
+    return plan
+
+
+def _check_linear(op: str, plan: LaunchPlan, x: Tensor, A: Tensor, y: Tensor | None = None) -> None:
+    d = plan.spec.delta
+    _require(
+        op,
+        x.dim() == 2 and x.shape[1] == d.in_features and x.dtype == d.x_dtype,
+        f"x is {x.dtype} {tuple(x.shape)}, the kernel's {d.x_dtype} (M, {d.in_features})",
+    )
+    _require(
+        op,
+        A.shape[1] == d.group * d.max_rank and A.shape[2] == d.in_features,
+        f"A is {tuple(A.shape)}, the kernel's (S, {d.group * d.max_rank}, {d.in_features})",
+    )
+    if y is not None:
+        _check_y(op, plan, y, x.shape[0])
+
+
+def _check_y(op: str, plan: LaunchPlan, y: Tensor, rows: Any) -> None:
+    d, N = plan.spec.delta, plan.spec.out_features
+    _require(
+        op,
+        y.dim() == 2 and y.shape[1] == N and y.dtype == d.y_dtype,
+        f"y is {y.dtype} {tuple(y.shape)}, the kernel's {d.y_dtype} (M, {N})",
+    )
+    _require(op, y.shape[0] == rows, f"y has {y.shape[0]} rows, not {rows}")
+
+
+def _run_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    ranks: Tensor,
+    scales: Tensor,
+    slots: Tensor,
+    rows: Any,
+    kernel: int,
+    launch: Launch,
+) -> Tensor:
+    plan = _checked("triton_linear", kernel, LINEAR, (A, B, ranks, scales, slots), rows)
+    spec, M = plan.spec, x.shape[0]
+    y = _linear_fake(x, weight, bias, A, B, ranks, scales, slots, rows, kernel)
+    if guard_or_false(M == 0):
+        return y
+    x, weight = _inner_contiguous(x), _inner_contiguous(weight)
+    batch = Batch.of(M, slots, rows, plan.order, launch)
+    v = None
+    if "shrink" in plan.kernels:
+        v = shrink(plan.kernels["shrink"], spec, x, A, ranks, scales, batch, launch)
+    bank = (A, B, ranks, scales)
+    linear(plan.kernels[plan.strategy], spec, y, v, (x, weight, bias), bank, batch, launch)
+    return y
+
+
+def _linear_fake(x, weight, bias, A, B, ranks, scales, slots, rows, kernel):
+    plan = _checked("triton_linear", kernel, LINEAR, (A, B, ranks, scales, slots), rows)
+    spec = plan.spec
+    _check_linear("triton_linear", plan, x, A)
+    K, N = spec.delta.in_features, spec.out_features
+    shape = (K, N) if spec.transposed else (N, K)
+    _require(
+        "triton_linear",
+        tuple(weight.shape) == shape and weight.dtype == spec.weight_dtype,
+        f"the weight is {weight.dtype} {tuple(weight.shape)}, the kernel's {shape}",
+    )
+    _require(
+        "triton_linear",
+        (bias is not None) == spec.bias and (bias is None or bias.shape == (N,)),
+        f"the kernel was made {'with' if spec.bias else 'without'} a bias of {N} columns",
+    )
+    return x.new_empty((x.shape[0], N), dtype=spec.delta.y_dtype)
+
+
+def _run_delta(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    ranks: Tensor,
+    scales: Tensor,
+    slots: Tensor,
+    rows: Any,
+    kernel: int,
+    launch: Launch,
+) -> None:
+    bank = (A, B, ranks, scales, slots)
+    plan = _checked("triton_delta_", kernel, ("segments", "gemv"), bank, rows)
+    _check_linear("triton_delta_", plan, x, A, y)
+    spec, M = plan.spec, x.shape[0]
+    if guard_or_false(M == 0):
+        return
+    x, out = _inner_contiguous(x), _inner_contiguous(y)
+    batch = Batch.of(M, slots, rows, plan.order, launch)
+    first, second = plan.kernels.values()
+    v = shrink(first, spec, x, A, ranks, scales, batch, launch)
+    if plan.strategy == "gemv":
+        expand_rows(second, spec, out, v, B, ranks, batch, launch)
+    else:
+        linear(second, spec, out, v, None, (A, B, ranks, scales), batch, launch)
+    if out is not y:
+        y.copy_(out)
+
+
+def _delta_fake(y, x, A, B, ranks, scales, slots, rows, kernel) -> None:
+    bank = (A, B, ranks, scales, slots)
+    plan = _checked("triton_delta_", kernel, ("segments", "gemv"), bank, rows)
+    _check_linear("triton_delta_", plan, x, A, y)
+
+
+def _run_embedding_delta(
+    y: Tensor,
+    ids: Tensor,
+    A: Tensor,
+    B: Tensor,
+    ranks: Tensor,
+    scales: Tensor,
+    slots: Tensor,
+    rows: Any,
+    kernel: int,
+    launch: Launch,
+) -> None:
+    _embedding_fake(y, ids, A, B, ranks, scales, slots, rows, kernel)
+    plan, M = plan_of(kernel), ids.shape[0]
+    if guard_or_false(M == 0):
+        return
+    ids, out = ids.contiguous(), _inner_contiguous(y)
+    batch = Batch.of(M, slots, rows, plan.order, launch)
+    bank = (A, B, ranks, scales)
+    embedding_rows(plan.kernels["embedding_rows"], plan.spec, out, ids, bank, batch, launch)
+    if out is not y:
+        y.copy_(out)
+
+
+def _embedding_fake(y, ids, A, B, ranks, scales, slots, rows, kernel) -> None:
+    op, bank = "triton_embedding_delta_", (A, B, ranks, scales, slots)
+    plan = _checked(op, kernel, ("embedding",), bank, rows)
+    _require(
+        op,
+        ids.dim() == 1 and ids.dtype in (torch.int32, torch.int64),
+        f"ids is {ids.dtype} {tuple(ids.shape)}, the kernel's int32 or int64 (M,)",
+    )
+    _require(op, A.shape[2] == plan.spec.delta.max_rank, f"A has rank {A.shape[2]}")
+    _check_y(op, plan, y, ids.shape[0])
+
+
+@custom_op("lorafx::interpreted_linear", mutates_args=())
+def interpreted_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    ranks: Tensor,
+    scales: Tensor,
+    slots: Tensor,
+    rows: int,
+    kernel: int,
+) -> Tensor:
+    """`triton_linear` in Triton's interpreter, for tensors on the CPU."""
+    bank = (A, B, ranks, scales, slots)
+    return _run_linear(x, weight, bias, *bank, rows, kernel, launch_interpreted)
+
+
+@custom_op("lorafx::interpreted_delta_", mutates_args=("y",))
+def interpreted_delta_(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    ranks: Tensor,
+    scales: Tensor,
+    slots: Tensor,
+    rows: int,
+    kernel: int,
+) -> None:
+    """`triton_delta_` in Triton's interpreter, for tensors on the CPU."""
+    _run_delta(y, x, A, B, ranks, scales, slots, rows, kernel, launch_interpreted)
+
+
+@custom_op("lorafx::interpreted_embedding_delta_", mutates_args=("y",))
+def interpreted_embedding_delta_(
+    y: Tensor,
+    ids: Tensor,
+    A: Tensor,
+    B: Tensor,
+    ranks: Tensor,
+    scales: Tensor,
+    slots: Tensor,
+    rows: int,
+    kernel: int,
+) -> None:
+    """`triton_embedding_delta_` in Triton's interpreter, for tensors on the CPU."""
+    _run_embedding_delta(y, ids, A, B, ranks, scales, slots, rows, kernel, launch_interpreted)
+
+
+@triton_op("lorafx::triton_linear", mutates_args=())
+def triton_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    ranks: Tensor,
+    scales: Tensor,
+    slots: Tensor,
+    rows: int,
+    kernel: int,
+) -> Tensor:
+    """x (M, K) times the weight, with bias and every range's delta: (M, N) of y's dtype.
+
+    Raises:
+        LoweringError: an argument that `kernel` was not made for.
+    """
+    bank = (A, B, ranks, scales, slots)
+    if x.device.type == "cpu":
+        return torch.ops.lorafx.interpreted_linear(x, weight, bias, *bank, rows, kernel)
+    return _run_linear(x, weight, bias, *bank, rows, kernel, launch_wrapped)
+
+
+@triton_op("lorafx::triton_delta_", mutates_args=("y",))
+def triton_delta_(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    ranks: Tensor,
+    scales: Tensor,
+    slots: Tensor,
+    rows: int,
+    kernel: int,
+) -> None:
+    """Adds every range's delta for x (M, K) into y (M, N) in place; base rows keep their bits.
+
+    Raises:
+        LoweringError: an argument that `kernel` was not made for.
+    """
+    if x.device.type == "cpu":
+        torch.ops.lorafx.interpreted_delta_(y, x, A, B, ranks, scales, slots, rows, kernel)
+    else:
+        _run_delta(y, x, A, B, ranks, scales, slots, rows, kernel, launch_wrapped)
+
+
+@triton_op("lorafx::triton_embedding_delta_", mutates_args=("y",))
+def triton_embedding_delta_(
+    y: Tensor,
+    ids: Tensor,
+    A: Tensor,
+    B: Tensor,
+    ranks: Tensor,
+    scales: Tensor,
+    slots: Tensor,
+    rows: int,
+    kernel: int,
+) -> None:
+    """Adds the delta of ids (M,) into y (M, N) in place; base rows keep their bits.
+
+    Raises:
+        LoweringError: an argument that `kernel` was not made for.
+    """
+    bank = (A, B, ranks, scales, slots)
+    if y.device.type == "cpu":
+        torch.ops.lorafx.interpreted_embedding_delta_(y, ids, *bank, rows, kernel)
+    else:
+        _run_embedding_delta(y, ids, *bank, rows, kernel, launch_wrapped)
+
+
+_FAKES: tuple[tuple[Any, Any, Callable[..., object]], ...] = (
+    (triton_linear, interpreted_linear, _linear_fake),
+    (triton_delta_, interpreted_delta_, _delta_fake),
+    (triton_embedding_delta_, interpreted_embedding_delta_, _embedding_fake),
+)
+for _traced, _opaque, _fake in _FAKES:
+    _traced.register_fake(_fake)
+    _opaque.register_fake(_fake)

@@ -1,0 +1,249 @@
+"""Tile sizes of the generated Triton kernels: data, with the reasons, by kernel and architecture.
+
+    bytes in flight = stages · BLOCK_K · (BLOCK_M + BLOCK_N) · bytes an element  ≤  shared memory
+    programs        = row tiles · column tiles · parts                           ≈  processors
+
+Decode reads W once whatever the tile is, so it wants many programs with deep pipelines; prefill
+wants square tiles. These are a heuristic's figures, checked by ahead-of-time compilation (spills,
+shared memory), not by a clock; `tuned` takes what a tuner measured, and goes before them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from lorafx.kernels.cpu_source import DeltaSpec
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How one kernel cuts up its work.
+
+    Attributes:
+        block_m, block_n, block_k: rows, columns and terms of a tile.
+        block_r: factors of a tile, the rank padded for the matrix instruction.
+        parts: planes of partial sums that the shrink leaves and its reader adds up, in order.
+        lanes: programs of the shrink that share the distinct slots of a row tile.
+        group_m: row tiles that walk through W together.
+        swap: the tile is held transposed, so that few rows take the narrow side (N ≥ 8) of a
+            matrix instruction and columns the wide one (M ≥ 16; 64 for wgmma).
+        ordered: rows are visited sorted by slot, so that a tile holds few adapters.
+        num_warps, num_stages: Triton's launch options.
+    """
+
+    block_m: int = 16
+    block_n: int = 64
+    block_k: int = 64
+    block_r: int = 16
+    parts: int = 1
+    lanes: int = 1
+    group_m: int = 8
+    swap: bool = False
+    ordered: bool = False
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the heuristic needs to know of a device.
+
+    Attributes:
+        name: "cuda80", "cuda90", "cuda100", "gfx942", ... or "interpreter".
+        processors: how many programs run at the same time, one on each.
+        shared_kib: shared memory that one program may use.
+        warp: threads of a warp.
+    """
+
+    name: str
+    processors: int
+    shared_kib: int
+    warp: int = 32
+
+
+# 99 KiB is what the consumer parts of a generation allow where the data-centre part allows more.
+ARCHITECTURES: Mapping[str, Architecture] = {
+    arch.name: arch
+    for arch in (
+        Architecture("cuda80", processors=108, shared_kib=99),
+        Architecture("cuda90", processors=132, shared_kib=200),
+        Architecture("cuda100", processors=148, shared_kib=200),
+        Architecture("gfx942", processors=304, shared_kib=64, warp=64),
+        # Few, large programs: each operation of Triton's interpreter costs tens of microseconds.
+        Architecture("interpreter", processors=4, shared_kib=1 << 20),
+    )
+}
+
+
+def architecture_of(device: torch.device) -> Architecture:
+    """The row of ARCHITECTURES nearest to `device`; the interpreter for a CPU.
+
+    Of a device that is only named (no driver, as in ahead-of-time work), the newest CUDA row whose
+    capability this torch can tell, else cuda80's, which every later part can run.
+    """
+    if device.type == "cpu":
+        return ARCHITECTURES["interpreter"]
+    if torch.version.hip is not None:
+        return ARCHITECTURES["gfx942"]
+    if not torch.cuda.is_available():
+        return ARCHITECTURES["cuda80"]
+    major, _ = torch.cuda.get_device_capability(device)
+    found = ARCHITECTURES["cuda100" if major >= 10 else "cuda90" if major == 9 else "cuda80"]
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", found.shared_kib * 1024)
+    return replace(
+        found,
+        processors=properties.multi_processor_count,
+        shared_kib=min(found.shared_kib, shared // 1024),
+    )
+
+
+def power_of_two(value: int, least: int, most: int) -> int:
+    """The smallest power of two that is at least `value`, within [least, most]."""
+    return min(max(1 << max(value - 1, 0).bit_length(), least), most)
+
+
+def _stages(arch: Architecture, bytes_a_stage: int, most: int) -> int:
+    """As many pipeline stages as shared memory has room for; AMD's pipeline wants two."""
+    if arch.warp == 64:
+        return 2
+    room = arch.shared_kib * 1024 - 4096  # Triton's own scratch for reductions and layouts
+    return max(min(room // bytes_a_stage, most), 1)
+
+
+def linear_tiles(spec: DeltaSpec, rows: int, arch: Architecture, *, base: bool) -> Tiles:
+    """Tiles of the kernels with (epilogue, recompute) or without (expand) the base product."""
+    width = max(spec.sizes)
+    block_r = power_of_two(spec.max_rank, 16, 64)
+    size = spec.x_dtype.itemsize
+    if arch.name == "interpreter":
+        return Tiles(
+            block_m=power_of_two(rows, 16, 64),
+            block_n=power_of_two(width, 16, 128),
+            block_k=power_of_two(spec.in_features, 16, 256),
+            block_r=block_r,
+            group_m=2,
+        )
+    if size == 4:  # no matrix instructions: products in registers, so small tiles
+        tiles = Tiles(block_m=power_of_two(rows, 16, 64), block_n=32, block_k=32, num_warps=4)
+    elif rows <= 64:
+        # Half as wide where tiles of 64 columns would leave half of the processors idle.
+        wide = sum(-(-n // 64) for n in spec.sizes) >= arch.processors // 2
+        block_m = power_of_two(rows, 16, 64)
+        tiles = Tiles(
+            block_m=block_m,
+            block_n=64 if wide else 32,
+            block_k=128 if block_m <= 32 else 64,
+            swap=True,
+            num_warps=4,
+            num_stages=5,
+        )
+    elif rows <= 256:
+        tiles = Tiles(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=4)
+    else:
+        tiles = Tiles(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4)
+        if arch.warp == 64:
+            tiles = replace(tiles, block_k=32)
+    if not base:  # y is read and written: nothing to pipeline, wide rows
+        return replace(tiles, block_r=block_r, num_stages=2, block_n=max(tiles.block_n, 64))
+    # The epilogue's own operands (v twice, B) share the memory of the loop that has ended.
+    stage = tiles.block_k * (tiles.block_m + tiles.block_n) * size
+    return replace(tiles, block_r=block_r, num_stages=_stages(arch, stage, tiles.num_stages))
+
+
+def shrink_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
+    """Tiles of the shrink: enough parts of K that all processors read A and x at once."""
+    factors = len(spec.sizes) * spec.max_rank
+    block_m, block_r = power_of_two(rows, 16, 64), power_of_two(factors, 16, 64)
+    if arch.name == "interpreter":
+        block_k = power_of_two(-(-spec.in_features // 2), 16, 1024)
+        parts = 2 if spec.in_features > block_k else 1
+        return Tiles(block_m=block_m, block_k=block_k, block_r=block_r, parts=parts)
+    block_k = 128 if spec.x_dtype.itemsize == 2 and block_m <= 32 else 64
+    if spec.x_dtype.itemsize == 4:
+        block_k = 32
+    programs = -(-rows // block_m) * -(-factors // block_r)
+    # Sixteen planes at most: the reader fetches all of them for each of its tiles.
+    blocks = -(-spec.in_features // block_k)
+    parts = max(min(arch.processors // programs, blocks // 2, 16), 1)
+    stage = block_k * (block_m + block_r) * spec.x_dtype.itemsize
+    return Tiles(
+        block_m=block_m,
+        block_k=block_k,
+        block_r=block_r,
+        parts=parts,
+        swap=block_m < 64,
+        num_stages=_stages(arch, stage, 4),
+    )
+
+
+def shrink_rows_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
+    """Tiles of the per-row shrink: a few factors by a long stretch of K, in registers."""
+    factors = len(spec.sizes) * spec.max_rank
+    if arch.name == "interpreter":
+        block_k = power_of_two(-(-spec.in_features // 2), 16, 1024)
+        parts = 2 if spec.in_features > block_k else 1
+        return Tiles(block_k=block_k, block_r=power_of_two(factors, 1, 64), parts=parts)
+    block_r = power_of_two(factors, 4, 8)
+    block_k = power_of_two(spec.in_features, 64, 512)
+    blocks = -(-spec.in_features // block_k)
+    parts = max(min(arch.processors // (rows * -(-factors // block_r)), blocks // 2, 16), 1)
+    return Tiles(block_k=block_k, block_r=block_r, parts=parts, num_stages=2)
+
+
+def expand_rows_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
+    """Tiles of the per-row expand and of the embedding."""
+    wide = 1024 if arch.name == "interpreter" else 256
+    return Tiles(
+        block_n=power_of_two(max(spec.sizes), 16, wide),
+        block_r=power_of_two(spec.max_rank, 1, 16),
+        num_stages=2,
+    )
+
+
+# strategy -> the kernels that it launches, in order
+STRATEGY_KERNELS: Mapping[str, tuple[str, ...]] = {
+    "epilogue": ("shrink", "epilogue"),
+    "recompute": ("recompute",),
+    "segments": ("shrink", "expand"),
+    "gemv": ("shrink_rows", "expand_rows"),
+    "embedding": ("embedding_rows",),
+}
+
+# What a tuner measured: (strategy, architecture, spec, M rounded up to a power of two) -> tiles
+Key = tuple[str, str, DeltaSpec, int]
+TUNED: dict[Key, dict[str, Tiles]] = {}
+
+
+def tuning_key(strategy: str, arch: Architecture, spec: DeltaSpec, rows: int) -> Key:
+    """Where `TUNED` keeps the tiles of a node."""
+    return strategy, arch.name, spec, power_of_two(rows, 1, 1 << 20)
+
+
+def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> dict[str, Tiles]:
+    """Tiles of each kernel of `strategy` for about `rows` rows, tuned ones before the heuristic's.
+
+    Rows are sorted by slot only in "segments", where a tile does nothing but its adapters' work;
+    where the base product is in the same tile, more adapters a tile cost little beside it.
+    """
+    rows = max(rows, 1)
+    tuned = TUNED.get(tuning_key(strategy, arch, spec, rows))
+    if tuned is not None:
+        return dict(tuned)
+    if strategy == "embedding":
+        return {"embedding_rows": expand_rows_tiles(spec, rows, arch)}
+    if strategy == "recompute":
+        return {"recompute": linear_tiles(spec, rows, arch, base=True)}
+    if strategy == "gemv":
+        first = shrink_rows_tiles(spec, rows, arch)
+        second = expand_rows_tiles(spec, rows, arch)
+        return {"shrink_rows": first, "expand_rows": replace(second, parts=first.parts)}
+    first = shrink_tiles(spec, rows, arch)
+    ordered = strategy == "segments" and rows > first.block_m
+    first = replace(first, ordered=ordered)
+    kernel = STRATEGY_KERNELS[strategy][1]
+    second = linear_tiles(spec, rows, arch, base=strategy == "epilogue")
+    return {"shrink": first, kernel: replace(second, parts=first.parts, ordered=ordered)}
