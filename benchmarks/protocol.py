@@ -52,9 +52,18 @@ def timed(arm: Arm, seconds: float) -> float:
 
 
 def compare(
-    base: Arm, arms: dict[str, Arm], *, blocks: int = 20, seconds: float = 0.05, seed: int = 0
+    base: Arm,
+    arms: dict[str, Arm],
+    *,
+    blocks: int = 20,
+    seconds: float = 0.05,
+    seed: int = 0,
+    timer: Callable[[Arm, float], float] = timed,
 ) -> list[Ratio]:
-    """Paired ratios of every arm, and of the base against itself ("A/A"), over the base."""
+    """Paired ratios of every arm, and of the base against itself ("A/A"), over the base.
+
+    `timer` gives the seconds of one call of an arm, measured for about that long.
+    """
     rng = random.Random(seed)
     everything = {"A/A": base, **arms}
     for arm in everything.values():  # compile and warm up
@@ -65,9 +74,9 @@ def compare(
         order = list(everything)
         rng.shuffle(order)
         for name in order:
-            first, arm = timed(base, seconds), everything[name]
-            both = timed(arm, seconds) + timed(arm, seconds)
-            pairs[name].append((both / 2, (first + timed(base, seconds)) / 2))
+            first, arm = timer(base, seconds), everything[name]
+            both = timer(arm, seconds) + timer(arm, seconds)
+            pairs[name].append((both / 2, (first + timer(base, seconds)) / 2))
     return [_ratio(name, pairs[name], rng) for name in everything]
 
 

@@ -1,0 +1,153 @@
+"""Triton ops of a lowered graph become calls of their kernels.
+
+    y' = auto_functionalized(lorafx::triton_delta_, y, x, …)[1]
+ →  y' = triton_kernel_wrapper_functional(kernel, grid, {y_ptr: y, …}, clone [y_ptr])['y_ptr']
+
+A `torch.library.triton_op` is taken apart only when AOTAutograd functionalises a graph, and `lower`
+comes after that. So the body of each op is traced here, on the node's own fake tensors, with the
+same functionalisation; buffers that the body allocates and sizes that it computes become nodes too.
+What Inductor gets are kernels, which it can plan memory for, capture in CUDA graphs and put into
+ahead-of-time packages. A grid is an expression of the sizes in the graph; nothing is read from the
+device, so a captured graph stays right when slots, ranks and factors change at their addresses.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from lorafx.errors import LoweringError
+
+AUTO_FUNCTIONALIZED = torch.ops.higher_order.auto_functionalized
+
+
+def inline_triton_ops(gm: fx.GraphModule, ops: Collection[OpOverload]) -> int:
+    """Replace every call of `ops`, plain or in `auto_functionalized`, by the op's own body.
+
+    Args:
+        gm: a functional graph whose nodes carry fake tensors in `meta["val"]`; changed in place.
+        ops: overloads made by `torch.library.triton_op`.
+
+    Returns:
+        How many nodes were replaced.
+
+    Raises:
+        LoweringError: a body does not trace.
+    """
+    bodies: dict[object, fx.GraphModule] = {}
+    replaced = 0
+    for node in list(gm.graph.nodes):
+        op = _op_of(node)
+        if op in ops:
+            _replace(node, op, bodies)
+            replaced += 1
+    return replaced
+
+
+def _op_of(node: fx.Node) -> Any:
+    return node.args[0] if node.target is AUTO_FUNCTIONALIZED else node.target
+
+
+def _arguments(node: fx.Node, op: OpOverload) -> list[Any]:
+    """The op's arguments in the schema's order, defaults filled in."""
+    given = list(node.args[1:] if node.target is AUTO_FUNCTIONALIZED else node.args)
+    names = op._schema.arguments[len(given) :]
+    return given + [node.kwargs.get(a.name, a.default_value) for a in names]
+
+
+def _replace(node: fx.Node, op: OpOverload, bodies: dict[object, fx.GraphModule]) -> None:
+    arguments = _arguments(node, op)
+    inputs = list(dict.fromkeys(item for item in _leaves(arguments) if isinstance(item, fx.Node)))
+    key = (op, *(_description(item, inputs) for item in _leaves(arguments)))
+    body = bodies.get(key)
+    if body is None:
+        body = bodies[key] = _traced(op, arguments, inputs)
+    graph = node.graph
+    with graph.inserting_before(node):
+        results = _copied(graph, body, inputs, node)
+    if node.target is AUTO_FUNCTIONALIZED:
+        returned = max(1, len(op._schema.returns))
+        for user in list(node.users):  # getitem: what op returns, then what it has written
+            index = user.args[1]
+            assert user.target is operator.getitem
+            assert isinstance(index, int)
+            kept = index - returned + len(op._schema.returns)
+            user.replace_all_uses_with(results[kept])
+            graph.erase_node(user)
+    else:
+        node.replace_all_uses_with(results[0])
+    graph.erase_node(node)
+
+
+def _leaves(arguments: list[Any]) -> Iterator[Any]:
+    for argument in arguments:
+        if isinstance(argument, (list, tuple)):
+            yield from argument
+        else:
+            yield argument
+
+
+def _description(item: Any, inputs: list[fx.Node]) -> object:
+    """What a traced body depends on: which input, its metadata; values of everything else."""
+    if not isinstance(item, fx.Node):
+        return (type(item), item)
+    value, index = item.meta["val"], inputs.index(item)
+    if isinstance(value, Tensor):
+        sizes = (str(value.shape), str(value.stride()), str(value.storage_offset()))
+        return (index, value.dtype, value.device, *sizes)
+    return (index, str(value))
+
+
+def _traced(op: OpOverload, arguments: list[Any], inputs: list[fx.Node]) -> fx.GraphModule:
+    """inputs → what `op` returns, then the arguments that it writes, as one functional graph."""
+    position = {node: index for index, node in enumerate(inputs)}
+    mutated = [a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments]
+
+    def body(*values: Any) -> list[Any]:
+        def value(item: Any) -> Any:
+            if isinstance(item, (list, tuple)):
+                return [value(part) for part in item]
+            return values[position[item]] if isinstance(item, fx.Node) else item
+
+        own = [value(argument) for argument in arguments]
+        returned = op(*own)
+        returned = () if returned is None else returned
+        written = [item for item, writes in zip(own, mutated, strict=True) if writes]
+        return [*(returned if isinstance(returned, tuple) else (returned,)), *written]
+
+    fakes = [node.meta["val"] for node in inputs]
+    mode = next(value.fake_mode for value in fakes if isinstance(value, FakeTensor))
+    functional: Callable[..., Any] = dispatch_functionalize(body, FunctionalTensorMode())
+    try:
+        with mode:
+            return make_fx(functional)(*fakes)
+    except Exception as error:
+        raise LoweringError(f"{op} could not be traced into the graph: {error}") from error
+
+
+def _copied(
+    graph: fx.Graph, body: fx.GraphModule, inputs: list[fx.Node], origin: fx.Node
+) -> list[Any]:
+    """`body` copied to where `graph` inserts; its results."""
+    copies: dict[fx.Node, fx.Node] = {}
+    placeholders = iter(inputs)
+    results: list[Any] = []
+    for node in body.graph.nodes:
+        if node.op == "placeholder":
+            copies[node] = next(placeholders)
+        elif node.op == "output":
+            results = [copies[item] for item in node.args[0]]
+        else:
+            copies[node] = graph.node_copy(node, lambda item: copies[item])
+            for name in ("nn_module_stack", "stack_trace"):
+                if name in origin.meta:
+                    copies[node].meta[name] = origin.meta[name]
+    return results
