@@ -22,6 +22,7 @@ from lorafx.dump import GraphDump, dump_folder
 from lorafx.errors import MatchError, ProvenanceError
 from lorafx.frame import Frame, calling_modules
 from lorafx.handover import Handover
+from lorafx.kernels.triton_build import source_of
 from lorafx.lowering import Lowering, lowering_for
 from lorafx.pipeline import PassReport, run_pipeline
 from lorafx.program import Program
@@ -141,6 +142,8 @@ class _FrameCompiler:
         ctx = Context(program, self.frame, gm, edits_left=program.options.max_edits)
         numeric = NumericCheck(record.title) if program.options.verify == "numeric" else None
         record.passes = run_pipeline(gm, ctx, record.dump, numeric.keep if numeric else None)
+        for kernel in sorted(ctx.kernels):
+            record.dump.source(f"kernel-{kernel:x}.py", source_of(kernel))
         for key, states in enumerate(ctx.states.values()):
             for state in states:
                 state.node_key = key

@@ -74,6 +74,8 @@ class Context:
     states: dict[fx.Node, list[SiteState]] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
     edits_left: int | None = None
+    #: ids of the generated Triton kernels that the graph calls
+    kernels: set[int] = field(default_factory=set)
     handover: Handover = field(default_factory=Handover)
 
     def __post_init__(self, graph_module: fx.GraphModule) -> None:

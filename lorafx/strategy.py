@@ -35,6 +35,8 @@ class Strategy:
 def choose(ctx: Context, node: fx.Node, strategy: Strategy) -> None:
     """Make `strategy` the node's, and note it for `explain`."""
     node.meta[_KEY] = strategy
+    if strategy.kernel:
+        ctx.kernels.add(strategy.kernel)
     for state in ctx.states[node]:
         gemms = ", a GEMM a sibling" if strategy.split else ""
         state.strategy = f"{strategy.name}{gemms} ({strategy.reason})"

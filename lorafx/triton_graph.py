@@ -29,7 +29,7 @@ from lorafx.errors import LoweringError
 AUTO_FUNCTIONALIZED = torch.ops.higher_order.auto_functionalized
 
 
-def inline_triton_ops(gm: fx.GraphModule, ops: Collection[OpOverload]) -> int:
+def inline_triton_ops(gm: fx.GraphModule, ops: Collection[OpOverload]) -> dict[fx.Node, fx.Node]:
     """Replace every call of `ops`, plain or in `auto_functionalized`, by the op's own body.
 
     Args:
@@ -37,18 +37,17 @@ def inline_triton_ops(gm: fx.GraphModule, ops: Collection[OpOverload]) -> int:
         ops: overloads made by `torch.library.triton_op`.
 
     Returns:
-        How many nodes were replaced.
+        The nodes that now hold what nodes of the graph held before: results, and what was written.
 
     Raises:
         LoweringError: a body does not trace.
     """
     bodies: dict[object, fx.GraphModule] = {}
-    replaced = 0
+    replaced: dict[fx.Node, fx.Node] = {}
     for node in list(gm.graph.nodes):
         op = _op_of(node)
         if op in ops:
-            _replace(node, op, bodies)
-            replaced += 1
+            replaced.update(_replace(node, op, bodies))
     return replaced
 
 
@@ -63,7 +62,9 @@ def _arguments(node: fx.Node, op: OpOverload) -> list[Any]:
     return given + [node.kwargs.get(a.name, a.default_value) for a in names]
 
 
-def _replace(node: fx.Node, op: OpOverload, bodies: dict[object, fx.GraphModule]) -> None:
+def _replace(
+    node: fx.Node, op: OpOverload, bodies: dict[object, fx.GraphModule]
+) -> dict[fx.Node, fx.Node]:
     arguments = _arguments(node, op)
     inputs = list(dict.fromkeys(item for item in _leaves(arguments) if isinstance(item, fx.Node)))
     key = (op, *(_description(item, inputs) for item in _leaves(arguments)))
@@ -73,6 +74,7 @@ def _replace(node: fx.Node, op: OpOverload, bodies: dict[object, fx.GraphModule]
     graph = node.graph
     with graph.inserting_before(node):
         results = _copied(graph, body, inputs, node)
+    replaced = {}
     if node.target is AUTO_FUNCTIONALIZED:
         returned = max(1, len(op._schema.returns))
         for user in list(node.users):  # getitem: what op returns, then what it has written
@@ -80,11 +82,15 @@ def _replace(node: fx.Node, op: OpOverload, bodies: dict[object, fx.GraphModule]
             assert user.target is operator.getitem
             assert isinstance(index, int)
             kept = index - returned + len(op._schema.returns)
-            user.replace_all_uses_with(results[kept])
-            graph.erase_node(user)
+            replaced[user] = results[kept]
     else:
-        node.replace_all_uses_with(results[0])
+        replaced[node] = results[0]
+    for old, new in replaced.items():
+        old.replace_all_uses_with(new)
+        if old is not node:
+            graph.erase_node(old)
     graph.erase_node(node)
+    return replaced
 
 
 def _leaves(arguments: list[Any]) -> Iterator[Any]:

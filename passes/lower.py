@@ -2,6 +2,8 @@
 
     inductor   fused_linear → mm / addmm (one, or one a sibling), then add_delta_ into its output;
                site → add_delta_ into y. The delta op carries the id of a generated kernel.
+    triton     fused_linear → triton_linear, or mm / addmm and triton_delta_, as planned;
+               site → triton_delta_ into y. On a GPU their launches are put into the graph.
     reference  nothing to do: the ops' own aten implementations run.
 
 The in-place op is wrapped in `auto_functionalized`, so the graph stays functional, and Inductor
@@ -21,13 +23,24 @@ from torch._ops import OpOverload
 
 from lorafx.context import EMBEDDING_OP, FUSED_OP, SITE_OP, Context
 from lorafx.frame import arguments_of, fake_value
+from lorafx.kernels import triton_ops
+from lorafx.kernels.cost import FUSED
 from lorafx.kernels.cpu import delta_call, embedding_delta_call
 from lorafx.passes.plan import delta_spec
 from lorafx.strategy import GENERATED, strategy_of
+from lorafx.triton_graph import inline_triton_ops
 
 aten = torch.ops.aten
 ADD_DELTA = torch.ops.lorafx.add_delta_.default
 ADD_EMBEDDING_DELTA = torch.ops.lorafx.add_embedding_delta_.default
+TRITON_OPS = TRITON_LINEAR, TRITON_DELTA, TRITON_EMBEDDING_DELTA = (
+    op._opoverload
+    for op in (
+        triton_ops.triton_linear,
+        triton_ops.triton_delta_,
+        triton_ops.triton_embedding_delta_,
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,10 @@ class Lower:
             states = ctx.states.pop(node)
             ctx.states[new] = states
             edits += 1
+        if ctx.kernels and any(fake_value(node).device.type != "cpu" for node in ctx.states):
+            for old, new in inline_triton_ops(gm, TRITON_OPS).items():
+                if old in ctx.states:
+                    ctx.states[new] = ctx.states.pop(old)
         return edits
 
 
@@ -54,7 +71,11 @@ def _linear(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
         arguments_of(node)
     )
     x_flat = _flat(graph, ctx, x)
-    if strategy_of(node).split:
+    bank, strategy = (A, B, ranks, scales, slots), strategy_of(node)
+    if strategy.name in FUSED:
+        arguments = (x_flat, weight, bias, *bank, rows, strategy.kernel)
+        return _shaped(graph, ctx, ctx.call(graph, TRITON_LINEAR, arguments), x, node)
+    if strategy.split:
         parts, start = [], 0
         for size in sizes:
             part = ctx.call(graph, aten.slice.Tensor, (weight, 0, start, start + size))
@@ -64,7 +85,6 @@ def _linear(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
         y = ctx.call(graph, aten.cat.default, (parts, 1))  # Inductor has each GEMM write its part
     else:
         y = _product(graph, ctx, x_flat, weight, bias, swap=swap)
-    bank = (A, B, ranks, scales, slots)
     written = _add_delta(graph, node, y, x_flat, bank, (siblings, offsets, sizes), rows)
     return _shaped(graph, ctx, written, x, node)
 
@@ -90,7 +110,12 @@ def _site(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
 
 def _embedding(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
     ids, y, *bank, rows = arguments_of(node)
-    if strategy_of(node).name == GENERATED:
+    strategy = strategy_of(node)
+    if strategy.kernel:
+        flat = ctx.call(graph, aten.reshape.default, (ids, [-1]))
+        arguments = (_flat(graph, ctx, y), flat, *bank, rows, strategy.kernel)
+        return _shaped(graph, ctx, _in_place(graph, TRITON_EMBEDDING_DELTA, arguments), y, node)
+    if strategy.name == GENERATED:
         return _in_place(graph, *embedding_delta_call(delta_spec(node), y, ids, *bank, rows=rows))
     return _in_place(graph, ADD_EMBEDDING_DELTA, (y, ids, *bank, rows, 0))
 
@@ -104,7 +129,10 @@ def _add_delta(
     ranges: tuple[Any, ...],
     rows: Any,
 ) -> fx.Node:
-    if strategy_of(node).name == GENERATED:
+    strategy = strategy_of(node)
+    if strategy.kernel:
+        return _in_place(graph, TRITON_DELTA, (y, x, *bank, rows, strategy.kernel))
+    if strategy.name == GENERATED:
         return _in_place(graph, *delta_call(delta_spec(node), y, x, *bank, rows=rows))
     return _in_place(graph, ADD_DELTA, (y, x, *bank, *ranges, rows, 0))
 

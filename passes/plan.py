@@ -1,23 +1,33 @@
 """Choose how each LoRA node is computed, and say so.
 
-On a CPU a node runs as generated C++ (one kernel a shape, that reads only the active adapters,
-each at its own rank) or as plain aten. The choice is data on the node: users pin it by site path
-(`Options.plan`), `lower` only carries it out, `explain` prints it with the node's byte floor
+    inductor   on a CPU generated C++ (one kernel a shape, that reads only the active adapters, each
+               at its own rank), else plain aten; a pack's base product is one GEMM, or one a
+               sibling where that is faster
+    triton     the strategy with the least modelled time (lorafx.kernels.cost) for the rows that the
+               graph was captured with, by generated Triton kernels
+    reference  plain aten
 
-of `lorafx.kernels.cost`. A pack's base product is one GEMM, or one a sibling where that is faster.
+The choice is data on the node: users pin it by site path (`Options.plan`), `lower` only carries it
+out, `explain` prints it with the node's byte floor of `lorafx.kernels.cost`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
-from lorafx.context import EMBEDDING_OP, FUSED_OP, Context
+from lorafx.compat import size_hint
+from lorafx.context import EMBEDDING_OP, FUSED_OP, ROWS_ARGUMENT, Context
 from lorafx.errors import ConfigError
 from lorafx.frame import arguments_of, fake_value
-from lorafx.kernels.cost import byte_floor, split_is_faster
+from lorafx.kernels.cost import FUSED, byte_floor, choose_strategy, split_is_faster
 from lorafx.kernels.cpu import DeltaSpec, build_all
+from lorafx.kernels.triton_build import TritonSpec
+from lorafx.kernels.triton_build import build as build_triton
+from lorafx.sites import Site
 from lorafx.strategy import ATEN, GENERATED, Strategy, choose
 
 
@@ -27,39 +37,119 @@ class Plan:
     required: bool = False
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        wanted = {node: _wanted(ctx, node) for node in ctx.states}
-        specs = {node: delta_spec(node) for node, name in wanted.items() if name == GENERATED}
-        kernels = build_all(specs.values())
-        for node, name in wanted.items():
-            spec = specs.get(node)
-            built = spec is not None and kernels[spec] is not None
-            name_built = GENERATED if built else ATEN
-            reason = _reason(ctx, node, name, built)
-            choose(ctx, node, Strategy(name_built, split=_split(node), reason=reason))
-        return len(wanted)
+        planner = {"triton": _triton, "inductor": _cpu}.get(ctx.program.options.lowering, _aten)
+        planner(ctx, list(ctx.states))
+        return len(ctx.states)
 
 
-def _wanted(ctx: Context, node: fx.Node) -> str:
-    """The strategy that the user pinned, else the best that the device has.
+def _aten(ctx: Context, nodes: Sequence[fx.Node]) -> None:
+    for node in nodes:
+        choose(ctx, node, Strategy(ATEN, reason=_floor(ctx, node)))
+
+
+def _cpu(ctx: Context, nodes: Sequence[fx.Node]) -> None:
+    wanted = {node: _pinned(ctx, node) or (GENERATED if _on_cpu(node) else ATEN) for node in nodes}
+    specs = {node: delta_spec(node) for node, name in wanted.items() if name == GENERATED}
+    kernels = build_all(specs.values())
+    for node in nodes:
+        built = node in specs and kernels[specs[node]] is not None
+        reason = _floor(ctx, node)
+        if node in specs and not built:
+            reason += "; no kernel could be generated"
+        name = GENERATED if built else ATEN
+        choose(ctx, node, Strategy(name, split=_split(node), reason=reason))
+
+
+def _triton(ctx: Context, nodes: Sequence[fx.Node]) -> None:
+    for node in nodes:
+        rows, device = _rows(node), fake_value(node).device
+        name, reason = _triton_choice(ctx, node, rows, device)
+        kernel = None
+        if name != ATEN:
+            spec = triton_spec(node)
+            kernel = build_triton(spec, name, rows_hint=rows or UNKNOWN_ROWS, device=device)
+        if kernel is None:
+            name = ATEN
+            reason = f"{reason}; no kernel could be generated" if reason else ""
+        choose(ctx, node, Strategy(name, kernel=kernel or 0, reason=reason))
+
+
+_ROWS = {**ROWS_ARGUMENT, FUSED_OP: 11}  # the position of `rows`
+#: What tiles are chosen for where the number of rows depends on data.
+UNKNOWN_ROWS = 4096
+#: The one strategy of an embedding's delta.
+EMBEDDING = "embedding"
+
+
+def _triton_choice(
+    ctx: Context, node: fx.Node, rows: int | None, device: torch.device
+) -> tuple[str, str]:
+    """(strategy, why) of a node under the Triton lowering; "embedding" has one strategy only.
+
+    Raises:
+        ConfigError: the user pinned a strategy that this node cannot have.
+    """
+    pinned = _pinned(ctx, node)
+    proved = arguments_of(node)[_ROWS[node.target]]
+    if isinstance(proved, int) and proved == 0:
+        return ATEN, "whose row each one is was not looked for; only aten can refuse a mix"
+    if node.target is EMBEDDING_OP and pinned != ATEN:
+        return EMBEDDING, "rows are gathered one by one"
+    if pinned is not None:
+        if pinned in FUSED and node.target is not FUSED_OP:
+            raise ConfigError(
+                f"Options.plan pins {pinned!r} for {', '.join(_paths(ctx, node))}, whose base "
+                "product is not part of the node; pin 'gemv', 'segments' or 'aten'"
+            )
+        return pinned, f"pinned; {_floor(ctx, node)}"
+    sites = _sites(ctx, node)
+    slots, rank = ctx.program.home(sites[0])[0].bank.B.shape[:2]
+    dtype = fake_value(arguments_of(node)[0]).dtype
+    _, estimates = choose_strategy(sites, rows, slots, rank, dtype, device)
+    for name, estimate in estimates.items():
+        if not estimate.refusal and (node.target is FUSED_OP or name not in FUSED):
+            return name, f"modelled {estimate} at {rows} rows; {_floor(ctx, node)}"
+    return "segments", f"rows unknown; {_floor(ctx, node)}"
+
+
+def _rows(node: fx.Node) -> int | None:
+    """The rows that the graph was captured with, where tracing knows a number."""
+    value = fake_value(node)
+    rows = 1
+    for size in value.shape[:-1]:
+        hint = size_hint(size)
+        if hint is None:
+            return None
+        rows *= hint
+    return rows
+
+
+def _pinned(ctx: Context, node: fx.Node) -> str | None:
+    """The strategy that the user pinned, or None.
 
     Raises:
         ConfigError: the node computes several sites, pinned to different strategies.
     """
-    program = ctx.program
-    pinned = {program.options.plan[p] for p in _paths(ctx, node) if p in program.options.plan}
+    plan = ctx.program.options.plan
+    pinned = {plan[path] for path in _paths(ctx, node) if path in plan}
     if len(pinned) > 1:
         raise ConfigError(
             f"Options.plan pins {', '.join(sorted(pinned))} for {', '.join(_paths(ctx, node))}, "
             "which one node computes; pin one strategy for all of them, or switch `pack` off"
         )
-    if pinned:
-        return pinned.pop()
-    on_cpu = fake_value(node).device.type == "cpu"
-    return GENERATED if on_cpu and program.options.lowering != "reference" else ATEN
+    return next(iter(pinned), None)
+
+
+def _on_cpu(node: fx.Node) -> bool:
+    return fake_value(node).device.type == "cpu"
+
+
+def _sites(ctx: Context, node: fx.Node) -> list[Site]:
+    return [state.site for state in ctx.states[node]]
 
 
 def _paths(ctx: Context, node: fx.Node) -> list[str]:
-    return [state.site.path for state in ctx.states[node]]
+    return [site.path for site in _sites(ctx, node)]
 
 
 def _split(node: fx.Node) -> bool:
@@ -71,15 +161,12 @@ def _split(node: fx.Node) -> bool:
     return len(sizes) > 1 and split_is_faster(value.dtype, value.device)
 
 
-def _reason(ctx: Context, node: fx.Node, wanted: str, built: bool) -> str:
-    sites = [state.site for state in ctx.states[node]]
+def _floor(ctx: Context, node: fx.Node) -> str:
+    sites = _sites(ctx, node)
     # From the bank itself: in a frame that tracing knows less of, its sizes may be symbols.
     rank = ctx.program.home(sites[0])[0].bank.B.shape[1]
-    floors = [byte_floor(sites, rank, distinct) for distinct in (1, 8)]
-    text = f"byte floor at rank {rank}: {floors[0]:.3f} with 1 adapter, {floors[1]:.3f} with 8"
-    if wanted == GENERATED and not built:
-        text += "; no kernel could be generated"
-    return text
+    one, eight = (byte_floor(sites, rank, distinct) for distinct in (1, 8))
+    return f"byte floor at rank {rank}: {one:.3f} with 1 adapter, {eight:.3f} with 8"
 
 
 def delta_spec(node: fx.Node) -> DeltaSpec:
@@ -95,3 +182,11 @@ def delta_spec(node: fx.Node) -> DeltaSpec:
         siblings, offsets, sizes = [sibling], [offset], [value(node).shape[-1]]
     tensors = (value(node), value(x), value(A), value(B), value(ranks))
     return DeltaSpec.linear(*tensors, siblings, offsets, sizes)
+
+
+def triton_spec(node: fx.Node) -> TritonSpec:
+    """`delta_spec`, and the base weight where it is part of the node."""
+    if node.target is not FUSED_OP:
+        return TritonSpec(delta_spec(node))
+    _, weight, bias, *_, transposed = arguments_of(node)
+    return TritonSpec(delta_spec(node), fake_value(weight).dtype, bias is not None, transposed)

@@ -1,0 +1,99 @@
+"""Whole models under `lowering="triton"`, on the CPU in Triton's interpreter, against the oracle.
+
+Inductor compiles the graph around the same generated kernels that a GPU runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from dense_merge import Case, check_mixed
+from tiny_models import FAMILIES
+
+from lorafx.errors import ConfigError
+
+NAMES = ["a1", None, "a3", "a0", "a2"]
+TRITON = {"lowering": "triton"}
+
+
+def inputs_of(family: str, rows: int = 5, length: int = 4) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return FAMILIES[family].inputs(rows, length)
+
+
+def strategies(cm: Any) -> set[str]:
+    return {
+        state.strategy.split(" ")[0]
+        for record in cm._session.backend.records
+        for state in record.states
+    }
+
+
+@pytest.mark.parametrize("strategy", ["epilogue", "recompute", "gemv", "segments"])
+def test_each_strategy_gives_the_merged_models_logits(plain: Case, strategy: str) -> None:
+    linears = ["up", "gate", "down", "head"]
+    cm = plain.compile(options={**TRITON, "plan": dict.fromkeys(linears, strategy)})
+    check_mixed(cm, plain, NAMES, inputs_of("plain"))
+    assert strategies(cm) == {strategy, "embedding"}
+    graphs = cm.recompiles
+    for names in (["a4", "a4", "a0", None, "a1"], [None, None, "a2", "a2", "a2"], ["a3"] * 5):
+        check_mixed(cm, plain, names, inputs_of("plain"))
+    check_mixed(cm, plain, ["a0", "a3", None], inputs_of("plain", 3, 7))
+    assert cm.recompiles == graphs
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_transformers_models(case_of: Any, family: str) -> None:
+    """Packed siblings with grouped queries; weights stored (in, out) with biases."""
+    case = case_of(family)
+    cm = case.compile(options=TRITON)
+    check_mixed(cm, case, NAMES, inputs_of(family))
+    assert "aten" not in strategies(cm)
+
+
+def test_base_rows_are_the_bases_own_bits(plain: Case) -> None:
+    cm = plain.compile(options=TRITON)
+    inputs = inputs_of("plain")
+    base = cm(**inputs)["logits"]
+    for strategy in ("gemv", "segments"):
+        pinned = plain.compile(
+            options={**TRITON, "plan": dict.fromkeys(["up", "gate", "down", "head"], strategy)}
+        )
+        mixed = pinned(**inputs, adapter_names=NAMES)["logits"]
+        assert torch.equal(mixed[1], base[1])
+
+
+def test_generate_with_a_cache(shallow: Case) -> None:
+    cm = shallow.compile(options=TRITON)
+    ids = inputs_of("llama", 3, 5)["input_ids"]
+    kwargs = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    got = cm.generate(ids, attention_mask=torch.ones_like(ids), adapter_names=NAMES[:3], **kwargs)
+    for row, name in enumerate(NAMES[:3]):
+        one = ids[row : row + 1]
+        want = shallow.alone(name).generate(one, attention_mask=torch.ones_like(one), **kwargs)
+        assert torch.equal(got[row], want[0])
+
+
+def test_dumps_show_the_generated_sources(plain: Case, tmp_path: Any) -> None:
+    cm = plain.compile(options=TRITON)
+    cm(**inputs_of("plain"), adapter_names=NAMES)
+    cm.dump(tmp_path)
+    sources = [path.read_text() for path in tmp_path.glob("*/kernel-*.py")]
+    assert sources
+    assert all("@triton.jit" in text for text in sources)
+    assert any("triton_" in path.read_text() for path in tmp_path.glob("*/*-lower.py"))
+
+
+def test_a_strategy_that_the_lowering_lacks_is_refused(plain: Case) -> None:
+    with pytest.raises(ConfigError, match="generated"):
+        plain.compile(options={**TRITON, "plan": {"up": "generated"}})
+    with pytest.raises(ConfigError, match="epilogue"):
+        plain.compile(options={"lowering": "inductor", "plan": {"up": "epilogue"}})
+
+
+def test_a_site_without_its_base_product_cannot_be_fused(plain: Case) -> None:
+    cm = plain.compile(options={**TRITON, "passes": {"fuse": False}, "plan": {"up": "epilogue"}})
+    with pytest.raises(Exception, match="base product is not part of the node"):
+        cm(**inputs_of("plain"), adapter_names=NAMES)
