@@ -73,7 +73,12 @@ class InductorLowering:
             output.meta["user_visible_output_idxs"] = [
                 index for index, item in enumerate(output.args[0]) if isinstance(item, fx.Node)
             ]
-            return inductor.compile_fx_inner(gm, list(inputs), is_inference=True)
+            # Weights, packed weights and banks stay where they are; slots are copied in, as CUDA
+            # graphs do with what may move.
+            fixed = inductor.get_static_input_idxs(0)
+            return inductor.compile_fx_inner(
+                gm, list(inputs), is_inference=True, static_input_idxs=fixed
+            )
 
     def base(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx

@@ -11,6 +11,7 @@ import pytest
 import torch
 from dense_merge import Case, check_mixed
 from tiny_models import FAMILIES
+from torch._inductor import compile_fx
 
 from lorafx.errors import ConfigError
 
@@ -97,3 +98,26 @@ def test_a_site_without_its_base_product_cannot_be_fused(plain: Case) -> None:
     cm = plain.compile(options={**TRITON, "passes": {"fuse": False}, "plan": {"up": "epilogue"}})
     with pytest.raises(Exception, match="base product is not part of the node"):
         cm(**inputs_of("plain"), adapter_names=NAMES)
+
+
+def test_a_captured_launch_reads_weights_and_banks_in_place_and_slots_from_a_copy(
+    plain: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Inductor hands to CUDA graphs: a bank that were copied would cost its size a step, and a
+    slots buffer taken for fixed would freeze the mix."""
+    seen: list[tuple[list[Any], set[int]]] = []
+    original = compile_fx.compile_fx_inner
+
+    def spy(gm: Any, inputs: Any, **kwargs: Any) -> Any:
+        seen.append((list(inputs), set(kwargs["static_input_idxs"])))
+        return original(gm, inputs, **kwargs)
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", spy)
+    cm = plain.compile(options={"lowering": "inductor"})
+    cm(**inputs_of("plain"), adapter_names=NAMES)
+    ((values, fixed),) = seen
+    tensors = {i: value for i, value in enumerate(values) if isinstance(value, torch.Tensor)}
+    slots = {i for i, value in tensors.items() if value.dtype == torch.int32 and value.dim() == 1}
+    ids = {i for i, value in tensors.items() if value.dtype == torch.int64}
+    assert len(slots) == len(ids) == 1
+    assert fixed == set(tensors) - slots - ids
