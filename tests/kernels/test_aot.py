@@ -1,0 +1,168 @@
+"""Generated Triton kernels compiled for chips that are not here: nothing spilled, all fits.
+
+`make test` compiles one shape of each kernel for each target; all variants are slow. The committed
+table of all of them (docs/kernels.md) must be of the sources as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorafx.errors import LoweringError
+from lorafx.kernels import aot
+from lorafx.kernels.aot import TARGETS, Record, compile_variant
+from lorafx.kernels.triton_cache import load
+from lorafx.kernels.triton_tiles import ARCHITECTURES
+from lorafx.kernels.triton_variants import AotVariant, variants_for_aot
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
+#: One variant a kernel, the layer o_proj of Llama-3-8B, whose row tiles are those of many requests.
+CUT = (
+    "epilogue/shrink/o_r16_bf16/m64",
+    "epilogue/epilogue/o_r16_bf16/m64",
+    "epilogue/epilogue/o_r16_bf16/m4096",
+    "recompute/recompute/o_r16_bf16/m1",
+    "segments/expand/o_r16_bf16/m4096",
+    "gemv/shrink_rows/o_r16_bf16/m1",
+    "gemv/expand_rows/o_r16_bf16/m1",
+    "embedding/embedding_rows/embedding_r16_bf16/m1",
+    "order",
+)
+HALF = (torch.float16, torch.bfloat16)
+
+
+def expected_matrix(variant: AotVariant, target: str) -> str | None:
+    """The matrix instruction that a kernel with a dot of 16-bit types has to have."""
+    spec, tiles = variant.spec, variant.kernel.tiles
+    if spec is None or "rows" in variant.kernel.name or variant.kernel.name == "order":
+        return None
+    product = variant.kernel.name not in ("expand", "shrink")  # x Wᵀ is in it
+    delta = spec.delta
+    if product:
+        is_half, tall = delta.x_dtype in HALF, tiles.block_n if tiles.swap else tiles.block_m
+    elif variant.kernel.name == "shrink":
+        is_half = delta.x_dtype in HALF and delta.x_dtype == delta.bank_dtype
+        tall = tiles.block_r if tiles.swap else tiles.block_m
+    else:
+        is_half = delta.y_dtype in HALF and delta.y_dtype == delta.bank_dtype
+        tall = tiles.block_n if tiles.swap else tiles.block_m
+    if not is_half:
+        return None
+    # A warpgroup's instruction takes 64 rows at a time; narrower tiles use the older one.
+    names = TARGETS[target].matrix
+    return names[0] if tall >= 64 else names[-1]
+
+
+def check(record: Record, variant: AotVariant) -> None:
+    name = f"{record.variant} for {record.target}"
+    assert not record.faults, f"{name}: {'; '.join(record.faults)}"
+    assert 0 < record.registers <= TARGETS[record.target].registers, name
+    wanted = expected_matrix(variant, record.target)
+    if wanted is not None:
+        assert record.matrix.get(wanted), f"{name} has no {wanted}: {dict(record.matrix)}"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_each_kernel_fits_each_chip(target: str) -> None:
+    variants = {v.name: v for v in variants_for_aot(target, (1, 64, 4096))}
+    assert set(CUT) <= set(variants)
+    for name in CUT:
+        check(compile_variant(variants[name], target), variants[name])
+
+
+def test_the_cut_has_every_kernel() -> None:
+    kernels = {variant.kernel.name for variant in variants_for_aot("cuda90", (1, 64))}
+    assert {name.split("/")[1] if "/" in name else name for name in CUT} >= kernels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_variant_fits(target: str) -> None:
+    variants = {variant.name: variant for variant in variants_for_aot(target)}
+    for result in aot.records(aot.names_of([target]), jobs=2):
+        assert isinstance(result, Record), str(result)
+        check(result, variants[result.variant])
+
+
+def test_the_committed_table_is_of_these_sources() -> None:
+    """`python -m lorafx.kernels.aot docs/kernels.md` writes it anew."""
+    assert aot.is_current(DOCUMENT.read_text())
+
+
+def test_a_changed_source_makes_a_table_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = aot.table([])
+    assert aot.is_current(text)
+    variants = aot._variants("cuda90")
+    name = next(iter(variants))
+    changed = replace(variants[name], num_stages=variants[name].num_stages + 1)
+    monkeypatch.setitem(variants, name, changed)
+    assert not aot.is_current(text)
+
+
+# --- what the records would say of an unfit kernel ---
+
+
+def epilogue_with(**changes: object) -> AotVariant:
+    """o_proj's epilogue kernel for many rows on cuda90, cut up otherwise."""
+    name = "epilogue/epilogue/o_r16_bf16/m4096"
+    variant = next(v for v in variants_for_aot("cuda90", (4096,)) if v.name == name)
+    tiles = replace(variant.kernel.tiles, **changes)
+    kernel = load("epilogue", variant.spec, tiles, ARCHITECTURES["cuda90"])
+    launch = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    return replace(variant, kernel=kernel, **launch)
+
+
+def test_spilled_registers_are_a_fault() -> None:
+    record = compile_variant(epilogue_with(block_m=128, block_n=256, num_warps=4), "cuda90")
+    assert record.local_bytes > 0
+    assert any("local memory" in fault for fault in record.faults)
+
+
+def test_too_much_shared_memory_is_a_fault() -> None:
+    record = compile_variant(epilogue_with(num_stages=8), "cuda90")
+    assert record.shared_bytes > TARGETS["cuda90"].shared_bytes
+    assert any("shared memory" in fault for fault in record.faults)
+
+
+REGISTER = "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%f1,%f2}, {%r1,%r2}, %rd1, 1;"
+SHARED = "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%f1,%f2}, %rd2, %rd1, 1;"
+
+
+@pytest.mark.parametrize(
+    ("text", "unsafe"),
+    [
+        (f"{REGISTER}\nwgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;", 0),
+        (f"{REGISTER}\nwgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;", 1),
+        (f"{SHARED}\nwgmma.wait_group.sync.aligned 1;", 0),
+        (f"{SHARED}\nwgmma.wait_group.sync.aligned 1;\n{REGISTER}", 1),
+        ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1}, {%r1}, {%r2}, {%f1};", 0),
+    ],
+)
+def test_register_operands_in_flight_are_found(text: str, unsafe: int) -> None:
+    assert aot._in_flight(text) == unsafe
+
+
+def test_a_kernel_that_does_not_compile_is_an_error_naming_it() -> None:
+    variant = epilogue_with()
+    broken = replace(variant, signature={**variant.signature, "x_ptr": "i32"})
+    with pytest.raises(LoweringError, match=r"epilogue.* does not compile for cuda90"):
+        compile_variant(broken, "cuda90")
+
+
+def test_the_table_is_put_in_its_place() -> None:
+    document = aot.with_table("# Kernels\n\nText.\n", aot.table([]))
+    assert document.startswith("# Kernels\n\nText.\n\n")
+    record = Record("a/b/c/m1", "cuda90", 64, 0, 2048, {"mma.sync": 4}, 0)
+    again = aot.with_table(document + "\nAfter.\n", aot.table([record]))
+    assert again.count(aot.BEGIN) == again.count(aot.END) == 1
+    assert "| a/b/c/m1 | – | 64 / 2 / mma | – | – |" in again
+    assert again.endswith("\nAfter.\n")
+
+
+def test_the_command_prints_records(capsys: pytest.CaptureFixture[str]) -> None:
+    assert aot.main(["--target", "cuda80", "--only", "^order$", "--jobs", "1"]) == 0
+    assert capsys.readouterr().out.startswith("order cuda80: ")
