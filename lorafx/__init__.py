@@ -4,7 +4,8 @@ cm = lorafx.compile(model, lora_config)
 cm(input_ids, adapter_names=["sql", None, "chat"])
 """
 
-from lorafx.api import compile, explain
+from lorafx.api import attach, compile, explain
+from lorafx.attached import adapters, detach, load_adapter, unload_adapter
 from lorafx.compiled import CompiledModel
 from lorafx.config import LoraConfig, Options
 from lorafx.errors import (
@@ -43,8 +44,13 @@ __all__ = [
     "UnknownAdapterError",
     "UnsupportedAdapterError",
     "VerifyError",
+    "adapters",
+    "attach",
     "compile",
+    "detach",
     "explain",
+    "load_adapter",
     "register",
+    "unload_adapter",
     "unregister",
 ]

@@ -1,11 +1,11 @@
-"""The public entry points: `compile` and `explain`."""
+"""The public entry points: `compile`, `attach` and `explain`."""
 
 from __future__ import annotations
 
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,16 +13,17 @@ from torch import nn
 
 from lorafx.adapter_store.checkpoint import AdapterState
 from lorafx.adapter_store.peft_config import PeftConfig
-from lorafx.adapter_store.peft_model import is_peft_model, take_over
+from lorafx.adapter_store.peft_model import TakenOver, is_peft_model, take_over
 from lorafx.adapter_store.peft_reader import Adapter, adapter_target_modules, read_adapter
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.compiled import CompiledModel
 from lorafx.config import LoraConfig, Options
+from lorafx.dynamo_backend import attach_session
 from lorafx.errors import CaptureError, ConfigError, LorafxWarning, nearest
 from lorafx.explain import Explanation, model_sections
 from lorafx.lowering import resolved
 from lorafx.packing import pack_weights
-from lorafx.passes.attach import Attach, allocate_groups
+from lorafx.passes.attach import Attach, Attachment, allocate_groups
 from lorafx.passes.select import build_sites
 from lorafx.pipeline import check_options
 from lorafx.program import Program
@@ -67,36 +68,51 @@ def compile(
         Whatever a call with `example_inputs` raises.
         The model's modules and hooks are as they were then.
     """
-    settings = Options.of(options)
-    check_options(settings)
-    sources: dict[str, Any] = dict(adapters or {})
-    default: str | None = None
-    taken = None
-    if isinstance(model, CompiledModel):
-        raise CaptureError("this model was compiled by lorafx already; use it, or detach() first")
-    if is_peft_model(model):
-        taken = take_over(model)
-        model, default = taken.base, taken.active
-        sources = {**taken.adapters, **sources}
-    try:
-        config, extra = _resolve(lora_config, sources, model)
-        sources = {**extra, **sources}
-        compiled = _build(model, config, settings, sources, dynamic)
-    except BaseException:
-        if taken is not None:
-            taken.restore()
-        raise
+    built, taken = _marked(model, lora_config, adapters, options)
+    compiled = CompiledModel(built.program, built.attachment, built.store, dynamic)
     if taken is not None:
         compiled.on_detach(taken.restore)
     try:
-        if default is not None:
-            compiled.set_adapter(default)
+        if taken is not None and taken.active is not None:
+            compiled.set_adapter(taken.active)
         if example_inputs is not None:
             _capture(compiled, example_inputs)
     except BaseException:
         compiled.detach()
         raise
     return compiled
+
+
+def attach(
+    model: nn.Module,
+    lora_config: Any = None,
+    *,
+    adapters: Mapping[str, Any] | None = None,
+    options: Options | Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Mark `model` for LoRA and return it, for people who call torch.compile themselves.
+
+        model = lorafx.attach(model, lora_config)
+        compiled = torch.compile(model, backend="lorafx")
+        with torch.no_grad(), lorafx.adapters(model, ["sql", None, "chat"]):
+            compiled(input_ids)
+
+    Outside of `lorafx.adapters` it is the base model. Without a compiler it serves batches of one
+    adapter. `lorafx.detach(model)` takes the marks away again.
+
+    Args:
+        model, lora_config, adapters: as for `compile`; of a `peft.PeftModel` its base model is
+            marked and returned.
+        options: as for `compile`; they hold for every graph of the model.
+
+    Raises:
+        As `compile`; the model's modules and hooks are as they were then.
+    """
+    built, taken = _marked(model, lora_config, adapters, options)
+    session = attach_session(built.program, built.attachment, built.store)
+    if taken is not None:
+        session.on_close.append(taken.restore)
+    return built.program.model
 
 
 def explain(model: nn.Module, lora_config: Any = None) -> Explanation:
@@ -112,19 +128,45 @@ def explain(model: nn.Module, lora_config: Any = None) -> Explanation:
     return Explanation(tuple(model_sections(sites, groups, config)))
 
 
+@dataclass(frozen=True)
+class _Built:
+    program: Program
+    attachment: Attachment
+    store: AdapterStore
+
+
+def _marked(
+    model: nn.Module, lora_config: Any, adapters: Mapping[str, Any] | None, options: Any
+) -> tuple[_Built, TakenOver | None]:
+    """The marked model with its adapters loaded, and what a `peft.PeftModel` gave for it."""
+    settings = Options.of(options)
+    check_options(settings)
+    sources: dict[str, Any] = dict(adapters or {})
+    taken = None
+    if isinstance(model, CompiledModel):
+        raise CaptureError("this model was compiled by lorafx already; use it, or detach() first")
+    if is_peft_model(model):
+        taken = take_over(model)
+        model = taken.base
+        sources = {**taken.adapters, **sources}
+    try:
+        config, extra = _resolve(lora_config, sources, model)
+        return _build(model, config, settings, {**extra, **sources}), taken
+    except BaseException:
+        if taken is not None:
+            taken.restore()
+        raise
+
+
 def _build(
-    model: nn.Module,
-    config: LoraConfig,
-    options: Options,
-    sources: Mapping[str, Any],
-    dynamic: bool | None,
-) -> CompiledModel:
+    model: nn.Module, config: LoraConfig, options: Options, sources: Mapping[str, Any]
+) -> _Built:
     if model.training:
         warnings.warn(
             f"{type(model).__name__} is in training mode, so its dropout is active; call eval() "
             "for inference",
             LorafxWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     graph, sites = build_sites(model, config)
     _check_plan(options, sites)
@@ -154,7 +196,7 @@ def _build(
     program = Program(
         model, graph, sites, attachment.groups, tuple(packed), attachment.runtime, config, options
     )
-    return CompiledModel(program, attachment, store, dynamic)
+    return _Built(program, attachment, store)
 
 
 def _check_plan(options: Options, sites: Sequence[Site]) -> None:

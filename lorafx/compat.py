@@ -71,6 +71,20 @@ def capture_settings(recompile_limit: int) -> Iterator[None]:
             setattr(config, name, value)
 
 
+@contextmanager
+def block_settings(recompile_limit: int) -> Iterator[None]:
+    """`capture_settings` around calls that users compile themselves; a limit of their own, where
+    it is larger, stays."""
+    config = torch._dynamo.config
+    before = config.recompile_limit
+    with capture_settings(recompile_limit):
+        config.recompile_limit = max(before, recompile_limit)
+        try:
+            yield
+        finally:
+            config.recompile_limit = before
+
+
 def is_recompile_limit(error: BaseException) -> bool:
     """True for the error that Dynamo raises when an entry has as many graphs as it may have."""
     return isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit)
@@ -83,6 +97,24 @@ def source_name(node: fx.Node) -> str:
     if callable(name):  # a method before torch 2.12
         name = name()
     return str(name) if name is not None else node.name
+
+
+def mode_settings(mode: str | None) -> dict[str, Any]:
+    """Inductor's settings that a `mode` of torch.compile stands for."""
+    if mode is None or mode == "default":
+        return {}
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode))
+
+
+def guarded_attributes(suffix: str) -> bool:
+    """Whether the frame that is being captured is guarded on something whose name so ends."""
+    context = torch._guards.TracingContext.try_get()
+    if context is None:
+        return False
+    names = (guard.name for guard in context.guards_context.dynamo_guards)
+    return any(str(name() if callable(name) else name).endswith(suffix) for name in names)
 
 
 def mark_fixed_shape(tensor: Tensor) -> None:
@@ -99,3 +131,15 @@ def size_hint(size: int | torch.SymInt) -> int | None:
     if isinstance(size, int):
         return size
     return int(size.node.hint) if size.node.has_hint() else None
+
+
+@contextmanager
+def no_mha_fast_path() -> Iterator[None]:
+    """Keep MultiheadAttention off its fused inference path, which takes the weights past every
+    module and mark."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorafx.adapter_store.peft_reader import read_adapter
 from lorafx.adapter_store.store import BASE, AdapterStore
 from lorafx.backend import Backend
-from lorafx.entry import Entry, Session
-from lorafx.errors import BatchError, CaptureError, ConfigError
+from lorafx.entry import Entry, entered
+from lorafx.errors import BatchError, CaptureError
 from lorafx.explain import Explanation
 from lorafx.generation import generate
 from lorafx.passes.attach import Attachment
 from lorafx.program import Program
+from lorafx.session import Session, checked_names
 from lorafx.sites import Site
 
 
@@ -35,7 +35,7 @@ class CompiledModel(nn.Module):
         super().__init__()
         self.model = program.model
         self._attachment = attachment
-        self._session = Session(program, store, Backend(program), dynamic)
+        self._session = Session(program, store, Backend(program, entered), dynamic)
         self._entries: dict[tuple[int, bool], Entry] = {}
         self._on_detach: list[Callable[[], None]] = []
         self.train(program.model.training)
@@ -66,7 +66,7 @@ class CompiledModel(nn.Module):
             CaptureError: the model was detached, moved, or needs more graphs than allowed.
         """
         self._check_attached()
-        names = _checked(adapter_names)
+        names = checked_names(adapter_names)
         tokens = None
         if adapter_slots is not None:
             names, tokens = _by_slots(adapter_slots, self.adapters if names is None else names)
@@ -89,7 +89,7 @@ class CompiledModel(nn.Module):
             Otherwise as `forward`.
         """
         self._check_attached()
-        with self._session.serving(_checked(adapter_names), repeats=True):
+        with self._session.serving(checked_names(adapter_names), repeats=True):
             return generate(self, *args, **kwargs)
 
     def entry(self, module: nn.Module, *, per_token: bool = False) -> Entry:
@@ -127,11 +127,7 @@ class CompiledModel(nn.Module):
         Raises:
             CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
         """
-        program = self._session.program
-        adapter = read_adapter(
-            source, name, program.sites, model=program.model, max_rank=program.config.max_rank
-        )
-        self._session.store.load(adapter)
+        self._session.load(source, name)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter and free its slot; if it was the default, the base model is now.
@@ -244,23 +240,3 @@ def _by_slots(
     if slots.dim() == 1 or bool((slots == by_request[:, None]).all()):
         return [names[i] if i >= 0 else None for i in by_request.tolist()], None
     return names, slots
-
-
-def _checked(names: Sequence[str | None] | None) -> Sequence[str | None] | None:
-    """`names` as given, once it is known to be a list of names.
-
-    Raises:
-        ConfigError: it is not; BatchError: it is empty.
-    """
-    if names is None:
-        return None
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise ConfigError(f"adapter_names is a list with one name, or None, a row; got {names!r}")
-    if not names:
-        raise BatchError("adapter_names is empty; give one name, or None, a row")
-    for row, name in enumerate(names):
-        if name is not None and not isinstance(name, str):
-            raise ConfigError(
-                f"adapter_names[{row}] is {name!r}; give a name, or None for the base model"
-            )
-    return names

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import InitVar, dataclass, field
 from typing import Any, Literal
@@ -13,7 +12,16 @@ from torch._guards import detect_fake_mode
 
 import lorafx.kernels.ops  # noqa: F401  (defines torch.ops.lorafx)
 from lorafx.errors import MatchError
-from lorafx.frame import Frame, FrameInput, InputKind, arguments_of, fake_value
+from lorafx.frame import (
+    ONE_SLOT,
+    SLOTS,
+    Frame,
+    FrameInput,
+    InputKind,
+    arguments_of,
+    fake_value,
+)
+from lorafx.graph_nodes import call_function, module_path, plain_path
 from lorafx.handover import Handover
 from lorafx.program import BANK_FIELDS, Program
 from lorafx.registry import lookup
@@ -64,6 +72,25 @@ class SiteState:
     packed_bias: fx.Node | None = None
 
 
+@dataclass(frozen=True)
+class Outlined:
+    """Repeated layers that one body computes.
+
+    Attributes:
+        name: the body's, an attribute of the graph's module.
+        paths: of each call's module, in order.
+        nodes: how many the body holds.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    nodes: int
+
+    def __str__(self) -> str:
+        others = len(self.paths) - 1
+        return f"{self.paths[0] or '(root)'} and {others} more like it as one, {self.nodes} nodes"
+
+
 @dataclass(eq=False)
 class Context:
     """State of one graph on its way through the passes."""
@@ -77,6 +104,9 @@ class Context:
     #: ids of the generated Triton kernels that the graph calls
     kernels: set[int] = field(default_factory=set)
     handover: Handover = field(default_factory=Handover)
+    outlined: list[Outlined] = field(default_factory=list)
+    #: Site nodes that `outline` moved: the call that computes each now, and the node in its body.
+    homes: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
 
     def __post_init__(self, graph_module: fx.GraphModule) -> None:
         values = [fake_value(node) for node in graph_module.graph.nodes]
@@ -127,7 +157,7 @@ class Context:
     def where(self, node: fx.Node) -> str:
         """A fragment for messages: the node, the innermost module, the source line."""
         parts = [f"node {node.name}"]
-        path = self.module_path(node)
+        path = module_path(node)
         if path:
             parts.append(f"in {path}")
         trace = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
@@ -135,13 +165,6 @@ class Context:
         if source:
             parts.append(f"`{source[-1]}`")
         return f" ({', '.join(parts)})"
-
-    def module_path(self, node: fx.Node) -> str:
-        """Path of the innermost module whose forward made `node`, or "" where it is not known."""
-        stack = node.meta.get("nn_module_stack") or {}
-        for path, _ in reversed(list(stack.values())):
-            return _plain_path(path)
-        return ""
 
     def inside(self, node: fx.Node, module: nn.Module) -> bool:
         """True where `node` was made by the forward of `module` itself or something below it."""
@@ -151,7 +174,7 @@ class Context:
             return str(id(module)) in names
         # By path, which is the module's own only where the whole model is one frame.
         paths = self.program.graph.paths(module)
-        return any(_plain_path(path) in paths for path, _ in stack.values())
+        return any(plain_path(path) in paths for path, _ in stack.values())
 
     def unselected_owners(self, weight: fx.Node, kind: str) -> list[nn.Module]:
         """Modules of this kind that hold the same weight and are not sites (a tied head)."""
@@ -170,14 +193,9 @@ class Context:
     # --- new nodes ---
 
     def call(self, graph: fx.Graph, target: Any, args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
-        """A call_function node with its fake value, at the graph's insertion point. `kwargs` are
-        constants."""
-        node = graph.call_function(target, args, kwargs)
-        values = fx.node.map_arg(args, fake_value)
+        """`call_function` in this graph's fake mode."""
         assert self.fake_mode is not None
-        with self.fake_mode:
-            node.meta["val"] = target(*values, **kwargs)
-        return node
+        return call_function(self.fake_mode, graph, target, args, **kwargs)
 
     def bank_inputs(self, graph: fx.Graph, site: Site, weight: fx.Node) -> tuple[fx.Node, ...]:
         """(A, B, ranks, scales, slots) of `site` as graph inputs that the executable looks up by
@@ -198,13 +216,29 @@ class Context:
         ]
         slots = next((node for node, item in frame.by_node.items() if item.kind == "slots"), None)
         if slots is None:
-            size = frame.batch_size()
-            with fake_mode:
-                value = torch.empty(
-                    (1 if size is None else size,), dtype=torch.int32, device=bank.A.device
-                )
-            slots = self._extra_input(graph, place, "slot" if size is None else "slots", value)
+            slots = self._slots_input(graph, place)
         return (*nodes, slots)
+
+    def look_up_slots(self, graph: fx.Graph) -> None:
+        """Where marks read a handle, have the executable look the rows' slots up instead."""
+        items = self.frame.by_node.items()
+        handle = next((node for node, item in items if item.kind == "slots"), None)
+        if handle is not None:
+            self.frame.by_node[handle] = FrameInput("state", "a handle of the slots")
+            slots = self._slots_input(graph, (self.frame.positions[handle], 0))
+            handle.replace_all_uses_with(slots)
+
+    def _slots_input(self, graph: fx.Graph, place: tuple[int, int]) -> fx.Node:
+        """The slots as an input that the executable looks up: as many as the frame's requests."""
+        assert self.fake_mode is not None
+        size = self.frame.batch_size()
+        with self.fake_mode:
+            value = torch.empty(
+                (1 if size is None else size,),
+                dtype=torch.int32,
+                device=self.program.groups[0].bank.A.device,
+            )
+        return self._extra_input(graph, place, ONE_SLOT if size is None else SLOTS, value)
 
     def _extra_input(
         self, graph: fx.Graph, place: tuple[int, int], name: str, value: Tensor
@@ -217,17 +251,6 @@ class Context:
             node = graph.placeholder(f"lorafx_{name}_{len(self.frame.extra_nodes)}")
         node.meta["val"] = value
         self.frame.extra_nodes[key] = node
-        kind: InputKind = "slots" if name in ("slot", "slots") else "bank"
+        kind: InputKind = "bank" if name in BANK_FIELDS else "slots"
         self.frame.by_node[node] = FrameInput(kind, name)
         return node
-
-
-#: The module whose forward is traced, by whatever name its forward has for it.
-_ROOT = re.compile(r"^L\['\w+'\]")
-
-
-def _plain_path(path: str) -> str:
-    """Dynamo's module path as a dotted path: `L['self']._modules['model']` -> `model`."""
-    text = _ROOT.sub("", path).replace("._modules[", ".[").replace("['", ".")
-    text = text.replace('["', ".").replace("']", "").replace('"]', "").replace("..", ".")
-    return text.strip(".")

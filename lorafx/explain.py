@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorafx.backend import GraphRecord, seen_sites
 from lorafx.config import LoraConfig
+from lorafx.record import GraphRecord, seen_sites
 from lorafx.sites import Group, Site
 
 if TYPE_CHECKING:
-    from lorafx.entry import Session
+    from lorafx.session import Session
 
 
 @dataclass(frozen=True)
@@ -100,5 +100,6 @@ def _graph_lines(record: GraphRecord) -> list[str]:
     strategies = Counter((state.strategy, state.rows) for state in record.states)
     for (strategy, rows), count in strategies.items():
         lines.append(f"plan: {strategy or 'aten'} at {count} sites, {rows}")
+    lines.extend(f"outline: {item}" for item in record.outlined)
     lines.extend(f"refused ({item.when}): {item.describe()}" for item in record.refusals)
     return lines

@@ -7,27 +7,29 @@ call. The frame is dropped when its graph is compiled; nothing of it reaches the
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from lorafx.compat import source_name
 from lorafx.roles import TOKEN_DIMS, Role
 from lorafx.sites import Group, Site
+from lorafx.stack import calling_modules
 
 if TYPE_CHECKING:
     from lorafx.program import Program
 
-_CALL = nn.Module._call_impl.__code__
-
 InputKind = Literal[
     "symbol", "weight", "state", "bank", "slots", "packed", "argument", "result", "unknown"
 ]
+
+
+#: Names of slots that the executable looks up: one a request, or the first one alone where no input
+#: says how many requests there are.
+SLOTS, ONE_SLOT = "slots", "slot"
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,22 @@ class FrameInput:
     group: Group | None = None
     role: Role | None = None
 
+    @property
+    def requests_dim(self) -> int | None:
+        """The dimension that holds the requests, where this carries them and it is known."""
+        if self.kind not in ("argument", "result") or self.role is None or not self.role.known:
+            return None
+        return self.role.dim
+
 
 class Frame:
     """The inputs of one captured frame, by position, and by placeholder once AOT has traced it."""
 
     def __init__(self, inputs: Sequence[FrameInput]) -> None:
         self.inputs = tuple(inputs)
+        #: It begins with the arguments of a call, so its inputs from them are what they are in
+        #: every call. Elsewhere a local variable may hold something else the next time.
+        self.begins_call = False
         #: The slots are one a token, in row-major order of (B, T), not one a request.
         self.per_token = False
         self.by_node: dict[fx.Node, FrameInput] = {}
@@ -125,28 +137,13 @@ class Frame:
     def batch_size(self) -> Any:
         """The number of requests as tracing knows it (int or SymInt), or None: no argument of
         this frame carries requests."""
+        sizes = []
         for node, item in self.by_node.items():
-            value = fake_value(node)
-            if item.kind in ("argument", "result") and item.role is not None and item.role.known:
-                dim = item.role.dim
-                if dim is not None and dim < value.dim():
-                    return value.shape[dim]
-        return None
-
-
-def calling_modules() -> frozenset[int]:
-    """Identities of the modules whose `__call__` is running, seen on the Python stack.
-
-    Where Dynamo cannot break a frame in two it runs it in Python and compiles what it calls: a
-    module's forward and the hooks after it are then graphs of their own.
-    """
-    found = []
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is _CALL:
-            found.append(id(frame.f_locals["self"]))
-        frame = frame.f_back
-    return frozenset(found)
+            dim = item.requests_dim
+            if dim is not None and dim < fake_value(node).dim():
+                sizes.append(fake_value(node).shape[dim])
+        # A size of one beside a larger batch is an argument that all requests share.
+        return next((size for size in sizes if size != 1), sizes[0] if sizes else None)
 
 
 def fake_value(node: fx.Node) -> Any:
@@ -171,12 +168,11 @@ def batch_symbols(frame: Frame) -> set[Any]:
         if not isinstance(value, torch.Tensor):
             continue
         size: Any = None
+        dim = item.requests_dim
         if item.kind == "slots":
-            size = None if frame.per_token else value.shape[0]
-        elif item.kind in ("argument", "result") and item.role is not None and item.role.known:
-            dim = item.role.dim
-            if dim is not None and dim < value.dim():
-                size = value.shape[dim]
+            size = None if frame.per_token or item.label == ONE_SLOT else value.shape[0]
+        elif dim is not None and dim < value.dim():
+            size = value.shape[dim]
         if size is not None:
             found.add(size.node.expr if isinstance(size, torch.SymInt) else size)
     if len(found) > 1:

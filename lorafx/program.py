@@ -25,10 +25,10 @@ BANK_FIELDS = ("A", "B", "ranks", "scales")
 
 @dataclass(eq=False)
 class Call:
-    """The call that is running: its entry's roles and its arguments by name, and what its graphs
-    have returned so far."""
+    """The call that is running: its entry's roles and its arguments by name (None and none where
+    they are not known), and what its graphs have returned so far."""
 
-    roles: RoleTable
+    roles: RoleTable | None
     named: Mapping[str, Any]
     ledger: Ledger = field(default_factory=Ledger)
 
@@ -56,12 +56,16 @@ class Program:
     def __post_init__(self) -> None:
         self.constants = {id(t): weakref.ref(t) for t in _plain_attributes(self.model)}
         self._by_weight: dict[int, list[Site]] = {}
+        #: Tensors that were looked for and are no site's weight.
+        self._no_sites: dict[int, weakref.ref[Tensor]] = {}
         self._site_banks: dict[int, Bank] = {}
         self._home = {
             id(site): (group, index)
             for group in self.groups
             for index, site in enumerate(group.sites)
         }
+        self._by_bank = {id(group.bank.A): group for group in self.groups}
+        self._by_packed = {id(packed.weight): packed for packed in self.packed}
 
     def home(self, site: Site) -> tuple[Group, int]:
         """The group a site belongs to and its index there."""
@@ -88,12 +92,20 @@ class Program:
     def site_of_weight(self, weight: Tensor, index: int = 0) -> Site | None:
         """The site whose base weight this very tensor is; the one at `index`, where several are
         tied."""
-        if id(weight) not in self._by_weight:
+        if not self._knows(weight):
             self._by_weight = self._sites_by_weight()
+            self._no_sites[id(weight)] = weakref.ref(weight)
         tied = self._by_weight.get(id(weight), [])
         if index >= len(tied) or self.weight_of(tied[index]) is not weight:
             return None
         return tied[index]
+
+    def _knows(self, weight: Tensor) -> bool:
+        """Whether `weight` was looked for before."""
+        if id(weight) in self._by_weight:
+            return True
+        seen = self._no_sites.get(id(weight))
+        return seen is not None and seen() is weight
 
     def bank_of_weight(self, weight: Tensor, index: int = 0) -> Bank | None:
         """The bank (of one sibling) of `site_of_weight`."""
@@ -117,6 +129,16 @@ class Program:
                 ranks=bank.ranks[:, index : index + 1],
                 scales=bank.scales[:, index : index + 1],
             )
+
+    def group_of_bank(self, A: Tensor) -> Group | None:
+        """The group whose bank holds this very A."""
+        group = self._by_bank.get(id(A))
+        return group if group is not None and group.bank.A is A else None
+
+    def packed_of(self, weight: Tensor) -> PackedGroup | None:
+        """The packed group whose buffer this very tensor is."""
+        packed = self._by_packed.get(id(weight))
+        return packed if packed is not None and packed.weight is weight else None
 
     def known_tensors(self) -> dict[int, FrameInput]:
         """Every tensor that is not data of a request, by identity."""
@@ -152,7 +174,7 @@ class Program:
     def call_arguments(self) -> dict[int, Role]:
         """The tensors of the running call, by identity, with their roles."""
         found: dict[int, Role] = {}
-        if self.call is None:
+        if self.call is None or self.call.roles is None:
             return found
         for name, value in self.call.named.items():
             for tensor in tensor_leaves(value):

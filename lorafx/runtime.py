@@ -3,8 +3,8 @@
     slots: (n,) int32 on the model's device, −1 for a base row
 
 One Runtime serves all marks of one model. It is set on the host before the forward; marks and
-graphs only read it. `slots` always starts at the start of one buffer that is written in place, so
-its address stays while the batch fits into the buffer.
+graphs only read it. The slots always start at the start of one buffer that is written in place, so
+their address stays while the batch fits into the buffer.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafx.compat import mark_fixed_shape
 from lorafx.errors import BatchError
 
 # The slots of every live Runtime. Dynamo takes whatever it reaches through a module of torch.nn,
@@ -40,22 +41,43 @@ class Runtime:
         graph_passes: graphs of this model go through lorafx's own passes. A mark that cannot add
             its delta in a trace then leaves the weight's use to the `match` pass; where a foreign
             backend compiles the model nobody would, and the mark raises instead.
+        by_handle: graphs look `row_slots` up when they run, and what marks read is a handle of
+            constant shape: whoever compiles the model, its graphs do not depend on how many
+            requests were named. False: marks read the slots of all requests.
+        session: what serves the model; whoever finds a mark finds it here.
 
-    Copies and pickles keep the batch and have slots of their own.
+    Copies and pickles keep the batch, have slots of their own and no session.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         self.capacity = capacity
         self.device = device
         self.graph_passes = True
+        self.by_handle = False
+        self.session: Any = None
         self.rows: tuple[int, ...] = ()
         self._register()
         self.clear()
 
     @property
     def slots(self) -> Tensor:
-        """(n,) int32, the slot of each request, −1 for the base."""
+        """What marks read: the slot of each request, int32 (n,), or with `by_handle` (2,) two
+        different slots of the batch, where it has two. That is enough for a mark, which serves
+        batches of one adapter and has to notice others."""
         return _SLOTS[self._key]
+
+    @property
+    def row_slots(self) -> Tensor:
+        """(n,) int32, the slot of each request, −1 for the base."""
+        return self._row_slots if self.by_handle else self.slots
+
+    def use_handle(self) -> None:
+        """Set `by_handle`; before anything is compiled."""
+        self.by_handle = True
+        with torch.inference_mode(False):
+            _SLOTS[self._key] = torch.full((2,), -1, dtype=torch.int32, device=self.device)
+        mark_fixed_shape(_SLOTS[self._key])
+        self._write(list(self.rows))
 
     def set_rows(self, slots: Sequence[int]) -> None:
         """Serve requests with these slots from the next forward on.
@@ -88,6 +110,7 @@ class Runtime:
     def _register(self) -> None:
         self._key = f"runtime {next(_KEYS)}"
         self._buffer = torch.empty(0)
+        self._row_slots: Tensor = torch.empty(0, dtype=torch.int32)
         weakref.finalize(self, _SLOTS.pop, self._key, None)
 
     def _write(self, rows: list[int]) -> None:
@@ -98,19 +121,29 @@ class Runtime:
             if n > self._buffer.numel():
                 size = max(_SMALLEST_BUFFER, 2 * n)
                 self._buffer = torch.empty(size, dtype=torch.int32, device=self.device)
-            slots = _SLOTS.get(self._key)
-            if slots is None or slots.shape[0] != n or slots.data_ptr() != self._buffer.data_ptr():
+            slots = self._row_slots
+            if slots.shape[0] != n or slots.data_ptr() != self._buffer.data_ptr():
                 # Not a slice: of a view, Dynamo would also trace and guard the base.
                 slots = torch.empty(0, dtype=torch.int32, device=self.device).set_(
                     self._buffer.untyped_storage(), 0, (n,), (1,)
                 )
-                _SLOTS[self._key] = slots
+                self._row_slots = slots
             slots.copy_(torch.tensor(rows, dtype=torch.int32))
+            if self.by_handle:
+                other = next((slot for slot in rows if slot != rows[0]), rows[0])
+                self.slots.copy_(torch.tensor([rows[0], other], dtype=torch.int32))
+            else:
+                _SLOTS[self._key] = slots
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("_key", "_buffer")}
+        own = ("_key", "_buffer", "_row_slots", "session")
+        return {k: v for k, v in vars(self).items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self.session = None
         self._register()
-        self._write(list(self.rows))
+        if self.by_handle:
+            self.use_handle()
+        else:
+            self._write(list(self.rows))

@@ -1,0 +1,277 @@
+"""Marked models that their users compile themselves: `adapters(model, names)` gives the rows.
+
+    with lorafx.adapters(model, ["sql", None]):      names → slots of the rows, for this block
+        compiled(input_ids)                          graph → its session → rows checked → lookups
+
+No object stands between the user and the model, so everything that a call needs is found from where
+it runs: the session from the tensors that a graph takes, the arguments from the Python stack.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+
+from lorafx.adapter_store.store import BASE
+from lorafx.compat import block_settings, no_mha_fast_path
+from lorafx.errors import BatchError, CaptureError, ConfigError
+from lorafx.handover import Ledger
+from lorafx.marks import SiteMark
+from lorafx.passes.attach import Attachment
+from lorafx.passes.attach import detach as remove_marks
+from lorafx.program import Call
+from lorafx.record import GraphRecord
+from lorafx.roles import RoleTable
+from lorafx.session import Session, checked_names
+from lorafx.stack import RunningCall, generating, outermost_call
+
+
+@dataclass(eq=False)
+class AttachedSession(Session):
+    """The session of a model that its users compile themselves.
+
+    A block stands in for a call: all calls inside serve the same requests, so what one of them
+    proved about a tensor's rows holds in the next.
+    """
+
+    attachment: Attachment = field(kw_only=True)
+    depth: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.modules = frozenset(id(module) for _, module in self.program.graph.modules())
+        self.program.runtime.use_handle()
+        self.program.runtime.session = self
+        _SESSIONS.add(self)
+        _BY_MODEL[self.program.model] = weakref.ref(self)
+
+    def close(self) -> None:
+        """Take the marks away; graphs that were captured serve the base model from then on.
+
+        Raises:
+            CaptureError: inside a block.
+        """
+        if self.depth:
+            raise CaptureError("detach the model after the block of lorafx.adapters, not inside")
+        self.attachment.detach()
+        for callback in self.on_close:
+            callback()
+        _SESSIONS.discard(self)
+        _BY_MODEL.pop(self.program.model, None)
+
+    @contextmanager
+    def block(self, names: str | Sequence[str | None] | None) -> Iterator[None]:
+        """Serve these adapters inside the block.
+
+        Raises:
+            As `adapters`.
+        """
+        requests = None if names is None or isinstance(names, str) else tuple(names)
+        default = names if isinstance(names, str) else None
+        program, runtime = self.program, self.program.runtime
+        with self.lock, ExitStack() as settings:
+            rows = self.store.acquire([default] if requests is None else requests)
+            before = self.requests, self.default, program.call
+            self.requests, self.default = requests, default
+            program.call = Call(None, {}, Ledger())
+            self.depth += 1
+            self.serve([default] if requests is None else requests, rows)
+            settings.enter_context(block_settings(program.options.recompile_limit))
+            if self.has_mha and runtime.active:
+                settings.enter_context(no_mha_fast_path())
+            try:
+                yield
+            finally:
+                self.depth -= 1
+                self.requests, self.default, program.call = before
+                if self.depth:
+                    # Slots may have changed hands inside.
+                    outer = self._row_names(None if self.requests is None else len(self.requests))
+                    self.serve(outer, self.store.acquire(outer))
+                else:
+                    self.serve([None], [-1])
+
+    def begin(self, record: GraphRecord, arguments: Sequence[Any]) -> None:
+        """Check the call that a graph serves, and give its rows their slots.
+
+        Raises:
+            BatchError: names and rows do not fit together.
+            CaptureError: the model was changed since.
+        """
+        rows = record.places.rows(arguments)
+        # Between two graphs a size of one may be something that all requests share.
+        if rows is not None and (rows > 1 or record.begins_call):
+            names = self._row_names(rows)
+            self.serve(names, self.store.acquire(names))
+            if not self.program.runtime.uniform:
+                record.places.check_rows(arguments, rows)
+                if record.places.arguments:
+                    self.note_arguments()
+        record.places.check_packing(self.program, arguments)
+
+    def note_arguments(self) -> RunningCall | None:
+        """Find the running call on the stack, and know its arguments by their roles."""
+        call, running = self.program.call, self.running()
+        if call is None:
+            return None
+        module = None if running is None else running.module
+        declares = module is self.program.model or hasattr(module, "main_input_name")
+        if running is None or module is None or not declares:
+            call.roles, call.named = None, {}
+            return None
+        call.roles = RoleTable(module, self.program.config.row_dims)
+        call.named = call.roles.bind(running.args, running.kwargs)
+        return running
+
+    def running(self) -> RunningCall | None:
+        """The outermost running call of a module of the model."""
+        return outermost_call(lambda module: id(module) in self.modules)
+
+    def repeating(self) -> bool:
+        return generating(self.program.model)
+
+    def takes(self, tensors: Iterable[Tensor]) -> bool:
+        """True where one of the tensors is a parameter, bank or buffer of this model."""
+        known = self.program.known_tensors()
+        return any(id(tensor) in known for tensor in tensors)
+
+
+_SESSIONS: weakref.WeakSet[AttachedSession] = weakref.WeakSet()
+_BY_MODEL: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttachedSession]] = (
+    weakref.WeakKeyDictionary()
+)
+#: Where `session_of_weight` found a weight last.
+_BY_WEIGHT: dict[int, weakref.ref[AttachedSession]] = {}
+
+
+def sessions() -> list[AttachedSession]:
+    """The sessions of all marked models there are."""
+    return list(_SESSIONS)
+
+
+def session_of_weight(weight: Tensor, first: AttachedSession) -> AttachedSession:
+    """The session of the model whose site's weight this is; `first` is asked first, and is the
+    answer where it is nobody's."""
+    known = _BY_WEIGHT.get(id(weight))
+    session = first if known is None else known() or first
+    if session.program.site_of_weight(weight) is not None:
+        return session
+    for session in sessions():
+        if session.program.site_of_weight(weight) is not None:
+            _BY_WEIGHT[id(weight)] = weakref.ref(session)
+            return session
+    return first
+
+
+def session_of(model: nn.Module) -> AttachedSession | None:
+    """The session of a marked model, also through what torch.compile returned for it."""
+    while isinstance(model, OptimizedModule):
+        model = model._orig_mod
+    reference = _BY_MODEL.get(model)
+    return None if reference is None else reference()
+
+
+def marked_session(model: nn.Module) -> AttachedSession:
+    """The session of a marked model.
+
+    Raises:
+        ConfigError: the model is not marked, or is a copy of one that is.
+    """
+    session = session_of(model)
+    if session is not None:
+        return session
+    name = type(model).__name__
+    marks = [
+        hook
+        for module in model.modules()
+        for hook in module._forward_hooks.values()
+        if isinstance(hook, SiteMark)
+    ]
+    if any(mark.runtime.session is not None for mark in marks):
+        raise ConfigError(
+            f"this {name} holds, or is part of, a model that LoRA was attached to; give that one"
+        )
+    if marks:
+        raise ConfigError(
+            f"this {name} carries marks of another model, as copies and pickles of a marked one "
+            "do; lorafx.detach() it and attach LoRA again"
+        )
+    raise ConfigError(f"this {name} carries no LoRA; lorafx.attach(model, lora_config) it first")
+
+
+@contextmanager
+def adapters(model: nn.Module, adapter_names: str | Sequence[str | None] | None) -> Iterator[None]:
+    """Serve each request of the calls inside the block with its own adapter.
+
+    Blocks may be nested, the inner one counts; on leaving, by an exception too, what was before is
+    back. Outside of any block the model is the base model. Blocks of one model on several threads
+    wait for one another; a call outside of any block does not wait, so give it a block of None
+    where other threads serve adapters.
+
+    Args:
+        model: what `attach` returned, or what torch.compile made of it.
+        adapter_names: for each request, in the order of the batch, a name, or None or "__base__"
+            for the base model; or one for all requests. Inside the model's own `generate` rows of
+            one request may follow one another, as beams and returned sequences do.
+
+    Raises:
+        ConfigError: `adapter_names` is no list of names, or the model is not marked.
+        UnknownAdapterError: a name that is not loaded.
+        CapacityError: more distinct adapters than slots.
+        Nothing has changed then. Calls inside raise what `CompiledModel.forward` does.
+    """
+    if adapter_names is not None and not isinstance(adapter_names, str):
+        adapter_names = checked_names(adapter_names)
+    with marked_session(model).block(adapter_names):
+        yield
+
+
+def load_adapter(model: nn.Module, source: Any, name: str) -> None:
+    """Read an adapter folder for a marked model; an adapter of the same name is replaced.
+
+    Raises:
+        ConfigError: the model is not marked.
+        CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
+    """
+    session = marked_session(model)
+    with session.lock:
+        session.load(source, name)
+
+
+def unload_adapter(model: nn.Module, name: str) -> None:
+    """Forget an adapter of a marked model and free its slot.
+
+    Raises:
+        ConfigError: the model is not marked.
+        UnknownAdapterError: it is not loaded.
+        BatchError: the block around serves it.
+    """
+    session = marked_session(model)
+    with session.lock:
+        if name != BASE and name in (session.default, *(session.requests or ())):
+            raise BatchError(f"{name!r} is being served; unload it after the block")
+        session.store.unload(name)
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Take LoRA off a marked model and return the model.
+
+    Also off copies and pickles of one, which have no session. A `peft.PeftModel` that was attached
+    gets its wrappers back.
+
+    Raises:
+        CaptureError: inside a block of `adapters`.
+    """
+    session = session_of(model)
+    if session is not None:
+        with session.lock:
+            session.close()
+        return session.program.model
+    remove_marks(model)
+    return model

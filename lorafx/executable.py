@@ -1,0 +1,154 @@
+"""What Dynamo calls in place of a frame: the compiled graph behind the checks of each call.
+
+    arguments → checks of this batch → what `match` added, looked up → graph → results noted
+
+Nothing of one layer or model is kept: the program is found by the arguments (`Owner`), banks by the
+weight that stands at their position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lorafx.errors import LorafxError, MatchError
+from lorafx.frame import ONE_SLOT, SLOTS
+from lorafx.program import Program
+from lorafx.record import GraphRecord
+from lorafx.stack import calling_modules
+from lorafx.verify import NumericCheck
+
+if TYPE_CHECKING:
+    from lorafx.backend import Backend
+
+#: The program that a graph serves in the running call, by the arguments that it is called with.
+Owner = Callable[[Sequence[Any]], Program]
+
+
+def checked(
+    backend: Backend, record: GraphRecord, owner: Owner, compiled: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The graph among others of one call: what it cannot serve is refused, what it takes from
+    others is checked, what it returns is noted."""
+    handover = record.handover
+
+    def run(*arguments: Any) -> Any:
+        program = owner(arguments)
+        if record.refusals or record.places.plain:
+            record.check(program, arguments)
+        call = program.call
+        if call is None or not (backend.several_graphs or handover.fresh):
+            return compiled(*arguments)
+        holds = handover.holds(call.ledger, arguments)
+        if not program.runtime.uniform:
+            holds = holds and record.arguments_hold(program, arguments)
+            if not holds:
+                record.refuse_changed(program, arguments)
+        results = compiled(*arguments)
+        handover.note(call.ledger, arguments, results, known=holds)
+        handover.fresh = False
+        return results
+
+    return run
+
+
+def with_lookups(
+    owner: Owner,
+    record: GraphRecord,
+    compiled: Callable[[list[Any]], Any],
+    extra: Sequence[tuple[int, int, str]],
+    nulls: Sequence[Tensor | None],
+    numeric: NumericCheck | None,
+) -> Callable[..., Any]:
+    """The graph with the inputs that the passes added, in AOTAutograd's boxed convention."""
+
+    def run(arguments: list[Any]) -> Any:
+        if record.inside:
+            _check_callers(owner(arguments), arguments, record.inside)
+        if extra:
+            arguments.extend(_looked_up(owner(arguments), arguments, extra, nulls))
+        if numeric is not None and numeric.stages:
+            numeric.run(arguments, mixed=not owner(arguments).runtime.uniform)
+        return compiled(arguments)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def by_activity(
+    owner: Owner, base: Callable[..., Any], lora: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Two graphs of one frame that no mark stands in, so that no guard of Dynamo tells calls with
+    adapters from calls without."""
+
+    def run(*arguments: Any) -> Any:
+        return (lora if owner(arguments).runtime.active else base)(*arguments)
+
+    return run
+
+
+def refusing(error: LorafxError) -> Callable[..., Any]:
+    """An executable for what cannot be compiled. Raised where a graph is compiled, the error would
+    reach the caller inside one of Dynamo's."""
+    kind, text = type(error), str(error)
+
+    def run(*arguments: Any) -> Any:
+        raise kind(text)
+
+    return run
+
+
+def base_only(owner: Owner, record: GraphRecord, base: Callable[..., Any]) -> Callable[..., Any]:
+    """The graph of the base model, where another kind of call may get it."""
+
+    def run(*arguments: Any) -> Any:
+        program = owner(arguments)
+        if program.runtime.active:
+            record.check(program, arguments)
+        return base(*arguments)
+
+    return run
+
+
+def _check_callers(
+    program: Program, arguments: Sequence[Any], inside: Mapping[tuple[int, int], bool]
+) -> None:
+    """The graph's unmarked uses are inside or outside of their modules' calls, as when captured.
+
+    Raises:
+        MatchError: they are not: a delta would be added twice, or not at all.
+    """
+    callers = calling_modules()
+    for (position, index), expected in inside.items():
+        site = program.site_of_weight(arguments[position], index)
+        if site is None or (id(site.module) in callers) == expected:
+            continue
+        if program.is_touched(site):
+            raise MatchError(
+                f"{site.path}: its forward is called by itself and through its module, in "
+                "graphs that breaks keep apart; call the module, or use exclude_modules"
+            )
+
+
+def _looked_up(
+    program: Program,
+    arguments: Sequence[Any],
+    extra: Sequence[tuple[int, int, str]],
+    nulls: Sequence[Tensor | None],
+) -> list[Any]:
+    """The inputs that the passes added, banks found by the weight that stands at their position.
+
+    A layer whose weight carries no site gets a bank of rank zero.
+    """
+    found: list[Any] = []
+    for (position, index, name), null in zip(extra, nulls, strict=True):
+        if name == SLOTS:
+            found.append(program.runtime.row_slots)
+        elif name == ONE_SLOT:
+            found.append(program.runtime.row_slots[:1])
+        else:
+            bank = program.bank_of_weight(arguments[position], index)
+            found.append(null if bank is None else getattr(bank, name))
+    return found

@@ -1,0 +1,99 @@
+"""What the Python stack says about the call that is running: of which module, with what arguments.
+
+Dynamo compiles functions, not calls: a module's forward, the pieces of it that graph breaks leave,
+the forwards of submodules. `torch.nn.Module` itself always runs in Python, so below each of them
+on the stack stands the `_call_impl` of every module whose call is running, with the arguments.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
+
+_CALL = nn.Module._call_impl.__code__
+#: Packages whose frames stand, while a function is compiled, above the frame that calls it.
+_COMPILERS = ("torch._dynamo.", "torch._utils_internal", "lorafx.")
+
+
+@dataclass(frozen=True)
+class RunningCall:
+    """A module's call that is running.
+
+    Attributes:
+        module, args, kwargs: what is called with what.
+        frame: its frame, which tells this call from others while it runs.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    frame: FrameType
+
+
+def _frames() -> Iterator[FrameType]:
+    """Frames of the stack, the innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def calling_modules() -> frozenset[int]:
+    """Identities of the modules whose `__call__` is running.
+
+    Where Dynamo cannot break a frame in two it runs it in Python and compiles what it calls: a
+    module's forward and the hooks after it are then graphs of their own.
+    """
+    return frozenset(id(f.f_locals["self"]) for f in _frames() if f.f_code is _CALL)
+
+
+def outermost_call(belongs: Callable[[nn.Module], bool]) -> RunningCall | None:
+    """The outermost running call of a module that `belongs` is true for.
+
+    A module that torch.compile wraps is taken for what it wraps: its wrapper's call is the only
+    one where Dynamo traces the module's own.
+    """
+    found: FrameType | None = None
+    for frame in _frames():
+        if frame.f_code is _CALL and belongs(_unwrapped(frame.f_locals["self"])):
+            found = frame
+    if found is None:
+        return None
+    values = found.f_locals
+    return RunningCall(_unwrapped(values["self"]), values["args"], values["kwargs"], found)
+
+
+def called_directly(by: Callable[[FrameType], bool]) -> bool:
+    """True where `by` holds for the frame that called what Dynamo is compiling now: a function
+    that begins with the arguments of that call, not the rest of one that was broken in two."""
+    for frame in _frames():
+        if by(frame):
+            return True
+        if not str(frame.f_globals.get("__name__", "")).startswith(_COMPILERS):
+            return False
+    return False
+
+
+def generating(model: nn.Module) -> bool:
+    """True inside the model's own `generate`, which repeats rows for beams and returned
+    sequences."""
+    generate = getattr(type(model), "generate", None)
+    code = getattr(inspect.unwrap(generate), "__code__", None) if callable(generate) else None
+    return code is not None and any(
+        frame.f_code is code and frame.f_locals.get("self") is model for frame in _frames()
+    )
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    if isinstance(module, OptimizedModule):
+        inner = module._orig_mod
+        assert isinstance(inner, nn.Module)
+        return inner
+    return module
