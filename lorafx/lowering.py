@@ -18,6 +18,7 @@ from torch import fx
 from lorafx.config import Options
 from lorafx.errors import LorafxWarning, LoweringError
 from lorafx.kernels.compiler import find_compiler
+from lorafx.regions import bodies
 
 aten = torch.ops.aten
 
@@ -69,10 +70,11 @@ class InductorLowering:
         with config.patch(dict(self.patches)):
             # What compile_fx does for inference before its inner compile.
             gm = inductor._recursive_joint_graph_passes(gm)
-            output = next(node for node in gm.graph.nodes if node.op == "output")
-            output.meta["user_visible_output_idxs"] = [
-                index for index, item in enumerate(output.args[0]) if isinstance(item, fx.Node)
-            ]
+            for module in (gm, *(body for _, body in bodies(gm))):
+                output = next(node for node in module.graph.nodes if node.op == "output")
+                output.meta["user_visible_output_idxs"] = [
+                    index for index, item in enumerate(output.args[0]) if isinstance(item, fx.Node)
+                ]
             # Weights, packed weights and banks stay where they are; slots are copied in, as CUDA
             # graphs do with what may move.
             fixed = inductor.get_static_input_idxs(0)

@@ -16,10 +16,11 @@ from lorafx.errors import ConfigError, nearest
 from lorafx.passes.fuse import Fuse
 from lorafx.passes.lower import Lower
 from lorafx.passes.match import Match
+from lorafx.passes.outline import Outline
 from lorafx.passes.pack import Pack
 from lorafx.passes.plan import Plan
 from lorafx.passes.provenance import Provenance
-from lorafx.verify import check_graph, output_signature
+from lorafx.verify import check_graph, output_values
 
 
 class GraphPass(Protocol):
@@ -39,8 +40,17 @@ class GraphPass(Protocol):
     def run(self, gm: fx.GraphModule, ctx: Context) -> int: ...
 
 
-#: `outline` (repeated layers compiled once) has its place between `pack` and `plan`.
-PIPELINE: tuple[GraphPass, ...] = (Match(), Provenance(), Fuse(), Pack(), Plan(), Lower())
+#: `outline` is last: it compares what the lowering made of each layer, so what differs there (a
+#: pinned strategy, say) keeps layers apart.
+PIPELINE: tuple[GraphPass, ...] = (
+    Match(),
+    Provenance(),
+    Fuse(),
+    Pack(),
+    Plan(),
+    Lower(),
+    Outline(),
+)
 
 
 @dataclass
@@ -78,7 +88,7 @@ def run_pipeline(
     """
     options = ctx.program.options
     reports: list[PassReport] = []
-    outputs = output_signature(gm)
+    outputs = output_values(gm)
     dump.graph("captured", gm)
     if after_pass is not None:
         after_pass("captured", gm)
@@ -87,7 +97,7 @@ def run_pipeline(
             continue
         start = time.perf_counter()
         edits = item.run(gm, ctx)
-        gm.graph.eliminate_dead_code(_is_impure)
+        gm.graph.eliminate_dead_code(is_impure)
         gm.recompile()
         if options.verify != "off":
             check_graph(item.name, gm, ctx, outputs)
@@ -99,6 +109,6 @@ def run_pipeline(
     return reports
 
 
-def _is_impure(node: fx.Node) -> bool:
+def is_impure(node: fx.Node) -> bool:
     """Placeholders must stay (the executable's calling convention), and so must effects."""
     return node.op == "placeholder" or node.is_impure()

@@ -19,17 +19,18 @@ from torch.utils import _pytree as pytree
 from lorafx.context import Context
 from lorafx.errors import VerifyError
 from lorafx.frame import fake_value
+from lorafx.regions import bodies
 
 #: Relative tolerance by dtype, of the largest magnitude in a result: accumulation order differs
 #: between stages and errors grow over layers.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
-def check_graph(pass_name: str, gm: fx.GraphModule, ctx: Context, outputs: Sequence[str]) -> None:
+def check_graph(pass_name: str, gm: fx.GraphModule, ctx: Context, outputs: Sequence[Any]) -> None:
     """Structure, fake values, that no site was lost, and that the outputs still are `outputs`.
 
     Args:
-        outputs: `output_signature` of the graph as captured.
+        outputs: `output_values` of the graph as captured, or its `output_signature`.
 
     Raises:
         VerifyError: naming the pass, and what it broke.
@@ -38,19 +39,26 @@ def check_graph(pass_name: str, gm: fx.GraphModule, ctx: Context, outputs: Seque
         gm.graph.lint()
     except (RuntimeError, AssertionError) as error:
         raise VerifyError(f"pass {pass_name!r} left a malformed graph: {error}") from error
-    nodes = set(gm.graph.nodes)
+    nodes = _with_bodies(gm)
     for node, states in ctx.states.items():
-        if node not in nodes:
+        if not all(place in nodes for place in ctx.homes.get(node, (node,))):
             paths = ", ".join(state.site.path for state in states)
             raise VerifyError(f"pass {pass_name!r} lost the LoRA of {paths} (node {node.name})")
-    for node in gm.graph.nodes:
+    for node in nodes:
         if node.op == "call_function" and "val" not in node.meta and _returns(node):
             raise VerifyError(f"pass {pass_name!r} left node {node.name} without a fake value")
-    signature = output_signature(gm)
-    if signature != outputs:
+    # Told only now: a pass may have made two symbolic sizes one.
+    before, after = _described(outputs), output_signature(gm)
+    if before != after:
         raise VerifyError(
-            f"pass {pass_name!r} changed the graph's outputs from {outputs} to {signature}"
+            f"pass {pass_name!r} changed the graph's outputs from {before} to {after}"
         )
+
+
+def _with_bodies(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes of the graph and of the bodies that it calls."""
+    graphs = [gm.graph, *(body.graph for _, body in bodies(gm))]
+    return {node for graph in graphs for node in graph.nodes}
 
 
 def _returns(node: fx.Node) -> bool:
@@ -60,11 +68,19 @@ def _returns(node: fx.Node) -> bool:
 
 def output_signature(gm: fx.GraphModule) -> list[str]:
     """Shape and dtype of each of the graph's outputs."""
+    return _described(output_values(gm))
+
+
+def output_values(gm: fx.GraphModule) -> list[Any]:
+    """The fake value of each of the graph's outputs."""
     output = next(node for node in gm.graph.nodes if node.op == "output")
-    values = [
+    return [
         fake_value(item) if isinstance(item, fx.Node) else item
         for item in pytree.tree_leaves(output.args[0])
     ]
+
+
+def _described(values: Sequence[Any]) -> list[str]:
     return [
         f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else str(value)
         for value in values
@@ -81,7 +97,10 @@ class NumericCheck:
     def keep(self, name: str, gm: fx.GraphModule) -> None:
         """Keep a copy of the graph after pass `name`."""
         inputs = sum(node.op == "placeholder" for node in gm.graph.nodes)
-        self.stages.append((name, fx.GraphModule(gm, copy.deepcopy(gm.graph)), inputs))
+        kept = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+        for body_name, body in bodies(gm):  # the lowering rewrites them in place
+            setattr(kept, body_name, fx.GraphModule(body, copy.deepcopy(body.graph)))
+        self.stages.append((name, kept, inputs))
 
     def run(self, arguments: Sequence[Any], *, mixed: bool) -> list[str]:
         """Compare all stages on `arguments`; returns the names of those compared.

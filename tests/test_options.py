@@ -193,7 +193,7 @@ def dumped(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "graph-0-lora").iterdir())
 
 
-PASSES = ["captured", "match", "provenance", "fuse", "pack", "plan", "lower"]
+PASSES = ["captured", "match", "provenance", "fuse", "pack", "plan", "lower", "outline"]
 
 
 def test_dumps(plain, inputs, tmp_path, monkeypatch):

@@ -1,0 +1,210 @@
+"""Are two stretches of a functional graph the same computation on other operands?
+
+    form(n_0 ... n_k) = for each node: what it calls, with what, and what comes out
+                        for each operand: its metadata
+
+An argument is the stretch's own j-th node, the i-th distinct node from outside by first use, or a
+literal with its type; a symbolic size is written in the stretch's own symbols, numbered by first
+use, and the symbols of two stretches have to `agree`. Nodes are paired in order and nothing else is
+looked at: no source text, no names of classes, modules or nodes. So equal forms mean equal targets,
+literals, constants, shapes, strides, dtypes, devices and aliasing (a node that enters twice, or two
+that are one elsewhere, are numbered differently). Mutation and randomness have no form: `regions`
+keeps them out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+_PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch._ops.OperatorBase)
+_NUMBERS = (bool, int, float, complex, str, bytes)
+
+
+@dataclass(frozen=True)
+class Form:
+    """Equal for stretches that compute the same on their operands."""
+
+    nodes: tuple[Hashable, ...]
+    operands: tuple[Hashable, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Stretch:
+    """Nodes that follow one another, the operands they take from before them, and their form.
+
+    `symbols` are those of its sizes, in the order of their numbers in the form.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    operands: tuple[fx.Node, ...]
+    symbols: tuple[sympy.Symbol, ...]
+    form: Form
+
+
+def stretch_of(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> Stretch:
+    """`nodes` of `gm`, in graph order, with their canonical form."""
+    former = _Former(gm, nodes)
+    forms = tuple(former.node(node) for node in nodes)
+    operands = tuple(former.operands)
+    form = Form(forms, tuple(former.result(node) for node in operands))
+    return Stretch(tuple(nodes), operands, tuple(former.symbols), form)
+
+
+def agree(a: Stretch, b: Stretch, sizes: Mapping[sympy.Symbol, torch.SymInt]) -> bool:
+    """True where the symbols of two stretches of equal form are the same, or are made the same.
+
+    The lengths of two layers' caches are two symbols, since nothing in the graph compares them. If
+    they are equal in the call that is captured, a guard says that they must be, and the layers
+    agree. `sizes` are the graph's symbols as sizes; one without a value at hand is itself alone.
+    """
+    pairs = [(x, y) for x, y in zip(a.symbols, b.symbols, strict=True) if x != y]
+    known = all(
+        _hint(sizes, x) is not None and _hint(sizes, x) == _hint(sizes, y) for x, y in pairs
+    )
+    return known and all(bool(sizes[x] == sizes[y]) for x, y in pairs)
+
+
+def _hint(sizes: Mapping[sympy.Symbol, torch.SymInt], symbol: sympy.Symbol) -> int | None:
+    """The value of a symbol in the call that is captured."""
+    node = sizes[symbol].node if symbol in sizes else None
+    return node.hint if node is not None and node.has_hint() else None
+
+
+def sizes_of(graph: fx.Graph) -> dict[sympy.Symbol, torch.SymInt]:
+    """The sizes among the graph's inputs, and of them, that are one symbol each."""
+    found: dict[sympy.Symbol, torch.SymInt] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            value = node.meta["val"]
+            for size in (*value.shape, *value.stride()) if isinstance(value, Tensor) else (value,):
+                if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+                    found.setdefault(size.node.expr, size)
+    return found
+
+
+class _Former:
+    def __init__(self, gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> None:
+        self.gm = gm
+        self.own = {node: index for index, node in enumerate(nodes)}
+        self.operands: dict[fx.Node, int] = {}
+        self.symbols: dict[sympy.Symbol, int] = {}
+        self.numbered: dict[sympy.Symbol, sympy.Symbol] = {}
+        self.expressions: dict[sympy.Basic, sympy.Basic] = {}
+
+    def node(self, node: fx.Node) -> Hashable:
+        if node.op == "get_attr":
+            return ("constant", _Constant(_attribute(self.gm, str(node.target))))
+        arguments = (self.argument(node.args), self.argument(node.kwargs))
+        return (node.op, node.target, *arguments, self.result(node))
+
+    def argument(self, value: Any) -> Hashable:
+        if isinstance(value, fx.Node):
+            if value in self.own:
+                return ("node", self.own[value])
+            return ("operand", self.operands.setdefault(value, len(self.operands)))
+        if isinstance(value, Mapping):
+            return ("mapping", tuple((key, self.argument(item)) for key, item in value.items()))
+        if isinstance(value, slice):
+            parts = (value.start, value.stop, value.step)
+            return ("slice", tuple(self.argument(part) for part in parts))
+        if isinstance(value, (list, tuple)):
+            kind = "tuple" if isinstance(value, tuple) else "list"
+            return (kind, tuple(self.argument(item) for item in value))
+        return self.literal(value)
+
+    def literal(self, value: Any) -> Hashable:
+        """By type and text: 1, 1.0 and True are equal in Python, and so are 0.0 and -0.0."""
+        if value is None or isinstance(value, _PLAIN):
+            return ("literal", value)
+        if isinstance(value, _NUMBERS):
+            return (value.__class__, repr(value))
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return ("symbol", self.expression(value.node.expr))
+        return ("object", _Identity(value))
+
+    def expression(self, expr: sympy.Basic) -> sympy.Basic:
+        """`expr` in the stretch's own symbols."""
+        if expr not in self.expressions:
+            for symbol in sorted(expr.free_symbols, key=str):
+                number = self.symbols.setdefault(symbol, len(self.symbols))
+                self.numbered[symbol] = sympy.Dummy(
+                    f"size{number}", dummy_index=number, integer=True, nonnegative=True
+                )
+            self.expressions[expr] = expr.xreplace(self.numbered)
+        return self.expressions[expr]
+
+    def result(self, node: fx.Node) -> Hashable:
+        """The metadata of what `node` returns. A node without a fake value equals no other."""
+        value = node.meta.get("val", self)
+        return ("unknown", _Identity(node)) if value is self else self.value(value)
+
+    def value(self, value: Any) -> Hashable:
+        if isinstance(value, (list, tuple)):
+            return tuple(self.value(item) for item in value)
+        if not isinstance(value, Tensor):
+            return self.literal(value)
+        # The storage offset is left out: it follows from the arguments and from the operands' own,
+        # which differ where a checkpoint's tensors are views of one file.
+        strides: Hashable = ("unknown", _Identity(value))
+        if value.layout is torch.strided:
+            strides = tuple(self.literal(size) for size in value.stride())
+        shape = tuple(self.literal(size) for size in value.shape)
+        flags = (value.is_conj(), value.is_neg())
+        return ("tensor", value.__class__, value.dtype, value.device, shape, strides, flags)
+
+
+@dataclass(frozen=True, eq=False)
+class _Identity:
+    """Equal to the very same object alone."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+@dataclass(frozen=True, eq=False)
+class _Constant:
+    """An attribute of the graph's module: a tensor is equal to one of equal metadata and values,
+    bit for bit; anything else to itself alone."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Constant):
+            return False
+        mine, theirs = self.value, other.value
+        if mine is theirs or not (isinstance(mine, Tensor) and isinstance(theirs, Tensor)):
+            return mine is theirs
+        return _metadata(mine) == _metadata(theirs) and _same_bits(mine, theirs)
+
+    def __hash__(self) -> int:
+        value = self.value
+        return hash(_metadata(value)) if isinstance(value, Tensor) else id(value)
+
+
+def _metadata(value: Tensor) -> Hashable:
+    return (value.__class__, value.dtype, value.device, value.layout, tuple(value.shape))
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.layout is not torch.strided or a.is_quantized:
+        return False
+    return torch.equal(*(t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
+
+
+def _attribute(gm: fx.GraphModule, target: str) -> Any:
+    """The value of a get_attr node: `a.b.c` of the module."""
+    found: Any = gm
+    for name in target.split("."):
+        found = getattr(found, name)
+    return found
