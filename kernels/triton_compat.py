@@ -99,6 +99,16 @@ def python_function(kernel: Any) -> Callable[..., None]:
     return kernel.fn
 
 
+class _Executor(interpreter.GridExecutor):
+    """Triton's own copies whole storages to the host and back: of banks, on every launch."""
+
+    def _init_args_hst(self, args_dev: Any, kwargs: Any) -> Any:
+        return args_dev, kwargs
+
+    def _restore_args_dev(self, *arguments: Any) -> None:
+        pass
+
+
 def interpret(kernel: Any, grid: Sequence[int], arguments: Sequence[Any]) -> None:
     """Runs `kernel` over `grid` on CPU tensors, in Triton's interpreter.
 
@@ -108,7 +118,9 @@ def interpret(kernel: Any, grid: Sequence[int], arguments: Sequence[Any]) -> Non
     function = python_function(kernel)
     with _LOCK, _put_right(), np.errstate(all="ignore"):  # a NaN in x is not the kernel's fault
         try:
-            interpreter.InterpretedFunction(function)[tuple(grid)](*arguments)
+            interpreted = interpreter.InterpretedFunction(function)
+            names = interpreted.arg_names
+            _Executor(interpreted.rewrite(), names, tuple(grid))(*arguments)
         except interpreter.InterpreterError as error:
             raise LoweringError(
                 f"{function.__name__} of {function.__code__.co_filename} failed in Triton's"

@@ -58,7 +58,8 @@ def _inner_contiguous(tensor: Tensor) -> Tensor:
 def _checked(
     op: str, kernel: int, strategies: Sequence[str], bank: tuple[Tensor, ...], rows: Any
 ) -> LaunchPlan:
-    plan = plan_of(kernel)
+    # A triton_op's schema has no plain int: where Dynamo made the id a symbol, int() guards on it.
+    plan = plan_of(int(kernel))
     d = plan.spec.delta
     A, B, ranks, scales, slots = bank
     _require(op, plan.strategy in strategies, f"kernel {kernel} is one of {plan.strategy!r}")
@@ -197,7 +198,7 @@ def _run_embedding_delta(
     launch: Launch,
 ) -> None:
     _embedding_fake(y, ids, A, B, ranks, scales, slots, rows, kernel)
-    plan, M = plan_of(kernel), ids.shape[0]
+    plan, M = plan_of(int(kernel)), ids.shape[0]
     if guard_or_false(M == 0):
         return
     ids, out = ids.contiguous(), _inner_contiguous(y)

@@ -19,7 +19,7 @@ import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -87,14 +87,16 @@ def _environment() -> jinja2.Environment:
     )
 
 
+def hash_of(folder: Path) -> str:
+    """A hash of the templates under `folder` and of the file that fills them."""
+    files = [folder / "triton_source.py", *sorted((folder / "templates").glob("*.jinja"))]
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
+
+
 @functools.cache
 def generator_hash() -> str:
-    """A hash of the templates and of this file: other generators' kernels have other ids."""
-    folder = resources.files("lorafx.kernels")
-    texts = [folder.joinpath("triton_source.py").read_bytes()]
-    templates = sorted(folder.joinpath("templates").iterdir(), key=lambda path: path.name)
-    texts += [path.read_bytes() for path in templates if path.name.endswith(".jinja")]
-    return hashlib.sha256(b"\0".join(texts)).hexdigest()
+    """`hash_of` this package: kernels of other generators have other ids."""
+    return hash_of(Path(__file__).parent)
 
 
 def _starts(sizes: tuple[int, ...]) -> list[int]:

@@ -157,24 +157,30 @@ def linear_tiles(spec: DeltaSpec, rows: int, arch: Architecture, *, base: bool) 
 def shrink_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
     """Tiles of the shrink: enough parts of K that all processors read A and x at once."""
     factors = len(spec.sizes) * spec.max_rank
-    block_m, block_r = power_of_two(rows, 16, 64), power_of_two(factors, 16, 64)
+    block_m = power_of_two(rows, 16, 64)
+    # Few rows: x is small, so more programs that each read it. Many: x is read once.
+    block_r = 16 if rows <= 64 else power_of_two(factors, 16, 64)
     if arch.name == "interpreter":
         block_k = power_of_two(-(-spec.in_features // 2), 16, 1024)
         parts = 2 if spec.in_features > block_k else 1
+        block_r = power_of_two(factors, 16, 64)
         return Tiles(block_m=block_m, block_k=block_k, block_r=block_r, parts=parts)
     block_k = 128 if spec.x_dtype.itemsize == 2 and block_m <= 32 else 64
     if spec.x_dtype.itemsize == 4:
         block_k = 32
     programs = -(-rows // block_m) * -(-factors // block_r)
-    # Sixteen planes at most: the reader fetches all of them for each of its tiles.
+    # The reader fetches all planes for each of its tiles, into registers.
     blocks = -(-spec.in_features // block_k)
-    parts = max(min(arch.processors // programs, blocks // 2, 16), 1)
+    parts = max(min(arch.processors // programs, blocks // 2, 8 if block_m <= 32 else 4), 1)
+    # What parts do not fill, adapters do: with eight in a batch, eight programs read one A each.
+    lanes = power_of_two(arch.processors // (programs * parts), 1, 8) if rows <= 64 else 1
     stage = block_k * (block_m + block_r) * spec.x_dtype.itemsize
     return Tiles(
         block_m=block_m,
         block_k=block_k,
         block_r=block_r,
         parts=parts,
+        lanes=lanes,
         swap=block_m < 64,
         num_stages=_stages(arch, stage, 4),
     )

@@ -1,0 +1,183 @@
+"""Generated Triton sources: the cache on disk, ids, what a file says, Triton left as it was."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton_cases import CPU, STRATEGIES, kernel_of, make_case, run
+
+from lorafx.errors import LoweringError
+from lorafx.kernels import triton_cache, triton_compat
+from lorafx.kernels.triton_build import STRATEGY_KERNELS, build, plan_of, source_of
+from lorafx.kernels.triton_source import generator_hash, hash_of, source
+from lorafx.kernels.triton_tiles import ARCHITECTURES, TUNED, tiles_for, tuning_key
+from lorafx.kernels.triton_variants import representative_specs, variants_for_aot
+
+HELPERS = Path(__file__).parents[1] / "helpers"
+PROCESS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from triton_cases import kernel_of, make_case, run
+if "--no-templates" in sys.argv:
+    from lorafx.kernels import triton_cache
+    del triton_cache.source
+case = make_case(K=24, sizes=(13, 8), slots=(2, -1, 0), rows=2, rank=4)
+print(kernel_of(case, "segments"), run(case, "segments").double().sum().item())
+"""
+
+
+def in_process(folder: Path, *arguments: str, **environment: str) -> str:
+    """What a fresh process says of the case's kernels and result, with the cache in `folder`."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROCESS, str(HELPERS), *arguments],
+        env={**os.environ, "LORAFX_CACHE_DIR": str(folder), "PYTHONSAFEPATH": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_a_second_process_generates_nothing(tmp_path: Path) -> None:
+    """Same id, same bits; also with TRITON_INTERPRET set before triton is imported."""
+    first = in_process(tmp_path)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "triton").glob("*.py")}
+    assert sorted(path.name.split("_")[0] for path in written) == ["expand", "shrink"]
+    assert in_process(tmp_path, "--no-templates", TRITON_INTERPRET="1") == first
+    assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "triton").glob("*.py")}
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LORAFX_CACHE_DIR", str(tmp_path))
+    return tmp_path / "triton"
+
+
+def test_a_damaged_file_is_an_error_that_names_it(own_cache: Path) -> None:
+    spec = make_case(K=24, sizes=(15,), slots=(0,)).spec
+    arch = ARCHITECTURES["interpreter"]
+    tiles = tiles_for("segments", spec.delta, 1, arch)["shrink"]
+    own_cache.mkdir()
+    key = triton_cache.key_of("shrink", spec, tiles, arch)
+    (own_cache / f"shrink_{key}.py").write_text("def shrink(")
+    with pytest.raises(LoweringError, match=f"shrink_{key}.py cannot be imported"):
+        triton_cache.load("shrink", spec, tiles, arch)
+
+
+def test_what_an_id_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Templates, versions, sizes, tiles and architecture; not the process."""
+    spec = make_case(K=24, sizes=(15,), slots=(0,)).spec
+    arch = ARCHITECTURES["interpreter"]
+    tiles = tiles_for("segments", spec.delta, 1, arch)["shrink"]
+    keys = {
+        triton_cache.key_of("shrink", spec, tiles, arch),
+        triton_cache.key_of("shrink", replace(spec, bias=not spec.bias), tiles, arch),
+        triton_cache.key_of("shrink", spec, replace(tiles, block_m=128), arch),
+        triton_cache.key_of("shrink", spec, tiles, ARCHITECTURES["cuda90"]),
+    }
+    monkeypatch.setattr(triton_cache, "generator_hash", lambda: "another template")
+    keys.add(triton_cache.key_of("shrink", spec, tiles, arch))
+    monkeypatch.setattr(triton_compat, "version", lambda: "0")
+    keys.add(triton_cache.key_of("shrink", spec, tiles, arch))
+    assert len(keys) == 6
+
+
+def test_the_generator_hash_covers_the_templates(tmp_path: Path) -> None:
+    package = Path(triton_cache.__file__).parent
+    shutil.copytree(package / "templates", tmp_path / "templates")
+    shutil.copy(package / "triton_source.py", tmp_path)
+    assert hash_of(tmp_path) == generator_hash()
+    with (tmp_path / "templates" / "macros.jinja").open("a") as macros:
+        macros.write("{# changed #}")
+    assert hash_of(tmp_path) != generator_hash()
+
+
+def test_tuned_tiles_go_first() -> None:
+    spec = make_case(K=56, sizes=(40,), slots=(0,)).spec
+    arch = ARCHITECTURES["interpreter"]
+    key = tuning_key("recompute", arch, spec.delta, 3)
+    untuned = build(spec, "recompute", rows_hint=3, device=CPU)
+    assert untuned is not None
+    tiles = replace(plan_of(untuned).kernels["recompute"].tiles, block_n=16)
+    TUNED[key] = {"recompute": tiles}
+    try:
+        tuned = build(spec, "recompute", rows_hint=4, device=CPU)  # of the same power of two
+        assert tuned is not None
+        assert plan_of(tuned).kernels["recompute"].tiles == tiles
+    finally:
+        del TUNED[key]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_a_file_says(strategy: str) -> None:
+    """It can be read on its own: what it was made from, literal sizes, no template left in it."""
+    case = make_case(K=72, sizes=(40, 24), slots=(0, 1), rank=6, bias=False)
+    text = source_of(kernel_of(case, strategy))
+    assert text.count('"""Generated from') == len(STRATEGY_KERNELS[strategy])
+    assert "sibling 1, bank [40, 64)" in text
+    assert "K 72, rank at most 6" in text
+    assert re.search(r"R: tl\.constexpr = 6\n", text)
+    assert "{{" not in text
+    assert "{%" not in text
+    assert "bias_ptr" not in text
+    assert "atomic" not in text
+    with_bias = make_case(K=72, sizes=(40, 24), slots=(0, 1), rank=6)
+    assert ("bias_ptr" in source_of(kernel_of(with_bias, strategy))) == (
+        strategy in ("epilogue", "recompute")
+    )
+
+
+def test_interpreting_leaves_triton_as_it_was() -> None:
+    """Kernels are compiled ahead of time in the process that interprets them."""
+
+    def names() -> list[dict[str, object]]:
+        owners = (tl, tl.core, tl.math, tl.standard, tl.tensor)
+        return [{n: getattr(o, n) for n in dir(o) if not n.startswith("__")} for o in owners]
+
+    before = names()
+    case = make_case(K=24, sizes=(13, 8), slots=(2, -1, 0), rows=2, dtypes=(torch.bfloat16,) * 3)
+    for strategy in STRATEGIES:
+        run(case, strategy)
+    assert names() == before
+    variant = next(iter(variants_for_aot("cuda90")))
+    compiled = triton.compile(
+        ASTSource(variant.function, variant.signature, variant.constants, variant.attributes),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+    )
+    assert compiled.asm["cubin"]
+
+
+@pytest.mark.parametrize("arch", ["cuda80", "cuda90", "cuda100", "gfx942"])
+def test_variants(arch: str) -> None:
+    """Every strategy of every spec, each with a signature that fits its function."""
+    variants = list(variants_for_aot(arch, rows=(1, 4096)))
+    assert len({v.name for v in variants}) == len(variants)
+    strategies = {v.name.partition("/")[0] for v in variants}
+    assert strategies == {"order", *STRATEGY_KERNELS}
+    for v in variants:
+        assert list(v.signature) == v.function.arg_names
+        pointers = [name for name, kind in v.signature.items() if kind.startswith("*")]
+        assert all(name.endswith("_ptr") for name in pointers)
+    specs = {v.name.split("/")[2] for v in variants if "/" in v.name}
+    assert specs == set(representative_specs())
+
+
+def test_one_template_serves_all_strategies_of_the_product() -> None:
+    spec = make_case(K=72, sizes=(40,), slots=(0,)).spec
+    tiles = tiles_for("recompute", spec.delta, 1, ARCHITECTURES["cuda90"])["recompute"]
+    for kernel in ("epilogue", "recompute", "expand"):
+        assert source(kernel, spec, tiles).startswith('"""Generated from linear.py.jinja')

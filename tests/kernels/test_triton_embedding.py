@@ -1,0 +1,55 @@
+"""The generated embedding kernel, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from delta_oracle import Problem, random_problem
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from triton_cases import BF16, FP16, FP32, Case, assert_right, run
+
+
+def embedding(slots: tuple[int, ...], rows: int, M: int | None = None, **changes: object) -> Case:
+    M = len(slots) * rows if M is None else M
+    problem: Problem = random_problem(
+        **{
+            "x_shape": (M,),
+            "slots": slots,
+            "rows": rows,
+            "sizes": (45,),
+            "vocabulary": 19,
+            **changes,
+        }
+    )
+    return Case(problem, torch.empty(0))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize("rank", [1, 5, 40])
+def test_against_float64(rank: int, dtype: torch.dtype) -> None:
+    case = embedding((2, -1, 0, 1), 3, max_rank=rank, dtypes=(dtype,) * 3)
+    got = run(case, "embedding")
+    assert_right(case, "embedding", got)
+    assert torch.equal(got[3:6], case.problem.y[3:6])
+    assert torch.equal(got, run(case.with_(x=case.problem.x.int()), "embedding"))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    slots=st.lists(st.integers(-1, 3), min_size=1, max_size=5),
+    rows=st.one_of(st.integers(1, 4), st.just(1 << 62)),
+    M=st.integers(1, 9),
+)
+def test_any_map_of_rows(slots: list[int], rows: int, M: int) -> None:
+    case = embedding(tuple(slots), rows, M)
+    assert_right(case, "embedding", run(case, "embedding"))
+
+
+def test_ids_outside_the_table_add_nothing() -> None:
+    case = embedding((0, 1), 2)
+    wrong = case.problem.x.clone()
+    wrong[1], wrong[2] = 19, -1
+    got, right = run(case.with_(x=wrong), "embedding"), run(case, "embedding")
+    assert torch.equal(got[1:3], case.problem.y[1:3])
+    assert torch.equal(got[::3], right[::3])

@@ -1,0 +1,179 @@
+"""Generated Triton kernels against float64, interpreted: sizes, ranks, dtypes, tiles."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from triton_cases import (
+    BF16,
+    FP16,
+    FP32,
+    STRATEGIES,
+    assert_right,
+    make_case,
+    run,
+)
+
+from lorafx.kernels.triton_tiles import ARCHITECTURES, tiles_for
+
+DTYPES = {"fp32": (FP32,) * 3, "bf16": (BF16,) * 3, "fp16": (FP16,) * 3}
+MIXED = {
+    "bf16 bank": (FP32, BF16, FP32),
+    "fp32 bank": (BF16, FP32, BF16),
+    "fp16 x": (FP16, BF16, FP16),
+}
+# slots and rows a request
+BATCHES = {
+    "one row": ((1,), 1),
+    "decode": ((2, -1, 0, 1, 1, 3, 0, 0), 1),
+    "prefill": ((2, -1, 0, 1), 9),
+    "one adapter": ((2, 2, 2), 7),
+    "base rows only": ((-1,) * 5, 1),
+    "all different": (tuple(range(19)), 1),
+}
+RANKS = (1, 4, 8, 16, 32, 64, 128, 256)
+
+
+def spread(batch: int, slots: int) -> tuple[int, ...]:
+    """`batch` requests over up to `slots` slots in no order; one in five is a base request."""
+    return tuple(-1 if i % 5 == 3 else (i * 7 + 3) % slots for i in range(batch))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_mixes(strategy: str, batch: str, dtype: str) -> None:
+    slots, rows = BATCHES[batch]
+    case = make_case(K=77, sizes=(45, 33), slots=slots, rows=rows, rank=5, dtypes=DTYPES[dtype])
+    assert_right(case, strategy, run(case, strategy))
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("slices", [1, 2, 3])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_ranks_and_slices(strategy: str, slices: int, rank: int) -> None:
+    """The kernel grid cut down: small odd sizes, each rank with each number of slices."""
+    dtypes = list(DTYPES.values())[(rank.bit_length() + slices) % 3]
+    batch = 4 if strategy == "gemv" else 16  # a program a row is slow in the interpreter
+    case = make_case(
+        K=129,
+        sizes=(51, 64, 17)[:slices],
+        slots=spread(batch, 8),
+        rank=rank,
+        capacity=8,
+        dtypes=dtypes,
+    )
+    assert_right(case, strategy, run(case, strategy))
+
+
+@pytest.mark.parametrize("dtypes", MIXED.values(), ids=MIXED)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_bank_of_another_dtype(strategy: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    case = make_case(K=40, sizes=(48, 7), slots=(2, -1, 0, 1), rows=2, rank=8, dtypes=dtypes)
+    assert_right(case, strategy, run(case, strategy))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_residual_in_float32(strategy: str) -> None:
+    """y wider than x: what the site op has where a module keeps its residual in float32."""
+    case = make_case(K=40, sizes=(48,), slots=(1, 0), rows=3, dtypes=(BF16, BF16, FP32))
+    assert_right(case, strategy, run(case, strategy))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("strategy", ["epilogue", "recompute"])
+def test_base_layouts(strategy: str, transposed: bool, bias: bool) -> None:
+    case = make_case(
+        K=70, sizes=(33, 20), slots=(1, 0, -1), rows=2, bias=bias, transposed=transposed
+    )
+    assert_right(case, strategy, run(case, strategy))
+
+
+@pytest.mark.parametrize("siblings", [(2, 0), (1,), (2, 1, 0), (1, 2)])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_some_of_a_group(strategy: str, siblings: tuple[int, ...]) -> None:
+    case = make_case(
+        K=64,
+        sizes=(40, 9, 31),
+        slots=(1, 0, -1, 2),
+        rank=6,
+        siblings=siblings,
+        dtypes=DTYPES["bf16"],
+    )
+    assert_right(case, strategy, run(case, strategy))
+
+
+@pytest.mark.parametrize("rows", [1, 17, 100])
+@pytest.mark.parametrize("arch", [name for name in ARCHITECTURES if name != "interpreter"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_tiles_of_devices(strategy: str, arch: str, rows: int) -> None:
+    """The heuristic's tiles for GPUs: transposed tiles, parts of K, lanes, sorted rows."""
+    if strategy == "gemv" and rows == 100:
+        rows = 23  # a program a row is slow in the interpreter
+    dtypes = DTYPES["bf16"] if rows < 20 else DTYPES["fp32"]
+    slots = (3, -1, 0, 3)[: min(rows, 4)]
+    case = make_case(K=520, sizes=(72, 24), slots=slots, rows=-(-rows // 4), M=rows, dtypes=dtypes)
+    tiles = tiles_for(strategy, case.spec.delta, rows, ARCHITECTURES[arch])
+    assert_right(case, strategy, run(case, strategy, tiles))
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("swap", [True, False])
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("strategy", ["epilogue", "segments"])
+def test_tile_options(strategy: str, ordered: bool, swap: bool, parts: int, lanes: int) -> None:
+    case = make_case(K=200, sizes=(40, 50), slots=spread(11, 5), rows=3, dtypes=DTYPES["bf16"])
+    first, second = tiles_for(strategy, case.spec.delta, 33, ARCHITECTURES["interpreter"]).items()
+    common = {"ordered": ordered, "swap": swap, "parts": parts, "block_m": 16, "block_k": 32}
+    tiles = {
+        first[0]: replace(first[1], **common, lanes=lanes),
+        second[0]: replace(second[1], **common, block_n=32, group_m=2),
+    }
+    assert_right(case, strategy, run(case, strategy, tiles))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_hidden_2049(strategy: str) -> None:
+    """Long odd sums, with slots far apart in a large bank."""
+    case = make_case(
+        K=2049, sizes=(35,), slots=(127, -1, 5, 64), rank=64, capacity=128, dtypes=DTYPES["bf16"]
+    )
+    assert_right(case, strategy, run(case, strategy))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("slices", [1, 2, 3])
+@pytest.mark.parametrize("rank", RANKS)
+def test_whole_grid(rank: int, slices: int, dtype: str) -> None:
+    """hidden 2049 by batch and slots of the grid, each cell by one of the strategies in turn."""
+    for cell, (batch, slots) in enumerate(itertools.product((1, 4, 16, 32), (1, 8, 32, 128))):
+        case = make_case(
+            K=2049,
+            sizes=(2049,) * slices,
+            slots=spread(batch, slots),
+            rank=rank,
+            # Slots are far apart, without the gigabytes of the largest bank in full.
+            capacity=slots if rank * slices <= 64 else None,
+            dtypes=DTYPES[dtype],
+        )
+        strategy = STRATEGIES[(cell + rank.bit_length() + slices) % len(STRATEGIES)]
+        assert_right(case, strategy, run(case, strategy))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("hidden", [128, 1024, 4096, 14336, 32000, 128256])
+def test_hidden_sizes(hidden: int, strategy: str) -> None:
+    """Output sizes up to a vocabulary, and input sizes up to the largest down projection."""
+    case = make_case(
+        K=min(hidden, 14336), sizes=(min(hidden, 4096),), slots=spread(8, 4), dtypes=DTYPES["bf16"]
+    )
+    assert_right(case, strategy, run(case, strategy))
+    wide = make_case(K=64, sizes=(hidden,), slots=spread(4, 4), dtypes=DTYPES["fp16"])
+    assert_right(wide, strategy, run(wide, strategy))

@@ -1,0 +1,245 @@
+"""The Triton ops: schemas and fakes by opcheck, arguments, layouts, tracing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from delta_oracle import random_problem
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.library import opcheck
+from triton_cases import (
+    BF16,
+    CPU,
+    FP32,
+    STRATEGIES,
+    Case,
+    kernel_of,
+    lora,
+    make_case,
+    run,
+)
+
+from lorafx.errors import LoweringError
+from lorafx.kernels import triton_ops
+from lorafx.kernels.triton_build import LINEAR, STRATEGY_KERNELS, TritonSpec, build, plan_of
+from lorafx.kernels.triton_tiles import Tiles
+
+STRATEGY_OPS = {
+    **dict.fromkeys(LINEAR, lora.triton_linear),
+    **dict.fromkeys(("segments", "gemv"), lora.triton_delta_),
+    "embedding": lora.triton_embedding_delta_,
+}
+
+
+def case_of(strategy: str) -> Case:
+    if strategy == "embedding":
+        problem = random_problem(x_shape=(6,), slots=(2, -1, 0), rows=2, sizes=(9,), vocabulary=11)
+        return Case(problem, torch.empty(0))
+    return make_case(K=24, sizes=(13, 8), slots=(2, -1, 0), rows=2, rank=4)
+
+
+def arguments_of(case: Case, strategy: str) -> tuple[object, ...]:
+    p, kernel = case.problem, kernel_of(case, strategy)
+    first = (p.x, case.weight, case.bias) if strategy in LINEAR else (p.y.clone(), p.x)
+    return (*first, *p.bank, p.rows, kernel)
+
+
+@pytest.mark.parametrize("strategy", STRATEGY_KERNELS)
+def test_opcheck(strategy: str) -> None:
+    case = case_of(strategy)
+    p = case.problem  # opcheck compares whole arguments, so no NaN
+    case = case.with_(A=p.A.nan_to_num(), B=p.B.nan_to_num())
+    checks = opcheck(STRATEGY_OPS[strategy], arguments_of(case, strategy))
+    assert set(checks.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("strategy", STRATEGY_KERNELS)
+def test_no_rows(strategy: str) -> None:
+    case = case_of(strategy)
+    empty = case.with_(x=case.problem.x[:0], y=case.problem.y[:0])
+    assert run(empty, strategy).shape == (0, case.spec.out_features)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "row stride": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
+    "features strided": lambda t: t.repeat_interleave(2, 1)[:, ::2],
+    "transposed": lambda t: t.T.contiguous().T,
+    "offset": lambda t: torch.cat([t, t])[t.shape[0] :],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_layouts(strategy: str, layout: str) -> None:
+    """Any strides of x, y and the weight; y is written through them."""
+    case, lay = case_of(strategy), LAYOUTS[layout]
+    laid = Case(
+        case.problem.with_(x=lay(case.problem.x)),
+        lay(case.weight),
+        case.bias,
+    )
+    expected = run(case, strategy)
+    if strategy in LINEAR:
+        assert torch.equal(run(laid, strategy), expected)
+        return
+    p, y = laid.problem, lay(case.problem.y)
+    lora.triton_delta_(y, p.x, *p.bank, p.rows, kernel_of(case, strategy))
+    assert torch.equal(y, expected)
+
+
+BAD: dict[str, Callable[[Case], dict[str, object]]] = {
+    "x is": lambda c: {"x": c.problem.x[:, 1:]},
+    "y is": lambda c: {"y": c.problem.y.double()},
+    "y has 5 rows": lambda c: {"y": c.problem.y[1:]},
+    "not a contiguous bank": lambda c: {"A": c.problem.A.transpose(1, 2).contiguous().mT},
+    "the bank is": lambda c: {"A": c.problem.A.bfloat16(), "B": c.problem.B.bfloat16()},
+    "scales has": lambda c: {"scales": c.problem.scales[:, :1]},
+    "B is": lambda c: {"B": c.problem.B[:, :, 1:].contiguous()},
+    "slots is int32": lambda c: {"slots": c.problem.slots.long()},
+    "slots is empty": lambda c: {"slots": c.problem.slots[:0]},
+    "a kernel needs it proved": lambda c: {"rows": 0},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_arguments(message: str) -> None:
+    """Refused before y is touched."""
+    case = case_of("segments")
+    kernel = kernel_of(case, "segments")
+    p = case.with_(**BAD[message](case)).problem
+    before = p.y.clone()
+    with pytest.raises(LoweringError, match=message):
+        lora.triton_delta_(p.y, p.x, *p.bank, p.rows, kernel)
+    assert torch.equal(p.y, before)
+
+
+def test_bad_base() -> None:
+    case = case_of("epilogue")
+    p, kernel = case.problem, kernel_of(case, "epilogue")
+    with pytest.raises(LoweringError, match="the weight is"):
+        lora.triton_linear(p.x, case.weight[1:], case.bias, *p.bank, p.rows, kernel)
+    with pytest.raises(LoweringError, match="with a bias of 21 columns"):
+        lora.triton_linear(p.x, case.weight, None, *p.bank, p.rows, kernel)
+
+
+def test_ids_of_kernels() -> None:
+    case = case_of("segments")
+    p = case.problem
+    with pytest.raises(LoweringError, match="not loaded in this process"):
+        lora.triton_delta_(p.y, p.x, *p.bank, p.rows, 12345)
+    with pytest.raises(LoweringError, match="is one of 'epilogue'"):
+        lora.triton_delta_(p.y, p.x, *p.bank, p.rows, kernel_of(case, "epilogue"))
+
+
+def test_what_is_not_generated() -> None:
+    case = case_of("segments")
+    hint = {"rows_hint": 6, "device": CPU}
+    double = make_case(K=8, sizes=(4,), slots=(0,), dtypes=(torch.float64,) * 3)
+    assert build(double.spec, "epilogue", **hint) is None
+    assert build(case.spec, "embedding", **hint) is None
+    with pytest.raises(LoweringError, match="there are epilogue, recompute"):
+        build(case.spec, "fastest", **hint)
+    with pytest.raises(LoweringError, match="name its weight"):
+        build(TritonSpec(case.spec.delta), "epilogue", **hint)
+    tiles = {"shrink": Tiles(parts=2), "expand": Tiles()}
+    with pytest.raises(LoweringError, match="disagree on parts"):
+        build(case.spec, "segments", **hint, tiles=tiles)
+
+
+def test_compiled_for_a_cpu_the_interpreter_is_opaque() -> None:
+    """AOTAutograd takes the op apart as far as the interpreter's op; M and rows are symbols."""
+    case = case_of("epilogue")
+    p = case.problem
+    linear, adding = kernel_of(case, "epilogue"), kernel_of(case, "segments")
+    graphs: list[str] = []
+
+    def keep(gm: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(gm.code)
+        return gm.forward
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    @torch.compile(backend=aot_autograd(fw_compiler=keep), dynamic=True)
+    def both(x: Tensor, bank: tuple[Tensor, ...], rows: int) -> Tensor:
+        y = lora.triton_linear(x, case.weight, case.bias, *bank, rows, linear)
+        lora.triton_delta_(y, x, *bank, rows, adding)
+        return y
+
+    with torch.no_grad():
+        for x, rows in ((p.x, 2), (torch.randn(12, 24), 4)):
+            expected = run(case.with_(x=x, rows=rows), "epilogue")
+            lora.triton_delta_(expected, x, *p.bank, rows, adding)
+            assert torch.equal(both(x, p.bank, rows), expected)
+    assert "interpreted_linear" in graphs[0]
+    assert "interpreted_delta_" in graphs[0]
+    assert "triton_kernel_wrapper" not in graphs[0]
+
+
+LAUNCHES = {"epilogue": 2, "recompute": 1, "segments": 3, "gemv": 2}
+
+
+@pytest.mark.parametrize("strategy", LAUNCHES)
+def test_launches_can_be_traced(strategy: str) -> None:
+    """What a graph on a GPU holds: the launches, and no other op over y; no device is needed."""
+    case = make_case(K=64, sizes=(32, 32), slots=(1, -1, 0, 1), rows=32, dtypes=(BF16,) * 3)
+    device = torch.device("cuda")
+    kernel = build(case.spec, strategy, rows_hint=128, device=device)
+    assert kernel is not None
+    p = case.problem
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        tensors = [
+            torch.empty(t.shape, dtype=t.dtype, device=device)
+            for t in (p.y, p.x, case.weight, case.bias, *p.bank)
+            if t is not None
+        ]
+
+    def call(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *bank: Tensor) -> Tensor:
+        rows = x.shape[0] // bank[-1].shape[0]
+        launch = triton_ops.launch_wrapped
+        if strategy in LINEAR:
+            return triton_ops._run_linear(x, weight, bias, *bank, rows, kernel, launch)
+        triton_ops._run_delta(y, x, *bank, rows, kernel, launch)
+        return y
+
+    graph = make_fx(call, tracing_mode="symbolic")(*tensors).graph
+    wrapper = torch.ops.higher_order.triton_kernel_wrapper_mutation
+    launches = [node for node in graph.nodes if node.target is wrapper]
+    assert len(launches) == LAUNCHES[strategy] == len(plan_of(kernel).all_kernels)
+    rest = {n.target for n in graph.nodes if n.op == "call_function" and n.target is not wrapper}
+    aten = torch.ops.aten
+    assert rest <= {aten.new_empty.default, aten.empty.memory_format}
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+def test_storage_types_round_like_torch(dtype: torch.dtype) -> None:
+    """y + δ is rounded to nearest even; what the interpreter's own casts get wrong."""
+    edges = [0.0, -0.0, 1.0, 1.9999, 65504.0, 3e38, 6e-8, 2e-5, 1e-40, torch.inf, torch.nan]
+    values = torch.tensor([*edges, *torch.randn(53).tolist()]).to(dtype)
+    for delta in (0.0, 2.0**-8, 2.0**-9, 3e-3, 40.0, -1.0):
+        case = make_case(K=1, sizes=(64,), slots=(0,), rank=1, dtypes=(dtype,) * 3)
+        y, one = values[None].clone(), torch.ones(1, 1, 1, dtype=dtype)
+        b = torch.full((1, 1, 64), delta).to(dtype)
+        scales = torch.ones(1, 1)
+        laid = case.with_(y=y, x=one[0], A=one, B=b, scales=scales)
+        expected = (y.float() + b[0].float()).to(dtype)
+        for strategy in ("segments", "gemv"):
+            got = run(laid, strategy)
+            torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_float32_products_are_not_cut() -> None:
+    """23 bits of x and W survive the product: tf32 would keep 10."""
+    case = make_case(K=16, sizes=(16,), slots=(0,), rank=1, bias=False)
+    value = 1 + 2.0**-20
+    x = torch.zeros(1, 16)
+    x[0, 0] = value
+    exact = Case(
+        case.problem.with_(x=x, slots=torch.tensor([-1], dtype=torch.int32)),
+        torch.eye(16) * value,
+    )
+    assert run(exact, "epilogue")[0, 0].item() == torch.tensor(value, dtype=FP32).pow(2).item()

@@ -1,0 +1,180 @@
+"""Generated Triton kernels: whose row a row is, and that it depends on nobody else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from triton_cases import (
+    BF16,
+    FP16,
+    FP32,
+    STRATEGIES,
+    Case,
+    assert_right,
+    base_product,
+    kernel_of,
+    make_case,
+    run,
+)
+
+from lorafx.kernels.triton_build import LINEAR, ORDER_TILES, plan_of
+from lorafx.kernels.triton_cache import load
+from lorafx.kernels.triton_launch import (
+    Batch,
+    linear,
+    linear_reference,
+    order_reference,
+    shrink,
+    shrink_reference,
+)
+from lorafx.kernels.triton_ops import launch_interpreted
+from lorafx.kernels.triton_tiles import ARCHITECTURES, tiles_for
+
+ALL_ALIKE = 1 << 62
+INTERPRETER = ARCHITECTURES["interpreter"]
+
+
+def sorted_tiles(case: Case, strategy: str, block_m: int = 16) -> dict[str, object]:
+    """Tiles of few rows, sorted by slot, so that a batch has several of them."""
+    tiles = tiles_for(strategy, case.spec.delta, 16, INTERPRETER)
+    return {k: replace(t, ordered=True, block_m=block_m) for k, t in tiles.items()}
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "segments, sorted", "epilogue, sorted"])
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_any_map_of_rows(strategy: str, data: st.DataObject) -> None:
+    """Any slots in any order, any rows a request, M not a multiple of anything."""
+    slots = data.draw(st.lists(st.integers(-1, 3), min_size=1, max_size=9), label="slots")
+    rows = data.draw(st.one_of(st.integers(1, 7), st.just(ALL_ALIKE)), label="rows")
+    most = 12 if strategy == "gemv" else 40  # a program a row is slow in the interpreter
+    M = data.draw(st.integers(1, most), label="M")
+    case = make_case(K=24, sizes=(17, 5), slots=slots, rows=1, rank=3, capacity=4)
+    x = torch.randn(M, 24, generator=torch.Generator().manual_seed(M))
+    case = case.with_(x=x, y=x[:, :22].clone(), rows=rows)
+    name, _, ordering = strategy.partition(", ")
+    assert_right(case, name, run(case, name, sorted_tiles(case, name) if ordering else None))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rows_do_not_see_their_neighbours(strategy: str, dtype: torch.dtype) -> None:
+    """Bit-equal with every other row's adapter changed; base rows have the base's own bits."""
+    slots = (2, -1, 0, 1, 2, 3)
+    case = make_case(K=90, sizes=(33, 20), slots=slots, rows=2, rank=9, dtypes=(dtype,) * 3)
+    p = case.problem
+    together = run(case, strategy)
+    assert torch.equal(together, run(case, strategy))
+    base = run(case.with_(slots=torch.full_like(p.slots, -1)), strategy)
+    assert torch.equal(together[2:4], base[2:4])
+    if strategy not in LINEAR:
+        assert torch.equal(base, p.y)
+    for request, slot in ((0, 2), (3, 1), (5, 3)):
+        alone = torch.full_like(p.slots, -1)
+        alone[request] = slot
+        mine = slice(2 * request, 2 * request + 2)
+        for others in (alone, torch.full_like(p.slots, slot), p.slots.roll(1)):
+            mixed = others.clone()
+            mixed[request] = slot
+            assert torch.equal(run(case.with_(slots=mixed), strategy)[mine], together[mine])
+
+
+@pytest.mark.parametrize("strategy", ["epilogue", "segments"])
+def test_sorting_changes_no_bit(strategy: str) -> None:
+    case = make_case(K=90, sizes=(33,), slots=(3, 0, -1, 3, 1, 0, 2), rows=9, dtypes=(BF16,) * 3)
+    tiles = sorted_tiles(case, strategy)
+    unsorted = {name: replace(t, ordered=False) for name, t in tiles.items()}
+    assert torch.equal(run(case, strategy, tiles), run(case, strategy, unsorted))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_infinite_adapters_stay_in_their_rows(strategy: str) -> None:
+    """An adapter that overflowed spoils its own requests only."""
+    case = make_case(K=32, sizes=(20,), slots=(0, 1, -1), rows=2, rank=4)
+    expected = run(case, strategy)
+    broken = case.problem.B.clone()
+    broken[1] = torch.inf
+    got = run(case.with_(B=broken), strategy)
+    assert not got[2:4].isfinite().any()
+    assert torch.equal(got[:2], expected[:2])
+    assert torch.equal(got[4:], expected[4:])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_slots_outside_the_bank_are_base_rows(strategy: str) -> None:
+    """A kernel cannot raise; it must not read past the bank either."""
+    case = make_case(K=32, sizes=(20,), slots=(0, 1, 0), rank=4)
+    slots = torch.tensor([2, 1, 7], dtype=torch.int32)
+    got = run(case.with_(slots=slots), strategy)
+    assert torch.equal(got, run(case.with_(slots=torch.tensor([-1, 1, -1]).int()), strategy))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_slots_change_under_one_kernel(strategy: str) -> None:
+    """The same launches on rewritten slots, ranks and banks: what a captured graph replays."""
+    case = make_case(K=40, sizes=(24, 12), slots=(0, 1, 2, -1), rows=3, rank=6)
+    kernel = kernel_of(case, strategy)
+    for seed, slots in enumerate(((2, 2, 2, 2), (-1, -1, -1, -1), (3, 0, -1, 1), (0, 1, 2, 3))):
+        other = make_case(K=40, sizes=(24, 12), slots=slots, rows=3, rank=6, capacity=4, seed=seed)
+        assert kernel_of(other, strategy) == kernel
+        assert_right(other, strategy, run(other, strategy))
+
+
+@settings(max_examples=30, deadline=None)
+@given(slots=st.lists(st.integers(-1, 5), min_size=1, max_size=150))
+def test_order(slots: list[int]) -> None:
+    kernel = load("order", None, ORDER_TILES, INTERPRETER)
+    tensor = torch.tensor(slots, dtype=torch.int32)
+    batch = Batch.of(len(slots), tensor, 1, kernel, launch_interpreted)
+    assert batch.order is not None
+    assert torch.equal(batch.order, order_reference(tensor))
+
+
+@pytest.mark.parametrize("strategy", ["segments", "gemv"])
+def test_shrink_alone(strategy: str) -> None:
+    """v against its reference, wherever a row's adapter has a factor."""
+    case = make_case(K=70, sizes=(9, 9, 9), slots=(2, -1, 0, 1), rows=3, rank=5, siblings=(2, 0))
+    p, spec = case.problem, plan_of(kernel_of(case, strategy)).spec
+    kernel = next(iter(plan_of(kernel_of(case, strategy)).kernels.values()))
+    batch = Batch.of(12, p.slots, p.rows, None, launch_interpreted)
+    v = shrink(kernel, spec, p.x, p.A, p.ranks, p.scales, batch, launch_interpreted).sum(0)
+    expected = shrink_reference(spec, p.x, p.A, p.ranks, p.scales, p.slots, p.rows)
+    live = expected != 0
+    assert live.sum() > 20
+    torch.testing.assert_close(v[live], expected[live], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["epilogue", "segments"])
+def test_linear_alone(strategy: str) -> None:
+    """The reader of v against its reference; NaN where v must not be read."""
+    case = make_case(K=70, sizes=(9, 14), slots=(2, -1, 0, 1), rows=3, rank=5)
+    tiles = {
+        k: replace(t, parts=1)
+        for k, t in tiles_for(strategy, case.spec.delta, 12, INTERPRETER).items()
+    }
+    plan = plan_of(kernel_of(case, strategy, tiles))
+    p, spec = case.problem, plan.spec
+    v = shrink_reference(spec, p.x, p.A, p.ranks, p.scales, p.slots, p.rows)
+    base = (p.x, case.weight, case.bias) if strategy in LINEAR else None
+    bank = (p.A, p.B, p.ranks, p.scales)
+    batch = Batch.of(12, p.slots, p.rows, None, launch_interpreted)
+    got, expected = p.y.clone(), p.y.clone()
+    planes = torch.where(v == 0, torch.nan, v)[None]
+    kernel = list(plan.kernels.values())[-1]
+    linear(kernel, spec, got, planes, base, bank, batch, launch_interpreted)
+    linear_reference(spec, expected, v, base, bank, p.slots, p.rows)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+def test_base_rows_of_a_linear_are_the_plain_product(dtype: torch.dtype) -> None:
+    case = make_case(K=65, sizes=(31,), slots=(-1, -1), rows=3, dtypes=(dtype,) * 3)
+    exact, magnitude = base_product(case)
+    for strategy in LINEAR:
+        got = run(case, strategy)
+        bound = torch.finfo(dtype).eps / 2 * exact.abs() + 2 * 65 * 2.0**-24 * magnitude
+        assert ((got.double() - exact).abs() <= 2 * bound).all()
