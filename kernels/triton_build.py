@@ -31,6 +31,7 @@ from lorafx.kernels.triton_tiles import (
     architecture_of,
     tiles_for,
 )
+from lorafx.kernels.tuned_cache import load_tuned
 
 __all__ = [
     "LINEAR",
@@ -106,6 +107,7 @@ def build(
     if strategy not in LINEAR:  # one kernel for all bases
         spec = replace(spec, weight_dtype=None, bias=False, transposed=False)
     arch = architecture_of(device)
+    load_tuned(arch)
     chosen = dict(tiles) if tiles is not None else tiles_for(strategy, spec.delta, rows_hint, arch)
     key = (spec, strategy, arch, tuple(chosen.items()))
     with _LOCK:

@@ -1,0 +1,75 @@
+"""Tuned tiles on disk: one file an architecture and set of versions, in lorafx's cache folder.
+
+load_tuned(arch)   file → kernels.triton_tiles.TUNED, once a process
+save_tuned(arch)   TUNED → file
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import tempfile
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorafx.kernels import triton_compat
+from lorafx.kernels.compiler import cache_folder
+from lorafx.kernels.cpu_source import DeltaSpec
+from lorafx.kernels.triton_source import generator_hash
+from lorafx.kernels.triton_tiles import TUNED, Architecture, Tiles
+
+
+def tuned_file(arch: Architecture) -> Path:
+    """Where the winners of `arch` are kept: other versions or templates have other winners."""
+    versions = f"triton{triton_compat.version()}-torch{torch.__version__}-{generator_hash()[:8]}"
+    return cache_folder() / "tuned" / f"{arch.name}-{arch.processors}-{versions}.json"
+
+
+def save_tuned(arch: Architecture) -> Path:
+    """Write every winner of `arch` that this process has; the file is renamed into place."""
+    path = tuned_file(arch)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "strategy": strategy,
+            "rows": bucket,
+            "spec": {k: _plain(v) for k, v in asdict(spec).items()},
+            "tiles": {name: asdict(own) for name, own in tiles.items()},
+        }
+        for (strategy, name, spec, bucket), tiles in TUNED.items()
+        if name == arch.name
+    ]
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as scratch:
+        json.dump(rows, scratch, indent=1)
+    os.replace(scratch.name, path)
+    return path
+
+
+@functools.cache
+def load_tuned(arch: Architecture) -> int:
+    """Bring the winners that are on disk for `arch` into `TUNED`, once; how many there are."""
+    path = tuned_file(arch)
+    if not path.exists():
+        return 0
+    known = {f.name for f in fields(Tiles)}
+    rows = json.loads(path.read_text())
+    for row in rows:
+        spec = DeltaSpec(**{k: _typed(k, v) for k, v in row["spec"].items()})
+        tiles = {name: Tiles(**own) for name, own in row["tiles"].items() if set(own) <= known}
+        if len(tiles) == len(row["tiles"]):
+            TUNED.setdefault((row["strategy"], arch.name, spec, row["rows"]), tiles)
+    return len(rows)
+
+
+def _plain(value: Any) -> Any:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+def _typed(name: str, value: Any) -> Any:
+    if name.endswith("dtype"):
+        return getattr(torch, value)
+    return tuple(value) if isinstance(value, list) else value
