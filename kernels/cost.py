@@ -9,10 +9,12 @@ that share x still have an A each. On a GPU a kernel takes
 
 and each kernel after the first one more dependent launch. What the strategies launch:
 
-    recompute   one kernel: every tile of y computes v = x Aᵀ again beside its loop over K
+    recompute   one kernel: every tile of y computes v = x Aᵀ again, for the first adapter of its
+                rows beside its loop over K, for each further one in a loop of its own
     epilogue    the shrink to v, then one kernel for base product and expand: y is written once
     gemv        vendor GEMM, then shrink and expand a row at a time: no padding of rows
-    segments    vendor GEMM, then shrink and expand by runs of equal slots, padded to 16 rows
+    segments    vendor GEMM, then shrink and expand by runs of equal slots, padded to 16 rows;
+                many rows are sorted by slot first, one more kernel
 
 The chips' constants are assumptions (docs/performance.md) until a run on the chip calibrates them.
 """
@@ -71,6 +73,7 @@ class Chip:
         l2_bandwidth: second-level cache to the cores, bytes/s.
         tensor_rate: FLOP/s of a GEMM of 16-bit types.
         fma_rate: FLOP/s outside of tensor cores, which is what float32 gets (no TF32 rounding).
+        processors: how many there are to share l2_bandwidth.
         launch: seconds that one more dependent kernel costs inside a captured graph.
         triton_over_vendor: speed of a plain Triton GEMM over the vendor's where the FLOPs decide;
             None while unmeasured.
@@ -82,6 +85,7 @@ class Chip:
     l2_bandwidth: float
     tensor_rate: float
     fma_rate: float
+    processors: int
     launch: float = 2e-6
     triton_over_vendor: float | None = None
     calibrated: bool = False
@@ -94,10 +98,12 @@ class Chip:
 MEMORY, FLOPS = 0.87, 0.70  # reached of the data sheet's figures: assumed
 #: Data sheets times what is assumed reachable; the L2 figures are rough (a few microbenchmarks).
 CHIPS: Mapping[tuple[str, int | str], Chip] = {
-    ("cuda", 80): Chip("A100", MEMORY * 2.04e12, 4.0e12, FLOPS * 312e12, FLOPS * 19.5e12),
-    ("cuda", 90): Chip("H200", MEMORY * 4.8e12, 7.0e12, FLOPS * 989e12, FLOPS * 67e12),
-    ("cuda", 100): Chip("B200", MEMORY * 8.0e12, 12e12, FLOPS * 2250e12, FLOPS * 75e12),
-    ("hip", "gfx942"): Chip("MI300X", MEMORY * 5.3e12, 8.0e12, FLOPS * 1307e12, FLOPS * 81.7e12),
+    ("cuda", 80): Chip("A100", MEMORY * 2.04e12, 4.0e12, FLOPS * 312e12, FLOPS * 19.5e12, 108),
+    ("cuda", 90): Chip("H200", MEMORY * 4.8e12, 7.0e12, FLOPS * 989e12, FLOPS * 67e12, 132),
+    ("cuda", 100): Chip("B200", MEMORY * 8.0e12, 12e12, FLOPS * 2250e12, FLOPS * 75e12, 148),
+    ("hip", "gfx942"): Chip(
+        "MI300X", MEMORY * 5.3e12, 8.0e12, FLOPS * 1307e12, FLOPS * 81.7e12, 304
+    ),
 }
 DEFAULT_CHIP = CHIPS["cuda", 90]
 
@@ -228,15 +234,20 @@ def _fused_base(work: Work, memory: float, l2: float, flops: float) -> float:
 
 
 def _recompute(work: Work) -> float:
-    adapters = _adapters_in_tile(work)
-    padded = max(work.rank, DOT) * adapters
+    adapters, chip = _adapters_in_tile(work), work.chip
+    padded = max(work.rank, DOT)
     M, K, N = work.rows, work.in_features, work.columns
-    return _fused_base(
+    beside = _fused_base(
         work,
         work.distinct * work.factors,
-        work.m_tiles * adapters * work.rank * (work.n_tiles * K + N),
-        2.0 * M * padded * (work.n_tiles * K + N),
+        work.m_tiles * work.rank * (work.n_tiles * K + adapters * N),
+        2.0 * M * padded * (work.n_tiles * K + adapters * N),
     )
+    # A further adapter's loop reads x and A once more, after the loop over W and not beside it.
+    a_loop = K * (min(max(M, DOT), TILE_M) + padded) * work.dtype.itemsize
+    waves = math.ceil(work.m_tiles * work.n_tiles / chip.processors)
+    after = waves * (adapters - 1) * a_loop / (chip.l2_bandwidth / chip.processors)
+    return beside + after
 
 
 def _epilogue(work: Work) -> float:
@@ -264,7 +275,8 @@ def _segments(work: Work) -> float:
     padded = _padded_rows(work) * max(work.rank, DOT) / work.rank
     shrink = work.kernel(work.distinct * A + M * K, 0, 2.0 * padded * A)
     expand = work.kernel(work.distinct * B + 2 * M * N, 0, 2.0 * padded * B)
-    return work.base() + shrink + expand + 2 * work.chip.launch
+    launches = 3 if work.rows > TILE_M else 2
+    return work.base() + shrink + expand + launches * work.chip.launch
 
 
 GPU_STRATEGIES = {
