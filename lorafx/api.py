@@ -16,9 +16,9 @@ from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_model import TakenOver, is_peft_model, take_over
 from lorafx.adapter_store.peft_reader import Adapter, adapter_target_modules, read_adapter
 from lorafx.adapter_store.store import AdapterStore
+from lorafx.attached_backend import attach_session
 from lorafx.compiled import CompiledModel
 from lorafx.config import LoraConfig, Options
-from lorafx.dynamo_backend import attach_session
 from lorafx.errors import CaptureError, ConfigError, LorafxWarning, nearest
 from lorafx.explain import Explanation, model_sections
 from lorafx.lowering import resolved

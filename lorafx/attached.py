@@ -9,18 +9,18 @@ it runs: the session from the tensors that a graph takes, the arguments from the
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 
 from lorafx.adapter_store.store import BASE
-from lorafx.compat import block_settings, no_mha_fast_path
-from lorafx.errors import BatchError, CaptureError, ConfigError
+from lorafx.compat import backend_error, block_settings, no_mha_fast_path
+from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxError
 from lorafx.handover import Ledger
 from lorafx.marks import SiteMark
 from lorafx.passes.attach import Attachment
@@ -29,7 +29,7 @@ from lorafx.program import Call
 from lorafx.record import GraphRecord
 from lorafx.roles import RoleTable
 from lorafx.session import Session, checked_names
-from lorafx.stack import RunningCall, generating, outermost_call
+from lorafx.stack import RunningCall, generating, outermost_call, unwrapped
 
 
 @dataclass(eq=False)
@@ -41,6 +41,8 @@ class AttachedSession(Session):
     """
 
     attachment: Attachment = field(kw_only=True)
+    #: The options of torch.compile that the model was marked by; None for `lorafx.attach`.
+    given: Mapping[str, Any] | None = None
     depth: int = 0
 
     def __post_init__(self) -> None:
@@ -111,23 +113,24 @@ class AttachedSession(Session):
             self.serve(names, self.store.acquire(names))
             if not self.program.runtime.uniform:
                 record.places.check_rows(arguments, rows)
-                if record.places.arguments:
-                    self.note_arguments()
         record.places.check_packing(self.program, arguments)
 
-    def note_arguments(self) -> RunningCall | None:
-        """Find the running call on the stack, and know its arguments by their roles."""
-        call, running = self.program.call, self.running()
-        if call is None:
-            return None
-        module = None if running is None else running.module
-        declares = module is self.program.model or hasattr(module, "main_input_name")
-        if running is None or module is None or not declares:
-            call.roles, call.named = None, {}
-            return None
-        call.roles = RoleTable(module, self.program.config.row_dims)
-        call.named = call.roles.bind(running.args, running.kwargs)
-        return running
+    @contextmanager
+    def knowing_arguments(self) -> Iterator[None]:
+        """Inside, the program knows the arguments of the running call and their roles, which are
+        found on the stack. Only a module that declares roles may stand for the model."""
+        before, running = self.program.call, self.running()
+        call = Call(None, {}) if before is None else replace(before)
+        if running is not None:
+            module = running.module
+            if module is self.program.model or hasattr(module, "main_input_name"):
+                call.roles = RoleTable(module, self.program.config.row_dims)
+                call.named = call.roles.bind(running.args, running.kwargs)
+        self.program.call = call
+        try:
+            yield
+        finally:
+            self.program.call = before
 
     def running(self) -> RunningCall | None:
         """The outermost running call of a module of the model."""
@@ -155,9 +158,8 @@ def sessions() -> list[AttachedSession]:
     return list(_SESSIONS)
 
 
-def session_of_weight(weight: Tensor, first: AttachedSession) -> AttachedSession:
-    """The session of the model whose site's weight this is; `first` is asked first, and is the
-    answer where it is nobody's."""
+def session_of_weight(weight: Tensor, first: AttachedSession) -> AttachedSession | None:
+    """The session of the model whose site's weight this is; `first` is asked first."""
     known = _BY_WEIGHT.get(id(weight))
     session = first if known is None else known() or first
     if session.program.site_of_weight(weight) is not None:
@@ -166,15 +168,18 @@ def session_of_weight(weight: Tensor, first: AttachedSession) -> AttachedSession
         if session.program.site_of_weight(weight) is not None:
             _BY_WEIGHT[id(weight)] = weakref.ref(session)
             return session
-    return first
+    return None
 
 
 def session_of(model: nn.Module) -> AttachedSession | None:
     """The session of a marked model, also through what torch.compile returned for it."""
-    while isinstance(model, OptimizedModule):
-        model = model._orig_mod
-    reference = _BY_MODEL.get(model)
+    reference = _BY_MODEL.get(unwrapped(model))
     return None if reference is None else reference()
+
+
+def _marks(model: nn.Module) -> list[SiteMark]:
+    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
+    return [hook for hook in hooks if isinstance(hook, SiteMark)]
 
 
 def marked_session(model: nn.Module) -> AttachedSession:
@@ -187,12 +192,7 @@ def marked_session(model: nn.Module) -> AttachedSession:
     if session is not None:
         return session
     name = type(model).__name__
-    marks = [
-        hook
-        for module in model.modules()
-        for hook in module._forward_hooks.values()
-        if isinstance(hook, SiteMark)
-    ]
+    marks = _marks(model)
     if any(mark.runtime.session is not None for mark in marks):
         raise ConfigError(
             f"this {name} holds, or is part of, a model that LoRA was attached to; give that one"
@@ -205,6 +205,66 @@ def marked_session(model: nn.Module) -> AttachedSession:
     raise ConfigError(f"this {name} carries no LoRA; lorafx.attach(model, lora_config) it first")
 
 
+@dataclass(eq=False)
+class Pending:
+    """A block around calls of a model that will be marked when its first frame is captured."""
+
+    model: nn.Module
+    names: str | Sequence[str | None] | None
+    entered: ExitStack = field(default_factory=ExitStack)
+    begun: bool = False
+
+    def begin(self, session: AttachedSession) -> None:
+        """Serve the block's adapters from now on."""
+        self.entered.enter_context(session.block(self.names))
+        self.begun = True
+
+
+class _PendingBlocks(threading.local):
+    def __init__(self) -> None:
+        self.blocks: list[Pending] = []
+
+
+_PENDING = _PendingBlocks()
+
+
+def pending_blocks(model: nn.Module) -> list[Pending]:
+    """The blocks of this thread that wait for `model` to be marked, the outermost first."""
+    return [block for block in _PENDING.blocks if block.model is model and not block.begun]
+
+
+def waiting() -> bool:
+    """Whether some block of this thread waits for its model to be marked."""
+    return any(not block.begun for block in _PENDING.blocks)
+
+
+@contextmanager
+def _until_marked(model: nn.Module, names: str | Sequence[str | None] | None) -> Iterator[None]:
+    """A block of a model that torch.compile was given `lora_config` for, before its first call.
+
+    Raises:
+        ConfigError: at the end, where no call has marked the model.
+    """
+    block = Pending(model, names)
+    _PENDING.blocks.append(block)
+    with block.entered:
+        try:
+            yield
+        except Exception as error:
+            inner = backend_error(error)
+            if inner is not error and isinstance(inner, LorafxError):
+                raise inner from error
+            raise
+        finally:
+            _PENDING.blocks.remove(block)
+    if not block.begun:
+        raise ConfigError(
+            f"no call inside the block has given this {type(model).__name__} LoRA: it was not "
+            'called, or not compiled with backend="lorafx" and lora_config among its options. '
+            "lorafx.attach(model, lora_config) marks a model before it is called"
+        )
+
+
 @contextmanager
 def adapters(model: nn.Module, adapter_names: str | Sequence[str | None] | None) -> Iterator[None]:
     """Serve each request of the calls inside the block with its own adapter.
@@ -215,20 +275,28 @@ def adapters(model: nn.Module, adapter_names: str | Sequence[str | None] | None)
     where other threads serve adapters.
 
     Args:
-        model: what `attach` returned, or what torch.compile made of it.
+        model: what `attach` returned, or a model that is compiled with `lora_config` among the
+            options of torch.compile, or what torch.compile made of either.
         adapter_names: for each request, in the order of the batch, a name, or None or "__base__"
             for the base model; or one for all requests. Inside the model's own `generate` rows of
             one request may follow one another, as beams and returned sequences do.
 
     Raises:
-        ConfigError: `adapter_names` is no list of names, or the model is not marked.
+        ConfigError: `adapter_names` is no list of names, or the model carries no LoRA.
         UnknownAdapterError: a name that is not loaded.
         CapacityError: more distinct adapters than slots.
-        Nothing has changed then. Calls inside raise what `CompiledModel.forward` does.
+        Nothing has changed then. A model that is marked by its first call raises these in it.
+        Calls inside raise what `CompiledModel.forward` does.
     """
     if adapter_names is not None and not isinstance(adapter_names, str):
         adapter_names = checked_names(adapter_names)
-    with marked_session(model).block(adapter_names):
+    model = unwrapped(model)
+    block: AbstractContextManager[None]
+    if session_of(model) is None and not _marks(model):
+        block = _until_marked(model, adapter_names)
+    else:
+        block = marked_session(model).block(adapter_names)
+    with block:
         yield
 
 

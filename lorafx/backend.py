@@ -2,9 +2,8 @@
 
 Without an active adapter a frame is compiled exactly as the base model would be. With one it goes
 through AOTAutograd to the functional ATen graph, the passes, and the lowering; so do parts without
-sites, since a later graph may rest on whose rows their results are. A frame that uses a site's
-weight and in which no mark stands is compiled both ways, since no guard of Dynamo tells the two
-kinds of call apart there.
+sites, since a later graph may rest on whose rows their results are. A frame in which no mark stands
+is compiled both ways, since no guard of Dynamo tells the two kinds of call apart there.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ class Backend:
         self.several_graphs |= frame.follows_another or bool(places.arguments)
         owner = self.owner(frame, [p for p, item in enumerate(frame.inputs) if item.sites])
         active = program.runtime.active
-        both = frame.carries_lora and not guarded_attributes(".runtime.active")
+        both = not guarded_attributes(".runtime.active")
         lora = (both or active) and frame.carries_lora
         title = f"graph {len(self.records)}{' lora' if lora else ' base'}"
         title += " per token" if per_token else ""
@@ -112,6 +111,12 @@ class Backend:
             decompositions=lowering.decompositions(),
         )(gm, examples)
         return checked(self, record, owner, executable)
+
+    def arguments_hold(
+        self, record: GraphRecord, program: Program, arguments: Sequence[Any]
+    ) -> bool:
+        """Whether inputs that were arguments of the call at capture are so in the running call."""
+        return record.arguments_hold(program, arguments)
 
     def owner(self, frame: Frame, weights: Sequence[int]) -> Owner:
         """How an executable of `frame` finds the program that it serves. `weights` are the

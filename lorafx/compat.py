@@ -6,14 +6,15 @@ Also the only place that touches Dynamo's and the symbolic-shape machinery's set
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch._dynamo
 import torch.fx.experimental._config as shape_config
 from torch import Tensor, fx
+from torch._dynamo import symbolic_convert
 
 _COMPILE_ARGUMENTS = inspect.signature(torch.compile).parameters
 
@@ -88,6 +89,30 @@ def block_settings(recompile_limit: int) -> Iterator[None]:
 def is_recompile_limit(error: BaseException) -> bool:
     """True for the error that Dynamo raises when an entry has as many graphs as it may have."""
     return isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit)
+
+
+def captured_locals() -> Mapping[str, Any]:
+    """The local variables that the function that is being captured began with."""
+    translator = symbolic_convert.InstructionTranslator.current_tx()
+    return dict(translator.output.root_tx.f_locals)
+
+
+def capture_again(reason: str) -> NoReturn:
+    """From a backend: have Dynamo drop the graph and trace the function anew.
+
+    The error is the one restart that Dynamo lets pass from a backend. What the first trace tried
+    says nothing about the next one, which sees other modules.
+    """
+    translator = symbolic_convert.InstructionTranslator.current_tx()
+    translator.speculation_log.clear()
+    raise torch._dynamo.exc.TensorifyScalarRestartAnalysis(restart_reason=reason)
+
+
+def backend_error(error: BaseException) -> BaseException:
+    """What a backend raised, where Dynamo has put an error of its own around it."""
+    if isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
+        return error.inner_exception
+    return error
 
 
 def source_name(node: fx.Node) -> str:

@@ -23,8 +23,9 @@ from lorafx.verify import NumericCheck
 if TYPE_CHECKING:
     from lorafx.backend import Backend
 
-#: The program that a graph serves in the running call, by the arguments that it is called with.
-Owner = Callable[[Sequence[Any]], Program]
+#: The program that a graph serves in the running call, by the arguments that it is called with;
+#: None where the call is of a model without LoRA.
+Owner = Callable[[Sequence[Any]], "Program | None"]
 
 
 def checked(
@@ -36,6 +37,8 @@ def checked(
 
     def run(*arguments: Any) -> Any:
         program = owner(arguments)
+        if program is None:
+            return compiled(*arguments)
         if record.refusals or record.places.plain:
             record.check(program, arguments)
         call = program.call
@@ -43,7 +46,9 @@ def checked(
             return compiled(*arguments)
         holds = handover.holds(call.ledger, arguments)
         if not program.runtime.uniform:
-            holds = holds and record.arguments_hold(program, arguments)
+            holds = holds and (
+                not record.places.arguments or backend.arguments_hold(record, program, arguments)
+            )
             if not holds:
                 record.refuse_changed(program, arguments)
         results = compiled(*arguments)
@@ -65,12 +70,13 @@ def with_lookups(
     """The graph with the inputs that the passes added, in AOTAutograd's boxed convention."""
 
     def run(arguments: list[Any]) -> Any:
-        if record.inside:
-            _check_callers(owner(arguments), arguments, record.inside)
-        if extra:
-            arguments.extend(_looked_up(owner(arguments), arguments, extra, nulls))
-        if numeric is not None and numeric.stages:
-            numeric.run(arguments, mixed=not owner(arguments).runtime.uniform)
+        program = owner(arguments)
+        if program is not None:
+            if record.inside:
+                _check_callers(program, arguments, record.inside)
+            arguments.extend(_looked_up(program, arguments, extra, nulls))
+            if numeric is not None and numeric.stages:
+                numeric.run(arguments, mixed=not program.runtime.uniform)
         return compiled(arguments)
 
     run._boxed_call = True  # type: ignore[attr-defined]
@@ -84,7 +90,9 @@ def by_activity(
     adapters from calls without."""
 
     def run(*arguments: Any) -> Any:
-        return (lora if owner(arguments).runtime.active else base)(*arguments)
+        program = owner(arguments)
+        active = program is not None and program.runtime.active
+        return (lora if active else base)(*arguments)
 
     return run
 
@@ -105,7 +113,7 @@ def base_only(owner: Owner, record: GraphRecord, base: Callable[..., Any]) -> Ca
 
     def run(*arguments: Any) -> Any:
         program = owner(arguments)
-        if program.runtime.active:
+        if program is not None and program.runtime.active:
             record.check(program, arguments)
         return base(*arguments)
 

@@ -191,8 +191,6 @@ class GraphRecord:
 
     def arguments_hold(self, program: Program, arguments: Sequence[Any]) -> bool:
         """Whether the inputs that were arguments of the call at capture are in this call too."""
-        if not self.places.arguments:
-            return True
         known = program.call_arguments()
         return all(
             isinstance(tensor := arguments[position], Tensor) and known.get(id(tensor)) == role

@@ -15,9 +15,11 @@ from types import FrameType
 from typing import Any
 
 from torch import nn
+from torch._dynamo import eval_frame
 from torch._dynamo.eval_frame import OptimizedModule
 
 _CALL = nn.Module._call_impl.__code__
+_CALLS = (_CALL, nn.Module._wrapped_call_impl.__code__)
 #: Packages whose frames stand, while a function is compiled, above the frame that calls it.
 _COMPILERS = ("torch._dynamo.", "torch._utils_internal", "lorafx.")
 
@@ -62,12 +64,12 @@ def outermost_call(belongs: Callable[[nn.Module], bool]) -> RunningCall | None:
     """
     found: FrameType | None = None
     for frame in _frames():
-        if frame.f_code is _CALL and belongs(_unwrapped(frame.f_locals["self"])):
+        if frame.f_code is _CALL and belongs(unwrapped(frame.f_locals["self"])):
             found = frame
     if found is None:
         return None
     values = found.f_locals
-    return RunningCall(_unwrapped(values["self"]), values["args"], values["kwargs"], found)
+    return RunningCall(unwrapped(values["self"]), values["args"], values["kwargs"], found)
 
 
 def called_directly(by: Callable[[FrameType], bool]) -> bool:
@@ -81,6 +83,18 @@ def called_directly(by: Callable[[FrameType], bool]) -> bool:
     return False
 
 
+def compiled_module() -> nn.Module | None:
+    """The module that torch.compile was applied to, of the compiled call that is running: what
+    stands right below Dynamo's outermost wrapper, which torch.compile put there."""
+    found: nn.Module | None = None
+    wrapped = False
+    for frame in _frames():
+        if wrapped and frame.f_code in _CALLS:
+            found = unwrapped(frame.f_locals["self"])
+        wrapped = frame.f_globals.get("__name__") == eval_frame.__name__
+    return found
+
+
 def generating(model: nn.Module) -> bool:
     """True inside the model's own `generate`, which repeats rows for beams and returned
     sequences."""
@@ -91,9 +105,10 @@ def generating(model: nn.Module) -> bool:
     )
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
-    if isinstance(module, OptimizedModule):
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module itself, where torch.compile has wrapped it."""
+    while isinstance(module, OptimizedModule):
         inner = module._orig_mod
         assert isinstance(inner, nn.Module)
-        return inner
+        module = inner
     return module

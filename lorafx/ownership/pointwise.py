@@ -7,6 +7,7 @@ map. Most of these operators carry `torch.Tag.pointwise`; the tables name those 
 from __future__ import annotations
 
 import torch
+import torch._inductor.inductor_prims  # defines prims.fma
 from torch import fx
 
 from lorafx.ownership.flow import Flow, Rule, bound, each_output, outputs

@@ -1,0 +1,127 @@
+"""Frames of a marked model that its users compile themselves.
+
+Backends of torch.compile compare equal, so Dynamo may call a graph that was captured for one model
+for another of the same class: what a graph serves is found by the weights of each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lorafx.adapter_store.store import AdapterStore
+from lorafx.attached import AttachedSession, session_of_weight, sessions, waiting
+from lorafx.backend import Backend
+from lorafx.errors import CaptureError
+from lorafx.executable import Owner, refusing
+from lorafx.frame import Frame
+from lorafx.lowering import Lowering
+from lorafx.passes.attach import Attachment
+from lorafx.program import Program
+from lorafx.record import GraphRecord
+
+
+class AttachedBackend(Backend):
+    """Compiles the frames of one marked model.
+
+    Attributes:
+        session: the model's.
+        adopt: marks the model that is running, where it was compiled with the same options as
+            this one, and Dynamo has called a graph of this one for it.
+    """
+
+    session: AttachedSession
+    adopt: Callable[[], AttachedSession | None] | None = None
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program, self._enters)
+
+    def compile(
+        self,
+        gm: fx.GraphModule,
+        examples: Sequence[Any],
+        lowering: Lowering,
+        *,
+        per_token: bool = False,
+    ) -> Callable[..., Any]:
+        with self.session.knowing_arguments():
+            return super().compile(gm, examples, lowering, per_token=per_token)
+
+    def compile_lora(
+        self,
+        gm: fx.GraphModule,
+        examples: Sequence[Any],
+        frame: Frame,
+        record: GraphRecord,
+        owner: Owner,
+        lowering: Lowering,
+    ) -> Callable[..., Any]:
+        if torch.is_grad_enabled() and any(
+            isinstance(example, Tensor) and example.requires_grad for example in examples
+        ):
+            return refusing(
+                CaptureError(
+                    "gradients are wanted through LoRA of lorafx, which is for inference; call the "
+                    "model inside torch.no_grad() or torch.inference_mode()"
+                )
+            )
+        compiled = super().compile_lora(gm, examples, frame, record, owner, lowering)
+
+        def run(*arguments: Any) -> Any:
+            program = owner(arguments)
+            if program is not None:
+                program.runtime.session.begin(record, arguments)
+            return compiled(*arguments)
+
+        return run
+
+    def arguments_hold(
+        self, record: GraphRecord, program: Program, arguments: Sequence[Any]
+    ) -> bool:
+        with program.runtime.session.knowing_arguments():
+            return super().arguments_hold(record, program, arguments)
+
+    def owner(self, frame: Frame, weights: Sequence[int]) -> Owner:
+        program = self.program
+        if any(item.kind in ("bank", "slots") for item in frame.inputs):
+            # Dynamo guards whose slots a mark reads.
+            return lambda arguments: program
+
+        def serves(arguments: Sequence[Any]) -> Program | None:
+            if weights:
+                session = session_of_weight(arguments[weights[0]], self.session)
+            else:
+                session = _running(self.session)
+            if session is None and self.adopt is not None and waiting():
+                session = self.adopt()
+            return None if session is None else session.program
+
+        return serves
+
+    def _enters(self, frame: FrameType) -> bool:
+        running = self.session.running()
+        return running is not None and running.frame is frame
+
+
+def _running(first: AttachedSession) -> AttachedSession | None:
+    """The session that serves the model that is running; `first` is asked first."""
+    found = [first, *sessions()]
+    return next((session for session in found if session.depth and session.running()), None)
+
+
+def attach_session(
+    program: Program,
+    attachment: Attachment,
+    store: AdapterStore,
+    given: Mapping[str, Any] | None = None,
+) -> AttachedSession:
+    """The session of a model that has just been marked; `given` as its attribute says."""
+    backend = AttachedBackend(program)
+    backend.session = AttachedSession(
+        program, store, backend, None, attachment=attachment, given=given
+    )
+    return backend.session
