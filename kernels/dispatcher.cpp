@@ -1,7 +1,7 @@
 // CPU kernels of lorafx::run_delta_, run_embedding_delta_ and run_factors_: from an id to its code.
 //
 //     run_delta_(y!, x, A, B, ranks, scales, slots, rows, kernel) -> ()
-//     run_factors_(y!, x, A, B, scale, kernel) -> ()
+//     run_factors_(y!, x, A, B, scale, kernel) -> ()      scale a float, or in .tensor a tensor
 //
 // Registered through torch's stable C interface, whose functions Python hands over as pointers: no
 // torch header is read (0.1 s to compile instead of tens of seconds) and nothing is linked. A call
@@ -48,7 +48,7 @@ struct FactorArgs {  // Args of factors.cpp
     const void* x;
     const void* a;
     const void* b;
-    const float* scale;
+    double scale;
     int64_t m, y_stride, x_stride, threads;
     int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
 };
@@ -212,14 +212,12 @@ static void run(const uint64_t* stack, bool embedding) {
     out.commit();
 }
 
-static void run_one_adapter(const uint64_t* stack) {
+static void run_one_adapter(const uint64_t* stack, double scale) {
     const Kernel* k = kernel_of(stack[5], FACTORS);
-    View y(stack[0]), x(stack[1]), a(stack[2]), b(stack[3]), scale(stack[4]);
+    View y(stack[0]), x(stack[1]), a(stack[2]), b(stack[3]);
     require(a.is(k->bank_dtype, k->rank, k->in_features) &&
                 b.is(k->bank_dtype, k->out_features, k->rank),
             "lorafx: A and B are not contiguous factors of the kernel's dtype and sizes");
-    require(scale.dtype == k->float32 && scale.dim == 1 && scale.sizes[0] == 1,
-            "lorafx: scale is not a float32 vector of one element");
     require(y.dtype == k->y_dtype && y.dim >= 1 && y.sizes[y.dim - 1] == k->out_features,
             "lorafx: y does not have the dtype and columns that the kernel was generated for");
     require(x.dtype == k->x_dtype && x.dim >= 1 && x.sizes[x.dim - 1] == k->in_features,
@@ -228,8 +226,7 @@ static void run_one_adapter(const uint64_t* stack) {
     Rows in(x, x.dim - 1, k->in_features, element_bytes(k, k->x_dtype));
     require(out.count == in.count, "lorafx: x and y differ in rows");
     FactorArgs args = {out.data,  in.data,    a.data,    b.data,
-                       (const float*)scale.data,
-                       out.count, out.stride, in.stride, (int64_t)thread_count(),
+                       scale,     out.count,  out.stride, in.stride, (int64_t)thread_count(),
                        torch.parallel};
     require(k->run(&args) == 0, "lorafx: out of memory");
     out.commit();
@@ -252,8 +249,17 @@ static void run_embedding_delta(uint64_t* stack, uint64_t, uint64_t) {
     run(stack, true);
 }
 static void run_factors(uint64_t* stack, uint64_t, uint64_t) {
+    Owned owned = {stack, 4};
+    double scale;
+    memcpy(&scale, stack + 4, sizeof scale);
+    run_one_adapter(stack, scale);
+}
+static void run_factors_tensor(uint64_t* stack, uint64_t, uint64_t) {
     Owned owned = {stack, 5};
-    run_one_adapter(stack);
+    View scale(stack[4]);
+    require(scale.dtype == kernel_of(stack[5], FACTORS)->float32 && scale.dim == 0,
+            "lorafx: scale is not a float32 tensor of one element");
+    run_one_adapter(stack, *(const float*)scale.data);
 }
 
 extern "C" int32_t lorafx_install(const Shims* shims) {
@@ -263,7 +269,8 @@ extern "C" int32_t lorafx_install(const Shims* shims) {
     return torch.library_init("lorafx", "CPU", "lorafx/kernels/dispatcher.cpp", 1, &library) ||
            torch.library_impl(library, "run_delta_", run_delta, version) ||
            torch.library_impl(library, "run_embedding_delta_", run_embedding_delta, version) ||
-           torch.library_impl(library, "run_factors_", run_factors, version);
+           torch.library_impl(library, "run_factors_", run_factors, version) ||
+           torch.library_impl(library, "run_factors_.tensor", run_factors_tensor, version);
 }
 
 // 0 when added or there already, 1 when the table is full. The caller holds a lock.

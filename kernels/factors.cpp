@@ -78,7 +78,7 @@ struct Args {  // FactorArgs of dispatcher.cpp
     const void* x;
     const void* a;
     const void* b;
-    const float* scale;
+    double scale;
     int64_t m, y_stride, x_stride, threads;
     int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
 };
@@ -94,7 +94,7 @@ template <int ROWS> INLINE void shrink_rows(const Call* c, long m, int first, in
     const Args* g = c->args;
     const X::T* x[ROWS];
     for (int row = 0; row < ROWS; row++) x[row] = (const X::T*)g->x + (m + row) * g->x_stride;
-    shrink<ROWS>(x, (const W::T*)g->a, *g->scale, c->v + m * R, first, last);
+    shrink<ROWS>(x, (const W::T*)g->a, (float)g->scale, c->v + m * R, first, last);
 }
 
 template <int ROWS> INLINE void expand_rows(const Call* c, long m, long column, const W::T* panel,

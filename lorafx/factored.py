@@ -32,24 +32,22 @@ WIDER = {
 
 @dataclass(frozen=True)
 class FactorTerm:
-    """(x Aᵀ) Bᵀ + b, times the factors of `scales`.
+    """((x Aᵀ) Bᵀ + b) · scale.
 
     Attributes:
         x: (..., K), before views and before a cast that lost nothing.
         A, B: the nodes that hold the factors, (r, K) and (N, r).
         bias: (N,), the bias of B's linear, or None.
-        scales: numbers, and nodes that hold one.
+        scale: a number: PEFT's scaling, where Dynamo made it a constant that it guards.
+        scales: nodes that hold one number each, 0-d: what Dynamo made of one that has changed.
     """
 
     x: fx.Node
     A: fx.Node
     B: fx.Node
     bias: fx.Node | None
-    scales: tuple[Any, ...]
-
-    @property
-    def rank(self) -> Any:
-        return fake_value(self.A).shape[0]
+    scale: float
+    scales: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,23 +83,25 @@ def factor_chains(graph: fx.Graph) -> Iterator[fx.Node]:
 
 
 def _term(delta: fx.Node) -> FactorTerm | None:
-    scales: list[Any] = []
+    scale, scales = 1.0, []
     node: Any = delta
     while isinstance(node, fx.Node) and len(node.users) == 1:
         found = _product_chain(node)
         if found is not None:
             x, A, B, bias = found
-            return FactorTerm(x, A, B, bias, tuple(scales))
+            return FactorTerm(x, A, B, bias, scale, tuple(scales))
         if _keeps_last_size(node) or _widens(node):
             node = arguments_of(node)[0]
         elif node.target is aten.mul.Tensor:
-            one, other = arguments_of(node)
-            if _is_scalar(one):
-                one, other = other, one
-            if not _is_scalar(other):
-                return None
-            scales.append(other)
-            node = one
+            node, factor = arguments_of(node)
+            if _is_number(node):
+                node, factor = factor, node
+            if isinstance(factor, fx.Node):
+                if not _is_number(factor):
+                    return None
+                scales.append(factor)
+            else:
+                scale *= factor
         else:
             return None
     return None
@@ -185,13 +185,10 @@ def _widens(node: Any) -> bool:
     return after in WIDER.get(before, ())
 
 
-def _is_scalar(value: Any) -> bool:
-    if isinstance(value, fx.Node):
-        found = fake_value(value)
-        return isinstance(found, torch.SymFloat) or (
-            isinstance(found, torch.Tensor) and found.dim() == 0
-        )
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_number(node: Any) -> bool:
+    """A 0-d tensor of the graph."""
+    value = fake_value(node) if isinstance(node, fx.Node) else None
+    return isinstance(value, torch.Tensor) and value.dim() == 0
 
 
 def _same_shape(one: fx.Node, other: fx.Node) -> bool:

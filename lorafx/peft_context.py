@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 
@@ -37,14 +36,12 @@ class PeftContext:
         options: `lowering` and `max_edits` are read.
         sites: what each new op stands for; printed by `PeftRecord.lines`.
         left: terms that stay as PEFT wrote them, with the reason.
-        scales: the tensor of each number that a term is multiplied by.
     """
 
     options: Options
     graph_module: fx.GraphModule
     sites: dict[fx.Node, FactorSite] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
-    scales: dict[tuple[float, torch.device], fx.Node] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         values = [fake_value(node) for node in self.graph_module.graph.nodes]

@@ -13,8 +13,10 @@ gradient, goes to Inductor untouched.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +29,7 @@ from lorafx.config import Options
 from lorafx.dump import GraphDump, dump_folder
 from lorafx.errors import VerifyError
 from lorafx.factored import factor_chains
+from lorafx.frame import arguments_of
 from lorafx.graph_nodes import module_path
 from lorafx.lowering import Lowering
 from lorafx.passes.factors import Factors
@@ -35,8 +38,6 @@ from lorafx.peft_context import FactorSite, PeftContext
 from lorafx.pipeline import PassReport, is_impure
 from lorafx.verify import output_signature
 
-PIPELINE = (Factors(), LowerFactors())
-
 
 @dataclass(eq=False)
 class PeftRecord:
@@ -44,14 +45,14 @@ class PeftRecord:
 
     Attributes:
         title: names the frame's folder of dumps.
-        dump: the graph after each pass.
+        dump: the graph after each pass, where a folder for dumps is named.
         passes: what each pass did.
         sites: adapters at modules that one kernel each serves now.
         left: products of factors that stay as PEFT wrote them, with the reason.
     """
 
     title: str
-    dump: GraphDump
+    dump: GraphDump | None = None
     passes: list[PassReport] = field(default_factory=list)
     sites: list[FactorSite] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
@@ -61,6 +62,12 @@ class PeftRecord:
         lines = [f"{item.name}: {item.edits} edits, {item.nodes} nodes" for item in self.passes]
         lines += [f"rewritten: {site}" for site in self.sites]
         return lines + [f"as PEFT wrote it: {text}" for text in self.left]
+
+
+PIPELINE = (Factors(), LowerFactors())
+_TITLES = itertools.count()
+#: What became of the frames that were compiled last.
+_RECENT: deque[PeftRecord] = deque(maxlen=64)
 
 
 def has_peft_lora(gm: fx.GraphModule, examples: Sequence[Any]) -> bool:
@@ -77,7 +84,7 @@ def has_peft_lora(gm: fx.GraphModule, examples: Sequence[Any]) -> bool:
             owner = _owner(node, layer)
             if owner is not None:
                 linears[node] = owner
-    return any(linears.get(node.args[0]) == owner for node, owner in linears.items())
+    return any(linears.get(arguments_of(node)[0]) == owner for node, owner in linears.items())
 
 
 def compile_peft_frame(
@@ -86,19 +93,17 @@ def compile_peft_frame(
     *,
     options: Options,
     lowering: Lowering,
-    records: list[PeftRecord] | None = None,
 ) -> Callable[..., Any]:
     """Compile a frame for which `has_peft_lora` holds.
 
     Args:
         gm, examples: as Dynamo hands them to a backend.
-        options: `verify`, `max_edits`, `dump` and `passes` are honoured; `lowering` must be
-            resolved.
+        options: `lowering` (which only "reference" changes here), `verify` (graph structure),
+            `max_edits` and `dump` are honoured.
         lowering: compiles the rewritten graph.
-        records: where to note what became of the frame.
     """
-    title = f"peft {0 if records is None else len(records)}"
-    record = PeftRecord(title, GraphDump(title, dump_folder(options)))
+    title, folder = f"peft {next(_TITLES)}", dump_folder(options)
+    record = PeftRecord(title, GraphDump(title, folder) if folder else None)
 
     def compiler(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         _run_passes(graph, PeftContext(options, graph), record)
@@ -109,14 +114,19 @@ def compile_peft_frame(
         inference_compiler=compiler,
         decompositions=lowering.decompositions(),
     )(gm, examples)
-    if records is not None:
-        records.append(record)
+    _RECENT.append(record)
     return executable
+
+
+def recent_records() -> list[PeftRecord]:
+    """What became of the PEFT frames that this process compiled last, oldest first."""
+    return list(_RECENT)
 
 
 def _run_passes(gm: fx.GraphModule, ctx: PeftContext, record: PeftRecord) -> None:
     outputs = output_signature(gm)
-    record.dump.graph("captured", gm)
+    if record.dump is not None:
+        record.dump.graph("captured", gm)
     for item in PIPELINE:
         start = time.perf_counter()
         edits = item.run(gm, ctx)
@@ -128,7 +138,8 @@ def _run_passes(gm: fx.GraphModule, ctx: PeftContext, record: PeftRecord) -> Non
                 raise VerifyError(f"pass {item.name!r} changed the outputs of {record.title}")
         seconds = time.perf_counter() - start
         record.passes.append(PassReport(item.name, edits, seconds, len(gm.graph.nodes)))
-        record.dump.graph(item.name, gm, edits=edits, seconds=seconds)
+        if record.dump is not None:
+            record.dump.graph(item.name, gm, edits=edits, seconds=seconds)
     record.sites = list(ctx.sites.values())
     record.left = ctx.left + [
         f"{module_path(node)}: it is not simply added to a result"

@@ -10,9 +10,7 @@ generated for is left as it is.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
@@ -75,8 +73,9 @@ def _rewrite(graph: fx.Graph, ctx: PeftContext, found: FactorSum) -> None:
             y = ctx.call(graph, CAST, (y, wide))
         scale = _scale(graph, ctx, term)
         if term.bias is not None:
-            y = _with_bias(graph, ctx, y, term)
-        new = ctx.call(graph, FACTORS, (y, term.x, term.A, term.B, scale))
+            y = _with_bias(graph, ctx, y, term.bias, scale)
+        op = FACTORS.tensor if isinstance(scale, fx.Node) else FACTORS.default
+        new = ctx.call(graph, op, (y, term.x, term.A, term.B, scale))
         new.meta.update({key: value for key, value in node.meta.items() if key in _COPIED})
         ctx.sites[new] = _site(node, term)
         for view in found.views:
@@ -93,38 +92,24 @@ def _casts_to(user: fx.Node, dtype: torch.dtype) -> bool:
     return user.target is CAST and fake_value(user).dtype == dtype
 
 
-def _with_bias(graph: fx.Graph, ctx: PeftContext, y: fx.Node, term: FactorTerm) -> fx.Node:
+def _scale(graph: fx.Graph, ctx: PeftContext, term: FactorTerm) -> fx.Node | float:
+    """The term's scale as one number, or as a float32 node ()."""
+    scale: fx.Node | float = term.scale
+    for item in term.scales:
+        scale = ctx.call(graph, aten.mul.Tensor, (item, scale))
+    if isinstance(scale, fx.Node) and fake_value(scale).dtype != torch.float32:
+        return ctx.call(graph, CAST, (scale, torch.float32))
+    return scale
+
+
+def _with_bias(
+    graph: fx.Graph, ctx: PeftContext, y: fx.Node, bias: fx.Node, scale: fx.Node | float
+) -> fx.Node:
     """y + b · scale in y's dtype."""
-    bias: Any = term.bias
-    for factor in term.scales:
-        bias = ctx.call(graph, aten.mul.Tensor, (bias, factor))
+    bias = ctx.call(graph, aten.mul.Tensor, (bias, scale))
     total = ctx.call(graph, aten.add.Tensor, (y, bias))
     dtype = fake_value(y).dtype
     return total if fake_value(total).dtype == dtype else ctx.call(graph, CAST, (total, dtype))
-
-
-def _scale(graph: fx.Graph, ctx: PeftContext, term: FactorTerm) -> fx.Node:
-    """The product of the term's scales as float32 (1,); equal numbers share one tensor."""
-    number = math.prod(item for item in term.scales if not isinstance(item, fx.Node))
-    device = fake_value(term.A).device
-    key = (number, device)
-    if key not in ctx.scales:
-        first = next(node for node in graph.nodes if node.op != "placeholder")
-        with graph.inserting_before(first):
-            ctx.scales[key] = ctx.call(
-                graph,
-                aten.full.default,
-                ([1], float(number)),
-                dtype=torch.float32,
-                device=device,
-                pin_memory=False,
-            )
-    scale = ctx.scales[key]
-    for item in term.scales:
-        if isinstance(item, fx.Node):
-            scale = ctx.call(graph, aten.mul.Tensor, (scale, item))
-    is_plain = fake_value(scale).dtype == torch.float32
-    return scale if is_plain else ctx.call(graph, CAST, (scale, torch.float32))
 
 
 def _site(node: fx.Node, term: FactorTerm) -> FactorSite:

@@ -16,7 +16,7 @@ from torch import fx
 from lorafx.frame import arguments_of, fake_value
 from lorafx.graph_nodes import call_in_place
 from lorafx.kernels.cpu import build_all
-from lorafx.kernels.factor_ops import ADD_FACTORS, RUN_FACTORS
+from lorafx.kernels.factor_ops import ADD_FACTORS, FACTORS, RUN_FACTORS
 from lorafx.kernels.factor_source import FactorSpec
 from lorafx.peft_context import PeftContext
 
@@ -34,15 +34,15 @@ class LowerFactors:
             kernel = kernels[spec]
             arguments = arguments_of(node)
             with gm.graph.inserting_before(node):
-                if kernel is None:
-                    new = call_in_place(gm.graph, ADD_FACTORS, arguments)
-                else:
-                    new = call_in_place(gm.graph, RUN_FACTORS, (*arguments, kernel))
+                packet = ADD_FACTORS if kernel is None else RUN_FACTORS
+                op = packet.tensor if node.target is FACTORS.tensor else packet.default
+                last = () if kernel is None else (kernel,)
+                new = call_in_place(gm.graph, op, (*arguments, *last))
             node.replace_all_uses_with(new)
             ctx.sites[new] = ctx.sites.pop(node)
         return len(specs)
 
 
 def _spec(node: fx.Node) -> FactorSpec:
-    y, x, A, B, _ = (fake_value(argument) for argument in arguments_of(node))
+    y, x, A, B = (fake_value(argument) for argument in arguments_of(node)[:4])
     return FactorSpec.of(y, x, A, B)
