@@ -36,7 +36,7 @@ class Region:
 
 
 def regions_of(graph: fx.Graph) -> list[Region]:
-    """All regions of the graph, nested ones too, longest first."""
+    """All regions of the graph, nested ones too: longest first, then in the graph's order."""
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
     barriers = _barriers(nodes)
     stacks = [() if node in barriers else _stack(node) for node in nodes]
@@ -45,7 +45,8 @@ def regions_of(graph: fx.Graph) -> list[Region]:
         for first, last in _runs(nodes, stacks, barriers, depth):
             path = str(nodes[first].meta["nn_module_stack"][stacks[first][depth - 1]][0])
             found.setdefault((first, last), Region(path, tuple(nodes[first : last + 1])))
-    return sorted(found.values(), key=lambda region: -len(region.nodes))
+    ordered = sorted(found, key=lambda ends: (ends[0] - ends[1], ends[0]))
+    return [found[ends] for ends in ordered]
 
 
 def _runs(
@@ -155,6 +156,7 @@ def hoist_shared(graph: fx.Graph) -> int:
                 pending.extend(node.all_input_nodes)
     anchor = next(node for node in graph.nodes if node.op != "placeholder")
     for node in [node for node in graph.nodes if node in wanted]:
+        node.meta.pop("nn_module_stack", None)  # of no region from now on
         if node is anchor:
             anchor = anchor.next
         else:

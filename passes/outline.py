@@ -124,7 +124,8 @@ def _outline(
     first = members[0].stretch
     results = sorted(frozenset().union(*(member.results for member in members)))
     symbols = _symbols(gm.graph, first)
-    body, inside = _body(gm, first, symbols, results)
+    taken = [replaced.get(node, node) for node in first.operands]
+    body, inside = _body(gm, first.nodes, [*taken, *symbols], results)
     setattr(gm, name, body)
     with gm.graph.inserting_before(first.nodes[0]):
         attribute = gm.graph.get_attr(name)
@@ -157,17 +158,20 @@ def _symbols(graph: fx.Graph, stretch: Stretch) -> list[fx.Node]:
 
 
 def _body(
-    gm: fx.GraphModule, stretch: Stretch, symbols: Sequence[fx.Node], results: Sequence[int]
+    gm: fx.GraphModule,
+    nodes: Sequence[fx.Node],
+    operands: Sequence[fx.Node],
+    results: Sequence[int],
 ) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
-    """The stretch as a graph of its own over its operands and sizes; and where each node went."""
+    """`nodes` as a graph of their own over their operands and sizes; and where each node went."""
     graph = fx.Graph()
     inside: dict[fx.Node, fx.Node] = {}
-    for node in (*stretch.operands, *symbols):
+    for node in operands:
         inside[node] = graph.placeholder(node.name)
         inside[node].meta["val"] = fake_value(node)
-    for node in stretch.nodes:
+    for node in nodes:
         inside[node] = graph.node_copy(node, inside.__getitem__)
-    graph.output(tuple(inside[stretch.nodes[place]] for place in results))
+    graph.output(tuple(inside[nodes[place]] for place in results))
     return fx.GraphModule(gm, graph), inside
 
 

@@ -78,6 +78,7 @@ class SiteGraph:
     lowering: str = "reference"
     targets: Any = None
     graph: fx.Graph = field(default_factory=fx.Graph)
+    root: nn.Module = field(default_factory=nn.Module)
 
     def __post_init__(self) -> None:
         config = lorafx.LoraConfig(target_modules=self.targets, max_adapters=SLOTS, max_rank=RANK)
@@ -148,6 +149,13 @@ class SiteGraph:
             node.meta["val"] = target(*fakes, **named)
         return node
 
+    def constant(self, name: str, value: Tensor) -> fx.Node:
+        """A tensor that the graph's module holds."""
+        setattr(self.root, name, value)
+        node = self.graph.get_attr(name)
+        node.meta["val"] = self.mode.from_tensor(value)
+        return node
+
     def mark(self, path: str, x: fx.Node, y: fx.Node, rows: int = 0) -> fx.Node:
         """What the hook of the site leaves in a trace."""
         site = self.site(path)
@@ -160,7 +168,7 @@ class SiteGraph:
 
     def output(self, *nodes: fx.Node) -> Finished:
         self.graph.output(tuple(nodes))
-        gm = fx.GraphModule(nn.Module(), self.graph)
+        gm = fx.GraphModule(self.root, self.graph)
         frame = Frame(self.inputs)
         frame.bind(gm.graph)
         return Finished(gm, Context(self.program, frame, gm), self.values)
