@@ -109,10 +109,15 @@ def _cpu_name() -> str:
     return platform.processor()
 
 
-def save(path: Path, title: str, rows: list[dict[str, object]]) -> None:
+def save(
+    path: Path,
+    title: str,
+    rows: list[dict[str, object]],
+    machine_of: Callable[[], dict[str, object]] = machine,
+) -> None:
     """Write results with the machine that they were measured on."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"title": title, "machine": machine(), "rows": rows}, indent=1))
+    path.write_text(json.dumps({"title": title, "machine": machine_of(), "rows": rows}, indent=1))
     print(f"wrote {path}", file=sys.stderr)
 
 

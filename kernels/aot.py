@@ -62,13 +62,18 @@ TARGETS: Mapping[str, Target] = {
 }
 
 
+#: Bytes of local memory a thread that are no spill to speak of: ptxas parks up to four scalars
+#: there, across a loop, to fit one more program on a processor (using 72, 128 or 168 of 255).
+PARKED = 16
+
+
 @dataclass(frozen=True)
 class Record:
     """What compiling one variant for one target gave.
 
     Attributes:
         registers: a thread; on AMD vector and accumulation registers together.
-        local_bytes: of local memory a thread, 0 when nothing was spilled.
+        local_bytes: of local memory a thread, more than PARKED when registers were spilled.
         shared_bytes: of shared memory a program.
         matrix: names of `Target.matrix` whose instructions are in the code, and how many.
         unsafe: `wgmma` still in flight when the registers of their left operand may be reused.
@@ -87,7 +92,7 @@ class Record:
         """What makes it unfit for the chip; empty where nothing does."""
         limit = TARGETS[self.target].shared_bytes
         found = []
-        if self.local_bytes:
+        if self.local_bytes > PARKED:
             found.append(f"{self.local_bytes} bytes of local memory a thread")
         if self.shared_bytes > limit:
             found.append(f"{self.shared_bytes} bytes of shared memory, the chip has {limit}")
@@ -215,7 +220,7 @@ def table(found: Sequence[Record]) -> str:
         f"Sources {fingerprint()}, Triton {triton.__version__}, {len(found)} kernels compiled by "
         "`python -m lorafx.kernels.aot docs/kernels.md`.",
         "",
-        "| target | kernel | variants | registers | shared memory, KiB (chip) | spills "
+        "| target | kernel | variants | registers | shared memory, KiB (chip) | local bytes "
         "| matrix instructions |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -225,12 +230,12 @@ def table(found: Sequence[Record]) -> str:
     for (target, kernel), group in sorted(groups.items()):
         registers = [record.registers for record in group]
         shared = max(record.shared_bytes for record in group) / 1024
-        spilled = sum(record.local_bytes > 0 for record in group)
+        local = max(record.local_bytes for record in group)
         kinds = collections.Counter(next(iter(r.matrix), "none") for r in group)
         matrix = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
         lines.append(
             f"| {target} | {kernel} | {len(group)} | {min(registers)}–{max(registers)} "
-            f"| {shared:.0f} ({TARGETS[target].shared_bytes >> 10}) | {spilled} | {matrix} |"
+            f"| {shared:.0f} ({TARGETS[target].shared_bytes >> 10}) | {local} | {matrix} |"
         )
     lines += ["", "Registers a thread / KiB of shared memory / matrix instruction:", ""]
     lines += ["| variant | " + " | ".join(TARGETS) + " |", "|---" * (len(TARGETS) + 1) + "|"]
