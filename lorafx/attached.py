@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -53,6 +53,11 @@ class AttachedSession(Session):
         _SESSIONS.add(self)
         _BY_MODEL[self.program.model] = weakref.ref(self)
 
+    @property
+    def attached(self) -> bool:
+        """False once the marks are taken away."""
+        return bool(self.attachment.handles)
+
     def close(self) -> None:
         """Take the marks away; graphs that were captured serve the base model from then on.
 
@@ -78,19 +83,22 @@ class AttachedSession(Session):
         default = names if isinstance(names, str) else None
         program, runtime = self.program, self.program.runtime
         with self.lock, ExitStack() as settings:
-            rows = self.store.acquire([default] if requests is None else requests)
+            each = [default] if requests is None else requests
+            slots = self.store.acquire(each)
             before = self.requests, self.default, program.call
             self.requests, self.default = requests, default
             program.call = Call(None, {}, Ledger())
             self.depth += 1
-            self.serve([default] if requests is None else requests, rows)
-            settings.enter_context(block_settings(program.options.recompile_limit))
-            if self.has_mha and runtime.active:
-                settings.enter_context(no_mha_fast_path())
+            _BLOCKS.append(self)
             try:
+                self.serve(each, slots)
+                settings.enter_context(block_settings(program.options.recompile_limit))
+                if self.has_mha and runtime.active:
+                    settings.enter_context(no_mha_fast_path())
                 yield
             finally:
                 self.depth -= 1
+                _BLOCKS.remove(self)
                 self.requests, self.default, program.call = before
                 if self.depth:
                     # Slots may have changed hands inside.
@@ -149,6 +157,8 @@ _SESSIONS: weakref.WeakSet[AttachedSession] = weakref.WeakSet()
 _BY_MODEL: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttachedSession]] = (
     weakref.WeakKeyDictionary()
 )
+#: The sessions whose blocks are running, in any thread.
+_BLOCKS: list[AttachedSession] = []
 #: Where `session_of_weight` found a weight last.
 _BY_WEIGHT: dict[int, weakref.ref[AttachedSession]] = {}
 
@@ -158,15 +168,40 @@ def sessions() -> list[AttachedSession]:
     return list(_SESSIONS)
 
 
+def captured_before(base: Callable[..., Any], examples: Sequence[Any]) -> Callable[..., Any]:
+    """The graph of a model without LoRA, which refuses to serve adapters where LoRA has been
+    attached since: Dynamo does not guard on hooks that were not there."""
+    matrices = [
+        position
+        for position, example in enumerate(examples)
+        if isinstance(example, nn.Parameter) and example.dim() == 2
+    ]
+    if not matrices:
+        return base
+
+    def run(*arguments: Any) -> Any:
+        for session in _BLOCKS:
+            program = session.program
+            found = (program.site_of_weight(arguments[position]) for position in matrices)
+            if any(site is not None and program.is_touched(site) for site in found):
+                raise CaptureError(
+                    f"this graph of {type(program.model).__name__} was captured before LoRA was "
+                    "attached and does not know of it; call torch._dynamo.reset() once, or attach "
+                    "before the first call"
+                )
+        return base(*arguments)
+
+    return run
+
+
 def session_of_weight(weight: Tensor, first: AttachedSession) -> AttachedSession | None:
     """The session of the model whose site's weight this is; `first` is asked first."""
     known = _BY_WEIGHT.get(id(weight))
-    session = first if known is None else known() or first
-    if session.program.site_of_weight(weight) is not None:
-        return session
-    for session in sessions():
-        if session.program.site_of_weight(weight) is not None:
-            _BY_WEIGHT[id(weight)] = weakref.ref(session)
+    likely = first if known is None else known() or first
+    for session in (likely, *sessions()):
+        if session.attached and session.program.site_of_weight(weight) is not None:
+            if session is not likely:
+                _BY_WEIGHT[id(weight)] = weakref.ref(session)
             return session
     return None
 

@@ -23,6 +23,7 @@ from lorafx.lowering import Lowering
 from lorafx.passes.attach import Attachment
 from lorafx.program import Program
 from lorafx.record import GraphRecord
+from lorafx.stack import called_module
 
 
 class AttachedBackend(Backend):
@@ -104,7 +105,7 @@ class AttachedBackend(Backend):
 
     def _enters(self, frame: FrameType) -> bool:
         running = self.session.running()
-        return running is not None and running.frame is frame
+        return running is not None and called_module(frame) is running.module
 
 
 def _running(first: AttachedSession) -> AttachedSession | None:

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
-from lorafx.compat import guarded_attributes
+from lorafx.compat import duck_shaped, guarded_attributes
 from lorafx.context import Context
 from lorafx.dump import GraphDump, dump_folder
 from lorafx.executable import Owner, base_only, by_activity, checked, with_lookups
@@ -68,6 +68,7 @@ class Backend:
         frame = Frame.of(program, gm.graph, examples)
         frame.per_token = per_token
         frame.begins_call = called_directly(self.entered)
+        frame.duck_shaped = duck_shaped()
         places = InputPlaces.of(frame, examples)
         self.several_graphs |= frame.follows_another or bool(places.arguments)
         owner = self.owner(frame, [p for p, item in enumerate(frame.inputs) if item.sites])

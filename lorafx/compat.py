@@ -133,6 +133,14 @@ def mode_settings(mode: str | None) -> dict[str, Any]:
     return dict(list_mode_options(mode))
 
 
+def duck_shaped() -> bool:
+    """Whether the capture that is running gives sizes that are equal by chance one symbol."""
+    context = torch._guards.TracingContext.try_get()
+    fake_mode = None if context is None else context.fake_mode
+    shape_env = None if fake_mode is None else fake_mode.shape_env
+    return shape_env is not None and shape_env.duck_shape
+
+
 def guarded_attributes(suffix: str) -> bool:
     """Whether the frame that is being captured is guarded on something whose name so ends."""
     context = torch._guards.TracingContext.try_get()

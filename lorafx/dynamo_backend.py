@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from lorafx.attached import AttachedSession, sessions
+from lorafx.attached import AttachedSession, captured_before, sessions
 from lorafx.compat import mode_settings
 from lorafx.config import Options
 from lorafx.errors import CaptureError, LorafxError
@@ -59,7 +59,7 @@ def compile_frame(
     lowering = _lowering(wanted.options, patches)
     if has_peft_lora(gm, examples):
         return compile_peft_frame(gm, examples, options=wanted.options, lowering=lowering)
-    return lowering.base(gm, examples)
+    return captured_before(lowering.base(gm, examples), examples)
 
 
 def _lowering(options: Options, patches: Mapping[str, Any]) -> Lowering:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from lorafx.compat import source_name
+from lorafx.errors import ProvenanceError
 from lorafx.roles import TOKEN_DIMS, Role
 from lorafx.sites import Group, Site
 from lorafx.stack import calling_modules
@@ -69,6 +70,8 @@ class Frame:
         #: It begins with the arguments of a call, so its inputs from them are what they are in
         #: every call. Elsewhere a local variable may hold something else the next time.
         self.begins_call = False
+        #: Sizes that were equal in the call that was captured may be one symbol.
+        self.duck_shaped = False
         #: The slots are one a token, in row-major order of (B, T), not one a request.
         self.per_token = False
         self.by_node: dict[fx.Node, FrameInput] = {}
@@ -161,22 +164,36 @@ def batch_symbols(frame: Frame) -> set[Any]:
 
     The slots' length (unless there is one a token), and the request dimension of every argument
     that has one; a size of one beside a larger batch is a shared argument, not a batch.
+
+    Raises:
+        ProvenanceError: no input is known to hold requests, or the symbol may be another size.
     """
     found: set[Any] = set()
+    others: set[Any] = set()
     for node, item in frame.by_node.items():
         value = fake_value(node)
         if not isinstance(value, torch.Tensor):
             continue
-        size: Any = None
+        sizes = [size.node.expr if isinstance(size, torch.SymInt) else size for size in value.shape]
         dim = item.requests_dim
         if item.kind == "slots":
-            size = None if frame.per_token or item.label == ONE_SLOT else value.shape[0]
-        elif dim is not None and dim < value.dim():
-            size = value.shape[dim]
-        if size is not None:
-            found.add(size.node.expr if isinstance(size, torch.SymInt) else size)
+            if not frame.per_token and item.label != ONE_SLOT:
+                found.update(sizes)
+        elif dim is not None and dim < len(sizes):
+            found.add(sizes.pop(dim))
+            others.update(sizes)
     if len(found) > 1:
         found.discard(1)
+    if not found:
+        raise ProvenanceError(
+            "no input of this graph is known to hold the requests, as where it does not come from "
+            "a call of the model itself"
+        )
+    if frame.duck_shaped and any(not isinstance(size, int) for size in found & others):
+        raise ProvenanceError(
+            "the graph does not tell the number of requests from another size: it was captured "
+            "outside of lorafx.adapters, where torch.compile gives equal sizes one symbol"
+        )
     return found
 
 

@@ -8,6 +8,7 @@ on the stack stands the `_call_impl` of every module whose call is running, with
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,23 +21,17 @@ from torch._dynamo.eval_frame import OptimizedModule
 
 _CALL = nn.Module._call_impl.__code__
 _CALLS = (_CALL, nn.Module._wrapped_call_impl.__code__)
-#: Packages whose frames stand, while a function is compiled, above the frame that calls it.
-_COMPILERS = ("torch._dynamo.", "torch._utils_internal", "lorafx.")
+#: Modules whose frames stand, while a function is compiled, between the backend and its caller.
+_COMPILERS = re.compile(r"torch(\._dynamo\..*|\._utils_internal)?|lorafx\..*|contextlib")
 
 
 @dataclass(frozen=True)
 class RunningCall:
-    """A module's call that is running.
-
-    Attributes:
-        module, args, kwargs: what is called with what.
-        frame: its frame, which tells this call from others while it runs.
-    """
+    """A module's call that is running: what is called with what."""
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    frame: FrameType
 
 
 def _frames() -> Iterator[FrameType]:
@@ -64,12 +59,18 @@ def outermost_call(belongs: Callable[[nn.Module], bool]) -> RunningCall | None:
     """
     found: FrameType | None = None
     for frame in _frames():
-        if frame.f_code is _CALL and belongs(unwrapped(frame.f_locals["self"])):
+        module = called_module(frame)
+        if module is not None and belongs(module):
             found = frame
     if found is None:
         return None
     values = found.f_locals
-    return RunningCall(unwrapped(values["self"]), values["args"], values["kwargs"], found)
+    return RunningCall(unwrapped(values["self"]), values["args"], values["kwargs"])
+
+
+def called_module(frame: FrameType) -> nn.Module | None:
+    """The module whose call this frame is, without torch.compile's wrapper."""
+    return unwrapped(frame.f_locals["self"]) if frame.f_code is _CALL else None
 
 
 def called_directly(by: Callable[[FrameType], bool]) -> bool:
@@ -78,7 +79,7 @@ def called_directly(by: Callable[[FrameType], bool]) -> bool:
     for frame in _frames():
         if by(frame):
             return True
-        if not str(frame.f_globals.get("__name__", "")).startswith(_COMPILERS):
+        if not _COMPILERS.fullmatch(str(frame.f_globals.get("__name__"))):
             return False
     return False
 
