@@ -5,9 +5,9 @@
 The first frame of the model that reaches the backend names the model; its modules are matched by
 class hierarchy and marked as `lorafx.attach` marks them, and Dynamo traces the frame again, now
 with the marks. Which model it is, Dynamo says: what stands on the Python stack right below its
-outermost wrapper is what torch.compile was applied to; a compiled forward that is called by itself
-has its module as the first of its own arguments. A model that gets a graph of another one of its
-class is found the same way when the graph runs.
+outermost wrapper is what torch.compile was applied to; a compiled forward that is called by itself,
+or another function, has the module among its own variables. A model that gets a graph of another
+one of its class is found the first way when the graph runs.
 """
 
 from __future__ import annotations
@@ -97,20 +97,25 @@ def mark_captured(wanted: FrameOptions) -> None:
         As `lorafx.attach`, and for the blocks around the call as `lorafx.adapters`; the model is
         as it was then.
     """
-    model = compiled_module() or _first_module()
+    model = compiled_module() or _only_module()
     if model is None:
         raise CaptureError(
-            "options={'lora_config': ...} need a compiled module, or its forward, and this is "
-            "another function; lorafx.attach(model, lora_config) the model that it calls"
+            "options={'lora_config': ...} do not say which model they are for: what was compiled "
+            "is a function of several or none; lorafx.attach(model, lora_config) the model"
         )
     if session_of(model) is None:
         _mark(model, wanted)
         capture_again("LoRA was attached to the model")
 
 
-def _first_module() -> nn.Module | None:
-    modules = (value for value in captured_locals().values() if isinstance(value, nn.Module))
-    return next((unwrapped(module) for module in modules), None)
+def _only_module() -> nn.Module | None:
+    """The module among the local variables of the captured function that holds all others."""
+    found = [unwrapped(v) for v in captured_locals().values() if isinstance(v, nn.Module)]
+    for module in found:
+        inside = {id(part) for part in module.modules()}
+        if all(id(other) in inside for other in found):
+            return module
+    return None
 
 
 def _mark(model: nn.Module, wanted: FrameOptions) -> AttachedSession:

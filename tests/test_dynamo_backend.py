@@ -1,4 +1,4 @@
-"""`torch.compile(model, backend="lorafx")` on a marked model, with `lorafx.adapters` for the rows."""
+"""`torch.compile(model, backend="lorafx")` on a marked model; `lorafx.adapters` gives the rows."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_models_that_cannot_be_attached_or_served(plain):
     model = attached(plain)
     with pytest.raises(CaptureError, match="carries a LoRA mark already"):
         lorafx.attach(model, plain.folders)
-    with pytest.raises(CaptureError, match="wrapped by torch.compile"):
+    with pytest.raises(CaptureError, match=r"wrapped by torch\.compile"):
         lorafx.attach(compiled(plain.model()), plain.folders)
     outer = nn.ModuleDict({"inner": model})
     with pytest.raises(ConfigError, match="is part of, a model that LoRA was attached to"):
