@@ -1,4 +1,5 @@
-"""Graph breaks, failures, threads, processes: where a compiler of LoRA goes silently wrong."""
+"""Failures, threads, processes: where a compiler of LoRA goes silently wrong (graph breaks are in
+test_graph_breaks)."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lorafx
-from lorafx.errors import CaptureError, MatchError, ProvenanceError
+from lorafx.errors import CaptureError, ProvenanceError
 
 K, N = 6, 9
 NAMES = ["a", None, "b", "a"]
@@ -26,106 +27,7 @@ def features(rows: int, length: int) -> dict[str, Tensor]:
     return {"x": torch.randn(rows, length, K)}
 
 
-# Graph breaks
-
-
-class Broken(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(K, K)
-        self.second = nn.Linear(K, N)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        h = torch.tanh(self.first(x))
-        torch._dynamo.graph_break()
-        # Sequence first from here on: what the second graph is given is not batch first.
-        return {"logits": self.second(h.transpose(0, 1)).transpose(0, 1)}
-
-
-def test_graph_breaks(small):
-    """What one graph hands to the next keeps its proof."""
-    case = small(Broken, ["first", "second"], ["first"])
-    cm, inputs = case.compile(), features(3, 3)
-    check_mixed(cm, case, ["a", "a", "a"], inputs)
-    check_mixed(cm, case, ["b", None, "b"], inputs)  # the second graph has nothing of theirs
-    check_mixed(cm, case, ["a", None, "b"], inputs)
-    check_mixed(cm, case, ["a", None, "b", "b"], features(4, 2))
-    assert torch.equal(cm(**inputs)["logits"], case.base(**inputs)["logits"])
-
-
-class BrokenOutside(Broken):
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        h = torch.tanh(self.first(x))
-        torch._dynamo.graph_break()
-        h = torch.tensor(h.flip(0).tolist())  # nothing can be known of where this came from
-        return {"logits": self.second(h).flip(0)}
-
-
-def test_a_graph_break_through_python(small):
-    """One adapter: right. A mixed batch that touches what comes after: refused with the reason."""
-    case = small(BrokenOutside, ["first", "second"], ["first"])
-    cm, inputs = case.compile(), features(3, 3)
-    check_mixed(cm, case, ["a", "a", "a"], inputs)
-    check_mixed(cm, case, ["b", None, "b"], inputs)
-    with pytest.raises(ProvenanceError, match="at second it is not proved which request a row"):
-        cm(**inputs, adapter_names=["a", None, "b"])
-    assert torch.equal(cm(**inputs)["logits"], case.base(**inputs)["logits"])
-    check_mixed(cm, case, ["a", "a", "a"], inputs)
-
-
-class Unbreakable(nn.Module):
-    """Dynamo cannot break a frame inside `with`: it runs the frame in Python and compiles what it
-    calls, the linear's forward and its mark, as graphs of their own."""
-
-    linear: type[nn.Module] = nn.Linear
-    bypass = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = self.linear(K, N)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        try:
-            with open(os.devnull):
-                torch._dynamo.graph_break()
-                y = self.w.forward(x) if self.bypass else self.w(x)
-                torch._dynamo.graph_break()
-        finally:
-            torch._dynamo.graph_break()
-        return {"logits": y}
-
-
-class UnbreakableBypass(Unbreakable):
-    bypass = True
-
-
-class Gated(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(super().forward(x))
-
-
-class UnbreakableGated(Unbreakable):
-    linear = Gated
-
-
-@pytest.mark.parametrize("cls", [Unbreakable, UnbreakableBypass])
-def test_a_module_whose_frame_cannot_be_broken(small, cls):
-    """Its weight's use and its mark are compiled apart: the delta must be added once."""
-    case = small(cls, ["w"])
-    cm, inputs = case.compile(), features(3, 3)
-    check_mixed(cm, case, ["a", "a", "a"], inputs)
-    check_mixed(cm, case, ["b", "b", "b"], inputs)
-    assert cm.recompiles >= 1
-    assert torch.equal(cm(**inputs)["logits"], case.base(**inputs)["logits"])
-
-
-def test_a_forward_of_its_own_in_a_frame_that_cannot_be_broken(small):
-    """Its mark alone could not know what the forward does after the product."""
-    case = small(UnbreakableGated, ["w"])
-    cm, inputs = case.compile(), features(3, 3)
-    with pytest.raises(MatchError, match="at w: its forward is its own, and a graph break keeps"):
-        cm(**inputs, adapter_names=["a", "a", "a"])
-    assert torch.equal(cm(**inputs)["logits"], case.base(**inputs)["logits"])
+# Failures and threads
 
 
 class Failing(nn.Module):
