@@ -1,0 +1,65 @@
+"""The tuner's clock and the benchmarks, on the device, for cases of a second or two."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorafx.kernels import tuned_cache
+from lorafx.kernels.triton_tiles import TUNED, architecture_of, tiles_for
+from lorafx.kernels.triton_variants import representative_specs
+from lorafx.kernels.tune import gpu_timer, tune
+from lorafx.kernels.tuned_cache import load_tuned
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.mark.parametrize("strategy", ["epilogue", "recompute", "gemv", "segments"])
+def test_tuning_finds_nothing_slower(
+    device: torch.device, strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuned_cache, "cache_folder", lambda: tmp_path)
+    load_tuned.cache_clear()
+    spec = representative_specs()["conv1d_r8_bf16"]
+    before = dict(TUNED)
+    try:
+        found = tune(spec, strategy, 16, device, most=6)
+        assert 0 < found.seconds <= found.heuristic < 1e-3
+        assert tiles_for(strategy, spec.delta, 16, architecture_of(device)) == found.tiles
+    finally:
+        TUNED.clear()
+        TUNED.update(before)
+        load_tuned.cache_clear()
+
+
+def test_tiles_that_do_not_fit_take_forever(device: torch.device) -> None:
+    from dataclasses import replace
+
+    spec = representative_specs()["o_r16_bf16"]
+    timer = gpu_timer(spec, "recompute", 1, device, copies=2)
+    tiles = tiles_for("recompute", spec.delta, 1, architecture_of(device))["recompute"]
+    assert timer({"recompute": tiles}) < math.inf
+    huge = replace(tiles, block_n=256, block_k=256, num_stages=4)
+    assert timer({"recompute": huge}) == math.inf
+
+
+def test_the_layer_benchmark_measures(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", ["gpu_layers.py"])
+    import gpu_layers
+    from gpu_cases import Case
+
+    options = gpu_layers.parse(["--blocks", "3", "--seconds", "0.001", "--all-strategies"])
+    case = Case("test", "qkv", 1024, (1024, 256, 256), 16, 4, 16)
+    rows = gpu_layers.measure(case, device, options, {})
+    arms = {row["arm"]: row for row in rows}
+    assert {"A/A", "lorafx epilogue", "lorafx gemv", "lorafx segments"} <= set(arms)
+    assert all(0.2 < row["median"] < 50 for row in rows)
+    assert 0.5 < arms["A/A"]["median"] < 2
+    assert rows[0]["launches"]["lorafx"] >= 1
