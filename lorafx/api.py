@@ -16,6 +16,7 @@ from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_model import TakenOver, is_peft_model, take_over
 from lorafx.adapter_store.peft_reader import Adapter, adapter_target_modules, read_adapter
 from lorafx.adapter_store.store import AdapterStore
+from lorafx.attached import session_of
 from lorafx.attached_backend import attach_session
 from lorafx.compiled import CompiledModel
 from lorafx.config import LoraConfig, Options
@@ -119,8 +120,12 @@ def explain(model: nn.Module, lora_config: Any = None) -> Explanation:
     """Sites and banks that `lora_config` gives `model`; nothing runs and nothing is changed.
 
     `lora_config` is as for `compile`, and so are the errors; adapters that it names are not
-    loaded. Bank sizes are computed on the meta device.
+    loaded. Bank sizes are computed on the meta device. Of a model that is marked already, without
+    `lora_config`: what its graphs are like as well.
     """
+    session = session_of(model)
+    if session is not None and lora_config is None:
+        return Explanation.of(session)
     config, _ = _resolve(lora_config, {}, model)
     _, sites = build_sites(model, config)
     meta = tuple(replace(site, device=torch.device("meta")) for site in sites)

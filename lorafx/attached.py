@@ -19,7 +19,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorafx.adapter_store.store import BASE
-from lorafx.compat import backend_error, block_settings, no_mha_fast_path
+from lorafx.compat import (
+    backend_error,
+    block_settings,
+    is_recompile_limit,
+    no_mha_fast_path,
+)
 from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxError
 from lorafx.handover import Ledger
 from lorafx.marks import SiteMark
@@ -285,11 +290,6 @@ def _until_marked(model: nn.Module, names: str | Sequence[str | None] | None) ->
     with block.entered:
         try:
             yield
-        except Exception as error:
-            inner = backend_error(error)
-            if inner is not error and isinstance(inner, LorafxError):
-                raise inner from error
-            raise
         finally:
             _PENDING.blocks.remove(block)
     if not block.begun:
@@ -331,8 +331,19 @@ def adapters(model: nn.Module, adapter_names: str | Sequence[str | None] | None)
         block = _until_marked(model, adapter_names)
     else:
         block = marked_session(model).block(adapter_names)
-    with block:
-        yield
+    try:
+        with block:
+            yield
+    except Exception as error:
+        inner = backend_error(error)
+        if inner is not error and isinstance(inner, LorafxError):
+            raise inner from error
+        if is_recompile_limit(error):
+            raise CaptureError(
+                f"{type(model).__name__} has as many graphs as it may have, and this call needs "
+                f"one more; raise Options.recompile_limit: {error}"
+            ) from error
+        raise
 
 
 def load_adapter(model: nn.Module, source: Any, name: str) -> None:

@@ -302,3 +302,29 @@ def test_generate_with_beams(shallow):
         assert graphs(model) == captured
     with pytest.raises(BatchError, match="adapter_names has 3 entries and the batch has 6 rows"):
         served(model, model, names, token_inputs(6, 4))
+
+
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_too_many_graphs_are_an_error_not_silent_eager(plain):
+    model = attached(plain, {"recompile_limit": 2})
+    call = compiled(model, dynamic=False)
+    check(call, model, plain, ["a0", None], feed(2, 3))
+    check(call, model, plain, ["a0", None], feed(2, 4))
+    with pytest.raises(CaptureError, match="PlainModel has as many graphs as it may have"):
+        served(call, model, ["a0", None], feed(2, 5))
+    check(call, model, plain, ["a1", None], feed(2, 4))
+
+
+def test_a_peft_model_gives_its_adapters(plain):
+    peft = pytest.importorskip("peft")
+    wrapped = peft.PeftModel.from_pretrained(plain.model(), plain.folders["a0"], "x")
+    model = lorafx.attach(wrapped, options={"lowering": "reference"})
+    call, inputs = compiled(model), feed(2, 4)
+    got = served(call, model, ["x", None], inputs)
+    assert error(got, plain.expected(["a0", None], inputs)) <= 1e-5
+    report = str(lorafx.explain(model))
+    assert "graphs: 1" in report
+    assert "x: rank 2" in report
+    lorafx.detach(model)
+    with torch.no_grad():
+        assert error(wrapped(**inputs)["logits"], plain.expected(["a0"] * 2, inputs)) <= 1e-5
