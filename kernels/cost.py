@@ -14,7 +14,7 @@ and each kernel after the first one more dependent launch. What the strategies l
     epilogue    the shrink to v, then one kernel for base product and expand: y is written once
     gemv        vendor GEMM, then shrink and expand a row at a time: no padding of rows
     segments    vendor GEMM, then shrink and expand by runs of equal slots, padded to 16 rows;
-                many rows are sorted by slot first, one more kernel
+                requests are sorted by slot first, once for all nodes of a graph
 
 The chips' constants are assumptions (docs/performance.md) until a run on the chip calibrates them.
 """
@@ -275,8 +275,7 @@ def _segments(work: Work) -> float:
     padded = _padded_rows(work) * max(work.rank, DOT) / work.rank
     shrink = work.kernel(work.distinct * A + M * K, 0, 2.0 * padded * A)
     expand = work.kernel(work.distinct * B + 2 * M * N, 0, 2.0 * padded * B)
-    launches = 3 if work.rows > TILE_M else 2
-    return work.base() + shrink + expand + launches * work.chip.launch
+    return work.base() + shrink + expand + 2 * work.chip.launch
 
 
 GPU_STRATEGIES = {

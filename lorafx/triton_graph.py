@@ -9,6 +9,8 @@ same functionalisation; buffers that the body allocates and sizes that it comput
 What Inductor gets are kernels, which it can plan memory for, capture in CUDA graphs and put into
 ahead-of-time packages. A grid is an expression of the sizes in the graph; nothing is read from the
 device, so a captured graph stays right when slots, ranks and factors change at their addresses.
+
+What two bodies compute from the same inputs is computed once: the requests sorted by slot, sizes.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
@@ -26,6 +29,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from lorafx.errors import LoweringError
 
+EMPTY = torch.ops.aten.empty.memory_format
+KERNEL_CALL = torch.ops.higher_order.triton_kernel_wrapper_functional
 AUTO_FUNCTIONALIZED = torch.ops.higher_order.auto_functionalized
 
 
@@ -43,11 +48,15 @@ def inline_triton_ops(gm: fx.GraphModule, ops: Collection[OpOverload]) -> dict[f
         LoweringError: a body does not trace.
     """
     bodies: dict[object, fx.GraphModule] = {}
+    shared: dict[object, fx.Node] = {}
     replaced: dict[fx.Node, fx.Node] = {}
     for node in list(gm.graph.nodes):
         op = _op_of(node)
         if op in ops:
-            replaced.update(_replace(node, op, bodies))
+            replaced.update(_replace(node, op, bodies, shared))
+    for node in reversed(gm.graph.nodes):
+        if node.target is EMPTY and not node.users:  # of a call that is shared
+            gm.graph.erase_node(node)
     return replaced
 
 
@@ -63,7 +72,10 @@ def _arguments(node: fx.Node, op: OpOverload) -> list[Any]:
 
 
 def _replace(
-    node: fx.Node, op: OpOverload, bodies: dict[object, fx.GraphModule]
+    node: fx.Node,
+    op: OpOverload,
+    bodies: dict[object, fx.GraphModule],
+    shared: dict[object, fx.Node],
 ) -> dict[fx.Node, fx.Node]:
     arguments = _arguments(node, op)
     inputs = list(dict.fromkeys(item for item in _leaves(arguments) if isinstance(item, fx.Node)))
@@ -73,7 +85,7 @@ def _replace(
         body = bodies[key] = _traced(op, arguments, inputs)
     graph = node.graph
     with graph.inserting_before(node):
-        results = _copied(graph, body, inputs, node)
+        results = _copied(graph, body, inputs, node, shared)
     replaced = {}
     if node.target is AUTO_FUNCTIONALIZED:
         returned = max(1, len(op._schema.returns))
@@ -140,9 +152,13 @@ def _traced(op: OpOverload, arguments: list[Any], inputs: list[fx.Node]) -> fx.G
 
 
 def _copied(
-    graph: fx.Graph, body: fx.GraphModule, inputs: list[fx.Node], origin: fx.Node
+    graph: fx.Graph,
+    body: fx.GraphModule,
+    inputs: list[fx.Node],
+    origin: fx.Node,
+    shared: dict[object, fx.Node],
 ) -> list[Any]:
-    """`body` copied to where `graph` inserts; its results."""
+    """`body` copied to where `graph` inserts, less what was copied there before; its results."""
     copies: dict[fx.Node, fx.Node] = {}
     placeholders = iter(inputs)
     results: list[Any] = []
@@ -152,8 +168,41 @@ def _copied(
         elif node.op == "output":
             results = [copies[item] for item in node.args[0]]
         else:
+            key = _key(node, copies)
+            if node.target is not EMPTY and key in shared:
+                copies[node] = shared[key]
+                continue
             copies[node] = graph.node_copy(node, lambda item: copies[item])
+            shared[key] = copies[node]
             for name in ("nn_module_stack", "stack_trace"):
                 if name in origin.meta:
                     copies[node].meta[name] = origin.meta[name]
     return results
+
+
+def _key(node: fx.Node, copies: dict[fx.Node, fx.Node]) -> object:
+    """Equal for nodes that compute the same: sizes by expression, unwritten buffers by size.
+
+    A buffer itself is never shared: its kernel writes it in place if no other node has it.
+    """
+    if isinstance(node.meta.get("val"), torch.SymInt):
+        return str(node.meta["val"])
+
+    def described(item: Any) -> object:
+        if isinstance(item, fx.Node):
+            is_size = isinstance(item.meta.get("val"), torch.SymInt)
+            return _key(item, copies) if is_size or item.target is EMPTY else copies[item]
+        if isinstance(item, dict):
+            return tuple((name, described(value)) for name, value in item.items())
+        if isinstance(item, (list, tuple)):
+            return tuple(described(value) for value in item)
+        return (type(item), item)
+
+    kwargs = dict(node.kwargs)
+    if node.target is KERNEL_CALL:  # each trace has numbers of its own for kernel and constants
+        kernel = kernel_side_table.get_kernel(kwargs.pop("kernel_idx"))
+        constants = kernel_side_table.get_constant_args(kwargs.pop("constant_args_idx"))
+        options = [str(config) for config in getattr(kernel, "configs", ())]
+        kwargs |= {"kernel": id(getattr(kernel, "fn", kernel)), "options": options}
+        kwargs |= {"constants": str(constants)}
+    return (node.target, described(node.args), described(kwargs))

@@ -225,6 +225,34 @@ def test_repeated_layers_are_traced_once_and_keep_their_own_tensors(monkeypatch)
     assert used == banks
 
 
+def test_requests_are_sorted_once_for_all_nodes() -> None:
+    """Two nodes with kernels, x and banks of their own share the sorting kernel, nothing else."""
+    b, kernels = Builder(), [kernel_for("segments", rows) for rows in (4096, 256)]
+    slots, outputs = b.input("slots", (8,), torch.int32), []
+    for kernel in kernels:
+        x, value = b.input("x", (b.rows, K)), b.value(sum(SIZES))
+        y = b.call(torch.ops.aten.mm.default, (x, b.input("w", (K, sum(SIZES)))), value)
+        outputs.append(b.in_place(OPS[1], (y, x, *b.bank()[:4], slots, 5, kernel), value))
+    b.graph.output(tuple(outputs))
+    gm = fx.GraphModule({}, b.graph)
+    with compile_only_gpu():
+        inline_triton_ops(gm, OPS)
+    gm.graph.lint()
+    calls = kernel_calls(gm)
+    plans = [plan_of(kernel) for kernel in kernels]
+    assert plans[0].kernels != plans[1].kernels
+    assert all(plan.order is not None for plan in plans)
+    assert len(calls) == 1 + sum(len(plan.kernels) for plan in plans)
+    written = [
+        call.kwargs["kwargs"][name] for call in calls for name in call.kwargs["tensors_to_clone"]
+    ]
+    assert len(set(written)) == len(written)  # no two kernels write one buffer
+    buffers = [node for node in gm.graph.nodes if node.target is torch.ops.aten.empty.memory_format]
+    assert all(node.users for node in buffers)
+    orders = {call.kwargs["kwargs"].get("order_ptr") for call in calls[1:]}
+    assert len(orders) == 1
+
+
 def test_one_tensor_in_two_places_is_not_two_tensors() -> None:
     """A body traced for distinct inputs is not reused where two of them are one node."""
     b, kernel = Builder(), kernel_for("recompute", group=1, siblings=(0,), offsets=(0,),
