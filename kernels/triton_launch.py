@@ -105,7 +105,7 @@ def shrink(
     tall = M if kernel.name == "shrink_rows" else batch.tiles(tiles.block_m) * tiles.lanes
     grid = (tall, _cdiv(spec.planes, tiles.block_r), tiles.parts)
     arguments = [x, A, ranks, scales, *batch.pointers, v]
-    launch(kernel, grid, arguments + batch.arguments(ranks.shape[0], x.stride(0)))
+    launch(kernel, grid, arguments + batch.arguments(ranks.shape[0], v.stride(0), x.stride(0)))
     return v
 
 
@@ -151,7 +151,8 @@ def linear(
     pointers += [A, B, ranks, scales] if v is None else [v, B, ranks]
     tiles_m = batch.tiles(tiles.block_m)
     tiles_n = sum(_cdiv(size, tiles.block_n) for size in spec.delta.sizes)
-    scalars = batch.arguments(ranks.shape[0], tiles_m, *strides, y.stride(0))
+    plane = [] if v is None else [v.stride(0)]
+    scalars = batch.arguments(ranks.shape[0], tiles_m, *plane, *strides, y.stride(0))
     launch(kernel, (tiles_m * tiles_n,), [*pointers, *batch.pointers, y, *scalars])
 
 
@@ -196,7 +197,7 @@ def expand_rows(
     """Adds v B into y (M, N) row by row; its reference is `linear_reference` without a base."""
     tiles_n = sum(_cdiv(size, kernel.tiles.block_n) for size in spec.delta.sizes)
     arguments = [v, B, ranks, *batch.pointers, y]
-    scalars = batch.arguments(ranks.shape[0], y.stride(0))
+    scalars = batch.arguments(ranks.shape[0], v.stride(0), y.stride(0))
     launch(kernel, (batch.M, tiles_n), arguments + scalars)
 
 

@@ -114,59 +114,72 @@ def _stages(arch: Architecture, bytes_a_stage: int, most: int) -> int:
     return max(min(room // bytes_a_stage, most), 1)
 
 
-def linear_tiles(spec: DeltaSpec, rows: int, arch: Architecture, *, base: bool) -> Tiles:
-    """Tiles of the kernels with (epilogue, recompute) or without (expand) the base product."""
+def _aligned(spec: DeltaSpec) -> bool:
+    """Whether rows of x, W and y start at multiples of 16 elements.
+
+    Others are loaded an element at a time, by pointers that fill twice the registers of what they
+    point to: at 64 columns and more the compiler spills (K 2049, all architectures).
+    """
+    return all(size % 16 == 0 for size in (spec.in_features, *spec.sizes, spec.columns))
+
+
+def linear_tiles(spec: DeltaSpec, rows: int, arch: Architecture, kernel: str) -> Tiles:
+    """Tiles of "epilogue", "recompute" and "expand".
+
+    Sixteen factors at a time: v is a tile of registers for each part, and twice in the bank's type,
+    so that with more of them kernels of rank 64 and 256 spill.
+    """
     width = max(spec.sizes)
-    block_r = power_of_two(spec.max_rank, 16, 64)
-    size = spec.x_dtype.itemsize
     if arch.name == "interpreter":
         return Tiles(
             block_m=power_of_two(rows, 16, 64),
             block_n=power_of_two(width, 16, 128),
             block_k=power_of_two(spec.in_features, 16, 256),
-            block_r=block_r,
+            block_r=power_of_two(spec.max_rank, 16, 64),
             group_m=2,
         )
-    if size == 4:  # no matrix instructions: products in registers, so small tiles
-        tiles = Tiles(block_m=power_of_two(rows, 16, 64), block_n=32, block_k=32, num_warps=4)
+    if kernel == "expand":  # y is read and written: nothing to pipeline
+        return Tiles(power_of_two(rows, 16, 32), block_n=64, num_stages=2)
+    size = spec.x_dtype.itemsize
+    by_hand = size == 4 or (kernel == "recompute" and spec.bank_dtype.itemsize == 4)
+    if by_hand:  # no matrix instructions: products in registers, so small tiles
+        block_m = power_of_two(rows, 16, 64 if _aligned(spec) and size == 4 else 32)
+        tiles = Tiles(block_m=block_m, block_n=32, block_k=32 if size == 4 else 16)
+    elif not _aligned(spec):
+        tiles = Tiles(power_of_two(rows, 16, 64), block_n=32, block_k=32, num_stages=2)
     elif rows <= 64:
         # Half as wide where tiles of 64 columns would leave half of the processors idle.
         wide = sum(-(-n // 64) for n in spec.sizes) >= arch.processors // 2
         block_m = power_of_two(rows, 16, 64)
-        tiles = Tiles(
-            block_m=block_m,
-            block_n=64 if wide else 32,
-            block_k=128 if block_m <= 32 else 64,
-            swap=True,
-            num_warps=4,
-            num_stages=5,
-        )
+        block_k = 128 if block_m <= 32 else 64
+        tiles = Tiles(block_m, 64 if wide else 32, block_k, swap=True, num_stages=5)
     elif rows <= 256:
-        tiles = Tiles(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=4)
-    else:
-        tiles = Tiles(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4)
-        if arch.warp == 64:
+        tiles = Tiles(block_m=64, block_n=64, block_k=64, num_stages=4)
+        if kernel == "recompute":
             tiles = replace(tiles, block_k=32)
-    if not base:  # y is read and written: nothing to pipeline, wide rows
-        return replace(tiles, block_r=block_r, num_stages=2, block_n=max(tiles.block_n, 64))
-    # The epilogue's own operands (v twice, B) share the memory of the loop that has ended.
-    stage = tiles.block_k * (tiles.block_m + tiles.block_n) * size
-    return replace(tiles, block_r=block_r, num_stages=_stages(arch, stage, tiles.num_stages))
+    else:
+        block_k = 32 if arch.warp == 64 else 64
+        tiles = Tiles(128, 128, block_k, num_warps=8, num_stages=4)
+    columns = tiles.block_m + tiles.block_n + (tiles.block_r if kernel == "recompute" else 0)
+    return replace(
+        tiles, num_stages=_stages(arch, tiles.block_k * columns * size, tiles.num_stages)
+    )
 
 
 def shrink_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
     """Tiles of the shrink: enough parts of K that all processors read A and x at once."""
     factors = len(spec.sizes) * spec.max_rank
     block_m = power_of_two(rows, 16, 64)
-    # Few rows: x is small, so more programs that each read it. Many: x is read once.
-    block_r = 16 if rows <= 64 else power_of_two(factors, 16, 64)
     if arch.name == "interpreter":
         block_k = power_of_two(-(-spec.in_features // 2), 16, 1024)
         parts = 2 if spec.in_features > block_k else 1
         block_r = power_of_two(factors, 16, 64)
         return Tiles(block_m=block_m, block_k=block_k, block_r=block_r, parts=parts)
-    block_k = 128 if spec.x_dtype.itemsize == 2 and block_m <= 32 else 64
-    if spec.x_dtype.itemsize == 4:
+    # Few rows: x is small, so more programs that each read it. Many: x is read once.
+    block_r = 16 if rows <= 64 else power_of_two(factors, 16, 64)
+    size = max(spec.x_dtype.itemsize, spec.bank_dtype.itemsize)
+    block_k = 128 if block_m <= 32 else 64
+    if size == 4 or spec.in_features % 16:
         block_k = 32
     programs = -(-rows // block_m) * -(-factors // block_r)
     # The reader fetches all planes for each of its tiles, into registers.
@@ -174,7 +187,6 @@ def shrink_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
     parts = max(min(arch.processors // programs, blocks // 2, 8 if block_m <= 32 else 4), 1)
     # What parts do not fill, adapters do: with eight in a batch, eight programs read one A each.
     lanes = power_of_two(arch.processors // (programs * parts), 1, 8) if rows <= 64 else 1
-    stage = block_k * (block_m + block_r) * spec.x_dtype.itemsize
     return Tiles(
         block_m=block_m,
         block_k=block_k,
@@ -182,7 +194,7 @@ def shrink_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
         parts=parts,
         lanes=lanes,
         swap=block_m < 64,
-        num_stages=_stages(arch, stage, 4),
+        num_stages=_stages(arch, block_k * (block_m + block_r) * size, 4),
     )
 
 
@@ -242,7 +254,7 @@ def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> 
     if strategy == "embedding":
         return {"embedding_rows": expand_rows_tiles(spec, rows, arch)}
     if strategy == "recompute":
-        return {"recompute": linear_tiles(spec, rows, arch, base=True)}
+        return {"recompute": linear_tiles(spec, rows, arch, "recompute")}
     if strategy == "gemv":
         first = shrink_rows_tiles(spec, rows, arch)
         second = expand_rows_tiles(spec, rows, arch)
@@ -251,5 +263,5 @@ def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> 
     ordered = strategy == "segments" and rows > first.block_m
     first = replace(first, ordered=ordered)
     kernel = STRATEGY_KERNELS[strategy][1]
-    second = linear_tiles(spec, rows, arch, base=strategy == "epilogue")
+    second = linear_tiles(spec, rows, arch, kernel)
     return {"shrink": first, kernel: replace(second, parts=first.parts, ordered=ordered)}

@@ -140,6 +140,18 @@ def test_what_a_file_says(strategy: str) -> None:
     )
 
 
+@pytest.mark.parametrize("strategy", ["epilogue", "recompute", "segments"])
+def test_float32_products_are_not_cut_to_tf32(strategy: str) -> None:
+    """On a GPU: the interpreter multiplies in float32 whatever the source says."""
+    for dtype, precise in ((torch.float32, True), (torch.bfloat16, False)):
+        text = source_of(
+            kernel_of(make_case(K=72, sizes=(40,), slots=(0,), dtypes=(dtype,) * 3), strategy)
+        )
+        products = re.findall(r"tl\.dot\((.*)\)", text)
+        assert len(products) >= 2
+        assert all(('input_precision="ieee"' in product) == precise for product in products)
+
+
 def test_interpreting_leaves_triton_as_it_was() -> None:
     """Kernels are compiled ahead of time in the process that interprets them."""
 
