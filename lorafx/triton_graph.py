@@ -198,7 +198,7 @@ def _key(node: fx.Node, copies: dict[fx.Node, fx.Node]) -> object:
             return tuple(described(value) for value in item)
         return (type(item), item)
 
-    kwargs = dict(node.kwargs)
+    kwargs: dict[str, Any] = dict(node.kwargs)
     if node.target is KERNEL_CALL:  # each trace has numbers of its own for kernel and constants
         kernel = kernel_side_table.get_kernel(kwargs.pop("kernel_idx"))
         constants = kernel_side_table.get_constant_args(kwargs.pop("constant_args_idx"))
