@@ -12,7 +12,7 @@ export PYTHONSAFEPATH := 1
 # Nothing here needs a model hub; a look-up that fails by time-out would only be slow.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-all test-gpu lint bench clean
+.PHONY: help demo test test-all test-gpu lint bench bench-gpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test-all  the same with the slow tests"
 	@echo "make test-gpu  the tests that need a CUDA or ROCm device"
 	@echo "make bench     benchmarks/cpu_mixed.py, results into benchmarks/results/"
+	@echo "make bench-gpu benchmarks/gpu_layers.py and gpu_model.py, eight minutes each"
 	@echo "make clean     remove .venv, caches and dumps"
 
 demo: $(STAMP)
@@ -40,8 +41,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The benchmarks import one another from their folder, which PYTHONSAFEPATH keeps off sys.path.
 bench: $(STAMP)
-	$(BIN)/python benchmarks/cpu_mixed.py
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/cpu_mixed.py
+
+bench-gpu: $(STAMP)
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/gpu_layers.py
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/gpu_model.py
 
 # torch goes first and pinned: left to the resolver, it may come with gigabytes of CUDA packages.
 $(STAMP): constraints.txt pyproject.toml
