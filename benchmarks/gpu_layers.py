@@ -1,7 +1,7 @@
 """One packed linear with LoRA on a GPU: lorafx's strategies beside the vendor GEMM and the peers.
 
-    python benchmarks/gpu_layers.py [--minutes 8] [--model llama-8b] [--all-strategies] [--tune]
-        [--vllm-wheel PATH] [--sglang-wheel PATH]
+    python benchmarks/gpu_layers.py [--minutes 8] [--model llama-8b] [--all-strategies] [--tune N]
+        [--max-autotune] [--vllm-wheel PATH] [--sglang-wheel PATH]
 
 For each linear of a model and each batch of gpu_cases.MIXES: time over the vendor GEMM's (the A/A
 pair is the noise), over the modelled floor, and the peers' Triton ops (peers.py) over lorafx. Every
@@ -33,6 +33,8 @@ from lorafx.kernels.tune import tune
 
 #: Peers' time over lorafx's in decode, of docs/performance.md: goal, stretch.
 PEER_GOALS = (1.25, 1.5)
+PREFILL_COPIES = 4
+AUTOTUNED = "Inductor max-autotune, no LoRA"
 #: Largest error against float64, in units of the largest value, that a 16-bit result may have.
 TOLERANCE = 2e-2
 
@@ -62,10 +64,18 @@ def kernel_of(case: Case, strategy: str, device: torch.device) -> int:
 
 
 def arms_of(
-    case: Case, device: torch.device, strategies: Sequence[str], found: dict[str, Any]
+    case: Case,
+    device: torch.device,
+    strategies: Sequence[str],
+    found: dict[str, Any],
+    *,
+    autotune: bool = False,
 ) -> dict[str, ArmOfCopy]:
     """Every arm beside the base, by name; `found` holds what makes the peers' arms."""
     arms: dict[str, ArmOfCopy] = {}
+    if autotune:
+        product = torch.compile(torch.nn.functional.linear, mode="max-autotune-no-cudagraphs")
+        arms[AUTOTUNED] = lambda copy: lambda: product(copy.x, copy.weight)
     for strategy in strategies:
         kernel = kernel_of(case, strategy, device)
         arms[f"lorafx {strategy}"] = lambda copy, s=strategy, k=kernel: lambda: copy.lora(s, k)
@@ -94,7 +104,7 @@ def check(case: Case, copy: Copy, arms: dict[str, ArmOfCopy]) -> dict[str, float
     plain = copy.x.double() @ copy.weight.double().T
     errors = {}
     for name, make in arms.items():
-        want = plain if name.endswith("no adapter") else exact
+        want = plain if name.endswith("no adapter") or name == AUTOTUNED else exact
         errors[name] = float((make(copy)().double() - want).abs().max() / want.abs().max())
         if not errors[name] < TOLERANCE:
             raise RuntimeError(f"{case.label}: {name} is off by {errors[name]:.2e} of the largest")
@@ -132,9 +142,10 @@ def measure(
         for strategy in strategies:
             tune(case.spec(strategy), strategy, case.rows, device, most=options.tune)
     free = torch.cuda.mem_get_info(device)[0]
-    count = gpu_protocol.copies_for(case.nbytes, free)
+    # In prefill the activations alone flush the cache between calls, and FLOPs decide.
+    count = gpu_protocol.copies_for(case.nbytes, free) if case.decode else PREFILL_COPIES
     copies = [Copy.random(case, device) for _ in range(count)]
-    arms = arms_of(case, device, strategies, found)
+    arms = arms_of(case, device, strategies, found, autotune=options.max_autotune)
     errors = check(case, copies[0], arms)
     counted = count_launches(case, copies[0], first, device)
     before = gpu_protocol.clocks()
@@ -212,6 +223,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", choices=LAYERS, default="llama-8b")
     parser.add_argument("--all-strategies", action="store_true", help="not only the planned one")
     parser.add_argument("--tune", type=int, metavar="N", help="time N tiles a kernel set first")
+    parser.add_argument("--max-autotune", action="store_true", help="Inductor's GEMM as an arm")
     parser.add_argument("--blocks", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=0.004, help="of one timing")
     parser.add_argument("--vllm-wheel", type=Path)

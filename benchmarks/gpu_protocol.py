@@ -84,7 +84,8 @@ def launches(call: Callable[[], object]) -> list[str]:
     with torch.profiler.profile(activities=activities) as profile:
         call()
         torch.cuda.synchronize()
-    return [e.name for e in profile.events() if e.device_type is torch.autograd.DeviceType.CUDA]
+    cuda = torch.autograd.DeviceType.CUDA
+    return [event.name for event in profile.events() if event.device_type == cuda]
 
 
 def copies_for(bytes_of_one: int, free: int | None = None) -> int:
