@@ -127,6 +127,7 @@ def source(spec: DeltaSpec, isa: Isa) -> str:
         "G": spec.group,
         "COLUMNS": spec.columns,
         "B_STRIDE": spec.columns,
+        "PREFETCH_ROWS": 2,  # more rows of one adapter find its A in the cache
         "RANGES": len(spec.sizes),
         "BLOCK": COLUMN_BLOCK,
         "COLUMN_BLOCKS": blocks,

@@ -17,8 +17,8 @@ INLINE void shrink_tile(const X::T* const* x, const W::T* a, float scale, float*
         D::left xs[ROWS];
         UNROLL for (int row = 0; row < ROWS; row++) xs[row] = load_raw<D::left>(x[row] + k);
         UNROLL for (int n = 0; n < N; n++) {
-            // few rows: a stream from memory, so ask for the planes that come next
-            if (ROWS <= 2) __builtin_prefetch(a + (n + N) * K + k, 0, 2);
+            // A comes as a stream from memory, so ask for the planes that come next
+            if (ROWS <= PREFETCH_ROWS) __builtin_prefetch(a + (n + N) * K + k, 0, 2);
             D::right as = load_raw<D::right>(a + n * K + k);
             UNROLL for (int row = 0; row < ROWS; row++)
                 acc[row][n] = D::add(acc[row][n], xs[row], as);

@@ -83,7 +83,8 @@ def factor_chains(graph: fx.Graph) -> Iterator[fx.Node]:
 
 
 def _term(delta: fx.Node) -> FactorTerm | None:
-    scale, scales = 1.0, []
+    scale = 1.0
+    scales: list[fx.Node] = []
     node: Any = delta
     while isinstance(node, fx.Node) and len(node.users) == 1:
         found = _product_chain(node)

@@ -36,6 +36,7 @@ from lorafx.passes.factors import Factors
 from lorafx.passes.lower_factors import LowerFactors
 from lorafx.peft_context import FactorSite, PeftContext
 from lorafx.pipeline import PassReport, is_impure
+from lorafx.stack import innermost_module
 from lorafx.verify import output_signature
 
 
@@ -78,10 +79,14 @@ def has_peft_lora(gm: fx.GraphModule, examples: Sequence[Any]) -> bool:
     layer = _lora_layer()
     if layer is None or _wants_gradient(examples):
         return False
+    running = (
+        innermost_module()
+    )  # a layer's forward by itself, where its caller could not be traced
+    root = str(id(running)) if isinstance(running, layer) else None
     linears: dict[fx.Node, str] = {}
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target is torch._C._nn.linear:
-            owner = _owner(node, layer)
+            owner = _owner(node, layer) or root
             if owner is not None:
                 linears[node] = owner
     return any(linears.get(arguments_of(node)[0]) == owner for node, owner in linears.items())

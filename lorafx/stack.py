@@ -51,6 +51,11 @@ def calling_modules() -> frozenset[int]:
     return frozenset(id(f.f_locals["self"]) for f in _frames() if f.f_code is _CALL)
 
 
+def innermost_module() -> nn.Module | None:
+    """The module whose `__call__` began last and is running."""
+    return next((f.f_locals["self"] for f in _frames() if f.f_code is _CALL), None)
+
+
 def outermost_call(belongs: Callable[[nn.Module], bool]) -> RunningCall | None:
     """The outermost running call of a module that `belongs` is true for.
 

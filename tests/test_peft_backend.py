@@ -144,6 +144,21 @@ def test_switches(peft_model: Callable[..., PeftModel]) -> None:
     check(run, model, batch)
 
 
+def test_layers_compiled_by_themselves(peft_model: Callable[..., PeftModel]) -> None:
+    """A decoder layer, and a `LoraLayer` whose caller Dynamo does not trace."""
+    model, batch = peft_model(), inputs()
+    want = logits(model, batch)
+    (layer,) = model.base_model.model.model.layers
+    module = layer.self_attn.q_proj
+    forward, module.forward = module.forward, compiled(module.forward)
+    assert rewritten_by(lambda: logits(model, batch)) == 1
+    assert error(logits(model, batch), want) <= TOLERANCE
+    module.forward = forward
+    layer.compile(backend="lorafx", options=REFERENCE)
+    assert rewritten_by(lambda: logits(model, batch)) == layers(model)
+    assert error(logits(model, batch), want) <= TOLERANCE
+
+
 def test_weighted_adapter(peft_model: Callable[..., PeftModel]) -> None:
     model, batch = peft_model(adapters=("a", "b")), inputs()
     run = compiled(model)
