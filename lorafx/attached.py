@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorafx.adapter_store.store import BASE
+from lorafx.checks import Checks
 from lorafx.compat import (
     backend_error,
     block_settings,
@@ -31,7 +32,6 @@ from lorafx.marks import SiteMark
 from lorafx.passes.attach import Attachment
 from lorafx.passes.attach import detach as remove_marks
 from lorafx.program import Call
-from lorafx.record import GraphRecord
 from lorafx.roles import RoleTable
 from lorafx.session import Session, checked_names
 from lorafx.stack import RunningCall, generating, outermost_call, unwrapped
@@ -55,13 +55,9 @@ class AttachedSession(Session):
         self.modules = frozenset(id(module) for _, module in self.program.graph.modules())
         self.program.runtime.use_handle()
         self.program.runtime.session = self
+        self.program.knowing_arguments = self.knowing_arguments
         _SESSIONS.add(self)
         _BY_MODEL[self.program.model] = weakref.ref(self)
-
-    @property
-    def attached(self) -> bool:
-        """False once the marks are taken away."""
-        return bool(self.attachment.handles)
 
     def close(self) -> None:
         """Take the marks away; graphs that were captured serve the base model from then on.
@@ -75,6 +71,7 @@ class AttachedSession(Session):
         for callback in self.on_close:
             callback()
         _SESSIONS.discard(self)
+        _BY_WEIGHT.clear()
         _BY_MODEL.pop(self.program.model, None)
 
     @contextmanager
@@ -112,21 +109,21 @@ class AttachedSession(Session):
                 else:
                     self.serve([None], [-1])
 
-    def begin(self, record: GraphRecord, arguments: Sequence[Any]) -> None:
+    def begin(self, checks: Checks, arguments: Sequence[Any]) -> None:
         """Check the call that a graph serves, and give its rows their slots.
 
         Raises:
             BatchError: names and rows do not fit together.
             CaptureError: the model was changed since.
         """
-        rows = record.places.rows(arguments)
+        rows = checks.places.rows(arguments)
         # Between two graphs a size of one may be something that all requests share.
-        if rows is not None and (rows > 1 or record.begins_call):
+        if rows is not None and (rows > 1 or checks.begins_call):
             names = self._row_names(rows)
             self.serve(names, self.store.acquire(names))
             if not self.program.runtime.uniform:
-                record.places.check_rows(arguments, rows)
-        record.places.check_packing(self.program, arguments)
+                checks.places.check_rows(arguments, rows)
+        checks.places.check_packing(self.program, arguments)
 
     @contextmanager
     def knowing_arguments(self) -> Iterator[None]:
@@ -199,16 +196,22 @@ def captured_before(base: Callable[..., Any], examples: Sequence[Any]) -> Callab
     return run
 
 
-def session_of_weight(weight: Tensor, first: AttachedSession) -> AttachedSession | None:
-    """The session of the model whose site's weight this is; `first` is asked first."""
+def session_of_weight(weight: Tensor) -> AttachedSession | None:
+    """The session of the model whose site's weight this is."""
     known = _BY_WEIGHT.get(id(weight))
-    likely = first if known is None else known() or first
-    for session in (likely, *sessions()):
-        if session.attached and session.program.site_of_weight(weight) is not None:
-            if session is not likely:
-                _BY_WEIGHT[id(weight)] = weakref.ref(session)
+    likely = None if known is None else known()
+    if likely is not None and likely.program.site_of_weight(weight) is not None:
+        return likely
+    for session in sessions():
+        if session.program.site_of_weight(weight) is not None:
+            _BY_WEIGHT[id(weight)] = weakref.ref(session)
             return session
     return None
+
+
+def running_session() -> AttachedSession | None:
+    """The session that serves the model that is running."""
+    return next((item for item in _BLOCKS if item.running()), None)
 
 
 def session_of(model: nn.Module) -> AttachedSession | None:

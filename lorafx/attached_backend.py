@@ -6,6 +6,7 @@ for another of the same class: what a graph serves is found by the weights of ea
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from lorafx.adapter_store.store import AdapterStore
-from lorafx.attached import AttachedSession, session_of_weight, sessions, waiting
+from lorafx.attached import AttachedSession, running_session, session_of_weight, waiting
 from lorafx.backend import Backend
 from lorafx.errors import CaptureError
 from lorafx.executable import Owner, refusing
@@ -71,34 +72,27 @@ class AttachedBackend(Backend):
                 )
             )
         compiled = super().compile_lora(gm, examples, frame, record, owner, lowering)
+        checks = record.checks
 
         def run(*arguments: Any) -> Any:
             program = owner(arguments)
             if program is not None:
-                program.runtime.session.begin(record, arguments)
+                program.runtime.session.begin(checks, arguments)
             return compiled(*arguments)
 
         return run
 
-    def arguments_hold(
-        self, record: GraphRecord, program: Program, arguments: Sequence[Any]
-    ) -> bool:
-        with program.runtime.session.knowing_arguments():
-            return super().arguments_hold(record, program, arguments)
-
     def owner(self, frame: Frame, weights: Sequence[int]) -> Owner:
-        program = self.program
+        # Dynamo keeps executables: what they hold is never freed, so they hold no model.
+        program, adopt = weakref.ref(self.program), self.adopt
         if any(item.kind in ("bank", "slots") for item in frame.inputs):
             # Dynamo guards whose slots a mark reads.
-            return lambda arguments: program
+            return lambda arguments: program()
 
         def serves(arguments: Sequence[Any]) -> Program | None:
-            if weights:
-                session = session_of_weight(arguments[weights[0]], self.session)
-            else:
-                session = _running(self.session)
-            if session is None and self.adopt is not None and waiting():
-                session = self.adopt()
+            session = session_of_weight(arguments[weights[0]]) if weights else running_session()
+            if session is None and adopt is not None and waiting():
+                session = adopt()
             return None if session is None else session.program
 
         return serves
@@ -106,12 +100,6 @@ class AttachedBackend(Backend):
     def _enters(self, frame: FrameType) -> bool:
         running = self.session.running()
         return running is not None and called_module(frame) is running.module
-
-
-def _running(first: AttachedSession) -> AttachedSession | None:
-    """The session that serves the model that is running; `first` is asked first."""
-    found = [first, *sessions()]
-    return next((session for session in found if session.depth and session.running()), None)
 
 
 def attach_session(

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
+from lorafx.checks import Checks, InputPlaces
 from lorafx.compat import duck_shaped, guarded_attributes
 from lorafx.context import Context
 from lorafx.dump import GraphDump, dump_folder
@@ -27,7 +28,7 @@ from lorafx.lowering import Lowering, lowering_for
 from lorafx.pipeline import run_pipeline
 from lorafx.program import BANK_FIELDS, Program
 from lorafx.progress import progress
-from lorafx.record import GraphRecord, InputPlaces
+from lorafx.record import GraphRecord
 from lorafx.stack import called_directly
 from lorafx.verify import NumericCheck
 
@@ -44,7 +45,7 @@ class Backend:
         self.entered = entered
         self.records: list[GraphRecord] = []
         #: Some graph takes what another made: results are worth keeping note of.
-        self.several_graphs = False
+        self.several = [False]
         self.lowering: Lowering = lowering_for(program.options)
 
     def __call__(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
@@ -70,7 +71,7 @@ class Backend:
         frame.begins_call = called_directly(self.entered)
         frame.duck_shaped = duck_shaped()
         places = InputPlaces.of(frame, examples)
-        self.several_graphs |= frame.follows_another or bool(places.arguments)
+        self.several[0] |= frame.follows_another or bool(places.arguments)
         owner = self.owner(frame, [p for p, item in enumerate(frame.inputs) if item.sites])
         active = program.runtime.active
         both = not guarded_attributes(".runtime.active")
@@ -78,7 +79,8 @@ class Backend:
         title = f"graph {len(self.records)}{' lora' if lora else ' base'}"
         title += " per token" if per_token else ""
         dump = GraphDump(title, dump_folder(program.options))
-        record = GraphRecord(title, lora, dump, places, frame.begins_call)
+        checks = Checks(places, frame.begins_call, self.several)
+        record = GraphRecord(title, lora, dump, checks)
         with progress(f"compiling {title}"):
             if both:
                 # Whatever compiles a graph may change it.
@@ -91,7 +93,7 @@ class Backend:
                 record.dump.graph("captured", gm)
                 executable = lowering.base(gm, examples)
                 if places.plain:
-                    executable = base_only(owner, record, executable)
+                    executable = base_only(checks, owner, executable)
         self.records.append(record)
         return executable
 
@@ -111,13 +113,7 @@ class Backend:
             inference_compiler=compiler,
             decompositions=lowering.decompositions(),
         )(gm, examples)
-        return checked(self, record, owner, executable)
-
-    def arguments_hold(
-        self, record: GraphRecord, program: Program, arguments: Sequence[Any]
-    ) -> bool:
-        """Whether inputs that were arguments of the call at capture are so in the running call."""
-        return record.arguments_hold(program, arguments)
+        return checked(record.checks, owner, executable)
 
     def owner(self, frame: Frame, weights: Sequence[int]) -> Owner:
         """How an executable of `frame` finds the program that it serves. `weights` are the
@@ -147,14 +143,7 @@ class _FrameCompiler:
         record.passes = run_pipeline(gm, ctx, record.dump, numeric.keep if numeric else None)
         for kernel in sorted(ctx.kernels):
             record.dump.source(f"kernel-{kernel:x}.py", source_of(kernel))
-        for key, states in enumerate(ctx.states.values()):
-            for state in states:
-                state.node_key = key
-                # Nodes would hold the whole graph alive.
-                state.use = state.packed_weight = state.packed_bias = None
-            record.states.extend(states)
-        record.refusals, record.outlined = ctx.refusals, ctx.outlined
-        record.handover = ctx.handover
+        record.note(ctx)
         extra = list(frame.extra_nodes)
         values = [node.meta["val"] for node in frame.extra_nodes.values()]
         executable = self.lowering.compile(gm, [*inputs, *values])
@@ -164,7 +153,6 @@ class _FrameCompiler:
             else None
             for (_, _, name), value in zip(extra, values, strict=True)
         ]
-        record.inside = frame.inside
         weights = [frame.positions[node] for node, item in frame.by_node.items() if item.sites]
         owner = self.backend.owner(frame, weights)
-        return with_lookups(owner, record, executable, extra, nulls, numeric)
+        return with_lookups(record.checks, owner, executable, extra, nulls, numeric)

@@ -9,48 +9,40 @@ weight that stands at their position.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from lorafx.checks import Checks
 from lorafx.errors import LorafxError, MatchError
 from lorafx.frame import ONE_SLOT, SLOTS
 from lorafx.program import Program
-from lorafx.record import GraphRecord
 from lorafx.stack import calling_modules
 from lorafx.verify import NumericCheck
-
-if TYPE_CHECKING:
-    from lorafx.backend import Backend
 
 #: The program that a graph serves in the running call, by the arguments that it is called with;
 #: None where the call is of a model without LoRA.
 Owner = Callable[[Sequence[Any]], "Program | None"]
 
 
-def checked(
-    backend: Backend, record: GraphRecord, owner: Owner, compiled: Callable[..., Any]
-) -> Callable[..., Any]:
+def checked(checks: Checks, owner: Owner, compiled: Callable[..., Any]) -> Callable[..., Any]:
     """The graph among others of one call: what it cannot serve is refused, what it takes from
     others is checked, what it returns is noted."""
-    handover = record.handover
 
     def run(*arguments: Any) -> Any:
         program = owner(arguments)
         if program is None:
             return compiled(*arguments)
-        if record.refusals or record.places.plain:
-            record.check(program, arguments)
-        call = program.call
-        if call is None or not (backend.several_graphs or handover.fresh):
+        if checks.refusals or checks.places.plain:
+            checks.check(program, arguments)
+        call, handover = program.call, checks.handover
+        if call is None or not (checks.several[0] or handover.fresh):
             return compiled(*arguments)
         holds = handover.holds(call.ledger, arguments)
         if not program.runtime.uniform:
-            holds = holds and (
-                not record.places.arguments or backend.arguments_hold(record, program, arguments)
-            )
+            holds = holds and checks.arguments_hold(program, arguments)
             if not holds:
-                record.refuse_changed(program, arguments)
+                checks.refuse_changed(program, arguments)
         results = compiled(*arguments)
         handover.note(call.ledger, arguments, results, known=holds)
         handover.fresh = False
@@ -60,8 +52,8 @@ def checked(
 
 
 def with_lookups(
+    checks: Checks,
     owner: Owner,
-    record: GraphRecord,
     compiled: Callable[[list[Any]], Any],
     extra: Sequence[tuple[int, int, str]],
     nulls: Sequence[Tensor | None],
@@ -72,8 +64,8 @@ def with_lookups(
     def run(arguments: list[Any]) -> Any:
         program = owner(arguments)
         if program is not None:
-            if record.inside:
-                _check_callers(program, arguments, record.inside)
+            if checks.inside:
+                _check_callers(program, arguments, checks.inside)
             arguments.extend(_looked_up(program, arguments, extra, nulls))
             if numeric is not None and numeric.stages:
                 numeric.run(arguments, mixed=not program.runtime.uniform)
@@ -108,13 +100,13 @@ def refusing(error: LorafxError) -> Callable[..., Any]:
     return run
 
 
-def base_only(owner: Owner, record: GraphRecord, base: Callable[..., Any]) -> Callable[..., Any]:
+def base_only(checks: Checks, owner: Owner, base: Callable[..., Any]) -> Callable[..., Any]:
     """The graph of the base model, where another kind of call may get it."""
 
     def run(*arguments: Any) -> Any:
         program = owner(arguments)
         if program is not None and program.runtime.active:
-            record.check(program, arguments)
+            checks.check(program, arguments)
         return base(*arguments)
 
     return run

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +53,8 @@ class Program:
     #: appears later may hold what an earlier call computed for its own requests.
     #: By identity, held weakly: a number of `id` alone may be given to another tensor later.
     constants: Mapping[int, weakref.ref[Tensor]] = field(default_factory=dict)
+    #: Inside, `call` has the arguments of the running call.
+    knowing_arguments: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __post_init__(self) -> None:
         self.constants = {id(t): weakref.ref(t) for t in _plain_attributes(self.model)}
