@@ -33,14 +33,10 @@ from lorafx.triton_graph import inline_triton_ops
 aten = torch.ops.aten
 ADD_DELTA = torch.ops.lorafx.add_delta_.default
 ADD_EMBEDDING_DELTA = torch.ops.lorafx.add_embedding_delta_.default
-TRITON_OPS = TRITON_LINEAR, TRITON_DELTA, TRITON_EMBEDDING_DELTA = (
-    op._opoverload
-    for op in (
-        triton_ops.triton_linear,
-        triton_ops.triton_delta_,
-        triton_ops.triton_embedding_delta_,
-    )
-)
+TRITON_LINEAR = triton_ops.triton_linear._opoverload
+TRITON_DELTA = triton_ops.triton_delta_._opoverload
+TRITON_EMBEDDING_DELTA = triton_ops.triton_embedding_delta_._opoverload
+TRITON_OPS = (TRITON_LINEAR, TRITON_DELTA, TRITON_EMBEDDING_DELTA)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import lorafx.kernels.triton_ops  # noqa: F401  registers them
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu_source import DeltaSpec
 from lorafx.kernels.triton_build import TritonSpec, build, plan_of
+from lorafx.passes.lower import TRITON_OPS
 from lorafx.triton_graph import inline_triton_ops
 
 lora = torch.ops.lorafx
@@ -275,6 +276,10 @@ def test_one_tensor_in_two_places_is_not_two_tensors() -> None:
         for c in kernel_calls(gm)
     ]
     assert pointers == [(w, A, B), (other, B, B)]
+
+
+def test_lower_inlines_every_triton_op() -> None:
+    assert TRITON_OPS == OPS
 
 
 def test_other_nodes_stay() -> None:
