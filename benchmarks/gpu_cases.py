@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import lorafx.kernels.triton_ops  # noqa: F401  registers them
-from lorafx.kernels.cost import FUSED, Work, chip_of
+from lorafx.kernels.chips import chip_of
+from lorafx.kernels.cost import FUSED, Work
 from lorafx.kernels.cpu_source import DeltaSpec
 from lorafx.kernels.triton_build import TritonSpec
 

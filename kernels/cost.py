@@ -16,17 +16,20 @@ and each kernel after the first one more dependent launch. What the strategies l
     segments    vendor GEMM, then shrink and expand by runs of equal slots, padded to 16 rows;
                 requests are sorted by slot first, once for all nodes of a graph
 
-The chips' constants are assumptions (docs/performance.md) until a run on the chip calibrates them.
+The chips' constants are those of lorafx.kernels.chips: assumptions until a run on the chip
+calibrates them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+
+from lorafx.kernels.chips import DEFAULT_CHIP, Chip, chip_of
 
 
 class Sized(Protocol):
@@ -64,66 +67,10 @@ def split_is_faster(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype in (torch.float32, torch.float64)
 
 
-@dataclass(frozen=True)
-class Chip:
-    """What the GPU model takes for granted; SI units, rates that kernels reach, not data sheets'.
-
-    Attributes:
-        bandwidth: device memory, bytes/s.
-        l2_bandwidth: second-level cache to the cores, bytes/s.
-        tensor_rate: FLOP/s of a GEMM of 16-bit types.
-        fma_rate: FLOP/s outside of tensor cores, which is what float32 gets (no TF32 rounding).
-        processors: how many there are to share l2_bandwidth.
-        launch: seconds that one more dependent kernel costs inside a captured graph.
-        triton_over_vendor: speed of a plain Triton GEMM over the vendor's where the FLOPs decide;
-            None while unmeasured.
-        calibrated: whether the figures were measured on the chip.
-    """
-
-    name: str
-    bandwidth: float
-    l2_bandwidth: float
-    tensor_rate: float
-    fma_rate: float
-    processors: int
-    launch: float = 2e-6
-    triton_over_vendor: float | None = None
-    calibrated: bool = False
-
-    def rate(self, dtype: torch.dtype) -> float:
-        """FLOP/s of a matrix product with operands of `dtype`."""
-        return self.tensor_rate if dtype in (torch.float16, torch.bfloat16) else self.fma_rate
-
-
-MEMORY, FLOPS = 0.87, 0.70  # reached of the data sheet's figures: assumed
-#: Data sheets times what is assumed reachable; the L2 figures are rough (a few microbenchmarks).
-CHIPS: Mapping[tuple[str, int | str], Chip] = {
-    ("cuda", 80): Chip("A100", MEMORY * 2.04e12, 4.0e12, FLOPS * 312e12, FLOPS * 19.5e12, 108),
-    ("cuda", 90): Chip("H200", MEMORY * 4.8e12, 7.0e12, FLOPS * 989e12, FLOPS * 67e12, 132),
-    ("cuda", 100): Chip("B200", MEMORY * 8.0e12, 12e12, FLOPS * 2250e12, FLOPS * 75e12, 148),
-    ("hip", "gfx942"): Chip(
-        "MI300X", MEMORY * 5.3e12, 8.0e12, FLOPS * 1307e12, FLOPS * 81.7e12, 304
-    ),
-}
-DEFAULT_CHIP = CHIPS["cuda", 90]
-
 #: A vendor GEMM this much faster than plain Triton's costs more than all of LoRA (5 % against
 #: 0.6 to 5 % of the floor), so below it a fused kernel is not used where FLOPs decide.
 LEAST_TRITON_OVER_VENDOR = 0.97
 TILE_N, TILE_M, DOT = 128, 64, 16  # columns and rows of a tile of y; least side of a dot
-
-
-def chip_of(device: torch.device) -> Chip:
-    """The chip behind `device`; the H200 where there is none to ask (interpreter, fake tensors)."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return DEFAULT_CHIP
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        architecture = properties.gcnArchName.partition(":")[0]
-        return CHIPS.get(("hip", architecture), CHIPS["hip", "gfx942"])
-    if (properties.major, properties.minor) < (9, 0):
-        return CHIPS["cuda", 80]
-    return CHIPS["cuda", 100 if properties.major >= 10 else 90]
 
 
 @dataclass(frozen=True)

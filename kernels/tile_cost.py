@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from lorafx.kernels.cost import Chip, Work
+from lorafx.kernels.chips import Chip
+from lorafx.kernels.cost import Work
 from lorafx.kernels.cpu_source import DeltaSpec
 from lorafx.kernels.triton_tiles import Architecture, Tiles
 

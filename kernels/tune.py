@@ -12,15 +12,17 @@ The model is kernels/tile_cost.py. The timer is a parameter; `gpu_timer` replays
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorafx.kernels.cost import Chip, chip_of
+from lorafx.kernels.chips import Chip, chip_of
 from lorafx.kernels.cpu_source import DeltaSpec
 from lorafx.kernels.tile_cost import TileSet, fits, predicted
 from lorafx.kernels.triton_build import LINEAR, build
@@ -245,30 +247,37 @@ def gpu_timer(
     def timer(tiles: TileSet) -> float:
         kernel = build(spec, strategy, rows_hint=rows, device=device, tiles=tiles)
         assert kernel is not None
-        stream = torch.cuda.Stream(device)
+        calls = [functools.partial(problem.run, strategy, kernel) for problem in problems]
         try:
-            with torch.cuda.stream(stream):
-                problems[0].run(strategy, kernel)  # compiles
-            stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):
-                for problem in problems:
-                    problem.run(strategy, kernel)
+            return replay_seconds(calls, replays=7)
         except Exception as error:
             if _is_too_big(error):
                 return math.inf
             raise
-        times = []
-        for _ in range(8):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e-3 / copies)
-        return sorted(times[1:])[3]
 
     return timer
+
+
+def replay_seconds(calls: Sequence[Callable[[], object]], *, replays: int) -> float:
+    """Seconds of one of `calls` in a CUDA graph of all: the median of so many replays."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()  # compiles
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(replays + 1):  # the first warms up
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3 / len(calls))
+    return statistics.median(times[1:])
 
 
 def _is_too_big(error: BaseException) -> bool:

@@ -7,14 +7,11 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from lorafx.kernels.chips import CHIPS, DEFAULT_CHIP, Chip, chip_of
 from lorafx.kernels.cost import (
-    CHIPS,
-    DEFAULT_CHIP,
     GPU_STRATEGIES,
-    Chip,
     Work,
     byte_floor,
-    chip_of,
     choose_strategy,
     estimate,
 )

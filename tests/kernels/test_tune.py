@@ -12,7 +12,7 @@ import torch
 
 import lorafx.kernels.triton_ops  # noqa: F401  registers them
 from lorafx.kernels import tuned_cache
-from lorafx.kernels.cost import DEFAULT_CHIP
+from lorafx.kernels.chips import DEFAULT_CHIP
 from lorafx.kernels.tile_cost import TileSet, fits, predicted
 from lorafx.kernels.triton_build import build
 from lorafx.kernels.triton_tiles import ARCHITECTURES, TUNED, Tiles, tiles_for, tuning_key

@@ -1,0 +1,84 @@
+"""Figures of a chip: computed from timed calls, kept on disk, used by the choice of strategies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import lorafx.kernels.triton_ops  # noqa: F401  registers them
+from lorafx.kernels import chips
+from lorafx.kernels.chips import DEFAULT_CHIP, calibrate, load_chip, save_chip
+from lorafx.kernels.cost import Work, estimate
+
+CPU = torch.device("cpu")
+SECONDS = {
+    "copy in device memory": 1e-3,
+    "copy in the cache": 1e-6,
+    "bf16 product": 2e-3,
+    "fp32 product": 4e-3,
+    "chain of kernels": 3e-4,
+    "vendor GEMM": 1e-3,
+    "Triton GEMM": 1.25e-3,
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr(chips, "cache_folder", lambda: tmp_path)
+    load_chip.cache_clear()
+    yield tmp_path
+    load_chip.cache_clear()
+
+
+def trial() -> tuple[chips.Chip, list[str]]:
+    """A calibration whose calls run, on the CPU and small, and whose clock is SECONDS."""
+    asked: list[str] = []
+
+    def clock(what: str, call: Callable[[], object]) -> float:
+        call()
+        asked.append(what)
+        return SECONDS[what]
+
+    return calibrate(DEFAULT_CHIP, "Test GPU", CPU, clock, scale=128), asked
+
+
+def test_figures_are_work_over_time() -> None:
+    chip, asked = trial()
+    assert set(asked) == set(SECONDS)
+    side, large, small = chips.SIDE // 128, chips.LARGE // 128, chips.SMALL // 128
+    assert chip.bandwidth == pytest.approx(4 * large / 1e-3)  # 16-bit elements, read and written
+    assert chip.l2_bandwidth == pytest.approx(4 * small / 1e-6)
+    assert chip.tensor_rate == pytest.approx(2 * side**3 / 2e-3)
+    assert chip.fma_rate == pytest.approx(2 * (side // 2) ** 3 / 4e-3)
+    assert chip.launch == pytest.approx(3e-4 / chips.CHAIN)
+    assert chip.triton_over_vendor == pytest.approx(0.8)
+    assert chip.calibrated
+    assert chip.processors == DEFAULT_CHIP.processors
+
+
+def test_figures_are_kept_by_name(folder: Path) -> None:
+    chip, _ = trial()
+    assert load_chip("Test GPU") is None
+    save_chip(chip)
+    assert load_chip("Test GPU") == chip
+    assert load_chip("Other GPU") is None
+
+
+def test_a_measured_triton_gemm_opens_prefill_to_fused_kernels() -> None:
+    def refusal(speed: float | None) -> str:
+        chip = chips.replace(DEFAULT_CHIP, triton_over_vendor=speed)
+        return estimate(Work(4096, (4096,), 8192, 8, 16, torch.bfloat16, chip))["epilogue"].refusal
+
+    assert "unmeasured" in refusal(None)
+    assert "0.80" in refusal(0.8)
+    assert not refusal(0.98)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_nothing_is_measured(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert chips.main() == 1
+    assert "nothing was measured" in capsys.readouterr().err
+    assert not list(folder.iterdir())
