@@ -1,0 +1,116 @@
+"""plan and lower for a GPU, on graphs whose values are fake CUDA tensors: kernels, no opaque op."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from compile_only_gpu import compile_only_gpu
+from site_graphs import Finished, SiteGraph
+from torch import Tensor, fx, nn
+from transformers.pytorch_utils import Conv1D
+
+from lorafx.passes.fuse import Fuse
+from lorafx.passes.lower import Lower
+from lorafx.passes.match import Match
+from lorafx.passes.plan import Plan
+
+aten = torch.ops.aten
+K, N, B, T, VOCAB = 32, 48, 3, 2, 7
+ROWS = [0, -1, 2]
+KERNEL_CALL = torch.ops.higher_order.triton_kernel_wrapper_functional
+CUDA = torch.device("cuda", 0)
+
+
+class Modules(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(K, N)
+        self.transposed = Conv1D(N, K)
+        self.embed = nn.Embedding(VOCAB, N)
+
+
+def graph_of(path: str) -> tuple[SiteGraph, Finished]:
+    """input → the module at `path` with its mark, rows proved."""
+    torch.manual_seed(0)
+    g = SiteGraph(Modules(), ROWS, lowering="triton", targets=["linear", "transposed", "embed"])
+    is_ids = path == "embed"
+    x = g.argument(torch.randint(0, VOCAB, (B, T)) if is_ids else torch.randn(B, T, K))
+    g.declare(path, bias=not is_ids)
+    if is_ids:
+        y = g.call(aten.embedding.default, g.weight(path), x)
+    elif path == "transposed":
+        flat = g.call(aten.view.default, x, [B * T, K])
+        y = g.call(aten.addmm.default, g.weight(path, "bias"), flat, g.weight(path))
+        y = g.call(aten.view.default, y, [B, T, N])
+    else:
+        y = g.call(aten.linear.default, x, g.weight(path), g.weight(path, "bias"))
+    return g, g.output(g.mark(path, x, y, rows=T))
+
+
+def on_cuda(g: SiteGraph, gm: fx.GraphModule) -> None:
+    """Every value as it would be on a GPU."""
+
+    def moved(value: object) -> object:
+        if not isinstance(value, Tensor):
+            return value
+        with g.mode:
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=CUDA)
+
+    for node in gm.graph.nodes:
+        if "val" in node.meta:
+            value = node.meta["val"]
+            many = isinstance(value, (list, tuple))
+            node.meta["val"] = type(value)(map(moved, value)) if many else moved(value)
+
+
+@pytest.mark.parametrize(
+    ("path", "pin", "base"),
+    [
+        ("linear", "epilogue", []),
+        ("linear", "recompute", []),
+        ("linear", "segments", ["addmm.default"]),
+        ("linear", "gemv", ["addmm.default"]),
+        ("transposed", "epilogue", []),
+        ("embed", None, ["embedding.default"]),
+    ],
+)
+def test_lora_nodes_become_kernels(path: str, pin: str | None, base: list[str]) -> None:
+    g, done = graph_of(path)
+    done.run(Match(), Fuse())
+    on_cuda(g, done.gm)
+    program = done.ctx.program
+    if pin is not None:
+        program.options = replace(program.options, plan={path: pin})
+    with compile_only_gpu():
+        assert done.run(Plan(), Lower()) == 1
+    calls = [node for node in done.gm.graph.nodes if node.target is KERNEL_CALL]
+    assert calls
+    for node in done.gm.graph.nodes:
+        if node.op == "call_function":
+            assert getattr(node.target, "namespace", "") != "lorafx", node.format_node()
+            assert node.target is not torch.ops.higher_order.auto_functionalized
+    products = [
+        n for n in done.targets() if n in ("mm.default", "addmm.default", "embedding.default")
+    ]
+    assert products == base
+    (states,) = done.ctx.states.values()
+    assert [state.site.path for state in states] == [path]
+    if pin is not None:
+        assert states[0].strategy.startswith(pin)
+    (output,) = next(n for n in done.gm.graph.nodes if n.op == "output").args[0]
+    assert output.meta["val"].shape == (B, T, N)
+    assert output.meta["val"].device == CUDA
+
+
+def test_the_plan_of_a_few_rows_is_a_fused_strategy() -> None:
+    """The cost model takes it by itself: 6 rows, 3 slots."""
+    g, done = graph_of("linear")
+    done.run(Match(), Fuse())
+    on_cuda(g, done.gm)
+    with compile_only_gpu():
+        done.run(Plan(), Lower())
+    (states,) = done.ctx.states.values()
+    assert states[0].strategy.startswith(("epilogue", "recompute"))
+    assert "modelled" in states[0].strategy
