@@ -1,0 +1,212 @@
+"""Time of the first call, by depth: from cold caches, and again in a process that finds them warm.
+
+Each start is a process of its own that builds a random model, loads an adapter of rank 16 on all
+linears, compiles, and makes one call of decode form [8, 1] in which every second request uses it.
+The time is that of the call: capture, passes, Inductor, C++ (imports, building the model and
+loading the adapter are not; neither is the header that Inductor precompiles once a machine). Step
+time with outlined layers is compared to that without in one process.
+
+    python benchmarks/compile_time.py [--quick] [--case NAME]
+
+`--case` (more than one is fine) measures those alone and keeps the others' rows in the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TARGETS = r".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|in_proj_\w+|out_proj)"
+#: name: (family, dynamic shapes, outlined, depths, depths that are also started again)
+CASES: dict[str, tuple[str, bool, bool, tuple[int, ...], tuple[int, ...]]] = {
+    "Llama, dynamic": ("llama", True, True, (2, 8, 32), (2, 32)),
+    "Llama, static": ("llama", False, True, (2, 8, 32), (32,)),
+    "Llama, dynamic, not outlined": ("llama", True, False, (32,), ()),
+    "Qwen3-Next, static": ("qwen3_next", False, True, (2, 8, 32), (32,)),
+}
+QUICK = 8  # layers at most of a quick run
+STEP_DEPTH = 8
+ROWS = 8
+
+
+def llama(layers: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=512,
+            intermediate_size=1408,
+            num_hidden_layers=layers,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            vocab_size=4096,
+            max_position_embeddings=512,
+        )
+    )
+
+
+def qwen3_next(layers: int) -> Any:
+    """Gated delta nets and attention by turns."""
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    return Qwen3NextForCausalLM(
+        Qwen3NextConfig(
+            hidden_size=512,
+            intermediate_size=1408,
+            num_hidden_layers=layers,
+            layer_types=["linear_attention", "full_attention"] * (layers // 2),
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            head_dim=64,
+            linear_num_key_heads=4,
+            linear_num_value_heads=8,
+            linear_key_head_dim=64,
+            linear_value_head_dim=64,
+            mlp_only_layers=list(range(layers)),
+            vocab_size=4096,
+            max_position_embeddings=512,
+        )
+    )
+
+
+FAMILIES: dict[str, Callable[[int], Any]] = {"llama": llama, "qwen3_next": qwen3_next}
+
+
+def start(family: str, layers: int, dynamic: bool, outlined: bool) -> tuple[Any, Callable[[], Any]]:
+    """A compiled model that has not run yet, and its first and every further call."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    import lorafx
+
+    torch.manual_seed(0)
+    model = FAMILIES[family](layers).eval().requires_grad_(False)
+    with tempfile.TemporaryDirectory() as folder:
+        config = LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS, init_lora_weights=False)
+        get_peft_model(copy.deepcopy(model), config).save_pretrained(folder)
+        options = {"passes": {"outline": outlined}}
+        cm = lorafx.compile(model, {"a": folder}, dynamic=dynamic, options=options)
+    ids = torch.randint(0, model.config.vocab_size, (ROWS, 1))
+    names = ["a", None] * (ROWS // 2)
+    return cm, lambda: cm(input_ids=ids, use_cache=False, adapter_names=names).logits
+
+
+def first_call(family: str, layers: int, dynamic: bool, outlined: bool) -> dict[str, object]:
+    """One start: seconds of the first call, and of its parts."""
+    from torch._dynamo.utils import compile_times, counters
+
+    cm, call = start(family, layers, dynamic, outlined)
+    begin = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - begin
+    names, times = compile_times(repr="csv", aggregate=True)
+    parts = dict(zip(names, (float(value) for value in times), strict=True))
+    (record,) = cm._session.backend.records
+    return {
+        "seconds": seconds,
+        "tracing": parts.get("bytecode_tracing", 0.0),
+        "aot": parts.get("create_aot_dispatcher_function", 0.0),
+        "passes": sum(report.seconds for report in record.passes),
+        "inductor": parts.get("compile_fx_inner", 0.0),
+        "bodies": [len(told.paths) for told in record.outlined],
+        "cache_hits": counters["inductor"]["fxgraph_cache_hit"],
+    }
+
+
+def precompile_header() -> None:
+    """What Inductor makes once a machine, whatever its cache folder."""
+    import torch
+
+    torch.compile(torch.sin)(torch.ones(64))
+
+
+def step_time(layers: int, blocks: int) -> list[dict[str, object]]:
+    """Steps of outlined layers over those of the same model as one graph."""
+    from protocol import as_row, compare
+
+    calls = [start("llama", layers, True, outlined)[1] for outlined in (False, True)]
+    plain, outlined = (call() for call in calls)
+    assert (plain - outlined).abs().max() <= 1e-5 * plain.abs().max()
+    ratios = compare(calls[0], {"outlined": calls[1]}, blocks=blocks, seconds=0.1)
+    return [as_row(f"step, Llama, {layers} layers", ratio) for ratio in ratios]
+
+
+def in_process(function: str, *arguments: object, cache: Path) -> Any:
+    """The result of a function of this file in a fresh process with these cache folders."""
+    environment = {
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        "LORAFX_CACHE_DIR": str(cache / "lorafx"),
+    }
+    command = [sys.executable, __file__, "--run", json.dumps([function, arguments])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{function}{arguments} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_case(name: str, quick: bool, folder: Path) -> list[dict[str, object]]:
+    family, dynamic, outlined, depths, again = CASES[name]
+    rows: list[dict[str, object]] = []
+    for layers in [depth for depth in depths if not quick or depth <= QUICK]:
+        cache = Path(tempfile.mkdtemp(dir=folder))  # a path that g++ can read: no spaces
+        for state in ("cold", "warm")[: 1 + (layers in again)]:
+            row = in_process("first_call", family, layers, dynamic, outlined, cache=cache)
+            rows.append({"case": name, "layers": layers, "caches": state, **row})
+            parts = ", ".join(f"{key} {row[key]:.1f}" for key in PARTS)
+            print(f"  {layers:3d} layers, {state}: {row['seconds']:6.1f} s ({parts})", flush=True)
+    colds = {row["layers"]: row["seconds"] for row in rows if row["caches"] == "cold"}
+    for layers in colds.keys() - {2} if 2 in colds else ():
+        print(f"  {layers} layers over 2: {colds[layers] / colds[2]:.2f}", flush=True)
+    return rows
+
+
+PARTS = ("tracing", "aot", "passes", "inductor")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="2 and 8 layers; nothing saved")
+    parser.add_argument("--case", choices=[*CASES, "step"], action="append")
+    parser.add_argument("--out", default="benchmarks/results/compile_time.json")
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run:
+        function, arguments = json.loads(options.run)
+        print(json.dumps(globals()[function](*arguments)))
+        return
+    from protocol import save
+
+    rows: list[dict[str, object]] = []
+    chosen = options.case or [*CASES, "step"]
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder)
+        in_process("precompile_header", cache=cache)
+        for name in chosen:
+            print(name, flush=True)
+            if name != "step":
+                rows += run_case(name, options.quick, cache)
+                continue
+            steps = in_process("step_time", STEP_DEPTH, 5 if options.quick else 20, cache=cache)
+            for row in steps:
+                print(f"  {row['arm']}: {row['median']:.3f} [{row['low']:.3f}, {row['high']:.3f}]")
+            rows += steps
+    if not options.quick:
+        path = Path(options.out)
+        measured = {row["case"] for row in rows}
+        old = json.loads(path.read_text())["rows"] if options.case and path.exists() else []
+        rows = [row for row in old if row["case"] not in measured] + rows
+        save(path, "first call of a Llama and a Qwen3-Next of hidden 512, r=16, [8, 1]", rows)
+
+
+if __name__ == "__main__":
+    main()
