@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -328,3 +330,15 @@ def test_a_peft_model_gives_its_adapters(plain):
     lorafx.detach(model)
     with torch.no_grad():
         assert error(wrapped(**inputs)["logits"], plain.expected(["a0"] * 2, inputs)) <= 1e-5
+
+
+def test_graphs_do_not_keep_a_model_alive(plain):
+    """Dynamo keeps graphs by code object; what they hold would never be freed."""
+    model, inputs = attached(plain), feed(2, 4)
+    call = compiled(model)
+    check_base(call, plain, inputs)
+    check(call, model, plain, ["a0", None], inputs)
+    seen = weakref.ref(model)
+    del model, call
+    gc.collect()
+    assert seen() is None
