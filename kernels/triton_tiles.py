@@ -81,8 +81,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 def architecture_of(device: torch.device) -> Architecture:
     """The row of ARCHITECTURES nearest to `device`; the interpreter for a CPU.
 
-    Of a device that is only named (no driver, as in ahead-of-time work), the newest CUDA row whose
-    capability this torch can tell, else cuda80's, which every later part can run.
+    Without a driver (a graph traced for a GPU that is not here) cuda80's: every later part runs it.
     """
     if device.type == "cpu":
         return ARCHITECTURES["interpreter"]
@@ -194,6 +193,8 @@ def shrink_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
         parts=parts,
         lanes=lanes,
         swap=block_m < 64,
+        # Element-wise loads of float32 leave no registers at 64 rows: twice the threads.
+        num_warps=8 if size == 4 and spec.in_features % 16 and block_m == 64 else 4,
         num_stages=_stages(arch, block_k * (block_m + block_r) * size, 4),
     )
 
