@@ -107,7 +107,8 @@ class AttachedSession(Session):
                     outer = self._row_names(None if self.requests is None else len(self.requests))
                     self.serve(outer, self.store.acquire(outer))
                 else:
-                    self.serve([None], [-1])
+                    # The slots stay: the next block often names the same.
+                    runtime.active, program.touched = False, frozenset()
 
     def begin(self, checks: Checks, arguments: Sequence[Any]) -> None:
         """Check the call that a graph serves, and give its rows their slots.

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorafx.adapter_store.peft_reader import read_adapter
-from lorafx.adapter_store.store import AdapterStore
+from lorafx.adapter_store.store import AdapterStore, StoredAdapter
 from lorafx.backend import Backend
 from lorafx.errors import BatchError, ConfigError
 from lorafx.program import Call, Program
@@ -44,6 +44,9 @@ class Session:
     repeats: bool = False
     force_active: bool = False
     has_mha: bool = field(init=False)
+    #: The adapters that were served last, and the sites that they touch.
+    _served: list[StoredAdapter] = field(default_factory=list)
+    _touched: frozenset[str] = frozenset()
     on_close: list[Callable[[], None]] = field(default_factory=list)
     #: One call at a time: slots and the running call are one state for all marks of the model.
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -128,10 +131,12 @@ class Session:
         program = self.program
         program.runtime.set_rows(slots)
         program.runtime.active |= self.force_active
-        distinct = {name for name, slot in zip(names, slots, strict=True) if slot >= 0}
-        program.touched = frozenset().union(
-            *(self.store[name].sites for name in distinct if name is not None)
-        )
+        distinct = dict.fromkeys(n for n, slot in zip(names, slots, strict=True) if slot >= 0)
+        stored = [self.store[name] for name in distinct if name is not None]
+        if [id(adapter) for adapter in stored] != [id(adapter) for adapter in self._served]:
+            self._served = stored
+            self._touched = frozenset().union(*(adapter.sites for adapter in stored))
+        program.touched = self._touched
 
     def repeating(self) -> bool:
         """Whether rows of one request may follow one another though `repeats` does not say so."""
