@@ -163,8 +163,8 @@ def _hip_usage(assembly: str) -> tuple[int, int]:
         found = re.search(rf"^ +\.{key}: +(\d+)", assembly, re.MULTILINE)
         return int(found[1]) if found else 0
 
-    # A spill into registers of the other kind costs moves, one into scratch costs memory.
-    return number("vgpr_count") + number("agpr_count"), number("private_segment_fixed_size")
+    # vgpr_count has the accumulation registers in it. A spill into those costs moves, no memory.
+    return number("vgpr_count"), number("private_segment_fixed_size")
 
 
 def records(names: Sequence[tuple[str, str]], jobs: int) -> Iterator[Record | LoweringError]:
