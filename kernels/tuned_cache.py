@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import tempfile
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +55,19 @@ def load_tuned(arch: Architecture) -> int:
     path = tuned_file(arch)
     if not path.exists():
         return 0
-    known = {f.name for f in fields(Tiles)}
-    rows = json.loads(path.read_text())
-    for row in rows:
-        spec = DeltaSpec(**{k: _typed(k, v) for k, v in row["spec"].items()})
-        tiles = {name: Tiles(**own) for name, own in row["tiles"].items() if set(own) <= known}
-        if len(tiles) == len(row["tiles"]):
-            TUNED.setdefault((row["strategy"], arch.name, spec, row["rows"]), tiles)
+    try:
+        rows = [_winner(row) for row in json.loads(path.read_text())]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return 0  # damaged, or of other fields than today's: the heuristic's tiles are right too
+    for (strategy, spec, bucket), tiles in rows:
+        TUNED.setdefault((strategy, arch.name, spec, bucket), tiles)
     return len(rows)
+
+
+def _winner(row: Any) -> tuple[tuple[str, DeltaSpec, int], dict[str, Tiles]]:
+    spec = DeltaSpec(**{k: _typed(k, v) for k, v in row["spec"].items()})
+    tiles = {name: Tiles(**own) for name, own in row["tiles"].items()}
+    return (row["strategy"], spec, row["rows"]), tiles
 
 
 def _plain(value: Any) -> Any:

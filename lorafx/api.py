@@ -16,7 +16,7 @@ from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_model import TakenOver, is_peft_model, take_over
 from lorafx.adapter_store.peft_reader import Adapter, adapter_target_modules, read_adapter
 from lorafx.adapter_store.store import AdapterStore
-from lorafx.attached import session_of
+from lorafx.attached import session_of, session_of_weight
 from lorafx.attached_backend import attach_session
 from lorafx.compiled import CompiledModel
 from lorafx.config import LoraConfig, Options
@@ -110,10 +110,26 @@ def attach(
         As `compile`; the model's modules and hooks are as they were then.
     """
     built, taken = _marked(model, lora_config, adapters, options)
+    _refuse_shared_weights(built, taken)
     session = attach_session(built.program, built.attachment, built.store)
     if taken is not None:
         session.on_close.append(taken.restore)
     return built.program.model
+
+
+def _refuse_shared_weights(built: _Built, taken: TakenOver | None) -> None:
+    """A graph is served by the model whose weights it is called with: no two may share one."""
+    for site in built.program.sites:
+        weight = built.program.weight_of(site)
+        other = None if weight is None else session_of_weight(weight)
+        if other is not None:
+            built.attachment.detach()
+            if taken is not None:
+                taken.restore()
+            raise CaptureError(
+                f"the weight of {site.path} is also one of the {type(other.program.model).__name__}"
+                " that is attached already; give one of them a copy, or use lorafx.compile"
+            )
 
 
 def explain(model: nn.Module, lora_config: Any = None) -> Explanation:

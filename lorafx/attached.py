@@ -29,6 +29,7 @@ from lorafx.compat import (
 from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxError
 from lorafx.handover import Ledger
 from lorafx.marks import SiteMark
+from lorafx.packing import check_packed
 from lorafx.passes.attach import Attachment
 from lorafx.passes.attach import detach as remove_marks
 from lorafx.program import Call
@@ -124,7 +125,7 @@ class AttachedSession(Session):
             self.serve(names, self.store.acquire(names))
             if not self.program.runtime.uniform:
                 checks.places.check_rows(arguments, rows)
-        checks.places.check_packing(self.program, arguments)
+        check_packed(self.program.packed)
 
     @contextmanager
     def knowing_arguments(self) -> Iterator[None]:

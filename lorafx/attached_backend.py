@@ -90,7 +90,9 @@ class AttachedBackend(Backend):
             return lambda arguments: program()
 
         def serves(arguments: Sequence[Any]) -> Program | None:
-            session = session_of_weight(arguments[weights[0]]) if weights else running_session()
+            # A layer that shares the graph may have sites at some of its weights only.
+            found = (session_of_weight(arguments[position]) for position in weights)
+            session = next((item for item in found if item), None) if weights else running_session()
             if session is None and adopt is not None and waiting():
                 session = adopt()
             return None if session is None else session.program

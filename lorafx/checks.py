@@ -16,7 +16,6 @@ from torch import Tensor
 from lorafx.errors import BatchError, CaptureError, MatchError, ProvenanceError
 from lorafx.frame import Frame
 from lorafx.handover import Handover
-from lorafx.packing import repack
 from lorafx.program import Program
 from lorafx.roles import Role
 from lorafx.sites import Site
@@ -32,7 +31,6 @@ class InputPlaces:
     Attributes:
         weights: path of a site -> position of its weight, index among the sites that share it.
         banks: path of a site -> position of its group's bank, index of the site in the group.
-        packed: positions of packed weights.
         requests: (position, dimension, name) of inputs that carry requests.
         arguments: position -> role of those inputs from the call's arguments that may be something
             else in another call.
@@ -41,7 +39,6 @@ class InputPlaces:
 
     weights: dict[str, tuple[int, int]] = field(default_factory=dict)
     banks: dict[str, tuple[int, int]] = field(default_factory=dict)
-    packed: list[int] = field(default_factory=list)
     requests: list[tuple[int, int, str]] = field(default_factory=list)
     arguments: dict[int, Role] = field(default_factory=dict)
     plain: list[int] = field(default_factory=list)
@@ -56,8 +53,6 @@ class InputPlaces:
             if item.group is not None and item.kind == "bank" and item.label == "A":
                 for index, site in enumerate(item.group.sites):
                     places.banks[site.path] = position, index
-            if item.kind == "packed" and item.label == "weight":
-                places.packed.append(position)
             dim = item.requests_dim
             if dim is not None and dim < example.dim():
                 places.requests.append((position, dim, item.label))
@@ -108,21 +103,6 @@ class InputPlaces:
                     f"{name} has shape {shape}, but its dimension {dim} should hold the {rows} "
                     "requests; say which dimension does by LoraConfig(row_dims={argument: dim}), "
                     "None when all requests share it"
-                )
-
-    def check_packing(self, program: Program, arguments: Sequence[Any]) -> None:
-        """The graph's packed weights still are what the parameters are views of.
-
-        Raises:
-            CaptureError: the model was moved, cast or resized after it was attached.
-        """
-        for position in self.packed:
-            packed = program.packed_of(arguments[position])
-            if packed is not None and not packed.intact and not repack(packed):
-                raise CaptureError(
-                    f"the weights of {packed.group.sites[0].path} and its siblings have changed "
-                    "shape, dtype or device since LoRA was attached; change the model first and "
-                    "attach it then"
                 )
 
 

@@ -22,7 +22,7 @@ from lorafx.compat import (
 )
 from lorafx.errors import CaptureError
 from lorafx.guards import keep_guards
-from lorafx.packing import repack
+from lorafx.packing import check_packed
 from lorafx.program import Program
 from lorafx.roles import IMAGES, RoleTable
 from lorafx.session import Session
@@ -52,7 +52,7 @@ class Entry:
         else:
             session.set_tokens(self.roles, named)
         _fix_image_sizes(named)
-        _check_packing(session.program)
+        check_packed(session.program.packed)
         limit = session.program.options.recompile_limit
         try:
             with torch.no_grad(), capture_settings(limit):
@@ -87,21 +87,6 @@ def _target(program: Program, module: nn.Module) -> Callable[..., Any]:
 
         return call
     return module.forward
-
-
-def _check_packing(program: Program) -> None:
-    """Packed weights still are what the parameters are views of.
-
-    Raises:
-        CaptureError: the model was moved, cast or resized after compiling.
-    """
-    for packed in program.packed:
-        if not packed.intact and not repack(packed):
-            site = packed.group.sites[0]
-            raise CaptureError(
-                f"the weights of {site.path} and its siblings have changed shape, dtype or device "
-                "since the model was compiled; change the model first and compile it then"
-            )
 
 
 def entered(frame: FrameType) -> bool:

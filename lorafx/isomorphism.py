@@ -22,6 +22,8 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+#: bytes of the widest vector that Inductor's GPU kernels load at once
+VECTOR = 16
 _PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch._ops.OperatorBase)
 _NUMBERS = (bool, int, float, complex, str, bytes)
 
@@ -52,7 +54,7 @@ def stretch_of(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> Stretch:
     former = _Former(gm, nodes)
     forms = tuple(former.node(node) for node in nodes)
     operands = tuple(former.operands)
-    form = Form(forms, tuple(former.result(node) for node in operands))
+    form = Form(forms, tuple((former.result(node), former.aligned(node)) for node in operands))
     return Stretch(tuple(nodes), operands, tuple(former.symbols), form)
 
 
@@ -143,6 +145,17 @@ class _Former:
         """The metadata of what `node` returns. A node without a fake value equals no other."""
         value = node.meta.get("val", self)
         return ("unknown", _Identity(node)) if value is self else self.value(value)
+
+    def aligned(self, operand: fx.Node) -> Hashable:
+        """Whether its first element is where vectors may begin: Inductor looks at the operands of
+        the first call of a body, and may load vectors in all of them."""
+        value = operand.meta.get("val")
+        if not isinstance(value, Tensor):
+            return None
+        offset = value.storage_offset()
+        if isinstance(offset, int):
+            return offset * value.dtype.itemsize % VECTOR == 0
+        return self.literal(offset)
 
     def value(self, value: Any) -> Hashable:
         if isinstance(value, (list, tuple)):

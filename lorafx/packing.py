@@ -9,6 +9,7 @@ splits the views again (`model.to(...)`, `load_state_dict(assign=True)`) is noti
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorafx.compat import mark_fixed_shape
+from lorafx.errors import CaptureError
 from lorafx.module_graph import ModuleGraph
 from lorafx.sites import Group
 
@@ -84,34 +86,54 @@ def pack_weights(graph: ModuleGraph, group: Group) -> PackedGroup | None:
     rows = sum(site.out_features for site in sites)
     buffer = weights[0].new_empty((rows, sites[0].in_features))
     packed = PackedGroup(group, buffer, buffer.new_zeros(rows) if has_bias else None)
-    repack(packed)
+    repack([packed])
     for tensor in (packed.weight, packed.bias):
         if tensor is not None:
             mark_fixed_shape(tensor)
     return packed
 
 
-def repack(packed: PackedGroup) -> bool:
+def check_packed(packs: Iterable[PackedGroup]) -> None:
+    """The packed weights still are what the parameters are views of, or are made so again.
+
+    Raises:
+        CaptureError: the model was moved, cast or resized since it was marked.
+    """
+    split = [packed for packed in packs if not packed.intact]
+    misfit = repack(split) if split else None
+    if misfit is not None:
+        raise CaptureError(
+            f"the weights of {misfit.group.sites[0].path} and its siblings have changed shape, "
+            "dtype or device since lorafx was given the model; change the model first and give it "
+            "to lorafx then"
+        )
+
+
+def repack(packs: Sequence[PackedGroup]) -> PackedGroup | None:
     """Point the parameters at the packed buffers, with the values that they have now.
 
-    False where shape, dtype or device have changed, so that the buffers cannot hold them; nothing
-    is changed then.
+    Returns the first group whose buffers cannot hold them, since shape, dtype or device have
+    changed; nothing is changed then.
     """
-    held = [
-        (parameter, part)
-        for parameters, name, part in packed.places
-        if (parameter := parameters[name]) is not None
-    ]
-    for own, part in held:
-        if (own.shape, own.dtype, own.device) != (part.shape, part.dtype, part.device):
-            return False
+    held = []
+    for packed in packs:
+        for parameters, name, part in packed.places:
+            own = parameters[name]
+            if own is not None:
+                if (own.shape, own.dtype, own.device) != (part.shape, part.dtype, part.device):
+                    return packed
+                held.append((own, part))
+    buffers = {part.untyped_storage().data_ptr() for _, part in held}
     with torch.no_grad():
-        # All values first: a parameter may have been made to share another one's part.
-        for own, part in held:
-            part.copy_(own)
+        # Parameters may have changed places: read all that lie in a buffer before any is written.
+        values = [
+            own.clone() if own.untyped_storage().data_ptr() in buffers else own for own, _ in held
+        ]
+        for value, (_, part) in zip(values, held, strict=True):
+            part.copy_(value)
         for own, part in held:
             own.data = part
-    return True
+    return None
 
 
 def _packable(graph: ModuleGraph, parameter: nn.Parameter, shape: tuple[int, ...]) -> bool:

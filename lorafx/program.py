@@ -68,7 +68,6 @@ class Program:
             for index, site in enumerate(group.sites)
         }
         self._by_bank = {id(group.bank.A): group for group in self.groups}
-        self._by_packed = {id(packed.weight): packed for packed in self.packed}
 
     def home(self, site: Site) -> tuple[Group, int]:
         """The group a site belongs to and its index there."""
@@ -104,9 +103,9 @@ class Program:
         return tied[index]
 
     def _knows(self, weight: Tensor) -> bool:
-        """Whether `weight` was looked for before."""
-        if id(weight) in self._by_weight:
-            return True
+        """Whether `weight` was looked for before, and what was found still holds."""
+        if tied := self._by_weight.get(id(weight)):
+            return self.weight_of(tied[0]) is weight
         seen = self._no_sites.get(id(weight))
         return seen is not None and seen() is weight
 
@@ -137,11 +136,6 @@ class Program:
         """The group whose bank holds this very A."""
         group = self._by_bank.get(id(A))
         return group if group is not None and group.bank.A is A else None
-
-    def packed_of(self, weight: Tensor) -> PackedGroup | None:
-        """The packed group whose buffer this very tensor is."""
-        packed = self._by_packed.get(id(weight))
-        return packed if packed is not None and packed.weight is weight else None
 
     def known_tensors(self) -> dict[int, FrameInput]:
         """Every tensor that is not data of a request, by identity."""

@@ -12,17 +12,16 @@ decides that y's buffer may be written (it is the GEMM's own output) without a c
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
 from lorafx.context import EMBEDDING_OP, FUSED_OP, SITE_OP, Context
 from lorafx.frame import arguments_of, fake_value
+from lorafx.graph_nodes import call_in_place
 from lorafx.kernels import triton_ops
 from lorafx.kernels.cost import FUSED
 from lorafx.kernels.cpu import delta_call, embedding_delta_call
@@ -110,10 +109,12 @@ def _embedding(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
     if strategy.kernel:
         flat = ctx.call(graph, aten.reshape.default, (ids, [-1]))
         arguments = (_flat(graph, ctx, y), flat, *bank, rows, strategy.kernel)
-        return _shaped(graph, ctx, _in_place(graph, TRITON_EMBEDDING_DELTA, arguments), y, node)
+        return _shaped(graph, ctx, call_in_place(graph, TRITON_EMBEDDING_DELTA, arguments), y, node)
     if strategy.name == GENERATED:
-        return _in_place(graph, *embedding_delta_call(delta_spec(node), y, ids, *bank, rows=rows))
-    return _in_place(graph, ADD_EMBEDDING_DELTA, (y, ids, *bank, rows, 0))
+        return call_in_place(
+            graph, *embedding_delta_call(delta_spec(node), y, ids, *bank, rows=rows)
+        )
+    return call_in_place(graph, ADD_EMBEDDING_DELTA, (y, ids, *bank, rows, 0))
 
 
 def _add_delta(
@@ -127,26 +128,10 @@ def _add_delta(
 ) -> fx.Node:
     strategy = strategy_of(node)
     if strategy.kernel:
-        return _in_place(graph, TRITON_DELTA, (y, x, *bank, rows, strategy.kernel))
+        return call_in_place(graph, TRITON_DELTA, (y, x, *bank, rows, strategy.kernel))
     if strategy.name == GENERATED:
-        return _in_place(graph, *delta_call(delta_spec(node), y, x, *bank, rows=rows))
-    return _in_place(graph, ADD_DELTA, (y, x, *bank, *ranges, rows, 0))
-
-
-def _in_place(graph: fx.Graph, op: OpOverload, arguments: tuple[Any, ...]) -> fx.Node:
-    """The first argument, y, after `op` has written it, as functional nodes."""
-    names = [argument.name for argument in op._schema.arguments]
-    both = graph.call_function(
-        torch.ops.higher_order.auto_functionalized,
-        (op,),
-        dict(zip(names, arguments, strict=True)),
-    )
-    value = fake_value(arguments[0])
-    both.meta["val"] = (None, value)
-    with graph.inserting_after(both):
-        written = graph.call_function(operator.getitem, (both, 1))
-    written.meta["val"] = value
-    return written
+        return call_in_place(graph, *delta_call(delta_spec(node), y, x, *bank, rows=rows))
+    return call_in_place(graph, ADD_DELTA, (y, x, *bank, *ranges, rows, 0))
 
 
 def _flat(graph: fx.Graph, ctx: Context, node: Any) -> fx.Node:

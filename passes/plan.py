@@ -93,7 +93,12 @@ def _triton_choice(
     proved = arguments_of(node)[_ROWS[node.target]]
     if isinstance(proved, int) and proved == 0:
         return ATEN, "whose row each one is was not looked for; only aten can refuse a mix"
-    if node.target is EMBEDDING_OP and pinned != ATEN:
+    if node.target is EMBEDDING_OP and pinned not in (None, ATEN):
+        raise ConfigError(
+            f"Options.plan pins {pinned!r} for {', '.join(_paths(ctx, node))}, an embedding, which "
+            "has one strategy; take the pin out, or pin 'aten'"
+        )
+    if node.target is EMBEDDING_OP and pinned is None:
         return EMBEDDING, "rows are gathered one by one"
     if pinned is not None:
         if pinned in FUSED and node.target is not FUSED_OP:

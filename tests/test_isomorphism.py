@@ -96,6 +96,21 @@ def test_other_weights_are_the_same_computation():
     assert first.operands != second.operands
 
 
+@pytest.mark.parametrize(("offset", "same"), [(0, True), (4, True), (1, False)])
+def test_operands_that_vectors_cannot_be_loaded_from_are_told_apart(offset: int, same: bool):
+    """16 bytes: a body is compiled for the operands of its first call."""
+
+    def declare(graph: Graph) -> None:
+        for shape in ((2, 4), (4, 4), (4, 4)):
+            graph.input(*shape)
+        last = graph.graph.find_nodes(op="placeholder")[-1]
+        view = torch.empty(16 + offset)[offset:].view(4, 4)
+        last.meta["val"] = graph.mode.from_tensor(view, static_shapes=True)
+
+    first, second = pair(linear_layer, declare)
+    assert (first.form == second.form) is same
+
+
 def one_difference(change: Callable[[Graph, fx.Node, int], list[fx.Node]]) -> Layer:
     def layer(graph: Graph, index: int) -> list[fx.Node]:
         x = graph.graph.find_nodes(op="placeholder")[0]

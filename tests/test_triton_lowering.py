@@ -94,6 +94,12 @@ def test_a_strategy_that_the_lowering_lacks_is_refused(plain: Case) -> None:
         plain.compile(options={"lowering": "inductor", "plan": {"up": "epilogue"}})
 
 
+def test_an_embedding_has_one_strategy(plain: Case) -> None:
+    cm = plain.compile(options={**TRITON, "plan": {"embed": "segments"}})
+    with pytest.raises(Exception, match="an embedding, which has one strategy"):
+        cm(**inputs_of("plain"), adapter_names=NAMES)
+
+
 def test_a_site_without_its_base_product_cannot_be_fused(plain: Case) -> None:
     cm = plain.compile(options={**TRITON, "passes": {"fuse": False}, "plan": {"up": "epilogue"}})
     with pytest.raises(Exception, match="base product is not part of the node"):

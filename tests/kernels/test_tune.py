@@ -145,6 +145,18 @@ def test_a_build_uses_what_is_on_disk(empty_cache: Path) -> None:
     assert by_disk == build(LAYER, "recompute", rows_hint=8, device=device, tiles=want)
 
 
+@pytest.mark.parametrize("text", ["{", "[1]", '[{"spec": {"of": "another version"}}]'])
+def test_a_damaged_file_leaves_the_heuristic(empty_cache: Path, text: str) -> None:
+    arch = ARCHITECTURES["interpreter"]
+    want = tiles_for("recompute", LAYER.delta, 8, arch)
+    path = tuned_file(arch)
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    load_tuned.cache_clear()
+    assert load_tuned(arch) == 0
+    assert tiles_for("recompute", LAYER.delta, 8, arch) == want
+
+
 def test_files_are_by_architecture_and_versions(empty_cache: Path) -> None:
     names = {tuned_file(arch).name for arch in ARCHITECTURES.values()}
     assert len(names) == len(ARCHITECTURES)
