@@ -17,8 +17,8 @@ from lorafx.kernels.cpu_source import AHEAD, ELEMENTS, SERIAL_WORK, constants, e
 
 # Bytes of a transposed panel of B: with the rows of v and y it has to stay in a 32 KiB cache.
 PANEL_BYTES = 16 << 10
-# A panel is transposed for at least this many rows where there are as many.
-PANEL_ROWS = 64
+# Floats of v that are on the stack.
+SMALL = 4096
 # Panels are on the stack of a thread.
 MAX_RANK = 512
 
@@ -79,7 +79,7 @@ def factor_source(spec: FactorSpec, isa: Isa) -> str:
         # A is read once a call, so all tiles ask for its planes ahead (8 rows, float32, one thread,
         # hidden 1024, over the base products alone: 1.057 without, 1.04 with; a busy machine)
         "PREFETCH_ROWS": isa.tile,
-        "PANEL_ROWS": PANEL_ROWS,
+        "SMALL": SMALL,
         "SERIAL_WORK": SERIAL_WORK,
     }
     folder = resources.files("lorafx.kernels")

@@ -26,9 +26,11 @@ SIZES = {
     "odd": ((7,), 33, 5, 3),
     "rank 1": ((3,), 40, 1, 65),
     "whole squares": ((16,), 64, 32, 128),
+    "one wide row": ((1,), 300, 70, 1700),  # threads share out its columns
     "prefill": ((2, 65), 100, 17, 300),
     "rank of several squares": ((9,), 33, 70, 90),
     "several panels": ((130,), 256, 16, 1100),
+    "many columns": ((130,), 256, 70, 1700),
 }
 # dtypes of x, of A and B, of y
 DTYPES = {
@@ -109,14 +111,19 @@ def test_reference(dtypes: str) -> None:
 @needs_compiler
 def test_rows_are_independent() -> None:
     """A row's bits do not depend on how many rows stand beside it, or on the threads."""
-    y, x, A, B = problem("several panels", "bf16")
+    y, x, A, B = problem("many columns", "bf16")
     kernel = build(FactorSpec.of(y, x, A, B))
     together = y.clone()
     lora.run_factors_(together, x, A, B, 1.5, kernel)
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
-        for rows in (slice(0, 1), slice(3, 12), slice(40, 129)):
+        for count, rows in [
+            (1, slice(0, 1)),
+            (1, slice(3, 12)),
+            (2, slice(40, 129)),
+            (2, slice(5, 6)),
+        ]:
+            torch.set_num_threads(count)
             alone = y[rows].clone()
             lora.run_factors_(alone, x[rows], A, B, 1.5, kernel)
             assert torch.equal(alone, together[rows])
