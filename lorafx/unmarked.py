@@ -12,7 +12,8 @@ one of its class is found the first way when the graph runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -125,7 +126,12 @@ def _mark(model: nn.Module, wanted: FrameOptions) -> AttachedSession:
             "its base model"
         )
     # Banks outlive the call that happens to be the first one, whatever mode that runs in.
-    with torch.inference_mode(False), torch.no_grad(), unset_fake_temporarily():
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        unset_fake_temporarily(),
+        _without_compiled_calls(model),
+    ):
         attach(
             model,
             wanted.given.get("lora_config"),
@@ -144,6 +150,25 @@ def _mark(model: nn.Module, wanted: FrameOptions) -> AttachedSession:
         session.close()
         raise
     return session
+
+
+@contextmanager
+def _without_compiled_calls(model: nn.Module) -> Iterator[None]:
+    """Put aside what `model.compile(...)` or `model.forward = torch.compile(model.forward, ...)`
+    left on the model. `attach` refuses models with graphs that do not know of LoRA; these are being
+    captured right now, and again with the marks."""
+    own, call = vars(model), model._compiled_call_impl
+    forward = own.get("forward")
+    compiled = hasattr(forward, "_torchdynamo_orig_callable")
+    model._compiled_call_impl = None
+    if compiled:
+        del own["forward"]
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = call
+        if compiled:
+            own["forward"] = forward
 
 
 def _adopt(wanted: FrameOptions) -> AttachedSession | None:

@@ -96,6 +96,26 @@ def test_two_models_of_one_class(small, cls, base_first):
     assert [graphs(model) for model in models] == captured
 
 
+@pytest.mark.parametrize("way", ["forward", "module.compile"])
+def test_what_torch_compile_left_on_the_model_stays_there(small, way):
+    """`generate` needs `model.forward` compiled; Module.compile keeps its call on the module."""
+    torch.manual_seed(0)
+    case, inputs = small(Marked, ["w"]), {"x": torch.randn(3, 4, 6)}
+    model = case.model()
+    wanted = {"adapters": case.folders, **REFERENCE}
+    if way == "forward":
+        model.forward = torch.compile(model.forward, backend="lorafx", dynamic=True, options=wanted)
+    else:
+        model.compile(backend="lorafx", dynamic=True, options=wanted)
+    left = vars(model).get("forward"), model._compiled_call_impl
+    check_base(model, case, inputs)
+    check(model, model, case, NAMES, inputs)
+    captured = graphs(model)
+    check(model, model, case, NAMES[::-1], inputs)
+    assert graphs(model) == captured
+    assert (vars(model).get("forward"), model._compiled_call_impl) == left
+
+
 @pytest.mark.parametrize("cls", [Marked, Bypass])
 def test_two_models_with_other_adapters_under_one_name(small, cls):
     torch.manual_seed(0)

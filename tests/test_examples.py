@@ -44,6 +44,15 @@ def test_plain_module(capsys):
     assert capsys.readouterr().out.count("as when served alone") == 3
 
 
+@pytest.mark.slow  # the roads are tested one by one
+def test_torch_compile(capsys):
+    runpy.run_path(str(ROOT / "examples/torch_compile.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    for road in ("marked", "by_options", "peft_model"):
+        for name in ("base", "reverse", "upper"):
+            assert f"{road}, {name}: compiler>{ANSWERS[name]}" in lines
+
+
 @pytest.mark.slow
 def test_training_script_writes_what_the_demo_reads(monkeypatch, tmp_path):
     model, adapters = tmp_path / "model", tmp_path / "adapters"
