@@ -102,6 +102,7 @@ class ReferenceLowering:
         def run(arguments: list[Any]) -> Any:
             return forward(*arguments)
 
+        run._boxed_call = True  # type: ignore[attr-defined]
         return run
 
     def base(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:

@@ -28,6 +28,7 @@ from lorafx.attached_backend import AttachedBackend
 from lorafx.compat import capture_again, captured_locals
 from lorafx.config import Options
 from lorafx.errors import CaptureError, ConfigError, nearest
+from lorafx.pipeline import check_options
 from lorafx.stack import compiled_module, unwrapped
 
 _LORA = ("lora_config", "adapters")
@@ -60,7 +61,9 @@ class FrameOptions:
                     f'torch.compile(backend="lorafx") are {", ".join(known)}'
                 )
         own = {key: value for key, value in (given or {}).items() if key not in _LORA}
-        return cls(dict(given or {}), Options.of(own))
+        options = Options.of(own)
+        check_options(options)
+        return cls(dict(given or {}), options)
 
     @property
     def asks_for_lora(self) -> bool:

@@ -246,9 +246,12 @@ def test_options_of_torch_compile(plain):
         ({"verify": "off"}, "verify='off', and the model was attached with verify='lint'"),
         ({"lowring": "reference"}, "unknown option 'lowring'; nearest: lowering"),
         ({"lora_config": plain.folders}, "carries LoRA already"),
+        ({"passes": {"pak": False}}, "unknown pass 'pak'; nearest: pack"),
     ):
         with pytest.raises(ConfigError, match=message):
             compiled(model, options=options)(**inputs)
+    with pytest.raises(ConfigError, match="unknown pass 'pak'"):  # also where there is no LoRA
+        compiled(plain.model(), options={"passes": {"pak": False}})(**inputs)
 
 
 def test_changed_weights(plain):
