@@ -160,6 +160,8 @@ class _Former:
     def value(self, value: Any) -> Hashable:
         if isinstance(value, (list, tuple)):
             return tuple(self.value(item) for item in value)
+        if isinstance(value, Mapping):  # what a Triton kernel has written, by argument
+            return ("mapping", tuple((key, self.value(item)) for key, item in value.items()))
         if not isinstance(value, Tensor):
             return self.literal(value)
         # The storage offset is left out: it follows from the arguments and from the operands' own,

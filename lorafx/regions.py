@@ -9,11 +9,13 @@ comes back.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 
@@ -21,6 +23,8 @@ from lorafx.frame import fake_value
 
 aten = torch.ops.aten
 
+#: What reads a size off a tensor.
+_SIZES = frozenset({aten.sym_size.int, aten.sym_stride.int})
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
 
 
@@ -136,10 +140,11 @@ def tensor_valued(node: fx.Node) -> bool:
 def hoist_shared(graph: fx.Graph) -> int:
     """Put what several regions read and no activation goes into before all of them.
 
-    A size that `provenance` emitted for the first layer, or a table that the first layer computes,
-    is used by the others as well: it is an operand of each, and no part of the first. Returns how
-    many nodes moved.
+    A size that a pass emitted for the first layer, or a table that the first layer computes, is
+    used by the others as well: it is an operand of each, and no part of the first. Returns how many
+    nodes moved.
     """
+    _settle_sizes(graph)
     invariant = _invariant(graph)
     wanted: set[fx.Node] = set()
     for region in regions_of(graph):
@@ -162,6 +167,53 @@ def hoist_shared(graph: fx.Graph) -> int:
         else:
             anchor.prepend(node)
     return len(wanted)
+
+
+def _settle_sizes(graph: fx.Graph) -> None:
+    """A size read off an activation is a number, or computed from the sizes among the inputs."""
+    known: dict[Any, fx.Node] = {}
+    anchor = next(node for node in graph.nodes if node.op != "placeholder")
+    for node in list(graph.nodes):
+        value = fake_value(node)
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            continue
+        expr = value.node.expr if isinstance(value, torch.SymInt) else sympy.Integer(value)
+        if node.op == "placeholder":
+            known.setdefault(expr, node)
+        elif node.target in _SIZES:
+            with graph.inserting_before(anchor):
+                size = _computed(graph, expr, known)
+            if size is None:
+                continue
+            for user in list(node.users):
+                replace = functools.partial(_instead, node, size)
+                user.args = fx.node.map_arg(user.args, replace)
+                user.kwargs = fx.node.map_arg(user.kwargs, replace)
+            anchor = node.next if node is anchor else anchor
+            graph.erase_node(node)
+
+
+def _computed(graph: fx.Graph, expr: Any, known: dict[Any, fx.Node]) -> Any:
+    """`expr` as a number or a node: a polynomial in sizes that are inputs; else None."""
+    if expr.is_Integer:
+        return int(expr)
+    if expr not in known and isinstance(expr, (sympy.Add, sympy.Mul)):
+        target = operator.add if isinstance(expr, sympy.Add) else operator.mul
+        parts = [_computed(graph, part, known) for part in expr.args]
+        if None in parts:
+            return None
+        total = parts[0]
+        for part in parts[1:]:
+            node = graph.call_function(target, (total, part))
+            values = (fake_value(x) if isinstance(x, fx.Node) else x for x in (total, part))
+            node.meta["val"] = target(*values)
+            total = node
+        known[expr] = total
+    return known.get(expr)
+
+
+def _instead(old: fx.Node, new: Any, argument: fx.Node) -> Any:
+    return new if argument is old else argument
 
 
 def bodies(gm: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:

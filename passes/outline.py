@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from lorafx.context import Context, Outlined
 from lorafx.frame import fake_value
@@ -141,8 +142,7 @@ def _symbols(graph: fx.Graph, stretch: Stretch) -> list[fx.Node]:
     """Sizes among the graph's inputs that the body needs and that are no operands yet."""
     needed = set()
     for node in (*stretch.nodes, *stretch.operands):
-        values = fake_value(node)
-        for value in values if isinstance(values, (list, tuple)) else (values,):
+        for value in pytree.tree_leaves(fake_value(node)):
             sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
             for size in sizes:
                 if isinstance(size, torch.SymInt):

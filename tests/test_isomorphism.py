@@ -218,6 +218,21 @@ def test_a_node_without_a_fake_value_equals_no_other():
     assert first.form == first.form
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_results_by_name(same):
+    """What a Triton kernel returns is a mapping."""
+
+    def layer(graph: Graph, index: int) -> list[fx.Node]:
+        x = graph.graph.find_nodes(op="placeholder")[0]
+        node = graph.graph.call_function(torch.ops.higher_order.invoke_subgraph, (x,))
+        shape = (4, 4) if same else (4, 4 + index)
+        node.meta["val"] = {"y_ptr": graph.mode.from_tensor(torch.empty(shape), static_shapes=True)}
+        return [node]
+
+    first, second = pair(layer, lambda graph: graph.input(4, 4))
+    assert (first.form == second.form) == same
+
+
 def caches(lengths: tuple[int, int]) -> tuple[Graph, Stretch, Stretch]:
     """Two layers that append to a cache of symbolic length each."""
     graph = Graph()

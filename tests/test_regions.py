@@ -1,0 +1,109 @@
+"""Regions of a graph: runs of nodes that one module call made, and what is moved before them."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx, nn
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from lorafx.isomorphism import stretch_of
+from lorafx.regions import hoist_shared, regions_of
+
+aten = torch.ops.aten
+
+
+class Built:
+    """x (n, 4) and n as inputs; nodes know the calls that they were made in."""
+
+    def __init__(self) -> None:
+        self.graph = fx.Graph()
+        shapes = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=shapes)
+        symbol = shapes.create_symbol(5, ConstantSource("n"), dynamic_dim=DimDynamic.DYNAMIC)
+        self.n = self.graph.placeholder("n")
+        self.n.meta["val"] = size = shapes.create_symintnode(symbol, hint=5)
+        self.x = self.graph.placeholder("x")
+        with self.mode:
+            self.x.meta["val"] = torch.empty(size, 4)
+
+    def call(self, calls: tuple[str, ...], target, *args) -> fx.Node:
+        node = self.graph.call_function(target, args)
+        with self.mode:
+            node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))
+        if calls:
+            node.meta["nn_module_stack"] = {name: (name, nn.Module) for name in calls}
+        return node
+
+    def done(self, *results: fx.Node) -> fx.GraphModule:
+        self.graph.output(results)
+        return fx.GraphModule(nn.Module(), self.graph)
+
+
+def spans(graph: fx.Graph) -> list[list[str]]:
+    return [[node.name for node in region.nodes] for region in regions_of(graph)]
+
+
+def test_runs_of_nested_calls_with_nodes_that_no_call_made():
+    b = Built()
+    first = b.call((), aten.relu.default, b.x)
+    sin = b.call(("a", "a.b"), aten.sin.default, first)
+    added = b.call((), aten.tanh.default, sin)
+    cos = b.call(("a", "a.b"), aten.cos.default, added)
+    exp = b.call(("a",), aten.exp.default, cos)
+    last = b.call((), aten.neg.default, exp)
+    gm = b.done(last)
+    assert spans(gm.graph) == [["sin_default", "tanh_default", "cos_default", "exp_default"],
+                               ["sin_default", "tanh_default", "cos_default"]]  # fmt: skip
+
+
+def test_what_another_call_made_ends_a_run():
+    b = Built()
+    sin = b.call(("a",), aten.sin.default, b.x)
+    cos = b.call(("b",), aten.cos.default, sin)
+    gm = b.done(b.call(("a",), aten.exp.default, cos))
+    assert spans(gm.graph) == [["sin_default"], ["cos_default"], ["exp_default"]]
+
+
+def test_random_numbers_end_a_run_and_attention_without_dropout_does_not():
+    b = Built()
+    sin = b.call(("a",), aten.sin.default, b.x)
+    noise = b.call(("a",), aten.rand_like.default, sin)
+    exp = b.call(("a",), aten.exp.default, noise)
+    heads = b.call(("a",), aten.view.default, exp, [1, 1, b.n, 4])
+    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    attention = b.call(("a",), op, heads, heads, heads)
+    gm = b.done(b.call(("a",), operator.getitem, attention, 0))
+    assert [len(names) for names in spans(gm.graph)] == [4, 1]
+
+
+def test_sizes_of_the_first_layer_are_computed_before_all():
+    """The first layer reads n off an activation, and 2n off another: both layers use them."""
+    b = Built()
+    shared: list[fx.Node] = []
+    h = b.x
+    parts = []
+    for name in ("a", "b"):
+        h = b.call((name,), aten.sin.default, h)
+        if not shared:
+            shared.append(b.call((), aten.sym_size.int, h, 0))
+            twice = b.call((), aten.cat.default, [h, h])
+            shared.append(b.call((), aten.sym_size.int, twice, 0))
+            shared.append(b.call((), operator.sub, shared[1], 1))
+        ones = b.call((name,), aten.ones.default, [shared[2], 4])
+        parts.append(b.call((name,), aten.sum.default, ones))
+        h = b.call((name,), aten.view.default, h, [shared[0], 4])
+    gm = b.done(h, *parts)
+    hoist_shared(gm.graph)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    first, second = (stretch_of(gm, region.nodes) for region in regions_of(gm.graph))
+    assert first.form == second.form
+    assert aten.sym_size.int not in {node.target for node in gm.graph.nodes}
+    x = torch.randn(5, 4)
+    out, *sums = gm(5, x)
+    assert torch.equal(out, x.sin().sin())
+    assert [float(value) for value in sums] == [36.0, 36.0]
