@@ -24,20 +24,45 @@ template <int... I> struct Lanes {};
 template <int COUNT, int... I> struct Range : Range<COUNT - 1, COUNT - 1, I...> {};
 template <int... I> struct Range<0, I...> { typedef Lanes<I...> list; };
 
-// a0 b0 a1 b1 ... of the low or the high halves
-template <int HALF, int... I> INLINE Line zip(Line a, Line b, Lanes<I...>) {
-    return __builtin_shufflevector(a, b, (I / 2 + HALF + I % 2 * LANES)...);
+// What unpack and lane shuffles do in one instruction: patterns within groups of 16 bytes, and of
+// whole groups. A permutation across groups costs about twice as much.
+static const int GROUP = LANES * sizeof(W::T) > 16 ? 16 / sizeof(W::T) : LANES;
+static const int GROUPS = LANES / GROUP;
+
+template <int HALF> struct Zip {  // in each group a0 b0 a1 b1 ... of the low or the high halves
+    static constexpr int from(int i) {
+        return i / GROUP * GROUP + HALF * GROUP / 2 + i % GROUP / 2 + i % 2 * LANES;
+    }
+};
+template <int ODD> struct Unzip {  // the even or the odd groups of a, then those of b
+    static constexpr int from(int i) {
+        return (i / GROUP * 2 + ODD) % GROUPS * GROUP + i % GROUP + i * 2 / LANES * LANES;
+    }
+};
+template <class PATTERN, int... I> INLINE Line pick(Line a, Line b, Lanes<I...>) {
+    return __builtin_shufflevector(a, b, PATTERN::from(I)...);
 }
 
-// A square in place. Zipping the first half of the lines with the second rotates the bits of every
-// element's index by one, so log2(LANES) times swap line and lane.
+// A square in place. Zipping the first half of some lines with the second rotates the bits of every
+// element's index by one, so log2 of their number times swap line and place; unzipping rotates back.
+// First the places in the groups of GROUP lines each, then groups of lines with groups of places.
 INLINE void transpose(Line* square) {
     typedef typename Range<LANES>::list all;
-    UNROLL for (int done = 1; done < LANES; done *= 2) {
-        Line next[LANES];
+    Line next[LANES];
+    UNROLL for (int done = 1; done < GROUP; done *= 2) {
         UNROLL for (int i = 0; i < LANES / 2; i++) {
-            next[2 * i] = zip<0>(square[i], square[i + LANES / 2], all());
-            next[2 * i + 1] = zip<LANES / 2>(square[i], square[i + LANES / 2], all());
+            const int first = i / (GROUP / 2) * GROUP, line = first + i % (GROUP / 2);
+            const int to = first + i % (GROUP / 2) * 2;
+            next[to] = pick<Zip<0>>(square[line], square[line + GROUP / 2], all());
+            next[to + 1] = pick<Zip<1>>(square[line], square[line + GROUP / 2], all());
+        }
+        UNROLL for (int i = 0; i < LANES; i++) square[i] = next[i];
+    }
+    UNROLL for (int done = 1; done < GROUPS; done *= 2) {
+        UNROLL for (int i = 0; i < LANES / 2; i++) {
+            const int from = i / GROUP * 2 * GROUP + i % GROUP;
+            next[i] = pick<Unzip<0>>(square[from], square[from + GROUP], all());
+            next[i + LANES / 2] = pick<Unzip<1>>(square[from], square[from + GROUP], all());
         }
         UNROLL for (int i = 0; i < LANES; i++) square[i] = next[i];
     }
