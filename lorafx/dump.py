@@ -25,7 +25,9 @@ class GraphDump:
     title: str
     folder: Path | None
     stages: list[tuple[str, str, str]] = field(default_factory=list)  # (name, heading, text)
-    sources: dict[str, str] = field(default_factory=dict)  # of generated kernels, by file name
+    sources: dict[str, str] = field(
+        default_factory=dict
+    )  # generated kernels, reports; by file name
 
     def graph(
         self, name: str, gm: fx.GraphModule, *, edits: int | None = None, seconds: float = 0.0
@@ -40,7 +42,7 @@ class GraphDump:
             self._write(len(self.stages) - 1, self.folder)
 
     def source(self, name: str, text: str) -> None:
-        """Record the source of a generated kernel that the graph calls."""
+        """Record a text that belongs to the graph: a generated kernel's source, a report."""
         if name not in self.sources:
             self.sources[name] = text
             if self.folder is not None:

@@ -59,7 +59,7 @@ class PeftRecord:
     left: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """The record as text, for `explain`."""
+        """The record as text, which stands beside the dumps."""
         lines = [f"{item.name}: {item.edits} edits, {item.nodes} nodes" for item in self.passes]
         lines += [f"rewritten: {site}" for site in self.sites]
         return lines + [f"as PEFT wrote it: {text}" for text in self.left]
@@ -79,9 +79,8 @@ def has_peft_lora(gm: fx.GraphModule, examples: Sequence[Any]) -> bool:
     layer = _lora_layer()
     if layer is None or _wants_gradient(examples):
         return False
-    running = (
-        innermost_module()
-    )  # a layer's forward by itself, where its caller could not be traced
+    # A layer's forward is a frame by itself where its caller could not be traced.
+    running = innermost_module()
     root = str(id(running)) if isinstance(running, layer) else None
     linears: dict[fx.Node, str] = {}
     for node in gm.graph.nodes:
@@ -112,7 +111,7 @@ def compile_peft_frame(
 
     def compiler(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         _run_passes(graph, PeftContext(options, graph), record)
-        return _boxed(lowering.compile(graph, inputs))
+        return lowering.compile(graph, inputs)
 
     executable = aot_autograd(
         fw_compiler=compiler,
@@ -150,6 +149,8 @@ def _run_passes(gm: fx.GraphModule, ctx: PeftContext, record: PeftRecord) -> Non
         f"{module_path(node)}: it is not simply added to a result"
         for node in factor_chains(gm.graph)
     ]
+    if record.dump is not None:
+        record.dump.source("rewritten.txt", "\n".join([*record.lines(), ""]))
 
 
 def _lora_layer() -> type | None:
@@ -170,13 +171,3 @@ def _owner(node: fx.Node, layer: type) -> str | None:
         if isinstance(cls, type) and issubclass(cls, layer):
             return str(key)
     return None
-
-
-def _boxed(compiled: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
-    """`compiled` in AOTAutograd's convention: one list of arguments."""
-
-    def run(arguments: list[Any]) -> Any:
-        return compiled(arguments)
-
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run

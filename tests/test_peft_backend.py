@@ -85,9 +85,9 @@ def logits(model: Any, batch: dict[str, Tensor], **kwargs: Any) -> Tensor:
 
 def rewritten_by(call: Callable[[], Any]) -> int:
     """How many adapters at modules the frames that `call` compiles hold as one op."""
-    before = len(recent_records())
+    before = recent_records()
     call()
-    return sum(len(record.sites) for record in recent_records()[before:])
+    return sum(len(record.sites) for record in recent_records() if record not in before)
 
 
 def layers(model: nn.Module) -> int:

@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 import triton
 from torch._dynamo import device_interface
+from torch.utils._triton import has_triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
@@ -93,6 +94,7 @@ def compile_only_gpu() -> Iterator[None]:
     config = triton.runtime.driver
     before = config._active
     config.set_active(_Driver())
+    has_triton.cache_clear()  # an earlier compilation for the CPU has asked
     try:
         with (
             mock.patch.dict(registered, {"cuda": _Interface, "cuda:0": _Interface}),
@@ -102,3 +104,4 @@ def compile_only_gpu() -> Iterator[None]:
             yield
     finally:
         config._active = before
+        has_triton.cache_clear()
