@@ -25,9 +25,7 @@ class GraphDump:
     title: str
     folder: Path | None
     stages: list[tuple[str, str, str]] = field(default_factory=list)  # (name, heading, text)
-    sources: dict[str, str] = field(
-        default_factory=dict
-    )  # generated kernels, reports; by file name
+    sources: dict[str, str] = field(default_factory=dict)  # kernels, reports; by file name
 
     def graph(
         self, name: str, gm: fx.GraphModule, *, edits: int | None = None, seconds: float = 0.0
