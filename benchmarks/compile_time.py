@@ -31,6 +31,7 @@ CASES: dict[str, tuple[str, bool, bool, tuple[int, ...], tuple[int, ...]]] = {
     "Llama, static": ("llama", False, True, (2, 8, 32), (32,)),
     "Llama, dynamic, not outlined": ("llama", True, False, (32,), ()),
     "Qwen3-Next, static": ("qwen3_next", False, True, (2, 8, 32), (32,)),
+    "Qwen3-Next, dynamic": ("qwen3_next", True, True, (2, 8, 32), ()),
 }
 QUICK = 8  # layers at most of a quick run
 STEP_DEPTH = 8
