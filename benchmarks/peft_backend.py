@@ -15,15 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from cpu_mixed import DTYPES, RANK, SHAPES, TARGETS, build_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from protocol import as_row, compare, save
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-RANK = 16
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SHAPES = {"decode": (8, 1), "prefill": (8, 128)}
 #: The arms other than the compiled base: how the PEFT model is compiled, None for eager.
 ARMS = {
     'PEFT, backend="lorafx"': "lorafx",
@@ -34,17 +31,7 @@ ARMS = {
 
 def build_models(layers: int, dtype: torch.dtype) -> tuple[LlamaForCausalLM, PeftModel]:
     """The base, and a copy of it with one adapter whose B is not zero."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=layers,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        vocab_size=4096,
-        max_position_embeddings=512,
-    )
-    base = LlamaForCausalLM(config).eval().requires_grad_(False)
+    base = build_model(layers, torch.float32).requires_grad_(False)
     adapter = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS, inference_mode=True)
     peft_model = get_peft_model(copy.deepcopy(base), adapter).eval()
     for name, parameter in peft_model.named_parameters():

@@ -108,7 +108,7 @@ def compile_variant(variant: AotVariant, target: str) -> Record:
         LoweringError: Triton or the assembler refuses it.
     """
     chip = TARGETS[target]
-    source = ASTSource(variant.function, variant.signature, variant.constants, variant.attributes)
+    source = ASTSource(variant.function, variant.signature, {}, variant.attributes)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     try:
         compiled = triton.compile(source, target=chip.gpu, options=options)

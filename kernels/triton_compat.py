@@ -94,11 +94,6 @@ def _put_right() -> Iterator[None]:
         del builder.cast_impl, builder.create_dot  # the class's own show again
 
 
-def python_function(kernel: Any) -> Callable[..., None]:
-    """What @triton.jit was put on."""
-    return kernel.fn
-
-
 class _Executor(interpreter.GridExecutor):
     """Triton's own copies whole storages to the host and back: of banks, on every launch."""
 
@@ -115,7 +110,7 @@ def interpret(kernel: Any, grid: Sequence[int], arguments: Sequence[Any]) -> Non
     Raises:
         LoweringError: the kernel failed; its source is in the message's cause.
     """
-    function = python_function(kernel)
+    function = kernel.fn  # what @triton.jit was put on
     with _LOCK, _put_right(), np.errstate(all="ignore"):  # a NaN in x is not the kernel's fault
         try:
             interpreted = interpreter.InterpretedFunction(function)

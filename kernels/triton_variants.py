@@ -1,8 +1,8 @@
 """Kernels to compile ahead of time: strategies by representative specs, as Triton wants them.
 
-    variants_for_aot(architecture) -> AotVariant(name, function, signature, constants, ...), ...
+    variants_for_aot(architecture) -> AotVariant(name, function, signature, ...), ...
 
-    triton.compile(ASTSource(v.function, v.signature, v.constants, v.attributes), target,
+    triton.compile(ASTSource(v.function, v.signature, {}, v.attributes), target,
                    options={"num_warps": v.num_warps, "num_stages": v.num_stages})
 
 Sizes are literals of the sources, so a variant is a shape; those here are the layers of
@@ -35,20 +35,16 @@ class AotVariant:
         text: the generated source.
         function: what @triton.jit made of it, for `triton.compiler.ASTSource`.
         signature: Triton's type of each argument.
-        constants: empty; sizes are literals of the source.
         attributes: pointers and strides that are multiples of 16, as PyTorch's are.
-        shared_limit: bytes of shared memory that one program may use there.
     """
 
     name: str
     kernel: GeneratedKernel
     spec: TritonSpec | None
     signature: dict[str, str]
-    constants: dict[str, Any]
     attributes: dict[tuple[int, ...], list[list[Any]]]
     num_warps: int
     num_stages: int
-    shared_limit: int
 
     @property
     def function(self) -> Any:
@@ -134,7 +130,6 @@ def variants_for_aot(
     """Each kernel of each strategy, spec and number of rows, for a row of ARCHITECTURES; no device
     of it is needed."""
     arch = ARCHITECTURES[architecture]
-    limit = arch.shared_kib * 1024
     seen: set[str] = set()
 
     def variant(name: str, kernel: GeneratedKernel, spec: TritonSpec | None) -> AotVariant:
@@ -143,7 +138,7 @@ def variants_for_aot(
         attributes = _attributes(signature, spec)
         tiles = kernel.tiles
         launch = (tiles.num_warps, tiles.num_stages)
-        return AotVariant(name, kernel, spec, signature, {}, attributes, *launch, limit)
+        return AotVariant(name, kernel, spec, signature, attributes, *launch)
 
     yield variant("order", load("order", None, ORDER_TILES, arch), None)
     for name, full in representative_specs().items():

@@ -71,8 +71,6 @@ def compile(
     """
     built, taken = _marked(model, lora_config, adapters, options)
     compiled = CompiledModel(built.program, built.attachment, built.store, dynamic)
-    if taken is not None:
-        compiled.on_detach(taken.restore)
     try:
         if taken is not None and taken.active is not None:
             compiled.set_adapter(taken.active)
@@ -109,23 +107,19 @@ def attach(
     Raises:
         As `compile`; the model's modules and hooks are as they were then.
     """
-    built, taken = _marked(model, lora_config, adapters, options)
-    _refuse_shared_weights(built, taken)
-    session = attach_session(built.program, built.attachment, built.store)
-    if taken is not None:
-        session.on_close.append(taken.restore)
+    built, _ = _marked(model, lora_config, adapters, options)
+    _refuse_shared_weights(built)
+    attach_session(built.program, built.attachment, built.store)
     return built.program.model
 
 
-def _refuse_shared_weights(built: _Built, taken: TakenOver | None) -> None:
+def _refuse_shared_weights(built: _Built) -> None:
     """A graph is served by the model whose weights it is called with: no two may share one."""
     for site in built.program.sites:
         weight = built.program.weight_of(site)
         other = None if weight is None else session_of_weight(weight)
         if other is not None:
             built.attachment.detach()
-            if taken is not None:
-                taken.restore()
             raise CaptureError(
                 f"the weight of {site.path} is also one of the {type(other.program.model).__name__}"
                 " that is attached already; give one of them a copy, or use lorafx.compile"
@@ -172,11 +166,14 @@ def _marked(
         sources = {**taken.adapters, **sources}
     try:
         config, extra = _resolve(lora_config, sources, model)
-        return _build(model, config, settings, {**extra, **sources}), taken
+        built = _build(model, config, settings, {**extra, **sources})
     except BaseException:
         if taken is not None:
             taken.restore()
         raise
+    if taken is not None:
+        built.attachment.on_detach.append(taken.restore)
+    return built, taken
 
 
 def _build(

@@ -69,8 +69,6 @@ class AttachedSession(Session):
         if self.depth:
             raise CaptureError("detach the model after the block of lorafx.adapters, not inside")
         self.attachment.detach()
-        for callback in self.on_close:
-            callback()
         _SESSIONS.discard(self)
         _BY_WEIGHT.clear()
         _BY_MODEL.pop(self.program.model, None)

@@ -11,15 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.attached import AttachedSession, running_session, session_of_weight, waiting
 from lorafx.backend import Backend
 from lorafx.errors import CaptureError
 from lorafx.executable import Owner, refusing
-from lorafx.frame import Frame
+from lorafx.frame import Frame, wants_gradient
 from lorafx.lowering import Lowering
 from lorafx.passes.attach import Attachment
 from lorafx.program import Program
@@ -62,9 +61,7 @@ class AttachedBackend(Backend):
         owner: Owner,
         lowering: Lowering,
     ) -> Callable[..., Any]:
-        if torch.is_grad_enabled() and any(
-            isinstance(example, Tensor) and example.requires_grad for example in examples
-        ):
+        if wants_gradient(examples):
             return refusing(
                 CaptureError(
                     "gradients are wanted through LoRA of lorafx, which is for inference; call the "

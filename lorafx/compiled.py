@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ class CompiledModel(nn.Module):
         self._attachment = attachment
         self._session = Session(program, store, Backend(program, entered), dynamic)
         self._entries: dict[tuple[int, bool], Entry] = {}
-        self._on_detach: list[Callable[[], None]] = []
         self.train(program.model.training)
 
     def forward(
@@ -196,14 +195,7 @@ class CompiledModel(nn.Module):
         A `peft.PeftModel` that was compiled gets its wrappers back.
         """
         self._attachment.detach()
-        for callback in self._on_detach:
-            callback()
-        self._on_detach.clear()
         return self.model
-
-    def on_detach(self, callback: Callable[[], None]) -> None:
-        """Call `callback` when the model is detached."""
-        self._on_detach.append(callback)
 
     # --- plumbing ---
 

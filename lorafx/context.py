@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch._guards import detect_fake_mode
 
 import lorafx.kernels.ops  # noqa: F401  (defines torch.ops.lorafx)
 from lorafx.errors import MatchError
@@ -19,9 +18,8 @@ from lorafx.frame import (
     FrameInput,
     InputKind,
     arguments_of,
-    fake_value,
 )
-from lorafx.graph_nodes import call_function, module_path, plain_path
+from lorafx.graph_nodes import GraphEdits, module_path, plain_path
 from lorafx.handover import Handover
 from lorafx.program import BANK_FIELDS, Program
 from lorafx.registry import lookup
@@ -92,7 +90,7 @@ class Outlined:
 
 
 @dataclass(eq=False)
-class Context:
+class Context(GraphEdits):
     """State of one graph on its way through the passes."""
 
     program: Program
@@ -109,8 +107,7 @@ class Context:
     homes: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
 
     def __post_init__(self, graph_module: fx.GraphModule) -> None:
-        values = [fake_value(node) for node in graph_module.graph.nodes]
-        self.fake_mode = detect_fake_mode([value for value in values if isinstance(value, Tensor)])
+        self.look_at(graph_module)
 
     # --- site nodes ---
 
@@ -144,13 +141,6 @@ class Context:
 
     def refuse(self, refusal: Refusal) -> None:
         self.refusals.append(refusal)
-
-    def take_edit(self) -> bool:
-        """True while the budget of `Options.max_edits` lasts; each True uses one up."""
-        if self.edits_left is None:
-            return True
-        self.edits_left -= 1
-        return self.edits_left >= 0
 
     # --- where things are ---
 
@@ -191,11 +181,6 @@ class Context:
         return owners
 
     # --- new nodes ---
-
-    def call(self, graph: fx.Graph, target: Any, args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
-        """`call_function` in this graph's fake mode."""
-        assert self.fake_mode is not None
-        return call_function(self.fake_mode, graph, target, args, **kwargs)
 
     def bank_inputs(self, graph: fx.Graph, site: Site, weight: fx.Node) -> tuple[fx.Node, ...]:
         """(A, B, ranks, scales, slots) of `site` as graph inputs that the executable looks up by

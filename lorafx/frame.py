@@ -7,7 +7,7 @@ call. The frame is dropped when its graph is compiled; nothing of it reaches the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -147,6 +147,13 @@ class Frame:
                 sizes.append(fake_value(node).shape[dim])
         # A size of one beside a larger batch is an argument that all requests share.
         return next((size for size in sizes if size != 1), sizes[0] if sizes else None)
+
+
+def wants_gradient(examples: Iterable[Any]) -> bool:
+    """True where a frame's results want gradients, by the values of its inputs."""
+    return torch.is_grad_enabled() and any(
+        isinstance(item, Tensor) and item.requires_grad for item in examples
+    )
 
 
 def fake_value(node: fx.Node) -> Any:

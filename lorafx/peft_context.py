@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-from torch import Tensor, fx
-from torch._guards import detect_fake_mode
+from torch import fx
 
 import lorafx.kernels.factor_ops  # noqa: F401  (defines torch.ops.lorafx.factors)
 from lorafx.config import Options
-from lorafx.frame import fake_value
-from lorafx.graph_nodes import call_function
+from lorafx.graph_nodes import GraphEdits
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ class FactorSite:
 
 
 @dataclass(eq=False)
-class PeftContext:
+class PeftContext(GraphEdits):
     """What the passes share.
 
     Attributes:
@@ -44,23 +41,10 @@ class PeftContext:
     left: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        values = [fake_value(node) for node in self.graph_module.graph.nodes]
-        self.fake_mode = detect_fake_mode([value for value in values if isinstance(value, Tensor)])
+        self.look_at(self.graph_module)
         self.edits_left = self.options.max_edits
 
     @property
     def reference(self) -> bool:
         """The ops run as they are, in plain aten."""
         return self.options.lowering == "reference"
-
-    def take_edit(self) -> bool:
-        """True while the budget of `Options.max_edits` lasts; each True uses one up."""
-        if self.edits_left is None:
-            return True
-        self.edits_left -= 1
-        return self.edits_left >= 0
-
-    def call(self, graph: fx.Graph, target: Any, args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
-        """`call_function` in this graph's fake mode."""
-        assert self.fake_mode is not None
-        return call_function(self.fake_mode, graph, target, args, **kwargs)

@@ -15,29 +15,27 @@ from __future__ import annotations
 
 import itertools
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
 from lorafx.config import Options
 from lorafx.dump import GraphDump, dump_folder
-from lorafx.errors import VerifyError
 from lorafx.factored import factor_chains
-from lorafx.frame import arguments_of
+from lorafx.frame import arguments_of, wants_gradient
 from lorafx.graph_nodes import module_path
 from lorafx.lowering import Lowering
 from lorafx.passes.factors import Factors
 from lorafx.passes.lower_factors import LowerFactors
 from lorafx.peft_context import FactorSite, PeftContext
-from lorafx.pipeline import PassReport, is_impure
+from lorafx.pipeline import PassReport, run_passes
 from lorafx.stack import innermost_module
-from lorafx.verify import output_signature
+from lorafx.verify import check_structure, output_values
 
 
 @dataclass(eq=False)
@@ -77,7 +75,7 @@ def has_peft_lora(gm: fx.GraphModule, examples: Sequence[Any]) -> bool:
     That is a linear of a linear inside one `LoraLayer`, and no result that wants a gradient.
     """
     layer = _lora_layer()
-    if layer is None or _wants_gradient(examples):
+    if layer is None or wants_gradient(examples):
         return False
     # A layer's forward is a frame by itself where its caller could not be traced.
     running = innermost_module()
@@ -128,22 +126,13 @@ def recent_records() -> list[PeftRecord]:
 
 
 def _run_passes(gm: fx.GraphModule, ctx: PeftContext, record: PeftRecord) -> None:
-    outputs = output_signature(gm)
-    if record.dump is not None:
-        record.dump.graph("captured", gm)
-    for item in PIPELINE:
-        start = time.perf_counter()
-        edits = item.run(gm, ctx)
-        gm.graph.eliminate_dead_code(is_impure)
-        gm.recompile()
-        if ctx.options.verify != "off":
-            gm.graph.lint()
-            if output_signature(gm) != outputs:
-                raise VerifyError(f"pass {item.name!r} changed the outputs of {record.title}")
-        seconds = time.perf_counter() - start
-        record.passes.append(PassReport(item.name, edits, seconds, len(gm.graph.nodes)))
-        if record.dump is not None:
-            record.dump.graph(item.name, gm, edits=edits, seconds=seconds)
+    outputs = output_values(gm)
+
+    def check(pass_name: str) -> None:
+        check_structure(pass_name, gm, outputs)
+
+    verify = check if ctx.options.verify != "off" else None
+    record.passes = run_passes(PIPELINE, gm, ctx, record.dump, verify)
     record.sites = list(ctx.sites.values())
     record.left = ctx.left + [
         f"{module_path(node)}: it is not simply added to a result"
@@ -156,12 +145,6 @@ def _run_passes(gm: fx.GraphModule, ctx: PeftContext, record: PeftRecord) -> Non
 def _lora_layer() -> type | None:
     """PEFT's base class of LoRA layers, where a model can have any: PEFT is imported then."""
     return getattr(sys.modules.get("peft.tuners.lora.layer"), "LoraLayer", None)
-
-
-def _wants_gradient(examples: Sequence[Any]) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(item, Tensor) and item.requires_grad for item in examples
-    )
 
 
 def _owner(node: fx.Node, layer: type) -> str | None:

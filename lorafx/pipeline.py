@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import fx
 
@@ -87,28 +87,50 @@ def run_pipeline(
     numeric verification keeps its copies that way.
     """
     options = ctx.program.options
-    reports: list[PassReport] = []
+    passes = [item for item in PIPELINE if options.passes.get(item.name, True)]
     outputs = output_values(gm)
-    dump.graph("captured", gm)
+
+    def check(pass_name: str) -> None:
+        check_graph(pass_name, gm, ctx, outputs)
+
+    verify = check if options.verify != "off" else None
+    return run_passes(passes, gm, ctx, dump, verify, after_pass)
+
+
+def run_passes(
+    passes: Sequence[Any],
+    gm: fx.GraphModule,
+    ctx: Any,
+    dump: GraphDump | None,
+    check: Callable[[str], None] | None,
+    after_pass: Callable[[str, fx.GraphModule], None] | None = None,
+) -> list[PassReport]:
+    """Run `passes` over `gm`, in place, each with the context that it is made for.
+
+    `check(name)` looks at the graph after each pass; `dump` and `after_pass` get it also as
+    captured.
+    """
+    reports: list[PassReport] = []
+    if dump is not None:
+        dump.graph("captured", gm)
     if after_pass is not None:
         after_pass("captured", gm)
-    for item in PIPELINE:
-        if not options.passes.get(item.name, True):
-            continue
+    for item in passes:
         start = time.perf_counter()
         edits = item.run(gm, ctx)
-        gm.graph.eliminate_dead_code(is_impure)
+        gm.graph.eliminate_dead_code(_is_impure)
         gm.recompile()
-        if options.verify != "off":
-            check_graph(item.name, gm, ctx, outputs)
+        if check is not None:
+            check(item.name)
         seconds = time.perf_counter() - start
         reports.append(PassReport(item.name, edits, seconds, len(gm.graph.nodes)))
-        dump.graph(item.name, gm, edits=edits, seconds=seconds)
+        if dump is not None:
+            dump.graph(item.name, gm, edits=edits, seconds=seconds)
         if after_pass is not None:
             after_pass(item.name, gm)
     return reports
 
 
-def is_impure(node: fx.Node) -> bool:
+def _is_impure(node: fx.Node) -> bool:
     """Placeholders must stay (the executable's calling convention), and so must effects."""
     return node.op == "placeholder" or node.is_impure()

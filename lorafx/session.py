@@ -6,7 +6,7 @@ names of the requests → rows of the batch → slots in the store → the runti
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +47,6 @@ class Session:
     #: The adapters that were served last, and the sites that they touch.
     _served: list[StoredAdapter] = field(default_factory=list)
     _touched: frozenset[str] = frozenset()
-    on_close: list[Callable[[], None]] = field(default_factory=list)
     #: One call at a time: slots and the running call are one state for all marks of the model.
     lock: threading.RLock = field(default_factory=threading.RLock)
 

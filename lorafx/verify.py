@@ -27,7 +27,21 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torc
 
 
 def check_graph(pass_name: str, gm: fx.GraphModule, ctx: Context, outputs: Sequence[Any]) -> None:
-    """Structure, fake values, that no site was lost, and that the outputs still are `outputs`.
+    """`check_structure`, and that no site was lost.
+
+    Raises:
+        VerifyError: naming the pass, and what it broke.
+    """
+    check_structure(pass_name, gm, outputs)
+    nodes = _with_bodies(gm)
+    for node, states in ctx.states.items():
+        if not all(place in nodes for place in ctx.homes.get(node, (node,))):
+            paths = ", ".join(state.site.path for state in states)
+            raise VerifyError(f"pass {pass_name!r} lost the LoRA of {paths} (node {node.name})")
+
+
+def check_structure(pass_name: str, gm: fx.GraphModule, outputs: Sequence[Any]) -> None:
+    """Structure, fake values, and that the outputs still are `outputs`.
 
     Args:
         outputs: `output_values` of the graph as captured, or its `output_signature`.
@@ -39,12 +53,7 @@ def check_graph(pass_name: str, gm: fx.GraphModule, ctx: Context, outputs: Seque
         gm.graph.lint()
     except (RuntimeError, AssertionError) as error:
         raise VerifyError(f"pass {pass_name!r} left a malformed graph: {error}") from error
-    nodes = _with_bodies(gm)
-    for node, states in ctx.states.items():
-        if not all(place in nodes for place in ctx.homes.get(node, (node,))):
-            paths = ", ".join(state.site.path for state in states)
-            raise VerifyError(f"pass {pass_name!r} lost the LoRA of {paths} (node {node.name})")
-    for node in nodes:
+    for node in _with_bodies(gm):
         if node.op == "call_function" and "val" not in node.meta and _returns(node):
             raise VerifyError(f"pass {pass_name!r} left node {node.name} without a fake value")
     # Told only now: a pass may have made two symbolic sizes one.

@@ -9,8 +9,8 @@ model changes but its forward hooks, and `Attachment.detach` takes exactly those
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import ClassVar
 
@@ -36,18 +36,23 @@ class Attachment:
         groups: siblings and their banks, in the order of their first sites.
         runtime: the batch that all marks read.
         marks: the mark of each site, by canonical path.
+        on_detach: called once when the marks are taken away.
     """
 
     groups: tuple[Group, ...]
     runtime: Runtime
     marks: dict[str, SiteMark]
     handles: list[RemovableHandle]
+    on_detach: list[Callable[[], None]] = field(default_factory=list)
 
     def detach(self) -> None:
         """Take the marks away again; safe to call twice."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        for callback in self.on_detach:
+            callback()
+        self.on_detach.clear()
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ def test_interpreting_leaves_triton_as_it_was() -> None:
     assert names() == before
     variant = next(iter(variants_for_aot("cuda90")))
     compiled = triton.compile(
-        ASTSource(variant.function, variant.signature, variant.constants, variant.attributes),
+        ASTSource(variant.function, variant.signature, {}, variant.attributes),
         target=GPUTarget("cuda", 90, 32),
         options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
     )
