@@ -8,7 +8,7 @@ Importing this module registers them. What they share:
     A, B    the bank of one group (lorafx.adapter_store.bank): A (S, G·R, K), B (S, R, ΣN);
             embedding: A (S, V, R). Only the first ranks[s, i] of the R factors are read.
 
-    site                  y + delta of one sibling, the mark that `attach` leaves on a module
+    site                  y + the deltas of one module, the mark that `attach` leaves on it
     embedding_site        the same for an embedding
     fused_linear          base linear and the deltas of a pack, what `fuse` makes
     add_delta_            the delta alone, into y in place, what `lower` calls after the base GEMM
@@ -35,7 +35,7 @@ from lorafx.kernels.delta import add_embedding_delta, add_linear_delta
 BANK = "Tensor A, Tensor B, Tensor ranks, Tensor scales, Tensor slots"
 RANGES = "int[] siblings, int[] offsets, int[] sizes"
 SCHEMAS = (
-    f"site(Tensor x, Tensor y, {BANK}, int sibling, int offset, SymInt rows,"
+    f"site(Tensor x, Tensor y, {BANK}, {RANGES}, SymInt rows,"
     " Tensor? weight=None, Tensor? bias=None) -> Tensor",
     f"embedding_site(Tensor ids, Tensor y, {BANK}, SymInt rows) -> Tensor",
     f"fused_linear(Tensor x, Tensor weight, Tensor? bias, {BANK}, {RANGES}, SymInt rows,"
@@ -181,17 +181,20 @@ def site(
     ranks: Tensor,
     scales: Tensor,
     slots: Tensor,
-    sibling: int,
-    offset: int,
+    siblings: Sequence[int],
+    offsets: Sequence[int],
+    sizes: Sequence[int],
     rows: int,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """y (..., N) + delta of `sibling` for x (..., K), a new contiguous tensor of y's dtype.
+    """y (..., N) + delta for x (..., K), a new contiguous tensor of y's dtype.
 
-    `weight` and `bias` are the group's packed base parameters, carried for the `pack` pass only.
+    The j-th column range of y gets the delta of siblings[j]: several where one module computes
+    several projections. `weight` and `bias` are the group's packed base parameters, carried for
+    the `pack` pass only.
     """
-    ranges = ([sibling], [offset], [y.shape[-1]])
+    ranges = (siblings, offsets, sizes)
     _check_linear("site", x, y.shape[-1], A, B, ranks, scales, slots, *ranges)
     _check_rows("site", x.shape[:-1], y.shape[:-1], rows)
     out = y.clone(memory_format=torch.contiguous_format)
@@ -199,8 +202,10 @@ def site(
     return out
 
 
-def site_fake(x, y, A, B, ranks, scales, slots, sibling, offset, rows, weight=None, bias=None):
-    ranges = ([sibling], [offset], [y.shape[-1]])
+def site_fake(
+    x, y, A, B, ranks, scales, slots, siblings, offsets, sizes, rows, weight=None, bias=None
+):
+    ranges = (siblings, offsets, sizes)
     _check_linear("site", x, y.shape[-1], A, B, ranks, scales, slots, *ranges)
     _check_rows("site", x.shape[:-1], y.shape[:-1], rows)
     return y.new_empty(y.shape)

@@ -32,7 +32,7 @@ FUSED_OP = torch.ops.lorafx.fused_linear.default
 
 #: Both site ops begin with x (or ids), y, A, B, ranks, scales, slots.
 SLOTS_ARGUMENT = 6
-ROWS_ARGUMENT: dict[Any, int] = {SITE_OP: 9, EMBEDDING_OP: 7}
+ROWS_ARGUMENT: dict[Any, int] = {SITE_OP: 10, EMBEDDING_OP: 7}
 
 
 def is_site(node: fx.Node) -> bool:
@@ -112,15 +112,15 @@ class Context(GraphEdits):
     # --- site nodes ---
 
     def site_of_mark(self, node: fx.Node) -> Site:
-        """The site of a hook's op: its bank names the group, its `sibling` argument the site."""
+        """The site of a hook's op: its bank names the group, its first sibling the site."""
         item = self.frame.by_node.get(arguments_of(node)[2])
         if item is None or item.group is None:
             raise MatchError(
                 f"{node.name} takes a bank that is not a graph input of this model's program"
                 f"{self.where(node)}; was another model's mark captured with this one?"
             )
-        sibling = arguments_of(node)[7] if node.target is SITE_OP else 0
-        return item.group.sites[int(sibling)]
+        sibling = arguments_of(node)[7][0] if node.target is SITE_OP else 0
+        return item.group.site_of(int(sibling))
 
     def record(self, site: Site, node: fx.Node, use: Use | None, *, form: str = "mark") -> None:
         """`node` serves `site`."""

@@ -3,8 +3,9 @@
     linear:     y ← y + scales[s, i] · (x A[s, i·R : i·R + r]ᵀ) B[s, :r, o : o + N]
     embedding:  y ← y + e · scales[s, 0] · A[s, ids, :r] B[s, :r]
 
-x (…, K) or ids (…), y (…, N), s the slot of the batch, i the sibling, o its offset in the bank,
-e the factor of embeddings that scale their output. The module's own forward runs untouched.
+x (…, K) or ids (…), y (…, N), s the slot of the batch, i the sibling, o its offset in the bank;
+a packed module has a sibling for each part of its columns. e is the factor of embeddings that scale
+their output. The module's own forward runs untouched.
 
 A mark is a plain picklable object, so deep copies and pickles of a marked model stay marked and
 share one runtime and one bank a group among themselves. Dynamo inlines `__call__`: banks and
@@ -37,7 +38,8 @@ class SiteMark:
         path: canonical path of the site.
         runtime: the batch, one for all marks of a model.
         bank: factors of the site's group, one object for all its siblings.
-        sibling, offset: the site's place in the group, its first column of B.
+        siblings, offsets, sizes: of each part of the site: its number in the bank, its first column
+            of B, its columns.
         kind: "linear" or "embedding".
         in_features, out_features: K and N.
         weight_name, transposed: where the module keeps W, and whether as (K, N).
@@ -49,8 +51,9 @@ class SiteMark:
     path: str
     runtime: Runtime
     bank: Bank
-    sibling: int
-    offset: int
+    siblings: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
     kind: Kind
     in_features: int
     out_features: int
@@ -97,8 +100,9 @@ class SiteMark:
             bank.ranks,
             bank.scales,
             runtime.slots,
-            self.sibling,
-            self.offset,
+            self.siblings,
+            self.offsets,
+            self.sizes,
             UNPROVED,
             self.weight,
             self.bias,

@@ -110,7 +110,7 @@ class Program:
         return seen is not None and seen() is weight
 
     def bank_of_weight(self, weight: Tensor, index: int = 0) -> Bank | None:
-        """The bank (of one sibling) of `site_of_weight`."""
+        """The bank of `site_of_weight` alone."""
         site = self.site_of_weight(weight, index)
         if site is None:
             return None
@@ -119,17 +119,18 @@ class Program:
         return self._site_banks[id(site)]
 
     def site_bank(self, site: Site) -> Bank:
-        """The site's own part of its group's bank, as a bank of one sibling (views)."""
+        """The site's own share of its group's bank, as a bank of its parts (views)."""
         group, index = self.home(site)
         bank, offset = group.bank, group.offsets[index]
-        rank = bank.B.shape[1]
+        first, rank = group.firsts[index], bank.B.shape[1]
+        last = first + len(site.parts)
         linear = site.eligible.kind == "linear"
         with unset_fake_temporarily():  # passes run while AOTAutograd's fake mode is on
             return Bank(
-                A=bank.A[:, index * rank : (index + 1) * rank] if linear else bank.A,
+                A=bank.A[:, first * rank : last * rank] if linear else bank.A,
                 B=bank.B[:, :, offset : offset + site.out_features],
-                ranks=bank.ranks[:, index : index + 1],
-                scales=bank.scales[:, index : index + 1],
+                ranks=bank.ranks[:, first:last],
+                scales=bank.scales[:, first:last],
             )
 
     def group_of_bank(self, A: Tensor) -> Group | None:

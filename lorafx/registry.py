@@ -8,16 +8,31 @@ subclasses are eligible with their base and the nearest entry wins. Built in: `n
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorafx.errors import ConfigError, nearest
 
 Kind = Literal["linear", "embedding"]
 SizeOf = str | Callable[[nn.Module], int]
+SizesOf = str | Callable[[nn.Module], Sequence[int]]
+
+
+class Sharding(Protocol):
+    """What a tensor-parallel module's checkpoint holds, and which share of it is this rank's."""
+
+    def saved_sizes(self, module: nn.Module) -> tuple[int, tuple[int, ...]]:
+        """K and the size of each output slice, as a checkpoint has them."""
+        ...
+
+    def cut(
+        self, module: nn.Module, slices: tuple[int, ...], A: Tensor, B: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's share of A (r, K) and B (N, r), N the columns of `slices`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -30,6 +45,10 @@ class Eligible:
         sizes: instance -> (in_features, out_features).
         weight: attribute that holds the base weight.
         transposed: True where the weight is stored (in, out), as in transformers' Conv1D.
+        output_sizes: instance -> columns of each output slice of a packed module; None for
+            modules that compute one projection.
+        sharding: how a tensor-parallel module's checkpoint factors become this rank's; None where
+            modules hold what checkpoints hold.
     """
 
     cls: type[nn.Module]
@@ -37,6 +56,8 @@ class Eligible:
     sizes: Callable[[nn.Module], tuple[int, int]]
     weight: str = "weight"
     transposed: bool = False
+    output_sizes: Callable[[nn.Module], tuple[int, ...]] | None = None
+    sharding: Sharding | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +69,18 @@ class Sizes:
 
     def __call__(self, module: nn.Module) -> tuple[int, int]:
         return _read(module, self.in_features), _read(module, self.out_features)
+
+
+@dataclass(frozen=True)
+class SliceSizes:
+    """Reads the sizes of an instance's output slices by attribute name or function."""
+
+    sizes: SizesOf
+
+    def __call__(self, module: nn.Module) -> tuple[int, ...]:
+        return tuple(
+            getattr(module, self.sizes) if isinstance(self.sizes, str) else self.sizes(module)
+        )
 
 
 def _read(module: nn.Module, size: SizeOf) -> int:
@@ -69,6 +102,8 @@ def register(
     out_features: SizeOf = "out_features",
     weight: str = "weight",
     transposed: bool = False,
+    output_sizes: SizesOf | None = None,
+    sharding: Sharding | None = None,
 ) -> Eligible:
     """Make `cls` and its subclasses eligible; a later call for the same class replaces.
 
@@ -79,6 +114,10 @@ def register(
             N; for embeddings the vocabulary and the dimension.
         weight: attribute that holds W, which may be absent or packed in quantised classes.
         transposed: True where W is stored (in, out).
+        output_sizes: for a class that computes several projections at once, attribute name or
+            function giving the columns of each; their sum is N. Names come from
+            `packed_modules_mapping` or LoraConfig(packed_modules=...).
+        sharding: for a tensor-parallel class, how checkpoint factors become this rank's.
 
     Raises:
         ConfigError: `cls` is no module class, or `kind` is neither of the two.
@@ -89,7 +128,9 @@ def register(
         raise ConfigError(
             f"register({cls.__qualname__}): kind is 'linear' or 'embedding', got {kind!r}"
         )
-    entry = Eligible(cls, kind, Sizes(in_features, out_features), weight, transposed)
+    slices = None if output_sizes is None else SliceSizes(output_sizes)
+    sizes = Sizes(in_features, out_features)
+    entry = Eligible(cls, kind, sizes, weight, transposed, slices, sharding)
     _REGISTERED[cls] = entry
     return entry
 

@@ -99,12 +99,13 @@ def _siblings(sites: Sequence[Site]) -> list[list[Site]]:
 def _group(siblings: list[Site], config: LoraConfig) -> Group:
     first = siblings[0]
     sizes = tuple(site.out_features for site in siblings)
+    parts = tuple(part for site in siblings for part in site.parts)
     bank = Bank.allocate(
         kind=first.eligible.kind,
         slots=config.max_adapters,
         rank=config.max_rank,
         in_features=first.in_features,
-        out_features=sizes,
+        out_features=tuple(part.out_features for part in parts),
         dtype=config.dtype or first.dtype,
         device=first.device,
     )
@@ -114,12 +115,14 @@ def _group(siblings: list[Site], config: LoraConfig) -> Group:
 
 
 def _mark(site: Site, index: int, group: Group, runtime: Runtime) -> SiteMark:
+    siblings, offsets, sizes = group.ranges(index)
     return SiteMark(
         path=site.path,
         runtime=runtime,
         bank=group.bank,
-        sibling=index,
-        offset=group.offsets[index],
+        siblings=siblings,
+        offsets=offsets,
+        sizes=sizes,
         kind=site.eligible.kind,
         in_features=site.in_features,
         out_features=site.out_features,

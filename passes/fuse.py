@@ -67,14 +67,11 @@ def _unviewed(node: Any, until: Any) -> Any:
 def _fuse(graph: fx.Graph, ctx: Context, node: fx.Node, state: SiteState) -> None:
     use: Use | None = state.use
     assert use is not None
-    x, _, A, B, ranks, scales, slots, sibling, offset, rows = arguments_of(node)[:10]
-    size = fake_value(node).shape[-1]
+    x, _, A, B, ranks, scales, slots, *ranges, rows = arguments_of(node)[:11]
     transposed = state.site.eligible.transposed
     arguments = (x, use.weight, use.bias, A, B, ranks, scales, slots)
     with graph.inserting_before(node):
-        fused = ctx.call(
-            graph, FUSED_OP, (*arguments, [sibling], [offset], [size], rows, transposed)
-        )
+        fused = ctx.call(graph, FUSED_OP, (*arguments, *ranges, rows, transposed))
     fused.meta.update({key: node.meta[key] for key in COPIED if key in node.meta})
     state.packed_weight, state.packed_bias = _packed_inputs(node)
     node.replace_all_uses_with(fused)
@@ -83,5 +80,5 @@ def _fuse(graph: fx.Graph, ctx: Context, node: fx.Node, state: SiteState) -> Non
 
 def _packed_inputs(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
     """The packed base weight and bias that a mark carries into the graph, where it does."""
-    weight, bias, *_ = (*arguments_of(node)[10:12], None, None)
+    weight, bias, *_ = (*arguments_of(node)[11:13], None, None)
     return weight, bias

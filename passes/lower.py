@@ -95,11 +95,10 @@ def _product(
 
 
 def _site(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
-    x, y, A, B, ranks, scales, slots, sibling, offset, rows = arguments_of(node)[:10]
-    ranges = ([sibling], [offset], [fake_value(node).shape[-1]])
+    x, y, A, B, ranks, scales, slots, *ranges, rows = arguments_of(node)[:11]
     flat = _flat(graph, ctx, y)
     bank = (A, B, ranks, scales, slots)
-    written = _add_delta(graph, node, flat, _flat(graph, ctx, x), bank, ranges, rows)
+    written = _add_delta(graph, node, flat, _flat(graph, ctx, x), bank, tuple(ranges), rows)
     return _shaped(graph, ctx, written, y, node)
 
 

@@ -17,7 +17,7 @@ from torch import fx
 from lorafx.context import EMBEDDING_OP, SITE_OP, Context, Refusal, is_site
 from lorafx.frame import arguments_of, fake_value
 from lorafx.marks import UNPROVED
-from lorafx.sites import Site
+from lorafx.sites import Site, own_ranges
 from lorafx.weight_uses import Use, depends_on, origin_of, uses_of
 
 USE_KINDS = {"linear": "linear", "swapped": "linear", "embedding": "embedding"}
@@ -128,10 +128,10 @@ def _insert(graph: fx.Graph, ctx: Context, site: Site, use: Use) -> None:
         if use.kind == "embedding":
             node = last = ctx.call(graph, EMBEDDING_OP, (use.x, y, *bank, UNPROVED))
         elif use.kind == "linear":
-            node = last = ctx.call(graph, SITE_OP, (use.x, y, *bank, 0, 0, UNPROVED))
+            node = last = ctx.call(graph, SITE_OP, (use.x, y, *bank, *own_ranges(site), UNPROVED))
         else:
             x_t, y_t = _swapped(graph, ctx, use.x), _swapped(graph, ctx, y)
-            node = ctx.call(graph, SITE_OP, (x_t, y_t, *bank, 0, 0, UNPROVED))
+            node = ctx.call(graph, SITE_OP, (x_t, y_t, *bank, *own_ranges(site), UNPROVED))
             last = _swapped(graph, ctx, node)
     for user in users:
         user.replace_input_with(y, last)

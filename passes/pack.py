@@ -69,7 +69,7 @@ def _adjacent(ctx: Context, nodes: list[fx.Node]) -> list[list[fx.Node]]:
     runs: list[list[fx.Node]] = []
     end = None
     for node in sorted(nodes, key=lambda item: arguments_of(item)[9][0]):
-        (offset,), (size,) = arguments_of(node)[9], arguments_of(node)[10]
+        offset, size = arguments_of(node)[9][0], sum(arguments_of(node)[10])
         has_bias = arguments_of(node)[2] is not None
         if has_bias and ctx.states[node][0].packed_bias is None:
             continue
@@ -84,9 +84,11 @@ def _adjacent(ctx: Context, nodes: list[fx.Node]) -> list[list[fx.Node]]:
 def _merge(graph: fx.Graph, ctx: Context, run: list[fx.Node], first: fx.Node) -> None:
     state: SiteState = ctx.states[run[0]][0]
     x, _, _, A, B, ranks, scales, slots, _, _, _, rows, transposed = arguments_of(run[0])
-    siblings = [arguments_of(node)[8][0] for node in run]
-    offsets = [arguments_of(node)[9][0] for node in run]
-    sizes = [arguments_of(node)[10][0] for node in run]
+    siblings, offsets, sizes = (
+        [number for node in run for number in arguments_of(node)[position]]
+        for position in (8, 9, 10)
+    )
+    widths = [sum(arguments_of(node)[10]) for node in run]
     any_bias = any(arguments_of(node)[2] is not None for node in run)
     with graph.inserting_before(first):
         weight = _rows(graph, ctx, state.packed_weight, offsets[0], sum(sizes))
@@ -95,7 +97,7 @@ def _merge(graph: fx.Graph, ctx: Context, run: list[fx.Node], first: fx.Node) ->
         packed = ctx.call(
             graph, FUSED_OP, (x, weight, bias, *bank, siblings, offsets, sizes, rows, transposed)
         )
-        split = ctx.call(graph, aten.split_with_sizes.default, (packed, sizes, -1))
+        split = ctx.call(graph, aten.split_with_sizes.default, (packed, widths, -1))
         parts = [ctx.call(graph, operator.getitem, (split, index)) for index in range(len(run))]
     packed.meta.update({key: first.meta[key] for key in ("stack_trace",) if key in first.meta})
     for node, part in zip(run, parts, strict=True):

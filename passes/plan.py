@@ -183,8 +183,7 @@ def delta_spec(node: fx.Node) -> DeltaSpec:
     if node.target is FUSED_OP:
         x, _, _, A, B, ranks, _, _, siblings, offsets, sizes = arguments_of(node)[:11]
     else:
-        x, _, A, B, ranks, _, _, sibling, offset = arguments_of(node)[:9]
-        siblings, offsets, sizes = [sibling], [offset], [value(node).shape[-1]]
+        x, _, A, B, ranks, _, _, siblings, offsets, sizes = arguments_of(node)[:10]
     tensors = (value(node), value(x), value(A), value(B), value(ranks))
     return DeltaSpec.linear(*tensors, siblings, offsets, sizes)
 

@@ -253,7 +253,7 @@ class AdapterStore:
         a = weights.A.t() if group.bank.kind == "embedding" else weights.A
         pin = group.bank.A.is_cuda
         return Factors(
-            sibling,
+            group.firsts[sibling],
             group.offsets[sibling],
             _host_copy(a, group.bank.A.dtype, pin),
             _host_copy(weights.B.t(), group.bank.B.dtype, pin),

@@ -163,7 +163,7 @@ class SiteGraph:
         if site.eligible.kind == "embedding":
             return self.call(EMBEDDING_OP, x, y, *self.bank(path), rows)
         packed = self.packed(path)
-        place = (index, group.offsets[index], rows)
+        place = (*map(list, group.ranges(index)), rows)
         return self.call(SITE_OP, x, y, *self.bank(path), *place, *packed)
 
     def output(self, *nodes: fx.Node) -> Finished:

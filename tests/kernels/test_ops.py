@@ -45,11 +45,13 @@ def cases() -> dict[str, tuple[object, tuple[object, ...]]]:
     p, e = live(linear()), live(embedding())
     weight, bias = torch.randn(sum(p.sizes), 7), torch.randn(sum(p.sizes))
     y = p.y[..., p.offsets[1] :]
+    second = ([1], [p.offsets[1]], [y.shape[-1]])
     kernel = build(DeltaSpec.linear(p.y, p.x, p.A, p.B, p.ranks, *p.ranges))
     table = build(DeltaSpec.of_embedding(e.y, e.A, e.B))
     return {
-        "site": (lora.site, (p.x, y, *p.bank, 1, p.offsets[1], p.rows)),
-        "site with weight": (lora.site, (p.x, y, *p.bank, 1, p.offsets[1], 3, weight, bias)),
+        "site": (lora.site, (p.x, y, *p.bank, *second, p.rows)),
+        "site of several parts": (lora.site, (p.x, p.y, *p.bank, *p.ranges, p.rows)),
+        "site with weight": (lora.site, (p.x, y, *p.bank, *second, 3, weight, bias)),
         "embedding_site": (lora.embedding_site, (e.x, e.y, *e.bank, e.rows)),
         "fused_linear": (lora.fused_linear, (p.x, weight, bias, *p.bank, *p.ranges, 3, False)),
         "fused_linear, x W": (
@@ -113,7 +115,7 @@ def test_row_map_wraps_around(rows: int) -> None:
 def test_site_leaves_y_alone_and_reads_its_own_columns() -> None:
     p = linear(sizes=(13, 17, 4), siblings=(1,))
     before = p.y.clone()
-    out = lora.site(p.x, p.y, *p.bank, 1, 13, p.rows)
+    out = lora.site(p.x, p.y, *p.bank, [1], [13], [17], p.rows)
     assert_delta(p, out)
     assert torch.equal(p.y, before)
     assert torch.equal(out[1], before[1])  # the base row, bit for bit
@@ -144,13 +146,13 @@ def test_rows_not_traced_to_requests() -> None:
     assert_delta(alike, y)
     mixed = linear(rows=0, slots=(1, -1))
     with pytest.raises(ProvenanceError, match="could not be traced to requests"):
-        lora.site(mixed.x, mixed.y[..., :13], *mixed.bank, 0, 0, 0)
+        lora.site(mixed.x, mixed.y[..., :13], *mixed.bank, [0], [0], [13], 0)
 
 
 def test_no_rows() -> None:
     for slots in (MIX, ()):
         p = linear(x_shape=(0, 3, 7), slots=slots)
-        assert lora.site(p.x, p.y[..., :13], *p.bank, 0, 0, 3).shape == (0, 3, 13)
+        assert lora.site(p.x, p.y[..., :13], *p.bank, [0], [0], [13], 3).shape == (0, 3, 13)
         e = embedding(x_shape=(0, 3), slots=slots)
         assert lora.embedding_site(e.x, e.y, *e.bank, 3).shape == (0, 3, 9)
 

@@ -96,7 +96,7 @@ def mark(model: nn.Module) -> None:
             bank = torch.zeros(1, module.num_embeddings, 1), torch.zeros(1, 1, y.shape[-1])
             return torch.ops.lorafx.embedding_site(x, y, *bank, ranks, scales, slots, 0)
         bank = torch.zeros(1, 1, x.shape[-1]), torch.zeros(1, 1, y.shape[-1])
-        return torch.ops.lorafx.site(x, y, *bank, ranks, scales, slots, 0, 0, 0)
+        return torch.ops.lorafx.site(x, y, *bank, ranks, scales, slots, [0], [0], [y.shape[-1]], 0)
 
     for module in model.modules():
         if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):

@@ -102,7 +102,7 @@ def test_siblings_share_a_bank():
     assert bank.B.shape == (3, 4, 96)
     assert attachment.groups[0].bank.A.shape == (3, 50, 4)
     marks = [attachment.marks[s.path] for s in attachment.groups[1].sites]
-    assert [m.sibling for m in marks] == [0, 1, 2, 3]
+    assert [m.siblings for m in marks] == [(0,), (1,), (2,), (3,)]
     assert all(m.bank is bank for m in marks)
 
 

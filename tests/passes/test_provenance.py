@@ -35,7 +35,7 @@ EMBEDDING = (BANK[0].repeat(1, 1, 5)[:, :, :9].transpose(1, 2).contiguous(), *BA
 
 def lora(x, slots):
     """A marked linear."""
-    return torch.ops.lorafx.site(x, x @ WEIGHT, *BANK, slots, 0, 0, 0)
+    return torch.ops.lorafx.site(x, x @ WEIGHT, *BANK, slots, [0], [0], [N], 0)
 
 
 def marked_embedding(ids, slots):
@@ -137,13 +137,13 @@ def test_mixed_batch_equals_requests_run_alone(fn, batch, time):
 def test_rows_are_a_number_or_a_size_of_the_graph():
     gm, _ = rewritten(flattened, 3, 5)
     (site,) = filter(is_site, gm.graph.nodes)
-    rows = site.args[9]
+    rows = site.args[10]
     assert isinstance(rows, fx.Node)
     x = next(node for node in gm.graph.nodes if node.op == "placeholder")
     assert rows.meta["val"].node.expr == x.meta["val"].shape[1].node.expr
     gm, _ = rewritten(sequence_first, 3, 5)
     (site,) = filter(is_site, gm.graph.nodes)
-    assert site.args[9] == 1
+    assert site.args[10] == 1
 
 
 def test_one_gather_of_slots_serves_all_sites_behind_one_permutation():
@@ -155,7 +155,7 @@ def test_one_gather_of_slots_serves_all_sites_behind_one_permutation():
     gm, _ = rewritten(fn, 3, 5)
     first, second = filter(is_site, gm.graph.nodes)
     assert first.args[6] is second.args[6]
-    assert first.args[9] == second.args[9] == 1
+    assert first.args[10] == second.args[10] == 1
     assert first.args[6].target is torch.ops.aten.index.Tensor
 
 
@@ -212,7 +212,7 @@ def test_owner_dimension_that_is_the_features():
     def fn(x, slots):
         y = x @ torch.ones(x.shape[2], N, dtype=x.dtype)
         bank = (torch.ones(SLOTS, RANK, 3, dtype=x.dtype), *BANK[1:])
-        return torch.ops.lorafx.site(x, y, *bank, slots, 0, 0, 0)
+        return torch.ops.lorafx.site(x, y, *bank, slots, [0], [0], [N], 0)
 
     gm = graphs.trace_function(fn, [x, slots], static=(0,))
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -237,5 +237,5 @@ def test_batch_of_one_owns_everything():
     apply(gm.graph, proofs, symbols)
     gm.recompile()
     (site,) = filter(is_site, gm.graph.nodes)
-    assert site.args[9] == 1
+    assert site.args[10] == 1
     torch.testing.assert_close(gm(x, slots), REFUSED["position table"][0](x, slots))
