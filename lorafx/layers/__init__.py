@@ -1,0 +1,43 @@
+"""Parallel layers for people who write models: linears, embeddings and experts whose weights can be
+packed, quantised and cut among tensor-parallel ranks, and that lorafx serves adapters on.
+
+See docs/layers.md. Importing this package makes its layers eligible for LoRA.
+"""
+
+from lorafx.layers.eligible import register_layers
+from lorafx.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from lorafx.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from lorafx.layers.moe import FusedMoE
+from lorafx.layers.parallel import TensorParallel
+from lorafx.layers.quantization import (
+    Int8ChannelLinearMethod,
+    QuantizeMethodBase,
+    UnquantizedLinearMethod,
+)
+from lorafx.layers.weights import load_weights
+
+__all__ = [
+    "ColumnParallelLinear",
+    "FusedMoE",
+    "Int8ChannelLinearMethod",
+    "LinearBase",
+    "MergedColumnParallelLinear",
+    "ParallelLMHead",
+    "QKVParallelLinear",
+    "QuantizeMethodBase",
+    "ReplicatedLinear",
+    "RowParallelLinear",
+    "TensorParallel",
+    "UnquantizedLinearMethod",
+    "VocabParallelEmbedding",
+    "load_weights",
+]
+
+register_layers()

@@ -1,0 +1,213 @@
+"""What all parallel layers share: sizes, this rank's part of them, and loading weights into it.
+
+    slice i of the outputs has F_i rows in the checkpoint and P_i on this rank
+    copies of it among the ranks: c_i = tp_size · P_i / F_i;  this rank has piece  tp_rank // c_i
+
+A column-parallel slice has P = F / tp_size (one copy), an unsharded one P = F (tp_size copies), and
+KV heads fewer than ranks lie in between. Inputs are cut in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lorafx.errors import CheckpointError, ConfigError
+from lorafx.layers.loading import LoadableLayer
+from lorafx.layers.parallel import TensorParallel
+from lorafx.layers.quantization import QuantizeMethodBase, UnquantizedLinearMethod, add_weight
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+ShardId = str | int | tuple[int, ...] | None
+
+
+class ParallelLayer(LoadableLayer):
+    """Base of the layers that hold one 2-D weight (N, K), in one or several output slices.
+
+    Attributes:
+        input_size, output_size: K and N of the whole layer, as checkpoints have them.
+        output_sizes: rows of each output slice in checkpoints; N is their sum.
+        input_size_per_partition, output_size_per_partition, output_partition_sizes: the same on
+            this rank.
+        tp_size, tp_rank: the tensor-parallel group.
+        params_dtype: dtype of unquantised weights, and of activations.
+        quant_method: stores the weight and computes with it.
+        prefix: the layer's name in the model, for messages; may be empty.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    #: Slice indices by the names that loaders may give them.
+    shard_names: ClassVar[dict[str, int]] = {}
+
+    def __init__(
+        self,
+        *,
+        input_size: int,
+        output_sizes: Sequence[int],
+        input_part: int,
+        output_parts: Sequence[int],
+        bias: bool,
+        tp: TensorParallel,
+        params_dtype: torch.dtype | None,
+        device: torch.device | str | None,
+        quant_method: QuantizeMethodBase | None,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        self.tp_size, self.tp_rank = tp.size, tp.rank
+        self.prefix = prefix
+        self.input_size, self.output_size = input_size, sum(output_sizes)
+        self.output_sizes = tuple(output_sizes)
+        self.input_size_per_partition = input_part
+        self.output_partition_sizes = tuple(output_parts)
+        self.output_size_per_partition = sum(output_parts)
+        self.params_dtype = params_dtype or torch.get_default_dtype()
+        self.quant_method = UnquantizedLinearMethod() if quant_method is None else quant_method
+        self.quant_method.create_weights(
+            self,
+            input_part,
+            list(output_parts),
+            self.input_size,
+            self.output_size,
+            self.params_dtype,
+            weight_loader=self.weight_loader,
+            device=device,
+        )
+        if bias:
+            zeros = torch.zeros(
+                self.output_size_per_partition, dtype=self.params_dtype, device=device
+            )
+            add_weight(self, "bias", zeros, output_dim=0, weight_loader=self.weight_loader)
+        else:
+            self.register_parameter("bias", None)
+        self._keep_attributes()
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that activations have, also where the weight is stored in another."""
+        return self.params_dtype
+
+    def slices(self, shard_id: ShardId = None) -> tuple[int, ...]:
+        """Indices of the output slices that a shard id means.
+
+        Args:
+            shard_id: a name ("q"), an index, a tuple of them, or None for all slices. Rows of
+                several slices follow one another in a checkpoint tensor.
+
+        Raises:
+            CheckpointError: the layer has no such slice.
+        """
+        count = len(self.output_sizes)
+        if shard_id is None:
+            return tuple(range(count))
+        ids = shard_id if isinstance(shard_id, tuple) else (shard_id,)
+        found = [self.shard_names.get(i, -1) if isinstance(i, str) else int(i) for i in ids]
+        if not found or any(not 0 <= i < count for i in found) or len(set(found)) != len(found):
+            known = [*map(repr, self.shard_names), *map(str, range(count))]
+            raise CheckpointError(
+                f"{self.label}: no shard id {shard_id!r}; its {count} slices of "
+                f"{self.output_sizes} rows are {', '.join(known)}, and tuples of them"
+            )
+        return tuple(found)
+
+    def pieces(self, name: str, shard_id: ShardId = None) -> frozenset[Any]:
+        slices = self.slices(shard_id)
+        return frozenset(slices if len(self.output_sizes) > 1 else [None])
+
+    def fills(self, name: str, dtype: torch.dtype) -> tuple[str, ...]:
+        return self.quant_method.fills(self, name, dtype)
+
+    def checkpoint_shape(self, name: str, shard_id: ShardId = None) -> tuple[int, ...]:
+        slices = self.slices(shard_id)
+        shape = list(self.get_parameter(name).shape)
+        attributes = self._weight_attributes.get(name, {})
+        if "output_dim" in attributes:
+            shape[attributes["output_dim"]] = sum(self.output_sizes[i] for i in slices)
+        if "input_dim" in attributes:
+            shape[attributes["input_dim"]] = self.input_size
+        return tuple(shape)
+
+    def _load(self, name: str, loaded: Tensor, shard_id: ShardId) -> None:
+        slices = self.slices(shard_id)
+        for target, value in self.quant_method.incoming(self, name, loaded):
+            self._write(target, value, slices)
+
+    def piece_of_output(self, value: Tensor, index: int, dim: int) -> Tensor:
+        """This rank's part of output slice `index`, which `value` holds whole along `dim`."""
+        return self._piece(value, dim, self.output_sizes[index], self.output_partition_sizes[index])
+
+    def piece_of_input(self, value: Tensor, dim: int) -> Tensor:
+        """This rank's part of the inputs, which `value` holds whole along `dim`."""
+        return self._piece(value, dim, self.input_size, self.input_size_per_partition)
+
+    def _piece(self, value: Tensor, dim: int, whole: int, part: int) -> Tensor:
+        if part == whole:
+            return value
+        copies = max(1, self.tp_size * part // whole)
+        start = min(self.tp_rank // copies * part, whole)
+        length = min(part, whole - start)  # less than a part at the padded end of a vocabulary
+        return value.narrow(dim, start, length)
+
+    def _write(self, name: str, value: Tensor, slices: tuple[int, ...]) -> None:
+        attributes = self._weight_attributes.get(name, {})
+        target = self.get_parameter(name).data
+        if "input_dim" in attributes:
+            dim = attributes["input_dim"]
+            value = self.piece_of_input(value, dim)
+            target = _padded(target, dim, value.shape[dim])
+        if "output_dim" not in attributes:
+            target.copy_(value)
+            return
+        dim = attributes["output_dim"]
+        sizes = [self.output_sizes[i] for i in slices]
+        for index, rows in zip(slices, value.split(sizes, dim), strict=True):
+            first = sum(self.output_partition_sizes[:index])
+            own = target.narrow(dim, first, self.output_partition_sizes[index])
+            piece = self.piece_of_output(rows, index, dim)
+            _padded(own, dim, piece.shape[dim]).copy_(piece)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ParallelLayer:
+        super()._apply(fn, recurse)
+        # What .to(dtype) does to the parameters holds for the activations as well.
+        self.params_dtype = fn(torch.empty(0, dtype=self.params_dtype)).dtype
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"input_size={self.input_size}, output_sizes={self.output_sizes}, "
+            f"bias={self.bias is not None}, tp_size={self.tp_size}, "
+            f"quant_method={type(self.quant_method).__name__}"
+        )
+
+
+def _padded(target: Tensor, dim: int, length: int) -> Tensor:
+    """The first `length` entries of `target`; those after them, which pad it, become zero."""
+    room = target.shape[dim]
+    if length == room:
+        return target
+    target.narrow(dim, length, room - length).zero_()
+    return target.narrow(dim, 0, length)
+
+
+def checked_sizes(layer: str, **sizes: int) -> None:
+    """Sizes are positive integers.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
+            raise ConfigError(f"{layer}: {name} must be a positive integer, got {size!r}")
+
+
+def group_of(group: dist.ProcessGroup | None, disable_tp: bool) -> TensorParallel:
+    """The tensor-parallel group of a layer's constructor arguments."""
+    return TensorParallel() if disable_tp else TensorParallel.of(group)

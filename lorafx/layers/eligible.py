@@ -1,0 +1,51 @@
+"""The registry entries of the parallel layers: sizes on this rank, output slices, sharding.
+
+Each class has an entry of its own, so that an out-of-tree class can stand in for any of them.
+FusedMoE has none: experts carry no LoRA, and naming one is an error.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lorafx.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from lorafx.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from lorafx.layers.sharding import LayerSharding
+from lorafx.registry import register
+
+LINEARS: tuple[type[nn.Module], ...] = (
+    LinearBase,
+    ReplicatedLinear,
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+    ParallelLMHead,
+)
+
+
+def register_layers() -> None:
+    """Make all layers eligible."""
+    sharding = LayerSharding()
+    for cls in LINEARS:
+        register(
+            cls,
+            in_features="input_size_per_partition",
+            out_features="output_size_per_partition",
+            output_sizes="output_partition_sizes",
+            sharding=sharding,
+        )
+    register(
+        VocabParallelEmbedding,
+        kind="embedding",
+        in_features="num_embeddings_per_partition",
+        out_features="embedding_dim",
+        sharding=sharding,
+    )

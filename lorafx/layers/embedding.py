@@ -1,0 +1,124 @@
+"""Embedding and output head with the vocabulary cut among ranks.
+
+    embedding   y = W[ids]:      y = Σ_rank [ids of this rank] · W_rank[ids − first_rank]
+    head        logits = x Wᵀ:   logits = [x W_0ᵀ; x W_1ᵀ; ...]
+
+W (V, D), of which rank i holds the rows [i · P, (i + 1) · P), P = ⌈V / tp_size⌉. A vocabulary that
+does not divide is padded with rows of zeros at its end, whose logits are cut off.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorafx.errors import ConfigError
+from lorafx.layers.base import ParallelLayer, checked_sizes, group_of
+from lorafx.layers.linear import LayerOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class VocabParallelEmbedding(ParallelLayer):
+    """ids (…) of any integer dtype → (…, embedding_dim); rows of W are cut among the ranks.
+
+    Attributes:
+        num_embeddings, embedding_dim: V and D.
+        num_embeddings_per_partition: rows on this rank, padding included.
+        first_index: the id of this rank's first row.
+
+    Raises:
+        ConfigError: sizes that are not positive, or fewer embeddings than ranks.
+    """
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, **options: Unpack[LayerOptions]
+    ) -> None:
+        self._build(num_embeddings, embedding_dim, False, options)
+
+    def _build(
+        self, num_embeddings: int, embedding_dim: int, bias: bool, options: LayerOptions
+    ) -> None:
+        prefix, name = options.get("prefix", ""), type(self).__name__
+        label = f"{prefix} ({name})" if prefix else name
+        checked_sizes(label, num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        tp = group_of(options.get("tp_group"), options.get("disable_tp", False))
+        if num_embeddings < tp.size:
+            raise ConfigError(
+                f"{label}: num_embeddings = {num_embeddings} is less than tp_size = {tp.size}"
+            )
+        rows = -(-num_embeddings // tp.size)
+        # The weight is (V, D): its outputs, as those of the head, are the vocabulary.
+        ParallelLayer.__init__(
+            self,
+            input_size=embedding_dim,
+            output_sizes=[num_embeddings],
+            input_part=embedding_dim,
+            output_parts=[rows],
+            bias=bias,
+            tp=tp,
+            params_dtype=options.get("params_dtype"),
+            device=options.get("device"),
+            quant_method=options.get("quant_method"),
+            prefix=prefix,
+        )
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.num_embeddings_per_partition = rows
+        self.first_index = tp.rank * rows
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.tp_size == 1:
+            return F.embedding(ids, self.weight)
+        own, elsewhere = self.own_ids(ids)
+        y = F.embedding(own, self.weight).masked_fill(elsewhere.unsqueeze(-1), 0)
+        return self.tp.all_reduce(y)
+
+    def own_ids(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(row of this rank's W, 0 where another rank has the id; which those are)."""
+        local = ids - self.first_index
+        elsewhere = (local < 0) | (local >= self.num_embeddings_per_partition)
+        return local.masked_fill(elsewhere, 0), elsewhere
+
+
+class ParallelLMHead(VocabParallelEmbedding):
+    """x (…, embedding_dim) → logits (…, num_embeddings), gathered on every rank.
+
+    Args:
+        bias: add a bias (num_embeddings,).
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        bias: bool = False,
+        **options: Unpack[LayerOptions],
+    ) -> None:
+        self._build(num_embeddings, embedding_dim, bias, options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gathered(self.quant_method.apply(self, x, self.bias))
+
+    def gathered(self, logits: Tensor) -> Tensor:
+        """This rank's logits (…, P) → all of them (…, V), without the padding."""
+        if self.tp_size == 1:
+            return logits
+        return self.tp.all_gather(logits)[..., : self.num_embeddings]
+
+    def tie_weights(self, embedding: VocabParallelEmbedding) -> ParallelLMHead:
+        """Use the embedding's weight as this head's.
+
+        Raises:
+            ConfigError: the sizes or the ranks' parts differ.
+        """
+        own, other = self.weight.shape, embedding.weight.shape
+        if own != other or self.num_embeddings != embedding.num_embeddings:
+            raise ConfigError(
+                f"{self.label}: cannot share the weight {tuple(other)} of {embedding.label}; its "
+                f"own is {tuple(own)}, of {self.num_embeddings} embeddings"
+            )
+        self.weight = embedding.weight
+        return self

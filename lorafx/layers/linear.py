@@ -1,0 +1,275 @@
+"""Linear layers for models that are served: y = x Wᵀ + b, the weight whole or cut among ranks.
+
+    replicated   every rank computes y (…, N)
+    column       rank computes its part of the outputs (…, N / tp_size); gathered when asked
+    row          rank multiplies its part of the inputs; y = Σ_rank x_rank W_rankᵀ + b
+
+Constructors take, beside the sizes: `params_dtype`, `device`, `quant_method`, `prefix` (the layer's
+name, for messages), `tp_group` (a process group instead of all ranks) and `disable_tp` (one rank).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, TypedDict
+
+import torch
+from torch import Tensor
+
+from lorafx.layers.base import ParallelLayer, checked_sizes, group_of
+from lorafx.layers.parallel import TensorParallel
+from lorafx.layers.quantization import QuantizeMethodBase
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from typing_extensions import Unpack
+
+
+class LayerOptions(TypedDict, total=False):
+    """Keyword arguments that all layers take."""
+
+    params_dtype: torch.dtype | None
+    device: torch.device | str | None
+    quant_method: QuantizeMethodBase | None
+    prefix: str
+    tp_group: dist.ProcessGroup | None
+    disable_tp: bool
+
+
+class LinearBase(ParallelLayer):
+    """Base of the linear layers; a subclass says how its sizes are cut among the ranks."""
+
+    def __init__(
+        self,
+        input_size: int,
+        output_sizes: Sequence[int],
+        input_part: int,
+        output_parts: Sequence[int],
+        bias: bool,
+        tp: TensorParallel,
+        options: LayerOptions,
+    ) -> None:
+        super().__init__(
+            input_size=input_size,
+            output_sizes=output_sizes,
+            input_part=input_part,
+            output_parts=output_parts,
+            bias=bias,
+            tp=tp,
+            params_dtype=options.get("params_dtype"),
+            device=options.get("device"),
+            quant_method=options.get("quant_method"),
+            prefix=options.get("prefix", ""),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.quant_method.apply(self, x, self.bias)
+
+
+class ReplicatedLinear(LinearBase):
+    """x (…, input_size) → (…, output_size), the whole weight on every rank."""
+
+    def __init__(
+        self, input_size: int, output_size: int, bias: bool = True, **options: Unpack[LayerOptions]
+    ) -> None:
+        checked_sizes(
+            _label(self, options.get("prefix")), input_size=input_size, output_size=output_size
+        )
+        tp = _group(options)
+        super().__init__(input_size, [output_size], input_size, [output_size], bias, tp, options)
+
+
+class ColumnParallelLinear(LinearBase):
+    """x (…, input_size) → (…, output_size / tp_size), the outputs cut among the ranks.
+
+    Args:
+        gather_output: return all outputs (…, output_size) on every rank.
+
+    Raises:
+        ConfigError: sizes that cannot be divided among the ranks.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        bias: bool = True,
+        *,
+        gather_output: bool = False,
+        **options: Unpack[LayerOptions],
+    ) -> None:
+        label = _label(self, options.get("prefix"))
+        checked_sizes(label, input_size=input_size, output_size=output_size)
+        tp = _group(options)
+        part = tp.part(output_size, "output_size", label)
+        self._build(input_size, [output_size], [part], bias, tp, gather_output, options)
+
+    def _build(
+        self,
+        input_size: int,
+        sizes: Sequence[int],
+        parts: Sequence[int],
+        bias: bool,
+        tp: TensorParallel,
+        gather_output: bool,
+        options: LayerOptions,
+    ) -> None:
+        LinearBase.__init__(self, input_size, sizes, input_size, parts, bias, tp, options)
+        self.gather_output = gather_output
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.quant_method.apply(self, x, self.bias)
+        return self.gathered(y) if self.gather_output else y
+
+    def gathered(self, y: Tensor) -> Tensor:
+        """This rank's outputs (…, Σ P_i) → all of them (…, Σ F_i), slice after slice."""
+        if self.tp_size == 1:
+            return y
+        slices = y.split(list(self.output_partition_sizes), dim=-1)
+        return torch.cat([self._whole(index, part) for index, part in enumerate(slices)], dim=-1)
+
+    def _whole(self, index: int, part: Tensor) -> Tensor:
+        """All of slice `index`, of which several ranks may hold the same piece."""
+        whole = self.tp.all_gather(part)
+        copies = whole.shape[-1] // self.output_sizes[index]
+        if copies == 1:
+            return whole
+        pieces = whole.unflatten(-1, (self.tp_size, -1))[..., ::copies, :]
+        return pieces.flatten(-2)
+
+
+class MergedColumnParallelLinear(ColumnParallelLinear):
+    """Several column-parallel linears of one input as one: y = [x W_0ᵀ; x W_1ᵀ; ...] + b.
+
+    Args:
+        output_sizes: rows of each slice in checkpoints. Shard ids are their indices.
+
+    Raises:
+        ConfigError: sizes that cannot be divided among the ranks.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_sizes: Sequence[int],
+        bias: bool = True,
+        *,
+        gather_output: bool = False,
+        **options: Unpack[LayerOptions],
+    ) -> None:
+        label = _label(self, options.get("prefix"))
+        sizes = list(output_sizes)
+        named = {f"output_sizes[{i}]": size for i, size in enumerate(sizes)}
+        checked_sizes(label, input_size=input_size, slices=len(sizes), **named)
+        tp = _group(options)
+        parts = [tp.part(size, name, label) for name, size in named.items()]
+        self._build(input_size, sizes, parts, bias, tp, gather_output, options)
+
+
+class QKVParallelLinear(ColumnParallelLinear):
+    """Query, key and value projections of attention in one: y = [q; k; v], heads cut among ranks.
+
+    Where there are fewer KV heads than ranks, each is held by tp_size / total_num_kv_heads ranks.
+
+    Args:
+        hidden_size: size of x.
+        head_size: size of a query, key and value head.
+        total_num_heads, total_num_kv_heads: heads of the whole layer; as many KV heads as query
+            heads unless given.
+        v_head_size: size of a value head where it is another one.
+
+    Attributes:
+        num_heads, num_kv_heads: heads on this rank.
+        num_kv_head_replicas: ranks that hold the same KV head.
+
+    Raises:
+        ConfigError: heads that cannot be divided among the ranks.
+    """
+
+    shard_names: ClassVar[dict[str, int]] = {"q": 0, "k": 1, "v": 2}
+
+    def __init__(
+        self,
+        hidden_size: int,
+        head_size: int,
+        total_num_heads: int,
+        total_num_kv_heads: int | None = None,
+        bias: bool = True,
+        *,
+        v_head_size: int | None = None,
+        gather_output: bool = False,
+        **options: Unpack[LayerOptions],
+    ) -> None:
+        label = _label(self, options.get("prefix"))
+        kv_heads = total_num_heads if total_num_kv_heads is None else total_num_kv_heads
+        v_size = head_size if v_head_size is None else v_head_size
+        checked_sizes(
+            label,
+            hidden_size=hidden_size,
+            head_size=head_size,
+            v_head_size=v_size,
+            total_num_heads=total_num_heads,
+            total_num_kv_heads=kv_heads,
+        )
+        tp = _group(options)
+        heads = tp.part(total_num_heads, "total_num_heads", label)
+        if tp.size > kv_heads and tp.size % kv_heads == 0:
+            own_kv_heads, replicas = 1, tp.size // kv_heads
+        else:
+            own_kv_heads, replicas = tp.part(kv_heads, "total_num_kv_heads", label), 1
+        sizes = [total_num_heads * head_size, kv_heads * head_size, kv_heads * v_size]
+        parts = [heads * head_size, own_kv_heads * head_size, own_kv_heads * v_size]
+        self._build(hidden_size, sizes, parts, bias, tp, gather_output, options)
+        self.hidden_size, self.head_size, self.v_head_size = hidden_size, head_size, v_size
+        self.total_num_heads, self.total_num_kv_heads = total_num_heads, kv_heads
+        self.num_heads, self.num_kv_heads = heads, own_kv_heads
+        self.num_kv_head_replicas = replicas
+
+
+class RowParallelLinear(LinearBase):
+    """x (…, input_size / tp_size) → (…, output_size), the inputs cut among the ranks.
+
+    Args:
+        input_is_parallel: x is this rank's part already; else x is whole and cut here.
+        reduce_results: sum over the ranks. Without it the rank's own term is returned, and rank 0
+            alone adds the bias.
+
+    Raises:
+        ConfigError: sizes that cannot be divided among the ranks.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        bias: bool = True,
+        *,
+        input_is_parallel: bool = True,
+        reduce_results: bool = True,
+        **options: Unpack[LayerOptions],
+    ) -> None:
+        label = _label(self, options.get("prefix"))
+        checked_sizes(label, input_size=input_size, output_size=output_size)
+        tp = _group(options)
+        part = tp.part(input_size, "input_size", label)
+        super().__init__(input_size, [output_size], part, [output_size], bias, tp, options)
+        self.input_is_parallel, self.reduce_results = input_is_parallel, reduce_results
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.quant_method.apply(
+            self, self.own_input(x), self.bias if not self.tp_rank else None
+        )
+        return self.tp.all_reduce(y) if self.reduce_results else y
+
+    def own_input(self, x: Tensor) -> Tensor:
+        """This rank's part (…, input_size / tp_size) of what `forward` is given."""
+        return x if self.input_is_parallel else self.piece_of_input(x, -1)
+
+
+def _label(layer: object, prefix: str | None) -> str:
+    name = type(layer).__name__
+    return f"{prefix} ({name})" if prefix else name
+
+
+def _group(options: LayerOptions) -> TensorParallel:
+    return group_of(options.get("tp_group"), options.get("disable_tp", False))

@@ -1,0 +1,175 @@
+"""Routed experts with fused weights, as plain tensor code that is captured as one graph.
+
+    p = softmax(router_logits)  (T, E);   c = p of the top k experts (renormalised), 0 for others
+    y = Σ_e c_e · (silu(x G_eᵀ) ⊙ (x U_eᵀ)) D_eᵀ,    w13_e = [G_e; U_e] (2I, H),  w2_e = D_e (H, I)
+
+Every token goes through every expert, which costs E / k times the multiplications of the chosen
+ones but needs no sorting, no loop and no sizes that depend on values. I is cut among the ranks.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorafx.errors import CheckpointError, ConfigError
+from lorafx.layers.base import checked_sizes, group_of
+from lorafx.layers.loading import LoadableLayer
+from lorafx.layers.quantization import add_weight
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+#: What a loader may be told: the projection and the expert, or nothing.
+ExpertShard = tuple[str, int] | None
+
+
+class FusedMoE(LoadableLayer):
+    """hidden_states (…, H), router_logits (…, E) → (…, H).
+
+    Parameters are `w13_weight` (E, 2I / tp_size, H) and `w2_weight` (E, H, I / tp_size). Shard
+    ids of their loaders: ("w1", e) the gate, ("w3", e) the up and ("w2", e) the down projection of
+    expert e; None for all experts as one tensor (E, 2I, H) or (E, H, I).
+
+    LoRA on it is not supported: it is no registered class, and targeting it is an error.
+
+    Args:
+        num_experts, top_k: E and k.
+        hidden_size, intermediate_size: H and I.
+        renormalize: divide the chosen experts' probabilities by their sum.
+
+    Raises:
+        ConfigError: sizes that are not positive, k > E, or I that the ranks cannot divide.
+    """
+
+    w13_weight: Tensor
+    w2_weight: Tensor
+
+    def __init__(
+        self,
+        num_experts: int,
+        top_k: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        renormalize: bool = True,
+        params_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        prefix: str = "",
+        tp_group: dist.ProcessGroup | None = None,
+        disable_tp: bool = False,
+    ) -> None:
+        super().__init__()
+        self.prefix = prefix
+        checked_sizes(
+            self.label,
+            num_experts=num_experts,
+            top_k=top_k,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+        )
+        if top_k > num_experts:
+            raise ConfigError(f"{self.label}: top_k = {top_k} of num_experts = {num_experts}")
+        self.tp = group_of(tp_group, disable_tp)
+        self.tp_size, self.tp_rank = self.tp.size, self.tp.rank
+        self.num_experts, self.top_k, self.renormalize = num_experts, top_k, renormalize
+        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
+        part = self.tp.part(intermediate_size, "intermediate_size", self.label)
+        self.intermediate_size_per_partition = part
+        shapes = {
+            "w13_weight": (num_experts, 2 * part, hidden_size),
+            "w2_weight": (num_experts, hidden_size, part),
+        }
+        for name, shape in shapes.items():
+            weight = torch.empty(shape, dtype=params_dtype, device=device)
+            bound = (hidden_size if name == "w13_weight" else intermediate_size) ** -0.5
+            nn.init.uniform_(weight, -bound, bound)
+            add_weight(self, name, weight, weight_loader=self.weight_loader)
+        self._keep_attributes()
+
+    def forward(self, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
+        x = hidden_states.reshape(-1, self.hidden_size)
+        combine = self.combine_weights(router_logits.reshape(-1, self.num_experts)).to(x.dtype)
+        # One product with all experts' rows, (T, E · 2I).
+        gate, up = (
+            F.linear(x, self.w13_weight.flatten(0, 1))
+            .unflatten(-1, (self.num_experts, 2, -1))
+            .unbind(-2)
+        )
+        inner = F.silu(gate) * up * combine.unsqueeze(-1)
+        y = torch.bmm(inner.transpose(0, 1), self.w2_weight.transpose(1, 2)).sum(dim=0)
+        return self.tp.all_reduce(y).reshape(hidden_states.shape)
+
+    def combine_weights(self, router_logits: Tensor) -> Tensor:
+        """router_logits (T, E) → c (T, E) float32, zero for experts that were not chosen."""
+        probabilities = router_logits.softmax(dim=-1, dtype=torch.float32)
+        chosen, experts = probabilities.topk(self.top_k, dim=-1)
+        if self.renormalize:
+            chosen = chosen / chosen.sum(dim=-1, keepdim=True)
+        return torch.zeros_like(probabilities).scatter(-1, experts, chosen)
+
+    def _load(self, name: str, loaded: Tensor, shard_id: ExpertShard) -> None:
+        part = self.intermediate_size_per_partition
+        start = self.tp_rank * part
+        target = self.get_parameter(name).data
+        if shard_id is not None:
+            target, loaded = target[shard_id[1]][None], loaded[None]
+        if name == "w2_weight":
+            target.copy_(loaded.narrow(2, start, part))
+            return
+        halves = (0, 1) if shard_id is None else (("w1", "w3").index(shard_id[0]),)
+        rows = loaded.split(self.intermediate_size, dim=1)
+        for half, value in zip(halves, rows, strict=True):
+            target[:, half * part : (half + 1) * part].copy_(value.narrow(1, start, part))
+
+    def checkpoint_shape(self, name: str, shard_id: ExpertShard = None) -> tuple[int, ...]:
+        experts, hidden, inner = self.num_experts, self.hidden_size, self.intermediate_size
+        if shard_id is None:
+            whole = {"w13_weight": (2 * inner, hidden), "w2_weight": (hidden, inner)}
+            return (experts, *whole[name])
+        self._check_shard(name, shard_id)
+        return (hidden, inner) if name == "w2_weight" else (inner, hidden)
+
+    def _check_shard(self, name: str, shard_id: Any) -> None:
+        known = ("w2",) if name == "w2_weight" else ("w1", "w3")
+        if (
+            not isinstance(shard_id, tuple)
+            or len(shard_id) != 2
+            or shard_id[0] not in known
+            or not 0 <= shard_id[1] < self.num_experts
+        ):
+            raise CheckpointError(
+                f"{self.label}: no shard id {shard_id!r} of {name}; give "
+                f"({' or '.join(map(repr, known))}, expert), experts 0 to {self.num_experts - 1}"
+            )
+
+    def pieces(self, name: str, shard_id: ExpertShard = None) -> frozenset[Any]:
+        if shard_id is not None:
+            self._check_shard(name, shard_id)
+            return frozenset([shard_id])
+        kinds = ("w2",) if name == "w2_weight" else ("w1", "w3")
+        return frozenset((kind, e) for kind in kinds for e in range(self.num_experts))
+
+    def expert_mapping(
+        self, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+    ) -> list[tuple[str, str, tuple[str, int]]]:
+        """Entries of `load_weights`' stacked mapping for checkpoints with a tensor an expert.
+
+        From `experts.<e>.<gate>.weight` to this layer at `experts`.
+        """
+        names = (("w13_weight", gate, "w1"), ("w13_weight", up, "w3"), ("w2_weight", down, "w2"))
+        return [
+            (f"experts.{param}", f"experts.{e}.{name}.weight", (shard, e))
+            for e in range(self.num_experts)
+            for param, name, shard in names
+        ]
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_experts={self.num_experts}, top_k={self.top_k}, "
+            f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
+            f"tp_size={self.tp_size}"
+        )

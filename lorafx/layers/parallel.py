@@ -1,0 +1,85 @@
+"""The tensor-parallel group of a layer: how many ranks, which of them this is, and their sums.
+
+    all_reduce:  y = Σ_rank y_rank              all_gather:  y = [y_0; y_1; ...] over the last dim
+
+Collectives are torch's functional ones, so Dynamo captures them as ops of the graph. A group is
+kept by its name: process groups can be neither copied nor pickled, and models are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lorafx.errors import ConfigError
+
+if dist.is_available():
+    # Gives the functional collectives their fake implementations.
+    import torch.distributed._functional_collectives
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """Size and rank of a tensor-parallel group.
+
+    Attributes:
+        size: ranks in the group, `tp_size` of the layers.
+        rank: this process's place in it, `tp_rank`.
+        group_name: torch.distributed's name of the group; None where there is one rank.
+    """
+
+    size: int = 1
+    rank: int = 0
+    group_name: str | None = None
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None = None) -> TensorParallel:
+        """The given group, or all ranks, or a single rank where torch.distributed is not set up.
+
+        Raises:
+            ConfigError: this process is not in `group`.
+        """
+        if not dist.is_available() or not dist.is_initialized():
+            return cls()
+        rank = dist.get_rank(group)
+        if rank < 0:
+            raise ConfigError("this process is not in the tensor-parallel group that was given")
+        size = dist.get_world_size(group)
+        if size == 1:
+            return cls()
+        group = dist.group.WORLD if group is None else group
+        assert group is not None
+        return cls(size, rank, group.group_name)
+
+    def all_reduce(self, y: Tensor) -> Tensor:
+        """The sum of the ranks' `y`, of the same shape, on every rank."""
+        if self.size == 1:
+            return y
+        ops = torch.ops._c10d_functional
+        return ops.wait_tensor(ops.all_reduce(y.contiguous(), "sum", self.group_name))
+
+    def all_gather(self, y: Tensor) -> Tensor:
+        """(…, N) of each rank → (…, size · N), in the order of the ranks."""
+        if self.size == 1:
+            return y
+        ops = torch.ops._c10d_functional
+        # The op stacks along the first dimension, whatever that is: give it one of its own.
+        gathered = ops.wait_tensor(
+            ops.all_gather_into_tensor(y.contiguous().unsqueeze(0), self.size, self.group_name)
+        )
+        return gathered.movedim(0, -2).flatten(-2)
+
+    def part(self, total: int, what: str, layer: str) -> int:
+        """`total` divided among the ranks.
+
+        Raises:
+            ConfigError: it does not divide.
+        """
+        if total % self.size:
+            raise ConfigError(
+                f"{layer}: {what} = {total} cannot be divided among tp_size = {self.size} ranks"
+            )
+        return total // self.size

@@ -1,0 +1,168 @@
+"""How a layer stores its weight and computes with it: the `quant_method` of a layer.
+
+    unquantised    y = x Wᵀ + b                     weight (N, K)
+    int8 channel   y = (x Qᵀ) · s + b, W ≈ s · Q    weight Q (N, K) int8, weight_scale s (N,) f32
+
+N and K are this rank's sizes. A method has no state of its own, so layers may share one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorafx.errors import CheckpointError
+
+
+class QuantizeMethodBase(ABC):
+    """Base class of weight formats; layers call it, models and post-processing may ask it.
+
+    `layer` is a layer of this package, or any module that has what its method's `create_weights`
+    registers.
+    """
+
+    @abstractmethod
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: Sequence[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register the layer's weight parameters.
+
+        Args:
+            layer: gets the parameters.
+            input_size_per_partition: K of this rank.
+            output_partition_sizes: rows of each output slice on this rank; N is their sum.
+            input_size, output_size: K and N of the whole layer.
+            params_dtype: dtype of unquantised numbers.
+            extra_weight_attrs: attributes for every parameter (its `weight_loader`, `device` for
+                where to allocate). The method adds `output_dim` and `input_dim`: the dimensions
+                that hold outputs and inputs, where the parameter has them.
+        """
+
+    @abstractmethod
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (…, K) → (…, N), with `bias` (N,) added."""
+
+    @abstractmethod
+    def dequantize(self, layer: Any) -> Tensor:
+        """The dense weight (N, K) that `apply` multiplies by, in the layer's `params_dtype`."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:  # noqa: B027
+        """Called by `load_weights` after every load of the layer's weights; does nothing here."""
+
+    def incoming(self, layer: Any, name: str, loaded: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """What a checkpoint tensor for the parameter `name` becomes: parameters and their values.
+
+        The values have the checkpoint's sizes; the layer cuts them to this rank afterwards.
+        """
+        yield name, loaded
+
+    def fills(self, layer: Any, name: str, dtype: torch.dtype) -> tuple[str, ...]:
+        """Names of the parameters that `incoming` gives for a tensor of this dtype."""
+        return (name,)
+
+
+class UnquantizedLinearMethod(QuantizeMethodBase):
+    """Dense weights in `params_dtype`."""
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: Sequence[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        device = extra_weight_attrs.pop("device", None)
+        weight = torch.empty(
+            (sum(output_partition_sizes), input_size_per_partition),
+            dtype=params_dtype,
+            device=device,
+        )
+        # Uninitialised memory may hold NaN, which a model that is not loaded yet would spread.
+        bound = input_size**-0.5
+        nn.init.uniform_(weight, -bound, bound)
+        add_weight(layer, "weight", weight, output_dim=0, input_dim=1, **extra_weight_attrs)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, layer.weight, bias)
+
+    def dequantize(self, layer: Any) -> Tensor:
+        return layer.weight.detach()
+
+
+class Int8ChannelLinearMethod(QuantizeMethodBase):
+    """Weight-only int8, one scale an output row, symmetric.
+
+    Checkpoints may hold Q and s, or the dense weight, which is quantised as it is loaded: of the
+    whole rows, before they are cut, so that every rank has the scales that one rank would have.
+    """
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: Sequence[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        device = extra_weight_attrs.pop("device", None)
+        rows = sum(output_partition_sizes)
+        weight = torch.zeros((rows, input_size_per_partition), dtype=torch.int8, device=device)
+        scale = torch.ones(rows, dtype=torch.float32, device=device)
+        add_weight(layer, "weight", weight, output_dim=0, input_dim=1, **extra_weight_attrs)
+        add_weight(layer, "weight_scale", scale, output_dim=0, **extra_weight_attrs)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = F.linear(x, layer.weight.to(x.dtype)) * layer.weight_scale.to(x.dtype)
+        return y if bias is None else y + bias
+
+    def dequantize(self, layer: Any) -> Tensor:
+        weight = layer.weight.float() * layer.weight_scale.float()[:, None]
+        return weight.to(layer.params_dtype)
+
+    def incoming(self, layer: Any, name: str, loaded: Tensor) -> Iterator[tuple[str, Tensor]]:
+        if name == "weight" and loaded.is_floating_point():
+            weight, scale = quantize_int8(loaded)
+            yield "weight", weight
+            yield "weight_scale", scale
+        elif name == "weight" and loaded.dtype != torch.int8:
+            raise CheckpointError(f"an int8 weight takes int8 or floats, got {loaded.dtype}")
+        else:
+            yield name, loaded
+
+    def fills(self, layer: Any, name: str, dtype: torch.dtype) -> tuple[str, ...]:
+        if name == "weight" and dtype.is_floating_point:
+            return ("weight", "weight_scale")
+        return (name,)
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """W (…, N, K) → Q (…, N, K) int8, s (…, N) float32, with |W − s · Q| ≤ s / 2."""
+    dense = weight.detach().float()
+    scale = dense.abs().amax(dim=-1) / 127
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return torch.round(dense / scale[..., None]).to(torch.int8), scale
+
+
+def add_weight(layer: Any, name: str, value: Tensor, **attributes: Any) -> None:
+    """Register `value` as the layer's parameter `name`, without gradient, with attributes."""
+    parameter = nn.Parameter(value, requires_grad=False)
+    for key, attribute in attributes.items():
+        setattr(parameter, key, attribute)
+    layer.register_parameter(name, parameter)
