@@ -35,6 +35,10 @@ class LoraConfig:
         dtype: dtype of the banks; None takes each module's weight dtype.
         row_dims: dimension that holds the requests, by forward-argument name; None for an
             argument that all requests share. Overrides the table of roles.
+        packed_modules: names that packed modules stand for, as in
+            `{"qkv_proj": ["q_proj", "k_proj", "v_proj"]}`, one name an output slice, or with
+            slices, `{"in_proj_qkvz": {"in_proj_qkv": (0, 1, 2), "in_proj_z": 3}}`. Wins over
+            what the model declares by `packed_modules_mapping`.
     """
 
     target_modules: str | Sequence[str] | None = None
@@ -43,6 +47,9 @@ class LoraConfig:
     max_rank: int = 16
     dtype: torch.dtype | None = None
     row_dims: Mapping[str, int | None] = field(default_factory=dict)
+    packed_modules: Mapping[str, Sequence[str] | Mapping[str, int | Sequence[int]]] = field(
+        default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         for name in ("max_adapters", "max_rank"):

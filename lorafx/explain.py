@@ -61,6 +61,7 @@ def model_sections(
     site_lines = [
         f"{site.path or '(root)'}: {type(site.module).__name__} as {site.eligible.cls.__name__}, "
         f"{site.in_features} -> {site.out_features}, {site.dtype}".replace("torch.", "")
+        + _parts(site)
         + (f", also {', '.join(site.aliases)}" if site.aliases else "")
         for site in sites
     ]
@@ -76,6 +77,17 @@ def model_sections(
             tuple(bank_lines),
         ),
     ]
+
+
+def _parts(site: Site) -> str:
+    """The parts of a packed site, "-" for one that has no name or was not selected."""
+    if len(site.parts) == 1:
+        return ""
+    names = (
+        f"{(part.name if part.selected else '') or '-'} {part.out_features}" for part in site.parts
+    )
+    loose = f"; {', '.join(site.loose_names)} by their rows" if site.loose_names else ""
+    return f" [{', '.join(names)}{loose}]"
 
 
 def _graph_lines(record: GraphRecord) -> list[str]:

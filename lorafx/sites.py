@@ -42,12 +42,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Membership:
-    """A site seen as one of the projections that others pack under one name.
+    """A site seen as one of the projections that others pack under one `name`.
 
     `v_proj` is number 2 of the 3 that a packed `qkv_proj` stands for.
     """
 
-    packed_name: str
+    name: str
     index: int
     count: int
 
@@ -65,6 +65,8 @@ class Site:
         dtype, device: of the base weight (the compute dtype where the weight is not floating).
         parts: what its output columns consist of, in order; one part where none are given.
         member_of: the packed names that this module is a part of elsewhere.
+        loose_names: names of a packed module of which it is not declared what slices each
+            covers; the rows of an adapter's B say it.
     """
 
     path: str
@@ -77,6 +79,7 @@ class Site:
     device: torch.device
     parts: tuple[Part, ...] = ()
     member_of: tuple[Membership, ...] = ()
+    loose_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -86,6 +89,14 @@ class Site:
     @property
     def paths(self) -> tuple[str, ...]:
         return (self.path, *self.aliases)
+
+    def part_path(self, index: int) -> str:
+        """What messages and adapters call part `index`: the path that it would have unpacked."""
+        if len(self.parts) == 1:
+            return self.path
+        name = self.parts[index].name
+        parent = self.path.rpartition(".")[0]
+        return f"{parent}.{name}".lstrip(".") if name else f"{self.path}[{index}]"
 
     @property
     def has_own_forward(self) -> bool:

@@ -20,14 +20,14 @@ import torch
 from torch import fx
 
 from lorafx.compat import size_hint
-from lorafx.context import EMBEDDING_OP, FUSED_OP, ROWS_ARGUMENT, Context
+from lorafx.context import EMBEDDING_OP, FUSED_OP, GROUPED_OP, ROWS_ARGUMENT, Context
 from lorafx.errors import ConfigError
 from lorafx.frame import arguments_of, fake_value
 from lorafx.kernels.cost import FUSED, byte_floor, choose_strategy, split_is_faster
 from lorafx.kernels.cpu import DeltaSpec, build_all
 from lorafx.kernels.triton_build import TritonSpec
 from lorafx.kernels.triton_build import build as build_triton
-from lorafx.sites import Site
+from lorafx.sites import Part, Site
 from lorafx.strategy import ATEN, GENERATED, Strategy, choose
 
 
@@ -38,7 +38,9 @@ class Plan:
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         planner = {"triton": _triton, "inductor": _cpu}.get(ctx.program.options.lowering, _aten)
-        planner(ctx, list(ctx.states))
+        blocks = [node for node in ctx.states if node.target is GROUPED_OP]
+        planner(ctx, [node for node in ctx.states if node.target is not GROUPED_OP])
+        _aten(ctx, blocks)  # no kernel is generated for products with blocks of a weight
         return len(ctx.states)
 
 
@@ -110,7 +112,7 @@ def _triton_choice(
     sites = _sites(ctx, node)
     slots, rank = ctx.program.home(sites[0])[0].bank.B.shape[:2]
     dtype = fake_value(arguments_of(node)[0]).dtype
-    _, estimates = choose_strategy(sites, rows, slots, rank, dtype, device)
+    _, estimates = choose_strategy(_parts(sites), rows, slots, rank, dtype, device)
     for name, estimate in estimates.items():
         if not estimate.refusal and (node.target is FUSED_OP or name not in FUSED):
             return name, f"modelled {estimate} at {rows} rows; {_floor(ctx, node)}"
@@ -166,11 +168,16 @@ def _split(node: fx.Node) -> bool:
     return len(sizes) > 1 and split_is_faster(value.dtype, value.device)
 
 
+def _parts(sites: Sequence[Site]) -> list[Part]:
+    """What the sites' factors multiply: a packed site has an A and a B for each part."""
+    return [part for site in sites for part in site.parts]
+
+
 def _floor(ctx: Context, node: fx.Node) -> str:
     sites = _sites(ctx, node)
     # From the bank itself: in a frame that tracing knows less of, its sizes may be symbols.
     rank = ctx.program.home(sites[0])[0].bank.B.shape[1]
-    one, eight = (byte_floor(sites, rank, distinct) for distinct in (1, 8))
+    one, eight = (byte_floor(_parts(sites), rank, distinct) for distinct in (1, 8))
     return f"byte floor at rank {rank}: {one:.3f} with 1 adapter, {eight:.3f} with 8"
 
 

@@ -9,7 +9,8 @@ swept up is left out with a warning. Eligibility is the registry's, along the MR
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from lorafx.config import LoraConfig
 from lorafx.errors import LorafxWarning, TargetError
 from lorafx.marks import is_dense
 from lorafx.module_graph import ModuleGraph
+from lorafx.packed_names import PackedNames, parts_of, virtual_paths
 from lorafx.passes.alias import Alias
 from lorafx.registry import Eligible, lookup
 from lorafx.sites import Site
@@ -49,8 +51,9 @@ class _Selection:
         self.target = targets.checked(self.config.target_modules, "target_modules")
         self.exclude = targets.checked(self.config.exclude_modules, "exclude_modules")
         self.by_default = self.target is None or targets.is_all_linear(self.target)
+        self.packed = PackedNames(self.graph, self.config.packed_modules)
         self.modules = [
-            (path, module, self.graph.paths(module), lookup(module))
+            _Candidate(path, module, self.graph.paths(module), lookup(module), self.packed)
             for path, module in self.graph.modules()
         ]
         # Exact entries reach a module also by an alias beyond those that are listed.
@@ -59,29 +62,33 @@ class _Selection:
         self.walked = {id(module) for module in found.values()} - {id(None)}
         if isinstance(self.target, targets.SavedNames):
             self.target = tuple(entry for entry, module in found.items() if module is None)
-        self.eligible_paths = [path for path, _, _, entry in self.modules if entry is not None]
+        self.eligible_paths = [item.path for item in self.modules if item.entry is not None]
 
     def sites(self) -> tuple[Site, ...]:
         head = targets.output_embedding(self.graph.root)
         found: list[Site] = []
         named = excluded = 0
-        for path, module, paths, entry in self.modules:
-            if not self._targeted(module, paths, entry, head):
+        for item in self.modules:
+            members = self._targeted(item, head)
+            if not members:
                 continue
             named += 1
-            if self._excluded(paths, entry):
+            members -= self._excluded(item)
+            if not members:
                 excluded += 1
                 continue
-            reason = impossible(module, entry)
-            if reason is None and entry is not None:
-                found.append(self._site(module, paths, entry))
+            site = self._site(item, members)
+            if isinstance(site, Site):
+                found.append(site)
             elif self.by_default:
-                _warn(f"{_label(path, module)} carries no LoRA: {reason}")
+                _warn(f"{item.label} carries no LoRA: {site}")
             else:
-                self.problems.append(
-                    f"{_label(path, module)}: {reason}{self._candidates(path, entry)}"
-                )
+                self.problems.append(f"{item.label}: {site}{self._candidates(item)}")
         self.problems.extend(self._unnamed_targets())
+        self.problems.extend(
+            f"packed_modules entry {name!r} names no module, packed or not{self._nearest(name)}"
+            for name in self.packed.unused()
+        )
         self._unnamed_exclusions()
         if not self.problems and named == 0:
             self.problems.append(
@@ -100,23 +107,23 @@ class _Selection:
             raise TargetError(_listed(self.problems))
         return tuple(found)
 
-    def _targeted(
-        self,
-        module: nn.Module,
-        paths: tuple[str, ...],
-        entry: Eligible | None,
-        head: nn.Module | None,
-    ) -> bool:
+    def _targeted(self, item: _Candidate, head: nn.Module | None) -> frozenset[str]:
+        """The members of the module that are asked for, "" being one that has no names."""
         if self.target is None or self.by_default:
-            return entry is not None and entry.kind == "linear" and module is not head
-        return id(module) in self.walked or targets.names(self.target, paths)
+            entry = item.entry
+            linear = entry is not None and entry.kind == "linear" and item.module is not head
+            return item.members if linear else frozenset()
+        if id(item.module) in self.walked:
+            return item.members
+        return item.named_by(self.target)
 
-    def _excluded(self, paths: tuple[str, ...], entry: Eligible | None) -> bool:
+    def _excluded(self, item: _Candidate) -> frozenset[str]:
         if self.exclude is None:
-            return False
+            return frozenset()
         if targets.is_all_linear(self.exclude):
-            return entry is not None and entry.kind == "linear"
-        return targets.names(self.exclude, paths)
+            linear = item.entry is not None and item.entry.kind == "linear"
+            return item.members if linear else frozenset()
+        return item.named_by(self.exclude)
 
     def _unnamed_targets(self) -> list[str]:
         """A problem for each list entry that names no module at all."""
@@ -138,33 +145,55 @@ class _Selection:
 
     def _names_any(self, entry: str) -> bool:
         return self.graph.find(entry) is not None or any(
-            targets.entry_names(entry, path) for _, _, paths, _ in self.modules for path in paths
+            targets.entry_names(entry, path) for item in self.modules for path in item.all_paths
         )
 
     def _nearest(self, entry: str) -> str:
         return targets.nearest_targets(entry, self.eligible_paths)
 
-    def _candidates(self, path: str, entry: Eligible | None) -> str:
+    def _candidates(self, item: _Candidate) -> str:
         """What the user may have meant by a module that cannot carry LoRA."""
-        if entry is not None or len(self.problems) >= _SHOWN:
+        if item.entry is not None or len(self.problems) >= _SHOWN:
             return ""
-        below = [p for p in self.eligible_paths if p.startswith(f"{path}.")]
+        below = [p for p in self.eligible_paths if p.startswith(f"{item.path}.")]
         if below:
             return f"; eligible below it: {', '.join(below[:3])}"
-        return self._nearest(path)
+        return self._nearest(item.path)
 
-    def _site(self, module: nn.Module, paths: tuple[str, ...], entry: Eligible) -> Site:
+    def _site(self, item: _Candidate, selected: frozenset[str]) -> Site | str:
+        """The site with these members selected, or why there can be none."""
+        module, entry = item.module, item.entry
+        reason = impossible(module, entry)
+        if reason is not None:
+            return reason
+        assert entry is not None
         in_features, out_features = entry.sizes(module)
+        try:
+            slices = None if entry.output_sizes is None else entry.output_sizes(module)
+            parts, loose = parts_of("it", item.packed_members, slices, in_features, out_features)
+        except (AttributeError, TypeError, ValueError) as error:
+            return f"its output slices cannot be told apart: {error}"
+        if slices is None and selected < item.members:
+            return (
+                f"it packs {', '.join(sorted(item.members))} by packed_modules, and its class does "
+                "not say the size of each; see lorafx.register(output_sizes=...)"
+            )
         weight = _weight_of(module, entry)
         return Site(
-            path=paths[0],
-            aliases=paths[1:],
+            path=item.path,
+            aliases=item.paths[1:],
             module=module,
             eligible=entry,
             in_features=in_features,
             out_features=out_features,
             dtype=self._compute_dtype(module, weight),
             device=weight.device if weight is not None else _device_of(module, self.graph.root),
+            parts=tuple(
+                replace(part, selected=loose != () or part.name in selected or "" in selected)
+                for part in parts
+            ),
+            member_of=item.member_of,
+            loose_names=loose,
         )
 
     def _compute_dtype(self, module: nn.Module, weight: Tensor | None) -> torch.dtype:
@@ -179,6 +208,51 @@ class _Selection:
                 if is_dense(tensor):
                     return tensor.dtype
         return torch.get_default_dtype()
+
+
+class _Candidate:
+    """A module with all names that a target may know it by.
+
+    `members` are the names that it stands for where it comes packed, else "" alone.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        module: nn.Module,
+        paths: tuple[str, ...],
+        entry: Eligible | None,
+        packed: PackedNames,
+    ) -> None:
+        self.path, self.module, self.paths, self.entry = path, module, paths, entry
+        self.packed_members = packed.members(path) if entry is not None else ()
+        self.member_of = packed.memberships(path) if entry is not None else ()
+        self.members = frozenset(member.name for member in self.packed_members) or frozenset([""])
+
+    @property
+    def label(self) -> str:
+        return f"{self.path or 'the model'} ({type(self.module).__qualname__})"
+
+    @property
+    def all_paths(self) -> Iterator[str]:
+        """Its own paths, and those that it has as a packed module or a member of one."""
+        yield from self.paths
+        others = [member.name for member in self.packed_members]
+        for name in (*others, *(packed.name for packed in self.member_of)):
+            yield from virtual_paths(self.paths, name)
+
+    def named_by(self, spec: str | Sequence[str]) -> frozenset[str]:
+        """The members that `spec` names, all of them where it names the module itself."""
+        whole = self.paths
+        for packed in self.member_of:
+            whole += virtual_paths(self.paths, packed.name)
+        if targets.names(spec, whole):
+            return self.members
+        return frozenset(
+            member.name
+            for member in self.packed_members
+            if targets.names(spec, virtual_paths(self.paths, member.name))
+        )
 
 
 def impossible(module: nn.Module, entry: Eligible | None) -> str | None:
@@ -231,10 +305,6 @@ def _device_of(module: nn.Module, root: nn.Module) -> torch.device:
 
 def _warn(message: str) -> None:
     warnings.warn(message, LorafxWarning, stacklevel=2)
-
-
-def _label(path: str, module: nn.Module) -> str:
-    return f"{path or 'the model'} ({type(module).__qualname__})"
 
 
 def _listed(problems: list[str]) -> str:

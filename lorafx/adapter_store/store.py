@@ -14,7 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ from lorafx.errors import (
 )
 
 if TYPE_CHECKING:
-    from lorafx.adapter_store.peft_reader import Adapter, LoraWeights
+    from lorafx.adapter_store.peft_reader import Adapter
+    from lorafx.adapter_store.reading import LoraWeights
     from lorafx.sites import Group, Site
 
 BASE = "__base__"
@@ -67,9 +68,10 @@ class AdapterStore:
         self._groups = tuple(groups)
         self._max_adapters, self._max_rank = max_adapters, max_rank
         self._places = {
-            site.path: (g, i)
+            site.part_path(part): _Place(g, site, part, *numbers)
             for g, group in enumerate(self._groups)
             for i, site in enumerate(group.sites)
+            for part, numbers in enumerate(zip(*group.ranges(i)[:2], strict=True))
         }
         self._lock = threading.RLock()
         self._adapters: dict[str, StoredAdapter] = {}
@@ -231,12 +233,12 @@ class AdapterStore:
             if place is None:
                 problems.append(f"{path} is not a site{nearest(path, self._places)}")
                 continue
-            problem = _misfit(self._groups[place[0]].sites[place[1]], weights, self._max_rank)
+            problem = _misfit(path, place, weights, self._max_rank)
             if problem:
                 problems.append(problem)
                 continue
-            made = self._factors(*place, weights)
-            factors.setdefault(place[0], []).append(made)
+            made = self._factors(place, weights)
+            factors.setdefault(place.group, []).append(made)
             if not all(bool(torch.isfinite(t).all()) for t in (made.A, made.B)):
                 problems.append(f"{path}: values beyond the range of {made.A.dtype}")
         if problems:
@@ -245,16 +247,16 @@ class AdapterStore:
                 + "\n".join(f"  - {problem}" for problem in problems)
             )
         size = sum(t.nbytes for f in _all(factors) for t in (f.A, f.B))
-        sites = tuple(adapter.weights)
+        sites = tuple(dict.fromkeys(self._places[path].site.path for path in adapter.weights))
         return StoredAdapter(adapter.name, adapter.rank, adapter.source, sites, factors, size)
 
-    def _factors(self, g: int, sibling: int, weights: LoraWeights) -> Factors:
-        group = self._groups[g]
+    def _factors(self, place: _Place, weights: LoraWeights) -> Factors:
+        group = self._groups[place.group]
         a = weights.A.t() if group.bank.kind == "embedding" else weights.A
         pin = group.bank.A.is_cuda
         return Factors(
-            group.firsts[sibling],
-            group.offsets[sibling],
+            place.sibling,
+            place.offset,
             _host_copy(a, group.bank.A.dtype, pin),
             _host_copy(weights.B.t(), group.bank.B.dtype, pin),
             float(weights.scale),
@@ -269,12 +271,22 @@ def check_name(name: object) -> None:
         )
 
 
-def _misfit(site: Site, weights: LoraWeights, max_rank: int) -> str | None:
-    rank = weights.A.shape[0]
-    want = (rank, site.in_features), (site.out_features, rank)
+class _Place(NamedTuple):
+    """Where the factors of one part of a site lie: its sibling and first column in the bank."""
+
+    group: int
+    site: Site
+    part: int
+    sibling: int
+    offset: int
+
+
+def _misfit(path: str, place: _Place, weights: LoraWeights, max_rank: int) -> str | None:
+    rank, part = weights.A.shape[0], place.site.parts[place.part]
+    want = (rank, part.in_features), (part.out_features, rank)
     have = tuple(weights.A.shape), tuple(weights.B.shape)
     if have != want or not 0 < rank <= max_rank:
-        return f"{site.path}: factors {have} do not fit {want} with rank at most {max_rank}"
+        return f"{path}: factors {have} do not fit {want} with rank at most {max_rank}"
     return None
 
 

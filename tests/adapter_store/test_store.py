@@ -13,7 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import nn
 
 from lorafx.adapter_store.bank import Bank
-from lorafx.adapter_store.peft_reader import Adapter, LoraWeights
+from lorafx.adapter_store.peft_reader import Adapter
+from lorafx.adapter_store.reading import LoraWeights
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.errors import CapacityError, CheckpointError, ConfigError, UnknownAdapterError
 from lorafx.registry import lookup

@@ -1,0 +1,189 @@
+"""Which site, or which parts of sites, a path in a checkpoint means.
+
+    model.layers.0.self_attn.o_proj    the site at this path, or at an alias of it
+    model.layers.0.self_attn.q_proj    a part of the packed site model.layers.0.self_attn.qkv_proj
+    model.layers.0.self_attn.qkv_proj  the sites q_proj, k_proj and v_proj, where they are apart
+
+What a path means is a *landing*: parts of sites in the order of the saved B's rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from lorafx.adapter_store.peft_keys import COMPILED, candidates, without_compiled
+from lorafx.errors import nearest
+from lorafx.packed_names import virtual_paths
+
+if TYPE_CHECKING:
+    from lorafx.sites import Membership, Site
+
+#: A site and the number of one of its parts.
+Place = tuple["Site", int]
+
+
+@dataclass(frozen=True)
+class Landing:
+    """What a saved path means.
+
+    Attributes:
+        places: the parts that the factors belong to, in the order of B's rows.
+        saved: the path without prefixes under which they were found.
+        loose: the name whose slices only B's rows can tell; `places` are all it may cover then.
+        missing: why factors may not be placed here, "" where they may.
+    """
+
+    places: tuple[Place, ...]
+    saved: str
+    loose: str = ""
+    missing: str = ""
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for landings that mean the same."""
+        return (self.loose, *((id(site), part) for site, part in self.places))
+
+    def fitting(self, rows: int) -> tuple[Place, ...] | None:
+        """The places that a B of so many rows covers; None where that cannot be told."""
+        if not self.loose:
+            return self.places
+        site = self.places[0][0]
+        sizes = [saved_sizes(place)[1] for place in self.places]
+        found = {
+            (cuts[at], cuts[at + 1])
+            for at in [site.loose_names.index(self.loose)]
+            for inner in combinations(range(1, len(sizes)), len(site.loose_names) - 1)
+            for cuts in [(0, *inner, len(sizes))]
+            if sum(sizes[cuts[at] : cuts[at + 1]]) == rows
+        }
+        if len(found) != 1:
+            return None
+        ((start, end),) = found
+        return self.places[start:end]
+
+
+def saved_sizes(place: Place) -> tuple[int, int]:
+    """(K, N) of a part as a checkpoint has it: of the whole module where it is sharded."""
+    site, index = place
+    part = site.parts[index]
+    if site.eligible.sharding is None:
+        return part.in_features, part.out_features
+    in_features, sizes = site.eligible.sharding.saved_sizes(site.module)
+    return in_features, sum(sizes[i] for i in part.slices)
+
+
+class Places:
+    """Finds what a saved path means among `sites`, or at least the module that it names.
+
+    With the whole `model`, a path that reaches a module which is not a selected site can be told
+    from one that reaches nothing, and every alias path is known.
+    """
+
+    def __init__(self, sites: Sequence[Site], model: nn.Module | None) -> None:
+        self._model = model
+        self._by_path = {without_compiled(p): site for site in sites for p in site.paths}
+        self._by_module = {id(site.module): site for site in sites}
+        self._by_name: dict[str, tuple[Place, ...]] = {}
+        self._loose: dict[str, tuple[Site, str]] = {}
+        self._members: dict[str, list[tuple[Membership, Site]]] = {}
+        for site in sites:
+            paths = [without_compiled(path) for path in site.paths]
+            for index, part in enumerate(site.parts):
+                if part.name:
+                    names = virtual_paths(paths, part.name)
+                    self._by_name.update(dict.fromkeys(names, ((site, index),)))
+            for name in site.loose_names:
+                self._loose.update(dict.fromkeys(virtual_paths(paths, name), (site, name)))
+            for membership in site.member_of:
+                for path in virtual_paths(paths, membership.name):
+                    self._members.setdefault(path, []).append((membership, site))
+        self._names: list[str] | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the whole model is known, not only its sites."""
+        return self._model is not None
+
+    def landing(self, path: str) -> Landing | None:
+        """What `path` means; None where it means no site and no part of one."""
+        for candidate in candidates(path):
+            found = self._by_path.get(candidate) or self._by_module.get(id(self._walk(candidate)))
+            if found is not None:
+                return _checked(tuple((found, i) for i in range(len(found.parts))), candidate)
+            if candidate in self._by_name:
+                return _checked(self._by_name[candidate], candidate)
+            if candidate in self._loose:
+                site, name = self._loose[candidate]
+                return Landing(tuple((site, i) for i in range(len(site.parts))), candidate, name)
+            if candidate in self._members:
+                return _joined(self._members[candidate], candidate)
+        return None
+
+    def module(self, path: str) -> nn.Module | None:
+        """The module that `path` means, a site or not; None where there is none."""
+        walked = (
+            self._by_path[candidate].module if candidate in self._by_path else self._walk(candidate)
+            for candidate in candidates(path)
+        )
+        return next((module for module in walked if module is not None), None)
+
+    def named_modules(self) -> Iterable[tuple[str, nn.Module]]:
+        """Every known module under its canonical path; only sites when the model is unknown."""
+        if self._model is None:
+            return [(without_compiled(s.path), s.module) for s in self._by_module.values()]
+        return ((without_compiled(path), module) for path, module in self._model.named_modules())
+
+    def packed_names(self) -> Iterator[tuple[str, tuple[Place, ...]]]:
+        """The paths that parts of packed sites would have unpacked, and the other way round."""
+        yield from self._by_name.items()
+        for path, found in self._members.items():
+            yield path, tuple((site, 0) for _, site in found)
+
+    def nearest(self, path: str) -> str:
+        """A message fragment with the existing module paths closest to `path`."""
+        if self._names is None:
+            self._names = [name for name, _ in self.named_modules() if name]
+            self._names += [name for name, _ in self.packed_names()]
+        wanted = candidates(path)[0]
+        # difflib takes milliseconds a hundred names: try those of the same last component first.
+        last = wanted.rpartition(".")[2]
+        alike = [name for name in self._names if name.rpartition(".")[2] == last]
+        return nearest(wanted, alike) or nearest(wanted, self._names[:2000])
+
+    def _walk(self, path: str) -> nn.Module | None:
+        node = self._model
+        for part in path.split(".") if path else ():
+            if node is None:
+                return None
+            while part not in node._modules and node._modules.get(COMPILED) is not None:
+                node = node._modules[COMPILED]
+                assert node is not None
+            node = node._modules.get(part)
+        return node
+
+
+def _checked(places: tuple[Place, ...], saved: str) -> Landing:
+    closed = [site.part_path(i) for site, i in places if not site.parts[i].selected]
+    if not closed:
+        return Landing(places, saved)
+    return Landing(places, saved, missing=f"{', '.join(closed)} exists but was not selected")
+
+
+def _joined(found: list[tuple[Membership, Site]], saved: str) -> Landing:
+    """Sites that one packed name stands for, in the order in which it packs them."""
+    found = sorted(found, key=lambda item: item[0].index)
+    places = tuple((site, i) for _, site in found for i in range(len(site.parts)))
+    count = found[0][0].count
+    if [membership.index for membership, _ in found] == list(range(count)):
+        return Landing(places, saved)
+    names = ", ".join(site.path for _, site in found)
+    return Landing(
+        places,
+        saved,
+        missing=f"it packs {count} modules, of which only {names} was selected",
+    )

@@ -1,0 +1,350 @@
+"""One adapter checkpoint on its way into factors by site, with every problem met on the way.
+
+    ΔW = s · B A,   A (r, K), B (N, r);   embeddings: A (r, V), ΔE = s · (B A)ᵀ
+
+A tensor belongs to a site, to a part of a packed one, or to several sites that its name packs:
+then B is split by their output sizes and A is shared. The rank is A's; it must be the rank that
+the configuration says, since s = α/r comes from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lorafx.adapter_store.checkpoint import AdapterState
+from lorafx.adapter_store.peft_config import PeftConfig
+from lorafx.adapter_store.peft_keys import FactorKey, parse, without_prefix
+from lorafx.adapter_store.places import Landing, Place, Places, saved_sizes
+from lorafx.errors import CapacityError, CheckpointError, UnsupportedAdapterError
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# Keys of features that the configuration would have been refused for, had it named them.
+_FEATURE_KEYS = {
+    "lora_magnitude_vector": "DoRA (use_dora)",
+    "lora_B.bias": "a bias on lora_B (lora_bias)",
+    "trainable_tokens_delta": "replaced embedding rows (trainable_token_indices)",
+    "modules_to_save": "replaced modules (modules_to_save)",
+    "lora_diag": "KaSA (kasa_config)",
+}
+
+# Saved beside the factors and used in training only: VeLoRA compresses activations with it.
+_TRAINING_KEYS = (".lora_velora_embed",)
+
+
+class LoraWeights(NamedTuple):
+    """One part's factors: A (r, K) and B (N, r) in the file's dtype, and s."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+
+class Reading:
+    """One checkpoint on its way into site-keyed factors, with the problems met so far."""
+
+    def __init__(self, state: AdapterState, places: Places, max_rank: int | None) -> None:
+        self.state, self.places, self.max_rank = state, places, max_rank
+        self.problems: list[str] = []
+        self.unsupported: list[str] = []
+        self.over_rank: dict[str, int] = {}
+        self.landings: dict[object, Landing] = {}
+        self.factors: dict[object, dict[str, FactorKey]] = {}
+        self.unselected: dict[str, nn.Module] = {}
+        self.closed: dict[str, str] = {}
+        self.unknown: dict[str, None] = {}
+
+    @property
+    def config(self) -> PeftConfig:
+        return self.state.config
+
+    def run(self) -> dict[str, LoraWeights]:
+        for key in self.state.tensors:
+            factor = parse(key)
+            if factor is None:
+                self._other_key(key)
+            else:
+                self._place(factor)
+        decoded: dict[str, tuple[Landing, LoraWeights]] = {}
+        for meant, landing in self.landings.items():
+            for path, weights in self._decode(landing, self.factors[meant]):
+                if path in decoded and not _alike(weights, decoded[path][1]):
+                    self.problems.append(
+                        f"{landing.saved} and {decoded[path][0].saved} both have factors for "
+                        f"{_path(path)} and differ; keep one"
+                    )
+                decoded[path] = landing, weights
+        self._report_placement()
+        self._report_empty_targets(decoded)
+        if not self.factors and not (self.unknown or self.unselected or self.closed):
+            self.problems.append("the file holds no LoRA factors (lora_A, lora_B)")
+        return {path: weights for path, (_, weights) in decoded.items()}
+
+    def raise_problems(self, name: str) -> None:
+        problems = [*self.unsupported, *self.problems]
+        if self.over_rank:
+            rank = max(self.over_rank.values())
+            problems.append(
+                f"rank {rank} is over max_rank = {self.max_rank} ({_listed(list(self.over_rank))});"
+                f" compile with LoraConfig(max_rank={rank})"
+            )
+        if not problems:
+            return
+        if self.unsupported:
+            error: type[CheckpointError | CapacityError] = UnsupportedAdapterError
+        else:
+            error = CheckpointError if self.problems else CapacityError
+        base = self.config.base_model
+        trained = f", trained for {base!r}," if base else ""
+        raise error(
+            f"adapter {name!r} in {self.state.where}{trained} cannot be loaded:\n"
+            + "\n".join(f"  - {problem}" for problem in problems)
+        )
+
+    def _place(self, factor: FactorKey) -> None:
+        found = self.places.landing(factor.module)
+        if found is not None and found.missing:
+            self.closed[found.saved] = found.missing
+            return
+        if found is None:
+            module = self.places.module(factor.module)
+            if module is not None:
+                self.unselected[without_prefix(factor.module)] = module
+            else:
+                self.unknown[factor.module] = None
+            return
+        self.landings.setdefault(found.key, found)
+        mine = self.factors.setdefault(found.key, {})
+        site = found.places[0][0]
+        if factor.embedding != (site.eligible.kind == "embedding"):
+            self.problems.append(
+                f"{factor.key}: {factor.factor} on {_label(found)}, which is "
+                f"{_article(site.eligible.kind)} here ({type(site.module).__name__})"
+            )
+        elif factor.letter not in mine:
+            mine[factor.letter] = factor
+        elif not self._equal(factor.key, mine[factor.letter].key):
+            self.problems.append(
+                f"{factor.key} and {mine[factor.letter].key} are both {factor.factor} of "
+                f"{_label(found)} and differ; keep one"
+            )
+
+    def _equal(self, first: str, second: str) -> bool:
+        a, b = self.state.tensors[first], self.state.tensors[second]
+        return a.shape == b.shape and torch.equal(a, b)
+
+    def _decode(
+        self, landing: Landing, keys: dict[str, FactorKey]
+    ) -> Iterator[tuple[str, LoraWeights]]:
+        """The factors of each part by its path; none when a problem was noted."""
+        if not keys:
+            return  # factors of the wrong kind, noted when they were placed
+        if len(keys) == 1:
+            (have,) = keys.values()
+            lacks = "B" if have.letter == "A" else "A"
+            self.problems.append(f"{have.key}: {_label(landing)} has no factor {lacks}")
+            return
+        a, b = (self.state.tensors[keys[letter].key] for letter in "AB")
+        if not all([self._sound(keys["A"].key, a), self._sound(keys["B"].key, b)]):
+            return
+        rank = a.shape[0] if a.dim() == 2 else 0
+        places = landing.fitting(b.shape[0] if b.dim() == 2 else 0)
+        sizes = [saved_sizes(place) for place in places or landing.places]
+        n, k = sum(size for _, size in sizes), sizes[0][0]
+        label = _label(landing)
+        fits = [self._shaped(keys["A"].key, a, (rank, k), f"{label} needs (r, {k})")]
+        if places is None or len(places) > 1:
+            fits.append(self._divides(keys["B"].key, b, rank, landing, places))
+        else:
+            needs = f"{label} needs ({n}, r = {rank})"
+            fits.append(self._shaped(keys["B"].key, b, (n, rank), needs))
+        if not all(fits) or places is None or not self._rank_fits(landing, rank):
+            return
+        scale = self._scale(landing.saved, rank)
+        for (site, index), rows in zip(places, b.split([size for _, size in sizes]), strict=True):
+            sharding, slices = site.eligible.sharding, site.parts[index].slices
+            own_a, own_b = a, rows
+            if sharding is not None:
+                own_a, own_b = sharding.cut(site.module, slices, a, rows)
+            yield site.part_path(index), LoraWeights(own_a, own_b, scale)
+
+    def _divides(
+        self, key: str, b: Tensor, rank: int, landing: Landing, places: tuple[Place, ...] | None
+    ) -> bool:
+        """Whether the rows of a B that serves several parts are those of all parts together."""
+        sizes = [saved_sizes(place)[1] for place in landing.places]
+        if places is not None and tuple(b.shape) == (
+            sum(saved_sizes(place)[1] for place in places),
+            rank,
+        ):
+            return True
+        named = ", ".join(
+            f"{site.part_path(i).rpartition('.')[2]} {size}"
+            for (site, i), size in zip(landing.places, sizes, strict=True)
+        )
+        of = f"{landing.loose} takes some of" if landing.loose else "it covers"
+        total = "" if landing.loose else f", {sum(sizes)} rows in all"
+        rows = b.shape[0] if b.dim() else 0
+        self.problems.append(
+            f"{key} has shape {tuple(b.shape)}, whose {rows} rows cannot be "
+            f"split over the slices of {_label(landing)}: {of} {named}{total} (and r = {rank}); "
+            "packed_modules may say which slices each name covers"
+        )
+        return False
+
+    def _sound(self, key: str, tensor: Tensor) -> bool:
+        if tensor.dtype not in _DTYPES:
+            self.problems.append(f"{key} is {tensor.dtype}; factors must be floating point")
+            return False
+        if not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            self.problems.append(f"{key} holds {count} NaN or infinite values")
+            return False
+        return True
+
+    def _shaped(self, key: str, tensor: Tensor, want: tuple[int, int], needs: str) -> bool:
+        shape = tuple(tensor.shape)
+        if shape == want and all(shape):
+            return True
+        if len(shape) != 2 or not all(shape):
+            needs += "; a sharded model saved without gathering its shards leaves such factors"
+        self.problems.append(f"{key} has shape {shape}, {needs}")
+        return False
+
+    def _rank_fits(self, landing: Landing, rank: int) -> bool:
+        said = self.config.rank(landing.saved)
+        if said not in (None, rank) and landing.saved not in self.state.scales:
+            self.problems.append(
+                f"{_label(landing)} has rank {rank}, adapter_config.json says {said} there (r, "
+                "rank_pattern), and the scale α/r depends on it; correct the configuration"
+            )
+            return False
+        if self.max_rank is not None and rank > self.max_rank:
+            self.over_rank[_label(landing)] = rank
+            return False
+        return True
+
+    def _scale(self, saved: str, rank: int) -> float:
+        return self.state.scales.get(saved, self.config.scale(saved, rank))
+
+    def _other_key(self, key: str) -> None:
+        if key.endswith(_TRAINING_KEYS):
+            return
+        for mark, feature in _FEATURE_KEYS.items():
+            if f".{mark}" in f".{key}":
+                self.unsupported.append(f"{key} belongs to {feature}, which lorafx does not do")
+                return
+        owner, _, attribute = key.rpartition(".")
+        module = self.places.module(owner.removesuffix(".base_layer"))
+        own = getattr(module, attribute, None)
+        if not isinstance(own, Tensor):
+            self.problems.append(f"{key} is not a LoRA factor and names nothing in the model")
+        elif not _same(self.state.tensors[key], own):
+            self.problems.append(
+                f"{key} {tuple(self.state.tensors[key].shape)} is a base weight that differs from "
+                f"the model's {tuple(own.shape)}; load it into the base model (after "
+                "resize_token_embeddings, where the vocabulary grew) before compiling"
+            )
+
+    def _report_placement(self) -> None:
+        for path in self.unselected:
+            self.problems.append(
+                f"{_path(path)} exists but was not selected to carry LoRA; add it to "
+                "target_modules when compiling"
+            )
+        self.problems.extend(
+            f"{path}: {missing}; add it to target_modules when compiling"
+            for path, missing in self.closed.items()
+        )
+        known = len(self.unselected) + len(self.closed) + len(self.factors)
+        total = len(self.unknown) + known
+        names = list(self.unknown)
+        nowhere = "in this model" if self.places.whole else "among the selected sites"
+        if len(names) > total / 2:
+            base = self.config.base_model
+            origin = repr(base) if base else "it does not say which"
+            examples = "; ".join(f"{n}{self.places.nearest(n)}" for n in names[:3])
+            self.problems.insert(
+                0,
+                f"{len(names)} of the {total} modules that it names are not {nowhere}, so it was "
+                f"made for another model ({origin}): {examples}",
+            )
+            return
+        for at, path in enumerate(names):
+            hint = self.places.nearest(path) if at < 10 else ""
+            self.problems.append(f"{path}: no such module {nowhere}{hint}")
+
+    def _report_empty_targets(self, decoded: Collection[str]) -> None:
+        """Modules that PEFT would have given weights by this configuration, and the file lacks."""
+        if self.unknown:
+            return  # a renamed module would be reported twice
+        got = {id(site.module) for item in self.landings.values() for site, _ in item.places}
+        got |= {id(module) for module in self.unselected.values()}
+        empty = [
+            path
+            for path, module in self.places.named_modules()
+            if id(module) not in got and self.config.matches(path)
+        ]
+        empty += [
+            path
+            for path, places in self.places.packed_names()
+            if not any(site.part_path(i) in decoded for site, i in places)
+            and path not in self.closed
+            and self.config.matches(path)
+        ]
+        if empty:
+            self.problems.append(
+                f"the configuration targets {_listed(empty)}, but the file has no weights there; "
+                "it is incomplete, or target_modules names more than was trained"
+            )
+
+
+def _alike(first: LoraWeights, second: LoraWeights) -> bool:
+    same = first.A.shape == second.A.shape and first.scale == second.scale
+    return same and torch.equal(first.A, second.A) and torch.equal(first.B, second.B)
+
+
+def _rows(places: tuple[Place, ...]) -> int:
+    return sum(saved_sizes(place)[1] for place in places)
+
+
+def _label(landing: Landing) -> str:
+    """What messages call the place of some factors."""
+    if len(landing.places) == 1:
+        site, index = landing.places[0]
+        return _path(site.part_path(index))
+    sites = {id(site): site for site, _ in landing.places}
+    if len(sites) == 1 and not landing.loose:
+        return _path(landing.places[0][0].path)
+    return _path(landing.saved)
+
+
+def _same(saved: Tensor, own: Tensor) -> bool:
+    """Whether a saved copy is the model's tensor, up to the rounding of the narrower dtype."""
+    if saved.shape != own.shape or not own.is_floating_point():
+        return False
+    if own.is_meta:
+        return True  # no values to differ from; they are compared when the real model is loaded
+    own = own.detach().cpu()
+    return torch.equal(saved.to(own.dtype), own) or torch.equal(saved, own.to(saved.dtype))
+
+
+def _path(path: str) -> str:
+    return path or "the root module"
+
+
+def _listed(paths: list[str], most: int = 8) -> str:
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return ", ".join(map(_path, paths[:most])) + more
+
+
+def _article(kind: str) -> str:
+    return "an embedding" if kind == "embedding" else "a linear layer"
