@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-import lorafx.kernels.ops  # noqa: F401  (defines torch.ops.lorafx)
+import lorafx.kernels.grouped_ops
+import lorafx.kernels.ops  # noqa: F401  (both define torch.ops.lorafx)
 from lorafx.errors import MatchError
 from lorafx.frame import (
     ONE_SLOT,
@@ -28,15 +29,16 @@ from lorafx.weight_uses import Use
 
 SITE_OP = torch.ops.lorafx.site.default
 EMBEDDING_OP = torch.ops.lorafx.embedding_site.default
+GROUPED_OP = torch.ops.lorafx.grouped_site.default
 FUSED_OP = torch.ops.lorafx.fused_linear.default
 
-#: Both site ops begin with x (or ids), y, A, B, ranks, scales, slots.
+#: All site ops begin with x (or ids), y, A, B, ranks, scales, slots.
 SLOTS_ARGUMENT = 6
-ROWS_ARGUMENT: dict[Any, int] = {SITE_OP: 10, EMBEDDING_OP: 7}
+ROWS_ARGUMENT: dict[Any, int] = {SITE_OP: 10, EMBEDDING_OP: 7, GROUPED_OP: 10}
 
 
 def is_site(node: fx.Node) -> bool:
-    """True for a node of the two ops that add one site's delta to y."""
+    """True for a node of the ops that add one site's delta to y."""
     return node.op == "call_function" and node.target in ROWS_ARGUMENT
 
 

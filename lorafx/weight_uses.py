@@ -2,15 +2,18 @@
 
     linear     y = x Wᵀ          mm, addmm, bmm, baddbmm, linear with W as the right operand
     swapped    y = W xᵀ          mm, bmm with W as the left operand (mamba's dt_proj)
+    blocks     y_g = x_g W_gᵀ    the same products, where W enters by parts: a slice of its rows,
+               y_g = x_g W_g     blocks of them by groups, or summed over `out`
     embedding  y = W[ids]
     unknown    anything else, with the reason
 
-A *form* is W seen through views: which of its dimensions is out, which is in, while all others are
-of size one or broadcast. einsum takes W through (out, in, 1) and (1, 1, out, in) to (1, in, out).
+What part of W a node holds is its `Form` (lorafx.weight_forms): einsum takes W through (out, in, 1)
+and (1, 1, out, in) to (1, in, out), absorbed attention through (heads, out of a head, in).
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,11 +22,14 @@ import torch
 from torch import fx
 
 from lorafx.frame import arguments_of, fake_value
+from lorafx.kernels.grouped_ops import Blocks
+from lorafx.ownership.flow import bound
+from lorafx.weight_forms import FIXED, Axis, Form, same_size
 
 aten = torch.ops.aten
 prims = torch.ops.prims
 
-UseKind = Literal["linear", "swapped", "embedding", "unknown"]
+UseKind = Literal["linear", "blocks", "embedding", "unknown"]
 
 #: Same value, same shape semantics: W or y seen through them is still W or y.
 SAME_VALUE = frozenset(
@@ -54,6 +60,8 @@ class Use:
         x: the other operand: x, or the ids of an embedding.
         bias: the addend of an addmm or linear.
         plain: True where W enters uncast and not broadcast, so that the GEMM may be fused.
+        swapped: W is the left operand, so that x and y have their last dimensions swapped.
+        blocks: for "blocks", which; the groups are the first dimension of x.
         reason: for "unknown", why.
     """
 
@@ -63,109 +71,165 @@ class Use:
     x: fx.Node | None = None
     bias: fx.Node | None = None
     plain: bool = False
+    swapped: bool = False
+    blocks: Blocks | None = None
     reason: str = ""
 
 
-OUT, IN = 0, 1
-Axes = tuple["int | None", ...]
-
-
 @dataclass(frozen=True)
-class _Form:
-    """`node` is W with its dimensions `axes`: OUT, IN, or None for size one and broadcast."""
+class _Held:
+    """`node` holds W (`shape`: N, K) or part of it in this form."""
 
     weight: fx.Node
+    shape: tuple[Any, Any]
     node: fx.Node
-    axes: Axes
+    form: Form
     plain: bool
 
-    @property
-    def out_first(self) -> bool:
-        return self.axes[-2:] == (OUT, IN)
+    def as_node(self, node: fx.Node, form: Form, *, plain: bool = False) -> _Held:
+        return _Held(self.weight, self.shape, node, form, self.plain and plain)
+
+    def unknown(self, user: fx.Node, reason: str) -> Use:
+        return Use("unknown", self.weight, user, reason=reason)
 
     @property
-    def in_first(self) -> bool:
-        return self.axes[-2:] == (IN, OUT)
+    def sizes(self) -> Any:
+        return fake_value(self.node).shape
+
+    def is_whole(self, out: int, into: int) -> bool:
+        """True where dimension `out` is all of W's out, `into` all of its in, and there is nothing
+        else but broadcast dimensions."""
+        form = self.form
+        others = [axis for dim, axis in enumerate(form.axes) if dim not in (out, into)]
+        return (
+            not form.out
+            and not form.into
+            and all(axis.fixed for axis in others)
+            and _spans(form.axes[out], self.sizes[out], Axis(out=1), self.shape[0])
+            and _spans(form.axes[into], self.sizes[into], Axis(into=1), self.shape[1])
+        )
 
 
-def uses_of(weight: fx.Node, *, transposed: bool) -> list[Use]:
-    """All uses of the 2-D weight held by `weight`; `transposed` where it is stored (in, out)."""
+def _spans(axis: Axis, size: Any, step: Axis, full: Any) -> bool:
+    return same_size(size, full) and (axis == step or (axis.fixed and same_size(size, 1)))
+
+
+def uses_of(
+    weight: fx.Node, *, transposed: bool, part: tuple[Form, tuple[int, int]] | None = None
+) -> list[Use]:
+    """All uses of the 2-D weight held by `weight`; `transposed` where it is stored (in, out).
+
+    Where the input holds a view or a copy of W, `part` is its form and (N, K) of W.
+    """
     found: list[Use] = []
-    pending = [_Form(weight, weight, (IN, OUT) if transposed else (OUT, IN), plain=True)]
+    if part is None:
+        form = Form.of_weight(transposed=transposed)
+        rows, columns = fake_value(weight).shape
+        shape = (columns, rows) if transposed else (rows, columns)
+    else:
+        form, shape = part
+    pending = [_Held(weight, shape, weight, form, plain=part is None)]
     while pending:
-        form = pending.pop()
-        for user in list(form.node.users):
-            outcome = _interpret(form, user)
-            if isinstance(outcome, _Form):
-                pending.append(outcome)
-            elif outcome is not None:
-                found.append(outcome)
+        held = pending.pop()
+        for user in list(held.node.users):
+            for outcome in _interpret(held, user):
+                if isinstance(outcome, _Held):
+                    pending.append(outcome)
+                else:
+                    found.append(outcome)
     return found
 
 
-def _interpret(form: _Form, user: fx.Node) -> _Form | Use | None:
-    """What `user` does with the weight: another form of it, a use, or nothing (its sizes)."""
+def _interpret(held: _Held, user: fx.Node) -> list[_Held | Use]:
+    """What `user` does with the weight: other forms of it, a use, or nothing (its sizes)."""
     if user.op == "output":
-        return Use("unknown", form.weight, user, reason="the weight itself is returned")
+        return [held.unknown(user, "the weight itself is returned")]
     value = fake_value(user)
     if value is None or isinstance(value, (int, torch.SymInt)):
-        return None
+        return []
     for table, handler in _HANDLERS:
         if user.target in table:
-            return handler(form, user)
-    return Use("unknown", form.weight, user, reason=f"no rule for {user.target}")
+            outcome = handler(held, user)
+            return outcome if isinstance(outcome, list) else [outcome]
+    return [held.unknown(user, f"no rule for {user.target}")]
 
 
-def _same(form: _Form, user: fx.Node) -> _Form:
-    before, after = fake_value(form.node).dtype, fake_value(user).dtype
-    return _Form(form.weight, user, form.axes, form.plain and before == after)
+def _same(held: _Held, user: fx.Node) -> _Held:
+    before, after = fake_value(held.node).dtype, fake_value(user).dtype
+    return held.as_node(user, held.form, plain=before == after)
 
 
-def _swap(form: _Form, user: fx.Node) -> _Form:
-    dims = len(form.axes)
+def _swap(held: _Held, user: fx.Node) -> _Held:
+    dims = len(held.form.axes)
     if user.target is aten.t.default:
-        order = [1, 0]
+        order = list(reversed(range(dims)))
     elif user.target is aten.permute.default:
         order = [int(dim) % dims for dim in arguments_of(user)[1]]
     else:
         order = list(range(dims))
         first, second = (int(dim) % dims for dim in arguments_of(user)[1:3])
         order[first], order[second] = order[second], order[first]
-    return _Form(form.weight, user, tuple(form.axes[dim] for dim in order), form.plain)
+    return held.as_node(user, held.form.permuted(order), plain=True)
 
 
-def _expand(form: _Form, user: fx.Node) -> _Form:
-    front = len(fake_value(user).shape) - len(form.axes)
-    return _Form(form.weight, user, (None,) * front + form.axes, form.plain and not front)
+def _expand(held: _Held, user: fx.Node) -> _Held:
+    front = len(fake_value(user).shape) - len(held.form.axes)
+    axes = (FIXED,) * front + held.form.axes
+    return held.as_node(user, held.form._replace(axes=axes), plain=not front)
 
 
-def _reshape(form: _Form, user: fx.Node) -> _Form | Use:
-    """A view that only adds and drops dimensions of size one."""
-    before, after = fake_value(form.node).shape, fake_value(user).shape
-    kept = [
-        item
-        for item in zip(form.axes, before, strict=True)
-        if item[0] is not None or not same_size(item[1], 1)
-    ]
-    axes: list[int | None] = []
-    for size in reversed(after):
-        if kept and same_size(size, kept[-1][1]):
-            axes.append(kept.pop()[0])
-        elif isinstance(size, int) and size == 1:
-            axes.append(None)
-        else:
-            break
-    if kept or len(axes) != len(after):
-        return Use("unknown", form.weight, user, reason="it is reshaped or sliced")
-    axes.reverse()
-    return _Form(form.weight, user, tuple(axes), form.plain and len(axes) == 2)
+def _reshape(held: _Held, user: fx.Node) -> _Held | Use:
+    after = fake_value(user).shape
+    form = held.form.reshaped(held.sizes, after)
+    if form is None:
+        return held.unknown(user, "it is reshaped across its rows")
+    return held.as_node(user, form, plain=len(after) == 2)
 
 
-def same_size(a: Any, b: Any) -> bool:
-    """Equal as ints or as symbols; never by a hint, which would add a guard."""
-    if isinstance(a, int) or isinstance(b, int):
-        return isinstance(a, int) and isinstance(b, int) and a == b
-    return a.node.expr == b.node.expr
+def _slice(held: _Held, user: fx.Node) -> _Held | Use:
+    given = bound(user)
+    dim, start, step = given["dim"] % len(held.form.axes), given["start"] or 0, given["step"]
+    size, rest = held.sizes[dim], fake_value(user).shape[dim]
+    if same_size(size, rest) and start == 0 and step == 1:
+        return held.as_node(user, held.form, plain=True)
+    if not all(isinstance(number, int) for number in (size, start, step)):
+        return held.unknown(user, "it is sliced by a size that varies")
+    start = max(start + size, 0) if start < 0 else min(start, size)
+    return _part(held, user, held.form.sliced(dim, start, step))
+
+
+def _select(held: _Held, user: fx.Node) -> _Held | Use:
+    _, dim, index = arguments_of(user)
+    dim %= len(held.form.axes)
+    size = held.sizes[dim]
+    if not isinstance(index, int) or not isinstance(size, int):
+        return held.unknown(user, "it is indexed by a size that varies")
+    return _part(held, user, held.form.selected(dim, index % size))
+
+
+def _part(held: _Held, user: fx.Node, form: Form | None) -> _Held | Use:
+    if form is None:
+        return held.unknown(user, "copies of it are cut")
+    return held.as_node(user, form)
+
+
+def _taken_apart(held: _Held, user: fx.Node) -> list[_Held | Use]:
+    """split, unbind: a tuple whose items are got one by one."""
+    dim, parts = bound(user)["dim"] % len(held.form.axes), fake_value(user)
+    single = user.target is aten.unbind.int
+    sizes = [1 if single else part.shape[dim] for part in parts]
+    if not all(isinstance(size, int) for size in sizes):
+        return [held.unknown(user, "it is split by a size that varies")]
+    found: list[_Held | Use] = []
+    for item in user.users:
+        if item.target is not operator.getitem:
+            found.append(held.unknown(item, "its parts are used together"))
+            continue
+        start, form = sum(sizes[: arguments_of(item)[1]]), held.form
+        found.append(
+            _part(held, item, form.selected(dim, start) if single else form.sliced(dim, start, 1))
+        )
+    return found
 
 
 def _operands(user: fx.Node) -> tuple[Any, Any, Any]:
@@ -177,39 +241,79 @@ def _operands(user: fx.Node) -> tuple[Any, Any, Any]:
     return None, left, right
 
 
-def _product(form: _Form, user: fx.Node) -> Use:
+def _product(held: _Held, user: fx.Node) -> Use:
     bias, left, right = _operands(user)
     if any(user.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
-        return Use("unknown", form.weight, user, reason="a product with alpha or beta")
-    if left is right or bias is form.node:
-        return Use("unknown", form.weight, user, reason="multiplied by itself")
-    if right is form.node and form.in_first:
-        return Use("linear", form.weight, user, x=left, bias=bias, plain=form.plain)
-    if left is form.node and form.out_first and bias is None:
-        return Use("swapped", form.weight, user, x=right)
-    return Use("unknown", form.weight, user, reason="a product with x W in place of x Wᵀ")
+        return held.unknown(user, "a product with alpha or beta")
+    if left is right or bias is held.node:
+        return held.unknown(user, "multiplied by itself")
+    last = len(held.form.axes) - 1
+    if right is held.node:
+        if held.is_whole(out=last, into=last - 1):
+            return Use("linear", held.weight, user, x=left, bias=bias, plain=held.plain)
+        return _by_blocks(held, user, left, summed=last - 1, kept=last)
+    if bias is not None:
+        return held.unknown(user, "W xᵀ with an addend")
+    if held.is_whole(out=last - 1, into=last):
+        return Use("linear", held.weight, user, x=right, swapped=True)
+    return _by_blocks(held, user, right, summed=last, kept=last - 1, swapped=True)
 
 
-def _linear(form: _Form, user: fx.Node) -> Use:
+def _linear(held: _Held, user: fx.Node) -> Use:
     x, weight, *rest = arguments_of(user)
-    if weight is not form.node or x is form.node or not form.out_first:
-        return Use("unknown", form.weight, user, reason="a linear of Wᵀ")
+    if weight is not held.node or x is held.node:
+        return held.unknown(user, "a linear of the weight by itself")
     bias: Any = rest[0] if rest else user.kwargs.get("bias")
-    return Use("linear", form.weight, user, x=x, bias=bias, plain=form.plain)
+    if held.is_whole(out=0, into=1):
+        return Use("linear", held.weight, user, x=x, bias=bias, plain=held.plain)
+    return _by_blocks(held, user, x, summed=1, kept=0)
 
 
-def _embedding(form: _Form, user: fx.Node) -> Use:
-    if arguments_of(user)[0] is not form.node or not form.out_first:
-        return Use("unknown", form.weight, user, reason="an embedding of Wᵀ")
-    return Use("embedding", form.weight, user, x=arguments_of(user)[1], plain=form.plain)
+def _by_blocks(
+    held: _Held, user: fx.Node, x: fx.Node, *, summed: int, kept: int, swapped: bool = False
+) -> Use:
+    """A product with blocks of W: dimension `summed` of the held form runs along x's features,
+    `kept` along y's, and another one along the groups."""
+    axes, sizes = held.form.axes, held.sizes
+    groups, group = 1, FIXED
+    if len(axes) == 3 and not axes[0].fixed:
+        groups, group = axes[0].period or sizes[0], axes[0]
+    inner, outer = axes[summed], axes[kept]
+    over_out = bool(inner.out or outer.into)
+    along_out, along_in = (inner, outer) if over_out else (outer, inner)
+    if inner.period or outer.period or not isinstance(groups, int):
+        return held.unknown(user, "a product with copies of it side by side")
+    if along_out.into or along_in.out:
+        return held.unknown(user, "a product along one dimension of it alone")
+    if not all(isinstance(sizes[dim], int) for dim in (summed, kept)):
+        return held.unknown(user, "a product with a part of it whose size varies")
+    blocks = Blocks(
+        groups,
+        (held.form.out, group.out, along_out.out),
+        (held.form.into, group.into, along_in.into),
+        over_out,
+    )
+    return Use("blocks", held.weight, user, x=x, swapped=swapped, blocks=blocks)
 
 
-_Handler = Callable[[_Form, fx.Node], "_Form | Use"]
+def _embedding(held: _Held, user: fx.Node) -> Use:
+    if arguments_of(user)[0] is not held.node or not held.is_whole(out=0, into=1):
+        return held.unknown(user, "an embedding of another form of it")
+    return Use("embedding", held.weight, user, x=arguments_of(user)[1], plain=held.plain)
+
+
+_Handler = Callable[[_Held, fx.Node], "_Held | Use | list[_Held | Use]"]
 _HANDLERS: tuple[tuple[frozenset[Any], _Handler], ...] = (
     (SAME_VALUE, _same),
     (frozenset({aten.t.default, aten.permute.default, aten.transpose.int}), _swap),
     (frozenset({aten.expand.default}), _expand),
     (RESHAPES, _reshape),
+    (frozenset({aten.slice.Tensor}), _slice),
+    (frozenset({aten.select.int}), _select),
+    (
+        frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}),
+        _taken_apart,
+    ),
     (
         frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}),
         _product,

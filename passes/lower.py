@@ -2,6 +2,7 @@
 
     inductor   fused_linear → mm / addmm (one, or one a sibling), then add_delta_ into its output;
                site → add_delta_ into y. The delta op carries the id of a generated kernel.
+               grouped_site, here and below, runs as it is: plain aten.
     triton     fused_linear → triton_linear, or mm / addmm and triton_delta_, as planned;
                site → triton_delta_ into y. On a GPU their launches are put into the graph.
     reference  nothing to do: the ops' own aten implementations run.
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lorafx.context import EMBEDDING_OP, FUSED_OP, SITE_OP, Context
+from lorafx.context import EMBEDDING_OP, FUSED_OP, GROUPED_OP, SITE_OP, Context
 from lorafx.frame import arguments_of, fake_value
 from lorafx.graph_nodes import call_in_place
 from lorafx.kernels import triton_ops
@@ -48,6 +49,8 @@ class Lower:
             return 0
         edits = 0
         for node in list(ctx.states):
+            if node.target is GROUPED_OP:
+                continue
             with gm.graph.inserting_before(node):
                 new = _LOWERINGS[node.target](gm.graph, ctx, node)
             node.replace_all_uses_with(new)

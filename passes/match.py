@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lorafx.context import EMBEDDING_OP, SITE_OP, Context, Refusal, is_site
+from lorafx.context import EMBEDDING_OP, GROUPED_OP, SITE_OP, Context, Refusal, is_site
 from lorafx.frame import arguments_of, fake_value
 from lorafx.marks import UNPROVED
 from lorafx.sites import Site, own_ranges
 from lorafx.weight_uses import Use, depends_on, origin_of, uses_of
 
-USE_KINDS = {"linear": "linear", "swapped": "linear", "embedding": "embedding"}
+USE_KINDS = {"linear": "linear", "blocks": "linear", "embedding": "embedding"}
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,10 @@ class Match:
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         marks = {node: ctx.site_of_mark(node) for node in gm.graph.nodes if is_site(node)}
-        uses: dict[fx.Node, Use] = {}
-        for node, item in list(ctx.frame.by_node.items()):
-            if item.kind == "weight":
-                transposed = any(site.eligible.transposed for site in item.sites)
-                for use in uses_of(node, transposed=transposed):
-                    uses[use.node] = use
-        origins = {mark: origin_of(arguments_of(mark)[1], uses) for mark in marks}
+        uses = _uses(ctx)
+        # What a module returns is x Wᵀ where its y is; with blocks of W it may be anything.
+        products = {node: use for node, use in uses.items() if use.kind != "blocks"}
+        origins = {mark: origin_of(arguments_of(mark)[1], products) for mark in marks}
         for mark, site in marks.items():
             ctx.record(site, mark, origins[mark])
             if site.has_own_forward and arguments_of(mark)[1].op == "placeholder":
@@ -68,6 +65,38 @@ class Match:
         return edits
 
 
+def _uses(ctx: Context) -> dict[fx.Node, Use]:
+    """All uses of weights of sites in the graph, by the node that computes y."""
+    uses: dict[fx.Node, Use] = {}
+    for node, item in list(ctx.frame.by_node.items()):
+        if item.kind != "weight":
+            continue
+        transposed = any(site.eligible.transposed for site in item.sites)
+        for use in uses_of(node, transposed=transposed):
+            other = uses.get(use.node)
+            if other is not None:
+                ctx.refuse(_unknown(ctx, _joined(ctx, other, use)))
+                use = _joined(ctx, use, other)
+            uses[use.node] = use
+    return uses
+
+
+def _joined(ctx: Context, use: Use, other: Use) -> Use:
+    """A use at whose node another weight enters too: (W + ΔW)(V + ΔV) is not two deltas."""
+    if use.kind == "unknown":
+        return use
+    label = ctx.frame.by_node[other.weight].label
+    return Use("unknown", use.weight, use.node, reason=f"it is multiplied by {label}")
+
+
+def _unknown(ctx: Context, use: Use) -> Refusal:
+    return Refusal(
+        ctx.frame.by_node[use.weight].sites,
+        "always",
+        f"its weight is used in a way no rule knows: {use.reason}{ctx.where(use.node)}",
+    )
+
+
 def _mark_follows(ctx: Context, site: Site, use: Use) -> bool:
     """True where the use is part of a running call of the module, whose mark adds the delta to
     what it returns, in a graph that follows.
@@ -93,11 +122,9 @@ def _compiled_apart(site: Site) -> Refusal:
 def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
     """The site that an unmarked use belongs to; None where it belongs to a module not selected."""
     sites = ctx.frame.by_node[use.weight].sites
-    where = ctx.where(use.node)
     if use.kind == "unknown":
-        return Refusal(
-            sites, "always", f"its weight is used in a way no rule knows: {use.reason}{where}"
-        )
+        return _unknown(ctx, use)
+    where = ctx.where(use.node)
     kind = USE_KINDS[use.kind]
     fitting = [site for site in sites if site.eligible.kind == kind]
     unselected = ctx.unselected_owners(use.weight, kind)
@@ -125,14 +152,18 @@ def _insert(graph: fx.Graph, ctx: Context, site: Site, use: Use) -> None:
     y = use.node
     users = list(y.users)
     with graph.inserting_before(y.next):
+        x_rows, y_rows = use.x, y
+        if use.swapped:
+            x_rows, y_rows = _swapped(graph, ctx, use.x), _swapped(graph, ctx, y)
+        arguments = (x_rows, y_rows, *bank)
         if use.kind == "embedding":
-            node = last = ctx.call(graph, EMBEDDING_OP, (use.x, y, *bank, UNPROVED))
-        elif use.kind == "linear":
-            node = last = ctx.call(graph, SITE_OP, (use.x, y, *bank, *own_ranges(site), UNPROVED))
+            node = ctx.call(graph, EMBEDDING_OP, (*arguments, UNPROVED))
+        elif use.blocks is None:
+            node = ctx.call(graph, SITE_OP, (*arguments, *own_ranges(site), UNPROVED))
         else:
-            x_t, y_t = _swapped(graph, ctx, use.x), _swapped(graph, ctx, y)
-            node = ctx.call(graph, SITE_OP, (x_t, y_t, *bank, *own_ranges(site), UNPROVED))
-            last = _swapped(graph, ctx, node)
+            grouped = (*own_ranges(site), UNPROVED, 0, *use.blocks)
+            node = ctx.call(graph, GROUPED_OP, (*arguments, *grouped))
+        last = _swapped(graph, ctx, node) if use.swapped else node
     for user in users:
         user.replace_input_with(y, last)
     ctx.record(site, node, use, form="rewritten")

@@ -18,7 +18,7 @@ import sympy
 import torch
 from torch import fx
 
-from lorafx.context import ROWS_ARGUMENT, SITE_OP, SLOTS_ARGUMENT, Context, Refusal, is_site
+from lorafx.context import EMBEDDING_OP, ROWS_ARGUMENT, SLOTS_ARGUMENT, Context, Refusal, is_site
 from lorafx.errors import ProvenanceError
 from lorafx.frame import Frame, FrameInput, batch_symbols, fake_value, token_inputs
 from lorafx.handover import Handover, results_of
@@ -96,7 +96,7 @@ def prove_tokens(
     proofs: dict[fx.Node, Proof] = {}
     for node in sites:
         x = node.args[0]
-        ndim = len(flow.shape(x)) - (node.target is SITE_OP)
+        ndim = len(flow.shape(x)) - (node.target is not EMBEDDING_OP)
         period = places.rows_in_order(x, flow.label(x), ndim)
         proofs[node] = (
             Unproved("it is not proved that its rows are the tokens of the requests in order")
@@ -110,7 +110,7 @@ def row_map(node: fx.Node, flow: Flow) -> Proof:
     """The map of one site from the label of its x (of its ids, which have no feature dimension)."""
     x = node.args[0]
     label, shape = flow.label(node if node in flow.given else x), flow.shape(x)
-    ndim = len(shape) - (node.target is SITE_OP)
+    ndim = len(shape) - (node.target is not EMBEDDING_OP)
     if isinstance(label, Mixed):
         return Unproved(label.reason)
     if not isinstance(label, Own):
@@ -138,7 +138,7 @@ def apply(
             rows = emitter.size(proof.period, node)
         else:
             x, slots, rows = node.args[0], node.args[SLOTS_ARGUMENT], 1
-            ndim = fake_value(x).dim() - (node.target is SITE_OP)
+            ndim = fake_value(x).dim() - (node.target is not EMBEDDING_OP)
             slots = emitter.row_slots(slots, proof.perm, proof.period, x, proof.dim, ndim, node)
             if slots is None:
                 rows = None

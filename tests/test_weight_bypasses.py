@@ -88,7 +88,58 @@ class CalledTwice(Bypass):
         return self.w(h) + torch.tanh(self.w(h * 0.5))
 
 
+class Sliced(Bypass):
+    def use(self, h: Tensor) -> Tensor:
+        return F.linear(h, self.w.weight[2:])
+
+
+class SlicedInSteps(Bypass):
+    def use(self, h: Tensor) -> Tensor:
+        return F.linear(h[..., :3], self.w.weight[1:-1:3, 2:5])
+
+
+class BackAndForth(Bypass):
+    """x Wᵀ W: the second product sums over out."""
+
+    def use(self, h: Tensor) -> Tensor:
+        return torch.tanh(h @ self.w.weight.T) @ self.w.weight
+
+
+class OneRow(Bypass):
+    def use(self, h: Tensor) -> Tensor:
+        return h @ self.w.weight[-4].unsqueeze(-1)
+
+
+class ByThirds(Bypass):
+    """A block of rows for each third of the tokens' copies."""
+
+    def use(self, h: Tensor) -> Tensor:
+        blocks = self.w.weight.unflatten(0, (3, -1))
+        return torch.einsum("btk,gnk->btgn", h, blocks).flatten(2)
+
+
+class ByColumns(Bypass):
+    """Heads over in, as an output projection that is applied a head at a time."""
+
+    def use(self, h: Tensor) -> Tensor:
+        heads = self.w.weight.view(N, 2, K // 2).permute(1, 2, 0)
+        return torch.matmul(h.unflatten(-1, (2, -1)).transpose(1, 2), heads).sum(1)
+
+
+class Unbound(Bypass):
+    def use(self, h: Tensor) -> Tensor:
+        first, second, _ = self.w.weight.view(3, 3, K).unbind(1)
+        return torch.cat([h @ first.T, F.linear(h, second)], -1)
+
+
 BYPASSES = (
+    Sliced,
+    SlicedInSteps,
+    BackAndForth,
+    OneRow,
+    ByThirds,
+    ByColumns,
+    Unbound,
     ByForward,
     ByFunctional,
     ByFunctionalWithoutBias,
@@ -114,17 +165,19 @@ class Scaled(Bypass):
         return h @ (self.w.weight * 2).T
 
 
-class Sliced(Bypass):
-    def use(self, h: Tensor) -> Tensor:
-        return F.linear(h, self.w.weight[2:])
-
-
 class Normed(Bypass):
     def use(self, h: Tensor) -> Tensor:
         return self.w(h) / self.w.weight.norm()
 
 
-@pytest.mark.parametrize("cls", [Scaled, Sliced, Normed])
+class OneAfterAnother(Bypass):
+    """(W + ΔW)ᵀ (W + ΔW) is not the sum of two deltas."""
+
+    def use(self, h: Tensor) -> Tensor:
+        return h @ (self.w.weight.T @ self.w.weight)
+
+
+@pytest.mark.parametrize("cls", [Scaled, OneAfterAnother, Normed])
 def test_an_unknown_use_is_refused_by_name_where_an_adapter_touches_it(small, cls):
     case = small(cls, ["w"], ["first"])
     cm = case.compile()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-import lorafx.kernels.ops  # noqa: F401  (defines torch.ops.lorafx)
+import lorafx.kernels.grouped_ops
+import lorafx.kernels.ops  # noqa: F401  (both define torch.ops.lorafx)
 from lorafx.ownership.flow import Flow, Rule, bound
 from lorafx.ownership.labels import Label, Own
 
 
 def site(node: fx.Node, flow: Flow) -> Label:
-    """site(x, y, ...) and embedding_site(ids, y, ...): y's rows, each plus its own delta.
+    """site(x, y, ...), grouped_site, embedding_site(ids, y, ...): y's rows, each plus its delta.
 
     The row dimensions of x and y are the same (all but the last; for ids all), so an owner that
     is one of them keeps its number. Banks and slots are shared by construction.
@@ -44,5 +45,5 @@ def given_out(node: fx.Node, flow: Flow, x: fx.Node, y: fx.Node) -> Own | None:
 
 
 RULES: dict[object, Rule] = dict.fromkeys(
-    (torch.ops.lorafx.site, torch.ops.lorafx.embedding_site), site
+    (torch.ops.lorafx.site, torch.ops.lorafx.embedding_site, torch.ops.lorafx.grouped_site), site
 )

@@ -23,7 +23,7 @@ import sympy
 import torch
 from torch import fx
 
-from lorafx.ownership import contractions, pointwise, reductions, slices, spatial, views
+from lorafx.ownership import contractions, pointwise, reductions, sites, slices, spatial, views
 from lorafx.ownership.flow import Flow, bound, outputs, wrap, wrap_all
 from lorafx.ownership.labels import Label, Own
 from lorafx.ownership.symbolic import (
@@ -128,7 +128,7 @@ class Alignment:
             found = self.of(node.args[0])
         elif packet == aten.embedding:
             found = (*self.of(bound(node)["indices"]), None)
-        elif packet in (torch.ops.lorafx.site, torch.ops.lorafx.embedding_site):
+        elif packet in sites.RULES:
             found = self.of(node.args[1])
         elif (
             pointwise.RULES.get(packet) is pointwise.pointwise
