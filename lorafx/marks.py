@@ -5,7 +5,8 @@
 
 x (…, K) or ids (…), y (…, N), s the slot of the batch, i the sibling, o its offset in the bank;
 a packed module has a sibling for each part of its columns. e is the factor of embeddings that scale
-their output. The module's own forward runs untouched.
+their output. The module's own forward runs untouched. Where its input and output do not have these
+shapes, a registered handler takes the call apart and adds ranges of the delta's columns.
 
 A mark is a plain picklable object, so deep copies and pickles of a marked model stay marked and
 share one runtime and one bank a group among themselves. Dynamo inlines `__call__`: banks and
@@ -14,6 +15,7 @@ slots become graph inputs, and nothing in it depends on the values of either.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 import lorafx.kernels.ops  # noqa: F401  (defines torch.ops.lorafx)
 from lorafx.adapter_store.bank import Bank
 from lorafx.errors import MatchError, ProvenanceError
-from lorafx.registry import Kind
+from lorafx.registry import Handler, Kind
 from lorafx.runtime import Runtime
 
 UNPROVED = 0  # the op's `rows`: which request a row belongs to is not known yet
@@ -45,6 +47,7 @@ class SiteMark:
         weight_name, transposed: where the module keeps W, and whether as (K, N).
         derived: the module's forward is not that of the registered class, so what it computes
             is checked against W once, on the first eager call.
+        handler: takes calls apart whose input and output do not have the site's sizes; trusted.
         weight, bias: packed base weight and bias of the group, set by the pack step.
     """
 
@@ -60,24 +63,27 @@ class SiteMark:
     weight_name: str = "weight"
     transposed: bool = False
     derived: bool = False
+    handler: Handler | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
     checked: bool = False
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Tensor | None:
+    ) -> Any:
         """The output with the delta, or None (output unchanged) when no adapter is active.
 
         Raises:
-            MatchError: input and output do not have the site's sizes, or the forward computes
-                something else than the registered class. In a trace the mark adds nothing
-                instead, and the `match` pass looks for the weight's use.
+            MatchError: input and output do not have the site's sizes, the forward computes
+                something else than the registered class, or a handler adds no delta. In a trace
+                the mark adds nothing instead, and the `match` pass looks for the weight's use.
             ProvenanceError: an eager forward of a batch that mixes adapters.
         """
         runtime = self.runtime
         if not runtime.active:
             return None
+        if self.handler is not None:
+            return self._handled(self.handler, module, args, kwargs, output)
         x = _input_of(args, kwargs)
         scale = self._output_scale(module)
         if not self._fits(x, output, scale):
@@ -86,27 +92,86 @@ class SiteMark:
             raise MatchError(self._misfit(module, x, output))
         if not torch.compiler.is_compiling():
             self._check_eager(module, x, output, scale)
-        bank = self.bank
+        return self._with_delta(x, output, scale, (self.siblings, self.offsets, self.sizes))
+
+    def _with_delta(
+        self, x: Tensor, y: Tensor, scale: Tensor | float | None, ranges: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """y and the delta of the bank's columns that `ranges` (siblings, offsets, sizes) names."""
+        bank, slots = self.bank, self.runtime.slots
         if self.kind == "embedding":
             scales = bank.scales if scale is None else bank.scales * scale
             return torch.ops.lorafx.embedding_site(
-                x, output, bank.A, bank.B, bank.ranks, scales, runtime.slots, UNPROVED
+                x, y, bank.A, bank.B, bank.ranks, scales, slots, UNPROVED
             )
+        whole = sum(ranges[2]) == self.out_features
         return torch.ops.lorafx.site(
             x,
-            output,
+            y,
             bank.A,
             bank.B,
             bank.ranks,
             bank.scales,
-            runtime.slots,
-            self.siblings,
-            self.offsets,
-            self.sizes,
+            slots,
+            *ranges,
             UNPROVED,
-            self.weight,
-            self.bias,
+            self.weight if whole else None,
+            self.bias if whole else None,
         )
+
+    def _handled(
+        self,
+        handler: Handler,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> Any:
+        """What the handler makes of the call."""
+        calls = 0
+
+        def add(x: Tensor, y: Tensor, start: int = 0) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if not self._takes(x, y, start):
+                raise MatchError(self._misplaced(module, x, y, start))
+            if not torch.compiler.is_compiling():
+                self._refuse_mixed()
+            return self._with_delta(x, y, None, self._columns(start, y.shape[-1]))
+
+        result = handler(module, args, kwargs, output, add)
+        if not calls or result is None:
+            raise MatchError(self._lost(module, calls))
+        return result
+
+    def _takes(self, x: Any, y: Any, start: int) -> bool:
+        """Whether y (…, n) has room for the delta's columns [start, start + n) for this x."""
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor) or y.dim() == 0:
+            return False
+        if self.kind == "embedding":
+            whole = start == 0 and y.shape[-1] == self.out_features
+            return whole and not x.is_floating_point() and x.shape == y.shape[:-1]
+        return (
+            x.dim() > 0
+            and x.shape[-1] == self.in_features
+            and x.shape[:-1] == y.shape[:-1]
+            and 0 <= start <= self.out_features - y.shape[-1]
+        )
+
+    def _columns(self, start: int, count: int) -> tuple[list[int], list[int], list[int]]:
+        """(siblings, offsets, sizes) in the bank of the site's columns [start, start + count)."""
+        siblings: list[int] = []
+        offsets: list[int] = []
+        sizes: list[int] = []
+        first = 0
+        for sibling, offset, size in zip(self.siblings, self.offsets, self.sizes, strict=True):
+            low, high = max(first, start), min(first + size, start + count)
+            if low < high:
+                siblings.append(sibling)
+                offsets.append(offset + low - first)
+                sizes.append(high - low)
+            first += size
+        return siblings, offsets, sizes
 
     def _output_scale(self, module: nn.Module) -> Tensor | float | None:
         """The factor that a scaled embedding's forward multiplies W[ids] by, or None.
@@ -123,27 +188,18 @@ class SiteMark:
 
     def _fits(self, x: Any, output: Any, scale: Tensor | float | None) -> bool:
         """Whether the call maps (…, K) or ids (…) to (…, N)."""
-        if not isinstance(x, Tensor) or not isinstance(output, Tensor):
+        # A forward of another class may shift the ids it is given or take something else first
+        # (OPT's positions take the mask): only a pure scale is known to be safe.
+        own = self.kind == "embedding" and self.derived and scale is None
+        if own and torch.compiler.is_compiling():
             return False
-        if output.dim() == 0 or output.shape[-1] != self.out_features:
-            return False
-        if self.kind == "embedding":
-            # A forward of another class may shift the ids it is given or take something else
-            # first (OPT's positions take the mask): only a pure scale is known to be safe.
-            if self.derived and scale is None and torch.compiler.is_compiling():
-                return False
-            return not x.is_floating_point() and x.shape == output.shape[:-1]
-        return x.dim() > 0 and x.shape[-1] == self.in_features and x.shape[:-1] == output.shape[:-1]
+        whole = isinstance(output, Tensor) and output.shape[-1:] == (self.out_features,)
+        return whole and self._takes(x, output, 0)
 
     def _check_eager(
         self, module: nn.Module, x: Tensor, output: Tensor, scale: Tensor | float | None
     ) -> None:
-        if not self.runtime.uniform:
-            raise ProvenanceError(
-                f"{self.path or 'the model'}: the batch mixes adapters, and in eager mode it is "
-                "not known which request a row belongs to; use lorafx.compile, or one adapter a "
-                "batch"
-            )
+        self._refuse_mixed()
         if self.derived and not self.checked:
             if not self._computes_base(module, x, output, scale):
                 raise MatchError(
@@ -153,6 +209,14 @@ class SiteMark:
                     "which finds the weight's use in the graph, or exclude_modules"
                 )
             self.checked = True
+
+    def _refuse_mixed(self) -> None:
+        if not self.runtime.uniform:
+            raise ProvenanceError(
+                f"{self.path or 'the model'}: the batch mixes adapters, and in eager mode it is "
+                "not known which request a row belongs to; use lorafx.compile, or one adapter a "
+                "batch"
+            )
 
     def _computes_base(
         self, module: nn.Module, x: Tensor, output: Tensor, scale: Tensor | float | None
@@ -183,13 +247,31 @@ class SiteMark:
         return torch.allclose(output, expected, rtol=tolerance, atol=bound)
 
     def _misfit(self, module: nn.Module, x: Any, output: Any) -> str:
-        given = "ids (…)" if self.kind == "embedding" else f"(…, {self.in_features})"
         return (
             f"{self._name(module)}: a call with input {_describe(x)} and output "
-            f"{_describe(output)}, but the site maps {given} to (…, {self.out_features}), so the "
-            "delta has no place in this call; use lorafx.compile, which finds the weight's use in "
-            "the graph, or exclude_modules"
+            f"{_describe(output)}, but the site maps {self._given()} to (…, {self.out_features}), "
+            "so the delta has no place in this call; use lorafx.compile, which finds the weight's "
+            "use in the graph, lorafx.register(handler=...), or exclude_modules"
         )
+
+    # Not traced: Dynamo cannot resume in the middle of an f-string.
+    @torch.compiler.disable
+    def _misplaced(self, module: nn.Module, x: Any, y: Any, start: int) -> str:
+        return (
+            f"{self._name(module)}: its handler calls add({_describe(x)}, {_describe(y)}, {start}),"
+            f" but the delta maps {self._given()} to columns of (…, {self.out_features})"
+        )
+
+    @torch.compiler.disable
+    def _lost(self, module: nn.Module, calls: int) -> str:
+        how = "returned None in place of the output" if calls else "did not call add(x, y)"
+        return (
+            f"{self._name(module)}: its handler {how}, so the delta would be lost; see "
+            "lorafx.register(handler=...)"
+        )
+
+    def _given(self) -> str:
+        return "ids (…)" if self.kind == "embedding" else f"(…, {self.in_features})"
 
     def _name(self, module: nn.Module) -> str:
         return f"{self.path or 'the model'} ({type(module).__qualname__})"

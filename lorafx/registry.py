@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -35,6 +35,20 @@ class Sharding(Protocol):
         ...
 
 
+class Add(Protocol):
+    """Adds a site's delta to the columns [start, start + n) of what its weight computes.
+
+    x (…, K) and y (…, n) → y + Δ(x)[…, start : start + n]; for an embedding x is ids (…) and y
+    has all N columns.
+    """
+
+    def __call__(self, x: Tensor, y: Tensor, start: int = 0) -> Tensor: ...
+
+
+#: (module, args, kwargs, output, add) → the output of the call with the delta in it.
+Handler = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any, Add], Any]
+
+
 @dataclass(frozen=True)
 class Eligible:
     """One registered class: how to read the sizes and the weight of its instances.
@@ -49,6 +63,8 @@ class Eligible:
             modules that compute one projection.
         sharding: how a tensor-parallel module's checkpoint factors become this rank's; None where
             modules hold what checkpoints hold.
+        handler: says where the delta goes in a call whose input and output do not have the site's
+            sizes; None where the forward maps (…, K) to (…, N).
     """
 
     cls: type[nn.Module]
@@ -58,6 +74,7 @@ class Eligible:
     transposed: bool = False
     output_sizes: Callable[[nn.Module], tuple[int, ...]] | None = None
     sharding: Sharding | None = None
+    handler: Handler | None = None
 
 
 @dataclass(frozen=True)
@@ -104,12 +121,13 @@ def register(
     transposed: bool = False,
     output_sizes: SizesOf | None = None,
     sharding: Sharding | None = None,
+    handler: Handler | None = None,
 ) -> Eligible:
     """Make `cls` and its subclasses eligible; a later call for the same class replaces.
 
     Args:
         cls: the class. Its forward must compute y = x Wᵀ (+ bias) over the last dimension, or
-            y = W[ids] for kind "embedding".
+            y = W[ids] for kind "embedding", unless a handler says where the delta goes.
         in_features, out_features: attribute name, or a function of the instance, giving K and
             N; for embeddings the vocabulary and the dimension.
         weight: attribute that holds W, which may be absent or packed in quantised classes.
@@ -118,9 +136,15 @@ def register(
             function giving the columns of each; their sum is N. Names come from
             `packed_modules_mapping` or LoraConfig(packed_modules=...).
         sharding: for a tensor-parallel class, how checkpoint factors become this rank's.
+        handler: `handler(module, args, kwargs, output, add)` returns the output of a call with the
+            delta in it, by calls of `add(x, y, start=0)`, which gives
+            y + Δ(x)[..., start : start + y.shape[-1]]. For forwards that work on groups of columns
+            or return more than y. It is trusted, holds for subclasses too, runs in eager mode and
+            is traced in graphs; at module level it survives pickling.
 
     Raises:
-        ConfigError: `cls` is no module class, or `kind` is neither of the two.
+        ConfigError: `cls` is no module class, `kind` is neither of the two, or `handler` cannot
+            be called.
     """
     if not isinstance(cls, type) or not issubclass(cls, nn.Module):
         raise ConfigError(f"register() takes an nn.Module class, got {cls!r}")
@@ -128,9 +152,11 @@ def register(
         raise ConfigError(
             f"register({cls.__qualname__}): kind is 'linear' or 'embedding', got {kind!r}"
         )
+    if handler is not None and not callable(handler):
+        raise ConfigError(f"register({cls.__qualname__}): handler={handler!r} cannot be called")
     slices = None if output_sizes is None else SliceSizes(output_sizes)
     sizes = Sizes(in_features, out_features)
-    entry = Eligible(cls, kind, sizes, weight, transposed, slices, sharding)
+    entry = Eligible(cls, kind, sizes, weight, transposed, slices, sharding, handler)
     _REGISTERED[cls] = entry
     return entry
 

@@ -129,6 +129,7 @@ def _mark(site: Site, index: int, group: Group, runtime: Runtime) -> SiteMark:
         weight_name=site.eligible.weight,
         transposed=site.eligible.transposed,
         derived=site.has_own_forward,
+        handler=site.eligible.handler,
     )
 
 

@@ -4,7 +4,8 @@ A use either carries its mark already (the hook's `site` op on y or on y + bias)
 disguise, which gets the op here (`F.linear(x, m.weight)`, `W @ x.mT`, MultiheadAttention's
 out_proj), or is refused by name. A mark that stands behind other arithmetic of the module (a
 scaled embedding, a router that goes on to softmax) is moved to the use of the weight, so that the
-result is that of W + ΔW. A module that holds no plain weight tensor keeps its mark as it is.
+result is that of W + ΔW. A module that holds no plain weight tensor keeps its mark as it is, and so
+does one with a registered handler, which says itself where the delta goes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Match:
         origins = {mark: origin_of(arguments_of(mark)[1], products) for mark in marks}
         for mark, site in marks.items():
             ctx.record(site, mark, origins[mark])
-            if site.has_own_forward and arguments_of(mark)[1].op == "placeholder":
+            if _forward_unknown(site) and arguments_of(mark)[1].op == "placeholder":
                 ctx.refuse(_compiled_apart(site))
         claimed = {origin.node for origin in origins.values() if origin is not None}
 
@@ -44,6 +45,11 @@ class Match:
         added: dict[int, set[fx.Node]] = {}
         for use in uses.values():
             if use.node in claimed:
+                continue
+            handled = _handled(ctx, use)
+            if handled is not None:
+                if handled not in marks.values() and id(handled.module) not in ctx.frame.callers:
+                    ctx.refuse(Refusal((handled,), "always", "its handler added no delta"))
                 continue
             site_or_none = _owner(ctx, use)
             if isinstance(site_or_none, Refusal):
@@ -55,8 +61,14 @@ class Match:
                 added.setdefault(id(site_or_none), set()).add(use.node)
                 edits += 1
         for mark, site in marks.items():
-            moved = added.get(id(site), set())
-            if origins[mark] is None and moved and depends_on(arguments_of(mark)[1], moved):
+            moved = added.get(id(site))
+            if origins[mark] is not None or not moved:
+                continue
+            if not depends_on(arguments_of(mark)[1], moved):
+                continue
+            if site.eligible.handler is not None:
+                ctx.refuse(_used_before(site))
+            else:
                 # The delta is at the weight's own use now; behind it would count it twice.
                 mark.replace_all_uses_with(arguments_of(mark)[1])
                 ctx.forget(mark)
@@ -106,9 +118,31 @@ def _mark_follows(ctx: Context, site: Site, use: Use) -> bool:
     frame = ctx.frame
     inside = id(site.module) in frame.callers
     frame.inside[frame.positions[use.weight], frame.by_node[use.weight].sites.index(site)] = inside
-    if inside and site.has_own_forward:
+    if inside and _forward_unknown(site):
         ctx.refuse(_compiled_apart(site))
     return inside
+
+
+def _forward_unknown(site: Site) -> bool:
+    """Whether the module may return something else than x Wᵀ, and no handler says what."""
+    return site.has_own_forward and site.eligible.handler is None
+
+
+def _handled(ctx: Context, use: Use) -> Site | None:
+    """The site whose handler adds this use's delta: the use is made by a call of its module."""
+    for site in ctx.frame.by_node[use.weight].sites:
+        if site.eligible.handler is not None and ctx.inside(use.node, site.module):
+            return site
+    return None
+
+
+def _used_before(site: Site) -> Refusal:
+    return Refusal(
+        (site,),
+        "always",
+        "its handler adds to what its weight was used for outside of its own call, where the delta "
+        "is added too",
+    )
 
 
 def _compiled_apart(site: Site) -> Refusal:

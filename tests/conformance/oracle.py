@@ -73,7 +73,7 @@ def save_adapter(
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with _by_present_names(_untied_copy(model)) as twin:
+        with _by_present_names(untied_copy(model)) as twin:
             wrapped = get_peft_model(twin, LoraConfig(**config))
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in wrapped.named_parameters():
@@ -99,7 +99,7 @@ def merged(model: nn.Module, folder: str | Path) -> nn.Module:
     """A copy of `model` with the saved adapter merged into its weights."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with _by_present_names(_untied_copy(model)) as twin:
+        with _by_present_names(untied_copy(model)) as twin:
             wrapped = PeftModel.from_pretrained(twin, str(folder))
         return wrapped.merge_and_unload().eval()
 
@@ -124,7 +124,7 @@ def _by_present_names(model: nn.Module) -> Iterator[nn.Module]:
         config.model_type = known
 
 
-def _untied_copy(model: nn.Module) -> nn.Module:
+def untied_copy(model: nn.Module) -> nn.Module:
     """A deep copy in which no two module instances share a parameter."""
     twin = copy.deepcopy(model)
     seen: set[int] = set()

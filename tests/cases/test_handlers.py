@@ -1,0 +1,301 @@
+"""Case 1: classes whose calls do not map (…, K) to (…, N): a handler says what the delta means."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error
+from hand_made import hand_case
+from tiny import randomise
+from torch import Tensor, nn
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
+from transformers.models.llama4.modeling_llama4 import Llama4Router
+from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
+
+import lorafx
+from lorafx.errors import ConfigError, MatchError
+from lorafx.registry import Add
+
+NAMES = ["a", None, "b", "a"]
+K, GROUPS, COLUMNS = 6, 3, 4
+
+
+def by_groups(module: Any, args: Any, kwargs: Any, output: Tensor, add: Add) -> Tensor:
+    """Group g of W's rows meets group g of x: x (…, G, K) → y (…, G, n)."""
+    x, size = args[0], output.shape[-1]
+    groups = [add(x[..., g, :], output[..., g, :], g * size) for g in range(module.n_groups)]
+    return torch.stack(groups, dim=-2)
+
+
+def first_of_several(module: Any, args: Any, kwargs: Any, output: Any, add: Add) -> Any:
+    """(y, ...) → (y + Δ, ...)."""
+    return (add(args[0], output[0]), *output[1:])
+
+
+@pytest.fixture
+def registered() -> Iterator[Any]:
+    added: list[type] = []
+
+    def add(cls: type, **kwargs: Any) -> None:
+        added.append(cls)
+        lorafx.register(cls, **kwargs)
+
+    yield add
+    for cls in added:
+        lorafx.unregister(cls)
+
+
+class GroupedLinear(nn.Linear):
+    """W (G·n, K), a block of n rows for each of G groups of x."""
+
+    def __init__(self) -> None:
+        super().__init__(K, GROUPS * COLUMNS, bias=False)
+        self.n_groups = GROUPS
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("...gk,gnk->...gn", x, self.weight.view(GROUPS, COLUMNS, K))
+
+
+class DeeperGrouped(GroupedLinear):
+    pass
+
+
+class Grouped(nn.Module):
+    """A linear, a grouped linear over its output, and a linear behind."""
+
+    grouped: type[nn.Module] = GroupedLinear
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(K, GROUPS * K)
+        self.middle = self.make()
+        self.last = nn.Linear(GROUPS * COLUMNS, 5)
+
+    def make(self) -> nn.Module:
+        return self.grouped()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = torch.tanh(self.first(x)).unflatten(-1, (GROUPS, K))
+        return {"logits": self.last(self.middle(h).flatten(-2))}
+
+
+class GroupedDeeper(Grouped):
+    grouped = DeeperGrouped
+
+
+class GroupedDeepseek(Grouped):
+    def make(self) -> nn.Module:
+        return DeepseekV4GroupedLinear(K, GROUPS * COLUMNS, GROUPS)
+
+
+class WithBias(nn.Linear):
+    """Returns its bias beside the product, as serving layers that fuse the addition do."""
+
+    def __init__(self) -> None:
+        super().__init__(K, COLUMNS)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x @ self.weight.T, self.bias
+
+
+class Tuples(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(K, K)
+        self.middle = WithBias()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y, bias = self.middle(torch.tanh(self.first(x)))
+        return {"logits": torch.sigmoid(y) + bias}
+
+
+def case_of(cls: type[nn.Module], folder: Path) -> Case:
+    torch.manual_seed(0)
+    base = cls()
+    randomise(base)
+    return hand_case(base, folder, a=["middle", "first"], b=["middle"])
+
+
+def run_eagerly(model: nn.Module, name: str | None, inputs: dict[str, Tensor]) -> Tensor:
+    """The logits of an attached model, all rows with one adapter."""
+    with torch.no_grad(), lorafx.adapters(model, [name] * len(inputs["x"])):
+        return model(**inputs)["logits"]
+
+
+HANDLED = [
+    (Grouped, GroupedLinear, by_groups),
+    (GroupedDeeper, GroupedLinear, by_groups),
+    (GroupedDeepseek, DeepseekV4GroupedLinear, by_groups),
+    (Tuples, WithBias, first_of_several),
+]
+
+
+@pytest.mark.parametrize(("model", "cls", "handler"), HANDLED)
+def test_a_handler_says_where_the_delta_goes(
+    tmp_path: Path, registered: Any, model: Any, cls: Any, handler: Any
+) -> None:
+    """Once, in graphs for mixed rows and in eager mode for one adapter."""
+    registered(cls, handler=handler)
+    case = case_of(model, tmp_path)
+    inputs = {"x": torch.randn(4, 3, K)}
+    cm = case.compile(options={"verify": "numeric"})
+    check_mixed(cm, case, NAMES, inputs)
+    assert not any("refused" in line for line in str(lorafx.explain(cm)).splitlines())
+    eager = lorafx.attach(case.model(), case.folders, options=REFERENCE)
+    for name in ("a", "b", None):
+        got = run_eagerly(eager, name, inputs)
+        assert error(got, case.expected([name] * 4, inputs)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("model", [Grouped, GroupedDeepseek, Tuples])
+def test_without_a_handler_eager_calls_are_refused_by_name(tmp_path: Path, model: Any) -> None:
+    case = case_of(model, tmp_path)
+    eager = lorafx.attach(case.model(), case.folders, options=REFERENCE)
+    with pytest.raises(MatchError, match=r"^middle \(.*register\(handler=\.\.\.\)"):
+        run_eagerly(eager, "b", {"x": torch.randn(2, 3, K)})
+
+
+@pytest.mark.parametrize("model", [Grouped, GroupedDeepseek, Tuples])
+def test_without_a_handler_graphs_take_the_delta_at_the_weights_use(
+    tmp_path: Path, model: Any
+) -> None:
+    case = case_of(model, tmp_path)
+    check_mixed(case.compile(), case, NAMES, {"x": torch.randn(4, 3, K)})
+
+
+def test_a_handled_weight_that_is_also_used_elsewhere(tmp_path: Path, registered: Any) -> None:
+    """The use outside of the module's call is none of the handler's."""
+
+    class Bypassed(Tuples):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            outside = torch.nn.functional.linear(x.flip(-1), self.middle.weight)
+            return {"logits": super().forward(x)["logits"] + outside}
+
+    registered(WithBias, handler=first_of_several)
+    case = case_of(Bypassed, tmp_path)
+    check_mixed(case.compile(), case, NAMES, {"x": torch.randn(4, 3, K)})
+
+
+def returns_nothing(module: Any, args: Any, kwargs: Any, output: Any, add: Add) -> None:
+    add(args[0], output[0])
+
+
+def adds_nothing(module: Any, args: Any, kwargs: Any, output: Any, add: Add) -> Any:
+    return output
+
+
+def adds_beyond(module: Any, args: Any, kwargs: Any, output: Any, add: Add) -> Any:
+    return (add(args[0], output[0], 1), output[1])
+
+
+def adds_to_the_input(module: Any, args: Any, kwargs: Any, output: Any, add: Add) -> Any:
+    return (add(output[0], args[0]), output[1])
+
+
+WRONG = [
+    (returns_nothing, r"middle \(WithBias\): its handler returned None"),
+    (adds_nothing, r"middle \(WithBias\): its handler did not call add"),
+    (adds_beyond, r"middle \(WithBias\): its handler calls add\(.*, 1\)"),
+    (adds_to_the_input, r"middle \(WithBias\): its handler calls add\(.*, 0\)"),
+]
+
+
+@pytest.mark.parametrize(("handler", "message"), WRONG)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_wrong_handlers_are_errors_by_name(
+    tmp_path: Path, registered: Any, handler: Any, message: str, compiled: bool
+) -> None:
+    registered(WithBias, handler=handler)
+    case, inputs = case_of(Tuples, tmp_path), {"x": torch.randn(2, 3, K)}
+    if compiled:
+        cm = case.compile()
+        with pytest.raises(MatchError, match=message):
+            cm(**inputs, adapter_names=["b", None])
+    else:
+        eager = lorafx.attach(case.model(), case.folders, options=REFERENCE)
+        with pytest.raises(MatchError, match=message):
+            run_eagerly(eager, "b", inputs)
+
+
+def test_a_handler_that_cannot_be_called_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"register\(WithBias\): handler=3 cannot be called"):
+        lorafx.register(WithBias, handler=3)  # type: ignore[arg-type]
+    assert lorafx.registry.lookup(WithBias()).cls is nn.Linear
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_of_a_marked_model_keep_their_handlers(
+    tmp_path: Path, registered: Any, duplicate: Any
+) -> None:
+    registered(WithBias, handler=first_of_several)
+    case, inputs = case_of(Tuples, tmp_path), {"x": torch.randn(2, 3, K)}
+    model = lorafx.attach(case.model(), case.folders, options=REFERENCE)
+    twin = duplicate(model.middle)
+    assert [mark.handler for mark in twin._forward_hooks.values()] == [first_of_several]
+    got = run_eagerly(model, "b", inputs)
+    assert error(got, case.expected(["b", "b"], inputs)) <= TOLERANCE
+
+
+# Routers of transformers: what they return is computed from x Wᵀ
+
+
+class Llama4Like(nn.Module):
+    class Sizes:
+        hidden_size, num_local_experts, num_experts_per_tok = K, 5, 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(K, K)
+        self.middle = Llama4Router(self.Sizes)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = torch.tanh(self.first(x))
+        scores, logits = self.middle(h.flatten(0, -2))
+        return {"logits": (scores + logits).view(*x.shape[:-1], -1)}
+
+
+class PhimoeLike(Llama4Like):
+    class Sizes(Llama4Like.Sizes):
+        router_jitter_noise, input_jitter_noise = 0.01, 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.middle = PhimoeTopKRouter(self.Sizes)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        logits, weights, chosen = self.middle(torch.tanh(self.first(x)).flatten(0, -2))
+        every = torch.zeros_like(logits).scatter(1, chosen, weights)
+        return {"logits": (every + torch.sigmoid(logits)).view(*x.shape[:-1], -1)}
+
+
+@pytest.mark.parametrize("model", [Llama4Like, PhimoeLike])
+def test_routers_carry_the_delta_at_their_weights_use(tmp_path: Path, model: Any) -> None:
+    """In graphs without a handler; in eager mode they are refused by name."""
+    case = case_of(model, tmp_path)
+    inputs = {"x": torch.randn(4, 3, K)}
+    check_mixed(case.compile(), case, NAMES, inputs)
+    eager = lorafx.attach(case.model(), case.folders, options=REFERENCE)
+    with pytest.raises(MatchError, match=r"^middle \((Llama4|PhimoeTopK)Router\): a call with"):
+        run_eagerly(eager, "b", inputs)
+
+
+def logits_then_choose(module: Any, args: Any, kwargs: Any, output: Any, add: Add) -> Any:
+    """Llama4Router: the scores follow from the logits with the delta."""
+    logits = add(args[0], output[1])
+    top, chosen = torch.topk(logits, module.top_k, dim=1)
+    scores = torch.full_like(logits, float("-inf")).scatter(1, chosen, top)
+    return torch.sigmoid(scores.float()).to(scores.dtype), logits
+
+
+def test_a_handler_serves_a_router_in_eager_mode_as_well(tmp_path: Path, registered: Any) -> None:
+    registered(Llama4Router, handler=logits_then_choose)
+    case, inputs = case_of(Llama4Like, tmp_path), {"x": torch.randn(4, 3, K)}
+    check_mixed(case.compile(), case, NAMES, inputs)
+    eager = lorafx.attach(case.model(), case.folders, options=REFERENCE)
+    assert error(run_eagerly(eager, "b", inputs), case.expected(["b"] * 4, inputs)) <= TOLERANCE
