@@ -13,6 +13,8 @@ right while a kernel runs, and only then:
   bits as integers. Here casts round as hardware does and products are taken in float32, in which
   those of two bfloat16 numbers are exact. Arithmetic on bfloat16 values other than casts and
   `tl.dot` stays wrong, so generated kernels do none.
+- There is no inline assembly. That of generated kernels orders launches and passes a number on.
+- A scalar that is kept as an array of one element is no index to numpy 2.4 and triton 3.6.
 """
 
 from __future__ import annotations
@@ -74,6 +76,18 @@ def _reduction(combine: Any) -> Callable[..., Any]:
     return reduce
 
 
+def _pass_on(asm: str, constraints: str, args: Sequence[Any], **_: Any) -> Any:
+    return args[0]
+
+
+def _scalars_as_indices(original: Callable[..., None]) -> Callable[..., None]:
+    def patch(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)  # whose scope also takes back what follows
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+    return patch
+
+
 @contextlib.contextmanager
 def _put_right() -> Iterator[None]:
     builder, standard = interpreter.interpreter_builder, tl.standard
@@ -81,6 +95,8 @@ def _put_right() -> Iterator[None]:
         (tl, "sum", _reduction(standard._sum_combine)),
         (tl, "min", _reduction(standard._elementwise_min)),
         (tl, "max", _reduction(standard._elementwise_max)),
+        (tl, "inline_asm_elementwise", _pass_on),
+        (interpreter, "_patch_lang_tensor", _scalars_as_indices(interpreter._patch_lang_tensor)),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
     builder.cast_impl, builder.create_dot = _cast(builder.cast_impl), _dot
