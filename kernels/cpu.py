@@ -69,7 +69,8 @@ class KernelEntry(ctypes.Structure):
         ("id", ctypes.c_int64),
         ("run", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("op", "in_features", "out_features")),
-        *((name, ctypes.c_int64) for name in ("rank", "group", "columns")),
+        *((name, ctypes.c_int64) for name in ("rank", "group", "columns", "siblings")),
+        ("last_column", ctypes.c_int64),
         *((name, ctypes.c_int64) for name in ("x_dtype", "bank_dtype", "y_dtype")),
         *((name, ctypes.c_int64) for name in ("int32", "int64", "float32")),
     )
@@ -92,8 +93,9 @@ def _dispatcher() -> ctypes.CDLL:
     Raises:
         LoweringError: no compiler, or a torch without the C interface.
     """
-    text = resources.files("lorafx.kernels").joinpath("dispatcher.cpp").read_text()
-    library = load_library(compile_library(text))
+    folder = resources.files("lorafx.kernels")
+    texts = [folder.joinpath(name).read_text() for name in ("rows.h", "dispatcher.cpp")]
+    library = load_library(compile_library("\n".join(texts)))
     shims = (ctypes.c_void_p * len(SHIMS))(*(torch_function(name) for name in SHIMS))
     if library.lorafx_install(shims):
         raise LoweringError("torch refused the CPU kernels of lorafx::run_delta_")
@@ -128,6 +130,8 @@ def _sizes(spec: Spec) -> dict[str, int]:
         "rank": spec.max_rank,
         "group": spec.group,
         "columns": spec.columns,
+        "siblings": max(spec.siblings) + 1,
+        "last_column": spec.last_column,
         "bank_dtype": _dtype_code(spec.bank_dtype),
     }
 

@@ -1,7 +1,7 @@
 """The C++ source of one generated CPU kernel: constants, then vectors.h and delta.cpp.
 
 source(spec, isa) = #defines and constants of (dtypes, sizes, ranges, tiles)
-                    + vectors.h + tiles.h + delta.cpp
+                    + vectors.h + tiles.h + rows.h + delta.cpp
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ class DeltaSpec:
         y_dtype: of y.
         in_features: K; 0 for an embedding.
         max_rank: R of the bank.
-        group: siblings of the bank, G.
+        group: siblings of the bank, G; 0 where the tensors are not laid out as a bank is.
         columns: ΣN of the bank.
-        siblings, offsets, sizes: the column ranges of y, as the ops take them.
+        siblings, offsets, sizes: the column ranges of y, as the ops take them. Where A, B, ranks and
+            scales show some siblings of a larger bank, they count from the first that is shown.
         embedding: A is (S, V, R) and x holds ids.
     """
 
@@ -69,14 +70,15 @@ class DeltaSpec:
         sizes: list[int],
     ) -> DeltaSpec:
         """The spec of an `add_delta_` call; the tensors may be fake, only metadata is read."""
+        group, columns = _bank_strides(A, B, ranks)
         return cls(
             x_dtype=x.dtype,
             bank_dtype=A.dtype,
             y_dtype=y.dtype,
             in_features=int(A.shape[2]),
             max_rank=int(B.shape[1]),
-            group=int(ranks.shape[1]),
-            columns=int(B.shape[2]),
+            group=group,
+            columns=columns,
             siblings=tuple(siblings),
             offsets=tuple(offsets),
             sizes=tuple(sizes),
@@ -92,7 +94,7 @@ class DeltaSpec:
             y_dtype=y.dtype,
             in_features=0,
             max_rank=int(B.shape[1]),
-            group=1,
+            group=int(A.is_contiguous() and B.is_contiguous()),
             columns=columns,
             siblings=(0,),
             offsets=(0,),
@@ -100,16 +102,43 @@ class DeltaSpec:
             embedding=True,
         )
 
+    @property
+    def last_column(self) -> int:
+        """Where the last of its columns ends in the bank, or in the part that is shown of it."""
+        return max(offset + size for offset, size in zip(self.offsets, self.sizes, strict=True))
+
     def supported(self) -> bool:
-        """Whether kernels are generated for it: 16- and 32-bit floats, nothing empty."""
+        """Whether kernels are generated for it: 16- and 32-bit floats, nothing empty, a bank laid
+        out as lorafx allocates it."""
         dtypes = (self.x_dtype, self.bank_dtype, self.y_dtype)
         return (
             all(dtype in ELEMENTS for dtype in dtypes)
             and self.max_rank > 0
+            and self.group > 0
             and len(self.sizes) > 0
             and min(self.sizes) > 0
             and (self.embedding or self.in_features > 0)
         )
+
+
+def _bank_strides(A: Tensor, B: Tensor, ranks: Tensor) -> tuple[int, int]:
+    """(G, ΣN) of the bank that A, B and ranks are, or show some siblings of; (0, ·) where their
+    strides are those of no bank, such as a transposed B."""
+    slots, planes, K = A.shape
+    R, shown = B.shape[1:]
+    group = int(ranks.stride(0) if slots > 1 else ranks.shape[1])
+    columns = int(B.stride(1) if R > 1 else B.stride(0) if slots > 1 else shown)
+    wanted = (
+        (A, (group * R * K, K, 1)),
+        (B, (R * columns, columns, 1)),
+        (ranks, (group, 1)),
+    )
+    laid = all(
+        size == 1 or have == want
+        for tensor, strides in wanted
+        for size, have, want in zip(tensor.shape, tensor.stride(), strides, strict=True)
+    )
+    return (group if laid else 0), columns
 
 
 def source(spec: DeltaSpec, isa: Isa) -> str:
@@ -126,6 +155,7 @@ def source(spec: DeltaSpec, isa: Isa) -> str:
         "R": spec.max_rank,
         "G": spec.group,
         "COLUMNS": spec.columns,
+        "N": sum(spec.sizes),
         "B_STRIDE": spec.columns,
         "PREFETCH_ROWS": 2,  # more rows of one adapter find its A in the cache
         "RANGES": len(spec.sizes),
@@ -149,7 +179,8 @@ def source(spec: DeltaSpec, isa: Isa) -> str:
         for name, values in tables.items()
     ]
     folder = resources.files("lorafx.kernels")
-    lines += [folder.joinpath(name).read_text() for name in ("vectors.h", "tiles.h", "delta.cpp")]
+    names = ("vectors.h", "tiles.h", "rows.h", "delta.cpp")
+    lines += [folder.joinpath(name).read_text() for name in names]
     return "\n".join(lines)
 
 

@@ -1,8 +1,8 @@
 // LoRA delta on a CPU: y[m, range j] += (scale · A[s, i_j] x[m]) B[s, :r, range j], s = slot of row m.
 //
-// Before this text stand the generated preamble and vectors.h. The preamble sets the parameters:
-// element types X, W (bank), Y; LANES; K, R, G, COLUMNS; RANGES with SIBLING, OFFSET, SIZE, START;
-// EMBEDDING; TILE (rows of a tile), PLANES and PAIRS (accumulators a row of a full tile).
+// Before this text stand the generated preamble, vectors.h, tiles.h and rows.h. The preamble sets the
+// parameters: element types X, W (bank), Y; LANES; K, R, G, COLUMNS; N; RANGES with SIBLING, OFFSET,
+// SIZE, START; EMBEDDING; TILE (rows of a tile), PLANES and PAIRS (accumulators a row of a full tile).
 //
 // Sums are float32. Rows are sorted by slot, so that rows of one adapter share the loads of A and B;
 // the order of additions behind one element of v or y depends on K and r alone, never on the
@@ -19,9 +19,10 @@ struct Args {  // mirrors dispatcher.cpp
     const int32_t* ranks;
     const float* scales;
     const int32_t* slots;
-    int64_t m, n, rows, capacity, vocabulary, y_stride, x_stride, threads;
+    int64_t n, rows, capacity, vocabulary, threads;
     int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
     int64_t wide_ids;
+    const Rows *y_rows, *x_rows;
 };
 enum Status { DONE = 0, BAD_SLOT = 1, MIXED = 2, NO_MEMORY = 3, BAD_ID = 4 };
 
@@ -44,10 +45,10 @@ INLINE int rank_of(const Args* g, int slot, int range) {
     int rank = g->ranks[(long)slot * G + SIBLING[range]];
     return rank < 0 ? 0 : rank > R ? R : rank;
 }
-INLINE Y::T* y_row(const Args* g, long m) { return (Y::T*)g->y + m * g->y_stride; }
 
 #if EMBEDDING
 INLINE bool lookup(const Args* g, int slot, long m, int rank, float* v) {
+    m = row_offset(g->x_rows, m);
     int64_t id = g->wide_ids ? ((const int64_t*)g->x)[m] : ((const int32_t*)g->x)[m];
     if (id < 0 || id >= g->vocabulary) return false;
     const W::T* a = (const W::T*)g->a + ((long)slot * g->vocabulary + id) * R;
@@ -61,8 +62,12 @@ template <int ROWS> INLINE void tile(Call* c, long p) {
     const Args* g = c->args;
     int slot = c->owner[p];
     float v[ROWS * R];
-    Y::T* y[ROWS];
-    for (int row = 0; row < ROWS; row++) y[row] = y_row(g, c->order[p + row]);
+    Tile<Y::T, ROWS> ys((Y::T*)g->y, g->y_rows, c->order + p, 0, N);
+    if (!ys.at[0]) {
+        c->status = NO_MEMORY;
+        return;
+    }
+    Y::T* const* y = ys.at;
 #if EMBEDDING
     int rank = rank_of(g, slot, 0);
     for (int row = 0; row < ROWS; row++)
@@ -72,9 +77,11 @@ template <int ROWS> INLINE void tile(Call* c, long p) {
         }
     expand<ROWS>(y, 0, factor_b(g, slot, 0), v, rank, SIZE[0]);
 #else
-    const X::T* x[ROWS];
-    for (int row = 0; row < ROWS; row++)
-        x[row] = (const X::T*)g->x + (long)c->order[p + row] * g->x_stride;
+    Tile<X::T, ROWS> x((X::T*)g->x, g->x_rows, c->order + p, 0, K);
+    if (!x.at[0]) {
+        c->status = NO_MEMORY;
+        return;
+    }
     for (int j = 0; j < RANGES; j++) {
         int rank = rank_of(g, slot, j);
         if (!rank) continue;
@@ -84,10 +91,11 @@ template <int ROWS> INLINE void tile(Call* c, long p) {
             for (int k = 0; k < rank; k++)
                 for (int i = 0; i < AHEAD; i += 64)
                     __builtin_prefetch((const char*)(b + k * COLUMNS) + i, 0, 2);
-        shrink<ROWS>(x, factor_a(g, slot, j), scale, v, 0, rank);
+        shrink<ROWS>(x.at, factor_a(g, slot, j), scale, v, 0, rank);
         expand<ROWS>(y, START[j], b, v, rank, SIZE[j]);
     }
 #endif
+    ys.put_back();
 }
 
 static void run_rows(int64_t begin, int64_t end, void* context) {
@@ -115,9 +123,13 @@ static void run_planes(int64_t begin, int64_t end, void* context) {
         long p = unit / PLANE_BLOCKS / RANGES;
         int slot = c->owner[p], rank = rank_of(g, slot, j), first = block * 2 * PLANES;
         int last = first + 2 * PLANES < rank ? first + 2 * PLANES : rank;
-        const X::T* x = (const X::T*)g->x + (long)c->order[p] * g->x_stride;
+        Tile<X::T, 1> x((X::T*)g->x, g->x_rows, c->order + p, 0, K);
+        if (!x.at[0]) {
+            c->status = NO_MEMORY;
+            return;
+        }
         float scale = g->scales[(long)slot * G + SIBLING[j]];
-        shrink<1>(&x, factor_a(g, slot, j), scale, c->v + (p * RANGES + j) * R, first, last);
+        shrink<1>(x.at, factor_a(g, slot, j), scale, c->v + (p * RANGES + j) * R, first, last);
     }
 }
 
@@ -131,9 +143,14 @@ static void run_columns(int64_t begin, int64_t end, void* context) {
         int slot = c->owner[p], rank = rank_of(g, slot, j);
         if (!rank) continue;
         long first = block * BLOCK, size = SIZE[j] - first < BLOCK ? SIZE[j] - first : BLOCK;
-        Y::T* y = y_row(g, c->order[p]);
+        Tile<Y::T, 1> y((Y::T*)g->y, g->y_rows, c->order + p, START[j] + first, size);
+        if (!y.at[0]) {
+            c->status = NO_MEMORY;
+            return;
+        }
         const float* v = c->v + (p * RANGES + j) * R;
-        expand<1>(&y, START[j] + first, factor_b(g, slot, j) + first, v, rank, size);
+        expand<1>(y.at, 0, factor_b(g, slot, j) + first, v, rank, size);
+        y.put_back();
     }
 }
 #endif
@@ -141,16 +158,17 @@ static void run_columns(int64_t begin, int64_t end, void* context) {
 // Sorts the active rows by slot: a counting sort over requests, `rows` rows at a time.
 static int sort_rows(Call* c, int32_t* count) {
     const Args* g = c->args;
+    const int64_t total = g->y_rows->count;
     int64_t rows = g->rows;
     if (rows == 0) {
         for (int64_t j = 1; j < g->n; j++)
             if (g->slots[j] != g->slots[0]) return MIXED;
-        rows = g->m;
+        rows = total;
     }
     memset(count, 0, (g->capacity + 1) * sizeof *count);
     for (int pass = 0; pass < 2; pass++) {
-        for (int64_t m = 0, j = 0; m < g->m; j = j + 1 == g->n ? 0 : j + 1) {
-            int64_t stop = m + rows < g->m ? m + rows : g->m;
+        for (int64_t m = 0, j = 0; m < total; j = j + 1 == g->n ? 0 : j + 1) {
+            int64_t stop = m + rows < total ? m + rows : total;
             int slot = g->slots[j];
             if (slot >= g->capacity) return BAD_SLOT;
             if (slot < 0) m = stop;
@@ -169,16 +187,17 @@ static int sort_rows(Call* c, int32_t* count) {
 }
 
 extern "C" int32_t lorafx_kernel(const Args* g) {
-    if (g->m == 0) return DONE;
+    const int64_t total = g->y_rows->count;
+    if (total == 0) return DONE;
     if (g->n == 0) return BAD_SLOT;
     Call c = {g, 0, 0, 0, 0, DONE};
     int32_t small[512];
-    size_t words = 2 * g->m + g->capacity + 1;
+    size_t words = 2 * total + g->capacity + 1;
     int32_t* space = words <= 512 ? small : (int32_t*)malloc(words * sizeof *space);
     if (!space) return NO_MEMORY;
     c.order = space;
-    c.owner = space + g->m;
-    c.status = sort_rows(&c, space + 2 * g->m);
+    c.owner = space + total;
+    c.status = sort_rows(&c, space + 2 * total);
     if (c.status == DONE && c.active) {
         bool tiny = c.active * WORK < SERIAL_WORK || g->threads == 1;
 #if !EMBEDDING

@@ -5,7 +5,8 @@
 //
 // Registered through torch's stable C interface, whose functions Python hands over as pointers: no
 // torch header is read (0.1 s to compile instead of tens of seconds) and nothing is linked. A call
-// costs 2 µs from Python, where one through a Python kernel costs 20 µs and more.
+// costs 2 µs from Python, where one through a Python kernel costs 20 µs and more. Before this text
+// stands rows.h.
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -38,9 +39,10 @@ struct Args {  // mirrors delta.cpp
     const int32_t* ranks;
     const float* scales;
     const int32_t* slots;
-    int64_t m, n, rows, capacity, vocabulary, y_stride, x_stride, threads;
+    int64_t n, rows, capacity, vocabulary, threads;
     int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
     int64_t wide_ids;
+    const Rows *y_rows, *x_rows;
 };
 
 struct FactorArgs {  // Args of factors.cpp
@@ -49,15 +51,16 @@ struct FactorArgs {  // Args of factors.cpp
     const void* a;
     const void* b;
     double scale;
-    int64_t m, y_stride, x_stride, threads;
+    int64_t threads;
     int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
+    const Rows *y_rows, *x_rows;
 };
 
 enum Op { LINEAR = 0, EMBEDDING = 1, FACTORS = 2 };
 struct Kernel {  // mirrors KernelEntry in cpu.py; what the generated code takes for granted
     int64_t id;
     int32_t (*run)(const void*);
-    int64_t op, in_features, out_features, rank, group, columns;
+    int64_t op, in_features, out_features, rank, group, columns, siblings, last_column;
     int64_t x_dtype, bank_dtype, y_dtype, int32, int64, float32;
 };
 
@@ -94,64 +97,45 @@ struct View {
         }
         return true;
     }
+    // Sizes (a, b, c), the outer two at these strides: a bank, or some siblings' part of one.
+    bool is_bank(int64_t type, int64_t a, int64_t b, int64_t c, int64_t outer, int64_t row) const {
+        return dtype == type && dim == 3 && sizes[0] == a && sizes[1] == b && sizes[2] == c &&
+               (a == 1 || strides[0] == outer) && (b == 1 || strides[1] == row) &&
+               (c == 1 || strides[2] == 1);
+    }
+    bool is_table(int64_t type, int64_t a, int64_t b, int64_t outer) const {
+        return dtype == type && dim == 2 && sizes[0] == a && sizes[1] == b &&
+               (a == 1 || strides[0] == outer) && (b == 1 || strides[1] == 1);
+    }
     bool is(int64_t type, int64_t a, int64_t b) const {
         return dtype == type && dim == 2 && sizes[0] == a && sizes[1] == b && contiguous();
     }
-    bool is(int64_t type, int64_t a, int64_t b, int64_t c) const {
-        return dtype == type && dim == 3 && sizes[0] == a && sizes[1] == b && sizes[2] == c &&
-               contiguous();
-    }
-};
-
-static void copy_strided(const View& t, int64_t d, char* strided, char* packed, int64_t bytes,
-                         bool gather) {
-    if (d == t.dim) {
-        if (gather) memcpy(packed, strided, bytes);
-        else memcpy(strided, packed, bytes);
-        return;
-    }
-    int64_t block = bytes;
-    for (int64_t e = d + 1; e < t.dim; e++) block *= t.sizes[e];
-    for (int64_t i = 0; i < t.sizes[d]; i++)
-        copy_strided(t, d + 1, strided + i * t.strides[d] * bytes, packed + i * block, bytes, gather);
-}
-
-// A tensor as rows of `features` elements at one stride, in place where its strides allow that.
-struct Rows {
-    const View& view;
-    int64_t count, stride, bytes;
-    char* data;
-    char* copy;
-
-    Rows(const View& v, int64_t leading, int64_t features, int64_t bytes)
-        : view(v), count(1), stride(features), bytes(bytes), data(v.data), copy(0) {
-        for (int64_t d = 0; d < leading; d++) count *= v.sizes[d];
-        bool plain = leading == v.dim || features == 1 || v.strides[leading] == 1;
-        int64_t inner = -1;  // the innermost leading dimension that is not 1 sets the stride
-        for (int64_t d = leading - 1; d >= 0; d--) {
-            if (v.sizes[d] == 1) continue;
-            if (inner < 0) stride = v.strides[d];
-            else if (v.strides[d] != v.strides[inner] * v.sizes[inner]) plain = false;
-            inner = d;
-        }
-        if (plain || count * features == 0) return;
-        stride = features;
-        data = copy = (char*)malloc(count * features * bytes);
-        if (!copy) throw std::runtime_error("lorafx: out of memory");
-        copy_strided(v, 0, v.data, copy, bytes, true);
-    }
-    void commit() {
-        if (copy) copy_strided(view, 0, view.data, copy, bytes, false);
-    }
-    ~Rows() { free(copy); }
-    Rows(const Rows&) = delete;
 };
 
 static void require(bool condition, const char* message) {
     if (!condition) throw std::runtime_error(message);
 }
 
-static int64_t element_bytes(const Kernel* k, int64_t dtype) { return dtype == k->float32 ? 4 : 2; }
+// The rows of a tensor: all its dimensions but the last, or all of them where `leading` says so.
+static Rows rows_of(const View& v, int64_t leading) {
+    Rows rows = {1, leading < v.dim ? v.strides[leading] : 1, 0, {}, {}};
+    for (int64_t d = leading - 1; d >= 0; d--) {
+        rows.count *= v.sizes[d];
+        if (v.sizes[d] == 1) continue;
+        int64_t last = rows.dims - 1;
+        if (last >= 0 && v.strides[d] == rows.strides[last] * rows.sizes[last]) {
+            rows.sizes[last] *= v.sizes[d];
+            continue;
+        }
+        require(rows.dims < MOST_STRIDES,
+                "lorafx: the rows of x or y lie at more than 8 strides; make it contiguous first");
+        rows.sizes[rows.dims] = v.sizes[d];
+        rows.strides[rows.dims++] = v.strides[d];
+    }
+    if (!rows.dims) rows.dims = 1;  // one row, at its beginning
+    if (leading < v.dim && v.sizes[leading] == 1) rows.step = 1;
+    return rows;
+}
 
 static const Kernel* kernel_of(uint64_t id, Op op) {
     const Kernel* k = find((int64_t)id);
@@ -172,12 +156,16 @@ static void run(const uint64_t* stack, bool embedding) {
         slots(stack[6]);
     int64_t capacity = ranks.dim == 2 ? ranks.sizes[0] : -1;
     int64_t vocabulary = embedding && a.dim == 3 ? a.sizes[1] : 0;
-    require(ranks.is(k->int32, capacity, k->group) && scales.is(k->float32, capacity, k->group),
-            "lorafx: ranks (int32) and scales (float32) are not (slots, siblings) of the kernel's group");
-    require(b.is(k->bank_dtype, capacity, k->rank, k->columns) &&
-                (embedding ? a.is(k->bank_dtype, capacity, vocabulary, k->rank)
-                           : a.is(k->bank_dtype, capacity, k->group * k->rank, k->in_features)),
-            "lorafx: A and B are not a contiguous bank of the kernel's dtype and sizes");
+    int64_t siblings = ranks.dim == 2 ? ranks.sizes[1] : -1, K = k->in_features, R = k->rank;
+    require(siblings >= k->siblings && ranks.is_table(k->int32, capacity, siblings, k->group) &&
+                scales.is_table(k->float32, capacity, siblings, k->group),
+            "lorafx: ranks (int32) and scales (float32) are not (slots, siblings) of the kernel's bank");
+    int64_t shown = b.dim == 3 ? b.sizes[2] : -1;
+    require(shown >= k->last_column &&
+                b.is_bank(k->bank_dtype, capacity, R, shown, R * k->columns, k->columns) &&
+                (embedding ? a.is_bank(k->bank_dtype, capacity, vocabulary, R, vocabulary * R, R)
+                           : a.is_bank(k->bank_dtype, capacity, siblings * R, K, k->group * R * K, K)),
+            "lorafx: A and B are not a bank of the kernel's dtype, sizes and strides, or part of one");
     require(slots.dtype == k->int32 && slots.dim == 1 && slots.contiguous(),
             "lorafx: slots is not a contiguous int32 vector");
     require(y.dtype == k->y_dtype && y.dim >= 1 && y.sizes[y.dim - 1] == k->out_features,
@@ -185,21 +173,24 @@ static void run(const uint64_t* stack, bool embedding) {
     require(embedding ? x.dtype == k->int32 || x.dtype == k->int64
                       : x.dtype == k->x_dtype && x.dim >= 1 && x.sizes[x.dim - 1] == k->in_features,
             "lorafx: x does not have the dtype and features that the kernel was generated for");
-    Rows out(y, y.dim - 1, k->out_features, element_bytes(k, k->y_dtype));
-    // ids are read as consecutive numbers: all their dimensions are one row's features
-    Rows in(x, embedding ? x.dim : x.dim - 1, embedding ? 1 : k->in_features,
-            embedding ? (x.dtype == k->int64 ? 8 : 4) : element_bytes(k, k->x_dtype));
+    Rows out = rows_of(y, y.dim - 1), in = rows_of(x, embedding ? x.dim : x.dim - 1);
     require(out.count == in.count, "lorafx: x and y differ in rows");
-    Args args = {out.data,   in.data,   a.data,
-                 b.data,     (const int32_t*)ranks.data,
+    Args args = {y.data,
+                 x.data,
+                 a.data,
+                 b.data,
+                 (const int32_t*)ranks.data,
                  (const float*)scales.data,
                  (const int32_t*)slots.data,
-                 out.count,  slots.sizes[0],
+                 slots.sizes[0],
                  (int64_t)stack[7],
-                 capacity,   vocabulary,
-                 out.stride, in.stride, (int64_t)thread_count(),
+                 capacity,
+                 vocabulary,
+                 (int64_t)thread_count(),
                  torch.parallel,
-                 embedding && x.dtype == k->int64};
+                 embedding && x.dtype == k->int64,
+                 &out,
+                 &in};
     switch (k->run(&args)) {
         case 0: break;
         case 1: throw std::runtime_error("lorafx: a slot is outside the bank, or slots is empty");
@@ -209,7 +200,6 @@ static void run(const uint64_t* stack, bool embedding) {
         case 4: throw std::runtime_error("lorafx: a token id is outside the embedding");
         default: throw std::runtime_error("lorafx: out of memory");
     }
-    out.commit();
 }
 
 static void run_one_adapter(const uint64_t* stack, double scale) {
@@ -222,14 +212,11 @@ static void run_one_adapter(const uint64_t* stack, double scale) {
             "lorafx: y does not have the dtype and columns that the kernel was generated for");
     require(x.dtype == k->x_dtype && x.dim >= 1 && x.sizes[x.dim - 1] == k->in_features,
             "lorafx: x does not have the dtype and features that the kernel was generated for");
-    Rows out(y, y.dim - 1, k->out_features, element_bytes(k, k->y_dtype));
-    Rows in(x, x.dim - 1, k->in_features, element_bytes(k, k->x_dtype));
+    Rows out = rows_of(y, y.dim - 1), in = rows_of(x, x.dim - 1);
     require(out.count == in.count, "lorafx: x and y differ in rows");
-    FactorArgs args = {out.data,  in.data,    a.data,    b.data,
-                       scale,     out.count,  out.stride, in.stride, (int64_t)thread_count(),
-                       torch.parallel};
+    FactorArgs args = {y.data, x.data, a.data, b.data, scale, (int64_t)thread_count(),
+                       torch.parallel, &out, &in};
     require(k->run(&args) == 0, "lorafx: out of memory");
-    out.commit();
 }
 
 struct Owned {  // a boxed kernel owns the tensors on its stack

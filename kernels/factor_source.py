@@ -1,7 +1,7 @@
 """The C++ source of a kernel for one adapter whose factors lie as they were trained.
 
 factor_source(spec, isa) = #defines and constants of (dtypes, sizes, panel)
-                           + vectors.h + tiles.h + factors.cpp
+                           + vectors.h + tiles.h + rows.h + factors.cpp
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class FactorSpec:
         in_features: K; A is (r, K).
         rank: r.
         out_features: N; B is (N, r).
+        contiguous: A and B are.
     """
 
     x_dtype: torch.dtype
@@ -40,19 +41,24 @@ class FactorSpec:
     in_features: int
     rank: int
     out_features: int
+    contiguous: bool = True
 
     @classmethod
     def of(cls, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> FactorSpec:
         """The spec of an `add_factors_` call; the tensors may be fake, only metadata is read."""
         rank, in_features = A.shape
-        return cls(x.dtype, A.dtype, y.dtype, int(in_features), int(rank), int(B.shape[0]))
+        sizes = int(in_features), int(rank), int(B.shape[0])
+        return cls(x.dtype, A.dtype, y.dtype, *sizes, A.is_contiguous() and B.is_contiguous())
 
     def supported(self) -> bool:
-        """Whether kernels are generated for it: 16- and 32-bit floats, nothing empty."""
+        """Whether kernels are generated for it: 16- and 32-bit floats, nothing empty or strided."""
         dtypes = (self.x_dtype, self.factor_dtype, self.y_dtype)
         sizes = (self.in_features, self.rank, self.out_features)
         return (
-            all(dtype in ELEMENTS for dtype in dtypes) and min(sizes) > 0 and self.rank <= MAX_RANK
+            self.contiguous
+            and all(dtype in ELEMENTS for dtype in dtypes)
+            and min(sizes) > 0
+            and self.rank <= MAX_RANK
         )
 
 
@@ -83,6 +89,7 @@ def factor_source(spec: FactorSpec, isa: Isa) -> str:
         "SERIAL_WORK": SERIAL_WORK,
     }
     folder = resources.files("lorafx.kernels")
-    texts = [folder.joinpath(name).read_text() for name in ("vectors.h", "tiles.h", "factors.cpp")]
+    names = ("vectors.h", "tiles.h", "rows.h", "factors.cpp")
+    texts = [folder.joinpath(name).read_text() for name in names]
     defines = element_defines(isa, spec.x_dtype, spec.factor_dtype, spec.y_dtype)
     return "\n".join([f"// {isa.name}: {spec}", *defines, *constants(sizes), *texts])

@@ -1,6 +1,6 @@
 // One adapter on a CPU, factors as trained: y[m] += scale · (A x[m]) Bᵀ, A (R, K), B (N, R).
 //
-// Before this text stand the generated preamble, vectors.h and tiles.h. The preamble sets the
+// Before this text stand the generated preamble, vectors.h, tiles.h and rows.h. The preamble sets the
 // parameters: element types X, W (factors), Y; LANES; K, R, N; PANEL, which is B_STRIDE; TILE, PLANES
 // and PAIRS as in delta.cpp.
 //
@@ -106,14 +106,16 @@ struct Args {  // FactorArgs of dispatcher.cpp
     const void* a;
     const void* b;
     double scale;
-    int64_t m, y_stride, x_stride, threads;
+    int64_t threads;
     int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
+    const Rows *y_rows, *x_rows;
 };
 enum Status { DONE = 0, NO_MEMORY = 3 };
 
 struct Call {
     const Args* args;
     float* v;  // (m, R)
+    int32_t status;
 };
 
 struct Work {
@@ -121,20 +123,26 @@ struct Work {
     float* v;
     long column, columns;
     const W::T* panel;
+    bool failed;
 };
 
-template <int ROWS> INLINE void shrink_rows(const Work* w, long m) {
+struct Following {  // rows m, m + 1, ...
+    long m;
+    long operator[](int row) const { return m + row; }
+};
+
+template <int ROWS> INLINE void shrink_rows(Work* w, long m) {
     const Args* g = w->args;
-    const X::T* x[ROWS];
-    for (int row = 0; row < ROWS; row++) x[row] = (const X::T*)g->x + (m + row) * g->x_stride;
-    shrink<ROWS>(x, (const W::T*)g->a, (float)g->scale, w->v + m * R, 0, R);
+    Tile<X::T, ROWS> x((X::T*)g->x, g->x_rows, Following{m}, 0, K);
+    if (x.at[0]) shrink<ROWS>(x.at, (const W::T*)g->a, (float)g->scale, w->v + m * R, 0, R);
+    else w->failed = true;
 }
 
-template <int ROWS> INLINE void expand_rows(const Work* w, long m) {
+template <int ROWS> INLINE void expand_rows(Work* w, long m) {
     const Args* g = w->args;
-    Y::T* y[ROWS];
-    for (int row = 0; row < ROWS; row++) y[row] = (Y::T*)g->y + (m + row) * g->y_stride;
-    expand<ROWS>(y, w->column, w->panel, w->v + m * R, R, w->columns);
+    Tile<Y::T, ROWS> y((Y::T*)g->y, g->y_rows, Following{m}, w->column, w->columns);
+    if (y.at[0]) expand<ROWS>(y.at, 0, w->panel, w->v + m * R, R, w->columns), y.put_back();
+    else w->failed = true;
 }
 
 // CALL<ROWS>(work, m) over rows [first, last), in tiles as large as fit
@@ -147,20 +155,22 @@ template <int ROWS> INLINE void expand_rows(const Work* w, long m) {
     }
 
 // Rows [first, last) of columns [begin, end).
-static void add(const Args* g, float* v, long first, long last, long begin, long end) {
+static void add(Call* c, float* v, long first, long last, long begin, long end) {
+    const Args* g = c->args;
     W::T panel[R * PANEL];
-    Work w = {g, v, begin, 0, panel};
+    Work w = {g, v, begin, 0, panel, false};
     FOR_TILES(shrink_rows, &w, first, last)
     for (; w.column < end; w.column += PANEL) {
         w.columns = end - w.column < PANEL ? end - w.column : PANEL;
         fill_panel((const W::T*)g->b + w.column * R, w.columns, panel);
         FOR_TILES(expand_rows, &w, first, last)
     }
+    if (w.failed) c->status = NO_MEMORY;
 }
 
 static void add_rows(int64_t begin, int64_t end, void* context) {
     Call* c = (Call*)context;
-    add(c->args, c->v, begin, end, 0, N);
+    add(c, c->v, begin, end, 0, N);
 }
 
 static const long BLOCK = 64;  // columns of a unit of work
@@ -169,25 +179,25 @@ static void add_columns(int64_t begin, int64_t end, void* context) {
     Call* c = (Call*)context;
     float v[SMALL];
     long last = end * BLOCK < N ? end * BLOCK : N;
-    add(c->args, v, 0, c->args->m, begin * BLOCK, last);
+    add(c, v, 0, c->args->y_rows->count, begin * BLOCK, last);
 }
 
 extern "C" int32_t lorafx_kernel(const Args* g) {
-    const long m = g->m;
+    const long m = g->y_rows->count;
     if (m == 0) return DONE;
     const bool serial = g->threads == 1 || m * R * (K + N) < SERIAL_WORK;
     // Fewer rows than threads, and enough to do: columns are shared out, and each thread computes all
     // of v. One row at K = N = 1024, R = 16 is faster on one thread (3.5 µs against 4.0 on two).
     if (m < g->threads && m * R <= SMALL && m * R * (K + N) >= 4 * SERIAL_WORK) {
-        Call c = {g, 0};
+        Call c = {g, 0, DONE};
         g->parallel(0, (N + BLOCK - 1) / BLOCK, 1, add_columns, &c);
-        return DONE;
+        return c.status;
     }
     float small[SMALL];
-    Call c = {g, small};
+    Call c = {g, small, DONE};
     if (m * R > SMALL && !(c.v = (float*)malloc(m * R * sizeof *c.v))) return NO_MEMORY;
     if (serial) add_rows(0, m, &c);
     else g->parallel(0, m, 1, add_rows, &c);
     if (c.v != small) free(c.v);
-    return DONE;
+    return c.status;
 }

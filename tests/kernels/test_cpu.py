@@ -225,7 +225,7 @@ BAD = {
     "x does not have": lambda p: {"x": p.x[..., 1:]},
     "y does not have": lambda p: {"y": p.y.double()},
     "x and y differ in rows": lambda p: {"y": p.y[1:]},
-    "not a contiguous bank": lambda p: {"A": p.A.transpose(1, 2).contiguous().transpose(1, 2)},
+    "not a bank of": lambda p: {"A": p.A.transpose(1, 2).contiguous().transpose(1, 2)},
     "are not \\(slots, siblings\\)": lambda p: {"scales": p.scales[:, :1]},
     "slots is not": lambda p: {"slots": p.slots.long()},
     "a slot is outside the bank": lambda p: {"slots": p.slots + 2},
