@@ -1,0 +1,368 @@
+"""Packed projections, both ways: the base's packing and the adapter's need not be the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense_merge import Case, check_mixed, error
+from hand_made import factors, hand_case, merged, save
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packed_models import MAPPING, MIXER, PACKED_AS, packed_factors, twins
+from torch import Tensor, nn
+
+import lorafx
+from lorafx.errors import CheckpointError, ConfigError, TargetError
+from lorafx.packed_names import is_in_target_modules
+
+REFERENCE = {"lowering": "reference"}
+LAYERS = range(2)
+#: Adapters by what they touch; "part" leaves slices out.
+TARGETS = {
+    "all": [*PACKED_AS, "o_proj", "down_proj"],
+    "part": ["q_proj", "v_proj", "up_proj", "in_proj_z"],
+    "values": ["v_proj", "in_proj_qkv"],
+}
+NAMES = ["all", None, "part", "values", "all"]
+IDS = {"input_ids": torch.randint(0, 20, (5, 7), generator=torch.Generator().manual_seed(1))}
+
+
+def paths(names: list[str]) -> list[str]:
+    return [f"layers.{i}.{name}" for i in LAYERS for name in names]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Adapters trained on the model whose projections are apart."""
+    apart, _ = twins()
+    folder = tmp_path_factory.mktemp("apart")
+    return hand_case(apart, folder, **{name: paths(own) for name, own in TARGETS.items()})
+
+
+def compiled(model: nn.Module, case: Case, config: Any = None, **options: Any) -> Any:
+    config = config or lorafx.LoraConfig(target_modules=TARGETS["all"], max_adapters=4)
+    options = {**REFERENCE, **options}
+    return lorafx.compile(model, config, adapters=case.folders, options=options)
+
+
+def test_the_twins_compute_the_same() -> None:
+    apart, packed = twins()
+    assert error(packed(**IDS)["logits"], apart(**IDS)["logits"]) <= 1e-6
+
+
+def test_adapters_of_single_projections_on_a_packed_base(case: Case) -> None:
+    cm = compiled(twins()[1], case)
+    assert sorted({site.path.rpartition(".")[2] for site in cm.sites}) == sorted(
+        [*MAPPING, "o_proj", "down_proj"]
+    )
+    check_mixed(cm, case, NAMES, IDS)
+    check_mixed(cm, case, ["values", "values", "part", None], {"input_ids": IDS["input_ids"][:4]})
+    graphs = cm.recompiles
+    check_mixed(cm, case, ["part", "all", None, "values", None], IDS)
+    assert cm.recompiles == graphs
+    assert "[q_proj 16, k_proj 8, v_proj 8]" in str(cm.explain())
+
+
+def test_under_inductor(case: Case) -> None:
+    cm = compiled(twins()[1], case, lowering="inductor")
+    check_mixed(cm, case, NAMES, IDS)
+
+
+def test_in_triton(case: Case) -> None:
+    cm = compiled(twins()[1], case, lowering="triton")
+    check_mixed(cm, case, NAMES, IDS)
+
+
+def test_one_adapter_a_batch_in_eager_mode(case: Case) -> None:
+    model = lorafx.attach(
+        twins()[1], lorafx.LoraConfig(target_modules=TARGETS["all"]), adapters=case.folders
+    )
+    with torch.no_grad(), lorafx.adapters(model, ["part"] * 5):
+        got = model(**IDS)["logits"]
+    assert error(got, case.expected(["part"] * 5, IDS)) <= 1e-5
+    lorafx.detach(model)
+
+
+def test_targets_taken_from_the_adapters(case: Case) -> None:
+    model = twins()[1]
+    cm = lorafx.compile(model, case.folders, options=REFERENCE)
+    check_mixed(cm, case, NAMES, IDS)
+
+
+def test_names_declared_by_the_configuration(case: Case) -> None:
+    model = twins()[1]
+    model.packed_modules_mapping = {"qkv_proj": ["nothing", "of", "this"]}
+    config = lorafx.LoraConfig(
+        target_modules=TARGETS["all"], max_adapters=4, packed_modules=MAPPING
+    )
+    check_mixed(compiled(model, case, config), case, NAMES, IDS)
+
+
+def test_names_declared_by_a_module_above_the_layer(case: Case) -> None:
+    model = twins()[1]
+    model.packed_modules_mapping = {}
+    model.layers[0].packed_modules_mapping = MAPPING
+    model.layers.packed_modules_mapping = {**MAPPING, "qkv_proj": ["a", "b", "c"]}
+    model.layers[1].packed_modules_mapping = MAPPING
+    check_mixed(compiled(model, case), case, NAMES, IDS)
+
+
+def test_fewer_names_than_slices_are_told_apart_by_their_rows(case: Case) -> None:
+    model = twins()[1]
+    mapping = {**MAPPING, "in_proj_qkvz": ["in_proj_qkv", "in_proj_z"]}
+    model.packed_modules_mapping = mapping
+    cm = compiled(model, case)
+    mixer = next(site for site in cm.sites if site.path.endswith("0.in_proj_qkvz"))
+    assert [part.out_features for part in mixer.parts] == list(MIXER)
+    check_mixed(cm, case, NAMES, IDS)
+
+
+@pytest.mark.parametrize("name", list(MAPPING))
+def test_packed_adapters(name: str, tmp_path: Path) -> None:
+    """One A and a B over all slices: on the packed base, and split over a base that is not."""
+    apart, packed = twins()
+    own, expected = packed_factors(1, name, rank=3, seed=5)
+    others = factors(apart, paths(["o_proj", "v_proj"]), rank=2, seed=6)
+    folders = {"packed": save(packed, tmp_path / "p", own)}
+    folders["other"] = save(apart, tmp_path / "o", others)
+    both = {"packed": merged(apart, expected), "other": merged(apart, others)}
+    case = Case(apart, folders, both)
+    config = lorafx.LoraConfig(
+        target_modules=[name, "o_proj", "v_proj"], max_adapters=2, packed_modules=MAPPING
+    )
+    names = ["packed", "other", None, "packed", "other"]
+    for model in (packed, case.model()):
+        check_mixed(compiled(model, case, config), case, names, IDS)
+
+
+def test_a_file_with_both_forms_must_not_contradict_itself(tmp_path: Path) -> None:
+    apart, packed = twins()
+    own, expected = packed_factors(0, "qkv_proj", rank=2, seed=1)
+    q = {"layers.0.q_proj": expected["layers.0.q_proj"]}
+    same = _joined(tmp_path / "same", packed, apart, own, q)
+    config = lorafx.LoraConfig(target_modules=["qkv_proj"])
+    cm = lorafx.compile(packed, config, adapters={"same": same}, options=REFERENCE)
+    case = Case(apart, {"same": same}, {"same": merged(apart, expected)})
+    check_mixed(cm, case, ["same", None], {"input_ids": IDS["input_ids"][:2]})
+    a, b = q["layers.0.q_proj"]
+    other = _joined(tmp_path / "other", packed, apart, own, {"layers.0.q_proj": (a, b + 1)})
+    with pytest.raises(CheckpointError, match=r"qkv_proj .*both.* layers\.0\.q_proj and differ"):
+        cm.load_adapter(other, "other")
+    assert cm.adapters == ("same",)
+
+
+def _joined(folder: Path, packed: nn.Module, apart: nn.Module, first: Any, second: Any) -> Path:
+    """One adapter whose file holds what two files hold."""
+    from safetensors.torch import load_file, save_file
+
+    tensors: dict[str, Tensor] = {}
+    for model, pairs in ((packed, first), (apart, second)):
+        tensors |= load_file(save(model, folder, pairs) / "adapter_model.safetensors")
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+# --- one forward path ---
+
+
+def test_the_packed_weight_is_never_unpacked(case: Case, tmp_path: Path) -> None:
+    """With LoRA each packed projection is one node over the whole weight; without, the base's."""
+    model = twins()[1]
+    weights = {n: p for n, p in model.named_parameters() if "_proj" in n}
+    before = {n: (p.shape, p.stride()) for n, p in weights.items()}
+    cm = compiled(model, case, dump=str(tmp_path))
+    check_mixed(cm, case, NAMES, IDS)
+    after = {n: (p.shape, p.stride()) for n, p in model.named_parameters()}
+    packed = [n for n in before if n.split(".")[-2] in MAPPING]
+    assert packed
+    assert all(before[n] == after[n] for n in packed)
+    (final,) = tmp_path.glob("*lora*/*lower.py")
+    text = final.read_text()
+    fused = [line for line in text.splitlines() if "lorafx.fused_linear.default(" in line]
+    assert len(fused) == 5 * len(LAYERS)  # qkv, o, mixer, gate_up, down
+    assert sum("[0, 1, 2], [0, 16, 24], [16, 8, 8]" in line for line in fused) == len(LAYERS)
+    assert not [line for line in text.splitlines() if "aten.mm" in line and "proj" in line]
+
+
+def test_without_adapters_the_graph_is_the_bases(case: Case, tmp_path: Path) -> None:
+    model = twins()[1]
+    base = model(**IDS)["logits"]
+    cm = compiled(model, case, dump=str(tmp_path))
+    assert torch.equal(cm(**IDS)["logits"], base)
+    for folder in tmp_path.iterdir():
+        for dumped in folder.glob("*.py"):
+            assert "lorafx." not in dumped.read_text()
+    assert not list(tmp_path.glob("*lora*"))
+
+
+# --- names ---
+
+
+def test_parts_that_were_not_asked_for_take_no_factors(case: Case) -> None:
+    config = lorafx.LoraConfig(target_modules=["q_proj", "v_proj", "up_proj", "in_proj_z"])
+    cm = lorafx.compile(twins()[1], config, options=REFERENCE)
+    cm.load_adapter(case.folders["part"], "part")
+    with pytest.raises(CheckpointError, match=r"layers\.0\.k_proj exists but was not selected"):
+        cm.load_adapter(case.folders["all"], "all")
+    assert cm.adapters == ("part",)
+    check_mixed(cm, case, ["part", None], {"input_ids": IDS["input_ids"][:2]})
+
+
+def test_parts_can_be_excluded() -> None:
+    config = lorafx.LoraConfig(target_modules="all-linear", exclude_modules=["k_proj", "o_proj"])
+    cm = lorafx.compile(twins()[1], config, options=REFERENCE)
+    sites = {site.path: site for site in cm.sites}
+    assert "layers.0.o_proj" not in sites
+    assert [part.selected for part in sites["layers.0.qkv_proj"].parts] == [True, False, True]
+    everything = lorafx.LoraConfig(
+        target_modules=["qkv_proj", "o_proj"], exclude_modules=r".*\.[qkv]_proj"
+    )
+    cm = lorafx.compile(twins()[1], everything, options=REFERENCE)
+    assert {site.path.rpartition(".")[2] for site in cm.sites} == {"o_proj"}
+
+
+def test_packed_names_on_a_base_that_is_not_packed() -> None:
+    config = lorafx.LoraConfig(target_modules=["qkv_proj"], packed_modules=MAPPING)
+    cm = lorafx.compile(twins()[0], config, options=REFERENCE)
+    found = {site.path.rpartition(".")[2] for site in cm.sites}
+    assert found == {"q_proj", "k_proj", "v_proj"}
+
+
+def test_is_in_target_modules() -> None:
+    def named(path: str, *targets: str) -> bool:
+        return is_in_target_modules(path, list(targets), MAPPING)
+
+    assert named("layers.0.qkv_proj", "q_proj")
+    assert named("layers.0.qkv_proj", "qkv_proj")
+    assert named("layers.0.q_proj", "qkv_proj")
+    assert not named("layers.0.q_proj", "k_proj")
+    assert not named("layers.0.o_proj", "qkv_proj", "q_proj")
+    assert named("layers.0.in_proj_qkvz", "in_proj_z")
+    assert is_in_target_modules("layers.0.qkv_proj", r"layers\.0\.v_proj", MAPPING)
+    assert not is_in_target_modules("layers.1.qkv_proj", r"layers\.0\.v_proj", MAPPING)
+    assert not is_in_target_modules("layers.0.qkv_proj", ["q_proj"])
+
+
+@pytest.mark.parametrize(
+    ("packed", "words"),
+    [
+        (["q_proj"], "must map packed names"),
+        ({"qkv_proj": "q_proj"}, "must be a list of names"),
+        ({"qkv_proj": ["q_proj", "q_proj"]}, "distinct names"),
+        ({"qkv_proj": {"q_proj": (0, 2), "k_proj": 1}}, "consecutive slices"),
+        ({"qkv_proj": {"q_proj": (0, 1), "k_proj": 1}}, "no other member"),
+        ({"qkv_prjo": ["q_prjo"]}, "'qkv_prjo' names no module, packed or not; nearest: qkv_proj"),
+        ({"qkv_proj": ["q", "k", "v", "w"]}, r"3 output slices for the 4 names q, k, v, w"),
+        ({"qkv_proj": {"q_proj": (2, 3)}}, "q_proj is declared to be slice 3"),
+    ],
+)
+def test_declarations_that_cannot_be(packed: Any, words: str) -> None:
+    model = twins()[1]
+    config = lorafx.LoraConfig(target_modules=["qkv_proj"], packed_modules=packed)
+    with pytest.raises(ConfigError, match=words):
+        lorafx.compile(model, config, options=REFERENCE)
+
+
+def test_a_class_that_does_not_say_its_slices() -> None:
+    model = nn.Sequential()
+    model.add_module("qkv_proj", nn.Linear(4, 12))
+    packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    config = lorafx.LoraConfig(target_modules=["k_proj"], packed_modules=packed)
+    with pytest.raises(TargetError, match=r"qkv_proj \(Linear\).*register\(output_sizes=.*\)"):
+        lorafx.compile(model, config, options=REFERENCE)
+
+
+# --- B that cannot be split ---
+
+
+def _saved(folder: Path, key: str, rows: int, width: int = 16) -> Path:
+    module = nn.Linear(width, rows, bias=False)
+    model = nn.Module()
+    model.get_submodule = lambda path: module  # type: ignore[method-assign]
+    return save(model, folder, {key: (torch.randn(2, width), torch.randn(rows, 2))})
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "words"),
+    [
+        ("qkv_proj", 40, r"40 rows cannot be split .* q_proj 16, k_proj 8, v_proj 8, 32 rows"),
+        ("k_proj", 9, r"has shape \(9, 2\), layers\.0\.k_proj needs \(8, r = 2\)"),
+        ("in_proj_qkv", 20, r"layers\.0\.in_proj_qkv needs \(22, r = 2\)"),
+    ],
+)
+def test_rows_that_fit_no_split(name: str, rows: int, words: str, tmp_path: Path) -> None:
+    config = lorafx.LoraConfig(target_modules="all-linear")
+    cm = lorafx.compile(twins()[1], config, options=REFERENCE)
+    folder = _saved(tmp_path, f"layers.0.{name}", rows)
+    with pytest.raises(ValueError, match=words):
+        cm.load_adapter(folder, "wrong")
+    assert cm.adapters == ()
+
+
+def test_rows_that_fit_no_run_of_slices(tmp_path: Path) -> None:
+    model = twins()[1]
+    model.packed_modules_mapping = {"in_proj_qkvz": ["in_proj_qkv", "in_proj_z"]}
+    config = lorafx.LoraConfig(target_modules="all-linear")
+    cm = lorafx.compile(model, config, options=REFERENCE)
+    folder = _saved(tmp_path, "layers.0.in_proj_z", 7)
+    words = r"in_proj_z takes some of .*6, .*6, .*10, .*4 \(and r = 2\); packed_modules may say"
+    with pytest.raises(ValueError, match=words):
+        cm.load_adapter(folder, "wrong")
+
+
+def test_a_packed_name_of_which_some_modules_were_not_selected(tmp_path: Path) -> None:
+    config = lorafx.LoraConfig(target_modules=["q_proj", "k_proj"], packed_modules=MAPPING)
+    cm = lorafx.compile(twins()[0], config, options=REFERENCE)
+    with pytest.raises(CheckpointError, match=r"packs 3 modules, of which only .* was selected"):
+        cm.load_adapter(_saved(tmp_path, "layers.0.qkv_proj", 32), "wrong")
+
+
+class _Merged(nn.Linear):
+    """A linear of several slices, registered for the property below."""
+
+    def __init__(self, width: int, sizes: list[int]) -> None:
+        super().__init__(width, sum(sizes))
+        self.slice_sizes = sizes
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_split_is_the_dense_update(data: st.DataObject) -> None:
+    """Random slices in random groups, some left out: what is loaded is the dense ΔW, row by row."""
+    from lorafx.adapter_store.checkpoint import AdapterState
+    from lorafx.adapter_store.peft_config import PeftConfig
+    from lorafx.adapter_store.peft_reader import read_adapter
+    from lorafx.passes.select import build_sites
+
+    sizes = data.draw(st.lists(st.integers(1, 6), min_size=2, max_size=5))
+    cuts = data.draw(st.sets(st.integers(1, len(sizes) - 1)))
+    bounds = [0, *sorted(cuts), len(sizes)]
+    groups = {f"m{i}": tuple(range(bounds[i], bounds[i + 1])) for i in range(len(bounds) - 1)}
+    taken = data.draw(st.sets(st.sampled_from(list(groups)), min_size=1))
+    lorafx.register(_Merged, output_sizes="slice_sizes")
+    try:
+        model = nn.Sequential()
+        model.add_module("packed", _Merged(3, sizes))
+        config = lorafx.LoraConfig(target_modules=["packed"], packed_modules={"packed": groups})
+        _, (site,) = build_sites(model, config)
+    finally:
+        lorafx.unregister(_Merged)
+    tensors, dense = {}, torch.zeros(sum(sizes), 3)
+    for name in taken:
+        slices = groups[name]
+        start, rows = sum(sizes[: slices[0]]), sum(sizes[i] for i in slices)
+        a, b = torch.randn(2, 3), torch.randn(rows, 2)
+        dense[start : start + rows] = b @ a
+        tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+    state = AdapterState(PeftConfig(r=2, lora_alpha=2), tensors, "memory")
+    adapter = read_adapter(state, "a", [site], model=model)
+    got, at = torch.zeros_like(dense), 0
+    for index, part in enumerate(site.parts):
+        found = adapter.weights.get(site.part_path(index))
+        if found is not None:
+            got[at : at + part.out_features] = found.scale * found.B @ found.A
+        at += part.out_features
+    torch.testing.assert_close(got, dense)
