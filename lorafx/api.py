@@ -279,7 +279,7 @@ def _is_adapter_mapping(value: Mapping[str, Any]) -> bool:
     """A mapping name -> adapter, told from a PEFT configuration by its keys and values."""
     if not value:
         raise ConfigError("lora_config is an empty mapping; give name -> adapter folder")
-    if "peft_type" in value or {"r", "lora_alpha"} & set(value):
+    if "peft_type" in value:
         return False
     return all(isinstance(item, (str, os.PathLike, AdapterState)) for item in value.values())
 

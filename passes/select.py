@@ -162,7 +162,10 @@ class _Selection:
 
     def _site(self, item: _Candidate, selected: frozenset[str]) -> Site | str:
         """The site with these members selected, or why there can be none."""
-        module, entry = item.module, item.entry
+        module = item.module
+        entry = item.entry
+        if entry is None and not self.by_default:
+            entry = by_raw_weight(module)
         reason = impossible(module, entry)
         if reason is not None:
             return reason
@@ -255,10 +258,26 @@ class _Candidate:
         )
 
 
+def by_raw_weight(module: nn.Module) -> Eligible | None:
+    """An entry for a module of no registered class that holds a matrix: a router, say.
+
+    Where the matrix multiplies is for `match` to see; in eager mode the mark compares what the
+    forward returns with x Wᵀ.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 2 or not is_dense(weight):
+        return None
+    return Eligible(
+        nn.Module, "linear", lambda module: (module.weight.shape[1], module.weight.shape[0])
+    )
+
+
 def impossible(module: nn.Module, entry: Eligible | None) -> str | None:
     """Why this module cannot carry LoRA, or None when it can."""
     if entry is None:
         return "no class along its MRO is registered (see lorafx.register)"
+    if entry.kind == "experts":
+        return "routed experts carry no LoRA yet"
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         return "its parameters are not initialised yet; run the model once before"
     try:
