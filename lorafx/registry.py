@@ -34,6 +34,11 @@ class Sharding(Protocol):
         """This rank's share of A (r, K) and B (N, r), N the columns of `slices`."""
         ...
 
+    def product(self, module: nn.Module) -> nn.Module:
+        """The module whose call maps this rank's inputs to this rank's outputs, before they are
+        summed or gathered over the ranks; `module` itself where its own call does."""
+        ...
+
 
 class Add(Protocol):
     """Adds a site's delta to the columns [start, start + n) of what its weight computes.

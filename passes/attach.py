@@ -73,10 +73,18 @@ class Attach:
         }
         # Hooks of others see the output with its delta: for them the model is W + ΔW.
         handles = [
-            site.module.register_forward_hook(marks[site.path], with_kwargs=True, prepend=True)
+            _marked(site).register_forward_hook(marks[site.path], with_kwargs=True, prepend=True)
             for site in sites
         ]
         return Attachment(groups, runtime, marks, handles)
+
+
+def _marked(site: Site) -> nn.Module:
+    """The module whose call the delta is added to."""
+    entry = site.eligible
+    if entry.sharding is None or entry.handler is not None or site.has_own_forward:
+        return site.module
+    return entry.sharding.product(site.module)
 
 
 def allocate_groups(sites: Sequence[Site], config: LoraConfig) -> tuple[Group, ...]:

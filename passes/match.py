@@ -17,7 +17,7 @@ from torch import fx
 
 from lorafx.context import EMBEDDING_OP, GROUPED_OP, SITE_OP, Context, Refusal, is_site
 from lorafx.frame import arguments_of, fake_value
-from lorafx.marks import UNPROVED
+from lorafx.marks import UNPROVED, is_dense
 from lorafx.sites import Site, own_ranges
 from lorafx.weight_uses import Use, depends_on, origin_of, uses_of
 
@@ -46,10 +46,10 @@ class Match:
         for use in uses.values():
             if use.node in claimed:
                 continue
-            handled = _handled(ctx, use)
-            if handled is not None:
-                if handled not in marks.values() and id(handled.module) not in ctx.frame.callers:
-                    ctx.refuse(Refusal((handled,), "always", "its handler added no delta"))
+            kept = _left_to_mark(ctx, use)
+            if kept is not None:
+                if kept not in marks.values() and id(kept.module) not in ctx.frame.callers:
+                    ctx.refuse(Refusal((kept,), "always", "its own call added no delta"))
                 continue
             site_or_none = _owner(ctx, use)
             if isinstance(site_or_none, Refusal):
@@ -128,12 +128,20 @@ def _forward_unknown(site: Site) -> bool:
     return site.has_own_forward and site.eligible.handler is None
 
 
-def _handled(ctx: Context, use: Use) -> Site | None:
-    """The site whose handler adds this use's delta: the use is made by a call of its module."""
+def _left_to_mark(ctx: Context, use: Use) -> Site | None:
+    """The site whose mark adds this use's delta, wherever the mark stands, if the use is made by a
+    call of its module: it has a handler, or its weight is stored in a format (int8 and a scale) of
+    which only the module's call as a whole is known to compute x Wᵀ."""
+    stored = _is_stored(use)
     for site in ctx.frame.by_node[use.weight].sites:
-        if site.eligible.handler is not None and ctx.inside(use.node, site.module):
+        if (stored or site.eligible.handler is not None) and ctx.inside(use.node, site.module):
             return site
     return None
+
+
+def _is_stored(use: Use) -> bool:
+    """Whether the tensor holds W in some format, in place of W's own numbers."""
+    return not is_dense(fake_value(use.weight))
 
 
 def _used_before(site: Site) -> Refusal:
@@ -159,6 +167,9 @@ def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
     if use.kind == "unknown":
         return _unknown(ctx, use)
     where = ctx.where(use.node)
+    if _is_stored(use):
+        dtype = fake_value(use.weight).dtype
+        return Refusal(sites, "always", f"its weight, {dtype}, is used outside of its call{where}")
     kind = USE_KINDS[use.kind]
     fitting = [site for site in sites if site.eligible.kind == kind]
     unselected = ctx.unselected_owners(use.weight, kind)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorafx.errors import CheckpointError, ConfigError
 from lorafx.layers.loading import LoadableLayer
@@ -42,6 +42,8 @@ class ParallelLayer(LoadableLayer):
 
     weight: Tensor
     bias: Tensor | None
+    #: Made where there are several ranks.
+    local_product: LocalProduct
 
     #: Slice indices by the names that loaders may give them.
     shard_names: ClassVar[dict[str, int]] = {}
@@ -89,6 +91,23 @@ class ParallelLayer(LoadableLayer):
         else:
             self.register_parameter("bias", None)
         self._keep_attributes()
+        if tp.size > 1:
+            self.local_product = LocalProduct()
+
+    def product(self, x: Tensor) -> Tensor:
+        """This rank's x (…, K), or ids (…), → this rank's (…, N), before any collective."""
+        if self.tp_size == 1:
+            return self.compute(x)
+        return self.local_product(x, self)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """What `product` computes."""
+        return self.quant_method.apply(self, x, self.own_bias)
+
+    @property
+    def own_bias(self) -> Tensor | None:
+        """The bias that this rank adds."""
+        return self.bias
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -186,6 +205,16 @@ class ParallelLayer(LoadableLayer):
             f"bias={self.bias is not None}, tp_size={self.tp_size}, "
             f"quant_method={type(self.quant_method).__name__}"
         )
+
+
+class LocalProduct(nn.Module):
+    """A layer's own product as a module call, which hooks see before the ranks' are combined.
+
+    A low-rank update is cut among the ranks as the weight is, so it is added here.
+    """
+
+    def forward(self, x: Tensor, layer: ParallelLayer) -> Tensor:
+        return layer.compute(x)
 
 
 def _padded(target: Tensor, dim: int, length: int) -> Tensor:

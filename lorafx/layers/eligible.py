@@ -1,7 +1,7 @@
 """The registry entries of the parallel layers: sizes on this rank, output slices, sharding.
 
 Each class has an entry of its own, so that an out-of-tree class can stand in for any of them.
-FusedMoE has none: experts carry no LoRA, and naming one is an error.
+FusedMoE is known as experts, which carry no LoRA: naming one is an error.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from lorafx.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
+from lorafx.layers.moe import FusedMoE
 from lorafx.layers.sharding import LayerSharding
 from lorafx.registry import register
 
@@ -29,6 +30,8 @@ LINEARS: tuple[type[nn.Module], ...] = (
     RowParallelLinear,
     ParallelLMHead,
 )
+#: What computes several projections at once.
+PACKED = (MergedColumnParallelLinear, QKVParallelLinear)
 
 
 def register_layers() -> None:
@@ -41,6 +44,7 @@ def register_layers() -> None:
             out_features="output_size_per_partition",
             output_sizes="output_partition_sizes",
             sharding=sharding,
+            packed=issubclass(cls, PACKED),
         )
     register(
         VocabParallelEmbedding,
@@ -48,4 +52,11 @@ def register_layers() -> None:
         in_features="num_embeddings_per_partition",
         out_features="embedding_dim",
         sharding=sharding,
+    )
+    register(
+        FusedMoE,
+        kind="experts",
+        in_features="hidden_size",
+        out_features="intermediate_size",
+        weight="w13_weight",
     )

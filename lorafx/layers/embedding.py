@@ -71,10 +71,12 @@ class VocabParallelEmbedding(ParallelLayer):
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.tp_size == 1:
-            return F.embedding(ids, self.weight)
+            return self.product(ids)
         own, elsewhere = self.own_ids(ids)
-        y = F.embedding(own, self.weight).masked_fill(elsewhere.unsqueeze(-1), 0)
-        return self.tp.all_reduce(y)
+        return self.tp.all_reduce(self.product(own).masked_fill(elsewhere.unsqueeze(-1), 0))
+
+    def compute(self, x: Tensor) -> Tensor:
+        return F.embedding(x, self.weight)
 
     def own_ids(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """(row of this rank's W, 0 where another rank has the id; which those are)."""
@@ -100,7 +102,10 @@ class ParallelLMHead(VocabParallelEmbedding):
         self._build(num_embeddings, embedding_dim, bias, options)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.gathered(self.quant_method.apply(self, x, self.bias))
+        return self.gathered(self.product(x))
+
+    def compute(self, x: Tensor) -> Tensor:
+        return self.quant_method.apply(self, x, self.bias)
 
     def gathered(self, logits: Tensor) -> Tensor:
         """This rank's logits (…, P) → all of them (…, V), without the padding."""

@@ -63,7 +63,7 @@ class LinearBase(ParallelLayer):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.quant_method.apply(self, x, self.bias)
+        return self.product(x)
 
 
 class ReplicatedLinear(LinearBase):
@@ -118,7 +118,7 @@ class ColumnParallelLinear(LinearBase):
         self.gather_output = gather_output
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.quant_method.apply(self, x, self.bias)
+        y = self.product(x)
         return self.gathered(y) if self.gather_output else y
 
     def gathered(self, y: Tensor) -> Tensor:
@@ -256,10 +256,13 @@ class RowParallelLinear(LinearBase):
         self.input_is_parallel, self.reduce_results = input_is_parallel, reduce_results
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.quant_method.apply(
-            self, self.own_input(x), self.bias if not self.tp_rank else None
-        )
+        y = self.product(self.own_input(x))
         return self.tp.all_reduce(y) if self.reduce_results else y
+
+    @property
+    def own_bias(self) -> Tensor | None:
+        """The bias on rank 0, so that the sum over the ranks has it once."""
+        return None if self.tp_rank else self.bias
 
     def own_input(self, x: Tensor) -> Tensor:
         """This rank's part (…, input_size / tp_size) of what `forward` is given."""

@@ -50,6 +50,11 @@ class LayerSharding:
         padding = sum(layer.output_partition_sizes[i] for i in slices) - sum(map(len, pieces))
         return layer.piece_of_input(A, dim=1), F.pad(torch.cat(pieces), (0, 0, 0, padding))
 
+    def product(self, module: nn.Module) -> nn.Module:
+        """The call of this rank's product, which comes before the ranks' results are combined."""
+        layer = _layer(module)
+        return layer if layer.tp_size == 1 else layer.local_product
+
 
 def _layer(module: nn.Module) -> ParallelLayer:
     assert isinstance(module, ParallelLayer)

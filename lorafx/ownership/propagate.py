@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from lorafx.ownership import (
+    collectives,
     contractions,
     dispatch,
     indexing,
@@ -32,7 +33,7 @@ from lorafx.ownership.labels import Digit, Label, Mixed, Own, Single
 from lorafx.ownership.symbolic import BatchSymbols
 
 # Specific first; the first table that knows an operator decides.
-TABLES = (sites, indexing, slices, views, reductions, contractions, spatial, pointwise)
+TABLES = (sites, indexing, slices, views, reductions, contractions, spatial, collectives, pointwise)
 OPTIONAL = (contractions, spatial)
 DIGIT_TABLES = (dispatch, indexing, slices, views, pointwise)
 # Rules that look at Mixed inputs themselves: the order of everybody's rows is Mixed by nature, and

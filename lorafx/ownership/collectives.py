@@ -1,0 +1,33 @@
+"""Rules for the collectives of tensor parallelism: every rank has the same requests.
+
+all_reduce, wait    out[i] = Σ_rank a_rank[i]
+all_gather          out = [a_0; a_1; ...] along the first dimension
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import fx
+
+from lorafx.ownership.flow import Flow, Rule
+from lorafx.ownership.labels import Label, Own
+
+
+def kept(node: fx.Node, flow: Flow) -> Label:
+    """Each entry where it was."""
+    return flow.label(node.all_input_nodes[0])
+
+
+def gathered(node: fx.Node, flow: Flow) -> Label:
+    """The ranks' tensors one after another: only what is owned along another dimension is kept."""
+    label = flow.label(node.all_input_nodes[0])
+    if isinstance(label, Own) and label.dim == 0:
+        return flow.lost(node, "the ranks' requests are gathered along their own dimension")
+    return label
+
+
+RULES: dict[object, Rule] = {}
+if dist.is_available():
+    ops = torch.ops._c10d_functional
+    RULES = {ops.all_reduce: kept, ops.wait_tensor: kept, ops.all_gather_into_tensor: gathered}

@@ -1,0 +1,43 @@
+"""Runs a function on every rank of a gloo group of small processes, and hands its results back.
+
+The function is `work(rank, size, *args)` of a module that a fresh process can import. What it
+returns is pickled; what it raises is raised here.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def on_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+    """The results of `work` by rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (size, folder, work, args), nprocs=size)
+        return [
+            torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(size)
+        ]
+
+
+def _rank(
+    rank: int, size: int, folder: str, work: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=120),
+    )
+    try:
+        torch.save(work(rank, size, *args), Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
