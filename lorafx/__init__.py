@@ -24,6 +24,7 @@ from lorafx.errors import (
     UnsupportedAdapterError,
     VerifyError,
 )
+from lorafx.out_of_tree import register_oot, unregister_oot
 from lorafx.registry import register, unregister
 
 __all__ = [
@@ -51,6 +52,8 @@ __all__ = [
     "explain",
     "load_adapter",
     "register",
+    "register_oot",
     "unload_adapter",
     "unregister",
+    "unregister_oot",
 ]

@@ -2,21 +2,23 @@
 
 `lookup(module)` walks the MRO of the instance's class and takes the first registered class, so
 subclasses are eligible with their base and the nearest entry wins. Built in: `nn.Linear`,
-`nn.Embedding` and, once transformers has been imported by somebody, its `Conv1D`.
+`nn.Embedding` and, once transformers has been imported by somebody, its `Conv1D`. A class that
+replaces a registered one (lorafx.out_of_tree) has that one's entry with sizes of its own.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
 from lorafx.errors import ConfigError, nearest
 
-Kind = Literal["linear", "embedding"]
+Kind = Literal["linear", "embedding", "experts"]
+KINDS: tuple[Kind, ...] = ("linear", "embedding", "experts")
 SizeOf = str | Callable[[nn.Module], int]
 SizesOf = str | Callable[[nn.Module], Sequence[int]]
 
@@ -60,7 +62,8 @@ class Eligible:
 
     Attributes:
         cls: the class; its subclasses are eligible too, the nearest entry along the MRO wins.
-        kind: "linear" (y = x Wᵀ) or "embedding" (y = W[ids]).
+        kind: "linear" (y = x Wᵀ), "embedding" (y = W[ids]) or "experts" (fused routed experts,
+            which are known as such and carry no LoRA).
         sizes: instance -> (in_features, out_features).
         weight: attribute that holds the base weight.
         transposed: True where the weight is stored (in, out), as in transformers' Conv1D.
@@ -70,6 +73,8 @@ class Eligible:
             modules hold what checkpoints hold.
         handler: says where the delta goes in a call whose input and output do not have the site's
             sizes; None where the forward maps (…, K) to (…, N).
+        packed: instances compute several projections, so that a class in its place has to say
+            the size of each.
     """
 
     cls: type[nn.Module]
@@ -80,6 +85,7 @@ class Eligible:
     output_sizes: Callable[[nn.Module], tuple[int, ...]] | None = None
     sharding: Sharding | None = None
     handler: Handler | None = None
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,32 @@ class SliceSizes:
         )
 
 
+@dataclass(frozen=True)
+class Replacement:
+    """An out-of-tree class in the place of a registered one; it reads sizes in its own way."""
+
+    replaced: type[nn.Module]
+    by: type[nn.Module]
+    sizes: Sizes
+    output_sizes: Callable[[nn.Module], tuple[int, ...]] | None
+    weight: str
+    sharding: Sharding | None
+
+    def entry(self) -> Eligible | None:
+        """The replaced class's entry at this moment, for instances of `by`."""
+        entry = lookup_class(self.replaced)
+        if entry is None:
+            return None
+        return replace(
+            entry,
+            cls=self.by,
+            sizes=self.sizes,
+            output_sizes=self.output_sizes,
+            weight=self.weight,
+            sharding=self.sharding,
+        )
+
+
 def _read(module: nn.Module, size: SizeOf) -> int:
     return getattr(module, size) if isinstance(size, str) else size(module)
 
@@ -114,6 +146,8 @@ _BUILT_IN: dict[type[nn.Module], Eligible] = {
     nn.Embedding: Eligible(nn.Embedding, "embedding", Sizes("num_embeddings", "embedding_dim")),
 }
 _REGISTERED: dict[type[nn.Module], Eligible] = {}
+#: By the class that replaces; see lorafx.out_of_tree.
+REPLACEMENTS: dict[type[nn.Module], Replacement] = {}
 
 
 def register(
@@ -127,6 +161,7 @@ def register(
     output_sizes: SizesOf | None = None,
     sharding: Sharding | None = None,
     handler: Handler | None = None,
+    packed: bool = False,
 ) -> Eligible:
     """Make `cls` and its subclasses eligible; a later call for the same class replaces.
 
@@ -146,22 +181,22 @@ def register(
             y + Δ(x)[..., start : start + y.shape[-1]]. For forwards that work on groups of columns
             or return more than y. It is trusted, holds for subclasses too, runs in eager mode and
             is traced in graphs; at module level it survives pickling.
+        packed: what `register_oot` puts in the place of the class must offer output sizes.
 
     Raises:
-        ConfigError: `cls` is no module class, `kind` is neither of the two, or `handler` cannot
+        ConfigError: `cls` is no module class, `kind` is none of the three, or `handler` cannot
             be called.
     """
     if not isinstance(cls, type) or not issubclass(cls, nn.Module):
         raise ConfigError(f"register() takes an nn.Module class, got {cls!r}")
-    if kind not in ("linear", "embedding"):
-        raise ConfigError(
-            f"register({cls.__qualname__}): kind is 'linear' or 'embedding', got {kind!r}"
-        )
+    if kind not in KINDS:
+        known = ", ".join(map(repr, KINDS))
+        raise ConfigError(f"register({cls.__qualname__}): kind is one of {known}, got {kind!r}")
     if handler is not None and not callable(handler):
         raise ConfigError(f"register({cls.__qualname__}): handler={handler!r} cannot be called")
     slices = None if output_sizes is None else SliceSizes(output_sizes)
     sizes = Sizes(in_features, out_features)
-    entry = Eligible(cls, kind, sizes, weight, transposed, slices, sharding, handler)
+    entry = Eligible(cls, kind, sizes, weight, transposed, slices, sharding, handler, packed)
     _REGISTERED[cls] = entry
     return entry
 
@@ -181,14 +216,26 @@ def unregister(cls: type[nn.Module]) -> None:
 
 def lookup(module: nn.Module) -> Eligible | None:
     """The entry of the nearest registered class along the MRO, or None."""
-    conv1d = _transformers_conv1d()
-    for cls in type(module).__mro__:
-        entry = _REGISTERED.get(cls) or _BUILT_IN.get(cls)
+    return lookup_class(type(module))
+
+
+def lookup_class(cls: type) -> Eligible | None:
+    """As `lookup`, for instances of `cls`."""
+    for base in cls.__mro__:
+        entry = own_entry(base)
         if entry is not None:
             return entry
-        if conv1d is not None and cls is conv1d:
-            return Eligible(conv1d, "linear", Sizes("nx", "nf"), transposed=True)
     return None
+
+
+def own_entry(cls: type) -> Eligible | None:
+    """The entry of this very class, None where it has at most one of a class above it."""
+    entry = _REGISTERED.get(cls) or _BUILT_IN.get(cls)
+    if entry is None and cls in REPLACEMENTS:
+        entry = REPLACEMENTS[cls].entry()
+    if entry is None and cls is _transformers_conv1d():
+        entry = Eligible(cls, "linear", Sizes("nx", "nf"), transposed=True)
+    return entry
 
 
 def _transformers_conv1d() -> type[nn.Module] | None:

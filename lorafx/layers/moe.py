@@ -34,7 +34,7 @@ class FusedMoE(LoadableLayer):
     ids of their loaders: ("w1", e) the gate, ("w3", e) the up and ("w2", e) the down projection of
     expert e; None for all experts as one tensor (E, 2I, H) or (E, H, I).
 
-    LoRA on it is not supported: it is no registered class, and targeting it is an error.
+    LoRA on it is not supported: it is registered as experts, and targeting it is an error.
 
     Args:
         num_experts, top_k: E and k.

@@ -47,7 +47,7 @@ def save(
         module = base.get_submodule(path)
         form = "lora_embedding_{}" if isinstance(module, nn.Embedding) else "lora_{}.weight"
         for letter, tensor in (("A", a), ("B", b)):
-            tensors[f"base_model.model.{path}.{form.format(letter)}"] = tensor.contiguous()
+            tensors[f"base_model.model.{path}.{form.format(letter)}"] = tensor.contiguous().clone()
     rank = max(a.shape[0] for a, _ in pairs.values())
     settings = {
         "peft_type": "LORA",

@@ -1,0 +1,391 @@
+"""Case 2: classes that replace a registered one without inheriting from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dense_merge import REFERENCE, TOLERANCE, check_mixed, error
+from hand_made import factors, hand_case, merged, save
+from tiny import randomise
+from torch import Tensor, nn
+
+import lorafx
+from lorafx import layers
+from lorafx.config import LoraConfig
+from lorafx.errors import ConfigError, TargetError
+from lorafx.passes.select import build_sites
+from lorafx.registry import lookup
+
+K, SIZES = 6, (8, 4, 4)
+NAMES = ["a", None, "b", "a"]
+
+
+class MyQKV(nn.Module):
+    """A packed projection of its own: no registered class above it."""
+
+    def __init__(self, hidden: int = K, sizes: tuple[int, ...] = SIZES) -> None:
+        super().__init__()
+        self.input_size, self.output_sizes = hidden, sizes
+        self.weight = nn.Parameter(torch.randn(sum(sizes), hidden) * 0.4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class DeeperQKV(MyQKV):
+    pass
+
+
+class MyColumn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(5, K))
+        self.inputs, self.outputs = K, 5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.kernel)
+
+
+class MyExperts(nn.Module):
+    """As FusedMoE, whose constructor arguments it keeps under the same names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts, self.top_k, self.hidden_size, self.intermediate_size = 3, 2, K, 5
+        self.w13_weight = nn.Parameter(torch.randn(3, 10, K))
+        self.w2_weight = nn.Parameter(torch.randn(3, K, 5))
+
+    def forward(self, x: Tensor, router_logits: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+@pytest.fixture
+def oot() -> Iterator[Any]:
+    added: list[type] = []
+
+    def add(replaced: type, by: type, **kwargs: Any) -> Any:
+        entry = lorafx.register_oot(replaced, by, **kwargs)
+        added.append(by)
+        return entry
+
+    yield add
+    for by in dict.fromkeys(added):
+        lorafx.unregister_oot(by)
+
+
+class Model(nn.Module):
+    """A packed projection of class `packed`, and a linear that takes it apart again."""
+
+    packed: type[nn.Module] = MyQKV
+    packed_modules_mapping: ClassVar = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv_proj = self.packed()
+        self.o_proj = nn.Linear(sum(SIZES), K)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        q, k, v = torch.tanh(self.qkv_proj(x)).split(SIZES, dim=-1)
+        return {"logits": x + self.o_proj(torch.cat((q, k * 2, v - 1), dim=-1))}
+
+
+class DeeperModel(Model):
+    packed = DeeperQKV
+
+
+REPLACED = [layers.QKVParallelLinear, layers.MergedColumnParallelLinear]
+
+
+@pytest.mark.parametrize("replaced", REPLACED)
+@pytest.mark.parametrize("model", [Model, DeeperModel])
+def test_packed_layers_are_matched_as_what_they_replace(
+    tmp_path: Path, oot: Any, replaced: Any, model: Any
+) -> None:
+    """An adapter of the whole packed layer, and one of two of its slices by their own names."""
+    oot(replaced, MyQKV)
+    torch.manual_seed(0)
+    base = model().eval()
+    randomise(base)
+    case = hand_case(base, tmp_path, a=["qkv_proj", "o_proj"])
+    a, b = factors(base, ["qkv_proj"], rank=3, seed=7)["qkv_proj"]
+    rows = {"q_proj": slice(0, 8), "v_proj": slice(12, 16)}
+    case.folders["b"] = _save_slices(tmp_path / "b", {n: (a, b[s]) for n, s in rows.items()})
+    kept = torch.zeros_like(b)
+    for part in rows.values():
+        kept[part] = b[part]
+    case.merged["b"] = merged(base, {"qkv_proj": (a, kept)})
+    cm = case.compile()
+    check_mixed(cm, case, NAMES, {"x": torch.randn(4, 3, K)})
+    (line,) = [line for line in str(lorafx.explain(cm)).splitlines() if "qkv_proj:" in line]
+    assert "as MyQKV, 6 -> 16" in line
+
+
+def _save_slices(folder: Path, pairs: dict[str, tuple[Tensor, Tensor]]) -> Path:
+    """An adapter of projections that the base has packed only."""
+    apart = nn.ModuleDict({name: nn.Linear(K, len(b)) for name, (_, b) in pairs.items()})
+    return save(apart, folder, pairs)
+
+
+def test_eager_calls_as_well(tmp_path: Path, oot: Any) -> None:
+    oot(layers.QKVParallelLinear, MyQKV)
+    torch.manual_seed(0)
+    base = Model()
+    case = hand_case(base, tmp_path, a=["qkv_proj"])
+    model = lorafx.attach(case.model(), case.folders, options=REFERENCE)
+    x = torch.randn(2, 3, K)
+    with torch.no_grad(), lorafx.adapters(model, ["a", "a"]):
+        assert error(model(x)["logits"], case.expected(["a", "a"], {"x": x})) <= TOLERANCE
+
+
+def test_unregistering_restores() -> None:
+    assert lookup(MyQKV()) is None
+    lorafx.register_oot(layers.QKVParallelLinear, MyQKV)
+    entry = lookup(DeeperQKV())
+    assert entry is not None
+    assert entry.cls is MyQKV
+    assert entry.sizes(MyQKV()) == (K, 16)
+    assert entry.output_sizes is not None
+    assert entry.output_sizes(MyQKV()) == SIZES
+    lorafx.unregister_oot(MyQKV)
+    assert lookup(DeeperQKV()) is None
+
+
+def test_attributes_of_other_names(tmp_path: Path, oot: Any) -> None:
+    oot(
+        layers.ColumnParallelLinear,
+        MyColumn,
+        input_size="inputs",
+        output_sizes="outputs",
+        weight="kernel",
+    )
+
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = MyColumn()
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.up(x)}
+
+    (site,) = build_sites(One(), LoraConfig(target_modules=["up"]))[1]
+    assert (site.in_features, site.out_features) == (K, 5)
+    base = One().eval().requires_grad_(False)
+    linear = nn.ModuleDict({"up": nn.Linear(K, 5)})
+    pairs = factors(linear, ["up"], rank=2, seed=0)
+    folder = save(linear, tmp_path / "a", pairs)
+    a, b = pairs["up"]
+    x = torch.randn(2, 3, K)
+    cm = lorafx.compile(base, {"a": folder}, options=REFERENCE)
+    got = cm(x=x, adapter_names=["a", None])["logits"]
+    wanted = F.linear(x, base.up.kernel)
+    wanted[0] += 2 * F.linear(F.linear(x[0], a), b)
+    assert error(got, wanted) <= TOLERANCE
+
+
+def test_replaced_along_the_mro_and_by_a_replacement(oot: Any) -> None:
+    """What replaces a subclass of a registered class, and what replaces a replacement."""
+
+    class Third(MyQKV):
+        pass
+
+    class SubQKV(layers.QKVParallelLinear):
+        pass
+
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.input_size, self.output_sizes, self.weight = 3, [4], None
+
+    oot(SubQKV, MyQKV)
+    oot(Third, Other)
+    entry = lookup(Other())
+    assert entry.kind == "linear"
+    assert entry.sizes(Other()) == (3, 4)
+    with pytest.raises(ConfigError, match="Other stands in for MyQKV itself"):
+        lorafx.register_oot(Other, MyQKV)
+
+
+def test_embeddings_and_experts(oot: Any) -> None:
+    class MyTable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_embeddings, self.embedding_dim = 11, 4
+            self.weight = nn.Parameter(torch.randn(11, 4))
+
+    oot(layers.VocabParallelEmbedding, MyTable)
+    oot(layers.FusedMoE, MyExperts)
+    table = lookup(MyTable())
+    assert (table.kind, table.sizes(MyTable())) == ("embedding", (11, 4))
+    experts = lookup(MyExperts())
+    assert (experts.kind, experts.weight) == ("experts", "w13_weight")
+    assert experts.sizes(MyExperts()) == (K, 5)
+    model = nn.ModuleDict({"experts": MyExperts(), "other": nn.Linear(2, 2)})
+    with pytest.raises(TargetError, match=r"experts \(MyExperts\): routed experts carry no LoRA"):
+        build_sites(model, LoraConfig(target_modules=["experts"]))
+    real = nn.ModuleDict({"experts": layers.FusedMoE(3, 2, K, 5), "other": nn.Linear(2, 2)})
+    with pytest.raises(TargetError, match=r"experts \(FusedMoE\): routed experts carry no LoRA"):
+        build_sites(real, LoraConfig(target_modules=["experts"]))
+    assert [site.path for site in build_sites(model, LoraConfig())[1]] == ["other"]
+
+
+# What a class offers
+
+
+class WithoutSizes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, K))
+
+
+class WithoutInput(WithoutSizes):
+    output_sizes = (2, 2)
+
+
+class OneSize(WithoutSizes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_size, self.output_size = K, 4
+
+
+class StoredElsewhere(WithoutSizes):
+    def forward(self, x: Tensor) -> Tensor:
+        self.input_size = self.output_sizes = x.shape[-1]
+        return x
+
+
+class OnAnotherObject(WithoutSizes):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        config.input_size = config.output_sizes = 4
+
+
+class WithoutWeight(nn.Module):
+    input_size: int
+    output_sizes: tuple[int, ...]
+
+
+MISSING = [
+    (WithoutSizes, "WithoutSizes lacks input_size or .*, output_sizes;"),
+    (WithoutInput, "WithoutInput lacks input_size"),
+    (OneSize, "OneSize lacks output_sizes;"),
+    (StoredElsewhere, "StoredElsewhere lacks input_size or .*, output_sizes;"),
+    (OnAnotherObject, "OnAnotherObject lacks input_size or .*, output_sizes;"),
+    (WithoutWeight, "WithoutWeight lacks weight;"),
+]
+
+
+@pytest.mark.parametrize(("by", "message"), MISSING)
+@pytest.mark.parametrize("replaced", REPLACED)
+def test_a_replacement_that_lacks_something_is_refused(
+    replaced: Any, by: Any, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        lorafx.register_oot(replaced, by)
+    with pytest.raises(ConfigError, match=f"{by.__name__} replaces no class"):
+        lorafx.unregister_oot(by)
+
+
+class ByMethod(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self._build([1, 2])
+
+    def _build(self, sizes: list[int]) -> None:
+        self.input_size = K
+        self.output_sizes = sizes
+        self.register_parameter("weight", nn.Parameter(torch.zeros(3, K)))
+
+
+class BySuper(ByMethod):
+    def __init__(self) -> None:
+        super().__init__()
+
+
+class ByProperty(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(K, 3)
+
+    input_size = property(lambda self: self.inner.in_features)
+    output_sizes = property(lambda self: (self.inner.out_features,))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.inner.weight
+
+
+class BySetattr(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        setattr(self, "input_size", K)  # noqa: B010
+        self.output_sizes = [size for size in (1, 2) if self.input_size]
+        self.register_buffer("weight", torch.zeros(3, K))
+
+
+class ByOtherCode(nn.Module):
+    """A quantisation method creates the weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_size, self.output_sizes = K, (1, 2)
+        layers.UnquantizedLinearMethod().create_weights(self, K, [1, 2], K, 3, torch.float32)
+
+
+class ByAnswering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = MyQKV(K, (1, 2))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+
+OFFERING = [ByMethod, BySuper, ByProperty, BySetattr, ByOtherCode, ByAnswering]
+
+
+@pytest.mark.parametrize("by", OFFERING)
+def test_what_a_class_offers_is_found(oot: Any, by: Any) -> None:
+    entry = oot(layers.QKVParallelLinear, by)
+    module = by()
+    assert entry.sizes(module) == (K, 3)
+    assert sum(entry.output_sizes(module)) == 3
+    (site,) = build_sites(nn.ModuleDict({"m": module}), LoraConfig(target_modules=["m"]))[1]
+    assert (site.in_features, site.out_features) == (K, 3)
+
+
+def test_instances_are_checked_again(oot: Any) -> None:
+    class Announced(nn.Module):
+        input_size: int
+        output_sizes: tuple[int, ...]
+        weight: Tensor
+
+    oot(layers.QKVParallelLinear, Announced)
+    model = nn.ModuleDict({"qkv": Announced()})
+    with pytest.raises(TargetError, match=r"Announced\): its sizes cannot be read.*input_s"):
+        build_sites(model, LoraConfig(target_modules=["qkv"]))
+    wrong = MyQKV()
+    wrong.input_size = K + 1
+    oot(layers.QKVParallelLinear, MyQKV)
+    with pytest.raises(TargetError, match=r"qkv \(MyQKV\): its weight has shape \(16, 6\)"):
+        build_sites(nn.ModuleDict({"qkv": wrong}), LoraConfig(target_modules=["qkv"]))
+
+
+def test_refusals() -> None:
+    with pytest.raises(ConfigError, match=r"takes two nn\.Module classes, got <class 'int'>"):
+        lorafx.register_oot(layers.QKVParallelLinear, int)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"takes two nn\.Module classes"):
+        lorafx.register_oot(nn.Linear(2, 2), MyQKV)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="no class along the MRO of LayerNorm is registered"):
+        lorafx.register_oot(nn.LayerNorm, MyQKV)
+    with pytest.raises(ConfigError, match="Linear is registered by itself"):
+        lorafx.register_oot(layers.QKVParallelLinear, nn.Linear)
+    with pytest.raises(ConfigError, match="MyQKV replaces no class"):
+        lorafx.unregister_oot(MyQKV)
