@@ -40,8 +40,8 @@ class DeltaSpec:
         max_rank: R of the bank.
         group: siblings of the bank, G; 0 where the tensors are not laid out as a bank is.
         columns: ΣN of the bank.
-        siblings, offsets, sizes: the column ranges of y, as the ops take them. Where A, B, ranks and
-            scales show some siblings of a larger bank, they count from the first that is shown.
+        siblings, offsets, sizes: the column ranges of y, as the ops take them. Where A, B, ranks
+            and scales show some siblings of a larger bank, they count from the first shown.
         embedding: A is (S, V, R) and x holds ids.
     """
 
@@ -124,7 +124,7 @@ class DeltaSpec:
 def _bank_strides(A: Tensor, B: Tensor, ranks: Tensor) -> tuple[int, int]:
     """(G, ΣN) of the bank that A, B and ranks are, or show some siblings of; (0, ·) where their
     strides are those of no bank, such as a transposed B."""
-    slots, planes, K = A.shape
+    slots, _, K = A.shape
     R, shown = B.shape[1:]
     group = int(ranks.stride(0) if slots > 1 else ranks.shape[1])
     columns = int(B.stride(1) if R > 1 else B.stride(0) if slots > 1 else shown)

@@ -61,6 +61,12 @@ def groups(owner: Tensor, capacity: int) -> Iterator[tuple[int, Tensor]]:
             yield slot, (owner == slot).nonzero().squeeze(-1)
 
 
+def _places(index: Tensor, leading: Sequence[int]) -> tuple[Tensor, ...]:
+    """What indexes the rows of these numbers, int64 (count,), in a tensor (*leading, F) where they
+    lie: one of any strides need not be flattened, which could copy it."""
+    return (index,) if len(leading) == 1 else tuple(torch.unravel_index(index, tuple(leading)))
+
+
 def _masked_b(B: Tensor, rank: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """B (S·R, N) with factors beyond each slot's rank zeroed, and the mask (S, R)."""
     live = torch.arange(B.shape[1], device=B.device) < rank.unsqueeze(-1)
@@ -89,35 +95,40 @@ def add_linear_delta(
     *,
     grouped: bool | None = None,
 ) -> None:
-    """Adds the delta of each column range into y (M, Σsizes) in place; x is (M, K).
+    """Adds the delta of each column range into y (..., Σsizes) in place; x is (..., K).
 
-    `grouped` overrides the choice by device between grouping rows by slot and masking all slots.
+    x, y and the bank may have any strides; none of them is copied. `grouped` overrides the choice
+    by device between grouping rows by slot and masking all slots.
 
     Raises:
         ProvenanceError, BatchError: as `row_slots` and `groups`.
     """
-    owner = row_slots(slots, rows, x.shape[0])
-    if x.shape[0] == 0:
+    x, y = torch.atleast_2d(x), torch.atleast_2d(y)  # views
+    count = x.shape[:-1].numel()
+    owner = row_slots(slots, rows, count)
+    if count == 0:
         return
     acc, R, start = accumulation_dtype(x, y), B.shape[1], 0
     ranges = []
     for i, offset, size in zip(siblings, offsets, sizes, strict=True):
         columns = slice(offset, offset + size)
-        ranges.append((i, slice(i * R, (i + 1) * R), columns, y[:, start : start + size]))
+        ranges.append((i, slice(i * R, (i + 1) * R), columns, y[..., start : start + size]))
         start += size
     if not (x.device.type == "cpu" if grouped is None else grouped):
+        x = x.reshape(count, x.shape[-1]).to(acc)
         for i, planes, columns, part in ranges:
             b, live = _masked_b(B[:, :, columns], ranks[:, i], acc)
-            v = (x.to(acc) @ A[:, planes].flatten(0, 1).to(acc).T).unflatten(-1, (-1, R))
-            part.copy_(part.to(acc) + _masked_v(v, owner, live, scales[:, i]) @ b)
+            v = (x @ A[:, planes].flatten(0, 1).to(acc).T).unflatten(-1, (-1, R))
+            delta = _masked_v(v, owner, live, scales[:, i]) @ b
+            part.copy_(part.to(acc) + delta.view(part.shape))
         return
     rank_table, scale_table = ranks.tolist(), scales.tolist()
     for slot, index in groups(owner, A.shape[0]):
-        xs = x[index].to(acc)
+        xs, at = x[_places(index, x.shape[:-1])].to(acc), _places(index, y.shape[:-1])
         for i, planes, columns, part in ranges:
             r = rank_table[slot][i]
             v = xs @ A[slot, planes][:r].to(acc).T * scale_table[slot][i]
-            part[index] = (part[index].to(acc) + v @ B[slot, :r, columns].to(acc)).to(y.dtype)
+            part[at] = (part[at].to(acc) + v @ B[slot, :r, columns].to(acc)).to(y.dtype)
 
 
 def add_embedding_delta(
@@ -132,18 +143,21 @@ def add_embedding_delta(
     *,
     grouped: bool | None = None,
 ) -> None:
-    """Adds the delta of an embedding into y (M, N) in place; ids is (M,)."""
-    owner = row_slots(slots, rows, ids.shape[0])
-    if ids.shape[0] == 0:
+    """Adds the delta of an embedding into y (..., N) in place; ids is (...). Any strides."""
+    ids, y = torch.atleast_1d(ids), torch.atleast_2d(y)  # views
+    count = ids.numel()
+    owner = row_slots(slots, rows, count)
+    if count == 0:
         return
     acc = accumulation_dtype(A, y)
     if not (ids.device.type == "cpu" if grouped is None else grouped):
         b, live = _masked_b(B, ranks[:, 0], acc)
-        v = A[:, ids].transpose(0, 1).to(acc)
-        y.copy_(y.to(acc) + _masked_v(v, owner, live, scales[:, 0]) @ b)
+        v = A[:, ids.reshape(-1)].transpose(0, 1).to(acc)
+        delta = _masked_v(v, owner, live, scales[:, 0]) @ b
+        y.copy_(y.to(acc) + delta.view(y.shape))
         return
     rank_table, scale_table = ranks.tolist(), scales.tolist()
     for slot, index in groups(owner, A.shape[0]):
-        r = rank_table[slot][0]
-        v = A[slot, ids[index], :r].to(acc) * scale_table[slot][0]
-        y[index] = (y[index].to(acc) + v @ B[slot, :r].to(acc)).to(y.dtype)
+        r, at = rank_table[slot][0], _places(index, y.shape[:-1])
+        v = A[slot, ids[_places(index, ids.shape)], :r].to(acc) * scale_table[slot][0]
+        y[at] = (y[at].to(acc) + v @ B[slot, :r].to(acc)).to(y.dtype)

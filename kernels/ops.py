@@ -155,24 +155,6 @@ def _check_embedding(
     )
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    """(..., F) as (M, F), a view where strides allow it; M is named, as F may be 0."""
-    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
-
-
-class _Rows:
-    """y (..., N) as (M, N) to write into; `commit` copies back where no view could be had."""
-
-    def __init__(self, y: Tensor) -> None:
-        self.y = y
-        self.flat = _flat(y)
-        self.is_view = self.flat.numel() == 0 or self.flat.data_ptr() == y.data_ptr()
-
-    def commit(self) -> None:
-        if not self.is_view:
-            self.y.copy_(self.flat.view(self.y.shape))
-
-
 def site(
     x: Tensor,
     y: Tensor,
@@ -198,7 +180,7 @@ def site(
     _check_linear("site", x, y.shape[-1], A, B, ranks, scales, slots, *ranges)
     _check_rows("site", x.shape[:-1], y.shape[:-1], rows)
     out = y.clone(memory_format=torch.contiguous_format)
-    add_linear_delta(_flat(out), _flat(x), A, B, ranks, scales, slots, *ranges, rows)
+    add_linear_delta(out, x, A, B, ranks, scales, slots, *ranges, rows)
     return out
 
 
@@ -224,7 +206,7 @@ def embedding_site(
     """y (*ids.shape, N) + scales · A[slot, ids, :r] B[slot, :r], a new contiguous tensor."""
     _check_embedding("embedding_site", ids, y, A, B, ranks, scales, slots, rows)
     out = y.clone(memory_format=torch.contiguous_format)
-    add_embedding_delta(_flat(out), ids.reshape(-1), A, B, ranks, scales, slots, rows)
+    add_embedding_delta(out, ids, A, B, ranks, scales, slots, rows)
     return out
 
 
@@ -261,7 +243,7 @@ def fused_linear(
     _check_fused(x, weight, bias, A, B, ranks, scales, slots, *ranges, rows, transposed)
     y = torch.nn.functional.linear(x, weight.T if transposed else weight, bias)
     y = y.contiguous()
-    add_linear_delta(_flat(y), _flat(x), A, B, ranks, scales, slots, *ranges, rows)
+    add_linear_delta(y, x, A, B, ranks, scales, slots, *ranges, rows)
     return y
 
 
@@ -294,9 +276,7 @@ def add_delta_(
     ranges = (siblings, offsets, sizes)
     _check_linear("add_delta_", x, y.shape[-1], A, B, ranks, scales, slots, *ranges)
     _check_rows("add_delta_", x.shape[:-1], y.shape[:-1], rows)
-    out = _Rows(y)
-    add_linear_delta(out.flat, _flat(x), A, B, ranks, scales, slots, *ranges, rows)
-    out.commit()
+    add_linear_delta(y, x, A, B, ranks, scales, slots, *ranges, rows)
 
 
 def add_delta_fake(
@@ -323,9 +303,7 @@ def add_embedding_delta_(
         torch.ops.lorafx.run_embedding_delta_(y, ids, A, B, ranks, scales, slots, rows, kernel)
         return
     _check_embedding("add_embedding_delta_", ids, y, A, B, ranks, scales, slots, rows)
-    out = _Rows(y)
-    add_embedding_delta(out.flat, ids.reshape(-1), A, B, ranks, scales, slots, rows)
-    out.commit()
+    add_embedding_delta(y, ids, A, B, ranks, scales, slots, rows)
 
 
 def add_embedding_delta_fake(y, ids, A, B, ranks, scales, slots, rows, kernel) -> None:

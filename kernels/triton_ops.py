@@ -51,8 +51,36 @@ def launch_interpreted(
     interpret(kernel.jit, grid, arguments)
 
 
-def _inner_contiguous(tensor: Tensor) -> Tensor:
-    return tensor if guard_or_false(tensor.stride(-1) == 1) else tensor.contiguous()
+def adjacent(tensor: Tensor) -> bool:
+    """Whether the elements of a row lie side by side, as the kernels read and write them."""
+    return guard_or_false(tensor.shape[-1] == 1) or guard_or_false(tensor.stride(-1) == 1)
+
+
+def _require_adjacent(op: str, **tensors: Tensor) -> None:
+    """A copy here would be one that nobody asked for; whoever builds a graph makes it, or plans
+    another strategy."""
+    for name, tensor in tensors.items():
+        _require(
+            op,
+            adjacent(tensor),
+            f"the rows of {name} have strides {tuple(tensor.stride())}: their elements are not side"
+            f" by side, as this kernel needs them; give {name}.contiguous(), or use lorafx::"
+            "fused_linear or add_delta_",
+        )
+
+
+def _require_part(op: str, name: str, tensor: Tensor, strides: tuple[int, ...]) -> None:
+    """`tensor` has the strides of a bank, of which it may show some siblings."""
+    laid = all(
+        size == 1 or have == want
+        for size, have, want in zip(tensor.shape, tensor.stride(), strides, strict=True)
+    )
+    _require(
+        op,
+        laid,
+        f"{name} has strides {tuple(tensor.stride())}, not {strides}: it is no part of the bank"
+        " that the kernel was made for",
+    )
 
 
 def _checked(
@@ -67,11 +95,18 @@ def _checked(
     _require(op, rows > 0, f"rows is {rows}; a kernel needs it proved")
     _require(op, slots.shape[0] > 0, "slots is empty; give one slot per request")
     _require(op, A.dtype == d.bank_dtype, f"the bank is {A.dtype}, the kernel's {d.bank_dtype}")
-    shape = (d.max_rank, d.columns)
-    _require(op, tuple(B.shape[1:]) == shape, f"B is {tuple(B.shape)}, the kernel's (S, *{shape})")
-    _require(op, ranks.shape[1] == d.group, f"ranks is for {ranks.shape[1]} siblings")
-    for name, tensor in zip(("A", "B", "ranks", "scales"), bank, strict=False):
-        _require(op, tensor.is_contiguous(), f"{name} is not a contiguous bank")
+    R, group, columns = d.max_rank, d.group, d.columns
+    _require(
+        op,
+        B.shape[1] == R and B.shape[2] >= d.last_column,
+        f"B is {tuple(B.shape)}, the kernel's (S, {R}, {d.last_column}) or wider",
+    )
+    _require(op, ranks.shape[1] > max(d.siblings), f"ranks is for {ranks.shape[1]} siblings")
+    whole = (R * A.shape[1], R, 1) if d.embedding else (group * R * A.shape[2], A.shape[2], 1)
+    _require_part(op, "A", A, whole)
+    _require_part(op, "B", B, (R * columns, columns, 1))
+    _require_part(op, "ranks", ranks, (group, 1))
+    _require_part(op, "scales", scales, (group, 1))
     _require(op, slots.is_contiguous(), "slots is not contiguous")
     return plan
 
@@ -83,11 +118,13 @@ def _check_linear(op: str, plan: LaunchPlan, x: Tensor, A: Tensor, y: Tensor | N
         x.dim() == 2 and x.shape[1] == d.in_features and x.dtype == d.x_dtype,
         f"x is {x.dtype} {tuple(x.shape)}, the kernel's {d.x_dtype} (M, {d.in_features})",
     )
+    shown = (max(d.siblings) + 1) * d.max_rank
     _require(
         op,
-        A.shape[1] == d.group * d.max_rank and A.shape[2] == d.in_features,
-        f"A is {tuple(A.shape)}, the kernel's (S, {d.group * d.max_rank}, {d.in_features})",
+        A.shape[1] >= shown and A.shape[2] == d.in_features,
+        f"A is {tuple(A.shape)}, the kernel's (S, {shown}, {d.in_features}) or taller",
     )
+    _require_adjacent(op, x=x)
     if y is not None:
         _check_y(op, plan, y, x.shape[0])
 
@@ -100,6 +137,7 @@ def _check_y(op: str, plan: LaunchPlan, y: Tensor, rows: Any) -> None:
         f"y is {y.dtype} {tuple(y.shape)}, the kernel's {d.y_dtype} (M, {N})",
     )
     _require(op, y.shape[0] == rows, f"y has {y.shape[0]} rows, not {rows}")
+    _require_adjacent(op, y=y)
 
 
 def _run_linear(
@@ -120,7 +158,7 @@ def _run_linear(
     y = _linear_fake(x, weight, bias, A, B, ranks, scales, slots, rows, kernel)
     if guard_or_false(M == 0):
         return y
-    x, weight = _inner_contiguous(x), _inner_contiguous(weight)
+    bias = None if bias is None else bias.contiguous()  # N elements; kernels take no stride of it
     batch = Batch.of(M, slots, rows, plan.order, launch)
     v = None
     if "shrink" in plan.kernels:
@@ -146,6 +184,7 @@ def _linear_fake(x, weight, bias, A, B, ranks, scales, slots, rows, kernel):
         (bias is not None) == spec.bias and (bias is None or bias.shape == (N,)),
         f"the kernel was made {'with' if spec.bias else 'without'} a bias of {N} columns",
     )
+    _require_adjacent("triton_linear", weight=weight)
     return x.new_empty((x.shape[0], N), dtype=spec.delta.y_dtype)
 
 
@@ -167,16 +206,13 @@ def _run_delta(
     spec, M = plan.spec, x.shape[0]
     if guard_or_false(M == 0):
         return
-    x, out = _inner_contiguous(x), _inner_contiguous(y)
     batch = Batch.of(M, slots, rows, plan.order, launch)
     first, second = plan.kernels.values()
     v = shrink(first, spec, x, A, ranks, scales, batch, launch)
     if plan.strategy == "gemv":
-        expand_rows(second, spec, out, v, B, ranks, batch, launch)
+        expand_rows(second, spec, y, v, B, ranks, batch, launch)
     else:
-        linear(second, spec, out, v, None, (A, B, ranks, scales), batch, launch)
-    if out is not y:
-        y.copy_(out)
+        linear(second, spec, y, v, None, (A, B, ranks, scales), batch, launch)
 
 
 def _delta_fake(y, x, A, B, ranks, scales, slots, rows, kernel) -> None:
@@ -201,12 +237,9 @@ def _run_embedding_delta(
     plan, M = plan_of(int(kernel)), ids.shape[0]
     if guard_or_false(M == 0):
         return
-    ids, out = ids.contiguous(), _inner_contiguous(y)
     batch = Batch.of(M, slots, rows, plan.order, launch)
     bank = (A, B, ranks, scales)
-    embedding_rows(plan.kernels["embedding_rows"], plan.spec, out, ids, bank, batch, launch)
-    if out is not y:
-        y.copy_(out)
+    embedding_rows(plan.kernels["embedding_rows"], plan.spec, y, ids, bank, batch, launch)
 
 
 def _embedding_fake(y, ids, A, B, ranks, scales, slots, rows, kernel) -> None:
@@ -217,6 +250,7 @@ def _embedding_fake(y, ids, A, B, ranks, scales, slots, rows, kernel) -> None:
         ids.dim() == 1 and ids.dtype in (torch.int32, torch.int64),
         f"ids is {ids.dtype} {tuple(ids.shape)}, the kernel's int32 or int64 (M,)",
     )
+    _require_adjacent(op, ids=ids)
     _require(op, A.shape[2] == plan.spec.delta.max_rank, f"A has rank {A.shape[2]}")
     _check_y(op, plan, y, ids.shape[0])
 

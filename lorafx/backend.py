@@ -13,10 +13,8 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lorafx.checks import Checks, InputPlaces
 from lorafx.compat import duck_shaped, guarded_attributes
@@ -148,13 +146,10 @@ class _FrameCompiler:
         extra = list(frame.extra_nodes)
         values = [node.meta["val"] for node in frame.extra_nodes.values()]
         executable = self.lowering.compile(gm, [*inputs, *values])
-        with unset_fake_temporarily():  # AOTAutograd's fake mode is on
-            nulls = [
-                torch.zeros(value.shape, dtype=value.dtype, device=value.device)
-                if name in BANK_FIELDS
-                else None
-                for (_, _, name), value in zip(extra, values, strict=True)
-            ]
+        banks = [
+            (tuple(value.shape), value.stride(), value.dtype) if name in BANK_FIELDS else None
+            for (_, _, name), value in zip(extra, values, strict=True)
+        ]
         weights = [frame.positions[node] for node, item in frame.by_node.items() if item.sites]
         owner = self.backend.owner(frame, weights)
-        return with_lookups(record.checks, owner, executable, extra, nulls, numeric)
+        return with_lookups(record.checks, owner, executable, extra, banks, numeric)

@@ -26,6 +26,7 @@ from lorafx.graph_nodes import call_in_place
 from lorafx.kernels import triton_ops
 from lorafx.kernels.cost import FUSED
 from lorafx.kernels.cpu import delta_call, embedding_delta_call
+from lorafx.kernels.triton_ops import adjacent
 from lorafx.passes.plan import delta_spec
 from lorafx.strategy import GENERATED, strategy_of
 from lorafx.triton_graph import inline_triton_ops
@@ -71,7 +72,8 @@ def _linear(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
     x_flat = _flat(graph, ctx, x)
     bank, strategy = (A, B, ranks, scales, slots), strategy_of(node)
     if strategy.name in FUSED:
-        arguments = (x_flat, weight, bias, *bank, rows, strategy.kernel)
+        side_by_side = _adjacent(graph, ctx, x_flat)
+        arguments = (side_by_side, weight, bias, *bank, rows, strategy.kernel)
         return _shaped(graph, ctx, ctx.call(graph, TRITON_LINEAR, arguments), x, node)
     if strategy.split:
         parts, start = [], 0
@@ -83,7 +85,7 @@ def _linear(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
         y = ctx.call(graph, aten.cat.default, (parts, 1))  # Inductor has each GEMM write its part
     else:
         y = _product(graph, ctx, x_flat, weight, bias, swap=swap)
-    written = _add_delta(graph, node, y, x_flat, bank, (siblings, offsets, sizes), rows)
+    written = _add_delta(graph, ctx, node, y, x_flat, bank, (siblings, offsets, sizes), rows)
     return _shaped(graph, ctx, written, x, node)
 
 
@@ -101,7 +103,7 @@ def _site(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
     x, y, A, B, ranks, scales, slots, *ranges, rows = arguments_of(node)[:11]
     flat = _flat(graph, ctx, y)
     bank = (A, B, ranks, scales, slots)
-    written = _add_delta(graph, node, flat, _flat(graph, ctx, x), bank, tuple(ranges), rows)
+    written = _add_delta(graph, ctx, node, flat, _flat(graph, ctx, x), bank, tuple(ranges), rows)
     return _shaped(graph, ctx, written, y, node)
 
 
@@ -110,7 +112,8 @@ def _embedding(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
     strategy = strategy_of(node)
     if strategy.kernel:
         flat = ctx.call(graph, aten.reshape.default, (ids, [-1]))
-        arguments = (_flat(graph, ctx, y), flat, *bank, rows, strategy.kernel)
+        flat_y = _adjacent(graph, ctx, _flat(graph, ctx, y))
+        arguments = (flat_y, _adjacent(graph, ctx, flat), *bank, rows, strategy.kernel)
         return _shaped(graph, ctx, call_in_place(graph, TRITON_EMBEDDING_DELTA, arguments), y, node)
     if strategy.name == GENERATED:
         return call_in_place(
@@ -121,6 +124,7 @@ def _embedding(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
 
 def _add_delta(
     graph: fx.Graph,
+    ctx: Context,
     node: fx.Node,
     y: fx.Node,
     x: fx.Node,
@@ -130,6 +134,7 @@ def _add_delta(
 ) -> fx.Node:
     strategy = strategy_of(node)
     if strategy.kernel:
+        y, x = _adjacent(graph, ctx, y), _adjacent(graph, ctx, x)
         return call_in_place(graph, TRITON_DELTA, (y, x, *bank, rows, strategy.kernel))
     if strategy.name == GENERATED:
         return call_in_place(graph, *delta_call(delta_spec(node), y, x, *bank, rows=rows))
@@ -142,6 +147,14 @@ def _flat(graph: fx.Graph, ctx: Context, node: Any) -> fx.Node:
     if value.dim() == 2:
         return node
     return ctx.call(graph, aten.reshape.default, (node, [-1, value.shape[-1]]))
+
+
+def _adjacent(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
+    """`node`, or a copy of it whose rows' elements lie side by side, which Triton kernels need. In
+    the graph, Inductor has what computes `node` write it so."""
+    if adjacent(fake_value(node)):
+        return node
+    return ctx.call(graph, aten.clone.default, (node,), memory_format=torch.contiguous_format)
 
 
 def _shaped(graph: fx.Graph, ctx: Context, y: fx.Node, source: Any, like: fx.Node) -> fx.Node:

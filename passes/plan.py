@@ -27,6 +27,7 @@ from lorafx.kernels.cost import FUSED, byte_floor, choose_strategy, split_is_fas
 from lorafx.kernels.cpu import DeltaSpec, build_all
 from lorafx.kernels.triton_build import TritonSpec
 from lorafx.kernels.triton_build import build as build_triton
+from lorafx.kernels.triton_ops import adjacent
 from lorafx.sites import Part, Site
 from lorafx.strategy import ATEN, GENERATED, Strategy, choose
 
@@ -103,10 +104,12 @@ def _triton_choice(
     if node.target is EMBEDDING_OP and pinned is None:
         return EMBEDDING, "rows are gathered one by one"
     if pinned is not None:
-        if pinned in FUSED and node.target is not FUSED_OP:
+        if pinned in FUSED and not _fusable(node):
+            why = "lies column by column" if node.target is FUSED_OP else "is not part of the node"
             raise ConfigError(
                 f"Options.plan pins {pinned!r} for {', '.join(_paths(ctx, node))}, whose base "
-                "product is not part of the node; pin 'gemv', 'segments' or 'aten'"
+                f"{'weight' if node.target is FUSED_OP else 'product'} {why}; pin 'gemv', "
+                "'segments' or 'aten'"
             )
         return pinned, f"pinned; {_floor(ctx, node)}"
     sites = _sites(ctx, node)
@@ -114,9 +117,15 @@ def _triton_choice(
     dtype = fake_value(arguments_of(node)[0]).dtype
     _, estimates = choose_strategy(_parts(sites), rows, slots, rank, dtype, device)
     for name, estimate in estimates.items():
-        if not estimate.refusal and (node.target is FUSED_OP or name not in FUSED):
+        if not estimate.refusal and (name not in FUSED or _fusable(node)):
             return name, f"modelled {estimate} at {rows} rows; {_floor(ctx, node)}"
     return "segments", f"rows unknown; {_floor(ctx, node)}"
+
+
+def _fusable(node: fx.Node) -> bool:
+    """Whether a kernel may compute the base product too: it is in the node, and the kernel can read
+    the weight as it lies. A copy of a weight at every call would cost more than fusion saves."""
+    return node.target is FUSED_OP and adjacent(fake_value(arguments_of(node)[1]))
 
 
 def _rows(node: fx.Node) -> int | None:

@@ -66,8 +66,6 @@ def test_no_rows(strategy: str) -> None:
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "row stride": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
-    "features strided": lambda t: t.repeat_interleave(2, 1)[:, ::2],
-    "transposed": lambda t: t.T.contiguous().T,
     "offset": lambda t: torch.cat([t, t])[t.shape[0] :],
 }
 
@@ -75,12 +73,13 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_layouts(strategy: str, layout: str) -> None:
-    """Any strides of x, y and the weight; y is written through them."""
+    """Any stride between rows of x, y and the weight, any of the bias; y is written in place."""
     case, lay = case_of(strategy), LAYOUTS[layout]
+    assert case.bias is not None
     laid = Case(
         case.problem.with_(x=lay(case.problem.x)),
         lay(case.weight),
-        case.bias,
+        case.bias.repeat_interleave(2)[::2],
     )
     expected = run(case, strategy)
     if strategy in LINEAR:
@@ -91,11 +90,33 @@ def test_layouts(strategy: str, layout: str) -> None:
     assert torch.equal(y, expected)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rows_whose_elements_lie_apart_are_refused(strategy: str) -> None:
+    """Not copied behind the caller's back, and y is left alone."""
+    case = case_of(strategy)
+    p, kernel = case.problem, kernel_of(case, strategy)
+    apart = p.x.T.contiguous().T
+    if strategy in LINEAR:
+        with pytest.raises(LoweringError, match=r"the rows of x .* not side by side"):
+            lora.triton_linear(apart, case.weight, case.bias, *p.bank, p.rows, kernel)
+        columns = case.weight.T.contiguous().T
+        with pytest.raises(LoweringError, match=r"the rows of weight .* not side by side"):
+            lora.triton_linear(p.x, columns, case.bias, *p.bank, p.rows, kernel)
+        return
+    y = p.y.T.contiguous().T
+    before = y.clone()
+    with pytest.raises(LoweringError, match=r"the rows of x .* not side by side"):
+        lora.triton_delta_(y, apart, *p.bank, p.rows, kernel)
+    with pytest.raises(LoweringError, match=r"the rows of y .* not side by side"):
+        lora.triton_delta_(y, p.x, *p.bank, p.rows, kernel)
+    assert torch.equal(y, before)
+
+
 BAD: dict[str, Callable[[Case], dict[str, object]]] = {
     "x is": lambda c: {"x": c.problem.x[:, 1:]},
     "y is": lambda c: {"y": c.problem.y.double()},
     "y has 5 rows": lambda c: {"y": c.problem.y[1:]},
-    "not a contiguous bank": lambda c: {"A": c.problem.A.transpose(1, 2).contiguous().mT},
+    "no part of the bank": lambda c: {"A": c.problem.A.transpose(1, 2).contiguous().mT},
     "the bank is": lambda c: {"A": c.problem.A.bfloat16(), "B": c.problem.B.bfloat16()},
     "scales has": lambda c: {"scales": c.problem.scales[:, :1]},
     "B is": lambda c: {"B": c.problem.B[:, :, 1:].contiguous()},
