@@ -19,6 +19,7 @@ from lorafx.handover import Handover
 from lorafx.program import Program
 from lorafx.roles import Role
 from lorafx.sites import Site
+from lorafx.weight_forms import Form
 
 
 @dataclass
@@ -35,6 +36,7 @@ class InputPlaces:
         arguments: position -> role of those inputs from the call's arguments that may be something
             else in another call.
         plain: positions of matrices that are no site's weight here, and may be in another call.
+        derived: path of a site -> position and form of each tensor that holds part of its weight.
     """
 
     weights: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -42,6 +44,7 @@ class InputPlaces:
     requests: list[tuple[int, int, str]] = field(default_factory=list)
     arguments: dict[int, Role] = field(default_factory=dict)
     plain: list[int] = field(default_factory=list)
+    derived: list[tuple[str, int, Form | None]] = field(default_factory=list)
 
     @classmethod
     def of(cls, frame: Frame, examples: Sequence[Any]) -> InputPlaces:
@@ -49,7 +52,11 @@ class InputPlaces:
         places = cls()
         for position, (item, example) in enumerate(zip(frame.inputs, examples, strict=True)):
             for index, site in enumerate(item.sites):
-                places.weights[site.path] = position, index
+                if item.derived is None:
+                    places.weights[site.path] = position, index
+                else:
+                    places.weights.setdefault(site.path, (position, index))
+                    places.derived.append((site.path, position, item.derived.form))
             if item.group is not None and item.kind == "bank" and item.label == "A":
                 for index, site in enumerate(item.group.sites):
                     places.banks[site.path] = position, index
@@ -84,6 +91,18 @@ class InputPlaces:
         """Paths of touched sites whose weights stand where no site's weight stood at capture."""
         found = [program.site_of_weight(arguments[position]) for position in self.plain]
         return [site.path for site in found if site and program.is_touched(site)]
+
+    def changed(self, program: Program, arguments: Sequence[Any]) -> list[str]:
+        """Paths of touched sites of which an input held part, and holds another one now."""
+        found = []
+        for path, position, form in self.derived:
+            now = program.derived.of(arguments[position])
+            if now is not None and now.form == form:
+                continue
+            site = self.site(program, path, arguments)
+            if site is not None and program.is_touched(site):
+                found.append(site.path)
+        return found
 
     def rows(self, arguments: Sequence[Any]) -> int | None:
         """The number of requests of the running call, as its inputs have it."""
@@ -164,6 +183,14 @@ class Checks:
             raise CaptureError(
                 f"{', '.join(strangers)} shares a graph with a layer of the same class that "
                 "carries no LoRA; name the module in all those layers by target_modules, or in none"
+            )
+        changed = self.places.changed(program, arguments)
+        if changed:
+            raise MatchError(
+                f"a tensor that was made of the weight of {', '.join(changed)} is not what it was "
+                "when the graph was captured, so LoRA cannot be applied to it. Call "
+                "torch._dynamo.reset() after post-processing the weights again, or use "
+                "exclude_modules"
             )
         for refusal in self.refusals:
             if refusal.when == "mixed" and program.runtime.uniform:

@@ -21,6 +21,7 @@ from lorafx.sites import Group, Site
 from lorafx.stack import calling_modules
 
 if TYPE_CHECKING:
+    from lorafx.derived import Derived, Holder
     from lorafx.program import Program
 
 InputKind = Literal[
@@ -38,13 +39,15 @@ class FrameInput:
     """One graph input.
 
     Attributes:
-        kind: "symbol" (a size), "weight" (of a selected site), "state" (another parameter, buffer
-            or attribute of a module), "bank", "slots", "packed" (packed base weight or bias),
-            "argument" (of the call), "result" (of an earlier graph of the call, whose owner was
-            proved there), "unknown" (made between two graphs, a global).
+        kind: "symbol" (a size), "weight" (of a selected site, or what was made of it), "state"
+            (another parameter, buffer or attribute of a module), "bank", "slots", "packed" (packed
+            base weight or bias), "argument" (of the call), "result" (of an earlier graph of the
+            call, whose owner was proved there), "unknown" (made between two graphs, a global).
         sites: the sites whose base weight or bias this is.
         group: for banks and packed tensors.
         role: for arguments and results.
+        derived: for weights, where this is a view or a copy of the base weight.
+        holder: for state, the attribute that holds it.
         label: how to name the input in messages.
     """
 
@@ -53,6 +56,8 @@ class FrameInput:
     sites: tuple[Site, ...] = ()
     group: Group | None = None
     role: Role | None = None
+    derived: Derived | None = None
+    holder: Holder | None = None
 
     @property
     def requests_dim(self) -> int | None:
@@ -91,12 +96,16 @@ class Frame:
         """Classify the inputs of a Dynamo graph by the identity of their example values."""
         known = program.known_tensors()
         arguments = program.call_arguments()
+        derived = program.derived.inputs(examples, known, arguments)
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         inputs = []
         for node, example in zip(placeholders, examples, strict=True):
             label = source_name(node)
             if not isinstance(example, Tensor):
                 inputs.append(FrameInput("symbol", label))
+            elif id(example) in derived:
+                part = derived[id(example)]
+                inputs.append(FrameInput("weight", label, sites=part.sites, derived=part))
             elif id(example) in known:
                 inputs.append(known[id(example)])
             elif id(example) in arguments:

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lorafx.adapter_store.bank import Bank
 from lorafx.config import LoraConfig, Options
+from lorafx.derived import DerivedTensors, Holder
 from lorafx.frame import FrameInput
 from lorafx.handover import Ledger
 from lorafx.module_graph import ModuleGraph
@@ -57,7 +58,10 @@ class Program:
     knowing_arguments: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __post_init__(self) -> None:
-        self.constants = {id(t): weakref.ref(t) for t in _plain_attributes(self.model)}
+        self.note_constants()
+        #: Canonical paths of the sites that some graph serves or refuses.
+        self.reached: set[str] = set()
+        self.derived = DerivedTensors(self)
         self._by_weight: dict[int, list[Site]] = {}
         #: Tensors that were looked for and are no site's weight.
         self._no_sites: dict[int, weakref.ref[Tensor]] = {}
@@ -68,6 +72,11 @@ class Program:
             for index, site in enumerate(group.sites)
         }
         self._by_bank = {id(group.bank.A): group for group in self.groups}
+
+    def note_constants(self) -> None:
+        """Take the plain tensor attributes that modules have now for constants. For before the
+        first call: what code that prepares a loaded model leaves there is one for all requests."""
+        self.constants = {id(t): weakref.ref(t) for _, t in _plain_attributes(self.model)}
 
     def home(self, site: Site) -> tuple[Group, int]:
         """The group a site belongs to and its index there."""
@@ -92,12 +101,15 @@ class Program:
         return found
 
     def site_of_weight(self, weight: Tensor, index: int = 0) -> Site | None:
-        """The site whose base weight this very tensor is; the one at `index`, where several are
-        tied."""
+        """The site whose base weight this very tensor is, or holds part of; the one at `index`,
+        where several are tied."""
         if not self._knows(weight):
             self._by_weight = self._sites_by_weight()
             self._no_sites[id(weight)] = weakref.ref(weight)
         tied = self._by_weight.get(id(weight), [])
+        if not tied:
+            derived = self.derived.of(weight)
+            return derived.sites[index] if derived and index < len(derived.sites) else None
         if index >= len(tied) or self.weight_of(tied[index]) is not weight:
             return None
         return tied[index]
@@ -144,12 +156,12 @@ class Program:
         for path, module in self.graph.modules():
             for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
                 if tensor is not None:
-                    label = f"{path}.{name}" if path else name
-                    known.setdefault(id(tensor), FrameInput("state", label))
-        for tensor in _plain_attributes(self.model):
+                    holder = Holder(path, module, name)
+                    known.setdefault(id(tensor), FrameInput("state", str(holder), holder=holder))
+        for holder, tensor in _plain_attributes(self.model):
             constant = self.constants.get(id(tensor))
             if constant is not None and constant() is tensor:
-                known.setdefault(id(tensor), FrameInput("state", "a tensor attribute"))
+                known.setdefault(id(tensor), FrameInput("state", str(holder), holder=holder))
         for key, sites in self._sites_by_weight().items():
             label = f"{sites[0].path}.{sites[0].eligible.weight}"
             known[key] = FrameInput("weight", label, sites=tuple(sites))
@@ -180,10 +192,10 @@ class Program:
         return found
 
 
-def _plain_attributes(model: nn.Module) -> list[Tensor]:
+def _plain_attributes(model: nn.Module) -> list[tuple[Holder, Tensor]]:
     return [
-        value
-        for module in model.modules()
-        for value in vars(module).values()
+        (Holder(path, module, name), value)
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
         if isinstance(value, Tensor)
     ]

@@ -128,6 +128,8 @@ class Session:
     def serve(self, names: Names, slots: Sequence[int]) -> None:
         """Serve rows of these adapters, which have these slots."""
         program = self.program
+        if not self.backend.records:  # nothing has run yet
+            program.note_constants()
         program.runtime.set_rows(slots)
         program.runtime.active |= self.force_active
         distinct = dict.fromkeys(n for n, slot in zip(names, slots, strict=True) if slot >= 0)

@@ -16,8 +16,9 @@ import torch
 from torch import fx
 
 from lorafx.context import EMBEDDING_OP, GROUPED_OP, SITE_OP, Context, Refusal, is_site
-from lorafx.frame import arguments_of, fake_value
+from lorafx.frame import FrameInput, arguments_of, fake_value
 from lorafx.marks import UNPROVED, is_dense
+from lorafx.replaced import replaced_sites
 from lorafx.sites import Site, own_ranges
 from lorafx.weight_uses import Use, depends_on, origin_of, uses_of
 
@@ -41,6 +42,12 @@ class Match:
                 ctx.refuse(_compiled_apart(site))
         claimed = {origin.node for origin in origins.values() if origin is not None}
 
+        seen = set(marks.values()).union(
+            *(ctx.frame.by_node[u.weight].sites for u in uses.values())
+        )
+        ctx.program.reached.update(site.path for site in seen)
+        for refusal in replaced_sites(gm.graph, ctx):
+            ctx.refuse(refusal)
         edits = 0
         added: dict[int, set[fx.Node]] = {}
         for use in uses.values():
@@ -83,14 +90,28 @@ def _uses(ctx: Context) -> dict[fx.Node, Use]:
     for node, item in list(ctx.frame.by_node.items()):
         if item.kind != "weight":
             continue
-        transposed = any(site.eligible.transposed for site in item.sites)
-        for use in uses_of(node, transposed=transposed):
+        for use in _uses_of_input(node, item):
             other = uses.get(use.node)
             if other is not None:
                 ctx.refuse(_unknown(ctx, _joined(ctx, other, use)))
                 use = _joined(ctx, use, other)
             uses[use.node] = use
     return uses
+
+
+def _uses_of_input(node: fx.Node, item: FrameInput) -> list[Use]:
+    """The uses of one input, the weight itself or what was made of it."""
+    derived = item.derived
+    if derived is None:
+        transposed = any(site.eligible.transposed for site in item.sites)
+        return uses_of(node, transposed=transposed)
+    if derived.form is not None:
+        return uses_of(node, transposed=False, part=(derived.form, derived.shape))
+    reason = (
+        f"{item.label} holds its numbers in an order that no rule follows; keep views of the "
+        "weight, or copies of whole rows of it"
+    )
+    return [Use("unknown", node, user, reason=reason) for user in node.users]
 
 
 def _joined(ctx: Context, use: Use, other: Use) -> Use:
