@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lorafx.checks import Checks
-from lorafx.errors import LorafxError, MatchError
-from lorafx.frame import ONE_SLOT, SLOTS
+from lorafx.errors import CaptureError, LorafxError, MatchError
+from lorafx.frame import SLOTS
 from lorafx.program import Program
 from lorafx.stack import calling_modules
 from lorafx.verify import NumericCheck
@@ -23,6 +24,9 @@ from lorafx.verify import NumericCheck
 #: The program that a graph serves in the running call, by the arguments that it is called with;
 #: None where the call is of a model without LoRA.
 Owner = Callable[[Sequence[Any]], "Program | None"]
+
+#: Sizes, strides and dtype of a bank's tensor that a graph takes.
+Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 def checked(checks: Checks, owner: Owner, compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,17 +60,18 @@ def with_lookups(
     owner: Owner,
     compiled: Callable[[list[Any]], Any],
     extra: Sequence[tuple[int, int, str]],
-    nulls: Sequence[Tensor | None],
+    banks: Sequence[Layout | None],
     numeric: NumericCheck | None,
 ) -> Callable[..., Any]:
     """The graph with the inputs that the passes added, in AOTAutograd's boxed convention."""
+    nulls: dict[int, Tensor] = {}
 
     def run(arguments: list[Any]) -> Any:
         program = owner(arguments)
         if program is not None:
             if checks.inside:
                 _check_callers(program, arguments, checks.inside)
-            arguments.extend(_looked_up(program, arguments, extra, nulls))
+            arguments.extend(_looked_up(program, arguments, extra, banks, nulls))
             if numeric is not None and numeric.stages:
                 numeric.run(arguments, mixed=not program.runtime.uniform)
         return compiled(arguments)
@@ -136,19 +141,44 @@ def _looked_up(
     program: Program,
     arguments: Sequence[Any],
     extra: Sequence[tuple[int, int, str]],
-    nulls: Sequence[Tensor | None],
+    banks: Sequence[Layout | None],
+    nulls: dict[int, Tensor],
 ) -> list[Any]:
     """The inputs that the passes added, banks found by the weight that stands at their position.
 
-    A layer whose weight carries no site gets a bank of rank zero.
+    A layer whose weight carries no site gets a bank of rank zero, which `nulls` keeps.
+
+    Raises:
+        CaptureError: a layer's bank does not lie as that of the layer that was captured, where
+            generated code takes its strides for granted.
     """
+    fixed = program.options.lowering != "reference"
     found: list[Any] = []
-    for (position, index, name), null in zip(extra, nulls, strict=True):
-        if name == SLOTS:
-            found.append(program.runtime.row_slots)
-        elif name == ONE_SLOT:
-            found.append(program.runtime.row_slots[:1])
-        else:
-            bank = program.bank_of_weight(arguments[position], index)
-            found.append(null if bank is None else getattr(bank, name))
+    for number, ((position, index, name), layout) in enumerate(zip(extra, banks, strict=True)):
+        if layout is None:
+            slots = program.runtime.row_slots
+            found.append(slots if name == SLOTS else slots[:1])
+            continue
+        site = program.site_of_weight(arguments[position], index)
+        bank = program.bank_of_weight(arguments[position], index)
+        if site is None or bank is None:
+            if number not in nulls:
+                nulls[number] = _zeros(layout, program.runtime.device)
+            found.append(nulls[number])
+            continue
+        value = getattr(bank, name)
+        if fixed and value.stride() != layout[1]:
+            raise CaptureError(
+                f"{site.path} shares a graph with a layer of the same class in which other modules "
+                "carry LoRA; name the same modules in all those layers by target_modules"
+            )
+        found.append(value)
     return found
+
+
+def _zeros(layout: Layout, device: torch.device) -> Tensor:
+    """A tensor of this layout whose memory holds zeros, gaps included."""
+    shape, strides, dtype = layout
+    made = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    made.untyped_storage().fill_(0)
+    return made
