@@ -20,12 +20,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lorafx.kernels.ops  # noqa: F401  (defines torch.ops.lorafx)
 from lorafx.adapter_store.bank import Bank
 from lorafx.errors import MatchError, ProvenanceError
+from lorafx.forward_check import Product, adds_up
+from lorafx.forward_check import is_dense as is_dense
 from lorafx.registry import Handler, Kind
 from lorafx.runtime import Runtime
 
@@ -46,7 +47,7 @@ class SiteMark:
         in_features, out_features: K and N.
         weight_name, transposed: where the module keeps W, and whether as (K, N).
         derived: the module's forward is not that of the registered class, so what it computes
-            is checked against W once, on the first eager call.
+            is checked against W once, on the first eager call (lorafx.forward_check).
         handler: takes calls apart whose input and output do not have the site's sizes; trusted.
         weight, bias: packed base weight and bias of the group, set by the pack step.
     """
@@ -85,14 +86,21 @@ class SiteMark:
         if self.handler is not None:
             return self._handled(self.handler, module, args, kwargs, output)
         x = _input_of(args, kwargs)
+        traced = torch.compiler.is_compiling()
+        several = isinstance(output, tuple) and not traced
+        y = output[0] if several and output else output
         scale = self._output_scale(module)
-        if not self._fits(x, output, scale):
-            if torch.compiler.is_compiling() and runtime.graph_passes:
+        if not self._fits(x, y, scale):
+            # Without a weight in the graph, match would have nothing to add the delta to.
+            held = isinstance(getattr(module, self.weight_name, None), Tensor)
+            if traced and runtime.graph_passes and held:
                 return None
             raise MatchError(self._misfit(module, x, output))
-        if not torch.compiler.is_compiling():
-            self._check_eager(module, x, output, scale)
-        return self._with_delta(x, output, scale, (self.siblings, self.offsets, self.sizes))
+        if not traced:
+            self._refuse_mixed()
+            self._check_once(module, args, kwargs, x, output, scale)
+        y = self._with_delta(x, y, scale, (self.siblings, self.offsets, self.sizes))
+        return _with_first(output, y) if several else y
 
     def _with_delta(
         self, x: Tensor, y: Tensor, scale: Tensor | float | None, ranges: Sequence[Sequence[int]]
@@ -196,19 +204,28 @@ class SiteMark:
         whole = isinstance(output, Tensor) and output.shape[-1:] == (self.out_features,)
         return whole and self._takes(x, output, 0)
 
-    def _check_eager(
-        self, module: nn.Module, x: Tensor, output: Tensor, scale: Tensor | float | None
+    def _check_once(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        x: Tensor,
+        output: Any,
+        scale: Tensor | float | None,
     ) -> None:
-        self._refuse_mixed()
-        if self.derived and not self.checked:
-            if not self._computes_base(module, x, output, scale):
-                raise MatchError(
-                    f"{self._name(module)}: its forward is its own and does not compute "
-                    f"{'W[ids]' if self.kind == 'embedding' else 'x Wᵀ + b'} of its input, so "
-                    "adding the delta to its output would not be W + ΔW; use lorafx.compile, "
-                    "which finds the weight's use in the graph, or exclude_modules"
-                )
-            self.checked = True
+        """Refuse a forward to whose output the delta cannot be added; asked on the first call."""
+        if self.checked or not (self.derived or isinstance(output, tuple)):
+            return
+        product = Product(self.kind, self.weight_name, self.transposed, scale)
+        if not adds_up(product, module, args, kwargs, x, output):
+            raise MatchError(
+                f"{self._name(module)}: its forward is its own and does not compute "
+                f"{'W[ids]' if self.kind == 'embedding' else 'x Wᵀ + b'} of its input, so "
+                "adding the delta to its output would not be W + ΔW; use lorafx.compile, "
+                "which finds the weight's use in the graph, lorafx.register(handler=...), or "
+                "exclude_modules"
+            )
+        self.checked = True
 
     def _refuse_mixed(self) -> None:
         if not self.runtime.uniform:
@@ -217,34 +234,6 @@ class SiteMark:
                 "not known which request a row belongs to; use lorafx.compile, or one adapter a "
                 "batch"
             )
-
-    def _computes_base(
-        self, module: nn.Module, x: Tensor, output: Tensor, scale: Tensor | float | None
-    ) -> bool:
-        """Whether the output is what the registered class would compute from dense W.
-
-        The tolerance is wide: it tells other arithmetic apart, not other rounding. Weights that
-        are not dense numbers (quantised) cannot be compared and pass.
-        """
-        weight = getattr(module, self.weight_name, None)
-        if not isinstance(weight, Tensor) or not is_dense(weight) or weight.is_meta:
-            return True
-        if self.kind == "embedding":
-            # Ids outside the vocabulary would raise here; they are not ids of this table.
-            if x.numel() and not 0 <= int(x.min()) <= int(x.max()) < self.in_features:
-                return False
-            expected = F.embedding(x.long(), weight)
-            expected = expected if scale is None else expected * scale
-        else:
-            expected = F.linear(
-                x.to(weight.dtype),
-                weight.T if self.transposed else weight,
-                getattr(module, "bias", None),
-            )
-        expected, output = expected.detach().float(), output.detach().float()
-        tolerance = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 5e-2
-        bound = tolerance * max(1e-6, float(expected.abs().max())) if expected.numel() else 0.0
-        return torch.allclose(output, expected, rtol=tolerance, atol=bound)
 
     def _misfit(self, module: nn.Module, x: Any, output: Any) -> str:
         return (
@@ -277,13 +266,10 @@ class SiteMark:
         return f"{self.path or 'the model'} ({type(module).__qualname__})"
 
 
-def is_dense(weight: Tensor) -> bool:
-    """Whether the tensor holds plain numbers: strided, floating, of 16 bits or more."""
-    return (
-        weight.layout is torch.strided
-        and weight.dtype.is_floating_point
-        and weight.dtype.itemsize >= 2
-    )
+def _with_first(output: tuple[Any, ...], y: Tensor) -> tuple[Any, ...]:
+    """`output` with another first item; named tuples keep their names."""
+    make = getattr(output, "_make", tuple)
+    return make((y, *output[1:]))
 
 
 def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

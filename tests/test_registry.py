@@ -122,7 +122,7 @@ def test_refusals():
         register(int)
     with pytest.raises(ConfigError, match=r"takes an nn\.Module class"):
         register(nn.Linear(2, 2))
-    with pytest.raises(ConfigError, match="kind is one of 'linear', .*'experts', got 'conv'"):
+    with pytest.raises(ConfigError, match=r"kind is one of .*, got 'conv'"):
         register(nn.Conv1d, kind="conv")
     with pytest.raises(ConfigError, match="Conv2d was not registered"):
         unregister(nn.Conv2d)

@@ -47,7 +47,7 @@ def registered() -> Iterator[Any]:
         lorafx.register(cls, **kwargs)
 
     yield add
-    for cls in added:
+    for cls in dict.fromkeys(added):
         lorafx.unregister(cls)
 
 
@@ -153,7 +153,7 @@ def test_a_handler_says_where_the_delta_goes(
         assert error(got, case.expected([name] * 4, inputs)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("model", [Grouped, GroupedDeepseek, Tuples])
+@pytest.mark.parametrize("model", [Grouped, GroupedDeepseek])
 def test_without_a_handler_eager_calls_are_refused_by_name(tmp_path: Path, model: Any) -> None:
     case = case_of(model, tmp_path)
     eager = lorafx.attach(case.model(), case.folders, options=REFERENCE)
@@ -281,7 +281,9 @@ def test_routers_carry_the_delta_at_their_weights_use(tmp_path: Path, model: Any
     inputs = {"x": torch.randn(4, 3, K)}
     check_mixed(case.compile(), case, NAMES, inputs)
     eager = lorafx.attach(case.model(), case.folders, options=REFERENCE)
-    with pytest.raises(MatchError, match=r"^middle \((Llama4|PhimoeTopK)Router\): a call with"):
+    with pytest.raises(
+        MatchError, match=r"^middle \((Llama4|PhimoeTopK)Router\): its forward is its"
+    ):
         run_eagerly(eager, "b", inputs)
 
 
