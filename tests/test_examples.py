@@ -44,6 +44,15 @@ def test_plain_module(capsys):
     assert capsys.readouterr().out.count("as when served alone") == 3
 
 
+@pytest.mark.slow  # what they do is tested in tests/layers, but for Inductor
+@pytest.mark.parametrize("name", ["parallel_llama", "parallel_qwen3_5"])
+def test_parallel_layers(name, capsys):
+    runpy.run_path(str(ROOT / f"examples/{name}.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert "logits equal those of" in said
+    assert said.count("as when served alone") == 3
+
+
 @pytest.mark.slow  # the roads are tested one by one
 def test_torch_compile(capsys):
     runpy.run_path(str(ROOT / "examples/torch_compile.py"), run_name="__main__")

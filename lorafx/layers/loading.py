@@ -104,19 +104,31 @@ class LoadableLayer(nn.Module):
         return f"{self.prefix} ({type(self).__name__})" if self.prefix else type(self).__name__
 
     def _keep_attributes(self) -> None:
-        """Remember what the parameters are marked with, once all of them are made: copies of a
-        parameter lose its attributes, and `__setstate__` gives them back."""
+        """Remember what the parameters are marked with, once all of them are made."""
         self._weight_attributes = {
             name: {key: value for key, value in vars(param).items() if key != "weight_loader"}
             for name, param in self._parameters.items()
             if param is not None
         }
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+    def _mark_parameters(self) -> None:
+        """Give the parameters their attributes back, which copies and replacements lack."""
         for name, attributes in self._weight_attributes.items():
             param = self._parameters.get(name)
             if param is not None:
                 for key, value in attributes.items():
                     setattr(param, key, value)
                 param.weight_loader = self.weight_loader  # type: ignore[attr-defined]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mark_parameters()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LoadableLayer:
+        super()._apply(fn, recurse)
+        self._mark_parameters()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._mark_parameters()

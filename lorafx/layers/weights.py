@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafx.errors import CheckpointError, ConfigError, nearest
+from lorafx.errors import CheckpointError, nearest
 from lorafx.layers.loading import LoadableLayer
 from lorafx.layers.quantization import QuantizeMethodBase
+from lorafx.packed_names import ATTRIBUTE, members_of
 
 #: (segments of the parameter's name, segments of the checkpoint's name, shard id)
 Stacked = tuple[str, str, Any]
@@ -50,7 +51,7 @@ def load_weights(
         CheckpointError: all unknown, missing, duplicate and misshapen names, in one.
         ConfigError: a `packed_modules_mapping` of another form.
     """
-    entries = _declared(model) if stacked is None else [("", *entry) for entry in stacked]
+    entries = _declared(model) if stacked is None else [_Entry("", *entry) for entry in stacked]
     loading = _Loading(model, entries, strict)
     if isinstance(weights, Mapping):
         weights = list(weights.items())
@@ -67,6 +68,24 @@ def load_weights(
         if isinstance(method, QuantizeMethodBase):
             method.process_weights_after_loading(module)
     return {name for name in loading.places if id(loading.places[name].tensor) in loading.filled}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One entry of a stacked mapping.
+
+    Attributes:
+        scope: path of the module that it holds below.
+        param, saved: segments of the name in the model, and in the checkpoint.
+        names: how many names share the parameter by a slice each; None where the shard id was
+            given.
+    """
+
+    scope: str
+    param: str
+    saved: str
+    shard_id: Any
+    names: int | None = None
 
 
 @dataclass(frozen=True)
@@ -102,11 +121,7 @@ class _Place:
             )
 
     def write(self, loaded: Tensor, shard_id: Any) -> None:
-        module = self.module
-        if isinstance(module, LoadableLayer):
-            # Not its attribute: load_state_dict(assign=True) leaves parameters without one.
-            module.weight_loader(module.get_parameter(self.name), loaded, shard_id)
-        elif _has_own_loader(self.tensor):
+        if _has_own_loader(self.tensor):
             arguments = () if shard_id is None else (shard_id,)
             self.tensor.weight_loader(self.tensor, loaded, *arguments)  # type: ignore[attr-defined]
         else:
@@ -123,13 +138,15 @@ class _Loading:
     """One pass over the checkpoint: what was found, what was wrong."""
 
     model: nn.Module
-    entries: list[tuple[str, str, str, Any]]
+    entries: list[_Entry]
     strict: bool
     problems: list[str] = field(default_factory=list)
     #: By identity of the tensor: its pieces, each with the names, in the checkpoint and in the
     #: model, that it was filled under.
     filled: dict[int, dict[Any, tuple[str, str]]] = field(default_factory=dict)
     touched: dict[nn.Module, None] = field(default_factory=dict)
+    #: Tensors that something was wrong with: what they lack is said already.
+    faulty: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.places: dict[str, _Place] = {}
@@ -151,13 +168,13 @@ class _Loading:
             place.check(loaded.shape, shard_id)
             pieces = place.pieces(shard_id)
         except CheckpointError as error:
-            self.problems.append(f"{label}: {error}")
+            self._fault(place, f"{label}: {error}")
             return
         filled = self.filled.setdefault(id(place.tensor), {})
         before = {filled[piece] for piece in pieces if piece in filled}
         earlier_names = ", ".join(sorted(saved for saved, _ in before))
         if any(target == own for _, target in before):
-            self.problems.append(f"{label}: a duplicate of {earlier_names}")
+            self._fault(place, f"{label}: a duplicate of {earlier_names}")
             return
         for tensor in self._fills(place, loaded):
             self.filled.setdefault(id(tensor), {}).update(dict.fromkeys(pieces, (name, own)))
@@ -167,7 +184,7 @@ class _Loading:
             earlier = place.tensor.detach().clone() if before else None
             place.write(loaded, shard_id)
         except (AssertionError, RuntimeError, ValueError) as error:  # of loaders of any kind
-            self.problems.append(f"{label}: {error}")
+            self._fault(place, f"{label}: {error}")
             return
         self.touched[place.module] = None
         if earlier is not None and not torch.equal(earlier, place.tensor):
@@ -185,22 +202,37 @@ class _Loading:
             more = f"\n  - and {rest} more" if rest > 0 else ""
             raise CheckpointError(f"{len(self.problems)} problems with the weights:{shown}{more}")
 
+    def _fault(self, place: _Place, problem: str) -> None:
+        self.problems.append(problem)
+        self.faulty.add(id(place.tensor))
+
     def _target(self, name: str) -> tuple[str, Any] | None:
         """The parameter's name and the shard id, or None for a tensor without a place."""
         if name in self.places:
             return name, None
-        found = {}
-        for scope, param, saved, shard_id in self.entries:
-            for candidate in _replaced(name, scope, saved, param):
-                if candidate in self.places:
-                    found[candidate] = shard_id
-        if len(found) == 1:
-            return next(iter(found.items()))
-        if found:
+        found = {
+            candidate: entry
+            for entry in self.entries
+            for candidate in _replaced(name, entry)
+            if candidate in self.places
+        }
+        if not found:
+            if self.strict:
+                self.problems.append(f"{name}: no place in the model{nearest(name, self.places)}")
+            return None
+        if len(found) > 1:
             self.problems.append(f"{name}: the stacked mapping sends it to {', '.join(found)}")
-        elif self.strict:
-            self.problems.append(f"{name}: no place in the model{nearest(name, self.places)}")
-        return None
+            return None
+        ((own, entry),) = found.items()
+        slices = len(self.places[own].pieces())
+        if entry.names not in (None, slices):
+            self.problems.append(
+                f"{name} → {own}: {ATTRIBUTE} gives {entry.names} names for its {slices} slices; "
+                f"say which slices each name covers, {{{entry.param!r}: {{{entry.saved!r}: (0, ...)"
+                ", ...}}"
+            )
+            return None
+        return own, entry.shard_id
 
     def _fills(self, place: _Place, loaded: Tensor) -> list[Tensor]:
         """The tensors that get values: with a weight also what is computed of it, as scales."""
@@ -213,7 +245,7 @@ class _Loading:
         problems = []
         seen: set[int] = set()
         for name, place in self.places.items():
-            if id(place.tensor) in seen:
+            if id(place.tensor) in seen | self.faulty:
                 continue
             seen.add(id(place.tensor))
             pieces = place.pieces()
@@ -226,33 +258,29 @@ class _Loading:
         return problems
 
 
-def _replaced(name: str, scope: str, saved: str, param: str) -> Iterable[str]:
-    """`name`, below the module `scope`, with one run of segments `saved` replaced by `param`."""
+def _replaced(name: str, entry: _Entry) -> Iterable[str]:
+    """`name`, below the entry's scope, with one run of segments replaced as it says."""
     start = 0
-    if scope:
-        if not name.startswith(f"{scope}."):
+    if entry.scope:
+        if not name.startswith(f"{entry.scope}."):
             return
-        start = scope.count(".") + 1
-    segments, wanted = name.split("."), saved.split(".")
-    for i in range(start, len(segments) - len(wanted) + 1):
-        if segments[i : i + len(wanted)] == wanted:
-            yield ".".join([*segments[:i], *param.split("."), *segments[i + len(wanted) :]])
+        start = entry.scope.count(".") + 1
+    segments, saved = name.split("."), entry.saved.split(".")
+    for i in range(start, len(segments) - len(saved) + 1):
+        if segments[i : i + len(saved)] == saved:
+            yield ".".join([*segments[:i], entry.param, *segments[i + len(saved) :]])
 
 
-def _declared(model: nn.Module) -> list[tuple[str, str, str, Any]]:
-    """(path of the declaring module, packed name, checkpoint name, shard id) of all mappings."""
-    entries: list[tuple[str, str, str, Any]] = []
+def _declared(model: nn.Module) -> list[_Entry]:
+    """The mappings that the model and its modules declare."""
+    entries = []
     for path, module in model.named_modules():
-        mapping = getattr(module, "packed_modules_mapping", None) or {}
-        for packed, names in mapping.items():
-            if isinstance(names, str):
-                raise ConfigError(
-                    f"{path or 'the model'}: packed_modules_mapping[{packed!r}] is a list of names "
-                    f"or a mapping from names to slices, got {names!r}"
-                )
-            if not isinstance(names, Mapping):
-                names = {name: index for index, name in enumerate(names)}
-            for saved, slices in names.items():
-                shard_id = slices if isinstance(slices, int) else tuple(slices)
-                entries.append((path, packed, saved, shard_id))
+        where = f"{type(module).__qualname__}.{ATTRIBUTE}"
+        declared = members_of(getattr(module, ATTRIBUTE, None), where)
+        for packed, members in declared.items():
+            for index, member in enumerate(members):
+                if member.slices is None:
+                    entries.append(_Entry(path, packed, member.name, index, len(members)))
+                else:
+                    entries.append(_Entry(path, packed, member.name, member.slices))
     return entries

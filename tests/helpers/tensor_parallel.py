@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
 from torch import Tensor
 
@@ -83,7 +84,33 @@ def run_layers(rank: int, size: int, state: dict[str, dict[str, Tensor]], x: Ten
         load_weights(layer, state[name])
     found["embedding"] = more["embedding"](torch.arange(11))
     found["experts"] = more["experts"](x, x[..., :4])
+    found["refused"] = [_refusal(make) for make in REFUSED]
+    group = dist.group.WORLD
+    found["sizes"] = [
+        RowParallelLinear(6, 5, tp_group=group).tp_size,
+        RowParallelLinear(5, 6, disable_tp=True).tp_size,
+    ]
     return found
+
+
+#: Sizes that two ranks cannot divide.
+REFUSED: Sequence[Callable[[], torch.nn.Module]] = (
+    lambda: ColumnParallelLinear(6, 5),
+    lambda: RowParallelLinear(5, 6, prefix="o_proj"),
+    lambda: MergedColumnParallelLinear(6, [4, 3]),
+    lambda: QKVParallelLinear(6, 2, 3),
+    lambda: QKVParallelLinear(6, 2, 6, 3),
+    lambda: VocabParallelEmbedding(1, 4),
+    lambda: FusedMoE(4, 2, 6, 7),
+)
+
+
+def _refusal(make: Callable[[], torch.nn.Module]) -> str:
+    try:
+        make()
+    except lorafx.ConfigError as error:
+        return str(error)
+    return "built"
 
 
 @torch.no_grad()

@@ -21,9 +21,7 @@ def on_ranks(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     """The results of `work` by rank."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, (size, folder, work, args), nprocs=size)
-        return [
-            torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(size)
-        ]
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 
 def _rank(

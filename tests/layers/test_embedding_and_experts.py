@@ -1,0 +1,140 @@
+"""Vocabulary layers are nn.Embedding and nn.Linear; FusedMoE is the sum over chosen experts."""
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lorafx
+from lorafx.layers import FusedMoE, ParallelLMHead, VocabParallelEmbedding, load_weights
+
+E, K, H, I = 5, 2, 6, 8  # noqa: E741
+
+
+def test_embedding():
+    layer = VocabParallelEmbedding(11, 4)
+    ids = torch.randint(0, 11, (3, 5))
+    assert torch.equal(layer(ids), F.embedding(ids, layer.weight))
+    assert (layer.num_embeddings, layer.embedding_dim, layer.tp_size) == (11, 4, 1)
+    table = torch.randn(11, 4)
+    layer.weight.weight_loader(layer.weight, table)
+    assert torch.equal(layer(ids), table[ids])
+    with pytest.raises(lorafx.CheckpointError, match=r"\(12, 4\), expected \(11, 4\)"):
+        layer.weight.weight_loader(layer.weight, torch.zeros(12, 4))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_head(bias):
+    head = ParallelLMHead(11, 4, bias=bias)
+    x = torch.randn(2, 3, 4)
+    assert torch.equal(head(x), F.linear(x, head.weight, head.bias))
+    assert (head.bias is not None) == bias
+    assert isinstance(head, VocabParallelEmbedding)
+
+
+def test_tied_head():
+    embedding, head = VocabParallelEmbedding(11, 4), ParallelLMHead(11, 4)
+    assert head.tie_weights(embedding) is head
+    assert head.weight is embedding.weight
+    with pytest.raises(ValueError, match=r"cannot share the weight \(11, 5\)"):
+        head.tie_weights(VocabParallelEmbedding(11, 5))
+    assert head.weight is embedding.weight
+
+
+def by_experts(x, logits, w13, w2, renormalize):
+    """One token and one expert at a time."""
+    out = torch.zeros_like(x)
+    for t in range(len(x)):
+        p = logits[t].softmax(-1)
+        chosen = p.argsort(descending=True)[:K]
+        total = p[chosen].sum() if renormalize else 1
+        for e in chosen.tolist():
+            gate, up = (x[t] @ w13[e].T).chunk(2)
+            out[t] += p[e] / total * ((F.silu(gate) * up) @ w2[e].T)
+    return out
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_experts(renormalize):
+    layer = FusedMoE(E, K, H, I, renormalize=renormalize)
+    x, logits = torch.randn(2, 3, H), torch.randn(2, 3, E)
+    y = layer(x, logits)
+    want = by_experts(
+        x.flatten(0, 1), logits.flatten(0, 1), layer.w13_weight, layer.w2_weight, renormalize
+    )
+    torch.testing.assert_close(y, want.view_as(x))
+    captured = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    torch.testing.assert_close(captured(x, logits), y)
+
+
+def test_experts_are_loaded_one_by_one_or_as_one_tensor():
+    w13, w2 = torch.randn(E, 2 * I, H), torch.randn(E, H, I)
+    whole, single = FusedMoE(E, K, H, I), FusedMoE(E, K, H, I)
+    whole.w13_weight.weight_loader(whole.w13_weight, w13)
+    whole.w2_weight.weight_loader(whole.w2_weight, w2)
+    model = nn.Module()
+    model.experts = single
+    saved = {}
+    for e in range(E):
+        saved[f"experts.{e}.gate_proj.weight"], saved[f"experts.{e}.up_proj.weight"] = w13[e].split(
+            I
+        )
+        saved[f"experts.{e}.down_proj.weight"] = w2[e]
+    loaded = load_weights(model, saved, stacked=single.expert_mapping())
+    assert loaded == {"experts.w13_weight", "experts.w2_weight"}
+    for name in ("w13_weight", "w2_weight"):
+        assert torch.equal(getattr(single, name), getattr(whole, name))
+    assert torch.equal(whole.w13_weight, w13)
+
+    del saved["experts.3.up_proj.weight"]
+    with pytest.raises(lorafx.CheckpointError, match=r"experts\.w13_weight.*slices \('w3', 3\)"):
+        load_weights(model, saved, stacked=single.expert_mapping())
+    with pytest.raises(lorafx.CheckpointError, match=r"no shard id \('w2', 0\) of w13_weight"):
+        single.w13_weight.weight_loader(single.w13_weight, w2[0], ("w2", 0))
+    with pytest.raises(lorafx.CheckpointError, match=r"experts 0 to 4"):
+        single.w2_weight.weight_loader(single.w2_weight, w2[0], ("w2", 5))
+    with pytest.raises(lorafx.CheckpointError, match=r"\('w2', 0\).*\(8, 6\), expected \(6, 8\)"):
+        single.w2_weight.weight_loader(single.w2_weight, w2[0].T, ("w2", 0))
+
+
+def test_expert_sizes_are_checked():
+    with pytest.raises(ValueError, match="top_k = 6 of num_experts = 5"):
+        FusedMoE(5, 6, H, I)
+    with pytest.raises(ValueError, match="hidden_size must be"):
+        FusedMoE(5, 2, 0, I)
+
+
+class Block(nn.Module):
+    """A router and its experts."""
+
+    def __init__(self, router=lorafx.layers.ReplicatedLinear) -> None:
+        super().__init__()
+        self.gate = router(H, E, bias=False)
+        self.experts = FusedMoE(E, K, H, I)
+
+    def forward(self, x):
+        return self.experts(x, self.gate(x))
+
+
+def test_experts_carry_no_lora_and_say_so():
+    with pytest.raises(lorafx.TargetError, match=r"experts \(FusedMoE\)"):
+        lorafx.compile(Block().eval(), lorafx.LoraConfig(target_modules=["experts"]))
+
+
+def test_a_routers_delta_reaches_the_experts(tmp_path):
+    """Rows of a mixed batch keep their owners through the experts' products."""
+    torch.manual_seed(0)
+    reference = Block(nn.Linear).eval().requires_grad_(False)
+    folders = {
+        name: oracle.save_adapter(reference, tmp_path / name, rank=2, targets=["gate"], seed=seed)
+        for seed, name in enumerate("ab")
+    }
+    cases = oracle.Oracle.of(reference, folders)
+    block = Block().eval()
+    load_weights(block, reference.state_dict())
+    cm = lorafx.compile(block, folders, options={"lowering": "reference"})
+    x, names = torch.randn(3, 4, H), ["a", None, "b"]
+    want = cases.rows(names, {"x": x})
+    oracle.assert_close(cm(x, adapter_names=names), want)
+    assert oracle.difference(cases.rows([None] * 3, {"x": x}), want) > 1e-2
