@@ -37,7 +37,8 @@ class CompiledModel(nn.Module):
         self._attachment = attachment
         self._session = Session(program, store, Backend(program, entered), dynamic)
         self._entries: dict[tuple[int, bool], Entry] = {}
-        self.train(program.model.training)
+        # Not train(), which has no end where a child holds its parent.
+        self.training = program.model.training
 
     def forward(
         self,

@@ -121,7 +121,7 @@ def test_packed_layers_are_matched_as_what_they_replace(
     case.merged["b"] = merged(base, {"qkv_proj": (a, kept)})
     cm = case.compile()
     check_mixed(cm, case, NAMES, {"x": torch.randn(4, 3, K)})
-    (line,) = [line for line in str(lorafx.explain(cm)).splitlines() if "qkv_proj:" in line]
+    (line,) = [line for line in str(cm.explain()).splitlines() if "qkv_proj:" in line]
     assert "as MyQKV, 6 -> 16" in line
 
 

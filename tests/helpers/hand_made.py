@@ -75,7 +75,9 @@ def merged(base: nn.Module, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> nn.Mo
 
 def hand_case(base: nn.Module, folder: Path, **targets: Sequence[str]) -> Case:
     """A `Case` with one adapter for each keyword, at the paths that it lists; ranks are unequal."""
-    base = base.eval().requires_grad_(False)
+    for module in base.modules():  # eval() does not end where a child holds its parent
+        module.training = False
+    base.requires_grad_(False)
     case = Case(base, {})
     for index, (name, paths) in enumerate(targets.items()):
         pairs = factors(base, paths, rank=2 + index, seed=index)

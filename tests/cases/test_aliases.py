@@ -1,0 +1,321 @@
+"""Case 3: one module instance reached by several attribute paths is one site with one bank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error
+from hand_made import factors, hand_case, merged, save
+from tiny import randomise
+from tiny_models import token_inputs
+from torch import Tensor, nn
+
+import lorafx
+from lorafx import layers
+from lorafx.config import LoraConfig
+from lorafx.errors import CheckpointError
+from lorafx.module_graph import ModuleGraph
+from lorafx.passes.select import build_sites
+
+K = 6
+NAMES = ["a", None, "b", "a"]
+EXPERTS = 5
+
+
+# Qwen3-MoE: the gate of a block, also at experts.runner.gate
+
+
+def add_runners(model: nn.Module) -> nn.Module:
+    """What a serving engine does: the experts' runner holds the block's gate too."""
+    for module in list(model.modules()):
+        gate, experts = (module._modules.get(name) for name in ("gate", "experts"))
+        if gate is not None and experts is not None:
+            experts.runner = nn.Module()
+            experts.runner.gate = gate
+    return model
+
+
+def qwen3_moe() -> nn.Module:
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=61,
+        hidden_size=24,
+        intermediate_size=40,
+        moe_intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+        num_experts=EXPERTS,
+        num_experts_per_tok=2,
+        experts_implementation="batched_mm",
+    )
+    return add_runners(transformers.Qwen3MoeForCausalLM(config))
+
+
+class Block(nn.Module):
+    """Gate and experts of lorafx's parallel layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = layers.ReplicatedLinear(24, EXPERTS, bias=False)
+        self.experts = layers.FusedMoE(EXPERTS, 2, 24, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(x, self.experts.runner.gate(x))
+
+
+class Parallel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = layers.VocabParallelEmbedding(61, 24)
+        self.layers = nn.ModuleList(nn.ModuleDict({"mlp": Block()}) for _ in range(2))
+        self.lm_head = layers.ParallelLMHead(61, 24)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = x + layer["mlp"](x)
+        return {"logits": self.lm_head(x)}
+
+
+def parallel() -> nn.Module:
+    return add_runners(Parallel())
+
+
+def gate_case(build: Any, folder: Path) -> Case:
+    """Adapter "a" names the gates as `gate`, "b" as `experts.runner.gate`."""
+    torch.manual_seed(0)
+    base = build()
+    randomise(base)
+    blocks = [path for path, module in base.named_modules() if hasattr(module, "experts")]
+    gates = [f"{path}.gate" for path in blocks]
+    runners = [f"{path}.experts.runner.gate" for path in blocks]
+    return hand_case(base, folder, a=gates, b=runners)
+
+
+@pytest.mark.parametrize("build", [qwen3_moe, parallel])
+def test_a_gate_also_reached_through_its_experts(tmp_path: Path, build: Any) -> None:
+    case = gate_case(build, tmp_path)
+    config = LoraConfig(target_modules=["mlp.gate"], max_rank=4)
+    cm = lorafx.compile(case.model(), config, adapters=case.folders, options=REFERENCE)
+    inputs = token_inputs(4, 5)
+    inputs["attention_mask"].fill_(1)
+    check_mixed(cm, case, NAMES, inputs)
+    # One site and one bank, under the path of named_modules; the other path is told as an alias.
+    _, sites = build_sites(case.model(), config)
+    canonical = [path for path, _ in case.base.named_modules() if path.endswith("gate")]
+    assert [site.path for site in sites] == canonical
+    assert all(len(site.paths) == 2 for site in sites)
+    report = str(cm.explain())
+    assert f"sites: {len(canonical)}\n" in report
+    assert f"banks: {len(canonical)}," in report
+    for site in sites:
+        assert sum(f"  {site.path}: " in line for line in report.splitlines()) == 1
+        assert f"also {site.aliases[0]}" in report
+
+
+def test_any_of_the_paths_is_a_target(tmp_path: Path) -> None:
+    case = gate_case(parallel, tmp_path)
+    for target in ("mlp.gate", "runner.gate", "gate", "layers.1.mlp.experts.runner.gate"):
+        _, sites = build_sites(case.base, LoraConfig(target_modules=[target]))
+        assert [site.path for site in sites][-1:] == ["layers.1.mlp.gate"]
+    _, sites = build_sites(
+        case.base, LoraConfig(target_modules=["gate"], exclude_modules=["layers.0.mlp.gate"])
+    )
+    assert [site.path for site in sites] == ["layers.1.mlp.gate"]
+
+
+# Two paths in one adapter
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(K, K)
+        self.again = self.first
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": torch.tanh(self.first(x))}
+
+
+def both_paths(base: nn.Module, folder: Path, *, equal: bool) -> tuple[Path, Any]:
+    pair = factors(base, ["first"], rank=2, seed=0)["first"]
+    other = pair if equal else factors(base, ["first"], rank=2, seed=1)["first"]
+    return save(base, folder, {"first": pair, "again": other}), pair
+
+
+def test_two_paths_with_one_tensor_are_one(tmp_path: Path) -> None:
+    base = Shared().eval().requires_grad_(False)
+    folder, pair = both_paths(base, tmp_path / "a", equal=True)
+    case = Case(base, {"a": folder}, {"a": merged(base, {"first": pair})})
+    check_mixed(case.compile(), case, ["a", None], {"x": torch.randn(2, 3, K)})
+
+
+def test_two_paths_with_different_tensors_are_an_error(tmp_path: Path) -> None:
+    base = Shared().eval().requires_grad_(False)
+    folder, _ = both_paths(base, tmp_path / "a", equal=False)
+    with pytest.raises(CheckpointError, match=r"again\.lora_\w.* of first and differ; keep one"):
+        lorafx.compile(base, {"a": folder}, options=REFERENCE)
+    assert not any(module._forward_hooks for module in base.modules())
+
+
+# Lists, dicts, blocks at several depths
+
+
+class Containers(nn.Module):
+    """Instances reached by an attribute, a list and a dict; each is called by one or more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(K, K)
+        self.chain = nn.ModuleList([nn.Linear(K, K), self.up])
+        self.by_name = nn.ModuleDict({"zero": self.chain[0], "up": self.up})
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        for module in self.chain:
+            x = x + torch.tanh(module(x))
+        return {"logits": self.by_name["zero"](x) + self.up(x * 0.5)}
+
+
+class Albert(nn.Module):
+    """A block of blocks whose inner block is called at three depths and by four paths."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ffn = nn.Linear(K, K)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.tanh(self.ffn(x))
+
+    class Outer(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.same = inner, inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.same(self.inner(x))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = self.Outer(self.Inner())
+        self.nested = self.Outer(self.block)
+        self.inner = self.block.inner
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.inner(self.nested(self.block(x)))}
+
+
+class Cycle(nn.Module):
+    """A child that holds its parent, and one that holds itself."""
+
+    class Child(nn.Module):
+        def __init__(self, parent: nn.Module) -> None:
+            super().__init__()
+            self.parent = parent
+            self.down = nn.Linear(K, K)
+            self.me = self
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.parent.up(x))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(K, K)
+        self.child = self.Child(self)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.child(torch.tanh(x))}
+
+
+PATHS: Mapping[Any, tuple[list[str], list[str], dict[str, int]]] = {
+    Containers: (["up", "by_name.zero"], ["chain.1"], {"up": 3, "chain.0": 2}),
+    Albert: (["inner.ffn"], ["nested.same.inner.ffn"], {"block.inner.ffn": 7}),
+    Cycle: (["child.down"], ["up", "child.me.parent.child.down"], {"up": 1, "child.down": 1}),
+}
+
+
+@pytest.mark.parametrize("cls", PATHS)
+def test_aliases_end_and_add_the_delta_at_every_call(tmp_path: Path, cls: Any) -> None:
+    a, b, counts = PATHS[cls]
+    torch.manual_seed(0)
+    base = cls()
+    randomise(base)
+    case = hand_case(base, tmp_path, a=a, b=b)
+    cm = case.compile(options={"verify": "numeric"})
+    check_mixed(cm, case, NAMES, {"x": torch.randn(4, 3, K)})
+    graph, sites = build_sites(case.model(), LoraConfig())
+    assert {site.path: len(site.paths) for site in sites} == counts
+    assert [path for path, _ in graph.modules()] == [path for path, _ in base.named_modules()]
+    eager = lorafx.attach(case.model(), case.folders, options=REFERENCE)
+    x = torch.randn(2, 3, K)
+    with torch.no_grad(), lorafx.adapters(eager, ["b", "b"]):
+        assert error(eager(x)["logits"], case.expected(["b", "b"], {"x": x})) <= TOLERANCE
+
+
+def test_a_shared_module_called_twice_adds_its_delta_twice(tmp_path: Path) -> None:
+    """Known in closed form: (W + ΔW)² x."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Linear(K, K, bias=False)
+            self.also = self.w
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.also(self.w(x))}
+
+    base = Twice().eval().requires_grad_(False)
+    pairs = factors(base, ["w"], rank=2, seed=0)
+    a, b = pairs["w"]
+    cm = lorafx.compile(base, {"a": save(base, tmp_path / "a", pairs)}, options=REFERENCE)
+    x = torch.randn(2, 3, K)
+    got = cm(x, adapter_names=["a", None])["logits"]
+    once = base.w.weight.detach() + 2 * b @ a
+    assert error(got[0], x[0] @ once.T @ once.T) <= TOLERANCE
+    assert error(got[1], x[1] @ base.w.weight.T @ base.w.weight.T) <= TOLERANCE
+
+
+def test_albert_calls_one_layer_at_every_depth(tmp_path: Path) -> None:
+    """transformers' own: one layer of the group, called for each of two."""
+    config = transformers.AlbertConfig(
+        vocab_size=61,
+        embedding_size=16,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_hidden_groups=1,
+        inner_group_num=1,
+        num_attention_heads=4,
+    )
+    torch.manual_seed(0)
+    base = transformers.AlbertForMaskedLM(config)
+    randomise(base)
+    layer = "albert.encoder.albert_layer_groups.0.albert_layers.0"
+    base.shortcut = base.get_submodule(layer)
+    case = hand_case(
+        base, tmp_path, a=[f"{layer}.ffn", f"{layer}.attention.query"], b=["shortcut.ffn_output"]
+    )
+    inputs = token_inputs(4, 5)
+    inputs["attention_mask"].fill_(1)
+    check_mixed(case.compile(), case, NAMES, inputs)
+
+
+def test_paths_of_nested_sharing_are_bounded() -> None:
+    """Twenty levels that each hold the next one twice have a million paths; listing them ends."""
+    leaf = nn.Linear(2, 2)
+    model: nn.Module = leaf
+    for _ in range(20):
+        holder = nn.Module()
+        holder.left = holder.right = model
+        model = holder
+    graph = ModuleGraph.of(model)
+    assert len(graph.paths(leaf)) == 64
+    last = ".".join(["right"] * 20)
+    (site,) = build_sites(model, LoraConfig(target_modules=[last]))[1]
+    assert site.module is leaf
