@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from lorafx.context import EMBEDDING_OP, FUSED_OP, GROUPED_OP, SITE_OP, Context
 from lorafx.frame import arguments_of, fake_value
@@ -101,9 +102,12 @@ def _product(
 
 def _site(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
     x, y, A, B, ranks, scales, slots, *ranges, rows = arguments_of(node)[:11]
-    flat = _flat(graph, ctx, y)
     bank = (A, B, ranks, scales, slots)
-    written = _add_delta(graph, ctx, node, flat, _flat(graph, ctx, x), bank, tuple(ranges), rows)
+    if not strategy_of(node).kernel and _same_strides(y, node):
+        # These kernels take rows as they lie; flat, x and y could be copies.
+        return _add_delta(graph, ctx, node, y, x, bank, tuple(ranges), rows)
+    y_flat, x_flat = _flat(graph, ctx, y), _flat(graph, ctx, x)
+    written = _add_delta(graph, ctx, node, y_flat, x_flat, bank, tuple(ranges), rows)
     return _shaped(graph, ctx, written, y, node)
 
 
@@ -147,6 +151,11 @@ def _flat(graph: fx.Graph, ctx: Context, node: Any) -> fx.Node:
     if value.dim() == 2:
         return node
     return ctx.call(graph, aten.reshape.default, (node, [-1, value.shape[-1]]))
+
+
+def _same_strides(one: fx.Node, other: fx.Node) -> bool:
+    strides = zip(fake_value(one).stride(), fake_value(other).stride(), strict=True)
+    return all(guard_or_false(a == b) for a, b in strides)
 
 
 def _adjacent(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
