@@ -19,7 +19,15 @@ from dense_merge import Case
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lorafx import layers
+
 SCALE = 2
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether the module looks rows of W (V, D) up."""
+    looks_up = isinstance(module, (nn.Embedding, layers.VocabParallelEmbedding))
+    return looks_up and not isinstance(module, layers.ParallelLMHead)
 
 
 def factors(
@@ -31,8 +39,8 @@ def factors(
     found = {}
     for path in paths:
         module = base.get_submodule(path)
-        n, k = module.weight.T.shape if isinstance(module, nn.Embedding) else module.weight.shape
-        fan_in = rank if isinstance(module, nn.Embedding) else k
+        n, k = module.weight.T.shape if is_embedding(module) else module.weight.shape
+        fan_in = rank if is_embedding(module) else k
         a = torch.randn(rank, k, generator=generator) * fan_in**-0.5 * (gain / SCALE)
         found[path] = (a, torch.randn(n, rank, generator=generator) * rank**-0.5)
     return found
@@ -45,7 +53,7 @@ def save(
     tensors = {}
     for path, (a, b) in pairs.items():
         module = base.get_submodule(path)
-        form = "lora_embedding_{}" if isinstance(module, nn.Embedding) else "lora_{}.weight"
+        form = "lora_embedding_{}" if is_embedding(module) else "lora_{}.weight"
         for letter, tensor in (("A", a), ("B", b)):
             tensors[f"base_model.model.{path}.{form.format(letter)}"] = tensor.contiguous().clone()
     rank = max(a.shape[0] for a, _ in pairs.values())
@@ -69,7 +77,7 @@ def merged(base: nn.Module, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> nn.Mo
     for path, (a, b) in pairs.items():
         module = twin.get_submodule(path)
         delta = SCALE * (b @ a)
-        module.weight += delta.T if isinstance(module, nn.Embedding) else delta
+        module.weight += delta.T if is_embedding(module) else delta
     return twin
 
 

@@ -1,0 +1,175 @@
+"""Case 4: a tied head and embedding are two sites on one storage, each with its own delta."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error
+from hand_made import hand_case
+from tiny import randomise
+from tiny_models import VOCAB, token_inputs
+from torch import Tensor, nn
+
+import lorafx
+from lorafx import layers
+from lorafx.config import LoraConfig
+from lorafx.module_graph import ModuleGraph, storage_key
+from lorafx.passes.select import build_sites
+
+NAMES = ["both", "embed", None, "head", "both"]
+
+
+def llama(tied: bool = True) -> nn.Module:
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=24,
+            intermediate_size=40,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=tied,
+        )
+    )
+
+
+class Parallel(nn.Module):
+    """The same with lorafx's parallel layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = layers.VocabParallelEmbedding(VOCAB, 24)
+        self.up = layers.ColumnParallelLinear(24, 24)
+        self.lm_head = layers.ParallelLMHead(VOCAB, 24).tie_weights(self.embed_tokens)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        x = self.embed_tokens(input_ids)
+        return {"logits": self.lm_head(x + torch.tanh(self.up(x)))}
+
+
+class Functional(Parallel):
+    """The head is not called: its weight, which is the embedding's, is used."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        x = self.embed_tokens(input_ids)
+        return {"logits": F.linear(x + torch.tanh(self.up(x)), self.lm_head.weight)}
+
+
+def tied_case(build: Any, folder: Path) -> Case:
+    torch.manual_seed(0)
+    base = build()
+    randomise(base)
+    embed = "model.embed_tokens" if build is llama else "embed_tokens"
+    assert base.lm_head.weight is base.get_submodule(embed).weight
+    return hand_case(base, folder, both=[embed, "lm_head"], embed=[embed], head=["lm_head"])
+
+
+@pytest.mark.parametrize("build", [llama, Parallel, Functional])
+def test_each_end_has_its_own_delta(tmp_path: Path, build: Any) -> None:
+    """Adapters of both ends and of one alone, side by side in one batch."""
+    case = tied_case(build, tmp_path)
+    model = case.model()
+    cm = lorafx.compile(model, case.folders, options={**REFERENCE, "verify": "numeric"})
+    inputs = token_inputs(5, 4)
+    inputs["attention_mask"].fill_(1)
+    check_mixed(cm, case, NAMES, inputs)
+    # Still one parameter, which both ends hold.
+    (owners,) = ModuleGraph.of(model).tied()
+    assert sorted(owner.path.rpartition(".")[2] for owner in owners) == ["embed_tokens", "lm_head"]
+    _, sites = build_sites(case.model(), LoraConfig(target_modules=["embed_tokens", "lm_head"]))
+    assert [(site.path.rpartition(".")[2], site.eligible.kind) for site in sites] == [
+        ("embed_tokens", "embedding"),
+        ("lm_head", "linear"),
+    ]
+    assert len({storage_key(site.module.weight) for site in sites}) == 1
+
+
+@pytest.mark.parametrize("name", ["embed", "head"])
+def test_with_one_end_selected_the_other_is_the_base(tmp_path: Path, name: str) -> None:
+    case = tied_case(Parallel, tmp_path)
+    cm = lorafx.compile(case.model(), {name: case.folders[name]}, options=REFERENCE)
+    assert "sites: 1\n" in str(cm.explain())
+    inputs = token_inputs(3, 4)
+    inputs["attention_mask"].fill_(1)
+    check_mixed(cm, case, [name, None, name], inputs)
+
+
+@pytest.mark.parametrize("build", [llama, Parallel])
+def test_eager_calls_as_well(tmp_path: Path, build: Any) -> None:
+    case = tied_case(build, tmp_path)
+    model = lorafx.attach(case.model(), case.folders, options=REFERENCE)
+    inputs = token_inputs(2, 4)
+    inputs["attention_mask"].fill_(1)
+    for name in case.folders:
+        with torch.no_grad(), lorafx.adapters(model, [name] * 2):
+            got = model(**inputs)["logits"]
+        assert error(got, case.expected([name] * 2, inputs)) <= TOLERANCE
+
+
+# A name that contains lm_head
+
+
+class Named(nn.Module):
+    """Modules whose names contain lm_head and that are no output embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, 12)
+        self.lm_head_norm_proj = nn.Linear(12, 12)
+        self.blocks = nn.ModuleDict({"lm_head": nn.Linear(12, 12)})
+        self.pre_lm_head = nn.Linear(12, 12)
+        self.lm_head = nn.Linear(12, 20)
+        self.out = nn.Linear(20, VOCAB)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.out
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        x = self.lm_head_norm_proj(self.embed(ids))
+        x = self.pre_lm_head(torch.tanh(self.blocks["lm_head"](x)))
+        return {"logits": self.out(torch.tanh(self.lm_head(x)))}
+
+
+LINEARS = ["lm_head_norm_proj", "blocks.lm_head", "pre_lm_head", "lm_head"]
+
+
+@pytest.mark.parametrize("target", [None, "all-linear"])
+def test_all_linear_leaves_out_what_the_model_says_is_its_head(target: Any) -> None:
+    """By the model's word, not by the name."""
+    paths = [site.path for site in build_sites(Named(), LoraConfig(target_modules=target))[1]]
+    assert paths == LINEARS
+
+
+@pytest.mark.parametrize("target", [None, "all-linear"])
+def test_without_a_model_that_says_so_every_linear_is_one(target: Any) -> None:
+    class Silent(Named):
+        get_output_embeddings = None  # type: ignore[assignment]
+
+    paths = [site.path for site in build_sites(Silent(), LoraConfig(target_modules=target))[1]]
+    assert paths == [*LINEARS, "out"]
+
+
+def test_they_serve_as_any_other_linear(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = Named()
+    randomise(base)
+    case = hand_case(base, tmp_path, a=["blocks.lm_head", "lm_head"], b=["pre_lm_head", "out"])
+    inputs = {"ids": torch.randint(0, VOCAB, (4, 3))}
+    check_mixed(case.compile(), case, ["a", None, "b", "a"], inputs)
+    cm = lorafx.compile(
+        case.model(),
+        LoraConfig(target_modules="all-linear"),
+        adapters={"a": case.folders["a"]},
+        options=REFERENCE,
+    )
+    check_mixed(cm, case, ["a", None, "a", "a"], inputs)
+
+
+def test_a_target_named_lm_head_is_a_suffix_like_any_other() -> None:
+    _, sites = build_sites(Named(), LoraConfig(target_modules=["lm_head"]))
+    assert [site.path for site in sites] == ["blocks.lm_head", "lm_head"]
