@@ -161,8 +161,8 @@ def test_mistakes_are_listed_at_once_and_nothing_is_written(checkpoint):
     for part in (
         "layers.0.up_projj.weight: no place in the model; nearest: layers.0.",
         "layers.0.in_proj_z.weight → layers.0.in_proj_qkvz.weight: "
-        "MergedColumnParallelLinear.weight (shard id (3,)): the checkpoint's tensor has shape (7, 6), "
-        "expected (6, 6)",
+        "MergedColumnParallelLinear.weight (shard id (3,)): the checkpoint's tensor has shape "
+        "(7, 6), expected (6, 6)",
         "layers.0.norm.weight: the checkpoint's tensor has shape (5,), the model's (6,)",
         "layers.0.in_proj_qkvz.weight: a duplicate of layers.0.in_proj_qkv.weight",
         "layers.0.qkv_proj.weight: nothing in the checkpoint for slices 1",
