@@ -101,8 +101,12 @@ class Site:
     @property
     def has_own_forward(self) -> bool:
         """Whether a subclass or the instance overrides the forward of the registered class."""
-        forward = type(self.module).forward
-        return "forward" in vars(self.module) or forward is not self.eligible.cls.forward
+        return has_own_forward(self.module, self.eligible)
+
+
+def has_own_forward(module: nn.Module, entry: Eligible) -> bool:
+    """As `Site.has_own_forward`."""
+    return "forward" in vars(module) or type(module).forward is not entry.cls.forward
 
 
 Ranges = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]

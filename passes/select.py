@@ -25,7 +25,7 @@ from lorafx.module_graph import ModuleGraph
 from lorafx.packed_names import PackedNames, parts_of, virtual_paths
 from lorafx.passes.alias import Alias
 from lorafx.registry import Eligible, lookup
-from lorafx.sites import Site
+from lorafx.sites import Site, has_own_forward
 
 # A regular expression can name thousands of containers; the first ones show the mistake.
 _SHOWN = 20
@@ -289,7 +289,24 @@ def impossible(module: nn.Module, entry: Eligible | None) -> str | None:
     if entry.kind == "embedding" and getattr(module, "max_norm", None) is not None:
         return "max_norm rewrites the weight in its forward, so W + ΔW is not fixed"
     weight = _weight_of(module, entry)
-    return None if weight is None else _wrong_weight(weight, sizes, entry)
+    if weight is None:
+        return None
+    return _wrong_weight(weight, sizes, entry) or _out_of_reach(module, weight, entry)
+
+
+def _out_of_reach(module: nn.Module, weight: Tensor, entry: Eligible) -> str | None:
+    """Why the delta has no place between this rank's product and what the ranks make of it.
+
+    Elsewhere the weight's use is found in the graph, which a stored format hides.
+    """
+    if entry.sharding is None or entry.handler is not None or is_dense(weight):
+        return None
+    if entry.sharding.product(module) is module or not has_own_forward(module, entry):
+        return None
+    return (
+        f"its forward is its own, its weight is stored as {weight.dtype}, and several ranks share "
+        "it; see lorafx.register(handler=...)"
+    )
 
 
 def _wrong_weight(weight: Tensor, sizes: tuple[int, int], entry: Eligible) -> str | None:

@@ -79,7 +79,22 @@ REFUSED: Sequence[Callable[[], torch.nn.Module]] = (
     lambda: QKVParallelLinear(6, 2, 6, 3),
     lambda: VocabParallelEmbedding(1, 4),
     lambda: FusedMoE(4, 2, 6, 7),
+    lambda: scaled_in_int8(),
 )
+
+
+class Scaled(RowParallelLinear):
+    """A forward of its own, around the sum over the ranks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def scaled_in_int8() -> torch.nn.Module:
+    """Only the layer's whole call is known to multiply by a weight in a format, and what it
+    returns is the ranks' sum already."""
+    model = torch.nn.Sequential(Scaled(6, 4, quant_method=Int8ChannelLinearMethod())).eval()
+    return lorafx.attach(model, lorafx.LoraConfig(target_modules=["0"]))
 
 
 def _refusal(make: Callable[[], torch.nn.Module]) -> str:
