@@ -93,16 +93,15 @@ class InputPlaces:
         return [site.path for site in found if site and program.is_touched(site)]
 
     def changed(self, program: Program, arguments: Sequence[Any]) -> list[str]:
-        """Paths of touched sites of which an input held part, and holds another one now."""
-        found = []
+        """Paths of touched sites of whose weight an input held part, and does not any more."""
+        found = set()
         for path, position, form in self.derived:
-            now = program.derived.of(arguments[position])
+            now = program.derived.look(arguments[position])
             if now is not None and now.form == form:
                 continue
-            site = self.site(program, path, arguments)
-            if site is not None and program.is_touched(site):
-                found.append(site.path)
-        return found
+            sites = now.sites if now is not None else [s for s in program.sites if s.path == path]
+            found.update(site.path for site in sites if program.is_touched(site))
+        return sorted(found)
 
     def rows(self, arguments: Sequence[Any]) -> int | None:
         """The number of requests of the running call, as its inputs have it."""

@@ -7,8 +7,9 @@ the weight without its module. What such a tensor holds is its `Form` (lorafx.we
     views     by storage: sizes, strides and offset in the weight's storage
     copies    by value: rows of the tensor equal rows of W at regular distances, every one of them
 
-A tensor that shares the storage, or whose values all occur in W, in no such form is known to come
-from the weight all the same, and the site is refused in the graphs that take it.
+A tensor that shares the storage, whose values all occur in W, or whose rows point where rows of W
+do (a copy in another scale or precision), in no such form, is known to come from the weight all the
+same, and the site is refused in the graphs that take it.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lorafx.forward_check import is_dense
 from lorafx.module_graph import storage_key
 from lorafx.registry import lookup
 from lorafx.sites import Site
-from lorafx.weight_forms import Form, rows_form, strided_form
+from lorafx.weight_forms import Form, rows_alike, rows_form, strided_form
 
 if TYPE_CHECKING:
     from lorafx.frame import FrameInput
@@ -83,11 +85,17 @@ class DerivedTensors:
         self._found: dict[int, tuple[weakref.ref[Tensor], Derived | None]] = {}
 
     def of(self, tensor: Tensor) -> Derived | None:
-        """What `tensor` holds, if it was seen when a graph was captured or is a view."""
-        reference, derived = self._found.get(id(tensor), (None, None))
-        if reference is None or reference() is not tensor:
-            derived = None if isinstance(tensor, nn.Parameter) else self._by_storage(tensor)
-            self._found[id(tensor)] = weakref.ref(tensor), derived
+        """What `tensor` holds, if it is a view, or was looked at closely before."""
+        known, derived = self._known(tensor)
+        if not known and not isinstance(tensor, nn.Parameter):
+            derived = self._by_storage(tensor)
+        return derived
+
+    def look(self, tensor: Tensor) -> Derived | None:
+        """What `tensor` holds, copies included; each tensor is compared with weights once."""
+        known, derived = self._known(tensor)
+        if not known:
+            derived = self._look([tensor], set()).get(id(tensor))
         return derived
 
     def inputs(
@@ -106,19 +114,29 @@ class DerivedTensors:
             and self._program.earlier_result(example) is None
             and (id(example) not in known or known[id(example)].kind == "state")
         ]
-        if not candidates:
-            return {}
-        taken = {id(example) for example in examples}
+        return self._look(candidates, {id(example) for example in examples})
+
+    def _known(self, tensor: Tensor) -> tuple[bool, Derived | None]:
+        """Whether this very tensor was looked at, and what was found."""
+        reference, derived = self._found.get(id(tensor), (None, None))
+        if reference is None or reference() is not tensor:
+            return False, None
+        return True, derived
+
+    def _look(self, tensors: Sequence[Tensor], taken: set[int]) -> dict[int, Derived]:
+        """What tensors of a graph hold that also takes the inputs `taken`."""
         found: dict[int, Derived] = {}
+        if not tensors:
+            return found
         with unset_fake_temporarily(), torch.no_grad():
-            holders = self._holders({id(tensor) for tensor in candidates})
-            for tensor in candidates:
+            holders = self._holders({id(tensor) for tensor in tensors})
+            for tensor in tensors:
                 holder = holders.get(id(tensor))
-                if holder is not None and holder.is_own_weight:
-                    continue
-                derived = self._by_storage(tensor)
-                if derived is None and is_numbers(tensor) and tensor.dim() > 1:
-                    derived = self._by_value(tensor, self._likely(holder, taken))
+                derived = None
+                if holder is None or not holder.is_own_weight:
+                    derived = self._by_storage(tensor)
+                    if derived is None and is_numbers(tensor) and tensor.dim() > 1:
+                        derived = self._by_value(tensor, self._likely(holder, taken))
                 self._found[id(tensor)] = weakref.ref(tensor), derived
                 if derived is not None:
                     found[id(tensor)] = derived
@@ -162,8 +180,8 @@ class DerivedTensors:
             if tensor.dtype == weight.dtype:
                 place = tensor.shape, tensor.stride(), int(tensor.storage_offset())
                 form = strided_form(*place, weight, transposed=transposed)
-            sites = tuple(one for one in program.sites if program.weight_of(one) is weight)
-            return Derived(sites, form, _out_in(weight, transposed=transposed), copied=False)
+            shape = _out_in(weight, transposed=transposed)
+            return Derived(self._tied(site), form, shape, copied=False)
         return None
 
     def _by_value(self, tensor: Tensor, sites: Iterator[Site]) -> Derived | None:
@@ -173,22 +191,26 @@ class DerivedTensors:
         for site in sites:
             if site.eligible.kind != "linear":
                 continue
-            if tensor.numel() > site.in_features * site.out_features:
-                continue
             weight = dense_weight(site)
             if weight is None or weight.device != tensor.device:
                 continue
             rounded = weight.to(tensor.dtype)
-            if all(bool((rounded == value).any()) for value in sample):
-                own = self._program.weight_of(site)
-                sites_of = (
-                    one
-                    for one in self._program.sites
-                    if one is site or (own is not None and self._program.weight_of(one) is own)
-                )
+            inside = tensor.numel() <= weight.numel()
+            same = inside and all(bool((rounded == value).any()) for value in sample)
+            if same or rows_alike(tensor, weight):
+                form = rows_form(tensor, rounded) if same else None
                 shape = (weight.shape[0], weight.shape[1])
-                return Derived(tuple(sites_of), rows_form(tensor, weight), shape, copied=True)
+                return Derived(self._tied(site), form, shape, copied=True)
         return None
+
+    def _tied(self, site: Site) -> tuple[Site, ...]:
+        """The sites that have the weight of `site`."""
+        weight = self._program.weight_of(site)
+        return tuple(
+            other
+            for other in self._program.sites
+            if other is site or (weight is not None and self._program.weight_of(other) is weight)
+        )
 
 
 def is_near(path: str, module: str) -> bool:
@@ -199,13 +221,7 @@ def is_near(path: str, module: str) -> bool:
 
 def is_numbers(tensor: Tensor) -> bool:
     """True for plain dense floating-point numbers that can be looked at."""
-    return (
-        tensor.is_floating_point()
-        and tensor.dtype.itemsize >= 2
-        and tensor.layout is torch.strided
-        and not tensor.is_meta
-        and not is_traceable_wrapper_subclass(tensor)
-    )
+    return is_dense(tensor) and not tensor.is_meta and not is_traceable_wrapper_subclass(tensor)
 
 
 def has_numbers(site: Site) -> bool:

@@ -15,6 +15,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import normalize
+
+#: The cosine from which two rows are taken for one row in two scales or precisions.
+ALIKE = 0.995
 
 Size = Any  # int or SymInt
 
@@ -193,9 +197,8 @@ def rows_form(tensor: torch.Tensor, weight: torch.Tensor) -> Form | None:
     """The form of a copy: `tensor` holds whole rows W[o] of the (out, in) `weight`, value by value,
     at regular distances along each of its other dimensions. None where it does not.
 
-    W is rounded to the tensor's dtype first, as a copy of it was.
+    Both are of one dtype: W is rounded to the tensor's, as a copy of it was.
     """
-    weight = weight.to(tensor.dtype)
     columns = weight.shape[1]
     for dim in reversed(range(tensor.dim())):
         if tensor.shape[dim] == columns:
@@ -204,6 +207,26 @@ def rows_form(tensor: torch.Tensor, weight: torch.Tensor) -> Form | None:
                 *others, into = form.axes
                 return form._replace(axes=(*others[:dim], into, *others[dim:]))
     return None
+
+
+def rows_alike(tensor: torch.Tensor, weight: torch.Tensor, rows: int = 8) -> bool:
+    """Whether rows of `tensor` along some dimension point where rows of the (out, in) `weight` do.
+
+    Looks at `rows` of them, by cosine: a scale or another rounding changes little. No less than
+    three rows of four numbers say anything.
+    """
+    columns = weight.shape[1]
+    if columns < 4:
+        return False
+    for dim in range(tensor.dim()):
+        if tensor.shape[dim] != columns or tensor.numel() < 3 * columns:
+            continue
+        flat = tensor.movedim(dim, -1).reshape(-1, columns)
+        picked = flat[:: max(1, flat.shape[0] // rows)][:rows].float()
+        cosines = normalize(picked, dim=1) @ normalize(weight.float(), dim=1).T
+        if bool((cosines.abs().amax(1) > ALIKE).all()):
+            return True
+    return False
 
 
 def _rows_along(tensor: torch.Tensor, weight: torch.Tensor) -> Form | None:

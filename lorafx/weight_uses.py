@@ -14,13 +14,15 @@ and (1, 1, out, in) to (1, in, out), absorbed attention through (heads, out of a
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import sympy
 import torch
 from torch import fx
 
+from lorafx.forward_check import is_dense
 from lorafx.frame import arguments_of, fake_value
 from lorafx.kernels.grouped_ops import Blocks
 from lorafx.ownership.flow import bound
@@ -62,6 +64,7 @@ class Use:
         plain: True where W enters uncast and not broadcast, so that the GEMM may be fused.
         swapped: W is the left operand, so that x and y have their last dimensions swapped.
         blocks: for "blocks", which; the groups are the first dimension of x.
+        stored: W enters in the format that it is stored in (int8), its scale left out.
         reason: for "unknown", why.
     """
 
@@ -73,28 +76,32 @@ class Use:
     plain: bool = False
     swapped: bool = False
     blocks: Blocks | None = None
+    stored: bool = False
     reason: str = ""
 
 
 @dataclass(frozen=True)
 class _Held:
-    """`node` holds W (`shape`: N, K) or part of it in this form."""
+    """`node` holds W (`shape`: N, K) or part of it in this form; `stored` numbers are W after a
+    product with one of `scales`."""
 
     weight: fx.Node
     shape: tuple[Any, Any]
     node: fx.Node
     form: Form
     plain: bool
+    stored: bool = False
+    scales: Collection[fx.Node] = ()
 
     def as_node(self, node: fx.Node, form: Form, *, plain: bool = False) -> _Held:
-        return _Held(self.weight, self.shape, node, form, self.plain and plain)
+        return replace(self, node=node, form=form, plain=self.plain and plain)
 
     def unknown(self, user: fx.Node, reason: str) -> Use:
         return Use("unknown", self.weight, user, reason=reason)
 
     @property
     def sizes(self) -> Any:
-        return fake_value(self.node).shape
+        return _sizes(fake_value(self.node))
 
     def is_whole(self, out: int, into: int) -> bool:
         """True where dimension `out` is all of W's out, `into` all of its in, and there is nothing
@@ -115,20 +122,28 @@ def _spans(axis: Axis, size: Any, step: Axis, full: Any) -> bool:
 
 
 def uses_of(
-    weight: fx.Node, *, transposed: bool, part: tuple[Form, tuple[int, int]] | None = None
+    weight: fx.Node,
+    *,
+    transposed: bool,
+    part: tuple[Form, tuple[int, int]] | None = None,
+    scales: Collection[fx.Node] = (),
 ) -> list[Use]:
     """All uses of the 2-D weight held by `weight`; `transposed` where it is stored (in, out).
 
-    Where the input holds a view or a copy of W, `part` is its form and (N, K) of W.
+    Where the input holds a view or a copy of W, `part` is its form and (N, K) of W. Where W is
+    stored in another format, `scales` are the graph inputs that may turn it into numbers.
     """
     found: list[Use] = []
     if part is None:
         form = Form.of_weight(transposed=transposed)
-        rows, columns = fake_value(weight).shape
+        rows, columns = _sizes(fake_value(weight))
         shape = (columns, rows) if transposed else (rows, columns)
     else:
         form, shape = part
-    pending = [_Held(weight, shape, weight, form, plain=part is None)]
+        for size in fake_value(weight).shape:
+            int(size)  # a guard: an attribute's sizes may be symbols, the weight's are not
+    stored = not is_dense(fake_value(weight))
+    pending = [_Held(weight, shape, weight, form, part is None and not stored, stored, scales)]
     while pending:
         held = pending.pop()
         for user in list(held.node.users):
@@ -136,8 +151,18 @@ def uses_of(
                 if isinstance(outcome, _Held):
                     pending.append(outcome)
                 else:
-                    found.append(outcome)
+                    found.append(replace(outcome, stored=held.stored))
     return found
+
+
+def _sizes(value: torch.Tensor) -> tuple[Any, ...]:
+    """Sizes, those that the graph is guarded on as numbers."""
+    return tuple(
+        int(size)
+        if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Integer)
+        else size
+        for size in value.shape
+    )
 
 
 def _interpret(held: _Held, user: fx.Node) -> list[_Held | Use]:
@@ -179,7 +204,7 @@ def _expand(held: _Held, user: fx.Node) -> _Held:
 
 
 def _reshape(held: _Held, user: fx.Node) -> _Held | Use:
-    after = fake_value(user).shape
+    after = _sizes(fake_value(user))
     form = held.form.reshaped(held.sizes, after)
     if form is None:
         return held.unknown(user, "it is reshaped across its rows")
@@ -189,7 +214,7 @@ def _reshape(held: _Held, user: fx.Node) -> _Held | Use:
 def _slice(held: _Held, user: fx.Node) -> _Held | Use:
     given = bound(user)
     dim, start, step = given["dim"] % len(held.form.axes), given["start"] or 0, given["step"]
-    size, rest = held.sizes[dim], fake_value(user).shape[dim]
+    size, rest = held.sizes[dim], _sizes(fake_value(user))[dim]
     if same_size(size, rest) and start == 0 and step == 1:
         return held.as_node(user, held.form, plain=True)
     if not all(isinstance(number, int) for number in (size, start, step)):
@@ -217,7 +242,7 @@ def _taken_apart(held: _Held, user: fx.Node) -> list[_Held | Use]:
     """split, unbind: a tuple whose items are got one by one."""
     dim, parts = bound(user)["dim"] % len(held.form.axes), fake_value(user)
     single = user.target is aten.unbind.int
-    sizes = [1 if single else part.shape[dim] for part in parts]
+    sizes = [1 if single else _sizes(part)[dim] for part in parts]
     if not all(isinstance(size, int) for size in sizes):
         return [held.unknown(user, "it is split by a size that varies")]
     found: list[_Held | Use] = []
@@ -230,6 +255,17 @@ def _taken_apart(held: _Held, user: fx.Node) -> list[_Held | Use]:
             _part(held, item, form.selected(dim, start) if single else form.sliced(dim, start, 1))
         )
     return found
+
+
+def _scaled(held: _Held, user: fx.Node) -> _Held | Use:
+    """Stored numbers times the scale of their module, the weight dequantised where it is used."""
+    first, second = arguments_of(user)
+    other = second if first is held.node else first
+    scale = _input_of(other) if isinstance(other, fx.Node) else None
+    same_sizes = _sizes(fake_value(user)) == held.sizes
+    if not held.stored or scale not in held.scales or first is second or not same_sizes:
+        return held.unknown(user, f"no rule for {user.target}")
+    return replace(held, node=user, stored=False)
 
 
 def _operands(user: fx.Node) -> tuple[Any, Any, Any]:
@@ -320,49 +356,19 @@ _HANDLERS: tuple[tuple[frozenset[Any], _Handler], ...] = (
     ),
     (frozenset({aten.linear.default}), _linear),
     (frozenset({aten.embedding.default}), _embedding),
+    (frozenset({aten.mul.Tensor}), _scaled),
 )
-
-
-def origin_of(y: fx.Node, uses: dict[fx.Node, Use]) -> Use | None:
-    """The use whose output `y` is, up to views, casts and the addition of a constant (the bias).
-
-    A delta added to `y` is then the same as one added to the use's output.
-    """
-    node: Any = y
-    while isinstance(node, fx.Node) and node not in uses:
-        if node.target in SAME_VALUE or node.target in RESHAPES:
-            node = arguments_of(node)[0]
-        elif node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1:
-            left, right = arguments_of(node)
-            if isinstance(right, fx.Node) and is_constant(right):
-                node = left
-            elif isinstance(left, fx.Node) and is_constant(left):
-                node = right
-            else:
-                return None
-        else:
-            return None
-    return uses.get(node) if isinstance(node, fx.Node) else None
 
 
 def is_constant(node: fx.Node) -> bool:
     """True for a graph input seen through views and casts: a bias, not something computed."""
+    return _input_of(node) is not None
+
+
+def _input_of(node: fx.Node) -> fx.Node | None:
+    """The graph input that `node` is, seen through views and casts."""
     while node.op == "call_function" and (node.target in SAME_VALUE or node.target in RESHAPES):
         if not isinstance(arguments_of(node)[0], fx.Node):
-            return False
+            return None
         node = arguments_of(node)[0]
-    return node.op == "placeholder"
-
-
-def depends_on(node: fx.Node, ancestors: set[fx.Node]) -> bool:
-    """True where `node` is computed from one of `ancestors`."""
-    seen: set[fx.Node] = set()
-    pending = [node]
-    while pending:
-        current = pending.pop()
-        if current in ancestors:
-            return True
-        if current not in seen:
-            seen.add(current)
-            pending.extend(current.all_input_nodes)
-    return False
+    return node if node.op == "placeholder" else None

@@ -18,9 +18,10 @@ from torch import fx
 from lorafx.context import EMBEDDING_OP, GROUPED_OP, SITE_OP, Context, Refusal, is_site
 from lorafx.frame import FrameInput, arguments_of, fake_value
 from lorafx.marks import UNPROVED, is_dense
+from lorafx.origins import depends_on, origin_of
 from lorafx.replaced import replaced_sites
 from lorafx.sites import Site, own_ranges
-from lorafx.weight_uses import Use, depends_on, origin_of, uses_of
+from lorafx.weight_uses import Use, uses_of
 
 USE_KINDS = {"linear": "linear", "blocks": "linear", "embedding": "embedding"}
 
@@ -90,7 +91,7 @@ def _uses(ctx: Context) -> dict[fx.Node, Use]:
     for node, item in list(ctx.frame.by_node.items()):
         if item.kind != "weight":
             continue
-        for use in _uses_of_input(node, item):
+        for use in _uses_of_input(ctx, node, item):
             other = uses.get(use.node)
             if other is not None:
                 ctx.refuse(_unknown(ctx, _joined(ctx, other, use)))
@@ -99,17 +100,23 @@ def _uses(ctx: Context) -> dict[fx.Node, Use]:
     return uses
 
 
-def _uses_of_input(node: fx.Node, item: FrameInput) -> list[Use]:
+def _uses_of_input(ctx: Context, node: fx.Node, item: FrameInput) -> list[Use]:
     """The uses of one input, the weight itself or what was made of it."""
     derived = item.derived
     if derived is None:
         transposed = any(site.eligible.transposed for site in item.sites)
-        return uses_of(node, transposed=transposed)
+        modules = {id(site.module) for site in item.sites}
+        scales = {
+            other
+            for other, state in ctx.frame.by_node.items()
+            if state.holder is not None and id(state.holder.module) in modules
+        }
+        return uses_of(node, transposed=transposed, scales=scales)
     if derived.form is not None:
         return uses_of(node, transposed=False, part=(derived.form, derived.shape))
     reason = (
-        f"{item.label} holds its numbers in an order that no rule follows; keep views of the "
-        "weight, or copies of whole rows of it"
+        f"{item.label} holds numbers of it in an order, scale or precision that no rule "
+        "follows; keep views of the weight, or copies of its rows"
     )
     return [Use("unknown", node, user, reason=reason) for user in node.users]
 
@@ -188,7 +195,7 @@ def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
     if use.kind == "unknown":
         return _unknown(ctx, use)
     where = ctx.where(use.node)
-    if _is_stored(use):
+    if use.stored:
         dtype = fake_value(use.weight).dtype
         return Refusal(sites, "always", f"its weight, {dtype}, is used outside of its call{where}")
     kind = USE_KINDS[use.kind]

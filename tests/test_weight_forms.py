@@ -1,0 +1,145 @@
+"""Forms against the numbers themselves: a form says of each entry which entry of W it is."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorafx.weight_forms import FIXED, Form, rows_alike, rows_form, strided_form
+
+N, K = 12, 10
+#: Each entry of W (N, K) is its own place.
+PLACES = torch.arange(N * K).view(N, K)
+
+
+def entries(form: Form, shape: tuple[int, ...]) -> Tensor:
+    """The places that `form` says a tensor of this shape holds."""
+    out, into = torch.tensor(form.out), torch.tensor(form.into)
+    for axis, size in zip(form.axes, shape, strict=True):
+        index = torch.arange(size) % (axis.period or size)
+        out, into = out[..., None] + index * axis.out, into[..., None] + index * axis.into
+    assert bool((out < N).all() and (into < K).all())
+    return out * K + into
+
+
+def some_shape(rng: random.Random, count: int) -> tuple[int, ...]:
+    shape: list[int] = []
+    while count > 1:
+        factor = rng.choice([d for d in range(2, count + 1) if count % d == 0])
+        shape.append(factor)
+        count //= factor
+    return tuple(shape + [1] * rng.randint(0, 1))
+
+
+def step(rng: random.Random, tensor: Tensor, form: Form) -> tuple[Tensor, Form | None]:
+    """One random view of the tensor and of its form."""
+    dims = tensor.dim()
+    kind = rng.choice(["view", "permute", "slice", "select", "expand"])
+    if kind == "view":
+        shape = some_shape(rng, tensor.numel())
+        return tensor.reshape(shape), form.reshaped(tensor.shape, shape)
+    if kind == "permute":
+        order = rng.sample(range(dims), dims)
+        return tensor.permute(order), form.permuted(order)
+    if kind == "expand":
+        wide = tensor.expand(rng.randint(1, 3), *tensor.shape)
+        return wide, form._replace(axes=(FIXED, *form.axes))
+    dim = rng.randrange(dims)
+    size = tensor.shape[dim]
+    if kind == "select":
+        index = rng.randrange(size)
+        return tensor.select(dim, index), form.selected(dim, index)
+    start, stride = rng.randrange(size), rng.randint(1, 2)
+    index = torch.arange(start, size, stride)
+    return tensor.index_select(dim, index), form.sliced(dim, start, stride)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_views_and_their_forms_agree(seed: int) -> None:
+    rng, followed = random.Random(seed), 0
+    for _ in range(100):
+        transposed = rng.random() < 0.5
+        tensor, form = PLACES.T if transposed else PLACES, Form.of_weight(transposed=transposed)
+        for _ in range(rng.randint(1, 6)):
+            tensor, after = step(rng, tensor, form)
+            if after is None or tensor.dim() == 0:
+                break
+            form = after
+            assert torch.equal(entries(form, tensor.shape), tensor)
+            followed += 1
+    assert followed > 50
+
+
+def test_forms_of_the_usual_cuts() -> None:
+    heads, n, v = 3, 3, 1
+    form = Form.of_weight(transposed=False).reshaped((N, K), (heads, n + v, K))
+    assert form is not None
+    w_uv = form.sliced(1, n, 1)
+    assert w_uv is not None
+    assert w_uv.axes == ((n + v, 0, 0), (1, 0, 0), (0, 1, 0))
+    assert (w_uv.out, w_uv.into) == (n, 0)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_forms_by_storage(transposed: bool) -> None:
+    """Views of a weight that is itself part of a larger buffer, and stored either way."""
+    rng, found = random.Random(0), 0
+    buffer = torch.arange(7 + N * K + 5)
+    weight = buffer[7 : 7 + N * K].view((K, N) if transposed else (N, K))
+    places = torch.arange(N * K).view(N, K)
+    truth = buffer.clone()
+    truth[7 : 7 + N * K] = (places.T if transposed else places).reshape(-1)
+    for _ in range(500):
+        sizes = tuple(rng.randint(1, 5) for _ in range(rng.randint(1, 3)))
+        strides = tuple(rng.choice([0, 1, 2, 5, K, 2 * K, N, 4 * N, 13]) for _ in sizes)
+        offset = rng.randint(0, len(buffer) - 1)
+        if offset + sum((s - 1) * t for s, t in zip(sizes, strides, strict=True)) >= len(buffer):
+            continue
+        form = strided_form(sizes, strides, offset, weight, transposed=transposed)
+        if form is not None:
+            assert torch.equal(entries(form, sizes), truth.as_strided(sizes, strides, offset))
+            found += 1
+    assert found > 20
+
+
+def test_windows_across_rows_and_outside_have_no_form() -> None:
+    weight = torch.randn(N, K)
+    assert strided_form((N, K), (K, 1), 0, weight, transposed=False) is not None
+    assert strided_form((N, K), (K, 1), 1, weight, transposed=False) is None
+    assert strided_form((3, 3), (K + 1, 1), 0, weight, transposed=False) is None
+    assert strided_form((N * K,), (1,), 0, weight, transposed=False) is None
+    assert strided_form((2, K), (K, 1), (N - 1) * K, weight, transposed=False) is None
+
+
+def test_forms_by_value() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(N, K)
+    blocks = weight.view(3, 4, K)
+    for copy in (
+        blocks[:, :3].clone(),
+        blocks[:, 3:].clone(),
+        blocks.permute(1, 2, 0).clone(),
+        weight[1::2].clone(),
+        weight.T.clone(),
+    ):
+        form = rows_form(copy, weight)
+        assert form is not None
+        assert torch.equal(weight.flatten()[entries(form, copy.shape)], copy)
+    assert rows_form(blocks[[2, 0, 1]], weight) is None
+    assert rows_form(weight * 2, weight) is None
+    assert rows_form(torch.randn(3, K), weight) is None
+    changed = blocks.clone()
+    changed[2, 3, 4] += 1
+    assert rows_form(changed, weight) is None
+
+
+def test_rows_in_another_scale_or_precision_are_alike() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(N, K)
+    assert rows_alike(weight.view(3, 4, K)[:, 1:].mT * 0.1, weight)
+    assert rows_alike(weight.bfloat16().float(), weight)
+    assert not rows_alike(torch.randn(5, K), weight)
+    assert not rows_alike(weight[:, :5], weight)
