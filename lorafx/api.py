@@ -18,6 +18,7 @@ from lorafx.adapter_store.peft_reader import Adapter, adapter_target_modules, re
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.attached import session_of, session_of_weight
 from lorafx.attached_backend import attach_session
+from lorafx.collector import collection_paused
 from lorafx.compiled import CompiledModel
 from lorafx.config import LoraConfig, Options
 from lorafx.errors import CaptureError, ConfigError, LorafxWarning, nearest
@@ -166,7 +167,8 @@ def _marked(
         sources = {**taken.adapters, **sources}
     try:
         config, extra = _resolve(lora_config, sources, model)
-        built = _build(model, config, settings, {**extra, **sources})
+        with collection_paused():
+            built = _build(model, config, settings, {**extra, **sources})
     except BaseException:
         if taken is not None:
             taken.restore()

@@ -64,16 +64,27 @@ class ModuleGraph:
     because packing re-points parameters to another storage.
     """
 
-    def __init__(self, root: nn.Module, graph: nx.DiGraph, canonical: dict[int, str]) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        graph: nx.DiGraph,
+        modules: dict[str, nn.Module],
+        shared: Iterable[nn.Module],
+    ) -> None:
+        """`modules` by canonical path; `shared` are those that more than one name leads to."""
         self.root = root
         self.graph = graph
-        self._canonical = canonical
+        self._modules = modules
+        self._canonical = {id(module): path for path, module in modules.items()}
+        self._several = self._below(shared)
 
     @classmethod
     def of(cls, root: nn.Module) -> ModuleGraph:
         """The graph of `root` and everything registered below it, in one walk over its edges."""
         graph: nx.DiGraph = nx.DiGraph()
-        canonical: dict[int, str] = {}
+        modules: dict[str, nn.Module] = {}
+        known: set[int] = set()
+        shared: list[nn.Module] = []
         # (parent node, attribute, path, module); popped in the order of named_modules().
         stack: list[tuple[Node | None, str, str, nn.Module]] = [(None, "", "", root)]
         while stack:
@@ -81,9 +92,11 @@ class ModuleGraph:
             node: Node = ("module", id(module))
             if parent is not None:
                 _add_edge(graph, parent, node, name)
-            if id(module) in canonical:
+            if id(module) in known:
+                shared.append(module)
                 continue
-            canonical[id(module)] = path
+            known.add(id(module))
+            modules[path] = module
             graph.add_node(node, kind="module", module=module, path=path)
             for kind, tensors in (("parameter", module._parameters), ("buffer", module._buffers)):
                 for attribute, tensor in tensors.items():
@@ -97,14 +110,13 @@ class ModuleGraph:
                 for child_name, child in reversed(list(module._modules.items()))
                 if child is not None
             )
-        self = cls(root, graph, canonical)
+        self = cls(root, graph, modules, shared)
         self._read_storages()
         return self
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """(canonical path, module) of every instance, in the order of `named_modules()`."""
-        for (_, key), path in zip(self._module_nodes(), self._canonical.values(), strict=True):
-            yield path, self.graph.nodes["module", key]["module"]
+        yield from self._modules.items()
 
     def path(self, module: nn.Module) -> str:
         """Canonical path of an instance. LorafxError when the model does not hold it."""
@@ -123,6 +135,8 @@ class ModuleGraph:
         not hold `module`.
         """
         found = dict.fromkeys([self.path(module)])
+        if id(module) not in self._several:
+            return tuple(found)
         root: Node = ("module", id(self.root))
         start: Node = ("module", id(module))
         # Every parent chain of a graph without cycles ends at the root; the step bound is for
@@ -216,8 +230,16 @@ class ModuleGraph:
         )
         return [owners for owners in held if len(owners) > 1]
 
-    def _module_nodes(self) -> Iterator[Node]:
-        return (("module", key) for key in self._canonical)
+    def _below(self, modules: Iterable[nn.Module]) -> set[int]:
+        """`id` of `modules` and of everything below them."""
+        seen: set[int] = set()
+        pending = list(modules)
+        while pending:
+            module = pending.pop()
+            if id(module) not in seen:
+                seen.add(id(module))
+                pending.extend(child for child in module._modules.values() if child is not None)
+        return seen
 
     def _names(self, source: Node, target: Node) -> list[str]:
         # Not `graph.edges`: networkx keeps that view on the graph it points to, and the cycle

@@ -10,7 +10,8 @@ A module with several paths is named when one of them is.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import cached_property
 
 from torch import nn
 
@@ -19,7 +20,16 @@ from lorafx.errors import ConfigError, nearest
 ALL_LINEAR = "all-linear"
 
 
-class SavedNames(tuple[str, ...]):
+class Entries(tuple[str, ...]):
+    """Module names and dotted suffixes of paths. A model has thousands of modules and a list may
+    have as many entries, so they are looked up by what a path ends with."""
+
+    @cached_property
+    def as_set(self) -> frozenset[str]:
+        return frozenset(self)
+
+
+class SavedNames(Entries):
     """Modules that a checkpoint names. Where an entry is the path of a module it names that one
     alone: a head called `output` does not stand for every `attention.output`."""
 
@@ -48,19 +58,24 @@ def checked(spec: str | Collection[str] | None, field: str) -> str | tuple[str, 
             f"{field} must be a list of module names, one regular expression or "
             f"{ALL_LINEAR!r}, got {spec!r}"
         )
-    return spec if isinstance(spec, SavedNames) else tuple(spec)
+    return spec if isinstance(spec, Entries) else Entries(spec)
 
 
-def entry_names(entry: str, path: str) -> bool:
-    """Whether one entry of a list names `path`, exactly or as a dotted suffix."""
-    return path == entry or path.endswith(f".{entry}")
+def suffixes(path: str) -> Iterator[str]:
+    """The entries of a list that name `path`: itself and its dotted suffixes."""
+    while True:
+        yield path
+        _, dot, path = path.partition(".")
+        if not dot:
+            return
 
 
 def names(spec: str | Sequence[str], paths: Iterable[str]) -> bool:
     """Whether `spec` (not "all-linear") names a module that these paths reach."""
     if isinstance(spec, str):
         return any(re.fullmatch(spec, path) for path in paths)
-    return any(entry_names(entry, path) for path in paths for entry in spec)
+    index = spec.as_set if isinstance(spec, Entries) else frozenset(spec)
+    return any(suffix in index for path in paths for suffix in suffixes(path))
 
 
 def output_embedding(model: nn.Module) -> nn.Module | None:

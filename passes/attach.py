@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lorafx.adapter_store.bank import Bank
+from lorafx.collector import collection_paused
 from lorafx.compat import mark_fixed_shape
 from lorafx.config import LoraConfig
 from lorafx.errors import CaptureError, ConfigError
@@ -62,6 +63,10 @@ class Attach:
     name: ClassVar[str] = "attach"
 
     def run(self, graph: ModuleGraph, sites: Sequence[Site], config: LoraConfig) -> Attachment:
+        with collection_paused():
+            return self._attach(graph, sites, config)
+
+    def _attach(self, graph: ModuleGraph, sites: Sequence[Site], config: LoraConfig) -> Attachment:
         _refuse_marked(graph)
         _refuse_compiled(graph, sites)
         runtime = Runtime(config.max_adapters, _one_device(sites))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from lorafx import targets
+from lorafx.collector import collection_paused
 from lorafx.config import LoraConfig
 from lorafx.errors import LorafxWarning, TargetError
 from lorafx.marks import is_dense
@@ -61,7 +63,7 @@ class _Selection:
         found = {entry: self.graph.find(entry) for entry in exact}
         self.walked = {id(module) for module in found.values()} - {id(None)}
         if isinstance(self.target, targets.SavedNames):
-            self.target = tuple(entry for entry, module in found.items() if module is None)
+            self.target = targets.Entries(e for e, module in found.items() if module is None)
         self.eligible_paths = [item.path for item in self.modules if item.entry is not None]
 
     def sites(self) -> tuple[Site, ...]:
@@ -144,8 +146,16 @@ class _Selection:
                 _warn(f"exclude_modules entry {entry!r} names no module{self._nearest(entry)}")
 
     def _names_any(self, entry: str) -> bool:
-        return self.graph.find(entry) is not None or any(
-            targets.entry_names(entry, path) for item in self.modules for path in item.all_paths
+        return self.graph.find(entry) is not None or entry in self._suffixes
+
+    @cached_property
+    def _suffixes(self) -> frozenset[str]:
+        """Everything that an entry of a list may be to name some module."""
+        return frozenset(
+            suffix
+            for item in self.modules
+            for path in item.all_paths
+            for suffix in targets.suffixes(path)
         )
 
     def _nearest(self, entry: str) -> str:
@@ -359,5 +369,6 @@ def build_sites(model: nn.Module, config: LoraConfig) -> tuple[ModuleGraph, tupl
         TargetError: targets that name nothing or cannot carry LoRA, all in one error.
         ConfigError: a target specification of another form.
     """
-    graph = Alias().run(model)
-    return graph, Select().run(graph, config)
+    with collection_paused():
+        graph = Alias().run(model)
+        return graph, Select().run(graph, config)
