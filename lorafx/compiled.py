@@ -19,6 +19,7 @@ from lorafx.passes.attach import Attachment
 from lorafx.program import Program
 from lorafx.session import Session, checked_names
 from lorafx.sites import Site
+from lorafx.warmup import warm_up
 
 
 class CompiledModel(nn.Module):
@@ -106,6 +107,56 @@ class CompiledModel(nn.Module):
             self.entry(self.model)(*args, **kwargs)
             with self._session.forced_active():
                 self.entry(self.model)(*args, **kwargs)
+
+    def warmup(
+        self,
+        example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
+        *,
+        rank: int | None = None,
+        batch_sizes: Sequence[int] = (1, 8),
+        lengths: Sequence[int] = (16,),
+        generate: bool | Mapping[str, Any] | None = None,
+    ) -> None:
+        """Capture and compile every graph that serving will need, so that no request waits for it.
+
+        Runs the model's forward, with the cache that it returns one token further, and `generate`:
+        each for every batch size and length, with no adapter, one, and a mix. Dummy adapters of a
+        small rank stand for those to come; which ones a batch has makes no graph. Adapters, the
+        default, slots, pins, random states and the buffers of the model are as before afterwards,
+        also when this raises. Other calls wait. Takes as long as compiling does: 20 graphs for a
+        causal language model; lines on a terminal say which one is under way.
+
+        Args:
+            example_inputs: a call's keyword arguments (or positional ones), or a list of such
+                calls: graphs are for the arguments that a call has. Without them token ids and
+                an attention mask, made from the model's configuration.
+            rank: of the dummies; None for 8, or `max_rank` where that is less. Rounded up to the
+                least common multiple of the shard counts where a class cuts the rank
+                (`lorafx.register(rank_shards=...)`).
+            batch_sizes: numbers of requests. One is a graph of its own and all others share one,
+                whose Triton kernels are planned for the first of them: give what you will serve.
+            lengths: numbers of tokens of a prompt, likewise. Prompts of one token make graphs of
+                their own: give (16, 1) to have them. Where a model's attention has a window, give
+                one length beyond it too.
+            generate: None runs forward, and `generate` where the model can; False forward alone;
+                True, or keyword arguments to run it with (`{"num_beams": 4}`), `generate` alone.
+
+        Raises:
+            ConfigError: an argument that cannot be honoured, or a model whose inputs cannot be
+                derived.
+            CapacityError: `max_rank` is less than the dummies' rank.
+            CaptureError: the model was detached, moved, or needs more graphs than allowed.
+            Whatever the model's own forward raises for these inputs.
+        """
+        self._check_attached()
+        warm_up(
+            self,
+            example_inputs,
+            rank=rank,
+            batch_sizes=batch_sizes,
+            lengths=lengths,
+            generate=generate,
+        )
 
     # --- adapters ---
 

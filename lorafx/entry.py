@@ -24,7 +24,7 @@ from lorafx.errors import CaptureError
 from lorafx.guards import keep_guards
 from lorafx.packing import check_packed
 from lorafx.program import Program
-from lorafx.roles import IMAGES, RoleTable
+from lorafx.roles import IMAGES, TOKEN_DIMS, RoleTable
 from lorafx.session import Session
 
 
@@ -47,6 +47,10 @@ class Entry:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         session = self.session
         named = self.roles.bind(args, kwargs) if args else kwargs
+        if args and self.roles.by_name(args, kwargs):  # one graph for both ways to write a call
+            args, kwargs = (), named
+        if not args:
+            named = kwargs = _plain_tokens(kwargs)
         if session.tokens is None:
             session.set_batch(self.roles, named)
         else:
@@ -68,6 +72,21 @@ class Entry:
                     f"Options.recompile_limit allows, and this call needs one more: {error}"
                 ) from error
             raise
+
+
+def _plain_tokens(named: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with token ids and masks that are views copied, 8 bytes a token: Dynamo guards
+    on strides and on what a tensor is a view of, so `ids[:, -1:]` would be a graph of its own."""
+    return {
+        name: value.clone(memory_format=torch.contiguous_format)
+        if name in TOKEN_DIMS
+        and isinstance(value, Tensor)
+        and value._is_view()
+        and value.dim() == 2
+        and not value.is_floating_point()
+        else value
+        for name, value in named.items()
+    }
 
 
 def _fix_image_sizes(named: Mapping[str, Any]) -> None:

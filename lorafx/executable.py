@@ -179,6 +179,5 @@ def _looked_up(
 def _zeros(layout: Layout, device: torch.device) -> Tensor:
     """A tensor of this layout whose memory holds zeros, gaps included."""
     shape, strides, dtype = layout
-    made = torch.empty_strided(shape, strides, dtype=dtype, device=device)
-    made.untyped_storage().fill_(0)
-    return made
+    reach = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    return torch.zeros(reach + 1, dtype=dtype, device=device).as_strided(shape, strides)

@@ -75,6 +75,8 @@ class Eligible:
             sizes; None where the forward maps (…, K) to (…, N).
         packed: instances compute several projections, so that a class in its place has to say
             the size of each.
+        rank_shards: instance -> how many processes the rank is cut over, which an adapter's rank
+            has to be a multiple of; None where it is not cut.
     """
 
     cls: type[nn.Module]
@@ -86,6 +88,7 @@ class Eligible:
     sharding: Sharding | None = None
     handler: Handler | None = None
     packed: bool = False
+    rank_shards: Callable[[nn.Module], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,7 @@ def register(
     sharding: Sharding | None = None,
     handler: Handler | None = None,
     packed: bool = False,
+    rank_shards: Callable[[nn.Module], int] | None = None,
 ) -> Eligible:
     """Make `cls` and its subclasses eligible; a later call for the same class replaces.
 
@@ -182,6 +186,8 @@ def register(
             or return more than y. It is trusted, holds for subclasses too, runs in eager mode and
             is traced in graphs; at module level it survives pickling.
         packed: what `register_oot` puts in the place of the class must offer output sizes.
+        rank_shards: for a class that cuts the rank of its factors over processes, a function of
+            the instance giving how many; `warmup` makes its adapters' rank a multiple of it.
 
     Raises:
         ConfigError: `cls` is no module class, `kind` is none of the three, or `handler` cannot
@@ -196,7 +202,9 @@ def register(
         raise ConfigError(f"register({cls.__qualname__}): handler={handler!r} cannot be called")
     slices = None if output_sizes is None else SliceSizes(output_sizes)
     sizes = Sizes(in_features, out_features)
-    entry = Eligible(cls, kind, sizes, weight, transposed, slices, sharding, handler, packed)
+    entry = Eligible(
+        cls, kind, sizes, weight, transposed, slices, sharding, handler, packed, rank_shards
+    )
     _REGISTERED[cls] = entry
     return entry
 

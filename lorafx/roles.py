@@ -116,6 +116,13 @@ class RoleTable:
         # A model that names its main input declares roles; for others batch first is the contract.
         self._declares_roles = hasattr(module, "main_input_name")
 
+    def by_name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the call's arguments can all be given by name."""
+        kinds = [parameter.kind for parameter in self._signature.parameters.values()]
+        positional = sum(kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for kind in kinds)
+        only = inspect.Parameter.POSITIONAL_ONLY
+        return len(args) <= positional and kinds.count(only) == 0
+
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The call's arguments by name; positional extras as `args.0`, ...; keyword extras flat."""
         bound = self._signature.bind_partial(*args, **kwargs)

@@ -43,6 +43,9 @@ class Session:
     tokens: Tensor | None = None
     repeats: bool = False
     force_active: bool = False
+    #: The running calls only have graphs captured: nothing of their results is used, so what could
+    #: not be served rightly is not refused.
+    warming: bool = False
     has_mha: bool = field(init=False)
     #: The adapters that were served last, and the sites that they touch.
     _served: list[StoredAdapter] = field(default_factory=list)
@@ -137,7 +140,11 @@ class Session:
         if [id(adapter) for adapter in stored] != [id(adapter) for adapter in self._served]:
             self._served = stored
             self._touched = frozenset().union(*(adapter.sites for adapter in stored))
-        program.touched = self._touched
+        program.touched = frozenset() if self.warming else self._touched
+
+    def forget_served(self) -> None:
+        """Keep no adapter that was served alive."""
+        self._served, self._touched = [], frozenset()
 
     def repeating(self) -> bool:
         """Whether rows of one request may follow one another though `repeats` does not say so."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -78,6 +79,7 @@ class AdapterStore:
         self._slots: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._pinned: set[str] = set()
         self._last: tuple[tuple[str | None, ...], tuple[int, ...]] | None = None
+        self._written: set[int] | None = None  # slots, inside `set_aside`
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -146,6 +148,30 @@ class AdapterStore:
             self._check_known([name])
             self._pinned.discard(name)
 
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """An empty store inside the block; afterwards everything is as it was, in the same slots.
+
+        Other threads that ask for the store wait. Slots that were written inside are written again
+        with what they held, or cleared.
+        """
+        with self._lock:
+            before = self._adapters, self._slots, self._pinned, self._last
+            self._adapters, self._slots, self._pinned, self._last = {}, OrderedDict(), set(), None
+            written: set[int] = set()
+            self._written = written
+            try:
+                yield
+            finally:
+                self._written = None
+                self._adapters, self._slots, self._pinned, self._last = before
+                holders = {slot: name for name, slot in self._slots.items()}
+                for slot in written:
+                    if slot in holders:
+                        self._write(slot, self._adapters[holders[slot]])
+                    else:
+                        self._clear(slot)
+
     def acquire(self, names: Sequence[str | None]) -> list[int]:
         """The slot of each row's adapter, -1 for None and "__base__".
 
@@ -201,6 +227,8 @@ class AdapterStore:
             self._slots[name] = slot
 
     def _write(self, slot: int, stored: StoredAdapter) -> None:
+        if self._written is not None:
+            self._written.add(slot)
         for g, group in enumerate(self._groups):
             factors = stored.factors.get(g)
             if factors:

@@ -1,0 +1,366 @@
+"""Warm-up: nothing is compiled after it, and nothing else has changed."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from typing import ClassVar
+
+import pytest
+import torch
+from dense_merge import Case, check_mixed, error, random_base
+from tiny_models import FAMILIES, token_inputs
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import lorafx
+from lorafx.errors import CapacityError, ConfigError
+from lorafx.example_inputs import derived_example
+from lorafx.passes.select import build_sites
+from lorafx.warmup import DEFAULT_RANK, dummy, dummy_rank
+
+FEED = FAMILIES["plain"].inputs
+
+
+def frames() -> int:
+    """Frames that Dynamo has compiled in this process."""
+    return counters["frames"]["ok"]
+
+
+class Captured:
+    """Graphs of a compiled model since it was made; asked again, those that came since."""
+
+    def __init__(self, cm: lorafx.CompiledModel) -> None:
+        self.cm, self.before = cm, (cm.recompiles, frames())
+
+    @property
+    def more(self) -> bool:
+        return (self.cm.recompiles, frames()) != self.before
+
+
+# --- nothing is compiled afterwards ---
+
+
+def test_forward_and_decode_compile_nothing(case_of) -> None:
+    """One request and several, prompts and single tokens with a cache, any mix and none."""
+    case = case_of("gpt2")
+    cm = case.compile(options={"verify": "off"})
+    cm.warmup(batch_sizes=(1, 2), lengths=(6,), generate=False)
+    captured = Captured(cm)
+    assert cm.recompiles == 8  # {1, more} × {prompt, decode} × {base, adapters}
+    torch.manual_seed(0)
+    mixes = ([None], ["a1"], ["a0", None, "a2"], ["a3"] * 2, [None] * 4, ["a4", "a0", None, "a1"])
+    for length, names in zip((3, 9, 5, 2, 7, 4), mixes, strict=True):
+        inputs = token_inputs(len(names), length)
+        output = cm(**inputs, adapter_names=names)
+        longer = torch.cat([inputs["attention_mask"], torch.ones(len(names), 1).long()], 1)
+        cm(
+            input_ids=inputs["input_ids"][:, -1:],
+            attention_mask=longer,
+            past_key_values=output.past_key_values,
+            adapter_names=names,
+        )
+    check_mixed(cm, case, ["a0", None, "a1"], token_inputs(3, 5))
+    assert not captured.more
+
+
+def test_generate_compiles_nothing(shallow: Case) -> None:
+    """Prompts of equal lengths and padded ones, beams, batches of any mix and of none."""
+    cm = shallow.compile(options={"verify": "off"})
+    cm.warmup(batch_sizes=(2,), lengths=(8,), generate=True)
+    captured = Captured(cm)
+    torch.manual_seed(0)
+    fixed = {"pad_token_id": 0, "max_new_tokens": 4, "do_sample": False}
+    for names, length in ((["a0", None, "a1"], 5), ([None] * 2, 9), (["a3", "a3", "a0", None], 3)):
+        inputs = token_inputs(len(names), length)
+        got = cm.generate(**inputs, **fixed, adapter_names=names)
+        cm.generate(inputs["input_ids"], **fixed, adapter_names=names)
+        for row, name in enumerate(names):
+            one = {key: value[row : row + 1] for key, value in inputs.items()}
+            want = shallow.alone(name).generate(**one, **fixed)[0]
+            assert torch.equal(got[row][: len(want)], want)
+    assert not captured.more
+
+
+@pytest.mark.slow
+def test_requests_compile_nothing_under_inductor(shallow: Case) -> None:
+    cm = shallow.compile(options={"lowering": "inductor", "verify": "off"})
+    cm.warmup(batch_sizes=(1, 4))
+    captured = Captured(cm)
+    torch.manual_seed(0)
+    for names in (["a0"], [None], ["a0", None, "a1"], [None] * 2):
+        inputs = token_inputs(len(names), 6)
+        cm(**inputs, adapter_names=names)
+        cm.generate(**inputs, pad_token_id=0, max_new_tokens=3, adapter_names=names)
+    check_mixed(cm, shallow, ["a2", None, "a1", "a0", "a3"], token_inputs(5, 7))
+    assert not captured.more
+
+
+def test_example_inputs_of_a_model_without_a_configuration(plain: Case) -> None:
+    torch.manual_seed(0)
+    by_name, by_position, listed = (plain.compile() for _ in range(3))
+    by_name.warmup(FEED(2, 4), batch_sizes=(1,))
+    by_position.warmup((FEED(2, 4)["ids"],), batch_sizes=(1,))
+    listed.warmup([FEED(2, 4), FEED(1, 4)], batch_sizes=(2,))
+    for cm in (by_name, by_position, listed):
+        captured = Captured(cm)
+        for names in (["a0", "a1", None], ["a2"], [None] * 4, [None]):
+            inputs = FEED(len(names), 6)
+            got = cm(**inputs, adapter_names=names)["logits"]
+            assert error(got, plain.expected(names, inputs)) <= 1e-5
+            cm(inputs["ids"], adapter_names=names)  # the same graph, given by position
+        assert not captured.more
+        assert cm.recompiles == 4  # {1, more} × {base, adapters}
+
+
+# --- nothing else changes ---
+
+
+def _state(cm: lorafx.CompiledModel) -> tuple[object, ...]:
+    session = cm._session
+    store, runtime = session.store, session.program.runtime
+    return (
+        cm.adapters,
+        store.resident,
+        list(store.resident),
+        store.pinned,
+        session.default,
+        cm.memory(),
+        runtime.rows,
+        runtime.active,
+        session.program.touched,
+        session.requests,
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        cm.training,
+        [module.training for module in cm.model.modules()],
+        torch.is_grad_enabled(),
+    )
+
+
+def test_adapters_slots_pins_and_random_states_are_as_before(plain: Case) -> None:
+    """Also where every slot is taken, all but one by pinned adapters."""
+    cm = lorafx.compile(
+        plain.model(),
+        lorafx.LoraConfig(max_adapters=3, max_rank=8),
+        adapters=plain.folders,
+        options={"lowering": "reference"},
+    )
+    torch.manual_seed(3)
+    inputs = FEED(3, 4)
+    names = ["a1", "a3", "a0"]
+    cm.pin_adapter("a3")
+    cm.pin_adapter("a0")
+    cm.set_adapter("a1")
+    before_logits = cm(**inputs, adapter_names=names)["logits"]
+    before = _state(cm)
+    cm.warmup(inputs, batch_sizes=(1, 5))
+    assert _state(cm) == before
+    captured = Captured(cm)
+    assert torch.equal(cm(**inputs, adapter_names=names)["logits"], before_logits)
+    assert error(cm(**inputs)["logits"], plain.expected(["a1"] * 3, inputs)) <= 1e-5
+    check_mixed(cm, plain, ["a2", None, "a0"], inputs)  # a2 takes the slot of a1
+    assert not captured.more
+
+
+def test_a_model_without_adapters_is_warmed_up_for_those_to_come(plain: Case) -> None:
+    cm = lorafx.compile(
+        plain.model(), lorafx.LoraConfig(max_rank=8), options={"lowering": "reference"}
+    )
+    torch.manual_seed(0)
+    cm.warmup(FEED(2, 3), batch_sizes=(1,))
+    captured = Captured(cm)
+    assert cm.adapters == ()
+    assert cm.memory()["host"] == 0
+    assert all(bool((group.bank.ranks == 0).all()) for group in cm._session.program.groups)
+    for name in ("a0", "a1"):
+        cm.load_adapter(plain.folders[name], name)
+    check_mixed(cm, plain, ["a0", None, "a1"], FEED(3, 4))
+    assert not captured.more
+
+
+class Failing(nn.Module):
+    """Raises for batches of three; a buffer counts its calls."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(12, 20)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        if x.shape[0] == 3:
+            raise RuntimeError("no batch of three")
+        self.calls += 1
+        noise = torch.rand(()) * 0
+        return {"logits": self.up(x) + noise}
+
+
+@pytest.mark.parametrize("batch_sizes", [(1, 2), (2, 3)])
+def test_a_warmup_that_raises_leaves_no_trace(small, batch_sizes: tuple[int, ...]) -> None:
+    """Nor does one that does not: dummies, buffers and random numbers are put back."""
+    case = small(Failing, ["up"])
+    cm = case.compile()
+    inputs = {"x": torch.randn(2, 12)}
+    names = ["a", None]
+    want = cm(**inputs, adapter_names=names)["logits"]
+    calls, before = cm.model.calls.clone(), _state(cm)
+    if 3 in batch_sizes:
+        with pytest.raises(RuntimeError, match="no batch of three"):
+            cm.warmup(inputs, batch_sizes=batch_sizes)
+    else:
+        cm.warmup(inputs, batch_sizes=batch_sizes)
+    assert _state(cm) == before
+    assert torch.equal(cm.model.calls, calls)
+    assert torch.equal(cm(**inputs, adapter_names=names)["logits"], want)
+    assert cm.adapters == ("a", "b")
+
+
+def test_progress_is_shown_on_a_terminal_only(
+    plain: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain.compile().warmup(FEED(2, 3), batch_sizes=(2,))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    plain.compile().warmup(FEED(2, 3), batch_sizes=(2,))
+    shown = capsys.readouterr().err
+    assert "warm-up 1 of 3: forward, 2 requests, no adapter" in shown
+    assert "warm-up 3 of 3: forward, 2 requests, a mix: " in shown
+    assert "compiling graph 0 base: " in shown
+
+
+# --- dummies ---
+
+
+class Cut(nn.Linear):
+    """A linear whose factors' rank is cut over `shards` processes."""
+
+    shards = 1
+
+
+@pytest.fixture
+def cut() -> Iterator[type[Cut]]:
+    lorafx.register(Cut, rank_shards=lambda module: module.shards)
+    yield Cut
+    lorafx.unregister(Cut)
+
+
+class TwoCuts(nn.Module):
+    def __init__(self, *shards: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Cut(6, 6) for _ in shards)
+        for layer, count in zip(self.layers, shards, strict=True):
+            layer.shards = count
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def _sites(model: nn.Module) -> tuple[lorafx.Site, ...]:
+    return build_sites(model, lorafx.LoraConfig())[1]
+
+
+def test_rank_of_dummies_is_a_multiple_of_the_shard_counts(cut: type[Cut]) -> None:
+    assert dummy_rank(_sites(TwoCuts(1, 1)), 16) == DEFAULT_RANK == 8
+    assert dummy_rank(_sites(TwoCuts(1, 1)), 3) == 3
+    assert dummy_rank(_sites(TwoCuts(4, 2)), 16) == 8
+    assert dummy_rank(_sites(TwoCuts(4, 6)), 16) == 12  # 8, up to a multiple of 12
+    assert dummy_rank(_sites(TwoCuts(4, 6)), 48, 25) == 36
+    assert dummy_rank(_sites(nn.Sequential(nn.Linear(3, 4))), 16, 5) == 5
+
+
+def test_a_rank_that_the_banks_have_no_room_for(cut: type[Cut]) -> None:
+    """Named: the default rank, the multiple, max_rank, and what to compile with."""
+    wanted = (
+        r"default rank 8, rounded up to a multiple of 12 because ranks are sharded "
+        r"\(layers.0 4, layers.1 6\), need rank 12, over max_rank = 10; .*max_rank=12"
+    )
+    with pytest.raises(CapacityError, match=wanted):
+        dummy_rank(_sites(TwoCuts(4, 6)), 10)
+    with pytest.raises(CapacityError, match=r"of rank 17 need rank 17, over max_rank = 16"):
+        dummy_rank(_sites(TwoCuts(1)), 16, 17)
+    cm = lorafx.compile(
+        TwoCuts(4, 6).eval(), lorafx.LoraConfig(max_rank=8), options={"lowering": "reference"}
+    )
+    with pytest.raises(CapacityError, match="multiple of 12"):
+        cm.warmup({"x": torch.randn(2, 6)})
+    assert cm.recompiles == 0
+    with pytest.raises(ConfigError, match=r"layers.0: rank_shards of Cut .* got 0"):
+        dummy_rank(_sites(TwoCuts(0)), 16)
+
+
+class Packed(nn.Linear):
+    """Four slices in one weight, two names in the mapping."""
+
+    sizes = (5, 6, 7, 8)
+
+
+class PackedModel(nn.Module):
+    packed_modules_mapping: ClassVar = {"fused": ["first", "second"]}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused = Packed(9, 26)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fused(x)
+
+
+def test_dummies_are_one_a_slice_whatever_the_mapping_counts() -> None:
+    lorafx.register(Packed, output_sizes="sizes")
+    try:
+        (site,) = _sites(PackedModel())
+        made = dummy("d", [site], 3, seed=0)
+        assert [tuple(w.B.shape) for w in made.weights.values()] == [(5, 3), (6, 3), (7, 3), (8, 3)]
+        assert {tuple(w.A.shape) for w in made.weights.values()} == {(3, 9)}
+        cm = lorafx.compile(
+            PackedModel().eval(), lorafx.LoraConfig(), options={"lowering": "reference"}
+        )
+        x = torch.randn(2, 9)
+        cm.warmup({"x": x}, batch_sizes=(2,))
+        with torch.no_grad():
+            assert torch.equal(cm(x), cm.model(x))
+        assert cm.recompiles == 2
+    finally:
+        lorafx.unregister(Packed)
+
+
+# --- what cannot be done ---
+
+
+def test_bad_arguments(plain: Case, shallow: Case) -> None:
+    cm = plain.compile()
+    with pytest.raises(ConfigError, match=r"does not declare token ids .* give warmup"):
+        cm.warmup()
+    for arguments, message in (
+        ({"rank": 0}, "rank=.* positive int, got 0"),
+        ({"rank": True}, "rank=.* positive int"),
+        ({"batch_sizes": ()}, "batch_sizes=.* positive ints"),
+        ({"lengths": (4, -1)}, "lengths=.* positive ints"),
+        ({"generate": True}, "PlainModel cannot generate"),
+        ({"generate": {"num_beams": 2}}, "PlainModel cannot generate"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            cm.warmup(FEED(1, 2), **arguments)
+    for inputs in (3, "ids", [], {"no_such": torch.zeros(1)}):
+        with pytest.raises(ConfigError, match="example_inputs"):
+            cm.warmup(inputs)
+    assert cm.recompiles == 0
+    cm.detach()
+    with pytest.raises(lorafx.CaptureError, match="detached"):
+        cm.warmup(FEED(1, 2))
+    with pytest.raises(ConfigError, match=r"generate=.* got 3"):
+        shallow.compile().warmup(generate=3)
+
+
+def test_the_configuration_says_what_ids_there_are() -> None:
+    """No id outside the vocabulary, and none that means something to the model."""
+    model = random_base("llama", num_hidden_layers=1, vocab_size=9, pad_token_id=0)
+    example = derived_example(model, torch.device("cpu"), 3, 8)
+    assert example.named["input_ids"].shape == example.named["attention_mask"].shape == (3, 8)
+    special = {model.config.pad_token_id, model.config.bos_token_id, model.config.eos_token_id}
+    assert set(example.named["input_ids"].flatten().tolist()) == set(range(9)) - special
