@@ -197,13 +197,13 @@ def captured_before(base: Callable[..., Any], examples: Sequence[Any]) -> Callab
 
 
 def session_of_weight(weight: Tensor) -> AttachedSession | None:
-    """The session of the model whose site's weight this is."""
+    """The session of the model whose site's weight this is, or whose site's weight it holds."""
     known = _BY_WEIGHT.get(id(weight))
     likely = None if known is None else known()
     if likely is not None and likely.program.site_of_weight(weight) is not None:
         return likely
     for session in sessions():
-        if session.program.site_of_weight(weight) is not None:
+        if session.program.site_of_part(weight) is not None:
             _BY_WEIGHT[id(weight)] = weakref.ref(session)
             return session
     return None

@@ -40,6 +40,7 @@ class AttachedBackend(Backend):
 
     def __init__(self, program: Program) -> None:
         super().__init__(program, self._enters)
+        self.shares_graphs = True
 
     def compile(
         self,

@@ -43,6 +43,8 @@ class Backend:
         self.program = program
         self.entered = entered
         self.records: list[GraphRecord] = []
+        #: Dynamo may call this program's graphs for other models.
+        self.shares_graphs = False
         #: Some graph takes what another made: results are worth keeping note of.
         self.several = [False]
         self.lowering: Lowering = lowering_for(program.options)
@@ -69,7 +71,7 @@ class Backend:
         frame.per_token = per_token
         frame.begins_call = called_directly(self.entered)
         frame.duck_shaped = duck_shaped()
-        places = InputPlaces.of(frame, examples)
+        places = InputPlaces.of(frame, examples, shared=self.shares_graphs)
         self.several[0] |= frame.follows_another or bool(places.arguments)
         owner = self.owner(frame, [p for p, item in enumerate(frame.inputs) if item.sites])
         active = program.runtime.active

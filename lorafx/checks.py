@@ -35,7 +35,8 @@ class InputPlaces:
         requests: (position, dimension, name) of inputs that carry requests.
         arguments: position -> role of those inputs from the call's arguments that may be something
             else in another call.
-        plain: positions of matrices that are no site's weight here, and may be in another call.
+        plain: positions of matrices (and stacks of them) that are no site's weight here, and may
+            be in another call.
         derived: path of a site -> position and form of each tensor that holds part of its weight.
     """
 
@@ -47,9 +48,12 @@ class InputPlaces:
     derived: list[tuple[str, int, Form | None]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, frame: Frame, examples: Sequence[Any]) -> InputPlaces:
-        """The places in a frame whose inputs are `examples`."""
+    def of(cls, frame: Frame, examples: Sequence[Any], *, shared: bool = False) -> InputPlaces:
+        """The places in a frame whose inputs are `examples`. `shared`: another model may get the
+        graph, if no mark in it says whose it is."""
         places = cls()
+        marked = any(item.kind in ("bank", "slots") for item in frame.inputs)
+        elsewhere = not frame.begins_call or (shared and not marked)
         for position, (item, example) in enumerate(zip(frame.inputs, examples, strict=True)):
             for index, site in enumerate(item.sites):
                 if item.derived is None:
@@ -65,7 +69,7 @@ class InputPlaces:
                 places.requests.append((position, dim, item.label))
             if item.kind == "argument" and item.role is not None and not frame.begins_call:
                 places.arguments[position] = item.role
-            if item.kind == "state" and example.dim() == 2 and not frame.begins_call:
+            if item.kind == "state" and example.dim() > 1 and elsewhere:
                 places.plain.append(position)
         return places
 
@@ -89,12 +93,12 @@ class InputPlaces:
 
     def strangers(self, program: Program, arguments: Sequence[Any]) -> list[str]:
         """Paths of touched sites whose weights stand where no site's weight stood at capture."""
-        found = [program.site_of_weight(arguments[position]) for position in self.plain]
+        found = [program.site_of_part(arguments[position]) for position in self.plain]
         return [site.path for site in found if site and program.is_touched(site)]
 
     def changed(self, program: Program, arguments: Sequence[Any]) -> list[str]:
         """Paths of touched sites of whose weight an input held part, and does not any more."""
-        found = set()
+        found: set[str] = set()
         for path, position, form in self.derived:
             now = program.derived.look(arguments[position])
             if now is not None and now.form == form:

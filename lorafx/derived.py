@@ -77,26 +77,59 @@ class Holder:
         return entry is not None and self.attribute in (entry.weight, "bias")
 
 
+class _Seen:
+    """What was found about tensors, by identity, for as long as they live."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[weakref.ref[Tensor], Derived | None]] = {}
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        found = self._found.get(id(tensor))
+        return found is not None and found[0]() is tensor
+
+    def __getitem__(self, tensor: Tensor) -> Derived | None:
+        return self._found[id(tensor)][1]
+
+    def __setitem__(self, tensor: Tensor, derived: Derived | None) -> None:
+        key, found = id(tensor), self._found
+        found[key] = weakref.ref(tensor, lambda _: found.pop(key, None)), derived
+
+
 class DerivedTensors:
     """What is known about the tensors of one program."""
 
     def __init__(self, program: Program) -> None:
-        self._program = program
-        self._found: dict[int, tuple[weakref.ref[Tensor], Derived | None]] = {}
+        self._owner = weakref.ref(program)  # no cycle: models are freed with their last reference
+        self._looked_at = _Seen()
+        self._views = _Seen()
+
+    @property
+    def _program(self) -> Program:
+        program = self._owner()
+        assert program is not None
+        return program
 
     def of(self, tensor: Tensor) -> Derived | None:
         """What `tensor` holds, if it is a view, or was looked at closely before."""
-        known, derived = self._known(tensor)
-        if not known and not isinstance(tensor, nn.Parameter):
-            derived = self._by_storage(tensor)
-        return derived
+        if tensor in self._looked_at:
+            return self._looked_at[tensor]
+        if isinstance(tensor, nn.Parameter):
+            return None
+        if tensor not in self._views:
+            self._views[tensor] = self._by_storage(tensor)
+        return self._views[tensor]
 
     def look(self, tensor: Tensor) -> Derived | None:
         """What `tensor` holds, copies included; each tensor is compared with weights once."""
-        known, derived = self._known(tensor)
-        if not known:
-            derived = self._look([tensor], set()).get(id(tensor))
-        return derived
+        if tensor not in self._looked_at:
+            self._look([tensor], set())
+        return self._looked_at[tensor]
+
+    def of_attribute(self, tensor: Tensor) -> Derived | None:
+        """`look`, where a module of the model holds `tensor`."""
+        if tensor not in self._looked_at and not self._holders({id(tensor)}):
+            self._looked_at[tensor] = None
+        return self.look(tensor)
 
     def inputs(
         self, examples: Sequence[Any], known: Mapping[int, FrameInput], data: Mapping[int, Any]
@@ -116,13 +149,6 @@ class DerivedTensors:
         ]
         return self._look(candidates, {id(example) for example in examples})
 
-    def _known(self, tensor: Tensor) -> tuple[bool, Derived | None]:
-        """Whether this very tensor was looked at, and what was found."""
-        reference, derived = self._found.get(id(tensor), (None, None))
-        if reference is None or reference() is not tensor:
-            return False, None
-        return True, derived
-
     def _look(self, tensors: Sequence[Tensor], taken: set[int]) -> dict[int, Derived]:
         """What tensors of a graph hold that also takes the inputs `taken`."""
         found: dict[int, Derived] = {}
@@ -137,7 +163,7 @@ class DerivedTensors:
                     derived = self._by_storage(tensor)
                     if derived is None and is_numbers(tensor) and tensor.dim() > 1:
                         derived = self._by_value(tensor, self._likely(holder, taken))
-                self._found[id(tensor)] = weakref.ref(tensor), derived
+                self._looked_at[tensor] = derived
                 if derived is not None:
                     found[id(tensor)] = derived
         return found

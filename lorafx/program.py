@@ -114,6 +114,15 @@ class Program:
             return None
         return tied[index]
 
+    def site_of_part(self, tensor: Tensor, index: int = 0) -> Site | None:
+        """As `site_of_weight`, and where a module of this model holds `tensor` it is compared with
+        the weights once."""
+        site = self.site_of_weight(tensor, index)
+        if site is not None:
+            return site
+        derived = self.derived.of_attribute(tensor)
+        return derived.sites[index] if derived and index < len(derived.sites) else None
+
     def _knows(self, weight: Tensor) -> bool:
         """Whether `weight` was looked for before, and what was found still holds."""
         if tied := self._by_weight.get(id(weight)):

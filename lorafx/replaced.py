@@ -14,6 +14,7 @@ from torch import fx, nn
 from lorafx.context import Context, Refusal
 from lorafx.derived import has_numbers, is_near
 from lorafx.frame import fake_value
+from lorafx.graph_nodes import plain_path
 
 
 def replaced_sites(graph: fx.Graph, ctx: Context) -> Iterator[Refusal]:
@@ -34,14 +35,20 @@ def replaced_sites(graph: fx.Graph, ctx: Context) -> Iterator[Refusal]:
     ]
     if not own:
         return
+    identities, paths = _running(graph)
     for site in program.sites:
         if site.path in program.reached or site.eligible.kind != "linear":
             continue
-        parent = program.graph.parent(site.path) if site.path else None
-        if parent is None or not _runs(graph, ctx, parent):
+        near = site.path.rpartition(".")[0]
+        parent = program.graph.at(near)
+        if parent is program.model:
+            runs = frame.begins_call
+        else:  # and not in part, as where its forward breaks into several graphs
+            runs = str(id(parent)) in identities or near in paths
+            runs = runs and id(parent) not in frame.callers
+        if not runs:
             continue
         readable = has_numbers(site)
-        near = site.path.rpartition(".")[0]
         for node, holder in own:
             value = fake_value(node)
             alike = not isinstance(holder.tensor, nn.Parameter) and site.in_features in value.shape
@@ -61,10 +68,8 @@ def _is_matrix(node: fx.Node) -> bool:
     return bool(node.users) and value.dim() > 1 and value.is_floating_point()
 
 
-def _runs(graph: fx.Graph, ctx: Context, module: nn.Module) -> bool:
-    """Whether the graph holds a whole call of `module`, not a part of one that breaks apart."""
-    if module is ctx.program.model and ctx.frame.begins_call:
-        return True
-    return id(module) not in ctx.frame.callers and any(
-        ctx.inside(node, module) for node in graph.nodes if node.op == "call_function"
-    )
+def _running(graph: fx.Graph) -> tuple[set[str], set[str]]:
+    """Identities, as text, and paths of the modules whose forwards made the graph's nodes."""
+    stacks = (node.meta.get("nn_module_stack") or {} for node in graph.nodes)
+    entries = {(str(key).partition("@")[0], path) for s in stacks for key, (path, _) in s.items()}
+    return {name for name, _ in entries}, {plain_path(path) for _, path in entries}
