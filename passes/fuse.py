@@ -16,6 +16,7 @@ from torch import fx
 
 from lorafx.context import FUSED_OP, SITE_OP, Context, SiteState
 from lorafx.frame import arguments_of, fake_value
+from lorafx.sites import Site
 from lorafx.weight_uses import RESHAPES, Use
 
 aten = torch.ops.aten
@@ -73,9 +74,21 @@ def _fuse(graph: fx.Graph, ctx: Context, node: fx.Node, state: SiteState) -> Non
     with graph.inserting_before(node):
         fused = ctx.call(graph, FUSED_OP, (*arguments, *ranges, rows, transposed))
     fused.meta.update({key: node.meta[key] for key in COPIED if key in node.meta})
-    state.packed_weight, state.packed_bias = _packed_inputs(node)
+    if _adds_own_bias(ctx, state.site, use):
+        state.packed_weight, state.packed_bias = _packed_inputs(node)
     node.replace_all_uses_with(fused)
     ctx.merge([node], fused, "fused")
+
+
+def _adds_own_bias(ctx: Context, site: Site, use: Use) -> bool:
+    """Whether the product's addend is the module's bias, or neither has one. The packed bias holds
+    that one: a forward that leaves it to somebody else, or scales it, stays by itself."""
+    own = getattr(site.module, "bias", None)
+    if use.bias is None:
+        return own is None
+    item = ctx.frame.by_node.get(use.bias)
+    holder = None if item is None else item.holder
+    return holder is not None and holder.tensor is own
 
 
 def _packed_inputs(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:

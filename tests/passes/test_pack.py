@@ -63,6 +63,20 @@ def test_siblings_of_one_input_become_one_node(biases):
     check(g, done, [(name, done.values[0]) for name in SIZES])
 
 
+def test_a_forward_that_does_not_add_its_bias_stays_by_itself():
+    """One that leaves its bias to others, and one that scales it: the packed bias is neither."""
+    g, (x,) = start()
+    bare = g.call(aten.linear.default, x, g.weight("q"))
+    scaled = g.call(aten.mul.Tensor, g.weight("k", "bias"), 3.0)
+    thrice = g.call(aten.linear.default, x, g.weight("k"), scaled)
+    marks = [g.mark("q", x, bare, rows=T), g.mark("k", x, thrice, rows=T), site(g, "v", x)]
+    done = g.output(*marks)
+    want = done.result()
+    assert done.run(Match(), Fuse(), Pack()) == 0
+    for got, expected in zip(done.result(), want, strict=True):
+        assert error(got, expected) <= 1e-5
+
+
 def test_the_order_in_the_graph_does_not_matter():
     g, (x,) = start()
     done = g.output(*(site(g, name, x) for name in ("v", "q", "k")))
