@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--attempts", type=int, default=3)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    load = os.getloadavg()[0]
+    load = round(os.getloadavg()[0], 1)
     rows: list[dict[str, Any]] = []
     smaller: dict[str, tuple[int, float]] = {}
     for size in map(int, options.sizes.split(",")):
@@ -150,10 +150,9 @@ def main() -> None:
             smaller[name] = (count, cpu)
             rows.append(row)
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-        del model
-    if options.out is not None:
-        title = f"matching and attaching, best of {options.attempts}, seconds"
-        save(options.out, title, rows, lambda: {**machine(), "load before": round(load, 2)})
+            if options.out is not None:  # what was measured stays if the run is cut short
+                title = f"matching and attaching, best of {options.attempts}, seconds"
+                save(options.out, title, rows, lambda: {**machine(), "load before": load})
 
 
 if __name__ == "__main__":

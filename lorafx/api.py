@@ -206,8 +206,9 @@ def _build(
     packed = []
     # Only the `pack` pass reads packed weights, and what it merges is what `fuse` made.
     if options.passes.get("pack", True) and options.passes.get("fuse", True):
+        alone = graph.alone()
         for group in attachment.groups:
-            pack = pack_weights(graph, group)
+            pack = pack_weights(graph, group, alone)
             if pack is not None:
                 packed.append(pack)
                 for site in group.sites:

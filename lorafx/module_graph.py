@@ -216,6 +216,19 @@ class ModuleGraph:
             for owner in self.owners(self.graph.nodes[leaf]["tensor"])
         ]
 
+    def alone(self) -> frozenset[int]:
+        """`id` of each parameter and buffer that one attribute holds and that shares its storage
+        with no other, now."""
+        self._read_storages()
+        graph = self.graph
+        return frozenset(
+            key
+            for (kind, key), data in graph.nodes(data=True)
+            if kind == "tensor"
+            and len(self.owners(data["tensor"])) == 1
+            and all(graph.in_degree(storage) == 1 for storage in graph.successors((kind, key)))
+        )
+
     def tied(self) -> list[tuple[Owner, ...]]:
         """Owners of each storage that more than one attribute holds, now."""
         self._read_storages()

@@ -56,21 +56,25 @@ class PackedGroup:
         return True
 
 
-def pack_weights(graph: ModuleGraph, group: Group) -> PackedGroup | None:
+def pack_weights(
+    graph: ModuleGraph, group: Group, alone: frozenset[int] | None = None
+) -> PackedGroup | None:
     """Make the group's base weights views of one buffer, or return None where they cannot be.
 
     Packable: at least two siblings, each with a plain dense contiguous 2-D (out, in) parameter of
     its own storage, all of one dtype, device and `requires_grad`; biases likewise, where there
-    are any.
+    are any. `alone` is `graph.alone()` where that is known: it looks at every tensor of the model.
     """
     sites = group.sites
     if len(sites) < 2 or any(s.eligible.kind != "linear" or s.eligible.transposed for s in sites):
         return None
+    if alone is None:
+        alone = graph.alone()
     weights = []
     has_bias = False
     for site in sites:
         weight = site.module._parameters.get(site.eligible.weight)
-        if weight is None or not _packable(graph, weight, (site.out_features, site.in_features)):
+        if weight is None or not _packable(alone, weight, (site.out_features, site.in_features)):
             return None
         weights.append(weight)
         bias = site.module._parameters.get("bias")
@@ -78,7 +82,7 @@ def pack_weights(graph: ModuleGraph, group: Group) -> PackedGroup | None:
             return None
         if bias is not None:
             like_weight = (bias.dtype, bias.device) == (weight.dtype, weight.device)
-            if not like_weight or not _packable(graph, bias, (site.out_features,)):
+            if not like_weight or not _packable(alone, bias, (site.out_features,)):
                 return None
             has_bias = True
     if len({(weight.dtype, weight.device, weight.requires_grad) for weight in weights}) != 1:
@@ -136,7 +140,7 @@ def repack(packs: Sequence[PackedGroup]) -> PackedGroup | None:
     return None
 
 
-def _packable(graph: ModuleGraph, parameter: nn.Parameter, shape: tuple[int, ...]) -> bool:
+def _packable(alone: frozenset[int], parameter: nn.Parameter, shape: tuple[int, ...]) -> bool:
     return (
         not is_traceable_wrapper_subclass(parameter)
         and tuple(parameter.shape) == shape
@@ -144,5 +148,5 @@ def _packable(graph: ModuleGraph, parameter: nn.Parameter, shape: tuple[int, ...
         and parameter.is_floating_point()
         and parameter.device.type != "meta"
         and parameter.untyped_storage().nbytes() == parameter.numel() * parameter.element_size()
-        and len(graph.sharing(parameter)) == 1
+        and id(parameter) in alone
     )

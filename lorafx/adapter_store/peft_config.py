@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
+from lorafx.targets import Entries, names
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -134,6 +135,12 @@ class PeftConfig:
     fan_in_fan_out: bool = False
     base_model: str | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, tuple):  # thousands of entries where a checkpoint lists all paths
+                object.__setattr__(self, name, Entries(value))
+
     @classmethod
     def read(cls, source: Any, *, where: str | None = None) -> PeftConfig:
         """The configuration in a folder, a mapping, or a `peft.LoraConfig`.
@@ -169,9 +176,8 @@ class PeftConfig:
         targets = self.target_modules
         if targets is None or targets == "all-linear" or _named(self.exclude_modules, path):
             return False
-        if isinstance(targets, str) or path in targets:
-            return _named(targets, path)
-        return _named(targets, path) and self._layer_wanted(path)
+        by_suffix = isinstance(targets, Entries) and path not in targets.as_set
+        return _named(targets, path) and (not by_suffix or self._layer_wanted(path))
 
     def _layer_wanted(self, path: str) -> bool:
         if self.layers_to_transform is None:
@@ -186,12 +192,8 @@ class PeftConfig:
         return False
 
 
-def _named(names: str | tuple[str, ...] | None, path: str) -> bool:
-    if names is None:
-        return False
-    if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
-    return any(path == n or path.endswith(f".{n}") for n in names)
+def _named(spec: str | tuple[str, ...] | None, path: str) -> bool:
+    return spec is not None and names(spec, [path])
 
 
 def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
