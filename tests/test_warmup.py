@@ -44,7 +44,7 @@ class Captured:
 
 def test_forward_and_decode_compile_nothing(case_of) -> None:
     """One request and several, prompts and single tokens with a cache, any mix and none."""
-    case = case_of("gpt2")
+    case = case_of("qwen3", num_hidden_layers=1)
     cm = case.compile(options={"verify": "off"})
     cm.warmup(batch_sizes=(1, 2), lengths=(6,), generate=False)
     captured = Captured(cm)

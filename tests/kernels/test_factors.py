@@ -165,6 +165,8 @@ def test_wrong_operands_are_refused() -> None:
 def test_supported() -> None:
     y, x, A, B = problem("decode", "fp32")
     assert FactorSpec.of(y, x, A, B).supported()
+    assert not FactorSpec.of(y, x, A.T.contiguous().T, B).supported()
+    assert not FactorSpec.of(y, x, A, B.T.contiguous().T).supported()
     doubles = [t.double() for t in (y, x, A, B)]
     assert not FactorSpec.of(*doubles).supported()
     tall = torch.randn(MAX_RANK + 1, 129), torch.randn(257, MAX_RANK + 1)
