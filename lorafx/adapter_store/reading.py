@@ -37,15 +37,20 @@ _TRAINING_KEYS = (".lora_velora_embed",)
 
 
 class LoraWeights(NamedTuple):
-    """One part's factors: A (r, K) and B (N, r) in the file's dtype, and s."""
+    """One part's factors: A (r, K) and B (N, r) in the file's dtype, and s.
+
+    Of routed experts A (E, r, K), B (E, N, r), and s and `ranks` (E,), an expert's rank being at
+    most r and 0 where the adapter does not touch it.
+    """
 
     A: Tensor
     B: Tensor
-    scale: float
+    scale: float | Tensor
+    ranks: Tensor | None = None
 
     @property
     def rank(self) -> int:
-        return self.A.shape[0]
+        return self.B.shape[-1]
 
 
 class Reading:
