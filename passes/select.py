@@ -70,7 +70,8 @@ class _Selection:
     def _candidates_of(self, path: str, module: nn.Module) -> Iterator[Candidate]:
         """The module, and each parameter of routed experts that it holds."""
         entry, paths = lookup(module), self.graph.paths(module)
-        weights = expert_weights(module) if entry is None else None
+        experts = entry is None or entry.kind == "experts"
+        weights = expert_weights(module) if experts else None
         if weights is None:
             yield Candidate(path, module, paths, entry, self.packed)
         for weight in weights or ():
