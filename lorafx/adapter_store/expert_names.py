@@ -1,6 +1,7 @@
 """What checkpoints call the projections of routed experts.
 
-    experts.gate_up_proj          the parameter of all experts
+    experts.gate_up_proj          the parameter of all experts; w13, w2 the same
+    experts.gate_proj             the gates of all experts
     experts.3.gate_proj           expert 3's gate, from before the experts were fused
     experts.3.w1, w3, w2          the same in Mixtral's words: gate, up, down
     experts.base_layer            PEFT's wrapper of one parameter inside that of another
@@ -41,6 +42,11 @@ class ExpertName(NamedTuple):
     name: str
 
 
+def unnested(path: str) -> str:
+    """`path` without PEFT's wrapper inside of another."""
+    return path.removesuffix(_NESTED)
+
+
 def parse(path: str) -> ExpertName | None:
     """`path` as the projection of one expert, or None where it cannot be one."""
     found = _INDEXED.match(path)
@@ -61,7 +67,7 @@ def covers(weight: ExpertWeight, name: str) -> Half | None:
 
 def folded(entry: str) -> str:
     """A target's entry with the expert's index, if it has one, as 0, and without PEFT's nesting."""
-    entry = entry.removesuffix(_NESTED)
+    entry = unnested(entry)
     found = parse(entry)
     if found is None:
         return entry
@@ -69,7 +75,8 @@ def folded(entry: str) -> str:
 
 
 def own_names(weight: ExpertWeight, module_path: str, expert: int = 0) -> Iterator[str]:
-    """The paths that one expert's part of `weight` may have in a checkpoint."""
+    """The paths that one expert's part of `weight`, or that of all, may have in a checkpoint."""
     for name in PROJECTIONS:
         if covers(weight, name) is not None:
             yield f"{module_path}.{expert}.{name}".lstrip(".")
+            yield f"{module_path}.{name}".lstrip(".")
