@@ -182,6 +182,13 @@ class ExpertReading:
                 self._problem(f"{a.key.key}, {b.key.key} (of {weight.name}): {found}")
                 continue
             name = weight.path(unnested(saved))
+            rows, said = found.rank * weight.experts, self.reading.config.rank(name)
+            if said not in (None, found.rank) and rows % said == 0:
+                self._problem(
+                    f"{a.key.key} has {rows} rows, which at the rank {said} of adapter_config.json "
+                    f"are those of {rows // said} experts; {name} has {weight.experts} here"
+                )
+                continue
             term = self._term("all", range(weight.experts), found, name, saved)
             if term is not None:
                 yield weight, term
