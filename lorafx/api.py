@@ -15,6 +15,7 @@ from lorafx.adapter_store.checkpoint import AdapterState
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_model import TakenOver, is_peft_model, take_over
 from lorafx.adapter_store.peft_reader import Adapter, adapter_target_modules, read_adapter
+from lorafx.adapter_store.peft_targets import picked
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.attached import session_of, session_of_weight
 from lorafx.attached_backend import attach_session
@@ -241,13 +242,13 @@ def _resolve(
     """(configuration, adapters that it names) from any accepted form."""
     if isinstance(lora_config, LoraConfig):
         if lora_config.target_modules is None and sources:
-            targets, _ = _targets_of(sources)
+            targets, _ = _targets_of(sources, model)
             return replace(lora_config, target_modules=targets), {}
         return lora_config, {}
     if lora_config is None:
         if not sources:
             return LoraConfig(), {}
-        targets, rank = _targets_of(sources)
+        targets, rank = _targets_of(sources, model)
         return LoraConfig(target_modules=targets, max_rank=rank, max_adapters=_room(sources)), {}
     if isinstance(lora_config, (str, os.PathLike)):
         lora_config = {"default": lora_config}
@@ -260,12 +261,12 @@ def _resolve(
 def _from_peft(peft: PeftConfig, sources: Mapping[str, Any], model: nn.Module) -> LoraConfig:
     targets: Any = peft.target_modules
     exclude: Any = peft.exclude_modules
-    if peft.layers_to_transform:
-        # Which layers is a condition of PEFT's own; write out the modules that it picks.
-        targets, exclude = [path for path, _ in model.named_modules() if peft.matches(path)], None
+    if peft.layers_to_transform or peft.target_parameters:
+        # Which layers is a condition of PEFT's own, and so are parameters; write out what it picks.
+        targets, exclude = picked(peft, model), None
     rank = peft.max_rank or LoraConfig.max_rank
     if sources:
-        rank = max(rank, _targets_of(sources)[1])
+        rank = max(rank, _targets_of(sources, model)[1])
     return LoraConfig(
         target_modules=targets,
         exclude_modules=exclude,
@@ -287,12 +288,12 @@ def _is_adapter_mapping(value: Mapping[str, Any]) -> bool:
     return all(isinstance(item, (str, os.PathLike, AdapterState)) for item in value.values())
 
 
-def _targets_of(sources: Mapping[str, Any]) -> tuple[SavedNames, int]:
+def _targets_of(sources: Mapping[str, Any], model: nn.Module) -> tuple[SavedNames, int]:
     """Modules that the adapters name, and their largest rank."""
     modules: dict[str, None] = {}
     rank = 1
     for source in sources.values():
-        targets = adapter_target_modules(source)
+        targets = adapter_target_modules(source, model)
         modules.update(dict.fromkeys(targets.modules))
         rank = max(rank, targets.rank)
     return SavedNames(modules), rank

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+import lorafx.kernels.expert_ops
 import lorafx.kernels.grouped_ops
 import lorafx.kernels.ops  # noqa: F401  (both define torch.ops.lorafx)
 from lorafx.errors import MatchError
@@ -30,11 +31,13 @@ from lorafx.weight_uses import Use
 SITE_OP = torch.ops.lorafx.site.default
 EMBEDDING_OP = torch.ops.lorafx.embedding_site.default
 GROUPED_OP = torch.ops.lorafx.grouped_site.default
+EXPERT_OP = torch.ops.lorafx.expert_site.default
+EXPERT_MARK = torch.ops.lorafx.expert_mark.default
 FUSED_OP = torch.ops.lorafx.fused_linear.default
 
 #: All site ops begin with x (or ids), y, A, B, ranks, scales, slots.
 SLOTS_ARGUMENT = 6
-ROWS_ARGUMENT: dict[Any, int] = {SITE_OP: 10, EMBEDDING_OP: 7, GROUPED_OP: 10}
+ROWS_ARGUMENT: dict[Any, int] = {SITE_OP: 10, EMBEDDING_OP: 7, GROUPED_OP: 10, EXPERT_OP: 11}
 
 
 def is_site(node: fx.Node) -> bool:
@@ -115,7 +118,8 @@ class Context(GraphEdits):
 
     def site_of_mark(self, node: fx.Node) -> Site:
         """The site of a hook's op: its bank names the group, its first sibling the site."""
-        item = self.frame.by_node.get(arguments_of(node)[2])
+        bank = arguments_of(node)[1 if node.target is EXPERT_MARK else 2]
+        item = self.frame.by_node.get(bank)
         if item is None or item.group is None:
             raise MatchError(
                 f"{node.name} takes a bank that is not a graph input of this model's program"

@@ -83,6 +83,8 @@ class SiteMark:
         runtime = self.runtime
         if not runtime.active:
             return None
+        if self.kind == "experts":
+            return self._of_experts(module, output)
         if self.handler is not None:
             return self._handled(self.handler, module, args, kwargs, output)
         x = _input_of(args, kwargs)
@@ -180,6 +182,20 @@ class SiteMark:
                 sizes.append(high - low)
             first += size
         return siblings, offsets, sizes
+
+    def _of_experts(self, module: nn.Module, output: Any) -> Tensor | None:
+        """In a trace, a note that the experts ran; `match` finds the weight's use between two other
+        products."""
+        traced = torch.compiler.is_compiling() and self.runtime.graph_passes
+        if traced and isinstance(output, Tensor):
+            return torch.ops.lorafx.expert_mark(output, self.bank.A)
+        slots = [slot for slot in self.runtime.slots.tolist() if slot >= 0]
+        if bool(self.bank.ranks.unflatten(0, (-1, self.bank.experts))[slots].any()):
+            raise MatchError(
+                f"{self._name(module)}: LoRA on routed experts is inside of their forward, where "
+                "eager mode cannot put it; use lorafx.compile or torch.compile"
+            )
+        return None
 
     def _output_scale(self, module: nn.Module) -> Tensor | float | None:
         """The factor that a scaled embedding's forward multiplies W[ids] by, or None.

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lorafx.adapter_store.bank import Bank
+from lorafx.experts import ExpertWeight
 from lorafx.registry import Eligible
 
 
@@ -65,6 +66,8 @@ class Site:
         dtype, device: of the base weight (the compute dtype where the weight is not floating).
         parts: what its output columns consist of, in order; one part where none are given.
         member_of: the packed names that this module is a part of elsewhere.
+        expert_weight: for a parameter that holds a weight for each of E experts, what is known of
+            it; the path is the parameter's then. None for all others.
         loose_names: names of a packed module of which it is not declared what slices each
             covers; the rows of an adapter's B say it.
     """
@@ -80,6 +83,19 @@ class Site:
     parts: tuple[Part, ...] = ()
     member_of: tuple[Membership, ...] = ()
     loose_names: tuple[str, ...] = ()
+    expert_weight: ExpertWeight | None = None
+
+    @property
+    def experts(self) -> int:
+        """E for a parameter that holds a weight for each of E experts; 1 for all others."""
+        return 1 if self.expert_weight is None else self.expert_weight.experts
+
+    @property
+    def terms(self) -> int:
+        """How many low-rank terms one part may have to hold: gate's and up's, where their columns
+        are interleaved and so cannot be parts of their own."""
+        weight = self.expert_weight
+        return 2 if weight is not None and weight.halves == "interleaved" else 1
 
     def __post_init__(self) -> None:
         if not self.parts:

@@ -102,7 +102,7 @@ def _siblings(sites: Sequence[Site]) -> list[list[Site]]:
     for site in sites:
         key: object = (
             site.path
-            if site.eligible.kind == "embedding"
+            if site.eligible.kind != "linear"
             else (site.path.rpartition(".")[0], site.in_features, site.dtype, site.device)
         )
         found.setdefault(key, []).append(site)
@@ -116,11 +116,12 @@ def _group(siblings: list[Site], config: LoraConfig) -> Group:
     bank = Bank.allocate(
         kind=first.eligible.kind,
         slots=config.max_adapters,
-        rank=config.max_rank,
+        rank=config.max_rank * first.terms,
         in_features=first.in_features,
         out_features=tuple(part.out_features for part in parts),
         dtype=config.dtype or first.dtype,
         device=first.device,
+        experts=first.experts,
     )
     for tensor in (bank.A, bank.B, bank.ranks, bank.scales):
         mark_fixed_shape(tensor)

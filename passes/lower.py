@@ -2,6 +2,7 @@
 
     inductor   fused_linear → mm / addmm (one, or one a sibling), then add_delta_ into its output;
                site → add_delta_ into y. The delta op carries the id of a generated kernel.
+               expert_site → the key of each row, then as a site of that slot.
                grouped_site, here and below, runs as it is: plain aten.
     triton     fused_linear → triton_linear, or mm / addmm and triton_delta_, as planned;
                site → triton_delta_ into y. On a GPU their launches are put into the graph.
@@ -21,7 +22,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from lorafx.context import EMBEDDING_OP, FUSED_OP, GROUPED_OP, SITE_OP, Context
+from lorafx.context import EMBEDDING_OP, EXPERT_OP, FUSED_OP, GROUPED_OP, SITE_OP, Context
 from lorafx.frame import arguments_of, fake_value
 from lorafx.graph_nodes import call_in_place
 from lorafx.kernels import triton_ops
@@ -34,6 +35,7 @@ from lorafx.triton_graph import inline_triton_ops
 
 aten = torch.ops.aten
 ADD_DELTA = torch.ops.lorafx.add_delta_.default
+EXPERT_SLOTS = torch.ops.lorafx.expert_slots.default
 ADD_EMBEDDING_DELTA = torch.ops.lorafx.add_embedding_delta_.default
 TRITON_LINEAR = triton_ops.triton_linear._opoverload
 TRITON_DELTA = triton_ops.triton_delta_._opoverload
@@ -111,6 +113,15 @@ def _site(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
     return _shaped(graph, ctx, written, y, node)
 
 
+def _experts(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
+    x, y, A, B, ranks, scales, slots, experts, *ranges, rows, count = arguments_of(node)
+    keys = ctx.call(graph, EXPERT_SLOTS, (slots, experts, rows, count))
+    bank = (A, B, ranks, scales, keys)
+    flat, x_flat = _flat(graph, ctx, y), _flat(graph, ctx, x)
+    written = _add_delta(graph, ctx, node, flat, x_flat, bank, tuple(ranges), 1)
+    return _shaped(graph, ctx, written, y, node)
+
+
 def _embedding(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
     ids, y, *bank, rows = arguments_of(node)
     strategy = strategy_of(node)
@@ -180,6 +191,7 @@ def _shaped(graph: fx.Graph, ctx: Context, y: fx.Node, source: Any, like: fx.Nod
 
 _LOWERINGS: dict[Any, Callable[..., fx.Node]] = {
     SITE_OP: _site,
+    EXPERT_OP: _experts,
     EMBEDDING_OP: _embedding,
     FUSED_OP: _linear,
 }

@@ -18,6 +18,7 @@ from torch import fx
 from lorafx.context import EMBEDDING_OP, GROUPED_OP, SITE_OP, Context, Refusal, is_site
 from lorafx.frame import FrameInput, arguments_of, fake_value
 from lorafx.marks import UNPROVED, is_dense
+from lorafx.match_experts import insert_expert_sites
 from lorafx.origins import depends_on, origin_of
 from lorafx.replaced import replaced_sites
 from lorafx.sites import Site, own_ranges
@@ -68,6 +69,7 @@ class Match:
                 _insert(gm.graph, ctx, site_or_none, use)
                 added.setdefault(id(site_or_none), set()).add(use.node)
                 edits += 1
+        edits += insert_expert_sites(gm.graph, ctx)
         for mark, site in marks.items():
             moved = added.get(id(site))
             if origins[mark] is not None or not moved:
@@ -89,7 +91,7 @@ def _uses(ctx: Context) -> dict[fx.Node, Use]:
     """All uses of weights of sites in the graph, by the node that computes y."""
     uses: dict[fx.Node, Use] = {}
     for node, item in list(ctx.frame.by_node.items()):
-        if item.kind != "weight":
+        if item.kind != "weight" or any(site.eligible.kind == "experts" for site in item.sites):
             continue
         for use in _uses_of_input(ctx, node, item):
             other = uses.get(use.node)

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from lorafx.compat import size_hint
-from lorafx.context import EMBEDDING_OP, FUSED_OP, GROUPED_OP, ROWS_ARGUMENT, Context
+from lorafx.context import EMBEDDING_OP, EXPERT_OP, FUSED_OP, GROUPED_OP, ROWS_ARGUMENT, Context
 from lorafx.errors import ConfigError
 from lorafx.frame import arguments_of, fake_value
 from lorafx.kernels.cost import FUSED, byte_floor, choose_strategy, split_is_faster
@@ -198,6 +198,8 @@ def delta_spec(node: fx.Node) -> DeltaSpec:
         return DeltaSpec.of_embedding(value(y), value(A), value(B))
     if node.target is FUSED_OP:
         x, _, _, A, B, ranks, _, _, siblings, offsets, sizes = arguments_of(node)[:11]
+    elif node.target is EXPERT_OP:
+        x, _, A, B, ranks, _, _, _, siblings, offsets, sizes = arguments_of(node)[:11]
     else:
         x, _, A, B, ranks, _, _, siblings, offsets, sizes = arguments_of(node)[:10]
     tensors = (value(node), value(x), value(A), value(B), value(ranks))

@@ -9,7 +9,7 @@ swept up is left out with a warning. Eligibility is the registry's, along the MR
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
@@ -19,12 +19,15 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from lorafx import targets
+from lorafx.adapter_store.expert_names import folded
+from lorafx.candidates import Candidate, ExpertsCandidate, by_raw_weight
 from lorafx.collector import collection_paused
 from lorafx.config import LoraConfig
 from lorafx.errors import LorafxWarning, TargetError
+from lorafx.experts import expert_weights
 from lorafx.marks import is_dense
 from lorafx.module_graph import ModuleGraph
-from lorafx.packed_names import PackedNames, parts_of, virtual_paths
+from lorafx.packed_names import PackedNames
 from lorafx.passes.alias import Alias
 from lorafx.registry import Eligible, lookup
 from lorafx.sites import Site, has_own_forward
@@ -55,8 +58,9 @@ class _Selection:
         self.by_default = self.target is None or targets.is_all_linear(self.target)
         self.packed = PackedNames(self.graph, self.config.packed_modules)
         self.modules = [
-            _Candidate(path, module, self.graph.paths(module), lookup(module), self.packed)
+            item
             for path, module in self.graph.modules()
+            for item in self._candidates_of(path, module)
         ]
         # Exact entries reach a module also by an alias beyond those that are listed.
         exact = () if self.target is None or isinstance(self.target, str) else self.target
@@ -65,6 +69,16 @@ class _Selection:
         if isinstance(self.target, targets.SavedNames):
             self.target = targets.Entries(e for e, module in found.items() if module is None)
         self.eligible_paths = [item.path for item in self.modules if item.entry is not None]
+
+    def _candidates_of(self, path: str, module: nn.Module) -> Iterator[Candidate]:
+        """The module, and each parameter of routed experts that it holds."""
+        entry, paths = lookup(module), self.graph.paths(module)
+        experts = entry is None or entry.kind == "experts"
+        weights = expert_weights(module) if experts else None
+        if weights is None:
+            yield Candidate(path, module, paths, entry, self.packed)
+        for weight in weights or ():
+            yield ExpertsCandidate(path, module, paths, weight, self.packed)
 
     def sites(self) -> tuple[Site, ...]:
         head = targets.output_embedding(self.graph.root)
@@ -109,7 +123,7 @@ class _Selection:
             raise TargetError(_listed(self.problems))
         return tuple(found)
 
-    def _targeted(self, item: _Candidate, head: nn.Module | None) -> frozenset[str]:
+    def _targeted(self, item: Candidate, head: nn.Module | None) -> frozenset[str]:
         """The members of the module that are asked for, "" being one that has no names."""
         if self.target is None or self.by_default:
             entry = item.entry
@@ -119,7 +133,7 @@ class _Selection:
             return item.members
         return item.named_by(self.target)
 
-    def _excluded(self, item: _Candidate) -> frozenset[str]:
+    def _excluded(self, item: Candidate) -> frozenset[str]:
         if self.exclude is None:
             return frozenset()
         if targets.is_all_linear(self.exclude):
@@ -146,7 +160,8 @@ class _Selection:
                 _warn(f"exclude_modules entry {entry!r} names no module{self._nearest(entry)}")
 
     def _names_any(self, entry: str) -> bool:
-        return self.graph.find(entry) is not None or entry in self._suffixes
+        known = self._suffixes
+        return self.graph.find(entry) is not None or entry in known or folded(entry) in known
 
     @cached_property
     def _suffixes(self) -> frozenset[str]:
@@ -161,7 +176,7 @@ class _Selection:
     def _nearest(self, entry: str) -> str:
         return targets.nearest_targets(entry, self.eligible_paths)
 
-    def _candidates(self, item: _Candidate) -> str:
+    def _candidates(self, item: Candidate) -> str:
         """What the user may have meant by a module that cannot carry LoRA."""
         if item.entry is not None or len(self.problems) >= _SHOWN:
             return ""
@@ -170,7 +185,7 @@ class _Selection:
             return f"; eligible below it: {', '.join(below[:3])}"
         return self._nearest(item.path)
 
-    def _site(self, item: _Candidate, selected: frozenset[str]) -> Site | str:
+    def _site(self, item: Candidate, selected: frozenset[str]) -> Site | str:
         """The site with these members selected, or why there can be none."""
         module = item.module
         entry = item.entry
@@ -183,7 +198,7 @@ class _Selection:
         in_features, out_features = entry.sizes(module)
         try:
             slices = None if entry.output_sizes is None else entry.output_sizes(module)
-            parts, loose = parts_of("it", item.packed_members, slices, in_features, out_features)
+            parts, loose = item.parts(slices, in_features, out_features)
         except (AttributeError, TypeError, ValueError) as error:
             return f"its output slices cannot be told apart: {error}"
         if slices is None and selected < item.members:
@@ -207,6 +222,7 @@ class _Selection:
             ),
             member_of=item.member_of,
             loose_names=loose,
+            expert_weight=item.expert_weight,
         )
 
     def _compute_dtype(self, module: nn.Module, weight: Tensor | None) -> torch.dtype:
@@ -223,71 +239,10 @@ class _Selection:
         return torch.get_default_dtype()
 
 
-class _Candidate:
-    """A module with all names that a target may know it by.
-
-    `members` are the names that it stands for where it comes packed, else "" alone.
-    """
-
-    def __init__(
-        self,
-        path: str,
-        module: nn.Module,
-        paths: tuple[str, ...],
-        entry: Eligible | None,
-        packed: PackedNames,
-    ) -> None:
-        self.path, self.module, self.paths, self.entry = path, module, paths, entry
-        self.packed_members = packed.members(path) if entry is not None else ()
-        self.member_of = packed.memberships(path) if entry is not None else ()
-        self.members = frozenset(member.name for member in self.packed_members) or frozenset([""])
-
-    @property
-    def label(self) -> str:
-        return f"{self.path or 'the model'} ({type(self.module).__qualname__})"
-
-    @property
-    def all_paths(self) -> Iterator[str]:
-        """Its own paths, and those that it has as a packed module or a member of one."""
-        yield from self.paths
-        others = [member.name for member in self.packed_members]
-        for name in (*others, *(packed.name for packed in self.member_of)):
-            yield from virtual_paths(self.paths, name)
-
-    def named_by(self, spec: str | Sequence[str]) -> frozenset[str]:
-        """The members that `spec` names, all of them where it names the module itself."""
-        whole = self.paths
-        for packed in self.member_of:
-            whole += virtual_paths(self.paths, packed.name)
-        if targets.names(spec, whole):
-            return self.members
-        return frozenset(
-            member.name
-            for member in self.packed_members
-            if targets.names(spec, virtual_paths(self.paths, member.name))
-        )
-
-
-def by_raw_weight(module: nn.Module) -> Eligible | None:
-    """An entry for a module of no registered class that holds a matrix: a router, say.
-
-    Where the matrix multiplies is for `match` to see; in eager mode the mark compares what the
-    forward returns with x Wᵀ.
-    """
-    weight = module._parameters.get("weight")
-    if weight is None or weight.dim() != 2 or not is_dense(weight):
-        return None
-    return Eligible(
-        nn.Module, "linear", lambda module: (module.weight.shape[1], module.weight.shape[0])
-    )
-
-
 def impossible(module: nn.Module, entry: Eligible | None) -> str | None:
     """Why this module cannot carry LoRA, or None when it can."""
     if entry is None:
         return "no class along its MRO is registered (see lorafx.register)"
-    if entry.kind == "experts":
-        return "routed experts carry no LoRA yet"
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         return "its parameters are not initialised yet; run the model once before"
     try:
@@ -326,6 +281,8 @@ def _wrong_weight(weight: Tensor, sizes: tuple[int, int], entry: Eligible) -> st
     if not is_dense(weight):
         return None
     in_features, out_features = sizes
+    if entry.kind == "experts":
+        return None  # its sizes are its shape's
     as_stored = entry.kind == "embedding" or entry.transposed
     expected = (in_features, out_features) if as_stored else (out_features, in_features)
     if tuple(weight.shape) != expected:

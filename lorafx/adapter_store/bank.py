@@ -4,6 +4,9 @@
 
 with s the row's slot and r = ranks[s, i]. Rows with slot -1 are base rows. Factors beyond a
 slot's own rank are never read, so traffic grows with what is active, not with what is reserved.
+
+A bank for E experts has S·E slots: slot s and expert e of the model are its slot s·E + e. A row
+that was routed to an expert is a row of that slot, and every kernel is what it is for E = 1.
 """
 
 from __future__ import annotations
@@ -20,17 +23,20 @@ class Factors(NamedTuple):
     """One sibling's factors in the bank's layout, for `Bank.write`.
 
     A: linear (r, K), embedding (V, r). B: (r, N), the checkpoint's B transposed.
+    With experts: A (E, r, K), B (E, r, N), and `ranks` and `scales` (E,), the rank of each expert
+    being at most r.
     """
 
     sibling: int
     offset: int
     A: Tensor
     B: Tensor
-    scale: float
+    scale: float | Tensor
+    ranks: Tensor | None = None
 
     @property
     def rank(self) -> int:
-        return self.B.shape[0]
+        return self.B.shape[-2]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +49,7 @@ class Bank:
         ranks: (S, G) int32; 0 where the slot's adapter does not touch the sibling.
         scales: (S, G) float32, α/r or α/√r.
         kind: "linear" or "embedding", which says how A is laid out.
+        experts: E; S is a multiple of it.
     """
 
     A: Tensor
@@ -50,6 +57,7 @@ class Bank:
     ranks: Tensor
     scales: Tensor
     kind: str = "linear"
+    experts: int = 1
 
     @classmethod
     def allocate(
@@ -62,9 +70,10 @@ class Bank:
         out_features: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
+        experts: int = 1,
     ) -> Bank:
         """A bank of zeros for siblings with these output sizes."""
-        siblings = len(out_features)
+        siblings, slots = len(out_features), slots * experts
         a_shape = (
             (slots, in_features, rank)
             if kind == "embedding"
@@ -78,6 +87,7 @@ class Bank:
                 ranks=torch.zeros((slots, siblings), dtype=torch.int32, device=device),
                 scales=torch.zeros((slots, siblings), dtype=torch.float32, device=device),
                 kind=kind,
+                experts=experts,
             )
 
     @property
@@ -91,24 +101,31 @@ class Bank:
         Rows beyond a sibling's rank keep what they held: `ranks` says that they are not read, so
         it is written last, and every sibling without factors gets rank 0.
         """
+        own = self._own(slot)
         siblings = self.ranks.shape[1]
         room = self.B.shape[1]
-        ranks = torch.zeros(siblings, dtype=torch.int32, device="cpu")
-        scales = torch.zeros(siblings, dtype=torch.float32, device="cpu")
+        ranks = torch.zeros((self.experts, siblings), dtype=torch.int32, device="cpu")
+        scales = torch.zeros((self.experts, siblings), dtype=torch.float32, device="cpu")
         for f in factors:
-            self._a(slot, f.sibling * room, f.rank).copy_(f.A, non_blocking=True)
-            self.B[slot, : f.rank, f.offset : f.offset + f.B.shape[1]].copy_(f.B, non_blocking=True)
-            ranks[f.sibling], scales[f.sibling] = f.rank, f.scale
-        self.scales[slot].copy_(scales)
-        self.ranks[slot].copy_(ranks)
+            columns = slice(f.offset, f.offset + f.B.shape[-1])
+            self._a(own, f.sibling * room, f.rank).copy_(f.A, non_blocking=True)
+            self.B[own, : f.rank, columns].copy_(f.B, non_blocking=True)
+            ranks[:, f.sibling] = f.rank if f.ranks is None else f.ranks
+            scales[:, f.sibling] = f.scale
+        self.scales[own].copy_(scales)
+        self.ranks[own].copy_(ranks)
 
     @torch.no_grad()
     def clear(self, slot: int) -> None:
         """Make `slot` a base slot: no sibling has a rank."""
-        self.ranks[slot].zero_()
+        self.ranks[self._own(slot)].zero_()
 
-    def _a(self, slot: int, first: int, rank: int) -> Tensor:
-        """The part of A that holds one sibling's factor, (r, K) or (V, r)."""
+    def _own(self, slot: int) -> slice:
+        """The slots of the bank that are the model's slot `slot`, one an expert."""
+        return slice(slot * self.experts, (slot + 1) * self.experts)
+
+    def _a(self, own: slice, first: int, rank: int) -> Tensor:
+        """The part of A that holds one sibling's factors, (E, r, K) or (1, V, r)."""
         if self.kind == "embedding":
-            return self.A[slot, :, :rank]
-        return self.A[slot, first : first + rank]
+            return self.A[own, :, :rank]
+        return self.A[own, first : first + rank]

@@ -60,6 +60,11 @@ def load_state(source: str | os.PathLike[str] | AdapterState) -> AdapterState:
         raise _unreadable(file, exc) from exc
 
 
+def load_config(source: str | os.PathLike[str] | AdapterState) -> PeftConfig:
+    """The configuration alone; errors as those of `load_state`."""
+    return source.config if isinstance(source, AdapterState) else _open(source)[0]
+
+
 def peek_shapes(source: str | os.PathLike[str] | AdapterState) -> dict[str, tuple[int, ...]]:
     """Shape of each saved tensor, without reading the tensors where the format allows it."""
     if isinstance(source, AdapterState):

@@ -33,7 +33,6 @@ _NO_ARITHMETIC = frozenset(
     {
         "task_type",
         "auto_mapping",
-        "peft_version",
         "revision",
         "inference_mode",
         "lora_dropout",
@@ -65,6 +64,8 @@ _READ = frozenset(
         "fan_in_fan_out",
         "bias",
         "init_lora_weights",
+        "target_parameters",
+        "peft_version",
     }
 )
 
@@ -81,9 +82,6 @@ _REFUSED: Mapping[str, str] = {
     "trainable_token_indices": (
         "embedding rows are replaced; write the saved rows into the base model's embedding and "
         "clear the field, or merge the adapter into a copy of the base model"
-    ),
-    "target_parameters": (
-        f"LoRA on bare parameters (experts) is not read; train with target_modules, or {_MERGE}"
     ),
     "alora_invocation_tokens": (
         "aLoRA is active only from its invocation tokens on; load it without this field and "
@@ -118,9 +116,12 @@ class PeftConfig:
         lora_alpha, use_rslora, rank_pattern, alpha_pattern: see the module's equation.
         target_modules, exclude_modules: a tuple of exact or dotted-suffix names, one regular
             expression (a str, `re.fullmatch`), "all-linear", or None.
+        target_parameters: exact or dotted-suffix names of parameters ("mlp.experts.down_proj");
+            rank_pattern and alpha_pattern go by the parameter's name there.
         layers_to_transform, layers_pattern: restrict a tuple of suffixes to these layers.
         fan_in_fan_out: the base weight is stored (in, out); the delta is the same.
         base_model: `base_model_name_or_path`, for messages.
+        peft_version: the release that wrote it, (0, 19) say; None where it does not tell.
     """
 
     r: int | None = 8
@@ -129,11 +130,13 @@ class PeftConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     target_modules: str | tuple[str, ...] | None = None
+    target_parameters: tuple[str, ...] = ()
     exclude_modules: str | tuple[str, ...] | None = None
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
     fan_in_fan_out: bool = False
     base_model: str | None = None
+    peft_version: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -158,6 +161,15 @@ class PeftConfig:
         """The largest rank that the configuration asks for anywhere; None if it does not say."""
         ranks = [*self.rank_pattern.values(), *([] if self.r is None else [self.r])]
         return max(ranks, default=None)
+
+    def targets_parameter(self, path: str) -> bool:
+        """Whether PEFT would have put LoRA on the parameter at `path`."""
+        return _named(self.target_parameters, path)
+
+    def name_of(self, path: str, parameter: str = "weight") -> str:
+        """What the patterns call the module at `path`: its parameter where that is the target."""
+        name = f"{path}.{parameter}" if path else parameter
+        return name if self.targets_parameter(name) and not self.matches(path) else path
 
     def rank(self, path: str) -> int | None:
         """Rank of the module at `path` (its dotted path without PEFT's prefixes)."""
@@ -266,11 +278,13 @@ class _Fields:
             rank_pattern=self._patterns("rank_pattern", self._rank),
             alpha_pattern=self._patterns("alpha_pattern", self._alpha),
             target_modules=self._names("target_modules"),
+            target_parameters=self._parameters(),
             exclude_modules=self._names("exclude_modules") or None,
             layers_to_transform=self._layers(layers) if layers not in (None, []) else None,
             layers_pattern=self._layer_names(),
             fan_in_fan_out=bool(self.values.get("fan_in_fan_out")),
             base_model=self.values.get("base_model_name_or_path") or None,
+            peft_version=_version(self.values.get("peft_version")),
         )
         if self.malformed:
             raise CheckpointError(
@@ -341,6 +355,15 @@ class _Fields:
         self.malformed.append(f"{name} must be a string or a list of strings, it is {value!r}")
         return None
 
+    def _parameters(self) -> tuple[str, ...]:
+        value = self.values.get("target_parameters")
+        if value is None:
+            return ()
+        if isinstance(value, list | tuple | set) and all(isinstance(v, str) for v in value):
+            return tuple(sorted(value))
+        self.malformed.append(f"target_parameters must be a list of strings, it is {value!r}")
+        return ()
+
     def _layers(self, value: Any) -> tuple[int, ...]:
         layers = [value] if isinstance(value, int) else value
         if isinstance(layers, list | tuple) and all(isinstance(i, int) for i in layers):
@@ -360,6 +383,12 @@ class _Fields:
             re.compile(pattern)
         except (re.error, TypeError) as exc:
             self.malformed.append(f"{name} {pattern!r} is not a regular expression: {exc}")
+
+
+def _version(value: Any) -> tuple[int, ...] | None:
+    """(0, 19) of "0.19.1.dev0"."""
+    found = re.match(r"(\d+)\.(\d+)", str(value or ""))
+    return None if found is None else (int(found[1]), int(found[2]))
 
 
 def _is_off(value: Any) -> bool:

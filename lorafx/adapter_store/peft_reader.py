@@ -7,16 +7,19 @@ What the tensors mean: lorafx.adapter_store.reading.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
-from lorafx.adapter_store.checkpoint import AdapterState, load_state, peek_shapes
+from lorafx.adapter_store.checkpoint import AdapterState, load_config, load_state, peek_shapes
+from lorafx.adapter_store.expert_names import unnested
+from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import parse, without_prefix
 from lorafx.adapter_store.places import Places
-from lorafx.adapter_store.reading import LoraWeights, Reading
+from lorafx.adapter_store.reading import Reading
+from lorafx.adapter_store.weights import LoraWeights
 from lorafx.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -31,7 +34,7 @@ class Adapter:
         name: what requests call it.
         weights: `Site.part_path` -> factors, which is the site's canonical path unless it comes
             packed; what the adapter does not touch is absent.
-        rank: the largest rank of its sites.
+        rank: the largest rank that it was trained with anywhere.
         source: where it was read from, for messages.
     """
 
@@ -48,21 +51,28 @@ class AdapterTargets(NamedTuple):
     rank: int
 
 
-def adapter_target_modules(source: str | os.PathLike[str] | AdapterState) -> AdapterTargets:
-    """The modules that an adapter's saved keys name and its largest rank, without a model.
+def adapter_target_modules(
+    source: str | os.PathLike[str] | AdapterState, model: nn.Module | None = None
+) -> AdapterTargets:
+    """The modules that an adapter's saved keys name, and its largest rank.
+
+    With a `model` keys of routed experts name the parameters that they are of, and keys from
+    before a module was renamed the module as it is called now.
 
     Raises CheckpointError (UnsupportedAdapterError for the configuration) as `read_adapter` does
     for what can be seen without the model; shapes and placement are checked there.
     """
     modules: dict[str, None] = {}
     rank = 0
+    places, config = Places((), model), load_config(source)
     for key, shape in peek_shapes(source).items():
         factor = parse(key)
         if factor is None:
             continue
-        modules[without_prefix(factor.module)] = None
+        for path in _named_by(places, config, factor.module):
+            modules[path] = None
         if factor.letter == "A" and shape:
-            rank = max(rank, shape[0])
+            rank = max(rank, _rank_of(places, config, factor.module, shape))
     if not modules or not rank:
         raise CheckpointError(f"{_called(source)} holds no LoRA factors (lora_A, lora_B)")
     return AdapterTargets(tuple(modules), rank)
@@ -98,8 +108,38 @@ def read_adapter(
     reading = Reading(state, Places(sites, model), max_rank)
     weights = reading.run()
     reading.raise_problems(name)
-    rank = max(w.rank for w in weights.values())
-    return Adapter(name, weights, rank, state.where)
+    return Adapter(name, weights, reading.largest, state.where)
+
+
+def _named_by(places: Places, config: PeftConfig, path: str) -> list[str]:
+    """What `path` names: the parameters of experts, or one module."""
+    plain = without_prefix(path)
+    if places.walk(plain) is None:
+        place = places.expert_landing(path)
+    else:
+        place = places.experts.find(plain, plain)
+    if place is None:
+        return [places.newer_name(path) or plain]
+    experts, saved = place.experts, unnested(place.saved)
+    targeted = [w for w in experts.weights if config.targets_parameter(w.path(saved))]
+    weights = [place.weight] if place.weight is not None else targeted or experts.weights
+    return [weight.path(experts.path) for weight in weights]
+
+
+def _rank_of(places: Places, config: PeftConfig, path: str, shape: tuple[int, ...]) -> int:
+    """The rank of an A of this shape: that of experts may be stacked."""
+    place = places.expert_landing(path)
+    if place is None or place.expert is not None or len(shape) == 3:
+        return shape[-2] if len(shape) > 1 else shape[0]
+    said = {shape[0]} if config.max_rank is None else set(_ranks(config))
+    stacked = place.weight is None or shape[0] not in said
+    return max(shape[0] // place.experts.count, 1) if stacked else shape[0]
+
+
+def _ranks(config: PeftConfig) -> Iterator[int]:
+    yield from config.rank_pattern.values()
+    if config.r is not None:
+        yield config.r
 
 
 def _called(source: str | os.PathLike[str] | AdapterState) -> str:

@@ -3,6 +3,7 @@
     model.layers.0.self_attn.o_proj    the site at this path, or at an alias of it
     model.layers.0.self_attn.q_proj    a part of the packed site model.layers.0.self_attn.qkv_proj
     model.layers.0.self_attn.qkv_proj  the sites q_proj, k_proj and v_proj, where they are apart
+    model.layers.0.block_sparse_moe.gate   what is called model.layers.0.mlp.gate since
 
 What a path means is a *landing*: parts of sites in the order of the saved B's rows.
 """
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from lorafx.adapter_store.expert_places import ExpertPlace, ExpertPlaces
+from lorafx.adapter_store.old_names import OldNames
 from lorafx.adapter_store.peft_keys import COMPILED, candidates, without_compiled
 from lorafx.errors import nearest
 from lorafx.packed_names import virtual_paths
@@ -86,6 +89,9 @@ class Places:
 
     def __init__(self, sites: Sequence[Site], model: nn.Module | None) -> None:
         self._model = model
+        self._old = OldNames(model)
+        self.experts = ExpertPlaces(sites, self.walk)
+        sites = [site for site in sites if site.expert_weight is None]
         self._by_path = {without_compiled(p): site for site in sites for p in site.paths}
         self._by_module = {id(site.module): site for site in sites}
         self._by_name: dict[str, tuple[Place, ...]] = {}
@@ -110,32 +116,38 @@ class Places:
         return self._model is not None
 
     def landing(self, path: str) -> Landing | None:
-        """What `path` means; None where it means no site and no part of one."""
-        for candidate in candidates(path):
-            found = self._by_path.get(candidate) or self._by_module.get(id(self._walk(candidate)))
+        """What `path` means; None where it means no site and no part of one, or experts."""
+        for candidate, saved in self._readings(path):
+            found = self._by_path.get(candidate) or self._by_module.get(id(self.walk(candidate)))
             if found is not None:
-                return _checked(tuple((found, i) for i in range(len(found.parts))), candidate)
+                return _checked(tuple((found, i) for i in range(len(found.parts))), saved)
             if candidate in self._by_name:
-                return _checked(self._by_name[candidate], candidate)
+                return _checked(self._by_name[candidate], saved)
             if candidate in self._loose:
                 site, name = self._loose[candidate]
-                return Landing(tuple((site, i) for i in range(len(site.parts))), candidate, name)
+                return Landing(tuple((site, i) for i in range(len(site.parts))), saved, name)
             if candidate in self._members:
-                return _joined(self._members[candidate], candidate)
+                return _joined(self._members[candidate], saved)
         return None
+
+    def expert_landing(self, path: str) -> ExpertPlace | None:
+        """What `path` means among routed experts; None where it has nothing to do with them."""
+        found = (self.experts.find(*reading) for reading in self._readings(path))
+        return next((place for place in found if place is not None), None)
 
     def module(self, path: str) -> nn.Module | None:
         """The module that `path` means, a site or not; None where there is none."""
         walked = (
-            self._by_path[candidate].module if candidate in self._by_path else self._walk(candidate)
-            for candidate in candidates(path)
+            self._by_path[candidate].module if candidate in self._by_path else self.walk(candidate)
+            for candidate, _ in self._readings(path)
         )
         return next((module for module in walked if module is not None), None)
 
     def named_modules(self) -> Iterable[tuple[str, nn.Module]]:
         """Every known module under its canonical path; only sites when the model is unknown."""
         if self._model is None:
-            return [(without_compiled(s.path), s.module) for s in self._by_module.values()]
+            known = [(without_compiled(s.path), s.module) for s in self._by_module.values()]
+            return known + [(found.path, found.module) for found in self.experts.selected]
         return ((without_compiled(path), module) for path, module in self._model.named_modules())
 
     def packed_names(self) -> Iterator[tuple[str, tuple[Place, ...]]]:
@@ -149,13 +161,31 @@ class Places:
         if self._names is None:
             self._names = [name for name, _ in self.named_modules() if name]
             self._names += [name for name, _ in self.packed_names()]
+            self._names += [s.path for e in self.experts.selected for s in e.sites.values()]
         wanted = candidates(path)[0]
         # difflib takes milliseconds a hundred names: try those of the same last component first.
         last = wanted.rpartition(".")[2]
         alike = [name for name in self._names if name.rpartition(".")[2] == last]
         return nearest(wanted, alike) or nearest(wanted, self._names[:2000])
 
-    def _walk(self, path: str) -> nn.Module | None:
+    def newer_name(self, path: str) -> str | None:
+        """The path of the module that was renamed since `path` was saved; None where none was."""
+        readings = list(self._readings(path))
+        if any(self.walk(new) is not None for new, saved in readings if new == saved):
+            return None
+        return next((new for new, saved in readings if self.walk(new) is not None), None)
+
+    def _readings(self, path: str) -> Iterator[tuple[str, str]]:
+        """(path in the model, path as it was saved): as it stands, then by its newer name."""
+        saved = candidates(path)
+        yield from zip(saved, saved, strict=True)
+        for candidate in saved:
+            renamed = self._old.renamed(candidate)
+            if renamed is not None:
+                yield renamed, candidate
+
+    def walk(self, path: str) -> nn.Module | None:
+        """The module at `path`, wrappers of torch.compile left out of it; None if none."""
         node = self._model
         for part in path.split(".") if path else ():
             if node is None:

@@ -10,16 +10,18 @@ the configuration says, since s = α/r comes from there.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lorafx.adapter_store.checkpoint import AdapterState
+from lorafx.adapter_store.expert_reading import ExpertReading
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import FactorKey, parse, without_prefix
 from lorafx.adapter_store.places import Landing, Place, Places, saved_sizes
+from lorafx.adapter_store.weights import LoraWeights
 from lorafx.errors import CapacityError, CheckpointError, UnsupportedAdapterError
+from lorafx.module_graph import join
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -36,18 +38,6 @@ _FEATURE_KEYS = {
 _TRAINING_KEYS = (".lora_velora_embed",)
 
 
-class LoraWeights(NamedTuple):
-    """One part's factors: A (r, K) and B (N, r) in the file's dtype, and s."""
-
-    A: Tensor
-    B: Tensor
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        return self.A.shape[0]
-
-
 class Reading:
     """One checkpoint on its way into site-keyed factors, with the problems met so far."""
 
@@ -61,6 +51,8 @@ class Reading:
         self.unselected: dict[str, nn.Module] = {}
         self.closed: dict[str, str] = {}
         self.unknown: dict[str, None] = {}
+        self.experts = ExpertReading(self)
+        self.largest = 0
 
     @property
     def config(self) -> PeftConfig:
@@ -82,11 +74,14 @@ class Reading:
                         f"{_path(path)} and differ; keep one"
                     )
                 decoded[path] = landing, weights
+        experts = dict(self.experts.decode())
         self._report_placement()
         self._report_empty_targets(decoded)
-        if not self.factors and not (self.unknown or self.unselected or self.closed):
+        if not (self.factors or self.experts.paths) and not (
+            self.unknown or self.unselected or self.closed
+        ):
             self.problems.append("the file holds no LoRA factors (lora_A, lora_B)")
-        return {path: weights for path, (_, weights) in decoded.items()}
+        return {path: weights for path, (_, weights) in decoded.items()} | experts
 
     def raise_problems(self, name: str) -> None:
         problems = [*self.unsupported, *self.problems]
@@ -115,6 +110,8 @@ class Reading:
             self.closed[found.saved] = found.missing
             return
         if found is None:
+            if self.experts.take(factor):
+                return
             module = self.places.module(factor.module)
             if module is not None:
                 self.unselected[without_prefix(factor.module)] = module
@@ -131,13 +128,13 @@ class Reading:
             )
         elif factor.letter not in mine:
             mine[factor.letter] = factor
-        elif not self._equal(factor.key, mine[factor.letter].key):
+        elif not self.equal(factor.key, mine[factor.letter].key):
             self.problems.append(
                 f"{factor.key} and {mine[factor.letter].key} are both {factor.factor} of "
                 f"{_label(found)} and differ; keep one"
             )
 
-    def _equal(self, first: str, second: str) -> bool:
+    def equal(self, first: str, second: str) -> bool:
         a, b = self.state.tensors[first], self.state.tensors[second]
         return a.shape == b.shape and torch.equal(a, b)
 
@@ -153,22 +150,25 @@ class Reading:
             self.problems.append(f"{have.key}: {_label(landing)} has no factor {lacks}")
             return
         a, b = (self.state.tensors[keys[letter].key] for letter in "AB")
-        if not all([self._sound(keys["A"].key, a), self._sound(keys["B"].key, b)]):
+        if not all([self.sound(keys["A"].key, a), self.sound(keys["B"].key, b)]):
             return
         rank = a.shape[0] if a.dim() == 2 else 0
         places = landing.fitting(b.shape[0] if b.dim() == 2 else 0)
         sizes = [saved_sizes(place) for place in places or landing.places]
         n, k = sum(size for _, size in sizes), sizes[0][0]
         label = _label(landing)
-        fits = [self._shaped(keys["A"].key, a, (rank, k), f"{label} needs (r, {k})")]
+        fits = [self.shaped(keys["A"].key, a, (rank, k), f"{label} needs (r, {k})")]
         if places is None or len(places) > 1:
             fits.append(self._divides(keys["B"].key, b, rank, landing, places))
         else:
             needs = f"{label} needs ({n}, r = {rank})"
-            fits.append(self._shaped(keys["B"].key, b, (n, rank), needs))
-        if not all(fits) or places is None or not self._rank_fits(landing, rank):
+            fits.append(self.shaped(keys["B"].key, b, (n, rank), needs))
+        name = self.config.name_of(landing.saved, places[0][0].eligible.weight) if places else ""
+        if not all(fits) or places is None:
             return
-        scale = self._scale(landing.saved, rank)
+        if not self.rank_fits(label, name, landing.saved, rank):
+            return
+        scale = self.scale(name, landing.saved, rank)
         for (site, index), rows in zip(places, b.split([size for _, size in sizes]), strict=True):
             sharding, slices = site.eligible.sharding, site.parts[index].slices
             own_a, own_b = a, rows
@@ -200,7 +200,7 @@ class Reading:
         )
         return False
 
-    def _sound(self, key: str, tensor: Tensor) -> bool:
+    def sound(self, key: str, tensor: Tensor) -> bool:
         if tensor.dtype not in _DTYPES:
             self.problems.append(f"{key} is {tensor.dtype}; factors must be floating point")
             return False
@@ -210,7 +210,7 @@ class Reading:
             return False
         return True
 
-    def _shaped(self, key: str, tensor: Tensor, want: tuple[int, int], needs: str) -> bool:
+    def shaped(self, key: str, tensor: Tensor, want: tuple[int, int], needs: str) -> bool:
         shape = tuple(tensor.shape)
         if shape == want and all(shape):
             return True
@@ -219,21 +219,25 @@ class Reading:
         self.problems.append(f"{key} has shape {shape}, {needs}")
         return False
 
-    def _rank_fits(self, landing: Landing, rank: int) -> bool:
-        said = self.config.rank(landing.saved)
-        if said not in (None, rank) and landing.saved not in self.state.scales:
+    def rank_fits(self, label: str, name: str, saved: str, rank: int) -> bool:
+        """Whether `rank` is the configuration's for `name` and the banks hold it; a problem is
+        noted where not. `saved` is the path under which the factors were saved."""
+        said = self.config.rank(name)
+        if said not in (None, rank) and saved not in self.state.scales:
             self.problems.append(
-                f"{_label(landing)} has rank {rank}, adapter_config.json says {said} there (r, "
+                f"{label} has rank {rank}, adapter_config.json says {said} there (r, "
                 "rank_pattern), and the scale α/r depends on it; correct the configuration"
             )
             return False
+        self.largest = max(self.largest, rank)
         if self.max_rank is not None and rank > self.max_rank:
-            self.over_rank[_label(landing)] = rank
+            self.over_rank[label] = rank
             return False
         return True
 
-    def _scale(self, saved: str, rank: int) -> float:
-        return self.state.scales.get(saved, self.config.scale(saved, rank))
+    def scale(self, name: str, saved: str, rank: int) -> float:
+        """s of the module or parameter that the configuration's patterns call `name`."""
+        return self.state.scales.get(saved, self.config.scale(name, rank))
 
     def _other_key(self, key: str) -> None:
         if key.endswith(_TRAINING_KEYS):
@@ -264,7 +268,8 @@ class Reading:
             f"{path}: {missing}; add it to target_modules when compiling"
             for path, missing in self.closed.items()
         )
-        known = len(self.unselected) + len(self.closed) + len(self.factors)
+        known = len(self.unselected) + len(self.factors)
+        known += len(self.closed.keys() | self.experts.paths)
         total = len(self.unknown) + known
         names = list(self.unknown)
         nowhere = "in this model" if self.places.whole else "among the selected sites"
@@ -291,7 +296,7 @@ class Reading:
         empty = [
             path
             for path, module in self.places.named_modules()
-            if id(module) not in got and self.config.matches(path)
+            if id(module) not in got and self._targets(path, module)
         ]
         empty += [
             path
@@ -300,15 +305,26 @@ class Reading:
             and path not in self.closed
             and self.config.matches(path)
         ]
+        empty += self.experts.untouched()
         if empty:
             self.problems.append(
                 f"the configuration targets {_listed(empty)}, but the file has no weights there; "
                 "it is incomplete, or target_modules names more than was trained"
             )
 
+    def _targets(self, path: str, module: nn.Module) -> bool:
+        """Whether the configuration targets the module, or a matrix that it holds."""
+        config = self.config
+        return config.matches(path) or any(
+            parameter is not None
+            and parameter.dim() == 2
+            and config.targets_parameter(join(path, name))
+            for name, parameter in (module._parameters.items() if config.target_parameters else ())
+        )
+
 
 def _alike(first: LoraWeights, second: LoraWeights) -> bool:
-    same = first.A.shape == second.A.shape and first.scale == second.scale
+    same = first.A.shape == second.A.shape and bool(first.scale == second.scale)
     return same and torch.equal(first.A, second.A) and torch.equal(first.B, second.B)
 
 

@@ -286,8 +286,9 @@ class AdapterStore:
             place.sibling,
             place.offset,
             _host_copy(a, group.bank.A.dtype, pin),
-            _host_copy(weights.B.t(), group.bank.B.dtype, pin),
-            float(weights.scale),
+            _host_copy(weights.B.mT, group.bank.B.dtype, pin),
+            weights.scale,
+            weights.ranks,
         )
 
 
@@ -310,8 +311,11 @@ class _Place(NamedTuple):
 
 
 def _misfit(path: str, place: _Place, weights: LoraWeights, max_rank: int) -> str | None:
-    rank, part = weights.A.shape[0], place.site.parts[place.part]
-    want = (rank, part.in_features), (part.out_features, rank)
+    rank, part = weights.rank, place.site.parts[place.part]
+    want: tuple[tuple[int, ...], ...] = (rank, part.in_features), (part.out_features, rank)
+    if place.site.expert_weight is not None:
+        want = tuple((place.site.experts, *shape) for shape in want)
+    max_rank *= place.site.terms
     have = tuple(weights.A.shape), tuple(weights.B.shape)
     if have != want or not 0 < rank <= max_rank:
         return f"{path}: factors {have} do not fit {want} with rank at most {max_rank}"

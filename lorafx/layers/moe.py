@@ -34,7 +34,7 @@ class FusedMoE(LoadableLayer):
     ids of their loaders: ("w1", e) the gate, ("w3", e) the up and ("w2", e) the down projection of
     expert e; None for all experts as one tensor (E, 2I, H) or (E, H, I).
 
-    LoRA on it is not supported: it is registered as experts, and targeting it is an error.
+    LoRA: each of the two parameters is a site, with an update for each expert.
 
     Args:
         num_experts, top_k: E and k.
@@ -93,14 +93,10 @@ class FusedMoE(LoadableLayer):
     def forward(self, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
         x = hidden_states.reshape(-1, self.hidden_size)
         combine = self.combine_weights(router_logits.reshape(-1, self.num_experts)).to(x.dtype)
-        # One product with all experts' rows, (T, E · 2I).
-        gate, up = (
-            F.linear(x, self.w13_weight.flatten(0, 1))
-            .unflatten(-1, (self.num_experts, 2, -1))
-            .unbind(-2)
-        )
-        inner = F.silu(gate) * up * combine.unsqueeze(-1)
-        y = torch.bmm(inner.transpose(0, 1), self.w2_weight.transpose(1, 2)).sum(dim=0)
+        every = x.expand(self.num_experts, *x.shape)
+        gate, up = torch.bmm(every, self.w13_weight.transpose(1, 2)).chunk(2, dim=-1)
+        inner = F.silu(gate) * up * combine.T.unsqueeze(-1)
+        y = torch.bmm(inner, self.w2_weight.transpose(1, 2)).sum(dim=0)
         return self.tp.all_reduce(y).reshape(hidden_states.shape)
 
     def combine_weights(self, router_logits: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ TOLERANT = frozenset(
         pointwise.scalar_read,
         pointwise.copied,
         contractions.grouped,
+        sites.expert_site,
         *indexing.RULES.values(),
     }
 )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+import lorafx.kernels.expert_ops
 import lorafx.kernels.grouped_ops
 import lorafx.kernels.ops  # noqa: F401  (both define torch.ops.lorafx)
 from lorafx.ownership.flow import Flow, Rule, bound
-from lorafx.ownership.labels import Label, Own
+from lorafx.ownership.labels import Label, Mixed, Own
 
 
 def site(node: fx.Node, flow: Flow) -> Label:
@@ -25,6 +26,22 @@ def site(node: fx.Node, flow: Flow) -> Label:
     if isinstance(label, Own) and label.dim >= len(flow.shape(y)) - 1:
         return flow.lost(node, f"the feature dimension is the owner dimension of {label}")
     return flow.agree(node, [flow.label(y), label])
+
+
+def expert_site(node: fx.Node, flow: Flow) -> Label:
+    """expert_site(x, y, ..., experts): y's rows, each plus its own delta.
+
+    Which expert a row was routed to may depend on everybody's rows, as the ends of sorted groups
+    do; it says which factors a row meets and moves none.
+    """
+    args = bound(node)
+    labels = [flow.label(args["x"]), flow.label(args["y"])]
+    mixed = next((label for label in labels if isinstance(label, Mixed)), None)
+    if mixed is not None:
+        return mixed
+    if any(isinstance(item, Own) and item.dim >= len(flow.shape(args["x"])) - 1 for item in labels):
+        return flow.lost(node, f"the feature dimension is the owner dimension of {labels[0]}")
+    return flow.agree(node, labels)
 
 
 def given_out(node: fx.Node, flow: Flow, x: fx.Node, y: fx.Node) -> Own | None:
@@ -45,5 +62,11 @@ def given_out(node: fx.Node, flow: Flow, x: fx.Node, y: fx.Node) -> Own | None:
 
 
 RULES: dict[object, Rule] = dict.fromkeys(
-    (torch.ops.lorafx.site, torch.ops.lorafx.embedding_site, torch.ops.lorafx.grouped_site), site
+    (
+        torch.ops.lorafx.site,
+        torch.ops.lorafx.embedding_site,
+        torch.ops.lorafx.grouped_site,
+    ),
+    site,
 )
+RULES[torch.ops.lorafx.expert_site] = expert_site

@@ -52,7 +52,6 @@ REFUSED = {
     "bias": "lora_only",
     "modules_to_save": ["classifier", "score"],
     "trainable_token_indices": [3],
-    "target_parameters": ["mlp.experts.gate_up_proj"],
     "alora_invocation_tokens": [1, 2],
     "use_qalora": True,
     "use_bdlora": {"nblocks": 2},

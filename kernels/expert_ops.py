@@ -1,0 +1,123 @@
+"""Ops for routed experts: `lorafx::expert_site`, `expert_slots` and `expert_mark`.
+
+A bank for E experts has S·E slots (lorafx.adapter_store.bank). Row m, of a request in slot s and
+routed to expert e, is a row of slot
+
+    key[m] = s·E + e    where s ≥ 0 and 0 ≤ e < E,    else -1
+
+so the delta of an expert's product is `add_delta_` with one key a row, whatever computes it:
+
+    y[m] += scales[key] · (x[m] A[key]ᵀ) B[key]
+
+`expert_site` is the op that `match` puts behind the base's product; `lower` takes it apart into
+`expert_slots` and the delta. `expert_mark` is what a hook leaves in a trace, so that `match` knows
+that the experts ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lorafx.kernels.delta import add_linear_delta, row_slots
+from lorafx.kernels.ops import BANK, RANGES, _check_linear, _check_rows, _require
+
+SCHEMAS = (
+    "expert_slots(Tensor slots, Tensor experts, SymInt rows, int count) -> Tensor",
+    "expert_mark(Tensor y, Tensor A) -> Tensor",
+    f"expert_site(Tensor x, Tensor y, {BANK}, Tensor experts, {RANGES}, SymInt rows, int count)"
+    " -> Tensor",
+)
+
+
+def expert_slots(slots: Tensor, experts: Tensor, rows: int, count: int) -> Tensor:
+    """The key of each row, int32 (M,).
+
+    Args:
+        slots: int32 (n,), row m belongs to slots[(m // rows) % n]; -1 for a base row.
+        experts: integers (M,), the expert that each row was routed to; others than 0 … count - 1
+            stand for none.
+        rows: as for the other ops.
+        count: E.
+
+    Raises:
+        ProvenanceError, BatchError: as `row_slots`.
+    """
+    owner = row_slots(slots, rows, experts.shape[0])
+    routed = (owner >= 0) & (experts >= 0) & (experts < count)
+    return torch.where(routed, owner * count + experts, -1).to(torch.int32)
+
+
+def expert_slots_fake(slots, experts, rows, count):
+    return slots.new_empty(experts.shape)
+
+
+def expert_mark(y: Tensor, A: Tensor) -> Tensor:
+    """A copy of y, what a module of experts with the bank of A returned: `match` takes it away."""
+    return y.clone()
+
+
+def expert_mark_fake(y, A):
+    return torch.empty_like(y)
+
+
+def expert_site(
+    x: Tensor,
+    y: Tensor,
+    A: Tensor,
+    B: Tensor,
+    ranks: Tensor,
+    scales: Tensor,
+    slots: Tensor,
+    experts: Tensor,
+    siblings: Sequence[int],
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    rows: int,
+    count: int,
+) -> Tensor:
+    """y (M, N) + delta for x (M, K), row m being expert experts[m]'s; a new contiguous tensor.
+
+    A (S·E, G·R, K), B (S·E, R, ΣN), ranks and scales (S·E, G), E = `count`; the rest is as in
+    `site`.
+    """
+    ranges = (siblings, offsets, sizes)
+    _check(x, y, A, B, ranks, scales, slots, experts, *ranges, rows, count)
+    keys = expert_slots(slots, experts, rows, count)
+    out = y.clone(memory_format=torch.contiguous_format)
+    add_linear_delta(out, x, A, B, ranks, scales, keys, *ranges, 1)
+    return out
+
+
+def expert_site_fake(
+    x, y, A, B, ranks, scales, slots, experts, siblings, offsets, sizes, rows, count
+):
+    ranges = (siblings, offsets, sizes)
+    _check(x, y, A, B, ranks, scales, slots, experts, *ranges, rows, count)
+    return y.new_empty(y.shape)
+
+
+def _check(
+    x, y, A, B, ranks, scales, slots, experts, siblings, offsets, sizes, rows, count
+) -> None:
+    op = "expert_site"
+    ranges = (siblings, offsets, sizes)
+    _check_linear(op, x, y.shape[-1], A, B, ranks, scales, slots, *ranges)
+    _check_rows(op, x.shape[:-1], y.shape[:-1], rows)
+    _require(op, count > 0 and ranks.shape[0] % count == 0, f"{count} experts do not divide S")
+    _require(op, experts.dim() == 1, f"experts is (rows,), not {tuple(experts.shape)}")
+    _check_rows(op, x.shape[:-1], experts.shape, rows)
+
+
+_LIBRARY = torch.library.Library("lorafx", "FRAGMENT")
+for _schema, _eager, _fake in (
+    (SCHEMAS[0], expert_slots, expert_slots_fake),
+    (SCHEMAS[1], expert_mark, expert_mark_fake),
+    (SCHEMAS[2], expert_site, expert_site_fake),
+):
+    _name = _schema.partition("(")[0]
+    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(_name, _eager, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lorafx::{_name}", _fake, lib=_LIBRARY)

@@ -1,0 +1,29 @@
+"""The modules and parameters of a model that a PEFT configuration picks."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lorafx.adapter_store.peft_config import PeftConfig
+from lorafx.module_graph import join
+from lorafx.registry import lookup
+from lorafx.targets import SavedNames, is_all_linear, output_embedding
+
+
+def picked(config: PeftConfig, model: nn.Module) -> SavedNames:
+    """Paths of the modules, and of the 3-D parameters, that PEFT would put LoRA on.
+
+    A targeted matrix is named by the module that holds it.
+    """
+    every = is_all_linear(config.target_modules)
+    head = output_embedding(model) if every else None
+    found: dict[str, None] = {}
+    for path, module in model.named_modules():
+        entry = lookup(module) if every else None
+        linear = entry is not None and entry.kind == "linear" and module is not head
+        if linear or config.matches(path):
+            found[path] = None
+        for name, parameter in module.named_parameters(recurse=False):
+            if config.targets_parameter(join(path, name)):
+                found[path if parameter.dim() < 3 else join(path, name)] = None
+    return SavedNames(found)
