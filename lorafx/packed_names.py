@@ -231,4 +231,4 @@ def is_in_target_modules(
 
 def virtual_paths(paths: Iterable[str], name: str) -> tuple[str, ...]:
     """The paths that a member or packed `name` has beside a module's own `paths`."""
-    return tuple(renamed(path, name) for path in paths)
+    return tuple(dict.fromkeys(renamed(path, name) for path in paths))

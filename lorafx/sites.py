@@ -67,6 +67,7 @@ class Site:
         member_of: the packed names that this module is a part of elsewhere.
         loose_names: names of a packed module of which it is not declared what slices each
             covers; the rows of an adapter's B say it.
+        closed_names: those of `loose_names` that adapters may not have factors for.
     """
 
     path: str
@@ -80,6 +81,7 @@ class Site:
     parts: tuple[Part, ...] = ()
     member_of: tuple[Membership, ...] = ()
     loose_names: tuple[str, ...] = ()
+    closed_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.parts:
