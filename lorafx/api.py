@@ -24,6 +24,8 @@ from lorafx.config import LoraConfig, Options
 from lorafx.errors import CaptureError, ConfigError, LorafxWarning, nearest
 from lorafx.explain import Explanation, model_sections
 from lorafx.lowering import resolved
+from lorafx.module_graph import ModuleGraph
+from lorafx.packed_names import PackedNames
 from lorafx.packing import pack_weights
 from lorafx.passes.attach import Attach, Attachment, allocate_groups
 from lorafx.passes.select import build_sites
@@ -262,7 +264,8 @@ def _from_peft(peft: PeftConfig, sources: Mapping[str, Any], model: nn.Module) -
     exclude: Any = peft.exclude_modules
     if peft.layers_to_transform:
         # Which layers is a condition of PEFT's own; write out the modules that it picks.
-        targets, exclude = [path for path, _ in model.named_modules() if peft.matches(path)], None
+        packed = PackedNames(ModuleGraph.of(model))
+        targets, exclude = list(dict.fromkeys(filter(peft.matches, packed.paths()))), None
     rank = peft.max_rank or LoraConfig.max_rank
     if sources:
         rank = max(rank, _targets_of(sources)[1])

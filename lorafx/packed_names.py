@@ -12,7 +12,7 @@ The declaration nearest above a module wins, and the configuration's wins over a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorafx.errors import ConfigError
@@ -136,6 +136,13 @@ class PackedNames:
             for index, member in enumerate(members)
             if member.name == name and self._graph.find(join(parent, packed)) is None
         )
+
+    def paths(self) -> Iterator[str]:
+        """The paths of all modules, and those that packed names give them beside."""
+        for path, _ in self._graph.modules():
+            yield path
+            for name in (*self.members(path), *self.memberships(path)):
+                yield renamed(path, name.name)
 
     def unused(self) -> list[str]:
         """Names of the configuration's declaration that name no module, packed or not."""

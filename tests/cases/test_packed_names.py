@@ -53,3 +53,21 @@ def test_members_with_two_names_in_one_module(tmp_path: Path) -> None:
     model.k_proj = nn.Linear(16, 8)
     cm = _open(model, packed_modules={"qk_proj": ["q_proj", "k_proj"]})
     cm.load_adapter(random_factors(tmp_path, "qk_proj", 16), "both")
+
+
+def test_layers_that_a_peft_configuration_picks(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"model": twins()[1]})
+    peft = {
+        "peft_type": "LORA",
+        "r": 2,
+        "target_modules": ["q_proj", "o_proj"],
+        "layers_to_transform": [1],
+    }
+    cm = lorafx.compile(model.eval(), peft, options=REFERENCE)
+    assert sorted(site.path for site in cm.sites) == [
+        "model.layers.1.o_proj",
+        "model.layers.1.qkv_proj",
+    ]
+    cm.load_adapter(random_factors(tmp_path / "q", "model.layers.1.q_proj", 16), "q")
+    with pytest.raises(CheckpointError, match="k_proj exists but was not selected"):
+        cm.load_adapter(random_factors(tmp_path / "k", "model.layers.1.k_proj", 8), "k")
