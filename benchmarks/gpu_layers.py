@@ -221,6 +221,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--model", choices=LAYERS, default="llama-8b")
+    parser.add_argument("--mix", action="append", metavar="M,D,r", help="of gpu_cases.MIXES; all")
     parser.add_argument("--all-strategies", action="store_true", help="not only the planned one")
     parser.add_argument("--tune", type=int, metavar="N", help="time N tiles a kernel set first")
     parser.add_argument("--max-autotune", action="store_true", help="Inductor's GEMM as an arm")
@@ -246,6 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     budget, rows = gpu_protocol.Budget(options.minutes), []
     found = _peers(options)
     for case in cases(options.model):
+        if options.mix and f"{case.rows},{case.distinct},{case.rank}" not in options.mix:
+            continue
         if not budget.fits(case.label):
             continue
         start = time.monotonic()

@@ -282,6 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--blocks", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=0.02, help="of one timing")
+    parser.add_argument("--step", type=int, action="append", help="of STEPS, by place; all if none")
     parser.add_argument("--self-check", action="store_true", help="on the CPU; measures nothing")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_model.json"))
     options = parser.parse_args(arguments)
@@ -295,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model, cm, adapters = prepared(options, device, Path(folder), tiny=False, count=32)
         # Static shapes: the strongest base. lorafx's graphs serve any batch, as users have them.
         base = torch.compile(copy.deepcopy(model), dynamic=False)
-        for case in STEPS:
+        for case in [STEPS[place] for place in options.step or range(len(STEPS))]:
             label = f"{case[0]} [{case[1]}, {case[2]}]"
             if not budget.fits(label):
                 continue

@@ -35,10 +35,17 @@ def require_gpu(program: str) -> torch.device:
 
 @dataclass(frozen=True)
 class GraphArm:
-    """A captured graph of `copies` calls; calling it replays the graph once."""
+    """A captured graph of `calls`; calling it replays the graph once.
+
+    The calls are kept: a graph reads what they hold, and keeps none of it alive.
+    """
 
     graph: Any
-    copies: int
+    calls: Sequence[Callable[[], object]]
+
+    @property
+    def copies(self) -> int:
+        return len(self.calls)
 
     def __call__(self) -> None:
         self.graph.replay()
@@ -56,7 +63,7 @@ def graph_arm(calls: Sequence[Callable[[], object]]) -> GraphArm:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    return GraphArm(graph, len(calls))
+    return GraphArm(graph, list(calls))
 
 
 def event_time(arm: Any, seconds: float) -> float:

@@ -22,6 +22,7 @@ from lorafx.kernels.triton_tiles import Architecture, Tiles
 TileSet = Mapping[str, Tiles]
 
 LATENCY = 0.8e-6  # seconds from asking device memory to having: assumed
+BASE_KERNELS = ("split", "epilogue", "recompute")  # with a loop over W
 ACCUMULATORS = 128  # registers a thread that a tile's sums may take of 255
 
 
@@ -37,7 +38,7 @@ def shared_bytes(tiles: Tiles, spec: DeltaSpec) -> int:
 
 def fits(name: str, tiles: Tiles, spec: DeltaSpec, arch: Architecture) -> bool:
     """Whether a kernel can run so: shared memory, sums in registers."""
-    if name in ("epilogue", "recompute") and shared_bytes(tiles, spec) > arch.shared_kib * 1024:
+    if name in BASE_KERNELS and shared_bytes(tiles, spec) > arch.shared_kib * 1024:
         return False
     wide = tiles.block_r if name == "shrink" else tiles.block_n
     if "rows" not in name:
@@ -80,12 +81,14 @@ def _kernel(name: str, tiles: Tiles, work: Work, arch: Architecture) -> float:
         in_flight = tiles.block_k * (tiles.block_r + (1 if rows_alone else tiles.block_m))
     else:
         wide = sum(math.ceil(size / tiles.block_n) for size in work.sizes)
-        programs = tall * wide
-        base = name in ("epilogue", "recompute")
+        programs = tall * wide * (tiles.split if name == "split" else 1)
+        base = name in BASE_KERNELS
         memory = B + M * N * (1 if base else 2) + (A if name == "recompute" else planes)
         l2 = tall * B + wide * (0 if name == "recompute" else planes)
         flops = 2.0 * tall * (1 if rows_alone else tiles.block_m) * work.rank * N
         in_flight = tiles.block_n * (tiles.block_r if not base else tiles.block_k)
+        if name in ("split", "reduce"):
+            l2 += 2.0 * tiles.split * M * N  # of y, likewise
         if base:
             memory, l2 = memory + K * N + M * K, l2 + tall * K * N + wide * M * K
             flops += 2.0 * tall * tiles.block_m * K * N
@@ -103,7 +106,7 @@ def _kernel(name: str, tiles: Tiles, work: Work, arch: Architecture) -> float:
 def _occupancy(name: str, tiles: Tiles, work: Work, arch: Architecture) -> int:
     """Programs that one processor runs at a time."""
     threads = 2048 // (arch.warp * tiles.num_warps)
-    if name not in ("epilogue", "recompute"):
+    if name not in BASE_KERNELS:
         return max(threads // 2, 1)
     stage = tiles.block_k * (tiles.block_m + tiles.block_n) * work.dtype.itemsize
     return max(min(threads, arch.shared_kib * 1024 // (stage * tiles.num_stages)), 1)

@@ -2,6 +2,7 @@
 
     build(spec, strategy, rows_hint, device) = id, a hash of the kernels' sources and tiles
 
+    split      x Wᵀ in parts of K and beside it the shrink, then the parts added up with v B
     epilogue   shrink, then x Wᵀ + b with v B added in its epilogue; y is written once
     recompute  one kernel: each tile computes v for its own rows beside x Wᵀ
     segments   shrink, then y += v B, rows sorted by slot; the base product is the vendor's
@@ -44,7 +45,7 @@ __all__ = [
 ]
 
 #: Strategies of `lorafx::triton_linear`, which compute the base product too.
-LINEAR = ("epilogue", "recompute")
+LINEAR = ("split", "epilogue", "recompute")
 #: One program of the sorting kernel ranks this many requests.
 ORDER_TILES = Tiles(block_m=64, num_stages=1)
 
@@ -125,10 +126,10 @@ def _plan(
     if set(tiles) != set(names):
         raise LoweringError(f"strategy {strategy!r} has the kernels {names}, not {tuple(tiles)}")
     if (
-        len({tiles[name].parts for name in names}) > 1
+        len({(tiles[name].parts, tiles[name].split) for name in names}) > 1
         or len({t.ordered for t in tiles.values()}) > 1
     ):
-        raise LoweringError(f"kernels of strategy {strategy!r} disagree on parts or ordered")
+        raise LoweringError(f"kernels of strategy {strategy!r} disagree on parts, split or ordered")
     kernels = {name: load(name, spec, tiles[name], arch) for name in names}
     order = load("order", None, ORDER_TILES, arch) if tiles[names[0]].ordered else None
     keys = [kernel.key for kernel in kernels.values()]

@@ -48,6 +48,11 @@ class GeneratedKernel:
     jit: Any = field(repr=False)
 
     @property
+    def starts_early(self) -> bool:
+        """Whether it may be launched while the kernel before it runs: it waits by itself."""
+        return self.tiles.overlap and self.name not in ("shrink", "shrink_rows", "split")
+
+    @property
     def text(self) -> str:
         """Its source, as written."""
         return self.path.read_text()

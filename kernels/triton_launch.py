@@ -3,6 +3,7 @@
     order     (n,)                       stable argsort of the slots
     shrink    (P, M, J·R) float32        Σ_p v[p, m, j·R + r] = scale · A[s, i_j·R + r] x[m]
     linear    y (M, N)                   x Wᵀ + b + v B, or y += v B
+    split     (Q, M, N) float32          Σ_q p[q] = x Wᵀ, and shrink's v
     rows      y (M, N)                   y += v B a row at a time; v from planes or from a table
 
 s is the slot of row m: slots[(m // rows) % n]. A launch freezes grid and tiles, never slots, ranks
@@ -123,6 +124,38 @@ def shrink_reference(
     return v
 
 
+def split(
+    kernel: GeneratedKernel,
+    spec: TritonSpec,
+    x: Tensor,
+    weight: Tensor,
+    bank: tuple[Tensor, Tensor, Tensor, Tensor],
+    y: Tensor,
+    batch: Batch,
+    launch: Launch,
+) -> tuple[Tensor | None, Tensor]:
+    """The base product in parts of K, (Q, M, N) float32, and beside it `shrink`'s v.
+
+    A single part is written into y, and None is returned for the planes.
+
+    Its reference is the base product, the sum of the planes, and `shrink_reference`.
+    """
+    A, _, ranks, scales = bank
+    tiles, M, N = kernel.tiles, batch.M, spec.out_features
+    sums = None
+    if tiles.split > 1:
+        sums = torch.empty((tiles.split, M, N), dtype=torch.float32, device=x.device)
+    target = y if sums is None else sums
+    v = torch.empty((tiles.parts, M, spec.planes), dtype=torch.float32, device=x.device)
+    tiles_m = batch.tiles(tiles.block_m)
+    shrinking = tiles.lanes * _cdiv(spec.planes, tiles.block_r) * tiles.parts
+    grid = (tiles_m * (shrinking + _cdiv(N, tiles.block_n) * tiles.split),)
+    strides = [v.stride(0), target.stride(0), x.stride(0), weight.stride(0)]
+    scalars = batch.arguments(ranks.shape[0], tiles_m, *strides)
+    launch(kernel, grid, [x, weight, A, ranks, scales, *batch.pointers, target, v, *scalars])
+    return sums, v
+
+
 def linear(
     kernel: GeneratedKernel,
     spec: TritonSpec,
@@ -132,6 +165,7 @@ def linear(
     bank: tuple[Tensor, Tensor, Tensor, Tensor],
     batch: Batch,
     launch: Launch,
+    sums: Tensor | None = None,
 ) -> None:
     """Writes y (M, N), or adds to it where there is no base product.
 
@@ -139,6 +173,8 @@ def linear(
         v: shrink's planes; None where the kernel ("recompute") computes v itself.
         base: x (M, K), the weight and the bias; None for "expand".
         bank: A, B, ranks, scales.
+        sums: the base product's planes, for "reduce", which reads nothing of `base` but the bias;
+            None where y holds the product.
     """
     A, B, ranks, scales = bank
     tiles = kernel.tiles
@@ -146,8 +182,13 @@ def linear(
     strides: list[Any] = []
     if base is not None:
         x, weight, bias = base
-        pointers += [x, weight] if bias is None else [x, weight, bias]
-        strides += [x.stride(0), weight.stride(0)]
+        if kernel.name != "reduce":
+            pointers += [x, weight]
+            strides += [x.stride(0), weight.stride(0)]
+        elif sums is not None:
+            pointers.append(sums)
+            strides.append(sums.stride(0))
+        pointers += [] if bias is None else [bias]
     pointers += [A, B, ranks, scales] if v is None else [v, B, ranks]
     tiles_m = batch.tiles(tiles.block_m)
     tiles_n = sum(_cdiv(size, tiles.block_n) for size in spec.delta.sizes)

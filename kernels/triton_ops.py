@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.library import custom_op, triton_op, wrap_triton
 
+from lorafx.compat import launches_directly
 from lorafx.kernels.ops import _check_bank, _require
 from lorafx.kernels.triton_build import LINEAR, LaunchPlan, plan_of
 from lorafx.kernels.triton_cache import GeneratedKernel
@@ -35,12 +36,15 @@ from lorafx.kernels.triton_launch import (
     expand_rows,
     linear,
     shrink,
+    split,
 )
 
 
 def launch_wrapped(kernel: GeneratedKernel, grid: Sequence[Any], arguments: Sequence[Any]) -> None:
     """Launches on the arguments' device, or adds the launch to the graph that is traced."""
     options = {"num_warps": kernel.tiles.num_warps, "num_stages": kernel.tiles.num_stages}
+    if kernel.starts_early and launches_directly():  # in a graph, lorafx.compat sees to it
+        options["launch_pdl"] = True
     wrap_triton(kernel.jit)[tuple(grid)](*arguments, **options)
 
 
@@ -160,11 +164,13 @@ def _run_linear(
         return y
     bias = None if bias is None else bias.contiguous()  # N elements; kernels take no stride of it
     batch = Batch.of(M, slots, rows, plan.order, launch)
-    v = None
+    bank, v, sums = (A, B, ranks, scales), None, None
+    *before, last = plan.kernels.values()
     if "shrink" in plan.kernels:
-        v = shrink(plan.kernels["shrink"], spec, x, A, ranks, scales, batch, launch)
-    bank = (A, B, ranks, scales)
-    linear(plan.kernels[plan.strategy], spec, y, v, (x, weight, bias), bank, batch, launch)
+        v = shrink(before[0], spec, x, A, ranks, scales, batch, launch)
+    elif "split" in plan.kernels:
+        sums, v = split(before[0], spec, x, weight, bank, y, batch, launch)
+    linear(last, spec, y, v, (x, weight, bias), bank, batch, launch, sums)
     return y
 
 

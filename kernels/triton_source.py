@@ -4,7 +4,9 @@
 
     shrink       v[p, m, j·R + r] = scale · Σ_(k in part p) A[s, i_j·R + r, k] x[m, k]
     linear       y[m] = x[m] Wᵀ + b + v[m] B[s]    v from shrink's planes ("epilogue"), computed
-                 by the tile itself ("recompute"), or without the base product ("expand")
+                 by the tile itself ("recompute"), without the base product ("expand"), or with that
+                 of `split` ("reduce")
+    split        y[q, m] = Σ_(k in part q) x[m, k] W[:, k], and shrink by programs of its own
     shrink_rows, expand_rows    the same a row at a time, without matrix instructions
     embedding_rows              expand_rows with A[s, id] for v
     order        the requests sorted by slot
@@ -26,16 +28,18 @@ import jinja2
 import torch
 
 from lorafx.kernels.cpu_source import DeltaSpec
-from lorafx.kernels.triton_tiles import Tiles
+from lorafx.kernels.triton_tiles import Tiles, power_of_two
 
 TYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
 
 # kernel -> its template and the constants that tell it from the template's other kernels
 KERNELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "shrink": ("shrink", {}),
-    "epilogue": ("linear", {"base": True, "recompute": False}),
-    "recompute": ("linear", {"base": True, "recompute": True}),
-    "expand": ("linear", {"base": False, "recompute": False}),
+    "epilogue": ("linear", {"base": True, "recompute": False, "reduce": False}),
+    "recompute": ("linear", {"base": True, "recompute": True, "reduce": False}),
+    "expand": ("linear", {"base": False, "recompute": False, "reduce": False}),
+    "split": ("split", {}),
+    "reduce": ("linear", {"base": False, "recompute": False, "reduce": True}),
     "shrink_rows": ("rows", {"function": "shrink_rows"}),
     "expand_rows": ("rows", {"function": "expand_rows", "embedding": False}),
     "embedding_rows": ("rows", {"function": "expand_rows", "embedding": True}),
@@ -144,7 +148,10 @@ def parameters(kernel: str, spec: TritonSpec, tiles: Tiles) -> dict[str, Any]:
     counts = [-(-size // tiles.block_n) for size in d.sizes]
     k_blocks = -(-max(d.in_features, 1) // tiles.block_k)
     k_part = -(-k_blocks // tiles.parts) * tiles.block_k
+    split_part = -(-k_blocks // tiles.split) * tiles.block_k
     ragged = d.in_features % tiles.block_k > 0
+    factors = power_of_two(d.max_rank, 1, tiles.block_r)
+    batched = tiles.batched and factors >= d.max_rank
     return {
         **_dtypes(spec),
         "in_features": d.in_features,
@@ -159,12 +166,22 @@ def parameters(kernel: str, spec: TritonSpec, tiles: Tiles) -> dict[str, Any]:
         "range_firsts": [j * d.max_rank for j in range(len(d.sizes))],
         "tile_firsts": _starts(tuple(counts)),
         "tiles_n": sum(counts),
+        # of a kernel that takes a tile's slots side by side, or goes slot by slot after all
+        "factors": factors,
+        "abreast": tiles.block_r // factors,
+        "slot_factors": power_of_two(factors, 16, 16) if batched else tiles.block_r,
+        "code": 1 << d.max_rank.bit_length(),
         "bias": spec.bias,
         "transposed": spec.transposed,
+        "out_features": spec.out_features,
         "k_part": k_part,
-        "ragged_k": ragged or (kernel == "shrink" and tiles.parts * k_part > d.in_features),
+        "ragged_k": ragged
+        or (kernel in ("shrink", "split") and tiles.parts * k_part > d.in_features),
+        "split_part": split_part,
+        "split_ragged": ragged or tiles.split * split_part > d.in_features,
         "ragged_n": any(size % tiles.block_n for size in d.sizes),
         **asdict(tiles),
+        "batched": batched,
     }
 
 

@@ -26,10 +26,18 @@ class Tiles:
         block_m, block_n, block_k: rows, columns and terms of a tile.
         block_r: factors of a tile, the rank padded for the matrix instruction.
         parts: planes of partial sums that the shrink leaves and its reader adds up, in order.
+        split: planes of partial sums of the base product, likewise; one is y itself.
         lanes: programs of the shrink that share the distinct slots of a row tile.
         group_m: row tiles that walk through W together.
         swap: the tile is held transposed, so that few rows take the narrow side (N ≥ 8) of a
             matrix instruction and columns the wide one (M ≥ 16; 64 for wgmma).
+        window: rows that are sorted by slot in the kernel itself, before it takes block_m of them.
+        picked: rows of one slot that the shrink picks out of a tile at a time; 0: it computes all
+            rows of the tile for each slot.
+        batched: the reader of v multiplies a tile's slots side by side, block_r factors at a time,
+            instead of slot by slot.
+        early: a batched kernel finds its slots and fetches the first of B before the base product.
+        overlap: the reader of v starts while the shrink runs (programmatic dependent launch).
         ordered: rows are visited sorted by slot, so that a tile holds few adapters.
         num_warps, num_stages: Triton's launch options.
     """
@@ -39,10 +47,16 @@ class Tiles:
     block_k: int = 64
     block_r: int = 16
     parts: int = 1
+    split: int = 1
     lanes: int = 1
     group_m: int = 8
     swap: bool = False
     ordered: bool = False
+    window: int = 0
+    picked: int = 0
+    batched: bool = False
+    early: bool = False
+    overlap: bool = False
     num_warps: int = 4
     num_stages: int = 3
 
@@ -56,12 +70,14 @@ class Architecture:
         processors: how many programs run at the same time, one on each.
         shared_kib: shared memory that one program may use.
         warp: threads of a warp.
+        overlaps: a kernel may start while the one before it runs (programmatic dependent launch).
     """
 
     name: str
     processors: int
     shared_kib: int
     warp: int = 32
+    overlaps: bool = False
 
 
 # 99 KiB is what the consumer parts of a generation allow where the data-centre part allows more.
@@ -69,8 +85,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     arch.name: arch
     for arch in (
         Architecture("cuda80", processors=108, shared_kib=99),
-        Architecture("cuda90", processors=132, shared_kib=200),
-        Architecture("cuda100", processors=148, shared_kib=200),
+        Architecture("cuda90", processors=132, shared_kib=200, overlaps=True),
+        Architecture("cuda100", processors=148, shared_kib=200, overlaps=True),
         Architecture("gfx942", processors=304, shared_kib=64, warp=64),
         # Few, large programs: each operation of Triton's interpreter costs tens of microseconds.
         Architecture("interpreter", processors=4, shared_kib=1 << 20),
@@ -136,9 +152,11 @@ def linear_tiles(spec: DeltaSpec, rows: int, arch: Architecture, kernel: str) ->
             block_k=power_of_two(spec.in_features, 16, 256),
             block_r=power_of_two(spec.max_rank, 16, 64),
             group_m=2,
+            batched=kernel == "epilogue",
         )
     if kernel == "expand":  # y is read and written: nothing to pipeline
-        return Tiles(power_of_two(rows, 16, 32), block_n=64, num_stages=2)
+        plain = _aligned(spec) and spec.bank_dtype.itemsize == 2 and spec.max_rank <= 64
+        return Tiles(power_of_two(rows, 16, 32), block_n=128 if plain else 64, num_stages=2)
     size = spec.x_dtype.itemsize
     by_hand = size == 4 or (kernel == "recompute" and spec.bank_dtype.itemsize == 4)
     if by_hand:  # no matrix instructions: products in registers, so small tiles
@@ -173,11 +191,14 @@ def shrink_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
         block_k = power_of_two(-(-spec.in_features // 2), 16, 1024)
         parts = 2 if spec.in_features > block_k else 1
         block_r = power_of_two(factors, 16, 64)
-        return Tiles(block_m=block_m, block_k=block_k, block_r=block_r, parts=parts)
+        picked = 16 if block_m > 16 else 0
+        return Tiles(block_m=block_m, block_k=block_k, block_r=block_r, parts=parts, picked=picked)
     # Few rows: x is small, so more programs that each read it. Many: x is read once.
     block_r = 16 if rows <= 64 else power_of_two(factors, 16, 64)
     size = max(spec.x_dtype.itemsize, spec.bank_dtype.itemsize)
-    block_k = 128 if block_m <= 32 else 64
+    picked = 16 if 16 < rows <= 64 else 0  # the rows of one adapter are few of a tile's
+    wide = picked or block_m
+    block_k = 128 if wide <= 32 else 64
     if size == 4 or spec.in_features % 16:
         block_k = 32
     programs = -(-rows // block_m) * -(-factors // block_r)
@@ -192,11 +213,57 @@ def shrink_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
         block_r=block_r,
         parts=parts,
         lanes=lanes,
-        swap=block_m < 64,
+        picked=picked,
+        swap=wide < 64,
         # Element-wise loads of float32 leave no registers at 64 rows: twice the threads.
-        num_warps=8 if size == 4 and spec.in_features % 16 and block_m == 64 else 4,
-        num_stages=_stages(arch, block_k * (block_m + block_r) * size, 4),
+        num_warps=8 if size == 4 and spec.in_features % 16 and wide == 64 else 4,
+        num_stages=_stages(arch, block_k * (wide + block_r) * size, 4),
     )
+
+
+def split_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> dict[str, Tiles]:
+    """Tiles of "split" and "reduce".
+
+    Each program of the base product reads x again, so W's tile is the wide one; as many parts of K
+    as give one and a half programs a processor, what leaves the shrink's programs a place. Found by
+    sweeps on an H200 (Llama-3-8B's linears, 1 and 64 rows), as are the reader's wide tiles of 16
+    rows, of 64 sorted by slot: they read each adapter's B about once.
+    """
+    shrink = shrink_tiles(spec, rows, arch)
+    columns, size = sum(spec.sizes), spec.x_dtype.itemsize
+    planes = len(spec.sizes) * spec.max_rank
+    block_r = power_of_two(spec.max_rank, 16, 64) if spec.max_rank <= 64 else 16
+    if arch.name == "interpreter":
+        first = replace(shrink, block_n=power_of_two(columns, 16, 128), split=2)
+        wide = power_of_two(max(spec.sizes), 16, 128)
+        second = Tiles(16, wide, block_r=block_r, group_m=2, window=64 if rows > 16 else 0)
+    else:
+        small = size == 4 or spec.bank_dtype.itemsize == 4 or not _aligned(spec)
+        block_n = 32 if small else 128 if columns >= 16384 or rows <= 16 else 64
+        block_k = 32 if small else 64
+        num_warps = 8 if block_n == 128 and rows <= 16 else 4
+        programs = -(-columns // block_n) * -(-rows // shrink.block_m)
+        most = min(arch.processors * 3 // 2 // programs, -(-spec.in_features // block_k) // 4)
+        split = 1 << max(min(most, 8), 1).bit_length() - 1
+        stages = _stages(arch, 2 * block_k * (shrink.block_m + block_n) * size, 5)
+        first = replace(
+            shrink,
+            block_n=block_n,
+            block_k=block_k,
+            block_r=16 if small else power_of_two(planes, 16, 64 if rows > 16 else 16),
+            parts=4,
+            split=split,
+            picked=16 if rows > 16 else 0,
+            swap=True,
+            num_warps=num_warps,
+            num_stages=stages,
+        )
+        wide = 32 if small else 256 if columns >= 16384 and block_r == 16 else 128
+        window = 64 if rows > 16 and not small else 0
+        second = Tiles(16, wide, block_r=block_r, window=window, num_stages=1)
+    second = replace(second, parts=first.parts, split=first.split, batched=True)
+    both = {"split": first, "reduce": second}
+    return {name: replace(tiles, overlap=arch.overlaps) for name, tiles in both.items()}
 
 
 def shrink_rows_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
@@ -225,6 +292,7 @@ def expand_rows_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
 
 # strategy -> the kernels that it launches, in order
 STRATEGY_KERNELS: Mapping[str, tuple[str, ...]] = {
+    "split": ("split", "reduce"),
     "epilogue": ("shrink", "epilogue"),
     "recompute": ("recompute",),
     "segments": ("shrink", "expand"),
@@ -259,10 +327,14 @@ def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> 
     if strategy == "gemv":
         first = shrink_rows_tiles(spec, rows, arch)
         second = expand_rows_tiles(spec, rows, arch)
-        return {"shrink_rows": first, "expand_rows": replace(second, parts=first.parts)}
+        both = {"shrink_rows": first, "expand_rows": replace(second, parts=first.parts)}
+        return {name: replace(t, overlap=arch.overlaps) for name, t in both.items()}
+    if strategy == "split":
+        return split_tiles(spec, rows, arch)
     first = shrink_tiles(spec, rows, arch)
     ordered = strategy == "segments" and rows > first.block_m
-    first = replace(first, ordered=ordered)
+    first = replace(first, ordered=ordered, overlap=arch.overlaps)
     kernel = STRATEGY_KERNELS[strategy][1]
     second = linear_tiles(spec, rows, arch, kernel)
-    return {"shrink": first, kernel: replace(second, parts=first.parts, ordered=ordered)}
+    second = replace(second, parts=first.parts, ordered=ordered, overlap=arch.overlaps)
+    return {"shrink": first, kernel: second}

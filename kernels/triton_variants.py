@@ -57,7 +57,7 @@ class AotVariant:
 
 def signature_of(kernel: GeneratedKernel, spec: TritonSpec | None) -> dict[str, str]:
     """Triton's type of each argument of a generated kernel."""
-    types = {"v_ptr": "*fp32", "scales_ptr": "*fp32", "ids_ptr": "*i64"}
+    types = {"v_ptr": "*fp32", "p_ptr": "*fp32", "scales_ptr": "*fp32", "ids_ptr": "*i64"}
     if spec is not None:
         d = spec.delta
         types |= {"x_ptr": POINTERS[d.x_dtype], "w_ptr": POINTERS[d.x_dtype]}

@@ -59,6 +59,21 @@ AXES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
         "block_r": (16, 32, 64),
         "group_m": (1, 4, 8),
     },
+    "split": {
+        "block_n": (32, 64, 128, 256),
+        "block_k": (32, 64, 128),
+        "split": (1, 2, 4, 8),
+        "parts": (2, 4, 8, 16),
+        "num_stages": (3, 4, 5, 6),
+        "num_warps": (4, 8),
+        "lanes": (1, 2, 4, 8),
+    },
+    "reduce": {
+        "block_m": (16, 32, 64),
+        "block_n": (32, 64, 128, 256),
+        "block_r": (16, 32, 64, 128),
+        "num_warps": (2, 4, 8),
+    },
     "expand": {
         "block_n": (32, 64, 128, 256),
         "block_m": (16, 32, 64, 128),
@@ -74,7 +89,7 @@ AXES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "expand_rows": {"block_n": (64, 128, 256, 512, 1024), "num_warps": (1, 2, 4)},
     "embedding_rows": {"block_n": (64, 128, 256, 512, 1024), "num_warps": (1, 2, 4)},
 }
-SHARED_AXES = ("parts", "ordered")  # what all kernels of a strategy agree on
+SHARED_AXES = ("parts", "split", "ordered")  # what all kernels of a strategy agree on
 
 
 def neighbours(

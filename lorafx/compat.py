@@ -176,3 +176,31 @@ def no_mha_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+def launches_directly() -> bool:
+    """Whether `wrap_triton` hands out the kernel itself, because nothing is being traced."""
+    from torch._library.triton import is_wrap_triton_enabled
+
+    return not is_wrap_triton_enabled()
+
+
+def launch_dependents_early() -> None:
+    """Have Inductor launch kernels that wait for the one before them while that one still runs.
+
+    Inductor has an option of its own for this, but for the kernels that it writes, not for those
+    that it is given. Without the attribute such kernels are right, and start later.
+    """
+    from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+
+    original = PythonWrapperCodegen.define_kernel
+    if getattr(original, "_lorafx", False):
+        return
+
+    def define_kernel(self: Any, name: str, body: str, *rest: Any, **named: Any) -> Any:
+        if "griddepcontrol.wait" in body:
+            body = body.replace("triton_meta={", "triton_meta={'launch_pdl': True, ", 1)
+        return original(self, name, body, *rest, **named)
+
+    define_kernel._lorafx = True  # type: ignore[attr-defined]
+    setattr(PythonWrapperCodegen, "define_kernel", define_kernel)  # noqa: B010  a method for mypy

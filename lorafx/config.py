@@ -15,7 +15,7 @@ Lowering = Literal["auto", "inductor", "triton", "reference"]
 #: How a LoRA node can be computed, by lowering; "aten" is the op's own implementation.
 STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "inductor": ("generated", "aten"),
-    "triton": ("epilogue", "recompute", "gemv", "segments", "aten"),
+    "triton": ("split", "epilogue", "recompute", "gemv", "segments", "aten"),
     "reference": ("aten",),
 }
 Verify = Literal["off", "lint", "numeric"]
@@ -72,7 +72,8 @@ class Options:
         passes: graph passes switched on or off by name, `{"pack": False}`.
         max_edits: stop rewriting after this many edits, to bisect a wrong result.
         plan: strategies pinned by canonical site path: "generated" for generated C++;
-            "epilogue", "recompute", "gemv", "segments" for Triton (docs/kernels.md); "aten".
+            "split", "epilogue", "recompute", "gemv", "segments" for Triton (docs/kernels.md);
+            "aten".
         dump: folder for every pass's graph; None reads LORAFX_DUMP.
         recompile_limit: most graphs one entry point may have; more is an error.
     """

@@ -7,9 +7,9 @@ the weight without its module. What such a tensor holds is its `Form` (lorafx.we
     views     by storage: sizes, strides and offset in the weight's storage
     copies    by value: rows of the tensor equal rows of W at regular distances, every one of them
 
-A tensor that shares the storage, whose values all occur in W, or whose rows point where rows of W
-do (a copy in another scale or precision), in no such form, is known to come from the weight all the
-same, and the site is refused in the graphs that take it.
+A tensor that shares the storage, whose neighbours are neighbours in W wherever one looks, or whose
+rows point where rows of W do (a copy in another scale or precision), in no such form, is known to
+come from the weight all the same, and the site is refused in the graphs that take it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from lorafx.forward_check import is_dense
 from lorafx.module_graph import storage_key
 from lorafx.registry import lookup
 from lorafx.sites import Site
-from lorafx.weight_forms import Form, rows_alike, rows_form, strided_form
+from lorafx.weight_forms import Form, in_runs, rows_alike, rows_form, strided_form
 
 if TYPE_CHECKING:
     from lorafx.frame import FrameInput
     from lorafx.program import Program
 
-#: Distinct values that a tensor must have in common with a weight to be taken for a copy of it.
+#: Distinct values that a tensor must have to be compared with weights.
 DISTINCT = 16
 
 
@@ -116,7 +116,7 @@ class DerivedTensors:
         if isinstance(tensor, nn.Parameter):
             return None
         if tensor not in self._views:
-            self._views[tensor] = self._by_storage(tensor)
+            self._views[tensor] = self._by_storage(tensor, self._sites_by_storage())
         return self._views[tensor]
 
     def look(self, tensor: Tensor) -> Derived | None:
@@ -156,11 +156,12 @@ class DerivedTensors:
             return found
         with unset_fake_temporarily(), torch.no_grad():
             holders = self._holders({id(tensor) for tensor in tensors})
+            storages = self._sites_by_storage()
             for tensor in tensors:
                 holder = holders.get(id(tensor))
                 derived = None
                 if holder is None or not holder.is_own_weight:
-                    derived = self._by_storage(tensor)
+                    derived = self._by_storage(tensor, storages)
                     if derived is None and is_numbers(tensor) and tensor.dim() > 1:
                         derived = self._by_value(tensor, self._likely(holder, taken))
                 self._looked_at[tensor] = derived
@@ -192,13 +193,18 @@ class DerivedTensors:
             if any(is_near(path, near) for path in site.paths):
                 yield site
 
-    def _by_storage(self, tensor: Tensor) -> Derived | None:
-        program = self._program
-        key = storage_key(tensor)
-        for site in program.sites:
-            weight = program.weight_of(site)
-            if weight is None or weight.dim() != 2 or storage_key(weight) != key:
-                continue
+    def _sites_by_storage(self) -> dict[int, list[Site]]:
+        found: dict[int, list[Site]] = {}
+        for site in self._program.sites:
+            weight = self._program.weight_of(site)
+            if weight is not None and weight.dim() == 2:
+                found.setdefault(storage_key(weight), []).append(site)
+        return found
+
+    def _by_storage(self, tensor: Tensor, sites: Mapping[int, list[Site]]) -> Derived | None:
+        for site in sites.get(storage_key(tensor), ()):
+            weight = self._program.weight_of(site)
+            assert weight is not None
             if not _overlap(tensor, weight):
                 continue  # packed siblings share a storage
             transposed = site.eligible.transposed
@@ -211,8 +217,7 @@ class DerivedTensors:
         return None
 
     def _by_value(self, tensor: Tensor, sites: Iterator[Site]) -> Derived | None:
-        sample = _sample(tensor)
-        if sample is None:
+        if not _is_varied(tensor):
             return None
         for site in sites:
             if site.eligible.kind != "linear":
@@ -222,9 +227,9 @@ class DerivedTensors:
                 continue
             rounded = weight.to(tensor.dtype)
             inside = tensor.numel() <= weight.numel()
-            same = inside and all(bool((rounded == value).any()) for value in sample)
+            form = rows_form(tensor, rounded) if inside else None
+            same = form is not None or (inside and in_runs(tensor, rounded))
             if same or rows_alike(tensor, weight):
-                form = rows_form(tensor, rounded) if same else None
                 shape = (weight.shape[0], weight.shape[1])
                 return Derived(self._tied(site), form, shape, copied=True)
         return None
@@ -273,12 +278,11 @@ def dense_weight(site: Site) -> Tensor | None:
     return dense if tuple(dense.shape) == (site.out_features, site.in_features) else None
 
 
-def _sample(tensor: Tensor) -> list[Any] | None:
-    """Some of the tensor's values, `DISTINCT` of them; None where it has not so many."""
+def _is_varied(tensor: Tensor) -> bool:
+    """Whether some of the tensor's entries have `DISTINCT` values."""
     flat = tensor.detach().reshape(-1)
     step = max(1, flat.numel() // (8 * DISTINCT))
-    values = list(dict.fromkeys(flat[::step].tolist()))
-    return values[:DISTINCT] if len(values) >= DISTINCT else None
+    return len(flat[::step].unique()) >= DISTINCT
 
 
 def _overlap(tensor: Tensor, weight: Tensor) -> bool:

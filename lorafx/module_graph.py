@@ -218,14 +218,21 @@ class ModuleGraph:
 
     def alone(self) -> frozenset[int]:
         """`id` of each parameter and buffer that one attribute holds and that shares its storage
-        with no other, now."""
+        with no other, nor with a plain tensor attribute of a module, now."""
         self._read_storages()
         graph = self.graph
+        viewed = {
+            storage_key(value)
+            for _, module in self.modules()
+            for value in vars(module).values()
+            if isinstance(value, Tensor)
+        }
         return frozenset(
             key
             for (kind, key), data in graph.nodes(data=True)
             if kind == "tensor"
             and len(self.owners(data["tensor"])) == 1
+            and storage_key(data["tensor"]) not in viewed
             and all(graph.in_degree(storage) == 1 for storage in graph.successors((kind, key)))
         )
 

@@ -12,7 +12,7 @@ The declaration nearest above a module wins, and the configuration's wins over a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorafx.errors import ConfigError
@@ -137,6 +137,14 @@ class PackedNames:
             if member.name == name and self._graph.find(join(parent, packed)) is None
         )
 
+    def paths(self) -> Iterator[str]:
+        """The paths of all modules, and those that packed names give them beside."""
+        for path, _ in self._graph.modules():
+            yield path
+            names = [member.name for member in self.members(path)]
+            for name in (*names, *(packed.name for packed in self.memberships(path))):
+                yield renamed(path, name)
+
     def unused(self) -> list[str]:
         """Names of the configuration's declaration that name no module, packed or not."""
         last = {path.rpartition(".")[2] for path, _ in self._graph.modules()}
@@ -231,4 +239,4 @@ def is_in_target_modules(
 
 def virtual_paths(paths: Iterable[str], name: str) -> tuple[str, ...]:
     """The paths that a member or packed `name` has beside a module's own `paths`."""
-    return tuple(renamed(path, name) for path in paths)
+    return tuple(dict.fromkeys(renamed(path, name) for path in paths))

@@ -70,6 +70,7 @@ class Site:
             it; the path is the parameter's then. None for all others.
         loose_names: names of a packed module of which it is not declared what slices each
             covers; the rows of an adapter's B say it.
+        closed_names: those of `loose_names` that adapters may not have factors for.
     """
 
     path: str
@@ -84,6 +85,7 @@ class Site:
     member_of: tuple[Membership, ...] = ()
     loose_names: tuple[str, ...] = ()
     expert_weight: ExpertWeight | None = None
+    closed_names: tuple[str, ...] = ()
 
     @property
     def experts(self) -> int:

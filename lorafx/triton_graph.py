@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from lorafx.compat import launch_dependents_early
 from lorafx.errors import LoweringError
 
 EMPTY = torch.ops.aten.empty.memory_format
@@ -47,6 +48,7 @@ def inline_triton_ops(gm: fx.GraphModule, ops: Collection[OpOverload]) -> dict[f
     Raises:
         LoweringError: a body does not trace.
     """
+    launch_dependents_early()
     bodies: dict[object, fx.GraphModule] = {}
     shared: dict[object, fx.Node] = {}
     replaced: dict[fx.Node, fx.Node] = {}

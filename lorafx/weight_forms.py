@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import normalize
 
+#: Neighbours in a tensor that are looked for in a weight. A single number says nothing: a large
+#: weight of 16 bits holds almost every number of its range.
+RUN = 4
 #: The cosine from which two rows are taken for one row in two scales or precisions.
 ALIKE = 0.995
 
@@ -221,12 +224,43 @@ def rows_alike(tensor: torch.Tensor, weight: torch.Tensor, rows: int = 8) -> boo
     for dim in range(tensor.dim()):
         if tensor.shape[dim] != columns or tensor.numel() < 3 * columns:
             continue
-        flat = tensor.movedim(dim, -1).reshape(-1, columns)
-        picked = flat[:: max(1, flat.shape[0] // rows)][:rows].float()
+        picked = _some_rows(tensor.movedim(dim, -1), rows).float()
         cosines = normalize(picked, dim=1) @ normalize(weight.float(), dim=1).T
         if bool((cosines.abs().amax(1) > ALIKE).all()):
             return True
     return False
+
+
+def in_runs(tensor: torch.Tensor, weight: torch.Tensor, runs: int = 4) -> bool:
+    """Whether neighbours along some dimension of `tensor` are neighbours in rows or in columns of
+    the 2-D `weight` of its dtype, in each of `runs` places."""
+    for dim in range(tensor.dim()):
+        if tensor.shape[dim] >= RUN:
+            windows = tensor.movedim(dim, -1).unfold(-1, RUN, RUN)
+            picked = [run for run in _some_rows(windows, runs) if len(run.unique()) >= RUN - 1]
+            if len(picked) > 1 and all(
+                _has_run(run, weight) or _has_run(run, weight.T) for run in picked
+            ):
+                return True
+    return False
+
+
+def _has_run(run: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether some row of `weight` has the numbers of `run` side by side."""
+    last = weight.shape[1] - len(run) + 1
+    row, column = (weight[:, : max(0, last)] == run[0]).nonzero(as_tuple=True)
+    for step in range(1, len(run)):
+        same = weight[row, column + step] == run[step]
+        row, column = row[same], column[same]
+    return bool(row.numel())
+
+
+def _some_rows(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """Some of the rows of (..., F), at most `count`; the tensor may be large and is not copied."""
+    leading = tensor.shape[:-1]
+    total = leading.numel()
+    index = torch.arange(0, total, max(1, total // count), device=tensor.device)[:count]
+    return tensor[torch.unravel_index(index, leading)]
 
 
 def _rows_along(tensor: torch.Tensor, weight: torch.Tensor) -> Form | None:

@@ -217,12 +217,16 @@ class _Selection:
             dtype=self._compute_dtype(module, weight),
             device=weight.device if weight is not None else _device_of(module, self.graph.root),
             parts=tuple(
-                replace(part, selected=loose != () or part.name in selected or "" in selected)
+                replace(
+                    part,
+                    selected=loose != () or part.name in selected or selected == item.members,
+                )
                 for part in parts
             ),
             member_of=item.member_of,
             loose_names=loose,
             expert_weight=item.expert_weight,
+            closed_names=tuple(name for name in loose if name not in selected),
         )
 
     def _compute_dtype(self, module: nn.Module, weight: Tensor | None) -> torch.dtype:

@@ -159,7 +159,7 @@ def sizes_of_grid(call: fx.Node, rows: int) -> tuple[int, ...]:
     return tuple(value(item) for item in call.kwargs["grid"][0])
 
 
-@pytest.mark.parametrize("strategy", ["epilogue", "recompute"])
+@pytest.mark.parametrize("strategy", ["split", "epilogue", "recompute"])
 def test_linear_becomes_its_kernels_with_a_grid_of_the_rows(strategy: str) -> None:
     gm, kernel, _ = linear_graph(strategy)
     calls = inlined(gm)

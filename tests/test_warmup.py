@@ -86,13 +86,11 @@ def test_generate_compiles_nothing(shallow: Case) -> None:
 @pytest.mark.slow
 def test_requests_compile_nothing_under_inductor(shallow: Case) -> None:
     cm = shallow.compile(options={"lowering": "inductor", "verify": "off"})
-    cm.warmup(batch_sizes=(1, 4))
+    cm.warmup(batch_sizes=(4,), generate=False)
     captured = Captured(cm)
     torch.manual_seed(0)
-    for names in (["a0"], [None], ["a0", None, "a1"], [None] * 2):
-        inputs = token_inputs(len(names), 6)
-        cm(**inputs, adapter_names=names)
-        cm.generate(**inputs, pad_token_id=0, max_new_tokens=3, adapter_names=names)
+    for names in ([None] * 2, ["a0", None, "a1"]):
+        cm(**token_inputs(len(names), 6), adapter_names=names)
     check_mixed(cm, shallow, ["a2", None, "a1", "a0", "a3"], token_inputs(5, 7))
     assert not captured.more
 

@@ -348,3 +348,38 @@ def test_two_modules_over_one_weight_of_which_one_is_selected(small):
     """Told apart by the module whose forward the use is in."""
     case = small(OneWeightTwice, ["w"])
     check_mixed(case.compile(), case, NAMES, features(4, 3))
+
+
+# Numbers that are no weight's, beside weights
+
+
+class Router(nn.Module):
+    """A matrix of its own in a class that is not registered, as routers of transformers have."""
+
+    def __init__(self, width: int, experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight).softmax(-1)
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = Router(128, 8)
+        self.w = nn.Linear(128, 512, bias=False)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.w(x) * self.gate(x).amax(-1, keepdim=True)}
+
+
+def test_a_router_of_16_bits_is_no_part_of_a_weight_that_holds_the_same_numbers(small) -> None:
+    case = small(Routed, ["w"])
+    generator = torch.Generator().manual_seed(0)
+    for parameter in case.base.parameters():
+        numbers = torch.randn(parameter.shape, generator=generator) * 0.1
+        parameter.data = numbers.bfloat16().float()
+    router = case.base.gate.weight.flatten()
+    assert all((case.base.w.weight == value).any() for value in router[:: len(router) // 32])
+    check_mixed(case.compile(), case, ["a", None, "a"], {"x": torch.randn(3, 2, 128)})

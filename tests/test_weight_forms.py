@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorafx.weight_forms import FIXED, Form, rows_alike, rows_form, strided_form
+from lorafx.weight_forms import FIXED, Form, in_runs, rows_alike, rows_form, strided_form
 
 N, K = 12, 10
 #: Each entry of W (N, K) is its own place.
@@ -143,3 +143,19 @@ def test_rows_in_another_scale_or_precision_are_alike() -> None:
     assert rows_alike(weight.bfloat16().float(), weight)
     assert not rows_alike(torch.randn(5, K), weight)
     assert not rows_alike(weight[:, :5], weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neighbours_tell_parts_of_a_weight_from_other_numbers(dtype: torch.dtype) -> None:
+    """Numbers of 16 bits are shared by all large weights, alone they say nothing."""
+    torch.manual_seed(0)
+    weight = (torch.randn(256, 128) * 0.02).to(dtype)
+    order = torch.randperm(256)
+    for part in (weight[order][:, 32:48], weight[:, 1:7].T, weight.view(8, 32, 128)[:, :5]):
+        assert in_runs(part.contiguous(), weight)
+    other = (torch.randn(8, 128) * 0.02).to(dtype)
+    assert not in_runs(other, weight)
+    assert not in_runs(other.T.contiguous(), weight)
+    assert not in_runs(torch.zeros(8, 128, dtype=dtype), weight)
+    if dtype is torch.bfloat16:
+        assert all((weight == value).any() for value in other.flatten()[:16])

@@ -22,6 +22,7 @@ from lorafx.adapter_store.expert_names import Half, unnested
 from lorafx.adapter_store.expert_places import ExpertPlace, Experts
 from lorafx.adapter_store.expert_terms import Term, assembled, columns_of, overlap
 from lorafx.adapter_store.peft_keys import FactorKey
+from lorafx.adapter_store.places import not_selected
 from lorafx.adapter_store.weights import LoraWeights
 from lorafx.experts import ExpertWeight
 
@@ -80,10 +81,9 @@ class ExpertReading:
         elif place.expert is not None and place.expert >= experts.count:
             self._beyond.setdefault(id(experts), (experts, set()))[1].add(place.expert)
         elif weight is not None and weight.name not in experts.sites:
-            missing = f"{weight.path(experts.path)} exists but was not selected"
-            self.reading.closed[place.saved] = missing
+            self.reading.closed[place.saved] = not_selected([weight.path(experts.path)])
         elif not experts.sites:
-            self.reading.closed[place.saved] = f"{experts.path} exists but was not selected"
+            self.reading.closed[place.saved] = not_selected([experts.path])
         else:
             self._keep(_Found(factor, place))
         return True
@@ -174,8 +174,7 @@ class ExpertReading:
             a, b = pairs[nested]["A"], pairs[nested]["B"]
             saved = a.place.saved
             if weight.name not in module.experts.sites:
-                missing = f"{weight.path(module.experts.path)} exists but was not selected"
-                self.reading.closed[saved] = missing
+                self.reading.closed[saved] = not_selected([weight.path(module.experts.path)])
                 continue
             found = self._stacked(module.experts, weight, a, b)
             if isinstance(found, str):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from lorafx.adapter_store.peft_config import PeftConfig
-from lorafx.module_graph import join
+from lorafx.module_graph import ModuleGraph, join
+from lorafx.packed_names import PackedNames
 from lorafx.registry import lookup
 from lorafx.targets import SavedNames, is_all_linear, output_embedding
 
@@ -13,7 +14,7 @@ from lorafx.targets import SavedNames, is_all_linear, output_embedding
 def picked(config: PeftConfig, model: nn.Module) -> SavedNames:
     """Paths of the modules, and of the 3-D parameters, that PEFT would put LoRA on.
 
-    A targeted matrix is named by the module that holds it.
+    A targeted matrix is named by the module that holds it. Modules may be named by packed names.
     """
     every = is_all_linear(config.target_modules)
     head = output_embedding(model) if every else None
@@ -26,4 +27,5 @@ def picked(config: PeftConfig, model: nn.Module) -> SavedNames:
         for name, parameter in module.named_parameters(recurse=False):
             if config.targets_parameter(join(path, name)):
                 found[path if parameter.dim() < 3 else join(path, name)] = None
+    found.update(dict.fromkeys(filter(config.matches, PackedNames(ModuleGraph.of(model)).paths())))
     return SavedNames(found)

@@ -94,15 +94,15 @@ class Places:
         sites = [site for site in sites if site.expert_weight is None]
         self._by_path = {without_compiled(p): site for site in sites for p in site.paths}
         self._by_module = {id(site.module): site for site in sites}
-        self._by_name: dict[str, tuple[Place, ...]] = {}
+        self._by_name: dict[str, list[Place]] = {}
         self._loose: dict[str, tuple[Site, str]] = {}
         self._members: dict[str, list[tuple[Membership, Site]]] = {}
         for site in sites:
             paths = [without_compiled(path) for path in site.paths]
             for index, part in enumerate(site.parts):
                 if part.name:
-                    names = virtual_paths(paths, part.name)
-                    self._by_name.update(dict.fromkeys(names, ((site, index),)))
+                    for path in virtual_paths(paths, part.name):
+                        self._by_name.setdefault(path, []).append((site, index))
             for name in site.loose_names:
                 self._loose.update(dict.fromkeys(virtual_paths(paths, name), (site, name)))
             for membership in site.member_of:
@@ -122,10 +122,12 @@ class Places:
             if found is not None:
                 return _checked(tuple((found, i) for i in range(len(found.parts))), saved)
             if candidate in self._by_name:
-                return _checked(self._by_name[candidate], saved)
+                return _only(self._by_name[candidate], saved)
             if candidate in self._loose:
                 site, name = self._loose[candidate]
-                return Landing(tuple((site, i) for i in range(len(site.parts))), saved, name)
+                places = tuple((site, i) for i in range(len(site.parts)))
+                closed = not_selected([name]) if name in site.closed_names else ""
+                return Landing(places, saved, name, closed)
             if candidate in self._members:
                 return _joined(self._members[candidate], saved)
         return None
@@ -152,7 +154,8 @@ class Places:
 
     def packed_names(self) -> Iterator[tuple[str, tuple[Place, ...]]]:
         """The paths that parts of packed sites would have unpacked, and the other way round."""
-        yield from self._by_name.items()
+        for path, places in self._by_name.items():
+            yield path, tuple(places)
         for path, found in self._members.items():
             yield path, tuple((site, 0) for _, site in found)
 
@@ -199,9 +202,27 @@ class Places:
 
 def _checked(places: tuple[Place, ...], saved: str) -> Landing:
     closed = [site.part_path(i) for site, i in places if not site.parts[i].selected]
-    if not closed:
-        return Landing(places, saved)
-    return Landing(places, saved, missing=f"{', '.join(closed)} exists but was not selected")
+    closed += places[0][0].closed_names
+    return Landing(places, saved, missing=not_selected(closed) if closed else "")
+
+
+def not_selected(names: Sequence[str]) -> str:
+    """Why factors of these modules, or parts of modules, cannot be placed."""
+    return (
+        f"{', '.join(names)} exists but was not selected; add it to target_modules when compiling"
+    )
+
+
+def _only(places: list[Place], saved: str) -> Landing:
+    """The one part that has this name."""
+    if len(places) == 1:
+        return _checked(tuple(places), saved)
+    owners = ", ".join(site.path for site, _ in places)
+    return Landing(
+        tuple(places),
+        saved,
+        missing=f"it is packed in each of {owners}; packed_modules may leave it to one of them",
+    )
 
 
 def _joined(found: list[tuple[Membership, Site]], saved: str) -> Landing:
@@ -215,5 +236,6 @@ def _joined(found: list[tuple[Membership, Site]], saved: str) -> Landing:
     return Landing(
         places,
         saved,
-        missing=f"it packs {count} modules, of which only {names} was selected",
+        missing=f"it packs {count} modules, of which only {names} was selected; add it to "
+        "target_modules when compiling",
     )

@@ -264,10 +264,7 @@ class Reading:
                 f"{_path(path)} exists but was not selected to carry LoRA; add it to "
                 "target_modules when compiling"
             )
-        self.problems.extend(
-            f"{path}: {missing}; add it to target_modules when compiling"
-            for path, missing in self.closed.items()
-        )
+        self.problems.extend(f"{path}: {missing}" for path, missing in self.closed.items())
         known = len(self.unselected) + len(self.factors)
         known += len(self.closed.keys() | self.experts.paths)
         total = len(self.unknown) + known

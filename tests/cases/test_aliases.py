@@ -281,6 +281,7 @@ def test_a_shared_module_called_twice_adds_its_delta_twice(tmp_path: Path) -> No
     assert error(got[1], x[1] @ base.w.weight.T @ base.w.weight.T) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_albert_calls_one_layer_at_every_depth(tmp_path: Path) -> None:
     """transformers' own: one layer of the group, called for each of two."""
     config = transformers.AlbertConfig(

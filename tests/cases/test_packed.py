@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from dense_merge import Case, check_mixed, error
-from hand_made import factors, hand_case, merged, save
+from hand_made import factors, hand_case, merged, random_factors, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_models import MAPPING, MIXER, PACKED_AS, packed_factors, twins
@@ -278,13 +278,6 @@ def test_a_class_that_does_not_say_its_slices() -> None:
 # --- B that cannot be split ---
 
 
-def _saved(folder: Path, key: str, rows: int, width: int = 16) -> Path:
-    module = nn.Linear(width, rows, bias=False)
-    model = nn.Module()
-    model.get_submodule = lambda path: module  # type: ignore[method-assign]
-    return save(model, folder, {key: (torch.randn(2, width), torch.randn(rows, 2))})
-
-
 @pytest.mark.parametrize(
     ("name", "rows", "words"),
     [
@@ -296,7 +289,7 @@ def _saved(folder: Path, key: str, rows: int, width: int = 16) -> Path:
 def test_rows_that_fit_no_split(name: str, rows: int, words: str, tmp_path: Path) -> None:
     config = lorafx.LoraConfig(target_modules="all-linear")
     cm = lorafx.compile(twins()[1], config, options=REFERENCE)
-    folder = _saved(tmp_path, f"layers.0.{name}", rows)
+    folder = random_factors(tmp_path, f"layers.0.{name}", rows)
     with pytest.raises(ValueError, match=words):
         cm.load_adapter(folder, "wrong")
     assert cm.adapters == ()
@@ -307,7 +300,7 @@ def test_rows_that_fit_no_run_of_slices(tmp_path: Path) -> None:
     model.packed_modules_mapping = {"in_proj_qkvz": ["in_proj_qkv", "in_proj_z"]}
     config = lorafx.LoraConfig(target_modules="all-linear")
     cm = lorafx.compile(model, config, options=REFERENCE)
-    folder = _saved(tmp_path, "layers.0.in_proj_z", 7)
+    folder = random_factors(tmp_path, "layers.0.in_proj_z", 7)
     words = r"in_proj_z takes some of .*6, .*6, .*10, .*4 \(and r = 2\); packed_modules may say"
     with pytest.raises(ValueError, match=words):
         cm.load_adapter(folder, "wrong")
@@ -317,7 +310,7 @@ def test_a_packed_name_of_which_some_modules_were_not_selected(tmp_path: Path) -
     config = lorafx.LoraConfig(target_modules=["q_proj", "k_proj"], packed_modules=MAPPING)
     cm = lorafx.compile(twins()[0], config, options=REFERENCE)
     with pytest.raises(CheckpointError, match=r"packs 3 modules, of which only .* was selected"):
-        cm.load_adapter(_saved(tmp_path, "layers.0.qkv_proj", 32), "wrong")
+        cm.load_adapter(random_factors(tmp_path, "layers.0.qkv_proj", 32), "wrong")
 
 
 class _Merged(nn.Linear):

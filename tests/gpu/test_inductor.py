@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from torch._inductor.utils import run_and_get_code
 from triton_cases import BF16, STRATEGIES, assert_right, make_case
 
 import lorafx
+from lorafx.kernels.triton_build import LINEAR
 
 NAMES = ["a1", None, "a3", "a0", "a2"]
 MIX = (2, -1, 0, 1, 1, 3, 0, 0)
@@ -52,6 +55,8 @@ def test_the_kernels_are_in_inductors_code(llama: Case, device: torch.device) ->
     code = "\n".join(codes)
     assert "custom_kernel=True" in code
     assert "torch.ops.lorafx" not in code
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0):
+        assert "launch_pdl" in code
 
 
 @pytest.mark.parametrize("family", ["plain", "llama", "gpt2"])
@@ -71,7 +76,7 @@ def test_whole_models(case_of, device: torch.device, family: str) -> None:
     assert cm.recompiles <= graphs + 1  # one token is a graph of its own
 
 
-@pytest.mark.parametrize("strategy", ["epilogue", "recompute", "gemv", "segments"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_each_strategy_in_a_model(case_of, device: torch.device, strategy: str) -> None:
     case: Case = case_of("plain")
     torch.manual_seed(1)
@@ -105,7 +110,34 @@ class _Layer(nn.Module):
         return torch.ops.lorafx.triton_linear(x, weight, bias, *bank, 1, self.kernel).relu()
 
 
-@pytest.mark.parametrize("strategy", ["epilogue", "recompute"])
+#: What torch 2.11 dies of on the H200 tried: loading any package, of x + 1 too.
+PLAIN_PACKAGE = """
+import sys, torch
+class Plain(torch.nn.Module):
+    def forward(self, x):
+        return x + 1
+x = torch.ones(8, device="cuda")
+exported = torch.export.export(Plain(), (x,))
+path = torch._inductor.aoti_compile_and_package(exported, package_path=sys.argv[1])
+assert torch._inductor.aoti_load_package(path)(x)[0].item() == 2
+"""
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Skips where this torch cannot load a package that has nothing of lorafx in it."""
+    path = str(tmp_path_factory.mktemp("plain") / "plain.pt2")
+    done = subprocess.run([sys.executable, "-c", PLAIN_PACKAGE, path], capture_output=True)
+    if done.returncode < 0:
+        pytest.skip(
+            f"torch {torch.__version__} dies of signal {-done.returncode} when it loads an "
+            "ahead-of-time package of x + 1"
+        )
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.usefixtures("packages")
+@pytest.mark.parametrize("strategy", LINEAR)
 def test_an_ahead_of_time_package_holds_the_kernels(
     device: torch.device, strategy: str, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton_cases import STRATEGIES
 
 from lorafx.kernels import tuned_cache
 from lorafx.kernels.triton_tiles import TUNED, architecture_of, tiles_for
@@ -18,7 +19,7 @@ from lorafx.kernels.tuned_cache import load_tuned
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.mark.parametrize("strategy", ["epilogue", "recompute", "gemv", "segments"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_tuning_finds_nothing_slower(
     device: torch.device, strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

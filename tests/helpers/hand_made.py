@@ -70,6 +70,14 @@ def save(
     return folder
 
 
+def random_factors(folder: Path, key: str, rows: int, width: int = 16) -> Path:
+    """An adapter of rank 2 with factors of `rows` outputs at one path, whatever is there."""
+    module = nn.Linear(width, rows, bias=False)
+    model = nn.Module()
+    model.get_submodule = lambda path: module  # type: ignore[method-assign]
+    return save(model, folder, {key: (torch.randn(2, width), torch.randn(rows, 2))})
+
+
 @torch.no_grad()
 def merged(base: nn.Module, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> nn.Module:
     """A copy of `base`, untied, with W + ΔW in the modules that `pairs` names."""

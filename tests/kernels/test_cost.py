@@ -1,4 +1,4 @@
-"""The GPU cost model against the cases whose outcome is known: docs/performance.md's table."""
+"""The GPU cost model against what was measured: docs/performance.md."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from lorafx.kernels.chips import CHIPS, DEFAULT_CHIP, Chip, chip_of
 from lorafx.kernels.cost import (
+    FUSED,
     GPU_STRATEGIES,
     Work,
     byte_floor,
@@ -50,29 +51,30 @@ def over_base(strategy: str, rows: int, distinct: int) -> float:
     return seconds / base
 
 
-def test_one_row_with_one_adapter_recomputes() -> None:
-    assert choices(rows=1, slots=8) == ["recompute"] * 4
-
-
-def test_many_rows_with_many_adapters_expand_in_the_epilogue() -> None:
-    assert choices(rows=64, slots=8) == ["epilogue"] * 4
-    assert choices(rows=64, slots=32) == ["epilogue"] * 4
+def test_decode_splits_the_base_product() -> None:
+    """The fastest of what was tried on an H200, by 1 to 64 rows and 1 to 32 adapters."""
+    for rows, slots in ((1, 8), (8, 8), (64, 1), (64, 8), (64, 32)):
+        assert choices(rows=rows, slots=slots) == ["split"] * 4
 
 
 @pytest.mark.parametrize("slots", [1, 8])
-def test_prefill_keeps_the_vendor_gemm_until_triton_is_measured(slots: int) -> None:
+def test_prefill_keeps_the_vendor_gemm_until_triton_is_as_fast(slots: int) -> None:
     assert choices(rows=8192, slots=slots) == ["segments"] * 4
-    slow = replace(DEFAULT_CHIP, triton_over_vendor=0.96)
-    assert choices(rows=8192, slots=slots, chip=slow) == ["segments"] * 4
+    for speed in (None, 0.96):
+        chip = replace(DEFAULT_CHIP, triton_over_vendor=speed)
+        assert choices(rows=8192, slots=slots, chip=chip) == ["segments"] * 4
     fast = replace(DEFAULT_CHIP, triton_over_vendor=1.0)
-    assert choices(rows=8192, slots=slots, chip=fast) == ["epilogue"] * 4
+    assert set(choices(rows=8192, slots=slots, chip=fast)) <= set(FUSED)
 
 
 def test_a_refusal_says_why() -> None:
     _, estimates = choose_strategy(LLAMA_8B[1], 8192, 8, 16, torch.bfloat16, CUDA)
-    assert "unmeasured" in estimates["epilogue"].refusal
+    assert "reaches 0.70 of the vendor GEMM" in estimates["epilogue"].refusal
     assert "refused" in str(estimates["epilogue"])
     assert not estimates["segments"].refusal
+    unknown = replace(DEFAULT_CHIP, triton_over_vendor=None)
+    _, estimates = choose_strategy(LLAMA_8B[1], 8192, 8, 16, torch.bfloat16, CUDA, chip=unknown)
+    assert "unmeasured" in estimates["epilogue"].refusal
 
 
 def test_no_hint_takes_what_no_number_of_rows_makes_slow() -> None:
@@ -82,24 +84,18 @@ def test_no_hint_takes_what_no_number_of_rows_makes_slow() -> None:
 def test_rows_alone_with_their_adapter_prefer_gemv_and_long_runs_segments() -> None:
     """A run of rows shares one read of A and B from the cache; a row at a time does not."""
     alone = estimate(Work(4096, (4096,), 8, 8, 16, torch.bfloat16))
-    runs = estimate(Work(4096, (4096,), 64, 1, 16, torch.bfloat16))
+    runs = estimate(Work(4096, (4096,), 512, 1, 16, torch.bfloat16))
     assert list(alone).index("gemv") < list(alone).index("segments")
     assert list(runs).index("segments") < list(runs).index("gemv")
 
 
 @pytest.mark.parametrize(
     ("strategy", "rows", "distinct", "ratio"),
-    [
-        ("recompute", 1, 1, 1.006),
-        ("segments", 1, 1, 1.15),
-        ("segments", 64, 8, 1.21),
-        ("segments", 64, 32, 1.35),
-        ("segments", 8192, 8, 1.09),
-    ],
+    [("split", 64, 8, 1.23), ("epilogue", 64, 8, 1.56), ("gemv", 1, 1, 1.19)],
 )
-def test_the_table_of_techniques(strategy: str, rows: int, distinct: int, ratio: float) -> None:
-    """Within a twentieth: the table was computed by a model of more detail."""
-    assert over_base(strategy, rows, distinct) == pytest.approx(ratio, rel=0.055)
+def test_what_an_h200_took(strategy: str, rows: int, distinct: int, ratio: float) -> None:
+    """A layer's linears over the vendor's GEMMs, within a tenth."""
+    assert over_base(strategy, rows, distinct) == pytest.approx(ratio, rel=0.1)
 
 
 def test_every_strategy_is_estimated_and_none_beats_the_floor() -> None:

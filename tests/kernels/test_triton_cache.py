@@ -20,7 +20,7 @@ from triton_cases import CPU, STRATEGIES, kernel_of, make_case, run
 
 from lorafx.errors import LoweringError
 from lorafx.kernels import triton_cache, triton_compat
-from lorafx.kernels.triton_build import STRATEGY_KERNELS, build, plan_of, source_of
+from lorafx.kernels.triton_build import LINEAR, STRATEGY_KERNELS, build, plan_of, source_of
 from lorafx.kernels.triton_source import generator_hash, hash_of, source
 from lorafx.kernels.triton_tiles import ARCHITECTURES, TUNED, tiles_for, tuning_key
 from lorafx.kernels.triton_variants import representative_specs, variants_for_aot
@@ -135,12 +135,10 @@ def test_what_a_file_says(strategy: str) -> None:
     assert "bias_ptr" not in text
     assert "atomic" not in text
     with_bias = make_case(K=72, sizes=(40, 24), slots=(0, 1), rank=6)
-    assert ("bias_ptr" in source_of(kernel_of(with_bias, strategy))) == (
-        strategy in ("epilogue", "recompute")
-    )
+    assert ("bias_ptr" in source_of(kernel_of(with_bias, strategy))) == (strategy in LINEAR)
 
 
-@pytest.mark.parametrize("strategy", ["epilogue", "recompute", "segments"])
+@pytest.mark.parametrize("strategy", ["split", "epilogue", "recompute", "segments"])
 def test_float32_products_are_not_cut_to_tf32(strategy: str) -> None:
     """On a GPU: the interpreter multiplies in float32 whatever the source says."""
     for dtype, precise in ((torch.float32, True), (torch.bfloat16, False)):
@@ -191,5 +189,5 @@ def test_variants(arch: str) -> None:
 def test_one_template_serves_all_strategies_of_the_product() -> None:
     spec = make_case(K=72, sizes=(40,), slots=(0,)).spec
     tiles = tiles_for("recompute", spec.delta, 1, ARCHITECTURES["cuda90"])["recompute"]
-    for kernel in ("epilogue", "recompute", "expand"):
+    for kernel in ("epilogue", "recompute", "expand", "reduce"):
         assert source(kernel, spec, tiles).startswith('"""Generated from linear.py.jinja')

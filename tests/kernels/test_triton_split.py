@@ -1,0 +1,103 @@
+"""The base product in parts of K: planes, y itself, sorted windows, slots side by side."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from triton_cases import BF16, CPU, FP32, assert_right, kernel_of, lora, make_case, run
+
+from lorafx.compat import launch_dependents_early
+from lorafx.kernels.triton_build import plan_of
+from lorafx.kernels.triton_tiles import ARCHITECTURES, architecture_of, tiles_for
+
+SLOTS = (0, 1, 2, 3, -1, 5, 7, 0, 2) * 5
+
+
+def tiles_of(case, strategy: str):
+    return tiles_for(strategy, case.spec.delta, case.problem.x.shape[0], architecture_of(CPU))
+
+
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize(("block_m", "window"), [(16, 0), (16, 64), (32, 64)])
+@pytest.mark.parametrize("block_r", [16, 64])
+def test_parts_windows_and_chunks(split: int, block_m: int, window: int, block_r: int) -> None:
+    case = make_case(K=96, sizes=(64, 32), slots=SLOTS, rank=8, dtypes=(BF16,) * 3)
+    tiles = tiles_of(case, "split")
+    first = replace(tiles["split"], split=split, swap=True)
+    second = replace(tiles["reduce"], split=split, block_m=block_m, window=window, block_r=block_r)
+    assert_right(case, "split", run(case, "split", {"split": first, "reduce": second}))
+
+
+@pytest.mark.parametrize("changes", [{"batched": False}, {"early": True}, {"block_r": 16}])
+def test_the_epilogue_with_slots_side_by_side_or_not(changes: dict[str, object]) -> None:
+    case = make_case(K=80, sizes=(48, 16), slots=SLOTS, rank=12)
+    tiles = tiles_of(case, "epilogue")
+    tiles["epilogue"] = replace(tiles["epilogue"], **changes)
+    assert_right(case, "epilogue", run(case, "epilogue", tiles))
+
+
+@pytest.mark.parametrize("strategy", ["split", "epilogue"])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_infinite_factors_stay_with_their_rows(strategy: str, dtype: torch.dtype) -> None:
+    """Slots that share a product do not share what is no number."""
+    case = make_case(K=64, sizes=(32,), slots=(0, 1, -1, 1, 2), rank=8, dtypes=(dtype,) * 3)
+    kernel = kernel_of(case, strategy)
+    assert plan_of(kernel).kernels[list(plan_of(kernel).kernels)[-1]].tiles.batched
+    sound = run(case, strategy)
+    B = case.problem.B.clone()
+    B[1] = torch.inf
+    got = run(case.with_(B=B), strategy)
+    mine = torch.tensor([1, 3])
+    others = torch.tensor([0, 2, 4])
+    assert torch.equal(got[others], sound[others])
+    assert not got[mine].isfinite().all()
+
+
+def test_a_shrink_that_picks_its_rows() -> None:
+    case = make_case(K=64, sizes=(32, 16), slots=(0,) * 20 + (1, 2, -1) * 10, rank=4)
+    tiles = tiles_of(case, "epilogue")
+    for picked in (0, 16, 32):
+        tiles["shrink"] = replace(tiles["shrink"], block_m=64, picked=picked, lanes=2)
+        assert_right(case, "epilogue", run(case, "epilogue", tiles))
+
+
+def test_only_readers_start_early_and_only_where_the_chip_can() -> None:
+    from lorafx.kernels.triton_source import source
+
+    case = make_case(K=64, sizes=(64,), slots=(0, 1), dtypes=(BF16,) * 3)
+    for name, arch in ARCHITECTURES.items():
+        for strategy in ("split", "epilogue", "segments", "gemv"):
+            first, last = tiles_for(strategy, case.spec.delta, 2, arch).items()
+            texts = [source(kernel, case.spec, tiles) for kernel, tiles in (first, last)]
+            assert ["launch_dependents" in text for text in texts] == [arch.overlaps, False], name
+            assert ["griddepcontrol.wait" in text for text in texts] == [False, arch.overlaps], name
+
+
+def test_inductor_is_told_of_kernels_that_wait() -> None:
+    """Its own code is what carries the attribute; anything else passes unchanged."""
+    from torch._inductor.codegen.wrapper import KernelDefinitionLine, PythonWrapperCodegen
+
+    launch_dependents_early()
+    launch_dependents_early()  # once is enough
+    lines: list[KernelDefinitionLine] = []
+    wrapper = PythonWrapperCodegen.__new__(PythonWrapperCodegen)
+    wrapper.writeline = lines.append
+    for body in ("triton_meta={'device': 0}, griddepcontrol.wait", "triton_meta={'device': 0}"):
+        wrapper.define_kernel("k", body)
+    texts = [line.kernel_body for line in lines]
+    assert texts[0].startswith("triton_meta={'launch_pdl': True, 'device': 0}")
+    assert texts[1] == "triton_meta={'device': 0}"
+
+
+def test_one_part_goes_through_y() -> None:
+    case = make_case(K=64, sizes=(32,), slots=(0, 1), dtypes=(BF16,) * 3)
+    p = case.problem
+    tiles = {name: replace(own, split=1) for name, own in tiles_of(case, "split").items()}
+    kernel = kernel_of(case, "split", tiles)
+    names = plan_of(kernel).kernels["reduce"].jit.arg_names
+    assert "p_ptr" not in names
+    assert "y_ptr" in names
+    got = lora.triton_linear(p.x, case.weight, case.bias, *p.bank, p.rows, kernel)
+    assert_right(case, "split", got)
