@@ -114,12 +114,16 @@ def _configs(peft_configs: dict[str, Any]) -> dict[str, PeftConfig]:
 def _lora_layers(base: nn.Module) -> list[tuple[str, Any]]:
     """(module path, wrapper) of PEFT's wrappers, all of them LoRA on a single module."""
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [(path, m) for path, m in base.named_modules() if isinstance(m, BaseTunerLayer)]
     for path, layer in layers:
         inner = getattr(layer, "base_layer", None)
-        if not isinstance(layer, LoraLayer) or isinstance(inner, BaseTunerLayer | None):
+        # Two parameters of one module have a wrapper each, one inside of the other.
+        nested = isinstance(layer, ParamWrapper) and isinstance(inner, ParamWrapper)
+        single = inner is not None and not isinstance(inner, BaseTunerLayer)
+        if not isinstance(layer, LoraLayer) or not (nested or single):
             raise UnsupportedAdapterError(
                 f"{path} is wrapped by {type(layer).__name__}, which lorafx cannot unwrap; load "
                 "the adapters from their folders onto the plain model"
@@ -142,5 +146,8 @@ def _unwrap(taken: TakenOver) -> None:
     for parent in parents:
         for name, child in list(parent._modules.items()):
             if isinstance(child, LoraLayer):
-                parent._modules[name] = child.base_layer
+                inner = child.base_layer
+                while isinstance(inner, LoraLayer):
+                    inner = inner.base_layer
+                parent._modules[name] = inner
                 taken._wrappers.append((parent, name, child))

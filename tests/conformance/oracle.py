@@ -73,7 +73,7 @@ def save_adapter(
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with _by_present_names(untied_copy(model)) as twin:
+        with by_present_names(untied_copy(model)) as twin:
             wrapped = get_peft_model(twin, LoraConfig(**config))
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in wrapped.named_parameters():
@@ -99,13 +99,13 @@ def merged(model: nn.Module, folder: str | Path) -> nn.Module:
     """A copy of `model` with the saved adapter merged into its weights."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with _by_present_names(untied_copy(model)) as twin:
+        with by_present_names(untied_copy(model)) as twin:
             wrapped = PeftModel.from_pretrained(twin, str(folder))
         return wrapped.merge_and_unload().eval()
 
 
 @contextmanager
-def _by_present_names(model: nn.Module) -> Iterator[nn.Module]:
+def by_present_names(model: nn.Module) -> Iterator[nn.Module]:
     """Let PEFT take target names as they are.
 
     For mixture-of-experts families, which it knows by model type, it turns every target called

@@ -35,10 +35,15 @@ class Projection(NamedTuple):
     half: str
 
 
-def moe_base(model_type: str) -> nn.Module:
-    """A tiny model of this type with random weights of unit gain, the same every time."""
+def moe_base(model_type: str, layers: int | None = None) -> nn.Module:
+    """A tiny model of this type with random weights of unit gain, the same every time; its first
+    `layers` layers alone where that is given."""
     family = next(f for f in tiny.families("causal") if f.model_type == model_type)
-    return tiny.build(family)
+    model = tiny.build(family)
+    if layers is not None:
+        del model.model.layers[layers:]
+        model.config.num_hidden_layers = layers
+    return model
 
 
 def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -164,12 +169,16 @@ def some(expert: int, name: str) -> int:
 
 
 def moe_case(
-    model_type: str, folder: Path, *, linears: Sequence[str] = ("q_proj", "o_proj")
+    model_type: str,
+    folder: Path,
+    *,
+    layers: int | None = None,
+    linears: Sequence[str] = ("q_proj", "o_proj"),
 ) -> Case:
     """A base with four adapters: "params" of PEFT on experts, routers, shared experts and
     attention, "down" of PEFT on one parameter, "older" with a name for each expert, "dense" on
     attention alone."""
-    base = moe_base(model_type).requires_grad_(False)
+    base = moe_base(model_type, layers).requires_grad_(False)
     routers = router_names(base)
     others = [
         path
