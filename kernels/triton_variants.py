@@ -146,7 +146,8 @@ def variants_for_aot(
             if full.delta.embedding != (strategy == "embedding"):
                 continue
             spec = full if strategy in LINEAR else TritonSpec(full.delta)
-            for M in rows:
+            # More rows change nothing of "split" but the parts of K, and it is not planned for many.
+            for M in [M for M in rows if strategy != "split" or M <= 64]:
                 for kernel_name, tiles in tiles_for(strategy, spec.delta, M, arch).items():
                     kernel = load(kernel_name, spec, tiles, arch)
                     if kernel.key not in seen:

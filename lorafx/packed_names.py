@@ -141,9 +141,9 @@ class PackedNames:
         """The paths of all modules, and those that packed names give them beside."""
         for path, _ in self._graph.modules():
             yield path
-            names = [member.name for member in self.members(path)]
-            for name in (*names, *(packed.name for packed in self.memberships(path))):
-                yield renamed(path, name)
+            others = [member.name for member in self.members(path)]
+            others += [packed.name for packed in self.memberships(path)]
+            yield from (renamed(path, name) for name in others)
 
     def unused(self) -> list[str]:
         """Names of the configuration's declaration that name no module, packed or not."""

@@ -234,25 +234,32 @@ def rows_alike(tensor: torch.Tensor, weight: torch.Tensor, rows: int = 8) -> boo
 def in_runs(tensor: torch.Tensor, weight: torch.Tensor, runs: int = 4) -> bool:
     """Whether neighbours along some dimension of `tensor` are neighbours in rows or in columns of
     the 2-D `weight` of its dtype, in each of `runs` places."""
+    # Compared as bits, which is several times as fast for 16-bit floats on a CPU.
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.dtype.itemsize]
+    tensor, weight = tensor.detach().view(bits), weight.detach().view(bits)
     for dim in range(tensor.dim()):
         if tensor.shape[dim] >= RUN:
             windows = tensor.movedim(dim, -1).unfold(-1, RUN, RUN)
             picked = [run for run in _some_rows(windows, runs) if len(run.unique()) >= RUN - 1]
-            if len(picked) > 1 and all(
-                _has_run(run, weight) or _has_run(run, weight.T) for run in picked
-            ):
+            if len(picked) > 1 and all(_has_run(run, weight) for run in picked):
                 return True
     return False
 
 
 def _has_run(run: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether some row of `weight` has the numbers of `run` side by side."""
-    last = weight.shape[1] - len(run) + 1
-    row, column = (weight[:, : max(0, last)] == run[0]).nonzero(as_tuple=True)
-    for step in range(1, len(run)):
-        same = weight[row, column + step] == run[step]
-        row, column = row[same], column[same]
-    return bool(row.numel())
+    """Whether some row or column of `weight` has the numbers of `run` side by side."""
+    starts = (weight.reshape(-1) == run[0]).nonzero().squeeze(-1)
+    columns = weight.shape[1]
+    reach = len(run) - 1
+    in_row = starts[starts % columns < columns - reach]
+    in_column = starts[starts < weight.numel() - reach * columns]
+    for at, along in ((in_row, 1), (in_column, columns)):
+        for step in range(1, len(run)):
+            found = at + step * along
+            at = at[weight[found // columns, found % columns] == run[step]]
+        if at.numel():
+            return True
+    return False
 
 
 def _some_rows(tensor: torch.Tensor, count: int) -> torch.Tensor:

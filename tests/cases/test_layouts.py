@@ -7,7 +7,6 @@ own product allocates for a layout is not counted: the base model makes that cop
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,75 +16,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from delta_oracle import Problem, assert_delta, random_problem
-from dense_merge import Case, error, save_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from layouts import (
+    LAYOUTS,
+    elements_apart,
+    large,
+    last_first,
+    needs_compiler,
+)
+from torch import Tensor
 
-import lorafx
-from lorafx.errors import LoweringError
-from lorafx.kernels.compiler import find_compiler
 from lorafx.kernels.cpu import DeltaSpec, build
 
 lora = torch.ops.lorafx
-
-
-def _has_compiler() -> bool:
-    try:
-        find_compiler()
-    except LoweringError:
-        return False
-    return True
-
-
-needs_compiler = pytest.mark.skipif(not _has_compiler(), reason="needs a C++ compiler")
-
-
-def allocations(call: Callable[[], Any]) -> list[int]:
-    """Bytes of each tensor that `call` allocates, by torch's allocator."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        call()
-    events = record.profiler.kineto_results.events()
-    return [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
-
-
-def large(call: Callable[[], Any], least: int) -> int:
-    """How many allocations of at least half of `least` bytes `call` makes."""
-    return sum(size >= least // 2 for size in allocations(call))
-
-
-# --- layouts: the same values, other strides ---
-
-
-def row_stride(t: Tensor) -> Tensor:
-    return torch.cat([t, torch.full_like(t, torch.nan)], -1)[..., : t.shape[-1]]
-
-
-def elements_apart(t: Tensor) -> Tensor:
-    return torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0]
-
-
-def rows_apart(t: Tensor) -> Tensor:
-    return torch.stack([t, torch.full_like(t, torch.nan)], -2)[..., 0, :]
-
-
-def last_first(t: Tensor) -> Tensor:
-    """Stored with the last dimension outermost: of a matrix, column by column."""
-    return t.movedim(-1, 0).contiguous().movedim(0, -1)
-
-
-def first_two_swapped(t: Tensor) -> Tensor:
-    return t.transpose(0, 1).contiguous().transpose(0, 1)
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "row stride": row_stride,
-    "elements apart": elements_apart,
-    "rows apart": rows_apart,
-    "last first": last_first,
-    "first two swapped": first_two_swapped,
-}
 
 
 def spec_of(p: Problem) -> DeltaSpec:
@@ -279,143 +223,3 @@ def test_a_generated_kernel_allocates_its_scratch_only(layout: str) -> None:
     grown = peak_growth(call)
     assert torch.equal(laid.y, expected)
     assert grown < p.x.nbytes // 2
-
-
-# --- whole models ---
-
-
-class Layouts(nn.Module):
-    """x that is transposed, expanded and sliced on its way to siblings and to lone linears."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q = nn.Linear(64, 48)
-        self.k = nn.Linear(64, 32)
-        self.v = nn.Linear(64, 64, bias=False)
-        self.flat = nn.Linear(64, 24)
-        self.head = nn.Linear(40, 56)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        turned = x.transpose(1, 2)  # (B, K, T)
-        back = turned.contiguous().transpose(1, 2)  # values of x, stored (B, K, T)
-        y = torch.cat([self.q(back), self.k(back), F.linear(back, self.v.weight)], -1)
-        first = x[:, :1].expand(x.shape)
-        y = torch.cat([y, self.flat(first)], -1)
-        return {"logits": self.head(y[..., 8:168:4])}
-
-
-def lay_out(model: Layouts) -> Layouts:
-    """Weights column by column, in a larger buffer, and every other element of one."""
-    layouts = {"q": last_first, "k": row_stride, "v": elements_apart, "flat": rows_apart}
-    for name, lay in layouts.items():
-        linear = model.get_submodule(name)
-        linear.weight = nn.Parameter(lay(linear.weight.detach()), requires_grad=False)
-        if linear.bias is not None:
-            linear.bias = nn.Parameter(elements_apart(linear.bias.detach()), requires_grad=False)
-    return model
-
-
-@pytest.fixture(scope="module")
-def strided_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    torch.manual_seed(0)
-    base = Layouts().eval().requires_grad_(False)
-    folder = tmp_path_factory.mktemp("layouts")
-    targets = ["q", "k", "v", "flat", "head"]
-    folders = {
-        name: save_adapter(base, folder / name, rank=rank, targets=targets, seed=rank)
-        for name, rank in (("a", 2), ("b", 5))
-    }
-    return Case(base, folders)
-
-
-@pytest.mark.parametrize("lowering", ["reference", "inductor", "triton"])
-def test_models_of_strided_weights_and_activations(strided_case: Case, lowering: str) -> None:
-    model = lay_out(strided_case.model())
-    strides = {name: p.stride() for name, p in model.named_parameters()}
-    cm = lorafx.compile(
-        model, strided_case.folders, options={"lowering": lowering, "verify": "lint"}
-    )
-    assert {name: p.stride() for name, p in model.named_parameters()} == strides
-    torch.manual_seed(1)
-    names = ["a", None, "b", "a"]
-    layouts = ("last first", "first two swapped")[: 2 if lowering == "reference" else 1]
-    for layout in layouts:
-        x = LAYOUTS[layout](torch.randn(4, 6, 64))
-        got = cm(x=x, adapter_names=names)["logits"]
-        assert error(got, strided_case.expected(names, {"x": x})) <= 1e-5
-
-
-class Broken(nn.Module):
-    """A frame of its own, whose weight is used without its module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q = nn.Linear(8, 8)
-        self.other = nn.Linear(8, 12)
-
-    def forward(self, x: Tensor) -> Tensor:
-        torch._dynamo.graph_break()
-        return x + F.linear(x, self.q.weight)
-
-
-class TwoBroken(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([Broken(), Broken()])
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        for layer in self.layers:
-            x = layer(x)
-        return {"logits": x}
-
-
-@pytest.mark.parametrize("lowering", ["reference", "inductor"])
-def test_a_graph_that_two_layers_share_knows_how_their_banks_lie(
-    lowering: str, tmp_path: Path
-) -> None:
-    """One layer's q stands in a bank with a sibling and the other's alone: aten takes both, and
-    code that was generated for one of them is refused for the other."""
-    torch.manual_seed(0)
-    base = TwoBroken().eval().requires_grad_(False)
-    folder = save_adapter(base, tmp_path / "a", rank=2, targets=["q"])
-    case = Case(base, {"a": folder})
-    config = lorafx.LoraConfig(["layers.0.q", "layers.1.q", "layers.1.other"])
-    cm = lorafx.compile(case.model(), config, adapters=case.folders, options={"lowering": lowering})
-    x = torch.randn(2, 3, 8)
-    if lowering == "reference":
-        got = cm(x, adapter_names=["a", "a"])["logits"]
-        assert error(got, case.expected(["a", "a"], {"x": x})) <= 1e-5
-        return
-    with pytest.raises(lorafx.CaptureError, match=r"layers.1.q shares a graph with a layer"):
-        cm(x, adapter_names=["a", "a"])
-
-
-class OneLinear(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = nn.Linear(512, 320)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
-
-
-@needs_compiler
-def test_models_allocate_for_a_layout_what_the_base_does(tmp_path: Path) -> None:
-    """With adapters as without: no copy of x, W or the bank beside those of the base's graph."""
-    torch.manual_seed(0)
-    base = OneLinear().eval().requires_grad_(False)
-    folder = save_adapter(base, tmp_path / "a", rank=16, targets=["proj"])
-    x, added = torch.randn(8, 64, 512), {}
-    for layout in ("contiguous", "row stride", "last first", "first two swapped"):
-        lay, model = LAYOUTS.get(layout, lambda t: t), copy.deepcopy(base)
-        if layout != "first two swapped":
-            model.proj.weight = nn.Parameter(lay(model.proj.weight.detach()), requires_grad=False)
-        cm = lorafx.compile(model, {"a": folder}, options={"verify": "off"})
-        laid, names = lay(x), ["a", None] * 4
-        least = min(x.nbytes, model.proj.weight.numel() * 4, cm.memory()["banks"] // 3)
-        calls = (lambda: cm(laid), lambda: cm(laid, adapter_names=names))  # noqa: B023
-        for call in calls:  # compiled before they are measured
-            call()
-        without, mixed = (large(call, least) for call in calls)
-        added[layout] = mixed - without
-    assert set(added.values()) == {0}
