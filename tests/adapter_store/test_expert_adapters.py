@@ -11,86 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from expert_files import PATH, Model, delta, noise, pair, read, state_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.adapter_store.checkpoint import AdapterState
-from lorafx.adapter_store.peft_config import PeftConfig
-from lorafx.adapter_store.peft_reader import Adapter, adapter_target_modules, read_adapter
-from lorafx.errors import CapacityError, CheckpointError
+from lorafx.adapter_store.peft_reader import adapter_target_modules, read_adapter
+from lorafx.errors import CheckpointError
 from lorafx.passes.select import build_sites
-
-PATH = "block.experts"
-
-
-class Experts(nn.Module):
-    """Two 3-D parameters, stored and named as asked for."""
-
-    def __init__(
-        self,
-        experts: int = 3,
-        hidden: int = 5,
-        inner: int = 4,
-        *,
-        transposed: bool = False,
-        declared: bool = True,
-        halves: str = "stacked",
-        names: tuple[str, str] = ("gate_up_proj", "down_proj"),
-        down_first: bool = False,
-    ) -> None:
-        super().__init__()
-        if declared:
-            self.is_transposed = transposed
-        self.is_concatenated = halves == "stacked"
-        width = inner if halves == "" else 2 * inner
-        sizes = [(names[0], (width, hidden)), (names[1], (hidden, inner))]
-        for name, size in reversed(sizes) if down_first else sizes:
-            shape = size[::-1] if transposed else size
-            self.register_parameter(name, nn.Parameter(torch.zeros(experts, *shape)))
-
-
-class Model(nn.Module):
-    """Experts with a router beside them."""
-
-    def __init__(self, **form: Any) -> None:
-        super().__init__()
-        self.block = nn.Module()
-        self.block.router = nn.Module()
-        self.block.router.weight = nn.Parameter(torch.zeros(3, 5))
-        self.block.experts = Experts(**form)
-
-
-def read(
-    model: nn.Module, tensors: dict[str, Tensor], max_rank: int | None = None, **config: Any
-) -> Adapter:
-    state = _state(tensors, **config)
-    _, sites = build_sites(model, lorafx.LoraConfig(target_modules=["experts", "router"]))
-    return read_adapter(state, "a", sites, model=model, max_rank=max_rank)
-
-
-def _state(tensors: dict[str, Tensor], **config: Any) -> AdapterState:
-    settings = {"r": 2, "lora_alpha": 3, "peft_version": "0.21.2", **config}
-    named = {f"base_model.model.{key}.weight": value for key, value in tensors.items()}
-    return AdapterState(PeftConfig.read(settings), named, "memory")
-
-
-def delta(model: nn.Module, adapter: Adapter, name: str) -> Tensor:
-    """What the read factors add to the parameter, as it is stored."""
-    _, sites = build_sites(model, lorafx.LoraConfig(target_modules=["experts"]))
-    site = next(s for s in sites if s.path == f"{PATH}.{name}")
-    rows = []
-    for index, part in enumerate(site.parts):
-        made = torch.zeros(site.experts, part.out_features, part.in_features)
-        weights = adapter.weights.get(site.part_path(index))
-        if weights is not None:
-            for e in range(site.experts):
-                r = int(weights.ranks[e])
-                made[e] = float(weights.scale[e]) * weights.B[e, :, :r] @ weights.A[e, :r]
-        rows.append(made)
-    whole = torch.cat(rows, 1)
-    return whole.mT if site.eligible.transposed else whole
 
 
 def peft_delta(stored: tuple[int, ...], a: Tensor, b: Tensor, s: float, in_last: bool) -> Tensor:
@@ -104,14 +33,6 @@ def peft_delta(stored: tuple[int, ...], a: Tensor, b: Tensor, s: float, in_last:
                 o, i = (x, y) if in_last else (y, x)
                 made[e, x, y] = s * sum(b[o, j * experts + e] * a[e * r + j, i] for j in range(r))
     return made
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
-
-
-def pair(a: tuple[int, ...], b: tuple[int, ...], path: str, seed: int = 0) -> dict[str, Tensor]:
-    return {f"{path}.lora_A": noise(*a, seed=seed), f"{path}.lora_B": noise(*b, seed=seed + 1)}
 
 
 @st.composite
@@ -342,125 +263,6 @@ def test_one_a_for_all_experts_and_a_b_for_some() -> None:
     assert torch.allclose(found, want, atol=1e-5)
 
 
-BAD: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
-    "expert out of range": (
-        pair((2, 5), (4, 2), f"{PATH}.7.gate_proj"),
-        {},
-        r"has 3 experts here \(0 … 2\), and the adapter has factors for 7",
-    ),
-    "another number of experts": (
-        {**pair((16, 5), (8, 16), f"{PATH}.base_layer"), **pair((16, 4), (5, 16), PATH)},
-        {},
-        r"for the 3 experts of this model; 16 is not a multiple",
-    ),
-    "another number, divisible": (
-        pair((12, 4), (5, 12), PATH),
-        {},
-        r"12 rows, which at the rank 2 of adapter_config.json are those of 6 experts",
-    ),
-    "another number, apart": (
-        pair((4, 2, 4), (4, 5, 2), f"{PATH}.down_proj"),
-        {},
-        "do not fit 3 experts",
-    ),
-    "neither parameter": (pair((6, 7), (9, 6), PATH), {}, "fit neither gate_up_proj and down_proj"),
-    "no B": ({f"{PATH}.0.w2.lora_A": noise(2, 4)}, {}, "has no factor B"),
-    "no A": ({f"{PATH}.lora_B": noise(5, 6)}, {}, "has no factor A"),
-    "NaN": (
-        {f"{PATH}.0.w2.lora_A": noise(2, 4) / 0, f"{PATH}.0.w2.lora_B": noise(5, 2)},
-        {},
-        "NaN or infinite",
-    ),
-    "rank unlike the configuration": (
-        pair((3, 4), (5, 3), f"{PATH}.0.w2"),
-        {},
-        "has rank 3, adapter_config.json says 2",
-    ),
-    "wrong size": (pair((2, 9), (5, 2), f"{PATH}.1.w2"), {}, r"needs \(r, 4\)"),
-    "a left over key": (
-        {**pair((2, 4), (5, 2), f"{PATH}.0.w2"), f"{PATH}.0.w2.lora_C": noise(2)},
-        {},
-        "is not a LoRA factor and names nothing",
-    ),
-    "an unknown projection": (
-        {**pair((2, 4), (5, 2), f"{PATH}.0.w2"), **pair((2, 4), (5, 2), f"{PATH}.0.w7")},
-        {},
-        r"block.experts.0.w7: no such module",
-    ),
-    "the whole and its half": (
-        {**pair((2, 5), (8, 2), f"{PATH}.0.w13"), **pair((2, 5), (4, 2), f"{PATH}.0.w1")},
-        {},
-        "both have factors for the same columns",
-    ),
-    "all experts and one": (
-        {**pair((3, 2, 4), (3, 5, 2), f"{PATH}.w2"), **pair((2, 4), (5, 2), f"{PATH}.1.w2")},
-        {},
-        "both have factors for the same columns",
-    ),
-    "one A twice": (
-        {**pair((2, 4), (5, 2), f"{PATH}.1.w2"), f"{PATH}.w2.lora_A": noise(2, 4)},
-        {},
-        "is for all experts, and .* for one of them",
-    ),
-    "one pair or stacked": (
-        pair((6, 4), (5, 6), f"{PATH}.down_proj"),
-        {"r": 5},
-        "rank 6 for all experts or",
-    ),
-    "targeted and absent": (
-        pair((6, 4), (5, 6), PATH),
-        {"target_parameters": ["experts.gate_up_proj", "experts.down_proj", "router.weight"]},
-        r"targets block.router, block.experts.gate_up_proj, but the file has no weights",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", list(BAD))
-def test_bad_input(case: str) -> None:
-    tensors, config, message = BAD[case]
-    with pytest.raises(CheckpointError, match=message):
-        read(Model(), tensors, **config)
-
-
-def test_all_problems_at_once() -> None:
-    tensors = {
-        key: t for case in ("expert out of range", "no B") for key, t in BAD[case][0].items()
-    }
-    tensors.update(pair((2, 9), (5, 2), f"{PATH}.1.w2"))
-    with pytest.raises(CheckpointError) as caught:
-        read(Model(), tensors)
-    assert str(caught.value).count("\n  - ") == 3
-
-
-def test_a_rank_over_what_the_banks_hold() -> None:
-    tensors = {
-        **pair((2, 5), (4, 2), f"{PATH}.0.gate_proj"),
-        **pair((2, 5), (4, 2), f"{PATH}.0.up_proj", seed=2),
-    }
-    interleaved = Model(halves="interleaved")
-    assert read(interleaved, tensors, max_rank=2).rank == 2
-    with pytest.raises(CapacityError, match="rank 2 is over max_rank = 1"):
-        read(interleaved, tensors, max_rank=1)
-
-
-def test_w13_of_interleaved_columns_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="w13 may mean them so or one after the other"):
-        read(Model(halves="interleaved"), pair((2, 5), (8, 2), f"{PATH}.0.w13"))
-
-
-def test_a_projection_that_the_experts_do_not_have() -> None:
-    with pytest.raises(CheckpointError, match="the experts here have no gate_proj"):
-        read(Model(halves=""), pair((2, 5), (4, 2), f"{PATH}.0.gate_proj"))
-
-
-def test_experts_that_were_not_selected() -> None:
-    model = Model()
-    _, sites = build_sites(model, lorafx.LoraConfig(target_modules=["down_proj"]))
-    for tensors in (pair((2, 5), (4, 2), f"{PATH}.0.w1"), pair((6, 5), (8, 6), PATH)):
-        with pytest.raises(CheckpointError, match=r"gate_up_proj exists but was not selected"):
-            read_adapter(_state(tensors), "a", sites, model=model)
-
-
 def test_what_an_adapter_names() -> None:
     model = Model(experts=4)
     for tensors, config, names in (
@@ -469,7 +271,7 @@ def test_what_an_adapter_names() -> None:
         (pair((2, 5), (4, 2), f"{PATH}.1.up_proj"), {}, ["gate_up_proj"]),
         (pair((4, 2, 5), (4, 8, 2), f"{PATH}.w13"), {}, ["gate_up_proj"]),
     ):
-        found = adapter_target_modules(_state(tensors, **config), model)
+        found = adapter_target_modules(state_of(tensors, **config), model)
         assert found.modules == tuple(f"{PATH}.{name}" for name in names)
         assert found.rank == 2
         _, sites = build_sites(model, lorafx.LoraConfig(target_modules=found.modules))
@@ -484,6 +286,6 @@ def test_experts_that_are_modules_are_linears() -> None:
     )
     _, sites = build_sites(model, lorafx.LoraConfig(target_modules=["gate_proj", "down_proj"]))
     tensors = pair((2, 5), (4, 2), "experts.1.gate_proj")
-    adapter = read_adapter(_state(tensors), "a", sites, model=model)
+    adapter = read_adapter(state_of(tensors), "a", sites, model=model)
     assert set(adapter.weights) == {"experts.1.gate_proj"}
     assert adapter.weights["experts.1.gate_proj"].A.dim() == 2
