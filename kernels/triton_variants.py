@@ -146,7 +146,7 @@ def variants_for_aot(
             if full.delta.embedding != (strategy == "embedding"):
                 continue
             spec = full if strategy in LINEAR else TritonSpec(full.delta)
-            # More rows change nothing of "split" but the parts of K, and it is not planned for many.
+            # More rows change the parts of K alone in "split", which is planned for few.
             for M in [M for M in rows if strategy != "split" or M <= 64]:
                 for kernel_name, tiles in tiles_for(strategy, spec.delta, M, arch).items():
                     kernel = load(kernel_name, spec, tiles, arch)

@@ -161,7 +161,16 @@ class UnbreakableGated(Unbreakable):
     linear = Gated
 
 
-@pytest.mark.parametrize("cls", [Unbreakable, UnbreakableBypass])
+#: Dynamo of torch 2.11 captures no frame of torch.nn's own modules. Where the frame around stays
+#: eager, a use of the weight without its module is in no graph then, and its delta is dropped.
+UNSEEN = pytest.mark.xfail(
+    torch.__version__.startswith("2.11."),
+    reason="torch 2.11 runs nn.Linear.forward under an eager frame without showing it to a backend",
+    strict=True,
+)
+
+
+@pytest.mark.parametrize("cls", [Unbreakable, pytest.param(UnbreakableBypass, marks=UNSEEN)])
 def test_a_module_whose_frame_cannot_be_broken(small, serve_of, cls):
     torch.manual_seed(0)
     case, inputs = small(cls, ["w"]), features(3, 3)

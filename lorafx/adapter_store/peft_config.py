@@ -15,7 +15,6 @@ import json
 import math
 import os
 import re
-import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -398,4 +397,4 @@ def _is_off(value: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    return textwrap.shorten(repr(value), 80, placeholder="...")
+    return f"{value!r:.80}"
