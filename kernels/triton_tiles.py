@@ -176,7 +176,9 @@ def linear_tiles(spec: DeltaSpec, rows: int, arch: Architecture, kernel: str) ->
             tiles = replace(tiles, block_k=32)
     else:
         block_k = 32 if arch.warp == 64 else 64
-        tiles = Tiles(128, 128, block_k, num_warps=8, num_stages=4)
+        # A bank of float32 takes the registers that the wider tile would need.
+        block_n = 128 if spec.bank_dtype.itemsize == 2 or size == 4 else 64
+        tiles = Tiles(128, block_n, block_k, num_warps=8, num_stages=4)
     columns = tiles.block_m + tiles.block_n + (tiles.block_r if kernel == "recompute" else 0)
     return replace(
         tiles, num_stages=_stages(arch, tiles.block_k * columns * size, tiles.num_stages)
