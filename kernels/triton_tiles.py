@@ -155,7 +155,7 @@ def linear_tiles(spec: DeltaSpec, rows: int, arch: Architecture, kernel: str) ->
             batched=kernel == "epilogue",
         )
     if kernel == "expand":  # y is read and written: nothing to pipeline
-        plain = _aligned(spec) and spec.bank_dtype.itemsize == 2 and spec.max_rank <= 64
+        plain = _aligned(spec) and spec.bank_dtype.itemsize == 2 and spec.max_rank <= 32
         return Tiles(power_of_two(rows, 16, 32), block_n=128 if plain else 64, num_stages=2)
     size = spec.x_dtype.itemsize
     by_hand = size == 4 or (kernel == "recompute" and spec.bank_dtype.itemsize == 4)
