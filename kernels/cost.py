@@ -274,6 +274,9 @@ FUSED = ("split", "epilogue", "recompute")  # their own base product instead of 
 
 
 def _refusal(name: str, work: Work) -> str:
+    if name == "split" and any(size % 16 for size in (work.in_features, *work.sizes)):
+        # Run on a GPU for whole blocks of 16 elements only, but for kernels by themselves.
+        return "K or a number of columns is no multiple of 16"
     if name not in FUSED or not work.compute_bound:
         return ""
     speed = work.chip.triton_over_vendor

@@ -51,6 +51,13 @@ def over_base(strategy: str, rows: int, distinct: int) -> float:
     return seconds / base
 
 
+def test_odd_sizes_are_not_split() -> None:
+    for in_features, columns in ((4096, 61), (12, 4096)):
+        estimates = estimate(Work(in_features, (columns,), 8, 2, 16, torch.bfloat16))
+        assert "multiple of 16" in estimates["split"].refusal
+        assert next(iter(estimates)) != "split"
+
+
 def test_decode_splits_the_base_product() -> None:
     """The fastest of what was tried on an H200, by 1 to 64 rows and 1 to 32 adapters."""
     for rows, slots in ((1, 8), (8, 8), (64, 1), (64, 8), (64, 32)):
