@@ -62,8 +62,8 @@ class Eligible:
 
     Attributes:
         cls: the class; its subclasses are eligible too, the nearest entry along the MRO wins.
-        kind: "linear" (y = x Wᵀ), "embedding" (y = W[ids]) or "experts" (fused routed experts,
-            which are known as such and carry no LoRA).
+        kind: "linear" (y = x Wᵀ), "embedding" (y = W[ids]) or "experts" (routed experts, whose 3-D
+            parameters are told by their shapes, lorafx.experts).
         sizes: instance -> (in_features, out_features).
         weight: attribute that holds the base weight.
         transposed: True where the weight is stored (in, out), as in transformers' Conv1D.

@@ -247,6 +247,8 @@ def impossible(module: nn.Module, entry: Eligible | None) -> str | None:
     """Why this module cannot carry LoRA, or None when it can."""
     if entry is None:
         return "no class along its MRO is registered (see lorafx.register)"
+    if entry.kind == "experts" and getattr(module, "tp_size", 1) > 1:
+        return f"{module.tp_size} ranks share its experts, and factors are not cut to such parts"
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         return "its parameters are not initialised yet; run the model once before"
     try:

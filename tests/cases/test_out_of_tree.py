@@ -225,10 +225,13 @@ def test_embeddings_and_experts(oot: Any) -> None:
     assert (experts.kind, experts.weight) == ("experts", "w13_weight")
     assert experts.sizes(MyExperts()) == (K, 5)
     model = nn.ModuleDict({"experts": MyExperts(), "other": nn.Linear(2, 2)})
-    with pytest.raises(TargetError, match=r"experts \(MyExperts\): routed experts carry no LoRA"):
-        build_sites(model, LoraConfig(target_modules=["experts"]))
     real = nn.ModuleDict({"experts": layers.FusedMoE(3, 2, K, 5), "other": nn.Linear(2, 2)})
-    with pytest.raises(TargetError, match=r"experts \(FusedMoE\): routed experts carry no LoRA"):
+    for holder in (model, real):
+        sites = build_sites(holder, LoraConfig(target_modules=["experts"]))[1]
+        found = [(site.path, site.experts, site.in_features, site.out_features) for site in sites]
+        assert found == [("experts.w13_weight", 3, K, 10), ("experts.w2_weight", 3, 5, K)]
+    real["experts"].tp_size = 2
+    with pytest.raises(TargetError, match=r"experts\.w13_weight \(FusedMoE\): 2 ranks share"):
         build_sites(real, LoraConfig(target_modules=["experts"]))
     assert [site.path for site in build_sites(model, LoraConfig())[1]] == ["other"]
 

@@ -1,9 +1,13 @@
 """Vocabulary layers are nn.Embedding and nn.Linear; FusedMoE is the sum over chosen experts."""
 
+import copy
+import json
+
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
 import lorafx
@@ -117,9 +121,32 @@ class Block(nn.Module):
         return self.experts(x, self.gate(x))
 
 
-def test_experts_carry_no_lora_and_say_so():
-    with pytest.raises(lorafx.TargetError, match=r"experts \(FusedMoE\)"):
-        lorafx.compile(Block().eval(), lorafx.LoraConfig(target_modules=["experts"]))
+def test_experts_carry_lora(tmp_path):
+    """An adapter with factors for each projection of some experts, in a mixed batch."""
+    torch.manual_seed(0)
+    block = Block().eval().requires_grad_(False)
+    base, merged = copy.deepcopy(block), copy.deepcopy(block)
+    tensors = {}
+    for expert in (0, 3):
+        for name, rows, width in (("gate_proj", I, H), ("up_proj", I, H), ("down_proj", H, I)):
+            a, b = torch.randn(2, width), torch.randn(rows, 2)
+            key = f"base_model.model.experts.{expert}.{name}"
+            tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+            if name == "down_proj":
+                merged.experts.w2_weight[expert] += b @ a
+            else:
+                start = I if name == "up_proj" else 0
+                merged.experts.w13_weight[expert, start : start + I] += b @ a
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    names = ["gate_proj", "up_proj", "down_proj"]
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": names}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    cm = lorafx.compile(block, {"a": tmp_path}, options={"lowering": "reference"})
+    assert [site.path for site in cm.sites] == ["experts.w13_weight", "experts.w2_weight"]
+    x, rows = torch.randn(3, 4, H), ["a", None, "a"]
+    want = [(merged if row else base)(x[i : i + 1]) for i, row in enumerate(rows)]
+    oracle.assert_close(cm(x, adapter_names=rows), [torch.cat(want)])
+    assert oracle.difference([base(x)], [torch.cat(want)]) > 1e-2
 
 
 def test_a_routers_delta_reaches_the_experts(tmp_path):
