@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,9 @@ from lorafx.errors import BatchError
 # a hook's attributes included, to have fixed shapes, and would recompile for each batch size.
 # What it reaches through a global may vary. Keys are strings, which it never makes symbolic.
 _SLOTS: dict[str, Tensor] = {}
+# Keys of runtimes that are gone. Garbage may be collected while Dynamo iterates over `_SLOTS`, which
+# must not change then: they are taken out when the next runtime is made.
+_GONE: deque[str] = deque()
 _KEYS = itertools.count()
 _SMALLEST_BUFFER = 64
 
@@ -108,10 +112,12 @@ class Runtime:
         self.set_rows([-1])
 
     def _register(self) -> None:
+        while _GONE:
+            _SLOTS.pop(_GONE.popleft(), None)
         self._key = f"runtime {next(_KEYS)}"
         self._buffer = torch.empty(0)
         self._row_slots: Tensor = torch.empty(0, dtype=torch.int32)
-        weakref.finalize(self, _SLOTS.pop, self._key, None)
+        weakref.finalize(self, _GONE.append, self._key)
 
     def _write(self, rows: list[int]) -> None:
         n = len(rows)

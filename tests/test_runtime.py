@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
+from lorafx import runtime as module
 from lorafx.errors import BatchError
 from lorafx.runtime import Runtime
 
@@ -49,3 +52,17 @@ def test_runtime_refusals_change_nothing():
         runtime.set_rows([])
     assert runtime.rows == (2, 1)
     assert runtime.slots.tolist() == [2, 1]
+
+
+def test_slots_of_runtimes_that_are_gone_stay_until_the_next_one() -> None:
+    """Garbage may be collected while Dynamo iterates over the slots of all runtimes."""
+    gone, kept = Runtime(2, torch.device("cpu")), Runtime(2, torch.device("cpu"))
+    before = dict(module._SLOTS)
+    for index, _ in enumerate(module._SLOTS):
+        if index == 0:
+            del gone
+            gc.collect()
+    assert dict(module._SLOTS).keys() == before.keys()
+    Runtime(2, torch.device("cpu"))
+    assert len(module._SLOTS) <= len(before)
+    assert kept.slots.tolist() == [-1]

@@ -22,6 +22,8 @@ from lorafx.kernels.triton_variants import AotVariant, variants_for_aot
 DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
 #: One variant a kernel, the layer o_proj of Llama-3-8B, whose row tiles are those of many requests.
 CUT = (
+    "split/split/o_r16_bf16/m64",
+    "split/reduce/o_r16_bf16/m64",
     "epilogue/shrink/o_r16_bf16/m64",
     "epilogue/epilogue/o_r16_bf16/m64",
     "epilogue/epilogue/o_r16_bf16/m4096",
@@ -40,7 +42,7 @@ def expected_matrix(variant: AotVariant, target: str) -> str | None:
     spec, tiles = variant.spec, variant.kernel.tiles
     if spec is None or "rows" in variant.kernel.name or variant.kernel.name == "order":
         return None
-    product = variant.kernel.name not in ("expand", "shrink")  # x Wᵀ is in it
+    product = variant.kernel.name not in ("expand", "shrink", "reduce")  # x Wᵀ is in it
     delta = spec.delta
     if product:
         is_half, tall = delta.x_dtype in HALF, tiles.block_n if tiles.swap else tiles.block_m

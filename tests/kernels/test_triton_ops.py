@@ -162,7 +162,7 @@ def test_what_is_not_generated() -> None:
     double = make_case(K=8, sizes=(4,), slots=(0,), dtypes=(torch.float64,) * 3)
     assert build(double.spec, "epilogue", **hint) is None
     assert build(case.spec, "embedding", **hint) is None
-    with pytest.raises(LoweringError, match="there are epilogue, recompute"):
+    with pytest.raises(LoweringError, match="there are split, epilogue, recompute"):
         build(case.spec, "fastest", **hint)
     with pytest.raises(LoweringError, match="name its weight"):
         build(TritonSpec(case.spec.delta), "epilogue", **hint)
