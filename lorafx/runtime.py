@@ -25,8 +25,8 @@ from lorafx.errors import BatchError
 # a hook's attributes included, to have fixed shapes, and would recompile for each batch size.
 # What it reaches through a global may vary. Keys are strings, which it never makes symbolic.
 _SLOTS: dict[str, Tensor] = {}
-# Keys of runtimes that are gone. Garbage may be collected while Dynamo iterates over `_SLOTS`, which
-# must not change then: they are taken out when the next runtime is made.
+# Keys of runtimes that are gone. Garbage may be collected while Dynamo iterates over `_SLOTS`,
+# which must not change then: they are taken out when the next runtime is made.
 _GONE: deque[str] = deque()
 _KEYS = itertools.count()
 _SMALLEST_BUFFER = 64
