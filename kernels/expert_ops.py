@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lorafx.kernels.delta import add_linear_delta, row_slots
+from lorafx.kernels.op_library import define
 from lorafx.kernels.ops import BANK, RANGES, _check_linear, _check_rows, _require
 
 SCHEMAS = (
@@ -111,13 +112,9 @@ def _check(
     _check_rows(op, x.shape[:-1], experts.shape, rows)
 
 
-_LIBRARY = torch.library.Library("lorafx", "FRAGMENT")
 for _schema, _eager, _fake in (
     (SCHEMAS[0], expert_slots, expert_slots_fake),
     (SCHEMAS[1], expert_mark, expert_mark_fake),
     (SCHEMAS[2], expert_site, expert_site_fake),
 ):
-    _name = _schema.partition("(")[0]
-    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(_name, _eager, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lorafx::{_name}", _fake, lib=_LIBRARY)
+    define(_schema, _eager, _fake)

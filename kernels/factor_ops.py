@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_true
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.delta import accumulation_dtype
+from lorafx.kernels.op_library import define
 
 OPERANDS = "Tensor x, Tensor A, Tensor B"
 SCHEMAS = tuple(
@@ -87,18 +88,13 @@ def _in_place_fake(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: Scale, *_:
     _check(y, x, A, B, scale)
 
 
-_LIBRARY = torch.library.Library("lorafx", "FRAGMENT")
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
     "factors": (factors, factors_fake),
     "add_factors_": (add_factors_, _in_place_fake),
     "run_factors_": (run_factors_, _in_place_fake),
 }
 for _schema in SCHEMAS:
-    _name = _schema.partition("(")[0]
-    _eager, _fake = _IMPLEMENTATIONS[_name.partition(".")[0]]
-    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(_name, _eager, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lorafx::{_name}", _fake, lib=_LIBRARY)
+    define(_schema, *_IMPLEMENTATIONS[_schema.partition("(")[0].partition(".")[0]])
 
 FACTORS = torch.ops.lorafx.factors
 ADD_FACTORS = torch.ops.lorafx.add_factors_

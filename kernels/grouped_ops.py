@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from lorafx.kernels.delta import accumulation_dtype, groups, row_slots
+from lorafx.kernels.op_library import define
 from lorafx.kernels.ops import BANK, RANGES, _check_linear, _check_rows, _require
 
 GROUPED_SCHEMA = (
@@ -233,7 +234,4 @@ def _blocks(factor: Tensor, steps: Sequence[int], count: int, blocks: Blocks) ->
     )
 
 
-_LIBRARY = torch.library.Library("lorafx", "FRAGMENT")
-_LIBRARY.define(GROUPED_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-_LIBRARY.impl("grouped_site", grouped_site, "CompositeExplicitAutograd")
-torch.library.register_fake("lorafx::grouped_site", grouped_site_fake, lib=_LIBRARY)
+define(GROUPED_SCHEMA, grouped_site, grouped_site_fake)

@@ -31,6 +31,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_true
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.delta import add_embedding_delta, add_linear_delta
+from lorafx.kernels.op_library import define
 
 BANK = "Tensor A, Tensor B, Tensor ranks, Tensor scales, Tensor slots"
 RANGES = "int[] siblings, int[] offsets, int[] sizes"
@@ -359,7 +360,6 @@ def run_embedding_delta_(
     add_embedding_delta_(y, ids, A, B, ranks, scales, slots, rows, 0)
 
 
-_LIBRARY = torch.library.Library("lorafx", "FRAGMENT")
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
     "site": (site, site_fake),
     "embedding_site": (embedding_site, embedding_site_fake),
@@ -370,8 +370,4 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., object], Callable[..., object]]]
     "run_embedding_delta_": (run_embedding_delta_, add_embedding_delta_fake),
 }
 for _schema in SCHEMAS:
-    _name = _schema.partition("(")[0]
-    _eager, _fake = _IMPLEMENTATIONS[_name]
-    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(_name, _eager, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lorafx::{_name}", _fake, lib=_LIBRARY)
+    define(_schema, *_IMPLEMENTATIONS[_schema.partition("(")[0]])

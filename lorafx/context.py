@@ -172,6 +172,14 @@ class Context(GraphEdits):
         paths = self.program.graph.paths(module)
         return any(plain_path(path) in paths for path, _ in stack.values())
 
+    def unknown_use(self, weight: fx.Node, node: fx.Node, reason: str) -> Refusal:
+        """The refusal of what `node` does with the weight of sites."""
+        return Refusal(
+            self.frame.by_node[weight].sites,
+            "always",
+            f"its weight is used in a way no rule knows: {reason}{self.where(node)}",
+        )
+
     def unselected_owners(self, weight: fx.Node, kind: str) -> list[nn.Module]:
         """Modules of this kind that hold the same weight and are not sites (a tied head)."""
         sites = self.frame.by_node[weight].sites

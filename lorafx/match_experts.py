@@ -40,13 +40,7 @@ def insert_expert_sites(graph: fx.Graph, ctx: Context) -> int:
         for use in expert_uses(node, transposed=sites[0].eligible.transposed):
             if use.kind == "unknown" or len(sites) > 1:
                 reason = use.reason or "several modules share it"
-                ctx.refuse(
-                    Refusal(
-                        item.sites,
-                        "always",
-                        f"its weight is used in a way no rule knows: {reason}{ctx.where(use.node)}",
-                    )
-                )
+                ctx.refuse(ctx.unknown_use(node, use.node, reason))
             else:
                 _insert(graph, ctx, sites[0], use)
                 served.add(id(sites[0]))

@@ -96,7 +96,8 @@ def _uses(ctx: Context) -> dict[fx.Node, Use]:
         for use in _uses_of_input(ctx, node, item):
             other = uses.get(use.node)
             if other is not None:
-                ctx.refuse(_unknown(ctx, _joined(ctx, other, use)))
+                joined = _joined(ctx, other, use)
+                ctx.refuse(ctx.unknown_use(joined.weight, joined.node, joined.reason))
                 use = _joined(ctx, use, other)
             uses[use.node] = use
     return uses
@@ -129,14 +130,6 @@ def _joined(ctx: Context, use: Use, other: Use) -> Use:
         return use
     label = ctx.frame.by_node[other.weight].label
     return Use("unknown", use.weight, use.node, reason=f"it is multiplied by {label}")
-
-
-def _unknown(ctx: Context, use: Use) -> Refusal:
-    return Refusal(
-        ctx.frame.by_node[use.weight].sites,
-        "always",
-        f"its weight is used in a way no rule knows: {use.reason}{ctx.where(use.node)}",
-    )
 
 
 def _mark_follows(ctx: Context, site: Site, use: Use) -> bool:
@@ -195,7 +188,7 @@ def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
     """The site that an unmarked use belongs to; None where it belongs to a module not selected."""
     sites = ctx.frame.by_node[use.weight].sites
     if use.kind == "unknown":
-        return _unknown(ctx, use)
+        return ctx.unknown_use(use.weight, use.node, use.reason)
     where = ctx.where(use.node)
     if use.stored:
         dtype = fake_value(use.weight).dtype

@@ -1,0 +1,17 @@
+"""Where the ops of namespace `lorafx` are defined: a schema, an eager function and a fake one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+_LIBRARY = torch.library.Library("lorafx", "FRAGMENT")
+
+
+def define(schema: str, eager: Callable[..., object], fake: Callable[..., object]) -> None:
+    """Define `lorafx::<name>` by its schema; `eager` runs on every device, without gradients."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, eager, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lorafx::{name}", fake, lib=_LIBRARY)
