@@ -5,8 +5,6 @@ cm(input_ids, adapter_names=["sql", None, "chat"])
 """
 
 from lorafx.api import attach, compile, explain
-from lorafx.attached import adapters, detach, load_adapter, unload_adapter
-from lorafx.compiled import CompiledModel
 from lorafx.config import LoraConfig, Options
 from lorafx.errors import (
     BatchError,
@@ -24,8 +22,10 @@ from lorafx.errors import (
     UnsupportedAdapterError,
     VerifyError,
 )
-from lorafx.out_of_tree import register_oot, unregister_oot
+from lorafx.model.out_of_tree import register_oot, unregister_oot
 from lorafx.registry import register, unregister
+from lorafx.serving.attached import adapters, detach, load_adapter, unload_adapter
+from lorafx.serving.compiled import CompiledModel
 
 __all__ = [
     "BatchError",

@@ -17,22 +17,22 @@ from lorafx.adapter_store.peft_model import TakenOver, is_peft_model, take_over
 from lorafx.adapter_store.peft_reader import Adapter, adapter_target_modules, read_adapter
 from lorafx.adapter_store.peft_targets import picked
 from lorafx.adapter_store.store import AdapterStore
-from lorafx.attached import session_of, session_of_weight
-from lorafx.attached_backend import attach_session
+from lorafx.capture.attached_backend import attach_session
+from lorafx.capture.lowering import resolved
+from lorafx.capture.pipeline import check_options
+from lorafx.capture.program import Program
 from lorafx.collector import collection_paused
-from lorafx.compiled import CompiledModel
 from lorafx.config import LoraConfig, Options
 from lorafx.errors import CaptureError, ConfigError, LorafxWarning, nearest
 from lorafx.explain import Explanation, model_sections
-from lorafx.lowering import resolved
-from lorafx.packing import pack_weights
+from lorafx.model.packing import pack_weights
+from lorafx.model.sites import Site
+from lorafx.model.targets import SavedNames
 from lorafx.passes.attach import Attach, Attachment, allocate_groups
 from lorafx.passes.select import build_sites
-from lorafx.pipeline import check_options
-from lorafx.program import Program
 from lorafx.progress import progress
-from lorafx.sites import Site
-from lorafx.targets import SavedNames
+from lorafx.serving.attached import session_of, session_of_weight
+from lorafx.serving.compiled import CompiledModel
 
 
 def compile(

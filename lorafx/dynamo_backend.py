@@ -1,8 +1,8 @@
 """`torch.compile(model, backend="lorafx")`, found by its entry point.
 
-marked model                  its session's graph, base or LoRA           (lorafx.attached)
-options with `lora_config`    marked, and the frame captured again        (lorafx.unmarked)
-PEFT's modules                PEFT's arithmetic, fused                    (lorafx.peft_graph)
+marked model                  its session's graph, base or LoRA           (lorafx.serving.attached)
+options with `lora_config`    marked, and the frame captured again        (lorafx.capture.unmarked)
+PEFT's modules                PEFT's arithmetic, fused                    (lorafx.graph.peft_graph)
 anything else                 Inductor
 """
 
@@ -13,14 +13,14 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from lorafx.attached import AttachedSession, captured_before, sessions
+from lorafx.capture.executable import refusing
+from lorafx.capture.lowering import InductorLowering, Lowering, lowering_for
+from lorafx.capture.unmarked import FrameOptions, mark_captured
 from lorafx.compat import mode_settings
 from lorafx.config import Options
 from lorafx.errors import CaptureError, LorafxError
-from lorafx.executable import refusing
-from lorafx.lowering import InductorLowering, Lowering, lowering_for
-from lorafx.peft_graph import compile_peft_frame, has_peft_lora
-from lorafx.unmarked import FrameOptions, mark_captured
+from lorafx.graph.peft_graph import compile_peft_frame, has_peft_lora
+from lorafx.serving.attached import AttachedSession, captured_before, sessions
 
 
 def compile_frame(

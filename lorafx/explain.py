@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lorafx.capture.record import GraphRecord, seen_sites
 from lorafx.config import LoraConfig
-from lorafx.record import GraphRecord, seen_sites
-from lorafx.sites import Group, Site
+from lorafx.model.sites import Group, Site
 
 if TYPE_CHECKING:
-    from lorafx.session import Session
+    from lorafx.serving.session import Session
 
 
 @dataclass(frozen=True)

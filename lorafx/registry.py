@@ -3,7 +3,7 @@
 `lookup(module)` walks the MRO of the instance's class and takes the first registered class, so
 subclasses are eligible with their base and the nearest entry wins. Built in: `nn.Linear`,
 `nn.Embedding` and, once transformers has been imported by somebody, its `Conv1D`. A class that
-replaces a registered one (lorafx.out_of_tree) has that one's entry with sizes of its own.
+replaces a registered one (lorafx.model.out_of_tree) has that one's entry with sizes of its own.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Eligible:
     Attributes:
         cls: the class; its subclasses are eligible too, the nearest entry along the MRO wins.
         kind: "linear" (y = x Wᵀ), "embedding" (y = W[ids]) or "experts" (routed experts, whose 3-D
-            parameters are told by their shapes, lorafx.experts).
+            parameters are told by their shapes, lorafx.model.experts).
         sizes: instance -> (in_features, out_features).
         weight: attribute that holds the base weight.
         transposed: True where the weight is stored (in, out), as in transformers' Conv1D.
@@ -149,7 +149,7 @@ _BUILT_IN: dict[type[nn.Module], Eligible] = {
     nn.Embedding: Eligible(nn.Embedding, "embedding", Sizes("num_embeddings", "embedding_dim")),
 }
 _REGISTERED: dict[type[nn.Module], Eligible] = {}
-#: By the class that replaces; see lorafx.out_of_tree.
+#: By the class that replaces; see lorafx.model.out_of_tree.
 REPLACEMENTS: dict[type[nn.Module], Replacement] = {}
 
 

@@ -1,1 +1,1 @@
-"""Compiler passes, one a file. The order they run in is `lorafx.pipeline.PIPELINE`."""
+"""Compiler passes, one a file. The order they run in is `lorafx.capture.pipeline.PIPELINE`."""

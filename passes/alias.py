@@ -16,7 +16,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 
 from lorafx.errors import CaptureError
-from lorafx.module_graph import ModuleGraph
+from lorafx.model.module_graph import ModuleGraph
 
 
 @dataclass(frozen=True)

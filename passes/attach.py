@@ -23,10 +23,10 @@ from lorafx.collector import collection_paused
 from lorafx.compat import mark_fixed_shape
 from lorafx.config import LoraConfig
 from lorafx.errors import CaptureError, ConfigError
-from lorafx.marks import SiteMark
-from lorafx.module_graph import ModuleGraph
-from lorafx.runtime import Runtime
-from lorafx.sites import Group, Site
+from lorafx.model.marks import SiteMark
+from lorafx.model.module_graph import ModuleGraph
+from lorafx.model.sites import Group, Site
+from lorafx.serving.runtime import Runtime
 
 
 @dataclass(eq=False)

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lorafx.factored import CAST, FactorSum, FactorTerm, factor_sum
-from lorafx.frame import arguments_of, fake_value
-from lorafx.graph_nodes import module_path
+from lorafx.graph.factored import CAST, FactorSum, FactorTerm, factor_sum
+from lorafx.graph.frame import arguments_of, fake_value
+from lorafx.graph.graph_nodes import module_path
+from lorafx.graph.peft_context import FactorSite, PeftContext
 from lorafx.kernels.factor_ops import FACTORS
 from lorafx.kernels.factor_source import FactorSpec
-from lorafx.peft_context import FactorSite, PeftContext
 
 aten = torch.ops.aten
 

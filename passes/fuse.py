@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from lorafx.context import FUSED_OP, SITE_OP, Context, SiteState
-from lorafx.frame import arguments_of, fake_value
-from lorafx.sites import Site
-from lorafx.weight_uses import RESHAPES, Use
+from lorafx.graph.context import FUSED_OP, SITE_OP, Context, SiteState
+from lorafx.graph.frame import arguments_of, fake_value
+from lorafx.graph.weight_uses import RESHAPES, Use
+from lorafx.model.sites import Site
 
 aten = torch.ops.aten
 FUSIBLE = frozenset({aten.mm.default, aten.addmm.default, aten.linear.default})

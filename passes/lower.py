@@ -22,16 +22,16 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from lorafx.context import EMBEDDING_OP, EXPERT_OP, FUSED_OP, GROUPED_OP, SITE_OP, Context
-from lorafx.frame import arguments_of, fake_value
-from lorafx.graph_nodes import call_in_place
+from lorafx.graph.context import EMBEDDING_OP, EXPERT_OP, FUSED_OP, GROUPED_OP, SITE_OP, Context
+from lorafx.graph.frame import arguments_of, fake_value
+from lorafx.graph.graph_nodes import call_in_place
+from lorafx.graph.strategy import GENERATED, strategy_of
+from lorafx.graph.triton_graph import inline_triton_ops
 from lorafx.kernels import triton_ops
 from lorafx.kernels.cost import FUSED
 from lorafx.kernels.cpu import delta_call, embedding_delta_call
 from lorafx.kernels.triton_ops import adjacent
 from lorafx.passes.plan import delta_spec
-from lorafx.strategy import GENERATED, strategy_of
-from lorafx.triton_graph import inline_triton_ops
 
 aten = torch.ops.aten
 ADD_DELTA = torch.ops.lorafx.add_delta_.default

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lorafx.context import EMBEDDING_OP, GROUPED_OP, SITE_OP, Context, Refusal, is_site
-from lorafx.frame import FrameInput, arguments_of, fake_value
-from lorafx.marks import UNPROVED, is_dense
-from lorafx.match_experts import insert_expert_sites
-from lorafx.origins import depends_on, origin_of
-from lorafx.replaced import replaced_sites
-from lorafx.sites import Site, own_ranges
-from lorafx.weight_uses import Use, uses_of
+from lorafx.graph.context import EMBEDDING_OP, GROUPED_OP, SITE_OP, Context, Refusal, is_site
+from lorafx.graph.frame import FrameInput, arguments_of, fake_value
+from lorafx.graph.match_experts import insert_expert_sites
+from lorafx.graph.origins import depends_on, origin_of
+from lorafx.graph.replaced import replaced_sites
+from lorafx.graph.weight_uses import Use, uses_of
+from lorafx.model.marks import UNPROVED, is_dense
+from lorafx.model.sites import Site, own_ranges
 
 USE_KINDS = {"linear": "linear", "blocks": "linear", "embedding": "embedding"}
 

@@ -3,10 +3,11 @@
     h1 = layer(h0; W0, bank0); h2 = layer(h1; W1, bank1); ...
     →   h1 = invoke_subgraph(body, h0, W0, bank0); h2 = invoke_subgraph(body, h1, W1, bank1); ...
 
-Layers are candidates because one module call made their nodes (lorafx/regions.py), and are merged
-because their canonical forms are equal (lorafx/isomorphism.py). Inductor compiles the body once,
-inside the same program. A body returns fresh tensors only: views that readers outside need are
-taken again outside, since a result that shares an operand's memory would be overwritten with it.
+Layers are candidates because one module call made their nodes (lorafx/graph/regions.py), and are
+merged because their canonical forms are equal (lorafx/graph/isomorphism.py). Inductor compiles the
+body once, inside the same program. A body returns fresh tensors only: views that readers outside
+need are taken again outside, since a result that shares an operand's memory would be overwritten
+with it.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from lorafx.context import Context, Outlined
-from lorafx.frame import fake_value
-from lorafx.graph_nodes import plain_path
-from lorafx.isomorphism import Form, Stretch, agree, sizes_of, stretch_of
-from lorafx.regions import Region, hoist_shared, is_free, regions_of, tensor_valued
+from lorafx.graph.context import Context, Outlined
+from lorafx.graph.frame import fake_value
+from lorafx.graph.graph_nodes import plain_path
+from lorafx.graph.isomorphism import Form, Stretch, agree, sizes_of, stretch_of
+from lorafx.graph.regions import Region, hoist_shared, is_free, regions_of, tensor_valued
 
 INVOKE = torch.ops.higher_order.invoke_subgraph
 

@@ -4,7 +4,7 @@
 
 One GEMM, one shrink and one expand serve q/k/v or gate/up; x is read once. That they share x is
 not assumed from their names: it is the same node of the graph. The packed weight comes in as a
-graph input that the mark carries (lorafx.packing), so one graph serves all layers.
+graph input that the mark carries (lorafx.model.packing), so one graph serves all layers.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lorafx.context import FUSED_OP, Context, SiteState
-from lorafx.frame import arguments_of, fake_value
+from lorafx.graph.context import FUSED_OP, Context, SiteState
+from lorafx.graph.frame import arguments_of, fake_value
 
 aten = torch.ops.aten
 

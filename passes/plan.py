@@ -20,16 +20,23 @@ import torch
 from torch import fx
 
 from lorafx.compat import size_hint
-from lorafx.context import EMBEDDING_OP, EXPERT_OP, FUSED_OP, GROUPED_OP, ROWS_ARGUMENT, Context
 from lorafx.errors import ConfigError
-from lorafx.frame import arguments_of, fake_value
+from lorafx.graph.context import (
+    EMBEDDING_OP,
+    EXPERT_OP,
+    FUSED_OP,
+    GROUPED_OP,
+    ROWS_ARGUMENT,
+    Context,
+)
+from lorafx.graph.frame import arguments_of, fake_value
+from lorafx.graph.strategy import ATEN, GENERATED, Strategy, choose
 from lorafx.kernels.cost import FUSED, byte_floor, choose_strategy, split_is_faster
 from lorafx.kernels.cpu import DeltaSpec, build_all
 from lorafx.kernels.triton_build import TritonSpec
 from lorafx.kernels.triton_build import build as build_triton
 from lorafx.kernels.triton_ops import adjacent
-from lorafx.sites import Part, Site
-from lorafx.strategy import ATEN, GENERATED, Strategy, choose
+from lorafx.model.sites import Part, Site
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,17 @@ import sympy
 import torch
 from torch import fx
 
-from lorafx.context import EMBEDDING_OP, ROWS_ARGUMENT, SLOTS_ARGUMENT, Context, Refusal, is_site
+from lorafx.capture.handover import Handover, results_of
 from lorafx.errors import ProvenanceError
-from lorafx.frame import Frame, FrameInput, batch_symbols, fake_value, token_inputs
-from lorafx.handover import Handover, results_of
+from lorafx.graph.context import (
+    EMBEDDING_OP,
+    ROWS_ARGUMENT,
+    SLOTS_ARGUMENT,
+    Context,
+    Refusal,
+    is_site,
+)
+from lorafx.graph.frame import Frame, FrameInput, batch_symbols, fake_value, token_inputs
 from lorafx.ownership.emit import Emitter
 from lorafx.ownership.flow import Flow
 from lorafx.ownership.labels import Label, Mixed, Own

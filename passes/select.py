@@ -18,19 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from lorafx import targets
 from lorafx.adapter_store.expert_names import folded
-from lorafx.candidates import Candidate, ExpertsCandidate, by_raw_weight
 from lorafx.collector import collection_paused
 from lorafx.config import LoraConfig
 from lorafx.errors import LorafxWarning, TargetError
-from lorafx.experts import expert_weights
-from lorafx.marks import is_dense
-from lorafx.module_graph import ModuleGraph
-from lorafx.packed_names import PackedNames
+from lorafx.model import targets
+from lorafx.model.candidates import Candidate, ExpertsCandidate, by_raw_weight
+from lorafx.model.experts import expert_weights
+from lorafx.model.marks import is_dense
+from lorafx.model.module_graph import ModuleGraph
+from lorafx.model.packed_names import PackedNames
+from lorafx.model.sites import Site, has_own_forward
 from lorafx.passes.alias import Alias
 from lorafx.registry import Eligible, lookup
-from lorafx.sites import Site, has_own_forward
 
 # A regular expression can name thousands of containers; the first ones show the mistake.
 _SHOWN = 20

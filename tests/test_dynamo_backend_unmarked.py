@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import lorafx
-from lorafx.attached import session_of
 from lorafx.errors import (
     CaptureError,
     ConfigError,
@@ -22,6 +21,7 @@ from lorafx.errors import (
     TargetError,
     UnknownAdapterError,
 )
+from lorafx.serving.attached import session_of
 
 __all__ = ["fresh_dynamo"]
 feed = FAMILIES["plain"].inputs

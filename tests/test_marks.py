@@ -14,7 +14,7 @@ from torch import nn
 
 from lorafx.config import LoraConfig
 from lorafx.errors import MatchError, ProvenanceError
-from lorafx.marks import SiteMark
+from lorafx.model.marks import SiteMark
 from lorafx.passes.attach import Attachment, attach_sites, detach
 from lorafx.passes.select import build_sites
 from lorafx.registry import register, unregister

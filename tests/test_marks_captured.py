@@ -14,7 +14,7 @@ from lorafx.config import LoraConfig
 from lorafx.errors import MatchError
 from lorafx.passes.attach import Attachment, attach_sites, detach
 from lorafx.passes.select import build_sites
-from lorafx.runtime import Runtime
+from lorafx.serving.runtime import Runtime
 
 SLOT = 1
 

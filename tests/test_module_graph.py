@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lorafx.errors import LorafxError
-from lorafx.module_graph import MAX_PATHS, ModuleGraph
+from lorafx.model.module_graph import MAX_PATHS, ModuleGraph
 
 
 class Block(nn.Module):

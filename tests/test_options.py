@@ -16,10 +16,10 @@ from tiny_models import FAMILIES
 from torch import fx
 
 import lorafx
-from lorafx import pipeline
-from lorafx.context import FUSED_OP, SITE_OP, Context
+from lorafx.capture import pipeline
 from lorafx.errors import ProvenanceError, VerifyError
-from lorafx.frame import arguments_of
+from lorafx.graph.context import FUSED_OP, SITE_OP, Context
+from lorafx.graph.frame import arguments_of
 
 NAMES = ["a1", None, "a3", "a0"]
 
@@ -388,7 +388,7 @@ def test_without_a_compiler_the_model_runs_in_aten(monkeypatch):
     def absent():
         raise lorafx.LoweringError("no C++ compiler was found")
 
-    monkeypatch.setattr("lorafx.lowering.find_compiler", absent)
+    monkeypatch.setattr("lorafx.capture.lowering.find_compiler", absent)
     model = torch.nn.Sequential(torch.nn.Linear(4, 4)).eval()
     with pytest.warns(lorafx.LorafxWarning, match="no C\\+\\+ compiler"):
         cm = lorafx.compile(copy.deepcopy(model), lorafx.LoraConfig(target_modules=["0"]))

@@ -14,7 +14,7 @@ import transformers
 from dense_merge import Case, build_case, check_mixed
 from tiny_models import FAMILIES, Family, token_inputs
 
-from lorafx.record import GraphRecord
+from lorafx.capture.record import GraphRecord
 
 OFF = {"passes": {"outline": False}}
 NAMES = ["a0", None, "a1", "a2"]

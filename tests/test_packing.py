@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lorafx.config import LoraConfig
-from lorafx.packing import PackedGroup, pack_weights, repack
+from lorafx.model.packing import PackedGroup, pack_weights, repack
 from lorafx.passes.attach import allocate_groups
 from lorafx.passes.select import build_sites
 

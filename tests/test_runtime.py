@@ -7,9 +7,9 @@ import gc
 import pytest
 import torch
 
-from lorafx import runtime as module
 from lorafx.errors import BatchError
-from lorafx.runtime import Runtime
+from lorafx.serving import runtime as module
+from lorafx.serving.runtime import Runtime
 
 
 def test_runtime_rows():

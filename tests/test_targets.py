@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from lorafx import targets
 from lorafx.errors import ConfigError
+from lorafx.model import targets
 
 PATHS = [
     "model.layers.0.self_attn.q_proj",

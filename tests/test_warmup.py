@@ -16,9 +16,9 @@ from torch._dynamo.utils import counters
 
 import lorafx
 from lorafx.errors import CapacityError, ConfigError
-from lorafx.example_inputs import derived_example
 from lorafx.passes.select import build_sites
-from lorafx.warmup import DEFAULT_RANK, dummy, dummy_rank
+from lorafx.serving.example_inputs import derived_example
+from lorafx.serving.warmup import DEFAULT_RANK, dummy, dummy_rank
 
 FEED = FAMILIES["plain"].inputs
 

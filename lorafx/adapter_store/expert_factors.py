@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lorafx.experts import ExpertWeight
+from lorafx.model.experts import ExpertWeight
 
 #: The first release that reads `is_transposed`.
 _READS_TRANSPOSED = (0, 19)

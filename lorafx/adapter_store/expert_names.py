@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
-from lorafx.experts import ExpertWeight
+from lorafx.model.experts import ExpertWeight
 
 Half = Literal["all", "gate", "up"]
 

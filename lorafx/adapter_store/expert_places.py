@@ -16,11 +16,11 @@ from torch import nn
 
 from lorafx.adapter_store.expert_names import PROJECTIONS, Half, covers, parse, unnested
 from lorafx.adapter_store.peft_keys import without_compiled
-from lorafx.experts import ExpertWeight, expert_weights
+from lorafx.model.experts import ExpertWeight, expert_weights
 from lorafx.registry import lookup
 
 if TYPE_CHECKING:
-    from lorafx.sites import Site
+    from lorafx.model.sites import Site
 
 
 @dataclass(eq=False)

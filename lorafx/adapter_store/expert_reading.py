@@ -24,7 +24,7 @@ from lorafx.adapter_store.expert_terms import Term, assembled, columns_of, overl
 from lorafx.adapter_store.peft_keys import FactorKey
 from lorafx.adapter_store.places import not_selected
 from lorafx.adapter_store.weights import LoraWeights
-from lorafx.experts import ExpertWeight
+from lorafx.model.experts import ExpertWeight
 
 if TYPE_CHECKING:
     from lorafx.adapter_store.reading import Reading

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from lorafx.adapter_store.expert_names import Half
 from lorafx.adapter_store.weights import LoraWeights
-from lorafx.experts import ExpertWeight
-from lorafx.sites import Site
+from lorafx.model.experts import ExpertWeight
+from lorafx.model.sites import Site
 
 
 class Term(NamedTuple):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
-from lorafx.targets import Entries, names
+from lorafx.model.targets import Entries, names
 
 CONFIG_FILE = "adapter_config.json"
 

@@ -23,7 +23,7 @@ from lorafx.adapter_store.weights import LoraWeights
 from lorafx.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from lorafx.sites import Site
+    from lorafx.model.sites import Site
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from lorafx.adapter_store.peft_config import PeftConfig
-from lorafx.module_graph import ModuleGraph, join
-from lorafx.packed_names import PackedNames
+from lorafx.model.module_graph import ModuleGraph, join
+from lorafx.model.packed_names import PackedNames
+from lorafx.model.targets import SavedNames, is_all_linear, output_embedding
 from lorafx.registry import lookup
-from lorafx.targets import SavedNames, is_all_linear, output_embedding
 
 
 def picked(config: PeftConfig, model: nn.Module) -> SavedNames:

@@ -21,10 +21,10 @@ from lorafx.adapter_store.expert_places import ExpertPlace, ExpertPlaces
 from lorafx.adapter_store.old_names import OldNames
 from lorafx.adapter_store.peft_keys import COMPILED, candidates, without_compiled
 from lorafx.errors import nearest
-from lorafx.packed_names import virtual_paths
+from lorafx.model.packed_names import virtual_paths
 
 if TYPE_CHECKING:
-    from lorafx.sites import Membership, Site
+    from lorafx.model.sites import Membership, Site
 
 #: A site and the number of one of its parts.
 Place = tuple["Site", int]

@@ -21,7 +21,7 @@ from lorafx.adapter_store.peft_keys import FactorKey, parse, without_prefix
 from lorafx.adapter_store.places import Landing, Place, Places, saved_sizes
 from lorafx.adapter_store.weights import LoraWeights
 from lorafx.errors import CapacityError, CheckpointError, UnsupportedAdapterError
-from lorafx.module_graph import join
+from lorafx.model.module_graph import join
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -32,7 +32,7 @@ from lorafx.errors import (
 if TYPE_CHECKING:
     from lorafx.adapter_store.peft_reader import Adapter
     from lorafx.adapter_store.reading import LoraWeights
-    from lorafx.sites import Group, Site
+    from lorafx.model.sites import Group, Site
 
 BASE = "__base__"
 

@@ -1,7 +1,7 @@
 """The registry entries of the parallel layers: sizes on this rank, output slices, sharding.
 
 Each class has an entry of its own, so that an out-of-tree class can stand in for any of them.
-FusedMoE is known as experts, whose weights are told by their shapes (lorafx.experts).
+FusedMoE is known as experts, whose weights are told by their shapes (lorafx.model.experts).
 """
 
 from __future__ import annotations

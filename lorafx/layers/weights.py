@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lorafx.errors import CheckpointError, nearest
 from lorafx.layers.loading import LoadableLayer
 from lorafx.layers.quantization import QuantizeMethodBase
-from lorafx.packed_names import ATTRIBUTE, members_of
+from lorafx.model.packed_names import ATTRIBUTE, members_of
 
 #: (segments of the parameter's name, segments of the checkpoint's name, shard id)
 Stacked = tuple[str, str, Any]

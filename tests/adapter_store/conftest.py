@@ -12,8 +12,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lorafx.adapter_store.bank import Bank
+from lorafx.model.sites import Group, Site
 from lorafx.registry import lookup
-from lorafx.sites import Group, Site
 
 
 class Plain(nn.Module):

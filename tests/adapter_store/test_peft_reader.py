@@ -14,8 +14,8 @@ from lorafx.adapter_store.checkpoint import AdapterState
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_reader import Adapter, adapter_target_modules, read_adapter
 from lorafx.errors import CheckpointError
+from lorafx.model.sites import Site
 from lorafx.registry import lookup
-from lorafx.sites import Site
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

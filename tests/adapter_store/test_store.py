@@ -17,8 +17,8 @@ from lorafx.adapter_store.peft_reader import Adapter
 from lorafx.adapter_store.reading import LoraWeights
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.errors import CapacityError, CheckpointError, ConfigError, UnknownAdapterError
+from lorafx.model.sites import Group, Site
 from lorafx.registry import lookup
-from lorafx.sites import Group, Site
 
 SLOTS, RANK = 3, 4
 SIZES = {"q": (5, 7), "k": (5, 2), "embed": (6, 3), "down": (8, 5)}

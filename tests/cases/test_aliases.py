@@ -19,7 +19,7 @@ import lorafx
 from lorafx import layers
 from lorafx.config import LoraConfig
 from lorafx.errors import CheckpointError
-from lorafx.module_graph import ModuleGraph
+from lorafx.model.module_graph import ModuleGraph
 from lorafx.passes.select import build_sites
 
 K = 6

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import lorafx
 from lorafx.errors import CheckpointError, ConfigError, TargetError
-from lorafx.packed_names import is_in_target_modules
+from lorafx.model.packed_names import is_in_target_modules
 
 REFERENCE = {"lowering": "reference"}
 LAYERS = range(2)

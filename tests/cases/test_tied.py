@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import lorafx
 from lorafx import layers
 from lorafx.config import LoraConfig
-from lorafx.module_graph import ModuleGraph, storage_key
+from lorafx.model.module_graph import ModuleGraph, storage_key
 from lorafx.passes.select import build_sites
 
 NAMES = ["both", "embed", None, "head", "both"]

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from lorafx.capture.lowering import decomposition_table
 from lorafx.config import Options
+from lorafx.graph.peft_context import PeftContext
 from lorafx.kernels.factor_ops import FACTORS
-from lorafx.lowering import decomposition_table
 from lorafx.passes.factors import Factors
 from lorafx.passes.lower_factors import LowerFactors
-from lorafx.peft_context import PeftContext
 
 M, K, N, R = 6, 5, 7, 3
 F32, BF16 = torch.float32, torch.bfloat16

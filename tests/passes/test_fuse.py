@@ -9,8 +9,8 @@ from site_graphs import SiteGraph
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorafx.context import FUSED_OP
-from lorafx.frame import arguments_of
+from lorafx.graph.context import FUSED_OP
+from lorafx.graph.frame import arguments_of
 from lorafx.passes.fuse import Fuse
 from lorafx.passes.match import Match
 

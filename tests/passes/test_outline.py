@@ -7,11 +7,11 @@ import torch
 from site_graphs import Finished, SiteGraph
 from torch import fx, nn
 
+from lorafx.capture.verify import check_graph, output_values
 from lorafx.errors import VerifyError
 from lorafx.passes.fuse import Fuse
 from lorafx.passes.match import Match
 from lorafx.passes.outline import INVOKE, Outline
-from lorafx.verify import check_graph, output_values
 
 aten = torch.ops.aten
 K, B, LAYERS = 4, 3, 3

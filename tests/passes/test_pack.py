@@ -8,7 +8,7 @@ from dense_merge import error
 from site_graphs import SiteGraph
 from torch import nn
 
-from lorafx.frame import arguments_of
+from lorafx.graph.frame import arguments_of
 from lorafx.passes.fuse import Fuse
 from lorafx.passes.match import Match
 from lorafx.passes.pack import Pack

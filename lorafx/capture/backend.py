@@ -1,0 +1,157 @@
+"""The Dynamo backend of one program: a captured frame goes in, an executable comes out.
+
+Without an active adapter a frame is compiled exactly as the base model would be. With one it goes
+through AOTAutograd to the functional ATen graph, the passes, and the lowering; so do parts without
+sites, since a later graph may rest on whose rows their results are. A frame in which no mark stands
+is compiled both ways, since no guard of Dynamo tells the two kinds of call apart there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+
+from lorafx.capture.checks import Checks, InputPlaces
+from lorafx.capture.dump import GraphDump, dump_folder
+from lorafx.capture.executable import Owner, base_only, by_activity, checked, with_lookups
+from lorafx.capture.lowering import Lowering, lowering_for
+from lorafx.capture.pipeline import run_pipeline
+from lorafx.capture.program import BANK_FIELDS, Program
+from lorafx.capture.record import GraphRecord
+from lorafx.capture.stack import called_directly
+from lorafx.capture.verify import NumericCheck
+from lorafx.compat import duck_shaped, guarded_attributes
+from lorafx.graph.context import Context
+from lorafx.graph.frame import Frame
+from lorafx.kernels.triton_build import source_of
+from lorafx.progress import progress
+
+
+class Backend:
+    """Compiles the frames of one program.
+
+    Args:
+        entered: true for a Python frame that calls the program with a call's arguments.
+    """
+
+    def __init__(self, program: Program, entered: Callable[[FrameType], bool]) -> None:
+        self.program = program
+        self.entered = entered
+        self.records: list[GraphRecord] = []
+        #: Dynamo may call this program's graphs for other models.
+        self.shares_graphs = False
+        #: Some graph takes what another made: results are worth keeping note of.
+        self.several = [False]
+        self.lowering: Lowering = lowering_for(program.options)
+
+    def __call__(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        """Compile a frame of calls with one slot a request."""
+        return self.compile(gm, examples, self.lowering)
+
+    def per_token(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        """Compile a frame of calls with one slot a token."""
+        return self.compile(gm, examples, self.lowering, per_token=True)
+
+    def compile(
+        self,
+        gm: fx.GraphModule,
+        examples: Sequence[Any],
+        lowering: Lowering,
+        *,
+        per_token: bool = False,
+    ) -> Callable[..., Any]:
+        """The executable of a frame whose inputs are `examples`."""
+        program = self.program
+        frame = Frame.of(program, gm.graph, examples)
+        frame.per_token = per_token
+        frame.begins_call = called_directly(self.entered)
+        frame.duck_shaped = duck_shaped()
+        places = InputPlaces.of(frame, examples, shared=self.shares_graphs)
+        self.several[0] |= frame.follows_another or bool(places.arguments)
+        owner = self.owner(frame, [p for p, item in enumerate(frame.inputs) if item.sites])
+        active = program.runtime.active
+        both = not guarded_attributes(".runtime.active")
+        lora = (both or active) and frame.carries_lora
+        title = f"graph {len(self.records)}{' lora' if lora else ' base'}"
+        title += " per token" if per_token else ""
+        dump = GraphDump(title, dump_folder(program.options))
+        checks = Checks(places, frame.begins_call, self.several)
+        record = GraphRecord(title, lora, dump, checks)
+        with progress(f"compiling {title}"):
+            if both:
+                # Whatever compiles a graph may change it.
+                base = lowering.base(copy.deepcopy(gm), examples)
+                with_lora = self.compile_lora(gm, examples, frame, record, owner, lowering)
+                executable = by_activity(owner, base, with_lora)
+            elif active:
+                executable = self.compile_lora(gm, examples, frame, record, owner, lowering)
+            else:
+                record.dump.graph("captured", gm)
+                executable = lowering.base(gm, examples)
+                if places.plain:
+                    executable = base_only(checks, owner, executable)
+        self.records.append(record)
+        return executable
+
+    def compile_lora(
+        self,
+        gm: fx.GraphModule,
+        examples: Sequence[Any],
+        frame: Frame,
+        record: GraphRecord,
+        owner: Owner,
+        lowering: Lowering,
+    ) -> Callable[..., Any]:
+        """The executable of calls with adapters."""
+        compiler = _FrameCompiler(self, frame, record, lowering)
+        executable = aot_autograd(
+            fw_compiler=compiler,
+            inference_compiler=compiler,
+            decompositions=lowering.decompositions(),
+        )(gm, examples)
+        return checked(record.checks, owner, executable)
+
+    def owner(self, frame: Frame, weights: Sequence[int]) -> Owner:
+        """How an executable of `frame` finds the program that it serves. `weights` are the
+        positions of sites' weights among the arguments that it is called with."""
+        program = self.program  # no other model shares this backend's graphs
+        return lambda arguments: program
+
+
+class _FrameCompiler:
+    """AOTAutograd's inference compiler for one frame."""
+
+    def __init__(
+        self, backend: Backend, frame: Frame, record: GraphRecord, lowering: Lowering
+    ) -> None:
+        self.backend = backend
+        self.frame = frame
+        self.record = record
+        self.lowering = lowering
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        program, record, frame = self.backend.program, self.record, self.frame
+        frame.bind(gm.graph)
+        ctx = Context(program, frame, gm, edits_left=program.options.max_edits)
+        if program.runtime.by_handle:
+            ctx.look_up_slots(gm.graph)
+        numeric = NumericCheck(record.title) if program.options.verify == "numeric" else None
+        record.passes = run_pipeline(gm, ctx, record.dump, numeric.keep if numeric else None)
+        for kernel in sorted(ctx.kernels):
+            record.dump.source(f"kernel-{kernel:x}.py", source_of(kernel))
+        record.note(ctx)
+        extra = list(frame.extra_nodes)
+        values = [node.meta["val"] for node in frame.extra_nodes.values()]
+        executable = self.lowering.compile(gm, [*inputs, *values])
+        banks = [
+            (tuple(value.shape), value.stride(), value.dtype) if name in BANK_FIELDS else None
+            for (_, _, name), value in zip(extra, values, strict=True)
+        ]
+        weights = [frame.positions[node] for node, item in frame.by_node.items() if item.sites]
+        owner = self.backend.owner(frame, weights)
+        return with_lookups(record.checks, owner, executable, extra, banks, numeric)

@@ -1,0 +1,225 @@
+"""What a compiled graph checks before it serves a call.
+
+A graph outlives the model that it was captured for: Dynamo keeps it, and calls it for other layers
+and other models of the same class. So nothing here holds a module or a weight; sites are paths, and
+which site stands there in the running call is found by the tensors that the call brings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lorafx.capture.handover import Handover
+from lorafx.capture.program import Program
+from lorafx.errors import BatchError, CaptureError, MatchError, ProvenanceError
+from lorafx.graph.frame import Frame
+from lorafx.graph.weight_forms import Form
+from lorafx.model.sites import Site
+from lorafx.serving.roles import Role
+
+
+@dataclass
+class InputPlaces:
+    """Where a graph's inputs are among the arguments that it is called with.
+
+    A graph may serve other layers than the one it was captured for: what belongs to a site is
+    found by the tensor that stands at its place in the running call.
+
+    Attributes:
+        weights: path of a site -> position of its weight, index among the sites that share it.
+        banks: path of a site -> position of its group's bank, index of the site in the group.
+        requests: (position, dimension, name) of inputs that carry requests.
+        arguments: position -> role of those inputs from the call's arguments that may be something
+            else in another call.
+        plain: positions of matrices (and stacks of them) that are no site's weight here, and may
+            be in another call.
+        derived: path of a site -> position and form of each tensor that holds part of its weight.
+    """
+
+    weights: dict[str, tuple[int, int]] = field(default_factory=dict)
+    banks: dict[str, tuple[int, int]] = field(default_factory=dict)
+    requests: list[tuple[int, int, str]] = field(default_factory=list)
+    arguments: dict[int, Role] = field(default_factory=dict)
+    plain: list[int] = field(default_factory=list)
+    derived: list[tuple[str, int, Form | None]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, frame: Frame, examples: Sequence[Any], *, shared: bool = False) -> InputPlaces:
+        """The places in a frame whose inputs are `examples`. `shared`: another model may get the
+        graph, if no mark in it says whose it is."""
+        places = cls()
+        marked = any(item.kind in ("bank", "slots") for item in frame.inputs)
+        elsewhere = not frame.begins_call or (shared and not marked)
+        for position, (item, example) in enumerate(zip(frame.inputs, examples, strict=True)):
+            for index, site in enumerate(item.sites):
+                if item.derived is None:
+                    places.weights[site.path] = position, index
+                else:
+                    places.weights.setdefault(site.path, (position, index))
+                    places.derived.append((site.path, position, item.derived.form))
+            if item.group is not None and item.kind == "bank" and item.label == "A":
+                for index, site in enumerate(item.group.sites):
+                    places.banks[site.path] = position, index
+            dim = item.requests_dim
+            if dim is not None and dim < example.dim():
+                places.requests.append((position, dim, item.label))
+            if item.kind == "argument" and item.role is not None and not frame.begins_call:
+                places.arguments[position] = item.role
+            if item.kind == "state" and example.dim() > 1 and elsewhere:
+                places.plain.append(position)
+        return places
+
+    def site(self, program: Program, path: str, arguments: Sequence[Any]) -> Site | None:
+        """The site that stands in the running call where this one stood at capture."""
+        if path in self.weights:
+            position, index = self.weights[path]
+            return program.site_of_weight(arguments[position], index)
+        if path in self.banks:
+            position, index = self.banks[path]
+            group = program.group_of_bank(arguments[position])
+            return None if group is None else group.sites[index]
+        return next((site for site in program.sites if site.path == path), None)
+
+    def touched(
+        self, program: Program, paths: Sequence[str], arguments: Sequence[Any]
+    ) -> list[str]:
+        """Paths of those sites of the running call that its adapters touch."""
+        now = [self.site(program, path, arguments) for path in paths]
+        return [site.path or "(root)" for site in now if site and program.is_touched(site)]
+
+    def strangers(self, program: Program, arguments: Sequence[Any]) -> list[str]:
+        """Paths of touched sites whose weights stand where no site's weight stood at capture."""
+        found = [program.site_of_part(arguments[position]) for position in self.plain]
+        return [site.path for site in found if site and program.is_touched(site)]
+
+    def changed(self, program: Program, arguments: Sequence[Any]) -> list[str]:
+        """Paths of touched sites of whose weight an input held part, and does not any more."""
+        found: set[str] = set()
+        for path, position, form in self.derived:
+            now = program.derived.look(arguments[position])
+            if now is not None and now.form == form:
+                continue
+            sites = now.sites if now is not None else [s for s in program.sites if s.path == path]
+            found.update(site.path for site in sites if program.is_touched(site))
+        return sorted(found)
+
+    def rows(self, arguments: Sequence[Any]) -> int | None:
+        """The number of requests of the running call, as its inputs have it."""
+        sizes = [arguments[position].shape[dim] for position, dim, _ in self.requests]
+        return max(sizes) if sizes else None
+
+    def check_rows(self, arguments: Sequence[Any], rows: int) -> None:
+        """Every input that carries requests has `rows` of them, or one that all share.
+
+        Raises:
+            BatchError: it does not.
+        """
+        for position, dim, name in self.requests:
+            shape = tuple(arguments[position].shape)
+            if shape[dim] not in (rows, 1):
+                raise BatchError(
+                    f"{name} has shape {shape}, but its dimension {dim} should hold the {rows} "
+                    "requests; say which dimension does by LoraConfig(row_dims={argument: dim}), "
+                    "None when all requests share it"
+                )
+
+
+@dataclass(frozen=True)
+class RefusedSites:
+    """A `Refusal`, its sites by their paths."""
+
+    sites: tuple[str, ...]
+    when: Literal["always", "mixed"]
+    reason: str
+
+
+@dataclass(eq=False)
+class Checks:
+    """What one graph checks.
+
+    Attributes:
+        begins_call, inside: as in `Frame`.
+        sites: paths of the sites that the graph serves.
+        several: whether the model is in several graphs, so that results are worth a note; one
+            list of one bool for all graphs of a program.
+    """
+
+    places: InputPlaces
+    begins_call: bool
+    several: list[bool]
+    sites: list[str] = field(default_factory=list)
+    refusals: list[RefusedSites] = field(default_factory=list)
+    handover: Handover = field(default_factory=Handover)
+    inside: dict[tuple[int, int], bool] = field(default_factory=dict)
+
+    def refuse_changed(self, program: Program, arguments: Sequence[Any]) -> None:
+        """Refuse the running batch: an input is not what it was when the graph was captured.
+
+        Raises:
+            ProvenanceError: where the batch's adapters touch a site of the graph.
+        """
+        touched = self.places.touched(program, self.sites, arguments)
+        if touched:
+            raise ProvenanceError(
+                f"this batch mixes adapters, and at {', '.join(touched)} a tensor comes from "
+                "elsewhere than when the graph was captured, so it is not proved which request a "
+                "row belongs to. Run one adapter a batch"
+            )
+
+    def check(self, program: Program, arguments: Sequence[Any]) -> None:
+        """Refuse the running batch where this graph cannot serve it.
+
+        Raises:
+            CaptureError: the graph was captured for a layer without LoRA, and Dynamo, which does
+                not tell such layers apart, calls it for one with.
+            MatchError: an adapter of the batch touches a site whose weight is used in a way that
+                LoRA cannot be applied to.
+            ProvenanceError: the batch mixes adapters that touch a site whose rows have no proved
+                owner.
+        """
+        strangers = self.places.strangers(program, arguments)
+        if strangers:
+            raise CaptureError(
+                f"{', '.join(strangers)} shares a graph with a layer of the same class that "
+                "carries no LoRA; name the module in all those layers by target_modules, or in none"
+            )
+        changed = self.places.changed(program, arguments)
+        if changed:
+            raise MatchError(
+                f"a tensor that was made of the weight of {', '.join(changed)} is not what it was "
+                "when the graph was captured, so LoRA cannot be applied to it. Call "
+                "torch._dynamo.reset() after post-processing the weights again, or use "
+                "exclude_modules"
+            )
+        for refusal in self.refusals:
+            if refusal.when == "mixed" and program.runtime.uniform:
+                continue
+            touched = self.places.touched(program, refusal.sites, arguments)
+            if touched:
+                names = ", ".join(touched)
+                if refusal.when == "always":
+                    raise MatchError(
+                        f"LoRA cannot be applied at {names}: {refusal.reason}. Take the module out "
+                        "by exclude_modules, or unload the adapters that touch it"
+                    )
+                raise ProvenanceError(
+                    f"this batch mixes adapters, and at {names} it is not proved which request a "
+                    f"row belongs to: {refusal.reason}. Run one adapter a batch, say which "
+                    "dimension of an argument holds the requests by LoraConfig(row_dims=...), or "
+                    "take the module out by exclude_modules"
+                )
+
+    def arguments_hold(self, program: Program, arguments: Sequence[Any]) -> bool:
+        """Whether the inputs that were arguments of the call at capture are in this call too."""
+        if not self.places.arguments:
+            return True
+        with program.knowing_arguments():
+            known = program.call_arguments()
+        return all(
+            isinstance(tensor := arguments[position], Tensor) and known.get(id(tensor)) == role
+            for position, role in self.places.arguments.items()
+        )

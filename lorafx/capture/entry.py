@@ -1,0 +1,113 @@
+"""Entry points: a module's forward, compiled for one program, with its batch set up on the host.
+
+Once per call: the number of requests, each request's slot, the checks; then the compiled forward
+runs and reads only tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafx.capture.guards import keep_guards
+from lorafx.capture.program import Program
+from lorafx.compat import (
+    capture_settings,
+    compile_entry,
+    is_recompile_limit,
+    no_mha_fast_path,
+)
+from lorafx.errors import CaptureError
+from lorafx.model.packing import check_packed
+from lorafx.serving.roles import IMAGES, TOKEN_DIMS, RoleTable
+from lorafx.serving.session import Session
+
+
+class Entry:
+    """One module's forward, compiled. Called in place of it, by users and by `generate`."""
+
+    def __init__(self, session: Session, module: nn.Module, *, per_token: bool = False) -> None:
+        self.session = session
+        self.module = module
+        self.roles = RoleTable(module, session.program.config.row_dims)
+        self.compiled = compile_entry(
+            _target(session.program, module),
+            session.backend.per_token if per_token else session.backend,
+            dynamic=session.dynamic,
+            recompile_limit=session.program.options.recompile_limit,
+            keep_guards=functools.partial(keep_guards, module),
+        )
+        functools.update_wrapper(self, module.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        session = self.session
+        named = self.roles.bind(args, kwargs) if args else kwargs
+        if args and self.roles.by_name(args, kwargs):  # one graph for both ways to write a call
+            args, kwargs = (), named
+        if not args:
+            named = kwargs = _plain_tokens(kwargs)
+        if session.tokens is None:
+            session.set_batch(self.roles, named)
+        else:
+            session.set_tokens(self.roles, named)
+        _fix_image_sizes(named)
+        check_packed(session.program.packed)
+        limit = session.program.options.recompile_limit
+        try:
+            with torch.no_grad(), capture_settings(limit):
+                if session.has_mha and session.program.runtime.active:
+                    # Its fused inference path takes the weights past every module and mark.
+                    with no_mha_fast_path():
+                        return self.compiled(*args, **kwargs)
+                return self.compiled(*args, **kwargs)
+        except Exception as error:
+            if is_recompile_limit(error):
+                raise CaptureError(
+                    f"{type(self.module).__name__} has {limit} graphs, as many as "
+                    f"Options.recompile_limit allows, and this call needs one more: {error}"
+                ) from error
+            raise
+
+
+def _plain_tokens(named: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with token ids and masks that are views copied, 8 bytes a token: Dynamo guards
+    on strides and on what a tensor is a view of, so `ids[:, -1:]` would be a graph of its own."""
+    return {
+        name: value.clone(memory_format=torch.contiguous_format)
+        if name in TOKEN_DIMS
+        and isinstance(value, Tensor)
+        and value._is_view()
+        and value.dim() == 2
+        and not value.is_floating_point()
+        else value
+        for name, value in named.items()
+    }
+
+
+def _fix_image_sizes(named: Mapping[str, Any]) -> None:
+    """Only the number of requests may vary in a graph that takes images."""
+    for name in IMAGES:
+        value = named.get(name)
+        if isinstance(value, Tensor) and value.dim() == 4:
+            torch._dynamo.mark_static(value, [1, 2, 3])
+
+
+def _target(program: Program, module: nn.Module) -> Callable[..., Any]:
+    """What Dynamo traces. A module that is a site itself is traced with its hooks."""
+    if any(site.module is module for site in program.sites):
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return module(*args, **kwargs)
+
+        return call
+    return module.forward
+
+
+def entered(frame: FrameType) -> bool:
+    """True for the frame of a running entry, which calls the program with a call's arguments."""
+    return frame.f_code is Entry.__call__.__code__

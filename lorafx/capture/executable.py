@@ -1,0 +1,183 @@
+"""What Dynamo calls in place of a frame: the compiled graph behind the checks of each call.
+
+    arguments → checks of this batch → what `match` added, looked up → graph → results noted
+
+Nothing of one layer or model is kept: the program is found by the arguments (`Owner`), banks by the
+weight that stands at their position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafx.capture.checks import Checks
+from lorafx.capture.program import Program
+from lorafx.capture.stack import calling_modules
+from lorafx.capture.verify import NumericCheck
+from lorafx.errors import CaptureError, LorafxError, MatchError
+from lorafx.graph.frame import SLOTS
+
+#: The program that a graph serves in the running call, by the arguments that it is called with;
+#: None where the call is of a model without LoRA.
+Owner = Callable[[Sequence[Any]], "Program | None"]
+
+#: Sizes, strides and dtype of a bank's tensor that a graph takes.
+Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+
+
+def checked(checks: Checks, owner: Owner, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """The graph among others of one call: what it cannot serve is refused, what it takes from
+    others is checked, what it returns is noted."""
+
+    def run(*arguments: Any) -> Any:
+        program = owner(arguments)
+        if program is None:
+            return compiled(*arguments)
+        if checks.refusals or checks.places.plain or checks.places.derived:
+            checks.check(program, arguments)
+        call, handover = program.call, checks.handover
+        if call is None or not (checks.several[0] or handover.fresh):
+            return compiled(*arguments)
+        holds = handover.holds(call.ledger, arguments)
+        if not program.runtime.uniform:
+            holds = holds and checks.arguments_hold(program, arguments)
+            if not holds:
+                checks.refuse_changed(program, arguments)
+        results = compiled(*arguments)
+        handover.note(call.ledger, arguments, results, known=holds)
+        handover.fresh = False
+        return results
+
+    return run
+
+
+def with_lookups(
+    checks: Checks,
+    owner: Owner,
+    compiled: Callable[[list[Any]], Any],
+    extra: Sequence[tuple[int, int, str]],
+    banks: Sequence[Layout | None],
+    numeric: NumericCheck | None,
+) -> Callable[..., Any]:
+    """The graph with the inputs that the passes added, in AOTAutograd's boxed convention."""
+    nulls: dict[int, Tensor] = {}
+
+    def run(arguments: list[Any]) -> Any:
+        program = owner(arguments)
+        if program is not None:
+            if checks.inside:
+                _check_callers(program, arguments, checks.inside)
+            arguments.extend(_looked_up(program, arguments, extra, banks, nulls))
+            if numeric is not None and numeric.stages:
+                numeric.run(arguments, mixed=not program.runtime.uniform)
+        return compiled(arguments)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def by_activity(
+    owner: Owner, base: Callable[..., Any], lora: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Two graphs of one frame that no mark stands in, so that no guard of Dynamo tells calls with
+    adapters from calls without."""
+
+    def run(*arguments: Any) -> Any:
+        program = owner(arguments)
+        active = program is not None and program.runtime.active
+        return (lora if active else base)(*arguments)
+
+    return run
+
+
+def refusing(error: LorafxError) -> Callable[..., Any]:
+    """An executable for what cannot be compiled. Raised where a graph is compiled, the error would
+    reach the caller inside one of Dynamo's."""
+    kind, text = type(error), str(error)
+
+    def run(*arguments: Any) -> Any:
+        raise kind(text)
+
+    return run
+
+
+def base_only(checks: Checks, owner: Owner, base: Callable[..., Any]) -> Callable[..., Any]:
+    """The graph of the base model, where another kind of call may get it."""
+
+    def run(*arguments: Any) -> Any:
+        program = owner(arguments)
+        if program is not None and program.runtime.active:
+            checks.check(program, arguments)
+        return base(*arguments)
+
+    return run
+
+
+def _check_callers(
+    program: Program, arguments: Sequence[Any], inside: Mapping[tuple[int, int], bool]
+) -> None:
+    """The graph's unmarked uses are inside or outside of their modules' calls, as when captured.
+
+    Raises:
+        MatchError: they are not: a delta would be added twice, or not at all.
+    """
+    callers = calling_modules()
+    for (position, index), expected in inside.items():
+        site = program.site_of_weight(arguments[position], index)
+        if site is None or (id(site.module) in callers) == expected:
+            continue
+        if program.is_touched(site):
+            raise MatchError(
+                f"{site.path}: its forward is called by itself and through its module, in "
+                "graphs that breaks keep apart; call the module, or use exclude_modules"
+            )
+
+
+def _looked_up(
+    program: Program,
+    arguments: Sequence[Any],
+    extra: Sequence[tuple[int, int, str]],
+    banks: Sequence[Layout | None],
+    nulls: dict[int, Tensor],
+) -> list[Any]:
+    """The inputs that the passes added, banks found by the weight that stands at their position.
+
+    A layer whose weight carries no site gets a bank of rank zero, which `nulls` keeps.
+
+    Raises:
+        CaptureError: a layer's bank does not lie as that of the layer that was captured, where
+            generated code takes its strides for granted.
+    """
+    fixed = program.options.lowering != "reference"
+    found: list[Any] = []
+    for number, ((position, index, name), layout) in enumerate(zip(extra, banks, strict=True)):
+        if layout is None:
+            slots = program.runtime.row_slots
+            found.append(slots if name == SLOTS else slots[:1])
+            continue
+        site = program.site_of_weight(arguments[position], index)
+        bank = program.bank_of_weight(arguments[position], index)
+        if site is None or bank is None:
+            if number not in nulls:
+                nulls[number] = _zeros(layout, program.runtime.device)
+            found.append(nulls[number])
+            continue
+        value = getattr(bank, name)
+        if fixed and value.stride() != layout[1]:
+            raise CaptureError(
+                f"{site.path} shares a graph with a layer of the same class in which other modules "
+                "carry LoRA; name the same modules in all those layers by target_modules"
+            )
+        found.append(value)
+    return found
+
+
+def _zeros(layout: Layout, device: torch.device) -> Tensor:
+    """A tensor of this layout whose memory holds zeros, gaps included."""
+    shape, strides, dtype = layout
+    reach = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    return torch.zeros(reach + 1, dtype=dtype, device=device).as_strided(shape, strides)

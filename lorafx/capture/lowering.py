@@ -1,0 +1,133 @@
+"""Lowerings: how a graph after the passes, and a graph without LoRA, become executables.
+
+inductor    Inductor with generated kernels for the LoRA part; the base as torch.compile has it
+triton      the same, with Triton kernels: `plan` and `lower` make the graph, Inductor compiles it
+reference   aten, run node by node; the base as eager has it
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, cast
+
+import torch
+from torch import fx
+
+from lorafx.config import Options
+from lorafx.errors import LorafxWarning, LoweringError
+from lorafx.graph.regions import bodies
+from lorafx.kernels.compiler import find_compiler
+
+aten = torch.ops.aten
+
+
+class Lowering(Protocol):
+    """Two roads: graphs with LoRA (`compile`) and graphs of the base model alone (`base`)."""
+
+    def decompositions(self) -> dict[Any, Callable[..., Any]]: ...
+
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]: ...
+
+    def base(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]: ...
+
+
+def decomposition_table() -> dict[Any, Callable[..., Any]]:
+    """Inductor's table without those that take matrix products apart: `match` has to see them.
+
+    Inductor lowers the products itself afterwards.
+    """
+    import torch._inductor.lowering  # noqa: F401  (max_pool2d's decomposition reaches for it)
+    from torch._inductor.decomposition import select_decomp_table
+
+    table = dict(select_decomp_table())
+    for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.embedding):
+        for overload in op.overloads():
+            table.pop(getattr(op, overload), None)
+    return table
+
+
+@dataclass(frozen=True)
+class InductorLowering:
+    """Inductor. The rewritten graph is what its caches hash, so a changed pass cannot be stale.
+
+    `patches` are Inductor's settings that a `mode` of torch.compile stands for.
+    """
+
+    patches: Mapping[str, Any] = field(default_factory=dict)
+
+    def decompositions(self) -> dict[Any, Callable[..., Any]]:
+        from torch._inductor import config
+
+        with config.patch(dict(self.patches)):
+            return decomposition_table()
+
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
+        from torch._inductor import compile_fx as inductor
+        from torch._inductor import config
+
+        with config.patch(dict(self.patches)):
+            # What compile_fx does for inference before its inner compile.
+            gm = inductor._recursive_joint_graph_passes(gm)
+            for module in (gm, *(body for _, body in bodies(gm))):
+                output = next(node for node in module.graph.nodes if node.op == "output")
+                output.meta["user_visible_output_idxs"] = [
+                    index for index, item in enumerate(output.args[0]) if isinstance(item, fx.Node)
+                ]
+            # Weights, packed weights and banks stay where they are; slots are copied in, as CUDA
+            # graphs do with what may move.
+            fixed = inductor.get_static_input_idxs(0)
+            return inductor.compile_fx_inner(
+                gm, list(inputs), is_inference=True, static_input_idxs=fixed
+            )
+
+    def base(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        # A compiled backward, made later, keeps the settings too.
+        compiled = compile_fx(gm, list(examples), config_patches=dict(self.patches))
+        return cast("Callable[..., Any]", compiled)
+
+
+class ReferenceLowering:
+    """Plain aten, node by node, on any device."""
+
+    def decompositions(self) -> dict[Any, Callable[..., Any]]:
+        return decomposition_table()
+
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
+        forward = gm.forward
+
+        def run(arguments: list[Any]) -> Any:
+            return forward(*arguments)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    def base(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        return gm.forward
+
+
+def resolved(options: Options, device: torch.device) -> Options:
+    """`options` with "auto" made into what the machine can do.
+
+    That is Triton on CUDA and ROCm devices, else Inductor; on a CPU without a C++ compiler, which
+    Inductor needs too, plain aten, with a warning.
+    """
+    if options.lowering != "auto":
+        return options
+    if device.type == "cpu":
+        try:
+            find_compiler()
+        except LoweringError as error:
+            warnings.warn(f"the model runs in plain aten: {error}", LorafxWarning, stacklevel=3)
+            return replace(options, lowering="reference")
+    return replace(options, lowering="triton" if device.type == "cuda" else "inductor")
+
+
+def lowering_for(options: Options, patches: Mapping[str, Any] | None = None) -> Lowering:
+    """The lowering that `Options.lowering` names; `patches` are settings of Inductor."""
+    if options.lowering == "reference":
+        return ReferenceLowering()
+    return InductorLowering(patches or {})

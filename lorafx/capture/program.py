@@ -1,0 +1,210 @@
+"""A program: one attached model with everything that compiling its frames needs to know."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from lorafx.adapter_store.bank import Bank
+from lorafx.capture.handover import Ledger
+from lorafx.config import LoraConfig, Options
+from lorafx.graph.derived import DerivedTensors, Holder
+from lorafx.graph.frame import FrameInput
+from lorafx.model.module_graph import ModuleGraph
+from lorafx.model.packing import PackedGroup
+from lorafx.model.sites import Group, Site
+from lorafx.serving.roles import Role, RoleTable, tensor_leaves
+from lorafx.serving.runtime import Runtime
+
+BANK_FIELDS = ("A", "B", "ranks", "scales")
+
+
+@dataclass(eq=False)
+class Call:
+    """The call that is running: its entry's roles and its arguments by name (None and none where
+    they are not known), and what its graphs have returned so far."""
+
+    roles: RoleTable | None
+    named: Mapping[str, Any]
+    ledger: Ledger = field(default_factory=Ledger)
+
+
+@dataclass(eq=False)
+class Program:
+    """What the passes may ask about the model. Lives as long as the CompiledModel."""
+
+    model: nn.Module
+    graph: ModuleGraph
+    sites: tuple[Site, ...]
+    groups: tuple[Group, ...]
+    packed: tuple[PackedGroup, ...]
+    runtime: Runtime
+    config: LoraConfig
+    options: Options
+    call: Call | None = None
+    #: Canonical paths of the sites that the running batch's adapters touch.
+    touched: frozenset[str] = frozenset()
+    #: Plain tensor attributes of modules that existed before the first call: constants. One that
+    #: appears later may hold what an earlier call computed for its own requests.
+    #: By identity, held weakly: a number of `id` alone may be given to another tensor later.
+    constants: Mapping[int, weakref.ref[Tensor]] = field(default_factory=dict)
+    #: Inside, `call` has the arguments of the running call.
+    knowing_arguments: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def __post_init__(self) -> None:
+        self.note_constants()
+        #: Canonical paths of the sites that some graph serves or refuses.
+        self.reached: set[str] = set()
+        self.derived = DerivedTensors(self)
+        self._by_weight: dict[int, list[Site]] = {}
+        #: Tensors that were looked for and are no site's weight.
+        self._no_sites: dict[int, weakref.ref[Tensor]] = {}
+        self._site_banks: dict[int, Bank] = {}
+        self._home = {
+            id(site): (group, index)
+            for group in self.groups
+            for index, site in enumerate(group.sites)
+        }
+        self._by_bank = {id(group.bank.A): group for group in self.groups}
+
+    def note_constants(self) -> None:
+        """Take the plain tensor attributes that modules have now for constants. For before the
+        first call: what code that prepares a loaded model leaves there is one for all requests."""
+        self.constants = {id(t): weakref.ref(t) for _, t in _plain_attributes(self.model)}
+
+    def home(self, site: Site) -> tuple[Group, int]:
+        """The group a site belongs to and its index there."""
+        return self._home[id(site)]
+
+    def weight_of(self, site: Site) -> Tensor | None:
+        """The site's base weight as it is now, or None where it holds no plain tensor."""
+        value = getattr(site.module, site.eligible.weight, None)
+        return value if isinstance(value, Tensor) else None
+
+    def is_touched(self, site: Site) -> bool:
+        """True where an adapter of the running batch has factors for `site`."""
+        return site.path in self.touched
+
+    def _sites_by_weight(self) -> dict[int, list[Site]]:
+        """The sites by identity of their base weight as it is now; tied sites share one."""
+        found: dict[int, list[Site]] = {}
+        for site in self.sites:
+            weight = self.weight_of(site)
+            if weight is not None:
+                found.setdefault(id(weight), []).append(site)
+        return found
+
+    def site_of_weight(self, weight: Tensor, index: int = 0) -> Site | None:
+        """The site whose base weight this very tensor is, or holds part of; the one at `index`,
+        where several are tied."""
+        if not self._knows(weight):
+            self._by_weight = self._sites_by_weight()
+            self._no_sites[id(weight)] = weakref.ref(weight)
+        tied = self._by_weight.get(id(weight), [])
+        if not tied:
+            derived = self.derived.of(weight)
+            return derived.sites[index] if derived and index < len(derived.sites) else None
+        if index >= len(tied) or self.weight_of(tied[index]) is not weight:
+            return None
+        return tied[index]
+
+    def site_of_part(self, tensor: Tensor, index: int = 0) -> Site | None:
+        """As `site_of_weight`, and where a module of this model holds `tensor` it is compared with
+        the weights once."""
+        site = self.site_of_weight(tensor, index)
+        if site is not None:
+            return site
+        derived = self.derived.of_attribute(tensor)
+        return derived.sites[index] if derived and index < len(derived.sites) else None
+
+    def _knows(self, weight: Tensor) -> bool:
+        """Whether `weight` was looked for before, and what was found still holds."""
+        if tied := self._by_weight.get(id(weight)):
+            return self.weight_of(tied[0]) is weight
+        seen = self._no_sites.get(id(weight))
+        return seen is not None and seen() is weight
+
+    def bank_of_weight(self, weight: Tensor, index: int = 0) -> Bank | None:
+        """The bank of `site_of_weight` alone."""
+        site = self.site_of_weight(weight, index)
+        if site is None:
+            return None
+        if id(site) not in self._site_banks:
+            self._site_banks[id(site)] = self.site_bank(site)
+        return self._site_banks[id(site)]
+
+    def site_bank(self, site: Site) -> Bank:
+        """The site's own share of its group's bank, as a bank of its parts (views)."""
+        group, index = self.home(site)
+        bank, offset = group.bank, group.offsets[index]
+        first, rank = group.firsts[index], bank.B.shape[1]
+        last = first + len(site.parts)
+        linear = site.eligible.kind == "linear"
+        with unset_fake_temporarily():  # passes run while AOTAutograd's fake mode is on
+            return Bank(
+                A=bank.A[:, first * rank : last * rank] if linear else bank.A,
+                B=bank.B[:, :, offset : offset + site.out_features],
+                ranks=bank.ranks[:, first:last],
+                scales=bank.scales[:, first:last],
+            )
+
+    def group_of_bank(self, A: Tensor) -> Group | None:
+        """The group whose bank holds this very A."""
+        group = self._by_bank.get(id(A))
+        return group if group is not None and group.bank.A is A else None
+
+    def known_tensors(self) -> dict[int, FrameInput]:
+        """Every tensor that is not data of a request, by identity."""
+        known: dict[int, FrameInput] = {}
+        for path, module in self.graph.modules():
+            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None:
+                    holder = Holder(path, module, name)
+                    known.setdefault(id(tensor), FrameInput("state", str(holder), holder=holder))
+        for holder, tensor in _plain_attributes(self.model):
+            constant = self.constants.get(id(tensor))
+            if constant is not None and constant() is tensor:
+                known.setdefault(id(tensor), FrameInput("state", str(holder), holder=holder))
+        for key, sites in self._sites_by_weight().items():
+            label = f"{sites[0].path}.{sites[0].eligible.weight}"
+            known[key] = FrameInput("weight", label, sites=tuple(sites))
+        for group in self.groups:
+            for name in BANK_FIELDS:
+                tensor = getattr(group.bank, name)
+                known[id(tensor)] = FrameInput("bank", name, group=group)
+        for packed in self.packed:
+            for name in ("weight", "bias"):
+                tensor = getattr(packed, name)
+                if tensor is not None:
+                    known[id(tensor)] = FrameInput("packed", name, group=packed.group)
+        known[id(self.runtime.slots)] = FrameInput("slots", "slots")
+        return known
+
+    def earlier_result(self, tensor: Tensor) -> Role | None:
+        """The role of a tensor that an earlier graph of the running call returned."""
+        return None if self.call is None else self.call.ledger.get(tensor)
+
+    def call_arguments(self) -> dict[int, Role]:
+        """The tensors of the running call, by identity, with their roles."""
+        found: dict[int, Role] = {}
+        if self.call is None or self.call.roles is None:
+            return found
+        for name, value in self.call.named.items():
+            for tensor in tensor_leaves(value):
+                found[id(tensor)] = self.call.roles.role(name, tensor)
+        return found
+
+
+def _plain_attributes(model: nn.Module) -> list[tuple[Holder, Tensor]]:
+    return [
+        (Holder(path, module, name), value)
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    ]

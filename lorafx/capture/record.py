@@ -1,0 +1,49 @@
+"""What is known about one compiled graph; `explain`, `dump` and the tests read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lorafx.capture.checks import Checks, RefusedSites
+from lorafx.capture.dump import GraphDump
+from lorafx.capture.pipeline import PassReport
+from lorafx.graph.context import Context, Outlined, Refusal, SiteState
+from lorafx.model.sites import Site
+
+
+@dataclass(eq=False)
+class GraphRecord:
+    """One graph. `checks` is what its executable keeps of it."""
+
+    title: str
+    lora: bool
+    dump: GraphDump
+    checks: Checks
+    passes: list[PassReport] = field(default_factory=list)
+    states: list[SiteState] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    outlined: list[Outlined] = field(default_factory=list)
+
+    def note(self, ctx: Context) -> None:
+        """Keep what the passes found out."""
+        for key, states in enumerate(ctx.states.values()):
+            for state in states:
+                state.node_key = key
+                # Nodes would hold the whole graph alive.
+                state.use = state.packed_weight = state.packed_bias = None
+            self.states.extend(states)
+        self.refusals, self.outlined = ctx.refusals, ctx.outlined
+        self.checks.sites = [state.site.path for state in self.states]
+        self.checks.refusals = [
+            RefusedSites(tuple(site.path for site in item.sites), item.when, item.reason)
+            for item in ctx.refusals
+        ]
+        self.checks.handover, self.checks.inside = ctx.handover, ctx.frame.inside
+
+
+def seen_sites(records: Sequence[GraphRecord]) -> set[Site]:
+    """The sites that some graph serves or refuses."""
+    found = {state.site for record in records for state in record.states}
+    found.update(site for record in records for item in record.refusals for site in item.sites)
+    return found

@@ -1,0 +1,155 @@
+"""Checks between passes: structure after each, numbers beside the reference when asked.
+
+Numeric verification keeps the graph of every stage. On the first real call each is run node by
+node on copies of the inputs and compared with the graph as it was when the rows' owners had been
+proved, whose site ops are plain aten; the first stage that differs is the pass to blame.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from lorafx.errors import VerifyError
+from lorafx.graph.context import Context
+from lorafx.graph.frame import fake_value
+from lorafx.graph.regions import bodies
+
+#: Relative tolerance by dtype, of the largest magnitude in a result: accumulation order differs
+#: between stages and errors grow over layers.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+
+def check_graph(pass_name: str, gm: fx.GraphModule, ctx: Context, outputs: Sequence[Any]) -> None:
+    """`check_structure`, and that no site was lost.
+
+    Raises:
+        VerifyError: naming the pass, and what it broke.
+    """
+    check_structure(pass_name, gm, outputs)
+    nodes = _with_bodies(gm)
+    for node, states in ctx.states.items():
+        if not all(place in nodes for place in ctx.homes.get(node, (node,))):
+            paths = ", ".join(state.site.path for state in states)
+            raise VerifyError(f"pass {pass_name!r} lost the LoRA of {paths} (node {node.name})")
+
+
+def check_structure(pass_name: str, gm: fx.GraphModule, outputs: Sequence[Any]) -> None:
+    """Structure, fake values, and that the outputs still are `outputs`.
+
+    Args:
+        outputs: `output_values` of the graph as captured, or its `output_signature`.
+
+    Raises:
+        VerifyError: naming the pass, and what it broke.
+    """
+    try:
+        gm.graph.lint()
+    except (RuntimeError, AssertionError) as error:
+        raise VerifyError(f"pass {pass_name!r} left a malformed graph: {error}") from error
+    for node in _with_bodies(gm):
+        if node.op == "call_function" and "val" not in node.meta and _returns(node):
+            raise VerifyError(f"pass {pass_name!r} left node {node.name} without a fake value")
+    # Told only now: a pass may have made two symbolic sizes one.
+    before, after = _described(outputs), output_signature(gm)
+    if before != after:
+        raise VerifyError(
+            f"pass {pass_name!r} changed the graph's outputs from {before} to {after}"
+        )
+
+
+def _with_bodies(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes of the graph and of the bodies that it calls."""
+    graphs = [gm.graph, *(body.graph for _, body in bodies(gm))]
+    return {node for graph in graphs for node in graph.nodes}
+
+
+def _returns(node: fx.Node) -> bool:
+    """False for operators that return nothing: assertions on sizes."""
+    return not isinstance(node.target, torch._ops.OpOverload) or bool(node.target._schema.returns)
+
+
+def output_signature(gm: fx.GraphModule) -> list[str]:
+    """Shape and dtype of each of the graph's outputs."""
+    return _described(output_values(gm))
+
+
+def output_values(gm: fx.GraphModule) -> list[Any]:
+    """The fake value of each of the graph's outputs."""
+    output = next(node for node in gm.graph.nodes if node.op == "output")
+    return [
+        fake_value(item) if isinstance(item, fx.Node) else item
+        for item in pytree.tree_leaves(output.args[0])
+    ]
+
+
+def _described(values: Sequence[Any]) -> list[str]:
+    return [
+        f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else str(value)
+        for value in values
+    ]
+
+
+@dataclass
+class NumericCheck:
+    """The stages of one graph, run side by side on the first real inputs."""
+
+    title: str
+    stages: list[tuple[str, fx.GraphModule, int]] = field(default_factory=list)
+
+    def keep(self, name: str, gm: fx.GraphModule) -> None:
+        """Keep a copy of the graph after pass `name`."""
+        inputs = sum(node.op == "placeholder" for node in gm.graph.nodes)
+        kept = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+        for body_name, body in bodies(gm):  # the lowering rewrites them in place
+            setattr(kept, body_name, fx.GraphModule(body, copy.deepcopy(body.graph)))
+        self.stages.append((name, kept, inputs))
+
+    def run(self, arguments: Sequence[Any], *, mixed: bool) -> list[str]:
+        """Compare all stages on `arguments`; returns the names of those compared.
+
+        Stages before `provenance` know no rows and are left out for mixed batches.
+
+        Raises:
+            VerifyError: a stage computes something else than the first one.
+        """
+        names = [name for name, _, _ in self.stages]
+        start = names.index("provenance") if mixed and "provenance" in names else 0
+        reference: list[Any] | None = None
+        compared = []
+        for name, gm, inputs in self.stages[start:]:
+            if inputs != len(arguments):  # before `match` added the inputs of unmarked uses
+                continue
+            copies = [item.clone() if isinstance(item, Tensor) else item for item in arguments]
+            with torch.no_grad():
+                results = pytree.tree_leaves(gm(*copies))
+            if reference is None:
+                reference = results
+            else:
+                self._compare(name, reference, results)
+            compared.append(name)
+        self.stages.clear()
+        return compared
+
+    def _compare(self, name: str, reference: list[Any], results: list[Any]) -> None:
+        for index, (want, got) in enumerate(zip(reference, results, strict=True)):
+            if not isinstance(want, Tensor):
+                continue
+            if not want.is_floating_point():
+                if not torch.equal(want, got):
+                    raise VerifyError(f"{self.title}: pass {name!r} changed output {index}")
+                continue
+            scale = float(want.abs().max()) if want.numel() else 0.0
+            error = float((want.double() - got.double()).abs().max()) if want.numel() else 0.0
+            if not error <= TOLERANCE.get(want.dtype, 1e-4) * max(scale, 1.0):
+                raise VerifyError(
+                    f"{self.title}: after pass {name!r} output {index} differs by {error:.3g} "
+                    f"(largest magnitude {scale:.3g}); switch it off by "
+                    f"Options(passes={{{name!r}: False}}) or bisect with Options(max_edits=...)"
+                )

@@ -1,0 +1,1 @@
+"""What passes use to read and rewrite a functional ATen graph."""

@@ -1,0 +1,255 @@
+"""What a graph pass may read and change: the frame, the site nodes, refusals, and new nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import InitVar, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+import lorafx.kernels.expert_ops
+import lorafx.kernels.grouped_ops
+import lorafx.kernels.ops  # noqa: F401  (both define torch.ops.lorafx)
+from lorafx.capture.handover import Handover
+from lorafx.capture.program import BANK_FIELDS, Program
+from lorafx.errors import MatchError
+from lorafx.graph.frame import (
+    ONE_SLOT,
+    SLOTS,
+    Frame,
+    FrameInput,
+    InputKind,
+    arguments_of,
+)
+from lorafx.graph.graph_nodes import GraphEdits, module_path, plain_path
+from lorafx.graph.weight_uses import Use
+from lorafx.model.sites import Site
+from lorafx.registry import lookup
+
+SITE_OP = torch.ops.lorafx.site.default
+EMBEDDING_OP = torch.ops.lorafx.embedding_site.default
+GROUPED_OP = torch.ops.lorafx.grouped_site.default
+EXPERT_OP = torch.ops.lorafx.expert_site.default
+EXPERT_MARK = torch.ops.lorafx.expert_mark.default
+FUSED_OP = torch.ops.lorafx.fused_linear.default
+
+#: All site ops begin with x (or ids), y, A, B, ranks, scales, slots.
+SLOTS_ARGUMENT = 6
+ROWS_ARGUMENT: dict[Any, int] = {SITE_OP: 10, EMBEDDING_OP: 7, GROUPED_OP: 10, EXPERT_OP: 11}
+
+
+def is_site(node: fx.Node) -> bool:
+    """True for a node of the ops that add one site's delta to y."""
+    return node.op == "call_function" and node.target in ROWS_ARGUMENT
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why LoRA cannot be applied at some sites in this graph.
+
+    `when` says which batches it concerns: "always" any whose adapters touch the site, "mixed"
+    only those whose rows use different adapters.
+    """
+
+    sites: tuple[Site, ...]
+    when: Literal["always", "mixed"]
+    reason: str
+
+    def describe(self) -> str:
+        return f"{', '.join(site.path or '(root)' for site in self.sites)}: {self.reason}"
+
+
+@dataclass
+class SiteState:
+    """What became of one site in one graph; printed by `explain` and the dumps."""
+
+    site: Site
+    use: Use | None
+    rows: str = "unproved"
+    form: str = "mark"
+    strategy: str = ""
+    node_key: int = 0  # sites with the same key are served by one node
+    packed_weight: fx.Node | None = None
+    packed_bias: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class Outlined:
+    """Repeated layers that one body computes.
+
+    Attributes:
+        name: the body's, an attribute of the graph's module.
+        paths: of each call's module, in order.
+        nodes: how many the body holds.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    nodes: int
+
+    def __str__(self) -> str:
+        others = len(self.paths) - 1
+        return f"{self.paths[0] or '(root)'} and {others} more like it as one, {self.nodes} nodes"
+
+
+@dataclass(eq=False)
+class Context(GraphEdits):
+    """State of one graph on its way through the passes."""
+
+    program: Program
+    frame: Frame
+    graph_module: InitVar[fx.GraphModule]
+    states: dict[fx.Node, list[SiteState]] = field(default_factory=dict)
+    refusals: list[Refusal] = field(default_factory=list)
+    edits_left: int | None = None
+    #: ids of the generated Triton kernels that the graph calls
+    kernels: set[int] = field(default_factory=set)
+    handover: Handover = field(default_factory=Handover)
+    outlined: list[Outlined] = field(default_factory=list)
+    #: Site nodes that `outline` moved: the call that computes each now, and the node in its body.
+    homes: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
+
+    def __post_init__(self, graph_module: fx.GraphModule) -> None:
+        self.look_at(graph_module)
+
+    # --- site nodes ---
+
+    def site_of_mark(self, node: fx.Node) -> Site:
+        """The site of a hook's op: its bank names the group, its first sibling the site."""
+        bank = arguments_of(node)[1 if node.target is EXPERT_MARK else 2]
+        item = self.frame.by_node.get(bank)
+        if item is None or item.group is None:
+            raise MatchError(
+                f"{node.name} takes a bank that is not a graph input of this model's program"
+                f"{self.where(node)}; was another model's mark captured with this one?"
+            )
+        sibling = arguments_of(node)[7][0] if node.target is SITE_OP else 0
+        return item.group.site_of(int(sibling))
+
+    def record(self, site: Site, node: fx.Node, use: Use | None, *, form: str = "mark") -> None:
+        """`node` serves `site`."""
+        self.states[node] = [SiteState(site, use, form=form)]
+
+    def forget(self, node: fx.Node) -> None:
+        """`node` serves no site any more."""
+        self.states.pop(node, None)
+
+    def merge(self, old: Iterable[fx.Node], new: fx.Node, form: str) -> None:
+        """`new` now does what the nodes `old` did."""
+        merged: list[SiteState] = []
+        for node in old:
+            merged.extend(self.states.pop(node))
+        for state in merged:
+            state.form = form
+        self.states[new] = merged
+
+    def refuse(self, refusal: Refusal) -> None:
+        self.refusals.append(refusal)
+
+    # --- where things are ---
+
+    def where(self, node: fx.Node) -> str:
+        """A fragment for messages: the node, the innermost module, the source line."""
+        parts = [f"node {node.name}"]
+        path = module_path(node)
+        if path:
+            parts.append(f"in {path}")
+        trace = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
+        source = [line for line in trace if line.strip("^~ ")]  # without Python's markers
+        if source:
+            parts.append(f"`{source[-1]}`")
+        return f" ({', '.join(parts)})"
+
+    def inside(self, node: fx.Node, module: nn.Module) -> bool:
+        """True where `node` was made by the forward of `module` itself or something below it."""
+        stack = node.meta.get("nn_module_stack") or {}
+        names = [str(key).partition("@")[0] for key in stack]
+        if any(name.isdecimal() for name in names):  # Dynamo's keys are identities
+            return str(id(module)) in names
+        # By path, which is the module's own only where the whole model is one frame.
+        paths = self.program.graph.paths(module)
+        return any(plain_path(path) in paths for path, _ in stack.values())
+
+    def unknown_use(self, weight: fx.Node, node: fx.Node, reason: str) -> Refusal:
+        """The refusal of what `node` does with the weight of sites."""
+        return Refusal(
+            self.frame.by_node[weight].sites,
+            "always",
+            f"its weight is used in a way no rule knows: {reason}{self.where(node)}",
+        )
+
+    def unselected_owners(self, weight: fx.Node, kind: str) -> list[nn.Module]:
+        """Modules of this kind that hold the same weight and are not sites (a tied head)."""
+        sites = self.frame.by_node[weight].sites
+        tensor = self.program.weight_of(sites[0])
+        if tensor is None:
+            return []
+        selected = {id(site.module) for site in sites}
+        owners = []
+        for _, module, _ in self.program.graph.owners(tensor):
+            entry = lookup(module)
+            if id(module) not in selected and entry is not None and entry.kind == kind:
+                owners.append(module)
+        return owners
+
+    # --- new nodes ---
+
+    def bank_inputs(self, graph: fx.Graph, site: Site, weight: fx.Node) -> tuple[fx.Node, ...]:
+        """(A, B, ranks, scales, slots) of `site` as graph inputs that the executable looks up by
+        the weight that it is called with: the same graph may serve other layers."""
+        frame, fake_mode = self.frame, self.fake_mode
+        assert fake_mode is not None
+        # Tied weights have several sites: a head and an embedding.
+        place = (frame.positions[weight], frame.by_node[weight].sites.index(site))
+        bank = self.program.site_bank(site)
+        nodes = [
+            self._extra_input(
+                graph,
+                place,
+                name,
+                fake_mode.from_tensor(getattr(bank, name), static_shapes=True),
+            )
+            for name in BANK_FIELDS
+        ]
+        slots = next((node for node, item in frame.by_node.items() if item.kind == "slots"), None)
+        if slots is None:
+            slots = self._slots_input(graph, place)
+        return (*nodes, slots)
+
+    def look_up_slots(self, graph: fx.Graph) -> None:
+        """Where marks read a handle, have the executable look the rows' slots up instead."""
+        items = self.frame.by_node.items()
+        handle = next((node for node, item in items if item.kind == "slots"), None)
+        if handle is not None:
+            self.frame.by_node[handle] = FrameInput("state", "a handle of the slots")
+            slots = self._slots_input(graph, (self.frame.positions[handle], 0))
+            handle.replace_all_uses_with(slots)
+
+    def _slots_input(self, graph: fx.Graph, place: tuple[int, int]) -> fx.Node:
+        """The slots as an input that the executable looks up: as many as the frame's requests."""
+        assert self.fake_mode is not None
+        size = self.frame.batch_size()
+        with self.fake_mode:
+            value = torch.empty(
+                (1 if size is None else size,),
+                dtype=torch.int32,
+                device=self.program.groups[0].bank.A.device,
+            )
+        return self._extra_input(graph, place, ONE_SLOT if size is None else SLOTS, value)
+
+    def _extra_input(
+        self, graph: fx.Graph, place: tuple[int, int], name: str, value: Tensor
+    ) -> fx.Node:
+        key = (*place, name)
+        if key in self.frame.extra_nodes:
+            return self.frame.extra_nodes[key]
+        last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+        with graph.inserting_after(last):
+            node = graph.placeholder(f"lorafx_{name}_{len(self.frame.extra_nodes)}")
+        node.meta["val"] = value
+        self.frame.extra_nodes[key] = node
+        kind: InputKind = "bank" if name in BANK_FIELDS else "slots"
+        self.frame.by_node[node] = FrameInput(kind, name)
+        return node

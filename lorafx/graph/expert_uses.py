@@ -1,0 +1,143 @@
+"""Where the weights of routed experts multiply in an ATen graph.
+
+    sorted     y = grouped_mm(x, W, offs)    rows sorted by expert, offs (E,) where each one's end
+    chosen     y = bmm(x, W[ids])            a weight gathered for each row
+    all        y = bmm(x, W)                 every expert multiplies rows of its own, x (E, T, K)
+
+W (E, N, K), or (E, K, N) where it is stored transposed, seen through casts and transposes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from lorafx.graph.frame import arguments_of, fake_value
+from lorafx.graph.weight_uses import SAME_VALUE
+
+aten = torch.ops.aten
+
+ExpertUseKind = Literal["sorted", "chosen", "all", "unknown"]
+GROUPED = frozenset({aten._grouped_mm.default})
+SWAPS = frozenset({aten.t.default, aten.transpose.int, aten.permute.default})
+#: transformers' own op, where torch's cannot be compiled: (namespace, name).
+FALLBACK = ("transformers", "grouped_mm_fallback")
+
+
+@dataclass(frozen=True)
+class ExpertUse:
+    """One product with the weights of all experts.
+
+    Attributes:
+        kind: see the module's equations; "unknown" where no rule knows the use.
+        weight: the graph input that holds W.
+        node: the node that computes y.
+        x: the other operand.
+        choice: offs or ids; None for "all".
+        swapped: y comes as (rows, N, 1), x as (rows, K, 1).
+        reason: for "unknown", why.
+    """
+
+    kind: ExpertUseKind
+    weight: fx.Node
+    node: fx.Node
+    x: fx.Node | None = None
+    choice: fx.Node | None = None
+    swapped: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class _Form:
+    """`node` is W, or W[ids], with (in, out) as its last dimensions if `in_first`."""
+
+    node: fx.Node
+    in_first: bool
+    ids: fx.Node | None = None
+
+
+def expert_uses(weight: fx.Node, *, transposed: bool) -> list[ExpertUse]:
+    """All uses of the 3-D weight held by `weight`; `transposed` where it is stored (E, K, N)."""
+    found: list[ExpertUse] = []
+    pending = [_Form(weight, transposed)]
+    while pending:
+        form = pending.pop()
+        for user in list(form.node.users):
+            outcome = _interpret(weight, form, user)
+            if isinstance(outcome, _Form):
+                pending.append(outcome)
+            elif outcome is not None:
+                found.append(outcome)
+    return found
+
+
+def _interpret(weight: fx.Node, form: _Form, user: fx.Node) -> _Form | ExpertUse | None:
+    def unknown(reason: str) -> ExpertUse:
+        return ExpertUse("unknown", weight, user, reason=reason)
+
+    if user.op == "output":
+        return unknown("the weight itself is returned")
+    value = fake_value(user)
+    if value is None or isinstance(value, (int, torch.SymInt)):
+        return None
+    arguments = arguments_of(user)
+    if user.target in SAME_VALUE:
+        return _Form(user, form.in_first, form.ids)
+    if user.target in SWAPS:
+        order = _order(user)
+        if order == [0, 1, 2]:
+            return _Form(user, form.in_first, form.ids)
+        if order == [0, 2, 1]:
+            return _Form(user, not form.in_first, form.ids)
+        return unknown("its dimensions are permuted")
+    if user.target is aten.index.Tensor and form.ids is None and form.node is weight:
+        indices = [index for index in arguments[1] if index is not None]
+        first = len(indices) == 1 and arguments[1][0] is indices[0]
+        if first and fake_value(indices[0]).dim() == 1:
+            return _Form(user, form.in_first, indices[0])
+        return unknown("it is indexed in another way than by one expert a row")
+    if _is_grouped(user):
+        x, held, offs = (*arguments, None)[:3]
+        if held is form.node and form.in_first and form.ids is None and offs is not None:
+            return ExpertUse("sorted", weight, user, x, offs)
+        return unknown("a grouped product with x W in place of x Wᵀ")
+    if user.target is aten.bmm.default:
+        return _batched(weight, form, user, unknown)
+    return unknown(f"no rule for {user.target}")
+
+
+def _batched(weight: fx.Node, form: _Form, user: fx.Node, unknown: Any) -> ExpertUse:
+    left, right = arguments_of(user)
+    kind: ExpertUseKind = "all" if form.ids is None else "chosen"
+    if right is form.node and left is not form.node and form.in_first:
+        one = kind == "all" or _is_one(fake_value(left).shape[1])
+        if one:
+            return ExpertUse(kind, weight, user, left, form.ids)
+    swapped = left is form.node and right is not form.node and not form.in_first
+    if swapped and kind == "chosen" and _is_one(fake_value(right).shape[2]):
+        return ExpertUse(kind, weight, user, right, form.ids, swapped=True)
+    return unknown("a product with x W in place of x Wᵀ")
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+def _is_grouped(node: fx.Node) -> bool:
+    if node.target in GROUPED:
+        return True
+    packet = getattr(node.target, "overloadpacket", None)
+    namespace = getattr(torch.ops, FALLBACK[0], None)
+    return packet is not None and packet is getattr(namespace, FALLBACK[1], None)
+
+
+def _order(user: fx.Node) -> list[int]:
+    if user.target is aten.permute.default:
+        return [int(dim) % 3 for dim in arguments_of(user)[1]]
+    order = [0, 1, 2]
+    first, second = (int(dim) % 3 for dim in arguments_of(user)[1:3])
+    order[first], order[second] = order[second], order[first]
+    return order

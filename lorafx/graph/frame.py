@@ -1,0 +1,226 @@
+"""One captured frame: what each input of its graph is.
+
+Dynamo hands the backend a graph and the real example tensors. Identity of those tensors says what
+each input is: a weight of some module, a bank, the slots, a packed weight, an argument of the
+call. The frame is dropped when its graph is compiled; nothing of it reaches the executable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from lorafx.capture.stack import calling_modules
+from lorafx.compat import source_name
+from lorafx.errors import ProvenanceError
+from lorafx.model.sites import Group, Site
+from lorafx.serving.roles import TOKEN_DIMS, Role
+
+if TYPE_CHECKING:
+    from lorafx.capture.program import Program
+    from lorafx.graph.derived import Derived, Holder
+
+InputKind = Literal[
+    "symbol", "weight", "state", "bank", "slots", "packed", "argument", "result", "unknown"
+]
+
+
+#: Names of slots that the executable looks up: one a request, or the first one alone where no input
+#: says how many requests there are.
+SLOTS, ONE_SLOT = "slots", "slot"
+
+
+@dataclass(frozen=True)
+class FrameInput:
+    """One graph input.
+
+    Attributes:
+        kind: "symbol" (a size), "weight" (of a selected site, or what was made of it), "state"
+            (another parameter, buffer or attribute of a module), "bank", "slots", "packed" (packed
+            base weight or bias), "argument" (of the call), "result" (of an earlier graph of the
+            call, whose owner was proved there), "unknown" (made between two graphs, a global).
+        sites: the sites whose base weight or bias this is.
+        group: for banks and packed tensors.
+        role: for arguments and results.
+        derived: for weights, where this is a view or a copy of the base weight.
+        holder: for state, the attribute that holds it.
+        label: how to name the input in messages.
+    """
+
+    kind: InputKind
+    label: str
+    sites: tuple[Site, ...] = ()
+    group: Group | None = None
+    role: Role | None = None
+    derived: Derived | None = None
+    holder: Holder | None = None
+
+    @property
+    def requests_dim(self) -> int | None:
+        """The dimension that holds the requests, where this carries them and it is known."""
+        if self.kind not in ("argument", "result") or self.role is None or not self.role.known:
+            return None
+        return self.role.dim
+
+
+class Frame:
+    """The inputs of one captured frame, by position, and by placeholder once AOT has traced it."""
+
+    def __init__(self, inputs: Sequence[FrameInput]) -> None:
+        self.inputs = tuple(inputs)
+        #: It begins with the arguments of a call, so its inputs from them are what they are in
+        #: every call. Elsewhere a local variable may hold something else the next time.
+        self.begins_call = False
+        #: Sizes that were equal in the call that was captured may be one symbol.
+        self.duck_shaped = False
+        #: The slots are one a token, in row-major order of (B, T), not one a request.
+        self.per_token = False
+        self.by_node: dict[fx.Node, FrameInput] = {}
+        #: Position of each placeholder among the arguments that the executable is called with.
+        self.positions: dict[fx.Node, int] = {}
+        #: Inputs that `match` added, by (position of a weight, which of the sites that share it,
+        #: field of that site's bank). They follow the others in this order.
+        self.extra_nodes: dict[tuple[int, int, str], fx.Node] = {}
+        #: Modules whose call this frame is part of, by identity: their hooks run after it.
+        self.callers = calling_modules()
+        #: For each unmarked use that `match` met, by the weight's position and which of the sites
+        #: that share it: whether that site's module was among the callers.
+        self.inside: dict[tuple[int, int], bool] = {}
+
+    @classmethod
+    def of(cls, program: Program, graph: fx.Graph, examples: Sequence[Any]) -> Frame:
+        """Classify the inputs of a Dynamo graph by the identity of their example values."""
+        known = program.known_tensors()
+        arguments = program.call_arguments()
+        derived = program.derived.inputs(examples, known, arguments)
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        inputs = []
+        for node, example in zip(placeholders, examples, strict=True):
+            label = source_name(node)
+            if not isinstance(example, Tensor):
+                inputs.append(FrameInput("symbol", label))
+            elif id(example) in derived:
+                part = derived[id(example)]
+                inputs.append(FrameInput("weight", label, sites=part.sites, derived=part))
+            elif id(example) in known:
+                inputs.append(known[id(example)])
+            elif id(example) in arguments:
+                inputs.append(FrameInput("argument", label, role=arguments[id(example)]))
+            elif example.dim() == 0 and example.numel() == 1:
+                # Dynamo turns Python floats held by modules into 0-d tensors.
+                inputs.append(FrameInput("state", label))
+            else:
+                role = program.earlier_result(example)
+                kind: InputKind = "unknown" if role is None else "result"
+                inputs.append(FrameInput(kind, label, role=role))
+        return cls(inputs)
+
+    @property
+    def follows_another(self) -> bool:
+        """True where some input was made in the running call: the model is in several graphs."""
+        return any(item.kind in ("result", "unknown") for item in self.inputs)
+
+    @property
+    def taken(self) -> dict[int, Role]:
+        """Roles of the inputs that earlier graphs returned, by position."""
+        return {
+            position: item.role
+            for position, item in enumerate(self.inputs)
+            if item.kind == "result" and item.role is not None
+        }
+
+    @property
+    def carries_lora(self) -> bool:
+        """True where the graph takes a bank, or the weight of a selected site."""
+        return any(item.kind in ("bank", "weight") for item in self.inputs)
+
+    def bind(self, graph: fx.Graph) -> None:
+        """Map AOTAutograd's placeholders, which keep the order of Dynamo's, to the inputs."""
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        for position, node in enumerate(placeholders):
+            index = getattr(node.meta.get("desc"), "idx", position)
+            self.by_node[node] = self.inputs[index]
+            self.positions[node] = position
+
+    def batch_size(self) -> Any:
+        """The number of requests as tracing knows it (int or SymInt), or None: no argument of
+        this frame carries requests."""
+        sizes = []
+        for node, item in self.by_node.items():
+            dim = item.requests_dim
+            if dim is not None and dim < fake_value(node).dim():
+                sizes.append(fake_value(node).shape[dim])
+        # A size of one beside a larger batch is an argument that all requests share.
+        return next((size for size in sizes if size != 1), sizes[0] if sizes else None)
+
+
+def wants_gradient(examples: Iterable[Any]) -> bool:
+    """True where a frame's results want gradients, by the values of its inputs."""
+    return torch.is_grad_enabled() and any(
+        isinstance(item, Tensor) and item.requires_grad for item in examples
+    )
+
+
+def fake_value(node: fx.Node) -> Any:
+    """The fake tensor (or symbol) that tracing recorded for `node`."""
+    return node.meta.get("val")
+
+
+def arguments_of(node: fx.Node) -> tuple[Any, ...]:
+    """The node's positional arguments; fx's own type for them is a union of everything."""
+    return node.args
+
+
+def batch_symbols(frame: Frame) -> set[Any]:
+    """The symbols (or ints) that are the number of requests, by contract, in this frame's graph.
+
+    The slots' length (unless there is one a token), and the request dimension of every argument
+    that has one; a size of one beside a larger batch is a shared argument, not a batch.
+
+    Raises:
+        ProvenanceError: no input is known to hold requests, or the symbol may be another size.
+    """
+    found: set[Any] = set()
+    others: set[Any] = set()
+    for node, item in frame.by_node.items():
+        value = fake_value(node)
+        if not isinstance(value, torch.Tensor):
+            continue
+        sizes = [size.node.expr if isinstance(size, torch.SymInt) else size for size in value.shape]
+        dim = item.requests_dim
+        if item.kind == "slots":
+            if not frame.per_token and item.label != ONE_SLOT:
+                found.update(sizes)
+        elif dim is not None and dim < len(sizes):
+            found.add(sizes.pop(dim))
+            others.update(sizes)
+    if len(found) > 1:
+        found.discard(1)
+    if not found:
+        raise ProvenanceError(
+            "no input of this graph is known to hold the requests, as where it does not come from "
+            "a call of the model itself"
+        )
+    if frame.duck_shaped and any(not isinstance(size, int) for size in found & others):
+        raise ProvenanceError(
+            "the graph does not tell the number of requests from another size: it was captured "
+            "outside of lorafx.adapters, where torch.compile gives equal sizes one symbol"
+        )
+    return found
+
+
+def token_inputs(frame: Frame) -> dict[fx.Node, int]:
+    """The arguments that hold one entry a token, with that dimension (checked at entry)."""
+    found: dict[fx.Node, int] = {}
+    for node, item in frame.by_node.items():
+        dim = TOKEN_DIMS.get(item.role.argument) if item.role is not None else None
+        value = fake_value(node)
+        if item.role is None or item.role.dim != 0 or dim is None:
+            continue
+        if item.kind == "argument" and value.dim() > dim:
+            found[node] = dim
+    return found

@@ -1,0 +1,88 @@
+"""New nodes of a functional ATen graph, and where a node came from."""
+
+from __future__ import annotations
+
+import operator
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lorafx.graph.frame import fake_value
+
+
+class GraphEdits:
+    """What every rewrite of one graph shares: the graph's fake mode and the budget of edits.
+
+    Attributes:
+        edits_left: rest of `Options.max_edits`; None for no limit.
+    """
+
+    fake_mode: FakeTensorMode | None
+    edits_left: int | None
+
+    def look_at(self, gm: fx.GraphModule) -> None:
+        """Take the fake mode of the graph's values."""
+        values = [fake_value(node) for node in gm.graph.nodes]
+        self.fake_mode = detect_fake_mode([value for value in values if isinstance(value, Tensor)])
+
+    def take_edit(self) -> bool:
+        """True while the budget of `Options.max_edits` lasts; each True uses one up."""
+        if self.edits_left is None:
+            return True
+        self.edits_left -= 1
+        return self.edits_left >= 0
+
+    def call(self, graph: fx.Graph, target: Any, args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
+        """A call_function node with its fake value, at the graph's insertion point. `kwargs` are
+        constants."""
+        node = graph.call_function(target, args, kwargs)
+        values = fx.node.map_arg(args, fake_value)
+        assert self.fake_mode is not None
+        with self.fake_mode:
+            node.meta["val"] = target(*values, **kwargs)
+        return node
+
+
+def call_in_place(graph: fx.Graph, op: OpOverload, arguments: tuple[Any, ...]) -> fx.Node:
+    """The first argument, y, after `op` has written it, as functional nodes.
+
+    The op is wrapped in `auto_functionalized`: Inductor decides whether y's buffer may be written
+    without a copy.
+    """
+    names = [argument.name for argument in op._schema.arguments]
+    both = graph.call_function(
+        torch.ops.higher_order.auto_functionalized,
+        (op,),
+        dict(zip(names, arguments, strict=True)),
+    )
+    value = fake_value(arguments[0])
+    both.meta["val"] = (None, value)
+    with graph.inserting_after(both):
+        written = graph.call_function(operator.getitem, (both, 1))
+    written.meta["val"] = value
+    return written
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module whose forward made `node`, or "" where it is not known."""
+    stack = node.meta.get("nn_module_stack") or {}
+    for path, _ in reversed(list(stack.values())):
+        return plain_path(path)
+    return ""
+
+
+#: The module whose forward is traced, by whatever name its forward has for it.
+_ROOT = re.compile(r"^L\['\w+'\]")
+
+
+def plain_path(path: str) -> str:
+    """Dynamo's module path as a dotted path: `L['self']._modules['model']` -> `model`."""
+    text = _ROOT.sub("", path).replace(".__dict__['_modules']", "._modules")
+    text = text.replace("._modules[", ".[").replace("['", ".")
+    text = text.replace('["', ".").replace("']", "").replace('"]', "").replace("..", ".")
+    return text.strip(".")

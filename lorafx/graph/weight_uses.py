@@ -1,0 +1,375 @@
+"""Every way in which a weight is used in an ATen graph, followed through views and casts.
+
+    linear     y = x Wᵀ          mm, addmm, bmm, baddbmm, linear with W as the right operand
+    swapped    y = W xᵀ          mm, bmm with W as the left operand (mamba's dt_proj)
+    blocks     y_g = x_g W_gᵀ    the same products, where W enters by parts: a slice of its rows,
+               y_g = x_g W_g     blocks of them by groups, or summed over `out`
+    embedding  y = W[ids]
+    unknown    anything else, with the reason
+
+What part of W a node holds is its `Form` (lorafx.graph.weight_forms): einsum takes W through
+(out, in, 1) and (1, 1, out, in) to (1, in, out), absorbed attention through (heads, out of a head,
+in).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import sympy
+import torch
+from torch import fx
+
+from lorafx.graph.frame import arguments_of, fake_value
+from lorafx.graph.weight_forms import FIXED, Axis, Form, same_size
+from lorafx.kernels.grouped_ops import Blocks
+from lorafx.model.forward_check import is_dense
+from lorafx.ownership.flow import bound
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+UseKind = Literal["linear", "blocks", "embedding", "unknown"]
+
+#: Same value, same shape semantics: W or y seen through them is still W or y.
+SAME_VALUE = frozenset(
+    {
+        aten.alias.default,
+        aten.detach.default,
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.lift_fresh_copy.default,
+        aten._to_copy.default,
+        prims.convert_element_type.default,
+    }
+)
+RESHAPES = frozenset(
+    {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.squeeze.dim}
+    | {aten.squeeze.default, aten.squeeze.dims, aten.unsqueeze.default}
+)
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a weight.
+
+    Attributes:
+        kind: what is computed; see the module's equations.
+        weight: the graph input that holds W.
+        node: the node that computes y (for "unknown": the node that is not understood).
+        x: the other operand: x, or the ids of an embedding.
+        bias: the addend of an addmm or linear.
+        plain: True where W enters uncast and not broadcast, so that the GEMM may be fused.
+        swapped: W is the left operand, so that x and y have their last dimensions swapped.
+        blocks: for "blocks", which; the groups are the first dimension of x.
+        stored: W enters in the format that it is stored in (int8), its scale left out.
+        reason: for "unknown", why.
+    """
+
+    kind: UseKind
+    weight: fx.Node
+    node: fx.Node
+    x: fx.Node | None = None
+    bias: fx.Node | None = None
+    plain: bool = False
+    swapped: bool = False
+    blocks: Blocks | None = None
+    stored: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class _Held:
+    """`node` holds W (`shape`: N, K) or part of it in this form; `stored` numbers are W after a
+    product with one of `scales`."""
+
+    weight: fx.Node
+    shape: tuple[Any, Any]
+    node: fx.Node
+    form: Form
+    plain: bool
+    stored: bool = False
+    scales: Collection[fx.Node] = ()
+
+    def as_node(self, node: fx.Node, form: Form, *, plain: bool = False) -> _Held:
+        return replace(self, node=node, form=form, plain=self.plain and plain)
+
+    def unknown(self, user: fx.Node, reason: str) -> Use:
+        return Use("unknown", self.weight, user, reason=reason)
+
+    @property
+    def sizes(self) -> Any:
+        return _sizes(fake_value(self.node))
+
+    def is_whole(self, out: int, into: int) -> bool:
+        """True where dimension `out` is all of W's out, `into` all of its in, and there is nothing
+        else but broadcast dimensions."""
+        form = self.form
+        others = [axis for dim, axis in enumerate(form.axes) if dim not in (out, into)]
+        return (
+            not form.out
+            and not form.into
+            and all(axis.fixed for axis in others)
+            and _spans(form.axes[out], self.sizes[out], Axis(out=1), self.shape[0])
+            and _spans(form.axes[into], self.sizes[into], Axis(into=1), self.shape[1])
+        )
+
+
+def _spans(axis: Axis, size: Any, step: Axis, full: Any) -> bool:
+    return same_size(size, full) and (axis == step or (axis.fixed and same_size(size, 1)))
+
+
+def uses_of(
+    weight: fx.Node,
+    *,
+    transposed: bool,
+    part: tuple[Form, tuple[int, int]] | None = None,
+    scales: Collection[fx.Node] = (),
+) -> list[Use]:
+    """All uses of the 2-D weight held by `weight`; `transposed` where it is stored (in, out).
+
+    Where the input holds a view or a copy of W, `part` is its form and (N, K) of W. Where W is
+    stored in another format, `scales` are the graph inputs that may turn it into numbers.
+    """
+    found: list[Use] = []
+    if part is None:
+        form = Form.of_weight(transposed=transposed)
+        rows, columns = _sizes(fake_value(weight))
+        shape = (columns, rows) if transposed else (rows, columns)
+    else:
+        form, shape = part
+        for size in fake_value(weight).shape:
+            int(size)  # a guard: an attribute's sizes may be symbols, the weight's are not
+    stored = not is_dense(fake_value(weight))
+    pending = [_Held(weight, shape, weight, form, part is None and not stored, stored, scales)]
+    while pending:
+        held = pending.pop()
+        for user in list(held.node.users):
+            for outcome in _interpret(held, user):
+                if isinstance(outcome, _Held):
+                    pending.append(outcome)
+                else:
+                    found.append(replace(outcome, stored=held.stored))
+    return found
+
+
+def _sizes(value: torch.Tensor) -> tuple[Any, ...]:
+    """Sizes, those that the graph is guarded on as numbers."""
+    return tuple(
+        int(size)
+        if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Integer)
+        else size
+        for size in value.shape
+    )
+
+
+def _interpret(held: _Held, user: fx.Node) -> list[_Held | Use]:
+    """What `user` does with the weight: other forms of it, a use, or nothing (its sizes)."""
+    if user.op == "output":
+        return [held.unknown(user, "the weight itself is returned")]
+    value = fake_value(user)
+    if value is None or isinstance(value, (int, torch.SymInt)):
+        return []
+    for table, handler in _HANDLERS:
+        if user.target in table:
+            outcome = handler(held, user)
+            return outcome if isinstance(outcome, list) else [outcome]
+    return [held.unknown(user, f"no rule for {user.target}")]
+
+
+def _same(held: _Held, user: fx.Node) -> _Held:
+    before, after = fake_value(held.node).dtype, fake_value(user).dtype
+    return held.as_node(user, held.form, plain=before == after)
+
+
+def _swap(held: _Held, user: fx.Node) -> _Held:
+    dims = len(held.form.axes)
+    if user.target is aten.t.default:
+        order = list(reversed(range(dims)))
+    elif user.target is aten.permute.default:
+        order = [int(dim) % dims for dim in arguments_of(user)[1]]
+    else:
+        order = list(range(dims))
+        first, second = (int(dim) % dims for dim in arguments_of(user)[1:3])
+        order[first], order[second] = order[second], order[first]
+    return held.as_node(user, held.form.permuted(order), plain=True)
+
+
+def _expand(held: _Held, user: fx.Node) -> _Held:
+    front = len(fake_value(user).shape) - len(held.form.axes)
+    axes = (FIXED,) * front + held.form.axes
+    return held.as_node(user, held.form._replace(axes=axes), plain=not front)
+
+
+def _reshape(held: _Held, user: fx.Node) -> _Held | Use:
+    after = _sizes(fake_value(user))
+    form = held.form.reshaped(held.sizes, after)
+    if form is None:
+        return held.unknown(user, "it is reshaped across its rows")
+    return held.as_node(user, form, plain=len(after) == 2)
+
+
+def _slice(held: _Held, user: fx.Node) -> _Held | Use:
+    given = bound(user)
+    dim, start, step = given["dim"] % len(held.form.axes), given["start"] or 0, given["step"]
+    size, rest = held.sizes[dim], _sizes(fake_value(user))[dim]
+    if same_size(size, rest) and start == 0 and step == 1:
+        return held.as_node(user, held.form, plain=True)
+    if not all(isinstance(number, int) for number in (size, start, step)):
+        return held.unknown(user, "it is sliced by a size that varies")
+    start = max(start + size, 0) if start < 0 else min(start, size)
+    return _part(held, user, held.form.sliced(dim, start, step))
+
+
+def _select(held: _Held, user: fx.Node) -> _Held | Use:
+    _, dim, index = arguments_of(user)
+    dim %= len(held.form.axes)
+    size = held.sizes[dim]
+    if not isinstance(index, int) or not isinstance(size, int):
+        return held.unknown(user, "it is indexed by a size that varies")
+    return _part(held, user, held.form.selected(dim, index % size))
+
+
+def _part(held: _Held, user: fx.Node, form: Form | None) -> _Held | Use:
+    if form is None:
+        return held.unknown(user, "copies of it are cut")
+    return held.as_node(user, form)
+
+
+def _taken_apart(held: _Held, user: fx.Node) -> list[_Held | Use]:
+    """split, unbind: a tuple whose items are got one by one."""
+    dim, parts = bound(user)["dim"] % len(held.form.axes), fake_value(user)
+    single = user.target is aten.unbind.int
+    sizes = [1 if single else _sizes(part)[dim] for part in parts]
+    if not all(isinstance(size, int) for size in sizes):
+        return [held.unknown(user, "it is split by a size that varies")]
+    found: list[_Held | Use] = []
+    for item in user.users:
+        if item.target is not operator.getitem:
+            found.append(held.unknown(item, "its parts are used together"))
+            continue
+        start, form = sum(sizes[: arguments_of(item)[1]]), held.form
+        found.append(
+            _part(held, item, form.selected(dim, start) if single else form.sliced(dim, start, 1))
+        )
+    return found
+
+
+def _scaled(held: _Held, user: fx.Node) -> _Held | Use:
+    """Stored numbers times the scale of their module, the weight dequantised where it is used."""
+    first, second = arguments_of(user)
+    other = second if first is held.node else first
+    scale = _input_of(other) if isinstance(other, fx.Node) else None
+    same_sizes = _sizes(fake_value(user)) == held.sizes
+    if not held.stored or scale not in held.scales or first is second or not same_sizes:
+        return held.unknown(user, f"no rule for {user.target}")
+    return replace(held, node=user, stored=False)
+
+
+def _operands(user: fx.Node) -> tuple[Any, Any, Any]:
+    """(bias, left, right) of a matrix product."""
+    if user.target in (aten.addmm.default, aten.baddbmm.default):
+        bias, left, right = arguments_of(user)[:3]
+        return bias, left, right
+    left, right = arguments_of(user)[:2]
+    return None, left, right
+
+
+def _product(held: _Held, user: fx.Node) -> Use:
+    bias, left, right = _operands(user)
+    if any(user.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
+        return held.unknown(user, "a product with alpha or beta")
+    if left is right or bias is held.node:
+        return held.unknown(user, "multiplied by itself")
+    last = len(held.form.axes) - 1
+    if right is held.node:
+        if held.is_whole(out=last, into=last - 1):
+            return Use("linear", held.weight, user, x=left, bias=bias, plain=held.plain)
+        return _by_blocks(held, user, left, summed=last - 1, kept=last)
+    if bias is not None:
+        return held.unknown(user, "W xᵀ with an addend")
+    if held.is_whole(out=last - 1, into=last):
+        return Use("linear", held.weight, user, x=right, swapped=True)
+    return _by_blocks(held, user, right, summed=last, kept=last - 1, swapped=True)
+
+
+def _linear(held: _Held, user: fx.Node) -> Use:
+    x, weight, *rest = arguments_of(user)
+    if weight is not held.node or x is held.node:
+        return held.unknown(user, "a linear of the weight by itself")
+    bias: Any = rest[0] if rest else user.kwargs.get("bias")
+    if held.is_whole(out=0, into=1):
+        return Use("linear", held.weight, user, x=x, bias=bias, plain=held.plain)
+    return _by_blocks(held, user, x, summed=1, kept=0)
+
+
+def _by_blocks(
+    held: _Held, user: fx.Node, x: fx.Node, *, summed: int, kept: int, swapped: bool = False
+) -> Use:
+    """A product with blocks of W: dimension `summed` of the held form runs along x's features,
+    `kept` along y's, and another one along the groups."""
+    axes, sizes = held.form.axes, held.sizes
+    groups, group = 1, FIXED
+    if len(axes) == 3 and not axes[0].fixed:
+        groups, group = axes[0].period or sizes[0], axes[0]
+    inner, outer = axes[summed], axes[kept]
+    over_out = bool(inner.out or outer.into)
+    along_out, along_in = (inner, outer) if over_out else (outer, inner)
+    if inner.period or outer.period or not isinstance(groups, int):
+        return held.unknown(user, "a product with copies of it side by side")
+    if along_out.into or along_in.out:
+        return held.unknown(user, "a product along one dimension of it alone")
+    if not all(isinstance(sizes[dim], int) for dim in (summed, kept)):
+        return held.unknown(user, "a product with a part of it whose size varies")
+    blocks = Blocks(
+        groups,
+        (held.form.out, group.out, along_out.out),
+        (held.form.into, group.into, along_in.into),
+        over_out,
+    )
+    return Use("blocks", held.weight, user, x=x, swapped=swapped, blocks=blocks)
+
+
+def _embedding(held: _Held, user: fx.Node) -> Use:
+    if arguments_of(user)[0] is not held.node or not held.is_whole(out=0, into=1):
+        return held.unknown(user, "an embedding of another form of it")
+    return Use("embedding", held.weight, user, x=arguments_of(user)[1], plain=held.plain)
+
+
+_Handler = Callable[[_Held, fx.Node], "_Held | Use | list[_Held | Use]"]
+_HANDLERS: tuple[tuple[frozenset[Any], _Handler], ...] = (
+    (SAME_VALUE, _same),
+    (frozenset({aten.t.default, aten.permute.default, aten.transpose.int}), _swap),
+    (frozenset({aten.expand.default}), _expand),
+    (RESHAPES, _reshape),
+    (frozenset({aten.slice.Tensor}), _slice),
+    (frozenset({aten.select.int}), _select),
+    (
+        frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}),
+        _taken_apart,
+    ),
+    (
+        frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}),
+        _product,
+    ),
+    (frozenset({aten.linear.default}), _linear),
+    (frozenset({aten.embedding.default}), _embedding),
+    (frozenset({aten.mul.Tensor}), _scaled),
+)
+
+
+def is_constant(node: fx.Node) -> bool:
+    """True for a graph input seen through views and casts: a bias, not something computed."""
+    return _input_of(node) is not None
+
+
+def _input_of(node: fx.Node) -> fx.Node | None:
+    """The graph input that `node` is, seen through views and casts."""
+    while node.op == "call_function" and (node.target in SAME_VALUE or node.target in RESHAPES):
+        if not isinstance(arguments_of(node)[0], fx.Node):
+            return None
+        node = arguments_of(node)[0]
+    return node if node.op == "placeholder" else None

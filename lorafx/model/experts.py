@@ -1,0 +1,92 @@
+"""Routed experts: modules that hold the weights of all experts as 3-D parameters.
+
+    h = act(x W_upᵀ[e])    or   act(gate) ⊙ up of x W_upᵀ[e]
+    y = h W_downᵀ[e]            for the experts e that a router chose for each token
+
+Such a module is known by what it holds: two 3-D parameters over the same number of experts, of
+which the second maps back to the size that the first one takes. Each parameter is a site by
+itself, with the path of the parameter (`mlp.experts.gate_up_proj`) and a low-rank update an expert.
+transformers' classes say by attributes how they store them; for others the shapes say it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from lorafx.model.module_graph import join
+from lorafx.registry import Eligible
+
+#: How gate and up lie in the columns of the first weight, "" where there is no gate.
+Halves = Literal["", "stacked", "interleaved"]
+
+
+@dataclass(frozen=True)
+class ExpertWeight:
+    """One 3-D parameter of an experts module.
+
+    Attributes:
+        name: the parameter's.
+        experts: E.
+        in_features, out_features: K and N of each expert.
+        transposed: stored (E, K, N) instead of (E, N, K).
+        halves: how gate and up lie in its columns.
+        down: whether it is the second of the two.
+    """
+
+    name: str
+    experts: int
+    in_features: int
+    out_features: int
+    transposed: bool
+    halves: Halves
+    down: bool
+
+    def eligible(self) -> Eligible:
+        """What the registry would say of the parameter."""
+        sizes = self.in_features, self.out_features
+        return Eligible(nn.Module, "experts", lambda _: sizes, self.name, self.transposed)
+
+    def path(self, module_path: str) -> str:
+        """Path of the parameter in an experts module at `module_path`."""
+        return join(module_path, self.name)
+
+
+def expert_weights(module: nn.Module) -> tuple[ExpertWeight, ExpertWeight] | None:
+    """The two weights of a module of routed experts, up (or gate and up) first, or None."""
+    found = [
+        (name, parameter)
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.dim() == 3 and parameter.is_floating_point()
+    ]
+    if len(found) != 2 or found[0][1].shape[0] != found[1][1].shape[0]:
+        return None
+    declared = getattr(module, "is_transposed", None)
+    forms = (declared,) if isinstance(declared, bool) else (False, True)
+    fitting = [
+        pair
+        for transposed in forms
+        for first, second in (found, found[::-1])
+        if (pair := _pair(module, first, second, transposed)) is not None
+    ]
+    return fitting[0] if fitting else None
+
+
+def _pair(
+    module: nn.Module, up: tuple[str, Tensor], down: tuple[str, Tensor], transposed: bool
+) -> tuple[ExpertWeight, ExpertWeight] | None:
+    """Both weights if `down` maps what `up` gives, gated or not, back to what `up` takes."""
+    (experts, *up_shape), (_, *down_shape) = up[1].shape, down[1].shape
+    hidden, width = up_shape if transposed else up_shape[::-1]
+    inner, out = down_shape if transposed else down_shape[::-1]
+    if out != hidden or width not in (inner, 2 * inner):
+        return None
+    halves: Halves = ""
+    if width == 2 * inner:
+        halves = "stacked" if getattr(module, "is_concatenated", True) else "interleaved"
+    return (
+        ExpertWeight(up[0], experts, hidden, width, transposed, halves, down=False),
+        ExpertWeight(down[0], experts, inner, out, transposed, "", down=True),
+    )

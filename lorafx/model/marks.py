@@ -1,0 +1,304 @@
+"""The mark: a forward hook that adds one site's delta to its module's output.
+
+    linear:     y ← y + scales[s, i] · (x A[s, i·R : i·R + r]ᵀ) B[s, :r, o : o + N]
+    embedding:  y ← y + e · scales[s, 0] · A[s, ids, :r] B[s, :r]
+
+x (…, K) or ids (…), y (…, N), s the slot of the batch, i the sibling, o its offset in the bank;
+a packed module has a sibling for each part of its columns. e is the factor of embeddings that scale
+their output. The module's own forward runs untouched. Where its input and output do not have these
+shapes, a registered handler takes the call apart and adds ranges of the delta's columns.
+
+A mark is a plain picklable object, so deep copies and pickles of a marked model stay marked and
+share one runtime and one bank a group among themselves. Dynamo inlines `__call__`: banks and
+slots become graph inputs, and nothing in it depends on the values of either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lorafx.kernels.ops  # noqa: F401  (defines torch.ops.lorafx)
+from lorafx.adapter_store.bank import Bank
+from lorafx.errors import MatchError, ProvenanceError
+from lorafx.model.forward_check import Product, adds_up
+from lorafx.model.forward_check import is_dense as is_dense
+from lorafx.registry import Handler, Kind
+from lorafx.serving.runtime import Runtime
+
+UNPROVED = 0  # the op's `rows`: which request a row belongs to is not known yet
+
+
+@dataclass(eq=False)
+class SiteMark:
+    """Hook of one site, for `register_forward_hook(mark, with_kwargs=True)`.
+
+    Attributes:
+        path: canonical path of the site.
+        runtime: the batch, one for all marks of a model.
+        bank: factors of the site's group, one object for all its siblings.
+        siblings, offsets, sizes: of each part of the site: its number in the bank, its first column
+            of B, its columns.
+        kind: "linear" or "embedding".
+        in_features, out_features: K and N.
+        weight_name, transposed: where the module keeps W, and whether as (K, N).
+        derived: the module's forward is not that of the registered class, so what it computes
+            is checked against W once, on the first eager call (lorafx.model.forward_check).
+        handler: takes calls apart whose input and output do not have the site's sizes; trusted.
+        weight, bias: packed base weight and bias of the group, set by the pack step.
+    """
+
+    path: str
+    runtime: Runtime
+    bank: Bank
+    siblings: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    kind: Kind
+    in_features: int
+    out_features: int
+    weight_name: str = "weight"
+    transposed: bool = False
+    derived: bool = False
+    handler: Handler | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    checked: bool = False
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """The output with the delta, or None (output unchanged) when no adapter is active.
+
+        Raises:
+            MatchError: input and output do not have the site's sizes, the forward computes
+                something else than the registered class, or a handler adds no delta. In a trace
+                the mark adds nothing instead, and the `match` pass looks for the weight's use.
+            ProvenanceError: an eager forward of a batch that mixes adapters.
+        """
+        runtime = self.runtime
+        if not runtime.active:
+            return None
+        if self.kind == "experts":
+            return self._of_experts(module, output)
+        if self.handler is not None:
+            return self._handled(self.handler, module, args, kwargs, output)
+        x = _input_of(args, kwargs)
+        traced = torch.compiler.is_compiling()
+        several = isinstance(output, tuple) and not traced
+        y = output[0] if several and output else output
+        scale = self._output_scale(module)
+        if not self._fits(x, y, scale):
+            # Without a weight in the graph, match would have nothing to add the delta to.
+            held = isinstance(getattr(module, self.weight_name, None), Tensor)
+            if traced and runtime.graph_passes and held:
+                return None
+            raise MatchError(self._misfit(module, x, output))
+        if not traced:
+            self._refuse_mixed()
+            self._check_once(module, args, kwargs, x, output, scale)
+        y = self._with_delta(x, y, scale, (self.siblings, self.offsets, self.sizes))
+        return _with_first(output, y) if several else y
+
+    def _with_delta(
+        self, x: Tensor, y: Tensor, scale: Tensor | float | None, ranges: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """y and the delta of the bank's columns that `ranges` (siblings, offsets, sizes) names."""
+        bank, slots = self.bank, self.runtime.slots
+        if self.kind == "embedding":
+            scales = bank.scales if scale is None else bank.scales * scale
+            return torch.ops.lorafx.embedding_site(
+                x, y, bank.A, bank.B, bank.ranks, scales, slots, UNPROVED
+            )
+        whole = sum(ranges[2]) == self.out_features
+        return torch.ops.lorafx.site(
+            x,
+            y,
+            bank.A,
+            bank.B,
+            bank.ranks,
+            bank.scales,
+            slots,
+            *ranges,
+            UNPROVED,
+            self.weight if whole else None,
+            self.bias if whole else None,
+        )
+
+    def _handled(
+        self,
+        handler: Handler,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> Any:
+        """What the handler makes of the call."""
+        calls = 0
+
+        def add(x: Tensor, y: Tensor, start: int = 0) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if not self._takes(x, y, start):
+                raise MatchError(self._misplaced(module, x, y, start))
+            if not torch.compiler.is_compiling():
+                self._refuse_mixed()
+            return self._with_delta(x, y, None, self._columns(start, y.shape[-1]))
+
+        result = handler(module, args, kwargs, output, add)
+        if not calls or result is None:
+            raise MatchError(self._lost(module, calls))
+        return result
+
+    def _takes(self, x: Any, y: Any, start: int) -> bool:
+        """Whether y (…, n) has room for the delta's columns [start, start + n) for this x."""
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor) or y.dim() == 0:
+            return False
+        if self.kind == "embedding":
+            whole = start == 0 and y.shape[-1] == self.out_features
+            return whole and not x.is_floating_point() and x.shape == y.shape[:-1]
+        return (
+            x.dim() > 0
+            and x.shape[-1] == self.in_features
+            and x.shape[:-1] == y.shape[:-1]
+            and 0 <= start <= self.out_features - y.shape[-1]
+        )
+
+    def _columns(self, start: int, count: int) -> tuple[list[int], list[int], list[int]]:
+        """(siblings, offsets, sizes) in the bank of the site's columns [start, start + count)."""
+        siblings: list[int] = []
+        offsets: list[int] = []
+        sizes: list[int] = []
+        first = 0
+        for sibling, offset, size in zip(self.siblings, self.offsets, self.sizes, strict=True):
+            low, high = max(first, start), min(first + size, start + count)
+            if low < high:
+                siblings.append(sibling)
+                offsets.append(offset + low - first)
+                sizes.append(high - low)
+            first += size
+        return siblings, offsets, sizes
+
+    def _of_experts(self, module: nn.Module, output: Any) -> Tensor | None:
+        """In a trace, a note that the experts ran; `match` finds the weight's use between two other
+        products."""
+        traced = torch.compiler.is_compiling() and self.runtime.graph_passes
+        if traced and isinstance(output, Tensor):
+            return torch.ops.lorafx.expert_mark(output, self.bank.A)
+        slots = [slot for slot in self.runtime.slots.tolist() if slot >= 0]
+        if bool(self.bank.ranks.unflatten(0, (-1, self.bank.experts))[slots].any()):
+            raise MatchError(
+                f"{self._name(module)}: LoRA on routed experts is inside of their forward, where "
+                "eager mode cannot put it; use lorafx.compile or torch.compile"
+            )
+        return None
+
+    def _output_scale(self, module: nn.Module) -> Tensor | float | None:
+        """The factor that a scaled embedding's forward multiplies W[ids] by, or None.
+
+        transformers keeps it in `embed_scale`, a number or a buffer that is cast to the
+        weight's dtype; PEFT reads the same attribute.
+        """
+        if self.kind != "embedding" or not self.derived:
+            return None
+        scale = getattr(module, "embed_scale", None)
+        if isinstance(scale, Tensor):
+            return scale.to(getattr(module, self.weight_name).dtype)
+        return scale
+
+    def _fits(self, x: Any, output: Any, scale: Tensor | float | None) -> bool:
+        """Whether the call maps (…, K) or ids (…) to (…, N)."""
+        # A forward of another class may shift the ids it is given or take something else first
+        # (OPT's positions take the mask): only a pure scale is known to be safe.
+        own = self.kind == "embedding" and self.derived and scale is None
+        if own and torch.compiler.is_compiling():
+            return False
+        whole = isinstance(output, Tensor) and output.shape[-1:] == (self.out_features,)
+        return whole and self._takes(x, output, 0)
+
+    def _check_once(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        x: Tensor,
+        output: Any,
+        scale: Tensor | float | None,
+    ) -> None:
+        """Refuse a forward to whose output the delta cannot be added; asked on the first call."""
+        if self.checked or not (self.derived or isinstance(output, tuple)):
+            return
+        product = Product(self.kind, self.weight_name, self.transposed, scale)
+        if not adds_up(product, module, args, kwargs, x, output):
+            raise MatchError(
+                f"{self._name(module)}: its forward is its own and does not compute "
+                f"{'W[ids]' if self.kind == 'embedding' else 'x Wᵀ + b'} of its input, so "
+                "adding the delta to its output would not be W + ΔW; use lorafx.compile, "
+                "which finds the weight's use in the graph, lorafx.register(handler=...), or "
+                "exclude_modules"
+            )
+        self.checked = True
+
+    def _refuse_mixed(self) -> None:
+        if not self.runtime.uniform:
+            raise ProvenanceError(
+                f"{self.path or 'the model'}: the batch mixes adapters, and in eager mode it is "
+                "not known which request a row belongs to; use lorafx.compile, or one adapter a "
+                "batch"
+            )
+
+    def _misfit(self, module: nn.Module, x: Any, output: Any) -> str:
+        return (
+            f"{self._name(module)}: a call with input {_describe(x)} and output "
+            f"{_describe(output)}, but the site maps {self._given()} to (…, {self.out_features}), "
+            "so the delta has no place in this call; use lorafx.compile, which finds the weight's "
+            "use in the graph, lorafx.register(handler=...), or exclude_modules"
+        )
+
+    # Not traced: Dynamo cannot resume in the middle of an f-string.
+    @torch.compiler.disable
+    def _misplaced(self, module: nn.Module, x: Any, y: Any, start: int) -> str:
+        return (
+            f"{self._name(module)}: its handler calls add({_describe(x)}, {_describe(y)}, {start}),"
+            f" but the delta maps {self._given()} to columns of (…, {self.out_features})"
+        )
+
+    @torch.compiler.disable
+    def _lost(self, module: nn.Module, calls: int) -> str:
+        how = "returned None in place of the output" if calls else "did not call add(x, y)"
+        return (
+            f"{self._name(module)}: its handler {how}, so the delta would be lost; see "
+            "lorafx.register(handler=...)"
+        )
+
+    def _given(self) -> str:
+        return "ids (…)" if self.kind == "embedding" else f"(…, {self.in_features})"
+
+    def _name(self, module: nn.Module) -> str:
+        return f"{self.path or 'the model'} ({type(module).__qualname__})"
+
+
+def _with_first(output: tuple[Any, ...], y: Tensor) -> tuple[Any, ...]:
+    """`output` with another first item; named tuples keep their names."""
+    make = getattr(output, "_make", tuple)
+    return make((y, *output[1:]))
+
+
+def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first positional argument, or else the first tensor among the keywords."""
+    if args:
+        return args[0]
+    for value in kwargs.values():
+        if isinstance(value, Tensor):
+            return value
+    return None
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {value.dtype}"
+    return type(value).__qualname__

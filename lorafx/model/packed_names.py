@@ -1,0 +1,242 @@
+"""Packed projections by name: which names a packed module stands for, and the other way round.
+
+    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"],
+                              "in_proj_qkvz": {"in_proj_qkv": (0, 1, 2), "in_proj_z": 3}}
+
+Model authors declare it on the model or on any module above the layer, users by
+`LoraConfig(packed_modules=...)`. A list has one name an output slice, in order; a mapping says
+which slices each name covers. A declaration works both ways: on a model that has `qkv_proj`, an
+adapter may name `q_proj`; on one that has `q_proj`, `k_proj` and `v_proj`, it may name `qkv_proj`.
+The declaration nearest above a module wins, and the configuration's wins over all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from lorafx.errors import ConfigError
+from lorafx.model.module_graph import ModuleGraph, join
+from lorafx.model.sites import Membership, Part
+from lorafx.model.targets import names
+
+ATTRIBUTE = "packed_modules_mapping"
+
+#: What users write: a name a slice, or the slices of each name.
+PackedModules = Mapping[str, Sequence[str] | Mapping[str, int | Sequence[int]]]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One name of a packed module, and its slices where they were declared."""
+
+    name: str
+    slices: tuple[int, ...] | None = None
+
+
+Members = Mapping[str, tuple[Member, ...]]
+
+
+def members_of(packed: PackedModules | None, where: str) -> dict[str, tuple[Member, ...]]:
+    """A declaration, checked.
+
+    Raises:
+        ConfigError: it is no such mapping, names one member twice, or the slices of a member are
+            not consecutive or overlap another's.
+    """
+    if packed is None:
+        return {}
+    if not isinstance(packed, Mapping):
+        raise ConfigError(f"{where} must map packed names to member names, got {packed!r}")
+    return {name: _members(name, value, where) for name, value in packed.items()}
+
+
+def _members(name: str, value: object, where: str) -> tuple[Member, ...]:
+    if isinstance(value, Mapping):
+        found = [Member(member, _slices(slices)) for member, slices in value.items()]
+        found.sort(key=lambda member: member.slices or (-1,))
+        covered = [i for member in found for i in member.slices or ()]
+        if len(set(covered)) != len(covered) or any(
+            not member.slices or member.slices != _consecutive(member.slices) for member in found
+        ):
+            raise ConfigError(
+                f"{where}[{name!r}]: every member needs consecutive slices that no other member "
+                f"has, got {value!r}"
+            )
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        found = [Member(member) for member in value]
+    else:
+        raise ConfigError(
+            f"{where}[{name!r}] must be a list of names, or a mapping from names to slices, "
+            f"got {value!r}"
+        )
+    known = [member.name for member in found]
+    if not known or len(set(known)) != len(known) or not all(isinstance(n, str) for n in known):
+        raise ConfigError(f"{where}[{name!r}] needs distinct names, got {value!r}")
+    return tuple(found)
+
+
+def _slices(value: object) -> tuple[int, ...] | None:
+    if isinstance(value, int):
+        return (value,)
+    if isinstance(value, Sequence) and all(isinstance(i, int) and i >= 0 for i in value):
+        return tuple(value)
+    return None
+
+
+def _consecutive(slices: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(range(slices[0], slices[0] + len(slices)))
+
+
+def renamed(path: str, name: str) -> str:
+    """`path` with another last name."""
+    return join(path.rpartition(".")[0], name)
+
+
+class PackedNames:
+    """The declarations that hold for each module of a model."""
+
+    def __init__(self, graph: ModuleGraph, configured: PackedModules | None = None) -> None:
+        """Raises ConfigError for a malformed declaration."""
+        self._configured = members_of(configured, "LoraConfig.packed_modules")
+        self._declared: dict[str, Members] = {}
+        for path, module in graph.modules():
+            declared = getattr(module, ATTRIBUTE, None)
+            if declared:
+                where = f"{type(module).__qualname__}.{ATTRIBUTE}"
+                self._declared[path] = members_of(declared, where)
+        self._above: dict[str, Members] = {}
+        self._graph = graph
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is declared at all."""
+        return bool(self._configured or self._declared)
+
+    def members(self, path: str) -> tuple[Member, ...]:
+        """The names that the module at canonical `path` stands for; none for most modules."""
+        if not self.any:
+            return ()
+        parent, _, name = path.rpartition(".")
+        found = self._for(parent).get(name, ())
+        # A member that is a module here is not packed here, whatever a mapping made for all
+        # models of a family says.
+        own = any(self._graph.find(join(parent, member.name)) is not None for member in found)
+        return () if own else found
+
+    def memberships(self, path: str) -> tuple[Membership, ...]:
+        """The packed names that the module at canonical `path` is a member of. A packed name that
+        is a module itself has its own members."""
+        if not self.any:
+            return ()
+        parent, _, name = path.rpartition(".")
+        return tuple(
+            Membership(packed, index, len(members))
+            for packed, members in self._for(parent).items()
+            for index, member in enumerate(members)
+            if member.name == name and self._graph.find(join(parent, packed)) is None
+        )
+
+    def paths(self) -> Iterator[str]:
+        """The paths of all modules, and those that packed names give them beside."""
+        for path, _ in self._graph.modules():
+            yield path
+            others = [member.name for member in self.members(path)]
+            others += [packed.name for packed in self.memberships(path)]
+            yield from (renamed(path, name) for name in others)
+
+    def unused(self) -> list[str]:
+        """Names of the configuration's declaration that name no module, packed or not."""
+        last = {path.rpartition(".")[2] for path, _ in self._graph.modules()}
+        return [
+            packed
+            for packed, members in self._configured.items()
+            if packed not in last and not last.intersection(member.name for member in members)
+        ]
+
+    def _for(self, parent: str) -> Members:
+        """The declarations for children of `parent`: nearest above wins, the user's over all."""
+        if parent not in self._above:
+            own = self._declared.get(parent, {})
+            inherited = self._for(parent.rpartition(".")[0]) if parent else {}
+            self._above[parent] = {**inherited, **own, **self._configured}
+        return self._above[parent]
+
+
+def parts_of(
+    where: str, members: Sequence[Member], sizes: Sequence[int] | None, in_features: int, total: int
+) -> tuple[tuple[Part, ...], tuple[str, ...]]:
+    """The parts of a site, and the names that only an adapter's row counts can place.
+
+    Args:
+        where: what messages call the module.
+        members: the names that it stands for.
+        sizes: columns of its output slices; None where its class does not say.
+        in_features, total: K and N.
+
+    Returns:
+        One part a member where it is known which slices each covers; one a slice and the members'
+        names where there are fewer names than slices; else one part.
+
+    Raises:
+        ValueError: the declared names and the slices do not fit together.
+    """
+    whole = (Part("", (0,) if sizes is None else tuple(range(len(sizes))), in_features, total),)
+    if sizes is not None and (sum(sizes) != total or not all(size > 0 for size in sizes)):
+        raise ValueError(f"{where} has output slices of {list(sizes)}, which do not fill {total}")
+    if not members or sizes is None:
+        return whole, ()
+    named: dict[int, Member] = {}
+    if all(member.slices is not None for member in members):
+        named = {i: member for member in members for i in member.slices or ()}
+        if max(named) >= len(sizes):
+            raise ValueError(
+                f"{where} has {len(sizes)} output slices, and {named[max(named)].name} is declared "
+                f"to be slice {max(named)}"
+            )
+    elif len(members) == len(sizes):
+        named = dict(enumerate(members))
+    elif len(members) > len(sizes):
+        raise ValueError(
+            f"{where} has {len(sizes)} output slices for the {len(members)} names "
+            f"{', '.join(member.name for member in members)}"
+        )
+    parts: list[Part] = []
+    at = 0
+    while at < len(sizes):
+        member = named.get(at)
+        slices = (at,) if member is None or member.slices is None else member.slices
+        width = sum(sizes[i] for i in slices)
+        parts.append(Part("" if member is None else member.name, slices, in_features, width))
+        at = slices[-1] + 1
+    return tuple(parts), () if named else tuple(member.name for member in members)
+
+
+def is_in_target_modules(
+    path: str, target_modules: str | Sequence[str], packed_modules: PackedModules | None = None
+) -> bool:
+    """Whether `target_modules` names the module at `path`, itself or by a packed name.
+
+    `q_proj` names a packed `qkv_proj`, and `qkv_proj` names an unpacked `q_proj`, where
+    `packed_modules` says that the one packs the other.
+
+    Args:
+        path: dotted path of a module.
+        target_modules: a list of exact or dotted-suffix names, or one regular expression.
+        packed_modules: as in `LoraConfig`.
+
+    Raises:
+        ConfigError: `packed_modules` is malformed.
+    """
+    declared = members_of(packed_modules, "packed_modules")
+    last = path.rpartition(".")[2]
+    others = [member.name for member in declared.get(last, ())]
+    others += [
+        packed for packed, found in declared.items() if last in (member.name for member in found)
+    ]
+    return names(target_modules, [path, *(renamed(path, other) for other in others)])
+
+
+def virtual_paths(paths: Iterable[str], name: str) -> tuple[str, ...]:
+    """The paths that a member or packed `name` has beside a module's own `paths`."""
+    return tuple(dict.fromkeys(renamed(path, name) for path in paths))

@@ -1,0 +1,152 @@
+"""Packed base weights: the siblings of one group as views of one buffer.
+
+    W = [W_0; W_1; ...]  (ΣN, K),   W_i.data = W[offset_i : offset_i + N_i]
+
+The original parameters stay where and what they were (same objects, names, shapes and values), so
+`state_dict()` and `save_pretrained()` give what they gave before; memory does not grow. What
+splits the views again (`model.to(...)`, `load_state_dict(assign=True)`) is noticed before a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lorafx.compat import mark_fixed_shape
+from lorafx.errors import CaptureError
+from lorafx.model.module_graph import ModuleGraph
+from lorafx.model.sites import Group
+
+
+@dataclass(eq=False)
+class PackedGroup:
+    """One group whose base weights are views of `weight` (ΣN, K), biases of `bias` (ΣN,).
+
+    Where only some siblings have a bias, the others' part of `bias` is zero.
+    """
+
+    group: Group
+    weight: Tensor
+    bias: Tensor | None
+
+    def __post_init__(self) -> None:
+        #: Each parameter: the dictionary that holds it, its name there, its part of a buffer.
+        self.places = [
+            (site.module._parameters, name, buffer[offset : offset + site.out_features])
+            for site, offset in zip(self.group.sites, self.group.offsets, strict=True)
+            for name, buffer in ((site.eligible.weight, self.weight), ("bias", self.bias))
+            if buffer is not None and site.module._parameters.get(name) is not None
+        ]
+        # Looked at before every call, so addresses are read once; the buffers never move.
+        self._addresses = [
+            (parameters, name, part.data_ptr()) for parameters, name, part in self.places
+        ]
+
+    @property
+    def intact(self) -> bool:
+        """True while every sibling's parameter still is its view of the packed buffer."""
+        for parameters, name, address in self._addresses:
+            parameter = parameters[name]
+            if parameter is None or parameter.data_ptr() != address:
+                return False
+        return True
+
+
+def pack_weights(
+    graph: ModuleGraph, group: Group, alone: frozenset[int] | None = None
+) -> PackedGroup | None:
+    """Make the group's base weights views of one buffer, or return None where they cannot be.
+
+    Packable: at least two siblings, each with a plain dense contiguous 2-D (out, in) parameter of
+    its own storage, all of one dtype, device and `requires_grad`; biases likewise, where there
+    are any. `alone` is `graph.alone()` where that is known: it looks at every tensor of the model.
+    """
+    sites = group.sites
+    if len(sites) < 2 or any(s.eligible.kind != "linear" or s.eligible.transposed for s in sites):
+        return None
+    if alone is None:
+        alone = graph.alone()
+    weights = []
+    has_bias = False
+    for site in sites:
+        weight = site.module._parameters.get(site.eligible.weight)
+        if weight is None or not _packable(alone, weight, (site.out_features, site.in_features)):
+            return None
+        weights.append(weight)
+        bias = site.module._parameters.get("bias")
+        if getattr(site.module, "bias", None) is not bias:  # a bias that is no parameter
+            return None
+        if bias is not None:
+            like_weight = (bias.dtype, bias.device) == (weight.dtype, weight.device)
+            if not like_weight or not _packable(alone, bias, (site.out_features,)):
+                return None
+            has_bias = True
+    if len({(weight.dtype, weight.device, weight.requires_grad) for weight in weights}) != 1:
+        return None
+    rows = sum(site.out_features for site in sites)
+    buffer = weights[0].new_empty((rows, sites[0].in_features))
+    packed = PackedGroup(group, buffer, buffer.new_zeros(rows) if has_bias else None)
+    repack([packed])
+    for tensor in (packed.weight, packed.bias):
+        if tensor is not None:
+            mark_fixed_shape(tensor)
+    return packed
+
+
+def check_packed(packs: Iterable[PackedGroup]) -> None:
+    """The packed weights still are what the parameters are views of, or are made so again.
+
+    Raises:
+        CaptureError: the model was moved, cast or resized since it was marked.
+    """
+    split = [packed for packed in packs if not packed.intact]
+    misfit = repack(split) if split else None
+    if misfit is not None:
+        raise CaptureError(
+            f"the weights of {misfit.group.sites[0].path} and its siblings have changed shape, "
+            "dtype or device since lorafx was given the model; change the model first and give it "
+            "to lorafx then"
+        )
+
+
+def repack(packs: Sequence[PackedGroup]) -> PackedGroup | None:
+    """Point the parameters at the packed buffers, with the values that they have now.
+
+    Returns the first group whose buffers cannot hold them, since shape, dtype or device have
+    changed; nothing is changed then.
+    """
+    held = []
+    for packed in packs:
+        for parameters, name, part in packed.places:
+            own = parameters[name]
+            if own is not None:
+                if (own.shape, own.dtype, own.device) != (part.shape, part.dtype, part.device):
+                    return packed
+                held.append((own, part))
+    buffers = {part.untyped_storage().data_ptr() for _, part in held}
+    with torch.no_grad():
+        # Parameters may have changed places: read all that lie in a buffer before any is written.
+        values = [
+            own.clone() if own.untyped_storage().data_ptr() in buffers else own for own, _ in held
+        ]
+        for value, (_, part) in zip(values, held, strict=True):
+            part.copy_(value)
+        for own, part in held:
+            own.data = part
+    return None
+
+
+def _packable(alone: frozenset[int], parameter: nn.Parameter, shape: tuple[int, ...]) -> bool:
+    return (
+        not is_traceable_wrapper_subclass(parameter)
+        and tuple(parameter.shape) == shape
+        and parameter.is_contiguous()
+        and parameter.is_floating_point()
+        and parameter.device.type != "meta"
+        and parameter.untyped_storage().nbytes() == parameter.numel() * parameter.element_size()
+        and id(parameter) in alone
+    )

@@ -1,0 +1,164 @@
+"""Sites and groups: the modules that carry LoRA, and what they share.
+
+A *site* is one LoRA-eligible module instance. It has one *part*, or several where the module comes
+packed: `qkv_proj` computes three projections, and an adapter may bring factors for each of them.
+A *group* is a set of sibling sites (same parent module, same kind, same input size, same dtype and
+device) whose low-rank factors live in one bank, so that one shrink over the bank can serve all
+siblings that turn out to share an input. In the bank each part is a sibling of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import nn
+
+from lorafx.adapter_store.bank import Bank
+from lorafx.model.experts import ExpertWeight
+from lorafx.registry import Eligible
+
+
+@dataclass(frozen=True)
+class Part:
+    """A range of a site's output columns that has low-rank factors of its own.
+
+    Attributes:
+        name: last name that an adapter may give it ("q_proj"); "" where it has none, or the
+            module's own name is the only one.
+        slices: indices of the output slices that it covers, consecutive.
+        in_features: K.
+        out_features: columns, the sum of its slices' sizes.
+        selected: whether adapters may have factors here.
+    """
+
+    name: str
+    slices: tuple[int, ...]
+    in_features: int
+    out_features: int
+    selected: bool = True
+
+
+@dataclass(frozen=True)
+class Membership:
+    """A site seen as one of the projections that others pack under one `name`.
+
+    `v_proj` is number 2 of the 3 that a packed `qkv_proj` stands for.
+    """
+
+    name: str
+    index: int
+    count: int
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One module instance that may carry LoRA.
+
+    Attributes:
+        path: canonical dotted path from the root ("" for the root itself).
+        aliases: the other paths that reach the same instance.
+        module: the instance; never replaced or changed.
+        eligible: the registry entry that matched, nearest along the MRO.
+        in_features, out_features: K and N of the delta; for embeddings K is the vocabulary.
+        dtype, device: of the base weight (the compute dtype where the weight is not floating).
+        parts: what its output columns consist of, in order; one part where none are given.
+        member_of: the packed names that this module is a part of elsewhere.
+        expert_weight: for a parameter that holds a weight for each of E experts, what is known of
+            it; the path is the parameter's then. None for all others.
+        loose_names: names of a packed module of which it is not declared what slices each
+            covers; the rows of an adapter's B say it.
+        closed_names: those of `loose_names` that adapters may not have factors for.
+    """
+
+    path: str
+    aliases: tuple[str, ...]
+    module: nn.Module
+    eligible: Eligible
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+    device: torch.device
+    parts: tuple[Part, ...] = ()
+    member_of: tuple[Membership, ...] = ()
+    loose_names: tuple[str, ...] = ()
+    expert_weight: ExpertWeight | None = None
+    closed_names: tuple[str, ...] = ()
+
+    @property
+    def experts(self) -> int:
+        """E for a parameter that holds a weight for each of E experts; 1 for all others."""
+        return 1 if self.expert_weight is None else self.expert_weight.experts
+
+    @property
+    def terms(self) -> int:
+        """How many low-rank terms one part may have to hold: gate's and up's, where their columns
+        are interleaved and so cannot be parts of their own."""
+        weight = self.expert_weight
+        return 2 if weight is not None and weight.halves == "interleaved" else 1
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            whole = Part("", (0,), self.in_features, self.out_features)
+            object.__setattr__(self, "parts", (whole,))
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path, *self.aliases)
+
+    def part_path(self, index: int) -> str:
+        """What messages and adapters call part `index`: the path that it would have unpacked."""
+        if len(self.parts) == 1:
+            return self.path
+        name = self.parts[index].name
+        parent = self.path.rpartition(".")[0]
+        return f"{parent}.{name}".lstrip(".") if name else f"{self.path}[{index}]"
+
+    @property
+    def has_own_forward(self) -> bool:
+        """Whether a subclass or the instance overrides the forward of the registered class."""
+        return has_own_forward(self.module, self.eligible)
+
+
+def has_own_forward(module: nn.Module, entry: Eligible) -> bool:
+    """As `Site.has_own_forward`."""
+    return "forward" in vars(module) or type(module).forward is not entry.cls.forward
+
+
+Ranges = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+def own_ranges(site: Site) -> Ranges:
+    """(siblings, offsets, sizes) of the site's parts in a bank of its own."""
+    sizes = tuple(part.out_features for part in site.parts)
+    return tuple(range(len(sizes))), (0, *accumulate(sizes[:-1])), sizes
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Sibling sites over one bank. `offsets[i]` is site i's first column in the bank's B."""
+
+    sites: tuple[Site, ...]
+    offsets: tuple[int, ...]
+    bank: Bank
+
+    @cached_property
+    def firsts(self) -> tuple[int, ...]:
+        """The sibling of the bank that each site's first part is."""
+        return (0, *accumulate(len(site.parts) for site in self.sites[:-1]))
+
+    def site_of(self, sibling: int) -> Site:
+        """The site that a sibling of the bank is a part of."""
+        return next(
+            site
+            for site, first in zip(self.sites, self.firsts, strict=True)
+            if first <= sibling < first + len(site.parts)
+        )
+
+    def ranges(self, index: int) -> Ranges:
+        """(siblings, offsets, sizes) of the parts of site `index` in the bank."""
+        siblings, offsets, sizes = own_ranges(self.sites[index])
+        first, start = self.firsts[index], self.offsets[index]
+        return tuple(first + i for i in siblings), tuple(start + o for o in offsets), sizes

@@ -1,0 +1,286 @@
+"""CompiledModel: the executable that `lorafx.compile` returns."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorafx.adapter_store.store import BASE, AdapterStore
+from lorafx.capture.backend import Backend
+from lorafx.capture.entry import Entry, entered
+from lorafx.capture.program import Program
+from lorafx.errors import BatchError, CaptureError
+from lorafx.explain import Explanation
+from lorafx.model.sites import Site
+from lorafx.passes.attach import Attachment
+from lorafx.serving.generation import generate
+from lorafx.serving.session import Session, checked_names
+from lorafx.serving.warmup import warm_up
+
+
+class CompiledModel(nn.Module):
+    """A model that serves its base and many LoRA adapters in one batch.
+
+    Attributes that it does not have are those of the model, which is `model`, unchanged: same
+    classes, names, `state_dict()`, `save_pretrained()`. For inference only: gradients are off.
+    Calls from several threads wait for one another.
+    """
+
+    def __init__(
+        self, program: Program, attachment: Attachment, store: AdapterStore, dynamic: bool | None
+    ) -> None:
+        super().__init__()
+        self.model = program.model
+        self._attachment = attachment
+        self._session = Session(program, store, Backend(program, entered), dynamic)
+        self._entries: dict[tuple[int, bool], Entry] = {}
+        # Not train(), which has no end where a child holds its parent.
+        self.training = program.model.training
+
+    def forward(
+        self,
+        *args: Any,
+        adapter_names: Sequence[str | None] | None = None,
+        adapter_slots: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's forward with an adapter for each row.
+
+        Args:
+            adapter_names: a name, or None or "__base__" for the base model, for each request, in
+                the order of the batch. Without it every row uses the default of `set_adapter`.
+            adapter_slots: integers (B, T), the adapter of each token: an index into
+                `adapter_names`, or without it into `adapters`; -1 for the base model. For packed
+                sequences, and adapters that begin at a token. (B,) is one a request.
+            *args, **kwargs: of the model's own forward.
+
+        Raises:
+            ConfigError: `adapter_names` is no list of names.
+            BatchError: `adapter_names` or `adapter_slots` does not fit the batch.
+            UnknownAdapterError: a name that is not loaded.
+            CapacityError: more distinct adapters than slots.
+            ProvenanceError, MatchError: this batch cannot be served rightly; says why.
+            CaptureError: the model was detached, moved, or needs more graphs than allowed.
+        """
+        self._check_attached()
+        names = checked_names(adapter_names)
+        tokens = None
+        if adapter_slots is not None:
+            names, tokens = _by_slots(adapter_slots, self.adapters if names is None else names)
+        with self._session.serving(names, tokens=tokens):
+            return self.entry(self.model, per_token=tokens is not None)(*args, **kwargs)
+
+    def generate(
+        self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any
+    ) -> Any:
+        """transformers' `generate` with an adapter for each prompt.
+
+        Beams and returned sequences of one prompt keep its adapter.
+
+        Args:
+            adapter_names: one for each prompt, as in `forward`.
+            *args, **kwargs: of the model's own `generate`.
+
+        Raises:
+            LorafxError: the model has no `generate`.
+            Otherwise as `forward`.
+        """
+        self._check_attached()
+        with self._session.serving(checked_names(adapter_names), repeats=True):
+            return generate(self, *args, **kwargs)
+
+    def entry(self, module: nn.Module, *, per_token: bool = False) -> Entry:
+        """The compiled forward of `module`, the model itself or a part that runs by itself."""
+        key = id(module), per_token
+        if key not in self._entries:
+            self._entries[key] = Entry(self._session, module, per_token=per_token)
+        return self._entries[key]
+
+    def capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Capture the graphs for this call, without adapters and with them, by running both."""
+        self._check_attached()
+        with self._session.serving([None], repeats=True):  # every row is the base's
+            self.entry(self.model)(*args, **kwargs)
+            with self._session.forced_active():
+                self.entry(self.model)(*args, **kwargs)
+
+    def warmup(
+        self,
+        example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
+        *,
+        rank: int | None = None,
+        batch_sizes: Sequence[int] = (1, 8),
+        lengths: Sequence[int] = (16,),
+        generate: bool | Mapping[str, Any] | None = None,
+    ) -> None:
+        """Capture and compile every graph that serving will need, so that no request waits for it.
+
+        Runs the model's forward, with the cache that it returns one token further, and `generate`:
+        each for every batch size and length, with no adapter, one, and a mix. Dummy adapters of a
+        small rank stand for those to come; which ones a batch has makes no graph. Adapters, the
+        default, slots, pins, random states and the buffers of the model are as before afterwards,
+        also when this raises. Other calls wait. Takes as long as compiling does: 20 graphs for a
+        causal language model; lines on a terminal say which one is under way.
+
+        Args:
+            example_inputs: a call's keyword arguments (or positional ones), or a list of such
+                calls: graphs are for the arguments that a call has. Without them token ids and
+                an attention mask, made from the model's configuration.
+            rank: of the dummies; None for 8, or `max_rank` where that is less. Rounded up to the
+                least common multiple of the shard counts where a class cuts the rank
+                (`lorafx.register(rank_shards=...)`).
+            batch_sizes: numbers of requests. One is a graph of its own and all others share one,
+                whose Triton kernels are planned for the first of them: give what you will serve.
+            lengths: numbers of tokens of a prompt, likewise. Prompts of one token make graphs of
+                their own: give (16, 1) to have them. Where a model's attention has a window, give
+                one length beyond it too.
+            generate: None runs forward, and `generate` where the model can; False forward alone;
+                True, or keyword arguments to run it with (`{"num_beams": 4}`), `generate` alone.
+
+        Raises:
+            ConfigError: an argument that cannot be honoured, or a model whose inputs cannot be
+                derived.
+            CapacityError: `max_rank` is less than the dummies' rank.
+            CaptureError: the model was detached, moved, or needs more graphs than allowed.
+            Whatever the model's own forward raises for these inputs.
+        """
+        self._check_attached()
+        warm_up(
+            self,
+            example_inputs,
+            rank=rank,
+            batch_sizes=batch_sizes,
+            lengths=lengths,
+            generate=generate,
+        )
+
+    # --- adapters ---
+
+    def set_adapter(self, name: str | None) -> None:
+        """The adapter of calls that name none; None for the base model.
+
+        Raises:
+            UnknownAdapterError: it is not loaded.
+        """
+        if name is not None and name != BASE:
+            self._session.store[name]
+        self._session.default = name
+
+    def load_adapter(self, source: str | os.PathLike[str], name: str) -> None:
+        """Read an adapter folder and keep it in host memory; a batch that names it brings it in.
+
+        An adapter of the same name is replaced.
+
+        Raises:
+            CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
+        """
+        self._session.load(source, name)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter and free its slot; if it was the default, the base model is now.
+
+        Raises:
+            UnknownAdapterError: it is not loaded.
+        """
+        self._session.store.unload(name)
+        if self._session.default == name:
+            self._session.default = None
+
+    def pin_adapter(self, name: str) -> None:
+        """Bring an adapter into a slot now and keep it there.
+
+        Raises:
+            UnknownAdapterError: it is not loaded.
+            CapacityError: every slot is pinned.
+        """
+        self._session.store.pin(name)
+
+    def unpin_adapter(self, name: str) -> None:
+        """Let a pinned adapter be evicted again.
+
+        Raises:
+            UnknownAdapterError: it is not loaded.
+        """
+        self._session.store.unpin(name)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loaded adapters, in order of loading."""
+        return self._session.store.names
+
+    # --- what it is and does ---
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The modules that can carry LoRA, by canonical path with their aliases."""
+        return self._session.program.sites
+
+    @property
+    def recompiles(self) -> int:
+        """Graphs captured so far."""
+        return len(self._session.backend.records)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes: "banks" on the device, "host" copies of adapters, "base" parameters."""
+        base = {id(p): p.numel() * p.element_size() for p in self.model.parameters()}
+        return {**self._session.store.nbytes(), "base": sum(base.values())}
+
+    def explain(self) -> Explanation:
+        """Sites, groups, graphs, packs, row maps, plan and refusals as they are now."""
+        return Explanation.of(self._session)
+
+    def dump(self, folder: str | os.PathLike[str]) -> Path:
+        """Write every captured graph, before and after each pass, as text and as diffs."""
+        target = Path(folder)
+        for record in self._session.backend.records:
+            record.dump.write(target)
+        (target / "explain.txt").write_text(f"{self.explain()}\n")
+        return target
+
+    def detach(self) -> nn.Module:
+        """Take the marks off the model and return it; this object serves no more calls.
+
+        A `peft.PeftModel` that was compiled gets its wrappers back.
+        """
+        self._attachment.detach()
+        return self.model
+
+    # --- plumbing ---
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    def _check_attached(self) -> None:
+        if not self._attachment.handles:
+            raise CaptureError("this model was detached; call lorafx.compile again")
+
+
+def _by_slots(
+    slots: Tensor, names: Sequence[str | None]
+) -> tuple[Sequence[str | None], Tensor | None]:
+    """(names, slots a token), or (a name a request, None) where no row mixes adapters."""
+    if slots.dim() not in (1, 2) or slots.is_floating_point() or not slots.numel():
+        raise BatchError(
+            "adapter_slots holds integers of shape (B,) or (B, T), got "
+            f"{tuple(slots.shape)} {slots.dtype}"
+        )
+    slots = slots.cpu()
+    if not -1 <= int(slots.min()) <= int(slots.max()) < len(names):
+        raise BatchError(
+            f"adapter_slots holds {int(slots.min())} to {int(slots.max())}, but there are "
+            f"{len(names)} adapters to point at ({', '.join(map(str, names)) or 'none'}); "
+            "-1 is the base model"
+        )
+    by_request = slots if slots.dim() == 1 else slots[:, 0]
+    if slots.dim() == 1 or bool((slots == by_request[:, None]).all()):
+        return [names[i] if i >= 0 else None for i in by_request.tolist()], None
+    return names, slots

@@ -1,0 +1,219 @@
+"""A session: a program that serves calls, each request with its own adapter.
+
+names of the requests → rows of the batch → slots in the store → the runtime that marks read
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorafx.adapter_store.peft_reader import read_adapter
+from lorafx.adapter_store.store import AdapterStore, StoredAdapter
+from lorafx.capture.backend import Backend
+from lorafx.capture.program import Call, Program
+from lorafx.errors import BatchError, ConfigError
+from lorafx.serving.roles import TOKEN_DIMS, RoleTable
+
+Names = Sequence["str | None"]
+
+
+@dataclass(eq=False)
+class Session:
+    """What all entries of one CompiledModel share.
+
+    Attributes:
+        requests: the adapter of each request of the running call; None outside a call.
+        tokens: (B, T) which of `requests` each token uses, -1 for the base; None otherwise.
+        repeats: rows of one request may follow one another (beams, returned sequences), as
+            `generate` expands them.
+    """
+
+    program: Program
+    store: AdapterStore
+    backend: Backend
+    dynamic: bool | None
+    default: str | None = None
+    requests: tuple[str | None, ...] | None = None
+    tokens: Tensor | None = None
+    repeats: bool = False
+    force_active: bool = False
+    #: The running calls only have graphs captured: nothing of their results is used, so what could
+    #: not be served rightly is not refused.
+    warming: bool = False
+    has_mha: bool = field(init=False)
+    #: The adapters that were served last, and the sites that they touch.
+    _served: list[StoredAdapter] = field(default_factory=list)
+    _touched: frozenset[str] = frozenset()
+    #: One call at a time: slots and the running call are one state for all marks of the model.
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def __post_init__(self) -> None:
+        self.has_mha = any(
+            isinstance(module, nn.MultiheadAttention) for module in self.program.model.modules()
+        )
+
+    @contextmanager
+    def serving(
+        self, names: Names | None, *, repeats: bool = False, tokens: Tensor | None = None
+    ) -> Iterator[None]:
+        """Serve these requests inside the block; None stands for the default adapter."""
+        with self.lock:
+            before = self.requests, self.repeats, self.tokens
+            self.requests = None if names is None else tuple(names)
+            self.repeats, self.tokens = repeats, tokens
+            try:
+                yield
+            finally:
+                self.requests, self.repeats, self.tokens = before
+                self.program.call = None
+                # The marks stay on the model: called by itself it is the base model.
+                self.program.runtime.active = False
+
+    @contextmanager
+    def forced_active(self) -> Iterator[None]:
+        """Take the road of batches with adapters even where none is active."""
+        self.force_active = True
+        try:
+            yield
+        finally:
+            self.force_active = False
+
+    def set_batch(self, roles: RoleTable, named: Mapping[str, Any]) -> None:
+        """Give every row of the call its slot.
+
+        Raises:
+            BatchError: names and rows do not fit together.
+            UnknownAdapterError, CapacityError: from the store, before anything has changed.
+        """
+        rows = roles.rows(named)
+        names = self._row_names(rows)
+        program = self.program
+        self._set_slots(roles, named, names, self.store.acquire(names))
+        if not program.runtime.uniform and rows is not None:
+            _check_rows(roles, named, rows)
+
+    def set_tokens(self, roles: RoleTable, named: Mapping[str, Any]) -> None:
+        """Give every token of the call its slot, as `tokens` says.
+
+        Raises:
+            BatchError: arguments with one entry a token do not have the shape of `tokens`.
+            As `set_batch`.
+        """
+        assert self.tokens is not None
+        assert self.requests is not None
+        rows, length = self.tokens.shape
+        _check_rows(roles, named, rows)
+        for name, dim in TOKEN_DIMS.items():
+            value = named.get(name)
+            if not isinstance(value, Tensor) or roles.role(name, value).dim != 0:
+                continue
+            if value.dim() > dim and value.shape[dim] != length:
+                raise BatchError(
+                    f"adapter_slots has shape {(rows, length)}, and {name!r} {tuple(value.shape)}: "
+                    "calls with a slot a token take whole sequences, without a cache of earlier "
+                    "tokens"
+                )
+        names = [self.requests[i] if i >= 0 else None for i in self.tokens.flatten().tolist()]
+        self._set_slots(roles, named, names, self.store.acquire(names))
+
+    def _set_slots(
+        self, roles: RoleTable, named: Mapping[str, Any], names: Names, slots: Sequence[int]
+    ) -> None:
+        self.serve(names, slots)
+        self.program.call = Call(roles, named)
+
+    def serve(self, names: Names, slots: Sequence[int]) -> None:
+        """Serve rows of these adapters, which have these slots."""
+        program = self.program
+        if not self.backend.records:  # nothing has run yet
+            program.note_constants()
+        program.runtime.set_rows(slots)
+        program.runtime.active |= self.force_active
+        distinct = dict.fromkeys(n for n, slot in zip(names, slots, strict=True) if slot >= 0)
+        stored = [self.store[name] for name in distinct if name is not None]
+        if [id(adapter) for adapter in stored] != [id(adapter) for adapter in self._served]:
+            self._served = stored
+            self._touched = frozenset().union(*(adapter.sites for adapter in stored))
+        program.touched = frozenset() if self.warming else self._touched
+
+    def forget_served(self) -> None:
+        """Keep no adapter that was served alive."""
+        self._served, self._touched = [], frozenset()
+
+    def repeating(self) -> bool:
+        """Whether rows of one request may follow one another though `repeats` does not say so."""
+        return False
+
+    def load(self, source: Any, name: str) -> None:
+        """Read an adapter folder and keep it in host memory, in place of one of the same name.
+
+        Raises:
+            CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
+        """
+        program = self.program
+        adapter = read_adapter(
+            source, name, program.sites, model=program.model, max_rank=program.config.max_rank
+        )
+        self.store.load(adapter)
+
+    def _row_names(self, rows: int | None) -> Names:
+        if self.requests is None:
+            return [self.default] * (rows or 1)
+        if rows is None:
+            if len(set(self.requests)) > 1:
+                raise BatchError(
+                    "no argument of this call carries requests, so its rows cannot use different "
+                    "adapters; say which one does by LoraConfig(row_dims={argument: dim})"
+                )
+            return self.requests[:1]
+        given = len(self.requests)
+        if rows == given:
+            return self.requests
+        if given and rows % given == 0 and (self.repeats or self.repeating()):
+            return [name for name in self.requests for _ in range(rows // given)]
+        raise BatchError(
+            f"adapter_names has {given} entries and the batch has {rows} rows; give one name, "
+            "or None for the base model, a row"
+        )
+
+
+def _check_rows(roles: RoleTable, named: Mapping[str, Any], rows: int) -> None:
+    """Every argument that carries requests has `rows` of them, or one that all share."""
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            continue
+        role = roles.role(name, value)
+        if not role.known or role.dim is None:
+            continue
+        if value.dim() <= role.dim or value.shape[role.dim] not in (rows, 1):
+            raise BatchError(
+                f"argument {name!r} has shape {tuple(value.shape)}, but its dimension {role.dim} "
+                f"should hold the {rows} requests; say which dimension does by "
+                f"LoraConfig(row_dims={{{name!r}: dim}}), None when all requests share it"
+            )
+
+
+def checked_names(names: Sequence[str | None] | None) -> Sequence[str | None] | None:
+    """`names` as given, once it is known to be a list of names.
+
+    Raises:
+        ConfigError: it is not; BatchError: it is empty.
+    """
+    if names is None:
+        return None
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise ConfigError(f"adapter_names is a list with one name, or None, a row; got {names!r}")
+    if not names:
+        raise BatchError("adapter_names is empty; give one name, or None, a row")
+    for row, name in enumerate(names):
+        if name is not None and not isinstance(name, str):
+            raise ConfigError(
+                f"adapter_names[{row}] is {name!r}; give a name, or None for the base model"
+            )
+    return names
