@@ -15,11 +15,11 @@ from torch import Tensor
 
 from lorafx.capture.handover import Handover
 from lorafx.capture.program import Program
-from lorafx.errors import BatchError, CaptureError, MatchError, ProvenanceError
+from lorafx.errors import CaptureError, MatchError, ProvenanceError
 from lorafx.graph.frame import Frame
 from lorafx.graph.weight_forms import Form
 from lorafx.model.sites import Site
-from lorafx.serving.roles import Role
+from lorafx.serving.roles import Role, check_requests
 
 
 @dataclass
@@ -119,13 +119,7 @@ class InputPlaces:
             BatchError: it does not.
         """
         for position, dim, name in self.requests:
-            shape = tuple(arguments[position].shape)
-            if shape[dim] not in (rows, 1):
-                raise BatchError(
-                    f"{name} has shape {shape}, but its dimension {dim} should hold the {rows} "
-                    "requests; say which dimension does by LoraConfig(row_dims={argument: dim}), "
-                    "None when all requests share it"
-                )
+            check_requests(name, arguments[position].shape, dim, rows)
 
 
 @dataclass(frozen=True)

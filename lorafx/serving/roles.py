@@ -9,11 +9,13 @@ guessed from sizes; sizes are only checked against it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
+
+from lorafx.errors import BatchError
 
 _BATCH_FIRST = 0
 
@@ -189,3 +191,17 @@ def tensor_leaves(value: Any) -> Iterator[Tensor]:
             yield from walk(child, left - 1)
 
     yield from walk(value, _DEPTH)
+
+
+def check_requests(name: str, shape: Sequence[int], dim: int, rows: int) -> None:
+    """Dimension `dim` of the argument holds all `rows` requests, or one entry that they share.
+
+    Raises:
+        BatchError: it does not.
+    """
+    if len(shape) <= dim or shape[dim] not in (rows, 1):
+        raise BatchError(
+            f"argument {name!r} has shape {tuple(shape)}, but its dimension {dim} should hold the "
+            f"{rows} requests; say which dimension does by LoraConfig(row_dims={{{name!r}: dim}}), "
+            "None when all requests share it"
+        )

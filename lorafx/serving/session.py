@@ -18,7 +18,7 @@ from lorafx.adapter_store.store import AdapterStore, StoredAdapter
 from lorafx.capture.backend import Backend
 from lorafx.capture.program import Call, Program
 from lorafx.errors import BatchError, ConfigError
-from lorafx.serving.roles import TOKEN_DIMS, RoleTable
+from lorafx.serving.roles import TOKEN_DIMS, RoleTable, check_requests
 
 Names = Sequence["str | None"]
 
@@ -191,12 +191,7 @@ def _check_rows(roles: RoleTable, named: Mapping[str, Any], rows: int) -> None:
         role = roles.role(name, value)
         if not role.known or role.dim is None:
             continue
-        if value.dim() <= role.dim or value.shape[role.dim] not in (rows, 1):
-            raise BatchError(
-                f"argument {name!r} has shape {tuple(value.shape)}, but its dimension {role.dim} "
-                f"should hold the {rows} requests; say which dimension does by "
-                f"LoraConfig(row_dims={{{name!r}: dim}}), None when all requests share it"
-            )
+        check_requests(name, value.shape, role.dim, rows)
 
 
 def checked_names(names: Sequence[str | None] | None) -> Sequence[str | None] | None:
