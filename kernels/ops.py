@@ -7,6 +7,7 @@ Importing this module registers them. What they share:
     rows    > 0: row m belongs to slots[(m // rows) % n]; 0: unproved, then all slots must be equal
     A, B    the bank of one group (lorafx.adapter_store.bank): A (S, G·R, K), B (S, R, ΣN);
             embedding: A (S, V, R). Only the first ranks[s, i] of the R factors are read.
+    gains   DoRA's G (S, ΣN) float32, for banks that have it (lorafx.kernels.rescale)
 
     site                  y + the deltas of one module, the mark that `attach` leaves on it
     embedding_site        the same for an embedding
@@ -32,13 +33,14 @@ from torch.fx.experimental.symbolic_shapes import guard_or_true
 from lorafx.errors import LoweringError
 from lorafx.kernels.delta import add_embedding_delta, add_linear_delta
 from lorafx.kernels.op_library import define
+from lorafx.kernels.rescale import rescaled
 
 BANK = "Tensor A, Tensor B, Tensor ranks, Tensor scales, Tensor slots"
 RANGES = "int[] siblings, int[] offsets, int[] sizes"
 SCHEMAS = (
-    f"site(Tensor x, Tensor y, {BANK}, {RANGES}, SymInt rows,"
-    " Tensor? weight=None, Tensor? bias=None) -> Tensor",
-    f"embedding_site(Tensor ids, Tensor y, {BANK}, SymInt rows) -> Tensor",
+    f"site(Tensor x, Tensor y, {BANK}, {RANGES}, SymInt rows, Tensor? weight=None,"
+    " Tensor? bias=None, Tensor? gains=None, Tensor? addend=None) -> Tensor",
+    f"embedding_site(Tensor ids, Tensor y, {BANK}, SymInt rows, Tensor? gains=None) -> Tensor",
     f"fused_linear(Tensor x, Tensor weight, Tensor? bias, {BANK}, {RANGES}, SymInt rows,"
     " bool transposed) -> Tensor",
     f"add_delta_(Tensor(a!) y, Tensor x, {BANK}, {RANGES}, SymInt rows, int kernel) -> ()",
@@ -80,6 +82,13 @@ def _check_bank(
     for name, tensor in (("A", A), ("B", B), ("scales", scales)):
         _require(op, tensor.shape[0] == S, f"{name} has {tensor.shape[0]} slots, ranks has {S}")
     _require(op, scales.shape[1] == G, f"scales has {scales.shape[1]} siblings, ranks has {G}")
+
+
+def _check_gains(op: str, y: Tensor, B: Tensor, gains: Tensor | None) -> None:
+    if gains is not None:
+        want, have = (B.shape[0], B.shape[2]), tuple(gains.shape)
+        _require(op, have == want, f"gains is (slots, columns) {want}, not {have}")
+        _require(op, gains.dtype == torch.float32, f"gains is float32, not {gains.dtype}")
 
 
 def _check_linear(
@@ -170,27 +179,47 @@ def site(
     rows: int,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    gains: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> Tensor:
     """y (..., N) + delta for x (..., K), a new contiguous tensor of y's dtype.
 
     The j-th column range of y gets the delta of siblings[j]: several where one module computes
     several projections. `weight` and `bias` are the group's packed base parameters, carried for
-    the `pack` pass only.
+    the `pack` pass only. With `gains` all of y but `addend` (N,) is rescaled then.
     """
+    ranges = (siblings, offsets, sizes)
+    _check_site(x, y, A, B, ranks, scales, slots, *ranges, rows, gains)
+    out = y.clone(memory_format=torch.contiguous_format)
+    add_linear_delta(out, x, A, B, ranks, scales, slots, *ranges, rows)
+    return out if gains is None else rescaled(out, gains, addend, slots, rows, offsets, sizes)
+
+
+def _check_site(x, y, A, B, ranks, scales, slots, siblings, offsets, sizes, rows, gains) -> None:
     ranges = (siblings, offsets, sizes)
     _check_linear("site", x, y.shape[-1], A, B, ranks, scales, slots, *ranges)
     _check_rows("site", x.shape[:-1], y.shape[:-1], rows)
-    out = y.clone(memory_format=torch.contiguous_format)
-    add_linear_delta(out, x, A, B, ranks, scales, slots, *ranges, rows)
-    return out
+    _check_gains("site", y, B, gains)
 
 
 def site_fake(
-    x, y, A, B, ranks, scales, slots, siblings, offsets, sizes, rows, weight=None, bias=None
+    x,
+    y,
+    A,
+    B,
+    ranks,
+    scales,
+    slots,
+    siblings,
+    offsets,
+    sizes,
+    rows,
+    weight=None,
+    bias=None,
+    gains=None,
+    addend=None,
 ):
-    ranges = (siblings, offsets, sizes)
-    _check_linear("site", x, y.shape[-1], A, B, ranks, scales, slots, *ranges)
-    _check_rows("site", x.shape[:-1], y.shape[:-1], rows)
+    _check_site(x, y, A, B, ranks, scales, slots, siblings, offsets, sizes, rows, gains)
     return y.new_empty(y.shape)
 
 
@@ -203,16 +232,24 @@ def embedding_site(
     scales: Tensor,
     slots: Tensor,
     rows: int,
+    gains: Tensor | None = None,
 ) -> Tensor:
-    """y (*ids.shape, N) + scales · A[slot, ids, :r] B[slot, :r], a new contiguous tensor."""
+    """y (*ids.shape, N) + scales · A[slot, ids, :r] B[slot, :r], a new contiguous tensor.
+
+    With `gains` it is rescaled then.
+    """
     _check_embedding("embedding_site", ids, y, A, B, ranks, scales, slots, rows)
+    _check_gains("embedding_site", y, B, gains)
     out = y.clone(memory_format=torch.contiguous_format)
     add_embedding_delta(out, ids, A, B, ranks, scales, slots, rows)
-    return out
+    if gains is None:
+        return out
+    return rescaled(out, gains, None, slots, rows, [0], [y.shape[-1]])
 
 
-def embedding_site_fake(ids, y, A, B, ranks, scales, slots, rows):
+def embedding_site_fake(ids, y, A, B, ranks, scales, slots, rows, gains=None):
     _check_embedding("embedding_site", ids, y, A, B, ranks, scales, slots, rows)
+    _check_gains("embedding_site", y, B, gains)
     return y.new_empty(y.shape)
 
 

@@ -39,6 +39,9 @@ class LoraConfig:
             `{"qkv_proj": ["q_proj", "k_proj", "v_proj"]}`, one name an output slice, or with
             slices, `{"in_proj_qkvz": {"in_proj_qkv": (0, 1, 2), "in_proj_z": 3}}`. Wins over
             what the model declares by `packed_modules_mapping`.
+        use_dora: room for DoRA adapters: a scale of each output beside the factors, applied in
+            every graph with adapters. On by itself where an adapter that is loaded while
+            compiling is DoRA.
     """
 
     target_modules: str | Sequence[str] | None = None
@@ -50,6 +53,7 @@ class LoraConfig:
     packed_modules: Mapping[str, Sequence[str] | Mapping[str, int | Sequence[int]]] = field(
         default_factory=dict
     )
+    use_dora: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_adapters", "max_rank"):

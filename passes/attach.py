@@ -122,8 +122,9 @@ def _group(siblings: list[Site], config: LoraConfig) -> Group:
         dtype=config.dtype or first.dtype,
         device=first.device,
         experts=first.experts,
+        dora=config.use_dora and first.expert_weight is None,
     )
-    for tensor in (bank.A, bank.B, bank.ranks, bank.scales):
+    for tensor in bank.tensors.values():
         mark_fixed_shape(tensor)
     return Group(tuple(siblings), (0, *accumulate(sizes[:-1])), bank)
 

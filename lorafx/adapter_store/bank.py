@@ -1,6 +1,7 @@
 """The bank: the low-rank factors of all slots of one group, at fixed addresses.
 
     delta_i(x) = scales[s, i] · (x A[s, i·R : i·R + r]ᵀ) B[s, :r, offset_i : offset_i + N_i]
+    y ← c + (1 + gains[s, n]) · (y − c)     where the bank has room for DoRA, c the module's bias
 
 with s the row's slot and r = ranks[s, i]. Rows with slot -1 are base rows. Factors beyond a
 slot's own rank are never read, so traffic grows with what is active, not with what is reserved.
@@ -25,6 +26,8 @@ class Factors(NamedTuple):
     A: linear (r, K), embedding (V, r). B: (r, N), the checkpoint's B transposed.
     With experts: A (E, r, K), B (E, r, N), and `ranks` and `scales` (E,), the rank of each expert
     being at most r.
+    DoRA: the trained `magnitude` m (N,) and `gains` (N,), m / ‖W + s·B A‖ − 1 of the base weight
+    as it is, both float32.
     """
 
     sibling: int
@@ -33,6 +36,8 @@ class Factors(NamedTuple):
     B: Tensor
     scale: float | Tensor
     ranks: Tensor | None = None
+    magnitude: Tensor | None = None
+    gains: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -50,6 +55,8 @@ class Bank:
         scales: (S, G) float32, α/r or α/√r.
         kind: "linear" or "embedding", which says how A is laid out.
         experts: E; S is a multiple of it.
+        gains: (S, ΣN) float32, by how much DoRA's scale of each output differs from 1; None where
+            there is no room for DoRA.
     """
 
     A: Tensor
@@ -58,6 +65,7 @@ class Bank:
     scales: Tensor
     kind: str = "linear"
     experts: int = 1
+    gains: Tensor | None = None
 
     @classmethod
     def allocate(
@@ -71,9 +79,11 @@ class Bank:
         dtype: torch.dtype,
         device: torch.device,
         experts: int = 1,
+        dora: bool = False,
     ) -> Bank:
         """A bank of zeros for siblings with these output sizes."""
         siblings, slots = len(out_features), slots * experts
+        columns = sum(out_features)
         a_shape = (
             (slots, in_features, rank)
             if kind == "embedding"
@@ -83,16 +93,23 @@ class Bank:
         with torch.inference_mode(False):
             return cls(
                 A=torch.zeros(a_shape, dtype=dtype, device=device),
-                B=torch.zeros((slots, rank, sum(out_features)), dtype=dtype, device=device),
+                B=torch.zeros((slots, rank, columns), dtype=dtype, device=device),
                 ranks=torch.zeros((slots, siblings), dtype=torch.int32, device=device),
                 scales=torch.zeros((slots, siblings), dtype=torch.float32, device=device),
                 kind=kind,
                 experts=experts,
+                gains=torch.zeros((slots, columns), device=device) if dora else None,
             )
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What a graph may take of the bank, by the names of its fields."""
+        named = {"A": self.A, "B": self.B, "ranks": self.ranks, "scales": self.scales}
+        return named if self.gains is None else {**named, "gains": self.gains}
+
+    @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.A, self.B, self.ranks, self.scales))
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @torch.no_grad()
     def write(self, slot: int, factors: Sequence[Factors]) -> None:
@@ -114,11 +131,25 @@ class Bank:
             scales[:, f.sibling] = f.scale
         self.scales[own].copy_(scales)
         self.ranks[own].copy_(ranks)
+        self.write_gains(slot, factors)
+
+    @torch.no_grad()
+    def write_gains(self, slot: int, factors: Sequence[Factors]) -> None:
+        """Make `slot` rescale outputs as `factors` say, and no others, in place."""
+        if self.gains is None:
+            return
+        gains = torch.zeros(self.gains.shape[1], dtype=torch.float32, device="cpu")
+        for f in factors:
+            if f.gains is not None:
+                gains[f.offset : f.offset + f.B.shape[-1]] = f.gains
+        self.gains[slot].copy_(gains)
 
     @torch.no_grad()
     def clear(self, slot: int) -> None:
-        """Make `slot` a base slot: no sibling has a rank."""
+        """Make `slot` a base slot: no sibling has a rank, no output another scale."""
         self.ranks[self._own(slot)].zero_()
+        if self.gains is not None:
+            self.gains[slot].zero_()
 
     def _own(self, slot: int) -> slice:
         """The slots of the bank that are the model's slot `slot`, one an expert."""

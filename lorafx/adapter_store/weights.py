@@ -8,7 +8,8 @@ from torch import Tensor
 
 
 class LoraWeights(NamedTuple):
-    """One part's factors: A (r, K) and B (N, r) in the file's dtype, and s.
+    """One part's factors: A (r, K) and B (N, r) in the file's dtype, and s. DoRA's m (N,) is its
+    `magnitude`.
 
     Of routed experts A (E, r, K), B (E, N, r), and s and `ranks` (E,), an expert's rank being at
     most r and 0 where the adapter does not touch it.
@@ -18,6 +19,7 @@ class LoraWeights(NamedTuple):
     B: Tensor
     scale: float | Tensor
     ranks: Tensor | None = None
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:

@@ -22,7 +22,9 @@ from lorafx.model.sites import Group, Site
 from lorafx.serving.roles import Role, RoleTable, tensor_leaves
 from lorafx.serving.runtime import Runtime
 
+#: What every site op takes of a bank, and what those that rescale take besides.
 BANK_FIELDS = ("A", "B", "ranks", "scales")
+GAINS = "gains"
 
 
 @dataclass(eq=False)
@@ -50,6 +52,8 @@ class Program:
     call: Call | None = None
     #: Canonical paths of the sites that the running batch's adapters touch.
     touched: frozenset[str] = frozenset()
+    #: Those of them that they rescale (DoRA).
+    rescaled: frozenset[str] = frozenset()
     #: Plain tensor attributes of modules that existed before the first call: constants. One that
     #: appears later may hold what an earlier call computed for its own requests.
     #: By identity, held weakly: a number of `id` alone may be given to another tensor later.
@@ -90,6 +94,10 @@ class Program:
     def is_touched(self, site: Site) -> bool:
         """True where an adapter of the running batch has factors for `site`."""
         return site.path in self.touched
+
+    def is_rescaled(self, site: Site) -> bool:
+        """True where a DoRA adapter of the running batch rescales what `site` computes."""
+        return site.path in self.rescaled
 
     def _sites_by_weight(self) -> dict[int, list[Site]]:
         """The sites by identity of their base weight as it is now; tied sites share one."""
@@ -152,6 +160,9 @@ class Program:
                 B=bank.B[:, :, offset : offset + site.out_features],
                 ranks=bank.ranks[:, first:last],
                 scales=bank.scales[:, first:last],
+                gains=None
+                if bank.gains is None
+                else bank.gains[:, offset : offset + site.out_features],
             )
 
     def group_of_bank(self, A: Tensor) -> Group | None:
@@ -175,8 +186,7 @@ class Program:
             label = f"{sites[0].path}.{sites[0].eligible.weight}"
             known[key] = FrameInput("weight", label, sites=tuple(sites))
         for group in self.groups:
-            for name in BANK_FIELDS:
-                tensor = getattr(group.bank, name)
+            for name, tensor in group.bank.tensors.items():
                 known[id(tensor)] = FrameInput("bank", name, group=group)
         for packed in self.packed:
             for name in ("weight", "bias"):
