@@ -23,6 +23,7 @@ from lorafx.errors import (
     VerifyError,
 )
 from lorafx.model.out_of_tree import register_oot, unregister_oot
+from lorafx.model.quantized import dequantize
 from lorafx.registry import register, unregister
 from lorafx.serving.attached import adapters, detach, load_adapter, unload_adapter
 from lorafx.serving.compiled import CompiledModel
@@ -48,6 +49,7 @@ __all__ = [
     "adapters",
     "attach",
     "compile",
+    "dequantize",
     "detach",
     "explain",
     "load_adapter",

@@ -77,6 +77,9 @@ class Eligible:
             the size of each.
         rank_shards: instance -> how many processes the rank is cut over, which an adapter's rank
             has to be a multiple of; None where it is not cut.
+        dequantize: instance -> W (N, K), (V, D) for an embedding; None where the weight is in a
+            format that lorafx.model.weight_formats knows.
+        requantize: stores such a W in the instance, in place; None where it cannot.
     """
 
     cls: type[nn.Module]
@@ -89,6 +92,8 @@ class Eligible:
     handler: Handler | None = None
     packed: bool = False
     rank_shards: Callable[[nn.Module], int] | None = None
+    dequantize: Callable[[nn.Module], Tensor] | None = None
+    requantize: Callable[[nn.Module, Tensor], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -166,6 +171,8 @@ def register(
     handler: Handler | None = None,
     packed: bool = False,
     rank_shards: Callable[[nn.Module], int] | None = None,
+    dequantize: Callable[[nn.Module], Tensor] | None = None,
+    requantize: Callable[[nn.Module, Tensor], None] | None = None,
 ) -> Eligible:
     """Make `cls` and its subclasses eligible; a later call for the same class replaces.
 
@@ -188,22 +195,40 @@ def register(
         packed: what `register_oot` puts in the place of the class must offer output sizes.
         rank_shards: for a class that cuts the rank of its factors over processes, a function of
             the instance giving how many; `warmup` makes its adapters' rank a multiple of it.
+        dequantize: for a class that stores its weight in a format of its own (packed integers,
+            scales), a function of the instance giving W (N, K) of y = x Wᵀ, or (V, D) for an
+            embedding, as numbers. What `lorafx.dequantize` calls; serving adapters needs none.
+        requantize: `requantize(module, W)` stores such a W in the instance, in place, keeping its
+            tensors' sizes and dtypes. Without it adapters cannot be merged into the class.
 
     Raises:
-        ConfigError: `cls` is no module class, `kind` is none of the three, or `handler` cannot
-            be called.
+        ConfigError: `cls` is no module class, `kind` is none of the three, or `handler`,
+            `dequantize` or `requantize` cannot be called.
     """
     if not isinstance(cls, type) or not issubclass(cls, nn.Module):
         raise ConfigError(f"register() takes an nn.Module class, got {cls!r}")
     if kind not in KINDS:
         known = ", ".join(map(repr, KINDS))
         raise ConfigError(f"register({cls.__qualname__}): kind is one of {known}, got {kind!r}")
-    if handler is not None and not callable(handler):
-        raise ConfigError(f"register({cls.__qualname__}): handler={handler!r} cannot be called")
+    functions = {"handler": handler, "dequantize": dequantize, "requantize": requantize}
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise ConfigError(f"register({cls.__qualname__}): {name}={function!r} cannot be called")
     slices = None if output_sizes is None else SliceSizes(output_sizes)
     sizes = Sizes(in_features, out_features)
     entry = Eligible(
-        cls, kind, sizes, weight, transposed, slices, sharding, handler, packed, rank_shards
+        cls,
+        kind,
+        sizes,
+        weight,
+        transposed,
+        slices,
+        sharding,
+        handler,
+        packed,
+        rank_shards,
+        dequantize,
+        requantize,
     )
     _REGISTERED[cls] = entry
     return entry

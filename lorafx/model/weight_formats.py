@@ -1,0 +1,341 @@
+"""How base weights are stored: formats that libraries keep W in, and how to read and write them.
+
+    plain              W itself, numbers of 16 bits or more
+    quant_method       lorafx.layers and classes like them: the method knows
+    tensor subclass    torchao's and others: `weight.dequantize()`
+    bitsandbytes       Int8Params (W ≈ CB · SCB / 127), Params4bit (blocks of a code times absmax)
+    fine-grained fp8   transformers' FP8Linear, FP8Experts: W = Q · s of its block, and one scale
+
+Each format is found by the class of what holds W. Nothing of a library is imported: whoever holds
+an object of one of its classes has imported it.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lorafx.model.forward_check import is_dense
+
+
+class CannotStore(Exception):
+    """A format that cannot be written, with the reason."""
+
+
+class Format(ABC):
+    """One way to store a weight. `name` is the attribute of the module that holds it."""
+
+    @abstractmethod
+    def holds(self, module: nn.Module, name: str) -> bool:
+        """Whether the module stores that weight so."""
+
+    @abstractmethod
+    def dequantize(self, module: nn.Module, name: str) -> Tensor:
+        """W as numbers, laid out as the module stores it."""
+
+    @abstractmethod
+    def tensors(self, module: nn.Module, name: str) -> list[Tensor]:
+        """The plain tensors that W is stored in."""
+
+    def store(self, module: nn.Module, name: str, weight: Tensor) -> None:
+        """Store `weight` in place. Raises CannotStore, and may have changed some tensors then."""
+        raise CannotStore(f"lorafx reads {type(self).__name__} and does not write it")
+
+    def keep(self, module: nn.Module, name: str) -> Callable[[], None]:
+        """A function that puts back what is stored now, bit by bit."""
+        return keeping(lambda: self.tensors(module, name))
+
+
+class QuantMethod(Format):
+    """A `quant_method` with `dequantize(module)`, as the layers of lorafx.layers have."""
+
+    def holds(self, module: nn.Module, name: str) -> bool:
+        method = getattr(module, "quant_method", None)
+        return callable(getattr(method, "dequantize", None))
+
+    def dequantize(self, module: nn.Module, name: str) -> Tensor:
+        method: Any = module.quant_method
+        return method.dequantize(module)
+
+    def tensors(self, module: nn.Module, name: str) -> list[Tensor]:
+        return own_tensors(module)
+
+    def store(self, module: nn.Module, name: str, weight: Tensor) -> None:
+        method: Any = module.quant_method
+        incoming = getattr(method, "incoming", None)
+        if incoming is None:
+            raise CannotStore(f"{type(method).__qualname__} has no method `incoming`")
+        for target, value in incoming(module, name, weight):
+            getattr(module, target).data.copy_(value)
+        method.process_weights_after_loading(module)
+
+
+class Bitsandbytes8(Format):
+    """Linear8bitLt: CB (N, K) int8 and SCB (N,), the largest |W| of each row."""
+
+    def holds(self, module: nn.Module, name: str) -> bool:
+        weight: Any = getattr(module, name, None)
+        return _is(weight, "bitsandbytes.nn.modules", "Int8Params") and weight.dtype == torch.int8
+
+    def scale(self, module: nn.Module, name: str) -> Tensor:
+        # The first forward moves it from the parameter to the module's state.
+        kept = getattr(module, name).SCB
+        return kept if kept is not None else module.state.SCB  # type: ignore[union-attr, return-value]
+
+    def dequantize(self, module: nn.Module, name: str) -> Tensor:
+        scale = self.scale(module, name)
+        return getattr(module, name).data.float() * (scale.float() / 127)[:, None]
+
+    def tensors(self, module: nn.Module, name: str) -> list[Tensor]:
+        return [getattr(module, name).data, self.scale(module, name)]
+
+    def store(self, module: nn.Module, name: str, weight: Tensor) -> None:
+        functional: Any = sys.modules["bitsandbytes.functional"]
+        stored, scale, _ = functional.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+        _write(self.tensors(module, name), [stored, scale])
+
+
+class Bitsandbytes4(Format):
+    """Linear4bit: two numbers a byte, `quant_state` says the code, the scales and the shape."""
+
+    def holds(self, module: nn.Module, name: str) -> bool:
+        weight: Any = getattr(module, name, None)
+        return _is(weight, "bitsandbytes.nn.modules", "Params4bit") and weight.bnb_quantized
+
+    def dequantize(self, module: nn.Module, name: str) -> Tensor:
+        weight = getattr(module, name)
+        data, state = self._unpacked(weight.data, self._state(module, name))
+        functional: Any = sys.modules["bitsandbytes.functional"]
+        return functional.dequantize_4bit(data, state)
+
+    def _state(self, module: nn.Module, name: str) -> Any:
+        return getattr(module, name).quant_state or module.quant_state
+
+    def _unpacked(self, data: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Data and state in the general layout. On CPUs with bfloat16 products the first forward
+        repacks both, with scales in bfloat16 and transposed, not nested any more."""
+        if not getattr(state, "packing_format_for_cpu", False):
+            return data, state
+        functional: Any = sys.modules["bitsandbytes.functional"]
+        absmax = state.absmax.T.reshape(-1).float()
+        state = copy.copy(state)
+        state.original_nested = False
+        data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
+        state.absmax, state.nested = absmax, False
+        return data, state
+
+    def tensors(self, module: nn.Module, name: str) -> list[Tensor]:
+        state = self._state(module, name)
+        scales = [state.absmax]
+        if state.nested:
+            scales += [state.offset, state.state2.absmax]
+        return [getattr(module, name).data, *scales]
+
+    def store(self, module: nn.Module, name: str, weight: Tensor) -> None:
+        held, state = getattr(module, name), self._state(module, name)
+        functional: Any = sys.modules["bitsandbytes.functional"]
+        packed = getattr(state, "packing_format_for_cpu", False)
+        data, new = functional.quantize_4bit(
+            weight.to(state.dtype).contiguous(),
+            blocksize=state.blocksize,
+            compress_statistics=state.nested and not packed,
+            quant_type=state.quant_type,
+            quant_storage=held.quant_storage,
+        )
+        if packed:
+            data, new = functional._convert_weight_packed_for_cpu(data, new)
+        values = [data.view(held.dtype).view_as(held.data), new.absmax]
+        if new.nested:
+            values += [new.offset, new.state2.absmax]
+        _write(self.tensors(module, name), values)
+
+    def keep(self, module: nn.Module, name: str) -> Callable[[], None]:
+        in_place = super().keep(module, name)
+        data = getattr(module, name).data.clone()
+        state = copy.deepcopy(vars(self._state(module, name)))
+        packed = state.get("packing_format_for_cpu", False)
+
+        def put_back() -> None:
+            now = self._state(module, name)
+            if getattr(now, "packing_format_for_cpu", False) == packed:
+                in_place()
+            else:  # a forward has repacked it since
+                getattr(module, name).data = data.clone()
+                vars(now).clear()
+                vars(now).update(copy.deepcopy(state))
+
+        return put_back
+
+
+class WrapperSubclass(Format):
+    """A tensor subclass that wraps others and has `dequantize()`: torchao's."""
+
+    def holds(self, module: nn.Module, name: str) -> bool:
+        weight = getattr(module, name, None)
+        return is_wrapped(weight) and callable(getattr(weight, "dequantize", None))
+
+    def dequantize(self, module: nn.Module, name: str) -> Tensor:
+        return getattr(module, name).detach().dequantize()
+
+    def tensors(self, module: nn.Module, name: str) -> list[Tensor]:
+        return list(_inner(getattr(module, name)))
+
+    def store(self, module: nn.Module, name: str, weight: Tensor) -> None:
+        held = getattr(module, name).detach()
+        make = getattr(type(held), "from_hp", None)
+        if make is None:
+            raise CannotStore(f"{type(held).__qualname__} cannot be made of numbers (`from_hp`)")
+        given = {"dtype": held.dtype, "device": held.device}
+        try:
+            new = make(weight.to(**given), **_made_with(make, held))
+            names, context = new.__tensor_flatten__()
+        except (TypeError, ValueError, AssertionError, NotImplementedError, ImportError) as error:
+            raise CannotStore(f"{type(held).__qualname__}.from_hp: {error}") from error
+        if (names, context) != held.__tensor_flatten__():
+            raise CannotStore(f"{type(held).__qualname__}.from_hp makes another format of it")
+        _write(list(_inner(held)), list(_inner(new)))
+
+
+class FineGrained8(Format):
+    """transformers' FP8Linear and FP8Experts: `<name>_scale_inv` holds a scale for each block of
+    rows and columns (…, N / n, K / k), or one for all."""
+
+    def holds(self, module: nn.Module, name: str) -> bool:
+        owner = "transformers.integrations.finegrained_fp8"
+        known = _is(module, owner, "FP8Linear") or _is(module, owner, "FP8Experts")
+        return known and self._scale(module, name) is not None
+
+    def _scale(self, module: nn.Module, name: str) -> Tensor | None:
+        return getattr(module, f"{name}_scale_inv", None)
+
+    def dequantize(self, module: nn.Module, name: str) -> Tensor:
+        weight, scale = getattr(module, name).detach().float(), self._scale(module, name)
+        assert scale is not None
+        scale = scale.detach().float()
+        if scale.dim() < 2:  # one for all, or one an expert
+            return weight * scale.reshape(-1, *(1,) * (weight.dim() - 1))
+        rows, columns = weight.shape[-2:]
+        block: Any = module.block_size
+        scale = scale.repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)
+        return weight * scale[..., :rows, :columns]
+
+    def tensors(self, module: nn.Module, name: str) -> list[Tensor]:
+        scale = self._scale(module, name)
+        assert scale is not None
+        return [getattr(module, name), scale]
+
+
+class Plain(Format):
+    """Numbers of 16 bits or more in a tensor of no other format."""
+
+    def holds(self, module: nn.Module, name: str) -> bool:
+        weight = getattr(module, name, None)
+        return isinstance(weight, Tensor) and is_dense(weight) and not is_wrapped(weight)
+
+    def dequantize(self, module: nn.Module, name: str) -> Tensor:
+        return getattr(module, name).detach()
+
+    def tensors(self, module: nn.Module, name: str) -> list[Tensor]:
+        return [getattr(module, name)]
+
+    def store(self, module: nn.Module, name: str, weight: Tensor) -> None:
+        getattr(module, name).data.copy_(weight)
+
+
+#: The first that holds the weight reads it.
+FORMATS: tuple[Format, ...] = (
+    Bitsandbytes4(),
+    Bitsandbytes8(),
+    WrapperSubclass(),
+    FineGrained8(),
+    QuantMethod(),
+    Plain(),
+)
+
+
+def is_wrapped(weight: Any) -> bool:
+    """Whether a tensor is a subclass that has no numbers of its own but those of other tensors."""
+    return isinstance(weight, Tensor) and is_traceable_wrapper_subclass(weight)
+
+
+def format_of(module: nn.Module, name: str) -> Format | None:
+    """How the module stores that weight, None where no format knows."""
+    return next((item for item in FORMATS if item.holds(module, name)), None)
+
+
+def own_tensors(module: nn.Module) -> list[Tensor]:
+    """All that a module without children may store its weight in."""
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+def keeping(tensors: Callable[[], list[Tensor]]) -> Callable[[], None]:
+    """A function that puts back, in place, what `tensors()` hold now."""
+    kept = [tensor.detach().clone() for tensor in tensors()]
+    return lambda: _write(tensors(), kept)
+
+
+def _is(value: Any, module: str, name: str) -> bool:
+    """Whether `value` is an instance of a class of a library, if that has been imported at all."""
+    cls = getattr(sys.modules.get(module), name, None)
+    return isinstance(cls, type) and isinstance(value, cls)
+
+
+def _inner(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that a wrapper holds, wrappers inside of it opened too."""
+    if not is_wrapped(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+        yield from _inner(getattr(tensor, name))
+
+
+def _made_with(make: Any, held: Any) -> dict[str, Any]:
+    """The arguments of `from_hp` that make the format that `held` has, by their names; scales are
+    those of the new weight."""
+    block = tuple(getattr(held, "block_size", ()))
+    zero = getattr(held, "zero_point", None)
+    torchao: Any = sys.modules.get("torchao.quantization")
+    known: dict[str, Any] = {
+        "float8_dtype": getattr(getattr(held, "qdata", None), "dtype", None),
+        "block_size": block,
+    }
+    if torchao is not None and block:
+        known["granularity"] = (
+            torchao.PerTensor()
+            if block == tuple(held.shape)
+            else torchao.PerRow()
+            if block[-1] == held.shape[-1]
+            else torchao.PerGroup(block[-1])
+        )
+        symmetric = zero is None or not bool(zero.any())
+        kind = torchao.MappingType
+        known["mapping_type"] = kind.SYMMETRIC if symmetric else kind.ASYMMETRIC
+    found = {}
+    for name in list(inspect.signature(make).parameters)[1:]:
+        if name in ("scale", "zero_point"):
+            continue
+        value = known.get(name, getattr(held, name, None))
+        if value is not None:
+            found[name] = value
+    return found
+
+
+def _write(places: list[Tensor], values: list[Tensor]) -> None:
+    """Copy in place. Raises CannotStore where a tensor would have to change its size or type."""
+    for place, value in zip(places, values, strict=True):
+        if place.shape != value.shape or place.dtype != value.dtype:
+            raise CannotStore(
+                f"it comes out as {tuple(value.shape)} {value.dtype}, stored is "
+                f"{tuple(place.shape)} {place.dtype}"
+            )
+    with torch.no_grad():
+        for place, value in zip(places, values, strict=True):
+            place.copy_(value)
