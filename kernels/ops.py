@@ -84,7 +84,7 @@ def _check_bank(
     _require(op, scales.shape[1] == G, f"scales has {scales.shape[1]} siblings, ranks has {G}")
 
 
-def _check_gains(op: str, y: Tensor, B: Tensor, gains: Tensor | None) -> None:
+def _check_gains(op: str, B: Tensor, gains: Tensor | None) -> None:
     if gains is not None:
         want, have = (B.shape[0], B.shape[2]), tuple(gains.shape)
         _require(op, have == want, f"gains is (slots, columns) {want}, not {have}")
@@ -189,37 +189,18 @@ def site(
     the `pack` pass only. With `gains` all of y but `addend` (N,) is rescaled then.
     """
     ranges = (siblings, offsets, sizes)
-    _check_site(x, y, A, B, ranks, scales, slots, *ranges, rows, gains)
+    _check_linear("site", x, y.shape[-1], A, B, ranks, scales, slots, *ranges)
+    _check_rows("site", x.shape[:-1], y.shape[:-1], rows)
+    _check_gains("site", B, gains)
     out = y.clone(memory_format=torch.contiguous_format)
     add_linear_delta(out, x, A, B, ranks, scales, slots, *ranges, rows)
     return out if gains is None else rescaled(out, gains, addend, slots, rows, offsets, sizes)
 
 
-def _check_site(x, y, A, B, ranks, scales, slots, siblings, offsets, sizes, rows, gains) -> None:
+def site_fake(x, y, A, B, ranks, scales, slots, siblings, offsets, sizes, rows, *_, **__):
     ranges = (siblings, offsets, sizes)
     _check_linear("site", x, y.shape[-1], A, B, ranks, scales, slots, *ranges)
     _check_rows("site", x.shape[:-1], y.shape[:-1], rows)
-    _check_gains("site", y, B, gains)
-
-
-def site_fake(
-    x,
-    y,
-    A,
-    B,
-    ranks,
-    scales,
-    slots,
-    siblings,
-    offsets,
-    sizes,
-    rows,
-    weight=None,
-    bias=None,
-    gains=None,
-    addend=None,
-):
-    _check_site(x, y, A, B, ranks, scales, slots, siblings, offsets, sizes, rows, gains)
     return y.new_empty(y.shape)
 
 
@@ -239,7 +220,7 @@ def embedding_site(
     With `gains` it is rescaled then.
     """
     _check_embedding("embedding_site", ids, y, A, B, ranks, scales, slots, rows)
-    _check_gains("embedding_site", y, B, gains)
+    _check_gains("embedding_site", B, gains)
     out = y.clone(memory_format=torch.contiguous_format)
     add_embedding_delta(out, ids, A, B, ranks, scales, slots, rows)
     if gains is None:
@@ -249,7 +230,6 @@ def embedding_site(
 
 def embedding_site_fake(ids, y, A, B, ranks, scales, slots, rows, gains=None):
     _check_embedding("embedding_site", ids, y, A, B, ranks, scales, slots, rows)
-    _check_gains("embedding_site", y, B, gains)
     return y.new_empty(y.shape)
 
 

@@ -196,6 +196,8 @@ def _build(
     for name, source in sources.items():
         with progress(f"reading adapter {name}"):
             loaded.append(read_adapter(source, name, sites, model=model, max_rank=config.max_rank))
+    if any(adapter.magnitudes for adapter in loaded):
+        config = replace(config, use_dora=True)
     attachment = Attach().run(graph, sites, config)
     try:
         store = AdapterStore(attachment.groups, config.max_adapters, config.max_rank)
@@ -272,6 +274,7 @@ def _from_peft(peft: PeftConfig, sources: Mapping[str, Any], model: nn.Module) -
         exclude_modules=exclude,
         max_rank=rank,
         max_adapters=_room(sources),
+        use_dora=peft.use_dora,
     )
 
 

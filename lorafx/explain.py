@@ -73,7 +73,8 @@ def model_sections(
     return [
         (f"sites: {len(sites)}", tuple(site_lines)),
         (
-            f"banks: {len(groups)}, {config.max_adapters} slots of rank up to {config.max_rank}",
+            f"banks: {len(groups)}, {config.max_adapters} slots of rank up to {config.max_rank}"
+            + (" and DoRA's scales" if config.use_dora else ""),
             tuple(bank_lines),
         ),
     ]

@@ -15,14 +15,24 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lorafx.graph.context import EMBEDDING_OP, GROUPED_OP, SITE_OP, Context, Refusal, is_site
+from lorafx.graph.context import (
+    EMBEDDING_OP,
+    GAINS_ARGUMENT,
+    GROUPED_OP,
+    SITE_OP,
+    Context,
+    Refusal,
+    is_site,
+)
 from lorafx.graph.frame import FrameInput, arguments_of, fake_value
 from lorafx.graph.match_experts import insert_expert_sites
-from lorafx.graph.origins import depends_on, origin_of
+from lorafx.graph.origins import addends_of, depends_on, origin_of
 from lorafx.graph.replaced import replaced_sites
 from lorafx.graph.weight_uses import Use, uses_of
 from lorafx.model.marks import UNPROVED, is_dense
 from lorafx.model.sites import Site, own_ranges
+
+aten = torch.ops.aten
 
 USE_KINDS = {"linear": "linear", "blocks": "linear", "embedding": "embedding"}
 
@@ -40,6 +50,9 @@ class Match:
         origins = {mark: origin_of(arguments_of(mark)[1], products) for mark in marks}
         for mark, site in marks.items():
             ctx.record(site, mark, origins[mark])
+            if origins[mark] is not None and _rescales(mark):
+                addends = addends_of(arguments_of(mark)[1], products)
+                _leave_alone(gm.graph, ctx, site, mark, addends)
             if _forward_unknown(site) and arguments_of(mark)[1].op == "placeholder":
                 ctx.refuse(_compiled_apart(site))
         claimed = {origin.node for origin in origins.values() if origin is not None}
@@ -216,7 +229,7 @@ def _insert(graph: fx.Graph, ctx: Context, site: Site, use: Use) -> None:
     """Put the site's op at the use: y' = site(x, y). Its bank is looked up by the weight at run
     time, since no hook brought it into the graph as an input."""
     assert use.x is not None
-    bank = ctx.bank_inputs(graph, site, use.weight)
+    bank, gains = ctx.bank_inputs(graph, site, use.weight)
     y = use.node
     users = list(y.users)
     with graph.inserting_before(y.next):
@@ -225,20 +238,47 @@ def _insert(graph: fx.Graph, ctx: Context, site: Site, use: Use) -> None:
             x_rows, y_rows = _swapped(graph, ctx, use.x), _swapped(graph, ctx, y)
         arguments = (x_rows, y_rows, *bank)
         if use.kind == "embedding":
-            node = ctx.call(graph, EMBEDDING_OP, (*arguments, UNPROVED))
+            dora = () if gains is None else (gains,)
+            node = ctx.call(graph, EMBEDDING_OP, (*arguments, UNPROVED, *dora))
         elif use.blocks is None:
-            node = ctx.call(graph, SITE_OP, (*arguments, *own_ranges(site), UNPROVED))
+            dora = () if gains is None else (None, None, gains, None)
+            node = ctx.call(graph, SITE_OP, (*arguments, *own_ranges(site), UNPROVED, *dora))
         else:
+            if gains is not None:
+                ctx.refuse(Refusal((site,), "dora", "its weight is used in blocks"))
             grouped = (*own_ranges(site), UNPROVED, 0, *use.blocks)
             node = ctx.call(graph, GROUPED_OP, (*arguments, *grouped))
         last = _swapped(graph, ctx, node) if use.swapped else node
+    if _rescales(node) and use.bias is not None:
+        _leave_alone(graph, ctx, site, node, [use.bias])
     for user in users:
         user.replace_input_with(y, last)
     ctx.record(site, node, use, form="rewritten")
+
+
+def _rescales(node: fx.Node) -> bool:
+    """Whether this is the op of a linear with room for DoRA."""
+    at = GAINS_ARGUMENT[SITE_OP]
+    arguments = arguments_of(node)
+    return node.target is SITE_OP and len(arguments) > at and arguments[at] is not None
+
+
+def _leave_alone(
+    graph: fx.Graph, ctx: Context, site: Site, node: fx.Node, addends: list[fx.Node]
+) -> None:
+    """Give the site's op the sum of what stands beside the product in y; DoRA is not of that."""
+    if any(size != 1 for item in addends for size in fake_value(item).shape[:-1]):
+        ctx.refuse(Refusal((site,), "dora", "more than a bias is added in one with its product"))
+        return
+    total = None
+    with graph.inserting_before(node):
+        for item in addends:
+            total = item if total is None else ctx.call(graph, aten.add.Tensor, (total, item))
+    node.args = (*node.args[: GAINS_ARGUMENT[SITE_OP] + 1], total)
 
 
 def _swapped(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
     """`node` with its last two dimensions swapped."""
     dims = list(range(fake_value(node).dim()))
     dims[-1], dims[-2] = dims[-2], dims[-1]
-    return ctx.call(graph, torch.ops.aten.permute.default, (node, dims))
+    return ctx.call(graph, aten.permute.default, (node, dims))

@@ -76,7 +76,9 @@ class ExpertReading:
             return False
         self.paths.add(place.saved)
         experts, weight = place.experts, place.weight
-        if place.reason or factor.embedding:
+        if factor.letter == "m":
+            self.reading.unsupported.append(f"{factor.key}: DoRA on routed experts")
+        elif place.reason or factor.embedding:
             self._problem(f"{factor.key}: {place.reason or 'experts have no embedding factors'}")
         elif place.expert is not None and place.expert >= experts.count:
             self._beyond.setdefault(id(experts), (experts, set()))[1].add(place.expert)

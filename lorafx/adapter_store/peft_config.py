@@ -1,6 +1,6 @@
 """PEFT's `adapter_config.json`: what a LoRA adapter's configuration means for inference.
 
-    y = base(x) + s · B (A x),   s = α/r, or α/√r with `use_rslora`
+    y = base(x) + s · B (A x),   s = α/r, or α/√r with `use_rslora`;   y scaled with `use_dora`
 
 r and α are per module: the first key k of `rank_pattern` / `alpha_pattern`, in the file's order,
 with `re.match(rf"(.*\\.)?({k})$", path)` decides, else `r` and `lora_alpha`. Fields that change
@@ -55,6 +55,7 @@ _READ = frozenset(
         "r",
         "lora_alpha",
         "use_rslora",
+        "use_dora",
         "rank_pattern",
         "alpha_pattern",
         "target_modules",
@@ -73,7 +74,6 @@ _MERGE = "merge it into a copy of the base model (`PeftModel.merge_and_unload()`
 
 # Fields whose every set value changes the arithmetic, with the way out.
 _REFUSED: Mapping[str, str] = {
-    "use_dora": f"DoRA rescales the base output per column; {_MERGE}",
     "lora_bias": f"a bias on lora_B is not applied; {_MERGE}",
     "modules_to_save": (
         "these modules are replaced by trained copies; put the saved weights into the base model "
@@ -113,7 +113,7 @@ class PeftConfig:
 
     Attributes:
         r: rank where `rank_pattern` says nothing; None where the file leaves it out.
-        lora_alpha, use_rslora, rank_pattern, alpha_pattern: see the module's equation.
+        lora_alpha, use_rslora, use_dora, rank_pattern, alpha_pattern: see the module's equation.
         target_modules, exclude_modules: a tuple of exact or dotted-suffix names, one regular
             expression (a str, `re.fullmatch`), "all-linear", or None.
         target_parameters: exact or dotted-suffix names of parameters ("mlp.experts.down_proj");
@@ -127,6 +127,7 @@ class PeftConfig:
     r: int | None = 8
     lora_alpha: float = 8
     use_rslora: bool = False
+    use_dora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     target_modules: str | tuple[str, ...] | None = None
@@ -275,6 +276,7 @@ class _Fields:
             r=self._rank("r", self.values["r"]) if "r" in self.values else None,
             lora_alpha=self._alpha("lora_alpha", self.values.get("lora_alpha", 8)),
             use_rslora=bool(self.values.get("use_rslora")),
+            use_dora=bool(self.values.get("use_dora")),
             rank_pattern=self._patterns("rank_pattern", self._rank),
             alpha_pattern=self._patterns("alpha_pattern", self._alpha),
             target_modules=self._names("target_modules"),
@@ -356,9 +358,7 @@ class _Fields:
         return None
 
     def _parameters(self) -> tuple[str, ...]:
-        value = self.values.get("target_parameters")
-        if value is None:
-            return ()
+        value = self.values.get("target_parameters") or ()
         if isinstance(value, list | tuple | set) and all(isinstance(v, str) for v in value):
             return tuple(sorted(value))
         self.malformed.append(f"target_parameters must be a list of strings, it is {value!r}")

@@ -4,6 +4,7 @@
     base_model.model.<module>.lora_B.weight            (N, r)
     base_model.model.<module>.lora_embedding_A         (r, V)     embedding, no `.weight`
     base_model.model.<module>.lora_embedding_B         (N, r)
+    base_model.model.<module>.lora_magnitude_vector    (N,)       DoRA, beside either
 
 Seen in the wild as well: no `base_model.model.`, `_orig_mod.` of a compiled model anywhere in the
 path, an adapter name left over (`lora_A.default.weight`), and any path that reaches the module.
@@ -15,26 +16,32 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Factor = Literal["lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"]
+Factor = Literal[
+    "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"
+]
+Letter = Literal["A", "B", "m"]
 
 PREFIX = "base_model.model."
 COMPILED = "_orig_mod"
 _FACTOR = re.compile(
-    r"^(?:(?P<module>.+)\.)?(?P<factor>lora_(?:embedding_)?[AB])"
+    r"^(?:(?P<module>.+)\.)?(?P<factor>lora_(?:(?:embedding_)?[AB]|magnitude_vector))"
     r"(?:\.(?!bias$)(?P<adapter>[^.]+))??(?:\.weight)?$"
 )
 
 
 @dataclass(frozen=True)
 class FactorKey:
-    """A key that holds one low-rank factor. `module` is the path before it, prefixes included."""
+    """A key that holds one low-rank factor, or DoRA's m. `module` is the path before it, prefixes
+    included."""
 
     key: str
     module: str
     factor: Factor
 
     @property
-    def letter(self) -> Literal["A", "B"]:
+    def letter(self) -> Letter:
+        if self.factor == "lora_magnitude_vector":
+            return "m"
         return "A" if self.factor.endswith("A") else "B"
 
     @property
@@ -43,7 +50,7 @@ class FactorKey:
 
 
 def parse(key: str) -> FactorKey | None:
-    """The factor that `key` holds, or None if it is not a factor's key."""
+    """The factor (or m) that `key` holds, or None if it is not such a key."""
     found = _FACTOR.match(key)
     if found is None:
         return None

@@ -43,6 +43,11 @@ class Adapter:
     rank: int
     source: str
 
+    @property
+    def magnitudes(self) -> tuple[str, ...]:
+        """The parts whose outputs it rescales (DoRA)."""
+        return tuple(p for p, weights in self.weights.items() if weights.magnitude is not None)
+
 
 class AdapterTargets(NamedTuple):
     """What an adapter asks of a model: module paths without prefixes, and its largest rank."""

@@ -1,6 +1,6 @@
 """One adapter checkpoint on its way into factors by site, with every problem met on the way.
 
-    ΔW = s · B A,   A (r, K), B (N, r);   embeddings: A (r, V), ΔE = s · (B A)ᵀ
+    ΔW = s · B A,   A (r, K), B (N, r);   embeddings: A (r, V), ΔE = s · (B A)ᵀ;   DoRA: m (N,)
 
 A tensor belongs to a site, to a part of a packed one, or to several sites that its name packs:
 then B is split by their output sizes and A is shared. The rank is A's; it must be the rank that
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.adapter_store.checkpoint import AdapterState
+from lorafx.adapter_store.dora import dora_refusal
 from lorafx.adapter_store.expert_reading import ExpertReading
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import FactorKey, parse, without_prefix
@@ -27,7 +28,6 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Keys of features that the configuration would have been refused for, had it named them.
 _FEATURE_KEYS = {
-    "lora_magnitude_vector": "DoRA (use_dora)",
     "lora_B.bias": "a bias on lora_B (lora_bias)",
     "trainable_tokens_delta": "replaced embedding rows (trainable_token_indices)",
     "modules_to_save": "replaced modules (modules_to_save)",
@@ -75,6 +75,11 @@ class Reading:
                     )
                 decoded[path] = landing, weights
         experts = dict(self.experts.decode())
+        if self.config.use_dora and self.experts.paths:
+            self.unsupported.append(
+                f"use_dora with factors of routed experts ({_listed(sorted(self.experts.paths))}): "
+                "each expert's weight would have norms of its own, which lorafx does not do"
+            )
         self._report_placement()
         self._report_empty_targets(decoded)
         if not (self.factors or self.experts.paths) and not (
@@ -121,7 +126,7 @@ class Reading:
         self.landings.setdefault(found.key, found)
         mine = self.factors.setdefault(found.key, {})
         site = found.places[0][0]
-        if factor.embedding != (site.eligible.kind == "embedding"):
+        if factor.letter != "m" and factor.embedding != (site.eligible.kind == "embedding"):
             self.problems.append(
                 f"{factor.key}: {factor.factor} on {_label(found)}, which is "
                 f"{_article(site.eligible.kind)} here ({type(site.module).__name__})"
@@ -144,10 +149,10 @@ class Reading:
         """The factors of each part by its path; none when a problem was noted."""
         if not keys:
             return  # factors of the wrong kind, noted when they were placed
-        if len(keys) == 1:
-            (have,) = keys.values()
-            lacks = "B" if have.letter == "A" else "A"
-            self.problems.append(f"{have.key}: {_label(landing)} has no factor {lacks}")
+        lacks = [letter for letter in "AB" if letter not in keys]
+        if lacks:
+            have = next(iter(keys.values()))
+            self.problems.append(f"{have.key}: {_label(landing)} has no factor {lacks[0]}")
             return
         a, b = (self.state.tensors[keys[letter].key] for letter in "AB")
         if not all([self.sound(keys["A"].key, a), self.sound(keys["B"].key, b)]):
@@ -168,13 +173,43 @@ class Reading:
             return
         if not self.rank_fits(label, name, landing.saved, rank):
             return
-        scale = self.scale(name, landing.saved, rank)
+        m = self._magnitude(label, keys, places, n)
+        scale, start = self.scale(name, landing.saved, rank), 0
         for (site, index), rows in zip(places, b.split([size for _, size in sizes]), strict=True):
             sharding, slices = site.eligible.sharding, site.parts[index].slices
             own_a, own_b = a, rows
+            own_m = None if m is None else m[start : start + len(rows)]
+            start += len(rows)
             if sharding is not None:
                 own_a, own_b = sharding.cut(site.module, slices, a, rows)
-            yield site.part_path(index), LoraWeights(own_a, own_b, scale)
+                if own_m is not None:
+                    own_m = sharding.cut(site.module, slices, a, own_m[:, None])[1].squeeze(1)
+                if own_m is not None and own_a.shape[1] < a.shape[1]:
+                    self.unsupported.append(
+                        f"{label}: DoRA's norm is over all inputs, which several ranks share here"
+                    )
+            yield site.part_path(index), LoraWeights(own_a, own_b, scale, magnitude=own_m)
+
+    def _magnitude(
+        self, label: str, keys: dict[str, FactorKey], places: tuple[Place, ...], count: int
+    ) -> Tensor | None:
+        """DoRA's m (count,) of a landing; None where it has none, or a problem was noted."""
+        if "m" not in keys:
+            if self.config.use_dora:
+                self.problems.append(f"use_dora is set, and {label} has no lora_magnitude_vector")
+            return None
+        key, m = keys["m"].key, self.state.tensors[keys["m"].key]
+        if not self.config.use_dora:
+            self.unsupported.append(f"{key} belongs to DoRA, and use_dora is not set")
+            return None
+        reasons = {dora_refusal(site) for site, _ in places} - {None}
+        self.unsupported.extend(f"{label} cannot carry DoRA: {reason}" for reason in reasons)
+        if not self.sound(key, m) or reasons:
+            return None
+        if tuple(m.shape) != (count,):
+            self.problems.append(f"{key} has shape {tuple(m.shape)}, {label} needs ({count},)")
+            return None
+        return m
 
     def _divides(
         self, key: str, b: Tensor, rank: int, landing: Landing, places: tuple[Place, ...] | None
@@ -322,6 +357,8 @@ class Reading:
 
 def _alike(first: LoraWeights, second: LoraWeights) -> bool:
     same = first.A.shape == second.A.shape and bool(first.scale == second.scale)
+    m, other = first.magnitude, second.magnitude
+    same = same and (m is other or (m is not None and other is not None and torch.equal(m, other)))
     return same and torch.equal(first.A, second.A) and torch.equal(first.B, second.B)
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lorafx.adapter_store.bank import Factors
+from lorafx.adapter_store.dora import measure
 from lorafx.errors import (
     CapacityError,
     CheckpointError,
@@ -44,6 +45,7 @@ class StoredAdapter:
     Attributes:
         name, rank, source: as in `Adapter`.
         sites: canonical paths of the sites that it touches.
+        rescaled: those of them whose outputs it rescales (DoRA).
         factors: index of a group -> that group's factors, in its bank's dtype and layout.
         nbytes: host memory that the factors take.
     """
@@ -54,6 +56,7 @@ class StoredAdapter:
     sites: tuple[str, ...]
     factors: dict[int, list[Factors]]
     nbytes: int
+    rescaled: tuple[str, ...] = ()
 
 
 class AdapterStore:
@@ -113,8 +116,8 @@ class AdapterStore:
         """Keep `adapter` in host memory; it gets a slot when a batch, or a pin, asks for it.
 
         An adapter of the same name is replaced, and rewritten in place if it holds a slot.
-        Raises CapacityError (rank), CheckpointError (sites, shapes, values beyond the banks'
-        dtype) or ConfigError (name).
+        Raises CapacityError (rank, no room for DoRA), CheckpointError (sites, shapes, values beyond
+        the banks' dtype) or ConfigError (name).
         """
         check_name(adapter.name)
         stored = self._stored(adapter)
@@ -191,6 +194,24 @@ class AdapterStore:
             self._last = key, tuple(slots)
             return slots
 
+    def refresh_magnitudes(self) -> None:
+        """Take the norms of all loaded DoRA adapters again from the base weights as they are now.
+
+        For whoever changes base weights: host copies and slots are rewritten in place, so graphs
+        stay. Nothing is done where no adapter is DoRA.
+
+        Raises:
+            ConfigError: a base weight is in no known format any more.
+        """
+        with self._lock:
+            dora = {name: stored for name, stored in self._adapters.items() if stored.rescaled}
+            for g, group in enumerate(self._groups):
+                measure(group, [f for stored in dora.values() for f in stored.factors.get(g, ())])
+            for name, stored in dora.items():
+                for g, factors in stored.factors.items():
+                    if name in self._slots:
+                        self._groups[g].bank.write_gains(self._slots[name], factors)
+
     def nbytes(self) -> dict[str, int]:
         """Bytes of the banks ("banks") and of the adapters in host memory ("host")."""
         with self._lock:
@@ -254,6 +275,11 @@ class AdapterStore:
                 f"adapter {adapter.name!r} has rank {adapter.rank}, over max_rank = "
                 f"{self._max_rank}; compile with LoraConfig(max_rank={adapter.rank})"
             )
+        if adapter.magnitudes and all(group.bank.gains is None for group in self._groups):
+            raise CapacityError(
+                f"adapter {adapter.name!r} is DoRA, for which there is no room; compile with "
+                "LoraConfig(use_dora=True), or give the adapter when compiling"
+            )
         factors: dict[int, list[Factors]] = {}
         problems: list[str] = []
         for path, weights in adapter.weights.items():
@@ -274,14 +300,21 @@ class AdapterStore:
                 f"adapter {adapter.name!r} from {adapter.source} does not fit the banks:\n"
                 + "\n".join(f"  - {problem}" for problem in problems)
             )
-        size = sum(t.nbytes for f in _all(factors) for t in (f.A, f.B))
-        sites = tuple(dict.fromkeys(self._places[path].site.path for path in adapter.weights))
-        return StoredAdapter(adapter.name, adapter.rank, adapter.source, sites, factors, size)
+        for g, own in factors.items():
+            measure(self._groups[g], own)
+        size = sum(t.nbytes for f in _all(factors) for t in f if isinstance(t, Tensor))
+        sites = dict.fromkeys(self._places[path].site.path for path in adapter.weights)
+        rescaled = dict.fromkeys(self._places[path].site.path for path in adapter.magnitudes)
+        names = adapter.name, adapter.rank, adapter.source
+        return StoredAdapter(*names, tuple(sites), factors, size, tuple(rescaled))
 
     def _factors(self, place: _Place, weights: LoraWeights) -> Factors:
         group = self._groups[place.group]
         a = weights.A.t() if group.bank.kind == "embedding" else weights.A
         pin = group.bank.A.is_cuda
+        magnitude = weights.magnitude
+        if magnitude is not None:
+            magnitude = _host_copy(magnitude, torch.float32, pin=False)
         return Factors(
             place.sibling,
             place.offset,
@@ -289,6 +322,8 @@ class AdapterStore:
             _host_copy(weights.B.mT, group.bank.B.dtype, pin),
             weights.scale,
             weights.ranks,
+            magnitude,
+            None if magnitude is None else torch.zeros_like(magnitude),
         )
 
 

@@ -21,7 +21,7 @@ from lorafx.capture.dump import GraphDump, dump_folder
 from lorafx.capture.executable import Owner, base_only, by_activity, checked, with_lookups
 from lorafx.capture.lowering import Lowering, lowering_for
 from lorafx.capture.pipeline import run_pipeline
-from lorafx.capture.program import BANK_FIELDS, Program
+from lorafx.capture.program import BANK_FIELDS, GAINS, Program
 from lorafx.capture.record import GraphRecord
 from lorafx.capture.stack import called_directly
 from lorafx.capture.verify import NumericCheck
@@ -149,7 +149,9 @@ class _FrameCompiler:
         values = [node.meta["val"] for node in frame.extra_nodes.values()]
         executable = self.lowering.compile(gm, [*inputs, *values])
         banks = [
-            (tuple(value.shape), value.stride(), value.dtype) if name in BANK_FIELDS else None
+            (tuple(value.shape), value.stride(), value.dtype)
+            if name in (*BANK_FIELDS, GAINS)
+            else None
             for (_, _, name), value in zip(extra, values, strict=True)
         ]
         weights = [frame.positions[node] for node, item in frame.by_node.items() if item.sites]

@@ -85,11 +85,17 @@ class InputPlaces:
         return next((site for site in program.sites if site.path == path), None)
 
     def touched(
-        self, program: Program, paths: Sequence[str], arguments: Sequence[Any]
+        self,
+        program: Program,
+        paths: Sequence[str],
+        arguments: Sequence[Any],
+        *,
+        rescaled: bool = False,
     ) -> list[str]:
-        """Paths of those sites of the running call that its adapters touch."""
+        """Paths of those sites of the running call that its adapters touch (or `rescaled`)."""
         now = [self.site(program, path, arguments) for path in paths]
-        return [site.path or "(root)" for site in now if site and program.is_touched(site)]
+        concerned = program.is_rescaled if rescaled else program.is_touched
+        return [site.path or "(root)" for site in now if site and concerned(site)]
 
     def strangers(self, program: Program, arguments: Sequence[Any]) -> list[str]:
         """Paths of touched sites whose weights stand where no site's weight stood at capture."""
@@ -127,7 +133,7 @@ class RefusedSites:
     """A `Refusal`, its sites by their paths."""
 
     sites: tuple[str, ...]
-    when: Literal["always", "mixed"]
+    when: Literal["always", "mixed", "dora"]
     reason: str
 
 
@@ -171,7 +177,7 @@ class Checks:
             CaptureError: the graph was captured for a layer without LoRA, and Dynamo, which does
                 not tell such layers apart, calls it for one with.
             MatchError: an adapter of the batch touches a site whose weight is used in a way that
-                LoRA cannot be applied to.
+                LoRA, or DoRA, cannot be applied to.
             ProvenanceError: the batch mixes adapters that touch a site whose rows have no proved
                 owner.
         """
@@ -192,9 +198,15 @@ class Checks:
         for refusal in self.refusals:
             if refusal.when == "mixed" and program.runtime.uniform:
                 continue
-            touched = self.places.touched(program, refusal.sites, arguments)
+            dora = refusal.when == "dora"
+            touched = self.places.touched(program, refusal.sites, arguments, rescaled=dora)
             if touched:
                 names = ", ".join(touched)
+                if dora:
+                    raise MatchError(
+                        f"DoRA cannot be applied at {names}: {refusal.reason}. Merge the adapter "
+                        "into a copy of the base model, or train it without use_dora"
+                    )
                 if refusal.when == "always":
                     raise MatchError(
                         f"LoRA cannot be applied at {names}: {refusal.reason}. Take the module out "

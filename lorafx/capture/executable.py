@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorafx.capture.checks import Checks
-from lorafx.capture.program import Program
+from lorafx.capture.program import GAINS, Program
 from lorafx.capture.stack import calling_modules
 from lorafx.capture.verify import NumericCheck
 from lorafx.errors import CaptureError, LorafxError, MatchError
@@ -65,13 +65,14 @@ def with_lookups(
 ) -> Callable[..., Any]:
     """The graph with the inputs that the passes added, in AOTAutograd's boxed convention."""
     nulls: dict[int, Tensor] = {}
+    dora = frozenset((position, index) for position, index, name in extra if name == GAINS)
 
     def run(arguments: list[Any]) -> Any:
         program = owner(arguments)
         if program is not None:
             if checks.inside:
                 _check_callers(program, arguments, checks.inside)
-            arguments.extend(_looked_up(program, arguments, extra, banks, nulls))
+            arguments.extend(_looked_up(program, arguments, extra, banks, dora, nulls))
             if numeric is not None and numeric.stages:
                 numeric.run(arguments, mixed=not program.runtime.uniform)
         return compiled(arguments)
@@ -142,6 +143,7 @@ def _looked_up(
     arguments: Sequence[Any],
     extra: Sequence[tuple[int, int, str]],
     banks: Sequence[Layout | None],
+    dora: frozenset[tuple[int, int]],
     nulls: dict[int, Tensor],
 ) -> list[Any]:
     """The inputs that the passes added, banks found by the weight that stands at their position.
@@ -150,7 +152,7 @@ def _looked_up(
 
     Raises:
         CaptureError: a layer's bank does not lie as that of the layer that was captured, where
-            generated code takes its strides for granted.
+            generated code takes its strides for granted; or one of them has no room for DoRA.
     """
     fixed = program.options.lowering != "reference"
     found: list[Any] = []
@@ -166,6 +168,11 @@ def _looked_up(
                 nulls[number] = _zeros(layout, program.runtime.device)
             found.append(nulls[number])
             continue
+        if (bank.gains is not None) != ((position, index) in dora):
+            raise CaptureError(
+                f"{site.path} shares a graph with a layer of a model that has other room for DoRA; "
+                "give both models LoraConfig(use_dora=True), or neither"
+            )
         value = getattr(bank, name)
         if fixed and value.stride() != layout[1]:
             raise CaptureError(

@@ -21,6 +21,7 @@ from lorafx.passes.outline import Outline
 from lorafx.passes.pack import Pack
 from lorafx.passes.plan import Plan
 from lorafx.passes.provenance import Provenance
+from lorafx.passes.rescale import Rescale
 
 
 class GraphPass(Protocol):
@@ -45,6 +46,7 @@ class GraphPass(Protocol):
 PIPELINE: tuple[GraphPass, ...] = (
     Match(),
     Provenance(),
+    Rescale(),
     Fuse(),
     Pack(),
     Plan(),

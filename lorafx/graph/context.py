@@ -13,7 +13,7 @@ import lorafx.kernels.expert_ops
 import lorafx.kernels.grouped_ops
 import lorafx.kernels.ops  # noqa: F401  (both define torch.ops.lorafx)
 from lorafx.capture.handover import Handover
-from lorafx.capture.program import BANK_FIELDS, Program
+from lorafx.capture.program import BANK_FIELDS, GAINS, Program
 from lorafx.errors import MatchError
 from lorafx.graph.frame import (
     ONE_SLOT,
@@ -38,6 +38,8 @@ FUSED_OP = torch.ops.lorafx.fused_linear.default
 #: All site ops begin with x (or ids), y, A, B, ranks, scales, slots.
 SLOTS_ARGUMENT = 6
 ROWS_ARGUMENT: dict[Any, int] = {SITE_OP: 10, EMBEDDING_OP: 7, GROUPED_OP: 10, EXPERT_OP: 11}
+#: The gains, where the bank has room for DoRA; a linear's addend follows.
+GAINS_ARGUMENT: dict[Any, int] = {SITE_OP: 13, EMBEDDING_OP: 8}
 
 
 def is_site(node: fx.Node) -> bool:
@@ -50,11 +52,11 @@ class Refusal:
     """Why LoRA cannot be applied at some sites in this graph.
 
     `when` says which batches it concerns: "always" any whose adapters touch the site, "mixed"
-    only those whose rows use different adapters.
+    only those whose rows use different adapters, "dora" those with DoRA adapters that touch it.
     """
 
     sites: tuple[Site, ...]
-    when: Literal["always", "mixed"]
+    when: Literal["always", "mixed", "dora"]
     reason: str
 
     def describe(self) -> str:
@@ -196,27 +198,27 @@ class Context(GraphEdits):
 
     # --- new nodes ---
 
-    def bank_inputs(self, graph: fx.Graph, site: Site, weight: fx.Node) -> tuple[fx.Node, ...]:
-        """(A, B, ranks, scales, slots) of `site` as graph inputs that the executable looks up by
-        the weight that it is called with: the same graph may serve other layers."""
+    def bank_inputs(
+        self, graph: fx.Graph, site: Site, weight: fx.Node
+    ) -> tuple[tuple[fx.Node, ...], fx.Node | None]:
+        """(A, B, ranks, scales, slots) of `site`, and its gains, as graph inputs that the
+        executable looks up by the weight that it is called with: the same graph may serve other
+        layers."""
         frame, fake_mode = self.frame, self.fake_mode
         assert fake_mode is not None
         # Tied weights have several sites: a head and an embedding.
         place = (frame.positions[weight], frame.by_node[weight].sites.index(site))
         bank = self.program.site_bank(site)
-        nodes = [
-            self._extra_input(
-                graph,
-                place,
-                name,
-                fake_mode.from_tensor(getattr(bank, name), static_shapes=True),
+        nodes = {
+            name: self._extra_input(
+                graph, place, name, fake_mode.from_tensor(tensor, static_shapes=True)
             )
-            for name in BANK_FIELDS
-        ]
+            for name, tensor in bank.tensors.items()
+        }
         slots = next((node for node, item in frame.by_node.items() if item.kind == "slots"), None)
         if slots is None:
             slots = self._slots_input(graph, place)
-        return (*nodes, slots)
+        return (*(nodes[name] for name in BANK_FIELDS), slots), nodes.get(GAINS)
 
     def look_up_slots(self, graph: fx.Graph) -> None:
         """Where marks read a handle, have the executable look the rows' slots up instead."""
@@ -250,6 +252,6 @@ class Context(GraphEdits):
             node = graph.placeholder(f"lorafx_{name}_{len(self.frame.extra_nodes)}")
         node.meta["val"] = value
         self.frame.extra_nodes[key] = node
-        kind: InputKind = "bank" if name in BANK_FIELDS else "slots"
+        kind: InputKind = "bank" if name in (*BANK_FIELDS, GAINS) else "slots"
         self.frame.by_node[node] = FrameInput(kind, name)
         return node

@@ -56,7 +56,7 @@ def insert_expert_sites(graph: fx.Graph, ctx: Context) -> int:
 
 def _insert(graph: fx.Graph, ctx: Context, site: Site, use: ExpertUse) -> None:
     assert use.x is not None
-    bank = ctx.bank_inputs(graph, site, use.weight)
+    bank, _ = ctx.bank_inputs(graph, site, use.weight)
     y = use.node
     users = list(y.users)
     with graph.inserting_before(y.next):

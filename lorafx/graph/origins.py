@@ -18,21 +18,34 @@ def origin_of(y: fx.Node, uses: dict[fx.Node, Use]) -> Use | None:
 
     A delta added to `y` is then the same as one added to the use's output.
     """
+    return _followed(y, uses)[0]
+
+
+def addends_of(y: fx.Node, uses: dict[fx.Node, Use]) -> list[fx.Node]:
+    """What `y`, which has an origin, holds beside the product with the weight."""
+    use, added = _followed(y, uses)
+    return added if use is None or use.bias is None else [*added, use.bias]
+
+
+def _followed(y: fx.Node, uses: dict[fx.Node, Use]) -> tuple[Use | None, list[fx.Node]]:
+    """The origin of `y`, and the constants that were added behind it."""
     node: Any = y
+    added: list[fx.Node] = []
     while isinstance(node, fx.Node) and node not in uses:
         if node.target in SAME_VALUE or node.target in RESHAPES:
             node = arguments_of(node)[0]
         elif node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1:
             left, right = arguments_of(node)
             if isinstance(right, fx.Node) and is_constant(right):
-                node = left
+                node, constant = left, right
             elif isinstance(left, fx.Node) and is_constant(left):
-                node = right
+                node, constant = right, left
             else:
-                return None
+                return None, added
+            added.append(constant)
         else:
-            return None
-    return uses.get(node) if isinstance(node, fx.Node) else None
+            return None, added
+    return (uses.get(node) if isinstance(node, fx.Node) else None), added
 
 
 def depends_on(node: fx.Node, ancestors: set[fx.Node]) -> bool:

@@ -5,8 +5,9 @@
 
 x (…, K) or ids (…), y (…, N), s the slot of the batch, i the sibling, o its offset in the bank;
 a packed module has a sibling for each part of its columns. e is the factor of embeddings that scale
-their output. The module's own forward runs untouched. Where its input and output do not have these
-shapes, a registered handler takes the call apart and adds ranges of the delta's columns.
+their output. Where the bank has room for DoRA, y is rescaled behind its delta
+(lorafx.kernels.rescale). The module's own forward runs untouched. Where its input and output do not
+have these shapes, a registered handler takes the call apart and adds ranges of the delta's columns.
 
 A mark is a plain picklable object, so deep copies and pickles of a marked model stay marked and
 share one runtime and one bank a group among themselves. Dynamo inlines `__call__`: banks and
@@ -101,18 +102,29 @@ class SiteMark:
         if not traced:
             self._refuse_mixed()
             self._check_once(module, args, kwargs, x, output, scale)
-        y = self._with_delta(x, y, scale, (self.siblings, self.offsets, self.sizes))
+        bias, ranges = getattr(module, "bias", None), (self.siblings, self.offsets, self.sizes)
+        y = self._with_delta(x, y, scale, ranges, bias if isinstance(bias, Tensor) else None)
         return _with_first(output, y) if several else y
 
     def _with_delta(
-        self, x: Tensor, y: Tensor, scale: Tensor | float | None, ranges: Sequence[Sequence[int]]
+        self,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor | float | None,
+        ranges: Sequence[Sequence[int]],
+        addend: Tensor | None = None,
     ) -> Tensor:
-        """y and the delta of the bank's columns that `ranges` (siblings, offsets, sizes) names."""
+        """y and the delta of the bank's columns that `ranges` (siblings, offsets, sizes) names.
+
+        `addend`, the module's bias, is what DoRA does not rescale; `match` finds it in the graph.
+        """
         bank, slots = self.bank, self.runtime.slots
+        # DoRA is refused where a handler says what y is.
+        gains = bank.gains if self.handler is None else None
         if self.kind == "embedding":
             scales = bank.scales if scale is None else bank.scales * scale
             return torch.ops.lorafx.embedding_site(
-                x, y, bank.A, bank.B, bank.ranks, scales, slots, UNPROVED
+                x, y, bank.A, bank.B, bank.ranks, scales, slots, UNPROVED, gains
             )
         whole = sum(ranges[2]) == self.out_features
         return torch.ops.lorafx.site(
@@ -127,6 +139,8 @@ class SiteMark:
             UNPROVED,
             self.weight if whole else None,
             self.bias if whole else None,
+            gains,
+            None if gains is None else addend,
         )
 
     def _handled(

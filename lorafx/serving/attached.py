@@ -107,7 +107,8 @@ class AttachedSession(Session):
                     self.serve(outer, self.store.acquire(outer))
                 else:
                     # The slots stay: the next block often names the same.
-                    runtime.active, program.touched = False, frozenset()
+                    runtime.active = False
+                    program.touched = program.rescaled = frozenset()
 
     def begin(self, checks: Checks, arguments: Sequence[Any]) -> None:
         """Check the call that a graph serves, and give its rows their slots.

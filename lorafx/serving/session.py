@@ -50,6 +50,7 @@ class Session:
     #: The adapters that were served last, and the sites that they touch.
     _served: list[StoredAdapter] = field(default_factory=list)
     _touched: frozenset[str] = frozenset()
+    _rescaled: frozenset[str] = frozenset()
     #: One call at a time: slots and the running call are one state for all marks of the model.
     lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -140,11 +141,13 @@ class Session:
         if [id(adapter) for adapter in stored] != [id(adapter) for adapter in self._served]:
             self._served = stored
             self._touched = frozenset().union(*(adapter.sites for adapter in stored))
+            self._rescaled = frozenset().union(*(adapter.rescaled for adapter in stored))
         program.touched = frozenset() if self.warming else self._touched
+        program.rescaled = frozenset() if self.warming else self._rescaled
 
     def forget_served(self) -> None:
         """Keep no adapter that was served alive."""
-        self._served, self._touched = [], frozenset()
+        self._served, self._touched, self._rescaled = [], frozenset(), frozenset()
 
     def repeating(self) -> bool:
         """Whether rows of one request may follow one another though `repeats` does not say so."""

@@ -156,7 +156,7 @@ def dummy(name: str, sites: Sequence[Site], rank: int, *, seed: int) -> Adapter:
 def _serving_dummies(session: Session, dummies: Sequence[Adapter]) -> Iterator[None]:
     """The session has these adapters and no others inside the block."""
     program = session.program
-    rows, touched = program.runtime.rows, program.touched
+    rows, touched, rescaled = program.runtime.rows, program.touched, program.rescaled
     session.warming = True
     try:
         with session.store.set_aside():
@@ -166,7 +166,7 @@ def _serving_dummies(session: Session, dummies: Sequence[Adapter]) -> Iterator[N
     finally:
         session.warming = False
         session.forget_served()
-        program.touched = touched
+        program.touched, program.rescaled = touched, rescaled
         program.runtime.set_rows(rows)
         program.runtime.active = False
 

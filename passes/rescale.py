@@ -1,0 +1,135 @@
+"""DoRA's scale of each output stands behind the delta, in plain aten, for every lowering.
+
+    y' = site(x, y, ..., gains, c)   →   y₁ = site(x, y, ...)
+                                         y' = y₁ + G[s] · (y₁ − c)     where s ≥ 0 and G[s] ≠ 0
+
+with s the slot of each row. Only where the banks have room for DoRA; otherwise no site has gains,
+and nothing is done. What follows fuses and packs y₁ as ever; Inductor fuses the scale into what
+reads it.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from lorafx.graph.context import GAINS_ARGUMENT, ROWS_ARGUMENT, SITE_OP, SLOTS_ARGUMENT, Context
+from lorafx.graph.frame import arguments_of, fake_value
+from lorafx.kernels.delta import accumulation_dtype
+from lorafx.ownership.symbolic import as_expr
+from lorafx.passes.provenance import ALL_ALIKE
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+
+@dataclass(frozen=True)
+class Rescale:
+    name: str = "rescale"
+    required: bool = True
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        scales = _Scales(gm.graph, ctx)
+        edits = 0
+        for node in gm.graph.nodes:
+            at = GAINS_ARGUMENT.get(node.target)
+            if at is not None and len(node.args) > at:
+                scales.take_out(node, at)
+                edits += 1
+        return edits
+
+
+@dataclass
+class _Scales:
+    """Emits the scales of one graph. Owners of rows are computed once for all sites alike."""
+
+    graph: fx.Graph
+    ctx: Context
+    owners: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
+
+    def take_out(self, node: fx.Node, at: int) -> None:
+        """The site keeps its delta; what read it reads the rescaled y."""
+        gains, addend = (*arguments_of(node)[at:], None)[:2]
+        node.args = node.args[:at]
+        if gains is None:
+            return
+        readers = list(node.users)
+        with self.graph.inserting_before(node.next):
+            last = self._rescaled(node, gains, addend)
+        for reader in readers:
+            reader.replace_input_with(node, last)
+
+    def _rescaled(self, node: fx.Node, gains: fx.Node, addend: fx.Node | None) -> fx.Node:
+        y = fake_value(node)
+        owner = self._owner(node)
+        gain = self._call(aten.index.Tensor, self._columns(node, gains), [owner])
+        used = self._call(aten.unsqueeze.default, self._call(aten.ge.Scalar, owner, 0), -1)
+        live = self._call(aten.ne.Scalar, gain, 0)
+        live = self._call(aten.logical_and.default, live, used)
+        if y.dim() != 2:
+            sizes = [self._size(node, dim) for dim in range(y.dim())]
+            gain = self._call(aten.reshape.default, gain, sizes)
+            live = self._call(aten.reshape.default, live, sizes)
+        acc = accumulation_dtype(y)
+        wide = self._cast(node, acc)
+        product = wide if addend is None else self._call(aten.sub.Tensor, wide, addend)
+        scaled = self._call(aten.mul.Tensor, gain, product)
+        total = self._cast(self._call(aten.add.Tensor, wide, scaled), y.dtype)
+        return self._call(aten.where.self, live, total, node)
+
+    def _columns(self, node: fx.Node, gains: fx.Node) -> fx.Node:
+        """The gains (S, N) of the site's own columns."""
+        if node.target is not SITE_OP:
+            return gains
+        _, offsets, sizes = arguments_of(node)[7:10]
+        parts = [
+            self._call(aten.slice.Tensor, gains, 1, offset, offset + size)
+            for offset, size in zip(offsets, sizes, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else self._call(aten.cat.default, parts, 1)
+
+    def _owner(self, node: fx.Node) -> fx.Node:
+        """The slot of each row of y, int32 (M,); as `lorafx.kernels.delta.row_slots`."""
+        slots, rows = node.args[SLOTS_ARGUMENT], node.args[ROWS_ARGUMENT[node.target]]
+        leading = tuple(fake_value(node).shape[:-1])
+        key = (slots, rows, *map(as_expr, leading))
+        if key not in self.owners:
+            count: Any = 1
+            for dim in range(len(leading)):
+                size = self._size(node, dim)
+                both = isinstance(count, int) and isinstance(size, int)
+                count = count * size if both else self._call(operator.mul, count, size)
+            index = self._call(
+                prims.iota.default,
+                count,
+                start=0,
+                step=1,
+                dtype=torch.int64,
+                device=fake_value(node).device,
+                requires_grad=False,
+            )
+            # Unproved rows: the site's own op refuses batches that mix adapters.
+            rows = rows if isinstance(rows, fx.Node) or rows > 0 else ALL_ALIKE
+            index = self._call(aten.div.Scalar_mode, index, rows, rounding_mode="floor")
+            length = fake_value(slots).shape[0]
+            if not isinstance(length, int):
+                length = self._call(aten.sym_size.int, slots, 0)
+            index = self._call(aten.remainder.Scalar, index, length)
+            self.owners[key] = self._call(aten.index.Tensor, slots, [index])
+        return self.owners[key]
+
+    def _size(self, node: fx.Node, dim: int) -> Any:
+        size = fake_value(node).shape[dim]
+        return size if isinstance(size, int) else self._call(aten.sym_size.int, node, dim)
+
+    def _cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        if fake_value(node).dtype == dtype:
+            return node
+        return self._call(prims.convert_element_type.default, node, dtype)
+
+    def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.ctx.call(self.graph, target, args, **kwargs)
