@@ -47,7 +47,6 @@ def test_every_field_of_the_installed_peft_is_known():
 
 
 REFUSED = {
-    "use_dora": True,
     "lora_bias": True,
     "bias": "lora_only",
     "modules_to_save": ["classifier", "score"],
@@ -89,8 +88,8 @@ def test_all_refused_fields_at_once():
 
 
 def test_a_peft_object_is_refused_too():
-    config = peft.LoraConfig(use_dora=True, modules_to_save=["lm_head"])
-    with pytest.raises(UnsupportedAdapterError, match=r"(?s)use_dora.*modules_to_save"):
+    config = peft.LoraConfig(lora_bias=True, modules_to_save=["lm_head"])
+    with pytest.raises(UnsupportedAdapterError, match=r"(?s)lora_bias.*modules_to_save"):
         PeftConfig.read(config)
     with pytest.raises(UnsupportedAdapterError, match="peft_type = 'IA3'"):
         PeftConfig.read(peft.IA3Config())

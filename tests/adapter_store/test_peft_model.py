@@ -55,7 +55,7 @@ def test_base_and_adapters(build, sites_of, save, tmp_path):
         memory = read_adapter(state, name, sites_of(base), model=base)
         disk = read_adapter(tmp_path / name, name, sites_of(base), model=base)
         assert set(memory.weights) == set(disk.weights)
-        for path, (a, b, scale, _) in disk.weights.items():
+        for path, (a, b, scale, *_) in disk.weights.items():
             assert torch.equal(a, memory.weights[path].A)
             assert torch.equal(b, memory.weights[path].B)
             assert scale == memory.weights[path].scale
@@ -82,7 +82,7 @@ def test_weighted_adapter(build, sites_of):
     expected = model.base_model.model.model.layers[0].self_attn.q_proj.get_delta_weight("mix")
     taken = take_over(model)
     assert taken.active == "mix"
-    a, b, scale, _ = read_adapter(taken.adapters["mix"], "mix", sites_of(taken.base)).weights[
+    a, b, scale, *_ = read_adapter(taken.adapters["mix"], "mix", sites_of(taken.base)).weights[
         "model.layers.0.self_attn.q_proj"
     ]
     torch.testing.assert_close(scale * (b @ a), expected)
@@ -125,7 +125,7 @@ def test_merged_adapters_are_refused_and_nothing_changes(build):
 @pytest.mark.parametrize(
     ("config", "field"),
     [
-        (peft.LoraConfig(target_modules=["q_proj"], use_dora=True), "use_dora"),
+        (peft.LoraConfig(target_modules=["q_proj"], lora_bias=True), "lora_bias"),
         (
             peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
             "modules_to_save",

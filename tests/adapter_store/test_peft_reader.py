@@ -30,7 +30,7 @@ def merge(model: nn.Module, adapter: Adapter, sites: list[Site]) -> dict[str, to
     }
     for site in sites:
         if site.path in adapter.weights:
-            a, b, scale, _ = adapter.weights[site.path]
+            a, b, scale, *_ = adapter.weights[site.path]
             delta = scale * (b.float() @ a.float())
             swap = site.eligible.transposed or site.eligible.kind == "embedding"
             merged[f"{site.path}.weight"] += delta.t() if swap else delta
@@ -168,7 +168,7 @@ def test_round_trip(modules, style, alpha, rslora, dtype):
     adapter = read_adapter(state, "a", sites)
     assert set(adapter.weights) == set(modules) == set(adapter_target_modules(state).modules)
     for path, (r, k, n, _) in modules.items():
-        a, b, scale, _ = adapter.weights[path]
+        a, b, scale, *_ = adapter.weights[path]
         assert (a.shape, b.shape) == ((r, k), (n, r))
         assert any(a is t for t in tensors.values())
         assert scale == pytest.approx(alpha / (r**0.5 if rslora else r))

@@ -79,6 +79,9 @@ def save_adapter(
         for name, parameter in wrapped.named_parameters():
             if "lora_" not in name:
                 continue
+            if "magnitude" in name:  # the norms of the base weight so far
+                parameter.mul_(0.5 + torch.rand(parameter.shape, generator=generator))
+                continue
             first = "lora_A" in name or "embedding_A" in name
             fan_in = rank if not first or "embedding" in name else parameter.shape[1]
             std = fan_in**-0.5 * (1 if first else gain / 2)

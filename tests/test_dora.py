@@ -1,0 +1,399 @@
+"""DoRA adapters beside plain ones and base rows, against PEFT's own dense merge of each row."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hand_made
+import oracle
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error, save_adapter
+from dora_cases import add_magnitudes, dora_case, family_case, rescaled_weight
+from packed_models import twins
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES, PlainModel, token_inputs
+from torch import Tensor, nn
+
+import lorafx
+from lorafx.errors import CapacityError, CheckpointError, MatchError
+
+NAMES = ["d0", None, "p2", "d1", "d3", "d0"]
+MIXES = (NAMES, NAMES[::-1], ["d1", "d1", "p2", "d3", None, None], ["p2", None] * 3)
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    made: dict[str, Case] = {}
+
+    def make(family: str) -> Case:
+        if family not in made:
+            layers = {"num_hidden_layers": 1} if family != "plain" else {}
+            made[family] = family_case(family, tmp_path_factory.mktemp(family), **layers)
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def plain(cases: Callable[[str], Case]) -> Case:
+    return cases("plain")
+
+
+@pytest.fixture(scope="module")
+def served(cases: Callable[[str], Case]) -> Any:
+    """A compiled Llama for the module: its graphs are shared as in use."""
+    return cases("llama").compile()
+
+
+def inputs(length: int = 5, rows: int = len(NAMES)) -> dict[str, Tensor]:
+    torch.manual_seed(length)
+    return token_inputs(rows, length)
+
+
+def plain_inputs(rows: int = len(NAMES)) -> dict[str, Tensor]:
+    torch.manual_seed(rows)
+    return FAMILIES["plain"].inputs(rows, 4)
+
+
+def graphs(cm: Any) -> int:
+    return len(cm._session.backend.records)
+
+
+def gains(cm: Any, name: str) -> dict[str, Tensor]:
+    """What the bank holds for an adapter, by the path of the site."""
+    slot = cm._session.store.acquire([name])[0]
+    program = cm._session.program
+    found = {}
+    for site in program.sites:
+        bank = program.site_bank(site)
+        assert bank.gains is not None
+        found[site.path] = bank.gains[slot].clone()
+    return found
+
+
+# Batches
+
+
+def test_mixed_batches_recompile_nothing(cases, served):
+    case = cases("llama")
+    check_mixed(served, case, NAMES, inputs())
+    before = graphs(served)
+    for length, names in enumerate(MIXES, 6):
+        check_mixed(served, case, names, inputs(length))
+    assert graphs(served) == before
+
+
+def test_rows_that_are_not_dora_keep_their_bits(served):
+    """Beside DoRA rows a plain or base row is what it is beside base rows."""
+    x = inputs()
+    mixed = served(**x, adapter_names=NAMES)["logits"]
+    names = [name if name == "p2" else None for name in NAMES]
+    alone = served(**x, adapter_names=names)["logits"]
+    for row, name in enumerate(names):
+        assert torch.equal(mixed[row], alone[row]) == (NAMES[row] == name)
+
+
+def test_generate(cases, served):
+    case, x = cases("llama"), inputs(rows=4)
+    names = ["d1", None, "d3", "p2"]
+    fixed = {"pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 3, "do_sample": False}
+    got = served.generate(**x, **fixed, adapter_names=names)
+    rows = [case.alone(n).generate(**oracle.one_row(x, i), **fixed) for i, n in enumerate(names)]
+    assert torch.equal(got, torch.cat(rows))
+
+
+def test_weights_that_are_stored_transposed(cases):
+    case = cases("gpt2")
+    check_mixed(case.compile({"verify": "numeric"}), case, NAMES, inputs())
+
+
+def test_inductor(plain):
+    """Packed siblings with biases, an embedding, and a module that is called twice."""
+    cm = plain.compile({"lowering": "inductor", "verify": "numeric"})
+    check_mixed(cm, plain, NAMES, plain_inputs())
+    before = graphs(cm)
+    for names in MIXES:
+        check_mixed(cm, plain, names, plain_inputs())
+    assert graphs(cm) == before
+    assert "and DoRA's scales" in str(cm.explain())
+
+
+@pytest.mark.parametrize("off", ["fuse", "pack", "provenance"])
+def test_without_a_pass(plain, off):
+    cm = plain.compile({"passes": {off: False}})
+    names = ["d1"] * len(NAMES) if off == "provenance" else NAMES
+    check_mixed(cm, plain, names, plain_inputs())
+
+
+def test_attached_in_eager_mode(plain):
+    model = lorafx.attach(plain.model(), plain.folders, options=REFERENCE)
+    x = plain_inputs()
+    for name in ("d1", "p2", None):
+        with torch.no_grad(), lorafx.adapters(model, name):
+            got = model(**x)["logits"]
+        assert error(got, plain.expected([name] * len(NAMES), x)) <= TOLERANCE
+
+
+# What is kept
+
+
+def test_the_scale_is_that_of_the_merged_weight(plain):
+    cm = plain.compile()
+    for name in ("d0", "d1", "d3"):
+        merged, found = plain.alone(name), gains(cm, name)
+        folder = plain.folders[name]
+        scale = json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
+        tensors = load_file(folder / "adapter_model.safetensors")
+        for path, gain in found.items():
+            module = plain.base.get_submodule(path)
+            look_up = isinstance(module, nn.Embedding)
+            form = "lora_embedding_{}" if look_up else "lora_{}.weight"
+            keys = [f"base_model.model.{path}.{form.format(letter)}" for letter in "AB"]
+            if keys[0] not in tensors:
+                assert not gain.any()
+                continue
+            a, b = (tensors[key].double() for key in keys)
+            before, after = module.weight.double(), merged.get_submodule(path).weight.double()
+            total = (before.T if look_up else before) + scale / a.shape[0] * b @ a
+            after = after.T if look_up else after
+            want = after.norm(dim=1) / total.norm(dim=1) - 1
+            torch.testing.assert_close(gain.double(), want, atol=1e-6, rtol=1e-5)
+
+
+def test_a_slot_keeps_no_scale_of_the_adapter_before(plain):
+    """One slot: DoRA, a plain adapter over it, nothing."""
+    config = lorafx.LoraConfig(max_adapters=1, max_rank=8, target_modules=list(PlainModelLinears))
+    cm = lorafx.compile(plain.model(), config, adapters=plain.folders, options=REFERENCE)
+    banks = [group.bank.gains for group in cm._session.program.groups]
+    for name in ("d1", "p2", "d3", "p2"):
+        check_mixed(cm, plain, [name, None], plain_inputs(2))
+        assert any(bool(bank.any()) for bank in banks) == name.startswith("d")
+    cm(**plain_inputs(2), adapter_names=["d1", None])
+    cm.unload_adapter("d1")
+    assert not any(bool(bank.any()) for bank in banks)
+
+
+PlainModelLinears = dict(PlainModel().named_children())
+
+
+def test_room_can_be_kept_for_later(plain, tmp_path):
+    config = lorafx.LoraConfig(target_modules=list(PlainModelLinears), use_dora=True)
+    cm = lorafx.compile(plain.model(), config, options=REFERENCE)
+    cm.load_adapter(plain.folders["p2"], "p2")
+    check_mixed(cm, plain, ["p2", None], plain_inputs(2))
+    before = graphs(cm)
+    for name in ("d0", "d1", "d3"):
+        cm.load_adapter(plain.folders[name], name)
+    check_mixed(cm, plain, NAMES, plain_inputs())
+    assert graphs(cm) == before
+    host = cm.memory()["host"]
+    cm.load_adapter(plain.folders["p2"], "d1")  # a plain one in its place
+    assert cm.memory()["host"] < host
+    assert not any(gain.any() for gain in gains(cm, "d1").values())
+
+
+def test_without_room_nothing_is_different_and_dora_is_refused(plain):
+    cm = lorafx.compile(plain.model(), {"p2": plain.folders["p2"]}, options=REFERENCE)
+    assert all(group.bank.gains is None for group in cm._session.program.groups)
+    cm(**plain_inputs(), adapter_names=["p2"] * len(NAMES))
+    assert all(
+        report.edits == 0
+        for r in cm._session.backend.records
+        for report in r.passes
+        if report.name == "rescale"
+    )
+    with pytest.raises(CheckpointError, match="not selected"):
+        cm.load_adapter(plain.folders["d1"], "d")
+    other = lorafx.compile(
+        plain.model(), lorafx.LoraConfig(target_modules=list(PlainModelLinears)), options=REFERENCE
+    )
+    with pytest.raises(CapacityError, match=r"LoraConfig\(use_dora=True\)"):
+        other.load_adapter(plain.folders["d1"], "d")
+    assert other.adapters == ()
+
+
+def test_new_base_weights_are_measured_again(plain):
+    """In place: neither graphs nor addresses change."""
+    cm = plain.compile()
+    check_mixed(cm, plain, NAMES, plain_inputs())
+    before = graphs(cm), [group.bank.gains.data_ptr() for group in cm._session.program.groups]
+    torch.manual_seed(7)
+    other = Case(copy.deepcopy(plain.base), plain.folders)
+    with torch.no_grad():
+        for own, new in zip(cm.model.parameters(), other.base.parameters(), strict=True):
+            new.copy_(torch.randn_like(new) * new.std())
+            own.copy_(new)
+    assert (
+        error(
+            cm(**plain_inputs(), adapter_names=NAMES)["logits"],
+            other.expected(NAMES, plain_inputs()),
+        )
+        > 100 * TOLERANCE
+    )
+    cm._session.store.refresh_magnitudes()
+    check_mixed(cm, other, NAMES, plain_inputs())
+    assert before == (graphs(cm), [g.bank.gains.data_ptr() for g in cm._session.program.groups])
+
+
+def test_an_output_without_any_weight_stays_zero(plain, tmp_path):
+    """Rows that pad a vocabulary: PEFT divides zero by zero there."""
+    base = copy.deepcopy(plain.base)
+    base.head.weight[5:] = 0
+    pairs = hand_made.factors(base, ["head"], rank=2, seed=0)
+    pairs["head"][1][5:] = 0
+    folder = hand_made.save(base, tmp_path / "d", pairs)
+    m = torch.rand(base.head.out_features) + 0.5
+    add_magnitudes(folder, {"head": m})
+    cm = lorafx.compile(base, {"d": folder}, options=REFERENCE)
+    assert bool((gains(cm, "d")["head"][5:] == 0).all())
+    got = cm(**plain_inputs(1), adapter_names=["d"])["logits"]
+    assert torch.equal(got[..., 5:], base.head.bias[5:].expand_as(got[..., 5:]))
+
+
+# Modules
+
+
+def test_a_peft_model_that_is_taken_over(plain):
+    base = plain.model()
+    wrapped = peft.PeftModel.from_pretrained(base, str(plain.folders["d1"]), "d1")
+    wrapped.load_adapter(str(plain.folders["d3"]), "d3")
+    x = plain_inputs(3)
+    cm = lorafx.compile(wrapped.eval(), options=REFERENCE)
+    check_mixed(cm, plain, ["d3", "d1", None], x)
+    cm.detach()
+    wrapped.set_adapter("d1")
+    with torch.no_grad():
+        assert error(wrapped(**x)["logits"], plain.expected(["d1"] * 3, x)) <= TOLERANCE
+
+
+def test_parts_of_packed_projections(tmp_path):
+    """q, k, gate and half of a mixer, each on its own part of a packed weight."""
+    apart, packed = twins()
+    targets = {
+        "d0": ["q_proj", "gate_proj", "in_proj_z"],
+        "p2": ["v_proj", "o_proj"],
+        "d3": ["k_proj", "up_proj", "in_proj_qkv", "o_proj"],
+    }
+    case = dora_case(apart, tmp_path, targets)
+    cm = lorafx.compile(packed, case.folders, options={**REFERENCE, "verify": "numeric"})
+    check_mixed(cm, case, ["d0", None, "p2", "d3"], {"input_ids": torch.arange(20).view(4, 5)})
+
+
+def test_a_packed_name_for_projections_that_are_apart(tmp_path):
+    apart, packed = twins()
+    path = "layers.0.qkv_proj"
+    pairs = hand_made.factors(packed, [path], rank=2, seed=3)
+    folder = hand_made.save(packed, tmp_path / "d", pairs)
+    m = torch.rand(packed.layers[0].qkv_proj.weight.shape[0]) + 0.5
+    add_magnitudes(folder, {path: m})
+    names = ["q_proj", "k_proj", "v_proj"]
+    config = lorafx.LoraConfig(target_modules=names, packed_modules={"qkv_proj": names})
+    cm = lorafx.compile(copy.deepcopy(apart), config, adapters={"d": folder}, options=REFERENCE)
+    merged = copy.deepcopy(apart)
+    own = [merged.layers[0].get_submodule(name) for name in names]
+    whole = rescaled_weight(torch.cat([module.weight for module in own]), pairs[path], m)
+    for module, rows in zip(own, whole.split([len(module.weight) for module in own]), strict=True):
+        module.weight.copy_(rows)
+    check_mixed(
+        cm, Case(apart, {}, {"d": merged}), ["d", None], {"input_ids": torch.arange(8).view(2, 4)}
+    )
+
+
+class Uses(nn.Module):
+    """One linear after a plain one, its weight used in all ways of which the bias is another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.w = nn.Linear(6, 9)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h, weight = torch.tanh(self.first(x)), self.w.weight
+        ways = (
+            F.linear(h * 0.5, weight, self.w.bias),
+            F.linear(h * 0.3, weight),
+            h @ weight.T + self.first.bias[0],
+            (weight @ (h * 0.7).mT).mT + self.w.bias,
+            self.w(h * 0.9) + 1,
+        )
+        return {"logits": torch.cat(ways, dim=-1)}
+
+
+class OwnForward(nn.Linear):
+    """The weight's use stands inside of other arithmetic, which the scale is not of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(F.linear(x, self.weight) * 2 + self.bias)
+
+
+class WithOwnForward(Uses):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = OwnForward(6, 9)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.w(torch.tanh(self.first(x)))}
+
+
+@pytest.mark.parametrize("cls", [Uses, WithOwnForward])
+def test_weights_used_without_their_module(cls, tmp_path):
+    torch.manual_seed(0)
+    base = cls().eval().requires_grad_(False)
+    case = dora_case(base, tmp_path, {"d0": ["w"], "d3": ["first", "w"], "p2": ["w"]})
+    cm = case.compile({"verify": "numeric"})
+    check_mixed(cm, case, ["d0", None, "p2", "d3"], {"x": torch.randn(4, 3, 6)})
+
+
+class Blocks(Uses):
+    """Only some rows of the weight are used."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": F.linear(torch.tanh(self.first(x)), self.w.weight[2:])}
+
+
+def test_a_weight_in_blocks_is_refused_for_dora_alone(tmp_path):
+    torch.manual_seed(0)
+    case = dora_case(
+        Blocks().eval().requires_grad_(False), tmp_path, {"d0": ["w"], "d3": ["first"], "p2": ["w"]}
+    )
+    cm, x = case.compile(), {"x": torch.randn(3, 3, 6)}
+    check_mixed(cm, case, ["d3", None, "p2"], x)
+    with pytest.raises(MatchError, match="DoRA cannot be applied at w: its weight is used in blo"):
+        cm(**x, adapter_names=["d0", None, "p2"])
+
+
+# Files
+
+
+@pytest.fixture
+def folder(plain, tmp_path) -> Path:
+    return save_adapter(plain.base, tmp_path / "d", rank=2, targets=["up", "head"], use_dora=True)
+
+
+BROKEN = {
+    "absent": (lambda s, k: s.pop(k), "use_dora is set, and up has no lora_magnitude_vector"),
+    "short": (lambda s, k: s.update({k: s[k][:-1]}), r"has shape \(19,\), up needs \(20,\)"),
+    "nan": (lambda s, k: s[k].fill_(torch.nan), "magnitude_vector holds 20 NaN"),
+    "alone": (
+        lambda s, k: s.pop("base_model.model.up.lora_A.weight"),
+        "up has no factor A",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_files(case, plain, folder):
+    change, message = BROKEN[case]
+    file = folder / "adapter_model.safetensors"
+    state = load_file(file)
+    change(state, "base_model.model.up.lora_magnitude_vector")
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, file)
+    with pytest.raises(CheckpointError, match=message):
+        lorafx.compile(plain.model(), {"d": folder})
