@@ -4,6 +4,8 @@
     views of it (packed buffers, W_UK)     change with it
     copies of it (W_UK made contiguous)    t ← (W + ΔW)[form], cast to the copy's dtype
 
+    quantised weights                      W' = requantise(dequantise(W) + ΔW), where asked for
+
 A tensor that several modules hold is one tensor: it can be changed where every end gets the same
 ΔW. What cannot be changed rightly is found for all sites at once, before anything is written.
 """
@@ -12,17 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorafx.base_weights.deltas import Delta, deltas_of
 from lorafx.errors import MatchError
-from lorafx.graph.derived import Derived, Holder, is_numbers, overlap
+from lorafx.graph.derived import Derived, Holder, overlap
 from lorafx.graph.weight_forms import Axis, Form
 from lorafx.model.module_graph import storage_key
+from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site
 from lorafx.registry import lookup
 
@@ -68,6 +70,22 @@ class Change:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class StoredChange:
+    """A weight that is changed through the format in which its module stores it."""
+
+    holder: Holder
+    delta: Delta
+    copies: tuple[Copy, ...] = ()
+
+
+class Changes(NamedTuple):
+    """All that an adapter changes."""
+
+    plain: list[Change]
+    stored: list[StoredChange]
+
+
 @dataclass
 class _Found:
     """What is known of a model's tensors: who holds what, by storage."""
@@ -86,10 +104,9 @@ class _Found:
     def holder(self, site: Site) -> Holder | None:
         """Where the site's weight is; None where it is computed whenever it is asked for."""
         weight = self.program.weight_of(site)
-        path = site.path if site.expert_weight is None else site.path.rpartition(".")[0]
         for place in (site.module._parameters, site.module._buffers, vars(site.module)):
             if weight is not None and place.get(site.eligible.weight) is weight:
-                return Holder(path, site.module, site.eligible.weight)
+                return _holder(site)
         return None
 
     def overlapping(self, weight: Tensor) -> Iterator[tuple[Holder, Tensor]]:
@@ -116,11 +133,16 @@ class _Found:
                 yield holder, tensor, derived
 
 
-def changes_of(program: Program, store: AdapterStore, name: str) -> list[Change]:
+def changes_of(
+    program: Program, store: AdapterStore, name: str, *, requantize: bool = False
+) -> Changes:
     """What merging the adapter `name` changes.
 
     Tied tensors whose ends get different ΔW are in the list (`Change.tied_apart`): whether they can
     be told apart is for the caller to say.
+
+    Args:
+        requantize: quantised weights may be stored anew in their own format.
 
     Raises:
         UnknownAdapterError: it is not loaded.
@@ -130,38 +152,48 @@ def changes_of(program: Program, store: AdapterStore, name: str) -> list[Change]
     found, problems = _Found(program), list[str]()
     by_end: dict[tuple[int, str], Delta] = {}
     for delta in deltas:
-        problem = _problem(program, found, delta)
+        problem = _problem(program, found, delta, requantize=requantize)
         if problem:
             problems.append(f"{delta.site.path or 'the root module'}: {problem}")
         by_end[id(delta.site.module), delta.site.eligible.weight] = delta
     if problems:
         raise not_mergeable(name, problems)
-    changes: dict[int, Change] = {}
+    plain: dict[int, Change] = {}
+    stored: list[StoredChange] = []
     ended: set[tuple[int, str]] = set()
+    copies = _copies_by_site(found, [delta.site for delta in deltas], problems)
     for delta in deltas:
-        holder, weight = found.holder(delta.site), program.weight_of(delta.site)
-        if holder is None or weight is None or _key(holder) in ended:
+        holder, weight = _holder(delta.site), program.weight_of(delta.site)
+        if _key(holder) in ended:
             continue
+        own = tuple(copies.get(id(delta.site), ()))
+        if _is_stored(delta.site):
+            stored.append(StoredChange(holder, delta, own))
+            continue
+        assert weight is not None
         ends = _ends(program, found, holder, weight, by_end)
         ended.update(_key(end) for end, _ in ends)
-        changes[id(weight)] = Change(holder, weight, delta, ends)
-    copies: dict[int, list[Copy]] = {}
-    by_site = {id(end): key for key, c in changes.items() for end in _sites_of(program, c)}
-    for where, tensor, derived in found.copies([delta.site for delta in deltas]):
-        keys = {by_site[id(site)] for site in derived.sites if id(site) in by_site}
-        if derived.form is None or len(keys) != 1:
-            problems.append(
-                f"{derived.sites[0].path}: {where} was made of it in an order, scale or precision "
-                "that no rule follows, and would keep the old numbers"
-            )
-        else:
-            copies.setdefault(keys.pop(), []).append(Copy(where, tensor, derived.form))
+        plain[id(weight)] = Change(holder, weight, delta, ends, own)
     if problems:
         raise not_mergeable(name, problems)
-    return [
-        Change(c.holder, c.weight, c.delta, c.ends, tuple(copies.get(key, ())))
-        for key, c in changes.items()
-    ]
+    return Changes(list(plain.values()), stored)
+
+
+def _copies_by_site(
+    found: _Found, sites: Sequence[Site], problems: list[str]
+) -> dict[int, list[Copy]]:
+    """The copies that have to follow, by the site, among those of one weight, that comes first."""
+    copies: dict[int, list[Copy]] = {}
+    for where, tensor, derived in found.copies(sites):
+        first = next(site for site in sites if site in derived.sites)
+        if derived.form is None:
+            problems.append(
+                f"{first.path}: {where} was made of it in an order, scale or precision that no "
+                "rule follows, and would keep the old numbers"
+            )
+        else:
+            copies.setdefault(id(first), []).append(Copy(where, tensor, derived.form))
+    return copies
 
 
 def not_mergeable(name: str, problems: Sequence[str]) -> MatchError:
@@ -177,27 +209,37 @@ def _key(holder: Holder) -> tuple[int, str]:
     return id(holder.module), holder.attribute
 
 
-def _sites_of(program: Program, change: Change) -> list[Site]:
-    """All sites whose weight is the tensor."""
-    return [site for site in program.sites if program.weight_of(site) is change.weight]
+def _holder(site: Site) -> Holder:
+    path = site.path if site.expert_weight is None else site.path.rpartition(".")[0]
+    return Holder(path, site.module, site.eligible.weight)
 
 
-def _problem(program: Program, found: _Found, delta: Delta) -> str | None:
+def _is_stored(site: Site) -> bool:
+    """Whether the module holds W in a format of its own, in place of W's numbers."""
+    return is_stored(site.module, site.eligible)
+
+
+def _problem(program: Program, found: _Found, delta: Delta, *, requantize: bool) -> str | None:
     """Why the site's weight cannot take ΔW."""
-    weight = program.weight_of(delta.site)
-    if weight is None:
-        return "it holds no weight tensor (a quantiser packs it in an object)"
-    if is_traceable_wrapper_subclass(weight) or not is_numbers(weight):
-        kind = "on the meta device" if weight.is_meta else f"of {weight.dtype}"
-        if is_traceable_wrapper_subclass(weight):
-            kind = f"a {type(weight).__qualname__}"
-        return f"its weight is {kind}, which holds no plain numbers to add to"
-    if found.holder(delta.site) is None:
+    site = delta.site
+    weight = program.weight_of(site)
+    if weight is not None and weight.is_meta:
+        return "its weight is on the meta device"
+    if site.path in program.replaced:
+        return "the module above it computes with a tensor that may have been made of its weight"
+    if _is_stored(site):
+        if not requantize:
+            return (
+                "its weight is quantised; merge(name, requantize=True) stores W + ΔW in its own "
+                "format and says how much of ΔW is lost"
+            )
+        if weight is not None and len(list(found.overlapping(weight))) > 1:
+            return "its weight is quantised and tied to another"
+        return None
+    if found.holder(site) is None or weight is None:
         return "its weight is computed whenever it is asked for (a parametrisation)"
     if tuple(weight.shape) != delta.shape:
         return f"its weight is {tuple(weight.shape)}, ΔW {delta.shape}"
-    if delta.site.path in program.replaced:
-        return "the module above it computes with a tensor that may have been made of its weight"
     return None
 
 

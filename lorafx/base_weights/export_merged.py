@@ -49,7 +49,7 @@ def export_merged(session: Session, name: str, folder: Path, *, max_shard_size: 
             session.store[name]  # UnknownAdapterError
             merged, changes = session.merged, list[Change]()
             if merged is None:
-                changes = changes_of(program, session.store, name)
+                changes = changes_of(program, session.store, name).plain
             elif merged.name != name:
                 raise ConfigError(
                     f"{merged.name!r} is merged; unmerge() before {name!r} is written"

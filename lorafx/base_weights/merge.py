@@ -6,6 +6,8 @@
 A merged model runs the base model's own graphs, which take the weights as inputs: nothing is
 captured again, and addresses stay what they were. Rounding cannot be undone by subtracting ΔW, so
 the originals of what was changed are kept: as many bytes of host memory as those weights have.
+Quantised weights are changed through their own format, where that is asked for; how much of ΔW the
+format loses is reported, and what they were is kept where it lies.
 """
 
 from __future__ import annotations
@@ -18,10 +20,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lorafx.base_weights.changes import Change, changes_of, copied, not_mergeable
+from lorafx.base_weights.changes import (
+    Change,
+    Changes,
+    Copy,
+    StoredChange,
+    changes_of,
+    copied,
+    not_mergeable,
+)
 from lorafx.base_weights.deltas import Delta, blocks, computing
 from lorafx.errors import BatchError, CaptureError, ConfigError, MatchError
 from lorafx.graph.derived import Holder
+from lorafx.model.quantized import Stored, dequantize, requantize
+from lorafx.model.weight_formats import format_of, own_tensors
 from lorafx.progress import progress
 
 if TYPE_CHECKING:
@@ -36,7 +48,7 @@ class MergedWeight:
         name: path and attribute.
         nbytes: of the weight.
         error: ‖(W' − W) − ΔW‖ / ‖ΔW‖ in the Frobenius norm: how much of the update was lost by
-            rounding to the weight's dtype. 0 where ΔW is zero.
+            rounding to the weight's dtype, or to the format it is quantised to. 0 where ΔW is zero.
     """
 
     name: str
@@ -51,12 +63,13 @@ class MergeReport:
     Attributes:
         adapter: the adapter's name.
         weights: what holds W + ΔW, in the order of the model's sites.
-        host_bytes: host memory that the originals take until `unmerge`.
+        original_bytes: memory that the originals take until `unmerge`: the host's, and for
+            quantised weights that of their device.
     """
 
     adapter: str
     weights: tuple[MergedWeight, ...]
-    host_bytes: int
+    original_bytes: int
 
     @property
     def error(self) -> float:
@@ -66,7 +79,7 @@ class MergeReport:
     def __str__(self) -> str:
         return (
             f"{self.adapter}: merged into {len(self.weights)} weights, rounding lost at most "
-            f"{self.error:.1e} of an update, {self.host_bytes} bytes of originals in host memory"
+            f"{self.error:.1e} of an update, {self.original_bytes} bytes of originals are kept"
         )
 
 
@@ -84,6 +97,15 @@ class _Original:
     def of(cls, holder: Holder, tensor: Tensor) -> _Original:
         return cls(holder, tensor, tensor.detach().to("cpu", copy=True))
 
+    @property
+    def nbytes(self) -> int:
+        return self.numbers.nbytes
+
+    @property
+    def touched(self) -> bool:
+        """Whether somebody else has written or replaced the tensor since."""
+        return self.holder.tensor is not self.tensor or version_of(self.tensor) != self.version
+
     def written(self) -> _Original:
         """As after the last write of ours."""
         return _Original(self.holder, self.tensor, self.numbers, version_of(self.tensor))
@@ -91,10 +113,26 @@ class _Original:
     def restore(self) -> None:
         write(self.tensor, self.numbers)
 
-    @property
-    def touched(self) -> bool:
-        """Whether somebody else has written or replaced the tensor since."""
-        return self.holder.tensor is not self.tensor or version_of(self.tensor) != self.version
+
+class _StoredOriginal:
+    """A quantised weight as it was."""
+
+    touched = False  # formats do not tell
+
+    def __init__(self, holder: Holder, parameter: str | None) -> None:
+        self.holder = holder
+        self._stored = Stored(holder.module, parameter)
+        kept = format_of(holder.module, holder.attribute)
+        held = own_tensors(holder.module)
+        if kept is not None:
+            held = kept.tensors(holder.module, holder.attribute)
+        self.nbytes = sum(tensor.nbytes for tensor in held)
+
+    def written(self) -> _StoredOriginal:
+        return self
+
+    def restore(self) -> None:
+        self._stored.restore()
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,23 +140,24 @@ class Merged:
     """The adapter that the base weights hold, and what they were before."""
 
     report: MergeReport
-    originals: tuple[_Original, ...]
+    requantize: bool
+    originals: tuple[_Original | _StoredOriginal, ...]
 
     @property
     def name(self) -> str:
         return self.report.adapter
 
 
-def merge(session: Session, name: str) -> MergeReport:
+def merge(session: Session, name: str, *, requantize: bool = False) -> MergeReport:
     """See `CompiledModel.merge`."""
     with session.lock, session.weights_lock:
         _refuse_in_use(session, name)
-        changes = changes_of(session.program, session.store, name)
-        apart = [_tied_apart(change) for change in changes if change.tied_apart]
+        changes = changes_of(session.program, session.store, name, requantize=requantize)
+        apart = [_tied_apart(change) for change in changes.plain if change.tied_apart]
         if apart:
             raise not_mergeable(name, apart)
-        with progress(f"merging {name} into {len(changes)} weights"):
-            session.merged = _merged(name, changes)
+        with progress(f"merging {name} into {len(changes.plain) + len(changes.stored)} weights"):
+            session.merged = _merged(name, changes, requantize=requantize)
         return session.merged.report
 
 
@@ -141,7 +180,7 @@ def unmerge(session: Session, *, force: bool = False) -> None:
             )
         with progress(f"taking {merged.name} out of {len(merged.report.weights)} weights"):
             for item in merged.originals:
-                if item.holder.tensor is item.tensor:
+                if isinstance(item, _StoredOriginal) or item.holder.tensor is item.tensor:
                     item.restore()
         session.merged = None
 
@@ -166,7 +205,7 @@ def unmerged(session: Session) -> Iterator[None]:
         try:
             yield
         finally:
-            merge(session, merged.name)
+            merge(session, merged.name, requantize=merged.requantize)
 
 
 def _refuse_in_use(session: Session, name: str) -> None:
@@ -195,31 +234,64 @@ def _tied_apart(change: Change) -> str:
     )
 
 
-def _merged(name: str, changes: Sequence[Change]) -> Merged:
+def _merged(name: str, changes: Changes, *, requantize: bool) -> Merged:
     """Write W + ΔW into every weight; all are as before when one fails."""
-    originals: list[_Original] = []
+    originals: list[_Original | _StoredOriginal] = []
     weights: list[MergedWeight] = []
+
+    def follow(copies: Sequence[Copy], dense: Tensor) -> None:
+        for copy in copies:
+            originals.append(_Original.of(copy.holder, copy.tensor))
+            write(copy.tensor, copied(dense, copy))
+
     try:
-        for change in changes:
-            originals.append(_Original.of(change.holder, change.weight))
+        for change in changes.plain:
+            kept = _Original.of(change.holder, change.weight)
+            originals.append(kept)
             error = add_to(change.weight, change.weight, change.delta, str(change.holder))
-            weights.append(MergedWeight(str(change.holder), change.weight.nbytes, error))
-            for copy in change.copies:
-                originals.append(_Original.of(copy.holder, copy.tensor))
-                write(copy.tensor, copied(_dense(change), copy))
+            weights.append(MergedWeight(str(change.holder), kept.nbytes, error))
+            turned = change.delta.site.eligible.transposed
+            follow(change.copies, change.weight.detach().mT if turned else change.weight.detach())
+        for stored in changes.stored:
+            held = _StoredOriginal(stored.holder, _parameter(stored))
+            originals.append(held)
+            weights.append(MergedWeight(str(stored.holder), held.nbytes, _requantized(stored)))
+            if stored.copies:
+                follow(stored.copies, dequantize(stored.holder.module, _parameter(stored)))
     except BaseException:
         for item in originals:
             item.restore()
         raise
-    kept = tuple(item.written() for item in originals)
-    size = sum(item.numbers.nbytes for item in kept)
-    return Merged(MergeReport(name, tuple(weights), size), kept)
+    ours = tuple(item.written() for item in originals)
+    report = MergeReport(name, tuple(weights), sum(item.nbytes for item in ours))
+    return Merged(report, requantize, ours)
 
 
-def _dense(change: Change) -> Tensor:
-    """W (N, K) of a linear."""
-    weight = change.weight.detach()
-    return weight.T if change.delta.site.eligible.transposed else weight
+def _parameter(change: StoredChange) -> str | None:
+    """What `dequantize` is asked for: one of several weights of a module by its name."""
+    return None if change.delta.site.expert_weight is None else change.holder.attribute
+
+
+@torch.no_grad()
+def _requantized(change: StoredChange) -> float:
+    """Store W + ΔW in the weight's own format; what of ΔW is lost.
+
+    Raises:
+        MatchError: the format cannot be read or written.
+    """
+    module, parameter = change.holder.module, _parameter(change)
+    try:
+        before = dequantize(module, parameter).float()
+        update = change.delta.block(0, change.delta.shape[0], before)
+        if change.delta.site.eligible.transposed and parameter is None:
+            update = update.mT
+        wanted = before + update
+        requantize(module, wanted, parameter)
+        after = dequantize(module, parameter).float()
+    except ConfigError as error:
+        raise MatchError(f"{change.holder}: {error}. Nothing has changed") from error
+    whole = float(torch.linalg.vector_norm(update))
+    return float(torch.linalg.vector_norm(after - wanted)) / whole if whole else 0.0
 
 
 @torch.no_grad()
@@ -244,7 +316,9 @@ def add_to(target: Tensor, weight: Tensor, delta: Delta, label: str) -> float:
         numbers = torch.stack([overflown.to(dtype), difference, torch.linalg.vector_norm(update)])
         bad, block_lost, block_whole = numbers.tolist()  # one transfer a block
         if bad:
-            raise MatchError(f"{label}: W + ΔW is beyond the range of {weight.dtype}")
+            raise MatchError(
+                f"{label}: W + ΔW is beyond the range of {weight.dtype}. Nothing has changed"
+            )
         lost, whole = lost + block_lost**2, whole + block_whole**2
         write(target.detach()[start:stop], after)
     return (lost / whole) ** 0.5 if whole else 0.0
