@@ -2,8 +2,8 @@
 
 python examples/experts.py
 
-The adapters are PEFT's: `target_parameters` names the fused weights of the experts and the router's,
-which are parameters and not modules. PEFT itself serves one such adapter a batch.
+The adapters are PEFT's: `target_parameters` names the fused weights of the experts and the
+router's, which are parameters, not modules. PEFT itself serves one such adapter a batch.
 """
 
 import tempfile
