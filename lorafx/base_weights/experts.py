@@ -144,7 +144,8 @@ def _boxes(
             orders.reverse()
     for oriented in orders:
         shape = oriented.shape[1:] if saved.expert is not None else oriented.shape
-        yield Landing(path, shape, (Cut(oriented),))
+        # Other names than the parameter's own say which way round it is.
+        yield Landing(path, shape, (Cut(oriented),), turned=oriented is not box if own else None)
 
 
 def _columns(size: int, weight: ExpertWeight, half: Half) -> range:

@@ -217,12 +217,20 @@ class Landing:
         shape: what it has to be like; None where only a parameter's own loader knows.
         cuts: its parts, each with its place.
         wrong: why it has no place after all, "" where it has.
+        turned: of a matrix that checkpoints have either way round, whether it came so that the
+            model's is its transpose; None of all others.
     """
 
     path: str
     shape: Shape | None
     cuts: tuple[Cut, ...]
     wrong: str = ""
+    turned: bool | None = None
+
+    @property
+    def square(self) -> bool:
+        """Whether the shape does not tell which way round it came."""
+        return self.shape is not None and len(self.shape) > 1 and self.shape[-1] == self.shape[-2]
 
     def write(self, loaded: Tensor) -> None:
         for cut in self.cuts:

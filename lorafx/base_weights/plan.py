@@ -144,6 +144,7 @@ class Plan:
                 if self._strict:
                     self._fault(text, *group.landings)
                 self._faulty.update(self._key(t) for t in _targets(group.landings))
+        self._orientations()
         seen: set[tuple[object, ...]] = set(self._faulty)
         for target in self._resolver.names.required:
             key = self._key(target)
@@ -229,6 +230,26 @@ class Plan:
             return lambda: item.read()[take]
         kept = item.read()[take].clone()
         return lambda: kept
+
+    def _orientations(self) -> None:
+        """A square matrix beside one that came turned may have come turned too."""
+        turned: dict[int, str] = {}
+        square: list[tuple[int, str, Landing]] = []
+        for name, meaning in self.meanings.items():
+            if isinstance(meaning, Landing) and meaning.turned is not None:
+                module = id(meaning.cuts[0].place.target.module)
+                if meaning.square:
+                    square.append((module, name, meaning))
+                elif meaning.turned:
+                    turned[module] = name
+        for module, name, meaning in square:
+            if module in turned:
+                self._fault(
+                    f"{name}: it is square, and {turned[module]} came transposed: whether it did "
+                    "too cannot be told; give the experts one by one, or as w13_weight and "
+                    "w2_weight (E, out, in)",
+                    meaning,
+                )
 
     def _uncovered(self, target: Target) -> str:
         """What of a target got no numbers, "" where nothing."""

@@ -100,8 +100,10 @@ class Resolver:
             target, path = itself
             if target.is_buffer and not target.persistent:
                 return
+            yield from self._experts.landings(walked)
             yield at(target, path)
-        yield from self._experts.landings(walked)
+        else:
+            yield from self._experts.landings(walked)
         for found in self._packed.landings(walked):
             yield found if isinstance(found, Landing) else self._joint(found)
 
