@@ -89,7 +89,7 @@ class PackedLandings:
         if not declared or sizes is None:
             parent = path.rpartition(".")[0]
             each = tuple(join(parent, f"{member.name}.{attribute}") for member in members)
-            return Joint(at(target, own), dim, each, index)
+            return Joint(at(target, join(path, attribute)), dim, each, index)
         covered = (index,) if slices is None else slices
         starts = (0, *accumulate(sizes))
         if starts[-1] != len(box.box[dim]) or covered[-1] >= len(sizes):

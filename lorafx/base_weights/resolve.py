@@ -122,6 +122,8 @@ class Resolver:
         return None
 
     def _joint(self, found: Joint) -> Member:
-        path = found.whole.path.rpartition(".")[0] + found.names[0]
-        group = self._joints.setdefault(path, JointGroup(found.whole, found.dim, found.names))
+        first = found.names[0]
+        if first not in self._joints:
+            self._joints[first] = JointGroup(found.whole, found.dim, found.names)
+        group = self._joints[first]
         return Member(group, found.names[found.index])

@@ -58,30 +58,33 @@ def update_weights(
     if undo not in ("memory", "disk"):
         raise ConfigError(f'undo is "memory" or "disk", got {undo!r}')
     source = source_of(weights)
-    if session.depth:
-        raise BatchError("a call is running on this thread; load_weights() after it")
-    with unmerged(session):
-        program = session.program
-        check_packed(program.packed)
-        resolver = Resolver(program.graph, program.model, program.config.packed_modules)
-        update = _Update(session, resolver, Plan(resolver, strict=strict, stable=source.stable))
-        if source.repeatable:
-            update.check(source)
+    with session.lock:
+        if session.depth:
+            raise BatchError("a call is running on this thread; load_weights() after it")
+        with unmerged(session):
+            return _update(session, source, strict=strict, undo=undo)
+
+
+def _update(session: Session, source: Source, *, strict: bool, undo: Undo) -> WeightUpdate:
+    program = session.program
+    check_packed(program.packed)
+    resolver = Resolver(program.graph, program.model, program.config.packed_modules)
+    plan = Plan(resolver, strict=strict, stable=source.stable)
+    update = _Writing(session, resolver, plan)
+    if source.repeatable:
+        update.check(source)
+    if source.repeatable and not update.fallible:
+        update.write(source, None)
+    else:
         with Journal.kept(undo) as journal:
-            if source.repeatable and not update.fallible:
-                update.write(source, None)
-            else:
-                update.write(source, journal)
-        plan = update.plan
-        session.broken = ""
-        return WeightUpdate(
-            tuple(target.name for target in plan.filled()),
-            tuple(plan.missing),
-            tuple(plan.ignored),
-        )
+            update.write(source, journal)
+    session.broken = ""
+    return WeightUpdate(
+        tuple(target.name for target in plan.filled()), tuple(plan.missing), tuple(plan.ignored)
+    )
 
 
-class _Update:
+class _Writing:
     """One update: its plan, and what is known of the model before the first write."""
 
     def __init__(self, session: Session, resolver: Resolver, plan: Plan) -> None:
