@@ -30,6 +30,12 @@ class CheckpointError(LorafxError, ValueError):
     """An adapter checkpoint that is absent, truncated, misshapen or for another model."""
 
 
+class BaseWeightsError(CheckpointError):
+    """Base weights that do not fit the model. `problems` lists everything that is wrong."""
+
+    problems: tuple[str, ...] = ()
+
+
 class UnsupportedAdapterError(CheckpointError):
     """An adapter whose configuration asks for arithmetic that lorafx does not do."""
 

@@ -38,6 +38,7 @@ class Explanation:
             f"{name}: rank {store[name].rank}, {len(store[name].sites)} sites, "
             + (f"slot {resident[name]}" if name in resident else "in host memory")
             + (", pinned" if name in pinned else "")
+            + (", merged" if session.merged is not None and session.merged.name == name else "")
             for name in store.names
         ]
         sections = [

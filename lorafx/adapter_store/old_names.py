@@ -37,6 +37,17 @@ class OldNames:
 
 
 def _renamings(model: nn.Module | None) -> list[Any]:
+    transforms = weight_transforms(model)
+    if not transforms:
+        return []
+    from transformers.core_model_loading import WeightRenaming
+
+    return [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+
+
+def weight_transforms(model: nn.Module | None) -> list[Any]:
+    """What transformers' loader does to checkpoints of `model`: renamings and conversions, in
+    order; none without transformers 5, or for other models."""
     transformers = sys.modules.get("transformers")
     if model is None or transformers is None:
         return []
@@ -45,7 +56,6 @@ def _renamings(model: nn.Module | None) -> list[Any]:
         return []
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming
     except ImportError:  # before transformers 5 nothing was renamed
         return []
-    return [r for r in get_model_conversion_mapping(own) if isinstance(r, WeightRenaming)]
+    return list(get_model_conversion_mapping(own))

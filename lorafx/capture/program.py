@@ -65,6 +65,8 @@ class Program:
         self.note_constants()
         #: Canonical paths of the sites that some graph serves or refuses.
         self.reached: set[str] = set()
+        #: Those of them that a graph seems to compute by something else than their weight.
+        self.replaced: set[str] = set()
         self.derived = DerivedTensors(self)
         self._by_weight: dict[int, list[Site]] = {}
         #: Tensors that were looked for and are no site's weight.

@@ -125,6 +125,10 @@ class DerivedTensors:
             self._look([tensor], set())
         return self._looked_at[tensor]
 
+    def look_at(self, tensors: Sequence[Tensor]) -> None:
+        """`look` at each of them, in one walk over the model."""
+        self._look([tensor for tensor in tensors if tensor not in self._looked_at], set())
+
     def of_attribute(self, tensor: Tensor) -> Derived | None:
         """`look`, where a module of the model holds `tensor`."""
         if tensor not in self._looked_at and not self._holders({id(tensor)}):
@@ -205,7 +209,7 @@ class DerivedTensors:
         for site in sites.get(storage_key(tensor), ()):
             weight = self._program.weight_of(site)
             assert weight is not None
-            if not _overlap(tensor, weight):
+            if not overlap(tensor, weight):
                 continue  # packed siblings share a storage
             transposed = site.eligible.transposed
             form = None
@@ -217,7 +221,7 @@ class DerivedTensors:
         return None
 
     def _by_value(self, tensor: Tensor, sites: Iterator[Site]) -> Derived | None:
-        if not _is_varied(tensor):
+        if not is_varied(tensor):
             return None
         for site in sites:
             if site.eligible.kind != "linear":
@@ -278,14 +282,14 @@ def dense_weight(site: Site) -> Tensor | None:
     return dense if tuple(dense.shape) == (site.out_features, site.in_features) else None
 
 
-def _is_varied(tensor: Tensor) -> bool:
+def is_varied(tensor: Tensor) -> bool:
     """Whether some of the tensor's entries have `DISTINCT` values."""
     flat = tensor.detach().reshape(-1)
     step = max(1, flat.numel() // (8 * DISTINCT))
     return len(flat[::step].unique()) >= DISTINCT
 
 
-def _overlap(tensor: Tensor, weight: Tensor) -> bool:
+def overlap(tensor: Tensor, weight: Tensor) -> bool:
     """Whether two tensors of one storage have bytes in common, by their first and last ones."""
     (a, b), (c, d) = _bytes(tensor), _bytes(weight)
     return a < d and c < b

@@ -54,6 +54,7 @@ def replaced_sites(graph: fx.Graph, ctx: Context) -> Iterator[Refusal]:
             alike = not isinstance(holder.tensor, nn.Parameter) and site.in_features in value.shape
             if is_near(str(holder), near) and (alike or not readable):
                 program.reached.add(site.path)
+                program.replaced.add(site.path)
                 yield Refusal(
                     (site,),
                     "always",

@@ -49,7 +49,6 @@ class AttachedSession(Session):
     attachment: Attachment = field(kw_only=True)
     #: The options of torch.compile that the model was marked by; None for `lorafx.attach`.
     given: Mapping[str, Any] | None = None
-    depth: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,16 +13,17 @@ from lorafx.adapter_store.store import BASE, AdapterStore
 from lorafx.capture.backend import Backend
 from lorafx.capture.entry import Entry, entered
 from lorafx.capture.program import Program
-from lorafx.errors import BatchError, CaptureError
+from lorafx.errors import CaptureError, ConfigError
 from lorafx.explain import Explanation
 from lorafx.model.sites import Site
 from lorafx.passes.attach import Attachment
+from lorafx.serving.base_methods import BaseMethods
 from lorafx.serving.generation import generate
-from lorafx.serving.session import Session, checked_names
+from lorafx.serving.session import Session, by_slots, checked_names
 from lorafx.serving.warmup import warm_up
 
 
-class CompiledModel(nn.Module):
+class CompiledModel(BaseMethods, nn.Module):
     """A model that serves its base and many LoRA adapters in one batch.
 
     Attributes that it does not have are those of the model, which is `model`, unchanged: same
@@ -70,9 +71,10 @@ class CompiledModel(nn.Module):
         names = checked_names(adapter_names)
         tokens = None
         if adapter_slots is not None:
-            names, tokens = _by_slots(adapter_slots, self.adapters if names is None else names)
+            names, tokens = by_slots(adapter_slots, self.adapters if names is None else names)
         with self._session.serving(names, tokens=tokens):
-            return self.entry(self.model, per_token=tokens is not None)(*args, **kwargs)
+            per_token = self._session.tokens is not None
+            return self.entry(self.model, per_token=per_token)(*args, **kwargs)
 
     def generate(
         self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any
@@ -103,9 +105,10 @@ class CompiledModel(nn.Module):
     def capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Capture the graphs for this call, without adapters and with them, by running both."""
         self._check_attached()
-        with self._session.serving([None], repeats=True):  # every row is the base's
+        session = self._session
+        with session.only_capturing(), session.serving([None], repeats=True):  # rows of the base
             self.entry(self.model)(*args, **kwargs)
-            with self._session.forced_active():
+            with session.forced_active():
                 self.entry(self.model)(*args, **kwargs)
 
     def warmup(
@@ -165,9 +168,15 @@ class CompiledModel(nn.Module):
 
         Raises:
             UnknownAdapterError: it is not loaded.
+            ConfigError: another one is merged.
         """
         if name is not None and name != BASE:
             self._session.store[name]
+        if self.merged not in (None, name):
+            raise ConfigError(
+                f"{self.merged!r} is merged, and serves the calls that name none; unmerge() before "
+                f"set_adapter({name!r})"
+            )
         self._session.default = name
 
     def load_adapter(self, source: str | os.PathLike[str], name: str) -> None:
@@ -177,18 +186,23 @@ class CompiledModel(nn.Module):
 
         Raises:
             CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
+            ConfigError: the adapter of this name is merged.
         """
-        self._session.load(source, name)
+        with self._session.lock:
+            self._session.load(source, name)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter and free its slot; if it was the default, the base model is now.
 
         Raises:
             UnknownAdapterError: it is not loaded.
+            ConfigError: it is merged.
         """
-        self._session.store.unload(name)
-        if self._session.default == name:
-            self._session.default = None
+        with self._session.lock:
+            self._session.refuse_merged(name, "is unloaded")
+            self._session.store.unload(name)
+            if self._session.default == name:
+                self._session.default = None
 
     def pin_adapter(self, name: str) -> None:
         """Bring an adapter into a slot now and keep it there.
@@ -225,9 +239,15 @@ class CompiledModel(nn.Module):
         return len(self._session.backend.records)
 
     def memory(self) -> dict[str, int]:
-        """Bytes: "banks" on the device, "host" copies of adapters, "base" parameters."""
+        """Bytes: "banks" on the device, "host" copies of adapters, "base" parameters, "originals"
+        of merged weights in host memory."""
         base = {id(p): p.numel() * p.element_size() for p in self.model.parameters()}
-        return {**self._session.store.nbytes(), "base": sum(base.values())}
+        merged = self._session.merged
+        return {
+            **self._session.store.nbytes(),
+            "base": sum(base.values()),
+            "originals": 0 if merged is None else merged.report.original_bytes,
+        }
 
     def explain(self) -> Explanation:
         """Sites, groups, graphs, packs, row maps, plan and refusals as they are now."""
@@ -244,8 +264,14 @@ class CompiledModel(nn.Module):
     def detach(self) -> nn.Module:
         """Take the marks off the model and return it; this object serves no more calls.
 
-        A `peft.PeftModel` that was compiled gets its wrappers back.
+        A `peft.PeftModel` that was compiled gets its wrappers back. An adapter that is merged is
+        taken out first (`unmerge`).
+
+        Raises:
+            As `unmerge`.
         """
+        if self.merged is not None:
+            self.unmerge()
         self._attachment.detach()
         return self.model
 
@@ -262,25 +288,3 @@ class CompiledModel(nn.Module):
     def _check_attached(self) -> None:
         if not self._attachment.handles:
             raise CaptureError("this model was detached; call lorafx.compile again")
-
-
-def _by_slots(
-    slots: Tensor, names: Sequence[str | None]
-) -> tuple[Sequence[str | None], Tensor | None]:
-    """(names, slots a token), or (a name a request, None) where no row mixes adapters."""
-    if slots.dim() not in (1, 2) or slots.is_floating_point() or not slots.numel():
-        raise BatchError(
-            "adapter_slots holds integers of shape (B,) or (B, T), got "
-            f"{tuple(slots.shape)} {slots.dtype}"
-        )
-    slots = slots.cpu()
-    if not -1 <= int(slots.min()) <= int(slots.max()) < len(names):
-        raise BatchError(
-            f"adapter_slots holds {int(slots.min())} to {int(slots.max())}, but there are "
-            f"{len(names)} adapters to point at ({', '.join(map(str, names)) or 'none'}); "
-            "-1 is the base model"
-        )
-    by_request = slots if slots.dim() == 1 else slots[:, 0]
-    if slots.dim() == 1 or bool((slots == by_request[:, None]).all()):
-        return [names[i] if i >= 0 else None for i in by_request.tolist()], None
-    return names, slots

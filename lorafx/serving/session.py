@@ -14,10 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorafx.adapter_store.peft_reader import read_adapter
-from lorafx.adapter_store.store import AdapterStore, StoredAdapter
+from lorafx.adapter_store.store import BASE, AdapterStore, StoredAdapter
+from lorafx.base_weights.merge import Merged
 from lorafx.capture.backend import Backend
 from lorafx.capture.program import Call, Program
-from lorafx.errors import BatchError, ConfigError
+from lorafx.errors import BatchError, CaptureError, ConfigError
 from lorafx.serving.roles import TOKEN_DIMS, RoleTable, check_requests
 
 Names = Sequence["str | None"]
@@ -32,6 +33,8 @@ class Session:
         tokens: (B, T) which of `requests` each token uses, -1 for the base; None otherwise.
         repeats: rows of one request may follow one another (beams, returned sequences), as
             `generate` expands them.
+        depth: calls that are running, one inside the other.
+        merged: the adapter that the base weights hold, None where they are the base's own.
     """
 
     program: Program
@@ -43,6 +46,10 @@ class Session:
     tokens: Tensor | None = None
     repeats: bool = False
     force_active: bool = False
+    depth: int = 0
+    merged: Merged | None = None
+    #: Why the base weights cannot be served, "" where they can.
+    broken: str = ""
     #: The running calls only have graphs captured: nothing of their results is used, so what could
     #: not be served rightly is not refused.
     warming: bool = False
@@ -53,6 +60,9 @@ class Session:
     _rescaled: frozenset[str] = frozenset()
     #: One call at a time: slots and the running call are one state for all marks of the model.
     lock: threading.RLock = field(default_factory=threading.RLock)
+    #: Held by what writes the base weights, and by what reads them without stopping calls. Taken
+    #: after `lock` where both are.
+    weights_lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __post_init__(self) -> None:
         self.has_mha = any(
@@ -63,18 +73,39 @@ class Session:
     def serving(
         self, names: Names | None, *, repeats: bool = False, tokens: Tensor | None = None
     ) -> Iterator[None]:
-        """Serve these requests inside the block; None stands for the default adapter."""
+        """Serve these requests inside the block; None stands for the default adapter.
+
+        Raises:
+            BatchError: an adapter is merged into the base weights, and a request uses another one.
+            CaptureError: an update of the base weights was interrupted.
+        """
         with self.lock:
+            if self.broken:
+                raise CaptureError(self.broken)
+            if self.merged is not None and not self.warming:
+                names, tokens = _served_by(self.merged.name, names, tokens)
             before = self.requests, self.repeats, self.tokens
             self.requests = None if names is None else tuple(names)
             self.repeats, self.tokens = repeats, tokens
+            self.depth += 1
             try:
                 yield
             finally:
+                self.depth -= 1
                 self.requests, self.repeats, self.tokens = before
                 self.program.call = None
                 # The marks stay on the model: called by itself it is the base model.
                 self.program.runtime.active = False
+
+    @contextmanager
+    def only_capturing(self) -> Iterator[None]:
+        """Calls inside only have graphs captured."""
+        with self.lock:
+            before, self.warming = self.warming, True
+            try:
+                yield
+            finally:
+                self.warming = before
 
     @contextmanager
     def forced_active(self) -> Iterator[None]:
@@ -94,6 +125,8 @@ class Session:
         """
         rows = roles.rows(named)
         names = self._row_names(rows)
+        if self.merged is not None and not self.warming:
+            names = [None] * len(names)  # the base's graph, over the merged weights
         program = self.program
         self._set_slots(roles, named, names, self.store.acquire(names))
         if not program.runtime.uniform and rows is not None:
@@ -158,12 +191,21 @@ class Session:
 
         Raises:
             CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
+            ConfigError: the adapter of this name is merged.
         """
+        self.refuse_merged(name, "is replaced")
         program = self.program
         adapter = read_adapter(
             source, name, program.sites, model=program.model, max_rank=program.config.max_rank
         )
         self.store.load(adapter)
+
+    def refuse_merged(self, name: str | None, what: str) -> None:
+        """Raise ConfigError where the base weights hold this adapter."""
+        if self.merged is not None and self.merged.name == name:
+            raise ConfigError(
+                f"{name!r} is merged into the base weights; unmerge() before it {what}"
+            )
 
     def _row_names(self, rows: int | None) -> Names:
         if self.requests is None:
@@ -197,6 +239,28 @@ def _check_rows(roles: RoleTable, named: Mapping[str, Any], rows: int) -> None:
         check_requests(name, value.shape, role.dim, rows)
 
 
+def _served_by(
+    merged: str, names: Names | None, tokens: Tensor | None
+) -> tuple[Names | None, None]:
+    """The requests of a call of a model into which `merged` is merged, which serves all of them.
+
+    Raises:
+        BatchError: a request, or a token, uses something else.
+    """
+    used = names
+    if tokens is not None:
+        assert names is not None
+        used = [names[i] if i >= 0 else None for i in tokens.flatten().tolist()]
+    others = dict.fromkeys(name for name in used or () if name != merged)
+    if others:
+        said = ", ".join("the base model" if n in (None, BASE) else repr(n) for n in others)
+        raise BatchError(
+            f"{merged!r} is merged into the base weights, and this call asks for {said}; "
+            f"unmerge() to serve adapters side by side, or name {merged!r} or none"
+        )
+    return (names if tokens is None else [merged] * tokens.shape[0]), None
+
+
 def checked_names(names: Sequence[str | None] | None) -> Sequence[str | None] | None:
     """`names` as given, once it is known to be a list of names.
 
@@ -215,3 +279,29 @@ def checked_names(names: Sequence[str | None] | None) -> Sequence[str | None] | 
                 f"adapter_names[{row}] is {name!r}; give a name, or None for the base model"
             )
     return names
+
+
+def by_slots(
+    slots: Tensor, names: Sequence[str | None]
+) -> tuple[Sequence[str | None], Tensor | None]:
+    """(names, slots a token), or (a name a request, None) where no row mixes adapters.
+
+    Raises:
+        BatchError: `slots` does not point at `names`.
+    """
+    if slots.dim() not in (1, 2) or slots.is_floating_point() or not slots.numel():
+        raise BatchError(
+            "adapter_slots holds integers of shape (B,) or (B, T), got "
+            f"{tuple(slots.shape)} {slots.dtype}"
+        )
+    slots = slots.cpu()
+    if not -1 <= int(slots.min()) <= int(slots.max()) < len(names):
+        raise BatchError(
+            f"adapter_slots holds {int(slots.min())} to {int(slots.max())}, but there are "
+            f"{len(names)} adapters to point at ({', '.join(map(str, names)) or 'none'}); "
+            "-1 is the base model"
+        )
+    by_request = slots if slots.dim() == 1 else slots[:, 0]
+    if slots.dim() == 1 or bool((slots == by_request[:, None]).all()):
+        return [names[i] if i >= 0 else None for i in by_request.tolist()], None
+    return names, slots

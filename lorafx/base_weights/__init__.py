@@ -1,0 +1,1 @@
+"""Base weights pushed into a model that is serving: names → places → plan → writes."""

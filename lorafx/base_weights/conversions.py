@@ -1,0 +1,102 @@
+"""Names and layouts from before transformers changed them.
+
+    block_sparse_moe.gate.weight → mlp.gate.weight                      renamings
+    moe.gate_proj.weight, moe.up_proj.weight → mlp.experts.gate_up_proj  conversions
+
+transformers says of each model what its loader does to a checkpoint. A conversion is undone on
+tensors without numbers to learn which tensors, of which shapes, it takes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorafx.adapter_store.old_names import weight_transforms
+from lorafx.base_weights.groups import ConvertedGroup, Member
+from lorafx.base_weights.places import Box, Landing, Shape
+
+
+class Conversions:
+    """What transformers' loader would do to a checkpoint of `model`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        transforms = weight_transforms(model)
+        self._renamings: list[Any] = []
+        self._converters: list[Any] = []
+        if transforms:
+            loading = sys.modules["transformers.core_model_loading"]
+            self._renamings = [t for t in transforms if isinstance(t, loading.WeightRenaming)]
+            self._converters = [t for t in transforms if isinstance(t, loading.WeightConverter)]
+        self._groups: dict[tuple[int, str], ConvertedGroup | str] = {}
+
+    def renamed(self, name: str) -> str:
+        """What the tensor `name` is called since, by renamings alone."""
+        for renaming in self._renamings:
+            name = renaming.rename_source_key(name)[0]
+        return name
+
+    def member(self, name: str, find: Callable[[str], Landing | None]) -> Member | Landing | None:
+        """The group that a renamed `name` belongs to; None where no conversion takes it.
+
+        `find` gives the place of a tensor of the model by its name.
+        """
+        for index, converter in enumerate(self._converters):
+            key, pattern = converter.rename_source_key(name)
+            if pattern is None:
+                continue
+            if (index, key) not in self._groups:
+                self._groups[index, key] = self._group(converter, key, find)
+            group = self._groups[index, key]
+            if isinstance(group, str):
+                return Landing(key, None, (), group) if group else None
+            return Member(group, name) if name in group.names else None
+        return None
+
+    def _group(
+        self, converter: Any, key: str, find: Callable[[str], Landing | None]
+    ) -> ConvertedGroup | str:
+        """The group that fills `key`, or why there is none, "" where the model has no `key`."""
+        first, *others = converter.target_patterns
+        keys = [key, *(key.replace(first, other) for other in others)]
+        found = [find(target) for target in keys]
+        landings = tuple(landing for landing in found if landing is not None and landing.cuts)
+        if len(landings) != len(keys):
+            return ""
+        places = [landing.cuts[0].place for landing in landings]
+        boxes = [place for place in places if isinstance(place, Box)]
+        if len(boxes) != len(keys):
+            return "it is cut among ranks, which transformers' conversion of it does not know"
+        shapes = {target: box.target.tensor.shape for target, box in zip(keys, boxes, strict=True)}
+        try:
+            sources = self._undone(converter, shapes)
+        except (NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            return f"transformers' conversion to {key} cannot be undone to be checked: {error}"
+        return ConvertedGroup(self._model, converter, key, landings, sources)
+
+    def _undone(
+        self, converter: Any, targets: dict[str, torch.Size]
+    ) -> dict[str, tuple[str, Shape]]:
+        """(pattern, shape) by name of what `converter` makes tensors of these shapes from."""
+        undoing = deepcopy(converter).reverse_transform()
+        key = ""
+        for target, shape in targets.items():
+            renamed, pattern = undoing.rename_source_key(target)
+            key = key or renamed
+            undoing.add_tensor(key, target, pattern, torch.empty(shape, device="meta"))
+        made = undoing.convert(key, model=self._model, config=self._model.config)
+        natural = sys.modules["transformers.core_model_loading"].dot_natural_key
+        found = {}
+        for name in sorted(made, key=natural):
+            value = made[name][0] if isinstance(made[name], list) else made[name]
+            pattern = converter.rename_source_key(name)[1]
+            if pattern is None:
+                raise ValueError(f"it makes {name}, which it does not take")
+            found[name] = (pattern, tuple(value.shape))
+        return found

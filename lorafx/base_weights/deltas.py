@@ -1,0 +1,149 @@
+"""What an adapter adds to each base tensor, as the tensor is stored.
+
+    linear (N, K)            ΔW[o : o + n]       = s · Bᵀ A        A (r, K), B (r, n)
+    linear (K, N)            ΔW[:, o : o + n]    = s · Aᵀ B
+    embedding (V, N)         ΔW                  = s · A B         A (V, r), B (r, N)
+    experts (E, N, K)        ΔW[e, o : o + n]    = s_e · B_eᵀ A_e  A (E, r, K), B (E, r, n)
+    experts (E, K, N)        ΔW[e, :, o : o + n] = s_e · A_eᵀ B_e
+
+Terms are the parts of a site that the adapter has factors for, o their first output column. Factors
+are those that the banks are filled with: this rank's share, in the banks' dtype. ΔW is computed a
+few rows at a time, in float32 (float64 for a float64 weight).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorafx.adapter_store.bank import Factors
+from lorafx.adapter_store.store import StoredAdapter
+from lorafx.model.sites import Group, Site
+
+#: Bytes of ΔW that are computed at once.
+BLOCK = 1 << 26
+
+
+@dataclass(frozen=True)
+class Term:
+    """The factors of one part of a site, and the part's first output column there."""
+
+    factors: Factors
+    start: int
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.start, self.start + self.factors.B.shape[-1])
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """ΔW of one site."""
+
+    site: Site
+    terms: tuple[Term, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the weight as it is stored."""
+        site = self.site
+        pair = (site.out_features, site.in_features)
+        if site.eligible.transposed or site.eligible.kind == "embedding":
+            pair = pair[::-1]
+        return pair if site.expert_weight is None else (site.experts, *pair)
+
+    def block(self, start: int, stop: int, like: Tensor) -> Tensor:
+        """Rows [start, stop) of the stored ΔW's first dimension, on the device and in the dtype of
+        `like`."""
+        made = like.new_zeros((stop - start, *self.shape[1:]))
+        add = _ADD[self.site.eligible.kind]
+        for term in self.terms:
+            add(self.site, term, made, start, stop)
+        return made
+
+    def same_as(self, other: Delta) -> bool:
+        """Whether both add the same numbers to tensors of the same sizes."""
+        if self.shape != other.shape:
+            return False
+        example = torch.empty(0)
+        return all(
+            torch.equal(self.block(*rows, example), other.block(*rows, example))
+            for rows in blocks(self.shape)
+        )
+
+
+def _add_linear(site: Site, term: Term, made: Tensor, start: int, stop: int) -> None:
+    f = term.factors
+    if site.eligible.transposed:
+        a, b = _on(made, f.A[:, start:stop]), _on(made, f.B)
+        made[:, term.columns].addmm_(a.T, b, alpha=float(f.scale))
+        return
+    low, high = max(start, term.columns.start), min(stop, term.columns.stop)
+    if low < high:
+        b = _on(made, f.B[:, low - term.start : high - term.start])
+        made[low - start : high - start].addmm_(b.T, _on(made, f.A), alpha=float(f.scale))
+
+
+def _add_embedding(site: Site, term: Term, made: Tensor, start: int, stop: int) -> None:
+    f = term.factors
+    a, b = _on(made, f.A[start:stop]), _on(made, f.B)
+    made[:, term.columns].addmm_(a, b, alpha=float(f.scale))
+
+
+def _add_experts(site: Site, term: Term, made: Tensor, start: int, stop: int) -> None:
+    f = term.factors
+    for e in range(start, stop):
+        rank = f.rank if f.ranks is None else int(f.ranks[e])
+        scale = float(f.scale[e]) if isinstance(f.scale, Tensor) else float(f.scale)
+        a, b = _on(made, f.A[e, :rank]), _on(made, f.B[e, :rank])
+        own = made[e - start]
+        if site.eligible.transposed:
+            own[:, term.columns].addmm_(a.T, b, alpha=scale)
+        else:
+            own[term.columns].addmm_(b.T, a, alpha=scale)
+
+
+_Add = Callable[[Site, Term, Tensor, int, int], None]
+_ADD: dict[str, _Add] = {
+    "linear": _add_linear,
+    "embedding": _add_embedding,
+    "experts": _add_experts,
+}
+
+
+def _on(like: Tensor, factor: Tensor) -> Tensor:
+    return factor.to(device=like.device, dtype=like.dtype)
+
+
+def deltas_of(groups: Sequence[Group], stored: StoredAdapter) -> list[Delta]:
+    """ΔW of each site that the adapter touches, in the order of the groups."""
+    terms: dict[int, list[Term]] = {}
+    sites: dict[int, Site] = {}
+    for number, factors in stored.factors.items():
+        group = groups[number]
+        for f in factors:
+            site = group.site_of(f.sibling)
+            first = group.offsets[group.sites.index(site)]
+            sites[id(site)] = site
+            terms.setdefault(id(site), []).append(Term(f, f.offset - first))
+    return [Delta(site, tuple(terms[key])) for key, site in sites.items()]
+
+
+def blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ranges of the first dimension of a tensor of this shape that hold at most `BLOCK` bytes of
+    float32 each, and at least one row."""
+    rows = shape[0]
+    row = 4
+    for size in shape[1:]:
+        row *= size
+    step = max(1, BLOCK // row)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def computing(weight: Tensor) -> torch.dtype:
+    """The dtype that sums with this weight are taken in."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32

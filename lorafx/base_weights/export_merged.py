@@ -1,0 +1,254 @@
+"""Writing a checkpoint of W + ΔW while the model stays as it is.
+
+    state_dict()  ─▶  changed weights: W + ΔW, each in a file of its own that is mapped into memory
+                      all others: the model's own tensors
+                  ─▶  the model's save_pretrained(state_dict=...), or one safetensors file
+
+Mapped files are written back by the system when memory is short, so what stays in memory of the
+merged weights is about one tensor. A tied weight that the adapter tells apart becomes two tensors,
+and the configuration that is written says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lorafx.base_weights.changes import Change, Copy, changes_of, copied, not_mergeable
+from lorafx.base_weights.deltas import Delta
+from lorafx.base_weights.merge import add_to
+from lorafx.errors import CheckpointError, ConfigError
+from lorafx.graph.derived import Holder
+from lorafx.model.module_graph import storage_key
+from lorafx.progress import progress
+
+if TYPE_CHECKING:
+    from lorafx.capture.program import Program
+    from lorafx.serving.session import Session
+
+FILE = "model.safetensors"
+
+
+def export_merged(session: Session, name: str, folder: Path, *, max_shard_size: int | str) -> Path:
+    """See `CompiledModel.export_merged`."""
+    program = session.program
+    with ExitStack() as stack:
+        with session.lock:
+            stack.enter_context(session.weights_lock)  # kept: weights stay, calls go on
+            session.store[name]  # UnknownAdapterError
+            merged, changes = session.merged, list[Change]()
+            if merged is None:
+                changes = changes_of(program, session.store, name).plain
+            elif merged.name != name:
+                raise ConfigError(
+                    f"{merged.name!r} is merged; unmerge() before {name!r} is written"
+                )
+            untie = any(change.tied_apart for change in changes)
+            _refuse(program, name, changes)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".merging-", dir=folder) as room:
+                state = _State(program, Path(room), name)
+                with progress(f"export of {name}: merging {len(changes)} weights"):
+                    tensors = state.merged(changes, apart=untie or not _saves(program.model))
+                with progress(f"export of {name}: writing {len(tensors)} tensors to {folder}"):
+                    if _saves(program.model):
+                        twin = _twin(program.model, untie=untie)
+                        twin.save_pretrained(
+                            str(folder), state_dict=tensors, max_shard_size=max_shard_size
+                        )
+                    else:
+                        save_file(tensors, folder / FILE, metadata={"format": "pt"})
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be written: {error}") from error
+    return folder
+
+
+def _saves(model: nn.Module) -> bool:
+    """Whether the model writes checkpoints from a state dict that it is given."""
+    save = getattr(model, "save_pretrained", None)
+    return callable(save) and "state_dict" in inspect.signature(save).parameters
+
+
+def _refuse(program: Program, name: str, changes: Sequence[Change]) -> None:
+    """Raise MatchError for what no checkpoint can say."""
+    model = program.model
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise not_mergeable(
+            name, ["the model is quantised, and its own save_pretrained takes no merged weights"]
+        )
+    for site in program.sites:
+        cut = site.eligible.sharding
+        if cut is not None:
+            k, sizes = cut.saved_sizes(site.module)
+            if (k, sum(sizes)) != (site.in_features, site.out_features):
+                raise not_mergeable(
+                    name,
+                    [f"{site.path}: this rank holds a share of its weight; export on one rank"],
+                )
+    apart = [change for change in changes if change.tied_apart]
+    config = getattr(model, "config", None)
+    if apart and not (_saves(model) and hasattr(config, "tie_word_embeddings")):
+        why = "the model has no configuration that could say that they are two"
+    elif apart and getattr(config, "is_encoder_decoder", False):
+        why = "in encoder-decoder models the flag that unties them also changes what is computed"
+    else:
+        return
+    raise not_mergeable(
+        name,
+        [
+            f"{', '.join(str(holder) for holder, _ in change.ends)} are one tensor, of which the "
+            f"adapter tells the ends apart, and {why}"
+            for change in apart
+        ],
+    )
+
+
+def _twin(model: Any, *, untie: bool) -> Any:
+    """The model with configurations of its own, which saving writes to; all else is shared."""
+    twin = copy.copy(model)
+    twin.config = copy.deepcopy(model.config)
+    if getattr(model, "generation_config", None) is not None:
+        twin.generation_config = copy.deepcopy(model.generation_config)
+    if untie:
+        for config in _configs(twin.config):
+            config.tie_word_embeddings = False
+    return twin
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    """A configuration and those nested in it, where they say that embeddings are tied."""
+    if getattr(config, "tie_word_embeddings", False):
+        yield config
+    for value in list(vars(config).values()):
+        if hasattr(value, "tie_word_embeddings"):
+            yield from _configs(value)
+
+
+@dataclass
+class _State:
+    """The state dict of the merged model; `room` is a folder for mapped files."""
+
+    program: Program
+    room: Path
+    name: str
+    numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    def merged(self, changes: Sequence[Change], *, apart: bool) -> dict[str, Tensor]:
+        """Name -> tensor, as `state_dict()` names them.
+
+        Args:
+            apart: every name gets a tensor of its own, also where several names are tied.
+
+        Raises:
+            MatchError: a changed weight, or what a name holds, cannot be written.
+        """
+        state = self.program.model.state_dict(keep_vars=True)
+        held = [key for key, value in state.items() if not isinstance(value, Tensor)]
+        if held:
+            raise not_mergeable(self.name, [f"state_dict()[{held[0]!r}] holds no tensor"])
+        ends = {_key(holder): change for change in changes for holder, _ in change.ends}
+        new: dict[int, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
+        written: set[int] = set()
+        seen: set[tuple[int, ...]] = set()
+        for key, value in state.items():
+            change = self._change(key, value, ends, changes)
+            if change is not None:
+                written.add(id(change))
+                if id(change) not in new or apart:
+                    new[id(change)] = self._end(key, change)
+                tensors[key] = new[id(change)]
+                continue
+            part = self._part(key, value, changes)
+            if part is not None:
+                tensors[key] = self._mapped(part)
+                continue
+            own = value.detach()
+            where = (storage_key(own), int(own.storage_offset()), *own.shape)
+            alone = own.is_contiguous() and own.untyped_storage().nbytes() == own.nbytes
+            tensors[key] = own if alone and not (apart and where in seen) else self._mapped(own)
+            seen.add(where)
+        missing = [str(change.holder) for change in changes if id(change) not in written]
+        if missing:
+            raise not_mergeable(
+                self.name, [f"{holder}: state_dict() does not hold it" for holder in missing]
+            )
+        return tensors
+
+    def _change(
+        self,
+        key: str,
+        value: Tensor,
+        ends: Mapping[tuple[int, str], Change],
+        changes: Sequence[Change],
+    ) -> Change | None:
+        """What is changed of the entry `key`, where it is a weight."""
+        holder = self._holder(key)
+        if holder is not None and _key(holder) in ends:
+            return ends[_key(holder)]
+        return next((change for change in changes if change.weight is value), None)
+
+    def _holder(self, key: str) -> Holder | None:
+        """Where the model holds what it calls `key`; None where it renames entries."""
+        path, _, attribute = key.rpartition(".")
+        module = self.program.graph.find(path)
+        return None if module is None else Holder(path, module, attribute)
+
+    def _end(self, key: str, change: Change) -> Tensor:
+        """W + ΔW of one end of a change."""
+        delta: Delta | None = change.delta
+        holder = self._holder(key)
+        if change.tied_apart and holder is not None:
+            delta = next((d for end, d in change.ends if _key(end) == _key(holder)), None)
+        if delta is None:
+            return self._mapped(change.weight.detach())
+        made = self._room_for(change.weight)
+        add_to(made, change.weight, delta, str(change.holder))
+        return made
+
+    def _part(self, key: str, value: Tensor, changes: Sequence[Change]) -> Tensor | None:
+        """What of W + ΔW `value` holds, where it is a view or a copy of a changed weight."""
+        derived = self.program.derived.look(value) if value.dim() > 1 and changes else None
+        sites = () if derived is None else derived.sites
+        weights = [self.program.weight_of(site) for site in sites]
+        change = next((c for c in changes if any(c.weight is weight for weight in weights)), None)
+        if derived is None or change is None:
+            return None
+        if derived.form is None:
+            raise not_mergeable(
+                self.name, [f"{key} was made of {change.holder} in a way that no rule follows"]
+            )
+        made = torch.empty_like(change.weight, device="cpu")
+        add_to(made, change.weight, change.delta, str(change.holder))
+        dense = made.T if change.delta.site.eligible.transposed else made
+        holder = self._holder(key) or change.holder
+        return copied(dense, Copy(holder, value, derived.form))
+
+    def _mapped(self, numbers: Tensor) -> Tensor:
+        made = self._room_for(numbers)
+        made.copy_(numbers)
+        return made
+
+    def _room_for(self, like: Tensor) -> Tensor:
+        """A contiguous host tensor in a mapped file, of the shape and dtype of `like`."""
+        if not like.numel():
+            return torch.empty(like.shape, dtype=like.dtype)
+        path = self.room / str(next(self.numbers))
+        flat = torch.from_file(str(path), shared=True, size=like.numel(), dtype=like.dtype)
+        return flat.view(like.shape)
+
+
+def _key(holder: Holder) -> tuple[int, str]:
+    return id(holder.module), holder.attribute

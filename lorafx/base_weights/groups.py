@@ -1,0 +1,104 @@
+"""Checkpoint tensors that have a place only together with others.
+
+    joint        q, k, v one after the other fill qkv_proj; where each ends, all of them tell
+    converted    what a conversion of transformers makes of them: per-expert weights concatenated,
+                 permuted for rotary embeddings, split into several
+
+A group is checked when its last tensor is known, and written when that arrives; until then its
+tensors are held.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafx.base_weights.places import Landing, Shape
+
+
+class Group(ABC):
+    """Tensors with a place together.
+
+    Attributes:
+        path: what messages call it: the name of the (first) tensor of the model that it fills.
+        names: of the checkpoint's tensors, without prefixes, in order.
+        landings: what they fill.
+    """
+
+    path: str
+    names: tuple[str, ...]
+    landings: tuple[Landing, ...]
+
+    @abstractmethod
+    def misfit(self, shapes: Mapping[str, Shape]) -> str:
+        """Why tensors of these shapes do not fill it, "" where they do."""
+
+    @abstractmethod
+    def joined(self, tensors: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        """The tensors for `landings`, of those of all `names`."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One tensor of a group, by its name there."""
+
+    group: Group
+    name: str
+
+
+class JointGroup(Group):
+    """Tensors that fill one, one after the other along `dim`."""
+
+    def __init__(self, whole: Landing, dim: int, names: tuple[str, ...]) -> None:
+        self.path, self.names, self.landings, self._dim = whole.path, names, (whole,), dim
+
+    def misfit(self, shapes: Mapping[str, Shape]) -> str:
+        whole, dim = self.landings[0].shape, self._dim
+        assert whole is not None
+        given = [shapes[name] for name in self.names]
+        rows = sum(shape[dim] if len(shape) == len(whole) else 0 for shape in given)
+        fits = rows == whole[dim] and all(
+            (*shape[:dim], whole[dim], *shape[dim + 1 :]) == whole for shape in given
+        )
+        return "" if fits else f"shapes {', '.join(map(str, given))} do not fill {whole}"
+
+    def joined(self, tensors: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        return [torch.cat([tensors[name] for name in self.names], dim=self._dim)]
+
+
+class ConvertedGroup(Group):
+    """Tensors that a converter of transformers makes others of."""
+
+    def __init__(
+        self,
+        model: Any,
+        converter: Any,
+        key: str,
+        landings: tuple[Landing, ...],
+        sources: Mapping[str, tuple[str, Shape]],
+    ) -> None:
+        """`sources`: the pattern of the converter and the shape, by the tensor's name."""
+        self.path, self.names, self.landings = key, tuple(sources), landings
+        self._model, self._converter, self._sources = model, converter, sources
+
+    def misfit(self, shapes: Mapping[str, Shape]) -> str:
+        wrong = [
+            f"{name} has shape {shapes[name]}, expected {shape}"
+            for name, (_, shape) in self._sources.items()
+            if shapes[name] != shape
+        ]
+        return "; ".join(wrong)
+
+    def joined(self, tensors: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        converter = deepcopy(self._converter)
+        for name, (pattern, _) in self._sources.items():
+            converter.add_tensor(self.path, name, pattern, tensors[name])
+        made = converter.convert(self.path, model=self._model, config=self._model.config)
+        values = (made[landing.path] for landing in self.landings)
+        return [value[0] if isinstance(value, list) else value for value in values]

@@ -1,0 +1,336 @@
+"""Merging one adapter into the base weights, and taking it out again.
+
+    merge      W' = round(W + ΔW)      summed in float32, rounded once to the weight's dtype
+    unmerge    W                        the very bits, from copies that were kept in host memory
+
+A merged model runs the base model's own graphs, which take the weights as inputs: nothing is
+captured again, and addresses stay what they were. Rounding cannot be undone by subtracting ΔW, so
+the originals of what was changed are kept: as many bytes of host memory as those weights have.
+Quantised weights are changed through their own format, where that is asked for; how much of ΔW the
+format loses is reported, and what they were is kept where it lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lorafx.base_weights.changes import (
+    Change,
+    Changes,
+    Copy,
+    StoredChange,
+    changes_of,
+    copied,
+    not_mergeable,
+)
+from lorafx.base_weights.deltas import Delta, blocks, computing
+from lorafx.errors import BatchError, CaptureError, ConfigError, MatchError
+from lorafx.graph.derived import Holder
+from lorafx.model.quantized import Stored, dequantize, requantize
+from lorafx.model.weight_formats import format_of, own_tensors
+from lorafx.progress import progress
+
+if TYPE_CHECKING:
+    from lorafx.serving.session import Session
+
+
+@dataclass(frozen=True)
+class MergedWeight:
+    """One base weight that holds W + ΔW.
+
+    Attributes:
+        name: path and attribute.
+        nbytes: of the weight.
+        error: ‖(W' − W) − ΔW‖ / ‖ΔW‖ in the Frobenius norm: how much of the update was lost by
+            rounding to the weight's dtype, or to the format it is quantised to. 0 where ΔW is zero.
+    """
+
+    name: str
+    nbytes: int
+    error: float
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        adapter: the adapter's name.
+        weights: what holds W + ΔW, in the order of the model's sites.
+        original_bytes: memory that the originals take until `unmerge`: the host's, and for
+            quantised weights that of their device.
+    """
+
+    adapter: str
+    weights: tuple[MergedWeight, ...]
+    original_bytes: int
+
+    @property
+    def error(self) -> float:
+        """The largest error of a weight."""
+        return max((weight.error for weight in self.weights), default=0.0)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.adapter}: merged into {len(self.weights)} weights, rounding lost at most "
+            f"{self.error:.1e} of an update, {self.original_bytes} bytes of originals are kept"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Original:
+    """A tensor as it was: where it is held, its numbers in host memory, and its version when it
+    had been written (None where torch counts none)."""
+
+    holder: Holder
+    tensor: Tensor
+    numbers: Tensor
+    version: int | None = None
+
+    @classmethod
+    def of(cls, holder: Holder, tensor: Tensor) -> _Original:
+        return cls(holder, tensor, tensor.detach().to("cpu", copy=True))
+
+    @property
+    def nbytes(self) -> int:
+        return self.numbers.nbytes
+
+    @property
+    def touched(self) -> bool:
+        """Whether somebody else has written or replaced the tensor since."""
+        return self.holder.tensor is not self.tensor or version_of(self.tensor) != self.version
+
+    def written(self) -> _Original:
+        """As after the last write of ours."""
+        return _Original(self.holder, self.tensor, self.numbers, version_of(self.tensor))
+
+    def restore(self) -> None:
+        write(self.tensor, self.numbers)
+
+
+class _StoredOriginal:
+    """A quantised weight as it was."""
+
+    touched = False  # formats do not tell
+
+    def __init__(self, holder: Holder, parameter: str | None) -> None:
+        self.holder = holder
+        self._stored = Stored(holder.module, parameter)
+        kept = format_of(holder.module, holder.attribute)
+        held = own_tensors(holder.module)
+        if kept is not None:
+            held = kept.tensors(holder.module, holder.attribute)
+        self.nbytes = sum(tensor.nbytes for tensor in held)
+
+    def written(self) -> _StoredOriginal:
+        return self
+
+    def restore(self) -> None:
+        self._stored.restore()
+
+
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """The adapter that the base weights hold, and what they were before."""
+
+    report: MergeReport
+    requantize: bool
+    originals: tuple[_Original | _StoredOriginal, ...]
+
+    @property
+    def name(self) -> str:
+        return self.report.adapter
+
+
+def merge(session: Session, name: str, *, requantize: bool = False) -> MergeReport:
+    """See `CompiledModel.merge`."""
+    with session.lock, session.weights_lock:
+        _refuse_in_use(session, name)
+        changes = changes_of(session.program, session.store, name, requantize=requantize)
+        apart = [_tied_apart(change) for change in changes.plain if change.tied_apart]
+        if apart:
+            raise not_mergeable(name, apart)
+        with progress(f"merging {name} into {len(changes.plain) + len(changes.stored)} weights"):
+            session.merged = _merged(name, changes, requantize=requantize)
+        return session.merged.report
+
+
+def unmerge(session: Session, *, force: bool = False) -> None:
+    """See `CompiledModel.unmerge`."""
+    with session.lock, session.weights_lock:
+        merged = session.merged
+        if merged is None:
+            raise ConfigError("no adapter is merged; merge(name) one first")
+        if session.depth:
+            raise BatchError(f"a call is running that {merged.name!r} serves; unmerge() after it")
+        touched = [str(item.holder) for item in merged.originals if item.touched]
+        if touched and not force:
+            more = f" and {len(touched) - 3} more" if len(touched) > 3 else ""
+            raise CaptureError(
+                f"{', '.join(touched[:3])}{more}: written or replaced since {merged.name!r} was "
+                "merged, and restoring would undo that. Change base weights by load_weights(), "
+                "which keeps the merge in step; or call unmerge(force=True), which puts the "
+                "originals back all the same, and load the weights again"
+            )
+        with progress(f"taking {merged.name} out of {len(merged.report.weights)} weights"):
+            for item in merged.originals:
+                if isinstance(item, _StoredOriginal) or item.holder.tensor is item.tensor:
+                    item.restore()
+        session.merged = None
+
+
+@contextmanager
+def unmerged(session: Session) -> Iterator[None]:
+    """The base's own weights inside the block; what was merged is merged into what they are then.
+
+    For whatever writes base weights. Nothing happens where no adapter is merged.
+
+    Raises:
+        BatchError: a call is running.
+        CaptureError: weights were written by somebody else since the merge.
+        MatchError: at the end, where ΔW does not fit any more: nothing is merged then.
+    """
+    with session.lock, session.weights_lock:
+        merged = session.merged
+        if merged is None:
+            yield
+            return
+        unmerge(session)
+        try:
+            yield
+        finally:
+            merge(session, merged.name, requantize=merged.requantize)
+
+
+def _refuse_in_use(session: Session, name: str) -> None:
+    session.store[name]  # UnknownAdapterError
+    if session.merged is not None:
+        also = " already" if session.merged.name == name else ""
+        raise ConfigError(
+            f"{session.merged.name!r} is merged{also}"
+            + ("" if also else f"; unmerge() it before {name!r} is merged")
+        )
+    if session.depth:
+        raise BatchError(f"a call is running; merge {name!r} after it")
+    if session.default not in (None, name):
+        raise ConfigError(
+            f"{session.default!r} is in use: it serves the calls that name no adapter. "
+            f"set_adapter({name!r}) or set_adapter(None) before {name!r} is merged"
+        )
+
+
+def _tied_apart(change: Change) -> str:
+    ends = ", ".join(str(holder) for holder, _ in change.ends)
+    changed = [str(holder) for holder, delta in change.ends if delta is not None]
+    return (
+        f"{ends} are one tensor, of which the adapter changes {', '.join(changed)} alone or each "
+        "end in its own way; export_merged() writes them as two"
+    )
+
+
+def _merged(name: str, changes: Changes, *, requantize: bool) -> Merged:
+    """Write W + ΔW into every weight; all are as before when one fails."""
+    originals: list[_Original | _StoredOriginal] = []
+    weights: list[MergedWeight] = []
+
+    def follow(copies: Sequence[Copy], dense: Tensor) -> None:
+        for copy in copies:
+            originals.append(_Original.of(copy.holder, copy.tensor))
+            write(copy.tensor, copied(dense, copy))
+
+    try:
+        for change in changes.plain:
+            kept = _Original.of(change.holder, change.weight)
+            originals.append(kept)
+            error = add_to(change.weight, change.weight, change.delta, str(change.holder))
+            weights.append(MergedWeight(str(change.holder), kept.nbytes, error))
+            turned = change.delta.site.eligible.transposed
+            follow(change.copies, change.weight.detach().mT if turned else change.weight.detach())
+        for stored in changes.stored:
+            held = _StoredOriginal(stored.holder, _parameter(stored))
+            originals.append(held)
+            weights.append(MergedWeight(str(stored.holder), held.nbytes, _requantized(stored)))
+            if stored.copies:
+                follow(stored.copies, dequantize(stored.holder.module, _parameter(stored)))
+    except BaseException:
+        for item in originals:
+            item.restore()
+        raise
+    ours = tuple(item.written() for item in originals)
+    report = MergeReport(name, tuple(weights), sum(item.nbytes for item in ours))
+    return Merged(report, requantize, ours)
+
+
+def _parameter(change: StoredChange) -> str | None:
+    """What `dequantize` is asked for: one of several weights of a module by its name."""
+    return None if change.delta.site.expert_weight is None else change.holder.attribute
+
+
+@torch.no_grad()
+def _requantized(change: StoredChange) -> float:
+    """Store W + ΔW in the weight's own format; what of ΔW is lost.
+
+    Raises:
+        MatchError: the format cannot be read or written.
+    """
+    module, parameter = change.holder.module, _parameter(change)
+    try:
+        before = dequantize(module, parameter).float()
+        update = change.delta.block(0, change.delta.shape[0], before)
+        if change.delta.site.eligible.transposed and parameter is None:
+            update = update.mT
+        wanted = before + update
+        requantize(module, wanted, parameter)
+        after = dequantize(module, parameter).float()
+    except ConfigError as error:
+        raise MatchError(f"{change.holder}: {error}. Nothing has changed") from error
+    whole = float(torch.linalg.vector_norm(update))
+    return float(torch.linalg.vector_norm(after - wanted)) / whole if whole else 0.0
+
+
+@torch.no_grad()
+def add_to(target: Tensor, weight: Tensor, delta: Delta, label: str) -> float:
+    """target ← round(weight + ΔW), a few rows at a time; `target` may be the weight.
+
+    Returns:
+        ‖(target − weight) − ΔW‖ / ‖ΔW‖.
+
+    Raises:
+        MatchError: a sum is beyond the range of the dtype; `target` is written in part then.
+    """
+    dtype = computing(weight)
+    lost = whole = 0.0
+    like = torch.empty(0, dtype=dtype, device=weight.device)
+    for start, stop in blocks(weight.shape):
+        update = delta.block(start, stop, like)
+        before = weight.detach()[start:stop].to(dtype, copy=True)
+        after = (before + update).to(weight.dtype)
+        overflown = (~torch.isfinite(after) & torch.isfinite(before)).any()
+        difference = torch.linalg.vector_norm(after.to(dtype) - before - update)
+        numbers = torch.stack([overflown.to(dtype), difference, torch.linalg.vector_norm(update)])
+        bad, block_lost, block_whole = numbers.tolist()  # one transfer a block
+        if bad:
+            raise MatchError(
+                f"{label}: W + ΔW is beyond the range of {weight.dtype}. Nothing has changed"
+            )
+        lost, whole = lost + block_lost**2, whole + block_whole**2
+        write(target.detach()[start:stop], after)
+    return (lost / whole) ** 0.5 if whole else 0.0
+
+
+@torch.no_grad()
+def write(target: Tensor, value: Tensor) -> None:
+    """Write in place. Tensors of inference mode may be written in that mode alone."""
+    with torch.inference_mode(target.is_inference()):
+        target.detach().copy_(value)
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often torch has seen it written; None for tensors of inference mode, which count none."""
+    return None if tensor.is_inference() else tensor._version

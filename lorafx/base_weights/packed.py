@@ -1,0 +1,154 @@
+"""Where tensors of packed projections go, whichever of checkpoint and model has them packed.
+
+    q_proj.weight (Nq, K) → rows 0 … Nq of qkv_proj.weight      the model packs
+    qkv_proj.weight (ΣN, K) → q_proj, k_proj, v_proj            the checkpoint packs
+
+Which names a packed one stands for is declared (lorafx.model.packed_names).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+from torch import nn
+
+from lorafx.base_weights.names import Names, Walked
+from lorafx.base_weights.places import Box, Cut, Landing, at
+from lorafx.layers.base import ParallelLayer
+from lorafx.layers.loading import LoadableLayer
+from lorafx.model.module_graph import join
+from lorafx.model.packed_names import Member, PackedNames
+from lorafx.registry import lookup
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Names whose tensors, one after the other along `dim`, fill a target; where each ends only
+    all of them together can tell."""
+
+    whole: Landing
+    dim: int
+    names: tuple[str, ...]
+    index: int
+
+
+class PackedLandings:
+    """Finds the places of packed projections, and of projections that are packed, in one model."""
+
+    def __init__(self, names: Names, packed: PackedNames) -> None:
+        self._names = names
+        self._packed = packed
+
+    def landings(self, walked: Walked) -> Iterator[Landing | Joint]:
+        """What a name may mean of which all but two components lead to a module."""
+        if len(walked.rest) != 2 or not self._packed.any:
+            return
+        name, attribute = walked.rest
+        module, path = walked.module, walked.path
+        canonical = self._names.graph.path(module)
+        for child_name, child in module._modules.items():
+            if child is None:
+                continue
+            members = self._packed.members(join(canonical, child_name))
+            if any(member.name == name for member in members):
+                found = self._into(child, join(path, child_name), members, name, attribute)
+                if found is not None:
+                    yield found
+        yield from self._apart(module, path, canonical, name, attribute)
+
+    def _into(
+        self, child: nn.Module, path: str, members: tuple[Member, ...], name: str, attribute: str
+    ) -> Landing | Joint | None:
+        """The rows of packed `child` that `name` covers."""
+        target = self._names.target(child, attribute)
+        if target is None:
+            return None
+        own = join(path.rpartition(".")[0], f"{name}.{attribute}")
+        index = [member.name for member in members].index(name)
+        slices = members[index].slices
+        sizes = _slice_sizes(child)
+        declared = slices is not None or (sizes is not None and len(sizes) == len(members))
+        shard_id = (
+            (index if sizes is None or len(sizes) > 1 else None) if slices is None else slices
+        )
+        if isinstance(child, LoadableLayer):
+            if not declared:
+                wrong = (
+                    f"{len(members)} names are declared for the {len(sizes or ())} slices of "
+                    f"{path}; say which slices each name covers"
+                )
+                return Landing(own, None, (), wrong)
+            return at(target, own, shard_id)
+        whole = at(target, own)
+        if not whole.cuts or not isinstance(whole.cuts[0].place, Box):
+            return at(target, own, shard_id)
+        box = whole.cuts[0].place
+        dim = _out_dim(child, len(box.box))
+        if not declared or sizes is None:
+            parent = path.rpartition(".")[0]
+            each = tuple(join(parent, f"{member.name}.{attribute}") for member in members)
+            return Joint(at(target, join(path, attribute)), dim, each, index)
+        covered = (index,) if slices is None else slices
+        starts = (0, *accumulate(sizes))
+        if starts[-1] != len(box.box[dim]) or covered[-1] >= len(sizes):
+            return Landing(own, None, (), f"{path} has slices of {list(sizes)}, which do not fit")
+        part = box.narrowed(dim, range(starts[covered[0]], starts[covered[-1] + 1]))
+        return Landing(own, part.shape, (Cut(part),))
+
+    def _apart(
+        self, module: nn.Module, path: str, canonical: str, name: str, attribute: str
+    ) -> Iterator[Landing]:
+        """The modules that packed `name` stands for, in the order in which it packs them."""
+        found = [
+            (membership.index, membership.count, child_name, child)
+            for child_name, child in module._modules.items()
+            if child is not None
+            for membership in self._packed.memberships(join(canonical, child_name))
+            if membership.name == name
+        ]
+        if not found:
+            return
+        found.sort(key=lambda item: item[0])
+        own = join(path, f"{name}.{attribute}")
+        landings: list[Landing] = []
+        for _, _, child_name, child in found:
+            target = self._names.target(child, attribute)
+            if target is not None:
+                landings.append(at(target, join(path, f"{child_name}.{attribute}")))
+        if len(landings) != found[0][1]:
+            yield Landing(
+                own, None, (), f"it packs {found[0][1]} tensors, {len(landings)} are here"
+            )
+            return
+        wrong = "; ".join(landing.wrong for landing in landings if landing.wrong)
+        if wrong or any(landing.shape is None for landing in landings):
+            yield Landing(own, None, (), wrong or "its parts have loaders of their own")
+            return
+        shapes = [landing.shape or () for landing in landings]
+        dim = _out_dim(found[0][3], len(shapes[0]))
+        ends = list(accumulate(shape[dim] for shape in shapes))
+        lead = (slice(None),) * dim
+        cuts = tuple(
+            Cut(cut.place, (*lead, slice(end - shape[dim], end)))
+            for landing, shape, end in zip(landings, shapes, ends, strict=True)
+            for cut in landing.cuts
+        )
+        yield Landing(own, (*shapes[0][:dim], ends[-1], *shapes[0][dim + 1 :]), cuts)
+
+
+def _slice_sizes(module: nn.Module) -> tuple[int, ...] | None:
+    """Rows of each output slice of a packed module, None where its class does not say."""
+    if isinstance(module, ParallelLayer):
+        return module.output_sizes
+    entry = lookup(module)
+    if entry is None or entry.output_sizes is None:
+        return None
+    return entry.output_sizes(module)
+
+
+def _out_dim(module: nn.Module, dims: int) -> int:
+    """The dimension of a weight, or of a bias, that holds outputs."""
+    entry = lookup(module)
+    return dims - 1 if dims and entry is not None and entry.transposed else 0

@@ -1,0 +1,310 @@
+"""Where the numbers of a checkpoint tensor go, as data.
+
+    W[box] permuted by `order` ← t,   box = a range of indices for each dimension of W
+
+A *target* is a parameter or buffer of the model, whatever names lead to it. A *place* is a part of
+one: a box of it, or for layers that cut checkpoint tensors themselves (`weight_loader`), what their
+shard id means. A *landing* says of one checkpoint tensor which parts of it go to which places.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import gcd, prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lorafx.errors import CheckpointError
+from lorafx.layers.loading import LoadableLayer
+from lorafx.model.module_graph import storage_key
+
+Shape = tuple[int, ...]
+
+
+class Numbers(NamedTuple):
+    """What kind of numbers a tensor has: its dtype, and its class where that wraps others."""
+
+    dtype: torch.dtype
+    wrapper: type | None = None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Numbers:
+        return cls(tensor.dtype, type(tensor) if is_traceable_wrapper_subclass(tensor) else None)
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A parameter or buffer: the module that holds it, its name there, and its dotted name."""
+
+    module: nn.Module
+    attribute: str
+    name: str
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor that is there now: packing gives parameters other storages."""
+        own = self.module._parameters.get(self.attribute)
+        found = self.module._buffers.get(self.attribute) if own is None else own
+        assert found is not None
+        return found
+
+    @property
+    def is_buffer(self) -> bool:
+        return self.module._parameters.get(self.attribute) is None
+
+    @property
+    def persistent(self) -> bool:
+        """Whether `state_dict()` has it."""
+        return self.attribute not in self.module._non_persistent_buffers_set
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for tied tensors: those with the very same numbers in memory."""
+        tensor = self.tensor
+        if storage_key(tensor) < 0:  # a wrapper without a storage of its own
+            return (id(tensor),)
+        return (storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+
+
+class Place(ABC):
+    """A part of a target that one checkpoint tensor, or a part of it, gives the numbers of."""
+
+    target: Target
+
+    @abstractmethod
+    def fills(self, dtype: torch.dtype) -> Iterator[tuple[Target, Any]]:
+        """(target, part) for everything that a tensor of this dtype gives values to."""
+
+    @abstractmethod
+    def write(self, loaded: Tensor) -> None:
+        """Write a tensor of the right shape. Casts; never moves the target."""
+
+    def refusal(self, given: Numbers) -> str:
+        """Why such numbers cannot be written, "" where they can."""
+        return _unlike(self.target.tensor, given)
+
+
+@dataclass(frozen=True, eq=False)
+class Box(Place):
+    """Indices of a tensor: a range for each of its dimensions, in `order` the checkpoint's."""
+
+    target: Target
+    box: tuple[range, ...]
+    order: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, target: Target) -> Box:
+        shape = target.tensor.shape
+        return cls(target, tuple(range(size) for size in shape), tuple(range(len(shape))))
+
+    def narrowed(self, dim: int, indices: range) -> Box:
+        """The part of dimension `dim` of the target that `indices` are of what is left of it."""
+        own = self.box[dim]
+        kept = own[indices.start : indices.stop : indices.step]
+        return Box(self.target, (*self.box[:dim], kept, *self.box[dim + 1 :]), self.order)
+
+    def swapped(self) -> Box:
+        """The same of a checkpoint that has the last two dimensions the other way round."""
+        *leading, a, b = self.order
+        return Box(self.target, self.box, (*leading, b, a))
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes in the checkpoint's order."""
+        return tuple(len(self.box[dim]) for dim in self.order)
+
+    @property
+    def view(self) -> Tensor:
+        index = tuple(slice(r.start, r.stop, r.step) for r in self.box)
+        tensor = self.target.tensor.detach()
+        return tensor[index].permute(self.order) if index else tensor
+
+    def fills(self, dtype: torch.dtype) -> Iterator[tuple[Target, Any]]:
+        yield self.target, self.box
+
+    def write(self, loaded: Tensor) -> None:
+        view = self.view
+        if same_memory(view, loaded):
+            return
+        # Tensors made in inference mode may be written there alone.
+        with torch.inference_mode(view.is_inference()), torch.no_grad():
+            view.copy_(loaded.reshape(view.shape))
+
+
+@dataclass(frozen=True, eq=False)
+class Shard(Place):
+    """What a shard id means of a parameter of a layer that cuts checkpoint tensors itself."""
+
+    target: Target
+    shard_id: Any = None
+
+    @property
+    def layer(self) -> LoadableLayer:
+        assert isinstance(self.target.module, LoadableLayer)
+        return self.target.module
+
+    @property
+    def shape(self) -> Shape:
+        """Of the checkpoint's tensor, which is the whole layer's.
+
+        Raises:
+            CheckpointError: no such shard, or a layer on the meta device.
+        """
+        shape = self.layer.checkpoint_shape(self.target.attribute, self.shard_id)
+        self.layer.check_weight(self.target.attribute, shape, self.shard_id)
+        return shape
+
+    def fills(self, dtype: torch.dtype) -> Iterator[tuple[Target, Any]]:
+        pieces = self.layer.pieces(self.target.attribute, self.shard_id)
+        prefix = self.target.name.removesuffix(self.target.attribute)
+        for name in self.layer.fills(self.target.attribute, dtype):
+            yield Target(self.layer, name, prefix + name), pieces
+
+    def refusal(self, given: Numbers) -> str:
+        converted = len(self.layer.fills(self.target.attribute, given.dtype)) > 1
+        return "" if converted else _unlike(self.target.tensor, given)
+
+    def write(self, loaded: Tensor) -> None:
+        parameter = self.target.tensor
+        assert isinstance(parameter, nn.Parameter)
+        with torch.inference_mode(parameter.is_inference()), torch.no_grad():
+            self.layer.weight_loader(parameter, loaded, self.shard_id)
+
+
+@dataclass(frozen=True, eq=False)
+class OwnLoader(Place):
+    """A parameter that brings a `weight_loader` of its own, whose shapes nobody else knows."""
+
+    target: Target
+    shard_id: Any = None
+
+    def fills(self, dtype: torch.dtype) -> Iterator[tuple[Target, Any]]:
+        yield self.target, frozenset([self.shard_id])
+
+    def refusal(self, given: Numbers) -> str:
+        return ""
+
+    def write(self, loaded: Tensor) -> None:
+        """Raises CheckpointError where the loader does not take it."""
+        arguments = () if self.shard_id is None else (self.shard_id,)
+        parameter: Any = self.target.tensor
+        try:
+            with torch.inference_mode(parameter.is_inference()), torch.no_grad():
+                parameter.weight_loader(parameter, loaded, *arguments)
+        except (AssertionError, RuntimeError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{self.target.name}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A part of a checkpoint tensor: `take` indexes it, and the place that it goes to."""
+
+    place: Place
+    take: tuple[slice | int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Landing:
+    """What one checkpoint tensor means.
+
+    Attributes:
+        path: its name in this model, without prefixes and wrappers.
+        shape: what it has to be like; None where only a parameter's own loader knows.
+        cuts: its parts, each with its place.
+        wrong: why it has no place after all, "" where it has.
+        turned: of a matrix that checkpoints have either way round, whether it came so that the
+            model's is its transpose; None of all others.
+    """
+
+    path: str
+    shape: Shape | None
+    cuts: tuple[Cut, ...]
+    wrong: str = ""
+    turned: bool | None = None
+
+    @property
+    def square(self) -> bool:
+        """Whether the shape does not tell which way round it came."""
+        return self.shape is not None and len(self.shape) > 1 and self.shape[-1] == self.shape[-2]
+
+    def write(self, loaded: Tensor) -> None:
+        for cut in self.cuts:
+            cut.place.write(loaded[cut.take] if cut.take else loaded)
+
+
+def at(target: Target, path: str, shard_id: Any = None) -> Landing:
+    """The whole target, or the piece of it that a shard id means."""
+    tensor = target.tensor
+    if isinstance(target.module, LoadableLayer) and not target.is_buffer:
+        shard = Shard(target, shard_id)
+        try:
+            return Landing(path, shard.shape, (Cut(shard),))
+        except CheckpointError as error:
+            return Landing(path, None, (), str(error))
+    if tensor.is_meta:
+        return Landing(path, None, (), "it is on the meta device and holds no values")
+    if callable(getattr(tensor, "weight_loader", None)):
+        return Landing(path, None, (Cut(OwnLoader(target, shard_id)),))
+    box = Box.whole(target)
+    return Landing(path, box.shape, (Cut(box),))
+
+
+def boxed(box: Box, path: str) -> Landing:
+    """One box for the whole tensor."""
+    return Landing(path, box.shape, (Cut(box),))
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether both are the very same numbers."""
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+        and storage_key(a) == storage_key(b)
+        and a.storage_offset() == b.storage_offset()
+    )
+
+
+def volume(box: Sequence[range]) -> int:
+    """How many entries a box has."""
+    return prod(len(indices) for indices in box)
+
+
+def meet(a: Iterable[range], b: Iterable[range]) -> bool:
+    """Whether two boxes of one tensor have an entry in common."""
+    return all(_common(p, q) for p, q in zip(a, b, strict=True))
+
+
+def _common(p: range, q: range) -> bool:
+    if not p or not q or max(p[0], q[0]) > min(p[-1], q[-1]):
+        return False
+    shared = gcd(p.step, q.step)
+    if (q[0] - p[0]) % shared:
+        return False
+    coarse, other = (p, q) if p.step >= q.step else (q, p)
+    skipped = -(-max(0, other[0] - coarse[0]) // coarse.step)
+    # After so many steps the remainders by the other's step come again.
+    return any(index in other for index in coarse[skipped : skipped + other.step // shared])
+
+
+def _unlike(tensor: Tensor, given: Numbers) -> str:
+    """Why `given` numbers are not what `tensor` holds."""
+    own, dtype = tensor.dtype, given.dtype
+    if is_traceable_wrapper_subclass(tensor) or given.wrapper is not None:
+        if given.wrapper is type(tensor) or given.wrapper is type(tensor.data):
+            return ""
+        if given.wrapper is None:
+            return f"it is kept here as a {type(tensor.data).__name__}, not as plain numbers"
+        return f"the checkpoint's is a {given.wrapper.__name__}; give the plain whole tensor"
+    if own == dtype:
+        return ""
+    if own.itemsize == 1 or not own.is_floating_point:
+        return f"it is quantised here ({own}), and the checkpoint's numbers are {dtype}"
+    if dtype.itemsize == 1 or not dtype.is_floating_point:
+        return f"the checkpoint's numbers are {dtype}, which do not become {own} without a scale"
+    return ""

@@ -1,0 +1,129 @@
+"""What the name of a checkpoint tensor means in a model, every way of naming tried in turn.
+
+    as it stands, or without prefixes and wrappers, or renamed:
+        the tensor itself ▸ routed experts ▸ packed projections ▸ a conversion of transformers
+
+Several meanings of one name are told apart by the tensor's shape.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import nn
+
+from lorafx.base_weights.conversions import Conversions
+from lorafx.base_weights.experts import ExpertLandings
+from lorafx.base_weights.groups import Group, JointGroup, Member
+from lorafx.base_weights.names import Names, Walked
+from lorafx.base_weights.packed import Joint, PackedLandings
+from lorafx.base_weights.places import Landing, Shape, Target, at
+from lorafx.errors import nearest
+from lorafx.model.module_graph import ModuleGraph, join
+from lorafx.model.packed_names import PackedModules, PackedNames
+
+Meaning = Landing | Member
+#: How many unknown names get the names nearest to them, which takes a while.
+_NEAREST = 10
+
+
+class Resolver:
+    """Finds what names mean in one model."""
+
+    def __init__(self, graph: ModuleGraph, model: nn.Module, packed: PackedModules | None) -> None:
+        """Raises ConfigError for a malformed declaration of packed names."""
+        self.names = Names(graph, model)
+        self._experts = ExpertLandings(self.names)
+        self._packed = PackedLandings(self.names, PackedNames(graph, packed))
+        self._conversions = Conversions(model)
+        self._joints: dict[str, Group] = {}
+        self._unwanted = [
+            re.compile(pattern)
+            for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        ]
+        self._advised = 0
+
+    def meaning(self, name: str, shape: Shape) -> Meaning | None:
+        """What a tensor of this name and shape means; None where the model has no place for it.
+
+        Of several meanings the first whose shape fits, or the first of all where none does.
+        """
+        first: Meaning | None = None
+        for found in self._meanings(name):
+            if isinstance(found, Member) or (
+                not found.wrong and found.shape in (None, tuple(shape))
+            ):
+                return found
+            first = first or found
+        return first
+
+    def is_unwanted(self, name: str) -> bool:
+        """Whether checkpoints of this model have `name` and the model itself does without."""
+        if any(pattern.search(name) for pattern in self._unwanted):
+            return True
+        return any(
+            (target := self._own(reading)) is not None and not target[0].persistent
+            for reading in self.names.readings(name)
+        )
+
+    def advice(self, name: str) -> str:
+        """What to say of a name that has no place."""
+        if ".lora_" in name:
+            return "a factor of an adapter; load_adapter takes those"
+        if self._advised >= _NEAREST:
+            return "no place in the model"
+        self._advised += 1
+        last = name.rpartition(".")[2]
+        known = [target.name for target in self.names.required]
+        alike = [own for own in known if own.rpartition(".")[2] == last]
+        near = nearest(name, alike[:2000]) or nearest(name, known[:500])
+        return f"no place in the model{near}"
+
+    def _meanings(self, name: str) -> Iterator[Meaning]:
+        readings = list(self.names.readings(name))
+        for reading in readings:
+            yield from self._by_walking(reading)
+        for reading in readings:
+            newer = self._conversions.renamed(reading)
+            if newer != reading:
+                yield from self._by_walking(newer)
+            for candidate in self.names.readings(newer):
+                found = self._conversions.member(candidate, self._itself)
+                if found is not None:
+                    yield found
+
+    def _by_walking(self, reading: str) -> Iterator[Meaning]:
+        itself = self._own(reading)
+        walked = self.names.walk(reading)
+        if itself is not None:
+            target, path = itself
+            if target.is_buffer and not target.persistent:
+                return
+            yield from self._experts.landings(walked)
+            yield at(target, path)
+        else:
+            yield from self._experts.landings(walked)
+        for found in self._packed.landings(walked):
+            yield found if isinstance(found, Landing) else self._joint(found)
+
+    def _own(self, reading: str) -> tuple[Target, str] | None:
+        walked: Walked = self.names.walk(reading)
+        if len(walked.rest) != 1:
+            return None
+        target = self.names.target(walked.module, walked.rest[0])
+        return None if target is None else (target, join(walked.path, walked.rest[0]))
+
+    def _itself(self, name: str) -> Landing | None:
+        for reading in self.names.readings(name):
+            found = self._own(reading)
+            if found is not None:
+                return at(found[0], name)
+        return None
+
+    def _joint(self, found: Joint) -> Member:
+        first = found.names[0]
+        if first not in self._joints:
+            self._joints[first] = JointGroup(found.whole, found.dim, found.names)
+        group = self._joints[first]
+        return Member(group, found.names[found.index])

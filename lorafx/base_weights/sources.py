@@ -1,0 +1,152 @@
+"""Where weights come from: anything that gives (name, tensor) pairs.
+
+    kind                       read twice   a tensor stays as it was given
+    mapping, list, tuple       yes          yes
+    safetensors file, folder   yes          yes, read from disk again
+    function of no arguments   yes          no: it may fill one buffer again and again
+    any other iterable         no           no
+
+What can be read twice is checked as a whole before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lorafx.base_weights.places import Numbers, Shape
+from lorafx.errors import CheckpointError, ConfigError
+
+Pairs = Iterable[tuple[str, Tensor]]
+#: What `load_weights` takes.
+Weights = Mapping[str, Tensor] | Pairs | Callable[[], Pairs] | str | os.PathLike[str]
+
+_INDEX = "model.safetensors.index.json"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class Item(NamedTuple):
+    """One tensor of a source; `read` gives it, for as long as the source says that it stays.
+
+    `given` is the tensor itself, where it was not stored on disk.
+    """
+
+    name: str
+    shape: Shape
+    numbers: Numbers
+    read: Callable[[], Tensor]
+    given: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A kind of source: `items` goes through all of it.
+
+    Attributes:
+        repeatable: it can be gone through twice.
+        stable: a tensor that was given stays as it is, and can be read at any time.
+    """
+
+    items: Callable[[], Iterator[Item]]
+    repeatable: bool
+    stable: bool
+
+
+def source_of(weights: Weights) -> Source:
+    """The source that `weights` is.
+
+    Raises:
+        ConfigError: it is no such thing.
+        CheckpointError: a path without safetensors.
+    """
+    if isinstance(weights, (str, os.PathLike)):
+        files = _files(Path(weights))
+        return Source(lambda: _stored(files), repeatable=True, stable=True)
+    if isinstance(weights, Mapping):
+        return Source(lambda: _given(weights.items()), repeatable=True, stable=True)
+    if isinstance(weights, Sequence):
+        return Source(lambda: _given(weights), repeatable=True, stable=True)
+    if isinstance(weights, Iterable):
+        return Source(lambda: _given(weights), repeatable=False, stable=False)
+    if callable(weights):
+        return Source(lambda: _given(weights()), repeatable=True, stable=False)
+    raise ConfigError(
+        "weights are (name, tensor) pairs, a mapping, a path of safetensors, or a function that "
+        f"gives pairs; got {type(weights).__name__}"
+    )
+
+
+def _given(pairs: Iterable[Any]) -> Iterator[Item]:
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise ConfigError(f"weights are (name, tensor) pairs, got {type(pair).__name__}")
+        name, tensor = pair
+        if not isinstance(tensor, Tensor):
+            raise ConfigError(f"{name}: a tensor is needed, got {type(tensor).__name__}")
+        plain = tensor.detach()
+        yield Item(name, tuple(plain.shape), Numbers.of(plain), partial(_itself, plain), plain)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _stored(files: Sequence[Path]) -> Iterator[Item]:
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118, not a mapping
+                    part = opened.get_slice(name)
+                    dtype = _DTYPES.get(part.get_dtype())
+                    if dtype is None:
+                        raise CheckpointError(f"{file}: {name} is of dtype {part.get_dtype()}")
+                    shape = tuple(part.get_shape())
+                    yield Item(name, shape, Numbers(dtype), partial(_read, file, name))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+
+
+def _read(file: Path, name: str) -> Tensor:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    index = path / _INDEX
+    if index.is_file():
+        try:
+            named = json.loads(index.read_text())["weight_map"].values()
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index} is no index of safetensors files: {error}") from error
+        return [path / name for name in dict.fromkeys(named)]
+    found = sorted(path.glob("*.safetensors"))
+    if not found:
+        raise CheckpointError(f"{path} holds no safetensors file")
+    return found

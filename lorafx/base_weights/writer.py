@@ -1,0 +1,92 @@
+"""Writes into the weights of a model, which can be taken back where that was asked for."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lorafx.base_weights.groups import Group
+from lorafx.base_weights.places import Landing, Target
+from lorafx.base_weights.resolve import Meaning
+
+Undo = Literal["memory", "disk"]
+
+
+class Journal:
+    """The numbers that targets had before they were first written to, to be put back.
+
+    They are kept in host memory, or with "disk" in files of a temporary folder, whose pages the
+    system may write out and forget.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._saved: dict[tuple[object, ...], tuple[Target, Tensor]] = {}
+
+    @classmethod
+    @contextmanager
+    def kept(cls, undo: Undo) -> Iterator[Journal]:
+        """A journal for the block."""
+        if undo == "memory":
+            yield cls(None)
+            return
+        with tempfile.TemporaryDirectory(prefix="lorafx-weights-") as folder:
+            yield cls(Path(folder))
+
+    def save(self, target: Target) -> None:
+        """Keep the numbers of a target, unless they are kept already."""
+        key = target.key
+        if key not in self._saved:
+            self._saved[key] = target, self._copy(target.tensor.detach())
+
+    def restore(self) -> None:
+        """Put back what was kept."""
+        for target, numbers in self._saved.values():
+            tensor = target.tensor.detach()
+            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                tensor.copy_(numbers)
+        self._saved.clear()
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        if self._folder is None or not tensor.numel():
+            return tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
+        file = self._folder / str(len(self._saved))
+        numbers = torch.from_file(
+            str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype
+        ).view(tensor.shape)
+        numbers.copy_(tensor)
+        return numbers
+
+
+class Writer:
+    """Writes tensors to their places; of a group all, when the last one arrives."""
+
+    def __init__(self, journal: Journal | None, *, stable: bool) -> None:
+        """`stable`: tensors of groups stay as they were given until the group is whole."""
+        self._journal, self._stable = journal, stable
+        self._held: dict[Group, dict[str, Tensor]] = {}
+
+    def put(self, meaning: Meaning, loaded: Tensor) -> None:
+        """Write a tensor, or keep it until its group is whole."""
+        if isinstance(meaning, Landing):
+            self._write(meaning, loaded)
+            return
+        held = self._held.setdefault(meaning.group, {})
+        held[meaning.name] = loaded if self._stable else loaded.clone()
+        if len(held) == len(meaning.group.names):
+            made = meaning.group.joined(self._held.pop(meaning.group))
+            for landing, tensor in zip(meaning.group.landings, made, strict=True):
+                self._write(landing, tensor)
+
+    def _write(self, landing: Landing, loaded: Tensor) -> None:
+        if self._journal is not None:
+            for cut in landing.cuts:
+                for target, _ in cut.place.fills(loaded.dtype):
+                    self._journal.save(target)
+        landing.write(loaded)

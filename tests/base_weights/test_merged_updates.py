@@ -1,0 +1,130 @@
+"""New base weights under a merged adapter: the merge follows, and unmerge gives the new base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense_merge import TOLERANCE, Case, build_case, error, random_base, valid
+from hand_made import factors, save
+from merging import bits
+from namings import new_weights
+from tiny_models import token_inputs
+from torch import nn
+
+import lorafx
+from lorafx.errors import BaseWeightsError, CaptureError
+from lorafx.layers import Int8ChannelLinearMethod, ReplicatedLinear
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return build_case("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=1)
+
+
+def check(cm: Any, base: nn.Module, case: Case, name: str) -> None:
+    """The merged model is dense merge into `base`, and unmerged its every bit is back."""
+    inputs = token_inputs(3, 5)
+    with torch.no_grad():
+        got = cm.model(**inputs)["logits"]
+    want = Case(base, case.folders).expected([name] * 3, inputs)
+    assert error(valid(inputs, got), valid(inputs, want)) <= TOLERANCE
+    cm.unmerge()
+    state = cm.model.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in base.state_dict().items())
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_the_merge_follows_the_weights(case: Case, once: bool) -> None:
+    cm = case.compile()
+    cm.merge("a1")
+    base = new_weights(case.base, 21)
+    held = {name: p.data_ptr() for name, p in cm.model.named_parameters()}
+    pairs = list(base.state_dict().items())
+    cm.load_weights((pair for pair in pairs) if once else pairs)
+    assert cm.merged == "a1"
+    assert held == {name: p.data_ptr() for name, p in cm.model.named_parameters()}
+    check(cm, base, case, "a1")
+
+
+def test_some_of_the_weights_alone(case: Case) -> None:
+    cm = case.compile()
+    cm.merge("a1")
+    name, other = "model.layers.0.self_attn.q_proj.weight", new_weights(case.base, 22)
+    cm.load_weights({name: other.state_dict()[name]}, strict=False)
+    base = case.model()
+    with torch.no_grad():
+        base.get_parameter(name).copy_(other.get_parameter(name))
+    check(cm, base, case, "a1")
+
+
+def test_the_merged_model_s_own_calls(case: Case) -> None:
+    """The graphs are those from before, over the new weights."""
+    cm = case.compile()
+    inputs = token_inputs(3, 5)
+    cm(**inputs)
+    cm.merge("a3")
+    cm(**inputs)
+    graphs, base = cm.recompiles, new_weights(case.base, 23)
+    cm.load_weights(base.state_dict())
+    got = cm(**inputs, adapter_names=["a3"] * 3)["logits"]
+    want = Case(base, case.folders).expected(["a3"] * 3, inputs)
+    assert error(valid(inputs, got), valid(inputs, want)) <= TOLERANCE
+    assert cm.recompiles == graphs
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_what_is_refused_leaves_the_merged_weights(case: Case, once: bool) -> None:
+    cm = case.compile()
+    cm.merge("a1")
+    merged = bits(cm.model)
+    pairs = [*new_weights(case.base, 24).state_dict().items(), ("nobody", torch.ones(3))]
+    with pytest.raises(BaseWeightsError, match="nobody"):
+        cm.load_weights((pair for pair in pairs) if once else pairs)
+    assert cm.merged == "a1"
+    assert all(torch.equal(cm.model.state_dict()[key], value) for key, value in merged.items())
+    check(cm, case.base, case, "a1")
+
+
+def test_weights_that_were_written_past_lorafx_stop_it(case: Case) -> None:
+    cm = case.compile()
+    cm.merge("a1")
+    base = new_weights(case.base, 25)
+    cm.model.load_state_dict(base.state_dict())
+    with pytest.raises(CaptureError, match=r"unmerge\(force=True\)"):
+        cm.load_weights(base.state_dict())
+    cm.unmerge(force=True)
+    cm.load_weights(base.state_dict())
+    cm.merge("a1")
+    check(cm, base, case, "a1")
+
+
+def test_quantised_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(ReplicatedLinear(16, 20, quant_method=Int8ChannelLinearMethod()))
+    dense = nn.Sequential(nn.Linear(16, 20))
+    folder = save(dense, tmp_path, factors(dense, ["0"], rank=3, seed=1, gain=4))
+    cm = lorafx.compile(model.eval(), {"a": folder}, options={"lowering": "reference"})
+    weights = {"0.weight": torch.randn(20, 16), "0.bias": torch.randn(20)}
+    cm.load_weights(weights)
+    plain = bits(model)
+    cm.merge("a", requantize=True)
+    merged = bits(model)
+    cm.load_weights({"0.weight": torch.zeros(20, 16), "0.bias": torch.zeros(20)})
+    assert cm.merged == "a"
+    cm.load_weights(weights)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in merged.items())
+    cm.unmerge()
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in plain.items())
+
+
+def test_tied_weights_take_the_same_update_again(tmp_path: Path) -> None:
+    case = build_case("gpt2", tmp_path)
+    cm = case.compile()
+    cm.merge("a0")
+    base = new_weights(random_base("gpt2"), 26)
+    assert base.lm_head.weight is base.transformer.wte.weight
+    cm.load_weights(base.state_dict())
+    check(cm, base, case, "a0")

@@ -1,0 +1,199 @@
+"""Packed projections in the model, in the checkpoint, or in both; layers that cut weights
+themselves; experts of model authors' own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from dense_merge import Case, check_mixed
+from hand_made import hand_case
+from namings import new_weights
+from packed_models import MAPPING, PACKED_AS, Apart, Packed, twins
+from tensor_parallel import llama_config, push_weights
+from torch import Tensor, nn
+from two_ranks import on_ranks
+
+import lorafx
+from lorafx.errors import BaseWeightsError
+from lorafx.layers import FusedMoE, load_weights
+
+REFERENCE = {"lowering": "reference"}
+NAMES = ["a", None, "b", "a"]
+IDS = {"input_ids": torch.randint(0, 20, (4, 7), generator=torch.Generator().manual_seed(1))}
+LINEARS = [f"layers.{i}.{name}" for i in range(2) for name in [*PACKED_AS, "o_proj", "down_proj"]]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    apart, _ = twins()
+    return hand_case(apart, tmp_path_factory.mktemp("apart"), a=LINEARS, b=LINEARS[1::2])
+
+
+def compiled(model: nn.Module, case: Case, config: Any = None) -> Any:
+    cm = lorafx.compile(model, config, adapters=case.folders, options=REFERENCE)
+    cm(**IDS, adapter_names=NAMES)
+    return cm
+
+
+def moved(case: Case, base: nn.Module, folder: Path) -> Case:
+    """The same adapters over a new base."""
+    return hand_case(base, folder, a=LINEARS, b=LINEARS[1::2])
+
+
+def packed_state(apart: nn.Module) -> dict[str, Tensor]:
+    """The state of a model like `apart` that is packed."""
+    model = Packed()
+    load_weights(model, apart.state_dict())
+    return dict(model.state_dict())
+
+
+@pytest.mark.parametrize("packed_names", [False, True], ids=["apart", "packed"])
+def test_into_a_packed_model(case: Case, tmp_path: Path, packed_names: bool) -> None:
+    cm = compiled(twins()[1], case)
+    apart = new_weights(case.base, 3)
+    graphs = cm.recompiles
+    state = packed_state(apart) if packed_names else apart.state_dict()
+    report = cm.load_weights(reversed(list(state.items())))
+    assert set(report.loaded) == set(cm.model.state_dict())
+    check_mixed(cm, moved(case, apart, tmp_path), NAMES, IDS)
+    assert cm.recompiles == graphs
+
+
+@pytest.mark.parametrize("once", [False, True], ids=["list", "generator"])
+def test_packed_tensors_into_a_model_that_is_not(case: Case, tmp_path: Path, once: bool) -> None:
+    config = lorafx.LoraConfig(
+        target_modules=[*PACKED_AS, "o_proj", "down_proj"], packed_modules=MAPPING
+    )
+    cm = compiled(twins()[0], case, config)
+    apart = new_weights(case.base, 4)
+    pairs = list(packed_state(apart).items())
+    assert any("in_proj_qkvz" in name for name, _ in pairs)
+    cm.load_weights(iter(pairs) if once else pairs)
+    check_mixed(cm, moved(case, apart, tmp_path), NAMES, IDS)
+
+
+@pytest.mark.parametrize("once", [False, True], ids=["list", "generator"])
+def test_members_whose_sizes_nobody_declared(once: bool) -> None:
+    sizes = {"num_hidden_layers": 1, "hidden_size": 24, "intermediate_size": 40, "vocab_size": 61}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    model = transformers.Phi3ForCausalLM(transformers.Phi3Config(**sizes, **heads)).eval()
+    packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    cm = lorafx.compile(model, lorafx.LoraConfig(packed_modules=packed), options=REFERENCE)
+    want = {name: torch.randn_like(t) for name, t in model.state_dict().items()}
+    given = {}
+    for name, tensor in want.items():
+        if "qkv_proj" in name:
+            parts = zip("qkv", tensor.split([24, 12, 12]), strict=True)
+            given.update({name.replace("qkv", letter): part for letter, part in parts})
+        elif "gate_up" in name:
+            parts = zip(("gate", "up"), tensor.chunk(2), strict=True)
+            given.update({name.replace("gate_up", half): part for half, part in parts})
+        else:
+            given[name] = tensor
+    cm.load_weights(reversed(given.items()) if once else given)
+    assert all(torch.equal(t, want[name]) for name, t in model.state_dict().items())
+
+    q = next(name for name in given if "q_proj" in name)
+    with pytest.raises(BaseWeightsError, match="do not fill"):
+        cm.load_weights({**given, q: torch.zeros(23, 24)})
+    del given[q]
+    with pytest.raises(BaseWeightsError, match=r"needs .*q_proj.weight too"):
+        cm.load_weights(iter(given.items()) if once else given)
+    assert all(torch.equal(t, want[name]) for name, t in model.state_dict().items())
+
+
+class Moe(nn.Module):
+    """A Step-3 block as model authors write it: router, shared expert, fused experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 4, bias=False)
+        self.experts = FusedMoE(4, 2, 16, 6)
+        self.share_expert = nn.Linear(16, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(x, self.gate(x)) + self.share_expert(x)
+
+
+class StepLike(nn.Module):
+    """Packed attention of `packed_models`, and mixtures of experts behind it."""
+
+    packed_modules_mapping = MAPPING
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Packed()
+        self.moe = Moe()
+        self.embed = nn.Embedding(20, 16)
+        self.out = nn.Linear(16, 20, bias=False)
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        x = self.embed(input_ids)
+        for layer in self.inner.layers:
+            x = layer(x)
+        return {"logits": self.out(x + self.moe(x))}
+
+
+def step_state(model: StepLike, form: str) -> dict[str, Tensor]:
+    """The state as a Step-3 checkpoint or trainer has it."""
+    state = dict(model.state_dict())
+    w13, w2 = state.pop("moe.experts.w13_weight"), state.pop("moe.experts.w2_weight")
+    gate, up = w13.chunk(2, dim=1)
+    if form == "step":
+        experts = {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": w2}
+    elif form == "wrapped":
+        experts = {"experts.base_layer.w13_weight": w13, "experts.base_layer.w2_weight": w2}
+    else:
+        experts = {
+            f"experts.{e}.{name}.weight": w[e]
+            for e in range(4)
+            for name, w in (("gate_proj", gate), ("up_proj", up), ("down_proj", w2))
+        }
+    return {**state, **{f"moe.{name}": tensor for name, tensor in experts.items()}}
+
+
+@pytest.mark.parametrize("form", ["step", "wrapped", "per expert"])
+def test_step_like(form: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = StepLike().eval().requires_grad_(False)
+    paths = ["inner.layers.0.o_proj", "moe.gate", "moe.share_expert", "inner.layers.1.qkv_proj"]
+    case = hand_case(base, tmp_path / "old", a=paths, b=paths[:2])
+    cm = compiled(case.model(), case)
+    graphs = cm.recompiles
+    fresh = new_weights(base, 6)
+    state = step_state(fresh, form)
+    cm.load_weights(state if form == "step" else iter(state.items()))
+    check_mixed(cm, hand_case(fresh, tmp_path / "new", a=paths, b=paths[:2]), NAMES, IDS)
+    assert cm.recompiles == graphs
+    beyond = {**state, "moe.experts.4.gate_proj.weight": torch.zeros(6, 16)}
+    with pytest.raises(BaseWeightsError, match="there is no expert 4"):
+        cm.load_weights(beyond)
+
+
+@pytest.mark.parametrize(
+    "quantised",
+    [pytest.param(False, id="dense", marks=pytest.mark.slow), pytest.param(True, id="int8")],
+)
+def test_a_rank_takes_its_share(quantised: bool) -> None:
+    torch.manual_seed(0)
+    states = [dict(transformers.LlamaForCausalLM(llama_config()).state_dict()) for _ in range(2)]
+    if quantised:  # the scales are of whole rows: one rank is as good as two
+        assert push_weights(0, 1, *states, quantised)
+    else:
+        assert on_ranks(2, push_weights, *states, quantised) == [True, True]
+
+
+def test_the_same_models_without_lora(case: Case) -> None:
+    """What lorafx.layers loads into a plain model is what load_weights puts into a served one."""
+    fresh = new_weights(case.base, 8)
+    plain = Packed().requires_grad_(False)
+    load_weights(plain, fresh.state_dict())
+    cm = compiled(twins()[1], case)
+    cm.load_weights(fresh.state_dict())
+    assert isinstance(case.base, Apart)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(cm.model.state_dict()[name], tensor), name

@@ -1,0 +1,45 @@
+"""A model with tied weights that is no transformers model, and adapters of either end of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from dense_merge import Case
+from hand_made import factors, hand_case, merged, save
+from tiny import randomise
+from tiny_models import VOCAB
+from torch import Tensor, nn
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all that the model holds."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, 24)
+        self.up = nn.Linear(24, 24)
+        self.head = nn.Linear(24, VOCAB, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        x = self.embed(input_ids)
+        return {"logits": self.head(x + torch.tanh(self.up(x)))}
+
+
+def tied_case(folder: Path) -> Case:
+    """Adapters of both ends, of either, of neither, and "same", which adds one ΔW to both."""
+    torch.manual_seed(0)
+    base = Tied()
+    randomise(base)
+    case = hand_case(
+        base, folder, both=["embed", "head"], embed=["embed"], head=["head"], up=["up"]
+    )
+    ((_, (a, b)),) = factors(base, ["embed"], rank=2, seed=9).items()
+    same = {"embed": (a, b), "head": (b.T, a.T)}  # ΔE = s (B A)ᵀ, ΔW = s Aᵀ Bᵀ
+    case.folders["same"] = save(base, folder / "same", same)
+    case.merged["same"] = merged(base, same)
+    return case

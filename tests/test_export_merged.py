@@ -1,0 +1,238 @@
+"""Checkpoints of W + ΔW: what from_pretrained makes of them, and the model that stays as it is."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from dense_merge import TOLERANCE, Case, build_case, error, random_base, save_adapter, valid
+from expert_models import moe_case
+from hand_made import factors, save
+from merging import bits, tied_case
+from packed_models import Packed, twins
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny_models import VOCAB, plain_inputs, token_inputs
+from torch import Tensor
+
+import lorafx
+from lorafx.errors import CheckpointError, ConfigError, MatchError, UnknownAdapterError
+
+REFERENCE = {"lowering": "reference"}
+
+
+def check_export(cm: Any, case: Case, name: str, folder: Path, inputs: dict[str, Tensor]) -> Any:
+    """The written model gives the oracle's logits, nothing is missing; `cm` is as it was."""
+    before, config = bits(cm.model), cm.model.config.to_dict()
+    assert cm.export_merged(name, folder) == folder
+    rows = len(next(iter(inputs.values())))
+    loaded, report = type(cm.model).from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    with torch.no_grad():
+        got = loaded.eval()(**inputs)["logits"]
+    want = case.expected([name] * rows, inputs)
+    assert error(valid(inputs, got), valid(inputs, want)) <= TOLERANCE
+    base = case.expected([None] * rows, inputs)
+    assert error(valid(inputs, want), valid(inputs, base)) > 100 * TOLERANCE
+    assert all(torch.equal(cm.model.state_dict()[key], value) for key, value in before.items())
+    assert cm.model.config.to_dict() == config
+    assert cm.merged is None
+    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".safetensors") == [
+        "config.json",
+        "generation_config.json",
+    ]
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return build_case("gpt2", tmp_path_factory.mktemp("gpt2"))
+
+
+@pytest.mark.parametrize(("family", "name"), [("llama", "a3"), ("phi3", "a1")])
+def test_transformers_loads_it(family: str, name: str, tmp_path: Path) -> None:
+    case = build_case(family, tmp_path / "adapters")
+    cm = case.compile()
+    cm.model.generation_config.top_k = 17
+    cm.model.generation_config.do_sample = True
+    loaded = check_export(cm, case, name, tmp_path / "merged", token_inputs(3, 5))
+    assert loaded.generation_config.top_k == 17
+    assert loaded.state_dict().keys() == cm.model.state_dict().keys()
+
+
+def test_routed_experts_keep_the_names_of_the_hub(tmp_path: Path) -> None:
+    """transformers writes a tensor an expert, as checkpoints have them."""
+    case = moe_case("qwen3_moe", tmp_path / "adapters", layers=1)
+    cm = case.compile()
+    inputs = {"input_ids": torch.randint(3, VOCAB, (3, 5))}
+    for name in ("params", "older"):
+        folder = tmp_path / name
+        check_export(cm, case, name, folder, inputs)
+        cm.model.save_pretrained(str(tmp_path / "base"))
+        (file,), (base,) = (list(f.glob("*.safetensors")) for f in (folder, tmp_path / "base"))
+        with safe_open(file, "pt") as written, safe_open(base, "pt") as plain:
+            assert set(written.keys()) == set(plain.keys())
+
+
+def test_in_several_files(tmp_path: Path) -> None:
+    case = build_case("llama", tmp_path / "adapters", num_hidden_layers=1)
+    cm = case.compile()
+    folder = tmp_path / "merged"
+    cm.export_merged("a1", folder, max_shard_size="8KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    loaded = type(cm.model).from_pretrained(folder).eval()
+    inputs = token_inputs(3, 5)
+    with torch.no_grad():
+        got = loaded(**inputs)["logits"]
+    assert error(valid(inputs, got), valid(inputs, case.expected(["a1"] * 3, inputs))) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "tied"), [("a0", True), ("a1", False), ("a3", False)])
+def test_tied_weights_that_are_told_apart_are_written_as_two(
+    gpt2: Case, name: str, tied: bool, tmp_path: Path
+) -> None:
+    """a1 changes the head alone, a3 the embedding alone; a0 neither."""
+    cm = gpt2.compile()
+    assert cm.model.lm_head.weight is cm.model.transformer.wte.weight
+    loaded = check_export(cm, gpt2, name, tmp_path, token_inputs(3, 5))
+    assert loaded.config.tie_word_embeddings is tied
+    assert (loaded.lm_head.weight is loaded.transformer.wte.weight) is tied
+    assert cm.model.lm_head.weight is cm.model.transformer.wte.weight
+
+
+def test_encoder_decoders_keep_their_tied_weights(tmp_path: Path) -> None:
+    """There the flag that unties them changes what is computed."""
+    base = random_base("t5", tie_word_embeddings=True, num_layers=1, num_decoder_layers=1)
+    folder = save_adapter(base, tmp_path / "a", rank=2, targets=["lm_head", "q"], seed=1)
+    cm = lorafx.compile(base, {"a": folder}, options=REFERENCE)
+    with pytest.raises(MatchError, match=r"lm_head\.weight.*encoder-decoder"):
+        cm.export_merged("a", tmp_path / "merged")
+
+
+def test_a_module_of_one_s_own_is_one_file(tmp_path: Path) -> None:
+    case = build_case("plain", tmp_path / "adapters")
+    cm = case.compile()
+    before = bits(cm.model)
+    folder = cm.export_merged("a1", tmp_path / "deep" / "merged")
+    assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
+    fresh = case.model()
+    fresh.load_state_dict(load_file(folder / "model.safetensors"))
+    inputs = plain_inputs(3, 4)
+    with torch.no_grad():
+        got = fresh(**inputs)["logits"]
+    assert error(got, case.expected(["a1"] * 3, inputs)) <= TOLERANCE
+    assert all(torch.equal(cm.model.state_dict()[key], value) for key, value in before.items())
+
+
+def test_packed_layers_are_written_as_they_are(tmp_path: Path) -> None:
+    _, packed = twins()
+    targets = ["layers.0.qkv_proj", "layers.1.o_proj"]
+    cm = lorafx.compile(
+        packed,
+        {"a": save(packed, tmp_path / "a", factors(packed, targets, rank=2, seed=1))},
+        options=REFERENCE,
+    )
+    folder = cm.export_merged("a", tmp_path / "merged")
+    fresh = Packed()
+    fresh.load_state_dict(load_file(folder / "model.safetensors"))
+    ids = torch.randint(0, 20, (2, 4))
+    cm.merge("a")
+    assert torch.equal(fresh.eval()(ids)["logits"], cm.model(ids)["logits"])
+
+
+def test_tied_weights_of_a_module_of_one_s_own(tmp_path: Path) -> None:
+    """Told apart, nothing could say that they are two; else both names are there."""
+    case = tied_case(tmp_path / "adapters")
+    cm = case.compile()
+    for name in ("both", "embed", "head"):
+        with pytest.raises(MatchError, match="no configuration that could say that they are two"):
+            cm.export_merged(name, tmp_path / name)
+        assert not (tmp_path / name).exists()
+    inputs = {"input_ids": torch.randint(0, VOCAB, (2, 4))}
+    for name in ("same", "up"):
+        folder = cm.export_merged(name, tmp_path / name)
+        fresh = case.model()
+        fresh.load_state_dict(load_file(folder / "model.safetensors"))
+        with torch.no_grad():
+            got = fresh(**inputs)["logits"]
+        assert error(got, case.expected([name] * 2, inputs)) <= TOLERANCE
+
+
+def test_of_a_merged_model_it_is_what_the_model_holds(gpt2: Case, tmp_path: Path) -> None:
+    cm = gpt2.compile()
+    cm.merge("a0")
+    with pytest.raises(ConfigError, match=r"'a0' is merged; unmerge\(\) before 'a2' is written"):
+        cm.export_merged("a2", tmp_path / "a2")
+    merged = bits(cm.model)
+    loaded = type(cm.model).from_pretrained(cm.export_merged("a0", tmp_path / "a0"))
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in merged.items())
+    assert all(torch.equal(cm.model.state_dict()[key], value) for key, value in merged.items())
+    assert cm.merged == "a0"
+
+
+def test_calls_go_on_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread is served while the files are written; a merge waits for them."""
+    case = build_case("llama", tmp_path / "adapters", num_hidden_layers=1)
+    cm = case.compile()
+    inputs = token_inputs(3, 5)
+    names = ["a1", None, "a0"]
+    want = cm(**inputs, adapter_names=names)["logits"]
+    at_work, go_on, order = threading.Event(), threading.Event(), []
+    save = type(cm.model).save_pretrained
+
+    def slow(*args: Any, state_dict: Any = None, **kwargs: Any) -> Any:
+        at_work.set()
+        assert go_on.wait(60)
+        order.append("written")
+        return save(*args, state_dict=state_dict, **kwargs)
+
+    monkeypatch.setattr(type(cm.model), "save_pretrained", slow)
+    writing = threading.Thread(target=cm.export_merged, args=("a1", tmp_path / "merged"))
+    writing.start()
+    assert at_work.wait(60)
+    assert torch.equal(cm(**inputs, adapter_names=names)["logits"], want)
+
+    def merge() -> None:
+        cm.merge("a0")
+        order.append("merged")
+
+    merging = threading.Thread(target=merge)
+    merging.start()
+    merging.join(0.2)
+    assert cm.merged is None
+    go_on.set()
+    writing.join(60)
+    merging.join(60)
+    assert order == ["written", "merged"]
+    loaded = type(cm.model).from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        got = loaded(**inputs)["logits"]
+    assert error(valid(inputs, got), valid(inputs, case.expected(["a1"] * 3, inputs))) <= TOLERANCE
+
+
+def test_refusals(gpt2: Case, tmp_path: Path) -> None:
+    cm = gpt2.compile()
+    with pytest.raises(UnknownAdapterError, match="no adapter named 'b'"):
+        cm.export_merged("b", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        cm.export_merged("a0", file)
+
+
+def test_sizes_of_transformers_own_dtype(tmp_path: Path) -> None:
+    """bfloat16 stays bfloat16: the merged weights are rounded once."""
+    case = build_case("llama", tmp_path / "adapters", num_hidden_layers=1)
+    model = case.model().to(torch.bfloat16)
+    cm = lorafx.compile(model, {"a": case.folders["a1"]}, options=REFERENCE)
+    folder = cm.export_merged("a", tmp_path / "merged")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.dtype == torch.bfloat16
+    cm.merge("a")
+    state = loaded.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in cm.model.state_dict().items())

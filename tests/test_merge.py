@@ -1,0 +1,327 @@
+"""Merging one adapter: the base's graphs over W + ΔW, exact restore, what is refused meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense_merge import TOLERANCE, Case, build_case, check_mixed, error, valid
+from tiny_models import plain_inputs, token_inputs
+from torch import Tensor
+
+import lorafx
+from lorafx.errors import (
+    BatchError,
+    CaptureError,
+    ConfigError,
+    MatchError,
+    UnknownAdapterError,
+)
+
+NAMES = ["a0", None, "a1", "a3"]
+
+
+def bits(cm: Any) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in cm.model.state_dict().items()}
+
+
+def unchanged(cm: Any, before: dict[str, Tensor]) -> bool:
+    state = cm.model.state_dict()
+    return all(torch.equal(state[name], value) for name, value in before.items())
+
+
+def ops_of(call: Any) -> set[str]:
+    """Names of lorafx's ops that a call runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as run:
+        call()
+    return {event.name for event in run.events() if event.name.startswith("lorafx::")}
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return build_case("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return build_case("plain", tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def served(case: Case) -> Any:
+    """A compiled model with both its graphs, for batches of more than one request."""
+    cm = case.compile()
+    inputs = token_inputs(4, 5)
+    cm(**inputs)
+    cm(**inputs, adapter_names=NAMES)
+    return cm
+
+
+@pytest.fixture
+def cm(served: Any) -> Iterator[Any]:
+    """The same; each test has to leave the base as it was, but for a merge."""
+    before = bits(served)
+    yield served
+    if served.merged is not None:
+        served.unmerge()
+    served.set_adapter(None)
+    assert unchanged(served, before)
+
+
+def test_every_call_is_the_adapter_s_and_nothing_is_captured(cm: Any, case: Case) -> None:
+    inputs, graphs = token_inputs(4, 5), cm.recompiles
+    addresses = {name: p.data_ptr() for name, p in cm.model.named_parameters()}
+    for name in ("a1", "a3"):
+        report = cm.merge(name)
+        assert cm.merged == name
+        want = case.expected([name] * 4, inputs)
+        for keywords in ({}, {"adapter_names": [name] * 4}):
+            got = cm(**inputs, **keywords)["logits"]
+            assert error(valid(inputs, got), valid(inputs, want)) <= TOLERANCE
+        # The model itself, called past lorafx, is the merged model.
+        with torch.no_grad():
+            got = cm.model(**inputs)["logits"]
+        assert error(valid(inputs, got), valid(inputs, want)) <= TOLERANCE
+        assert {weight.name.rpartition(".")[0] for weight in report.weights} == set(
+            cm._session.store[name].sites
+        )
+        assert 0 < report.error < 1e-6
+        cm.unmerge()
+        assert cm.merged is None
+        check_mixed(cm, case, NAMES, inputs)
+    assert cm.recompiles == graphs
+    assert addresses == {name: p.data_ptr() for name, p in cm.model.named_parameters()}
+
+
+def test_a_merged_call_runs_no_op_of_lorafx(cm: Any) -> None:
+    inputs = token_inputs(4, 5)
+    assert ops_of(lambda: cm(**inputs, adapter_names=["a1"] * 4))
+    cm.merge("a1")
+    assert not ops_of(lambda: cm(**inputs, adapter_names=["a1"] * 4))
+    assert not ops_of(lambda: cm(**inputs))
+
+
+def test_merged_before_the_first_call_the_base_is_captured(plain: Case, tmp_path: Path) -> None:
+    cm = plain.compile()
+    cm.merge("a0")
+    inputs = plain_inputs(4, 5)
+    got = cm(**inputs, adapter_names=["a0"] * 4)["logits"]
+    assert error(got, plain.expected(["a0"] * 4, inputs)) <= TOLERANCE
+    (record,) = cm._session.backend.records
+    assert not record.lora
+    graphs = [path.read_text() for path in cm.dump(tmp_path).glob("*/*.py")]
+    assert graphs
+    assert not any("torch.ops.lorafx" in graph for graph in graphs)
+    cm.unmerge()
+    check_mixed(cm, plain, NAMES, inputs)
+    assert cm.recompiles == 2
+
+
+@pytest.mark.parametrize("names", [["a1"] * 3 + ["a0"], [None] * 4, ["__base__"] * 4, ["a2"] * 4])
+def test_calls_that_name_something_else_are_refused(cm: Any, names: list[str | None]) -> None:
+    inputs = token_inputs(4, 5)
+    cm.merge("a1")
+    with pytest.raises(BatchError, match=r"'a1' is merged.* unmerge\(\)"):
+        cm(**inputs, adapter_names=names)
+    with pytest.raises(BatchError, match=r"unmerge\(\)"):
+        cm.generate(**inputs, adapter_names=names, max_new_tokens=2)
+    with pytest.raises(BatchError, match="3 entries and the batch has 4 rows"):
+        cm(**inputs, adapter_names=["a1"] * 3)
+
+
+def test_slots_a_token_may_name_the_merged_adapter_alone(cm: Any, case: Case) -> None:
+    inputs = token_inputs(4, 5)
+    graphs = cm.recompiles
+    cm.merge("a1")
+    index = cm.adapters.index("a1")
+    want = case.expected(["a1"] * 4, inputs)
+    for slots in (torch.full((4,), index), torch.full((4, 5), index)):
+        got = cm(**inputs, adapter_slots=slots)["logits"]
+        assert error(valid(inputs, got), valid(inputs, want)) <= TOLERANCE
+    slots = torch.full((4, 5), index)
+    slots[0, 3] = -1
+    with pytest.raises(BatchError, match="asks for the base model"):
+        cm(**inputs, adapter_slots=slots)
+    with pytest.raises(BatchError, match="asks for 'a0'"):
+        cm(**inputs, adapter_slots=torch.zeros(4, dtype=torch.int))
+    # Two names for one adapter: tokens differ in number alone.
+    slots[0, 3] = 1 - index
+    cm(**inputs, adapter_names=["a1"] * 4, adapter_slots=slots.clamp(0, 3))
+    assert cm.recompiles == graphs
+
+
+def test_generate_gives_the_merged_model_s_tokens(cm: Any, case: Case) -> None:
+    inputs = token_inputs(2, 4)
+    inputs["attention_mask"].fill_(1)
+    settings = {"max_new_tokens": 3, "do_sample": False}
+    side_by_side = cm.generate(**inputs, **settings, adapter_names=["a1", "a1"])
+    base = cm.generate(**inputs, **settings)
+    graphs = cm.recompiles
+    cm.merge("a1")
+    assert torch.equal(cm.generate(**inputs, **settings), side_by_side)
+    assert torch.equal(cm.generate(**inputs, **settings, adapter_names=["a1"] * 2), side_by_side)
+    want = case.alone("a1").generate(**inputs, **settings)
+    assert torch.equal(want, side_by_side)
+    assert not torch.equal(want, base)
+    cm.unmerge()
+    assert torch.equal(cm.generate(**inputs, **settings), base)
+    assert cm.recompiles == graphs
+
+
+def test_what_would_change_the_merged_adapter_is_refused(cm: Any, case: Case) -> None:
+    with pytest.raises(ConfigError, match="no adapter is merged"):
+        cm.unmerge()
+    with pytest.raises(UnknownAdapterError, match="nearest: a1"):
+        cm.merge("a11")
+    cm.set_adapter("a2")
+    with pytest.raises(ConfigError, match=r"'a2' is in use.*set_adapter\('a1'\)"):
+        cm.merge("a1")
+    cm.set_adapter("a1")
+    cm.merge("a1")
+    merged = bits(cm)
+    with pytest.raises(ConfigError, match="'a1' is merged already"):
+        cm.merge("a1")
+    with pytest.raises(ConfigError, match=r"unmerge\(\) before 'a0' is merged|unmerge\(\) it"):
+        cm.merge("a0")
+    with pytest.raises(ConfigError, match=r"unmerge\(\) before it is unloaded"):
+        cm.unload_adapter("a1")
+    with pytest.raises(ConfigError, match=r"unmerge\(\) before it is replaced"):
+        cm.load_adapter(case.folders["a0"], "a1")
+    for other in (None, "__base__", "a0"):
+        with pytest.raises(ConfigError, match=r"unmerge\(\) before set_adapter"):
+            cm.set_adapter(other)
+    with pytest.raises(UnknownAdapterError):
+        cm.set_adapter("nobody")
+    cm.set_adapter("a1")
+    assert unchanged(cm, merged)
+    lines = [line.strip() for line in str(cm.explain()).splitlines()]
+    merged_lines = [line for line in lines if line.endswith(", merged")]
+    assert len(merged_lines) == 1
+    assert merged_lines[0].startswith("a1: ")
+
+
+def test_other_adapters_come_and_go(cm: Any, case: Case) -> None:
+    inputs = token_inputs(4, 5)
+    cm.merge("a1")
+    merged = bits(cm)
+    cm.load_adapter(case.folders["a0"], "new")
+    cm.pin_adapter("a3")
+    cm.pin_adapter("a1")
+    cm.unload_adapter("a2")
+    assert unchanged(cm, merged)
+    cm.unmerge()
+    want = case.expected(["a0", "a3", "a1", None], inputs)
+    got = cm(**inputs, adapter_names=["new", "a3", "a1", None])["logits"]
+    assert error(valid(inputs, got), valid(inputs, want)) <= TOLERANCE
+    cm.load_adapter(case.folders["a2"], "a2")
+    cm.unpin_adapter("a3")
+    cm.unpin_adapter("a1")
+    cm.unload_adapter("new")
+
+
+def test_warm_up_and_capture_leave_the_merge_alone(plain: Case) -> None:
+    cm = plain.compile()
+    before = bits(cm)
+    cm.merge("a1")
+    merged = bits(cm)
+    inputs = plain_inputs(4, 5)
+    cm.capture((), inputs)
+    cm.warmup(inputs, batch_sizes=(4,), lengths=(5,), generate=False)
+    assert unchanged(cm, merged)
+    graphs = cm.recompiles
+    got = cm(**inputs)["logits"]
+    assert error(got, plain.expected(["a1"] * 4, inputs)) <= TOLERANCE
+    cm.unmerge()
+    check_mixed(cm, plain, NAMES, inputs)
+    assert cm.recompiles == graphs
+    assert unchanged(cm, before)
+
+
+def test_detaching_gives_the_base_back(plain: Case) -> None:
+    cm = plain.compile()
+    before = bits(cm)
+    cm.merge("a1")
+    model = cm.detach()
+    assert cm.merged is None
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    with pytest.raises(CaptureError, match="detached"):
+        cm.merge("a1")
+
+
+def test_originals_are_counted(cm: Any) -> None:
+    assert cm.memory()["originals"] == 0
+    report = cm.merge("a0")
+    weights = dict(cm.model.named_parameters())
+    size = sum(weights[weight.name].nbytes for weight in report.weights)
+    assert cm.memory()["originals"] == report.original_bytes == size
+    assert f"{size} bytes" in str(report)
+    cm.unmerge()
+    assert cm.memory()["originals"] == 0
+
+
+def test_not_inside_a_running_call(cm: Any) -> None:
+    inputs = token_inputs(4, 5)
+    cm(**inputs)
+    seen: list[str] = []
+
+    def processor(ids: Tensor, scores: Tensor) -> Tensor:
+        change = cm.merge if cm.merged is None else lambda name: cm.unmerge()
+        with pytest.raises(BatchError, match="a call is running") as caught:
+            change("a0")
+        seen.append(str(caught.value))
+        return scores
+
+    cm.generate(**inputs, max_new_tokens=1, logits_processor=[processor])
+    cm.merge("a1")
+    cm.generate(**inputs, max_new_tokens=1, logits_processor=[processor])
+    assert len(seen) == 2
+
+
+def test_weights_that_others_wrote_are_not_overwritten_unasked(plain: Case) -> None:
+    cm = plain.compile()
+    before = bits(cm)
+    cm.merge("a1")
+    cm.model.load_state_dict(before)  # past lorafx
+    with pytest.raises(CaptureError, match=r"written or replaced since.*load_weights\(\)"):
+        cm.unmerge()
+    assert cm.merged == "a1"
+    cm.unmerge(force=True)
+    assert unchanged(cm, before)
+
+
+def test_what_cannot_be_summed_changes_nothing(plain: Case) -> None:
+    """The last weight overflows, when the first are merged already."""
+    folder = {"a": plain.folders["a1"]}
+    cm = lorafx.compile(plain.model().half(), folder, options={"lowering": "reference"})
+    before = bits(cm)
+    assert [weight.name for weight in cm.merge("a").weights][-1] == "down.weight"
+    cm.unmerge()
+    groups = cm._session.program.groups
+    last = next(i for i, group in enumerate(groups) if group.sites[0].path == "down")
+    for factor in cm._session.store["a"].factors[last]:
+        factor.A.fill_(120)
+        factor.B.fill_(120)
+    with pytest.raises(MatchError, match=r"down\.weight.*beyond the range of torch\.float16"):
+        cm.merge("a")
+    assert cm.merged is None
+    assert unchanged(cm, before)
+
+
+def test_under_inductor(plain: Case) -> None:
+    cm = plain.compile({"lowering": "inductor"})
+    inputs = plain_inputs(3, 4)
+    cm(**inputs)
+    check_mixed(cm, plain, ["a1", None, "a0"], inputs)
+    graphs, before = cm.recompiles, bits(cm)
+    for name in ("a1", "a3"):
+        cm.merge(name)
+        for keywords in ({}, {"adapter_names": [name] * 3}):
+            got = cm(**inputs, **keywords)["logits"]
+            assert error(got, plain.expected([name] * 3, inputs)) <= TOLERANCE
+        cm.unmerge()
+        check_mixed(cm, plain, ["a1", None, name], inputs)
+    assert cm.recompiles == graphs
+    assert unchanged(cm, before)

@@ -1,0 +1,292 @@
+"""Which weights take ΔW: each kind of site, tied and copied ones, other dtypes and formats.
+
+The merged model is called by itself here, in eager mode: what its weights hold is all there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from absorbed import post_process
+from absorbed_cases import OneLayer, absorbed, case_of, states
+from dense_merge import TOLERANCE, build_case, error, valid
+from expert_models import moe_case
+from hand_made import SCALE, factors, hand_case, merged, save
+from merging import bits, tied_case
+from packed_models import WIDTH, packed_factors, twins
+from tiny import randomise
+from tiny_models import VOCAB, token_inputs
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import lorafx
+from lorafx import layers
+from lorafx.errors import MatchError
+
+REFERENCE = {"lowering": "reference"}
+
+
+def check_merges(
+    cm: Any, expected: Callable[[str], Tensor], inputs: Mapping[str, Tensor], *names: str
+) -> None:
+    """Each adapter, merged, gives the model the expected logits; unmerged every bit is back."""
+    before = bits(cm.model)
+    held = {name: p.data_ptr() for name, p in cm.model.named_parameters()}
+    for name in names:
+        cm.merge(name)
+        with torch.no_grad():
+            got = cm.model(**inputs)["logits"]
+        want = expected(name)
+        assert error(valid(inputs, got), valid(inputs, want)) <= TOLERANCE
+        cm.unmerge()
+        with torch.no_grad():
+            base = cm.model(**inputs)["logits"]
+        assert error(valid(inputs, base), valid(inputs, want)) > 100 * TOLERANCE
+        assert all(torch.equal(cm.model.state_dict()[key], value) for key, value in before.items())
+    assert held == {name: p.data_ptr() for name, p in cm.model.named_parameters()}
+    assert all(packed.intact for packed in cm._session.program.packed)
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [("llama", ["a1", "a3"]), ("gpt2", ["a0", "a2", "a4"]), ("phi3", ["a0", "a1", "a3"])],
+)
+def test_linears_and_embeddings(family: str, names: list[str], tmp_path: Path) -> None:
+    """Packed siblings, Conv1D stored (in, out), an embedding with its head."""
+    case = build_case(family, tmp_path)
+    inputs = token_inputs(3, 5)
+    check_merges(case.compile(), lambda name: case.expected([name] * 3, inputs), inputs, *names)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_routed_experts_and_routers(model_type: str, tmp_path: Path) -> None:
+    """An update an expert, ranks of its own, gate and up interleaved and stored (E, in, out)."""
+    case = moe_case(model_type, tmp_path, layers=1)
+    inputs = {"input_ids": torch.randint(3, VOCAB, (3, 5))}
+    names = ("params", "down", "older")
+    check_merges(case.compile(), lambda name: case.expected([name] * 3, inputs), inputs, *names)
+
+
+def test_parts_of_packed_layers(tmp_path: Path) -> None:
+    apart, packed = twins()
+    single = factors(
+        apart, ["layers.0.q_proj", "layers.0.up_proj", "layers.1.v_proj"], rank=3, seed=1
+    )
+    whole, whole_apart = packed_factors(1, "in_proj_qkvz", rank=2, seed=2)
+    folders = {
+        "single": save(apart, tmp_path / "single", single),
+        "whole": save(packed, tmp_path / "whole", whole),
+    }
+    wanted = {"single": merged(apart, single), "whole": merged(apart, whole_apart)}
+    inputs = {"input_ids": torch.randint(0, 20, (2, 4))}
+    cm = lorafx.compile(packed, folders, options=REFERENCE)
+
+    def expected(name: str) -> Tensor:
+        with torch.no_grad():
+            return wanted[name](**inputs)["logits"]
+
+    check_merges(cm, expected, inputs, "single", "whole")
+
+
+def test_the_out_projection_of_multihead_attention(tmp_path: Path) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.attention(x, x, x, need_weights=False)[0]}
+
+    base = Attention()
+    randomise(base)
+    case = hand_case(base, tmp_path, a=["attention.out_proj"])
+    inputs = {"x": torch.randn(2, 3, WIDTH)}
+    check_merges(case.compile(), lambda name: case.expected([name] * 2, inputs), inputs, "a")
+
+
+# Tied weights
+
+
+@pytest.mark.parametrize("name", ["both", "embed", "head"])
+def test_a_tied_weight_cannot_hold_two_sums(name: str, tmp_path: Path) -> None:
+    case = tied_case(tmp_path)
+    cm = case.compile()
+    before = bits(cm.model)
+    with pytest.raises(MatchError, match=r"embed\.weight, head\.weight are one tensor") as caught:
+        cm.merge(name)
+    assert "export_merged()" in str(caught.value)
+    assert cm.merged is None
+    assert all(torch.equal(cm.model.state_dict()[key], value) for key, value in before.items())
+
+
+def test_a_tied_weight_is_changed_once(tmp_path: Path) -> None:
+    case = tied_case(tmp_path)
+    inputs = {"input_ids": torch.randint(0, VOCAB, (2, 4))}
+    cm = case.compile()
+    check_merges(cm, lambda name: case.expected([name] * 2, inputs), inputs, "same", "up")
+    assert [weight.name for weight in cm.merge("same").weights] == ["embed.weight"]
+
+
+@pytest.mark.parametrize("selected", ["embed", "head"])
+def test_an_end_that_is_no_site_keeps_the_weight_from_changing(
+    selected: str, tmp_path: Path
+) -> None:
+    case = tied_case(tmp_path)
+    cm = lorafx.compile(case.model(), {selected: case.folders[selected]}, options=REFERENCE)
+    with pytest.raises(MatchError, match="are one tensor"):
+        cm.merge(selected)
+
+
+def test_two_parameters_over_one_storage_are_tied_too(tmp_path: Path) -> None:
+    case = tied_case(tmp_path)
+    model = case.model()
+    model.head.weight = nn.Parameter(model.embed.weight.data, requires_grad=False)
+    cm = lorafx.compile(model, {"head": case.folders["head"]}, options=REFERENCE)
+    with pytest.raises(MatchError, match="are one tensor"):
+        cm.merge("head")
+
+
+def test_a_module_under_two_names_is_one(tmp_path: Path) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(WIDTH, WIDTH)
+            self.second = self.first
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.second(torch.tanh(self.first(x)))}
+
+    base = Twice()
+    randomise(base)
+    case = hand_case(base, tmp_path, a=["first"])
+    inputs = {"x": torch.randn(2, 3, WIDTH)}
+    check_merges(case.compile(), lambda name: case.expected([name] * 2, inputs), inputs, "a")
+
+
+# What was made of a weight
+
+
+@pytest.mark.parametrize("kept", ["views", "copies", "permuted copies", "parameters"])
+def test_absorbed_weights_follow(kept: str, tmp_path: Path) -> None:
+    case = case_of(OneLayer, tmp_path)
+    model = absorbed(case)
+    cm = lorafx.compile(model, case.folders, options=REFERENCE)
+    post_process(model, kept)
+    inputs = states(3, 4)
+    held = [model.self_attn.w_uk.clone(), model.self_attn.w_uv.clone()]
+    check_merges(cm, lambda name: case.expected([name] * 3, inputs), inputs, "a", "b", "c")
+    assert torch.equal(model.self_attn.w_uk, held[0])
+    assert torch.equal(model.self_attn.w_uv, held[1])
+
+
+def test_a_copy_in_another_scale_is_refused_by_name(tmp_path: Path) -> None:
+    case = case_of(OneLayer, tmp_path)
+    model = absorbed(case)
+    cm = lorafx.compile(model, case.folders, options=REFERENCE)
+    post_process(model, "copies")
+    model.self_attn.w_uk = model.self_attn.w_uk * 2
+    before = bits(model)
+    with pytest.raises(MatchError, match=r"kv_b_proj.*self_attn\.w_uk was made of it"):
+        cm.merge("a")
+    cm.merge("c")  # which does not touch it
+    cm.unmerge()
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+def test_a_computed_weight_is_refused_by_name(tmp_path: Path) -> None:
+    base = nn.Sequential()
+    base.add_module("up", nn.Linear(WIDTH, WIDTH))
+    base.add_module("down", nn.Linear(WIDTH, WIDTH))
+    randomise(base)
+    case = hand_case(base, tmp_path, a=["up", "down"])
+    model = case.model()
+    weight_norm(model.down)
+    cm = lorafx.compile(model, case.folders, options=REFERENCE)
+    with pytest.raises(MatchError, match=r"- down: its weight is computed whenever it is asked"):
+        cm.merge("a")
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_sum_is_rounded_once(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(48, 40, bias=False), nn.Linear(40, 8))
+    pairs = factors(base, ["0"], rank=4, seed=3)
+    model = base.eval().requires_grad_(False).to(dtype)
+    folder = {"a": save(base, tmp_path, pairs)}
+    cm = lorafx.compile(model, folder, options=REFERENCE)
+    before = model[0].weight.clone()
+    report = cm.merge("a")
+    a, b = (factor.to(dtype).double() for factor in pairs["0"])
+    exact = before.double() + SCALE * (b @ a)
+    eps = torch.finfo(dtype).eps
+    # Half a unit in the last place, and what float32 sums may add where that is a tie.
+    limit = exact.abs() * eps / 2 * 1.01 + 1e-6 * (dtype != torch.float64)
+    assert ((model[0].weight.double() - exact).abs() <= limit).all()
+    update = (SCALE * (b @ a)).norm()
+    lost = float((model[0].weight.double() - exact).norm() / update)
+    assert report.error == pytest.approx(lost, rel=0.01, abs=1e-6)
+    cm.unmerge()
+    assert torch.equal(model[0].weight, before)
+
+
+def test_weights_of_inference_mode(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        base = nn.Sequential(nn.Linear(WIDTH, 20), nn.Linear(20, 8))
+        randomise(base)
+    twin = nn.Sequential(nn.Linear(WIDTH, 20), nn.Linear(20, 8))
+    twin.load_state_dict(base.state_dict())
+    case = hand_case(twin, tmp_path, a=["0", "1"])
+    base.eval().requires_grad_(False)
+    cm = lorafx.compile(base, case.folders, options=REFERENCE)
+    before = base[0].weight.clone()
+    cm.merge("a")
+    want = case.merged["a"][0].weight
+    torch.testing.assert_close(base[0].weight.clone(), want, rtol=0, atol=1e-6)
+    cm.unmerge()
+    assert torch.equal(base[0].weight, before)
+
+
+# Quantised weights
+
+
+def quantised(folder: Path) -> tuple[Any, dict[str, tuple[Tensor, Tensor]], nn.Module]:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        layers.ReplicatedLinear(WIDTH, 20, quant_method=layers.Int8ChannelLinearMethod()),
+        layers.ReplicatedLinear(20, 8),
+    )
+    layers.load_weights(model[0], {"weight": torch.randn(20, WIDTH), "bias": torch.randn(20)})
+    dense = nn.Sequential(nn.Linear(WIDTH, 20), nn.Linear(20, 8))
+    pairs = factors(dense, ["0", "1"], rank=3, seed=1, gain=4)
+    cm = lorafx.compile(model.eval(), {"a": save(dense, folder, pairs)}, options=REFERENCE)
+    return cm, pairs, model
+
+
+def test_a_quantised_weight_is_merged_where_that_is_asked_for(tmp_path: Path) -> None:
+    cm, pairs, model = quantised(tmp_path)
+    before = bits(model)
+    with pytest.raises(
+        MatchError, match=r"0: its weight is quantised; merge\(name, requantize=True\)"
+    ):
+        cm.merge("a")
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    dense = lorafx.dequantize(model[0]).clone()
+    report = cm.merge("a", requantize=True)
+    a, b = pairs["0"]
+    update = SCALE * (b @ a)
+    after = lorafx.dequantize(model[0])
+    lost = float((after - dense - update).norm() / update.norm())
+    by_name = {weight.name: weight.error for weight in report.weights}
+    assert by_name["0.weight"] == pytest.approx(lost, rel=1e-3)
+    assert 1e-4 < lost < 0.1
+    assert report.error == by_name["0.weight"]
+    assert model[0].weight.dtype == torch.int8
+    cm.unmerge()
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
