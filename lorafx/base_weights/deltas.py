@@ -5,6 +5,7 @@
     embedding (V, N)         ΔW                  = s · A B         A (V, r), B (r, N)
     experts (E, N, K)        ΔW[e, o : o + n]    = s_e · B_eᵀ A_e  A (E, r, K), B (E, r, n)
     experts (E, K, N)        ΔW[e, :, o : o + n] = s_e · A_eᵀ B_e
+    DoRA                     (1 + G) ⊙ (W + ΔW) − W, by output (lorafx.adapter_store.dora)
 
 Terms are the parts of a site that the adapter has factors for, o their first output column. Factors
 are those that the banks are filled with: this rank's share, in the banks' dtype. ΔW is computed a
@@ -64,10 +65,28 @@ class Delta:
             add(self.site, term, made, start, stop)
         return made
 
+    def update(self, start: int, stop: int, before: Tensor) -> Tensor:
+        """What is added to rows [start, stop), which hold `before`: ΔW, and what DoRA scales."""
+        made = self.block(start, stop, before)
+        turned = self.site.eligible.transposed or self.site.eligible.kind == "embedding"
+        for term in self.terms:
+            if term.factors.gains is None:
+                continue
+            gains, columns = _on(made, term.factors.gains), term.columns
+            if turned:
+                made[:, columns] += gains * (before[:, columns] + made[:, columns])
+                continue
+            low, high = max(start, columns.start), min(stop, columns.stop)
+            if low < high:
+                rows, gains = slice(low - start, high - start), gains[low - columns.start :]
+                made[rows] += gains[: high - low, None] * (before[rows] + made[rows])
+        return made
+
     def same_as(self, other: Delta) -> bool:
         """Whether both add the same numbers to tensors of the same sizes."""
-        if self.shape != other.shape:
-            return False
+        dora = any(term.factors.gains is not None for term in (*self.terms, *other.terms))
+        if dora or self.shape != other.shape:
+            return False  # an embedding is scaled by column, its head by row
         example = torch.empty(0)
         return all(
             torch.equal(self.block(*rows, example), other.block(*rows, example))

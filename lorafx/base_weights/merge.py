@@ -282,8 +282,10 @@ def _requantized(change: StoredChange) -> float:
     module, parameter = change.holder.module, _parameter(change)
     try:
         before = dequantize(module, parameter).float()
-        update = change.delta.block(0, change.delta.shape[0], before)
-        if change.delta.site.eligible.transposed and parameter is None:
+        turned = change.delta.site.eligible.transposed and parameter is None
+        stored = before.mT if turned else before
+        update = change.delta.update(0, change.delta.shape[0], stored)
+        if turned:
             update = update.mT
         wanted = before + update
         requantize(module, wanted, parameter)
@@ -306,10 +308,9 @@ def add_to(target: Tensor, weight: Tensor, delta: Delta, label: str) -> float:
     """
     dtype = computing(weight)
     lost = whole = 0.0
-    like = torch.empty(0, dtype=dtype, device=weight.device)
     for start, stop in blocks(weight.shape):
-        update = delta.block(start, stop, like)
         before = weight.detach()[start:stop].to(dtype, copy=True)
+        update = delta.update(start, stop, before)
         after = (before + update).to(weight.dtype)
         overflown = (~torch.isfinite(after) & torch.isfinite(before)).any()
         difference = torch.linalg.vector_norm(after.to(dtype) - before - update)

@@ -186,7 +186,8 @@ class CompiledModel(BaseMethods, nn.Module):
 
         Raises:
             CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
-            ConfigError: the adapter of this name is merged.
+            ConfigError: the adapter of this name is merged, or this one is DoRA, which is measured
+                on the base's own weights, and any is.
         """
         with self._session.lock:
             self._session.load(source, name)

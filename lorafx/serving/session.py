@@ -198,6 +198,11 @@ class Session:
         adapter = read_adapter(
             source, name, program.sites, model=program.model, max_rank=program.config.max_rank
         )
+        if adapter.magnitudes and self.merged is not None:
+            raise ConfigError(
+                f"{name!r} is DoRA, whose norms are of the base's own weights, and those hold "
+                f"{self.merged.name!r} now; unmerge() before it is loaded"
+            )
         self.store.load(adapter)
 
     def refuse_merged(self, name: str | None, what: str) -> None:

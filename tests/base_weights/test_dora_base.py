@@ -1,0 +1,104 @@
+"""DoRA and the base weights: norms follow new weights, and merging scales what it sums."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from dense_merge import TOLERANCE, Case, check_mixed, error
+from dora_cases import family_case
+from merging import bits
+from namings import new_weights
+from tiny_models import FAMILIES
+from torch import Tensor
+
+from lorafx.errors import BaseWeightsError, ConfigError, MatchError
+
+NAMES = ["d0", None, "p2", "d1", "d3", "d0"]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return family_case("plain", tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return family_case("gpt2", tmp_path_factory.mktemp("gpt2"), num_hidden_layers=1)
+
+
+def inputs(rows: int = len(NAMES)) -> dict[str, Tensor]:
+    torch.manual_seed(rows)
+    return FAMILIES["plain"].inputs(rows, 4)
+
+
+def test_norms_follow_new_weights(case):
+    """Adapters with a slot and without; graphs and addresses stay."""
+    cm = case.compile()
+    check_mixed(cm, case, NAMES, inputs())
+    graphs = cm.recompiles
+    new = Case(new_weights(case.base, 5), case.folders)
+    cm.load_weights(new.base.state_dict())
+    check_mixed(cm, new, NAMES, inputs())
+    cm.unload_adapter("d1")
+    cm.load_weights(list(case.base.state_dict().items()))
+    cm.load_adapter(case.folders["d1"], "d1")
+    check_mixed(cm, case, NAMES, inputs())
+    assert cm.recompiles == graphs
+
+
+def test_an_update_that_fails_leaves_the_norms(case):
+    cm = case.compile()
+    state = new_weights(case.base, 5).state_dict()
+    with pytest.raises(BaseWeightsError):
+        cm.load_weights((*state.items(), ("nowhere.weight", torch.zeros(2))))
+    check_mixed(cm, case, NAMES, inputs())
+
+
+@pytest.mark.parametrize("name", ["d1", "d3"])
+def test_merge_and_unmerge(case, name):
+    cm = case.compile()
+    before, x = bits(cm), inputs(3)
+    report = cm.merge(name)
+    assert report.error < 1e-5
+    with torch.no_grad():
+        got = cm.model(**x)["logits"]
+    assert error(got, case.expected([name] * 3, x)) <= TOLERANCE
+    new = Case(new_weights(case.base, 6), case.folders)
+    cm.load_weights(new.base.state_dict())
+    with torch.no_grad():
+        assert error(cm.model(**x)["logits"], new.expected([name] * 3, x)) <= TOLERANCE
+    cm.load_weights(case.base.state_dict())
+    cm.unmerge()
+    assert all(torch.equal(value, before[key]) for key, value in bits(cm).items())
+    check_mixed(cm, case, NAMES, inputs())
+
+
+def test_dora_is_not_measured_on_merged_weights(case):
+    cm = case.compile()
+    cm.merge("p2")
+    with pytest.raises(ConfigError, match=r"'new' is DoRA, .* unmerge\(\) before it is loaded"):
+        cm.load_adapter(case.folders["d1"], "new")
+    cm.unmerge()
+    cm.load_adapter(case.folders["d1"], "new")
+
+
+def test_weights_that_are_stored_transposed(gpt2, tmp_path: Path):
+    """Merged, and exported; an embedding and its tied head have scales of their own."""
+    cm = gpt2.compile()
+    x = FAMILIES["gpt2"].inputs(2, 5)
+    cm.merge("d1")
+    with torch.no_grad():
+        got = cm.model(**x)["logits"]
+    want = gpt2.expected(["d1"] * 2, x)
+    mask = x["attention_mask"].bool()
+    assert error(got[mask], want[mask]) <= TOLERANCE
+    cm.unmerge()
+    with pytest.raises(MatchError, match="are one tensor"):
+        cm.merge("d3")
+    cm.export_merged("d3", tmp_path / "out")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        assert error(loaded(**x)["logits"][mask], gpt2.expected(["d3"] * 2, x)[mask]) <= TOLERANCE
