@@ -7,6 +7,9 @@ slot's own rank are never read, so traffic grows with what is active, not with w
 
 A bank for E experts has S·E slots: slot s and expert e of the model are its slot s·E + e. A row
 that was routed to an expert is a row of that slot, and every kernel is what it is for E = 1.
+
+Siblings that bring one A between them (gate and up, of an adapter that has factors for both at
+once) each hold it, and `alike` says so: a kernel that knows reads it once.
 """
 
 from __future__ import annotations
@@ -48,8 +51,10 @@ class Bank:
         B: (S, R, ΣN), N_i columns a sibling.
         ranks: (S, G) int32; 0 where the slot's adapter does not touch the sibling.
         scales: (S, G) float32, α/r or α/√r.
-        kind: "linear" or "embedding", which says how A is laid out.
+        kind: "embedding" says how A is laid out, "experts" that `alike` is kept.
         experts: E; S is a multiple of it.
+        alike: (S, G) int32, of experts alone: the first sibling whose A, rank and scale in that
+            slot are the same.
     """
 
     A: Tensor
@@ -58,6 +63,7 @@ class Bank:
     scales: Tensor
     kind: str = "linear"
     experts: int = 1
+    alike: Tensor | None = None
 
     @classmethod
     def allocate(
@@ -81,6 +87,7 @@ class Bank:
         )
         # Tensors made in inference mode could not be written in place outside of it.
         with torch.inference_mode(False):
+            each = torch.arange(siblings, dtype=torch.int32, device=device)
             return cls(
                 A=torch.zeros(a_shape, dtype=dtype, device=device),
                 B=torch.zeros((slots, rank, sum(out_features)), dtype=dtype, device=device),
@@ -88,11 +95,13 @@ class Bank:
                 scales=torch.zeros((slots, siblings), dtype=torch.float32, device=device),
                 kind=kind,
                 experts=experts,
+                alike=each.repeat(slots, 1) if kind == "experts" else None,
             )
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.A, self.B, self.ranks, self.scales))
+        tables = (self.ranks, self.scales, *(() if self.alike is None else (self.alike,)))
+        return sum(t.nbytes for t in (self.A, self.B, *tables))
 
     @torch.no_grad()
     def write(self, slot: int, factors: Sequence[Factors]) -> None:
@@ -113,6 +122,8 @@ class Bank:
             ranks[:, f.sibling] = f.rank if f.ranks is None else f.ranks
             scales[:, f.sibling] = f.scale
         self.scales[own].copy_(scales)
+        if self.alike is not None:
+            self.alike[own].copy_(_alike(factors, ranks, scales))
         self.ranks[own].copy_(ranks)
 
     @torch.no_grad()
@@ -129,3 +140,16 @@ class Bank:
         if self.kind == "embedding":
             return self.A[own, :, :rank]
         return self.A[own, first : first + rank]
+
+
+def _alike(factors: Sequence[Factors], ranks: Tensor, scales: Tensor) -> Tensor:
+    """`Bank.alike` of one slot, (E, G), where `factors` with one A hold the same tensor."""
+    found = torch.arange(ranks.shape[1], dtype=torch.int32).repeat(ranks.shape[0], 1)
+    ordered = sorted(factors, key=lambda f: f.sibling)
+    for n, f in enumerate(ordered):
+        first = next((g for g in ordered[:n] if g.A is f.A), None)
+        if first is not None:
+            i, j = first.sibling, f.sibling
+            same = (ranks[:, i] == ranks[:, j]) & (scales[:, i] == scales[:, j])
+            found[:, j] = torch.where(same, i, j)
+    return found

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -265,7 +265,7 @@ class AdapterStore:
             if problem:
                 problems.append(problem)
                 continue
-            made = self._factors(place, weights)
+            made = _sharing(self._factors(place, weights), factors.get(place.group, ()))
             factors.setdefault(place.group, []).append(made)
             if not all(bool(torch.isfinite(t).all()) for t in (made.A, made.B)):
                 problems.append(f"{path}: values beyond the range of {made.A.dtype}")
@@ -274,7 +274,7 @@ class AdapterStore:
                 f"adapter {adapter.name!r} from {adapter.source} does not fit the banks:\n"
                 + "\n".join(f"  - {problem}" for problem in problems)
             )
-        size = sum(t.nbytes for f in _all(factors) for t in (f.A, f.B))
+        size = sum({id(t): t.nbytes for f in _all(factors) for t in (f.A, f.B)}.values())
         sites = tuple(dict.fromkeys(self._places[path].site.path for path in adapter.weights))
         return StoredAdapter(adapter.name, adapter.rank, adapter.source, sites, factors, size)
 
@@ -290,6 +290,14 @@ class AdapterStore:
             weights.scale,
             weights.ranks,
         )
+
+
+def _sharing(made: Factors, others: Iterable[Factors]) -> Factors:
+    """`made`, holding the very A of another sibling that has the same."""
+    for other in others:
+        if other.A.shape == made.A.shape and torch.equal(other.A, made.A):
+            return made._replace(A=other.A)
+    return made
 
 
 def check_name(name: object) -> None:
