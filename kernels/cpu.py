@@ -1,4 +1,4 @@
-"""Generated CPU kernels: from a spec to an id that `lorafx::run_delta_` or `run_factors_` takes.
+"""Generated CPU kernels: from a spec to an id that a `run` op takes (dispatcher.cpp lists them).
 
     build(spec) = id, a hash of the source, so a graph cached on disk by another process stays valid
 
@@ -36,7 +36,15 @@ from lorafx.kernels.compiler import (
 from lorafx.kernels.cpu_source import DeltaSpec, source
 from lorafx.kernels.factor_source import FactorSpec, factor_source
 
-__all__ = ["DeltaSpec", "FactorSpec", "build", "build_all", "delta_call", "embedding_delta_call"]
+__all__ = [
+    "DeltaSpec",
+    "FactorSpec",
+    "build",
+    "build_all",
+    "delta_call",
+    "embedding_delta_call",
+    "expert_delta_call",
+]
 
 Spec = DeltaSpec | FactorSpec
 
@@ -70,7 +78,7 @@ class KernelEntry(ctypes.Structure):
         ("run", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("op", "in_features", "out_features")),
         *((name, ctypes.c_int64) for name in ("rank", "group", "columns", "siblings")),
-        ("last_column", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("last_column", "experts")),
         *((name, ctypes.c_int64) for name in ("x_dtype", "bank_dtype", "y_dtype")),
         *((name, ctypes.c_int64) for name in ("int32", "int64", "float32")),
     )
@@ -124,7 +132,7 @@ def _sizes(spec: Spec) -> dict[str, int]:
             "bank_dtype": _dtype_code(spec.factor_dtype),
         }
     return {
-        "op": int(spec.embedding),
+        "op": 3 if spec.experts else int(spec.embedding),
         "in_features": spec.in_features,
         "out_features": sum(spec.sizes),
         "rank": spec.max_rank,
@@ -132,6 +140,7 @@ def _sizes(spec: Spec) -> dict[str, int]:
         "columns": spec.columns,
         "siblings": max(spec.siblings) + 1,
         "last_column": spec.last_column,
+        "experts": spec.experts,
         "bank_dtype": _dtype_code(spec.bank_dtype),
     }
 
@@ -222,3 +231,19 @@ def embedding_delta_call(
     if kernel is not None:
         return torch.ops.lorafx.run_embedding_delta_.default, (*tensors, rows, kernel)
     return torch.ops.lorafx.add_embedding_delta_.default, (*tensors, rows, 0)
+
+
+def expert_delta_call(
+    spec: DeltaSpec, *tensors: Any, rows: Any, ends: bool
+) -> tuple[OpOverload, tuple[Any, ...]] | None:
+    """The op and arguments that add the delta of routed rows, or None where no kernel can do it.
+
+    Args:
+        tensors: y, x, A, B, ranks, scales, slots, alike, experts: tensors or graph nodes.
+        rows: rows a request; a literal 0 (unproved) is left to aten.
+        ends: what `experts` holds, see `lorafx.kernels.expert_ops.run_expert_delta_`.
+    """
+    kernel = _kernel(spec, rows)
+    if kernel is None:
+        return None
+    return torch.ops.lorafx.run_expert_delta_.default, (*tensors, rows, spec.experts, ends, kernel)

@@ -43,6 +43,7 @@ class DeltaSpec:
         siblings, offsets, sizes: the column ranges of y, as the ops take them. Where A, B, ranks
             and scales show some siblings of a larger bank, they count from the first shown.
         embedding: A is (S, V, R) and x holds ids.
+        experts: E of a bank of S·E slots whose rows are routed (`run_expert_delta_`); 0 for others.
     """
 
     x_dtype: torch.dtype
@@ -56,6 +57,7 @@ class DeltaSpec:
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     embedding: bool = False
+    experts: int = 0
 
     @classmethod
     def linear(
@@ -68,6 +70,7 @@ class DeltaSpec:
         siblings: list[int],
         offsets: list[int],
         sizes: list[int],
+        experts: int = 0,
     ) -> DeltaSpec:
         """The spec of an `add_delta_` call; the tensors may be fake, only metadata is read."""
         group, columns = _bank_strides(A, B, ranks)
@@ -82,6 +85,7 @@ class DeltaSpec:
             siblings=tuple(siblings),
             offsets=tuple(offsets),
             sizes=tuple(sizes),
+            experts=experts,
         )
 
     @classmethod
@@ -157,6 +161,7 @@ def source(spec: DeltaSpec, isa: Isa) -> str:
         "COLUMNS": spec.columns,
         "N": sum(spec.sizes),
         "B_STRIDE": spec.columns,
+        "EXPERTS": spec.experts,
         "PREFETCH_ROWS": 2,  # more rows of one adapter find its A in the cache
         "RANGES": len(spec.sizes),
         "BLOCK": COLUMN_BLOCK,
@@ -172,6 +177,7 @@ def source(spec: DeltaSpec, isa: Isa) -> str:
         "START": starts,
     }
     lines = [f"// {isa.name}: {spec}", f"#define EMBEDDING {int(spec.embedding)}"]
+    lines += [f"#define ROUTED {int(spec.experts > 0)}"]
     lines += element_defines(isa, spec.x_dtype, spec.bank_dtype, spec.y_dtype)
     lines += constants(sizes)
     lines += [

@@ -3,6 +3,7 @@
 // Before this text stand the generated preamble, vectors.h, tiles.h and rows.h. The preamble sets the
 // parameters: element types X, W (bank), Y; LANES; K, R, G, COLUMNS; N; RANGES with SIBLING, OFFSET,
 // SIZE, START; EMBEDDING; TILE (rows of a tile), PLANES and PAIRS (accumulators a row of a full tile).
+// With ROUTED, row m is of expert e and s is the bank's slot (slot of its request) · EXPERTS + e.
 //
 // Sums are float32. Rows are sorted by slot, so that rows of one adapter share the loads of A and B;
 // the order of additions behind one element of v or y depends on K and r alone, never on the
@@ -23,6 +24,9 @@ struct Args {  // mirrors dispatcher.cpp
     int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
     int64_t wide_ids;
     const Rows *y_rows, *x_rows;
+    const int32_t* alike;  // of routed rows only, as what follows
+    const void* experts;   // each row's, or with `ends` where each one's rows end
+    int64_t wide_experts, ends;
 };
 enum Status { DONE = 0, BAD_SLOT = 1, MIXED = 2, NO_MEMORY = 3, BAD_ID = 4 };
 
@@ -44,6 +48,16 @@ INLINE const W::T* factor_b(const Args* g, int slot, int range) {
 INLINE int rank_of(const Args* g, int slot, int range) {
     int rank = g->ranks[(long)slot * G + SIBLING[range]];
     return rank < 0 ? 0 : rank > R ? R : rank;
+}
+
+// The first range whose v is this one's too: its factors A, rank and scale are the same.
+INLINE int source_of(const Args* g, int slot, int range) {
+#if ROUTED
+    int alike = g->alike[(long)slot * G + SIBLING[range]];
+    for (int j = 0; j < range; j++)
+        if (SIBLING[j] == alike) return j;
+#endif
+    return range;
 }
 
 #if EMBEDDING
@@ -82,7 +96,7 @@ template <int ROWS> INLINE void tile(Call* c, long p) {
         c->status = NO_MEMORY;
         return;
     }
-    for (int j = 0; j < RANGES; j++) {
+    for (int j = 0, held = -1; j < RANGES; j++) {
         int rank = rank_of(g, slot, j);
         if (!rank) continue;
         float scale = g->scales[(long)slot * G + SIBLING[j]];
@@ -91,7 +105,10 @@ template <int ROWS> INLINE void tile(Call* c, long p) {
             for (int k = 0; k < rank; k++)
                 for (int i = 0; i < AHEAD; i += 64)
                     __builtin_prefetch((const char*)(b + k * COLUMNS) + i, 0, 2);
-        shrink<ROWS>(x.at, factor_a(g, slot, j), scale, v, 0, rank);
+        if (j == 0 || source_of(g, slot, j) != held) {
+            shrink<ROWS>(x.at, factor_a(g, slot, j), scale, v, 0, rank);
+            held = j;
+        }
         expand<ROWS>(y, START[j], b, v, rank, SIZE[j]);
     }
 #endif
@@ -122,6 +139,7 @@ static void run_planes(int64_t begin, int64_t end, void* context) {
         int block = unit % PLANE_BLOCKS, j = unit / PLANE_BLOCKS % RANGES;
         long p = unit / PLANE_BLOCKS / RANGES;
         int slot = c->owner[p], rank = rank_of(g, slot, j), first = block * 2 * PLANES;
+        if (source_of(g, slot, j) != j) continue;
         int last = first + 2 * PLANES < rank ? first + 2 * PLANES : rank;
         Tile<X::T, 1> x((X::T*)g->x, g->x_rows, c->order + p, 0, K);
         if (!x.at[0]) {
@@ -148,12 +166,63 @@ static void run_columns(int64_t begin, int64_t end, void* context) {
             c->status = NO_MEMORY;
             return;
         }
-        const float* v = c->v + (p * RANGES + j) * R;
+        const float* v = c->v + (p * RANGES + source_of(g, slot, j)) * R;
         expand<1>(y.at, 0, factor_b(g, slot, j) + first, v, rank, size);
         y.put_back();
     }
 }
 #endif
+
+#if ROUTED
+// The expert of row m, EXPERTS where it has none; rows are asked for in order, `e` is the last's.
+INLINE int expert_of(const Args* g, int64_t m, int e) {
+    if (!g->ends) {
+        int64_t id = g->wide_experts ? ((const int64_t*)g->experts)[m] : ((const int32_t*)g->experts)[m];
+        return id >= 0 && id < EXPERTS ? (int)id : (int)EXPERTS;
+    }
+    while (e < EXPERTS && (g->wide_experts ? ((const int64_t*)g->experts)[e]
+                                           : ((const int32_t*)g->experts)[e]) <= m) e++;
+    return e;
+}
+
+// How many words sort_rows needs beside `order` and `owner`.
+static int64_t sorting_space(const Args* g) { return 2 * g->y_rows->count + g->capacity / EXPERTS + EXPERTS + 2; }
+
+// Sorts the active rows by expert, those of an expert by slot: two counting sorts, one after the
+// other, so that nothing is as large as slots times experts.
+static int sort_rows(Call* c, int32_t* space) {
+    const Args* g = c->args;
+    const int64_t total = g->y_rows->count, slots = g->capacity / EXPERTS;
+    int32_t *owner = space, *first = space + total, *by_slot = space + 2 * total;
+    int32_t* by_expert = by_slot + slots + 1;
+    if (g->rows == 0)
+        for (int64_t j = 1; j < g->n; j++)
+            if (g->slots[j] != g->slots[0]) return MIXED;
+    memset(by_slot, 0, (slots + EXPERTS + 2) * sizeof *by_slot);
+    const int64_t rows = g->rows ? g->rows : total;
+    int e = 0;
+    for (int64_t m = 0, j = 0; m < total; j = j + 1 == g->n ? 0 : j + 1)
+        for (int64_t stop = m + rows < total ? m + rows : total; m < stop; m++) {
+            int slot = g->slots[j];
+            if (slot >= slots) return BAD_SLOT;
+            e = expert_of(g, m, e);
+            owner[m] = slot < 0 || e == EXPERTS ? -1 : slot * (int)EXPERTS + e;
+            if (owner[m] >= 0) by_slot[slot + 1]++, by_expert[e + 1]++;
+        }
+    for (int64_t s = 0; s < slots; s++) by_slot[s + 1] += by_slot[s];
+    for (int64_t s = 0; s < EXPERTS; s++) by_expert[s + 1] += by_expert[s];
+    c->active = by_slot[slots];
+    for (int64_t m = 0; m < total; m++)
+        if (owner[m] >= 0) first[by_slot[owner[m] / EXPERTS]++] = m;
+    for (int64_t i = 0; i < c->active; i++) {
+        int32_t m = first[i], p = by_expert[owner[m] % EXPERTS]++;
+        c->order[p] = m;
+        c->owner[p] = owner[m];
+    }
+    return DONE;
+}
+#else
+static int64_t sorting_space(const Args* g) { return g->capacity + 1; }
 
 // Sorts the active rows by slot: a counting sort over requests, `rows` rows at a time.
 static int sort_rows(Call* c, int32_t* count) {
@@ -185,6 +254,7 @@ static int sort_rows(Call* c, int32_t* count) {
     }
     return DONE;
 }
+#endif
 
 extern "C" int32_t lorafx_kernel(const Args* g) {
     const int64_t total = g->y_rows->count;
@@ -192,7 +262,7 @@ extern "C" int32_t lorafx_kernel(const Args* g) {
     if (g->n == 0) return BAD_SLOT;
     Call c = {g, 0, 0, 0, 0, DONE};
     int32_t small[512];
-    size_t words = 2 * total + g->capacity + 1;
+    size_t words = 2 * total + sorting_space(g);
     int32_t* space = words <= 512 ? small : (int32_t*)malloc(words * sizeof *space);
     if (!space) return NO_MEMORY;
     c.order = space;

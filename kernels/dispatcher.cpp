@@ -1,6 +1,8 @@
-// CPU kernels of lorafx::run_delta_, run_embedding_delta_ and run_factors_: from an id to its code.
+// CPU kernels of lorafx::run_delta_, run_embedding_delta_, run_expert_delta_ and run_factors_: from an
+// id to its code.
 //
 //     run_delta_(y!, x, A, B, ranks, scales, slots, rows, kernel) -> ()
+//     run_expert_delta_(y!, x, A, B, ranks, scales, slots, alike, experts, rows, count, ends, kernel)
 //     run_factors_(y!, x, A, B, scale, kernel) -> ()      scale a float, or in .tensor a tensor
 //
 // Registered through torch's stable C interface, whose functions Python hands over as pointers: no
@@ -43,6 +45,9 @@ struct Args {  // mirrors delta.cpp
     int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
     int64_t wide_ids;
     const Rows *y_rows, *x_rows;
+    const int32_t* alike;
+    const void* experts;
+    int64_t wide_experts, ends;
 };
 
 struct FactorArgs {  // Args of factors.cpp
@@ -56,11 +61,11 @@ struct FactorArgs {  // Args of factors.cpp
     const Rows *y_rows, *x_rows;
 };
 
-enum Op { LINEAR = 0, EMBEDDING = 1, FACTORS = 2 };
+enum Op { LINEAR = 0, EMBEDDING = 1, FACTORS = 2, ROUTED = 3 };
 struct Kernel {  // mirrors KernelEntry in cpu.py; what the generated code takes for granted
     int64_t id;
     int32_t (*run)(const void*);
-    int64_t op, in_features, out_features, rank, group, columns, siblings, last_column;
+    int64_t op, in_features, out_features, rank, group, columns, siblings, last_column, experts;
     int64_t x_dtype, bank_dtype, y_dtype, int32, int64, float32;
 };
 
@@ -150,8 +155,31 @@ static uint32_t thread_count() {
     return threads;
 }
 
-static void run(const uint64_t* stack, bool embedding) {
-    const Kernel* k = kernel_of(stack[8], embedding ? EMBEDDING : LINEAR);
+// What `run` takes beside the tensors that all ops of deltas share.
+struct Call {
+    Op op;
+    uint64_t kernel;
+    int64_t rows;
+    const View *alike, *experts;  // of routed rows
+    int64_t count, ends;
+};
+
+static void check_routed(const Kernel* k, const Call& call, int64_t capacity, int64_t rows) {
+    const View &alike = *call.alike, &experts = *call.experts;
+    require(call.count == k->experts && capacity % k->experts == 0,
+            "lorafx: the bank is not for the number of experts that the kernel was generated for");
+    require(alike.is_table(k->int32, capacity, alike.dim == 2 ? alike.sizes[1] : -1, k->group) &&
+                alike.sizes[1] >= k->siblings,
+            "lorafx: alike (int32) is not (slots, siblings) of the kernel's bank");
+    require((experts.dtype == k->int32 || experts.dtype == k->int64) && experts.dim == 1 &&
+                experts.contiguous() && experts.sizes[0] == (call.ends ? k->experts : rows),
+            "lorafx: experts is not a contiguous vector of integers, one a row, or one an expert "
+            "that says where its rows end");
+}
+
+static void run(const uint64_t* stack, const Call& call) {
+    const Kernel* k = kernel_of(call.kernel, call.op);
+    const bool embedding = call.op == EMBEDDING;
     View y(stack[0]), x(stack[1]), a(stack[2]), b(stack[3]), ranks(stack[4]), scales(stack[5]),
         slots(stack[6]);
     int64_t capacity = ranks.dim == 2 ? ranks.sizes[0] : -1;
@@ -175,6 +203,7 @@ static void run(const uint64_t* stack, bool embedding) {
             "lorafx: x does not have the dtype and features that the kernel was generated for");
     Rows out = rows_of(y, y.dim - 1), in = rows_of(x, embedding ? x.dim : x.dim - 1);
     require(out.count == in.count, "lorafx: x and y differ in rows");
+    if (call.op == ROUTED) check_routed(k, call, capacity, out.count);
     Args args = {y.data,
                  x.data,
                  a.data,
@@ -183,14 +212,18 @@ static void run(const uint64_t* stack, bool embedding) {
                  (const float*)scales.data,
                  (const int32_t*)slots.data,
                  slots.sizes[0],
-                 (int64_t)stack[7],
+                 call.rows,
                  capacity,
                  vocabulary,
                  (int64_t)thread_count(),
                  torch.parallel,
                  embedding && x.dtype == k->int64,
                  &out,
-                 &in};
+                 &in,
+                 call.alike ? (const int32_t*)call.alike->data : 0,
+                 call.experts ? call.experts->data : 0,
+                 call.experts && call.experts->dtype == k->int64,
+                 call.ends};
     switch (k->run(&args)) {
         case 0: break;
         case 1: throw std::runtime_error("lorafx: a slot is outside the bank, or slots is empty");
@@ -229,11 +262,17 @@ struct Owned {  // a boxed kernel owns the tensors on its stack
 
 static void run_delta(uint64_t* stack, uint64_t, uint64_t) {
     Owned owned = {stack, 7};
-    run(stack, false);
+    run(stack, {LINEAR, stack[8], (int64_t)stack[7]});
 }
 static void run_embedding_delta(uint64_t* stack, uint64_t, uint64_t) {
     Owned owned = {stack, 7};
-    run(stack, true);
+    run(stack, {EMBEDDING, stack[8], (int64_t)stack[7]});
+}
+static void run_expert_delta(uint64_t* stack, uint64_t, uint64_t) {
+    Owned owned = {stack, 9};
+    View alike(stack[7]), experts(stack[8]);
+    run(stack, {ROUTED, stack[12], (int64_t)stack[9], &alike, &experts, (int64_t)stack[10],
+                (stack[11] & 0xff) != 0});
 }
 static void run_factors(uint64_t* stack, uint64_t, uint64_t) {
     Owned owned = {stack, 4};
@@ -256,6 +295,7 @@ extern "C" int32_t lorafx_install(const Shims* shims) {
     return torch.library_init("lorafx", "CPU", "lorafx/kernels/dispatcher.cpp", 1, &library) ||
            torch.library_impl(library, "run_delta_", run_delta, version) ||
            torch.library_impl(library, "run_embedding_delta_", run_embedding_delta, version) ||
+           torch.library_impl(library, "run_expert_delta_", run_expert_delta, version) ||
            torch.library_impl(library, "run_factors_", run_factors, version) ||
            torch.library_impl(library, "run_factors_.tensor", run_factors_tensor, version);
 }

@@ -1,4 +1,4 @@
-"""Ops for routed experts: `lorafx::expert_site`, `expert_slots` and `expert_mark`.
+"""Ops for routed experts: `expert_site`, `run_expert_delta_`, `expert_slots` and `expert_mark`.
 
 A bank for E experts has S·E slots (lorafx.adapter_store.bank). Row m, of a request in slot s and
 routed to expert e, is a row of slot
@@ -9,7 +9,8 @@ so the delta of an expert's product is `add_delta_` with one key a row, whatever
 
     y[m] += scales[key] · (x[m] A[key]ᵀ) B[key]
 
-`expert_site` is the op that `match` puts behind the base's product; `lower` takes it apart into
+`expert_site` is the op that `match` puts behind the base's product. `lower` makes it a
+`run_expert_delta_`, whose generated CPU kernel finds the keys itself, or takes it apart into
 `expert_slots` and the delta. `expert_mark` is what a hook leaves in a trace, so that `match` knows
 that the experts ran.
 """
@@ -23,13 +24,23 @@ from torch import Tensor
 
 from lorafx.kernels.delta import add_linear_delta, row_slots
 from lorafx.kernels.op_library import define
-from lorafx.kernels.ops import BANK, RANGES, _check_linear, _check_rows, _require
+from lorafx.kernels.ops import (
+    BANK,
+    RANGES,
+    _check_bank,
+    _check_linear,
+    _check_rows,
+    _ranges_of,
+    _require,
+)
 
 SCHEMAS = (
     "expert_slots(Tensor slots, Tensor experts, SymInt rows, int count) -> Tensor",
     "expert_mark(Tensor y, Tensor A) -> Tensor",
     f"expert_site(Tensor x, Tensor y, {BANK}, Tensor experts, {RANGES}, SymInt rows, int count)"
     " -> Tensor",
+    f"run_expert_delta_(Tensor(a!) y, Tensor x, {BANK}, Tensor alike, Tensor experts, SymInt rows,"
+    " int count, bool ends, int kernel) -> ()",
 )
 
 
@@ -100,6 +111,50 @@ def expert_site_fake(
     return y.new_empty(y.shape)
 
 
+def run_expert_delta_(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    ranks: Tensor,
+    scales: Tensor,
+    slots: Tensor,
+    alike: Tensor,
+    experts: Tensor,
+    rows: int,
+    count: int,
+    ends: bool,
+    kernel: int,
+) -> None:
+    """The delta of `expert_site` for the column ranges of `kernel`, added into y (M, N) in place.
+
+    This is what runs off the CPU; on it, the generated code does, from dispatcher.cpp.
+
+    Args:
+        alike: int32 (S·E, G), the first sibling whose A, rank and scale are the same: what is
+            known of the bank, so that no A is read twice (lorafx.adapter_store.bank).
+        experts: integers, the expert of each row (M,), or with `ends` where the rows of each
+            expert end (E,), rows being sorted by expert; rows behind the last have none.
+    """
+    ranges = _ranges_of("run_expert_delta_", kernel)
+    if ends:
+        numbers = torch.arange(x.shape[0], device=experts.device, dtype=experts.dtype)
+        experts = torch.searchsorted(experts, numbers, right=True)
+    _check(x, y, A, B, ranks, scales, slots, experts, *ranges, rows, count)
+    keys = expert_slots(slots, experts, rows, count)
+    add_linear_delta(y, x, A, B, ranks, scales, keys, *ranges, 1)
+
+
+def run_expert_delta_fake(
+    y, x, A, B, ranks, scales, slots, alike, experts, rows, count, ends, kernel
+) -> None:
+    op = "run_expert_delta_"
+    _check_bank(op, A, B, ranks, scales, slots)
+    _check_rows(op, x.shape[:-1], y.shape[:-1], rows)
+    _require(op, alike.dim() == 2 and alike.shape[0] == ranks.shape[0], "alike is (S, siblings)")
+    _require(op, experts.dim() == 1, f"experts is a vector, not {tuple(experts.shape)}")
+
+
 def _check(
     x, y, A, B, ranks, scales, slots, experts, siblings, offsets, sizes, rows, count
 ) -> None:
@@ -116,5 +171,6 @@ for _schema, _eager, _fake in (
     (SCHEMAS[0], expert_slots, expert_slots_fake),
     (SCHEMAS[1], expert_mark, expert_mark_fake),
     (SCHEMAS[2], expert_site, expert_site_fake),
+    (SCHEMAS[3], run_expert_delta_, run_expert_delta_fake),
 ):
     define(_schema, _eager, _fake)

@@ -66,7 +66,7 @@ def test_transformers_loads_it(family: str, name: str, tmp_path: Path) -> None:
 
 def test_routed_experts_keep_the_names_of_the_hub(tmp_path: Path) -> None:
     """transformers writes a tensor an expert, as checkpoints have them."""
-    case = moe_case("qwen3_moe", tmp_path / "adapters", layers=1)
+    case = moe_case("qwen3_moe", tmp_path / "adapters")
     cm = case.compile()
     inputs = {"input_ids": torch.randint(3, VOCAB, (3, 5))}
     for name in ("params", "older"):

@@ -8,6 +8,9 @@ slot's own rank are never read, so traffic grows with what is active, not with w
 
 A bank for E experts has S·E slots: slot s and expert e of the model are its slot s·E + e. A row
 that was routed to an expert is a row of that slot, and every kernel is what it is for E = 1.
+
+Siblings that bring one A between them (gate and up, of an adapter that has factors for both at
+once) each hold it, and `alike` says so: a kernel that knows reads it once.
 """
 
 from __future__ import annotations
@@ -53,8 +56,10 @@ class Bank:
         B: (S, R, ΣN), N_i columns a sibling.
         ranks: (S, G) int32; 0 where the slot's adapter does not touch the sibling.
         scales: (S, G) float32, α/r or α/√r.
-        kind: "linear" or "embedding", which says how A is laid out.
+        kind: "embedding" says how A is laid out, "experts" that `alike` is kept.
         experts: E; S is a multiple of it.
+        alike: (S, G) int32, of experts alone: the first sibling whose A, rank and scale in that
+            slot are the same.
         gains: (S, ΣN) float32, by how much DoRA's scale of each output differs from 1; None where
             there is no room for DoRA.
     """
@@ -65,6 +70,7 @@ class Bank:
     scales: Tensor
     kind: str = "linear"
     experts: int = 1
+    alike: Tensor | None = None
     gains: Tensor | None = None
 
     @classmethod
@@ -91,6 +97,7 @@ class Bank:
         )
         # Tensors made in inference mode could not be written in place outside of it.
         with torch.inference_mode(False):
+            each = torch.arange(siblings, dtype=torch.int32, device=device)
             return cls(
                 A=torch.zeros(a_shape, dtype=dtype, device=device),
                 B=torch.zeros((slots, rank, columns), dtype=dtype, device=device),
@@ -98,14 +105,18 @@ class Bank:
                 scales=torch.zeros((slots, siblings), dtype=torch.float32, device=device),
                 kind=kind,
                 experts=experts,
-                gains=torch.zeros((slots, columns), device=device) if dora else None,
+                alike=each.repeat(slots, 1) if kind == "experts" else None,
+                gains=torch.zeros((slots, columns), dtype=torch.float32, device=device)
+                if dora
+                else None,
             )
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """What a graph may take of the bank, by the names of its fields."""
-        named = {"A": self.A, "B": self.B, "ranks": self.ranks, "scales": self.scales}
-        return named if self.gains is None else {**named, "gains": self.gains}
+        named = {name: getattr(self, name) for name in ("A", "B", "ranks", "scales")}
+        more = {"alike": self.alike, "gains": self.gains}
+        return {**named, **{name: tensor for name, tensor in more.items() if tensor is not None}}
 
     @property
     def nbytes(self) -> int:
@@ -130,6 +141,8 @@ class Bank:
             ranks[:, f.sibling] = f.rank if f.ranks is None else f.ranks
             scales[:, f.sibling] = f.scale
         self.scales[own].copy_(scales)
+        if self.alike is not None:
+            self.alike[own].copy_(_alike(factors, ranks, scales))
         self.ranks[own].copy_(ranks)
         self.write_gains(slot, factors)
 
@@ -160,3 +173,16 @@ class Bank:
         if self.kind == "embedding":
             return self.A[own, :, :rank]
         return self.A[own, first : first + rank]
+
+
+def _alike(factors: Sequence[Factors], ranks: Tensor, scales: Tensor) -> Tensor:
+    """`Bank.alike` of one slot, (E, G), where `factors` with one A hold the same tensor."""
+    found = torch.arange(ranks.shape[1], dtype=torch.int32).repeat(ranks.shape[0], 1)
+    ordered = sorted(factors, key=lambda f: f.sibling)
+    for n, f in enumerate(ordered):
+        first = next((g for g in ordered[:n] if g.A is f.A), None)
+        if first is not None:
+            i, j = first.sibling, f.sibling
+            same = (ranks[:, i] == ranks[:, j]) & (scales[:, i] == scales[:, j])
+            found[:, j] = torch.where(same, i, j)
+    return found

@@ -76,7 +76,7 @@ def _gains(site: Site, weight: Tensor, first: int, f: Factors) -> Tensor:
     own = weight[first : first + f.B.shape[-1]]
     A = f.A.mT if site.eligible.kind == "embedding" else f.A
     A, B = (tensor.to(own.device, torch.float32) for tensor in (A, f.B.mT))
-    squares = torch.zeros(len(own), device=own.device)
+    squares = torch.zeros(len(own), dtype=torch.float32, device=own.device)
     for rows, columns in _chunks(own):
         merged = own[rows, columns].float() + f.scale * (B[rows] @ A[:, columns])
         squares[rows] += merged.square().sum(1)

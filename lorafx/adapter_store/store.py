@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -291,7 +291,7 @@ class AdapterStore:
             if problem:
                 problems.append(problem)
                 continue
-            made = self._factors(place, weights)
+            made = _sharing(self._factors(place, weights), factors.get(place.group, ()))
             factors.setdefault(place.group, []).append(made)
             if not all(bool(torch.isfinite(t).all()) for t in (made.A, made.B)):
                 problems.append(f"{path}: values beyond the range of {made.A.dtype}")
@@ -302,7 +302,8 @@ class AdapterStore:
             )
         for g, own in factors.items():
             measure(self._groups[g], own)
-        size = sum(t.nbytes for f in _all(factors) for t in f if isinstance(t, Tensor))
+        tensors = [t for f in _all(factors) for t in f if isinstance(t, Tensor)]
+        size = sum({id(t): t.nbytes for t in tensors}.values())
         sites = dict.fromkeys(self._places[path].site.path for path in adapter.weights)
         rescaled = dict.fromkeys(self._places[path].site.path for path in adapter.magnitudes)
         names = adapter.name, adapter.rank, adapter.source
@@ -325,6 +326,14 @@ class AdapterStore:
             magnitude,
             None if magnitude is None else torch.zeros_like(magnitude),
         )
+
+
+def _sharing(made: Factors, others: Iterable[Factors]) -> Factors:
+    """`made`, holding the very A of another sibling that has the same."""
+    for other in others:
+        if other.A.shape == made.A.shape and torch.equal(other.A, made.A):
+            return made._replace(A=other.A)
+    return made
 
 
 def check_name(name: object) -> None:

@@ -136,7 +136,7 @@ class _Found:
 def changes_of(
     program: Program, store: AdapterStore, name: str, *, requantize: bool = False
 ) -> Changes:
-    """What merging the adapter `name` changes.
+    """What merging the adapter `name` changes, in the order of the model's sites.
 
     Tied tensors whose ends get different ΔW are in the list (`Change.tied_apart`): whether they can
     be told apart is for the caller to say.
@@ -148,7 +148,9 @@ def changes_of(
         UnknownAdapterError: it is not loaded.
         MatchError: some weight cannot take its ΔW; names all of them.
     """
+    order = {id(site): number for number, site in enumerate(program.sites)}
     deltas = deltas_of(program.groups, store[name])
+    deltas.sort(key=lambda delta: order[id(delta.site)])
     found, problems = _Found(program), list[str]()
     by_end: dict[tuple[int, str], Delta] = {}
     for delta in deltas:

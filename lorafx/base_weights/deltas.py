@@ -138,7 +138,7 @@ def _on(like: Tensor, factor: Tensor) -> Tensor:
 
 
 def deltas_of(groups: Sequence[Group], stored: StoredAdapter) -> list[Delta]:
-    """ΔW of each site that the adapter touches, in the order of the groups."""
+    """ΔW of each site that the adapter touches, as its file has them."""
     terms: dict[int, list[Term]] = {}
     sites: dict[int, Site] = {}
     for number, factors in stored.factors.items():

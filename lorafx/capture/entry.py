@@ -22,7 +22,8 @@ from lorafx.compat import (
     is_recompile_limit,
     no_mha_fast_path,
 )
-from lorafx.errors import CaptureError
+from lorafx.errors import CaptureError, MatchError
+from lorafx.model.experts import LOOP, loops
 from lorafx.model.packing import check_packed
 from lorafx.serving.roles import IMAGES, TOKEN_DIMS, RoleTable
 from lorafx.serving.session import Session
@@ -42,6 +43,7 @@ class Entry:
             recompile_limit=session.program.options.recompile_limit,
             keep_guards=functools.partial(keep_guards, module),
         )
+        self.experts = [site for site in session.program.sites if site.expert_weight is not None]
         functools.update_wrapper(self, module.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -57,6 +59,8 @@ class Entry:
             session.set_tokens(self.roles, named)
         _fix_image_sizes(named)
         check_packed(session.program.packed)
+        if session.program.runtime.active:
+            self._refuse_loops()
         limit = session.program.options.recompile_limit
         try:
             with torch.no_grad(), capture_settings(limit):
@@ -72,6 +76,20 @@ class Entry:
                     f"Options.recompile_limit allows, and this call needs one more: {error}"
                 ) from error
             raise
+
+    def _refuse_loops(self) -> None:
+        """Refuse adapters of experts that the base is told to run one after another.
+
+        Dynamo gives such a model up in pieces; what it asks about those says nothing of experts.
+
+        Raises:
+            MatchError: the batch has some.
+        """
+        program = self.session.program
+        looping = [site for site in self.experts if loops(site.module) and program.is_touched(site)]
+        if looping:
+            names = ", ".join(site.path for site in looping)
+            raise MatchError(f"LoRA cannot be applied at {names}: {LOOP}")
 
 
 def _plain_tokens(named: Mapping[str, Any]) -> dict[str, Any]:

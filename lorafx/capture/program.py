@@ -18,6 +18,7 @@ from lorafx.graph.derived import DerivedTensors, Holder
 from lorafx.graph.frame import FrameInput
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.packing import PackedGroup
+from lorafx.model.quantized import QuantisedModules
 from lorafx.model.sites import Group, Site
 from lorafx.serving.roles import Role, RoleTable, tensor_leaves
 from lorafx.serving.runtime import Runtime
@@ -68,6 +69,7 @@ class Program:
         #: Those of them that a graph seems to compute by something else than their weight.
         self.replaced: set[str] = set()
         self.derived = DerivedTensors(self)
+        self.quantised = QuantisedModules.of(module for _, module in self.graph.modules())
         self._by_weight: dict[int, list[Site]] = {}
         #: Tensors that were looked for and are no site's weight.
         self._no_sites: dict[int, weakref.ref[Tensor]] = {}
@@ -162,6 +164,7 @@ class Program:
                 B=bank.B[:, :, offset : offset + site.out_features],
                 ranks=bank.ranks[:, first:last],
                 scales=bank.scales[:, first:last],
+                alike=bank.alike,  # of experts, whose banks have one site
                 gains=None
                 if bank.gains is None
                 else bank.gains[:, offset : offset + site.out_features],

@@ -214,6 +214,7 @@ class Context(GraphEdits):
                 graph, place, name, fake_mode.from_tensor(tensor, static_shapes=True)
             )
             for name, tensor in bank.tensors.items()
+            if name in (*BANK_FIELDS, GAINS)
         }
         slots = next((node for node, item in frame.by_node.items() if item.kind == "slots"), None)
         if slots is None:

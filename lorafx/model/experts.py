@@ -23,6 +23,14 @@ from lorafx.registry import Eligible
 Halves = Literal["", "stacked", "interleaved"]
 
 
+#: Why a loop over experts carries no LoRA, and the ways out.
+LOOP = (
+    "a loop over experts in Python is not captured. Where the model has the switch, "
+    "model.set_experts_implementation('grouped_mm'); a class without it can be given it before "
+    "the model is built, by transformers.integrations.use_experts_implementation"
+)
+
+
 @dataclass(frozen=True)
 class ExpertWeight:
     """One 3-D parameter of an experts module.
@@ -72,6 +80,16 @@ def expert_weights(module: nn.Module) -> tuple[ExpertWeight, ExpertWeight] | Non
         if (pair := _pair(module, first, second, transposed)) is not None
     ]
     return fitting[0] if fitting else None
+
+
+def loops(module: nn.Module) -> bool:
+    """Whether transformers' switch tells the module to run one expert after another in Python.
+
+    How many rows each has then decides the shapes, which no graph can hold.
+    """
+    switched = isinstance(getattr(module, "has_gate", None), bool)
+    config = getattr(module, "config", None)
+    return switched and getattr(config, "_experts_implementation", None) == "eager"
 
 
 def _pair(

@@ -80,8 +80,7 @@ class Session:
             CaptureError: an update of the base weights was interrupted.
         """
         with self.lock:
-            if self.broken:
-                raise CaptureError(self.broken)
+            self.refuse_broken()
             if self.merged is not None and not self.warming:
                 names, tokens = _served_by(self.merged.name, names, tokens)
             before = self.requests, self.repeats, self.tokens
@@ -204,6 +203,11 @@ class Session:
                 f"{self.merged.name!r} now; unmerge() before it is loaded"
             )
         self.store.load(adapter)
+
+    def refuse_broken(self) -> None:
+        """Raise CaptureError where an update left the base weights partly written."""
+        if self.broken:
+            raise CaptureError(self.broken)
 
     def refuse_merged(self, name: str | None, what: str) -> None:
         """Raise ConfigError where the base weights hold this adapter."""

@@ -1,9 +1,11 @@
-"""Mixture-of-experts models: adapters of both naming generations on experts, routers, shared
-experts and attention, mixed in one batch, against dense merge."""
+"""Routed experts of one model, Qwen3-MoE: what adapters may be, how batches may be mixed, which way
+the base computes its experts; against dense merge. Other models are in test_expert_models."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,13 @@ import pytest
 import torch
 from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error
 from expert_models import (
+    MIXED,
+    Pair,
+    Projection,
+    check_generated,
     experts_modules,
+    ids,
     merged_pairs,
-    moe_base,
     moe_case,
     older_name,
     pairs_of,
@@ -24,153 +30,153 @@ from expert_models import (
     write,
 )
 from hand_made import SCALE
-from torch import nn
+from torch import Tensor, nn
 
 import lorafx
-from lorafx.errors import CheckpointError
-
-NAMES = ["params", None, "older", "down", "dense"]
-NEW = 4
-
-#: Model types and how many layers are kept of them; all where None.
-SHORT = {"qwen3_moe": None, "mixtral": 1, "deepseek_v3": None, "gpt_oss": 1, "llama4": 1}
-LONG = ["olmoe", "glm4_moe", "granitemoe", "qwen2_moe", "qwen3_next"]
-
-
-def ids(rows: int = 5, length: int = 6, seed: int = 1) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {"input_ids": torch.randint(5, 100, (rows, length), generator=generator)}
+from lorafx.errors import CheckpointError, MatchError
 
 
 @pytest.fixture(scope="module")
 def shallow(tmp_path_factory: pytest.TempPathFactory) -> Case:
     """Qwen3-MoE of one layer."""
-    return moe_case("qwen3_moe", tmp_path_factory.mktemp("qwen3_moe"), layers=1)
+    return moe_case("qwen3_moe", tmp_path_factory.mktemp("qwen3_moe"))
 
 
 @pytest.fixture(scope="module")
 def served(shallow: Case) -> Any:
-    """One compiled model for the module: its graphs are shared as in use."""
-    return shallow.compile()
+    """One compiled model for the module: its graphs are shared as in use. Its adapters have the
+    first slots."""
+    cm = shallow.compile()
+    assert cm._session.store.acquire(list(shallow.folders)) == [0, 1, 2, 3]
+    return cm
 
 
-@pytest.mark.parametrize(
-    "model_type", [*SHORT, *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)]
-)
-def test_mixed_batches(model_type: str, tmp_path: Path) -> None:
-    case = moe_case(model_type, tmp_path, layers=SHORT.get(model_type))
-    cm = case.compile()
-    paths = [site.path for site in cm.sites]
-    for path, _ in experts_modules(case.base):
-        assert {f"{path}.gate_up_proj", f"{path}.down_proj"} <= set(paths)
-    assert set(router_names(case.base)) <= set(paths)
-    shared = [path for path in oracle.linears(case.base) if "shared_expert" in path]
-    assert set(shared) <= set(paths)
-    check_mixed(cm, case, NAMES, ids())
-    graphs = cm.recompiles
-    # The same graph for other tokens, adapters in other slots, and so other counts an expert.
-    check_mixed(cm, case, ["older", "down", "params", None, "older"], ids(seed=2))
-    assert cm.recompiles == graphs
+@contextmanager
+def also(served: Any, shallow: Case, more: Case) -> Iterator[Case]:
+    """Serve the adapters of `more` as well, for a while."""
+    for name, folder in more.folders.items():
+        served.load_adapter(folder, name)
+    try:
+        yield Case(shallow.base, shallow.folders | more.folders, {**shallow.merged, **more.merged})
+    finally:
+        for name in more.folders:
+            served.unload_adapter(name)
 
 
-@pytest.mark.parametrize(("rows", "length"), [(5, 1), (2, 3), (7, 9)])
-def test_shapes(shallow: Case, served: Any, rows: int, length: int) -> None:
-    names = (["older", "params", None, "down", "dense", "params", "older"])[:rows]
-    check_mixed(served, shallow, names, ids(rows, length, seed=rows))
+def of_pairs(base: nn.Module, folder: Path, pairs: dict[str, dict[Projection, Pair]]) -> Case:
+    """A `Case` with an adapter of older names for each entry of `pairs`."""
+    folders = {name: save_older(folder / name, own) for name, own in pairs.items()}
+    return Case(base, folders, {name: merged_pairs(base, own) for name, own in pairs.items()})
+
+
+def test_mixed_batches(shallow: Case, served: Any) -> None:
+    check_mixed(served, shallow, MIXED, ids())
+    graphs = served.recompiles
+    for seed, (rows, length) in enumerate([(5, 6), (2, 3), (7, 9), (4, 4)]):
+        names = ["older", "params", None, "down", "dense", "params", "older"][:rows]
+        check_mixed(served, shallow, names, ids(rows, length, seed))
+    assert served.recompiles == graphs
+    told = str(served.explain())
+    assert "[q_proj, k_proj, v_proj]" in told
+    assert "refused" not in told
 
 
 def test_under_inductor(shallow: Case) -> None:
     cm = shallow.compile({"lowering": "inductor"})
-    check_mixed(cm, shallow, NAMES, ids())
+    check_mixed(cm, shallow, MIXED, ids())
     graphs = cm.recompiles
     check_mixed(cm, shallow, ["down", "older", None, "params", "down"], ids(seed=3))
     assert cm.recompiles == graphs
 
 
 def test_generated_tokens_are_those_of_the_merged_models(shallow: Case, served: Any) -> None:
-    fixed = {"pad_token_id": 0, "eos_token_id": None, "do_sample": False}
-    fixed |= {"min_new_tokens": NEW, "max_new_tokens": NEW}
-    inputs = {**ids(), "attention_mask": torch.ones(5, 6, dtype=torch.long)}
-    got = served.generate(**inputs, **fixed, adapter_names=NAMES)
-    rows = [
-        shallow.alone(name).generate(**oracle.one_row(inputs, index), **fixed)
-        for index, name in enumerate(NAMES)
-    ]
-    assert torch.equal(got, torch.cat(rows))
-    base = shallow.base.generate(**inputs, **fixed)
-    assert int((got != base).any(1).sum()) >= 2
+    check_generated(served, shallow)
 
 
 def test_one_token_on_one_expert_after_many_on_all(shallow: Case, served: Any) -> None:
     """Nothing of how many rows an expert had when the graph was captured stays in it."""
-    check_mixed(served, shallow, NAMES, ids(5, 8, seed=4))
+    check_mixed(served, shallow, MIXED, ids(5, 8, seed=4))
     graphs = served.recompiles
     same = {"input_ids": torch.full((5, 8), 7)}  # every token of a row goes the same way
-    check_mixed(served, shallow, NAMES, same)
+    check_mixed(served, shallow, MIXED, same)
     assert served.recompiles == graphs
 
 
-def test_only_its_own_rows_have_the_adapter_of_slot_0(shallow: Case) -> None:
-    cm = lorafx.compile(
-        shallow.model(),
-        lorafx.LoraConfig(target_modules=["experts"], max_adapters=3, max_rank=4),
-        adapters={"older": shallow.folders["older"]},
-        options=REFERENCE,
-    )
-    assert cm._session.store.acquire(["older"]) == [0]
-    for names in (["older", None, None, "older", None], [None] * 5, [None, "older", None, None]):
+@pytest.mark.parametrize("name", ["params", "older"])
+def test_rows_have_their_own_adapter_alone(shallow: Case, served: Any, name: str) -> None:
+    """A peer applied slot 0, which "params" has here, to every row."""
+    assert served._session.store.acquire(["params"]) == [0]
+    for names in ([name, None, None, name, None], [None] * 5, [None, name, None, None]):
         batch = ids(len(names), 5, seed=len(names))
-        got = cm(**batch, adapter_names=names)["logits"]
-        assert error(got, shallow.expected(names, batch)) <= TOLERANCE
-        base = shallow.expected([None] * len(names), batch)
-        for row, name in enumerate(names):
-            assert (error(got[row], base[row]) <= TOLERANCE) == (name is None)
+        got = served(**batch, adapter_names=names)["logits"]
+        want, base = (shallow.expected(who, batch) for who in (names, [None] * len(names)))
+        for row, who in enumerate(names):
+            assert error(got[row], want[row]) <= TOLERANCE
+            assert (error(got[row], base[row]) <= TOLERANCE) == (who is None)
 
 
-@pytest.mark.parametrize(
-    "model_type", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.slow)]
-)
-def test_gate_and_up_have_factors_of_their_own(model_type: str, tmp_path: Path) -> None:
-    """Adapters that differ in the up projection's A alone give different results, each its own."""
-    base = moe_base(model_type, layers=1).requires_grad_(False)
-    first = pairs_of(base, lambda _, name: 2 if name != "down_proj" else 0, seed=5)
+def test_gate_and_up_have_factors_of_their_own(shallow: Case, served: Any, tmp_path: Path) -> None:
+    """Adapters that differ in the up projection's A alone give different results, each its own: a
+    peer read the gate's A for both."""
+    first = pairs_of(shallow.base, lambda _, name: 2 if name != "down_proj" else 0, seed=5)
     other = {
         where: (a.flip(1), b) if where.half == "up" else (a, b) for where, (a, b) in first.items()
     }
-    case = Case(base, {})
-    for name, pairs in (("first", first), ("other", other)):
-        case.folders[name] = save_older(tmp_path / name, pairs)
-        case.merged[name] = merged_pairs(base, pairs)
-    batch = ids(3)
-    check_mixed(case.compile(), case, ["first", "other", None], batch)
-    rows = {"input_ids": batch["input_ids"][:1].expand(2, -1)}
-    want = case.expected(["first", "other"], rows)
-    assert error(want[0], want[1]) > 100 * TOLERANCE
+    more = of_pairs(shallow.base, tmp_path, {"first": first, "other": other})
+    with also(served, shallow, more) as case:
+        check_mixed(served, case, ["first", "other", None], ids(3))
+        rows = {"input_ids": ids(1)["input_ids"].expand(2, -1)}
+        want = case.expected(["first", "other"], rows)
+        assert error(want[0], want[1]) > 100 * TOLERANCE
+        check_mixed(served, case, ["first", "other"], rows)
 
 
-def test_a_router_changes_the_way_of_its_own_rows(tmp_path: Path) -> None:
-    base = moe_base("qwen3_moe", layers=1).requires_grad_(False)
-    (router,) = router_names(base)
+def test_ways_to_compute_the_experts(shallow: Case) -> None:
+    """`set_experts_implementation` before compiling, and after it: the switch is noticed."""
+    model = shallow.model()
+    model.set_experts_implementation("batched_mm")
+    cm = lorafx.compile(model, shallow.folders, options=REFERENCE)
+    check_mixed(cm, shallow, MIXED, ids())
+    graphs = cm.recompiles
+    model.set_experts_implementation("grouped_mm")
+    check_mixed(cm, shallow, MIXED, ids())
+    assert cm.recompiles == graphs + 1
+    model.set_experts_implementation("batched_mm")
+    check_mixed(cm, shallow, MIXED, ids(seed=2))
+    assert cm.recompiles == graphs + 1
+
+
+def test_a_loop_over_experts_is_refused(shallow: Case) -> None:
+    model = shallow.model()
+    model.set_experts_implementation("eager")
+    cm = lorafx.compile(model, shallow.folders, options=REFERENCE)
+    for names in (MIXED, ["down"] * 5):
+        with pytest.raises(MatchError, match=r"(?s)layers.0.mlp.experts.*grouped_mm"):
+            cm(**ids(), adapter_names=names)
+
+
+def test_a_router_changes_the_way_of_its_own_rows(
+    shallow: Case, served: Any, tmp_path: Path
+) -> None:
+    (router,) = router_names(shallow.base)
     folder = oracle.save_adapter(
-        base,
+        shallow.base,
         tmp_path / "router",
         rank=2,
         targets=[],
         gain=4.0,
         target_parameters=[f"{router}.weight"],
     )
-    case = Case(base, {"router": folder})
-    names, batch = [None, "router", None, "router"], ids(4, 7)
-    cm = case.compile()
-    assert [site.path for site in cm.sites] == [router]
-    check_mixed(cm, case, names, batch)
-    ways = [_chosen(case.alone(name), router, batch) for name in (None, "router")]
+    batch = ids(4, 7)
+    with also(served, shallow, Case(shallow.base, {"router": folder})) as case:
+        check_mixed(served, case, [None, "router", "older", "router"], batch)
+        ways = [_chosen(case.alone(name), router, batch) for name in (None, "router")]
     assert not torch.equal(*ways)
 
 
-def _chosen(model: nn.Module, router: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def _chosen(model: nn.Module, router: str, batch: dict[str, Tensor]) -> Tensor:
     """The experts that each token goes to."""
-    seen: list[torch.Tensor] = []
+    seen: list[Tensor] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         logits = torch.nn.functional.linear(args[0].flatten(0, -2), module.weight)
@@ -194,7 +200,7 @@ def test_gates_and_experts_with_two_names(shallow: Case, tmp_path: Path) -> None
     generator = torch.Generator().manual_seed(7)
     a, b = (torch.randn(shape, generator=generator) * 0.2 for shape in ((1, k), (n, 1)))
 
-    def tensors(gate: str, experts: str) -> dict[str, torch.Tensor]:
+    def tensors(gate: str, experts: str) -> dict[str, Tensor]:
         found = {
             f"{older_name(where).replace('.experts.', f'.{experts}.')}.lora_{letter}.weight": t
             for where, pair in pairs.items()
@@ -227,22 +233,23 @@ def test_gates_and_experts_with_two_names(shallow: Case, tmp_path: Path) -> None
     check_mixed(cm, case, ["own", None, "alias"], ids(3))
 
 
-def test_one_factor_for_all_experts(shallow: Case, tmp_path: Path) -> None:
+def test_one_factor_for_all_experts(shallow: Case, served: Any, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(8)
     (path, module), *_ = experts_modules(shallow.base)
     count, n, k = module.down_proj.shape
-    case = Case(shallow.base, {})
+    more = Case(shallow.base, {})
     for name, a_shape, b_shape in (
         ("one A", (2, k), (count, n, 2)),
         ("one B", (count, 2, k), (n, 2)),
     ):
         a, b = (torch.randn(shape, generator=generator) * 0.2 for shape in (a_shape, b_shape))
         tensors = {f"{path}.down_proj.lora_A": a, f"{path}.down_proj.lora_B": b}
-        case.folders[name] = write(tmp_path / name, tensors, r=2, lora_alpha=2 * SCALE)
-        case.merged[name] = copy.deepcopy(shallow.base)
+        more.folders[name] = write(tmp_path / name, tensors, r=2, lora_alpha=2 * SCALE)
+        more.merged[name] = copy.deepcopy(shallow.base)
         with torch.no_grad():
-            case.merged[name].get_submodule(path).down_proj += SCALE * (b @ a)
-    check_mixed(case.compile(), case, ["one A", None, "one B"], ids(3))
+            more.merged[name].get_submodule(path).down_proj += SCALE * (b @ a)
+    with also(served, shallow, more) as case:
+        check_mixed(served, case, ["one A", None, "one B", "params"], ids(4))
 
 
 def test_targets_from_a_peft_configuration(shallow: Case) -> None:
@@ -272,7 +279,7 @@ def test_an_adapter_for_more_experts_is_refused(shallow: Case, served: Any, tmp_
     with pytest.raises(CheckpointError, match="it was made for a model with more"):
         served.load_adapter(folder, "more")
     assert served.adapters == before
-    check_mixed(served, shallow, NAMES, ids(seed=9))
+    check_mixed(served, shallow, MIXED, ids(seed=9))
 
 
 def test_a_peft_model_with_wrapped_experts_is_taken_over(shallow: Case) -> None:

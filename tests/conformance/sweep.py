@@ -25,7 +25,7 @@ import traceback
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def examine(
             model(**batches[0])
             batches = [batch for batch in batches if _runs(model, batch)]
     except Exception as error:
-        return {**report, "outcome": "base", "detail": _brief(error)}
+        return {**report, "outcome": "base", "detail": brief(error)}
     adapters = oracle.standard_adapters(model, folder)
     reference = oracle.Oracle.of(model, adapters)
     report["modules"] = len(oracle.linears(model))
@@ -89,7 +89,7 @@ def examine(
                 found = oracle.tensors(compiled(**batch, adapter_names=mix))
             except ProvenanceError as error:
                 report["outcome"] = "refused"
-                report["detail"] = _brief(error)
+                report["detail"] = brief(error)
                 report["refusals"] = _refusals(compiled)
                 continue
             expected = reference.rows(mix, batch)
@@ -104,7 +104,7 @@ def examine(
         report["worst"] = worst
         report["graphs"] = compiled.recompiles
     except MatchError as error:
-        report.update(outcome="unmatched", detail=_brief(error), refusals=_refusals(compiled))
+        report.update(outcome="unmatched", detail=brief(error), refusals=_refusals(compiled))
     return report
 
 
@@ -176,15 +176,17 @@ def _refusals(compiled: lorafx.CompiledModel) -> dict[str, int]:
     return dict(found)
 
 
-def _brief(error: BaseException) -> str:
+def brief(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     at = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}{at}: {text[:600]}"
 
 
-def _in_child(family: Family, limit: float) -> dict[str, Any]:
-    """`examine` in a forked process, killed after `limit` seconds."""
+def in_child(
+    examined: Callable[[Family, str], dict[str, Any]], family: Family, limit: float
+) -> dict[str, Any]:
+    """`examined` of the family and a folder, in a forked process, killed after `limit` seconds."""
     began = time.monotonic()
     reader, writer = os.pipe()
     sys.stdout.flush()
@@ -195,9 +197,9 @@ def _in_child(family: Family, limit: float) -> dict[str, Any]:
             os.close(reader)
             with tempfile.TemporaryDirectory() as folder:
                 try:
-                    report = examine(family, folder)
+                    report = examined(family, folder)
                 except BaseException as error:
-                    report = {**_named(family), "outcome": "error", "detail": _brief(error)}
+                    report = {**named(family), "outcome": "error", "detail": brief(error)}
                     if isinstance(error, LorafxError):
                         report["trace"] = traceback.format_exc()[-1500:]
             os.write(writer, json.dumps(report).encode()[:60_000])
@@ -217,20 +219,20 @@ def _in_child(family: Family, limit: float) -> dict[str, Any]:
     if data:
         report = json.loads(data)
     elif not ready:
-        report = {**_named(family), "outcome": "error", "detail": f"no answer in {limit:.0f} s"}
+        report = {**named(family), "outcome": "error", "detail": f"no answer in {limit:.0f} s"}
     else:
-        report = {**_named(family), "outcome": "error", "detail": f"crashed, status {status}"}
+        report = {**named(family), "outcome": "error", "detail": f"crashed, status {status}"}
     report["seconds"] = round(time.monotonic() - began, 1)
     return report
 
 
-def _named(family: Family) -> dict[str, Any]:
+def named(family: Family) -> dict[str, Any]:
     return {"kind": family.kind, "type": family.model_type, "class": family.class_name}
 
 
 def sweep(kinds: list[str], only: set[str], out: Path, limit: float) -> None:
     """Append one line a family to `out`; families that it has already are left out."""
-    done = {(r["kind"], r["type"]) for r in _read(out)} if out.exists() else set()
+    done = {(r["kind"], r["type"]) for r in read(out)} if out.exists() else set()
     with tempfile.TemporaryDirectory() as folder:
         examine(Family("causal", "llama", "LlamaForCausalLM"), folder)  # warm
     todo = [family for kind in kinds for family in tiny.families(kind)]
@@ -240,7 +242,7 @@ def sweep(kinds: list[str], only: set[str], out: Path, limit: float) -> None:
         kind, model_type = family.kind, family.model_type
         if (only and model_type not in only) or (kind, model_type) in done:
             continue
-        report = _in_child(family, limit)
+        report = in_child(examine, family, limit)
         with out.open("a") as file:
             file.write(json.dumps(report) + "\n")
         detail = str(report.get("detail", ""))[:200]
@@ -293,7 +295,7 @@ def table(reports: Iterable[dict[str, Any]]) -> str:
         "| kind | family | outcome | why |",
         "|---|---|---|---|",
         *(
-            f"| {r['kind']} | {r['type']} | {r['outcome']} | {_cell(r.get('detail', ''))} |"
+            f"| {r['kind']} | {r['type']} | {r['outcome']} | {cell(r.get('detail', ''))} |"
             for r in rows
             if r["outcome"] != "ok"
         ),
@@ -314,13 +316,13 @@ def table(reports: Iterable[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     text = re.sub(r"( at \S+:\d+)?: (this batch mixes adapters, and )?", ": ", text, count=1)
     text = re.sub(r"File \S+, line \d+, |Run one adapter a batch.*", "", text)
     return text.replace("|", "\\|")[:330].strip()
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> list[dict[str, Any]]:
     """The reports in `path`, the last one of each family."""
     found = {}
     for line in path.read_text().splitlines():
@@ -338,7 +340,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=240.0, help="seconds a family")
     options = parser.parse_args()
     if options.table:
-        print(table(_read(options.out)))
+        print(table(read(options.out)))
         return
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()

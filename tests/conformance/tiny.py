@@ -262,8 +262,9 @@ def _is_count(name: str) -> bool:
     return "experts" in name or "layers" in name
 
 
-def build(family: Family, seed: int = 0) -> nn.Module:
-    """A tiny model of `family`: random weights of unit gain, eval, fp32.
+def build(family: Family, seed: int = 0, **changes: Any) -> nn.Module:
+    """A tiny model of `family`: random weights of unit gain, eval, fp32; `changes` go into its
+    configuration.
 
     Raises:
         ValueError: its smallest configuration is still large.
@@ -273,7 +274,7 @@ def build(family: Family, seed: int = 0) -> nn.Module:
     # A class for the text part of a composite model takes that part's configuration.
     config_class = cls.config_class or CONFIG_MAPPING[family.model_type]
     own = OVERRIDES.get(config_class.model_type) or OVERRIDES.get(family.model_type, {})
-    config = shrink(config_class, **own)
+    config = shrink(config_class, **{**own, **changes})
     with torch.device("meta"):
         size = sum(p.numel() for p in cls(config).parameters())
     if size > _LARGEST:

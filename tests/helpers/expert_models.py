@@ -8,18 +8,17 @@ projection, as files from before the experts were fused have them.
 
 from __future__ import annotations
 
-import copy
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import oracle
 import tiny
 import torch
-from dense_merge import Case
-from hand_made import SCALE
+from dense_merge import TOLERANCE, Case, error
+from hand_made import SCALE, factors, merged
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -35,15 +34,36 @@ class Projection(NamedTuple):
     half: str
 
 
-def moe_base(model_type: str, layers: int | None = None) -> nn.Module:
-    """A tiny model of this type with random weights of unit gain, the same every time; its first
-    `layers` layers alone where that is given."""
-    family = next(f for f in tiny.families("causal") if f.model_type == model_type)
-    model = tiny.build(family)
-    if layers is not None:
-        del model.model.layers[layers:]
-        model.config.num_hidden_layers = layers
-    return model
+#: Configurations by model type: one layer, with experts; two where the first one is dense.
+SMALL: dict[str, dict[str, Any]] = {
+    # Two groups of experts of which one is chosen for each token.
+    "deepseek_v3": {"n_routed_experts": 4, "n_group": 2, "topk_group": 1},
+    "glm4_moe": {"num_hidden_layers": 1, "first_k_dense_replace": 0},
+    "qwen3_next": {"num_hidden_layers": 1, "layer_types": ["full_attention"]},
+}
+#: Who is in a batch of five.
+MIXED = ["params", None, "older", "down", "dense"]
+
+#: Classes that are not the first of their model type.
+CLASSES = {"qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration"}
+
+
+def moe_base(model_type: str) -> nn.Module:
+    """A tiny model of this type with random weights of unit gain, the same every time."""
+    if model_type in CLASSES:
+        family = tiny.Family("causal", model_type, CLASSES[model_type])
+    else:
+        family = next(f for f in tiny.families("causal") if f.model_type == model_type)
+    model = tiny.build(family, **SMALL.get(model_type, {}))
+    if model_type not in SMALL:
+        path, _ = next(experts_modules(model))
+        del model.get_submodule(path.partition(".layers.")[0]).layers[1:]
+        model.config.get_text_config().num_hidden_layers = 1
+    generator = torch.Generator().manual_seed(0)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
+    return model.requires_grad_(False)
 
 
 def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -141,11 +161,13 @@ def save_older(
     folder: Path,
     pairs: Mapping[Projection, Pair],
     name: Callable[[Projection], str] = older_name,
+    others: Mapping[str, Pair] | None = None,
 ) -> Path:
-    """The pairs as modules of their own, unequal ranks by rank_pattern and alpha_pattern."""
+    """The pairs as modules of their own, unequal ranks by rank_pattern and alpha_pattern; `others`
+    are pairs of linears by path."""
     tensors, ranks = {}, {}
-    for where, (a, b) in pairs.items():
-        path = name(where)
+    named = {name(where): pair for where, pair in pairs.items()} | dict(others or {})
+    for path, (a, b) in named.items():
         tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = a, b
         ranks[re.escape(path)] = a.shape[0]
     alphas = {path: SCALE * rank for path, rank in ranks.items()}
@@ -153,12 +175,40 @@ def save_older(
 
 
 @torch.no_grad()
-def merged_pairs(base: nn.Module, pairs: Mapping[Projection, Pair]) -> nn.Module:
-    """A copy of `base` with W + ΔW."""
-    twin = copy.deepcopy(base)
+def merged_pairs(
+    base: nn.Module, pairs: Mapping[Projection, Pair], others: Mapping[str, Pair] | None = None
+) -> nn.Module:
+    """A copy of `base` with W + ΔW, of experts and of linears by path."""
+    twin = merged(base, others or {})
     for where, (a, b) in pairs.items():
         add(twin, where, SCALE * (b @ a))
     return twin
+
+
+def ids(rows: int = 5, length: int = 6, seed: int = 1) -> dict[str, Tensor]:
+    """Arguments of a call with random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return {"input_ids": torch.randint(5, 100, (rows, length), generator=generator)}
+
+
+def check_generated(cm: nn.Module, case: Case, tokens: int = 4) -> None:
+    """Tokens of a mixed batch, with caches, are those that each row alone gets from W + ΔW; so are
+    the logits that they were chosen by."""
+    fixed = {"pad_token_id": 0, "eos_token_id": None, "do_sample": False}
+    fixed |= {"min_new_tokens": tokens, "max_new_tokens": tokens}
+    fixed |= {"output_logits": True, "return_dict_in_generate": True}
+    inputs = {**ids(), "attention_mask": torch.ones(5, 6, dtype=torch.long)}
+    got = cm.generate(**inputs, **fixed, adapter_names=MIXED)
+    changed = 0
+    for row, name in enumerate(MIXED):
+        alone = oracle.one_row(inputs, row)
+        want = case.alone(name).generate(**alone, **fixed)
+        assert torch.equal(got.sequences[row], want.sequences[0])
+        steps = [torch.stack(found.logits, 1) for found in (got, want)]
+        assert error(steps[0][row], steps[1][0]) <= TOLERANCE
+        base = case.base.generate(**alone, **fixed)
+        changed += not torch.equal(base.sequences, want.sequences)
+    assert changed >= 2
 
 
 def some(expert: int, name: str) -> int:
@@ -168,35 +218,24 @@ def some(expert: int, name: str) -> int:
     return {"gate_proj": 2, "up_proj": 3, "down_proj": 1}[name] + expert % 2
 
 
-def moe_case(
-    model_type: str,
-    folder: Path,
-    *,
-    layers: int | None = None,
-    linears: Sequence[str] = ("q_proj", "o_proj"),
-) -> Case:
-    """A base with four adapters: "params" of PEFT on experts, routers, shared experts and
-    attention, "down" of PEFT on one parameter, "older" with a name for each expert, "dense" on
-    attention alone."""
-    base = moe_base(model_type, layers).requires_grad_(False)
-    routers = router_names(base)
-    others = [
-        path
-        for path in oracle.linears(base)
-        if path.endswith(tuple(linears)) or "shared_expert" in path
-    ]
-    attention = [path for path in others if "shared_expert" not in path]
+def moe_case(model_type: str, folder: Path, base: nn.Module | None = None) -> Case:
+    """A base with four adapters: "params" of PEFT on experts, routers and every linear, "older"
+    with a name for each expert and every second linear, "down" of PEFT on one parameter, "dense"
+    of PEFT on linears alone."""
+    base = moe_base(model_type) if base is None else base
+    routers, linears = router_names(base), oracle.linears(base)
+    attention = [path for path in linears if path.endswith(("q_proj", "o_proj"))]
     folders = {
         "params": oracle.save_adapter(
             base,
             folder / "params",
             rank=3,
-            targets=others,
+            targets=linears,
             seed=1,
             target_parameters=[
                 "experts.gate_up_proj",
                 "experts.down_proj",
-                *(f"{path}.weight" for path in routers),
+                *(f"{path}.weight" for path in routers if path not in linears),
             ],
             rank_pattern={"experts.down_proj": 2},
             alpha_pattern={"experts.gate_up_proj": 4},
@@ -213,7 +252,8 @@ def moe_case(
     }
     case = Case(base, folders)
     pairs = pairs_of(base, some, seed=4)
+    others = factors(base, linears[::2], rank=2, seed=5, gain=0.3)
     name = mixtral_name if model_type == "mixtral" else older_name
-    folders["older"] = save_older(folder / "older", pairs, name)
-    case.merged["older"] = merged_pairs(base, pairs)
+    folders["older"] = save_older(folder / "older", pairs, name, others)
+    case.merged["older"] = merged_pairs(base, pairs, others)
     return case

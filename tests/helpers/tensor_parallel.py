@@ -85,3 +85,25 @@ def push_weights(
     assert [parameter.data_ptr() for parameter in model.parameters()] == pointers
     wanted = like.state_dict()
     return all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
+
+
+@torch.no_grad()
+def run_merged(
+    rank: int, size: int, state: dict[str, Tensor], folders: dict[str, Path], ids: Tensor
+) -> tuple[dict[str, Tensor], str]:
+    """Logits of the example Llama with each adapter merged, and what an export says."""
+    model = example("parallel_llama").ParallelLlama(llama_config(), None).eval()
+    load_weights(model, state)
+    compiled = lorafx.compile(model, folders, options={"lowering": "reference"})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = {}
+    for name in folders:
+        compiled.merge(name)
+        found[name] = model(ids)
+        compiled.unmerge()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    try:
+        compiled.export_merged(name, folders[name])
+    except lorafx.MatchError as error:
+        return found, str(error)
+    return found, ""

@@ -1,0 +1,105 @@
+"""Which siblings of a bank of experts hold the same A: `Bank.alike`, and one A in host memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from expert_files import PATH, Model, pair, read
+from torch import Tensor
+
+import lorafx
+from lorafx.adapter_store.bank import Bank
+from lorafx.adapter_store.store import AdapterStore
+from lorafx.model.sites import Group
+from lorafx.passes.attach import allocate_groups
+from lorafx.passes.select import build_sites
+
+E, HIDDEN, INNER, R = 3, 5, 4, 2
+APART, SHARED = [[0, 1]] * E, [[0, 0]] * E
+
+
+def both_halves(seed: int) -> dict[str, Tensor]:
+    """One pair an expert for gate and up together, as PEFT stacks them."""
+    wrapper = f"{PATH}.base_layer"
+    tensors = pair((R * E, HIDDEN), (2 * INNER, R * E), wrapper, seed)
+    return {**tensors, **pair((R * E, INNER), (HIDDEN, R * E), PATH, seed + 1)}
+
+
+def a_half_each(shared: bool) -> dict[str, Tensor]:
+    """Gate and up of every expert, with A of their own or the same one."""
+    tensors = {}
+    for expert in range(E):
+        for seed, name in enumerate(("gate_proj", "up_proj")):
+            own = pair((R, HIDDEN), (INNER, R), f"{PATH}.{expert}.{name}", 0 if shared else seed)
+            tensors.update(own)
+    return tensors
+
+
+def banks(model: Model) -> tuple[AdapterStore, Group]:
+    config = lorafx.LoraConfig(target_modules=["experts"], max_adapters=2, max_rank=R)
+    _, sites = build_sites(model, config)
+    groups = allocate_groups(sites, config)
+    group = next(g for g in groups if g.sites[0].path.endswith("gate_up_proj"))
+    return AdapterStore(groups, 2, R), group
+
+
+def of_slot(bank: Bank, slot: int) -> list[list[int]]:
+    assert bank.alike is not None
+    return bank.alike[slot * E : (slot + 1) * E].tolist()
+
+
+def test_gate_and_up_of_one_pair_are_alike() -> None:
+    """In their adapter's slot, and no longer when another adapter takes it."""
+    model = Model()
+    store, group = banks(model)
+    store.load(replace(read(model, both_halves(0)), name="pair"))
+    store.load(replace(read(model, a_half_each(shared=False)), name="halves"))
+    store.load(replace(read(model, both_halves(3)), name="other"))
+    assert store.acquire(["pair", "halves"]) == [0, 1]
+    assert of_slot(group.bank, 0) == SHARED
+    assert of_slot(group.bank, 1) == APART
+    planes = group.bank.A[:E].unflatten(1, (2, R))
+    assert torch.equal(planes[:, 0], planes[:, 1])  # each sibling holds it all the same
+    store.unload("halves")
+    assert store.acquire(["other"]) == [1]
+    assert of_slot(group.bank, 1) == SHARED
+    store.unload("pair")
+    store.load(replace(read(model, a_half_each(shared=False)), name="halves"))
+    assert store.acquire(["halves"]) == [0]
+    assert of_slot(group.bank, 0) == APART
+
+
+def test_what_is_alike_is_told_by_values() -> None:
+    """Saved apart with one A: found too. Unequal scales or ranks are not alike, by expert."""
+    model = Model()
+    store, group = banks(model)
+    same = a_half_each(shared=True)
+    store.load(replace(read(model, same), name="same"))
+    assert store.acquire(["same"]) == [0]
+    assert of_slot(group.bank, 0) == SHARED
+    unequal = read(model, same, alpha_pattern={rf"{PATH}.1.up_proj": 7})
+    store.load(replace(unequal, name="unequal"))
+    assert store.acquire(["unequal"]) == [1]
+    assert of_slot(group.bank, 1) == [[0, 0], [0, 1], [0, 0]]
+
+
+def test_one_a_is_kept_once_in_host_memory() -> None:
+    model = Model()
+    store, _ = banks(model)
+    for name, tensors in (("pair", both_halves(0)), ("halves", a_half_each(shared=False))):
+        store.load(replace(read(model, tensors), name=name))
+    one = E * R * HIDDEN * 4
+    down = E * R * (INNER + HIDDEN) * 4
+    columns = 2 * E * R * INNER * 4
+    assert store["pair"].nbytes == one + columns + down
+    assert store["halves"].nbytes == 2 * one + columns
+
+
+def test_other_banks_keep_no_such_table() -> None:
+    """They are read by kernels that do not ask."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    config = lorafx.LoraConfig(target_modules=["0"])
+    _, sites = build_sites(model, config)
+    (group,) = allocate_groups(sites, config)
+    assert group.bank.alike is None
