@@ -238,7 +238,7 @@ def _insert(graph: fx.Graph, ctx: Context, site: Site, use: Use) -> None:
             x_rows, y_rows = _swapped(graph, ctx, use.x), _swapped(graph, ctx, y)
         arguments = (x_rows, y_rows, *bank)
         if use.kind == "embedding":
-            dora = () if gains is None else (gains,)
+            dora: tuple[fx.Node | None, ...] = () if gains is None else (gains,)
             node = ctx.call(graph, EMBEDDING_OP, (*arguments, UNPROVED, *dora))
         elif use.blocks is None:
             dora = () if gains is None else (None, None, gains, None)

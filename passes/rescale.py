@@ -94,7 +94,8 @@ class _Scales:
 
     def _owner(self, node: fx.Node) -> fx.Node:
         """The slot of each row of y, int32 (M,); as `lorafx.kernels.delta.row_slots`."""
-        slots, rows = node.args[SLOTS_ARGUMENT], node.args[ROWS_ARGUMENT[node.target]]
+        arguments = arguments_of(node)
+        slots, rows = arguments[SLOTS_ARGUMENT], arguments[ROWS_ARGUMENT[node.target]]
         leading = tuple(fake_value(node).shape[:-1])
         key = (slots, rows, *map(as_expr, leading))
         if key not in self.owners:
