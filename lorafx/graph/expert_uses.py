@@ -99,7 +99,7 @@ def _interpret(weight: fx.Node, form: _Form, user: fx.Node) -> _Form | ExpertUse
         if first and fake_value(indices[0]).dim() == 1:
             return _Form(user, form.in_first, indices[0])
         return unknown("it is indexed in another way than by one expert a row")
-    if _is_grouped(user):
+    if is_grouped(user):
         x, held, offs = (*arguments, None)[:3]
         if held is form.node and form.in_first and form.ids is None and offs is not None:
             return ExpertUse("sorted", weight, user, x, offs)
@@ -126,7 +126,8 @@ def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
 
 
-def _is_grouped(node: fx.Node) -> bool:
+def is_grouped(node: fx.Node) -> bool:
+    """Whether it is a product of sorted rows with the weights of all experts."""
     if node.target in GROUPED:
         return True
     packet = getattr(node.target, "overloadpacket", None)
