@@ -93,7 +93,7 @@ def _interpret(weight: fx.Node, form: _Form, user: fx.Node) -> _Form | ExpertUse
         if order == [0, 2, 1]:
             return _Form(user, not form.in_first, form.ids)
         return unknown("its dimensions are permuted")
-    if user.target is aten.index.Tensor and form.ids is None and form.node is weight:
+    if user.target is aten.index.Tensor and form.ids is None:
         indices = [index for index in arguments[1] if index is not None]
         first = len(indices) == 1 and arguments[1][0] is indices[0]
         if first and fake_value(indices[0]).dim() == 1:
