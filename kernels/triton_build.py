@@ -8,6 +8,8 @@
     segments   shrink, then y += v B, rows sorted by slot; the base product is the vendor's
     gemv       the same a row at a time, for one or two rows an adapter
     embedding  y += A[s, id] B[s]
+    grouped    "epilogue" for rows sorted by expert, each with its expert's W, A and B
+    activated  the same with x = f(…) computed by the shrink, which writes it down for the product
 
 The id is the same in every process that has the same templates, tiles and versions, so a graph
 cached on disk stays valid; a process must call `build` before it runs such a graph.
@@ -35,6 +37,7 @@ from lorafx.kernels.triton_tiles import (
 from lorafx.kernels.tuned_cache import load_tuned
 
 __all__ = [
+    "EXPERTS",
     "LINEAR",
     "STRATEGY_KERNELS",
     "LaunchPlan",
@@ -46,6 +49,10 @@ __all__ = [
 
 #: Strategies of `lorafx::triton_linear`, which compute the base product too.
 LINEAR = ("split", "epilogue", "recompute")
+#: Strategies of `lorafx::triton_experts`, likewise.
+EXPERTS = ("grouped", "activated")
+#: Those of the deltas alone.
+DELTA = ("segments", "gemv", "embedding")
 #: One program of the sorting kernel ranks this many requests.
 ORDER_TILES = Tiles(block_m=64, num_stages=1)
 
@@ -89,6 +96,7 @@ def build(
     Args:
         strategy: of STRATEGY_KERNELS.
         rows_hint: rows of x to choose tiles for, at least 1; the kernels are right for any number.
+            Of one expert where there are several.
         device: where they will run. On a CPU they run in Triton's interpreter.
         tiles: of each kernel of the strategy, instead of the heuristic's or the tuner's.
 
@@ -101,12 +109,18 @@ def build(
     if strategy not in STRATEGY_KERNELS:
         known = ", ".join(STRATEGY_KERNELS)
         raise LoweringError(f"no Triton strategy {strategy!r}; there are {known}")
-    if strategy in LINEAR and spec.weight_dtype is None:
+    if strategy in (*LINEAR, *EXPERTS) and spec.weight_dtype is None:
         raise LoweringError(f"strategy {strategy!r} computes the base product: name its weight")
+    if (strategy in EXPERTS) != (spec.experts > 0 and strategy not in DELTA):
+        raise LoweringError(f"strategy {strategy!r} is not for {spec.experts} experts")
+    if strategy == "activated" and spec.activation is None:
+        raise LoweringError("strategy 'activated' computes x: give the activation")
     if not spec.supported() or spec.delta.embedding != (strategy == "embedding"):
         return None
-    if strategy not in LINEAR:  # one kernel for all bases
-        spec = replace(spec, weight_dtype=None, bias=False, transposed=False)
+    if strategy in DELTA:  # one kernel for all bases
+        spec = TritonSpec(spec.delta)
+    if strategy == "grouped":
+        spec = replace(spec, activation=None)
     arch = architecture_of(device)
     load_tuned(arch)
     chosen = dict(tiles) if tiles is not None else tiles_for(strategy, spec.delta, rows_hint, arch)

@@ -28,6 +28,9 @@ from lorafx.kernels.compiler import cache_folder
 from lorafx.kernels.triton_source import KERNELS, TritonSpec, generator_hash, source
 from lorafx.kernels.triton_tiles import Architecture, Tiles
 
+#: What launches first, of those that another kernel reads the result of.
+FIRST = ("shrink", "shrink_rows", "split", "activate")
+
 
 @dataclass(frozen=True, eq=False)
 class GeneratedKernel:
@@ -50,7 +53,7 @@ class GeneratedKernel:
     @property
     def starts_early(self) -> bool:
         """Whether it may be launched while the kernel before it runs: it waits by itself."""
-        return self.tiles.overlap and self.name not in ("shrink", "shrink_rows", "split")
+        return self.tiles.overlap and self.name not in FIRST
 
     @property
     def text(self) -> str:

@@ -6,8 +6,9 @@ The interpreter is used whether or not TRITON_INTERPRET is set, so that kernels 
 ahead of time in the process that also runs them. What it gets wrong (triton 3.6 and 3.7) is put
 right while a kernel runs, and only then:
 
-- `tl.sum`, `tl.min` and `tl.max` are compiled functions unless TRITON_INTERPRET was set before
-  triton was imported, and when they are not, calling them leaves `triton.language` patched.
+- `tl.sum`, `tl.min`, `tl.max` and `tl.cumsum` are compiled functions unless TRITON_INTERPRET was
+  set before triton was imported, and when they are not, calling them leaves `triton.language`
+  patched.
 - bfloat16 is kept as the bits, in uint16. Casting from float32 cuts off instead of rounding to
   nearest even (and where it rounds, a carry into the exponent is lost), and `tl.dot` multiplies the
   bits as integers. Here casts round as hardware does and products are taken in float32, in which
@@ -76,6 +77,10 @@ def _reduction(combine: Any) -> Callable[..., Any]:
     return reduce
 
 
+def _running_sum(input: Any, axis: int = 0) -> Any:
+    return tl.associative_scan(input, axis, tl.standard._sum_combine)
+
+
 def _pass_on(asm: str, constraints: str, args: Sequence[Any], **_: Any) -> Any:
     return args[0]
 
@@ -95,6 +100,7 @@ def _put_right() -> Iterator[None]:
         (tl, "sum", _reduction(standard._sum_combine)),
         (tl, "min", _reduction(standard._elementwise_min)),
         (tl, "max", _reduction(standard._elementwise_max)),
+        (tl, "cumsum", _running_sum),
         (tl, "inline_asm_elementwise", _pass_on),
         (interpreter, "_patch_lang_tensor", _scalars_as_indices(interpreter._patch_lang_tensor)),
     ]

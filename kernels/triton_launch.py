@@ -39,6 +39,7 @@ class Batch:
         order: (count,) int32, the requests that have rows, sorted by slot; None: not sorted.
         count: requests that have rows.
         span: rows of one request, over all repetitions of the n requests in M.
+        offs: (E,), where the rows of each expert end, for rows sorted by expert; None: no experts.
     """
 
     M: Any
@@ -47,10 +48,17 @@ class Batch:
     order: Tensor | None
     count: Any
     span: Any
+    offs: Tensor | None = None
 
     @classmethod
     def of(
-        cls, M: Any, slots: Tensor, rows: Any, kernel: GeneratedKernel | None, launch: Launch
+        cls,
+        M: Any,
+        slots: Tensor,
+        rows: Any,
+        kernel: GeneratedKernel | None,
+        launch: Launch,
+        offs: Tensor | None = None,
     ) -> Batch:
         """The batch of an op's arguments; sorted where there is an `order` kernel."""
         n = slots.shape[0]
@@ -61,10 +69,16 @@ class Batch:
         if kernel is not None:
             order = torch.empty(count, dtype=torch.int32, device=slots.device)
             launch(kernel, (_cdiv(count, kernel.tiles.block_m),), (slots, order, count))
-        return cls(M, slots, rows, order, count, span)
+        return cls(M, slots, rows, order, count, span, offs)
 
     def tiles(self, block: int) -> Any:
-        """Tiles of `block` rows; a sorted batch may have a few places without a row at its end."""
+        """Tiles of `block` rows; a sorted batch may have a few places without a row at its end.
+
+        With experts the most that there can be: each begins a tile, and so do rows of none.
+        """
+        if self.offs is not None:
+            groups = torch.sym_min(self.offs.shape[0], self.M) + 1
+            return (self.M + groups * (block - 1)) // block
         return _cdiv(self.M if self.order is None else self.count * self.span, block)
 
     def arguments(self, *tail: Any) -> list[Any]:
@@ -74,8 +88,8 @@ class Batch:
 
     @property
     def pointers(self) -> list[Tensor]:
-        """slots and, for sorted rows, order."""
-        return [self.slots] if self.order is None else [self.slots, self.order]
+        """slots and, for sorted rows, order or the experts' ends."""
+        return [t for t in (self.slots, self.order, self.offs) if t is not None]
 
 
 def _cdiv(value: Any, by: Any) -> Any:
@@ -108,6 +122,33 @@ def shrink(
     arguments = [x, A, ranks, scales, *batch.pointers, v]
     launch(kernel, grid, arguments + batch.arguments(ranks.shape[0], v.stride(0), x.stride(0)))
     return v
+
+
+def activate(
+    kernel: GeneratedKernel,
+    spec: TritonSpec,
+    inputs: Sequence[Tensor],
+    A: Tensor,
+    ranks: Tensor,
+    scales: Tensor,
+    batch: Batch,
+    launch: Launch,
+) -> tuple[Tensor, Tensor]:
+    """h (M, K) = f(inputs) and v = `shrink` of it; its reference is f and `shrink_reference`."""
+    activation = spec.activation
+    assert activation is not None
+    tiles, M, d = kernel.tiles, batch.M, spec.delta
+    h = torch.empty((M, d.in_features), dtype=d.x_dtype, device=A.device)
+    v = torch.empty((tiles.parts, M, spec.planes), dtype=torch.float32, device=A.device)
+    strides, place = [], 0
+    for leaf in activation.leaves:
+        strides.append(inputs[place].stride(0))
+        place += 1 + leaf.gathered
+    tall = batch.tiles(tiles.block_m) * tiles.lanes
+    grid = (tall, _cdiv(spec.planes, tiles.block_r), tiles.parts)
+    scalars = batch.arguments(ranks.shape[0], v.stride(0), *strides, h.stride(0))
+    launch(kernel, grid, [*inputs, h, A, ranks, scales, *batch.pointers, v, *scalars])
+    return h, v
 
 
 def shrink_reference(
@@ -184,7 +225,8 @@ def linear(
         x, weight, bias = base
         if kernel.name != "reduce":
             pointers += [x, weight]
-            strides += [x.stride(0), weight.stride(0)]
+            strides += [x.stride(0), weight.stride(-2)]
+            strides += [weight.stride(0)] if batch.offs is not None else []
         elif sums is not None:
             pointers.append(sums)
             strides.append(sums.stride(0))

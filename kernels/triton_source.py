@@ -10,7 +10,9 @@
     shrink_rows, expand_rows    the same a row at a time, without matrix instructions
     embedding_rows              expand_rows with A[s, id] for v
     order        the requests sorted by slot
+    activate     h = f(…) of other tensors, and shrink for x = h
 
+With routed experts rows are sorted by expert, a tile is of one expert, and s is its (slot, expert).
 s is the slot of row m, r runs over the s-th adapter's own rank. Every size but those of the batch
 is a literal of the source; the batch's own (M rows, n slots, rows a request) are arguments.
 """
@@ -27,6 +29,7 @@ from typing import Any
 import jinja2
 import torch
 
+from lorafx.kernels.activation import Activation
 from lorafx.kernels.cpu_source import DeltaSpec
 from lorafx.kernels.triton_tiles import Tiles, power_of_two
 
@@ -44,6 +47,7 @@ KERNELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "expand_rows": ("rows", {"function": "expand_rows", "embedding": False}),
     "embedding_rows": ("rows", {"function": "expand_rows", "embedding": True}),
     "order": ("order", {}),
+    "activate": ("shrink", {}),
 }
 
 
@@ -56,12 +60,16 @@ class TritonSpec:
         weight_dtype: of the base weight, for a strategy that computes the base product too.
         bias: whether there is a base bias.
         transposed: the base weight is (K, N).
+        experts: E where the weight holds one for each expert; 0 for all others.
+        activation: what x is computed by, for a strategy that does so itself.
     """
 
     delta: DeltaSpec
     weight_dtype: torch.dtype | None = None
     bias: bool = False
     transposed: bool = False
+    experts: int = 0
+    activation: Activation | None = None
 
     @property
     def out_features(self) -> int:
@@ -120,6 +128,8 @@ def heading(kernel: str, spec: TritonSpec | None, tiles: Tiles) -> str:
         if spec.weight_dtype is not None:
             shape = "(K, N)" if spec.transposed else "(N, K)"
             lines.append(f"weight {shape}, {'with' if spec.bias else 'without'} bias")
+        if spec.experts:
+            lines.append(f"{spec.experts} experts, rows sorted by expert")
     lines.append(f"tiles: {tiles}")
     return "\n\n".join((lines[0], "\n".join(lines[1:]))) + "\n"
 
@@ -176,12 +186,16 @@ def parameters(kernel: str, spec: TritonSpec, tiles: Tiles) -> dict[str, Any]:
         "out_features": spec.out_features,
         "k_part": k_part,
         "ragged_k": ragged
-        or (kernel in ("shrink", "split") and tiles.parts * k_part > d.in_features),
+        or (kernel in ("shrink", "split", "activate") and tiles.parts * k_part > d.in_features),
         "split_part": split_part,
         "split_ragged": ragged or tiles.split * split_part > d.in_features,
         "ragged_n": any(size % tiles.block_n for size in d.sizes),
         **asdict(tiles),
         "batched": batched,
+        "grouped": spec.experts > 0,
+        "experts": spec.experts,
+        "experts_block": power_of_two(spec.experts, 1, 1 << 20),
+        "activation": spec.activation if kernel == "activate" else None,
     }
 
 

@@ -268,6 +268,42 @@ def split_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> dict[str, Til
     return {name: replace(tiles, overlap=arch.overlaps) for name, tiles in both.items()}
 
 
+def grouped_tiles(
+    spec: DeltaSpec, rows: int, arch: Architecture, strategy: str
+) -> tuple[Tiles, Tiles]:
+    """Tiles of the shrink and the product over `rows` rows of each of many experts.
+
+    The experts fill the processors, so neither is cut up for that. Some experts have twice the
+    rows of the average: tiles are chosen for those, since a second row tile reads W once more. In
+    decode a tile's few rows are of as many adapters: they are taken side by side.
+
+    A reader that starts early reads x before it waits, so not where the kernel before it makes x;
+    nor with wide tiles, whose registers its wait takes (40 bytes spilled, two siblings, Hopper).
+    """
+    rows = 2 * rows if rows < 64 else rows
+    # x that is computed is in registers: a wgmma of it would be in flight as they are written
+    first = shrink_tiles(spec, rows if strategy == "grouped" else min(rows, 32), arch)
+    second = linear_tiles(spec, rows, arch, "epilogue")
+    if arch.name != "interpreter":
+        wide = first.picked or first.block_m
+        few = wide <= 16 and spec.in_features % 16 == 0
+        factors = len(spec.sizes) * spec.max_rank
+        first = replace(
+            first,
+            block_r=power_of_two(factors, 16, 64 if first.block_k < 128 else 32),
+            parts=2 if few and spec.in_features >= 8 * first.block_k else 1,
+            lanes=4 if few else 1,
+        )
+        size = max(spec.x_dtype.itemsize, spec.bank_dtype.itemsize)
+        stages = _stages(arch, first.block_k * (wide + first.block_r) * size, 4)
+        first = replace(first, num_stages=stages)
+        if second.swap and second.block_m <= 32 and spec.max_rank <= 32:
+            second = replace(second, batched=True, block_r=64)
+    overlap = arch.overlaps and strategy == "grouped" and rows <= 256
+    first = replace(first, overlap=overlap)
+    return first, replace(second, parts=first.parts, overlap=overlap)
+
+
 def shrink_rows_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
     """Tiles of the per-row shrink: a few factors by a long stretch of K, in registers."""
     factors = len(spec.sizes) * spec.max_rank
@@ -300,6 +336,8 @@ STRATEGY_KERNELS: Mapping[str, tuple[str, ...]] = {
     "segments": ("shrink", "expand"),
     "gemv": ("shrink_rows", "expand_rows"),
     "embedding": ("embedding_rows",),
+    "grouped": ("shrink", "epilogue"),
+    "activated": ("activate", "epilogue"),
 }
 
 # What a tuner measured: (strategy, architecture, spec, M rounded up to a power of two) -> tiles
@@ -318,7 +356,7 @@ def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> 
     Rows are sorted by slot only in "segments", where a tile does nothing but its adapters' work;
     where the base product is in the same tile, more adapters a tile cost little beside it.
     """
-    rows = max(rows, 1)
+    rows = max(rows, 1)  # of one expert, in "grouped" and "activated"
     tuned = TUNED.get(tuning_key(strategy, arch, spec, rows))
     if tuned is not None:
         return dict(tuned)
@@ -333,6 +371,10 @@ def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> 
         return {name: replace(t, overlap=arch.overlaps) for name, t in both.items()}
     if strategy == "split":
         return split_tiles(spec, rows, arch)
+    if strategy in ("grouped", "activated"):
+        return dict(
+            zip(STRATEGY_KERNELS[strategy], grouped_tiles(spec, rows, arch, strategy), strict=True)
+        )
     first = shrink_tiles(spec, rows, arch)
     ordered = strategy == "segments" and rows > first.block_m
     first = replace(first, ordered=ordered, overlap=arch.overlaps)

@@ -15,7 +15,10 @@ Lowering = Literal["auto", "inductor", "triton", "reference"]
 #: How a LoRA node can be computed, by lowering; "aten" is the op's own implementation.
 STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "inductor": ("generated", "aten"),
-    "triton": ("split", "epilogue", "recompute", "gemv", "segments", "aten"),
+    "triton": (
+        *("split", "epilogue", "recompute", "gemv", "segments", "aten"),
+        *("grouped", "activated"),  # of routed experts
+    ),
     "reference": ("aten",),
 }
 Verify = Literal["off", "lint", "numeric"]

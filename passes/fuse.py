@@ -3,7 +3,8 @@
     y = mm(x, Wᵀ); y' = site(x, y, bank)   →   y' = fused_linear(x, W, b, bank)
 
 Only where W enters the product as it is (uncast, unexpanded) and y has no other reader; every
-other site keeps its op on y.
+other site keeps its op on y. Products with routed experts likewise, for the Triton lowering, which
+has kernels for them (lorafx.graph.fused_experts).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import fx
 
 from lorafx.graph.context import FUSED_OP, SITE_OP, Context, SiteState
 from lorafx.graph.frame import arguments_of, fake_value
+from lorafx.graph.fused_experts import fuse_experts
 from lorafx.graph.weight_uses import RESHAPES, Use
 from lorafx.model.sites import Site
 
@@ -36,6 +38,8 @@ class Fuse:
             if node.target is SITE_OP and _fusible(node, state) and ctx.take_edit():
                 _fuse(gm.graph, ctx, node, state)
                 edits += 1
+        if ctx.program.options.lowering == "triton":
+            edits += sum(fuse_experts(gm.graph, ctx, node) for node in list(ctx.states))
         return edits
 
 

@@ -5,6 +5,7 @@
                expert_site → the key of each row, then as a site of that slot.
                grouped_site, here and below, runs as it is: plain aten.
     triton     fused_linear → triton_linear, or mm / addmm and triton_delta_, as planned;
+               fused_experts → triton_experts, or the grouped product and then as expert_site;
                site → triton_delta_ into y. On a GPU their launches are put into the graph.
     reference  nothing to do: the ops' own aten implementations run.
 
@@ -14,7 +15,7 @@ decides that y's buffer may be written (it is the GEMM's own output) without a c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +25,15 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from lorafx.graph.context import EMBEDDING_OP, EXPERT_OP, FUSED_OP, GROUPED_OP, SITE_OP, Context
 from lorafx.graph.frame import arguments_of, fake_value
+from lorafx.graph.fused_experts import FUSED_EXPERTS, product, region
 from lorafx.graph.graph_nodes import call_in_place
+from lorafx.graph.pointwise import Region
 from lorafx.graph.strategy import GENERATED, strategy_of
 from lorafx.graph.triton_graph import inline_triton_ops
-from lorafx.kernels import triton_ops
+from lorafx.kernels import triton_expert_ops, triton_ops
 from lorafx.kernels.cost import FUSED
 from lorafx.kernels.cpu import delta_call, embedding_delta_call
+from lorafx.kernels.triton_build import EXPERTS
 from lorafx.kernels.triton_ops import adjacent
 from lorafx.passes.plan import delta_spec
 
@@ -40,7 +44,8 @@ ADD_EMBEDDING_DELTA = torch.ops.lorafx.add_embedding_delta_.default
 TRITON_LINEAR = triton_ops.triton_linear._opoverload
 TRITON_DELTA = triton_ops.triton_delta_._opoverload
 TRITON_EMBEDDING_DELTA = triton_ops.triton_embedding_delta_._opoverload
-TRITON_OPS = (TRITON_LINEAR, TRITON_DELTA, TRITON_EMBEDDING_DELTA)
+TRITON_EXPERTS = triton_expert_ops.triton_experts._opoverload
+TRITON_OPS = (TRITON_LINEAR, TRITON_DELTA, TRITON_EMBEDDING_DELTA, TRITON_EXPERTS)
 
 
 @dataclass(frozen=True)
@@ -114,12 +119,46 @@ def _site(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
 
 
 def _experts(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
-    x, y, A, B, ranks, scales, slots, experts, *ranges, rows, count = arguments_of(node)
-    keys = ctx.call(graph, EXPERT_SLOTS, (slots, experts, rows, count))
-    bank = (A, B, ranks, scales, keys)
+    x, y, *bank, experts, siblings, offsets, sizes, rows, count = arguments_of(node)
     flat, x_flat = _flat(graph, ctx, y), _flat(graph, ctx, x)
-    written = _add_delta(graph, ctx, node, flat, x_flat, bank, tuple(ranges), 1)
+    ranges = (siblings, offsets, sizes)
+    written = _expert_delta(graph, ctx, node, flat, x_flat, bank, experts, ranges, rows, count)
     return _shaped(graph, ctx, written, y, node)
+
+
+def _expert_delta(
+    graph: fx.Graph,
+    ctx: Context,
+    node: fx.Node,
+    y: fx.Node,
+    x: fx.Node,
+    bank: Sequence[Any],
+    experts: fx.Node,
+    ranges: tuple[Any, ...],
+    rows: Any,
+    count: int,
+) -> fx.Node:
+    """y (M, N) after the delta of rows whose experts are known; each row has a slot of its own."""
+    *factors, slots = bank
+    keys = ctx.call(graph, EXPERT_SLOTS, (slots, experts, rows, count))
+    return _add_delta(graph, ctx, node, y, x, (*factors, keys), ranges, 1)
+
+
+def _fused_experts(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
+    x, weight, offs, *bank, experts, siblings, offsets, sizes, rows, _ = arguments_of(node)
+    strategy = strategy_of(node)
+    if strategy.name in EXPERTS:
+        inputs = [x]
+        if strategy.name == "activated":
+            found = region(node)
+            assert isinstance(found, Region)  # it was when the kernels were built
+            inputs = list(found.inputs)
+        inputs = [_adjacent(graph, ctx, item) for item in inputs]
+        arguments = (inputs, weight, offs, *bank, rows, strategy.kernel)
+        return ctx.call(graph, TRITON_EXPERTS, arguments)
+    y = product(graph, ctx, node)
+    ranges, count = (siblings, offsets, sizes), fake_value(weight).shape[0]
+    return _expert_delta(graph, ctx, node, y, x, bank, experts, ranges, rows, count)
 
 
 def _embedding(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
@@ -192,6 +231,7 @@ def _shaped(graph: fx.Graph, ctx: Context, y: fx.Node, source: Any, like: fx.Nod
 _LOWERINGS: dict[Any, Callable[..., fx.Node]] = {
     SITE_OP: _site,
     EXPERT_OP: _experts,
+    FUSED_EXPERTS: _fused_experts,
     EMBEDDING_OP: _embedding,
     FUSED_OP: _linear,
 }

@@ -30,10 +30,14 @@ from lorafx.graph.context import (
     Context,
 )
 from lorafx.graph.frame import arguments_of, fake_value
+from lorafx.graph.fused_experts import FUSED_EXPERTS, loops_on_host, region
+from lorafx.graph.pointwise import NoRegion, Region
 from lorafx.graph.strategy import ATEN, GENERATED, Strategy, choose
-from lorafx.kernels.cost import FUSED, byte_floor, choose_strategy, split_is_faster
+from lorafx.kernels.chips import chip_of
+from lorafx.kernels.cost import FUSED, Estimate, byte_floor, choose_strategy, split_is_faster
 from lorafx.kernels.cpu import DeltaSpec, build_all
-from lorafx.kernels.triton_build import TritonSpec
+from lorafx.kernels.expert_cost import ExpertWork, estimate_experts
+from lorafx.kernels.triton_build import EXPERTS, TritonSpec
 from lorafx.kernels.triton_build import build as build_triton
 from lorafx.kernels.triton_ops import adjacent
 from lorafx.model.sites import Part, Site
@@ -77,14 +81,18 @@ def _triton(ctx: Context, nodes: Sequence[fx.Node]) -> None:
         kernel = None
         if name != ATEN:
             spec = triton_spec(node)
-            kernel = build_triton(spec, name, rows_hint=rows or UNKNOWN_ROWS, device=device)
+            hint = rows or UNKNOWN_ROWS
+            if name in EXPERTS:
+                hint = max(hint // spec.experts, 1)
+            kernel = build_triton(spec, name, rows_hint=hint, device=device)
         if kernel is None:
             name = ATEN
             reason = f"{reason}; no kernel could be generated" if reason else ""
         choose(ctx, node, Strategy(name, kernel=kernel or 0, reason=reason))
 
 
-_ROWS = {**ROWS_ARGUMENT, FUSED_OP: 11}  # the position of `rows`
+#: The position of `rows`.
+_ROWS = {**ROWS_ARGUMENT, FUSED_OP: 11, FUSED_EXPERTS: 12}
 #: What tiles are chosen for where the number of rows depends on data.
 UNKNOWN_ROWS = 4096
 #: The one strategy of an embedding's delta.
@@ -118,8 +126,17 @@ def _triton_choice(
                 f"{'weight' if node.target is FUSED_OP else 'product'} {why}; pin 'gemv', "
                 "'segments' or 'aten'"
             )
+        if pinned in EXPERTS and (why := _not_for_experts(node, pinned)):
+            raise ConfigError(
+                f"Options.plan pins {pinned!r} for {', '.join(_paths(ctx, node))}: {why}; pin "
+                "another strategy, or take the pin out"
+            )
         return pinned, f"pinned; {_floor(ctx, node)}"
     sites = _sites(ctx, node)
+    if node.target is FUSED_EXPERTS and rows is not None:
+        for name, estimate in _expert_estimates(ctx, node, rows, device).items():
+            if not estimate.refusal and not _not_for_experts(node, name):
+                return name, f"modelled {estimate} at {rows} rows; {_floor(ctx, node)}"
     slots, rank = ctx.program.home(sites[0])[0].bank.B.shape[:2]
     dtype = fake_value(arguments_of(node)[0]).dtype
     _, estimates = choose_strategy(_parts(sites), rows, slots, rank, dtype, device)
@@ -133,6 +150,42 @@ def _fusable(node: fx.Node) -> bool:
     """Whether a kernel may compute the base product too: it is in the node, and the kernel can read
     the weight as it lies. A copy of a weight at every call would cost more than fusion saves."""
     return node.target is FUSED_OP and adjacent(fake_value(arguments_of(node)[1]))
+
+
+def _not_for_experts(node: fx.Node, name: str) -> str:
+    """Why a strategy cannot compute this node's product with routed experts; "" where it can."""
+    if name not in EXPERTS:
+        return ""
+    if node.target is not FUSED_EXPERTS:
+        return "it is no grouped product with routed experts' weights"
+    if not adjacent(fake_value(arguments_of(node)[1])):
+        return "its weight lies column by column"
+    if name == "activated":
+        found = region(node)
+        if isinstance(found, NoRegion):
+            return f"what computes its input is not known to kernels: {found.reason}"
+    return ""
+
+
+def _expert_estimates(
+    ctx: Context, node: fx.Node, rows: int, device: torch.device
+) -> dict[str, Estimate]:
+    x, weight, _, _, B = arguments_of(node)[:5]
+    experts, sites = fake_value(weight).shape[0], _sites(ctx, node)
+    slots = fake_value(B).shape[0] // experts
+    work = ExpertWork(
+        sites[0].in_features,
+        tuple(part.out_features for part in _parts(sites)),
+        rows,
+        experts,
+        max(1, min(slots, rows)),
+        fake_value(B).shape[1],
+        fake_value(x).dtype,
+        chip_of(device),
+        on_host=loops_on_host(node),
+        activation=isinstance(region(node), Region),
+    )
+    return estimate_experts(work)
 
 
 def _rows(node: fx.Node) -> int | None:
@@ -205,6 +258,8 @@ def delta_spec(node: fx.Node) -> DeltaSpec:
         return DeltaSpec.of_embedding(value(y), value(A), value(B))
     if node.target is FUSED_OP:
         x, _, _, A, B, ranks, _, _, siblings, offsets, sizes = arguments_of(node)[:11]
+    elif node.target is FUSED_EXPERTS:
+        x, _, _, A, B, ranks, _, _, _, siblings, offsets, sizes = arguments_of(node)[:12]
     elif node.target is EXPERT_OP:
         x, _, A, B, ranks, _, _, _, siblings, offsets, sizes = arguments_of(node)[:11]
     else:
@@ -215,6 +270,15 @@ def delta_spec(node: fx.Node) -> DeltaSpec:
 
 def triton_spec(node: fx.Node) -> TritonSpec:
     """`delta_spec`, and the base weight where it is part of the node."""
+    if node.target is FUSED_EXPERTS:
+        weight, transposed = fake_value(arguments_of(node)[1]), arguments_of(node)[-1]
+        found = region(node)
+        activation = found.activation if isinstance(found, Region) else None
+        return TritonSpec(
+            *(delta_spec(node), weight.dtype, False, transposed),
+            experts=weight.shape[0],
+            activation=activation,
+        )
     if node.target is not FUSED_OP:
         return TritonSpec(delta_spec(node))
     _, weight, bias, *_, transposed = arguments_of(node)

@@ -14,6 +14,7 @@ few rows at a time, in float32 (float64 for a float64 weight).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,8 +25,9 @@ from lorafx.adapter_store.bank import Factors
 from lorafx.adapter_store.store import StoredAdapter
 from lorafx.model.sites import Group, Site
 
-#: Bytes of ΔW that are computed at once.
-BLOCK = 1 << 26
+#: Bytes of ΔW that are computed at once: on a CPU a cache's worth, whose memory is used again and
+#: again; on other devices enough to keep them busy.
+BLOCK_ON_CPU, BLOCK = 1 << 22, 1 << 26
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Delta:
         example = torch.empty(0)
         return all(
             torch.equal(self.block(*rows, example), other.block(*rows, example))
-            for rows in blocks(self.shape)
+            for rows in blocks(self.shape, example.device)
         )
 
 
@@ -151,14 +153,11 @@ def deltas_of(groups: Sequence[Group], stored: StoredAdapter) -> list[Delta]:
     return [Delta(site, tuple(terms[key])) for key, site in sites.items()]
 
 
-def blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ranges of the first dimension of a tensor of this shape that hold at most `BLOCK` bytes of
-    float32 each, and at least one row."""
-    rows = shape[0]
-    row = 4
-    for size in shape[1:]:
-        row *= size
-    step = max(1, BLOCK // row)
+def blocks(shape: Sequence[int], device: torch.device) -> Iterator[tuple[int, int]]:
+    """Ranges of the first dimension of a tensor of this shape, each with as many rows as fit into a
+    block of float32, at least one."""
+    rows, row = shape[0], 4 * math.prod(shape[1:])
+    step = max(1, (BLOCK_ON_CPU if device.type == "cpu" else BLOCK) // row)
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 

@@ -12,6 +12,7 @@ format loses is reported, and what they were is kept where it lies.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -308,21 +309,25 @@ def add_to(target: Tensor, weight: Tensor, delta: Delta, label: str) -> float:
     """
     dtype = computing(weight)
     lost = whole = 0.0
-    for start, stop in blocks(weight.shape):
+    for start, stop in blocks(weight.shape, weight.device):
         before = weight.detach()[start:stop].to(dtype, copy=True)
         update = delta.update(start, stop, before)
         after = (before + update).to(weight.dtype)
-        overflown = (~torch.isfinite(after) & torch.isfinite(before)).any()
-        difference = torch.linalg.vector_norm(after.to(dtype) - before - update)
-        numbers = torch.stack([overflown.to(dtype), difference, torch.linalg.vector_norm(update)])
-        bad, block_lost, block_whole = numbers.tolist()  # one transfer a block
-        if bad:
+        wrong = after.to(dtype, copy=True).sub_(before).sub_(update)
+        norms = torch.stack([torch.linalg.vector_norm(wrong), torch.linalg.vector_norm(update)])
+        block_lost, block_whole = norms.tolist()  # one transfer a block
+        if not math.isfinite(block_lost) and _overflown(before, after):
             raise MatchError(
                 f"{label}: W + ΔW is beyond the range of {weight.dtype}. Nothing has changed"
             )
         lost, whole = lost + block_lost**2, whole + block_whole**2
         write(target.detach()[start:stop], after)
     return (lost / whole) ** 0.5 if whole else 0.0
+
+
+def _overflown(before: Tensor, after: Tensor) -> bool:
+    """Whether finite numbers have become infinite, or none."""
+    return bool((~torch.isfinite(after) & torch.isfinite(before)).any())
 
 
 @torch.no_grad()

@@ -93,13 +93,13 @@ def _interpret(weight: fx.Node, form: _Form, user: fx.Node) -> _Form | ExpertUse
         if order == [0, 2, 1]:
             return _Form(user, not form.in_first, form.ids)
         return unknown("its dimensions are permuted")
-    if user.target is aten.index.Tensor and form.ids is None and form.node is weight:
+    if user.target is aten.index.Tensor and form.ids is None:
         indices = [index for index in arguments[1] if index is not None]
         first = len(indices) == 1 and arguments[1][0] is indices[0]
         if first and fake_value(indices[0]).dim() == 1:
             return _Form(user, form.in_first, indices[0])
         return unknown("it is indexed in another way than by one expert a row")
-    if _is_grouped(user):
+    if is_grouped(user):
         x, held, offs = (*arguments, None)[:3]
         if held is form.node and form.in_first and form.ids is None and offs is not None:
             return ExpertUse("sorted", weight, user, x, offs)
@@ -126,7 +126,8 @@ def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
 
 
-def _is_grouped(node: fx.Node) -> bool:
+def is_grouped(node: fx.Node) -> bool:
+    """Whether it is a product of sorted rows with the weights of all experts."""
     if node.target in GROUPED:
         return True
     packet = getattr(node.target, "overloadpacket", None)

@@ -64,11 +64,7 @@ class ExpertWeight:
 
 def expert_weights(module: nn.Module) -> tuple[ExpertWeight, ExpertWeight] | None:
     """The two weights of a module of routed experts, up (or gate and up) first, or None."""
-    found = [
-        (name, parameter)
-        for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.dim() == 3 and parameter.is_floating_point()
-    ]
+    found = _stacks(module)
     if len(found) != 2 or found[0][1].shape[0] != found[1][1].shape[0]:
         return None
     declared = getattr(module, "is_transposed", None)
@@ -80,6 +76,28 @@ def expert_weights(module: nn.Module) -> tuple[ExpertWeight, ExpertWeight] | Non
         if (pair := _pair(module, first, second, transposed)) is not None
     ]
     return fitting[0] if fitting else None
+
+
+def unlike_experts(module: nn.Module) -> str | None:
+    """Why a module that holds 3-D parameters is not one of routed experts; None without any."""
+    found = _stacks(module)
+    if not found:
+        return None
+    held = ", ".join(f"{name} {tuple(parameter.shape)}" for name, parameter in found)
+    return (
+        f"{held} are not two weights of as many experts each, of which the second maps back to "
+        "the size that the first takes, so it is not known what an update of each is; leave the "
+        "module out of target_modules"
+    )
+
+
+def _stacks(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """The 3-D floating parameters by name."""
+    return [
+        (name, parameter)
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.dim() == 3 and parameter.is_floating_point()
+    ]
 
 
 def loops(module: nn.Module) -> bool:

@@ -20,7 +20,8 @@ from lorafx.kernels.triton_tiles import ARCHITECTURES
 from lorafx.kernels.triton_variants import AotVariant, variants_for_aot
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
-#: One variant a kernel, the layer o_proj of Llama-3-8B, whose row tiles are those of many requests.
+#: One variant a kernel, the layer o_proj of Llama-3-8B, whose row tiles are those of many requests,
+#: and kernels of routed experts for few rows each.
 CUT = (
     "split/split/o_r16_bf16/m64",
     "split/reduce/o_r16_bf16/m64",
@@ -33,6 +34,9 @@ CUT = (
     "gemv/expand_rows/o_r16_bf16/m1",
     "embedding/embedding_rows/embedding_r16_bf16/m1",
     "order",
+    "grouped/shrink/qwen3_up_r16_bf16/m1",
+    "grouped/epilogue/qwen3_up_r16_bf16/m1",
+    "activated/activate/gptoss_down_r16_bf16/m1",
 )
 HALF = (torch.float16, torch.bfloat16)
 
@@ -42,11 +46,12 @@ def expected_matrix(variant: AotVariant, target: str) -> str | None:
     spec, tiles = variant.spec, variant.kernel.tiles
     if spec is None or "rows" in variant.kernel.name or variant.kernel.name == "order":
         return None
-    product = variant.kernel.name not in ("expand", "shrink", "reduce")  # x Wᵀ is in it
+    # x Wᵀ is in the others
+    product = variant.kernel.name not in ("expand", "shrink", "activate", "reduce")
     delta = spec.delta
     if product:
         is_half, tall = delta.x_dtype in HALF, tiles.block_n if tiles.swap else tiles.block_m
-    elif variant.kernel.name == "shrink":
+    elif variant.kernel.name in ("shrink", "activate"):
         is_half = delta.x_dtype in HALF and delta.x_dtype == delta.bank_dtype
         tall = tiles.block_r if tiles.swap else tiles.block_m
     else:

@@ -23,7 +23,7 @@ from lorafx.kernels import triton_cache, triton_compat
 from lorafx.kernels.triton_build import LINEAR, STRATEGY_KERNELS, build, plan_of, source_of
 from lorafx.kernels.triton_source import generator_hash, hash_of, source
 from lorafx.kernels.triton_tiles import ARCHITECTURES, TUNED, tiles_for, tuning_key
-from lorafx.kernels.triton_variants import representative_specs, variants_for_aot
+from lorafx.kernels.triton_variants import expert_specs, representative_specs, variants_for_aot
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 PROCESS = """
@@ -183,7 +183,7 @@ def test_variants(arch: str) -> None:
         pointers = [name for name, kind in v.signature.items() if kind.startswith("*")]
         assert all(name.endswith("_ptr") for name in pointers)
     specs = {v.name.split("/")[2] for v in variants if "/" in v.name}
-    assert specs == set(representative_specs())
+    assert specs == {*representative_specs(), *expert_specs()}
 
 
 def test_one_template_serves_all_strategies_of_the_product() -> None:

@@ -25,7 +25,7 @@ from triton_cases import (
 
 from lorafx.errors import LoweringError
 from lorafx.kernels import triton_ops
-from lorafx.kernels.triton_build import LINEAR, STRATEGY_KERNELS, TritonSpec, build, plan_of
+from lorafx.kernels.triton_build import LINEAR, TritonSpec, build, plan_of
 from lorafx.kernels.triton_tiles import Tiles
 
 STRATEGY_OPS = {
@@ -48,7 +48,7 @@ def arguments_of(case: Case, strategy: str) -> tuple[object, ...]:
     return (*first, *p.bank, p.rows, kernel)
 
 
-@pytest.mark.parametrize("strategy", STRATEGY_KERNELS)
+@pytest.mark.parametrize("strategy", STRATEGY_OPS)
 def test_opcheck(strategy: str) -> None:
     case = case_of(strategy)
     p = case.problem  # opcheck compares whole arguments, so no NaN
@@ -57,7 +57,7 @@ def test_opcheck(strategy: str) -> None:
     assert set(checks.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("strategy", STRATEGY_KERNELS)
+@pytest.mark.parametrize("strategy", STRATEGY_OPS)
 def test_no_rows(strategy: str) -> None:
     case = case_of(strategy)
     empty = case.with_(x=case.problem.x[:0], y=case.problem.y[:0])

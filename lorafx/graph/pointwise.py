@@ -1,0 +1,245 @@
+"""What computes the input of a product, as an expression that a kernel can compute by itself.
+
+    h = mul(silu(y[:, :K]), y[:, K:])   →   Activation(g0 = y[m, k], g1 = y[m, K + k], …), (y,)
+
+From h backwards through pointwise operators, slices of columns and casts to float tensors with a
+row for each row of h (leaves), or to rows gathered from a table. Only the operators of `FORMS` are
+known; anything else ends the region as a leaf, or refuses it where it has another shape.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from lorafx.graph.frame import arguments_of, fake_value
+from lorafx.kernels.activation import Activation, Leaf, Load
+from lorafx.kernels.triton_source import TYPES
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+_EXP = "1 / (1 + tl.exp(-({0})))"
+_ALL = "propagate_nan=tl.PropagateNan.ALL"
+#: Operator → Triton expression of its operands, all float32.
+FORMS: Mapping[Any, str] = {
+    aten.add.Tensor: "{0} + {1}",
+    aten.sub.Tensor: "{0} - {1}",
+    aten.mul.Tensor: "{0} * {1}",
+    aten.div.Tensor: "{0} / {1}",
+    aten.neg.default: "-{0}",
+    aten.abs.default: "tl.abs({0})",
+    aten.exp.default: "tl.exp({0})",
+    aten.erf.default: "tl.erf({0})",
+    aten.sqrt.default: "tl.sqrt({0})",
+    aten.reciprocal.default: "1 / {0}",
+    aten.sigmoid.default: _EXP,
+    aten.silu.default: "{0} / (1 + tl.exp(-({0})))",
+    aten.tanh.default: "1 - 2 / (1 + tl.exp(2 * {0}))",
+    aten.relu.default: f"tl.maximum({{0}}, 0.0, {_ALL})",
+    aten.maximum.default: f"tl.maximum({{0}}, {{1}}, {_ALL})",
+    aten.minimum.default: f"tl.minimum({{0}}, {{1}}, {_ALL})",
+    aten.clamp_min.default: f"tl.maximum({{0}}, {{1}}, {_ALL})",
+    aten.clamp_max.default: f"tl.minimum({{0}}, {{1}}, {_ALL})",
+}
+POWERS: Mapping[float, str] = {2: "{0} * {0}", 3: "{0} * {0} * {0}"}
+CASTS = frozenset({prims.convert_element_type.default, aten._to_copy.default})
+SAME = frozenset({aten.alias.default, aten.clone.default, aten.detach.default})
+SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default})
+#: Beyond these a kernel of the region would have too few registers.
+MOST_LINES, MOST_LEAVES, MOST_LOADS = 40, 4, 8
+
+
+@dataclass(frozen=True)
+class Region:
+    """h as an expression, and the nodes of its leaves in the order in which kernels take them."""
+
+    activation: Activation
+    inputs: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class NoRegion:
+    """Why there is none."""
+
+    reason: str
+
+
+class _Unknown(Exception):
+    pass
+
+
+def region_of(h: Any) -> Region | NoRegion:
+    """What computes h (M, K). Pure; the graph is only read."""
+    value = fake_value(h) if isinstance(h, fx.Node) else None
+    if value is None or value.dim() != 2 or value.dtype not in TYPES:
+        return NoRegion("it is no matrix of 16- or 32-bit floats")
+    if not isinstance(value.shape[1], int):
+        return NoRegion("the number of its columns is a symbol")
+    builder = _Builder(value.shape[0])
+    try:
+        result = builder.value(h, 0, 1)
+    except _Unknown as error:
+        return NoRegion(str(error))
+    if not builder.lines:
+        return NoRegion(f"{h.name} is not computed by operators that are known here")
+    leaves, inputs = [], []
+    for table, ids in builder.leaves:
+        leaves.append(Leaf(fake_value(table).dtype, ids is not None))
+        inputs += [table] if ids is None else [table, ids]
+    loads = tuple(Load(*load) for load in builder.loads)
+    return Region(Activation(tuple(leaves), loads, tuple(builder.lines), result), tuple(inputs))
+
+
+@dataclass
+class _Builder:
+    """Names of the values that were met: of columns start + step · k of a node."""
+
+    rows: Any
+    lines: list[str] = field(default_factory=list)
+    loads: list[tuple[int, int, int]] = field(default_factory=list)
+    leaves: list[tuple[fx.Node, fx.Node | None]] = field(default_factory=list)
+    named: dict[tuple[fx.Node, int, int], str] = field(default_factory=dict)
+
+    def value(self, node: fx.Node, start: int, step: int) -> str:
+        key = (node, start, step)
+        if key not in self.named:
+            self.named[key] = self._computed(node, start, step)
+        return self.named[key]
+
+    def _computed(self, node: fx.Node, start: int, step: int) -> str:
+        arguments = arguments_of(node)
+        columns = _columns(node)
+        if columns is not None:
+            source, first, stride = columns
+            return self.value(source, first + stride * start, stride * step)
+        if node.target in SAME and not _other(node, 1):
+            return self.value(arguments[0], start, step)
+        if node.target in CASTS and _float(arguments[0]):
+            return self._cast(node, self.value(arguments[0], start, step))
+        form = _form(node)
+        if form is None:
+            return self._leaf(node, start, step)
+        operands = [
+            self._operand(node, item, start, step) for item in arguments if item is not None
+        ]
+        return self._line(form.format(*operands))
+
+    def _operand(self, node: fx.Node, item: Any, start: int, step: int) -> str:
+        if isinstance(item, (int, float)) and not isinstance(item, bool):
+            if not math.isfinite(item):
+                raise _Unknown(f"{node.name} has the operand {item}")
+            return f"({float(item)!r})"
+        if not isinstance(item, fx.Node):
+            raise _Unknown(f"{node.name} has the operand {item}")
+        value, whole = fake_value(item), fake_value(node)
+        if not isinstance(value, torch.Tensor) or value.dim() != 2:
+            raise _Unknown(f"{node.name} takes {item.name}, which has no row for each row")
+        if isinstance(value.shape[1], int) and value.shape[1] == 1 != whole.shape[1]:
+            return self.value(item, 0, 0)
+        if tuple(value.shape) != tuple(whole.shape):
+            raise _Unknown(f"{node.name} takes {item.name} of another shape")
+        return self.value(item, start, step)
+
+    def _cast(self, node: fx.Node, name: str) -> str:
+        dtype = fake_value(node).dtype
+        if dtype not in TYPES:
+            raise _Unknown(f"{node.name} casts to {dtype}")
+        if dtype == torch.float32:
+            return name
+        return self._line(f"{name}.to({TYPES[dtype]}).to(tl.float32)")
+
+    def _leaf(self, node: fx.Node, start: int, step: int) -> str:
+        value = fake_value(node)
+        if not isinstance(value, torch.Tensor) or value.dim() != 2 or value.shape[0] != self.rows:
+            raise _Unknown(f"{node.name} has no row for each row")
+        if value.dtype not in TYPES:
+            raise _Unknown(f"{node.name} is {value.dtype}")
+        leaf = _gathered(node) or (node, None)
+        if leaf not in self.leaves:
+            self.leaves.append(leaf)
+        self.loads.append((self.leaves.index(leaf), start, step))
+        if len(self.leaves) > MOST_LEAVES or len(self.loads) > MOST_LOADS:
+            raise _Unknown(f"it reads more than {MOST_LEAVES} tensors at {MOST_LOADS} places")
+        return f"g{len(self.loads) - 1}"
+
+    def _line(self, expression: str) -> str:
+        if len(self.lines) == MOST_LINES:
+            raise _Unknown(f"it has more than {MOST_LINES} operators")
+        self.lines.append(f"t{len(self.lines)} = {expression}")
+        return f"t{len(self.lines) - 1}"
+
+
+def _form(node: fx.Node) -> str | None:
+    """The expression of a pointwise operator; None where it is none, or an unknown one."""
+    if node.op != "call_function" or node.kwargs:
+        return None
+    value = fake_value(node)
+    if not isinstance(value, torch.Tensor) or value.dtype not in TYPES:
+        return None
+    arguments = arguments_of(node)
+    if node.target is aten.pow.Tensor_Scalar:
+        return POWERS.get(arguments[1]) if isinstance(arguments[1], (int, float)) else None
+    if node.target is aten.clamp.default:
+        low, high = (*arguments[1:], None, None)[:2]
+        if low is None or high is None:
+            return FORMS[aten.clamp_max.default if low is None else aten.clamp_min.default]
+        return f"tl.minimum({FORMS[aten.clamp_min.default]}, {{2}}, {_ALL})"
+    return FORMS.get(node.target)
+
+
+def _columns(node: fx.Node) -> tuple[fx.Node, int, int] | None:
+    """(source, start, step) where `node` is columns of `source`."""
+    arguments = arguments_of(node)
+    if node.target is aten.slice.Tensor:
+        return _slice(node)
+    if node.target is operator.getitem and isinstance(arguments[0], fx.Node):
+        split, index = arguments
+        if split.target not in SPLITS or not isinstance(index, int):
+            return None
+        source, sizes, dim = (*arguments_of(split), 0)[:3]
+        if fake_value(source).dim() != 2 or dim not in (1, -1):
+            return None
+        first = index * sizes if isinstance(sizes, int) else sum(sizes[:index])
+        return source, first, 1
+    return None
+
+
+def _slice(node: fx.Node) -> tuple[fx.Node, int, int] | None:
+    source, dim, start, _, step = (*arguments_of(node), *(None,) * 5)[:5]
+    dim, start, step = dim or 0, start or 0, 1 if step is None else step
+    shape = fake_value(source).shape
+    if len(shape) != 2 or not isinstance(start, int) or not isinstance(step, int):
+        return None
+    if dim in (0, -2):  # all rows, or none that a kernel could count
+        return (source, 0, 1) if tuple(shape) == tuple(fake_value(node).shape) else None
+    width = shape[1]
+    if not isinstance(width, int) or not -width <= start < width:
+        return None
+    return source, start % width, step
+
+
+def _gathered(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(table, ids) where `node` is table[ids], rows of a matrix."""
+    if node.target is not aten.index.Tensor:
+        return None
+    table, indices = arguments_of(node)
+    whole = len(indices) == 1 and fake_value(table).dim() == 2
+    if not whole or fake_value(indices[0]).dtype not in (torch.int32, torch.int64):
+        return None
+    return (table, indices[0]) if fake_value(indices[0]).dim() == 1 else None
+
+
+def _float(node: Any) -> bool:
+    value = fake_value(node) if isinstance(node, fx.Node) else None
+    return isinstance(value, torch.Tensor) and value.dtype in TYPES
+
+
+def _other(node: fx.Node, count: int) -> bool:
+    """Whether it has more positional arguments than so many."""
+    return len(arguments_of(node)) > count

@@ -1,0 +1,198 @@
+"""Problems for the kernels of routed experts, beside the same in float64.
+
+y[m] = x[m] W[e]ᵀ + s · (x[m] A[key]ᵀ) B[key],    key = slot·E + e, rows sorted by expert
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from triton_cases import CPU, FP32
+
+import lorafx.kernels.triton_expert_ops  # noqa: F401  registers it
+from lorafx.graph.pointwise import Region, region_of
+from lorafx.kernels.activation import Activation
+from lorafx.kernels.cpu_source import DeltaSpec
+from lorafx.kernels.triton_build import TritonSpec, build
+from lorafx.kernels.triton_tiles import Tiles
+
+lora = torch.ops.lorafx
+
+
+@dataclass(frozen=True, eq=False)
+class Experts:
+    """Arguments of `fused_experts`; `inputs` are what x is computed from, where it is."""
+
+    x: Tensor
+    weight: Tensor
+    offs: Tensor
+    A: Tensor
+    B: Tensor
+    ranks: Tensor
+    scales: Tensor
+    slots: Tensor
+    experts: Tensor
+    sizes: tuple[int, ...]
+    transposed: bool = False
+    activation: Activation | None = None
+    inputs: tuple[Tensor, ...] = ()
+
+    @property
+    def bank(self) -> tuple[Tensor, ...]:
+        return self.A, self.B, self.ranks, self.scales, self.slots
+
+    @property
+    def ranges(self) -> tuple[list[int], list[int], list[int]]:
+        count = len(self.sizes)
+        offsets = [sum(self.sizes[:j]) for j in range(count)]
+        return list(range(count)), offsets, list(self.sizes)
+
+    @property
+    def spec(self) -> TritonSpec:
+        y = self.x.new_empty((1, sum(self.sizes)))
+        delta = DeltaSpec.linear(y, self.x, self.A, self.B, self.ranks, *self.ranges)
+        E = self.weight.shape[0]
+        return TritonSpec(delta, self.weight.dtype, False, self.transposed, E, self.activation)
+
+    def on(self, device: torch.device) -> Experts:
+        names = ("x", "weight", "offs", "A", "B", "ranks", "scales", "slots", "experts")
+        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in names}
+        return replace(self, **moved, inputs=tuple(t.to(device) for t in self.inputs))
+
+
+def make_experts(
+    counts: Sequence[int],
+    slots: Sequence[int],
+    *,
+    K: int = 40,
+    sizes: Sequence[int] = (24, 20),
+    rank: int = 6,
+    tail: int = 0,
+    capacity: int = 4,
+    dtype: torch.dtype = FP32,
+    transposed: bool = False,
+    int64: bool = False,
+    seed: int = 0,
+) -> Experts:
+    """`counts` rows of each expert, then `tail` of none; the rows have these slots in turn.
+
+    Ranks are unequal; factors that no row owns are NaN.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    E, M, G, N = len(counts), sum(counts) + tail, len(sizes), sum(sizes)
+    owner = torch.tensor([slots[m % len(slots)] for m in range(M)], dtype=torch.int32)
+    experts = torch.repeat_interleave(torch.arange(E + 1), torch.tensor([*counts, tail]))
+    A = torch.full((capacity * E, G * rank, K), torch.nan)
+    B = torch.full((capacity * E, rank, N), torch.nan)
+    ranks = torch.full((capacity * E, G), rank, dtype=torch.int32)
+    for m in range(M):
+        if owner[m] < 0 or experts[m] == E:
+            continue
+        key = int(owner[m]) * E + int(experts[m])
+        for i in range(G):
+            r = (rank, 1, 0, rank - 1)[(key + i) % 4] if rank > 1 else 1
+            ranks[key, i] = r
+            A[key, i * rank : i * rank + r] = random(r, K) / K**0.5
+            first = sum(sizes[:i])
+            B[key, :r, first : first + sizes[i]] = random(r, sizes[i]) / rank**0.5
+    weight = random(E, K, N) if transposed else random(E, N, K)
+    ends = torch.tensor(counts).cumsum(0)
+    return Experts(
+        x=random(M, K).to(dtype),
+        weight=(weight / K**0.5).to(dtype),
+        offs=ends if int64 else ends.int(),
+        A=A.to(dtype),
+        B=B.to(dtype),
+        ranks=ranks,
+        scales=random(capacity * E, G),
+        slots=owner,
+        experts=experts.int(),
+        sizes=tuple(sizes),
+        transposed=transposed,
+    )
+
+
+def activated(case: Experts, function: Callable[..., Tensor], halves: int) -> Experts:
+    """The same case with x = function(y, table, ids) as in a graph, for random y (M, halves·K) and
+    table (E, halves·K); `function` may take y alone."""
+    generator = torch.Generator().manual_seed(7)
+    M, K, E = *case.x.shape, case.weight.shape[0]
+    y = torch.randn(M, halves * K, generator=generator).to(case.x.dtype)
+    table = torch.randn(E, halves * K, generator=generator).to(case.x.dtype)
+    ids = case.experts.long().clamp(max=E - 1)
+    inputs = (y, table, ids)[: len(inspect.signature(function).parameters)]
+    graph = make_fx(function, tracing_mode="fake")(*inputs).graph
+    found = region_of(graph.output_node().args[0])
+    assert isinstance(found, Region), found
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    given = dict(zip(placeholders, inputs, strict=True))
+    x = function(*(t.float() if t.is_floating_point() else t for t in inputs))
+    ordered = tuple(given[node] for node in found.inputs)
+    return replace(case, x=x.to(case.x.dtype), activation=found.activation, inputs=ordered)
+
+
+def kernel_of(
+    case: Experts,
+    strategy: str = "grouped",
+    *,
+    device: torch.device = CPU,
+    tiles: Mapping[str, Tiles] | None = None,
+    rows_hint: int | None = None,
+) -> int:
+    """The id of the case's kernels; for Triton's interpreter unless another device is given."""
+    hint = rows_hint or max(case.x.shape[0] // case.weight.shape[0], 1)
+    kernel = build(case.spec, strategy, rows_hint=hint, device=device, tiles=tiles)
+    assert kernel is not None
+    return kernel
+
+
+def run(case: Experts, strategy: str = "grouped", **kwargs: Any) -> Tensor:
+    """y by `triton_experts`, one slot a row."""
+    inputs = list(case.inputs) if strategy == "activated" else [case.x]
+    kernel = kernel_of(case, strategy, **kwargs)
+    return lora.triton_experts(inputs, case.weight, case.offs, *case.bank, 1, kernel)
+
+
+def exact(case: Experts) -> Tensor:
+    """y in float64, row by row; 0 for rows of no expert."""
+    E = case.weight.shape[0]
+    y = torch.zeros(case.x.shape[0], sum(case.sizes), dtype=torch.float64)
+    rank = case.B.shape[1]
+    for m, (slot, expert) in enumerate(
+        zip(case.slots.tolist(), case.experts.tolist(), strict=True)
+    ):
+        if expert == E:
+            continue
+        weight = case.weight[expert].double()
+        y[m] = case.x[m].double() @ (weight if case.transposed else weight.T)
+        start = 0
+        for i, size in enumerate(case.sizes):
+            if slot >= 0:
+                key = slot * E + expert
+                r = int(case.ranks[key, i])
+                a = case.A[key, i * rank : i * rank + r].double()
+                b = case.B[key, :r, start : start + size].double()
+                y[m, start : start + size] += (
+                    float(case.scales[key, i]) * (a @ case.x[m].double()) @ b
+                )
+            start += size
+    return y
+
+
+def assert_right(case: Experts, got: Tensor) -> None:
+    want = exact(case)
+    assert got.shape == want.shape
+    assert not got.isnan().any(), "NaN from factors that no row owns"
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[got.dtype]
+    difference = (got.double() - want).abs()
+    assert (difference <= tolerance * (1 + want.abs())).all(), difference.max()

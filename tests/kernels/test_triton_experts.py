@@ -1,0 +1,278 @@
+"""Generated kernels of routed experts in Triton's interpreter, against float64: products whose rows
+are sorted by expert, their deltas, and activations that the shrink computes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from grouped_cases import Experts, activated, assert_right, kernel_of, lora, make_experts, run
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.library import opcheck
+from triton_cases import BF16, FP16, FP32
+
+from lorafx.errors import LoweringError
+from lorafx.kernels import triton_expert_ops
+from lorafx.kernels.triton_build import TritonSpec, build, plan_of
+from lorafx.kernels.triton_ops import launch_wrapped
+from lorafx.kernels.triton_tiles import ARCHITECTURES, tiles_for
+
+#: What grids are computed with.
+SIZES = (operator.add, operator.sub, operator.mul, operator.floordiv, torch.sym_min)
+#: Rows of each expert, and the slots that rows have in turn.
+BATCHES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "decode": ((2, 0, 3, 1, 0, 4), (0, -1, 2, 1)),
+    "one token": ((0, 0, 1, 0), (3,)),
+    "all on one expert": ((0, 37, 0), (1, 1, -1, 0)),
+    "several adapters in a tile": ((16, 9), (0, 1, 2, 3, -1)),
+    "base rows only": ((3, 2), (-1,)),
+    "one adapter": ((5, 70, 0, 3), (2,)),
+}
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_mixes(batch: str, dtype: torch.dtype) -> None:
+    case = make_experts(*BATCHES[batch], dtype=dtype, transposed=dtype == BF16)
+    assert_right(case, run(case))
+
+
+@pytest.mark.parametrize("batch", ["decode", "one adapter"])
+def test_weights_as_they_are_stored(batch: str) -> None:
+    for transposed in (False, True):
+        case = make_experts(*BATCHES[batch], transposed=transposed)
+        assert_right(case, run(case))
+
+
+@pytest.mark.parametrize("rank", [1, 8, 16, 33, 64])
+def test_ranks(rank: int) -> None:
+    """Unequal ones below the bank's: full, one, none, all but one."""
+    case = make_experts((5, 0, 12, 2), (0, 3, -1, 1), K=48, sizes=(32, 16), rank=rank)
+    assert_right(case, run(case))
+
+
+@pytest.mark.parametrize(("K", "sizes"), [(33, (7,)), (1, (1, 1)), (130, (33, 66, 5))])
+def test_odd_sizes(K: int, sizes: tuple[int, ...]) -> None:
+    case = make_experts((4, 1, 0, 7), (0, -1, 2), K=K, sizes=sizes, int64=True)
+    assert_right(case, run(case))
+
+
+@pytest.mark.parametrize("arch", ["cuda90", "gfx942"])
+@pytest.mark.parametrize("rows", [1, 64, 300])
+def test_the_tiles_of_a_gpu(rows: int, arch: str) -> None:
+    """Swapped tiles, adapters side by side, lanes and planes: whatever a chip is given."""
+    case = make_experts((3, 0, 21, 1), (0, 1, -1, 2, 3), K=64, sizes=(32, 32), rank=16, dtype=BF16)
+    tiles = tiles_for("grouped", case.spec.delta, rows, ARCHITECTURES[arch])
+    assert_right(case, run(case, tiles=tiles))
+    gated = activated(case, SILU[0], SILU[1])
+    tiles = tiles_for("activated", gated.spec.delta, rows, ARCHITECTURES[arch])
+    assert_right(gated, run(gated, "activated", tiles=tiles))
+
+
+def test_the_up_half_has_an_a_of_its_own() -> None:
+    """With gate's A changed, up's columns keep their bits; with up's A changed, gate's do."""
+    case = make_experts((6, 0, 5), (0, 1, 0, 2), sizes=(16, 24), rank=4)
+    case = replace(case, ranks=torch.full_like(case.ranks, 4))
+    case = replace(case, A=case.A.nan_to_num(0.5), B=case.B.nan_to_num(0.25))
+    before = run(case)
+    gate, up = slice(0, 16), slice(16, 40)
+    for half, (kept, moved) in enumerate(((up, gate), (gate, up))):
+        A = case.A.clone()
+        A[:, half * 4 : half * 4 + 4] *= -3
+        got = run(replace(case, A=A))
+        assert_right(replace(case, A=A), got)
+        assert torch.equal(got[:, kept], before[:, kept])
+        assert not torch.isclose(got[:, moved], before[:, moved]).all(1).any()
+
+
+def test_slot_0_is_only_for_its_own_rows() -> None:
+    case = make_experts((4, 6), (-1, 0, 2), capacity=3)
+    without = run(replace(case, slots=torch.full_like(case.slots, -1)))
+    got = run(case)
+    base = case.slots < 0
+    assert torch.equal(got[base], without[base])
+    assert not torch.equal(got[case.slots == 0], without[case.slots == 0])
+
+
+def test_rows_of_no_expert_are_zero() -> None:
+    case = make_experts((2, 0, 19), (0, 1, -1), tail=35)
+    got = run(case)
+    assert_right(case, got)
+    assert (got[21:] == 0).all()
+
+
+def test_one_kernel_for_all_counts() -> None:
+    """Nothing of how many rows an expert has, or how many there are, is in a launch."""
+    sizes = {"K": 32, "sizes": (16, 16), "rank": 4}
+    kernel = kernel_of(make_experts((2, 2, 2, 2), (0, 1), **sizes), rows_hint=2)
+    for counts in ((8, 0, 0, 0), (0, 0, 0, 1), (1, 40, 0, 3)):
+        case = make_experts(counts, (0, -1, 3), **sizes)
+        got = lora.triton_experts([case.x], case.weight, case.offs, *case.bank, 1, kernel)
+        assert_right(case, got)
+
+
+def test_no_rows() -> None:
+    case = make_experts((2, 1), (0, 1))
+    ends = torch.zeros_like(case.offs)
+    got = lora.triton_experts([case.x[:0]], case.weight, ends, *case.bank, 1, kernel_of(case))
+    assert got.shape == (0, sum(case.sizes))
+
+
+def test_rows_of_a_request_side_by_side() -> None:
+    """One slot a request, several rows each."""
+    case = make_experts((4, 4), (0, 0, 1, 1, -1, -1, 2, 2))
+    kernel = kernel_of(case)
+    slots = torch.tensor([0, 1, -1, 2], dtype=torch.int32)
+    bank = (*case.bank[:4], slots)
+    got = lora.triton_experts([case.x], case.weight, case.offs, *bank, 2, kernel)
+    assert torch.equal(got, run(case))
+
+
+def test_the_reference_is_what_it_replaces() -> None:
+    for batch in BATCHES.values():
+        case = make_experts(*batch, tail=3)
+        got = lora.fused_experts(
+            *(case.x, case.weight, case.offs, *case.bank, case.experts, *case.ranges),
+            *(1, False),
+        )
+        assert_right(case, got)
+
+
+# --- activations ---
+
+
+def _gate(y: Tensor) -> Tensor:
+    gate, up = y.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def _interleaved(y: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+    y = y + table[ids]
+    gate, up = y[..., ::2].clamp(max=1.5), y[..., 1::2].clamp(min=-1, max=1)
+    return (up + 1) * gate * torch.sigmoid(gate * 1.702)
+
+
+def _tanh(y: Tensor) -> Tensor:
+    gate, up = y.split([y.shape[1] // 2] * 2, 1)
+    inner = 0.7978845608 * (gate + 0.044715 * gate.pow(3))
+    return 0.5 * gate * (1 + torch.tanh(inner)) * up
+
+
+def _plain(y: Tensor) -> Tensor:
+    return F.relu(y)
+
+
+SILU: tuple[Callable[..., Tensor], int] = (_gate, 2)
+ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], int]] = {
+    "stacked silu": SILU,
+    "interleaved with biases": (_interleaved, 2),
+    "gelu of tanh": (_tanh, 2),
+    "one half": (_plain, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name: str, dtype: torch.dtype) -> None:
+    """Base rows and rows of no factors have their x too."""
+    case = make_experts((5, 0, 21, 2), (0, -1, 1, 3), K=40, sizes=(24,), dtype=dtype, tail=2)
+    function, halves = ACTIVATIONS[name]
+    case = activated(case, function, halves)
+    assert_right(case, run(case, "activated"))
+
+
+def test_activations_of_odd_sizes_and_high_ranks() -> None:
+    for K, rank in ((7, 3), (130, 80)):
+        case = make_experts((3, 18), (0, 2, -1), K=K, sizes=(19,), rank=rank)
+        case = activated(case, *ACTIVATIONS["interleaved with biases"])
+        assert_right(case, run(case, "activated"))
+
+
+# --- the op ---
+
+
+@pytest.mark.parametrize("strategy", ["grouped", "activated"])
+def test_opcheck(strategy: str) -> None:
+    case = make_experts((2, 0, 3), (0, -1, 1), K=16, sizes=(8,), rank=2)
+    case = replace(case, A=case.A.nan_to_num(), B=case.B.nan_to_num())
+    if strategy == "activated":
+        case = activated(case, *SILU)
+    inputs = list(case.inputs) or [case.x]
+    arguments = (inputs, case.weight, case.offs, *case.bank, 1, kernel_of(case, strategy))
+    checks = opcheck(lora.triton_experts, arguments)
+    assert set(checks.values()) == {"SUCCESS"}
+
+
+def test_opcheck_of_the_reference() -> None:
+    case = make_experts((2, 0, 3), (0, -1, 1))
+    case = replace(case, A=case.A.nan_to_num(), B=case.B.nan_to_num())
+    arguments = (case.x, case.weight, case.offs, *case.bank, case.experts, *case.ranges, 1, False)
+    assert set(opcheck(lora.fused_experts, arguments).values()) == {"SUCCESS"}
+
+
+BAD: dict[str, Callable[[Experts], dict[str, Any]]] = {
+    "the weight is": lambda c: {"weight": c.weight[:, 1:]},
+    "offs is": lambda c: {"offs": c.offs[1:]},
+    "x is": lambda c: {"x": c.x[:, 1:]},
+    "no part of the bank": lambda c: {"A": c.A.transpose(1, 2).contiguous().mT},
+    "rows of weight have": lambda c: {"weight": c.weight.mT.contiguous().mT},
+    "3 experts do not divide": lambda c: {
+        name: getattr(c, name)[:8] for name in ("A", "B", "ranks", "scales")
+    },
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_arguments(message: str) -> None:
+    case = make_experts((2, 0, 3), (0, -1, 1))
+    kernel = kernel_of(case)
+    bad = replace(case, **BAD[message](case))
+    with pytest.raises(LoweringError, match=message):
+        lora.triton_experts([bad.x], bad.weight, bad.offs, *bad.bank, 1, kernel)
+
+
+def test_strategies_are_for_their_specs() -> None:
+    case = make_experts((2, 0, 3), (0, -1, 1))
+    hint: dict[str, Any] = {"rows_hint": 2, "device": torch.device("cpu")}
+    with pytest.raises(LoweringError, match="give the activation"):
+        build(case.spec, "activated", **hint)
+    with pytest.raises(LoweringError, match="not for 3 experts"):
+        build(case.spec, "epilogue", **hint)
+    with pytest.raises(LoweringError, match="not for 0 experts"):
+        build(TritonSpec(case.spec.delta, FP32), "grouped", **hint)
+
+
+@pytest.mark.parametrize(("strategy", "launches"), [("grouped", 2), ("activated", 2)])
+def test_launches_can_be_traced(strategy: str, launches: int) -> None:
+    """What a graph on a GPU holds: the launches, and buffers; nothing waits for the device."""
+    case = make_experts((8, 8), (0, 1), K=64, sizes=(32,), rank=16, dtype=BF16)
+    case = activated(case, *SILU) if strategy == "activated" else case
+    device = torch.device("cuda")
+    kernel = kernel_of(case, strategy, device=device)
+    assert len(plan_of(kernel).all_kernels) == launches
+    inputs = list(case.inputs) or [case.x]
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        tensors = [
+            torch.empty(t.shape, dtype=t.dtype, device=device)
+            for t in (*inputs, case.weight, case.offs, *case.bank)
+        ]
+
+    def call(*values: Tensor) -> Tensor:
+        own, rest = list(values[: len(inputs)]), values[len(inputs) :]
+        return triton_expert_ops._run(own, *rest, 1, kernel, launch_wrapped)
+
+    graph = make_fx(call, tracing_mode="symbolic")(*tensors).graph
+    wrapper = torch.ops.higher_order.triton_kernel_wrapper_mutation
+    found = [node for node in graph.nodes if node.target is wrapper]
+    assert len(found) == launches
+    aten = torch.ops.aten
+    rest = {n.target for n in graph.nodes if n.op == "call_function" and n.target is not wrapper}
+    assert rest <= {aten.new_empty.default, aten.empty.memory_format, aten.sym_size.int, *SIZES}
