@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafx.adapter_store.checkpoint import AdapterState
+from lorafx.adapter_store.checkpoint import AdapterState, load_config
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_model import TakenOver, is_peft_model, take_over
 from lorafx.adapter_store.peft_reader import Adapter, adapter_target_modules, read_adapter
@@ -138,7 +138,8 @@ def explain(model: nn.Module, lora_config: Any = None) -> Explanation:
     session = session_of(model)
     if session is not None and lora_config is None:
         return Explanation.of(session)
-    config, _ = _resolve(lora_config, {}, model)
+    config, named = _resolve(lora_config, {}, model)
+    config = _with_dora(config, named)
     _, sites = build_sites(model, config)
     meta = tuple(replace(site, device=torch.device("meta")) for site in sites)
     groups = allocate_groups(meta, config)
@@ -169,7 +170,8 @@ def _marked(
     try:
         config, extra = _resolve(lora_config, sources, model)
         with collection_paused():
-            built = _build(model, config, settings, {**extra, **sources})
+            named = {**extra, **sources}
+            built = _build(model, _with_dora(config, named), settings, named)
     except BaseException:
         if taken is not None:
             taken.restore()
@@ -196,8 +198,6 @@ def _build(
     for name, source in sources.items():
         with progress(f"reading adapter {name}"):
             loaded.append(read_adapter(source, name, sites, model=model, max_rank=config.max_rank))
-    if any(adapter.magnitudes for adapter in loaded):
-        config = replace(config, use_dora=True)
     attachment = Attach().run(graph, sites, config)
     try:
         store = AdapterStore(attachment.groups, config.max_adapters, config.max_rank)
@@ -276,6 +276,12 @@ def _from_peft(peft: PeftConfig, sources: Mapping[str, Any], model: nn.Module) -
         max_adapters=_room(sources),
         use_dora=peft.use_dora,
     )
+
+
+def _with_dora(config: LoraConfig, sources: Mapping[str, Any]) -> LoraConfig:
+    """The configuration with room for DoRA where an adapter is."""
+    dora = config.use_dora or any(load_config(source).use_dora for source in sources.values())
+    return replace(config, use_dora=dora)
 
 
 def _room(sources: Mapping[str, Any]) -> int:

@@ -13,16 +13,15 @@ import oracle
 import peft
 import pytest
 import torch
-import torch.nn.functional as F
+from attached import attached, check
 from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error, save_adapter
-from dora_cases import add_magnitudes, dora_case, family_case, rescaled_weight
-from packed_models import twins
+from dora_cases import add_magnitudes, family_case
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, PlainModel, token_inputs
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.errors import CapacityError, CheckpointError, MatchError
+from lorafx.errors import CapacityError, CheckpointError
 
 NAMES = ["d0", None, "p2", "d1", "d3", "d0"]
 MIXES = (NAMES, NAMES[::-1], ["d1", "d1", "p2", "d3", None, None], ["p2", None] * 3)
@@ -103,7 +102,7 @@ def test_rows_that_are_not_dora_keep_their_bits(served):
 def test_generate(cases, served):
     case, x = cases("llama"), inputs(rows=4)
     names = ["d1", None, "d3", "p2"]
-    fixed = {"pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 3, "do_sample": False}
+    fixed = {"pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 2, "do_sample": False}
     got = served.generate(**x, **fixed, adapter_names=names)
     rows = [case.alone(n).generate(**oracle.one_row(x, i), **fixed) for i, n in enumerate(names)]
     assert torch.equal(got, torch.cat(rows))
@@ -111,18 +110,22 @@ def test_generate(cases, served):
 
 def test_weights_that_are_stored_transposed(cases):
     case = cases("gpt2")
-    check_mixed(case.compile({"verify": "numeric"}), case, NAMES, inputs())
+    check_mixed(case.compile(), case, NAMES, inputs())
 
 
-def test_inductor(plain):
+@pytest.mark.parametrize("lowering", ["inductor", pytest.param("triton", marks=pytest.mark.slow)])
+def test_in_inductors_code(plain, lowering):
     """Packed siblings with biases, an embedding, and a module that is called twice."""
-    cm = plain.compile({"lowering": "inductor", "verify": "numeric"})
+    cm = plain.compile({"lowering": lowering, "verify": "numeric"})
     check_mixed(cm, plain, NAMES, plain_inputs())
     before = graphs(cm)
     for names in MIXES:
         check_mixed(cm, plain, names, plain_inputs())
     assert graphs(cm) == before
-    assert "and DoRA's scales" in str(cm.explain())
+    told = str(cm.explain())
+    assert "and DoRA's scales" in told
+    assert "and DoRA's scales" in str(lorafx.explain(plain.model(), plain.folders["d1"]))
+    assert told.count("rescale: 8 edits") == 1
 
 
 @pytest.mark.parametrize("off", ["fuse", "pack", "provenance"])
@@ -139,6 +142,15 @@ def test_attached_in_eager_mode(plain):
         with torch.no_grad(), lorafx.adapters(model, name):
             got = model(**x)["logits"]
         assert error(got, plain.expected([name] * len(NAMES), x)) <= TOLERANCE
+
+
+def test_attached_under_torch_compile(plain):
+    torch._dynamo.reset()
+    model = attached(plain)
+    call = torch.compile(model, backend="lorafx", dynamic=True)
+    x = plain_inputs()
+    for names in MIXES[:2]:
+        check(call, model, plain, names, x)
 
 
 # What is kept
@@ -271,102 +283,6 @@ def test_a_peft_model_that_is_taken_over(plain):
     wrapped.set_adapter("d1")
     with torch.no_grad():
         assert error(wrapped(**x)["logits"], plain.expected(["d1"] * 3, x)) <= TOLERANCE
-
-
-def test_parts_of_packed_projections(tmp_path):
-    """q, k, gate and half of a mixer, each on its own part of a packed weight."""
-    apart, packed = twins()
-    targets = {
-        "d0": ["q_proj", "gate_proj", "in_proj_z"],
-        "p2": ["v_proj", "o_proj"],
-        "d3": ["k_proj", "up_proj", "in_proj_qkv", "o_proj"],
-    }
-    case = dora_case(apart, tmp_path, targets)
-    cm = lorafx.compile(packed, case.folders, options={**REFERENCE, "verify": "numeric"})
-    check_mixed(cm, case, ["d0", None, "p2", "d3"], {"input_ids": torch.arange(20).view(4, 5)})
-
-
-def test_a_packed_name_for_projections_that_are_apart(tmp_path):
-    apart, packed = twins()
-    path = "layers.0.qkv_proj"
-    pairs = hand_made.factors(packed, [path], rank=2, seed=3)
-    folder = hand_made.save(packed, tmp_path / "d", pairs)
-    m = torch.rand(packed.layers[0].qkv_proj.weight.shape[0]) + 0.5
-    add_magnitudes(folder, {path: m})
-    names = ["q_proj", "k_proj", "v_proj"]
-    config = lorafx.LoraConfig(target_modules=names, packed_modules={"qkv_proj": names})
-    cm = lorafx.compile(copy.deepcopy(apart), config, adapters={"d": folder}, options=REFERENCE)
-    merged = copy.deepcopy(apart)
-    own = [merged.layers[0].get_submodule(name) for name in names]
-    whole = rescaled_weight(torch.cat([module.weight for module in own]), pairs[path], m)
-    for module, rows in zip(own, whole.split([len(module.weight) for module in own]), strict=True):
-        module.weight.copy_(rows)
-    check_mixed(
-        cm, Case(apart, {}, {"d": merged}), ["d", None], {"input_ids": torch.arange(8).view(2, 4)}
-    )
-
-
-class Uses(nn.Module):
-    """One linear after a plain one, its weight used in all ways of which the bias is another."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(6, 6)
-        self.w = nn.Linear(6, 9)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        h, weight = torch.tanh(self.first(x)), self.w.weight
-        ways = (
-            F.linear(h * 0.5, weight, self.w.bias),
-            F.linear(h * 0.3, weight),
-            h @ weight.T + self.first.bias[0],
-            (weight @ (h * 0.7).mT).mT + self.w.bias,
-            self.w(h * 0.9) + 1,
-        )
-        return {"logits": torch.cat(ways, dim=-1)}
-
-
-class OwnForward(nn.Linear):
-    """The weight's use stands inside of other arithmetic, which the scale is not of."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(F.linear(x, self.weight) * 2 + self.bias)
-
-
-class WithOwnForward(Uses):
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = OwnForward(6, 9)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"logits": self.w(torch.tanh(self.first(x)))}
-
-
-@pytest.mark.parametrize("cls", [Uses, WithOwnForward])
-def test_weights_used_without_their_module(cls, tmp_path):
-    torch.manual_seed(0)
-    base = cls().eval().requires_grad_(False)
-    case = dora_case(base, tmp_path, {"d0": ["w"], "d3": ["first", "w"], "p2": ["w"]})
-    cm = case.compile({"verify": "numeric"})
-    check_mixed(cm, case, ["d0", None, "p2", "d3"], {"x": torch.randn(4, 3, 6)})
-
-
-class Blocks(Uses):
-    """Only some rows of the weight are used."""
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"logits": F.linear(torch.tanh(self.first(x)), self.w.weight[2:])}
-
-
-def test_a_weight_in_blocks_is_refused_for_dora_alone(tmp_path):
-    torch.manual_seed(0)
-    case = dora_case(
-        Blocks().eval().requires_grad_(False), tmp_path, {"d0": ["w"], "d3": ["first"], "p2": ["w"]}
-    )
-    cm, x = case.compile(), {"x": torch.randn(3, 3, 6)}
-    check_mixed(cm, case, ["d3", None, "p2"], x)
-    with pytest.raises(MatchError, match="DoRA cannot be applied at w: its weight is used in blo"):
-        cm(**x, adapter_names=["d0", None, "p2"])
 
 
 # Files

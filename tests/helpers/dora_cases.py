@@ -58,6 +58,11 @@ def add_magnitudes(folder: Path, magnitudes: Mapping[str, Tensor]) -> None:
     config.write_text(json.dumps({**json.loads(config.read_text()), "use_dora": True}))
 
 
+def saved_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter, by key."""
+    return load_file(folder / "adapter_model.safetensors")
+
+
 def rescaled_weight(weight: Tensor, pair: Sequence[Tensor], m: Tensor) -> Tensor:
     """W' for A and B of `hand_made.factors`."""
     total = weight + SCALE * (pair[1] @ pair[0])

@@ -1,0 +1,289 @@
+"""DoRA on the kinds of modules and uses that there are; what is refused, for DoRA alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import hand_made
+import pytest
+import torch
+import torch.nn.functional as F
+from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error
+from dora_cases import add_magnitudes, dora_case, rescaled_weight, saved_tensors
+from packed_models import twins
+from torch import Tensor, nn
+
+import lorafx
+from lorafx.errors import MatchError, UnsupportedAdapterError
+from lorafx.layers import FusedMoE, Int8ChannelLinearMethod, ReplicatedLinear, load_weights
+from lorafx.layers.linear import LinearBase
+from lorafx.layers.parallel import TensorParallel
+
+NAMES = ["d0", None, "p2", "d3"]
+
+
+def test_parts_of_packed_projections(tmp_path):
+    """q, k, gate and half of a mixer, each on its own part of a packed weight."""
+    apart, packed = twins()
+    targets = {
+        "d0": ["q_proj", "gate_proj", "in_proj_z"],
+        "p2": ["v_proj", "o_proj"],
+        "d3": ["k_proj", "up_proj", "in_proj_qkv", "o_proj"],
+    }
+    case = dora_case(apart, tmp_path, targets)
+    cm = lorafx.compile(packed, case.folders, options={**REFERENCE, "verify": "numeric"})
+    check_mixed(cm, case, NAMES, {"input_ids": torch.arange(20).view(4, 5)})
+
+
+def test_a_packed_name_for_projections_that_are_apart(tmp_path):
+    apart, packed = twins()
+    path = "layers.0.qkv_proj"
+    pairs = hand_made.factors(packed, [path], rank=2, seed=3)
+    folder = hand_made.save(packed, tmp_path / "d", pairs)
+    m = torch.rand(packed.layers[0].qkv_proj.weight.shape[0]) + 0.5
+    add_magnitudes(folder, {path: m})
+    names = ["q_proj", "k_proj", "v_proj"]
+    config = lorafx.LoraConfig(target_modules=names, packed_modules={"qkv_proj": names})
+    cm = lorafx.compile(copy.deepcopy(apart), config, adapters={"d": folder}, options=REFERENCE)
+    merged = copy.deepcopy(apart)
+    own = [merged.layers[0].get_submodule(name) for name in names]
+    whole = rescaled_weight(torch.cat([module.weight for module in own]), pairs[path], m)
+    for module, rows in zip(own, whole.split([len(module.weight) for module in own]), strict=True):
+        module.weight.copy_(rows)
+    check_mixed(
+        cm, Case(apart, {}, {"d": merged}), ["d", None], {"input_ids": torch.arange(8).view(2, 4)}
+    )
+
+
+class Uses(nn.Module):
+    """One linear after a plain one, its weight used in all ways of which the bias is another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.w = nn.Linear(6, 9)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h, weight = torch.tanh(self.first(x)), self.w.weight
+        ways = (
+            F.linear(h * 0.5, weight, self.w.bias),
+            F.linear(h * 0.3, weight),
+            h @ weight.T + self.first.bias[0],
+            (weight @ (h * 0.7).mT).mT + self.w.bias,
+            self.w(h * 0.9) + 1,
+        )
+        return {"logits": torch.cat(ways, dim=-1)}
+
+
+class OwnForward(nn.Linear):
+    """The weight's use stands inside of other arithmetic, which the scale is not of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(F.linear(x, self.weight) * 2 + self.bias)
+
+
+class WithOwnForward(Uses):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = OwnForward(6, 9)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.w(torch.tanh(self.first(x)))}
+
+
+@pytest.mark.parametrize("cls", [Uses, WithOwnForward])
+def test_weights_used_without_their_module(cls, tmp_path):
+    torch.manual_seed(0)
+    base = cls().eval().requires_grad_(False)
+    case = dora_case(base, tmp_path, {"d0": ["w"], "d3": ["first", "w"], "p2": ["w"]})
+    cm = case.compile({"verify": "numeric"})
+    check_mixed(cm, case, NAMES, {"x": torch.randn(4, 3, 6)})
+
+
+class Blocks(Uses):
+    """Only some rows of the weight are used."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": F.linear(torch.tanh(self.first(x)), self.w.weight[2:])}
+
+
+def test_a_weight_in_blocks_is_refused_for_dora_alone(tmp_path):
+    torch.manual_seed(0)
+    case = dora_case(
+        Blocks().eval().requires_grad_(False), tmp_path, {"d0": ["w"], "d3": ["first"], "p2": ["w"]}
+    )
+    cm, x = case.compile(), {"x": torch.randn(3, 3, 6)}
+    check_mixed(cm, case, ["d3", None, "p2"], x)
+    with pytest.raises(MatchError, match="DoRA cannot be applied at w: its weight is used in blo"):
+        cm(**x, adapter_names=["d0", None, "p2"])
+
+
+class Sorted(nn.Module):
+    """Tokens of all requests in an order of their own, as experts and windows have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Linear(6, 9)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        flat = x.flatten(0, 1)
+        order = flat[:, 0].argsort()
+        y = torch.empty(len(order), 9).index_copy(0, order, self.w(flat[order]))
+        return {"logits": y.view(*x.shape[:2], 9)}
+
+
+def test_rows_that_are_sorted(tmp_path):
+    """The owner of a row is looked up through the permutation, by the scale as by the delta."""
+    torch.manual_seed(0)
+    case = dora_case(
+        Sorted().eval().requires_grad_(False), tmp_path, {"d0": ["w"], "p2": ["w"], "d3": ["w"]}
+    )
+    check_mixed(case.compile({"verify": "numeric"}), case, NAMES, {"x": torch.randn(4, 5, 6)})
+
+
+def test_a_slot_a_token(tmp_path):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Embedding(11, 6), nn.Tanh(), nn.Linear(6, 9)).requires_grad_(False)
+    model = Ids(base).eval()
+    case = dora_case(model, tmp_path, {"d0": ["layers.0", "layers.2"], "d3": ["layers.2"]})
+    cm, ids = case.compile(), torch.arange(8).view(2, 4)
+    slots = torch.tensor([[0, 1, -1, 1], [0, 0, 1, -1]])
+    got = cm(input_ids=ids, adapter_slots=slots, adapter_names=["d0", "d3"])["logits"]
+    for name, index in (("d0", 0), ("d3", 1), (None, -1)):
+        want = case.alone(name)(input_ids=ids)["logits"]
+        assert error(got[slots == index], want[slots == index]) <= TOLERANCE
+
+
+class Ids(nn.Module):
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.layers(input_ids)}
+
+
+class Wrapped(nn.Module):
+    def __init__(self, w: nn.Module) -> None:
+        super().__init__()
+        self.w = w
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.w(x)}
+
+
+def dora_file(folder: Path, n: int, k: int) -> Path:
+    """An adapter with random magnitudes at "w", which is (n, k)."""
+    base = Wrapped(nn.Linear(k, n, bias=False))
+    hand_made.save(base, folder, hand_made.factors(base, ["w"], rank=2, seed=0))
+    add_magnitudes(folder, {"w": torch.rand(n) + 0.5})
+    return folder
+
+
+def merged_with(weight: Tensor, folder: Path) -> Tensor:
+    """W' of a `dora_file`."""
+    state = saved_tensors(folder)
+    pair = [state[f"base_model.model.w.lora_{letter}.weight"] for letter in "AB"]
+    return rescaled_weight(weight, pair, state["base_model.model.w.lora_magnitude_vector"])
+
+
+def test_a_quantised_base(tmp_path):
+    """The norm is that of the numbers that the module computes with."""
+    torch.manual_seed(0)
+    model = Wrapped(ReplicatedLinear(6, 9, quant_method=Int8ChannelLinearMethod())).eval()
+    load_weights(model, {"w.weight": torch.randn(9, 6), "w.bias": torch.randn(9)})
+    folder = dora_file(tmp_path / "d", 9, 6)
+    cm, x = lorafx.compile(model, {"d": folder}, options=REFERENCE), torch.randn(2, 3, 6)
+    weight = lorafx.dequantize(model.w)
+    got = cm(x=x, adapter_names=["d", None])["logits"]
+    want = F.linear(x[:1], merged_with(weight, folder), model.w.bias)
+    assert error(got[:1], want) <= TOLERANCE
+    assert error(got[1:], F.linear(x[1:], weight, model.w.bias)) <= TOLERANCE
+
+
+def rank_of_two(rank: int, *, row: bool = False, bias: bool = False) -> nn.Module:
+    """A rank's share of a linear (8, 6); what the ranks' collectives do is left out."""
+    tp = TensorParallel(2, rank, "none")
+    parts = (6, [8], 3, [8]) if row else (6, [8], 6, [4])
+    return Wrapped(LinearBase(*parts, bias, tp, {})).eval().requires_grad_(False)
+
+
+def test_outputs_that_ranks_share(tmp_path):
+    torch.manual_seed(0)
+    folder, weight, x = dora_file(tmp_path / "d", 8, 6), torch.randn(8, 6), torch.randn(2, 3, 6)
+    found = []
+    for rank in range(2):
+        model = rank_of_two(rank)
+        load_weights(model, {"w.weight": weight})
+        cm = lorafx.compile(model, {"d": folder}, options=REFERENCE)
+        found.append(cm(x=x, adapter_names=["d", None])["logits"])
+    got = torch.cat(found, -1)
+    assert error(got[:1], F.linear(x[:1], merged_with(weight, folder))) <= TOLERANCE
+    assert error(got[1:], F.linear(x[1:], weight)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: rank_of_two(0, row=True), "over all inputs, which several ranks share"),
+        (lambda: rank_of_two(0, bias=True), "its bias is added inside of the rank's own product"),
+        (lambda: Wrapped(Stored(6, 8)), "in no format that lorafx can read"),
+        (lambda: Wrapped(Handled(6, 8)), "a registered handler says where the delta goes"),
+    ],
+    ids=["row", "bias", "format", "handler"],
+)
+def test_what_is_refused_by_name(model, message, tmp_path):
+    """For DoRA adapters only, and before anything has changed."""
+    lorafx.register(Handled, handler=lambda module, args, kwargs, output, add: add(args[0], output))
+    try:
+        folder = dora_file(tmp_path / "d", 8, 6)
+        config = lorafx.LoraConfig(target_modules=["w"], use_dora=True)
+        cm = lorafx.compile(model().eval().requires_grad_(False), config, options=REFERENCE)
+        with pytest.raises(UnsupportedAdapterError, match=rf"w.*{message}"):
+            cm.load_adapter(folder, "d")
+        assert cm.adapters == ()
+        as_plain = json.loads((folder / "adapter_config.json").read_text())
+        del as_plain["use_dora"]
+        (folder / "adapter_config.json").write_text(json.dumps(as_plain))
+        with pytest.raises(UnsupportedAdapterError, match="and use_dora is not set"):
+            cm.load_adapter(folder, "d")
+    finally:
+        lorafx.unregister(Handled)
+
+
+class Handled(nn.Linear):
+    pass
+
+
+class Stored(nn.Linear):
+    """Keeps its weight where nobody can read it."""
+
+    def __init__(self, k: int, n: int) -> None:
+        super().__init__(k, n)
+        del self.weight
+        self.packed = (torch.randn(n, k),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.packed[0], self.bias)
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = FusedMoE(4, 2, 6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(x, x[..., :4])
+
+
+def test_experts_are_refused_by_name(tmp_path):
+    folder = hand_made.random_factors(tmp_path / "d", "experts", 6, 8)
+    add_magnitudes(folder, {"experts": torch.rand(6)})
+    config = lorafx.LoraConfig(target_modules="experts.*", use_dora=True)
+    cm = lorafx.compile(Routed().eval(), config, options=REFERENCE)
+    with pytest.raises(UnsupportedAdapterError) as caught:
+        cm.load_adapter(folder, "d")
+    assert "use_dora with factors of routed experts (experts)" in str(caught.value)
+    assert "lora_magnitude_vector: DoRA on routed experts" in str(caught.value)
