@@ -22,6 +22,7 @@ from lorafx.graph.origins import depends_on, origin_of
 from lorafx.graph.replaced import replaced_sites
 from lorafx.graph.weight_uses import Use, uses_of
 from lorafx.model.marks import UNPROVED, is_dense
+from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site, own_ranges
 
 USE_KINDS = {"linear": "linear", "blocks": "linear", "embedding": "embedding"}
@@ -95,7 +96,7 @@ def _uses(ctx: Context) -> dict[fx.Node, Use]:
             continue
         for use in _uses_of_input(ctx, node, item):
             other = uses.get(use.node)
-            if other is not None:
+            if other is not None and not _same_stored(ctx, use, other):
                 joined = _joined(ctx, other, use)
                 ctx.refuse(ctx.unknown_use(joined.weight, joined.node, joined.reason))
                 use = _joined(ctx, use, other)
@@ -103,9 +104,22 @@ def _uses(ctx: Context) -> dict[fx.Node, Use]:
     return uses
 
 
+def _same_stored(ctx: Context, use: Use, other: Use) -> bool:
+    """Whether two parts of one stored weight enter together: its numbers and their scales."""
+    items = ctx.frame.by_node
+    return use.stored and other.stored and items[use.weight].sites == items[other.weight].sites
+
+
 def _uses_of_input(ctx: Context, node: fx.Node, item: FrameInput) -> list[Use]:
     """The uses of one input, the weight itself or what was made of it."""
     derived = item.derived
+    if derived is None and (item.part or fake_value(node).dim() != 2):
+        reason = f"{item.label} is how it is stored, and this is outside of its module's call"
+        return [
+            Use("unknown", node, user, stored=True, reason=reason)
+            for user in node.users
+            if isinstance(fake_value(user), torch.Tensor) or fake_value(user) is None
+        ]
     if derived is None:
         transposed = any(site.eligible.transposed for site in item.sites)
         modules = {id(site.module) for site in item.sites}
@@ -155,9 +169,14 @@ def _left_to_mark(ctx: Context, use: Use) -> Site | None:
     """The site whose mark adds this use's delta, wherever the mark stands, if the use is made by a
     call of its module: it has a handler, or its weight is stored in a format (int8 and a scale) of
     which only the module's call as a whole is known to compute x Wᵀ."""
-    stored = _is_stored(use)
-    for site in ctx.frame.by_node[use.weight].sites:
-        if (stored or site.eligible.handler is not None) and ctx.inside(use.node, site.module):
+    item = ctx.frame.by_node[use.weight]
+    for site in item.sites:
+        stored = bool(item.part) or _is_stored(use) or is_stored(site.module, site.eligible)
+        if not stored and site.eligible.handler is None:
+            continue
+        # Where a break cuts its call in two, its mark stands in a later graph.
+        running = stored and id(site.module) in ctx.frame.callers
+        if running or ctx.inside(use.node, site.module):
             return site
     return None
 

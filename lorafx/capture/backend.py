@@ -152,6 +152,8 @@ class _FrameCompiler:
             (tuple(value.shape), value.stride(), value.dtype) if name in BANK_FIELDS else None
             for (_, _, name), value in zip(extra, values, strict=True)
         ]
-        weights = [frame.positions[node] for node, item in frame.by_node.items() if item.sites]
+        # The parts of a tensor subclass do not say whose they are.
+        whole = [node for node, item in frame.by_node.items() if item.sites and not item.part]
+        weights = [frame.positions[node] for node in whole]
         owner = self.backend.owner(frame, weights)
         return with_lookups(record.checks, owner, executable, extra, banks, numeric)

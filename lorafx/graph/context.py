@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 
 import lorafx.kernels.expert_ops
 import lorafx.kernels.grouped_ops
-import lorafx.kernels.ops  # noqa: F401  (both define torch.ops.lorafx)
+import lorafx.kernels.ops
+import lorafx.kernels.row_ops  # noqa: F401  (all define torch.ops.lorafx)
 from lorafx.capture.handover import Handover
 from lorafx.capture.program import BANK_FIELDS, Program
 from lorafx.errors import MatchError
@@ -33,6 +34,7 @@ EMBEDDING_OP = torch.ops.lorafx.embedding_site.default
 GROUPED_OP = torch.ops.lorafx.grouped_site.default
 EXPERT_OP = torch.ops.lorafx.expert_site.default
 EXPERT_MARK = torch.ops.lorafx.expert_mark.default
+ROWS_OF = torch.ops.lorafx.rows_of.default
 FUSED_OP = torch.ops.lorafx.fused_linear.default
 
 #: All site ops begin with x (or ids), y, A, B, ranks, scales, slots.
