@@ -266,7 +266,7 @@ def impossible(module: nn.Module, entry: Eligible | None) -> str | None:
     weight = _weight_of(module, entry)
     if weight is None:
         return None
-    return _wrong_weight(weight, sizes, entry) or _out_of_reach(module, weight, entry)
+    return _wrong_weight(module, weight, sizes, entry) or _out_of_reach(module, weight, entry)
 
 
 def _out_of_reach(module: nn.Module, weight: Tensor, entry: Eligible) -> str | None:
