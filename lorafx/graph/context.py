@@ -201,24 +201,30 @@ class Context(GraphEdits):
     def bank_inputs(self, graph: fx.Graph, site: Site, weight: fx.Node) -> tuple[fx.Node, ...]:
         """(A, B, ranks, scales, slots) of `site` as graph inputs that the executable looks up by
         the weight that it is called with: the same graph may serve other layers."""
-        frame, fake_mode = self.frame, self.fake_mode
-        assert fake_mode is not None
-        # Tied weights have several sites: a head and an embedding.
-        place = (frame.positions[weight], frame.by_node[weight].sites.index(site))
-        bank = self.program.site_bank(site)
-        nodes = [
-            self._extra_input(
-                graph,
-                place,
-                name,
-                fake_mode.from_tensor(getattr(bank, name), static_shapes=True),
-            )
-            for name in BANK_FIELDS
-        ]
-        slots = next((node for node, item in frame.by_node.items() if item.kind == "slots"), None)
+        nodes = [self.bank_input(graph, site, weight, name) for name in BANK_FIELDS]
+        items = self.frame.by_node.items()
+        slots = next((node for node, item in items if item.kind == "slots"), None)
         if slots is None:
-            slots = self._slots_input(graph, place)
+            slots = self._slots_input(graph, self._place(site, weight))
         return (*nodes, slots)
+
+    def bank_input(self, graph: fx.Graph, site: Site, weight: fx.Node, name: str) -> fx.Node:
+        """One field of the site's bank as such an input."""
+        assert self.fake_mode is not None
+        value = getattr(self.program.site_bank(site), name)
+        fake = self.fake_mode.from_tensor(value, static_shapes=True)
+        return self._extra_input(graph, self._place(site, weight), name, fake)
+
+    def beside(self, field: fx.Node, name: str) -> fx.Node | None:
+        """The input that holds another field of the bank that `field` is a field of, where there
+        is such an input."""
+        inputs = self.frame.extra_nodes
+        found = next((key for key, node in inputs.items() if node is field), None)
+        return None if found is None else inputs.get((*found[:2], name))
+
+    def _place(self, site: Site, weight: fx.Node) -> tuple[int, int]:
+        # Tied weights have several sites: a head and an embedding.
+        return self.frame.positions[weight], self.frame.by_node[weight].sites.index(site)
 
     def look_up_slots(self, graph: fx.Graph) -> None:
         """Where marks read a handle, have the executable look the rows' slots up instead."""
@@ -252,6 +258,6 @@ class Context(GraphEdits):
             node = graph.placeholder(f"lorafx_{name}_{len(self.frame.extra_nodes)}")
         node.meta["val"] = value
         self.frame.extra_nodes[key] = node
-        kind: InputKind = "bank" if name in BANK_FIELDS else "slots"
+        kind: InputKind = "slots" if name in (SLOTS, ONE_SLOT) else "bank"
         self.frame.by_node[node] = FrameInput(kind, name)
         return node
