@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch._dynamo
+import torch._inductor.config
 import torch.fx.experimental._config as shape_config
 from torch import Tensor, fx
 from torch._dynamo import symbolic_convert
@@ -46,22 +47,29 @@ def compile_entry(
 #: - Past the recompile limit Dynamo would silently run eager: make it raise instead.
 #: - Floats that modules hold are constants. Under dynamic=True each would be a graph input that
 #:   is made into a tensor on every call (26 of them for a Llama of 6 layers).
+#: - No freezing of weights: they are graph inputs, which adapters and new weights are found by.
 _CAPTURE: tuple[tuple[Any, str, Any], ...] = (
     (shape_config, "use_duck_shape", False),
     (torch._dynamo.config, "fail_on_recompile_limit_hit", True),
     (torch._dynamo.config, "specialize_float", True),
+    (torch._inductor.config, "freezing", False),
 )
 
 
 @contextmanager
-def capture_settings(recompile_limit: int) -> Iterator[None]:
+def capture_settings(recompile_limit: int, *, sizes_by_data: bool = False) -> Iterator[None]:
     """The settings of `_CAPTURE`, and the recompile limit where `torch.compile` takes none.
+
+    `sizes_by_data`: operators whose results' sizes depend on data are captured too, where Dynamo
+    would break the graph. Not for every model: what follows such a size in Python often cannot be.
 
     Plain attribute writes: `config.patch` costs 14 µs a call and this runs once a forward.
     """
     wanted = _CAPTURE
     if "recompile_limit" not in _COMPILE_ARGUMENTS:
-        wanted = (*_CAPTURE, (torch._dynamo.config, "recompile_limit", recompile_limit))
+        wanted = (*wanted, (torch._dynamo.config, "recompile_limit", recompile_limit))
+    if sizes_by_data:
+        wanted = (*wanted, (torch._dynamo.config, "capture_dynamic_output_shape_ops", True))
     before = [getattr(config, name) for config, name, _ in wanted]
     for config, name, value in wanted:
         setattr(config, name, value)
@@ -73,12 +81,12 @@ def capture_settings(recompile_limit: int) -> Iterator[None]:
 
 
 @contextmanager
-def block_settings(recompile_limit: int) -> Iterator[None]:
+def block_settings(recompile_limit: int, *, sizes_by_data: bool = False) -> Iterator[None]:
     """`capture_settings` around calls that users compile themselves; a limit of their own, where
     it is larger, stays."""
     config = torch._dynamo.config
     before = config.recompile_limit
-    with capture_settings(recompile_limit):
+    with capture_settings(recompile_limit, sizes_by_data=sizes_by_data):
         config.recompile_limit = max(before, recompile_limit)
         try:
             yield
@@ -122,6 +130,16 @@ def source_name(node: fx.Node) -> str:
     if callable(name):  # a method before torch 2.12
         name = name()
     return str(name) if name is not None else node.name
+
+
+def input_place(node: fx.Node, position: int) -> tuple[int, str | None]:
+    """Which of Dynamo's inputs a placeholder of AOTAutograd's stands for, and which part of it: the
+    attributes of a tensor subclass, its sizes and strides are inputs of their own."""
+    place, parts = node.meta.get("desc"), []
+    while place is not None and hasattr(place, "base"):
+        parts.append(getattr(place, "attr", "size"))
+        place = place.base
+    return getattr(place, "idx", position), ".".join(reversed(parts)) or None
 
 
 def mode_settings(mode: str | None) -> dict[str, Any]:

@@ -25,8 +25,13 @@ from lorafx.config import LoraConfig
 from lorafx.errors import CaptureError, ConfigError
 from lorafx.model.marks import SiteMark
 from lorafx.model.module_graph import ModuleGraph
+from lorafx.model.quantized import QuantisedModules, is_stored
+from lorafx.model.row_marks import RowMark, row_mark
 from lorafx.model.sites import Group, Site
 from lorafx.serving.runtime import Runtime
+
+#: Hooks that are lorafx's.
+MARKS = (SiteMark, RowMark)
 
 
 @dataclass(eq=False)
@@ -69,6 +74,8 @@ class Attach:
     def _attach(self, graph: ModuleGraph, sites: Sequence[Site], config: LoraConfig) -> Attachment:
         _refuse_marked(graph)
         _refuse_compiled(graph, sites)
+        quantised = QuantisedModules.of(module for _, module in graph.modules())
+        quantised.settle()
         runtime = Runtime(config.max_adapters, _one_device(sites))
         groups = allocate_groups(sites, config)
         marks = {
@@ -77,9 +84,18 @@ class Attach:
             for index, site in enumerate(group.sites)
         }
         # Hooks of others see the output with its delta: for them the model is W + ΔW.
+        hooks: list[tuple[nn.Module, SiteMark | RowMark]] = [
+            (_marked(site), marks[site.path]) for site in sites
+        ]
+        own = {id(site.module) for site in sites}
+        hooks += [
+            (module, row_mark(module, entry, runtime))
+            for module, entry in quantised.found
+            if id(module) not in own
+        ]
         handles = [
-            _marked(site).register_forward_hook(marks[site.path], with_kwargs=True, prepend=True)
-            for site in sites
+            module.register_forward_hook(mark, with_kwargs=True, prepend=True)
+            for module, mark in hooks
         ]
         return Attachment(groups, runtime, marks, handles)
 
@@ -145,6 +161,7 @@ def _mark(site: Site, index: int, group: Group, runtime: Runtime) -> SiteMark:
         transposed=site.eligible.transposed,
         derived=site.has_own_forward,
         handler=site.eligible.handler,
+        stored=is_stored(site.module, site.eligible),
     )
 
 
@@ -159,7 +176,7 @@ def _one_device(sites: Sequence[Site]) -> torch.device:
 
 def _refuse_marked(graph: ModuleGraph) -> None:
     for path, module in graph.modules():
-        if any(isinstance(hook, SiteMark) for hook in module._forward_hooks.values()):
+        if any(isinstance(hook, MARKS) for hook in module._forward_hooks.values()):
             raise CaptureError(
                 f"{path or 'the model'} carries a LoRA mark already; detach the model before "
                 "attaching again"
@@ -204,7 +221,7 @@ def detach(model: nn.Module) -> int:
     removed = 0
     for _, module in ModuleGraph.of(model).modules():
         for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, SiteMark):
+            if isinstance(hook, MARKS):
                 del module._forward_hooks[key]
                 module._forward_hooks_with_kwargs.pop(key, None)
                 module._forward_hooks_always_called.pop(key, None)

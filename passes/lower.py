@@ -2,7 +2,8 @@
 
     inductor   fused_linear → mm / addmm (one, or one a sibling), then add_delta_ into its output;
                site → add_delta_ into y. The delta op carries the id of a generated kernel.
-               expert_site → the key of each row, then as a site of that slot.
+               expert_site → run_expert_delta_ into y, whose kernel finds the key of each row; in
+               plain aten the keys, then as a site of those slots.
                grouped_site, here and below, runs as it is: plain aten.
     triton     fused_linear → triton_linear, or mm / addmm and triton_delta_, as planned;
                fused_experts → triton_experts, or the grouped product and then as expert_site;
@@ -27,15 +28,16 @@ from lorafx.graph.context import EMBEDDING_OP, EXPERT_OP, FUSED_OP, GROUPED_OP, 
 from lorafx.graph.frame import arguments_of, fake_value
 from lorafx.graph.fused_experts import FUSED_EXPERTS, product, region
 from lorafx.graph.graph_nodes import call_in_place
+from lorafx.graph.match_experts import ALIKE
 from lorafx.graph.pointwise import Region
 from lorafx.graph.strategy import GENERATED, strategy_of
 from lorafx.graph.triton_graph import inline_triton_ops
 from lorafx.kernels import triton_expert_ops, triton_ops
 from lorafx.kernels.cost import FUSED
-from lorafx.kernels.cpu import delta_call, embedding_delta_call
+from lorafx.kernels.cpu import delta_call, embedding_delta_call, expert_delta_call
 from lorafx.kernels.triton_build import EXPERTS
 from lorafx.kernels.triton_ops import adjacent
-from lorafx.passes.plan import delta_spec
+from lorafx.passes.plan import cpu_spec, delta_spec
 
 aten = torch.ops.aten
 ADD_DELTA = torch.ops.lorafx.add_delta_.default
@@ -140,8 +142,27 @@ def _expert_delta(
 ) -> fx.Node:
     """y (M, N) after the delta of rows whose experts are known; each row has a slot of its own."""
     *factors, slots = bank
+    alike = ctx.beside(factors[0], ALIKE)
+    if strategy_of(node).name == GENERATED and alike is not None:
+        ends = _ends(experts)
+        arguments = (y, x, *bank, alike, experts if ends is None else ends)
+        spec, sorted_rows = cpu_spec(node), ends is not None
+        generated = expert_delta_call(spec, *arguments, rows=rows, ends=sorted_rows)
+        if generated is not None:
+            return call_in_place(graph, *generated)
     keys = ctx.call(graph, EXPERT_SLOTS, (slots, experts, rows, count))
     return _add_delta(graph, ctx, node, y, x, (*factors, keys), ranges, 1)
+
+
+def _ends(experts: fx.Node) -> fx.Node | None:
+    """Where the rows of each expert end, if `experts` was read from that (searchsorted over the
+    rows' numbers, as `match` does it)."""
+    if experts.target is not aten.searchsorted.Tensor or not experts.kwargs.get("right"):
+        return None
+    ends, numbers = arguments_of(experts)[:2]
+    iota = numbers.target is torch.ops.prims.iota.default
+    first = iota and numbers.kwargs.get("start") == 0 and numbers.kwargs.get("step") == 1
+    return ends if first else None
 
 
 def _fused_experts(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:

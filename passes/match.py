@@ -30,6 +30,7 @@ from lorafx.graph.origins import addends_of, depends_on, origin_of
 from lorafx.graph.replaced import replaced_sites
 from lorafx.graph.weight_uses import Use, uses_of
 from lorafx.model.marks import UNPROVED, is_dense
+from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site, own_ranges
 
 aten = torch.ops.aten
@@ -108,7 +109,7 @@ def _uses(ctx: Context) -> dict[fx.Node, Use]:
             continue
         for use in _uses_of_input(ctx, node, item):
             other = uses.get(use.node)
-            if other is not None:
+            if other is not None and not _same_stored(ctx, use, other):
                 joined = _joined(ctx, other, use)
                 ctx.refuse(ctx.unknown_use(joined.weight, joined.node, joined.reason))
                 use = _joined(ctx, use, other)
@@ -116,9 +117,22 @@ def _uses(ctx: Context) -> dict[fx.Node, Use]:
     return uses
 
 
+def _same_stored(ctx: Context, use: Use, other: Use) -> bool:
+    """Whether two parts of one stored weight enter together: its numbers and their scales."""
+    items = ctx.frame.by_node
+    return use.stored and other.stored and items[use.weight].sites == items[other.weight].sites
+
+
 def _uses_of_input(ctx: Context, node: fx.Node, item: FrameInput) -> list[Use]:
     """The uses of one input, the weight itself or what was made of it."""
     derived = item.derived
+    if derived is None and (item.part or fake_value(node).dim() != 2):
+        reason = f"{item.label} is how it is stored, and this is outside of its module's call"
+        return [
+            Use("unknown", node, user, stored=True, reason=reason)
+            for user in node.users
+            if isinstance(fake_value(user), torch.Tensor) or fake_value(user) is None
+        ]
     if derived is None:
         transposed = any(site.eligible.transposed for site in item.sites)
         modules = {id(site.module) for site in item.sites}
@@ -168,9 +182,14 @@ def _left_to_mark(ctx: Context, use: Use) -> Site | None:
     """The site whose mark adds this use's delta, wherever the mark stands, if the use is made by a
     call of its module: it has a handler, or its weight is stored in a format (int8 and a scale) of
     which only the module's call as a whole is known to compute x Wᵀ."""
-    stored = _is_stored(use)
-    for site in ctx.frame.by_node[use.weight].sites:
-        if (stored or site.eligible.handler is not None) and ctx.inside(use.node, site.module):
+    item = ctx.frame.by_node[use.weight]
+    for site in item.sites:
+        stored = bool(item.part) or _is_stored(use) or is_stored(site.module, site.eligible)
+        if not stored and site.eligible.handler is None:
+            continue
+        # Where a break cuts its call in two, its mark stands in a later graph.
+        running = stored and id(site.module) in ctx.frame.callers
+        if running or ctx.inside(use.node, site.module):
             return site
     return None
 
@@ -229,7 +248,8 @@ def _insert(graph: fx.Graph, ctx: Context, site: Site, use: Use) -> None:
     """Put the site's op at the use: y' = site(x, y). Its bank is looked up by the weight at run
     time, since no hook brought it into the graph as an input."""
     assert use.x is not None
-    bank, gains = ctx.bank_inputs(graph, site, use.weight)
+    bank = ctx.bank_inputs(graph, site, use.weight)
+    gains = ctx.gains_input(graph, site, use.weight)
     y = use.node
     users = list(y.users)
     with graph.inserting_before(y.next):

@@ -14,7 +14,7 @@ out, `explain` prints it with the node's byte floor of `lorafx.kernels.cost`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -63,7 +63,7 @@ def _aten(ctx: Context, nodes: Sequence[fx.Node]) -> None:
 
 def _cpu(ctx: Context, nodes: Sequence[fx.Node]) -> None:
     wanted = {node: _pinned(ctx, node) or (GENERATED if _on_cpu(node) else ATEN) for node in nodes}
-    specs = {node: delta_spec(node) for node, name in wanted.items() if name == GENERATED}
+    specs = {node: cpu_spec(node) for node, name in wanted.items() if name == GENERATED}
     kernels = build_all(specs.values())
     for node in nodes:
         built = node in specs and kernels[specs[node]] is not None
@@ -266,6 +266,16 @@ def delta_spec(node: fx.Node) -> DeltaSpec:
         x, _, A, B, ranks, _, _, siblings, offsets, sizes = arguments_of(node)[:10]
     tensors = (value(node), value(x), value(A), value(B), value(ranks))
     return DeltaSpec.linear(*tensors, siblings, offsets, sizes)
+
+
+def cpu_spec(node: fx.Node) -> DeltaSpec:
+    """`delta_spec` of a kernel on a CPU, which finds the bank's slots of routed rows by itself."""
+    spec = delta_spec(node)
+    if node.target is EXPERT_OP:
+        return replace(spec, experts=arguments_of(node)[-1])
+    if node.target is FUSED_EXPERTS:
+        return replace(spec, experts=int(fake_value(arguments_of(node)[1]).shape[0]))
+    return spec
 
 
 def triton_spec(node: fx.Node) -> TritonSpec:

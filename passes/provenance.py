@@ -23,6 +23,7 @@ from lorafx.errors import ProvenanceError
 from lorafx.graph.context import (
     EMBEDDING_OP,
     ROWS_ARGUMENT,
+    ROWS_OF,
     SLOTS_ARGUMENT,
     Context,
     Refusal,
@@ -215,4 +216,7 @@ class Provenance:
                 sites = tuple(state.site for state in ctx.states.get(node, ()))
                 ctx.refuse(Refusal(sites, "mixed", proof.reason))
                 node.update_arg(ROWS_ARGUMENT[node.target], ALL_ALIKE)
+        for node in [node for node in gm.graph.nodes if node.target is ROWS_OF]:
+            node.replace_all_uses_with(node.args[1])
+            gm.graph.erase_node(node)
         return sum(isinstance(proof, RowMap) for proof in proofs.values())

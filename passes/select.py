@@ -28,7 +28,9 @@ from lorafx.model.experts import expert_weights
 from lorafx.model.marks import is_dense
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.packed_names import PackedNames
+from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site, has_own_forward
+from lorafx.model.weight_formats import is_wrapped
 from lorafx.passes.alias import Alias
 from lorafx.registry import Eligible, lookup
 
@@ -214,7 +216,7 @@ class _Selection:
             eligible=entry,
             in_features=in_features,
             out_features=out_features,
-            dtype=self._compute_dtype(module, weight),
+            dtype=self._compute_dtype(module, entry, weight),
             device=weight.device if weight is not None else _device_of(module, self.graph.root),
             parts=tuple(
                 replace(
@@ -229,9 +231,11 @@ class _Selection:
             closed_names=tuple(name for name in loose if name not in selected),
         )
 
-    def _compute_dtype(self, module: nn.Module, weight: Tensor | None) -> torch.dtype:
+    def _compute_dtype(
+        self, module: nn.Module, entry: Eligible, weight: Tensor | None
+    ) -> torch.dtype:
         """Dtype of the weight; where that is packed or 8-bit, the dtype it is computed in."""
-        if weight is not None and is_dense(weight):
+        if weight is not None and (is_wrapped(weight) or not is_stored(module, entry)):
             return weight.dtype
         declared = getattr(module, "compute_dtype", None)  # bitsandbytes, HQQ
         if isinstance(declared, torch.dtype):
@@ -262,7 +266,7 @@ def impossible(module: nn.Module, entry: Eligible | None) -> str | None:
     weight = _weight_of(module, entry)
     if weight is None:
         return None
-    return _wrong_weight(weight, sizes, entry) or _out_of_reach(module, weight, entry)
+    return _wrong_weight(module, weight, sizes, entry) or _out_of_reach(module, weight, entry)
 
 
 def _out_of_reach(module: nn.Module, weight: Tensor, entry: Eligible) -> str | None:
@@ -270,7 +274,7 @@ def _out_of_reach(module: nn.Module, weight: Tensor, entry: Eligible) -> str | N
 
     Elsewhere the weight's use is found in the graph, which a stored format hides.
     """
-    if entry.sharding is None or entry.handler is not None or is_dense(weight):
+    if entry.sharding is None or entry.handler is not None or not is_stored(module, entry):
         return None
     if entry.sharding.product(module) is module or not has_own_forward(module, entry):
         return None
@@ -280,11 +284,13 @@ def _out_of_reach(module: nn.Module, weight: Tensor, entry: Eligible) -> str | N
     )
 
 
-def _wrong_weight(weight: Tensor, sizes: tuple[int, int], entry: Eligible) -> str | None:
+def _wrong_weight(
+    module: nn.Module, weight: Tensor, sizes: tuple[int, int], entry: Eligible
+) -> str | None:
     if weight.layout is not torch.strided:
         return f"its weight is not dense ({weight.layout})"
     # Packed and 8-bit formats store W in shapes of their own; the declared sizes stand.
-    if not is_dense(weight):
+    if not is_wrapped(weight) and is_stored(module, entry):
         return None
     in_features, out_features = sizes
     if entry.kind == "experts":

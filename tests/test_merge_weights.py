@@ -5,6 +5,7 @@ The merged model is called by itself here, in eager mode: what its weights hold 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import transformers
 from absorbed import post_process
 from absorbed_cases import OneLayer, absorbed, case_of, states
 from dense_merge import TOLERANCE, build_case, error, valid
-from expert_models import moe_case
+from expert_models import Projection, moe_case, save_older
 from hand_made import SCALE, factors, hand_case, merged, save
 from merging import bits, tied_case
 from packed_models import WIDTH, packed_factors, twins
@@ -73,6 +74,41 @@ def test_routed_experts_and_routers(model_type: str, tmp_path: Path) -> None:
     inputs = {"input_ids": torch.randint(3, VOCAB, (3, 5))}
     names = ("params", "down", "older")
     check_merges(case.compile(), lambda name: case.expected([name] * 3, inputs), inputs, *names)
+
+
+def test_fused_experts_of_layers(tmp_path: Path) -> None:
+    """Factors for each projection of some experts, as older files have them."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = layers.ReplicatedLinear(6, 5, bias=False)
+            self.experts = layers.FusedMoE(5, 2, 6, 8)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.experts(x, self.gate(x))}
+
+    torch.manual_seed(0)
+    block = Block().eval().requires_grad_(False)
+    wanted, pairs = copy.deepcopy(block), {}
+    for expert in (0, 3):
+        for half, parameter, n, k in (
+            ("gate", "w13_weight", 8, 6),
+            ("up", "w13_weight", 8, 6),
+            ("all", "w2_weight", 6, 8),
+        ):
+            a, b = torch.randn(2 + expert, k), torch.randn(n, 2 + expert) / 8
+            pairs[Projection(f"experts.{parameter}", expert, half)] = (a, b)
+            rows = getattr(wanted.experts, parameter)[expert]
+            rows[8:] += SCALE * (b @ a) if half == "up" else 0
+            rows[:n] += SCALE * (b @ a) if half != "up" else 0
+    called = {"gate": "gate_proj", "up": "up_proj", "all": "down_proj"}
+    folder = save_older(
+        tmp_path, pairs, lambda where: f"experts.{where.expert}.{called[where.half]}"
+    )
+    cm = lorafx.compile(block, {"a": folder}, options=REFERENCE)
+    x = torch.randn(3, 4, 6)
+    check_merges(cm, lambda name: wanted(x)["logits"], {"x": x}, "a")
 
 
 def test_parts_of_packed_layers(tmp_path: Path) -> None:
@@ -308,3 +344,52 @@ def test_a_quantised_weight_is_merged_where_that_is_asked_for(tmp_path: Path) ->
     assert model[0].weight.dtype == torch.int8
     cm.unmerge()
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+def torchao_int8(model: nn.Module) -> nn.Module:
+    torchao = pytest.importorskip("torchao.quantization")
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    return model
+
+
+def bitsandbytes_nf4(model: nn.Module) -> nn.Module:
+    bnb = pytest.importorskip("bitsandbytes").nn
+    for name, child in list(model.named_children()):
+        linear = bnb.Linear4bit(
+            child.in_features, child.out_features, bias=False, compute_dtype=torch.float32
+        )
+        linear.weight = bnb.Params4bit(child.weight.data, requires_grad=False, quant_type="nf4")
+        setattr(model, name, linear)
+    return model.to("cpu")
+
+
+@pytest.mark.parametrize(
+    ("quantise", "most"), [(torchao_int8, 0.02), (bitsandbytes_nf4, 0.2)], ids=["torchao", "bnb"]
+)
+def test_formats_of_libraries(
+    quantise: Callable[[nn.Module], nn.Module], most: float, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)).eval()
+    pairs = factors(dense, ["0"], rank=3, seed=1, gain=2)
+    folder = save(dense, tmp_path, pairs)
+    model = quantise(dense).requires_grad_(False)
+    cm = lorafx.compile(model, {"a": folder}, options=REFERENCE)
+    x = torch.randn(3, 64)
+    base = model(x).clone()
+    before = lorafx.dequantize(model[0]).clone()
+    with pytest.raises(MatchError, match="requantize=True"):
+        cm.merge("a")
+    report = cm.merge("a", requantize=True)
+    a, b = pairs["0"]
+    update = SCALE * (b @ a)
+    lost = float((lorafx.dequantize(model[0]) - before - update).norm() / update.norm())
+    assert lost < most
+    assert report.error == pytest.approx(lost, rel=0.05)
+    merged = model(x)
+    assert (merged - base).norm() > 0.1 * base.norm()
+    assert torch.equal(cm(x, adapter_names=["a"] * 3), merged)
+    cm.unmerge()
+    assert torch.equal(model(x), base)
+    with pytest.raises(MatchError, match="0: its weight is quantised"):
+        cm.export_merged("a", tmp_path / "out")

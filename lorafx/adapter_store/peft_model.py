@@ -80,13 +80,18 @@ def take_over(peft_model: nn.Module) -> TakenOver:
             f"adapters {', '.join(merged)} are merged into the base weights; call "
             "peft_model.unmerge_adapter() first"
         )
+    # Not state_dict(): modules of bitsandbytes change their weights in it.
+    tensors = {
+        **dict(peft_model.named_parameters(remove_duplicate=False)),
+        **dict(peft_model.named_buffers(remove_duplicate=False)),
+    }
     adapters = {
         name: AdapterState(
             config,
             {
                 key: tensor.detach()
                 for key, tensor in peft.get_peft_model_state_dict(
-                    peft_model, adapter_name=name, save_embedding_layers=False
+                    peft_model, tensors, adapter_name=name, save_embedding_layers=False
                 ).items()
             },
             f"the PeftModel's adapter {name!r}",

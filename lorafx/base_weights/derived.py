@@ -17,9 +17,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from lorafx.base_weights.changes import Copy, copied
+from lorafx.base_weights.merge import write
 from lorafx.base_weights.places import Target
 from lorafx.errors import CheckpointError
 from lorafx.graph.derived import Holder, is_near, is_numbers, is_varied
@@ -108,7 +109,8 @@ class DerivedCopies:
             else:
                 weight = _dense(copy.weight)
                 assert weight is not None
-                _write(copy.tensor, _read(copy.form, weight, copy.tensor.shape))
+                held = Copy(copy.holder, copy.tensor, copy.form)
+                write(copy.tensor, copied(weight, held))
 
     def _of(self, filled: Iterable[Target]) -> list[_Copy]:
         """The copies of weights that are among `filled` and that got no numbers themselves."""
@@ -171,14 +173,6 @@ def _dense(weight: Holder) -> Tensor | None:
     return dense if isinstance(dense, Tensor) and dense.dim() == 2 and is_numbers(dense) else None
 
 
-def _read(form: Form, weight: Tensor, shape: torch.Size) -> Tensor:
-    """The entries of `weight` that a tensor of this form and shape has."""
-    row, column = weight.stride()
-    strides = [axis.out * row + axis.into * column for axis in form.axes]
-    start = weight.storage_offset() + form.out * row + form.into * column
-    return weight.as_strided(shape, strides, start)
-
-
 def _keep_in_place(copy: _Copy) -> None:
     """Move what a hook computed into the tensor that was there, so that graphs see it."""
     holder = copy.holder
@@ -187,7 +181,7 @@ def _keep_in_place(copy: _Copy) -> None:
         return
     if not isinstance(made, Tensor) or made.shape != copy.tensor.shape:
         raise CheckpointError(f"{holder}: {_HOOK} left something of another form there")
-    _write(copy.tensor, made)
+    write(copy.tensor, made)
     places: tuple[Any, ...] = (
         holder.module._parameters,
         holder.module._buffers,
@@ -196,8 +190,3 @@ def _keep_in_place(copy: _Copy) -> None:
     for place in places:
         if place.get(holder.attribute) is made:
             place[holder.attribute] = copy.tensor
-
-
-def _write(tensor: Tensor, numbers: Tensor) -> None:
-    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-        tensor.copy_(numbers)

@@ -128,12 +128,11 @@ class Box(Place):
         yield self.target, self.box
 
     def write(self, loaded: Tensor) -> None:
-        view = self.view
-        if same_memory(view, loaded):
-            return
-        # Tensors made in inference mode may be written there alone.
-        with torch.inference_mode(view.is_inference()), torch.no_grad():
-            view.copy_(loaded.reshape(view.shape))
+        # Tensors made in inference mode may be viewed and written there alone.
+        with torch.inference_mode(self.target.tensor.is_inference()), torch.no_grad():
+            view = self.view
+            if not same_memory(view, loaded):
+                view.copy_(loaded.reshape(view.shape))
 
 
 @dataclass(frozen=True, eq=False)

@@ -78,7 +78,8 @@ def _update(session: Session, source: Source, *, strict: bool, undo: Undo) -> We
     else:
         with Journal.kept(undo) as journal:
             update.write(source, journal)
-    session.broken = ""
+    if not plan.missing:
+        session.broken = ""
     session.store.refresh_magnitudes()
     return WeightUpdate(
         tuple(target.name for target in plan.filled()), tuple(plan.missing), tuple(plan.ignored)

@@ -21,13 +21,13 @@ from lorafx.capture.dump import GraphDump, dump_folder
 from lorafx.capture.executable import Owner, base_only, by_activity, checked, with_lookups
 from lorafx.capture.lowering import Lowering, lowering_for
 from lorafx.capture.pipeline import run_pipeline
-from lorafx.capture.program import BANK_FIELDS, GAINS, Program
+from lorafx.capture.program import Program
 from lorafx.capture.record import GraphRecord
 from lorafx.capture.stack import called_directly
 from lorafx.capture.verify import NumericCheck
 from lorafx.compat import duck_shaped, guarded_attributes
 from lorafx.graph.context import Context
-from lorafx.graph.frame import Frame
+from lorafx.graph.frame import ONE_SLOT, SLOTS, Frame
 from lorafx.kernels.triton_build import source_of
 from lorafx.progress import progress
 
@@ -149,11 +149,11 @@ class _FrameCompiler:
         values = [node.meta["val"] for node in frame.extra_nodes.values()]
         executable = self.lowering.compile(gm, [*inputs, *values])
         banks = [
-            (tuple(value.shape), value.stride(), value.dtype)
-            if name in (*BANK_FIELDS, GAINS)
-            else None
+            None if name in (SLOTS, ONE_SLOT) else (tuple(value.shape), value.stride(), value.dtype)
             for (_, _, name), value in zip(extra, values, strict=True)
         ]
-        weights = [frame.positions[node] for node, item in frame.by_node.items() if item.sites]
+        # The parts of a tensor subclass do not say whose they are.
+        whole = [node for node, item in frame.by_node.items() if item.sites and not item.part]
+        weights = [frame.positions[node] for node in whole]
         owner = self.backend.owner(frame, weights)
         return with_lookups(record.checks, owner, executable, extra, banks, numeric)

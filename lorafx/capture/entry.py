@@ -59,11 +59,13 @@ class Entry:
             session.set_tokens(self.roles, named)
         _fix_image_sizes(named)
         check_packed(session.program.packed)
+        session.program.quantised.settle_again()
         if session.program.runtime.active:
             self._refuse_loops()
         limit = session.program.options.recompile_limit
         try:
-            with torch.no_grad(), capture_settings(limit):
+            by_data = session.program.quantised.sizes_by_data
+            with torch.no_grad(), capture_settings(limit, sizes_by_data=by_data):
                 if session.has_mha and session.program.runtime.active:
                     # Its fused inference path takes the weights past every module and mark.
                     with no_mha_fast_path():

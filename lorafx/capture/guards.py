@@ -16,13 +16,14 @@ from typing import Any
 from torch import nn
 
 from lorafx.model.marks import SiteMark
+from lorafx.model.row_marks import RowMark
 
 
 def keep_guards(module: nn.Module, guards: Sequence[Any]) -> list[bool]:
     """For each of a new graph's guards whether to keep it; `module` is the compiled one."""
     if not any(_is_self(guard, module) for guard in guards):
         return [True] * len(guards)
-    marks = {guard.name for guard in guards if isinstance(guard.value, SiteMark)}
+    marks = {guard.name for guard in guards if isinstance(guard.value, (SiteMark, RowMark))}
     if not marks:
         return [True] * len(guards)
     kept: list[bool] = []

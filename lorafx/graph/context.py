@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 
 import lorafx.kernels.expert_ops
 import lorafx.kernels.grouped_ops
-import lorafx.kernels.ops  # noqa: F401  (both define torch.ops.lorafx)
+import lorafx.kernels.ops
+import lorafx.kernels.row_ops  # noqa: F401  (all define torch.ops.lorafx)
 from lorafx.capture.handover import Handover
 from lorafx.capture.program import BANK_FIELDS, GAINS, Program
 from lorafx.errors import MatchError
@@ -33,6 +34,7 @@ EMBEDDING_OP = torch.ops.lorafx.embedding_site.default
 GROUPED_OP = torch.ops.lorafx.grouped_site.default
 EXPERT_OP = torch.ops.lorafx.expert_site.default
 EXPERT_MARK = torch.ops.lorafx.expert_mark.default
+ROWS_OF = torch.ops.lorafx.rows_of.default
 FUSED_OP = torch.ops.lorafx.fused_linear.default
 
 #: All site ops begin with x (or ids), y, A, B, ranks, scales, slots.
@@ -198,28 +200,39 @@ class Context(GraphEdits):
 
     # --- new nodes ---
 
-    def bank_inputs(
-        self, graph: fx.Graph, site: Site, weight: fx.Node
-    ) -> tuple[tuple[fx.Node, ...], fx.Node | None]:
-        """(A, B, ranks, scales, slots) of `site`, and its gains, as graph inputs that the
-        executable looks up by the weight that it is called with: the same graph may serve other
-        layers."""
-        frame, fake_mode = self.frame, self.fake_mode
-        assert fake_mode is not None
-        # Tied weights have several sites: a head and an embedding.
-        place = (frame.positions[weight], frame.by_node[weight].sites.index(site))
-        bank = self.program.site_bank(site)
-        nodes = {
-            name: self._extra_input(
-                graph, place, name, fake_mode.from_tensor(tensor, static_shapes=True)
-            )
-            for name, tensor in bank.tensors.items()
-            if name in (*BANK_FIELDS, GAINS)
-        }
-        slots = next((node for node, item in frame.by_node.items() if item.kind == "slots"), None)
+    def bank_inputs(self, graph: fx.Graph, site: Site, weight: fx.Node) -> tuple[fx.Node, ...]:
+        """(A, B, ranks, scales, slots) of `site` as graph inputs that the executable looks up by
+        the weight that it is called with: the same graph may serve other layers."""
+        nodes = [self.bank_input(graph, site, weight, name) for name in BANK_FIELDS]
+        items = self.frame.by_node.items()
+        slots = next((node for node, item in items if item.kind == "slots"), None)
         if slots is None:
-            slots = self._slots_input(graph, place)
-        return (*(nodes[name] for name in BANK_FIELDS), slots), nodes.get(GAINS)
+            slots = self._slots_input(graph, self._place(site, weight))
+        return (*nodes, slots)
+
+    def bank_input(self, graph: fx.Graph, site: Site, weight: fx.Node, name: str) -> fx.Node:
+        """One field of the site's bank as such an input."""
+        assert self.fake_mode is not None
+        value = getattr(self.program.site_bank(site), name)
+        fake = self.fake_mode.from_tensor(value, static_shapes=True)
+        return self._extra_input(graph, self._place(site, weight), name, fake)
+
+    def gains_input(self, graph: fx.Graph, site: Site, weight: fx.Node) -> fx.Node | None:
+        """The gains of the site's bank as such an input, None where there is no room for DoRA."""
+        if self.program.site_bank(site).gains is None:
+            return None
+        return self.bank_input(graph, site, weight, GAINS)
+
+    def beside(self, field: fx.Node, name: str) -> fx.Node | None:
+        """The input that holds another field of the bank that `field` is a field of, where there
+        is such an input."""
+        inputs = self.frame.extra_nodes
+        found = next((key for key, node in inputs.items() if node is field), None)
+        return None if found is None else inputs.get((*found[:2], name))
+
+    def _place(self, site: Site, weight: fx.Node) -> tuple[int, int]:
+        # Tied weights have several sites: a head and an embedding.
+        return self.frame.positions[weight], self.frame.by_node[weight].sites.index(site)
 
     def look_up_slots(self, graph: fx.Graph) -> None:
         """Where marks read a handle, have the executable look the rows' slots up instead."""
@@ -253,6 +266,6 @@ class Context(GraphEdits):
             node = graph.placeholder(f"lorafx_{name}_{len(self.frame.extra_nodes)}")
         node.meta["val"] = value
         self.frame.extra_nodes[key] = node
-        kind: InputKind = "bank" if name in (*BANK_FIELDS, GAINS) else "slots"
+        kind: InputKind = "slots" if name in (SLOTS, ONE_SLOT) else "bank"
         self.frame.by_node[node] = FrameInput(kind, name)
         return node

@@ -8,14 +8,14 @@ call. The frame is dropped when its graph is compiled; nothing of it reaches the
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, fx
 
 from lorafx.capture.stack import calling_modules
-from lorafx.compat import source_name
+from lorafx.compat import input_place, source_name
 from lorafx.errors import ProvenanceError
 from lorafx.model.sites import Group, Site
 from lorafx.serving.roles import TOKEN_DIMS, Role
@@ -49,6 +49,7 @@ class FrameInput:
         derived: for weights, where this is a view or a copy of the base weight.
         holder: for state, the attribute that holds it.
         label: how to name the input in messages.
+        part: the attribute of a tensor subclass that this is; "" for a whole input.
     """
 
     kind: InputKind
@@ -58,6 +59,17 @@ class FrameInput:
     role: Role | None = None
     derived: Derived | None = None
     holder: Holder | None = None
+    part: str = ""
+
+    def taken_apart(self, part: str, value: Any) -> FrameInput:
+        """The input that holds this attribute of a tensor subclass, or one of its sizes."""
+        kind: InputKind = self.kind
+        if not isinstance(value, Tensor):
+            kind = "symbol"
+        elif kind in ("argument", "result"):  # how its parts lie is the subclass's business
+            kind = "unknown"
+        sites = self.sites if kind == "weight" else ()
+        return replace(self, kind=kind, label=f"{self.label}.{part}", sites=sites, part=part)
 
     @property
     def requests_dim(self) -> int | None:
@@ -142,8 +154,9 @@ class Frame:
         """Map AOTAutograd's placeholders, which keep the order of Dynamo's, to the inputs."""
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         for position, node in enumerate(placeholders):
-            index = getattr(node.meta.get("desc"), "idx", position)
-            self.by_node[node] = self.inputs[index]
+            index, part = input_place(node, position)
+            item = self.inputs[index]
+            self.by_node[node] = item if part is None else item.taken_apart(part, fake_value(node))
             self.positions[node] = position
 
     def batch_size(self) -> Any:

@@ -22,6 +22,9 @@ from lorafx.model.sites import Site, own_ranges
 
 aten = torch.ops.aten
 
+#: The field of a bank of experts that says which siblings share factors.
+ALIKE = "alike"
+
 _NOT_CAPTURED = (
     "its experts ran, and no product with their weight is in the graph: a loop over experts in "
     "Python is not captured. Where the model has the switch, "
@@ -56,7 +59,9 @@ def insert_expert_sites(graph: fx.Graph, ctx: Context) -> int:
 
 def _insert(graph: fx.Graph, ctx: Context, site: Site, use: ExpertUse) -> None:
     assert use.x is not None
-    bank, _ = ctx.bank_inputs(graph, site, use.weight)
+    bank = ctx.bank_inputs(graph, site, use.weight)
+    if ctx.program.options.lowering == "inductor":
+        ctx.bank_input(graph, site, use.weight, ALIKE)  # `lower` looks for it
     y = use.node
     users = list(y.users)
     with graph.inserting_before(y.next):

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import lorafx.kernels.ops  # noqa: F401  (defines torch.ops.lorafx)
+import lorafx.kernels.ops
+import lorafx.kernels.row_ops  # noqa: F401  (both define torch.ops.lorafx)
 from lorafx.adapter_store.bank import Bank
 from lorafx.errors import MatchError, ProvenanceError
 from lorafx.model.forward_check import Product, adds_up
@@ -50,6 +51,7 @@ class SiteMark:
         derived: the module's forward is not that of the registered class, so what it computes
             is checked against W once, on the first eager call (lorafx.model.forward_check).
         handler: takes calls apart whose input and output do not have the site's sizes; trusted.
+        stored: the weight is in a format, so that only the call as a whole is known to be x Wᵀ.
         weight, bias: packed base weight and bias of the group, set by the pack step.
     """
 
@@ -66,6 +68,7 @@ class SiteMark:
     transposed: bool = False
     derived: bool = False
     handler: Handler | None = None
+    stored: bool = False
     weight: Tensor | None = None
     bias: Tensor | None = None
     checked: bool = False
@@ -121,6 +124,8 @@ class SiteMark:
         bank, slots = self.bank, self.runtime.slots
         # DoRA is refused where a handler says what y is.
         gains = bank.gains if self.handler is None else None
+        if self.stored and torch.compiler.is_compiling():
+            y = torch.ops.lorafx.rows_of(x, y)
         if self.kind == "embedding":
             scales = bank.scales if scale is None else bank.scales * scale
             return torch.ops.lorafx.embedding_site(
@@ -221,7 +226,7 @@ class SiteMark:
             return None
         scale = getattr(module, "embed_scale", None)
         if isinstance(scale, Tensor):
-            return scale.to(getattr(module, self.weight_name).dtype)
+            return scale if self.stored else scale.to(getattr(module, self.weight_name).dtype)
         return scale
 
     def _fits(self, x: Any, output: Any, scale: Tensor | float | None) -> bool:
@@ -247,7 +252,11 @@ class SiteMark:
         if self.checked or not (self.derived or isinstance(output, tuple)):
             return
         product = Product(self.kind, self.weight_name, self.transposed, scale)
-        if not adds_up(product, module, args, kwargs, x, output):
+        if self.stored:  # nothing to compare with: a single output passes
+            right = not isinstance(output, tuple)
+        else:
+            right = adds_up(product, module, args, kwargs, x, output)
+        if not right:
             raise MatchError(
                 f"{self._name(module)}: its forward is its own and does not compute "
                 f"{'W[ids]' if self.kind == 'embedding' else 'x Wᵀ + b'} of its input, so "

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorafx.compat import mark_fixed_shape
 from lorafx.errors import CaptureError
+from lorafx.model.forward_check import is_dense
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Group
 
@@ -85,11 +86,14 @@ def pack_weights(
             if not like_weight or not _packable(alone, bias, (site.out_features,)):
                 return None
             has_bias = True
-    if len({(weight.dtype, weight.device, weight.requires_grad) for weight in weights}) != 1:
+    if len({(w.dtype, w.device, w.requires_grad, w.is_inference()) for w in weights}) != 1:
         return None
     rows = sum(site.out_features for site in sites)
-    buffer = weights[0].new_empty((rows, sites[0].in_features))
-    packed = PackedGroup(group, buffer, buffer.new_zeros(rows) if has_bias else None)
+    # Parameters from inference mode need a buffer from there: a mixture of the two could be
+    # neither viewed nor written.
+    with torch.inference_mode(weights[0].is_inference()):
+        buffer = weights[0].new_empty((rows, sites[0].in_features))
+        packed = PackedGroup(group, buffer, buffer.new_zeros(rows) if has_bias else None)
     repack([packed])
     for tensor in (packed.weight, packed.bias):
         if tensor is not None:
@@ -134,7 +138,8 @@ def repack(packs: Sequence[PackedGroup]) -> PackedGroup | None:
             own.clone() if own.untyped_storage().data_ptr() in buffers else own for own, _ in held
         ]
         for value, (_, part) in zip(values, held, strict=True):
-            part.copy_(value)
+            with torch.inference_mode(part.is_inference()), torch.no_grad():
+                part.copy_(value)
         for own, part in held:
             own.data = part
     return None
@@ -145,7 +150,7 @@ def _packable(alone: frozenset[int], parameter: nn.Parameter, shape: tuple[int, 
         not is_traceable_wrapper_subclass(parameter)
         and tuple(parameter.shape) == shape
         and parameter.is_contiguous()
-        and parameter.is_floating_point()
+        and is_dense(parameter)
         and parameter.device.type != "meta"
         and parameter.untyped_storage().nbytes() == parameter.numel() * parameter.element_size()
         and id(parameter) in alone

@@ -10,6 +10,9 @@ of lorafx.model.weight_formats.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +20,9 @@ from torch import Tensor, nn
 
 from lorafx.errors import ConfigError
 from lorafx.model.weight_formats import (
+    LIBRARIES,
     CannotStore,
+    Format,
     Plain,
     format_of,
     keeping,
@@ -129,12 +134,63 @@ class Stored:
         self._put_back()
 
 
-def is_stored(module: nn.Module, name: str = "weight") -> bool:
-    """Whether the module holds that weight in a format, in place of W's own numbers.
+def is_stored(module: nn.Module, entry: Eligible) -> bool:
+    """Whether the module holds its weight in a format, in place of W's own numbers.
 
-    True too where no attribute of that name holds a tensor: a packed weight under other names.
+    True too where no attribute of the weight's name holds a tensor: it is packed under others.
     """
-    return not Plain().holds(module, name)
+    if entry.dequantize is not None or not Plain().holds(module, entry.weight):
+        return True
+    return any(item.holds(module, entry.weight) for item in LIBRARIES)
+
+
+@dataclass(frozen=True)
+class QuantisedModules:
+    """The modules of registered classes that hold their weight in a format, and whose calls compute
+    y = x Wᵀ or W[ids], as they were when `of` was called; with their entries."""
+
+    found: tuple[tuple[nn.Module, Eligible], ...]
+
+    @classmethod
+    def of(cls, modules: Iterable[nn.Module]) -> QuantisedModules:
+        """Those among `modules`."""
+        entries = ((module, lookup(module)) for module in modules)
+        return cls(
+            tuple(
+                (module, entry)
+                for module, entry in entries
+                if entry is not None and entry.kind != "experts" and entry.handler is None
+                if is_stored(module, entry)
+            )
+        )
+
+    def settle(self) -> None:
+        """Have libraries do now what they would do in a module's first call, where they do."""
+        for item, module, name in self._of_libraries:
+            item.settle(module, name)
+
+    def settle_again(self) -> None:
+        """`settle` where something may have undone it; for before each call."""
+        for item, module, name in self._restless:
+            item.settle(module, name)
+
+    @cached_property
+    def sizes_by_data(self) -> bool:
+        """Whether some kernel returns tensors whose sizes depend on what is in others."""
+        return any(item.sizes_by_data(module) for item, module, _ in self._of_libraries)
+
+    @cached_property
+    def _of_libraries(self) -> list[tuple[Format, nn.Module, str]]:
+        return [
+            (item, module, entry.weight)
+            for module, entry in self.found
+            for item in LIBRARIES
+            if item.holds(module, entry.weight)
+        ]
+
+    @cached_property
+    def _restless(self) -> list[tuple[Format, nn.Module, str]]:
+        return [found for found in self._of_libraries if found[0].is_restless(*found[1:])]
 
 
 def readable(module: nn.Module, entry: Eligible) -> bool:

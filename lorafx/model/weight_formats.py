@@ -45,6 +45,17 @@ class Format(ABC):
     def tensors(self, module: nn.Module, name: str) -> list[Tensor]:
         """The plain tensors that W is stored in."""
 
+    def settle(self, module: nn.Module, name: str) -> None:  # noqa: B027  most do nothing
+        """Do now what the module's next call would do to what it holds: no graph can hold it."""
+
+    def is_restless(self, module: nn.Module, name: str) -> bool:
+        """Whether something else than calls undoes `settle`."""
+        return False
+
+    def sizes_by_data(self, module: nn.Module) -> bool:
+        """Whether its kernels return tensors whose sizes depend on what is in others."""
+        return False
+
     def store(self, module: nn.Module, name: str, weight: Tensor) -> None:
         """Store `weight` in place. Raises CannotStore, and may have changed some tensors then."""
         raise CannotStore(f"lorafx reads {type(self).__name__} and does not write it")
@@ -85,6 +96,15 @@ class Bitsandbytes8(Format):
         weight: Any = getattr(module, name, None)
         return _is(weight, "bitsandbytes.nn.modules", "Int8Params") and weight.dtype == torch.int8
 
+    def settle(self, module: nn.Module, name: str) -> None:
+        # Statistics move from the parameter to the module's state.
+        if isinstance(module, nn.Linear) and getattr(module, name).CB is not None:
+            module.init_8bit_state()  # type: ignore[operator]
+
+    def sizes_by_data(self, module: nn.Module) -> bool:
+        state: Any = getattr(module, "state", None)
+        return state is not None and state.threshold > 0  # the columns of outliers in x
+
     def scale(self, module: nn.Module, name: str) -> Tensor:
         # The first forward moves it from the parameter to the module's state.
         kept = getattr(module, name).SCB
@@ -115,6 +135,20 @@ class Bitsandbytes4(Format):
         data, state = self._unpacked(weight.data, self._state(module, name))
         functional: Any = sys.modules["bitsandbytes.functional"]
         return functional.dequantize_4bit(data, state)
+
+    def settle(self, module: nn.Module, name: str) -> None:
+        # On CPUs with bfloat16 products the call of one row repacks the weight.
+        weight, state = getattr(module, name), self._state(module, name)
+        packed = getattr(state, "packing_format_for_cpu", False)
+        if not isinstance(module, nn.Linear) or weight.device.type != "cpu" or packed:
+            return
+        dtype: Any = getattr(module, "compute_dtype", None) or state.dtype
+        with torch.no_grad():
+            module.forward(torch.zeros(1, state.shape[-1], dtype=dtype))
+
+    def is_restless(self, module: nn.Module, name: str) -> bool:
+        # state_dict() takes the packing back.
+        return isinstance(module, nn.Linear) and getattr(module, name).device.type == "cpu"
 
     def _state(self, module: nn.Module, name: str) -> Any:
         return getattr(module, name).quant_state or module.quant_state
@@ -250,15 +284,15 @@ class Plain(Format):
         getattr(module, name).data.copy_(weight)
 
 
-#: The first that holds the weight reads it.
-FORMATS: tuple[Format, ...] = (
+#: Whose weights are no numbers of W, whatever dtype they are stored in.
+LIBRARIES: tuple[Format, ...] = (
     Bitsandbytes4(),
     Bitsandbytes8(),
     WrapperSubclass(),
     FineGrained8(),
-    QuantMethod(),
-    Plain(),
 )
+#: The first that holds the weight reads it.
+FORMATS: tuple[Format, ...] = (*LIBRARIES, QuantMethod(), Plain())
 
 
 def is_wrapped(weight: Any) -> bool:

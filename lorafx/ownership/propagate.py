@@ -45,6 +45,7 @@ TOLERANT = frozenset(
         pointwise.copied,
         contractions.grouped,
         sites.expert_site,
+        sites.rows_of,
         *indexing.RULES.values(),
     }
 )
@@ -77,7 +78,8 @@ def flow_through(graph: fx.Graph, seeds: Mapping[fx.Node, Label], batch: BatchSy
 
 def _ends(graph: fx.Graph) -> list[fx.Node]:
     """What the graph hands to sites and to its caller."""
-    ends = [n for n in graph.nodes if n.op == "call_function" and called_by(n) in sites.RULES]
+    rules = {n: sites.RULES.get(called_by(n)) for n in graph.nodes if n.op == "call_function"}
+    ends = [node for node, rule in rules.items() if rule not in (None, sites.rows_of)]
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     return [*ends, *output.all_input_nodes]
 

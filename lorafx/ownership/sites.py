@@ -7,7 +7,8 @@ from torch import fx
 
 import lorafx.kernels.expert_ops
 import lorafx.kernels.grouped_ops
-import lorafx.kernels.ops  # noqa: F401  (both define torch.ops.lorafx)
+import lorafx.kernels.ops
+import lorafx.kernels.row_ops  # noqa: F401  (all define torch.ops.lorafx)
 from lorafx.ownership.flow import Flow, Rule, bound
 from lorafx.ownership.labels import Label, Mixed, Own
 
@@ -61,6 +62,18 @@ def given_out(node: fx.Node, flow: Flow, x: fx.Node, y: fx.Node) -> Own | None:
     return Own(dims[0])
 
 
+def rows_of(node: fx.Node, flow: Flow) -> Label:
+    """rows_of(x, y): what is proved of y, or else of x, from whose row m that of y is computed."""
+    args = bound(node)
+    x, y = args["x"], args["y"]
+    label, of_x = flow.label(y), flow.label(x)
+    if not isinstance(label, Mixed) or of_x is None:
+        return label
+    if isinstance(of_x, Own) and of_x.dim >= len(flow.shape(y)) - 1:
+        return label
+    return of_x
+
+
 RULES: dict[object, Rule] = dict.fromkeys(
     (
         torch.ops.lorafx.site,
@@ -70,3 +83,4 @@ RULES: dict[object, Rule] = dict.fromkeys(
     site,
 )
 RULES[torch.ops.lorafx.expert_site] = expert_site
+RULES[torch.ops.lorafx.rows_of] = rows_of

@@ -128,6 +128,10 @@ class Alignment:
             found = self.of(node.args[0])
         elif packet == aten.embedding:
             found = (*self.of(bound(node)["indices"]), None)
+        elif sites.RULES.get(packet) is sites.rows_of:
+            found = self.of(node.args[1])
+            if LOST in found[:-1]:
+                found = (*self.of(node.args[0])[: n - 1], None)
         elif packet in sites.RULES:
             found = self.of(node.args[1])
         elif (

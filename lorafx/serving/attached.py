@@ -92,7 +92,9 @@ class AttachedSession(Session):
             _BLOCKS.append(self)
             try:
                 self.serve(each, slots)
-                settings.enter_context(block_settings(program.options.recompile_limit))
+                program.quantised.settle_again()
+                limit, by_data = program.options.recompile_limit, program.quantised.sizes_by_data
+                settings.enter_context(block_settings(limit, sizes_by_data=by_data))
                 if self.has_mha and runtime.active:
                     settings.enter_context(no_mha_fast_path())
                 yield

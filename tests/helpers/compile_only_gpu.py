@@ -1,5 +1,6 @@
 """A GPU that can be compiled for and not run: what Triton and Inductor ask a driver about a device.
 
+on_cuda(mode, gm)         the graph's values as they would be on a GPU
 with compile_only_gpu():  fake "cuda" tensors trace, lower and generate code; nothing launches
 """
 
@@ -13,11 +14,14 @@ from unittest import mock
 
 import torch
 import triton
+from torch import Tensor, fx
 from torch._dynamo import device_interface
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._triton import has_triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
+CUDA = torch.device("cuda", 0)
 H200 = SimpleNamespace(
     name="NVIDIA H200",
     type="cuda",
@@ -105,3 +109,19 @@ def compile_only_gpu() -> Iterator[None]:
     finally:
         config._active = before
         has_triton.cache_clear()
+
+
+def on_cuda(mode: FakeTensorMode, gm: fx.GraphModule) -> None:
+    """Give every value of the graph the device of a GPU."""
+
+    def moved(value: object) -> object:
+        if not isinstance(value, Tensor):
+            return value
+        with mode:
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=CUDA)
+
+    for node in gm.graph.nodes:
+        if "val" in node.meta:
+            value = node.meta["val"]
+            many = isinstance(value, (list, tuple))
+            node.meta["val"] = type(value)(map(moved, value)) if many else moved(value)

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compile_only_gpu import compile_only_gpu
+from compile_only_gpu import CUDA, compile_only_gpu, on_cuda
 from site_graphs import Finished, SiteGraph
-from torch import Tensor, fx, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorafx.passes.fuse import Fuse
@@ -20,7 +20,6 @@ aten = torch.ops.aten
 K, N, B, T, VOCAB = 32, 48, 3, 2, 7
 ROWS = [0, -1, 2]
 KERNEL_CALL = torch.ops.higher_order.triton_kernel_wrapper_functional
-CUDA = torch.device("cuda", 0)
 
 
 class Modules(nn.Module):
@@ -49,22 +48,6 @@ def graph_of(path: str) -> tuple[SiteGraph, Finished]:
     return g, g.output(g.mark(path, x, y, rows=T))
 
 
-def on_cuda(g: SiteGraph, gm: fx.GraphModule) -> None:
-    """Every value as it would be on a GPU."""
-
-    def moved(value: object) -> object:
-        if not isinstance(value, Tensor):
-            return value
-        with g.mode:
-            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=CUDA)
-
-    for node in gm.graph.nodes:
-        if "val" in node.meta:
-            value = node.meta["val"]
-            many = isinstance(value, (list, tuple))
-            node.meta["val"] = type(value)(map(moved, value)) if many else moved(value)
-
-
 @pytest.mark.parametrize(
     ("path", "pin", "base"),
     [
@@ -79,7 +62,7 @@ def on_cuda(g: SiteGraph, gm: fx.GraphModule) -> None:
 def test_lora_nodes_become_kernels(path: str, pin: str | None, base: list[str]) -> None:
     g, done = graph_of(path)
     done.run(Match(), Fuse())
-    on_cuda(g, done.gm)
+    on_cuda(g.mode, done.gm)
     program = done.ctx.program
     if pin is not None:
         program.options = replace(program.options, plan={path: pin})
@@ -108,7 +91,7 @@ def test_the_plan_of_a_few_rows_is_a_fused_strategy() -> None:
     """The cost model takes it by itself: 6 rows, 3 slots."""
     g, done = graph_of("linear")
     done.run(Match(), Fuse())
-    on_cuda(g, done.gm)
+    on_cuda(g.mode, done.gm)
     with compile_only_gpu():
         done.run(Plan(), Lower())
     (states,) = done.ctx.states.values()

@@ -1,0 +1,238 @@
+"""Routed experts: eight requests with 0, 1 and 8 adapters beside the model without LoRA.
+
+    python benchmarks/moe.py [--minutes 8] [--quick] [--dtype fp32|bf16] [--case decode|prefill]
+    python benchmarks/moe.py --device cuda
+
+A model like Qwen3-30B-A3B, half as wide with half as many experts (hidden 1024, 64 experts of 384,
+top 8, two layers), LoRA of rank 16 on attention, experts and routers, saved by PEFT. Time over the
+same model under torch.compile in the same run. Of transformers' ways to compute experts two can be
+compiled into one graph: grouped_mm, its default, and batched_mm, which reads a weight for each row
+and so is for decode alone. lorafx is compared with the base that computes them in the same way, and
+the two bases with each other. PEFT serves one adapter, eagerly: it refuses mixed batches here, and
+torch.compile breaks its graph at every parameter.
+
+With --device cuda: one layer of the real sizes in bf16, decode [64, 1] and prefill [8, 1024], every
+arm a CUDA graph. The layer's experts are 20 times an H200's cache, so weights are not rotated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gpu_protocol
+import moe_cases
+import torch
+from peft import PeftModel
+from protocol import Ratio, as_row, compare, machine, save
+from torch import Tensor
+from transformers import Qwen3MoeForCausalLM
+
+import lorafx
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SHAPES = {"decode": (8, 1), "prefill": (8, 64)}
+#: (dtype, case, transformers' way to compute experts), the most telling first
+CASES = (
+    ("fp32", "decode", "grouped_mm"),
+    ("bf16", "decode", "grouped_mm"),
+    ("fp32", "prefill", "grouped_mm"),
+    ("bf16", "prefill", "grouped_mm"),
+    ("fp32", "decode", "batched_mm"),
+    ("bf16", "decode", "batched_mm"),
+)
+ADAPTERS = 8
+#: Most time over the base by (case, adapters), the goals of docs/performance.md for dense models.
+GOALS = {
+    ("decode", 0): 1.005,
+    ("decode", 1): 1.05,
+    ("decode", 8): 1.12,
+    ("prefill", 0): 1.005,
+    ("prefill", 1): 1.04,
+    ("prefill", 8): 1.06,
+}
+#: Least throughput over the base on a GPU, whatever the mix.
+GPU_GOAL = 0.92
+PEFT_BLOCKS = 5  # its intervals lie far from the others'
+
+
+def say(*words: object) -> None:
+    print(time.strftime("%H:%M:%S"), *words, flush=True)
+
+
+def step(model: Callable[..., Any], ids: Tensor, **more: Any) -> Callable[[], Tensor]:
+    return lambda: model(input_ids=ids, use_cache=False, **more).logits
+
+
+def run_case(
+    dtype_name: str, kind: str, implementation: str, options: argparse.Namespace
+) -> list[dict[str, object]]:
+    """Rows of results of one case."""
+    layers, blocks, seconds = (1, 5, 0.02) if options.quick else (2, 20, 0.05)
+    shape = SHAPES[kind]
+    label = f"{kind} {list(shape)} {dtype_name} {implementation}"
+    torch._dynamo.reset()
+    model = moe_cases.build_model("cpu", layers, DTYPES[dtype_name])
+    model.set_experts_implementation(implementation)
+    ids = torch.randint(model.config.vocab_size, shape)
+    chosen = moe_cases.routes(model, ids)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = moe_cases.save_adapters(model, Path(folder), ADAPTERS)
+        say(f"{label}: {moe_cases.touched(chosen):.0f} experts a layer touched; compiling")
+        cm = lorafx.compile(copy.deepcopy(model), dict(paths))
+
+        def serve(names: Sequence[str | None]) -> Tensor:
+            return cm(input_ids=ids, use_cache=False, adapter_names=names).logits
+
+        error, own_error = moe_cases.errors(model, paths, serve, ids)
+        arms = {
+            f"lorafx D={distinct}": step(
+                cm, ids, adapter_names=moe_cases.names_of(shape[0], distinct)
+            )
+            for distinct in (0, 1, ADAPTERS)
+        }
+        base = step(torch.compile(copy.deepcopy(model)), ids)
+        if kind == "decode" and implementation == "grouped_mm":
+            other = copy.deepcopy(model)
+            other.set_experts_implementation("batched_mm")
+            arms["base by batched_mm"] = step(torch.compile(other), ids)
+        load = os.getloadavg()[0]
+        ratios = compare(base, arms, blocks=blocks, seconds=seconds)
+        if implementation == "grouped_mm":
+            say("PEFT, one adapter")
+            single = PeftModel.from_pretrained(copy.deepcopy(model), paths["a0"]).eval()
+            few = min(PEFT_BLOCKS, blocks)
+            alone = {"PEFT one adapter, eager": step(single, ids)}
+            ratios += compare(base, alone, blocks=few, seconds=seconds)[1:]
+    say(f"{label}: error {error:.2e}, a merged model's own {own_error:.2e}; load {load:.1f}")
+    about = {
+        "error": error,
+        "error_of_merged": own_error,
+        "experts_touched": moe_cases.touched(chosen),
+        "load": [load, os.getloadavg()[0]],
+    }
+    rows = []
+    for ratio in ratios:
+        floor, goal = floor_and_goal(model, ids, chosen, kind, ratio)
+        text = f"; floor {floor:.3f}" if floor else ""
+        if goal:
+            # A claim needs the bound of the interval.
+            text += f"; goal {goal} {'reached' if ratio.high <= goal else 'not reached'}"
+        print(f"  {ratio.arm:24s} {ratio}{text}", flush=True)
+        rows.append(as_row(label, ratio) | {"floor": floor, "goal": goal} | about)
+    return rows
+
+
+def floor_and_goal(
+    model: Qwen3MoeForCausalLM, ids: Tensor, chosen: Sequence[Tensor], kind: str, ratio: Ratio
+) -> tuple[float | None, float | None]:
+    """Of lorafx's arms; None for others."""
+    name, _, distinct = ratio.arm.partition(" D=")
+    if name != "lorafx":
+        return None, None
+    count = int(distinct)
+    return moe_cases.floor_of(model, ids, chosen, count), GOALS.get((kind, count))
+
+
+def machine_and_load() -> dict[str, object]:
+    """The machine, and how busy it was when the results were written."""
+    return {**machine(), "load": [round(load, 1) for load in os.getloadavg()]}
+
+
+def on_cpu(options: argparse.Namespace) -> None:
+    budget, rows = gpu_protocol.Budget(options.minutes), []
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        refusal = moe_cases.peft_refusal(Path(folder))
+        print(f'PEFT on a mixed batch: "{refusal}"')
+        for dtype, kind, implementation in CASES:
+            wanted = dtype in (options.dtype or DTYPES) and kind in (options.case or SHAPES)
+            if not wanted or not budget.fits(f"{kind} {dtype} {implementation}"):
+                continue
+            start = time.monotonic()
+            rows += run_case(dtype, kind, implementation, options)
+            budget.took(time.monotonic() - start)
+    if budget.left_out:
+        print(f"\nleft out for want of time: {'; '.join(budget.left_out)}")
+    if not options.quick:
+        title = (
+            "time over the compiled base, Qwen3-MoE of hidden 1024, 64 experts of 384, top 8, two "
+            f"layers, r=16 on attention, experts and routers; PEFT on a mixed batch: {refusal}"
+        )
+        save(options.out or Path("benchmarks/results/moe_cpu.json"), title, rows, machine_and_load)
+
+
+def on_cuda(options: argparse.Namespace) -> None:
+    """One layer of the real sizes. Nobody has run this on a device yet."""
+    import gpu_model
+
+    device = gpu_protocol.require_gpu("moe.py --device cuda")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        model = moe_cases.build_model("real", 1, torch.bfloat16, device)
+        paths = moe_cases.save_adapters(model, Path(folder), ADAPTERS)
+        base = torch.compile(copy.deepcopy(model), dynamic=False)
+        cm = lorafx.compile(copy.deepcopy(model), dict(paths), options={"lowering": "triton"})
+        for kind, shape in (("decode", (64, 1)), ("prefill", (8, 1024))):
+            ids = torch.randint(model.config.vocab_size, shape, device=device)
+            chosen = moe_cases.routes(model, ids)
+
+            def serve(names: Sequence[str | None], ids: Tensor = ids) -> Tensor:
+                return cm(input_ids=ids, use_cache=False, adapter_names=names).logits
+
+            error, own_error = moe_cases.errors(model, paths, serve, ids)
+            calls = {
+                f"lorafx D={d}": step(cm, ids, adapter_names=moe_cases.names_of(shape[0], d))
+                for d in (0, 1, ADAPTERS)
+            }
+            run_base = step(base, ids)
+            counted = {name: len(gpu_protocol.launches(call)) for name, call in calls.items()}
+            arms = {
+                name: gpu_model.StepArm(gpu_protocol.graph_arm([call]), call)
+                for name, call in calls.items()
+            }
+            ratios = compare(
+                gpu_model.StepArm(gpu_protocol.graph_arm([run_base]), lambda: None),
+                arms,
+                blocks=50,
+                seconds=0.02,
+                timer=gpu_model.step_time,
+            )
+            label = f"{kind} {list(shape)} bf16, one layer of Qwen3-30B-A3B"
+            say(f"{label}: error {error:.2e}, a merged model's own {own_error:.2e}")
+            for ratio in ratios:
+                floor, _ = floor_and_goal(model, ids, chosen, kind, ratio)
+                reached = "reached" if 1 / ratio.high >= GPU_GOAL else "not reached"
+                print(f"  {ratio.arm:14s} {ratio}; throughput goal {GPU_GOAL} {reached}")
+                rows.append(
+                    as_row(label, ratio)
+                    | {"floor": floor, "goal": GPU_GOAL, "launches": counted.get(ratio.arm)}
+                    | {"error": error, "error_of_merged": own_error}
+                    | {"clocks": gpu_protocol.clocks()}
+                )
+    title = "time over the compiled base, one layer of Qwen3-30B-A3B, r=16"
+    out = options.out or Path("benchmarks/results/moe_gpu.json")
+    save(out, title, rows, lambda: gpu_protocol.gpu_machine(device))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--quick", action="store_true", help="1 layer, 5 blocks; nothing saved")
+    parser.add_argument("--dtype", choices=DTYPES, action="append")
+    parser.add_argument("--case", choices=SHAPES, action="append")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(arguments)
+    (on_cuda if options.device == "cuda" else on_cpu)(options)
+
+
+if __name__ == "__main__":
+    main()

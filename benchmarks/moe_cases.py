@@ -1,0 +1,188 @@
+"""What moe.py measures: a model like Qwen3-30B-A3B, adapters of it, floors and errors.
+
+floor(decode)  = 1 + Σ r·(K + N) over the distinct (site, adapter) and (expert, adapter) that a
+                 step touches / Σ K·N over the weights that it reads, experts touched only
+floor(prefill) = 1 + Σ r·(K + N) over rows / Σ K·N over rows: multiplications
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+PARAMETERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight")
+RANK = 16
+
+#: Sizes by name: Qwen3-30B-A3B's layers, half as wide with half as many experts, and tiny ones.
+SIZES: Mapping[str, Mapping[str, int]] = {
+    "real": {
+        "hidden_size": 2048,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "vocab_size": 151936 // 48,
+    },
+    "cpu": {
+        "hidden_size": 1024,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "moe_intermediate_size": 384,
+        "num_experts": 64,
+        "vocab_size": 4096,
+    },
+    "tiny": {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "moe_intermediate_size": 32,
+        "num_experts": 8,
+        "vocab_size": 128,
+    },
+}
+
+
+def build_model(
+    size: str, layers: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Qwen3MoeForCausalLM:
+    """Random weights; routers of unit gain, so that tokens go to all experts."""
+    config = Qwen3MoeConfig(
+        **SIZES[size],
+        num_hidden_layers=layers,
+        num_experts_per_tok=min(8, SIZES[size]["num_experts"] // 2),
+        norm_topk_prob=True,
+        max_position_embeddings=4096,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Qwen3MoeForCausalLM(config).eval().requires_grad_(False)
+    for router in routers(model):
+        nn.init.normal_(router.weight, std=config.hidden_size**-0.5)
+    return model.to(dtype)
+
+
+def routers(model: nn.Module) -> list[nn.Module]:
+    """The routers of all layers, in order."""
+    return [layer.mlp.gate for layer in model.model.layers]
+
+
+def save_adapters(model: Qwen3MoeForCausalLM, folder: Path, count: int) -> dict[str, str]:
+    """Adapters of attention, experts and routers with non-zero B, saved by PEFT, by name."""
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=RANK,
+        target_modules=list(TARGETS),
+        target_parameters=list(PARAMETERS),
+    )
+    peft_model = get_peft_model(copy.deepcopy(model), config)
+    paths = {}
+    for index in range(count):
+        generator = torch.Generator(next(model.parameters()).device).manual_seed(index)
+        for name, parameter in peft_model.named_parameters():
+            if "lora_" in name:
+                nn.init.normal_(parameter, std=0.02, generator=generator)
+        paths[f"a{index}"] = str(folder / f"a{index}")
+        peft_model.save_pretrained(paths[f"a{index}"])
+    return paths
+
+
+def names_of(batch: int, distinct: int) -> list[str | None]:
+    """The adapter of each request: D of them in turn; the base where D is 0."""
+    return [f"a{row % distinct}" if distinct else None for row in range(batch)]
+
+
+def peft_refusal(folder: Path) -> str:
+    """What PEFT says to a batch that mixes adapters of a tiny model of the same class."""
+    model = build_model("tiny", 1, torch.float32)
+    path = save_adapters(model, folder, 1)["a0"]
+    peft_model = PeftModel.from_pretrained(model, path, "a0").eval()
+    try:
+        peft_model(input_ids=torch.zeros(2, 1, dtype=torch.long), adapter_names=["a0", "__base__"])
+    except ValueError as error:
+        return str(error).partition("\n")[0]
+    raise RuntimeError("PEFT took a mixed batch of an adapter with target_parameters")
+
+
+def routes(model: Qwen3MoeForCausalLM, ids: Tensor) -> list[Tensor]:
+    """The experts that the base model chooses for each token, (tokens, k) a layer."""
+    found: list[Tensor] = []
+    hooks = [
+        router.register_forward_hook(lambda module, args, out: found.append(out[2]))
+        for router in routers(model)
+    ]
+    model(input_ids=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def touched(chosen: Sequence[Tensor]) -> float:
+    """How many experts of a layer a step touches, the mean of the layers."""
+    return sum(len(layer.unique()) for layer in chosen) / len(chosen)
+
+
+def floor_of(model: Qwen3MoeForCausalLM, ids: Tensor, chosen: Sequence[Tensor], D: int) -> float:
+    """See the module's equations; experts as the base model routes."""
+    config, (batch, tokens) = model.config, ids.shape
+    heads, kv = (
+        n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
+    )
+    hidden, inner = config.hidden_size, config.moe_intermediate_size
+    dense = [
+        (hidden, heads),
+        (hidden, kv),
+        (hidden, kv),
+        (heads, hidden),
+        (hidden, config.num_experts),
+    ]
+    expert = [(hidden, 2 * inner), (inner, hidden)]
+    head = hidden * config.vocab_size
+    decode = tokens == 1
+    owner = torch.arange(batch, device=ids.device).repeat_interleave(tokens) % max(D, 1)
+    weights, factors = head * (1 if decode else batch * tokens), 0
+    for layer in chosen:
+        pairs = torch.stack([layer.flatten(), owner.repeat_interleave(layer.shape[1])], 1)
+        experts = len(layer.unique()) if decode else layer.numel()
+        terms = len(pairs.unique(dim=0)) if decode else layer.numel()
+        rows = 1 if decode else batch * tokens
+        weights += rows * sum(k * n for k, n in dense) + experts * sum(k * n for k, n in expert)
+        users = D if decode else rows
+        factors += users * sum(k + n for k, n in dense) + terms * sum(k + n for k, n in expert)
+    return 1 + RANK * factors / weights if D else 1.0
+
+
+def errors(
+    model: Qwen3MoeForCausalLM,
+    paths: Mapping[str, str],
+    serve: Callable[[Sequence[str | None]], Tensor],
+    ids: Tensor,
+) -> tuple[float, float]:
+    """Largest error of two rows of a mixed batch (an adapter's and a base row's) against dense
+    merge in float64, of lorafx and of the merged model in the model's own dtype.
+
+    Tokens that float64 sends to other experts are in it: near ties are decided by rounding.
+    """
+    names: list[str | None] = [*list(paths)[: ids.shape[0] - 1], None]
+    got = serve(names).double()
+    worst = own = 0.0
+    for row in (0, len(names) - 1):
+        exact, name = copy.deepcopy(model).double(), names[row]
+        exact.set_experts_implementation("eager")  # grouped_mm has no float64
+        if name is not None:
+            exact = PeftModel.from_pretrained(exact, paths[name]).merge_and_unload()
+        one = ids[row : row + 1]
+        want = exact(input_ids=one, use_cache=False).logits[0]
+        plain = exact.to(model.dtype)(input_ids=one, use_cache=False).logits[0].double()
+        worst = max(worst, float((got[row] - want).abs().max()))
+        own = max(own, float((plain - want).abs().max()))
+    return worst, own

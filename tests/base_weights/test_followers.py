@@ -1,0 +1,209 @@
+"""What depends on base weights sees new ones: copies, packed buffers, merged adapters, graphs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from absorbed import AbsorbedAttention, post_process
+from absorbed_cases import REFERENCE, OneLayer, absorbed, case_of, states
+from dense_merge import Case, check_mixed, error
+from namings import new_weights, of_peft, plain
+from peft import PeftModel
+from torch import Tensor, nn
+
+import lorafx
+from lorafx.errors import BaseWeightsError, UnsupportedAdapterError
+
+NAMES = ["a", None, "b", "c"]
+IDS = {"input_ids": torch.randint(3, 61, (3, 5), generator=torch.Generator().manual_seed(1))}
+ROWS = ["a0", None, "a2"]
+
+
+@pytest.fixture(scope="module")
+def layer(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """One attention of DeepSeek-V3 as transformers computes it."""
+    return case_of(OneLayer, tmp_path_factory.mktemp("layer"))
+
+
+def served_layer(layer: Case, keep: Any) -> Any:
+    model = absorbed(layer)
+    cm = lorafx.compile(model, layer.folders, options=REFERENCE)
+    keep(model)
+    check_mixed(cm, layer, NAMES, states(4, 4))
+    return cm
+
+
+def check_new(cm: Any, layer: Case, seed: int = 3, *, once: bool = False) -> None:
+    """New weights by the names of the model that is not absorbed."""
+    fresh = new_weights(layer.base, seed)
+    graphs = cm.recompiles
+    kept = [
+        value.data_ptr()
+        for module in cm.model.modules()
+        if isinstance(module, AbsorbedAttention)
+        for value in (module.w_uk, module.w_uv)
+    ]
+    state = plain(fresh)
+    cm.load_weights(iter(state.items()) if once else state)
+    check_mixed(cm, Case(fresh, layer.folders), NAMES, states(4, 4))
+    assert cm.recompiles == graphs
+    assert kept == [
+        value.data_ptr()
+        for module in cm.model.modules()
+        if isinstance(module, AbsorbedAttention)
+        for value in (module.w_uk, module.w_uv)
+    ]
+
+
+@pytest.mark.parametrize("once", [False, True], ids=["list", "generator"])
+@pytest.mark.parametrize(
+    "kept", ["views", "views in buffers", "copies", "permuted copies", "parameters"]
+)
+def test_absorbed_weights(layer: Case, kept: str, once: bool) -> None:
+    cm = served_layer(layer, lambda model: post_process(model, kept))
+    check_new(cm, layer, once=once)
+    check_new(cm, layer, 4, once=once)
+
+
+class Hooked(AbsorbedAttention):
+    """Computes what it keeps in a form of its own: two scales that cancel out."""
+
+    def process_weights_after_loading(self) -> None:
+        w = self.kv_b_proj.weight.detach()
+        w = w.view(self.num_heads, self.qk_nope_head_dim + self.v_head_dim, -1)
+        self.w_uk = w[:, : self.qk_nope_head_dim] * 2.0
+        self.w_uv = w[:, self.qk_nope_head_dim :] * 0.5
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        return self.w_uk * 0.5, self.w_uv * 2.0
+
+
+def keep_scaled(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, AbsorbedAttention):
+            Hooked.process_weights_after_loading(module)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("once", [False, True], ids=["list", "generator"])
+def test_copies_in_no_form(layer: Case, once: bool) -> None:
+    """By the module's own hook, or not at all."""
+    model = absorbed(layer)
+    keep_scaled(model)
+    cm = lorafx.compile(model, layer.folders, options=REFERENCE)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = plain(new_weights(layer.base, 3))
+    with pytest.raises(BaseWeightsError, match=r"self_attn.w_uk was computed from it"):
+        cm.load_weights(iter(state.items()) if once else state)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+    (module,) = (m for m in model.modules() if isinstance(m, AbsorbedAttention))
+    module.__class__ = Hooked
+    kept = module.w_uk, module.w_uv
+    cm.load_weights(iter(state.items()) if once else state)
+    assert module.w_uk is kept[0]
+    assert module.w_uv is kept[1]
+    inputs = states(2, 3)
+    want = Case(new_weights(layer.base, 3), {}).expected([None, None], inputs)
+    assert error(cm(**inputs, adapter_names=[None, None])["logits"], want) <= 1e-5
+
+
+def test_a_merged_adapter(shallow: Case) -> None:
+    cm = shallow.compile()
+    cm.merge("a1")
+    fresh = new_weights(shallow.base, 4)
+    cm.load_weights(plain(fresh))
+    assert cm.merged == "a1"
+    case = Case(fresh, shallow.folders)
+    check_mixed(cm, case, ["a1"] * 3, IDS)
+    with pytest.raises(BaseWeightsError):
+        cm.load_weights({"lm_head.weight": torch.zeros(1)})
+    check_mixed(cm, case, ["a1"] * 3, IDS)
+    cm.unmerge()
+    assert all(torch.equal(t, plain(fresh)[name]) for name, t in cm.model.state_dict().items())
+    check_mixed(cm, case, ROWS, IDS)
+
+
+def test_packed_buffers_that_were_split(shallow: Case) -> None:
+    """A parameter that somebody replaced is put back into the buffer, and the graphs' inputs stay
+    where they were."""
+    cm = shallow.compile()
+    check_mixed(cm, shallow, ROWS, IDS)
+    graphs = cm.recompiles
+    packed = list(cm._session.program.packed)
+    assert packed
+    addresses = [group.weight.data_ptr() for group in packed]
+    projection = cm.model.model.layers[0].self_attn.k_proj
+    projection.weight.data = projection.weight.data.clone()
+    fresh = new_weights(shallow.base, 5)
+    cm.load_weights(plain(fresh))
+    assert all(group.intact for group in packed)
+    assert [group.weight.data_ptr() for group in packed] == addresses
+    assert torch.equal(
+        packed[0].weight, torch.cat([s.module.weight for s in packed[0].group.sites])
+    )
+    check_mixed(cm, Case(fresh, shallow.folders), ROWS, IDS)
+    assert cm.recompiles == graphs
+
+
+def test_what_inductor_compiled(shallow: Case) -> None:
+    """Weights are inputs of its graphs, none is folded into one or laid out anew, also where the
+    process is set to freeze them."""
+    with torch._inductor.config.patch(freezing=True):
+        cm = shallow.compile({"lowering": "inductor"})
+        for names in (ROWS, [None] * 3):
+            cm(**IDS, adapter_names=names)
+        graphs = cm.recompiles
+        fresh = new_weights(shallow.base, 6)
+        cm.load_weights(iter(plain(fresh).items()))
+        case = Case(fresh, shallow.folders)
+        check_mixed(cm, case, ROWS, IDS)
+        check_mixed(cm, case, [None] * 3, IDS)
+        assert cm.recompiles == graphs
+
+
+def test_weights_made_in_inference_mode(shallow: Case) -> None:
+    with torch.inference_mode():
+        model = new_weights(shallow.base, 2)
+    assert all(parameter.is_inference() for parameter in model.parameters())
+    cm = lorafx.compile(model, shallow.folders, options=REFERENCE)
+    fresh = new_weights(shallow.base, 7)
+    cm.load_weights(plain(fresh))
+    check_mixed(cm, Case(fresh, shallow.folders), ROWS, IDS)
+    again = plain(new_weights(shallow.base, 8))
+    with pytest.raises(BaseWeightsError):
+        cm.load_weights(pair for pair in [*again.items(), ("more", torch.zeros(1))])
+    check_mixed(cm, Case(fresh, shallow.folders), ROWS, IDS)
+
+
+def test_a_model_that_peft_had_wrapped(shallow: Case) -> None:
+    wrapped = PeftModel.from_pretrained(shallow.model(), str(shallow.folders["a0"]), "a0")
+    wrapped.load_adapter(str(shallow.folders["a2"]), "a2")
+    trainer = new_weights(shallow.base, 9)
+    cm = lorafx.compile(wrapped, options=REFERENCE)
+    # What the trainer's own wrapped model is called, without the factors.
+    twin = PeftModel.from_pretrained(trainer, str(shallow.folders["a0"]))
+    state = {name: t for name, t in twin.state_dict().items() if "lora_" not in name}
+    assert any(".base_layer." in name for name in state)
+    cm.load_weights(state)
+    fresh = new_weights(shallow.base, 9)
+    assert set(of_peft(fresh)) >= {name for name in state if "base_layer" in name}
+    check_mixed(cm, Case(fresh, shallow.folders), ROWS, IDS)
+
+
+def test_dora_has_no_norms_that_could_be_stale(shallow: Case, tmp_path: Path) -> None:
+    """Adapters whose factors depend on the base's norms are not served at all."""
+    folder = oracle.save_adapter(
+        shallow.base,
+        tmp_path / "dora",
+        rank=2,
+        targets=["model.layers.0.self_attn.q_proj"],
+        use_dora=True,
+    )
+    assert json.loads((folder / "adapter_config.json").read_text())["use_dora"]
+    with pytest.raises(UnsupportedAdapterError, match="DoRA"):
+        shallow.compile().load_adapter(folder, "dora")

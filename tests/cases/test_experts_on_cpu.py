@@ -1,0 +1,57 @@
+"""Routed experts by generated C++: one op a product, whichever way the base computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from dense_merge import Case, check_mixed
+from expert_models import moe_case
+from torch._inductor.utils import run_and_get_code
+
+NAMES = ["params", None, "older", "down", "dense", "params"]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    yield moe_case("qwen3_moe", Path(tmp_path_factory.mktemp("moe")))
+    torch._dynamo.reset()
+
+
+def ids(rows: int = 6, length: int = 5, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {"input_ids": torch.randint(1, 60, (rows, length), generator=generator)}
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_one_op_a_product(case: Case, implementation: str) -> None:
+    """The keys are found inside of it; nothing of slots, experts or rows is computed beside it."""
+    model = case.model()
+    model.set_experts_implementation(implementation)
+    twin = Case(model, case.folders, case.merged)
+    cm = twin.compile({"lowering": "inductor"})
+    with torch.no_grad():
+        _, code = run_and_get_code(lambda: cm(**ids(), adapter_names=NAMES))
+    text = "\n".join(code)
+    assert text.count("ops.lorafx.run_expert_delta_.default(") == 2
+    assert "expert_slots" not in text
+    assert "searchsorted" not in text
+    check_mixed(cm, twin, NAMES, ids())
+    graphs = cm.recompiles
+    check_mixed(cm, twin, NAMES[::-1], ids(seed=1))
+    check_mixed(cm, twin, ["older", None, None, "params", "older", "down"], ids(6, 9, seed=2))
+    assert cm.recompiles == graphs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["gpt_oss", "mixtral", "llama4"])
+def test_other_ways_to_store_and_to_dispatch(model_type: str, tmp_path: Path) -> None:
+    """Transposed and interleaved weights with biases, older names, a batch of all experts."""
+    other = moe_case(model_type, tmp_path)
+    cm = other.compile({"lowering": "inductor"})
+    with torch.no_grad():
+        _, code = run_and_get_code(lambda: cm(**ids(), adapter_names=NAMES))
+    assert "run_expert_delta_" in "\n".join(code)
+    check_mixed(cm, other, NAMES, ids())

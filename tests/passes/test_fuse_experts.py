@@ -1,0 +1,270 @@
+"""fuse, plan and lower on products with routed experts, on graphs built by hand: one node for a
+product, its activation inside of it where that is known, kernels for a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers.integrations.moe  # noqa: F401  registers grouped_mm_fallback
+from compile_only_gpu import CUDA, compile_only_gpu, on_cuda
+from dense_merge import error
+from site_graphs import Finished, SiteGraph
+from torch import Tensor, fx, nn
+
+from lorafx.errors import ConfigError
+from lorafx.graph.context import EXPERT_OP, ROWS_ARGUMENT
+from lorafx.graph.fused_experts import FUSED_EXPERTS, region
+from lorafx.graph.pointwise import NoRegion, Region
+from lorafx.passes.fuse import Fuse
+from lorafx.passes.lower import Lower
+from lorafx.passes.match import Match
+from lorafx.passes.plan import Plan
+
+aten = torch.ops.aten
+E, H, WIDTH, EACH = 3, 32, 16, 4
+ROWS = [0, -1, 2]
+M = EACH * len(ROWS)
+ENDS = torch.tensor([5, 5, M], dtype=torch.int32)
+UP, DOWN = "experts.gate_up_proj", "experts.down_proj"
+KERNEL_CALL = torch.ops.higher_order.triton_kernel_wrapper_functional
+LOOP = torch.ops.transformers.grouped_mm_fallback.default
+
+
+class Experts(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(E, 2 * WIDTH, H).to(dtype) / H**0.5)
+        self.down_proj = nn.Parameter(torch.randn(E, H, WIDTH).to(dtype) / WIDTH**0.5)
+
+
+class Model(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.experts = Experts(dtype)
+
+
+Act = Callable[[SiteGraph, fx.Node], fx.Node]
+
+
+def silu(g: SiteGraph, y: fx.Node) -> fx.Node:
+    gate = g.call(aten.slice.Tensor, y, 1, 0, WIDTH)
+    up = g.call(aten.slice.Tensor, y, 1, WIDTH, 2 * WIDTH)
+    return g.call(aten.mul.Tensor, g.call(aten.silu.default, gate), up)
+
+
+def cumulative(g: SiteGraph, y: fx.Node) -> fx.Node:
+    """Not pointwise: a kernel that has some of the columns cannot compute it."""
+    gate = g.call(aten.slice.Tensor, y, 1, 0, WIDTH)
+    return g.call(aten.cumsum.default, gate, 1)
+
+
+def graph_of(
+    act: Act, *, lowering: str = "triton", dtype: torch.dtype = torch.float32, loop: bool = True
+) -> tuple[SiteGraph, Finished]:
+    torch.manual_seed(0)
+    g = SiteGraph(Model(dtype), ROWS, lowering=lowering, targets=["experts"])
+    x = g.argument(torch.randn(M, H).to(dtype))
+    ends = g.argument(ENDS.clone())
+    weights = [g.weight(path, path.rpartition(".")[2]) for path in (UP, DOWN)]
+    g.input(g.program.runtime.slots)
+    product = LOOP if loop else aten._grouped_mm.default
+    y = g.call(product, x, g.call(aten.permute.default, weights[0], [0, 2, 1]), ends)
+    h = act(g, y)
+    out = g.call(product, h, g.call(aten.permute.default, weights[1], [0, 2, 1]), ends)
+    done = g.output(out, y) if act is both_read else g.output(out)
+    done.run(Match())
+    for node in done.ctx.states:  # as provenance would: EACH rows a request
+        node.update_arg(ROWS_ARGUMENT[EXPERT_OP], EACH)
+    return g, done
+
+
+def both_read(g: SiteGraph, y: fx.Node) -> fx.Node:
+    return silu(g, y)
+
+
+def fused(done: Finished) -> list[fx.Node]:
+    return [node for node in done.gm.graph.nodes if node.target is FUSED_EXPERTS]
+
+
+def pin(done: Finished, **plan: str) -> None:
+    program = done.ctx.program
+    named = {f"experts.{name}": strategy for name, strategy in plan.items()}
+    program.options = replace(program.options, plan=named)
+
+
+def strategies(done: Finished) -> dict[str, str]:
+    return {
+        s.site.path: s.strategy.partition(" ")[0]
+        for states in done.ctx.states.values()
+        for s in states
+    }
+
+
+@pytest.mark.parametrize(
+    ("up", "down"),
+    [("grouped", "grouped"), ("grouped", "activated"), ("segments", "gemv"), ("aten", "aten")],
+)
+def test_every_plan_gives_the_same(up: str, down: str) -> None:
+    _, plain = graph_of(silu, lowering="reference")
+    plain.run(Fuse())
+    assert not fused(plain)
+    (want,) = plain.result()
+    _, done = graph_of(silu)
+    pin(done, gate_up_proj=up, down_proj=down)
+    assert done.run(Fuse()) == 2
+    assert len(fused(done)) == 2
+    assert error(*done.result(), want) <= 1e-5
+    done.run(Plan(), Lower())
+    assert strategies(done) == {UP: up, DOWN: down}
+    ops = done.targets()
+    assert ops.count("triton_experts.default") == (up == "grouped") + (
+        down in ("grouped", "activated")
+    )
+    assert ops.count("grouped_mm_fallback.default") == 2 - ops.count("triton_experts.default")
+    assert ("silu.default" in ops) == (down != "activated")
+    assert error(*done.result(), want) <= 1e-5
+
+
+def test_the_plan_chooses_fused_kernels_for_few_rows() -> None:
+    _, done = graph_of(silu)
+    done.run(Fuse(), Plan())
+    assert strategies(done) == {UP: "grouped", DOWN: "activated"}
+    reasons = [state.strategy for states in done.ctx.states.values() for state in states]
+    assert all("modelled" in reason and "byte floor" in reason for reason in reasons)
+
+
+def test_what_is_not_pointwise_stays_outside() -> None:
+    _, done = graph_of(cumulative)
+    done.run(Fuse())
+    found = region(fused(done)[1])
+    assert isinstance(found, NoRegion)
+    assert "cumsum" in found.reason
+    done.run(Plan(), Lower())
+    assert strategies(done) == {UP: "grouped", DOWN: "grouped"}
+    assert "cumsum.default" in done.targets()
+
+
+@pytest.mark.parametrize("name", ["down_proj", "gate_up_proj"])
+def test_a_pin_that_cannot_be_is_refused_by_name(name: str) -> None:
+    _, done = graph_of(cumulative)
+    pin(done, **{name: "activated"})
+    done.run(Fuse())
+    with pytest.raises(ConfigError, match=rf"'activated' for experts\.{name}: what computes its"):
+        done.run(Plan())
+
+
+def test_a_product_with_another_reader_is_left() -> None:
+    """Its result without the delta is needed too."""
+    _, done = graph_of(both_read)
+    # `match` gave every reader the op's result; take one of them back
+    site = next(node for node in done.ctx.states if node.target is EXPERT_OP)
+    output = next(node for node in done.gm.graph.nodes if node.op == "output")
+    output.args = ((output.args[0][0], site.args[1]),)
+    assert done.run(Fuse()) == 1
+    assert len(fused(done)) == 1
+    done.run(Plan(), Lower())
+    assert strategies(done)[DOWN] == "activated"
+
+
+def test_pins_need_a_fused_product() -> None:
+    _, done = graph_of(silu)
+    pin(done, gate_up_proj="grouped")
+    with pytest.raises(ConfigError, match="it is no grouped product"):
+        done.run(Plan())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("down", ["grouped", "activated"])
+def test_lowered_for_a_gpu(down: str, dtype: torch.dtype) -> None:
+    """Two launches a product, no opaque op, no product of the vendor's."""
+    g, done = graph_of(silu, dtype=dtype, loop=dtype != torch.bfloat16)
+    pin(done, gate_up_proj="grouped", down_proj=down)
+    done.run(Fuse())
+    on_cuda(g.mode, done.gm)
+    with compile_only_gpu():
+        done.run(Plan(), Lower())
+    calls = [node for node in done.gm.graph.nodes if node.target is KERNEL_CALL]
+    assert len(calls) == 4
+    for node in done.gm.graph.nodes:
+        if node.op == "call_function":
+            assert getattr(node.target, "namespace", "") not in ("lorafx", "transformers")
+    ops = done.targets()
+    assert "_grouped_mm.default" not in ops
+    assert "searchsorted.Tensor" not in ops
+    assert ("silu.default" in ops) == (down == "grouped")
+    (output,) = next(n for n in done.gm.graph.nodes if n.op == "output").args[0]
+    assert output.meta["val"].shape == (M, H)
+    assert output.meta["val"].device == CUDA
+
+
+def test_the_vendors_product_comes_back_for_other_plans() -> None:
+    g, done = graph_of(silu, dtype=torch.bfloat16, loop=False)
+    pin(done, gate_up_proj="segments", down_proj="gemv")
+    done.run(Fuse())
+    on_cuda(g.mode, done.gm)
+    with compile_only_gpu():
+        done.run(Plan(), Lower())
+    assert done.targets().count("_grouped_mm.default") == 2
+
+
+# --- what is known of activations ---
+
+
+def expression(function: Callable[..., Tensor], *inputs: Tensor) -> Region | NoRegion:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from lorafx.graph.pointwise import region_of
+
+    graph = make_fx(function, tracing_mode="fake")(*inputs).graph
+    return region_of(graph.output_node().args[0])
+
+
+Y = torch.randn(6, 8)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda y: y.softmax(1), "softmax"),
+        (lambda y: y * y.sum(), "no row for each row"),
+        (lambda y: y * float("inf"), "operand inf"),
+        (lambda y: y.double() * 2, "no matrix of 16- or 32-bit floats"),
+        (lambda y: y.to(torch.int32).float() * 2, ""),
+        (lambda y: y.T * 2, ""),
+        (lambda y: y * torch.arange(8.0), "no row for each row"),
+        (lambda y: y[:3] * 2, ""),
+        (lambda y: y.double().float() * 2, ""),
+        (lambda y: (y > 0) * y, ""),
+    ],
+)
+def test_what_is_refused(function: Callable[..., Tensor], reason: str) -> None:
+    """By name, or left a leaf: never computed as something else."""
+    found = expression(function, Y)
+    if isinstance(found, NoRegion):
+        assert reason in found.reason
+        return
+    assert reason == ""
+    leaf = found.inputs[0]
+    assert leaf.op != "placeholder", "the leaf is what the view or comparison gives"
+
+
+def test_columns_are_followed_through_slices_of_slices() -> None:
+    found = expression(lambda y: y[:, 1:7][:, ::2] * y[:, -3:], Y)
+    assert isinstance(found, Region)
+    loads = {(load.start, load.step) for load in found.activation.loads}
+    assert loads == {(1, 2), (5, 1)}
+    assert len(found.inputs) == 1
+
+
+def test_long_regions_are_refused() -> None:
+    def long(y: Tensor) -> Tensor:
+        for i in range(50):
+            y = y + i
+        return y
+
+    found = expression(long, Y)
+    assert isinstance(found, NoRegion)
+    assert "more than 40 operators" in found.reason

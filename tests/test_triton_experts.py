@@ -1,0 +1,110 @@
+"""Mixture-of-experts models under `lowering="triton"`, on the CPU in Triton's interpreter, against
+dense merge: products with routed experts by one kernel each, whatever the routing is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense_merge import Case, check_mixed
+from expert_models import experts_modules, moe_case
+
+from lorafx.errors import ConfigError
+
+NAMES = ["params", None, "older", "down", "dense"]
+FUSED = {"gate_up_proj": "grouped", "down_proj": "activated"}
+
+
+def plan_of(case: Case, **strategies: str) -> dict[str, str]:
+    return {
+        f"{path}.{name}": strategy
+        for path, _ in experts_modules(case.base)
+        for name, strategy in strategies.items()
+    }
+
+
+def ids(rows: int, length: int, seed: int = 1) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {"input_ids": torch.randint(5, 100, (rows, length), generator=generator)}
+
+
+def chosen(cm: Any) -> dict[str, str]:
+    """Strategy by name of the experts' parameter."""
+    return {
+        state.site.path.rpartition(".")[2]: state.strategy.partition(" ")[0]
+        for record in cm._session.backend.records
+        for state in record.states
+        if state.site.experts > 1
+    }
+
+
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A tiny Qwen3-MoE."""
+    return moe_case("qwen3_moe", tmp_path_factory.mktemp("moe"))
+
+
+def test_fused_kernels_for_every_mix_routing_and_length(shallow: Case, tmp_path: Path) -> None:
+    cm = shallow.compile({"lowering": "triton", "plan": plan_of(shallow, **FUSED)})
+    check_mixed(cm, shallow, NAMES, ids(5, 6))
+    assert chosen(cm) == FUSED
+    cm.dump(tmp_path)
+    (lowered,) = tmp_path.glob("*/*-lower.py")
+    ops = [line for line in lowered.read_text().splitlines() if "torch.ops." in line]
+    assert sum("lorafx.triton_experts" in line for line in ops) == 2
+    assert not any("grouped_mm" in line for line in ops)
+    sources = [path.read_text() for path in tmp_path.glob("*/kernel-*.py")]
+    assert any("stride_e" in source for source in sources)
+    assert any("stride_h" in source for source in sources)
+    graphs = cm.recompiles
+    check_mixed(cm, shallow, ["older", "down", "params", None, "older"], ids(5, 6, seed=2))
+    check_mixed(cm, shallow, NAMES, ids(5, 17, seed=3))
+    check_mixed(cm, shallow, NAMES[:3], ids(3, 2, seed=4))
+    same = {"input_ids": torch.full((5, 8), 7)}  # every token of a request goes the same way
+    check_mixed(cm, shallow, NAMES, same)
+    assert cm.recompiles == graphs
+
+
+@pytest.mark.slow
+def test_the_plan_by_itself(shallow: Case) -> None:
+    """Verified stage by stage on numbers; explain says what was chosen and why."""
+    cm = shallow.compile({"lowering": "triton", "verify": "numeric"})
+    check_mixed(cm, shallow, NAMES, ids(5, 6))
+    assert chosen(cm) == FUSED
+    text = str(cm.explain())
+    assert "plan: grouped (modelled" in text
+    assert "plan: activated (modelled" in text
+
+
+@pytest.mark.slow
+def test_the_bases_product_and_deltas_beside_it(shallow: Case) -> None:
+    plan = plan_of(shallow, gate_up_proj="segments", down_proj="aten")
+    cm = shallow.compile({"lowering": "triton", "plan": plan})
+    check_mixed(cm, shallow, NAMES, ids(5, 6))
+    assert chosen(cm) == {"gate_up_proj": "segments", "down_proj": "aten"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["gpt_oss", "mixtral", "olmoe", "granitemoe"])
+def test_other_families(model_type: str, tmp_path: Path) -> None:
+    """Transposed weights, interleaved halves, biases and a clamp in gpt_oss."""
+    case = moe_case(model_type, tmp_path)
+    cm = case.compile({"lowering": "triton", "plan": plan_of(case, **FUSED)})
+    check_mixed(cm, case, NAMES, ids(5, 6))
+    assert chosen(cm) == FUSED
+    graphs = cm.recompiles
+    check_mixed(cm, case, ["older", "down", "params", None, "older"], ids(5, 6, seed=2))
+    assert cm.recompiles == graphs
+
+
+def test_a_pin_for_something_else_is_refused(shallow: Case) -> None:
+    (path,) = [path for path, _ in experts_modules(shallow.base)]
+    gate = f"{path.rpartition('.')[0]}.gate"
+    cm = shallow.compile({"lowering": "triton", "plan": {gate: "grouped"}})
+    with pytest.raises(Exception, match="no grouped product") as raised:
+        cm(**ids(5, 6), adapter_names=NAMES)
+    assert isinstance(raised.value, ConfigError) or "ConfigError" in str(raised.value)
+    with pytest.raises(ConfigError, match="inductor"):
+        shallow.compile({"lowering": "inductor", "plan": {gate: "grouped"}})
