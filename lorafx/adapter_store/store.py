@@ -302,8 +302,8 @@ class AdapterStore:
             )
         for g, own in factors.items():
             measure(self._groups[g], own)
-        tensors = [t for f in _all(factors) for t in f if isinstance(t, Tensor)]
-        size = sum({id(t): t.nbytes for t in tensors}.values())
+        tensors = [t for f in _all(factors) for t in (f.A, f.B, f.magnitude, f.gains)]
+        size = sum({id(t): t.nbytes for t in tensors if t is not None}.values())
         sites = dict.fromkeys(self._places[path].site.path for path in adapter.weights)
         rescaled = dict.fromkeys(self._places[path].site.path for path in adapter.magnitudes)
         names = adapter.name, adapter.rank, adapter.source
