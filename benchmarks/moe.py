@@ -37,7 +37,7 @@ from transformers import Qwen3MoeForCausalLM
 import lorafx
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SHAPES = {"decode": (8, 1), "prefill": (8, 64)}
+SHAPES = {"decode": (8, 1), "prefill": (8, 128)}
 #: (dtype, case, transformers' way to compute experts), the most telling first
 CASES = (
     ("fp32", "decode", "grouped_mm"),

@@ -72,6 +72,17 @@ INLINE bool lookup(const Args* g, int slot, long m, int rank, float* v) {
 }
 #endif
 
+#if !EMBEDDING
+// The A that is read after that of `range` for the row before order[p], null where that is the same.
+INLINE const W::T* next_a(const Call* c, long p, int range) {
+    const Args* g = c->args;
+    int slot = c->owner[p - 1];
+    for (int j = range + 1; j < RANGES; j++)
+        if (source_of(g, slot, j) == j) return factor_a(g, slot, j);
+    return p < c->active && c->owner[p] != slot ? factor_a(g, c->owner[p], 0) : 0;
+}
+#endif
+
 template <int ROWS> INLINE void tile(Call* c, long p) {
     const Args* g = c->args;
     int slot = c->owner[p];
@@ -101,12 +112,12 @@ template <int ROWS> INLINE void tile(Call* c, long p) {
         if (!rank) continue;
         float scale = g->scales[(long)slot * G + SIBLING[j]];
         const W::T* b = factor_b(g, slot, j);
-        if (ROWS <= 2)  // the columns that expand_tile's own look-ahead comes too late for
+        if (ROWS <= B_PREFETCH_ROWS)  // the columns that expand_tile's own look-ahead comes too late for
             for (int k = 0; k < rank; k++)
                 for (int i = 0; i < AHEAD; i += 64)
                     __builtin_prefetch((const char*)(b + k * COLUMNS) + i, 0, 2);
         if (j == 0 || source_of(g, slot, j) != held) {
-            shrink<ROWS>(x.at, factor_a(g, slot, j), scale, v, 0, rank);
+            shrink<ROWS>(x.at, factor_a(g, slot, j), scale, v, 0, rank, next_a(c, p + ROWS, j));
             held = j;
         }
         expand<ROWS>(y, START[j], b, v, rank, SIZE[j]);

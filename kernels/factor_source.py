@@ -85,6 +85,7 @@ def factor_source(spec: FactorSpec, isa: Isa) -> str:
         # A is read once a call, so all tiles ask for its planes ahead (8 rows, float32, one thread,
         # hidden 1024, over the base products alone: 1.057 without, 1.04 with; a busy machine)
         "PREFETCH_ROWS": isa.tile,
+        "B_PREFETCH_ROWS": 2,
         "SMALL": SMALL,
         "SERIAL_WORK": SERIAL_WORK,
     }

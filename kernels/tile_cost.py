@@ -40,16 +40,23 @@ def fits(name: str, tiles: Tiles, spec: DeltaSpec, arch: Architecture) -> bool:
     """Whether a kernel can run so: shared memory, sums in registers."""
     if name in BASE_KERNELS and shared_bytes(tiles, spec) > arch.shared_kib * 1024:
         return False
-    wide = tiles.block_r if name == "shrink" else tiles.block_n
+    wide = tiles.block_r if name in ("shrink", "activate") else tiles.block_n
     if "rows" not in name:
         return tiles.block_m * wide <= ACCUMULATORS * arch.warp * tiles.num_warps
     return tiles.block_n * tiles.block_r <= ACCUMULATORS * arch.warp * tiles.num_warps
 
 
 def predicted(
-    strategy: str, tiles: TileSet, spec: DeltaSpec, rows: int, arch: Architecture, chip: Chip
+    strategy: str,
+    tiles: TileSet,
+    spec: DeltaSpec,
+    rows: int,
+    arch: Architecture,
+    chip: Chip,
+    experts: int = 1,
 ) -> float:
-    """Modelled seconds of the strategy's kernels, launched one after another."""
+    """Modelled seconds of the strategy's kernels, launched one after another. With experts each has
+    `rows` rows, and weights and factors of its own."""
     work = Work(
         max(spec.in_features, 1),
         spec.sizes,
@@ -60,10 +67,10 @@ def predicted(
         chip,
     )
     seconds = chip.launch * (len(tiles) - 1)
-    return seconds + sum(_kernel(name, tile, work, arch) for name, tile in tiles.items())
+    return seconds + sum(_kernel(name, tile, work, arch, experts) for name, tile in tiles.items())
 
 
-def _kernel(name: str, tiles: Tiles, work: Work, arch: Architecture) -> float:
+def _kernel(name: str, tiles: Tiles, work: Work, arch: Architecture, experts: int) -> float:
     """Modelled seconds of one kernel, cut up by `tiles`."""
     M, K, N, G = work.rows, work.in_features, work.columns, len(work.sizes)
     A, B = work.distinct * work.rank * G * K, work.distinct * work.rank * N
@@ -73,10 +80,11 @@ def _kernel(name: str, tiles: Tiles, work: Work, arch: Architecture) -> float:
     memory: float
     l2: float
     planes = 2.0 * G * work.rank * M * tiles.parts  # of v, float32 beside elements of half of that
-    if name.startswith("shrink"):
+    if name.startswith("shrink") or name == "activate":
         wide = math.ceil(G * work.rank / tiles.block_r)
         programs = tall * wide * tiles.parts
-        memory, l2 = A + M * K + planes, wide * M * K
+        # "activate" reads two halves of x and writes x
+        memory, l2 = A + M * K * (3 if name == "activate" else 1) + planes, wide * M * K
         flops = 2.0 * tall * (1 if rows_alone else tiles.block_m) * G * work.rank * K
         in_flight = tiles.block_k * (tiles.block_r + (1 if rows_alone else tiles.block_m))
     else:
@@ -95,6 +103,8 @@ def _kernel(name: str, tiles: Tiles, work: Work, arch: Architecture) -> float:
         if name == "recompute":
             l2 += wide * A
             flops += 2.0 * tall * tiles.block_m * wide * tiles.block_r * K
+    programs *= experts
+    memory, l2, flops = experts * memory, experts * l2, experts * flops
     resident = arch.processors * _occupancy(name, tiles, work, arch)
     waves = math.ceil(programs / resident)
     flying = min(programs, resident) * tiles.num_stages * in_flight * work.dtype.itemsize

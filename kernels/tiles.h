@@ -7,9 +7,10 @@
 // depends on K and the rank alone, never on the shape of the tile that computed it, so a row's
 // result is bit-equal whatever its neighbours are.
 
-// v[row][plane] = scale · (A[plane] · x[row]) for ROWS × N planes
+// v[row][plane] = scale · (A[plane] · x[row]) for ROWS × N planes; `ahead` are the N that come next
 template <int ROWS, int N>
-INLINE void shrink_tile(const X::T* const* x, const W::T* a, float scale, float* v) {
+INLINE void shrink_tile(const X::T* const* x, const W::T* a, const W::T* ahead, float scale,
+                        float* v) {
     typedef Dot<X, W> D;
     vec acc[ROWS][N] = {};
     long k = 0;
@@ -17,8 +18,8 @@ INLINE void shrink_tile(const X::T* const* x, const W::T* a, float scale, float*
         D::left xs[ROWS];
         UNROLL for (int row = 0; row < ROWS; row++) xs[row] = load_raw<D::left>(x[row] + k);
         UNROLL for (int n = 0; n < N; n++) {
-            // A comes as a stream from memory, so ask for the planes that come next
-            if (ROWS <= PREFETCH_ROWS) __builtin_prefetch(a + (n + N) * K + k, 0, 2);
+            // A comes as a stream from memory, so ask for what comes next
+            if (ROWS <= PREFETCH_ROWS) __builtin_prefetch(ahead + n * K + k, 0, 2);
             D::right as = load_raw<D::right>(a + n * K + k);
             UNROLL for (int row = 0; row < ROWS; row++)
                 acc[row][n] = D::add(acc[row][n], xs[row], as);
@@ -58,7 +59,7 @@ INLINE void expand_tile(Y::T* const* y, long column, const W::T* b, const float*
         Pair bs[N];
         UNROLL for (int n = 0; n < N; n++) {
             const W::T* p = b + k * B_STRIDE + n * 2 * LANES;
-            if (ROWS <= 2) __builtin_prefetch((const char*)p + AHEAD, 0, 2);
+            if (ROWS <= B_PREFETCH_ROWS) __builtin_prefetch((const char*)p + AHEAD, 0, 2);
             bs[n] = C::widen_bank(WHOLE ? load_raw<C::bank>(p)
                                         : load_first<C::bank>(p, last * sizeof *p));
         }
@@ -80,13 +81,18 @@ INLINE void expand_tile(Y::T* const* y, long column, const W::T* b, const float*
     }
 }
 
+// `next` is the A that is read after this one; none: there is nothing to ask for.
 template <int ROWS>
 __attribute__((noinline)) static void shrink(const X::T* const* x, const W::T* a, float scale,
-                                             float* v, int first, int rank) {
+                                             float* v, int first, int rank,
+                                             const W::T* next = 0) {
     const int N = ROWS * PLANES * 2 > TILE * PLANES ? PLANES : 2 * PLANES;  // the same registers
     int p = first;
-    for (; p + N <= rank; p += N) shrink_tile<ROWS, N>(x, a + p * K, scale, v + p);
-    for (; p < rank; p++) shrink_tile<ROWS, 1>(x, a + p * K, scale, v + p);
+    for (; p + N <= rank; p += N) {
+        const W::T* ahead = p + N < rank ? a + (p + N) * K : next ? next : a + p * K;
+        shrink_tile<ROWS, N>(x, a + p * K, ahead, scale, v + p);
+    }
+    for (; p < rank; p++) shrink_tile<ROWS, 1>(x, a + p * K, a + (p + 1) * K, scale, v + p);
 }
 
 template <int ROWS>

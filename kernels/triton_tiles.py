@@ -297,8 +297,11 @@ def grouped_tiles(
         size = max(spec.x_dtype.itemsize, spec.bank_dtype.itemsize)
         stages = _stages(arch, first.block_k * (wide + first.block_r) * size, 4)
         first = replace(first, num_stages=stages)
-        if second.swap and second.block_m <= 32 and spec.max_rank <= 32:
-            second = replace(second, batched=True, block_r=64)
+        if second.swap:
+            stage = second.block_k * (second.block_m + 64) * spec.x_dtype.itemsize
+            second = replace(second, block_n=64, num_stages=_stages(arch, stage, 5))
+            if second.block_m <= 32 and spec.max_rank <= 32:
+                second = replace(second, batched=True, block_r=64)
     overlap = arch.overlaps and strategy == "grouped" and rows <= 256
     first = replace(first, overlap=overlap)
     return first, replace(second, parts=first.parts, overlap=overlap)

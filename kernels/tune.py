@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lorafx.kernels.chips import Chip, chip_of
 from lorafx.kernels.cpu_source import DeltaSpec
+from lorafx.kernels.expert_problem import ExpertProblem
 from lorafx.kernels.tile_cost import TileSet, fits, predicted
 from lorafx.kernels.triton_build import LINEAR, build
 from lorafx.kernels.triton_source import TritonSpec
@@ -41,15 +42,17 @@ Timer = Callable[[TileSet], float]
 
 SLACK = 2.0  # the model is trusted to be right within this factor
 
+_SHRINK = {
+    "block_r": (16, 32, 64),
+    "block_k": (32, 64, 128, 256),
+    "parts": (1, 2, 4, 8, 16),
+    "num_warps": (2, 4, 8),
+    "num_stages": (2, 3, 4, 5),
+}
 #: What is tried of each parameter, by kernel.
 AXES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
-    "shrink": {
-        "block_r": (16, 32, 64),
-        "block_k": (32, 64, 128, 256),
-        "parts": (1, 2, 4, 8, 16),
-        "num_warps": (2, 4, 8),
-        "num_stages": (2, 3, 4, 5),
-    },
+    "shrink": _SHRINK,
+    "activate": {**_SHRINK, "lanes": (1, 2, 4, 8)},
     "epilogue": {
         "block_n": (16, 32, 64, 128, 256),
         "block_m": (16, 32, 64, 128, 256),
@@ -134,17 +137,19 @@ def search(
     chip: Chip,
     timer: Timer,
     *,
+    experts: int = 1,
     most: int = 200,
 ) -> Tuned:
     """The fastest tiles that changing one parameter at a time leads to, from the heuristic's.
 
     Args:
+        rows: of one expert where there are several.
         timer: seconds of the strategy with these tiles; infinite where they do not run.
         most: candidates that are timed at most.
     """
 
     def model(tiles: TileSet) -> float:
-        return predicted(strategy, tiles, spec, rows, arch, chip)
+        return predicted(strategy, tiles, spec, rows, arch, chip, experts)
 
     best = tiles_for(strategy, spec, rows, arch)
     least = first = timer(best)
@@ -186,7 +191,8 @@ def tune(
     """Search the tiles of one node, use them from now on, and keep them on disk.
 
     Args:
-        rows: rows of x; what is found holds up to the next power of two.
+        rows: rows of x, of one expert where there are several; what is found holds up to the next
+            power of two.
         timer: None measures on `device`.
     """
     arch, chip = architecture_of(device), chip_of(device)
@@ -194,7 +200,8 @@ def tune(
     load_tuned(arch)
     key = tuning_key(strategy, arch, spec.delta, rows)
     TUNED.pop(key, None)  # begin with the heuristic's
-    found = search(strategy, spec.delta, rows, arch, chip, timer, most=most)
+    settings = {"experts": max(spec.experts, 1), "most": most}
+    found = search(strategy, spec.delta, rows, arch, chip, timer, **settings)
     TUNED[key] = found.tiles
     save_tuned(arch)
     return found
@@ -257,7 +264,10 @@ def gpu_timer(
     spec: TritonSpec, strategy: str, rows: int, device: torch.device, *, copies: int = 20
 ) -> Timer:
     """Seconds of one call: the median of 7 replays of a CUDA graph over `copies` of the weights."""
-    problems = [Problem.random(spec, rows, device) for _ in range(copies)]
+    problems: list[Problem | ExpertProblem] = [
+        (ExpertProblem if spec.experts else Problem).random(spec, rows, device)
+        for _ in range(copies)
+    ]
 
     def timer(tiles: TileSet) -> float:
         kernel = build(spec, strategy, rows_hint=rows, device=device, tiles=tiles)

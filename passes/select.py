@@ -24,7 +24,7 @@ from lorafx.config import LoraConfig
 from lorafx.errors import LorafxWarning, TargetError
 from lorafx.model import targets
 from lorafx.model.candidates import Candidate, ExpertsCandidate, by_raw_weight
-from lorafx.model.experts import expert_weights
+from lorafx.model.experts import expert_weights, unlike_experts
 from lorafx.model.marks import is_dense
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.packed_names import PackedNames
@@ -250,7 +250,9 @@ class _Selection:
 def impossible(module: nn.Module, entry: Eligible | None) -> str | None:
     """Why this module cannot carry LoRA, or None when it can."""
     if entry is None:
-        return "no class along its MRO is registered (see lorafx.register)"
+        return unlike_experts(module) or (
+            "no class along its MRO is registered (see lorafx.register)"
+        )
     if entry.kind == "experts" and getattr(module, "tp_size", 1) > 1:
         return f"{module.tp_size} ranks share its experts, and factors are not cut to such parts"
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():

@@ -62,6 +62,22 @@ def test_torch_compile(capsys):
             assert f"{road}, {name}: compiler>{ANSWERS[name]}" in lines
 
 
+@pytest.mark.slow  # what they do is tested in tests/cases/test_expert_models.py
+def test_experts(capsys):
+    runpy.run_path(str(ROOT / "examples/experts.py"), run_name="__main__")
+    assert capsys.readouterr().out.count("as when served alone") == 3
+
+
+@pytest.mark.slow  # what they do is tested in tests/base_weights and tests/test_merge.py
+def test_live_update(capsys):
+    runpy.run_path(str(ROOT / "examples/live_update.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    for line in (", 0 graphs compiled", "as the trained model gives", "unmerged: bit-equal"):
+        assert line in said
+    for name in ("merged", "exported"):
+        assert float(re.search(rf"^{name}: off by (\S+)$", said, re.MULTILINE)[1]) < 1e-4
+
+
 @pytest.mark.slow
 def test_training_script_writes_what_the_demo_reads(monkeypatch, tmp_path):
     model, adapters = tmp_path / "model", tmp_path / "adapters"

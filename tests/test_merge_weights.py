@@ -10,11 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
-import tensor_parallel
 import torch
-import transformers
 from absorbed import post_process
 from absorbed_cases import OneLayer, absorbed, case_of, states
 from dense_merge import TOLERANCE, build_case, error, valid
@@ -26,7 +23,6 @@ from tiny import randomise
 from tiny_models import VOCAB, token_inputs
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
-from two_ranks import on_ranks
 
 import lorafx
 from lorafx import layers
@@ -146,20 +142,6 @@ def test_the_out_projection_of_multihead_attention(tmp_path: Path) -> None:
     case = hand_case(base, tmp_path, a=["attention.out_proj"])
     inputs = {"x": torch.randn(2, 3, WIDTH)}
     check_merges(case.compile(), lambda name: case.expected([name] * 2, inputs), inputs, "a")
-
-
-def test_each_rank_merges_its_share(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    base = transformers.LlamaForCausalLM(tensor_parallel.llama_config())
-    randomise(base.eval().requires_grad_(False))
-    folders = oracle.standard_adapters(base, tmp_path)
-    state = {name: value.clone() for name, value in base.state_dict().items()}
-    ids = torch.randint(0, VOCAB, (2, 5))
-    cases = oracle.Oracle.of(base, folders)
-    for found, refusal in on_ranks(2, tensor_parallel.run_merged, state, folders, ids):
-        for name, logits in found.items():
-            oracle.assert_close(logits, cases.rows([name] * 2, {"input_ids": ids}), label=name)
-        assert "this rank holds a share of its weight; export on one rank" in refusal
 
 
 # Tied weights

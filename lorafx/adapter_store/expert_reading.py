@@ -112,6 +112,11 @@ class ExpertReading:
                         f"columns of {name}; keep one"
                     )
 
+    @property
+    def modules(self) -> set[int]:
+        """Identities of the modules that the file has factors for."""
+        return set(self._modules)
+
     def untouched(self) -> Iterator[str]:
         """Parameters of experts that the configuration targets and the file says nothing of."""
         config = self.reading.config

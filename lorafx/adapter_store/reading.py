@@ -324,7 +324,7 @@ class Reading:
         if self.unknown:
             return  # a renamed module would be reported twice
         got = {id(site.module) for item in self.landings.values() for site, _ in item.places}
-        got |= {id(module) for module in self.unselected.values()}
+        got |= {id(module) for module in self.unselected.values()} | self.experts.modules
         empty = [
             path
             for path, module in self.places.named_modules()

@@ -33,6 +33,7 @@ from lorafx.base_weights.changes import (
 from lorafx.base_weights.deltas import Delta, blocks, computing
 from lorafx.errors import BatchError, CaptureError, ConfigError, MatchError
 from lorafx.graph.derived import Holder
+from lorafx.model.packing import check_packed
 from lorafx.model.quantized import Stored, dequantize, requantize
 from lorafx.model.weight_formats import format_of, own_tensors
 from lorafx.progress import progress
@@ -153,6 +154,7 @@ def merge(session: Session, name: str, *, requantize: bool = False) -> MergeRepo
     """See `CompiledModel.merge`."""
     with session.lock, session.weights_lock:
         _refuse_in_use(session, name)
+        check_packed(session.program.packed)
         changes = changes_of(session.program, session.store, name, requantize=requantize)
         apart = [_tied_apart(change) for change in changes.plain if change.tied_apart]
         if apart:
@@ -288,6 +290,10 @@ def _requantized(change: StoredChange) -> float:
         update = change.delta.update(0, change.delta.shape[0], stored)
         if turned:
             update = update.mT
+        if update.shape != before.shape:
+            raise ConfigError(
+                f"it is dequantised to {tuple(before.shape)}, ΔW {change.delta.shape}"
+            )
         wanted = before + update
         requantize(module, wanted, parameter)
         after = dequantize(module, parameter).float()

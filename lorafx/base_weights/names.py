@@ -16,6 +16,7 @@ from torch import nn
 
 from lorafx.adapter_store.peft_keys import COMPILED, PREFIX
 from lorafx.base_weights.places import Target
+from lorafx.errors import LorafxError
 from lorafx.model.module_graph import ModuleGraph, join
 
 #: Names that wrappers put between a module and what they wrap.
@@ -59,6 +60,7 @@ class Names:
                         target = Target(module, name, join(path, name))
                         self._targets[id(module), name] = target
                         found.append(target)
+        self._has_prefix = PREFIX.partition(".")[0] in model._modules
         prefix = getattr(model, "base_model_prefix", "")
         self._inner = prefix if isinstance(prefix, str) else ""
 
@@ -66,9 +68,18 @@ class Names:
         """The tensor that `module` holds by this name, None where it holds none."""
         return self._targets.get((id(module), attribute))
 
+    def ways(self, target: Target) -> int:
+        """How many paths lead to a target's module; 2 where there are more."""
+        try:
+            return len(self.graph.paths(target.module, limit=2))
+        except LorafxError:  # put there since the model was compiled
+            return 1
+
     def readings(self, name: str) -> Iterator[str]:
         """What `name` may be without prefixes, likeliest first."""
-        found = dict.fromkeys([name])
+        # Nobody but PEFT begins so, unless the model has such a child itself.
+        prefixed = name.startswith(PREFIX) and not self._has_prefix
+        found = dict.fromkeys([] if prefixed else [name])
         plain = without_wrappers(name)
         for reading in (name, plain):
             while reading.startswith(PREFIX):

@@ -102,7 +102,7 @@ class Plan:
         self._faulty: set[tuple[object, ...]] = set()
         for target in (*resolver.names.required, *resolver.names.optional):
             key = self._key(target)
-            self._tied[key] = self._tied.get(key, 0) + 1
+            self._tied[key] = self._tied.get(key, 0) + resolver.names.ways(target)
 
     def take(self, item: Item) -> Meaning | None:
         """What a tensor means; None where it has no place or something is wrong with it."""

@@ -94,25 +94,25 @@ class Resolver:
                     yield found
 
     def _by_walking(self, reading: str) -> Iterator[Meaning]:
-        itself = self._own(reading)
         walked = self.names.walk(reading)
-        if itself is not None:
-            target, path = itself
-            if target.is_buffer and not target.persistent:
-                return
-            yield from self._experts.landings(walked)
-            yield at(target, path)
-        else:
-            yield from self._experts.landings(walked)
+        target = self._held(walked)
+        if target is not None and target.is_buffer and not target.persistent:
+            return
+        yield from self._experts.landings(walked)
+        if target is not None:
+            yield at(target, join(walked.path, walked.rest[0]))
         for found in self._packed.landings(walked):
             yield found if isinstance(found, Landing) else self._joint(found)
 
     def _own(self, reading: str) -> tuple[Target, str] | None:
-        walked: Walked = self.names.walk(reading)
-        if len(walked.rest) != 1:
-            return None
-        target = self.names.target(walked.module, walked.rest[0])
+        walked = self.names.walk(reading)
+        target = self._held(walked)
         return None if target is None else (target, join(walked.path, walked.rest[0]))
+
+    def _held(self, walked: Walked) -> Target | None:
+        """The tensor that a name leads to, None where it leads to none."""
+        one = len(walked.rest) == 1
+        return self.names.target(walked.module, walked.rest[0]) if one else None
 
     def _itself(self, name: str) -> Landing | None:
         for reading in self.names.readings(name):

@@ -278,6 +278,19 @@ def test_what_an_adapter_names() -> None:
         assert [site.path for site in sites] == list(found.modules)
 
 
+def test_a_target_may_be_the_module_of_experts() -> None:
+    model = Model()
+    tensors = pair((3, 2, 4), (3, 5, 2), f"{PATH}.down_proj")
+    assert set(read(model, tensors, target_modules=["experts"]).weights) == {f"{PATH}.down_proj"}
+    with pytest.raises(CheckpointError, match=r"targets block.experts, but the file has no"):
+        read(
+            model,
+            pair((2, 5), (3, 2), "block.router"),
+            target_modules=["experts"],
+            target_parameters=["router.weight"],
+        )
+
+
 def test_experts_that_are_modules_are_linears() -> None:
     model = nn.Module()
     model.experts = nn.ModuleList(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hand_made import factors, save
 from merging import bits
 from namings import new_weights
 from tiny_models import token_inputs
-from torch import nn
+from torch import Tensor, nn
 
 import lorafx
 from lorafx.errors import BaseWeightsError, CaptureError
@@ -98,6 +99,43 @@ def test_weights_that_were_written_past_lorafx_stop_it(case: Case) -> None:
     cm.unmerge(force=True)
     cm.load_weights(base.state_dict())
     cm.merge("a1")
+    check(cm, base, case, "a1")
+
+
+def test_an_interrupted_update(case: Case, tmp_path: Path) -> None:
+    """Nothing is served, merged or written until all weights have come."""
+    cm = case.compile()
+    cm.merge("a1")
+    base, rounds = new_weights(case.base, 27), iter([10**6, 3])
+
+    def pairs() -> Iterator[tuple[str, Tensor]]:
+        last = next(rounds)
+        for number, pair in enumerate(base.state_dict().items()):
+            if number == last:
+                raise OSError("the trainer is gone")
+            yield pair
+
+    with pytest.raises(OSError, match="the trainer is gone"):
+        cm.load_weights(pairs)
+    for call in (
+        lambda: cm(**token_inputs(3, 5)),
+        lambda: cm.export_merged("a1", tmp_path / "out"),
+        lambda: cm.merge("a1"),
+    ):
+        with pytest.raises(CaptureError, match="interrupted"):
+            call()
+    cm.load_weights(base.state_dict())
+    assert cm.merged == "a1"
+    check(cm, base, case, "a1")
+
+
+def test_parameters_that_are_other_objects_now(case: Case) -> None:
+    """What load_state_dict(assign=True) puts in place is packed again before it is merged."""
+    cm = case.compile()
+    base = new_weights(case.base, 28)
+    cm.model.load_state_dict(bits(base), assign=True)
+    cm.merge("a1")
+    assert all(packed.intact for packed in cm._session.program.packed)
     check(cm, base, case, "a1")
 
 

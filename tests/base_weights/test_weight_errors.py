@@ -281,3 +281,31 @@ def test_tied_weights(kind: str) -> None:
     with pytest.raises(BaseWeightsError, match=r"ties it to embed.weight, and their values differ"):
         cm.load_weights(source(differing))
     assert same(cm, state)
+
+
+class Aliased(nn.Module):
+    """One block twice, which `state_dict()` lists twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(8, 8))
+        self.second = self.first
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.second(self.first(x))}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_alias_paths(kind: str) -> None:
+    cm = lorafx.compile(Aliased().eval(), lorafx.LoraConfig(), options={"lowering": "reference"})
+    state = {name: torch.randn_like(t) for name, t in cm.model.first.state_dict().items()}
+    source = SOURCES[kind]
+    for paths in (["first"], ["second"], ["second", "first"]):
+        cm.load_weights(source([(f"{path}.{n}", t) for path in paths for n, t in state.items()]))
+        assert all(torch.equal(t, state[n]) for n, t in cm.model.first.state_dict().items())
+    before = values(cm)
+    pairs = [(f"first.{n}", t) for n, t in state.items()]
+    pairs.append(("second.0.weight", state["0.weight"] + 1))
+    with pytest.raises(BaseWeightsError, match=r"ties it to first.0.weight"):
+        cm.load_weights(source(pairs))
+    assert same(cm, before)

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
@@ -50,60 +51,34 @@ def run_llama(
     batches: Sequence[tuple[Tensor, list[str | None]]],
     options: dict[str, Any],
     quantised: bool,
-) -> list[Tensor]:
-    """Logits of the example Llama, cut among the ranks, with adapters; last in eager mode."""
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Logits of the example Llama, cut among the ranks, with adapters; last in eager mode. And
+    those of the first batch with each adapter merged, where nothing is quantised."""
     quant = Int8ChannelLinearMethod() if quantised else None
     model = example("parallel_llama").ParallelLlama(llama_config(**changes), quant).eval()
     load_weights(model, state)
     compiled = lorafx.compile(model, folders, options=options)
     found = [compiled(ids, adapter_names=names) for ids, names in batches]
+    ids, names = batches[0]
+    merged = {} if quantised else {name: run_merged(compiled, name, ids) for name in folders}
     compiled.detach()
 
-    ids, names = batches[0]
     lorafx.attach(model, folders)
     for name in dict.fromkeys(names):
         rows = torch.tensor([i for i, other in enumerate(names) if other == name])
         with lorafx.adapters(model, [name] * len(rows)):
             found.append(model(ids[rows]))
-    return found
+    return found, merged
 
 
-@torch.no_grad()
-def push_weights(
-    rank: int, size: int, old: dict[str, Tensor], new: dict[str, Tensor], quantised: bool
-) -> bool:
-    """Whether a compiled rank that is given `new` has what one that starts with it has."""
-    quant = Int8ChannelLinearMethod() if quantised else None
-    model, like = (
-        example("parallel_llama").ParallelLlama(llama_config(), quant).eval() for _ in range(2)
-    )
-    load_weights(model, old)
-    load_weights(like, new)
-    cm = lorafx.compile(model, lorafx.LoraConfig(), options={"lowering": "reference"})
-    pointers = [parameter.data_ptr() for parameter in model.parameters()]
-    cm.load_weights((f"base_model.model.{name}", tensor) for name, tensor in new.items())
-    assert [parameter.data_ptr() for parameter in model.parameters()] == pointers
-    wanted = like.state_dict()
-    return all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
-
-
-@torch.no_grad()
-def run_merged(
-    rank: int, size: int, state: dict[str, Tensor], folders: dict[str, Path], ids: Tensor
-) -> tuple[dict[str, Tensor], str]:
-    """Logits of the example Llama with each adapter merged, and what an export says."""
-    model = example("parallel_llama").ParallelLlama(llama_config(), None).eval()
-    load_weights(model, state)
-    compiled = lorafx.compile(model, folders, options={"lowering": "reference"})
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = {}
-    for name in folders:
-        compiled.merge(name)
-        found[name] = model(ids)
-        compiled.unmerge()
-    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
-    try:
-        compiled.export_merged(name, folders[name])
-    except lorafx.MatchError as error:
-        return found, str(error)
-    return found, ""
+def run_merged(compiled: lorafx.CompiledModel, name: str, ids: Tensor) -> Tensor:
+    """Logits with this rank's share of the adapter in its weights, which are put back."""
+    before = {key: value.clone() for key, value in compiled.model.state_dict().items()}
+    compiled.merge(name)
+    logits = compiled(ids)
+    compiled.unmerge()
+    after = compiled.model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    with pytest.raises(lorafx.MatchError, match="a share of its weight; export on one rank"):
+        compiled.export_merged(name, "never written")
+    return logits

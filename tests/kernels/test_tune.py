@@ -13,10 +13,11 @@ import torch
 import lorafx.kernels.triton_ops  # noqa: F401  registers them
 from lorafx.kernels import tuned_cache
 from lorafx.kernels.chips import DEFAULT_CHIP
+from lorafx.kernels.expert_problem import ExpertProblem
 from lorafx.kernels.tile_cost import TileSet, fits, predicted
 from lorafx.kernels.triton_build import build
 from lorafx.kernels.triton_tiles import ARCHITECTURES, TUNED, Tiles, tiles_for, tuning_key
-from lorafx.kernels.triton_variants import representative_specs
+from lorafx.kernels.triton_variants import expert_specs, representative_specs
 from lorafx.kernels.tune import Problem, neighbours, search, tune
 from lorafx.kernels.tuned_cache import load_tuned, save_tuned, tuned_file
 
@@ -162,6 +163,41 @@ def test_files_are_by_architecture_and_versions(empty_cache: Path) -> None:
     assert len(names) == len(ARCHITECTURES)
     assert all(torch.__version__ in name for name in names)
     assert load_tuned(H200) == 0
+
+
+@pytest.mark.parametrize("name", ["qwen3_up_r16_bf16", "qwen3_down_r16_bf16"])
+def test_experts_are_searched_too(name: str) -> None:
+    spec = expert_specs()[name]
+    strategy = "grouped" if spec.activation is None else "activated"
+
+    def timer(tiles: TileSet) -> float:
+        return predicted(strategy, tiles, spec.delta, 4, H200, DEFAULT_CHIP, spec.experts)
+
+    found = search(
+        strategy, spec.delta, 4, H200, DEFAULT_CHIP, timer, experts=spec.experts, most=10_000
+    )
+    assert found.seconds == timer(found.tiles) <= found.heuristic
+    one = predicted(strategy, found.tiles, spec.delta, 4, H200, DEFAULT_CHIP)
+    assert found.seconds > 10 * one
+    assert any(tiles.overlap for tiles in found.tiles.values()) == (strategy == "grouped")
+
+
+@pytest.mark.parametrize("name", ["odd_up_r5_fp32", "odd_down_r8_bf16", "gptoss_down_r16_bf16"])
+def test_a_problem_of_experts_runs_its_kernels(name: str) -> None:
+    spec = expert_specs()[name]
+    spec = replace(spec, experts=3)
+    if name.startswith("gptoss"):
+        delta = replace(spec.delta, in_features=32, columns=24, sizes=(24,))
+        spec = replace(spec, delta=delta)
+    strategy = "grouped" if spec.activation is None else "activated"
+    torch.manual_seed(0)
+    problem = ExpertProblem.random(spec, 3, torch.device("cpu"))
+    kernel = build(spec, strategy, rows_hint=3, device=torch.device("cpu"))
+    assert kernel is not None
+    result = problem.run(strategy, kernel)
+    assert result.shape == (9, spec.out_features)
+    assert result.isfinite().all()
+    assert 0.1 < result.float().std() < 10
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "embedding"])

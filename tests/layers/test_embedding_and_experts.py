@@ -149,6 +149,50 @@ def test_experts_carry_lora(tmp_path):
     assert oracle.difference([base(x)], [torch.cat(want)]) > 1e-2
 
 
+def test_experts_carry_stacked_factors(tmp_path):
+    """Adapters of all experts at once: as 3-D tensors, one A for all, and as PEFT stacks them."""
+    torch.manual_seed(0)
+    block = Block().eval().requires_grad_(False)
+    base, merged = copy.deepcopy(block), copy.deepcopy(block)
+    up_a, up_b = torch.randn(E, 3, H), torch.randn(E, 2 * I, 3)
+    down_a, down_b = torch.randn(3, I), torch.randn(E, H, 3)
+    merged.experts.w13_weight += 2 * up_b @ up_a
+    merged.experts.w2_weight += 2 * down_b @ down_a
+    key = "base_model.model.experts"
+    tensors = {
+        f"{key}.w13_weight.lora_A.weight": up_a,
+        f"{key}.w13_weight.lora_B.weight": up_b,
+        f"{key}.w2.lora_A.weight": down_a,
+        f"{key}.w2.lora_B.weight": down_b,
+    }
+    (tmp_path / "stacked").mkdir()
+    save_file(tensors, tmp_path / "stacked/adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["experts"]}
+    (tmp_path / "stacked/adapter_config.json").write_text(json.dumps(config))
+    folders = {
+        "stacked": tmp_path / "stacked",
+        "peft": oracle.save_adapter(
+            base,
+            tmp_path / "peft",
+            rank=2,
+            targets=[],
+            target_parameters=["experts.w13_weight", "experts.w2_weight", "gate.weight"],
+        ),
+    }
+    models = {
+        None: base,
+        "stacked": merged,
+        "peft": oracle.merged(base, folders["peft"]),
+    }
+    cm = lorafx.compile(block, folders, options={"lowering": "reference"})
+    x, rows = torch.randn(4, 3, H), ["stacked", None, "peft", "stacked"]
+    want = [models[row](x[i : i + 1]) for i, row in enumerate(rows)]
+    oracle.assert_close(cm(x, adapter_names=rows), [torch.cat(want)])
+    plain = base(x)
+    for i, row in enumerate(rows):
+        assert (oracle.difference([plain[i : i + 1]], [want[i]]) > 1e-2) == (row is not None)
+
+
 def test_a_routers_delta_reaches_the_experts(tmp_path):
     """Rows of a mixed batch keep their owners through the experts' products."""
     torch.manual_seed(0)

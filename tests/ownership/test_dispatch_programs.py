@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -183,6 +183,14 @@ def not_undone(flat: Tensor, k: int, r: random.Random) -> Tensor:
     return y[p].view(-1, k, H).sum(1)
 
 
+def added_elsewhere(flat: Tensor, k: int, r: random.Random) -> Tensor:
+    """Results added to the tokens of another order."""
+    chosen, weights = routed(flat, k, r)
+    p, q = chosen.flatten().argsort(), weights.flatten().argsort()
+    y = worked(flat[p // k], chosen.flatten()[p])
+    return torch.zeros_like(flat).index_add(0, q // k, y)
+
+
 #: Each road, and whether its result is owned as its input is; False where nothing can be known.
 ROADS: dict[Callable[[Tensor, int, random.Random], Tensor], bool] = {
     permuted: True,
@@ -192,6 +200,7 @@ ROADS: dict[Callable[[Tensor, int, random.Random], Tensor], bool] = {
     scattered: True,
     capacity: False,
     not_undone: False,
+    added_elsewhere: False,
 }
 
 
@@ -227,7 +236,13 @@ def judge(trace: Any, taint: Any, run: Callable, dim: int, seed: int) -> Any:
 
 
 @pytest.mark.parametrize("road", list(ROADS), ids=lambda road: road.__name__)
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(
+    max_examples=8,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
+    phases=[Phase.generate],  # programs are small already; shrinking one takes minutes
+)
 @given(
     seed=st.integers(0, 10**9),
     k=st.integers(1, 3),
@@ -238,7 +253,7 @@ def test_dispatch(trace, taint, road, seed, k, layers, dim):
     label = judge(trace, taint, program(road, seed, k, layers), dim, seed)
     if ROADS[road]:
         assert label == Own(dim), label
-    elif k > 1 or road is capacity:
+    else:
         assert isinstance(label, Mixed), label
 
 

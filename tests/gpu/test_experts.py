@@ -1,0 +1,157 @@
+"""Kernels of routed experts on the device: against float64, in CUDA graphs whose routing changes,
+in Inductor's code, in whole models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expert_models import experts_modules, moe_case
+from grouped_cases import Experts, activated, assert_right, kernel_of, lora, make_experts
+from on_device import assert_served, captured, compiled_on, to
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+from triton_cases import BF16, FP16, FP32
+
+BATCHES = {
+    "one token": ((0, 0, 1, 0), (3,)),
+    "decode": ((2, 0, 3, 1, 0, 4, 17), (0, -1, 2, 1)),
+    "all on one expert": ((0, 200, 0), (1, 1, -1, 0)),
+    "prefill": ((300, 5, 0, 170), (2, 2, 2, 0, 0, -1)),
+}
+NAMES = ["params", None, "older", "down", "dense"]
+
+
+def gate(y: Tensor) -> Tensor:
+    half, up = y.chunk(2, -1)
+    return F.silu(half) * up
+
+
+def interleaved(y: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+    y = y + table[ids]
+    half, up = y[..., ::2].clamp(max=1.5), y[..., 1::2].clamp(min=-1, max=1)
+    return (up + 1) * half * torch.sigmoid(half * 1.702)
+
+
+def call_of(case: Experts, strategy: str, device: torch.device, rows_hint: int | None = None):
+    """What runs the op on the case's tensors as they are then."""
+    kernel = kernel_of(case, strategy, device=device, rows_hint=rows_hint)
+    live = case.on(device)
+    inputs = list(live.inputs) if strategy == "activated" else [live.x]
+
+    def call() -> Tensor:
+        return lora.triton_experts(inputs, live.weight, live.offs, *live.bank, 1, kernel)
+
+    return live, call
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("rows_hint", [1, 30, 2000])
+def test_mixes(device: torch.device, batch: str, dtype: torch.dtype, rows_hint: int) -> None:
+    case = make_experts(
+        *BATCHES[batch],
+        K=272,
+        sizes=(96, 64),
+        rank=24,
+        dtype=dtype,
+        transposed=dtype == BF16,
+        tail=3,
+    )
+    _, call = call_of(case, "grouped", device, rows_hint)
+    assert_right(case, call().cpu())
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+@pytest.mark.parametrize("function", [gate, interleaved])
+@pytest.mark.parametrize("rows_hint", [1, 2000])
+def test_activations(device: torch.device, function, dtype: torch.dtype, rows_hint: int) -> None:
+    case = make_experts(*BATCHES["decode"], K=144, sizes=(80,), rank=16, dtype=dtype, tail=2)
+    case = activated(case, function, 2)
+    _, call = call_of(case, "activated", device, rows_hint)
+    assert_right(case, call().cpu())
+
+
+@pytest.mark.parametrize("rank", [8, 16, 32, 64])
+def test_ranks_of_real_experts(device: torch.device, rank: int) -> None:
+    """Qwen3-30B-A3B's sizes, a few of its experts."""
+    case = make_experts(
+        *BATCHES["decode"], K=2048, sizes=(768, 768), rank=rank, dtype=BF16, capacity=8
+    )
+    _, call = call_of(case, "grouped", device)
+    assert_right(case, call().cpu())
+
+
+@pytest.mark.parametrize("strategy", ["grouped", "activated"])
+def test_a_captured_launch_follows_routing_and_mixes(device: torch.device, strategy: str) -> None:
+    """Captured with one routing and replayed with others: other experts, adapters, ranks."""
+
+    def case_of(counts: tuple[int, ...], slots: tuple[int, ...], seed: int) -> Experts:
+        case = make_experts(counts, slots, K=96, sizes=(64,), rank=16, dtype=BF16, seed=seed)
+        return activated(case, gate, 2) if strategy == "activated" else case
+
+    live, call = call_of(case_of((8, 8, 8, 8), (0, 1, -1, 2), 0), strategy, device)
+    graph = captured(call)
+    weight = live.weight.cpu()
+    for seed, (counts, slots) in enumerate(
+        (((32, 0, 0, 0), (3, 0)), ((1, 0, 30, 1), (-1,)), ((8, 8, 8, 8), (2, 2, 1)))
+    ):
+        other = case_of(counts, slots, seed + 1)
+        for name in ("x", "offs", "A", "B", "ranks", "scales", "slots", "experts"):
+            getattr(live, name).copy_(getattr(other, name))
+        for mine, theirs in zip(live.inputs, other.inputs, strict=True):
+            mine.copy_(theirs)
+        assert_right(replace(other, weight=weight), graph.replay().cpu())
+
+
+@pytest.mark.parametrize("strategy", ["grouped", "activated"])
+def test_results_are_the_same_every_time(device: torch.device, strategy: str) -> None:
+    case = make_experts(*BATCHES["prefill"], K=512, sizes=(256,), rank=16, dtype=BF16)
+    case = activated(case, gate, 2)
+    _, call = call_of(case, strategy, device)
+    first = call()
+    assert all(torch.equal(first, call()) for _ in range(20))
+
+
+def inputs_of(rows: int, length: int, seed: int = 1) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {"input_ids": torch.randint(5, 100, (rows, length), generator=generator)}
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_whole_models(device: torch.device, model_type: str, tmp_path: Path) -> None:
+    case = moe_case(model_type, tmp_path)
+    fused = {"gate_up_proj": "grouped", "down_proj": "activated"}
+    plan = {f"{p}.{name}": s for p, _ in experts_modules(case.base) for name, s in fused.items()}
+    cm = compiled_on(case, device, plan=plan)
+    inputs = inputs_of(5, 6)
+    output, codes = run_and_get_code(
+        lambda: cm(**to(inputs, device), adapter_names=NAMES)["logits"]
+    )
+    assert_served(output, case, NAMES, inputs)
+    code = "\n".join(codes)
+    assert "torch.ops.lorafx" not in code
+    assert "grouped_mm" not in code
+    graphs = cm.recompiles
+    for names, other in (
+        (["older", "down", "params", None, "older"], inputs_of(5, 6, 2)),
+        (NAMES, {"input_ids": torch.full((5, 6), 7)}),
+    ):
+        assert_served(cm(**to(other, device), adapter_names=names)["logits"], case, names, other)
+    assert cm.recompiles == graphs
+
+
+def test_a_captured_model_follows_routing_and_mixes(device: torch.device, tmp_path: Path) -> None:
+    case = moe_case("qwen3_moe", tmp_path)
+    cm = compiled_on(case, device)
+    live = to(inputs_of(5, 6), device)
+    graph = captured(lambda: cm(**live, adapter_names=NAMES)["logits"])
+    for seed, names in enumerate((["older"] * 5, [None, "params", "down", "dense", None]), 2):
+        inputs = inputs_of(5, 6, seed)
+        live["input_ids"].copy_(inputs["input_ids"])
+        eager = cm(**live, adapter_names=names)["logits"]  # writes the slots
+        assert_served(eager, case, names, inputs)
+        assert_served(graph.replay(), case, names, inputs)
