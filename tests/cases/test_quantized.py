@@ -20,7 +20,15 @@ import lorafx
 
 NAMES = ["a", None, "b", "a"]
 #: Kinds that go the same ways as others do.
-SLOW = ("torchao-int4", "torchao-int8-dynamic", "bitsandbytes-8", "bitsandbytes-fp4", "awq")
+SLOW = (
+    "torchao-int4",
+    "torchao-int8-dynamic",
+    "torchao-fp8",
+    "bitsandbytes-8",
+    "bitsandbytes-fp4",
+    "awq",
+    "quant_method",
+)
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +141,7 @@ def test_an_adapter_for_each_token(kind: str, saved: tuple[nn.Module, dict[str, 
     assert error(got[0, 3:], plain[0, 3:]) > 1e-2
 
 
+@pytest.mark.slow
 def test_a_kernel_that_no_graph_can_hold(saved: tuple[nn.Module, dict[str, Path]]) -> None:
     """One adapter a batch is right; whose rows they are is lost where Python runs in between."""
     base, folders = saved

@@ -82,7 +82,9 @@ def test_loaded_quantised_then_a_peft_model_of_it(
     got = cm(**given, adapter_names=NAMES).logits
     assert error(got, want) <= tolerance
     with torch.no_grad():
-        assert error(got[1], model(input_ids=given["input_ids"][1:2]).logits[0]) <= 1e-5
+        alone = model(input_ids=given["input_ids"][1:2]).logits[0]
+    # LLM.int8 looks for columns of outliers in the whole batch, whoever's they are.
+    assert error(got[1], alone) <= (ROUNDS if kind == "bitsandbytes-8" else 1e-5)
     assert error(got[0], want[1]) > 2 * tolerance
     assert model.hf_quantizer is quantiser
     assert model.config.quantization_config is config
@@ -107,11 +109,9 @@ def test_loaded_quantised_then_a_peft_model_of_it(
 
 def test_state_dict_between_calls(saved: tuple[nn.Module, Path, dict[str, Path]]) -> None:
     """bitsandbytes takes back in `state_dict()` what it did to the weights in the first call."""
-    base, folder, folders = saved
-    cm, given = (
-        lorafx.compile(load(folder, "bitsandbytes-nf4"), folders, options=REFERENCE),
-        inputs(),
-    )
+    _, folder, folders = saved
+    model, given = load(folder, "bitsandbytes-nf4"), inputs()
+    cm = lorafx.compile(model, folders, options=REFERENCE)
     before = cm(**given, adapter_names=NAMES).logits
     keys = list(cm.model.state_dict())
     assert any(key.endswith("q_proj.weight.absmax") for key in keys)
