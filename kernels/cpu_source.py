@@ -149,7 +149,7 @@ def source(spec: DeltaSpec, isa: Isa) -> str:
     """The complete C++ text of the kernel of `spec` for `isa`."""
     starts = [sum(spec.sizes[:j]) for j in range(len(spec.sizes))]
     blocks = sum(-(-size // COLUMN_BLOCK) for size in spec.sizes)
-    # More rows of one adapter find its factors in the cache. Of one adapter and expert there are few
+    # More rows of one adapter find its factors in the cache. Of an adapter and expert there are few
     # also in a long batch: asking for what is next saves a tenth to a third there.
     streamed = isa.tile if spec.experts else 2
     features = 0 if spec.embedding else len(spec.sizes) * spec.in_features

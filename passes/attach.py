@@ -195,7 +195,8 @@ def _refuse_compiled(graph: ModuleGraph, sites: Sequence[Site]) -> None:
                 f"{label} was compiled by module.compile(); its graphs would not see LoRA. "
                 "Give lorafx the model before compiling it"
             )
-        if hasattr(module.forward, "_torchdynamo_orig_callable"):
+        disabled = getattr(module.forward, "_torchdynamo_disable", False)  # kept out of graphs
+        if hasattr(module.forward, "_torchdynamo_orig_callable") and not disabled:
             raise CaptureError(
                 f"the forward of {label} was compiled by torch.compile; its graphs would not see "
                 "LoRA. Give lorafx the model before compiling it"

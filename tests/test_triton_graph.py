@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 import lorafx.kernels.triton_ops  # noqa: F401  registers them
 from lorafx.errors import LoweringError
 from lorafx.graph.triton_graph import inline_triton_ops
+from lorafx.kernels.activation import Activation, Leaf, Load
 from lorafx.kernels.cpu_source import DeltaSpec
 from lorafx.kernels.triton_build import TritonSpec, build, plan_of
 from lorafx.passes.lower import TRITON_OPS
@@ -25,6 +27,7 @@ OPS = (
     lora.triton_linear.default,
     lora.triton_delta_.default,
     lora.triton_embedding_delta_.default,
+    lora.triton_experts.default,
 )
 KERNEL_CALL = torch.ops.higher_order.triton_kernel_wrapper_functional
 K, SIZES, RANK, SLOTS = 256, (192, 64), 16, 4
@@ -130,6 +133,32 @@ def embedding_graph() -> tuple[fx.GraphModule, int, Builder]:
 
 def kernel_calls(gm: fx.GraphModule) -> list[fx.Node]:
     return [node for node in gm.graph.nodes if node.target is KERNEL_CALL]
+
+
+def experts_graph(activation: Activation | None) -> tuple[fx.GraphModule, int, Builder]:
+    """x, or two halves that it is computed from → triton_experts."""
+    b, experts = Builder(), 3
+    strategy = "grouped" if activation is None else "activated"
+    full = replace(spec(), experts=experts, activation=activation)
+    kernel = build(full, strategy, rows_hint=4, device=CUDA)
+    assert kernel is not None
+    x = b.input("x", (b.rows, K if activation is None else 2 * K))
+    weight, offs = (
+        b.input("weight", (experts, sum(SIZES), K)),
+        b.input("offs", (experts,), torch.int32),
+    )
+    shapes = {"A": (2 * RANK, K), "B": (RANK, sum(SIZES)), "ranks": (2,), "scales": (2,)}
+    dtypes = {"ranks": torch.int32, "scales": torch.float32}
+    bank = [
+        b.input(name, (SLOTS * experts, *shape), dtypes.get(name, torch.bfloat16))
+        for name, shape in shapes.items()
+    ]
+    slots = b.input("slots", (b.rows,), torch.int32)
+    arguments = ([x], weight, offs, *bank, slots, 1, kernel)
+    return b.done(b.call(OPS[3], arguments, b.value(sum(SIZES)))), kernel, b
+
+
+GATED = Activation((Leaf(torch.bfloat16),), (Load(0, 0, 1), Load(0, K, 1)), ("t0 = g0 * g1",), "t0")
 
 
 def inlined(gm: fx.GraphModule) -> list[fx.Node]:
@@ -349,3 +378,23 @@ def test_inductor_calls_the_kernel_on_the_buffer_of_the_product() -> None:
     assert buffer in run[1].split(", ")
     assert re.search(r"s\d+", run[1])  # the grid is an expression of M's symbol
     assert "clone" not in body
+
+
+@pytest.mark.parametrize("activation", [None, GATED], ids=["grouped", "activated"])
+def test_inductor_calls_the_kernels_of_experts(activation: Activation | None) -> None:
+    """Two launches whose grids are expressions of the rows; where an expert's rows end is read on
+    the device."""
+    gm, kernel, b = experts_graph(activation)
+    calls = inlined(gm)
+    tiles = [k.tiles for k in plan_of(kernel).kernels.values()]
+    assert len(calls) == len(tiles) == 2
+    columns = sum(-(-size // tiles[1].block_n) for size in SIZES)
+    for rows in (1, 37, 4096):
+        tall = (rows + (min(3, rows) + 1) * (tiles[1].block_m - 1)) // tiles[1].block_m
+        assert sizes_of_grid(calls[1], rows) == (tall * columns, 1, 1)
+    text = generated_code(gm, b)
+    body = text[text.index("def call(") :]
+    assert "torch.ops.lorafx" not in text
+    assert len(re.findall(r"(?:shrink|linear)_\d+\.run\(", body)) == 2
+    assert ".item()" not in body
+    assert ".tolist()" not in body

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from lorafx.base_weights.changes import Copy, copied
 from lorafx.base_weights.merge import write
 from lorafx.base_weights.places import Target
-from lorafx.errors import CheckpointError
+from lorafx.errors import CheckpointError, ConfigError
 from lorafx.graph.derived import Holder, is_near, is_numbers, is_varied
 from lorafx.graph.weight_forms import Form, in_runs, rows_alike, rows_form
 from lorafx.layers.quantization import QuantizeMethodBase
 from lorafx.model.experts import expert_weights
 from lorafx.model.module_graph import storage_key
+from lorafx.model.quantized import dequantize
 from lorafx.registry import lookup
 
 _HOOK = "process_weights_after_loading"
@@ -162,15 +163,12 @@ def _copy_of(holder: Holder, tensor: Tensor, weights: Iterable[Holder]) -> _Copy
 
 
 def _dense(weight: Holder) -> Tensor | None:
-    """W (N, K) as numbers, dequantised where the module says how; None where it cannot be had."""
-    entry = lookup(weight.module)
-    value = getattr(weight.module, weight.attribute, None)
-    if isinstance(value, Tensor) and value.dim() == 2 and is_numbers(value):
-        transposed = entry is not None and entry.transposed
-        return value.detach().T if transposed else value.detach()
-    dequantize = getattr(getattr(weight.module, "quant_method", None), "dequantize", None)
-    dense = dequantize(weight.module) if callable(dequantize) else None
-    return dense if isinstance(dense, Tensor) and dense.dim() == 2 and is_numbers(dense) else None
+    """W (N, K) as numbers, dequantised where it is quantised; None where it cannot be had."""
+    try:
+        dense = dequantize(weight.module)
+    except ConfigError:
+        return None
+    return dense if dense.dim() == 2 and is_numbers(dense) else None
 
 
 def _keep_in_place(copy: _Copy) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -82,8 +83,7 @@ def source_of(weights: Weights) -> Source:
         CheckpointError: a path without safetensors.
     """
     if isinstance(weights, (str, os.PathLike)):
-        files = _files(Path(weights))
-        return Source(lambda: _stored(files), repeatable=True, stable=True)
+        return Source(_Files(_files(Path(weights))).items, repeatable=True, stable=True)
     if isinstance(weights, Mapping):
         return Source(lambda: _given(weights.items()), repeatable=True, stable=True)
     if isinstance(weights, Sequence):
@@ -113,27 +113,42 @@ def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _stored(files: Sequence[Path]) -> Iterator[Item]:
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118, not a mapping
-                    part = opened.get_slice(name)
-                    dtype = _DTYPES.get(part.get_dtype())
-                    if dtype is None:
-                        raise CheckpointError(f"{file}: {name} is of dtype {part.get_dtype()}")
-                    shape = tuple(part.get_shape())
-                    yield Item(name, shape, Numbers(dtype), partial(_read, file, name))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}") from error
+class _Files:
+    """Files of safetensors, each opened once: reading its header takes time."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self._opened: dict[Path, Any] = {}
+
+    def items(self) -> Iterator[Item]:
+        """Raises CheckpointError for what cannot be read."""
+        for path in self._paths:
+            with _reading(path):
+                opened = self._open(path)
+                kinds = [(name, opened.get_slice(name)) for name in opened.keys()]  # noqa: SIM118
+            for name, part in kinds:
+                dtype = _DTYPES.get(part.get_dtype())
+                if dtype is None:
+                    raise CheckpointError(f"{path}: {name} is of dtype {part.get_dtype()}")
+                read = partial(self._read, path, name)
+                yield Item(name, tuple(part.get_shape()), Numbers(dtype), read)
+
+    def _open(self, path: Path) -> Any:
+        if path not in self._opened:
+            self._opened[path] = safe_open(path, framework="pt")
+        return self._opened[path]
+
+    def _read(self, path: Path, name: str) -> Tensor:
+        with _reading(path):
+            return self._open(path).get_tensor(name)
 
 
-def _read(file: Path, name: str) -> Tensor:
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        with safe_open(file, framework="pt") as opened:
-            return opened.get_tensor(name)
+        yield
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def _files(path: Path) -> list[Path]:

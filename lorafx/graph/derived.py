@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lorafx.errors import ConfigError
 from lorafx.graph.weight_forms import Form, in_runs, rows_alike, rows_form, strided_form
 from lorafx.model.forward_check import is_dense
 from lorafx.model.module_graph import storage_key
+from lorafx.model.quantized import dequantize, readable
 from lorafx.model.sites import Site
 from lorafx.registry import lookup
 
@@ -191,6 +193,9 @@ class DerivedTensors:
                 if id(program.weight_of(site)) not in taken:
                     yield site
             return
+        if lookup(holder.module) is not None:  # scales and the like, of its own weight if of any
+            yield from (site for site in program.sites if site.module is holder.module)
+            return
         # The linear is a child of the holder, or stands beside it, or beside what holds it.
         near = holder.path.rpartition(".")[0]
         for site in program.sites:
@@ -261,23 +266,16 @@ def is_numbers(tensor: Tensor) -> bool:
 
 def has_numbers(site: Site) -> bool:
     """Whether `dense_weight` can be had, without computing it."""
-    weight = getattr(site.module, site.eligible.weight, None)
-    dequantize = getattr(getattr(site.module, "quant_method", None), "dequantize", None)
-    return callable(dequantize) or (isinstance(weight, Tensor) and is_numbers(weight))
+    return readable(site.module, site.eligible)
 
 
 def dense_weight(site: Site) -> Tensor | None:
-    """W (N, K) as numbers: the weight, or what the module's `quant_method` dequantises; else
-    None."""
-    weight = getattr(site.module, site.eligible.weight, None)
-    dense: Any = None
-    if isinstance(weight, Tensor) and is_numbers(weight):
-        dense = weight.detach().T if site.eligible.transposed else weight.detach()
-    else:
-        dequantize = getattr(getattr(site.module, "quant_method", None), "dequantize", None)
-        if callable(dequantize):
-            dense = dequantize(site.module)
-    if not isinstance(dense, Tensor) or not is_numbers(dense):
+    """W (N, K) as numbers, whatever holds it; None where nothing can read it."""
+    try:
+        dense = dequantize(site.module)
+    except ConfigError:
+        return None
+    if not is_numbers(dense):
         return None
     return dense if tuple(dense.shape) == (site.out_features, site.in_features) else None
 

@@ -17,7 +17,8 @@ from torch import fx
 from lorafx.graph.context import EXPERT_MARK, EXPERT_OP, Context, Refusal
 from lorafx.graph.expert_uses import ExpertUse, expert_uses
 from lorafx.graph.frame import arguments_of, fake_value
-from lorafx.model.marks import UNPROVED
+from lorafx.model.experts import LOOP
+from lorafx.model.marks import UNPROVED, is_dense
 from lorafx.model.sites import Site, own_ranges
 
 aten = torch.ops.aten
@@ -25,10 +26,10 @@ aten = torch.ops.aten
 #: The field of a bank of experts that says which siblings share factors.
 ALIKE = "alike"
 
-_NOT_CAPTURED = (
-    "its experts ran, and no product with their weight is in the graph: a loop over experts in "
-    "Python is not captured. Where the model has the switch, "
-    "model.set_experts_implementation('grouped_mm') before compiling"
+_NOT_CAPTURED = f"its experts ran, and no product with their weight is in the graph: {LOOP}"
+_QUANTISED = (
+    "{} holds the weights of its experts in a quantised format, and their products are inside of "
+    "kernels that take it as it is"
 )
 
 
@@ -39,6 +40,11 @@ def insert_expert_sites(graph: fx.Graph, ctx: Context) -> int:
     for node, item in list(ctx.frame.by_node.items()):
         sites = [s for s in item.sites if s.eligible.kind == "experts"]
         if item.kind != "weight" or not sites:
+            continue
+        if item.part or not is_dense(fake_value(node)):
+            if id(sites[0]) not in served:  # one input for each part of a tensor subclass
+                ctx.refuse(Refusal(tuple(sites), "always", _QUANTISED.format(item.label)))
+            served.update(map(id, sites))
             continue
         for use in expert_uses(node, transposed=sites[0].eligible.transposed):
             if use.kind == "unknown" or len(sites) > 1:

@@ -26,8 +26,9 @@ Halves = Literal["", "stacked", "interleaved"]
 #: Why a loop over experts carries no LoRA, and the ways out.
 LOOP = (
     "a loop over experts in Python is not captured. Where the model has the switch, "
-    "model.set_experts_implementation('grouped_mm'); a class without it can be given it before "
-    "the model is built, by transformers.integrations.use_experts_implementation"
+    "model.set_experts_implementation('grouped_mm'); where its class has none, "
+    "transformers.integrations.use_experts_implementation of the class before the model is built, "
+    "and config._experts_implementation = 'grouped_mm'"
 )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import lorafx
 from lorafx.errors import BaseWeightsError, UnsupportedAdapterError
+from lorafx.layers import Int8ChannelLinearMethod, ReplicatedLinear, load_weights
 
 NAMES = ["a", None, "b", "c"]
 IDS = {"input_ids": torch.randint(3, 61, (3, 5), generator=torch.Generator().manual_seed(1))}
@@ -110,6 +111,41 @@ def test_copies_in_no_form(layer: Case, once: bool) -> None:
     inputs = states(2, 3)
     want = Case(new_weights(layer.base, 3), {}).expected([None, None], inputs)
     assert error(cm(**inputs, adapter_names=[None, None])["logits"], want) <= 1e-5
+
+
+class OfQuantised(nn.Module):
+    """Multiplies by rows of a quantised weight, dequantised once and kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = ReplicatedLinear(16, 12, bias=False, quant_method=Int8ChannelLinearMethod())
+        self.head = nn.Linear(6, 5)
+        self.process()
+
+    def process(self) -> None:
+        self.kept = self.proj.quant_method.dequantize(self.proj)[:6].clone()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head(x @ self.kept.T)}
+
+
+def test_dequantised_copies() -> None:
+    model = OfQuantised().requires_grad_(False).eval()
+    state = {"proj.weight": torch.randn(12, 16), "head.weight": torch.randn(5, 6)}
+    state["head.bias"] = torch.randn(5)
+    load_weights(model, state)
+    model.process()
+    cm = lorafx.compile(model, lorafx.LoraConfig(target_modules=["head"]), options=REFERENCE)
+    kept = model.kept
+    fresh = {name: torch.randn_like(tensor) for name, tensor in state.items()}
+    cm.load_weights(fresh)
+    like = OfQuantised()
+    load_weights(like, fresh)
+    like.process()
+    assert model.kept is kept
+    assert torch.equal(kept, like.kept)
+    x = torch.randn(2, 16)
+    assert error(cm(x, adapter_names=[None, None])["logits"], like(x)["logits"]) <= 1e-6
 
 
 def test_a_merged_adapter(shallow: Case) -> None:

@@ -13,6 +13,7 @@ from dense_merge import Case, check_mixed
 from namings import new_weights, plain
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import lorafx
 from lorafx.errors import BaseWeightsError, BatchError, CaptureError, CheckpointError, ConfigError
@@ -220,6 +221,42 @@ def test_casts_and_what_is_no_plain_number(served: Any, shallow: Case) -> None:
             served.load_weights({**state, UP: state[UP].to(dtype)})
     with pytest.raises(BaseWeightsError, match=r"do not become|meta"):
         served.load_weights({**state, UP: state[UP].to(torch.complex64)})
+
+
+class Stored(nn.Module):
+    """A weight in int8 codes, and one in a tensor that wraps two others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+        pair = TwoTensor(torch.ones(4, 4), torch.ones(4, 4))
+        self.pair = nn.Parameter(pair, requires_grad=False)
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head(x)}
+
+
+def test_floats_are_not_put_where_a_weight_is_quantised() -> None:
+    model = Stored()
+    cm = lorafx.compile(model.eval(), lorafx.LoraConfig(), options={"lowering": "reference"})
+    codes, pair = (
+        torch.full((4, 4), 3, dtype=torch.int8),
+        TwoTensor(torch.randn(4, 4), torch.randn(4, 4)),
+    )
+    head = {"head.weight": torch.randn(4, 4), "head.bias": torch.randn(4)}
+    with pytest.raises(BaseWeightsError) as raised:
+        cm.load_weights({"codes": torch.randn(4, 4), "pair": torch.randn(4, 4), **head})
+    text = str(raised.value)
+    assert "codes: it is quantised here (torch.int8)" in text
+    assert "pair: it is kept here as a TwoTensor, not as plain numbers" in text
+    with pytest.raises(BaseWeightsError, match="is a TwoTensor; give the plain whole tensor"):
+        cm.load_weights({"codes": codes, "pair": pair, **head, "head.weight": pair})
+    cm.load_weights({"codes": codes, "pair": pair, **head})
+    assert torch.equal(model.codes, codes)
+    assert torch.equal(model.pair.a, pair.a)
+    assert torch.equal(model.pair.b, pair.b)
+    assert torch.equal(model.head.weight, head["head.weight"])
 
 
 def test_it_waits_for_running_calls_and_is_refused_inside_one(served: Any, shallow: Case) -> None:

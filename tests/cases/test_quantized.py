@@ -1,0 +1,225 @@
+"""LoRA over bases that a library has quantised: its kernels as they are, the delta beside them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from dense_merge import REFERENCE, error
+from packed_integers import AwqLinear, GptqLinear, PackedLinear, UntraceableLinear
+from quantised import KINDS, ROUNDS, Rounded, adapters, linears, place, small_base
+from torch import nn
+
+import lorafx
+
+NAMES = ["a", None, "b", "a"]
+#: Kinds that go the same ways as others do.
+SLOW = (
+    "torchao-int4",
+    "torchao-int8-dynamic",
+    "torchao-fp8",
+    "bitsandbytes-8",
+    "bitsandbytes-fp4",
+    "awq",
+    "quant_method",
+)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, dict[str, Path]]:
+    base = small_base()
+    return base, adapters(base, tmp_path_factory.mktemp("quantised"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered() -> Iterator[None]:
+    lorafx.register(GptqLinear, dequantize=PackedLinear.dequantized, requantize=PackedLinear.store)
+    lorafx.register(AwqLinear, dequantize=PackedLinear.dequantized)
+    yield
+    lorafx.unregister(GptqLinear)
+    lorafx.unregister(AwqLinear)
+
+
+def case_of(kind: str, saved: tuple[nn.Module, dict[str, Path]]) -> Rounded:
+    base, folders = saved
+    model = copy.deepcopy(base)
+    KINDS[kind][0](model)
+    model.eval().requires_grad_(False)
+    with torch.no_grad():
+        model(**inputs())  # some libraries change what they hold in their first call
+    return Rounded(base, model, folders)
+
+
+def inputs(rows: int = len(NAMES), length: int = 5) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return {"input_ids": torch.randint(3, 61, (rows, length), generator=generator)}
+
+
+def looks(model: nn.Module) -> dict[str, Any]:
+    """What anybody may ask of the model's modules: classes, attributes, parameters by identity."""
+    return {
+        path: (
+            type(module),
+            frozenset(vars(module)),
+            {name: id(p) for name, p in module._parameters.items()},
+            {name: id(b) for name, b in module._buffers.items()},
+            id(getattr(module, "quant_method", None)),
+            id(getattr(getattr(module, "weight", None), "quant_state", None)),
+        )
+        for path, module in model.named_modules()
+    }
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow) if k in SLOW else k for k in KINDS]
+)
+def test_mixed_batches(kind: str, saved: tuple[nn.Module, dict[str, Path]]) -> None:
+    case, tolerance = case_of(kind, saved), KINDS[kind][1]
+    model, given = copy.deepcopy(case.model), inputs()
+    before, keys = looks(model), None
+    if "bitsandbytes" not in kind:  # its state_dict() changes the weights
+        keys = list(model.state_dict())
+    cm = lorafx.compile(model, case.folders, options=REFERENCE)
+    want = case.rows(list(NAMES), given)
+    got = cm(**given, adapter_names=NAMES).logits
+    assert error(got, want) <= tolerance
+    base = case.rows([None] * len(NAMES), given)
+    # LLM.int8 looks for columns of outliers in the whole batch, whoever's they are.
+    assert error(got[1], base[1]) <= (ROUNDS if "outliers" in kind else 1e-5)
+    for row, name in enumerate(NAMES):
+        if name is not None:
+            assert error(got[row], base[row]) > 2 * tolerance
+
+    # The base alone is the library's own, bit by bit.
+    with torch.no_grad():
+        assert torch.equal(cm(**given).logits, case.model(**given).logits)
+    assert looks(model) == before
+    assert keys is None or list(model.state_dict()) == keys
+
+    # W' + ΔW of what `dequantize` reads is as near as the kernel is to W'.
+    dense = case.dense()
+    kernel = error(base, dense.expected([None] * len(NAMES), given))
+    assert error(got, dense.expected(NAMES, given)) <= 4 * kernel + 1e-5
+
+    graphs = len(cm._session.backend.records)
+    cm(**inputs(3, 7), adapter_names=["b", "b", None])
+    assert len(cm._session.backend.records) == graphs
+    cm.detach()
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks]
+    assert hooks == []
+
+
+@pytest.mark.parametrize("kind", ["torchao-fp8", "bitsandbytes-nf4"])
+def test_eager_and_attached(kind: str, saved: tuple[nn.Module, dict[str, Path]]) -> None:
+    """Marks alone, and torch.compile on a marked model."""
+    case, given = case_of(kind, saved), inputs()
+    model = lorafx.attach(copy.deepcopy(case.model), case.folders, options=REFERENCE)
+    with lorafx.adapters(model, ["a"] * 4), torch.no_grad():
+        assert error(model(**given).logits, case.rows(["a"] * 4, given)) <= KINDS[kind][1]
+    compiled = torch.compile(model, backend="lorafx", dynamic=True)
+    with lorafx.adapters(model, NAMES), torch.no_grad():
+        assert error(compiled(**given).logits, case.rows(NAMES, given)) <= KINDS[kind][1]
+    lorafx.detach(model)
+
+
+@pytest.mark.parametrize("kind", ["gptq"])
+def test_an_adapter_for_each_token(kind: str, saved: tuple[nn.Module, dict[str, Path]]) -> None:
+    """The library's kernel keeps tokens in place, which no rule for its operator says."""
+    case, given = case_of(kind, saved), inputs(2, 6)
+    cm = lorafx.compile(copy.deepcopy(case.model), case.folders, options=REFERENCE)
+    slots = torch.tensor([[-1, -1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
+    got = cm(**given, adapter_slots=slots, adapter_names=["a", "b"]).logits
+    plain = case.rows([None, "b"], given)
+    assert error(got[0, :2], plain[0, :2]) <= 1e-5
+    assert error(got[1], plain[1]) <= 1e-5
+    assert error(got[0, 3:], plain[0, 3:]) > 1e-2
+
+
+@pytest.mark.slow
+def test_a_kernel_that_no_graph_can_hold(saved: tuple[nn.Module, dict[str, Path]]) -> None:
+    """One adapter a batch is right; whose rows they are is lost where Python runs in between."""
+    base, folders = saved
+    model = copy.deepcopy(base)
+    for path, linear in linears(model):
+        place(model, path, UntraceableLinear(linear))
+    case, given = Rounded(base, model.eval(), folders), inputs()
+    cm = lorafx.compile(copy.deepcopy(model), folders, options=REFERENCE)
+    assert error(cm(**given, adapter_names=["a"] * 4).logits, case.rows(["a"] * 4, given)) <= 1e-5
+    with pytest.raises(lorafx.ProvenanceError, match="not proved which request a row belongs to"):
+        cm(**given, adapter_names=NAMES)
+
+
+def test_banks_have_the_compute_dtype(saved: tuple[nn.Module, dict[str, Path]]) -> None:
+    """Integers and bytes are no dtype to compute in, and a storage dtype is none either."""
+    library = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base, folders = saved
+    model = copy.deepcopy(base).to(torch.bfloat16)
+    for path, linear in linears(model):
+        parent, _, name = path.rpartition(".")
+        made = library.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            compute_dtype=torch.bfloat16,
+            quant_storage=torch.float32 if name == "q_proj" else torch.uint8,
+        )
+        made.load_state_dict(linear.state_dict())
+        setattr(model.get_submodule(parent), name, made.to("cpu"))
+    cm = lorafx.compile(model.eval(), folders, options=REFERENCE)
+    assert {group.bank.B.dtype for group in cm._session.program.groups} == {torch.bfloat16}
+    assert not cm._session.program.packed
+    given = inputs()
+    got = cm(**given, adapter_names=NAMES).logits
+    assert got.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert error(got[1], model(**given).logits[1]) <= ROUNDS
+    assert error(got[0], got[1]) > ROUNDS
+
+
+class Outside(nn.Module):
+    """Multiplies by the weight itself, past its module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(64, 32, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.inner.weight)
+
+
+def test_a_subclass_weight_used_outside_of_its_module_is_refused(tmp_path: Path) -> None:
+    KINDS["torchao-int8"][0](model := Outside().eval().requires_grad_(False))
+    plain = nn.ModuleDict({"inner": nn.Linear(64, 32, bias=False)})
+    config = peft.LoraConfig(r=2, target_modules=["inner"], init_lora_weights=False)
+    peft.get_peft_model(plain, config).save_pretrained(str(tmp_path))
+    cm = lorafx.compile(model, {"a": tmp_path}, options=REFERENCE)
+    x = torch.randn(2, 64)
+    assert torch.equal(cm(x, adapter_names=[None, None]), model(x))
+    with pytest.raises(lorafx.MatchError, match=r"inner: .*is how it is stored, and this is out"):
+        cm(x, adapter_names=["a", "a"])
+
+
+def test_dora_is_refused_by_name(saved: tuple[nn.Module, dict[str, Path]], tmp_path: Path) -> None:
+    """Its norm is that of W + ΔW, which no kernel over a quantised weight gives."""
+    base, _ = saved
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+    peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(str(tmp_path))
+    model = copy.deepcopy(base)
+    KINDS["torchao-int8"][0](model)
+    with pytest.raises(lorafx.UnsupportedAdapterError, match=r"use_dora.*DoRA"):
+        lorafx.compile(model, {"a": tmp_path}, options=REFERENCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["torchao-int8", "bitsandbytes-8-outliers", "bitsandbytes-nf4"])
+def test_inductor(kind: str, saved: tuple[nn.Module, dict[str, Path]]) -> None:
+    case, given = case_of(kind, saved), inputs()
+    cm = lorafx.compile(copy.deepcopy(case.model), case.folders, options={"lowering": "inductor"})
+    got = cm(**given, adapter_names=NAMES).logits
+    assert error(got, case.rows(NAMES, given)) <= KINDS[kind][1]
