@@ -144,7 +144,7 @@ def _expert_delta(
     *factors, slots = bank
     alike = ctx.beside(factors[0], ALIKE)
     if strategy_of(node).name == GENERATED and alike is not None:
-        ends = _ends(experts)
+        ends = _ends(experts, count)
         arguments = (y, x, *bank, alike, experts if ends is None else ends)
         spec, sorted_rows = cpu_spec(node), ends is not None
         generated = expert_delta_call(spec, *arguments, rows=rows, ends=sorted_rows)
@@ -154,12 +154,14 @@ def _expert_delta(
     return _add_delta(graph, ctx, node, y, x, (*factors, keys), ranges, 1)
 
 
-def _ends(experts: fx.Node) -> fx.Node | None:
+def _ends(experts: fx.Node, count: int) -> fx.Node | None:
     """Where the rows of each expert end, if `experts` was read from that (searchsorted over the
     rows' numbers, as `match` does it)."""
     if experts.target is not aten.searchsorted.Tensor or not experts.kwargs.get("right"):
         return None
     ends, numbers = arguments_of(experts)[:2]
+    if fake_value(ends).shape[0] != count:
+        return None
     iota = numbers.target is torch.ops.prims.iota.default
     first = iota and numbers.kwargs.get("start") == 0 and numbers.kwargs.get("step") == 1
     return ends if first else None

@@ -184,19 +184,23 @@ class Context(GraphEdits):
             f"its weight is used in a way no rule knows: {reason}{self.where(node)}",
         )
 
-    def unselected_owners(self, weight: fx.Node, kind: str) -> list[nn.Module]:
-        """Modules of this kind that hold the same weight and are not sites (a tied head)."""
+    def other_owners(self, weight: fx.Node) -> list[nn.Module]:
+        """Modules that hold the same weight and are not sites."""
         sites = self.frame.by_node[weight].sites
         tensor = self.program.weight_of(sites[0])
         if tensor is None:
             return []
         selected = {id(site.module) for site in sites}
-        owners = []
-        for _, module, _ in self.program.graph.owners(tensor):
-            entry = lookup(module)
-            if id(module) not in selected and entry is not None and entry.kind == kind:
-                owners.append(module)
-        return owners
+        owners = self.program.graph.owners(tensor)
+        return [module for _, module, _ in owners if id(module) not in selected]
+
+    def unselected_owners(self, weight: fx.Node, kind: str) -> list[nn.Module]:
+        """Those of `other_owners` that are of this kind (a tied head)."""
+        return [
+            module
+            for module in self.other_owners(weight)
+            if (entry := lookup(module)) is not None and entry.kind == kind
+        ]
 
     # --- new nodes ---
 

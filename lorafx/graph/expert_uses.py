@@ -96,7 +96,7 @@ def _interpret(weight: fx.Node, form: _Form, user: fx.Node) -> _Form | ExpertUse
     if user.target is aten.index.Tensor and form.ids is None:
         indices = [index for index in arguments[1] if index is not None]
         first = len(indices) == 1 and arguments[1][0] is indices[0]
-        if first and fake_value(indices[0]).dim() == 1:
+        if first and fake_value(indices[0]).dim() == 1 and not _is_mask(indices[0]):
             return _Form(user, form.in_first, indices[0])
         return unknown("it is indexed in another way than by one expert a row")
     if is_grouped(user):
@@ -120,6 +120,10 @@ def _batched(weight: fx.Node, form: _Form, user: fx.Node, unknown: Any) -> Exper
     if swapped and kind == "chosen" and _is_one(fake_value(right).shape[2]):
         return ExpertUse(kind, weight, user, right, form.ids, swapped=True)
     return unknown("a product with x W in place of x Wᵀ")
+
+
+def _is_mask(index: fx.Node) -> bool:
+    return fake_value(index).dtype in (torch.bool, torch.uint8)
 
 
 def _is_one(size: Any) -> bool:

@@ -9,6 +9,7 @@ products, since they lie between two others inside of one forward.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -22,6 +23,17 @@ from lorafx.model.marks import UNPROVED, is_dense
 from lorafx.model.sites import Site, own_ranges
 
 aten = torch.ops.aten
+#: Give values and their indices.
+RANKINGS = frozenset({aten.topk.default, aten.sort.default, aten.sort.stable})
+#: Give some of the indices that they take, in any order.
+SAME_INDICES = frozenset(
+    {
+        *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.clone.default),
+        *(aten.expand.default, aten.permute.default, aten.slice.Tensor, aten.select.int),
+        *(aten.squeeze.dim, aten.squeeze.default, aten.unsqueeze.default),
+        torch.ops.prims.convert_element_type.default,
+    }
+)
 
 #: The field of a bank of experts that says which siblings share factors.
 ALIKE = "alike"
@@ -47,12 +59,12 @@ def insert_expert_sites(graph: fx.Graph, ctx: Context) -> int:
             served.update(map(id, sites))
             continue
         for use in expert_uses(node, transposed=sites[0].eligible.transposed):
-            if use.kind == "unknown" or len(sites) > 1:
-                reason = use.reason or "several modules share it"
-                ctx.refuse(ctx.unknown_use(node, use.node, reason))
-            else:
-                _insert(graph, ctx, sites[0], use)
-                served.add(id(sites[0]))
+            owner = _owner(ctx, sites, use)
+            if isinstance(owner, Refusal):
+                ctx.refuse(owner)
+            elif owner is not None:
+                _insert(graph, ctx, owner, use)
+                served.add(id(owner))
                 edits += 1
     for mark in [node for node in graph.nodes if node.target is EXPERT_MARK]:
         site = ctx.site_of_mark(mark)
@@ -61,6 +73,22 @@ def insert_expert_sites(graph: fx.Graph, ctx: Context) -> int:
         mark.replace_all_uses_with(arguments_of(mark)[0])
         graph.erase_node(mark)
     return edits
+
+
+def _owner(ctx: Context, sites: list[Site], use: ExpertUse) -> Site | Refusal | None:
+    """The site that a use belongs to; None where it belongs to a module that is none and holds the
+    same weight."""
+    if use.kind == "unknown":
+        return ctx.unknown_use(use.weight, use.node, use.reason)
+    others = ctx.other_owners(use.weight)
+    if len(sites) == 1 and not others:
+        return sites[0]
+    inside = [site for site in sites if ctx.inside(use.node, site.module)]
+    if len(inside) == 1:
+        return inside[0]
+    if any(ctx.inside(use.node, module) for module in others):
+        return None
+    return ctx.unknown_use(use.weight, use.node, "several modules share it")
 
 
 def _insert(graph: fx.Graph, ctx: Context, site: Site, use: ExpertUse) -> None:
@@ -96,7 +124,7 @@ def _experts(graph: fx.Graph, ctx: Context, site: Site, use: ExpertUse) -> fx.No
     device = fake_value(use.x).device
     if use.kind == "chosen":
         assert use.choice is not None
-        return use.choice
+        return _from_0(graph, ctx, use.choice, site.experts)
     if use.kind == "sorted":
         count = _size(graph, ctx, use.x, 0)
         numbers = _numbers(graph, ctx, count, device)
@@ -108,6 +136,25 @@ def _experts(graph: fx.Graph, ctx: Context, site: Site, use: ExpertUse) -> fx.No
     column = ctx.call(graph, aten.unsqueeze.default, (every, 1))
     wide = ctx.call(graph, aten.expand.default, (column, [site.experts, tokens]))
     return ctx.call(graph, aten.reshape.default, (wide, [-1]))
+
+
+def _from_0(graph: fx.Graph, ctx: Context, ids: fx.Node, count: int) -> fx.Node:
+    """Indices as 0 … E - 1: -1 is the last expert of W[ids]. Those of topk and sort are so."""
+    source = ids
+    while source.target in SAME_INDICES or source.target in RANKINGS or _position(source) == 0:
+        source = source.all_input_nodes[0]
+    if _position(source) == 1:
+        return ids
+    wrapped = ctx.call(graph, aten.add.Tensor, (ids, count))
+    negative = ctx.call(graph, aten.lt.Scalar, (ids, 0))
+    return ctx.call(graph, aten.where.self, (negative, wrapped, ids))
+
+
+def _position(node: fx.Node) -> int | None:
+    """0 for the values that topk and sort give, 1 for their indices, None for anything else."""
+    if node.target is not operator.getitem or node.all_input_nodes[0].target not in RANKINGS:
+        return None
+    return int(node.args[1])  # type: ignore[arg-type]
 
 
 def _numbers(graph: fx.Graph, ctx: Context, count: Any, device: torch.device) -> fx.Node:

@@ -26,8 +26,9 @@ NAMES = ["a", None, "b"]
 #: Its loop over experts breaks the graph into many, by which tokens go where: only its weights are
 #: compared. What Step-3 checkpoints become is served in test_packed_weights.
 LOOP = "step3p7"
-MOE = ["qwen3_moe", "qwen3_5_moe_text", "deepseek_v3"]
-VISION = ["qwen3_vl_moe", LOOP]
+VISION = "qwen3_vl_moe"
+SERVED = ["qwen3_moe", "deepseek_v3"]
+SLOW = ["qwen3_5_moe_text", VISION]
 
 
 def base_of(model_type: str) -> nn.Module:
@@ -85,11 +86,19 @@ class Served:
         assert self.cm.recompiles == graphs
 
 
-@pytest.fixture(scope="module", params=MOE + VISION)
+@pytest.fixture(
+    scope="module",
+    params=[
+        *((model_type, True) for model_type in SERVED),
+        *((model_type, False) for model_type in (*SLOW, LOOP)),
+        *(pytest.param((model_type, True), marks=pytest.mark.slow) for model_type in SLOW),
+    ],
+    ids=lambda param: f"{param[0]} {'served' if param[1] else 'weights'}",
+)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
     """A model of each family, compiled once, with two adapters on the language model; on routed
-    experts too where LoRA runs there."""
-    model_type = request.param
+    experts too where LoRA runs there. Of slow ones the weights alone are compared as well."""
+    model_type, serve = request.param
     base = base_of(model_type)
     folder = tmp_path_factory.mktemp(model_type)
     linears = [
@@ -97,7 +106,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     ]
     experts = (
         {}
-        if model_type in VISION
+        if model_type == VISION
         else {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
     )
     folders = {
@@ -108,7 +117,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     }
     model = new_weights(base, 5)
     cm = lorafx.compile(model, folders, options={"lowering": "reference"})
-    served = Served(cm, new_weights(base, 5), folders, [] if model_type == LOOP else NAMES)
+    served = Served(cm, new_weights(base, 5), folders, NAMES if serve else [])
     served.check()  # captures the graph
     return served
 

@@ -13,7 +13,8 @@ from dense_merge import Case, check_mixed
 from hand_made import hand_case
 from namings import new_weights
 from packed_models import MAPPING, PACKED_AS, Apart, Packed, twins
-from tensor_parallel import llama_config, push_weights
+from pushed_shards import push_weights
+from tensor_parallel import llama_config
 from torch import Tensor, nn
 from two_ranks import on_ranks
 
@@ -34,7 +35,22 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def compiled(model: nn.Module, case: Case, config: Any = None) -> Any:
-    cm = lorafx.compile(model, config, adapters=case.folders, options=REFERENCE)
+    return lorafx.compile(model, config, adapters=case.folders, options=REFERENCE)
+
+
+@pytest.fixture(scope="module")
+def packed_served(case: Case) -> Any:
+    cm = compiled(twins()[1], case)
+    cm(**IDS, adapter_names=NAMES)
+    return cm
+
+
+@pytest.fixture(scope="module")
+def apart_served(case: Case) -> Any:
+    config = lorafx.LoraConfig(
+        target_modules=[*PACKED_AS, "o_proj", "down_proj"], packed_modules=MAPPING
+    )
+    cm = compiled(twins()[0], case, config)
     cm(**IDS, adapter_names=NAMES)
     return cm
 
@@ -52,9 +68,11 @@ def packed_state(apart: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("packed_names", [False, True], ids=["apart", "packed"])
-def test_into_a_packed_model(case: Case, tmp_path: Path, packed_names: bool) -> None:
-    cm = compiled(twins()[1], case)
-    apart = new_weights(case.base, 3)
+def test_into_a_packed_model(
+    packed_served: Any, case: Case, tmp_path: Path, packed_names: bool
+) -> None:
+    cm = packed_served
+    apart = new_weights(case.base, 3 + packed_names)
     graphs = cm.recompiles
     state = packed_state(apart) if packed_names else apart.state_dict()
     report = cm.load_weights(reversed(list(state.items())))
@@ -64,16 +82,17 @@ def test_into_a_packed_model(case: Case, tmp_path: Path, packed_names: bool) -> 
 
 
 @pytest.mark.parametrize("once", [False, True], ids=["list", "generator"])
-def test_packed_tensors_into_a_model_that_is_not(case: Case, tmp_path: Path, once: bool) -> None:
-    config = lorafx.LoraConfig(
-        target_modules=[*PACKED_AS, "o_proj", "down_proj"], packed_modules=MAPPING
-    )
-    cm = compiled(twins()[0], case, config)
-    apart = new_weights(case.base, 4)
+def test_packed_tensors_into_a_model_that_is_not(
+    apart_served: Any, case: Case, tmp_path: Path, once: bool
+) -> None:
+    cm = apart_served
+    graphs = cm.recompiles
+    apart = new_weights(case.base, 5 + once)
     pairs = list(packed_state(apart).items())
     assert any("in_proj_qkvz" in name for name, _ in pairs)
     cm.load_weights(iter(pairs) if once else pairs)
     check_mixed(cm, moved(case, apart, tmp_path), NAMES, IDS)
+    assert cm.recompiles == graphs
 
 
 @pytest.mark.parametrize("once", [False, True], ids=["list", "generator"])
@@ -156,18 +175,28 @@ def step_state(model: StepLike, form: str) -> dict[str, Tensor]:
     return {**state, **{f"moe.{name}": tensor for name, tensor in experts.items()}}
 
 
-@pytest.mark.parametrize("form", ["step", "wrapped", "per expert"])
-def test_step_like(form: str, tmp_path: Path) -> None:
+STEP_PATHS = ["inner.layers.0.o_proj", "moe.gate", "moe.share_expert", "inner.layers.1.qkv_proj"]
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, nn.Module]:
+    """The compiled model and its base."""
     torch.manual_seed(0)
     base = StepLike().eval().requires_grad_(False)
-    paths = ["inner.layers.0.o_proj", "moe.gate", "moe.share_expert", "inner.layers.1.qkv_proj"]
-    case = hand_case(base, tmp_path / "old", a=paths, b=paths[:2])
+    case = hand_case(base, tmp_path_factory.mktemp("step"), a=STEP_PATHS, b=STEP_PATHS[:2])
     cm = compiled(case.model(), case)
+    cm(**IDS, adapter_names=NAMES)
+    return cm, base
+
+
+@pytest.mark.parametrize("form", ["step", "wrapped", "per expert"])
+def test_step_like(step: tuple[Any, nn.Module], form: str, tmp_path: Path) -> None:
+    cm, base = step
     graphs = cm.recompiles
-    fresh = new_weights(base, 6)
+    fresh = new_weights(base, len(form))
     state = step_state(fresh, form)
     cm.load_weights(state if form == "step" else iter(state.items()))
-    check_mixed(cm, hand_case(fresh, tmp_path / "new", a=paths, b=paths[:2]), NAMES, IDS)
+    check_mixed(cm, hand_case(fresh, tmp_path, a=STEP_PATHS, b=STEP_PATHS[:2]), NAMES, IDS)
     assert cm.recompiles == graphs
     beyond = {**state, "moe.experts.4.gate_proj.weight": torch.zeros(6, 16)}
     with pytest.raises(BaseWeightsError, match="there is no expert 4"):
