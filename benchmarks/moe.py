@@ -59,6 +59,11 @@ GOALS = {
 }
 #: Least throughput over the base on a GPU, whatever the mix.
 GPU_GOAL = 0.92
+RESULTS = Path("benchmarks/results/moe_cpu.json")
+TITLE = (
+    "time over the compiled base, Qwen3-MoE of hidden 1024, 64 experts of 384, top 8, two layers, "
+    "r=16 on attention, experts and routers; PEFT on a mixed batch: "
+)
 PEFT_BLOCKS = 5  # its intervals lie far from the others'
 
 
@@ -157,14 +162,10 @@ def on_cpu(options: argparse.Namespace) -> None:
             start = time.monotonic()
             rows += run_case(dtype, kind, implementation, options)
             budget.took(time.monotonic() - start)
+            if not options.quick:  # what is measured outlives a run that is ended early
+                save(options.out or RESULTS, TITLE + refusal, rows, machine_and_load)
     if budget.left_out:
         print(f"\nleft out for want of time: {'; '.join(budget.left_out)}")
-    if not options.quick:
-        title = (
-            "time over the compiled base, Qwen3-MoE of hidden 1024, 64 experts of 384, top 8, two "
-            f"layers, r=16 on attention, experts and routers; PEFT on a mixed batch: {refusal}"
-        )
-        save(options.out or Path("benchmarks/results/moe_cpu.json"), title, rows, machine_and_load)
 
 
 def on_cuda(options: argparse.Namespace) -> None:

@@ -79,8 +79,8 @@ class Options:
         passes: graph passes switched on or off by name, `{"pack": False}`.
         max_edits: stop rewriting after this many edits, to bisect a wrong result.
         plan: strategies pinned by canonical site path: "generated" for generated C++;
-            "split", "epilogue", "recompute", "gemv", "segments" for Triton (docs/kernels.md);
-            "aten".
+            "split", "epilogue", "recompute", "gemv", "segments", and "grouped" and "activated"
+            for routed experts, for Triton (docs/kernels.md); "aten".
         dump: folder for every pass's graph; None reads LORAFX_DUMP.
         recompile_limit: most graphs one entry point may have; more is an error.
     """

@@ -136,7 +136,9 @@ def _triton_choice(
     if node.target is FUSED_EXPERTS and rows is not None:
         for name, estimate in _expert_estimates(ctx, node, rows, device).items():
             if not estimate.refusal and not _not_for_experts(node, name):
-                return name, f"modelled {estimate} at {rows} rows; {_floor(ctx, node)}"
+                reason = f"modelled {estimate} at {rows} rows; {_floor(ctx, node)}"
+                why = "" if name == "activated" else _not_for_experts(node, "activated")
+                return name, f"{reason}; {why}" if why else reason
     slots, rank = ctx.program.home(sites[0])[0].bank.B.shape[:2]
     dtype = fake_value(arguments_of(node)[0]).dtype
     _, estimates = choose_strategy(_parts(sites), rows, slots, rank, dtype, device)

@@ -50,6 +50,8 @@ class ExpertLandings:
                 if saved is None:
                     continue
                 own = saved.name == weight.name
+                if not own and saved.name not in PROJECTIONS:
+                    continue
                 half = "all" if own else covers(weight, saved.name)
                 if half is None:
                     continue

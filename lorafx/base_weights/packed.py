@@ -8,18 +8,19 @@ Which names a packed one stands for is declared (lorafx.model.packed_names).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 from torch import nn
 
 from lorafx.base_weights.names import Names, Walked
-from lorafx.base_weights.places import Box, Cut, Landing, at
+from lorafx.base_weights.places import Box, Cut, Landing, Target, at
 from lorafx.layers.base import ParallelLayer
 from lorafx.layers.loading import LoadableLayer
 from lorafx.model.module_graph import join
-from lorafx.model.packed_names import Member, PackedNames
+from lorafx.model.packed_names import Member, PackedNames, renamed
 from lorafx.registry import lookup
 
 
@@ -58,6 +59,17 @@ class PackedLandings:
                     yield found
         yield from self._apart(module, path, canonical, name, attribute)
 
+    def shards(self, target: Target) -> dict[Any, str]:
+        """The shard ids of a packed target, each with the name that is declared for it."""
+        if not self._packed.any:
+            return {}
+        path = self._names.graph.path(target.module)
+        members, sizes = self._packed.members(path), _slice_sizes(target.module)
+        return {
+            _shard_id(members, index, sizes): join(renamed(path, member.name), target.attribute)
+            for index, member in enumerate(members)
+        }
+
     def _into(
         self, child: nn.Module, path: str, members: tuple[Member, ...], name: str, attribute: str
     ) -> Landing | Joint | None:
@@ -70,9 +82,7 @@ class PackedLandings:
         slices = members[index].slices
         sizes = _slice_sizes(child)
         declared = slices is not None or (sizes is not None and len(sizes) == len(members))
-        shard_id = (
-            (index if sizes is None or len(sizes) > 1 else None) if slices is None else slices
-        )
+        shard_id = _shard_id(members, index, sizes)
         if isinstance(child, LoadableLayer):
             if not declared:
                 wrong = (
@@ -136,6 +146,14 @@ class PackedLandings:
             for cut in landing.cuts
         )
         yield Landing(own, (*shapes[0][:dim], ends[-1], *shapes[0][dim + 1 :]), cuts)
+
+
+def _shard_id(members: Sequence[Member], index: int, sizes: tuple[int, ...] | None) -> Any:
+    """What the loader of a packed parameter calls one of its members; None for the whole."""
+    slices = members[index].slices
+    if slices is not None:
+        return slices
+    return index if sizes is None or len(sizes) > 1 or len(members) > 1 else None
 
 
 def _slice_sizes(module: nn.Module) -> tuple[int, ...] | None:

@@ -127,6 +127,14 @@ class Box(Place):
     def fills(self, dtype: torch.dtype) -> Iterator[tuple[Target, Any]]:
         yield self.target, self.box
 
+    def refusal(self, given: Numbers) -> str:
+        if is_expanded(self.target.tensor):
+            return (
+                "several of its numbers are one place in memory (an expanded tensor), which cannot "
+                "be written; leave it out, or give the module a contiguous one before lorafx"
+            )
+        return super().refusal(given)
+
     def write(self, loaded: Tensor) -> None:
         # Tensors made in inference mode may be viewed and written there alone.
         with torch.inference_mode(self.target.tensor.is_inference()), torch.no_grad():
@@ -256,6 +264,15 @@ def at(target: Target, path: str, shard_id: Any = None) -> Landing:
 def boxed(box: Box, path: str) -> Landing:
     """One box for the whole tensor."""
     return Landing(path, box.shape, (Cut(box),))
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether several entries are one place in memory, so that torch does not write to it."""
+    if tensor.layout is not torch.strided:
+        return False
+    return any(
+        size > 1 and not step for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+    )
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:

@@ -42,8 +42,11 @@ class _Filled:
     numbers: Callable[[], Tensor] | None
 
     def meets(self, part: Any) -> bool:
+        if isinstance(self.part, frozenset) and isinstance(part, frozenset):
+            both = self.part | part
+            return None in both or len(both) < len(self.part) + len(part)  # None is the whole
         if isinstance(self.part, frozenset) or isinstance(part, frozenset):
-            return self.part == part or bool(self.part & part)
+            return True  # a loader of its own, and nobody knows what it writes
         return meet(self.part, part)
 
 
@@ -263,7 +266,11 @@ class Plan:
             lacking = target.module.pieces(target.attribute) - frozenset().union(*parts)
             return f"nothing in the checkpoint for {_some(map(str, lacking))}" if lacking else ""
         if any(isinstance(part, frozenset) for part in parts):
-            return ""  # a loader of its own, of which nobody knows what it needs
+            # A loader of its own, of which nobody knows more than what is declared.
+            shards = self._resolver.shards(target)
+            got = frozenset().union(*parts)
+            lacking = [name for shard, name in shards.items() if not got & {None, shard}]
+            return f"nothing in the checkpoint for {_some(lacking)}" if lacking else ""
         whole = target.tensor.numel()
         got = sum(volume(part) for part in {_box_key(part): part for part in parts}.values())
         if got >= whole:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -57,6 +58,10 @@ class Resolver:
                 return found
             first = first or found
         return first
+
+    def shards(self, target: Target) -> dict[Any, str]:
+        """The shard ids of a packed target, each with the name that is declared for it."""
+        return self._packed.shards(target)
 
     def is_unwanted(self, name: str) -> bool:
         """Whether checkpoints of this model have `name` and the model itself does without."""

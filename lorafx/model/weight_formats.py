@@ -140,7 +140,8 @@ class Bitsandbytes4(Format):
         # On CPUs with bfloat16 products the call of one row repacks the weight.
         weight, state = getattr(module, name), self._state(module, name)
         packed = getattr(state, "packing_format_for_cpu", False)
-        if not isinstance(module, nn.Linear) or weight.device.type != "cpu" or packed:
+        on_cpu = weight.device.type == "cpu"
+        if not isinstance(module, nn.Linear) or not on_cpu or packed or module.training:
             return
         dtype: Any = getattr(module, "compute_dtype", None) or state.dtype
         with torch.no_grad():
@@ -254,10 +255,10 @@ class FineGrained8(Format):
         weight, scale = getattr(module, name).detach().float(), self._scale(module, name)
         assert scale is not None
         scale = scale.detach().float()
-        if scale.dim() < 2:  # one for all, or one an expert
+        block: Any = module.block_size
+        if block is None or scale.dim() < 2:  # one for all, or one an expert
             return weight * scale.reshape(-1, *(1,) * (weight.dim() - 1))
         rows, columns = weight.shape[-2:]
-        block: Any = module.block_size
         scale = scale.repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)
         return weight * scale[..., :rows, :columns]
 

@@ -6,7 +6,7 @@
 For each such class a tiny model that uses it, with two PEFT adapters of `target_parameters`: one on
 every 3-D parameter of its experts, one on the second parameter alone. A batch with both and a base
 row is compared with W + ΔW merged densely, each row alone. Text goes in, also to models that take
-images.
+images. Where no tiny model can be built, the class is tried in a block of its own, with a router.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import inspect
 import json
 import tempfile
+import types
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -40,6 +41,20 @@ MAPPINGS = (
     modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     modeling_auto.MODEL_MAPPING_NAMES,
 )
+
+
+EXPERTS = 4
+#: What classes of experts read of a configuration, under every name that they read it by.
+CONFIG: dict[str, Any] = {
+    **dict.fromkeys(
+        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), EXPERTS
+    ),
+    "hidden_size": 64,
+    **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), 32),
+    **dict.fromkeys(("hidden_act", "hidden_activation"), "silu"),
+    "swiglu_limit": 7.0,
+    "swiglu_alpha": 1.7,
+}
 
 
 def families() -> Iterator[Family]:
@@ -73,6 +88,53 @@ def experts_of(model: nn.Module) -> dict[str, list[str]]:
     return found
 
 
+class Block(nn.Module):
+    """A linear, a router, and experts that take tokens, the chosen experts and their weights."""
+
+    def __init__(self, experts: nn.Module, hidden: int, count: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(hidden, hidden)
+        self.router = nn.Linear(hidden, count, bias=False)
+        self.experts = experts
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.inner(x)
+        flat = x.flatten(0, -2)
+        weights, chosen = self.router(flat).softmax(-1).topk(2, -1)
+        return {"logits": x + self.experts(flat, chosen, weights).view_as(x)}
+
+
+def classes() -> Iterator[tuple[str, type[nn.Module]]]:
+    """(module's name, class) of everything that is called experts."""
+    seen = set()
+    for family in families():
+        module = inspect.getmodule(getattr(transformers, family.class_name))
+        for name, cls in vars(module).items():
+            if not (name.endswith("Experts") and isinstance(cls, type)) or cls in seen:
+                continue
+            if issubclass(cls, nn.Module) and cls.__module__ == module.__name__:
+                seen.add(cls)
+                yield module.__name__.rpartition(".modeling_")[2], cls
+
+
+def examine_class(name: str, cls: type[nn.Module], folder: str) -> dict[str, Any]:
+    report: dict[str, Any] = {"kind": "block", "type": f"{name} {cls.__name__}"}
+    report["experts"] = [cls.__name__]
+    config = types.SimpleNamespace(_experts_implementation="grouped_mm", **CONFIG)
+    try:
+        torch.manual_seed(0)
+        experts = cls(config)
+        names = [n for n, p in experts._parameters.items() if p is not None and p.dim() == 3]
+        block = Block(experts, CONFIG["hidden_size"], EXPERTS).eval().requires_grad_(False)
+        tiny.randomise(block)
+        x = torch.randn(4, 3, CONFIG["hidden_size"])
+        block(x)
+    except Exception as error:
+        return {**report, "outcome": "base", "detail": sweep.brief(error)}
+    report["switch"] = hasattr(experts, "has_gate")
+    return {**report, **compared(block, {"experts": names}, {"x": x}, folder)}
+
+
 def examine(family: Family, folder: str) -> dict[str, Any]:
     report: dict[str, Any] = sweep.named(family)
     try:
@@ -87,6 +149,14 @@ def examine(family: Family, folder: str) -> dict[str, Any]:
         return {**report, "outcome": "none"}
     report["experts"] = sorted({type(model.get_submodule(path)).__name__ for path in experts})
     report["switch"] = hasattr(model.get_submodule(next(iter(experts))), "_apply_gate")
+    return {**report, **compared(model, experts, batch, folder)}
+
+
+def compared(
+    model: nn.Module, experts: dict[str, list[str]], batch: dict[str, torch.Tensor], folder: str
+) -> dict[str, Any]:
+    """A mixed batch of the compiled model against dense merge."""
+    report: dict[str, Any] = {}
     every = [f"{path}.{name}" for path, names in experts.items() for name in names]
     last = [f"{path}.{names[-1]}" for path, names in experts.items()]
     try:
@@ -98,15 +168,16 @@ def examine(family: Family, folder: str) -> dict[str, Any]:
         }
         reference = oracle.Oracle.of(model, folders)
     except Exception as error:
-        return {**report, "outcome": "peft", "detail": sweep.brief(error)}
-    names = ["every", None, "last"]
+        return {"outcome": "peft", "detail": sweep.brief(error)}
+    names = ["every", None, "last", "every"][: len(next(iter(batch.values())))]
+    expected = reference.rows(names, batch)
+    base = reference.rows([None] * len(names), batch)
     try:
         cm = lorafx.compile(model, folders, options={"lowering": "reference"})
         found = oracle.tensors(cm(**batch, adapter_names=names))
     except LorafxError as error:
-        return {**report, "outcome": "refused", "detail": sweep.brief(error)}
-    expected = reference.rows(names, batch)
-    report["effect"] = oracle.difference(reference.rows([None] * 3, batch), expected)
+        return {"outcome": "refused", "detail": sweep.brief(error)}
+    report["effect"] = oracle.difference(base, expected)
     report["worst"] = oracle.difference(found, expected)
     report["outcome"] = "ok" if report["worst"] <= oracle.TOLERANCE else "wrong"
     return report
@@ -114,22 +185,26 @@ def examine(family: Family, folder: str) -> dict[str, Any]:
 
 def table(reports: Iterable[dict[str, Any]]) -> str:
     """The outcomes as Markdown."""
-    rows = [r for r in reports if r["outcome"] != "none"]
-    good = [r for r in rows if r["outcome"] == "ok"]
-    lines = [
-        "| model | experts | switch | outcome | why |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {r['type']} | {', '.join(r.get('experts', []))} | "
-            f"{'yes' if r.get('switch') else 'no'} | {r['outcome']} | "
-            f"{sweep.cell(r.get('detail', ''))} |"
-            for r in rows
-            if r["outcome"] != "ok"
-        ),
-        "",
-        f"Served ({len(good)}): {', '.join(sorted({c for r in good for c in r['experts']}))}.",
-    ]
-    return "\n".join(lines)
+    rows = [r for r in reports if "experts" in r]
+    good = {cls for r in rows if r["outcome"] == "ok" for cls in r["experts"]}
+    alone = {cls for r in rows if r["kind"] == "block" for cls in r["experts"]} & good
+    others = {
+        cls: r for r in rows if r["outcome"] != "ok" for cls in r["experts"] if cls not in good
+    }
+    return "\n".join(
+        [
+            f"Served in a model ({len(good - alone)}): {', '.join(sorted(good - alone))}.",
+            "",
+            f"Served in a block of their own ({len(alone)}): {', '.join(sorted(alone))}.",
+            "",
+            "| class | outcome | why |",
+            "|---|---|---|",
+            *(
+                f"| {cls} | {r['outcome']} | {sweep.cell(r.get('detail', ''))} |"
+                for cls, r in sorted(others.items())
+            ),
+        ]
+    )
 
 
 def main() -> None:
@@ -155,9 +230,19 @@ def main() -> None:
         report = sweep.in_child(examine, family, options.limit)
         if report["outcome"] not in ("base", "none"):
             done.add(family.model_type)
-        with options.out.open("a") as file:
-            file.write(json.dumps(report) + "\n")
-        print(family.class_name, report, flush=True)
+        _write(options.out, report)
+    good = {cls for r in sweep.read(options.out) if r["outcome"] == "ok" for cls in r["experts"]}
+    for name, cls in classes():
+        if cls.__name__ in good or (only and name not in only):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            _write(options.out, examine_class(name, cls, folder))
+
+
+def _write(out: Path, report: dict[str, Any]) -> None:
+    with out.open("a") as file:
+        file.write(json.dumps(report) + "\n")
+    print(report, flush=True)
 
 
 if __name__ == "__main__":

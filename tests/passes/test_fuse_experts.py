@@ -144,6 +144,9 @@ def test_what_is_not_pointwise_stays_outside() -> None:
     assert "cumsum" in found.reason
     done.run(Plan(), Lower())
     assert strategies(done) == {UP: "grouped", DOWN: "grouped"}
+    (reason,) = [s.strategy for states in done.ctx.states.values() for s in states
+                 if s.site.path == DOWN]  # fmt: skip
+    assert "what computes its input is not known to kernels: cumsum" in reason
     assert "cumsum.default" in done.targets()
 
 
