@@ -30,10 +30,17 @@ class Conversions:
         transforms = weight_transforms(model)
         self._renamings: list[Any] = []
         self._converters: list[Any] = []
+        self._rearranging: list[Any] = []
         if transforms:
             loading = sys.modules["transformers.core_model_loading"]
             self._renamings = [t for t in transforms if isinstance(t, loading.WeightRenaming)]
             self._converters = [t for t in transforms if isinstance(t, loading.WeightConverter)]
+            stacking = (loading.MergeModulelist, loading.Concatenate)
+            self._rearranging = [
+                converter
+                for converter in self._converters
+                if not all(isinstance(op, stacking) for op in converter.operations)
+            ]
         self._groups: dict[tuple[int, str], ConvertedGroup | str] = {}
 
     def renamed(self, name: str) -> str:
@@ -42,12 +49,26 @@ class Conversions:
             name = renaming.rename_source_key(name)[0]
         return name
 
-    def member(self, name: str, find: Callable[[str], Landing | None]) -> Member | Landing | None:
+    @property
+    def rearrange(self) -> bool:
+        """Whether a conversion does more than to put tensors one after the other: what it takes
+        may have a name that means something else in most checkpoints."""
+        return bool(self._rearranging)
+
+    def member(
+        self,
+        name: str,
+        find: Callable[[str], Landing | None],
+        *,
+        rearranging: bool = False,
+    ) -> Member | Landing | None:
         """The group that a renamed `name` belongs to; None where no conversion takes it.
 
-        `find` gives the place of a tensor of the model by its name.
+        `find` gives the place of a tensor of the model by its name. With `rearranging` only of
+        conversions as `rearrange` says.
         """
-        for index, converter in enumerate(self._converters):
+        for converter in self._rearranging if rearranging else self._converters:
+            index = id(converter)
             key, pattern = converter.rename_source_key(name)
             if pattern is None:
                 continue

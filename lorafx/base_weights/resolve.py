@@ -87,16 +87,27 @@ class Resolver:
 
     def _meanings(self, name: str) -> Iterator[Meaning]:
         readings = list(self.names.readings(name))
+        if self._conversions.rearrange:
+            # A family's own conversion knows better what a name means than its usual meaning does:
+            # Inkling's w13_weight has gate and up interleaved.
+            for reading in readings:
+                if self._own(reading) is not None:
+                    yield from self._by_walking(reading)
+            for reading in readings:
+                yield from self._converted(self._conversions.renamed(reading), rearranging=True)
         for reading in readings:
             yield from self._by_walking(reading)
         for reading in readings:
             newer = self._conversions.renamed(reading)
             if newer != reading:
                 yield from self._by_walking(newer)
-            for candidate in self.names.readings(newer):
-                found = self._conversions.member(candidate, self._itself)
-                if found is not None:
-                    yield found
+            yield from self._converted(newer)
+
+    def _converted(self, newer: str, *, rearranging: bool = False) -> Iterator[Meaning]:
+        for candidate in self.names.readings(newer):
+            found = self._conversions.member(candidate, self._itself, rearranging=rearranging)
+            if found is not None:
+                yield found
 
     def _by_walking(self, reading: str) -> Iterator[Meaning]:
         walked = self.names.walk(reading)

@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers
 from dense_merge import Case, check_mixed
+from expert_models import moe_base
 from hand_made import hand_case
-from namings import new_weights
+from namings import new_weights, older
 from packed_models import MAPPING, PACKED_AS, Apart, Packed, twins
 from pushed_shards import push_weights
 from tensor_parallel import llama_config
@@ -226,3 +227,17 @@ def test_the_same_models_without_lora(case: Case) -> None:
     assert isinstance(case.base, Apart)
     for name, tensor in plain.state_dict().items():
         assert torch.equal(cm.model.state_dict()[name], tensor), name
+
+
+def test_a_familys_own_conversion_goes_before_the_usual_meaning_of_a_name() -> None:
+    """w13_weight has the gates first and the ups behind them, but in checkpoints of Inkling."""
+    base = moe_base("inkling2_text").requires_grad_(False)
+    cm = lorafx.compile(base, lorafx.LoraConfig(), options=REFERENCE)
+    fresh = new_weights(base, 3)
+    state = older(fresh)
+    name = next(name for name in state if name.endswith("experts.w13_weight"))
+    own = "model.layers.0.mlp.experts.gate_up_proj"
+    assert not torch.equal(state[name], fresh.state_dict()[own])
+    cm.load_weights(state)
+    for own, tensor in fresh.state_dict().items():
+        assert torch.equal(cm.model.state_dict()[own], tensor), own
