@@ -87,7 +87,8 @@ def region_of(h: Any) -> Region | NoRegion:
     except _Unknown as error:
         return NoRegion(str(error))
     if not builder.lines:
-        return NoRegion(f"{h.name} is not computed by operators that are known here")
+        made = getattr(h.target, "__name__", h.target)  # the same in every layer
+        return NoRegion(f"{made} is no pointwise operator that is known here")
     leaves, inputs = [], []
     for table, ids in builder.leaves:
         leaves.append(Leaf(fake_value(table).dtype, ids is not None))
