@@ -67,7 +67,14 @@ def inputs() -> dict[str, torch.Tensor]:
     return {"input_ids": torch.randint(3, 61, (len(NAMES), 5), generator=generator)}
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "torchao-int8",
+        "bitsandbytes-nf4",
+        pytest.param("bitsandbytes-8", marks=pytest.mark.slow),
+    ],
+)
 def test_loaded_quantised_then_a_peft_model_of_it(
     kind: str, saved: tuple[nn.Module, Path, dict[str, Path]]
 ) -> None:
