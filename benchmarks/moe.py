@@ -90,7 +90,7 @@ def run_case(
     with tempfile.TemporaryDirectory() as folder:
         paths = moe_cases.save_adapters(model, Path(folder), ADAPTERS)
         say(f"{label}: {moe_cases.touched(chosen):.0f} experts a layer touched; compiling")
-        cm = lorafx.compile(copy.deepcopy(model), dict(paths))
+        cm = lorafx.compile(moe_cases.twin(model), dict(paths))
 
         def serve(names: Sequence[str | None]) -> Tensor:
             return cm(input_ids=ids, use_cache=False, adapter_names=names).logits
@@ -102,9 +102,9 @@ def run_case(
             )
             for distinct in (0, 1, ADAPTERS)
         }
-        base = step(torch.compile(copy.deepcopy(model)), ids)
+        base = step(torch.compile(moe_cases.twin(model)), ids)
         if kind == "decode" and implementation == "grouped_mm":
-            other = copy.deepcopy(model)
+            other = moe_cases.twin(model)
             other.set_experts_implementation("batched_mm")
             arms["base by batched_mm"] = step(torch.compile(other), ids)
         load = os.getloadavg()[0]
@@ -177,8 +177,8 @@ def on_cuda(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         model = moe_cases.build_model("real", 1, torch.bfloat16, device)
         paths = moe_cases.save_adapters(model, Path(folder), ADAPTERS)
-        base = torch.compile(copy.deepcopy(model), dynamic=False)
-        cm = lorafx.compile(copy.deepcopy(model), dict(paths), options={"lowering": "triton"})
+        base = torch.compile(moe_cases.twin(model), dynamic=False)
+        cm = lorafx.compile(moe_cases.twin(model), dict(paths), options={"lowering": "triton"})
         for kind, shape in (("decode", (64, 1)), ("prefill", (8, 1024))):
             ids = torch.randint(model.config.vocab_size, shape, device=device)
             chosen = moe_cases.routes(model, ids)

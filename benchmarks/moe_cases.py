@@ -71,6 +71,12 @@ def build_model(
     return model.to(dtype)
 
 
+def twin(model: Qwen3MoeForCausalLM) -> Qwen3MoeForCausalLM:
+    """A copy over the very same parameters. Copies of the weights differ in speed by where they lie
+    (up to 1.18 for batched_mm, between models of the same generated code)."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
 def routers(model: nn.Module) -> list[nn.Module]:
     """The routers of all layers, in order."""
     return [layer.mlp.gate for layer in model.model.layers]
