@@ -268,20 +268,20 @@ class Plan:
         if any(isinstance(part, frozenset) for part in parts):
             # A loader of its own, of which nobody knows more than what is declared.
             shards = self._resolver.shards(target)
-            got = frozenset().union(*parts)
-            lacking = [name for shard, name in shards.items() if not got & {None, shard}]
-            return f"nothing in the checkpoint for {_some(lacking)}" if lacking else ""
+            pieces = frozenset().union(*parts)
+            absent = [name for shard, name in shards.items() if not pieces & {None, shard}]
+            return f"nothing in the checkpoint for {_some(absent)}" if absent else ""
         whole = target.tensor.numel()
         got = sum(volume(part) for part in {_box_key(part): part for part in parts}.values())
         if got >= whole:
             return ""
         first = target.tensor.shape[0]
-        absent = (
-            [i for i in range(first) if not any(i in part[0] for part in parts)]
-            if target.tensor.dim() == 3
-            else []
-        )
-        which = f", nothing for experts {_some(map(str, absent))}" if absent else ""
+        experts = [
+            str(i)
+            for i in range(first if target.tensor.dim() == 3 else 0)
+            if not any(i in part[0] for part in parts)
+        ]
+        which = f", nothing for experts {_some(experts)}" if experts else ""
         return f"{got} of its {whole} numbers are in the checkpoint{which}"
 
     def _fault(self, problem: str, *found: Meaning | None) -> None:

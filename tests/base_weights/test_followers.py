@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
 import torch
 from absorbed import AbsorbedAttention, post_process
@@ -17,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.errors import BaseWeightsError, UnsupportedAdapterError
+from lorafx.errors import BaseWeightsError
 from lorafx.layers import Int8ChannelLinearMethod, ReplicatedLinear, load_weights
 
 NAMES = ["a", None, "b", "c"]
@@ -236,17 +233,3 @@ def test_a_model_that_peft_had_wrapped(shallow: Case) -> None:
     fresh = new_weights(shallow.base, 9)
     assert set(of_peft(fresh)) >= {name for name in state if "base_layer" in name}
     check_mixed(cm, Case(fresh, shallow.folders), ROWS, IDS)
-
-
-def test_dora_has_no_norms_that_could_be_stale(shallow: Case, tmp_path: Path) -> None:
-    """Adapters whose factors depend on the base's norms are not served at all."""
-    folder = oracle.save_adapter(
-        shallow.base,
-        tmp_path / "dora",
-        rank=2,
-        targets=["model.layers.0.self_attn.q_proj"],
-        use_dora=True,
-    )
-    assert json.loads((folder / "adapter_config.json").read_text())["use_dora"]
-    with pytest.raises(UnsupportedAdapterError, match="DoRA"):
-        shallow.compile().load_adapter(folder, "dora")
