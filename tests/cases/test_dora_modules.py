@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error
 from dora_cases import add_magnitudes, dora_case, rescaled_weight, saved_tensors
 from packed_models import twins
+from quantised import KINDS
 from torch import Tensor, nn
 
 import lorafx
@@ -189,11 +190,22 @@ def merged_with(weight: Tensor, folder: Path) -> Tensor:
     return rescaled_weight(weight, pair, state["base_model.model.w.lora_magnitude_vector"])
 
 
-def test_a_quantised_base(tmp_path):
-    """The norm is that of the numbers that the module computes with."""
-    torch.manual_seed(0)
+def by_channel() -> nn.Module:
     model = Wrapped(ReplicatedLinear(6, 9, quant_method=Int8ChannelLinearMethod())).eval()
     load_weights(model, {"w.weight": torch.randn(9, 6), "w.bias": torch.randn(9)})
+    return model
+
+
+def by_torchao() -> nn.Module:
+    KINDS["torchao-int8"][0](model := Wrapped(nn.Linear(6, 9)).eval().requires_grad_(False))
+    return model
+
+
+@pytest.mark.parametrize("quantised", [by_channel, by_torchao])
+def test_a_quantised_base(quantised, tmp_path):
+    """The norm is that of the numbers that the module computes with."""
+    torch.manual_seed(0)
+    model = quantised()
     folder = dora_file(tmp_path / "d", 9, 6)
     cm, x = lorafx.compile(model, {"d": folder}, options=REFERENCE), torch.randn(2, 3, 6)
     weight = lorafx.dequantize(model.w)

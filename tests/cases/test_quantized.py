@@ -205,17 +205,6 @@ def test_a_subclass_weight_used_outside_of_its_module_is_refused(tmp_path: Path)
         cm(x, adapter_names=["a", "a"])
 
 
-def test_dora_is_refused_by_name(saved: tuple[nn.Module, dict[str, Path]], tmp_path: Path) -> None:
-    """Its norm is that of W + ΔW, which no kernel over a quantised weight gives."""
-    base, _ = saved
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
-    peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(str(tmp_path))
-    model = copy.deepcopy(base)
-    KINDS["torchao-int8"][0](model)
-    with pytest.raises(lorafx.UnsupportedAdapterError, match=r"use_dora.*DoRA"):
-        lorafx.compile(model, {"a": tmp_path}, options=REFERENCE)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["torchao-int8", "bitsandbytes-8-outliers", "bitsandbytes-nf4"])
 def test_inductor(kind: str, saved: tuple[nn.Module, dict[str, Path]]) -> None:
