@@ -65,10 +65,7 @@ class Target:
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for tied tensors: those with the very same numbers in memory."""
-        tensor = self.tensor
-        if storage_key(tensor) < 0:  # a wrapper without a storage of its own
-            return (id(tensor),)
-        return (storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+        return memory_key(self.tensor)
 
 
 class Place(ABC):
@@ -264,6 +261,13 @@ def at(target: Target, path: str, shard_id: Any = None) -> Landing:
 def boxed(box: Box, path: str) -> Landing:
     """One box for the whole tensor."""
     return Landing(path, box.shape, (Cut(box),))
+
+
+def memory_key(tensor: Tensor) -> tuple[object, ...]:
+    """Equal for tensors that are the very same numbers in memory."""
+    if storage_key(tensor) < 0:  # a wrapper without a storage of its own
+        return (id(tensor),)
+    return (storage_key(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
 
 
 def is_expanded(tensor: Tensor) -> bool:

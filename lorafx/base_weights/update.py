@@ -91,7 +91,7 @@ class _Writing:
 
     def __init__(self, session: Session, resolver: Resolver, plan: Plan) -> None:
         self._session, self.plan = session, plan
-        self._derived = DerivedCopies(session.program.model)
+        self._derived = DerivedCopies(session.program)
         targets = (*resolver.names.required, *resolver.names.optional)
         self._storages = {storage_key(target.tensor) for target in targets}
         #: Copies of tensors that were given and lie in the model's own weights.
@@ -99,7 +99,9 @@ class _Writing:
 
     @property
     def fallible(self) -> bool:
-        """Whether a loader takes part that may refuse a tensor when it is written."""
+        """Whether code of the model's takes part that may raise when tensors are written."""
+        if self._derived.fallible(self.plan.filled()):
+            return True
         landings = [
             landing
             for meaning in self.plan.meanings.values()
@@ -130,9 +132,11 @@ class _Writing:
                 self._write_planned(source, journal)
             else:
                 self._write_coming(source, journal)
-            self._derived.refresh(self.plan.filled())
+            self._derived.refresh(self.plan.filled(), journal)
         except BaseException:
             if journal is None:
+                # Copies stay those of the weights, so that the next update knows them.
+                self._derived.recompute(self.plan.filled())
                 self._session.broken = _BROKEN
             else:
                 journal.restore()

@@ -6,20 +6,20 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorafx.base_weights.groups import Group
-from lorafx.base_weights.places import Landing, Target
+from lorafx.base_weights.places import Landing, is_expanded, memory_key
 from lorafx.base_weights.resolve import Meaning
 
 Undo = Literal["memory", "disk"]
 
 
 class Journal:
-    """The numbers that targets had before they were first written to, to be put back.
+    """The numbers that tensors had before they were first written to, to be put back.
 
     They are kept in host memory, or with "disk" in files of a temporary folder, whose pages the
     system may write out and forget.
@@ -27,7 +27,8 @@ class Journal:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
-        self._saved: dict[tuple[object, ...], tuple[Target, Tensor]] = {}
+        self._saved: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+        self._held: list[tuple[dict[str, Any], str, Tensor]] = []
 
     @classmethod
     @contextmanager
@@ -39,19 +40,30 @@ class Journal:
         with tempfile.TemporaryDirectory(prefix="lorafx-weights-") as folder:
             yield cls(Path(folder))
 
-    def save(self, target: Target) -> None:
-        """Keep the numbers of a target, unless they are kept already."""
-        key = target.key
+    def save(self, tensor: Tensor) -> None:
+        """Keep the numbers of a tensor, unless they are kept already."""
+        key = memory_key(tensor)
         if key not in self._saved:
-            self._saved[key] = target, self._copy(target.tensor.detach())
+            self._saved[key] = tensor, self._copy(tensor.detach())
+
+    def save_held(self, module: nn.Module) -> None:
+        """Keep what a module holds by itself: which tensors, and their numbers."""
+        for place in (module._parameters, module._buffers, vars(module)):
+            for name, tensor in place.items():
+                if isinstance(tensor, Tensor):
+                    self._held.append((place, name, tensor))
+                    if not tensor.is_meta and not is_expanded(tensor):
+                        self.save(tensor)
 
     def restore(self) -> None:
         """Put back what was kept."""
-        for target, numbers in self._saved.values():
-            tensor = target.tensor.detach()
+        for place, name, tensor in self._held:
+            place[name] = tensor
+        for tensor, numbers in self._saved.values():
             with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                tensor.copy_(numbers)
+                tensor.detach().copy_(numbers)
         self._saved.clear()
+        self._held.clear()
 
     def _copy(self, tensor: Tensor) -> Tensor:
         if self._folder is None or not tensor.numel():
@@ -88,5 +100,5 @@ class Writer:
         if self._journal is not None:
             for cut in landing.cuts:
                 for target, _ in cut.place.fills(loaded.dtype):
-                    self._journal.save(target)
+                    self._journal.save(target.tensor)
         landing.write(loaded)

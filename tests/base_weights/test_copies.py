@@ -1,0 +1,278 @@
+"""Tensors made of weights, of which load_weights has to know: none keeps old numbers unsaid."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from dense_merge import save_adapter
+from expert_models import moe_base
+from namings import new_weights, plain
+from tiny_models import FAMILIES, VOCAB
+from torch import Tensor, nn
+
+import lorafx
+from lorafx.base_weights.copies import repeats
+from lorafx.errors import BaseWeightsError, CaptureError
+
+REFERENCE = {"lowering": "reference"}
+WIDTH = 32
+BASE = [None, None]
+
+
+def compiled(model: nn.Module, targets: tuple[str, ...] = ("o",)) -> Any:
+    return lorafx.compile(model, lorafx.LoraConfig(target_modules=list(targets)), options=REFERENCE)
+
+
+class Fused(nn.Module):
+    """Multiplies by q and k at once, by a matrix that was made of both."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.q = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.k = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.o = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.how = how
+        self.fuse()
+
+    def fuse(self) -> None:
+        q, k = self.q.weight.detach(), self.k.weight.detach()
+        if self.how == "rows":
+            self.fused = torch.cat([q, k])
+        elif self.how == "transposed":
+            self.fused = torch.cat([q, k]).T.contiguous()
+        elif self.how == "columns":
+            self.fused = torch.cat([q, k], dim=1)
+        elif self.how == "padded":
+            self.fused = 2 * torch.cat([q, k, torch.zeros(8, WIDTH)])
+        else:
+            self.fused = torch.cat([q @ k, q + k])
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        fused = self.fused.T if self.how == "transposed" else self.fused
+        if self.how == "columns":
+            y = torch.tanh(F.linear(torch.cat([x, x], -1), fused))
+        else:
+            q, k = F.linear(x, fused)[..., : 2 * WIDTH].chunk(2, -1)
+            y = torch.tanh(q) * torch.sigmoid(k)
+        return {"logits": self.o(y)}
+
+
+class FusedAnew(Fused):
+    fail = False
+
+    def process_weights_after_loading(self) -> None:
+        self.fuse()
+        if self.fail:
+            raise ValueError("no more memory")
+
+
+def seeded(build: Any, *arguments: Any) -> Any:
+    torch.manual_seed(1)
+    return build(*arguments).eval().requires_grad_(False)
+
+
+def check(cm: Any, like: nn.Module, x: Tensor) -> None:
+    assert torch.allclose(cm(x, adapter_names=BASE)["logits"], like(x)["logits"], atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["rows", "transposed", "columns", "padded", "products"])
+def test_made_of_several_weights(how: str, tmp_path: Path) -> None:
+    """By the holder's hook, or refused by name. Products show once adapters have run."""
+    model = seeded(Fused, how)
+    cm = compiled(model, ("q", "k", "o"))
+    x = torch.randn(2, 3, WIDTH)
+    if how == "products":
+        cm.load_adapter(save_adapter(model, tmp_path, rank=2, targets=["o"]), "a")
+        cm(x, adapter_names=["a", None])
+    cm(x, adapter_names=BASE)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fresh = new_weights(model, 3)
+    state = plain(fresh)
+    with pytest.raises(BaseWeightsError, match=r"q.weight, k.weight: fused .*cannot follow"):
+        cm.load_weights(state)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    cm.load_weights({"o.weight": state["o.weight"]}, strict=False)
+
+    model.__class__ = FusedAnew
+    kept = model.fused
+    cm.load_weights(state)
+    assert model.fused is kept
+    fresh.fuse()
+    check(cm, fresh, x)
+
+
+@pytest.mark.parametrize("once", [False, True], ids=["mapping", "generator"])
+def test_a_hook_that_raises(once: bool) -> None:
+    """What it wrote, what it put into the module and the weights are all put back."""
+    model = seeded(FusedAnew, "rows")
+    old = copy.deepcopy(model)
+    cm = compiled(model)
+    x = torch.randn(2, 3, WIDTH)
+    check(cm, old, x)
+    kept, graphs = model.fused, cm.recompiles
+    fresh = new_weights(model, 3)
+    state = plain(fresh)
+    model.fail = True
+    with pytest.raises(ValueError, match="no more memory"):
+        cm.load_weights(iter(state.items()) if once else state)
+    assert model.fused is kept
+    assert torch.equal(kept, old.fused)
+    assert all(torch.equal(t, old.state_dict()[n]) for n, t in model.state_dict().items())
+    check(cm, old, x)
+    model.fail = False
+    cm.load_weights(iter(state.items()) if once else state)
+    fresh.fuse()
+    check(cm, fresh, x)
+    assert cm.recompiles == graphs
+
+
+class Tied(nn.Module):
+    """Its head is a copy of its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, WIDTH)
+        self.o = nn.Linear(WIDTH, WIDTH)
+        self.head = self.embed.weight.detach().clone()
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        return {"logits": F.linear(self.o(self.embed(ids)), self.head)}
+
+
+def test_a_copy_of_an_embedding() -> None:
+    model = seeded(Tied)
+    cm = compiled(model)
+    ids = torch.randint(0, 50, (2, 5))
+    check(cm, model, ids)
+    fresh = new_weights(model, 3)
+    fresh.head = fresh.embed.weight.clone()
+    kept = model.head
+    cm.load_weights(plain(fresh))
+    assert model.head is kept
+    check(cm, fresh, ids)
+
+
+def test_copies_after_an_update_that_failed_half_way() -> None:
+    """They stay copies of what the weights are meanwhile, so that the next update knows them."""
+    model = seeded(Tied)
+    cm = compiled(model)
+    fresh = new_weights(model, 3)
+    fresh.head = fresh.embed.weight.clone()
+    rounds: list[int] = []
+
+    def pairs() -> Iterator[tuple[str, Tensor]]:
+        rounds.append(1)
+        for index, pair in enumerate(plain(fresh).items()):
+            if len(rounds) == 2 and index == 1:
+                raise OSError("the trainer is gone")
+            yield pair
+
+    ids = torch.randint(0, 50, (2, 5))
+    with pytest.raises(OSError, match="the trainer is gone"):
+        cm.load_weights(pairs)
+    with pytest.raises(CaptureError, match="partly old and partly new"):
+        cm(ids, adapter_names=BASE)
+    cm.load_weights(pairs)
+    check(cm, fresh, ids)
+
+
+class Experts(nn.Module):
+    """Routed experts that multiply by transposes of their parameters, laid out anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(4, 24, 8) * 0.3)
+        self.down_proj = nn.Parameter(torch.randn(4, 8, 12) * 0.3)
+        self.pack()
+
+    def pack(self) -> None:
+        self.w1 = self.gate_up_proj.detach().mT.contiguous()
+        self.w2 = self.down_proj.detach().mT.contiguous()
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        gate, up = torch.bmm(x[:, None], self.w1[ids]).chunk(2, -1)
+        return torch.bmm(F.silu(gate) * up, self.w2[ids])[:, 0]
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.o = nn.Linear(8, 8)
+        self.router = nn.Linear(8, 4)
+        self.experts = Experts()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": x + self.experts(self.o(x), self.router(x).argmax(-1))}
+
+
+def test_experts_that_were_packed_before() -> None:
+    model = seeded(Routed)
+    cm = compiled(model)
+    x = torch.randn(2, 8)
+    check(cm, model, x)
+    fresh = new_weights(model, 3)
+    fresh.experts.pack()
+    kept = model.experts.w1, model.experts.w2
+    cm.load_weights(plain(fresh))
+    assert model.experts.w1 is kept[0]
+    assert model.experts.w2 is kept[1]
+    assert torch.equal(kept[0], fresh.experts.w1)
+    check(cm, fresh, x)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.02])
+def test_made_of_weights_that_held_one_number(value: float) -> None:
+    """Nothing tells what of them they are: the holder's hook has to, or the update is refused."""
+    for cls in (Fused, FusedAnew):
+        model = seeded(cls, "rows")
+        for parameter in model.parameters():
+            parameter.fill_(value)
+        model.fuse()
+        cm = compiled(model)
+        fresh = new_weights(seeded(cls, "rows"), 3)
+        if cls is Fused:
+            with pytest.raises(BaseWeightsError, match="fused may have been computed from it"):
+                cm.load_weights(plain(fresh))
+            continue
+        cm.load_weights(plain(fresh))
+        fresh.fuse()
+        check(cm, fresh, torch.randn(2, 3, WIDTH))
+
+
+def whisper() -> nn.Module:
+    sizes = {"d_model": 24, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": VOCAB}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_mel_bins": 8}
+    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 1)
+    config = transformers.WhisperConfig(
+        **sizes, **heads, **tokens, decoder_start_token_id=1, max_source_positions=20
+    )
+    return transformers.WhisperForConditionalGeneration(config)
+
+
+ORDINARY: dict[str, Callable[[], nn.Module]] = {
+    **{name: FAMILIES[name].build for name in ("llama", "gpt2", "gemma3", "t5", "bert", "opt")},
+    "qwen3_moe": lambda: moe_base("qwen3_moe"),
+    "deepseek_v3": lambda: moe_base("deepseek_v3"),
+    "whisper": whisper,
+}
+
+
+@pytest.mark.parametrize("family", ORDINARY)
+def test_ordinary_models_hold_no_copies(family: str) -> None:
+    """Masks, rotary tables and positions are none, also before there are weights."""
+    model = ORDINARY[family]().eval().requires_grad_(False)
+    fresh = plain(new_weights(model, 3))
+    cm = lorafx.compile(model, lorafx.LoraConfig(), options=REFERENCE)
+    assert repeats(cm._session.program) == []
+    for parameter in model.parameters():
+        parameter.fill_(0.02)
+    assert repeats(cm._session.program) == []
+    cm.load_weights(fresh)
+    assert all(torch.equal(t, fresh[name]) for name, t in model.state_dict().items())
