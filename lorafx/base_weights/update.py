@@ -135,9 +135,9 @@ class _Writing:
             self._derived.refresh(self.plan.filled(), journal)
         except BaseException:
             if journal is None:
+                self._session.broken = _BROKEN
                 # Copies stay those of the weights, so that the next update knows them.
                 self._derived.recompute(self.plan.filled())
-                self._session.broken = _BROKEN
             else:
                 journal.restore()
             raise
