@@ -138,7 +138,7 @@ def test_arguments_with_other_rows_than_the_batch(small):
     case = small(TwoInputs, ["w"])
     model = attached(case)
     call, x = compiled(model), torch.randn(3, 2, 6)
-    with pytest.raises(BatchError, match=r"L\['shift'\] has shape \(2, 4\)"):
+    with pytest.raises(BatchError, match=r"L\['shift'\]\" has shape \(2, 4\)"):
         served(call, model, ["a", None, "b"], {"x": x, "shift": torch.zeros(2, 4)})
     served(call, model, ["a", None, "b"], {"x": x, "shift": torch.zeros(1, 4)})
 
