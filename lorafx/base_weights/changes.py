@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from lorafx.base_weights.copies import repeats
 from lorafx.base_weights.deltas import Delta, deltas_of
 from lorafx.errors import MatchError
 from lorafx.graph.derived import Derived, Holder, overlap
@@ -118,14 +119,15 @@ class _Found:
     def copies(self, touched: Sequence[Site]) -> Iterator[tuple[Holder, Tensor, Derived]]:
         """Tensors that hold copies of parts of these sites' weights."""
         weights = {id(self.program.weight_of(site)) for site in self.program.sites}
-        candidates = [
-            (holder, tensor)
-            for held in self.by_storage.values()
-            for holder, tensor in held
+        held = [item for items in self.by_storage.values() for item in items]
+        # One for each tensor, whoever else holds it.
+        candidates = {
+            id(tensor): (holder, tensor)
+            for holder, tensor in reversed(held)
             if tensor.dim() > 1 and not holder.is_own_weight and id(tensor) not in weights
-        ]
-        self.program.derived.look_at([tensor for _, tensor in candidates])
-        for holder, tensor in candidates:
+        }
+        self.program.derived.look_at([tensor for _, tensor in candidates.values()])
+        for holder, tensor in candidates.values():
             derived = self.program.derived.look(tensor)
             if derived is None or not derived.copied:
                 continue
@@ -164,6 +166,7 @@ def changes_of(
     stored: list[StoredChange] = []
     ended: set[tuple[int, str]] = set()
     copies = _copies_by_site(found, [delta.site for delta in deltas], problems)
+    problems.extend(_left_behind(program, deltas, copies))
     for delta in deltas:
         holder, weight = _holder(delta.site), program.weight_of(delta.site)
         if _key(holder) in ended:
@@ -196,6 +199,23 @@ def _copies_by_site(
         else:
             copies.setdefault(id(first), []).append(Copy(where, tensor, derived.form))
     return copies
+
+
+def _left_behind(
+    program: Program, deltas: Sequence[Delta], copies: Mapping[int, Sequence[Copy]]
+) -> Iterator[str]:
+    """Tensors that repeat numbers of these weights in other ways, and would keep the old ones."""
+    follow = {storage_key(copy.tensor) for found in copies.values() for copy in found}
+    touched = {_key(_holder(delta.site)): delta.site for delta in deltas}
+    for site in touched.values():
+        weight = program.weight_of(site)
+        if weight is not None:
+            follow.add(storage_key(weight))
+    for repeat in repeats(program):
+        sites = [touched[key] for w in repeat.weights if (key := _key(w.holder)) in touched]
+        if sites and repeat.certain and storage_key(repeat.tensor) not in follow:
+            names = ", ".join(site.path for site in sites)
+            yield f"{names}: {repeat.holder} was made of it, and would keep the old numbers"
 
 
 def not_mergeable(name: str, problems: Sequence[str]) -> MatchError:

@@ -16,7 +16,6 @@ import inspect
 import itertools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,9 +42,9 @@ FILE = "model.safetensors"
 def export_merged(session: Session, name: str, folder: Path, *, max_shard_size: int | str) -> Path:
     """See `CompiledModel.export_merged`."""
     program = session.program
-    with ExitStack() as stack:
+    session.refuse_running("export_merged()")
+    with session.weights_lock:  # weights stay, calls go on
         with session.lock:
-            stack.enter_context(session.weights_lock)  # kept: weights stay, calls go on
             session.store[name]  # UnknownAdapterError
             merged, changes = session.merged, list[Change]()
             if merged is None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ from lorafx.base_weights.changes import (
     not_mergeable,
 )
 from lorafx.base_weights.deltas import Delta, blocks, computing
-from lorafx.errors import BatchError, CaptureError, ConfigError, MatchError
+from lorafx.errors import CaptureError, ConfigError, LorafxError, MatchError
 from lorafx.graph.derived import Holder
 from lorafx.model.packing import check_packed
 from lorafx.model.quantized import Stored, dequantize, requantize
@@ -40,6 +40,8 @@ from lorafx.progress import progress
 
 if TYPE_CHECKING:
     from lorafx.serving.session import Session
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,13 @@ class MergeReport:
 
 @dataclass(frozen=True, eq=False)
 class _Original:
-    """A tensor as it was: where it is held, its numbers in host memory, and its version when it
-    had been written (None where torch counts none)."""
+    """A tensor as it was: where it is held, its numbers in host memory, and what it looked like
+    when it had been written."""
 
     holder: Holder
     tensor: Tensor
     numbers: Tensor
-    version: int | None = None
+    mark: int | None = None
 
     @classmethod
     def of(cls, holder: Holder, tensor: Tensor) -> _Original:
@@ -106,11 +108,11 @@ class _Original:
     @property
     def touched(self) -> bool:
         """Whether somebody else has written or replaced the tensor since."""
-        return self.holder.tensor is not self.tensor or version_of(self.tensor) != self.version
+        return self.holder.tensor is not self.tensor or mark_of(self.tensor) != self.mark
 
     def written(self) -> _Original:
         """As after the last write of ours."""
-        return _Original(self.holder, self.tensor, self.numbers, version_of(self.tensor))
+        return _Original(self.holder, self.tensor, self.numbers, mark_of(self.tensor))
 
     def restore(self) -> None:
         write(self.tensor, self.numbers)
@@ -152,7 +154,8 @@ class Merged:
 
 def merge(session: Session, name: str, *, requantize: bool = False) -> MergeReport:
     """See `CompiledModel.merge`."""
-    with session.lock, session.weights_lock:
+    session.refuse_running(f"merge {name!r}")
+    with session.weights_lock, session.lock:
         _refuse_in_use(session, name)
         check_packed(session.program.packed)
         changes = changes_of(session.program, session.store, name, requantize=requantize)
@@ -161,17 +164,20 @@ def merge(session: Session, name: str, *, requantize: bool = False) -> MergeRepo
             raise not_mergeable(name, apart)
         with progress(f"merging {name} into {len(changes.plain) + len(changes.stored)} weights"):
             session.merged = _merged(name, changes, requantize=requantize)
+        session.unmerged = ""
         return session.merged.report
 
 
 def unmerge(session: Session, *, force: bool = False) -> None:
     """See `CompiledModel.unmerge`."""
-    with session.lock, session.weights_lock:
+    session.refuse_running("unmerge()")
+    with session.weights_lock, session.lock:
         merged = session.merged
         if merged is None:
-            raise ConfigError("no adapter is merged; merge(name) one first")
-        if session.depth:
-            raise BatchError(f"a call is running that {merged.name!r} serves; unmerge() after it")
+            if not session.unmerged:
+                raise ConfigError("no adapter is merged; merge(name) one first")
+            session.unmerged = ""
+            return
         touched = [str(item.holder) for item in merged.originals if item.touched]
         if touched and not force:
             more = f" and {len(touched) - 3} more" if len(touched) > 3 else ""
@@ -182,7 +188,7 @@ def unmerge(session: Session, *, force: bool = False) -> None:
                 "originals back all the same, and load the weights again"
             )
         with progress(f"taking {merged.name} out of {len(merged.report.weights)} weights"):
-            for item in merged.originals:
+            for item in reversed(merged.originals):
                 if isinstance(item, _StoredOriginal) or item.holder.tensor is item.tensor:
                     item.restore()
         session.merged = None
@@ -197,9 +203,10 @@ def unmerged(session: Session) -> Iterator[None]:
     Raises:
         BatchError: a call is running.
         CaptureError: weights were written by somebody else since the merge.
-        MatchError: at the end, where ΔW does not fit any more: nothing is merged then.
+        MatchError: at the end, where ΔW does not fit any more. Nothing is merged then, and calls
+            are refused until `merge` or `unmerge`, since without a name they would be the base's.
     """
-    with session.lock, session.weights_lock:
+    with session.weights_lock, session.lock:
         merged = session.merged
         if merged is None:
             yield
@@ -207,8 +214,25 @@ def unmerged(session: Session) -> Iterator[None]:
         unmerge(session)
         try:
             yield
-        finally:
-            merge(session, merged.name, requantize=merged.requantize)
+        except BaseException:
+            with suppress(LorafxError):  # calls are refused and say why; the cause is the other one
+                _merge_again(session, merged)
+            raise
+        _merge_again(session, merged)
+
+
+def _merge_again(session: Session, merged: Merged) -> None:
+    try:
+        merge(session, merged.name, requantize=merged.requantize)
+    except BaseException as error:
+        session.unmerged = (
+            f"{merged.name!r} was merged, and could not be merged again after an update of the "
+            f"base weights: {error}. merge() an adapter, or unmerge() to serve adapters and the "
+            "new base side by side"
+        )
+        if isinstance(error, LorafxError):
+            raise type(error)(session.unmerged) from error
+        raise
 
 
 def _refuse_in_use(session: Session, name: str) -> None:
@@ -219,8 +243,6 @@ def _refuse_in_use(session: Session, name: str) -> None:
             f"{session.merged.name!r} is merged{also}"
             + ("" if also else f"; unmerge() it before {name!r} is merged")
         )
-    if session.depth:
-        raise BatchError(f"a call is running; merge {name!r} after it")
     if session.default not in (None, name):
         raise ConfigError(
             f"{session.default!r} is in use: it serves the calls that name no adapter. "
@@ -262,7 +284,7 @@ def _merged(name: str, changes: Changes, *, requantize: bool) -> Merged:
             if stored.copies:
                 follow(stored.copies, dequantize(stored.holder.module, _parameter(stored)))
     except BaseException:
-        for item in originals:
+        for item in reversed(originals):
             item.restore()
         raise
     ours = tuple(item.written() for item in originals)
@@ -298,7 +320,7 @@ def _requantized(change: StoredChange) -> float:
         requantize(module, wanted, parameter)
         after = dequantize(module, parameter).float()
     except ConfigError as error:
-        raise MatchError(f"{change.holder}: {error}. Nothing has changed") from error
+        raise MatchError(f"{change.holder}: {error}; nothing is merged") from error
     whole = float(torch.linalg.vector_norm(update))
     return float(torch.linalg.vector_norm(after - wanted)) / whole if whole else 0.0
 
@@ -324,7 +346,7 @@ def add_to(target: Tensor, weight: Tensor, delta: Delta, label: str) -> float:
         block_lost, block_whole = norms.tolist()  # one transfer a block
         if not math.isfinite(block_lost) and _overflown(before, after):
             raise MatchError(
-                f"{label}: W + ΔW is beyond the range of {weight.dtype}. Nothing has changed"
+                f"{label}: W + ΔW is beyond the range of {weight.dtype}; nothing is merged"
             )
         lost, whole = lost + block_lost**2, whole + block_whole**2
         write(target.detach()[start:stop], after)
@@ -343,6 +365,9 @@ def write(target: Tensor, value: Tensor) -> None:
         target.detach().copy_(value)
 
 
-def version_of(tensor: Tensor) -> int | None:
-    """How often torch has seen it written; None for tensors of inference mode, which count none."""
-    return None if tensor.is_inference() else tensor._version
+@torch.no_grad()
+def mark_of(tensor: Tensor) -> int:
+    """A sum over the bits of all numbers, which changes with any one of them. torch's own count of
+    writes misses those through `.data`, and tensors of inference mode have none."""
+    bits = tensor.detach().view(_BITS[tensor.element_size()])
+    return int(bits.sum(dtype=torch.int64))

@@ -23,7 +23,7 @@ from lorafx.base_weights.plan import Plan
 from lorafx.base_weights.resolve import Meaning, Resolver
 from lorafx.base_weights.sources import Item, Source, Weights, source_of
 from lorafx.base_weights.writer import Journal, Undo, Writer
-from lorafx.errors import BatchError, CheckpointError, ConfigError
+from lorafx.errors import CheckpointError, ConfigError
 from lorafx.model.module_graph import storage_key
 from lorafx.model.packing import check_packed
 
@@ -58,11 +58,9 @@ def update_weights(
     if undo not in ("memory", "disk"):
         raise ConfigError(f'undo is "memory" or "disk", got {undo!r}')
     source = source_of(weights)
-    with session.lock:
-        if session.depth:
-            raise BatchError("a call is running on this thread; load_weights() after it")
-        with unmerged(session):
-            return _update(session, source, strict=strict, undo=undo)
+    session.refuse_running("load_weights()")
+    with unmerged(session), session.weights_lock, session.lock, session.updates():
+        return _update(session, source, strict=strict, undo=undo)
 
 
 def _update(session: Session, source: Source, *, strict: bool, undo: Undo) -> WeightUpdate:

@@ -56,7 +56,9 @@ class BaseMethods:
                 kind (floats for a quantised weight), different values for tied weights: all of
                 them at once. The old weights serve on.
             ConfigError: `weights` is nothing of the above.
-            BatchError: a call is running on this thread.
+            BatchError: a call, or another update, is running on this thread.
+            MatchError: an adapter is merged, and cannot be merged into the new weights. They are
+                loaded; calls are refused until `merge` or `unmerge`.
             Whatever iterating over `weights` raises. In the second round over a function, or while
             files are read, weights are partly written then: calls are refused until an update
             succeeds.

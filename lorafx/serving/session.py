@@ -50,10 +50,16 @@ class Session:
     merged: Merged | None = None
     #: Why the base weights cannot be served, "" where they can.
     broken: str = ""
+    #: Why calls are refused though the weights are whole: an adapter is merged no longer.
+    unmerged: str = ""
+    #: The base weights are being written, and whoever gives the new ones may call the model.
+    updating: bool = False
     #: The running calls only have graphs captured: nothing of their results is used, so what could
     #: not be served rightly is not refused.
     warming: bool = False
     has_mha: bool = field(init=False)
+    #: The thread whose calls, or whose update, are running.
+    _thread: int | None = None
     #: The adapters that were served last, and the sites that they touch.
     _served: list[StoredAdapter] = field(default_factory=list)
     _touched: frozenset[str] = frozenset()
@@ -61,7 +67,7 @@ class Session:
     #: One call at a time: slots and the running call are one state for all marks of the model.
     lock: threading.RLock = field(default_factory=threading.RLock)
     #: Held by what writes the base weights, and by what reads them without stopping calls. Taken
-    #: after `lock` where both are.
+    #: before `lock` where both are, so that calls go on while somebody waits for it.
     weights_lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __post_init__(self) -> None:
@@ -76,17 +82,23 @@ class Session:
         """Serve these requests inside the block; None stands for the default adapter.
 
         Raises:
-            BatchError: an adapter is merged into the base weights, and a request uses another one.
-            CaptureError: an update of the base weights was interrupted.
+            BatchError: an adapter is merged into the base weights, and a request uses another one;
+                or this very thread is updating the base weights.
+            CaptureError: an update of the base weights was interrupted, or lost a merge.
         """
         with self.lock:
             self.refuse_broken()
+            if self.updating:
+                raise BatchError("the base weights are being updated; call the model after it")
+            if self.unmerged and not self.warming:
+                raise CaptureError(self.unmerged)
             if self.merged is not None and not self.warming:
                 names, tokens = _served_by(self.merged.name, names, tokens)
             before = self.requests, self.repeats, self.tokens
             self.requests = None if names is None else tuple(names)
             self.repeats, self.tokens = repeats, tokens
             self.depth += 1
+            self._thread = threading.get_ident()
             try:
                 yield
             finally:
@@ -203,6 +215,22 @@ class Session:
                 f"{self.merged.name!r} now; unmerge() before it is loaded"
             )
         self.store.load(adapter)
+
+    def refuse_running(self, what: str) -> None:
+        """Raise BatchError where a call or an update of the weights runs on this very thread, and
+        `what` is to be done after it. Asked before any lock is waited for."""
+        running = "an update of the base weights" if self.updating else "a call"
+        if (self.updating or self.depth) and self._thread == threading.get_ident():
+            raise BatchError(f"{running} is running on this thread; {what} after it")
+
+    @contextmanager
+    def updates(self) -> Iterator[None]:
+        """The base weights are written inside the block."""
+        self.updating, self._thread = True, threading.get_ident()
+        try:
+            yield
+        finally:
+            self.updating = False
 
     def refuse_broken(self) -> None:
         """Raise CaptureError where an update left the base weights partly written."""

@@ -1,0 +1,176 @@
+"""What may not happen while base weights are updated or written by somebody else, and what a merge
+does not lose or leave behind."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from dense_merge import REFERENCE, TOLERANCE, error
+from torch import Tensor, nn
+
+import lorafx
+from lorafx.errors import BatchError, CaptureError, MatchError
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 12, bias=False), nn.Linear(12, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x)))
+
+
+def served(model: nn.Module, tmp_path: Path, targets: list[str], gain: float = 1.0) -> Any:
+    folder = oracle.save_adapter(model, tmp_path / "own", rank=2, targets=targets, gain=gain)
+    return lorafx.compile(copy.deepcopy(model), {"own": folder}, options=REFERENCE)
+
+
+def base() -> nn.Module:
+    torch.manual_seed(0)
+    return Two().eval().requires_grad_(False)
+
+
+ACTIONS: dict[str, Callable[[Any, Path], Any]] = {
+    "call": lambda cm, _: cm(torch.randn(2, 8)),
+    "merge": lambda cm, _: cm.merge("own"),
+    "load_weights": lambda cm, _: cm.load_weights(base().state_dict()),
+    "export_merged": lambda cm, folder: cm.export_merged("own", folder),
+}
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_not_while_new_weights_come(action: str, tmp_path: Path) -> None:
+    """Some weights are old and some are new then; what was written is put back."""
+    cm = served(base(), tmp_path, ["a", "b"])
+    old = {name: value.clone() for name, value in cm.model.state_dict().items()}
+
+    def pairs() -> Iterator[tuple[str, Tensor]]:
+        yield "a.weight", torch.randn(12, 8)
+        ACTIONS[action](cm, tmp_path / "out")
+        yield "b.weight", torch.randn(8, 12)
+
+    with pytest.raises(BatchError, match=r"base weights (is running|are being updated)"):
+        cm.load_weights(pairs())
+    assert all(torch.equal(cm.model.state_dict()[name], value) for name, value in old.items())
+    cm.merge("own")  # all is as before
+    cm.unmerge()
+
+
+def test_a_merge_that_is_lost_is_said_until_somebody_decides(tmp_path: Path) -> None:
+    model = base().half()
+    cm = served(model, tmp_path, ["a"], gain=50.0)
+    cm.merge("own")
+    new = {name: torch.full_like(value, 65504) for name, value in model.state_dict().items()}
+    with pytest.raises(MatchError, match=r"'own' was merged, and could not be merged again"):
+        cm.load_weights(new)
+    assert cm.merged is None
+    assert torch.equal(cm.model.a.weight, new["a.weight"])
+    x = torch.randn(2, 8).half()
+    with pytest.raises(CaptureError, match=r"could not be merged again .*unmerge\(\) to serve"):
+        cm(x)
+    cm.unmerge()
+    assert cm(x, adapter_names=[None, None]).shape == (2, 8)
+
+
+def test_the_cause_of_a_failed_update_is_not_hidden(tmp_path: Path) -> None:
+    cm = served(base(), tmp_path, ["a"])
+    cm.merge("own")
+
+    def pairs() -> Iterator[tuple[str, Tensor]]:
+        yield "a.weight", torch.randn(12, 8)
+        raise KeyError("the trainer died")
+
+    with pytest.raises(KeyError, match="the trainer died"):
+        cm.load_weights(pairs())
+    assert cm.merged == "own"
+
+
+def test_writes_through_data_are_seen(tmp_path: Path) -> None:
+    cm = served(base(), tmp_path, ["a"])
+    cm.merge("own")
+    cm.model.a.weight.data[3, 5] += 1  # torch counts no write
+    with pytest.raises(CaptureError, match=r"a\.weight: written or replaced since"):
+        cm.unmerge()
+
+
+def test_calls_go_on_while_a_merge_waits_for_an_export(tmp_path: Path) -> None:
+    cm = served(base(), tmp_path, ["a"])
+    x = torch.randn(2, 8)
+    want = cm(x)
+    lock = cm._session.weights_lock  # an export holds it
+    with lock:
+        merging = threading.Thread(target=cm.merge, args=("own",))
+        merging.start()
+        merging.join(0.2)
+        assert merging.is_alive()
+        got: list[Tensor] = []
+        calling = threading.Thread(target=lambda: got.append(cm(x)))
+        calling.start()
+        calling.join(30)
+        assert torch.equal(got[0], want)
+    merging.join(30)
+    assert cm.merged == "own"
+
+
+class Keeps(nn.Module):
+    """Computes with what was made of its projections when it was loaded."""
+
+    def __init__(self, make: Callable[[nn.Module], Tensor]) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 12, bias=False), nn.Linear(8, 12, bias=False)
+        self.fused = make(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.nn.functional.linear(x, self.fused)
+        return y[..., :12] * y[..., 12:]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_was_made_of_several_weights_is_refused_before_any_call(
+    turned: bool, tmp_path: Path
+) -> None:
+    def make(module: Any) -> Tensor:
+        joined = torch.cat([module.q.weight, module.k.weight]).detach()
+        return joined.T.contiguous().T if turned else joined
+
+    torch.manual_seed(0)
+    cm = served(Keeps(make).eval().requires_grad_(False), tmp_path, ["q"])
+    old = cm.model.q.weight.clone()
+    with pytest.raises(MatchError, match=r"q: fused was made of it, and would keep the old"):
+        cm.merge("own")
+    assert torch.equal(cm.model.q.weight, old)
+
+
+class Shares(nn.Module):
+    """A part of a weight, copied, that two modules hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(8, 24, bias=False)
+        self.upper = self.proj.weight.detach()[:12].clone()
+        self.kernel = nn.Module()
+        self.kernel.upper = self.upper
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.upper) + self.proj(x)[..., 12:]
+
+
+def test_a_copy_that_two_modules_hold_is_put_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Shares().eval().requires_grad_(False)
+    cm = served(model, tmp_path, ["proj"])
+    x = torch.randn(2, 8)
+    want = cm(x, adapter_names=["own", "own"])
+    old = cm.model.upper.clone()
+    cm.merge("own")
+    assert error(cm(x), want) <= TOLERANCE
+    cm.unmerge()
+    assert torch.equal(cm.model.upper, old)
