@@ -367,7 +367,11 @@ def write(target: Tensor, value: Tensor) -> None:
 
 @torch.no_grad()
 def mark_of(tensor: Tensor) -> int:
-    """A sum over the bits of all numbers, which changes with any one of them. torch's own count of
-    writes misses those through `.data`, and tensors of inference mode have none."""
+    """A sum over the bits of all numbers, which changes with any one of them, but not where numbers
+    change places. torch's own count of writes misses those through `.data`, and tensors of
+    inference mode have none."""
     bits = tensor.detach().view(_BITS[tensor.element_size()])
+    words = 8 // bits.element_size()
+    if bits.is_contiguous() and not bits.numel() % words and not bits.storage_offset() % words:
+        bits = bits.reshape(-1).view(torch.int64)  # summed as it is: much faster than widened
     return int(bits.sum(dtype=torch.int64))
