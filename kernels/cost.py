@@ -24,7 +24,7 @@ calibrates them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -277,9 +277,12 @@ def _refusal(name: str, work: Work) -> str:
     if name == "split" and any(size % 16 for size in (work.in_features, *work.sizes)):
         # Run on a GPU for whole blocks of 16 elements only, but for kernels by themselves.
         return "K or a number of columns is no multiple of 16"
-    if name not in FUSED or not work.compute_bound:
-        return ""
-    speed = work.chip.triton_over_vendor
+    return slower_than_vendor(work.chip) if name in FUSED and work.compute_bound else ""
+
+
+def slower_than_vendor(chip: Chip) -> str:
+    """Why a base product of our own does not pay where FLOPs decide, "" where it does."""
+    speed = chip.triton_over_vendor
     if speed is None:
         return "plain Triton against the vendor GEMM is unmeasured for this many rows"
     if speed < LEAST_TRITON_OVER_VENDOR:
@@ -289,13 +292,20 @@ def _refusal(name: str, work: Work) -> str:
 
 def estimate(work: Work) -> dict[str, Estimate]:
     """Every strategy's modelled time for `work`, fastest first, refused ones last."""
-    base, floor = work.vendor(), work.floor() + START
-    estimates = {}
-    for name, model in GPU_STRATEGIES.items():
-        seconds = model(work)
-        estimates[name] = Estimate(seconds, seconds / base, seconds / floor, _refusal(name, work))
-    order = sorted(estimates, key=lambda n: (bool(estimates[n].refusal), estimates[n].seconds))
-    return {name: estimates[name] for name in order}
+    seconds = {name: model(work) for name, model in GPU_STRATEGIES.items()}
+    refusals = {name: _refusal(name, work) for name in seconds}
+    return ranked(seconds, refusals, work.vendor(), work.floor() + START)
+
+
+def ranked(
+    seconds: Mapping[str, float], refusals: Mapping[str, str], base: float, floor: float
+) -> dict[str, Estimate]:
+    """Strategies with their modelled times, fastest first, refused ones last."""
+    order = sorted(seconds, key=lambda name: (bool(refusals[name]), seconds[name]))
+    return {
+        name: Estimate(seconds[name], seconds[name] / base, seconds[name] / floor, refusals[name])
+        for name in order
+    }
 
 
 def choose_strategy(

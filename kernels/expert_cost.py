@@ -22,11 +22,12 @@ import torch
 from lorafx.kernels.chips import Chip
 from lorafx.kernels.cost import (
     DOT,
-    LEAST_TRITON_OVER_VENDOR,
     READER,
     START,
     TILE_M,
     Estimate,
+    ranked,
+    slower_than_vendor,
 )
 
 #: Speed of the grouped kernel's loop over W beside the vendor's grouped product where bytes decide:
@@ -181,20 +182,11 @@ def _refusal(name: str, work: ExpertWork) -> str:
         return "what computes x is not known to kernels"
     if not work.compute_bound or work.on_host:
         return ""
-    speed = work.chip.triton_over_vendor
-    if speed is None:
-        return "plain Triton against the vendor GEMM is unmeasured for this many rows"
-    if speed < LEAST_TRITON_OVER_VENDOR:
-        return f"plain Triton reaches {speed:.2f} of the vendor GEMM"
-    return ""
+    return slower_than_vendor(work.chip)
 
 
 def estimate_experts(work: ExpertWork) -> dict[str, Estimate]:
     """Every strategy's modelled time for `work`, fastest first, refused ones last."""
-    base = work.vendor() + work.pointwise
-    found = {}
-    for name, model in EXPERT_STRATEGIES.items():
-        seconds = model(work)
-        found[name] = Estimate(seconds, seconds / base, seconds / work.floor, _refusal(name, work))
-    order = sorted(found, key=lambda n: (bool(found[n].refusal), found[n].seconds))
-    return {name: found[name] for name in order}
+    seconds = {name: model(work) for name, model in EXPERT_STRATEGIES.items()}
+    refusals = {name: _refusal(name, work) for name in seconds}
+    return ranked(seconds, refusals, work.vendor() + work.pointwise, work.floor)

@@ -33,6 +33,7 @@ from lorafx.base_weights.changes import (
 from lorafx.base_weights.deltas import Delta, blocks, computing
 from lorafx.errors import CaptureError, ConfigError, LorafxError, MatchError
 from lorafx.graph.derived import Holder
+from lorafx.model.module_graph import writing
 from lorafx.model.packing import check_packed
 from lorafx.model.quantized import Stored, dequantize, requantize
 from lorafx.model.weight_formats import format_of, own_tensors
@@ -358,10 +359,9 @@ def _overflown(before: Tensor, after: Tensor) -> bool:
     return bool((~torch.isfinite(after) & torch.isfinite(before)).any())
 
 
-@torch.no_grad()
 def write(target: Tensor, value: Tensor) -> None:
-    """Write in place. Tensors of inference mode may be written in that mode alone."""
-    with torch.inference_mode(target.is_inference()):
+    """Write in place."""
+    with writing(target):
         target.detach().copy_(value)
 
 

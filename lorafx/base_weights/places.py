@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorafx.errors import CheckpointError
 from lorafx.layers.loading import LoadableLayer
-from lorafx.model.module_graph import storage_key
+from lorafx.model.module_graph import storage_key, writing
 
 Shape = tuple[int, ...]
 
@@ -133,8 +133,7 @@ class Box(Place):
         return super().refusal(given)
 
     def write(self, loaded: Tensor) -> None:
-        # Tensors made in inference mode may be viewed and written there alone.
-        with torch.inference_mode(self.target.tensor.is_inference()), torch.no_grad():
+        with writing(self.target.tensor):
             view = self.view
             if not same_memory(view, loaded):
                 view.copy_(loaded.reshape(view.shape))
@@ -176,7 +175,7 @@ class Shard(Place):
     def write(self, loaded: Tensor) -> None:
         parameter = self.target.tensor
         assert isinstance(parameter, nn.Parameter)
-        with torch.inference_mode(parameter.is_inference()), torch.no_grad():
+        with writing(parameter):
             self.layer.weight_loader(parameter, loaded, self.shard_id)
 
 
@@ -198,7 +197,7 @@ class OwnLoader(Place):
         arguments = () if self.shard_id is None else (self.shard_id,)
         parameter: Any = self.target.tensor
         try:
-            with torch.inference_mode(parameter.is_inference()), torch.no_grad():
+            with writing(parameter):
                 parameter.weight_loader(parameter, loaded, *arguments)
         except (AssertionError, RuntimeError, ValueError, TypeError) as error:
             raise CheckpointError(f"{self.target.name}: {error}") from error

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lorafx.base_weights.groups import Group
 from lorafx.base_weights.places import Landing, is_expanded, memory_key
 from lorafx.base_weights.resolve import Meaning
+from lorafx.model.module_graph import writing
 
 Undo = Literal["memory", "disk"]
 
@@ -60,7 +61,7 @@ class Journal:
         for place, name, tensor in self._held:
             place[name] = tensor
         for tensor, numbers in self._saved.values():
-            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+            with writing(tensor):
                 tensor.detach().copy_(numbers)
         self._saved.clear()
         self._held.clear()

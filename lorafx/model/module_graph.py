@@ -19,9 +19,11 @@ walking and therefore knows all of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import networkx as nx
+import torch
 from torch import Tensor, nn
 
 from lorafx.errors import LorafxError, nearest
@@ -50,6 +52,14 @@ def storage_key(tensor: Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError, AttributeError, ValueError):
         return -id(tensor)
+
+
+@contextmanager
+def writing(tensor: Tensor) -> Iterator[None]:
+    """Inside the block `tensor` may be viewed and written in place, without gradients: tensors made
+    in inference mode in that mode alone, all others outside of it."""
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        yield
 
 
 def join(path: str, name: str) -> str:

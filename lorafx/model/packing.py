@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lorafx.compat import mark_fixed_shape
 from lorafx.errors import CaptureError
 from lorafx.model.forward_check import is_dense
-from lorafx.model.module_graph import ModuleGraph
+from lorafx.model.module_graph import ModuleGraph, writing
 from lorafx.model.sites import Group
 
 
@@ -138,7 +138,7 @@ def repack(packs: Sequence[PackedGroup]) -> PackedGroup | None:
             own.clone() if own.untyped_storage().data_ptr() in buffers else own for own, _ in held
         ]
         for value, (_, part) in zip(values, held, strict=True):
-            with torch.inference_mode(part.is_inference()), torch.no_grad():
+            with writing(part):
                 part.copy_(value)
         for own, part in held:
             own.data = part
