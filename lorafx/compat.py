@@ -6,7 +6,7 @@ Also the only place that touches Dynamo's and the symbolic-shape machinery's set
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -20,26 +20,18 @@ from torch._dynamo import symbolic_convert
 _COMPILE_ARGUMENTS = inspect.signature(torch.compile).parameters
 
 
-def compile_entry(
-    function: Callable[..., Any],
-    backend: Callable[..., Any],
-    *,
-    dynamic: bool | None,
-    recompile_limit: int,
-    keep_guards: Callable[[Sequence[Any]], Sequence[bool]],
-) -> Callable[..., Any]:
-    """`torch.compile(function)` with a cache and a recompile limit of its own where torch has them.
+def entry_arguments(recompile_limit: int) -> dict[str, Any]:
+    """Arguments of `torch._dynamo.optimize` that give a function a cache and a limit of its own.
 
-    Without `isolate_recompiles` every model whose forward shares a code object (transformers'
-    decorators) would use up one common limit of eight. `keep_guards` says which of a new graph's
-    guards are checked before each call.
+    Without them every model whose forward shares a code object (transformers' decorators) would use
+    up one common limit of eight.
     """
-    extra: dict[str, Any] = {"options": {"guard_filter_fn": keep_guards}}
+    found: dict[str, Any] = {}
     if "isolate_recompiles" in _COMPILE_ARGUMENTS:
-        extra["isolate_recompiles"] = True
+        found["isolate_recompiles"] = True
     if "recompile_limit" in _COMPILE_ARGUMENTS:
-        extra["recompile_limit"] = recompile_limit
-    return torch.compile(function, backend=backend, dynamic=dynamic, **extra)
+        found["recompile_limit"] = recompile_limit
+    return found
 
 
 #: Settings that must hold whenever a call may capture a graph.
@@ -103,6 +95,14 @@ def captured_locals() -> Mapping[str, Any]:
     """The local variables that the function that is being captured began with."""
     translator = symbolic_convert.InstructionTranslator.current_tx()
     return dict(translator.output.root_tx.f_locals)
+
+
+def ends_in_break() -> bool:
+    """Whether the graph that is being compiled ends where the function breaks, so that what it
+    returns goes on to another."""
+    translator = symbolic_convert.InstructionTranslator.current_tx()
+    reason = translator.output.compile_subgraph_reason
+    return reason is not None and bool(reason.graph_break)
 
 
 def capture_again(reason: str) -> NoReturn:

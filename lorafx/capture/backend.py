@@ -25,7 +25,7 @@ from lorafx.capture.program import Program
 from lorafx.capture.record import GraphRecord
 from lorafx.capture.stack import called_directly
 from lorafx.capture.verify import NumericCheck
-from lorafx.compat import duck_shaped, guarded_attributes
+from lorafx.compat import duck_shaped, ends_in_break, guarded_attributes
 from lorafx.graph.context import Context
 from lorafx.graph.frame import ONE_SLOT, SLOTS, Frame
 from lorafx.kernels.triton_build import source_of
@@ -72,7 +72,7 @@ class Backend:
         frame.begins_call = called_directly(self.entered)
         frame.duck_shaped = duck_shaped()
         places = InputPlaces.of(frame, examples, shared=self.shares_graphs)
-        self.several[0] |= frame.follows_another or bool(places.arguments)
+        self.several[0] |= frame.follows_another or bool(places.arguments) or ends_in_break()
         owner = self.owner(frame, [p for p, item in enumerate(frame.inputs) if item.sites])
         active = program.runtime.active
         both = not guarded_attributes(".runtime.active")

@@ -16,13 +16,9 @@ from torch import Tensor, nn
 
 from lorafx.capture.guards import keep_guards
 from lorafx.capture.program import Program
-from lorafx.compat import (
-    capture_settings,
-    compile_entry,
-    is_recompile_limit,
-    no_mha_fast_path,
-)
-from lorafx.errors import CaptureError, MatchError
+from lorafx.capture.traced import Traced
+from lorafx.compat import capture_settings, is_recompile_limit, no_mha_fast_path
+from lorafx.errors import CaptureError, LorafxError, MatchError
 from lorafx.model.experts import LOOP, loops
 from lorafx.model.packing import check_packed
 from lorafx.serving.roles import IMAGES, TOKEN_DIMS, RoleTable
@@ -36,7 +32,7 @@ class Entry:
         self.session = session
         self.module = module
         self.roles = RoleTable(module, session.program.config.row_dims)
-        self.compiled = compile_entry(
+        self.traced = Traced(
             _target(session.program, module),
             session.backend.per_token if per_token else session.backend,
             dynamic=session.dynamic,
@@ -69,13 +65,21 @@ class Entry:
                 if session.has_mha and session.program.runtime.active:
                     # Its fused inference path takes the weights past every module and mark.
                     with no_mha_fast_path():
-                        return self.compiled(*args, **kwargs)
-                return self.compiled(*args, **kwargs)
+                        return self.traced.call(*args, **kwargs)
+                return self.traced.call(*args, **kwargs)
         except Exception as error:
+            raised = "; ".join(self.traced.given_up.values())
+            self.traced.given_up.clear()
             if is_recompile_limit(error):
                 raise CaptureError(
                     f"{type(self.module).__name__} has {limit} graphs, as many as "
                     f"Options.recompile_limit allows, and this call needs one more: {error}"
+                ) from error
+            if raised and isinstance(error, LorafxError):
+                # The consequence; the model's own error is what the caller can do something about.
+                raise type(error)(
+                    f"{error}. {type(self.module).__name__} is run in pieces, since it raised when "
+                    f"this call was traced: {raised}"
                 ) from error
             raise
 

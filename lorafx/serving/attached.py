@@ -23,6 +23,7 @@ from lorafx.capture.checks import Checks
 from lorafx.capture.handover import Ledger
 from lorafx.capture.program import Call
 from lorafx.capture.stack import RunningCall, generating, outermost_call, unwrapped
+from lorafx.capture.traced import trace_again
 from lorafx.compat import (
     backend_error,
     block_settings,
@@ -98,6 +99,9 @@ class AttachedSession(Session):
                 if self.has_mha and runtime.active:
                     settings.enter_context(no_mha_fast_path())
                 yield
+            except Exception as error:
+                trace_again(error)
+                raise
             finally:
                 self.depth -= 1
                 _BLOCKS.remove(self)

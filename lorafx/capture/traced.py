@@ -1,0 +1,108 @@
+"""A function under Dynamo, and what Dynamo would give up tracing for good.
+
+Dynamo notes on a code object that it is not to be traced: after an error, a break that it cannot
+resume from, too many graphs. Code objects are shared by models, and a model outlives an error.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from traceback import walk_tb
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch._dynamo import eval_frame, trace_rules
+from torch._dynamo.exc import ObservedException, Unsupported
+from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
+
+from lorafx.compat import entry_arguments
+
+
+class Traced:
+    """`function` compiled by `backend`, frame by frame where it breaks, with graphs of its own.
+
+    A function that raises while it is traced is run in Python, and Dynamo would never trace it
+    again: one bad request would leave a model without graphs. Here it is so until that error has
+    reached the caller; if the function gets over it, it stays untraced.
+
+    Args:
+        keep_guards: says which of a new graph's guards are checked before each call.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        backend: Callable[..., Any],
+        *,
+        dynamic: bool | None,
+        recompile_limit: int,
+        keep_guards: Callable[[Sequence[Any]], Sequence[bool]],
+    ) -> None:
+        #: What functions raised that were given up for it.
+        self.given_up: dict[CodeType, str] = {}
+        context: Any = torch._dynamo.optimize(
+            backend,
+            dynamic=dynamic,
+            guard_filter_fn=keep_guards,
+            **entry_arguments(recompile_limit),
+        )
+        converter = context.callback._torchdynamo_orig_backend
+        converter._inner_convert = self._noting(converter._inner_convert)
+        self.call: Callable[..., Any] = context(_with_own_code(function))
+
+    def _noting(self, convert: Callable[..., ConvertFrameReturn]) -> Callable[..., Any]:
+        """Dynamo's conversion of a frame, but for frames that were given up."""
+
+        @functools.wraps(convert)  # with its attributes, which Dynamo asks for
+        def noting(frame: Any, *args: Any, **kwargs: Any) -> ConvertFrameReturn:
+            in_python = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT)
+            if frame.f_code in self.given_up:
+                return ConvertFrameReturn(frame_exec_strategy=in_python)
+            try:
+                return convert(frame, *args, **kwargs)
+            except Unsupported as error:
+                if isinstance(error.__cause__, ObservedException):
+                    self.given_up[frame.f_code] = str(error.__cause__)
+                    error.frame_exec_strategy = in_python
+                raise
+
+        return noting
+
+
+def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with a code object that nothing else shares.
+
+    Dynamo notes on the code object that a frame is not to be traced. One code stands behind all
+    modules that torch.nn wrote the forward of, and one behind each decorator of transformers, so
+    what another torch.compile gave up would not be traced here either.
+    """
+    if trace_rules.check(function):  # torch's own, which torch.compile puts such a call around
+        inner = function
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return inner(*args, **kwargs)
+
+        function = call
+    plain = function.__func__ if isinstance(function, MethodType) else function
+    if not isinstance(plain, FunctionType):
+        return function
+    own = FunctionType(
+        plain.__code__.replace(co_varnames=plain.__code__.co_varnames),
+        plain.__globals__,
+        plain.__name__,
+        plain.__defaults__,
+        plain.__closure__,
+    )
+    own.__kwdefaults__ = plain.__kwdefaults__
+    own.__dict__.update(plain.__dict__)
+    return MethodType(own, function.__self__) if isinstance(function, MethodType) else own
+
+
+def trace_again(error: BaseException) -> None:
+    """As `Traced` does, for functions that users compile themselves: let Dynamo trace again what
+    `error` came through."""
+    for frame, _ in walk_tb(error.__traceback__):
+        strategy = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT)
+        eval_frame.set_code_exec_strategy(frame.f_code, strategy)

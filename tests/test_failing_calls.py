@@ -1,0 +1,158 @@
+"""Calls that raise. Dynamo gives up what raises while it is traced, for good and for all models
+that share the code; here the next call is served as if nothing had been."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from attached import attached, compiled, fresh_dynamo, served
+from dense_merge import Case, error, save_adapter
+from tiny_models import token_inputs
+from torch import Tensor, nn
+
+from lorafx.errors import ProvenanceError
+
+__all__ = ["fresh_dynamo"]
+K = 6
+MIXED = ["a", None, "b"]
+
+
+class Choosy(nn.Module):
+    """Takes six tokens at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(K, K), nn.Linear(K, K)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = torch.relu(self.up(x))
+        return {"logits": self.pick(h)}
+
+    def pick(self, h: Tensor) -> Tensor:
+        if h.shape[1] > 6:
+            raise ValueError("too many tokens")
+        return self.down(h)
+
+
+class Broken(Choosy):
+    def pick(self, h: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return super().pick(h)
+
+
+class Late(Choosy):
+    def pick(self, h: Tensor) -> Tensor:
+        return super().pick(self.down(h))
+
+
+class Patient(Choosy):
+    """Gets over what its parts raise, in Python: the break keeps the handler out of a graph."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = torch.relu(self.up(x))
+        try:
+            torch._dynamo.graph_break()
+            return {"logits": self.pick(h)}
+        except ValueError:
+            return {"logits": h}
+
+
+def rows(length: int) -> Tensor:
+    return torch.randn(3, length, K)
+
+
+@pytest.fixture(params=["compile", "backend"])
+def serve_of(request: pytest.FixtureRequest) -> Callable[[Case], Callable[..., Tensor]]:
+    def make(case: Case) -> Callable[..., Tensor]:
+        if request.param == "compile":
+            cm = case.compile()
+            return lambda names, x: cm(x=x, adapter_names=names)["logits"]
+        model = attached(case)
+        call = compiled(model)
+        return lambda names, x: served(call, model, names, {"x": x})
+
+    return make
+
+
+@pytest.mark.parametrize("cls", [Choosy, Broken])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_bad_request_stops_nothing(small, serve_of, cls, first):
+    """Whether it comes before or after the graphs that serve the others."""
+    case = small(cls, ["up", "down"])
+    serve, x = serve_of(case), rows(3)
+    expected = case.expected(MIXED, {"x": x})
+    for bad in (first, True):
+        if bad:
+            with pytest.raises(ValueError, match="too many tokens"):
+                serve(["a"] * 3, rows(7))
+        assert error(serve(MIXED, x), expected) <= 1e-5
+
+
+def test_graphs_stay(small):
+    case = small(Choosy, ["up", "down"])
+    cm, x = case.compile(), rows(3)
+    cm(x=x, adapter_names=MIXED)
+    assert cm.recompiles == 1
+    for _ in range(3):
+        with pytest.raises(ValueError, match="too many tokens"):
+            cm(x=rows(7), adapter_names=["a"] * 3)
+        pieces = cm.recompiles  # of the calls that raise
+        cm(x=x, adapter_names=MIXED)
+        assert cm.recompiles == pieces
+    with pytest.raises(ValueError, match="too many tokens"):
+        cm(x=rows(7), adapter_names=["a"] * 3)
+    assert cm.recompiles == pieces
+
+
+def test_the_model_s_own_error_is_named(small):
+    """Run in pieces, a mixed batch is refused before the model raises."""
+    case = small(Late, ["up", "down"])
+    cm = case.compile()
+    with pytest.raises(
+        ProvenanceError, match=r"raised when this call was traced: .*too many tokens"
+    ):
+        cm(x=rows(7), adapter_names=MIXED)
+
+
+def test_what_the_model_gets_over_is_given_up_once(small, monkeypatch):
+    case = small(Patient, ["up", "down"])
+    cm = case.compile()
+    traced: list[str] = []
+    start = torch._dynamo.convert_frame.increment_frame
+    monkeypatch.setattr(
+        torch._dynamo.convert_frame, "increment_frame", lambda: (traced.append(""), start())
+    )
+    x = rows(7)
+    expected = case.expected(["a"] * 3, {"x": x})
+    for _ in range(2):
+        assert error(cm(x=x, adapter_names=["a"] * 3)["logits"], expected) <= 1e-5
+    before = len(traced)
+    assert before
+    cm(x=x, adapter_names=["a"] * 3)
+    assert len(traced) == before
+
+
+def test_a_failure_elsewhere(tmp_path):
+    """All modules that torch.nn wrote the forward of share the code that torch.compile traces."""
+
+    class Raises(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ValueError("never works")
+
+    with pytest.raises(ValueError, match="never works"):
+        torch.compile(nn.Sequential(Raises()), backend="eager")(torch.ones(2))
+    base = nn.Sequential(nn.Linear(K, K), nn.GELU(), nn.Linear(K, K)).eval()
+    folder = save_adapter(base, tmp_path, rank=2, targets=["0", "2"], seed=0)
+    case = Case(base, {"a": folder})
+    x, names = torch.randn(2, K), ["a", None]
+    alone = torch.cat([case.alone(name)(x[row : row + 1]) for row, name in enumerate(names)])
+    assert error(case.compile()(x, adapter_names=names), alone) <= 1e-5
+
+
+def test_a_bad_call_of_a_transformers_model(llama):
+    cm, inputs, names = llama.compile(), token_inputs(3, 5), ["a0", None, "a1"]
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        cm(attention_mask=inputs["attention_mask"], adapter_names=["a0"] * 3)
+    assert error(cm(**inputs, adapter_names=names).logits, llama.expected(names, inputs)) <= 1e-5
