@@ -23,8 +23,8 @@ aten = torch.ops.aten
 ExpertUseKind = Literal["sorted", "chosen", "all", "unknown"]
 GROUPED = frozenset({aten._grouped_mm.default})
 SWAPS = frozenset({aten.t.default, aten.transpose.int, aten.permute.default})
-#: transformers' own op, where torch's cannot be compiled: (namespace, name).
-FALLBACK = ("transformers", "grouped_mm_fallback")
+#: Ops of libraries, where torch's cannot be compiled: (namespace, name).
+FALLBACKS = frozenset({("transformers", "grouped_mm_fallback"), ("lorafx", "grouped_mm")})
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,8 @@ def is_grouped(node: fx.Node) -> bool:
     """Whether it is a product of sorted rows with the weights of all experts."""
     if node.target in GROUPED:
         return True
-    packet = getattr(node.target, "overloadpacket", None)
-    namespace = getattr(torch.ops, FALLBACK[0], None)
-    return packet is not None and packet is getattr(namespace, FALLBACK[1], None)
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and tuple(schema.name.split("::")) in FALLBACKS
 
 
 def _order(user: fx.Node) -> list[int]:

@@ -58,7 +58,7 @@ def product(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
 
 
 def loops_on_host(node: fx.Node) -> bool:
-    """Whether that product is a loop over experts on the host: transformers' own op is."""
+    """Whether that product is a loop over experts on the host: all but torch's own are."""
     return node.meta[_PRODUCT] not in GROUPED
 
 

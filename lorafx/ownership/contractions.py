@@ -190,4 +190,7 @@ RULES: dict[object, Rule] = {
 }
 
 # Operators of libraries that may not be loaded, by namespace and name.
-OPTIONAL: dict[tuple[str, str], Rule] = {("transformers", "grouped_mm_fallback"): grouped}
+OPTIONAL: dict[tuple[str, str], Rule] = {
+    ("transformers", "grouped_mm_fallback"): grouped,
+    ("lorafx", "grouped_mm"): grouped,
+}

@@ -193,6 +193,36 @@ def test_experts_carry_stacked_factors(tmp_path):
         assert (oracle.difference([plain[i : i + 1]], [want[i]]) > 1e-2) == (row is not None)
 
 
+@pytest.mark.parametrize(
+    ("lowering", "found"),
+    [("inductor", "lorafx.run_expert_delta_"), ("triton", "lorafx.triton_experts")],
+)
+def test_experts_on_a_fast_road(tmp_path, lowering, found):
+    """One op a product, no matter how the tokens are routed, on one graph."""
+    torch.manual_seed(0)
+    base = Block().eval().requires_grad_(False)
+    parameters = ["experts.w13_weight", "experts.w2_weight"]
+    folders = {
+        name: oracle.save_adapter(
+            base, tmp_path / name, rank=2, targets=[], seed=seed, target_parameters=parameters
+        )
+        for seed, name in enumerate("ab")
+    }
+    cases = oracle.Oracle.of(base, folders)
+    options = {"lowering": lowering}
+    if lowering == "triton":
+        options["plan"] = {parameters[0]: "grouped", parameters[1]: "activated"}
+    cm = lorafx.compile(copy.deepcopy(base), folders, options=options)
+    for x in (torch.randn(3, 4, H), torch.randn(3, 7, H), torch.ones(3, 5, H)):
+        names = ["a", None, "b"]
+        oracle.assert_close(cm(x, adapter_names=names), cases.rows(names, {"x": x}))
+    assert cm.recompiles == 1
+    cm.dump(tmp_path / "dump")
+    (lowered,) = (tmp_path / "dump").glob("*/*-lower.py")
+    ops = [line for line in lowered.read_text().splitlines() if "torch.ops." in line]
+    assert sum(found in line for line in ops) == 2
+
+
 def test_a_routers_delta_reaches_the_experts(tmp_path):
     """Rows of a mixed batch keep their owners through the experts' products."""
     torch.manual_seed(0)
