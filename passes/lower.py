@@ -3,7 +3,8 @@
     inductor   fused_linear → mm / addmm (one, or one a sibling), then add_delta_ into its output;
                site → add_delta_ into y. The delta op carries the id of a generated kernel.
                expert_site → run_expert_delta_ into y, whose kernel finds the key of each row; in
-               plain aten the keys, then as a site of those slots.
+               plain aten the keys, then as a site of those slots. The grouped product that y is
+               becomes lorafx::grouped_mm where that has a kernel.
                grouped_site, here and below, runs as it is: plain aten.
     triton     fused_linear → triton_linear, or mm / addmm and triton_delta_, as planned;
                fused_experts → triton_experts, or the grouped product and then as expert_site;
@@ -25,6 +26,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from lorafx.graph.context import EMBEDDING_OP, EXPERT_OP, FUSED_OP, GROUPED_OP, SITE_OP, Context
+from lorafx.graph.expert_uses import is_grouped
 from lorafx.graph.frame import arguments_of, fake_value
 from lorafx.graph.fused_experts import FUSED_EXPERTS, product, region
 from lorafx.graph.graph_nodes import call_in_place
@@ -35,6 +37,7 @@ from lorafx.graph.triton_graph import inline_triton_ops
 from lorafx.kernels import triton_expert_ops, triton_ops
 from lorafx.kernels.cost import FUSED
 from lorafx.kernels.cpu import delta_call, embedding_delta_call, expert_delta_call
+from lorafx.kernels.grouped_mm import GROUPED_MM, kernel_of
 from lorafx.kernels.triton_build import EXPERTS
 from lorafx.kernels.triton_ops import adjacent
 from lorafx.passes.plan import cpu_spec, delta_spec
@@ -122,10 +125,27 @@ def _site(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
 
 def _experts(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
     x, y, *bank, experts, siblings, offsets, sizes, rows, count = arguments_of(node)
+    y = _generated_product(graph, ctx, y)
     flat, x_flat = _flat(graph, ctx, y), _flat(graph, ctx, x)
     ranges = (siblings, offsets, sizes)
     written = _expert_delta(graph, ctx, node, flat, x_flat, bank, experts, ranges, rows, count)
     return _shaped(graph, ctx, written, y, node)
+
+
+def _generated_product(graph: fx.Graph, ctx: Context, y: fx.Node) -> fx.Node:
+    """The grouped product y by a generated kernel, where there is one."""
+    if not is_grouped(y) or ctx.program.options.lowering != "inductor":
+        return y
+    x, weight, offs, *rest = arguments_of(y)
+    values = fake_value(x), fake_value(weight)
+    plain = not any(rest) and not y.kwargs and values[0].dtype == values[1].dtype
+    if y.target is GROUPED_MM or not plain or kernel_of(*values) is None:
+        return y
+    with graph.inserting_before(y):
+        product = ctx.call(graph, GROUPED_MM, (x, weight, offs))
+    y.replace_all_uses_with(product)
+    graph.erase_node(y)
+    return product
 
 
 def _expert_delta(

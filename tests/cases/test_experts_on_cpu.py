@@ -38,6 +38,11 @@ def test_one_op_a_product(case: Case, implementation: str) -> None:
     assert text.count("ops.lorafx.run_expert_delta_.default(") == 2
     assert "expert_slots" not in text
     assert "searchsorted" not in text
+    # The base's own product is by a generated kernel as well, where rows are sorted.
+    products = text.count("ops.lorafx.grouped_mm.default(")
+    assert products == (2 if implementation == "grouped_mm" else 0)
+    assert "grouped_mm_fallback.default(" not in text
+    assert "aten._grouped_mm" not in text
     check_mixed(cm, twin, NAMES, ids())
     graphs = cm.recompiles
     check_mixed(cm, twin, NAMES[::-1], ids(seed=1))
