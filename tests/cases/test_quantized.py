@@ -11,12 +11,15 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_merge import REFERENCE, error
+from dense_merge import REFERENCE, error, save_adapter
+from oracle import Oracle, difference
 from packed_integers import AwqLinear, GptqLinear, PackedLinear, UntraceableLinear
 from quantised import KINDS, ROUNDS, Rounded, adapters, linears, place, small_base
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import lorafx
+from lorafx.layers import FusedMoE
 
 NAMES = ["a", None, "b", "a"]
 #: Kinds that go the same ways as others do.
@@ -212,3 +215,39 @@ def test_inductor(kind: str, saved: tuple[nn.Module, dict[str, Path]]) -> None:
     cm = lorafx.compile(copy.deepcopy(case.model), case.folders, options={"lowering": "inductor"})
     got = cm(**given, adapter_names=NAMES).logits
     assert error(got, case.rows(NAMES, given)) <= KINDS[kind][1]
+
+
+class Routed(nn.Module):
+    """A router and its experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(6, 4, bias=False)
+        self.experts = FusedMoE(4, 2, 6, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.experts(x, self.gate(x))
+
+
+def test_experts_held_by_a_subclass_are_refused_by_name(tmp_path: Path) -> None:
+    """Their products are inside of one forward, where no hook stands between them; the router
+    beside them is served."""
+    torch.manual_seed(0)
+    plain = Routed().eval().requires_grad_(False)
+    folders = {
+        "experts": save(plain, tmp_path / "experts", ["experts.w13_weight"]),
+        "router": save(plain, tmp_path / "router", ["gate.weight"]),
+    }
+    case, model = Oracle.of(plain, folders), copy.deepcopy(plain)
+    weight = model.experts.w13_weight
+    model.experts.w13_weight = nn.Parameter(TwoTensor(weight, weight.clone()), requires_grad=False)
+    cm = lorafx.compile(model, folders, options=REFERENCE)
+    x = torch.randn(2, 3, 6)
+    for names in ([None, None], ["router", None]):
+        assert difference([cm(x, adapter_names=names)], case.rows(names, {"x": x})) <= 1e-5
+    with pytest.raises(lorafx.MatchError, match=r"experts\.w13_weight.*in a quantised format"):
+        cm(x, adapter_names=["experts", "router"])
+
+
+def save(base: nn.Module, folder: Path, parameters: list[str]) -> Path:
+    return save_adapter(base, folder, rank=2, targets=[], seed=0, target_parameters=parameters)
