@@ -68,7 +68,7 @@ class Entry:
                         return self.traced.call(*args, **kwargs)
                 return self.traced.call(*args, **kwargs)
         except Exception as error:
-            raised = "; ".join(self.traced.given_up.values())
+            raised = "; ".join(dict.fromkeys(self.traced.given_up.values()))
             self.traced.given_up.clear()
             if is_recompile_limit(error):
                 raise CaptureError(

@@ -64,11 +64,20 @@ class Traced:
                 return convert(frame, *args, **kwargs)
             except Unsupported as error:
                 if isinstance(error.__cause__, ObservedException):
-                    self.given_up[frame.f_code] = str(error.__cause__)
+                    self.given_up[frame.f_code] = _what_was_raised(error)
                     error.frame_exec_strategy = in_python
                 raise
 
         return noting
+
+
+def _what_was_raised(error: Unsupported) -> str:
+    """`ValueError('too many')`, as Dynamo writes it: the error itself was never made."""
+    begin = "raised exception "
+    for line in f"{error}\n{error.__cause__}".splitlines():
+        if begin in line:
+            return line.partition(begin)[2]
+    return str(error.__cause__)
 
 
 def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
