@@ -169,15 +169,18 @@ class CompiledModel(BaseMethods, nn.Module):
         Raises:
             UnknownAdapterError: it is not loaded.
             ConfigError: another one is merged.
+            BatchError: called by what gives `load_weights` its tensors.
         """
-        if name is not None and name != BASE:
-            self._session.store[name]
-        if self.merged not in (None, name):
-            raise ConfigError(
-                f"{self.merged!r} is merged, and serves the calls that name none; unmerge() before "
-                f"set_adapter({name!r})"
-            )
-        self._session.default = name
+        self._session.refuse_updating("set_adapter()")
+        with self._session.lock:  # an update takes a merge out and puts it back
+            if name is not None and name != BASE:
+                self._session.store[name]
+            if self.merged not in (None, name):
+                raise ConfigError(
+                    f"{self.merged!r} is merged, and serves the calls that name none; unmerge() "
+                    f"before set_adapter({name!r})"
+                )
+            self._session.default = name
 
     def load_adapter(self, source: str | os.PathLike[str], name: str) -> None:
         """Read an adapter folder and keep it in host memory; a batch that names it brings it in.

@@ -219,9 +219,16 @@ class Session:
     def refuse_running(self, what: str) -> None:
         """Raise BatchError where a call or an update of the weights runs on this very thread, and
         `what` is to be done after it. Asked before any lock is waited for."""
-        running = "an update of the base weights" if self.updating else "a call"
-        if (self.updating or self.depth) and self._thread == threading.get_ident():
-            raise BatchError(f"{running} is running on this thread; {what} after it")
+        self.refuse_updating(what)
+        if self.depth and self._thread == threading.get_ident():
+            raise BatchError(f"a call is running on this thread; {what} after it")
+
+    def refuse_updating(self, what: str) -> None:
+        """As `refuse_running`, for an update alone, whose source of weights may use the model."""
+        if self.updating and self._thread == threading.get_ident():
+            raise BatchError(
+                f"an update of the base weights is running on this thread; {what} after it"
+            )
 
     @contextmanager
     def updates(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ from tiny_models import token_inputs
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.errors import BaseWeightsError, CaptureError
+from lorafx.errors import BaseWeightsError, BatchError, CaptureError
 from lorafx.layers import Int8ChannelLinearMethod, ReplicatedLinear
 
 
@@ -125,6 +125,21 @@ def test_an_interrupted_update(case: Case, tmp_path: Path) -> None:
         with pytest.raises(CaptureError, match="interrupted"):
             call()
     cm.load_weights(base.state_dict())
+    assert cm.merged == "a1"
+    check(cm, base, case, "a1")
+
+
+def test_an_adapter_chosen_inside_of_an_update_is_refused(case: Case) -> None:
+    """The merge would be lost."""
+    cm, base = case.compile(), new_weights(case.base, 29)
+    cm.merge("a1")
+
+    def pairs() -> Iterator[tuple[str, Tensor]]:
+        with pytest.raises(BatchError, match=r"is running on this thread; set_adapter\(\) after"):
+            cm.set_adapter("a0")
+        yield from base.state_dict().items()
+
+    cm.load_weights(pairs())
     assert cm.merged == "a1"
     check(cm, base, case, "a1")
 
