@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,8 +31,11 @@ from lorafx.kernels.product_source import ProductArgs, ProductSpec, product_sour
 
 #: Rows an expert from which on a product of matrices is as fast as the generated kernel, which is
 #: 2 to 5 times as fast for one row, 1.2 to 2 times for 32 (Zen 4, two cores, float32 and bfloat16,
-#: 32 and 64 experts of 384 × 1024 to 1024 × 768).
+#: 32 and 64 experts of 384 × 1024 to 1024 × 768). A row's sums have one order below it, and that of
+#: torch.mm from there on.
 MANY_ROWS = 256
+#: The same for bfloat16 on a CPU whose matrix tiles torch.mm uses; a guess, measured on none.
+MANY_ROWS_WITH_TILES = 16
 
 
 def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
@@ -50,7 +54,7 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     ends = offs.tolist()
     for start, end in zip([0, *ends], ends, strict=False):
         _require("grouped_mm", start <= end <= len(x), f"offs ends at {end}, of {len(x)} rows")
-    kernel = kernel_of(x, weight) if len(x) < MANY_ROWS * len(ends) else None
+    kernel = kernel_of(x, weight) if len(x) < _many_rows(x.dtype) * len(ends) else None
     if kernel is not None:
         kernel(y, x, weight, offs)
         return y
@@ -58,6 +62,16 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
         if end > start:
             torch.mm(x[start:end], weight[expert], out=y[start:end])
     return y
+
+
+def _many_rows(dtype: torch.dtype) -> int:
+    tiles = dtype == torch.bfloat16 and _has_matrix_tiles()
+    return MANY_ROWS_WITH_TILES if tiles else MANY_ROWS
+
+
+@functools.cache
+def _has_matrix_tiles() -> bool:
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], None]
@@ -102,6 +116,22 @@ def grouped_mm_fake(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[2])
 
 
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    """Of x: the product with the transposed weights. Of the weights: a product for each expert."""
+    x, weight, offs = ctx.saved_tensors
+    of_x = of_weight = None
+    if ctx.needs_input_grad[0]:
+        of_x = GROUPED_MM(grad, weight.transpose(1, 2), offs)
+    if ctx.needs_input_grad[1]:
+        parts = zip([0, *offs.tolist()], offs.tolist(), strict=False)
+        of_weight = torch.stack([x[start:end].T @ grad[start:end] for start, end in parts])
+    return of_x, of_weight, None
+
+
 def _check(x: Tensor, weight: Tensor, offs: Tensor) -> None:
     op = "grouped_mm"
     _require(op, x.dim() == 2 and weight.dim() == 3, "input is (M, K), weight (E, K, N)")
@@ -111,7 +141,6 @@ def _check(x: Tensor, weight: Tensor, offs: Tensor) -> None:
     _require(op, offs.dtype == torch.int32, f"offs is int32, not {offs.dtype}")
 
 
-define(
-    "grouped_mm(Tensor input, Tensor weight, Tensor offs) -> Tensor", grouped_mm, grouped_mm_fake
-)
+_SCHEMA = "grouped_mm(Tensor input, Tensor weight, Tensor offs) -> Tensor"
+define(_SCHEMA, grouped_mm, grouped_mm_fake, _gradients, _keep)
 GROUPED_MM = torch.ops.lorafx.grouped_mm.default

@@ -9,9 +9,20 @@ import torch
 _LIBRARY = torch.library.Library("lorafx", "FRAGMENT")
 
 
-def define(schema: str, eager: Callable[..., object], fake: Callable[..., object]) -> None:
-    """Define `lorafx::<name>` by its schema; `eager` runs on every device, without gradients."""
+def define(
+    schema: str,
+    eager: Callable[..., object],
+    fake: Callable[..., object],
+    backward: Callable[..., object] | None = None,
+    setup_context: Callable[..., None] | None = None,
+) -> None:
+    """Define `lorafx::<name>` by its schema; `eager` runs on every device, without gradients unless
+    `backward` gives them (as torch.library.register_autograd takes both)."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, eager, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lorafx::{name}", fake, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"lorafx::{name}", backward, setup_context=setup_context, lib=_LIBRARY
+        )

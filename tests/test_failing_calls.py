@@ -3,16 +3,19 @@ that share the code; here the next call is served as if nothing had been."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from attached import attached, compiled, fresh_dynamo, served
-from dense_merge import Case, error, save_adapter
+from dense_merge import REFERENCE, Case, error, save_adapter
 from tiny_models import token_inputs
 from torch import Tensor, nn
 
-from lorafx.errors import ProvenanceError
+import lorafx
+from lorafx.errors import CaptureError, ProvenanceError
 
 __all__ = ["fresh_dynamo"]
 K = 6
@@ -57,6 +60,30 @@ class Patient(Choosy):
             return {"logits": self.pick(h)}
         except ValueError:
             return {"logits": h}
+
+
+class Stopped(Choosy):
+    """Raises what is no Exception."""
+
+    def pick(self, h: Tensor) -> Tensor:
+        if h.shape[1] > 6:
+            raise KeyboardInterrupt
+        return self.down(h)
+
+
+class Later(Choosy):
+    def forward(self, x: Tensor) -> Any:
+        yield self.up(x)
+
+
+class Called:
+    """A callable that is no function."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
 
 
 def rows(length: int) -> Tensor:
@@ -156,3 +183,66 @@ def test_a_bad_call_of_a_transformers_model(llama):
     with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
         cm(attention_mask=inputs["attention_mask"], adapter_names=["a0"] * 3)
     assert error(cm(**inputs, adapter_names=names).logits, llama.expected(names, inputs)) <= 1e-5
+
+
+def test_an_interrupted_call(small, serve_of):
+    case = small(Stopped, ["up", "down"])
+    serve, x = serve_of(case), rows(3)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            serve(["a"] * 3, rows(7))
+        assert error(serve(MIXED, x), case.expected(MIXED, {"x": x})) <= 1e-5
+
+
+def _kept_out(call: Callable[..., Any]) -> Callable[..., Any]:
+    return torch._dynamo.disable(call)
+
+
+@pytest.mark.parametrize(
+    "changed", [functools.partial, Called, functools.lru_cache, _kept_out], ids=lambda f: f.__name__
+)
+def test_forwards_that_are_no_functions(small, changed):
+    """As tools that hook into a model leave them on the instance."""
+    case = small(Choosy, ["up", "down"])
+    model, x = case.model(), rows(3)
+    model.forward = changed(model.forward)
+    cm = lorafx.compile(model, case.folders, options=REFERENCE)
+    assert error(cm(x=x, adapter_names=MIXED)["logits"], case.expected(MIXED, {"x": x})) <= 1e-5
+
+
+def test_a_forward_that_runs_after_its_call_is_refused(small):
+    case = small(Choosy, ["up", "down"])
+    model = Later().eval().requires_grad_(False)
+    cm = lorafx.compile(model, case.folders, options=REFERENCE)
+    with pytest.raises(CaptureError, match="Later is a generator"):
+        cm(rows(3), adapter_names=["a"] * 3)
+
+
+def test_dynamo_switched_off(small, monkeypatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    case = small(Choosy, ["up", "down"])
+    cm, x, names = case.compile(), rows(3), ["b"] * 3
+    assert error(cm(x=x, adapter_names=names)["logits"], case.expected(names, {"x": x})) <= 1e-5
+    with pytest.raises(ProvenanceError, match="in eager mode"):
+        cm(x=x, adapter_names=MIXED)
+
+
+def test_what_is_kept_out_of_graphs_stays_out(small):
+    seen: list[bool] = []
+
+    class Apart(Choosy):
+        @torch._dynamo.disable(recursive=False)
+        def pick(self, h: Tensor) -> Tensor:
+            seen.append(torch.compiler.is_compiling())
+            return super().pick(h)
+
+    case = small(Apart, ["up", "down"])
+    model = attached(case)
+    call = compiled(model)
+    for length in (3, 7, 3, 3):
+        try:
+            served(call, model, ["a"] * 3, {"x": rows(length)})
+        except ValueError:
+            assert length == 7
+    assert len(seen) >= 4
+    assert not any(seen)

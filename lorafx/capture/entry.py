@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from types import FrameType
+from types import FrameType, GeneratorType
 from typing import Any
 
 import torch
@@ -65,9 +65,9 @@ class Entry:
                 if session.has_mha and session.program.runtime.active:
                     # Its fused inference path takes the weights past every module and mark.
                     with no_mha_fast_path():
-                        return self.traced.call(*args, **kwargs)
-                return self.traced.call(*args, **kwargs)
-        except Exception as error:
+                        return self._result(*args, **kwargs)
+                return self._result(*args, **kwargs)
+        except BaseException as error:
             raised = "; ".join(dict.fromkeys(self.traced.given_up.values()))
             self.traced.given_up.clear()
             if is_recompile_limit(error):
@@ -82,6 +82,16 @@ class Entry:
                     f"this call was traced: {raised}"
                 ) from error
             raise
+
+    def _result(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises CaptureError where it is yet to be computed, without the batch that is set up."""
+        result = self.traced.call(*args, **kwargs)
+        if isinstance(result, GeneratorType):
+            raise CaptureError(
+                f"the forward of {type(self.module).__name__} is a generator, whose body runs "
+                "after the call and so without its adapters; return what it yields"
+            )
+        return result
 
     def _refuse_loops(self) -> None:
         """Refuse adapters of experts that the base is told to run one after another.

@@ -13,7 +13,7 @@ from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch._dynamo import eval_frame, trace_rules
+from torch._dynamo import convert_frame, eval_frame, trace_rules
 from torch._dynamo.exc import ObservedException, Unsupported
 from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
 
@@ -48,8 +48,10 @@ class Traced:
             guard_filter_fn=keep_guards,
             **entry_arguments(recompile_limit),
         )
-        converter = context.callback._torchdynamo_orig_backend
-        converter._inner_convert = self._noting(converter._inner_convert)
+        callback = getattr(context, "callback", None)  # none where Dynamo is switched off
+        if callback is not None:
+            converter = callback._torchdynamo_orig_backend
+            converter._inner_convert = self._noting(converter._inner_convert)
         self.call: Callable[..., Any] = context(_with_own_code(function))
 
     def _noting(self, convert: Callable[..., ConvertFrameReturn]) -> Callable[..., Any]:
@@ -87,16 +89,18 @@ def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     modules that torch.nn wrote the forward of, and one behind each decorator of transformers, so
     what another torch.compile gave up would not be traced here either.
     """
-    if trace_rules.check(function):  # torch's own, which torch.compile puts such a call around
+    if not isinstance(function, MethodType):
+        function = eval_frame.innermost_fn(function)  # of what was compiled, or kept from it
+    plain = function.__func__ if isinstance(function, MethodType) else function
+    # What is no function (a partial, an object) has no frame, and torch's own functions are not
+    # traced: torch.compile too puts such a call around them.
+    if not isinstance(plain, FunctionType) or trace_rules.check(plain):
         inner = function
 
         def call(*args: Any, **kwargs: Any) -> Any:
             return inner(*args, **kwargs)
 
-        function = call
-    plain = function.__func__ if isinstance(function, MethodType) else function
-    if not isinstance(plain, FunctionType):
-        return function
+        function = plain = call
     own = FunctionType(
         plain.__code__.replace(co_varnames=plain.__code__.co_varnames),
         plain.__globals__,
@@ -111,7 +115,8 @@ def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def trace_again(error: BaseException) -> None:
     """As `Traced` does, for functions that users compile themselves: let Dynamo trace again what
-    `error` came through."""
+    `error` came through, but what it was told never to trace."""
     for frame, _ in walk_tb(error.__traceback__):
-        strategy = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT)
-        eval_frame.set_code_exec_strategy(frame.f_code, strategy)
+        if frame.f_code in convert_frame.input_codes:
+            strategy = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT)
+            eval_frame.set_code_exec_strategy(frame.f_code, strategy)

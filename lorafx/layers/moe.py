@@ -178,6 +178,9 @@ class FusedMoE(LoadableLayer):
 
 def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """x (M, K) sorted by expert, weight (E, K, N), ends (E,) → (M, N)."""
+    if torch.is_autocast_enabled(x.device.type):  # as it is for matmul
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
     # The kernel for accelerators is for bfloat16, and for rows of 16 bytes.
     if x.is_cuda and x.dtype == torch.bfloat16 and not any(n % 8 for n in weight.shape[1:]):
         return torch._grouped_mm(x, weight, offs=ends)

@@ -99,7 +99,7 @@ class AttachedSession(Session):
                 if self.has_mha and runtime.active:
                     settings.enter_context(no_mha_fast_path())
                 yield
-            except Exception as error:
+            except BaseException as error:
                 trace_again(error)
                 raise
             finally:

@@ -125,6 +125,12 @@ def test_opcheck():
     assert set(torch.library.opcheck(op.default, arguments).values()) == {"SUCCESS"}
 
 
+def test_gradients() -> None:
+    x, weight, offs = operands([2, 0, 3], torch.float64, behind=1)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, weight: op(x, weight, offs), (x, weight))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -72,6 +72,26 @@ def test_experts(renormalize):
     torch.testing.assert_close(captured(x, logits), y)
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_experts_pass_gradients_on(captured):
+    layer, logits = FusedMoE(E, K, H, I), torch.randn(6, E)
+    call = torch.compile(layer, backend="aot_eager") if captured else layer
+    x, copied = (torch.ones(6, H).requires_grad_() for _ in range(2))
+    call(x, logits).square().sum().backward()
+    want = by_experts(copied, logits, layer.w13_weight, layer.w2_weight, True)
+    want.square().sum().backward()
+    torch.testing.assert_close(x.grad, copied.grad)
+
+
+def test_experts_under_autocast():
+    layer, x, logits = FusedMoE(E, K, H, I), torch.randn(6, H), torch.randn(6, E)
+    with torch.autocast("cpu", torch.bfloat16):
+        for given in (x, x.bfloat16()):
+            y = layer(given, logits)
+            assert y.dtype == torch.bfloat16
+            torch.testing.assert_close(y.float(), layer(x, logits).float(), atol=2e-2, rtol=2e-2)
+
+
 def test_experts_are_loaded_one_by_one_or_as_one_tensor():
     w13, w2 = torch.randn(E, 2 * I, H), torch.randn(E, H, I)
     whole, single = FusedMoE(E, K, H, I), FusedMoE(E, K, H, I)
