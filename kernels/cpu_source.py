@@ -154,10 +154,7 @@ def source(spec: DeltaSpec, isa: Isa) -> str:
     streamed = isa.tile if spec.experts else 2
     features = 0 if spec.embedding else len(spec.sizes) * spec.in_features
     sizes = {
-        "TILE": isa.tile,
-        "PLANES": isa.planes,
-        "PAIRS": isa.pairs,
-        "AHEAD": AHEAD,
+        **tile_sizes(isa),
         "K": max(spec.in_features, 1),
         "R": spec.max_rank,
         "G": spec.group,
@@ -171,7 +168,6 @@ def source(spec: DeltaSpec, isa: Isa) -> str:
         "BLOCK": COLUMN_BLOCK,
         "COLUMN_BLOCKS": blocks,
         "WORK": spec.max_rank * (features + sum(spec.sizes)),
-        "SERIAL_WORK": SERIAL_WORK,
         "SPLIT_ROWS": SPLIT_ROWS,
     }
     tables = {
@@ -188,10 +184,24 @@ def source(spec: DeltaSpec, isa: Isa) -> str:
         f"static const long {name}[] = {{{', '.join(map(str, values))}}};"
         for name, values in tables.items()
     ]
+    return "\n".join([*lines, *templates("vectors.h", "tiles.h", "rows.h", "delta.cpp")])
+
+
+def templates(*names: str) -> list[str]:
+    """The texts of these files."""
     folder = resources.files("lorafx.kernels")
-    names = ("vectors.h", "tiles.h", "rows.h", "delta.cpp")
-    lines += [folder.joinpath(name).read_text() for name in names]
-    return "\n".join(lines)
+    return [folder.joinpath(name).read_text() for name in names]
+
+
+def tile_sizes(isa: Isa) -> dict[str, int]:
+    """What tiles.h takes of the instruction set, and all kernels alike."""
+    return {
+        "TILE": isa.tile,
+        "PLANES": isa.planes,
+        "PAIRS": isa.pairs,
+        "AHEAD": AHEAD,
+        "SERIAL_WORK": SERIAL_WORK,
+    }
 
 
 def element_defines(isa: Isa, x: torch.dtype, factors: torch.dtype, y: torch.dtype) -> list[str]:

@@ -7,13 +7,18 @@ factor_source(spec, isa) = #defines and constants of (dtypes, sizes, panel)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import resources
 
 import torch
 from torch import Tensor
 
 from lorafx.kernels.compiler import Isa
-from lorafx.kernels.cpu_source import AHEAD, ELEMENTS, SERIAL_WORK, constants, element_defines
+from lorafx.kernels.cpu_source import (
+    ELEMENTS,
+    constants,
+    element_defines,
+    templates,
+    tile_sizes,
+)
 
 # Bytes of a transposed panel of B: with the rows of v and y it has to stay in a 32 KiB cache.
 PANEL_BYTES = 16 << 10
@@ -73,10 +78,7 @@ def factor_source(spec: FactorSpec, isa: Isa) -> str:
     """The complete C++ text of the kernel of `spec` for `isa`."""
     panel = panel_columns(spec, isa)
     sizes = {
-        "TILE": isa.tile,
-        "PLANES": isa.planes,
-        "PAIRS": isa.pairs,
-        "AHEAD": AHEAD,
+        **tile_sizes(isa),
         "K": spec.in_features,
         "R": spec.rank,
         "N": spec.out_features,
@@ -87,10 +89,7 @@ def factor_source(spec: FactorSpec, isa: Isa) -> str:
         "PREFETCH_ROWS": isa.tile,
         "B_PREFETCH_ROWS": 2,
         "SMALL": SMALL,
-        "SERIAL_WORK": SERIAL_WORK,
     }
-    folder = resources.files("lorafx.kernels")
-    names = ("vectors.h", "tiles.h", "rows.h", "factors.cpp")
-    texts = [folder.joinpath(name).read_text() for name in names]
+    texts = templates("vectors.h", "tiles.h", "rows.h", "factors.cpp")
     defines = element_defines(isa, spec.x_dtype, spec.factor_dtype, spec.y_dtype)
     return "\n".join([f"// {isa.name}: {spec}", *defines, *constants(sizes), *texts])

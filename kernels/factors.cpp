@@ -145,15 +145,6 @@ template <int ROWS> INLINE void expand_rows(Work* w, long m) {
     else w->failed = true;
 }
 
-// CALL<ROWS>(work, m) over rows [first, last), in tiles as large as fit
-#define FOR_TILES(CALL, work, first, last)                                     \
-    for (long m = first; m < last;) {                                          \
-        if (last - m >= TILE) CALL<TILE>(work, m), m += TILE;                  \
-        else if (TILE > 4 && last - m >= 4) CALL<4>(work, m), m += 4;          \
-        else if (TILE > 2 && last - m >= 2) CALL<2>(work, m), m += 2;          \
-        else CALL<1>(work, m), m += 1;                                         \
-    }
-
 // Rows [first, last) of columns [begin, end).
 static void add(Call* c, float* v, long first, long last, long begin, long end) {
     const Args* g = c->args;

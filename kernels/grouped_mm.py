@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -50,18 +51,25 @@ def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
         LoweringError: sizes or dtypes that do not fit together, or an end behind the last row.
     """
     _check(x, weight, offs)
-    y = x.new_zeros(x.shape[0], weight.shape[2])
-    ends = offs.tolist()
-    for start, end in zip([0, *ends], ends, strict=False):
-        _require("grouped_mm", start <= end <= len(x), f"offs ends at {end}, of {len(x)} rows")
-    kernel = kernel_of(x, weight) if len(x) < _many_rows(x.dtype) * len(ends) else None
+    groups = _groups(offs)
+    for start, end in groups:
+        if not start <= end <= len(x):
+            raise LoweringError(f"lorafx::grouped_mm: offs ends at {end}, of {len(x)} rows")
+    y = x.new_empty(x.shape[0], weight.shape[2])
+    y[groups[-1][1] if groups else 0 :].zero_()
+    kernel = kernel_of(x, weight) if len(x) < _many_rows(x.dtype) * len(groups) else None
     if kernel is not None:
         kernel(y, x, weight, offs)
         return y
-    for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+    for expert, (start, end) in enumerate(groups):
         if end > start:
             torch.mm(x[start:end], weight[expert], out=y[start:end])
     return y
+
+
+def _groups(offs: Tensor) -> list[tuple[int, int]]:
+    """Where the rows of each expert start and end."""
+    return list(itertools.pairwise([0, *offs.tolist()]))
 
 
 def _many_rows(dtype: torch.dtype) -> int:
@@ -127,8 +135,8 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, No
     if ctx.needs_input_grad[0]:
         of_x = GROUPED_MM(grad, weight.transpose(1, 2), offs)
     if ctx.needs_input_grad[1]:
-        parts = zip([0, *offs.tolist()], offs.tolist(), strict=False)
-        of_weight = torch.stack([x[start:end].T @ grad[start:end] for start, end in parts])
+        parts = [x[start:end].T @ grad[start:end] for start, end in _groups(offs)]
+        of_weight = torch.stack(parts)
     return of_x, of_weight, None
 
 

@@ -22,16 +22,24 @@ struct Call {
 
 static const long BLOCKS = (N + R - 1) / R;
 
-template <int ROWS> INLINE void product(const Args* g, long m, const W::T* w, long column, int size) {
+struct Unit {  // columns [column, column + size) of one expert
+    const Args* args;
+    const W::T* w;
+    long column;
+    int size;
+};
+
+template <int ROWS> INLINE void product(const Unit* u, long m) {
+    const Args* g = u->args;
     const X::T* x[ROWS];
     float v[ROWS * R];
     for (int row = 0; row < ROWS; row++) x[row] = (const X::T*)g->x + (m + row) * g->x_stride;
-    shrink<ROWS>(x, w, 1, v, 0, size, w + size * K);
+    shrink<ROWS>(x, u->w, 1, v, 0, u->size, u->w + u->size * K);
     for (int row = 0; row < ROWS; row++) {
-        Y::T* y = (Y::T*)g->y + (m + row) * N + column;
-        for (int n = 0; n < size; n += LANES) {
+        Y::T* y = (Y::T*)g->y + (m + row) * N + u->column;
+        for (int n = 0; n < u->size; n += LANES) {
             Y::raw part = Y::narrow(load_raw<vec>(v + row * R + n));
-            memcpy(y + n, &part, (size - n < LANES ? size - n : LANES) * sizeof *y);
+            memcpy(y + n, &part, (u->size - n < LANES ? u->size - n : LANES) * sizeof *y);
         }
     }
 }
@@ -42,14 +50,8 @@ static void run_units(int64_t begin, int64_t end, void* context) {
     for (int64_t unit = begin; unit < end; unit++) {
         const long e = c->present[unit / BLOCKS], column = unit % BLOCKS * R;
         const int size = N - column < R ? N - column : R;
-        const W::T* w = (const W::T*)g->w + (e * N + column) * K;
-        const long last = g->ends[e];
-        for (long m = e ? g->ends[e - 1] : 0; m < last;) {
-            if (last - m >= TILE) product<TILE>(g, m, w, column, size), m += TILE;
-            else if (TILE > 4 && last - m >= 4) product<4>(g, m, w, column, size), m += 4;
-            else if (TILE > 2 && last - m >= 2) product<2>(g, m, w, column, size), m += 2;
-            else product<1>(g, m, w, column, size), m += 1;
-        }
+        const Unit u = {g, (const W::T*)g->w + (e * N + column) * K, column, size};
+        FOR_TILES(product, &u, e ? g->ends[e - 1] : 0, g->ends[e])
     }
 }
 

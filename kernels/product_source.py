@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from importlib import resources
 
 import torch
 from torch import Tensor
 
 from lorafx.kernels.compiler import Isa
-from lorafx.kernels.cpu_source import AHEAD, ELEMENTS, SERIAL_WORK, constants, element_defines
+from lorafx.kernels.cpu_source import (
+    ELEMENTS,
+    constants,
+    element_defines,
+    templates,
+    tile_sizes,
+)
 
 # Columns of a unit of work: their weights stay in a cache while an expert's rows go through them.
 UNIT = 64
@@ -58,20 +63,14 @@ class ProductArgs(ctypes.Structure):
 def product_source(spec: ProductSpec, isa: Isa) -> str:
     """The complete C++ text of the kernel of `spec` for `isa`."""
     sizes = {
-        "TILE": isa.tile,
-        "PLANES": isa.planes,
-        "PAIRS": isa.pairs,
-        "AHEAD": AHEAD,
+        **tile_sizes(isa),
         "K": spec.in_features,
         "N": spec.out_features,
         "R": UNIT,
         "B_STRIDE": UNIT,
         "PREFETCH_ROWS": isa.tile,
         "B_PREFETCH_ROWS": 0,
-        "SERIAL_WORK": SERIAL_WORK,
     }
-    folder = resources.files("lorafx.kernels")
-    names = ("vectors.h", "tiles.h", "product.cpp")
-    texts = [folder.joinpath(name).read_text() for name in names]
+    texts = templates("vectors.h", "tiles.h", "product.cpp")
     defines = element_defines(isa, spec.dtype, spec.dtype, spec.dtype)
     return "\n".join([f"// {isa.name}: {spec}", *defines, *constants(sizes), *texts])

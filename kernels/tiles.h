@@ -106,3 +106,12 @@ __attribute__((noinline)) static void expand(Y::T* const* y, long column, const 
         expand_tile<ROWS, 1, true>(y, column + c, b + c, v, rank, 0);
     if (c < size) expand_tile<ROWS, 1, false>(y, column + c, b + c, v, rank, size - c);
 }
+
+// CALL<ROWS>(work, m) over rows [first, last), in tiles as large as fit
+#define FOR_TILES(CALL, work, first, last)                                     \
+    for (long m = first; m < last;) {                                          \
+        if (last - m >= TILE) CALL<TILE>(work, m), m += TILE;                  \
+        else if (TILE > 4 && last - m >= 4) CALL<4>(work, m), m += 4;          \
+        else if (TILE > 2 && last - m >= 2) CALL<2>(work, m), m += 2;          \
+        else CALL<1>(work, m), m += 1;                                         \
+    }

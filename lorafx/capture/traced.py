@@ -19,6 +19,10 @@ from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrate
 
 from lorafx.compat import entry_arguments
 
+#: A function that is not compiled now runs in Python this time; what it calls, and its next call,
+#: are looked at as ever.
+_THIS_TIME = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT)
+
 
 class Traced:
     """`function` compiled by `backend`, frame by frame where it breaks, with graphs of its own.
@@ -59,15 +63,14 @@ class Traced:
 
         @functools.wraps(convert)  # with its attributes, which Dynamo asks for
         def noting(frame: Any, *args: Any, **kwargs: Any) -> ConvertFrameReturn:
-            in_python = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT)
             if frame.f_code in self.given_up:
-                return ConvertFrameReturn(frame_exec_strategy=in_python)
+                return ConvertFrameReturn(frame_exec_strategy=_THIS_TIME)
             try:
                 return convert(frame, *args, **kwargs)
             except Unsupported as error:
                 if isinstance(error.__cause__, ObservedException):
                     self.given_up[frame.f_code] = _what_was_raised(error)
-                    error.frame_exec_strategy = in_python
+                    error.frame_exec_strategy = _THIS_TIME
                 raise
 
         return noting
@@ -118,5 +121,4 @@ def trace_again(error: BaseException) -> None:
     `error` came through, but what it was told never to trace."""
     for frame, _ in walk_tb(error.__traceback__):
         if frame.f_code in convert_frame.input_codes:
-            strategy = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT)
-            eval_frame.set_code_exec_strategy(frame.f_code, strategy)
+            eval_frame.set_code_exec_strategy(frame.f_code, _THIS_TIME)

@@ -17,14 +17,15 @@ from torch import fx
 
 from lorafx.graph.frame import arguments_of, fake_value
 from lorafx.graph.weight_uses import SAME_VALUE
+from lorafx.kernels.grouped_mm import GROUPED_MM
 
 aten = torch.ops.aten
 
 ExpertUseKind = Literal["sorted", "chosen", "all", "unknown"]
 GROUPED = frozenset({aten._grouped_mm.default})
 SWAPS = frozenset({aten.t.default, aten.transpose.int, aten.permute.default})
-#: Ops of libraries, where torch's cannot be compiled: (namespace, name).
-FALLBACKS = frozenset({("transformers", "grouped_mm_fallback"), ("lorafx", "grouped_mm")})
+#: transformers' own op, where torch's cannot be compiled: (namespace, name).
+FALLBACK = ("transformers", "grouped_mm_fallback")
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,11 @@ def _is_one(size: Any) -> bool:
 
 def is_grouped(node: fx.Node) -> bool:
     """Whether it is a product of sorted rows with the weights of all experts."""
-    if node.target in GROUPED:
+    if node.target in GROUPED or node.target is GROUPED_MM:
         return True
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and tuple(schema.name.split("::")) in FALLBACKS
+    packet = getattr(node.target, "overloadpacket", None)
+    namespace = getattr(torch.ops, FALLBACK[0], None)
+    return packet is not None and packet is getattr(namespace, FALLBACK[1], None)
 
 
 def _order(user: fx.Node) -> list[int]:

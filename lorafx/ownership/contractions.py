@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from lorafx.kernels.grouped_mm import GROUPED_MM
 from lorafx.ownership.flow import Flow, Rule, bound, each_output, outputs
 from lorafx.ownership.labels import Label, Own, Single
 from lorafx.ownership.symbolic import ONE, equal
@@ -172,7 +173,7 @@ RULES: dict[object, Rule] = {
     aten.addr: einsum({"vec1": "n", "vec2": "m"}, "nm", "self"),
     aten._weight_int8pack_mm: einsum({"self": "nk", "mat2": "mk", "scales": "m"}, "nm"),
     **dict.fromkeys((aten.matmul, aten.linear), matmul),
-    **dict.fromkeys((aten._grouped_mm,), grouped),
+    **dict.fromkeys((aten._grouped_mm, GROUPED_MM.overloadpacket), grouped),
     **dict.fromkeys(
         (
             aten._scaled_dot_product_flash_attention_for_cpu,
@@ -190,7 +191,4 @@ RULES: dict[object, Rule] = {
 }
 
 # Operators of libraries that may not be loaded, by namespace and name.
-OPTIONAL: dict[tuple[str, str], Rule] = {
-    ("transformers", "grouped_mm_fallback"): grouped,
-    ("lorafx", "grouped_mm"): grouped,
-}
+OPTIONAL: dict[tuple[str, str], Rule] = {("transformers", "grouped_mm_fallback"): grouped}

@@ -23,8 +23,8 @@ from layouts import (
     elements_apart,
     large,
     last_first,
-    needs_compiler,
 )
+from toolchain import needs_compiler
 from torch import Tensor
 
 from lorafx.kernels.cpu import DeltaSpec, build

@@ -14,10 +14,10 @@ from layouts import (
     elements_apart,
     large,
     last_first,
-    needs_compiler,
     row_stride,
     rows_apart,
 )
+from toolchain import needs_compiler
 from torch import Tensor, nn
 
 import lorafx

@@ -5,25 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-
-from lorafx.errors import LoweringError
-from lorafx.kernels.compiler import find_compiler
-
-
-def _has_compiler() -> bool:
-    try:
-        find_compiler()
-    except LoweringError:
-        return False
-    return True
-
-
-needs_compiler = pytest.mark.skipif(not _has_compiler(), reason="needs a C++ compiler")
-
 
 # --- layouts: the same values, other strides ---
 

@@ -13,25 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from delta_oracle import assert_delta, random_problem
+from toolchain import needs_compiler
 
 from lorafx.errors import LoweringError
 from lorafx.kernels import compiler, cpu
-from lorafx.kernels.compiler import Isa, compile_library, find_compiler, load_library
+from lorafx.kernels.compiler import Isa, compile_library, load_library
 from lorafx.kernels.cpu import DeltaSpec, build, delta_call, embedding_delta_call
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
 NO_COMPILER = {"cpp.cxx": ("/nowhere/g++",)}
-
-
-def _has_compiler() -> bool:
-    try:
-        find_compiler()
-    except LoweringError:
-        return False
-    return True
-
-
-needs_compiler = pytest.mark.skipif(not _has_compiler(), reason="needs a C++ compiler")
 
 
 @pytest.fixture

@@ -8,24 +8,16 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 from delta_oracle import Problem, assert_delta, random_problem
+from toolchain import needs_compiler
 
-from lorafx.errors import LoweringError
-from lorafx.kernels.compiler import Isa, find_compiler, runnable_isas
+from lorafx.kernels.compiler import Isa, runnable_isas
 from lorafx.kernels.cpu import DeltaSpec, build, build_all
 
 lora = torch.ops.lorafx
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
-def _has_compiler() -> bool:
-    try:
-        find_compiler()
-    except LoweringError:
-        return False
-    return True
-
-
-pytestmark = pytest.mark.skipif(not _has_compiler(), reason="needs a C++ compiler")
+pytestmark = needs_compiler
 
 # K, largest rank, sibling sizes, siblings that y has columns for, dtypes of x, bank and y
 GRID = {

@@ -7,11 +7,12 @@ from collections.abc import Iterable
 
 import pytest
 import torch
+from toolchain import needs_compiler
 from torch import Tensor
 
 from lorafx.errors import LoweringError
 from lorafx.kernels import factor_ops
-from lorafx.kernels.compiler import Isa, find_compiler, runnable_isas
+from lorafx.kernels.compiler import Isa, runnable_isas
 from lorafx.kernels.cpu import FactorSpec, build, build_all
 from lorafx.kernels.factor_source import MAX_RANK, factor_source
 
@@ -41,17 +42,6 @@ DTYPES = {
     "bf16 factors": (FP32, BF16, FP32),
     "fp32 result": (BF16, BF16, FP32),
 }
-
-
-def _has_compiler() -> bool:
-    try:
-        find_compiler()
-    except LoweringError:
-        return False
-    return True
-
-
-needs_compiler = pytest.mark.skipif(not _has_compiler(), reason="needs a C++ compiler")
 
 
 def problem(size: str, dtypes: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -6,27 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toolchain import needs_compiler
 from torch import Tensor
 
 from lorafx.errors import LoweringError
 from lorafx.kernels import grouped_mm
-from lorafx.kernels.compiler import Isa, find_compiler, runnable_isas
+from lorafx.kernels.compiler import Isa, runnable_isas
 from lorafx.kernels.product_source import ProductSpec
 
 K, N = 5, 3
 op = torch.ops.lorafx.grouped_mm
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def _has_compiler() -> bool:
-    try:
-        find_compiler()
-    except LoweringError:
-        return False
-    return True
-
-
-needs_compiler = pytest.mark.skipif(not _has_compiler(), reason="needs a C++ compiler")
 
 
 def operands(
