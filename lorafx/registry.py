@@ -9,8 +9,8 @@ replaces a registered one (lorafx.model.out_of_tree) has that one's entry with s
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
@@ -33,7 +33,10 @@ class Sharding(Protocol):
     def cut(
         self, module: nn.Module, slices: tuple[int, ...], A: Tensor, B: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """This rank's share of A (r, K) and B (N, r), N the columns of `slices`."""
+        """This rank's share of A (…, r, K) and B (…, N, r), N the columns of `slices`.
+
+        Routed experts have factors for each of E experts, (E, r, K) and (E, N, r).
+        """
         ...
 
     def product(self, module: nn.Module) -> nn.Module:
@@ -71,6 +74,7 @@ class Eligible:
             modules that compute one projection.
         sharding: how a tensor-parallel module's checkpoint factors become this rank's; None where
             modules hold what checkpoints hold.
+        weight_shardings: the same for each parameter of a class of routed experts, by name.
         handler: says where the delta goes in a call whose input and output do not have the site's
             sizes; None where the forward maps (…, K) to (…, N).
         packed: instances compute several projections, so that a class in its place has to say
@@ -94,6 +98,7 @@ class Eligible:
     rank_shards: Callable[[nn.Module], int] | None = None
     dequantize: Callable[[nn.Module], Tensor] | None = None
     requantize: Callable[[nn.Module, Tensor], None] | None = None
+    weight_shardings: Mapping[str, Sharding] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -128,21 +133,30 @@ class Replacement:
     sizes: Sizes
     output_sizes: Callable[[nn.Module], tuple[int, ...]] | None
     weight: str
-    sharding: Sharding | None
+    sharding: Sharding | Mapping[str, Sharding] | None
 
     def entry(self) -> Eligible | None:
         """The replaced class's entry at this moment, for instances of `by`."""
         entry = lookup_class(self.replaced)
         if entry is None:
             return None
+        whole, by_weight = _shardings(self.sharding)
         return replace(
             entry,
             cls=self.by,
             sizes=self.sizes,
             output_sizes=self.output_sizes,
             weight=self.weight,
-            sharding=self.sharding,
+            sharding=whole,
+            weight_shardings=by_weight,
         )
+
+
+def _shardings(
+    given: Sharding | Mapping[str, Sharding] | None,
+) -> tuple[Sharding | None, Mapping[str, Sharding]]:
+    """The sharding of a module's one weight, and those of routed experts by parameter."""
+    return (None, dict(given)) if isinstance(given, Mapping) else (given, {})
 
 
 def _read(module: nn.Module, size: SizeOf) -> int:
@@ -167,7 +181,7 @@ def register(
     weight: str = "weight",
     transposed: bool = False,
     output_sizes: SizesOf | None = None,
-    sharding: Sharding | None = None,
+    sharding: Sharding | Mapping[str, Sharding] | None = None,
     handler: Handler | None = None,
     packed: bool = False,
     rank_shards: Callable[[nn.Module], int] | None = None,
@@ -186,7 +200,8 @@ def register(
         output_sizes: for a class that computes several projections at once, attribute name or
             function giving the columns of each; their sum is N. Names come from
             `packed_modules_mapping` or LoraConfig(packed_modules=...).
-        sharding: for a tensor-parallel class, how checkpoint factors become this rank's.
+        sharding: for a tensor-parallel class, how checkpoint factors become this rank's; for kind
+            "experts" a mapping that says it of each parameter by name.
         handler: `handler(module, args, kwargs, output, add)` returns the output of a call with the
             delta in it, by calls of `add(x, y, start=0)`, which gives
             y + Δ(x)[..., start : start + y.shape[-1]]. For forwards that work on groups of columns
@@ -214,8 +229,14 @@ def register(
     for name, function in functions.items():
         if function is not None and not callable(function):
             raise ConfigError(f"register({cls.__qualname__}): {name}={function!r} cannot be called")
+    if isinstance(sharding, Mapping) != (kind == "experts") and sharding is not None:
+        raise ConfigError(
+            f"register({cls.__qualname__}): sharding of routed experts is a mapping from their "
+            f"parameters' names, of other kinds one object; got {sharding!r} for kind {kind!r}"
+        )
     slices = None if output_sizes is None else SliceSizes(output_sizes)
     sizes = Sizes(in_features, out_features)
+    whole, by_weight = _shardings(sharding)
     entry = Eligible(
         cls,
         kind,
@@ -223,12 +244,13 @@ def register(
         weight,
         transposed,
         slices,
-        sharding,
+        whole,
         handler,
         packed,
         rank_shards,
         dequantize,
         requantize,
+        by_weight,
     )
     _REGISTERED[cls] = entry
     return entry

@@ -253,8 +253,12 @@ def impossible(module: nn.Module, entry: Eligible | None) -> str | None:
         return unlike_experts(module) or (
             "no class along its MRO is registered (see lorafx.register)"
         )
-    if entry.kind == "experts" and getattr(module, "tp_size", 1) > 1:
-        return f"{module.tp_size} ranks share its experts, and factors are not cut to such parts"
+    ranks = getattr(module, "tp_size", 1)
+    if entry.kind == "experts" and entry.sharding is None and ranks > 1:
+        return (
+            f"{ranks} ranks share its experts, and its class does not say which part of their "
+            "factors is whose; see lorafx.register(sharding=...)"
+        )
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         return "its parameters are not initialised yet; run the model once before"
     try:

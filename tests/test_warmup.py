@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 
 import lorafx
 from lorafx.errors import CapacityError, ConfigError
+from lorafx.layers import FusedMoE
 from lorafx.passes.select import build_sites
 from lorafx.serving.example_inputs import derived_example
 from lorafx.serving.warmup import DEFAULT_RANK, dummy, dummy_rank
@@ -269,6 +270,41 @@ def test_rank_of_dummies_is_a_multiple_of_the_shard_counts(cut: type[Cut]) -> No
     assert dummy_rank(_sites(TwoCuts(4, 6)), 16) == 12  # 8, up to a multiple of 12
     assert dummy_rank(_sites(TwoCuts(4, 6)), 48, 25) == 36
     assert dummy_rank(_sites(nn.Sequential(nn.Linear(3, 4))), 16, 5) == 5
+
+
+class Routed(nn.Module):
+    """A router, its experts, and a linear whose rank is cut over three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(6, 4)
+        self.experts = CutExperts(4, 2, 6, 8)
+        self.out = Cut(6, 6)
+        self.out.shards = 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.experts(x, self.gate(x)))
+
+
+class CutExperts(FusedMoE):
+    """Routed experts whose factors' rank is cut over two."""
+
+
+def test_experts_are_warmed_up_too(cut: type[Cut]) -> None:
+    """Dummies have factors for every expert, of a rank that all shards divide."""
+    targets = lorafx.LoraConfig(target_modules=["gate", "experts", "out"], max_rank=12)
+    lorafx.register(CutExperts, kind="experts", weight="w13_weight", rank_shards=lambda _: 2)
+    try:
+        sites = build_sites(Routed(), targets)[1]
+        assert dummy_rank(sites, 12) == 12  # 8, up to a multiple of 6
+        model = Routed().eval()
+        cm = lorafx.compile(model, targets, options={"lowering": "reference"})
+        cm.warmup({"x": torch.randn(2, 3, 6)}, batch_sizes=(2,))
+    finally:
+        lorafx.unregister(CutExperts)
+    graphs = cm.recompiles
+    cm(torch.randn(2, 3, 6), adapter_names=[None, None])
+    assert graphs == cm.recompiles > 0
 
 
 def test_a_rank_that_the_banks_have_no_room_for(cut: type[Cut]) -> None:

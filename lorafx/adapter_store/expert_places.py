@@ -16,7 +16,7 @@ from torch import nn
 
 from lorafx.adapter_store.expert_names import PROJECTIONS, Half, covers, parse, unnested
 from lorafx.adapter_store.peft_keys import without_compiled
-from lorafx.model.experts import ExpertWeight, expert_weights
+from lorafx.model.experts import ExpertWeight, saved_weights
 from lorafx.registry import lookup
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Experts:
         path: its canonical path where a parameter is selected, else the one it was found by.
         module: the instance.
         weights: its two parameters in the order in which it registers them, which is the order
-            in which PEFT wraps them.
+            in which PEFT wraps them. Their sizes are those that checkpoints have.
         sites: those that are selected, by the parameter's name.
     """
 
@@ -122,7 +122,7 @@ class ExpertPlaces:
         if id(module) in self._by_module:
             return self._by_module[id(module)]
         entry = lookup(module)
-        weights = expert_weights(module) if entry is None or entry.kind == "experts" else None
+        weights = saved_weights(module) if entry is None or entry.kind == "experts" else None
         if weights is None:
             return None
         order = list(module._parameters)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lorafx.adapter_store.expert_names import Half
+from lorafx.adapter_store.places import saved_sizes
 from lorafx.adapter_store.weights import LoraWeights
 from lorafx.model.experts import ExpertWeight
 from lorafx.model.sites import Site
@@ -72,20 +73,28 @@ def assembled(site: Site, terms: Sequence[Term]) -> Iterator[tuple[str, LoraWeig
             if (b := _columns(site, index, term.half, term.B)) is not None
         ]
         if own:
-            yield site.part_path(index), _joined(site.experts, own)
+            yield site.part_path(index), _own_share(site, index, _joined(site.experts, own))
+
+
+def _own_share(site: Site, part: int, whole: LoraWeights) -> LoraWeights:
+    """What of a part's factors is this rank's."""
+    sharding = site.eligible.sharding
+    if sharding is None:
+        return whole
+    a, b = sharding.cut(site.module, site.parts[part].slices, whole.A, whole.B)
+    return whole._replace(A=a, B=b)
 
 
 def _columns(site: Site, part: int, half: Half, b: Tensor) -> Tensor | None:
     """The rows of B that are columns of this part, (n, N, r); None where there are none."""
-    weight = site.expert_weight
+    weight, size = site.expert_weight, saved_sizes((site, part))[1]
     assert weight is not None
     if weight.halves == "stacked":
-        size = site.parts[part].out_features
         if half == "all":
             return b[:, part * size : (part + 1) * size]
         return b if ("gate", "up")[part] == half else None
     if weight.halves == "interleaved" and half != "all":
-        wide = b.new_zeros(b.shape[0], weight.out_features, b.shape[2])
+        wide = b.new_zeros(b.shape[0], size, b.shape[2])
         wide[:, 0 if half == "gate" else 1 :: 2] = b
         return wide
     return b

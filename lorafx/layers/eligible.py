@@ -18,7 +18,7 @@ from lorafx.layers.linear import (
     RowParallelLinear,
 )
 from lorafx.layers.moe import FusedMoE
-from lorafx.layers.sharding import LayerSharding
+from lorafx.layers.sharding import DownSharding, GateUpSharding, LayerSharding
 from lorafx.registry import register
 
 LINEARS: tuple[type[nn.Module], ...] = (
@@ -59,4 +59,5 @@ def register_layers() -> None:
         in_features="hidden_size",
         out_features="intermediate_size",
         weight="w13_weight",
+        sharding={"w13_weight": GateUpSharding(), "w2_weight": DownSharding()},
     )

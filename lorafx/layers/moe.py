@@ -35,7 +35,9 @@ class FusedMoE(LoadableLayer):
     ids of their loaders: ("w1", e) the gate, ("w3", e) the up and ("w2", e) the down projection of
     expert e; None for all experts as one tensor (E, 2I, H) or (E, H, I).
 
-    LoRA: each of the two parameters is a site, with an update for each expert.
+    LoRA: each of the two parameters is a site, with an update for each expert. On several ranks B
+    of gate and up and A of down are cut as the weights are, so each rank adds its part of the delta
+    to its own product.
 
     Args:
         num_experts, top_k: E and k.
@@ -114,17 +116,21 @@ class FusedMoE(LoadableLayer):
 
     def _load(self, name: str, loaded: Tensor, shard_id: ExpertShard) -> None:
         part = self.intermediate_size_per_partition
-        start = self.tp_rank * part
         target = self.get_parameter(name).data
         if shard_id is not None:
             target, loaded = target[shard_id[1]][None], loaded[None]
         if name == "w2_weight":
-            target.copy_(loaded.narrow(2, start, part))
+            target.copy_(self.own_inner(loaded, dim=2))
             return
         halves = (0, 1) if shard_id is None else (("w1", "w3").index(shard_id[0]),)
         rows = loaded.split(self.intermediate_size, dim=1)
         for half, value in zip(halves, rows, strict=True):
-            target[:, half * part : (half + 1) * part].copy_(value.narrow(1, start, part))
+            target[:, half * part : (half + 1) * part].copy_(self.own_inner(value, dim=1))
+
+    def own_inner(self, value: Tensor, dim: int) -> Tensor:
+        """This rank's part of what has all I inner features along `dim`."""
+        part = self.intermediate_size_per_partition
+        return value.narrow(dim, self.tp_rank * part, part)
 
     def checkpoint_shape(self, name: str, shard_id: ExpertShard = None) -> tuple[int, ...]:
         experts, hidden, inner = self.num_experts, self.hidden_size, self.intermediate_size

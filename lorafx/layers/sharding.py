@@ -5,6 +5,8 @@
     outputs cut (column, QKV, head)   B_rank = rows of B,      A_rank = A
     inputs cut (row)                  B_rank = B,              A_rank = columns of A
     vocabulary of an embedding cut    B_rank = B,              A_rank = columns of A (r, V)
+    experts: gate and up of all       B_rank = rows of B (E, I, r) of each,  A_rank = A
+    experts: down of all              B_rank = B,              A_rank = columns of A (E, r, I)
 
 Rows that pad a vocabulary get zeros.
 """
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from lorafx.layers.base import ParallelLayer
 from lorafx.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from lorafx.layers.moe import FusedMoE
 
 
 class LayerSharding:
@@ -54,6 +57,55 @@ class LayerSharding:
         """The call of this rank's product, which comes before the ranks' results are combined."""
         layer = _layer(module)
         return layer if layer.tp_size == 1 else layer.local_product
+
+
+class GateUpSharding:
+    """`lorafx.registry.Sharding` of `FusedMoE.w13_weight`, whose slices are gate and up."""
+
+    def saved_sizes(self, module: nn.Module) -> tuple[int, tuple[int, ...]]:
+        """H and the rows of each half, as checkpoints have them."""
+        layer = _experts(module)
+        return layer.hidden_size, (layer.intermediate_size, layer.intermediate_size)
+
+    def cut(
+        self, module: nn.Module, slices: tuple[int, ...], A: Tensor, B: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's A and B of one half.
+
+        Args:
+            A: (E, r, H).
+            B: (E, I, r).
+        """
+        return A, _experts(module).own_inner(B, dim=-2)
+
+    def product(self, module: nn.Module) -> nn.Module:
+        """The layer: its products are found in the graph, before the ranks' results are summed."""
+        return module
+
+
+class DownSharding(GateUpSharding):
+    """The same of `FusedMoE.w2_weight`, whose inputs are cut."""
+
+    def saved_sizes(self, module: nn.Module) -> tuple[int, tuple[int, ...]]:
+        """I and H."""
+        layer = _experts(module)
+        return layer.intermediate_size, (layer.hidden_size,)
+
+    def cut(
+        self, module: nn.Module, slices: tuple[int, ...], A: Tensor, B: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's A and B.
+
+        Args:
+            A: (E, r, I).
+            B: (E, H, r).
+        """
+        return _experts(module).own_inner(A, dim=-1), B
+
+
+def _experts(module: nn.Module) -> FusedMoE:
+    assert isinstance(module, FusedMoE)
+    return module
 
 
 def _layer(module: nn.Module) -> ParallelLayer:

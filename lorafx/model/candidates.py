@@ -13,7 +13,7 @@ from lorafx.model.experts import ExpertWeight
 from lorafx.model.marks import is_dense
 from lorafx.model.packed_names import PackedNames, parts_of, virtual_paths
 from lorafx.model.sites import Part
-from lorafx.registry import Eligible
+from lorafx.registry import Eligible, lookup
 
 
 class Candidate:
@@ -82,7 +82,8 @@ class ExpertsCandidate(Candidate):
         packed: PackedNames,
     ) -> None:
         own = tuple(weight.path(p) for p in paths)
-        super().__init__(weight.path(path), module, own, weight.eligible(), packed)
+        entry = weight.eligible(lookup(module))
+        super().__init__(weight.path(path), module, own, entry, packed)
         self.module_paths, self.weight, self.expert_weight = paths, weight, weight
 
     def parts(

@@ -11,13 +11,13 @@ transformers' classes say by attributes how they store them; for others the shap
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
 
 from lorafx.model.module_graph import join
-from lorafx.registry import Eligible
+from lorafx.registry import Eligible, lookup
 
 #: How gate and up lie in the columns of the first weight, "" where there is no gate.
 Halves = Literal["", "stacked", "interleaved"]
@@ -53,10 +53,18 @@ class ExpertWeight:
     halves: Halves
     down: bool
 
-    def eligible(self) -> Eligible:
-        """What the registry would say of the parameter."""
+    def eligible(self, entry: Eligible | None) -> Eligible:
+        """What the registry would say of the parameter; `entry` is that of its module's class."""
         sizes = self.in_features, self.out_features
-        return Eligible(nn.Module, "experts", lambda _: sizes, self.name, self.transposed)
+        return Eligible(
+            nn.Module,
+            "experts",
+            lambda _: sizes,
+            self.name,
+            self.transposed,
+            sharding=None if entry is None else entry.weight_shardings.get(self.name),
+            rank_shards=None if entry is None else entry.rank_shards,
+        )
 
     def path(self, module_path: str) -> str:
         """Path of the parameter in an experts module at `module_path`."""
@@ -77,6 +85,21 @@ def expert_weights(module: nn.Module) -> tuple[ExpertWeight, ExpertWeight] | Non
         if (pair := _pair(module, first, second, transposed)) is not None
     ]
     return fitting[0] if fitting else None
+
+
+def saved_weights(module: nn.Module) -> tuple[ExpertWeight, ...] | None:
+    """`expert_weights` with the sizes that checkpoints have, of which this rank may hold a part."""
+    entry, found = lookup(module), expert_weights(module)
+    if entry is None or found is None:
+        return found
+    weights = []
+    for weight in found:
+        sharding = entry.weight_shardings.get(weight.name)
+        if sharding is not None:
+            k, sizes = sharding.saved_sizes(module)
+            weight = replace(weight, in_features=k, out_features=sum(sizes))
+        weights.append(weight)
+    return tuple(weights)
 
 
 def unlike_experts(module: nn.Module) -> str | None:

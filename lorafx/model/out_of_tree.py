@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import CodeType
@@ -46,7 +46,7 @@ def register_oot(
     input_size: SizeOf | None = None,
     output_sizes: SizesOf | None = None,
     weight: str | None = None,
-    sharding: Sharding | None = None,
+    sharding: Sharding | Mapping[str, Sharding] | None = None,
 ) -> Eligible:
     """Match `by` and its subclasses wherever `replaced` would be; a later call for `by` replaces.
 
@@ -60,7 +60,7 @@ def register_oot(
             `output_sizes`, or `output_size` for one slice, or what `replaced` calls it. For
             embeddings `embedding_dim`.
         weight: attribute that holds W; by default that of `replaced`, or `weight`.
-        sharding: for tensor-parallel classes; sizes are then those of this rank.
+        sharding: for tensor-parallel classes, as in `register`; sizes are then those of this rank.
 
     Returns:
         The entry that instances of `by` have.

@@ -131,7 +131,7 @@ def _shards(site: Site) -> int:
     shards = count(site.module)
     if not isinstance(shards, int) or isinstance(shards, bool) or shards < 1:
         raise ConfigError(
-            f"{site.path}: rank_shards of {site.eligible.cls.__qualname__} is a positive int, "
+            f"{site.path}: rank_shards of {type(site.module).__qualname__} is a positive int, "
             f"got {shards!r}"
         )
     return shards
@@ -145,9 +145,11 @@ def dummy(name: str, sites: Sequence[Site], rank: int, *, seed: int) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for site in sites:
+        each = () if site.expert_weight is None else (site.experts,)
         for index, part in enumerate(site.parts):
-            a = torch.randn(rank, part.in_features, generator=generator) / part.in_features**0.5
-            b = torch.randn(part.out_features, rank, generator=generator) / rank**0.5
+            k, n = part.in_features, part.out_features
+            a = torch.randn(*each, rank, k, generator=generator) / k**0.5
+            b = torch.randn(*each, n, rank, generator=generator) / rank**0.5
             weights[site.part_path(index)] = LoraWeights(a, b, 0.01)
     return Adapter(name, weights, rank, "warm-up")
 
