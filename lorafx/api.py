@@ -13,7 +13,7 @@ from torch import nn
 
 from lorafx.adapter_store.checkpoint import AdapterState, load_config
 from lorafx.adapter_store.peft_config import PeftConfig
-from lorafx.adapter_store.peft_model import TakenOver, is_peft_model, take_over
+from lorafx.adapter_store.peft_model import TakenOver, is_peft_model, peft_layers, take_over
 from lorafx.adapter_store.peft_reader import Adapter, adapter_target_modules, read_adapter
 from lorafx.adapter_store.peft_targets import picked
 from lorafx.adapter_store.store import AdapterStore
@@ -50,8 +50,9 @@ def compile(
     Sibling weights that are packed become views of one buffer, with the same values.
 
     Args:
-        model: any `nn.Module`, or a `peft.PeftModel`, whose loaded adapters are taken over (its
-            wrappers are taken out of the base model).
+        model: any `nn.Module`. Adapters of PEFT that are in it are taken over: of a
+            `peft.PeftModel`, which raises until `detach`, or injected by transformers'
+            `load_adapter`. PEFT's wrappers are taken out, and what was active is the default.
         lora_config: a `LoraConfig`, a `peft.LoraConfig` or its dict, the path of an adapter
             folder, a mapping name -> folder (which are loaded too), or None: what `adapters`
             target, else every linear.
@@ -163,7 +164,7 @@ def _marked(
     taken = None
     if isinstance(model, CompiledModel):
         raise CaptureError("this model was compiled by lorafx already; use it, or detach() first")
-    if is_peft_model(model):
+    if is_peft_model(model) or peft_layers(model):
         taken = take_over(model)
         model = taken.base
         sources = {**taken.adapters, **sources}

@@ -3,7 +3,7 @@
 marked model                  its session's graph, base or LoRA           (lorafx.serving.attached)
 options with `lora_config`    marked, and the frame captured again        (lorafx.capture.unmarked)
 PEFT's modules                PEFT's arithmetic, fused                    (lorafx.graph.peft_graph)
-anything else                 Inductor
+anything else                 Inductor, which the log says once    (lorafx.capture.unserved)
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from lorafx.capture.executable import refusing
 from lorafx.capture.lowering import InductorLowering, Lowering, lowering_for
 from lorafx.capture.unmarked import FrameOptions, mark_captured
+from lorafx.capture.unserved import note_unserved
 from lorafx.compat import mode_settings
 from lorafx.config import Options
 from lorafx.errors import CaptureError, LorafxError
@@ -59,6 +60,7 @@ def compile_frame(
     lowering = _lowering(wanted.options, patches)
     if has_peft_lora(gm, examples):
         return compile_peft_frame(gm, examples, options=wanted.options, lowering=lowering)
+    note_unserved()
     return captured_before(lowering.base(gm, examples), examples)
 
 

@@ -210,3 +210,20 @@ def _two_models(plain: Case, inputs: dict[str, Tensor]) -> None:
         return {"logits": models[0](**arguments)["logits"] + models[1](**arguments)["logits"]}
 
     served(torch.compile(both, backend="lorafx"), models[0], ["a0", "a0"], inputs)
+
+
+def test_a_model_without_lora_is_logged_once(caplog):
+    """Somebody who forgot the options would otherwise serve the base model and not know why."""
+    net, x = nn.Sequential(nn.Linear(6, 9)), torch.randn(2, 6)
+    for rows in (2, 3):
+        torch.compile(net, backend="lorafx", options=REFERENCE, dynamic=False)(torch.randn(rows, 6))
+    [record] = [record for record in caplog.records if record.name == "lorafx"]
+    assert "of Sequential: it carries no LoRA" in record.getMessage()
+    caplog.clear()
+    marked, asked = Marked().eval(), Broken().eval()
+    lorafx.attach(marked, lorafx.LoraConfig(target_modules=["w"]), options=REFERENCE)
+    compile_it = torch.compile(marked, backend="lorafx")
+    compile_it(x)
+    options = {"lora_config": lorafx.LoraConfig(target_modules=["w"]), **REFERENCE}
+    torch.compile(asked, backend="lorafx", options=options)(x)
+    assert not [record for record in caplog.records if record.name == "lorafx"]

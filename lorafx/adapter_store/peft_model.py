@@ -1,24 +1,30 @@
-"""Taking over the adapters of a `peft.PeftModel` that is in memory.
+"""Taking over the adapters of PEFT that are in memory: of a `peft.PeftModel`, or injected.
 
-PEFT replaces each target module in its parent by a wrapper that holds it as `base_layer`. Here
-the adapters' weights are read first, then each wrapper is replaced by the module that it wraps,
-so that the base model is what it was before PEFT. The PeftModel keeps its configurations but has
-no adapters while it is unwrapped: asked for one by `adapter_names` it raises, called without it
-computes the base model, and saving it would write no weights. `restore()` puts the wrappers back.
-PEFT stays optional: nothing of it is imported before there is a PeftModel, which somebody made.
+PEFT replaces each target module in its parent by a wrapper that holds it as `base_layer`, below a
+`peft.PeftModel` or in the model itself (transformers' `load_adapter` and `add_adapter`,
+`peft.inject_adapter_in_model`). Here the adapters' weights are read first, then each wrapper is
+replaced by the module that it wraps, so that the base model is what it was before PEFT. A PeftModel
+raises while it is unwrapped (lorafx.adapter_store.handed_over); an injected model is the base model
+without a word of adapters. `restore()` puts everything back. PEFT stays optional: nothing of it is
+imported before somebody has made such a model.
 """
 
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from lorafx.adapter_store.checkpoint import AdapterState
+from lorafx.adapter_store.handed_over import give_back, hand_over
 from lorafx.adapter_store.peft_config import PeftConfig
-from lorafx.errors import CheckpointError, UnsupportedAdapterError
+from lorafx.errors import CheckpointError, LorafxWarning, UnsupportedAdapterError
+
+#: What PEFT and transformers leave on a model that has adapters in it: a model without lacks them.
+_NOTES = ("peft_config", "_hf_peft_config_loaded")
 
 
 def is_peft_model(model: object) -> bool:
@@ -27,15 +33,24 @@ def is_peft_model(model: object) -> bool:
     return peft is not None and isinstance(model, peft.PeftModel)
 
 
+def peft_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """(module path, wrapper) of what PEFT has put in the place of the model's modules."""
+    if "peft" not in sys.modules:
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [(path, m) for path, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+
+
 @dataclass
 class TakenOver:
-    """An unwrapped PeftModel.
+    """A model without its wrappers.
 
     Attributes:
         base: the base model, with PEFT's wrappers taken out.
         adapters: adapter name -> configuration, tensors (not copied) and live scales; each can
             be passed to `read_adapter`.
-        active: the adapter that the PeftModel applied by default; None where that was none, or
+        active: the adapter that the model applied by default; None where that was none, or
             several at once.
     """
 
@@ -43,72 +58,103 @@ class TakenOver:
     adapters: dict[str, AdapterState]
     active: str | None
     _wrappers: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
-    _peft_config: Any = None
+    _notes: dict[str, Any] = field(default_factory=dict)
+    _hidden: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     def restore(self) -> None:
-        """Put PEFT's wrappers back, so that the PeftModel has its adapters again."""
+        """Put PEFT's wrappers back, so that the model has its adapters again."""
         for parent, name, wrapper in reversed(self._wrappers):
             parent._modules[name] = wrapper
         self._wrappers.clear()
-        if self._peft_config is not None:
-            self.base.peft_config = self._peft_config
-            self._peft_config = None
+        vars(self.base).update(self._notes)
+        self._notes.clear()
+        give_back(self._hidden)
 
 
 def from_peft_model(peft_model: nn.Module) -> tuple[nn.Module, dict[str, AdapterState]]:
-    """(base model, adapters by name) of a PeftModel, unwrapped as `take_over` does."""
+    """(base model, adapters by name) of a model with PEFT's adapters, as `take_over` has them."""
     taken = take_over(peft_model)
     return taken.base, taken.adapters
 
 
-def take_over(peft_model: nn.Module) -> TakenOver:
-    """Read the adapters of a PeftModel, then unwrap its base model.
+def take_over(model: nn.Module) -> TakenOver:
+    """Read the adapters of a PeftModel, or of a model that they were injected into, then unwrap it.
+
+    Warns where several adapters are active at once.
 
     Raises, with the model unchanged: UnsupportedAdapterError when an adapter, or a wrapper in the
     model, is of a kind that lorafx does not do; CheckpointError when adapters are merged into the
-    base weights.
+    base weights, or belong to a part of the model, or there are none.
     """
-    peft = sys.modules.get("peft")
-    if peft is None or not isinstance(peft_model, peft.PeftModel):
-        raise CheckpointError(f"{type(peft_model).__name__} is not a peft.PeftModel")
-    configs = _configs(peft_model.peft_config)
-    base = peft_model.get_base_model()
-    layers = _lora_layers(base)
+    whole = is_peft_model(model)
+    what = "the PeftModel" if whole else f"the {type(model).__name__}"
+    base = _get_base(model) if whole else model
+    layers = peft_layers(base)
+    if not whole and not layers:
+        raise CheckpointError(f"{type(model).__name__} is not a peft.PeftModel and holds no LoRA")
+    configs = _configs(_peft_configs(model, layers), what)
+    _refuse_other_layers(layers)
     merged = sorted({name for _, layer in layers for name in layer.merged_adapters})
     if merged:
+        call = "peft_model.unmerge_adapter()" if whole else "unmerge() of each PEFT layer"
         raise CheckpointError(
-            f"adapters {', '.join(merged)} are merged into the base weights; call "
-            "peft_model.unmerge_adapter() first"
+            f"adapters {', '.join(merged)} are merged into the base weights; call {call} first"
         )
     # Not state_dict(): modules of bitsandbytes change their weights in it.
     tensors = {
-        **dict(peft_model.named_parameters(remove_duplicate=False)),
-        **dict(peft_model.named_buffers(remove_duplicate=False)),
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
     }
     adapters = {
         name: AdapterState(
             config,
             {
                 key: tensor.detach()
-                for key, tensor in peft.get_peft_model_state_dict(
-                    peft_model, tensors, adapter_name=name, save_embedding_layers=False
-                ).items()
+                for key, tensor in sys.modules["peft"]
+                .get_peft_model_state_dict(
+                    model, tensors, adapter_name=name, save_embedding_layers=False
+                )
+                .items()
             },
-            f"the PeftModel's adapter {name!r}",
+            f"{what}'s adapter {name!r}",
             {path: layer.scaling[name] for path, layer in layers if name in layer.scaling},
         )
         for name, config in configs.items()
     }
-    taken = TakenOver(base, adapters, _active(peft_model, layers))
+    taken = TakenOver(base, adapters, _active(layers, what))
     _unwrap(taken)
+    if whole:
+        taken._hidden = hand_over(model)
     return taken
 
 
-def _configs(peft_configs: dict[str, Any]) -> dict[str, PeftConfig]:
+def _get_base(peft_model: Any) -> nn.Module:
+    base = peft_model.get_base_model()
+    assert isinstance(base, nn.Module)
+    return base
+
+
+def _peft_configs(model: Any, layers: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Adapter name -> PEFT's configuration.
+
+    Raises:
+        CheckpointError: the model has none, so that its wrappers are those of a part of it.
+    """
+    configs = getattr(model, "peft_config", None)
+    if isinstance(configs, dict):
+        return configs
+    raise CheckpointError(
+        f"{layers[0][0]} is wrapped by PEFT's {type(layers[0][1]).__name__}, but the "
+        f"{type(model).__name__} has no peft_config, so the adapters are those of a part of it; "
+        "compile that part, or load the adapters from their folders onto the plain model"
+    )
+
+
+def _configs(peft_configs: dict[str, Any], what: str) -> dict[str, PeftConfig]:
     configs, refused = {}, []
     for name, config in peft_configs.items():
         try:
-            configs[name] = PeftConfig.read(config, where=f"the PeftModel's adapter {name!r}")
+            configs[name] = PeftConfig.read(config, where=f"{what}'s adapter {name!r}")
         except UnsupportedAdapterError as exc:
             refused.append(str(exc))
     if refused:
@@ -116,13 +162,12 @@ def _configs(peft_configs: dict[str, Any]) -> dict[str, PeftConfig]:
     return configs
 
 
-def _lora_layers(base: nn.Module) -> list[tuple[str, Any]]:
-    """(module path, wrapper) of PEFT's wrappers, all of them LoRA on a single module."""
+def _refuse_other_layers(layers: list[tuple[str, Any]]) -> None:
+    """Raise UnsupportedAdapterError for wrappers that are not LoRA on a single module."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = [(path, m) for path, m in base.named_modules() if isinstance(m, BaseTunerLayer)]
     for path, layer in layers:
         inner = getattr(layer, "base_layer", None)
         # Two parameters of one module have a wrapper each, one inside of the other.
@@ -133,20 +178,30 @@ def _lora_layers(base: nn.Module) -> list[tuple[str, Any]]:
                 f"{path} is wrapped by {type(layer).__name__}, which lorafx cannot unwrap; load "
                 "the adapters from their folders onto the plain model"
             )
-    return layers
 
 
-def _active(peft_model: Any, layers: list[tuple[str, Any]]) -> str | None:
-    names = peft_model.active_adapters
-    enabled = all(not layer.disable_adapters for _, layer in layers)
-    return names[0] if enabled and len(names) == 1 else None
+def _active(layers: list[tuple[str, Any]], what: str) -> str | None:
+    """The adapter that all layers apply."""
+    if any(layer.disable_adapters for _, layer in layers):
+        return None
+    applied = (n for _, layer in layers for n in layer.active_adapters if n in layer.scaling)
+    names = list(dict.fromkeys(applied))
+    if len(names) > 1:
+        warnings.warn(
+            f"{what} applies the adapters {', '.join(names)} at once; here a request has one, and "
+            "without adapter_names the base model. Combine them (add_weighted_adapter), or choose "
+            "one by set_adapter",
+            LorafxWarning,
+            stacklevel=5,
+        )
+    return names[0] if len(names) == 1 else None
 
 
 def _unwrap(taken: TakenOver) -> None:
     from peft.tuners.lora import LoraLayer
 
-    # The tuner hangs its configurations on the base, which would then look adapted to others.
-    taken._peft_config = vars(taken.base).pop("peft_config", None)
+    own = vars(taken.base)
+    taken._notes = {name: own.pop(name) for name in _NOTES if name in own}
     parents = [m for m in taken.base.modules() if not isinstance(m, LoraLayer)]
     for parent in parents:
         for name, child in list(parent._modules.items()):

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from lorafx.adapter_store.peft_model import is_peft_model
+from lorafx.adapter_store.peft_model import is_peft_model, peft_layers
 from lorafx.api import attach
 from lorafx.capture.attached_backend import AttachedBackend
 from lorafx.capture.pipeline import check_options
@@ -123,10 +123,10 @@ def _only_module() -> nn.Module | None:
 
 
 def _mark(model: nn.Module, wanted: FrameOptions) -> AttachedSession:
-    if is_peft_model(model):
+    if is_peft_model(model) or peft_layers(model):
         raise ConfigError(
-            "a peft.PeftModel brings its own adapters: leave lora_config and adapters out, or give "
-            "its base model"
+            f"this {type(model).__name__} brings its own adapters, which PEFT has put into it: "
+            "leave lora_config and adapters out, or give the base model without them"
         )
     # Banks outlive the call that happens to be the first one, whatever mode that runs in.
     with (

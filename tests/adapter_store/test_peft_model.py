@@ -8,7 +8,7 @@ import torch
 
 from lorafx.adapter_store.peft_model import from_peft_model, is_peft_model, take_over
 from lorafx.adapter_store.peft_reader import read_adapter
-from lorafx.errors import CheckpointError, UnsupportedAdapterError
+from lorafx.errors import CaptureError, CheckpointError, UnsupportedAdapterError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -94,7 +94,7 @@ def test_unwrapped_peft_model_refuses_adapters_and_restore_gives_them_back(build
     saved = set(model.state_dict())
     taken = take_over(model)
     assert not hasattr(taken.base, "peft_config")
-    with pytest.raises(ValueError, match="non-existing adapter"):
+    with pytest.raises(CaptureError, match="was handed to lorafx"):
         logits(model, adapter_names=["a", "__base__"])
     taken.restore()
     assert set(model.state_dict()) == saved

@@ -1,0 +1,164 @@
+"""Models that come with PEFT's adapters in them: taken over, given back, and no use in between."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from dense_merge import REFERENCE, check_mixed, error
+from tiny_models import token_inputs
+
+import lorafx
+from lorafx.errors import CaptureError, CheckpointError, LorafxWarning, UnsupportedAdapterError
+
+BATCH = {"input_ids": torch.arange(3, 15).reshape(2, 6)}
+
+
+def wrapped(case: Any) -> peft.PeftModel:
+    model = peft.PeftModel.from_pretrained(case.model(), str(case.folders["a1"]), "a1")
+    model.load_adapter(str(case.folders["a0"]), "a0")
+    return model.eval()
+
+
+def injected(case: Any, *names: str) -> Any:
+    """The base with these adapters, as transformers' own `load_adapter` puts them into it."""
+    model = case.model()
+    for name in names:
+        model.load_adapter(str(case.folders[name]), name)
+    return model.eval()
+
+
+def answer(model: Any, **kwargs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**BATCH, **kwargs)["logits"]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda pm: pm(**BATCH),
+        lambda pm: pm.generate(**BATCH, max_new_tokens=2),
+        lambda pm: pm.set_adapter("a0"),
+        lambda pm: pm.load_adapter("somewhere", "other"),
+        lambda pm: pm.add_adapter("other", peft.LoraConfig()),
+        lambda pm: pm.disable_adapter().__enter__(),
+        lambda pm: pm.merge_and_unload(),
+        lambda pm: pm.merge_adapter(),
+        lambda pm: pm.unload(),
+        lambda pm: pm.base_model.disable_adapter_layers(),
+        lambda pm: pm.base_model(**BATCH),
+        lambda pm: pm.save_pretrained("somewhere"),
+        lambda pm: pm.state_dict(),
+        lambda pm: peft.get_peft_model_state_dict(pm, adapter_name="a1"),
+    ],
+)
+def test_a_peft_model_that_was_handed_over_says_so(shallow, use, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pm = wrapped(shallow)
+    cm = lorafx.compile(pm, options=REFERENCE)
+    with pytest.raises(CaptureError, match=r"PeftModel\w*\.\w+: .* was handed to lorafx.*detach"):
+        use(pm)
+    assert not list(tmp_path.iterdir())
+    assert isinstance(pm, peft.PeftModel)
+    assert pm.get_base_model() is cm.model
+    check_mixed(cm, shallow, ["a0", None], BATCH)
+
+
+@pytest.mark.parametrize("back", ["detach", "failed compile"])
+def test_a_peft_model_that_was_given_back_is_what_it_was(shallow, back):
+    pm = wrapped(shallow)
+    pm.set_adapter("a0")
+    before, own, names = answer(pm), set(vars(pm)), set(pm.state_dict())
+    if back == "detach":
+        lorafx.compile(pm, options=REFERENCE).detach()
+    else:
+        with pytest.raises(CheckpointError):
+            lorafx.compile(pm, adapters={"c": "nowhere"}, options=REFERENCE)
+    assert torch.equal(answer(pm), before)
+    assert set(vars(pm)) == own
+    assert set(pm.state_dict()) == names
+    with pm.disable_adapter():
+        assert torch.equal(answer(pm), answer(shallow.base))
+    pm.set_adapter("a1")
+    assert error(answer(pm), shallow.expected(["a1", "a1"], BATCH)) <= 1e-5
+    pm.merge_and_unload()
+
+
+def test_adapters_that_transformers_injected_are_taken_over(shallow):
+    model = injected(shallow, "a0", "a1")
+    model.set_adapter("a0")
+    before, inputs = answer(model), token_inputs(3, 5)
+    cm = lorafx.compile(model, options=REFERENCE)
+    assert cm.adapters == ("a0", "a1")
+    assert cm.model is model
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    assert not model._hf_peft_config_loaded
+    assert not hasattr(model, "peft_config")
+    check_mixed(cm, shallow, ["a1", None, "a0"], inputs)
+    assert error(answer(cm), shallow.expected(["a0", "a0"], BATCH)) <= 1e-5  # the active one
+    cm.set_adapter(None)
+    assert torch.equal(answer(cm), answer(shallow.base))
+    assert cm.detach() is model
+    assert torch.equal(answer(model), before)
+    assert model.active_adapters() == ["a0"]
+    model.set_adapter("a1")
+    assert error(answer(model), shallow.expected(["a1", "a1"], BATCH)) <= 1e-5
+
+
+def test_injected_adapters_that_are_disabled_are_no_default(shallow):
+    model = injected(shallow, "a1")
+    model.disable_adapters()
+    cm = lorafx.compile(model, options=REFERENCE)
+    assert torch.equal(answer(cm), answer(shallow.base))
+    check_mixed(cm, shallow, ["a1", None], BATCH)
+    cm.detach()
+    assert torch.equal(answer(model), answer(shallow.base))
+    model.enable_adapters()
+    assert error(answer(model), shallow.expected(["a1", "a1"], BATCH)) <= 1e-5
+
+
+def test_a_failed_compile_leaves_injected_adapters(shallow):
+    model = injected(shallow, "a0")
+    before = answer(model)
+    with pytest.raises(CheckpointError):
+        lorafx.compile(model, adapters={"c": "nowhere"}, options=REFERENCE)
+    assert torch.equal(answer(model), before)
+    assert model.active_adapters() == ["a0"]
+
+
+def test_injected_by_peft_into_any_module(plain):
+    config = peft.LoraConfig(r=2, target_modules=["up"], init_lora_weights=False)
+    model = peft.inject_adapter_in_model(config, plain.model(), "x").eval()
+    ids = {"ids": BATCH["input_ids"]}
+    with torch.no_grad():
+        want = model(**ids)["logits"]
+    cm = lorafx.compile(model, options=REFERENCE)
+    assert error(cm(**ids)["logits"], want) <= 1e-5
+    got = cm(**ids, adapter_names=[None, "x"])["logits"]
+    assert error(got[1], want[1]) <= 1e-5
+    assert torch.equal(got[0], plain.expected([None, None], ids)[0])
+
+
+def test_several_active_adapters_have_no_one_meaning(shallow):
+    model = injected(shallow, "a0", "a1")
+    model.set_adapter(["a0", "a1"])
+    with pytest.warns(LorafxWarning, match="the LlamaForCausalLM applies the adapters a0, a1 at"):
+        cm = lorafx.compile(model, options=REFERENCE)
+    check_mixed(cm, shallow, ["a0", "a1"], BATCH)
+
+
+def test_other_layers_of_peft_are_refused(plain):
+    config = peft.LoHaConfig(target_modules=["up"])
+    model = peft.inject_adapter_in_model(config, plain.model())
+    names = set(dict(model.named_modules()))
+    with pytest.raises(UnsupportedAdapterError, match=r"(?s)PlainModel's adapter .*LOHA"):
+        lorafx.compile(model, options=REFERENCE)
+    assert set(dict(model.named_modules())) == names
+
+
+def test_adapters_of_a_part_of_the_model_are_refused(shallow):
+    outer = torch.nn.Sequential(wrapped(shallow)).eval()
+    with pytest.raises(CheckpointError, match=r"0\.base_model.*of a part of it; compile that part"):
+        lorafx.compile(outer, options=REFERENCE)
