@@ -27,7 +27,7 @@ from lorafx.errors import CaptureError, ConfigError, LorafxWarning, nearest
 from lorafx.explain import Explanation, model_sections
 from lorafx.model.packing import pack_weights
 from lorafx.model.sites import Site
-from lorafx.model.targets import SavedNames
+from lorafx.model.targets import AdapterNames
 from lorafx.passes.attach import Attach, Attachment, allocate_groups
 from lorafx.passes.select import build_sites
 from lorafx.progress import progress
@@ -198,7 +198,16 @@ def _build(
     loaded: list[Adapter] = []
     for name, source in sources.items():
         with progress(f"reading adapter {name}"):
-            loaded.append(read_adapter(source, name, sites, model=model, max_rank=config.max_rank))
+            adapter = read_adapter(
+                source,
+                name,
+                sites,
+                model=model,
+                max_rank=config.max_rank,
+                lora_config=config,
+                strict=options.strict,
+            )
+            loaded.append(adapter)
     attachment = Attach().run(graph, sites, config)
     try:
         store = AdapterStore(attachment.groups, config.max_adapters, config.max_rank)
@@ -298,7 +307,7 @@ def _is_adapter_mapping(value: Mapping[str, Any]) -> bool:
     return all(isinstance(item, (str, os.PathLike, AdapterState)) for item in value.values())
 
 
-def _targets_of(sources: Mapping[str, Any], model: nn.Module) -> tuple[SavedNames, int]:
+def _targets_of(sources: Mapping[str, Any], model: nn.Module) -> tuple[AdapterNames, int]:
     """Modules that the adapters name, and their largest rank."""
     modules: dict[str, None] = {}
     rank = 1
@@ -306,4 +315,4 @@ def _targets_of(sources: Mapping[str, Any], model: nn.Module) -> tuple[SavedName
         targets = adapter_target_modules(source, model)
         modules.update(dict.fromkeys(targets.modules))
         rank = max(rank, targets.rank)
-    return SavedNames(modules), rank
+    return AdapterNames(modules), rank

@@ -83,6 +83,9 @@ class Options:
             for routed experts, for Triton (docs/kernels.md); "aten".
         dump: folder for every pass's graph; None reads LORAFX_DUMP.
         recompile_limit: most graphs one entry point may have; more is an error.
+        strict: an adapter whose file has no factors for a module that its own configuration
+            targets is an error. Otherwise W stays W there, with one warning. Modules that
+            `LoraConfig` does not select do not count.
     """
 
     lowering: Lowering = "auto"
@@ -92,6 +95,7 @@ class Options:
     plan: Mapping[str, str] = field(default_factory=dict)
     dump: str | None = None
     recompile_limit: int = 64
+    strict: bool = False
 
     @classmethod
     def of(cls, value: Options | Mapping[str, Any] | None) -> Options:

@@ -18,6 +18,8 @@ from typing import Literal, NamedTuple
 from lorafx.model.experts import ExpertWeight
 
 Half = Literal["all", "gate", "up"]
+#: A half of the columns of one expert, of all for None.
+Columns = tuple[Half, int | None]
 
 #: Name of one expert's projection -> (is it the down projection, what it covers of its parameter).
 PROJECTIONS: Mapping[str, tuple[bool, Half]] = {
@@ -63,6 +65,11 @@ def covers(weight: ExpertWeight, name: str) -> Half | None:
     if not weight.halves and not weight.down:
         return "all" if half in ("all", "up") else None
     return half
+
+
+def overlapping(half: Half) -> tuple[Half, ...]:
+    """The halves that have columns in common with this one."""
+    return ("all", "gate", "up") if half == "all" else ("all", half)
 
 
 def folded(entry: str) -> str:

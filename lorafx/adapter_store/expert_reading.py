@@ -11,14 +11,14 @@ the first of two. A wrapper alone has the outer one's name, whichever parameter 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from lorafx.adapter_store.expert_factors import Sizes, Stacked, exchanged, named, wrapped
-from lorafx.adapter_store.expert_names import Half, unnested
+from lorafx.adapter_store.expert_names import Columns, Half, unnested
 from lorafx.adapter_store.expert_places import ExpertPlace, Experts
 from lorafx.adapter_store.expert_terms import Term, assembled, columns_of, overlap
 from lorafx.adapter_store.peft_keys import FactorKey
@@ -42,30 +42,37 @@ _Pair = dict[str, _Found]
 
 @dataclass
 class _Module:
-    """What a file has for one module: pairs by wrapper, and by parameter, half and expert."""
+    """What a file has for one module: pairs by wrapper, and by parameter, half and expert.
+
+    `touched` are the halves of which experts (None: all) that it has factors for, by parameter.
+    """
 
     experts: Experts
     wrappers: dict[bool, _Pair] = field(default_factory=dict)
     named: dict[tuple[str, Half], dict[int | None, _Pair]] = field(default_factory=dict)
-    touched: set[str] = field(default_factory=set)
+    touched: dict[str, set[Columns]] = field(default_factory=dict)
+
+    def touch(self, weight: ExpertWeight, half: Half = "all", expert: int | None = None) -> None:
+        self.touched.setdefault(weight.name, set()).add((half, expert))
 
     def pair(self, place: ExpertPlace) -> _Pair:
         if place.weight is None:
             return self.wrappers.setdefault(place.nested, {})
         own = self.named.setdefault((place.weight.name, place.half), {})
-        self.touched.add(place.weight.name)
+        self.touch(place.weight, place.half, place.expert)
         return own.setdefault(place.expert, {})
 
 
 class ExpertReading:
     """The factors of one checkpoint that belong to routed experts.
 
-    `paths` are the saved paths that do.
+    `paths` are the saved paths that do; `singly` is whether one of them is of a single expert.
     """
 
     def __init__(self, reading: Reading) -> None:
         self.reading = reading
         self.paths: set[str] = set()
+        self.singly = False
         self._modules: dict[int, _Module] = {}
         self._beyond: dict[int, tuple[Experts, set[int]]] = {}
 
@@ -75,6 +82,7 @@ class ExpertReading:
         if place is None:
             return False
         self.paths.add(place.saved)
+        self.singly |= place.expert is not None
         experts, weight = place.experts, place.weight
         if factor.letter == "m":
             self.reading.unsupported.append(f"{factor.key}: DoRA on routed experts")
@@ -117,22 +125,10 @@ class ExpertReading:
         """Identities of the modules that the file has factors for."""
         return set(self._modules)
 
-    def untouched(self) -> Iterator[str]:
-        """Parameters of experts that the configuration targets and the file says nothing of."""
-        config = self.reading.config
-        if not config.target_parameters:
-            return
-        for path, module in self.reading.places.named_modules():
-            experts = self.reading.places.experts.at(path)
-            if experts is None:
-                continue
-            found = self._modules.get(id(module))
-            touched = set() if found is None else found.touched
-            closed = any(p.startswith(path) for p in self.reading.closed)
-            for weight in experts.weights:
-                targeted = config.targets_parameter(weight.path(path))
-                if targeted and weight.name not in touched and not closed:
-                    yield weight.path(path)
+    def touched(self, experts: Experts, weight: ExpertWeight) -> Collection[Columns]:
+        """What the file has factors for of the parameter."""
+        module = self._modules.get(id(experts.module))
+        return () if module is None else module.touched.get(weight.name, ())
 
     def _keep(self, found: _Found) -> None:
         experts = found.place.experts
@@ -174,10 +170,11 @@ class ExpertReading:
         """The terms of PEFT's wrappers, each on the parameter that it is of."""
         pairs = {nested: pair for nested, pair in module.wrappers.items() if self._complete(pair)}
         if len(pairs) < len(module.wrappers):
-            module.touched.update(weight.name for weight in module.experts.weights)
+            for weight in module.experts.weights:
+                module.touch(weight)
             return
         for nested, weight in self._parameters(module, pairs):
-            module.touched.add(weight.name)
+            module.touch(weight)
             a, b = pairs[nested]["A"], pairs[nested]["B"]
             saved = a.place.saved
             if weight.name not in module.experts.sites:
@@ -226,7 +223,8 @@ class ExpertReading:
         fitting_weights = [w for w in experts.weights if self._fits(experts, w, pair)]
         if len(fitting_weights) == 1:
             return [(nested, fitting_weights[0])]
-        module.touched.update(weight.name for weight in experts.weights)
+        for weight in experts.weights:
+            module.touch(weight)
         names = " and ".join(weight.name for weight in experts.weights)
         shapes = ", ".join(
             f"{found.key.key} {tuple(self._tensor(found).shape)}" for found in pair.values()

@@ -1,5 +1,7 @@
 """Reading PEFT LoRA checkpoints: every saved tensor is placed, or an error names it.
 
+Modules that the configuration targets and the file has nothing for: see `coverage`.
+
 All problems of a file are found before anything is raised, and nothing is changed by reading.
 What the tensors mean: lorafx.adapter_store.reading.
 """
@@ -7,6 +9,7 @@ What the tensors mean: lorafx.adapter_store.reading.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,13 +17,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import nn
 
 from lorafx.adapter_store.checkpoint import AdapterState, load_config, load_state, peek_shapes
+from lorafx.adapter_store.coverage import Scope
 from lorafx.adapter_store.expert_names import unnested
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import parse, without_prefix
 from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.reading import Reading
 from lorafx.adapter_store.weights import LoraWeights
-from lorafx.errors import CheckpointError
+from lorafx.config import LoraConfig
+from lorafx.errors import CheckpointError, LorafxWarning
 
 if TYPE_CHECKING:
     from lorafx.model.sites import Site
@@ -90,6 +95,8 @@ def read_adapter(
     *,
     model: nn.Module | None = None,
     max_rank: int | None = None,
+    lora_config: LoraConfig | None = None,
+    strict: bool = False,
 ) -> Adapter:
     """Read the adapter in folder `source` and place every tensor on one of `sites`.
 
@@ -100,9 +107,13 @@ def read_adapter(
         sites: the selected sites; keys may use any of their paths, the names of the parts of
             packed sites, and packed names of sites that are apart (`LoraConfig.packed_modules`).
         model: root module of `sites`. With it, messages tell a module that is not selected from
-            one that does not exist, saved copies of base weights are compared with the model's,
-            and modules that the configuration targets but are no sites must have weights too.
+            one that does not exist, and saved copies of base weights are compared with the model's.
         max_rank: largest rank that the banks hold.
+        lora_config: what `sites` were selected by. Where that was what adapters target, modules
+            that are no sites count among those that the adapter leaves out.
+        strict: a module that counts, that the adapter's configuration targets and that the file has
+            no factors for, is a problem too. Without it W stays W there, and one LorafxWarning says
+            how many there are.
 
     Raises:
         UnsupportedAdapterError: the configuration, or a key, asks for arithmetic beyond LoRA.
@@ -111,8 +122,19 @@ def read_adapter(
     """
     state = load_state(source)
     reading = Reading(state, Places(sites, model), max_rank)
-    weights = reading.run()
+    weights = reading.run(Scope(lora_config))
+    left_out = reading.coverage
+    if strict and left_out.missing:
+        reading.problems.append(f"{left_out}; strict=True makes this an error")
     reading.raise_problems(name)
+    if left_out.missing:
+        warnings.warn(
+            f"adapter {name!r} in {state.where}: {left_out}. Their weights stay the base's, which "
+            "is right for an adapter that was trained on a part of the model; if it was trained on "
+            "all of them, the file is incomplete. strict=True makes this an error",
+            LorafxWarning,
+            stacklevel=2,
+        )
     return Adapter(name, weights, reading.largest, state.where)
 
 

@@ -83,12 +83,12 @@ def saved_sizes(place: Place) -> tuple[int, int]:
 class Places:
     """Finds what a saved path means among `sites`, or at least the module that it names.
 
-    With the whole `model`, a path that reaches a module which is not a selected site can be told
-    from one that reaches nothing, and every alias path is known.
+    With the whole `model`, an attribute, a path that reaches a module which is not a selected site
+    can be told from one that reaches nothing, and every alias path is known.
     """
 
     def __init__(self, sites: Sequence[Site], model: nn.Module | None) -> None:
-        self._model = model
+        self.model = model
         self._old = OldNames(model)
         self.experts = ExpertPlaces(sites, self.walk)
         sites = [site for site in sites if site.expert_weight is None]
@@ -113,7 +113,7 @@ class Places:
     @property
     def whole(self) -> bool:
         """Whether the whole model is known, not only its sites."""
-        return self._model is not None
+        return self.model is not None
 
     def landing(self, path: str) -> Landing | None:
         """What `path` means; None where it means no site and no part of one, or experts."""
@@ -147,23 +147,32 @@ class Places:
 
     def named_modules(self) -> Iterable[tuple[str, nn.Module]]:
         """Every known module under its canonical path; only sites when the model is unknown."""
-        if self._model is None:
+        if self.model is None:
             known = [(without_compiled(s.path), s.module) for s in self._by_module.values()]
             return known + [(found.path, found.module) for found in self.experts.selected]
-        return ((without_compiled(path), module) for path, module in self._model.named_modules())
+        return ((without_compiled(path), module) for path, module in self.model.named_modules())
 
-    def packed_names(self) -> Iterator[tuple[str, tuple[Place, ...]]]:
-        """The paths that parts of packed sites would have unpacked, and the other way round."""
+    def selected_modules(self) -> set[int]:
+        """Identities of the modules that were selected, wholly or in part."""
+        sites = self._by_module.values()
+        found = {id(s.module) for s in sites if any(part.selected for part in s.parts)}
+        return found | {id(experts.module) for experts in self.experts.selected}
+
+    def packed_names(self) -> Iterator[tuple[str, str, tuple[Place, ...]]]:
+        """(path, `Landing.loose`, places) of what parts of packed sites would be called unpacked,
+        and the other way round."""
         for path, places in self._by_name.items():
-            yield path, tuple(places)
+            yield path, "", tuple(places)
+        for path, (site, name) in self._loose.items():
+            yield path, name, tuple((site, i) for i in range(len(site.parts)))
         for path, found in self._members.items():
-            yield path, tuple((site, 0) for _, site in found)
+            yield path, "", tuple((site, 0) for _, site in found)
 
     def nearest(self, path: str) -> str:
         """A message fragment with the existing module paths closest to `path`."""
         if self._names is None:
             self._names = [name for name, _ in self.named_modules() if name]
-            self._names += [name for name, _ in self.packed_names()]
+            self._names += [name for name, _, _ in self.packed_names()]
             self._names += [s.path for e in self.experts.selected for s in e.sites.values()]
         wanted = candidates(path)[0]
         # difflib takes milliseconds a hundred names: try those of the same last component first.
@@ -189,7 +198,7 @@ class Places:
 
     def walk(self, path: str) -> nn.Module | None:
         """The module at `path`, wrappers of torch.compile left out of it; None if none."""
-        node = self._model
+        node = self.model
         for part in path.split(".") if path else ():
             if node is None:
                 return None

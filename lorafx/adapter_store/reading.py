@@ -9,12 +9,13 @@ the configuration says, since s = α/r comes from there.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from lorafx.adapter_store.checkpoint import AdapterState
+from lorafx.adapter_store.coverage import Coverage, Scope, coverage
 from lorafx.adapter_store.dora import dora_refusal
 from lorafx.adapter_store.expert_reading import ExpertReading
 from lorafx.adapter_store.peft_config import PeftConfig
@@ -22,7 +23,6 @@ from lorafx.adapter_store.peft_keys import FactorKey, parse, without_prefix
 from lorafx.adapter_store.places import Landing, Place, Places, saved_sizes
 from lorafx.adapter_store.weights import LoraWeights
 from lorafx.errors import CapacityError, CheckpointError, UnsupportedAdapterError
-from lorafx.model.module_graph import join
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -52,13 +52,15 @@ class Reading:
         self.closed: dict[str, str] = {}
         self.unknown: dict[str, None] = {}
         self.experts = ExpertReading(self)
+        self.coverage = Coverage((), 0)
         self.largest = 0
 
     @property
     def config(self) -> PeftConfig:
         return self.state.config
 
-    def run(self) -> dict[str, LoraWeights]:
+    def run(self, scope: Scope) -> dict[str, LoraWeights]:
+        """The factors by part path. `scope` is what `coverage` looks at."""
         for key in self.state.tensors:
             factor = parse(key)
             if factor is None:
@@ -81,7 +83,8 @@ class Reading:
                 "each expert's weight would have norms of its own, which lorafx does not do"
             )
         self._report_placement()
-        self._report_empty_targets(decoded)
+        if not self.unknown:  # the factors of a renamed module are not missing as well
+            self.coverage = coverage(self, decoded, scope)
         if not (self.factors or self.experts.paths) and not (
             self.unknown or self.unselected or self.closed
         ):
@@ -318,41 +321,6 @@ class Reading:
         for at, path in enumerate(names):
             hint = self.places.nearest(path) if at < 10 else ""
             self.problems.append(f"{path}: no such module {nowhere}{hint}")
-
-    def _report_empty_targets(self, decoded: Collection[str]) -> None:
-        """Modules that PEFT would have given weights by this configuration, and the file lacks."""
-        if self.unknown:
-            return  # a renamed module would be reported twice
-        got = {id(site.module) for item in self.landings.values() for site, _ in item.places}
-        got |= {id(module) for module in self.unselected.values()} | self.experts.modules
-        empty = [
-            path
-            for path, module in self.places.named_modules()
-            if id(module) not in got and self._targets(path, module)
-        ]
-        empty += [
-            path
-            for path, places in self.places.packed_names()
-            if not any(site.part_path(i) in decoded for site, i in places)
-            and path not in self.closed
-            and self.config.matches(path)
-        ]
-        empty += self.experts.untouched()
-        if empty:
-            self.problems.append(
-                f"the configuration targets {_listed(empty)}, but the file has no weights there; "
-                "it is incomplete, or target_modules names more than was trained"
-            )
-
-    def _targets(self, path: str, module: nn.Module) -> bool:
-        """Whether the configuration targets the module, or a matrix that it holds."""
-        config = self.config
-        return config.matches(path) or any(
-            parameter is not None
-            and parameter.dim() == 2
-            and config.targets_parameter(join(path, name))
-            for name, parameter in (module._parameters.items() if config.target_parameters else ())
-        )
 
 
 def _alike(first: LoraWeights, second: LoraWeights) -> bool:

@@ -34,6 +34,11 @@ class SavedNames(Entries):
     alone: a head called `output` does not stand for every `attention.output`."""
 
 
+class AdapterNames(SavedNames):
+    """What the given adapters name, where the user names no modules: then no module of the model
+    was left out by anybody."""
+
+
 def is_all_linear(spec: str | Sequence[str] | None) -> bool:
     """Whether `spec` stands for all linear modules."""
     return isinstance(spec, str) and spec.lower() == ALL_LINEAR

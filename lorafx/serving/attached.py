@@ -355,8 +355,8 @@ def adapters(model: nn.Module, adapter_names: str | Sequence[str | None] | None)
         raise
 
 
-def load_adapter(model: nn.Module, source: Any, name: str) -> None:
-    """Read an adapter folder for a marked model; an adapter of the same name is replaced.
+def load_adapter(model: nn.Module, source: Any, name: str, *, strict: bool | None = None) -> None:
+    """As `CompiledModel.load_adapter`, for a marked model.
 
     Raises:
         ConfigError: the model is not marked.
@@ -364,7 +364,7 @@ def load_adapter(model: nn.Module, source: Any, name: str) -> None:
     """
     session = marked_session(model)
     with session.lock:
-        session.load(source, name)
+        session.load(source, name, strict)
 
 
 def unload_adapter(model: nn.Module, name: str) -> None:

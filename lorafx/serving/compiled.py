@@ -182,10 +182,17 @@ class CompiledModel(BaseMethods, nn.Module):
                 )
             self._session.default = name
 
-    def load_adapter(self, source: str | os.PathLike[str], name: str) -> None:
+    def load_adapter(
+        self, source: str | os.PathLike[str], name: str, *, strict: bool | None = None
+    ) -> None:
         """Read an adapter folder and keep it in host memory; a batch that names it brings it in.
 
         An adapter of the same name is replaced.
+
+        Args:
+            strict: whether the file must have factors for every selected module that the adapter's
+                own configuration targets; without it W stays W there, with one warning. None takes
+                `Options.strict`.
 
         Raises:
             CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
@@ -193,7 +200,7 @@ class CompiledModel(BaseMethods, nn.Module):
                 on the base's own weights, and any is.
         """
         with self._session.lock:
-            self._session.load(source, name)
+            self._session.load(source, name, strict)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter and free its slot; if it was the default, the base model is now.

@@ -197,8 +197,10 @@ class Session:
         """Whether rows of one request may follow one another though `repeats` does not say so."""
         return False
 
-    def load(self, source: Any, name: str) -> None:
+    def load(self, source: Any, name: str, strict: bool | None = None) -> None:
         """Read an adapter folder and keep it in host memory, in place of one of the same name.
+
+        `strict` as in `Options`, whose value None stands for.
 
         Raises:
             CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
@@ -207,7 +209,13 @@ class Session:
         self.refuse_merged(name, "is replaced")
         program = self.program
         adapter = read_adapter(
-            source, name, program.sites, model=program.model, max_rank=program.config.max_rank
+            source,
+            name,
+            program.sites,
+            model=program.model,
+            max_rank=program.config.max_rank,
+            lora_config=program.config,
+            strict=program.options.strict if strict is None else strict,
         )
         if adapter.magnitudes and self.merged is not None:
             raise ConfigError(

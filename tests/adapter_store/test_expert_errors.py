@@ -78,11 +78,6 @@ BAD: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
         {"r": 5},
         "rank 6 for all experts or",
     ),
-    "targeted and absent": (
-        pair((6, 4), (5, 6), PATH),
-        {"target_parameters": ["experts.gate_up_proj", "experts.down_proj", "router.weight"]},
-        r"targets block.router, block.experts.gate_up_proj, but the file has no weights",
-    ),
 }
 
 
@@ -91,6 +86,15 @@ def test_bad_input(case: str) -> None:
     tensors, config, message = BAD[case]
     with pytest.raises(CheckpointError, match=message):
         read(Model(), tensors, **config)
+
+
+def test_targeted_parameters_without_factors() -> None:
+    tensors = pair((6, 4), (5, 6), PATH)
+    targets = ["experts.gate_up_proj", "experts.down_proj", "router.weight"]
+    message = r"2 of them \(67 %\): block.router, block.experts.gate_up_proj"
+    with pytest.warns(lorafx.LorafxWarning, match=message):
+        adapter = read(Model(), tensors, target_parameters=targets)
+    assert list(adapter.weights) == [f"{PATH}.down_proj"]
 
 
 def test_all_problems_at_once() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from lorafx.adapter_store.peft_reader import adapter_target_modules, read_adapter
-from lorafx.errors import CapacityError, CheckpointError, UnsupportedAdapterError
+from lorafx.errors import CapacityError, CheckpointError, LorafxWarning, UnsupportedAdapterError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -89,10 +90,6 @@ BROKEN = {
         _set("base_model.model.embed.weight", torch.ones(12, 6)),
         r"\(12, 6\) is a base weight that differs from the model's \(11, 6\)",
     ),
-    "missing module": (
-        lambda t: [t.pop(f"{UP}{f}.weight") for f in "AB"],
-        "targets up, but the file has no weights there",
-    ),
 }
 
 
@@ -148,12 +145,18 @@ def test_unselected_module(compiled, build, sites_of, save):
     assert len(str(caught.value).splitlines()) == 2  # and is not reported a second time
 
 
-def test_targeted_module_that_is_no_site_and_not_in_the_file(build, sites_of, save):
+def test_a_targeted_module_that_the_file_lacks(build, sites_of, save):
     folder = save(build("plain"), r=2, target_modules=["up", "down"])
     model = build("plain")
     rewrite(folder, lambda t: [t.pop(k) for k in list(t) if "down" in k])
-    with pytest.raises(CheckpointError, match="targets down, but"):
-        read_adapter(folder, "a", sites_of(model, ["up"]), model=model)
+    message = r"no factors for 1 of them \(50 %\): down"
+    with pytest.raises(CheckpointError, match=message):
+        read_adapter(folder, "a", sites_of(model), model=model, strict=True)
+    with pytest.warns(LorafxWarning, match=message):
+        assert list(read_adapter(folder, "a", sites_of(model), model=model).weights) == ["up"]
+    with warnings.catch_warnings():  # down is no site: nobody asked for it
+        warnings.simplefilter("error", LorafxWarning)
+        read_adapter(folder, "a", sites_of(model, ["up"]), model=model, strict=True)
 
 
 def test_rank_that_the_configuration_contradicts(build, sites_of, save):
