@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
@@ -41,12 +41,15 @@ class Adapter:
             packed; what the adapter does not touch is absent.
         rank: the largest rank that it was trained with anywhere.
         source: where it was read from, for messages.
+        spans: path of a name of a packed module -> the slices that its rows say it covers, where
+            that is not declared.
     """
 
     name: str
     weights: dict[str, LoraWeights]
     rank: int
     source: str
+    spans: Mapping[str, range] = field(default_factory=dict)
 
     @property
     def magnitudes(self) -> tuple[str, ...]:
@@ -135,7 +138,7 @@ def read_adapter(
             LorafxWarning,
             stacklevel=2,
         )
-    return Adapter(name, weights, reading.largest, state.where)
+    return Adapter(name, weights, reading.largest, state.where, reading.spans)
 
 
 def _named_by(places: Places, config: PeftConfig, path: str) -> list[str]:

@@ -10,9 +10,8 @@ What a path means is a *landing*: parts of sites in the order of the saved B's r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -22,6 +21,7 @@ from lorafx.adapter_store.old_names import OldNames
 from lorafx.adapter_store.peft_keys import COMPILED, candidates, without_compiled
 from lorafx.errors import nearest
 from lorafx.model.packed_names import virtual_paths
+from lorafx.model.partition import spans
 
 if TYPE_CHECKING:
     from lorafx.model.sites import Membership, Site
@@ -51,19 +51,17 @@ class Landing:
         """Equal for landings that mean the same."""
         return (self.loose, *((id(site), part) for site, part in self.places))
 
-    def fitting(self, rows: int) -> tuple[Place, ...] | None:
-        """The places that a B of so many rows covers; None where that cannot be told."""
+    def fitting(self, rows: Mapping[str, int]) -> tuple[Place, ...] | None:
+        """The places that the factors cover; None where that cannot be told.
+
+        `rows` are those of B under each of the site's loose names that an adapter has factors for:
+        together the names have to partition the site's slices.
+        """
         if not self.loose:
             return self.places
-        site = self.places[0][0]
+        names = self.places[0][0].loose_names
         sizes = [saved_sizes(place)[1] for place in self.places]
-        found = {
-            (cuts[at], cuts[at + 1])
-            for at in [site.loose_names.index(self.loose)]
-            for inner in combinations(range(1, len(sizes)), len(site.loose_names) - 1)
-            for cuts in [(0, *inner, len(sizes))]
-            if sum(sizes[cuts[at] : cuts[at + 1]]) == rows
-        }
+        found = spans(sizes, [rows.get(name) for name in names])[names.index(self.loose)]
         if len(found) != 1:
             return None
         ((start, end),) = found

@@ -18,6 +18,7 @@ from lorafx.adapter_store.checkpoint import AdapterState
 from lorafx.adapter_store.coverage import Coverage, Scope, coverage
 from lorafx.adapter_store.dora import dora_refusal
 from lorafx.adapter_store.expert_reading import ExpertReading
+from lorafx.adapter_store.loose_names import given_rows, settled, undivided
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import FactorKey, parse, without_prefix
 from lorafx.adapter_store.places import Landing, Place, Places, saved_sizes
@@ -54,6 +55,7 @@ class Reading:
         self.experts = ExpertReading(self)
         self.coverage = Coverage((), 0)
         self.largest = 0
+        self.spans: dict[str, range] = {}
 
     @property
     def config(self) -> PeftConfig:
@@ -67,6 +69,7 @@ class Reading:
                 self._other_key(key)
             else:
                 self._place(factor)
+        self.rows = given_rows(self.landings, self.factors, self.state.tensors)
         decoded: dict[str, tuple[Landing, LoraWeights]] = {}
         for meant, landing in self.landings.items():
             for path, weights in self._decode(landing, self.factors[meant]):
@@ -161,7 +164,7 @@ class Reading:
         if not all([self.sound(keys["A"].key, a), self.sound(keys["B"].key, b)]):
             return
         rank = a.shape[0] if a.dim() == 2 else 0
-        places = landing.fitting(b.shape[0] if b.dim() == 2 else 0)
+        places = landing.fitting(self.rows.get(id(landing.places[0][0]), {}))
         sizes = [saved_sizes(place) for place in places or landing.places]
         n, k = sum(size for _, size in sizes), sizes[0][0]
         label = _label(landing)
@@ -176,6 +179,7 @@ class Reading:
             return
         if not self.rank_fits(label, name, landing.saved, rank):
             return
+        self.spans.update(settled(landing, self.rows))
         m = self._magnitude(label, keys, places, n)
         scale, start = self.scale(name, landing.saved, rank), 0
         for (site, index), rows in zip(places, b.split([size for _, size in sizes]), strict=True):
@@ -218,22 +222,12 @@ class Reading:
         self, key: str, b: Tensor, rank: int, landing: Landing, places: tuple[Place, ...] | None
     ) -> bool:
         """Whether the rows of a B that serves several parts are those of all parts together."""
-        sizes = [saved_sizes(place)[1] for place in landing.places]
-        if places is not None and tuple(b.shape) == (
-            sum(saved_sizes(place)[1] for place in places),
-            rank,
-        ):
+        if places is not None and tuple(b.shape) == (_rows(places), rank):
             return True
-        named = ", ".join(
-            f"{site.part_path(i).rpartition('.')[2]} {size}"
-            for (site, i), size in zip(landing.places, sizes, strict=True)
-        )
-        of = f"{landing.loose} takes some of" if landing.loose else "it covers"
-        total = "" if landing.loose else f", {sum(sizes)} rows in all"
         rows = b.shape[0] if b.dim() else 0
         self.problems.append(
-            f"{key} has shape {tuple(b.shape)}, whose {rows} rows cannot be "
-            f"split over the slices of {_label(landing)}: {of} {named}{total} (and r = {rank}); "
+            f"{key} has shape {tuple(b.shape)}, whose {rows} rows cannot be split over the slices "
+            f"of {_label(landing)}: {undivided(landing, self.rows)} (and r = {rank}); "
             "packed_modules may say which slices each name covers"
         )
         return False

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -46,6 +46,7 @@ class StoredAdapter:
         name, rank, source: as in `Adapter`.
         sites: canonical paths of the sites that it touches.
         rescaled: those of them whose outputs it rescales (DoRA).
+        spans: as in `Adapter`.
         factors: index of a group -> that group's factors, in its bank's dtype and layout.
         nbytes: host memory that the factors take.
     """
@@ -57,6 +58,7 @@ class StoredAdapter:
     factors: dict[int, list[Factors]]
     nbytes: int
     rescaled: tuple[str, ...] = ()
+    spans: Mapping[str, range] = field(default_factory=dict)
 
 
 class AdapterStore:
@@ -122,6 +124,7 @@ class AdapterStore:
         check_name(adapter.name)
         stored = self._stored(adapter)
         with self._lock:
+            self._check_spans(stored)
             if adapter.name in self._slots:
                 self._write(self._slots[adapter.name], stored)
             self._adapters[adapter.name] = stored
@@ -307,7 +310,20 @@ class AdapterStore:
         sites = dict.fromkeys(self._places[path].site.path for path in adapter.weights)
         rescaled = dict.fromkeys(self._places[path].site.path for path in adapter.magnitudes)
         names = adapter.name, adapter.rank, adapter.source
-        return StoredAdapter(*names, tuple(sites), factors, size, tuple(rescaled))
+        return StoredAdapter(*names, tuple(sites), factors, size, tuple(rescaled), adapter.spans)
+
+    def _check_spans(self, stored: StoredAdapter) -> None:
+        """A name of a packed module means the same slices in all adapters."""
+        for other in self._adapters.values():
+            for path in stored.spans.keys() & other.spans.keys():
+                mine, theirs = stored.spans[path], other.spans[path]
+                if mine != theirs and other.name != stored.name:
+                    raise CheckpointError(
+                        f"adapter {stored.name!r} from {stored.source} has factors by whose rows "
+                        f"{path} is slices {_listed(mine)} of what packs it, and by those of "
+                        f"{other.name!r} slices {_listed(theirs)}: one of the two is for another "
+                        "model; packed_modules may say which slices each name covers"
+                    )
 
     def _factors(self, place: _Place, weights: LoraWeights) -> Factors:
         group = self._groups[place.group]
@@ -342,6 +358,10 @@ def check_name(name: object) -> None:
         raise ConfigError(
             f"an adapter's name is a non-empty string other than {BASE!r}, got {name!r}"
         )
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 class _Place(NamedTuple):

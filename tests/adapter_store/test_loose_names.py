@@ -1,0 +1,145 @@
+"""Names of a packed projection whose slices only the rows of factors tell: they partition them."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise
+
+import expert_files
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import lorafx
+from lorafx.adapter_store.peft_reader import Adapter, read_adapter
+from lorafx.errors import CheckpointError
+from lorafx.layers import MergedColumnParallelLinear
+from lorafx.model.partition import spans
+from lorafx.passes.select import build_sites
+
+K = 4
+NAMES = ["a", "b", "c", "d"]
+
+
+@st.composite
+def cuts(draw: st.DrawFn) -> tuple[list[int], list[int]]:
+    """Slices, and where the parts of them begin and end that fewer names have."""
+    sizes = draw(st.lists(st.integers(1, 4), min_size=3, max_size=6))
+    most = min(len(NAMES) - 1, len(sizes) - 2)
+    inner = draw(st.sets(st.integers(1, len(sizes) - 1), min_size=1, max_size=most))
+    return sizes, [0, *sorted(inner), len(sizes)]
+
+
+def rows_of(sizes: list[int], ends: list[int]) -> list[int]:
+    return [sum(sizes[start:end]) for start, end in pairwise(ends)]
+
+
+@given(cuts(), st.data())
+def test_spans_are_those_of_all_partitions(
+    cut: tuple[list[int], list[int]], data: st.DataObject
+) -> None:
+    sizes, ends = cut
+    true = rows_of(sizes, ends)
+    some = st.one_of(st.none(), st.sampled_from(true), st.integers(0, 12))
+    rows = data.draw(st.lists(some, min_size=len(true), max_size=len(true)))
+    want: list[set[tuple[int, int]]] = [set() for _ in rows]
+    for inner in combinations(range(1, len(sizes)), len(rows) - 1):
+        parts = list(pairwise([0, *inner, len(sizes)]))
+        if all(
+            r in (None, sum(sizes[start:end])) for r, (start, end) in zip(rows, parts, strict=True)
+        ):
+            for own, part in zip(want, parts, strict=True):
+                own.add(part)
+    assert spans(sizes, rows) == want
+
+
+@given(cuts(), st.data())
+def test_the_names_of_one_adapter_partition_the_slices(
+    cut: tuple[list[int], list[int]], data: st.DataObject
+) -> None:
+    """What is accepted is where the rows were taken from; what leaves a hole or overlaps is not."""
+    sizes, ends = cut
+    names = NAMES[: len(ends) - 1]
+    true = dict(zip(names, rows_of(sizes, ends), strict=True))
+    changed = {name: data.draw(st.integers(1, sum(sizes))) for name in names}
+    rows = data.draw(st.sampled_from([true, true, changed]))
+    chosen = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
+    model = packed(sizes, names)
+    own = {name: rows[name] for name in chosen}
+    found = dict(zip(names, spans(sizes, [own.get(name) for name in names]), strict=True))
+    if any(len(found[name]) != 1 for name in chosen):
+        with pytest.raises(CheckpointError, match="cannot be split over the slices"):
+            read(model, own)
+        return
+    adapter = read(model, own)
+    covered = [i for i in range(len(sizes)) if f"mixer[{i}]" in adapter.weights]
+    assert sum(sizes[i] for i in covered) == sum(rows[name] for name in chosen)
+    if len(chosen) == len(names):
+        assert covered == list(range(len(sizes)))
+    if rows is true:
+        starts = dict(zip(names, pairwise(ends), strict=True))
+        assert covered == [
+            i for i in range(len(sizes)) if any(i in range(*starts[name]) for name in chosen)
+        ]
+
+
+def packed(sizes: list[int], names: list[str]) -> nn.Module:
+    model = nn.Module()
+    model.mixer = MergedColumnParallelLinear(K, sizes, bias=False)
+    model.packed_modules_mapping = {"mixer": names}
+    return model
+
+
+def pairs(rows: dict[str, int], rank: int = 2) -> dict[str, Tensor]:
+    tensors = {}
+    for name, count in rows.items():
+        tensors[f"{name}.lora_A"] = torch.randn(rank, K)
+        tensors[f"{name}.lora_B"] = torch.randn(count, rank)
+    return tensors
+
+
+def read(model: nn.Module, rows: dict[str, int]) -> Adapter:
+    state = expert_files.state_of(pairs(rows))
+    _, sites = build_sites(model, lorafx.LoraConfig(target_modules=["mixer"]))
+    return read_adapter(state, "x", sites, model=model)
+
+
+def test_a_hole_is_refused_by_name() -> None:
+    model = packed([8, 8, 8, 8], ["qkv", "z"])
+    with pytest.raises(CheckpointError) as error:
+        read(model, {"qkv": 16, "z": 8})
+    lines = str(error.value).splitlines()[1:]
+    assert len(lines) == 2
+    assert (
+        "qkv.lora_B.weight has shape (16, 2), whose 16 rows cannot be split over the slices of qkv:"
+        " qkv takes some of mixer[0] 8, mixer[1] 8, mixer[2] 8, mixer[3] 8, and z (8 rows here) all"
+        " others"
+    ) in lines[0]
+    assert "z takes some of" in lines[1]
+    assert set(read(model, {"qkv": 16}).weights) == {"mixer[0]", "mixer[1]"}
+
+
+@pytest.mark.parametrize("second", [{"qkv": 16, "z": 16}, {"z": 16}, {"qkv": 16}])
+def test_adapters_do_not_contradict_each_other(second: dict[str, int]) -> None:
+    model = nn.Sequential(packed([8, 8, 8, 8], ["qkv", "z"]).mixer).eval()
+    model.packed_modules_mapping = {"0": ["qkv", "z"]}
+    config = lorafx.LoraConfig(target_modules=["0"])
+    cm = lorafx.compile(model, config, options={"lowering": "reference"})
+    store = cm._session.store
+
+    def load(name: str, rows: dict[str, int]) -> None:
+        state = expert_files.state_of(pairs(rows))
+        store.load(read_adapter(state, name, cm.sites, model=model))
+
+    load("first", {"qkv": 24})
+    with pytest.raises(CheckpointError) as error:
+        load("second", second)
+    assert "one of the two is for another model" in str(error.value)
+    assert "slices 0, 1" in str(error.value) or "slices 2, 3" in str(error.value)
+    assert cm.adapters == ("first",)
+    load("third", {"qkv": 24, "z": 8})
+    load("first", {"z": 8})
+    for name in ("first", "third"):
+        store.unload(name)
+    load("second", second)
