@@ -25,6 +25,7 @@ from expert_models import (
     moe_case,
     router_names,
 )
+from tiny_inputs import inputs
 from torch import Tensor, nn
 from transformers.integrations import use_experts_implementation
 from transformers.models.step3p7 import modeling_step3p7
@@ -91,7 +92,7 @@ def test_a_class_without_the_switch_is_refused_until_it_is_given_one(tmp_path: P
     every = {"target_parameters": [f"{path}.gate_up_proj", f"{path}.down_proj"]}
     folder = oracle.save_adapter(base, tmp_path, rank=3, targets=[], **every)
     reference = oracle.Oracle.of(base, {"a": folder})
-    names, batch = ["a", None, "a"], tiny.inputs(base, "causal", 3, 5, padding=False)
+    names, batch = ["a", None, "a"], inputs(base, "causal", 3, 5, padding=False)
     refused = lorafx.compile(copy.deepcopy(base), {"a": folder}, options=REFERENCE)
     with pytest.raises(MatchError, match=r"(?s)layers.0.mlp.experts.*use_experts_implementation"):
         refused(**batch, adapter_names=names)

@@ -15,6 +15,7 @@ import tiny
 import torch
 from dense_merge import Case, check_mixed
 from hand_made import factors, merged, save
+from tiny_configs import VOCAB
 from torch import nn
 
 #: Model type -> packs that `explain` shows, by last names.
@@ -59,7 +60,7 @@ def test_every_linear_of(model_type: str, tmp_path: Path) -> None:
     assert bool(routers(case.base)) == (model_type in WITH_ROUTERS)
     cm = case.compile()
     names = ["all", "routed", None, "odd", "even", "routed"]
-    inputs = {"input_ids": torch.randint(3, tiny.VOCAB, (len(names), 7))}
+    inputs = {"input_ids": torch.randint(3, VOCAB, (len(names), 7))}
     check_mixed(cm, case, names, inputs)
     graphs = cm.recompiles
     check_mixed(cm, case, ["routed", None, "even", "all", "odd", None], inputs)

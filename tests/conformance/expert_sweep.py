@@ -1,7 +1,7 @@
 """Every transformers class that holds routed experts as 3-D parameters: served, or refused and why.
 
     python tests/conformance/expert_sweep.py --out experts.jsonl [--only qwen3_moe]
-    python tests/conformance/expert_sweep.py --out experts.jsonl --table   (a part of families.md)
+    python tests/conformance/expert_sweep.py --out experts.jsonl --table   (docs/routed_experts.md)
 
 For each such class a tiny model that uses it, with two PEFT adapters of `target_parameters`: one on
 every 3-D parameter of its experts, one on the second parameter alone. A batch with both and a base
@@ -26,7 +26,12 @@ import sweep
 import tiny
 import torch
 import transformers
+from examine import brief, named
+from examine import examine as examine_family
+from sites import experts_of
+from table import cell
 from tiny import Family
+from tiny_inputs import inputs
 from torch import nn
 from transformers.models.auto import modeling_auto
 
@@ -74,20 +79,6 @@ def families() -> Iterator[Family]:
                     yield Family("causal", model_type, name)
 
 
-def experts_of(model: nn.Module) -> dict[str, list[str]]:
-    """{path: names of its 3-D parameters} of the modules that hold a matrix for each expert."""
-    found = {}
-    for path, module in model.named_modules():
-        names = [
-            name
-            for name, parameter in module._parameters.items()
-            if parameter is not None and parameter.dim() == 3
-        ]
-        if names and "xpert" in type(module).__name__:
-            found[path] = names
-    return found
-
-
 class Block(nn.Module):
     """A linear, a router, and experts that take tokens, the chosen experts and their weights."""
 
@@ -130,20 +121,20 @@ def examine_class(name: str, cls: type[nn.Module], folder: str) -> dict[str, Any
         x = torch.randn(4, 3, CONFIG["hidden_size"])
         block(x)
     except Exception as error:
-        return {**report, "outcome": "base", "detail": sweep.brief(error)}
+        return {**report, "outcome": "base", "detail": brief(error)}
     report["switch"] = hasattr(experts, "has_gate")
     return {**report, **compared(block, {"experts": names}, {"x": x}, folder)}
 
 
 def examine(family: Family, folder: str) -> dict[str, Any]:
-    report: dict[str, Any] = sweep.named(family)
+    report: dict[str, Any] = named(family)
     try:
         model = tiny.build(family)
-        batch = tiny.inputs(model, "causal", 3, 5, padding=False)
+        batch = inputs(model, "causal", 3, 5, padding=False)
         with torch.no_grad():
             model(**batch)
     except Exception as error:
-        return {**report, "outcome": "base", "detail": sweep.brief(error)}
+        return {**report, "outcome": "base", "detail": brief(error)}
     experts = experts_of(model)
     if not experts:
         return {**report, "outcome": "none"}
@@ -168,7 +159,7 @@ def compared(
         }
         reference = oracle.Oracle.of(model, folders)
     except Exception as error:
-        return {"outcome": "peft", "detail": sweep.brief(error)}
+        return {"outcome": "peft", "detail": brief(error)}
     names = ["every", None, "last", "every"][: len(next(iter(batch.values())))]
     expected = reference.rows(names, batch)
     base = reference.rows([None] * len(names), batch)
@@ -176,7 +167,7 @@ def compared(
         cm = lorafx.compile(model, folders, options={"lowering": "reference"})
         found = oracle.tensors(cm(**batch, adapter_names=names))
     except LorafxError as error:
-        return {"outcome": "refused", "detail": sweep.brief(error)}
+        return {"outcome": "refused", "detail": brief(error)}
     report["effect"] = oracle.difference(base, expected)
     report["worst"] = oracle.difference(found, expected)
     report["outcome"] = "ok" if report["worst"] <= oracle.TOLERANCE else "wrong"
@@ -200,7 +191,7 @@ def table(reports: Iterable[dict[str, Any]]) -> str:
             "| class | outcome | why |",
             "|---|---|---|",
             *(
-                f"| {cls} | {r['outcome']} | {sweep.cell(r.get('detail', ''))} |"
+                f"| {cls} | {r['outcome']} | {cell(r.get('detail', ''))} |"
                 for cls, r in sorted(others.items())
             ),
         ]
@@ -223,7 +214,7 @@ def main() -> None:
     only = {name for name in options.only.split(",") if name}
     done = {r["type"] for r in sweep.read(options.out)} if options.out.exists() else set()
     with tempfile.TemporaryDirectory() as folder:
-        sweep.examine(Family("causal", "llama", "LlamaForCausalLM"), folder)  # warm
+        examine_family(Family("causal", "llama", "LlamaForCausalLM"), folder)  # warm
     for family in families():
         if (only and family.model_type not in only) or family.model_type in done:
             continue

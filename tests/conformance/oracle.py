@@ -104,7 +104,11 @@ def merged(model: nn.Module, folder: str | Path) -> nn.Module:
         warnings.simplefilter("ignore")
         with by_present_names(untied_copy(model)) as twin:
             wrapped = PeftModel.from_pretrained(twin, str(folder))
-        return wrapped.merge_and_unload().eval()
+        result = wrapped.merge_and_unload().eval()
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", None)
+    if tied is not None:  # PEFT sees that the copy is untied; T5's kin scale the head's input by it
+        result.config.tie_word_embeddings = tied
+    return result
 
 
 @contextmanager
@@ -142,24 +146,38 @@ def untied_copy(model: nn.Module) -> nn.Module:
     return twin
 
 
-def standard_adapters(model: nn.Module, folder: str | Path) -> dict[str, Path]:
+def standard_adapters(
+    model: nn.Module,
+    folder: str | Path,
+    routers: Sequence[str] = (),
+    experts: Sequence[str] = (),
+) -> dict[str, Path]:
     """Adapters of unequal ranks and targets for `model`, on disk, by name.
 
     "all" has every linear, "odd" every second one, "even" the others, "embed" the token embedding
-    with a few linears (only where the model has such an embedding).
+    with a few linears (only where the model has such an embedding). `routers` and `experts` are
+    paths of parameters: all of them are in "all", the routers in "even" too, and the second one of
+    each two of the experts in "odd".
     """
     folder = Path(folder)
     every = linears(model)
-    plans: dict[str, tuple[int, list[str]]] = {
-        "all": (4, every),
-        "odd": (7, every[1::2] or every),
-        "even": (3, every[0::2]),
+    plans: dict[str, tuple[int, list[str], list[str]]] = {
+        "all": (4, every, [*routers, *experts]),
+        "odd": (7, every[1::2] or every, [*experts[1::2]]),
+        "even": (3, every[0::2], [*routers]),
     }
     if embeddings(model):
-        plans["embed"] = (5, embeddings(model) + every[-2:])
+        plans["embed"] = (5, embeddings(model) + every[-2:], [])
     return {
-        name: save_adapter(model, folder / name, rank=rank, targets=targets, seed=seed)
-        for seed, (name, (rank, targets)) in enumerate(plans.items())
+        name: save_adapter(
+            model,
+            folder / name,
+            rank=rank,
+            targets=targets,
+            seed=seed,
+            **({"target_parameters": parameters} if parameters else {}),
+        )
+        for seed, (name, (rank, targets, parameters)) in enumerate(plans.items())
     }
 
 

@@ -1,13 +1,16 @@
 """Every transformers family against the oracle: one line each, and a table for the documentation.
 
-    python tests/conformance/sweep.py --out outcome.jsonl [--kinds causal,masked] [--only llama]
-    python tests/conformance/sweep.py --out outcome.jsonl --table > docs/families.md
+    python tests/conformance/sweep.py --out outcome.jsonl [--part 1/2] [--only llama]
+    python tests/conformance/sweep.py --choose outcome.jsonl > tests/conformance/inductor.txt
+    python tests/conformance/sweep.py --out inductor.jsonl --lowering inductor
+    python tests/conformance/sweep.py --table outcome.jsonl inductor.jsonl > docs/families.md
+
+`--part k/n` takes every n-th family; the parts together are all of them, and each has some of every
+kind. Lines are appended, and families that `--out` has already are left out, so the same command
+goes on where it was stopped. With Inductor the families are those of inductor.txt.
 
 Each family is compiled in a process of its own (forked from one that has imported everything and
-compiled a model once), with a time limit, so that a crash or a hang costs only that family. The
-lowering is "reference": what is asked here is whether the right thing is computed.
-
-The outcomes are listed at `OUTCOMES`.
+compiled a model once), with a time limit, so that a crash or a hang costs only that family.
 """
 
 from __future__ import annotations
@@ -15,172 +18,29 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import select
 import signal
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import oracle
-import peft
+import cover
 import tiny
 import torch
+import torch._inductor.config
 import transformers
+from examine import examine, failed, named
+from table import table
 from tiny import Family
 
-import lorafx
-from lorafx.errors import LorafxError, MatchError, ProvenanceError
-
-#: (batch, length): length no multiple of the batch, equal to it, a multiple of it.
-SHAPES = ((3, 5), (4, 4), (3, 6))
-_NOISE_FACTOR = 20
-_SEEN = 1e-3  # smallest effect of an adapter that makes a comparison worth something
-
-OUTCOMES = {
-    "ok": "every batch equals the oracle, mixed batches too",
-    "refused": "one adapter a batch equals the oracle; a mixed batch is refused with the reason",
-    "unmatched": "LoRA is refused at some modules for any batch, with the reason",
-    "wrong": "some batch differs from the oracle",
-    "error": "an exception that is not one of lorafx's refusals, or no answer in time",
-    "base": "the base model cannot be built small, or run, here; not counted as tried",
-}
-
-
-def examine(
-    family: Family, folder: str, shapes: Sequence[tuple[int, int]] = SHAPES
-) -> dict[str, Any]:
-    """The outcome of one family; `folder` takes its adapters, the first of `shapes` has 3 rows."""
-    report: dict[str, Any] = {"kind": family.kind, "type": family.model_type}
-    report["class"] = family.class_name
-    try:
-        model = tiny.build(family)
-        batches = [tiny.inputs(model, family.kind, b, t, seed=b) for b, t in shapes]
-        with torch.no_grad():
-            model(**batches[0])
-            batches = [batch for batch in batches if _runs(model, batch)]
-    except Exception as error:
-        return {**report, "outcome": "base", "detail": brief(error)}
-    adapters = oracle.standard_adapters(model, folder)
-    reference = oracle.Oracle.of(model, adapters)
-    report["modules"] = len(oracle.linears(model))
-    batches = [_independent(reference, batch) for batch in batches]
-    plain = [None] * 3
-    base_rows = reference.rows(plain, batches[0])
-    with torch.no_grad():
-        whole = oracle.tensors(reference.base(**batches[0]))
-    report["coupling"] = oracle.difference(whole, base_rows)
-    report["effect"] = min(
-        oracle.difference(reference.rows([name] * 3, batches[0]), base_rows) for name in adapters
-    )
-    compiled = lorafx.compile(model, adapters, options={"lowering": "reference"})
-    names = list(adapters)
-    try:
-        worst = 0.0
-        for mix, batch in _calls(names, batches):
-            try:
-                found = oracle.tensors(compiled(**batch, adapter_names=mix))
-            except ProvenanceError as error:
-                report["outcome"] = "refused"
-                report["detail"] = brief(error)
-                report["refusals"] = _refusals(compiled)
-                continue
-            expected = reference.rows(mix, batch)
-            difference = oracle.difference(found, expected)
-            if difference > oracle.TOLERANCE and difference > _NOISE_FACTOR * _noise(
-                reference, mix, batch, expected
-            ):
-                detail = f"{mix}: differs by {difference:.1e}"
-                return {**report, "outcome": "wrong", "detail": detail}
-            worst = max(worst, difference)
-        report.setdefault("outcome", "ok")
-        report["worst"] = worst
-        report["graphs"] = compiled.recompiles
-    except MatchError as error:
-        report.update(outcome="unmatched", detail=brief(error), refusals=_refusals(compiled))
-    return report
-
-
-def _runs(model: torch.nn.Module, batch: dict[str, Any]) -> bool:
-    """False for lengths that the base itself fails on (funnel, four tokens)."""
-    try:
-        model(**batch)
-    except Exception:
-        return False
-    return True
-
-
-def _calls(
-    names: list[str], batches: list[dict[str, Any]]
-) -> Iterable[tuple[list[str | None], dict[str, Any]]]:
-    """One adapter a batch first, then mixes with base rows."""
-    first, *others = batches
-    last = names[-1]
-    yield ["all"] * 3, first
-    yield [last] * 3, first
-    yield [None, "all", "odd"], first
-    for batch in others:
-        size = len(next(iter(batch.values())))
-        yield (["even", last, None, "all", "odd"])[:size], batch
-
-
-def _independent(reference: oracle.Oracle, batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch, without its padding where the base itself does not support padding."""
-    if "attention_mask" not in batch:
-        return batch
-    rows = len(batch["attention_mask"])
-    try:
-        with torch.no_grad():
-            whole = oracle.tensors(reference.base(**batch))
-        if oracle.difference(whole, reference.rows([None] * rows, batch)) < 1e-4:
-            return batch
-    except Exception:  # the family does not take this mask
-        pass
-    return {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}
-
-
-@torch.no_grad()
-def _noise(
-    reference: oracle.Oracle,
-    names: oracle.Names,
-    batch: dict[str, Any],
-    expected: list[torch.Tensor],
-) -> float:
-    """How far the merged models themselves are from their rows alone when run in a batch."""
-    worst = 0.0
-    for index, name in enumerate(names):
-        whole = oracle.tensors(reference.model(name)(**batch))
-        worst = max(
-            worst,
-            oracle.difference(
-                [part[index : index + 1] for part in whole],
-                [part[index : index + 1] for part in expected],
-            ),
-        )
-    return worst
-
-
-def _refusals(compiled: lorafx.CompiledModel) -> dict[str, int]:
-    """Sites by the reason for which they were refused."""
-    found: Counter[str] = Counter()
-    for record in compiled._session.backend.records:
-        for refusal in record.refusals:
-            found[f"{refusal.when}: {refusal.reason[:300]}"] += len(refusal.sites)
-    return dict(found)
-
-
-def brief(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    at = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}{at}: {text[:600]}"
+#: The families that run through Inductor, "kind type" a line, as `--choose` printed them.
+CHOSEN = Path(__file__).parent / "inductor.txt"
 
 
 def in_child(
@@ -194,29 +54,34 @@ def in_child(
     if child == 0:
         code = 1
         try:
+            os.setsid()  # compilers that it starts are killed with it
             os.close(reader)
             with tempfile.TemporaryDirectory() as folder:
                 try:
                     report = examined(family, folder)
                 except BaseException as error:
-                    report = {**named(family), "outcome": "error", "detail": brief(error)}
-                    if isinstance(error, LorafxError):
-                        report["trace"] = traceback.format_exc()[-1500:]
-            os.write(writer, json.dumps(report).encode()[:60_000])
+                    report = failed(family, error)
+            data = json.dumps(report).encode()
+            while data:
+                data = data[os.write(writer, data) :]
             code = 0
         finally:
             os._exit(code)
     os.close(writer)
     data = b""
-    ready, _, _ = select.select([reader], [], [], limit)
-    if ready:
-        while chunk := os.read(reader, 1 << 16):
-            data += chunk
-    else:
-        os.kill(child, signal.SIGKILL)
+    while True:
+        left = limit - (time.monotonic() - began)
+        ready, _, _ = select.select([reader], [], [], max(0.0, left))
+        if not ready:
+            os.killpg(child, signal.SIGKILL)
+            break
+        chunk = os.read(reader, 1 << 16)
+        if not chunk:
+            break
+        data += chunk
     os.close(reader)
     _, status = os.waitpid(child, 0)
-    if data:
+    if status == 0:
         report = json.loads(data)
     elif not ready:
         report = {**named(family), "outcome": "error", "detail": f"no answer in {limit:.0f} s"}
@@ -226,108 +91,54 @@ def in_child(
     return report
 
 
-def named(family: Family) -> dict[str, Any]:
-    return {"kind": family.kind, "type": family.model_type, "class": family.class_name}
+def part_of(families: Iterable[Family], part: str = "1/1") -> list[Family]:
+    """Part "k/n" of the families, k from 1: as many of each kind as the other parts have, give or
+    take one, in an order that mixes kinds, so that what is stopped early has seen some of all."""
+    number, count = (int(item) for item in part.split("/"))
+    if not 1 <= number <= count:
+        raise SystemExit(f"--part {part}: write k/n with k from 1 to n")
+    shuffled = sorted(
+        families, key=lambda family: zlib.crc32(f"{family.kind} {family.model_type}".encode())
+    )
+    by_kind = sorted(shuffled, key=lambda family: family.kind)
+    mine = set(by_kind[number - 1 :: count])
+    return [family for family in shuffled if family in mine]
 
 
-def sweep(kinds: list[str], only: set[str], out: Path, limit: float) -> None:
+def sweep(families: list[Family], out: Path, limit: float, lowering: str) -> None:
     """Append one line a family to `out`; families that it has already are left out."""
     done = {(r["kind"], r["type"]) for r in read(out)} if out.exists() else set()
     with tempfile.TemporaryDirectory() as folder:
-        examine(Family("causal", "llama", "LlamaForCausalLM"), folder)  # warm
-    todo = [family for kind in kinds for family in tiny.families(kind)]
-    # In an order that mixes kinds: what is stopped early has still seen some of everything.
-    todo.sort(key=lambda family: zlib.crc32(f"{family.kind} {family.model_type}".encode()))
-    for family in todo:
+        examine(Family("causal", "llama", "LlamaForCausalLM"), folder, lowering=lowering)  # warm
+    for family in families:
         kind, model_type = family.kind, family.model_type
-        if (only and model_type not in only) or (kind, model_type) in done:
+        if (kind, model_type) in done:
             continue
-        report = in_child(examine, family, limit)
-        with out.open("a") as file:
-            file.write(json.dumps(report) + "\n")
-        detail = str(report.get("detail", ""))[:200]
+        report = in_child(partial(examine, lowering=lowering), family, limit)
+        append(out, {"lowering": lowering, **report})
+        detail = str(report.get("detail", report.get("routing", "")))[:200]
         print(
             f"{kind} {model_type}: {report['outcome']} {report['seconds']} s {detail}", flush=True
         )
 
 
-def table(reports: Iterable[dict[str, Any]]) -> str:
-    """The outcomes as Markdown, with what they were made with."""
-    rows = sorted(reports, key=lambda r: (list(tiny.KINDS).index(r["kind"]), r["type"]))
-    tested = [r for r in rows if r["outcome"] != "base"]
-    counts = Counter((r["kind"], r["outcome"]) for r in rows)
-    known = {(r["kind"], r["type"]) for r in rows}
-    every = [family for kind in tiny.KINDS for family in tiny.families(kind)]
-    missing = [f.model_type for f in every if (f.kind, f.model_type) not in known]
-    outcomes = [name for name in OUTCOMES if any(counts[kind, name] for kind in tiny.KINDS)]
-    lines = [
-        "# Families of transformers",
-        "",
-        f"Made by `tests/conformance/sweep.py` on {time.strftime('%Y-%m-%d')} with torch "
-        f"{torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}, "
-        'on a CPU in fp32 with `lowering="reference"`. Each family is a tiny model of random '
-        "weights with three or four PEFT adapters of unequal ranks and targets (every linear, "
-        "every second one, the others, the token embedding), saved and read from disk. Calls: two "
-        "with one adapter a batch, then mixed batches with base rows of 3, 4 and 3 requests and "
-        "5, 4 and 6 tokens. Each row is compared with W + ΔW merged densely, run alone; tolerance "
-        f"{oracle.TOLERANCE:g}.",
-        "",
-        "The sweep runs for about two hours; rows come from runs during one day of development, "
-        "each family's last one.",
-        "",
-        "| outcome | meaning |",
-        "|---|---|",
-        *(f"| {name} | {meaning} |" for name, meaning in OUTCOMES.items()),
-        "",
-        f"{len(tested)} families tried:",
-        "",
-        "| kind | " + " | ".join(outcomes) + " |",
-        "|---|" + "---|" * len(outcomes),
-        *(
-            f"| {kind} | " + " | ".join(str(counts[kind, name]) for name in outcomes) + " |"
-            for kind in tiny.KINDS
-        ),
-        "",
-        f"{len(missing)} not run yet: {', '.join(missing)}." if missing else "All have been run.",
-        "",
-        "## Those that are not ok",
-        "",
-        "| kind | family | outcome | why |",
-        "|---|---|---|---|",
-        *(
-            f"| {r['kind']} | {r['type']} | {r['outcome']} | {cell(r.get('detail', ''))} |"
-            for r in rows
-            if r["outcome"] != "ok"
-        ),
-        "",
-        "## Those that are ok",
-        "",
-    ]
-    for kind in tiny.KINDS:
-        good = [r["type"] for r in rows if r["kind"] == kind and r["outcome"] == "ok"]
-        lines += [f"**{kind}** ({len(good)}): {', '.join(good)}", ""]
-    blind = [r["type"] for r in rows if r["outcome"] == "ok" and r["effect"] < _SEEN]
-    if blind:
-        lines += [
-            "In these the adapters change the result by less than "
-            f"{_SEEN:g}, so that equality says little: {', '.join(blind)}.",
-            "",
-        ]
-    return "\n".join(lines)
-
-
-def cell(text: str) -> str:
-    text = re.sub(r"( at \S+:\d+)?: (this batch mixes adapters, and )?", ": ", text, count=1)
-    text = re.sub(r"File \S+, line \d+, |Run one adapter a batch.*", "", text)
-    return text.replace("|", "\\|")[:330].strip()
+def append(out: Path, report: dict[str, Any]) -> None:
+    """Write one line, in one write, behind whole lines only."""
+    with out.open("ab+") as file:
+        if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            file.write(b"\n")  # whoever wrote last was killed
+        file.write(json.dumps(report).encode() + b"\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The reports in `path`, the last one of each family."""
+    """The reports in `path`, the last one of each family and lowering."""
     found = {}
     for line in path.read_text().splitlines():
-        report = json.loads(line)
-        found[report["kind"], report["type"]] = report
+        try:
+            report = json.loads(line)
+        except json.JSONDecodeError:  # its writer was killed; the family runs again
+            continue
+        found[report["kind"], report["type"], report.get("lowering")] = report
     return list(found.values())
 
 
@@ -335,18 +146,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--kinds", default=",".join(tiny.KINDS))
     parser.add_argument("--only", default="", help="model types, by commas")
+    parser.add_argument("--part", default="1/1", help="k/n: this part of n")
     parser.add_argument("--out", type=Path, default=Path("families.jsonl"))
-    parser.add_argument("--table", action="store_true", help="print the table of --out instead")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds a family")
+    parser.add_argument("--lowering", default="reference", choices=("reference", "inductor"))
+    parser.add_argument("--choose", type=Path, nargs="+", help="print inductor.txt from these")
+    parser.add_argument("--table", type=Path, nargs="+", help="print the table of these instead")
     options = parser.parse_args()
-    if options.table:
-        print(table(read(options.out)))
+    if options.choose or options.table:
+        reports = [r for path in options.choose or options.table for r in read(path)]
+        if options.table:
+            print(table(reports))
+        else:
+            reference = [r for r in reports if r["lowering"] == "reference"]
+            print("\n".join(f"{kind} {name}" for kind, name in cover.chosen(reference)))
         return
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
+    torch._inductor.config.compile_threads = 1  # a pool of workers does not survive the fork
+    families = [family for kind in options.kinds.split(",") for family in tiny.families(kind)]
     only = {name for name in options.only.split(",") if name}
-    sweep(options.kinds.split(","), only, options.out, options.limit)
+    if only:
+        families = [family for family in families if family.model_type in only]
+    elif options.lowering == "inductor":
+        lines = {tuple(line.split()) for line in CHOSEN.read_text().splitlines()}
+        families = [f for f in families if (f.kind, f.model_type) in lines]
+    families = part_of(families, options.part)
+    sweep(families, options.out, options.limit, options.lowering)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import examine
+import oracle
 import pytest
-import sweep
 import tiny
 import torch
+from tiny_inputs import inputs
 
 CASES = (
     ("causal", "xlnet"),
@@ -31,19 +33,23 @@ CASES = (
 def test_family_equals_dense_merge(kind: str, model_type: str, tmp_path: Path) -> None:
     family = next(f for f in tiny.families(kind) if f.model_type == model_type)
     # Dynamo unrolls mamba's loop over tokens, once for each length.
-    shapes = sweep.SHAPES[: 1 if model_type == "mamba" else 2]
-    report = sweep.examine(family, str(tmp_path), shapes)
+    shapes = examine.SHAPES[: 1 if model_type == "mamba" else 2]
+    report = examine.examine(family, str(tmp_path), shapes)
     assert report["outcome"] == "ok", report
+    if model_type == "qwen2_moe":
+        assert (report["routers"], report["experts"]) == (2, 4)
+        assert "routing" not in report, "they are refused"
+        assert "lorafx.expert_site.default" in report["operators"]
     assert report["effect"] > 1e-3, "its adapters change too little for a comparison to mean much"
 
 
 def test_oracle_sees_a_wrong_row(tmp_path: Path) -> None:
     family = next(f for f in tiny.families("causal") if f.model_type == "llama")
     model = tiny.build(family)
-    adapters = sweep.oracle.standard_adapters(model, tmp_path)
-    reference = sweep.oracle.Oracle.of(model, adapters)
-    batch = tiny.inputs(model, "causal", 3, 5)
+    adapters = oracle.standard_adapters(model, tmp_path)
+    reference = oracle.Oracle.of(model, adapters)
+    batch = inputs(model, "causal", 3, 5)
     right = reference.rows(["all", None, "odd"], batch)
     with torch.no_grad():
         wrong = reference.rows(["all", None, "even"], batch)
-    assert sweep.oracle.difference(wrong, right) > 1e-2
+    assert oracle.difference(wrong, right) > 1e-2

@@ -1,0 +1,188 @@
+"""The outcomes of all families as Markdown, with what they were made with."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import oracle
+import peft
+import tiny
+import torch
+import transformers
+from examine import OUTCOMES
+
+Report = Mapping[str, Any]
+
+_SEEN = 1e-3  # smallest effect of an adapter that makes a comparison worth something
+
+
+def table(reports: Iterable[Report]) -> str:
+    """docs/families.md of the reports of all parts, each family's last one for each lowering."""
+    last = {(r.get("lowering"), r["kind"], r["type"]): r for r in reports}
+    rows = sorted(last.values(), key=lambda r: (list(tiny.KINDS).index(r["kind"]), r["type"]))
+    reference = [r for r in rows if r.get("lowering") != "inductor"]
+    inductor = [r for r in rows if r.get("lowering") == "inductor"]
+    sections = [
+        _heading(),
+        _counted(reference),
+        _missing(reference),
+        _not_ok(reference),
+        _ok(reference),
+        _routed(reference),
+        _inductor(inductor, reference) if inductor else [],
+    ]
+    return "\n".join(line for section in sections for line in section).rstrip()
+
+
+def _heading() -> list[str]:
+    return [
+        "# Families of transformers",
+        "",
+        f"Made by `tests/conformance/sweep.py` on {time.strftime('%Y-%m-%d')} with torch "
+        f"{torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}, "
+        'on a CPU in fp32 with `lowering="reference"`. Each family is a tiny model of random '
+        "weights with three or four PEFT adapters of unequal ranks and targets, saved and read "
+        "from disk: every linear, router and matrix of routed experts; every second linear and the "
+        "experts' second matrices; the other linears and the routers; the token embedding and two "
+        "linears. Calls: two with one adapter a batch, then mixed batches with base rows of 3, 4 "
+        "and 3 requests and 5, 4 and 6 tokens. Each row is compared with W + ΔW merged densely, "
+        f"run alone; tolerance {oracle.TOLERANCE:g}.",
+        "",
+        "The commands, of which the first may run in parts on several machines and goes on where "
+        "it was stopped:",
+        "",
+        "    cd tests/conformance",
+        "    python sweep.py --part 1/2 --out part1.jsonl   # and 2/2",
+        "    python sweep.py --choose part*.jsonl > inductor.txt",
+        "    python sweep.py --lowering inductor --out inductor.jsonl   # in parts too",
+        "    python sweep.py --table *.jsonl > ../../docs/families.md",
+        "",
+        "| outcome | meaning |",
+        "|---|---|",
+        *(f"| {name} | {meaning} |" for name, meaning in OUTCOMES.items()),
+        "",
+    ]
+
+
+def _counted(rows: Sequence[Report]) -> list[str]:
+    """How many of each kind came out how; "base" stands apart, as not tried."""
+    counts = Counter((r["kind"], r["outcome"]) for r in rows)
+    kinds = [kind for kind in tiny.KINDS if any(counts[kind, name] for name in OUTCOMES)]
+    outcomes = [name for name in OUTCOMES if any(counts[kind, name] for kind in kinds)]
+    tried = sum(r["outcome"] != "base" for r in rows)
+    return [
+        f"{tried} families tried:",
+        "",
+        "| kind | " + " | ".join(outcomes) + " |",
+        "|---|" + "---|" * len(outcomes),
+        *(
+            f"| {kind} | " + " | ".join(str(counts[kind, name]) for name in outcomes) + " |"
+            for kind in kinds
+        ),
+        "",
+    ]
+
+
+def _missing(rows: Sequence[Report]) -> list[str]:
+    known = {(r["kind"], r["type"]) for r in rows}
+    every = [family for kind in tiny.KINDS for family in tiny.families(kind)]
+    missing = [f"{f.model_type} ({f.kind})" for f in every if (f.kind, f.model_type) not in known]
+    return [
+        f"{len(missing)} not run yet: {', '.join(missing)}." if missing else "All have been run.",
+        "",
+    ]
+
+
+def _not_ok(rows: Sequence[Report]) -> list[str]:
+    return [
+        "## Those that are not ok",
+        "",
+        *_reasons(r for r in rows if r["outcome"] != "ok"),
+    ]
+
+
+def _reasons(rows: Iterable[Report]) -> list[str]:
+    return [
+        "| kind | family | outcome | why |",
+        "|---|---|---|---|",
+        *(
+            f"| {r['kind']} | {r['type']} | {r['outcome']} | {cell(r.get('detail', ''))} |"
+            for r in rows
+        ),
+        "",
+    ]
+
+
+def _ok(rows: Sequence[Report]) -> list[str]:
+    lines = ["## Those that are ok", ""]
+    for kind in tiny.KINDS:
+        good = [r["type"] for r in rows if r["kind"] == kind and r["outcome"] == "ok"]
+        if good:
+            lines += [f"**{kind}** ({len(good)}): {', '.join(good)}", ""]
+    blind = [r["type"] for r in rows if r["outcome"] == "ok" and r["effect"] < _SEEN]
+    if blind:
+        lines += [
+            "In these the adapters change the result by less than "
+            f"{_SEEN:g}, so that equality says little: {', '.join(blind)}.",
+            "",
+        ]
+    return lines
+
+
+def _routed(rows: Sequence[Report]) -> list[str]:
+    """What became of routers and experts."""
+    routed = [r for r in rows if "experts" in r and r["outcome"] == "ok"]
+    served = [r for r in routed if "routing" not in r]
+    with_experts = sum(bool(r["experts"]) for r in served)
+    with_routers = sum(bool(r["routers"]) for r in served)
+    return [
+        "## Routers and experts",
+        "",
+        f"Of the families that are ok, {len(routed)} hold routers of a class that is no linear, or "
+        f"routed experts as 3-D parameters. Both are served in {len(served)} of them: experts in "
+        f"{with_experts}, routers in {with_routers}. In these one of them is refused, and adapters "
+        "that leave it alone are served:",
+        "",
+        "| kind | family | why |",
+        "|---|---|---|",
+        *(
+            f"| {r['kind']} | {r['type']} | {cell(r['routing'])} |"
+            for r in routed
+            if "routing" in r
+        ),
+        "",
+        "The classes of experts one by one are in [routed_experts.md](routed_experts.md).",
+        "",
+    ]
+
+
+def _inductor(rows: Sequence[Report], reference: Sequence[Report]) -> list[str]:
+    run = {(r["kind"], r["type"]) for r in rows}
+    every = {name for r in reference for name in r.get("operators", ())}
+    covered = {
+        name for r in reference if (r["kind"], r["type"]) in run for name in r.get("operators", ())
+    }
+    good = [r for r in rows if r["outcome"] == "ok"]
+    return [
+        "## With Inductor",
+        "",
+        f'The same with `lowering="inductor"` in {len(rows)} families, which `cover.py` chose so '
+        f"that their graphs hold {len(covered)} of the {len(every)} distinct operators of all "
+        f"graphs. {len(good)} are ok"
+        + (":" if len(good) == len(rows) else "; those that are not:"),
+        "",
+        *(_reasons(r for r in rows if r["outcome"] != "ok") if len(good) < len(rows) else []),
+        ", ".join(f"{r['type']} ({r['kind']})" for r in good) + ".",
+        "",
+    ]
+
+
+def cell(text: str) -> str:
+    """A reason, short enough for a cell."""
+    text = re.sub(r"( at \S+:\d+)?: (this batch mixes adapters, and )?", ": ", text, count=1)
+    text = re.sub(r"File \S+, line \d+, |Run one adapter a batch.*", "", text)
+    return text.replace("|", "\\|")[:330].strip()

@@ -1,0 +1,117 @@
+"""The sweep over all families: its parts, what it goes on from, what it runs through Inductor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cover
+import oracle
+import pytest
+import sweep
+import tiny
+from sites import sites_of
+from table import table
+from tiny_inputs import inputs
+
+
+def report(name: str, operators: str = "", kind: str = "causal", **more: object) -> dict:
+    return {
+        **{"kind": kind, "type": name, "lowering": "reference", "outcome": "ok"},
+        **{"effect": 1.0, "operators": operators.split(), **more},
+    }
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_parts_are_all_families_once_and_hold_every_kind(count: int) -> None:
+    every = [family for kind in tiny.KINDS for family in tiny.families(kind)]
+    parts = [sweep.part_of(every, f"{number + 1}/{count}") for number in range(count)]
+    together = [family for part in parts for family in part]
+    assert len(together) == len(set(together)) == len(every)
+    assert set(together) == set(every)
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+    for part in parts:
+        assert {family.kind for family in part} == set(tiny.KINDS)
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2"])
+def test_a_part_that_does_not_exist_is_refused(part: str) -> None:
+    with pytest.raises(SystemExit, match="k from 1 to n"):
+        sweep.part_of(tiny.families("image"), part)
+
+
+def test_a_line_that_was_cut_off_is_run_again_and_spoils_no_other(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    sweep.append(out, report("llama"))
+    with out.open("a") as file:
+        file.write(json.dumps(report("bloom"))[:20])
+    sweep.append(out, report("opt"))
+    assert [r["type"] for r in sweep.read(out)] == ["llama", "opt"]
+
+
+def test_a_family_counts_by_its_last_line_for_each_lowering(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    for line in (report("opt", outcome="error"), report("opt"), report("opt", lowering="inductor")):
+        sweep.append(out, line)
+    assert [(r["lowering"], r["outcome"]) for r in sweep.read(out)] == [
+        ("reference", "ok"),
+        ("inductor", "ok"),
+    ]
+
+
+def test_cover_takes_what_holds_most_that_is_missing() -> None:
+    reports = [
+        report("a", "mm add"),
+        report("b", "mm add mul sin"),
+        report("c", "sin cos"),
+        report("d", "mm"),
+        report("e", "mm add mul sin cos", outcome="refused"),
+        report("f", "mm"),
+    ]
+    # b holds most; c alone has cos; then all are covered, and a holds most once more.
+    assert [name for _, name in cover.chosen(reports, share=0.6)] == ["b", "c", "a"]
+    assert cover.chosen(reports[::-1], share=0.6) == cover.chosen(reports, share=0.6)
+
+
+def test_table_counts_by_kind_and_gives_reasons() -> None:
+    text = table(
+        [
+            report("llama"),
+            report("jetmoe", outcome="unmatched", detail="MatchError at a.py:1: no | rule"),
+            report("mixtral", experts=2, routers=1),
+            report("longcat_flash", experts=2, routers=0, routing="TargetError at b.py:2: a loop"),
+            report("vit", kind="image", outcome="base", detail="ImportError: none"),
+            report("llama", lowering="inductor"),
+        ]
+    )
+    assert "4 families tried" in text
+    assert "| causal | 3 | 1 | 0 |" in text
+    assert r"| causal | jetmoe | unmatched | MatchError: no \| rule |" in text
+    assert "| causal | longcat_flash | TargetError: a loop |" in text
+    assert "Both are served in 1 of them" in text
+    assert "in 1 families" in text
+
+
+def test_routers_and_experts_are_found_by_what_they_do() -> None:
+    family = next(f for f in tiny.families("causal") if f.model_type == "qwen2_moe")
+    model = tiny.build(family, num_hidden_layers=1, layer_types=["full_attention"])
+    sites = sites_of(model, inputs(model, "causal", 2, 3))
+    assert sites.routers == ("model.layers.0.mlp.gate.weight",)
+    assert sites.experts == tuple(
+        f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")
+    )
+    assert sites.embeddings == ("model.embed_tokens",)
+
+
+def test_a_tied_head_scales_its_input_in_the_oracle_too(tmp_path: Path) -> None:
+    """PEFT's merge writes tie_word_embeddings=False, by which umt5 scales the head's input."""
+    family = next(f for f in tiny.families("seq2seq") if f.model_type == "umt5")
+    model = tiny.build(family)
+    batch = inputs(model, "seq2seq", 2, 3)
+    folder = oracle.save_adapter(
+        model, tmp_path, rank=2, targets=oracle.linears(model)[:1], gain=0.0
+    )
+    reference = oracle.Oracle.of(model, {"nothing": folder})
+    base, same = (reference.rows([name] * 2, batch) for name in (None, "nothing"))
+    assert oracle.difference(same, base) < oracle.TOLERANCE
