@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lorafx.base_weights.places import Landing, Shape
+from lorafx.model.partition import spans
 
 
 class Group(ABC):
@@ -55,8 +56,12 @@ class Member:
 class JointGroup(Group):
     """Tensors that fill one, one after the other along `dim`."""
 
-    def __init__(self, whole: Landing, dim: int, names: tuple[str, ...]) -> None:
+    def __init__(
+        self, whole: Landing, dim: int, names: tuple[str, ...], slices: tuple[int, ...] | None
+    ) -> None:
+        """`slices`: sizes along `dim` that the tensors have to partition, where they are known."""
         self.path, self.names, self.landings, self._dim = whole.path, names, (whole,), dim
+        self._slices = slices
 
     def misfit(self, shapes: Mapping[str, Shape]) -> str:
         whole, dim = self.landings[0].shape, self._dim
@@ -66,7 +71,15 @@ class JointGroup(Group):
         fits = rows == whole[dim] and all(
             (*shape[:dim], whole[dim], *shape[dim + 1 :]) == whole for shape in given
         )
-        return "" if fits else f"shapes {', '.join(map(str, given))} do not fill {whole}"
+        if not fits:
+            return f"shapes {', '.join(map(str, given))} do not fill {whole}"
+        if self._slices is None or all(spans(self._slices, [shape[dim] for shape in given])):
+            return ""
+        each = ", ".join(f"{name} {shape}" for name, shape in zip(self.names, given, strict=True))
+        return (
+            f"slices of {self._slices} cannot be parted among {each}; packed_modules may say which "
+            "slices each name covers"
+        )
 
     def joined(self, tensors: Mapping[str, Tensor]) -> Sequence[Tensor]:
         return [torch.cat([tensors[name] for name in self.names], dim=self._dim)]

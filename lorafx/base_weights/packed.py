@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from lorafx.base_weights.names import Names, Walked
-from lorafx.base_weights.places import Box, Cut, Landing, Target, at
+from lorafx.base_weights.places import Box, Cut, Landing, OwnLoader, Target, at
 from lorafx.layers.base import ParallelLayer
 from lorafx.layers.loading import LoadableLayer
 from lorafx.model.module_graph import join
@@ -27,12 +27,14 @@ from lorafx.registry import lookup
 @dataclass(frozen=True)
 class Joint:
     """Names whose tensors, one after the other along `dim`, fill a target; where each ends only
-    all of them together can tell."""
+    all of them together can tell. `slices` are the sizes of which each name has one or more, where
+    they are known."""
 
     whole: Landing
     dim: int
     names: tuple[str, ...]
     index: int
+    slices: tuple[int, ...] | None
 
 
 class PackedLandings:
@@ -83,23 +85,26 @@ class PackedLandings:
         sizes = _slice_sizes(child)
         declared = slices is not None or (sizes is not None and len(sizes) == len(members))
         shard_id = _shard_id(members, index, sizes)
-        if isinstance(child, LoadableLayer):
-            if not declared:
-                wrong = (
-                    f"{len(members)} names are declared for the {len(sizes or ())} slices of "
-                    f"{path}; say which slices each name covers"
-                )
-                return Landing(own, None, (), wrong)
+        loadable = isinstance(child, LoadableLayer)
+        if loadable and declared:
             return at(target, own, shard_id)
-        whole = at(target, own)
-        if not whole.cuts or not isinstance(whole.cuts[0].place, Box):
+        if loadable and len(members) > len(sizes or ()):
+            wrong = (
+                f"{len(members)} names are declared for the {len(sizes or ())} slices of {path}; "
+                "say which slices each name covers"
+            )
+            return Landing(own, None, (), wrong)
+        whole = at(target, join(path, attribute))
+        if not whole.cuts or isinstance(whole.cuts[0].place, OwnLoader):
             return at(target, own, shard_id)
-        box = whole.cuts[0].place
-        dim = _out_dim(child, len(box.box))
+        dim = _out_dim(child, len(whole.shape or ()))
         if not declared or sizes is None:
             parent = path.rpartition(".")[0]
             each = tuple(join(parent, f"{member.name}.{attribute}") for member in members)
-            return Joint(at(target, join(path, attribute)), dim, each, index)
+            slices = sizes if sizes is not None and len(members) < len(sizes) else None
+            return Joint(whole, dim, each, index, slices)
+        box = whole.cuts[0].place
+        assert isinstance(box, Box)
         covered = (index,) if slices is None else slices
         starts = (0, *accumulate(sizes))
         if starts[-1] != len(box.box[dim]) or covered[-1] >= len(sizes):

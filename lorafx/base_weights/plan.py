@@ -89,9 +89,12 @@ class Plan:
         missing: what got no numbers, once finished.
     """
 
-    def __init__(self, resolver: Resolver, *, strict: bool, stable: bool) -> None:
-        """`stable`: tensors stay as they were given and can be read again."""
-        self._resolver, self._strict, self._stable = resolver, strict, stable
+    def __init__(
+        self, resolver: Resolver, *, strict: bool, stable: bool, live: bool = True
+    ) -> None:
+        """`stable`: tensors stay as they were given and can be read again. `live`: the model has
+        weights that serve; persistent buffers may be left out then."""
+        self._resolver, self._strict, self._stable, self._live = resolver, strict, stable, live
         self.meanings: dict[str, Meaning] = {}
         self.planned: dict[str, tuple[Shape, Numbers]] = {}
         self.problems: list[str] = []
@@ -149,7 +152,7 @@ class Plan:
                 self._faulty.update(self._key(t) for t in _targets(group.landings))
         self._orientations()
         seen: set[tuple[object, ...]] = set(self._faulty)
-        for target in self._resolver.names.required:
+        for target in self._wanted():
             key = self._key(target)
             if key in seen or derived(target):
                 continue
@@ -168,11 +171,18 @@ class Plan:
         shown = "".join(f"\n  - {problem}" for problem in self.problems[:_SHOWN])
         rest = len(self.problems) - _SHOWN
         more = f"\n  - and {rest} more, in this error's `problems`" if rest > 0 else ""
+        serving = "; the old ones serve on" if self._live else ""
         error = BaseWeightsError(
-            f"{len(self.problems)} problems with the weights; the old ones serve on:{shown}{more}"
+            f"{len(self.problems)} problems with the weights{serving}:{shown}{more}"
         )
         error.problems = tuple(self.problems)
         raise error
+
+    def _wanted(self) -> Iterator[Target]:
+        """What has to get numbers."""
+        yield from self._resolver.names.required
+        if not self._live:
+            yield from (target for target in self._resolver.names.optional if target.persistent)
 
     def filled(self) -> list[Target]:
         """The targets that got numbers, wholly or partly; of tied ones all."""
@@ -264,7 +274,8 @@ class Plan:
             isinstance(p, frozenset) for p in parts
         ):
             lacking = target.module.pieces(target.attribute) - frozenset().union(*parts)
-            return f"nothing in the checkpoint for {_some(map(str, lacking))}" if lacking else ""
+            some = _some(map(str, lacking))
+            return f"nothing in the checkpoint for slices {some}" if lacking else ""
         if any(isinstance(part, frozenset) for part in parts):
             # A loader of its own, of which nobody knows more than what is declared.
             shards = self._resolver.shards(target)

@@ -65,11 +65,12 @@ class Resolver:
 
     def is_unwanted(self, name: str) -> bool:
         """Whether checkpoints of this model have `name` and the model itself does without."""
-        if any(pattern.search(name) for pattern in self._unwanted):
+        readings = list(self.names.readings(name))
+        if any(pattern.search(reading) for pattern in self._unwanted for reading in readings):
             return True
         return any(
             (target := self._own(reading)) is not None and not target[0].persistent
-            for reading in self.names.readings(name)
+            for reading in readings
         )
 
     def advice(self, name: str) -> str:
@@ -140,6 +141,6 @@ class Resolver:
     def _joint(self, found: Joint) -> Member:
         first = found.names[0]
         if first not in self._joints:
-            self._joints[first] = JointGroup(found.whole, found.dim, found.names)
+            self._joints[first] = JointGroup(found.whole, found.dim, found.names, found.slices)
         group = self._joints[first]
         return Member(group, found.names[found.index])

@@ -82,6 +82,23 @@ def test_into_a_packed_model(
     assert cm.recompiles == graphs
 
 
+def test_fewer_names_than_slices(case: Case, tmp_path: Path) -> None:
+    """A list says the order of the names; rows say where each one ends."""
+    model = twins()[1]
+    names = ["in_proj_qkv", "in_proj_z"]
+    model.packed_modules_mapping = {**MAPPING, "in_proj_qkvz": names}
+    cm = compiled(model, case)
+    apart = new_weights(case.base, 9)
+    state = apart.state_dict()
+    assert set(cm.load_weights(state).loaded) == set(model.state_dict())
+    check_mixed(cm, moved(case, apart, tmp_path), NAMES, IDS)
+    first, second = (f"layers.0.{name}.weight" for name in names)
+    wrong = {first: torch.zeros(20, 16), second: torch.zeros(6, 16)}
+    with pytest.raises(BaseWeightsError, match=r"slices of \(6, 6, 10, 4\) cannot be parted"):
+        cm.load_weights({**state, **wrong})
+    check_mixed(cm, moved(case, apart, tmp_path), NAMES, IDS)
+
+
 @pytest.mark.parametrize("once", [False, True], ids=["list", "generator"])
 def test_packed_tensors_into_a_model_that_is_not(
     apart_served: Any, case: Case, tmp_path: Path, once: bool

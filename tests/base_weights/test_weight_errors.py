@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from dense_merge import Case, check_mixed
 from namings import new_weights, plain
@@ -346,3 +347,16 @@ def test_alias_paths(kind: str) -> None:
     with pytest.raises(BaseWeightsError, match=r"ties it to first.0.weight"):
         cm.load_weights(source(pairs))
     assert same(cm, before)
+
+
+def test_what_a_family_leaves_out_is_ignored_under_any_prefix() -> None:
+    """transformers' Qwen3.5 has no heads that predict further tokens; its checkpoints do."""
+    family = next(f for f in tiny.families("causal") if f.model_type == "qwen3_5_text")
+    model = tiny.build(family, num_hidden_layers=1, layer_types=["full_attention"])
+    cm = lorafx.compile(model, lorafx.LoraConfig(), options={"lowering": "reference"})
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for prefix in ("", "model.", "module.", "_orig_mod.", "base_model.model."):
+        extra = {f"{prefix}mtp.layers.0.mlp.up_proj.weight": torch.zeros(3, 3)}
+        assert cm.load_weights({**state, **extra}).ignored == tuple(extra)
+        with pytest.raises(BaseWeightsError, match="no place in the model"):
+            cm.load_weights({**state, f"{prefix}other.weight": torch.zeros(3)})

@@ -1,11 +1,17 @@
 """load_weights: names, stacked parameters, tied weights, and every kind of mistake."""
 
+from itertools import accumulate, pairwise
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import lorafx
 from lorafx.layers import (
+    FusedMoE,
+    Int8ChannelLinearMethod,
     MergedColumnParallelLinear,
     ParallelLMHead,
     QKVParallelLinear,
@@ -160,10 +166,8 @@ def test_mistakes_are_listed_at_once_and_nothing_is_written(checkpoint):
     assert lines[0] == "6 problems with the weights:"
     for part in (
         "layers.0.up_projj.weight: no place in the model; nearest: layers.0.",
-        "layers.0.in_proj_z.weight → layers.0.in_proj_qkvz.weight: "
-        "MergedColumnParallelLinear.weight (shard id (3,)): the checkpoint's tensor has shape "
-        "(7, 6), expected (6, 6)",
-        "layers.0.norm.weight: the checkpoint's tensor has shape (5,), the model's (6,)",
+        "layers.0.in_proj_z.weight: the checkpoint's tensor has shape (7, 6), expected (6, 6)",
+        "layers.0.norm.weight: the checkpoint's tensor has shape (5,), expected (6,)",
         "layers.0.in_proj_qkvz.weight: a duplicate of layers.0.in_proj_qkv.weight",
         "layers.0.qkv_proj.weight: nothing in the checkpoint for slices 1",
         "layers.0.norm.running_mean: nothing in the checkpoint",
@@ -187,7 +191,7 @@ def test_a_stream_stops_writing_at_the_first_mistake(checkpoint):
 
 def test_a_name_that_comes_twice(checkpoint):
     pairs = [*checkpoint.items(), ("layers.0.q_proj.weight", torch.zeros(6, 6))]
-    with pytest.raises(lorafx.CheckpointError, match=r"q_proj.*a duplicate of layers\.0\.q_proj"):
+    with pytest.raises(lorafx.CheckpointError, match=r"layers\.0\.q_proj\.weight: a duplicate"):
         load_weights(Model(), pairs)
 
 
@@ -257,12 +261,85 @@ def test_malformed_mappings(mapping):
         load_weights(layer, {})
 
 
-def test_fewer_names_than_slices():
+def packed(sizes, names, **options):
     model = nn.Module()
-    model.in_proj_qkvz = MergedColumnParallelLinear(6, [4, 4, 6, 6], bias=False)
-    model.packed_modules_mapping = {"in_proj_qkvz": ["in_proj_qkv", "in_proj_z"]}
-    with pytest.raises(lorafx.CheckpointError, match=r"2 names .* 4 slices"):
-        load_weights(model, {"in_proj_z.weight": torch.zeros(6, 6)}, strict=False)
+    model.mixer = MergedColumnParallelLinear(6, sizes, bias=False, **options)
+    model.packed_modules_mapping = {"mixer": names}
+    return model
+
+
+@pytest.mark.parametrize("as_stream", [True, False])
+@pytest.mark.parametrize("quantised", [True, False])
+def test_fewer_names_than_slices(as_stream, quantised):
+    """Rows say where each name ends, whichever comes first."""
+    method = Int8ChannelLinearMethod() if quantised else None
+    model = packed([4, 4, 6, 6], ["qkv", "z"], quant_method=method)
+    want = packed([4, 4, 6, 6], ["qkv", "z"], quant_method=method)
+    rows = {"z.weight": torch.randn(6, 6), "qkv.weight": torch.randn(14, 6)}
+    loaded = load_weights(model, iter(rows.items()) if as_stream else rows)
+    assert loaded == set(model.state_dict())
+    load_weights(want, {"mixer.weight": torch.cat([rows["qkv.weight"], rows["z.weight"]])})
+    assert all(torch.equal(t, want.state_dict()[n]) for n, t in model.state_dict().items())
+
+    half = {"z.weight": torch.zeros(6, 6)}
+    assert load_weights(model, half, strict=False) == set()
+    with pytest.raises(lorafx.CheckpointError, match=r"z\.weight: needs qkv\.weight too"):
+        load_weights(model, half)
+    wrong = {"qkv.weight": torch.zeros(12, 6), "z.weight": torch.zeros(8, 6)}
+    with pytest.raises(lorafx.CheckpointError, match=r"slices of \(4, 4, 6, 6\) cannot be parted"):
+        load_weights(model, wrong, strict=False)
+    assert all(torch.equal(t, want.state_dict()[n]) for n, t in model.state_dict().items())
+    with pytest.raises(lorafx.CheckpointError, match="2 names are declared for the 1 slices"):
+        load_weights(packed([4], ["qkv", "z"]), half, strict=False)
+
+
+@given(st.lists(st.integers(1, 4), min_size=3, max_size=6), st.data())
+def test_names_partition_the_slices(sizes, data):
+    """Tensors are taken exactly where their ends are ends of slices."""
+    total = sum(sizes)
+    inner = data.draw(st.sets(st.integers(1, total - 1), min_size=1, max_size=len(sizes) - 2))
+    ends = [0, *sorted(inner), total]
+    names = [f"n{i}" for i in range(len(ends) - 1)]
+    value = torch.randn(total, 6)
+    parts = {f"{n}.weight": value[a:b] for n, (a, b) in zip(names, pairwise(ends), strict=True)}
+    order = data.draw(st.permutations(list(parts.items())))
+    model = packed(sizes, names)
+    before = model.mixer.weight.clone()
+    if set(ends) <= {0, *accumulate(sizes)}:
+        load_weights(model, order)
+        assert torch.equal(model.mixer.weight, value)
+    else:
+        with pytest.raises(lorafx.CheckpointError, match="cannot be parted"):
+            load_weights(model, order)
+        assert torch.equal(model.mixer.weight, before)
+
+
+def test_names_of_wrapped_models_and_experts_one_by_one(checkpoint):
+    """What trainers and PEFT call tensors, as updates of a serving model take it."""
+    model = Model()
+    model.layers[0].experts = FusedMoE(3, 1, 6, 4)
+    prefix = "base_model.model."
+    tensors = {}
+    for name, tensor in checkpoint.items():
+        stem, _, last = name.rpartition(".")
+        tensors[prefix + (f"{stem}.base_layer.{last}" if "_proj" in name else name)] = tensor
+    experts = {
+        f"layers.0.experts.{e}.{name}.weight": torch.randn(shape)
+        for e in range(3)
+        for name, shape in (("gate_proj", (4, 6)), ("up_proj", (4, 6)), ("down_proj", (6, 4)))
+    }
+    tensors |= {f"_orig_mod.{name}": tensor for name, tensor in experts.items()}
+    assert load_weights(model, tensors) == set(model.state_dict())
+    check(model, checkpoint)
+    w13 = model.layers[0].experts.w13_weight
+    for e in range(3):
+        halves = [experts[f"layers.0.experts.{e}.{name}_proj.weight"] for name in ("gate", "up")]
+        assert torch.equal(w13[e], torch.cat(halves))
+    del tensors["_orig_mod.layers.0.experts.1.up_proj.weight"]
+    with pytest.raises(lorafx.CheckpointError, match=r"experts\.w13_weight: .*\('w3', 1\)"):
+        load_weights(model, tensors)
+    with pytest.raises(lorafx.CheckpointError, match=r"lora_A.*a factor of an adapter"):
+        load_weights(model, {"layers.0.q_proj.lora_A.weight": torch.zeros(2, 6)})
 
 
 class Reversed(nn.Module):
