@@ -1,4 +1,5 @@
-"""Entry points: a module's forward, compiled for one program, with its batch set up on the host.
+"""Entry points: a module's forward, or another method, compiled for one program, with its batch set
+up on the host.
 
 Once per call: the number of requests, each request's slot, the checks; then the compiled forward
 runs and reads only tensors.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from types import FrameType, GeneratorType
+from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType, MethodType
 from typing import Any
 
 import torch
@@ -21,28 +22,44 @@ from lorafx.compat import capture_settings, is_recompile_limit, no_mha_fast_path
 from lorafx.errors import CaptureError, LorafxError, MatchError
 from lorafx.model.experts import LOOP, loops
 from lorafx.model.packing import check_packed
+from lorafx.serving.resting import inside_entry
 from lorafx.serving.roles import IMAGES, TOKEN_DIMS, RoleTable
 from lorafx.serving.session import Session
 
 
 class Entry:
-    """One module's forward, compiled. Called in place of it, by users and by `generate`."""
+    """One module's forward, compiled, or `method` of it. Called in place of it, by users and by
+    `generate`."""
 
-    def __init__(self, session: Session, module: nn.Module, *, per_token: bool = False) -> None:
+    def __init__(
+        self,
+        session: Session,
+        module: nn.Module,
+        *,
+        per_token: bool = False,
+        method: MethodType | None = None,
+    ) -> None:
         self.session = session
         self.module = module
-        self.roles = RoleTable(module, session.program.config.row_dims)
+        function = module.forward if method is None else method
+        own = "forward" if method is None else method.__name__
+        self.name = f"the {own} of {type(module).__name__}"
+        self.roles = RoleTable(module, session.program.config.row_dims, function)
         self.traced = Traced(
-            _target(session.program, module),
+            _target(session.program, module) if method is None else method,
             session.backend.per_token if per_token else session.backend,
             dynamic=session.dynamic,
             recompile_limit=session.program.options.recompile_limit,
             keep_guards=functools.partial(keep_guards, module),
         )
         self.experts = [site for site in session.program.sites if site.expert_weight is not None]
-        functools.update_wrapper(self, module.forward)
+        functools.update_wrapper(self, function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with inside_entry(self.session):
+            return self._serve(*args, **kwargs)
+
+    def _serve(self, *args: Any, **kwargs: Any) -> Any:
         session = self.session
         named = self.roles.bind(args, kwargs) if args else kwargs
         if args and self.roles.by_name(args, kwargs):  # one graph for both ways to write a call
@@ -86,10 +103,10 @@ class Entry:
     def _result(self, *args: Any, **kwargs: Any) -> Any:
         """Raises CaptureError where it is yet to be computed, without the batch that is set up."""
         result = self.traced.call(*args, **kwargs)
-        if isinstance(result, GeneratorType):
+        if isinstance(result, (GeneratorType, CoroutineType, AsyncGeneratorType)):
             raise CaptureError(
-                f"the forward of {type(self.module).__name__} is a generator, whose body runs "
-                "after the call and so without its adapters; return what it yields"
+                f"{self.name} is a {type(result).__name__}, whose body runs after the call and so "
+                "without its adapters; return what it yields"
             )
         return result
 
@@ -144,4 +161,4 @@ def _target(program: Program, module: nn.Module) -> Callable[..., Any]:
 
 def entered(frame: FrameType) -> bool:
     """True for the frame of a running entry, which calls the program with a call's arguments."""
-    return frame.f_code is Entry.__call__.__code__
+    return frame.f_code is Entry._serve.__code__

@@ -82,10 +82,13 @@ class SiteMark:
             MatchError: input and output do not have the site's sizes, the forward computes
                 something else than the registered class, or a handler adds no delta. In a trace
                 the mark adds nothing instead, and the `match` pass looks for the weight's use.
+                Or the layer runs by itself while an adapter is wanted (lorafx.serving.resting).
             ProvenanceError: an eager forward of a batch that mixes adapters.
         """
         runtime = self.runtime
         if not runtime.active:
+            if not torch.compiler.is_compiling() and runtime.resting is not None:
+                runtime.resting.refuse(self.path, self._name(module))
             return None
         if self.kind == "experts":
             return self._of_experts(module, output)

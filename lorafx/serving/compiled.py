@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +20,9 @@ from lorafx.explain import Explanation
 from lorafx.model.sites import Site
 from lorafx.passes.attach import Attachment
 from lorafx.serving.base_methods import BaseMethods
-from lorafx.serving.generation import generate
+from lorafx.serving.delegated import delegated
+from lorafx.serving.generation import generate, generative_parts
+from lorafx.serving.resting import Resting
 from lorafx.serving.session import Session, by_slots, checked_names
 from lorafx.serving.warmup import warm_up
 
@@ -27,8 +31,12 @@ class CompiledModel(BaseMethods, nn.Module):
     """A model that serves its base and many LoRA adapters in one batch.
 
     Attributes that it does not have are those of the model, which is `model`, unchanged: same
-    classes, names, `state_dict()`, `save_pretrained()`. For inference only: gradients are off.
-    Calls from several threads wait for one another.
+    classes, names, `state_dict()`, `save_pretrained()`. Methods of the model's own class take
+    `adapter_names` too, and use the default of `set_adapter`, as a call does: they are compiled
+    where an adapter is wanted, and run as they are where none is. Parts of the model
+    (`cm.lm_head`, `cm.get_encoder()`) and `model` itself, called by themselves, are the base's;
+    they raise where the default adapter changes them. For inference only: gradients are off. Calls
+    from several threads wait for one another.
     """
 
     def __init__(
@@ -38,7 +46,8 @@ class CompiledModel(BaseMethods, nn.Module):
         self.model = program.model
         self._attachment = attachment
         self._session = Session(program, store, Backend(program, entered), dynamic)
-        self._entries: dict[tuple[int, bool], Entry] = {}
+        self._entries: dict[tuple[int, bool, Any], Entry] = {}
+        program.runtime.resting = Resting(self._session)
         # Not train(), which has no end where a child holds its parent.
         self.training = program.model.training
 
@@ -95,11 +104,14 @@ class CompiledModel(BaseMethods, nn.Module):
         with self._session.serving(checked_names(adapter_names), repeats=True):
             return generate(self, *args, **kwargs)
 
-    def entry(self, module: nn.Module, *, per_token: bool = False) -> Entry:
-        """The compiled forward of `module`, the model itself or a part that runs by itself."""
-        key = id(module), per_token
+    def entry(
+        self, module: nn.Module, *, per_token: bool = False, method: MethodType | None = None
+    ) -> Entry:
+        """The compiled forward of `module`, the model itself or a part that runs by itself, or
+        another method of it."""
+        key = id(module), per_token, None if method is None else method.__func__
         if key not in self._entries:
-            self._entries[key] = Entry(self._session, module, per_token=per_token)
+            self._entries[key] = Entry(self._session, module, per_token=per_token, method=method)
         return self._entries[key]
 
     def capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -288,13 +300,23 @@ class CompiledModel(BaseMethods, nn.Module):
 
     # --- plumbing ---
 
+    @cached_property
+    def parts(self) -> frozenset[int]:
+        """Identities of the model's modules."""
+        return frozenset(id(module) for module in self.model.modules())
+
+    @cached_property
+    def generative_parts(self) -> list[nn.Module]:
+        """The models inside of the model that can generate by themselves."""
+        return generative_parts(self.model)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name == "model":
                 raise
-            return getattr(self.model, name)
+            return delegated(self, name, getattr(self.model, name))
 
     def _check_attached(self) -> None:
         if not self._attachment.handles:

@@ -1,22 +1,33 @@
 """transformers' `generate` over compiled forwards.
 
-`generate` calls the model, and for encoder-decoder models the encoder by itself first. While it
-runs their `forward` is the compiled entry; both are put back whatever happens. transformers would
-compile static caches itself on some devices: `disable_compile` keeps it from nesting compilers.
+`generate` calls the model, and other parts of it by themselves: the encoder first, for models that
+have one apart; the encoders of images and videos (`get_image_features`); models inside of the model
+with a `generate` of their own. While it runs these are the compiled ones; what was there before is
+put back whatever happens. Whatever else it calls by itself is refused by its marks where adapters
+change it (lorafx.serving.resting). transformers would compile static caches itself on some devices:
+`disable_compile` keeps it from nesting compilers.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from lorafx.errors import LorafxError
 
 if TYPE_CHECKING:
     from lorafx.serving.compiled import CompiledModel
+
+#: An attribute of a module and what it is while `generate` runs.
+Replaced = tuple[nn.Module, str, Callable[..., Any]]
 
 
 def generate(compiled: CompiledModel, *args: Any, **kwargs: Any) -> Any:
@@ -29,9 +40,73 @@ def generate(compiled: CompiledModel, *args: Any, **kwargs: Any) -> Any:
     run = getattr(model, "generate", None)
     if not callable(run):
         raise LorafxError(f"{type(model).__name__} has no generate(); call the model itself")
+    with _replaced([*_generates(compiled), *_batching(model)]):
+        return _generate(compiled, model, run, *args, **kwargs)
+
+
+@contextmanager
+def generating_in_methods(compiled: CompiledModel) -> Iterator[None]:
+    """Where a method of the model that runs inside the block calls `generate`, it is this one.
+    Dynamo leaves it to Python."""
+    own = (compiled.model, *compiled.generative_parts)
+    found = [
+        (module, "generate", torch.compiler.disable(_nested(compiled, module)))
+        for module in own
+        if callable(getattr(module, "generate", None))
+    ]
+    with _replaced([*found, *_batching(compiled.model)]):
+        yield
+
+
+def _generate(
+    compiled: CompiledModel, model: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
     kwargs.setdefault("disable_compile", True)
-    with _compiled_forwards(compiled, [model, *_encoders(model)]):
+    # Entries first: each reads the module's own forward when it is made.
+    forwards: list[Replaced] = [
+        (module, "forward", compiled.entry(module)) for module in (model, *_encoders(model))
+    ]
+    with _replaced([*forwards, *_modalities(compiled, model)]):
         return run(*args, **kwargs)
+
+
+def _nested(compiled: CompiledModel, module: nn.Module) -> Callable[..., Any]:
+    """The `generate` of a module inside of a call, for the call's requests."""
+    run, session = module.generate, compiled._session
+    assert callable(run)
+
+    @functools.wraps(run)
+    def nested(*args: Any, **kwargs: Any) -> Any:
+        before, session.repeats = session.repeats, True
+        try:
+            return _generate(compiled, module, run, *args, **kwargs)
+        finally:
+            session.repeats = before
+
+    return nested
+
+
+def _generates(compiled: CompiledModel) -> list[Replaced]:
+    """The `generate` of models inside of the model."""
+    return [(part, "generate", _nested(compiled, part)) for part in compiled.generative_parts]
+
+
+def generative_parts(model: nn.Module) -> list[nn.Module]:
+    """The models inside of the model that can generate by themselves."""
+    mixin = getattr(sys.modules.get("transformers.generation.utils"), "GenerationMixin", None)
+    if mixin is None:
+        return []
+    return [part for part in model.modules() if part is not model and isinstance(part, mixin)]
+
+
+def _batching(model: nn.Module) -> list[Replaced]:
+    """`generate` hands paged caches over to continuous batching, which is refused."""
+    from lorafx.serving.delegated import REFUSED, refuse
+
+    name = "generate_batch"
+    if not hasattr(model, name):
+        return []
+    return [(model, name, functools.partial(refuse, name, REFUSED[name]))]
 
 
 def _encoders(model: nn.Module) -> list[nn.Module]:
@@ -43,18 +118,30 @@ def _encoders(model: nn.Module) -> list[nn.Module]:
     return [] if encoder is model else [encoder]
 
 
+def _modalities(compiled: CompiledModel, model: nn.Module) -> list[Replaced]:
+    """The methods that `generate` has images and videos encoded by, before the first forward."""
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        return []  # the forward encodes them
+    base = getattr(model, "base_model", None)
+    found: list[Replaced] = []
+    for modality in ("image", "video"):
+        name = f"get_{modality}_features"
+        method = getattr(base, name, None)
+        if isinstance(base, nn.Module) and isinstance(method, MethodType):
+            found.append((base, name, compiled.entry(base, method=method)))
+    return found
+
+
 @contextmanager
-def _compiled_forwards(compiled: CompiledModel, modules: list[nn.Module]) -> Iterator[None]:
-    # Entries first: each reads the module's own forward when it is made.
-    entries = [(module, compiled.entry(module)) for module in modules]
-    before = [(module, vars(module).get("forward")) for module in modules]
+def _replaced(attributes: list[Replaced]) -> Iterator[None]:
+    before = [(module, name, vars(module).get(name)) for module, name, _ in attributes]
     try:
-        for module, entry in entries:
-            module.forward = entry
+        for module, name, value in attributes:
+            vars(module)[name] = value
         yield
     finally:
-        for module, own in before:
+        for module, name, own in reversed(before):
             if own is None:
-                del module.forward
+                del vars(module)[name]
             else:
-                module.forward = own
+                vars(module)[name] = own

@@ -110,10 +110,15 @@ class Role:
 
 
 class RoleTable:
-    """Roles of the arguments of one module's forward."""
+    """Roles of the arguments of one module's forward, or of `function`, a method of it."""
 
-    def __init__(self, module: nn.Module, row_dims: Mapping[str, int | None]) -> None:
-        self._signature = inspect.signature(module.forward)
+    def __init__(
+        self,
+        module: nn.Module,
+        row_dims: Mapping[str, int | None],
+        function: Callable[..., Any] | None = None,
+    ) -> None:
+        self._signature = inspect.signature(module.forward if function is None else function)
         self._row_dims = dict(row_dims)
         # A model that names its main input declares roles; for others batch first is the contract.
         self._declares_roles = hasattr(module, "main_input_name")

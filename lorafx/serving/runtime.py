@@ -13,13 +13,16 @@ import itertools
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lorafx.compat import mark_fixed_shape
 from lorafx.errors import BatchError
+
+if TYPE_CHECKING:
+    from lorafx.serving.resting import Resting
 
 # The slots of every live Runtime. Dynamo takes whatever it reaches through a module of torch.nn,
 # a hook's attributes included, to have fixed shapes, and would recompile for each batch size.
@@ -49,6 +52,8 @@ class Runtime:
             constant shape: whoever compiles the model, its graphs do not depend on how many
             requests were named. False: marks read the slots of all requests.
         session: what serves the model; whoever finds a mark finds it here.
+        resting: whom a mark asks when its layer runs in eager mode without an adapter; None where
+            that is what the batch wants.
 
     Copies and pickles keep the batch, have slots of their own and no session.
     """
@@ -59,6 +64,7 @@ class Runtime:
         self.graph_passes = True
         self.by_handle = False
         self.session: Any = None
+        self.resting: Resting | None = None
         self.rows: tuple[int, ...] = ()
         self._register()
         self.clear()
@@ -142,12 +148,12 @@ class Runtime:
                 _SLOTS[self._key] = slots
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_key", "_buffer", "_row_slots", "session")
+        own = ("_key", "_buffer", "_row_slots", "session", "resting")
         return {k: v for k, v in vars(self).items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.session = None
+        self.session = self.resting = None
         self._register()
         if self.by_handle:
             self.use_handle()

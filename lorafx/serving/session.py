@@ -34,6 +34,7 @@ class Session:
         repeats: rows of one request may follow one another (beams, returned sequences), as
             `generate` expands them.
         depth: calls that are running, one inside the other.
+        entries: of them, compiled forwards.
         merged: the adapter that the base weights hold, None where they are the base's own.
     """
 
@@ -47,6 +48,7 @@ class Session:
     repeats: bool = False
     force_active: bool = False
     depth: int = 0
+    entries: int = 0
     merged: Merged | None = None
     #: Why the base weights cannot be served, "" where they can.
     broken: str = ""
@@ -104,9 +106,10 @@ class Session:
             finally:
                 self.depth -= 1
                 self.requests, self.repeats, self.tokens = before
-                self.program.call = None
-                # The marks stay on the model: called by itself it is the base model.
-                self.program.runtime.active = False
+                if not self.entries:
+                    self.program.call = None
+                    # The marks stay on the model: called by itself it is the base model.
+                    self.program.runtime.active = False
 
     @contextmanager
     def only_capturing(self) -> Iterator[None]:

@@ -1,0 +1,126 @@
+"""Methods of the model that are reached through the compiled one: `cm.encode(x)`.
+
+| method | what happens |
+|---|---|
+| of the model's own class | served as a call is: compiled where an adapter is wanted |
+| of `nn.Module` and transformers' base classes | handed out: they run no layer |
+| those of `REFUSED` | raise: they run the model where no adapter can be served, or change it |
+| those of `GENERATING` | run in Python, and what they call is the compiled model's `generate` |
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from torch import nn
+
+from lorafx.errors import CaptureError
+from lorafx.serving.generation import generating_in_methods
+from lorafx.serving.resting import wanted
+from lorafx.serving.session import checked_names
+
+if TYPE_CHECKING:
+    from lorafx.serving.compiled import CompiledModel
+
+_BATCHING = (
+    "runs the model in a thread and a cache of its own, which know nothing of adapters; use "
+    "generate(..., adapter_names=[...])"
+)
+_INJECTED = "is about adapters that PEFT puts into the model; use"
+
+#: Methods of transformers' base classes that are not handed out -> why, and what to use.
+REFUSED: Mapping[str, str] = {
+    "generate_batch": _BATCHING,
+    "init_continuous_batching": _BATCHING,
+    "continuous_batching_context_manager": _BATCHING,
+    "get_compiled_call": "compiles the model without its adapters; call the compiled model",
+    "add_adapter": f"{_INJECTED} load_adapter(folder, name)",
+    "delete_adapter": f"{_INJECTED} unload_adapter(name)",
+    "disable_adapters": f"{_INJECTED} set_adapter(None)",
+    "enable_adapters": f"{_INJECTED} set_adapter(name)",
+    "active_adapters": f"{_INJECTED} adapters, or explain()",
+    "get_adapter_state_dict": f"{_INJECTED} the folder that the adapter was loaded from",
+    "enable_peft_hotswap": f"{_INJECTED} load_adapter, which swaps adapters without compiling",
+}
+
+#: Methods of transformers' base classes that call `generate` and run no layer themselves.
+GENERATING = ("heal_tokens",)
+
+#: (module, class) of base classes whose methods do not run the model but for those above and
+#: `generate`.
+_BASES = (
+    ("transformers.modeling_utils", "PreTrainedModel"),
+    ("transformers.generation.utils", "GenerationMixin"),
+    ("huggingface_hub", "ModelHubMixin"),
+)
+
+
+def delegated(compiled: CompiledModel, name: str, value: Any) -> Any:
+    """What `compiled` gives for `name`, which is `value` on its model."""
+    if not isinstance(value, MethodType) or not isinstance(value.__self__, nn.Module):
+        return value
+    owner = value.__self__
+    for base in _base_classes():
+        if isinstance(owner, base) and hasattr(base, name):
+            if base is not nn.Module and name in REFUSED:
+                return functools.partial(refuse, name, REFUSED[name])
+            return _served(compiled, owner, value) if name in GENERATING else value
+    return _served(compiled, owner, value) if id(owner) in compiled.parts else value
+
+
+def refuse(name: str, why: str, *_: Any, **__: Any) -> NoReturn:
+    """Raise CaptureError: `name` is a method that is not served."""
+    raise CaptureError(
+        f"{name}() {why}. Of the model itself, without adapters: detach() first, or make a copy of "
+        "it before it is compiled"
+    )
+
+
+def _base_classes() -> list[type]:
+    found: list[type] = [nn.Module]
+    for module, name in _BASES:
+        known = getattr(sys.modules.get(module), name, None)
+        if isinstance(known, type):
+            found.append(known)
+    return found
+
+
+def _served(compiled: CompiledModel, owner: nn.Module, method: MethodType) -> Callable[..., Any]:
+    session = compiled._session
+    own_argument = "adapter_names" in inspect.signature(method).parameters
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        names: Sequence[str | None] | None = None
+        if not own_argument:
+            names = checked_names(kwargs.pop("adapter_names", None))
+        with session.lock:
+            if names is None and (session.default is None or session.updating):
+                return method(*args, **kwargs)
+            compiled._check_attached()
+            with session.serving(names):
+                if session.merged is not None or not wanted(session):
+                    return method(*args, **kwargs)
+                _refuse_lazy(owner, method)
+                with generating_in_methods(compiled):
+                    if method.__name__ in GENERATING:
+                        return method(*args, **kwargs)
+                    return compiled.entry(owner, method=method)(*args, **kwargs)
+
+    return call
+
+
+def _refuse_lazy(owner: nn.Module, method: MethodType) -> None:
+    plain = inspect.unwrap(method.__func__)
+    lazy = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+    if any(is_so(plain) for is_so in lazy):
+        raise CaptureError(
+            f"{type(owner).__name__}.{method.__name__} is a generator or coroutine, whose body "
+            "runs after the call and so without its adapters; call the compiled model for each "
+            "step, or write a method that returns what this one yields"
+        )

@@ -1,0 +1,350 @@
+"""What is reached through a compiled model and is not its own: methods and parts of the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from dense_merge import REFERENCE, error, random_base, save_adapter
+from tiny_models import Family, seq2seq_inputs, token_inputs
+from torch import Tensor, nn
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+import lorafx
+from lorafx.errors import BatchError, CaptureError, MatchError, UnknownAdapterError
+
+FIXED = {"pad_token_id": 0, "eos_token_id": None, "min_new_tokens": 4, "max_new_tokens": 4}
+
+
+class Encoder(nn.Module):
+    """A model whose users call more than its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 7)
+        self.second = nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.second(torch.tanh(self.first(x)))}
+
+    def encode(self, x: Tensor) -> Tensor:
+        return F.linear(torch.tanh(self.first(x)), self.second.weight)  # past the mark
+
+    def twice(self, x: Tensor, scale: float = 2.0) -> Tensor:
+        return self(x)["logits"] * scale + self.encode(x)
+
+    def outside(self, x: Tensor) -> Tensor:
+        return torch._dynamo.disable(lambda y: self.seen(y))(self.first(x))
+
+    def seen(self, y: Tensor) -> Tensor:
+        return y
+
+    def each(self, x: Tensor) -> Iterator[Tensor]:
+        yield self.first(x)
+
+    async def later(self, x: Tensor) -> Tensor:
+        return self.first(x)
+
+    def describe(self) -> str:
+        return f"{self.first.in_features} features"
+
+
+@pytest.fixture
+def encoder(small):
+    return small(Encoder, ["first", "second"])
+
+
+X = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
+MIX = ["a", None, "b"]
+
+
+def rows(case: Any, names: list[str | None], use: Any) -> Tensor:
+    return torch.cat([use(case.alone(name), X[row : row + 1]) for row, name in enumerate(names)])
+
+
+@pytest.mark.parametrize("name", ["encode", "twice"])
+def test_a_method_of_the_model_is_served_like_a_call(encoder, name):
+    def use(model: Any, x: Tensor) -> Tensor:
+        return getattr(model, name)(x)
+
+    cm = encoder.compile()
+    assert torch.equal(use(cm, X), use(encoder.base, X))
+    cm.set_adapter("b")
+    assert error(use(cm, X), rows(encoder, ["b"] * 3, use)) <= 1e-5
+    got = getattr(cm, name)(X, adapter_names=MIX)
+    assert error(got, rows(encoder, MIX, use)) <= 1e-5
+    graphs = cm.recompiles
+    assert (
+        error(getattr(cm, name)(x=X[:2], adapter_names=[None, "a"]), use(encoder.base, X)[:2]) > 0
+    )
+    cm.set_adapter("a")
+    use(cm, torch.randn(5, 2, 6))
+    assert cm.recompiles == graphs
+    cm.set_adapter(None)
+    assert torch.equal(use(cm, X), use(encoder.base, X))
+    with pytest.raises(UnknownAdapterError):
+        getattr(cm, name)(X, adapter_names=["c"] * 3)
+    with pytest.raises(BatchError, match="adapter_names has 2 entries"):
+        getattr(cm, name)(X, adapter_names=["a", None])
+
+
+def test_methods_while_an_adapter_is_merged(encoder):
+    cm = encoder.compile()
+    cm.merge("a")
+    assert error(cm.encode(X), rows(encoder, ["a"] * 3, Encoder.encode)) <= 1e-5
+    assert (
+        error(cm.second(X @ torch.eye(6, 7)), encoder.alone("a").second(X @ torch.eye(6, 7))) < 1e-5
+    )
+    with pytest.raises(BatchError, match="'a' is merged"):
+        cm.encode(X, adapter_names=MIX)
+    cm.unmerge()
+
+
+def test_methods_that_run_no_layer(encoder):
+    cm = encoder.compile()
+    cm.set_adapter("a")
+    assert cm.describe() == "6 features"
+    assert cm.parameters is not None
+    assert cm.encode.__name__ == "encode"
+
+
+@pytest.mark.parametrize("name", ["each", "later"])
+def test_a_body_that_runs_after_the_call_is_refused(encoder, name):
+    cm = encoder.compile()
+    cm.set_adapter("a")
+    with pytest.raises(CaptureError, match=rf"Encoder\.{name} is a generator or coroutine"):
+        getattr(cm, name)(X)
+    cm.set_adapter(None)
+    getattr(cm, name)(X).close()
+
+
+def test_a_call_inside_of_a_call_leaves_its_batch(encoder):
+    """Python that a graph break leaves may call the compiled model for something else."""
+    cm = encoder.compile()
+    inner: list[Tensor] = []
+
+    def seen(y: Tensor) -> Tensor:
+        inner.append(cm.encode(X[:2], adapter_names=["b", None]))
+        return cm.model.second(y)
+
+    cm.model.seen = seen
+    got = cm.outside(X, adapter_names=["a"] * 3)
+    alone = encoder.alone("a")
+    assert error(got, alone.second(alone.first(X))) <= 1e-5
+    assert error(inner[0], rows(encoder, ["b", None], Encoder.encode)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda cm: cm.first(X),
+        lambda cm: cm.model(X),
+        lambda cm: cm.model.encode(X),
+        lambda cm: cm.get_submodule("model.first")(X),
+    ],
+)
+def test_parts_by_themselves_are_the_base_s_or_raise(encoder, use):
+    cm = encoder.compile()
+    base = use(cm)
+    cm.set_adapter("a")
+    with pytest.raises(MatchError, match=r"first \(Linear\) runs outside.* 'a' is the default"):
+        use(cm)
+    cm(X, adapter_names=MIX)
+    with pytest.raises(MatchError, match="runs outside"):
+        use(cm)
+    copied = copy.deepcopy(cm.model)
+    assert torch.equal(copied(X)["logits"], encoder.base(X)["logits"])
+    cm.set_adapter(None)
+    again = use(cm)
+    assert torch.equal(torch.as_tensor(_plain(again)), _plain(base))
+    cm.set_adapter("a")
+    assert torch.equal(cm.detach()(X)["logits"], encoder.base(X)["logits"])
+
+
+def _plain(value: Any) -> Tensor:
+    return value["logits"] if isinstance(value, dict) else value
+
+
+def test_a_part_that_the_adapter_leaves_alone_is_the_base_s(small):
+    case = small(Encoder, ["second"])
+    cm = lorafx.compile(case.model(), lorafx.LoraConfig(), adapters=case.folders, options=REFERENCE)
+    cm.set_adapter("a")
+    assert torch.equal(cm.first(X), case.base.first(X))
+
+
+# transformers
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda cm, x: cm.generate_batch(inputs=[[3, 4]]),
+        lambda cm, x: cm.init_continuous_batching(),
+        lambda cm, x: cm.continuous_batching_context_manager(),
+        lambda cm, x: cm.generate(**x, cache_implementation="paged"),
+        lambda cm, x: cm.add_adapter(None),
+        lambda cm, x: cm.disable_adapters(),
+        lambda cm, x: cm.get_compiled_call(None),
+    ],
+)
+def test_methods_of_transformers_that_are_refused(shallow, use):
+    cm = shallow.compile()
+    cm.set_adapter("a1")
+    with pytest.raises(CaptureError, match=r"\w+\(\) (runs|is about|compiles).*(use|call) "):
+        use(cm, token_inputs(2, 4))
+    assert "generate" not in vars(cm.model)
+    assert "generate_batch" not in vars(cm.model)
+
+
+def test_an_encoder_by_itself(case_of):
+    case, inputs = case_of("t5"), seq2seq_inputs(2, 5)
+    cm = case.compile()
+    ids = inputs["input_ids"]
+    assert torch.equal(cm.get_encoder()(ids)[0], case.base.get_encoder()(ids)[0])
+    cm.set_adapter("a0")
+    with pytest.raises(MatchError, match="runs outside"):
+        cm.get_encoder()(ids)
+    with pytest.raises(MatchError, match="runs outside"):
+        cm.model(**inputs)
+    want = case.alone("a0").generate(input_ids=ids, **FIXED)
+    assert torch.equal(cm.generate(input_ids=ids, **FIXED), want)
+
+
+def test_generate_in_a_method(shallow, monkeypatch):
+    """Dynamo cannot trace `generate`; here it runs in Python, its forwards compiled."""
+
+    def answer(self: Any, input_ids: Tensor) -> Tensor:
+        return self.generate(input_ids=input_ids, **FIXED)[:, input_ids.shape[1] :]
+
+    monkeypatch.setattr(type(shallow.base), "answer", answer, raising=False)
+    cm, ids = shallow.compile(), token_inputs(3, 5)["input_ids"]
+    names = ["a1", None, "a0"]
+    got = cm.answer(ids, adapter_names=names)
+    want = [shallow.alone(name).answer(ids[row : row + 1]) for row, name in enumerate(names)]
+    assert torch.equal(got, torch.cat(want))
+    cm.set_adapter("a3")
+    assert torch.equal(cm.answer(ids), shallow.alone("a3").answer(ids))
+    cm.set_adapter(None)
+    assert torch.equal(cm.answer(ids), shallow.base.answer(ids))
+
+
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1} | {
+    "num_attention_heads": 2, "image_size": 8, "patch_size": 4
+}  # fmt: skip
+TEXT = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 61}
+
+
+def clip() -> nn.Module:
+    text = {**TEXT, "intermediate_size": 20, "eos_token_id": 60}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=10))
+
+
+def llava() -> nn.Module:
+    text = LlamaConfig(**TEXT, intermediate_size=20, num_key_value_heads=1)
+    vision = CLIPVisionConfig(**VISION, projection_dim=12)
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=60, vision_feature_layer=-1
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+def blip2() -> nn.Module:
+    text = {**TEXT, "model_type": "opt", "ffn_dim": 20, "word_embed_proj_dim": 12}
+    former = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return Blip2ForConditionalGeneration(
+        Blip2Config(
+            vision_config=VISION,
+            qformer_config={**former, "intermediate_size": 20, "encoder_hidden_size": 16},
+            text_config={**text, "max_position_embeddings": 64},
+            num_query_tokens=4,
+            image_token_index=60,
+        )
+    )
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Any:
+    """A model with an adapter "v" of its vision tower and "l" of its language model."""
+
+    def make(build: Any) -> tuple[Any, dict[str | None, Any]]:
+        base = random_base(Family(build, token_inputs, (), {}))
+        vision = r".*vision.*(q_proj|qkv|fc1|projector|visual_projection)"
+        language = r".*(language|text)_model.*(q_proj|fc1|up_proj)"
+        folders = {
+            name: save_adapter(base, tmp_path / name, rank=2, targets=targets, seed=1)
+            for name, targets in (("v", vision), ("l", language))
+        }
+        merged = {name: oracle.merged(base, folder) for name, folder in folders.items()}
+        cm = lorafx.compile(copy.deepcopy(base), folders, options=REFERENCE)
+        return cm, {None: base, **merged}
+
+    return make
+
+
+def test_features_of_images_and_texts(built):
+    cm, alone = built(clip)
+    torch.manual_seed(0)
+    inputs = {"pixel_values": torch.randn(3, 3, 8, 8), **token_inputs(3, 5)}
+    pictures = {"pixel_values": inputs.pop("pixel_values")}
+    for method, given, name in (
+        ("get_image_features", pictures, "v"),
+        ("get_text_features", inputs, "l"),
+    ):
+        want = {key: getattr(model, method)(**given).pooler_output for key, model in alone.items()}
+        assert error(want[name], want[None]) > 1e-3
+        got = getattr(cm, method)(**given, adapter_names=[name, None, name]).pooler_output
+        assert (
+            error(got, torch.stack([want[n][i] for i, n in enumerate((name, None, name))])) < 1e-5
+        )
+        cm.set_adapter(name)
+        assert error(getattr(cm, method)(**given).pooler_output, want[name]) < 1e-5
+        cm.set_adapter(None)
+        assert torch.equal(getattr(cm, method)(**given).pooler_output, want[None])
+
+
+def images(rows: int) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    ids = torch.randint(3, 59, (rows, 9))
+    ids[:, 1:5] = 60
+    pixels = torch.randn(rows, 3, 8, 8)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def test_generate_encodes_images_with_the_adapter(built):
+    """transformers has `get_image_features` run before the first forward."""
+    cm, alone = built(llava)
+    batch = images(2)
+    for name in ("v", "l", None):
+        want = alone[name].generate(**batch, **FIXED)
+        assert (name is None) == torch.equal(want, alone[None].generate(**batch, **FIXED))
+        assert torch.equal(cm.generate(**batch, **FIXED, adapter_names=[name] * 2), want)
+
+
+def test_generate_of_a_model_inside_of_the_model(built):
+    """BLIP-2's own `generate` never calls its forward, but the `generate` of its language model."""
+    cm, alone = built(blip2)
+    batch = images(2)
+    want = {name: alone[name].generate(**batch, **FIXED) for name in ("l", None)}
+    assert not torch.equal(want["l"], want[None])
+    got = cm.generate(**batch, **FIXED, adapter_names=["l", None])
+    assert torch.equal(got, torch.stack([want["l"][0], want[None][1]]))
+    assert torch.equal(cm.generate(**batch, **FIXED), want[None])
+    with pytest.raises(MatchError, match=r"vision_model\S* \(Linear\) runs outside.*'v' was named"):
+        cm.generate(**batch, **FIXED, adapter_names=["v", None])
+    cm.set_adapter("l")
+    assert torch.equal(cm.generate(**batch, **FIXED), want["l"])
