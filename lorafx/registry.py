@@ -274,6 +274,19 @@ def lookup(module: nn.Module) -> Eligible | None:
     return lookup_class(type(module))
 
 
+def is_empty(module: nn.Module) -> bool:
+    """Whether an instance of a registered class has no inputs or no outputs, so that its weight has
+    no numbers and an update of it no effect."""
+    entry = lookup(module)
+    if entry is None or entry.kind == "experts":
+        return False
+    try:
+        sizes = entry.sizes(module)
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return any(isinstance(size, int) and size == 0 for size in sizes)
+
+
 def lookup_class(cls: type) -> Eligible | None:
     """As `lookup`, for instances of `cls`."""
     for base in cls.__mro__:

@@ -32,7 +32,7 @@ from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site, has_own_forward
 from lorafx.model.weight_formats import is_wrapped
 from lorafx.passes.alias import Alias
-from lorafx.registry import Eligible, lookup
+from lorafx.registry import Eligible, is_empty, lookup
 
 # A regular expression can name thousands of containers; the first ones show the mistake.
 _SHOWN = 20
@@ -94,6 +94,9 @@ class _Selection:
             members -= self._excluded(item)
             if not members:
                 excluded += 1
+                continue
+            if is_empty(item.module):
+                _warn(f"{item.label} is left out: its weight has no numbers that LoRA could change")
                 continue
             site = self._site(item, members)
             if isinstance(site, Site):

@@ -24,7 +24,7 @@ from lorafx.model import targets
 from lorafx.model.experts import ExpertWeight
 from lorafx.model.module_graph import ModuleGraph, join
 from lorafx.model.packed_names import ATTRIBUTE, PackedNames, renamed
-from lorafx.registry import lookup
+from lorafx.registry import is_empty, lookup
 
 if TYPE_CHECKING:
     from lorafx.adapter_store.reading import Reading
@@ -96,7 +96,8 @@ def _modules(reading: Reading, scope: Scope) -> Iterator[tuple[str, nn.Module]]:
     got |= {id(module) for module in reading.unselected.values()} | reading.experts.modules
     sites = places.selected_modules()
     for path, module in places.named_modules():
-        if id(module) in got or not (id(module) in sites or scope.module(path, module)):
+        counts = id(module) in sites or scope.module(path, module)
+        if id(module) in got or not counts or is_empty(module):
             continue
         matrices = (
             join(path, name)

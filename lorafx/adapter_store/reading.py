@@ -24,6 +24,7 @@ from lorafx.adapter_store.peft_keys import FactorKey, parse, without_prefix
 from lorafx.adapter_store.places import Landing, Place, Places, saved_sizes
 from lorafx.adapter_store.weights import LoraWeights
 from lorafx.errors import CapacityError, CheckpointError, UnsupportedAdapterError
+from lorafx.registry import is_empty
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -124,6 +125,8 @@ class Reading:
             if self.experts.take(factor):
                 return
             module = self.places.module(factor.module)
+            if module is not None and is_empty(module):
+                return  # B A has no numbers either
             if module is not None:
                 self.unselected[without_prefix(factor.module)] = module
             else:

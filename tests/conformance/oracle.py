@@ -84,7 +84,7 @@ def save_adapter(
                 continue
             first = "lora_A" in name or "embedding_A" in name
             fan_in = rank if not first or "embedding" in name else parameter.shape[1]
-            std = fan_in**-0.5 * (1 if first else gain / 2)
+            std = max(fan_in, 1) ** -0.5 * (1 if first else gain / 2)
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
         wrapped.save_pretrained(str(folder), save_embedding_layers=False)
     return Path(folder)
