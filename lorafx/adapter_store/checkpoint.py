@@ -1,28 +1,30 @@
 """Adapter weights as they were saved: a folder's file, or tensors that are in memory already.
 
-`adapter_model.safetensors` is preferred; `adapter_model.bin` is a pickle and is only read with
-`weights_only=True`, which builds tensors and nothing else.
+`adapter_model.safetensors` is preferred; `adapter_model.bin` is a pickle (lorafx.adapter_store.
+pickled). Whoever made the files, what comes out of reading them is tensors or a CheckpointError,
+and reading takes memory in proportion to their size.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lorafx.adapter_store.peft_config import PeftConfig
+from lorafx.adapter_store.pickled import load_pickled
 from lorafx.errors import CheckpointError
 
 SAFETENSORS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
+_LONGEST_NAME = 1024
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,7 @@ def load_state(source: str | os.PathLike[str] | AdapterState) -> AdapterState:
     if isinstance(source, AdapterState):
         return source
     config, file = _open(source)
-    if file.name == PICKLED:
-        return AdapterState(config, _load_pickled(file), str(file))
-    try:
-        return AdapterState(config, load_file(file, device="cpu"), str(file))
-    except (SafetensorError, OSError) as exc:
-        raise _unreadable(file, exc) from exc
+    return AdapterState(config, _tensors(file), str(file))
 
 
 def load_config(source: str | os.PathLike[str] | AdapterState) -> PeftConfig:
@@ -71,12 +68,41 @@ def peek_shapes(source: str | os.PathLike[str] | AdapterState) -> dict[str, tupl
         return {key: tuple(t.shape) for key, t in source.tensors.items()}
     _, file = _open(source)
     if file.name == PICKLED:
-        return {key: tuple(t.shape) for key, t in _load_pickled(file).items()}
+        return {key: tuple(t.shape) for key, t in _tensors(file).items()}
+    with _reading(file), safe_open(file, framework="pt") as opened:
+        shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+    _check_names(file, shapes)
+    return shapes
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    if file.name == PICKLED:
+        tensors = load_pickled(file)
+    else:
+        with _reading(file):
+            tensors = load_file(file, device="cpu")
+    _check_names(file, tensors)
+    return tensors
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """What goes wrong inside is a file that is no safetensors: headers may claim anything, and what
+    the library or torch make of a size of 2**63 is their affair."""
     try:
-        with safe_open(file, framework="pt") as opened:
-            return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as exc:
+        yield
+    except Exception as exc:
         raise _unreadable(file, exc) from exc
+
+
+def _check_names(file: Path, names: Iterable[str]) -> None:
+    """Names are compared with the model's by what takes time for long ones."""
+    longest = max(names, key=len, default="")
+    if len(longest) > _LONGEST_NAME:
+        raise CheckpointError(
+            f"{file} names a tensor by {len(longest)} characters: {longest[:80]}…; names may have "
+            f"{_LONGEST_NAME}"
+        )
 
 
 def _open(source: Any) -> tuple[PeftConfig, Path]:
@@ -85,33 +111,21 @@ def _open(source: Any) -> tuple[PeftConfig, Path]:
         raise CheckpointError(f"an adapter is read from a folder, not from {source!r:.120}")
     folder = Path(source)
     config = PeftConfig.read(folder)
-    for name in (SAFETENSORS, PICKLED):
-        if (folder / name).is_file():
-            return config, folder / name
-    found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
+    try:
+        for name in (SAFETENSORS, PICKLED):
+            if (folder / name).is_file():  # not a pipe or a device, which have no end
+                return config, folder / name
+        names = sorted(p.name for p in folder.iterdir())
+    except OSError as exc:
+        raise CheckpointError(f"{folder} cannot be read: {exc}") from exc
+    found = ", ".join(names[:20]) or "nothing"
     raise CheckpointError(
         f"{folder} holds no adapter weights: neither {SAFETENSORS} nor {PICKLED} (it holds {found})"
     )
 
 
-def _load_pickled(file: Path) -> dict[str, Tensor]:
-    try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as exc:
-        reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
-        raise CheckpointError(
-            f"{file} cannot be read with weights_only=True ({reason}); it is truncated, or holds "
-            f"more than tensors: save the adapter again as {SAFETENSORS}"
-        ) from exc
-    if not isinstance(tensors, dict) or not all(
-        isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()
-    ):
-        raise CheckpointError(f"{file} does not hold a mapping from names to tensors")
-    return tensors
-
-
 def _unreadable(file: Path, exc: Exception) -> CheckpointError:
-    size = file.stat().st_size if file.exists() else 0
+    size = file.stat().st_size if file.is_file() else 0
     return CheckpointError(
         f"{file} ({size} bytes) is not a readable safetensors file, truncated or of another "
         f"format: {exc}; save or download the adapter again"

@@ -32,7 +32,7 @@ PROJECTIONS: Mapping[str, tuple[bool, Half]] = {
     "down_proj": (True, "all"),
     "w2": (True, "all"),
 }
-_INDEXED = re.compile(r"^(?P<module>.*?)\.?(?P<expert>\d+)\.(?P<name>[^.]+)$")
+_INDEXED = re.compile(r"^(?P<module>.*?)\.?(?P<expert>[0-9]{1,9})\.(?P<name>[^.]+)$")
 _NESTED = ".base_layer"
 
 

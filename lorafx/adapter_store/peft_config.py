@@ -3,27 +3,26 @@
     y = base(x) + s · B (A x),   s = α/r, or α/√r with `use_rslora`;   y scaled with `use_dora`
 
 r and α are per module: the first key k of `rank_pattern` / `alpha_pattern`, in the file's order,
-with `re.match(rf"(.*\\.)?({k})$", path)` decides, else `r` and `lora_alpha`. Fields that change
+with `re.match(rf"(.*\\.)?({k})$", path)` decides, else `r` and `lora_alpha`. The patterns are a
+stranger's, so they are matched without backtracking (lorafx.model.patterns). Fields that change
 this arithmetic are refused by name; so is any field that this reader does not know, unless it
 holds null, false or nothing: PEFT adds fields with every version, and their "off" is harmless.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
+from lorafx.adapter_store.config_source import raw_fields, short
+from lorafx.adapter_store.config_values import Values, is_off, keyed
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
+from lorafx.model.patterns import Pattern
 from lorafx.model.targets import Entries, names
-
-CONFIG_FILE = "adapter_config.json"
 
 # Fields that say how the adapter was trained, packaged or initialised, and nothing about what it
 # computes once trained. The *_config fields of initialisations stay set after an exact export,
@@ -154,7 +153,7 @@ class PeftConfig:
         """
         if isinstance(source, PeftConfig):
             return source
-        values, found = _load(source)
+        values, found = raw_fields(source)
         return _Fields(values, where or found).config()
 
     @property
@@ -174,11 +173,11 @@ class PeftConfig:
 
     def rank(self, path: str) -> int | None:
         """Rank of the module at `path` (its dotted path without PEFT's prefixes)."""
-        return _by_pattern(self.rank_pattern, path, self.r)
+        return _by_pattern(self._ranks, path, self.r)
 
     def scale(self, path: str, rank: int) -> float:
         """s of the module at `path`, whose A has `rank` rows."""
-        alpha = _by_pattern(self.alpha_pattern, path, self.lora_alpha)
+        alpha = _by_pattern(self._alphas, path, self.lora_alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def matches(self, path: str) -> bool:
@@ -192,16 +191,28 @@ class PeftConfig:
         by_suffix = isinstance(targets, Entries) and path not in targets.as_set
         return _named(targets, path) and (not by_suffix or self._layer_wanted(path))
 
+    @cached_property
+    def _ranks(self) -> list[tuple[Pattern, int]]:
+        return [(keyed(key), rank) for key, rank in self.rank_pattern.items()]
+
+    @cached_property
+    def _alphas(self) -> list[tuple[Pattern, float]]:
+        return [(keyed(key), alpha) for key, alpha in self.alpha_pattern.items()]
+
+    @cached_property
+    def _layers(self) -> frozenset[int]:
+        return frozenset(self.layers_to_transform or ())
+
     def _layer_wanted(self, path: str) -> bool:
         if self.layers_to_transform is None:
             return True
         # PEFT: the first numbered segment is the layer (a later one may be an expert).
         patterns = self.layers_pattern or (r"[^.]*",)
         lead = r"(?:^|.*?\.)" if self.layers_pattern else r".*?\."
-        for pattern in patterns:
-            found = re.match(rf"{lead}{pattern}\.(?P<idx>\d+)\.", path)
+        for name in patterns:
+            found = re.match(rf"{lead}{name}\.(?P<idx>\d+)\.", path)
             if found:
-                return int(found["idx"]) in self.layers_to_transform
+                return int(found["idx"]) in self._layers
         return False
 
 
@@ -209,60 +220,15 @@ def _named(spec: str | tuple[str, ...] | None, path: str) -> bool:
     return spec is not None and names(spec, [path])
 
 
-def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", path):
+def _by_pattern(patterns: Iterable[tuple[Pattern, Any]], path: str, default: Any) -> Any:
+    for own, value in patterns:
+        if path.endswith(own.tail) and own.fullmatches(path):
             return value
     return default
 
 
-def _load(source: Any) -> tuple[dict[str, Any], str]:
-    """The raw fields of `source`, and how to call it in messages."""
-    if isinstance(source, Mapping):
-        return dict(source), "adapter configuration"
-    if dataclasses.is_dataclass(source) and hasattr(source, "peft_type"):
-        # Not source.to_dict(), which follows the installed PEFT; private fields are not read.
-        names = [f.name for f in dataclasses.fields(source)]
-        return {name: getattr(source, name) for name in names}, "peft configuration"
-    if isinstance(source, str | os.PathLike):
-        return _load_file(Path(source))
-    raise CheckpointError(
-        f"an adapter configuration is a folder, a dict or a peft.LoraConfig, not {source!r}"
-    )
-
-
-def _load_file(folder: Path) -> tuple[dict[str, Any], str]:
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        raise CheckpointError(_absent(folder))
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as exc:
-        raise CheckpointError(f"{file} cannot be read as JSON: {exc}") from exc
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file} must hold a JSON object, it holds {values!r:.80}")
-    return values, str(file)
-
-
-def _absent(folder: Path) -> str:
-    if not folder.exists():
-        return (
-            f"adapter folder {folder} does not exist; an adapter on the Hub must be downloaded "
-            "first (huggingface_hub.snapshot_download)"
-        )
-    if not folder.is_dir():
-        return f"{folder} is a file; give the folder that holds it and {CONFIG_FILE}"
-    below = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_FILE}"))
-    hint = f"; adapters lie in its folders {', '.join(below)}" if below else ""
-    return f"{folder} has no {CONFIG_FILE}{hint}"
-
-
-class _Fields:
+class _Fields(Values):
     """One configuration's raw fields, checked and turned into a PeftConfig."""
-
-    def __init__(self, values: dict[str, Any], where: str) -> None:
-        self.values, self.where = values, where
-        self.malformed: list[str] = []
 
     def config(self) -> PeftConfig:
         refused = list(self._refused())
@@ -275,17 +241,17 @@ class _Fields:
         config = PeftConfig(
             r=self._rank("r", self.values["r"]) if "r" in self.values else None,
             lora_alpha=self._alpha("lora_alpha", self.values.get("lora_alpha", 8)),
-            use_rslora=bool(self.values.get("use_rslora")),
-            use_dora=bool(self.values.get("use_dora")),
+            use_rslora=self._flag("use_rslora"),
+            use_dora=self._flag("use_dora"),
             rank_pattern=self._patterns("rank_pattern", self._rank),
             alpha_pattern=self._patterns("alpha_pattern", self._alpha),
             target_modules=self._names("target_modules"),
             target_parameters=self._parameters(),
             exclude_modules=self._names("exclude_modules") or None,
-            layers_to_transform=self._layers(layers) if layers not in (None, []) else None,
+            layers_to_transform=None if is_off(layers) else self._layers(layers),
             layers_pattern=self._layer_names(),
-            fan_in_fan_out=bool(self.values.get("fan_in_fan_out")),
-            base_model=self.values.get("base_model_name_or_path") or None,
+            fan_in_fan_out=self._flag("fan_in_fan_out"),
+            base_model=self._text("base_model_name_or_path"),
             peft_version=_version(self.values.get("peft_version")),
         )
         if self.malformed:
@@ -296,105 +262,38 @@ class _Fields:
 
     def _refused(self) -> Iterable[str]:
         kind = self.values.get("peft_type")
-        if kind is not None and getattr(kind, "value", kind) != "LORA":
-            kind = getattr(kind, "value", kind)
-            yield f"peft_type = {kind!r}: only LORA adapters are read; {_MERGE}"
+        kind = getattr(kind, "value", kind)
+        if not (kind is None or (isinstance(kind, str) and kind == "LORA")):
+            yield f"peft_type = {short(kind)}: only LORA adapters are read; {_MERGE}"
             return  # another type's fields have meanings of their own
         bias = self.values.get("bias", "none")
-        if bias not in ("none", None, False, ""):
-            yield f"bias = {bias!r}: the base model's biases are replaced; {_MERGE}"
+        if not (is_off(bias) or (isinstance(bias, str) and bias == "none")):
+            yield f"bias = {short(bias)}: the base model's biases are replaced; {_MERGE}"
         init = self.values.get("init_lora_weights", True)
-        if not (init is None or isinstance(init, bool) or str(init).lower() in _PLAIN_INITS):
+        plain = isinstance(init, str) and init.lower() in _PLAIN_INITS
+        if not (init is None or isinstance(init, bool) or plain):
             yield (
-                f"init_lora_weights = {init!r}: this initialisation may subtract from the base "
-                "weight, so the saved factors alone are not the difference; export with "
+                f"init_lora_weights = {short(init)}: this initialisation may subtract from the "
+                "base weight, so the saved factors alone are not the difference; export with "
                 "`save_pretrained(path_initial_model_for_weight_conversion=...)`, which writes a "
                 f"plain LoRA of rank 2r, or {_MERGE}"
             )
         for name, way_out in _REFUSED.items():
             value = self.values.get(name)
-            asked = value not in (None, False) if name in _OBJECTS else not _is_off(value)
-            if asked:
-                yield f"{name} = {_short(value)}: {way_out}"
+            off = value is None or value is False if name in _OBJECTS else is_off(value)
+            if not off:
+                yield f"{name} = {short(value)}: {way_out}"
         for name in sorted(set(self.values) - _READ - _NO_ARITHMETIC - set(_REFUSED)):
-            if not _is_off(self.values[name]):
+            if not is_off(self.values[name]):
                 yield (
-                    f"{name} = {_short(self.values[name])}: unknown field, which may change the "
+                    f"{name} = {short(self.values[name])}: unknown field, which may change the "
                     "arithmetic; remove it if it does not, or upgrade lorafx"
                 )
-
-    def _rank(self, name: str, value: Any) -> int:
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-        self.malformed.append(f"{name} must be a positive integer, it is {value!r}")
-        return 1
-
-    def _alpha(self, name: str, value: Any) -> float:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return value
-        self.malformed.append(f"{name} must be a finite number, it is {value!r}")
-        return 0
-
-    def _patterns(self, name: str, check: Any) -> dict[str, Any]:
-        patterns = self.values.get(name) or {}
-        if not isinstance(patterns, Mapping):
-            self.malformed.append(f"{name} must map module names to numbers, it is {patterns!r}")
-            return {}
-        for key in patterns:
-            self._regex(f"{name} key", key)
-        return {key: check(f"{name}[{key!r}]", value) for key, value in patterns.items()}
-
-    def _names(self, name: str) -> str | tuple[str, ...] | None:
-        value = self.values.get(name)
-        if value is None:
-            return None
-        if isinstance(value, str):
-            if value != "all-linear":
-                self._regex(name, value)
-            return value
-        if isinstance(value, list | tuple | set) and all(isinstance(v, str) for v in value):
-            return tuple(sorted(value))
-        self.malformed.append(f"{name} must be a string or a list of strings, it is {value!r}")
-        return None
-
-    def _parameters(self) -> tuple[str, ...]:
-        value = self.values.get("target_parameters") or ()
-        if isinstance(value, list | tuple | set) and all(isinstance(v, str) for v in value):
-            return tuple(sorted(value))
-        self.malformed.append(f"target_parameters must be a list of strings, it is {value!r}")
-        return ()
-
-    def _layers(self, value: Any) -> tuple[int, ...]:
-        layers = [value] if isinstance(value, int) else value
-        if isinstance(layers, list | tuple) and all(isinstance(i, int) for i in layers):
-            return tuple(layers)
-        self.malformed.append(f"layers_to_transform must be integers, it is {value!r}")
-        return ()
-
-    def _layer_names(self) -> tuple[str, ...]:
-        value = self.values.get("layers_pattern") or ()
-        names = (value,) if isinstance(value, str) else tuple(value)
-        for name in names:
-            self._regex("layers_pattern", name)
-        return names
-
-    def _regex(self, name: str, pattern: Any) -> None:
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as exc:
-            self.malformed.append(f"{name} {pattern!r} is not a regular expression: {exc}")
 
 
 def _version(value: Any) -> tuple[int, ...] | None:
     """(0, 19) of "0.19.1.dev0"."""
-    found = re.match(r"(\d+)\.(\d+)", str(value or ""))
+    found = re.match(
+        r"([0-9]{1,6})\.([0-9]{1,6})(?![0-9])", value if isinstance(value, str) else ""
+    )
     return None if found is None else (int(found[1]), int(found[2]))
-
-
-def _is_off(value: Any) -> bool:
-    """Null, false or nothing: how every PEFT version spells a feature that is not used."""
-    return value is None or value is False or (hasattr(value, "__len__") and len(value) == 0)
-
-
-def _short(value: Any) -> str:
-    return f"{value!r:.80}"

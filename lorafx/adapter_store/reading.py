@@ -28,6 +28,9 @@ from lorafx.registry import is_empty
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+# A file may have a million names, none of which is in the model.
+_MOST_PROBLEMS = 100
+
 # Keys of features that the configuration would have been refused for, had it named them.
 _FEATURE_KEYS = {
     "lora_B.bias": "a bias on lora_B (lora_bias)",
@@ -110,7 +113,10 @@ class Reading:
         else:
             error = CheckpointError if self.problems else CapacityError
         base = self.config.base_model
-        trained = f", trained for {base!r}," if base else ""
+        trained = f", trained for {base!r:.200}," if base else ""
+        if len(problems) > _MOST_PROBLEMS:
+            left = len(problems) - _MOST_PROBLEMS
+            problems[_MOST_PROBLEMS:] = [f"and {left} more"]
         raise error(
             f"adapter {name!r} in {self.state.where}{trained} cannot be loaded:\n"
             + "\n".join(f"  - {problem}" for problem in problems)
@@ -150,7 +156,8 @@ class Reading:
 
     def equal(self, first: str, second: str) -> bool:
         a, b = self.state.tensors[first], self.state.tensors[second]
-        return a.shape == b.shape and torch.equal(a, b)
+        alike = a.shape == b.shape and a.dtype == b.dtype and a.dtype in _DTYPES
+        return alike and torch.equal(a, b)
 
     def _decode(
         self, landing: Landing, keys: dict[str, FactorKey]
@@ -344,7 +351,7 @@ def _label(landing: Landing) -> str:
 
 def _same(saved: Tensor, own: Tensor) -> bool:
     """Whether a saved copy is the model's tensor, up to the rounding of the narrower dtype."""
-    if saved.shape != own.shape or not own.is_floating_point():
+    if saved.shape != own.shape or not {saved.dtype, own.dtype} <= {*_DTYPES}:
         return False
     if own.is_meta:
         return True  # no values to differ from; they are compared when the real model is loaded

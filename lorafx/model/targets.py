@@ -1,6 +1,6 @@
 """Which paths a target specification names, by PEFT's rules.
 
-    str           re.fullmatch(spec, path)
+    str           re.fullmatch(spec, path), found without backtracking
     "all-linear"  every eligible linear module but the output embedding (any letter case)
     list          path == entry, or path ends with "." + entry
 
@@ -9,13 +9,13 @@ A module with several paths is named when one of them is.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 
 from torch import nn
 
 from lorafx.errors import ConfigError, nearest
+from lorafx.model.patterns import PatternError, pattern
 
 ALL_LINEAR = "all-linear"
 
@@ -48,15 +48,16 @@ def checked(spec: str | Collection[str] | None, field: str) -> str | tuple[str, 
     """`spec` as a str, a tuple of str or None.
 
     Raises:
-        ConfigError: another type, an empty entry, or a str that is no regular expression.
+        ConfigError: another type, an empty entry, or a str that is no regular expression, or one
+            that cannot be matched in bounded time (lorafx.model.patterns).
     """
     if spec is None:
         return None
     if isinstance(spec, str):
         try:
-            re.compile(spec)
-        except re.error as error:
-            raise ConfigError(f"{field}={spec!r} is not a regular expression: {error}") from error
+            pattern(spec)
+        except PatternError as error:
+            raise ConfigError(f"{field}={spec!r:.120} {error}") from error
         return spec
     if not isinstance(spec, Collection) or not all(isinstance(entry, str) for entry in spec):
         raise ConfigError(
@@ -78,7 +79,7 @@ def suffixes(path: str) -> Iterator[str]:
 def names(spec: str | Sequence[str], paths: Iterable[str]) -> bool:
     """Whether `spec` (not "all-linear") names a module that these paths reach."""
     if isinstance(spec, str):
-        return any(re.fullmatch(spec, path) for path in paths)
+        return any(map(pattern(spec).fullmatches, paths))
     index = spec.as_set if isinstance(spec, Entries) else frozenset(spec)
     return any(suffix in index for path in paths for suffix in suffixes(path))
 

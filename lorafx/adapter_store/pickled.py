@@ -1,0 +1,104 @@
+"""Tensors of a pickled adapter (`adapter_model.bin`), which may be anybody's.
+
+`torch.load(weights_only=True)` builds tensors and runs no code. It still inflates compressed
+entries of the archive, however large they get, lets a tensor claim more numbers than were saved,
+and fails in many ways on a damaged pickle. A file is read here only if nothing in it can take more
+memory than the file's size, and gives plain dense tensors or a CheckpointError.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lorafx.errors import CheckpointError
+
+_ARCHIVE = b"PK"
+
+
+def load_pickled(file: Path) -> dict[str, Tensor]:
+    """The tensors in `file` by name, on the CPU.
+
+    Raises:
+        CheckpointError: it cannot be read, holds something else than plain tensors, or claims more
+            than its size.
+    """
+    try:
+        held = _held(file)
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    # A damaged pickle ends in whatever its unpickler runs into: KeyError, IndexError, MemoryError.
+    except Exception as exc:
+        reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
+        raise CheckpointError(
+            f"{file} cannot be read with weights_only=True ({reason:.200}); it is truncated, or "
+            "holds more than tensors: save the adapter again as adapter_model.safetensors"
+        ) from exc
+    if not isinstance(tensors, dict) or not all(
+        isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()
+    ):
+        raise CheckpointError(f"{file} does not hold a mapping from names to tensors")
+    for key, tensor in tensors.items():
+        unlike = _unlike_plain(tensor)
+        if unlike is not None:
+            raise CheckpointError(f"{file}: {key[:200]!r} {unlike}; save it as a dense tensor")
+    _check_claims(file, tensors, held)
+    return {key: tensor.detach() for key, tensor in tensors.items()}
+
+
+def _held(file: Path) -> int:
+    """Bytes that the file can hold of tensors' numbers."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        archive = opened.read(len(_ARCHIVE)) == _ARCHIVE
+    if not archive:
+        return size  # the format from before torch 1.6: numbers follow the pickle
+    with zipfile.ZipFile(file) as entries:
+        infos = entries.infolist()
+    if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
+        raise CheckpointError(
+            f"{file} is a compressed archive, which torch.save never writes; save the adapter again"
+        )
+    held = sum(info.file_size for info in infos)
+    if held > size:
+        raise CheckpointError(
+            f"{file} has {size} bytes and lists entries of {held} bytes; save the adapter again"
+        )
+    return held
+
+
+def _unlike_plain(tensor: Tensor) -> str | None:
+    """Why this is no dense tensor with values, or None where it is one."""
+    if is_traceable_wrapper_subclass(tensor):
+        return f"is a {type(tensor).__name__}"
+    if tensor.is_nested:
+        return "is a nested tensor"
+    if tensor.layout is not torch.strided:
+        return f"is a sparse tensor ({tensor.layout})"
+    if tensor.is_quantized:
+        return f"is a quantised tensor ({tensor.dtype})"
+    if tensor.device.type != "cpu":
+        return f"is on the device {tensor.device}, and holds no values"
+    return None
+
+
+def _check_claims(file: Path, tensors: dict[str, Tensor], held: int) -> None:
+    """No more numbers than were saved: neither by strides of zero nor by a storage that grew."""
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()
+    }
+    if sum(storages.values()) > held:
+        raise CheckpointError(
+            f"{file}: its tensors claim {sum(storages.values())} bytes, and it holds {held}"
+        )
+    for key, tensor in tensors.items():
+        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            raise CheckpointError(
+                f"{file}: {key[:200]!r} has shape {tuple(tensor.shape)}, which is more than it was "
+                "saved with; save it as a contiguous tensor"
+            )
