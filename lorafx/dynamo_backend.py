@@ -19,7 +19,7 @@ from lorafx.capture.unmarked import FrameOptions, mark_captured
 from lorafx.capture.unserved import note_unserved
 from lorafx.compat import mode_settings
 from lorafx.config import Options
-from lorafx.errors import CaptureError, LorafxError
+from lorafx.errors import CaptureError, LorafxError, ReplacedModuleError
 from lorafx.graph.peft_graph import compile_peft_frame, has_peft_lora
 from lorafx.serving.attached import AttachedSession, captured_before, sessions
 
@@ -53,6 +53,8 @@ def compile_frame(
             wanted.check(session)
             lowering = lowering_for(session.program.options, patches)
             return session.backend.compile(gm, examples, lowering)
+    except ReplacedModuleError:
+        raise  # for this one call: the module may be put back
     except LorafxError as error:
         return refusing(error)
     if wanted.asks_for_lora:

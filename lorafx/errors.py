@@ -64,6 +64,10 @@ class CaptureError(LorafxError):
     """The model cannot be captured as asked (recompile limit, attach after compile)."""
 
 
+class ReplacedModuleError(CaptureError):
+    """A module that carries LoRA is not where it was when lorafx was given the model."""
+
+
 class VerifyError(LorafxError):
     """A pass left a graph that is malformed or computes something else."""
 

@@ -41,8 +41,11 @@ class Explanation:
             + (", merged" if session.merged is not None and session.merged.name == name else "")
             for name in store.names
         ]
+        program.look_at_modules()
+        missing = program.site_watch.lines()
         sections = [
             *model_sections(program.sites, program.groups, program.config),
+            *([("replaced since, and refused", missing)] if missing else []),
             (f"adapters: {len(adapters)}", tuple(adapters)),
             (f"graphs: {len(records)}", ()),
         ]

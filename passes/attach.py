@@ -85,7 +85,7 @@ class Attach:
         }
         # Hooks of others see the output with its delta: for them the model is W + ΔW.
         hooks: list[tuple[nn.Module, SiteMark | RowMark]] = [
-            (_marked(site), marks[site.path]) for site in sites
+            (site.marked, marks[site.path]) for site in sites
         ]
         own = {id(site.module) for site in sites}
         hooks += [
@@ -98,14 +98,6 @@ class Attach:
             for module, mark in hooks
         ]
         return Attachment(groups, runtime, marks, handles)
-
-
-def _marked(site: Site) -> nn.Module:
-    """The module whose call the delta is added to."""
-    entry = site.eligible
-    if entry.sharding is None or entry.handler is not None or site.has_own_forward:
-        return site.module
-    return entry.sharding.product(site.module)
 
 
 def allocate_groups(sites: Sequence[Site], config: LoraConfig) -> tuple[Group, ...]:

@@ -46,6 +46,8 @@ def export_merged(session: Session, name: str, folder: Path, *, max_shard_size: 
     with session.weights_lock:  # weights stay, calls go on
         with session.lock:
             session.store[name]  # UnknownAdapterError
+            program.look_at_modules()
+            program.refuse_missing()
             merged, changes = session.merged, list[Change]()
             if merged is None:
                 changes = changes_of(program, session.store, name).plain

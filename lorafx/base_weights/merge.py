@@ -158,6 +158,8 @@ def merge(session: Session, name: str, *, requantize: bool = False) -> MergeRepo
     session.refuse_running(f"merge {name!r}")
     with session.weights_lock, session.lock:
         _refuse_in_use(session, name)
+        session.program.look_at_modules()
+        session.program.refuse_missing()
         check_packed(session.program.packed)
         changes = changes_of(session.program, session.store, name, requantize=requantize)
         apart = [_tied_apart(change) for change in changes.plain if change.tied_apart]

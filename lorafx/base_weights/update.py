@@ -65,6 +65,8 @@ def update_weights(
 
 def _update(session: Session, source: Source, *, strict: bool, undo: Undo) -> WeightUpdate:
     program = session.program
+    program.look_at_modules()
+    program.refuse_missing()
     check_packed(program.packed)
     resolver = Resolver(program.graph, program.model, program.config.packed_modules)
     plan = Plan(resolver, strict=strict, stable=source.stable)

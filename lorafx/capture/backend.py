@@ -18,7 +18,14 @@ from torch._dynamo.backends.common import aot_autograd
 
 from lorafx.capture.checks import Checks, InputPlaces
 from lorafx.capture.dump import GraphDump, dump_folder
-from lorafx.capture.executable import Owner, base_only, by_activity, checked, with_lookups
+from lorafx.capture.executable import (
+    Owner,
+    base_only,
+    by_activity,
+    checked,
+    while_missing,
+    with_lookups,
+)
 from lorafx.capture.lowering import Lowering, lowering_for
 from lorafx.capture.pipeline import run_pipeline
 from lorafx.capture.program import Program
@@ -65,8 +72,15 @@ class Backend:
         *,
         per_token: bool = False,
     ) -> Callable[..., Any]:
-        """The executable of a frame whose inputs are `examples`."""
+        """The executable of a frame whose inputs are `examples`.
+
+        Raises:
+            ReplacedModuleError: a module that carries an adapter of the batch. No graph is kept
+                then, and Dynamo asks again in the next call.
+        """
         program = self.program
+        program.look_at_modules()
+        program.refuse_missing(program.touched if program.runtime.active else ())
         frame = Frame.of(program, gm.graph, examples)
         frame.per_token = per_token
         frame.begins_call = called_directly(self.entered)
@@ -96,7 +110,7 @@ class Backend:
                 if places.plain:
                     executable = base_only(checks, owner, executable)
         self.records.append(record)
-        return executable
+        return while_missing(owner, executable) if program.site_watch.missing else executable
 
     def compile_lora(
         self,

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from lorafx.capture.guards import keep_guards
 from lorafx.capture.program import Program
 from lorafx.capture.traced import Traced
-from lorafx.compat import capture_settings, is_recompile_limit, no_mha_fast_path
-from lorafx.errors import CaptureError, LorafxError, MatchError
+from lorafx.compat import backend_error, capture_settings, is_recompile_limit, no_mha_fast_path
+from lorafx.errors import CaptureError, LorafxError, MatchError, ReplacedModuleError
 from lorafx.model.experts import LOOP, loops
 from lorafx.model.packing import check_packed
 from lorafx.serving.resting import inside_entry
@@ -45,13 +45,11 @@ class Entry:
         own = "forward" if method is None else method.__name__
         self.name = f"the {own} of {type(module).__name__}"
         self.roles = RoleTable(module, session.program.config.row_dims, function)
-        self.traced = Traced(
-            _target(session.program, module) if method is None else method,
-            session.backend.per_token if per_token else session.backend,
-            dynamic=session.dynamic,
-            recompile_limit=session.program.options.recompile_limit,
-            keep_guards=functools.partial(keep_guards, module),
-        )
+        self.per_token = per_token
+        self.target = _target(session.program, module) if method is None else method
+        #: By what stands where sites stood (`SiteWatch.state`), the last such state and 0, which is
+        #: that all are there: guards alone would not tell them apart.
+        self.by_state = {0: self._new()}
         self.experts = [site for site in session.program.sites if site.expert_weight is not None]
         functools.update_wrapper(self, function)
 
@@ -76,17 +74,22 @@ class Entry:
         if session.program.runtime.active:
             self._refuse_loops()
         limit = session.program.options.recompile_limit
+        state = session.program.site_watch.state
+        traced = self._traced(state)
         try:
             by_data = session.program.quantised.sizes_by_data
             with torch.no_grad(), capture_settings(limit, sizes_by_data=by_data):
                 if session.has_mha and session.program.runtime.active:
                     # Its fused inference path takes the weights past every module and mark.
                     with no_mha_fast_path():
-                        return self._result(*args, **kwargs)
-                return self._result(*args, **kwargs)
+                        return self._result(traced, *args, **kwargs)
+                return self._result(traced, *args, **kwargs)
         except BaseException as error:
-            raised = "; ".join(dict.fromkeys(self.traced.given_up.values()))
-            self.traced.given_up.clear()
+            inner = backend_error(error)
+            if isinstance(inner, ReplacedModuleError):
+                raise inner from None
+            raised = "; ".join(dict.fromkeys(traced.given_up.values()))
+            traced.given_up.clear()
             if is_recompile_limit(error):
                 raise CaptureError(
                     f"{type(self.module).__name__} has {limit} graphs, as many as "
@@ -99,10 +102,30 @@ class Entry:
                     f"this call was traced: {raised}"
                 ) from error
             raise
+        finally:
+            if session.program.site_watch.state != state:  # noticed when a graph was captured
+                self.by_state.pop(state, None)
 
-    def _result(self, *args: Any, **kwargs: Any) -> Any:
+    def _new(self) -> Traced:
+        session = self.session
+        return Traced(
+            self.target,
+            session.backend.per_token if self.per_token else session.backend,
+            dynamic=session.dynamic,
+            recompile_limit=session.program.options.recompile_limit,
+            keep_guards=functools.partial(keep_guards, self.module),
+        )
+
+    def _traced(self, state: int) -> Traced:
+        if state not in self.by_state:
+            kept = self.by_state.get(0)
+            self.by_state = {} if kept is None else {0: kept}
+            self.by_state[state] = self._new()
+        return self.by_state[state]
+
+    def _result(self, traced: Traced, *args: Any, **kwargs: Any) -> Any:
         """Raises CaptureError where it is yet to be computed, without the batch that is set up."""
-        result = self.traced.call(*args, **kwargs)
+        result = traced.call(*args, **kwargs)
         if isinstance(result, (GeneratorType, CoroutineType, AsyncGeneratorType)):
             raise CaptureError(
                 f"{self.name} is a {type(result).__name__}, whose body runs after the call and so "

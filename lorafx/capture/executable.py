@@ -95,6 +95,30 @@ def by_activity(
     return run
 
 
+def while_missing(owner: Owner, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A graph that was captured while another module stood where a site was. Dynamo may call it
+    when the site is back: it does not guard on hooks that were not there.
+
+    The graph raises:
+        ReplacedModuleError: an adapter of the batch touches what is missing.
+        CaptureError: nothing is missing now, so that it is not the graph of this call.
+    """
+
+    def run(*arguments: Any) -> Any:
+        program = owner(arguments)
+        if program is not None and program.runtime.active:
+            program.look_at_modules()
+            program.refuse_missing(program.touched)
+            if not program.site_watch.missing:
+                raise CaptureError(
+                    f"this graph of {type(program.model).__name__} was captured while modules that "
+                    "carry LoRA were replaced, and they are back; call torch._dynamo.reset() once"
+                )
+        return compiled(*arguments)
+
+    return run
+
+
 def refusing(error: LorafxError) -> Callable[..., Any]:
     """An executable for what cannot be compiled. Raised where a graph is compiled, the error would
     reach the caller inside one of Dynamo's."""
@@ -153,6 +177,7 @@ def _looked_up(
     Raises:
         CaptureError: a layer's bank does not lie as that of the layer that was captured, where
             generated code takes its strides for granted; or one of them has no room for DoRA.
+        ReplacedModuleError: the layer's module stands where one that carries LoRA stood.
     """
     fixed = program.options.lowering != "reference"
     found: list[Any] = []
@@ -164,6 +189,7 @@ def _looked_up(
         site = program.site_of_weight(arguments[position], index)
         bank = program.bank_of_weight(arguments[position], index)
         if site is None or bank is None:
+            program.refuse_missing(program.touched)
             if number not in nulls:
                 nulls[number] = _zeros(layout, program.runtime.device)
             found.append(nulls[number])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from lorafx.graph.frame import FrameInput
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.packing import PackedGroup
 from lorafx.model.quantized import QuantisedModules
+from lorafx.model.replaced_modules import SiteWatch
 from lorafx.model.sites import Group, Site
 from lorafx.serving.roles import Role, RoleTable, tensor_leaves
 from lorafx.serving.runtime import Runtime
@@ -69,6 +70,7 @@ class Program:
         #: Those of them that a graph seems to compute by something else than their weight.
         self.replaced: set[str] = set()
         self.derived = DerivedTensors(self)
+        self.site_watch = SiteWatch(self.graph, self.sites)
         self.quantised = QuantisedModules.of(module for _, module in self.graph.modules())
         self._by_weight: dict[int, list[Site]] = {}
         #: Tensors that were looked for and are no site's weight.
@@ -85,6 +87,24 @@ class Program:
         """Take the plain tensor attributes that modules have now for constants. For before the
         first call: what code that prepares a loaded model leaves there is one for all requests."""
         self.constants = {id(t): weakref.ref(t) for _, t in _plain_attributes(self.model)}
+
+    def look_at_modules(self) -> None:
+        """Know what the model consists of now: modules, parameters and buffers may have come, gone
+        and been replaced since it was looked at last. Walks over all of it."""
+        self._look_at_sites()
+        if not self.site_watch.missing and not self.graph.holds:
+            self.graph = ModuleGraph.of(self.model)
+
+    def _look_at_sites(self) -> None:
+        if self.site_watch.look():
+            self._no_sites.clear()  # what is no site's weight now is looked at again then
+
+    def refuse_missing(self, paths: Collection[str] | None = None) -> None:
+        """Raise ReplacedModuleError where sites at these paths (None: any) are not where they
+        were."""
+        if self.site_watch.in_doubt:
+            self.look_at_modules()
+            self.site_watch.refuse(paths)
 
     def home(self, site: Site) -> tuple[Group, int]:
         """The group a site belongs to and its index there."""
@@ -116,6 +136,7 @@ class Program:
         """The site whose base weight this very tensor is, or holds part of; the one at `index`,
         where several are tied."""
         if not self._knows(weight):
+            self._look_at_sites()
             self._by_weight = self._sites_by_weight()
             self._no_sites[id(weight)] = weakref.ref(weight)
         tied = self._by_weight.get(id(weight), [])
@@ -178,7 +199,7 @@ class Program:
     def known_tensors(self) -> dict[int, FrameInput]:
         """Every tensor that is not data of a request, by identity."""
         known: dict[int, FrameInput] = {}
-        for path, module in self.graph.modules():
+        for path, module in self._modules():
             for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
                 if tensor is not None:
                     holder = Holder(path, module, name)
@@ -200,6 +221,12 @@ class Program:
                     known[id(tensor)] = FrameInput("packed", name, group=packed.group)
         known[id(self.runtime.slots)] = FrameInput("slots", "slots")
         return known
+
+    def _modules(self) -> Iterable[tuple[str, nn.Module]]:
+        """The modules of the model, and those that it had when a site was still there."""
+        yield from self.graph.modules()
+        if self.site_watch.missing:
+            yield from self.model.named_modules()
 
     def earlier_result(self, tensor: Tensor) -> Role | None:
         """The role of a tensor that an earlier graph of the running call returned."""

@@ -124,9 +124,36 @@ class ModuleGraph:
         self._read_storages()
         return self
 
+    @property
+    def holds(self) -> bool:
+        """Whether the model still has the modules, parameters and buffers that it had then."""
+        graph = self.graph
+        for module in self._modules.values():
+            node, count = ("module", id(module)), 0
+            for kind, held in (
+                ("module", module._modules),
+                ("tensor", module._parameters),
+                ("tensor", module._buffers),
+            ):
+                for name, value in held.items():
+                    if value is None:
+                        continue
+                    edge = graph.get_edge_data(node, (kind, id(value)))
+                    if edge is None or name not in edge["names"]:
+                        return False
+                    count += 1
+            known = (graph.get_edge_data(node, other)["names"] for other in graph.successors(node))
+            if count != sum(map(len, known)):
+                return False
+        return True
+
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """(canonical path, module) of every instance, in the order of `named_modules()`."""
         yield from self._modules.items()
+
+    def has(self, module: nn.Module) -> bool:
+        """Whether the model holds this instance."""
+        return id(module) in self._canonical
 
     def path(self, module: nn.Module) -> str:
         """Canonical path of an instance. LorafxError when the model does not hold it."""

@@ -50,10 +50,13 @@ class PackedGroup:
     @property
     def intact(self) -> bool:
         """True while every sibling's parameter still is its view of the packed buffer."""
-        for parameters, name, address in self._addresses:
-            parameter = parameters[name]
-            if parameter is None or parameter.data_ptr() != address:
-                return False
+        try:
+            for parameters, name, address in self._addresses:
+                parameter = parameters[name]
+                if parameter is None or parameter.data_ptr() != address:
+                    return False
+        except (KeyError, RuntimeError):  # gone, or of a class that has no address
+            return False
         return True
 
 
@@ -112,25 +115,26 @@ def check_packed(packs: Iterable[PackedGroup]) -> None:
     if misfit is not None:
         raise CaptureError(
             f"the weights of {misfit.group.sites[0].path} and its siblings have changed shape, "
-            "dtype or device since lorafx was given the model; change the model first and give it "
-            "to lorafx then"
+            "dtype, device or format since lorafx was given the model, or are gone; change the "
+            "model first and give it to lorafx then"
         )
 
 
 def repack(packs: Sequence[PackedGroup]) -> PackedGroup | None:
     """Point the parameters at the packed buffers, with the values that they have now.
 
-    Returns the first group whose buffers cannot hold them, since shape, dtype or device have
-    changed; nothing is changed then.
+    Returns the first group whose buffers cannot hold them, since shape, dtype, device or format
+    have changed, or some are gone; nothing is changed then.
     """
     held = []
     for packed in packs:
         for parameters, name, part in packed.places:
-            own = parameters[name]
-            if own is not None:
-                if (own.shape, own.dtype, own.device) != (part.shape, part.dtype, part.device):
-                    return packed
-                held.append((own, part))
+            own = parameters.get(name)
+            if own is None or is_traceable_wrapper_subclass(own):
+                return packed
+            if (own.shape, own.dtype, own.device) != (part.shape, part.dtype, part.device):
+                return packed
+            held.append((own, part))
     buffers = {part.untyped_storage().data_ptr() for _, part in held}
     with torch.no_grad():
         # Parameters may have changed places: read all that lie in a buffer before any is written.

@@ -117,6 +117,14 @@ class Site:
         return f"{parent}.{name}".lstrip(".") if name else f"{self.path}[{index}]"
 
     @property
+    def marked(self) -> nn.Module:
+        """The module whose call the delta is added to, `module` or a child of it."""
+        entry = self.eligible
+        if entry.sharding is None or entry.handler is not None or self.has_own_forward:
+            return self.module
+        return entry.sharding.product(self.module)
+
+    @property
     def has_own_forward(self) -> bool:
         """Whether a subclass or the instance overrides the forward of the registered class."""
         return has_own_forward(self.module, self.eligible)

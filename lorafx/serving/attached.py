@@ -53,7 +53,6 @@ class AttachedSession(Session):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.modules = frozenset(id(module) for _, module in self.program.graph.modules())
         self.program.runtime.use_handle()
         self.program.runtime.session = self
         self.program.knowing_arguments = self.knowing_arguments
@@ -150,7 +149,7 @@ class AttachedSession(Session):
 
     def running(self) -> RunningCall | None:
         """The outermost running call of a module of the model."""
-        return outermost_call(lambda module: id(module) in self.modules)
+        return outermost_call(self.program.graph.has)
 
     def repeating(self) -> bool:
         return generating(self.program.model)

@@ -18,7 +18,13 @@ from lorafx.adapter_store.store import BASE, AdapterStore, StoredAdapter
 from lorafx.base_weights.merge import Merged
 from lorafx.capture.backend import Backend
 from lorafx.capture.program import Call, Program
-from lorafx.errors import BatchError, CaptureError, ConfigError
+from lorafx.errors import (
+    BatchError,
+    CaptureError,
+    CheckpointError,
+    ConfigError,
+    ReplacedModuleError,
+)
 from lorafx.serving.roles import TOKEN_DIMS, RoleTable, check_requests
 
 Names = Sequence["str | None"]
@@ -87,6 +93,7 @@ class Session:
             BatchError: an adapter is merged into the base weights, and a request uses another one;
                 or this very thread is updating the base weights.
             CaptureError: an update of the base weights was interrupted, or lost a merge.
+            ReplacedModuleError: a module that holds the merged adapter was replaced.
         """
         with self.lock:
             self.refuse_broken()
@@ -96,6 +103,7 @@ class Session:
                 raise CaptureError(self.unmerged)
             if self.merged is not None and not self.warming:
                 names, tokens = _served_by(self.merged.name, names, tokens)
+                self.program.refuse_missing(self.store[self.merged.name].sites)
             before = self.requests, self.repeats, self.tokens
             self.requests = None if names is None else tuple(names)
             self.repeats, self.tokens = repeats, tokens
@@ -177,7 +185,11 @@ class Session:
         self.program.call = Call(roles, named)
 
     def serve(self, names: Names, slots: Sequence[int]) -> None:
-        """Serve rows of these adapters, which have these slots."""
+        """Serve rows of these adapters, which have these slots.
+
+        Raises:
+            ReplacedModuleError: a module that carries one of them was replaced or taken out.
+        """
         program = self.program
         if not self.backend.records:  # nothing has run yet
             program.note_constants()
@@ -191,6 +203,7 @@ class Session:
             self._rescaled = frozenset().union(*(adapter.rescaled for adapter in stored))
         program.touched = frozenset() if self.warming else self._touched
         program.rescaled = frozenset() if self.warming else self._rescaled
+        program.refuse_missing(program.touched)
 
     def forget_served(self) -> None:
         """Keep no adapter that was served alive."""
@@ -208,23 +221,39 @@ class Session:
         Raises:
             CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
             ConfigError: the adapter of this name is merged.
+            ReplacedModuleError: a module that it is for was replaced or taken out.
         """
         self.refuse_merged(name, "is replaced")
         program = self.program
-        adapter = read_adapter(
-            source,
-            name,
-            program.sites,
-            model=program.model,
-            max_rank=program.config.max_rank,
-            lora_config=program.config,
-            strict=program.options.strict if strict is None else strict,
-        )
+        program.look_at_modules()
+        try:
+            adapter = read_adapter(
+                source,
+                name,
+                program.sites,
+                model=program.model,
+                max_rank=program.config.max_rank,
+                lora_config=program.config,
+                strict=program.options.strict if strict is None else strict,
+            )
+        except CheckpointError as error:  # of which a module that is missing may be the reason
+            try:
+                program.refuse_missing()
+            except ReplacedModuleError as reason:
+                raise reason from error
+            raise
         if adapter.magnitudes and self.merged is not None:
             raise ConfigError(
                 f"{name!r} is DoRA, whose norms are of the base's own weights, and those hold "
                 f"{self.merged.name!r} now; unmerge() before it is loaded"
             )
+        program.refuse_missing(
+            [
+                site.path
+                for site in program.sites
+                if any(site.part_path(part) in adapter.weights for part in range(len(site.parts)))
+            ]
+        )
         self.store.load(adapter)
 
     def refuse_running(self, what: str) -> None:

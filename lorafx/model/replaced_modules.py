@@ -1,0 +1,184 @@
+"""Whether the modules that carry LoRA still stand where they stood when the model was marked.
+
+    model ──name──▶ layer ──name──▶ site      each of these edges leads to the very same module
+
+A mark hangs on a module, and an adapter's factors belong to a path. Once another module stands at
+that path, the delta would be lost. Nothing walks the tree in a call: torch tells of every module
+that is registered (assignment, `add_module`, containers that append), and a number says whether
+that has happened to a module of interest. Deleting, inserting and writing to `_modules` is not told
+of; then Dynamo captures anew what runs differently, and whoever captures looks at the edges.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from lorafx.errors import ReplacedModuleError
+from lorafx.model.module_graph import ModuleGraph, join
+from lorafx.model.sites import Site
+from lorafx.registry import lookup
+
+
+class _Registrations:
+    """Counts what is registered on the modules above all sites of all marked models."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        #: How many watches look at the children of a module, by its identity.
+        self.parents: Counter[int] = Counter()
+        self._hooked = False
+
+    def follow(self, parents: Sequence[int]) -> None:
+        if not self._hooked:
+            register_module_module_registration_hook(_registered)
+            self._hooked = True
+        self.parents.update(parents)
+
+    def forget(self, parents: Sequence[int]) -> None:
+        for key in parents:
+            self.parents[key] -= 1
+            if self.parents[key] <= 0:
+                del self.parents[key]
+
+
+_REGISTRATIONS = _Registrations()
+
+
+def _registered(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    # Where a forward makes modules Dynamo traces this too, and is to guard on nothing in here.
+    if not torch.compiler.is_compiling() and id(module) in _REGISTRATIONS.parents:
+        _REGISTRATIONS.number += 1
+
+
+class Edge(NamedTuple):
+    """A module that an attribute of another held when the model was marked."""
+
+    path: str
+    parent: nn.Module
+    name: str
+    child: nn.Module
+
+    @property
+    def now(self) -> nn.Module | None:
+        """The module that the attribute holds now."""
+        return self.parent._modules.get(self.name)
+
+
+class SiteWatch:
+    """The edges that lead to the sites of one model.
+
+    Attributes:
+        missing: paths of the sites to which some edge does not lead any more, as of the last look.
+        state: 0 where nothing is missing; another number whenever something else stands there.
+    """
+
+    def __init__(self, graph: ModuleGraph, sites: Sequence[Site]) -> None:
+        self._root = graph.root
+        above = graph.ancestors(site.marked for site in sites)
+        self._edges = [
+            Edge(join(path, name), module, name, child)
+            for path, module in graph.modules()
+            if id(module) in above
+            for name, child in module._modules.items()
+            if child is not None and id(child) in above
+        ]
+        self._sites = tuple(sites)
+        self._broken: list[Edge] = []
+        self._stand_ins: list[nn.Module | None] = []
+        self._states = itertools.count(1)
+        self.missing: frozenset[str] = frozenset()
+        self.state = 0
+        self._seen = _REGISTRATIONS.number
+        parents = list({id(edge.parent) for edge in self._edges})
+        _REGISTRATIONS.follow(parents)
+        weakref.finalize(self, _REGISTRATIONS.forget, parents)
+
+    def look(self) -> bool:
+        """Look at every edge; whether anything is otherwise than at the last look."""
+        self._seen = _REGISTRATIONS.number
+        broken = [edge for edge in self._edges if edge.now is not edge.child]
+        now = [edge.now for edge in broken]
+        same = len(broken) == len(self._broken) and all(
+            edge is other and module is stand_in
+            for edge, other, module, stand_in in zip(
+                broken, self._broken, now, self._stand_ins, strict=True
+            )
+        )
+        if same:
+            return False
+        self._broken, self._stand_ins = broken, now
+        self.missing = frozenset(site.path for site in self._below(broken))
+        self.state = next(self._states) if broken else 0
+        return True
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether it takes a look to know what is missing. Where something was, it may be back."""
+        return self._seen != _REGISTRATIONS.number or bool(self.missing)
+
+    def refuse(self, paths: Collection[str] | None = None) -> None:
+        """Refuse what touches sites at these paths, or at any, that are missing.
+
+        Raises:
+            ReplacedModuleError: there are such sites.
+        """
+        concerned = [path for path in self.missing if paths is None or path in paths]
+        if concerned:
+            raise ReplacedModuleError(
+                f"{'; '.join(self._changes(concerned))}. What carries LoRA of this "
+                f"{type(self._root).__qualname__} is not there any more, so the update would be "
+                "lost. Put the old modules back, or detach the model and give it to lorafx again "
+                "as it is now"
+            )
+
+    def lines(self) -> tuple[str, ...]:
+        """What has become of the modules that are missing."""
+        return tuple(self._changes(self.missing))
+
+    def _below(self, edges: Iterable[Edge]) -> list[Site]:
+        """The sites that are one of the edges' modules, or lie below one."""
+        held = {id(module) for edge in edges for module in edge.child.modules()}
+        return [site for site in self._sites if id(site.module) in held]
+
+    def _changes(self, paths: Collection[str]) -> list[str]:
+        """For every edge that led to one of these sites, what stands there now."""
+        places = {id(module): path for path, module in self._root.named_modules()}
+        found = []
+        for edge in self._broken:
+            lost = [site.path for site in self._below([edge]) if site.path in paths]
+            # Below a module that is out of the model it does not matter what holds what.
+            if not lost or (edge.parent is not self._root and id(edge.parent) not in places):
+                continue
+            text = f"{edge.path or '(root)'}, {_described(edge.child)}, {_fate(edge)}"
+            elsewhere = places.get(id(edge.child))
+            text += f" (it is at {elsewhere} now)" if elsewhere is not None else ""
+            if lost != [edge.path]:
+                more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+                text += f"; it holds {', '.join(lost[:3])}{more}"
+            found.append(text)
+        return found[:3] + ([f"and {len(found) - 3} more places"] if len(found) > 3 else [])
+
+
+def _fate(edge: Edge) -> str:
+    now = edge.now
+    if now is None:
+        return "was taken out after lorafx was given the model"
+    return f"was replaced by {_described(now)} after lorafx was given the model"
+
+
+def _described(module: nn.Module) -> str:
+    """Class and sizes: `a Linear (8 -> 8)`."""
+    entry, name = lookup(module), f"a {type(module).__qualname__}"
+    try:
+        sizes = None if entry is None else entry.sizes(module)
+    except AttributeError:  # a subclass that does not keep them as the registered class does
+        sizes = None
+    return name if sizes is None else f"{name} ({sizes[0]} -> {sizes[1]})"

@@ -1,0 +1,400 @@
+"""Modules that are replaced, moved or taken out after lorafx was given the model.
+
+What carries LoRA must be there or its adapters are refused by name; everything else may change.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from attached import compiled, fresh_dynamo, served  # noqa: F401  (the fixture)
+from dense_merge import REFERENCE, TOLERANCE, Case, error, random_base, save_adapter
+from tiny_models import Family, token_inputs
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.utils import parametrize
+from torch.testing._internal.two_tensor import TwoTensor
+
+import lorafx
+from lorafx.errors import CaptureError, ReplacedModuleError
+
+NAMES = ["a", None, "b", "a"]
+
+
+def block() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
+
+
+class Stack(nn.Module):
+    """Residual blocks, a module that no adapter touches, and a head whose call is never made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(block() for _ in range(3))
+        self.side = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        for layer in self.layers:
+            x = x + layer(x)
+        x = self.side(x)
+        for name in ("extra", "more"):
+            x = getattr(self, name)(x) if hasattr(self, name) else x
+        return {"logits": nn.functional.linear(x, self.head.weight, self.head.bias)}
+
+
+class Pair(nn.Module):
+    """Two linears whose weights are packed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(8, 8), nn.Linear(8, 8)
+        frozen(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x) * self.right(x)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Adapter a touches every layer and the head, b the middle layer alone."""
+    folder = tmp_path_factory.mktemp("replaced")
+    base = random_base(Family(Stack, ()))
+    targets = {"a": r"layers\.\d\.[02]|head", "b": r"layers\.1\.[02]"}
+    folders = {
+        name: save_adapter(base, folder / name, rank=rank, targets=pattern, seed=rank)
+        for rank, (name, pattern) in enumerate(targets.items(), 2)
+    }
+    return Case(base, folders)
+
+
+def inputs() -> dict[str, Tensor]:
+    torch.manual_seed(3)
+    return {"x": torch.randn(len(NAMES), 8)}
+
+
+def check(cm: nn.Module, case: Case, names: list[str | None] = NAMES) -> None:
+    got = cm(**inputs(), adapter_names=names)["logits"]
+    assert error(got, case.expected(names, inputs())) <= TOLERANCE
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    return module.eval().requires_grad_(False)
+
+
+def by_index(model: Stack) -> None:
+    model.layers[0][2] = frozen(nn.Linear(12, 8))
+
+
+def by_setattr(model: Stack) -> None:
+    setattr(model.layers[0], "0", frozen(nn.Linear(8, 12)))
+
+
+def by_add_module(model: Stack) -> None:
+    model.layers[2].add_module("0", frozen(nn.Linear(8, 12)))
+
+
+def by_dictionary(model: Stack) -> None:
+    model.layers[0]._modules["0"] = frozen(nn.Linear(8, 12))
+
+
+def the_parent(model: Stack) -> None:
+    model.layers[0] = frozen(block())
+
+
+def a_copy_of_the_parent(model: Stack) -> None:
+    model.layers[0] = copy.deepcopy(model.layers[0])
+
+
+def everything(model: Stack) -> None:
+    model.layers = nn.ModuleList(frozen(block()) for _ in range(3))
+
+
+def the_head(model: Stack) -> None:
+    model.head = frozen(nn.Linear(8, 5))
+
+
+def the_head_by_dictionary(model: Stack) -> None:
+    model._modules["head"] = frozen(nn.Linear(8, 5))
+
+
+def inserted(model: Stack) -> None:
+    model.layers.insert(0, frozen(block()))
+
+
+def popped(model: Stack) -> None:
+    model.layers.pop(0)
+
+
+def deleted(model: Stack) -> None:
+    del model.layers[2]
+
+
+def exchanged(model: Stack) -> None:
+    layers = model.layers
+    layers[0], layers[2] = layers[2], layers[0]
+
+
+def moved(model: Stack) -> None:
+    model.layers[0] = model.layers[2]
+
+
+CHANGES: list[Callable[[Stack], None]] = [
+    by_index,
+    by_setattr,
+    by_add_module,
+    by_dictionary,
+    the_parent,
+    a_copy_of_the_parent,
+    everything,
+    the_head,
+    the_head_by_dictionary,
+    inserted,
+    popped,
+    deleted,
+    exchanged,
+    moved,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("called", [True, False], ids=["after a call", "before the first call"])
+def test_what_is_replaced_is_refused_until_it_is_back(
+    case: Case, change: Callable[[Stack], None], called: bool
+) -> None:
+    cm = case.compile()
+    model = cm.model
+    if called:
+        check(cm, case)
+    kept = [(module, dict(module._modules)) for module in model.modules()]
+    change(model)
+    with torch.no_grad():
+        changed = model(**inputs())["logits"]
+    for _ in range(2):
+        with pytest.raises(ReplacedModuleError, match=r"(layers|head).* was (replaced|taken out)"):
+            cm(**inputs(), adapter_names=NAMES)
+    with pytest.raises(ReplacedModuleError):
+        cm.merge("a")
+    with pytest.raises(ReplacedModuleError):
+        cm.load_weights(model.state_dict())
+    with pytest.raises(ReplacedModuleError):
+        cm.load_adapter(case.folders["a"], "again")
+    assert cm.merged is None
+    assert cm.adapters == ("a", "b")
+    assert "replaced since" in str(cm.explain())
+    # The base is the model as it is now.
+    assert error(cm(**inputs())["logits"], changed) <= TOLERANCE
+    for module, held in kept:
+        module._modules.clear()
+        module._modules.update(held)
+    check(cm, case)
+    assert "replaced since" not in str(cm.explain())
+    change(model)
+    with pytest.raises(ReplacedModuleError):
+        cm(**inputs(), adapter_names=NAMES)
+
+
+def test_adapters_that_touch_other_modules_are_served(case: Case) -> None:
+    cm = case.compile()
+    check(cm, case)
+    changed = case.model()
+    replacement = frozen(nn.Linear(8, 5))
+    cm.model.head = replacement
+    changed.head = copy.deepcopy(replacement)
+    other = Case(changed, {"b": case.folders["b"]})
+    check(cm, other, ["b", None, None, "b"])
+    cm.load_adapter(case.folders["b"], "c")
+    with pytest.raises(ReplacedModuleError, match="head, a"):
+        cm(**inputs(), adapter_names=NAMES)
+    check(cm, other, [None, "b", None, "b"])
+
+
+def test_other_modules_may_come_and_change(case: Case) -> None:
+    """Their weights are known as weights, and `load_weights` writes to what is there."""
+    cm, changed = case.compile(), case.model()
+    check(cm, case)
+    for model in (cm.model, changed):
+        torch.manual_seed(7)
+        model.side = frozen(nn.Linear(8, 8))
+        model.extra = frozen(nn.Linear(8, 8))
+        model._modules["more"] = frozen(nn.Linear(8, 8))
+        model.layers.append(frozen(block()))
+    other = Case(changed, case.folders)
+    check(cm, other)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.mul_(1.1)
+    cm.load_weights({name: tensor.clone() for name, tensor in changed.state_dict().items()})
+    other.merged.clear()
+    check(cm, other)
+    cm.merge("a")
+    check(cm, other, ["a"] * 4)
+    cm.unmerge()
+    check(cm, other)
+
+
+def test_parameters_may_be_replaced(case: Case) -> None:
+    cm, changed = case.compile(), case.model()
+    check(cm, case)
+    for model in (cm.model, changed):
+        torch.manual_seed(7)
+        for module in (model.layers[0][0], model.head):
+            weight = torch.randn_like(module.weight)
+            module.weight = nn.Parameter(weight, requires_grad=False)
+    other = Case(changed, case.folders)
+    check(cm, other)
+    cm.merge("a")
+    check(cm, other, ["a"] * 4)
+    cm.unmerge()
+    check(cm, other)
+
+
+@pytest.mark.parametrize("changed", ["parametrised", "of another class", "taken out"])
+def test_packed_weights_that_are_no_plain_parameters_any_more(changed: str) -> None:
+    pair = Pair()
+    cm = lorafx.compile(pair, options=REFERENCE)
+    assert cm._session.program.packed
+    if changed == "parametrised":
+        parametrize.register_parametrization(pair.left, "weight", nn.Identity())
+    elif changed == "taken out":
+        pair.left.bias = None
+    else:
+        weight = TwoTensor(torch.randn(8, 8), torch.randn(8, 8))
+        pair.left.weight = nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(CaptureError, match="left"):
+        cm(torch.randn(2, 8))
+
+
+def test_a_merged_adapter_is_not_lost_with_its_module(case: Case) -> None:
+    cm = case.compile()
+    old = cm.model.layers[0][0]
+    cm.merge("a")
+    cm.model.layers[0][0] = frozen(nn.Linear(8, 12))
+    with pytest.raises(ReplacedModuleError, match="layers"):
+        cm(**inputs())
+    cm.unmerge()
+    cm.model.layers[0][0] = old
+    check(cm, case)
+
+
+def test_compiled_again_it_serves_the_new_module(case: Case) -> None:
+    cm, changed = case.compile(), case.model()
+    check(cm, case)
+    replacement = frozen(nn.Linear(8, 12))
+    cm.model.layers[0][0] = replacement
+    changed.layers[0][0] = copy.deepcopy(replacement)
+    model = cm.detach()
+    again = lorafx.compile(model, case.folders, options=REFERENCE)
+    check(again, Case(changed, case.folders))
+
+
+def test_resized_embeddings(tmp_path: Path) -> None:
+    base = random_base("llama", tie_word_embeddings=False)
+    folders = {
+        "head": save_adapter(base, tmp_path / "head", rank=2, targets=["lm_head", "q_proj"]),
+        "layers": save_adapter(base, tmp_path / "layers", rank=3, targets=["q_proj"], seed=1),
+    }
+    case, batch = Case(base, folders), token_inputs(2, 5)
+    cm = case.compile()
+    cm(**batch, adapter_names=["head", None])
+    torch.manual_seed(0)
+    cm.model.resize_token_embeddings(136)
+    with pytest.raises(ReplacedModuleError, match=r"lm_head, a Linear \(\d+ -> 61\).*136\)"):
+        cm(**batch, adapter_names=["head", None])
+    resized = Case(copy.deepcopy(cm.model), folders)
+    lorafx.detach(resized.base)
+    names = ["layers", None]
+    got = cm(**batch, adapter_names=names)["logits"]
+    assert error(got, resized.expected(names, batch)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_attached_models(case: Case, change: Callable[[Stack], None]) -> None:
+    model = lorafx.attach(case.model(), case.folders, options=REFERENCE)
+    call = compiled(model)
+    want = case.expected(NAMES, inputs())
+    assert error(served(call, model, NAMES, inputs()), want) <= TOLERANCE
+    kept = [(module, dict(module._modules)) for module in model.modules()]
+    change(model)
+    for _ in range(2):
+        with pytest.raises(ReplacedModuleError, match=r"layers|head"):
+            served(call, model, NAMES, inputs())
+    for module, held in kept:
+        module._modules.clear()
+        module._modules.update(held)
+    assert error(served(call, model, NAMES, inputs()), want) <= TOLERANCE
+
+
+def test_graphs_of_the_base_do_not_outlive_what_was_replaced(case: Case) -> None:
+    """Where all marks are gone, Dynamo has nothing to guard on when they are back."""
+    model = lorafx.attach(case.model(), case.folders, options=REFERENCE)
+    call = compiled(model)
+    kept = model.layers
+    everything(model)
+    with torch.no_grad():
+        want = model(**inputs())["logits"]
+        assert error(call(**inputs())["logits"], want) <= TOLERANCE
+    model.layers = kept
+    with pytest.raises(CaptureError, match="captured while modules"):
+        served(call, model, NAMES, inputs())
+    torch._dynamo.reset()
+    got = served(call, model, NAMES, inputs())
+    assert error(got, case.expected(NAMES, inputs())) <= TOLERANCE
+
+
+def test_attached_models_in_eager_mode(case: Case) -> None:
+    model = lorafx.attach(case.model(), case.folders)
+    old = model.layers[0]
+    model.layers[0] = frozen(block())
+    with pytest.raises(ReplacedModuleError, match="layers"):
+        served(model, model, "a", inputs())
+    with pytest.raises(ReplacedModuleError, match="layers"):
+        lorafx.load_adapter(model, case.folders["a"], "again")
+    model.layers[0] = old
+    # The head's delta has no place in eager mode, and b does not touch it.
+    got = served(model, model, "b", inputs())
+    assert error(got, case.expected(["b"] * 4, inputs())) <= TOLERANCE
+
+
+def test_no_call_walks_the_model(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in ordinary calls nor where modules of no model of lorafx's are made."""
+    cm = case.compile()
+    check(cm, case)
+    looks = []
+    watch = cm._session.program.site_watch
+    monkeypatch.setattr(watch, "look", lambda: looks.append(1))
+    check(cm, case)
+    Stack()
+    check(cm, case)
+    assert not looks
+
+
+def test_modules_that_a_forward_makes_are_compiled_as_ever(case: Case) -> None:
+    """torch's hook on registered modules is traced with what registers one."""
+    cm = case.compile()
+
+    def forward(x: Tensor) -> Tensor:
+        holder = nn.Module()
+        holder.act = nn.ReLU()
+        return holder.act(x)
+
+    made = torch.compile(forward, backend="eager", fullgraph=True)
+    assert torch.equal(made(torch.ones(2)), torch.ones(2))
+    check(cm, case)
+
+
+def test_hooks_of_others_that_replace_what_is_registered(case: Case) -> None:
+    cm = case.compile()
+    handle = register_module_module_registration_hook(
+        lambda parent, name, child: frozen(nn.Linear(8, 12)) if name == "0" else None
+    )
+    try:
+        cm.model.layers[0][0] = cm.model.layers[0][0]
+    finally:
+        handle.remove()
+    with pytest.raises(ReplacedModuleError):
+        cm(**inputs(), adapter_names=NAMES)
