@@ -37,7 +37,9 @@ class LoraConfig:
         max_rank: largest rank of an adapter that can be loaded.
         dtype: dtype of the banks; None takes each module's weight dtype.
         row_dims: dimension that holds the requests, by forward-argument name; None for an
-            argument that all requests share. Overrides the table of roles.
+            argument that all requests share. Overrides the table of roles. Without an entry,
+            names that are not in the table mean dimension 0 in models that declare no roles of
+            their own (no `main_input_name`).
         packed_modules: names that packed modules stand for, as in
             `{"qkv_proj": ["q_proj", "k_proj", "v_proj"]}`, one name an output slice, or with
             slices, `{"in_proj_qkvz": {"in_proj_qkv": (0, 1, 2), "in_proj_z": 3}}`. Wins over

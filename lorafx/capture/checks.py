@@ -19,7 +19,7 @@ from lorafx.errors import CaptureError, MatchError, ProvenanceError
 from lorafx.graph.frame import Frame
 from lorafx.graph.weight_forms import Form
 from lorafx.model.sites import Site
-from lorafx.serving.roles import Role, check_requests
+from lorafx.serving.roles import Role, check_requests, warn_ambiguous
 
 
 @dataclass
@@ -38,6 +38,8 @@ class InputPlaces:
         plain: positions of matrices (and stacks of them) that are no site's weight here, and may
             be in another call.
         derived: path of a site -> position and form of each tensor that holds part of its weight.
+        assumed: position -> argument of those `requests` whose dimension is the convention's, until
+            a warning has been given for it.
     """
 
     weights: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -46,6 +48,7 @@ class InputPlaces:
     arguments: dict[int, Role] = field(default_factory=dict)
     plain: list[int] = field(default_factory=list)
     derived: list[tuple[str, int, Form | None]] = field(default_factory=list)
+    assumed: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, frame: Frame, examples: Sequence[Any], *, shared: bool = False) -> InputPlaces:
@@ -67,6 +70,8 @@ class InputPlaces:
             dim = item.requests_dim
             if dim is not None and dim < example.dim():
                 places.requests.append((position, dim, item.label))
+                if item.role is not None and item.role.assumed:
+                    places.assumed[position] = item.role.argument
             if item.kind == "argument" and item.role is not None and not frame.begins_call:
                 places.arguments[position] = item.role
             if item.kind == "state" and example.dim() > 1 and elsewhere:
@@ -119,13 +124,17 @@ class InputPlaces:
         return max(sizes) if sizes else None
 
     def check_rows(self, arguments: Sequence[Any], rows: int) -> None:
-        """Every input that carries requests has `rows` of them, or one that all share.
+        """Every input that carries requests has `rows` of them, or one that all share. Warns once
+        where that leaves open which dimension holds them.
 
         Raises:
             BatchError: it does not.
         """
         for position, dim, name in self.requests:
             check_requests(name, arguments[position].shape, dim, rows)
+        for position, argument in list(self.assumed.items()):
+            if warn_ambiguous(argument, arguments[position], rows):
+                del self.assumed[position]
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,21 @@
 The contract is: along that dimension, index b belongs to request b. It comes from a table by the
 argument's role, from `LoraConfig.row_dims` where the user says otherwise, and for models that
 declare no roles of their own from the convention that dimension 0 is the batch. It is never
-guessed from sizes; sizes are only checked against it.
+guessed from sizes; sizes are only checked against it. Where the convention alone says it and
+another dimension has the very size, a mixed batch warns once: it could be wrong unnoticed.
 """
 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from lorafx.errors import BatchError
+from lorafx.errors import BatchError, LorafxWarning
 
 _BATCH_FIRST = 0
 
@@ -101,12 +103,14 @@ RANKED: Mapping[str, Callable[[Tensor], int | None]] = {
 class Role:
     """What one tensor argument is: its argument's name, and the requests' dimension.
 
-    `known` is False where nothing says which dimension holds the requests.
+    `known` is False where nothing says which dimension holds the requests, `assumed` True where
+    the convention does alone.
     """
 
     argument: str
     dim: int | None
     known: bool = True
+    assumed: bool = False
 
 
 class RoleTable:
@@ -120,6 +124,8 @@ class RoleTable:
     ) -> None:
         self._signature = inspect.signature(module.forward if function is None else function)
         self._row_dims = dict(row_dims)
+        #: Arguments that a warning was given for.
+        self._warned: set[str] = set()
         # A model that names its main input declares roles; for others batch first is the contract.
         self._declares_roles = hasattr(module, "main_input_name")
 
@@ -156,7 +162,24 @@ class RoleTable:
             return Role(argument, ROW_DIMS[argument])
         if self._declares_roles:
             return Role(argument, None, known=False)
-        return Role(argument, _BATCH_FIRST)
+        return Role(argument, _BATCH_FIRST, assumed=True)
+
+    def check_rows(self, named: Mapping[str, Any], rows: int) -> None:
+        """Every argument that carries requests has `rows` of them, or one that all share. Warns
+        once where that leaves open which dimension holds them.
+
+        Raises:
+            BatchError: it does not.
+        """
+        for name, value in named.items():
+            if not isinstance(value, Tensor):
+                continue
+            role = self.role(name, value)
+            if not role.known or role.dim is None:
+                continue
+            check_requests(name, value.shape, role.dim, rows)
+            if role.assumed and name not in self._warned and warn_ambiguous(name, value, rows):
+                self._warned.add(name)
 
     def rows(self, named: Mapping[str, Any]) -> int | None:
         """Number of requests in the call, or None where no argument carries any."""
@@ -210,3 +233,22 @@ def check_requests(name: str, shape: Sequence[int], dim: int, rows: int) -> None
             f"{rows} requests; say which dimension does by LoraConfig(row_dims={{{name!r}: dim}}), "
             "None when all requests share it"
         )
+
+
+def warn_ambiguous(name: str, tensor: Tensor, rows: int) -> bool:
+    """Warn, and say so, where the first dimension of an argument is assumed to hold the requests
+    and another one has as many entries. The last one of floating-point numbers does not count: it
+    is the features', and (B, D) with B = D is common."""
+    sizes = tensor.shape[1:-1] if tensor.is_floating_point() else tensor.shape[1:]
+    if rows not in sizes:
+        return False
+    other = 1 + list(sizes).index(rows)
+    warnings.warn(
+        f"argument {name!r} has shape {tuple(tensor.shape)}, and nothing says which dimension "
+        f"holds the {rows} requests: dimension 0 is taken, and {other} has as many entries. If it "
+        f"is another one, rows get each other's adapters; say so by LoraConfig(row_dims={{{name!r}:"
+        f" {other}}}), or row_dims={{{name!r}: 0}} that this is right",
+        LorafxWarning,
+        stacklevel=2,
+    )
+    return True

@@ -25,7 +25,7 @@ from lorafx.errors import (
     ConfigError,
     ReplacedModuleError,
 )
-from lorafx.serving.roles import TOKEN_DIMS, RoleTable, check_requests
+from lorafx.serving.roles import TOKEN_DIMS, RoleTable
 
 Names = Sequence["str | None"]
 
@@ -152,7 +152,7 @@ class Session:
         program = self.program
         self._set_slots(roles, named, names, self.store.acquire(names))
         if not program.runtime.uniform and rows is not None:
-            _check_rows(roles, named, rows)
+            roles.check_rows(named, rows)
 
     def set_tokens(self, roles: RoleTable, named: Mapping[str, Any]) -> None:
         """Give every token of the call its slot, as `tokens` says.
@@ -164,7 +164,7 @@ class Session:
         assert self.tokens is not None
         assert self.requests is not None
         rows, length = self.tokens.shape
-        _check_rows(roles, named, rows)
+        roles.check_rows(named, rows)
         for name, dim in TOKEN_DIMS.items():
             value = named.get(name)
             if not isinstance(value, Tensor) or roles.role(name, value).dim != 0:
@@ -310,17 +310,6 @@ class Session:
             f"adapter_names has {given} entries and the batch has {rows} rows; give one name, "
             "or None for the base model, a row"
         )
-
-
-def _check_rows(roles: RoleTable, named: Mapping[str, Any], rows: int) -> None:
-    """Every argument that carries requests has `rows` of them, or one that all share."""
-    for name, value in named.items():
-        if not isinstance(value, Tensor):
-            continue
-        role = roles.role(name, value)
-        if not role.known or role.dim is None:
-            continue
-        check_requests(name, value.shape, role.dim, rows)
 
 
 def _served_by(
