@@ -116,13 +116,6 @@ def capture_again(reason: str) -> NoReturn:
     raise torch._dynamo.exc.TensorifyScalarRestartAnalysis(restart_reason=reason)
 
 
-def backend_error(error: BaseException) -> BaseException:
-    """What a backend raised, where Dynamo has put an error of its own around it."""
-    if isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
-        return error.inner_exception
-    return error
-
-
 def source_name(node: fx.Node) -> str:
     """How Dynamo reached the graph input `node`: `L['input_ids']`."""
     source = getattr(node.meta.get("grapharg"), "source", None)

@@ -26,6 +26,7 @@ from lorafx.capture.executable import (
     while_missing,
     with_lookups,
 )
+from lorafx.capture.failures import in_lowering, in_tracing
 from lorafx.capture.lowering import Lowering, lowering_for
 from lorafx.capture.pipeline import run_pipeline
 from lorafx.capture.program import Program
@@ -99,14 +100,16 @@ class Backend:
         with progress(f"compiling {title}"):
             if both:
                 # Whatever compiles a graph may change it.
-                base = lowering.base(copy.deepcopy(gm), examples)
+                with in_lowering(program.options.lowering):
+                    base = lowering.base(copy.deepcopy(gm), examples)
                 with_lora = self.compile_lora(gm, examples, frame, record, owner, lowering)
                 executable = by_activity(owner, base, with_lora)
             elif active:
                 executable = self.compile_lora(gm, examples, frame, record, owner, lowering)
             else:
                 record.dump.graph("captured", gm)
-                executable = lowering.base(gm, examples)
+                with in_lowering(program.options.lowering):
+                    executable = lowering.base(gm, examples)
                 if places.plain:
                     executable = base_only(checks, owner, executable)
         self.records.append(record)
@@ -123,11 +126,12 @@ class Backend:
     ) -> Callable[..., Any]:
         """The executable of calls with adapters."""
         compiler = _FrameCompiler(self, frame, record, lowering)
-        executable = aot_autograd(
-            fw_compiler=compiler,
-            inference_compiler=compiler,
-            decompositions=lowering.decompositions(),
-        )(gm, examples)
+        with in_tracing():
+            executable = aot_autograd(
+                fw_compiler=compiler,
+                inference_compiler=compiler,
+                decompositions=lowering.decompositions(),
+            )(gm, examples)
         return checked(record.checks, owner, executable)
 
     def owner(self, frame: Frame, weights: Sequence[int]) -> Owner:
@@ -161,7 +165,8 @@ class _FrameCompiler:
         record.note(ctx)
         extra = list(frame.extra_nodes)
         values = [node.meta["val"] for node in frame.extra_nodes.values()]
-        executable = self.lowering.compile(gm, [*inputs, *values])
+        with in_lowering(program.options.lowering):
+            executable = self.lowering.compile(gm, [*inputs, *values])
         banks = [
             None if name in (SLOTS, ONE_SLOT) else (tuple(value.shape), value.stride(), value.dtype)
             for (_, _, name), value in zip(extra, values, strict=True)

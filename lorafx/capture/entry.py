@@ -8,6 +8,7 @@ runs and reads only tensors.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType, MethodType
 from typing import Any
@@ -15,11 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafx.capture.failures import explained, own_error
 from lorafx.capture.guards import keep_guards
 from lorafx.capture.program import Program
 from lorafx.capture.traced import Traced
-from lorafx.compat import backend_error, capture_settings, is_recompile_limit, no_mha_fast_path
-from lorafx.errors import CaptureError, LorafxError, MatchError, ReplacedModuleError
+from lorafx.compat import capture_settings, is_recompile_limit, no_mha_fast_path
+from lorafx.errors import (
+    CaptureError,
+    LorafxError,
+    LorafxWarning,
+    MatchError,
+    ReplacedModuleError,
+)
 from lorafx.model.experts import LOOP, loops
 from lorafx.model.packing import check_packed
 from lorafx.serving.resting import inside_entry
@@ -50,6 +58,8 @@ class Entry:
         #: By what stands where sites stood (`SiteWatch.state`), the last such state and 0, which is
         #: that all are there: guards alone would not tell them apart.
         self.by_state = {0: self._new()}
+        #: Calls of the base model run in Python: a compiler failed on them.
+        self.in_python = False
         self.experts = [site for site in session.program.sites if site.expert_weight is not None]
         functools.update_wrapper(self, function)
 
@@ -73,9 +83,12 @@ class Entry:
         session.program.quantised.settle_again()
         if session.program.runtime.active:
             self._refuse_loops()
+        elif self.in_python:
+            return self._in_python(*args, **kwargs)
         limit = session.program.options.recompile_limit
         state = session.program.site_watch.state
         traced = self._traced(state)
+        traced.unstarted = False
         try:
             by_data = session.program.quantised.sizes_by_data
             with torch.no_grad(), capture_settings(limit, sizes_by_data=by_data):
@@ -85,9 +98,9 @@ class Entry:
                         return self._result(traced, *args, **kwargs)
                 return self._result(traced, *args, **kwargs)
         except BaseException as error:
-            inner = backend_error(error)
-            if isinstance(inner, ReplacedModuleError):
-                raise inner from None
+            own = own_error(error)
+            if isinstance(own, ReplacedModuleError):
+                raise own from None
             raised = "; ".join(dict.fromkeys(traced.given_up.values()))
             traced.given_up.clear()
             if is_recompile_limit(error):
@@ -101,10 +114,34 @@ class Entry:
                     f"{error}. {type(self.module).__name__} is run in pieces, since it raised when "
                     f"this call was traced: {raised}"
                 ) from error
-            raise
+            if isinstance(error, LorafxError):
+                raise
+            if own is not None:
+                raise own from error
+            failure = self._failure(error)
+            if failure is None:
+                raise
+            if not (self.in_python and traced.unstarted):
+                raise failure from error
+            warnings.warn(str(failure), LorafxWarning, stacklevel=2)
+            return self._in_python(*args, **kwargs)
         finally:
             if session.program.site_watch.state != state:  # noticed when a graph was captured
                 self.by_state.pop(state, None)
+
+    def _failure(self, error: BaseException) -> LorafxError | None:
+        """What to raise for a failure of a compiler. The base model can answer by itself: after
+        one of its calls has failed so, they run in Python."""
+        model = type(self.module).__name__
+        if self.session.program.runtime.active:
+            return explained(error, model, "Calls without an adapter are served as before")
+        failure = explained(error, model, "Calls without an adapter run in Python from now on")
+        self.in_python = self.in_python or failure is not None
+        return failure
+
+    def _in_python(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return self.target(*args, **kwargs)
 
     def _new(self) -> Traced:
         session = self.session

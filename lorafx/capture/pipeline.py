@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import fx
 
 from lorafx.capture.dump import GraphDump
+from lorafx.capture.failures import in_pass
 from lorafx.capture.verify import check_graph, output_values
 from lorafx.config import Options
 from lorafx.errors import ConfigError, nearest
@@ -119,7 +120,8 @@ def run_passes(
         after_pass("captured", gm)
     for item in passes:
         start = time.perf_counter()
-        edits = item.run(gm, ctx)
+        with in_pass(item.name, getattr(item, "required", False)):
+            edits = item.run(gm, ctx)
         gm.graph.eliminate_dead_code(_is_impure)
         gm.recompile()
         if check is not None:

@@ -46,6 +46,9 @@ class Traced:
     ) -> None:
         #: What functions raised that were given up for it.
         self.given_up: dict[CodeType, str] = {}
+        #: The last error came while the function itself was compiled, so that nothing of the call
+        #: had run; not its rest behind a break.
+        self.unstarted = False
         context: Any = torch._dynamo.optimize(
             backend,
             dynamic=dynamic,
@@ -56,7 +59,9 @@ class Traced:
         if callback is not None:
             converter = callback._torchdynamo_orig_backend
             converter._inner_convert = self._noting(converter._inner_convert)
-        self.call: Callable[..., Any] = context(_with_own_code(function))
+        function = _with_own_code(function)
+        self._code = function.__code__
+        self.call: Callable[..., Any] = context(function)
 
     def _noting(self, convert: Callable[..., ConvertFrameReturn]) -> Callable[..., Any]:
         """Dynamo's conversion of a frame, but for frames that were given up."""
@@ -71,6 +76,9 @@ class Traced:
                 if isinstance(error.__cause__, ObservedException):
                     self.given_up[frame.f_code] = _what_was_raised(error)
                     error.frame_exec_strategy = _THIS_TIME
+                raise
+            except Exception:
+                self.unstarted = frame.f_code is self._code
                 raise
 
         return noting

@@ -21,6 +21,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 #: bytes of the widest vector that Inductor's GPU kernels load at once
 VECTOR = 16
@@ -212,9 +213,10 @@ def _metadata(value: Tensor) -> Hashable:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.layout is not torch.strided or a.is_quantized:
+    if a.layout is not torch.strided or a.is_quantized or isinstance(a, FakeTensor):
         return False
-    return torch.equal(*(t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
+    with unset_fake_temporarily():  # passes run while AOTAutograd's fake mode is on
+        return torch.equal(*(t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
 def _attribute(gm: fx.GraphModule, target: str) -> Any:

@@ -20,17 +20,13 @@ from torch import Tensor, nn
 
 from lorafx.adapter_store.store import BASE
 from lorafx.capture.checks import Checks
+from lorafx.capture.failures import explained, own_error
 from lorafx.capture.handover import Ledger
 from lorafx.capture.program import Call
 from lorafx.capture.stack import RunningCall, generating, outermost_call, unwrapped
 from lorafx.capture.traced import trace_again
-from lorafx.compat import (
-    backend_error,
-    block_settings,
-    is_recompile_limit,
-    no_mha_fast_path,
-)
-from lorafx.errors import BatchError, CaptureError, ConfigError, LorafxError
+from lorafx.compat import block_settings, is_recompile_limit, no_mha_fast_path
+from lorafx.errors import BatchError, CaptureError, ConfigError
 from lorafx.model.marks import SiteMark
 from lorafx.model.packing import check_packed
 from lorafx.passes.attach import Attachment
@@ -343,9 +339,9 @@ def adapters(model: nn.Module, adapter_names: str | Sequence[str | None] | None)
         with block:
             yield
     except Exception as error:
-        inner = backend_error(error)
-        if inner is not error and isinstance(inner, LorafxError):
-            raise inner from error
+        failure = own_error(error) or explained(error, type(model).__name__)
+        if failure is not None:
+            raise failure from error
         if is_recompile_limit(error):
             raise CaptureError(
                 f"{type(model).__name__} has as many graphs as it may have, and this call needs "

@@ -32,6 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "image": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     "audio": modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+    "image-text": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 }
 
 _LARGEST = 30_000_000  # parameters
@@ -62,9 +63,20 @@ def families(kind: str) -> Iterator[Family]:
 
 
 def shrink(config_class: type[PretrainedConfig], **overrides: Any) -> PretrainedConfig:
-    """A small configuration of `config_class`, by the rules above."""
-    values = _small_values(config_class())
-    values.update(overrides)
+    """A small configuration of `config_class`, by the rules above.
+
+    An override of a part is a dict of that part's overrides; with a "model_type" in it, the part
+    is of that type.
+    """
+    try:
+        default = config_class()
+    except Exception:  # its own defaults contradict each other
+        default = PretrainedConfig()
+    values = _small_values(default, overrides)
+    values.update({name: _part(value) for name, value in overrides.items() if name not in values})
+    for name, value in overrides.items():
+        if not isinstance(values[name], PretrainedConfig):
+            values[name] = value
     # Strict configurations check fields against one another: give up the rules that they refuse.
     droppable = ["layer_types", "sliding_window", "num_key_value_heads", "head_dim"]
     while True:
@@ -77,13 +89,26 @@ def shrink(config_class: type[PretrainedConfig], **overrides: Any) -> Pretrained
             del values[name]
 
 
-def _small_values(default: PretrainedConfig) -> dict[str, Any]:
+def _part(value: Any) -> Any:
+    """The small configuration of a part whose override names its type; other values as they are."""
+    if not (isinstance(value, dict) and "model_type" in value):
+        return value
+    own = {name: item for name, item in value.items() if name != "model_type"}
+    return shrink(CONFIG_MAPPING[value["model_type"]], **own)
+
+
+def _small_values(default: PretrainedConfig, overrides: dict[str, Any]) -> dict[str, Any]:
     current = {**default.to_dict(), **{k: v for k, v in vars(default).items() if k[0] != "_"}}
+    if type(default) is PretrainedConfig:
+        return {}
     values: dict[str, Any] = {}
     for name, value in current.items():
         if isinstance(value, PretrainedConfig):
-            if type(value) is not PretrainedConfig:
-                values[name] = shrink(type(value))
+            own = overrides.get(name, {})
+            if isinstance(own, PretrainedConfig) or "model_type" in own:
+                values[name] = _part(own)
+            elif type(value) is not PretrainedConfig:
+                values[name] = shrink(type(value), **own)
         elif isinstance(value, (list, tuple)):
             if name in LISTS and value and all(isinstance(item, int) for item in value):
                 values[name] = type(value)([LISTS[name]] * len(value))
@@ -126,7 +151,14 @@ def build(family: Family, seed: int = 0, **changes: Any) -> nn.Module:
     cls = getattr(transformers, family.class_name)
     # A class for the text part of a composite model takes that part's configuration.
     config_class = cls.config_class or CONFIG_MAPPING[family.model_type]
-    own = OVERRIDES.get(config_class.model_type) or OVERRIDES.get(family.model_type, {})
+    own = next(
+        (
+            OVERRIDES[name]
+            for name in (family.class_name, config_class.model_type, family.model_type)
+            if name in OVERRIDES
+        ),
+        {},
+    )
     config = shrink(config_class, **{**own, **changes})
     with torch.device("meta"):
         size = sum(p.numel() for p in cls(config).parameters())

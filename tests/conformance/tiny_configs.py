@@ -92,12 +92,14 @@ LISTS: dict[str, int] = {
 
 SWIN = {"image_size": 64, "patch_size": 2}  # no stage smaller than a window
 
-#: By model type, what the rules do not give.
+VIBEVOICE = {"num_filters": 4, "depths": [1] * 7, "downsampling_ratios": [2, 2, 4, 5, 5, 8]}
+
+#: By class or model type, what the rules do not give.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "convnext": {"image_size": 64},
     "convnextv2": {"image_size": 64},
-    "cvt": {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 2, 2]},
+    "cvt": {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 2, 3]},
     "donut-swin": {"embed_dim": 16, "num_heads": [1, 2, 4, 8], **SWIN},
     "efficientnet": {"width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640},
     "esm": {"vocab_size": VOCAB, "mask_token_id": 4, "pad_token_id": 0},
@@ -143,6 +145,60 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "axial_pos_embds": False,
         "num_buckets": 2,
     },
+    # Parts, and families whose defaults are not enough.
+    "blt": {
+        "encoder_hash_byte_group_vocab": 64,
+        "patch_in_forward": False,
+        "use_cache": False,
+        "encoder_config": {"hidden_size_global": HIDDEN},
+        "decoder_config": {"hidden_size_global": HIDDEN},
+    },
+    "dbrx": {
+        **{"d_model": HIDDEN, "n_heads": HEADS, "n_layers": LAYERS, "max_seq_len": 128},
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": KV_HEADS, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": HIDDEN, "ffn_hidden_size": 32, "moe_top_k": 2},
+    },
+    "dia": {
+        "decoder_config": {
+            **{"cross_hidden_size": HIDDEN, "cross_head_dim": HEAD_DIM},
+            **{"cross_num_attention_heads": HEADS, "cross_num_key_value_heads": HEADS},
+        }
+    },
+    "dots3_note_text": {
+        "per_layer_config": {
+            1: {
+                **{"num_attention_heads": HEADS, "num_key_value_heads": HEADS},
+                **{"kv_lora_rank": HEAD_DIM, "qk_nope_head_dim": 8},
+            }
+        }
+    },
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": HIDDEN // 4}},
+    "kyutai_speech_to_text": {
+        "audio_pad_token_id": 3,
+        "audio_bos_token_id": 5,
+        **{"num_codebooks": 4, "codebook_vocab_size": VOCAB},
+        "codec_config": {"upsample_groups": HIDDEN},
+    },
+    "musicgen_decoder": {"num_codebooks": 1},
+    "musicgen_melody_decoder": {"num_codebooks": 1},
+    "moonshine_streaming": {"num_key_value_heads": HEADS},
+    "nemo_speechlm": {
+        "audio_config": {
+            "asr_config": {"blank_token_id": 5},
+            "diarization_config": {"head_config": {"audio_hidden_size": HIDDEN}},
+        }
+    },
+    "ReformerForMaskedLM": {
+        "attn_layers": ["local", "lsh"],
+        "axial_pos_embds": False,
+        "num_buckets": 2,
+    },
+    "shieldgemma2": {"yes_token_index": 10, "no_token_index": 11},
+    "vibevoice_asr": {
+        "acoustic_tokenizer_encoder_config": VIBEVOICE,
+        "semantic_tokenizer_encoder_config": VIBEVOICE,
+    },
+    "vibevoice": {"audio_config": VIBEVOICE, "semantic_model_config": VIBEVOICE},
     "xlstm": {"qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
     "zamba": {

@@ -29,6 +29,8 @@ def inputs(
         return torch.randn(*shape, generator=generator)
 
     main = getattr(model, "main_input_name", "input_ids")
+    if main == "inputs":
+        main = {"image": "pixel_values", "seq2seq": "input_values"}.get(kind, main)
     found: dict[str, torch.Tensor] = {}
     if main == "pixel_values":
         size = _first(config, "image_size", 32)
@@ -56,7 +58,12 @@ def inputs(
         found["pixel_values"] = noise(batch, 16, 3 * patch * patch)
         found["pixel_attention_mask"] = torch.ones(batch, 16, dtype=torch.long)
         found["spatial_shapes"] = torch.full((batch, 2), 4)
-    if kind == "seq2seq":
+    if hasattr(config, "codec_config"):  # a text token and the codes of a frame, side by side
+        found["input_ids"] = found["input_ids"][..., None].repeat(1, 1, config.num_codebooks + 1)
+    if hasattr(config, "default_num_delay_tokens"):  # audio in step with the text
+        frames = 2 * config.downsample_factor * length
+        found["input_features"] = noise(batch, _first(config, "num_mel_bins", 16), frames)
+    if kind == "seq2seq" and _accepts(model, "decoder_input_ids"):
         channels = getattr(getattr(config, "decoder_config", None), "num_channels", None)
         ids = tokens(max(2, length - 1))
         found["decoder_input_ids"] = ids if channels is None else ids[..., None] % channels

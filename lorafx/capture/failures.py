@@ -1,0 +1,105 @@
+"""Failures of a compiler as errors of lorafx: what failed on which graph, and what to try.
+
+Between the place that fails and the caller stand AOTAutograd and Dynamo, which put errors of their
+own around an error, or look at its class (some ask for a graph break, some for a restart). So an
+error is passed on as it is, with a note of where it came from, and made into one of lorafx where
+Dynamo has let go of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+from torch._dynamo.exc import ObservedException, TorchDynamoException, TorchRuntimeError
+
+from lorafx.errors import CaptureError, LorafxError, LoweringError
+
+_NOTE = "_lorafx_failed_in"
+_KEEP_OUT = "keep what cannot be traced out of graphs by torch.compiler.disable"
+_SHOWN = 400  # characters of the compiler's own message; the whole of it is the cause
+
+
+@dataclass(frozen=True)
+class _Place:
+    what: str
+    error: type[LorafxError]
+    way_out: str
+
+
+@contextmanager
+def failing_in(what: str, error: type[LorafxError], way_out: str) -> Iterator[None]:
+    """Note on what leaves the block that it failed in `what`; of nested blocks the inner counts.
+
+    `error` is what it becomes for the caller, `way_out` a sentence that says what to try.
+    """
+    try:
+        yield
+    except Exception as raised:
+        if not hasattr(raised, _NOTE):
+            setattr(raised, _NOTE, _Place(what, error, way_out))
+        raise
+
+
+def in_pass(name: str, required: bool) -> AbstractContextManager[None]:
+    """A pass over a captured graph."""
+    way_out = f"switch it off by Options(passes={{{name!r}: False}})"
+    if required:
+        way_out = "leave the modules that this part of the model runs out of target_modules"
+    return failing_in(f"the pass {name!r}", CaptureError, way_out)
+
+
+def in_tracing() -> AbstractContextManager[None]:
+    """AOTAutograd, on the way from Dynamo's graph to the functional one."""
+    return failing_in("AOTAutograd", CaptureError, _KEEP_OUT)
+
+
+def in_lowering(name: str) -> AbstractContextManager[None]:
+    """The compiler behind the passes, or of the base model's own graphs."""
+    way_out = 'run the graphs node by node by Options(lowering="reference")'
+    if name == "reference":
+        way_out = _KEEP_OUT
+    return failing_in(f"the lowering {name!r}", LoweringError, way_out)
+
+
+def own_error(raised: BaseException) -> LorafxError | None:
+    """The error of lorafx that Dynamo or Inductor has put one of theirs around."""
+    return next((item for item in _chain(raised)[1:] if isinstance(item, LorafxError)), None)
+
+
+def explained(raised: BaseException, model: str, base: str = "") -> LorafxError | None:
+    """The error of lorafx for a failure of a compiler on a graph of `model`; None for what the
+    model raised, or its caller's arguments made it raise.
+
+    `base` is a sentence that says what becomes of calls without an adapter.
+    """
+    chain = _chain(raised)
+    place = next((getattr(item, _NOTE) for item in chain if hasattr(item, _NOTE)), None)
+    if place is None and not _is_of_dynamo(raised):
+        return None
+    place = place or _Place("Dynamo", CaptureError, _KEEP_OUT)
+    text = " ".join(str(chain[-1]).split())
+    shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return place.error(
+        f"{place.what} failed on a graph of {model}: {type(chain[-1]).__name__}: {shown}. To serve "
+        f"it nevertheless, {place.way_out}. {base}".rstrip()
+    )
+
+
+def _chain(raised: BaseException) -> list[BaseException]:
+    """The error, and the errors that Dynamo and Inductor have put theirs around."""
+    found = [raised]
+    while isinstance(inner := getattr(found[-1], "inner_exception", None), BaseException):
+        if inner in found:
+            break
+        found.append(inner)
+    return found
+
+
+def _is_of_dynamo(raised: BaseException) -> bool:
+    """Whether Dynamo itself failed. What it says of an operator that refuses its arguments is the
+    model's own error."""
+    return isinstance(raised, TorchDynamoException) and not isinstance(
+        raised, (TorchRuntimeError, ObservedException)
+    )

@@ -1,0 +1,189 @@
+"""Compilers that fail: the caller gets an error of lorafx that says what failed on which model and
+what to try, from every road, and calls without an adapter are served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from attached import attached, compiled, fresh_dynamo, served
+from dense_merge import REFERENCE, Case, check_mixed
+from torch import Tensor, nn
+from torch._inductor.lowering import lowerings, register_lowering
+
+from lorafx.errors import CaptureError, LorafxWarning, LoweringError
+from lorafx.passes.outline import Outline
+from lorafx.passes.provenance import Provenance
+
+__all__ = ["fresh_dynamo"]
+K = 6
+MIXED = ["a", None, "a"]
+
+
+@torch.library.custom_op("lorafx_tests::uncompiled", mutates_args=())
+def uncompiled(x: Tensor) -> Tensor:
+    """An operator whose lowering fails in Inductor."""
+    return x * 2
+
+
+uncompiled.register_fake(torch.empty_like)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(K, K), nn.Linear(K, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Scaled(Block):
+    """Makes a constant tensor in its forward, as DeBERTa and SEW-D do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.sqrt(torch.tensor(K, dtype=torch.float) * 2)
+        for _ in range(12):  # long enough for one body to serve all layers
+            x = torch.tanh(x / scale) + x
+        return super().forward(x)
+
+
+class Net(nn.Module):
+    def __init__(self, block: type[nn.Module] = Block) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(block() for _ in range(3))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        for block in self.blocks:
+            x = block(x)
+        return {"logits": self.head(x)}
+
+    def head(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Odd(Net):
+    def head(self, x: Tensor) -> Tensor:
+        return uncompiled(x)
+
+
+class OddBehindBreak(Net):
+    def head(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return uncompiled(x)
+
+
+def case(tmp_path: Path, net: nn.Module) -> Case:
+    torch.manual_seed(0)
+    return Case(
+        net.eval(), {"a": oracle.save_adapter(net, tmp_path, rank=2, targets=oracle.linears(net))}
+    )
+
+
+def batch() -> dict[str, Tensor]:
+    return {"x": torch.randn(3, 4, K, generator=torch.Generator().manual_seed(1))}
+
+
+@pytest.fixture
+def no_lowering() -> Iterator[None]:
+    op = torch.ops.lorafx_tests.uncompiled.default
+
+    @register_lowering(op)
+    def fails(x: Any) -> Any:
+        raise NotImplementedError("nobody has written this one")
+
+    yield
+    del lowerings[op]
+
+
+@pytest.fixture
+def failing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = request.param
+
+    def run(self: Any, gm: Any, ctx: Any) -> int:
+        raise error("the pass has a mistake")
+
+    monkeypatch.setattr(Outline, "run", run)
+
+
+def test_constants_that_a_forward_makes_are_compared(tmp_path: Path) -> None:
+    c = case(tmp_path, Net(Scaled))
+    cm = c.compile()
+    check_mixed(cm, c, MIXED, batch())
+    (outlined,) = cm._session.backend.records[-1].outlined
+    assert len(outlined.paths) == 3
+
+
+@pytest.mark.parametrize("failing", [KeyError, IndexError, AssertionError], indirect=True)
+@pytest.mark.usefixtures("failing")
+def test_a_pass_that_fails_is_named_with_the_switch(tmp_path: Path) -> None:
+    c = case(tmp_path, Net())
+    cm = c.compile()
+    with pytest.raises(CaptureError, match=r"the pass 'outline' failed on a graph of Net: ") as got:
+        cm(**batch(), adapter_names=MIXED)
+    assert "the pass has a mistake" in str(got.value)
+    assert "Options(passes={'outline': False})" in str(got.value)
+    assert got.value.__cause__ is not None
+    check_mixed(cm, c, [None, None, None], batch())
+    without = c.compile(options={**REFERENCE, "passes": {"outline": False}})
+    check_mixed(without, c, MIXED, batch())
+
+
+@pytest.mark.parametrize("failing", [KeyError], indirect=True)
+@pytest.mark.usefixtures("failing")
+def test_a_block_of_adapters_raises_the_same(tmp_path: Path) -> None:
+    c = case(tmp_path, Net())
+    model = attached(c)
+    with pytest.raises(CaptureError, match="the pass 'outline' failed on a graph of Net"):
+        served(compiled(model), model, MIXED, batch())
+
+
+def test_a_pass_that_cannot_be_switched_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(self: Any, gm: Any, ctx: Any) -> int:
+        raise TypeError("no")
+
+    monkeypatch.setattr(Provenance, "run", run)
+    required = Provenance().required
+    cm = case(tmp_path, Net()).compile()
+    with pytest.raises(CaptureError, match="target_modules" if required else "Options") as got:
+        cm(**batch(), adapter_names=MIXED)
+    assert "TypeError: no" in str(got.value)
+
+
+@pytest.mark.usefixtures("no_lowering")
+def test_inductor_fails_and_the_base_answers_in_python(tmp_path: Path) -> None:
+    c = case(tmp_path, Odd())
+    cm = c.compile(options={"lowering": "inductor"})
+    with pytest.raises(LoweringError, match="nobody has written this one") as got:
+        cm(**batch(), adapter_names=MIXED)
+    assert "the lowering 'inductor' failed on a graph of Odd" in str(got.value)
+    assert 'Options(lowering="reference")' in str(got.value)
+    with pytest.warns(LorafxWarning, match="run in Python from now on"):
+        found = cm(**batch(), adapter_names=[None] * 3)["logits"]
+    with torch.no_grad():
+        assert torch.equal(found, c.base(**batch())["logits"])
+    check_mixed(cm, c, [None] * 3, batch())
+    check_mixed(c.compile(options=REFERENCE), c, MIXED, batch())
+
+
+@pytest.mark.usefixtures("no_lowering")
+def test_a_base_call_of_which_a_part_has_run_is_not_run_again(tmp_path: Path) -> None:
+    c = case(tmp_path, OddBehindBreak())
+    cm = c.compile(options={"lowering": "inductor"})
+    with pytest.raises(LoweringError, match="run in Python from now on"):
+        cm(**batch(), adapter_names=[None] * 3)
+    check_mixed(cm, c, [None] * 3, batch())
+    with pytest.raises(LoweringError, match="are served as before"):
+        cm(**batch(), adapter_names=MIXED)
+
+
+def test_what_the_model_raises_stays_its_own(tmp_path: Path) -> None:
+    cm = case(tmp_path, Net()).compile()
+    with pytest.raises(RuntimeError, match="same reduction dim"):
+        cm(x=torch.randn(3, 4, K + 1), adapter_names=MIXED)
