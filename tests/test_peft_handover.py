@@ -162,3 +162,34 @@ def test_adapters_of_a_part_of_the_model_are_refused(shallow):
     outer = torch.nn.Sequential(wrapped(shallow)).eval()
     with pytest.raises(CheckpointError, match=r"0\.base_model.*of a part of it; compile that part"):
         lorafx.compile(outer, options=REFERENCE)
+
+
+@pytest.mark.parametrize("how", ["load_adapter", "add_adapter", "get_peft_model"])
+def test_injection_after_compiling_is_refused(shallow, how):
+    """All rows would have that adapter, those of the base too."""
+    cm = shallow.compile()
+    before = answer(cm)
+    config = peft.LoraConfig(target_modules=["v_proj"], init_lora_weights=False)
+    if how == "load_adapter":
+        cm.model.load_adapter(str(shallow.folders["a1"]), "x")
+    elif how == "add_adapter":
+        cm.model.add_adapter(config, "x")
+    else:
+        peft.get_peft_model(cm.model, config, "x")
+    for use in (answer, lambda m: answer(m, adapter_names=["a0", None]), lambda m: m.merge("a0")):
+        with pytest.raises(CaptureError, match=r"PEFT has put adapters into this Llama.*load_"):
+            use(cm)
+    with pytest.raises(CaptureError, match="PEFT has put adapters"):
+        cm.generate(**BATCH, max_new_tokens=1)
+    again = lorafx.compile(cm.detach(), options=REFERENCE)
+    assert again.adapters == ("x",)
+    again.set_adapter(None)
+    assert error(answer(again), before) <= 1e-6
+
+
+def test_injection_into_an_attached_model_is_refused(shallow):
+    model = lorafx.attach(shallow.model(), shallow.folders, options=REFERENCE)
+    model.load_adapter(str(shallow.folders["a1"]), "x")
+    block = lorafx.adapters(model, ["a0", None])
+    with pytest.raises(CaptureError, match="PEFT has put adapters"), block:
+        pass

@@ -42,6 +42,11 @@ def peft_layers(model: nn.Module) -> list[tuple[str, Any]]:
     return [(path, m) for path, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
 
 
+def notes_of_peft(model: nn.Module) -> bool:
+    """Whether PEFT has noted on the model that it put adapters into it; asked in every call."""
+    return _NOTES[0] in vars(model)
+
+
 @dataclass
 class TakenOver:
     """A model without its wrappers.

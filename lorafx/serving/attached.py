@@ -79,6 +79,7 @@ class AttachedSession(Session):
         default = names if isinstance(names, str) else None
         program, runtime = self.program, self.program.runtime
         with self.lock, ExitStack() as settings:
+            self.refuse_injected()
             each = [default] if requests is None else requests
             slots = self.store.acquire(each)
             before = self.requests, self.default, program.call

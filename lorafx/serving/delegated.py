@@ -100,6 +100,7 @@ def _served(compiled: CompiledModel, owner: nn.Module, method: MethodType) -> Ca
         if not own_argument:
             names = checked_names(kwargs.pop("adapter_names", None))
         with session.lock:
+            session.refuse_injected()
             if names is None and (session.default is None or session.updating):
                 return method(*args, **kwargs)
             compiled._check_attached()

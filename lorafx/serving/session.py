@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lorafx.adapter_store.peft_model import notes_of_peft
 from lorafx.adapter_store.peft_reader import read_adapter
 from lorafx.adapter_store.store import BASE, AdapterStore, StoredAdapter
 from lorafx.base_weights.merge import Merged
@@ -66,6 +67,8 @@ class Session:
     #: not be served rightly is not refused.
     warming: bool = False
     has_mha: bool = field(init=False)
+    #: The model had notes of PEFT's when it was marked, which mean nothing then.
+    noted_before: bool = field(init=False)
     #: The thread whose calls, or whose update, are running.
     _thread: int | None = None
     #: The adapters that were served last, and the sites that they touch.
@@ -82,6 +85,7 @@ class Session:
         self.has_mha = any(
             isinstance(module, nn.MultiheadAttention) for module in self.program.model.modules()
         )
+        self.noted_before = notes_of_peft(self.program.model)
 
     @contextmanager
     def serving(
@@ -280,9 +284,22 @@ class Session:
             self.updating = False
 
     def refuse_broken(self) -> None:
-        """Raise CaptureError where an update left the base weights partly written."""
+        """Raise CaptureError where an update left the base weights partly written, or the base is
+        no base any more."""
         if self.broken:
             raise CaptureError(self.broken)
+        self.refuse_injected()
+
+    def refuse_injected(self) -> None:
+        """Raise CaptureError where PEFT has put adapters into the model since it was marked: every
+        row would have them."""
+        if notes_of_peft(self.program.model) and not self.noted_before:
+            raise CaptureError(
+                f"PEFT has put adapters into this {type(self.program.model).__name__} after lorafx "
+                "was given it (it has a peft_config now), and every row would have them. Load "
+                "adapters by load_adapter(folder, name) of the compiled model; to go on, detach() "
+                "this one and give the model to lorafx again, which takes them over"
+            )
 
     def refuse_merged(self, name: str | None, what: str) -> None:
         """Raise ConfigError where the base weights hold this adapter."""
