@@ -6,6 +6,7 @@ Also the only place that touches Dynamo's and the symbolic-shape machinery's set
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -177,16 +178,28 @@ def size_hint(size: int | torch.SymInt) -> int | None:
     return int(size.node.hint) if size.node.has_hint() else None
 
 
+_MHA_LOCK = threading.Lock()
+#: The blocks of `no_mha_fast_path` that are running, in any thread, and what was "before" them.
+_MHA_BLOCKS: dict[object, bool] = {}
+
+
 @contextmanager
 def no_mha_fast_path() -> Iterator[None]:
     """Keep MultiheadAttention off its fused inference path, which takes the weights past every
-    module and mark."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    module and mark. It is one switch for all threads: the last block to end puts it back."""
+    block = object()
+    with _MHA_LOCK:
+        if not _MHA_BLOCKS:
+            _MHA_BLOCKS["before"] = torch.backends.mha.get_fastpath_enabled()
+        _MHA_BLOCKS[block] = True
+        torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        with _MHA_LOCK:
+            _MHA_BLOCKS.pop(block, None)
+            if len(_MHA_BLOCKS) == 1:
+                torch.backends.mha.set_fastpath_enabled(_MHA_BLOCKS.pop("before"))
 
 
 def launches_directly() -> bool:

@@ -5,23 +5,30 @@
               or over the least recently used adapter that is neither pinned nor in the batch
 
 Banks are written in place, so compiled graphs and captured addresses stay valid. Everything is
-checked before the first write; a call that raises has changed nothing.
+checked before the first write; a call that raises has changed nothing. While a slot is written it
+belongs to nobody: whatever cuts that short, a fork too, no adapter is served from half a slot.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from lorafx.adapter_store.bank import Factors
 from lorafx.adapter_store.dora import measure
+from lorafx.adapter_store.stored import (
+    Place,
+    StoredAdapter,
+    all_factors,
+    check_spans,
+    host_copy,
+    misfit,
+    sharing,
+)
 from lorafx.errors import (
     CapacityError,
     CheckpointError,
@@ -29,36 +36,15 @@ from lorafx.errors import (
     UnknownAdapterError,
     nearest,
 )
+from lorafx.interrupts import free_after_fork, undisturbed
 
 if TYPE_CHECKING:
     from lorafx.adapter_store.peft_reader import Adapter
     from lorafx.adapter_store.reading import LoraWeights
-    from lorafx.model.sites import Group, Site
+    from lorafx.model.sites import Group
 
 BASE = "__base__"
-
-
-@dataclass(frozen=True)
-class StoredAdapter:
-    """An adapter in host memory.
-
-    Attributes:
-        name, rank, source: as in `Adapter`.
-        sites: canonical paths of the sites that it touches.
-        rescaled: those of them whose outputs it rescales (DoRA).
-        spans: as in `Adapter`.
-        factors: index of a group -> that group's factors, in its bank's dtype and layout.
-        nbytes: host memory that the factors take.
-    """
-
-    name: str
-    rank: int
-    source: str
-    sites: tuple[str, ...]
-    factors: dict[int, list[Factors]]
-    nbytes: int
-    rescaled: tuple[str, ...] = ()
-    spans: Mapping[str, range] = field(default_factory=dict)
+T = TypeVar("T")
 
 
 class AdapterStore:
@@ -74,7 +60,7 @@ class AdapterStore:
         self._groups = tuple(groups)
         self._max_adapters, self._max_rank = max_adapters, max_rank
         self._places = {
-            site.part_path(part): _Place(g, site, part, *numbers)
+            site.part_path(part): Place(g, site, part, *numbers)
             for g, group in enumerate(self._groups)
             for i, site in enumerate(group.sites)
             for part, numbers in enumerate(zip(*group.ranges(i)[:2], strict=True))
@@ -84,7 +70,10 @@ class AdapterStore:
         self._slots: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._pinned: set[str] = set()
         self._last: tuple[tuple[str | None, ...], tuple[int, ...]] | None = None
-        self._written: set[int] | None = None  # slots, inside `set_aside`
+        self._written: set[int] = set()  # slots, inside `set_aside`
+        self._aside: Any = None  # what the store held, inside `set_aside`
+        #: Slots that calls around the running one go on to read, which keep what they hold.
+        self.held: frozenset[int] = frozenset()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -124,21 +113,14 @@ class AdapterStore:
         check_name(adapter.name)
         stored = self._stored(adapter)
         with self._lock:
-            self._check_spans(stored)
-            if adapter.name in self._slots:
-                self._write(self._slots[adapter.name], stored)
-            self._adapters[adapter.name] = stored
+            check_spans(stored, self._adapters.values())
+            undisturbed(lambda: self._keep(stored))
 
     def unload(self, name: str) -> None:
         """Forget an adapter, pinned or not, and free its slot."""
         with self._lock:
             self._check_known([name])
-            slot = self._slots.pop(name, None)
-            if slot is not None:
-                self._clear(slot)
-            self._pinned.discard(name)
-            del self._adapters[name]
-            self._last = None
+            undisturbed(lambda: self._forget(name))
 
     def pin(self, name: str) -> int:
         """Give an adapter a slot that it keeps until unpinned; returns the slot."""
@@ -154,29 +136,27 @@ class AdapterStore:
             self._check_known([name])
             self._pinned.discard(name)
 
-    @contextmanager
-    def set_aside(self) -> Iterator[None]:
-        """An empty store inside the block; afterwards everything is as it was, in the same slots.
+    def set_aside(self, action: Callable[[], T]) -> T:
+        """What `action` returns with an empty store; afterwards everything is as it was, in the
+        same slots.
 
-        Other threads that ask for the store wait. Slots that were written inside are written again
-        with what they held, or cleared.
+        Other threads that ask for the store wait. Slots that were written meanwhile are written
+        again with what they held, or cleared.
         """
         with self._lock:
-            before = self._adapters, self._slots, self._pinned, self._last
-            self._adapters, self._slots, self._pinned, self._last = {}, OrderedDict(), set(), None
-            written: set[int] = set()
-            self._written = written
+            before = self._adapters, self._slots, self._pinned
+            empty: OrderedDict[str, int] = OrderedDict()
+            pinned: set[str] = set()
             try:
-                yield
+                self._aside, self._last = before, None
+                self._adapters, self._slots, self._pinned = {}, empty, pinned
+                return action()
             finally:
-                self._written = None
-                self._adapters, self._slots, self._pinned, self._last = before
-                holders = {slot: name for name, slot in self._slots.items()}
-                for slot in written:
-                    if slot in holders:
-                        self._write(slot, self._adapters[holders[slot]])
-                    else:
-                        self._clear(slot)
+                try:
+                    undisturbed(self._put_back)
+                except BaseException:  # of a signal that came before it began
+                    undisturbed(self._put_back)
+                    raise
 
     def acquire(self, names: Sequence[str | None]) -> list[int]:
         """The slot of each row's adapter, -1 for None and "__base__".
@@ -223,6 +203,50 @@ class AdapterStore:
                 "host": sum(stored.nbytes for stored in self._adapters.values()),
             }
 
+    def after_fork(self) -> None:
+        """In a child process: free of what other threads of the parent were doing."""
+        lock = free_after_fork(self._lock)
+        if lock is not self._lock:
+            self._lock = lock
+            self._put_back()
+
+    def _keep(self, stored: StoredAdapter) -> None:
+        self._last = None
+        slot = self._slots.get(stored.name)
+        if slot is not None:
+            order = list(self._slots)
+            del self._slots[stored.name]
+            self._write(slot, stored)
+            self._slots[stored.name] = slot
+            for name in order[order.index(stored.name) + 1 :]:  # used as recently as before
+                self._slots.move_to_end(name)
+        self._adapters[stored.name] = stored
+
+    def _forget(self, name: str) -> None:
+        self._last = None
+        self._pinned.discard(name)
+        del self._adapters[name]
+        slot = self._slots.pop(name, None)
+        if slot is not None:
+            self._clear(slot)
+
+    def _put_back(self) -> None:
+        """What `set_aside` took away."""
+        if self._aside is None:
+            return
+        self._last = None
+        self._adapters, slots, self._pinned = self._aside
+        self._slots = OrderedDict((n, s) for n, s in slots.items() if s not in self._written)
+        holders = {slot: name for name, slot in slots.items()}
+        while self._written:
+            slot = next(iter(self._written))
+            if slot in holders:
+                self._write(slot, self._adapters[holders[slot]])
+            else:
+                self._clear(slot)
+            self._written.discard(slot)
+        self._slots, self._aside = slots, None
+
     def _make_resident(self, wanted: list[str]) -> None:
         missing = [name for name in wanted if name not in self._slots]
         if not missing:
@@ -234,12 +258,17 @@ class AdapterStore:
                 f"LoraConfig(max_adapters={len(wanted)})"
             )
         free = [s for s in range(self._max_adapters) if s not in set(self._slots.values())]
-        evictable = [n for n in self._slots if n not in wanted and n not in self._pinned]
+        evictable = [
+            name
+            for name, slot in self._slots.items()
+            if name not in wanted and name not in self._pinned and slot not in self.held
+        ]
         if len(missing) > len(free) + len(evictable):
-            kept = sorted(self._pinned - set(wanted))
+            kept = sorted(set(self._slots) - set(evictable) - set(wanted))
             raise CapacityError(
                 f"no slots for {', '.join(missing)}: {self._max_adapters} slots, of which "
-                f"{', '.join(kept)} are pinned; unpin_adapter() some, split the batch, or "
+                f"{', '.join(kept)} are pinned, or used by the call around this one; "
+                "unpin_adapter() some, split the batch, or "
                 "compile with a larger LoraConfig(max_adapters=...)"
             )
         self._last = None
@@ -251,7 +280,7 @@ class AdapterStore:
             self._slots[name] = slot
 
     def _write(self, slot: int, stored: StoredAdapter) -> None:
-        if self._written is not None:
+        if self._aside is not None:
             self._written.add(slot)
         for g, group in enumerate(self._groups):
             factors = stored.factors.get(g)
@@ -290,11 +319,11 @@ class AdapterStore:
             if place is None:
                 problems.append(f"{path} is not a site{nearest(path, self._places)}")
                 continue
-            problem = _misfit(path, place, weights, self._max_rank)
+            problem = misfit(path, place, weights, self._max_rank)
             if problem:
                 problems.append(problem)
                 continue
-            made = _sharing(self._factors(place, weights), factors.get(place.group, ()))
+            made = sharing(self._factors(place, weights), factors.get(place.group, ()))
             factors.setdefault(place.group, []).append(made)
             if not all(bool(torch.isfinite(t).all()) for t in (made.A, made.B)):
                 problems.append(f"{path}: values beyond the range of {made.A.dtype}")
@@ -305,51 +334,30 @@ class AdapterStore:
             )
         for g, own in factors.items():
             measure(self._groups[g], own)
-        tensors = [t for f in _all(factors) for t in (f.A, f.B, f.magnitude, f.gains)]
+        tensors = [t for f in all_factors(factors) for t in (f.A, f.B, f.magnitude, f.gains)]
         size = sum({id(t): t.nbytes for t in tensors if t is not None}.values())
         sites = dict.fromkeys(self._places[path].site.path for path in adapter.weights)
         rescaled = dict.fromkeys(self._places[path].site.path for path in adapter.magnitudes)
         names = adapter.name, adapter.rank, adapter.source
         return StoredAdapter(*names, tuple(sites), factors, size, tuple(rescaled), adapter.spans)
 
-    def _check_spans(self, stored: StoredAdapter) -> None:
-        """A name of a packed module means the same slices in all adapters."""
-        for other in self._adapters.values():
-            for path in stored.spans.keys() & other.spans.keys():
-                mine, theirs = stored.spans[path], other.spans[path]
-                if mine != theirs and other.name != stored.name:
-                    raise CheckpointError(
-                        f"adapter {stored.name!r} from {stored.source} has factors by whose rows "
-                        f"{path} is slices {_listed(mine)} of what packs it, and by those of "
-                        f"{other.name!r} slices {_listed(theirs)}: one of the two is for another "
-                        "model; packed_modules may say which slices each name covers"
-                    )
-
-    def _factors(self, place: _Place, weights: LoraWeights) -> Factors:
+    def _factors(self, place: Place, weights: LoraWeights) -> Factors:
         group = self._groups[place.group]
         a = weights.A.t() if group.bank.kind == "embedding" else weights.A
         pin = group.bank.A.is_cuda
         magnitude = weights.magnitude
         if magnitude is not None:
-            magnitude = _host_copy(magnitude, torch.float32, pin=False)
+            magnitude = host_copy(magnitude, torch.float32, pin=False)
         return Factors(
             place.sibling,
             place.offset,
-            _host_copy(a, group.bank.A.dtype, pin),
-            _host_copy(weights.B.mT, group.bank.B.dtype, pin),
+            host_copy(a, group.bank.A.dtype, pin),
+            host_copy(weights.B.mT, group.bank.B.dtype, pin),
             weights.scale,
             weights.ranks,
             magnitude,
             None if magnitude is None else torch.zeros_like(magnitude),
         )
-
-
-def _sharing(made: Factors, others: Iterable[Factors]) -> Factors:
-    """`made`, holding the very A of another sibling that has the same."""
-    for other in others:
-        if other.A.shape == made.A.shape and torch.equal(other.A, made.A):
-            return made._replace(A=other.A)
-    return made
 
 
 def check_name(name: object) -> None:
@@ -358,40 +366,3 @@ def check_name(name: object) -> None:
         raise ConfigError(
             f"an adapter's name is a non-empty string other than {BASE!r}, got {name!r}"
         )
-
-
-def _listed(numbers: Iterable[int]) -> str:
-    return ", ".join(map(str, numbers))
-
-
-class _Place(NamedTuple):
-    """Where the factors of one part of a site lie: its sibling and first column in the bank."""
-
-    group: int
-    site: Site
-    part: int
-    sibling: int
-    offset: int
-
-
-def _misfit(path: str, place: _Place, weights: LoraWeights, max_rank: int) -> str | None:
-    rank, part = weights.rank, place.site.parts[place.part]
-    want: tuple[tuple[int, ...], ...] = (rank, part.in_features), (part.out_features, rank)
-    if place.site.expert_weight is not None:
-        want = tuple((place.site.experts, *shape) for shape in want)
-    max_rank *= place.site.terms
-    have = tuple(weights.A.shape), tuple(weights.B.shape)
-    if have != want or not 0 < rank <= max_rank:
-        return f"{path}: factors {have} do not fit {want} with rank at most {max_rank}"
-    return None
-
-
-def _host_copy(tensor: Tensor, dtype: torch.dtype, pin: bool) -> Tensor:
-    """A contiguous copy on the host, page-locked where it is to be copied to a GPU."""
-    made = torch.empty(tensor.shape, dtype=dtype, device="cpu", pin_memory=pin)
-    return made.copy_(tensor.detach())
-
-
-def _all(factors: dict[int, list[Factors]]) -> Iterator[Factors]:
-    for group in factors.values():
-        yield from group

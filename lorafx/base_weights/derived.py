@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from lorafx.base_weights.adding import write
 from lorafx.base_weights.changes import Copy, copied
 from lorafx.base_weights.copies import Repeat, repeats
-from lorafx.base_weights.merge import write
 from lorafx.base_weights.places import Target
 from lorafx.base_weights.writer import Journal
 from lorafx.errors import CheckpointError

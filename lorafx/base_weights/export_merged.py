@@ -24,9 +24,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lorafx.base_weights.adding import add_to
 from lorafx.base_weights.changes import Change, Copy, changes_of, copied, not_mergeable
 from lorafx.base_weights.deltas import Delta
-from lorafx.base_weights.merge import add_to
 from lorafx.errors import CheckpointError, ConfigError
 from lorafx.graph.derived import Holder
 from lorafx.model.module_graph import storage_key
@@ -45,6 +45,7 @@ def export_merged(session: Session, name: str, folder: Path, *, max_shard_size: 
     session.refuse_running("export_merged()")
     with session.weights_lock:  # weights stay, calls go on
         with session.lock:
+            session.refuse_broken()
             session.store[name]  # UnknownAdapterError
             program.look_at_modules()
             program.refuse_missing()

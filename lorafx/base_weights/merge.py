@@ -12,15 +12,15 @@ format loses is reported, and what they were is kept where it lies.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
+from lorafx.base_weights.adding import add_to, mark_of, write
 from lorafx.base_weights.changes import (
     Change,
     Changes,
@@ -30,10 +30,9 @@ from lorafx.base_weights.changes import (
     copied,
     not_mergeable,
 )
-from lorafx.base_weights.deltas import Delta, blocks, computing
 from lorafx.errors import CaptureError, ConfigError, LorafxError, MatchError
 from lorafx.graph.derived import Holder
-from lorafx.model.module_graph import writing
+from lorafx.interrupts import undisturbed
 from lorafx.model.packing import check_packed
 from lorafx.model.quantized import Stored, dequantize, requantize
 from lorafx.model.weight_formats import format_of, own_tensors
@@ -42,7 +41,11 @@ from lorafx.progress import progress
 if TYPE_CHECKING:
     from lorafx.serving.session import Session
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+T = TypeVar("T")
+_HALF = (
+    "merging an adapter, or taking it out, was cut short, and the base weights hold part of it; "
+    "call unmerge(force=True), or load_weights with all of them"
+)
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,12 @@ def merge(session: Session, name: str, *, requantize: bool = False) -> MergeRepo
     """See `CompiledModel.merge`."""
     session.refuse_running(f"merge {name!r}")
     with session.weights_lock, session.lock:
+        session.refuse_broken()
+        return _merge(session, name, requantize=requantize)
+
+
+def _merge(session: Session, name: str, *, requantize: bool) -> MergeReport:
+    with session.weights_lock, session.lock:
         _refuse_in_use(session, name)
         session.program.look_at_modules()
         session.program.refuse_missing()
@@ -166,9 +175,7 @@ def merge(session: Session, name: str, *, requantize: bool = False) -> MergeRepo
         if apart:
             raise not_mergeable(name, apart)
         with progress(f"merging {name} into {len(changes.plain) + len(changes.stored)} weights"):
-            session.merged = _merged(name, changes, requantize=requantize)
-        session.unmerged = ""
-        return session.merged.report
+            return _write_merged(session, name, changes, requantize=requantize)
 
 
 def unmerge(session: Session, *, force: bool = False) -> None:
@@ -181,27 +188,27 @@ def unmerge(session: Session, *, force: bool = False) -> None:
                 raise ConfigError("no adapter is merged; merge(name) one first")
             session.unmerged = ""
             return
-        touched = [str(item.holder) for item in merged.originals if item.touched]
-        if touched and not force:
-            more = f" and {len(touched) - 3} more" if len(touched) > 3 else ""
-            raise CaptureError(
-                f"{', '.join(touched[:3])}{more}: written or replaced since {merged.name!r} was "
-                "merged, and restoring would undo that. Change base weights by load_weights(), "
-                "which keeps the merge in step; or call unmerge(force=True), which puts the "
-                "originals back all the same, and load the weights again"
-            )
+        if not force:
+            _refuse_touched(merged)
         with progress(f"taking {merged.name} out of {len(merged.report.weights)} weights"):
-            for item in reversed(merged.originals):
-                if isinstance(item, _StoredOriginal) or item.holder.tensor is item.tensor:
-                    item.restore()
-        session.merged = None
+            undisturbed(lambda: _take_out(session, merged))
+        session.unmerged = ""
 
 
-@contextmanager
-def unmerged(session: Session) -> Iterator[None]:
-    """The base's own weights inside the block; what was merged is merged into what they are then.
+def _take_out(session: Session, merged: Merged) -> None:
+    before = "" if session.broken == _HALF else session.broken
+    session.broken = _HALF
+    for item in reversed(merged.originals):
+        if isinstance(item, _StoredOriginal) or item.holder.tensor is item.tensor:
+            item.restore()
+    session.merged, session.broken = None, before
 
-    For whatever writes base weights. Nothing happens where no adapter is merged.
+
+def unmerged(session: Session, action: Callable[[], T]) -> T:
+    """What `action` returns, which runs with the base's own weights; what was merged is merged into
+    what they are afterwards.
+
+    For whatever writes base weights. The locks are held; no more happens where nothing is merged.
 
     Raises:
         BatchError: a call is running.
@@ -212,30 +219,49 @@ def unmerged(session: Session) -> Iterator[None]:
     with session.weights_lock, session.lock:
         merged = session.merged
         if merged is None:
-            yield
-            return
-        unmerge(session)
+            return action()
         try:
-            yield
+            _refuse_touched(merged)
+            session.unmerged = _lost(merged, "it was interrupted")  # said before it is so
+            undisturbed(lambda: _take_out(session, merged))
+            result = action()
         except BaseException:
-            with suppress(LorafxError):  # calls are refused and say why; the cause is the other one
-                _merge_again(session, merged)
+            if session.merged is None:
+                with suppress(LorafxError):  # calls are refused and say why; the cause is this one
+                    _merge_again(session, merged)
             raise
         _merge_again(session, merged)
+        return result
 
 
 def _merge_again(session: Session, merged: Merged) -> None:
     try:
-        merge(session, merged.name, requantize=merged.requantize)
+        _merge(session, merged.name, requantize=merged.requantize)
     except BaseException as error:
-        session.unmerged = (
-            f"{merged.name!r} was merged, and could not be merged again after an update of the "
-            f"base weights: {error}. merge() an adapter, or unmerge() to serve adapters and the "
-            "new base side by side"
-        )
+        session.unmerged = _lost(merged, str(error) or type(error).__name__)
         if isinstance(error, LorafxError):
             raise type(error)(session.unmerged) from error
         raise
+
+
+def _lost(merged: Merged, why: str) -> str:
+    return (
+        f"{merged.name!r} was merged, and could not be merged again after an update of the "
+        f"base weights: {why}. merge() an adapter, or unmerge() to serve adapters and the "
+        "new base side by side"
+    )
+
+
+def _refuse_touched(merged: Merged) -> None:
+    touched = [str(item.holder) for item in merged.originals if item.touched]
+    if touched:
+        more = f" and {len(touched) - 3} more" if len(touched) > 3 else ""
+        raise CaptureError(
+            f"{', '.join(touched[:3])}{more}: written or replaced since {merged.name!r} was "
+            "merged, and restoring would undo that. Change base weights by load_weights(), "
+            "which keeps the merge in step; or call unmerge(force=True), which puts the "
+            "originals back all the same, and load the weights again"
+        )
 
 
 def _refuse_in_use(session: Session, name: str) -> None:
@@ -262,7 +288,9 @@ def _tied_apart(change: Change) -> str:
     )
 
 
-def _merged(name: str, changes: Changes, *, requantize: bool) -> Merged:
+def _write_merged(
+    session: Session, name: str, changes: Changes, *, requantize: bool
+) -> MergeReport:
     """Write W + ΔW into every weight; all are as before when one fails."""
     originals: list[_Original | _StoredOriginal] = []
     weights: list[MergedWeight] = []
@@ -272,6 +300,12 @@ def _merged(name: str, changes: Changes, *, requantize: bool) -> Merged:
             originals.append(_Original.of(copy.holder, copy.tensor))
             write(copy.tensor, copied(dense, copy))
 
+    def put_back() -> None:
+        for item in reversed(originals):
+            item.restore()
+        session.broken = before
+
+    before, session.broken = session.broken, _HALF  # said before it is so
     try:
         for change in changes.plain:
             kept = _Original.of(change.holder, change.weight)
@@ -286,13 +320,14 @@ def _merged(name: str, changes: Changes, *, requantize: bool) -> Merged:
             weights.append(MergedWeight(str(stored.holder), held.nbytes, _requantized(stored)))
             if stored.copies:
                 follow(stored.copies, dequantize(stored.holder.module, _parameter(stored)))
+        ours = tuple(item.written() for item in originals)
+        report = MergeReport(name, tuple(weights), sum(item.nbytes for item in ours))
+        merged = Merged(report, requantize, ours)
+        session.merged, session.unmerged, session.broken = merged, "", before
     except BaseException:
-        for item in reversed(originals):
-            item.restore()
+        undisturbed(put_back)
         raise
-    ours = tuple(item.written() for item in originals)
-    report = MergeReport(name, tuple(weights), sum(item.nbytes for item in ours))
-    return Merged(report, requantize, ours)
+    return report
 
 
 def _parameter(change: StoredChange) -> str | None:
@@ -326,54 +361,3 @@ def _requantized(change: StoredChange) -> float:
         raise MatchError(f"{change.holder}: {error}; nothing is merged") from error
     whole = float(torch.linalg.vector_norm(update))
     return float(torch.linalg.vector_norm(after - wanted)) / whole if whole else 0.0
-
-
-@torch.no_grad()
-def add_to(target: Tensor, weight: Tensor, delta: Delta, label: str) -> float:
-    """target ← round(weight + ΔW), a few rows at a time; `target` may be the weight.
-
-    Returns:
-        ‖(target − weight) − ΔW‖ / ‖ΔW‖.
-
-    Raises:
-        MatchError: a sum is beyond the range of the dtype; `target` is written in part then.
-    """
-    dtype = computing(weight)
-    lost = whole = 0.0
-    for start, stop in blocks(weight.shape, weight.device):
-        before = weight.detach()[start:stop].to(dtype, copy=True)
-        update = delta.update(start, stop, before)
-        after = (before + update).to(weight.dtype)
-        wrong = after.to(dtype, copy=True).sub_(before).sub_(update)
-        norms = torch.stack([torch.linalg.vector_norm(wrong), torch.linalg.vector_norm(update)])
-        block_lost, block_whole = norms.tolist()  # one transfer a block
-        if not math.isfinite(block_lost) and _overflown(before, after):
-            raise MatchError(
-                f"{label}: W + ΔW is beyond the range of {weight.dtype}; nothing is merged"
-            )
-        lost, whole = lost + block_lost**2, whole + block_whole**2
-        write(target.detach()[start:stop], after)
-    return (lost / whole) ** 0.5 if whole else 0.0
-
-
-def _overflown(before: Tensor, after: Tensor) -> bool:
-    """Whether finite numbers have become infinite, or none."""
-    return bool((~torch.isfinite(after) & torch.isfinite(before)).any())
-
-
-def write(target: Tensor, value: Tensor) -> None:
-    """Write in place."""
-    with writing(target):
-        target.detach().copy_(value)
-
-
-@torch.no_grad()
-def mark_of(tensor: Tensor) -> int:
-    """A sum over the bits of all numbers, which changes with any one of them, but not where numbers
-    change places. torch's own count of writes misses those through `.data`, and tensors of
-    inference mode have none."""
-    bits = tensor.detach().view(_BITS[tensor.element_size()])
-    words = 8 // bits.element_size()
-    if bits.is_contiguous() and not bits.numel() % words and not bits.storage_offset() % words:
-        bits = bits.reshape(-1).view(torch.int64)  # summed as it is: much faster than widened
-    return int(bits.sum(dtype=torch.int64))

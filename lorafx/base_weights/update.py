@@ -24,6 +24,7 @@ from lorafx.base_weights.resolve import Meaning, Resolver
 from lorafx.base_weights.sources import Item, Source, Weights, source_of
 from lorafx.base_weights.writer import Journal, Undo, Writer
 from lorafx.errors import CheckpointError, ConfigError
+from lorafx.interrupts import undisturbed
 from lorafx.model.module_graph import storage_key
 from lorafx.model.packing import check_packed
 
@@ -59,8 +60,11 @@ def update_weights(
         raise ConfigError(f'undo is "memory" or "disk", got {undo!r}')
     source = source_of(weights)
     session.refuse_running("load_weights()")
-    with unmerged(session), session.weights_lock, session.lock, session.updates():
+
+    def update() -> WeightUpdate:
         return _update(session, source, strict=strict, undo=undo)
+
+    return unmerged(session, lambda: session.update(update))
 
 
 def _update(session: Session, source: Source, *, strict: bool, undo: Undo) -> WeightUpdate:
@@ -78,9 +82,6 @@ def _update(session: Session, source: Source, *, strict: bool, undo: Undo) -> We
     else:
         with Journal.kept(undo) as journal:
             update.write(source, journal)
-    if not plan.missing:
-        session.broken = ""
-    session.store.refresh_magnitudes()
     return WeightUpdate(
         tuple(target.name for target in plan.filled()), tuple(plan.missing), tuple(plan.ignored)
     )
@@ -127,20 +128,28 @@ class _Writing:
             BaseWeightsError: what was written is put back.
             Whatever the source raises; without a journal the model is broken then.
         """
+        session = self._session
+        before, session.broken = session.broken, _BROKEN  # said before it is so
         try:
             if source.repeatable:
                 self._write_planned(source, journal)
             else:
                 self._write_coming(source, journal)
             self._derived.refresh(self.plan.filled(), journal)
+            session.store.refresh_magnitudes()
+            session.broken = before if self.plan.missing else ""
         except BaseException:
             if journal is None:
-                self._session.broken = _BROKEN
                 # Copies stay those of the weights, so that the next update knows them.
                 self._derived.recompute(self.plan.filled())
             else:
-                journal.restore()
+                undisturbed(lambda: self._put_back(journal, before))
             raise
+
+    def _put_back(self, journal: Journal, broken: str) -> None:
+        journal.restore()
+        self._session.store.refresh_magnitudes()
+        self._session.broken = broken
 
     def _write_planned(self, source: Source, journal: Journal | None) -> None:
         writer = Writer(journal, stable=source.stable)

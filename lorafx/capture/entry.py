@@ -30,7 +30,6 @@ from lorafx.errors import (
 )
 from lorafx.model.experts import LOOP, loops
 from lorafx.model.packing import check_packed
-from lorafx.serving.resting import inside_entry
 from lorafx.serving.roles import IMAGES, TOKEN_DIMS, RoleTable
 from lorafx.serving.session import Session
 
@@ -64,8 +63,24 @@ class Entry:
         functools.update_wrapper(self, function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with inside_entry(self.session):
+        session, store = self.session, self.session.store
+        program, runtime = session.program, session.program.runtime
+        entries, resting, held = session.entries, runtime.resting, store.held
+        active, rows = runtime.active, runtime.rows
+        before = program.call, program.touched, program.rescaled
+        taken = held.union(rows) if entries else held
+        # No context manager, for the reason that `Session.call` gives.
+        try:
+            session.entries, runtime.resting, store.held = entries + 1, None, taken
             return self._serve(*args, **kwargs)
+        finally:
+            session.entries, runtime.resting, store.held = entries, resting, held
+            if entries:  # what called this one from within goes on with its own batch
+                program.call, program.touched, program.rescaled = before
+                runtime.set_rows(rows)
+                runtime.active = active
+            else:
+                runtime.active = False
 
     def _serve(self, *args: Any, **kwargs: Any) -> Any:
         session = self.session

@@ -31,8 +31,9 @@ from lorafx.model.marks import SiteMark
 from lorafx.model.packing import check_packed
 from lorafx.passes.attach import Attachment
 from lorafx.passes.attach import detach as remove_marks
+from lorafx.serving.requests import checked_names
 from lorafx.serving.roles import RoleTable
-from lorafx.serving.session import Session, checked_names
+from lorafx.serving.session import Session
 
 
 @dataclass(eq=False)

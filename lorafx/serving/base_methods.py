@@ -91,7 +91,6 @@ class BaseMethods:
             Nothing has changed then.
         """
         self._check_attached()
-        self._session.refuse_broken()
         return merge(self._session, name, requantize=requantize)
 
     def unmerge(self, *, force: bool = False) -> None:
@@ -141,5 +140,4 @@ class BaseMethods:
             CheckpointError: the folder cannot be written.
         """
         self._check_attached()
-        self._session.refuse_broken()
         return export_merged(self._session, name, Path(folder), max_shard_size=max_shard_size)

@@ -15,15 +15,17 @@ from lorafx.adapter_store.store import BASE, AdapterStore
 from lorafx.capture.backend import Backend
 from lorafx.capture.entry import Entry, entered
 from lorafx.capture.program import Program
-from lorafx.errors import CaptureError, ConfigError
+from lorafx.errors import BatchError, CaptureError, ConfigError
 from lorafx.explain import Explanation
+from lorafx.interrupts import undisturbed
 from lorafx.model.sites import Site
 from lorafx.passes.attach import Attachment
 from lorafx.serving.base_methods import BaseMethods
 from lorafx.serving.delegated import delegated
 from lorafx.serving.generation import generate, generative_parts
+from lorafx.serving.requests import by_slots, checked_names
 from lorafx.serving.resting import Resting
-from lorafx.serving.session import Session, by_slots, checked_names
+from lorafx.serving.session import Session
 from lorafx.serving.warmup import warm_up
 
 
@@ -47,7 +49,7 @@ class CompiledModel(BaseMethods, nn.Module):
         self._attachment = attachment
         self._session = Session(program, store, Backend(program, entered), dynamic)
         self._entries: dict[tuple[int, bool, Any], Entry] = {}
-        program.runtime.resting = Resting(self._session)
+        self._session.resting = program.runtime.resting = Resting(self._session)
         # Not train(), which has no end where a child holds its parent.
         self.training = program.model.training
 
@@ -81,9 +83,13 @@ class CompiledModel(BaseMethods, nn.Module):
         tokens = None
         if adapter_slots is not None:
             names, tokens = by_slots(adapter_slots, self.adapters if names is None else names)
-        with self._session.serving(names, tokens=tokens):
+
+        def run() -> Any:
+            self._check_attached()  # it may have been detached while the call waited
             per_token = self._session.tokens is not None
             return self.entry(self.model, per_token=per_token)(*args, **kwargs)
+
+        return self._session.call(run, names, tokens=tokens)
 
     def generate(
         self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any
@@ -101,8 +107,12 @@ class CompiledModel(BaseMethods, nn.Module):
             Otherwise as `forward`.
         """
         self._check_attached()
-        with self._session.serving(checked_names(adapter_names), repeats=True):
+
+        def run() -> Any:
+            self._check_attached()
             return generate(self, *args, **kwargs)
+
+        return self._session.call(run, checked_names(adapter_names), repeats=True)
 
     def entry(
         self, module: nn.Module, *, per_token: bool = False, method: MethodType | None = None
@@ -118,10 +128,23 @@ class CompiledModel(BaseMethods, nn.Module):
         """Capture the graphs for this call, without adapters and with them, by running both."""
         self._check_attached()
         session = self._session
-        with session.only_capturing(), session.serving([None], repeats=True):  # rows of the base
-            self.entry(self.model)(*args, **kwargs)
-            with session.forced_active():
-                self.entry(self.model)(*args, **kwargs)
+
+        def run() -> None:
+            entry = self.entry(self.model)
+            entry(*args, **kwargs)
+            try:
+                session.force_active = True
+                entry(*args, **kwargs)
+            finally:
+                session.force_active = False
+
+        with session.lock:
+            before = session.warming
+            try:
+                session.warming = True
+                session.call(run, [None], repeats=True)  # rows of the base
+            finally:
+                session.warming = before
 
     def warmup(
         self,
@@ -181,9 +204,9 @@ class CompiledModel(BaseMethods, nn.Module):
         Raises:
             UnknownAdapterError: it is not loaded.
             ConfigError: another one is merged.
-            BatchError: called by what gives `load_weights` its tensors.
+            BatchError: called by what gives `load_weights` its tensors, or inside of a call.
         """
-        self._session.refuse_updating("set_adapter()")
+        self._session.refuse_running("set_adapter()")
         with self._session.lock:  # an update takes a merge out and puts it back
             if name is not None and name != BASE:
                 self._session.store[name]
@@ -210,6 +233,7 @@ class CompiledModel(BaseMethods, nn.Module):
             CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
             ConfigError: the adapter of this name is merged, or this one is DoRA, which is measured
                 on the base's own weights, and any is.
+            BatchError: the call that is running on this thread serves the adapter of this name.
         """
         with self._session.lock:
             self._session.load(source, name, strict)
@@ -220,12 +244,20 @@ class CompiledModel(BaseMethods, nn.Module):
         Raises:
             UnknownAdapterError: it is not loaded.
             ConfigError: it is merged.
+            BatchError: the call that is running on this thread serves it.
         """
-        with self._session.lock:
-            self._session.refuse_merged(name, "is unloaded")
-            self._session.store.unload(name)
-            if self._session.default == name:
-                self._session.default = None
+        session = self._session
+
+        def unload() -> None:
+            session.store.unload(name)
+            session.forget_served()
+            if session.default == name:
+                session.default = None
+
+        with session.lock:
+            session.refuse_merged(name, "is unloaded")
+            session.refuse_served(name, "unload")
+            undisturbed(unload)
 
     def pin_adapter(self, name: str) -> None:
         """Bring an adapter into a slot now and keep it there.
@@ -233,8 +265,13 @@ class CompiledModel(BaseMethods, nn.Module):
         Raises:
             UnknownAdapterError: it is not loaded.
             CapacityError: every slot is pinned.
+            BatchError: inside of a forward on this thread, for an adapter without a slot.
         """
-        self._session.store.pin(name)
+        session = self._session
+        with session.lock:  # a slot that it takes may be one that a running call reads
+            if session.entries and name not in session.store.resident:
+                raise BatchError(f"a forward is running on this thread; pin {name!r} after it")
+            session.store.pin(name)
 
     def unpin_adapter(self, name: str) -> None:
         """Let a pinned adapter be evicted again.
@@ -273,8 +310,10 @@ class CompiledModel(BaseMethods, nn.Module):
         }
 
     def explain(self) -> Explanation:
-        """Sites, groups, graphs, packs, row maps, plan and refusals as they are now."""
-        return Explanation.of(self._session)
+        """Sites, groups, graphs, packs, row maps, plan and refusals as they are now. Waits for
+        running calls."""
+        with self._session.lock:
+            return Explanation.of(self._session)
 
     def dump(self, folder: str | os.PathLike[str]) -> Path:
         """Write every captured graph, before and after each pass, as text and as diffs."""
@@ -288,14 +327,18 @@ class CompiledModel(BaseMethods, nn.Module):
         """Take the marks off the model and return it; this object serves no more calls.
 
         A `peft.PeftModel` that was compiled gets its wrappers back. An adapter that is merged is
-        taken out first (`unmerge`).
+        taken out first (`unmerge`). Waits for running calls.
 
         Raises:
-            As `unmerge`.
+            BatchError: a call is running on this thread.
+            Otherwise as `unmerge`.
         """
-        if self.merged is not None:
-            self.unmerge()
-        self._attachment.detach()
+        session = self._session
+        session.refuse_running("detach()")
+        with session.weights_lock, session.lock:
+            if self.merged is not None:
+                self.unmerge()
+            undisturbed(self._attachment.detach)
         return self.model
 
     # --- plumbing ---

@@ -21,8 +21,8 @@ from torch import nn
 
 from lorafx.errors import CaptureError
 from lorafx.serving.generation import generating_in_methods
+from lorafx.serving.requests import checked_names
 from lorafx.serving.resting import wanted
-from lorafx.serving.session import checked_names
 
 if TYPE_CHECKING:
     from lorafx.serving.compiled import CompiledModel
@@ -104,14 +104,17 @@ def _served(compiled: CompiledModel, owner: nn.Module, method: MethodType) -> Ca
             if names is None and (session.default is None or session.updating):
                 return method(*args, **kwargs)
             compiled._check_attached()
-            with session.serving(names):
+
+            def run() -> Any:
                 if session.merged is not None or not wanted(session):
                     return method(*args, **kwargs)
                 _refuse_lazy(owner, method)
-                with generating_in_methods(compiled):
-                    if method.__name__ in GENERATING:
-                        return method(*args, **kwargs)
-                    return compiled.entry(owner, method=method)(*args, **kwargs)
+                served: Callable[..., Any] = method
+                if method.__name__ not in GENERATING:
+                    served = compiled.entry(owner, method=method)
+                return generating_in_methods(compiled, served)(*args, **kwargs)
+
+            return session.call(run, names)
 
     return call
 

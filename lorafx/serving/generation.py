@@ -13,21 +13,20 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
 from lorafx.errors import LorafxError
+from lorafx.serving.replaced import Replaced, replacing
 
 if TYPE_CHECKING:
     from lorafx.serving.compiled import CompiledModel
 
-#: An attribute of a module and what it is while `generate` runs.
-Replaced = tuple[nn.Module, str, Callable[..., Any]]
+T = TypeVar("T")
 
 
 def generate(compiled: CompiledModel, *args: Any, **kwargs: Any) -> Any:
@@ -40,22 +39,23 @@ def generate(compiled: CompiledModel, *args: Any, **kwargs: Any) -> Any:
     run = getattr(model, "generate", None)
     if not callable(run):
         raise LorafxError(f"{type(model).__name__} has no generate(); call the model itself")
-    with _replaced([*_generates(compiled), *_batching(model)]):
-        return _generate(compiled, model, run, *args, **kwargs)
+    attributes = [*_generates(compiled), *_batching(model)]
+    return replacing(
+        compiled._session, attributes, _generate, compiled, model, run, *args, **kwargs
+    )
 
 
-@contextmanager
-def generating_in_methods(compiled: CompiledModel) -> Iterator[None]:
-    """Where a method of the model that runs inside the block calls `generate`, it is this one.
-    Dynamo leaves it to Python."""
+def generating_in_methods(compiled: CompiledModel, method: Callable[..., T]) -> Callable[..., T]:
+    """`method` of the model: where it calls `generate`, it is this one. Dynamo leaves it to
+    Python."""
     own = (compiled.model, *compiled.generative_parts)
     found = [
         (module, "generate", torch.compiler.disable(_nested(compiled, module)))
         for module in own
         if callable(getattr(module, "generate", None))
     ]
-    with _replaced([*found, *_batching(compiled.model)]):
-        yield
+    attributes = [*found, *_batching(compiled.model)]
+    return functools.partial(replacing, compiled._session, attributes, method)
 
 
 def _generate(
@@ -66,8 +66,8 @@ def _generate(
     forwards: list[Replaced] = [
         (module, "forward", compiled.entry(module)) for module in (model, *_encoders(model))
     ]
-    with _replaced([*forwards, *_modalities(compiled, model)]):
-        return run(*args, **kwargs)
+    attributes = [*forwards, *_modalities(compiled, model)]
+    return replacing(compiled._session, attributes, run, *args, **kwargs)
 
 
 def _nested(compiled: CompiledModel, module: nn.Module) -> Callable[..., Any]:
@@ -130,18 +130,3 @@ def _modalities(compiled: CompiledModel, model: nn.Module) -> list[Replaced]:
         if isinstance(base, nn.Module) and isinstance(method, MethodType):
             found.append((base, name, compiled.entry(base, method=method)))
     return found
-
-
-@contextmanager
-def _replaced(attributes: list[Replaced]) -> Iterator[None]:
-    before = [(module, name, vars(module).get(name)) for module, name, _ in attributes]
-    try:
-        for module, name, value in attributes:
-            vars(module)[name] = value
-        yield
-    finally:
-        for module, name, own in reversed(before):
-            if own is None:
-                del vars(module)[name]
-            else:
-                vars(module)[name] = own

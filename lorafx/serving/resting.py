@@ -8,8 +8,6 @@ ask only in eager mode and when no adapter is active, so no graph knows of this.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from lorafx.adapter_store.store import BASE
@@ -54,25 +52,3 @@ def wanted(session: Session) -> list[str]:
     """The adapters that the running call names, or the default where it names none."""
     names = (session.default,) if session.requests is None else session.requests
     return [name for name in dict.fromkeys(names) if name is not None and name != BASE]
-
-
-@contextmanager
-def inside_entry(session: Session) -> Iterator[None]:
-    """An entry runs inside the block. What runs around it, if it is called from within another
-    one, goes on with its own batch afterwards."""
-    program, runtime = session.program, session.program.runtime
-    resting, active, rows = runtime.resting, runtime.active, runtime.rows
-    before = program.call, program.touched, program.rescaled
-    runtime.resting = None
-    session.entries += 1
-    try:
-        yield
-    finally:
-        session.entries -= 1
-        runtime.resting = resting
-        if session.entries:
-            runtime.set_rows(rows)
-            runtime.active = active
-            program.call, program.touched, program.rescaled = before
-        else:
-            runtime.active = False

@@ -108,6 +108,7 @@ class Runtime:
                     "-1 for the base model"
                 )
         if tuple(rows) != self.rows:  # a decode step repeats the last one's
+            self.rows = ()  # what is cut short in the middle is not taken for written
             self._write(rows)
             self.rows = tuple(rows)
         self.active = any(slot >= 0 for slot in rows)

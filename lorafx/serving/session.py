@@ -5,17 +5,18 @@ names of the requests → rows of the batch → slots in the store → the runti
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
 from lorafx.adapter_store.peft_model import notes_of_peft
 from lorafx.adapter_store.peft_reader import read_adapter
-from lorafx.adapter_store.store import BASE, AdapterStore, StoredAdapter
+from lorafx.adapter_store.store import AdapterStore, StoredAdapter
 from lorafx.base_weights.merge import Merged
 from lorafx.capture.backend import Backend
 from lorafx.capture.program import Call, Program
@@ -26,9 +27,15 @@ from lorafx.errors import (
     ConfigError,
     ReplacedModuleError,
 )
+from lorafx.interrupts import free_after_fork
+from lorafx.serving.replaced import ReplacedAttribute, put_back
+from lorafx.serving.requests import Names, served_by
 from lorafx.serving.roles import TOKEN_DIMS, RoleTable
 
-Names = Sequence["str | None"]
+if TYPE_CHECKING:
+    from lorafx.serving.resting import Resting
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -59,16 +66,21 @@ class Session:
     merged: Merged | None = None
     #: Why the base weights cannot be served, "" where they can.
     broken: str = ""
-    #: Why calls are refused though the weights are whole: an adapter is merged no longer.
+    #: Why calls are refused though the weights are whole: an adapter is merged no longer. Says
+    #: nothing where one is.
     unmerged: str = ""
     #: The base weights are being written, and whoever gives the new ones may call the model.
     updating: bool = False
     #: The running calls only have graphs captured: nothing of their results is used, so what could
     #: not be served rightly is not refused.
     warming: bool = False
+    #: Whom marks ask outside of entries.
+    resting: Resting | None = None
     has_mha: bool = field(init=False)
     #: The model had notes of PEFT's when it was marked, which mean nothing then.
     noted_before: bool = field(init=False)
+    #: Attributes of modules that `generate` has replaced while it runs.
+    replaced: Sequence[ReplacedAttribute] = ()
     #: The thread whose calls, or whose update, are running.
     _thread: int | None = None
     #: The adapters that were served last, and the sites that they touch.
@@ -86,12 +98,18 @@ class Session:
             isinstance(module, nn.MultiheadAttention) for module in self.program.model.modules()
         )
         self.noted_before = notes_of_peft(self.program.model)
+        _SESSIONS.add(self)
 
-    @contextmanager
-    def serving(
-        self, names: Names | None, *, repeats: bool = False, tokens: Tensor | None = None
-    ) -> Iterator[None]:
-        """Serve these requests inside the block; None stands for the default adapter.
+    def call(
+        self,
+        function: Callable[[], T],
+        names: Names | None,
+        *,
+        repeats: bool = False,
+        tokens: Tensor | None = None,
+    ) -> T:
+        """What `function` returns, which runs the model for these requests; None stands for the
+        default adapter.
 
         Raises:
             BatchError: an adapter is merged into the base weights, and a request uses another one;
@@ -99,48 +117,30 @@ class Session:
             CaptureError: an update of the base weights was interrupted, or lost a merge.
             ReplacedModuleError: a module that holds the merged adapter was replaced.
         """
+        thread = threading.get_ident()
         with self.lock:
-            self.refuse_broken()
             if self.updating:
                 raise BatchError("the base weights are being updated; call the model after it")
-            if self.unmerged and not self.warming:
+            self.refuse_broken()
+            if self.unmerged and self.merged is None and not self.warming:
                 raise CaptureError(self.unmerged)
             if self.merged is not None and not self.warming:
-                names, tokens = _served_by(self.merged.name, names, tokens)
+                names, tokens = served_by(self.merged.name, names, tokens)
                 self.program.refuse_missing(self.store[self.merged.name].sites)
-            before = self.requests, self.repeats, self.tokens
-            self.requests = None if names is None else tuple(names)
-            self.repeats, self.tokens = repeats, tokens
-            self.depth += 1
-            self._thread = threading.get_ident()
+            requests = None if names is None else tuple(names)
+            before = self.requests, self.repeats, self.tokens, self.depth
+            # No context manager: an interrupt where its exit begins would leave all this, and the
+            # lock, as it is in a call. Nothing can come between plain assignments.
             try:
-                yield
+                self._thread, self.depth = thread, self.depth + 1
+                self.requests, self.repeats, self.tokens = requests, repeats, tokens
+                return function()
             finally:
-                self.depth -= 1
-                self.requests, self.repeats, self.tokens = before
+                self.requests, self.repeats, self.tokens, self.depth = before
                 if not self.entries:
                     self.program.call = None
                     # The marks stay on the model: called by itself it is the base model.
                     self.program.runtime.active = False
-
-    @contextmanager
-    def only_capturing(self) -> Iterator[None]:
-        """Calls inside only have graphs captured."""
-        with self.lock:
-            before, self.warming = self.warming, True
-            try:
-                yield
-            finally:
-                self.warming = before
-
-    @contextmanager
-    def forced_active(self) -> Iterator[None]:
-        """Take the road of batches with adapters even where none is active."""
-        self.force_active = True
-        try:
-            yield
-        finally:
-            self.force_active = False
 
     def set_batch(self, roles: RoleTable, named: Mapping[str, Any]) -> None:
         """Give every row of the call its slot.
@@ -202,9 +202,9 @@ class Session:
         distinct = dict.fromkeys(n for n, slot in zip(names, slots, strict=True) if slot >= 0)
         stored = [self.store[name] for name in distinct if name is not None]
         if [id(adapter) for adapter in stored] != [id(adapter) for adapter in self._served]:
-            self._served = stored
-            self._touched = frozenset().union(*(adapter.sites for adapter in stored))
-            self._rescaled = frozenset().union(*(adapter.rescaled for adapter in stored))
+            touched = frozenset().union(*(adapter.sites for adapter in stored))
+            rescaled = frozenset().union(*(adapter.rescaled for adapter in stored))
+            self._served, self._touched, self._rescaled = stored, touched, rescaled
         program.touched = frozenset() if self.warming else self._touched
         program.rescaled = frozenset() if self.warming else self._rescaled
         program.refuse_missing(program.touched)
@@ -226,8 +226,10 @@ class Session:
             CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
             ConfigError: the adapter of this name is merged.
             ReplacedModuleError: a module that it is for was replaced or taken out.
+            BatchError: the call that is running on this thread serves it.
         """
         self.refuse_merged(name, "is replaced")
+        self.refuse_served(name, "replace")
         program = self.program
         program.look_at_modules()
         try:
@@ -259,6 +261,7 @@ class Session:
             ]
         )
         self.store.load(adapter)
+        self.forget_served()
 
     def refuse_running(self, what: str) -> None:
         """Raise BatchError where a call or an update of the weights runs on this very thread, and
@@ -274,14 +277,35 @@ class Session:
                 f"an update of the base weights is running on this thread; {what} after it"
             )
 
-    @contextmanager
-    def updates(self) -> Iterator[None]:
-        """The base weights are written inside the block."""
-        self.updating, self._thread = True, threading.get_ident()
+    def refuse_served(self, name: str, what: str) -> None:
+        """Raise BatchError where the call that is running on this very thread, which holds the
+        lock, serves this adapter."""
+        served = (self.default,) if self.requests is None else self.requests
+        if self.depth and name in served:
+            raise BatchError(f"the call that is running serves {name!r}; {what} it after the call")
+
+    def update(self, function: Callable[[], T]) -> T:
+        """What `function` returns, which writes the base weights. The locks are held."""
+        thread = threading.get_ident()
         try:
-            yield
+            self.updating, self._thread = True, thread
+            return function()
         finally:
             self.updating = False
+
+    def after_fork(self) -> None:
+        """In a child process: free of the calls that other threads of the parent were in."""
+        self.weights_lock = free_after_fork(self.weights_lock)
+        lock = free_after_fork(self.lock)
+        if lock is not self.lock:
+            self.lock = lock
+            self.depth, self.requests, self.tokens, self.repeats = 0, None, None, False
+            self.warming = self.force_active = self.updating = False
+            self.entries, self.program.call, self.program.runtime.active = 0, None, False
+            self.program.runtime.resting = self.resting
+            put_back(self.replaced)
+            self.replaced = ()
+        self.store.after_fork()
 
     def refuse_broken(self) -> None:
         """Raise CaptureError where an update left the base weights partly written, or the base is
@@ -329,69 +353,13 @@ class Session:
         )
 
 
-def _served_by(
-    merged: str, names: Names | None, tokens: Tensor | None
-) -> tuple[Names | None, None]:
-    """The requests of a call of a model into which `merged` is merged, which serves all of them.
-
-    Raises:
-        BatchError: a request, or a token, uses something else.
-    """
-    used = names
-    if tokens is not None:
-        assert names is not None
-        used = [names[i] if i >= 0 else None for i in tokens.flatten().tolist()]
-    others = dict.fromkeys(name for name in used or () if name != merged)
-    if others:
-        said = ", ".join("the base model" if n in (None, BASE) else repr(n) for n in others)
-        raise BatchError(
-            f"{merged!r} is merged into the base weights, and this call asks for {said}; "
-            f"unmerge() to serve adapters side by side, or name {merged!r} or none"
-        )
-    return (names if tokens is None else [merged] * tokens.shape[0]), None
+#: All there are, for a child process.
+_SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
-def checked_names(names: Sequence[str | None] | None) -> Sequence[str | None] | None:
-    """`names` as given, once it is known to be a list of names.
-
-    Raises:
-        ConfigError: it is not; BatchError: it is empty.
-    """
-    if names is None:
-        return None
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise ConfigError(f"adapter_names is a list with one name, or None, a row; got {names!r}")
-    if not names:
-        raise BatchError("adapter_names is empty; give one name, or None, a row")
-    for row, name in enumerate(names):
-        if name is not None and not isinstance(name, str):
-            raise ConfigError(
-                f"adapter_names[{row}] is {name!r}; give a name, or None for the base model"
-            )
-    return names
+def _after_fork() -> None:
+    for session in list(_SESSIONS):
+        session.after_fork()
 
 
-def by_slots(
-    slots: Tensor, names: Sequence[str | None]
-) -> tuple[Sequence[str | None], Tensor | None]:
-    """(names, slots a token), or (a name a request, None) where no row mixes adapters.
-
-    Raises:
-        BatchError: `slots` does not point at `names`.
-    """
-    if slots.dim() not in (1, 2) or slots.is_floating_point() or not slots.numel():
-        raise BatchError(
-            "adapter_slots holds integers of shape (B,) or (B, T), got "
-            f"{tuple(slots.shape)} {slots.dtype}"
-        )
-    slots = slots.cpu()
-    if not -1 <= int(slots.min()) <= int(slots.max()) < len(names):
-        raise BatchError(
-            f"adapter_slots holds {int(slots.min())} to {int(slots.max())}, but there are "
-            f"{len(names)} adapters to point at ({', '.join(map(str, names)) or 'none'}); "
-            "-1 is the base model"
-        )
-    by_request = slots if slots.dim() == 1 else slots[:, 0]
-    if slots.dim() == 1 or bool((slots == by_request[:, None]).all()):
-        return [names[i] if i >= 0 else None for i in by_request.tolist()], None
-    return names, slots
+os.register_at_fork(after_in_child=_after_fork)

@@ -83,10 +83,16 @@ def warm_up(
         names = [f"warm-up {i}" for i in range(min(2, session.program.config.max_adapters))]
         dummies = [dummy(name, session.program.sites, rank, seed=i) for i, name in enumerate(names)]
         calls = list(_calls(compiled, plan, names))
-        with _undisturbed(compiled), _serving_dummies(session, dummies):
+
+        def run() -> None:
+            for adapter in dummies:
+                session.store.load(adapter)
             for number, (what, call) in enumerate(calls, start=1):
                 with progress(f"warm-up {number} of {len(calls)}: {what}"):
                     call()
+
+        with _undisturbed(compiled):
+            _serving_dummies(session, run)
 
 
 # --- dummies ---
@@ -154,17 +160,13 @@ def dummy(name: str, sites: Sequence[Site], rank: int, *, seed: int) -> Adapter:
     return Adapter(name, weights, rank, "warm-up")
 
 
-@contextmanager
-def _serving_dummies(session: Session, dummies: Sequence[Adapter]) -> Iterator[None]:
-    """The session has these adapters and no others inside the block."""
+def _serving_dummies(session: Session, run: Callable[[], None]) -> None:
+    """Run with no adapters but those that `run` loads; all is as before afterwards."""
     program = session.program
     rows, touched, rescaled = program.runtime.rows, program.touched, program.rescaled
-    session.warming = True
     try:
-        with session.store.set_aside():
-            for adapter in dummies:
-                session.store.load(adapter)
-            yield
+        session.warming = True
+        session.store.set_aside(run)
     finally:
         session.warming = False
         session.forget_served()

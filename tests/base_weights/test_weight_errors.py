@@ -279,8 +279,7 @@ def test_it_waits_for_running_calls_and_is_refused_inside_one(served: Any, shall
     caller = threading.current_thread()
     pusher = threading.Thread(target=push)
     pusher.start()
-    with served._session.serving(["a0"]):
-        hook()
+    served._session.call(hook, ["a0"])
     pusher.join()
     assert inside == [False]
     assert same(served, state)

@@ -1,0 +1,100 @@
+"""What the store keeps of an adapter, and where its factors go in the banks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorafx.adapter_store.bank import Factors
+from lorafx.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from lorafx.adapter_store.reading import LoraWeights
+    from lorafx.model.sites import Site
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter in host memory.
+
+    Attributes:
+        name, rank, source: as in `Adapter`.
+        sites: canonical paths of the sites that it touches.
+        rescaled: those of them whose outputs it rescales (DoRA).
+        spans: as in `Adapter`.
+        factors: index of a group -> that group's factors, in its bank's dtype and layout.
+        nbytes: host memory that the factors take.
+    """
+
+    name: str
+    rank: int
+    source: str
+    sites: tuple[str, ...]
+    factors: dict[int, list[Factors]]
+    nbytes: int
+    rescaled: tuple[str, ...] = ()
+    spans: Mapping[str, range] = field(default_factory=dict)
+
+
+def check_spans(stored: StoredAdapter, others: Iterable[StoredAdapter]) -> None:
+    """Raise CheckpointError unless a name of a packed module means the same slices in all
+    adapters."""
+    for other in others:
+        for path in stored.spans.keys() & other.spans.keys():
+            mine, theirs = stored.spans[path], other.spans[path]
+            if mine != theirs and other.name != stored.name:
+                raise CheckpointError(
+                    f"adapter {stored.name!r} from {stored.source} has factors by whose rows "
+                    f"{path} is slices {_listed(mine)} of what packs it, and by those of "
+                    f"{other.name!r} slices {_listed(theirs)}: one of the two is for another "
+                    "model; packed_modules may say which slices each name covers"
+                )
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def sharing(made: Factors, others: Iterable[Factors]) -> Factors:
+    """`made`, holding the very A of another sibling that has the same."""
+    for other in others:
+        if other.A.shape == made.A.shape and torch.equal(other.A, made.A):
+            return made._replace(A=other.A)
+    return made
+
+
+class Place(NamedTuple):
+    """Where the factors of one part of a site lie: its sibling and first column in the bank."""
+
+    group: int
+    site: Site
+    part: int
+    sibling: int
+    offset: int
+
+
+def misfit(path: str, place: Place, weights: LoraWeights, max_rank: int) -> str | None:
+    rank, part = weights.rank, place.site.parts[place.part]
+    want: tuple[tuple[int, ...], ...] = (rank, part.in_features), (part.out_features, rank)
+    if place.site.expert_weight is not None:
+        want = tuple((place.site.experts, *shape) for shape in want)
+    max_rank *= place.site.terms
+    have = tuple(weights.A.shape), tuple(weights.B.shape)
+    if have != want or not 0 < rank <= max_rank:
+        return f"{path}: factors {have} do not fit {want} with rank at most {max_rank}"
+    return None
+
+
+def host_copy(tensor: Tensor, dtype: torch.dtype, pin: bool) -> Tensor:
+    """A contiguous copy on the host, page-locked where it is to be copied to a GPU."""
+    made = torch.empty(tensor.shape, dtype=dtype, device="cpu", pin_memory=pin)
+    return made.copy_(tensor.detach())
+
+
+def all_factors(factors: dict[int, list[Factors]]) -> Iterator[Factors]:
+    for group in factors.values():
+        yield from group

@@ -1,0 +1,58 @@
+"""What a signal must not cut in two, and what a fork must not find locked.
+
+Python runs signal handlers between any two steps of the main thread, and the one of SIGINT raises
+KeyboardInterrupt there. Most of lorafx needs no care for that: it notes what is under way before it
+begins, so that what is left behind is known for what it is. What puts things back is run whole.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def undisturbed(action: Callable[[], T]) -> T:
+    """What `action` returns; handlers of signals that come meanwhile run after it.
+
+    For what is short: slots and weights that are put back. Only the main thread runs handlers, so
+    on any other one there is nothing to wait for.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return action()
+    handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+    came: list[tuple[int, FrameType | None]] = []
+    done = False
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        if done:
+            handlers[number](number, frame)
+        else:
+            came.append((number, frame))
+
+    try:
+        for number in signal.valid_signals():
+            handler = signal.getsignal(number)
+            if callable(handler):
+                handlers[number] = handler
+                signal.signal(number, wait)
+        return action()
+    finally:
+        done = True
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+        for each, frame in came:
+            handlers[each](each, frame)
+
+
+def free_after_fork(lock: threading.RLock) -> threading.RLock:
+    """The lock that a child process uses in place of `lock`: itself, but where another thread of
+    the parent held it, which is none of the child's."""
+    if not lock.acquire(blocking=False):
+        return threading.RLock()
+    lock.release()
+    return lock

@@ -1,0 +1,323 @@
+"""What may not happen while a call runs: from its own thread, from others, in a forked child."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from dense_merge import Case, error, save_adapter
+from torch import Tensor, nn
+
+import lorafx
+from lorafx.adapter_store.bank import Bank
+from lorafx.compat import no_mha_fast_path
+from lorafx.errors import BatchError, CapacityError, CaptureError
+
+K = 6
+MIXED = ["a", None, "b"]
+
+
+class Pausing(nn.Module):
+    """Between its two layers it runs what it is told to, outside of every graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(K, K), nn.Linear(K, K)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = torch.relu(self.up(x))
+        pause()
+        return {"logits": self.down(h)}
+
+
+_TODO: list[Callable[[], Any]] = []
+
+
+@torch._dynamo.disable
+def pause() -> None:
+    while _TODO:
+        _TODO.pop()()
+
+
+@pytest.fixture
+def meanwhile() -> Iterator[list[Callable[[], Any]]]:
+    yield _TODO
+    _TODO.clear()
+
+
+@pytest.fixture
+def pausing(small) -> Case:
+    case = small(Pausing, ["up", "down"])
+    case.folders["c"] = save_adapter(
+        case.base, case.folders["a"].parent / "c", rank=2, targets=["up", "down"], seed=9
+    )
+    return case
+
+
+def served(case: Case, slots: int = 2) -> Any:
+    config = lorafx.LoraConfig(max_adapters=slots)
+    model = case.model()
+    return lorafx.compile(model, config, adapters=case.folders, options={"lowering": "reference"})
+
+
+def rows(count: int = 3) -> Tensor:
+    return torch.randn(count, 2, K)
+
+
+def check(cm: Any, case: Case, names: list[str | None], x: Tensor) -> None:
+    assert error(cm(x=x, adapter_names=names)["logits"], case.expected(names, {"x": x})) <= 1e-5
+
+
+def test_a_pin_on_another_thread_waits_for_the_call(pausing, meanwhile):
+    """There is no free slot: it would take one that the running forward reads."""
+    cm, x = served(pausing), rows()
+    check(cm, pausing, MIXED, x)
+    pins: list[threading.Thread] = []
+
+    def pin() -> None:
+        pins.append(threading.Thread(target=cm.pin_adapter, args=("c",)))
+        pins[-1].start()
+        pins[-1].join(0.3)
+
+    meanwhile.append(pin)
+    check(cm, pausing, MIXED, x)
+    pins[0].join(20)
+    assert not pins[0].is_alive()
+    assert "c" in cm._session.store.resident
+
+
+INSIDE: dict[str, Callable[[Any, Case], Any]] = {
+    "unload": lambda cm, case: cm.unload_adapter("a"),
+    "replace": lambda cm, case: cm.load_adapter(case.folders["c"], "a"),
+    "pin": lambda cm, case: cm.pin_adapter("c"),
+    "set_adapter": lambda cm, case: cm.set_adapter("b"),
+    "detach": lambda cm, case: cm.detach(),
+    "merge": lambda cm, case: cm.merge("a"),
+}
+
+
+@pytest.mark.parametrize("what", INSIDE)
+def test_refused_inside_of_a_forward(pausing, meanwhile, what):
+    """On the call's own thread there is nothing to wait for: the second layer would have served
+    other adapters than the first."""
+    cm, x = served(pausing), rows()
+    check(cm, pausing, MIXED, x)
+
+    def act() -> None:
+        with pytest.raises(BatchError, match="is running"):
+            INSIDE[what](cm, pausing)
+
+    meanwhile.append(act)
+    check(cm, pausing, MIXED, x)
+    meanwhile.clear()
+    check(cm, pausing, MIXED, x)
+
+
+def test_a_call_inside_of_a_forward_takes_no_slot_from_it(pausing, meanwhile):
+    cm, x = served(pausing), rows()
+    check(cm, pausing, MIXED, x)
+    ran: list[bool] = []
+
+    def act() -> None:
+        check(cm, pausing, ["b", None], rows(2))
+        with pytest.raises(CapacityError, match="a, b are pinned, or used by the call around"):
+            cm(x=rows(1), adapter_names=["c"])
+        ran.append(True)
+
+    meanwhile.append(act)
+    check(cm, pausing, MIXED, x)
+    assert ran
+    check(cm, pausing, ["c", None, "b"], x)
+
+
+def test_what_a_streamer_may_do(shallow):
+    cm = shallow.compile()
+    prompt, names = {"input_ids": torch.ones(1, 3, dtype=torch.long)}, ["a0"]
+    seen: list[Any] = []
+
+    class Streamer:
+        def put(self, tokens: Tensor) -> None:
+            if not seen:
+                cm.load_adapter(shallow.folders["a2"], "new")
+                for act in (
+                    lambda: cm.load_adapter(shallow.folders["a2"], "a0"),
+                    lambda: cm.unload_adapter("a0"),
+                    lambda: cm.set_adapter("a1"),
+                ):
+                    with pytest.raises(BatchError, match="is running"):
+                        act()
+            elif len(seen) == 1:
+                got = cm(**prompt, adapter_names=["new"]).logits
+                assert error(got, shallow.expected(["a2"], prompt)) <= 1e-5
+            seen.append(tokens)
+
+        def end(self) -> None: ...
+
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    streamed = cm.generate(**prompt, **settings, adapter_names=names, streamer=Streamer())
+    assert torch.equal(streamed, shallow.alone("a0").generate(**prompt, **settings))
+    assert len(seen) == 5
+
+
+def test_a_call_that_waited_for_detach_is_refused(pausing):
+    cm, x = served(pausing), rows()
+    found: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            cm(x=x, adapter_names=MIXED)
+        except BaseException as raised:
+            found.append(raised)
+
+    with cm._session.lock:
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join(0.3)
+        cm.detach()
+    thread.join(20)
+    assert len(found) == 1
+    assert isinstance(found[0], CaptureError)
+
+
+def test_detach_waits_for_calls_of_others(pausing, meanwhile):
+    cm, x = served(pausing), rows()
+    check(cm, pausing, MIXED, x)
+    threads = [threading.Thread(target=cm.detach)]
+
+    def act() -> None:
+        threads[0].start()
+        threads[0].join(0.3)
+        assert threads[0].is_alive()
+
+    meanwhile.append(act)
+    check(cm, pausing, MIXED, x)
+    threads[0].join(20)
+    assert not threads[0].is_alive()
+
+
+def test_a_slot_that_could_not_be_written_is_nobodys(pausing, monkeypatch):
+    """The device fails in the middle of a replacement: the old adapter is served on."""
+    cm, x = served(pausing), rows()
+    check(cm, pausing, MIXED, x)
+    write, calls = Bank.write, []
+
+    def failing(bank: Bank, slot: int, factors: Any) -> None:
+        calls.append(slot)
+        write(bank, slot, factors)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Bank, "write", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cm.load_adapter(pausing.folders["c"], "a")
+    monkeypatch.undo()
+    assert calls
+    check(cm, pausing, MIXED, x)
+
+
+def test_the_fast_path_of_attention_stays_off_for_whoever_needs_it_last():
+    """It is one switch of the process, and goes past all marks: two models on two threads."""
+    assert torch.backends.mha.get_fastpath_enabled()
+    with no_mha_fast_path():
+        inner = no_mha_fast_path()
+        inner.__enter__()
+    assert not torch.backends.mha.get_fastpath_enabled()
+    inner.__exit__(None, None, None)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def _in_child(action: Callable[[], None], seconds: int = 30) -> int:
+    """The status of a forked child that runs `action`: 0 where all was well."""
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            signal.alarm(seconds)  # a child that waits for ever is killed
+            action()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
+@pytest.mark.parametrize("what", ["call", "generate", "slot", "weights", "merge", "warm-up"])
+def test_fork_while_another_thread_is_busy(pausing, meanwhile, monkeypatch, shallow, what):
+    """Its locks are held by nobody in the child, and what it was doing is not half done there."""
+    torch.set_num_threads(1)  # the threads of an OpenMP pool do not exist in a child
+    case, x = pausing, rows()
+    cm = served(case)
+    check(cm, case, MIXED, x)
+    own = {name: value.clone() for name, value in cm.model.state_dict().items()}
+    there, go = threading.Event(), threading.Event()
+
+    def stop() -> None:
+        if threading.current_thread() is busy:
+            there.set()
+            assert go.wait(60)
+
+    def pairs() -> Iterator[tuple[str, Tensor]]:
+        yield "up.weight", torch.zeros(K, K)
+        stop()
+        yield from {**own, "up.weight": torch.ones(K, K)}.items()
+
+    def generate() -> None:
+        class Streamer:
+            def put(self, tokens: Tensor) -> None:
+                stop()
+
+            def end(self) -> None: ...
+
+        tokens = torch.ones(1, 3, dtype=torch.long)
+        lm.generate(tokens, max_new_tokens=3, streamer=Streamer(), adapter_names=["a0"])
+
+    write = Bank.write
+
+    def writing(bank: Bank, slot: int, factors: Any) -> None:
+        write(bank, slot, factors)
+        stop()
+
+    lm = shallow.compile() if what == "generate" else None
+    actions: dict[str, Callable[[], Any]] = {
+        "call": lambda: cm(x=x, adapter_names=["b", "b", "b"]),
+        "generate": generate,
+        "slot": lambda: cm.load_adapter(case.folders["c"], "a"),
+        "weights": lambda: cm.load_weights(pairs(), strict=False),
+        "merge": lambda: cm.merge("a"),
+        "warm-up": lambda: cm.warmup({"x": x}),
+    }
+    busy = threading.Thread(target=actions[what])
+    if what in ("call", "warm-up"):
+        meanwhile.append(stop)
+    if what == "slot":
+        monkeypatch.setattr(Bank, "write", writing)
+    if what == "merge":
+        import lorafx.base_weights.merge as module
+
+        add_to = module.add_to
+        monkeypatch.setattr(module, "add_to", lambda *a: (add_to(*a), stop())[0])
+    busy.start()
+    assert there.wait(60)
+
+    def answer() -> None:
+        if what == "generate":
+            inputs, names = {"input_ids": torch.ones(2, 4, dtype=torch.long)}, ["a1", None]
+            assert "forward" not in vars(lm.model)
+            got = lm(**inputs, adapter_names=names).logits
+            assert error(got, shallow.expected(names, inputs)) <= 1e-5
+            return
+        if what in ("weights", "merge"):
+            with pytest.raises(CaptureError, match="load_weights"):
+                cm(x=x, adapter_names=MIXED)
+            cm.load_weights(own)
+        check(cm, case, MIXED, x)
+        cm.pin_adapter("c")
+
+    status = _in_child(answer)
+    go.set()
+    busy.join(60)
+    assert status == 0
