@@ -220,7 +220,8 @@ def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
     """The site that an unmarked use belongs to; None where it belongs to a module not selected."""
     sites = ctx.frame.by_node[use.weight].sites
     if use.kind == "unknown":
-        return ctx.unknown_use(use.weight, use.node, use.reason)
+        unknown = ctx.unknown_use(use.weight, use.node, use.reason)
+        return None if ctx.made_by_other_owner(use.node, use.weight) else unknown
     where = ctx.where(use.node)
     if use.stored:
         dtype = fake_value(use.weight).dtype
@@ -234,6 +235,8 @@ def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
     if len(inside) == 1:
         return inside[0]
     if unselected and (not fitting or any(ctx.inside(use.node, module) for module in unselected)):
+        return None
+    if not fitting and ctx.made_by_other_owner(use.node, use.weight):
         return None
     if not fitting:
         return Refusal(

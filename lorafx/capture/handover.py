@@ -27,10 +27,10 @@ _RESULT = "a result of an earlier graph"
 
 
 class Ledger:
-    """Roles of the tensors that the running call's graphs have returned so far."""
+    """The tensors that the running call's graphs have returned so far, with their roles."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[weakref.ref[Tensor], int, Role]] = {}
+        self._known: dict[int, tuple[weakref.ref[Tensor], int, Role | None]] = {}
 
     def put(self, tensor: object, role: Role | None) -> None:
         """Note what `tensor` is; None takes a note back."""
@@ -41,12 +41,19 @@ class Ledger:
         else:
             self._known[id(tensor)] = (weakref.ref(tensor), tensor._version, role)
 
+    def put_result(self, tensor: object) -> None:
+        """Note that a graph returned `tensor`, whose role is not known so far."""
+        if isinstance(tensor, Tensor) and not tensor.is_inference():
+            self._known[id(tensor)] = (weakref.ref(tensor), tensor._version, None)
+
     def get(self, tensor: Tensor) -> Role | None:
         """The role noted for this very tensor, unless it was written since."""
-        reference, version, role = self._known.get(id(tensor), (None, 0, None))
-        if reference is None or reference() is not tensor or tensor._version != version:
-            return None
-        return role
+        return self._known[id(tensor)][2] if self.returned(tensor) else None
+
+    def returned(self, tensor: Tensor) -> bool:
+        """Whether a graph returned this very tensor and nobody has written into it since."""
+        reference, version, _ = self._known.get(id(tensor), (None, 0, None))
+        return reference is not None and reference() is tensor and tensor._version == version
 
 
 @dataclass
@@ -80,6 +87,8 @@ class Handover:
         for position, role in self.written.items():
             ledger.put(arguments[position], role if known else None)
         if isinstance(results, (list, tuple)):
+            for result in results:
+                ledger.put_result(result)
             for position, role in self.given.items():
                 ledger.put(results[position], role if known else None)
 

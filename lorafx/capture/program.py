@@ -232,6 +232,10 @@ class Program:
         """The role of a tensor that an earlier graph of the running call returned."""
         return None if self.call is None else self.call.ledger.get(tensor)
 
+    def is_result(self, tensor: Tensor) -> bool:
+        """Whether an earlier graph of the running call returned this very tensor."""
+        return self.call is not None and self.call.ledger.returned(tensor)
+
     def call_arguments(self) -> dict[int, Role]:
         """The tensors of the running call, by identity, with their roles."""
         found: dict[int, Role] = {}

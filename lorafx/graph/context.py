@@ -194,6 +194,21 @@ class Context(GraphEdits):
         owners = self.program.graph.owners(tensor)
         return [module for _, module, _ in owners if id(module) not in selected]
 
+    def made_by_other_owner(self, node: fx.Node, weight: fx.Node) -> bool:
+        """Whether a use of a weight was made by a module that holds the very weight and is no site:
+        an embedding of any class whose head is one. It is not the site's use then.
+
+        A module above the site says nothing: all that the site does is done inside of it.
+        """
+        item = self.frame.by_node[weight]
+        if item.derived is not None or any(self.inside(node, s.module) for s in item.sites):
+            return False
+        above = self.program.graph.ancestors(site.module for site in item.sites)
+        return any(
+            id(module) not in above and self.inside(node, module)
+            for module in self.other_owners(weight)
+        )
+
     def unselected_owners(self, weight: fx.Node, kind: str) -> list[nn.Module]:
         """Those of `other_owners` that are of this kind (a tied head)."""
         return [

@@ -142,7 +142,9 @@ class DerivedTensors:
     ) -> dict[int, Derived]:
         """Those inputs of a graph that hold weights of sites, by identity.
 
-        `known` are the inputs that are no data of a request, `data` those that are.
+        `known` are the inputs that are no data of a request, `data` those that are. What an earlier
+        graph of the call returned is data too: rows of a tied embedding, say. Were it made of a
+        weight in any other way, that graph would be refused.
         """
         candidates = [
             example
@@ -150,7 +152,7 @@ class DerivedTensors:
             if isinstance(example, Tensor)
             and example.numel() > 1
             and id(example) not in data
-            and self._program.earlier_result(example) is None
+            and not self._program.is_result(example)
             and (id(example) not in known or known[id(example)].kind == "state")
         ]
         return self._look(candidates, {id(example) for example in examples})
