@@ -123,6 +123,17 @@ def _ok(rows: Sequence[Report]) -> list[str]:
         good = [r["type"] for r in rows if r["kind"] == kind and r["outcome"] == "ok"]
         if good:
             lines += [f"**{kind}** ({len(good)}): {', '.join(good)}", ""]
+    texts = [
+        r["type"]
+        for r in rows
+        if r["kind"] == "image-text" and r["outcome"] == "ok" and "pixel_values" not in r["inputs"]
+    ]
+    if texts:
+        lines += [
+            "Of the image-text families these were given text alone, since their images come in a "
+            f"form of their own: {', '.join(texts)}.",
+            "",
+        ]
     blind = [r["type"] for r in rows if r["outcome"] == "ok" and r["effect"] < _SEEN]
     if blind:
         lines += [

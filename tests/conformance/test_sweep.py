@@ -83,14 +83,17 @@ def test_table_counts_by_kind_and_gives_reasons() -> None:
             report("longcat_flash", experts=2, routers=0, routing="TargetError at b.py:2: a loop"),
             report("vit", kind="image", outcome="base", detail="ImportError: none"),
             report("llama", lowering="inductor"),
+            report("llava", kind="image-text", inputs=["input_ids", "pixel_values"]),
+            report("aria", kind="image-text", inputs=["input_ids"]),
         ]
     )
-    assert "4 families tried" in text
+    assert "6 families tried" in text
     assert "| causal | 3 | 1 | 0 |" in text
     assert r"| causal | jetmoe | unmatched | MatchError: no \| rule |" in text
     assert "| causal | longcat_flash | TargetError: a loop |" in text
     assert "Both are served in 1 of them" in text
     assert "in 1 families" in text
+    assert "text alone, since their images come in a form of their own: aria." in text
 
 
 def test_routers_and_experts_are_found_by_what_they_do() -> None:
@@ -102,6 +105,16 @@ def test_routers_and_experts_are_found_by_what_they_do() -> None:
         f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")
     )
     assert sites.embeddings == ("model.embed_tokens",)
+
+
+def test_images_stand_where_their_tokens_are() -> None:
+    family = next(f for f in tiny.families("image-text") if f.model_type == "llava")
+    model = tiny.build(family)
+    found = inputs(model, "image-text", 2, 5)
+    (count,) = set((found["input_ids"] == model.config.image_token_id).sum(1).tolist())
+    assert count == 16
+    assert found["input_ids"].shape == found["attention_mask"].shape == (2, 16 + 5)
+    assert len(found["pixel_values"]) == 2
 
 
 def test_a_tied_head_scales_its_input_in_the_oracle_too(tmp_path: Path) -> None:

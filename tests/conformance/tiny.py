@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from tiny_configs import COMPILED, HEADS, LAYERS, LISTS, OVERRIDES
+from tiny_configs import COMPILED, HEADS, LAYERS, LISTS, MROPE_SECTION, OVERRIDES
 from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.models.auto import modeling_auto
@@ -116,6 +116,8 @@ def _small_values(default: PretrainedConfig, overrides: dict[str, Any]) -> dict[
             small = _by_rule(name)
             if small is not None and (value is not None or name == "pad_token_id"):
                 values[name] = min(small, value) if _is_count(name) and value else small
+        elif isinstance(value, dict) and "mrope_section" in value:
+            values[name] = {**value, "mrope_section": MROPE_SECTION}
         elif isinstance(value, bool) and _by_rule(name) is False:
             values[name] = False
     heads = next((current[n] for n in ("num_attention_heads", "n_head") if n in current), None)

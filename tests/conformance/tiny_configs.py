@@ -10,12 +10,21 @@ from typing import Any
 
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB, EXPERTS = 64, 96, 4, 2, 16, 2, 128, 4
 
+IMAGE_TOKEN = 110  # ids of texts are smaller
+
 #: (pattern of the field's name, value). The first that matches wins; None leaves the default.
 RULES: tuple[tuple[str, Any], ...] = (
     (r"(bos|decoder_start|forced_bos)_token_id", 1),
     (r"(eos|sep|cls|forced_eos)_token_id", 2),
     (r"pad_token_id", 0),
     (r"mask_token_id", 4),
+    # what stands for another modality lies above the ids that texts are made of
+    (r"image_token_(id|index)", IMAGE_TOKEN),
+    (r"video_token_(id|index)", IMAGE_TOKEN + 1),
+    (r"audio_token_(id|index)", IMAGE_TOKEN + 2),
+    (r"(vision|image)_start_token_id|boi_token_id", IMAGE_TOKEN + 3),
+    (r"(vision|image)_end_token_id|eoi_token_id", IMAGE_TOKEN + 4),
+    (r"vision_token_id", IMAGE_TOKEN + 5),
     # counts that look like widths
     (r"num_hidden_groups|inner_group_num|layer_type_size|num_embed_hash_functions", None),
     (r"type_vocab_size|task_type_vocab_size|composer_vocab_size", None),
@@ -63,6 +72,11 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"d_ff|n_inner|d_inner|dff|dim_ff|dim_feedforward|encoder_ffn_embed_dim|block_ff_dim", FFN),
     (r"hidden_size|d_model|n_embd|model_dim|dim|emb_dim|word_embed_proj_dim|lru_width", HIDDEN),
     (r"embed_dim|embedding_size|embedding_dim|hidden_dim|input_embedding_size", HIDDEN),
+    (
+        r"(out|text|input_text|llm)_hidden_size|vision_output_dim|vision_language_hidden_size",
+        HIDDEN,
+    ),
+    (r"mm_tokens_per_image|num_query_tokens", 4),
     (r".*(projection_dim|projection_size|pooler_hidden_size|output_hidden_size)", HIDDEN),
     (r"classifier_proj_size|output_embedding_size|cross_attention_hidden_size", HIDDEN),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_source_positions", 128),
@@ -90,9 +104,19 @@ LISTS: dict[str, int] = {
     "attention_window": 4,
 }
 
+#: Sections of a head's dimensions that rotate by time, height and width.
+MROPE_SECTION = [2, 3, 3]
+
 SWIN = {"image_size": 64, "patch_size": 2}  # no stage smaller than a window
 
 VIBEVOICE = {"num_filters": 4, "depths": [1] * 7, "downsampling_ratios": [2, 2, 4, 5, 5, 8]}
+
+
+def mrope(sections: list[int]) -> dict[str, Any]:
+    """The overrides of a text part whose rotary embedding has `sections`."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections}
+    return {"text_config": {"rope_parameters": rope}}
+
 
 #: By class or model type, what the rules do not give.
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -199,6 +223,26 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "semantic_tokenizer_encoder_config": VIBEVOICE,
     },
     "vibevoice": {"audio_config": VIBEVOICE, "semantic_model_config": VIBEVOICE},
+    "chameleon": {"vocabulary_map": {"<image>": IMAGE_TOKEN}},
+    "emu3": {"vocabulary_map": {"<image>": IMAGE_TOKEN}},
+    "cohere_compass": {
+        "text_config": {
+            "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+        }
+    },
+    "dots3_note": {"vision_config": {"per_layer_config": None}},
+    "inkling2": {"vision_config": {"text_hidden_size": HIDDEN}},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    **dict.fromkeys(("glm46v", "glm4v", "glm_ocr"), mrope(MROPE_SECTION)),
+    **dict.fromkeys(("paddleocr_vl", "qwen2_5_vl", "qwen2_vl"), mrope(MROPE_SECTION)),
+    "glm4v_moe": mrope([1, 1, 2]),
+    "qwen2_5_omni_thinker": {
+        "vision_start_token_id": IMAGE_TOKEN + 3,
+        **mrope(MROPE_SECTION),
+    },
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": IMAGE_TOKEN + 3},
+    "step3p7": {"text_config": {"sliding_window": 4}},
     "xlstm": {"qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
     "zamba": {

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from tiny_configs import VOCAB
+from tiny_configs import IMAGE_TOKEN, VOCAB
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -23,7 +24,7 @@ def inputs(
     vocab = min(_vocab(config), VOCAB)
 
     def tokens(count: int) -> torch.Tensor:
-        return torch.randint(5, vocab - 20, (batch, count), generator=generator)
+        return torch.randint(5, min(vocab - 20, IMAGE_TOKEN), (batch, count), generator=generator)
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
@@ -53,6 +54,8 @@ def inputs(
             if padding and length > 2:
                 mask[0, -1] = 0
             found["attention_mask"] = mask
+    if kind == "image-text" and _accepts(model, "pixel_values"):
+        found = _with_images(model, found, tokens, noise)
     if _accepts(model, "spatial_shapes"):  # patches, unfolded by the processor
         patch = _first(config, "patch_size", 16)
         found["pixel_values"] = noise(batch, 16, 3 * patch * patch)
@@ -70,6 +73,71 @@ def inputs(
         if channels is not None:
             found["decoder_input_ids"] = found["decoder_input_ids"].repeat(1, 1, channels)
     return found
+
+
+def _with_images(
+    model: nn.Module,
+    text: dict[str, torch.Tensor],
+    tokens: Callable[[int], torch.Tensor],
+    noise: Callable[..., torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """The text behind an image a request, in the first form that the model takes; without images
+    where it takes none of them."""
+    found = dict(text)
+    ids = found.setdefault("input_ids", tokens(6))
+    if _accepts(model, "decoder_input_ids") or not _accepts(model, "input_ids"):
+        found["decoder_input_ids"] = tokens(4)
+    batch = len(ids)
+    size = _first(model.config, "image_size", 32)
+    size = min(size if isinstance(size, int) else size[0], 64)
+    channels = _first(model.config, "num_channels", 3)
+    for shape in ((batch, channels, size, size), (batch, 1, channels, size, size)):
+        images = {"pixel_values": noise(*shape)}
+        for count in _counts(model, images, size):
+            marks = torch.full((batch, count), IMAGE_TOKEN)
+            arguments = {**found, **images, "input_ids": torch.cat([marks, ids], 1)}
+            if "attention_mask" in arguments:
+                ones = torch.ones(batch, count, dtype=torch.long)
+                arguments["attention_mask"] = torch.cat([ones, found["attention_mask"]], 1)
+            if not _accepts(model, "input_ids"):
+                del arguments["input_ids"]
+            if _sees(model, arguments):
+                return arguments
+    return {**text, "input_ids": ids}
+
+
+def _counts(model: nn.Module, images: dict[str, torch.Tensor], size: int) -> list[int]:
+    """How many tokens of the text an image may stand for, the likeliest first."""
+    patch = _first(model.config, "patch_size", 8)
+    patches = (size // patch) ** 2 if isinstance(patch, int) else None
+    named = ("mm_tokens_per_image", "num_query_tokens", "image_seq_length", "image_seq_len")
+    found = [_image_tokens(model, images), 0, patches]
+    found += [getattr(model.config, name, None) for name in named]
+    return list(dict.fromkeys(count for count in found if isinstance(count, int) and count < 600))
+
+
+@torch.no_grad()
+def _image_tokens(model: nn.Module, images: dict[str, torch.Tensor]) -> int | None:
+    """How many tokens of the text an image stands for; None where the model does not say."""
+    try:
+        output = model.get_image_features(**images)
+        features = getattr(output, "pooler_output", output)
+        if not isinstance(features, torch.Tensor):
+            features = torch.cat(list(features))
+        return features.shape[:-1].numel() // len(images["pixel_values"])
+    except Exception:
+        return None
+
+
+@torch.no_grad()
+def _sees(model: nn.Module, arguments: dict[str, torch.Tensor]) -> bool:
+    """Whether the model runs with the images, and its answer depends on them."""
+    try:
+        first = model(**arguments)["logits"]
+        other = model(**{**arguments, "pixel_values": -arguments["pixel_values"]})["logits"]
+    except Exception:
+        return False
+    return not torch.equal(first, other)
 
 
 def _feature_shape(config: PretrainedConfig) -> tuple[int, int]:
