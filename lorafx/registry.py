@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from lorafx.errors import ConfigError, nearest
 
@@ -280,6 +281,8 @@ def is_empty(module: nn.Module) -> bool:
     entry = lookup(module)
     if entry is None or entry.kind == "experts":
         return False
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        return False  # its sizes are not known yet
     try:
         sizes = entry.sizes(module)
     except (AttributeError, TypeError, ValueError):

@@ -16,7 +16,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from lorafx.adapter_store.expert_names import folded
 from lorafx.collector import collection_paused
@@ -24,12 +23,13 @@ from lorafx.config import LoraConfig
 from lorafx.errors import LorafxWarning, TargetError
 from lorafx.model import targets
 from lorafx.model.candidates import Candidate, ExpertsCandidate, by_raw_weight
-from lorafx.model.experts import expert_weights, unlike_experts
+from lorafx.model.experts import expert_weights
 from lorafx.model.marks import is_dense
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.packed_names import PackedNames
 from lorafx.model.quantized import is_stored
-from lorafx.model.sites import Site, has_own_forward
+from lorafx.model.refusals import impossible, weight_of
+from lorafx.model.sites import Site
 from lorafx.model.weight_formats import is_wrapped
 from lorafx.passes.alias import Alias
 from lorafx.registry import Eligible, is_empty, lookup
@@ -85,6 +85,7 @@ class _Selection:
     def sites(self) -> tuple[Site, ...]:
         head = targets.output_embedding(self.graph.root)
         found: list[Site] = []
+        left_out: list[str] = []
         named = excluded = 0
         for item in self.modules:
             members = self._targeted(item, head)
@@ -96,15 +97,19 @@ class _Selection:
                 excluded += 1
                 continue
             if is_empty(item.module):
+                left_out.append(f"{item.label}: its weight has no numbers")
                 _warn(f"{item.label} is left out: its weight has no numbers that LoRA could change")
                 continue
             site = self._site(item, members)
             if isinstance(site, Site):
                 found.append(site)
             elif self.by_default:
+                left_out.append(f"{item.label}: {site}")
                 _warn(f"{item.label} carries no LoRA: {site}")
             else:
-                self.problems.append(f"{item.label}: {site}{self._candidates(item)}")
+                theirs = isinstance(self.config.target_modules, targets.AdapterNames)
+                asked = " (an adapter has factors for it)" if theirs else ""
+                self.problems.append(f"{item.label}: {site}{self._candidates(item)}{asked}")
         self.problems.extend(self._unnamed_targets())
         self.problems.extend(
             f"packed_modules entry {name!r} names no module, packed or not{self._nearest(name)}"
@@ -119,11 +124,14 @@ class _Selection:
             )
         elif not self.problems and named == excluded:
             self.problems.append(
-                f"exclude_modules={self.config.exclude_modules!r} takes away all {named} modules "
-                "that target_modules names"
+                f"exclude_modules={self.config.exclude_modules!r} takes away all modules that "
+                f"target_modules names ({named}); one of the two says too much"
             )
         elif not self.problems and not found:
-            self.problems.append("none of the modules that target_modules names can carry LoRA")
+            self.problems.append(
+                "none of the modules that target_modules names in "
+                f"{type(self.graph.root).__qualname__} can carry LoRA: {'; '.join(left_out[:3])}"
+            )
         if self.problems:
             raise TargetError(_listed(self.problems))
         return tuple(found)
@@ -179,16 +187,18 @@ class _Selection:
         )
 
     def _nearest(self, entry: str) -> str:
-        return targets.nearest_targets(entry, self.eligible_paths)
+        near = targets.nearest_targets(entry, self.eligible_paths)
+        if near or not self.eligible_paths:
+            return near
+        last = dict.fromkeys(path.rpartition(".")[2] for path in self.eligible_paths)
+        return f"; modules that can carry LoRA: {', '.join(list(last)[:5])}"
 
     def _candidates(self, item: Candidate) -> str:
         """What the user may have meant by a module that cannot carry LoRA."""
         if item.entry is not None or len(self.problems) >= _SHOWN:
             return ""
-        below = [p for p in self.eligible_paths if p.startswith(f"{item.path}.")]
-        if below:
-            return f"; eligible below it: {', '.join(below[:3])}"
-        return self._nearest(item.path)
+        below = [p for p in self.eligible_paths if not item.path or p.startswith(f"{item.path}.")]
+        return f"; eligible below it: {', '.join(below[:3])}" if below else ""
 
     def _site(self, item: Candidate, selected: frozenset[str]) -> Site | str:
         """The site with these members selected, or why there can be none."""
@@ -211,7 +221,7 @@ class _Selection:
                 f"it packs {', '.join(sorted(item.members))} by packed_modules, and its class does "
                 "not say the size of each; see lorafx.register(output_sizes=...)"
             )
-        weight = _weight_of(module, entry)
+        weight = weight_of(module, entry)
         return Site(
             path=item.path,
             aliases=item.paths[1:],
@@ -248,75 +258,6 @@ class _Selection:
                 if is_dense(tensor):
                     return tensor.dtype
         return torch.get_default_dtype()
-
-
-def impossible(module: nn.Module, entry: Eligible | None) -> str | None:
-    """Why this module cannot carry LoRA, or None when it can."""
-    if entry is None:
-        return unlike_experts(module) or (
-            "no class along its MRO is registered (see lorafx.register)"
-        )
-    ranks = getattr(module, "tp_size", 1)
-    if entry.kind == "experts" and entry.sharding is None and ranks > 1:
-        return (
-            f"{ranks} ranks share its experts, and its class does not say which part of their "
-            "factors is whose; see lorafx.register(sharding=...)"
-        )
-    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
-        return "its parameters are not initialised yet; run the model once before"
-    try:
-        sizes = entry.sizes(module)
-    except (AttributeError, TypeError, ValueError) as error:
-        return f"its sizes cannot be read ({error}); see lorafx.register(in_features=...)"
-    if not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sizes):
-        return f"its sizes must be positive, got {sizes}"
-    if entry.kind == "embedding" and getattr(module, "max_norm", None) is not None:
-        return "max_norm rewrites the weight in its forward, so W + ΔW is not fixed"
-    weight = _weight_of(module, entry)
-    if weight is None:
-        return None
-    return _wrong_weight(module, weight, sizes, entry) or _out_of_reach(module, weight, entry)
-
-
-def _out_of_reach(module: nn.Module, weight: Tensor, entry: Eligible) -> str | None:
-    """Why the delta has no place between this rank's product and what the ranks make of it.
-
-    Elsewhere the weight's use is found in the graph, which a stored format hides.
-    """
-    if entry.sharding is None or entry.handler is not None or not is_stored(module, entry):
-        return None
-    if entry.sharding.product(module) is module or not has_own_forward(module, entry):
-        return None
-    return (
-        f"its forward is its own, its weight is stored as {weight.dtype}, and several ranks share "
-        "it; see lorafx.register(handler=...)"
-    )
-
-
-def _wrong_weight(
-    module: nn.Module, weight: Tensor, sizes: tuple[int, int], entry: Eligible
-) -> str | None:
-    if weight.layout is not torch.strided:
-        return f"its weight is not dense ({weight.layout})"
-    # Packed and 8-bit formats store W in shapes of their own; the declared sizes stand.
-    if not is_wrapped(weight) and is_stored(module, entry):
-        return None
-    in_features, out_features = sizes
-    if entry.kind == "experts":
-        return None  # its sizes are its shape's
-    as_stored = entry.kind == "embedding" or entry.transposed
-    expected = (in_features, out_features) if as_stored else (out_features, in_features)
-    if tuple(weight.shape) != expected:
-        return (
-            f"its weight has shape {tuple(weight.shape)} where its sizes ask for {expected}, so "
-            "the delta would not be one to this weight"
-        )
-    return None
-
-
-def _weight_of(module: nn.Module, entry: Eligible) -> Tensor | None:
-    weight = getattr(module, entry.weight, None)
-    return weight if isinstance(weight, Tensor) else None
 
 
 def _device_of(module: nn.Module, root: nn.Module) -> torch.device:

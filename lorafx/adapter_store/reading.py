@@ -24,7 +24,8 @@ from lorafx.adapter_store.peft_keys import FactorKey, parse, without_prefix
 from lorafx.adapter_store.places import Landing, Place, Places, saved_sizes
 from lorafx.adapter_store.weights import LoraWeights
 from lorafx.errors import CapacityError, CheckpointError, UnsupportedAdapterError
-from lorafx.registry import is_empty
+from lorafx.model.refusals import unsupported
+from lorafx.registry import is_empty, lookup
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -301,9 +302,12 @@ class Reading:
             )
 
     def _report_placement(self) -> None:
-        for path in self.unselected:
+        for path, module in self.unselected.items():
+            why = unsupported(module)
             self.problems.append(
-                f"{_path(path)} exists but was not selected to carry LoRA; add it to "
+                f"{_path(path)} ({type(module).__qualname__}) cannot have factors: {why}"
+                if why is not None and lookup(module) is None
+                else f"{_path(path)} exists but was not selected to carry LoRA; add it to "
                 "target_modules when compiling"
             )
         self.problems.extend(f"{path}: {missing}" for path, missing in self.closed.items())

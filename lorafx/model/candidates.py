@@ -12,6 +12,7 @@ from lorafx.model import targets
 from lorafx.model.experts import ExpertWeight
 from lorafx.model.marks import is_dense
 from lorafx.model.packed_names import PackedNames, parts_of, virtual_paths
+from lorafx.model.refusals import unsupported
 from lorafx.model.sites import Part
 from lorafx.registry import Eligible, lookup
 
@@ -123,7 +124,7 @@ def by_raw_weight(module: nn.Module) -> Eligible | None:
     forward returns with x Wᵀ.
     """
     weight = module._parameters.get("weight")
-    if weight is None or weight.dim() != 2 or not is_dense(weight):
+    if weight is None or weight.dim() != 2 or not is_dense(weight) or unsupported(module):
         return None
     out_features, in_features = weight.shape
     return Eligible(nn.Module, "linear", lambda _: (in_features, out_features))

@@ -109,9 +109,9 @@ def unlike_experts(module: nn.Module) -> str | None:
         return None
     held = ", ".join(f"{name} {tuple(parameter.shape)}" for name, parameter in found)
     return (
-        f"{held} are not two weights of as many experts each, of which the second maps back to "
-        "the size that the first takes, so it is not known what an update of each is; leave the "
-        "module out of target_modules"
+        f"it holds 3-D parameters ({held}), which carry LoRA only as the weights of routed "
+        "experts: two of them, over as many experts each, of which the second maps back to the "
+        "size that the first takes"
     )
 
 

@@ -236,5 +236,5 @@ def test_other_holders_of_3d_parameters_are_refused_by_what_they_hold() -> None:
     model = nn.Module()
     model.mlp = Three()
     model.head = nn.Linear(H, E)
-    with pytest.raises(TargetError, match=r"mlp \(Three\): gate \(4, 12, 8\).*are not two weights"):
+    with pytest.raises(TargetError, match=r"mlp \(Three\): it holds 3-D .*gate \(4, 12, 8\)"):
         lorafx.compile(model, lorafx.LoraConfig(target_modules=["mlp", "head"]))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+import lorafx
 from lorafx.config import LoraConfig
-from lorafx.errors import ConfigError, LorafxWarning, TargetError
+from lorafx.errors import CheckpointError, ConfigError, LorafxWarning, TargetError
 from lorafx.passes.select import build_sites
 from lorafx.registry import register, unregister
 
@@ -164,20 +167,58 @@ def without_features() -> nn.Module:
     return module
 
 
+class Unknown(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+
+def holding(**parameters: torch.Tensor) -> nn.Module:
+    module = nn.Module()
+    for name, value in parameters.items():
+        module.register_parameter(name, nn.Parameter(value))
+    return module
+
+
+LEAVE = r"leave it out of target_modules, or name it in exclude_modules"
+#: What cannot carry LoRA, and what is said after its path and class.
 IMPOSSIBLE = [
-    (nn.LayerNorm(4), r"odd \(LayerNorm\): no class along its MRO is registered"),
-    (nn.LazyLinear(4), r"odd \(LazyLinear\): its parameters are not initialised.*run the model"),
-    (nn.Embedding(4, 4, max_norm=1.0), r"odd \(Embedding\): max_norm rewrites the weight"),
-    (Grouped(), r"odd \(Grouped\): its weight has shape \(4, 8\) .*ask for \(8, 8\)"),
-    (Stacked(), r"odd \(Stacked\): its weight has shape \(3, 8, 8\)"),
-    (sparse_linear(), r"odd \(Linear\): its weight is not dense \(torch.sparse_coo\)"),
-    (without_features(), r"odd \(Linear\): its sizes must be positive, got \(None, 4\)"),
+    (nn.Conv1d(4, 4, 3), f"convolutions carry no LoRA yet; {LEAVE}$"),
+    (nn.Conv2d(4, 4, 3), f"convolutions carry no LoRA yet; {LEAVE}$"),
+    (nn.Conv3d(4, 4, 3), f"convolutions carry no LoRA yet; {LEAVE}$"),
+    (nn.ConvTranspose1d(4, 4, 3), f"convolutions carry no LoRA yet; {LEAVE}$"),
+    (nn.ConvTranspose2d(4, 4, 3), f"convolutions carry no LoRA yet; {LEAVE}$"),
+    (nn.LayerNorm(4), f"it scales its input .* no matrix.*; {LEAVE}$"),
+    (nn.EmbeddingBag(4, 4), f"it sums rows of its weight.*; {LEAVE}$"),
+    (nn.GRU(4, 4), f"recurrent layers carry no LoRA; {LEAVE}$"),
+    (nn.Bilinear(3, 4, 4), f"it multiplies two.*; {LEAVE}$"),
+    (nn.ReLU(), f"it has no weight; {LEAVE}$"),
+    (
+        nn.Sequential(nn.Linear(4, 4)),
+        rf"it has no weight of its own; name modules inside .*{LEAVE}; .* below it: odd\.0$",
+    ),
+    (
+        nn.MultiheadAttention(4, 2),
+        r"its packed in_proj_weight .* below it: odd\.out_proj$",
+    ),
+    (Unknown(), rf"lorafx does not know what its class computes: .*lorafx\.register, or {LEAVE}$"),
+    (
+        holding(kernel=torch.zeros(2, 3, 4)),
+        rf"it holds 3-D parameters \(kernel \(2, 3, 4\)\), .* routed experts: .*; {LEAVE}$",
+    ),
+    (nn.LazyLinear(4), "its parameters are not initialised.*run the model"),
+    (nn.Embedding(4, 4, max_norm=1.0), f"it has max_norm, .*, or {LEAVE}$"),
+    (Grouped(), rf"its weight has shape \(4, 8\) .*ask for \(8, 8\).*, or {LEAVE}$"),
+    (Stacked(), r"its weight has shape \(3, 8, 8\)"),
+    (sparse_linear(), rf"its weight is a sparse tensor \(torch.sparse_coo\).*, or {LEAVE}$"),
+    (without_features(), r"its sizes \(in, out\) are \(None, 4\), and must be positive whole"),
 ]
 
 
 @pytest.mark.parametrize(("module", "message"), IMPOSSIBLE, ids=lambda v: type(v).__name__)
 def test_named_and_impossible(module, message):
-    with pytest.raises(TargetError, match=message):
+    label = rf"^odd \({type(module).__name__}\): "
+    with pytest.raises(TargetError, match=label + message):
         paths(Model(odd=module), ["odd", "q_proj"])
 
 
@@ -244,13 +285,43 @@ def test_nearest_name_of_an_undotted_regular_expression():
         paths(Model(), "q_prj")
 
 
+def test_names_that_are_like_no_other_show_what_there_is():
+    with pytest.raises(TargetError, match=r"modules that can carry LoRA: .*q_proj"):
+        paths(Model(), ["%%%"])
+
+
+def test_excluded_modules_need_not_be_able_to_carry_lora():
+    """The way out that messages name."""
+    model = Model(odd=nn.Conv2d(4, 4, 3))
+    assert paths(model, r".*(odd|q_proj)", ["odd"]) == paths(Model(), ["q_proj"])
+
+
+def test_an_adapter_of_a_convolution(tmp_path):
+    model = nn.Sequential(nn.Conv1d(4, 4, 1), nn.Linear(4, 4))
+    factors = {"A": torch.ones(2, 4, 1), "B": torch.ones(4, 2, 1)}
+    tensors = {f"base_model.model.0.lora_{x}.weight": t for x, t in factors.items()}
+    tensors |= {f"base_model.model.1.lora_{x}.weight": t[..., 0] for x, t in factors.items()}
+    copies = {key: t.clone() for key, t in tensors.items()}
+    save_file(copies, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["0", "1"]})
+    )
+    message = r"^0 \(Conv1d\): convolutions carry no LoRA yet.*an adapter has factors for it"
+    with pytest.raises(TargetError, match=message):
+        lorafx.compile(model, {"a": tmp_path})
+    cm = lorafx.compile(model.eval(), lorafx.LoraConfig(), options={"lowering": "reference"})
+    message = r"0 \(Conv1d\) cannot have factors: convolutions carry no LoRA yet"
+    with pytest.raises(CheckpointError, match=message):
+        cm.load_adapter(tmp_path, "a")
+
+
 def test_a_model_without_any_linear():
     with pytest.raises(TargetError, match="target_modules=None names no module of ReLU"):
         paths(nn.ReLU())
 
 
 def test_everything_excluded():
-    with pytest.raises(TargetError, match=r"exclude_modules=\['q_proj'\] takes away all 2 modules"):
+    with pytest.raises(TargetError, match=r"exclude_modules=\['q_proj'\] takes away all .*\(2\)"):
         paths(Model(), ["q_proj"], ["q_proj"])
 
 
