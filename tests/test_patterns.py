@@ -104,10 +104,10 @@ CATASTROPHIC = [
 @pytest.mark.parametrize("text", CATASTROPHIC)
 def test_patterns_that_backtrack_for_ever(text: str) -> None:
     pattern = Pattern(text)
-    started = time.perf_counter()
+    started = time.process_time()
     for path in ("a" * 200, "x" * 200, "a" * 99 + "." + "a" * 99):
         pattern.fullmatches(path)
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
 
 
 REFUSED = {
@@ -130,10 +130,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("text", REFUSED, ids=range(len(REFUSED)))
 def test_patterns_that_are_refused(text: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(PatternError, match=REFUSED[text]):
         Pattern(text)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_the_dearest_pattern_that_is_let_through() -> None:
@@ -141,6 +141,6 @@ def test_the_dearest_pattern_that_is_let_through() -> None:
     text = "(?:(?:a|b|ab|ba|[ab]){1,15}x?)*" + ".*a" * 100
     pattern = Pattern(text)
     assert pattern.cost > 20_000
-    started = time.perf_counter()
+    started = time.process_time()
     pattern.fullmatches("ab" * 100)
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5

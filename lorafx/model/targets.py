@@ -48,7 +48,7 @@ def checked(spec: str | Collection[str] | None, field: str) -> str | tuple[str, 
     """`spec` as a str, a tuple of str or None.
 
     Raises:
-        ConfigError: another type, an empty entry, or a str that is no regular expression, or one
+        ConfigError: another type, or a str that is no regular expression, or one
             that cannot be matched in bounded time (lorafx.model.patterns).
     """
     if spec is None:

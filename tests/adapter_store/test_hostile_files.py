@@ -53,21 +53,21 @@ CATASTROPHIC = [
 def test_patterns_that_backtrack_for_ever(field: str, text: str, tmp_path: Path) -> None:
     own = SETTINGS[field]
     write(tmp_path, **{field: {text: 2, **own} if isinstance(own, dict) else text})
-    started = time.perf_counter()
+    started = time.process_time()
     assert len(read(tmp_path, MODEL, SITES).weights) == 7  # they match nothing
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
     with pytest.raises(LorafxError):  # as what to compile with
         lorafx.explain(small()[0], {**SETTINGS, "target_modules": text})
 
 
 def test_a_configuration_of_very_many_patterns(tmp_path: Path) -> None:
-    patterns = {f".*{i}.*[^x]+X": 2 for i in range(100_000)}
+    patterns = {f".*{i}.*[^x]+X": 2 for i in range(30_000)}
     for field in ("rank_pattern", "alpha_pattern"):
         write(tmp_path, **{field: patterns})
-        started = time.perf_counter()
-        with pytest.raises(CheckpointError, match=r"100000 patterns of .* may take over"):
+        started = time.process_time()
+        with pytest.raises(CheckpointError, match=r"30000 patterns of .* may take over"):
             read(tmp_path, MODEL, SITES)
-        assert time.perf_counter() - started < 2  # most of it writes and reads the JSON
+        assert time.process_time() - started < 2  # most of it writes and reads the JSON
 
 
 DEEP = "(" * 10_000 + ")" * 10_000
@@ -339,7 +339,7 @@ def test_memory_is_that_of_the_file(tmp_path: Path) -> None:
         torch.save({KEY: ODD[case][0]()}, tmp_path / case / PICKLED)
     write(tmp_path / "deflated")
     (tmp_path / "deflated" / SAFETENSORS).unlink()
-    _deflated(tmp_path / "deflated" / PICKLED, 1 << 28)
+    _deflated(tmp_path / "deflated" / PICKLED, 1 << 27)
     with pytest.raises(CheckpointError):
         read(tmp_path / "grown", MODEL, SITES)  # what is imported on the way
     clear.write_text("5")
@@ -396,7 +396,7 @@ def edited(data: bytes, changes: list[tuple[float, str, bytes]]) -> bytes:
 
 @pytest.mark.parametrize("name", [CONFIG, SAFETENSORS, PICKLED])
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(changes=edits)
 @example(changes=[(0.5, "-", b"0" * 9)])
@@ -422,7 +422,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(fields=st.dictionaries(st.sampled_from([*SETTINGS, "other"]), json_values, max_size=4))
 def test_any_values(fields: dict[str, Any]) -> None:
     try:
