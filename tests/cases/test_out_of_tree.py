@@ -230,9 +230,9 @@ def test_embeddings_and_experts(oot: Any) -> None:
         sites = build_sites(holder, LoraConfig(target_modules=["experts"]))[1]
         found = [(site.path, site.experts, site.in_features, site.out_features) for site in sites]
         assert found == [("experts.w13_weight", 3, K, 10), ("experts.w2_weight", 3, 5, K)]
-    real["experts"].tp_size = 2
-    with pytest.raises(TargetError, match=r"experts\.w13_weight \(FusedMoE\): 2 ranks share"):
-        build_sites(real, LoraConfig(target_modules=["experts"]))
+    model["experts"].tp_size = 2
+    with pytest.raises(TargetError, match=r"experts\.w13_weight \(MyExperts\): 2 ranks share"):
+        build_sites(model, LoraConfig(target_modules=["experts"]))
     assert [site.path for site in build_sites(model, LoraConfig())[1]] == ["other"]
 
 
