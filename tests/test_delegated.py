@@ -238,7 +238,9 @@ def test_generate_in_a_method(shallow, monkeypatch):
     want = [shallow.alone(name).answer(ids[row : row + 1]) for row, name in enumerate(names)]
     assert torch.equal(got, torch.cat(want))
     cm.set_adapter("a3")
+    graphs = cm.recompiles
     assert torch.equal(cm.answer(ids), shallow.alone("a3").answer(ids))
+    assert cm.recompiles == graphs
     cm.set_adapter(None)
     assert torch.equal(cm.answer(ids), shallow.base.answer(ids))
 

@@ -22,7 +22,8 @@ from lorafx.model.sites import Site
 from lorafx.passes.attach import Attachment
 from lorafx.serving.base_methods import BaseMethods
 from lorafx.serving.delegated import delegated
-from lorafx.serving.generation import generate, generative_parts
+from lorafx.serving.generation import generate, nested_generates
+from lorafx.serving.replaced import Replaced
 from lorafx.serving.requests import by_slots, checked_names
 from lorafx.serving.resting import Resting
 from lorafx.serving.session import Session
@@ -349,9 +350,9 @@ class CompiledModel(BaseMethods, nn.Module):
         return frozenset(id(module) for module in self.model.modules())
 
     @cached_property
-    def generative_parts(self) -> list[nn.Module]:
-        """The models inside of the model that can generate by themselves."""
-        return generative_parts(self.model)
+    def generates(self) -> list[Replaced]:
+        """`generate` of the model and of models inside of it, within a call."""
+        return nested_generates(self)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -39,7 +39,8 @@ def generate(compiled: CompiledModel, *args: Any, **kwargs: Any) -> Any:
     run = getattr(model, "generate", None)
     if not callable(run):
         raise LorafxError(f"{type(model).__name__} has no generate(); call the model itself")
-    attributes = [*_generates(compiled), *_batching(model)]
+    parts = [item for item in compiled.generates if item[0] is not model]
+    attributes = [*parts, *_batching(model)]
     return replacing(
         compiled._session, attributes, _generate, compiled, model, run, *args, **kwargs
     )
@@ -48,13 +49,7 @@ def generate(compiled: CompiledModel, *args: Any, **kwargs: Any) -> Any:
 def generating_in_methods(compiled: CompiledModel, method: Callable[..., T]) -> Callable[..., T]:
     """`method` of the model: where it calls `generate`, it is this one. Dynamo leaves it to
     Python."""
-    own = (compiled.model, *compiled.generative_parts)
-    found = [
-        (module, "generate", torch.compiler.disable(_nested(compiled, module)))
-        for module in own
-        if callable(getattr(module, "generate", None))
-    ]
-    attributes = [*found, *_batching(compiled.model)]
+    attributes = [*compiled.generates, *_batching(compiled.model)]
     return functools.partial(replacing, compiled._session, attributes, method)
 
 
@@ -86,17 +81,16 @@ def _nested(compiled: CompiledModel, module: nn.Module) -> Callable[..., Any]:
     return nested
 
 
-def _generates(compiled: CompiledModel) -> list[Replaced]:
-    """The `generate` of models inside of the model."""
-    return [(part, "generate", _nested(compiled, part)) for part in compiled.generative_parts]
-
-
-def generative_parts(model: nn.Module) -> list[nn.Module]:
-    """The models inside of the model that can generate by themselves."""
-    mixin = getattr(sys.modules.get("transformers.generation.utils"), "GenerationMixin", None)
-    if mixin is None:
-        return []
-    return [part for part in model.modules() if part is not model and isinstance(part, mixin)]
+def nested_generates(compiled: CompiledModel) -> list[Replaced]:
+    """The `generate` of the model, and of models inside of it, for calls of them within a call.
+    Made once: Dynamo guards on the very function."""
+    mixin = getattr(sys.modules.get("transformers.generation.utils"), "GenerationMixin", ())
+    model = compiled.model
+    return [
+        (part, "generate", torch.compiler.disable(_nested(compiled, part)))
+        for part in model.modules()
+        if (part is model or isinstance(part, mixin)) and callable(getattr(part, "generate", None))
+    ]
 
 
 def _batching(model: nn.Module) -> list[Replaced]:
