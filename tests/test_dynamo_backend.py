@@ -262,7 +262,7 @@ def test_changed_weights(plain):
     model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
     check(call, model, plain, ["a0", "a1"], inputs)
     model.double()
-    with pytest.raises(CaptureError, match="have changed shape, dtype or device"):
+    with pytest.raises(CaptureError, match="have changed shape, dtype, device or format"):
         served(call, model, ["a0", "a1"], inputs)
 
 
