@@ -35,7 +35,8 @@ OUTCOMES = {
     "unmatched": "LoRA is refused at some modules for any batch, with the reason",
     "wrong": "some batch differs from the oracle",
     "error": "an exception that is not one of lorafx's refusals, or no answer in time",
-    "base": "the base model cannot be built small, or run, here; not counted as tried",
+    "base": "the base model cannot be built small, or run, here, or is another one once Dynamo has "
+    "traced it; not counted as tried",
 }
 
 
@@ -113,6 +114,9 @@ def compared(
                 reference, mix, batch, expected
             ):
                 detail = f"{mix}: differs by {difference:.1e}"
+                if (own := _traced_difference(reference, batch)) > oracle.TOLERANCE:
+                    detail = f"torch.compile of the base itself differs from it by {own:.1e}"
+                    return {**report, "outcome": "base", "detail": detail}
                 return {**report, "outcome": "wrong", "detail": detail}
             worst = max(worst, difference)
         report.setdefault("outcome", "ok")
@@ -181,6 +185,16 @@ def _noise(
             ),
         )
     return worst
+
+
+@torch.no_grad()
+def _traced_difference(reference: oracle.Oracle, batch: Mapping[str, Any]) -> float:
+    """How far the base is from itself once Dynamo has traced it, without a compiler behind."""
+    torch._dynamo.reset()
+    traced = torch.compile(reference.base, backend="eager")
+    return oracle.difference(
+        oracle.tensors(traced(**batch)), oracle.tensors(reference.base(**batch))
+    )
 
 
 class _Noting:

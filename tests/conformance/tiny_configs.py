@@ -102,6 +102,7 @@ LISTS: dict[str, int] = {
     "num_conv_layers": 1,
     "conv_dim": 32,
     "attention_window": 4,
+    "block_sizes": 1,
 }
 
 #: Sections of a head's dimensions that rotate by time, height and width.

@@ -101,6 +101,8 @@ def _with_images(
                 arguments["attention_mask"] = torch.cat([ones, found["attention_mask"]], 1)
             if not _accepts(model, "input_ids"):
                 del arguments["input_ids"]
+            elif _accepts(model, "token_type_ids"):  # as processors give them
+                arguments["token_type_ids"] = torch.zeros_like(arguments["input_ids"])
             if _sees(model, arguments):
                 return arguments
     return {**text, "input_ids": ids}
