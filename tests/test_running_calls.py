@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from attached import attached, compiled, fresh_dynamo
+from attached import served as serve
 from dense_merge import Case, error, save_adapter
 from torch import Tensor, nn
 
@@ -18,6 +20,7 @@ from lorafx.adapter_store.bank import Bank
 from lorafx.compat import no_mha_fast_path
 from lorafx.errors import BatchError, CapacityError, CaptureError
 
+__all__ = ["fresh_dynamo"]
 K = 6
 MIXED = ["a", None, "b"]
 
@@ -316,6 +319,34 @@ def test_fork_while_another_thread_is_busy(pausing, meanwhile, monkeypatch, shal
             cm.load_weights(own)
         check(cm, case, MIXED, x)
         cm.pin_adapter("c")
+
+    status = _in_child(answer)
+    go.set()
+    busy.join(60)
+    assert status == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
+def test_fork_while_another_thread_is_in_a_block(pausing):
+    torch.set_num_threads(1)
+    model = attached(pausing)
+    call, x = compiled(model), rows()
+    expected = pausing.expected(MIXED, {"x": x})
+    assert error(serve(call, model, MIXED, {"x": x}), expected) <= 1e-5
+    there, go = threading.Event(), threading.Event()
+
+    def block() -> None:
+        with lorafx.adapters(model, ["b", "b"]):
+            there.set()
+            assert go.wait(60)
+
+    busy = threading.Thread(target=block)
+    busy.start()
+    assert there.wait(60)
+
+    def answer() -> None:
+        assert error(serve(call, model, MIXED, {"x": x}), expected) <= 1e-5
+        lorafx.unload_adapter(model, "b")
 
     status = _in_child(answer)
     go.set()

@@ -57,11 +57,8 @@ class AttachedSession(Session):
         _BY_MODEL[self.program.model] = weakref.ref(self)
 
     def close(self) -> None:
-        """Take the marks away; graphs that were captured serve the base model from then on.
-
-        Raises:
-            CaptureError: inside a block.
-        """
+        """Take the marks away; graphs that were captured serve the base model from then on. Raises
+        CaptureError inside a block."""
         if self.depth:
             raise CaptureError("detach the model after the block of lorafx.adapters, not inside")
         self.attachment.detach()
@@ -71,11 +68,7 @@ class AttachedSession(Session):
 
     @contextmanager
     def block(self, names: str | Sequence[str | None] | None) -> Iterator[None]:
-        """Serve these adapters inside the block.
-
-        Raises:
-            As `adapters`.
-        """
+        """Serve these adapters inside the block; raises as `adapters`."""
         requests = None if names is None or isinstance(names, str) else tuple(names)
         default = names if isinstance(names, str) else None
         program, runtime = self.program, self.program.runtime
@@ -83,12 +76,12 @@ class AttachedSession(Session):
             self.refuse_injected()
             each = [default] if requests is None else requests
             slots = self.store.acquire(each)
-            before = self.requests, self.default, program.call
-            self.requests, self.default = requests, default
-            program.call = Call(None, {}, Ledger())
-            self.depth += 1
-            _BLOCKS.append(self)
+            before, depth = (self.requests, self.default, program.call), self.depth
+            running = requests, default, Call(None, {}, Ledger())
             try:
+                self.requests, self.default, program.call = running
+                self.depth = depth + 1
+                _BLOCKS.append(self)
                 self.serve(each, slots)
                 program.quantised.settle_again()
                 limit, by_data = program.options.recompile_limit, program.quantised.sizes_by_data
@@ -100,9 +93,10 @@ class AttachedSession(Session):
                 trace_again(error)
                 raise
             finally:
-                self.depth -= 1
-                _BLOCKS.remove(self)
                 self.requests, self.default, program.call = before
+                self.depth = depth
+                if _BLOCKS.count(self) > depth:
+                    _BLOCKS.remove(self)
                 if self.depth:
                     # Slots may have changed hands inside.
                     outer = self._row_names(None if self.requests is None else len(self.requests))
@@ -111,6 +105,13 @@ class AttachedSession(Session):
                     # The slots stay: the next block often names the same.
                     runtime.active = False
                     program.touched = program.rescaled = frozenset()
+
+    def after_fork(self) -> None:
+        """As of any session; no block of another thread is open in a child."""
+        super().after_fork()
+        if not self.depth:
+            self.default = None
+            _BLOCKS[:] = [session for session in _BLOCKS if session is not self]
 
     def begin(self, checks: Checks, arguments: Sequence[Any]) -> None:
         """Check the call that a graph serves, and give its rows their slots.

@@ -1,0 +1,400 @@
+"""Eight threads over one compiled model for a while, everything that may happen happening at once.
+
+    python soak.py SECONDS [LOWERING]
+
+Every answer is compared with those of the states that were possible while the call ran
+(`soak_state`). The main thread is interrupted at random moments in the middle of all of it.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import faulthandler
+import gc
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from soak_state import BASES, BEAMS, GREEDY, NAMES, PROMPTS, SLOTS, VERSIONS, Answers, Book
+from torch import Tensor
+
+import lorafx
+from lorafx.adapter_store.stored import StoredAdapter
+from lorafx.errors import BatchError, CaptureError, CheckpointError, UnknownAdapterError
+
+THREADS = 8
+#: The longest that one operation may take, waiting included.
+LIMIT = 90.0
+
+
+class Failing(Exception):
+    """What a streamer, or a source of weights, raises."""
+
+
+class Soak:
+    def __init__(self, seconds: float, lowering: str, folder: Path) -> None:
+        self.seconds, self.folder = seconds, folder
+        self.answers = Answers(folder)
+        self.model = copy.deepcopy(self.answers.bases[0])
+        self.start = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.cm = lorafx.compile(
+            self.model,
+            lorafx.LoraConfig(max_adapters=SLOTS),
+            adapters={name: self.answers.files[name, 0] for name in NAMES},
+            options={"lowering": lowering},
+        )
+        self.book = Book({"base": 0, "merged": None, "default": None, **dict.fromkeys(NAMES, 0)})
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.problems: list[str] = []
+        self.stopping = threading.Event()
+        self.longest = 0.0
+        self.begun = time.monotonic()
+
+    # --- calls ---
+
+    def names(self, rng: random.Random, rows: int) -> list[str | None]:
+        """Two adapters at most: one slot may be pinned."""
+        pair = [None, *rng.sample(NAMES, 2)]
+        return [rng.choice(pair) for _ in range(rows)]
+
+    def served(self, names: list[str | None] | None, run: Callable[..., Any]) -> Any:
+        """What the call gives, None where it is refused for a reason that there is."""
+        with self.book.call() as seen:
+            try:
+                result = run(adapter_names=names)
+            except UnknownAdapterError:
+                if not any(None in seen[name] for name in names or NAMES if name):
+                    raise
+                return None
+            except BatchError as refused:
+                if "merged into" not in str(refused) or seen["merged"] == {None}:
+                    raise
+                return None
+            except CaptureError as refused:
+                if "base weights" not in str(refused) or len(seen["base"] | seen["merged"]) < 3:
+                    raise
+                return None
+        return seen, result, names or ["default"] * len(PROMPTS)
+
+    def call(self, rng: random.Random) -> None:
+        names = None if rng.random() < 0.2 else self.names(rng, len(PROMPTS))
+        got = self.served(names, lambda **kw: self.cm(input_ids=PROMPTS, **kw).logits)
+        if got is not None:
+            seen, logits, names = got
+            self.check(self.answers.right_logits(seen, names, logits), "forward", names, seen)
+
+    def generate(self, rng: random.Random) -> None:
+        """Greedy, two prompts or beams of one; streamers that raise in the middle."""
+        beams = rng.random() < 0.3
+        rows = 1 if beams or rng.random() < 0.5 else 2
+        names: Any = self.names(rng, rows)
+        streamer = Streamer(fails_at=rng.choice((None, 1, 3))) if rows == 1 and not beams else None
+        settings = BEAMS if beams else GREEDY
+
+        def run(**kw: Any) -> Tensor:
+            return self.cm.generate(
+                PROMPTS[:rows], **settings, **kw, streamer=streamer, pad_token_id=0
+            )
+
+        try:
+            got = self.served(names, run)
+        except Failing:
+            self.counts["streamer raised"] += 1
+            return
+        if got is not None:
+            seen, tokens, names = got
+            right = self.answers.right_tokens(seen, names, tokens, settings["num_beams"])
+            self.check(right, "generate", names, seen)
+
+    def bad_call(self, rng: random.Random) -> None:
+        """A token that the vocabulary does not have: raised by the embedding, in the graph."""
+        names = self.names(rng, len(PROMPTS))
+        with contextlib.suppress(IndexError):
+            if self.served(names, lambda **kw: self.cm(input_ids=PROMPTS + 100, **kw)) is not None:
+                raise AssertionError("an impossible token was served")
+
+    def check(self, right: bool, *what: Any) -> None:
+        if not right:
+            raise AssertionError(f"wrong answer: {what}")
+
+    # --- changes ---
+
+    @contextlib.contextmanager
+    def change(self, key: str, value: Any, *between: Any) -> Iterator[None]:
+        """`key` becomes `value`; where the block raises, it may be what it was or that, or be
+        anything `between`."""
+        with self.book.changing[key]:
+            before = self.book.possible(key)
+            self.book.begin(key, value, *between)
+            try:
+                yield
+            except BaseException:
+                self.book.end(key, value, *before, *between)
+                raise
+            self.book.end(key, value)
+
+    def replace(self, rng: random.Random) -> None:
+        name, version = rng.choice(NAMES), rng.randrange(VERSIONS)
+        # A merged one is not replaced, so nobody merges meanwhile.
+        with self.book.changing["merged"]:
+            if self.book.possible("merged") == {None}:
+                with self.change(name, version):
+                    self.cm.load_adapter(self.answers.files[name, version], name)
+
+    def broken_file(self, rng: random.Random) -> None:
+        name = rng.choice(NAMES)
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        shutil.copytree(self.answers.files[name, 0], folder, dirs_exist_ok=True)
+        weights = folder / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[: -rng.randrange(1, 400)])
+        try:
+            self.cm.load_adapter(folder, name)
+        except (CheckpointError, lorafx.errors.ConfigError):
+            return
+        finally:
+            shutil.rmtree(folder)
+        raise AssertionError("a file that was cut off was loaded")
+
+    def unload(self, rng: random.Random) -> None:
+        name = rng.choice(NAMES[:2])
+        with self.book.changing["merged"], self.book.changing["default"]:
+            if self.book.possible("merged") != {None} or self.book.possible("default") != {None}:
+                return
+            with self.book.changing[name]:
+                with self.change(name, None), contextlib.suppress(UnknownAdapterError):
+                    self.cm.unload_adapter(name)
+                with self.change(name, 0):
+                    self.cm.load_adapter(self.answers.files[name, 0], name)
+
+    def pin(self, rng: random.Random) -> None:
+        """Always the same, so that one slot is pinned at most."""
+        self.cm.pin_adapter("d")
+        if rng.random() < 0.5:
+            self.cm.unpin_adapter("d")
+
+    def default(self, rng: random.Random) -> None:
+        with self.book.changing["merged"]:
+            if self.book.possible("merged") != {None}:
+                return
+            name = rng.choice((None, "c", "d"))
+            with self.change("default", name):
+                self.cm.set_adapter(name)
+
+    def push(self, rng: random.Random) -> None:
+        base = rng.randrange(BASES)
+        state = {k: v.clone() for k, v in self.answers.bases[base].state_dict().items()}
+
+        def pairs() -> Iterator[tuple[str, Tensor]]:
+            yield from state.items()
+
+        def raising() -> Iterator[tuple[str, Tensor]]:
+            yield from list(state.items())[: rng.randrange(len(state))]
+            raise Failing
+
+        source = rng.choice((state, pairs(), pairs, raising()))
+        with self.book.changing["base"]:
+            try:
+                with self.change("base", base):
+                    self.cm.load_weights(source)
+            except Failing:
+                self.counts["push raised"] += 1
+
+    def merge(self, rng: random.Random) -> None:
+        """Merge, serve so for a moment, and take it out again."""
+        name = rng.choice(NAMES)
+        with self.book.changing["merged"], self.book.changing["default"]:
+            if self.book.possible("default") not in ({None}, {name}) or None in (
+                self.book.possible(name)
+            ):
+                return
+            with self.change("merged", name):
+                self.cm.merge(name)
+            try:
+                self.call(rng)
+            finally:
+                with self.change("merged", None):
+                    self.cm.unmerge()
+
+    def export(self, rng: random.Random) -> None:
+        name, folder = rng.choice(NAMES[2:]), Path(tempfile.mkdtemp(dir=self.folder))
+        with self.book.changing["merged"], self.book.call() as seen:
+            if self.book.possible("merged") == {None}:
+                self.cm.export_merged(name, folder)
+                state = load_file(folder / "model.safetensors")
+                self.check(self.answers.right_weights(seen, name, state), "export", name, seen)
+        shutil.rmtree(folder)
+
+    # --- who does what ---
+
+    def act(self, rng: random.Random) -> None:
+        acts: dict[Callable[..., None], int] = {
+            self.call: 40, self.generate: 15, self.bad_call: 3, self.replace: 12, self.unload: 4,
+            self.broken_file: 2, self.pin: 6, self.default: 5, self.push: 5, self.merge: 4,
+            self.export: 1,
+        }  # fmt: skip
+        (chosen,) = rng.choices(list(acts), list(acts.values()))
+        begin = time.monotonic()
+        try:
+            chosen(rng)
+        finally:
+            self.longest = max(self.longest, time.monotonic() - begin)
+        self.counts[chosen.__name__] += 1
+
+    def work(self, seed: int) -> None:
+        rng = random.Random(seed)
+        while not self.stopping.is_set():
+            try:
+                self.act(rng)
+            except Exception:
+                self.problems.append(traceback.format_exc())
+                self.stopping.set()
+
+    def interrupted(self, rng: random.Random) -> None:
+        """As `work`, on the main thread, with a signal at a random moment of each operation."""
+        try:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.choice((0.002, 0.02, 0.1)) * rng.random())
+                self.act(rng)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except KeyboardInterrupt:
+            self.counts["interrupts"] += 1
+            self.repair()
+
+    def repair(self) -> None:
+        """Whatever an interrupt left possible, make it certain. Nothing else may be needed."""
+        cm, book = self.cm, self.book
+        with book.changing["merged"]:
+            if cm._session.broken or cm._session.unmerged or len(book.possible("base")) > 1:
+                with book.changing["base"], self.change("base", 0):
+                    cm.load_weights(self.answers.bases[0].state_dict())
+            if cm.merged is not None or cm._session.unmerged:
+                with self.change("merged", None):
+                    cm.unmerge()
+            book.end("merged", None)
+        for name in NAMES:
+            with book.changing[name]:
+                if len(book.possible(name)) > 1 or None in book.possible(name):
+                    with self.change(name, 0):
+                        cm.load_adapter(self.answers.files[name, 0], name)
+        with book.changing["default"]:
+            if len(book.possible("default")) > 1:
+                with self.change("default", None):
+                    cm.set_adapter(None)
+
+    def warm(self) -> None:
+        """Every graph that the operations need."""
+        for names in ([None] * 3, ["a"] * 3, ["a", None, "b"]):
+            for _ in range(2):
+                self.cm(input_ids=PROMPTS, adapter_names=names)
+            for rows, settings in ((1, GREEDY), (2, GREEDY), (1, BEAMS)):
+                given = names[1 : 1 + rows] if rows == 2 else names[:1]
+                for _ in range(2):
+                    self.cm.generate(
+                        PROMPTS[:rows], **settings, adapter_names=given, pad_token_id=0
+                    )
+
+    def run(self) -> dict[str, Any]:
+        self.say("made")
+        self.warm()
+        self.say("warm")
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        rng, begin = random.Random(0), time.monotonic()
+        workers = [
+            threading.Thread(target=self.work, args=(seed,), daemon=True)
+            for seed in range(1, THREADS)
+        ]
+        for worker in workers:
+            worker.start()
+        warm: dict[str, int] = {}
+        while not self.stopping.is_set() and time.monotonic() - begin < self.seconds:
+            self.interrupted(rng)
+            if not warm and time.monotonic() - begin > self.seconds / 3:
+                warm = self.size()
+                self.say(f"{warm}")
+        self.stopping.set()
+        for worker in workers:
+            worker.join(2 * LIMIT)
+            if worker.is_alive():
+                faulthandler.dump_traceback(all_threads=True)
+                raise AssertionError("a thread waits for ever")
+        if self.problems:
+            raise AssertionError("\n".join(self.problems))
+        self.finish()
+        return {"warm": warm, "end": self.size(), "longest": round(self.longest, 1), **self.counts}
+
+    def say(self, what: str) -> None:
+        print(f"{time.monotonic() - self.begun:.0f} s: {what}, {dict(self.counts)}", flush=True)
+
+    def size(self) -> dict[str, int]:
+        gc.collect()
+        found = gc.get_objects()
+        return {
+            "graphs": self.cm.recompiles,
+            "adapters": sum(isinstance(item, StoredAdapter) for item in found),
+            "tensors": sum(issubclass(type(item), Tensor) for item in found),
+            "MiB": int(Path("/proc/self/statm").read_text().split()[1])
+            * resource.getpagesize()
+            // 2**20,
+        }
+
+    def finish(self) -> None:
+        """All is at rest: what is there is what was given, bit by bit, and nothing is held."""
+        self.repair()
+        self.cm.load_weights(self.start)
+        session = self.cm._session
+        for lock in (session.lock, session.weights_lock, session.store._lock):
+            free: list[bool] = []
+            asking = threading.Thread(target=_ask, args=(lock, free))
+            asking.start()
+            asking.join()
+            assert free == [True], "a lock is still held"
+        assert session.depth == session.entries == 0
+
+
+def _ask(lock: Any, free: list[bool]) -> None:
+    free.append(lock.acquire(blocking=False))
+    if free[0]:
+        lock.release()
+
+
+class Streamer:
+    def __init__(self, fails_at: int | None) -> None:
+        self.fails_at, self.count = fails_at, 0
+
+    def put(self, tokens: Tensor) -> None:
+        self.count += 1
+        if self.count == self.fails_at:
+            raise Failing
+
+    def end(self) -> None: ...
+
+
+def main() -> None:
+    seconds, lowering = float(sys.argv[1]), (*sys.argv[2:], "reference")[0]
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(seconds + 6 * LIMIT, exit=True)
+    with tempfile.TemporaryDirectory() as folder:
+        print(Soak(seconds, lowering, Path(folder)).run(), flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

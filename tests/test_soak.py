@@ -1,0 +1,47 @@
+"""The soak (tests/helpers/soak.py), in a process of its own: a short one, and ten minutes."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HELPERS = Path(__file__).parent / "helpers"
+LONG = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("seconds", "lowering"),
+    [
+        (20, "reference"),
+        pytest.param(600, "reference", marks=LONG),
+        pytest.param(120, "inductor", marks=LONG),
+    ],
+)
+def test_soak(seconds: int, lowering: str) -> None:
+    """`LORAFX_SOAK_SECONDS` is the duration of each, where it is set."""
+    seconds = int(os.environ.get("LORAFX_SOAK_SECONDS", seconds))
+    paths = [str(HELPERS), str(HELPERS.parent / "conformance")]
+    # Few arenas: a thread's freed memory would stand in its own, and look like a leak.
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "MALLOC_ARENA_MAX": "2"}
+    done = subprocess.run(
+        [sys.executable, str(HELPERS / "soak.py"), str(seconds), lowering],
+        env={**env, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-12000:]
+    found = ast.literal_eval(done.stdout.strip().splitlines()[-1])
+    print(found)
+    warm, end = found["warm"], found["end"]
+    assert end["graphs"] == warm["graphs"]
+    assert end["adapters"] <= warm["adapters"] + 2
+    assert end["tensors"] <= warm["tensors"] + 100
+    assert end["MiB"] <= warm["MiB"] + 40
+    assert found["interrupts"] > 0
+    assert found["call"] > 0
