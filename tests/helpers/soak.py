@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from soak_state import BASES, BEAMS, GREEDY, NAMES, PROMPTS, SLOTS, VERSIONS, Answers, Book
+from soak_state import BASES, BEAMS, BROKEN, GREEDY, NAMES, PROMPTS, SLOTS, VERSIONS, Answers, Book
 from torch import Tensor
 
 import lorafx
@@ -86,7 +86,7 @@ class Soak:
                     raise
                 return None
             except CaptureError as refused:
-                if "base weights" not in str(refused) or len(seen["base"] | seen["merged"]) < 3:
+                if "base weights" not in str(refused) or BROKEN not in seen["base"]:
                     raise
                 return None
         return seen, result, names or ["default"] * len(PROMPTS)
@@ -135,16 +135,15 @@ class Soak:
     # --- changes ---
 
     @contextlib.contextmanager
-    def change(self, key: str, value: Any, *between: Any) -> Iterator[None]:
-        """`key` becomes `value`; where the block raises, it may be what it was or that, or be
-        anything `between`."""
+    def change(self, key: str, value: Any) -> Iterator[None]:
+        """`key` becomes `value`; where the block raises, it may be what it was or that."""
         with self.book.changing[key]:
             before = self.book.possible(key)
-            self.book.begin(key, value, *between)
+            self.book.begin(key, value)
             try:
                 yield
             except BaseException:
-                self.book.end(key, value, *before, *between)
+                self.book.end(key, value, *before)
                 raise
             self.book.end(key, value)
 
@@ -208,11 +207,18 @@ class Soak:
 
         source = rng.choice((state, pairs(), pairs, raising()))
         with self.book.changing["base"]:
+            before = self.book.possible("base")
+            self.book.begin("base", base, BROKEN)
             try:
-                with self.change("base", base):
-                    self.cm.load_weights(source)
-            except Failing:
+                self.cm.load_weights(source)
+            except Failing:  # what had been written is put back
+                self.book.end("base", *before)
                 self.counts["push raised"] += 1
+            except BaseException:
+                self.book.end("base", base, BROKEN, *before)
+                raise
+            else:
+                self.book.end("base", base)
 
     def merge(self, rng: random.Random) -> None:
         """Merge, serve so for a moment, and take it out again."""
@@ -298,16 +304,17 @@ class Soak:
                     cm.set_adapter(None)
 
     def warm(self) -> None:
-        """Every graph that the operations need."""
-        for names in ([None] * 3, ["a"] * 3, ["a", None, "b"]):
+        """Every graph that the operations need: how beams are reordered, which depends on the
+        tokens, is seen in the strides of the cache, and strides make graphs."""
+        mixes: list[list[str | None]] = [[None] * 3, ["a"] * 3, ["a", None, "b"]]
+        for names in mixes:
             for _ in range(2):
                 self.cm(input_ids=PROMPTS, adapter_names=names)
-            for rows, settings in ((1, GREEDY), (2, GREEDY), (1, BEAMS)):
-                given = names[1 : 1 + rows] if rows == 2 else names[:1]
-                for _ in range(2):
-                    self.cm.generate(
-                        PROMPTS[:rows], **settings, adapter_names=given, pad_token_id=0
-                    )
+                self.cm.generate(PROMPTS[:2], **GREEDY, adapter_names=names[-2:], pad_token_id=0)
+        for name in (None, *NAMES):
+            for prompt in PROMPTS:
+                for settings in (GREEDY, BEAMS):
+                    self.cm.generate(prompt[None], **settings, adapter_names=[name], pad_token_id=0)
 
     def run(self) -> dict[str, Any]:
         self.say("made")

@@ -27,6 +27,8 @@ PROMPTS = torch.tensor([[3, 9, 27, 20, 60], [11, 5, 8, 40, 31], [50, 2, 2, 17, 3
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "num_beams": 1}
 BEAMS = {**GREEDY, "num_beams": 2}
 TOLERANCE = 1e-5
+#: No version of the base: a push was cut short where no second copy is kept, and calls are refused.
+BROKEN = -1
 
 
 class Book:
@@ -113,7 +115,7 @@ class Answers:
         """For every state of the sets: the key of each row's model. Rows of one adapter have one
         version of it, and all rows one base."""
         for base, merged, default in itertools.product(
-            seen["base"], seen["merged"], seen["default"]
+            seen["base"] - {BROKEN}, seen["merged"], seen["default"]
         ):
             used = [merged or (default if name == "default" else name) for name in names]
             distinct = sorted({name for name in used if name is not None})
@@ -151,7 +153,7 @@ class Answers:
 
     def right_weights(self, seen: Any, name: str, state: Mapping[str, Tensor]) -> bool:
         """Whether these are the weights of some state with `name` merged."""
-        for base, version in itertools.product(seen["base"], seen[name] - {None}):
+        for base, version in itertools.product(seen["base"] - {BROKEN}, seen[name] - {None}):
             want = self.models[base, name, version].state_dict()
             if all(error(value, want[key]) <= TOLERANCE for key, value in state.items()):
                 return True
