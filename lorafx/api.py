@@ -28,7 +28,7 @@ from lorafx.explain import Explanation, model_sections
 from lorafx.model.packing import pack_weights
 from lorafx.model.sites import Site
 from lorafx.model.targets import AdapterNames
-from lorafx.passes.attach import Attach, Attachment, allocate_groups
+from lorafx.passes.attach import Attach, Attachment, allocate_groups, sessions_of_marks
 from lorafx.passes.select import build_sites
 from lorafx.progress import progress
 from lorafx.serving.attached import session_of, session_of_weight
@@ -68,7 +68,8 @@ def compile(
     Raises:
         ConfigError, TargetError: a configuration that cannot be honoured.
         CheckpointError, CapacityError: an adapter that cannot be read.
-        CaptureError: the model is compiled or attached already.
+        CaptureError: the model is compiled or attached already, or shares modules with one that is
+            attached. It may share some with compiled ones, as a draft does with its target.
         Whatever a call with `example_inputs` raises.
         The model's modules and hooks are as they were then.
     """
@@ -117,7 +118,14 @@ def attach(
 
 
 def _refuse_shared_weights(built: _Built) -> None:
-    """A graph is served by the model whose weights it is called with: no two may share one."""
+    """A graph is served by the model whose weights it is called with: no two may share one.
+    Compiled models take turns; nobody can see to that where others call the model."""
+    for session in sessions_of_marks(built.program.graph):
+        built.attachment.detach()
+        raise CaptureError(
+            f"it shares modules with a {type(session.program.model).__name__} that lorafx.compile "
+            "serves; models that share modules are served by lorafx.compile, each of them"
+        )
     for site in built.program.sites:
         weight = built.program.weight_of(site)
         other = None if weight is None else session_of_weight(weight)

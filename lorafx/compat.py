@@ -153,13 +153,25 @@ def duck_shaped() -> bool:
     return shape_env is not None and shape_env.duck_shape
 
 
-def guarded_attributes(suffix: str) -> bool:
-    """Whether the frame that is being captured is guarded on something whose name so ends."""
+def guarded_attributes(suffix: str) -> list[str]:
+    """The names, as Dynamo writes them, of what the frame that is being captured is guarded on and
+    that so end."""
     context = torch._guards.TracingContext.try_get()
     if context is None:
-        return False
+        return []
     names = (guard.name for guard in context.guards_context.dynamo_guards)
-    return any(str(name() if callable(name) else name).endswith(suffix) for name in names)
+    texts = (str(name() if callable(name) else name) for name in names)
+    return [text for text in texts if text.endswith(suffix)]
+
+
+def named_by_dynamo(name: str) -> Any:
+    """What this name stands for in the frame that is being captured; None where only Dynamo can
+    tell."""
+    root = symbolic_convert.InstructionTranslator.current_tx().output.root_tx
+    try:
+        return eval(name, {"L": root.f_locals, "G": root.f_globals})
+    except (AttributeError, LookupError, NameError, TypeError, SyntaxError):
+        return None
 
 
 def mark_fixed_shape(tensor: Tensor) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -167,12 +167,40 @@ def _one_device(sites: Sequence[Site]) -> torch.device:
 
 
 def _refuse_marked(graph: ModuleGraph) -> None:
+    """Marks of a compiled model may be there, where the two only share some modules."""
     for path, module in graph.modules():
-        if any(isinstance(hook, MARKS) for hook in module._forward_hooks.values()):
-            raise CaptureError(
-                f"{path or 'the model'} carries a LoRA mark already; detach the model before "
-                "attaching again"
-            )
+        for hook in module._forward_hooks.values():
+            if not isinstance(hook, MARKS):
+                continue
+            session = hook.runtime.session
+            if session is None or graph.has(session.program.model):
+                raise CaptureError(
+                    f"{path or 'the model'} carries a LoRA mark already; detach the model before "
+                    "attaching again"
+                )
+            other = type(session.program.model).__name__
+            if session.program.graph.has(graph.root):
+                raise CaptureError(
+                    f"{path or 'the model'} carries a LoRA mark already: it is part of a {other} "
+                    "that carries LoRA; detach that one before"
+                )
+            if not session.takes_turns:
+                raise CaptureError(
+                    f"{path or 'the model'} carries a LoRA mark already, of a {other} that LoRA "
+                    "was attached to; models that share modules are served by lorafx.compile, each "
+                    "of them"
+                )
+
+
+def sessions_of_marks(graph: ModuleGraph) -> list[Any]:
+    """The sessions whose marks hang on the modules of a model."""
+    found = {
+        id(hook.runtime.session): hook.runtime.session
+        for _, module in graph.modules()
+        for hook in module._forward_hooks.values()
+        if isinstance(hook, MARKS) and hook.runtime.session is not None
+    }
+    return list(found.values())
 
 
 def _refuse_compiled(graph: ModuleGraph, sites: Sequence[Site]) -> None:
@@ -205,8 +233,14 @@ def attach_sites(model: nn.Module, sites: Sequence[Site], config: LoraConfig) ->
     return Attach().run(ModuleGraph.of(model), sites, config)
 
 
+def _of_another(hook: SiteMark | RowMark, model: nn.Module) -> bool:
+    session = hook.runtime.session
+    return session is not None and session.program.model is not model
+
+
 def detach(model: nn.Module) -> int:
-    """Take every mark off `model`, also those that a deep copy or pickle carried over.
+    """Take every mark off `model`, also those that a deep copy or pickle carried over, but none of
+    another model that is served and shares modules with it.
 
     Returns:
         How many marks were removed.
@@ -214,7 +248,7 @@ def detach(model: nn.Module) -> int:
     removed = 0
     for _, module in ModuleGraph.of(model).modules():
         for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, MARKS):
+            if isinstance(hook, MARKS) and not _of_another(hook, model):
                 del module._forward_hooks[key]
                 module._forward_hooks_with_kwargs.pop(key, None)
                 module._forward_hooks_always_called.pop(key, None)

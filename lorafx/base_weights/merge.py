@@ -37,6 +37,7 @@ from lorafx.model.packing import check_packed
 from lorafx.model.quantized import Stored, dequantize, requantize
 from lorafx.model.weight_formats import format_of, own_tensors
 from lorafx.progress import progress
+from lorafx.serving.sharing import held_elsewhere
 
 if TYPE_CHECKING:
     from lorafx.serving.session import Session
@@ -174,6 +175,7 @@ def _merge(session: Session, name: str, *, requantize: bool) -> MergeReport:
         apart = [_tied_apart(change) for change in changes.plain if change.tied_apart]
         if apart:
             raise not_mergeable(name, apart)
+        _refuse_shared(session, name, changes)
         with progress(f"merging {name} into {len(changes.plain) + len(changes.stored)} weights"):
             return _write_merged(session, name, changes, requantize=requantize)
 
@@ -276,6 +278,22 @@ def _refuse_in_use(session: Session, name: str) -> None:
         raise ConfigError(
             f"{session.default!r} is in use: it serves the calls that name no adapter. "
             f"set_adapter({name!r}) or set_adapter(None) before {name!r} is merged"
+        )
+
+
+def _refuse_shared(session: Session, name: str, changes: Changes) -> None:
+    """Raise MatchError where another served model holds a weight that would be changed."""
+    tensors = [change.weight for change in changes.plain]
+    tensors += [t for change in changes.stored for t in own_tensors(change.holder.module)]
+    elsewhere = held_elsewhere(session, tensors)
+    if elsewhere:
+        raise not_mergeable(
+            name,
+            [
+                f"{place} is the same weight, and its base would change; detach() that model, or "
+                "export_merged() this one"
+                for place in elsewhere
+            ],
         )
 
 

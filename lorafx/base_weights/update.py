@@ -27,6 +27,7 @@ from lorafx.errors import CheckpointError, ConfigError
 from lorafx.interrupts import undisturbed
 from lorafx.model.module_graph import storage_key
 from lorafx.model.packing import check_packed
+from lorafx.serving.sharing import refresh_elsewhere
 
 if TYPE_CHECKING:
     from lorafx.serving.session import Session
@@ -64,7 +65,9 @@ def update_weights(
     def update() -> WeightUpdate:
         return _update(session, source, strict=strict, undo=undo)
 
-    return unmerged(session, lambda: session.update(update))
+    report = unmerged(session, lambda: session.update(update))
+    refresh_elsewhere(session)
+    return report
 
 
 def _update(session: Session, source: Source, *, strict: bool, undo: Undo) -> WeightUpdate:

@@ -33,7 +33,7 @@ from lorafx.capture.program import Program
 from lorafx.capture.record import GraphRecord
 from lorafx.capture.stack import called_directly
 from lorafx.capture.verify import NumericCheck
-from lorafx.compat import duck_shaped, ends_in_break, guarded_attributes
+from lorafx.compat import duck_shaped, ends_in_break, guarded_attributes, named_by_dynamo
 from lorafx.graph.context import Context
 from lorafx.graph.frame import ONE_SLOT, SLOTS, Frame
 from lorafx.kernels.triton_build import source_of
@@ -90,7 +90,7 @@ class Backend:
         self.several[0] |= frame.follows_another or bool(places.arguments) or ends_in_break()
         owner = self.owner(frame, [p for p, item in enumerate(frame.inputs) if item.sites])
         active = program.runtime.active
-        both = not guarded_attributes(".runtime.active")
+        both = not _guarded_on_activity(program)
         lora = (both or active) and frame.carries_lora
         title = f"graph {len(self.records)}{' lora' if lora else ' base'}"
         title += " per token" if per_token else ""
@@ -139,6 +139,17 @@ class Backend:
         positions of sites' weights among the arguments that it is called with."""
         program = self.program  # no other model shares this backend's graphs
         return lambda arguments: program
+
+
+def _guarded_on_activity(program: Program) -> bool:
+    """Whether Dynamo guards the frame that is being captured on the program's being active."""
+    names = guarded_attributes(".runtime.active")
+    session = program.runtime.session
+    if session is None or not session.neighbours:
+        return bool(names)
+    # Marks of models that share modules with this one may stand there too.
+    runtimes = (named_by_dynamo(name.removesuffix(".active")) for name in names)
+    return any(runtime is program.runtime for runtime in runtimes)
 
 
 class _FrameCompiler:

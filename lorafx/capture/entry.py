@@ -32,6 +32,7 @@ from lorafx.model.experts import LOOP, loops
 from lorafx.model.packing import check_packed
 from lorafx.serving.roles import IMAGES, TOKEN_DIMS, RoleTable
 from lorafx.serving.session import Session
+from lorafx.serving.sharing import rest, resume
 
 
 class Entry:
@@ -69,12 +70,17 @@ class Entry:
         active, rows = runtime.active, runtime.rows
         before = program.call, program.touched, program.rescaled
         taken = held.union(rows) if entries else held
+        others: list[bool] = []
         # No context manager, for the reason that `Session.call` gives.
         try:
             session.entries, runtime.resting, store.held = entries + 1, None, taken
+            if session.neighbours:
+                others = rest(session)
             return self._serve(*args, **kwargs)
         finally:
             session.entries, runtime.resting, store.held = entries, resting, held
+            if others:
+                resume(session, others)
             if entries:  # what called this one from within goes on with its own batch
                 program.call, program.touched, program.rescaled = before
                 runtime.set_rows(rows)

@@ -3,9 +3,10 @@
 Dynamo guards everything that it read from a mark: some thirty guards a site, 3.5 µs a call each
 site (42 sites: 157 → 303 µs a step). A mark never changes once it is attached, and in a frame of
 the compiled module itself it is always the same mark, so one guard is kept of all of them: whether
-any adapter is active. That the hook is still there, and alone, is guarded on the hooks' dictionary
-of its module and stays. Frames that several layers may share (parts of a model that breaks into
-several graphs) keep every guard: there the marks tell the layers apart.
+any adapter is active (one for each model, where several share modules). That the hook is still
+there, and alone, is guarded on the hooks' dictionary of its module and stays. Frames that several
+layers may share (parts of a model that breaks into several graphs) keep every guard: there the
+marks tell the layers apart.
 """
 
 from __future__ import annotations
@@ -23,18 +24,28 @@ def keep_guards(module: nn.Module, guards: Sequence[Any]) -> list[bool]:
     """For each of a new graph's guards whether to keep it; `module` is the compiled one."""
     if not any(_is_self(guard, module) for guard in guards):
         return [True] * len(guards)
-    marks = {guard.name for guard in guards if isinstance(guard.value, (SiteMark, RowMark))}
+    marks = {
+        guard.name: id(guard.value.runtime)
+        for guard in guards
+        if isinstance(guard.value, (SiteMark, RowMark))
+    }
     if not marks:
         return [True] * len(guards)
     kept: list[bool] = []
-    active_kept = False
+    runtimes: set[int] = set()  # several where models share modules
     for guard in guards:
-        of_mark = any(name in guard.name for name in marks)
-        active = of_mark and not active_kept and guard.name.endswith(".runtime.active")
-        active_kept |= active
+        runtime = next((found for name, found in marks.items() if name in guard.name), None)
+        of_mark = runtime is not None
+        active = (
+            runtime is not None
+            and runtime not in runtimes
+            and guard.name.endswith(".runtime.active")
+        )
+        if active and runtime is not None:
+            runtimes.add(runtime)
         kept.append(active or not of_mark)
-    # Without the guard that tells the two roads apart nothing may be dropped.
-    return kept if active_kept else [True] * len(guards)
+    # Without the guards that tell the two roads apart nothing may be dropped.
+    return kept if runtimes == set(marks.values()) else [True] * len(guards)
 
 
 def _is_self(guard: Any, module: nn.Module) -> bool:

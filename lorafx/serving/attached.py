@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -47,6 +47,7 @@ class AttachedSession(Session):
     attachment: Attachment = field(kw_only=True)
     #: The options of torch.compile that the model was marked by; None for `lorafx.attach`.
     given: Mapping[str, Any] | None = None
+    takes_turns: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,9 +107,9 @@ class AttachedSession(Session):
                     runtime.active = False
                     program.touched = program.rescaled = frozenset()
 
-    def after_fork(self) -> None:
+    def after_fork(self, locks: dict[int, threading.RLock]) -> None:
         """As of any session; no block of another thread is open in a child."""
-        super().after_fork()
+        super().after_fork(locks)
         if not self.depth:
             self.default = None
             _BLOCKS[:] = [session for session in _BLOCKS if session is not self]
@@ -240,7 +241,7 @@ def marked_session(model: nn.Module) -> AttachedSession:
         return session
     name = type(model).__name__
     marks = _marks(model)
-    if any(mark.runtime.session is not None for mark in marks):
+    if any(isinstance(mark.runtime.session, AttachedSession) for mark in marks):
         raise ConfigError(
             f"this {name} holds, or is part of, a model that LoRA was attached to; give that one"
         )

@@ -87,7 +87,8 @@ class BaseMethods:
             ConfigError: one is merged already, or another one is the default of `set_adapter`.
             BatchError: a call is running on this thread.
             MatchError: a weight cannot take ΔW: quantised, tied to one that gets another ΔW,
-                copied in a form that is not understood, or beyond its dtype's range.
+                held by another model in service, copied in a form that is not understood, or
+                beyond its dtype's range.
             Nothing has changed then.
         """
         self._check_attached()

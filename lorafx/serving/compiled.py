@@ -27,6 +27,7 @@ from lorafx.serving.replaced import Replaced
 from lorafx.serving.requests import by_slots, checked_names
 from lorafx.serving.resting import Resting
 from lorafx.serving.session import Session
+from lorafx.serving.sharing import join, leave
 from lorafx.serving.warmup import warm_up
 
 
@@ -50,6 +51,11 @@ class CompiledModel(BaseMethods, nn.Module):
         self._attachment = attachment
         self._session = Session(program, store, Backend(program, entered), dynamic)
         self._entries: dict[tuple[int, bool, Any], Entry] = {}
+        try:
+            join(self._session)
+        except BaseException:
+            attachment.detach()
+            raise
         self._session.resting = program.runtime.resting = Resting(self._session)
         # Not train(), which has no end where a child holds its parent.
         self.training = program.model.training
@@ -340,6 +346,7 @@ class CompiledModel(BaseMethods, nn.Module):
             if self.merged is not None:
                 self.unmerge()
             undisturbed(self._attachment.detach)
+            leave(session)
         return self.model
 
     # --- plumbing ---

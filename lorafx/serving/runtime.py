@@ -51,7 +51,7 @@ class Runtime:
         by_handle: graphs look `row_slots` up when they run, and what marks read is a handle of
             constant shape: whoever compiles the model, its graphs do not depend on how many
             requests were named. False: marks read the slots of all requests.
-        session: what serves the model; whoever finds a mark finds it here.
+        session: what serves the model, None before and after; whoever finds a mark finds it here.
         resting: whom a mark asks when its layer runs in eager mode without an adapter; None where
             that is what the batch wants.
 

@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
@@ -76,6 +76,10 @@ class Session:
     warming: bool = False
     #: Whom marks ask outside of entries.
     resting: Resting | None = None
+    #: Those of models that share modules with this one (lorafx.serving.sharing).
+    neighbours: tuple[Session, ...] = ()
+    #: Whether it can serve beside such sessions.
+    takes_turns: ClassVar[bool] = True
     has_mha: bool = field(init=False)
     #: The model had notes of PEFT's when it was marked, which mean nothing then.
     noted_before: bool = field(init=False)
@@ -293,10 +297,12 @@ class Session:
         finally:
             self.updating = False
 
-    def after_fork(self) -> None:
-        """In a child process: free of the calls that other threads of the parent were in."""
-        self.weights_lock = free_after_fork(self.weights_lock)
-        lock = free_after_fork(self.lock)
+    def after_fork(self, locks: dict[int, threading.RLock]) -> None:
+        """In a child process: free of the calls that other threads of the parent were in. `locks`
+        are those that stand for others, which sessions may share."""
+        old = id(self.weights_lock), id(self.lock)
+        self.weights_lock = locks.setdefault(old[0], free_after_fork(self.weights_lock))
+        lock = locks.setdefault(old[1], free_after_fork(self.lock))
         if lock is not self.lock:
             self.lock = lock
             self.depth, self.requests, self.tokens, self.repeats = 0, None, None, False
@@ -358,8 +364,11 @@ _SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
+    locks: dict[int, threading.RLock] = {}
+    old = [(session.lock, session.weights_lock) for session in _SESSIONS]  # so that ids stay theirs
     for session in list(_SESSIONS):
-        session.after_fork()
+        session.after_fork(locks)
+    del old
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,362 @@
+"""A target and a draft that share embedding and head, each served with its own adapters."""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from dense_merge import REFERENCE, TOLERANCE, Case, error, random_base, save_adapter
+from tiny_models import FAMILIES, VOCAB, Family, token_inputs
+from torch import Tensor, nn
+
+import lorafx
+from lorafx.errors import CaptureError, MatchError
+
+NAMES = ["a", None, "b"]
+
+
+class Draft(nn.Module):
+    """Eagle's shape: the target's embedding and head around a block of its own."""
+
+    def __init__(self, embed: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.embed_tokens, self.lm_head = embed, head
+        size = embed.embedding_dim
+        torch.manual_seed(5)
+        self.fc = nn.Linear(size, size)
+        self.proj = nn.Linear(size, size, bias=False)
+        self.eval().requires_grad_(False)
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        x = self.embed_tokens(input_ids)
+        return {"logits": self.lm_head(x + self.proj(torch.relu(self.fc(x))))}
+
+
+def shared_parameters(embed: nn.Embedding, head: nn.Linear) -> tuple[nn.Module, nn.Module]:
+    """Other modules over the same parameters."""
+    own = (
+        nn.Linear(head.in_features, head.out_features, bias=False),
+        nn.Embedding(*embed.weight.shape),
+    )
+    own[0].weight, own[1].weight = head.weight, embed.weight
+    return own[1], own[0]
+
+
+def ends(target: nn.Module) -> tuple[nn.Module, nn.Module]:
+    holder = target if isinstance(target, Draft) else target.model
+    return holder.embed_tokens, target.lm_head
+
+
+class Pair:
+    """Target and draft over one embedding and one head, with their cases."""
+
+    def __init__(self, target: Case, draft: Case, *, parameters: bool = False) -> None:
+        self.target_case, self.draft_case = target, draft
+        self.target = target.model()
+        embed, head = ends(self.target)
+        self.draft = Draft(*(shared_parameters(embed, head) if parameters else (embed, head)))
+
+    def compile(self, **options: Any) -> tuple[Any, Any]:
+        settings = {**REFERENCE, **options}
+        return (
+            lorafx.compile(self.target, self.target_case.folders, options=settings),
+            lorafx.compile(self.draft, self.draft_case.folders, options=settings),
+        )
+
+
+def cases_of(base: nn.Module, layers: list[str], folder: Path) -> SimpleNamespace:
+    """Both models' adapters a touch embedding and head, each with factors of its own; of the b's
+    only the draft's does."""
+    draft = copy.deepcopy(Draft(*ends(base)))
+    both = ["lm_head", "embed_tokens"]
+
+    def adapters(model: nn.Module, kind: str, targets: dict[str, list[str]]) -> Case:
+        folders = {}
+        for seed, (name, paths) in enumerate(targets.items()):
+            at, seed = folder / kind / name, seed + len(kind)
+            folders[name] = save_adapter(model, at, rank=seed - 2, targets=paths, seed=seed)
+        return Case(model, folders)
+
+    return SimpleNamespace(
+        target=adapters(base, "target", {"a": [*both, layers[0]], "b": layers[1:]}),
+        draft=adapters(draft, "draft", {"a": [*both, "fc"], "b": ["lm_head"]}),
+    )
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    base = random_base("llama", tie_word_embeddings=False)
+    return cases_of(base, ["q_proj", "down_proj"], tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A small target, for what does not depend on the model."""
+
+    def build() -> nn.Module:
+        return Draft(nn.Embedding(VOCAB, 12), nn.Linear(12, VOCAB, bias=False))
+
+    base = random_base(Family(build, ()))
+    return cases_of(base, ["proj", "fc"], tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(params=[False, True], ids=["modules", "parameters"])
+def pair(request: pytest.FixtureRequest, cases: SimpleNamespace) -> Pair:
+    return Pair(cases.target, cases.draft, parameters=request.param)
+
+
+def check(cm: Any, case: Case, names: list[str | None] = NAMES, length: int = 4) -> None:
+    torch.manual_seed(length)
+    inputs = {"input_ids": token_inputs(len(names), length)["input_ids"]}
+    got = cm(**inputs, adapter_names=names)["logits"]
+    assert error(got, case.expected(names, inputs)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["llama", "cases"])
+@pytest.mark.parametrize("parameters", [False, True], ids=["modules", "parameters"])
+def test_calls_of_both_in_turns(
+    request: pytest.FixtureRequest, family: str, parameters: bool
+) -> None:
+    cases = request.getfixturevalue(family)
+    pair = Pair(cases.target, cases.draft, parameters=parameters)
+    target, draft = pair.compile()
+    for length in (4, 5, 6):
+        check(target, pair.target_case, length=length)
+        check(draft, pair.draft_case, length=length)
+        check(draft, pair.draft_case, [None] * 3, length)
+        check(target, pair.target_case, ["a"] * 3, length)
+        check(target, pair.target_case, [None] * 3, length)
+    graphs = target.recompiles, draft.recompiles
+    check(draft, pair.draft_case, ["b", "b", "a"])
+    check(target, pair.target_case, ["b", "a", None])
+    assert (target.recompiles, draft.recompiles) == graphs
+
+
+def test_the_draft_comes_after_the_target_has_been_called(pair: Pair) -> None:
+    settings = {"options": REFERENCE}
+    target = lorafx.compile(pair.target, pair.target_case.folders, **settings)
+    check(target, pair.target_case)
+    draft = lorafx.compile(pair.draft, pair.draft_case.folders, **settings)
+    check(draft, pair.draft_case)
+    check(target, pair.target_case, ["b", "a", None])
+    target.set_adapter("a")
+    check(draft, pair.draft_case)
+    check(draft, pair.draft_case, [None] * 3)
+
+
+@pytest.mark.parametrize("first", ["target", "draft"])
+def test_one_is_detached(pair: Pair, first: str) -> None:
+    served = dict(zip(("target", "draft"), pair.compile(), strict=True))
+    cases = {"target": pair.target_case, "draft": pair.draft_case}
+    for name, cm in served.items():
+        check(cm, cases[name])
+    served.pop(first).detach()
+    for name, cm in served.items():
+        check(cm, cases[name])
+        check(cm, cases[name], ["b", None, "a"], 5)
+        cm.detach()
+    marks = [m for m in (*pair.target.modules(), *pair.draft.modules()) if m._forward_hooks]
+    assert not marks
+    again = lorafx.compile(pair.target, pair.target_case.folders, options=REFERENCE)
+    check(again, pair.target_case)
+
+
+def test_a_draft_that_runs_inside_of_the_target_s_call(llama: SimpleNamespace) -> None:
+    """As assisted generation does: between two steps of the target the draft proposes."""
+    pair = Pair(llama.target, llama.draft)
+    target, draft = pair.compile()
+    ids = torch.tensor([[3, 4, 5]])
+    seen = []
+
+    class Proposing(transformers.LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            for name in ("a", None, "b"):
+                got = draft(input_ids=input_ids, adapter_names=[name])["logits"]
+                want = pair.draft_case.expected([name], {"input_ids": input_ids})
+                seen.append(error(got, want))
+            return scores
+
+    settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    got = target.generate(
+        ids,
+        adapter_names=["a"],
+        logits_processor=transformers.LogitsProcessorList([Proposing()]),
+        **settings,
+    )
+    assert torch.equal(got, pair.target_case.alone("a").generate(ids, **settings))
+    assert len(seen) == 9
+    assert max(seen) <= TOLERANCE
+
+
+def test_threads(pair: Pair) -> None:
+    target, draft = pair.compile()
+    failures: list[BaseException] = []
+
+    def run(cm: Any, case: Case) -> None:
+        try:
+            for turn in range(6):
+                check(cm, case, NAMES if turn % 2 else [None, "b", "a"], 4)
+        except BaseException as failure:
+            failures.append(failure)
+
+    check(target, pair.target_case)
+    check(draft, pair.draft_case)
+    threads = [
+        threading.Thread(target=run, args=arguments)
+        for arguments in ((target, pair.target_case), (draft, pair.draft_case))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_process_takes_turns_too(cases: SimpleNamespace) -> None:
+    """Also where a call of another thread is running when it begins."""
+    pair = Pair(cases.target, cases.draft)
+    target, draft = pair.compile()
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with target._session.lock:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if not child:
+        one, other = target._session, draft._session
+        free = one.lock.acquire(blocking=False) and one.weights_lock.acquire(blocking=False)
+        shared = one.lock is other.lock and one.weights_lock is other.weights_lock
+        os._exit(0 if free and shared else 1)
+    done.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_merging(pair: Pair) -> None:
+    """Into shared weights it would change the other model's base; into others it may be."""
+    target, draft = pair.compile()
+    for cm, path in ((target, "lm_head"), (draft, "lm_head")):
+        with pytest.raises(MatchError, match=f"{path}.weight of another"):
+            cm.merge("a")
+        assert cm.merged is None
+    target.merge("b")
+    check(target, pair.target_case, ["b"] * 3)
+    check(draft, pair.draft_case)
+    target.unmerge()
+    check(target, pair.target_case)
+    draft.detach()
+    target.merge("a")
+    with pytest.raises(CaptureError, match="'a' is merged; unmerge"):
+        lorafx.compile(pair.draft, pair.draft_case.folders, options=REFERENCE)
+    target.unmerge()
+    draft = lorafx.compile(pair.draft, pair.draft_case.folders, options=REFERENCE)
+    check(draft, pair.draft_case)
+    check(target, pair.target_case)
+
+
+def test_new_base_weights_are_those_of_both(pair: Pair) -> None:
+    target, draft = pair.compile()
+    check(target, pair.target_case)
+    check(draft, pair.draft_case)
+    new = {name: 1.25 * value for name, value in target.model.state_dict().items()}
+    target.load_weights(new)
+    bases = pair.target_case.model(), pair.draft_case.model()
+    with torch.no_grad():
+        for parameter in bases[0].parameters():
+            parameter.mul_(1.25)
+        bases[1].embed_tokens.weight.mul_(1.25)
+        bases[1].lm_head.weight.mul_(1.25)
+    check(target, Case(bases[0], pair.target_case.folders))
+    check(draft, Case(bases[1], pair.draft_case.folders))
+
+
+def test_dora_of_the_other_follows_new_weights(cases: SimpleNamespace, tmp_path: Path) -> None:
+    base = cases.draft.base
+    folder = save_adapter(base, tmp_path / "d", rank=2, targets=["lm_head"], use_dora=True)
+    pair = Pair(cases.target, Case(base, {"d": folder}))
+    target, draft = pair.compile()
+    check(draft, pair.draft_case, ["d", None, "d"])
+    new = {name: value.clone() for name, value in target.model.state_dict().items()}
+    torch.manual_seed(2)
+    new["lm_head.weight"] = torch.randn_like(new["lm_head.weight"])
+    target.load_weights(new)
+    changed = copy.deepcopy(base)
+    with torch.no_grad():
+        changed.lm_head.weight.copy_(new["lm_head.weight"])
+    check(draft, Case(changed, {"d": folder}), ["d", None, "d"])
+
+
+@pytest.mark.slow
+def test_assisted_generation(llama: SimpleNamespace, tmp_path: Path) -> None:
+    """Greedy, so the result is the target's own, whatever the draft proposes."""
+    target_model = llama.target.model()
+    draft_model = FAMILIES["llama"].build(tie_word_embeddings=False, num_hidden_layers=1).eval()
+    draft_model.requires_grad_(False)
+    draft_model.model.embed_tokens = target_model.model.embed_tokens
+    draft_model.lm_head = target_model.lm_head
+    alone = copy.deepcopy(draft_model)
+    folder = save_adapter(alone, tmp_path / "d", rank=2, targets=["lm_head", "q_proj"])
+    draft_case = Case(alone, {"d": folder})
+    target = lorafx.compile(target_model, llama.target.folders, options=REFERENCE)
+    draft = lorafx.compile(draft_model, draft_case.folders, options=REFERENCE)
+    ids = torch.randint(3, VOCAB, (1, 5))
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    draft.set_adapter("d")
+    got = target.generate(ids, adapter_names=["a"], assistant_model=draft, **settings)
+    assert torch.equal(got, llama.target.alone("a").generate(ids, **settings))
+    assert draft.recompiles
+    got = draft.generate(ids, **settings)
+    assert torch.equal(got, draft_case.alone("d").generate(ids, **settings))
+    check(target, llama.target)
+
+
+def test_layers_that_are_shared(llama: SimpleNamespace, tmp_path: Path) -> None:
+    """A draft of the target's first layer: marks of both in one block."""
+    target_model = llama.target.model()
+    config = copy.deepcopy(target_model.config)
+    config.num_hidden_layers = 1
+    draft_model = type(target_model)(config).eval().requires_grad_(False)
+    for name in ("embed_tokens", "norm", "rotary_emb"):
+        setattr(draft_model.model, name, getattr(target_model.model, name))
+    draft_model.model.layers[0] = target_model.model.layers[0]
+    draft_model.lm_head = target_model.lm_head
+    alone = copy.deepcopy(draft_model)
+    targets = ["q_proj", "k_proj", "v_proj", "down_proj"]
+    folder = save_adapter(alone, tmp_path / "a", rank=3, targets=targets, seed=9)
+    draft_case = Case(alone, {"a": folder})
+    target = lorafx.compile(target_model, llama.target.folders, options=REFERENCE)
+    draft = lorafx.compile(draft_model, draft_case.folders, options=REFERENCE)
+    for _ in range(2):
+        check(target, llama.target)
+        check(draft, draft_case, ["a", None, "a"])
+
+
+def test_what_is_refused(llama: SimpleNamespace) -> None:
+    pair = Pair(llama.target, llama.draft)
+    target = lorafx.compile(pair.target, llama.target.folders, options=REFERENCE)
+    for again in (pair.target, pair.target.model):
+        with pytest.raises(CaptureError, match="carries a LoRA mark already"):
+            lorafx.compile(again, options=REFERENCE)
+    with pytest.raises(CaptureError, match="carries a LoRA mark already"):
+        lorafx.compile(copy.deepcopy(pair.draft), options=REFERENCE)
+    with pytest.raises(CaptureError, match="are served by"):
+        lorafx.attach(pair.draft, llama.draft.folders)
+    lorafx.detach(pair.draft)
+    check(target, llama.target)
+    target.detach()
+    lorafx.attach(pair.draft, llama.draft.folders)
+    with pytest.raises(CaptureError, match="are served by"):
+        lorafx.compile(pair.target, llama.target.folders, options=REFERENCE)
