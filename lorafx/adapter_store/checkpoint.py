@@ -21,6 +21,7 @@ from torch import Tensor
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.pickled import load_pickled
 from lorafx.errors import CheckpointError
+from lorafx.interrupts import undisturbed
 
 SAFETENSORS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
@@ -80,7 +81,8 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         tensors = load_pickled(file)
     else:
         with _reading(file):
-            tensors = load_file(file, device="cpu")
+            # torch takes an interrupt in the middle for a value that has no shape.
+            tensors = undisturbed(lambda: load_file(file, device="cpu"))
     _check_names(file, tensors)
     return tensors
 

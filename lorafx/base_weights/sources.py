@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lorafx.base_weights.places import Numbers, Shape
 from lorafx.errors import CheckpointError, ConfigError
+from lorafx.interrupts import undisturbed
 
 Pairs = Iterable[tuple[str, Tensor]]
 #: What `load_weights` takes.
@@ -140,7 +141,9 @@ class _Files:
 
     def _read(self, path: Path, name: str) -> Tensor:
         with _reading(path):
-            return self._open(path).get_tensor(name)
+            opened = self._open(path)
+            # torch takes an interrupt in the middle for a value that has no shape.
+            return undisturbed(lambda: opened.get_tensor(name))
 
 
 @contextmanager

@@ -6,7 +6,9 @@ that was possible while it ran, but by one alone: the same weights in all layers
 
 from __future__ import annotations
 
+import gc
 import itertools
+import resource
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +21,8 @@ import torch
 from dense_merge import error, random_base, save_adapter
 from torch import Tensor, nn
 
+from lorafx.adapter_store.stored import StoredAdapter
+
 #: Adapters, versions of each, versions of the base, slots: fewer than adapters.
 NAMES = ("a", "b", "c", "d")
 VERSIONS = BASES = 2
@@ -29,6 +33,22 @@ BEAMS = {**GREEDY, "num_beams": 2}
 TOLERANCE = 1e-5
 #: No version of the base: a push was cut short where no second copy is kept, and calls are refused.
 BROKEN = -1
+
+
+class Failing(Exception):
+    """What a streamer, or a source of weights, raises."""
+
+
+class Streamer:
+    def __init__(self, fails_at: int | None) -> None:
+        self.fails_at, self.count = fails_at, 0
+
+    def put(self, tokens: Tensor) -> None:
+        self.count += 1
+        if self.count == self.fails_at:
+            raise Failing
+
+    def end(self) -> None: ...
 
 
 class Book:
@@ -158,3 +178,32 @@ class Answers:
             if all(error(value, want[key]) <= TOLERANCE for key, value in state.items()):
                 return True
         return False
+
+
+def size_of(cm: Any) -> dict[str, int]:
+    """What must not grow."""
+    gc.collect()
+    found = gc.get_objects()
+    return {
+        "graphs": cm.recompiles,
+        "adapters": sum(isinstance(item, StoredAdapter) for item in found),
+        "tensors": sum(issubclass(type(item), Tensor) for item in found),
+        "MiB": int(Path("/proc/self/statm").read_text().split()[1])
+        * resource.getpagesize()
+        // 2**20,
+    }
+
+
+def is_free(lock: Any) -> bool:
+    """Whether another thread can have the lock."""
+    free: list[bool] = []
+
+    def ask() -> None:
+        free.append(lock.acquire(blocking=False))
+        if free[0]:
+            lock.release()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    asking.join()
+    return free[0]
