@@ -219,6 +219,42 @@ def test_threads(pair: Pair) -> None:
     assert not failures
 
 
+class Breaking(Draft):
+    """Its head is in a graph of its own, where no mark of this model stands, and a layer that
+    carries LoRA takes what that graph returns."""
+
+    def __init__(self, embed: nn.Module, head: nn.Module) -> None:
+        super().__init__(embed, head)
+        self.out = nn.Linear(VOCAB, VOCAB)
+        self.eval().requires_grad_(False)
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        x = self.fc(self.embed_tokens(input_ids))
+        torch._dynamo.graph_break()
+        x = self.lm_head(x)
+        torch._dynamo.graph_break()
+        return {"logits": self.out(x)}
+
+
+def test_graphs_in_which_only_the_other_s_marks_stand(
+    cases: SimpleNamespace, tmp_path: Path
+) -> None:
+    """Whether the other is active says nothing about this one."""
+    pair = Pair(cases.target, cases.draft)
+    pair.draft = Breaking(*ends(pair.target))
+    base = copy.deepcopy(pair.draft)
+    targets = {"a": ["fc", "out"], "b": ["out"]}
+    folders = {
+        name: save_adapter(base, tmp_path / name, rank=2, targets=paths, seed=8)
+        for name, paths in targets.items()
+    }
+    pair.draft_case = Case(base, folders)
+    target, draft = pair.compile()
+    for names in ([None] * 3, NAMES, ["b", "a", None], [None] * 3):
+        check(draft, pair.draft_case, names)
+        check(target, pair.target_case, names)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_child_process_takes_turns_too(cases: SimpleNamespace) -> None:
     """Also where a call of another thread is running when it begins."""
