@@ -76,6 +76,7 @@ class World:
         )
         self.answer()
         self.cm(self.x, adapter_names=NAMES)  # four rows make a graph of their own
+        self.cm(self.x[:2], adapter_names=[None, None])  # what a merged model runs
 
     def weights(self, version: int) -> dict[str, Tensor]:
         return {k: v.clone() for k, v in self.bases[version].state_dict().items()}

@@ -66,7 +66,7 @@ class Entry:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         session, store = self.session, self.session.store
         program, runtime = session.program, session.program.runtime
-        entries, resting, held = session.entries, runtime.resting, store.held
+        entries, held = session.entries, store.held
         active, rows = runtime.active, runtime.rows
         before = program.call, program.touched, program.rescaled
         taken = held.union(rows) if entries else held
@@ -78,7 +78,9 @@ class Entry:
                 others = rest(session)
             return self._serve(*args, **kwargs)
         finally:
-            session.entries, runtime.resting, store.held = entries, resting, held
+            session.entries, store.held = entries, held
+            # Not what was there: a neighbour's entry may have been cut short before it put it back.
+            runtime.resting = None if entries else session.resting
             if others:
                 resume(session, others)
             if entries:  # what called this one from within goes on with its own batch
