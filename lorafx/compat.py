@@ -126,6 +126,21 @@ def source_name(node: fx.Node) -> str:
     return str(name) if name is not None else node.name
 
 
+def size_source(node: fx.Node) -> tuple[Tensor, int] | None:
+    """Of which tensor, and of which of its dimensions, a graph input of the function that is being
+    captured is the size; None where that is not known."""
+    name, dot, size = source_name(node).rpartition(".size()[")
+    if not dot or not size[:-1].isdecimal():
+        return None
+    root = symbolic_convert.InstructionTranslator.current_tx().output.root_tx
+    # Dynamo's names of sources are expressions over the locals and globals of the function.
+    try:
+        value = eval(name, {"L": root.f_locals, "G": root.f_globals})
+    except Exception:  # an expression over something else, such as a closure
+        return None
+    return (value, int(size[:-1])) if isinstance(value, Tensor) else None
+
+
 def input_place(node: fx.Node, position: int) -> tuple[int, str | None]:
     """Which of Dynamo's inputs a placeholder of AOTAutograd's stands for, and which part of it: the
     attributes of a tensor subclass, its sizes and strides are inputs of their own."""

@@ -82,7 +82,7 @@ def prove_results(
     if batch.is_one:
         return {node: RowMap(ONE) for node in sites}, Handover()
     flow = flow_through(graph, seeds, batch)
-    return {node: row_map(node, flow) for node in sites}, results_of(graph, flow.labels)
+    return {node: row_map(node, flow) for node in sites}, results_of(graph, flow)
 
 
 def prove_tokens(
@@ -196,6 +196,10 @@ class Provenance:
             batch = BatchSymbols.of(batch_symbols(ctx.frame))
         except ProvenanceError as error:
             proofs: dict[fx.Node, Proof] = {node: Unproved(str(error)) for node in marks}
+            if not ctx.frame.per_token:  # results that depend on no request are known all the same
+                stranger = BatchSymbols.of([sympy.Symbol("no_requests")])
+                seeds = seeds_of(ctx.frame.by_node, stranger)
+                ctx.handover = prove_results(gm.graph, seeds, stranger)[1]
         else:
             seeds = seeds_of(ctx.frame.by_node, batch)
             if ctx.frame.per_token:
@@ -204,11 +208,14 @@ class Provenance:
                 proofs = prove_tokens(gm.graph, seeds, batch, token_inputs(ctx.frame))
             else:
                 proofs, ctx.handover = prove_results(gm.graph, seeds, batch)
-                ctx.handover.taken = ctx.frame.taken
             for node, proof in proofs.items():
                 if isinstance(proof, RowMap) and not ctx.take_edit():
                     proofs[node] = Unproved("Options.max_edits is used up")
             proofs = apply(gm.graph, proofs, batch)
+        if not ctx.frame.per_token:
+            ctx.handover.taken, ctx.handover.inputs = ctx.frame.taken, ctx.frame.handed
+            ctx.handover.counted = ctx.frame.counted
+            ctx.handover.seen &= not proofs
         for node, proof in proofs.items():
             for state in ctx.states.get(node, ()):
                 state.rows = str(proof) if isinstance(proof, RowMap) else f"no map: {proof.reason}"

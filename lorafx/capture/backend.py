@@ -23,6 +23,7 @@ from lorafx.capture.executable import (
     base_only,
     by_activity,
     checked,
+    looked_at,
     while_missing,
     with_lookups,
 )
@@ -167,7 +168,8 @@ class _FrameCompiler:
         program, record, frame = self.backend.program, self.record, self.frame
         frame.bind(gm.graph)
         ctx = Context(program, frame, gm, edits_left=program.options.max_edits)
-        if program.runtime.by_handle:
+        # Rows of other graphs may be some of the batch's, in another order.
+        if program.runtime.by_handle or not frame.begins_call:
             ctx.look_up_slots(gm.graph)
         numeric = NumericCheck(record.title) if program.options.verify == "numeric" else None
         record.passes = run_pipeline(gm, ctx, record.dump, numeric.keep if numeric else None)
@@ -176,8 +178,11 @@ class _FrameCompiler:
         record.note(ctx)
         extra = list(frame.extra_nodes)
         values = [node.meta["val"] for node in frame.extra_nodes.values()]
+        operators = copy.deepcopy(gm) if ctx.handover.seen else None
         with in_lowering(program.options.lowering):
             executable = self.lowering.compile(gm, [*inputs, *values])
+        if operators is not None:
+            executable = looked_at(executable, operators)
         banks = [
             None if name in (SLOTS, ONE_SLOT) else (tuple(value.shape), value.stride(), value.dtype)
             for (_, _, name), value in zip(extra, values, strict=True)

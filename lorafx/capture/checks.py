@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lorafx.capture.handover import Handover
+from lorafx.capture.handover import Handover, Rows
 from lorafx.capture.program import Program
 from lorafx.errors import CaptureError, MatchError, ProvenanceError
 from lorafx.graph.frame import Frame
 from lorafx.graph.weight_forms import Form
 from lorafx.model.sites import Site
+from lorafx.ownership.held import Alone
 from lorafx.serving.roles import Role, check_requests, warn_ambiguous
 
 
@@ -33,6 +34,7 @@ class InputPlaces:
         weights: path of a site -> position of its weight, index among the sites that share it.
         banks: path of a site -> position of its group's bank, index of the site in the group.
         requests: (position, dimension, name) of inputs that carry requests.
+        called: those of them that are arguments of the call.
         arguments: position -> role of those inputs from the call's arguments that may be something
             else in another call.
         plain: positions of matrices (and stacks of them) that are no site's weight here, and may
@@ -45,6 +47,7 @@ class InputPlaces:
     weights: dict[str, tuple[int, int]] = field(default_factory=dict)
     banks: dict[str, tuple[int, int]] = field(default_factory=dict)
     requests: list[tuple[int, int, str]] = field(default_factory=list)
+    called: list[tuple[int, int, str]] = field(default_factory=list)
     arguments: dict[int, Role] = field(default_factory=dict)
     plain: list[int] = field(default_factory=list)
     derived: list[tuple[str, int, Form | None]] = field(default_factory=list)
@@ -72,6 +75,8 @@ class InputPlaces:
                 places.requests.append((position, dim, item.label))
                 if item.role is not None and item.role.assumed:
                     places.assumed[position] = item.role.argument
+                if item.kind == "argument":
+                    places.called.append(places.requests[-1])
             if item.kind == "argument" and item.role is not None and not frame.begins_call:
                 places.arguments[position] = item.role
             if item.kind == "state" and example.dim() > 1 and elsewhere:
@@ -118,19 +123,21 @@ class InputPlaces:
             found.update(site.path for site in sites if program.is_touched(site))
         return sorted(found)
 
-    def rows(self, arguments: Sequence[Any]) -> int | None:
-        """The number of requests of the running call, as its inputs have it."""
-        sizes = [arguments[position].shape[dim] for position, dim, _ in self.requests]
+    def rows(self, arguments: Sequence[Any], *, called: bool = False) -> int | None:
+        """The number of requests that the graph serves, as its inputs have it; of the running
+        call, as its arguments have it, with `called`."""
+        places = self.called if called else self.requests
+        sizes = [arguments[position].shape[dim] for position, dim, _ in places]
         return max(sizes) if sizes else None
 
     def check_rows(self, arguments: Sequence[Any], rows: int) -> None:
-        """Every input that carries requests has `rows` of them, or one that all share. Warns once
-        where that leaves open which dimension holds them.
+        """Every argument that carries requests has `rows` of them, or one that all share. Warns
+        once where that leaves open which dimension holds them.
 
         Raises:
             BatchError: it does not.
         """
-        for position, dim, name in self.requests:
+        for position, dim, name in self.called:
             check_requests(name, arguments[position].shape, dim, rows)
         for position, argument in list(self.assumed.items()):
             if warn_ambiguous(argument, arguments[position], rows):
@@ -179,8 +186,9 @@ class Checks:
                 "row belongs to. Run one adapter a batch"
             )
 
-    def check(self, program: Program, arguments: Sequence[Any]) -> None:
-        """Refuse the running batch where this graph cannot serve it.
+    def check(self, program: Program, arguments: Sequence[Any], *, alone: bool = False) -> None:
+        """Refuse the running batch where this graph cannot serve it. `alone`: all its rows belong
+        to one request.
 
         Raises:
             CaptureError: the graph was captured for a layer without LoRA, and Dynamo, which does
@@ -205,7 +213,7 @@ class Checks:
                 "exclude_modules"
             )
         for refusal in self.refusals:
-            if refusal.when == "mixed" and program.runtime.uniform:
+            if refusal.when == "mixed" and (alone or program.runtime.uniform):
                 continue
             dora = refusal.when == "dora"
             touched = self.places.touched(program, refusal.sites, arguments, rescaled=dora)
@@ -227,6 +235,19 @@ class Checks:
                     "dimension of an argument holds the requests by LoraConfig(row_dims=...), or "
                     "take the module out by exclude_modules"
                 )
+
+    def rows(self, program: Program, arguments: Sequence[Any]) -> Rows | None:
+        """Whose rows the graph computes in the running call; None where that is not known."""
+        assert program.call is not None
+        of_call = self.places.arguments
+        rows = self.handover.rows(
+            program.call.memory, arguments, len(program.runtime.rows), of_call
+        )
+        if isinstance(rows, Alone) or program.runtime.uniform:
+            return rows
+        if not self.begins_call and self.places.rows(arguments) == 1:
+            return None  # captured for one request
+        return rows if self.arguments_hold(program, arguments) else None
 
     def arguments_hold(self, program: Program, arguments: Sequence[Any]) -> bool:
         """Whether the inputs that were arguments of the call at capture are in this call too."""

@@ -33,6 +33,7 @@ from lorafx.model.packing import check_packed
 from lorafx.serving.roles import IMAGES, TOKEN_DIMS, RoleTable
 from lorafx.serving.session import Session
 from lorafx.serving.sharing import rest, resume
+from lorafx.serving.tracked import tracked
 
 
 class Entry:
@@ -114,7 +115,8 @@ class Entry:
         traced.unstarted = False
         try:
             by_data = session.program.quantised.sizes_by_data
-            with torch.no_grad(), capture_settings(limit, sizes_by_data=by_data):
+            settings = capture_settings(limit, sizes_by_data=by_data)
+            with torch.no_grad(), settings, tracked(session):
                 if session.has_mha and session.program.runtime.active:
                     # Its fused inference path takes the weights past every module and mark.
                     with no_mha_fast_path():

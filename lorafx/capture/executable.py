@@ -12,14 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from lorafx.capture.checks import Checks
+from lorafx.capture.handover import OfList, Rows
 from lorafx.capture.program import GAINS, Program
 from lorafx.capture.stack import calling_modules
+from lorafx.capture.tracking import Tracking, looks, running, untracked
 from lorafx.capture.verify import NumericCheck
 from lorafx.errors import CaptureError, LorafxError, MatchError
 from lorafx.graph.frame import SLOTS
+from lorafx.ownership.held import Alone
 
 #: The program that a graph serves in the running call, by the arguments that it is called with;
 #: None where the call is of a model without LoRA.
@@ -37,20 +40,53 @@ def checked(checks: Checks, owner: Owner, compiled: Callable[..., Any]) -> Calla
         program = owner(arguments)
         if program is None:
             return compiled(*arguments)
-        if checks.refusals or checks.places.plain or checks.places.derived:
-            checks.check(program, arguments)
+        tracking = running()
+        with untracked(tracking):
+            return _run(program, arguments, tracking)
+
+    def _run(program: Program, arguments: Sequence[Any], tracking: Tracking | None) -> Any:
         call, handover = program.call, checks.handover
-        if call is None or not (checks.several[0] or handover.fresh):
+        handed = call is not None and (checks.several[0] or handover.fresh)
+        rows = checks.rows(program, arguments) if handed else None
+        if checks.refusals or checks.places.plain or checks.places.derived:
+            checks.check(program, arguments, alone=isinstance(rows, Alone))
+        if call is None or not handed:
             return compiled(*arguments)
-        holds = handover.holds(call.ledger, arguments)
-        if not program.runtime.uniform:
-            holds = holds and checks.arguments_hold(program, arguments)
-            if not holds:
-                checks.refuse_changed(program, arguments)
-        results = compiled(*arguments)
-        handover.note(call.ledger, arguments, results, known=holds)
+        if rows is None and not program.runtime.uniform:
+            checks.refuse_changed(program, arguments)
+        looked_at = handover.seen and tracking is not None
+        slots = _slots(program, checks, arguments, rows)
+        with tracking if looked_at and tracking else program.runtime.rows_of(slots):
+            results = compiled(*arguments)
+        handover.note(call.memory, arguments, results, rows, looked_at=looked_at)
         handover.fresh = False
         return results
+
+    return run
+
+
+def _slots(
+    program: Program, checks: Checks, arguments: Sequence[Any], rows: Rows | None
+) -> Tensor | None:
+    """The slots of a graph's rows, where they are not those of the batch."""
+    slots, count = program.runtime.row_slots, checks.places.rows(arguments)
+    if isinstance(rows, OfList) and not rows.in_order and not program.runtime.uniform:
+        return slots[list(rows.owners)]
+    request = rows.request if isinstance(rows, Alone) else 0
+    if isinstance(rows, Alone) and not program.runtime.uniform:
+        return slots[request].expand(count or slots.shape[0]).clone()
+    if count is not None and count != slots.shape[0]:  # as many as generated code expects
+        return slots[request].expand(count).clone()
+    return None
+
+
+def looked_at(
+    compiled: Callable[[list[Any]], Any], operators: fx.GraphModule
+) -> Callable[[list[Any]], Any]:
+    """The graph, and where what Python computes is tracked, its operators one after another."""
+
+    def run(arguments: list[Any]) -> Any:
+        return operators.forward(*arguments) if looks() else compiled(arguments)
 
     return run
 
@@ -183,7 +219,7 @@ def _looked_up(
     found: list[Any] = []
     for number, ((position, index, name), layout) in enumerate(zip(extra, banks, strict=True)):
         if layout is None:
-            slots = program.runtime.row_slots
+            slots = program.runtime.graph_slots
             found.append(slots if name == SLOTS else slots[:1])
             continue
         site = program.site_of_weight(arguments[position], index)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lorafx.adapter_store.bank import Bank
-from lorafx.capture.handover import Ledger
+from lorafx.capture.handover import role_of
 from lorafx.config import LoraConfig, Options
 from lorafx.graph.derived import DerivedTensors, Holder
 from lorafx.graph.frame import FrameInput
 from lorafx.model.module_graph import ModuleGraph
+from lorafx.model.own_memory import OwnMemory
 from lorafx.model.packing import PackedGroup
 from lorafx.model.quantized import QuantisedModules
 from lorafx.model.replaced_modules import SiteWatch
 from lorafx.model.sites import Group, Site
+from lorafx.ownership.memory import Memory
 from lorafx.serving.roles import Role, RoleTable, tensor_leaves
 from lorafx.serving.runtime import Runtime
 
@@ -32,11 +34,18 @@ GAINS = "gains"
 @dataclass(eq=False)
 class Call:
     """The call that is running: its entry's roles and its arguments by name (None and none where
-    they are not known), and what its graphs have returned so far."""
+    they are not known), and whose is what it has computed so far.
+
+    Attributes:
+        tracks: what Python computes between graphs is tracked in calls that mix adapters.
+        tracked: it is in this call.
+    """
 
     roles: RoleTable | None
     named: Mapping[str, Any]
-    ledger: Ledger = field(default_factory=Ledger)
+    memory: Memory
+    tracks: bool = False
+    tracked: bool = False
 
 
 @dataclass(eq=False)
@@ -71,6 +80,7 @@ class Program:
         self.replaced: set[str] = set()
         self.derived = DerivedTensors(self)
         self.site_watch = SiteWatch(self.graph, self.sites)
+        self.own_memory = OwnMemory(self._own_tensors)
         self.quantised = QuantisedModules.of(module for _, module in self.graph.modules())
         self._by_weight: dict[int, list[Site]] = {}
         #: Tensors that were looked for and are no site's weight.
@@ -228,13 +238,36 @@ class Program:
         if self.site_watch.missing:
             yield from self.model.named_modules()
 
+    def _own_tensors(self) -> Iterator[Tensor]:
+        """Every tensor of the model that depends on no request."""
+        for _, module in self.graph.modules():
+            yield from (t for t in module._parameters.values() if t is not None)
+            yield from (t for t in module._buffers.values() if t is not None)
+        for reference in self.constants.values():
+            if (constant := reference()) is not None:
+                yield constant
+
+    def new_call(
+        self, roles: RoleTable | None, named: Mapping[str, Any], *, tracks: bool = False
+    ) -> Call:
+        """A call that has computed nothing yet."""
+        return Call(roles, named, Memory(self.own_memory.in_one_call()), tracks)
+
     def earlier_result(self, tensor: Tensor) -> Role | None:
-        """The role of a tensor that an earlier graph of the running call returned."""
-        return None if self.call is None else self.call.ledger.get(tensor)
+        """What a tensor that the running call made before may be taken for by a graph that is
+        captured now. The graph asks again on each call."""
+        if self.call is None:
+            return None
+        role = role_of(self.call.memory.look(tensor))
+        if role is None and self.call.tracks and not self.call.tracked:
+            dims = (d for d, n in enumerate(tensor.shape) if n == len(self.runtime.rows) > 1)
+            dim = next(dims, None)
+            role = None if dim is None else Role("not tracked in this call", dim)
+        return role
 
     def is_result(self, tensor: Tensor) -> bool:
         """Whether an earlier graph of the running call returned this very tensor."""
-        return self.call is not None and self.call.ledger.returned(tensor)
+        return self.call is not None and self.call.memory.computed(tensor)
 
     def call_arguments(self) -> dict[int, Role]:
         """The tensors of the running call, by identity, with their roles."""

@@ -7,7 +7,7 @@ call. The frame is dropped when its graph is compiled; nothing of it reaches the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from lorafx.capture.stack import calling_modules
-from lorafx.compat import input_place, source_name
+from lorafx.compat import input_place, size_source, source_name
 from lorafx.errors import ProvenanceError
 from lorafx.model.sites import Group, Site
 from lorafx.serving.roles import TOKEN_DIMS, Role
@@ -50,6 +50,8 @@ class FrameInput:
         holder: for state, the attribute that holds it.
         label: how to name the input in messages.
         part: the attribute of a tensor subclass that this is; "" for a whole input.
+        counts: for symbols, this was the number of requests when the graph was captured: a size
+            of a tensor that the graph does not take, whose rows they are.
     """
 
     kind: InputKind
@@ -60,6 +62,7 @@ class FrameInput:
     derived: Derived | None = None
     holder: Holder | None = None
     part: str = ""
+    counts: bool = False
 
     def taken_apart(self, part: str, value: Any) -> FrameInput:
         """The input that holds this attribute of a tensor subclass, or one of its sizes."""
@@ -114,7 +117,7 @@ class Frame:
         for node, example in zip(placeholders, examples, strict=True):
             label = source_name(node)
             if not isinstance(example, Tensor):
-                inputs.append(FrameInput("symbol", label))
+                inputs.append(FrameInput("symbol", label, counts=_counts(program, node, arguments)))
             elif id(example) in derived:
                 part = derived[id(example)]
                 inputs.append(FrameInput("weight", label, sites=part.sites, derived=part))
@@ -132,6 +135,11 @@ class Frame:
         return cls(inputs)
 
     @property
+    def counted(self) -> tuple[int, ...]:
+        """Positions of sizes that are taken for the number of requests."""
+        return tuple(p for p, item in enumerate(self.inputs) if item.counts)
+
+    @property
     def follows_another(self) -> bool:
         """True where some input was made in the running call: the model is in several graphs."""
         return any(item.kind in ("result", "unknown") for item in self.inputs)
@@ -144,6 +152,13 @@ class Frame:
             for position, item in enumerate(self.inputs)
             if item.kind == "result" and item.role is not None
         }
+
+    @property
+    def handed(self) -> tuple[int, ...]:
+        """Positions of the inputs that may hold something of requests, where it is not settled
+        that they are the call's arguments."""
+        kinds = ("result", "unknown") if self.begins_call else ("result", "unknown", "argument")
+        return tuple(p for p, item in enumerate(self.inputs) if item.kind in kinds)
 
     @property
     def carries_lora(self) -> bool:
@@ -169,6 +184,16 @@ class Frame:
                 sizes.append(fake_value(node).shape[dim])
         # A size of one beside a larger batch is an argument that all requests share.
         return next((size for size in sizes if size != 1), sizes[0] if sizes else None)
+
+
+def _counts(program: Program, node: fx.Node, arguments: Mapping[int, Role]) -> bool:
+    """Whether a size is that of a dimension of requests."""
+    of = size_source(node)
+    if of is None:
+        return False
+    tensor, dim = of
+    role = arguments.get(id(tensor)) or program.earlier_result(tensor)
+    return role is not None and role.known and role.dim == dim and tensor.shape[dim] > 1
 
 
 def wants_gradient(examples: Iterable[Any]) -> bool:
@@ -199,9 +224,12 @@ def batch_symbols(frame: Frame) -> set[Any]:
     """
     found: set[Any] = set()
     others: set[Any] = set()
+    counted: set[Any] = set()
     for node, item in frame.by_node.items():
         value = fake_value(node)
         if not isinstance(value, torch.Tensor):
+            if item.counts and isinstance(value, torch.SymInt):
+                counted.add(value.node.expr)
             continue
         sizes = [size.node.expr if isinstance(size, torch.SymInt) else size for size in value.shape]
         dim = item.requests_dim
@@ -223,7 +251,7 @@ def batch_symbols(frame: Frame) -> set[Any]:
             "the graph does not tell the number of requests from another size: it was captured "
             "outside of lorafx.adapters, where torch.compile gives equal sizes one symbol"
         )
-    return found
+    return found | counted
 
 
 def token_inputs(frame: Frame) -> dict[fx.Node, int]:

@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from lorafx.adapter_store.store import BASE
 from lorafx.capture.checks import Checks
 from lorafx.capture.failures import explained, own_error
-from lorafx.capture.handover import Ledger
-from lorafx.capture.program import Call
 from lorafx.capture.stack import RunningCall, generating, outermost_call, unwrapped
 from lorafx.capture.traced import trace_again
 from lorafx.compat import block_settings, is_recompile_limit, no_mha_fast_path
@@ -78,7 +76,7 @@ class AttachedSession(Session):
             each = [default] if requests is None else requests
             slots = self.store.acquire(each)
             before, depth = (self.requests, self.default, program.call), self.depth
-            running = requests, default, Call(None, {}, Ledger())
+            running = requests, default, program.new_call(None, {})
             try:
                 self.requests, self.default, program.call = running
                 self.depth = depth + 1
@@ -121,7 +119,7 @@ class AttachedSession(Session):
             BatchError: names and rows do not fit together.
             CaptureError: the model was changed since.
         """
-        rows = checks.places.rows(arguments)
+        rows = checks.places.rows(arguments, called=True)
         # Between two graphs a size of one may be something that all requests share.
         if rows is not None and (rows > 1 or checks.begins_call):
             names = self._row_names(rows)
@@ -135,7 +133,7 @@ class AttachedSession(Session):
         """Inside, the program knows the arguments of the running call and their roles, which are
         found on the stack. Only a module that declares roles may stand for the model."""
         before, running = self.program.call, self.running()
-        call = Call(None, {}) if before is None else replace(before)
+        call = self.program.new_call(None, {}) if before is None else replace(before)
         if running is not None:
             module = running.module
             if module is self.program.model or hasattr(module, "main_input_name"):

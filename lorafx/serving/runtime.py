@@ -12,7 +12,8 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,6 +66,7 @@ class Runtime:
         self.by_handle = False
         self.session: Any = None
         self.resting: Resting | None = None
+        self._graph_slots: Tensor | None = None
         self.rows: tuple[int, ...] = ()
         self._register()
         self.clear()
@@ -80,6 +82,21 @@ class Runtime:
     def row_slots(self) -> Tensor:
         """(n,) int32, the slot of each request, −1 for the base."""
         return self._row_slots if self.by_handle else self.slots
+
+    @property
+    def graph_slots(self) -> Tensor:
+        """The slot of each row of the graph that is about to run: `row_slots`, unless `rows_of`
+        says otherwise."""
+        return self.row_slots if self._graph_slots is None else self._graph_slots
+
+    @contextmanager
+    def rows_of(self, slots: Tensor | None) -> Iterator[None]:
+        """Inside, graphs serve rows with these slots; None for those of the batch."""
+        before, self._graph_slots = self._graph_slots, slots
+        try:
+            yield
+        finally:
+            self._graph_slots = before
 
     def use_handle(self) -> None:
         """Set `by_handle`; before anything is compiled."""
@@ -107,6 +124,7 @@ class Runtime:
                     f"request {index} asks for slot {slot}; slots are 0 to {self.capacity - 1}, "
                     "-1 for the base model"
                 )
+        self._graph_slots = None  # what an interrupt may have left
         if tuple(rows) != self.rows:  # a decode step repeats the last one's
             self.rows = ()  # what is cut short in the middle is not taken for written
             self._write(rows)
@@ -149,12 +167,12 @@ class Runtime:
                 _SLOTS[self._key] = slots
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_key", "_buffer", "_row_slots", "session", "resting")
+        own = ("_key", "_buffer", "_row_slots", "_graph_slots", "session", "resting")
         return {k: v for k, v in vars(self).items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.session = self.resting = None
+        self.session = self.resting = self._graph_slots = None
         self._register()
         if self.by_handle:
             self.use_handle()

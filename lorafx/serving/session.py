@@ -19,7 +19,7 @@ from lorafx.adapter_store.peft_reader import read_adapter
 from lorafx.adapter_store.store import AdapterStore, StoredAdapter
 from lorafx.base_weights.merge import Merged
 from lorafx.capture.backend import Backend
-from lorafx.capture.program import Call, Program
+from lorafx.capture.program import Program
 from lorafx.errors import (
     BatchError,
     CaptureError,
@@ -85,6 +85,8 @@ class Session:
     noted_before: bool = field(init=False)
     #: Attributes of modules that `generate` has replaced while it runs.
     replaced: Sequence[ReplacedAttribute] = ()
+    #: The last call with adapters had graphs captured, or there was none.
+    capturing: bool = True
     #: The thread whose calls, or whose update, are running.
     _thread: int | None = None
     #: The adapters that were served last, and the sites that they touch.
@@ -190,7 +192,7 @@ class Session:
         self, roles: RoleTable, named: Mapping[str, Any], names: Names, slots: Sequence[int]
     ) -> None:
         self.serve(names, slots)
-        self.program.call = Call(roles, named)
+        self.program.call = self.program.new_call(roles, named, tracks=True)
 
     def serve(self, names: Names, slots: Sequence[int]) -> None:
         """Serve rows of these adapters, which have these slots.

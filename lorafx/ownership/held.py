@@ -1,0 +1,125 @@
+"""Labels of real tensors: which request each element belongs to, known by its very place.
+
+    SHARED             no element depends on a request
+    Alone(b)           every element belongs to request b, or to none
+    Listed(dim, L)     index i along `dim` belongs to request L[i], to none where L[i] is NOBODY
+    Patchy(cells)      cells[...] is the request of each element; no one dimension tells them apart
+
+None stands for a tensor of unknown owners. `cells` are int16 tensors with as many dimensions as
+the tensor they describe, of its size or of one in each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+NOBODY, UNKNOWN = -1, -2
+#: Requests that cells can tell apart.
+MOST_REQUESTS = torch.iinfo(torch.int16).max
+
+
+@dataclass(frozen=True)
+class Shared:
+    """No element depends on a request."""
+
+
+@dataclass(frozen=True)
+class Alone:
+    """Every element belongs to this request, or to none."""
+
+    request: int
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Index i along `dim` belongs to request owners[i]."""
+
+    dim: int
+    owners: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Patchy:
+    """Element by element."""
+
+    cells: Tensor
+
+
+SHARED = Shared()
+Held: TypeAlias = Shared | Alone | Listed | Patchy
+
+
+def listed(dim: int, owners: tuple[int, ...]) -> Held:
+    """Index i along `dim` belongs to request owners[i], which may be one for all."""
+    if any(owner != owners[0] for owner in owners):
+        return Listed(dim, owners)
+    return SHARED if owners[0] == NOBODY else Alone(owners[0])
+
+
+def cells_of(held: Held | None, ndim: int, device: torch.device) -> Tensor:
+    """Cells, broadcastable, of a tensor of `ndim` dimensions that is held so."""
+    if isinstance(held, Patchy):
+        return held.cells
+    if isinstance(held, Listed):
+        line = [1] * ndim
+        line[held.dim] = len(held.owners)
+        return torch.tensor(held.owners, dtype=torch.int16, device=device).view(line)
+    value = UNKNOWN if held is None else held.request if isinstance(held, Alone) else NOBODY
+    return torch.full([1] * ndim, value, dtype=torch.int16, device=device)
+
+
+def held_by(cells: Tensor) -> Held | None:
+    """What these cells say, in the simplest form; None where some element's owner is unknown."""
+    for dim, stride in enumerate(cells.stride()):
+        if stride == 0:  # the same all along
+            cells = cells.narrow(dim, 0, 1)
+    if not cells.numel():
+        return SHARED
+    least, most = _ends(cells, range(cells.dim()))
+    if int(cells.amin()) == UNKNOWN:
+        return None
+    if int(most) == NOBODY:
+        return SHARED
+    if int(least) == int(most):
+        return Alone(int(most))
+    for dim in range(cells.dim()):
+        least, most = _ends(cells, [d for d in range(cells.dim()) if d != dim])
+        if bool(((least == most) | (most == NOBODY)).all()):
+            return Listed(dim, tuple(most.tolist()))
+    return Patchy(cells)
+
+
+def _ends(cells: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The least and the greatest request over `dims`; NOBODY counts in neither, but alone."""
+    if not dims:
+        return cells, cells
+    nowhere = cells == NOBODY
+    least = cells.masked_fill(nowhere, MOST_REQUESTS).amin(tuple(dims))
+    return least, cells.amax(tuple(dims))
+
+
+def joined(one: Tensor, other: Tensor) -> Tensor:
+    """Cells of what is computed element by element from two tensors, broadcast."""
+    one, other = torch.broadcast_tensors(one, other)
+    agree = (one == other) | (other == NOBODY)
+    return torch.where(one == NOBODY, other, torch.where(agree, one, UNKNOWN))
+
+
+def same_owners(lists: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """The one list that all of these are, where NOBODY fits anybody; None where they differ."""
+    if len({len(owners) for owners in lists}) != 1:
+        return None
+    if all(owners == lists[0] for owners in lists):
+        return lists[0]
+    found: list[int] = []
+    for column in zip(*lists, strict=True):
+        known = {owner for owner in column if owner != NOBODY}
+        if len(known) > 1:
+            return None
+        found.append(known.pop() if known else NOBODY)
+    return tuple(found)

@@ -1,0 +1,204 @@
+"""Who owns what lies in memory: labels of real tensors, kept by storage.
+
+A view needs no rule: it shows memory that is labelled already. What is known is kept by the view
+that it was said of, and spread over cells, one an element of the storage, when another view of it
+is asked for. A tensor that somebody wrote into unseen is not the one that was labelled: its
+version says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lorafx.ownership.held import (
+    SHARED,
+    UNKNOWN,
+    Alone,
+    Held,
+    Listed,
+    Patchy,
+    Shared,
+    cells_of,
+    held_by,
+)
+
+#: sizes, strides, offset
+Place: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], int]
+
+
+@dataclass(eq=False)
+class _Block:
+    """What is known of one storage."""
+
+    ref: StorageWeakRef
+    version: int
+    itemsize: int
+    views: dict[Place, Held | None] = field(default_factory=dict)
+    #: (elements of the storage,) int16, once a view was asked for that was not labelled.
+    cells: Tensor | None = None
+
+
+class Memory:
+    """Labels of the tensors of one call.
+
+    Args:
+        shared: true for a tensor of the model itself, which depends on no request.
+    """
+
+    def __init__(self, shared: Callable[[Tensor], bool] | None = None) -> None:
+        self._shared = shared
+        self._blocks: dict[int, _Block] = {}
+
+    def look(self, tensor: Tensor) -> Held | None:
+        """The label of this tensor as it is now; None where its owners are not known."""
+        if not tensor.numel():
+            return SHARED
+        block = self._block(tensor)
+        if block is None:
+            return SHARED if self._shared is not None and self._shared(tensor) else None
+        if not _same(block, tensor):
+            return None
+        place = _place(tensor)
+        if place not in block.views:
+            block.views[place] = self._seen(block, tensor, place)
+        return block.views[place]
+
+    def computed(self, tensor: Tensor) -> bool:
+        """Whether `tensor` shows what the call was given, or has computed, and nobody has written
+        into it unseen; its owners may be unknown."""
+        block = self._block(tensor)
+        return block is not None and _same(block, tensor)
+
+    def given(self, tensor: Tensor, held: Held | None) -> None:
+        """`tensor` is an argument of the call, and is held so."""
+        block = self._block(tensor) or self._new(tensor)
+        if block is not None:
+            block.views[_place(tensor)] = held
+
+    def note(self, tensor: Tensor, held: Held | None, inputs: Iterable[Tensor] = ()) -> None:
+        """`tensor` was computed from `inputs`, and is held so. Where it shows memory of one of
+        them, this is only one more view of what lies there."""
+        key, block = storage_of(tensor), self._block(tensor)
+        if key is None or all(storage_of(item) != key for item in inputs):
+            block = self._new(tensor)
+        elif held is None or block is None or not _same(block, tensor):
+            return
+        if block is not None:
+            block.views[_place(tensor)] = held
+
+    def write(self, tensor: Tensor, held: Held | None, *, uncounted: int = 0) -> None:
+        """`tensor` was written into, and is held so now; other elements of its storage are what
+        they were. Its version does not count the last `uncounted` times yet."""
+        version, block, place = _version(tensor), self._block(tensor), _place(tensor)
+        if version is None or block is None or block.itemsize != tensor.element_size():
+            known = block is None and self._shared is not None and self._shared(tensor)
+            block = self._new(tensor)
+            if block is None or version is None:
+                return
+            if known:
+                block.views[(_elements(tensor),), (1,), 0] = SHARED
+        if block.cells is not None or (block.views and set(block.views) != {place}):
+            cells = self._cells(block, tensor)
+            if _spread(cells, held, place):
+                block.views.clear()
+            else:
+                cells.fill_(UNKNOWN)
+                block.views.clear()
+        block.views[place] = held
+        block.version = version + uncounted
+
+    def _new(self, tensor: Tensor) -> _Block | None:
+        """An empty block for the storage of `tensor`, in place of what was known of it; None where
+        nothing can be."""
+        version, key = _version(tensor), storage_of(tensor)
+        if key is None:
+            return None
+        self._blocks.pop(key, None)
+        if version is None:
+            return None
+        ref = StorageWeakRef(tensor.untyped_storage())
+        block = self._blocks[key] = _Block(ref, version, tensor.element_size())
+        return block
+
+    def _block(self, tensor: Tensor) -> _Block | None:
+        key = storage_of(tensor)
+        block = None if key is None else self._blocks.get(key)
+        return None if block is None or block.ref.expired() else block
+
+    def _seen(self, block: _Block, tensor: Tensor, place: Place) -> Held | None:
+        elements = _elements(tensor)
+        for (size, stride, offset), held in block.views.items():
+            everything = not offset and math.prod(size) == elements and _apart(size, stride)
+            if everything and isinstance(held, (Shared, Alone)):
+                return held
+        cells = self._cells(block, tensor)
+        return held_by(cells.as_strided(*place))
+
+    def _cells(self, block: _Block, tensor: Tensor) -> Tensor:
+        if block.cells is None:
+            elements = _elements(tensor)
+            cells = torch.full((elements,), UNKNOWN, dtype=torch.int16, device=tensor.device)
+            for place, held in block.views.items():
+                if held is not None:
+                    _spread(cells, held, place)
+            block.cells = cells
+        return block.cells
+
+
+def _same(block: _Block, tensor: Tensor) -> bool:
+    """Nobody has written into it unseen, and its elements are as long as those labelled."""
+    return block.version == _version(tensor) and block.itemsize == tensor.element_size()
+
+
+def _version(tensor: Tensor) -> int | None:
+    """None for a tensor of inference mode, whose writes are not counted."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def storage_of(tensor: Tensor) -> int | None:
+    """Which storage this is; None for a tensor that is made of others."""
+    if is_traceable_wrapper_subclass(tensor) or tensor.layout is not torch.strided:
+        return None
+    return tensor.untyped_storage()._cdata
+
+
+def _place(tensor: Tensor) -> Place:
+    return tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset())
+
+
+def _elements(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes() // tensor.element_size()
+
+
+def _apart(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """No two elements lie in one place."""
+    reach = 0
+    for step, count in sorted((s, n) for n, s in zip(size, stride, strict=True) if n > 1):
+        if step <= reach:
+            return False
+        reach += (count - 1) * step
+    return True
+
+
+def _spread(cells: Tensor, held: Held | None, place: Place) -> bool:
+    """Write a view's label into the cells of its storage; false where elements of the view that
+    lie in one place may have different owners."""
+    size, stride, offset = place
+    if isinstance(held, (Listed, Patchy)) and not _apart(size, stride):
+        return False
+    region = cells.as_strided(size, stride, offset)
+    for dim, step in enumerate(stride):
+        if step == 0 and size[dim]:
+            region = region.narrow(dim, 0, 1)
+    if not _apart(tuple(region.shape), tuple(region.stride())):
+        return False
+    region.copy_(cells_of(held, len(size), cells.device).expand(region.shape))
+    return True

@@ -1,0 +1,192 @@
+"""Rules for operators that run in Python, between the graphs of a model, on real tensors.
+
+The rules of the graph are asked, with numbers in place of symbols: index i along the dimension of
+an operand stands for a request of its own, and the owners' list says for whom. What moves whole
+elements (indexing by values that are known now, joining, padding) moves their cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from lorafx.ownership import pointwise
+from lorafx.ownership.flow import Flow
+from lorafx.ownership.held import (
+    SHARED,
+    Alone,
+    Held,
+    Listed,
+    Shared,
+    cells_of,
+    held_by,
+    joined,
+    same_owners,
+)
+from lorafx.ownership.labels import Label, Own
+from lorafx.ownership.moves import MOVES, Labels
+from lorafx.ownership.propagate import called, checked, rule_for
+from lorafx.ownership.symbolic import BatchSymbols
+
+aten = torch.ops.aten
+
+
+def tensors_in(values: object) -> Iterator[Tensor]:
+    """The tensors among an operator's arguments or results."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from tensors_in(value)
+    elif isinstance(values, dict):
+        yield from tensors_in(list(values.values()))
+
+
+def written(func: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that the operator writes into."""
+    found: list[Tensor] = []
+    for position, name in _written_places(func):
+        value = kwargs.get(name, args[position] if position < len(args) else None)
+        found.extend(tensors_in(value))
+    return found
+
+
+@cache
+def _written_places(func: Any) -> tuple[tuple[int, str], ...]:
+    return tuple(
+        (position, argument.name)
+        for position, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
+#: Writers that ask nothing of what was there.
+_OVERWRITING = (aten.copy_, aten.fill_, aten.zero_)
+
+
+@cache
+def functional(func: Any) -> Any:
+    """The operator that computes what this one writes in place."""
+    packet, overload = func.overloadpacket, func._overloadname
+    name = packet._qualified_op_name.removeprefix("aten::")
+    if name.endswith("_") and not name.endswith("__"):
+        twin = getattr(aten, name[:-1], None)
+        return getattr(twin, overload, func)
+    return func
+
+
+def held_results(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], results: object, labels: Labels
+) -> list[Held | None]:
+    """The labels of an operator's results, in the order of `tensors_in`; for one that writes into
+    an argument, of that argument afterwards.
+
+    Args:
+        labels: what the operands were before it ran.
+    """
+    outputs, twin = list(tensors_in(results)), functional(func)
+    operands = [*tensors_in(args), *tensors_in(dict(kwargs))]
+    if func.overloadpacket in _OVERWRITING:
+        operands = operands[1:]
+    helds = [labels[id(operand)] for operand in operands]
+    rule = rule_for(twin)[0]
+    if rule is pointwise.unlabelled:
+        return [SHARED] * len(outputs)
+    alike = alone(helds)
+    if alike is not None:
+        return [alike] * len(outputs)
+    if "out" in kwargs or not outputs:
+        return [None] * len(outputs)
+    if twin.overloadpacket in (aten.sort, aten.argsort) and operands[0].dim() == 1:
+        order = cells_of(helds[0], 1, outputs[-1].device).expand(operands[0].shape)[outputs[-1]]
+        return [held_by(order)] * len(outputs)
+    if twin.overloadpacket in MOVES:
+        named = _named(twin, args, kwargs)
+        cells = MOVES[twin.overloadpacket](twin, named, outputs[0], labels)
+        return [None if cells is None else held_by(cells.expand(outputs[0].shape))]
+    if any(held is None for held in helds):
+        return [None] * len(outputs)
+    found = _by_rule(twin, args, kwargs, results, {id(o): labels[id(o)] for o in operands})
+    if found is None and rule in (pointwise.pointwise, pointwise.copied):
+        cells = _joined(operands, helds)
+        return [held_by(cells.expand(output.shape)) for output in outputs]
+    return found or [None] * len(outputs)
+
+
+def _named(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that were given, by their names in the operator's schema."""
+    names = [argument.name for argument in func._schema.arguments]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _joined(operands: Sequence[Tensor], helds: Sequence[Held | None]) -> Tensor:
+    """Cells of what is computed element by element from these."""
+    cells = cells_of(SHARED, 0, operands[0].device)
+    for operand, held in zip(operands, helds, strict=True):
+        cells = joined(cells, cells_of(held, operand.dim(), operand.device))
+    return cells
+
+
+def alone(helds: Sequence[Held | None]) -> Shared | Alone | None:
+    """What everything is that is computed from such operands, if they have one owner, or none."""
+    requests = {held.request for held in helds if isinstance(held, Alone)}
+    if len(requests) > 1 or any(not isinstance(held, (Alone, Shared)) for held in helds):
+        return None
+    return Alone(requests.pop()) if requests else SHARED
+
+
+# --- the rules of the graph ---
+
+
+def _by_rule(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], results: object, labels: Labels
+) -> list[Held | None] | None:
+    """The rule of the graph's propagation, where all owned operands list the same owners."""
+    listed = [held for held in labels.values() if not isinstance(held, Shared)]
+    owners = same_owners([held.owners for held in listed if isinstance(held, Listed)])
+    if owners is None or not all(isinstance(held, Listed) for held in listed):
+        return None
+    graph, nodes = fx.Graph(), cast("dict[int, fx.Node]", {})
+    flow = Flow(BatchSymbols.of([len(owners)]), give_out=False)
+
+    def node_of(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in nodes:
+                node = nodes[id(value)] = graph.placeholder(f"x{len(nodes)}")
+                node.meta["val"] = value
+                held = labels.get(id(value))
+                flow.labels[node] = Own(held.dim) if isinstance(held, Listed) else None
+            return nodes[id(value)]
+        if isinstance(value, (list, tuple)):
+            return type(value)(node_of(item) for item in value)
+        return value
+
+    given = tuple(node_of(value) for value in args)
+    named = {name: node_of(value) for name, value in kwargs.items()}
+    node = graph.call_function(func, given, named)
+    node.meta["val"] = results
+    label = checked(node, flow, called(node, flow))
+    return _as_held(label, results, owners)
+
+
+def _as_held(label: Label, results: object, owners: tuple[int, ...]) -> list[Held | None] | None:
+    several = isinstance(results, (tuple, list))
+    values: Sequence[Any] = results if several else [results]  # type: ignore[assignment]
+    singles = label if isinstance(label, tuple) else (label,) * len(values)
+    found: list[Held | None] = []
+    for value, single in zip(values, singles, strict=True):
+        if not isinstance(value, Tensor):
+            continue
+        if single is None:
+            found.append(SHARED)
+        elif isinstance(single, Own) and single.perm is None:
+            rows, size = int(single.rows), value.shape[single.dim]
+            spread = tuple(owners[i // rows % len(owners)] for i in range(size))
+            found.append(Listed(single.dim, spread))
+        else:
+            found.append(None)
+    return found if any(held is not None for held in found) else None

@@ -1,0 +1,150 @@
+"""Rows that Python moves, picks and joins between the graphs of a model, in mixed batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dense_merge import REFERENCE, error
+from torch import Tensor, nn
+
+import lorafx
+from lorafx.errors import ProvenanceError
+
+K = 6
+MIXED = ["a", None, "b"]
+INDUCTOR = {"lowering": "inductor"}
+
+
+@torch._dynamo.disable
+def rolled(h: Tensor, by: int) -> Tensor:
+    return h[torch.arange(h.shape[0]).roll(by)]
+
+
+@torch._dynamo.disable
+def through_numbers(h: Tensor) -> Tensor:
+    return torch.from_numpy(h.numpy()[::-1].copy())
+
+
+@torch._dynamo.disable
+def summed(h: Tensor) -> Tensor:
+    return h + h.sum(0, keepdim=True) * 0
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(K, K)
+        self.w = nn.Linear(K, K)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = torch.tanh(self.first(x))
+        torch._dynamo.graph_break()
+        return {"logits": self.rest(h)}
+
+
+class Reordered(Layers):
+    """Each row is served by its own request's adapter, wherever it stands."""
+
+    def rest(self, h: Tensor) -> Tensor:
+        return rolled(self.w(rolled(h, 1)), -1)
+
+
+class InPieces(Layers):
+    """One request after another, and some of them together."""
+
+    def rest(self, h: Tensor) -> Tensor:
+        out = torch.zeros_like(h)
+        for b in range(h.shape[0]):
+            torch._dynamo.graph_break()
+            out[b, :2] = self.w(h[b])[:2]
+        for part in (slice(None, 1), slice(1, None)):
+            torch._dynamo.graph_break()
+            out[part, 2:] += self.w(h[part])[:, 2:]
+        return out
+
+
+class Experts(Layers):
+    """Linears of experts in a loop over those that some row was routed to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.ModuleList(nn.Linear(K, K) for _ in range(3))
+        self.router = nn.Linear(K, 3)
+
+    def rest(self, h: Tensor) -> Tensor:
+        rows = h.reshape(-1, K)
+        weights, chosen = self.router(rows).softmax(-1).topk(2)
+        out = torch.zeros_like(rows)
+        for expert, layer in enumerate(self.w):
+            row, place = torch.where(chosen == expert)
+            out.index_add_(0, row, layer(rows[row]) * weights[row, place, None])
+        return out.view(h.shape)
+
+
+class Flattened(Layers):
+    """Sizes that come to a graph as numbers: its operators are looked at one after another."""
+
+    def rest(self, h: Tensor) -> Tensor:
+        batch, length = h.shape[0], h.shape[1]
+        flat = h.reshape(batch * length, K)
+        torch._dynamo.graph_break()
+        flat = torch.relu(flat) + flat
+        h = (flat.view(batch, length, K) * 2).contiguous()
+        torch._dynamo.graph_break()
+        return self.w(h)
+
+
+@pytest.mark.parametrize(
+    ("cls", "targets", "options"),
+    [
+        (Reordered, ["first", "w"], REFERENCE),
+        (InPieces, ["first", "w"], REFERENCE),
+        (InPieces, ["w"], INDUCTOR),
+        (Experts, ["first", "w.0", "w.1", "w.2", "router"], REFERENCE),
+        (Flattened, ["first", "w"], REFERENCE),
+        (Flattened, ["w"], INDUCTOR),
+    ],
+)
+def test_rows_that_python_moves_keep_their_owners(small, cls, targets, options):
+    torch.manual_seed(0)
+    case = small(cls, targets)
+    cm = lorafx.compile(case.model(), adapters=case.folders, options=options)
+    batches = [(["a"] * 3, 5), (MIXED, 5), (["b", "a", None], 4), (["b", "b", None, "a"], 4)]
+    for names, length in batches:
+        inputs = {"x": torch.randn(len(names), length, K)}
+        found = cm(**inputs, adapter_names=names)["logits"]
+        assert error(found, case.expected(names, inputs)) <= 1e-5, names
+
+
+def test_other_mixes_make_no_graph(small):
+    case = small(InPieces, ["first", "w"])
+    cm = lorafx.compile(case.model(), adapters=case.folders, options=REFERENCE)
+    inputs = {"x": torch.randn(3, 5, K)}
+    for names in (["a"] * 3, MIXED):
+        cm(**inputs, adapter_names=names)
+    graphs = cm.recompiles
+    for names in (["b", "b", None], ["b"] * 3, [None, "a", "b"]):
+        cm(**inputs, adapter_names=names)
+    assert cm.recompiles == graphs
+
+
+class ThroughNumbers(Layers):
+    def rest(self, h: Tensor) -> Tensor:
+        return self.w(through_numbers(h)).flip(0)
+
+
+class Summed(Layers):
+    def rest(self, h: Tensor) -> Tensor:
+        return self.w(summed(h))
+
+
+@pytest.mark.parametrize("cls", [ThroughNumbers, Summed])
+def test_what_has_no_one_owner_is_refused(small, cls):
+    torch.manual_seed(0)
+    case, inputs = small(cls, ["w"]), {"x": torch.randn(3, 5, K)}
+    cm = lorafx.compile(case.model(), adapters=case.folders, options=REFERENCE)
+    for names in (["a"] * 3, ["b"] * 3):
+        found = cm(**inputs, adapter_names=names)["logits"]
+        assert error(found, case.expected(names, inputs)) <= 1e-5
+    with pytest.raises(ProvenanceError, match="at w "):
+        cm(**inputs, adapter_names=MIXED)
