@@ -54,9 +54,10 @@ def checked(checks: Checks, owner: Owner, compiled: Callable[..., Any]) -> Calla
             return compiled(*arguments)
         if rows is None and not program.runtime.uniform:
             checks.refuse_changed(program, arguments)
-        looked_at = handover.seen and tracking is not None
+        notes = tracking if tracking is not None and tracking.memory is not None else None
+        looked_at = handover.seen and notes is not None
         slots = _slots(program, checks, arguments, rows)
-        with tracking if looked_at and tracking else program.runtime.rows_of(slots):
+        with notes.in_graph() if looked_at and notes else program.runtime.rows_of(slots):
             results = compiled(*arguments)
         handover.note(call.memory, arguments, results, rows, looked_at=looked_at)
         handover.fresh = False

@@ -48,12 +48,25 @@ def calling_modules() -> frozenset[int]:
     Where Dynamo cannot break a frame in two it runs it in Python and compiles what it calls: a
     module's forward and the hooks after it are then graphs of their own.
     """
-    return frozenset(id(f.f_locals["self"]) for f in _frames() if f.f_code is _CALL)
+    return frozenset(map(id, running_modules()))
+
+
+def running_modules() -> Iterator[nn.Module]:
+    """The modules whose `__call__` is running, the innermost first."""
+    return (frame.f_locals["self"] for frame in _frames() if frame.f_code is _CALL)
+
+
+def user_line() -> str:
+    """`file:line` of the innermost frame that is neither torch's nor ours."""
+    for frame in _frames():
+        if str(frame.f_globals.get("__name__")).partition(".")[0] not in ("torch", "lorafx"):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return "an unknown place"
 
 
 def innermost_module() -> nn.Module | None:
     """The module whose `__call__` began last and is running."""
-    return next((f.f_locals["self"] for f in _frames() if f.f_code is _CALL), None)
+    return next(running_modules(), None)
 
 
 def outermost_call(belongs: Callable[[nn.Module], bool]) -> RunningCall | None:

@@ -1,14 +1,15 @@
-"""Owners of what Python computes between the graphs of one call.
+"""What Python computes between the graphs of one call.
 
-While a call runs whose rows use different adapters, every operator that runs outside of a graph is
-seen, and what its results hold is noted in the call's memory. Graphs are not looked into: their
-own proofs say what they return.
+While a call with adapters runs, every operator that runs outside of a graph is seen. One that uses
+the weight of a site past its module is refused. Where the rows use different adapters, what its
+results hold is noted in the call's memory. Graphs are not looked into: their own proofs say what
+they return.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,19 +21,22 @@ from torch.utils._python_dispatch import (
     _pop_mode_temporarily,
 )
 
+from lorafx.capture.weights_in_python import WeightUses
 from lorafx.ownership.held import Held
 from lorafx.ownership.memory import Memory, storage_of
 from lorafx.ownership.real import alone, held_results, tensors_in, written
 
 
 class Tracking(TorchDispatchMode):
-    """Notes the owners of what operators return and write, in `memory`."""
+    """Notes the owners of what operators return and write, in `memory`, where that is asked for,
+    and has `uses` look at them."""
 
     supports_higher_order_operators = True
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory | None, uses: WeightUses | None) -> None:
         super().__init__()
         self.memory = memory
+        self.uses = uses
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -45,13 +49,28 @@ class Tracking(TorchDispatchMode):
         if not isinstance(func, torch._ops.OpOverload):
             return func(*args, **named)
         operands = [*tensors_in(args), *tensors_in(dict(named))]
-        before = {id(operand): self.memory.look(operand) for operand in operands}
+        memory = self.memory
+        before = {} if memory is None else {id(item): memory.look(item) for item in operands}
         results = func(*args, **named)
-        self._note(func, args, named, results, operands, before)
+        if self.uses is not None:
+            self.uses.look(func, operands, list(tensors_in(results)))
+        if memory is not None:
+            self._note(memory, func, args, named, results, operands, before)
         return results
+
+    @contextmanager
+    def in_graph(self) -> Iterator[None]:
+        """Inside, the operators of a graph run one by one, whose uses of weights `match` knows."""
+        uses, self.uses = self.uses, None
+        try:
+            with self:
+                yield
+        finally:
+            self.uses = uses
 
     def _note(
         self,
+        memory: Memory,
         func: torch._ops.OpOverload,
         args: tuple[Any, ...],
         named: Mapping[str, Any],
@@ -72,10 +91,10 @@ class Tracking(TorchDispatchMode):
         else:
             now = helds
         for tensor, held in zip(changed, now, strict=True):
-            self.memory.write(tensor, held, uncounted=1)  # versions are counted above this mode
+            memory.write(tensor, held, uncounted=1)  # versions are counted above this mode
         for output, held in zip(outputs, helds, strict=True):
             if storage_of(output) not in shown:
-                self.memory.note(output, held)
+                memory.note(output, held)
 
 
 def running() -> Tracking | None:
@@ -85,8 +104,9 @@ def running() -> Tracking | None:
 
 
 def looks() -> bool:
-    """Whether operators are looked at now, behind other modes perhaps."""
-    return any(isinstance(mode, Tracking) for mode in _get_current_dispatch_mode_stack())
+    """Whether owners are noted now, behind other modes perhaps."""
+    stack = _get_current_dispatch_mode_stack()
+    return any(isinstance(mode, Tracking) and mode.memory is not None for mode in stack)
 
 
 def untracked(tracking: Tracking | None) -> AbstractContextManager[object]:

@@ -79,6 +79,33 @@ def as_real(node: fx.Node, flow: Flow) -> Label:
     return label
 
 
+#: Operators whose results do not depend on the values of their operands.
+READS_NO_VALUES = (
+    aten.empty_like,
+    aten.zeros_like,
+    aten.ones_like,
+    aten.full_like,
+    aten.rand_like,
+    aten.randn_like,
+    aten.randint_like,
+    aten.new_empty,
+    aten.new_zeros,
+    aten.new_ones,
+    aten.new_full,
+    aten.new_empty_strided,
+    aten.sym_size,
+    aten.sym_numel,
+    aten.sym_stride,
+    aten.sym_storage_offset,
+    aten._assert_async,
+    aten._assert_scalar,
+    aten._assert_tensor_metadata,
+    aten.sym_constrain_range,
+    aten.sym_constrain_range_for_size,
+    aten._functional_assert_async,
+    aten._print,
+)
+
 RULES: dict[object, Rule] = {
     **dict.fromkeys(
         (
@@ -181,34 +208,7 @@ RULES: dict[object, Rule] = {
     **dict.fromkeys((aten.bucketize, aten.searchsorted, aten.isin), searched),
     **dict.fromkeys((aten._local_scalar_dense, aten.item, aten.is_nonzero), scalar_read),
     **dict.fromkeys((aten.view_as_real, aten.view_as_complex), as_real),
-    **dict.fromkeys(
-        (
-            aten.empty_like,
-            aten.zeros_like,
-            aten.ones_like,
-            aten.full_like,
-            aten.rand_like,
-            aten.randn_like,
-            aten.randint_like,
-            aten.new_empty,
-            aten.new_zeros,
-            aten.new_ones,
-            aten.new_full,
-            aten.new_empty_strided,
-            aten.sym_size,
-            aten.sym_numel,
-            aten.sym_stride,
-            aten.sym_storage_offset,
-            aten._assert_async,
-            aten._assert_scalar,
-            aten._assert_tensor_metadata,
-            aten.sym_constrain_range,
-            aten.sym_constrain_range_for_size,
-            aten._functional_assert_async,
-            aten._print,
-        ),
-        unlabelled,
-    ),
+    **dict.fromkeys(READS_NO_VALUES, unlabelled),
 }
 
 

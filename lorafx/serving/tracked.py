@@ -1,4 +1,4 @@
-"""In which calls what Python computes between graphs is tracked."""
+"""In which calls what Python computes between graphs is looked at."""
 
 from __future__ import annotations
 
@@ -7,32 +7,51 @@ from contextlib import contextmanager
 
 from lorafx.capture.handover import held_argument
 from lorafx.capture.tracking import Tracking
+from lorafx.capture.weights_in_python import WeightUses
 from lorafx.ownership.held import MOST_REQUESTS
+from lorafx.ownership.memory import Memory
 from lorafx.serving.roles import tensor_leaves
 from lorafx.serving.session import Session
 
 
 @contextmanager
 def tracked(session: Session) -> Iterator[None]:
-    """Inside, the owners of what Python computes between graphs are kept, where that may be asked
-    for: the batch mixes adapters and the model is in several graphs, or calls still have graphs
-    captured.
+    """Inside, what Python computes between graphs is looked at, where adapters are active: for
+    weights that are used past their modules, and where that may be asked for, for owners.
+
+    Raises:
+        MatchError: the weight of a site was used past its module.
     """
     program, captured = session.program, len(session.backend.records)
-    call, active, rows = program.call, program.runtime.active, len(program.runtime.rows)
-    mixed = not program.runtime.uniform and session.backend.several[0]
-    wanted = active and session.tokens is None and 1 < rows <= MOST_REQUESTS
+    active = program.runtime.active
+    uses = WeightUses(program) if active and program.touched else None
+    memory = _memory(session) if active else None
     try:
-        if call is None or call.roles is None or not wanted or not (mixed or session.capturing):
+        if uses is None and memory is None:
             yield
             return
-        call.tracked = True
-        for name, value in call.named.items():
-            for tensor in tensor_leaves(value):
-                role = call.roles.role(name, tensor)
-                call.memory.given(tensor, held_argument(role, tensor, rows))
-        with Tracking(call.memory):
+        with Tracking(memory, uses):
             yield
+        if uses is not None:
+            uses.refuse()
     finally:
         if active:
             session.capturing = len(session.backend.records) != captured
+
+
+def _memory(session: Session) -> Memory | None:
+    """Where the owners are noted of what the running call computes; None where nobody asks: the
+    batch is of one adapter, or the model in one graph, and calls have no graphs captured any more.
+    """
+    program = session.program
+    call, rows = program.call, len(program.runtime.rows)
+    mixed = not program.runtime.uniform and session.backend.several[0]
+    wanted = session.tokens is None and 1 < rows <= MOST_REQUESTS
+    if call is None or call.roles is None or not wanted or not (mixed or session.capturing):
+        return None
+    call.tracked = True
+    for name, value in call.named.items():
+        for tensor in tensor_leaves(value):
+            role = call.roles.role(name, tensor)
+            call.memory.given(tensor, held_argument(role, tensor, rows))
+    return call.memory

@@ -1,0 +1,123 @@
+"""Weights of sites that Python uses between graphs, past the modules that hold them.
+
+What Dynamo keeps out of graphs, or gives up, runs in Python. A module that is called there has its
+mark; `F.linear(x, module.weight)` has none, and `match` sees graphs alone, so that the update would
+be lost. It is seen by the memory that operators read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lorafx.capture.program import Program
+from lorafx.capture.stack import running_modules, user_line
+from lorafx.errors import MatchError
+from lorafx.model.sites import Site
+from lorafx.ownership.memory import storage_of
+from lorafx.ownership.pointwise import READS_NO_VALUES
+
+
+class _Range(NamedTuple):
+    """The bytes of a storage that a site's weight lies in."""
+
+    first: int
+    last: int
+    site: Site
+
+
+class WeightUses:
+    """What looks at the operators of one call that run in Python."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._ranges: dict[int, list[_Range]] | None = None
+        self._found: MatchError | None = None
+
+    def look(self, func: Any, operands: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+        """Look at an operator that has run.
+
+        Raises:
+            MatchError: it has computed with the weight of a site that an adapter of the batch
+                touches, outside of a call of a module that holds it.
+        """
+        if func.namespace == "lorafx" or func.overloadpacket in READS_NO_VALUES:
+            return
+        sites = list(dict.fromkeys(site for item in operands for site in self._shown(item)))
+        if not sites:
+            return
+        memory = {storage_of(item) for item in operands}
+        if results and all(storage_of(item) in memory for item in results):
+            return  # one more view
+        running = list(running_modules())
+        past = [site.path for site in sites if not self._held(site, running)]
+        if past:
+            self._found = MatchError(
+                f"LoRA cannot be applied at {', '.join(past)}: {func.overloadpacket} at "
+                f"{user_line()} uses the weight past its module, in a function that Dynamo keeps "
+                "out of graphs or gives up, so the update would be lost. Call the module there, "
+                "let the function be traced, or take the module out by exclude_modules"
+            )
+            raise self._found
+
+    def refuse(self) -> None:
+        """Raise once more what the model's own code has caught."""
+        if self._found is not None:
+            raise self._found
+
+    def _shown(self, tensor: Tensor) -> Iterator[Site]:
+        """The touched sites whose weights lie where this tensor lies."""
+        if self._ranges is None:
+            self._ranges = self._touched()
+        for part in _parts(tensor):
+            for found in self._ranges.get(storage_of(part) or 0, ()):
+                first, last = _extent(part)
+                if first < found.last and found.first < last:
+                    yield found.site
+
+    def _touched(self) -> dict[int, list[_Range]]:
+        ranges: dict[int, list[_Range]] = {}
+        for site in self._program.sites:
+            weight = self._program.weight_of(site)
+            if weight is None or not self._program.is_touched(site):
+                continue
+            for part in _parts(weight):
+                if (key := storage_of(part)) is not None:
+                    ranges.setdefault(key, []).append(_Range(*_extent(part), site))
+        return ranges
+
+    def _held(self, site: Site, running: Sequence[nn.Module]) -> bool:
+        """Whether a module runs that holds the weight: the site, whose mark comes after it, or one
+        that is no site, whose own use of a tied weight it is."""
+        weight = self._program.weight_of(site)
+        return any(
+            module is site.module
+            or module is site.marked
+            or any(parameter is weight for parameter in module._parameters.values())
+            for module in running
+        )
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor, or the tensors that it is made of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        inner = getattr(tensor, name)
+        if isinstance(inner, Tensor):
+            yield from _parts(inner)
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The first byte of its storage that it shows, and the one behind the last."""
+    if not tensor.numel() or tensor.layout is not torch.strided:
+        return 0, 0
+    reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    first, size = int(tensor.storage_offset()), tensor.element_size()
+    return first * size, (first + int(reach) + 1) * size
