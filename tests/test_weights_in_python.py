@@ -10,10 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_merge import error
+from attached import fresh_dynamo
+from dense_merge import REFERENCE, error
 from torch import Tensor, nn
 
+import lorafx
 from lorafx.errors import MatchError
+
+__all__ = ["fresh_dynamo"]
 
 K = 6
 BATCHES = (["a"] * 3, ["a", None, "b"])
@@ -198,3 +202,45 @@ def test_what_reads_no_weight_of_a_site_is_served(small, cls):
     for _ in range(2):
         found = cm(**inputs, adapter_names=["a"] * 3)["logits"]
         assert error(found, case.expected(["a"] * 3, inputs)) <= 1e-5
+
+
+class Inline(Layers):
+    def rest(self, h: Tensor) -> Tensor:
+        return F.linear(h, self.w.weight, self.w.bias)
+
+
+@pytest.mark.parametrize("cls", [Inline, KeptOut, InGenerator, Caught])
+def test_marked_models_in_eager_mode(small, cls):
+    case, inputs = small(cls, ["w"]), {"x": torch.randn(3, K)}
+    model = lorafx.attach(case.model(), case.folders)
+    with torch.no_grad():
+        for names in BATCHES:
+            with pytest.raises(MatchError, match="at w: aten"), lorafx.adapters(model, names):
+                model(**inputs)
+        with lorafx.adapters(model, ["a"] * 3):
+            assert model.w.weight.norm() > 0  # the user's own, between two calls
+        assert torch.equal(model(**inputs)["logits"], case.base(**inputs)["logits"])
+
+
+@pytest.mark.parametrize("options", [None, "adapters"])
+@pytest.mark.parametrize("cls", [KeptOut, InGenerator])
+def test_marked_models_that_users_compile(small, cls, options, fresh_dynamo):
+    case, inputs = small(cls, ["w"]), {"x": torch.randn(3, K)}
+    model, given = case.model(), {"lora_config": None, "adapters": case.folders, **REFERENCE}
+    if options is None:
+        lorafx.attach(model, case.folders, options=REFERENCE)
+    call = torch.compile(model, backend="lorafx", options=given if options else None)
+    with torch.no_grad():
+        for names in BATCHES * 2:
+            with pytest.raises(MatchError, match="at w: aten"), lorafx.adapters(model, names):
+                call(**inputs)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_graphs_of_other_compilers_are_their_own(small, backend, fresh_dynamo):
+    case, inputs = small(Called, ["w"]), {"x": torch.randn(3, K)}
+    model = lorafx.attach(case.model(), case.folders)
+    call = torch.compile(model, backend=backend)
+    with torch.no_grad(), lorafx.adapters(model, ["a"] * 3):
+        found = call(**inputs)["logits"]
+    assert error(found, case.expected(["a"] * 3, inputs)) <= 1e-5

@@ -23,7 +23,8 @@ from lorafx.capture.stack import called_module
 from lorafx.errors import CaptureError
 from lorafx.graph.frame import Frame, wants_gradient
 from lorafx.passes.attach import Attachment
-from lorafx.serving.attached import AttachedSession, running_session, session_of_weight, waiting
+from lorafx.serving.attached import AttachedSession, running_session, session_of_weight
+from lorafx.serving.pending import waiting
 
 
 class AttachedBackend(Backend):

@@ -18,7 +18,7 @@ from lorafx.capture.checks import Checks
 from lorafx.capture.handover import OfList, Rows
 from lorafx.capture.program import GAINS, Program
 from lorafx.capture.stack import calling_modules
-from lorafx.capture.tracking import Tracking, looks, running, untracked
+from lorafx.capture.tracking import Tracking, looks, untracked
 from lorafx.capture.verify import NumericCheck
 from lorafx.errors import CaptureError, LorafxError, MatchError
 from lorafx.graph.frame import SLOTS
@@ -40,8 +40,7 @@ def checked(checks: Checks, owner: Owner, compiled: Callable[..., Any]) -> Calla
         program = owner(arguments)
         if program is None:
             return compiled(*arguments)
-        tracking = running()
-        with untracked(tracking):
+        with untracked() as tracking:
             return _run(program, arguments, tracking)
 
     def _run(program: Program, arguments: Sequence[Any], tracking: Tracking | None) -> Any:

@@ -23,6 +23,8 @@ _CALL = nn.Module._call_impl.__code__
 _CALLS = (_CALL, nn.Module._wrapped_call_impl.__code__)
 #: Modules whose frames stand, while a function is compiled, between the backend and its caller.
 _COMPILERS = re.compile(r"torch(\._dynamo\..*|\._utils_internal)?|lorafx\..*|contextlib")
+#: Modules that make graphs, and that run them.
+_GRAPHS = re.compile(r"torch\.(_functorch|_inductor|fx)\b")
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,16 @@ def running_modules() -> Iterator[nn.Module]:
     return (frame.f_locals["self"] for frame in _frames() if frame.f_code is _CALL)
 
 
-def user_line() -> str:
-    """`file:line` of the innermost frame that is neither torch's nor ours."""
+def python_line() -> str | None:
+    """`file:line` of the innermost frame that is neither torch's nor ours; None where a compiler's
+    code stands before it, which runs a graph or makes one."""
     for frame in _frames():
-        if str(frame.f_globals.get("__name__")).partition(".")[0] not in ("torch", "lorafx"):
+        name = str(frame.f_globals.get("__name__"))
+        if _GRAPHS.match(name) or frame.f_code.co_filename.startswith("<eval_with_key>"):
+            return None
+        if name.partition(".")[0] not in ("torch", "lorafx"):
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-    return "an unknown place"
+    return None
 
 
 def innermost_module() -> nn.Module | None:

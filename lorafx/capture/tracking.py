@@ -9,7 +9,7 @@ they return.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class Tracking(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, memory: Memory | None, uses: WeightUses | None) -> None:
+    def __init__(self, memory: Memory | None = None, uses: WeightUses | None = None) -> None:
         super().__init__()
         self.memory = memory
         self.uses = uses
@@ -109,6 +109,12 @@ def looks() -> bool:
     return any(isinstance(mode, Tracking) and mode.memory is not None for mode in stack)
 
 
-def untracked(tracking: Tracking | None) -> AbstractContextManager[object]:
-    """Inside, operators are not looked at: those of a graph, and of what looks after labels."""
-    return nullcontext() if tracking is None else _pop_mode_temporarily()
+@contextmanager
+def untracked() -> Iterator[Tracking | None]:
+    """Inside, operators are not looked at: those of a graph, and of what looks after labels. Gives
+    the innermost tracking, which did."""
+    innermost = running()
+    with ExitStack() as stack:
+        while running() is not None:
+            stack.enter_context(_pop_mode_temporarily())
+        yield innermost

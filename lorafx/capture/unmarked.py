@@ -29,7 +29,8 @@ from lorafx.capture.stack import compiled_module, unwrapped
 from lorafx.compat import capture_again, captured_locals
 from lorafx.config import Options
 from lorafx.errors import CaptureError, ConfigError, nearest
-from lorafx.serving.attached import AttachedSession, marked_session, pending_blocks, session_of
+from lorafx.serving.attached import AttachedSession, marked_session, session_of
+from lorafx.serving.pending import pending_blocks
 
 _LORA = ("lora_config", "adapters")
 

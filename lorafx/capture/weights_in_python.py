@@ -7,7 +7,7 @@ be lost. It is seen by the memory that operators read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorafx.capture.program import Program
-from lorafx.capture.stack import running_modules, user_line
+from lorafx.capture.stack import python_line, running_modules
 from lorafx.errors import MatchError
 from lorafx.model.sites import Site
 from lorafx.ownership.memory import storage_of
@@ -31,10 +31,16 @@ class _Range(NamedTuple):
 
 
 class WeightUses:
-    """What looks at the operators of one call that run in Python."""
+    """What looks at the operators of one call that run in Python.
 
-    def __init__(self, program: Program) -> None:
+    Args:
+        inside: true for a module of the model, where other code runs too: what no such module
+            runs is not the model's. None where all that runs is a call of the model.
+    """
+
+    def __init__(self, program: Program, inside: Callable[[nn.Module], bool] | None = None) -> None:
         self._program = program
+        self._inside = inside
         self._ranges: dict[int, list[_Range]] | None = None
         self._found: MatchError | None = None
 
@@ -54,11 +60,16 @@ class WeightUses:
         if results and all(storage_of(item) in memory for item in results):
             return  # one more view
         running = list(running_modules())
+        if self._inside is not None and not any(map(self._inside, running)):
+            return
+        line = python_line()
+        if line is None:  # what a graph of another compiler does is its own
+            return
         past = [site.path for site in sites if not self._held(site, running)]
         if past:
             self._found = MatchError(
                 f"LoRA cannot be applied at {', '.join(past)}: {func.overloadpacket} at "
-                f"{user_line()} uses the weight past its module, in a function that Dynamo keeps "
+                f"{line} uses the weight past its module, in a function that Dynamo keeps "
                 "out of graphs or gives up, so the update would be lost. Call the module there, "
                 "let the function be traced, or take the module out by exclude_modules"
             )

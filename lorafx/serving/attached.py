@@ -9,7 +9,6 @@ it runs: the session from the tensors that a graph takes, the arguments from the
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -23,12 +22,15 @@ from lorafx.capture.checks import Checks
 from lorafx.capture.failures import explained, own_error
 from lorafx.capture.stack import RunningCall, generating, outermost_call, unwrapped
 from lorafx.capture.traced import trace_again
+from lorafx.capture.tracking import Tracking
+from lorafx.capture.weights_in_python import WeightUses
 from lorafx.compat import block_settings, is_recompile_limit, no_mha_fast_path
 from lorafx.errors import BatchError, CaptureError, ConfigError
 from lorafx.model.marks import SiteMark
 from lorafx.model.packing import check_packed
 from lorafx.passes.attach import Attachment
 from lorafx.passes.attach import detach as remove_marks
+from lorafx.serving.pending import until_marked
 from lorafx.serving.requests import checked_names
 from lorafx.serving.roles import RoleTable
 from lorafx.serving.session import Session
@@ -66,8 +68,11 @@ class AttachedSession(Session):
         _BY_MODEL.pop(self.program.model, None)
 
     @contextmanager
-    def block(self, names: str | Sequence[str | None] | None) -> Iterator[None]:
-        """Serve these adapters inside the block; raises as `adapters`."""
+    def block(
+        self, names: str | Sequence[str | None] | None, tracking: Tracking | None = None
+    ) -> Iterator[None]:
+        """Serve these adapters inside the block; raises as `adapters`. `tracking` looks at what
+        runs in Python, if somebody has made it do so already."""
         requests = None if names is None or isinstance(names, str) else tuple(names)
         default = names if isinstance(names, str) else None
         program, runtime = self.program, self.program.runtime
@@ -87,11 +92,20 @@ class AttachedSession(Session):
                 settings.enter_context(block_settings(limit, sizes_by_data=by_data))
                 if self.has_mha and runtime.active:
                     settings.enter_context(no_mha_fast_path())
+                uses = WeightUses(program, inside=program.graph.has) if program.touched else None
+                if uses is not None and tracking is None:
+                    tracking = settings.enter_context(Tracking())
+                if tracking is not None:
+                    tracking.uses = uses
                 yield
+                if uses is not None:
+                    uses.refuse()
             except BaseException as error:
                 trace_again(error)
                 raise
             finally:
+                if tracking is not None:
+                    tracking.uses = None
                 self.requests, self.default, program.call = before
                 self.depth = depth
                 if _BLOCKS.count(self) > depth:
@@ -251,61 +265,6 @@ def marked_session(model: nn.Module) -> AttachedSession:
     raise ConfigError(f"this {name} carries no LoRA; lorafx.attach(model, lora_config) it first")
 
 
-@dataclass(eq=False)
-class Pending:
-    """A block around calls of a model that will be marked when its first frame is captured."""
-
-    model: nn.Module
-    names: str | Sequence[str | None] | None
-    entered: ExitStack = field(default_factory=ExitStack)
-    begun: bool = False
-
-    def begin(self, session: AttachedSession) -> None:
-        """Serve the block's adapters from now on."""
-        self.entered.enter_context(session.block(self.names))
-        self.begun = True
-
-
-class _PendingBlocks(threading.local):
-    def __init__(self) -> None:
-        self.blocks: list[Pending] = []
-
-
-_PENDING = _PendingBlocks()
-
-
-def pending_blocks(model: nn.Module) -> list[Pending]:
-    """The blocks of this thread that wait for `model` to be marked, the outermost first."""
-    return [block for block in _PENDING.blocks if block.model is model and not block.begun]
-
-
-def waiting() -> bool:
-    """Whether some block of this thread waits for its model to be marked."""
-    return any(not block.begun for block in _PENDING.blocks)
-
-
-@contextmanager
-def _until_marked(model: nn.Module, names: str | Sequence[str | None] | None) -> Iterator[None]:
-    """A block of a model that torch.compile was given `lora_config` for, before its first call.
-
-    Raises:
-        ConfigError: at the end, where no call has marked the model.
-    """
-    block = Pending(model, names)
-    _PENDING.blocks.append(block)
-    with block.entered:
-        try:
-            yield
-        finally:
-            _PENDING.blocks.remove(block)
-    if not block.begun:
-        raise ConfigError(
-            f"no call inside the block has given this {type(model).__name__} LoRA: it was not "
-            'called, or not compiled with backend="lorafx" and lora_config among its options. '
-            "lorafx.attach(model, lora_config) marks a model before it is called"
-        )
-
-
 @contextmanager
 def adapters(model: nn.Module, adapter_names: str | Sequence[str | None] | None) -> Iterator[None]:
     """Serve each request of the calls inside the block with its own adapter.
@@ -334,7 +293,7 @@ def adapters(model: nn.Module, adapter_names: str | Sequence[str | None] | None)
     model = unwrapped(model)
     block: AbstractContextManager[None]
     if session_of(model) is None and not _marks(model):
-        block = _until_marked(model, adapter_names)
+        block = until_marked(model, adapter_names)
     else:
         block = marked_session(model).block(adapter_names)
     try:
