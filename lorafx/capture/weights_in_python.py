@@ -7,7 +7,7 @@ be lost. It is seen by the memory that operators read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,13 +34,13 @@ class WeightUses:
     """What looks at the operators of one call that run in Python.
 
     Args:
-        inside: true for a module of the model, where other code runs too: what no such module
-            runs is not the model's. None where all that runs is a call of the model.
+        inside_modules: other code than the model's runs too: what no module of the model runs is
+            not looked at. False where all that runs is a call of the model.
     """
 
-    def __init__(self, program: Program, inside: Callable[[nn.Module], bool] | None = None) -> None:
+    def __init__(self, program: Program, *, inside_modules: bool = False) -> None:
         self._program = program
-        self._inside = inside
+        self._inside_modules = inside_modules
         self._ranges: dict[int, list[_Range]] | None = None
         self._found: MatchError | None = None
 
@@ -60,7 +60,7 @@ class WeightUses:
         if results and all(storage_of(item) in memory for item in results):
             return  # one more view
         running = list(running_modules())
-        if self._inside is not None and not any(map(self._inside, running)):
+        if self._inside_modules and not any(map(self._program.graph.has, running)):
             return
         line = python_line()
         if line is None:  # what a graph of another compiler does is its own

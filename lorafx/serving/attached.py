@@ -9,6 +9,7 @@ it runs: the session from the tensors that a graph takes, the arguments from the
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -92,7 +93,7 @@ class AttachedSession(Session):
                 settings.enter_context(block_settings(limit, sizes_by_data=by_data))
                 if self.has_mha and runtime.active:
                     settings.enter_context(no_mha_fast_path())
-                uses = WeightUses(program, inside=program.graph.has) if program.touched else None
+                uses = WeightUses(program, inside_modules=True) if program.touched else None
                 if uses is not None and tracking is None:
                     tracking = settings.enter_context(Tracking())
                 if tracking is not None:

@@ -60,6 +60,8 @@ class Soak:
         self.answers = Answers(folder)
         self.model = copy.deepcopy(self.answers.bases[0])
         self.start = {name: value.clone() for name, value in self.model.state_dict().items()}
+        with torch.no_grad():
+            self.base_logits = self.model(PROMPTS).logits
         self.cm = lorafx.compile(
             self.model,
             lorafx.LoraConfig(max_adapters=SLOTS),
@@ -355,24 +357,32 @@ class Soak:
         if self.problems:
             raise AssertionError("\n".join(self.problems))
         self.finish()
-        return {
-            "warm": warm,
-            "end": size_of(self.cm),
-            "longest": round(self.longest, 1),
-            **self.counts,
-        }
+        end = size_of(self.cm)
+        self.detach()
+        return {"warm": warm, "end": end, "longest": round(self.longest, 1), **self.counts}
 
     def say(self, what: str) -> None:
         print(f"{time.monotonic() - self.begun:.0f} s: {what}, {dict(self.counts)}", flush=True)
 
     def finish(self) -> None:
-        """All is at rest: what is there is what was given, bit by bit, and nothing is held."""
+        """All is at rest, and nothing is held."""
         self.repair()
         self.cm.load_weights(self.start)
         session = self.cm._session
         for lock in (session.lock, session.weights_lock, session.store._lock):
             assert is_free(lock), "a lock is still held"
         assert session.depth == session.entries == 0
+
+    def detach(self) -> None:
+        """The model by itself is what it was before it was compiled."""
+        model = self.cm.detach()
+        state = model.state_dict()
+        assert list(state) == list(self.start)
+        for name, value in self.start.items():
+            assert torch.equal(state[name], value), f"{name} has other values than at the start"
+        assert not any(module._forward_hooks for module in model.modules())
+        with torch.no_grad():
+            assert torch.equal(model(PROMPTS).logits, self.base_logits)
 
 
 def main() -> None:
