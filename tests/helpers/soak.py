@@ -41,6 +41,7 @@ from soak_state import (
     Book,
     Failing,
     Streamer,
+    capture_all,
     is_free,
     size_of,
 )
@@ -317,22 +318,9 @@ class Soak:
                 with self.change("default", None):
                     cm.set_adapter(None)
 
-    def warm(self) -> None:
-        """Every graph that the operations need: how beams are reordered, which depends on the
-        tokens, is seen in the strides of the cache, and strides make graphs."""
-        mixes: list[list[str | None]] = [[None] * 3, ["a"] * 3, ["a", None, "b"]]
-        for names in mixes:
-            for _ in range(2):
-                self.cm(input_ids=PROMPTS, adapter_names=names)
-                self.cm.generate(PROMPTS[:2], **GREEDY, adapter_names=names[-2:], pad_token_id=0)
-        for name in (None, *NAMES):
-            for prompt in PROMPTS:
-                for settings in (GREEDY, BEAMS):
-                    self.cm.generate(prompt[None], **settings, adapter_names=[name], pad_token_id=0)
-
     def run(self) -> dict[str, Any]:
         self.say("made")
-        self.warm()
+        capture_all(self.cm)
         self.say("warm")
         signal.signal(signal.SIGALRM, signal.default_int_handler)
         rng, begin = random.Random(0), time.monotonic()

@@ -21,6 +21,7 @@ import torch
 from dense_merge import error, random_base, save_adapter
 from torch import Tensor, nn
 
+import lorafx
 from lorafx.adapter_store.stored import StoredAdapter
 
 #: Adapters, versions of each, versions of the base, slots: fewer than adapters.
@@ -207,3 +208,17 @@ def is_free(lock: Any) -> bool:
     asking.start()
     asking.join()
     return free[0]
+
+
+def capture_all(cm: lorafx.CompiledModel) -> None:
+    """Every graph that the operations need: how beams are reordered, which depends on the tokens,
+    is seen in the strides of the cache, and strides make graphs."""
+    mixes: list[list[str | None]] = [[None] * 3, ["a"] * 3, ["a", None, "b"]]
+    for names in mixes:
+        for _ in range(2):
+            cm(input_ids=PROMPTS, adapter_names=names)
+            cm.generate(PROMPTS[:2], **GREEDY, adapter_names=names[-2:], pad_token_id=0)
+    for name in (None, *NAMES):
+        for prompt in PROMPTS:
+            for settings in (GREEDY, BEAMS):
+                cm.generate(prompt[None], **settings, adapter_names=[name], pad_token_id=0)
