@@ -2,7 +2,8 @@
 
 What makes them different: sequence first (xlnet), a mixture of experts (qwen2_moe), a state space
 model whose weights are used without their modules (mamba), an encoder and decoder (t5), flattened
-rows (opt), images (vit), audio (wav2vec2), learned positions shared by all rows (bert).
+rows (opt), images (vit), audio (wav2vec2), learned positions shared by all rows (bert), rows that
+Python picks between graphs: by language (xmod), by expert (longcat_flash), in windows (led).
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ CASES = (
     ("image", "swin"),
     ("audio", "wav2vec2"),
     ("masked", "bert"),
+    ("masked", "xmod"),
+    pytest.param("causal", "longcat_flash", marks=pytest.mark.slow),
+    pytest.param("seq2seq", "led", marks=pytest.mark.slow),
 )
 
 
