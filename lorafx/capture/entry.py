@@ -116,12 +116,13 @@ class Entry:
         try:
             by_data = session.program.quantised.sizes_by_data
             settings = capture_settings(limit, sizes_by_data=by_data)
-            with torch.no_grad(), settings, tracked(session):
+            run = functools.partial(self._result, traced, *args, **kwargs)
+            with torch.no_grad(), settings:
                 if session.has_mha and session.program.runtime.active:
                     # Its fused inference path takes the weights past every module and mark.
                     with no_mha_fast_path():
-                        return self._result(traced, *args, **kwargs)
-                return self._result(traced, *args, **kwargs)
+                        return tracked(session, run)
+                return tracked(session, run)
         except BaseException as error:
             own = own_error(error)
             if isinstance(own, ReplacedModuleError):

@@ -9,6 +9,7 @@ weight that stands at their position.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,8 +41,7 @@ def checked(checks: Checks, owner: Owner, compiled: Callable[..., Any]) -> Calla
         program = owner(arguments)
         if program is None:
             return compiled(*arguments)
-        with untracked() as tracking:
-            return _run(program, arguments, tracking)
+        return untracked(partial(_run, program, arguments))
 
     def _run(program: Program, arguments: Sequence[Any], tracking: Tracking | None) -> Any:
         call, handover = program.call, checks.handover
@@ -56,8 +56,11 @@ def checked(checks: Checks, owner: Owner, compiled: Callable[..., Any]) -> Calla
         notes = tracking if tracking is not None and tracking.memory is not None else None
         looked_at = handover.seen and notes is not None
         slots = _slots(program, checks, arguments, rows)
-        with notes.in_graph() if looked_at and notes else program.runtime.rows_of(slots):
-            results = compiled(*arguments)
+        if looked_at and notes:
+            results = notes.in_graph(partial(compiled, *arguments))
+        else:
+            with program.runtime.rows_of(slots):
+                results = compiled(*arguments)
         handover.note(call.memory, arguments, results, rows, looked_at=looked_at)
         handover.fresh = False
         return results

@@ -8,17 +8,21 @@ they return.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import (
+    _len_torch_dispatch_stack,
+    _pop_torch_dispatch_stack,
+    _push_on_torch_dispatch_stack,
+)
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _get_current_dispatch_mode,
     _get_current_dispatch_mode_stack,
-    _pop_mode_temporarily,
 )
 
 from lorafx.capture.weights_in_python import WeightUses
@@ -26,10 +30,17 @@ from lorafx.ownership.held import Held
 from lorafx.ownership.memory import Memory, storage_of
 from lorafx.ownership.real import alone, held_results, tensors_in, written
 
+T = TypeVar("T")
+
 
 class Tracking(TorchDispatchMode):
     """Notes the owners of what operators return and write, in `memory`, where that is asked for,
-    and has `uses` look at them."""
+    and has `uses` look at them.
+
+    It is put on torch's stack by `run` or `begin` and never by `with`: an interrupt between the
+    steps of a context manager would leave it there. What an interrupt leaves all the same sees
+    nothing any more, and the next one takes it off.
+    """
 
     supports_higher_order_operators = True
 
@@ -37,6 +48,30 @@ class Tracking(TorchDispatchMode):
         super().__init__()
         self.memory = memory
         self.uses = uses
+        self.over = False
+
+    def run(self, action: Callable[[], T]) -> T:
+        """What `action` returns, whose operators are looked at."""
+        depth = _len_torch_dispatch_stack()
+        try:
+            self.begin()
+            return action()
+        finally:
+            self.end(depth)
+
+    def begin(self, settings: ExitStack | None = None) -> None:
+        """Look at what runs from now on, until `settings` are left where they are given; else
+        `end` is to follow."""
+        if settings is not None:
+            settings.callback(self.end, _len_torch_dispatch_stack())
+        while isinstance(left := _get_current_dispatch_mode(), Tracking) and left.over:
+            _pop_torch_dispatch_stack(None)
+        _push_on_torch_dispatch_stack(self)
+
+    def end(self, depth: int) -> None:
+        """Look at nothing any more; torch's stack is as long as it was before `begin`."""
+        self.over = True
+        _shorten(depth)
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -46,7 +81,7 @@ class Tracking(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         named: Mapping[str, Any] = kwargs or {}
-        if not isinstance(func, torch._ops.OpOverload):
+        if self.over or not isinstance(func, torch._ops.OpOverload):
             return func(*args, **named)
         operands = [*tensors_in(args), *tensors_in(dict(named))]
         memory = self.memory
@@ -58,15 +93,17 @@ class Tracking(TorchDispatchMode):
             self._note(memory, func, args, named, results, operands, before)
         return results
 
-    @contextmanager
-    def in_graph(self) -> Iterator[None]:
-        """Inside, the operators of a graph run one by one, whose uses of weights `match` knows."""
-        uses, self.uses = self.uses, None
+    def in_graph(self, action: Callable[[], T]) -> T:
+        """What `action` returns, which runs the operators of a graph one by one: `match` knows
+        their uses of weights."""
+        depth, uses = _len_torch_dispatch_stack(), self.uses
         try:
-            with self:
-                yield
+            self.uses = None
+            _push_on_torch_dispatch_stack(self)
+            return action()
         finally:
             self.uses = uses
+            _shorten(depth)
 
     def _note(
         self,
@@ -109,12 +146,20 @@ def looks() -> bool:
     return any(isinstance(mode, Tracking) and mode.memory is not None for mode in stack)
 
 
-@contextmanager
-def untracked() -> Iterator[Tracking | None]:
-    """Inside, operators are not looked at: those of a graph, and of what looks after labels. Gives
-    the innermost tracking, which did."""
-    innermost = running()
-    with ExitStack() as stack:
-        while running() is not None:
-            stack.enter_context(_pop_mode_temporarily())
-        yield innermost
+def untracked(action: Callable[[Tracking | None], T]) -> T:
+    """What `action` returns, whose operators are not looked at: those of a graph, and of what looks
+    after labels. It is given the innermost tracking, which would have."""
+    taken: list[Tracking] = []
+    try:
+        while (mode := running()) is not None:
+            taken.append(mode)
+            _pop_torch_dispatch_stack(None)
+        return action(taken[0] if taken else None)
+    finally:
+        for mode in reversed(taken):
+            _push_on_torch_dispatch_stack(mode)
+
+
+def _shorten(depth: int) -> None:
+    while _len_torch_dispatch_stack() > depth:
+        _pop_torch_dispatch_stack(None)

@@ -23,7 +23,7 @@ from lorafx.capture.checks import Checks
 from lorafx.capture.failures import explained, own_error
 from lorafx.capture.stack import RunningCall, generating, outermost_call, unwrapped
 from lorafx.capture.traced import trace_again
-from lorafx.capture.tracking import Tracking
+from lorafx.capture.tracking import Tracking, untracked
 from lorafx.capture.weights_in_python import WeightUses
 from lorafx.compat import block_settings, is_recompile_limit, no_mha_fast_path
 from lorafx.errors import BatchError, CaptureError, ConfigError
@@ -95,7 +95,8 @@ class AttachedSession(Session):
                     settings.enter_context(no_mha_fast_path())
                 uses = WeightUses(program, inside_modules=True) if program.touched else None
                 if uses is not None and tracking is None:
-                    tracking = settings.enter_context(Tracking())
+                    tracking = Tracking()
+                    tracking.begin(settings)
                 if tracking is not None:
                     tracking.uses = uses
                 yield
@@ -141,7 +142,7 @@ class AttachedSession(Session):
             self.serve(names, self.store.acquire(names))
             if not self.program.runtime.uniform:
                 checks.places.check_rows(arguments, rows)
-        check_packed(self.program.packed)
+        untracked(lambda _: check_packed(self.program.packed))
 
     @contextmanager
     def knowing_arguments(self) -> Iterator[None]:

@@ -60,7 +60,8 @@ def until_marked(model: nn.Module, names: str | Sequence[str | None] | None) -> 
     """
     block = Pending(model, names)
     _PENDING.blocks.append(block)
-    with block.tracking, block.entered:
+    with block.entered as settings:
+        block.tracking.begin(settings)
         try:
             yield
         finally:

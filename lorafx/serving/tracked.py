@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import TypeVar
 
 from lorafx.capture.handover import held_argument
 from lorafx.capture.tracking import Tracking
@@ -13,11 +13,13 @@ from lorafx.ownership.memory import Memory
 from lorafx.serving.roles import tensor_leaves
 from lorafx.serving.session import Session
 
+T = TypeVar("T")
 
-@contextmanager
-def tracked(session: Session) -> Iterator[None]:
-    """Inside, what Python computes between graphs is looked at, where adapters are active: for
-    weights that are used past their modules, and where that may be asked for, for owners.
+
+def tracked(session: Session, action: Callable[[], T]) -> T:
+    """What `action` returns, which runs the model. Where adapters are active, what Python computes
+    between graphs is looked at: for weights that are used past their modules, and where that may be
+    asked for, for owners.
 
     Raises:
         MatchError: the weight of a site was used past its module.
@@ -28,12 +30,11 @@ def tracked(session: Session) -> Iterator[None]:
     memory = _memory(session) if active else None
     try:
         if uses is None and memory is None:
-            yield
-            return
-        with Tracking(memory, uses):
-            yield
+            return action()
+        result = Tracking(memory, uses).run(action)
         if uses is not None:
             uses.refuse()
+        return result
     finally:
         if active:
             session.capturing = len(session.backend.records) != captured
