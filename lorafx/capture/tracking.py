@@ -57,7 +57,8 @@ class Tracking(TorchDispatchMode):
             self.begin()
             return action()
         finally:
-            self.end(depth)
+            self.over = True  # no call before it: an interrupt may come where one begins
+            _shorten(depth)
 
     def begin(self, settings: ExitStack | None = None) -> None:
         """Look at what runs from now on, until `settings` are left where they are given; else
@@ -143,7 +144,9 @@ def running() -> Tracking | None:
 def looks() -> bool:
     """Whether owners are noted now, behind other modes perhaps."""
     stack = _get_current_dispatch_mode_stack()
-    return any(isinstance(mode, Tracking) and mode.memory is not None for mode in stack)
+    return any(
+        isinstance(mode, Tracking) and not mode.over and mode.memory is not None for mode in stack
+    )
 
 
 def untracked(action: Callable[[Tracking | None], T]) -> T:
@@ -154,10 +157,11 @@ def untracked(action: Callable[[Tracking | None], T]) -> T:
         while (mode := running()) is not None:
             taken.append(mode)
             _pop_torch_dispatch_stack(None)
-        return action(taken[0] if taken else None)
+        return action(next((mode for mode in taken if not mode.over), None))
     finally:
         for mode in reversed(taken):
-            _push_on_torch_dispatch_stack(mode)
+            if not mode.over:
+                _push_on_torch_dispatch_stack(mode)
 
 
 def _shorten(depth: int) -> None:

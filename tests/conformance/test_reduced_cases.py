@@ -111,9 +111,9 @@ def test_a_result_keeps_its_owner_across_a_graph_break(tmp_path: Path) -> None:
     assert compiled.recompiles > 1
 
 
-def test_what_python_made_between_two_graphs_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(lorafx.ProvenanceError, match=r"second.*nothing says which requests"):
-        check(Broken(shuffled=True), tmp_path, ["first", "second"], x=torch.randn(3, 5, 6))
+def test_what_python_made_between_two_graphs_keeps_its_owner(tmp_path: Path) -> None:
+    compiled = check(Broken(shuffled=True), tmp_path, ["first", "second"], x=torch.randn(3, 5, 6))
+    assert compiled.recompiles > 1
 
 
 class Written(nn.Module):
@@ -134,9 +134,8 @@ def double_(h: Tensor) -> None:
     h.mul_(2)
 
 
-def test_a_result_that_was_written_has_no_owner(tmp_path: Path) -> None:
-    with pytest.raises(lorafx.ProvenanceError, match=r"second.*nothing says which requests"):
-        check(Written(), tmp_path, ["second"], x=torch.randn(3, 5, 6))
+def test_a_result_that_was_written_by_itself_keeps_its_owner(tmp_path: Path) -> None:
+    check(Written(), tmp_path, ["second"], x=torch.randn(3, 5, 6))
 
 
 class Ends(nn.Module):
