@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -227,3 +228,22 @@ def test_a_model_without_lora_is_logged_once(caplog):
     options = {"lora_config": lorafx.LoraConfig(target_modules=["w"]), **REFERENCE}
     torch.compile(asked, backend="lorafx", options=options)(x)
     assert not [record for record in caplog.records if record.name == "lorafx"]
+
+
+def test_first_calls_on_two_threads(small):
+    """The second thread's block begins before the model is marked, as far as it knows."""
+    case = small(Broken, ["first", "w"])
+    model, x = compiled(case.model(), case), torch.randn(3, 5, 6)
+    answers: dict[str, Tensor] = {}
+
+    def serve(name: str) -> None:
+        with torch.no_grad(), lorafx.adapters(model, name):
+            answers[name] = model(x)["logits"]
+
+    threads = [threading.Thread(target=serve, args=(name,), daemon=True) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for name in "ab":
+        assert error(answers[name], case.expected([name] * 3, {"x": x})) <= 1e-5

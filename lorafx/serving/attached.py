@@ -31,7 +31,7 @@ from lorafx.model.marks import SiteMark
 from lorafx.model.packing import check_packed
 from lorafx.passes.attach import Attachment
 from lorafx.passes.attach import detach as remove_marks
-from lorafx.serving.pending import until_marked
+from lorafx.serving.pending import first_call, until_marked
 from lorafx.serving.requests import checked_names
 from lorafx.serving.roles import RoleTable
 from lorafx.serving.session import Session
@@ -267,6 +267,18 @@ def marked_session(model: nn.Module) -> AttachedSession:
     raise ConfigError(f"this {name} carries no LoRA; lorafx.attach(model, lora_config) it first")
 
 
+def _is_marked(model: nn.Module) -> bool:
+    return session_of(model) is not None or bool(_marks(model))
+
+
+def _block(
+    model: nn.Module, names: str | Sequence[str | None] | None
+) -> AbstractContextManager[None]:
+    if _is_marked(model):
+        return marked_session(model).block(names)
+    return until_marked(model, names)
+
+
 @contextmanager
 def adapters(model: nn.Module, adapter_names: str | Sequence[str | None] | None) -> Iterator[None]:
     """Serve each request of the calls inside the block with its own adapter.
@@ -293,13 +305,8 @@ def adapters(model: nn.Module, adapter_names: str | Sequence[str | None] | None)
     if adapter_names is not None and not isinstance(adapter_names, str):
         adapter_names = checked_names(adapter_names)
     model = unwrapped(model)
-    block: AbstractContextManager[None]
-    if session_of(model) is None and not _marks(model):
-        block = until_marked(model, adapter_names)
-    else:
-        block = marked_session(model).block(adapter_names)
     try:
-        with block:
+        with first_call(model, _is_marked(model)), _block(model, adapter_names):
             yield
     except Exception as error:
         failure = own_error(error) or explained(error, type(model).__name__)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ from torch import nn
 
 from lorafx.capture.tracking import Tracking
 from lorafx.errors import ConfigError
+from lorafx.interrupts import free_after_fork
 
 if TYPE_CHECKING:
     from lorafx.serving.attached import AttachedSession
@@ -31,6 +34,26 @@ class Pending:
         """Serve the block's adapters from now on."""
         self.entered.enter_context(session.block(self.names, self.tracking))
         self.begun = True
+
+
+#: A block of such a model holds its lock as long as it lasts. The session's own lock is taken
+#: while Dynamo captures, so a thread that waited for it there would keep Dynamo from all others.
+_FIRST_CALLS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+def first_call(model: nn.Module, marked: bool) -> threading.RLock:
+    """What a block of this model holds, so that one thread at a time makes a first call. Of a model
+    that was marked before any block it is a lock of nobody else's."""
+    lock = threading.RLock()
+    return _FIRST_CALLS.get(model, lock) if marked else _FIRST_CALLS.setdefault(model, lock)
+
+
+def _after_fork() -> None:
+    for model, lock in list(_FIRST_CALLS.items()):
+        _FIRST_CALLS[model] = free_after_fork(lock)
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class _PendingBlocks(threading.local):
