@@ -77,6 +77,24 @@ def rows(case: Any, names: list[str | None], use: Any) -> Tensor:
     return torch.cat([use(case.alone(name), X[row : row + 1]) for row, name in enumerate(names)])
 
 
+class Head(nn.Module):
+    def __init__(self, first: nn.Linear) -> None:
+        super().__init__()
+        self.first = first
+
+    def pooled(self, x: Tensor) -> Tensor:
+        return self.first(x).mean(1)
+
+
+def test_a_method_of_a_module_that_was_added_later_is_served_too(encoder):
+    cm = encoder.compile()
+    cm.encode(X, adapter_names=MIX)
+    cm.model.head = Head(cm.model.first)
+    cm.model.pooled = cm.model.head.pooled
+    want = rows(encoder, MIX, lambda model, x: model.first(x).mean(1))
+    assert error(cm.pooled(X, adapter_names=MIX), want) <= 1e-5
+
+
 @pytest.mark.parametrize("name", ["encode", "twice"])
 def test_a_method_of_the_model_is_served_like_a_call(encoder, name):
     def use(model: Any, x: Tensor) -> Tensor:

@@ -352,11 +352,6 @@ class CompiledModel(BaseMethods, nn.Module):
     # --- plumbing ---
 
     @cached_property
-    def parts(self) -> frozenset[int]:
-        """Identities of the model's modules."""
-        return frozenset(id(module) for module in self.model.modules())
-
-    @cached_property
     def generates(self) -> list[Replaced]:
         """`generate` of the model and of models inside of it, within a call."""
         return nested_generates(self)

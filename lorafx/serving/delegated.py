@@ -70,7 +70,8 @@ def delegated(compiled: CompiledModel, name: str, value: Any) -> Any:
             if base is not nn.Module and name in REFUSED:
                 return functools.partial(refuse, name, REFUSED[name])
             return _served(compiled, owner, value) if name in GENERATING else value
-    return _served(compiled, owner, value) if id(owner) in compiled.parts else value
+    inside = owner is compiled.model or any(owner is part for part in compiled.model.modules())
+    return _served(compiled, owner, value) if inside else value
 
 
 def refuse(name: str, why: str, *_: Any, **__: Any) -> NoReturn:
