@@ -22,6 +22,7 @@ from lorafx.capture.handover import Handover, results_of
 from lorafx.errors import ProvenanceError
 from lorafx.graph.context import (
     EMBEDDING_OP,
+    OWN_MASK,
     ROWS_ARGUMENT,
     ROWS_OF,
     SLOTS_ARGUMENT,
@@ -29,10 +30,19 @@ from lorafx.graph.context import (
     Refusal,
     is_site,
 )
-from lorafx.graph.frame import Frame, FrameInput, batch_symbols, fake_value, token_inputs
+from lorafx.graph.frame import (
+    ONE_SLOT,
+    Frame,
+    FrameInput,
+    batch_symbols,
+    fake_value,
+    several,
+    token_inputs,
+)
+from lorafx.ownership import scatters
 from lorafx.ownership.emit import Emitter
 from lorafx.ownership.flow import Flow
-from lorafx.ownership.labels import Label, Mixed, Own
+from lorafx.ownership.labels import Label, Mixed, One, Own
 from lorafx.ownership.propagate import flow_through
 from lorafx.ownership.symbolic import ONE, BatchSymbols, Sizes, product
 from lorafx.ownership.tokens import Alignment
@@ -46,13 +56,16 @@ ALL_ALIKE = 1 << 62
 @dataclass(frozen=True)
 class RowMap:
     """Row m belongs to request (m // period) mod n; with `perm`, index i along dimension `dim` of
-    the rows belongs to request (perm[i] // period) mod n."""
+    the rows belongs to request (perm[i] // period) mod n; where `request` is given, all are its."""
 
     period: sympy.Expr
     perm: fx.Node | None = None
     dim: int = 0
+    request: int | None = None
 
     def __str__(self) -> str:
+        if self.request is not None:
+            return f"rows of request {self.request} alone"
         via = f" through {self.perm.name}" if self.perm is not None else ""
         return f"{self.period} rows a slot{via}"
 
@@ -75,14 +88,16 @@ def prove(
 
 
 def prove_results(
-    graph: fx.Graph, seeds: Mapping[fx.Node, Label], batch: BatchSymbols
-) -> tuple[dict[fx.Node, Proof], Handover]:
-    """`prove`, and what is known about the graph's results."""
+    graph: fx.Graph, seeds: Mapping[fx.Node, Label], batch: BatchSymbols, *, assume: bool = False
+) -> tuple[dict[fx.Node, Proof], Handover, list[fx.Node]]:
+    """`prove`, what is known about the graph's results, and the nodes of whose masks both rest on
+    what the graph is to ask when it runs, where it may be asked (`assume`)."""
     sites = [node for node in graph.nodes if is_site(node)]
     if batch.is_one:
-        return {node: RowMap(ONE) for node in sites}, Handover()
-    flow = flow_through(graph, seeds, batch)
-    return {node: row_map(node, flow) for node in sites}, results_of(graph, flow)
+        return {node: RowMap(ONE) for node in sites}, Handover(), []
+    flow = flow_through(graph, seeds, batch, assume=assume)
+    proofs = {node: row_map(node, flow) for node in sites}
+    return proofs, results_of(graph, flow), flow.fits
 
 
 def prove_tokens(
@@ -121,6 +136,8 @@ def row_map(node: fx.Node, flow: Flow) -> Proof:
     ndim = len(shape) - (node.target is not EMBEDDING_OP)
     if isinstance(label, Mixed):
         return Unproved(label.reason)
+    if isinstance(label, One):
+        return RowMap(ONE, request=label.request)
     if not isinstance(label, Own):
         return Unproved("its rows are shared by all requests: x depends on none of them")
     if label.dim >= ndim:
@@ -142,7 +159,10 @@ def apply(
         proof = proofs[node]
         if isinstance(proof, Unproved):
             continue
-        if proof.perm is None:
+        if proof.request is not None:
+            slots, rows = node.args[SLOTS_ARGUMENT], 1
+            node.update_arg(SLOTS_ARGUMENT, emitter.slot_of(slots, proof.request, node))
+        elif proof.perm is None:
             rows = emitter.size(proof.period, node)
         else:
             x, slots, rows = node.args[0], node.args[SLOTS_ARGUMENT], 1
@@ -176,9 +196,26 @@ def seeds_of(inputs: Mapping[fx.Node, FrameInput], batch: BatchSymbols) -> dict[
             sizes.shape(value)[item.role.dim] == ONE and not batch.is_one
         ):
             seeds[node] = None  # shared by all requests
+        elif item.role.several:
+            seeds[node] = Own(item.role.dim, batch.each(value.shape[item.role.dim]))
         else:
             seeds[node] = Own(item.role.dim)
     return seeds
+
+
+def ask(graph: fx.Graph, fits: Iterable[fx.Node], slots: fx.Node, batch: BatchSymbols) -> None:
+    """Have the graph ask whether the positions of these nodes' masks take each request's own."""
+    emitter = Emitter(graph, batch)
+    for node in fits:
+        x, mask, source = scatters.parts(node)
+        asked = emitter.call(node, OWN_MASK, x, mask, source, slots)
+        node.replace_input_with(mask, asked)
+
+
+def _slots(frame: Frame) -> fx.Node | None:
+    """The slots of the requests, where the graph takes them."""
+    items = frame.by_node.items()
+    return next((n for n, item in items if item.kind == "slots" and item.label != ONE_SLOT), None)
 
 
 def _results(frame: Frame) -> list[fx.Node]:
@@ -193,7 +230,7 @@ class Provenance:
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         marks: Iterable[fx.Node] = [node for node in gm.graph.nodes if is_site(node)]
         try:
-            batch = BatchSymbols.of(batch_symbols(ctx.frame))
+            batch = BatchSymbols.of(batch_symbols(ctx.frame)).with_multiples(several(ctx.frame))
         except ProvenanceError as error:
             proofs: dict[fx.Node, Proof] = {node: Unproved(str(error)) for node in marks}
             if not ctx.frame.per_token:  # results that depend on no request are known all the same
@@ -207,7 +244,11 @@ class Provenance:
                 seeds.update(dict.fromkeys(_results(ctx.frame), Mixed("of an earlier graph")))
                 proofs = prove_tokens(gm.graph, seeds, batch, token_inputs(ctx.frame))
             else:
-                proofs, ctx.handover = prove_results(gm.graph, seeds, batch)
+                slots = _slots(ctx.frame)
+                found = prove_results(gm.graph, seeds, batch, assume=slots is not None)
+                proofs, ctx.handover, fits = found
+                if slots is not None:
+                    ask(gm.graph, fits, slots, batch)
             for node, proof in proofs.items():
                 if isinstance(proof, RowMap) and not ctx.take_edit():
                     proofs[node] = Unproved("Options.max_edits is used up")

@@ -29,10 +29,11 @@ from lorafx.ownership.held import (
     Held,
     Listed,
     Shared,
+    each_repeated,
     listed,
     same_owners,
 )
-from lorafx.ownership.labels import Own
+from lorafx.ownership.labels import One, Own
 from lorafx.ownership.memory import Memory
 from lorafx.ownership.real import alone
 from lorafx.ownership.symbolic import divide
@@ -78,15 +79,19 @@ def held_argument(role: Role, tensor: Tensor, requests: int) -> Held | None:
 @dataclass(frozen=True)
 class Given:
     """What a result holds: index i along `dim` belongs to row (i // R) mod n of the graph's n rows,
-    where the dimension has `periods` · n · R entries. No dimension: it depends on no request."""
+    where the dimension has `periods` · n · R entries. No dimension: it depends on no request, or on
+    that of one `row` alone."""
 
     dim: int | None = None
     periods: int = 1
+    row: int | None = None
 
     def held(self, tensor: Tensor, rows: Rows | None) -> Held | None:
         """What such a result holds in a call with these rows."""
         if isinstance(rows, Alone):
             return rows
+        if rows is not None and self.row is not None:
+            return listed(0, rows.owners[self.row : self.row + 1])
         if rows is None or self.dim is None:
             return None if rows is None else SHARED
         size = tensor.shape[self.dim]
@@ -165,18 +170,21 @@ class Handover:
         if isinstance(one, Alone):
             return one
         lists: list[tuple[int, ...]] = []
+        several: list[tuple[int, ...]] = []
         for position, role in self.taken.items():
             held, tensor = helds[position], arguments[position]
             if role.dim is None and isinstance(held, Shared):
                 continue
             if isinstance(held, Listed) and held.dim == role.dim:
-                lists.append(held.owners)
+                (several if role.several else lists).append(held.owners)
+            elif role.several:
+                return None
             elif isinstance(held, Alone) and isinstance(tensor, Tensor) and role.dim is not None:
                 lists.append((held.request,) * tensor.shape[role.dim])
             else:
                 return None
         owners = same_owners(lists) if lists else tuple(range(requests))
-        if owners is None:
+        if owners is None or any(item != each_repeated(owners, item) for item in several):
             return None
         if len(owners) == requests and all(o in (i, NOBODY) for i, o in enumerate(owners)):
             return in_order_of(requests)
@@ -240,6 +248,8 @@ def _given(node: fx.Node, flow: Flow) -> Given | None:
     label = flow.labels.get(node, ())
     if label is None:
         return Given()
+    if isinstance(label, One):
+        return Given(row=label.request)
     if not isinstance(label, Own) or label.perm is not None:
         return None
     periods = divide(flow.shape(node)[label.dim], label.rows * flow.batch)

@@ -22,6 +22,7 @@ from lorafx.model.packing import PackedGroup
 from lorafx.model.quantized import QuantisedModules
 from lorafx.model.replaced_modules import SiteWatch
 from lorafx.model.sites import Group, Site
+from lorafx.ownership.held import Listed, each_repeated
 from lorafx.ownership.memory import Memory
 from lorafx.serving.roles import Role, RoleTable, tensor_leaves
 from lorafx.serving.runtime import Runtime
@@ -264,6 +265,15 @@ class Program:
             dim = next(dims, None)
             role = None if dim is None else Role("not tracked in this call", dim)
         return role
+
+    def holds_several(self, tensor: Tensor) -> bool:
+        """Whether a tensor that the running call made holds several entries of each request, as
+        many of one as of another, one request after another."""
+        held = None if self.call is None else self.call.memory.look(tensor)
+        requests = tuple(range(len(self.runtime.rows)))
+        if not isinstance(held, Listed) or held.owners == requests:
+            return False
+        return held.owners == each_repeated(requests, held.owners)
 
     def is_result(self, tensor: Tensor) -> bool:
         """Whether an earlier graph of the running call returned this very tensor."""

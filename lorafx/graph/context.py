@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 import lorafx.kernels.expert_ops
 import lorafx.kernels.grouped_ops
+import lorafx.kernels.mask_ops
 import lorafx.kernels.ops
 import lorafx.kernels.row_ops  # noqa: F401  (all define torch.ops.lorafx)
 from lorafx.capture.handover import Handover
@@ -35,6 +36,7 @@ GROUPED_OP = torch.ops.lorafx.grouped_site.default
 EXPERT_OP = torch.ops.lorafx.expert_site.default
 EXPERT_MARK = torch.ops.lorafx.expert_mark.default
 ROWS_OF = torch.ops.lorafx.rows_of.default
+OWN_MASK = torch.ops.lorafx.own_mask.default
 FUSED_OP = torch.ops.lorafx.fused_linear.default
 
 #: All site ops begin with x (or ids), y, A, B, ranks, scales, slots.

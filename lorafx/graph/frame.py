@@ -79,7 +79,12 @@ class FrameInput:
         """The dimension that holds the requests, where this carries them and it is known."""
         if self.kind not in ("argument", "result") or self.role is None or not self.role.known:
             return None
-        return self.role.dim
+        return None if self.role.several else self.role.dim
+
+    @property
+    def several_dim(self) -> int | None:
+        """The dimension that holds several entries of each request."""
+        return self.role.dim if self.role is not None and self.role.several else None
 
 
 class Frame:
@@ -132,7 +137,7 @@ class Frame:
                 role = program.earlier_result(example)
                 kind: InputKind = "unknown" if role is None else "result"
                 inputs.append(FrameInput(kind, label, role=role))
-        return cls(inputs)
+        return cls(_told_apart(program, placeholders, inputs, examples))
 
     @property
     def counted(self) -> tuple[int, ...]:
@@ -184,6 +189,30 @@ class Frame:
                 sizes.append(fake_value(node).shape[dim])
         # A size of one beside a larger batch is an argument that all requests share.
         return next((size for size in sizes if size != 1), sizes[0] if sizes else None)
+
+
+def _told_apart(
+    program: Program,
+    nodes: Sequence[fx.Node],
+    inputs: Sequence[FrameInput],
+    examples: Sequence[Any],
+) -> list[FrameInput]:
+    """The inputs, where some hold one entry of each request: results that hold several are marked
+    so, and their sizes do not count."""
+    requests, found = len(program.runtime.rows), list(inputs)
+    if not any(
+        item.requests_dim is not None and example.shape[item.requests_dim] == requests
+        for item, example in zip(inputs, examples, strict=True)
+    ):
+        return found
+    for position, (node, item, example) in enumerate(zip(nodes, inputs, examples, strict=True)):
+        if item.counts:
+            of = size_source(node)
+            counts = of is None or not program.holds_several(of[0])
+            found[position] = replace(item, counts=counts)
+        elif item.kind == "result" and item.role is not None and program.holds_several(example):
+            found[position] = replace(item, role=replace(item.role, several=True))
+    return found
 
 
 def _counts(program: Program, node: fx.Node, arguments: Mapping[int, Role]) -> bool:
@@ -252,6 +281,15 @@ def batch_symbols(frame: Frame) -> set[Any]:
             "outside of lorafx.adapters, where torch.compile gives equal sizes one symbol"
         )
     return found | counted
+
+
+def several(frame: Frame) -> list[Any]:
+    """The sizes (SymInts or ints) that hold several entries of each request."""
+    return [
+        fake_value(node).shape[item.several_dim]
+        for node, item in frame.by_node.items()
+        if item.several_dim is not None
+    ]
 
 
 def token_inputs(frame: Frame) -> dict[fx.Node, int]:

@@ -64,6 +64,7 @@ class Emitter:
             value = node.meta.get("val")
             if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
                 self._sizes.setdefault(self.sizes.unify(value.node.expr), node)
+                self._sizes.setdefault(value.node.expr, node)  # inside of what it is unified with
 
     def call(
         self, before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any
@@ -122,6 +123,14 @@ class Emitter:
             if isinstance(a, int) and isinstance(b, int)
             else self.call(before, target, a, b)
         )
+
+    def slot_of(self, slots: fx.Node, request: int, before: fx.Node) -> fx.Node:
+        """The slot of one request, (1,)."""
+        key = (slots, request)
+        if key not in self._slots:
+            one = self.call(before, aten.select.int, slots, 0, request)
+            self._slots[key] = self.call(before, aten.unsqueeze.default, one, 0)
+        return self._slots[key]
 
     def row_slots(
         self,

@@ -20,9 +20,12 @@ Rule = Callable[[fx.Node, "Flow"], Label]
 
 
 class Flow:
-    """Labels and digits of the nodes seen so far. `batch` is B as a sympy expression."""
+    """Labels and digits of the nodes seen so far. `batch` is B as a sympy expression.
 
-    def __init__(self, batch: BatchSymbols, give_out: bool = True) -> None:
+    `assume`: labels may rest on what the graph asks when it runs, of the nodes in `fits`.
+    """
+
+    def __init__(self, batch: BatchSymbols, give_out: bool = True, assume: bool = False) -> None:
         self.sizes = Sizes(batch)
         self.batch = self.sizes.batch
         self.labels: dict[fx.Node, Label] = {}
@@ -30,6 +33,8 @@ class Flow:
         self.inverses: dict[fx.Node, fx.Node] = {}
         self.give_out = give_out
         self.given: list[fx.Node] = []
+        self.assume = assume
+        self.fits: list[fx.Node] = []
 
     def label(self, arg: object) -> Single:
         """The label of an argument; constants and numbers depend on no request."""

@@ -61,6 +61,13 @@ def listed(dim: int, owners: tuple[int, ...]) -> Held:
     return SHARED if owners[0] == NOBODY else Alone(owners[0])
 
 
+def each_repeated(owners: tuple[int, ...], entries: Sequence[int]) -> tuple[int, ...] | None:
+    """The owners of as many entries, each one's several in turn; None where they do not come out
+    even."""
+    times, rest = divmod(len(entries), len(owners))
+    return None if rest else tuple(owner for owner in owners for _ in range(times))
+
+
 def cells_of(held: Held | None, ndim: int, device: torch.device) -> Tensor:
     """Cells, broadcastable, of a tensor of `ndim` dimensions that is held so."""
     if isinstance(held, Patchy):

@@ -14,6 +14,7 @@ import sympy
 import torch
 from torch import fx
 
+from lorafx.ownership import scatters
 from lorafx.ownership.flow import Flow, Rule, bound, wrap
 from lorafx.ownership.labels import Digit, Label, Mixed, Own, Single
 from lorafx.ownership.symbolic import ONE, divide, equal, is_multiple
@@ -180,12 +181,16 @@ def landed(node: fx.Node, flow: Flow, x: fx.Node, where: Layout, label: Own, rol
 def masked_write(
     node: fx.Node, flow: Flow, x: fx.Node, indices: list[Any], values: object
 ) -> Single:
-    """x[mask] = one value for all chosen positions, which is where(mask, value, x)."""
+    """x[mask] = one value for all chosen positions, which is where(mask, value, x), or another one
+    for each."""
     n = len(flow.shape(x))
     masks = [(d, t) for d, t in enumerate(indices) if t is not None]
     if len(masks) != 1:
         return flow.lost(node, "written through several masks")
     (d, mask), m = masks[0], len(flow.shape(masks[0][1]))
+    each, rest = flow.shape(values), flow.shape(x)[m:]
+    if d == 0 and len(each) == len(rest) + 1 and all(map(equal, each[1:], rest)):
+        return scatters.chosen(node, flow, x, mask, 0, values)  # type: ignore[arg-type]
     if len(flow.shape(values)) > n - d - m or flow.label(values) is not None:
         return flow.lost(node, "different values are written to the positions of a mask")
     label = flow.label(mask)

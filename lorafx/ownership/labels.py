@@ -5,6 +5,7 @@ With B requests in the batch, a tensor t carries one of
     None                   t depends on no request (weights, position tables, iotas)
     Own(dim, rows, perm)   t[..., i, ...] (i along `dim`) depends on one request only, namely
                            ((perm[i] if perm else i) // rows) mod B
+    One(request)           t depends on this request only
     Mixed(reason)          nothing is proved
 
 The size of an owned dimension is always a whole number of periods rows·B. Labels are canonical
@@ -40,6 +41,13 @@ class Own:
 
 
 @dataclass(frozen=True)
+class One:
+    """The whole tensor belongs to the request of this number in the batch."""
+
+    request: int
+
+
+@dataclass(frozen=True)
 class Mixed:
     """Nothing is proved; `reason` names the operator and the place where the proof was lost."""
 
@@ -72,5 +80,5 @@ class Digit:
 
 
 # What one tensor carries, and what a node carries: a tuple for an operator with several outputs.
-Single: TypeAlias = Own | Mixed | None
-Label: TypeAlias = Own | Mixed | tuple[Own | Mixed | None, ...] | None
+Single: TypeAlias = Own | One | Mixed | None
+Label: TypeAlias = Own | One | Mixed | tuple[Own | One | Mixed | None, ...] | None

@@ -64,6 +64,15 @@ def laid(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) ->
     return None if bool((table[index.key] != owners).any()) else table
 
 
+def masked(func: Any, named: Mapping[str, Any], result: Tensor, labels: Labels) -> Tensor | None:
+    """x.masked_scatter(mask, source): each element has its owner in the source where it lands."""
+    mask = named["mask"]
+    whose = cells_in(mask, labels).expand(result.shape)
+    mask, x = mask.expand(result.shape), cells_in(named["self"], labels).expand(result.shape)
+    taken = cells_in(named["source"], labels).reshape(-1)[: int(mask.sum())]
+    return joined(x.masked_scatter(mask, taken), whose)
+
+
 class Indices:
     """The indices of a tensor by its dimensions, and the owners of each.
 
@@ -118,6 +127,7 @@ MOVES: dict[object, Callable[[Any, Mapping[str, Any], Tensor, Labels], Tensor | 
     aten.constant_pad_nd: padded,
     aten.nonzero: positions,
     **dict.fromkeys((aten.index, aten._unsafe_index, aten.index_select), indexed),
+    aten.masked_scatter: masked,
     **dict.fromkeys(
         (aten.index_put, aten._unsafe_index_put, aten.index_copy, aten.index_add), laid
     ),

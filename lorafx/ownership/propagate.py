@@ -23,17 +23,22 @@ from lorafx.ownership import (
     indexing,
     pointwise,
     reductions,
+    scatters,
+    singles,
     sites,
     slices,
     spatial,
     views,
 )
 from lorafx.ownership.flow import Flow, Rule, each_output, outputs
-from lorafx.ownership.labels import Digit, Label, Mixed, Own, Single
+from lorafx.ownership.labels import Digit, Label, Mixed, One, Own, Single
 from lorafx.ownership.symbolic import BatchSymbols
 
 # Specific first; the first table that knows an operator decides.
-TABLES = (sites, indexing, slices, views, reductions, contractions, spatial, collectives, pointwise)
+TABLES = (
+    *(sites, indexing, scatters, slices, views, reductions, contractions, spatial, collectives),
+    pointwise,
+)
 OPTIONAL = (contractions, spatial)
 DIGIT_TABLES = (dispatch, indexing, slices, views, pointwise)
 # Rules that look at Mixed inputs themselves: the order of everybody's rows is Mixed by nature, and
@@ -64,15 +69,18 @@ def propagate(
     return flow_through(graph, seeds, batch).labels
 
 
-def flow_through(graph: fx.Graph, seeds: Mapping[fx.Node, Label], batch: BatchSymbols) -> Flow:
+def flow_through(
+    graph: fx.Graph, seeds: Mapping[fx.Node, Label], batch: BatchSymbols, *, assume: bool = False
+) -> Flow:
     """`propagate` with everything that was learnt on the way.
 
-    Where copies of something shared were given out to the requests (`sites.given_out`), every
-    site and every result of the graph must keep to it; else nothing is given out.
+    `assume`: labels may rest on what the graph asks when it runs (`Flow.fits`). Where copies of
+    something shared were given out to the requests (`sites.given_out`), every site and every
+    result of the graph must keep to it; else nothing is given out.
     """
-    flow = _run(graph, seeds, batch, give_out=True)
+    flow = _run(graph, seeds, Flow(batch, give_out=True, assume=assume))
     if flow.given and any(isinstance(flow.label(arg), Mixed) for arg in _ends(graph)):
-        flow = _run(graph, seeds, batch, give_out=False)
+        flow = _run(graph, seeds, Flow(batch, give_out=False, assume=assume))
     return flow
 
 
@@ -89,10 +97,7 @@ def called_by(node: fx.Node) -> object:
     return getattr(node.target, "overloadpacket", None)
 
 
-def _run(
-    graph: fx.Graph, seeds: Mapping[fx.Node, Label], batch: BatchSymbols, *, give_out: bool
-) -> Flow:
-    flow = Flow(batch, give_out)
+def _run(graph: fx.Graph, seeds: Mapping[fx.Node, Label], flow: Flow) -> Flow:
     for node in graph.nodes:
         if node in seeds:
             label = seeds[node]
@@ -119,6 +124,11 @@ def called(node: fx.Node, flow: Flow) -> Label:
     rule, tolerant = rule_for(node.target)
     if rule is not sites.site and all(label is None for label in labels):
         return each_output(node, None)
+    apart = singles.taken_apart(node, flow)
+    if apart is not None:
+        return apart
+    if rule not in FORGETFUL and any(isinstance(label, One) for label in labels):
+        return singles.together(node, flow, labels)
     mixed = next((label for label in labels if isinstance(label, Mixed)), None)
     if mixed is not None and not tolerant:
         return each_output(node, mixed)

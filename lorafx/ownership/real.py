@@ -27,7 +27,7 @@ from lorafx.ownership.held import (
     joined,
     same_owners,
 )
-from lorafx.ownership.labels import Label, Own
+from lorafx.ownership.labels import Label, One, Own
 from lorafx.ownership.moves import MOVES, Labels
 from lorafx.ownership.propagate import called, checked, rule_for
 from lorafx.ownership.symbolic import BatchSymbols
@@ -188,5 +188,5 @@ def _as_held(label: Label, results: object, owners: tuple[int, ...]) -> list[Hel
             spread = tuple(owners[i // rows % len(owners)] for i in range(size))
             found.append(Listed(single.dim, spread))
         else:
-            found.append(None)
+            found.append(Alone(owners[single.request]) if isinstance(single, One) else None)
     return found if any(held is not None for held in found) else None

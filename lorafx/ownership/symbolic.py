@@ -9,7 +9,7 @@ factor of b cancels.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import sympy
@@ -28,10 +28,12 @@ class BatchSymbols:
     """Symbols and integers known to equal the number of requests B (checked at entry).
 
     `members` are what the sizes in the graph call B; `canonical` is the one that stands for all.
-    A batch that was specialised to a number keeps that number.
+    A batch that was specialised to a number keeps that number. `multiples` are sizes that are
+    whole multiples of B.
     """
 
     members: frozenset[sympy.Expr]
+    multiples: frozenset[sympy.Expr] = frozenset()
 
     @staticmethod
     def of(sizes: Iterable[int | torch.SymInt | sympy.Expr]) -> BatchSymbols:
@@ -56,6 +58,14 @@ class BatchSymbols:
         numbers = [m for m in self.members if m.is_Integer]
         return numbers[0] if numbers else min(self.members, key=str)
 
+    def with_multiples(self, sizes: Iterable[int | torch.SymInt]) -> BatchSymbols:
+        """The same, where these are known to be whole multiples of B."""
+        return replace(self, multiples=frozenset(as_expr(size) for size in sizes) - self.members)
+
+    def each(self, size: int | torch.SymInt) -> sympy.Expr:
+        """size / B, where size is known to be a whole multiple of B."""
+        return FloorDiv(as_expr(size), self.canonical)
+
     @property
     def is_one(self) -> bool:
         """The batch was specialised to one request: every row is that request's."""
@@ -78,6 +88,7 @@ class Sizes:
     def __init__(self, batch: BatchSymbols) -> None:
         self.batch = batch.canonical
         self._unify = {m: self.batch for m in batch.members if m != self.batch}
+        self._unify |= {m: self.batch * batch.each(m) for m in batch.multiples if m.is_Symbol}
         self._learnt: dict[sympy.Expr, sympy.Expr] = {}
         self._memo: dict[sympy.Expr, sympy.Expr] = {}
 

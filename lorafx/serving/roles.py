@@ -104,13 +104,15 @@ class Role:
     """What one tensor argument is: its argument's name, and the requests' dimension.
 
     `known` is False where nothing says which dimension holds the requests, `assumed` True where
-    the convention does alone.
+    the convention does alone. `several`: that dimension holds as many entries of each request, one
+    request after another.
     """
 
     argument: str
     dim: int | None
     known: bool = True
     assumed: bool = False
+    several: bool = False
 
 
 class RoleTable:
@@ -231,7 +233,8 @@ def check_requests(name: str, shape: Sequence[int], dim: int, rows: int) -> None
         raise BatchError(
             f"argument {name!r} has shape {tuple(shape)}, but its dimension {dim} should hold the "
             f"{rows} requests; say which dimension does by LoraConfig(row_dims={{{name!r}: dim}}), "
-            "None when all requests share it"
+            "None when all requests share it, or where no adapter changes what is computed from it "
+            "alone (images of any number a request)"
         )
 
 

@@ -3,7 +3,8 @@
 What makes them different: sequence first (xlnet), a mixture of experts (qwen2_moe), a state space
 model whose weights are used without their modules (mamba), an encoder and decoder (t5), flattened
 rows (opt), images (vit), audio (wav2vec2), learned positions shared by all rows (bert), rows that
-Python picks between graphs: by language (xmod), by expert (longcat_flash), in windows (led).
+Python picks between graphs: by language (xmod), by expert (longcat_flash), in windows (led);
+images that are written into the text (llava: listed one by one; paligemma: whole).
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ CASES = (
     ("masked", "xmod"),
     pytest.param("causal", "longcat_flash", marks=pytest.mark.slow),
     pytest.param("seq2seq", "led", marks=pytest.mark.slow),
+    pytest.param("image-text", "llava", marks=pytest.mark.slow),
+    pytest.param("image-text", "paligemma", marks=pytest.mark.slow),
 )
 
 
@@ -44,6 +47,8 @@ def test_family_equals_dense_merge(kind: str, model_type: str, tmp_path: Path) -
         assert (report["routers"], report["experts"]) == (2, 4)
         assert "routing" not in report, "they are refused"
         assert "lorafx.expert_site.default" in report["operators"]
+    if kind == "image-text":
+        assert "pixel_values" in report["inputs"], "it ran without images"
     assert report["effect"] > 1e-3, "its adapters change too little for a comparison to mean much"
 
 

@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 
 from lorafx.ownership.flow import Flow
-from lorafx.ownership.labels import Mixed, Own
+from lorafx.ownership.labels import Mixed, One, Own
 from lorafx.ownership.propagate import flow_through
 from lorafx.ownership.symbolic import BatchSymbols, as_expr
 
@@ -49,7 +49,7 @@ def trace_function(
         return graph(*fakes)
 
 
-def label_graph(gm: fx.GraphModule, seeds: Sequence[Any]) -> Flow:
+def label_graph(gm: fx.GraphModule, seeds: Sequence[Any], *, assume: bool = False) -> Flow:
     """Propagate from one label an input; the batch is the size of the seeds' owner dimensions."""
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     batch = BatchSymbols.of(
@@ -57,7 +57,7 @@ def label_graph(gm: fx.GraphModule, seeds: Sequence[Any]) -> Flow:
         for node, seed in zip(inputs, seeds, strict=True)
         if isinstance(seed, Own)
     )
-    return flow_through(gm.graph, dict(zip(inputs, seeds, strict=True)), batch)
+    return flow_through(gm.graph, dict(zip(inputs, seeds, strict=True)), batch, assume=assume)
 
 
 def output_label(flow: Flow, gm: fx.GraphModule) -> Any:
@@ -138,6 +138,8 @@ def _contradicted(label, a, b, orders, known, request, requests, tolerance) -> b
         return True
     if label is None:
         return bool(_moved(a, b, tolerance).any())
+    if isinstance(label, One):
+        return label.request != request and bool(_moved(a, b, tolerance).any())
     rows, count = int(label.rows.xreplace(known)), a.shape[label.dim]
     if count % (rows * requests):
         return True
@@ -166,9 +168,9 @@ def trace() -> Callable[..., fx.GraphModule]:
 def labelled() -> Callable[..., tuple[Any, Flow, fx.GraphModule]]:
     """(fn, examples, seeds) -> (label of fn's first result, flow, graph)."""
 
-    def run(fn, examples, seeds, static=()):
+    def run(fn, examples, seeds, static=(), assume=False):
         gm = trace_function(fn, examples, static)
-        flow = label_graph(gm, seeds)
+        flow = label_graph(gm, seeds, assume=assume)
         return output_label(flow, gm), flow, gm
 
     return run

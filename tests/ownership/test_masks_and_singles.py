@@ -1,0 +1,130 @@
+"""Values written to a mask's positions, and tensors of one request alone: what is proved of them,
+and what must not be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import lorafx.kernels.mask_ops  # noqa: F401  (defines torch.ops.lorafx.own_mask)
+from lorafx.errors import BatchError
+from lorafx.ownership.labels import Mixed, One, Own
+
+B, T, P, K = 3, 5, 2, 4
+X = torch.arange(B * T * K, dtype=torch.float64).view(B, T, K).sin()
+MASK = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 0, 1, 0], [0, 0, 0, 1, 1]]).bool()
+SOURCE = torch.arange(B * P * K, dtype=torch.float64).view(B, P, K).cos()
+
+
+def indexed(x, mask, source):
+    x = x.clone()
+    x[mask] = source.flatten(0, 1)
+    return x
+
+
+WRITES = {
+    "scatter": (lambda x, m, s: x.masked_scatter(m[..., None], s), (0, 0, 0), Own),
+    "expanded": (lambda x, m, s: x.masked_scatter(m[..., None].expand_as(x), s), (0, 0, 0), Own),
+    "indexed": (indexed, (0, 0, 0), Own),
+    "shared source": (lambda x, m, s: x.masked_scatter(m[..., None], s), (0, 0, None), Own),
+    "shared x": (lambda x, m, s: x.masked_scatter(m[..., None], s), (None, 0, 0), Own),
+    "shared x and mask": (
+        lambda x, m, s: x.masked_scatter(m[..., None], s),
+        (None, None, 0),
+        Mixed,
+    ),
+    "sequence first": (
+        lambda x, m, s: x.mT.contiguous().masked_scatter(m[:, None], s).transpose(0, 1),
+        (0, 0, 0),
+        Own,
+    ),
+    "x by tokens": (
+        lambda x, m, s: x.transpose(0, 1).masked_scatter(m.T[..., None], s),
+        (0, 0, 0),
+        Mixed,
+    ),
+    "source by patches": (
+        lambda x, m, s: x.masked_scatter(m[..., None], s.transpose(0, 1).contiguous()),
+        (0, 0, 0),
+        Mixed,
+    ),
+    "source twice": (
+        lambda x, m, s: x.masked_scatter(m[..., None], torch.cat([s, s])),
+        (0, 0, 0),
+        Mixed,
+    ),
+    "one mask for all": (
+        lambda x, m, s: x.masked_scatter(m[:1, :, None], s),
+        (0, None, 0),
+        Mixed,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_writes_to_a_mask(name, labelled, taint):
+    fn, dims, expected = WRITES[name]
+    seeds = [None if dim is None else Own(dim) for dim in dims]
+    static = (0, 1, 2) if name == "indexed" else ()  # its rule compares feature sizes
+    label, flow, gm = labelled(fn, [X, MASK, SOURCE], seeds, static, assume=True)
+    assert isinstance(label, expected)
+    asked = expected is Own and dims[2] is not None
+    assert len(flow.fits) == asked
+    before = [X, MASK, SOURCE]
+    for request in range(B):
+        after = [t.clone() for t in before]
+        for tensor, dim in zip(after, dims, strict=True):
+            if dim is not None and tensor is not after[1]:
+                tensor[request] += 1.5
+        assert taint(gm, flow, before, after, request, B) == []
+    if asked:  # not where nobody asks
+        assert isinstance(labelled(fn, [X, MASK, SOURCE], seeds, static)[0], Mixed)
+
+
+def half(x):
+    return x[1].relu() @ torch.ones(K, K, dtype=x.dtype)
+
+
+SINGLES = {
+    "one row": (half, One(1)),
+    "last row": (lambda x: x[-1], One(B - 1)),
+    "part": (lambda x: x.flatten(0, 1)[T : 2 * T - 1], One(1)),
+    "over the edge": (lambda x: x.flatten(0, 1)[T - 1 : T + 1], Mixed),
+    "zeros like it": (lambda x: torch.zeros_like(x[1]) + 1, None),
+    "joined": (lambda x: torch.cat(list(x)), Own(0, rows=T)),
+    "stacked": (lambda x: torch.stack([row.cumsum(0) for row in x.unbind()], 1), Own(1)),
+    "split": (lambda x: torch.cat([p * 2 for p in x.flatten(0, 1).split(T)]), Own(0, rows=T)),
+    "halves": (lambda x: torch.cat([x[0], x[1][:2], x[1][2:], x[2]]), Own(0, rows=T)),
+    "turned round": (lambda x: torch.cat([x[1], x[0], x[2]]), Mixed),
+    "one is missing": (lambda x: torch.cat([x[0], x[1]]), Mixed),
+    "one is longer": (lambda x: torch.cat([x[0], x[1], x[2], x[2]]), Mixed),
+    "met": (lambda x: x[0] + x[1], Mixed),
+    "met by all": (lambda x: x + x[1], Mixed),
+    "along features": (lambda x: torch.cat([x[0], x[1], x[2]], 1), Own(1, rows=K)),
+}
+
+
+@pytest.mark.parametrize("name", SINGLES)
+def test_tensors_of_one_request(name, labelled, taint):
+    """The number of requests is known as a number."""
+    fn, expected = SINGLES[name]
+    label, flow, gm = labelled(fn, [X], [Own(0)], static=(0,))
+    assert isinstance(label, Mixed) if expected is Mixed else label == expected
+    for request in range(B):
+        changed = X.clone()
+        changed[request] += 1.5
+        assert taint(gm, flow, [X], [changed], request, B) == []
+
+
+def test_masks_are_asked_about_mixed_batches_alone():
+    op, slots = torch.ops.lorafx.own_mask, torch.tensor([0, -1, 0], dtype=torch.int32)
+    mask = MASK[..., None]
+    opcheck(op.default, (X, mask, SOURCE, slots))
+    assert torch.equal(op(X, mask, SOURCE, slots), mask)
+    for count in (1, 3):
+        odd = mask.clone()
+        odd[1] = (torch.arange(T) < count)[:, None]
+        with pytest.raises(BatchError, match=rf"request 1 has {count} places .* 2 features"):
+            op(X, odd, SOURCE, slots)
+        assert torch.equal(op(X, odd, SOURCE, torch.zeros_like(slots)), odd)

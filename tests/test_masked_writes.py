@@ -1,0 +1,154 @@
+"""Features of images that are written, in order, to the positions of a mask, in mixed batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dense_merge import REFERENCE, error
+from torch import Tensor, nn
+
+import lorafx
+from lorafx.errors import BatchError, ProvenanceError
+
+K, PER = 6, 2
+MIXED = ["a", None, "b"]
+INDUCTOR = {"lowering": "inductor"}
+
+
+class Reader(nn.Module):
+    """Tokens x (B, L, K), of which those in `mask` (B, L) become images (N, PER, K)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eye = nn.Linear(K, K)
+        self.w = nn.Linear(K, K)
+
+    def forward(self, x: Tensor, mask: Tensor, images: Tensor) -> dict[str, Tensor]:
+        h = self.put(x, mask, torch.tanh(self.eye(images)))
+        return {"logits": self.w(h + h.mean(1, keepdim=True))}
+
+
+class Scattered(Reader):
+    def put(self, x: Tensor, mask: Tensor, features: Tensor) -> Tensor:
+        return x.masked_scatter(mask[..., None], features)
+
+
+class Indexed(Reader):
+    def put(self, x: Tensor, mask: Tensor, features: Tensor) -> Tensor:
+        x = x.clone()
+        x[mask] = features.view(-1, K)
+        return x
+
+
+class Added(Reader):
+    """Between graphs, into memory that a graph made; later tokens come first."""
+
+    def put(self, x: Tensor, mask: Tensor, features: Tensor) -> Tensor:
+        x, rows = torch.relu(x), features.flatten(0, 1)
+        torch._dynamo.graph_break()
+        x[mask] += rows
+        torch._dynamo.graph_break()
+        return x.flip(1)
+
+
+class Broken(Reader):
+    """The features come from another graph, one after another."""
+
+    def put(self, x: Tensor, mask: Tensor, features: Tensor) -> Tensor:
+        features = torch.cat(list(features))
+        if int(mask.sum()) != len(features):
+            raise ValueError("mask")
+        return x.masked_scatter(mask[..., None], features)
+
+
+class OneByOne(Reader):
+    """Python loops over images: each is of one request alone, and so is what it computes of it."""
+
+    def put(self, x: Tensor, mask: Tensor, features: Tensor) -> Tensor:
+        turned = [self.eye(image.flip(0)) - image.mean() for image in features.unbind()]
+        halves = [part.squeeze(0) for part in torch.stack(turned).split(1)]
+        return x.masked_scatter(mask[..., None], torch.stack(halves))
+
+
+@torch._dynamo.disable
+def scattered(x: Tensor, mask: Tensor, features: Tensor) -> Tensor:
+    return x.masked_scatter(mask[..., None], features)
+
+
+class InPython(Reader):
+    def put(self, x: Tensor, mask: Tensor, features: Tensor) -> Tensor:
+        return scattered(torch.relu(x), mask, features)
+
+
+def batch(rows: int, length: int = 5, counts: tuple[int, ...] = ()) -> dict[str, Tensor]:
+    """PER positions for each row, or `counts`, at random places."""
+    mask = torch.zeros(rows, length, dtype=torch.bool)
+    for row, count in zip(mask, counts or (PER,) * rows, strict=True):
+        row[torch.randperm(length)[:count]] = True
+    images = torch.randn(rows, PER, K)
+    return {"x": torch.randn(rows, length, K), "mask": mask, "images": images}
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        *((cls, REFERENCE) for cls in (Scattered, Indexed, Added, Broken, OneByOne, InPython)),
+        (Scattered, INDUCTOR),
+        (OneByOne, INDUCTOR),
+    ],
+)
+def test_each_row_gets_its_own_features(small, cls, options):
+    torch.manual_seed(0)
+    case = small(cls, ["eye", "w"])
+    cm = lorafx.compile(case.model(), adapters=case.folders, options=options)
+    for names, length in ((["a"] * 3, 5), (MIXED, 5), (["b", "b", None, "a"], 6)):
+        inputs = batch(len(names), length)
+        found = cm(**inputs, adapter_names=names)["logits"]
+        assert error(found, case.expected(names, inputs)) <= 1e-5, names
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"), [(Scattered, REFERENCE), (Indexed, REFERENCE), (Scattered, INDUCTOR)]
+)
+def test_positions_that_do_not_fit_the_requests_are_refused(small, cls, options):
+    torch.manual_seed(0)
+    case = small(cls, ["eye", "w"])
+    cm = lorafx.compile(case.model(), adapters=case.folders, options=options)
+    fits, odd = batch(3), batch(3, counts=(2 * PER, 0, PER))
+    cm(**fits, adapter_names=MIXED)
+    with pytest.raises(BatchError, match=r"request 0 has 4 places .* for the 2 features"):
+        cm(**odd, adapter_names=MIXED)
+    with torch.no_grad():
+        expected = case.alone("a")(**odd)["logits"]
+    assert error(cm(**odd, adapter_names=["a"] * 3)["logits"], expected) <= 1e-5
+    found = cm(**fits, adapter_names=MIXED)["logits"]
+    assert error(found, case.expected(MIXED, fits)) <= 1e-5
+
+
+@pytest.mark.parametrize("cls", [InPython, Broken])
+def test_python_knows_whose_features_land_where(small, cls):
+    torch.manual_seed(0)
+    case = small(cls, ["eye", "w"])
+    cm = lorafx.compile(case.model(), adapters=case.folders, options=REFERENCE)
+    with pytest.raises(ProvenanceError, match="at w "):
+        cm(**batch(3, counts=(2 * PER, 0, PER)), adapter_names=MIXED)
+
+
+def test_images_that_no_adapter_touches_go_anywhere(small):
+    """The requests share them, in any number; the text has adapters alone."""
+    torch.manual_seed(0)
+    case = small(Scattered, ["w"])
+    config = lorafx.LoraConfig(row_dims={"images": None})
+    cm = lorafx.compile(case.model(), config, adapters=case.folders, options=REFERENCE)
+    for rows in (["b", None], MIXED):
+        inputs = batch(len(rows), counts=(2 * PER, 0, 2 * PER)[: len(rows)])
+        inputs["images"] = torch.randn(int(inputs["mask"].sum()) // PER, PER, K)
+        found = cm(**inputs, adapter_names=rows)["logits"]
+        with torch.no_grad():
+            wholes = [case.alone(name)(**inputs)["logits"] for name in rows]
+        expected = torch.stack([whole[i] for i, whole in enumerate(wholes)])
+        assert error(found, expected) <= 1e-5
+    case = small(Scattered, ["eye", "w"])
+    cm = lorafx.compile(case.model(), config, adapters=case.folders, options=REFERENCE)
+    with pytest.raises(ProvenanceError, match=r"at eye .* shared by all requests"):
+        cm(**batch(3), adapter_names=MIXED)
