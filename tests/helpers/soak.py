@@ -308,11 +308,11 @@ class Soak:
                 with self.change("merged", None):
                     cm.unmerge()
             book.end("merged", None)
-        for name in NAMES:
-            with book.changing[name]:
-                if len(book.possible(name)) > 1 or None in book.possible(name):
-                    with self.change(name, 0):
-                        cm.load_adapter(self.answers.files[name, 0], name)
+            for name in NAMES:  # nobody merges one of them meanwhile
+                with book.changing[name]:
+                    if len(book.possible(name)) > 1 or None in book.possible(name):
+                        with self.change(name, 0):
+                            cm.load_adapter(self.answers.files[name, 0], name)
         with book.changing["default"]:
             if len(book.possible("default")) > 1:
                 with self.change("default", None):
