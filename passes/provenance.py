@@ -192,6 +192,8 @@ def seeds_of(inputs: Mapping[fx.Node, FrameInput], batch: BatchSymbols) -> dict[
             seeds[node] = None
         elif item.kind == "unknown" or item.role is None or not item.role.known:
             seeds[node] = Mixed(f"nothing says which requests the input {item.label} belongs to")
+        elif item.role.request is not None:
+            seeds[node] = One(item.role.request)
         elif item.role.dim is None or (
             sizes.shape(value)[item.role.dim] == ONE and not batch.is_one
         ):

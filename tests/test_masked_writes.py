@@ -80,6 +80,30 @@ class InPython(Reader):
         return scattered(torch.relu(x), mask, features)
 
 
+class Pieces(Reader):
+    """A graph takes a tensor of each request, and its layers serve them one by one."""
+
+    def put(self, x: Tensor, mask: Tensor, features: Tensor) -> Tensor:
+        pieces = list(features)
+        torch._dynamo.graph_break()
+        turned = [self.eye(piece) for piece in pieces]
+        torch._dynamo.graph_break()
+        features = torch.cat(turned)
+        torch._dynamo.graph_break()
+        return x.masked_scatter(mask[..., None], features)
+
+
+class Kept(Reader):
+    """Images (B, 2, PER, K), of which those that are all zeros are left out."""
+
+    def forward(self, x: Tensor, mask: Tensor, images: Tensor) -> dict[str, Tensor]:
+        flat = images.flatten(0, 1)
+        real = (flat != 0).flatten(1).any(1)
+        real[0] |= ~real.any()
+        features = torch.tanh(self.eye(flat[real]))
+        return {"logits": self.w(scattered(x, mask, features))}
+
+
 def batch(rows: int, length: int = 5, counts: tuple[int, ...] = ()) -> dict[str, Tensor]:
     """PER positions for each row, or `counts`, at random places."""
     mask = torch.zeros(rows, length, dtype=torch.bool)
@@ -92,7 +116,10 @@ def batch(rows: int, length: int = 5, counts: tuple[int, ...] = ()) -> dict[str,
 @pytest.mark.parametrize(
     ("cls", "options"),
     [
-        *((cls, REFERENCE) for cls in (Scattered, Indexed, Added, Broken, OneByOne, InPython)),
+        *(
+            (cls, REFERENCE)
+            for cls in (Scattered, Indexed, Added, Broken, OneByOne, InPython, Pieces)
+        ),
         (Scattered, INDUCTOR),
         (OneByOne, INDUCTOR),
     ],
@@ -132,6 +159,19 @@ def test_python_knows_whose_features_land_where(small, cls):
     cm = lorafx.compile(case.model(), adapters=case.folders, options=REFERENCE)
     with pytest.raises(ProvenanceError, match="at w "):
         cm(**batch(3, counts=(2 * PER, 0, PER)), adapter_names=MIXED)
+
+
+def test_images_of_any_number_where_python_leaves_them_out(small):
+    torch.manual_seed(0)
+    case = small(Kept, ["eye", "w"])
+    cm = lorafx.compile(case.model(), adapters=case.folders, options=REFERENCE)
+    for names in (["a"] * 3, MIXED, ["b", "a", None], [None, "b", "b", "a"]):
+        numbers = (2, 1, 0, 1)[: len(names)]
+        inputs = batch(len(names), counts=tuple(PER * number for number in numbers))
+        kept = torch.arange(2) < torch.tensor(numbers)[:, None]
+        inputs["images"] = torch.randn(len(names), 2, PER, K) * kept[..., None, None]
+        found = cm(**inputs, adapter_names=names)["logits"]
+        assert error(found, case.expected(names, inputs)) <= 1e-5, names
 
 
 def test_images_that_no_adapter_touches_go_anywhere(small):

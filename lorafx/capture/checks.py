@@ -42,6 +42,7 @@ class InputPlaces:
         derived: path of a site -> position and form of each tensor that holds part of its weight.
         assumed: position -> argument of those `requests` whose dimension is the convention's, until
             a warning has been given for it.
+        number: how many requests the graph is for, where inputs are of one request each.
     """
 
     weights: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -52,6 +53,7 @@ class InputPlaces:
     plain: list[int] = field(default_factory=list)
     derived: list[tuple[str, int, Form | None]] = field(default_factory=list)
     assumed: dict[int, str] = field(default_factory=dict)
+    number: int | None = None
 
     @classmethod
     def of(cls, frame: Frame, examples: Sequence[Any], *, shared: bool = False) -> InputPlaces:
@@ -70,6 +72,8 @@ class InputPlaces:
             if item.group is not None and item.kind == "bank" and item.label == "A":
                 for index, site in enumerate(item.group.sites):
                     places.banks[site.path] = position, index
+            if item.role is not None and item.role.request is not None:
+                places.number = item.role.requests
             dim = item.requests_dim
             if dim is not None and dim < example.dim():
                 places.requests.append((position, dim, item.label))
@@ -128,7 +132,7 @@ class InputPlaces:
         call, as its arguments have it, with `called`."""
         places = self.called if called else self.requests
         sizes = [arguments[position].shape[dim] for position, dim, _ in places]
-        return max(sizes) if sizes else None
+        return max(sizes) if sizes else self.number
 
     def check_rows(self, arguments: Sequence[Any], rows: int) -> None:
         """Every argument that carries requests has `rows` of them, or one that all share. Warns

@@ -171,8 +171,14 @@ class Handover:
             return one
         lists: list[tuple[int, ...]] = []
         several: list[tuple[int, ...]] = []
+        single: list[tuple[Role, Alone]] = []
         for position, role in self.taken.items():
             held, tensor = helds[position], arguments[position]
+            if role.request is not None:
+                if not isinstance(held, Alone):
+                    return None
+                single.append((role, held))
+                continue
             if role.dim is None and isinstance(held, Shared):
                 continue
             if isinstance(held, Listed) and held.dim == role.dim:
@@ -186,6 +192,10 @@ class Handover:
         owners = same_owners(lists) if lists else tuple(range(requests))
         if owners is None or any(item != each_repeated(owners, item) for item in several):
             return None
+        for role, whose in single:
+            assert role.request is not None
+            if role.requests != len(owners) or owners[role.request] != whose.request:
+                return None
         if len(owners) == requests and all(o in (i, NOBODY) for i, o in enumerate(owners)):
             return in_order_of(requests)
         ordered = any(role.dim is not None for role in of_call.values())

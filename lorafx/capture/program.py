@@ -22,7 +22,7 @@ from lorafx.model.packing import PackedGroup
 from lorafx.model.quantized import QuantisedModules
 from lorafx.model.replaced_modules import SiteWatch
 from lorafx.model.sites import Group, Site
-from lorafx.ownership.held import Listed, each_repeated
+from lorafx.ownership.held import Alone, Listed, each_repeated
 from lorafx.ownership.memory import Memory
 from lorafx.serving.roles import Role, RoleTable, tensor_leaves
 from lorafx.serving.runtime import Runtime
@@ -274,6 +274,11 @@ class Program:
         if not isinstance(held, Listed) or held.owners == requests:
             return False
         return held.owners == each_repeated(requests, held.owners)
+
+    def only_request(self, tensor: Tensor) -> int | None:
+        """The one request to which all of a tensor belongs that the running call made."""
+        held = None if self.call is None else self.call.memory.look(tensor)
+        return held.request if isinstance(held, Alone) else None
 
     def is_result(self, tensor: Tensor) -> bool:
         """Whether an earlier graph of the running call returned this very tensor."""

@@ -182,9 +182,11 @@ class Frame:
     def batch_size(self) -> Any:
         """The number of requests as tracing knows it (int or SymInt), or None: no argument of
         this frame carries requests."""
-        sizes = []
+        sizes: list[Any] = []
         for node, item in self.by_node.items():
             dim = item.requests_dim
+            if item.role is not None and item.role.request is not None:
+                sizes.append(item.role.requests)
             if dim is not None and dim < fake_value(node).dim():
                 sizes.append(fake_value(node).shape[dim])
         # A size of one beside a larger batch is an argument that all requests share.
@@ -197,21 +199,34 @@ def _told_apart(
     inputs: Sequence[FrameInput],
     examples: Sequence[Any],
 ) -> list[FrameInput]:
-    """The inputs, where some hold one entry of each request: results that hold several are marked
-    so, and their sizes do not count."""
+    """The inputs, with those results marked that do not hold one entry of each request.
+
+    Where others do, that is what holds several of each; their sizes do not count. Where results are
+    of different requests, it is what belongs to one alone.
+    """
     requests, found = len(program.runtime.rows), list(inputs)
-    if not any(
+    by_rows = any(
         item.requests_dim is not None and example.shape[item.requests_dim] == requests
         for item, example in zip(inputs, examples, strict=True)
-    ):
-        return found
+    )
+    alone = {
+        position: request
+        for position, (item, example) in enumerate(zip(inputs, examples, strict=True))
+        if item.kind == "result" and (request := program.only_request(example)) is not None
+    }
+    apart = len(set(alone.values())) > 1
     for position, (node, item, example) in enumerate(zip(nodes, inputs, examples, strict=True)):
-        if item.counts:
-            of = size_source(node)
-            counts = of is None or not program.holds_several(of[0])
-            found[position] = replace(item, counts=counts)
-        elif item.kind == "result" and item.role is not None and program.holds_several(example):
-            found[position] = replace(item, role=replace(item.role, several=True))
+        if item.role is not None and position in alone and apart:
+            role = replace(item.role, dim=None, request=alone[position], requests=requests)
+            found[position] = replace(item, role=role)
+        elif item.counts and (of := size_source(node)) is not None:
+            single = apart and program.only_request(of[0]) is not None
+            found[position] = replace(
+                item, counts=not single and not (by_rows and program.holds_several(of[0]))
+            )
+        elif item.kind == "result" and item.role is not None and by_rows:
+            several = item.role.dim is not None and program.holds_several(example)
+            found[position] = replace(item, role=replace(item.role, several=several))
     return found
 
 
@@ -268,6 +283,8 @@ def batch_symbols(frame: Frame) -> set[Any]:
         elif dim is not None and dim < len(sizes):
             found.add(sizes.pop(dim))
             others.update(sizes)
+        elif item.role is not None and item.role.request is not None:
+            found.add(item.role.requests)
     if len(found) > 1:
         found.discard(1)
     if not found:

@@ -28,6 +28,7 @@ from torch.utils._sympy.functions import (
     Min,
     Mod,
     PythonMod,
+    TruncToInt,
 )
 
 from lorafx.ownership.symbolic import BatchSymbols, Sizes, as_expr
@@ -43,6 +44,7 @@ _FUNCTIONS: tuple[tuple[type, Callable[..., Any]], ...] = (
     (IntTrueDiv, operator.truediv),
     (CeilToInt, math.ceil),
     (FloorToInt, math.floor),
+    (TruncToInt, math.trunc),
     (Max, torch.sym_max),
     (Min, torch.sym_min),
 )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafx.ownership.held import NOBODY, Held, cells_of, joined
+from lorafx.ownership.held import NOBODY, UNKNOWN, Held, cells_of, joined
 
 aten = torch.ops.aten
 Labels = Mapping[int, "Held | None"]  # by identity of the tensor
@@ -82,8 +82,10 @@ class Indices:
     def __init__(self, indices: Sequence[Tensor | None], labels: Labels) -> None:
         self.at: list[Tensor | None] = []
         self.cells: list[Tensor] = []
+        self.masked: list[bool] = []
         for index in indices:
             if index is None:
+                self.masked.append(False)
                 self.at.append(None)
                 self.cells.append(torch.empty(0))
                 continue
@@ -92,8 +94,10 @@ class Indices:
                 chosen = index.nonzero().unbind(1)
                 self.at.extend(chosen)
                 self.cells.extend([cells[tuple(chosen)]] * len(chosen))
+                self.masked.extend([True] * len(chosen))
             else:
                 self.at.append(index)
+                self.masked.append(False)
                 self.cells.append(cells)
 
     @staticmethod
@@ -108,14 +112,21 @@ class Indices:
         return tuple(slice(None) if index is None else index.long() for index in self.at)
 
     def owned(self, picked: Tensor) -> Tensor:
-        """`picked`, cells of table[indices], with the owners of the indices."""
+        """`picked`, cells of table[indices], with the owners of the indices.
+
+        What is of a request stays so where a mask of unknown owners leaves it in: which of the rows
+        are left, in their order, is not their content.
+        """
         places = [dim for dim, index in enumerate(self.at) if index is not None]
         together = places == list(range(places[0], places[0] + len(places)))
         count = max(index.dim() for index in self.at if index is not None)
         behind = picked.dim() - (places[0] if together else 0) - count
         for dim in places:
             cells = self.cells[dim]
-            picked = joined(picked, cells.reshape(*cells.shape, *[1] * behind))
+            cells = cells.reshape(*cells.shape, *[1] * behind)
+            if self.masked[dim]:
+                cells = torch.where((cells == UNKNOWN) & (picked >= 0), NOBODY, cells)
+            picked = joined(picked, cells)
         return picked
 
 

@@ -105,7 +105,7 @@ class Role:
 
     `known` is False where nothing says which dimension holds the requests, `assumed` True where
     the convention does alone. `several`: that dimension holds as many entries of each request, one
-    request after another.
+    request after another. `request`: all of it is that of this number, of so many `requests`.
     """
 
     argument: str
@@ -113,6 +113,8 @@ class Role:
     known: bool = True
     assumed: bool = False
     several: bool = False
+    request: int | None = None
+    requests: int = 0
 
 
 class RoleTable:

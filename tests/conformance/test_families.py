@@ -4,7 +4,8 @@ What makes them different: sequence first (xlnet), a mixture of experts (qwen2_m
 model whose weights are used without their modules (mamba), an encoder and decoder (t5), flattened
 rows (opt), images (vit), audio (wav2vec2), learned positions shared by all rows (bert), rows that
 Python picks between graphs: by language (xmod), by expert (longcat_flash), in windows (led);
-images that are written into the text (llava: listed one by one; paligemma: whole).
+images that are written into the text (llava: listed one by one; paligemma: whole; smolvlm: those
+that are no padding).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ CASES = (
     pytest.param("seq2seq", "led", marks=pytest.mark.slow),
     pytest.param("image-text", "llava", marks=pytest.mark.slow),
     pytest.param("image-text", "paligemma", marks=pytest.mark.slow),
+    pytest.param("image-text", "smolvlm", marks=pytest.mark.slow),
 )
 
 
