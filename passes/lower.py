@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 
 from lorafx.graph.context import EMBEDDING_OP, EXPERT_OP, FUSED_OP, GROUPED_OP, SITE_OP, Context
 from lorafx.graph.expert_uses import is_grouped
@@ -114,7 +114,7 @@ def _product(
 
 def _site(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
     x, y, A, B, ranks, scales, slots, *ranges, rows = arguments_of(node)[:11]
-    bank = (A, B, ranks, scales, slots)
+    bank, y = (A, B, ranks, scales, slots), _spread(graph, ctx, y)
     if not strategy_of(node).kernel and _same_strides(y, node):
         # These kernels take rows as they lie; flat, x and y could be copies.
         return _add_delta(graph, ctx, node, y, x, bank, tuple(ranges), rows)
@@ -206,7 +206,7 @@ def _fused_experts(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
 
 def _embedding(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
     ids, y, *bank, rows = arguments_of(node)
-    strategy = strategy_of(node)
+    strategy, y = strategy_of(node), _spread(graph, ctx, y)
     if strategy.kernel:
         flat = ctx.call(graph, aten.reshape.default, (ids, [-1]))
         flat_y = _adjacent(graph, ctx, _flat(graph, ctx, y))
@@ -244,6 +244,14 @@ def _flat(graph: fx.Graph, ctx: Context, node: Any) -> fx.Node:
     if value.dim() == 2:
         return node
     return ctx.call(graph, aten.reshape.default, (node, [-1, value.shape[-1]]))
+
+
+def _spread(graph: fx.Graph, ctx: Context, y: fx.Node) -> fx.Node:
+    """y with a place in memory for each element, where rows that were one are written apart."""
+    value = fake_value(y)
+    if all(guard_or_true(stride != 0) for stride in value.stride()):
+        return y
+    return ctx.call(graph, aten.clone.default, (y,), memory_format=torch.contiguous_format)
 
 
 def _same_strides(one: fx.Node, other: fx.Node) -> bool:

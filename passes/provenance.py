@@ -205,6 +205,15 @@ def seeds_of(inputs: Mapping[fx.Node, FrameInput], batch: BatchSymbols) -> dict[
     return seeds
 
 
+def batch_of(frame: Frame) -> BatchSymbols:
+    """The number of requests in this frame's graph.
+
+    Raises:
+        ProvenanceError: as `batch_symbols`.
+    """
+    return BatchSymbols.of(batch_symbols(frame)).with_multiples(several(frame))
+
+
 def ask(graph: fx.Graph, fits: Iterable[fx.Node], slots: fx.Node, batch: BatchSymbols) -> None:
     """Have the graph ask whether the positions of these nodes' masks take each request's own."""
     emitter = Emitter(graph, batch)
@@ -214,7 +223,7 @@ def ask(graph: fx.Graph, fits: Iterable[fx.Node], slots: fx.Node, batch: BatchSy
         node.replace_input_with(mask, asked)
 
 
-def _slots(frame: Frame) -> fx.Node | None:
+def slots_of(frame: Frame) -> fx.Node | None:
     """The slots of the requests, where the graph takes them."""
     items = frame.by_node.items()
     return next((n for n, item in items if item.kind == "slots" and item.label != ONE_SLOT), None)
@@ -232,7 +241,7 @@ class Provenance:
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         marks: Iterable[fx.Node] = [node for node in gm.graph.nodes if is_site(node)]
         try:
-            batch = BatchSymbols.of(batch_symbols(ctx.frame)).with_multiples(several(ctx.frame))
+            batch = batch_of(ctx.frame)
         except ProvenanceError as error:
             proofs: dict[fx.Node, Proof] = {node: Unproved(str(error)) for node in marks}
             if not ctx.frame.per_token:  # results that depend on no request are known all the same
@@ -246,7 +255,7 @@ class Provenance:
                 seeds.update(dict.fromkeys(_results(ctx.frame), Mixed("of an earlier graph")))
                 proofs = prove_tokens(gm.graph, seeds, batch, token_inputs(ctx.frame))
             else:
-                slots = _slots(ctx.frame)
+                slots = slots_of(ctx.frame)
                 found = prove_results(gm.graph, seeds, batch, assume=slots is not None)
                 proofs, ctx.handover, fits = found
                 if slots is not None:
@@ -264,7 +273,10 @@ class Provenance:
                 state.rows = str(proof) if isinstance(proof, RowMap) else f"no map: {proof.reason}"
             if isinstance(proof, Unproved):
                 sites = tuple(state.site for state in ctx.states.get(node, ()))
-                ctx.refuse(Refusal(sites, "mixed", proof.reason))
+                reason = proof.reason
+                if node in ctx.kept_shared:
+                    reason += f". A copy for each request ends at {ctx.kept_shared[node]}"
+                ctx.refuse(Refusal(sites, "mixed", reason))
                 node.update_arg(ROWS_ARGUMENT[node.target], ALL_ALIKE)
         for node in [node for node in gm.graph.nodes if node.target is ROWS_OF]:
             node.replace_all_uses_with(node.args[1])

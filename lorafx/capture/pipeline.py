@@ -16,6 +16,7 @@ from lorafx.config import Options
 from lorafx.errors import ConfigError, nearest
 from lorafx.graph.context import Context
 from lorafx.passes.fuse import Fuse
+from lorafx.passes.give_out import GiveOut
 from lorafx.passes.lower import Lower
 from lorafx.passes.match import Match
 from lorafx.passes.outline import Outline
@@ -46,6 +47,7 @@ class GraphPass(Protocol):
 #: pinned strategy, say) keeps layers apart.
 PIPELINE: tuple[GraphPass, ...] = (
     Match(),
+    GiveOut(),
     Provenance(),
     Rescale(),
     Fuse(),

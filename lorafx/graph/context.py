@@ -114,6 +114,8 @@ class Context(GraphEdits):
     kernels: set[int] = field(default_factory=set)
     handover: Handover = field(default_factory=Handover)
     outlined: list[Outlined] = field(default_factory=list)
+    #: Sites whose x all requests share, and why `give_out` has no copy for each request.
+    kept_shared: dict[fx.Node, str] = field(default_factory=dict)
     #: Site nodes that `outline` moved: the call that computes each now, and the node in its body.
     homes: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
 

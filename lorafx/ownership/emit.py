@@ -18,6 +18,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch.utils._sympy.functions import (
     CeilToInt,
@@ -59,14 +60,17 @@ class Emitter:
         self._sizes: dict[sympy.Expr, Any] = {}
         self._slots: dict[tuple[Any, ...], fx.Node] = {}
         self._inputs = [node for node in graph.nodes if node.op == "placeholder"]
-        self._fake_mode = detect_fake_mode(
+        self.fake_mode = detect_fake_mode(
             [n.meta["val"] for n in self._inputs if isinstance(n.meta.get("val"), torch.Tensor)]
         )
+        # Sizes that only data tell: who asks for one stands behind the node that computes it.
+        self._computed: dict[sympy.Expr, fx.Node] = {}
         for node in graph.nodes:
             value = node.meta.get("val")
             if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
-                self._sizes.setdefault(self.sizes.unify(value.node.expr), node)
-                self._sizes.setdefault(value.node.expr, node)  # inside of what it is unified with
+                known = self._sizes if node.op == "placeholder" else self._computed
+                known.setdefault(self.sizes.unify(value.node.expr), node)
+                known.setdefault(value.node.expr, node)  # inside of what it is unified with
 
     def call(
         self, before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any
@@ -75,10 +79,11 @@ class Emitter:
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, args, kwargs)
         values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-        if self._fake_mode is None:
+        if self.fake_mode is None:
             node.meta["val"] = target(*values[0], **values[1])
         else:
-            with self._fake_mode:
+            # Kernels of the C++ dispatcher may take a size for the number that it is just now.
+            with enable_python_dispatcher(), self.fake_mode:
                 node.meta["val"] = target(*values[0], **values[1])
         return node
 
@@ -101,7 +106,7 @@ class Emitter:
             for dim, size in enumerate(value.shape):
                 if self.sizes.unify(as_expr(size)) == symbol:
                     return self.call(before, aten.sym_size.int, source, dim)
-        return None
+        return self._computed.get(symbol)
 
     def _compound(self, expr: sympy.Expr, before: fx.Node) -> Any:
         if expr.is_Pow and expr.exp.is_Integer and expr.exp > 0:

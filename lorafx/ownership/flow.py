@@ -22,16 +22,25 @@ Rule = Callable[[fx.Node, "Flow"], Label]
 class Flow:
     """Labels and digits of the nodes seen so far. `batch` is B as a sympy expression.
 
-    `assume`: labels may rest on what the graph asks when it runs, of the nodes in `fits`.
+    Args:
+        give_out: copies of something shared may be given out to the requests.
+        withheld: sites where they may not.
+        assume: labels may rest on what the graph asks when it runs, of the nodes in `fits`.
     """
 
-    def __init__(self, batch: BatchSymbols, give_out: bool = True, assume: bool = False) -> None:
+    def __init__(
+        self,
+        batch: BatchSymbols,
+        give_out: bool = True,
+        withheld: frozenset[fx.Node] = frozenset(),
+        assume: bool = False,
+    ) -> None:
         self.sizes = Sizes(batch)
         self.batch = self.sizes.batch
         self.labels: dict[fx.Node, Label] = {}
         self.digits: dict[fx.Node, Digit] = {}
         self.inverses: dict[fx.Node, fx.Node] = {}
-        self.give_out = give_out
+        self.give_out, self.withheld = give_out, withheld
         self.given: list[fx.Node] = []
         self.assume = assume
         self.fits: list[fx.Node] = []

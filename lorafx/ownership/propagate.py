@@ -10,7 +10,7 @@ rule claims, an owned dimension whose size is not a whole number of periods is g
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 
 import torch
@@ -76,12 +76,28 @@ def flow_through(
 
     `assume`: labels may rest on what the graph asks when it runs (`Flow.fits`). Where copies of
     something shared were given out to the requests (`sites.given_out`), every site and every
-    result of the graph must keep to it; else nothing is given out.
+    result of the graph that they reach must keep to it; else they are withheld.
     """
-    flow = _run(graph, seeds, Flow(batch, give_out=True, assume=assume))
-    if flow.given and any(isinstance(flow.label(arg), Mixed) for arg in _ends(graph)):
-        flow = _run(graph, seeds, Flow(batch, give_out=False, assume=assume))
-    return flow
+    withheld: frozenset[fx.Node] = frozenset()
+    while True:
+        flow = _run(graph, seeds, Flow(batch, withheld=withheld, assume=assume))
+        lost = [end for end in _ends(graph) if isinstance(flow.label(end), Mixed)]
+        spoilt = _ancestors(lost).intersection(flow.given) if flow.given and lost else None
+        if not spoilt:
+            return flow
+        withheld |= spoilt
+
+
+def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """These nodes and all that they are computed from."""
+    found: set[fx.Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending.extend(node.all_input_nodes)
+    return found
 
 
 def _ends(graph: fx.Graph) -> list[fx.Node]:

@@ -12,6 +12,9 @@ import lorafx.kernels.row_ops  # noqa: F401  (all define torch.ops.lorafx)
 from lorafx.ownership.flow import Flow, Rule, bound
 from lorafx.ownership.labels import Label, Mixed, Own
 
+#: In a site's `meta`: the dimension whose entries are copies of the same x, one a request.
+GIVEN_DIM = "lorafx_given_dim"
+
 
 def site(node: fx.Node, flow: Flow) -> Label:
     """site(x, y, ...), grouped_site, embedding_site(ids, y, ...): y's rows, each plus its delta.
@@ -47,14 +50,19 @@ def expert_site(node: fx.Node, flow: Flow) -> Label:
 
 def given_out(node: fx.Node, flow: Flow, x: fx.Node, y: fx.Node) -> Own | None:
     """Copies of something shared, one a request (learned queries, expanded type ids): x depends on
-    no request, and exactly one of its row dimensions has B entries.
+    no request, and exactly one of its row dimensions has B entries, or was made for them.
 
     Copy b may be given request b's delta, as long as what follows keeps to that: the result is
     labelled so, and `propagate.flow_through` takes it back where the label is lost later on.
     """
+    if not flow.give_out or node in flow.withheld:
+        return None
+    if GIVEN_DIM in node.meta:
+        flow.given.append(node)
+        return Own(node.meta[GIVEN_DIM])
     shape = flow.shape(y)[:-1]
     dims = [d for d, size in enumerate(shape) if size == flow.batch]
-    if not flow.give_out or not flow.batch.is_Symbol or len(dims) != 1:
+    if not flow.batch.is_Symbol or len(dims) != 1:
         return None
     if shape != flow.shape(x)[: len(shape)]:
         return None

@@ -2,10 +2,12 @@
 
 What makes them different: sequence first (xlnet), a mixture of experts (qwen2_moe), a state space
 model whose weights are used without their modules (mamba), an encoder and decoder (t5), flattened
-rows (opt), images (vit), audio (wav2vec2), learned positions shared by all rows (bert), rows that
-Python picks between graphs: by language (xmod), by expert (longcat_flash), in windows (led);
-images that are written into the text (llava: listed one by one; paligemma: whole; smolvlm: those
-that are no padding).
+rows (opt), images (vit), audio (wav2vec2), learned positions shared by all rows (bert), layers
+whose rows all requests share (a bias of windows in swinv2, relative positions in
+wav2vec2-conformer, seamless_m4t and sew-d, a scale in voxtral_realtime), rows that Python picks
+between graphs: by language (xmod), by expert (longcat_flash), in windows (led); images that are
+written into the text (llava: listed one by one; paligemma: whole; smolvlm: those that are no
+padding).
 """
 
 from __future__ import annotations
@@ -30,6 +32,11 @@ CASES = (
     ("audio", "wav2vec2"),
     ("masked", "bert"),
     ("masked", "xmod"),
+    ("image", "swinv2"),
+    pytest.param("audio", "wav2vec2-conformer", marks=pytest.mark.slow),
+    pytest.param("audio", "sew-d", marks=pytest.mark.slow),
+    pytest.param("seq2seq", "seamless_m4t", marks=pytest.mark.slow),
+    pytest.param("seq2seq", "voxtral_realtime", marks=pytest.mark.slow),
     pytest.param("causal", "longcat_flash", marks=pytest.mark.slow),
     pytest.param("seq2seq", "led", marks=pytest.mark.slow),
     pytest.param("image-text", "llava", marks=pytest.mark.slow),

@@ -1,0 +1,367 @@
+"""Operators once more, on one copy a request of what all requests share.
+
+    t (…) depends on no request    →    copies of t (n, …), where copies[i] is request i's
+
+Every rule keeps op(copies)[i] = op(copies[i]): the operator runs on tensors with one dimension more
+in front, and what it says about dimensions is said one further on. Operators that no rule knows end
+the replay, as do operands in places where a rule expects something shared.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from lorafx.ownership import pointwise
+from lorafx.ownership.emit import Emitter
+from lorafx.ownership.flow import Flow, bound, operator_name, outputs, place, wrap
+from lorafx.ownership.indexing import is_boolean
+from lorafx.ownership.propagate import called_by, rule_for
+from lorafx.ownership.sites import GIVEN_DIM
+from lorafx.ownership.symbolic import ONE, equal
+
+aten, prims = torch.ops.aten, torch.ops.prims
+Rule = Callable[[fx.Node, "Replay"], fx.Node]
+
+
+class Ended(Exception):
+    """The replay cannot go past a node."""
+
+    def __init__(self, node: fx.Node, why: str) -> None:
+        name = "the graph's result" if node.op == "output" else operator_name(node)
+        super().__init__(f"{name}: {why}" + ("" if node.op == "output" else f" ({place(node)})"))
+
+
+class Replay:
+    """Copies of shared nodes, added to their graph in its order.
+
+    Attributes:
+        copies: a shared node -> the node with its copies (n, …).
+        before: new nodes are put before this one.
+    """
+
+    def __init__(self, graph: fx.Graph, flow: Flow, emitter: Emitter) -> None:
+        self.graph, self.flow, self.emitter = graph, flow, emitter
+        self.copies: dict[fx.Node, fx.Node] = {}
+        self.before: fx.Node = next(iter(graph.nodes))
+
+    def replayed(self, node: fx.Node) -> fx.Node:
+        """The copies of `node`, some of whose operands have copies.
+
+        Raises:
+            Ended: no rule knows how.
+        """
+        rule = _rule(node)
+        if rule is None:
+            raise Ended(node, "no rule copies what this operator computes")
+        new = self._tried(node, rule)
+        for before, after in zip(outputs(node), outputs(new), strict=True):
+            if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+                raise Ended(node, "its results are no tensors")
+            wanted = (self.flow.batch, *self.flow.sizes.shape(before))
+            found = self.flow.sizes.shape(after)
+            if len(found) != len(wanted) or not all(map(equal, found, wanted)):
+                raise Ended(node, f"copies of sizes {wanted} came out as {found}")
+        return new
+
+    def site(self, node: fx.Node) -> fx.Node:
+        """site(x, y, ...) and embedding_site(ids, y, ...) of one copy a request: the product y is
+        the same for all of them and computed once, the deltas differ."""
+        x, y, *rest = node.args
+        assert isinstance(x, fx.Node)
+        assert isinstance(y, fx.Node)
+        if any(arg in self.copies for arg in rest if isinstance(arg, fx.Node)):
+            raise Ended(node, "its factors depend on requests")
+        rows = self.flow.shape(y)[:-1]
+        if self.flow.shape(x)[: len(rows)] != rows:
+            raise Ended(node, "x and y have rows of other sizes")
+
+        def copied(node: fx.Node, replay: Replay) -> fx.Node:
+            return self.emit(node.target, self.copies_of(x), self.copies_of(y), *rest)
+
+        new = self._tried(node, copied)
+        new.meta[GIVEN_DIM] = 0
+        return new
+
+    def _tried(self, node: fx.Node, rule: Rule) -> fx.Node:
+        try:
+            return rule(node, self)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            text = " ".join(str(error).split())[:200]
+            raise Ended(node, f"copies do not go through it: {text}") from error
+
+    # --- what rules use ---
+
+    def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.emitter.call(self.before, target, *args, **kwargs)
+
+    @property
+    def count(self) -> Any:
+        """n, as a number or a node."""
+        count = self.emitter.size(self.flow.batch, self.before)
+        if count is None:
+            raise ValueError("the graph cannot compute the number of requests")
+        return count
+
+    def size_of(self, node: fx.Node, dim: int) -> Any:
+        """One size of a new node, as a number or a node."""
+        size = node.meta["val"].shape[dim]
+        return size if isinstance(size, int) else self.emit(aten.sym_size.int, node, dim)
+
+    def copies_of(self, node: fx.Node) -> fx.Node:
+        """(n, …): its copies, or the same for every request."""
+        if node in self.copies:
+            return self.copies[node]
+        sizes = [self.count] + [-1] * len(self.flow.shape(node))
+        return self.emit(aten.expand.default, self.emit(aten.unsqueeze.default, node, 0), sizes)
+
+    def wide(self, node: fx.Node, ndim: int) -> fx.Node:
+        """Copies of what is broadcast to `ndim` dimensions, (n, 1, …, 1, …)."""
+        copies = self.copies[node]
+        for _ in range(ndim - len(self.flow.shape(node))):
+            copies = self.emit(aten.unsqueeze.default, copies, 1)
+        return copies
+
+    def only(self, node: fx.Node, *allowed: object) -> None:
+        """Of the operands only these have copies."""
+        for arg in node.all_input_nodes:
+            if arg in self.copies and not any(arg is one for one in allowed):
+                raise Ended(node, "an operand that should be the same for all requests is not")
+
+
+def _rebuilt(node: fx.Node, replay: Replay, args: dict[str, Any]) -> fx.Node:
+    """The operator with these arguments, by their names."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    given = [args[one.name] for one in schema.arguments if not one.kwarg_only]
+    named = {one.name: args[one.name] for one in schema.arguments if one.kwarg_only}
+    return replay.emit(node.target, *given, **named)
+
+
+# --- rules ---
+
+
+def _pointwise(node: fx.Node, replay: Replay) -> fx.Node:
+    ndim = len(replay.flow.shape(node))
+
+    def wide(arg: fx.Node) -> fx.Node:
+        return replay.wide(arg, ndim) if arg in replay.copies else arg
+
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), wide)
+    if kwargs.get("memory_format") not in (torch.contiguous_format, torch.preserve_format):
+        kwargs = {name: value for name, value in kwargs.items() if name != "memory_format"}
+    return replay.emit(node.target, *args, **kwargs)
+
+
+_DIMS = ("dim", "dims", "dim0", "dim1")
+
+
+def _along(node: fx.Node, replay: Replay, *, all_if_none: bool = False, more: int = 0) -> fx.Node:
+    """An operator of one tensor that says which dimensions it works along."""
+    args = bound(node)
+    first = node.args[0]
+    replay.only(node, first)
+    assert isinstance(first, fx.Node)
+    n = len(replay.flow.shape(first))
+    for name in _DIMS:
+        if name not in args:
+            continue
+        value = args[name]
+        if value is None or (isinstance(value, Sequence) and not value):
+            if not all_if_none:
+                raise Ended(node, "it works along no dimension, or all of them as one")
+            args[name] = list(range(1, n + 1))
+        elif isinstance(value, int):
+            args[name] = wrap(value, n + more) + 1
+        else:
+            args[name] = [wrap(dim, n + more) + 1 for dim in value]
+    args[next(iter(args))] = replay.copies[first]
+    return _rebuilt(node, replay, args)
+
+
+def _reduced(node: fx.Node, replay: Replay) -> fx.Node:
+    if "dim" not in bound(node):
+        raise Ended(node, "it reduces all dimensions")
+    return _along(node, replay, all_if_none=True)
+
+
+def _unsqueezed(node: fx.Node, replay: Replay) -> fx.Node:
+    return _along(node, replay, more=1)
+
+
+def _squeezed(node: fx.Node, replay: Replay) -> fx.Node:
+    first = node.args[0]
+    assert isinstance(first, fx.Node)
+    if "dim" in bound(node):
+        return _along(node, replay)
+    dims = [d + 1 for d, size in enumerate(replay.flow.shape(first)) if size == ONE]
+    return replay.emit(aten.squeeze.dims, replay.copies[first], dims)
+
+
+def _permuted(node: fx.Node, replay: Replay) -> fx.Node:
+    first, dims = node.args[0], bound(node)["dims"]
+    dims = [0, *(wrap(dim, len(dims)) + 1 for dim in dims)]
+    return replay.emit(aten.permute.default, replay.copies[first], dims)  # type: ignore[index]
+
+
+def _turned(node: fx.Node, replay: Replay) -> fx.Node:
+    first = node.args[0]
+    assert isinstance(first, fx.Node)
+    copies = replay.copies[first]
+    if len(replay.flow.shape(first)) < 2:
+        return replay.emit(aten.alias.default, copies)
+    return replay.emit(aten.transpose.int, copies, 1, 2)
+
+
+def _viewed(node: fx.Node, replay: Replay) -> fx.Node:
+    args = bound(node)
+    size = args.get("size", args.get("shape"))
+    if not isinstance(size, (list, tuple)):
+        raise Ended(node, "a view of the bits as another type")
+    copies = replay.copies[node.args[0]]  # type: ignore[index]
+    return replay.emit(aten.reshape.default, copies, [replay.count, *size])
+
+
+def _expanded(node: fx.Node, replay: Replay) -> fx.Node:
+    size = bound(node)["size"]
+    wide = replay.wide(node.args[0], len(size))  # type: ignore[arg-type]
+    return replay.emit(aten.expand.default, wide, [replay.count, *size])
+
+
+def _repeated(node: fx.Node, replay: Replay) -> fx.Node:
+    repeats = bound(node)["repeats"]
+    wide = replay.wide(node.args[0], len(repeats))  # type: ignore[arg-type]
+    return replay.emit(aten.repeat.default, wide, [1, *repeats])
+
+
+def _joined(node: fx.Node, replay: Replay) -> fx.Node:
+    """cat and stack of tensors some of which have copies."""
+    args = bound(node)
+    tensors, n = args["tensors"], len(replay.flow.shape(node))
+    if any(len(replay.flow.shape(t)) != len(replay.flow.shape(tensors[0])) for t in tensors):
+        raise Ended(node, "it joins tensors of unequal numbers of dimensions")
+    copies = [replay.copies_of(t) for t in tensors]
+    return replay.emit(node.target, copies, wrap(args["dim"], n) + 1)
+
+
+def _indexed(node: fx.Node, replay: Replay) -> fx.Node:
+    """x[indices] with the same indices for all requests."""
+    x, indices = node.args[0], list(bound(node)["indices"])
+    replay.only(node, x)
+    at = [d for d, index in enumerate(indices) if index is not None]
+    if any(is_boolean(indices[d]) for d in at) or at != list(range(at[0], at[0] + len(at))):
+        raise Ended(node, "indexed by a mask, or at dimensions that are not neighbours")
+    return replay.emit(node.target, replay.copies[x], [None, *indices])  # type: ignore[index]
+
+
+def _written(node: fx.Node, replay: Replay) -> fx.Node:
+    """select_scatter, slice_scatter: src laid over a part of x."""
+    args = bound(node)
+    x, src = args.pop("self"), args.pop("src")
+    args["dim"] = wrap(args["dim"], len(replay.flow.shape(x))) + 1
+    copies = replay.copies_of(x), replay.copies_of(src)
+    return replay.emit(node.target, *copies, *args.values())
+
+
+def _gathered(node: fx.Node, replay: Replay) -> fx.Node:
+    args = bound(node)
+    x, index = args["self"], args["index"]
+    replay.only(node, x)
+    dim = wrap(args["dim"], len(replay.flow.shape(x))) + 1
+    return replay.emit(node.target, replay.copies[x], dim, replay.copies_of(index))
+
+
+def _as_it_is(node: fx.Node, replay: Replay) -> fx.Node:
+    """It counts dimensions from the last one."""
+    replay.only(node, node.args[0])
+    return replay.emit(
+        node.target,
+        replay.copies[node.args[0]],  # type: ignore[index]
+        *node.args[1:],
+        **node.kwargs,
+    )
+
+
+def _product(node: fx.Node, replay: Replay) -> fx.Node:
+    """mm (n, m, k) by (k, p) or (n, k, p), addmm with a bias of one dimension."""
+    args = bound(node)
+    a, b = args.get("self"), args.get("mat2")
+    bias = None
+    if "mat1" in args:
+        bias, a, b = a, args["mat1"], b
+        plain = args.get("beta", 1) == 1 and args.get("alpha", 1) == 1
+        if bias in replay.copies or len(replay.flow.shape(bias)) != 1 or not plain:
+            raise Ended(node, "what is added to the product is no bias")
+    assert isinstance(a, fx.Node)
+    assert isinstance(b, fx.Node)
+    if b in replay.copies:
+        found = replay.emit(aten.bmm.default, replay.copies_of(a), replay.copies[b])
+        return found if bias is None else replay.emit(aten.add.Tensor, found, bias)
+    copies = replay.copies[a]
+    sizes = [replay.size_of(copies, dim) for dim in range(3)]
+    flat = replay.emit(aten.reshape.default, copies, [-1, sizes[2]])
+    found = replay.emit(node.target, *((flat, b) if bias is None else (bias, flat, b)))
+    return replay.emit(aten.reshape.default, found, [sizes[0], sizes[1], -1])
+
+
+def _batched_product(node: fx.Node, replay: Replay) -> fx.Node:
+    pairs = [replay.copies_of(arg) for arg in node.args]  # type: ignore[arg-type]
+    sizes = [[replay.size_of(pair, dim) for dim in range(4)] for pair in pairs]
+    flat = [
+        replay.emit(aten.reshape.default, pair, [-1, *size[2:]])
+        for pair, size in zip(pairs, sizes, strict=True)
+    ]
+    found = replay.emit(aten.bmm.default, *flat)
+    return replay.emit(aten.reshape.default, found, [*sizes[0][:3], sizes[1][3]])
+
+
+def _item(node: fx.Node, replay: Replay) -> fx.Node:
+    several, index = node.args
+    return replay.emit(operator.getitem, replay.copies[several], index)  # type: ignore[index]
+
+
+RULES: dict[object, Rule] = {
+    **dict.fromkeys(
+        (aten.view, aten._unsafe_view, aten.reshape, aten._reshape_copy, aten.view_copy), _viewed
+    ),
+    aten.permute: _permuted,
+    aten.t: _turned,
+    aten.unsqueeze: _unsqueezed,
+    aten.squeeze: _squeezed,
+    aten.expand: _expanded,
+    aten.repeat: _repeated,
+    **dict.fromkeys((aten.cat, aten.stack), _joined),
+    **dict.fromkeys((aten.index, aten._unsafe_index), _indexed),
+    **dict.fromkeys((aten.select_scatter, aten.slice_scatter), _written),
+    aten.gather: _gathered,
+    **dict.fromkeys((aten.constant_pad_nd, aten.native_layer_norm), _as_it_is),
+    **dict.fromkeys((aten.mm, aten.addmm), _product),
+    aten.bmm: _batched_product,
+    **dict.fromkeys(
+        (
+            aten.transpose, aten.select, aten.slice, aten.split, aten.split_with_sizes,
+            aten.unbind, aten.index_select, aten.flip, prims.rev, aten.roll, aten.cumsum,
+            aten.cumprod, aten._softmax, aten._log_softmax, aten._safe_softmax,
+        ),
+        _along,
+    ),
+    **dict.fromkeys(
+        (
+            aten.sum, aten.mean, aten.amax, aten.amin, aten.var, aten.std, aten.var_mean,
+            aten.std_mean, aten.logsumexp,
+        ),
+        _reduced,
+    ),
+}  # fmt: skip
+
+
+def _rule(node: fx.Node) -> Rule | None:
+    if node.target is operator.getitem:
+        return _item
+    packet = called_by(node)
+    if packet in RULES:
+        return RULES[packet]
+    return _pointwise if rule_for(node.target)[0] is pointwise.pointwise else None

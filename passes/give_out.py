@@ -1,0 +1,259 @@
+"""What all requests share gets one copy a request where a delta makes it differ.
+
+    y' = site(x, y), x of no request  →  copies[i] = site(x, y) with request i's delta, (n, …)
+
+(position projections, position bias nets, learned tables). The product y is computed once, its
+deltas once a request. What is computed from y' before it meets anything owned is computed once a
+request too (`ownership/replay.py`), up to where it is broadcast along the requests: there each copy
+goes to its request, and shapes are what they were (`ownership/joins.py`). The ordinary rules of
+`provenance` then have to prove the sites' rows. Where they do not, or the replay ends before it
+comes so far, the graph stays as it was, and `provenance` refuses the site with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+
+from lorafx.errors import ProvenanceError
+from lorafx.graph.context import EMBEDDING_OP, ROWS_OF, SITE_OP, Context, is_site
+from lorafx.graph.frame import Frame, fake_value
+from lorafx.ownership.emit import Emitter
+from lorafx.ownership.flow import Flow
+from lorafx.ownership.joins import by_owner, by_size
+from lorafx.ownership.labels import Label
+from lorafx.ownership.pointwise import unlabelled
+from lorafx.ownership.propagate import flow_through, rule_for
+from lorafx.ownership.replay import Ended, Replay
+from lorafx.ownership.symbolic import BatchSymbols
+from lorafx.passes.provenance import Unproved, batch_of, row_map, seeds_of, slots_of
+
+aten = torch.ops.aten
+VIEWS = (aten.view.default, aten._unsafe_view.default)
+
+
+@dataclass(frozen=True)
+class GiveOut:
+    name: str = "give_out"
+    required: bool = False
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        batch = _batch(ctx.frame)
+        if batch is None:
+            return 0
+        seeds = seeds_of(ctx.frame.by_node, batch)
+        assume = slots_of(ctx.frame) is not None
+        sites, kept = give_out(gm.graph, seeds, batch, ctx.take_edit, assume=assume)
+        for old, new in sites.items():
+            ctx.merge([old], new, ctx.states[old][0].form)
+        ctx.kept_shared.update(kept)
+        return len(sites)
+
+
+def give_out(
+    graph: fx.Graph,
+    seeds: Mapping[fx.Node, Label],
+    batch: BatchSymbols,
+    allowed: Callable[[], bool] = lambda: True,
+    *,
+    assume: bool = False,
+) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, str]]:
+    """Make copies, one a request, of what sites compute from an x that all requests share.
+
+    Args:
+        seeds: the labels of the graph's inputs.
+        allowed: asked for each site.
+        assume: as in `flow_through`.
+
+    Returns:
+        the sites that others took the place of, with those; and the sites that stay as they are,
+        with the reason.
+    """
+    if not _without_requests(graph, seeds):
+        return {}, {}
+    flow, kept = flow_through(graph, seeds, batch, assume=assume), cast("dict[fx.Node, str]", {})
+    roots = {
+        node
+        for node in graph.nodes
+        if is_site(node) and node not in flow.given and flow.label(node.args[0]) is None
+    }
+    roots = {node for node in roots if allowed()}
+    while roots:
+        attempt = Attempt(graph, flow, batch, roots)
+        failed = attempt.run()
+        if not failed:
+            failed = attempt.unproved(flow_through(graph, seeds, batch, assume=assume))
+        if not failed:
+            return attempt.sites, kept
+        attempt.undo()
+        kept.update(failed)
+        roots -= failed.keys()
+    return {}, kept
+
+
+def _batch(frame: Frame) -> BatchSymbols | None:
+    """The number of requests, where there may be several of them and slots are theirs."""
+    try:
+        batch = batch_of(frame)
+    except ProvenanceError:
+        return None
+    return None if frame.per_token or batch.is_one else batch
+
+
+def _without_requests(graph: fx.Graph, seeds: Mapping[fx.Node, Label]) -> bool:
+    """Whether some site's x is computed from nothing that may belong to requests."""
+    theirs: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if seeds.get(node) is not None:
+                theirs.add(node)
+        elif is_site(node) and node.args[0] not in theirs:
+            return True
+        elif rule_for(node.target)[0] is not unlabelled:
+            theirs.update([node] if theirs.intersection(node.all_input_nodes) else [])
+    return False
+
+
+class Attempt:
+    """One rewrite of a graph, for some of the sites whose x is shared, that can be undone.
+
+    Attributes:
+        sites: a site node -> the one that takes its place.
+    """
+
+    def __init__(
+        self, graph: fx.Graph, flow: Flow, batch: BatchSymbols, roots: set[fx.Node]
+    ) -> None:
+        self.graph, self.roots = graph, roots
+        self.before = set(graph.nodes)
+        self.replay = Replay(graph, flow, Emitter(graph, batch))
+        self.sites: dict[fx.Node, fx.Node] = {}
+        self._of: dict[fx.Node, set[fx.Node]] = {}
+        self._inputs: list[tuple[fx.Node, fx.Node, fx.Node]] = []
+        self._values: dict[fx.Node, object] = {}  # of before
+        self._views: list[tuple[fx.Node, object]] = []
+
+    def run(self) -> dict[fx.Node, str]:
+        """Rewrite the graph; returns the roots for which that is impossible, with the reason."""
+        failed: dict[fx.Node, str] = {}
+        for node in [node for node in self.graph.nodes if node in self.before]:
+            shared = [arg for arg in node.all_input_nodes if arg in self.replay.copies]
+            if not shared and node not in self.roots:
+                continue
+            self._of[node] = {node} & self.roots
+            self._of[node] = self._of[node].union(*(self._of[arg] for arg in shared))
+            try:
+                self._visit(node, shared)
+            except Ended as ended:
+                failed.update(dict.fromkeys(self._of[node], str(ended)))
+        if not failed:
+            try:
+                self._settle()
+            except Ended as ended:
+                failed = dict.fromkeys(self.roots, str(ended))
+        return failed
+
+    def _visit(self, node: fx.Node, shared: list[fx.Node]) -> None:
+        replay = self.replay
+        replay.before = node
+        if node.op != "call_function":
+            raise Ended(node, "it is what all requests share")
+        label = replay.flow.labels[node]
+        if is_site(node):
+            if node.target not in (SITE_OP, EMBEDDING_OP) or label is not None:
+                raise Ended(node, "no rule copies what this operator computes")
+            replay.copies[node] = self.sites[node] = replay.site(node)
+        elif rule_for(node.target)[0] is unlabelled and fake_value(node) is not None:
+            for arg in shared:  # whose sizes it asks for
+                self._put(node, arg, replay.emit(aten.select.int, replay.copies[arg], 0, 0))
+        elif node.target is ROWS_OF:
+            y = node.args[1]
+            if y in replay.copies:
+                replay.copies[node] = replay.copies[y]  # type: ignore[index]
+        elif label is not None and not _is_shared(label):
+            for arg, new in by_owner(node, replay):
+                self._put(node, arg, new)
+        else:
+            joined = by_size(node, replay)
+            if joined is None:
+                replay.copies[node] = replay.replayed(node)
+            else:
+                for user in list(node.users):
+                    self._put(user, node, joined)
+
+    def _put(self, user: fx.Node, old: fx.Node, new: fx.Node) -> None:
+        user.replace_input_with(old, new)
+        self._inputs.append((user, old, new))
+
+    def _settle(self) -> None:
+        """Bring the fake values behind what was put in up to date. Shapes are what they were;
+        strides may not be, and views that need the old ones become reshapes."""
+        changed = {new for _, old, new in self._inputs if _layout(new) != _layout(old)}
+        for node in self.graph.nodes:
+            if node not in self.before or not changed.intersection(node.all_input_nodes):
+                continue
+            if node.op == "output":
+                raise Ended(node, "its layout would change")
+            old = fake_value(node)
+            try:
+                value = self._computed(node)
+            except RuntimeError as error:
+                if node.target not in VIEWS:
+                    raise Ended(node, f"its layout would change: {error}") from error
+                self._views.append((node, node.target))
+                node.target = aten.reshape.default
+                value = self._computed(node)
+            self._values.setdefault(node, old)
+            node.meta["val"] = value
+            if _layouts(value) != _layouts(old):
+                changed.add(node)
+
+    def _computed(self, node: fx.Node) -> object:
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), fake_value)
+        with enable_python_dispatcher(), self.replay.emitter.fake_mode or nullcontext():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def unproved(self, flow: Flow) -> dict[fx.Node, str]:
+        """The roots of sites whose rows the ordinary rules, gone through the graph as it is now, do
+        not prove, with the reason."""
+        failed: dict[fx.Node, str] = {}
+        for old, new in self.sites.items():
+            proof = row_map(new, flow)
+            if isinstance(proof, Unproved):
+                failed.update(dict.fromkeys(self._of[old], "what follows does not keep to it"))
+        return failed
+
+    def undo(self) -> None:
+        """The graph as it was."""
+        for node, target in self._views:
+            node.target = target  # type: ignore[assignment]
+        for node, value in self._values.items():
+            node.meta["val"] = value
+        for user, old, new in reversed(self._inputs):
+            user.replace_input_with(new, old)
+        for node in reversed(list(self.graph.nodes)):
+            if node not in self.before:
+                self.graph.erase_node(node)
+
+
+def _is_shared(label: Label) -> bool:
+    return isinstance(label, tuple) and all(one is None for one in label)
+
+
+def _layout(node: fx.Node) -> object:
+    return _layouts(fake_value(node))
+
+
+def _layouts(value: object) -> object:
+    """Sizes and strides, as they are written."""
+    if isinstance(value, (tuple, list)):
+        return [_layouts(one) for one in value]
+    if not isinstance(value, torch.Tensor):
+        return None
+    return tuple(map(str, value.shape)), tuple(map(str, value.stride()))

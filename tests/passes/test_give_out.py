@@ -1,0 +1,301 @@
+"""Copies, one a request, of what all requests share: a mixed batch equals its requests run alone.
+
+Small programs are traced, rewritten, proved and run; random ones (`random_programs`) come between
+the shared site and the place where its result joins what requests own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from random_programs import STEPS
+
+from lorafx.ownership.labels import Own
+from lorafx.ownership.propagate import flow_through
+from lorafx.ownership.symbolic import BatchSymbols
+from lorafx.passes.give_out import give_out
+from lorafx.passes.provenance import RowMap, Unproved, apply, is_site, prove
+
+_path = Path(__file__).parent / "test_provenance.py"
+_spec = importlib.util.spec_from_file_location("provenance_programs", _path)
+assert _spec is not None
+assert _spec.loader is not None
+programs = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(programs)
+K, N, WEIGHT, BANK, lora = programs.K, programs.N, programs.WEIGHT, programs.BANK, programs.lora
+
+SHARED = torch.linspace(-1, 1, 12 * K, dtype=torch.float64).sin().view(12, K)
+SECOND = torch.linspace(-1, 1, N * N, dtype=torch.float64).cos().view(N, N)
+BACK = (BANK[0].repeat(1, 1, 2)[..., :N].contiguous(), *BANK[1:])
+
+
+def second(x, slots):
+    return torch.ops.lorafx.site(x, x @ SECOND, *BACK, slots, [0], [0], [N], 0)
+
+
+def positions(time):
+    return torch.arange(time)[:, None] * torch.linspace(0.1, 1, K, dtype=torch.float64)
+
+
+def added(x, slots):
+    """(T, N) to (B, T, N)."""
+    return x @ WEIGHT + lora(positions(x.shape[1]), slots)
+
+
+def added_with_one_in_front(x, slots):
+    return x @ WEIGHT * lora(positions(x.shape[1])[None], slots).sigmoid()
+
+
+def sequence_first(x, slots):
+    return (x.transpose(0, 1) @ WEIGHT + lora(positions(x.shape[1]), slots)[:, None]).transpose(
+        0, 1
+    )
+
+
+def multiplied(x, slots):
+    """Queries by keys of positions, as relative attention has them: expanded, then one product."""
+    q = (x @ WEIGHT).unflatten(-1, (2, 3)).transpose(1, 2)
+    p = lora(positions(2 * x.shape[1] - 1)[None], slots).view(1, -1, 2, 3).permute(0, 2, 3, 1)
+    return torch.matmul(q, p)
+
+
+def repeated(x, slots):
+    """DeBERTa's keys: heads folded into the requests, the shared side tiled."""
+    q = (x @ WEIGHT).unflatten(-1, (2, 3)).transpose(1, 2).flatten(0, 1)
+    p = lora(SHARED, slots).view(-1, 2, 3).transpose(0, 1).repeat(x.shape[0], 1, 1)
+    return torch.bmm(q, p.transpose(1, 2)).view(x.shape[0], 2, x.shape[1], -1)
+
+
+def two_layers(x, slots):
+    hidden = lora(SHARED, slots).relu()
+    table = second(hidden, slots).view(-1, N)
+    index = torch.arange(x.shape[1])[:, None] % 5
+    return x @ WEIGHT + torch.nn.functional.layer_norm(table[index].squeeze(1), (N,)).tanh()
+
+
+def windows(x, slots):
+    """Windows folded into the requests, which a shared bias meets."""
+    y = (x @ WEIGHT).repeat_interleave(3, 0)
+    return (y + lora(SHARED[:1], slots)[None]).view(x.shape[0], 3, x.shape[1], N)
+
+
+def windows_outside(x, slots):
+    y = (x @ WEIGHT).repeat(3, 1, 1)
+    y = y + lora(SHARED[:1], slots)[None]
+    return y.view(3, x.shape[0], x.shape[1], N).transpose(0, 1)
+
+
+def several_meet(x, slots):
+    one, other = lora(SHARED, slots), second(lora(2 * SHARED, slots), slots)
+    both = torch.cat([one, other, SHARED @ WEIGHT]).softmax(0)
+    return x @ WEIGHT * both.amax(0, keepdim=True)
+
+
+def in_a_mask(x, slots):
+    q = (x @ WEIGHT).unflatten(-1, (2, 3)).transpose(1, 2)
+    bias = (lora(positions(x.shape[1]), slots) @ torch.ones(N, 2, dtype=x.dtype)).t()[None, :, None]
+    mask = torch.zeros_like(q[..., :1]) + bias
+    return torch.nn.functional.scaled_dot_product_attention(q, q, q, mask)
+
+
+def in_a_mask_of_one(x, slots):
+    q = (x @ WEIGHT).unflatten(-1, (2, 3)).transpose(1, 2)
+    bias = (lora(positions(x.shape[1]), slots) @ torch.ones(N, 2, dtype=x.dtype)).t()[None, :, None]
+    bias = bias.expand(1, 2, x.shape[1], x.shape[1])
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q, attn_mask=bias)[0]
+
+
+def used_twice(x, slots):
+    p = lora(SHARED[:1], slots)
+    return (x @ WEIGHT + p) * p.unsqueeze(0).expand(x.shape[0], -1, -1)
+
+
+GIVEN = (
+    added, added_with_one_in_front, sequence_first, multiplied, repeated, two_layers, windows,
+    windows_outside, several_meet, in_a_mask, in_a_mask_of_one, used_twice,
+)  # fmt: skip
+
+
+def rewritten(fn, batch=3, time=5, static=()):
+    """The graph of fn with copies given out and rows proved, and the proofs."""
+    x = torch.randn(batch, time, K, dtype=torch.float64)
+    gm = programs.graphs.trace_function(fn, [x, torch.zeros(batch, dtype=torch.int32)], static)
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    batch = BatchSymbols.of(node.meta["val"].shape[0] for node in inputs)
+    seeds = {inputs[0]: Own(0), inputs[1]: None}
+    env = inputs[0].meta["val"].fake_mode.shape_env
+    guards = len(env.guards), dict(env.replacements)
+    _, kept = give_out(gm.graph, seeds, batch)
+    assert (len(env.guards), env.replacements) == guards, "a size was taken for a number"
+    gm.graph.eliminate_dead_code()
+    proofs = apply(gm.graph, prove(gm.graph, seeds, batch), batch)
+    gm.graph.lint()
+    gm.recompile()
+    return gm, proofs, kept
+
+
+def equals_requests_alone(gm, fn, batch, time) -> None:
+    x = torch.randn(batch, time, K, dtype=torch.float64)
+    slots = torch.tensor([1, -1, 2, 0], dtype=torch.int32)[:batch]
+    with torch.no_grad():
+        together = gm(x, slots)
+        alone = torch.cat([fn(x[b : b + 1], slots[b : b + 1]) for b in range(batch)])
+        base = fn(x, torch.full_like(slots, -1))
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
+    assert (alone - base)[0].abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("fn", GIVEN, ids=lambda fn: fn.__name__)
+def test_mixed_batch_equals_requests_run_alone(fn):
+    gm, proofs, _ = rewritten(fn)
+    assert proofs
+    assert all(isinstance(proof, RowMap) for proof in proofs.values()), proofs
+    for batch, time in ((3, 5), (2, 4), (4, 4), (3, 6)):
+        equals_requests_alone(gm, fn, batch, time)
+
+
+@pytest.mark.parametrize("fn", [added, windows, several_meet], ids=lambda fn: fn.__name__)
+def test_a_number_of_requests_that_is_a_constant(fn):
+    """Where nothing has to be told from another size of the same number."""
+    gm, proofs, _ = rewritten(fn, static=(0, 1))
+    assert all(isinstance(proof, RowMap) for proof in proofs.values()), proofs
+    equals_requests_alone(gm, fn, 3, 5)
+
+
+def test_the_base_product_is_computed_once():
+    gm, _, _ = rewritten(added)
+    (site,) = filter(is_site, gm.graph.nodes)
+    assert site.meta["val"].dim() == 3
+    products = [node for node in gm.graph.nodes if node.target is torch.ops.aten.mm.default]
+    assert sorted(node.meta["val"].dim() for node in products) == [2, 2]
+    assert any(len(node.args[0].meta["val"].shape) == 2 for node in products)
+    assert site.args[1].target is torch.ops.aten.expand.default
+
+
+KEPT = {
+    "result of the graph": (
+        lambda x, slots: (x.sum(2), lora(positions(x.shape[1]), slots)),
+        "the graph's result",
+    ),
+    "order that depends on values": (
+        lambda x, slots: x @ WEIGHT + lora(SHARED, slots).sort(0).values[:1],
+        "aten::sort",
+    ),
+    "weight of everybody's product": (
+        lambda x, slots: x @ lora(SHARED[:K], slots),
+        "aten::mm",
+    ),
+    "along the requests": (
+        lambda x, slots: x @ WEIGHT + lora(SHARED[:1].expand(x.shape[0] * 2, K), slots)[::2, None],
+        "aten::add",
+    ),
+    "copies that are mixed up afterwards": (
+        lambda x, slots: (
+            x @ WEIGHT + lora(SHARED[:1], slots)[None].expand(x.shape[0], -1, -1).flip(0)
+        ),
+        "does not keep to it",
+    ),
+    "copies that are summed over": (
+        lambda x, slots: (
+            x @ WEIGHT + lora(SHARED[:1], slots).expand(x.shape[0], -1).sum(0, keepdim=True)
+        ),
+        "does not keep to it",
+    ),
+    "meets what mixes requests": (
+        lambda x, slots: (x @ WEIGHT).cumsum(0) + lora(SHARED[:1], slots),
+        "aten::cumsum",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_cannot_be_given_out_is_left_as_it_was(name):
+    fn, reason = KEPT[name]
+    x, slots = torch.randn(3, 5, K, dtype=torch.float64), torch.zeros(3, dtype=torch.int32)
+    gm = programs.graphs.trace_function(fn, [x, slots])
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    batch = BatchSymbols.of(node.meta["val"].shape[0] for node in inputs)
+    seeds = {inputs[0]: Own(0), inputs[1]: None}
+    before, values = str(gm.graph), {node: node.meta.get("val") for node in gm.graph.nodes}
+    sites, kept = give_out(gm.graph, seeds, batch)
+    assert not sites
+    (why,) = kept.values()
+    assert reason in why
+    assert str(gm.graph) == before
+    assert all(node.meta.get("val") is values[node] for node in gm.graph.nodes)
+    (proof,) = prove(gm.graph, seeds, batch).values()
+    assert isinstance(proof, Unproved)
+    assert "shared by all requests" in proof.reason
+
+
+def test_a_site_that_cannot_be_given_out_keeps_no_other_from_it():
+    def fn(x, slots):
+        bad = lora(2 * SHARED, slots).sort(0).values[:1]
+        return x @ WEIGHT + lora(SHARED[:1], slots) + bad
+
+    _, proofs, kept = rewritten(fn)
+    assert sorted(isinstance(proof, RowMap) for proof in proofs.values()) == [False, True]
+    assert len(kept) == 1
+
+
+def test_graphs_without_such_sites_are_left_alone():
+    x, slots = torch.randn(3, 5, K, dtype=torch.float64), torch.zeros(3, dtype=torch.int32)
+    for fn in programs.PROVED:
+        gm = programs.graphs.trace_function(fn, [x, slots])
+        inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        batch = BatchSymbols.of(node.meta["val"].shape[0] for node in inputs)
+        before = str(gm.graph)
+        assert give_out(gm.graph, {inputs[0]: Own(0), inputs[1]: None}, batch) == ({}, {})
+        assert str(gm.graph) == before
+
+
+def between(seed: int, length: int):
+    """A program whose shared site reaches the requests through random operators."""
+
+    def fn(x, slots):
+        r, y = random.Random(seed), lora(SHARED[:6], slots)
+        for _ in range(length):
+            y = r.choice(STEPS)(y, r)
+            if y.dim() > 4:
+                y = y.sum(r.randrange(5))
+        flat = y.flatten()
+        ramp = torch.linspace(0.5, 1, flat.shape[0], dtype=x.dtype)
+        return (x @ WEIGHT) * (1 + (flat * ramp).sum(0, keepdim=True))
+
+    return fn
+
+
+def test_random_programs_between_site_and_requests():
+    given = 0
+    for seed in range(40):
+        fn = between(seed, 1 + seed % 5)
+        gm, proofs, kept = rewritten(fn)
+        proved = all(isinstance(proof, RowMap) for proof in proofs.values())
+        assert proved == (not kept)
+        if proved:
+            given += 1
+            x = torch.randn(4, 3, K, dtype=torch.float64)
+            slots = torch.tensor([1, -1, 2, 0], dtype=torch.int32)
+            with torch.no_grad():
+                alone = torch.cat([fn(x[b : b + 1], slots[b : b + 1]) for b in range(4)])
+                torch.testing.assert_close(gm(x, slots), alone, msg=f"seed {seed}")
+    assert given > 15
+
+
+def test_no_label_is_contradicted():
+    for fn in GIVEN:
+        x = torch.randn(3, 5, K, dtype=torch.float64)
+        gm, _, _ = rewritten(fn)
+        inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        batch = BatchSymbols.of(node.meta["val"].shape[0] for node in inputs)
+        flow = flow_through(gm.graph, {inputs[0]: Own(0), inputs[1]: Own(0)}, batch)
+        after, slots = x.clone(), torch.tensor([1, -1, 2], dtype=torch.int32)
+        after[1] += 1
+        changed = slots.clone()
+        changed[1] = 0
+        found = programs.graphs.contradictions(gm, flow, [x, slots], [after, changed], 1, 3)
+        assert found == [], fn.__name__

@@ -1,0 +1,204 @@
+"""Layers whose rows all requests share (positions, tables): mixed batches against dense merge.
+
+Each model has a linear or an embedding whose input depends on no request, and another way in which
+what it computes meets the requests' own rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from attached import attached, compiled, fresh_dynamo
+from dense_merge import Case, check_mixed
+from torch import Tensor, nn
+
+import lorafx
+from lorafx.errors import ProvenanceError
+
+__all__ = ["fresh_dynamo"]
+D, HEADS = 8, 2
+MIXES = (["a", None, "b"], ["b", "a"], [None, "b", "b", "a"], ["a", "a", "a"], [None, "b", None])
+
+
+def positions(length: int) -> Tensor:
+    return torch.arange(length)[:, None] * torch.linspace(0.1, 1.3, D)
+
+
+class Added(nn.Module):
+    """Learned positions and projected ones are added to every request."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.pos, self.up = nn.Embedding(32, D), nn.Linear(D, D), nn.Linear(D, 5)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        ids = torch.arange(x.shape[1], device=x.device)
+        x = x + self.table(ids) + self.pos(positions(x.shape[1]).sin()[None])
+        return {"logits": self.up(x.tanh())}
+
+    sites = ("table", "pos", "up")
+
+
+class Relative(nn.Module):
+    """Relative positions as in Transformer-XL: queries times keys of positions."""
+
+    sites = ("pos", "query", "key")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pos, self.query, self.key = (nn.Linear(D, D) for _ in range(3))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        def heads(y: Tensor) -> Tensor:
+            return y.view(y.shape[0], -1, HEADS, D // HEADS).transpose(1, 2)
+
+        p = heads(self.pos(positions(2 * x.shape[1] - 1).sin()[None]))
+        scores = heads(self.query(x)) @ p.transpose(-1, -2)
+        scores = scores[..., : x.shape[1]] + heads(self.query(x)) @ heads(self.key(x)).mT
+        return {"logits": scores.softmax(-1) @ heads(x)}
+
+
+class Windows(nn.Module):
+    """Swin's second version: a net makes the bias that every window of every request gets."""
+
+    sites = ("bias.0", "bias.2", "up")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, HEADS, bias=False))
+        self.up = nn.Linear(D, 4 * HEADS * 4)
+        index = torch.arange(4)[:, None] - torch.arange(4) + 3
+        self.register_buffer("index", index.flatten())
+        self.register_buffer("places", torch.linspace(-1, 1, 14).view(1, 7, 2))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        # Each position is a window of four; requests and windows are one dimension.
+        windows = self.up(x).view(-1, 4, HEADS, 4).transpose(1, 2)
+        bias = self.bias(self.places).view(-1, HEADS)[self.index].view(4, 4, HEADS)
+        bias = 16 * bias.permute(2, 0, 1).contiguous().sigmoid()
+        scores = (windows @ windows.mT + bias.unsqueeze(0)).softmax(-1)
+        return {"logits": (scores @ windows).reshape(*x.shape[:2], -1)}
+
+
+class Scaled(nn.Module):
+    """A scale made of a number of the configuration, as adaptive norms have it."""
+
+    sites = ("down", "wide", "up")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.wide, self.up = nn.Linear(D, 4), nn.Linear(4, D), nn.Linear(D, 5)
+        self.register_buffer("time", torch.linspace(-1, 1, D))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        scale = self.wide(nn.functional.gelu(self.down(self.time[None])))
+        return {"logits": self.up(x * (1 + scale))}
+
+
+class Weight(nn.Module):
+    """What all share is the matrix that everybody's rows are multiplied by."""
+
+    sites = ("pos",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pos = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": x @ self.pos(positions(D).sin())}
+
+
+def inputs(rows: int, length: int = 8) -> dict[str, Tensor]:
+    return {"x": torch.randn(rows, length, D)}
+
+
+GIVEN = (Added, Relative, Windows, Scaled)
+
+
+def check_all(cm: Any, case: Case) -> None:
+    for mix in MIXES:
+        check_mixed(cm, case, mix, inputs(len(mix), 4 * len(mix)))
+    captured = cm.recompiles
+    check_mixed(cm, case, ["b", None, "a", "a", "b"], inputs(5))
+    check_mixed(cm, case, ["b", "a"], inputs(2, 12))
+    assert cm.recompiles == captured == 1
+    check_mixed(cm, case, ["b"], inputs(1))
+
+
+@pytest.mark.parametrize("model", GIVEN, ids=lambda model: model.__name__)
+def test_mixed_batches_on_one_graph(model, small):
+    case = small(model, model.sites)
+    check_all(case.compile(options={"verify": "numeric"}), case)
+
+
+@pytest.mark.parametrize("model", GIVEN, ids=lambda model: model.__name__)
+def test_one_adapter_a_batch_first(model, small):
+    case = small(model, model.sites[:1], model.sites)
+    cm = case.compile()
+    check_mixed(cm, case, ["b"] * 3, inputs(3))
+    check_mixed(cm, case, ["a", "b", None, "b"], inputs(4))
+    assert cm.recompiles == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "lowering"),
+    [
+        (Added, "inductor"),
+        pytest.param(Windows, "inductor", marks=pytest.mark.slow),
+        pytest.param(Added, "triton", marks=pytest.mark.slow),
+    ],
+)
+def test_generated_kernels(model, lowering, small):
+    case = small(model, model.sites)
+    cm = case.compile(options={"lowering": lowering, "verify": "numeric"})
+    check_mixed(cm, case, ["a", None, "b"], inputs(3))
+    check_mixed(cm, case, ["a", "a"], inputs(2))
+    check_mixed(cm, case, [None, "b", "a", "b"], inputs(4, 12))
+    assert cm.recompiles == 1
+
+
+def test_dora(small):
+    case = small(Added, ("pos", "up"), use_dora=True)
+    cm = case.compile()
+    check_mixed(cm, case, ["a", None, "b"], inputs(3))
+    check_mixed(cm, case, ["a", "a"], inputs(2))
+
+
+def test_under_torch_compile(small):
+    case = small(Relative, Relative.sites)
+    model = attached(case)
+    run, x = compiled(model), inputs(3)
+    with lorafx.adapters(model, ["a", None, "b"]):
+        found = run(**x)["logits"]
+    torch.testing.assert_close(found, case.expected(["a", None, "b"], x), rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_be_given_out_is_refused_with_the_operator(small):
+    case = small(Weight, Weight.sites)
+    cm = case.compile()
+    check_mixed(cm, case, ["a"] * 3, inputs(3))
+    with pytest.raises(
+        ProvenanceError, match=r"at pos .*shared by all requests.*aten::b?mm"
+    ) as told:
+        cm(**inputs(3), adapter_names=["a", None, "b"])
+    assert "self.pos(positions(D)" in str(told.value)
+
+
+def test_switched_off_it_is_refused(small):
+    case = small(Scaled, Scaled.sites)
+    cm = case.compile(options={"passes": {"give_out": False}})
+    check_mixed(cm, case, ["a"] * 3, inputs(3))
+    with pytest.raises(ProvenanceError, match="shared by all requests"):
+        cm(**inputs(3), adapter_names=["a", None, "b"])
+
+
+def test_one_slot_a_token_is_refused(small):
+    """Which token's copy a shared row would be is not said."""
+    case = small(Added, Added.sites)
+    cm, x = case.compile(), inputs(2)
+    slots = torch.zeros(2, 8, dtype=torch.int32)
+    slots[1, 3:] = -1
+    with pytest.raises(ProvenanceError, match="at table it is not proved"):
+        cm(**x, adapter_slots=slots)
