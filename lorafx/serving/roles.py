@@ -44,6 +44,8 @@ ROW_DIMS: Mapping[str, int | None] = {
     "padding_mask": 0,
     "input_mask": 0,
     "pixel_mask": 0,
+    "pixel_attention_mask": 0,
+    "spatial_shapes": 0,
     "bool_masked_pos": 0,
     "mask_time_indices": 0,
     "perm_mask": 0,

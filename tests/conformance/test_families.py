@@ -29,6 +29,7 @@ CASES = (
     ("causal", "opt"),
     ("image", "vit"),
     ("image", "swin"),
+    pytest.param("image", "siglip2", marks=pytest.mark.slow),
     ("audio", "wav2vec2"),
     ("masked", "bert"),
     ("masked", "xmod"),
