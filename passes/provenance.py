@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from lorafx.capture.handover import Handover, results_of
+from lorafx.capture.remembered import constants_of
 from lorafx.errors import ProvenanceError
 from lorafx.graph.context import (
     EMBEDDING_OP,
@@ -267,6 +268,7 @@ class Provenance:
         if not ctx.frame.per_token:
             ctx.handover.taken, ctx.handover.inputs = ctx.frame.taken, ctx.frame.handed
             ctx.handover.counted = ctx.frame.counted
+            ctx.handover.constant = constants_of(gm.graph, ctx.frame)
             ctx.handover.seen &= not proofs
         for node, proof in proofs.items():
             for state in ctx.states.get(node, ()):

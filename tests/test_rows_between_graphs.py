@@ -148,3 +148,62 @@ def test_what_has_no_one_owner_is_refused(small, cls):
         assert error(found, case.expected(names, inputs)) <= 1e-5
     with pytest.raises(ProvenanceError, match="at w "):
         cm(**inputs, adapter_names=MIXED)
+
+
+class Cached(Layers):
+    """Keeps in a dict what it computes of its own table in the first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.linspace(-1, 1, K))
+        self.kept: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        if "bias" not in self.kept:
+            self.kept["bias"] = self.computed(x)
+        return {"logits": self.w(torch.tanh(self.first(x)) + self.kept["bias"])}
+
+    def computed(self, x: Tensor) -> Tensor:
+        return torch.exp(self.table)
+
+
+class OfRequests(Cached):
+    """What it keeps is of the first call's requests."""
+
+    def computed(self, x: Tensor) -> Tensor:
+        return x[:, :1].sin()
+
+
+class OfWeight(Cached):
+    """What it keeps is of a weight that adapters change."""
+
+    def computed(self, x: Tensor) -> Tensor:
+        return self.table * torch.ones_like(self.table) @ self.first(torch.eye(K))
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_what_a_model_keeps_of_its_own_tensors_is_shared_by_later_calls(small, before):
+    torch.manual_seed(0)
+    case = small(Cached, ["first", "w"])
+    model = case.model()
+    if before:
+        model(torch.randn(2, 5, K))
+    cm = lorafx.compile(model, adapters=case.folders, options=REFERENCE)
+    for names, length in ((["a"] * 3, 5), (MIXED, 5), (["b", "b", None, "a"], 4)):
+        inputs = {"x": torch.randn(len(names), length, K)}
+        found = cm(**inputs, adapter_names=names)["logits"]
+        assert error(found, case.expected(names, inputs)) <= 1e-5, names
+    model.kept["bias"].mul_(2)  # by somebody who may have taken it from a request
+    with pytest.raises(ProvenanceError, match=r"at (first, )?w "):
+        cm(**inputs, adapter_names=names)
+
+
+@pytest.mark.parametrize("cls", [OfRequests, OfWeight])
+def test_what_a_model_keeps_of_requests_or_adapters_is_not_shared(small, cls):
+    torch.manual_seed(0)
+    case = small(cls, ["first", "w"])
+    cm = lorafx.compile(case.model(), adapters=case.folders, options=REFERENCE)
+    inputs = {"x": torch.randn(3, 5, K)}
+    cm(**inputs, adapter_names=["a"] * 3)
+    with pytest.raises(ProvenanceError, match=r"at (first, )?w "):
+        cm(**inputs, adapter_names=MIXED)

@@ -62,6 +62,8 @@ def checked(checks: Checks, owner: Owner, compiled: Callable[..., Any]) -> Calla
             with program.runtime.rows_of(slots):
                 results = compiled(*arguments)
         handover.note(call.memory, arguments, results, rows, looked_at=looked_at)
+        if handover.constant:
+            program.remembered.keep(results[position] for position in handover.constant)
         handover.fresh = False
         return results
 

@@ -123,6 +123,8 @@ class Handover:
         seen: something that it computes is not proved, and no site is in it: in a call that is
             tracked it runs operator by operator, and is looked at like what Python computes.
         fresh: it has not run yet; a graph that is captured next may need its results.
+        constant: positions of results that depend on no request and on no adapter, which the model
+            may keep for other calls.
     """
 
     inputs: tuple[int, ...] = ()
@@ -132,6 +134,7 @@ class Handover:
     written: dict[int, Given | None] = field(default_factory=dict)
     seen: bool = False
     fresh: bool = True
+    constant: tuple[int, ...] = ()
 
     def rows(
         self,

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lorafx.adapter_store.bank import Bank
 from lorafx.capture.handover import role_of
+from lorafx.capture.remembered import Remembered, in_containers
 from lorafx.config import LoraConfig, Options
 from lorafx.graph.derived import DerivedTensors, Holder
 from lorafx.graph.frame import FrameInput
@@ -95,8 +96,11 @@ class Program:
         self._by_bank = {id(group.bank.A): group for group in self.groups}
 
     def note_constants(self) -> None:
-        """Take the plain tensor attributes that modules have now for constants. For before the
-        first call: what code that prepares a loaded model leaves there is one for all requests."""
+        """Take for constants the plain tensor attributes that modules have now, and what lies in
+        their containers. For before the first call: what code that prepares a loaded model leaves
+        there is one for all requests."""
+        self.remembered = Remembered()
+        self.remembered.keep(in_containers(self.model))
         self.constants = {id(t): weakref.ref(t) for _, t in _plain_attributes(self.model)}
 
     def look_at_modules(self) -> None:
@@ -252,7 +256,9 @@ class Program:
         self, roles: RoleTable | None, named: Mapping[str, Any], *, tracks: bool = False
     ) -> Call:
         """A call that has computed nothing yet."""
-        return Call(roles, named, Memory(self.own_memory.in_one_call()), tracks)
+        own = self.own_memory.in_one_call()
+        memory = Memory(lambda tensor: self.remembered.holds(tensor) or own(tensor))
+        return Call(roles, named, memory, tracks)
 
     def earlier_result(self, tensor: Tensor) -> Role | None:
         """What a tensor that the running call made before may be taken for by a graph that is

@@ -30,6 +30,7 @@ CASES = (
     ("image", "vit"),
     ("image", "swin"),
     pytest.param("image", "siglip2", marks=pytest.mark.slow),
+    pytest.param("image", "levit", marks=pytest.mark.slow),
     ("audio", "wav2vec2"),
     ("masked", "bert"),
     ("masked", "xmod"),
