@@ -94,6 +94,15 @@ class Flattened(Layers):
         return self.w(h)
 
 
+class Counted(Layers):
+    """A graph hands on a size that it computes."""
+
+    def rest(self, h: Tensor) -> Tensor:
+        length = h.shape[1] * 2 + 1
+        torch._dynamo.graph_break()
+        return self.w(h) * length
+
+
 @pytest.mark.parametrize(
     ("cls", "targets", "options"),
     [
@@ -102,6 +111,7 @@ class Flattened(Layers):
         (InPieces, ["w"], INDUCTOR),
         (Experts, ["first", "w.0", "w.1", "w.2", "router"], REFERENCE),
         (Flattened, ["first", "w"], REFERENCE),
+        (Counted, ["first", "w"], REFERENCE),
         (Flattened, ["w"], INDUCTOR),
     ],
 )

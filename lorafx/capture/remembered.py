@@ -72,5 +72,8 @@ def constants_of(graph: fx.Graph, frame: Frame) -> tuple[int, ...]:
     return tuple(
         place.idx
         for node, place in places
-        if isinstance(place, PlainAOTOutput) and node in free and node.op != "placeholder"
+        if isinstance(place, PlainAOTOutput)
+        and node in free
+        and node.op != "placeholder"
+        and isinstance(node.meta["val"], Tensor)
     )
