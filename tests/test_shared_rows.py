@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from attached import attached, compiled, fresh_dynamo
 from dense_merge import Case, check_mixed
 from torch import Tensor, nn
@@ -156,6 +157,50 @@ def test_generated_kernels(model, lowering, small):
     check_mixed(cm, case, ["a", None, "b"], inputs(3))
     check_mixed(cm, case, ["a", "a"], inputs(2))
     check_mixed(cm, case, [None, "b", "a", "b"], inputs(4, 12))
+    assert cm.recompiles == 1
+
+
+BERT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+TABLES = {
+    "positions and types of BERT": (
+        lambda: transformers.BertForMaskedLM(
+            transformers.BertConfig(**BERT, num_attention_heads=2, vocab_size=64)
+        ),
+        ("bert.embeddings.position_embeddings", "bert.embeddings.token_type_embeddings"),
+    ),
+    "relative positions of T5": (
+        lambda: transformers.T5ForConditionalGeneration(
+            transformers.T5Config(**T5, vocab_size=64, decoder_start_token_id=0)
+        ),
+        tuple(
+            f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias"
+            for stack in ("encoder", "decoder")
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "positions and types of BERT",
+        pytest.param("relative positions of T5", marks=pytest.mark.slow),
+    ],
+)
+def test_tables_that_no_request_chooses_from(name, small):
+    make, sites = TABLES[name]
+    case = small(make, sites, lora_alpha=24)
+    cm = case.compile()
+    for mix, length in ((["a", None, "b"], 5), (["b", "b"], 4), (["b", "a", None, "a"], 6)):
+        feed = {"input_ids": torch.randint(3, 64, (len(mix), length))}
+        feed["attention_mask"] = torch.ones_like(feed["input_ids"])
+        feed["attention_mask"][0, length - 1] = 0
+        if "T5" in name:
+            feed["decoder_input_ids"] = torch.randint(3, 64, (len(mix), 4))
+        else:
+            feed["input_ids"][0, length - 1] = 0
+        check_mixed(cm, case, mix, feed)
     assert cm.recompiles == 1
 
 

@@ -199,6 +199,21 @@ def test_refused_with_the_reason(name):
     assert reason in proof.reason
 
 
+def test_copies_are_withheld_where_the_label_is_lost_and_nowhere_else():
+    def fn(x, slots):
+        ones = torch.ones(x.shape[0], K, dtype=x.dtype)
+        kept, mixed_up = lora(ones, slots), lora(2 * ones, slots).flip(0)
+        return x[..., :1] + kept[:, None], x[..., :1] + mixed_up[:, None], lora(x.cumsum(0), slots)
+
+    gm, seeds, symbols = traced(fn, 3, 5)
+    first, second, third = prove(gm.graph, seeds, symbols).values()
+    assert isinstance(first, RowMap)
+    assert isinstance(second, Unproved)
+    assert "shared by all requests" in second.reason
+    assert isinstance(third, Unproved)
+    assert "aten::cumsum" in third.reason
+
+
 def test_refused_sites_are_left_as_they_were():
     gm, seeds, symbols = traced(REFUSED["requests mixed"][0], 3, 5)
     before = str(gm.graph)
