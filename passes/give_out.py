@@ -163,7 +163,7 @@ class Attempt:
         replay = self.replay
         replay.before = node
         if node.op != "call_function":
-            raise Ended(node, "it is what all requests share")
+            raise Ended(node, "it is returned once for all requests")
         label = replay.flow.labels[node]
         if is_site(node):
             if node.target not in (SITE_OP, EMBEDDING_OP) or label is not None:
