@@ -29,13 +29,18 @@ from lorafx.ownership.flow import Flow
 from lorafx.ownership.joins import by_owner, by_size
 from lorafx.ownership.labels import Label
 from lorafx.ownership.pointwise import unlabelled
-from lorafx.ownership.propagate import flow_through, rule_for
-from lorafx.ownership.replay import Ended, Replay
+from lorafx.ownership.propagate import called_by, flow_through, rule_for
+from lorafx.ownership.replay import OTHER_TYPE, Ended, Replay
 from lorafx.ownership.symbolic import BatchSymbols
 from lorafx.passes.provenance import Unproved, batch_of, row_map, seeds_of, slots_of
 
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten._unsafe_view.default)
+#: Operators whose results are other values where the operand lies in memory otherwise.
+OF_LAYOUT = (
+    *(aten.as_strided, aten.as_strided_copy, aten.as_strided_scatter),
+    *(aten.sym_stride, aten.sym_storage_offset),
+)
 
 
 @dataclass(frozen=True)
@@ -183,6 +188,8 @@ class Attempt:
             joined = by_size(node, replay)
             if joined is None:
                 replay.copies[node] = replay.replayed(node)
+            elif _types(fake_value(joined)) != _types(fake_value(node)):
+                raise Ended(node, OTHER_TYPE)
             else:
                 for user in list(node.users):
                     self._put(user, node, joined)
@@ -198,7 +205,7 @@ class Attempt:
         for node in self.graph.nodes:
             if node not in self.before or not changed.intersection(node.all_input_nodes):
                 continue
-            if node.op == "output":
+            if node.op == "output" or called_by(node) in OF_LAYOUT:
                 raise Ended(node, "its layout would change")
             old = fake_value(node)
             try:
@@ -209,6 +216,8 @@ class Attempt:
                 self._views.append((node, node.target))
                 node.target = aten.reshape.default
                 value = self._computed(node)
+            if _types(value) != _types(old):
+                raise Ended(node, OTHER_TYPE)
             self._values.setdefault(node, old)
             node.meta["val"] = value
             if _layouts(value) != _layouts(old):
@@ -244,6 +253,12 @@ class Attempt:
 
 def _is_shared(label: Label) -> bool:
     return isinstance(label, tuple) and all(one is None for one in label)
+
+
+def _types(value: object) -> object:
+    if isinstance(value, (tuple, list)):
+        return [_types(one) for one in value]
+    return value.dtype if isinstance(value, torch.Tensor) else None
 
 
 def _layout(node: fx.Node) -> object:

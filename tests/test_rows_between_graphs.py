@@ -208,7 +208,36 @@ def test_what_a_model_keeps_of_its_own_tensors_is_shared_by_later_calls(small, b
         cm(**inputs, adapter_names=names)
 
 
-@pytest.mark.parametrize("cls", [OfRequests, OfWeight])
+class OfWrittenBuffer(Cached):
+    """What it keeps is of a buffer, into which it wrote what adapters change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scratch", torch.zeros(K))
+
+    def computed(self, x: Tensor) -> Tensor:
+        self.scratch.copy_(self.first(self.table))
+        torch._dynamo.graph_break()
+        return self.scratch * 2
+
+
+class OfBufferOfRequests(OfWrittenBuffer):
+    def computed(self, x: Tensor) -> Tensor:
+        self.scratch.copy_(x[0, 0])
+        torch._dynamo.graph_break()
+        return self.scratch * 2
+
+
+class OfReplacedBuffer(OfWrittenBuffer):
+    def computed(self, x: Tensor) -> Tensor:
+        self.scratch = self.first(self.table)
+        torch._dynamo.graph_break()
+        return self.scratch * 2
+
+
+@pytest.mark.parametrize(
+    "cls", [OfRequests, OfWeight, OfWrittenBuffer, OfBufferOfRequests, OfReplacedBuffer]
+)
 def test_what_a_model_keeps_of_requests_or_adapters_is_not_shared(small, cls):
     torch.manual_seed(0)
     case = small(cls, ["first", "w"])

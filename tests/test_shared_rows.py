@@ -257,6 +257,56 @@ def test_what_cannot_be_given_out_is_refused_with_the_operator(small):
     assert "self.pos(positions(D)" in str(told.value)
 
 
+class Narrow(Added):
+    """A number in a wider type: as one for all it does not widen what it meets."""
+
+    sites = ("pos", "up")
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        p = self.pos(positions(x.shape[1]).sin())
+        return {"logits": self.up(x * p.double().pow(2).mean((0, 1)).sqrt())}
+
+
+class Wide(Added):
+    """Shared all the way to a type of its own, and only then given to requests."""
+
+    sites = ("pos", "up")
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        p = self.pos(positions(x.shape[1]).sin())
+        return {"logits": self.up(x + p / p.double().pow(2).mean((0, 1)).sqrt())}
+
+
+class Laid(Added):
+    """Reads a sum as it lies in memory, which copies of an operand would change."""
+
+    sites = ("pos", "up")
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        n, length = x.shape[:2]
+        windows = torch.cat([x, x], 1).view(n * 2, length, D).transpose(1, 2).contiguous()
+        total = self.pos(positions(length).sin()).T[None] + windows
+        total = torch.as_strided(total, (n * 2, length, D), (D * length, D, 1))
+        return {"logits": self.up(total).view(n, 2 * length, -1)}
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (Narrow, "another type"),
+        (Wide, "another type"),
+        (Laid, "as_strided: its layout would change"),
+    ],
+)
+def test_copies_that_would_change_what_follows_are_refused(model, why, small):
+    case = small(model, model.sites)
+    cm = case.compile()
+    check_mixed(cm, case, ["a"] * 3, inputs(3))
+    with pytest.raises(ProvenanceError, match=rf"at pos .*{why}"):
+        cm(**inputs(3), adapter_names=["a", None, "b"])
+    check_mixed(cm, case, ["b"] * 2, inputs(2))
+
+
 def test_rows_that_python_picks_between_graphs(small):
     case = small(Picked, Picked.sites)
     cm = case.compile()

@@ -63,7 +63,12 @@ def checked(checks: Checks, owner: Owner, compiled: Callable[..., Any]) -> Calla
                 results = compiled(*arguments)
         handover.note(call.memory, arguments, results, rows, looked_at=looked_at)
         if handover.constant:
-            program.remembered.keep(results[position] for position in handover.constant)
+            unwritten = program.versions.unwritten
+            program.remembered.keep(
+                results[position]
+                for position, inputs in handover.constant.items()
+                if all(unwritten(arguments[place]) for place in inputs)
+            )
         handover.fresh = False
         return results
 

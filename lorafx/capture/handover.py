@@ -124,7 +124,8 @@ class Handover:
             tracked it runs operator by operator, and is looked at like what Python computes.
         fresh: it has not run yet; a graph that is captured next may need its results.
         constant: positions of results that depend on no request and on no adapter, which the model
-            may keep for other calls.
+            may keep for other calls, as long as nobody has written into the model's own tensors
+            at these positions of the inputs.
     """
 
     inputs: tuple[int, ...] = ()
@@ -134,7 +135,7 @@ class Handover:
     written: dict[int, Given | None] = field(default_factory=dict)
     seen: bool = False
     fresh: bool = True
-    constant: tuple[int, ...] = ()
+    constant: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     def rows(
         self,

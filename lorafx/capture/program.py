@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lorafx.adapter_store.bank import Bank
 from lorafx.capture.handover import role_of
-from lorafx.capture.remembered import Remembered, in_containers
+from lorafx.capture.remembered import Remembered, Versions, in_containers
 from lorafx.config import LoraConfig, Options
 from lorafx.graph.derived import DerivedTensors, Holder
 from lorafx.graph.frame import FrameInput
@@ -101,7 +101,9 @@ class Program:
         there is one for all requests."""
         self.remembered = Remembered()
         self.remembered.keep(in_containers(self.model))
-        self.constants = {id(t): weakref.ref(t) for _, t in _plain_attributes(self.model)}
+        plain = [tensor for _, tensor in _plain_attributes(self.model)]
+        self.constants = {id(tensor): weakref.ref(tensor) for tensor in plain}
+        self.versions = Versions([*self.model.buffers(), *plain])
 
     def look_at_modules(self) -> None:
         """Know what the model consists of now: modules, parameters and buffers may have come, gone

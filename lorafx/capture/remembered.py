@@ -3,11 +3,14 @@
 A module may keep in a dict what it computes once, a table of biases say. To the next call that is
 a tensor of unknown origin. It depends on no request and no adapter where it was there before the
 model was compiled, or a graph computed it from nothing but sizes and what the model holds, and from
-no weight that carries LoRA; as long as nobody writes into it.
+no weight that carries LoRA; as long as nobody writes into it. A buffer that somebody
+has written into does not count: a forward may have left there what it computed of a request, or
+with an adapter.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -53,27 +56,52 @@ def in_containers(model: nn.Module) -> Iterator[Tensor]:
                 yield from (item for item in items if isinstance(item, Tensor))
 
 
-def constants_of(graph: fx.Graph, frame: Frame) -> tuple[int, ...]:
+class Versions:
+    """The versions that tensors of a model had when it was compiled."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._known = {
+            id(tensor): (weakref.ref(tensor), tensor._version)
+            for tensor in tensors
+            if not tensor.is_inference()
+        }
+
+    def unwritten(self, tensor: object) -> bool:
+        """Whether this is one of them, and nobody has written into it. Parameters count always:
+        new weights are written into them, and no forward does."""
+        if isinstance(tensor, nn.Parameter):
+            return True
+        reference, version = self._known.get(id(tensor), (None, 0))
+        if reference is None or not isinstance(tensor, Tensor) or reference() is not tensor:
+            return False
+        return tensor._version == version
+
+
+def constants_of(graph: fx.Graph, frame: Frame) -> dict[int, tuple[int, ...]]:
     """Positions of the results of a functional graph that are computed from nothing but sizes and
-    tensors of the model that are no site's."""
-    free: set[fx.Node] = set()
+    tensors of the model that are no site's, each with the positions of those tensors."""
+    places = {id(item): position for position, item in enumerate(frame.inputs)}
+    free: dict[fx.Node, frozenset[int]] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
             item = frame.by_node.get(node)
-            own = item is not None and item.kind == "state" and item.holder is not None
-            if own or (item is not None and item.kind == "symbol"):
-                free.add(node)
+            if item is None:
+                continue
+            if item.kind == "state" and item.holder is not None and id(item) in places:
+                free[node] = frozenset([places[id(item)]])
+            elif item.kind == "symbol":
+                free[node] = frozenset()
         elif node.op == "call_function" and all(i in free for i in node.all_input_nodes):
             tags = getattr(node.target, "tags", ())
             if torch.Tag.nondeterministic_seeded not in tags:
-                free.add(node)
+                free[node] = frozenset().union(*(free[i] for i in node.all_input_nodes))
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
-    places = zip(output.args[0], output.meta.get("desc") or (), strict=False)
-    return tuple(
-        place.idx
-        for node, place in places
+    results = zip(output.args[0], output.meta.get("desc") or (), strict=False)
+    return {
+        place.idx: tuple(free[node])
+        for node, place in results
         if isinstance(place, PlainAOTOutput)
         and node in free
         and node.op != "placeholder"
         and isinstance(node.meta["val"], Tensor)
-    )
+    }

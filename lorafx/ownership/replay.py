@@ -26,6 +26,8 @@ from lorafx.ownership.symbolic import ONE, equal
 
 aten, prims = torch.ops.aten, torch.ops.prims
 Rule = Callable[[fx.Node, "Replay"], fx.Node]
+#: One number for all requests does not widen what it meets, a number for each request may.
+OTHER_TYPE = "copies are of another type than what they are copies of"
 
 
 class Ended(Exception):
@@ -62,6 +64,8 @@ class Replay:
         for before, after in zip(outputs(node), outputs(new), strict=True):
             if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
                 raise Ended(node, "its results are no tensors")
+            if before.dtype != after.dtype:
+                raise Ended(node, OTHER_TYPE)
             wanted = (self.flow.batch, *self.flow.sizes.shape(before))
             found = self.flow.sizes.shape(after)
             if len(found) != len(wanted) or not all(map(equal, found, wanted)):
