@@ -268,6 +268,7 @@ class Provenance:
         if not ctx.frame.per_token:
             ctx.handover.taken, ctx.handover.inputs = ctx.frame.taken, ctx.frame.handed
             ctx.handover.counted = ctx.frame.counted
+            ctx.handover.writable = ctx.frame.writable
             ctx.handover.constant = constants_of(gm.graph, ctx.frame)
             ctx.handover.seen &= not proofs
         for node, proof in proofs.items():

@@ -138,6 +138,24 @@ def test_other_mixes_make_no_graph(small):
     assert cm.recompiles == graphs
 
 
+class InBuffer(Layers):
+    """Rows cross from graph to graph in a buffer, in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(1, 1, K))
+
+    def rest(self, h: Tensor) -> Tensor:
+        if self.rows.shape != h.shape:
+            self.rows.resize_(h.shape)
+        turned = rolled(h, 1)
+        self.rows.copy_(turned)
+        torch._dynamo.graph_break()
+        y, h = self.w(self.rows[: h.shape[0]]), h + 0
+        torch._dynamo.graph_break()
+        return rolled(y, -1) + 0 * h
+
+
 class ThroughNumbers(Layers):
     def rest(self, h: Tensor) -> Tensor:
         return self.w(through_numbers(h)).flip(0)
@@ -148,7 +166,7 @@ class Summed(Layers):
         return self.w(summed(h))
 
 
-@pytest.mark.parametrize("cls", [ThroughNumbers, Summed])
+@pytest.mark.parametrize("cls", [ThroughNumbers, Summed, InBuffer])
 def test_what_has_no_one_owner_is_refused(small, cls):
     torch.manual_seed(0)
     case, inputs = small(cls, ["w"]), {"x": torch.randn(3, 5, K)}

@@ -118,6 +118,8 @@ class Handover:
         taken: those that earlier graphs returned, or Python made, by position, with the roles
             that the proofs of this graph rest on.
         counted: positions of sizes that they take for the number of rows.
+        writable: positions of the model's own tensors that an earlier graph of the call, or Python,
+            may have written rows of requests into.
         given: what is proved of its results, by position.
         written: what is proved of its inputs after it has written into them, by position.
         seen: something that it computes is not proved, and no site is in it: in a call that is
@@ -131,6 +133,7 @@ class Handover:
     inputs: tuple[int, ...] = ()
     taken: dict[int, Role] = field(default_factory=dict)
     counted: tuple[int, ...] = ()
+    writable: tuple[int, ...] = ()
     given: dict[int, Given] = field(default_factory=dict)
     written: dict[int, Given | None] = field(default_factory=dict)
     seen: bool = False
@@ -155,6 +158,10 @@ class Handover:
             arguments[position] != len(rows.owners) for position in self.counted
         ):
             return None
+        for position in self.writable:
+            held = memory.look(arguments[position])  # type: ignore[arg-type]
+            if not isinstance(held, Shared) and held != rows:
+                return None
         return rows
 
     def _rows(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from lorafx.capture.stack import calling_modules
 from lorafx.compat import input_place, size_source, source_name
@@ -92,6 +92,8 @@ class Frame:
 
     def __init__(self, inputs: Sequence[FrameInput]) -> None:
         self.inputs = tuple(inputs)
+        #: Positions of buffers and other tensors of the model that its forward may write into.
+        self.writable: tuple[int, ...] = ()
         #: It begins with the arguments of a call, so its inputs from them are what they are in
         #: every call. Elsewhere a local variable may hold something else the next time.
         self.begins_call = False
@@ -137,7 +139,13 @@ class Frame:
                 role = program.earlier_result(example)
                 kind: InputKind = "unknown" if role is None else "result"
                 inputs.append(FrameInput(kind, label, role=role))
-        return cls(_told_apart(program, placeholders, inputs, examples))
+        frame = cls(_told_apart(program, placeholders, inputs, examples))
+        frame.writable = tuple(
+            position
+            for position, (item, example) in enumerate(zip(inputs, examples, strict=True))
+            if item.holder is not None and not isinstance(example, nn.Parameter)
+        )
+        return frame
 
     @property
     def counted(self) -> tuple[int, ...]:
