@@ -224,14 +224,55 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "semantic_tokenizer_encoder_config": VIBEVOICE,
     },
     "vibevoice": {"audio_config": VIBEVOICE, "semantic_model_config": VIBEVOICE},
+    **{key: {"image_token_index": IMAGE_TOKEN} for key in ("blip-2", "instructblip")},
     "chameleon": {"vocabulary_map": {"<image>": IMAGE_TOKEN}},
-    "emu3": {"vocabulary_map": {"<image>": IMAGE_TOKEN}},
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}
+    },
+    "diffusion_gemma": {
+        "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+        "canvas_length": 8,
+    },
+    "emu3": {
+        "vocabulary_map": {"<image>": IMAGE_TOKEN},
+        "vq_config": {"base_channels": 32, "codebook_size": 64, "channel_multiplier": [1, 1]},
+    },
+    "florence2": {"vision_config": {"embed_dim": [32, 64, 64, 64], "projection_dim": HIDDEN}},
+    "glm5_next": {"text_config": {"num_key_value_heads": HEADS, "index_kpool": 4}},
+    "granite4_vision": {
+        "deepstack_layer_map": [[-1, 0]],
+        "spatial_target_layers": [1],
+        "downsample_rate": "2/4",
+    },
+    "hunyuan_vl": {"text_config": {**mrope(MROPE_SECTION)["text_config"], "head_dim": HEAD_DIM}},
+    "instructblipvideo": {"video_token_index": IMAGE_TOKEN},
+    "janus": {"vq_config": {"base_channels": 32, "latent_channels": 32, "num_embeddings": 64}},
+    "mistral4": {
+        "rope_parameters": {
+            **{"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 128,
+        }
+    },
+    "muse_spark": {"audio_config": {"num_hidden_layers": 4, "out_hidden_size": HIDDEN}},
+    "qwen4_exp": {
+        "text_config": {
+            **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": HEAD_DIM},
+            **{"indexer_budget": 8, "indexer_compress_ratio": 1},
+        }
+    },
     "cohere_compass": {
         "text_config": {
             "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
         }
     },
-    "dots3_note": {"vision_config": {"per_layer_config": None}},
+    "dots3_note": {
+        "vision_config": {
+            **{"per_layer_config": None, "adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN}
+        },
+        "audio_config": {"adapter_input_size": HIDDEN, "adapter_out_dim": HIDDEN},
+    },
+    "ernie4_5_vl_moe": mrope([2, 2, 4]),
     "inkling2": {"vision_config": {"text_hidden_size": HIDDEN}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},

@@ -40,6 +40,10 @@ def inputs(
         width, height = (min(max(side, 32), 64) for side in (width, height))
         channels = _first(config, "num_channels", 3)
         found["pixel_values"] = noise(batch, channels, height, width)
+    elif main == "flattened_patches":  # each behind its row and column
+        patches = noise(batch, 16, 2 + _first(config, "patch_embed_hidden_size", 16))
+        patches[..., :2] = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+        found = {main: patches, "decoder_input_ids": tokens(4)}
     elif main == "input_features":
         found["input_features"] = noise(batch, *_feature_shape(config))
     elif main == "input_values":
@@ -61,6 +65,8 @@ def inputs(
         found["pixel_values"] = noise(batch, 16, 3 * patch * patch)
         found["pixel_attention_mask"] = torch.ones(batch, 16, dtype=torch.long)
         found["spatial_shapes"] = torch.full((batch, 2), 4)
+        if kind == "image-text":
+            _put_before(found, torch.full((batch, 16 // config.downsample_factor**2), IMAGE_TOKEN))
     if hasattr(config, "codec_config"):  # a text token and the codes of a frame, side by side
         found["input_ids"] = found["input_ids"][..., None].repeat(1, 1, config.num_codebooks + 1)
     if hasattr(config, "default_num_delay_tokens"):  # audio in step with the text
@@ -91,14 +97,22 @@ def _with_images(
     size = _first(model.config, "image_size", 32)
     size = min(size if isinstance(size, int) else size[0], 64)
     channels = _first(model.config, "num_channels", 3)
+    if _accepts(model, "qformer_input_ids"):
+        found["qformer_input_ids"] = tokens(4)
+    if _accepts(model, "bbox"):  # of each token, none of a size that stands for no box
+        corners = noise(batch, ids.shape[1], 2).sigmoid() * 0.5
+        found["bbox"] = torch.cat([corners, corners + 0.3], -1)
     for shape in ((batch, channels, size, size), (batch, 1, channels, size, size)):
         images = {"pixel_values": noise(*shape)}
         for count in _counts(model, images, size):
-            marks = torch.full((batch, count), IMAGE_TOKEN)
-            arguments = {**found, **images, "input_ids": torch.cat([marks, ids], 1)}
-            if "attention_mask" in arguments:
-                ones = torch.ones(batch, count, dtype=torch.long)
-                arguments["attention_mask"] = torch.cat([ones, found["attention_mask"]], 1)
+            arguments = {**found, **images}
+            _put_before(arguments, torch.full((batch, count), IMAGE_TOKEN))
+            if _accepts(model, "image_attention_mask"):  # which tokens see which image
+                length = arguments["input_ids"].shape[1]
+                arguments["image_attention_mask"] = torch.ones(batch, length, 1, dtype=torch.long)
+            if _accepts(model, "image_embeds_position_mask"):
+                seen = arguments["input_ids"] == IMAGE_TOKEN
+                arguments["image_embeds_position_mask"] = seen.long()
             if not _accepts(model, "input_ids"):
                 del arguments["input_ids"]
             elif _accepts(model, "token_type_ids"):  # as processors give them
@@ -108,11 +122,20 @@ def _with_images(
     return {**text, "input_ids": ids}
 
 
+def _put_before(arguments: dict[str, torch.Tensor], marks: torch.Tensor) -> None:
+    """Put these tokens before the text."""
+    arguments["input_ids"] = torch.cat([marks, arguments["input_ids"]], 1)
+    if "attention_mask" in arguments:
+        ones = torch.ones_like(marks)
+        arguments["attention_mask"] = torch.cat([ones, arguments["attention_mask"]], 1)
+
+
 def _counts(model: nn.Module, images: dict[str, torch.Tensor], size: int) -> list[int]:
     """How many tokens of the text an image may stand for, the likeliest first."""
     patch = _first(model.config, "patch_size", 8)
     patches = (size // patch) ** 2 if isinstance(patch, int) else None
     named = ("mm_tokens_per_image", "num_query_tokens", "image_seq_length", "image_seq_len")
+    named += ("latent_query_num",)
     found = [_image_tokens(model, images), 0, patches]
     found += [getattr(model.config, name, None) for name in named]
     return list(dict.fromkeys(count for count in found if isinstance(count, int) and count < 600))
