@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE := 1
 
 help:
 	@echo "make demo      compile the small model in examples/, serve five adapters in one batch (CPU)"
-	@echo "make test      ruff, mypy and the tests"
+	@echo "make test      ruff, mypy, import-linter and the tests"
 	@echo "make test-all  the same with the slow tests"
 	@echo "make test-gpu  the tests that need a CUDA or ROCm device"
 	@echo "make bench     benchmarks/cpu_mixed.py, results into benchmarks/results/"
@@ -40,6 +40,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # The benchmarks import one another from their folder, which PYTHONSAFEPATH keeps off sys.path.
 bench: $(STAMP)

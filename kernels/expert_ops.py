@@ -1,6 +1,6 @@
 """Ops for routed experts: `expert_site`, `run_expert_delta_`, `expert_slots` and `expert_mark`.
 
-A bank for E experts has S·E slots (lorafx.adapter_store.bank). Row m, of a request in slot s and
+A bank for E experts has S·E slots (lorafx.model.bank). Row m, of a request in slot s and
 routed to expert e, is a row of slot
 
     key[m] = s·E + e    where s ≥ 0 and 0 ≤ e < E,    else -1
@@ -132,7 +132,7 @@ def run_expert_delta_(
 
     Args:
         alike: int32 (S·E, G), the first sibling whose A, rank and scale are the same: what is
-            known of the bank, so that no A is read twice (lorafx.adapter_store.bank).
+            known of the bank, so that no A is read twice (lorafx.model.bank).
         experts: integers, the expert of each row (M,), or with `ends` where the rows of each
             expert end (E,), rows being sorted by expert; rows behind the last have none.
     """

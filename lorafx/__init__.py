@@ -26,8 +26,8 @@ from lorafx.errors import (
 from lorafx.model.out_of_tree import register_oot, unregister_oot
 from lorafx.model.quantized import dequantize
 from lorafx.registry import register, unregister
-from lorafx.serving.attached import adapters, detach, load_adapter, unload_adapter
 from lorafx.serving.compiled import CompiledModel
+from lorafx.torch_compile.attached import adapters, detach, load_adapter, unload_adapter
 
 __all__ = [
     "BatchError",

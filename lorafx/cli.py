@@ -20,25 +20,26 @@ def inspect(adapter: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from lorafx.adapter_store.checkpoint import peek_shapes
-    from lorafx.adapter_store.peft_config import PeftConfig
+    from lorafx.adapter_store.checkpoint import load_state
     from lorafx.adapter_store.peft_keys import parse, without_prefix
 
-    config = PeftConfig.read(adapter)
+    state = load_state(adapter)
     table = Table("module", "in", "out", "rank", "scale", title=str(adapter))
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     others = []
-    for key, shape in peek_shapes(adapter).items():
+    for key, tensor in state.tensors.items():
         factor = parse(key)
         if factor is None:
             others.append(key)
         else:
-            shapes.setdefault(without_prefix(factor.module), {})[factor.letter] = shape
+            shapes.setdefault(without_prefix(factor.module), {})[factor.letter] = tuple(
+                tensor.shape
+            )
     for module, factors in sorted(shapes.items()):
         a, b = factors.get("A", ()), factors.get("B", ())
         rank = a[0] if a else 0
         cells = (a[1] if len(a) > 1 else "?", b[0] if b else "?", rank)
-        scale = f"{config.scale(module, rank):g}" if rank else "?"
+        scale = f"{state.config.scale(module, rank):g}" if rank else "?"
         table.add_row(module, *map(str, cells), scale)
     console = Console()
     console.print(table)

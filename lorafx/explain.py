@@ -12,7 +12,7 @@ from lorafx.config import LoraConfig
 from lorafx.model.sites import Group, Site
 
 if TYPE_CHECKING:
-    from lorafx.serving.session import Session
+    from lorafx.session.session import Session
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,17 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lorafx.adapter_store.bank import Bank
 from lorafx.collector import collection_paused
 from lorafx.compat import mark_fixed_shape
 from lorafx.config import LoraConfig
 from lorafx.errors import CaptureError, ConfigError
+from lorafx.model.bank import Bank
 from lorafx.model.marks import SiteMark
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.quantized import QuantisedModules, is_stored
 from lorafx.model.row_marks import RowMark, row_mark
+from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group, Site
-from lorafx.serving.runtime import Runtime
 
 #: Hooks that are lorafx's.
 MARKS = (SiteMark, RowMark)

@@ -16,11 +16,11 @@ import torch
 from torch import fx
 
 from lorafx.graph.factored import CAST, FactorSum, FactorTerm, factor_sum
-from lorafx.graph.frame import arguments_of, fake_value
 from lorafx.graph.graph_nodes import module_path
 from lorafx.graph.peft_context import FactorSite, PeftContext
 from lorafx.kernels.factor_ops import FACTORS
 from lorafx.kernels.factor_source import FactorSpec
+from lorafx.program.frame import arguments_of, fake_value
 
 aten = torch.ops.aten
 

@@ -23,7 +23,6 @@ from torch._dispatch.python import enable_python_dispatcher
 
 from lorafx.errors import ProvenanceError
 from lorafx.graph.context import EMBEDDING_OP, ROWS_OF, SITE_OP, Context, is_site
-from lorafx.graph.frame import Frame, fake_value
 from lorafx.ownership.emit import Emitter
 from lorafx.ownership.flow import Flow
 from lorafx.ownership.joins import by_owner, by_size
@@ -33,6 +32,7 @@ from lorafx.ownership.propagate import called_by, flow_through, rule_for
 from lorafx.ownership.replay import OTHER_TYPE, Ended, Replay
 from lorafx.ownership.symbolic import BatchSymbols
 from lorafx.passes.provenance import Unproved, batch_of, row_map, seeds_of, slots_of
+from lorafx.program.frame import Frame, fake_value
 
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten._unsafe_view.default)

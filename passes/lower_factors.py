@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from lorafx.graph.frame import arguments_of, fake_value
 from lorafx.graph.graph_nodes import call_in_place
 from lorafx.graph.peft_context import PeftContext
 from lorafx.kernels.cpu import build_all
 from lorafx.kernels.factor_ops import ADD_FACTORS, FACTORS, RUN_FACTORS
 from lorafx.kernels.factor_source import FactorSpec
+from lorafx.program.frame import arguments_of, fake_value
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from lorafx.graph.context import FUSED_OP, Context, SiteState
-from lorafx.graph.frame import arguments_of, fake_value
+from lorafx.program.frame import arguments_of, fake_value
 
 aten = torch.ops.aten
 

@@ -29,8 +29,6 @@ from lorafx.graph.context import (
     ROWS_ARGUMENT,
     Context,
 )
-from lorafx.graph.frame import arguments_of, fake_value
-from lorafx.graph.fused_experts import FUSED_EXPERTS, loops_on_host, region
 from lorafx.graph.pointwise import NoRegion, Region
 from lorafx.graph.strategy import ATEN, GENERATED, Strategy, choose
 from lorafx.kernels.chips import chip_of
@@ -41,6 +39,8 @@ from lorafx.kernels.triton_build import EXPERTS, TritonSpec
 from lorafx.kernels.triton_build import build as build_triton
 from lorafx.kernels.triton_ops import adjacent
 from lorafx.model.sites import Part, Site
+from lorafx.passes.fuse.fused_experts import FUSED_EXPERTS, loops_on_host, region
+from lorafx.program.frame import arguments_of, fake_value
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,6 @@ import sympy
 import torch
 from torch import fx
 
-from lorafx.capture.handover import Handover, results_of
-from lorafx.capture.remembered import constants_of
 from lorafx.errors import ProvenanceError
 from lorafx.graph.context import (
     EMBEDDING_OP,
@@ -31,7 +29,14 @@ from lorafx.graph.context import (
     Refusal,
     is_site,
 )
-from lorafx.graph.frame import (
+from lorafx.ownership import scatters
+from lorafx.ownership.emit import Emitter
+from lorafx.ownership.flow import Flow
+from lorafx.ownership.labels import Label, Mixed, One, Own
+from lorafx.ownership.propagate import flow_through
+from lorafx.ownership.symbolic import ONE, BatchSymbols, Sizes, product
+from lorafx.ownership.tokens import Alignment
+from lorafx.program.frame import (
     ONE_SLOT,
     Frame,
     FrameInput,
@@ -40,13 +45,8 @@ from lorafx.graph.frame import (
     several,
     token_inputs,
 )
-from lorafx.ownership import scatters
-from lorafx.ownership.emit import Emitter
-from lorafx.ownership.flow import Flow
-from lorafx.ownership.labels import Label, Mixed, One, Own
-from lorafx.ownership.propagate import flow_through
-from lorafx.ownership.symbolic import ONE, BatchSymbols, Sizes, product
-from lorafx.ownership.tokens import Alignment
+from lorafx.program.handover import Handover, results_of
+from lorafx.program.remembered import constants_of
 
 #: `rows` of a site without a row map: every row counts as the first request's. That is right when
 #: all requests use one adapter, and when none of theirs touches the site; the refusal keeps other

@@ -18,10 +18,10 @@ import torch
 from torch import fx
 
 from lorafx.graph.context import GAINS_ARGUMENT, ROWS_ARGUMENT, SITE_OP, SLOTS_ARGUMENT, Context
-from lorafx.graph.frame import arguments_of, fake_value
 from lorafx.kernels.delta import accumulation_dtype
 from lorafx.ownership.symbolic import as_expr
 from lorafx.passes.provenance import ALL_ALIKE
+from lorafx.program.frame import arguments_of, fake_value
 
 aten = torch.ops.aten
 prims = torch.ops.prims

@@ -17,12 +17,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorafx.adapter_store.expert_names import folded
 from lorafx.collector import collection_paused
 from lorafx.config import LoraConfig
 from lorafx.errors import LorafxWarning, TargetError
 from lorafx.model import targets
 from lorafx.model.candidates import Candidate, ExpertsCandidate, by_raw_weight
+from lorafx.model.expert_names import folded
 from lorafx.model.experts import expert_weights
 from lorafx.model.marks import is_dense
 from lorafx.model.module_graph import ModuleGraph

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._inductor.lowering import lowerings, register_lowering
 
 from lorafx.errors import CaptureError, LorafxWarning, LoweringError
-from lorafx.passes.outline import Outline
+from lorafx.passes.outline.outline import Outline
 from lorafx.passes.provenance import Provenance
 
 __all__ = ["fresh_dynamo"]

@@ -105,7 +105,7 @@ with torch.no_grad():
     got = torch.compile(model, backend="lorafx")(x)
     assert torch.equal(got, torch.compile(model)(x))
 import lorafx
-from lorafx.dynamo_backend import compile_frame
+from lorafx.torch_compile.dynamo_backend import compile_frame
 assert torch._dynamo.lookup_backend("lorafx") is compile_frame
 assert "peft" not in sys.modules and "transformers" not in sys.modules
 print("found")

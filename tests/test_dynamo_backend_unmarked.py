@@ -22,7 +22,7 @@ from lorafx.errors import (
     TargetError,
     UnknownAdapterError,
 )
-from lorafx.serving.attached import session_of
+from lorafx.torch_compile.attached import session_of
 
 __all__ = ["fresh_dynamo"]
 feed = FAMILIES["plain"].inputs

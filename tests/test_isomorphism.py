@@ -15,7 +15,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from lorafx.graph.isomorphism import Stretch, agree, sizes_of, stretch_of
+from lorafx.passes.outline.isomorphism import Stretch, agree, sizes_of, stretch_of
 
 aten = torch.ops.aten
 

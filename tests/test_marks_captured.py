@@ -12,9 +12,9 @@ from torch.fx.experimental import _config as shape_config
 
 from lorafx.config import LoraConfig
 from lorafx.errors import MatchError
+from lorafx.model.runtime import Runtime
 from lorafx.passes.attach import Attachment, attach_sites, detach
 from lorafx.passes.select import build_sites
-from lorafx.serving.runtime import Runtime
 
 SLOT = 1
 

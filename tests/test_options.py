@@ -19,7 +19,7 @@ import lorafx
 from lorafx.capture import pipeline
 from lorafx.errors import ProvenanceError, VerifyError
 from lorafx.graph.context import FUSED_OP, SITE_OP, Context
-from lorafx.graph.frame import arguments_of
+from lorafx.program.frame import arguments_of
 
 NAMES = ["a1", None, "a3", "a0"]
 

@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from tiny_models import FAMILIES
 from torch import Tensor, nn
 
-from lorafx.graph.peft_graph import recent_records
+from lorafx.torch_compile.peft_graph import recent_records
 
 REFERENCE = {"lowering": "reference"}
 SHALLOW = {"num_hidden_layers": 1}

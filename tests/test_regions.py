@@ -10,8 +10,8 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from lorafx.graph.isomorphism import stretch_of
-from lorafx.graph.regions import hoist_shared, regions_of
+from lorafx.passes.outline.isomorphism import stretch_of
+from lorafx.passes.outline.regions import hoist_shared, regions_of
 
 aten = torch.ops.aten
 

@@ -16,9 +16,9 @@ from dense_merge import Case, error, save_adapter
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.adapter_store.bank import Bank
 from lorafx.compat import no_mha_fast_path
 from lorafx.errors import BatchError, CapacityError, CaptureError
+from lorafx.model.bank import Bank
 
 __all__ = ["fresh_dynamo"]
 K = 6

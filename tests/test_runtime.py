@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lorafx.errors import BatchError
-from lorafx.serving import runtime as module
-from lorafx.serving.runtime import Runtime
+from lorafx.model import runtime as module
+from lorafx.model.runtime import Runtime
 
 
 def test_runtime_rows():

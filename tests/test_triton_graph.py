@@ -16,11 +16,11 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 import lorafx.kernels.triton_ops  # noqa: F401  registers them
 from lorafx.errors import LoweringError
-from lorafx.graph.triton_graph import inline_triton_ops
 from lorafx.kernels.activation import Activation, Leaf, Load
 from lorafx.kernels.cpu_source import DeltaSpec
 from lorafx.kernels.triton_build import TritonSpec, build, plan_of
-from lorafx.passes.lower import TRITON_OPS
+from lorafx.passes.lower.lower import TRITON_OPS
+from lorafx.passes.lower.triton_graph import inline_triton_ops
 
 lora = torch.ops.lorafx
 OPS = (
@@ -234,7 +234,7 @@ def test_embedding_becomes_its_kernel() -> None:
 
 
 def test_repeated_layers_are_traced_once_and_keep_their_own_tensors(monkeypatch) -> None:
-    import lorafx.graph.triton_graph as module
+    import lorafx.passes.lower.triton_graph as module
 
     b, kernel = Builder(), kernel_for("recompute")
     x = b.input("x", (b.rows, K))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorafx.graph.weight_forms import FIXED, Form, in_runs, rows_alike, rows_form, strided_form
+from lorafx.program.weight_forms import FIXED, Form, in_runs, rows_alike, rows_form, strided_form
 
 N, K = 12, 10
 #: Each entry of W (N, K) is its own place.

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -56,24 +55,6 @@ def load_state(source: str | os.PathLike[str] | AdapterState) -> AdapterState:
         return source
     config, file = _open(source)
     return AdapterState(config, _tensors(file), str(file))
-
-
-def load_config(source: str | os.PathLike[str] | AdapterState) -> PeftConfig:
-    """The configuration alone; errors as those of `load_state`."""
-    return source.config if isinstance(source, AdapterState) else _open(source)[0]
-
-
-def peek_shapes(source: str | os.PathLike[str] | AdapterState) -> dict[str, tuple[int, ...]]:
-    """Shape of each saved tensor, without reading the tensors where the format allows it."""
-    if isinstance(source, AdapterState):
-        return {key: tuple(t.shape) for key, t in source.tensors.items()}
-    _, file = _open(source)
-    if file.name == PICKLED:
-        return {key: tuple(t.shape) for key, t in _tensors(file).items()}
-    with _reading(file), safe_open(file, framework="pt") as opened:
-        shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
-    _check_names(file, shapes)
-    return shapes
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:

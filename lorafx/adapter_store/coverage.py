@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lorafx.adapter_store.expert_names import PROJECTIONS, Columns, covers, overlapping
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.places import Places
 from lorafx.config import LoraConfig
 from lorafx.model import targets
+from lorafx.model.expert_names import PROJECTIONS, Columns, covers, overlapping
 from lorafx.model.experts import ExpertWeight
 from lorafx.model.module_graph import ModuleGraph, join
 from lorafx.model.packed_names import ATTRIBUTE, PackedNames, renamed

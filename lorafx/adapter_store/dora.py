@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lorafx.adapter_store.bank import Factors
+from lorafx.model.bank import Factors
 from lorafx.model.quantized import dequantize, readable
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lorafx.adapter_store.expert_names import PROJECTIONS, Half, covers, parse, unnested
 from lorafx.adapter_store.peft_keys import without_compiled
+from lorafx.model.expert_names import PROJECTIONS, Half, covers, parse, unnested
 from lorafx.model.experts import ExpertWeight, saved_weights
 from lorafx.registry import lookup
 

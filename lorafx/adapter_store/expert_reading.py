@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from lorafx.adapter_store.expert_factors import Sizes, Stacked, exchanged, named, wrapped
-from lorafx.adapter_store.expert_names import Columns, Half, unnested
 from lorafx.adapter_store.expert_places import ExpertPlace, Experts
 from lorafx.adapter_store.expert_terms import Term, assembled, columns_of, overlap
 from lorafx.adapter_store.peft_keys import FactorKey
 from lorafx.adapter_store.places import not_selected
 from lorafx.adapter_store.weights import LoraWeights
+from lorafx.model.expert_names import Columns, Half, unnested
 from lorafx.model.experts import ExpertWeight
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorafx.adapter_store.expert_names import Half
 from lorafx.adapter_store.places import saved_sizes
 from lorafx.adapter_store.weights import LoraWeights
+from lorafx.model.expert_names import Half
 from lorafx.model.experts import ExpertWeight
 from lorafx.model.sites import Site
 

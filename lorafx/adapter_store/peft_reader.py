@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
-from lorafx.adapter_store.checkpoint import AdapterState, load_config, load_state, peek_shapes
+from lorafx.adapter_store.checkpoint import AdapterState, load_state
 from lorafx.adapter_store.coverage import Scope
-from lorafx.adapter_store.expert_names import unnested
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import parse, without_prefix
 from lorafx.adapter_store.places import Places
@@ -26,6 +25,7 @@ from lorafx.adapter_store.reading import Reading
 from lorafx.adapter_store.weights import LoraWeights
 from lorafx.config import LoraConfig
 from lorafx.errors import CheckpointError, LorafxWarning
+from lorafx.model.expert_names import unnested
 
 if TYPE_CHECKING:
     from lorafx.model.sites import Site
@@ -77,8 +77,10 @@ def adapter_target_modules(
     """
     modules: dict[str, None] = {}
     rank = 0
-    places, config = Places((), model), load_config(source)
-    for key, shape in peek_shapes(source).items():
+    state, places = load_state(source), Places((), model)
+    config = state.config
+    for key, tensor in state.tensors.items():
+        shape = tuple(tensor.shape)
         factor = parse(key)
         if factor is None:
             continue
@@ -87,7 +89,7 @@ def adapter_target_modules(
         if factor.letter == "A" and shape:
             rank = max(rank, _rank_of(places, config, factor.module, shape))
     if not modules or not rank:
-        raise CheckpointError(f"{_called(source)} holds no LoRA factors (lora_A, lora_B)")
+        raise CheckpointError(f"{state.where} holds no LoRA factors (lora_A, lora_B)")
     return AdapterTargets(tuple(modules), rank)
 
 
@@ -170,7 +172,3 @@ def _ranks(config: PeftConfig) -> Iterator[int]:
     yield from config.rank_pattern.values()
     if config.r is not None:
         yield config.r
-
-
-def _called(source: str | os.PathLike[str] | AdapterState) -> str:
-    return source.where if isinstance(source, AdapterState) else str(source)

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from lorafx.adapter_store.bank import Factors
 from lorafx.adapter_store.dora import measure
 from lorafx.adapter_store.stored import (
     Place,
@@ -37,6 +36,7 @@ from lorafx.errors import (
     nearest,
 )
 from lorafx.interrupts import free_after_fork, undisturbed
+from lorafx.model.bank import Factors
 
 if TYPE_CHECKING:
     from lorafx.adapter_store.peft_reader import Adapter

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from lorafx.adapter_store.bank import Factors
 from lorafx.errors import CheckpointError
+from lorafx.model.bank import Factors
 
 if TYPE_CHECKING:
     from lorafx.adapter_store.reading import LoraWeights

@@ -22,16 +22,16 @@ from torch import Tensor
 from lorafx.base_weights.copies import repeats
 from lorafx.base_weights.deltas import Delta, deltas_of
 from lorafx.errors import MatchError
-from lorafx.graph.derived import Derived, Holder, overlap
-from lorafx.graph.weight_forms import Axis, Form
 from lorafx.model.module_graph import storage_key
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site
+from lorafx.program.derived import Derived, Holder, overlap
+from lorafx.program.weight_forms import Axis, Form
 from lorafx.registry import lookup
 
 if TYPE_CHECKING:
     from lorafx.adapter_store.store import AdapterStore
-    from lorafx.capture.program import Program
+    from lorafx.program.program import Program
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from lorafx.errors import ConfigError
-from lorafx.graph.derived import Holder, is_near, is_numbers, is_varied
-from lorafx.graph.weight_forms import ALIKE, Form, in_runs, rows_alike, rows_form
 from lorafx.model.experts import expert_weights
 from lorafx.model.module_graph import storage_key
 from lorafx.model.quantized import dequantize
+from lorafx.program.derived import Holder, is_near, is_numbers, is_varied
+from lorafx.program.weight_forms import ALIKE, Form, in_runs, rows_alike, rows_form
 from lorafx.registry import lookup
 
 if TYPE_CHECKING:
-    from lorafx.capture.program import Program
+    from lorafx.program.program import Program
 
 #: Rows of a tensor that are looked for in weights; the shortest ones that say anything where any of
 #: several weights may have them; and how many have to be found.
@@ -212,7 +212,8 @@ def _is_constant(tensor: Tensor) -> bool:
 
 
 def _in_place_of_sites(program: Program, holder: Holder, tensor: Tensor) -> Repeat | None:
-    """What a graph seemed to multiply by in place of a site's weight (lorafx.graph.replaced)."""
+    """What a graph seemed to multiply by in place of a site's weight
+    (lorafx.passes.match.unreached)."""
     if isinstance(tensor, nn.Parameter) or not program.replaced:
         return None
     weights = tuple(

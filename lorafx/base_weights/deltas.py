@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorafx.adapter_store.bank import Factors
 from lorafx.adapter_store.store import StoredAdapter
+from lorafx.model.bank import Factors
 from lorafx.model.sites import Group, Site
 
 #: Bytes of ΔW that are computed at once: on a CPU a cache's worth, whose memory is used again and

@@ -27,7 +27,7 @@ from lorafx.errors import CheckpointError
 from lorafx.layers.quantization import QuantizeMethodBase
 
 if TYPE_CHECKING:
-    from lorafx.capture.program import Program
+    from lorafx.program.program import Program
 
 _HOOK = "process_weights_after_loading"
 

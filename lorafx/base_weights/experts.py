@@ -5,7 +5,7 @@
     experts.gate_up_proj          W_up                       w13, w13_weight; either orientation
     moe.gate_proj.weight          the same without the name of the module of experts
 
-Names and halves are those of adapters (lorafx.adapter_store.expert_names).
+Names and halves are those of adapters (lorafx.model.expert_names).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lorafx.adapter_store.expert_names import PROJECTIONS, Half, covers
 from lorafx.base_weights.names import Names, Walked
 from lorafx.base_weights.places import Box, Cut, Landing, Shard, Target
 from lorafx.errors import CheckpointError
 from lorafx.layers.moe import FusedMoE
+from lorafx.model.expert_names import PROJECTIONS, Half, covers
 from lorafx.model.experts import ExpertWeight, expert_weights
 from lorafx.model.module_graph import join
 from lorafx.registry import lookup

@@ -28,13 +28,13 @@ from lorafx.base_weights.adding import add_to
 from lorafx.base_weights.changes import Change, Copy, changes_of, copied, not_mergeable
 from lorafx.base_weights.deltas import Delta
 from lorafx.errors import CheckpointError, ConfigError
-from lorafx.graph.derived import Holder
 from lorafx.model.module_graph import storage_key
+from lorafx.program.derived import Holder
 from lorafx.progress import progress
 
 if TYPE_CHECKING:
-    from lorafx.capture.program import Program
-    from lorafx.serving.session import Session
+    from lorafx.program.program import Program
+    from lorafx.session.session import Session
 
 FILE = "model.safetensors"
 

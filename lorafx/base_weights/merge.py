@@ -31,16 +31,16 @@ from lorafx.base_weights.changes import (
     not_mergeable,
 )
 from lorafx.errors import CaptureError, ConfigError, LorafxError, MatchError
-from lorafx.graph.derived import Holder
 from lorafx.interrupts import undisturbed
 from lorafx.model.packing import check_packed
 from lorafx.model.quantized import Stored, dequantize, requantize
 from lorafx.model.weight_formats import format_of, own_tensors
+from lorafx.program.derived import Holder
 from lorafx.progress import progress
-from lorafx.serving.sharing import held_elsewhere
+from lorafx.session.sharing import held_elsewhere
 
 if TYPE_CHECKING:
-    from lorafx.serving.session import Session
+    from lorafx.session.session import Session
 
 T = TypeVar("T")
 _HALF = (
@@ -184,7 +184,7 @@ def unmerge(session: Session, *, force: bool = False) -> None:
     """See `CompiledModel.unmerge`."""
     session.refuse_running("unmerge()")
     with session.weights_lock, session.lock:
-        merged = session.merged
+        merged = merged_of(session)
         if merged is None:
             if not session.unmerged:
                 raise ConfigError("no adapter is merged; merge(name) one first")
@@ -195,6 +195,12 @@ def unmerge(session: Session, *, force: bool = False) -> None:
         with progress(f"taking {merged.name} out of {len(merged.report.weights)} weights"):
             undisturbed(lambda: _take_out(session, merged))
         session.unmerged = ""
+
+
+def merged_of(session: Session) -> Merged | None:
+    merged = session.merged
+    assert merged is None or isinstance(merged, Merged)
+    return merged
 
 
 def _take_out(session: Session, merged: Merged) -> None:
@@ -219,7 +225,7 @@ def unmerged(session: Session, action: Callable[[], T]) -> T:
             are refused until `merge` or `unmerge`, since without a name they would be the base's.
     """
     with session.weights_lock, session.lock:
-        merged = session.merged
+        merged = merged_of(session)
         if merged is None:
             return action()
         try:

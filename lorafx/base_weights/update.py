@@ -27,10 +27,10 @@ from lorafx.errors import CheckpointError, ConfigError
 from lorafx.interrupts import undisturbed
 from lorafx.model.module_graph import storage_key
 from lorafx.model.packing import check_packed
-from lorafx.serving.sharing import refresh_elsewhere
+from lorafx.session.sharing import refresh_elsewhere
 
 if TYPE_CHECKING:
-    from lorafx.serving.session import Session
+    from lorafx.session.session import Session
 
 _BROKEN = (
     "an update of the base weights was interrupted while they were written, and they are partly "

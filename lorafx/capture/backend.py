@@ -30,14 +30,14 @@ from lorafx.capture.executable import (
 from lorafx.capture.failures import in_lowering, in_tracing
 from lorafx.capture.lowering import Lowering, lowering_for
 from lorafx.capture.pipeline import run_pipeline
-from lorafx.capture.program import Program
 from lorafx.capture.record import GraphRecord
-from lorafx.capture.stack import called_directly
 from lorafx.capture.verify import NumericCheck
 from lorafx.compat import duck_shaped, ends_in_break, guarded_attributes, named_by_dynamo
 from lorafx.graph.context import Context
-from lorafx.graph.frame import ONE_SLOT, SLOTS, Frame
 from lorafx.kernels.triton_build import source_of
+from lorafx.program.frame import ONE_SLOT, SLOTS, Frame
+from lorafx.program.program import Program
+from lorafx.program.stack import called_directly
 from lorafx.progress import progress
 
 

@@ -13,14 +13,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lorafx.capture.handover import Handover, Rows
-from lorafx.capture.program import Program
 from lorafx.errors import CaptureError, MatchError, ProvenanceError
-from lorafx.graph.frame import Frame
-from lorafx.graph.weight_forms import Form
 from lorafx.model.sites import Site
 from lorafx.ownership.held import Alone
-from lorafx.serving.roles import Role, check_requests, warn_ambiguous
+from lorafx.program.frame import Frame
+from lorafx.program.handover import Handover, Rows
+from lorafx.program.program import Program
+from lorafx.program.roles import Role, check_requests, warn_ambiguous
+from lorafx.program.weight_forms import Form
 
 
 @dataclass

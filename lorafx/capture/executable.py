@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, fx
 
 from lorafx.capture.checks import Checks
-from lorafx.capture.handover import OfList, Rows
-from lorafx.capture.program import GAINS, Program
-from lorafx.capture.stack import calling_modules
 from lorafx.capture.tracking import Tracking, looks, untracked
 from lorafx.capture.verify import NumericCheck
 from lorafx.errors import CaptureError, LorafxError, MatchError
-from lorafx.graph.frame import SLOTS
 from lorafx.ownership.held import Alone
+from lorafx.program.frame import SLOTS
+from lorafx.program.handover import OfList, Rows
+from lorafx.program.program import GAINS, Program
+from lorafx.program.stack import calling_modules
 
 #: The program that a graph serves in the running call, by the arguments that it is called with;
 #: None where the call is of a model without LoRA.

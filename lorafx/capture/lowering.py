@@ -17,8 +17,8 @@ from torch import fx
 
 from lorafx.config import Options
 from lorafx.errors import LorafxWarning, LoweringError
-from lorafx.graph.regions import bodies
 from lorafx.kernels.compiler import find_compiler
+from lorafx.passes.outline.regions import bodies
 
 aten = torch.ops.aten
 

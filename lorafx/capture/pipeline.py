@@ -15,11 +15,11 @@ from lorafx.capture.verify import check_graph, output_values
 from lorafx.config import Options
 from lorafx.errors import ConfigError, nearest
 from lorafx.graph.context import Context
-from lorafx.passes.fuse import Fuse
+from lorafx.passes.fuse.fuse import Fuse
 from lorafx.passes.give_out import GiveOut
-from lorafx.passes.lower import Lower
-from lorafx.passes.match import Match
-from lorafx.passes.outline import Outline
+from lorafx.passes.lower.lower import Lower
+from lorafx.passes.match.match import Match
+from lorafx.passes.outline.outline import Outline
 from lorafx.passes.pack import Pack
 from lorafx.passes.plan import Plan
 from lorafx.passes.provenance import Provenance

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lorafx.capture.program import Program
-from lorafx.capture.stack import python_line, running_modules
 from lorafx.errors import MatchError
 from lorafx.model.sites import Site
 from lorafx.ownership.memory import storage_of
 from lorafx.ownership.pointwise import READS_NO_VALUES
+from lorafx.program.program import Program
+from lorafx.program.stack import python_line, running_modules
 
 
 class _Range(NamedTuple):

@@ -14,10 +14,11 @@ import lorafx.kernels.grouped_ops
 import lorafx.kernels.mask_ops
 import lorafx.kernels.ops
 import lorafx.kernels.row_ops  # noqa: F401  (all define torch.ops.lorafx)
-from lorafx.capture.handover import Handover
-from lorafx.capture.program import BANK_FIELDS, GAINS, Program
 from lorafx.errors import MatchError
-from lorafx.graph.frame import (
+from lorafx.graph.graph_nodes import GraphEdits, module_path, plain_path
+from lorafx.graph.weight_uses import Use
+from lorafx.model.sites import Site
+from lorafx.program.frame import (
     ONE_SLOT,
     SLOTS,
     Frame,
@@ -25,9 +26,8 @@ from lorafx.graph.frame import (
     InputKind,
     arguments_of,
 )
-from lorafx.graph.graph_nodes import GraphEdits, module_path, plain_path
-from lorafx.graph.weight_uses import Use
-from lorafx.model.sites import Site
+from lorafx.program.handover import Handover
+from lorafx.program.program import BANK_FIELDS, GAINS, Program
 from lorafx.registry import lookup
 
 SITE_OP = torch.ops.lorafx.site.default

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from lorafx.graph.frame import arguments_of, fake_value
 from lorafx.graph.weight_uses import SAME_VALUE
 from lorafx.kernels.grouped_mm import GROUPED_MM
+from lorafx.program.frame import arguments_of, fake_value
 
 aten = torch.ops.aten
 

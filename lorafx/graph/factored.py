@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from lorafx.graph.frame import arguments_of, fake_value
 from lorafx.graph.weight_uses import RESHAPES, same_size
+from lorafx.program.frame import arguments_of, fake_value
 
 aten = torch.ops.aten
 CAST = torch.ops.prims.convert_element_type.default

@@ -12,7 +12,7 @@ from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lorafx.graph.frame import fake_value
+from lorafx.program.frame import fake_value
 
 
 class GraphEdits:

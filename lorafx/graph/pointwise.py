@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from lorafx.graph.frame import arguments_of, fake_value
 from lorafx.kernels.activation import Activation, Leaf, Load
 from lorafx.kernels.triton_source import TYPES
+from lorafx.program.frame import arguments_of, fake_value
 
 aten, prims = torch.ops.aten, torch.ops.prims
 

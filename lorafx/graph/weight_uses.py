@@ -7,7 +7,7 @@
     embedding  y = W[ids]
     unknown    anything else, with the reason
 
-What part of W a node holds is its `Form` (lorafx.graph.weight_forms): einsum takes W through
+What part of W a node holds is its `Form` (lorafx.program.weight_forms): einsum takes W through
 (out, in, 1) and (1, 1, out, in) to (1, in, out), absorbed attention through (heads, out of a head,
 in).
 """
@@ -23,11 +23,11 @@ import sympy
 import torch
 from torch import fx
 
-from lorafx.graph.frame import arguments_of, fake_value
-from lorafx.graph.weight_forms import FIXED, Axis, Form, same_size
 from lorafx.kernels.grouped_ops import Blocks
 from lorafx.model.forward_check import is_dense
 from lorafx.ownership.flow import bound
+from lorafx.program.frame import arguments_of, fake_value
+from lorafx.program.weight_forms import FIXED, Axis, Form, same_size
 
 aten = torch.ops.aten
 prims = torch.ops.prims

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from lorafx.adapter_store.expert_names import folded, own_names
 from lorafx.model import targets
+from lorafx.model.expert_names import folded, own_names
 from lorafx.model.experts import ExpertWeight
 from lorafx.model.marks import is_dense
 from lorafx.model.packed_names import PackedNames, parts_of, virtual_paths

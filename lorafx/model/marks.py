@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 import lorafx.kernels.ops
 import lorafx.kernels.row_ops  # noqa: F401  (both define torch.ops.lorafx)
-from lorafx.adapter_store.bank import Bank
 from lorafx.errors import MatchError, ProvenanceError
+from lorafx.model.bank import Bank
 from lorafx.model.forward_check import Product, adds_up
 from lorafx.model.forward_check import is_dense as is_dense
+from lorafx.model.runtime import Runtime
 from lorafx.registry import Handler, Kind
-from lorafx.serving.runtime import Runtime
 
 UNPROVED = 0  # the op's `rows`: which request a row belongs to is not known yet
 
@@ -82,7 +82,7 @@ class SiteMark:
             MatchError: input and output do not have the site's sizes, the forward computes
                 something else than the registered class, or a handler adds no delta. In a trace
                 the mark adds nothing instead, and the `match` pass looks for the weight's use.
-                Or the layer runs by itself while an adapter is wanted (lorafx.serving.resting).
+                Or the layer runs by itself while an adapter is wanted (lorafx.session.resting).
             ProvenanceError: an eager forward of a batch that mixes adapters.
         """
         runtime = self.runtime

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import lorafx.kernels.row_ops  # noqa: F401  (defines torch.ops.lorafx.rows_of)
+from lorafx.model.runtime import Runtime
 from lorafx.registry import Eligible
-from lorafx.serving.runtime import Runtime
 
 
 @dataclass(eq=False)

@@ -16,7 +16,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from lorafx.adapter_store.bank import Bank
+from lorafx.model.bank import Bank
 from lorafx.model.experts import ExpertWeight
 from lorafx.registry import Eligible
 

@@ -13,7 +13,7 @@ from lorafx.base_weights.update import WeightUpdate, update_weights
 from lorafx.base_weights.writer import Undo
 
 if TYPE_CHECKING:
-    from lorafx.serving.session import Session
+    from lorafx.session.session import Session
 
 
 class BaseMethods:

@@ -12,23 +12,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorafx.adapter_store.store import BASE, AdapterStore
+from lorafx.base_weights.merge import merged_of
 from lorafx.capture.backend import Backend
-from lorafx.capture.entry import Entry, entered
-from lorafx.capture.program import Program
 from lorafx.errors import BatchError, CaptureError, ConfigError
 from lorafx.explain import Explanation
 from lorafx.interrupts import undisturbed
 from lorafx.model.sites import Site
 from lorafx.passes.attach import Attachment
+from lorafx.program.program import Program
 from lorafx.serving.base_methods import BaseMethods
 from lorafx.serving.delegated import delegated
+from lorafx.serving.entry import Entry, entered
 from lorafx.serving.generation import generate, nested_generates
-from lorafx.serving.replaced import Replaced
-from lorafx.serving.requests import by_slots, checked_names
-from lorafx.serving.resting import Resting
-from lorafx.serving.session import Session
-from lorafx.serving.sharing import join, leave
 from lorafx.serving.warmup import warm_up
+from lorafx.session.requests import by_slots, checked_names
+from lorafx.session.resting import Resting
+from lorafx.session.session import Session
+from lorafx.session.sharing import join, leave
+from lorafx.session.stand_ins import Replaced
 
 
 class CompiledModel(BaseMethods, nn.Module):
@@ -309,7 +310,7 @@ class CompiledModel(BaseMethods, nn.Module):
         """Bytes: "banks" on the device, "host" copies of adapters, "base" parameters, "originals"
         of merged weights in host memory."""
         base = {id(p): p.numel() * p.element_size() for p in self.model.parameters()}
-        merged = self._session.merged
+        merged = merged_of(self._session)
         return {
             **self._session.store.nbytes(),
             "base": sum(base.values()),
@@ -367,3 +368,9 @@ class CompiledModel(BaseMethods, nn.Module):
     def _check_attached(self) -> None:
         if not self._attachment.handles:
             raise CaptureError("this model was detached; call lorafx.compile again")
+
+
+def refuse_compiled(model: object) -> None:
+    """Raise CaptureError where `model` is what `lorafx.compile` returned."""
+    if isinstance(model, CompiledModel):
+        raise CaptureError("this model was compiled by lorafx already; use it, or detach() first")

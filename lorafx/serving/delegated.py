@@ -21,8 +21,8 @@ from torch import nn
 
 from lorafx.errors import CaptureError
 from lorafx.serving.generation import generating_in_methods
-from lorafx.serving.requests import checked_names
-from lorafx.serving.resting import wanted
+from lorafx.session.requests import checked_names
+from lorafx.session.resting import wanted
 
 if TYPE_CHECKING:
     from lorafx.serving.compiled import CompiledModel

@@ -2,7 +2,7 @@
 and the same with other numbers of requests and tokens.
 
 Along the dimension that holds the requests, and along that of the tokens, a tensor is repeated or
-cut; which dimensions these are is what lorafx.serving.roles says.
+cut; which dimensions these are is what lorafx.program.roles says.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.errors import ConfigError
+from lorafx.program.roles import PRIMARY, TOKEN_DIMS, RoleTable, tensor_leaves
 from lorafx.registry import lookup
-from lorafx.serving.roles import PRIMARY, TOKEN_DIMS, RoleTable, tensor_leaves
 
 #: Arguments that `generate` makes by itself.
 _OF_GENERATION = ("labels", "position_ids", "cache_position", "past_key_values", "cache_params")

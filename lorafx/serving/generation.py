@@ -4,7 +4,7 @@
 have one apart; the encoders of images and videos (`get_image_features`); models inside of the model
 with a `generate` of their own. While it runs these are the compiled ones; what was there before is
 put back whatever happens. Whatever else it calls by itself is refused by its marks where adapters
-change it (lorafx.serving.resting). transformers would compile static caches itself on some devices:
+change it (lorafx.session.resting). transformers would compile static caches itself on some devices:
 `disable_compile` keeps it from nesting compilers.
 """
 
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from lorafx.errors import LorafxError
-from lorafx.serving.replaced import Replaced, replacing
+from lorafx.session.stand_ins import Replaced, replacing
 
 if TYPE_CHECKING:
     from lorafx.serving.compiled import CompiledModel

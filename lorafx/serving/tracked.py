@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from lorafx.capture.handover import held_argument
 from lorafx.capture.tracking import Tracking
 from lorafx.capture.weights_in_python import WeightUses
 from lorafx.ownership.held import MOST_REQUESTS
 from lorafx.ownership.memory import Memory
-from lorafx.serving.roles import tensor_leaves
-from lorafx.serving.session import Session
+from lorafx.program.handover import held_argument
+from lorafx.program.roles import tensor_leaves
+from lorafx.session.session import Session
 
 T = TypeVar("T")
 

@@ -26,7 +26,7 @@ from lorafx.errors import CapacityError, ConfigError, ProvenanceError
 from lorafx.model.sites import Site
 from lorafx.progress import progress
 from lorafx.serving.example_inputs import Example, decode_step, derived_example, given_examples
-from lorafx.serving.session import Session
+from lorafx.session.session import Session
 
 if TYPE_CHECKING:
     from lorafx.serving.compiled import CompiledModel

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lorafx.adapter_store.bank import Bank
+from lorafx.model.bank import Bank
 from lorafx.model.sites import Group, Site
 from lorafx.registry import lookup
 

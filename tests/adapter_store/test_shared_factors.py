@@ -9,8 +9,8 @@ from expert_files import PATH, Model, pair, read
 from torch import Tensor
 
 import lorafx
-from lorafx.adapter_store.bank import Bank
 from lorafx.adapter_store.store import AdapterStore
+from lorafx.model.bank import Bank
 from lorafx.model.sites import Group
 from lorafx.passes.attach import allocate_groups
 from lorafx.passes.select import build_sites

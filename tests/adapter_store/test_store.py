@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import nn
 
-from lorafx.adapter_store.bank import Bank
 from lorafx.adapter_store.peft_reader import Adapter
 from lorafx.adapter_store.reading import LoraWeights
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.errors import CapacityError, CheckpointError, ConfigError, UnknownAdapterError
+from lorafx.model.bank import Bank
 from lorafx.model.sites import Group, Site
 from lorafx.registry import lookup
 

@@ -11,7 +11,7 @@ from dense_merge import REFERENCE, TOLERANCE, Case, error, valid
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.serving.attached import marked_session
+from lorafx.torch_compile.attached import marked_session
 
 Names = str | Sequence[str | None] | None
 

@@ -20,12 +20,12 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lorafx
-from lorafx.capture.program import BANK_FIELDS, Program
 from lorafx.capture.verify import check_graph, output_signature
 from lorafx.graph.context import EMBEDDING_OP, SITE_OP, Context
-from lorafx.graph.frame import Frame, FrameInput
 from lorafx.model.sites import Site
-from lorafx.serving.roles import Role
+from lorafx.program.frame import Frame, FrameInput
+from lorafx.program.program import BANK_FIELDS, Program
+from lorafx.program.roles import Role
 
 SLOTS, RANK = 3, 2
 

@@ -10,9 +10,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorafx.graph.context import FUSED_OP
-from lorafx.graph.frame import arguments_of
-from lorafx.passes.fuse import Fuse
-from lorafx.passes.match import Match
+from lorafx.passes.fuse.fuse import Fuse
+from lorafx.passes.match.match import Match
+from lorafx.program.frame import arguments_of
 
 aten = torch.ops.aten
 K, N, B, T = 4, 6, 3, 2

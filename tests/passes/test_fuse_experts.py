@@ -16,11 +16,11 @@ from torch import Tensor, fx, nn
 
 from lorafx.errors import ConfigError
 from lorafx.graph.context import EXPERT_OP, ROWS_ARGUMENT
-from lorafx.graph.fused_experts import FUSED_EXPERTS, region
 from lorafx.graph.pointwise import NoRegion, Region
-from lorafx.passes.fuse import Fuse
-from lorafx.passes.lower import Lower
-from lorafx.passes.match import Match
+from lorafx.passes.fuse.fuse import Fuse
+from lorafx.passes.fuse.fused_experts import FUSED_EXPERTS, region
+from lorafx.passes.lower.lower import Lower
+from lorafx.passes.match.match import Match
 from lorafx.passes.plan import Plan
 
 aten = torch.ops.aten

@@ -8,7 +8,7 @@ from dense_merge import error
 from site_graphs import SiteGraph
 from torch import nn
 
-from lorafx.passes.match import Match
+from lorafx.passes.match.match import Match
 
 aten = torch.ops.aten
 K, N, B, T = 4, 6, 3, 2

@@ -9,9 +9,9 @@ from torch import fx, nn
 
 from lorafx.capture.verify import check_graph, output_values
 from lorafx.errors import VerifyError
-from lorafx.passes.fuse import Fuse
-from lorafx.passes.match import Match
-from lorafx.passes.outline import INVOKE, Outline
+from lorafx.passes.fuse.fuse import Fuse
+from lorafx.passes.match.match import Match
+from lorafx.passes.outline.outline import INVOKE, Outline
 
 aten = torch.ops.aten
 K, B, LAYERS = 4, 3, 3

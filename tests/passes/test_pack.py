@@ -8,10 +8,10 @@ from dense_merge import error
 from site_graphs import SiteGraph
 from torch import nn
 
-from lorafx.graph.frame import arguments_of
-from lorafx.passes.fuse import Fuse
-from lorafx.passes.match import Match
+from lorafx.passes.fuse.fuse import Fuse
+from lorafx.passes.match.match import Match
 from lorafx.passes.pack import Pack
+from lorafx.program.frame import arguments_of
 
 aten = torch.ops.aten
 K, B, T = 4, 3, 2

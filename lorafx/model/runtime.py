@@ -1,0 +1,184 @@
+"""What a forward needs to know about its batch: which slot each request uses.
+
+    slots: (n,) int32 on the model's device, −1 for a base row
+
+One Runtime serves all marks of one model. It is set on the host before the forward; marks and
+graphs only read it. The slots always start at the start of one buffer that is written in place, so
+their address stays while the batch fits into the buffer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lorafx.compat import mark_fixed_shape
+from lorafx.errors import BatchError
+
+# The slots of every live Runtime. Dynamo takes whatever it reaches through a module of torch.nn,
+# a hook's attributes included, to have fixed shapes, and would recompile for each batch size.
+# What it reaches through a global may vary. Keys are strings, which it never makes symbolic.
+_SLOTS: dict[str, Tensor] = {}
+# Keys of runtimes that are gone. Garbage may be collected while Dynamo iterates over `_SLOTS`,
+# which must not change then: they are taken out when the next runtime is made.
+_GONE: deque[str] = deque()
+_KEYS = itertools.count()
+_SMALLEST_BUFFER = 64
+
+
+class Resting(Protocol):
+    """What marks ask outside of a session's calls (lorafx.session.resting)."""
+
+    def refuse(self, path: str, layer: str) -> None:
+        """Raise MatchError where an adapter that is wanted changes the layer."""
+
+
+class Runtime:
+    """The batch that the next forward serves.
+
+    Attributes:
+        capacity: slots there are; requests name 0 to capacity − 1, or −1.
+        rows: the slots as host ints.
+        active: some request uses an adapter. False makes every mark a no-op, so that a graph
+            captured then is the base model's own.
+        uniform: all requests use the same slot, the only kind of batch that is right before the
+            rows' owners are proved.
+        graph_passes: graphs of this model go through lorafx's own passes. A mark that cannot add
+            its delta in a trace then leaves the weight's use to the `match` pass; where a foreign
+            backend compiles the model nobody would, and the mark raises instead.
+        by_handle: graphs look `row_slots` up when they run, and what marks read is a handle of
+            constant shape: whoever compiles the model, its graphs do not depend on how many
+            requests were named. False: marks read the slots of all requests.
+        session: what serves the model, None before and after; whoever finds a mark finds it here.
+        resting: whom a mark asks when its layer runs in eager mode without an adapter; None where
+            that is what the batch wants.
+
+    Copies and pickles keep the batch, have slots of their own and no session.
+    """
+
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        self.capacity = capacity
+        self.device = device
+        self.graph_passes = True
+        self.by_handle = False
+        self.session: Any = None
+        self.resting: Resting | None = None
+        self._graph_slots: Tensor | None = None
+        self.rows: tuple[int, ...] = ()
+        self._register()
+        self.clear()
+
+    @property
+    def slots(self) -> Tensor:
+        """What marks read: the slot of each request, int32 (n,), or with `by_handle` (2,) two
+        different slots of the batch, where it has two. That is enough for a mark, which serves
+        batches of one adapter and has to notice others."""
+        return _SLOTS[self._key]
+
+    @property
+    def row_slots(self) -> Tensor:
+        """(n,) int32, the slot of each request, −1 for the base."""
+        return self._row_slots if self.by_handle else self.slots
+
+    @property
+    def graph_slots(self) -> Tensor:
+        """The slot of each row of the graph that is about to run: `row_slots`, unless `rows_of`
+        says otherwise."""
+        return self.row_slots if self._graph_slots is None else self._graph_slots
+
+    @contextmanager
+    def rows_of(self, slots: Tensor | None) -> Iterator[None]:
+        """Inside, graphs serve rows with these slots; None for those of the batch."""
+        before, self._graph_slots = self._graph_slots, slots
+        try:
+            yield
+        finally:
+            self._graph_slots = before
+
+    def use_handle(self) -> None:
+        """Set `by_handle`; before anything is compiled."""
+        self.by_handle = True
+        with torch.inference_mode(False):
+            _SLOTS[self._key] = torch.full((2,), -1, dtype=torch.int32, device=self.device)
+        mark_fixed_shape(_SLOTS[self._key])
+        self._write(list(self.rows))
+
+    def set_rows(self, slots: Sequence[int]) -> None:
+        """Serve requests with these slots from the next forward on.
+
+        Args:
+            slots: one int a request, in [−1, capacity).
+
+        Raises:
+            BatchError: no request, or a slot out of range; nothing has changed then.
+        """
+        rows = [int(slot) for slot in slots]
+        if not rows:
+            raise BatchError("a batch needs at least one request, got an empty list of slots")
+        for index, slot in enumerate(rows):
+            if not -1 <= slot < self.capacity:
+                raise BatchError(
+                    f"request {index} asks for slot {slot}; slots are 0 to {self.capacity - 1}, "
+                    "-1 for the base model"
+                )
+        self._graph_slots = None  # what an interrupt may have left
+        if tuple(rows) != self.rows:  # a decode step repeats the last one's
+            self.rows = ()  # what is cut short in the middle is not taken for written
+            self._write(rows)
+            self.rows = tuple(rows)
+        self.active = any(slot >= 0 for slot in rows)
+        self.uniform = len(set(rows)) == 1
+
+    def clear(self) -> None:
+        """Serve the base model alone."""
+        self.set_rows([-1])
+
+    def _register(self) -> None:
+        while _GONE:
+            _SLOTS.pop(_GONE.popleft(), None)
+        self._key = f"runtime {next(_KEYS)}"
+        self._buffer = torch.empty(0)
+        self._row_slots: Tensor = torch.empty(0, dtype=torch.int32)
+        weakref.finalize(self, _GONE.append, self._key)
+
+    def _write(self, rows: list[int]) -> None:
+        n = len(rows)
+        # Inference tensors may not be written outside inference mode, and Dynamo tells them
+        # apart: the buffer is made the same way whatever mode the caller is in.
+        with torch.inference_mode(False):
+            if n > self._buffer.numel():
+                size = max(_SMALLEST_BUFFER, 2 * n)
+                self._buffer = torch.empty(size, dtype=torch.int32, device=self.device)
+            slots = self._row_slots
+            if slots.shape[0] != n or slots.data_ptr() != self._buffer.data_ptr():
+                # Not a slice: of a view, Dynamo would also trace and guard the base.
+                slots = torch.empty(0, dtype=torch.int32, device=self.device).set_(
+                    self._buffer.untyped_storage(), 0, (n,), (1,)
+                )
+                self._row_slots = slots
+            slots.copy_(torch.tensor(rows, dtype=torch.int32))
+            if self.by_handle:
+                other = next((slot for slot in rows if slot != rows[0]), rows[0])
+                self.slots.copy_(torch.tensor([rows[0], other], dtype=torch.int32))
+            else:
+                _SLOTS[self._key] = slots
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_key", "_buffer", "_row_slots", "_graph_slots", "session", "resting")
+        return {k: v for k, v in vars(self).items() if k not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.session = self.resting = self._graph_slots = None
+        self._register()
+        if self.by_handle:
+            self.use_handle()
+        else:
+            self._write(list(self.rows))

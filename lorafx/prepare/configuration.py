@@ -1,0 +1,110 @@
+"""What the user asks for, in one form: a `LoraConfig`, and each adapter's files read once.
+
+LoraConfig | PEFT's configuration | adapter folders, adapters → LoraConfig, name → AdapterState
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from lorafx.adapter_store.checkpoint import AdapterState, load_state
+from lorafx.adapter_store.peft_config import PeftConfig
+from lorafx.adapter_store.peft_reader import adapter_target_modules
+from lorafx.adapter_store.peft_targets import picked
+from lorafx.config import LoraConfig
+from lorafx.errors import ConfigError
+from lorafx.model.targets import AdapterNames
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks for.
+
+    Attributes:
+        config: sites, ranks and slots.
+        adapters: to be loaded, by name, as they were saved.
+    """
+
+    config: LoraConfig
+    adapters: dict[str, AdapterState] = field(default_factory=dict)
+
+
+def request_of(lora_config: Any, adapters: Mapping[str, Any], model: nn.Module) -> Request:
+    """The request that `lora_config` and `adapters` of `lorafx.compile` make.
+
+    Raises:
+        ConfigError: `lora_config` has no form that is known.
+        CheckpointError, UnsupportedAdapterError: an adapter cannot be read.
+    """
+    if isinstance(lora_config, (str, os.PathLike)):
+        lora_config = {"default": lora_config}
+    if isinstance(lora_config, Mapping) and _is_adapter_mapping(lora_config):
+        adapters, lora_config = {**lora_config, **adapters}, None
+    states = {name: load_state(source) for name, source in adapters.items()}
+    config = _config_of(lora_config, states, model)
+    dora = config.use_dora or any(state.config.use_dora for state in states.values())
+    return Request(replace(config, use_dora=dora), states)
+
+
+def _config_of(
+    lora_config: Any, adapters: Mapping[str, AdapterState], model: nn.Module
+) -> LoraConfig:
+    if isinstance(lora_config, LoraConfig):
+        if lora_config.target_modules is None and adapters:
+            return replace(lora_config, target_modules=_targets_of(adapters, model)[0])
+        return lora_config
+    if lora_config is not None:
+        return _from_peft(PeftConfig.read(lora_config), adapters, model)
+    if not adapters:
+        return LoraConfig()
+    targets, rank = _targets_of(adapters, model)
+    return LoraConfig(target_modules=targets, max_rank=rank, max_adapters=_room(adapters))
+
+
+def _from_peft(
+    peft: PeftConfig, adapters: Mapping[str, AdapterState], model: nn.Module
+) -> LoraConfig:
+    targets: Any = peft.target_modules
+    exclude: Any = peft.exclude_modules
+    if peft.layers_to_transform or peft.target_parameters:
+        # Which layers is a condition of PEFT's own, and so are parameters; write out what it picks.
+        targets, exclude = picked(peft, model), None
+    rank = peft.max_rank or LoraConfig.max_rank
+    if adapters:
+        rank = max(rank, _targets_of(adapters, model)[1])
+    return LoraConfig(
+        target_modules=targets,
+        exclude_modules=exclude,
+        max_rank=rank,
+        max_adapters=_room(adapters),
+        use_dora=peft.use_dora,
+    )
+
+
+def _room(adapters: Mapping[str, AdapterState]) -> int:
+    return max(LoraConfig.max_adapters, len(adapters))
+
+
+def _is_adapter_mapping(value: Mapping[str, Any]) -> bool:
+    """A mapping name -> adapter, told from a PEFT configuration by its keys and values."""
+    if not value:
+        raise ConfigError("lora_config is an empty mapping; give name -> adapter folder")
+    if "peft_type" in value:
+        return False
+    return all(isinstance(item, (str, os.PathLike, AdapterState)) for item in value.values())
+
+
+def _targets_of(adapters: Mapping[str, AdapterState], model: nn.Module) -> tuple[AdapterNames, int]:
+    """Modules that the adapters name, and their largest rank."""
+    modules: dict[str, None] = {}
+    rank = 1
+    for state in adapters.values():
+        targets = adapter_target_modules(state, model)
+        modules.update(dict.fromkeys(targets.modules))
+        rank = max(rank, targets.rank)
+    return AdapterNames(modules), rank

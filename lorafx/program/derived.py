@@ -1,0 +1,307 @@
+"""Tensors that hold a site's weight, or part of it, under another name.
+
+Serving code cuts `kv_b_proj.weight` into W_UK and W_UV after loading and keeps those: views of the
+weight, or copies where it was dequantised or made contiguous. A graph that multiplies by them uses
+the weight without its module. What such a tensor holds is its `Form` (lorafx.program.weight_forms):
+
+    views     by storage: sizes, strides and offset in the weight's storage
+    copies    by value: rows of the tensor equal rows of W at regular distances, every one of them
+
+A tensor that shares the storage, whose neighbours are neighbours in W wherever one looks, or whose
+rows point where rows of W do (a copy in another scale or precision), in no such form, is known to
+come from the weight all the same, and the site is refused in the graphs that take it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lorafx.errors import ConfigError
+from lorafx.model.forward_check import is_dense
+from lorafx.model.module_graph import storage_key
+from lorafx.model.quantized import dequantize, readable
+from lorafx.model.sites import Site
+from lorafx.program.weight_forms import Form, in_runs, rows_alike, rows_form, strided_form
+from lorafx.registry import lookup
+
+if TYPE_CHECKING:
+    from lorafx.program.frame import FrameInput
+    from lorafx.program.program import Program
+
+#: Distinct values that a tensor must have to be compared with weights.
+DISTINCT = 16
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What a tensor holds.
+
+    Attributes:
+        sites: those whose weight it is part of; several where the weight is tied.
+        form: which part; None where it is no regular part.
+        shape: (N, K) of the weight.
+        copied: it is a copy, not a view.
+    """
+
+    sites: tuple[Site, ...]
+    form: Form | None
+    shape: tuple[int, int]
+    copied: bool
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The attribute that holds a tensor: the module, its path, the attribute's name."""
+
+    path: str
+    module: nn.Module
+    attribute: str
+
+    def __str__(self) -> str:
+        return f"{self.path}.{self.attribute}" if self.path else self.attribute
+
+    @property
+    def tensor(self) -> Tensor:
+        return getattr(self.module, self.attribute)
+
+    @property
+    def is_own_weight(self) -> bool:
+        """True for the weight of a module that could be a site: a tied head is its own end."""
+        entry = lookup(self.module)
+        return entry is not None and self.attribute in (entry.weight, "bias")
+
+
+class _Seen:
+    """What was found about tensors, by identity, for as long as they live."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[weakref.ref[Tensor], Derived | None]] = {}
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        found = self._found.get(id(tensor))
+        return found is not None and found[0]() is tensor
+
+    def __getitem__(self, tensor: Tensor) -> Derived | None:
+        return self._found[id(tensor)][1]
+
+    def __setitem__(self, tensor: Tensor, derived: Derived | None) -> None:
+        key, found = id(tensor), self._found
+        found[key] = weakref.ref(tensor, lambda _: found.pop(key, None)), derived
+
+
+class DerivedTensors:
+    """What is known about the tensors of one program."""
+
+    def __init__(self, program: Program) -> None:
+        self._owner = weakref.ref(program)  # no cycle: models are freed with their last reference
+        self._looked_at = _Seen()
+        self._views = _Seen()
+
+    @property
+    def _program(self) -> Program:
+        program = self._owner()
+        assert program is not None
+        return program
+
+    def of(self, tensor: Tensor) -> Derived | None:
+        """What `tensor` holds, if it is a view, or was looked at closely before."""
+        if tensor in self._looked_at:
+            return self._looked_at[tensor]
+        if isinstance(tensor, nn.Parameter):
+            return None
+        if tensor not in self._views:
+            self._views[tensor] = self._by_storage(tensor, self._sites_by_storage())
+        return self._views[tensor]
+
+    def look(self, tensor: Tensor) -> Derived | None:
+        """What `tensor` holds, copies included; each tensor is compared with weights once."""
+        if tensor not in self._looked_at:
+            self._look([tensor], set())
+        return self._looked_at[tensor]
+
+    def look_at(self, tensors: Sequence[Tensor]) -> None:
+        """`look` at each of them, in one walk over the model."""
+        self._look([tensor for tensor in tensors if tensor not in self._looked_at], set())
+
+    def of_attribute(self, tensor: Tensor) -> Derived | None:
+        """`look`, where a module of the model holds `tensor`."""
+        if tensor not in self._looked_at and not self._holders({id(tensor)}):
+            self._looked_at[tensor] = None
+        return self.look(tensor)
+
+    def inputs(
+        self, examples: Sequence[Any], known: Mapping[int, FrameInput], data: Mapping[int, Any]
+    ) -> dict[int, Derived]:
+        """Those inputs of a graph that hold weights of sites, by identity.
+
+        `known` are the inputs that are no data of a request, `data` those that are. What an earlier
+        graph of the call returned is data too: rows of a tied embedding, say. Were it made of a
+        weight in any other way, that graph would be refused.
+        """
+        candidates = [
+            example
+            for example in examples
+            if isinstance(example, Tensor)
+            and example.numel() > 1
+            and id(example) not in data
+            and not self._program.is_result(example)
+            and (id(example) not in known or known[id(example)].kind == "state")
+        ]
+        return self._look(candidates, {id(example) for example in examples})
+
+    def _look(self, tensors: Sequence[Tensor], taken: set[int]) -> dict[int, Derived]:
+        """What tensors of a graph hold that also takes the inputs `taken`."""
+        found: dict[int, Derived] = {}
+        if not tensors:
+            return found
+        with unset_fake_temporarily(), torch.no_grad():
+            holders = self._holders({id(tensor) for tensor in tensors})
+            storages = self._sites_by_storage()
+            for tensor in tensors:
+                holder = holders.get(id(tensor))
+                derived = None
+                if holder is None or not holder.is_own_weight:
+                    derived = self._by_storage(tensor, storages)
+                    if derived is None and is_numbers(tensor) and tensor.dim() > 1:
+                        derived = self._by_value(tensor, self._likely(holder, taken))
+                self._looked_at[tensor] = derived
+                if derived is not None:
+                    found[id(tensor)] = derived
+        return found
+
+    def _holders(self, wanted: set[int]) -> dict[int, Holder]:
+        found: dict[int, Holder] = {}
+        for path, module in self._program.model.named_modules():
+            for place in (module._parameters, module._buffers, vars(module)):
+                for name, value in place.items():
+                    if isinstance(value, Tensor) and id(value) in wanted:
+                        found.setdefault(id(value), Holder(path, module, name))
+        return found
+
+    def _likely(self, holder: Holder | None, taken: set[int]) -> Iterator[Site]:
+        """Sites that a copy may come from: those near its holder; where that is no module, those
+        whose own weight the graph does not take."""
+        program = self._program
+        if holder is None:
+            for site in program.sites:
+                if id(program.weight_of(site)) not in taken:
+                    yield site
+            return
+        if lookup(holder.module) is not None:  # scales and the like, of its own weight if of any
+            yield from (site for site in program.sites if site.module is holder.module)
+            return
+        # The linear is a child of the holder, or stands beside it, or beside what holds it.
+        near = holder.path.rpartition(".")[0]
+        for site in program.sites:
+            if any(is_near(path, near) for path in site.paths):
+                yield site
+
+    def _sites_by_storage(self) -> dict[int, list[Site]]:
+        found: dict[int, list[Site]] = {}
+        for site in self._program.sites:
+            weight = self._program.weight_of(site)
+            if weight is not None and weight.dim() == 2:
+                found.setdefault(storage_key(weight), []).append(site)
+        return found
+
+    def _by_storage(self, tensor: Tensor, sites: Mapping[int, list[Site]]) -> Derived | None:
+        for site in sites.get(storage_key(tensor), ()):
+            weight = self._program.weight_of(site)
+            assert weight is not None
+            if not overlap(tensor, weight):
+                continue  # packed siblings share a storage
+            transposed = site.eligible.transposed
+            form = None
+            if tensor.dtype == weight.dtype:
+                place = tensor.shape, tensor.stride(), int(tensor.storage_offset())
+                form = strided_form(*place, weight, transposed=transposed)
+            shape = _out_in(weight, transposed=transposed)
+            return Derived(self._tied(site), form, shape, copied=False)
+        return None
+
+    def _by_value(self, tensor: Tensor, sites: Iterator[Site]) -> Derived | None:
+        if not is_varied(tensor):
+            return None
+        for site in sites:
+            if site.eligible.kind != "linear":
+                continue
+            weight = dense_weight(site)
+            if weight is None or weight.device != tensor.device:
+                continue
+            rounded = weight.to(tensor.dtype)
+            inside = tensor.numel() <= weight.numel()
+            form = rows_form(tensor, rounded) if inside else None
+            same = form is not None or (inside and in_runs(tensor, rounded))
+            if same or rows_alike(tensor, weight):
+                shape = (weight.shape[0], weight.shape[1])
+                return Derived(self._tied(site), form, shape, copied=True)
+        return None
+
+    def _tied(self, site: Site) -> tuple[Site, ...]:
+        """The sites that have the weight of `site`."""
+        weight = self._program.weight_of(site)
+        return tuple(
+            other
+            for other in self._program.sites
+            if other is site or (weight is not None and self._program.weight_of(other) is weight)
+        )
+
+
+def is_near(path: str, module: str) -> bool:
+    """Whether `path` is a child or a grandchild of `module`."""
+    inside = not module or path.startswith(f"{module}.")
+    return inside and path[len(module) + bool(module) :].count(".") <= 1
+
+
+def is_numbers(tensor: Tensor) -> bool:
+    """True for plain dense floating-point numbers that can be looked at."""
+    return is_dense(tensor) and not tensor.is_meta and not is_traceable_wrapper_subclass(tensor)
+
+
+def has_numbers(site: Site) -> bool:
+    """Whether `dense_weight` can be had, without computing it."""
+    return readable(site.module, site.eligible)
+
+
+def dense_weight(site: Site) -> Tensor | None:
+    """W (N, K) as numbers, whatever holds it; None where nothing can read it."""
+    try:
+        dense = dequantize(site.module)
+    except ConfigError:
+        return None
+    if not is_numbers(dense):
+        return None
+    return dense if tuple(dense.shape) == (site.out_features, site.in_features) else None
+
+
+def is_varied(tensor: Tensor) -> bool:
+    """Whether some of the tensor's entries have `DISTINCT` values."""
+    flat = tensor.detach().reshape(-1)
+    step = max(1, flat.numel() // (8 * DISTINCT))
+    return len(flat[::step].unique()) >= DISTINCT
+
+
+def overlap(tensor: Tensor, weight: Tensor) -> bool:
+    """Whether two tensors of one storage have bytes in common, by their first and last ones."""
+    (a, b), (c, d) = _bytes(tensor), _bytes(weight)
+    return a < d and c < b
+
+
+def _bytes(tensor: Tensor) -> tuple[int, int]:
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    reach = sum((size - 1) * stride for size, stride in pairs if size)
+    start = int(tensor.storage_offset()) * tensor.element_size()
+    return start, start + (reach + 1) * tensor.element_size()
+
+
+def _out_in(weight: Tensor, *, transposed: bool) -> tuple[int, int]:
+    first, second = weight.shape
+    return (second, first) if transposed else (first, second)

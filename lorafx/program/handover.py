@@ -1,0 +1,277 @@
+"""Owners of the tensors that one captured graph of a call hands to the next.
+
+Where a model breaks into several graphs, the inputs of a later one are results of an earlier one,
+or what Python made of them. What `provenance` proved about a result is kept in the call's memory,
+and so is what is known of the operators in between (`lorafx/capture/tracking.py`). A graph's proof
+holds in a call where index i of the inputs that it rests on belongs to one request, and to the same
+one in each: the request of the batch's row i, or of another list (rows of some requests, chosen in
+Python). Where all inputs belong to one request no proof is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from torch import Tensor, fx
+from torch._functorch._aot_autograd.descriptors import (
+    InputMutationAOTOutput,
+    PlainAOTInput,
+    PlainAOTOutput,
+)
+
+from lorafx.ownership.flow import Flow
+from lorafx.ownership.held import (
+    NOBODY,
+    SHARED,
+    Alone,
+    Held,
+    Listed,
+    Shared,
+    each_repeated,
+    listed,
+    same_owners,
+)
+from lorafx.ownership.labels import One, Own
+from lorafx.ownership.memory import Memory
+from lorafx.ownership.real import alone
+from lorafx.ownership.symbolic import divide
+from lorafx.program.roles import Role
+
+_RESULT = "a result of an earlier graph"
+
+
+@dataclass(frozen=True)
+class OfList:
+    """Index i of what a graph's proof rests on belongs to row owners[i] of the batch."""
+
+    owners: tuple[int, ...]
+    in_order: bool = False
+
+
+#: Whose the rows of a graph are in one call; None where that is not known.
+Rows: TypeAlias = OfList | Alone
+
+
+def role_of(held: Held | None) -> Role | None:
+    """What a tensor that is held so may be taken for when a graph is captured; each call is asked
+    again."""
+    if isinstance(held, Shared):
+        return Role(_RESULT, None)
+    if isinstance(held, Listed):
+        return Role(_RESULT, held.dim)
+    return Role(_RESULT, 0) if isinstance(held, Alone) else None
+
+
+def held_argument(role: Role, tensor: Tensor, requests: int) -> Held | None:
+    """What an argument of the call holds, by its role."""
+    if not role.known:
+        return None
+    if role.dim is None:
+        return SHARED
+    size = tensor.shape[role.dim] if role.dim < tensor.dim() else 0
+    if size == requests:
+        return listed(role.dim, tuple(range(requests)))
+    return SHARED if size == 1 else None
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a result holds: index i along `dim` belongs to row (i // R) mod n of the graph's n rows,
+    where the dimension has `periods` · n · R entries. No dimension: it depends on no request, or on
+    that of one `row` alone."""
+
+    dim: int | None = None
+    periods: int = 1
+    row: int | None = None
+
+    def held(self, tensor: Tensor, rows: Rows | None) -> Held | None:
+        """What such a result holds in a call with these rows."""
+        if isinstance(rows, Alone):
+            return rows
+        if rows is not None and self.row is not None:
+            return listed(0, rows.owners[self.row : self.row + 1])
+        if rows is None or self.dim is None:
+            return None if rows is None else SHARED
+        size = tensor.shape[self.dim]
+        owners = rows.owners
+        step, rest = divmod(size, self.periods * len(owners))
+        if rest or not step:
+            return None
+        if step == self.periods == 1:
+            return listed(self.dim, owners)
+        return listed(self.dim, tuple(owners[i // step % len(owners)] for i in range(size)))
+
+
+def in_order_of(requests: int) -> OfList:
+    """Index i belongs to row i of the batch."""
+    return OfList(tuple(range(requests)), in_order=True)
+
+
+@dataclass
+class Handover:
+    """What one graph takes over from earlier graphs of its call, and what it hands on.
+
+    Attributes:
+        inputs: positions of those inputs that may hold something of requests.
+        taken: those that earlier graphs returned, or Python made, by position, with the roles
+            that the proofs of this graph rest on.
+        counted: positions of sizes that they take for the number of rows.
+        writable: positions of the model's own tensors that an earlier graph of the call, or Python,
+            may have written rows of requests into.
+        given: what is proved of its results, by position.
+        written: what is proved of its inputs after it has written into them, by position.
+        seen: something that it computes is not proved, and no site is in it: in a call that is
+            tracked it runs operator by operator, and is looked at like what Python computes.
+        fresh: it has not run yet; a graph that is captured next may need its results.
+        constant: positions of results that depend on no request and on no adapter, which the model
+            may keep for other calls, as long as nobody has written into the model's own tensors
+            at these positions of the inputs.
+    """
+
+    inputs: tuple[int, ...] = ()
+    taken: dict[int, Role] = field(default_factory=dict)
+    counted: tuple[int, ...] = ()
+    writable: tuple[int, ...] = ()
+    given: dict[int, Given] = field(default_factory=dict)
+    written: dict[int, Given | None] = field(default_factory=dict)
+    seen: bool = False
+    fresh: bool = True
+    constant: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def rows(
+        self,
+        memory: Memory,
+        arguments: Sequence[object],
+        requests: int,
+        of_call: Mapping[int, Role],
+    ) -> Rows | None:
+        """Whose rows these are.
+
+        Args:
+            requests: how many rows the batch has.
+            of_call: roles of inputs that are arguments of the call, whose rows are in order.
+        """
+        rows = self._rows(memory, arguments, requests, of_call)
+        if isinstance(rows, OfList) and any(
+            arguments[position] != len(rows.owners) for position in self.counted
+        ):
+            return None
+        for position in self.writable:
+            held = memory.look(arguments[position])  # type: ignore[arg-type]
+            if not isinstance(held, Shared) and held != rows:
+                return None
+        return rows
+
+    def _rows(
+        self,
+        memory: Memory,
+        arguments: Sequence[object],
+        requests: int,
+        of_call: Mapping[int, Role],
+    ) -> Rows | None:
+        if not self.inputs:
+            return in_order_of(requests)
+        helds: dict[int, Held | None] = {}
+        for position in (*self.inputs, *self.taken):
+            tensor = arguments[position]
+            helds[position] = memory.look(tensor) if isinstance(tensor, Tensor) else None
+        one = alone(list(helds.values()))
+        if isinstance(one, Alone):
+            return one
+        lists: list[tuple[int, ...]] = []
+        several: list[tuple[int, ...]] = []
+        single: list[tuple[Role, Alone]] = []
+        for position, role in self.taken.items():
+            held, tensor = helds[position], arguments[position]
+            if role.request is not None:
+                if not isinstance(held, Alone):
+                    return None
+                single.append((role, held))
+                continue
+            if role.dim is None and isinstance(held, Shared):
+                continue
+            if isinstance(held, Listed) and held.dim == role.dim:
+                (several if role.several else lists).append(held.owners)
+            elif role.several:
+                return None
+            elif isinstance(held, Alone) and isinstance(tensor, Tensor) and role.dim is not None:
+                lists.append((held.request,) * tensor.shape[role.dim])
+            else:
+                return None
+        owners = same_owners(lists) if lists else tuple(range(requests))
+        if owners is None or any(item != each_repeated(owners, item) for item in several):
+            return None
+        for role, whose in single:
+            assert role.request is not None
+            if role.requests != len(owners) or owners[role.request] != whose.request:
+                return None
+        if len(owners) == requests and all(o in (i, NOBODY) for i, o in enumerate(owners)):
+            return in_order_of(requests)
+        ordered = any(role.dim is not None for role in of_call.values())
+        return None if ordered or NOBODY in owners else OfList(owners)
+
+    def note(
+        self,
+        memory: Memory,
+        arguments: Sequence[object],
+        results: object,
+        rows: Rows | None,
+        *,
+        looked_at: bool,
+    ) -> None:
+        """Keep what this call's results, and the inputs that it wrote into, hold. `looked_at`: the
+        memory knows already what its operators did."""
+        for position, given in self.written.items():
+            tensor = arguments[position]
+            if isinstance(tensor, Tensor) and not looked_at:
+                memory.write(tensor, _held(given, tensor, rows))
+        if not isinstance(results, (list, tuple)):
+            return
+        inputs = [item for item in arguments if isinstance(item, Tensor)]
+        for position, tensor in enumerate(results):
+            if not isinstance(tensor, Tensor):
+                continue
+            held = _held(self.given.get(position), tensor, rows)
+            if held is not None or not looked_at:
+                memory.note(tensor, held, inputs)
+
+
+def _held(given: Given | None, tensor: Tensor, rows: Rows | None) -> Held | None:
+    if given is None:
+        return rows if isinstance(rows, Alone) else None
+    return given.held(tensor, rows)
+
+
+def results_of(graph: fx.Graph, flow: Flow) -> Handover:
+    """What is proved of a graph's results, from the labels that provenance gave them."""
+    found = Handover()
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    results = output.args[0]
+    if not isinstance(results, (list, tuple)):  # AOTAutograd always returns a tuple
+        results = (results,)
+    for node, place in zip(results, output.meta.get("desc") or (), strict=False):
+        if not isinstance(node, fx.Node):
+            continue
+        given = _given(node, flow)
+        found.seen |= given is None
+        if isinstance(place, PlainAOTOutput) and given is not None:
+            found.given[place.idx] = given
+        elif isinstance(place, InputMutationAOTOutput):
+            target = place.mutated_input
+            if isinstance(target, PlainAOTInput):
+                found.written[target.idx] = given
+    return found
+
+
+def _given(node: fx.Node, flow: Flow) -> Given | None:
+    label = flow.labels.get(node, ())
+    if label is None:
+        return Given()
+    if isinstance(label, One):
+        return Given(row=label.request)
+    if not isinstance(label, Own) or label.perm is not None:
+        return None
+    periods = divide(flow.shape(node)[label.dim], label.rows * flow.batch)
+    return None if periods is None or not periods.is_Integer else Given(label.dim, int(periods))

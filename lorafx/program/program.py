@@ -1,0 +1,312 @@
+"""A program: one attached model with everything that compiling its frames needs to know."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from lorafx.config import LoraConfig, Options
+from lorafx.model.bank import Bank
+from lorafx.model.module_graph import ModuleGraph
+from lorafx.model.packing import PackedGroup
+from lorafx.model.quantized import QuantisedModules
+from lorafx.model.replaced_modules import SiteWatch
+from lorafx.model.runtime import Runtime
+from lorafx.model.sites import Group, Site
+from lorafx.ownership.held import Alone, Listed, each_repeated
+from lorafx.ownership.memory import Memory
+from lorafx.program.derived import DerivedTensors, Holder
+from lorafx.program.frame import FrameInput
+from lorafx.program.handover import role_of
+from lorafx.program.own_memory import OwnMemory
+from lorafx.program.remembered import Remembered, Versions, in_containers
+from lorafx.program.roles import Role, RoleTable, tensor_leaves
+
+#: What every site op takes of a bank, and what those that rescale take besides.
+BANK_FIELDS = ("A", "B", "ranks", "scales")
+GAINS = "gains"
+
+
+@dataclass(eq=False)
+class Call:
+    """The call that is running: its entry's roles and its arguments by name (None and none where
+    they are not known), and whose is what it has computed so far.
+
+    Attributes:
+        tracks: what Python computes between graphs is tracked in calls that mix adapters.
+        tracked: it is in this call.
+    """
+
+    roles: RoleTable | None
+    named: Mapping[str, Any]
+    memory: Memory
+    tracks: bool = False
+    tracked: bool = False
+
+
+@dataclass(eq=False)
+class Program:
+    """What the passes may ask about the model. Lives as long as the CompiledModel."""
+
+    model: nn.Module
+    graph: ModuleGraph
+    sites: tuple[Site, ...]
+    groups: tuple[Group, ...]
+    packed: tuple[PackedGroup, ...]
+    runtime: Runtime
+    config: LoraConfig
+    options: Options
+    call: Call | None = None
+    #: Canonical paths of the sites that the running batch's adapters touch.
+    touched: frozenset[str] = frozenset()
+    #: Those of them that they rescale (DoRA).
+    rescaled: frozenset[str] = frozenset()
+    #: Plain tensor attributes of modules that existed before the first call: constants. One that
+    #: appears later may hold what an earlier call computed for its own requests.
+    #: By identity, held weakly: a number of `id` alone may be given to another tensor later.
+    constants: Mapping[int, weakref.ref[Tensor]] = field(default_factory=dict)
+    #: Inside, `call` has the arguments of the running call.
+    knowing_arguments: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def __post_init__(self) -> None:
+        self.note_constants()
+        #: Canonical paths of the sites that some graph serves or refuses.
+        self.reached: set[str] = set()
+        #: Those of them that a graph seems to compute by something else than their weight.
+        self.replaced: set[str] = set()
+        self.derived = DerivedTensors(self)
+        self.site_watch = SiteWatch(self.graph, self.sites)
+        self.own_memory = OwnMemory(self._own_tensors)
+        self.quantised = QuantisedModules.of(module for _, module in self.graph.modules())
+        self._by_weight: dict[int, list[Site]] = {}
+        #: Tensors that were looked for and are no site's weight.
+        self._no_sites: dict[int, weakref.ref[Tensor]] = {}
+        self._site_banks: dict[int, Bank] = {}
+        self._home = {
+            id(site): (group, index)
+            for group in self.groups
+            for index, site in enumerate(group.sites)
+        }
+        self._by_bank = {id(group.bank.A): group for group in self.groups}
+
+    def note_constants(self) -> None:
+        """Take for constants the plain tensor attributes that modules have now, and what lies in
+        their containers. For before the first call: what code that prepares a loaded model leaves
+        there is one for all requests."""
+        self.remembered = Remembered()
+        self.remembered.keep(in_containers(self.model))
+        plain = [tensor for _, tensor in _plain_attributes(self.model)]
+        self.constants = {id(tensor): weakref.ref(tensor) for tensor in plain}
+        self.versions = Versions([*self.model.buffers(), *plain])
+
+    def look_at_modules(self) -> None:
+        """Know what the model consists of now: modules, parameters and buffers may have come, gone
+        and been replaced since it was looked at last. Walks over all of it."""
+        self._look_at_sites()
+        if not self.site_watch.missing and not self.graph.holds:
+            self.graph = ModuleGraph.of(self.model)
+
+    def _look_at_sites(self) -> None:
+        if self.site_watch.look():
+            self._no_sites.clear()  # what is no site's weight now is looked at again then
+
+    def refuse_missing(self, paths: Collection[str] | None = None) -> None:
+        """Raise ReplacedModuleError where sites at these paths (None: any) are not where they
+        were."""
+        if self.site_watch.in_doubt:
+            self.look_at_modules()
+            self.site_watch.refuse(paths)
+
+    def home(self, site: Site) -> tuple[Group, int]:
+        """The group a site belongs to and its index there."""
+        return self._home[id(site)]
+
+    def weight_of(self, site: Site) -> Tensor | None:
+        """The site's base weight as it is now, or None where it holds no plain tensor."""
+        value = getattr(site.module, site.eligible.weight, None)
+        return value if isinstance(value, Tensor) else None
+
+    def is_touched(self, site: Site) -> bool:
+        """True where an adapter of the running batch has factors for `site`."""
+        return site.path in self.touched
+
+    def is_rescaled(self, site: Site) -> bool:
+        """True where a DoRA adapter of the running batch rescales what `site` computes."""
+        return site.path in self.rescaled
+
+    def _sites_by_weight(self) -> dict[int, list[Site]]:
+        """The sites by identity of their base weight as it is now; tied sites share one."""
+        found: dict[int, list[Site]] = {}
+        for site in self.sites:
+            weight = self.weight_of(site)
+            if weight is not None:
+                found.setdefault(id(weight), []).append(site)
+        return found
+
+    def site_of_weight(self, weight: Tensor, index: int = 0) -> Site | None:
+        """The site whose base weight this very tensor is, or holds part of; the one at `index`,
+        where several are tied."""
+        if not self._knows(weight):
+            self._look_at_sites()
+            self._by_weight = self._sites_by_weight()
+            self._no_sites[id(weight)] = weakref.ref(weight)
+        tied = self._by_weight.get(id(weight), [])
+        if not tied:
+            derived = self.derived.of(weight)
+            return derived.sites[index] if derived and index < len(derived.sites) else None
+        if index >= len(tied) or self.weight_of(tied[index]) is not weight:
+            return None
+        return tied[index]
+
+    def site_of_part(self, tensor: Tensor, index: int = 0) -> Site | None:
+        """As `site_of_weight`, and where a module of this model holds `tensor` it is compared with
+        the weights once."""
+        site = self.site_of_weight(tensor, index)
+        if site is not None:
+            return site
+        derived = self.derived.of_attribute(tensor)
+        return derived.sites[index] if derived and index < len(derived.sites) else None
+
+    def _knows(self, weight: Tensor) -> bool:
+        """Whether `weight` was looked for before, and what was found still holds."""
+        if tied := self._by_weight.get(id(weight)):
+            return self.weight_of(tied[0]) is weight
+        seen = self._no_sites.get(id(weight))
+        return seen is not None and seen() is weight
+
+    def bank_of_weight(self, weight: Tensor, index: int = 0) -> Bank | None:
+        """The bank of `site_of_weight` alone."""
+        site = self.site_of_weight(weight, index)
+        if site is None:
+            return None
+        if id(site) not in self._site_banks:
+            self._site_banks[id(site)] = self.site_bank(site)
+        return self._site_banks[id(site)]
+
+    def site_bank(self, site: Site) -> Bank:
+        """The site's own share of its group's bank, as a bank of its parts (views)."""
+        group, index = self.home(site)
+        bank, offset = group.bank, group.offsets[index]
+        first, rank = group.firsts[index], bank.B.shape[1]
+        last = first + len(site.parts)
+        linear = site.eligible.kind == "linear"
+        with unset_fake_temporarily():  # passes run while AOTAutograd's fake mode is on
+            return Bank(
+                A=bank.A[:, first * rank : last * rank] if linear else bank.A,
+                B=bank.B[:, :, offset : offset + site.out_features],
+                ranks=bank.ranks[:, first:last],
+                scales=bank.scales[:, first:last],
+                alike=bank.alike,  # of experts, whose banks have one site
+                gains=None
+                if bank.gains is None
+                else bank.gains[:, offset : offset + site.out_features],
+            )
+
+    def group_of_bank(self, A: Tensor) -> Group | None:
+        """The group whose bank holds this very A."""
+        group = self._by_bank.get(id(A))
+        return group if group is not None and group.bank.A is A else None
+
+    def known_tensors(self) -> dict[int, FrameInput]:
+        """Every tensor that is not data of a request, by identity."""
+        known: dict[int, FrameInput] = {}
+        for path, module in self._modules():
+            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None:
+                    holder = Holder(path, module, name)
+                    known.setdefault(id(tensor), FrameInput("state", str(holder), holder=holder))
+        for holder, tensor in _plain_attributes(self.model):
+            constant = self.constants.get(id(tensor))
+            if constant is not None and constant() is tensor:
+                known.setdefault(id(tensor), FrameInput("state", str(holder), holder=holder))
+        for key, sites in self._sites_by_weight().items():
+            label = f"{sites[0].path}.{sites[0].eligible.weight}"
+            known[key] = FrameInput("weight", label, sites=tuple(sites))
+        for group in self.groups:
+            for name, tensor in group.bank.tensors.items():
+                known[id(tensor)] = FrameInput("bank", name, group=group)
+        for packed in self.packed:
+            for name in ("weight", "bias"):
+                tensor = getattr(packed, name)
+                if tensor is not None:
+                    known[id(tensor)] = FrameInput("packed", name, group=packed.group)
+        known[id(self.runtime.slots)] = FrameInput("slots", "slots")
+        return known
+
+    def _modules(self) -> Iterable[tuple[str, nn.Module]]:
+        """The modules of the model, and those that it had when a site was still there."""
+        yield from self.graph.modules()
+        if self.site_watch.missing:
+            yield from self.model.named_modules()
+
+    def _own_tensors(self) -> Iterator[Tensor]:
+        """Every tensor of the model that depends on no request."""
+        for _, module in self.graph.modules():
+            yield from (t for t in module._parameters.values() if t is not None)
+            yield from (t for t in module._buffers.values() if t is not None)
+        for reference in self.constants.values():
+            if (constant := reference()) is not None:
+                yield constant
+
+    def new_call(
+        self, roles: RoleTable | None, named: Mapping[str, Any], *, tracks: bool = False
+    ) -> Call:
+        """A call that has computed nothing yet."""
+        own = self.own_memory.in_one_call()
+        memory = Memory(lambda tensor: self.remembered.holds(tensor) or own(tensor))
+        return Call(roles, named, memory, tracks)
+
+    def earlier_result(self, tensor: Tensor) -> Role | None:
+        """What a tensor that the running call made before may be taken for by a graph that is
+        captured now. The graph asks again on each call."""
+        if self.call is None:
+            return None
+        role = role_of(self.call.memory.look(tensor))
+        if role is None and self.call.tracks and not self.call.tracked:
+            dims = (d for d, n in enumerate(tensor.shape) if n == len(self.runtime.rows) > 1)
+            dim = next(dims, None)
+            role = None if dim is None else Role("not tracked in this call", dim)
+        return role
+
+    def holds_several(self, tensor: Tensor) -> bool:
+        """Whether a tensor that the running call made holds several entries of each request, as
+        many of one as of another, one request after another."""
+        held = None if self.call is None else self.call.memory.look(tensor)
+        requests = tuple(range(len(self.runtime.rows)))
+        if not isinstance(held, Listed) or held.owners == requests:
+            return False
+        return held.owners == each_repeated(requests, held.owners)
+
+    def only_request(self, tensor: Tensor) -> int | None:
+        """The one request to which all of a tensor belongs that the running call made."""
+        held = None if self.call is None else self.call.memory.look(tensor)
+        return held.request if isinstance(held, Alone) else None
+
+    def is_result(self, tensor: Tensor) -> bool:
+        """Whether an earlier graph of the running call returned this very tensor."""
+        return self.call is not None and self.call.memory.computed(tensor)
+
+    def call_arguments(self) -> dict[int, Role]:
+        """The tensors of the running call, by identity, with their roles."""
+        found: dict[int, Role] = {}
+        if self.call is None or self.call.roles is None:
+            return found
+        for name, value in self.call.named.items():
+            for tensor in tensor_leaves(value):
+                found[id(tensor)] = self.call.roles.role(name, tensor)
+        return found
+
+
+def _plain_attributes(model: nn.Module) -> list[tuple[Holder, Tensor]]:
+    return [
+        (Holder(path, module, name), value)
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    ]

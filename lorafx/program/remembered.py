@@ -1,0 +1,107 @@
+"""Tensors that the model computed before the running call, of nobody's request, and kept.
+
+A module may keep in a dict what it computes once, a table of biases say. To the next call that is
+a tensor of unknown origin. It depends on no request and no adapter where it was there before the
+model was compiled, or a graph computed it from nothing but sizes and what the model holds, and from
+no weight that carries LoRA; as long as nobody writes into it. A buffer that somebody
+has written into does not count: a forward may have left there what it computed of a request, or
+with an adapter.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+from torch._functorch._aot_autograd.descriptors import PlainAOTOutput
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from lorafx.ownership.memory import storage_of
+from lorafx.program.frame import Frame
+
+
+class Remembered:
+    """Storages of such tensors, with the version that each had."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def keep(self, tensors: Iterable[Tensor]) -> None:
+        """These are such tensors, as they are now."""
+        self._known = {k: item for k, item in self._known.items() if not item[0].expired()}
+        for tensor in tensors:
+            key = storage_of(tensor)
+            if key is not None and not tensor.is_inference():
+                reference = StorageWeakRef(tensor.untyped_storage())
+                self._known[key] = reference, tensor._version
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether this lies in the memory of one of them, and nobody has written into it."""
+        found = self._known.get(key) if (key := storage_of(tensor)) is not None else None
+        if found is None or found[0].expired() or tensor.is_inference():
+            return False
+        return found[1] == tensor._version
+
+
+def in_containers(model: nn.Module) -> Iterator[Tensor]:
+    """The tensors in dicts, lists and tuples that the modules have as attributes."""
+    for module in model.modules():
+        for value in vars(module).values():
+            if value is module._parameters or value is module._buffers:
+                continue
+            items = value.values() if isinstance(value, Mapping) else value
+            if isinstance(value, (Mapping, Sequence)) and not isinstance(value, (str, bytes)):
+                yield from (item for item in items if isinstance(item, Tensor))
+
+
+class Versions:
+    """The versions that tensors of a model had when it was compiled."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._known = {
+            id(tensor): (weakref.ref(tensor), tensor._version)
+            for tensor in tensors
+            if not tensor.is_inference()
+        }
+
+    def unwritten(self, tensor: object) -> bool:
+        """Whether this is one of them, and nobody has written into it. Parameters count always:
+        new weights are written into them, and no forward does."""
+        if isinstance(tensor, nn.Parameter):
+            return True
+        reference, version = self._known.get(id(tensor), (None, 0))
+        if reference is None or not isinstance(tensor, Tensor) or reference() is not tensor:
+            return False
+        return tensor._version == version
+
+
+def constants_of(graph: fx.Graph, frame: Frame) -> dict[int, tuple[int, ...]]:
+    """Positions of the results of a functional graph that are computed from nothing but sizes and
+    tensors of the model that are no site's, each with the positions of those tensors."""
+    places = {id(item): position for position, item in enumerate(frame.inputs)}
+    free: dict[fx.Node, frozenset[int]] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            item = frame.by_node.get(node)
+            if item is None:
+                continue
+            if item.kind == "state" and item.holder is not None and id(item) in places:
+                free[node] = frozenset([places[id(item)]])
+            elif item.kind == "symbol":
+                free[node] = frozenset()
+        elif node.op == "call_function" and all(i in free for i in node.all_input_nodes):
+            tags = getattr(node.target, "tags", ())
+            if torch.Tag.nondeterministic_seeded not in tags:
+                free[node] = frozenset().union(*(free[i] for i in node.all_input_nodes))
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    results = zip(output.args[0], output.meta.get("desc") or (), strict=False)
+    return {
+        place.idx: tuple(free[node])
+        for node, place in results
+        if isinstance(place, PlainAOTOutput)
+        and node in free
+        and node.op != "placeholder"
+        and isinstance(node.meta["val"], Tensor)
+    }

@@ -1,0 +1,250 @@
+"""Entry points: a module's forward, or another method, compiled for one program, with its batch set
+up on the host.
+
+Once per call: the number of requests, each request's slot, the checks; then the compiled forward
+runs and reads only tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafx.capture.failures import explained, own_error
+from lorafx.capture.traced import Traced
+from lorafx.compat import capture_settings, is_recompile_limit, no_mha_fast_path
+from lorafx.errors import (
+    CaptureError,
+    LorafxError,
+    LorafxWarning,
+    MatchError,
+    ReplacedModuleError,
+)
+from lorafx.model.experts import LOOP, loops
+from lorafx.model.packing import check_packed
+from lorafx.program.program import Program
+from lorafx.program.roles import IMAGES, TOKEN_DIMS, RoleTable
+from lorafx.serving.guards import keep_guards
+from lorafx.serving.tracked import tracked
+from lorafx.session.session import Session
+from lorafx.session.sharing import rest, resume
+
+
+class Entry:
+    """One module's forward, compiled, or `method` of it. Called in place of it, by users and by
+    `generate`."""
+
+    def __init__(
+        self,
+        session: Session,
+        module: nn.Module,
+        *,
+        per_token: bool = False,
+        method: MethodType | None = None,
+    ) -> None:
+        self.session = session
+        self.module = module
+        function = module.forward if method is None else method
+        own = "forward" if method is None else method.__name__
+        self.name = f"the {own} of {type(module).__name__}"
+        self.roles = RoleTable(module, session.program.config.row_dims, function)
+        self.per_token = per_token
+        self.target = _target(session.program, module) if method is None else method
+        #: By what stands where sites stood (`SiteWatch.state`), the last such state and 0, which is
+        #: that all are there: guards alone would not tell them apart.
+        self.by_state = {0: self._new()}
+        #: Calls of the base model run in Python: a compiler failed on them.
+        self.in_python = False
+        self.experts = [site for site in session.program.sites if site.expert_weight is not None]
+        functools.update_wrapper(self, function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        session, store = self.session, self.session.store
+        program, runtime = session.program, session.program.runtime
+        entries, held = session.entries, store.held
+        active, rows = runtime.active, runtime.rows
+        before = program.call, program.touched, program.rescaled
+        taken = held.union(rows) if entries else held
+        others: list[bool] = []
+        # No context manager, for the reason that `Session.call` gives.
+        try:
+            session.entries, runtime.resting, store.held = entries + 1, None, taken
+            if session.neighbours:
+                others = rest(session)
+            return self._serve(*args, **kwargs)
+        finally:
+            session.entries, store.held = entries, held
+            # Not what was there: a neighbour's entry may have been cut short before it put it back.
+            runtime.resting = None if entries else session.resting
+            if others:
+                resume(session, others)
+            if entries:  # what called this one from within goes on with its own batch
+                program.call, program.touched, program.rescaled = before
+                runtime.set_rows(rows)
+                runtime.active = active
+            else:
+                runtime.active = False
+
+    def _serve(self, *args: Any, **kwargs: Any) -> Any:
+        session = self.session
+        named = self.roles.bind(args, kwargs) if args else kwargs
+        if args and self.roles.by_name(args, kwargs):  # one graph for both ways to write a call
+            args, kwargs = (), named
+        if not args:
+            named = kwargs = _plain_tokens(kwargs)
+        if session.tokens is None:
+            session.set_batch(self.roles, named)
+        else:
+            session.set_tokens(self.roles, named)
+        _fix_image_sizes(named)
+        check_packed(session.program.packed)
+        session.program.quantised.settle_again()
+        if session.program.runtime.active:
+            self._refuse_loops()
+        elif self.in_python:
+            return self._in_python(*args, **kwargs)
+        limit = session.program.options.recompile_limit
+        state = session.program.site_watch.state
+        traced = self._traced(state)
+        traced.unstarted = False
+        try:
+            by_data = session.program.quantised.sizes_by_data
+            settings = capture_settings(limit, sizes_by_data=by_data)
+            run = functools.partial(self._result, traced, *args, **kwargs)
+            with torch.no_grad(), settings:
+                if session.has_mha and session.program.runtime.active:
+                    # Its fused inference path takes the weights past every module and mark.
+                    with no_mha_fast_path():
+                        return tracked(session, run)
+                return tracked(session, run)
+        except BaseException as error:
+            own = own_error(error)
+            if isinstance(own, ReplacedModuleError):
+                raise own from None
+            raised = "; ".join(dict.fromkeys(traced.given_up.values()))
+            traced.given_up.clear()
+            if is_recompile_limit(error):
+                raise CaptureError(
+                    f"{type(self.module).__name__} has {limit} graphs, as many as "
+                    f"Options.recompile_limit allows, and this call needs one more: {error}"
+                ) from error
+            if raised and isinstance(error, LorafxError):
+                # The consequence; the model's own error is what the caller can do something about.
+                raise type(error)(
+                    f"{error}. {type(self.module).__name__} is run in pieces, since it raised when "
+                    f"this call was traced: {raised}"
+                ) from error
+            if isinstance(error, LorafxError):
+                raise
+            if own is not None:
+                raise own from error
+            failure = self._failure(error)
+            if failure is None:
+                raise
+            if not (self.in_python and traced.unstarted):
+                raise failure from error
+            warnings.warn(str(failure), LorafxWarning, stacklevel=2)
+            return self._in_python(*args, **kwargs)
+        finally:
+            if session.program.site_watch.state != state:  # noticed when a graph was captured
+                self.by_state.pop(state, None)
+
+    def _failure(self, error: BaseException) -> LorafxError | None:
+        """What to raise for a failure of a compiler. The base model can answer by itself: after
+        one of its calls has failed so, they run in Python."""
+        model = type(self.module).__name__
+        if self.session.program.runtime.active:
+            return explained(error, model, "Calls without an adapter are served as before")
+        failure = explained(error, model, "Calls without an adapter run in Python from now on")
+        self.in_python = self.in_python or failure is not None
+        return failure
+
+    def _in_python(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return self.target(*args, **kwargs)
+
+    def _new(self) -> Traced:
+        session = self.session
+        return Traced(
+            self.target,
+            session.backend.per_token if self.per_token else session.backend,
+            dynamic=session.dynamic,
+            recompile_limit=session.program.options.recompile_limit,
+            keep_guards=functools.partial(keep_guards, self.module),
+        )
+
+    def _traced(self, state: int) -> Traced:
+        if state not in self.by_state:
+            kept = self.by_state.get(0)
+            self.by_state = {} if kept is None else {0: kept}
+            self.by_state[state] = self._new()
+        return self.by_state[state]
+
+    def _result(self, traced: Traced, *args: Any, **kwargs: Any) -> Any:
+        """Raises CaptureError where it is yet to be computed, without the batch that is set up."""
+        result = traced.call(*args, **kwargs)
+        if isinstance(result, (GeneratorType, CoroutineType, AsyncGeneratorType)):
+            raise CaptureError(
+                f"{self.name} is a {type(result).__name__}, whose body runs after the call and so "
+                "without its adapters; return what it yields"
+            )
+        return result
+
+    def _refuse_loops(self) -> None:
+        """Refuse adapters of experts that the base is told to run one after another.
+
+        Dynamo gives such a model up in pieces; what it asks about those says nothing of experts.
+
+        Raises:
+            MatchError: the batch has some.
+        """
+        program = self.session.program
+        looping = [site for site in self.experts if loops(site.module) and program.is_touched(site)]
+        if looping:
+            names = ", ".join(site.path for site in looping)
+            raise MatchError(f"LoRA cannot be applied at {names}: {LOOP}")
+
+
+def _plain_tokens(named: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with token ids and masks that are views copied, 8 bytes a token: Dynamo guards
+    on strides and on what a tensor is a view of, so `ids[:, -1:]` would be a graph of its own."""
+    return {
+        name: value.clone(memory_format=torch.contiguous_format)
+        if name in TOKEN_DIMS
+        and isinstance(value, Tensor)
+        and value._is_view()
+        and value.dim() == 2
+        and not value.is_floating_point()
+        else value
+        for name, value in named.items()
+    }
+
+
+def _fix_image_sizes(named: Mapping[str, Any]) -> None:
+    """Only the number of requests may vary in a graph that takes images."""
+    for name in IMAGES:
+        value = named.get(name)
+        if isinstance(value, Tensor) and value.dim() == 4:
+            torch._dynamo.mark_static(value, [1, 2, 3])
+
+
+def _target(program: Program, module: nn.Module) -> Callable[..., Any]:
+    """What Dynamo traces. A module that is a site itself is traced with its hooks."""
+    if any(site.module is module for site in program.sites):
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return module(*args, **kwargs)
+
+        return call
+    return module.forward
+
+
+def entered(frame: FrameType) -> bool:
+    """True for the frame of a running entry, which calls the program with a call's arguments."""
+    return frame.f_code is Entry._serve.__code__

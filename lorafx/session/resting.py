@@ -1,0 +1,54 @@
+"""Between the calls of a compiled model's entries: who runs its layers then is not served.
+
+A layer that somebody else runs (`cm.lm_head(h)`, `cm.model(x)`, parts that a `generate` of the
+model's own calls one by one) runs as it is, without slots. Where the adapters that are wanted at
+that moment change the layer, its mark refuses; where they do not, the base's answer is right. Marks
+ask only in eager mode and when no adapter is active, so no graph knows of this.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorafx.adapter_store.store import BASE
+from lorafx.errors import MatchError
+
+if TYPE_CHECKING:
+    from lorafx.session.session import Session
+
+
+class Resting:
+    """What marks ask outside of a session's entries."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def refuse(self, path: str, layer: str) -> None:
+        """Refuse that the layer at `path` runs, where an adapter that is wanted changes it.
+
+        Raises:
+            MatchError: it does.
+        """
+        session = self._session
+        if session.warming or session.merged is not None:
+            return
+        named = session.requests is not None
+        for name in wanted(session):
+            if path not in session.store[name].sites:
+                continue
+            asked = (
+                f"adapter {name!r} was named for this call"
+                if named
+                else f"{name!r} is the default of set_adapter"
+            )
+            raise MatchError(
+                f"{layer} runs outside of the compiled model's own calls, where nothing adds its "
+                f"delta, and {asked}. Call the compiled model or a method of its class; parts of "
+                "the model by themselves are the base's, after set_adapter(None)"
+            )
+
+
+def wanted(session: Session) -> list[str]:
+    """The adapters that the running call names, or the default where it names none."""
+    names = (session.default,) if session.requests is None else session.requests
+    return [name for name in dict.fromkeys(names) if name is not None and name != BASE]

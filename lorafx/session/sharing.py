@@ -1,0 +1,140 @@
+"""Models that share modules or parameters: a draft beside its target, each with its own adapters.
+
+A module that two compiled models hold carries a mark of each, and only the one whose model runs may
+add its delta. So the sessions of such models take turns (one lock), and while an entry of one runs,
+the others' runtimes are idle, also where the call of one is inside of the other's `generate`.
+
+What is written into a weight is written for every model that holds it. New base weights are meant
+so; a merged adapter is not, and is refused.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from lorafx.errors import CaptureError
+from lorafx.model.module_graph import storage_key
+from lorafx.passes.attach import sessions_of_marks
+from lorafx.program.derived import overlap
+
+if TYPE_CHECKING:
+    from lorafx.session.session import Session
+
+#: Those of compiled models, and of models that their users compile.
+_SERVED: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def begin(session: Session) -> None:
+    """Count `session` among those that hold weights."""
+    _SERVED.add(session)
+
+
+def end(session: Session) -> None:
+    """Count it no more."""
+    _SERVED.discard(session)
+
+
+def join(session: Session) -> None:
+    """Begin to serve the model of `session` beside those that it shares modules with.
+
+    Raises:
+        CaptureError: they cannot take turns; or a weight that it shares holds a merged adapter.
+            Nothing has changed then.
+    """
+    found = sessions_of_marks(session.program.graph)
+    others = [item for item in found if item is not session]
+    if len({id(other.lock) for other in others}) > 1:
+        names = ", ".join(type(other.program.model).__name__ for other in others)
+        raise CaptureError(
+            f"{_name(session)} shares modules with models ({names}) that share none with one "
+            f"another; give the {_name(session)} to lorafx before them"
+        )
+    _refuse_merged(session)
+    if others:
+        session.lock, session.weights_lock = others[0].lock, others[0].weights_lock
+    for other in others:
+        other.neighbours = (*other.neighbours, session)
+    session.neighbours = tuple(others)
+    session.program.runtime.session = session
+    begin(session)
+
+
+def leave(session: Session) -> None:
+    """Serve its model no more."""
+    for other in session.neighbours:
+        other.neighbours = tuple(item for item in other.neighbours if item is not session)
+    session.neighbours = ()
+    session.program.runtime.session = None
+    end(session)
+
+
+def rest(session: Session) -> list[bool]:
+    """Have the marks of the models that share modules with this one do nothing; whether they did
+    something before."""
+    runtimes = [other.program.runtime for other in session.neighbours]
+    before = [runtime.active for runtime in runtimes]
+    for runtime in runtimes:
+        runtime.active, runtime.resting = False, None
+    return before
+
+
+def resume(session: Session, before: list[bool]) -> None:
+    """Have them do what they did before `rest`."""
+    for other, active in zip(session.neighbours, before, strict=True):
+        runtime = other.program.runtime
+        runtime.active, runtime.resting = active, None if other.entries else other.resting
+
+
+def held_elsewhere(session: Session, tensors: Sequence[Tensor]) -> list[str]:
+    """Where other served models hold one of the tensors, or memory of it."""
+    wanted: dict[int, list[Tensor]] = {}
+    for tensor in tensors:
+        wanted.setdefault(storage_key(tensor), []).append(tensor)
+    return [
+        f"{path} of another {_name(other)}"
+        for other in _others(session)
+        for path, tensor in _tensors(other.program.model)
+        for own in wanted.get(storage_key(tensor), ())
+        if tensor is own or overlap(tensor, own)
+    ]
+
+
+def refresh_elsewhere(session: Session) -> None:
+    """Have the other models that hold weights of this one take up what was written into them."""
+    own = {storage_key(tensor) for _, tensor in _tensors(session.program.model)}
+    for other in _others(session):
+        if any(storage_key(tensor) in own for _, tensor in _tensors(other.program.model)):
+            with other.lock:
+                other.store.refresh_magnitudes()
+
+
+def _refuse_merged(session: Session) -> None:
+    own = {storage_key(tensor): path for path, tensor in _tensors(session.program.model)}
+    for other in _others(session):
+        merged = other.merged
+        if merged is None:
+            continue
+        for _, tensor in _tensors(other.program.model):
+            path = own.get(storage_key(tensor))
+            if path is not None:
+                raise CaptureError(
+                    f"{path} is shared with a {_name(other)} into which {merged.name!r} is merged; "
+                    f"unmerge() there before this {_name(session)} is given to lorafx"
+                )
+
+
+def _others(session: Session) -> list[Session]:
+    return [other for other in _SERVED if other is not session]
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _name(session: Session) -> str:
+    return type(session.program.model).__name__

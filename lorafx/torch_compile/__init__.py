@@ -1,0 +1,1 @@
+"""`torch.compile(model, backend="lorafx")`: marked models that their users compile themselves."""

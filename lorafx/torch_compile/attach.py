@@ -1,0 +1,68 @@
+"""`lorafx.attach`: a model that its users compile themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lorafx.config import Options
+from lorafx.errors import CaptureError
+from lorafx.passes.attach import sessions_of_marks
+from lorafx.prepare.marking import Marked, mark
+from lorafx.serving.compiled import refuse_compiled
+from lorafx.torch_compile.attached import session_of_weight
+from lorafx.torch_compile.attached_backend import attach_session
+
+
+def attach(
+    model: nn.Module,
+    lora_config: Any = None,
+    *,
+    adapters: Mapping[str, Any] | None = None,
+    options: Options | Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Mark `model` for LoRA and return it, for people who call torch.compile themselves.
+
+        model = lorafx.attach(model, lora_config)
+        compiled = torch.compile(model, backend="lorafx")
+        with torch.no_grad(), lorafx.adapters(model, ["sql", None, "chat"]):
+            compiled(input_ids)
+
+    Outside of `lorafx.adapters` it is the base model. Without a compiler it serves batches of one
+    adapter. `lorafx.detach(model)` takes the marks away again.
+
+    Args:
+        model, lora_config, adapters: as for `compile`; of a `peft.PeftModel` its base model is
+            marked and returned.
+        options: as for `compile`; they hold for every graph of the model.
+
+    Raises:
+        As `compile`; the model's modules and hooks are as they were then.
+    """
+    refuse_compiled(model)
+    marked = mark(model, lora_config, adapters, options)
+    _refuse_shared_weights(marked)
+    attach_session(marked.program, marked.attachment, marked.store)
+    return marked.program.model
+
+
+def _refuse_shared_weights(marked: Marked) -> None:
+    """A graph is served by the model whose weights it is called with: no two may share one.
+    Compiled models take turns; nobody can see to that where others call the model."""
+    for session in sessions_of_marks(marked.program.graph):
+        marked.attachment.detach()
+        raise CaptureError(
+            f"it shares modules with a {type(session.program.model).__name__} that lorafx.compile "
+            "serves; models that share modules are served by lorafx.compile, each of them"
+        )
+    for site in marked.program.sites:
+        weight = marked.program.weight_of(site)
+        other = None if weight is None else session_of_weight(weight)
+        if other is not None:
+            marked.attachment.detach()
+            raise CaptureError(
+                f"the weight of {site.path} is also one of the {type(other.program.model).__name__}"
+                " that is attached already; give one of them a copy, or use lorafx.compile"
+            )

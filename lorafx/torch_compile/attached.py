@@ -1,0 +1,368 @@
+"""Marked models that their users compile themselves: `adapters(model, names)` gives the rows.
+
+    with lorafx.adapters(model, ["sql", None]):      names → slots of the rows, for this block
+        compiled(input_ids)                          graph → its session → rows checked → lookups
+
+No object stands between the user and the model, so everything that a call needs is found from where
+it runs: the session from the tensors that a graph takes, the arguments from the Python stack.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from lorafx.adapter_store.store import BASE
+from lorafx.capture.checks import Checks
+from lorafx.capture.failures import explained, own_error
+from lorafx.capture.traced import trace_again
+from lorafx.capture.tracking import Tracking, untracked
+from lorafx.capture.weights_in_python import WeightUses
+from lorafx.compat import block_settings, is_recompile_limit, no_mha_fast_path
+from lorafx.errors import BatchError, CaptureError, ConfigError
+from lorafx.model.marks import SiteMark
+from lorafx.model.packing import check_packed
+from lorafx.passes.attach import Attachment
+from lorafx.passes.attach import detach as remove_marks
+from lorafx.program.roles import RoleTable
+from lorafx.program.stack import RunningCall, generating, outermost_call, unwrapped
+from lorafx.session.requests import checked_names
+from lorafx.session.session import Session
+from lorafx.session.sharing import begin, end
+from lorafx.torch_compile.pending import first_call, until_marked
+
+
+@dataclass(eq=False)
+class AttachedSession(Session):
+    """The session of a model that its users compile themselves.
+
+    A block stands in for a call: all calls inside serve the same requests, so what one of them
+    proved about a tensor's rows holds in the next.
+    """
+
+    attachment: Attachment = field(kw_only=True)
+    #: The options of torch.compile that the model was marked by; None for `lorafx.attach`.
+    given: Mapping[str, Any] | None = None
+    takes_turns: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.program.runtime.use_handle()
+        self.program.runtime.session = self
+        self.program.knowing_arguments = self.knowing_arguments
+        _SESSIONS.add(self)
+        begin(self)
+        _BY_MODEL[self.program.model] = weakref.ref(self)
+
+    def close(self) -> None:
+        """Take the marks away; graphs that were captured serve the base model from then on. Raises
+        CaptureError inside a block."""
+        if self.depth:
+            raise CaptureError("detach the model after the block of lorafx.adapters, not inside")
+        self.attachment.detach()
+        _SESSIONS.discard(self)
+        end(self)
+        _BY_WEIGHT.clear()
+        _BY_MODEL.pop(self.program.model, None)
+
+    @contextmanager
+    def block(
+        self, names: str | Sequence[str | None] | None, tracking: Tracking | None = None
+    ) -> Iterator[None]:
+        """Serve these adapters inside the block; raises as `adapters`. `tracking` looks at what
+        runs in Python, if somebody has made it do so already."""
+        requests = None if names is None or isinstance(names, str) else tuple(names)
+        default = names if isinstance(names, str) else None
+        program, runtime = self.program, self.program.runtime
+        with self.lock, ExitStack() as settings:
+            self.refuse_injected()
+            each = [default] if requests is None else requests
+            slots = self.store.acquire(each)
+            before, depth = (self.requests, self.default, program.call), self.depth
+            running = requests, default, program.new_call(None, {})
+            try:
+                self.requests, self.default, program.call = running
+                self.depth = depth + 1
+                _BLOCKS.append(self)
+                self.serve(each, slots)
+                program.quantised.settle_again()
+                limit, by_data = program.options.recompile_limit, program.quantised.sizes_by_data
+                settings.enter_context(block_settings(limit, sizes_by_data=by_data))
+                if self.has_mha and runtime.active:
+                    settings.enter_context(no_mha_fast_path())
+                uses = WeightUses(program, inside_modules=True) if program.touched else None
+                if uses is not None and tracking is None:
+                    tracking = Tracking()
+                    tracking.begin(settings)
+                if tracking is not None:
+                    tracking.uses = uses
+                yield
+                if uses is not None:
+                    uses.refuse()
+            except BaseException as error:
+                trace_again(error)
+                raise
+            finally:
+                if tracking is not None:
+                    tracking.uses = None
+                self.requests, self.default, program.call = before
+                self.depth = depth
+                if _BLOCKS.count(self) > depth:
+                    _BLOCKS.remove(self)
+                if self.depth:
+                    # Slots may have changed hands inside.
+                    outer = self._row_names(None if self.requests is None else len(self.requests))
+                    self.serve(outer, self.store.acquire(outer))
+                else:
+                    # The slots stay: the next block often names the same.
+                    runtime.active = False
+                    program.touched = program.rescaled = frozenset()
+
+    def after_fork(self, locks: dict[int, threading.RLock]) -> None:
+        """As of any session; no block of another thread is open in a child."""
+        super().after_fork(locks)
+        if not self.depth:
+            self.default = None
+            _BLOCKS[:] = [session for session in _BLOCKS if session is not self]
+
+    def begin(self, checks: Checks, arguments: Sequence[Any]) -> None:
+        """Check the call that a graph serves, and give its rows their slots.
+
+        Raises:
+            BatchError: names and rows do not fit together.
+            CaptureError: the model was changed since.
+        """
+        rows = checks.places.rows(arguments, called=True)
+        # Between two graphs a size of one may be something that all requests share.
+        if rows is not None and (rows > 1 or checks.begins_call):
+            names = self._row_names(rows)
+            self.serve(names, self.store.acquire(names))
+            if not self.program.runtime.uniform:
+                checks.places.check_rows(arguments, rows)
+        untracked(lambda _: check_packed(self.program.packed))
+
+    @contextmanager
+    def knowing_arguments(self) -> Iterator[None]:
+        """Inside, the program knows the arguments of the running call and their roles, which are
+        found on the stack. Only a module that declares roles may stand for the model."""
+        before, running = self.program.call, self.running()
+        call = self.program.new_call(None, {}) if before is None else replace(before)
+        if running is not None:
+            module = running.module
+            if module is self.program.model or hasattr(module, "main_input_name"):
+                call.roles = RoleTable(module, self.program.config.row_dims)
+                call.named = call.roles.bind(running.args, running.kwargs)
+        self.program.call = call
+        try:
+            yield
+        finally:
+            self.program.call = before
+
+    def running(self) -> RunningCall | None:
+        """The outermost running call of a module of the model."""
+        return outermost_call(self.program.graph.has)
+
+    def repeating(self) -> bool:
+        return generating(self.program.model)
+
+    def takes(self, tensors: Iterable[Tensor]) -> bool:
+        """True where one of the tensors is a parameter, bank or buffer of this model."""
+        known = self.program.known_tensors()
+        return any(id(tensor) in known for tensor in tensors)
+
+
+_SESSIONS: weakref.WeakSet[AttachedSession] = weakref.WeakSet()
+_BY_MODEL: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttachedSession]] = (
+    weakref.WeakKeyDictionary()
+)
+#: The sessions whose blocks are running, in any thread.
+_BLOCKS: list[AttachedSession] = []
+#: Where `session_of_weight` found a weight last.
+_BY_WEIGHT: dict[int, weakref.ref[AttachedSession]] = {}
+
+
+def sessions() -> list[AttachedSession]:
+    """The sessions of all marked models there are."""
+    return list(_SESSIONS)
+
+
+def captured_before(base: Callable[..., Any], examples: Sequence[Any]) -> Callable[..., Any]:
+    """The graph of a model without LoRA, which refuses to serve adapters where LoRA has been
+    attached since: Dynamo does not guard on hooks that were not there."""
+    matrices = [
+        position
+        for position, example in enumerate(examples)
+        if isinstance(example, nn.Parameter) and example.dim() == 2
+    ]
+    if not matrices:
+        return base
+
+    def run(*arguments: Any) -> Any:
+        for session in _BLOCKS:
+            program = session.program
+            found = (program.site_of_weight(arguments[position]) for position in matrices)
+            if any(site is not None and program.is_touched(site) for site in found):
+                raise CaptureError(
+                    f"this graph of {type(program.model).__name__} was captured before LoRA was "
+                    "attached and does not know of it; call torch._dynamo.reset() once, or attach "
+                    "before the first call"
+                )
+        return base(*arguments)
+
+    return run
+
+
+def session_of_weight(weight: Tensor) -> AttachedSession | None:
+    """The session of the model whose site's weight this is, or whose site's weight it holds."""
+    known = _BY_WEIGHT.get(id(weight))
+    likely = None if known is None else known()
+    if likely is not None and likely.program.site_of_weight(weight) is not None:
+        return likely
+    for session in sessions():
+        if session.program.site_of_part(weight) is not None:
+            _BY_WEIGHT[id(weight)] = weakref.ref(session)
+            return session
+    return None
+
+
+def running_session() -> AttachedSession | None:
+    """The session that serves the model that is running."""
+    return next((item for item in _BLOCKS if item.running()), None)
+
+
+def session_of(model: nn.Module) -> AttachedSession | None:
+    """The session of a marked model, also through what torch.compile returned for it."""
+    reference = _BY_MODEL.get(unwrapped(model))
+    return None if reference is None else reference()
+
+
+def _marks(model: nn.Module) -> list[SiteMark]:
+    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
+    return [hook for hook in hooks if isinstance(hook, SiteMark)]
+
+
+def marked_session(model: nn.Module) -> AttachedSession:
+    """The session of a marked model.
+
+    Raises:
+        ConfigError: the model is not marked, or is a copy of one that is.
+    """
+    session = session_of(model)
+    if session is not None:
+        return session
+    name = type(model).__name__
+    marks = _marks(model)
+    if any(isinstance(mark.runtime.session, AttachedSession) for mark in marks):
+        raise ConfigError(
+            f"this {name} holds, or is part of, a model that LoRA was attached to; give that one"
+        )
+    if marks:
+        raise ConfigError(
+            f"this {name} carries marks of another model, as copies and pickles of a marked one "
+            "do; lorafx.detach() it and attach LoRA again"
+        )
+    raise ConfigError(f"this {name} carries no LoRA; lorafx.attach(model, lora_config) it first")
+
+
+def _is_marked(model: nn.Module) -> bool:
+    return session_of(model) is not None or bool(_marks(model))
+
+
+def _block(
+    model: nn.Module, names: str | Sequence[str | None] | None
+) -> AbstractContextManager[None]:
+    if _is_marked(model):
+        return marked_session(model).block(names)
+    return until_marked(model, names)
+
+
+@contextmanager
+def adapters(model: nn.Module, adapter_names: str | Sequence[str | None] | None) -> Iterator[None]:
+    """Serve each request of the calls inside the block with its own adapter.
+
+    Blocks may be nested, the inner one counts; on leaving, by an exception too, what was before is
+    back. Outside of any block the model is the base model. Blocks of one model on several threads
+    wait for one another; a call outside of any block does not wait, so give it a block of None
+    where other threads serve adapters.
+
+    Args:
+        model: what `attach` returned, or a model that is compiled with `lora_config` among the
+            options of torch.compile, or what torch.compile made of either.
+        adapter_names: for each request, in the order of the batch, a name, or None or "__base__"
+            for the base model; or one for all requests. Inside the model's own `generate` rows of
+            one request may follow one another, as beams and returned sequences do.
+
+    Raises:
+        ConfigError: `adapter_names` is no list of names, or the model carries no LoRA.
+        UnknownAdapterError: a name that is not loaded.
+        CapacityError: more distinct adapters than slots.
+        Nothing has changed then. A model that is marked by its first call raises these in it.
+        Calls inside raise what `CompiledModel.forward` does.
+    """
+    if adapter_names is not None and not isinstance(adapter_names, str):
+        adapter_names = checked_names(adapter_names)
+    model = unwrapped(model)
+    try:
+        with first_call(model, _is_marked(model)), _block(model, adapter_names):
+            yield
+    except Exception as error:
+        failure = own_error(error) or explained(error, type(model).__name__)
+        if failure is not None:
+            raise failure from error
+        if is_recompile_limit(error):
+            raise CaptureError(
+                f"{type(model).__name__} has as many graphs as it may have, and this call needs "
+                f"one more; raise Options.recompile_limit: {error}"
+            ) from error
+        raise
+
+
+def load_adapter(model: nn.Module, source: Any, name: str, *, strict: bool | None = None) -> None:
+    """As `CompiledModel.load_adapter`, for a marked model.
+
+    Raises:
+        ConfigError: the model is not marked.
+        CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
+    """
+    session = marked_session(model)
+    with session.lock:
+        session.load(source, name, strict)
+
+
+def unload_adapter(model: nn.Module, name: str) -> None:
+    """Forget an adapter of a marked model and free its slot.
+
+    Raises:
+        ConfigError: the model is not marked.
+        UnknownAdapterError: it is not loaded.
+        BatchError: the block around serves it.
+    """
+    session = marked_session(model)
+    with session.lock:
+        if name != BASE and name in (session.default, *(session.requests or ())):
+            raise BatchError(f"{name!r} is being served; unload it after the block")
+        session.store.unload(name)
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Take LoRA off a marked model and return the model.
+
+    Also off copies and pickles of one, which have no session. A `peft.PeftModel` that was attached
+    gets its wrappers back.
+
+    Raises:
+        CaptureError: inside a block of `adapters`.
+    """
+    session = session_of(model)
+    if session is not None:
+        with session.lock:
+            session.close()
+        return session.program.model
+    remove_marks(model)
+    return model

@@ -1,0 +1,117 @@
+"""Frames of a marked model that its users compile themselves.
+
+Backends of torch.compile compare equal, so Dynamo may call a graph that was captured for one model
+for another of the same class: what a graph serves is found by the weights of each call.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+from torch import fx
+
+from lorafx.adapter_store.store import AdapterStore
+from lorafx.capture.backend import Backend
+from lorafx.capture.executable import Owner, refusing
+from lorafx.capture.lowering import Lowering
+from lorafx.capture.record import GraphRecord
+from lorafx.errors import CaptureError
+from lorafx.passes.attach import Attachment
+from lorafx.program.frame import Frame, wants_gradient
+from lorafx.program.program import Program
+from lorafx.program.stack import called_module
+from lorafx.torch_compile.attached import AttachedSession, running_session, session_of_weight
+from lorafx.torch_compile.pending import waiting
+
+
+class AttachedBackend(Backend):
+    """Compiles the frames of one marked model.
+
+    Attributes:
+        session: the model's.
+        adopt: marks the model that is running, where it was compiled with the same options as
+            this one, and Dynamo has called a graph of this one for it.
+    """
+
+    session: AttachedSession
+    adopt: Callable[[], AttachedSession | None] | None = None
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program, self._enters)
+        self.shares_graphs = True
+
+    def compile(
+        self,
+        gm: fx.GraphModule,
+        examples: Sequence[Any],
+        lowering: Lowering,
+        *,
+        per_token: bool = False,
+    ) -> Callable[..., Any]:
+        with self.session.knowing_arguments():
+            return super().compile(gm, examples, lowering, per_token=per_token)
+
+    def compile_lora(
+        self,
+        gm: fx.GraphModule,
+        examples: Sequence[Any],
+        frame: Frame,
+        record: GraphRecord,
+        owner: Owner,
+        lowering: Lowering,
+    ) -> Callable[..., Any]:
+        if wants_gradient(examples):
+            return refusing(
+                CaptureError(
+                    "gradients are wanted through LoRA of lorafx, which is for inference; call the "
+                    "model inside torch.no_grad() or torch.inference_mode()"
+                )
+            )
+        compiled = super().compile_lora(gm, examples, frame, record, owner, lowering)
+        checks = record.checks
+
+        def run(*arguments: Any) -> Any:
+            program = owner(arguments)
+            if program is not None:
+                program.runtime.session.begin(checks, arguments)
+            return compiled(*arguments)
+
+        return run
+
+    def owner(self, frame: Frame, weights: Sequence[int]) -> Owner:
+        # Dynamo keeps executables: what they hold is never freed, so they hold no model.
+        program, adopt = weakref.ref(self.program), self.adopt
+        if any(item.kind in ("bank", "slots") for item in frame.inputs):
+            # Dynamo guards whose slots a mark reads.
+            return lambda arguments: program()
+
+        def serves(arguments: Sequence[Any]) -> Program | None:
+            # A layer that shares the graph may have sites at some of its weights only.
+            found = (session_of_weight(arguments[position]) for position in weights)
+            session = next((item for item in found if item), None) if weights else running_session()
+            if session is None and adopt is not None and waiting():
+                session = adopt()
+            return None if session is None else session.program
+
+        return serves
+
+    def _enters(self, frame: FrameType) -> bool:
+        running = self.session.running()
+        return running is not None and called_module(frame) is running.module
+
+
+def attach_session(
+    program: Program,
+    attachment: Attachment,
+    store: AdapterStore,
+    given: Mapping[str, Any] | None = None,
+) -> AttachedSession:
+    """The session of a model that has just been marked; `given` as its attribute says."""
+    backend = AttachedBackend(program)
+    backend.session = AttachedSession(
+        program, store, backend, None, attachment=attachment, given=given
+    )
+    return backend.session

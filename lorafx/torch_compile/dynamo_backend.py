@@ -1,0 +1,93 @@
+"""`torch.compile(model, backend="lorafx")`, found by its entry point.
+
+marked model                  its session's graph, base or LoRA    (attached.py)
+options with `lora_config`    marked, and the frame captured again (unmarked.py)
+PEFT's modules                PEFT's arithmetic, fused             (lorafx.torch_compile.peft_graph)
+anything else                 Inductor, which the log says once    (unserved.py)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from lorafx.capture.executable import refusing
+from lorafx.capture.lowering import InductorLowering, Lowering, lowering_for
+from lorafx.compat import mode_settings
+from lorafx.config import Options
+from lorafx.errors import CaptureError, LorafxError, ReplacedModuleError
+from lorafx.torch_compile.attached import AttachedSession, captured_before, sessions
+from lorafx.torch_compile.peft_graph import compile_peft_frame, has_peft_lora
+from lorafx.torch_compile.unmarked import FrameOptions, mark_captured
+from lorafx.torch_compile.unserved import note_unserved
+
+
+def compile_frame(
+    gm: fx.GraphModule,
+    examples: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The executable of one frame that Dynamo captured: the backend `lorafx`.
+
+    Args:
+        gm: the graph, one placeholder for each of `examples`.
+        examples: what the frame was called with: tensors, and sizes.
+        mode: a mode of torch.compile, which Inductor gets.
+        options: fields of `Options`; `lora_config` and `adapters` as for `lorafx.attach`, for a
+            model that is not marked.
+
+    Raises:
+        LorafxError: the model cannot be marked as the options ask. All else that cannot be
+            compiled raises when it is called, so that the caller gets the error itself and not
+            one of Dynamo's around it.
+    """
+    try:
+        wanted = FrameOptions.of(options)
+        patches = mode_settings(mode)
+        session = _session_of(examples)
+        if session is not None:
+            wanted.check(session)
+            lowering = lowering_for(session.program.options, patches)
+            return session.backend.compile(gm, examples, lowering)
+    except ReplacedModuleError:
+        raise  # for this one call: the module may be put back
+    except LorafxError as error:
+        return refusing(error)
+    if wanted.asks_for_lora:
+        mark_captured(wanted)
+    lowering = _lowering(wanted.options, patches)
+    if has_peft_lora(gm, examples):
+        return compile_peft_frame(gm, examples, options=wanted.options, lowering=lowering)
+    note_unserved()
+    return captured_before(lowering.base(gm, examples), examples)
+
+
+def _lowering(options: Options, patches: Mapping[str, Any]) -> Lowering:
+    """Of a frame that no session serves: Inductor unless another one was asked for, also where
+    the machine lacks the compiler that it needs, which it says itself."""
+    return (
+        InductorLowering(patches) if options.lowering == "auto" else lowering_for(options, patches)
+    )
+
+
+def _session_of(examples: Sequence[Any]) -> AttachedSession | None:
+    """The session whose tensors the frame takes; for a frame that takes none of any, the one
+    whose model is running.
+
+    Raises:
+        CaptureError: tensors of several models, one of which serves adapters.
+    """
+    tensors = [example for example in examples if isinstance(example, Tensor)]
+    taken = [session for session in sessions() if session.takes(tensors)]
+    if len(taken) > 1 and any(session.program.runtime.active for session in taken):
+        names = ", ".join(type(session.program.model).__name__ for session in taken)
+        raise CaptureError(
+            f"one graph holds several models with LoRA ({names}); compile each by itself"
+        )
+    if taken:
+        return taken[0]
+    return next((session for session in sessions() if session.running()), None)

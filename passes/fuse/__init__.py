@@ -1,0 +1,1 @@
+"""fuse: a base product and its delta become one node."""

@@ -1,0 +1,101 @@
+"""Base linear and its site become one node: y = x Wᵀ + b + Δ(x), x read once, y written once.
+
+    y = mm(x, Wᵀ); y' = site(x, y, bank)   →   y' = fused_linear(x, W, b, bank)
+
+Only where W enters the product as it is (uncast, unexpanded) and y has no other reader; every
+other site keeps its op on y. Products with routed experts likewise, for the Triton lowering, which
+has kernels for them (lorafx.passes.fuse.fused_experts).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from lorafx.graph.context import FUSED_OP, SITE_OP, Context, SiteState
+from lorafx.graph.weight_uses import RESHAPES, Use
+from lorafx.model.sites import Site
+from lorafx.passes.fuse.fused_experts import fuse_experts
+from lorafx.program.frame import arguments_of, fake_value
+
+aten = torch.ops.aten
+FUSIBLE = frozenset({aten.mm.default, aten.addmm.default, aten.linear.default})
+#: Where a node came from, kept for messages and dumps.
+COPIED = ("nn_module_stack", "stack_trace")
+
+
+@dataclass(frozen=True)
+class Fuse:
+    name: str = "fuse"
+    required: bool = False
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        edits = 0
+        for node, (state, *_) in list(ctx.states.items()):
+            if node.target is SITE_OP and _fusible(node, state) and ctx.take_edit():
+                _fuse(gm.graph, ctx, node, state)
+                edits += 1
+        if ctx.program.options.lowering == "triton":
+            edits += sum(fuse_experts(gm.graph, ctx, node) for node in list(ctx.states))
+        return edits
+
+
+def _fusible(node: fx.Node, state: SiteState) -> bool:
+    use = state.use
+    if use is None or not use.plain or use.node.target not in FUSIBLE:
+        return False
+    x, y = arguments_of(node)[0], arguments_of(node)[1]
+    if _unviewed(use.x, until=x) is not x:
+        return False
+    if use.bias is not None and fake_value(use.bias).dim() != 1:
+        return False
+    if tuple(fake_value(x).shape[:-1]) != tuple(fake_value(node).shape[:-1]):
+        return False
+    chain: Any = y
+    while chain is not use.node:
+        if chain.target not in RESHAPES or len(chain.users) != 1:
+            return False
+        chain = chain.args[0]
+    return len(use.node.users) == 1
+
+
+def _unviewed(node: Any, until: Any) -> Any:
+    """`node` without the views on top of it, stopping at `until`."""
+    while node is not until and isinstance(node, fx.Node) and node.target in RESHAPES:
+        node = arguments_of(node)[0]
+    return node
+
+
+def _fuse(graph: fx.Graph, ctx: Context, node: fx.Node, state: SiteState) -> None:
+    use: Use | None = state.use
+    assert use is not None
+    x, _, A, B, ranks, scales, slots, *ranges, rows = arguments_of(node)[:11]
+    transposed = state.site.eligible.transposed
+    arguments = (x, use.weight, use.bias, A, B, ranks, scales, slots)
+    with graph.inserting_before(node):
+        fused = ctx.call(graph, FUSED_OP, (*arguments, *ranges, rows, transposed))
+    fused.meta.update({key: node.meta[key] for key in COPIED if key in node.meta})
+    if _adds_own_bias(ctx, state.site, use):
+        state.packed_weight, state.packed_bias = _packed_inputs(node)
+    node.replace_all_uses_with(fused)
+    ctx.merge([node], fused, "fused")
+
+
+def _adds_own_bias(ctx: Context, site: Site, use: Use) -> bool:
+    """Whether the product's addend is the module's bias, or neither has one. The packed bias holds
+    that one: a forward that leaves it to somebody else, or scales it, stays by itself."""
+    own = getattr(site.module, "bias", None)
+    if use.bias is None:
+        return own is None
+    item = ctx.frame.by_node.get(use.bias)
+    holder = None if item is None else item.holder
+    return holder is not None and holder.tensor is own
+
+
+def _packed_inputs(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    """The packed base weight and bias that a mark carries into the graph, where it does."""
+    weight, bias, *_ = (*arguments_of(node)[11:13], None, None)
+    return weight, bias

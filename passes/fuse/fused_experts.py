@@ -1,0 +1,72 @@
+"""Products with routed experts that are fused with their deltas: what is known of such a node.
+
+    y = grouped_mm(x, W, offs)
+    y' = expert_site(x, y, bank, e)   →   y' = fused_experts(x, W, offs, bank, e)
+
+The base's own product is kept as the name of its operator, for plans that leave it to that.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+import lorafx.kernels.fused_experts  # noqa: F401  defines the op
+from lorafx.graph.context import EXPERT_OP, Context
+from lorafx.graph.expert_uses import GROUPED, is_grouped
+from lorafx.graph.pointwise import NoRegion, Region, region_of
+from lorafx.program.frame import arguments_of, fake_value
+
+aten = torch.ops.aten
+FUSED_EXPERTS = torch.ops.lorafx.fused_experts.default
+#: Where a fused node keeps the operator whose product it stands for.
+_PRODUCT = "lorafx_product"
+#: Where a node came from, kept for messages and dumps.
+_COPIED = ("nn_module_stack", "stack_trace")
+
+
+def fuse_experts(graph: fx.Graph, ctx: Context, node: fx.Node) -> bool:
+    """Fuse an expert_site with the grouped product whose rows it knows the experts of."""
+    if node.target is not EXPERT_OP:
+        return False
+    x, y, *bank, experts, siblings, offsets, sizes, rows, _ = arguments_of(node)
+    if not is_grouped(y) or len(y.users) != 1:
+        return False
+    own_x, right, offs, *rest = arguments_of(y)
+    swapped = right.target is aten.permute.default and list(arguments_of(right)[1]) == [0, 2, 1]
+    weight = arguments_of(right)[0] if swapped else right
+    by_ends = experts.target is aten.searchsorted.Tensor and arguments_of(experts)[0] is offs
+    dtypes = {fake_value(item).dtype for item in (x, weight, y)}
+    plain = weight.op == "placeholder" and len(dtypes) == 1 and not any(rest) and not y.kwargs
+    if own_x is not x or not by_ends or not plain or not ctx.take_edit():
+        return False
+    arguments = (x, weight, offs, *bank, experts, siblings, offsets, sizes, rows, not swapped)
+    with graph.inserting_before(node):
+        fused = ctx.call(graph, FUSED_EXPERTS, arguments)
+    fused.meta.update({key: y.meta[key] for key in _COPIED if key in y.meta})
+    fused.meta[_PRODUCT] = y.target
+    node.replace_all_uses_with(fused)
+    ctx.merge([node], fused, "fused")
+    return True
+
+
+def product(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
+    """The grouped product that the fused `node` stands for, (M, N), as it was."""
+    x, weight, offs, *_, transposed = arguments_of(node)
+    right = weight if transposed else ctx.call(graph, aten.permute.default, (weight, [0, 2, 1]))
+    return ctx.call(graph, node.meta[_PRODUCT], (x, right, offs))
+
+
+def loops_on_host(node: fx.Node) -> bool:
+    """Whether that product is a loop over experts on the host: all but torch's own are."""
+    return node.meta[_PRODUCT] not in GROUPED
+
+
+def region(node: fx.Node) -> Region | NoRegion:
+    """What computes x of the fused `node`, if nothing else reads x."""
+    x = arguments_of(node)[0]
+    sizes = aten.sym_size.int  # of the rows' numbers, which nobody needs then
+    others = [user for user in x.users if user is not node and user.target is not sizes]
+    if others:
+        return NoRegion(f"{x.name} is read by {others[0].name} too")
+    return region_of(x)

@@ -1,0 +1,1 @@
+"""lower: nodes become what the backend runs."""

@@ -1,0 +1,288 @@
+"""LoRA nodes become what the chosen lowering executes.
+
+    inductor   fused_linear → mm / addmm (one, or one a sibling), then add_delta_ into its output;
+               site → add_delta_ into y. The delta op carries the id of a generated kernel.
+               expert_site → run_expert_delta_ into y, whose kernel finds the key of each row; in
+               plain aten the keys, then as a site of those slots. The grouped product that y is
+               becomes lorafx::grouped_mm where that has a kernel.
+               grouped_site, here and below, runs as it is: plain aten.
+    triton     fused_linear → triton_linear, or mm / addmm and triton_delta_, as planned;
+               fused_experts → triton_experts, or the grouped product and then as expert_site;
+               site → triton_delta_ into y. On a GPU their launches are put into the graph.
+    reference  nothing to do: the ops' own aten implementations run.
+
+The in-place op is wrapped in `auto_functionalized`, so the graph stays functional, and Inductor
+decides that y's buffer may be written (it is the GEMM's own output) without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
+
+from lorafx.graph.context import EMBEDDING_OP, EXPERT_OP, FUSED_OP, GROUPED_OP, SITE_OP, Context
+from lorafx.graph.expert_uses import is_grouped
+from lorafx.graph.graph_nodes import call_in_place
+from lorafx.graph.pointwise import Region
+from lorafx.graph.strategy import GENERATED, strategy_of
+from lorafx.kernels import triton_expert_ops, triton_ops
+from lorafx.kernels.cost import FUSED
+from lorafx.kernels.cpu import delta_call, embedding_delta_call, expert_delta_call
+from lorafx.kernels.grouped_mm import GROUPED_MM, kernel_of
+from lorafx.kernels.triton_build import EXPERTS
+from lorafx.kernels.triton_ops import adjacent
+from lorafx.passes.fuse.fused_experts import FUSED_EXPERTS, product, region
+from lorafx.passes.lower.triton_graph import inline_triton_ops
+from lorafx.passes.match.match_experts import ALIKE
+from lorafx.passes.plan import cpu_spec, delta_spec
+from lorafx.program.frame import arguments_of, fake_value
+
+aten = torch.ops.aten
+ADD_DELTA = torch.ops.lorafx.add_delta_.default
+EXPERT_SLOTS = torch.ops.lorafx.expert_slots.default
+ADD_EMBEDDING_DELTA = torch.ops.lorafx.add_embedding_delta_.default
+TRITON_LINEAR = triton_ops.triton_linear._opoverload
+TRITON_DELTA = triton_ops.triton_delta_._opoverload
+TRITON_EMBEDDING_DELTA = triton_ops.triton_embedding_delta_._opoverload
+TRITON_EXPERTS = triton_expert_ops.triton_experts._opoverload
+TRITON_OPS = (TRITON_LINEAR, TRITON_DELTA, TRITON_EMBEDDING_DELTA, TRITON_EXPERTS)
+
+
+@dataclass(frozen=True)
+class Lower:
+    name: str = "lower"
+    required: bool = True
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        if ctx.program.options.lowering == "reference":
+            return 0
+        edits = 0
+        for node in list(ctx.states):
+            if node.target is GROUPED_OP:
+                continue
+            with gm.graph.inserting_before(node):
+                new = _LOWERINGS[node.target](gm.graph, ctx, node)
+            node.replace_all_uses_with(new)
+            states = ctx.states.pop(node)
+            ctx.states[new] = states
+            edits += 1
+        if ctx.kernels and any(fake_value(node).device.type != "cpu" for node in ctx.states):
+            for old, new in inline_triton_ops(gm, TRITON_OPS).items():
+                if old in ctx.states:
+                    ctx.states[new] = ctx.states.pop(old)
+        return edits
+
+
+def _linear(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
+    x, weight, bias, A, B, ranks, scales, slots, siblings, offsets, sizes, rows, swap = (
+        arguments_of(node)
+    )
+    x_flat = _flat(graph, ctx, x)
+    bank, strategy = (A, B, ranks, scales, slots), strategy_of(node)
+    if strategy.name in FUSED:
+        side_by_side = _adjacent(graph, ctx, x_flat)
+        arguments = (side_by_side, weight, bias, *bank, rows, strategy.kernel)
+        return _shaped(graph, ctx, ctx.call(graph, TRITON_LINEAR, arguments), x, node)
+    if strategy.split:
+        parts, start = [], 0
+        for size in sizes:
+            part = ctx.call(graph, aten.slice.Tensor, (weight, 0, start, start + size))
+            own = bias and ctx.call(graph, aten.slice.Tensor, (bias, 0, start, start + size))
+            parts.append(_product(graph, ctx, x_flat, part, own, swap=False))
+            start += size
+        y = ctx.call(graph, aten.cat.default, (parts, 1))  # Inductor has each GEMM write its part
+    else:
+        y = _product(graph, ctx, x_flat, weight, bias, swap=swap)
+    written = _add_delta(graph, ctx, node, y, x_flat, bank, (siblings, offsets, sizes), rows)
+    return _shaped(graph, ctx, written, x, node)
+
+
+def _product(
+    graph: fx.Graph, ctx: Context, x: fx.Node, weight: fx.Node, bias: fx.Node | None, *, swap: bool
+) -> fx.Node:
+    """x Wᵀ + b (x W with `swap`) for x (M, K)."""
+    right = weight if swap else ctx.call(graph, aten.permute.default, (weight, [1, 0]))
+    if bias is None:
+        return ctx.call(graph, aten.mm.default, (x, right))
+    return ctx.call(graph, aten.addmm.default, (bias, x, right))
+
+
+def _site(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
+    x, y, A, B, ranks, scales, slots, *ranges, rows = arguments_of(node)[:11]
+    bank, y = (A, B, ranks, scales, slots), _spread(graph, ctx, y)
+    if not strategy_of(node).kernel and _same_strides(y, node):
+        # These kernels take rows as they lie; flat, x and y could be copies.
+        return _add_delta(graph, ctx, node, y, x, bank, tuple(ranges), rows)
+    y_flat, x_flat = _flat(graph, ctx, y), _flat(graph, ctx, x)
+    written = _add_delta(graph, ctx, node, y_flat, x_flat, bank, tuple(ranges), rows)
+    return _shaped(graph, ctx, written, y, node)
+
+
+def _experts(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
+    x, y, *bank, experts, siblings, offsets, sizes, rows, count = arguments_of(node)
+    y = _generated_product(graph, ctx, y)
+    flat, x_flat = _flat(graph, ctx, y), _flat(graph, ctx, x)
+    ranges = (siblings, offsets, sizes)
+    written = _expert_delta(graph, ctx, node, flat, x_flat, bank, experts, ranges, rows, count)
+    return _shaped(graph, ctx, written, y, node)
+
+
+def _generated_product(graph: fx.Graph, ctx: Context, y: fx.Node) -> fx.Node:
+    """The grouped product y by a generated kernel, where there is one."""
+    if not is_grouped(y) or ctx.program.options.lowering != "inductor":
+        return y
+    x, weight, offs, *rest = arguments_of(y)
+    values = fake_value(x), fake_value(weight)
+    plain = not any(rest) and not y.kwargs and values[0].dtype == values[1].dtype
+    if y.target is GROUPED_MM or not plain or kernel_of(*values) is None:
+        return y
+    with graph.inserting_before(y):
+        product = ctx.call(graph, GROUPED_MM, (x, weight, offs))
+    y.replace_all_uses_with(product)
+    graph.erase_node(y)
+    return product
+
+
+def _expert_delta(
+    graph: fx.Graph,
+    ctx: Context,
+    node: fx.Node,
+    y: fx.Node,
+    x: fx.Node,
+    bank: Sequence[Any],
+    experts: fx.Node,
+    ranges: tuple[Any, ...],
+    rows: Any,
+    count: int,
+) -> fx.Node:
+    """y (M, N) after the delta of rows whose experts are known; each row has a slot of its own."""
+    *factors, slots = bank
+    alike = ctx.beside(factors[0], ALIKE)
+    if strategy_of(node).name == GENERATED and alike is not None:
+        ends = _ends(experts, count)
+        arguments = (y, x, *bank, alike, experts if ends is None else ends)
+        spec, sorted_rows = cpu_spec(node), ends is not None
+        generated = expert_delta_call(spec, *arguments, rows=rows, ends=sorted_rows)
+        if generated is not None:
+            return call_in_place(graph, *generated)
+    keys = ctx.call(graph, EXPERT_SLOTS, (slots, experts, rows, count))
+    return _add_delta(graph, ctx, node, y, x, (*factors, keys), ranges, 1)
+
+
+def _ends(experts: fx.Node, count: int) -> fx.Node | None:
+    """Where the rows of each expert end, if `experts` was read from that (searchsorted over the
+    rows' numbers, as `match` does it)."""
+    if experts.target is not aten.searchsorted.Tensor or not experts.kwargs.get("right"):
+        return None
+    ends, numbers = arguments_of(experts)[:2]
+    if fake_value(ends).shape[0] != count:
+        return None
+    iota = numbers.target is torch.ops.prims.iota.default
+    first = iota and numbers.kwargs.get("start") == 0 and numbers.kwargs.get("step") == 1
+    return ends if first else None
+
+
+def _fused_experts(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
+    x, weight, offs, *bank, experts, siblings, offsets, sizes, rows, _ = arguments_of(node)
+    strategy = strategy_of(node)
+    if strategy.name in EXPERTS:
+        inputs = [x]
+        if strategy.name == "activated":
+            found = region(node)
+            assert isinstance(found, Region)  # it was when the kernels were built
+            inputs = list(found.inputs)
+        inputs = [_adjacent(graph, ctx, item) for item in inputs]
+        arguments = (inputs, weight, offs, *bank, rows, strategy.kernel)
+        return ctx.call(graph, TRITON_EXPERTS, arguments)
+    y = product(graph, ctx, node)
+    ranges, count = (siblings, offsets, sizes), fake_value(weight).shape[0]
+    return _expert_delta(graph, ctx, node, y, x, bank, experts, ranges, rows, count)
+
+
+def _embedding(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
+    ids, y, *bank, rows = arguments_of(node)
+    strategy, y = strategy_of(node), _spread(graph, ctx, y)
+    if strategy.kernel:
+        flat = ctx.call(graph, aten.reshape.default, (ids, [-1]))
+        flat_y = _adjacent(graph, ctx, _flat(graph, ctx, y))
+        arguments = (flat_y, _adjacent(graph, ctx, flat), *bank, rows, strategy.kernel)
+        return _shaped(graph, ctx, call_in_place(graph, TRITON_EMBEDDING_DELTA, arguments), y, node)
+    if strategy.name == GENERATED:
+        return call_in_place(
+            graph, *embedding_delta_call(delta_spec(node), y, ids, *bank, rows=rows)
+        )
+    return call_in_place(graph, ADD_EMBEDDING_DELTA, (y, ids, *bank, rows, 0))
+
+
+def _add_delta(
+    graph: fx.Graph,
+    ctx: Context,
+    node: fx.Node,
+    y: fx.Node,
+    x: fx.Node,
+    bank: tuple[Any, ...],
+    ranges: tuple[Any, ...],
+    rows: Any,
+) -> fx.Node:
+    strategy = strategy_of(node)
+    if strategy.kernel:
+        y, x = _adjacent(graph, ctx, y), _adjacent(graph, ctx, x)
+        return call_in_place(graph, TRITON_DELTA, (y, x, *bank, rows, strategy.kernel))
+    if strategy.name == GENERATED:
+        return call_in_place(graph, *delta_call(delta_spec(node), y, x, *bank, rows=rows))
+    return call_in_place(graph, ADD_DELTA, (y, x, *bank, *ranges, rows, 0))
+
+
+def _flat(graph: fx.Graph, ctx: Context, node: Any) -> fx.Node:
+    """(…, F) as (M, F)."""
+    value = fake_value(node)
+    if value.dim() == 2:
+        return node
+    return ctx.call(graph, aten.reshape.default, (node, [-1, value.shape[-1]]))
+
+
+def _spread(graph: fx.Graph, ctx: Context, y: fx.Node) -> fx.Node:
+    """y with a place in memory for each element, where rows that were one are written apart."""
+    value = fake_value(y)
+    if all(guard_or_true(stride != 0) for stride in value.stride()):
+        return y
+    return ctx.call(graph, aten.clone.default, (y,), memory_format=torch.contiguous_format)
+
+
+def _same_strides(one: fx.Node, other: fx.Node) -> bool:
+    strides = zip(fake_value(one).stride(), fake_value(other).stride(), strict=True)
+    return all(guard_or_false(a == b) for a, b in strides)
+
+
+def _adjacent(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
+    """`node`, or a copy of it whose rows' elements lie side by side, which Triton kernels need. In
+    the graph, Inductor has what computes `node` write it so."""
+    if adjacent(fake_value(node)):
+        return node
+    return ctx.call(graph, aten.clone.default, (node,), memory_format=torch.contiguous_format)
+
+
+def _shaped(graph: fx.Graph, ctx: Context, y: fx.Node, source: Any, like: fx.Node) -> fx.Node:
+    """(M, N) as the shape of `like`, whose leading sizes are those of `source`."""
+    value = fake_value(like)
+    if value.dim() == 2:
+        return y
+    sizes = [
+        size if isinstance(size, int) else ctx.call(graph, aten.sym_size.int, (source, dim))
+        for dim, size in enumerate(value.shape)
+    ]
+    return ctx.call(graph, aten.reshape.default, (y, sizes))
+
+
+_LOWERINGS: dict[Any, Callable[..., fx.Node]] = {
+    SITE_OP: _site,
+    EXPERT_OP: _experts,
+    FUSED_EXPERTS: _fused_experts,
+    EMBEDDING_OP: _embedding,
+    FUSED_OP: _linear,
+}

@@ -1,0 +1,1 @@
+"""match: every use of a selected weight gets its delta, or a refusal."""

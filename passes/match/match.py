@@ -1,0 +1,307 @@
+"""Map every use of a selected module's weight to its site, and make every use carry its delta.
+
+A use either carries its mark already (the hook's `site` op on y or on y + bias), or is a linear in
+disguise, which gets the op here (`F.linear(x, m.weight)`, `W @ x.mT`, MultiheadAttention's
+out_proj), or is refused by name. A mark that stands behind other arithmetic of the module (a
+scaled embedding, a router that goes on to softmax) is moved to the use of the weight, so that the
+result is that of W + ΔW. A module that holds no plain weight tensor keeps its mark as it is, and so
+does one with a registered handler, which says itself where the delta goes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lorafx.graph.context import (
+    EMBEDDING_OP,
+    GAINS_ARGUMENT,
+    GROUPED_OP,
+    SITE_OP,
+    Context,
+    Refusal,
+    is_site,
+)
+from lorafx.graph.weight_uses import Use, uses_of
+from lorafx.model.marks import UNPROVED, is_dense
+from lorafx.model.quantized import is_stored
+from lorafx.model.sites import Site, own_ranges
+from lorafx.passes.match.match_experts import insert_expert_sites
+from lorafx.passes.match.origins import addends_of, depends_on, origin_of
+from lorafx.passes.match.unreached import replaced_sites
+from lorafx.program.frame import FrameInput, arguments_of, fake_value
+
+aten = torch.ops.aten
+
+USE_KINDS = {"linear": "linear", "blocks": "linear", "embedding": "embedding"}
+
+
+@dataclass(frozen=True)
+class Match:
+    name: str = "match"
+    required: bool = True
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        marks = {node: ctx.site_of_mark(node) for node in gm.graph.nodes if is_site(node)}
+        uses = _uses(ctx)
+        # What a module returns is x Wᵀ where its y is; with blocks of W it may be anything.
+        products = {node: use for node, use in uses.items() if use.kind != "blocks"}
+        origins = {mark: origin_of(arguments_of(mark)[1], products) for mark in marks}
+        for mark, site in marks.items():
+            ctx.record(site, mark, origins[mark])
+            if origins[mark] is not None and _rescales(mark):
+                addends = addends_of(arguments_of(mark)[1], products)
+                _leave_alone(gm.graph, ctx, site, mark, addends)
+            if _forward_unknown(site) and arguments_of(mark)[1].op == "placeholder":
+                ctx.refuse(_compiled_apart(site))
+        claimed = {origin.node for origin in origins.values() if origin is not None}
+
+        seen = set(marks.values()).union(
+            *(ctx.frame.by_node[u.weight].sites for u in uses.values())
+        )
+        ctx.program.reached.update(site.path for site in seen)
+        for refusal in replaced_sites(gm.graph, ctx):
+            ctx.refuse(refusal)
+        edits = 0
+        added: dict[int, set[fx.Node]] = {}
+        for use in uses.values():
+            if use.node in claimed:
+                continue
+            kept = _left_to_mark(ctx, use)
+            if kept is not None:
+                if kept not in marks.values() and id(kept.module) not in ctx.frame.callers:
+                    ctx.refuse(Refusal((kept,), "always", "its own call added no delta"))
+                continue
+            site_or_none = _owner(ctx, use)
+            if isinstance(site_or_none, Refusal):
+                ctx.refuse(site_or_none)
+            elif site_or_none is not None:
+                if _mark_follows(ctx, site_or_none, use):
+                    continue
+                _insert(gm.graph, ctx, site_or_none, use)
+                added.setdefault(id(site_or_none), set()).add(use.node)
+                edits += 1
+        edits += insert_expert_sites(gm.graph, ctx)
+        for mark, site in marks.items():
+            moved = added.get(id(site))
+            if origins[mark] is not None or not moved:
+                continue
+            if not depends_on(arguments_of(mark)[1], moved):
+                continue
+            if site.eligible.handler is not None:
+                ctx.refuse(_used_before(site))
+            else:
+                # The delta is at the weight's own use now; behind it would count it twice.
+                mark.replace_all_uses_with(arguments_of(mark)[1])
+                ctx.forget(mark)
+                gm.graph.erase_node(mark)
+                edits += 1
+        return edits
+
+
+def _uses(ctx: Context) -> dict[fx.Node, Use]:
+    """All uses of weights of sites in the graph, by the node that computes y."""
+    uses: dict[fx.Node, Use] = {}
+    for node, item in list(ctx.frame.by_node.items()):
+        if item.kind != "weight" or any(site.eligible.kind == "experts" for site in item.sites):
+            continue
+        for use in _uses_of_input(ctx, node, item):
+            other = uses.get(use.node)
+            if other is not None and not _same_stored(ctx, use, other):
+                joined = _joined(ctx, other, use)
+                ctx.refuse(ctx.unknown_use(joined.weight, joined.node, joined.reason))
+                use = _joined(ctx, use, other)
+            uses[use.node] = use
+    return uses
+
+
+def _same_stored(ctx: Context, use: Use, other: Use) -> bool:
+    """Whether two parts of one stored weight enter together: its numbers and their scales."""
+    items = ctx.frame.by_node
+    return use.stored and other.stored and items[use.weight].sites == items[other.weight].sites
+
+
+def _uses_of_input(ctx: Context, node: fx.Node, item: FrameInput) -> list[Use]:
+    """The uses of one input, the weight itself or what was made of it."""
+    derived = item.derived
+    if derived is None and (item.part or fake_value(node).dim() != 2):
+        reason = f"{item.label} is how it is stored, and this is outside of its module's call"
+        return [
+            Use("unknown", node, user, stored=True, reason=reason)
+            for user in node.users
+            if isinstance(fake_value(user), torch.Tensor) or fake_value(user) is None
+        ]
+    if derived is None:
+        transposed = any(site.eligible.transposed for site in item.sites)
+        modules = {id(site.module) for site in item.sites}
+        scales = {
+            other
+            for other, state in ctx.frame.by_node.items()
+            if state.holder is not None and id(state.holder.module) in modules
+        }
+        return uses_of(node, transposed=transposed, scales=scales)
+    if derived.form is not None:
+        return uses_of(node, transposed=False, part=(derived.form, derived.shape))
+    reason = (
+        f"{item.label} holds numbers of it in an order, scale or precision that no rule "
+        "follows; keep views of the weight, or copies of its rows"
+    )
+    return [Use("unknown", node, user, reason=reason) for user in node.users]
+
+
+def _joined(ctx: Context, use: Use, other: Use) -> Use:
+    """A use at whose node another weight enters too: (W + ΔW)(V + ΔV) is not two deltas."""
+    if use.kind == "unknown":
+        return use
+    label = ctx.frame.by_node[other.weight].label
+    return Use("unknown", use.weight, use.node, reason=f"it is multiplied by {label}")
+
+
+def _mark_follows(ctx: Context, site: Site, use: Use) -> bool:
+    """True where the use is part of a running call of the module, whose mark adds the delta to
+    what it returns, in a graph that follows.
+
+    Right only where the module returns x Wᵀ itself; otherwise LoRA is refused.
+    """
+    frame = ctx.frame
+    inside = id(site.module) in frame.callers
+    frame.inside[frame.positions[use.weight], frame.by_node[use.weight].sites.index(site)] = inside
+    if inside and _forward_unknown(site):
+        ctx.refuse(_compiled_apart(site))
+    return inside
+
+
+def _forward_unknown(site: Site) -> bool:
+    """Whether the module may return something else than x Wᵀ, and no handler says what."""
+    return site.has_own_forward and site.eligible.handler is None
+
+
+def _left_to_mark(ctx: Context, use: Use) -> Site | None:
+    """The site whose mark adds this use's delta, wherever the mark stands, if the use is made by a
+    call of its module: it has a handler, or its weight is stored in a format (int8 and a scale) of
+    which only the module's call as a whole is known to compute x Wᵀ."""
+    item = ctx.frame.by_node[use.weight]
+    for site in item.sites:
+        stored = bool(item.part) or _is_stored(use) or is_stored(site.module, site.eligible)
+        if not stored and site.eligible.handler is None:
+            continue
+        # Where a break cuts its call in two, its mark stands in a later graph.
+        running = stored and id(site.module) in ctx.frame.callers
+        if running or ctx.inside(use.node, site.module):
+            return site
+    return None
+
+
+def _is_stored(use: Use) -> bool:
+    """Whether the tensor holds W in some format, in place of W's own numbers."""
+    return not is_dense(fake_value(use.weight))
+
+
+def _used_before(site: Site) -> Refusal:
+    return Refusal(
+        (site,),
+        "always",
+        "its handler adds to what its weight was used for outside of its own call, where the delta "
+        "is added too",
+    )
+
+
+def _compiled_apart(site: Site) -> Refusal:
+    return Refusal(
+        (site,),
+        "always",
+        "its forward is its own, and a graph break keeps its forward and its mark in graphs apart",
+    )
+
+
+def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
+    """The site that an unmarked use belongs to; None where it belongs to a module not selected."""
+    sites = ctx.frame.by_node[use.weight].sites
+    if use.kind == "unknown":
+        unknown = ctx.unknown_use(use.weight, use.node, use.reason)
+        return None if ctx.made_by_other_owner(use.node, use.weight) else unknown
+    where = ctx.where(use.node)
+    if use.stored:
+        dtype = fake_value(use.weight).dtype
+        return Refusal(sites, "always", f"its weight, {dtype}, is used outside of its call{where}")
+    kind = USE_KINDS[use.kind]
+    fitting = [site for site in sites if site.eligible.kind == kind]
+    unselected = ctx.unselected_owners(use.weight, kind)
+    if len(fitting) == 1 and not unselected:
+        return fitting[0]
+    inside = [site for site in fitting if ctx.inside(use.node, site.module)]
+    if len(inside) == 1:
+        return inside[0]
+    if unselected and (not fitting or any(ctx.inside(use.node, module) for module in unselected)):
+        return None
+    if not fitting and ctx.made_by_other_owner(use.node, use.weight):
+        return None
+    if not fitting:
+        return Refusal(
+            sites, "always", f"its weight is used as a {kind}, which its class is not{where}"
+        )
+    return Refusal(
+        tuple(fitting), "always", f"several modules share the weight of this {kind}{where}"
+    )
+
+
+def _insert(graph: fx.Graph, ctx: Context, site: Site, use: Use) -> None:
+    """Put the site's op at the use: y' = site(x, y). Its bank is looked up by the weight at run
+    time, since no hook brought it into the graph as an input."""
+    assert use.x is not None
+    bank = ctx.bank_inputs(graph, site, use.weight)
+    gains = ctx.gains_input(graph, site, use.weight)
+    y = use.node
+    users = list(y.users)
+    with graph.inserting_before(y.next):
+        x_rows, y_rows = use.x, y
+        if use.swapped:
+            x_rows, y_rows = _swapped(graph, ctx, use.x), _swapped(graph, ctx, y)
+        arguments = (x_rows, y_rows, *bank)
+        if use.kind == "embedding":
+            dora: tuple[fx.Node | None, ...] = () if gains is None else (gains,)
+            node = ctx.call(graph, EMBEDDING_OP, (*arguments, UNPROVED, *dora))
+        elif use.blocks is None:
+            dora = () if gains is None else (None, None, gains, None)
+            node = ctx.call(graph, SITE_OP, (*arguments, *own_ranges(site), UNPROVED, *dora))
+        else:
+            if gains is not None:
+                ctx.refuse(Refusal((site,), "dora", "its weight is used in blocks"))
+            grouped = (*own_ranges(site), UNPROVED, 0, *use.blocks)
+            node = ctx.call(graph, GROUPED_OP, (*arguments, *grouped))
+        last = _swapped(graph, ctx, node) if use.swapped else node
+    if _rescales(node) and use.bias is not None:
+        _leave_alone(graph, ctx, site, node, [use.bias])
+    for user in users:
+        user.replace_input_with(y, last)
+    ctx.record(site, node, use, form="rewritten")
+
+
+def _rescales(node: fx.Node) -> bool:
+    """Whether this is the op of a linear with room for DoRA."""
+    at = GAINS_ARGUMENT[SITE_OP]
+    arguments = arguments_of(node)
+    return node.target is SITE_OP and len(arguments) > at and arguments[at] is not None
+
+
+def _leave_alone(
+    graph: fx.Graph, ctx: Context, site: Site, node: fx.Node, addends: list[fx.Node]
+) -> None:
+    """Give the site's op the sum of what stands beside the product in y; DoRA is not of that."""
+    if any(size != 1 for item in addends for size in fake_value(item).shape[:-1]):
+        ctx.refuse(Refusal((site,), "dora", "more than a bias is added in one with its product"))
+        return
+    total = None
+    with graph.inserting_before(node):
+        for item in addends:
+            total = item if total is None else ctx.call(graph, aten.add.Tensor, (total, item))
+    node.args = (*node.args[: GAINS_ARGUMENT[SITE_OP] + 1], total)
+
+
+def _swapped(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
+    """`node` with its last two dimensions swapped."""
+    dims = list(range(fake_value(node).dim()))
+    dims[-1], dims[-2] = dims[-2], dims[-1]
+    return ctx.call(graph, aten.permute.default, (node, dims))

@@ -1,0 +1,64 @@
+"""Where a result comes from: the use of a weight behind a module's output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from lorafx.graph.weight_uses import RESHAPES, SAME_VALUE, Use, is_constant
+from lorafx.program.frame import arguments_of
+
+aten = torch.ops.aten
+
+
+def origin_of(y: fx.Node, uses: dict[fx.Node, Use]) -> Use | None:
+    """The use whose output `y` is, up to views, casts and the addition of a constant (the bias).
+
+    A delta added to `y` is then the same as one added to the use's output.
+    """
+    return _followed(y, uses)[0]
+
+
+def addends_of(y: fx.Node, uses: dict[fx.Node, Use]) -> list[fx.Node]:
+    """What `y`, which has an origin, holds beside the product with the weight."""
+    use, added = _followed(y, uses)
+    return added if use is None or use.bias is None else [*added, use.bias]
+
+
+def _followed(y: fx.Node, uses: dict[fx.Node, Use]) -> tuple[Use | None, list[fx.Node]]:
+    """The origin of `y`, and the constants that were added behind it."""
+    node: Any = y
+    added: list[fx.Node] = []
+    while isinstance(node, fx.Node) and node not in uses:
+        if node.target in SAME_VALUE or node.target in RESHAPES:
+            node = arguments_of(node)[0]
+        elif node.target is torch.ops.lorafx.rows_of.default:
+            node = arguments_of(node)[1]
+        elif node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1:
+            left, right = arguments_of(node)
+            if isinstance(right, fx.Node) and is_constant(right):
+                node, constant = left, right
+            elif isinstance(left, fx.Node) and is_constant(left):
+                node, constant = right, left
+            else:
+                return None, added
+            added.append(constant)
+        else:
+            return None, added
+    return (uses.get(node) if isinstance(node, fx.Node) else None), added
+
+
+def depends_on(node: fx.Node, ancestors: set[fx.Node]) -> bool:
+    """True where `node` is computed from one of `ancestors`."""
+    seen: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current in ancestors:
+            return True
+        if current not in seen:
+            seen.add(current)
+            pending.extend(current.all_input_nodes)
+    return False

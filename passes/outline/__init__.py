@@ -1,0 +1,1 @@
+"""outline: repeated layers become calls of one body."""

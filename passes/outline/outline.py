@@ -1,0 +1,204 @@
+"""Repeated layers are compiled once and called with their own weights and banks.
+
+    h1 = layer(h0; W0, bank0); h2 = layer(h1; W1, bank1); ...
+    →   h1 = invoke_subgraph(body, h0, W0, bank0); h2 = invoke_subgraph(body, h1, W1, bank1); ...
+
+Layers are candidates because one module call made their nodes (regions.py), and are merged because
+their canonical forms are equal (isomorphism.py). Inductor compiles the body once, inside the same
+program. A body returns fresh tensors only: views that readers outside need are taken again outside,
+since a result that shares an operand's memory would be overwritten with it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from lorafx.graph.context import Context, Outlined
+from lorafx.graph.graph_nodes import plain_path
+from lorafx.passes.outline.isomorphism import Form, Stretch, agree, sizes_of, stretch_of
+from lorafx.passes.outline.regions import Region, hoist_shared, is_free, regions_of, tensor_valued
+from lorafx.program.frame import fake_value
+
+INVOKE = torch.ops.higher_order.invoke_subgraph
+
+
+@dataclass(frozen=True)
+class Outline:
+    """`min_nodes`: shorter repeats stay: a call costs more than the compilation of so few nodes,
+    and nothing fuses across its ends."""
+
+    name: str = "outline"
+    required: bool = False
+    min_nodes: int = 32
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        hoist_shared(gm.graph)
+        claimed: set[fx.Node] = set()
+        replaced: dict[fx.Node, fx.Node] = {}
+        edits = 0
+        for regions, stretches in self._repeats(gm, claimed):
+            members = [_Member.of(stretch) for stretch in stretches]
+            if all(member.possible for member in members) and ctx.take_edit():
+                name = f"{self.name}d_{edits}"
+                _outline(gm, ctx, members, name, replaced)
+                claimed.update(node for region in regions for node in region.nodes)
+                paths = tuple(plain_path(region.path) for region in regions)
+                ctx.outlined.append(Outlined(name, paths, len(regions[0].nodes)))
+                edits += 1
+        return edits
+
+    def _repeats(
+        self, gm: fx.GraphModule, claimed: set[fx.Node]
+    ) -> Iterator[tuple[tuple[Region, ...], tuple[Stretch, ...]]]:
+        """Groups of isomorphic regions, longest first; none overlaps what is `claimed`."""
+        sizes = sizes_of(gm.graph)
+        lengths: dict[int, list[Region]] = {}
+        for region in regions_of(gm.graph):
+            if len(region.nodes) >= self.min_nodes:
+                lengths.setdefault(len(region.nodes), []).append(region)
+        for candidates in lengths.values():
+            groups: dict[Form, list[tuple[Region, Stretch]]] = {}
+            for region in candidates:
+                if len(candidates) > 1 and claimed.isdisjoint(region.nodes):
+                    stretch = stretch_of(gm, region.nodes)
+                    groups.setdefault(stretch.form, []).append((region, stretch))
+            for group in groups.values():
+                while len(group) > 1:
+                    first = group[0][1]
+                    same = [item for item in group if agree(first, item[1], sizes)]
+                    group = [item for item in group if item not in same]
+                    if len(same) > 1:
+                        regions, stretches = zip(*same, strict=True)
+                        yield regions, stretches
+
+
+@dataclass(frozen=True)
+class _Member:
+    """One stretch of a group.
+
+    Attributes:
+        results: places of the nodes whose values leave the stretch, by themselves or by a view.
+        again: nodes that are computed once more behind the call, from results and operands.
+    """
+
+    stretch: Stretch
+    results: frozenset[int]
+    again: tuple[fx.Node, ...]
+
+    @classmethod
+    def of(cls, stretch: Stretch) -> _Member:
+        place = {node: index for index, node in enumerate(stretch.nodes)}
+        results: set[int] = set()
+        again: set[fx.Node] = set()
+        pending = [n for n in stretch.nodes if any(user not in place for user in n.users)]
+        while pending:
+            node = pending.pop()
+            if node not in place or node in again:
+                continue
+            if is_free(node):
+                again.add(node)
+                pending.extend(node.all_input_nodes)
+            else:
+                results.add(place[node])
+        return cls(stretch, frozenset(results), tuple(n for n in stretch.nodes if n in again))
+
+    @property
+    def possible(self) -> bool:
+        nodes = self.stretch.nodes
+        return bool(self.results) and all(tensor_valued(nodes[place]) for place in self.results)
+
+
+def _outline(
+    gm: fx.GraphModule,
+    ctx: Context,
+    members: Sequence[_Member],
+    name: str,
+    replaced: dict[fx.Node, fx.Node],
+) -> None:
+    first = members[0].stretch
+    results = sorted(frozenset().union(*(member.results for member in members)))
+    symbols = _symbols(gm.graph, first)
+    taken = [replaced.get(node, node) for node in first.operands]
+    body, inside = _body(gm, first.nodes, [*taken, *symbols], results)
+    setattr(gm, name, body)
+    with gm.graph.inserting_before(first.nodes[0]):
+        attribute = gm.graph.get_attr(name)
+    for member in members:
+        operands = [replaced.get(node, node) for node in member.stretch.operands]
+        call = _call(gm.graph, member, (attribute, name, *operands, *symbols), results, replaced)
+        for node, twin in zip(member.stretch.nodes, first.nodes, strict=True):
+            if node in ctx.states:
+                ctx.homes[node] = (call, inside[twin])
+
+
+def _symbols(graph: fx.Graph, stretch: Stretch) -> list[fx.Node]:
+    """Sizes among the graph's inputs that the body needs and that are no operands yet."""
+    needed = set()
+    for node in (*stretch.nodes, *stretch.operands):
+        for value in pytree.tree_leaves(fake_value(node)):
+            sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
+            for size in sizes:
+                if isinstance(size, torch.SymInt):
+                    needed |= size.node.expr.free_symbols
+    return [
+        node
+        for node in graph.nodes
+        if node.op == "placeholder"
+        and isinstance(fake_value(node), torch.SymInt)
+        and fake_value(node).node.expr in needed
+        and node not in stretch.operands
+    ]
+
+
+def _body(
+    gm: fx.GraphModule,
+    nodes: Sequence[fx.Node],
+    operands: Sequence[fx.Node],
+    results: Sequence[int],
+) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """`nodes` as a graph of their own over their operands and sizes; and where each node went."""
+    graph = fx.Graph()
+    inside: dict[fx.Node, fx.Node] = {}
+    for node in operands:
+        inside[node] = graph.placeholder(node.name)
+        inside[node].meta["val"] = fake_value(node)
+    for node in nodes:
+        inside[node] = graph.node_copy(node, inside.__getitem__)
+    graph.output(tuple(inside[nodes[place]] for place in results))
+    return fx.GraphModule(gm, graph), inside
+
+
+def _call(
+    graph: fx.Graph,
+    member: _Member,
+    arguments: tuple[Any, ...],
+    results: Sequence[int],
+    replaced: dict[fx.Node, fx.Node],
+) -> fx.Node:
+    """The stretch's nodes become one call of the body."""
+    nodes = member.stretch.nodes
+    own = set(nodes)
+    with graph.inserting_before(nodes[0]):
+        call = graph.call_function(INVOKE, arguments)
+        call.meta["val"] = tuple(fake_value(nodes[place]) for place in results)
+        new: dict[fx.Node, fx.Node] = {}
+        for index, place in enumerate(results):
+            if place in member.results:
+                item = graph.call_function(operator.getitem, (call, index))
+                item.meta["val"] = fake_value(nodes[place])
+                new[nodes[place]] = item
+        for node in member.again:
+            new[node] = graph.node_copy(node, lambda source: new.get(source, source))
+    for node, item in new.items():
+        node.replace_all_uses_with(item, delete_user_cb=lambda user: user not in own)
+    replaced.update(new)
+    for node in reversed(nodes):
+        graph.erase_node(node)
+    return call

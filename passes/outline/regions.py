@@ -1,0 +1,242 @@
+"""Where repeats may be: the stretches of a graph that one call of a module left in it.
+
+Tracing runs a model in order, so the nodes of one module call follow one another, and each says
+which calls it was made in (`nn_module_stack`). This only proposes; `isomorphism` proves, and takes
+no name for it. Nodes that passes added carry no stack and belong to the stretch that they stand in.
+A stretch is contiguous in an order of definition before use, hence convex: no path leaves it and
+comes back.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from lorafx.program.frame import fake_value
+
+aten = torch.ops.aten
+
+#: What reads a size off a tensor.
+_SIZES = frozenset({aten.sym_size.int, aten.sym_stride.int})
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """The nodes of one module call, or of a part of it between two barriers.
+
+    `path` is the module's, as Dynamo writes it; it is for messages only.
+    """
+
+    path: str
+    nodes: tuple[fx.Node, ...]
+
+
+def regions_of(graph: fx.Graph) -> list[Region]:
+    """All regions of the graph, nested ones too: longest first, then in the graph's order."""
+    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    barriers = _barriers(nodes)
+    stacks = [() if node in barriers else _stack(node) for node in nodes]
+    found: dict[tuple[int, int], Region] = {}
+    for depth in range(1, max((len(stack) for stack in stacks), default=0) + 1):
+        for first, last in _runs(nodes, stacks, barriers, depth):
+            path = str(nodes[first].meta["nn_module_stack"][stacks[first][depth - 1]][0])
+            found.setdefault((first, last), Region(path, tuple(nodes[first : last + 1])))
+    ordered = sorted(found, key=lambda ends: (ends[0] - ends[1], ends[0]))
+    return [found[ends] for ends in ordered]
+
+
+def _runs(
+    nodes: Sequence[fx.Node],
+    stacks: Sequence[tuple[Any, ...]],
+    barriers: set[fx.Node],
+    depth: int,
+) -> Iterator[tuple[int, int]]:
+    """(first, last) of each run of nodes made in one call at this depth."""
+    call: tuple[Any, ...] = ()
+    first = last = -1
+    for index, (node, stack) in enumerate(zip(nodes, stacks, strict=True)):
+        if not stack and node not in barriers:
+            continue  # in the run if the run goes on behind it
+        here = stack[:depth] if len(stack) >= depth else ()
+        if here and here == call:
+            last = index
+            continue
+        if call:
+            yield first, last
+        call, first, last = here, index, index
+    if call:
+        yield first, last
+
+
+def _stack(node: fx.Node) -> tuple[Any, ...]:
+    """The module calls that `node` was made in, outermost first."""
+    return tuple(node.meta.get("nn_module_stack") or ())
+
+
+def _barriers(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """Nodes that must stay where they are: they mutate, draw random numbers or assert, or make
+    what is written back into an input (a static cache, which Inductor then updates in place)."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        if node.op == "call_function" and not is_pure(node):
+            found.add(node)
+            if node.target is aten.copy_.default:
+                source: Any = node.args[1]
+                while isinstance(source, fx.Node) and is_view(source):
+                    source = source.args[0]
+                found.add(source)
+    return found
+
+
+def is_pure(node: fx.Node) -> bool:
+    """True where `node` neither mutates, nor draws random numbers, nor has another effect."""
+    if node.op == "get_attr" or _drops_nothing(node):
+        return True
+    return not (node.is_impure() or _mutates(node))
+
+
+def _drops_nothing(node: fx.Node) -> bool:
+    """True for an attention that is tagged as random for its dropout, whose probability is 0."""
+    schema = getattr(node.target, "_schema", None)
+    for index, argument in enumerate(schema.arguments if schema is not None else ()):
+        if argument.name == "dropout_p":
+            given = node.args[index] if index < len(node.args) else argument.default_value
+            return bool(node.kwargs.get("dropout_p", given) == 0)
+    return False
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def is_view(node: fx.Node) -> bool:
+    """True where the result may share its operand's memory, by the operator's schema."""
+    if node.op != "call_function":
+        return False
+    if node.target is operator.getitem:
+        return is_view(node.args[0])  # type: ignore[arg-type]
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(item.alias_info is not None for item in schema.returns)
+
+
+def is_free(node: fx.Node) -> bool:
+    """True for what costs nothing to compute once more: views, sizes, constants."""
+    return node.op == "get_attr" or is_view(node) or isinstance(fake_value(node), _SYMBOLIC)
+
+
+def tensor_valued(node: fx.Node) -> bool:
+    return isinstance(fake_value(node), Tensor)
+
+
+def hoist_shared(graph: fx.Graph) -> int:
+    """Put what several regions read and no activation goes into before all of them.
+
+    A size that a pass emitted for the first layer, or a table that the first layer computes, is
+    used by the others as well: it is an operand of each, and no part of the first. Returns how many
+    nodes moved.
+    """
+    _settle_sizes(graph)
+    invariant = _invariant(graph)
+    wanted: set[fx.Node] = set()
+    for region in regions_of(graph):
+        inside = set(region.nodes)
+        pending = [
+            node
+            for node in region.nodes
+            if node in invariant and any(user not in inside for user in node.users)
+        ]
+        while pending:
+            node = pending.pop()
+            if node not in wanted and node.op != "placeholder":
+                wanted.add(node)
+                pending.extend(node.all_input_nodes)
+    anchor = next(node for node in graph.nodes if node.op != "placeholder")
+    for node in [node for node in graph.nodes if node in wanted]:
+        node.meta.pop("nn_module_stack", None)  # of no region from now on
+        if node is anchor:
+            anchor = anchor.next
+        else:
+            anchor.prepend(node)
+    return len(wanted)
+
+
+def _settle_sizes(graph: fx.Graph) -> None:
+    """A size read off an activation is a number, or computed from the sizes among the inputs."""
+    known: dict[Any, fx.Node] = {}
+    anchor = next(node for node in graph.nodes if node.op != "placeholder")
+    for node in list(graph.nodes):
+        value = fake_value(node)
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            continue
+        expr = value.node.expr if isinstance(value, torch.SymInt) else sympy.Integer(value)
+        if node.op == "placeholder":
+            known.setdefault(expr, node)
+        elif node.target in _SIZES:
+            with graph.inserting_before(anchor):
+                size = _computed(graph, expr, known)
+            if size is None:
+                continue
+            for user in list(node.users):
+                replace = functools.partial(_instead, node, size)
+                user.args = fx.node.map_arg(user.args, replace)
+                user.kwargs = fx.node.map_arg(user.kwargs, replace)
+            anchor = node.next if node is anchor else anchor
+            graph.erase_node(node)
+
+
+def _computed(graph: fx.Graph, expr: Any, known: dict[Any, fx.Node]) -> Any:
+    """`expr` as a number or a node: a polynomial in sizes that are inputs; else None."""
+    if expr.is_Integer:
+        return int(expr)
+    if expr not in known and isinstance(expr, (sympy.Add, sympy.Mul)):
+        target = operator.add if isinstance(expr, sympy.Add) else operator.mul
+        parts = [_computed(graph, part, known) for part in expr.args]
+        if None in parts:
+            return None
+        total = parts[0]
+        for part in parts[1:]:
+            node = graph.call_function(target, (total, part))
+            values = (fake_value(x) if isinstance(x, fx.Node) else x for x in (total, part))
+            node.meta["val"] = target(*values)
+            total = node
+        known[expr] = total
+    return known.get(expr)
+
+
+def _instead(old: fx.Node, new: Any, argument: fx.Node) -> Any:
+    return new if argument is old else argument
+
+
+def bodies(gm: fx.GraphModule) -> list[tuple[str, fx.GraphModule]]:
+    """The graphs that the graph holds as attributes, by name: outlined layers, branches."""
+    names = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+    return [
+        (name, module)
+        for name, module in gm.named_children()
+        if name in names and isinstance(module, fx.GraphModule)
+    ]
+
+
+def _invariant(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes computed from sizes, slots and other integers among the inputs, and constants."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            value = fake_value(node)
+            if not (isinstance(value, Tensor) and value.is_floating_point()):
+                found.add(node)
+        elif not is_pure(node):
+            if node.op == "call_function" and _mutates(node):
+                break  # what is read behind it may have changed
+        elif all(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
