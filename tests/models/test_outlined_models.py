@@ -219,7 +219,7 @@ print("hits", counters["inductor"]["fxgraph_cache_hit"], cm.recompiles)
 
 @pytest.mark.slow
 def test_another_process_takes_the_graph_from_the_cache(tmp_path):
-    tests = Path(__file__).parent
+    tests = Path(__file__).parents[1]
     paths = [str(tests / "helpers"), str(tests / "conformance")]
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, "-c", AGAIN, str(tmp_path / "adapters"), *paths]

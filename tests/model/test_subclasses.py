@@ -1,4 +1,4 @@
-"""Case 1: subclasses of registered classes, with forwards of their own or without."""
+"""Subclasses of registered classes, with forwards of their own or without."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Case 1: classes whose calls do not map (…, K) to (…, N): a handler says what the delta means."""
+"""Classes whose calls do not map (…, K) to (…, N): a handler says what the delta means."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ANSWERS = {
     "base": "8",
     "consonants": "cmplr",
@@ -62,13 +62,13 @@ def test_torch_compile(capsys):
             assert f"{road}, {name}: compiler>{ANSWERS[name]}" in lines
 
 
-@pytest.mark.slow  # what they do is tested in tests/cases/test_expert_models.py
+@pytest.mark.slow  # what they do is tested in tests/models/test_expert_models.py
 def test_experts(capsys):
     runpy.run_path(str(ROOT / "examples/experts.py"), run_name="__main__")
     assert capsys.readouterr().out.count("as when served alone") == 3
 
 
-@pytest.mark.slow  # what they do is tested in tests/base_weights and tests/test_merge.py
+@pytest.mark.slow  # what they do is tested in tests/base_weights
 def test_live_update(capsys):
     runpy.run_path(str(ROOT / "examples/live_update.py"), run_name="__main__")
     said = capsys.readouterr().out

@@ -33,7 +33,7 @@ from transformers.models.step3p7 import modeling_step3p7
 import lorafx
 from lorafx.errors import MatchError
 
-#: Model type -> packs that `explain` shows, by last names. Qwen3-MoE is in test_experts.
+#: Model type -> packs that `explain` shows, by last names. Qwen3-MoE is in test_qwen3_moe.
 MODELS = {
     "mixtral": ["q_proj, k_proj, v_proj"],
     "olmoe": ["q_proj, k_proj, v_proj"],

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-HELPERS = Path(__file__).parent / "helpers"
+HELPERS = Path(__file__).parents[1] / "helpers"
 LONG = pytest.mark.slow
 
 

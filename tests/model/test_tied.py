@@ -1,4 +1,4 @@
-"""Case 4: a tied head and embedding are two sites on one storage, each with its own delta."""
+"""A tied head and embedding are two sites on one storage, each with its own delta."""
 
 from __future__ import annotations
 

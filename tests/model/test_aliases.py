@@ -1,4 +1,4 @@
-"""Case 3: one module instance reached by several attribute paths is one site with one bank."""
+"""One module instance reached by several attribute paths is one site with one bank."""
 
 from __future__ import annotations
 

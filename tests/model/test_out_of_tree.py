@@ -1,4 +1,4 @@
-"""Case 2: classes that replace a registered one without inheriting from it."""
+"""Classes that replace a registered one without inheriting from it."""
 
 from __future__ import annotations
 

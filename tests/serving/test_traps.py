@@ -150,7 +150,7 @@ print(next(t for n, _, t in cm._session.backend.records[-1].dump.stages if n == 
 
 def test_a_pass_switched_off_in_a_fresh_process_with_a_warm_cache(plain, tmp_path):
     """Rewriting where Inductor's caches do not look would serve stale code."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     paths = [str(here / "helpers"), str(here / "conformance")]
     folder = str(plain.folders["a0"].parent)
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONSAFEPATH": "1"}
