@@ -26,6 +26,7 @@ from torch._ops import OpOverload
 
 from lorafx.errors import LoweringError
 from lorafx.kernels import ops
+from lorafx.kernels.bank_arguments import Ranges
 from lorafx.kernels.compiler import (
     Isa,
     best_isa,
@@ -161,7 +162,7 @@ def _load(spec: Spec, kernel: int, path: Path) -> None:
         raise LoweringError("the table of generated CPU kernels is full")
     _LIBRARIES.append(library)
     if isinstance(spec, DeltaSpec):
-        ops.KERNELS[kernel] = (spec.siblings, spec.offsets, spec.sizes)
+        ops.KERNELS[kernel] = Ranges(spec.siblings, spec.offsets, spec.sizes)
 
 
 def build(spec: Spec, isa: Isa | None = None) -> int | None:

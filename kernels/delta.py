@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lorafx.errors import BatchError, ProvenanceError
+from lorafx.kernels.bank_arguments import BankArgs, Ranges
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -83,14 +84,8 @@ def _masked_v(v: Tensor, owner: Tensor, live: Tensor, scale: Tensor) -> Tensor:
 def add_linear_delta(
     y: Tensor,
     x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    ranks: Tensor,
-    scales: Tensor,
-    slots: Tensor,
-    siblings: Sequence[int],
-    offsets: Sequence[int],
-    sizes: Sequence[int],
+    bank: BankArgs,
+    ranges: Ranges,
     rows: int,
     *,
     grouped: bool | None = None,
@@ -104,19 +99,20 @@ def add_linear_delta(
         ProvenanceError, BatchError: as `row_slots` and `groups`.
     """
     x, y = torch.atleast_2d(x), torch.atleast_2d(y)  # views
+    A, B, ranks, scales, slots = bank
     count = x.shape[:-1].numel()
     owner = row_slots(slots, rows, count)
     if count == 0:
         return
     acc, R, start = accumulation_dtype(x, y), B.shape[1], 0
-    ranges = []
-    for i, offset, size in zip(siblings, offsets, sizes, strict=True):
+    parts = []
+    for i, offset, size in zip(*ranges, strict=True):
         columns = slice(offset, offset + size)
-        ranges.append((i, slice(i * R, (i + 1) * R), columns, y[..., start : start + size]))
+        parts.append((i, slice(i * R, (i + 1) * R), columns, y[..., start : start + size]))
         start += size
     if not (x.device.type == "cpu" if grouped is None else grouped):
         x = x.reshape(count, x.shape[-1]).to(acc)
-        for i, planes, columns, part in ranges:
+        for i, planes, columns, part in parts:
             b, live = _masked_b(B[:, :, columns], ranks[:, i], acc)
             v = (x @ A[:, planes].flatten(0, 1).to(acc).T).unflatten(-1, (-1, R))
             delta = _masked_v(v, owner, live, scales[:, i]) @ b
@@ -125,7 +121,7 @@ def add_linear_delta(
     rank_table, scale_table = ranks.tolist(), scales.tolist()
     for slot, index in groups(owner, A.shape[0]):
         xs, at = x[_places(index, x.shape[:-1])].to(acc), _places(index, y.shape[:-1])
-        for i, planes, columns, part in ranges:
+        for i, planes, columns, part in parts:
             r = rank_table[slot][i]
             v = xs @ A[slot, planes][:r].to(acc).T * scale_table[slot][i]
             part[at] = (part[at].to(acc) + v @ B[slot, :r, columns].to(acc)).to(y.dtype)
@@ -134,17 +130,14 @@ def add_linear_delta(
 def add_embedding_delta(
     y: Tensor,
     ids: Tensor,
-    A: Tensor,
-    B: Tensor,
-    ranks: Tensor,
-    scales: Tensor,
-    slots: Tensor,
+    bank: BankArgs,
     rows: int,
     *,
     grouped: bool | None = None,
 ) -> None:
     """Adds the delta of an embedding into y (..., N) in place; ids is (...). Any strides."""
     ids, y = torch.atleast_1d(ids), torch.atleast_2d(y)  # views
+    A, B, ranks, scales, slots = bank
     count = ids.numel()
     owner = row_slots(slots, rows, count)
     if count == 0:

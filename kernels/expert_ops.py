@@ -17,22 +17,14 @@ that the experts ran.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from lorafx.kernels.bank_arguments import BANK, RANGES, BankArgs, Ranges
 from lorafx.kernels.delta import add_linear_delta, row_slots
+from lorafx.kernels.op_checks import check_bank, check_linear, check_rows, require
 from lorafx.kernels.op_library import define
-from lorafx.kernels.ops import (
-    BANK,
-    RANGES,
-    _check_bank,
-    _check_linear,
-    _check_rows,
-    _ranges_of,
-    _require,
-)
+from lorafx.kernels.ops import ranges_of
 
 SCHEMAS = (
     "expert_slots(Tensor slots, Tensor experts, SymInt rows, int count) -> Tensor",
@@ -78,15 +70,9 @@ def expert_mark_fake(y, A):
 def expert_site(
     x: Tensor,
     y: Tensor,
-    A: Tensor,
-    B: Tensor,
-    ranks: Tensor,
-    scales: Tensor,
-    slots: Tensor,
+    bank: BankArgs,
     experts: Tensor,
-    siblings: Sequence[int],
-    offsets: Sequence[int],
-    sizes: Sequence[int],
+    ranges: Ranges,
     rows: int,
     count: int,
 ) -> Tensor:
@@ -95,30 +81,22 @@ def expert_site(
     A (S·E, G·R, K), B (S·E, R, ΣN), ranks and scales (S·E, G), E = `count`; the rest is as in
     `site`.
     """
-    ranges = (siblings, offsets, sizes)
-    _check(x, y, A, B, ranks, scales, slots, experts, *ranges, rows, count)
-    keys = expert_slots(slots, experts, rows, count)
+    _check(x, y, bank, experts, ranges, rows, count)
+    keys = expert_slots(bank.slots, experts, rows, count)
     out = y.clone(memory_format=torch.contiguous_format)
-    add_linear_delta(out, x, A, B, ranks, scales, keys, *ranges, 1)
+    add_linear_delta(out, x, bank._replace(slots=keys), ranges, 1)
     return out
 
 
-def expert_site_fake(
-    x, y, A, B, ranks, scales, slots, experts, siblings, offsets, sizes, rows, count
-):
-    ranges = (siblings, offsets, sizes)
-    _check(x, y, A, B, ranks, scales, slots, experts, *ranges, rows, count)
+def expert_site_fake(x, y, bank: BankArgs, experts, ranges: Ranges, rows, count):
+    _check(x, y, bank, experts, ranges, rows, count)
     return y.new_empty(y.shape)
 
 
 def run_expert_delta_(
     y: Tensor,
     x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    ranks: Tensor,
-    scales: Tensor,
-    slots: Tensor,
+    bank: BankArgs,
     alike: Tensor,
     experts: Tensor,
     rows: int,
@@ -136,35 +114,30 @@ def run_expert_delta_(
         experts: integers, the expert of each row (M,), or with `ends` where the rows of each
             expert end (E,), rows being sorted by expert; rows behind the last have none.
     """
-    ranges = _ranges_of("run_expert_delta_", kernel)
+    ranges = ranges_of("run_expert_delta_", kernel)
     if ends:
         numbers = torch.arange(x.shape[0], device=experts.device, dtype=experts.dtype)
         experts = torch.searchsorted(experts, numbers, right=True)
-    _check(x, y, A, B, ranks, scales, slots, experts, *ranges, rows, count)
-    keys = expert_slots(slots, experts, rows, count)
-    add_linear_delta(y, x, A, B, ranks, scales, keys, *ranges, 1)
+    _check(x, y, bank, experts, ranges, rows, count)
+    keys = expert_slots(bank.slots, experts, rows, count)
+    add_linear_delta(y, x, bank._replace(slots=keys), ranges, 1)
 
 
-def run_expert_delta_fake(
-    y, x, A, B, ranks, scales, slots, alike, experts, rows, count, ends, kernel
-) -> None:
-    op = "run_expert_delta_"
-    _check_bank(op, A, B, ranks, scales, slots)
-    _check_rows(op, x.shape[:-1], y.shape[:-1], rows)
-    _require(op, alike.dim() == 2 and alike.shape[0] == ranks.shape[0], "alike is (S, siblings)")
-    _require(op, experts.dim() == 1, f"experts is a vector, not {tuple(experts.shape)}")
+def run_expert_delta_fake(y, x, bank: BankArgs, alike, experts, rows, count, ends, kernel) -> None:
+    op, S = "run_expert_delta_", bank.ranks.shape[0]
+    check_bank(op, bank)
+    check_rows(op, x.shape[:-1], y.shape[:-1], rows)
+    require(op, alike.dim() == 2 and alike.shape[0] == S, "alike is (S, siblings)")
+    require(op, experts.dim() == 1, f"experts is a vector, not {tuple(experts.shape)}")
 
 
-def _check(
-    x, y, A, B, ranks, scales, slots, experts, siblings, offsets, sizes, rows, count
-) -> None:
-    op = "expert_site"
-    ranges = (siblings, offsets, sizes)
-    _check_linear(op, x, y.shape[-1], A, B, ranks, scales, slots, *ranges)
-    _check_rows(op, x.shape[:-1], y.shape[:-1], rows)
-    _require(op, count > 0 and ranks.shape[0] % count == 0, f"{count} experts do not divide S")
-    _require(op, experts.dim() == 1, f"experts is (rows,), not {tuple(experts.shape)}")
-    _check_rows(op, x.shape[:-1], experts.shape, rows)
+def _check(x, y, bank, experts, ranges, rows, count) -> None:
+    op, S = "expert_site", bank.ranks.shape[0]
+    check_linear(op, x, y.shape[-1], bank, ranges)
+    check_rows(op, x.shape[:-1], y.shape[:-1], rows)
+    require(op, count > 0 and S % count == 0, f"{count} experts do not divide S")
+    require(op, experts.dim() == 1, f"experts is (rows,), not {tuple(experts.shape)}")
+    check_rows(op, x.shape[:-1], experts.shape, rows)
 
 
 for _schema, _eager, _fake in (

@@ -10,15 +10,14 @@ kernels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from lorafx.kernels.bank_arguments import BANK, RANGES, BankArgs, Ranges
 from lorafx.kernels.delta import add_linear_delta
 from lorafx.kernels.expert_ops import expert_slots
+from lorafx.kernels.op_checks import check_linear, check_rows, require
 from lorafx.kernels.op_library import define
-from lorafx.kernels.ops import BANK, RANGES, _check_linear, _check_rows, _require
 
 SCHEMA = (
     f"fused_experts(Tensor x, Tensor weight, Tensor offs, {BANK}, Tensor experts, {RANGES},"
@@ -42,15 +41,9 @@ def fused_experts(
     x: Tensor,
     weight: Tensor,
     offs: Tensor,
-    A: Tensor,
-    B: Tensor,
-    ranks: Tensor,
-    scales: Tensor,
-    slots: Tensor,
+    bank: BankArgs,
     experts: Tensor,
-    siblings: Sequence[int],
-    offsets: Sequence[int],
-    sizes: Sequence[int],
+    ranges: Ranges,
     rows: int,
     transposed: bool,
 ) -> Tensor:
@@ -60,43 +53,35 @@ def fused_experts(
         LoweringError: shapes or dtypes that do not fit each other.
         ProvenanceError, BatchError: as `row_slots`.
     """
-    ranges = (siblings, offsets, sizes)
-    bank = (A, B, ranks, scales)
-    _check(x, weight, offs, *bank, slots, experts, *ranges, rows, transposed)
+    _check(x, weight, offs, bank, experts, ranges, rows, transposed)
     y = grouped_product(x, weight, offs, transposed)
-    keys = expert_slots(slots, experts, rows, weight.shape[0])
-    add_linear_delta(y, x, *bank, keys, *ranges, 1)
+    keys = expert_slots(bank.slots, experts, rows, weight.shape[0])
+    add_linear_delta(y, x, bank._replace(slots=keys), ranges, 1)
     return y
 
 
-def fused_experts_fake(
-    x, weight, offs, A, B, ranks, scales, slots, experts, siblings, offsets, sizes, rows, transposed
-):
-    bank = (A, B, ranks, scales, slots)
-    ranges = (siblings, offsets, sizes)
-    _check(x, weight, offs, *bank, experts, *ranges, rows, transposed)
+def fused_experts_fake(x, weight, offs, bank: BankArgs, experts, ranges: Ranges, rows, transposed):
+    _check(x, weight, offs, bank, experts, ranges, rows, transposed)
     return x.new_empty((x.shape[0], weight.shape[2 if transposed else 1]))
 
 
-def _check(
-    x, weight, offs, A, B, ranks, scales, slots, experts, siblings, offsets, sizes, rows, transposed
-) -> None:
-    op = "fused_experts"
-    _require(op, x.dim() == 2 and weight.dim() == 3, "x is (M, K) and the weight 3-d")
+def _check(x, weight, offs, bank, experts, ranges, rows, transposed) -> None:
+    op, S = "fused_experts", bank.ranks.shape[0]
+    require(op, x.dim() == 2 and weight.dim() == 3, "x is (M, K) and the weight 3-d")
     E, N, K = weight.shape
     if transposed:
         N, K = K, N
-    _require(op, x.shape[1] == K, f"x has {x.shape[1]} features, the weight {K}")
-    _require(op, x.dtype == weight.dtype, f"x is {x.dtype}, the weight {weight.dtype}")
+    require(op, x.shape[1] == K, f"x has {x.shape[1]} features, the weight {K}")
+    require(op, x.dtype == weight.dtype, f"x is {x.dtype}, the weight {weight.dtype}")
     check_ends(op, offs, E)
-    _check_linear(op, x, N, A, B, ranks, scales, slots, siblings, offsets, sizes)
-    _require(op, ranks.shape[0] % E == 0, f"{E} experts do not divide {ranks.shape[0]} slots")
-    _check_rows(op, x.shape[:1], experts.shape, rows)
+    check_linear(op, x, N, bank, ranges)
+    require(op, S % E == 0, f"{E} experts do not divide {S} slots")
+    check_rows(op, x.shape[:1], experts.shape, rows)
 
 
 def check_ends(op: str, offs: Tensor, experts: int) -> None:
     """Refuses ends of groups that are not those of so many experts."""
-    _require(
+    require(
         op,
         offs.dim() == 1 and offs.shape[0] == experts and offs.dtype in (torch.int32, torch.int64),
         f"offs is {offs.dtype} {tuple(offs.shape)}, not integers ({experts},)",

@@ -26,8 +26,8 @@ from lorafx.kernels.compiler import (
     load_library,
     torch_function,
 )
+from lorafx.kernels.op_checks import require
 from lorafx.kernels.op_library import define
-from lorafx.kernels.ops import _require
 from lorafx.kernels.product_source import ProductArgs, ProductSpec, product_source
 
 #: Rows an expert from which on a product of matrices is as fast as the generated kernel, which is
@@ -142,11 +142,11 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, No
 
 def _check(x: Tensor, weight: Tensor, offs: Tensor) -> None:
     op = "grouped_mm"
-    _require(op, x.dim() == 2 and weight.dim() == 3, "input is (M, K), weight (E, K, N)")
-    _require(op, x.shape[1] == weight.shape[1], f"x has {x.shape[1]} columns of {weight.shape[1]}")
-    _require(op, offs.shape == weight.shape[:1], f"offs is (E,), not {tuple(offs.shape)}")
-    _require(op, x.dtype == weight.dtype, f"x is {x.dtype}, weight {weight.dtype}")
-    _require(op, offs.dtype == torch.int32, f"offs is int32, not {offs.dtype}")
+    require(op, x.dim() == 2 and weight.dim() == 3, "input is (M, K), weight (E, K, N)")
+    require(op, x.shape[1] == weight.shape[1], f"x has {x.shape[1]} columns of {weight.shape[1]}")
+    require(op, offs.shape == weight.shape[:1], f"offs is (E,), not {tuple(offs.shape)}")
+    require(op, x.dtype == weight.dtype, f"x is {x.dtype}, weight {weight.dtype}")
+    require(op, offs.dtype == torch.int32, f"offs is int32, not {offs.dtype}")
 
 
 _SCHEMA = "grouped_mm(Tensor input, Tensor weight, Tensor offs) -> Tensor"

@@ -27,9 +27,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lorafx.kernels.bank_arguments import BANK, RANGES, BankArgs, Ranges
 from lorafx.kernels.delta import accumulation_dtype, groups, row_slots
+from lorafx.kernels.op_checks import check_linear, check_rows, require
 from lorafx.kernels.op_library import define
-from lorafx.kernels.ops import BANK, RANGES, _check_linear, _check_rows, _require
 
 GROUPED_SCHEMA = (
     f"grouped_site(Tensor x, Tensor y, {BANK}, {RANGES}, SymInt rows, int group_dim, int groups,"
@@ -56,14 +57,8 @@ class Blocks(NamedTuple):
 def grouped_site(
     x: Tensor,
     y: Tensor,
-    A: Tensor,
-    B: Tensor,
-    ranks: Tensor,
-    scales: Tensor,
-    slots: Tensor,
-    siblings: Sequence[int],
-    offsets: Sequence[int],
-    sizes: Sequence[int],
+    bank: BankArgs,
+    ranges: Ranges,
     rows: int,
     group_dim: int,
     groups: int,
@@ -76,25 +71,18 @@ def grouped_site(
     The site's output columns are those of `siblings`, `sizes` each, as `fused_linear` has them.
     """
     blocks = Blocks(groups, _three(out_steps), _three(in_steps), over_out)
-    ranges = (siblings, offsets, sizes)
-    _check(x, y, A, B, ranks, scales, slots, *ranges, rows, group_dim, blocks)
+    _check(x, y, bank, ranges, rows, group_dim, blocks)
     out = y.clone(memory_format=torch.contiguous_format)
     if out.numel():
-        add_grouped_delta(out, x, A, B, ranks, scales, slots, *ranges, rows, group_dim, blocks)
+        add_grouped_delta(out, x, bank, ranges, rows, group_dim, blocks)
     return out
 
 
 def grouped_site_fake(
     x,
     y,
-    A,
-    B,
-    ranks,
-    scales,
-    slots,
-    siblings,
-    offsets,
-    sizes,
+    bank: BankArgs,
+    ranges: Ranges,
     rows,
     group_dim,
     groups,
@@ -103,8 +91,7 @@ def grouped_site_fake(
     over_out,
 ):
     blocks = Blocks(groups, _three(out_steps), _three(in_steps), over_out)
-    ranges = (siblings, offsets, sizes)
-    _check(x, y, A, B, ranks, scales, slots, *ranges, rows, group_dim, blocks)
+    _check(x, y, bank, ranges, rows, group_dim, blocks)
     return y.new_empty(y.shape)
 
 
@@ -113,17 +100,15 @@ def _three(steps: Sequence[int]) -> tuple[int, int, int]:
     return start, group, step
 
 
-def _check(
-    x, y, A, B, ranks, scales, slots, siblings, offsets, sizes, rows, group_dim, blocks: Blocks
-) -> None:
-    op = "grouped_site"
+def _check(x, y, bank, ranges, rows, group_dim, blocks: Blocks) -> None:
+    op, A, sizes = "grouped_site", bank.A, ranges.sizes
     # The bank against the site as a whole: what meets A as x has K features.
-    _check_linear(op, A, sum(sizes), A, B, ranks, scales, slots, siblings, offsets, sizes)
-    _require(op, x.dim() == y.dim() >= 2, f"x is {x.dim()}-d and y {y.dim()}-d")
-    _require(op, x.is_floating_point(), "x is a floating-point tensor")
-    _check_rows(op, x.shape[:-1], y.shape[:-1], rows)
-    _require(op, 0 <= group_dim < x.dim() - 1, f"group_dim {group_dim} of a {x.dim()}-d x")
-    _require(op, blocks.groups >= 1, f"{blocks.groups} groups")
+    check_linear(op, A, sum(sizes), bank, ranges)
+    require(op, x.dim() == y.dim() >= 2, f"x is {x.dim()}-d and y {y.dim()}-d")
+    require(op, x.is_floating_point(), "x is a floating-point tensor")
+    check_rows(op, x.shape[:-1], y.shape[:-1], rows)
+    require(op, 0 <= group_dim < x.dim() - 1, f"group_dim {group_dim} of a {x.dim()}-d x")
+    require(op, blocks.groups >= 1, f"{blocks.groups} groups")
     outs, ins = (x, y) if blocks.over_out else (y, x)
     for name, steps, count, limit in (
         ("out", blocks.out_steps, outs.shape[-1], sum(sizes)),
@@ -131,21 +116,15 @@ def _check(
     ):
         start, group, step = steps
         last = start + (blocks.groups - 1) * group + (count - 1) * step
-        _require(op, min(steps) >= 0, f"negative {name} steps {steps}")
-        _require(op, last < limit, f"blocks reach {name} index {last} of {limit}")
+        require(op, min(steps) >= 0, f"negative {name} steps {steps}")
+        require(op, last < limit, f"blocks reach {name} index {last} of {limit}")
 
 
 def add_grouped_delta(
     y: Tensor,
     x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    ranks: Tensor,
-    scales: Tensor,
-    slots: Tensor,
-    siblings: Sequence[int],
-    offsets: Sequence[int],
-    sizes: Sequence[int],
+    bank: BankArgs,
+    ranges: Ranges,
     rows: int,
     group_dim: int,
     blocks: Blocks,
@@ -160,6 +139,8 @@ def add_grouped_delta(
     Raises:
         ProvenanceError, BatchError: as `lorafx.kernels.delta.row_slots` and `groups`.
     """
+    A, B, ranks, scales, slots = bank
+    siblings, offsets, sizes = ranges
     owner = row_slots(slots, rows, x.shape[:-1].numel()).view(x.shape[:-1])
     x, owner = _by_group(x, group_dim, blocks), _by_group(owner[..., None], group_dim, blocks)
     owner = owner[..., 0]

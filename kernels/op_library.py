@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from lorafx.kernels.bank_arguments import flat
+
 _LIBRARY = torch.library.Library("lorafx", "FRAGMENT")
 
 
@@ -17,11 +19,12 @@ def define(
     setup_context: Callable[..., None] | None = None,
 ) -> None:
     """Define `lorafx::<name>` by its schema; `eager` runs on every device, without gradients unless
-    `backward` gives them (as torch.library.register_autograd takes both)."""
+    `backward` gives them (as torch.library.register_autograd takes both). Both functions may take
+    a bank and its ranges as one argument each (lorafx.kernels.bank_arguments)."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, eager, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lorafx::{name}", fake, lib=_LIBRARY)
+    _LIBRARY.impl(name, flat(eager), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lorafx::{name}", flat(fake), lib=_LIBRARY)
     if backward is not None:
         torch.library.register_autograd(
             f"lorafx::{name}", backward, setup_context=setup_context, lib=_LIBRARY

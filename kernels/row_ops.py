@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lorafx.kernels.op_checks import check_rows
 from lorafx.kernels.op_library import define
-from lorafx.kernels.ops import _check_rows
 
 SCHEMA = "rows_of(Tensor x, Tensor y) -> Tensor"
 
@@ -35,7 +35,7 @@ def rows_of_fake(x, y):
 
 def _check(x: Tensor, y: Tensor) -> None:
     rows = y.shape[:-1]
-    _check_rows("rows_of", x.shape[: len(rows)], rows, 1)
+    check_rows("rows_of", x.shape[: len(rows)], rows, 1)
 
 
 define(SCHEMA, rows_of, rows_of_fake)

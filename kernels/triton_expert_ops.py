@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.library import custom_op, triton_op
 
+from lorafx.kernels.bank_arguments import BankArgs, flat
 from lorafx.kernels.fused_experts import check_ends
-from lorafx.kernels.ops import _require
+from lorafx.kernels.op_checks import require
 from lorafx.kernels.triton_build import EXPERTS, LaunchPlan
 from lorafx.kernels.triton_launch import Batch, Launch, activate, linear, shrink
 from lorafx.kernels.triton_ops import (
@@ -37,39 +38,34 @@ def _run(
     inputs: Sequence[Tensor],
     weight: Tensor,
     offs: Tensor,
-    A: Tensor,
-    B: Tensor,
-    ranks: Tensor,
-    scales: Tensor,
-    slots: Tensor,
+    bank: BankArgs,
     rows: Any,
     kernel: int,
     launch: Launch,
 ) -> Tensor:
-    bank = (A, B, ranks, scales)
-    plan = _checked(OP, kernel, EXPERTS, (*bank, slots), rows)
-    y = _fake(inputs, weight, offs, *bank, slots, rows, kernel)
+    plan = _checked(OP, kernel, EXPERTS, bank, rows)
+    y = _fake(inputs, weight, offs, bank, rows, kernel)
     M = y.shape[0]
     if guard_or_false(M == 0):
         return y
-    batch = Batch.of(M, slots, rows, None, launch, offs)
+    batch = Batch.of(M, bank.slots, rows, None, launch, offs)
     first, last = plan.kernels.values()
     if plan.strategy == "activated":
-        x, v = activate(first, plan.spec, inputs, A, ranks, scales, batch, launch)
+        x, v = activate(first, plan.spec, inputs, bank, batch, launch)
     else:
         x = inputs[0]
-        v = shrink(first, plan.spec, x, A, ranks, scales, batch, launch)
+        v = shrink(first, plan.spec, x, bank, batch, launch)
     linear(last, plan.spec, y, v, (x, weight, None), bank, batch, launch)
     return y
 
 
-def _fake(inputs, weight, offs, A, B, ranks, scales, slots, rows, kernel):
-    plan = _checked(OP, kernel, EXPERTS, (A, B, ranks, scales, slots), rows)
+def _fake(inputs, weight, offs, bank: BankArgs, rows, kernel):
+    plan = _checked(OP, kernel, EXPERTS, bank, rows)
     spec, d = plan.spec, plan.spec.delta
     K, N, E = d.in_features, spec.out_features, spec.experts
-    M = _check_inputs(plan, inputs, A)
+    S, M = bank.ranks.shape[0], _check_inputs(plan, inputs, bank.A)
     shape = (E, K, N) if spec.transposed else (E, N, K)
-    _require(
+    require(
         OP,
         tuple(weight.shape) == shape and weight.dtype == spec.weight_dtype,
         f"the weight is {weight.dtype} {tuple(weight.shape)}, the kernel's {shape}",
@@ -77,7 +73,7 @@ def _fake(inputs, weight, offs, A, B, ranks, scales, slots, rows, kernel):
     _require_adjacent(OP, weight=weight)
     check_ends(OP, offs, E)
     _require_adjacent(OP, offs=offs)
-    _require(OP, ranks.shape[0] % E == 0, f"{E} experts do not divide {ranks.shape[0]} slots")
+    require(OP, S % E == 0, f"{E} experts do not divide {S} slots")
     return inputs[0].new_empty((M, N), dtype=d.y_dtype)
 
 
@@ -85,11 +81,11 @@ def _check_inputs(plan: LaunchPlan, inputs: Sequence[Tensor], A: Tensor) -> Any:
     """Checks them; returns the number of rows."""
     activation = plan.spec.activation
     if activation is None:
-        _require(OP, len(inputs) == 1, f"{len(inputs)} inputs; the kernel takes x alone")
+        require(OP, len(inputs) == 1, f"{len(inputs)} inputs; the kernel takes x alone")
         _check_linear(OP, plan, inputs[0], A)
         return inputs[0].shape[0]
     found = len(inputs)
-    _require(OP, found == activation.inputs, f"{found} inputs, not {activation.inputs}")
+    require(OP, found == activation.inputs, f"{found} inputs, not {activation.inputs}")
     rows: list[Any] = []
     rest = iter(inputs)
     for index, leaf in enumerate(activation.leaves):
@@ -99,7 +95,7 @@ def _check_inputs(plan: LaunchPlan, inputs: Sequence[Tensor], A: Tensor) -> Any:
             for load in activation.loads
             if load.leaf == index
         )
-        _require(
+        require(
             OP,
             table.dim() == 2 and table.dtype == leaf.dtype and table.shape[1] > last,
             f"input {index} is {table.dtype} {tuple(table.shape)}, the kernel's {leaf.dtype} with "
@@ -108,45 +104,38 @@ def _check_inputs(plan: LaunchPlan, inputs: Sequence[Tensor], A: Tensor) -> Any:
         _require_adjacent(OP, input=table)
         if leaf.gathered:
             ids = next(rest)
-            _require(
+            require(
                 OP,
                 ids.dim() == 1 and ids.dtype in (torch.int32, torch.int64),
                 f"the rows of input {index} are chosen by {ids.dtype} {tuple(ids.shape)}",
             )
             _require_adjacent(OP, ids=ids)
         rows.append((ids if leaf.gathered else table).shape[0])
-    _require(OP, all(count == rows[0] for count in rows), f"inputs of {rows} rows")
+    require(OP, all(count == rows[0] for count in rows), f"inputs of {rows} rows")
     return rows[0]
 
 
 @custom_op("lorafx::interpreted_experts", mutates_args=())
+@flat
 def interpreted_experts(
     inputs: Sequence[Tensor],
     weight: Tensor,
     offs: Tensor,
-    A: Tensor,
-    B: Tensor,
-    ranks: Tensor,
-    scales: Tensor,
-    slots: Tensor,
+    bank: BankArgs,
     rows: int,
     kernel: int,
 ) -> Tensor:
     """`triton_experts` in Triton's interpreter, for tensors on the CPU."""
-    bank = (A, B, ranks, scales, slots)
-    return _run(inputs, weight, offs, *bank, rows, kernel, launch_interpreted)
+    return _run(inputs, weight, offs, bank, rows, kernel, launch_interpreted)
 
 
 @triton_op("lorafx::triton_experts", mutates_args=())
+@flat
 def triton_experts(
     inputs: Sequence[Tensor],
     weight: Tensor,
     offs: Tensor,
-    A: Tensor,
-    B: Tensor,
-    ranks: Tensor,
-    scales: Tensor,
-    slots: Tensor,
+    bank: BankArgs,
     rows: int,
     kernel: int,
 ) -> Tensor:
@@ -155,11 +144,10 @@ def triton_experts(
     Raises:
         LoweringError: an argument that `kernel` was not made for.
     """
-    bank = (A, B, ranks, scales, slots)
     if weight.device.type == "cpu":
         return torch.ops.lorafx.interpreted_experts(inputs, weight, offs, *bank, rows, kernel)
-    return _run(inputs, weight, offs, *bank, rows, kernel, launch_wrapped)
+    return _run(inputs, weight, offs, bank, rows, kernel, launch_wrapped)
 
 
-triton_experts.register_fake(_fake)
-interpreted_experts.register_fake(_fake)
+triton_experts.register_fake(flat(_fake))
+interpreted_experts.register_fake(flat(_fake))

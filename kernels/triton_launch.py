@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafx.kernels.bank_arguments import BankArgs
 from lorafx.kernels.delta import row_slots
 from lorafx.kernels.triton_cache import GeneratedKernel
 from lorafx.kernels.triton_source import TritonSpec
@@ -105,9 +106,7 @@ def shrink(
     kernel: GeneratedKernel,
     spec: TritonSpec,
     x: Tensor,
-    A: Tensor,
-    ranks: Tensor,
-    scales: Tensor,
+    bank: BankArgs,
     batch: Batch,
     launch: Launch,
 ) -> Tensor:
@@ -115,6 +114,7 @@ def shrink(
 
     What a row's adapter has no factor for is not written, and must not be read.
     """
+    A, _, ranks, scales, _ = bank
     tiles, M = kernel.tiles, batch.M
     v = torch.empty((tiles.parts, M, spec.planes), dtype=torch.float32, device=x.device)
     tall = M if kernel.name == "shrink_rows" else batch.tiles(tiles.block_m) * tiles.lanes
@@ -128,13 +128,12 @@ def activate(
     kernel: GeneratedKernel,
     spec: TritonSpec,
     inputs: Sequence[Tensor],
-    A: Tensor,
-    ranks: Tensor,
-    scales: Tensor,
+    bank: BankArgs,
     batch: Batch,
     launch: Launch,
 ) -> tuple[Tensor, Tensor]:
     """h (M, K) = f(inputs) and v = `shrink` of it; its reference is f and `shrink_reference`."""
+    A, _, ranks, scales, _ = bank
     activation = spec.activation
     assert activation is not None
     tiles, M, d = kernel.tiles, batch.M, spec.delta
@@ -151,10 +150,9 @@ def activate(
     return h, v
 
 
-def shrink_reference(
-    spec: TritonSpec, x: Tensor, A: Tensor, ranks: Tensor, scales: Tensor, slots: Tensor, rows: int
-) -> Tensor:
+def shrink_reference(spec: TritonSpec, x: Tensor, bank: BankArgs, rows: int) -> Tensor:
     """The sum of `shrink`'s planes, (M, J·R) float32, with 0 where there is no factor."""
+    A, _, ranks, scales, slots = bank
     R = spec.delta.max_rank
     v = torch.zeros((x.shape[0], spec.planes), dtype=torch.float32, device=x.device)
     for m, slot in enumerate(row_slots(slots, rows, x.shape[0]).tolist()):
@@ -170,7 +168,7 @@ def split(
     spec: TritonSpec,
     x: Tensor,
     weight: Tensor,
-    bank: tuple[Tensor, Tensor, Tensor, Tensor],
+    bank: BankArgs,
     y: Tensor,
     batch: Batch,
     launch: Launch,
@@ -181,7 +179,7 @@ def split(
 
     Its reference is the base product, the sum of the planes, and `shrink_reference`.
     """
-    A, _, ranks, scales = bank
+    A, _, ranks, scales, _ = bank
     tiles, M, N = kernel.tiles, batch.M, spec.out_features
     sums = None
     if tiles.split > 1:
@@ -203,7 +201,7 @@ def linear(
     y: Tensor,
     v: Tensor | None,
     base: tuple[Tensor, Tensor, Tensor | None] | None,
-    bank: tuple[Tensor, Tensor, Tensor, Tensor],
+    bank: BankArgs,
     batch: Batch,
     launch: Launch,
     sums: Tensor | None = None,
@@ -213,11 +211,10 @@ def linear(
     Args:
         v: shrink's planes; None where the kernel ("recompute") computes v itself.
         base: x (M, K), the weight and the bias; None for "expand".
-        bank: A, B, ranks, scales.
         sums: the base product's planes, for "reduce", which reads nothing of `base` but the bias;
             None where y holds the product.
     """
-    A, B, ranks, scales = bank
+    A, B, ranks, scales, _ = bank
     tiles = kernel.tiles
     pointers: list[Any] = []
     strides: list[Any] = []
@@ -244,12 +241,11 @@ def linear_reference(
     y: Tensor,
     v: Tensor,
     base: tuple[Tensor, Tensor, Tensor | None] | None,
-    bank: tuple[Tensor, Tensor, Tensor, Tensor],
-    slots: Tensor,
+    bank: BankArgs,
     rows: int,
 ) -> None:
     """`linear` for v (M, J·R) of `shrink_reference`, in float32 and rounded once."""
-    _, B, ranks, _ = bank
+    _, B, ranks, _, slots = bank
     d, R = spec.delta, spec.delta.max_rank
     acc = y.float()
     if base is not None:
@@ -272,12 +268,12 @@ def expand_rows(
     spec: TritonSpec,
     y: Tensor,
     v: Tensor,
-    B: Tensor,
-    ranks: Tensor,
+    bank: BankArgs,
     batch: Batch,
     launch: Launch,
 ) -> None:
     """Adds v B into y (M, N) row by row; its reference is `linear_reference` without a base."""
+    B, ranks = bank.B, bank.ranks
     tiles_n = sum(_cdiv(size, kernel.tiles.block_n) for size in spec.delta.sizes)
     arguments = [v, B, ranks, *batch.pointers, y]
     scalars = batch.arguments(ranks.shape[0], v.stride(0), y.stride(0))
@@ -289,7 +285,7 @@ def embedding_rows(
     spec: TritonSpec,
     y: Tensor,
     ids: Tensor,
-    bank: tuple[Tensor, Tensor, Tensor, Tensor],
+    bank: BankArgs,
     batch: Batch,
     launch: Launch,
 ) -> None:
@@ -298,7 +294,7 @@ def embedding_rows(
     Its reference is `lorafx.kernels.delta.add_embedding_delta`. An id outside the table adds
     nothing: a kernel cannot raise, and the base's own lookup has.
     """
-    A, B, ranks, scales = bank
+    A, B, ranks, scales, _ = bank
     tiles_n = _cdiv(spec.delta.columns, kernel.tiles.block_n)
     arguments = [ids, A, B, ranks, scales, *batch.pointers, y]
     scalars = batch.arguments(ranks.shape[0], A.shape[1], y.stride(0))

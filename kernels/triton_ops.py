@@ -25,7 +25,8 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.library import custom_op, triton_op, wrap_triton
 
 from lorafx.compat import launches_directly
-from lorafx.kernels.ops import _check_bank, _require
+from lorafx.kernels.bank_arguments import BankArgs, flat
+from lorafx.kernels.op_checks import check_bank, require
 from lorafx.kernels.triton_build import LINEAR, LaunchPlan, plan_of
 from lorafx.kernels.triton_cache import GeneratedKernel
 from lorafx.kernels.triton_compat import interpret
@@ -64,7 +65,7 @@ def _require_adjacent(op: str, **tensors: Tensor) -> None:
     """A copy here would be one that nobody asked for; whoever builds a graph makes it, or plans
     another strategy."""
     for name, tensor in tensors.items():
-        _require(
+        require(
             op,
             adjacent(tensor),
             f"the rows of {name} have strides {tuple(tensor.stride())}: their elements are not side"
@@ -79,7 +80,7 @@ def _require_part(op: str, name: str, tensor: Tensor, strides: tuple[int, ...]) 
         size == 1 or have == want
         for size, have, want in zip(tensor.shape, tensor.stride(), strides, strict=True)
     )
-    _require(
+    require(
         op,
         laid,
         f"{name} has strides {tuple(tensor.stride())}, not {strides}: it is no part of the bank"
@@ -88,42 +89,42 @@ def _require_part(op: str, name: str, tensor: Tensor, strides: tuple[int, ...]) 
 
 
 def _checked(
-    op: str, kernel: int, strategies: Sequence[str], bank: tuple[Tensor, ...], rows: Any
+    op: str, kernel: int, strategies: Sequence[str], bank: BankArgs, rows: Any
 ) -> LaunchPlan:
     # A triton_op's schema has no plain int: where Dynamo made the id a symbol, int() guards on it.
     plan = plan_of(int(kernel))
     d = plan.spec.delta
     A, B, ranks, scales, slots = bank
-    _require(op, plan.strategy in strategies, f"kernel {kernel} is one of {plan.strategy!r}")
-    _check_bank(op, A, B, ranks, scales, slots)
-    _require(op, rows > 0, f"rows is {rows}; a kernel needs it proved")
-    _require(op, slots.shape[0] > 0, "slots is empty; give one slot per request")
-    _require(op, A.dtype == d.bank_dtype, f"the bank is {A.dtype}, the kernel's {d.bank_dtype}")
+    require(op, plan.strategy in strategies, f"kernel {kernel} is one of {plan.strategy!r}")
+    check_bank(op, bank)
+    require(op, rows > 0, f"rows is {rows}; a kernel needs it proved")
+    require(op, slots.shape[0] > 0, "slots is empty; give one slot per request")
+    require(op, A.dtype == d.bank_dtype, f"the bank is {A.dtype}, the kernel's {d.bank_dtype}")
     R, group, columns = d.max_rank, d.group, d.columns
-    _require(
+    require(
         op,
         B.shape[1] == R and B.shape[2] >= d.last_column,
         f"B is {tuple(B.shape)}, the kernel's (S, {R}, {d.last_column}) or wider",
     )
-    _require(op, ranks.shape[1] > max(d.siblings), f"ranks is for {ranks.shape[1]} siblings")
+    require(op, ranks.shape[1] > max(d.siblings), f"ranks is for {ranks.shape[1]} siblings")
     whole = (R * A.shape[1], R, 1) if d.embedding else (group * R * A.shape[2], A.shape[2], 1)
     _require_part(op, "A", A, whole)
     _require_part(op, "B", B, (R * columns, columns, 1))
     _require_part(op, "ranks", ranks, (group, 1))
     _require_part(op, "scales", scales, (group, 1))
-    _require(op, slots.is_contiguous(), "slots is not contiguous")
+    require(op, slots.is_contiguous(), "slots is not contiguous")
     return plan
 
 
 def _check_linear(op: str, plan: LaunchPlan, x: Tensor, A: Tensor, y: Tensor | None = None) -> None:
     d = plan.spec.delta
-    _require(
+    require(
         op,
         x.dim() == 2 and x.shape[1] == d.in_features and x.dtype == d.x_dtype,
         f"x is {x.dtype} {tuple(x.shape)}, the kernel's {d.x_dtype} (M, {d.in_features})",
     )
     shown = (max(d.siblings) + 1) * d.max_rank
-    _require(
+    require(
         op,
         A.shape[1] >= shown and A.shape[2] == d.in_features,
         f"A is {tuple(A.shape)}, the kernel's (S, {shown}, {d.in_features}) or taller",
@@ -135,12 +136,12 @@ def _check_linear(op: str, plan: LaunchPlan, x: Tensor, A: Tensor, y: Tensor | N
 
 def _check_y(op: str, plan: LaunchPlan, y: Tensor, rows: Any) -> None:
     d, N = plan.spec.delta, plan.spec.out_features
-    _require(
+    require(
         op,
         y.dim() == 2 and y.shape[1] == N and y.dtype == d.y_dtype,
         f"y is {y.dtype} {tuple(y.shape)}, the kernel's {d.y_dtype} (M, {N})",
     )
-    _require(op, y.shape[0] == rows, f"y has {y.shape[0]} rows, not {rows}")
+    require(op, y.shape[0] == rows, f"y has {y.shape[0]} rows, not {rows}")
     _require_adjacent(op, y=y)
 
 
@@ -148,44 +149,40 @@ def _run_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    ranks: Tensor,
-    scales: Tensor,
-    slots: Tensor,
+    bank: BankArgs,
     rows: Any,
     kernel: int,
     launch: Launch,
 ) -> Tensor:
-    plan = _checked("triton_linear", kernel, LINEAR, (A, B, ranks, scales, slots), rows)
+    plan = _checked("triton_linear", kernel, LINEAR, bank, rows)
     spec, M = plan.spec, x.shape[0]
-    y = _linear_fake(x, weight, bias, A, B, ranks, scales, slots, rows, kernel)
+    y = _linear_fake(x, weight, bias, bank, rows, kernel)
     if guard_or_false(M == 0):
         return y
     bias = None if bias is None else bias.contiguous()  # N elements; kernels take no stride of it
-    batch = Batch.of(M, slots, rows, plan.order, launch)
-    bank, v, sums = (A, B, ranks, scales), None, None
+    batch = Batch.of(M, bank.slots, rows, plan.order, launch)
+    v, sums = None, None
     *before, last = plan.kernels.values()
     if "shrink" in plan.kernels:
-        v = shrink(before[0], spec, x, A, ranks, scales, batch, launch)
+        v = shrink(before[0], spec, x, bank, batch, launch)
     elif "split" in plan.kernels:
         sums, v = split(before[0], spec, x, weight, bank, y, batch, launch)
     linear(last, spec, y, v, (x, weight, bias), bank, batch, launch, sums)
     return y
 
 
-def _linear_fake(x, weight, bias, A, B, ranks, scales, slots, rows, kernel):
-    plan = _checked("triton_linear", kernel, LINEAR, (A, B, ranks, scales, slots), rows)
+def _linear_fake(x, weight, bias, bank: BankArgs, rows, kernel):
+    plan = _checked("triton_linear", kernel, LINEAR, bank, rows)
     spec = plan.spec
-    _check_linear("triton_linear", plan, x, A)
+    _check_linear("triton_linear", plan, x, bank.A)
     K, N = spec.delta.in_features, spec.out_features
     shape = (K, N) if spec.transposed else (N, K)
-    _require(
+    require(
         "triton_linear",
         tuple(weight.shape) == shape and weight.dtype == spec.weight_dtype,
         f"the weight is {weight.dtype} {tuple(weight.shape)}, the kernel's {shape}",
     )
-    _require(
+    require(
         "triton_linear",
         (bias is not None) == spec.bias and (bias is None or bias.shape == (N,)),
         f"the kernel was made {'with' if spec.bias else 'without'} a bias of {N} columns",
@@ -197,130 +194,110 @@ def _linear_fake(x, weight, bias, A, B, ranks, scales, slots, rows, kernel):
 def _run_delta(
     y: Tensor,
     x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    ranks: Tensor,
-    scales: Tensor,
-    slots: Tensor,
+    bank: BankArgs,
     rows: Any,
     kernel: int,
     launch: Launch,
 ) -> None:
-    bank = (A, B, ranks, scales, slots)
-    plan = _checked("triton_delta_", kernel, ("segments", "gemv"), bank, rows)
-    _check_linear("triton_delta_", plan, x, A, y)
+    plan = _delta_plan(y, x, bank, rows, kernel)
     spec, M = plan.spec, x.shape[0]
     if guard_or_false(M == 0):
         return
-    batch = Batch.of(M, slots, rows, plan.order, launch)
+    batch = Batch.of(M, bank.slots, rows, plan.order, launch)
     first, second = plan.kernels.values()
-    v = shrink(first, spec, x, A, ranks, scales, batch, launch)
+    v = shrink(first, spec, x, bank, batch, launch)
     if plan.strategy == "gemv":
-        expand_rows(second, spec, y, v, B, ranks, batch, launch)
+        expand_rows(second, spec, y, v, bank, batch, launch)
     else:
-        linear(second, spec, y, v, None, (A, B, ranks, scales), batch, launch)
+        linear(second, spec, y, v, None, bank, batch, launch)
 
 
-def _delta_fake(y, x, A, B, ranks, scales, slots, rows, kernel) -> None:
-    bank = (A, B, ranks, scales, slots)
+def _delta_fake(y, x, bank: BankArgs, rows, kernel) -> None:
+    _delta_plan(y, x, bank, rows, kernel)
+
+
+def _delta_plan(y, x, bank, rows, kernel) -> LaunchPlan:
     plan = _checked("triton_delta_", kernel, ("segments", "gemv"), bank, rows)
-    _check_linear("triton_delta_", plan, x, A, y)
+    _check_linear("triton_delta_", plan, x, bank.A, y)
+    return plan
 
 
 def _run_embedding_delta(
     y: Tensor,
     ids: Tensor,
-    A: Tensor,
-    B: Tensor,
-    ranks: Tensor,
-    scales: Tensor,
-    slots: Tensor,
+    bank: BankArgs,
     rows: Any,
     kernel: int,
     launch: Launch,
 ) -> None:
-    _embedding_fake(y, ids, A, B, ranks, scales, slots, rows, kernel)
+    _embedding_fake(y, ids, bank, rows, kernel)
     plan, M = plan_of(int(kernel)), ids.shape[0]
     if guard_or_false(M == 0):
         return
-    batch = Batch.of(M, slots, rows, plan.order, launch)
-    bank = (A, B, ranks, scales)
+    batch = Batch.of(M, bank.slots, rows, plan.order, launch)
     embedding_rows(plan.kernels["embedding_rows"], plan.spec, y, ids, bank, batch, launch)
 
 
-def _embedding_fake(y, ids, A, B, ranks, scales, slots, rows, kernel) -> None:
-    op, bank = "triton_embedding_delta_", (A, B, ranks, scales, slots)
+def _embedding_fake(y, ids, bank: BankArgs, rows, kernel) -> None:
+    op, rank = "triton_embedding_delta_", bank.A.shape[2]
     plan = _checked(op, kernel, ("embedding",), bank, rows)
-    _require(
+    require(
         op,
         ids.dim() == 1 and ids.dtype in (torch.int32, torch.int64),
         f"ids is {ids.dtype} {tuple(ids.shape)}, the kernel's int32 or int64 (M,)",
     )
     _require_adjacent(op, ids=ids)
-    _require(op, A.shape[2] == plan.spec.delta.max_rank, f"A has rank {A.shape[2]}")
+    require(op, rank == plan.spec.delta.max_rank, f"A has rank {rank}")
     _check_y(op, plan, y, ids.shape[0])
 
 
 @custom_op("lorafx::interpreted_linear", mutates_args=())
+@flat
 def interpreted_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    ranks: Tensor,
-    scales: Tensor,
-    slots: Tensor,
+    bank: BankArgs,
     rows: int,
     kernel: int,
 ) -> Tensor:
     """`triton_linear` in Triton's interpreter, for tensors on the CPU."""
-    bank = (A, B, ranks, scales, slots)
-    return _run_linear(x, weight, bias, *bank, rows, kernel, launch_interpreted)
+    return _run_linear(x, weight, bias, bank, rows, kernel, launch_interpreted)
 
 
 @custom_op("lorafx::interpreted_delta_", mutates_args=("y",))
+@flat
 def interpreted_delta_(
     y: Tensor,
     x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    ranks: Tensor,
-    scales: Tensor,
-    slots: Tensor,
+    bank: BankArgs,
     rows: int,
     kernel: int,
 ) -> None:
     """`triton_delta_` in Triton's interpreter, for tensors on the CPU."""
-    _run_delta(y, x, A, B, ranks, scales, slots, rows, kernel, launch_interpreted)
+    _run_delta(y, x, bank, rows, kernel, launch_interpreted)
 
 
 @custom_op("lorafx::interpreted_embedding_delta_", mutates_args=("y",))
+@flat
 def interpreted_embedding_delta_(
     y: Tensor,
     ids: Tensor,
-    A: Tensor,
-    B: Tensor,
-    ranks: Tensor,
-    scales: Tensor,
-    slots: Tensor,
+    bank: BankArgs,
     rows: int,
     kernel: int,
 ) -> None:
     """`triton_embedding_delta_` in Triton's interpreter, for tensors on the CPU."""
-    _run_embedding_delta(y, ids, A, B, ranks, scales, slots, rows, kernel, launch_interpreted)
+    _run_embedding_delta(y, ids, bank, rows, kernel, launch_interpreted)
 
 
 @triton_op("lorafx::triton_linear", mutates_args=())
+@flat
 def triton_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    ranks: Tensor,
-    scales: Tensor,
-    slots: Tensor,
+    bank: BankArgs,
     rows: int,
     kernel: int,
 ) -> Tensor:
@@ -329,21 +306,17 @@ def triton_linear(
     Raises:
         LoweringError: an argument that `kernel` was not made for.
     """
-    bank = (A, B, ranks, scales, slots)
     if x.device.type == "cpu":
         return torch.ops.lorafx.interpreted_linear(x, weight, bias, *bank, rows, kernel)
-    return _run_linear(x, weight, bias, *bank, rows, kernel, launch_wrapped)
+    return _run_linear(x, weight, bias, bank, rows, kernel, launch_wrapped)
 
 
 @triton_op("lorafx::triton_delta_", mutates_args=("y",))
+@flat
 def triton_delta_(
     y: Tensor,
     x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    ranks: Tensor,
-    scales: Tensor,
-    slots: Tensor,
+    bank: BankArgs,
     rows: int,
     kernel: int,
 ) -> None:
@@ -353,20 +326,17 @@ def triton_delta_(
         LoweringError: an argument that `kernel` was not made for.
     """
     if x.device.type == "cpu":
-        torch.ops.lorafx.interpreted_delta_(y, x, A, B, ranks, scales, slots, rows, kernel)
+        torch.ops.lorafx.interpreted_delta_(y, x, *bank, rows, kernel)
     else:
-        _run_delta(y, x, A, B, ranks, scales, slots, rows, kernel, launch_wrapped)
+        _run_delta(y, x, bank, rows, kernel, launch_wrapped)
 
 
 @triton_op("lorafx::triton_embedding_delta_", mutates_args=("y",))
+@flat
 def triton_embedding_delta_(
     y: Tensor,
     ids: Tensor,
-    A: Tensor,
-    B: Tensor,
-    ranks: Tensor,
-    scales: Tensor,
-    slots: Tensor,
+    bank: BankArgs,
     rows: int,
     kernel: int,
 ) -> None:
@@ -375,11 +345,10 @@ def triton_embedding_delta_(
     Raises:
         LoweringError: an argument that `kernel` was not made for.
     """
-    bank = (A, B, ranks, scales, slots)
     if y.device.type == "cpu":
         torch.ops.lorafx.interpreted_embedding_delta_(y, ids, *bank, rows, kernel)
     else:
-        _run_embedding_delta(y, ids, *bank, rows, kernel, launch_wrapped)
+        _run_embedding_delta(y, ids, bank, rows, kernel, launch_wrapped)
 
 
 _FAKES: tuple[tuple[Any, Any, Callable[..., object]], ...] = (
@@ -388,5 +357,5 @@ _FAKES: tuple[tuple[Any, Any, Callable[..., object]], ...] = (
     (triton_embedding_delta_, interpreted_embedding_delta_, _embedding_fake),
 )
 for _traced, _opaque, _fake in _FAKES:
-    _traced.register_fake(_fake)
-    _opaque.register_fake(_fake)
+    _traced.register_fake(flat(_fake))
+    _opaque.register_fake(flat(_fake))

@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lorafx.kernels.bank_arguments import BankArgs, Ranges
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -40,12 +42,12 @@ class Problem:
         return not self.x.is_floating_point()
 
     @property
-    def bank(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return self.A, self.B, self.ranks, self.scales, self.slots
+    def bank(self) -> BankArgs:
+        return BankArgs(self.A, self.B, self.ranks, self.scales, self.slots)
 
     @property
-    def ranges(self) -> tuple[list[int], list[int], list[int]]:
-        return self.siblings, self.offsets, self.sizes
+    def ranges(self) -> Ranges:
+        return Ranges(self.siblings, self.offsets, self.sizes)
 
     def with_(self, **changes: object) -> Problem:
         return replace(self, **changes)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from lorafx.errors import LoweringError, ProvenanceError
+from lorafx.kernels.bank_arguments import BankArgs, Ranges
 from lorafx.kernels.grouped_ops import Blocks, add_grouped_delta
 
 SLOTS, R, K = 3, 4, 10
@@ -111,7 +112,15 @@ def test_every_cut_in_every_layout(cut: str, lead: str, over_out: bool) -> None:
         assert torch.equal(args[1], before)
         masked = args[1].clone()
         blocks = Blocks(args[12], tuple(args[13]), tuple(args[14]), over_out)
-        add_grouped_delta(masked, args[0], *args[2:12], blocks, by_slot=False)
+        add_grouped_delta(
+            masked,
+            args[0],
+            BankArgs(*args[2:7]),
+            Ranges(*args[7:10]),
+            *args[10:12],
+            blocks,
+            by_slot=False,
+        )
         torch.testing.assert_close(masked.double(), want, rtol=1e-5, atol=1e-5)
 
 
@@ -136,7 +145,15 @@ def test_factors_beyond_a_rank_and_other_requests_rows_are_not_read() -> None:
     for by_slot in (True, False):
         out = y.clone()
         blocks = Blocks(args[12], tuple(args[13]), tuple(args[14]), False)
-        add_grouped_delta(out, *args[:1], *args[2:12], blocks, by_slot=by_slot)
+        add_grouped_delta(
+            out,
+            *args[:1],
+            BankArgs(*args[2:7]),
+            Ranges(*args[7:10]),
+            *args[10:12],
+            blocks,
+            by_slot=by_slot,
+        )
         torch.testing.assert_close(out, clean)
 
 

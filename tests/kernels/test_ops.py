@@ -90,7 +90,7 @@ DTYPES = {
 def test_aten_linear(dtypes: tuple[torch.dtype, ...], grouped: bool) -> None:
     p = linear(dtypes=dtypes, x_shape=(12, 7), sizes=(13, 17, 4), siblings=(2, 0))
     y = p.y.clone()
-    add_linear_delta(y, p.x, *p.bank, *p.ranges, p.rows, grouped=grouped)
+    add_linear_delta(y, p.x, p.bank, p.ranges, p.rows, grouped=grouped)
     assert_delta(p, y)
 
 
@@ -99,7 +99,7 @@ def test_aten_linear(dtypes: tuple[torch.dtype, ...], grouped: bool) -> None:
 def test_aten_embedding(dtypes: tuple[torch.dtype, ...], grouped: bool) -> None:
     e = embedding(dtypes=dtypes, x_shape=(12,))
     y = e.y.clone()
-    add_embedding_delta(y, e.x, *e.bank, e.rows, grouped=grouped)
+    add_embedding_delta(y, e.x, e.bank, e.rows, grouped=grouped)
     assert_delta(e, y)
 
 

@@ -21,6 +21,7 @@ from triton_cases import BF16, FP16, FP32
 
 from lorafx.errors import LoweringError
 from lorafx.kernels import triton_expert_ops
+from lorafx.kernels.bank_arguments import BankArgs
 from lorafx.kernels.triton_build import TritonSpec, build, plan_of
 from lorafx.kernels.triton_ops import launch_wrapped
 from lorafx.kernels.triton_tiles import ARCHITECTURES, tiles_for
@@ -267,7 +268,9 @@ def test_launches_can_be_traced(strategy: str, launches: int) -> None:
 
     def call(*values: Tensor) -> Tensor:
         own, rest = list(values[: len(inputs)]), values[len(inputs) :]
-        return triton_expert_ops._run(own, *rest, 1, kernel, launch_wrapped)
+        weight, offs, *bank = rest
+        run = triton_expert_ops._run
+        return run(own, weight, offs, BankArgs(*bank), 1, kernel, launch_wrapped)
 
     graph = make_fx(call, tracing_mode="symbolic")(*tensors).graph
     wrapper = torch.ops.higher_order.triton_kernel_wrapper_mutation

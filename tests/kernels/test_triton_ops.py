@@ -25,6 +25,7 @@ from triton_cases import (
 
 from lorafx.errors import LoweringError
 from lorafx.kernels import triton_ops
+from lorafx.kernels.bank_arguments import BankArgs
 from lorafx.kernels.triton_build import LINEAR, TritonSpec, build, plan_of
 from lorafx.kernels.triton_tiles import Tiles
 
@@ -222,8 +223,8 @@ def test_launches_can_be_traced(strategy: str) -> None:
         rows = x.shape[0] // bank[-1].shape[0]
         launch = triton_ops.launch_wrapped
         if strategy in LINEAR:
-            return triton_ops._run_linear(x, weight, bias, *bank, rows, kernel, launch)
-        triton_ops._run_delta(y, x, *bank, rows, kernel, launch)
+            return triton_ops._run_linear(x, weight, bias, BankArgs(*bank), rows, kernel, launch)
+        triton_ops._run_delta(y, x, BankArgs(*bank), rows, kernel, launch)
         return y
 
     graph = make_fx(call, tracing_mode="symbolic")(*tensors).graph

@@ -141,8 +141,8 @@ def test_shrink_alone(strategy: str) -> None:
     p, spec = case.problem, plan_of(kernel_of(case, strategy)).spec
     kernel = next(iter(plan_of(kernel_of(case, strategy)).kernels.values()))
     batch = Batch.of(12, p.slots, p.rows, None, launch_interpreted)
-    v = shrink(kernel, spec, p.x, p.A, p.ranks, p.scales, batch, launch_interpreted).sum(0)
-    expected = shrink_reference(spec, p.x, p.A, p.ranks, p.scales, p.slots, p.rows)
+    v = shrink(kernel, spec, p.x, p.bank, batch, launch_interpreted).sum(0)
+    expected = shrink_reference(spec, p.x, p.bank, p.rows)
     live = expected != 0
     assert live.sum() > 20
     torch.testing.assert_close(v[live], expected[live], rtol=1e-5, atol=1e-5)
@@ -158,15 +158,14 @@ def test_linear_alone(strategy: str) -> None:
     }
     plan = plan_of(kernel_of(case, strategy, tiles))
     p, spec = case.problem, plan.spec
-    v = shrink_reference(spec, p.x, p.A, p.ranks, p.scales, p.slots, p.rows)
+    v = shrink_reference(spec, p.x, p.bank, p.rows)
     base = (p.x, case.weight, case.bias) if strategy in LINEAR else None
-    bank = (p.A, p.B, p.ranks, p.scales)
     batch = Batch.of(12, p.slots, p.rows, None, launch_interpreted)
     got, expected = p.y.clone(), p.y.clone()
     planes = torch.where(v == 0, torch.nan, v)[None]
     kernel = list(plan.kernels.values())[-1]
-    linear(kernel, spec, got, planes, base, bank, batch, launch_interpreted)
-    linear_reference(spec, expected, v, base, bank, p.slots, p.rows)
+    linear(kernel, spec, got, planes, base, p.bank, batch, launch_interpreted)
+    linear_reference(spec, expected, v, base, p.bank, p.rows)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
