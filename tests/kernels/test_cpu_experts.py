@@ -176,13 +176,14 @@ def test_every_instruction_set(isa: Isa) -> None:
 
 def test_the_op_without_a_kernel_is_the_same_delta() -> None:
     """What runs off the CPU, called directly."""
+    from lorafx.kernels.bank_arguments import flat
     from lorafx.kernels.expert_ops import run_expert_delta_
 
     for ends in (False, True):
         r = routed("gate and up", "prefill", "and beyond", ends=ends)
         y, *others = r.tensors
         got = y.clone()
-        run_expert_delta_(got, *others, r.rows, r.count, r.ends, build(r.spec))
+        flat(run_expert_delta_)(got, *others, r.rows, r.count, r.ends, build(r.spec))
         assert_delta(r.keyed, got)
 
 
