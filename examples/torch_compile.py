@@ -1,7 +1,7 @@
 """`torch.compile(model, backend="lorafx")`: for programs that compile their models themselves.
 
 Three ways to say what the LoRA is, one result: a marked model, an option of torch.compile, and a
-PEFT model as it stands.
+PEFT model whose adapters are taken over.
 """
 
 from pathlib import Path
@@ -48,18 +48,13 @@ def by_options() -> list[str]:
 
 
 def peft_model() -> list[str]:
-    """PEFT's own arithmetic is found in the graph; its switches go on to decide what runs."""
-    model = peft.PeftModel.from_pretrained(load(), ADAPTERS["reverse"], adapter_name="reverse")
-    model.load_adapter(ADAPTERS["upper"], "upper")
-    model.eval().forward = torch.compile(model.forward, backend="lorafx", dynamic=True)
-    found = []
-    with torch.no_grad():
-        with model.disable_adapter():
-            found += answers(model, 1)
-        for name in NAMES[1:]:
-            model.set_adapter(name)
-            found += answers(model, 1)
-    return found
+    """`lorafx.attach` takes the adapters over; `wrapped` raises until `lorafx.detach(model)`."""
+    wrapped = peft.PeftModel.from_pretrained(load(), ADAPTERS["reverse"], adapter_name="reverse")
+    wrapped.load_adapter(ADAPTERS["upper"], "upper")
+    model = lorafx.attach(wrapped.eval())
+    model.forward = torch.compile(model.forward, backend="lorafx", dynamic=True)
+    with torch.no_grad(), lorafx.adapters(model, NAMES):
+        return answers(model, len(NAMES))
 
 
 if __name__ == "__main__":

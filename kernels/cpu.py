@@ -35,19 +35,15 @@ from lorafx.kernels.compiler import (
     torch_function,
 )
 from lorafx.kernels.cpu_source import DeltaSpec, source
-from lorafx.kernels.factor_source import FactorSpec, factor_source
 
 __all__ = [
     "DeltaSpec",
-    "FactorSpec",
     "build",
     "build_all",
     "delta_call",
     "embedding_delta_call",
     "expert_delta_call",
 ]
-
-Spec = DeltaSpec | FactorSpec
 
 SHIMS = (
     "aoti_torch_library_init_impl",
@@ -86,7 +82,7 @@ class KernelEntry(ctypes.Structure):
 
 
 _LOCK = threading.RLock()
-_BUILT: dict[tuple[Spec, str], int] = {}
+_BUILT: dict[tuple[DeltaSpec, str], int] = {}
 _LIBRARIES: list[ctypes.CDLL] = []  # keeps what the table points into
 
 
@@ -116,56 +112,40 @@ def _warn_once(reason: str) -> None:
     warnings.warn(f"LoRA runs in plain aten on this CPU, which is slow: {reason}", stacklevel=3)
 
 
-def _compile(spec: Spec, isa: Isa) -> tuple[int, Path]:
-    text = factor_source(spec, isa) if isinstance(spec, FactorSpec) else source(spec, isa)
+def _compile(spec: DeltaSpec, isa: Isa) -> tuple[int, Path]:
+    text = source(spec, isa)
     digest = hashlib.sha256("\0".join((text, *isa.flags)).encode()).digest()
     return int.from_bytes(digest[:7], "big") + 1, compile_library(text, isa.flags)
 
 
-def _sizes(spec: Spec) -> dict[str, int]:
-    """The entry's fields that say what `spec` takes for granted; `op` as in dispatcher.cpp."""
-    if isinstance(spec, FactorSpec):
-        return {
-            "op": 2,
-            "in_features": spec.in_features,
-            "out_features": spec.out_features,
-            "rank": spec.rank,
-            "bank_dtype": _dtype_code(spec.factor_dtype),
-        }
-    return {
-        "op": 3 if spec.experts else int(spec.embedding),
-        "in_features": spec.in_features,
-        "out_features": sum(spec.sizes),
-        "rank": spec.max_rank,
-        "group": spec.group,
-        "columns": spec.columns,
-        "siblings": max(spec.siblings) + 1,
-        "last_column": spec.last_column,
-        "experts": spec.experts,
-        "bank_dtype": _dtype_code(spec.bank_dtype),
-    }
-
-
-def _load(spec: Spec, kernel: int, path: Path) -> None:
+def _load(spec: DeltaSpec, kernel: int, path: Path) -> None:
     dispatcher, library = _dispatcher(), load_library(path)
     entry = KernelEntry(
         id=kernel,
         run=ctypes.cast(library.lorafx_kernel, ctypes.c_void_p),
+        op=2 if spec.experts else int(spec.embedding),  # `enum Op` of dispatcher.cpp
+        in_features=spec.in_features,
+        out_features=sum(spec.sizes),
+        rank=spec.max_rank,
+        group=spec.group,
+        columns=spec.columns,
+        siblings=max(spec.siblings) + 1,
+        last_column=spec.last_column,
+        experts=spec.experts,
         x_dtype=_dtype_code(spec.x_dtype),
+        bank_dtype=_dtype_code(spec.bank_dtype),
         y_dtype=_dtype_code(spec.y_dtype),
         int32=_dtype_code(torch.int32),
         int64=_dtype_code(torch.int64),
         float32=_dtype_code(torch.float32),
-        **_sizes(spec),
     )
     if dispatcher.lorafx_add(ctypes.byref(entry)):
         raise LoweringError("the table of generated CPU kernels is full")
     _LIBRARIES.append(library)
-    if isinstance(spec, DeltaSpec):
-        ops.KERNELS[kernel] = Ranges(spec.siblings, spec.offsets, spec.sizes)
+    ops.KERNELS[kernel] = Ranges(spec.siblings, spec.offsets, spec.sizes)
 
 
-def build(spec: Spec, isa: Isa | None = None) -> int | None:
+def build(spec: DeltaSpec, isa: Isa | None = None) -> int | None:
     """The id of the kernel of `spec`, compiled if need be and loaded into this process.
 
     Args:
@@ -192,7 +172,7 @@ def build(spec: Spec, isa: Isa | None = None) -> int | None:
             return None
 
 
-def build_all(specs: Iterable[Spec]) -> dict[Spec, int | None]:
+def build_all(specs: Iterable[DeltaSpec]) -> dict[DeltaSpec, int | None]:
     """`build` of each spec; those to be compiled are compiled at the same time."""
     wanted = list(dict.fromkeys(specs))
     with contextlib.suppress(LoweringError):  # failures are met again, and told, by build

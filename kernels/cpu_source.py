@@ -163,7 +163,6 @@ def source(spec: DeltaSpec, isa: Isa) -> str:
         "B_STRIDE": spec.columns,
         "EXPERTS": spec.experts,
         "PREFETCH_ROWS": streamed,
-        "B_PREFETCH_ROWS": streamed,
         "RANGES": len(spec.sizes),
         "BLOCK": COLUMN_BLOCK,
         "COLUMN_BLOCKS": blocks,

@@ -112,7 +112,7 @@ template <int ROWS> INLINE void tile(Call* c, long p) {
         if (!rank) continue;
         float scale = g->scales[(long)slot * G + SIBLING[j]];
         const W::T* b = factor_b(g, slot, j);
-        if (ROWS <= B_PREFETCH_ROWS)  // the columns that expand_tile's own look-ahead comes too late for
+        if (ROWS <= PREFETCH_ROWS)  // the columns that expand_tile's own look-ahead comes too late for
             for (int k = 0; k < rank; k++)
                 for (int i = 0; i < AHEAD; i += 64)
                     __builtin_prefetch((const char*)(b + k * COLUMNS) + i, 0, 2);

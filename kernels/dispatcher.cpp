@@ -1,9 +1,7 @@
-// CPU kernels of lorafx::run_delta_, run_embedding_delta_, run_expert_delta_ and run_factors_: from an
-// id to its code.
+// CPU kernels of lorafx::run_delta_, run_embedding_delta_ and run_expert_delta_: from an id to its code.
 //
 //     run_delta_(y!, x, A, B, ranks, scales, slots, rows, kernel) -> ()
 //     run_expert_delta_(y!, x, A, B, ranks, scales, slots, alike, experts, rows, count, ends, kernel)
-//     run_factors_(y!, x, A, B, scale, kernel) -> ()      scale a float, or in .tensor a tensor
 //
 // Registered through torch's stable C interface, whose functions Python hands over as pointers: no
 // torch header is read (0.1 s to compile instead of tens of seconds) and nothing is linked. A call
@@ -11,7 +9,6 @@
 // stands rows.h.
 #include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
 #include <stdexcept>
 
@@ -50,18 +47,7 @@ struct Args {  // mirrors delta.cpp
     int64_t wide_experts, ends;
 };
 
-struct FactorArgs {  // Args of factors.cpp
-    void* y;
-    const void* x;
-    const void* a;
-    const void* b;
-    double scale;
-    int64_t threads;
-    int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
-    const Rows *y_rows, *x_rows;
-};
-
-enum Op { LINEAR = 0, EMBEDDING = 1, FACTORS = 2, ROUTED = 3 };
+enum Op { LINEAR = 0, EMBEDDING = 1, ROUTED = 2 };
 struct Kernel {  // mirrors KernelEntry in cpu.py; what the generated code takes for granted
     int64_t id;
     int32_t (*run)(const void*);
@@ -112,9 +98,6 @@ struct View {
         return dtype == type && dim == 2 && sizes[0] == a && sizes[1] == b &&
                (a == 1 || strides[0] == outer) && (b == 1 || strides[1] == 1);
     }
-    bool is(int64_t type, int64_t a, int64_t b) const {
-        return dtype == type && dim == 2 && sizes[0] == a && sizes[1] == b && contiguous();
-    }
 };
 
 static void require(bool condition, const char* message) {
@@ -155,7 +138,7 @@ static uint32_t thread_count() {
     return threads;
 }
 
-// What `run` takes beside the tensors that all ops of deltas share.
+// What `run` takes beside the tensors that all ops share.
 struct Call {
     Op op;
     uint64_t kernel;
@@ -235,23 +218,6 @@ static void run(const uint64_t* stack, const Call& call) {
     }
 }
 
-static void run_one_adapter(const uint64_t* stack, double scale) {
-    const Kernel* k = kernel_of(stack[5], FACTORS);
-    View y(stack[0]), x(stack[1]), a(stack[2]), b(stack[3]);
-    require(a.is(k->bank_dtype, k->rank, k->in_features) &&
-                b.is(k->bank_dtype, k->out_features, k->rank),
-            "lorafx: A and B are not contiguous factors of the kernel's dtype and sizes");
-    require(y.dtype == k->y_dtype && y.dim >= 1 && y.sizes[y.dim - 1] == k->out_features,
-            "lorafx: y does not have the dtype and columns that the kernel was generated for");
-    require(x.dtype == k->x_dtype && x.dim >= 1 && x.sizes[x.dim - 1] == k->in_features,
-            "lorafx: x does not have the dtype and features that the kernel was generated for");
-    Rows out = rows_of(y, y.dim - 1), in = rows_of(x, x.dim - 1);
-    require(out.count == in.count, "lorafx: x and y differ in rows");
-    FactorArgs args = {y.data, x.data, a.data, b.data, scale, (int64_t)thread_count(),
-                       torch.parallel, &out, &in};
-    require(k->run(&args) == 0, "lorafx: out of memory");
-}
-
 struct Owned {  // a boxed kernel owns the tensors on its stack
     uint64_t* stack;
     int tensors;
@@ -274,19 +240,6 @@ static void run_expert_delta(uint64_t* stack, uint64_t, uint64_t) {
     run(stack, {ROUTED, stack[12], (int64_t)stack[9], &alike, &experts, (int64_t)stack[10],
                 (stack[11] & 0xff) != 0});
 }
-static void run_factors(uint64_t* stack, uint64_t, uint64_t) {
-    Owned owned = {stack, 4};
-    double scale;
-    memcpy(&scale, stack + 4, sizeof scale);
-    run_one_adapter(stack, scale);
-}
-static void run_factors_tensor(uint64_t* stack, uint64_t, uint64_t) {
-    Owned owned = {stack, 5};
-    View scale(stack[4]);
-    require(scale.dtype == kernel_of(stack[5], FACTORS)->float32 && scale.dim == 0,
-            "lorafx: scale is not a float32 tensor of one element");
-    run_one_adapter(stack, *(const float*)scale.data);
-}
 
 extern "C" int32_t lorafx_install(const Shims* shims) {
     torch = *shims;
@@ -295,9 +248,7 @@ extern "C" int32_t lorafx_install(const Shims* shims) {
     return torch.library_init("lorafx", "CPU", "lorafx/kernels/dispatcher.cpp", 1, &library) ||
            torch.library_impl(library, "run_delta_", run_delta, version) ||
            torch.library_impl(library, "run_embedding_delta_", run_embedding_delta, version) ||
-           torch.library_impl(library, "run_expert_delta_", run_expert_delta, version) ||
-           torch.library_impl(library, "run_factors_", run_factors, version) ||
-           torch.library_impl(library, "run_factors_.tensor", run_factors_tensor, version);
+           torch.library_impl(library, "run_expert_delta_", run_expert_delta, version);
 }
 
 // 0 when added or there already, 1 when the table is full. The caller holds a lock.

@@ -69,7 +69,6 @@ def product_source(spec: ProductSpec, isa: Isa) -> str:
         "R": UNIT,
         "B_STRIDE": UNIT,
         "PREFETCH_ROWS": isa.tile,
-        "B_PREFETCH_ROWS": 0,
     }
     texts = templates("vectors.h", "tiles.h", "product.cpp")
     defines = element_defines(isa, spec.dtype, spec.dtype, spec.dtype)

@@ -59,7 +59,7 @@ INLINE void expand_tile(Y::T* const* y, long column, const W::T* b, const float*
         Pair bs[N];
         UNROLL for (int n = 0; n < N; n++) {
             const W::T* p = b + k * B_STRIDE + n * 2 * LANES;
-            if (ROWS <= B_PREFETCH_ROWS) __builtin_prefetch((const char*)p + AHEAD, 0, 2);
+            if (ROWS <= PREFETCH_ROWS) __builtin_prefetch((const char*)p + AHEAD, 0, 2);
             bs[n] = C::widen_bank(WHOLE ? load_raw<C::bank>(p)
                                         : load_first<C::bank>(p, last * sizeof *p));
         }

@@ -70,11 +70,6 @@ def python_line() -> str | None:
     return None
 
 
-def innermost_module() -> nn.Module | None:
-    """The module whose `__call__` began last and is running."""
-    return next(running_modules(), None)
-
-
 def outermost_call(belongs: Callable[[nn.Module], bool]) -> RunningCall | None:
     """The outermost running call of a module that `belongs` is true for.
 

@@ -2,8 +2,7 @@
 
 marked model                  its session's graph, base or LoRA    (attached.py)
 options with `lora_config`    marked, and the frame captured again (unmarked.py)
-PEFT's modules                PEFT's arithmetic, fused             (lorafx.torch_compile.peft_graph)
-anything else                 Inductor, which the log says once    (unserved.py)
+all else, PEFT's layers too   Inductor, which the log says once    (unserved.py)
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from lorafx.compat import mode_settings
 from lorafx.config import Options
 from lorafx.errors import CaptureError, LorafxError, ReplacedModuleError
 from lorafx.torch_compile.attached import AttachedSession, captured_before, sessions
-from lorafx.torch_compile.peft_graph import compile_peft_frame, has_peft_lora
 from lorafx.torch_compile.unmarked import FrameOptions, mark_captured
 from lorafx.torch_compile.unserved import note_unserved
 
@@ -59,11 +57,9 @@ def compile_frame(
         return refusing(error)
     if wanted.asks_for_lora:
         mark_captured(wanted)
-    lowering = _lowering(wanted.options, patches)
-    if has_peft_lora(gm, examples):
-        return compile_peft_frame(gm, examples, options=wanted.options, lowering=lowering)
     note_unserved()
-    return captured_before(lowering.base(gm, examples), examples)
+    base = _lowering(wanted.options, patches).base(gm, examples)
+    return captured_before(base, examples)
 
 
 def _lowering(options: Options, patches: Mapping[str, Any]) -> Lowering:

@@ -127,7 +127,8 @@ def _mark(model: nn.Module, wanted: FrameOptions) -> AttachedSession:
     if is_peft_model(model) or peft_layers(model):
         raise ConfigError(
             f"this {type(model).__name__} brings its own adapters, which PEFT has put into it: "
-            "leave lora_config and adapters out, or give the base model without them"
+            "lorafx.attach(model) serves them; or leave lora_config and adapters out, or give the "
+            "base model without them"
         )
     # Banks outlive the call that happens to be the first one, whatever mode that runs in.
     with (

@@ -1,7 +1,8 @@
-"""Models that torch.compile was given `backend="lorafx"` for, and that there is nothing to do in.
+"""Models that torch.compile was given `backend="lorafx"` for, and that carry no mark of lorafx.
 
-They are compiled by Inductor alone. That is right, and perhaps not what somebody wanted who forgot
-`lorafx.attach` or the options: the log says it, once a model.
+They are compiled by Inductor alone. That is right, also for a model with PEFT's layers, whose
+switches go on to decide what runs. It is perhaps not what somebody wanted who forgot
+`lorafx.attach` or the options, so the log says it, once per model.
 """
 
 from __future__ import annotations
@@ -30,22 +31,28 @@ def note_unserved() -> None:
     if model is None:
         if not _SEEN_FUNCTION and not sessions():  # one of them may be what it calls
             _SEEN_FUNCTION.append(True)
-            _log("a function")
+            _log("a function", _NO_LORA)
     elif model not in _SEEN:
         _SEEN.add(model)
-        if not _has_lora(model):
-            _log(type(model).__name__)
+        if not _is_marked(model):
+            _log(type(model).__name__, _PEFT if peft_layers(model) else _NO_LORA)
 
 
-def _has_lora(model: nn.Module) -> bool:
+def _is_marked(model: nn.Module) -> bool:
     hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
-    return any(isinstance(hook, MARKS) for hook in hooks) or bool(peft_layers(model))
+    return any(isinstance(hook, MARKS) for hook in hooks)
 
 
-def _log(what: str) -> None:
-    _LOG.warning(
-        'torch.compile(backend="lorafx") of %s: it carries no LoRA, so it is compiled as it is, by '
-        "Inductor unless options say otherwise. lorafx.attach(model, lora_config) it first, or "
-        "give options={'lora_config': ...} to torch.compile",
-        what,
-    )
+_NO_LORA = (
+    "it carries no LoRA, so it is compiled as it is, by Inductor unless options say otherwise. "
+    "lorafx.attach(model, lora_config) it first, or give options={'lora_config': ...} to "
+    "torch.compile"
+)
+_PEFT = (
+    "PEFT's own layers are compiled as they are, by Inductor unless options say otherwise. "
+    "lorafx.attach(model) serves its adapters in mixed batches; compile the model that it returns"
+)
+
+
+def _log(what: str, text: str) -> None:
+    _LOG.warning('torch.compile(backend="lorafx") of %s: %s', what, text)
