@@ -28,8 +28,12 @@ from torch import nn
 
 import lorafx
 from lorafx.config import LoraConfig
+from lorafx.passes.alias import Alias
 from lorafx.passes.attach import Attach
-from lorafx.passes.select import build_sites
+from lorafx.passes.select import Select
+from lorafx.pipeline import run_model_passes
+from lorafx.prepare.marking import build_sites
+from lorafx.program.preparation import Preparation
 from lorafx.progress import progress
 
 SIZES = (1_000, 10_000, 100_000)
@@ -104,9 +108,10 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
 
 def attempt(model: nn.Module, config: LoraConfig) -> dict[str, tuple[float, float]]:
     """(wall, CPU) seconds of each step; the model is as before afterwards."""
-    (graph, sites), *match = timed(lambda: build_sites(model, config))
-    attachment, *attach = timed(lambda: Attach().run(graph, sites, config))
-    attachment.detach()
+    prepared = Preparation(model, config)
+    _, *match = timed(lambda: run_model_passes(prepared, (Alias(), Select())))
+    _, *attach = timed(lambda: run_model_passes(prepared, (Attach(),)))
+    prepared.undo()
     _, *everything = timed(lambda: lorafx.attach(model, config))
     lorafx.detach(model)
     return {"match": tuple(match), "attach": tuple(attach), "all": tuple(everything)}

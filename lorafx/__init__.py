@@ -5,7 +5,7 @@ cm(input_ids, adapter_names=["sql", None, "chat"])
 """
 
 from lorafx.api import attach, compile, explain
-from lorafx.config import LoraConfig, Options
+from lorafx.config import After, LoraConfig, Options
 from lorafx.errors import (
     BatchError,
     CapacityError,
@@ -25,11 +25,13 @@ from lorafx.errors import (
 )
 from lorafx.model.out_of_tree import register_oot, unregister_oot
 from lorafx.model.quantized import dequantize
+from lorafx.pipeline import pipeline
 from lorafx.registry import register, unregister
 from lorafx.serving.compiled import CompiledModel
 from lorafx.torch_compile.attached import adapters, detach, load_adapter, unload_adapter
 
 __all__ = [
+    "After",
     "BatchError",
     "CapacityError",
     "CaptureError",
@@ -55,6 +57,7 @@ __all__ = [
     "detach",
     "explain",
     "load_adapter",
+    "pipeline",
     "register",
     "register_oot",
     "unload_adapter",

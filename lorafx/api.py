@@ -12,9 +12,8 @@ from torch import nn
 from lorafx.config import Options
 from lorafx.explain import Explanation, model_sections
 from lorafx.passes.attach import allocate_groups
-from lorafx.passes.select import build_sites
 from lorafx.prepare.configuration import request_of
-from lorafx.prepare.marking import mark
+from lorafx.prepare.marking import build_sites, mark
 from lorafx.serving.compiled import CompiledModel, refuse_compiled
 from lorafx.torch_compile.attach import attach as attach
 from lorafx.torch_compile.attached import session_of

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
+from torch import fx
 
 from lorafx.errors import ConfigError, nearest
 
@@ -68,6 +69,31 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class After:
+    """A pass of the user's own over each captured graph, for `Options.passes`.
+
+        def count_products(gm, ctx):
+            "How many matrix products the graph holds."
+            print(len(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)))
+            return 0
+
+        lorafx.compile(model, options={"passes": {"count": lorafx.After("match", count_products)}})
+
+    Attributes:
+        after: the pass that it runs behind; "captured" stands before the first one. Passes of the
+            user's own count.
+        run: `run(gm, ctx) -> int` changes the functional ATen graph `gm` (a `torch.fx.GraphModule`)
+            in place and returns how many edits it made. A new node needs its fake value in
+            `meta["val"]`, as `ctx.call(graph, op, args)` gives it (`lorafx.graph.context.Context`).
+            Dead code is removed, and the graph is compiled, verified and dumped as after any pass.
+            It runs for graphs with adapters; calls without one are compiled as the base is.
+    """
+
+    after: str
+    run: Callable[[fx.GraphModule, Any], int]
+
+
+@dataclass(frozen=True)
 class Options:
     """How to compile.
 
@@ -78,7 +104,8 @@ class Options:
             interpreter, to debug), or "reference" (plain aten, run node by node).
         verify: "off"; "lint" (graph structure, shapes and dtypes after each pass); "numeric"
             (also runs each pass's graph beside the reference on the first real inputs).
-        passes: graph passes switched on or off by name, `{"pack": False}`.
+        passes: by name: graph passes switched on or off, `{"pack": False}`, and passes of your
+            own, `{"mine": lorafx.After("fuse", run)}`. `print(lorafx.pipeline())` lists them.
         max_edits: stop rewriting after this many edits, to bisect a wrong result.
         plan: strategies pinned by canonical site path: "generated" for generated C++;
             "split", "epilogue", "recompute", "gemv", "segments", and "grouped" and "activated"
@@ -92,7 +119,7 @@ class Options:
 
     lowering: Lowering = "auto"
     verify: Verify = "lint"
-    passes: Mapping[str, bool] = field(default_factory=dict)
+    passes: Mapping[str, bool | After] = field(default_factory=dict)
     max_edits: int | None = None
     plan: Mapping[str, str] = field(default_factory=dict)
     dump: str | None = None
@@ -113,6 +140,10 @@ class Options:
                     f"unknown option {key!r}{nearest(key, known)}; options are {', '.join(known)}"
                 )
         return cls(**value)
+
+    def runs(self, name: str) -> bool:
+        """Whether the graph pass of this name is switched on."""
+        return bool(self.passes.get(name, True))
 
     def __post_init__(self) -> None:
         for name, allowed in (

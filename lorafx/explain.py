@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from lorafx.capture.record import GraphRecord, seen_sites
 from lorafx.config import LoraConfig
 from lorafx.model.sites import Group, Site
+from lorafx.pipeline import pipeline
 
 if TYPE_CHECKING:
     from lorafx.session.session import Session
@@ -47,6 +48,7 @@ class Explanation:
             *model_sections(program.sites, program.groups, program.config),
             *([("replaced since, and refused", missing)] if missing else []),
             (f"adapters: {len(adapters)}", tuple(adapters)),
+            ("passes", tuple(str(pipeline(program.options)).splitlines())),
             (f"graphs: {len(records)}", ()),
         ]
         for record in records:

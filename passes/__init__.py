@@ -1,1 +1,1 @@
-"""Compiler passes, one a file. The order they run in is `lorafx.capture.pipeline.PIPELINE`."""
+"""Compiler passes: a file each, or a folder of that name. `lorafx.pipeline` has their order."""

@@ -12,21 +12,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
 from torch._dynamo import OptimizedModule
 
 from lorafx.errors import CaptureError
 from lorafx.model.module_graph import ModuleGraph
+from lorafx.program.preparation import Preparation
 
 
 @dataclass(frozen=True)
 class Alias:
-    """Raises CaptureError, naming the path, when the model holds a `torch.compile` wrapper."""
+    """Each module once, under its canonical path, with the other paths that reach it.
+
+    Raises CaptureError, naming the path, when the model holds a `torch.compile` wrapper.
+    """
 
     name: ClassVar[str] = "alias"
 
-    def run(self, model: nn.Module) -> ModuleGraph:
-        graph = ModuleGraph.of(model)
+    def run(self, model: Preparation) -> int:
+        graph = model.graph = ModuleGraph.of(model.model)
         for path, module in graph.modules():
             if isinstance(module, OptimizedModule):
                 where = f"the module at {path!r}" if path else "the model"
@@ -34,4 +37,4 @@ class Alias:
                     f"{where} is wrapped by torch.compile; pass the module itself "
                     "(`._orig_mod` of the wrapper), lorafx compiles it"
                 )
-        return graph
+        return len(list(graph.modules()))

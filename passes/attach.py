@@ -9,19 +9,18 @@ model changes but its forward hooks, and `Attachment.detach` takes exactly those
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from lorafx.collector import collection_paused
 from lorafx.compat import mark_fixed_shape
 from lorafx.config import LoraConfig
 from lorafx.errors import CaptureError, ConfigError
+from lorafx.model.attachment import MARKS, Attachment
 from lorafx.model.bank import Bank
 from lorafx.model.marks import SiteMark
 from lorafx.model.module_graph import ModuleGraph
@@ -29,75 +28,49 @@ from lorafx.model.quantized import QuantisedModules, is_stored
 from lorafx.model.row_marks import RowMark, row_mark
 from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group, Site
-
-#: Hooks that are lorafx's.
-MARKS = (SiteMark, RowMark)
-
-
-@dataclass(eq=False)
-class Attachment:
-    """What `attach` put on a model.
-
-    Attributes:
-        groups: siblings and their banks, in the order of their first sites.
-        runtime: the batch that all marks read.
-        marks: the mark of each site, by canonical path.
-        on_detach: called once when the marks are taken away.
-    """
-
-    groups: tuple[Group, ...]
-    runtime: Runtime
-    marks: dict[str, SiteMark]
-    handles: list[RemovableHandle]
-    on_detach: list[Callable[[], None]] = field(default_factory=list)
-
-    def detach(self) -> None:
-        """Take the marks away again; safe to call twice."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
-        for callback in self.on_detach:
-            callback()
-        self.on_detach.clear()
+from lorafx.program.preparation import Preparation
 
 
 @dataclass(frozen=True)
 class Attach:
-    """Raises CaptureError for a model that is marked or compiled already; nothing changes then."""
+    """One bank for each group of siblings, and one mark on each site.
+
+    Raises CaptureError for a model that is marked or compiled already; nothing changes then.
+    """
 
     name: ClassVar[str] = "attach"
 
-    def run(self, graph: ModuleGraph, sites: Sequence[Site], config: LoraConfig) -> Attachment:
-        with collection_paused():
-            return self._attach(graph, sites, config)
+    def run(self, model: Preparation) -> int:
+        model.attachment = _attach(model.graph, model.sites, model.config)
+        return len(model.attachment.handles)
 
-    def _attach(self, graph: ModuleGraph, sites: Sequence[Site], config: LoraConfig) -> Attachment:
-        _refuse_marked(graph)
-        _refuse_compiled(graph, sites)
-        quantised = QuantisedModules.of(module for _, module in graph.modules())
-        quantised.settle()
-        runtime = Runtime(config.max_adapters, _one_device(sites))
-        groups = allocate_groups(sites, config)
-        marks = {
-            site.path: _mark(site, index, group, runtime)
-            for group in groups
-            for index, site in enumerate(group.sites)
-        }
-        # Hooks of others see the output with its delta: for them the model is W + ΔW.
-        hooks: list[tuple[nn.Module, SiteMark | RowMark]] = [
-            (site.marked, marks[site.path]) for site in sites
-        ]
-        own = {id(site.module) for site in sites}
-        hooks += [
-            (module, row_mark(module, entry, runtime))
-            for module, entry in quantised.found
-            if id(module) not in own
-        ]
-        handles = [
-            module.register_forward_hook(mark, with_kwargs=True, prepend=True)
-            for module, mark in hooks
-        ]
-        return Attachment(groups, runtime, marks, handles)
+
+def _attach(graph: ModuleGraph, sites: Sequence[Site], config: LoraConfig) -> Attachment:
+    _refuse_marked(graph)
+    _refuse_compiled(graph, sites)
+    quantised = QuantisedModules.of(module for _, module in graph.modules())
+    quantised.settle()
+    runtime = Runtime(config.max_adapters, _one_device(sites))
+    groups = allocate_groups(sites, config)
+    marks = {
+        site.path: _mark(site, index, group, runtime)
+        for group in groups
+        for index, site in enumerate(group.sites)
+    }
+    # Hooks of others see the output with its delta: for them the model is W + ΔW.
+    hooks: list[tuple[nn.Module, SiteMark | RowMark]] = [
+        (site.marked, marks[site.path]) for site in sites
+    ]
+    own = {id(site.module) for site in sites}
+    hooks += [
+        (module, row_mark(module, entry, runtime))
+        for module, entry in quantised.found
+        if id(module) not in own
+    ]
+    handles = [
+        module.register_forward_hook(mark, with_kwargs=True, prepend=True) for module, mark in hooks
+    ]
+    return Attachment(groups, runtime, marks, handles)
 
 
 def allocate_groups(sites: Sequence[Site], config: LoraConfig) -> tuple[Group, ...]:
@@ -192,17 +165,6 @@ def _refuse_marked(graph: ModuleGraph) -> None:
                 )
 
 
-def sessions_of_marks(graph: ModuleGraph) -> list[Any]:
-    """The sessions whose marks hang on the modules of a model."""
-    found = {
-        id(hook.runtime.session): hook.runtime.session
-        for _, module in graph.modules()
-        for hook in module._forward_hooks.values()
-        if isinstance(hook, MARKS) and hook.runtime.session is not None
-    }
-    return list(found.values())
-
-
 def _refuse_compiled(graph: ModuleGraph, sites: Sequence[Site]) -> None:
     """Dynamo does not guard hooks: a forward compiled before would go on without any delta."""
     above = graph.ancestors(site.module for site in sites)
@@ -221,36 +183,3 @@ def _refuse_compiled(graph: ModuleGraph, sites: Sequence[Site]) -> None:
                 f"the forward of {label} was compiled by torch.compile; its graphs would not see "
                 "LoRA. Give lorafx the model before compiling it"
             )
-
-
-def attach_sites(model: nn.Module, sites: Sequence[Site], config: LoraConfig) -> Attachment:
-    """Mark `sites` of `model`, with banks for `config.max_adapters` of rank `config.max_rank`.
-
-    Raises:
-        CaptureError: the model is marked or compiled already.
-        ConfigError: the sites lie on several devices.
-    """
-    return Attach().run(ModuleGraph.of(model), sites, config)
-
-
-def _of_another(hook: SiteMark | RowMark, model: nn.Module) -> bool:
-    session = hook.runtime.session
-    return session is not None and session.program.model is not model
-
-
-def detach(model: nn.Module) -> int:
-    """Take every mark off `model`, also those that a deep copy or pickle carried over, but none of
-    another model that is served and shares modules with it.
-
-    Returns:
-        How many marks were removed.
-    """
-    removed = 0
-    for _, module in ModuleGraph.of(model).modules():
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, MARKS) and not _of_another(hook, model):
-                del module._forward_hooks[key]
-                module._forward_hooks_with_kwargs.pop(key, None)
-                module._forward_hooks_always_called.pop(key, None)
-                removed += 1
-    return removed

@@ -45,6 +45,8 @@ OF_LAYOUT = (
 
 @dataclass(frozen=True)
 class GiveOut:
+    """What all requests share gets one copy a request where a delta makes it differ."""
+
     name: str = "give_out"
     required: bool = False
 

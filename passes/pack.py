@@ -38,6 +38,8 @@ ADDRESSING = frozenset(
 
 @dataclass(frozen=True)
 class Pack:
+    """Siblings that share the very same x become one node."""
+
     name: str = "pack"
     required: bool = False
 

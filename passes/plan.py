@@ -45,6 +45,8 @@ from lorafx.program.frame import arguments_of, fake_value
 
 @dataclass(frozen=True)
 class Plan:
+    """How each node is computed: by generated code or plain aten."""
+
     name: str = "plan"
     required: bool = False
 

@@ -236,6 +236,8 @@ def _results(frame: Frame) -> list[fx.Node]:
 
 @dataclass(frozen=True)
 class Provenance:
+    """Which request each row of a site belongs to, proved on the graph."""
+
     name: str = "provenance"
     required: bool = False
 

@@ -29,6 +29,8 @@ prims = torch.ops.prims
 
 @dataclass(frozen=True)
 class Rescale:
+    """DoRA's scale of each output stands behind the delta, in plain aten."""
+
     name: str = "rescale"
     required: bool = True
 

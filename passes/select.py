@@ -9,7 +9,7 @@ swept up is left out with a warning. Eligibility is the registry's, along the MR
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
@@ -17,9 +17,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorafx.collector import collection_paused
-from lorafx.config import LoraConfig
-from lorafx.errors import LorafxWarning, TargetError
+from lorafx.config import LoraConfig, Options
+from lorafx.errors import ConfigError, LorafxWarning, TargetError, nearest
 from lorafx.model import targets
 from lorafx.model.candidates import Candidate, ExpertsCandidate, by_raw_weight
 from lorafx.model.expert_names import folded
@@ -31,7 +30,7 @@ from lorafx.model.quantized import is_stored
 from lorafx.model.refusals import impossible, weight_of
 from lorafx.model.sites import Site
 from lorafx.model.weight_formats import is_wrapped
-from lorafx.passes.alias import Alias
+from lorafx.program.preparation import Preparation
 from lorafx.registry import Eligible, is_empty, lookup
 
 # A regular expression can name thousands of containers; the first ones show the mistake.
@@ -40,12 +39,17 @@ _SHOWN = 20
 
 @dataclass(frozen=True)
 class Select:
-    """Raises TargetError for targets that name nothing, or modules that cannot carry LoRA."""
+    """The modules that the configuration asks for, and that can carry LoRA.
+
+    Raises TargetError for targets that name nothing, or modules that cannot carry LoRA.
+    """
 
     name: ClassVar[str] = "select"
 
-    def run(self, graph: ModuleGraph, config: LoraConfig) -> tuple[Site, ...]:
-        return _Selection(graph, config).sites()
+    def run(self, model: Preparation) -> int:
+        model.sites = _Selection(model.graph, model.config).sites()
+        _check_plan(model.options, model.sites)
+        return len(model.sites)
 
 
 @dataclass
@@ -280,14 +284,10 @@ def _listed(problems: list[str]) -> str:
     return f"{len(problems)} problems with target_modules:{shown}{more}"
 
 
-def build_sites(model: nn.Module, config: LoraConfig) -> tuple[ModuleGraph, tuple[Site, ...]]:
-    """The module graph of `model` and the sites that `config` asks for; nothing is changed.
-
-    Raises:
-        CaptureError: the model is, or holds, a wrapper made by torch.compile.
-        TargetError: targets that name nothing or cannot carry LoRA, all in one error.
-        ConfigError: a target specification of another form.
-    """
-    with collection_paused():
-        graph = Alias().run(model)
-        return graph, Select().run(graph, config)
+def _check_plan(options: Options, sites: Sequence[Site]) -> None:
+    paths = [site.path for site in sites]
+    for path in options.plan:
+        if path not in paths:
+            raise ConfigError(
+                f"Options.plan names {path!r}, which is no site{nearest(path, paths)}"
+            )

@@ -17,6 +17,7 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
 from lorafx.capture.checks import Checks, InputPlaces
+from lorafx.capture.driver import run_pipeline
 from lorafx.capture.dump import GraphDump, dump_folder
 from lorafx.capture.executable import (
     Owner,
@@ -29,7 +30,6 @@ from lorafx.capture.executable import (
 )
 from lorafx.capture.failures import in_lowering, in_tracing
 from lorafx.capture.lowering import Lowering, lowering_for
-from lorafx.capture.pipeline import run_pipeline
 from lorafx.capture.record import GraphRecord
 from lorafx.capture.verify import NumericCheck
 from lorafx.compat import duck_shaped, ends_in_break, guarded_attributes, named_by_dynamo

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from lorafx.capture.checks import Checks, RefusedSites
 from lorafx.capture.dump import GraphDump
-from lorafx.capture.pipeline import PassReport
 from lorafx.graph.context import Context, Outlined, Refusal, SiteState
 from lorafx.model.sites import Site
+from lorafx.pipeline import PassReport
 
 
 @dataclass(eq=False)

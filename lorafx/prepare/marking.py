@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from lorafx.adapter_store.checkpoint import AdapterState
 from lorafx.adapter_store.peft_model import TakenOver, is_peft_model, peft_layers, take_over
-from lorafx.adapter_store.peft_reader import Adapter, read_adapter
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.capture.lowering import resolved
-from lorafx.capture.pipeline import check_options
 from lorafx.collector import collection_paused
 from lorafx.config import LoraConfig, Options
-from lorafx.errors import ConfigError, LorafxWarning, nearest
-from lorafx.model.packing import pack_weights
+from lorafx.errors import LorafxWarning
+from lorafx.model.attachment import Attachment
+from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site
-from lorafx.passes.attach import Attach, Attachment
-from lorafx.passes.select import build_sites
-from lorafx.prepare.configuration import request_of
+from lorafx.passes.alias import Alias
+from lorafx.passes.select import Select
+from lorafx.pipeline import pipeline, run_model_passes
+from lorafx.prepare.configuration import Request, request_of
+from lorafx.program.preparation import Preparation
 from lorafx.program.program import Program
-from lorafx.progress import progress
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def mark(
     """Mark `model`; the arguments are those of `lorafx.compile`, and so are the errors, after which
     the model is as it was."""
     settings = Options.of(options)
-    check_options(settings)
+    pipeline(settings)  # its names are right
     sources: dict[str, Any] = dict(adapters or {})
     taken = None
     if is_peft_model(model) or peft_layers(model):
@@ -57,7 +56,7 @@ def mark(
     try:
         with collection_paused():
             request = request_of(lora_config, sources, model)
-            marked = _mark(model, request.config, settings, request.adapters, taken)
+            marked = _mark(model, request, settings, taken)
     except BaseException:
         if taken is not None:
             taken.restore()
@@ -67,13 +66,21 @@ def mark(
     return marked
 
 
-def _mark(
-    model: nn.Module,
-    config: LoraConfig,
-    options: Options,
-    adapters: dict[str, AdapterState],
-    taken: TakenOver | None,
-) -> Marked:
+def build_sites(model: nn.Module, config: LoraConfig) -> tuple[ModuleGraph, tuple[Site, ...]]:
+    """The module graph of `model` and the sites that `config` asks for; nothing is changed.
+
+    Raises:
+        CaptureError: the model is, or holds, a wrapper made by torch.compile.
+        TargetError: targets that name nothing or cannot carry LoRA, all in one error.
+        ConfigError: a target specification of another form.
+    """
+    with collection_paused():
+        found = Preparation(model, config)
+        run_model_passes(found, (Alias(), Select()))
+    return found.graph, found.sites
+
+
+def _mark(model: nn.Module, request: Request, options: Options, taken: TakenOver | None) -> Marked:
     if model.training:
         warnings.warn(
             f"{type(model).__name__} is in training mode, so its dropout is active; call eval() "
@@ -81,51 +88,19 @@ def _mark(
             LorafxWarning,
             stacklevel=4,
         )
-    graph, sites = build_sites(model, config)
-    _check_plan(options, sites)
-    options = resolved(options, sites[0].device)
-    loaded: list[Adapter] = []
-    for name in list(adapters):
-        with progress(f"reading adapter {name}"):
-            adapter = read_adapter(
-                adapters.pop(name),  # what was saved is not kept beside what was read
-                name,
-                sites,
-                model=model,
-                max_rank=config.max_rank,
-                lora_config=config,
-                strict=options.strict,
-            )
-            loaded.append(adapter)
-    attachment = Attach().run(graph, sites, config)
-    try:
-        store = AdapterStore(attachment.groups, config.max_adapters, config.max_rank)
-        for adapter in loaded:
-            store.load(adapter)
-    except BaseException:
-        attachment.detach()
-        raise
-    packed = []
-    # Only the `pack` pass reads packed weights, and what it merges is what `fuse` made.
-    if options.passes.get("pack", True) and options.passes.get("fuse", True):
-        alone = graph.alone()
-        for group in attachment.groups:
-            pack = pack_weights(graph, group, alone)
-            if pack is not None:
-                packed.append(pack)
-                for site in group.sites:
-                    mark = attachment.marks[site.path]
-                    mark.weight, mark.bias = pack.weight, pack.bias
+    prepared = Preparation(model, request.config, options, request.adapters)
+    run_model_passes(prepared)
+    attachment, store = prepared.attachment, prepared.store
+    assert attachment is not None
+    assert store is not None
     program = Program(
-        model, graph, sites, attachment.groups, tuple(packed), attachment.runtime, config, options
+        model,
+        prepared.graph,
+        prepared.sites,
+        attachment.groups,
+        prepared.packed,
+        attachment.runtime,
+        request.config,
+        resolved(options, prepared.sites[0].device),
     )
     return Marked(program, attachment, store, taken)
-
-
-def _check_plan(options: Options, sites: Sequence[Site]) -> None:
-    paths = [site.path for site in sites]
-    for path in options.plan:
-        if path not in paths:
-            raise ConfigError(
-                f"Options.plan names {path!r}, which is no site{nearest(path, paths)}"
-            )

@@ -17,8 +17,8 @@ from lorafx.capture.backend import Backend
 from lorafx.errors import BatchError, CaptureError, ConfigError
 from lorafx.explain import Explanation
 from lorafx.interrupts import undisturbed
+from lorafx.model.attachment import Attachment
 from lorafx.model.sites import Site
-from lorafx.passes.attach import Attachment
 from lorafx.program.program import Program
 from lorafx.serving.base_methods import BaseMethods
 from lorafx.serving.delegated import delegated

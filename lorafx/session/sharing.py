@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from lorafx.errors import CaptureError
+from lorafx.model.attachment import sessions_of_marks
 from lorafx.model.module_graph import storage_key
-from lorafx.passes.attach import sessions_of_marks
 from lorafx.program.derived import overlap
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from torch import nn
 
 from lorafx.config import Options
 from lorafx.errors import CaptureError
-from lorafx.passes.attach import sessions_of_marks
+from lorafx.model.attachment import sessions_of_marks
 from lorafx.prepare.marking import Marked, mark
 from lorafx.serving.compiled import refuse_compiled
 from lorafx.torch_compile.attached import session_of_weight

@@ -26,10 +26,10 @@ from lorafx.capture.tracking import Tracking, untracked
 from lorafx.capture.weights_in_python import WeightUses
 from lorafx.compat import block_settings, is_recompile_limit, no_mha_fast_path
 from lorafx.errors import BatchError, CaptureError, ConfigError
+from lorafx.model.attachment import Attachment
+from lorafx.model.attachment import detach as remove_marks
 from lorafx.model.marks import SiteMark
 from lorafx.model.packing import check_packed
-from lorafx.passes.attach import Attachment
-from lorafx.passes.attach import detach as remove_marks
 from lorafx.program.roles import RoleTable
 from lorafx.program.stack import RunningCall, generating, outermost_call, unwrapped
 from lorafx.session.requests import checked_names

@@ -19,7 +19,7 @@ from lorafx.capture.executable import Owner, refusing
 from lorafx.capture.lowering import Lowering
 from lorafx.capture.record import GraphRecord
 from lorafx.errors import CaptureError
-from lorafx.passes.attach import Attachment
+from lorafx.model.attachment import Attachment
 from lorafx.program.frame import Frame, wants_gradient
 from lorafx.program.program import Program
 from lorafx.program.stack import called_module

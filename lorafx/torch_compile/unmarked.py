@@ -22,10 +22,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lorafx.adapter_store.peft_model import is_peft_model, peft_layers
-from lorafx.capture.pipeline import check_options
 from lorafx.compat import capture_again, captured_locals
 from lorafx.config import Options
 from lorafx.errors import CaptureError, ConfigError, nearest
+from lorafx.pipeline import pipeline
 from lorafx.program.stack import compiled_module, unwrapped
 from lorafx.torch_compile.attach import attach
 from lorafx.torch_compile.attached import AttachedSession, marked_session, session_of
@@ -63,7 +63,7 @@ class FrameOptions:
                 )
         own = {key: value for key, value in (given or {}).items() if key not in _LORA}
         options = Options.of(own)
-        check_options(options)
+        pipeline(options)  # its names are right
         return cls(dict(given or {}), options)
 
     @property

@@ -13,7 +13,7 @@ import weakref
 from torch import nn
 
 from lorafx.adapter_store.peft_model import peft_layers
-from lorafx.passes.attach import MARKS
+from lorafx.model.attachment import MARKS
 from lorafx.program.stack import compiled_module
 from lorafx.torch_compile.attached import sessions
 

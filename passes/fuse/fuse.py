@@ -29,6 +29,8 @@ COPIED = ("nn_module_stack", "stack_trace")
 
 @dataclass(frozen=True)
 class Fuse:
+    """A base product and its site become one node."""
+
     name: str = "fuse"
     required: bool = False
 

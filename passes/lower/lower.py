@@ -55,6 +55,8 @@ TRITON_OPS = (TRITON_LINEAR, TRITON_DELTA, TRITON_EMBEDDING_DELTA, TRITON_EXPERT
 
 @dataclass(frozen=True)
 class Lower:
+    """Nodes become what the chosen lowering executes."""
+
     name: str = "lower"
     required: bool = True
 

@@ -40,6 +40,8 @@ USE_KINDS = {"linear": "linear", "blocks": "linear", "embedding": "embedding"}
 
 @dataclass(frozen=True)
 class Match:
+    """Every use of a selected weight carries its delta, or the reason why it cannot is kept."""
+
     name: str = "match"
     required: bool = True
 

@@ -31,7 +31,9 @@ INVOKE = torch.ops.higher_order.invoke_subgraph
 
 @dataclass(frozen=True)
 class Outline:
-    """`min_nodes`: shorter repeats stay: a call costs more than the compilation of so few nodes,
+    """Repeated layers become calls of one body.
+
+    `min_nodes`: shorter repeats stay: a call costs more than the compilation of so few nodes,
     and nothing fuses across its ends."""
 
     name: str = "outline"

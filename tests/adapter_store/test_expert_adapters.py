@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.adapter_store.peft_reader import adapter_target_modules, read_adapter
 from lorafx.errors import CheckpointError
-from lorafx.passes.select import build_sites
+from lorafx.prepare.marking import build_sites
 
 
 def peft_delta(stored: tuple[int, ...], a: Tensor, b: Tensor, s: float, in_last: bool) -> Tensor:

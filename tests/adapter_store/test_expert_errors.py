@@ -11,7 +11,7 @@ from torch import Tensor
 import lorafx
 from lorafx.adapter_store.peft_reader import read_adapter
 from lorafx.errors import CapacityError, CheckpointError
-from lorafx.passes.select import build_sites
+from lorafx.prepare.marking import build_sites
 
 BAD: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "expert out of range": (

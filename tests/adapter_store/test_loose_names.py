@@ -16,7 +16,7 @@ from lorafx.adapter_store.peft_reader import Adapter, read_adapter
 from lorafx.errors import CheckpointError
 from lorafx.layers import MergedColumnParallelLinear
 from lorafx.model.partition import spans
-from lorafx.passes.select import build_sites
+from lorafx.prepare.marking import build_sites
 
 K = 4
 NAMES = ["a", "b", "c", "d"]

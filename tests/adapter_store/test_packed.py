@@ -328,7 +328,7 @@ def test_any_split_is_the_dense_update(data: st.DataObject) -> None:
     from lorafx.adapter_store.checkpoint import AdapterState
     from lorafx.adapter_store.peft_config import PeftConfig
     from lorafx.adapter_store.peft_reader import read_adapter
-    from lorafx.passes.select import build_sites
+    from lorafx.prepare.marking import build_sites
 
     sizes = data.draw(st.lists(st.integers(1, 6), min_size=2, max_size=5))
     cuts = data.draw(st.sets(st.integers(1, len(sizes) - 1)))

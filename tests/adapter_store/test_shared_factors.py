@@ -13,7 +13,7 @@ from lorafx.adapter_store.store import AdapterStore
 from lorafx.model.bank import Bank
 from lorafx.model.sites import Group
 from lorafx.passes.attach import allocate_groups
-from lorafx.passes.select import build_sites
+from lorafx.prepare.marking import build_sites
 
 E, HIDDEN, INNER, R = 3, 5, 4, 2
 APART, SHARED = [[0, 1]] * E, [[0, 0]] * E

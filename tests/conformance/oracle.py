@@ -30,12 +30,17 @@ TOLERANCE = 1e-5
 
 
 def linears(model: nn.Module) -> list[str]:
-    """Paths of the modules that are linears by class and can carry LoRA."""
-    return [
+    """Paths of the modules that are linears by class and can carry LoRA.
+
+    Of a linear inside of another one, the inner alone: behind a wrapper of the outer one PEFT does
+    not find it.
+    """
+    found = [
         path
         for path, module in model.named_modules()
         if path and isinstance(module, (nn.Linear, Conv1D)) and module.weight.dim() == 2
     ]
+    return [path for path in found if not any(other.startswith(f"{path}.") for other in found)]
 
 
 def embeddings(model: nn.Module) -> list[str]:

@@ -11,7 +11,7 @@ import lorafx
 from lorafx.adapter_store.checkpoint import AdapterState
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_reader import Adapter, read_adapter
-from lorafx.passes.select import build_sites
+from lorafx.prepare.marking import build_sites
 
 PATH = "block.experts"
 

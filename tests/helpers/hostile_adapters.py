@@ -15,7 +15,7 @@ from lorafx.adapter_store.peft_reader import Adapter, adapter_target_modules, re
 from lorafx.adapter_store.peft_targets import picked
 from lorafx.config import LoraConfig
 from lorafx.model.sites import Site
-from lorafx.passes.select import build_sites
+from lorafx.prepare.marking import build_sites
 
 CONFIG, SAFETENSORS, PICKLED = (
     "adapter_config.json",

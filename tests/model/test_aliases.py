@@ -20,7 +20,7 @@ from lorafx import layers
 from lorafx.config import LoraConfig
 from lorafx.errors import CheckpointError
 from lorafx.model.module_graph import ModuleGraph
-from lorafx.passes.select import build_sites
+from lorafx.prepare.marking import build_sites
 
 K = 6
 NAMES = ["a", None, "b", "a"]

@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from marking import attach_sites
 from torch import nn
 
 from lorafx.config import LoraConfig
 from lorafx.errors import MatchError, ProvenanceError
+from lorafx.model.attachment import Attachment, detach
 from lorafx.model.marks import SiteMark
-from lorafx.passes.attach import Attachment, attach_sites, detach
-from lorafx.passes.select import build_sites
+from lorafx.prepare.marking import build_sites
 from lorafx.registry import register, unregister
 
 SLOT = 1

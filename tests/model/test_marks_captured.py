@@ -7,14 +7,15 @@ import copy
 import pytest
 import torch
 import transformers
+from marking import attach_sites
 from torch import nn
 from torch.fx.experimental import _config as shape_config
 
 from lorafx.config import LoraConfig
 from lorafx.errors import MatchError
+from lorafx.model.attachment import Attachment, detach
 from lorafx.model.runtime import Runtime
-from lorafx.passes.attach import Attachment, attach_sites, detach
-from lorafx.passes.select import build_sites
+from lorafx.prepare.marking import build_sites
 
 SLOT = 1
 

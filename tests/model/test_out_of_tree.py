@@ -18,7 +18,7 @@ import lorafx
 from lorafx import layers
 from lorafx.config import LoraConfig
 from lorafx.errors import ConfigError, TargetError
-from lorafx.passes.select import build_sites
+from lorafx.prepare.marking import build_sites
 from lorafx.registry import lookup
 
 K, SIZES = 6, (8, 4, 4)

@@ -12,7 +12,7 @@ from torch import nn
 from lorafx.config import LoraConfig
 from lorafx.model.packing import PackedGroup, pack_weights, repack
 from lorafx.passes.attach import allocate_groups
-from lorafx.passes.select import build_sites
+from lorafx.prepare.marking import build_sites
 
 SIBLINGS = st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=2, max_size=5)
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16])

@@ -19,7 +19,7 @@ import lorafx
 from lorafx import layers
 from lorafx.config import LoraConfig
 from lorafx.model.module_graph import ModuleGraph, storage_key
-from lorafx.passes.select import build_sites
+from lorafx.prepare.marking import build_sites
 
 NAMES = ["both", "embed", None, "head", "both"]
 

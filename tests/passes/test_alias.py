@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from marking import attach_sites
 from torch import nn
 
 from lorafx.config import LoraConfig
 from lorafx.errors import CaptureError
 from lorafx.passes.alias import Alias
-from lorafx.passes.attach import attach_sites
-from lorafx.passes.select import build_sites
+from lorafx.prepare.marking import build_sites
+from lorafx.program.preparation import Preparation
 
 
 def shared_model() -> nn.Module:
@@ -67,7 +68,7 @@ def test_cycles_end():
 def test_compiled_wrappers_are_refused():
     model = shared_model()
     with pytest.raises(CaptureError, match=r"the model is wrapped by torch.compile.*_orig_mod"):
-        Alias().run(torch.compile(model))
+        Alias().run(Preparation(torch.compile(model), LoraConfig()))
     model.items[1] = torch.compile(model.items[1])
     with pytest.raises(CaptureError, match=r"the module at 'items\.1' is wrapped"):
         build_sites(model, LoraConfig())

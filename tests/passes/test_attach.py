@@ -7,12 +7,13 @@ import weakref
 import pytest
 import torch
 import transformers
+from marking import attach_sites
 from torch import nn
 
 from lorafx.config import LoraConfig
 from lorafx.errors import CaptureError, ConfigError
-from lorafx.passes.attach import Attachment, attach_sites
-from lorafx.passes.select import build_sites
+from lorafx.model.attachment import Attachment
+from lorafx.prepare.marking import build_sites
 
 
 def attach(model: nn.Module, target=None, **config) -> Attachment:

@@ -13,7 +13,7 @@ from torch import nn
 import lorafx
 from lorafx.config import LoraConfig
 from lorafx.errors import CheckpointError, ConfigError, LorafxWarning, TargetError
-from lorafx.passes.select import build_sites
+from lorafx.prepare.marking import build_sites
 from lorafx.registry import register, unregister
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import lorafx
 from lorafx.config import LoraConfig
-from lorafx.passes.select import build_sites
+from lorafx.prepare.marking import build_sites
 
 LAYERS = (10, 80)
 

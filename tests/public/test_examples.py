@@ -44,6 +44,14 @@ def test_plain_module(capsys):
     assert capsys.readouterr().out.count("as when served alone") == 3
 
 
+def test_own_pass(capsys):
+    runpy.run_path(str(ROOT / "examples/own_pass.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert "  count_work    How many multiplications a row takes" in said
+    assert "2 sites: 1536 multiplications a row, LoRA adds up to 512" in said
+    assert said.count("as when served alone") == 3
+
+
 @pytest.mark.slow  # what they do is tested in tests/layers, but for Inductor
 @pytest.mark.parametrize("name", ["parallel_llama", "parallel_qwen3_5"])
 def test_parallel_layers(name, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from tiny_models import FAMILIES
 from torch import fx
 
 import lorafx
-from lorafx.capture import pipeline
 from lorafx.errors import ProvenanceError, VerifyError
 from lorafx.graph.context import FUSED_OP, SITE_OP, Context
 from lorafx.program.frame import arguments_of
@@ -133,10 +133,12 @@ class Reshapes:
 
 
 def broken(monkeypatch, after: str, item: Any) -> None:
+    """As if the pass were one of lorafx's."""
+    module = importlib.import_module("lorafx.pipeline")  # the package's attribute is a function
     passes = []
-    for own in pipeline.PIPELINE:
+    for own in module.GRAPH_PASSES:
         passes += [own, item] if own.name == after else [own]
-    monkeypatch.setattr(pipeline, "PIPELINE", tuple(passes))
+    monkeypatch.setattr(module, "GRAPH_PASSES", tuple(passes))
 
 
 def failing(plain: Case, inputs: Any, **options: Any) -> str:
@@ -167,6 +169,70 @@ def test_without_numeric_verification_nothing_would_notice(plain, inputs, monkey
     broken(monkeypatch, "fuse", Doubles())
     got = plain.compile()(**inputs, adapter_names=NAMES)["logits"]
     assert error(got, plain.expected(NAMES, inputs)) > 1e-2
+
+
+def test_passes_of_the_users_own_run_where_they_are_placed(plain, inputs):
+    order: list[str] = []
+
+    def noting(name: str) -> Any:
+        def run(gm: fx.GraphModule, ctx: Context) -> int:
+            sites = len([node for node in gm.graph.nodes if node.target is SITE_OP])
+            order.append(f"{name}, {'sites' if sites else 'no sites'}")
+            return 0
+
+        return run
+
+    own = {
+        "first": lorafx.After("captured", noting("first")),
+        "behind_fuse": lorafx.After("fuse", noting("behind fuse")),
+        "last": lorafx.After("behind_fuse", noting("last")),
+    }
+    cm = plain.compile(options={"passes": {**own, "pack": False}})
+    check_mixed(cm, plain, NAMES, inputs)
+    assert order == ["first, sites", "behind fuse, no sites", "last, no sites"]
+    report = [line.split(":")[0] for line in str(cm.explain()).splitlines()]
+    at = [report.index(f"  {name}") for name in ("first", "match", "fuse", "behind_fuse", "last")]
+    assert at == sorted(at)
+    listed = str(lorafx.pipeline(lorafx.Options(passes={**own, "pack": False})))
+    assert "  behind_fuse" in listed
+    assert listed.splitlines()[-1] == "  pack          (off)"
+
+
+def test_what_the_users_own_pass_breaks_is_told(plain, inputs):
+    own = {"doubles": lorafx.After("fuse", Doubles().run)}
+    message = failing(plain, inputs, verify="numeric", passes=own)
+    assert "after pass 'doubles' output 0 differs by" in message
+    got = plain.compile(options={"passes": own})(**inputs, adapter_names=NAMES)["logits"]
+    assert error(got, plain.expected(NAMES, inputs)) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("passes", "told"),
+    [
+        ({"mine": lorafx.After("fuze", Doubles().run)}, r"'mine' is placed after 'fuze'.*nearest"),
+        ({"fuse": lorafx.After("match", Doubles().run)}, "'fuse' is the name of a pass of lorafx"),
+        ({"read": lorafx.After("match", Doubles().run)}, "'read' is the name of a pass of lorafx"),
+        (
+            {
+                "a": lorafx.After("b", Doubles().run),
+                "b": lorafx.After("a", Doubles().run),
+            },
+            "a, b are placed after one another",
+        ),
+        ({"mine": True}, r"unknown pass 'mine'.*lorafx.After"),
+    ],
+)
+def test_passes_that_have_no_place(plain, passes, told):
+    with pytest.raises(lorafx.ConfigError, match=told):
+        plain.compile(options={"passes": passes})
+    with pytest.raises(lorafx.ConfigError, match=told):
+        lorafx.pipeline(lorafx.Options(passes=passes))
+
+
+def test_a_pass_that_does_not_say_what_it_did(plain, inputs):
+    own = {"silent": lorafx.After("match", lambda gm, ctx: None)}
+    with pytest.raises(lorafx.ConfigError, match="'silent' returned None; it has to return how"):
+        plain.compile(options={"passes": own})(**inputs, adapter_names=NAMES)
 
 
 def test_lint_names_the_pass_that_lost_a_site(plain, inputs, monkeypatch):

@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 import lorafx
 from lorafx.errors import CapacityError, ConfigError
 from lorafx.layers import FusedMoE
-from lorafx.passes.select import build_sites
+from lorafx.prepare.marking import build_sites
 from lorafx.serving.example_inputs import derived_example
 from lorafx.serving.warmup import DEFAULT_RANK, dummy, dummy_rank
 

@@ -1,0 +1,56 @@
+"""Running the passes over a graph: this alone cleans, verifies, times and dumps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from torch import fx
+
+from lorafx.capture.dump import GraphDump
+from lorafx.capture.failures import in_pass
+from lorafx.capture.verify import check_graph, output_values
+from lorafx.graph.context import Context
+from lorafx.pipeline import CAPTURED, GraphPass, PassReport, pipeline, run_passes
+
+
+def run_pipeline(
+    gm: fx.GraphModule,
+    ctx: Context,
+    dump: GraphDump,
+    after_pass: Callable[[str, fx.GraphModule], None] | None = None,
+) -> list[PassReport]:
+    """Run all passes that are switched on over `gm`, in place.
+
+    `after_pass(name, gm)` is called with the graph as captured ("captured") and after each pass;
+    numeric verification keeps its copies that way.
+    """
+    options = ctx.program.options
+    outputs = output_values(gm)
+    dump.graph(CAPTURED, gm)
+    if after_pass is not None:
+        after_pass(CAPTURED, gm)
+
+    def cleaned(item: GraphPass, edits: int, seconds: float) -> PassReport:
+        start = time.perf_counter()
+        gm.graph.eliminate_dead_code(_is_impure)
+        gm.recompile()
+        if options.verify != "off":
+            check_graph(item.name, gm, ctx, outputs)
+        seconds += time.perf_counter() - start
+        dump.graph(item.name, gm, edits=edits, seconds=seconds)
+        if after_pass is not None:
+            after_pass(item.name, gm)
+        return PassReport(item.name, edits, seconds, len(gm.graph.nodes))
+
+    return run_passes(
+        pipeline(options).graph,
+        lambda item: item.run(gm, ctx),
+        around=lambda item: in_pass(item.name, item.required),
+        after=cleaned,
+    )
+
+
+def _is_impure(node: fx.Node) -> bool:
+    """Placeholders must stay (the executable's calling convention), and so must effects."""
+    return node.op == "placeholder" or node.is_impure()

@@ -1,0 +1,245 @@
+"""The passes, in their order: once over the model, then over each graph that is captured of it.
+
+MODEL_PASSES   model → sites, banks, marks            before any graph, each pass once
+GRAPH_PASSES   functional ATen graph → the same graph with LoRA, lowered      for each graph
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from torch import fx
+
+from lorafx.config import After, Options
+from lorafx.errors import ConfigError, nearest
+from lorafx.graph.context import Context
+from lorafx.passes.alias import Alias
+from lorafx.passes.attach import Attach
+from lorafx.passes.fuse.fuse import Fuse
+from lorafx.passes.give_out import GiveOut
+from lorafx.passes.load import Load
+from lorafx.passes.lower.lower import Lower
+from lorafx.passes.match.match import Match
+from lorafx.passes.outline.outline import Outline
+from lorafx.passes.pack import Pack
+from lorafx.passes.pack_weights import PackWeights
+from lorafx.passes.plan import Plan
+from lorafx.passes.provenance import Provenance
+from lorafx.passes.read import Read
+from lorafx.passes.rescale import Rescale
+from lorafx.passes.select import Select
+from lorafx.program.preparation import Preparation
+
+
+class ModelPass(Protocol):
+    """One step over the model. `run` returns how many things it found or made."""
+
+    @property
+    def name(self) -> str: ...
+
+    def run(self, model: Preparation) -> int: ...
+
+
+class GraphPass(Protocol):
+    """One rewrite of the functional ATen graph.
+
+    `required` passes cannot be switched off: without them a delta could be dropped silently.
+    `run` returns the number of edits it made. It neither lints nor recompiles nor removes dead
+    code; the driver does.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def required(self) -> bool: ...
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int: ...
+
+
+MODEL_PASSES: tuple[ModelPass, ...] = (
+    Alias(),
+    Select(),
+    Read(),
+    Attach(),
+    Load(),
+    PackWeights(),
+)
+
+#: `outline` is last: it compares what the lowering made of each layer, so what differs there (a
+#: pinned strategy, say) keeps layers apart.
+GRAPH_PASSES: tuple[GraphPass, ...] = (
+    Match(),
+    GiveOut(),
+    Provenance(),
+    Rescale(),
+    Fuse(),
+    Pack(),
+    Plan(),
+    Lower(),
+    Outline(),
+)
+
+#: What stands before the first pass over a graph.
+CAPTURED = "captured"
+
+
+@dataclass(frozen=True)
+class UserPass:
+    """A pass of the user's own among the passes over a graph."""
+
+    name: str
+    given: After
+    required: bool = False
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        edits = self.given.run(gm, ctx)
+        if not isinstance(edits, int):
+            raise ConfigError(
+                f"the pass {self.name!r} returned {edits!r}; it has to return how many edits it "
+                "made to the graph, an int"
+            )
+        return edits
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass did. `nodes` are those of the graph after it, 0 for passes over the model."""
+
+    name: str
+    edits: int
+    seconds: float
+    nodes: int = 0
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The passes that run, in their order. `str()` is a line for each.
+
+    Attributes:
+        model: over the model, once.
+        graph: over each captured graph, the user's own among them.
+        off: graph passes that the options switch off.
+    """
+
+    model: tuple[ModelPass, ...]
+    graph: tuple[GraphPass, ...]
+    off: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                "over the model, once:",
+                *(_line(item.name, _about(item)) for item in self.model),
+                "over each captured graph:",
+                *(_line(item.name, _about(item)) for item in self.graph),
+                *(_line(name, "(off)") for name in self.off),
+            ]
+        )
+
+
+def pipeline(options: Options | None = None) -> Pipeline:
+    """The passes that `lorafx.compile` runs with these options; of its defaults without.
+
+    Raises:
+        ConfigError: `options.passes` names a pass that does not exist, or cannot be switched off.
+    """
+    options = Options() if options is None else options
+    known = {item.name: item for item in GRAPH_PASSES}
+    own = {name: value for name, value in options.passes.items() if isinstance(value, After)}
+    for name, value in options.passes.items():
+        if isinstance(value, After):
+            _check_own(name, value, [*known, *own])
+        elif name not in known:
+            raise ConfigError(
+                f"unknown pass {name!r}{nearest(name, known)}; passes are {', '.join(known)}. A "
+                "pass of your own is given as lorafx.After(pass, run)"
+            )
+        elif known[name].required and not value:
+            raise ConfigError(f"pass {name!r} cannot be switched off: adapters would be dropped")
+    placed: list[GraphPass] = list(_behind(CAPTURED, own))
+    for item in GRAPH_PASSES:
+        if options.runs(item.name):
+            placed.append(item)
+        placed.extend(_behind(item.name, own))
+    missing = [name for name in own if name not in {item.name for item in placed}]
+    if missing:
+        raise ConfigError(f"passes {', '.join(missing)} are placed after one another")
+    off = tuple(name for name in known if not options.runs(name))
+    return Pipeline(MODEL_PASSES, tuple(placed), off)
+
+
+def _check_own(name: str, given: After, known: Sequence[str]) -> None:
+    taken = {CAPTURED, *(item.name for item in MODEL_PASSES), *(item.name for item in GRAPH_PASSES)}
+    if name in taken:
+        raise ConfigError(f"{name!r} is the name of a pass of lorafx; call yours by another one")
+    if given.after != CAPTURED and given.after not in known:
+        raise ConfigError(
+            f"the pass {name!r} is placed after {given.after!r}, which is no pass over graphs"
+            f"{nearest(given.after, known)}; passes are {CAPTURED}, {', '.join(known)}"
+        )
+
+
+def _behind(place: str, own: dict[str, After]) -> Iterator[UserPass]:
+    for name, given in own.items():
+        if given.after == place:
+            yield UserPass(name, given)
+            yield from _behind(name, own)
+
+
+def _line(name: str, about: str) -> str:
+    return f"  {name:<12}  {about}".rstrip()
+
+
+def _about(item: ModelPass | GraphPass) -> str:
+    """The first line of what its docstring says."""
+    told = item.given.run if isinstance(item, UserPass) else type(item)
+    text = inspect.getdoc(told) or ""
+    return text.partition("\n\n")[0].replace("\n", " ")
+
+
+Pass = TypeVar("Pass", ModelPass, GraphPass)
+
+
+def run_passes(
+    passes: Sequence[Pass],
+    run: Callable[[Pass], int],
+    *,
+    around: Callable[[Pass], AbstractContextManager[None]] = lambda _: nullcontext(),
+    after: Callable[[Pass, int, float], PassReport] = lambda item, edits, seconds: PassReport(
+        item.name, edits, seconds
+    ),
+) -> list[PassReport]:
+    """Run passes in their order: the one driver of both levels.
+
+    Args:
+        run: runs one and returns how many things it made.
+        around: what a pass runs in.
+        after: what is done with its result, given edits and seconds.
+    """
+    reports: list[PassReport] = []
+    for item in passes:
+        start = time.perf_counter()
+        with around(item):
+            edits = run(item)
+        reports.append(after(item, edits, time.perf_counter() - start))
+    return reports
+
+
+def run_model_passes(
+    model: Preparation, passes: Sequence[ModelPass] = MODEL_PASSES
+) -> list[PassReport]:
+    """Run passes over a model.
+
+    Raises whatever one of them raises; the model is as it was then.
+    """
+    try:
+        return run_passes(passes, lambda item: item.run(model))
+    except BaseException:
+        model.undo()
+        raise

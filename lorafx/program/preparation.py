@@ -1,0 +1,47 @@
+"""A model on its way to being marked: what the passes over a model read and fill in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lorafx.adapter_store.checkpoint import AdapterState
+from lorafx.adapter_store.peft_reader import Adapter
+from lorafx.adapter_store.store import AdapterStore
+from lorafx.config import LoraConfig, Options
+from lorafx.model.attachment import Attachment
+from lorafx.model.module_graph import ModuleGraph
+from lorafx.model.packing import PackedGroup
+from lorafx.model.sites import Site
+
+
+@dataclass(eq=False)
+class Preparation:
+    """What is known of the model so far. Nothing of it has changed before `attachment` is there.
+
+    Attributes:
+        saved: adapters as they were saved, by name; `read` takes them out.
+        graph: its modules (pass `alias`).
+        sites: in canonical path order (`select`).
+        adapters: what the saved tensors mean on the sites (`read`).
+        attachment: groups, banks and marks (`attach`).
+        store: the adapters in host memory, with slots (`load`).
+        packed: siblings whose weights are views of one buffer (`pack_weights`).
+    """
+
+    model: nn.Module
+    config: LoraConfig
+    options: Options = field(default_factory=Options)
+    saved: dict[str, AdapterState] = field(default_factory=dict)
+    graph: ModuleGraph = field(init=False)
+    sites: tuple[Site, ...] = ()
+    adapters: list[Adapter] = field(default_factory=list)
+    attachment: Attachment | None = None
+    store: AdapterStore | None = None
+    packed: tuple[PackedGroup, ...] = ()
+
+    def undo(self) -> None:
+        """Take the marks away again, where there are any."""
+        if self.attachment is not None:
+            self.attachment.detach()

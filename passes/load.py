@@ -1,0 +1,25 @@
+"""load: the adapters that were read get their place in host memory, and slots where there are free
+ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lorafx.adapter_store.store import AdapterStore
+from lorafx.program.preparation import Preparation
+
+
+@dataclass(frozen=True)
+class Load:
+    """The store over the banks, with the adapters that were read."""
+
+    name: ClassVar[str] = "load"
+
+    def run(self, model: Preparation) -> int:
+        assert model.attachment is not None
+        config = model.config
+        model.store = AdapterStore(model.attachment.groups, config.max_adapters, config.max_rank)
+        for adapter in model.adapters:
+            model.store.load(adapter)
+        return len(model.adapters)

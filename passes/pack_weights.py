@@ -1,0 +1,40 @@
+"""pack_weights: the weights of siblings become views of one buffer, with the same values.
+
+    W_0 (N_0, K), W_1 (N_1, K), ...   →   views of [W_0; W_1; ...] (ΣN, K)
+
+What cannot be packed stays as it is (lorafx.model.packing says what can).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lorafx.model.packing import PackedGroup, pack_weights
+from lorafx.program.preparation import Preparation
+
+
+@dataclass(frozen=True)
+class PackWeights:
+    """The weights of siblings become views of one buffer."""
+
+    name: ClassVar[str] = "pack_weights"
+
+    def run(self, model: Preparation) -> int:
+        # Only the pass `pack` reads packed weights, and what it merges is what `fuse` made.
+        if not (model.options.runs("pack") and model.options.runs("fuse")):
+            return 0
+        attachment = model.attachment
+        assert attachment is not None
+        alone = model.graph.alone()
+        packed: list[PackedGroup] = []
+        for group in attachment.groups:
+            pack = pack_weights(model.graph, group, alone)
+            if pack is None:
+                continue
+            packed.append(pack)
+            for site in group.sites:
+                mark = attachment.marks[site.path]
+                mark.weight, mark.bias = pack.weight, pack.bias
+        model.packed = tuple(packed)
+        return len(packed)
