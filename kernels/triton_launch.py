@@ -97,11 +97,6 @@ def _cdiv(value: Any, by: Any) -> Any:
     return (value + by - 1) // by
 
 
-def order_reference(slots: Tensor) -> Tensor:
-    """The requests sorted by slot, (n,) int32."""
-    return torch.argsort(slots, stable=True).to(torch.int32)
-
-
 def shrink(
     kernel: GeneratedKernel,
     spec: TritonSpec,

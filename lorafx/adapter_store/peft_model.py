@@ -76,12 +76,6 @@ class TakenOver:
         give_back(self._hidden)
 
 
-def from_peft_model(peft_model: nn.Module) -> tuple[nn.Module, dict[str, AdapterState]]:
-    """(base model, adapters by name) of a model with PEFT's adapters, as `take_over` has them."""
-    taken = take_over(peft_model)
-    return taken.base, taken.adapters
-
-
 def take_over(model: nn.Module) -> TakenOver:
     """Read the adapters of a PeftModel, or of a model that they were injected into, then unwrap it.
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from lorafx.errors import ConfigError
 from lorafx.model.module_graph import ModuleGraph, join
 from lorafx.model.sites import Membership, Part
-from lorafx.model.targets import names
 
 ATTRIBUTE = "packed_modules_mapping"
 
@@ -210,31 +209,6 @@ def parts_of(
         parts.append(Part("" if member is None else member.name, slices, in_features, width))
         at = slices[-1] + 1
     return tuple(parts), () if named else tuple(member.name for member in members)
-
-
-def is_in_target_modules(
-    path: str, target_modules: str | Sequence[str], packed_modules: PackedModules | None = None
-) -> bool:
-    """Whether `target_modules` names the module at `path`, itself or by a packed name.
-
-    `q_proj` names a packed `qkv_proj`, and `qkv_proj` names an unpacked `q_proj`, where
-    `packed_modules` says that the one packs the other.
-
-    Args:
-        path: dotted path of a module.
-        target_modules: a list of exact or dotted-suffix names, or one regular expression.
-        packed_modules: as in `LoraConfig`.
-
-    Raises:
-        ConfigError: `packed_modules` is malformed.
-    """
-    declared = members_of(packed_modules, "packed_modules")
-    last = path.rpartition(".")[2]
-    others = [member.name for member in declared.get(last, ())]
-    others += [
-        packed for packed, found in declared.items() if last in (member.name for member in found)
-    ]
-    return names(target_modules, [path, *(renamed(path, other) for other in others)])
 
 
 def virtual_paths(paths: Iterable[str], name: str) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import lorafx
 from lorafx.errors import CheckpointError, ConfigError, TargetError
-from lorafx.model.packed_names import is_in_target_modules
+from lorafx.prepare.marking import build_sites
 
 REFERENCE = {"lowering": "reference"}
 LAYERS = range(2)
@@ -231,19 +231,23 @@ def test_packed_names_on_a_base_that_is_not_packed() -> None:
     assert found == {"q_proj", "k_proj", "v_proj"}
 
 
-def test_is_in_target_modules() -> None:
-    def named(path: str, *targets: str) -> bool:
-        return is_in_target_modules(path, list(targets), MAPPING)
+def test_targets_name_packed_modules_and_members() -> None:
+    apart, packed = twins()
+    packed.packed_modules_mapping = {}
 
-    assert named("layers.0.qkv_proj", "q_proj")
-    assert named("layers.0.qkv_proj", "qkv_proj")
-    assert named("layers.0.q_proj", "qkv_proj")
-    assert not named("layers.0.q_proj", "k_proj")
-    assert not named("layers.0.o_proj", "qkv_proj", "q_proj")
-    assert named("layers.0.in_proj_qkvz", "in_proj_z")
-    assert is_in_target_modules("layers.0.qkv_proj", r"layers\.0\.v_proj", MAPPING)
-    assert not is_in_target_modules("layers.1.qkv_proj", r"layers\.0\.v_proj", MAPPING)
-    assert not is_in_target_modules("layers.0.qkv_proj", ["q_proj"])
+    def named(model: nn.Module, targets: Any, mapping: Any = MAPPING) -> set[str]:
+        config = lorafx.LoraConfig(target_modules=targets, packed_modules=mapping)
+        return {site.path for site in build_sites(model, config)[1]}
+
+    assert named(packed, ["q_proj"]) == set(paths(["qkv_proj"]))
+    assert named(packed, ["qkv_proj"]) == set(paths(["qkv_proj"]))
+    assert named(packed, ["qkv_proj", "q_proj"]) == set(paths(["qkv_proj"]))
+    assert named(apart, ["qkv_proj"]) == set(paths(["q_proj", "k_proj", "v_proj"]))
+    assert named(apart, ["k_proj"]) == set(paths(["k_proj"]))
+    assert named(packed, ["in_proj_z"]) == set(paths(["in_proj_qkvz"]))
+    assert named(packed, r"layers\.0\.v_proj") == {"layers.0.qkv_proj"}
+    with pytest.raises(TargetError):
+        named(packed, ["q_proj"], None)
 
 
 @pytest.mark.parametrize(

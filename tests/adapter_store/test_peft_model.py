@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 
-from lorafx.adapter_store.peft_model import from_peft_model, is_peft_model, take_over
+from lorafx.adapter_store.peft_model import is_peft_model, take_over
 from lorafx.adapter_store.peft_reader import read_adapter
 from lorafx.errors import CaptureError, CheckpointError, UnsupportedAdapterError
 
@@ -45,7 +45,8 @@ def test_base_and_adapters(build, sites_of, save, tmp_path):
     )
     model.save_pretrained(str(tmp_path))
     names = set(dict(build("llama").named_modules()))
-    base, adapters = from_peft_model(model)
+    taken = take_over(model)
+    base, adapters = taken.base, taken.adapters
     assert is_peft_model(model)
     assert not is_peft_model(base)
     assert set(dict(base.named_modules())) == names
@@ -64,7 +65,8 @@ def test_base_and_adapters(build, sites_of, save, tmp_path):
 def test_live_scales_win(build, sites_of):
     model = wrapped(build("llama"), {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]})
     model.base_model.model.model.layers[1].self_attn.q_proj.set_scale("a", 0.5)
-    base, adapters = from_peft_model(model)
+    taken = take_over(model)
+    base, adapters = taken.base, taken.adapters
     weights = read_adapter(adapters["a"], "a", sites_of(base)).weights
     scales = [weights[f"model.layers.{i}.self_attn.q_proj"].scale for i in (0, 1)]
     assert scales == [3.0, 1.5]

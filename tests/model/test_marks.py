@@ -10,24 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from marking import attach_sites
+from marking import attach
 from torch import nn
 
-from lorafx.config import LoraConfig
 from lorafx.errors import MatchError, ProvenanceError
 from lorafx.model.attachment import Attachment, detach
 from lorafx.model.marks import SiteMark
-from lorafx.prepare.marking import build_sites
 from lorafx.registry import register, unregister
 
 SLOT = 1
 SCALE = 0.5
-
-
-def attach(model: nn.Module, target=None, **config) -> Attachment:
-    lora = LoraConfig(target_modules=target, max_adapters=3, max_rank=4, **config)
-    _, sites = build_sites(model, lora)
-    return attach_sites(model, sites, lora)
 
 
 def write_adapter(attachment: Attachment, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -7,23 +7,15 @@ import copy
 import pytest
 import torch
 import transformers
-from marking import attach_sites
+from marking import attach
 from torch import nn
 from torch.fx.experimental import _config as shape_config
 
-from lorafx.config import LoraConfig
 from lorafx.errors import MatchError
 from lorafx.model.attachment import Attachment, detach
 from lorafx.model.runtime import Runtime
-from lorafx.prepare.marking import build_sites
 
 SLOT = 1
-
-
-def attach(model: nn.Module, target=None, **config) -> Attachment:
-    lora = LoraConfig(target_modules=target, max_adapters=3, max_rank=4, **config)
-    _, sites = build_sites(model, lora)
-    return attach_sites(model, sites, lora)
 
 
 def fill(attachment: Attachment, seed: int = 0) -> None:

@@ -7,19 +7,10 @@ import weakref
 import pytest
 import torch
 import transformers
-from marking import attach_sites
+from marking import attach
 from torch import nn
 
-from lorafx.config import LoraConfig
 from lorafx.errors import CaptureError, ConfigError
-from lorafx.model.attachment import Attachment
-from lorafx.prepare.marking import build_sites
-
-
-def attach(model: nn.Module, target=None, **config) -> Attachment:
-    lora = LoraConfig(target_modules=target, max_adapters=3, max_rank=4, **config)
-    _, sites = build_sites(model, lora)
-    return attach_sites(model, sites, lora)
 
 
 def llama(**changes) -> nn.Module:
