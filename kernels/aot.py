@@ -2,8 +2,9 @@
 
     record(variant, target) = registers, local memory, shared memory, matrix instructions
 
-    python -m lorafx.kernels.aot docs/kernels.md            compile everything, write the table
-    python -m lorafx.kernels.aot --target cuda90 --only qkv   compile some, print their records
+    python -m lorafx.kernels.aot > kernels.txt                compile everything, a line per kernel
+    python -m lorafx.kernels.aot --target cuda90 --only qkv   compile some
+    python -m lorafx.kernels.aot --summary docs/kernels.md    and write the summary into a document
 
 Triton brings the assemblers (ptxas, LLVM for AMD), so neither a GPU nor a toolkit is needed. What
 is read off the machine code: registers a thread; bytes of local ("stack", "scratch") memory a
@@ -17,7 +18,6 @@ reads them (triton-lang/triton issue 9433, pull request 11781), which gives wron
 from __future__ import annotations
 
 import argparse
-import collections
 import functools
 import hashlib
 import multiprocessing
@@ -88,11 +88,15 @@ class Record:
     unsafe: int
 
     @property
+    def spilled(self) -> bool:
+        return self.local_bytes > PARKED
+
+    @property
     def faults(self) -> tuple[str, ...]:
         """What makes it unfit for the chip; empty where nothing does."""
         limit = TARGETS[self.target].shared_bytes
         found = []
-        if self.local_bytes > PARKED:
+        if self.spilled:
             found.append(f"{self.local_bytes} bytes of local memory a thread")
         if self.shared_bytes > limit:
             found.append(f"{self.shared_bytes} bytes of shared memory, the chip has {limit}")
@@ -168,12 +172,12 @@ def _hip_usage(assembly: str) -> tuple[int, int]:
 
 
 def records(names: Sequence[tuple[str, str]], jobs: int) -> Iterator[Record | LoweringError]:
-    """Compile variants (target, name) in `jobs` processes; in the order of finishing."""
+    """Compile variants (target, name) in `jobs` processes; in the order of `names`."""
     if jobs <= 1:
         yield from map(_compile_named, names)
         return
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        yield from pool.imap_unordered(_compile_named, names)
+        yield from pool.imap(_compile_named, names)
 
 
 @functools.cache
@@ -199,8 +203,8 @@ def names_of(targets: Iterable[str] = tuple(TARGETS), only: str = "") -> list[tu
 def fingerprint() -> str:
     """A hash of every variant's source and launch options, on every target.
 
-    Nothing of the machine or of installed versions goes in: it says whether a table was made from
-    these sources.
+    Nothing of the machine or of installed versions goes in: it says whether a summary was made
+    from these sources.
     """
     parts = []
     for target in TARGETS:
@@ -213,61 +217,55 @@ def fingerprint() -> str:
 BEGIN, END = "<!-- compiled kernels: begin -->", "<!-- compiled kernels: end -->"
 
 
-def table(found: Sequence[Record]) -> str:
-    """The generated part of docs/kernels.md."""
+def summary(found: Sequence[Record]) -> str:
+    """The generated part of docs/kernels.md: per strategy and target."""
     lines = [
         BEGIN,
-        f"Sources {fingerprint()}, Triton {triton.__version__}, {len(found)} kernels compiled by "
-        "`python -m lorafx.kernels.aot docs/kernels.md`.",
+        f"Sources {fingerprint()}, Triton {triton.__version__}, {len(found)} kernels. Each cell: "
+        "kernels / most registers of a thread / kernels that spill / most shared memory of a "
+        "program in KiB; the chip's limits stand in the heading. Code that several strategies "
+        "share is counted once.",
         "",
-        "| target | kernel | variants | registers | shared memory, KiB (chip) | local bytes "
-        "| matrix instructions |",
-        "|---|---|---|---|---|---|---|",
+        "| strategy | "
+        + " | ".join(f"{n}: {t.registers}, {t.shared_bytes >> 10} KiB" for n, t in TARGETS.items())
+        + " |",
+        "|---" * (len(TARGETS) + 1) + "|",
     ]
-    groups: dict[tuple[str, str], list[Record]] = {}
+    groups: dict[str, dict[str, list[Record]]] = {}
     for record in found:
-        groups.setdefault((record.target, _kernel(record.variant)), []).append(record)
-    for (target, kernel), group in sorted(groups.items()):
-        registers = [record.registers for record in group]
-        shared = max(record.shared_bytes for record in group) / 1024
-        local = max(record.local_bytes for record in group)
-        kinds = collections.Counter(next(iter(r.matrix), "none") for r in group)
-        matrix = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
-        lines.append(
-            f"| {target} | {kernel} | {len(group)} | {min(registers)}–{max(registers)} "
-            f"| {shared:.0f} ({TARGETS[target].shared_bytes >> 10}) | {local} | {matrix} |"
-        )
-    lines += ["", "Registers a thread / KiB of shared memory / matrix instruction:", ""]
-    lines += ["| variant | " + " | ".join(TARGETS) + " |", "|---" * (len(TARGETS) + 1) + "|"]
-    by_name: dict[str, dict[str, Record]] = {}
-    for record in found:
-        by_name.setdefault(record.variant, {})[record.target] = record
-    for name, each in sorted(by_name.items()):
-        lines.append(f"| {name} | " + " | ".join(_cell(each.get(t)) for t in TARGETS) + " |")
+        each = groups.setdefault(record.variant.partition("/")[0], {})
+        each.setdefault(record.target, []).append(record)
+    for strategy, each in sorted(groups.items()):
+        lines.append(f"| {strategy} | " + " | ".join(_cell(each.get(t)) for t in TARGETS) + " |")
     return "\n".join([*lines, END])
 
 
-def _kernel(variant: str) -> str:
-    """`shrink` of `epilogue/shrink/qkv_r16_bf16/m64`."""
-    parts = variant.split("/")
-    return parts[1] if len(parts) > 1 else variant
+def _cell(group: Sequence[Record] | None) -> str:
+    if group is None:
+        return "–"
+    registers = max(record.registers for record in group)
+    spilled = sum(record.spilled for record in group)
+    shared = max(record.shared_bytes for record in group) / 1024
+    return f"{len(group)} / {registers} / {spilled} / {shared:.0f}"
 
 
-def _cell(record: Record | None) -> str:
-    if record is None:
-        return "–"  # the same code as of another number of rows or another strategy
-    matrix = next(iter(record.matrix), "none")
-    text = f"{record.registers} / {record.shared_bytes / 1024:.0f} / {matrix.partition('.')[0]}"
-    return text + (f", {'; '.join(record.faults)}" if record.faults else "")
+def _line(record: Record) -> str:
+    """`shrink/... cuda90: 64 registers, 2.0 KiB, 0 bytes local, mma.sync`, and what is wrong."""
+    matrix = next(iter(record.matrix), "no matrix instruction")
+    text = (
+        f"{record.variant} {record.target}: {record.registers} registers, "
+        f"{record.shared_bytes / 1024:.1f} KiB shared, {record.local_bytes} bytes local, {matrix}"
+    )
+    return "; ".join([text, *record.faults])
 
 
 def is_current(document: str) -> bool:
-    """Whether the table in `document` was made from the sources that there are now."""
+    """Whether the summary in `document` was made from the sources that there are now."""
     found = re.search(r"^Sources ([0-9a-f]{16}),", document, re.MULTILINE)
     return found is not None and found[1] == fingerprint()
 
 
-def with_table(document: str, text: str) -> str:
+def with_summary(document: str, text: str) -> str:
     """`document` with its generated part replaced, or added at the end."""
     before, begin, rest = document.partition(BEGIN)
     if not begin:
@@ -278,13 +276,13 @@ def with_table(document: str, text: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `python -m lorafx.kernels.aot`; 1 where a kernel is unfit for its chip."""
     parser = argparse.ArgumentParser(description="Compile the Triton kernels ahead of time.")
-    parser.add_argument("document", type=Path, nargs="?", help="file to write the table into")
+    parser.add_argument("--summary", type=Path, help="document to write the summary into")
     parser.add_argument("--target", choices=TARGETS, action="append")
     parser.add_argument("--only", default="", help="a pattern that variants' names match")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args(arguments)
-    if options.document and (options.target or options.only):
-        parser.error("the table is of all targets and variants; leave out --target and --only")
+    if options.summary and (options.target or options.only):
+        parser.error("the summary is of all targets and variants; leave out --target and --only")
     names = names_of(options.target or TARGETS, options.only)
     done: list[Record] = []
     failed = 0
@@ -297,11 +295,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         done.append(result)
         failed += bool(result.faults)
-        if not options.document or result.faults:
-            print(f"{result.variant} {result.target}: {_cell(result)}")
-    if options.document:
-        document = options.document.read_text() if options.document.exists() else ""
-        options.document.write_text(with_table(document, table(done)))
+        print(_line(result))
+    if options.summary:
+        document = options.summary.read_text() if options.summary.exists() else ""
+        options.summary.write_text(with_summary(document, summary(done)))
     print(f"{len(done)} compiled, {failed} unfit or refused", file=sys.stderr)
     return int(failed > 0)
 
