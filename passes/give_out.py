@@ -23,6 +23,7 @@ from torch._dispatch.python import enable_python_dispatcher
 
 from lorafx.errors import ProvenanceError
 from lorafx.graph.context import EMBEDDING_OP, ROWS_OF, SITE_OP, Context, is_site
+from lorafx.op_arguments import bound
 from lorafx.ownership.emit import Emitter
 from lorafx.ownership.flow import Flow
 from lorafx.ownership.joins import by_owner, by_size
@@ -30,6 +31,7 @@ from lorafx.ownership.labels import Label
 from lorafx.ownership.pointwise import unlabelled
 from lorafx.ownership.propagate import called_by, flow_through, rule_for
 from lorafx.ownership.replay import OTHER_TYPE, Ended, Replay
+from lorafx.ownership.sites import input_of
 from lorafx.ownership.symbolic import BatchSymbols
 from lorafx.passes.provenance import Unproved, batch_of, row_map, seeds_of, slots_of
 from lorafx.program.frame import Frame, fake_value
@@ -88,7 +90,7 @@ def give_out(
     roots = {
         node
         for node in graph.nodes
-        if is_site(node) and node not in flow.given and flow.label(node.args[0]) is None
+        if is_site(node) and node not in flow.given and flow.label(input_of(node)) is None
     }
     roots = {node for node in roots if allowed()}
     while roots:
@@ -120,7 +122,7 @@ def _without_requests(graph: fx.Graph, seeds: Mapping[fx.Node, Label]) -> bool:
         if node.op == "placeholder":
             if seeds.get(node) is not None:
                 theirs.add(node)
-        elif is_site(node) and node.args[0] not in theirs:
+        elif is_site(node) and input_of(node) not in theirs:
             return True
         elif rule_for(node.target)[0] is not unlabelled:
             theirs.update([node] if theirs.intersection(node.all_input_nodes) else [])
@@ -180,9 +182,9 @@ class Attempt:
             for arg in shared:  # whose sizes it asks for
                 self._put(node, arg, replay.emit(aten.select.int, replay.copies[arg], 0, 0))
         elif node.target is ROWS_OF:
-            y = node.args[1]
+            y = bound(node)["y"]
             if y in replay.copies:
-                replay.copies[node] = replay.copies[y]  # type: ignore[index]
+                replay.copies[node] = replay.copies[y]
         elif label is not None and not _is_shared(label):
             for arg, new in by_owner(node, replay):
                 self._put(node, arg, new)

@@ -16,7 +16,9 @@ import torch
 from torch import fx
 
 from lorafx.graph.context import FUSED_OP, Context, SiteState
-from lorafx.program.frame import arguments_of, fake_value
+from lorafx.kernels.bank_arguments import BankArgs, Ranges
+from lorafx.op_arguments import bound, in_order
+from lorafx.program.frame import fake_value
 
 aten = torch.ops.aten
 
@@ -59,9 +61,9 @@ def _candidates(ctx: Context) -> list[list[fx.Node]]:
     buckets: dict[tuple[object, ...], list[fx.Node]] = {}
     for node, (state, *_) in ctx.states.items():
         if node.target is FUSED_OP and state.packed_weight is not None:
-            x, _, _, A, B, ranks, scales, slots, _, _, _, rows, _ = arguments_of(node)
-            packed = (state.packed_weight, state.packed_bias)
-            key = (x, A, B, ranks, scales, slots, rows, *packed)
+            call = bound(node)
+            shared = (call[name] for name in ("x", *BankArgs._fields, "rows"))
+            key = (*shared, state.packed_weight, state.packed_bias)
             buckets.setdefault(key, []).append(node)
     return list(buckets.values())
 
@@ -70,10 +72,10 @@ def _adjacent(ctx: Context, nodes: list[fx.Node]) -> list[list[fx.Node]]:
     """Runs of siblings whose rows follow one another in the packed weight."""
     runs: list[list[fx.Node]] = []
     end = None
-    for node in sorted(nodes, key=lambda item: arguments_of(item)[9][0]):
-        offset, size = arguments_of(node)[9][0], sum(arguments_of(node)[10])
-        has_bias = arguments_of(node)[2] is not None
-        if has_bias and ctx.states[node][0].packed_bias is None:
+    for node in sorted(nodes, key=lambda item: bound(item)["offsets"][0]):
+        call = bound(node)
+        offset, size = call["offsets"][0], sum(call["sizes"])
+        if call["bias"] is not None and ctx.states[node][0].packed_bias is None:
             continue
         if runs and offset == end:
             runs[-1].append(node)
@@ -85,20 +87,15 @@ def _adjacent(ctx: Context, nodes: list[fx.Node]) -> list[list[fx.Node]]:
 
 def _merge(graph: fx.Graph, ctx: Context, run: list[fx.Node], first: fx.Node) -> None:
     state: SiteState = ctx.states[run[0]][0]
-    x, _, _, A, B, ranks, scales, slots, _, _, _, rows, transposed = arguments_of(run[0])
-    siblings, offsets, sizes = (
-        [number for node in run for number in arguments_of(node)[position]]
-        for position in (8, 9, 10)
-    )
-    widths = [sum(arguments_of(node)[10]) for node in run]
-    any_bias = any(arguments_of(node)[2] is not None for node in run)
+    calls = [bound(node) for node in run]
+    ranges = {name: [n for call in calls for n in call[name]] for name in Ranges._fields}
+    start, widths = ranges["offsets"][0], [sum(call["sizes"]) for call in calls]
+    base: dict[str, fx.Node | None] = {"bias": None}
     with graph.inserting_before(first):
-        weight = _rows(graph, ctx, state.packed_weight, offsets[0], sum(sizes))
-        bias = _rows(graph, ctx, state.packed_bias, offsets[0], sum(sizes)) if any_bias else None
-        bank = (A, B, ranks, scales, slots)
-        packed = ctx.call(
-            graph, FUSED_OP, (x, weight, bias, *bank, siblings, offsets, sizes, rows, transposed)
-        )
+        base["weight"] = _rows(graph, ctx, state.packed_weight, start, sum(widths))
+        if any(call["bias"] is not None for call in calls):
+            base["bias"] = _rows(graph, ctx, state.packed_bias, start, sum(widths))
+        packed = ctx.call(graph, FUSED_OP, in_order(FUSED_OP, calls[0], **base, **ranges))
         split = ctx.call(graph, aten.split_with_sizes.default, (packed, widths, -1))
         parts = [ctx.call(graph, operator.getitem, (split, index)) for index in range(len(run))]
     packed.meta.update({key: first.meta[key] for key in ("stack_trace",) if key in first.meta})

@@ -26,11 +26,11 @@ from lorafx.graph.context import (
     EXPERT_OP,
     FUSED_OP,
     GROUPED_OP,
-    ROWS_ARGUMENT,
     Context,
 )
 from lorafx.graph.pointwise import NoRegion, Region
 from lorafx.graph.strategy import ATEN, GENERATED, Strategy, choose
+from lorafx.kernels.bank_arguments import Ranges
 from lorafx.kernels.chips import chip_of
 from lorafx.kernels.cost import FUSED, Estimate, byte_floor, choose_strategy, split_is_faster
 from lorafx.kernels.cpu import DeltaSpec, build_all
@@ -39,8 +39,9 @@ from lorafx.kernels.triton_build import EXPERTS, TritonSpec
 from lorafx.kernels.triton_build import build as build_triton
 from lorafx.kernels.triton_ops import adjacent
 from lorafx.model.sites import Part, Site
+from lorafx.op_arguments import bound
 from lorafx.passes.fuse.fused_experts import FUSED_EXPERTS, loops_on_host, region
-from lorafx.program.frame import arguments_of, fake_value
+from lorafx.program.frame import fake_value
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,6 @@ def _triton(ctx: Context, nodes: Sequence[fx.Node]) -> None:
         choose(ctx, node, Strategy(name, kernel=kernel or 0, reason=reason))
 
 
-#: The position of `rows`.
-_ROWS = {**ROWS_ARGUMENT, FUSED_OP: 11, FUSED_EXPERTS: 12}
 #: What tiles are chosen for where the number of rows depends on data.
 UNKNOWN_ROWS = 4096
 #: The one strategy of an embedding's delta.
@@ -110,7 +109,7 @@ def _triton_choice(
         ConfigError: the user pinned a strategy that this node cannot have.
     """
     pinned = _pinned(ctx, node)
-    proved = arguments_of(node)[_ROWS[node.target]]
+    proved = bound(node)["rows"]
     if isinstance(proved, int) and proved == 0:
         return ATEN, "whose row each one is was not looked for; only aten can refuse a mix"
     if node.target is EMBEDDING_OP and pinned not in (None, ATEN):
@@ -142,7 +141,7 @@ def _triton_choice(
                 why = "" if name == "activated" else _not_for_experts(node, "activated")
                 return name, f"{reason}; {why}" if why else reason
     slots, rank = ctx.program.home(sites[0])[0].bank.B.shape[:2]
-    dtype = fake_value(arguments_of(node)[0]).dtype
+    dtype = fake_value(bound(node)["x"]).dtype
     _, estimates = choose_strategy(_parts(sites), rows, slots, rank, dtype, device)
     for name, estimate in estimates.items():
         if not estimate.refusal and (name not in FUSED or _fusable(node)):
@@ -153,7 +152,7 @@ def _triton_choice(
 def _fusable(node: fx.Node) -> bool:
     """Whether a kernel may compute the base product too: it is in the node, and the kernel can read
     the weight as it lies. A copy of a weight at every call would cost more than fusion saves."""
-    return node.target is FUSED_OP and adjacent(fake_value(arguments_of(node)[1]))
+    return node.target is FUSED_OP and adjacent(fake_value(bound(node)["weight"]))
 
 
 def _not_for_experts(node: fx.Node, name: str) -> str:
@@ -162,7 +161,7 @@ def _not_for_experts(node: fx.Node, name: str) -> str:
         return ""
     if node.target is not FUSED_EXPERTS:
         return "it is no grouped product with routed experts' weights"
-    if not adjacent(fake_value(arguments_of(node)[1])):
+    if not adjacent(fake_value(bound(node)["weight"])):
         return "its weight lies column by column"
     if name == "activated":
         found = region(node)
@@ -174,17 +173,18 @@ def _not_for_experts(node: fx.Node, name: str) -> str:
 def _expert_estimates(
     ctx: Context, node: fx.Node, rows: int, device: torch.device
 ) -> dict[str, Estimate]:
-    x, weight, _, _, B = arguments_of(node)[:5]
-    experts, sites = fake_value(weight).shape[0], _sites(ctx, node)
-    slots = fake_value(B).shape[0] // experts
+    call, sites = bound(node), _sites(ctx, node)
+    x, weight, B = (fake_value(call[name]) for name in ("x", "weight", "B"))
+    experts = weight.shape[0]
+    slots = B.shape[0] // experts
     work = ExpertWork(
         sites[0].in_features,
         tuple(part.out_features for part in _parts(sites)),
         rows,
         experts,
         max(1, min(slots, rows)),
-        fake_value(B).shape[1],
-        fake_value(x).dtype,
+        B.shape[1],
+        x.dtype,
         chip_of(device),
         on_host=loops_on_host(node),
         activation=isinstance(region(node), Region),
@@ -236,9 +236,9 @@ def _split(node: fx.Node) -> bool:
     """Whether a pack's base product is better done a sibling at a time."""
     if node.target is not FUSED_OP:
         return False
-    weight, sizes = arguments_of(node)[1], arguments_of(node)[10]
-    value = fake_value(weight)
-    return len(sizes) > 1 and split_is_faster(value.dtype, value.device)
+    call = bound(node)
+    value = fake_value(call["weight"])
+    return len(call["sizes"]) > 1 and split_is_faster(value.dtype, value.device)
 
 
 def _parts(sites: Sequence[Site]) -> list[Part]:
@@ -256,36 +256,30 @@ def _floor(ctx: Context, node: fx.Node) -> str:
 
 def delta_spec(node: fx.Node) -> DeltaSpec:
     """What a kernel for this node may take for granted; only metadata is read."""
-    value = fake_value
+    call = bound(node)
     if node.target is EMBEDDING_OP:
-        _, y, A, B = arguments_of(node)[:4]
-        return DeltaSpec.of_embedding(value(y), value(A), value(B))
-    if node.target is FUSED_OP:
-        x, _, _, A, B, ranks, _, _, siblings, offsets, sizes = arguments_of(node)[:11]
-    elif node.target is FUSED_EXPERTS:
-        x, _, _, A, B, ranks, _, _, _, siblings, offsets, sizes = arguments_of(node)[:12]
-    elif node.target is EXPERT_OP:
-        x, _, A, B, ranks, _, _, _, siblings, offsets, sizes = arguments_of(node)[:11]
-    else:
-        x, _, A, B, ranks, _, _, siblings, offsets, sizes = arguments_of(node)[:10]
-    tensors = (value(node), value(x), value(A), value(B), value(ranks))
-    return DeltaSpec.linear(*tensors, siblings, offsets, sizes)
+        return DeltaSpec.of_embedding(*(fake_value(call[name]) for name in ("y", "A", "B")))
+    tensors = (fake_value(call[name]) for name in ("x", "A", "B", "ranks"))
+    return DeltaSpec.linear(fake_value(node), *tensors, *(call[name] for name in Ranges._fields))
 
 
 def cpu_spec(node: fx.Node) -> DeltaSpec:
     """`delta_spec` of a kernel on a CPU, which finds the bank's slots of routed rows by itself."""
     spec = delta_spec(node)
     if node.target is EXPERT_OP:
-        return replace(spec, experts=arguments_of(node)[-1])
+        return replace(spec, experts=bound(node)["count"])
     if node.target is FUSED_EXPERTS:
-        return replace(spec, experts=int(fake_value(arguments_of(node)[1]).shape[0]))
+        return replace(spec, experts=int(fake_value(bound(node)["weight"]).shape[0]))
     return spec
 
 
 def triton_spec(node: fx.Node) -> TritonSpec:
     """`delta_spec`, and the base weight where it is part of the node."""
+    if node.target not in (FUSED_OP, FUSED_EXPERTS):
+        return TritonSpec(delta_spec(node))
+    call = bound(node)
+    weight, transposed = fake_value(call["weight"]), call["transposed"]
     if node.target is FUSED_EXPERTS:
-        weight, transposed = fake_value(arguments_of(node)[1]), arguments_of(node)[-1]
         found = region(node)
         activation = found.activation if isinstance(found, Region) else None
         return TritonSpec(
@@ -293,7 +287,4 @@ def triton_spec(node: fx.Node) -> TritonSpec:
             experts=weight.shape[0],
             activation=activation,
         )
-    if node.target is not FUSED_OP:
-        return TritonSpec(delta_spec(node))
-    _, weight, bias, *_, transposed = arguments_of(node)
-    return TritonSpec(delta_spec(node), fake_value(weight).dtype, bias is not None, transposed)
+    return TritonSpec(delta_spec(node), weight.dtype, call["bias"] is not None, transposed)

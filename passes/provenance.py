@@ -22,18 +22,18 @@ from lorafx.errors import ProvenanceError
 from lorafx.graph.context import (
     EMBEDDING_OP,
     OWN_MASK,
-    ROWS_ARGUMENT,
     ROWS_OF,
-    SLOTS_ARGUMENT,
     Context,
     Refusal,
     is_site,
 )
+from lorafx.op_arguments import bound, rebind
 from lorafx.ownership import scatters
 from lorafx.ownership.emit import Emitter
 from lorafx.ownership.flow import Flow
 from lorafx.ownership.labels import Label, Mixed, One, Own
 from lorafx.ownership.propagate import flow_through
+from lorafx.ownership.sites import input_of
 from lorafx.ownership.symbolic import ONE, BatchSymbols, Sizes, product
 from lorafx.ownership.tokens import Alignment
 from lorafx.program.frame import (
@@ -119,7 +119,7 @@ def prove_tokens(
     places = Alignment(graph, flow, BatchSymbols.of(lengths), token_inputs)
     proofs: dict[fx.Node, Proof] = {}
     for node in sites:
-        x = node.args[0]
+        x = input_of(node)
         ndim = len(flow.shape(x)) - (node.target is not EMBEDDING_OP)
         period = places.rows_in_order(x, flow.label(x), ndim)
         proofs[node] = (
@@ -132,7 +132,7 @@ def prove_tokens(
 
 def row_map(node: fx.Node, flow: Flow) -> Proof:
     """The map of one site from the label of its x (of its ids, which have no feature dimension)."""
-    x = node.args[0]
+    x = input_of(node)
     label, shape = flow.label(node if node in flow.given else x), flow.shape(x)
     ndim = len(shape) - (node.target is not EMBEDDING_OP)
     if isinstance(label, Mixed):
@@ -160,23 +160,19 @@ def apply(
         proof = proofs[node]
         if isinstance(proof, Unproved):
             continue
+        slots = bound(node)["slots"]
         if proof.request is not None:
-            slots, rows = node.args[SLOTS_ARGUMENT], 1
-            node.update_arg(SLOTS_ARGUMENT, emitter.slot_of(slots, proof.request, node))
+            slots, rows = emitter.slot_of(slots, proof.request, node), 1
         elif proof.perm is None:
             rows = emitter.size(proof.period, node)
         else:
-            x, slots, rows = node.args[0], node.args[SLOTS_ARGUMENT], 1
+            x, rows = input_of(node), 1
             ndim = fake_value(x).dim() - (node.target is not EMBEDDING_OP)
             slots = emitter.row_slots(slots, proof.perm, proof.period, x, proof.dim, ndim, node)
-            if slots is None:
-                rows = None
-            else:
-                node.update_arg(SLOTS_ARGUMENT, slots)
-        if rows is None:
+        if slots is None or rows is None:
             done[node] = Unproved(f"the graph cannot compute the size {proof.period}")
             continue
-        node.update_arg(ROWS_ARGUMENT[node.target], rows)
+        rebind(node, slots=slots, rows=rows)
     return done
 
 
@@ -282,8 +278,8 @@ class Provenance:
                 if node in ctx.kept_shared:
                     reason += f". A copy for each request ends at {ctx.kept_shared[node]}"
                 ctx.refuse(Refusal(sites, "mixed", reason))
-                node.update_arg(ROWS_ARGUMENT[node.target], ALL_ALIKE)
+                rebind(node, rows=ALL_ALIKE)
         for node in [node for node in gm.graph.nodes if node.target is ROWS_OF]:
-            node.replace_all_uses_with(node.args[1])
+            node.replace_all_uses_with(bound(node)["y"])
             gm.graph.erase_node(node)
         return sum(isinstance(proof, RowMap) for proof in proofs.values())

@@ -17,14 +17,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from lorafx.graph.context import GAINS_ARGUMENT, ROWS_ARGUMENT, SITE_OP, SLOTS_ARGUMENT, Context
+from lorafx.graph.context import SITE_OP, Context, is_site
 from lorafx.kernels.delta import accumulation_dtype
+from lorafx.op_arguments import bound, rebind
 from lorafx.ownership.symbolic import as_expr
 from lorafx.passes.provenance import ALL_ALIKE
-from lorafx.program.frame import arguments_of, fake_value
+from lorafx.program.frame import fake_value
 
 aten = torch.ops.aten
 prims = torch.ops.prims
+#: The arguments of DoRA; an embedding has no addend.
+SCALE = ("gains", "addend")
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,8 @@ class Rescale:
         scales = _Scales(gm.graph, ctx)
         edits = 0
         for node in gm.graph.nodes:
-            at = GAINS_ARGUMENT.get(node.target)
-            if at is not None and len(node.args) > at:
-                scales.take_out(node, at)
+            if is_site(node) and bound(node).get("gains") is not None:
+                scales.take_out(node)
                 edits += 1
         return edits
 
@@ -53,19 +55,17 @@ class _Scales:
     ctx: Context
     owners: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
 
-    def take_out(self, node: fx.Node, at: int) -> None:
+    def take_out(self, node: fx.Node) -> None:
         """The site keeps its delta; what read it reads the rescaled y."""
-        gains, addend = (*arguments_of(node)[at:], None)[:2]
-        node.args = node.args[:at]
-        if gains is None:
-            return
+        scale = {name: value for name, value in bound(node).items() if name in SCALE}
+        rebind(node, **dict.fromkeys(scale))
         readers = list(node.users)
         with self.graph.inserting_before(node.next):
-            last = self._rescaled(node, gains, addend)
+            last = self._rescaled(node, **scale)
         for reader in readers:
             reader.replace_input_with(node, last)
 
-    def _rescaled(self, node: fx.Node, gains: fx.Node, addend: fx.Node | None) -> fx.Node:
+    def _rescaled(self, node: fx.Node, gains: fx.Node, addend: fx.Node | None = None) -> fx.Node:
         y = fake_value(node)
         owner = self._owner(node)
         gain = self._call(aten.index.Tensor, self._columns(node, gains), [owner])
@@ -87,17 +87,17 @@ class _Scales:
         """The gains (S, N) of the site's own columns."""
         if node.target is not SITE_OP:
             return gains
-        _, offsets, sizes = arguments_of(node)[7:10]
+        call = bound(node)
         parts = [
             self._call(aten.slice.Tensor, gains, 1, offset, offset + size)
-            for offset, size in zip(offsets, sizes, strict=True)
+            for offset, size in zip(call["offsets"], call["sizes"], strict=True)
         ]
         return parts[0] if len(parts) == 1 else self._call(aten.cat.default, parts, 1)
 
     def _owner(self, node: fx.Node) -> fx.Node:
         """The slot of each row of y, int32 (M,); as `lorafx.kernels.delta.row_slots`."""
-        arguments = arguments_of(node)
-        slots, rows = arguments[SLOTS_ARGUMENT], arguments[ROWS_ARGUMENT[node.target]]
+        call = bound(node)
+        slots, rows = call["slots"], call["rows"]
         leading = tuple(fake_value(node).shape[:-1])
         key = (slots, rows, *map(as_expr, leading))
         if key not in self.owners:

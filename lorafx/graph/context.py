@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import InitVar, dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,13 +18,13 @@ from lorafx.errors import MatchError
 from lorafx.graph.graph_nodes import GraphEdits, module_path, plain_path
 from lorafx.graph.weight_uses import Use
 from lorafx.model.sites import Site
+from lorafx.op_arguments import bound
 from lorafx.program.frame import (
     ONE_SLOT,
     SLOTS,
     Frame,
     FrameInput,
     InputKind,
-    arguments_of,
 )
 from lorafx.program.handover import Handover
 from lorafx.program.program import BANK_FIELDS, GAINS, Program
@@ -39,16 +39,12 @@ ROWS_OF = torch.ops.lorafx.rows_of.default
 OWN_MASK = torch.ops.lorafx.own_mask.default
 FUSED_OP = torch.ops.lorafx.fused_linear.default
 
-#: All site ops begin with x (or ids), y, A, B, ranks, scales, slots.
-SLOTS_ARGUMENT = 6
-ROWS_ARGUMENT: dict[Any, int] = {SITE_OP: 10, EMBEDDING_OP: 7, GROUPED_OP: 10, EXPERT_OP: 11}
-#: The gains, where the bank has room for DoRA; a linear's addend follows.
-GAINS_ARGUMENT: dict[Any, int] = {SITE_OP: 13, EMBEDDING_OP: 8}
+SITE_OPS = frozenset({SITE_OP, EMBEDDING_OP, GROUPED_OP, EXPERT_OP})
 
 
 def is_site(node: fx.Node) -> bool:
     """True for a node of the ops that add one site's delta to y."""
-    return node.op == "call_function" and node.target in ROWS_ARGUMENT
+    return node.op == "call_function" and node.target in SITE_OPS
 
 
 @dataclass(frozen=True)
@@ -126,15 +122,14 @@ class Context(GraphEdits):
 
     def site_of_mark(self, node: fx.Node) -> Site:
         """The site of a hook's op: its bank names the group, its first sibling the site."""
-        bank = arguments_of(node)[1 if node.target is EXPERT_MARK else 2]
-        item = self.frame.by_node.get(bank)
+        call = bound(node)
+        item = self.frame.by_node.get(call["A"])
         if item is None or item.group is None:
             raise MatchError(
                 f"{node.name} takes a bank that is not a graph input of this model's program"
                 f"{self.where(node)}; was another model's mark captured with this one?"
             )
-        sibling = arguments_of(node)[7][0] if node.target is SITE_OP else 0
-        return item.group.site_of(int(sibling))
+        return item.group.site_of(int(call.get("siblings", (0,))[0]))
 
     def record(self, site: Site, node: fx.Node, use: Use | None, *, form: str = "mark") -> None:
         """`node` serves `site`."""
@@ -223,15 +218,15 @@ class Context(GraphEdits):
 
     # --- new nodes ---
 
-    def bank_inputs(self, graph: fx.Graph, site: Site, weight: fx.Node) -> tuple[fx.Node, ...]:
-        """(A, B, ranks, scales, slots) of `site` as graph inputs that the executable looks up by
+    def bank_inputs(self, graph: fx.Graph, site: Site, weight: fx.Node) -> dict[str, fx.Node]:
+        """A, B, ranks, scales and slots of `site` as graph inputs that the executable looks up by
         the weight that it is called with: the same graph may serve other layers."""
-        nodes = [self.bank_input(graph, site, weight, name) for name in BANK_FIELDS]
+        nodes = {name: self.bank_input(graph, site, weight, name) for name in BANK_FIELDS}
         items = self.frame.by_node.items()
         slots = next((node for node, item in items if item.kind == "slots"), None)
         if slots is None:
             slots = self._slots_input(graph, self._place(site, weight))
-        return (*nodes, slots)
+        return {**nodes, "slots": slots}
 
     def bank_input(self, graph: fx.Graph, site: Site, weight: fx.Node, name: str) -> fx.Node:
         """One field of the site's bank as such an input."""

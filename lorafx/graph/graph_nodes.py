@@ -6,12 +6,12 @@ import operator
 import re
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lorafx.op_arguments import AUTO_FUNCTIONALIZED
 from lorafx.program.frame import fake_value
 
 
@@ -56,7 +56,7 @@ def call_in_place(graph: fx.Graph, op: OpOverload, arguments: tuple[Any, ...]) -
     """
     names = [argument.name for argument in op._schema.arguments]
     both = graph.call_function(
-        torch.ops.higher_order.auto_functionalized,
+        AUTO_FUNCTIONALIZED,
         (op,),
         dict(zip(names, arguments, strict=True)),
     )

@@ -20,6 +20,7 @@ from torch import fx
 
 from lorafx.kernels.activation import Activation, Leaf, Load
 from lorafx.kernels.triton_source import TYPES
+from lorafx.op_arguments import bound
 from lorafx.program.frame import arguments_of, fake_value
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -203,7 +204,7 @@ def _columns(node: fx.Node) -> tuple[fx.Node, int, int] | None:
         split, index = arguments
         if split.target not in SPLITS or not isinstance(index, int):
             return None
-        source, sizes, dim = (*arguments_of(split), 0)[:3]
+        source, sizes, dim = bound(split).values()
         if fake_value(source).dim() != 2 or dim not in (1, -1):
             return None
         first = index * sizes if isinstance(sizes, int) else sum(sizes[:index])
@@ -212,8 +213,8 @@ def _columns(node: fx.Node) -> tuple[fx.Node, int, int] | None:
 
 
 def _slice(node: fx.Node) -> tuple[fx.Node, int, int] | None:
-    source, dim, start, _, step = (*arguments_of(node), *(None,) * 5)[:5]
-    dim, start, step = dim or 0, start or 0, 1 if step is None else step
+    call = bound(node)
+    source, dim, start, step = call["self"], call["dim"], call["start"] or 0, call["step"]
     shape = fake_value(source).shape
     if len(shape) != 2 or not isinstance(start, int) or not isinstance(step, int):
         return None

@@ -25,7 +25,7 @@ from torch import fx
 
 from lorafx.kernels.grouped_ops import Blocks
 from lorafx.model.forward_check import is_dense
-from lorafx.ownership.flow import bound
+from lorafx.op_arguments import bound
 from lorafx.program.frame import arguments_of, fake_value
 from lorafx.program.weight_forms import FIXED, Axis, Form, same_size
 
@@ -297,12 +297,12 @@ def _product(held: _Held, user: fx.Node) -> Use:
 
 
 def _linear(held: _Held, user: fx.Node) -> Use:
-    x, weight, *rest = arguments_of(user)
+    call = bound(user)
+    x, weight = call["input"], call["weight"]
     if weight is not held.node or x is held.node:
         return held.unknown(user, "a linear of the weight by itself")
-    bias: Any = rest[0] if rest else user.kwargs.get("bias")
     if held.is_whole(out=0, into=1):
-        return Use("linear", held.weight, user, x=x, bias=bias, plain=held.plain)
+        return Use("linear", held.weight, user, x=x, bias=call["bias"], plain=held.plain)
     return _by_blocks(held, user, x, summed=1, kept=0)
 
 

@@ -16,6 +16,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
+from lorafx.kernels.bank_arguments import Ranges
 from lorafx.model.bank import Bank
 from lorafx.model.experts import ExpertWeight
 from lorafx.registry import Eligible
@@ -135,13 +136,10 @@ def has_own_forward(module: nn.Module, entry: Eligible) -> bool:
     return "forward" in vars(module) or type(module).forward is not entry.cls.forward
 
 
-Ranges = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-
-
 def own_ranges(site: Site) -> Ranges:
-    """(siblings, offsets, sizes) of the site's parts in a bank of its own."""
+    """Of the site's parts in a bank of its own."""
     sizes = tuple(part.out_features for part in site.parts)
-    return tuple(range(len(sizes))), (0, *accumulate(sizes[:-1])), sizes
+    return Ranges(tuple(range(len(sizes))), (0, *accumulate(sizes[:-1])), sizes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +164,7 @@ class Group:
         )
 
     def ranges(self, index: int) -> Ranges:
-        """(siblings, offsets, sizes) of the parts of site `index` in the bank."""
+        """Of the parts of site `index` in the bank."""
         siblings, offsets, sizes = own_ranges(self.sites[index])
         first, start = self.firsts[index], self.offsets[index]
-        return tuple(first + i for i in siblings), tuple(start + o for o in offsets), sizes
+        return Ranges(tuple(first + i for i in siblings), tuple(start + o for o in offsets), sizes)

@@ -11,7 +11,8 @@ import torch
 from torch import fx
 
 from lorafx.kernels.grouped_mm import GROUPED_MM
-from lorafx.ownership.flow import Flow, Rule, bound, each_output, outputs
+from lorafx.op_arguments import bound
+from lorafx.ownership.flow import Flow, Rule, each_output, outputs
 from lorafx.ownership.labels import Label, Own, Single
 from lorafx.ownership.symbolic import ONE, equal
 

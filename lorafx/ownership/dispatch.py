@@ -12,7 +12,8 @@ import operator
 import torch
 from torch import fx
 
-from lorafx.ownership.flow import Flow, bound
+from lorafx.op_arguments import bound
+from lorafx.ownership.flow import Flow
 from lorafx.ownership.labels import Digit
 from lorafx.ownership.symbolic import ONE, equal
 

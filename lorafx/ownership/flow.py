@@ -7,7 +7,6 @@ answers with a label, and says `flow.lost(node, why)` where it cannot prove one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import sympy
 import torch
@@ -99,19 +98,6 @@ class Flow:
         if not isinstance(label, Own):
             return label
         return label.at(label.dim + ndim - len(self.shape(arg)))
-
-
-def bound(node: fx.Node) -> dict[str, Any]:
-    """The arguments of an operator call by their names in its schema, defaults filled in."""
-    values: dict[str, Any] = {}
-    for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if i < len(node.args):
-            values[argument.name] = node.args[i]
-        elif argument.name in node.kwargs:
-            values[argument.name] = node.kwargs[argument.name]
-        elif argument.has_default_value():
-            values[argument.name] = argument.default_value
-    return values
 
 
 def outputs(node: fx.Node) -> Sequence[torch.Tensor | None]:

@@ -14,8 +14,9 @@ import sympy
 import torch
 from torch import fx
 
+from lorafx.op_arguments import bound
 from lorafx.ownership import scatters
-from lorafx.ownership.flow import Flow, Rule, bound, wrap
+from lorafx.ownership.flow import Flow, Rule, wrap
 from lorafx.ownership.labels import Digit, Label, Mixed, Own, Single
 from lorafx.ownership.symbolic import ONE, divide, equal, is_multiple
 

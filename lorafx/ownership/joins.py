@@ -17,8 +17,8 @@ import sympy
 import torch
 from torch import fx
 
+from lorafx.op_arguments import bound
 from lorafx.ownership import contractions, pointwise
-from lorafx.ownership.flow import bound
 from lorafx.ownership.labels import Mixed, Own
 from lorafx.ownership.propagate import called_by, rule_for
 from lorafx.ownership.replay import Ended, Replay

@@ -10,7 +10,8 @@ import torch
 import torch._inductor.inductor_prims  # defines prims.fma
 from torch import fx
 
-from lorafx.ownership.flow import Flow, Rule, bound, each_output, outputs
+from lorafx.op_arguments import bound
+from lorafx.ownership.flow import Flow, Rule, each_output, outputs
 from lorafx.ownership.labels import Digit, Label, Own
 from lorafx.ownership.symbolic import divide, equal, is_multiple
 

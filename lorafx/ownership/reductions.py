@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from lorafx.ownership.flow import Flow, Rule, bound, each_output, outputs, wrap_all
+from lorafx.op_arguments import bound
+from lorafx.ownership.flow import Flow, Rule, each_output, outputs, wrap_all
 from lorafx.ownership.labels import Label, Own
 from lorafx.ownership.pointwise import same_as_first
 

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from lorafx.op_arguments import bound, in_order
 from lorafx.ownership import pointwise
 from lorafx.ownership.emit import Emitter
-from lorafx.ownership.flow import Flow, bound, operator_name, outputs, place, wrap
+from lorafx.ownership.flow import Flow, operator_name, outputs, place, wrap
 from lorafx.ownership.indexing import is_boolean
 from lorafx.ownership.propagate import called_by, rule_for
-from lorafx.ownership.sites import GIVEN_DIM
+from lorafx.ownership.sites import GIVEN_DIM, input_name
 from lorafx.ownership.symbolic import ONE, equal
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -75,17 +76,18 @@ class Replay:
     def site(self, node: fx.Node) -> fx.Node:
         """site(x, y, ...) and embedding_site(ids, y, ...) of one copy a request: the product y is
         the same for all of them and computed once, the deltas differ."""
-        x, y, *rest = node.args
-        assert isinstance(x, fx.Node)
-        assert isinstance(y, fx.Node)
-        if any(arg in self.copies for arg in rest if isinstance(arg, fx.Node)):
+        op: Any = node.target
+        call, name = bound(node), input_name(node)
+        x, y = call[name], call["y"]
+        if any(arg in self.copies for arg in node.all_input_nodes if arg not in (x, y)):
             raise Ended(node, "its factors depend on requests")
         rows = self.flow.shape(y)[:-1]
         if self.flow.shape(x)[: len(rows)] != rows:
             raise Ended(node, "x and y have rows of other sizes")
 
         def copied(node: fx.Node, replay: Replay) -> fx.Node:
-            return self.emit(node.target, self.copies_of(x), self.copies_of(y), *rest)
+            copies = {name: self.copies_of(x), "y": self.copies_of(y)}
+            return self.emit(op, *in_order(op, call, **copies))
 
         new = self._tried(node, copied)
         new.meta[GIVEN_DIM] = 0

@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from lorafx.ownership.flow import Flow, Rule, bound
+from lorafx.op_arguments import bound
+from lorafx.ownership.flow import Flow, Rule
 from lorafx.ownership.labels import Label, Mixed, Own, Single
 from lorafx.ownership.symbolic import equal, product
 

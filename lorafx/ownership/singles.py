@@ -15,7 +15,8 @@ import sympy
 import torch
 from torch import fx
 
-from lorafx.ownership.flow import Flow, bound, each_output, outputs, wrap
+from lorafx.op_arguments import bound
+from lorafx.ownership.flow import Flow, each_output, outputs, wrap
 from lorafx.ownership.labels import Label, Mixed, One, Own, Single
 from lorafx.ownership.symbolic import ONE, equal
 

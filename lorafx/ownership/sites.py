@@ -9,11 +9,23 @@ import lorafx.kernels.expert_ops
 import lorafx.kernels.grouped_ops
 import lorafx.kernels.ops
 import lorafx.kernels.row_ops  # noqa: F401  (all define torch.ops.lorafx)
-from lorafx.ownership.flow import Flow, Rule, bound
+from lorafx.op_arguments import bound
+from lorafx.ownership.flow import Flow, Rule
 from lorafx.ownership.labels import Label, Mixed, Own
 
 #: In a site's `meta`: the dimension whose entries are copies of the same x, one a request.
 GIVEN_DIM = "lorafx_given_dim"
+
+
+def input_name(node: fx.Node) -> str:
+    """What the op of a site calls the tensor that meets A: an embedding takes ids."""
+    return "ids" if "ids" in bound(node) else "x"
+
+
+def input_of(node: fx.Node) -> fx.Node:
+    """x of a site, or ids."""
+    x: fx.Node = bound(node)[input_name(node)]
+    return x
 
 
 def site(node: fx.Node, flow: Flow) -> Label:
@@ -22,8 +34,7 @@ def site(node: fx.Node, flow: Flow) -> Label:
     The row dimensions of x and y are the same (all but the last; for ids all), so an owner that
     is one of them keeps its number. Banks and slots are shared by construction.
     """
-    args = bound(node)
-    x, y = args["x"] if "x" in args else args["ids"], args["y"]
+    x, y = input_of(node), bound(node)["y"]
     label = flow.label(x)
     if label is None:
         label = given_out(node, flow, x, y)

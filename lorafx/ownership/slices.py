@@ -13,7 +13,8 @@ import sympy
 import torch
 from torch import fx
 
-from lorafx.ownership.flow import Flow, Rule, bound, each_output, outputs, wrap
+from lorafx.op_arguments import bound
+from lorafx.ownership.flow import Flow, Rule, each_output, outputs, wrap
 from lorafx.ownership.labels import Digit, Label, Mixed, Own, Single
 from lorafx.ownership.symbolic import ONE, divide, equal
 

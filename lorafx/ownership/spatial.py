@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from lorafx.ownership.flow import Flow, Rule, bound, each_output
+from lorafx.op_arguments import bound
+from lorafx.ownership.flow import Flow, Rule, each_output
 from lorafx.ownership.labels import Label, Own
 from lorafx.ownership.pointwise import same_as_first
 from lorafx.ownership.symbolic import ONE

@@ -23,8 +23,9 @@ import sympy
 import torch
 from torch import fx
 
+from lorafx.op_arguments import bound
 from lorafx.ownership import contractions, pointwise, reductions, sites, slices, spatial, views
-from lorafx.ownership.flow import Flow, bound, outputs, wrap, wrap_all
+from lorafx.ownership.flow import Flow, outputs, wrap, wrap_all
 from lorafx.ownership.labels import Label, Own
 from lorafx.ownership.symbolic import (
     ONE,

@@ -15,7 +15,8 @@ from typing import TypeVar
 import torch
 from torch import fx
 
-from lorafx.ownership.flow import Flow, Rule, bound, each_output, wrap, wrap_all
+from lorafx.op_arguments import bound
+from lorafx.ownership.flow import Flow, Rule, each_output, wrap, wrap_all
 from lorafx.ownership.labels import Digit, Label, Own
 from lorafx.ownership.symbolic import ONE, divide, equal, never_negative, product, reshaped
 

@@ -18,6 +18,7 @@ from torch import fx
 from lorafx.graph.context import FUSED_OP, SITE_OP, Context, SiteState
 from lorafx.graph.weight_uses import RESHAPES, Use
 from lorafx.model.sites import Site
+from lorafx.op_arguments import bound, in_order
 from lorafx.passes.fuse.fused_experts import fuse_experts
 from lorafx.program.frame import arguments_of, fake_value
 
@@ -49,7 +50,8 @@ def _fusible(node: fx.Node, state: SiteState) -> bool:
     use = state.use
     if use is None or not use.plain or use.node.target not in FUSIBLE:
         return False
-    x, y = arguments_of(node)[0], arguments_of(node)[1]
+    call = bound(node)
+    x, y = call["x"], call["y"]
     if _unviewed(use.x, until=x) is not x:
         return False
     if use.bias is not None and fake_value(use.bias).dim() != 1:
@@ -74,14 +76,15 @@ def _unviewed(node: Any, until: Any) -> Any:
 def _fuse(graph: fx.Graph, ctx: Context, node: fx.Node, state: SiteState) -> None:
     use: Use | None = state.use
     assert use is not None
-    x, _, A, B, ranks, scales, slots, *ranges, rows = arguments_of(node)[:11]
-    transposed = state.site.eligible.transposed
-    arguments = (x, use.weight, use.bias, A, B, ranks, scales, slots)
+    call = bound(node)
+    base = {"weight": use.weight, "bias": use.bias}
+    arguments = in_order(FUSED_OP, call, **base, transposed=state.site.eligible.transposed)
     with graph.inserting_before(node):
-        fused = ctx.call(graph, FUSED_OP, (*arguments, *ranges, rows, transposed))
+        fused = ctx.call(graph, FUSED_OP, arguments)
     fused.meta.update({key: node.meta[key] for key in COPIED if key in node.meta})
     if _adds_own_bias(ctx, state.site, use):
-        state.packed_weight, state.packed_bias = _packed_inputs(node)
+        # A mark carries those of the group into the graph, where it does.
+        state.packed_weight, state.packed_bias = call["weight"], call["bias"]
     node.replace_all_uses_with(fused)
     ctx.merge([node], fused, "fused")
 
@@ -95,9 +98,3 @@ def _adds_own_bias(ctx: Context, site: Site, use: Use) -> bool:
     item = ctx.frame.by_node.get(use.bias)
     holder = None if item is None else item.holder
     return holder is not None and holder.tensor is own
-
-
-def _packed_inputs(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
-    """The packed base weight and bias that a mark carries into the graph, where it does."""
-    weight, bias, *_ = (*arguments_of(node)[11:13], None, None)
-    return weight, bias

@@ -15,6 +15,7 @@ import lorafx.kernels.fused_experts  # noqa: F401  defines the op
 from lorafx.graph.context import EXPERT_OP, Context
 from lorafx.graph.expert_uses import GROUPED, is_grouped
 from lorafx.graph.pointwise import NoRegion, Region, region_of
+from lorafx.op_arguments import bound, in_order
 from lorafx.program.frame import arguments_of, fake_value
 
 aten = torch.ops.aten
@@ -29,20 +30,22 @@ def fuse_experts(graph: fx.Graph, ctx: Context, node: fx.Node) -> bool:
     """Fuse an expert_site with the grouped product whose rows it knows the experts of."""
     if node.target is not EXPERT_OP:
         return False
-    x, y, *bank, experts, siblings, offsets, sizes, rows, _ = arguments_of(node)
+    call = bound(node)
+    x, y, experts = call["x"], call["y"], call["experts"]
     if not is_grouped(y) or len(y.users) != 1:
         return False
     own_x, right, offs, *rest = arguments_of(y)
     swapped = right.target is aten.permute.default and list(arguments_of(right)[1]) == [0, 2, 1]
     weight = arguments_of(right)[0] if swapped else right
-    by_ends = experts.target is aten.searchsorted.Tensor and arguments_of(experts)[0] is offs
+    search = bound(experts) if experts.target is aten.searchsorted.Tensor else {}
+    by_ends = search.get("sorted_sequence") is offs
     dtypes = {fake_value(item).dtype for item in (x, weight, y)}
     plain = weight.op == "placeholder" and len(dtypes) == 1 and not any(rest) and not y.kwargs
     if own_x is not x or not by_ends or not plain or not ctx.take_edit():
         return False
-    arguments = (x, weight, offs, *bank, experts, siblings, offsets, sizes, rows, not swapped)
+    base = {"weight": weight, "offs": offs, "transposed": not swapped}
     with graph.inserting_before(node):
-        fused = ctx.call(graph, FUSED_EXPERTS, arguments)
+        fused = ctx.call(graph, FUSED_EXPERTS, in_order(FUSED_EXPERTS, call, **base))
     fused.meta.update({key: y.meta[key] for key in _COPIED if key in y.meta})
     fused.meta[_PRODUCT] = y.target
     node.replace_all_uses_with(fused)
@@ -52,9 +55,11 @@ def fuse_experts(graph: fx.Graph, ctx: Context, node: fx.Node) -> bool:
 
 def product(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
     """The grouped product that the fused `node` stands for, (M, N), as it was."""
-    x, weight, offs, *_, transposed = arguments_of(node)
-    right = weight if transposed else ctx.call(graph, aten.permute.default, (weight, [0, 2, 1]))
-    return ctx.call(graph, node.meta[_PRODUCT], (x, right, offs))
+    call = bound(node)
+    right = call["weight"]
+    if not call["transposed"]:
+        right = ctx.call(graph, aten.permute.default, (right, [0, 2, 1]))
+    return ctx.call(graph, node.meta[_PRODUCT], (call["x"], right, call["offs"]))
 
 
 def loops_on_host(node: fx.Node) -> bool:
@@ -64,7 +69,7 @@ def loops_on_host(node: fx.Node) -> bool:
 
 def region(node: fx.Node) -> Region | NoRegion:
     """What computes x of the fused `node`, if nothing else reads x."""
-    x = arguments_of(node)[0]
+    x = bound(node)["x"]
     sizes = aten.sym_size.int  # of the rows' numbers, which nobody needs then
     others = [user for user in x.users if user is not node and user.target is not sizes]
     if others:

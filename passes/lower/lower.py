@@ -17,7 +17,7 @@ decides that y's buffer may be written (it is the GEMM's own output) without a c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +31,13 @@ from lorafx.graph.graph_nodes import call_in_place
 from lorafx.graph.pointwise import Region
 from lorafx.graph.strategy import GENERATED, strategy_of
 from lorafx.kernels import triton_expert_ops, triton_ops
+from lorafx.kernels.bank_arguments import BankArgs
 from lorafx.kernels.cost import FUSED
 from lorafx.kernels.cpu import delta_call, embedding_delta_call, expert_delta_call
 from lorafx.kernels.grouped_mm import GROUPED_MM, kernel_of
 from lorafx.kernels.triton_build import EXPERTS
 from lorafx.kernels.triton_ops import adjacent
+from lorafx.op_arguments import bound, in_order
 from lorafx.passes.fuse.fused_experts import FUSED_EXPERTS, product, region
 from lorafx.passes.lower.triton_graph import inline_triton_ops
 from lorafx.passes.match.match_experts import ALIKE
@@ -81,26 +83,24 @@ class Lower:
 
 
 def _linear(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
-    x, weight, bias, A, B, ranks, scales, slots, siblings, offsets, sizes, rows, swap = (
-        arguments_of(node)
-    )
+    call, strategy = bound(node), strategy_of(node)
+    x, weight, bias = call["x"], call["weight"], call["bias"]
     x_flat = _flat(graph, ctx, x)
-    bank, strategy = (A, B, ranks, scales, slots), strategy_of(node)
     if strategy.name in FUSED:
         side_by_side = _adjacent(graph, ctx, x_flat)
-        arguments = (side_by_side, weight, bias, *bank, rows, strategy.kernel)
+        arguments = in_order(TRITON_LINEAR, call, x=side_by_side, kernel=strategy.kernel)
         return _shaped(graph, ctx, ctx.call(graph, TRITON_LINEAR, arguments), x, node)
     if strategy.split:
         parts, start = [], 0
-        for size in sizes:
+        for size in call["sizes"]:
             part = ctx.call(graph, aten.slice.Tensor, (weight, 0, start, start + size))
             own = bias and ctx.call(graph, aten.slice.Tensor, (bias, 0, start, start + size))
             parts.append(_product(graph, ctx, x_flat, part, own, swap=False))
             start += size
         y = ctx.call(graph, aten.cat.default, (parts, 1))  # Inductor has each GEMM write its part
     else:
-        y = _product(graph, ctx, x_flat, weight, bias, swap=swap)
-    written = _add_delta(graph, ctx, node, y, x_flat, bank, (siblings, offsets, sizes), rows)
+        y = _product(graph, ctx, x_flat, weight, bias, swap=call["transposed"])
+    written = _add_delta(graph, ctx, node, {**call, "y": y, "x": x_flat})
     return _shaped(graph, ctx, written, x, node)
 
 
@@ -115,22 +115,21 @@ def _product(
 
 
 def _site(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
-    x, y, A, B, ranks, scales, slots, *ranges, rows = arguments_of(node)[:11]
-    bank, y = (A, B, ranks, scales, slots), _spread(graph, ctx, y)
+    call = bound(node)
+    y = _spread(graph, ctx, call["y"])
     if not strategy_of(node).kernel and _same_strides(y, node):
         # These kernels take rows as they lie; flat, x and y could be copies.
-        return _add_delta(graph, ctx, node, y, x, bank, tuple(ranges), rows)
-    y_flat, x_flat = _flat(graph, ctx, y), _flat(graph, ctx, x)
-    written = _add_delta(graph, ctx, node, y_flat, x_flat, bank, tuple(ranges), rows)
+        return _add_delta(graph, ctx, node, {**call, "y": y})
+    flat = {"y": _flat(graph, ctx, y), "x": _flat(graph, ctx, call["x"])}
+    written = _add_delta(graph, ctx, node, {**call, **flat})
     return _shaped(graph, ctx, written, y, node)
 
 
 def _experts(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
-    x, y, *bank, experts, siblings, offsets, sizes, rows, count = arguments_of(node)
-    y = _generated_product(graph, ctx, y)
-    flat, x_flat = _flat(graph, ctx, y), _flat(graph, ctx, x)
-    ranges = (siblings, offsets, sizes)
-    written = _expert_delta(graph, ctx, node, flat, x_flat, bank, experts, ranges, rows, count)
+    call = bound(node)
+    y = _generated_product(graph, ctx, call["y"])
+    flat = {"y": _flat(graph, ctx, y), "x": _flat(graph, ctx, call["x"])}
+    written = _expert_delta(graph, ctx, node, {**call, **flat})
     return _shaped(graph, ctx, written, y, node)
 
 
@@ -150,94 +149,86 @@ def _generated_product(graph: fx.Graph, ctx: Context, y: fx.Node) -> fx.Node:
     return product
 
 
-def _expert_delta(
-    graph: fx.Graph,
-    ctx: Context,
-    node: fx.Node,
-    y: fx.Node,
-    x: fx.Node,
-    bank: Sequence[Any],
-    experts: fx.Node,
-    ranges: tuple[Any, ...],
-    rows: Any,
-    count: int,
-) -> fx.Node:
-    """y (M, N) after the delta of rows whose experts are known; each row has a slot of its own."""
-    *factors, slots = bank
-    alike = ctx.beside(factors[0], ALIKE)
+def _expert_delta(graph: fx.Graph, ctx: Context, node: fx.Node, call: dict[str, Any]) -> fx.Node:
+    """y (M, N) after the delta of rows whose experts are known; each row has a slot of its own.
+
+    `call` is what `expert_site` takes, with y and x (M, …).
+    """
+    alike = ctx.beside(call["A"], ALIKE)
     if strategy_of(node).name == GENERATED and alike is not None:
-        ends = _ends(experts, count)
-        arguments = (y, x, *bank, alike, experts if ends is None else ends)
-        spec, sorted_rows = cpu_spec(node), ends is not None
-        generated = expert_delta_call(spec, *arguments, rows=rows, ends=sorted_rows)
+        ends = _ends(call["experts"], call["count"])
+        experts = call["experts"] if ends is None else ends
+        tensors, sorted_rows = (*_operands(call), alike, experts), ends is not None
+        settings = {"rows": call["rows"], "ends": sorted_rows}
+        generated = expert_delta_call(cpu_spec(node), *tensors, **settings)
         if generated is not None:
             return call_in_place(graph, *generated)
-    keys = ctx.call(graph, EXPERT_SLOTS, (slots, experts, rows, count))
-    return _add_delta(graph, ctx, node, y, x, (*factors, keys), ranges, 1)
+    keys = ctx.call(graph, EXPERT_SLOTS, in_order(EXPERT_SLOTS, call))
+    return _add_delta(graph, ctx, node, {**call, "slots": keys, "rows": 1})
 
 
 def _ends(experts: fx.Node, count: int) -> fx.Node | None:
     """Where the rows of each expert end, if `experts` was read from that (searchsorted over the
     rows' numbers, as `match` does it)."""
-    if experts.target is not aten.searchsorted.Tensor or not experts.kwargs.get("right"):
+    if experts.target is not aten.searchsorted.Tensor or not bound(experts)["right"]:
         return None
-    ends, numbers = arguments_of(experts)[:2]
+    ends: fx.Node = bound(experts)["sorted_sequence"]
+    numbers = bound(experts)["self"]
     if fake_value(ends).shape[0] != count:
         return None
-    iota = numbers.target is torch.ops.prims.iota.default
-    first = iota and numbers.kwargs.get("start") == 0 and numbers.kwargs.get("step") == 1
-    return ends if first else None
+    if numbers.target is not torch.ops.prims.iota.default:
+        return None
+    first, step = (bound(numbers)[name] for name in ("start", "step"))
+    return ends if first == 0 and step == 1 else None
 
 
 def _fused_experts(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
-    x, weight, offs, *bank, experts, siblings, offsets, sizes, rows, _ = arguments_of(node)
-    strategy = strategy_of(node)
+    call, strategy = bound(node), strategy_of(node)
     if strategy.name in EXPERTS:
-        inputs = [x]
+        inputs = [call["x"]]
         if strategy.name == "activated":
             found = region(node)
             assert isinstance(found, Region)  # it was when the kernels were built
             inputs = list(found.inputs)
         inputs = [_adjacent(graph, ctx, item) for item in inputs]
-        arguments = (inputs, weight, offs, *bank, rows, strategy.kernel)
+        arguments = in_order(TRITON_EXPERTS, call, inputs=inputs, kernel=strategy.kernel)
         return ctx.call(graph, TRITON_EXPERTS, arguments)
-    y = product(graph, ctx, node)
-    ranges, count = (siblings, offsets, sizes), fake_value(weight).shape[0]
-    return _expert_delta(graph, ctx, node, y, x, bank, experts, ranges, rows, count)
+    base = {"y": product(graph, ctx, node), "count": fake_value(call["weight"]).shape[0]}
+    return _expert_delta(graph, ctx, node, {**call, **base})
 
 
 def _embedding(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
-    ids, y, *bank, rows = arguments_of(node)
-    strategy, y = strategy_of(node), _spread(graph, ctx, y)
+    call, strategy = bound(node), strategy_of(node)
+    y = call["y"] = _spread(graph, ctx, call["y"])
     if strategy.kernel:
-        flat = ctx.call(graph, aten.reshape.default, (ids, [-1]))
-        flat_y = _adjacent(graph, ctx, _flat(graph, ctx, y))
-        arguments = (flat_y, _adjacent(graph, ctx, flat), *bank, rows, strategy.kernel)
+        flat = ctx.call(graph, aten.reshape.default, (call["ids"], [-1]))
+        call["y"] = _adjacent(graph, ctx, _flat(graph, ctx, y))
+        call["ids"] = _adjacent(graph, ctx, flat)
+        arguments = in_order(TRITON_EMBEDDING_DELTA, call, kernel=strategy.kernel)
         return _shaped(graph, ctx, call_in_place(graph, TRITON_EMBEDDING_DELTA, arguments), y, node)
     if strategy.name == GENERATED:
-        return call_in_place(
-            graph, *embedding_delta_call(delta_spec(node), y, ids, *bank, rows=rows)
-        )
-    return call_in_place(graph, ADD_EMBEDDING_DELTA, (y, ids, *bank, rows, 0))
+        tensors = _operands(call, "ids")
+        op = embedding_delta_call(delta_spec(node), *tensors, rows=call["rows"])
+        return call_in_place(graph, *op)
+    return call_in_place(graph, ADD_EMBEDDING_DELTA, in_order(ADD_EMBEDDING_DELTA, call, kernel=0))
 
 
-def _add_delta(
-    graph: fx.Graph,
-    ctx: Context,
-    node: fx.Node,
-    y: fx.Node,
-    x: fx.Node,
-    bank: tuple[Any, ...],
-    ranges: tuple[Any, ...],
-    rows: Any,
-) -> fx.Node:
+def _add_delta(graph: fx.Graph, ctx: Context, node: fx.Node, call: dict[str, Any]) -> fx.Node:
+    """y after the delta; `call` is what `add_delta_` takes."""
     strategy = strategy_of(node)
     if strategy.kernel:
-        y, x = _adjacent(graph, ctx, y), _adjacent(graph, ctx, x)
-        return call_in_place(graph, TRITON_DELTA, (y, x, *bank, rows, strategy.kernel))
+        laid = {name: _adjacent(graph, ctx, call[name]) for name in ("y", "x")}
+        arguments = in_order(TRITON_DELTA, call, **laid, kernel=strategy.kernel)
+        return call_in_place(graph, TRITON_DELTA, arguments)
     if strategy.name == GENERATED:
-        return call_in_place(graph, *delta_call(delta_spec(node), y, x, *bank, rows=rows))
-    return call_in_place(graph, ADD_DELTA, (y, x, *bank, *ranges, rows, 0))
+        op = delta_call(delta_spec(node), *_operands(call), rows=call["rows"])
+        return call_in_place(graph, *op)
+    return call_in_place(graph, ADD_DELTA, in_order(ADD_DELTA, call, kernel=0))
+
+
+def _operands(call: dict[str, Any], x: str = "x") -> tuple[Any, ...]:
+    """y, x and the bank, as every kernel on a CPU begins."""
+    return tuple(call[name] for name in ("y", x, *BankArgs._fields))
 
 
 def _flat(graph: fx.Graph, ctx: Context, node: Any) -> fx.Node:

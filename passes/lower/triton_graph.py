@@ -29,10 +29,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from lorafx.compat import launch_dependents_early
 from lorafx.errors import LoweringError
+from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, op_of
 
 EMPTY = torch.ops.aten.empty.memory_format
 KERNEL_CALL = torch.ops.higher_order.triton_kernel_wrapper_functional
-AUTO_FUNCTIONALIZED = torch.ops.higher_order.auto_functionalized
 
 
 def inline_triton_ops(gm: fx.GraphModule, ops: Collection[OpOverload]) -> dict[fx.Node, fx.Node]:
@@ -53,7 +53,7 @@ def inline_triton_ops(gm: fx.GraphModule, ops: Collection[OpOverload]) -> dict[f
     shared: dict[object, fx.Node] = {}
     replaced: dict[fx.Node, fx.Node] = {}
     for node in list(gm.graph.nodes):
-        op = _op_of(node)
+        op = op_of(node)
         if op in ops:
             replaced.update(_replace(node, op, bodies, shared))
     for node in reversed(gm.graph.nodes):
@@ -62,24 +62,13 @@ def inline_triton_ops(gm: fx.GraphModule, ops: Collection[OpOverload]) -> dict[f
     return replaced
 
 
-def _op_of(node: fx.Node) -> Any:
-    return node.args[0] if node.target is AUTO_FUNCTIONALIZED else node.target
-
-
-def _arguments(node: fx.Node, op: OpOverload) -> list[Any]:
-    """The op's arguments in the schema's order, defaults filled in."""
-    given = list(node.args[1:] if node.target is AUTO_FUNCTIONALIZED else node.args)
-    names = op._schema.arguments[len(given) :]
-    return given + [node.kwargs.get(a.name, a.default_value) for a in names]
-
-
 def _replace(
     node: fx.Node,
     op: OpOverload,
     bodies: dict[object, fx.GraphModule],
     shared: dict[object, fx.Node],
 ) -> dict[fx.Node, fx.Node]:
-    arguments = _arguments(node, op)
+    arguments = list(bound(node).values())  # in the schema's order
     inputs = list(dict.fromkeys(item for item in _leaves(arguments) if isinstance(item, fx.Node)))
     key = (op, *(_description(item, inputs) for item in _leaves(arguments)))
     body = bodies.get(key)

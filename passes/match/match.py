@@ -17,7 +17,6 @@ from torch import fx
 
 from lorafx.graph.context import (
     EMBEDDING_OP,
-    GAINS_ARGUMENT,
     GROUPED_OP,
     SITE_OP,
     Context,
@@ -28,10 +27,11 @@ from lorafx.graph.weight_uses import Use, uses_of
 from lorafx.model.marks import UNPROVED, is_dense
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site, own_ranges
+from lorafx.op_arguments import bound, in_order, rebind
 from lorafx.passes.match.match_experts import insert_expert_sites
 from lorafx.passes.match.origins import addends_of, depends_on, origin_of
 from lorafx.passes.match.unreached import replaced_sites
-from lorafx.program.frame import FrameInput, arguments_of, fake_value
+from lorafx.program.frame import FrameInput, fake_value
 
 aten = torch.ops.aten
 
@@ -50,13 +50,13 @@ class Match:
         uses = _uses(ctx)
         # What a module returns is x Wᵀ where its y is; with blocks of W it may be anything.
         products = {node: use for node, use in uses.items() if use.kind != "blocks"}
-        origins = {mark: origin_of(arguments_of(mark)[1], products) for mark in marks}
+        origins = {mark: origin_of(bound(mark)["y"], products) for mark in marks}
         for mark, site in marks.items():
             ctx.record(site, mark, origins[mark])
             if origins[mark] is not None and _rescales(mark):
-                addends = addends_of(arguments_of(mark)[1], products)
+                addends = addends_of(bound(mark)["y"], products)
                 _leave_alone(gm.graph, ctx, site, mark, addends)
-            if _forward_unknown(site) and arguments_of(mark)[1].op == "placeholder":
+            if _forward_unknown(site) and bound(mark)["y"].op == "placeholder":
                 ctx.refuse(_compiled_apart(site))
         claimed = {origin.node for origin in origins.values() if origin is not None}
 
@@ -90,13 +90,13 @@ class Match:
             moved = added.get(id(site))
             if origins[mark] is not None or not moved:
                 continue
-            if not depends_on(arguments_of(mark)[1], moved):
+            if not depends_on(bound(mark)["y"], moved):
                 continue
             if site.eligible.handler is not None:
                 ctx.refuse(_used_before(site))
             else:
                 # The delta is at the weight's own use now; behind it would count it twice.
-                mark.replace_all_uses_with(arguments_of(mark)[1])
+                mark.replace_all_uses_with(bound(mark)["y"])
                 ctx.forget(mark)
                 gm.graph.erase_node(mark)
                 edits += 1
@@ -261,18 +261,20 @@ def _insert(graph: fx.Graph, ctx: Context, site: Site, use: Use) -> None:
         x_rows, y_rows = use.x, y
         if use.swapped:
             x_rows, y_rows = _swapped(graph, ctx, use.x), _swapped(graph, ctx, y)
-        arguments = (x_rows, y_rows, *bank)
+        call = {**bank, "y": y_rows, "rows": UNPROVED}
+        ranges = own_ranges(site)._asdict()
         if use.kind == "embedding":
-            dora: tuple[fx.Node | None, ...] = () if gains is None else (gains,)
-            node = ctx.call(graph, EMBEDDING_OP, (*arguments, UNPROVED, *dora))
+            arguments = in_order(EMBEDDING_OP, call, ids=x_rows, gains=gains)
+            node = ctx.call(graph, EMBEDDING_OP, arguments)
         elif use.blocks is None:
-            dora = () if gains is None else (None, None, gains, None)
-            node = ctx.call(graph, SITE_OP, (*arguments, *own_ranges(site), UNPROVED, *dora))
+            arguments = in_order(SITE_OP, call, x=x_rows, gains=gains, **ranges)
+            node = ctx.call(graph, SITE_OP, arguments)
         else:
             if gains is not None:
                 ctx.refuse(Refusal((site,), "dora", "its weight is used in blocks"))
-            grouped = (*own_ranges(site), UNPROVED, 0, *use.blocks)
-            node = ctx.call(graph, GROUPED_OP, (*arguments, *grouped))
+            blocks = use.blocks._asdict()
+            arguments = in_order(GROUPED_OP, call, x=x_rows, group_dim=0, **ranges, **blocks)
+            node = ctx.call(graph, GROUPED_OP, arguments)
         last = _swapped(graph, ctx, node) if use.swapped else node
     if _rescales(node) and use.bias is not None:
         _leave_alone(graph, ctx, site, node, [use.bias])
@@ -283,9 +285,7 @@ def _insert(graph: fx.Graph, ctx: Context, site: Site, use: Use) -> None:
 
 def _rescales(node: fx.Node) -> bool:
     """Whether this is the op of a linear with room for DoRA."""
-    at = GAINS_ARGUMENT[SITE_OP]
-    arguments = arguments_of(node)
-    return node.target is SITE_OP and len(arguments) > at and arguments[at] is not None
+    return node.target is SITE_OP and bound(node)["gains"] is not None
 
 
 def _leave_alone(
@@ -299,7 +299,7 @@ def _leave_alone(
     with graph.inserting_before(node):
         for item in addends:
             total = item if total is None else ctx.call(graph, aten.add.Tensor, (total, item))
-    node.args = (*node.args[: GAINS_ARGUMENT[SITE_OP] + 1], total)
+    rebind(node, addend=total)
 
 
 def _swapped(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:

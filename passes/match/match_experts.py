@@ -20,7 +20,8 @@ from lorafx.graph.expert_uses import ExpertUse, expert_uses
 from lorafx.model.experts import LOOP
 from lorafx.model.marks import UNPROVED, is_dense
 from lorafx.model.sites import Site, own_ranges
-from lorafx.program.frame import arguments_of, fake_value
+from lorafx.op_arguments import bound, in_order
+from lorafx.program.frame import fake_value
 
 aten = torch.ops.aten
 #: Give values and their indices.
@@ -70,7 +71,7 @@ def insert_expert_sites(graph: fx.Graph, ctx: Context) -> int:
         site = ctx.site_of_mark(mark)
         if id(site) not in served:
             ctx.refuse(Refusal((site,), "always", _NOT_CAPTURED))
-        mark.replace_all_uses_with(arguments_of(mark)[0])
+        mark.replace_all_uses_with(bound(mark)["y"])
         graph.erase_node(mark)
     return edits
 
@@ -101,7 +102,8 @@ def _insert(graph: fx.Graph, ctx: Context, site: Site, use: ExpertUse) -> None:
     with graph.inserting_before(y.next):
         x_rows, y_rows = _rows(graph, ctx, use.x, use), _rows(graph, ctx, y, use)
         experts = _experts(graph, ctx, site, use)
-        arguments = (x_rows, y_rows, *bank, experts, *own_ranges(site), UNPROVED, site.experts)
+        call = {**bank, **own_ranges(site)._asdict(), "rows": UNPROVED, "count": site.experts}
+        arguments = in_order(EXPERT_OP, call, x=x_rows, y=y_rows, experts=experts)
         last = node = ctx.call(graph, EXPERT_OP, arguments)
         if y_rows is not y:
             last = ctx.call(graph, aten.reshape.default, (node, _sizes(graph, ctx, y)))

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from lorafx.graph.context import ROWS_OF
 from lorafx.graph.weight_uses import RESHAPES, SAME_VALUE, Use, is_constant
+from lorafx.op_arguments import bound
 from lorafx.program.frame import arguments_of
 
 aten = torch.ops.aten
@@ -34,8 +36,8 @@ def _followed(y: fx.Node, uses: dict[fx.Node, Use]) -> tuple[Use | None, list[fx
     while isinstance(node, fx.Node) and node not in uses:
         if node.target in SAME_VALUE or node.target in RESHAPES:
             node = arguments_of(node)[0]
-        elif node.target is torch.ops.lorafx.rows_of.default:
-            node = arguments_of(node)[1]
+        elif node.target is ROWS_OF:
+            node = bound(node)["y"]
         elif node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1:
             left, right = arguments_of(node)
             if isinstance(right, fx.Node) and is_constant(right):

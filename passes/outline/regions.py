@@ -19,6 +19,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from lorafx.op_arguments import bound
 from lorafx.program.frame import fake_value
 
 aten = torch.ops.aten
@@ -105,12 +106,7 @@ def is_pure(node: fx.Node) -> bool:
 
 def _drops_nothing(node: fx.Node) -> bool:
     """True for an attention that is tagged as random for its dropout, whose probability is 0."""
-    schema = getattr(node.target, "_schema", None)
-    for index, argument in enumerate(schema.arguments if schema is not None else ()):
-        if argument.name == "dropout_p":
-            given = node.args[index] if index < len(node.args) else argument.default_value
-            return bool(node.kwargs.get("dropout_p", given) == 0)
-    return False
+    return hasattr(node.target, "_schema") and bound(node).get("dropout_p", 1) == 0
 
 
 def _mutates(node: fx.Node) -> bool:

@@ -15,8 +15,9 @@ from site_graphs import Finished, SiteGraph
 from torch import Tensor, fx, nn
 
 from lorafx.errors import ConfigError
-from lorafx.graph.context import EXPERT_OP, ROWS_ARGUMENT
+from lorafx.graph.context import EXPERT_OP
 from lorafx.graph.pointwise import NoRegion, Region
+from lorafx.op_arguments import rebind
 from lorafx.passes.fuse.fuse import Fuse
 from lorafx.passes.fuse.fused_experts import FUSED_EXPERTS, region
 from lorafx.passes.lower.lower import Lower
@@ -77,7 +78,7 @@ def graph_of(
     done = g.output(out, y) if act is both_read else g.output(out)
     done.run(Match())
     for node in done.ctx.states:  # as provenance would: EACH rows a request
-        node.update_arg(ROWS_ARGUMENT[EXPERT_OP], EACH)
+        rebind(node, rows=EACH)
     return g, done
 
 

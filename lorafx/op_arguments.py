@@ -1,0 +1,73 @@
+"""The arguments of a graph's calls of operators, read and written by the names in their schemas.
+
+    site(x, y, A, B, …, rows)    bound(node)["rows"]    rebind(node, rows=4)
+
+Ops that take the same thing have one name for it, so a call becomes that of another op by what
+differs: `in_order(FUSED, bound(site), weight=w, bias=b, transposed=False)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+#: Calls the op that is its first argument, which writes into others of them.
+AUTO_FUNCTIONALIZED = torch.ops.higher_order.auto_functionalized
+
+
+def op_of(node: fx.Node) -> Any:
+    """What `node` calls: an op that writes in place is inside of `auto_functionalized`."""
+    return node.args[0] if node.target is AUTO_FUNCTIONALIZED else node.target
+
+
+def bound(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator call by their names in its schema, defaults filled in."""
+    op = op_of(node)
+    given = node.args if op is node.target else node.args[1:]
+    values: dict[str, Any] = {}
+    for i, argument in enumerate(op._schema.arguments):
+        if i < len(given):
+            values[argument.name] = given[i]
+        elif argument.name in node.kwargs:
+            values[argument.name] = node.kwargs[argument.name]
+        elif argument.has_default_value():
+            values[argument.name] = argument.default_value
+    return values
+
+
+def in_order(op: OpOverload, values: Mapping[str, Any], **others: Any) -> tuple[Any, ...]:
+    """The positional arguments of a call of `op`: `others`, and the rest of them from `values`.
+
+    Defaults at the end are left out. What `values` has besides is not looked at, so they may be the
+    arguments of another op.
+
+    Raises:
+        KeyError: an argument is missing, or one of `others` is none of the op's.
+    """
+    arguments = op._schema.arguments
+    if unknown := others.keys() - {argument.name for argument in arguments}:
+        raise KeyError(f"{op} takes no {', '.join(sorted(unknown))}")
+    values = {**values, **others}
+    found: list[Any] = []
+    needed = 0
+    for argument in arguments:
+        optional = argument.has_default_value()
+        default = argument.default_value if optional else None
+        value = values.get(argument.name, default) if optional else values[argument.name]
+        found.append(value)
+        same = value is default or (not isinstance(value, fx.Node) and value == default)
+        needed = needed if optional and same else len(found)
+    return tuple(found[:needed])
+
+
+def rebind(node: fx.Node, **values: Any) -> None:
+    """Give a call other values for the arguments of these names.
+
+    Raises:
+        KeyError: the op has no argument of such a name.
+    """
+    node.args, node.kwargs = in_order(node.target, bound(node), **values), {}  # type: ignore[arg-type]
