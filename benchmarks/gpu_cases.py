@@ -12,11 +12,11 @@ import peers
 import torch
 from torch import Tensor
 
-import lorafx.kernels.triton_ops  # noqa: F401  registers them
-from lorafx.kernels.chips import chip_of
-from lorafx.kernels.cost import FUSED, Work
-from lorafx.kernels.cpu_source import DeltaSpec
-from lorafx.kernels.triton_build import TritonSpec
+import lorafx.kernels.triton.triton_ops  # noqa: F401  registers them
+from lorafx.kernels.cost.chips import chip_of
+from lorafx.kernels.cost.cost import FUSED, Work
+from lorafx.kernels.cpu.cpu_source import DeltaSpec
+from lorafx.kernels.triton.triton_build import TritonSpec
 
 #: (in_features, sizes of the siblings that share x) of the packed linears of a decoder layer
 LAYERS: Mapping[str, Mapping[str, tuple[int, tuple[int, ...]]]] = {

@@ -27,9 +27,9 @@ import torch
 from gpu_cases import LAYERS, TINY, Case, Copy, cases
 from torch import Tensor
 
-from lorafx.kernels.cost import GPU_STRATEGIES, choose_strategy
-from lorafx.kernels.triton_build import build, plan_of
-from lorafx.kernels.tune import tune
+from lorafx.kernels.cost.cost import GPU_STRATEGIES, choose_strategy
+from lorafx.kernels.tools.tune import tune
+from lorafx.kernels.triton.triton_build import build, plan_of
 
 #: Peers' time over lorafx's in decode, of docs/performance.md: goal, stretch.
 PEER_GOALS = (1.25, 1.5)

@@ -3,12 +3,12 @@
     inductor   on a CPU generated C++ (one kernel a shape, that reads only the active adapters, each
                at its own rank), else plain aten; a pack's base product is one GEMM, or one a
                sibling where that is faster
-    triton     the strategy with the least modelled time (lorafx.kernels.cost) for the rows that the
-               graph was captured with, by generated Triton kernels
+    triton     the strategy with the least modelled time (lorafx.kernels.cost.cost) for the rows
+               that the graph was captured with, by generated Triton kernels
     reference  plain aten
 
 The choice is data on the node: users pin it by site path (`Options.plan`), `lower` only carries it
-out, `explain` prints it with the node's byte floor of `lorafx.kernels.cost`.
+out, `explain` prints it with the node's byte floor of `lorafx.kernels.cost.cost`.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from lorafx.graph.context import (
 )
 from lorafx.graph.pointwise import NoRegion, Region
 from lorafx.graph.strategy import ATEN, GENERATED, Strategy, choose
-from lorafx.kernels.bank_arguments import Ranges
-from lorafx.kernels.chips import chip_of
-from lorafx.kernels.cost import FUSED, Estimate, byte_floor, choose_strategy, split_is_faster
-from lorafx.kernels.cpu import DeltaSpec, build_all
-from lorafx.kernels.expert_cost import ExpertWork, estimate_experts
-from lorafx.kernels.triton_build import EXPERTS, TritonSpec
-from lorafx.kernels.triton_build import build as build_triton
-from lorafx.kernels.triton_ops import adjacent
+from lorafx.kernels.cost.chips import chip_of
+from lorafx.kernels.cost.cost import FUSED, Estimate, byte_floor, choose_strategy, split_is_faster
+from lorafx.kernels.cost.expert_cost import ExpertWork, estimate_experts
+from lorafx.kernels.cpu.cpu import DeltaSpec, build_all
+from lorafx.kernels.ops.bank_arguments import Ranges
+from lorafx.kernels.triton.triton_build import EXPERTS, TritonSpec
+from lorafx.kernels.triton.triton_build import build as build_triton
+from lorafx.kernels.triton.triton_ops import adjacent
 from lorafx.model.sites import Part, Site
 from lorafx.op_arguments import bound
 from lorafx.passes.fuse.fused_experts import FUSED_EXPERTS, loops_on_host, region

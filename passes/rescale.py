@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from lorafx.graph.context import SITE_OP, Context, is_site
-from lorafx.kernels.delta import accumulation_dtype
+from lorafx.kernels.ops.delta import accumulation_dtype
 from lorafx.op_arguments import bound, rebind
 from lorafx.ownership.symbolic import as_expr
 from lorafx.passes.provenance import ALL_ALIKE
@@ -95,7 +95,7 @@ class _Scales:
         return parts[0] if len(parts) == 1 else self._call(aten.cat.default, parts, 1)
 
     def _owner(self, node: fx.Node) -> fx.Node:
-        """The slot of each row of y, int32 (M,); as `lorafx.kernels.delta.row_slots`."""
+        """The slot of each row of y, int32 (M,); as `lorafx.kernels.ops.delta.row_slots`."""
         call = bound(node)
         slots, rows = call["slots"], call["rows"]
         leading = tuple(fake_value(node).shape[:-1])

@@ -34,7 +34,7 @@ from lorafx.capture.record import GraphRecord
 from lorafx.capture.verify import NumericCheck
 from lorafx.compat import duck_shaped, ends_in_break, guarded_attributes, named_by_dynamo
 from lorafx.graph.context import Context
-from lorafx.kernels.triton_build import source_of
+from lorafx.kernels.triton.triton_build import source_of
 from lorafx.program.frame import ONE_SLOT, SLOTS, Frame
 from lorafx.program.program import Program
 from lorafx.program.stack import called_directly

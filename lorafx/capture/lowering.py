@@ -17,7 +17,7 @@ from torch import fx
 
 from lorafx.config import Options
 from lorafx.errors import LorafxWarning, LoweringError
-from lorafx.kernels.compiler import find_compiler
+from lorafx.kernels.cpu.compiler import find_compiler
 from lorafx.passes.outline.regions import bodies
 
 aten = torch.ops.aten

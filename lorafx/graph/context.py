@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
-import lorafx.kernels.expert_ops
-import lorafx.kernels.grouped_ops
-import lorafx.kernels.mask_ops
-import lorafx.kernels.ops
-import lorafx.kernels.row_ops  # noqa: F401  (all define torch.ops.lorafx)
+import lorafx.kernels.ops.expert_ops
+import lorafx.kernels.ops.grouped_ops
+import lorafx.kernels.ops.mask_ops
+import lorafx.kernels.ops.ops
+import lorafx.kernels.ops.row_ops  # noqa: F401  (all define torch.ops.lorafx)
 from lorafx.errors import MatchError
 from lorafx.graph.graph_nodes import GraphEdits, module_path, plain_path
 from lorafx.graph.weight_uses import Use

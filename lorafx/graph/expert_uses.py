@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from lorafx.graph.weight_uses import SAME_VALUE
-from lorafx.kernels.grouped_mm import GROUPED_MM
+from lorafx.kernels.cpu.grouped_mm import GROUPED_MM
 from lorafx.program.frame import arguments_of, fake_value
 
 aten = torch.ops.aten

@@ -23,7 +23,7 @@ import sympy
 import torch
 from torch import fx
 
-from lorafx.kernels.grouped_ops import Blocks
+from lorafx.kernels.ops.grouped_ops import Blocks
 from lorafx.model.forward_check import is_dense
 from lorafx.op_arguments import bound
 from lorafx.program.frame import arguments_of, fake_value

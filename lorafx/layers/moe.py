@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import lorafx.kernels.grouped_mm  # noqa: F401  defines the op
+import lorafx.kernels.cpu.grouped_mm  # noqa: F401  defines the op
 from lorafx.errors import CheckpointError, ConfigError
 from lorafx.layers.base import checked_sizes, group_of
 from lorafx.layers.loading import LoadableLayer

@@ -6,8 +6,9 @@
 x (…, K) or ids (…), y (…, N), s the slot of the batch, i the sibling, o its offset in the bank;
 a packed module has a sibling for each part of its columns. e is the factor of embeddings that scale
 their output. Where the bank has room for DoRA, y is rescaled behind its delta
-(lorafx.kernels.rescale). The module's own forward runs untouched. Where its input and output do not
-have these shapes, a registered handler takes the call apart and adds ranges of the delta's columns.
+(lorafx.kernels.ops.rescale). The module's own forward runs untouched. Where its input and output do
+not have these shapes, a registered handler takes the call apart and adds ranges of the delta's
+columns.
 
 A mark is a plain picklable object, so deep copies and pickles of a marked model stay marked and
 share one runtime and one bank a group among themselves. Dynamo inlines `__call__`: banks and
@@ -23,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import lorafx.kernels.ops
-import lorafx.kernels.row_ops  # noqa: F401  (both define torch.ops.lorafx)
+import lorafx.kernels.ops.ops
+import lorafx.kernels.ops.row_ops  # noqa: F401  (both define torch.ops.lorafx)
 from lorafx.errors import MatchError, ProvenanceError
 from lorafx.model.bank import Bank
 from lorafx.model.forward_check import Product, adds_up

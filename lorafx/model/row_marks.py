@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import lorafx.kernels.row_ops  # noqa: F401  (defines torch.ops.lorafx.rows_of)
+import lorafx.kernels.ops.row_ops  # noqa: F401  (defines torch.ops.lorafx.rows_of)
 from lorafx.model.runtime import Runtime
 from lorafx.registry import Eligible
 

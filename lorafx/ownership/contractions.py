@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from lorafx.kernels.grouped_mm import GROUPED_MM
+from lorafx.kernels.cpu.grouped_mm import GROUPED_MM
 from lorafx.op_arguments import bound
 from lorafx.ownership.flow import Flow, Rule, each_output, outputs
 from lorafx.ownership.labels import Label, Own, Single

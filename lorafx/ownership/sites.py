@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-import lorafx.kernels.expert_ops
-import lorafx.kernels.grouped_ops
-import lorafx.kernels.ops
-import lorafx.kernels.row_ops  # noqa: F401  (all define torch.ops.lorafx)
+import lorafx.kernels.ops.expert_ops
+import lorafx.kernels.ops.grouped_ops
+import lorafx.kernels.ops.ops
+import lorafx.kernels.ops.row_ops  # noqa: F401  (all define torch.ops.lorafx)
 from lorafx.op_arguments import bound
 from lorafx.ownership.flow import Flow, Rule
 from lorafx.ownership.labels import Label, Mixed, Own

@@ -30,13 +30,13 @@ from lorafx.graph.expert_uses import is_grouped
 from lorafx.graph.graph_nodes import call_in_place
 from lorafx.graph.pointwise import Region
 from lorafx.graph.strategy import GENERATED, strategy_of
-from lorafx.kernels import triton_expert_ops, triton_ops
-from lorafx.kernels.bank_arguments import BankArgs
-from lorafx.kernels.cost import FUSED
-from lorafx.kernels.cpu import delta_call, embedding_delta_call, expert_delta_call
-from lorafx.kernels.grouped_mm import GROUPED_MM, kernel_of
-from lorafx.kernels.triton_build import EXPERTS
-from lorafx.kernels.triton_ops import adjacent
+from lorafx.kernels.cost.cost import FUSED
+from lorafx.kernels.cpu.cpu import delta_call, embedding_delta_call, expert_delta_call
+from lorafx.kernels.cpu.grouped_mm import GROUPED_MM, kernel_of
+from lorafx.kernels.ops.bank_arguments import BankArgs
+from lorafx.kernels.triton import triton_expert_ops, triton_ops
+from lorafx.kernels.triton.triton_build import EXPERTS
+from lorafx.kernels.triton.triton_ops import adjacent
 from lorafx.op_arguments import bound, in_order
 from lorafx.passes.fuse.fused_experts import FUSED_EXPERTS, product, region
 from lorafx.passes.lower.triton_graph import inline_triton_ops

@@ -10,11 +10,11 @@ import pytest
 import torch
 from triton_cases import STRATEGIES
 
-from lorafx.kernels import tuned_cache
-from lorafx.kernels.triton_tiles import TUNED, architecture_of, tiles_for
-from lorafx.kernels.triton_variants import representative_specs
-from lorafx.kernels.tune import gpu_timer, tune
-from lorafx.kernels.tuned_cache import load_tuned
+from lorafx.kernels.tools.triton_variants import representative_specs
+from lorafx.kernels.tools.tune import gpu_timer, tune
+from lorafx.kernels.triton import tuned_cache
+from lorafx.kernels.triton.triton_tiles import TUNED, architecture_of, tiles_for
+from lorafx.kernels.triton.tuned_cache import load_tuned
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

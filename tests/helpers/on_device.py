@@ -14,7 +14,7 @@ from torch import Tensor
 from triton_cases import LINEAR, Case, lora
 
 import lorafx
-from lorafx.kernels.triton_build import build
+from lorafx.kernels.triton.triton_build import build
 
 #: float32 sums in another order than on the CPU, over a few layers.
 TOLERANCE = 1e-4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.compiler import find_compiler
+from lorafx.kernels.cpu.compiler import find_compiler
 
 
 def _has_compiler() -> bool:

@@ -20,10 +20,10 @@ import torch
 from delta_oracle import Problem, dense_delta
 from torch import Tensor
 
-import lorafx.kernels.triton_ops  # noqa: F401  registers the ops
-from lorafx.kernels.cpu_source import DeltaSpec
-from lorafx.kernels.triton_build import LINEAR, TritonSpec, build
-from lorafx.kernels.triton_tiles import Tiles
+import lorafx.kernels.triton.triton_ops  # noqa: F401  registers the ops
+from lorafx.kernels.cpu.cpu_source import DeltaSpec
+from lorafx.kernels.triton.triton_build import LINEAR, TritonSpec, build
+from lorafx.kernels.triton.triton_tiles import Tiles
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 CPU = torch.device("cpu")

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from lorafx.errors import LoweringError
-from lorafx.kernels import aot
-from lorafx.kernels.aot import TARGETS, Record, compile_variant
-from lorafx.kernels.triton_cache import load
-from lorafx.kernels.triton_tiles import ARCHITECTURES
-from lorafx.kernels.triton_variants import AotVariant, variants_for_aot
+from lorafx.kernels.tools import aot
+from lorafx.kernels.tools.aot import TARGETS, Record, compile_variant
+from lorafx.kernels.tools.triton_variants import AotVariant, variants_for_aot
+from lorafx.kernels.triton.triton_cache import load
+from lorafx.kernels.triton.triton_tiles import ARCHITECTURES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
 #: One variant a kernel, the layer o_proj of Llama-3-8B, whose row tiles are those of many requests,
@@ -96,7 +96,7 @@ def test_every_variant_fits(target: str) -> None:
 
 
 def test_the_committed_summary_is_of_these_sources() -> None:
-    """`python -m lorafx.kernels.aot --summary docs/kernels.md` writes it anew."""
+    """`python -m lorafx.kernels.tools.aot --summary docs/kernels.md` writes it anew."""
     assert aot.is_current(DOCUMENT.read_text())
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-import lorafx.kernels.triton_ops  # noqa: F401  registers them
-from lorafx.kernels import chips
-from lorafx.kernels.chips import DEFAULT_CHIP, calibrate, load_chip, save_chip
-from lorafx.kernels.cost import Work, estimate
+import lorafx.kernels.triton.triton_ops  # noqa: F401  registers them
+from lorafx.kernels.cost import chips
+from lorafx.kernels.cost.chips import DEFAULT_CHIP, load_chip, save_chip
+from lorafx.kernels.cost.cost import Work, estimate
+from lorafx.kernels.tools import calibrate as tool
+from lorafx.kernels.tools.calibrate import calibrate
 
 CPU = torch.device("cpu")
 SECONDS = {
@@ -48,12 +51,12 @@ def trial() -> tuple[chips.Chip, list[str]]:
 def test_figures_are_work_over_time() -> None:
     chip, asked = trial()
     assert set(asked) == set(SECONDS)
-    side, large, small = chips.SIDE // 128, chips.LARGE // 128, chips.SMALL // 128
+    side, large, small = tool.SIDE // 128, tool.LARGE // 128, tool.SMALL // 128
     assert chip.bandwidth == pytest.approx(4 * large / 1e-3)  # 16-bit elements, read and written
     assert chip.l2_bandwidth == pytest.approx(4 * small / 1e-6)
     assert chip.tensor_rate == pytest.approx(2 * side**3 / 2e-3)
     assert chip.fma_rate == pytest.approx(2 * (side // 2) ** 3 / 4e-3)
-    assert chip.launch == pytest.approx(3e-4 / chips.CHAIN)
+    assert chip.launch == pytest.approx(3e-4 / tool.CHAIN)
     assert chip.triton_over_vendor == pytest.approx(0.8)
     assert chip.calibrated
     assert chip.processors == DEFAULT_CHIP.processors
@@ -69,7 +72,7 @@ def test_figures_are_kept_by_name(folder: Path) -> None:
 
 def test_a_measured_triton_gemm_opens_prefill_to_fused_kernels() -> None:
     def refusal(speed: float | None) -> str:
-        chip = chips.replace(DEFAULT_CHIP, triton_over_vendor=speed)
+        chip = replace(DEFAULT_CHIP, triton_over_vendor=speed)
         return estimate(Work(4096, (4096,), 8192, 8, 16, torch.bfloat16, chip))["epilogue"].refusal
 
     assert "unmeasured" in refusal(None)
@@ -79,6 +82,6 @@ def test_a_measured_triton_gemm_opens_prefill_to_fused_kernels() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_nothing_is_measured(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    assert chips.main() == 1
+    assert tool.main() == 1
     assert "nothing was measured" in capsys.readouterr().err
     assert not list(folder.iterdir())

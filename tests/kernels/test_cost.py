@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from lorafx.kernels.chips import CHIPS, DEFAULT_CHIP, Chip, chip_of
-from lorafx.kernels.cost import (
+from lorafx.kernels.cost.chips import CHIPS, DEFAULT_CHIP, Chip, chip_of
+from lorafx.kernels.cost.cost import (
     FUSED,
     GPU_STRATEGIES,
     Work,

@@ -10,8 +10,8 @@ import torch
 from delta_oracle import Problem, assert_delta, random_problem
 from toolchain import needs_compiler
 
-from lorafx.kernels.compiler import Isa, runnable_isas
-from lorafx.kernels.cpu import DeltaSpec, build, build_all
+from lorafx.kernels.cpu.compiler import Isa, runnable_isas
+from lorafx.kernels.cpu.cpu import DeltaSpec, build, build_all
 
 lora = torch.ops.lorafx
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16

@@ -14,8 +14,8 @@ from toolchain import needs_compiler
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
-from lorafx.kernels.compiler import Isa, runnable_isas
-from lorafx.kernels.cpu import DeltaSpec, build, build_all, expert_delta_call
+from lorafx.kernels.cpu.compiler import Isa, runnable_isas
+from lorafx.kernels.cpu.cpu import DeltaSpec, build, build_all, expert_delta_call
 
 lora = torch.ops.lorafx
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -176,8 +176,8 @@ def test_every_instruction_set(isa: Isa) -> None:
 
 def test_the_op_without_a_kernel_is_the_same_delta() -> None:
     """What runs off the CPU, called directly."""
-    from lorafx.kernels.bank_arguments import flat
-    from lorafx.kernels.expert_ops import run_expert_delta_
+    from lorafx.kernels.ops.bank_arguments import flat
+    from lorafx.kernels.ops.expert_ops import run_expert_delta_
 
     for ends in (False, True):
         r = routed("gate and up", "prefill", "and beyond", ends=ends)

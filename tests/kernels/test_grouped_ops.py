@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.library import opcheck
 
 from lorafx.errors import LoweringError, ProvenanceError
-from lorafx.kernels.bank_arguments import BankArgs, Ranges
-from lorafx.kernels.grouped_ops import Blocks, add_grouped_delta
+from lorafx.kernels.ops.bank_arguments import BankArgs, Ranges
+from lorafx.kernels.ops.grouped_ops import Blocks, add_grouped_delta
 
 SLOTS, R, K = 3, 4, 10
 SIZES = (8, 4)  # of the site's parts: N = 12

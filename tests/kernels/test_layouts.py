@@ -27,7 +27,7 @@ from layouts import (
 from toolchain import needs_compiler
 from torch import Tensor
 
-from lorafx.kernels.cpu import DeltaSpec, build
+from lorafx.kernels.cpu.cpu import DeltaSpec, build
 
 lora = torch.ops.lorafx
 

@@ -10,10 +10,10 @@ from delta_oracle import Problem, assert_delta, dense_delta, random_problem
 from torch import Tensor
 from torch.library import opcheck
 
-import lorafx.kernels.ops  # noqa: F401  registers them
+import lorafx.kernels.ops.ops  # noqa: F401  registers them
 from lorafx.errors import BatchError, LoweringError, ProvenanceError
-from lorafx.kernels.cpu import DeltaSpec, build
-from lorafx.kernels.delta import add_embedding_delta, add_linear_delta
+from lorafx.kernels.cpu.cpu import DeltaSpec, build
+from lorafx.kernels.ops.delta import add_embedding_delta, add_linear_delta
 
 lora = torch.ops.lorafx
 MIX = (2, -1, 0, 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
-import lorafx.kernels.row_ops  # noqa: F401  (defines torch.ops.lorafx.rows_of)
+import lorafx.kernels.ops.row_ops  # noqa: F401  (defines torch.ops.lorafx.rows_of)
 from lorafx.errors import LorafxError
 from lorafx.ownership.labels import Label, Mixed, Own
 from lorafx.ownership.propagate import propagate

@@ -19,11 +19,15 @@ from triton.compiler import ASTSource
 from triton_cases import CPU, STRATEGIES, kernel_of, make_case, run
 
 from lorafx.errors import LoweringError
-from lorafx.kernels import triton_cache, triton_compat
-from lorafx.kernels.triton_build import LINEAR, STRATEGY_KERNELS, build, plan_of, source_of
-from lorafx.kernels.triton_source import generator_hash, hash_of, source
-from lorafx.kernels.triton_tiles import ARCHITECTURES, TUNED, tiles_for, tuning_key
-from lorafx.kernels.triton_variants import expert_specs, representative_specs, variants_for_aot
+from lorafx.kernels.tools.triton_variants import (
+    expert_specs,
+    representative_specs,
+    variants_for_aot,
+)
+from lorafx.kernels.triton import triton_cache, triton_compat
+from lorafx.kernels.triton.triton_build import LINEAR, STRATEGY_KERNELS, build, plan_of, source_of
+from lorafx.kernels.triton.triton_source import generator_hash, hash_of, source
+from lorafx.kernels.triton.triton_tiles import ARCHITECTURES, TUNED, tiles_for, tuning_key
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 PROCESS = """
@@ -31,7 +35,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from triton_cases import kernel_of, make_case, run
 if "--no-templates" in sys.argv:
-    from lorafx.kernels import triton_cache
+    from lorafx.kernels.triton import triton_cache
     del triton_cache.source
 case = make_case(K=24, sizes=(13, 8), slots=(2, -1, 0), rows=2, rank=4)
 print(kernel_of(case, "segments"), run(case, "segments").double().sum().item())

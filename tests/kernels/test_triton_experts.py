@@ -20,11 +20,11 @@ from torch.library import opcheck
 from triton_cases import BF16, FP16, FP32
 
 from lorafx.errors import LoweringError
-from lorafx.kernels import triton_expert_ops
-from lorafx.kernels.bank_arguments import BankArgs
-from lorafx.kernels.triton_build import TritonSpec, build, plan_of
-from lorafx.kernels.triton_ops import launch_wrapped
-from lorafx.kernels.triton_tiles import ARCHITECTURES, tiles_for
+from lorafx.kernels.ops.bank_arguments import BankArgs
+from lorafx.kernels.triton import triton_expert_ops
+from lorafx.kernels.triton.triton_build import TritonSpec, build, plan_of
+from lorafx.kernels.triton.triton_ops import launch_wrapped
+from lorafx.kernels.triton.triton_tiles import ARCHITECTURES, tiles_for
 
 #: What grids are computed with.
 SIZES = (operator.add, operator.sub, operator.mul, operator.floordiv, torch.sym_min)

@@ -24,10 +24,10 @@ from triton_cases import (
 )
 
 from lorafx.errors import LoweringError
-from lorafx.kernels import triton_ops
-from lorafx.kernels.bank_arguments import BankArgs
-from lorafx.kernels.triton_build import LINEAR, TritonSpec, build, plan_of
-from lorafx.kernels.triton_tiles import Tiles
+from lorafx.kernels.ops.bank_arguments import BankArgs
+from lorafx.kernels.triton import triton_ops
+from lorafx.kernels.triton.triton_build import LINEAR, TritonSpec, build, plan_of
+from lorafx.kernels.triton.triton_tiles import Tiles
 
 STRATEGY_OPS = {
     **dict.fromkeys(LINEAR, lora.triton_linear),

@@ -21,17 +21,17 @@ from triton_cases import (
     run,
 )
 
-from lorafx.kernels.triton_build import LINEAR, ORDER_TILES, plan_of
-from lorafx.kernels.triton_cache import load
-from lorafx.kernels.triton_launch import (
+from lorafx.kernels.triton.triton_build import LINEAR, ORDER_TILES, plan_of
+from lorafx.kernels.triton.triton_cache import load
+from lorafx.kernels.triton.triton_launch import (
     Batch,
     linear,
     linear_reference,
     shrink,
     shrink_reference,
 )
-from lorafx.kernels.triton_ops import launch_interpreted
-from lorafx.kernels.triton_tiles import ARCHITECTURES, tiles_for
+from lorafx.kernels.triton.triton_ops import launch_interpreted
+from lorafx.kernels.triton.triton_tiles import ARCHITECTURES, tiles_for
 
 ALL_ALIKE = 1 << 62
 INTERPRETER = ARCHITECTURES["interpreter"]

@@ -9,8 +9,8 @@ import torch
 from triton_cases import BF16, CPU, FP32, assert_right, kernel_of, lora, make_case, run
 
 from lorafx.compat import launch_dependents_early
-from lorafx.kernels.triton_build import plan_of
-from lorafx.kernels.triton_tiles import ARCHITECTURES, architecture_of, tiles_for
+from lorafx.kernels.triton.triton_build import plan_of
+from lorafx.kernels.triton.triton_tiles import ARCHITECTURES, architecture_of, tiles_for
 
 SLOTS = (0, 1, 2, 3, -1, 5, 7, 0, 2) * 5
 
@@ -64,7 +64,7 @@ def test_a_shrink_that_picks_its_rows() -> None:
 
 
 def test_only_readers_start_early_and_only_where_the_chip_can() -> None:
-    from lorafx.kernels.triton_source import source
+    from lorafx.kernels.triton.triton_source import source
 
     case = make_case(K=64, sizes=(64,), slots=(0, 1), dtypes=(BF16,) * 3)
     for name, arch in ARCHITECTURES.items():

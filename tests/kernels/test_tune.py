@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import lorafx.kernels.triton_ops  # noqa: F401  registers them
-from lorafx.kernels import tuned_cache
-from lorafx.kernels.chips import DEFAULT_CHIP
-from lorafx.kernels.expert_problem import ExpertProblem
-from lorafx.kernels.tile_cost import TileSet, fits, predicted
-from lorafx.kernels.triton_build import build
-from lorafx.kernels.triton_tiles import ARCHITECTURES, TUNED, Tiles, tiles_for, tuning_key
-from lorafx.kernels.triton_variants import expert_specs, representative_specs
-from lorafx.kernels.tune import Problem, neighbours, search, tune
-from lorafx.kernels.tuned_cache import load_tuned, save_tuned, tuned_file
+import lorafx.kernels.triton.triton_ops  # noqa: F401  registers them
+from lorafx.kernels.cost.chips import DEFAULT_CHIP
+from lorafx.kernels.tools.expert_problem import ExpertProblem
+from lorafx.kernels.tools.tile_cost import TileSet, fits, predicted
+from lorafx.kernels.tools.triton_variants import expert_specs, representative_specs
+from lorafx.kernels.tools.tune import Problem, neighbours, search, tune
+from lorafx.kernels.triton import tuned_cache
+from lorafx.kernels.triton.triton_build import build
+from lorafx.kernels.triton.triton_tiles import ARCHITECTURES, TUNED, Tiles, tiles_for, tuning_key
+from lorafx.kernels.triton.tuned_cache import load_tuned, save_tuned, tuned_file
 
 SPECS = representative_specs()
 LAYER = SPECS["o_r16_bf16"]

@@ -14,11 +14,11 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-import lorafx.kernels.triton_ops  # noqa: F401  registers them
+import lorafx.kernels.triton.triton_ops  # noqa: F401  registers them
 from lorafx.errors import LoweringError
-from lorafx.kernels.activation import Activation, Leaf, Load
-from lorafx.kernels.cpu_source import DeltaSpec
-from lorafx.kernels.triton_build import TritonSpec, build, plan_of
+from lorafx.kernels.cpu.cpu_source import DeltaSpec
+from lorafx.kernels.ops.activation import Activation, Leaf, Load
+from lorafx.kernels.triton.triton_build import TritonSpec, build, plan_of
 from lorafx.passes.lower.lower import TRITON_OPS
 from lorafx.passes.lower.triton_graph import inline_triton_ops
 

@@ -1,0 +1,112 @@
+"""GPUs as the cost models see them: what kernels reach, assumed from data sheets or measured.
+
+`python -m lorafx.kernels.tools.calibrate` measures the GPU of this machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from lorafx.kernels.cpu.compiler import cache_folder
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the GPU model takes for granted; SI units, rates that kernels reach, not data sheets'.
+
+    Attributes:
+        bandwidth: device memory, bytes/s.
+        l2_bandwidth: second-level cache to the cores, bytes/s.
+        tensor_rate: FLOP/s of a GEMM of 16-bit types.
+        fma_rate: FLOP/s outside of tensor cores, which is what float32 gets (no TF32 rounding).
+        processors: how many there are to share l2_bandwidth.
+        launch: seconds that one more dependent kernel costs inside a captured graph.
+        triton_over_vendor: speed of a plain Triton GEMM over the vendor's where the FLOPs decide;
+            None while unmeasured.
+        calibrated: whether the figures were measured on the chip.
+    """
+
+    name: str
+    bandwidth: float
+    l2_bandwidth: float
+    tensor_rate: float
+    fma_rate: float
+    processors: int
+    launch: float = 2e-6
+    triton_over_vendor: float | None = None
+    calibrated: bool = False
+
+    def rate(self, dtype: torch.dtype) -> float:
+        """FLOP/s of a matrix product with operands of `dtype`."""
+        return self.tensor_rate if dtype in (torch.float16, torch.bfloat16) else self.fma_rate
+
+
+MEMORY, FLOPS = 0.87, 0.70  # reached of the data sheet's figures: assumed
+#: Data sheets times what is assumed reachable; the L2 figures are rough (a few microbenchmarks).
+CHIPS: Mapping[tuple[str, int | str], Chip] = {
+    ("cuda", 80): Chip("A100", MEMORY * 2.04e12, 4.0e12, FLOPS * 312e12, FLOPS * 19.5e12, 108),
+    # Measured on an H200 by this module (torch 2.11, CUDA 13.0, Triton 3.6, 2026-11-20), but for
+    # the cache: what a tile loop over W reached, x and W read by 224 programs in 59.6 µs.
+    ("cuda", 90): Chip(
+        "H200", 4.29e12, 5.9e12, 7.5e14, 5.09e13, 132, 1.02e-6, triton_over_vendor=0.70
+    ),
+    ("cuda", 100): Chip("B200", MEMORY * 8.0e12, 12e12, FLOPS * 2250e12, FLOPS * 75e12, 148),
+    ("hip", "gfx942"): Chip(
+        "MI300X", MEMORY * 5.3e12, 8.0e12, FLOPS * 1307e12, FLOPS * 81.7e12, 304
+    ),
+}
+DEFAULT_CHIP = CHIPS["cuda", 90]
+
+
+def chip_of(device: torch.device) -> Chip:
+    """The chip behind `device`, calibrated if it was measured on this machine; the H200 where there
+    is none to ask (interpreter, fake tensors)."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return DEFAULT_CHIP
+    return load_chip(torch.cuda.get_device_name(device)) or assumed_chip(device)
+
+
+def assumed_chip(device: torch.device) -> Chip:
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        architecture = properties.gcnArchName.partition(":")[0]
+        return CHIPS.get(("hip", architecture), CHIPS["hip", "gfx942"])
+    if (properties.major, properties.minor) < (9, 0):
+        return CHIPS["cuda", 80]
+    return CHIPS["cuda", 100 if properties.major >= 10 else 90]
+
+
+# --- measured ---
+
+
+def chip_file(name: str) -> Path:
+    """Where the measured figures of the device called `name` are kept, for this torch."""
+    plain = re.sub(r"\W+", "-", name)
+    return cache_folder() / "chips" / f"{plain}-torch{torch.__version__}.json"
+
+
+@functools.cache
+def load_chip(name: str) -> Chip | None:
+    """What was measured on the device called `name`; None where nothing was."""
+    path = chip_file(name)
+    return Chip(**json.loads(path.read_text())) if path.exists() else None
+
+
+def save_chip(chip: Chip) -> Path:
+    """Keep `chip`, named as torch names the device, for this and later processes."""
+    path = chip_file(chip.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as scratch:
+        json.dump(asdict(chip), scratch, indent=1)
+    os.replace(scratch.name, path)
+    load_chip.cache_clear()
+    return path

@@ -1,0 +1,348 @@
+"""The cost models: the byte floor of any device, and a roofline of the strategies on a GPU.
+
+    floor(D) = 1 + D · r · Σ_i (K_i + N_i) / Σ_i (K_i · N_i)
+
+A decode step reads W once and the A and B of every distinct adapter in the batch once; siblings
+that share x still have an A each. On a GPU a kernel takes
+
+    t = max(device-memory bytes / bandwidth, L2 bytes / L2 bandwidth, FLOPs / rate)
+
+and each kernel after the first one more dependent launch. What the strategies launch:
+
+    recompute   one kernel: every tile of y computes v = x Aᵀ again, for the first adapter of its
+                rows beside its loop over K, for each further one in a loop of its own
+    epilogue    the shrink to v, then one kernel for base product and expand: y is written once
+    split       one kernel of base product, in parts of K, and shrink; one that adds up and expands
+    gemv        vendor GEMM, then shrink and expand a row at a time: no padding of rows
+    segments    vendor GEMM, then shrink and expand by runs of equal slots, padded to 16 rows;
+                requests are sorted by slot first, once for all nodes of a graph
+
+The chips' constants are those of lorafx.kernels.cost.chips: assumptions until a run on the chip
+calibrates them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from lorafx.kernels.cost.chips import DEFAULT_CHIP, Chip, chip_of
+
+
+class Sized(Protocol):
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def out_features(self) -> int: ...
+
+
+def byte_floor(sites: Iterable[Sized], rank: int, distinct: int) -> float:
+    """Least traffic of these sites with `distinct` adapters of `rank`, over the base's alone.
+
+    Elements are counted, so base and adapters are taken to have one dtype.
+    """
+    factors = weights = 0
+    for site in sites:
+        factors += site.in_features + site.out_features
+        weights += site.in_features * site.out_features
+    return 1 + distinct * rank * factors / weights if weights else 1.0
+
+
+def split_is_faster(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether one GEMM a sibling beats one GEMM over the packed weight.
+
+    Measured (Zen 4, 2 cores, MKL for float32, oneDNN for bfloat16, K 1024, q/k/v of 1024 and
+    gate/up of 2816, weights out of cache), packed over split:
+
+        M                 1     2     4     8     16    64    128   1024
+        float32  q/k/v    1.00  1.19  1.15  1.15  1.06  1.03  1.00  1.05
+        float32  gate/up  0.98  1.11  1.14  1.17  1.08  1.09  1.13  1.07
+        bfloat16 q/k/v    0.86  0.86  0.84  0.86  0.91  0.95  0.97  1.00
+        bfloat16 gate/up  0.96  0.95  0.96  0.97  0.96  0.97  0.99  1.00
+    """
+    return device.type == "cpu" and dtype in (torch.float32, torch.float64)
+
+
+#: A vendor GEMM this much faster than plain Triton's costs more than all of LoRA (5 % against
+#: 0.6 to 5 % of the floor), so below it a fused kernel is not used where FLOPs decide.
+LEAST_TRITON_OVER_VENDOR = 0.97
+TILE_N, TILE_M, DOT = 128, 64, 16  # columns and rows of a tile of y; least side of a dot
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Modelled time of one strategy for one node.
+
+    Attributes:
+        seconds: of base product and delta together.
+        over_base: over the vendor GEMM alone.
+        over_floor: over the vendor GEMM with A, B and the LoRA FLOPs added, and nothing else.
+        refusal: why it is not chosen whatever its time; empty where it may be.
+    """
+
+    seconds: float
+    over_base: float
+    over_floor: float
+    refusal: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.seconds * 1e6:.1f} µs, {self.over_base:.3f} of the base"
+        return f"{text}, refused: {self.refusal}" if self.refusal else text
+
+
+@dataclass(frozen=True)
+class Work:
+    """One node: y (M, ΣN) = x (M, K) Wᵀ with the deltas of D adapters of rank r in M rows.
+
+    Attributes:
+        sizes: N_i of the siblings that share x.
+        distinct: D, adapters in the batch.
+    """
+
+    in_features: int
+    sizes: tuple[int, ...]
+    rows: int
+    distinct: int
+    rank: int
+    dtype: torch.dtype
+    chip: Chip = field(default=DEFAULT_CHIP)
+
+    @property
+    def columns(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def factors(self) -> int:
+        """Elements of A and B of one adapter."""
+        return self.rank * (len(self.sizes) * self.in_features + self.columns)
+
+    @property
+    def m_tiles(self) -> int:
+        return math.ceil(self.rows / TILE_M)
+
+    @property
+    def n_tiles(self) -> int:
+        return sum(math.ceil(size / TILE_N) for size in self.sizes)
+
+    @property
+    def compute_bound(self) -> bool:
+        """Whether FLOPs rather than bytes decide the base product's time."""
+        memory = self.in_features * self.columns * self.dtype.itemsize / self.chip.bandwidth
+        return self.product / self.chip.rate(self.dtype) > memory
+
+    @property
+    def product(self) -> float:
+        """FLOPs of the base product."""
+        return 2.0 * self.rows * self.in_features * self.columns
+
+    def kernel(self, memory: float, l2: float, flops: float, *, tensor: bool = True) -> float:
+        """Seconds of a kernel that moves these elements and does these FLOPs."""
+        size = self.dtype.itemsize
+        rate = self.chip.rate(self.dtype) if tensor else self.chip.fma_rate
+        return max(
+            memory * size / self.chip.bandwidth, l2 * size / self.chip.l2_bandwidth, flops / rate
+        )
+
+    def base(self, memory: float = 0.0, l2: float = 0.0, flops: float = 0.0) -> float:
+        """Seconds of the base product by kernels that also do what is named."""
+        M, K, N = self.rows, self.in_features, self.columns
+        return self.kernel(
+            K * N + M * (K + N) + memory,
+            self.m_tiles * K * N + self.n_tiles * M * K + M * N + l2,
+            self.product + flops,
+        )
+
+    def vendor(self) -> float:
+        """Seconds of the vendor's GEMM."""
+        return self.base() + START
+
+    def floor(self) -> float:
+        """Seconds that no implementation goes below: each active factor read once and used."""
+        M, K, N = self.rows, self.in_features, self.columns
+        flops = 2.0 * M * self.rank * (len(self.sizes) * K + N)
+        return self.base(self.distinct * self.factors, 0, flops)
+
+
+#: Seconds of a kernel that reads what the one before it wrote, however little: its loads follow
+#: from each other. And of one adapter more in a tile that takes its adapters one after another.
+#: Measured on an H200 with the layers of Llama-3-8B, 1 and 64 rows.
+READER, ADAPTER = 2.5e-6, 1.2e-6
+#: Seconds before a product's bytes flow and after they have: a product of few bytes takes longer.
+START = 4e-6
+#: Speed of our kernels' loop over W beside the vendor's where bytes decide, likewise: that of
+#: "epilogue" and "recompute" has too few programs for narrow layers and too many registers.
+SPLIT_OVER_VENDOR, LOOP_OVER_VENDOR = 0.97, 0.62
+
+
+def _adapters_in_tile(work: Work) -> int:
+    """Adapters that a tile of TILE_M rows, grouped by adapter, has to look at."""
+    return math.ceil(work.distinct / work.m_tiles)
+
+
+def _padded_rows(work: Work) -> int:
+    """Rows of runs of equal slots, each padded to what a dot takes."""
+    a_run = math.ceil(work.rows / max(work.distinct, 1))
+    return work.distinct * math.ceil(a_run / DOT) * DOT
+
+
+def _fused_base(
+    work: Work, memory: float, l2: float, flops: float, streaming: float = LOOP_OVER_VENDOR
+) -> float:
+    """The base product by our own kernel, slower than the vendor's by what was measured."""
+    speed = (work.chip.triton_over_vendor or 1.0) if work.compute_bound else streaming
+    return work.base(memory, l2, flops) / speed + START
+
+
+def _reader(work: Work, memory: float, l2: float, flops: float, *, tensor: bool = True) -> float:
+    """A kernel that has to wait for the one before it, and its launch."""
+    own = work.kernel(memory, l2, flops, tensor=tensor)
+    return max(own, READER) + work.chip.launch
+
+
+def _split(work: Work) -> float:
+    adapters, G = _adapters_in_tile(work), len(work.sizes)
+    padded = max(work.rank, DOT) * adapters
+    M, K, N = work.rows, work.in_features, work.columns
+    A, B = work.distinct * work.rank * G * K, work.distinct * work.rank * N
+    tiles = work.m_tiles * work.n_tiles
+    parts = max(1, min(8, work.chip.processors * 3 // 2 // tiles))
+    # Planes of float32; a single part goes through y.
+    sums = parts * M * N * 4 / work.dtype.itemsize if parts > 1 else M * N
+    flops = 2.0 * M * padded
+    first = _fused_base(work, A, sums, flops * G * K, SPLIT_OVER_VENDOR)
+    return first + _reader(work, B, sums + M * N, flops * N)
+
+
+def _recompute(work: Work) -> float:
+    adapters, chip = _adapters_in_tile(work), work.chip
+    padded = max(work.rank, DOT)
+    M, K, N = work.rows, work.in_features, work.columns
+    beside = _fused_base(
+        work,
+        work.distinct * work.factors,
+        work.m_tiles * work.rank * (work.n_tiles * K + adapters * N),
+        2.0 * M * padded * (work.n_tiles * K + adapters * N),
+    )
+    # A further adapter's loop reads x and A once more, after the loop over W and not beside it.
+    a_loop = K * (min(max(M, DOT), TILE_M) + padded) * work.dtype.itemsize
+    waves = math.ceil(work.m_tiles * work.n_tiles / chip.processors)
+    after = waves * (adapters - 1) * a_loop / (chip.l2_bandwidth / chip.processors)
+    return beside + after
+
+
+def _epilogue(work: Work) -> float:
+    adapters, G = _adapters_in_tile(work), len(work.sizes)
+    padded = max(work.rank, DOT) * adapters
+    M, K, N = work.rows, work.in_features, work.columns
+    A, B = work.distinct * work.rank * G * K, work.distinct * work.rank * N
+    v = M * G * work.rank
+    shrink = work.kernel(A + M * K + v, 0, 2.0 * M * padded * G * K)
+    l2 = work.m_tiles * adapters * work.rank * N
+    return shrink + work.chip.launch + _fused_base(work, B + v, l2, 2.0 * M * padded * N)
+
+
+def _gemv(work: Work) -> float:
+    M, K, N, G = work.rows, work.in_features, work.columns, len(work.sizes)
+    A, B = work.rank * G * K, work.rank * N
+    shrink = _reader(work, work.distinct * A + M * K, M * A, 2.0 * M * A, tensor=False)
+    expand = _reader(work, work.distinct * B + 2 * M * N, M * B, 2.0 * M * B, tensor=False)
+    return work.vendor() + shrink + expand
+
+
+def _segments(work: Work) -> float:
+    M, K, N, G = work.rows, work.in_features, work.columns, len(work.sizes)
+    A, B = work.rank * G * K, work.rank * N
+    padded = _padded_rows(work) * max(work.rank, DOT) / work.rank
+    shrink = _reader(work, work.distinct * A + M * K, 0, 2.0 * padded * A)
+    expand = _reader(work, work.distinct * B + 2 * M * N, 0, 2.0 * padded * B)
+    return work.vendor() + shrink + expand + 2 * (_adapters_in_tile(work) - 1) * ADAPTER
+
+
+GPU_STRATEGIES = {
+    "split": _split,
+    "epilogue": _epilogue,
+    "recompute": _recompute,
+    "gemv": _gemv,
+    "segments": _segments,
+}
+FUSED = ("split", "epilogue", "recompute")  # their own base product instead of the vendor's
+
+
+def _refusal(name: str, work: Work) -> str:
+    if name == "split" and any(size % 16 for size in (work.in_features, *work.sizes)):
+        # Run on a GPU for whole blocks of 16 elements only, but for kernels by themselves.
+        return "K or a number of columns is no multiple of 16"
+    return slower_than_vendor(work.chip) if name in FUSED and work.compute_bound else ""
+
+
+def slower_than_vendor(chip: Chip) -> str:
+    """Why a base product of our own does not pay where FLOPs decide, "" where it does."""
+    speed = chip.triton_over_vendor
+    if speed is None:
+        return "plain Triton against the vendor GEMM is unmeasured for this many rows"
+    if speed < LEAST_TRITON_OVER_VENDOR:
+        return f"plain Triton reaches {speed:.2f} of the vendor GEMM"
+    return ""
+
+
+def estimate(work: Work) -> dict[str, Estimate]:
+    """Every strategy's modelled time for `work`, fastest first, refused ones last."""
+    seconds = {name: model(work) for name, model in GPU_STRATEGIES.items()}
+    refusals = {name: _refusal(name, work) for name in seconds}
+    return ranked(seconds, refusals, work.vendor(), work.floor() + START)
+
+
+def ranked(
+    seconds: Mapping[str, float], refusals: Mapping[str, str], base: float, floor: float
+) -> dict[str, Estimate]:
+    """Strategies with their modelled times, fastest first, refused ones last."""
+    order = sorted(seconds, key=lambda name: (bool(refusals[name]), seconds[name]))
+    return {
+        name: Estimate(seconds[name], seconds[name] / base, seconds[name] / floor, refusals[name])
+        for name in order
+    }
+
+
+def choose_strategy(
+    sites: Sequence[Sized],
+    rows_hint: int | None,
+    slots: int,
+    rank: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    chip: Chip | None = None,
+) -> tuple[str, dict[str, Estimate]]:
+    """The strategy with the least modelled time for sites that share one x, and all estimates.
+
+    Args:
+        sites: siblings of one node; all have the same in_features.
+        rows_hint: rows M of x that the graph is made for; None where nothing is known, which
+            leaves "segments", the one that no number of rows makes slow.
+        slots: adapters the bank holds; a batch is taken to be of min(slots, M) adapters.
+        rank: largest rank in the bank.
+        dtype: of x, W and the bank.
+        device: whose chip is asked; a CPU (the interpreter) stands for the default chip.
+        chip: constants to use instead of the device's.
+
+    Returns:
+        The name, one of GPU_STRATEGIES, and the estimates, fastest first; without a hint none.
+    """
+    if rows_hint is None:
+        return "segments", {}
+    work = Work(
+        sites[0].in_features,
+        tuple(site.out_features for site in sites),
+        max(rows_hint, 1),
+        max(1, min(slots, rows_hint)),
+        rank,
+        dtype,
+        chip or chip_of(device),
+    )
+    estimates = estimate(work)
+    return next(iter(estimates)), estimates

@@ -1,0 +1,1 @@
+"""Generated C++: sources, the compiler, the dispatcher of kernels."""

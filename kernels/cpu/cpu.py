@@ -1,0 +1,230 @@
+"""Generated CPU kernels: from a spec to an id that a `run` op takes (dispatcher.cpp lists them).
+
+    build(spec) = id, a hash of the source, so a graph cached on disk by another process stays valid
+
+The C++ is compiled once (lorafx.kernels.cpu.compiler), loaded into each process before its graphs
+run, and entered by id into the table of one dispatcher (dispatcher.cpp). Where no compiler works,
+build returns None, one warning says why, and `delta_call` names the aten op instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import threading
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+from lorafx.errors import LoweringError
+from lorafx.kernels.cpu.compiler import (
+    Isa,
+    best_isa,
+    compile_library,
+    load_library,
+    torch_function,
+)
+from lorafx.kernels.cpu.cpu_source import DeltaSpec, source
+from lorafx.kernels.ops import ops
+from lorafx.kernels.ops.bank_arguments import Ranges
+
+__all__ = [
+    "DeltaSpec",
+    "build",
+    "build_all",
+    "delta_call",
+    "embedding_delta_call",
+    "expert_delta_call",
+]
+
+SHIMS = (
+    "aoti_torch_library_init_impl",
+    "torch_library_impl",
+    "aoti_torch_abi_version",
+    "aoti_torch_get_data_ptr",
+    "aoti_torch_get_dim",
+    "aoti_torch_get_sizes",
+    "aoti_torch_get_strides",
+    "aoti_torch_get_dtype",
+    "aoti_torch_delete_tensor_object",
+    "torch_get_num_threads",
+    "torch_parallel_for",
+)
+DTYPES = {
+    torch.float32: "aoti_torch_dtype_float32",
+    torch.bfloat16: "aoti_torch_dtype_bfloat16",
+    torch.float16: "aoti_torch_dtype_float16",
+    torch.int32: "aoti_torch_dtype_int32",
+    torch.int64: "aoti_torch_dtype_int64",
+}
+
+
+class KernelEntry(ctypes.Structure):
+    """`struct Kernel` of dispatcher.cpp."""
+
+    _fields_ = (
+        ("id", ctypes.c_int64),
+        ("run", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("op", "in_features", "out_features")),
+        *((name, ctypes.c_int64) for name in ("rank", "group", "columns", "siblings")),
+        *((name, ctypes.c_int64) for name in ("last_column", "experts")),
+        *((name, ctypes.c_int64) for name in ("x_dtype", "bank_dtype", "y_dtype")),
+        *((name, ctypes.c_int64) for name in ("int32", "int64", "float32")),
+    )
+
+
+_LOCK = threading.RLock()
+_BUILT: dict[tuple[DeltaSpec, str], int] = {}
+_LIBRARIES: list[ctypes.CDLL] = []  # keeps what the table points into
+
+
+@functools.cache
+def _dtype_code(dtype: torch.dtype) -> int:
+    return int(ctypes.CFUNCTYPE(ctypes.c_int32)(torch_function(DTYPES[dtype]))())
+
+
+@functools.cache
+def _dispatcher() -> ctypes.CDLL:
+    """The dispatcher, built, loaded and registered as the ops' CPU kernels.
+
+    Raises:
+        LoweringError: no compiler, or a torch without the C interface.
+    """
+    folder = resources.files("lorafx.kernels.cpu")
+    texts = [folder.joinpath(name).read_text() for name in ("rows.h", "dispatcher.cpp")]
+    library = load_library(compile_library("\n".join(texts)))
+    shims = (ctypes.c_void_p * len(SHIMS))(*(torch_function(name) for name in SHIMS))
+    if library.lorafx_install(shims):
+        raise LoweringError("torch refused the CPU kernels of lorafx::run_delta_")
+    return library
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"LoRA runs in plain aten on this CPU, which is slow: {reason}", stacklevel=3)
+
+
+def _compile(spec: DeltaSpec, isa: Isa) -> tuple[int, Path]:
+    text = source(spec, isa)
+    digest = hashlib.sha256("\0".join((text, *isa.flags)).encode()).digest()
+    return int.from_bytes(digest[:7], "big") + 1, compile_library(text, isa.flags)
+
+
+def _load(spec: DeltaSpec, kernel: int, path: Path) -> None:
+    dispatcher, library = _dispatcher(), load_library(path)
+    entry = KernelEntry(
+        id=kernel,
+        run=ctypes.cast(library.lorafx_kernel, ctypes.c_void_p),
+        op=2 if spec.experts else int(spec.embedding),  # `enum Op` of dispatcher.cpp
+        in_features=spec.in_features,
+        out_features=sum(spec.sizes),
+        rank=spec.max_rank,
+        group=spec.group,
+        columns=spec.columns,
+        siblings=max(spec.siblings) + 1,
+        last_column=spec.last_column,
+        experts=spec.experts,
+        x_dtype=_dtype_code(spec.x_dtype),
+        bank_dtype=_dtype_code(spec.bank_dtype),
+        y_dtype=_dtype_code(spec.y_dtype),
+        int32=_dtype_code(torch.int32),
+        int64=_dtype_code(torch.int64),
+        float32=_dtype_code(torch.float32),
+    )
+    if dispatcher.lorafx_add(ctypes.byref(entry)):
+        raise LoweringError("the table of generated CPU kernels is full")
+    _LIBRARIES.append(library)
+    ops.KERNELS[kernel] = Ranges(spec.siblings, spec.offsets, spec.sizes)
+
+
+def build(spec: DeltaSpec, isa: Isa | None = None) -> int | None:
+    """The id of the kernel of `spec`, compiled if need be and loaded into this process.
+
+    Args:
+        spec: what the kernel takes for granted.
+        isa: an instruction set that this CPU runs; None for the best.
+
+    Returns:
+        The id, above 0; None where kernels are not generated for the spec (float64, empty ranges)
+        or cannot be (no compiler; warned about once).
+    """
+    if not spec.supported():
+        return None
+    with _LOCK:
+        try:
+            isa = isa or best_isa()
+            if (spec, isa.name) not in _BUILT:
+                _dispatcher()
+                kernel, path = _compile(spec, isa)
+                _load(spec, kernel, path)
+                _BUILT[spec, isa.name] = kernel
+            return _BUILT[spec, isa.name]
+        except LoweringError as error:
+            _warn_once(str(error))
+            return None
+
+
+def build_all(specs: Iterable[DeltaSpec]) -> dict[DeltaSpec, int | None]:
+    """`build` of each spec; those to be compiled are compiled at the same time."""
+    wanted = list(dict.fromkeys(specs))
+    with contextlib.suppress(LoweringError):  # failures are met again, and told, by build
+        isa = best_isa()
+        todo = [spec for spec in wanted if spec.supported() and (spec, isa.name) not in _BUILT]
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            for future in [pool.submit(_compile, spec, isa) for spec in todo]:
+                future.exception()
+    return {spec: build(spec) for spec in wanted}
+
+
+def _kernel(spec: DeltaSpec, rows: Any) -> int | None:
+    """The kernel of `spec`, unless `rows` is a literal 0: only aten can say what was not proved."""
+    unproved = isinstance(rows, int) and rows == 0
+    return None if unproved else build(spec)
+
+
+def delta_call(spec: DeltaSpec, *tensors: Any, rows: Any) -> tuple[OpOverload, tuple[Any, ...]]:
+    """The op and arguments that add the delta of `spec`, generated where that is possible.
+
+    Args:
+        tensors: y, x, A, B, ranks, scales, slots: tensors or graph nodes.
+        rows: rows a request; a literal 0 (unproved) stays with the aten op.
+    """
+    kernel = _kernel(spec, rows)
+    if kernel is not None:
+        return torch.ops.lorafx.run_delta_.default, (*tensors, rows, kernel)
+    ranges = (list(spec.siblings), list(spec.offsets), list(spec.sizes))
+    return torch.ops.lorafx.add_delta_.default, (*tensors, *ranges, rows, 0)
+
+
+def embedding_delta_call(
+    spec: DeltaSpec, *tensors: Any, rows: Any
+) -> tuple[OpOverload, tuple[Any, ...]]:
+    """`delta_call` of an embedding; tensors: y, ids, A, B, ranks, scales, slots."""
+    kernel = _kernel(spec, rows)
+    if kernel is not None:
+        return torch.ops.lorafx.run_embedding_delta_.default, (*tensors, rows, kernel)
+    return torch.ops.lorafx.add_embedding_delta_.default, (*tensors, rows, 0)
+
+
+def expert_delta_call(
+    spec: DeltaSpec, *tensors: Any, rows: Any, ends: bool
+) -> tuple[OpOverload, tuple[Any, ...]] | None:
+    """The op and arguments that add the delta of routed rows, or None where no kernel can do it.
+
+    Args:
+        tensors: y, x, A, B, ranks, scales, slots, alike, experts: tensors or graph nodes.
+        rows: rows a request; a literal 0 (unproved) is left to aten.
+        ends: what `experts` holds, see `lorafx.kernels.ops.expert_ops.run_expert_delta_`.
+    """
+    kernel = _kernel(spec, rows)
+    if kernel is None:
+        return None
+    return torch.ops.lorafx.run_expert_delta_.default, (*tensors, rows, spec.experts, ends, kernel)

@@ -1,0 +1,221 @@
+"""The C++ source of one generated CPU kernel: constants, then vectors.h and delta.cpp.
+
+source(spec, isa) = #defines and constants of (dtypes, sizes, ranges, tiles)
+                    + vectors.h + tiles.h + rows.h + delta.cpp
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+
+import torch
+from torch import Tensor
+
+from lorafx.kernels.cpu.compiler import Isa
+
+ELEMENTS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+# Below this many multiply-adds one thread is faster than waking the others (about 3 µs, 2 cores).
+SERIAL_WORK = 1 << 15
+# With fewer rows a thread than this, a row's planes and columns are shared out instead of rows.
+SPLIT_ROWS = 2
+# Columns of one unit of work then.
+COLUMN_BLOCK = 512
+# Bytes that a stream of B is asked for ahead of its use; 512 was best of 0, 128 ... 1024 for decode
+# in float32 and bfloat16 (Zen 4, 8 adapters of rank 16, N = 1024 ... 5632).
+AHEAD = 512
+
+
+@dataclass(frozen=True)
+class DeltaSpec:
+    """What a generated kernel takes for granted.
+
+    Attributes:
+        x_dtype: of x; for an embedding ignored (ids may be int32 or int64).
+        bank_dtype: of A and B.
+        y_dtype: of y.
+        in_features: K; 0 for an embedding.
+        max_rank: R of the bank.
+        group: siblings of the bank, G; 0 where the tensors are not laid out as a bank is.
+        columns: ΣN of the bank.
+        siblings, offsets, sizes: the column ranges of y, as the ops take them. Where A, B, ranks
+            and scales show some siblings of a larger bank, they count from the first shown.
+        embedding: A is (S, V, R) and x holds ids.
+        experts: E of a bank of S·E slots whose rows are routed (`run_expert_delta_`); 0 for others.
+    """
+
+    x_dtype: torch.dtype
+    bank_dtype: torch.dtype
+    y_dtype: torch.dtype
+    in_features: int
+    max_rank: int
+    group: int
+    columns: int
+    siblings: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    embedding: bool = False
+    experts: int = 0
+
+    @classmethod
+    def linear(
+        cls,
+        y: Tensor,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        ranks: Tensor,
+        siblings: list[int],
+        offsets: list[int],
+        sizes: list[int],
+        experts: int = 0,
+    ) -> DeltaSpec:
+        """The spec of an `add_delta_` call; the tensors may be fake, only metadata is read."""
+        group, columns = _bank_strides(A, B, ranks)
+        return cls(
+            x_dtype=x.dtype,
+            bank_dtype=A.dtype,
+            y_dtype=y.dtype,
+            in_features=int(A.shape[2]),
+            max_rank=int(B.shape[1]),
+            group=group,
+            columns=columns,
+            siblings=tuple(siblings),
+            offsets=tuple(offsets),
+            sizes=tuple(sizes),
+            experts=experts,
+        )
+
+    @classmethod
+    def of_embedding(cls, y: Tensor, A: Tensor, B: Tensor) -> DeltaSpec:
+        """The spec of an `add_embedding_delta_` call."""
+        columns = int(B.shape[2])
+        return cls(
+            x_dtype=A.dtype,
+            bank_dtype=A.dtype,
+            y_dtype=y.dtype,
+            in_features=0,
+            max_rank=int(B.shape[1]),
+            group=int(A.is_contiguous() and B.is_contiguous()),
+            columns=columns,
+            siblings=(0,),
+            offsets=(0,),
+            sizes=(columns,),
+            embedding=True,
+        )
+
+    @property
+    def last_column(self) -> int:
+        """Where the last of its columns ends in the bank, or in the part that is shown of it."""
+        return max(offset + size for offset, size in zip(self.offsets, self.sizes, strict=True))
+
+    def supported(self) -> bool:
+        """Whether kernels are generated for it: 16- and 32-bit floats, nothing empty, a bank laid
+        out as lorafx allocates it."""
+        dtypes = (self.x_dtype, self.bank_dtype, self.y_dtype)
+        return (
+            all(dtype in ELEMENTS for dtype in dtypes)
+            and self.max_rank > 0
+            and self.group > 0
+            and len(self.sizes) > 0
+            and min(self.sizes) > 0
+            and (self.embedding or self.in_features > 0)
+        )
+
+
+def _bank_strides(A: Tensor, B: Tensor, ranks: Tensor) -> tuple[int, int]:
+    """(G, ΣN) of the bank that A, B and ranks are, or show some siblings of; (0, ·) where their
+    strides are those of no bank, such as a transposed B."""
+    slots, _, K = A.shape
+    R, shown = B.shape[1:]
+    group = int(ranks.stride(0) if slots > 1 else ranks.shape[1])
+    columns = int(B.stride(1) if R > 1 else B.stride(0) if slots > 1 else shown)
+    wanted = (
+        (A, (group * R * K, K, 1)),
+        (B, (R * columns, columns, 1)),
+        (ranks, (group, 1)),
+    )
+    laid = all(
+        size == 1 or have == want
+        for tensor, strides in wanted
+        for size, have, want in zip(tensor.shape, tensor.stride(), strides, strict=True)
+    )
+    return (group if laid else 0), columns
+
+
+def source(spec: DeltaSpec, isa: Isa) -> str:
+    """The complete C++ text of the kernel of `spec` for `isa`."""
+    starts = [sum(spec.sizes[:j]) for j in range(len(spec.sizes))]
+    blocks = sum(-(-size // COLUMN_BLOCK) for size in spec.sizes)
+    # More rows of one adapter find its factors in the cache. Of an adapter and expert there are few
+    # also in a long batch: asking for what is next saves a tenth to a third there.
+    streamed = isa.tile if spec.experts else 2
+    features = 0 if spec.embedding else len(spec.sizes) * spec.in_features
+    sizes = {
+        **tile_sizes(isa),
+        "K": max(spec.in_features, 1),
+        "R": spec.max_rank,
+        "G": spec.group,
+        "COLUMNS": spec.columns,
+        "N": sum(spec.sizes),
+        "B_STRIDE": spec.columns,
+        "EXPERTS": spec.experts,
+        "PREFETCH_ROWS": streamed,
+        "RANGES": len(spec.sizes),
+        "BLOCK": COLUMN_BLOCK,
+        "COLUMN_BLOCKS": blocks,
+        "WORK": spec.max_rank * (features + sum(spec.sizes)),
+        "SPLIT_ROWS": SPLIT_ROWS,
+    }
+    tables = {
+        "SIBLING": spec.siblings,
+        "OFFSET": spec.offsets,
+        "SIZE": spec.sizes,
+        "START": starts,
+    }
+    lines = [f"// {isa.name}: {spec}", f"#define EMBEDDING {int(spec.embedding)}"]
+    lines += [f"#define ROUTED {int(spec.experts > 0)}"]
+    lines += element_defines(isa, spec.x_dtype, spec.bank_dtype, spec.y_dtype)
+    lines += constants(sizes)
+    lines += [
+        f"static const long {name}[] = {{{', '.join(map(str, values))}}};"
+        for name, values in tables.items()
+    ]
+    return "\n".join([*lines, *templates("vectors.h", "tiles.h", "rows.h", "delta.cpp")])
+
+
+def templates(*names: str) -> list[str]:
+    """The texts of these files."""
+    folder = resources.files("lorafx.kernels.cpu")
+    return [folder.joinpath(name).read_text() for name in names]
+
+
+def tile_sizes(isa: Isa) -> dict[str, int]:
+    """What tiles.h takes of the instruction set, and all kernels alike."""
+    return {
+        "TILE": isa.tile,
+        "PLANES": isa.planes,
+        "PAIRS": isa.pairs,
+        "AHEAD": AHEAD,
+        "SERIAL_WORK": SERIAL_WORK,
+    }
+
+
+def element_defines(isa: Isa, x: torch.dtype, factors: torch.dtype, y: torch.dtype) -> list[str]:
+    """The lines that vectors.h needs: lanes, instructions, element types of x, factors and y."""
+    values = {
+        "LANES": isa.lanes,
+        "HAS_F16C": int(isa.f16c),
+        "HAS_DPBF16": int(isa.dpbf16),
+        "X": ELEMENTS[x],
+        "W": ELEMENTS[factors],
+        "Y": ELEMENTS[y],
+    }
+    return [f"#define {name} {value}" for name, value in values.items()]
+
+
+def constants(values: Mapping[str, int]) -> list[str]:
+    """The lines that give a template its sizes."""
+    return [f"static const long {name} = {value};" for name, value in values.items()]

@@ -1,0 +1,266 @@
+// CPU kernels of lorafx::run_delta_, run_embedding_delta_ and run_expert_delta_: from an id to its code.
+//
+//     run_delta_(y!, x, A, B, ranks, scales, slots, rows, kernel) -> ()
+//     run_expert_delta_(y!, x, A, B, ranks, scales, slots, alike, experts, rows, count, ends, kernel)
+//
+// Registered through torch's stable C interface, whose functions Python hands over as pointers: no
+// torch header is read (0.1 s to compile instead of tens of seconds) and nothing is linked. A call
+// costs 2 µs from Python, where one through a Python kernel costs 20 µs and more. Before this text
+// stands rows.h.
+#include <stdint.h>
+#include <stdlib.h>
+
+#include <stdexcept>
+
+typedef void* Handle;
+typedef void (*Body)(int64_t, int64_t, void*);
+
+struct Shims {  // the order of SHIMS in cpu.py
+    int32_t (*library_init)(const char*, const char*, const char*, uint32_t, Handle*);
+    int32_t (*library_impl)(Handle, const char*, void (*)(uint64_t*, uint64_t, uint64_t), uint64_t);
+    uint64_t (*version)();
+    int32_t (*data_ptr)(Handle, void**);
+    int32_t (*dim)(Handle, int64_t*);
+    int32_t (*sizes)(Handle, int64_t**);
+    int32_t (*strides)(Handle, int64_t**);
+    int32_t (*dtype)(Handle, int32_t*);
+    int32_t (*delete_tensor)(Handle);
+    int32_t (*threads)(uint32_t*);
+    int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
+};
+static Shims torch;
+
+struct Args {  // mirrors delta.cpp
+    void* y;
+    const void* x;
+    const void* a;
+    const void* b;
+    const int32_t* ranks;
+    const float* scales;
+    const int32_t* slots;
+    int64_t n, rows, capacity, vocabulary, threads;
+    int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
+    int64_t wide_ids;
+    const Rows *y_rows, *x_rows;
+    const int32_t* alike;
+    const void* experts;
+    int64_t wide_experts, ends;
+};
+
+enum Op { LINEAR = 0, EMBEDDING = 1, ROUTED = 2 };
+struct Kernel {  // mirrors KernelEntry in cpu.py; what the generated code takes for granted
+    int64_t id;
+    int32_t (*run)(const void*);
+    int64_t op, in_features, out_features, rank, group, columns, siblings, last_column, experts;
+    int64_t x_dtype, bank_dtype, y_dtype, int32, int64, float32;
+};
+
+// Open addressing; entries are only ever added, each published by its id, last.
+static const uint64_t CAPACITY = 1 << 14;
+static Kernel* table[CAPACITY];
+static uint64_t filled = 0;
+
+static const Kernel* find(int64_t id) {
+    for (uint64_t i = (uint64_t)id;; i++) {
+        Kernel* k = __atomic_load_n(&table[i % CAPACITY], __ATOMIC_ACQUIRE);
+        if (!k || k->id == id) return k;
+    }
+}
+
+struct View {
+    char* data;
+    int64_t dim, *sizes, *strides;
+    int32_t dtype;
+
+    explicit View(uint64_t handle) {
+        Handle t = (Handle)handle;
+        void* p;
+        if (torch.data_ptr(t, &p) | torch.dim(t, &dim) | torch.sizes(t, &sizes) |
+            torch.strides(t, &strides) | torch.dtype(t, &dtype))
+            throw std::runtime_error("lorafx: a tensor without plain memory");
+        data = (char*)p;
+    }
+    bool contiguous() const {
+        int64_t expected = 1;
+        for (int64_t d = dim - 1; d >= 0; d--) {
+            if (sizes[d] != 1 && strides[d] != expected) return false;
+            expected *= sizes[d];
+        }
+        return true;
+    }
+    // Sizes (a, b, c), the outer two at these strides: a bank, or some siblings' part of one.
+    bool is_bank(int64_t type, int64_t a, int64_t b, int64_t c, int64_t outer, int64_t row) const {
+        return dtype == type && dim == 3 && sizes[0] == a && sizes[1] == b && sizes[2] == c &&
+               (a == 1 || strides[0] == outer) && (b == 1 || strides[1] == row) &&
+               (c == 1 || strides[2] == 1);
+    }
+    bool is_table(int64_t type, int64_t a, int64_t b, int64_t outer) const {
+        return dtype == type && dim == 2 && sizes[0] == a && sizes[1] == b &&
+               (a == 1 || strides[0] == outer) && (b == 1 || strides[1] == 1);
+    }
+};
+
+static void require(bool condition, const char* message) {
+    if (!condition) throw std::runtime_error(message);
+}
+
+// The rows of a tensor: all its dimensions but the last, or all of them where `leading` says so.
+static Rows rows_of(const View& v, int64_t leading) {
+    Rows rows = {1, leading < v.dim ? v.strides[leading] : 1, 0, {}, {}};
+    for (int64_t d = leading - 1; d >= 0; d--) {
+        rows.count *= v.sizes[d];
+        if (v.sizes[d] == 1) continue;
+        int64_t last = rows.dims - 1;
+        if (last >= 0 && v.strides[d] == rows.strides[last] * rows.sizes[last]) {
+            rows.sizes[last] *= v.sizes[d];
+            continue;
+        }
+        require(rows.dims < MOST_STRIDES,
+                "lorafx: the rows of x or y lie at more than 8 strides; make it contiguous first");
+        rows.sizes[rows.dims] = v.sizes[d];
+        rows.strides[rows.dims++] = v.strides[d];
+    }
+    if (!rows.dims) rows.dims = 1;  // one row, at its beginning
+    if (leading < v.dim && v.sizes[leading] == 1) rows.step = 1;
+    return rows;
+}
+
+static const Kernel* kernel_of(uint64_t id, Op op) {
+    const Kernel* k = find((int64_t)id);
+    require(k && k->op == op,
+            "lorafx: this process has not loaded that kernel id; build it with lorafx.kernels.cpu.cpu");
+    return k;
+}
+
+static uint32_t thread_count() {
+    uint32_t threads = 1;
+    torch.threads(&threads);
+    return threads;
+}
+
+// What `run` takes beside the tensors that all ops share.
+struct Call {
+    Op op;
+    uint64_t kernel;
+    int64_t rows;
+    const View *alike, *experts;  // of routed rows
+    int64_t count, ends;
+};
+
+static void check_routed(const Kernel* k, const Call& call, int64_t capacity, int64_t rows) {
+    const View &alike = *call.alike, &experts = *call.experts;
+    require(call.count == k->experts && capacity % k->experts == 0,
+            "lorafx: the bank is not for the number of experts that the kernel was generated for");
+    require(alike.is_table(k->int32, capacity, alike.dim == 2 ? alike.sizes[1] : -1, k->group) &&
+                alike.sizes[1] >= k->siblings,
+            "lorafx: alike (int32) is not (slots, siblings) of the kernel's bank");
+    require((experts.dtype == k->int32 || experts.dtype == k->int64) && experts.dim == 1 &&
+                experts.contiguous() && experts.sizes[0] == (call.ends ? k->experts : rows),
+            "lorafx: experts is not a contiguous vector of integers, one a row, or one an expert "
+            "that says where its rows end");
+}
+
+static void run(const uint64_t* stack, const Call& call) {
+    const Kernel* k = kernel_of(call.kernel, call.op);
+    const bool embedding = call.op == EMBEDDING;
+    View y(stack[0]), x(stack[1]), a(stack[2]), b(stack[3]), ranks(stack[4]), scales(stack[5]),
+        slots(stack[6]);
+    int64_t capacity = ranks.dim == 2 ? ranks.sizes[0] : -1;
+    int64_t vocabulary = embedding && a.dim == 3 ? a.sizes[1] : 0;
+    int64_t siblings = ranks.dim == 2 ? ranks.sizes[1] : -1, K = k->in_features, R = k->rank;
+    require(siblings >= k->siblings && ranks.is_table(k->int32, capacity, siblings, k->group) &&
+                scales.is_table(k->float32, capacity, siblings, k->group),
+            "lorafx: ranks (int32) and scales (float32) are not (slots, siblings) of the kernel's bank");
+    int64_t shown = b.dim == 3 ? b.sizes[2] : -1;
+    require(shown >= k->last_column &&
+                b.is_bank(k->bank_dtype, capacity, R, shown, R * k->columns, k->columns) &&
+                (embedding ? a.is_bank(k->bank_dtype, capacity, vocabulary, R, vocabulary * R, R)
+                           : a.is_bank(k->bank_dtype, capacity, siblings * R, K, k->group * R * K, K)),
+            "lorafx: A and B are not a bank of the kernel's dtype, sizes and strides, or part of one");
+    require(slots.dtype == k->int32 && slots.dim == 1 && slots.contiguous(),
+            "lorafx: slots is not a contiguous int32 vector");
+    require(y.dtype == k->y_dtype && y.dim >= 1 && y.sizes[y.dim - 1] == k->out_features,
+            "lorafx: y does not have the dtype and columns that the kernel was generated for");
+    require(embedding ? x.dtype == k->int32 || x.dtype == k->int64
+                      : x.dtype == k->x_dtype && x.dim >= 1 && x.sizes[x.dim - 1] == k->in_features,
+            "lorafx: x does not have the dtype and features that the kernel was generated for");
+    Rows out = rows_of(y, y.dim - 1), in = rows_of(x, embedding ? x.dim : x.dim - 1);
+    require(out.count == in.count, "lorafx: x and y differ in rows");
+    if (call.op == ROUTED) check_routed(k, call, capacity, out.count);
+    Args args = {y.data,
+                 x.data,
+                 a.data,
+                 b.data,
+                 (const int32_t*)ranks.data,
+                 (const float*)scales.data,
+                 (const int32_t*)slots.data,
+                 slots.sizes[0],
+                 call.rows,
+                 capacity,
+                 vocabulary,
+                 (int64_t)thread_count(),
+                 torch.parallel,
+                 embedding && x.dtype == k->int64,
+                 &out,
+                 &in,
+                 call.alike ? (const int32_t*)call.alike->data : 0,
+                 call.experts ? call.experts->data : 0,
+                 call.experts && call.experts->dtype == k->int64,
+                 call.ends};
+    switch (k->run(&args)) {
+        case 0: break;
+        case 1: throw std::runtime_error("lorafx: a slot is outside the bank, or slots is empty");
+        case 2:
+            throw std::runtime_error(
+                "lorafx: rows could not be traced to requests, and slots mixes adapters");
+        case 4: throw std::runtime_error("lorafx: a token id is outside the embedding");
+        default: throw std::runtime_error("lorafx: out of memory");
+    }
+}
+
+struct Owned {  // a boxed kernel owns the tensors on its stack
+    uint64_t* stack;
+    int tensors;
+    ~Owned() {
+        for (int i = 0; i < tensors; i++) torch.delete_tensor((Handle)stack[i]);
+    }
+};
+
+static void run_delta(uint64_t* stack, uint64_t, uint64_t) {
+    Owned owned = {stack, 7};
+    run(stack, {LINEAR, stack[8], (int64_t)stack[7]});
+}
+static void run_embedding_delta(uint64_t* stack, uint64_t, uint64_t) {
+    Owned owned = {stack, 7};
+    run(stack, {EMBEDDING, stack[8], (int64_t)stack[7]});
+}
+static void run_expert_delta(uint64_t* stack, uint64_t, uint64_t) {
+    Owned owned = {stack, 9};
+    View alike(stack[7]), experts(stack[8]);
+    run(stack, {ROUTED, stack[12], (int64_t)stack[9], &alike, &experts, (int64_t)stack[10],
+                (stack[11] & 0xff) != 0});
+}
+
+extern "C" int32_t lorafx_install(const Shims* shims) {
+    torch = *shims;
+    Handle library;
+    uint64_t version = torch.version();
+    return torch.library_init("lorafx", "CPU", "lorafx/kernels/dispatcher.cpp", 1, &library) ||
+           torch.library_impl(library, "run_delta_", run_delta, version) ||
+           torch.library_impl(library, "run_embedding_delta_", run_embedding_delta, version) ||
+           torch.library_impl(library, "run_expert_delta_", run_expert_delta, version);
+}
+
+// 0 when added or there already, 1 when the table is full. The caller holds a lock.
+extern "C" int32_t lorafx_add(const Kernel* kernel) {
+    if (find(kernel->id)) return 0;
+    if (filled * 2 >= CAPACITY) return 1;
+    Kernel* copy = (Kernel*)malloc(sizeof *copy);
+    if (!copy) return 1;
+    *copy = *kernel;
+    uint64_t i = (uint64_t)kernel->id;
+    while (table[i % CAPACITY]) i++;
+    __atomic_store_n(&table[i % CAPACITY], copy, __ATOMIC_RELEASE);
+    filled++;
+    return 0;
+}

@@ -1,0 +1,154 @@
+"""`lorafx::grouped_mm`, the product of sorted rows with the weights of experts.
+
+    y[m] = x[m] W_e    for offs[e - 1] ≤ m < offs[e],    0 behind the last
+
+`aten._grouped_mm` where that is slow or cannot be compiled: on a CPU, and in other dtypes than
+bfloat16. On a CPU a generated kernel reads each weight once (product.cpp); elsewhere, and where it
+cannot be had, it is a loop over the experts that have rows, for which the host waits for offs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafx.errors import LoweringError
+from lorafx.kernels.cpu.compiler import (
+    Isa,
+    best_isa,
+    compile_library,
+    load_library,
+    torch_function,
+)
+from lorafx.kernels.cpu.product_source import ProductArgs, ProductSpec, product_source
+from lorafx.kernels.ops.op_checks import require
+from lorafx.kernels.ops.op_library import define
+
+#: Rows an expert from which on a product of matrices is as fast as the generated kernel, which is
+#: 2 to 5 times as fast for one row, 1.2 to 2 times for 32 (Zen 4, two cores, float32 and bfloat16,
+#: 32 and 64 experts of 384 × 1024 to 1024 × 768). A row's sums have one order below it, and that of
+#: torch.mm from there on.
+MANY_ROWS = 256
+#: The same for bfloat16 on a CPU whose matrix tiles torch.mm uses; a guess, measured on none.
+MANY_ROWS_WITH_TILES = 16
+
+
+def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    """y (M, N).
+
+    Args:
+        x: (M, K), rows sorted by expert.
+        weight: (E, K, N), in any layout.
+        offs: int32 (E,), where the rows of each expert end; ascending.
+
+    Raises:
+        LoweringError: sizes or dtypes that do not fit together, or an end behind the last row.
+    """
+    _check(x, weight, offs)
+    groups = _groups(offs)
+    for start, end in groups:
+        if not start <= end <= len(x):
+            raise LoweringError(f"lorafx::grouped_mm: offs ends at {end}, of {len(x)} rows")
+    y = x.new_empty(x.shape[0], weight.shape[2])
+    y[groups[-1][1] if groups else 0 :].zero_()
+    kernel = kernel_of(x, weight) if len(x) < _many_rows(x.dtype) * len(groups) else None
+    if kernel is not None:
+        kernel(y, x, weight, offs)
+        return y
+    for expert, (start, end) in enumerate(groups):
+        if end > start:
+            torch.mm(x[start:end], weight[expert], out=y[start:end])
+    return y
+
+
+def _groups(offs: Tensor) -> list[tuple[int, int]]:
+    """Where the rows of each expert start and end."""
+    return list(itertools.pairwise([0, *offs.tolist()]))
+
+
+def _many_rows(dtype: torch.dtype) -> int:
+    tiles = dtype == torch.bfloat16 and _has_matrix_tiles()
+    return MANY_ROWS_WITH_TILES if tiles else MANY_ROWS
+
+
+@functools.cache
+def _has_matrix_tiles() -> bool:
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+
+
+def kernel_of(x: Tensor, weight: Tensor) -> Kernel | None:
+    """The generated kernel for these operands, if there is one; they may be fake."""
+    on_cpu = x.device.type == weight.device.type == "cpu"
+    spec = ProductSpec.of(x, weight) if on_cpu else None
+    return None if spec is None else _built(spec)
+
+
+@functools.cache
+def _built(spec: ProductSpec) -> Kernel | None:
+    try:
+        return build(spec, best_isa())
+    except LoweringError:
+        return None  # where deltas are built it is told why
+
+
+def build(spec: ProductSpec, isa: Isa) -> Kernel:
+    """The kernel of `spec`, for y (M, N) contiguous, x, weight and offs as `grouped_mm` takes them.
+
+    Raises:
+        LoweringError: no compiler works.
+    """
+    library = load_library(compile_library(product_source(spec, isa), isa.flags))
+    parallel = torch_function("torch_parallel_for")
+
+    def run(y: Tensor, x: Tensor, weight: Tensor, offs: Tensor) -> None:
+        offs = offs.contiguous()
+        pointers = (tensor.data_ptr() for tensor in (y, x, weight, offs))
+        sizes = x.stride(0), len(offs), torch.get_num_threads()
+        if library.lorafx_kernel(ctypes.byref(ProductArgs(*pointers, *sizes, parallel))):
+            raise LoweringError("lorafx::grouped_mm: out of memory")
+
+    return run
+
+
+def grouped_mm_fake(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    _check(x, weight, offs)
+    return x.new_empty(x.shape[0], weight.shape[2])
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    """Of x: the product with the transposed weights. Of the weights: a product for each expert."""
+    x, weight, offs = ctx.saved_tensors
+    of_x = of_weight = None
+    if ctx.needs_input_grad[0]:
+        of_x = GROUPED_MM(grad, weight.transpose(1, 2), offs)
+    if ctx.needs_input_grad[1]:
+        parts = [x[start:end].T @ grad[start:end] for start, end in _groups(offs)]
+        of_weight = torch.stack(parts)
+    return of_x, of_weight, None
+
+
+def _check(x: Tensor, weight: Tensor, offs: Tensor) -> None:
+    op = "grouped_mm"
+    require(op, x.dim() == 2 and weight.dim() == 3, "input is (M, K), weight (E, K, N)")
+    require(op, x.shape[1] == weight.shape[1], f"x has {x.shape[1]} columns of {weight.shape[1]}")
+    require(op, offs.shape == weight.shape[:1], f"offs is (E,), not {tuple(offs.shape)}")
+    require(op, x.dtype == weight.dtype, f"x is {x.dtype}, weight {weight.dtype}")
+    require(op, offs.dtype == torch.int32, f"offs is int32, not {offs.dtype}")
+
+
+_SCHEMA = "grouped_mm(Tensor input, Tensor weight, Tensor offs) -> Tensor"
+define(_SCHEMA, grouped_mm, grouped_mm_fake, _gradients, _keep)
+GROUPED_MM = torch.ops.lorafx.grouped_mm.default

@@ -1,0 +1,1 @@
+"""The ops, each with a reference in plain aten."""

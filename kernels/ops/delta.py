@@ -1,0 +1,156 @@
+"""The LoRA delta in plain aten, on any device: what every generated kernel must agree with.
+
+    v[m]           = scales[s, i] · A[s, i·R : i·R + r] x[m]     s = slot of row m, r = ranks[s, i]
+    y[m, columns] += v[m] B[s, :r, offset : offset + size]
+
+Embedding: A[s, id, :r] stands for A x. Sums are in float32 for 16-bit and 32-bit tensors and in
+float64 for float64; y is read and rounded once. Rows whose slot is negative are left alone.
+
+On a CPU the rows are grouped by the slots that are present, so work grows with the adapters that
+are active. On an accelerator that grouping would make the host wait for the device, so all slots
+are multiplied and masked: right, and slow; the generated kernels are for speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lorafx.errors import BatchError, ProvenanceError
+from lorafx.kernels.ops.bank_arguments import BankArgs, Ranges
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 where any of them is, float32 otherwise."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def row_slots(slots: Tensor, rows: int, count: int) -> Tensor:
+    """The slot of each of `count` rows: slots[(m // rows) % n], int32 (count,).
+
+    Raises:
+        ProvenanceError: rows is 0 (it was not proved whose row each one is) and slots differ.
+        BatchError: there are rows but no slots.
+    """
+    n = slots.shape[0]
+    if n == 0 or count == 0:
+        if count:
+            raise BatchError(f"{count} rows but an empty slots tensor; give one slot per request")
+        return slots.new_empty(0)
+    if rows == 0:
+        if n > 1 and bool((slots != slots[0]).any()):
+            raise ProvenanceError(
+                "a batch that mixes adapters reached a site whose rows could not be traced to"
+                " requests; give all rows the same adapter, or see explain() for the site's reason"
+            )
+        return slots[:1].expand(count)
+    return slots[(torch.arange(count, device=slots.device) // rows) % n]
+
+
+def groups(owner: Tensor, capacity: int) -> Iterator[tuple[int, Tensor]]:
+    """(slot, its row indices int64) for each slot present in owner (M,), base rows left out.
+
+    Raises:
+        BatchError: a slot is not below `capacity`, the number of slots of the bank.
+    """
+    for slot in torch.unique(owner).tolist():
+        if slot >= capacity:
+            raise BatchError(f"slot {slot} in a batch, but the bank has {capacity} slots")
+        if slot >= 0:
+            yield slot, (owner == slot).nonzero().squeeze(-1)
+
+
+def _places(index: Tensor, leading: Sequence[int]) -> tuple[Tensor, ...]:
+    """What indexes the rows of these numbers, int64 (count,), in a tensor (*leading, F) where they
+    lie: one of any strides need not be flattened, which could copy it."""
+    return (index,) if len(leading) == 1 else tuple(torch.unravel_index(index, tuple(leading)))
+
+
+def _masked_b(B: Tensor, rank: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """B (S·R, N) with factors beyond each slot's rank zeroed, and the mask (S, R)."""
+    live = torch.arange(B.shape[1], device=B.device) < rank.unsqueeze(-1)
+    return torch.where(live.unsqueeze(-1), B, 0).to(dtype).flatten(0, 1), live
+
+
+def _masked_v(v: Tensor, owner: Tensor, live: Tensor, scale: Tensor) -> Tensor:
+    """scale · v (M, S, R) where the row owns the slot and the factor is live, as (M, S·R)."""
+    mine = owner.unsqueeze(-1) == torch.arange(v.shape[1], device=v.device)
+    keep = mine.unsqueeze(-1) & live
+    return torch.where(keep, v * scale.to(v.dtype).unsqueeze(-1), 0).flatten(1)
+
+
+def add_linear_delta(
+    y: Tensor,
+    x: Tensor,
+    bank: BankArgs,
+    ranges: Ranges,
+    rows: int,
+    *,
+    grouped: bool | None = None,
+) -> None:
+    """Adds the delta of each column range into y (..., Σsizes) in place; x is (..., K).
+
+    x, y and the bank may have any strides; none of them is copied. `grouped` overrides the choice
+    by device between grouping rows by slot and masking all slots.
+
+    Raises:
+        ProvenanceError, BatchError: as `row_slots` and `groups`.
+    """
+    x, y = torch.atleast_2d(x), torch.atleast_2d(y)  # views
+    A, B, ranks, scales, slots = bank
+    count = x.shape[:-1].numel()
+    owner = row_slots(slots, rows, count)
+    if count == 0:
+        return
+    acc, R, start = accumulation_dtype(x, y), B.shape[1], 0
+    parts = []
+    for i, offset, size in zip(*ranges, strict=True):
+        columns = slice(offset, offset + size)
+        parts.append((i, slice(i * R, (i + 1) * R), columns, y[..., start : start + size]))
+        start += size
+    if not (x.device.type == "cpu" if grouped is None else grouped):
+        x = x.reshape(count, x.shape[-1]).to(acc)
+        for i, planes, columns, part in parts:
+            b, live = _masked_b(B[:, :, columns], ranks[:, i], acc)
+            v = (x @ A[:, planes].flatten(0, 1).to(acc).T).unflatten(-1, (-1, R))
+            delta = _masked_v(v, owner, live, scales[:, i]) @ b
+            part.copy_(part.to(acc) + delta.view(part.shape))
+        return
+    rank_table, scale_table = ranks.tolist(), scales.tolist()
+    for slot, index in groups(owner, A.shape[0]):
+        xs, at = x[_places(index, x.shape[:-1])].to(acc), _places(index, y.shape[:-1])
+        for i, planes, columns, part in parts:
+            r = rank_table[slot][i]
+            v = xs @ A[slot, planes][:r].to(acc).T * scale_table[slot][i]
+            part[at] = (part[at].to(acc) + v @ B[slot, :r, columns].to(acc)).to(y.dtype)
+
+
+def add_embedding_delta(
+    y: Tensor,
+    ids: Tensor,
+    bank: BankArgs,
+    rows: int,
+    *,
+    grouped: bool | None = None,
+) -> None:
+    """Adds the delta of an embedding into y (..., N) in place; ids is (...). Any strides."""
+    ids, y = torch.atleast_1d(ids), torch.atleast_2d(y)  # views
+    A, B, ranks, scales, slots = bank
+    count = ids.numel()
+    owner = row_slots(slots, rows, count)
+    if count == 0:
+        return
+    acc = accumulation_dtype(A, y)
+    if not (ids.device.type == "cpu" if grouped is None else grouped):
+        b, live = _masked_b(B, ranks[:, 0], acc)
+        v = A[:, ids.reshape(-1)].transpose(0, 1).to(acc)
+        delta = _masked_v(v, owner, live, scales[:, 0]) @ b
+        y.copy_(y.to(acc) + delta.view(y.shape))
+        return
+    rank_table, scale_table = ranks.tolist(), scales.tolist()
+    for slot, index in groups(owner, A.shape[0]):
+        r, at = rank_table[slot][0], _places(index, y.shape[:-1])
+        v = A[slot, ids[_places(index, ids.shape)], :r].to(acc) * scale_table[slot][0]
+        y[at] = (y[at].to(acc) + v @ B[slot, :r].to(acc)).to(y.dtype)

@@ -1,0 +1,116 @@
+"""What the ops ask of their arguments before anything is computed, on real and on fake tensors.
+
+Every check raises LoweringError, which names the op and the size or dtype that does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+from lorafx.errors import LoweringError
+from lorafx.kernels.ops.bank_arguments import BankArgs, Ranges
+
+
+def require(op: str, condition: bool | torch.SymBool, message: str) -> None:
+    """A condition on sizes that only data tell counts as met."""
+    if not guard_or_true(condition):
+        raise LoweringError(f"lorafx::{op}: {message}")
+
+
+def check_bank(op: str, bank: BankArgs) -> None:
+    """Dtypes and numbers of dimensions, and that its tensors are of as many slots and siblings."""
+    A, B, ranks, scales, slots = bank
+    require(op, A.dim() == B.dim() == 3, f"A and B are 3-d, not {A.dim()}-d and {B.dim()}-d")
+    require(op, A.dtype == B.dtype, f"A is {A.dtype} and B {B.dtype}; a bank has one dtype")
+    require(
+        op,
+        ranks.dim() == 2 and ranks.dtype == torch.int32,
+        f"ranks is int32 (slots, siblings), not {ranks.dtype} {tuple(ranks.shape)}",
+    )
+    require(
+        op,
+        scales.dim() == 2 and scales.dtype == torch.float32,
+        f"scales is float32 (slots, siblings), not {scales.dtype} {tuple(scales.shape)}",
+    )
+    require(
+        op,
+        slots.dim() == 1 and slots.dtype == torch.int32,
+        f"slots is int32 (requests,), not {slots.dtype} {tuple(slots.shape)}",
+    )
+    S, G = ranks.shape
+    for name, tensor in (("A", A), ("B", B), ("scales", scales)):
+        require(op, tensor.shape[0] == S, f"{name} has {tensor.shape[0]} slots, ranks has {S}")
+    require(op, scales.shape[1] == G, f"scales has {scales.shape[1]} siblings, ranks has {G}")
+
+
+def check_gains(op: str, B: Tensor, gains: Tensor | None) -> None:
+    """DoRA's gains are those of the bank's columns."""
+    if gains is not None:
+        want, have = (B.shape[0], B.shape[2]), tuple(gains.shape)
+        require(op, have == want, f"gains is (slots, columns) {want}, not {have}")
+        require(op, gains.dtype == torch.float32, f"gains is float32, not {gains.dtype}")
+
+
+def check_linear(
+    op: str, x: Tensor, y_features: int | torch.SymInt, bank: BankArgs, ranges: Ranges
+) -> None:
+    """The bank is one of x's features, and the ranges are columns of it that fill y."""
+    check_bank(op, bank)
+    A, (siblings, offsets, sizes) = bank.A, ranges
+    G, R, columns = bank.ranks.shape[1], bank.B.shape[1], bank.B.shape[2]
+    require(op, x.dim() >= 1 and x.is_floating_point(), "x is a floating-point tensor")
+    require(
+        op, A.shape[1] == G * R, f"A has {A.shape[1]} rows a slot, not {G} siblings times rank {R}"
+    )
+    require(
+        op, A.shape[2] == x.shape[-1], f"x has {x.shape[-1]} features, A was made for {A.shape[2]}"
+    )
+    require(
+        op,
+        len(siblings) == len(offsets) == len(sizes),
+        f"{len(siblings)} siblings, {len(offsets)} offsets and {len(sizes)} sizes do not pair up",
+    )
+    require(
+        op, sum(sizes) == y_features, f"sizes {list(sizes)} do not fill y's {y_features} columns"
+    )
+    for i, offset, size in zip(siblings, offsets, sizes, strict=True):
+        require(op, i in range(G), f"sibling {i} of a group of {G}")
+        require(
+            op,
+            offset >= 0 and offset + size <= columns,
+            f"columns [{offset}, {offset + size}) of a bank of {columns} columns",
+        )
+
+
+def check_rows(
+    op: str, x_shape: Sequence[int], y_shape: Sequence[int], rows: int | torch.SymInt
+) -> None:
+    """x and y have as many rows, given their sizes without the features'."""
+    require(op, rows >= 0, f"rows is {rows}; it is a row count a request, or 0 for unproved")
+    x_rows, y_rows = 1, 1
+    for size in x_shape:
+        x_rows = x_rows * size
+    for size in y_shape:
+        y_rows = y_rows * size
+    require(op, x_rows == y_rows, f"x has {x_rows} rows and y has {y_rows}")
+
+
+def check_embedding(
+    op: str, ids: Tensor, y: Tensor, bank: BankArgs, rows: int | torch.SymInt
+) -> None:
+    """The bank is one of an embedding whose columns are y's."""
+    check_bank(op, bank)
+    A, B = bank.A, bank.B
+    check_rows(op, ids.shape, y.shape[:-1], rows)
+    require(
+        op, ids.dtype in (torch.int32, torch.int64), f"ids is an integer tensor, not {ids.dtype}"
+    )
+    require(op, bank.ranks.shape[1] == 1, "an embedding has no siblings")
+    require(op, A.shape[2] == B.shape[1], f"A has rank {A.shape[2]} and B {B.shape[1]}")
+    require(
+        op, B.shape[2] == y.shape[-1], f"y has {y.shape[-1]} columns, B was made for {B.shape[2]}"
+    )

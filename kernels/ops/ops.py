@@ -1,0 +1,221 @@
+"""The ops of namespace `lorafx`: schemas, fake implementations, eager references.
+
+Importing this module registers them. What they share:
+
+    slots   int32 (n,), -1 for a base row; rows m of x are counted over all its dimensions but the
+            last (an embedding's over all dimensions of ids)
+    rows    > 0: row m belongs to slots[(m // rows) % n]; 0: unproved, then all slots must be equal
+    A, B    the bank of one group (lorafx.model.bank): A (S, G·R, K), B (S, R, ΣN);
+            embedding: A (S, V, R). Only the first ranks[s, i] of the R factors are read.
+    gains   DoRA's G (S, ΣN) float32, for banks that have it (lorafx.kernels.ops.rescale)
+
+    site                  y + the deltas of one module, the mark that `attach` leaves on it
+    embedding_site        the same for an embedding
+    fused_linear          base linear and the deltas of a pack, what `fuse` makes
+    add_delta_            the delta alone, into y in place, what `lower` calls after the base GEMM
+    add_embedding_delta_  the same for an embedding
+    run_delta_            add_delta_ by a generated kernel, whose id stands for the column ranges
+    run_embedding_delta_  the same for an embedding
+
+The add ops are plain aten when `kernel` is 0 and otherwise call the run ops, whose CPU kernels are
+in dispatcher.cpp: short schemas, because lists cost half the time of a call (4.6 µs against 2.0).
+Inference only: no gradient is registered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lorafx.errors import LoweringError
+from lorafx.kernels.ops.bank_arguments import BANK, RANGES, BankArgs, Ranges
+from lorafx.kernels.ops.delta import add_embedding_delta, add_linear_delta
+from lorafx.kernels.ops.op_checks import (
+    check_bank,
+    check_embedding,
+    check_gains,
+    check_linear,
+    check_rows,
+    require,
+)
+from lorafx.kernels.ops.op_library import define
+from lorafx.kernels.ops.rescale import rescaled
+
+SCHEMAS = (
+    f"site(Tensor x, Tensor y, {BANK}, {RANGES}, SymInt rows, Tensor? weight=None,"
+    " Tensor? bias=None, Tensor? gains=None, Tensor? addend=None) -> Tensor",
+    f"embedding_site(Tensor ids, Tensor y, {BANK}, SymInt rows, Tensor? gains=None) -> Tensor",
+    f"fused_linear(Tensor x, Tensor weight, Tensor? bias, {BANK}, {RANGES}, SymInt rows,"
+    " bool transposed) -> Tensor",
+    f"add_delta_(Tensor(a!) y, Tensor x, {BANK}, {RANGES}, SymInt rows, int kernel) -> ()",
+    f"add_embedding_delta_(Tensor(a!) y, Tensor ids, {BANK}, SymInt rows, int kernel) -> ()",
+    f"run_delta_(Tensor(a!) y, Tensor x, {BANK}, SymInt rows, int kernel) -> ()",
+    f"run_embedding_delta_(Tensor(a!) y, Tensor ids, {BANK}, SymInt rows, int kernel) -> ()",
+)
+
+# The column ranges of each generated kernel that this process has loaded, by id
+KERNELS: dict[int, Ranges] = {}
+
+
+def site(
+    x: Tensor,
+    y: Tensor,
+    bank: BankArgs,
+    ranges: Ranges,
+    rows: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    gains: Tensor | None = None,
+    addend: Tensor | None = None,
+) -> Tensor:
+    """y (..., N) + delta for x (..., K), a new contiguous tensor of y's dtype.
+
+    The j-th column range of y gets the delta of siblings[j]: several where one module computes
+    several projections. `weight` and `bias` are the group's packed base parameters, carried for
+    the `pack` pass only. With `gains` all of y but `addend` (N,) is rescaled then.
+    """
+    _check_site(x, y, bank, ranges, rows)
+    check_gains("site", bank.B, gains)
+    out = y.clone(memory_format=torch.contiguous_format)
+    add_linear_delta(out, x, bank, ranges, rows)
+    if gains is None:
+        return out
+    return rescaled(out, gains, addend, bank.slots, rows, ranges.offsets, ranges.sizes)
+
+
+def site_fake(x, y, bank: BankArgs, ranges: Ranges, rows, *_, **__):
+    _check_site(x, y, bank, ranges, rows)
+    return y.new_empty(y.shape)
+
+
+def _check_site(x, y, bank, ranges, rows) -> None:
+    check_linear("site", x, y.shape[-1], bank, ranges)
+    check_rows("site", x.shape[:-1], y.shape[:-1], rows)
+
+
+def embedding_site(
+    ids: Tensor, y: Tensor, bank: BankArgs, rows: int, gains: Tensor | None = None
+) -> Tensor:
+    """y (*ids.shape, N) + scales · A[slot, ids, :r] B[slot, :r], a new contiguous tensor.
+
+    With `gains` it is rescaled then.
+    """
+    check_embedding("embedding_site", ids, y, bank, rows)
+    check_gains("embedding_site", bank.B, gains)
+    out = y.clone(memory_format=torch.contiguous_format)
+    add_embedding_delta(out, ids, bank, rows)
+    if gains is None:
+        return out
+    return rescaled(out, gains, None, bank.slots, rows, [0], [y.shape[-1]])
+
+
+def embedding_site_fake(ids, y, bank: BankArgs, rows, gains=None):
+    check_embedding("embedding_site", ids, y, bank, rows)
+    return y.new_empty(y.shape)
+
+
+def _check_fused(x, weight, bank, ranges, rows, transposed):
+    K, N = weight.shape if transposed else (weight.shape[1], weight.shape[0])
+    require("fused_linear", x.shape[-1] == K, f"x has {x.shape[-1]} features, the weight {K}")
+    check_linear("fused_linear", x, N, bank, ranges)
+    check_rows("fused_linear", (), (), rows)
+    return N
+
+
+def fused_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bank: BankArgs,
+    ranges: Ranges,
+    rows: int,
+    transposed: bool,
+) -> Tensor:
+    """x Wᵀ + b (x W when transposed) with the delta of siblings[j] in the j-th column range."""
+    _check_fused(x, weight, bank, ranges, rows, transposed)
+    y = torch.nn.functional.linear(x, weight.T if transposed else weight, bias)
+    y = y.contiguous()
+    add_linear_delta(y, x, bank, ranges, rows)
+    return y
+
+
+def fused_linear_fake(x, weight, bias, bank: BankArgs, ranges: Ranges, rows, transposed):
+    N = _check_fused(x, weight, bank, ranges, rows, transposed)
+    return x.new_empty((*x.shape[:-1], N))
+
+
+def add_delta_(
+    y: Tensor, x: Tensor, bank: BankArgs, ranges: Ranges, rows: int, kernel: int
+) -> None:
+    """The delta of `fused_linear`, added into y (..., Σsizes) in place; aten if `kernel` is 0."""
+    if kernel:
+        torch.ops.lorafx.run_delta_(y, x, *bank, rows, kernel)
+        return
+    add_delta_fake(y, x, bank, ranges, rows, 0)
+    add_linear_delta(y, x, bank, ranges, rows)
+
+
+def add_delta_fake(y, x, bank: BankArgs, ranges: Ranges, rows, kernel) -> None:
+    check_linear("add_delta_", x, y.shape[-1], bank, ranges)
+    check_rows("add_delta_", x.shape[:-1], y.shape[:-1], rows)
+
+
+def add_embedding_delta_(y: Tensor, ids: Tensor, bank: BankArgs, rows: int, kernel: int) -> None:
+    """The delta of `embedding_site`, added into y in place; aten if `kernel` is 0."""
+    if kernel:
+        torch.ops.lorafx.run_embedding_delta_(y, ids, *bank, rows, kernel)
+        return
+    add_embedding_delta_fake(y, ids, bank, rows, 0)
+    add_embedding_delta(y, ids, bank, rows)
+
+
+def add_embedding_delta_fake(y, ids, bank: BankArgs, rows, kernel) -> None:
+    check_embedding("add_embedding_delta_", ids, y, bank, rows)
+
+
+def ranges_of(op: str, kernel: int) -> Ranges:
+    """The column ranges that a kernel was generated for.
+
+    Raises:
+        LoweringError: this process has not loaded it.
+    """
+    if kernel not in KERNELS:
+        raise LoweringError(
+            f"lorafx::{op}: kernel {kernel} is not loaded in this process; build it with"
+            " lorafx.kernels.cpu.cpu.build before the graph runs"
+        )
+    return KERNELS[kernel]
+
+
+def run_delta_(y: Tensor, x: Tensor, bank: BankArgs, rows: int, kernel: int) -> None:
+    """`add_delta_` for the column ranges that `kernel` was generated for.
+
+    This is what runs off the CPU; on it, the generated code does, from dispatcher.cpp.
+    """
+    add_delta_(y, x, bank, ranges_of("run_delta_", kernel), rows, 0)
+
+
+def run_delta_fake(y, x, bank: BankArgs, rows, kernel) -> None:
+    check_bank("run_delta_", bank)
+    check_rows("run_delta_", x.shape[:-1], y.shape[:-1], rows)
+
+
+def run_embedding_delta_(y: Tensor, ids: Tensor, bank: BankArgs, rows: int, kernel: int) -> None:
+    """`add_embedding_delta_` where `kernel` has no generated code."""
+    ranges_of("run_embedding_delta_", kernel)
+    add_embedding_delta_(y, ids, bank, rows, 0)
+
+
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
+    "site": (site, site_fake),
+    "embedding_site": (embedding_site, embedding_site_fake),
+    "fused_linear": (fused_linear, fused_linear_fake),
+    "add_delta_": (add_delta_, add_delta_fake),
+    "add_embedding_delta_": (add_embedding_delta_, add_embedding_delta_fake),
+    "run_delta_": (run_delta_, run_delta_fake),
+    "run_embedding_delta_": (run_embedding_delta_, add_embedding_delta_fake),
+}
+for _schema in SCHEMAS:
+    define(_schema, *_IMPLEMENTATIONS[_schema.partition("(")[0]])

@@ -1,0 +1,40 @@
+"""DoRA's scale of each output, in plain aten: what the graphs of every lowering compute.
+
+    y[m, n] ← y[m, n] + G[s, n] · (y[m, n] − c[n])        s = slot of row m
+
+y = W x + s·B A x + c holds the low-rank delta already, c is what else is in it (the bias), and
+G = m / ‖W + s·B A‖ − 1 by output, so that y becomes c + m / ‖W + s·B A‖ · (W x + s·B A x). Rows
+whose slot is negative, and outputs where G is 0, are left as they are, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lorafx.kernels.ops.delta import accumulation_dtype, row_slots
+
+
+def rescaled(
+    y: Tensor,
+    gains: Tensor,
+    addend: Tensor | None,
+    slots: Tensor,
+    rows: int,
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+) -> Tensor:
+    """y (..., Σsizes) rescaled by the columns [offset, offset + size) of gains (S, ΣN).
+
+    Raises:
+        ProvenanceError, BatchError: as `lorafx.kernels.ops.delta.row_slots`.
+    """
+    owner = row_slots(slots, rows, y.shape[:-1].numel()).view(y.shape[:-1])
+    own = torch.cat([gains[:, o : o + n] for o, n in zip(offsets, sizes, strict=True)], 1)
+    gain = own[owner]  # -1 reads the last slot, for nothing
+    wide = y.to(accumulation_dtype(y))
+    product = wide if addend is None else wide - addend
+    live = (owner >= 0).unsqueeze(-1) & (gain != 0)
+    return torch.where(live, (wide + gain * product).to(y.dtype), y)

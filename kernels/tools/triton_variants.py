@@ -1,0 +1,206 @@
+"""Kernels to compile ahead of time: strategies by representative specs, as Triton wants them.
+
+    variants_for_aot(architecture) -> AotVariant(name, function, signature, ...), ...
+
+    triton.compile(ASTSource(v.function, v.signature, {}, v.attributes), target,
+                   options={"num_warps": v.num_warps, "num_stages": v.num_stages})
+
+Sizes are literals of the sources, so a variant is a shape; those here are the layers of
+Llama-3-8B (q/k/v, o, gate/up, down), the experts of Qwen3-30B-A3B, Mixtral and gpt-oss, odd sizes,
+and each dtype, for decode and prefill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lorafx.kernels.cpu.cpu_source import DeltaSpec
+from lorafx.kernels.ops.activation import Activation, Leaf, Load
+from lorafx.kernels.triton.triton_build import EXPERTS, LINEAR, ORDER_TILES
+from lorafx.kernels.triton.triton_cache import GeneratedKernel, load
+from lorafx.kernels.triton.triton_source import TritonSpec
+from lorafx.kernels.triton.triton_tiles import ARCHITECTURES, STRATEGY_KERNELS, tiles_for
+
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+
+
+@dataclass(frozen=True, eq=False)
+class AotVariant:
+    """One kernel for one architecture.
+
+    Attributes:
+        name: unique in a run of `variants_for_aot`.
+        text: the generated source.
+        function: what @triton.jit made of it, for `triton.compiler.ASTSource`.
+        signature: Triton's type of each argument.
+        attributes: pointers and strides that are multiples of 16, as PyTorch's are.
+    """
+
+    name: str
+    kernel: GeneratedKernel
+    spec: TritonSpec | None
+    signature: dict[str, str]
+    attributes: dict[tuple[int, ...], list[list[Any]]]
+    num_warps: int
+    num_stages: int
+
+    @property
+    def function(self) -> Any:
+        return self.kernel.jit
+
+    @property
+    def text(self) -> str:
+        return self.kernel.text
+
+
+def signature_of(kernel: GeneratedKernel, spec: TritonSpec | None) -> dict[str, str]:
+    """Triton's type of each argument of a generated kernel."""
+    types = {"v_ptr": "*fp32", "p_ptr": "*fp32", "scales_ptr": "*fp32", "ids_ptr": "*i64"}
+    if spec is not None:
+        d = spec.delta
+        types |= {"x_ptr": POINTERS[d.x_dtype], "w_ptr": POINTERS[d.x_dtype]}
+        types |= {"a_ptr": POINTERS[d.bank_dtype], "b_ptr": POINTERS[d.bank_dtype]}
+        types |= {"bias_ptr": POINTERS[d.x_dtype], "y_ptr": POINTERS[d.y_dtype]}
+        types |= {"h_ptr": POINTERS[d.x_dtype]}
+        for index, leaf in enumerate(spec.activation.leaves if spec.activation else ()):
+            types |= {f"p{index}_ptr": POINTERS[leaf.dtype], f"ids{index}_ptr": "*i64"}
+    default = {True: "*i32", False: "i32"}  # ranks, slots and order; sizes of the batch
+    return {name: types.get(name, default[name.endswith("_ptr")]) for name in kernel.jit.arg_names}
+
+
+def _attributes(signature: dict[str, str], spec: TritonSpec | None) -> dict[Any, Any]:
+    """Which arguments are multiples of 16: every pointer, and strides of aligned sizes."""
+    aligned = {}
+    if spec is not None:
+        K, N = spec.delta.in_features, spec.out_features
+        strides = {"stride_x": K, "stride_w": N if spec.transposed else K, "stride_y": N}
+        strides |= {"stride_h": K, "stride_e": K * N, "stride_p0": 2 * K, "stride_p1": 2 * K}
+        aligned = {name: stride % 16 == 0 for name, stride in strides.items()}
+    return {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(signature)
+        if name.endswith("_ptr") or aligned.get(name, False)
+    }
+
+
+def _delta(
+    K: int, sizes: tuple[int, ...], rank: int, dtype: torch.dtype, **changes: Any
+) -> DeltaSpec:
+    count = len(sizes)
+    arguments: dict[str, Any] = {
+        "x_dtype": dtype,
+        "bank_dtype": dtype,
+        "y_dtype": dtype,
+        "in_features": K,
+        "max_rank": rank,
+        "group": count,
+        "columns": sum(sizes),
+        "siblings": tuple(range(count)),
+        "offsets": tuple(sum(sizes[:j]) for j in range(count)),
+        "sizes": sizes,
+    }
+    return DeltaSpec(**{**arguments, **changes})
+
+
+def representative_specs() -> dict[str, TritonSpec]:
+    """Specs by name: the layers of Llama-3-8B, odd sizes, each dtype, large ranks, an embedding."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    qkv = (4096, 1024, 1024)
+    linear = {
+        "qkv_r16_bf16": (_delta(4096, qkv, 16, bf16), False, False),
+        "qkv_r64_fp16_bias": (_delta(4096, qkv, 64, fp16), True, False),
+        "o_r16_bf16": (_delta(4096, (4096,), 16, bf16), False, False),
+        "gate_up_r16_bf16": (_delta(4096, (14336, 14336), 16, bf16), False, False),
+        "down_r256_bf16": (_delta(14336, (4096,), 256, bf16), False, False),
+        "conv1d_r8_bf16": (_delta(768, (2304,), 8, bf16), True, True),
+        "odd_r5_bf16": (_delta(2049, (77, 130), 5, bf16), True, False),
+        "odd_r5_fp32": (_delta(2049, (77, 130), 5, fp32), True, False),
+        "o_r16_fp32": (_delta(1024, (1024,), 16, fp32), False, False),
+        "o_r16_bf16_fp32bank": (_delta(4096, (4096,), 16, bf16, bank_dtype=fp32), False, False),
+    }
+    specs = {
+        name: TritonSpec(delta, delta.x_dtype, bias, transposed)
+        for name, (delta, bias, transposed) in linear.items()
+    }
+    table = _delta(0, (4096,), 16, bf16, embedding=True)
+    return {**specs, "embedding_r16_bf16": TritonSpec(table)}
+
+
+#: silu(gate) · up of stacked halves of K columns, and what gpt-oss has of interleaved ones.
+def _silu(K: int, dtype: torch.dtype) -> Activation:
+    lines = ("t0 = -g0", "t1 = tl.exp(t0)", "t2 = t1 + 1.0", "t3 = g0 / t2", "t4 = t3 * g1")
+    return Activation((Leaf(dtype),), (Load(0, 0, 1), Load(0, K, 1)), lines, "t4")
+
+
+def _clamped(dtype: torch.dtype) -> Activation:
+    loads = (Load(0, 0, 2), Load(1, 0, 2), Load(0, 1, 2), Load(1, 1, 2))
+    lines = (
+        *("t0 = g0 + g1", "t1 = tl.minimum(t0, 7.0)", "t2 = g2 + g3"),
+        *("t3 = tl.minimum(tl.maximum(t2, -7.0), 7.0)", "t4 = t1 * 1.702"),
+        *("t5 = 1 / (1 + tl.exp(-t4))", "t6 = t1 * t5", "t7 = (t3 + 1.0) * t6"),
+    )
+    return Activation((Leaf(dtype), Leaf(dtype, gathered=True)), loads, lines, "t7")
+
+
+def expert_specs() -> dict[str, TritonSpec]:
+    """Specs of routed experts by name; those of a down projection compute its activation."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    experts: dict[str, tuple[DeltaSpec, int, bool, Activation | None]] = {
+        "qwen3_up_r16_bf16": (_delta(2048, (768, 768), 16, bf16), 128, False, None),
+        "qwen3_down_r16_bf16": (_delta(768, (2048,), 16, bf16), 128, False, _silu(768, bf16)),
+        "qwen3_up_r8_fp32": (_delta(2048, (768, 768), 8, fp32), 128, False, None),
+        "mixtral_up_r64_fp16": (_delta(4096, (14336, 14336), 64, fp16), 8, False, None),
+        "mixtral_down_r64_fp16": (
+            *(_delta(14336, (4096,), 64, fp16), 8, False),
+            _silu(14336, fp16),
+        ),
+        "gptoss_up_r32_bf16": (_delta(2880, (5760,), 32, bf16), 32, True, None),
+        "gptoss_down_r16_bf16": (_delta(2880, (2880,), 16, bf16), 32, True, _clamped(bf16)),
+        "odd_up_r5_fp32": (_delta(77, (33, 33), 5, fp32), 5, False, None),
+        "odd_down_r8_bf16": (_delta(33, (77,), 8, bf16), 5, False, _silu(33, bf16)),
+    }
+    return {
+        name: TritonSpec(delta, delta.x_dtype, False, transposed, count, activation)
+        for name, (delta, count, transposed, activation) in experts.items()
+    }
+
+
+def _strategies(spec: TritonSpec) -> tuple[str, ...]:
+    """The strategies that kernels of a representative spec are compiled for."""
+    if spec.experts:
+        return EXPERTS[1:] if spec.activation else EXPERTS[:1]
+    if spec.delta.embedding:
+        return ("embedding",)
+    return tuple(s for s in STRATEGY_KERNELS if s not in (*EXPERTS, "embedding"))
+
+
+def variants_for_aot(
+    architecture: str, rows: tuple[int, ...] = (1, 16, 64, 256, 4096)
+) -> Iterator[AotVariant]:
+    """Each kernel of each strategy, spec and number of rows, for a row of ARCHITECTURES; no device
+    of it is needed."""
+    arch = ARCHITECTURES[architecture]
+    seen: set[str] = set()
+
+    def variant(name: str, kernel: GeneratedKernel, spec: TritonSpec | None) -> AotVariant:
+        seen.add(kernel.key)
+        signature = signature_of(kernel, spec)
+        attributes = _attributes(signature, spec)
+        tiles = kernel.tiles
+        launch = (tiles.num_warps, tiles.num_stages)
+        return AotVariant(name, kernel, spec, signature, attributes, *launch)
+
+    yield variant("order", load("order", None, ORDER_TILES, arch), None)
+    for name, full in {**representative_specs(), **expert_specs()}.items():
+        for strategy in _strategies(full):
+            spec = full if strategy in (*LINEAR, *EXPERTS) else TritonSpec(full.delta)
+            # More rows change the parts of K alone in "split", which is planned for few.
+            for M in [M for M in rows if strategy != "split" or M <= 64]:
+                for kernel_name, tiles in tiles_for(strategy, spec.delta, M, arch).items():
+                    kernel = load(kernel_name, spec, tiles, arch)
+                    if kernel.key not in seen:
+                        yield variant(f"{strategy}/{kernel_name}/{name}/m{M}", kernel, spec)

@@ -1,0 +1,312 @@
+"""Tiles by measurement: the cost model prunes, a clock decides, the winner is kept on disk.
+
+    tune(spec, strategy, rows) = the tiles with the least timer(tiles) found
+
+From the heuristic's tiles one parameter of one kernel is changed at a time, and a change that is
+faster stays, until none is. A candidate is not timed where it cannot run (shared memory, registers)
+or where the model says that it takes `SLACK` times as long as the best so far.
+
+The model is tile_cost.py. The timer is a parameter; `gpu_timer` replays a CUDA graph over
+20 copies of the weights, so that they come from device memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafx.kernels.cost.chips import Chip, chip_of
+from lorafx.kernels.cpu.cpu_source import DeltaSpec
+from lorafx.kernels.tools.expert_problem import ExpertProblem
+from lorafx.kernels.tools.tile_cost import TileSet, fits, predicted
+from lorafx.kernels.triton.triton_build import LINEAR, build
+from lorafx.kernels.triton.triton_source import TritonSpec
+from lorafx.kernels.triton.triton_tiles import (
+    TUNED,
+    Architecture,
+    Tiles,
+    architecture_of,
+    tiles_for,
+    tuning_key,
+)
+from lorafx.kernels.triton.tuned_cache import load_tuned, save_tuned
+
+Timer = Callable[[TileSet], float]
+
+SLACK = 2.0  # the model is trusted to be right within this factor
+
+_SHRINK = {
+    "block_r": (16, 32, 64),
+    "block_k": (32, 64, 128, 256),
+    "parts": (1, 2, 4, 8, 16),
+    "num_warps": (2, 4, 8),
+    "num_stages": (2, 3, 4, 5),
+}
+#: What is tried of each parameter, by kernel.
+AXES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    "shrink": _SHRINK,
+    "activate": {**_SHRINK, "lanes": (1, 2, 4, 8)},
+    "epilogue": {
+        "block_n": (16, 32, 64, 128, 256),
+        "block_m": (16, 32, 64, 128, 256),
+        "block_k": (32, 64, 128, 256),
+        "num_stages": (2, 3, 4, 5, 6),
+        "num_warps": (2, 4, 8),
+        "block_r": (16, 32, 64),
+        "group_m": (1, 4, 8),
+    },
+    "split": {
+        "block_n": (32, 64, 128, 256),
+        "block_k": (32, 64, 128),
+        "split": (1, 2, 4, 8),
+        "parts": (2, 4, 8, 16),
+        "num_stages": (3, 4, 5, 6),
+        "num_warps": (4, 8),
+        "lanes": (1, 2, 4, 8),
+    },
+    "reduce": {
+        "block_m": (16, 32, 64),
+        "block_n": (32, 64, 128, 256),
+        "block_r": (16, 32, 64, 128),
+        "num_warps": (2, 4, 8),
+    },
+    "expand": {
+        "block_n": (32, 64, 128, 256),
+        "block_m": (16, 32, 64, 128),
+        "num_warps": (2, 4, 8),
+        "block_r": (16, 32, 64),
+    },
+    "shrink_rows": {
+        "block_r": (1, 2, 4, 8, 16),
+        "block_k": (64, 128, 256, 512, 1024),
+        "parts": (1, 2, 4, 8, 16),
+        "num_warps": (1, 2, 4),
+    },
+    "expand_rows": {"block_n": (64, 128, 256, 512, 1024), "num_warps": (1, 2, 4)},
+    "embedding_rows": {"block_n": (64, 128, 256, 512, 1024), "num_warps": (1, 2, 4)},
+}
+SHARED_AXES = ("parts", "split", "ordered")  # what all kernels of a strategy agree on
+
+
+def neighbours(
+    strategy: str, tiles: TileSet, spec: DeltaSpec, arch: Architecture
+) -> Iterator[dict[str, Tiles]]:
+    """Tiles that differ from `tiles` in one parameter and can run."""
+    for name, own in tiles.items():
+        axes = AXES["epilogue" if name == "recompute" else name]
+        for axis, values in axes.items():
+            for value in values:
+                if value == getattr(own, axis):
+                    continue
+                change: dict[str, Any] = {axis: value}
+                together = tiles if axis in SHARED_AXES else {name: own}
+                changed = {n: replace(t, **change) for n, t in together.items()}
+                if all(fits(n, t, spec, arch) for n, t in changed.items()):
+                    yield {**tiles, **changed}
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a search found.
+
+    Attributes:
+        tiles: of each kernel; seconds: as the timer had them.
+        heuristic: seconds of the tiles that it began with.
+        timed, pruned: candidates that were timed, and that the model left out.
+    """
+
+    tiles: dict[str, Tiles]
+    seconds: float
+    heuristic: float
+    timed: int
+    pruned: int
+
+
+def search(
+    strategy: str,
+    spec: DeltaSpec,
+    rows: int,
+    arch: Architecture,
+    chip: Chip,
+    timer: Timer,
+    *,
+    experts: int = 1,
+    most: int = 200,
+) -> Tuned:
+    """The fastest tiles that changing one parameter at a time leads to, from the heuristic's.
+
+    Args:
+        rows: of one expert where there are several.
+        timer: seconds of the strategy with these tiles; infinite where they do not run.
+        most: candidates that are timed at most.
+    """
+
+    def model(tiles: TileSet) -> float:
+        return predicted(strategy, tiles, spec, rows, arch, chip, experts)
+
+    best = tiles_for(strategy, spec, rows, arch)
+    least = first = timer(best)
+    seen = {_frozen(best)}
+    timed, pruned, improved = 1, 0, True
+    while improved:
+        improved = False
+        # Those that the model likes go first, so that what `most` cuts off is what it likes least.
+        for tiles in sorted(neighbours(strategy, best, spec, arch), key=model):
+            if _frozen(tiles) in seen:
+                continue
+            seen.add(_frozen(tiles))
+            if model(tiles) > SLACK * model(best):
+                pruned += 1
+                continue
+            if timed >= most:
+                return Tuned(dict(best), least, first, timed, pruned)
+            seconds = timer(tiles)
+            timed += 1
+            if seconds < least:
+                best, least, improved = tiles, seconds, True
+                break
+    return Tuned(dict(best), least, first, timed, pruned)
+
+
+def _frozen(tiles: TileSet) -> tuple[tuple[str, Tiles], ...]:
+    return tuple(sorted(tiles.items(), key=lambda item: item[0]))
+
+
+def tune(
+    spec: TritonSpec,
+    strategy: str,
+    rows: int,
+    device: torch.device,
+    *,
+    timer: Timer | None = None,
+    most: int = 200,
+) -> Tuned:
+    """Search the tiles of one node, use them from now on, and keep them on disk.
+
+    Args:
+        rows: rows of x, of one expert where there are several; what is found holds up to the next
+            power of two.
+        timer: None measures on `device`.
+    """
+    arch, chip = architecture_of(device), chip_of(device)
+    timer = timer or gpu_timer(spec, strategy, rows, device)
+    load_tuned(arch)
+    key = tuning_key(strategy, arch, spec.delta, rows)
+    TUNED.pop(key, None)  # begin with the heuristic's
+    settings = {"experts": max(spec.experts, 1), "most": most}
+    found = search(strategy, spec.delta, rows, arch, chip, timer, **settings)
+    TUNED[key] = found.tiles
+    save_tuned(arch)
+    return found
+
+
+# --- on a device ---
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Random arguments of one node: x (M, K), a weight, a bank of 8 slots, all rows in turn."""
+
+    y: Tensor
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    bank: tuple[Tensor, ...]
+
+    @classmethod
+    def random(cls, spec: TritonSpec, rows: int, device: torch.device, slots: int = 8) -> Problem:
+        """Values of about 1 in y, so that no number is denormal or overflows."""
+        d = spec.delta
+        K, N, R, G = d.in_features, spec.out_features, d.max_rank, d.group
+
+        def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+            return (torch.randn(shape, device=device) * scale).to(dtype)
+
+        if d.embedding:
+            vocabulary = 1024
+            x = torch.randint(vocabulary, (rows,), device=device)
+            A = normal(slots, vocabulary, R, dtype=d.bank_dtype)
+        else:
+            x = normal(rows, K, dtype=d.x_dtype)
+            A = normal(slots, G * R, K, dtype=d.bank_dtype, scale=K**-0.5)
+        B = normal(slots, R, d.columns, dtype=d.bank_dtype, scale=R**-0.5)
+        ranks = torch.full((slots, G), R, dtype=torch.int32, device=device)
+        scales = torch.ones((slots, G), device=device)
+        owners = torch.arange(rows, dtype=torch.int32, device=device) % slots
+        weight = bias = None
+        if spec.weight_dtype is not None:
+            shape = (K, N) if spec.transposed else (N, K)
+            weight = normal(*shape, dtype=spec.weight_dtype, scale=K**-0.5)
+            bias = normal(N, dtype=spec.weight_dtype) if spec.bias else None
+        y = normal(rows, N, dtype=d.y_dtype)
+        return cls(y, x, weight, bias, (A, B, ranks, scales, owners))
+
+    def run(self, strategy: str, kernel: int) -> Tensor:
+        """The node's result by `kernel`, one row a request."""
+        if strategy in LINEAR:
+            return torch.ops.lorafx.triton_linear(
+                self.x, self.weight, self.bias, *self.bank, 1, kernel
+            )
+        op = torch.ops.lorafx
+        name = op.triton_embedding_delta_ if strategy == "embedding" else op.triton_delta_
+        name(self.y, self.x, *self.bank, 1, kernel)
+        return self.y
+
+
+def gpu_timer(
+    spec: TritonSpec, strategy: str, rows: int, device: torch.device, *, copies: int = 20
+) -> Timer:
+    """Seconds of one call: the median of 7 replays of a CUDA graph over `copies` of the weights."""
+    problems: list[Problem | ExpertProblem] = [
+        (ExpertProblem if spec.experts else Problem).random(spec, rows, device)
+        for _ in range(copies)
+    ]
+
+    def timer(tiles: TileSet) -> float:
+        kernel = build(spec, strategy, rows_hint=rows, device=device, tiles=tiles)
+        assert kernel is not None
+        calls = [functools.partial(problem.run, strategy, kernel) for problem in problems]
+        try:
+            return replay_seconds(calls, replays=7)
+        except Exception as error:
+            if _is_too_big(error):
+                return math.inf
+            raise
+
+    return timer
+
+
+def replay_seconds(calls: Sequence[Callable[[], object]], *, replays: int) -> float:
+    """Seconds of one of `calls` in a CUDA graph of all: the median of so many replays."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()  # compiles
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(replays + 1):  # the first warms up
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3 / len(calls))
+    return statistics.median(times[1:])
+
+
+def _is_too_big(error: BaseException) -> bool:
+    """Whether a launch failed for want of shared memory, registers or threads."""
+    from triton.runtime.errors import OutOfResources
+
+    return isinstance(error, OutOfResources)

@@ -1,0 +1,1 @@
+"""Generated Triton: templates, what is compiled of them, ops that launch it."""

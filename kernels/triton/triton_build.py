@@ -1,0 +1,172 @@
+"""Generated Triton kernels: from a spec and a strategy to an id that the Triton ops understand.
+
+    build(spec, strategy, rows_hint, device) = id, a hash of the kernels' sources and tiles
+
+    split      x Wᵀ in parts of K and beside it the shrink, then the parts added up with v B
+    epilogue   shrink, then x Wᵀ + b with v B added in its epilogue; y is written once
+    recompute  one kernel: each tile computes v for its own rows beside x Wᵀ
+    segments   shrink, then y += v B, rows sorted by slot; the base product is the vendor's
+    gemv       the same a row at a time, for one or two rows an adapter
+    embedding  y += A[s, id] B[s]
+    grouped    "epilogue" for rows sorted by expert, each with its expert's W, A and B
+    activated  the same with x = f(…) computed by the shrink, which writes it down for the product
+
+The id is the same in every process that has the same templates, tiles and versions, so a graph
+cached on disk stays valid; a process must call `build` before it runs such a graph.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from lorafx.errors import LoweringError
+from lorafx.kernels.triton.triton_cache import GeneratedKernel, load
+from lorafx.kernels.triton.triton_source import TritonSpec
+from lorafx.kernels.triton.triton_tiles import (
+    STRATEGY_KERNELS,
+    Architecture,
+    Tiles,
+    architecture_of,
+    tiles_for,
+)
+from lorafx.kernels.triton.tuned_cache import load_tuned
+
+__all__ = [
+    "EXPERTS",
+    "LINEAR",
+    "STRATEGY_KERNELS",
+    "LaunchPlan",
+    "TritonSpec",
+    "build",
+    "plan_of",
+    "source_of",
+]
+
+#: Strategies of `lorafx::triton_linear`, which compute the base product too.
+LINEAR = ("split", "epilogue", "recompute")
+#: Strategies of `lorafx::triton_experts`, likewise.
+EXPERTS = ("grouped", "activated")
+#: Those of the deltas alone.
+DELTA = ("segments", "gemv", "embedding")
+#: One program of the sorting kernel ranks this many requests.
+ORDER_TILES = Tiles(block_m=64, num_stages=1)
+
+
+@dataclass(frozen=True, eq=False)
+class LaunchPlan:
+    """What an id stands for.
+
+    Attributes:
+        kernels: by name, in the order of launching.
+        order: the sorting kernel, where rows are visited sorted by slot.
+    """
+
+    id: int
+    strategy: str
+    spec: TritonSpec
+    kernels: Mapping[str, GeneratedKernel]
+    order: GeneratedKernel | None = None
+
+    @property
+    def all_kernels(self) -> tuple[GeneratedKernel, ...]:
+        """Every kernel, the sorting one first."""
+        return (*(() if self.order is None else (self.order,)), *self.kernels.values())
+
+
+_LOCK = threading.RLock()
+_PLANS: dict[int, LaunchPlan] = {}
+_BUILT: dict[tuple[TritonSpec, str, Architecture, tuple[tuple[str, Tiles], ...]], int] = {}
+
+
+def build(
+    spec: TritonSpec,
+    strategy: str,
+    *,
+    rows_hint: int,
+    device: torch.device,
+    tiles: Mapping[str, Tiles] | None = None,
+) -> int | None:
+    """The id of the kernels of `spec`, generated if need be and known to this process.
+
+    Args:
+        strategy: of STRATEGY_KERNELS.
+        rows_hint: rows of x to choose tiles for, at least 1; the kernels are right for any number.
+            Of one expert where there are several.
+        device: where they will run. On a CPU they run in Triton's interpreter.
+        tiles: of each kernel of the strategy, instead of the heuristic's or the tuner's.
+
+    Returns:
+        The id, above 0; None where kernels are not generated for the spec (float64, empty ranges).
+
+    Raises:
+        LoweringError: an unknown strategy, or a generated file cannot be written or imported.
+    """
+    if strategy not in STRATEGY_KERNELS:
+        known = ", ".join(STRATEGY_KERNELS)
+        raise LoweringError(f"no Triton strategy {strategy!r}; there are {known}")
+    if strategy in (*LINEAR, *EXPERTS) and spec.weight_dtype is None:
+        raise LoweringError(f"strategy {strategy!r} computes the base product: name its weight")
+    if (strategy in EXPERTS) != (spec.experts > 0 and strategy not in DELTA):
+        raise LoweringError(f"strategy {strategy!r} is not for {spec.experts} experts")
+    if strategy == "activated" and spec.activation is None:
+        raise LoweringError("strategy 'activated' computes x: give the activation")
+    if not spec.supported() or spec.delta.embedding != (strategy == "embedding"):
+        return None
+    if strategy in DELTA:  # one kernel for all bases
+        spec = TritonSpec(spec.delta)
+    if strategy == "grouped":
+        spec = replace(spec, activation=None)
+    arch = architecture_of(device)
+    load_tuned(arch)
+    chosen = dict(tiles) if tiles is not None else tiles_for(strategy, spec.delta, rows_hint, arch)
+    key = (spec, strategy, arch, tuple(chosen.items()))
+    with _LOCK:
+        if key not in _BUILT:
+            plan = _plan(spec, strategy, chosen, arch)
+            _PLANS[plan.id] = plan
+            _BUILT[key] = plan.id
+        return _BUILT[key]
+
+
+def _plan(
+    spec: TritonSpec, strategy: str, tiles: Mapping[str, Tiles], arch: Architecture
+) -> LaunchPlan:
+    names = STRATEGY_KERNELS[strategy]
+    if set(tiles) != set(names):
+        raise LoweringError(f"strategy {strategy!r} has the kernels {names}, not {tuple(tiles)}")
+    if (
+        len({(tiles[name].parts, tiles[name].split) for name in names}) > 1
+        or len({t.ordered for t in tiles.values()}) > 1
+    ):
+        raise LoweringError(f"kernels of strategy {strategy!r} disagree on parts, split or ordered")
+    kernels = {name: load(name, spec, tiles[name], arch) for name in names}
+    order = load("order", None, ORDER_TILES, arch) if tiles[names[0]].ordered else None
+    keys = [kernel.key for kernel in kernels.values()]
+    digest = hashlib.sha256("\0".join((strategy, *keys)).encode()).digest()
+    return LaunchPlan(int.from_bytes(digest[:7], "big") + 1, strategy, spec, kernels, order)
+
+
+def plan_of(kernel: int) -> LaunchPlan:
+    """What `kernel` stands for.
+
+    Raises:
+        LoweringError: it was not built in this process.
+    """
+    plan = _PLANS.get(kernel)
+    if plan is None:
+        raise LoweringError(
+            f"Triton kernel {kernel} is not loaded in this process; build it with"
+            " lorafx.kernels.triton.triton_build.build before the graph runs"
+        )
+    return plan
+
+
+def source_of(kernel: int) -> str:
+    """The generated sources behind an id, in the order of launching, for dumps."""
+    texts = [f"# {k.path.name}\n{k.text}" for k in plan_of(kernel).all_kernels]
+    return "\n\n".join(texts)

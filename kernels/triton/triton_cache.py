@@ -1,0 +1,108 @@
+"""Generated Triton kernels on disk: one importable Python file a kernel.
+
+    file = cache / triton / <kernel>_<key>.py
+    key  = sha256(kernel, spec, tiles, architecture, templates, versions of triton and torch)
+
+Triton reads a kernel's text through `inspect`, and tracebacks and dumps show it, so the text has to
+be a file. A process that finds the file imports it and renders no template. Files are written under
+another name and renamed into place, so none is ever seen half written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from lorafx.errors import LoweringError
+from lorafx.kernels.cpu.compiler import cache_folder
+from lorafx.kernels.triton import triton_compat
+from lorafx.kernels.triton.triton_source import KERNELS, TritonSpec, generator_hash, source
+from lorafx.kernels.triton.triton_tiles import Architecture, Tiles
+
+#: What launches first, of those that another kernel reads the result of.
+FIRST = ("shrink", "shrink_rows", "split", "activate")
+
+
+@dataclass(frozen=True, eq=False)
+class GeneratedKernel:
+    """One kernel of this process.
+
+    Attributes:
+        name: of KERNELS.
+        key: what its file is named by; equal keys mean equal text.
+        path: its file.
+        jit: what @triton.jit made of its function.
+        tiles: how it cuts up its work.
+    """
+
+    name: str
+    key: str
+    path: Path
+    tiles: Tiles
+    jit: Any = field(repr=False)
+
+    @property
+    def starts_early(self) -> bool:
+        """Whether it may be launched while the kernel before it runs: it waits by itself."""
+        return self.tiles.overlap and self.name not in FIRST
+
+    @property
+    def text(self) -> str:
+        """Its source, as written."""
+        return self.path.read_text()
+
+
+def key_of(kernel: str, spec: TritonSpec | None, tiles: Tiles, arch: Architecture) -> str:
+    """The name under which the cache keeps a kernel."""
+    parts = (
+        *(kernel, repr(spec), repr(tiles), arch.name),
+        *(generator_hash(), triton_compat.version(), torch.__version__),
+    )
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def _import(path: Path) -> ModuleType:
+    name = f"lorafx_generated.{path.stem}"
+    if name in sys.modules:
+        return sys.modules[name]
+    found = importlib.util.spec_from_file_location(name, path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise LoweringError(f"the generated kernel {path} cannot be imported: {error}") from error
+    return module
+
+
+def load(kernel: str, spec: TritonSpec | None, tiles: Tiles, arch: Architecture) -> GeneratedKernel:
+    """The kernel, from the cache or generated now.
+
+    Raises:
+        LoweringError: its file cannot be written or imported.
+    """
+    key = key_of(kernel, spec, tiles, arch)
+    folder = cache_folder() / "triton"
+    path = folder / f"{kernel}_{key}.py"
+    if not path.exists():
+        folder.mkdir(exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=folder, prefix=".", suffix=".tmp", delete=False, encoding="utf-8"
+        ) as scratch:
+            scratch.write(source(kernel, spec, tiles))
+        os.replace(scratch.name, path)
+    template, constants = KERNELS[kernel]
+    function = constants.get("function", template)
+    return GeneratedKernel(kernel, key, path, tiles, getattr(_import(path), function))

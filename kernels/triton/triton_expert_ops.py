@@ -1,0 +1,153 @@
+"""`lorafx::triton_experts`: products with routed experts' weights and their deltas, by generated
+Triton kernels. Importing this module registers it.
+
+    y[m] = x[m] W[e]ᵀ + v[m] B[s·E + e]        v[m] = scale · x[m] A[s·E + e]ᵀ
+
+`inputs` is [x], or what x is computed from in the shrink ("activated"). Rows are sorted by expert,
+offs (E,) says where each one's end; rows behind the last are set to 0. Nothing of how many rows an
+expert has is read on the host. The torch reference is `lorafx::fused_experts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.library import custom_op, triton_op
+
+from lorafx.kernels.ops.bank_arguments import BankArgs, flat
+from lorafx.kernels.ops.fused_experts import check_ends
+from lorafx.kernels.ops.op_checks import require
+from lorafx.kernels.triton.triton_build import EXPERTS, LaunchPlan
+from lorafx.kernels.triton.triton_launch import Batch, Launch, activate, linear, shrink
+from lorafx.kernels.triton.triton_ops import (
+    _check_linear,
+    _checked,
+    _require_adjacent,
+    launch_interpreted,
+    launch_wrapped,
+)
+
+OP = "triton_experts"
+
+
+def _run(
+    inputs: Sequence[Tensor],
+    weight: Tensor,
+    offs: Tensor,
+    bank: BankArgs,
+    rows: Any,
+    kernel: int,
+    launch: Launch,
+) -> Tensor:
+    plan = _checked(OP, kernel, EXPERTS, bank, rows)
+    y = _fake(inputs, weight, offs, bank, rows, kernel)
+    M = y.shape[0]
+    if guard_or_false(M == 0):
+        return y
+    batch = Batch.of(M, bank.slots, rows, None, launch, offs)
+    first, last = plan.kernels.values()
+    if plan.strategy == "activated":
+        x, v = activate(first, plan.spec, inputs, bank, batch, launch)
+    else:
+        x = inputs[0]
+        v = shrink(first, plan.spec, x, bank, batch, launch)
+    linear(last, plan.spec, y, v, (x, weight, None), bank, batch, launch)
+    return y
+
+
+def _fake(inputs, weight, offs, bank: BankArgs, rows, kernel):
+    plan = _checked(OP, kernel, EXPERTS, bank, rows)
+    spec, d = plan.spec, plan.spec.delta
+    K, N, E = d.in_features, spec.out_features, spec.experts
+    S, M = bank.ranks.shape[0], _check_inputs(plan, inputs, bank.A)
+    shape = (E, K, N) if spec.transposed else (E, N, K)
+    require(
+        OP,
+        tuple(weight.shape) == shape and weight.dtype == spec.weight_dtype,
+        f"the weight is {weight.dtype} {tuple(weight.shape)}, the kernel's {shape}",
+    )
+    _require_adjacent(OP, weight=weight)
+    check_ends(OP, offs, E)
+    _require_adjacent(OP, offs=offs)
+    require(OP, S % E == 0, f"{E} experts do not divide {S} slots")
+    return inputs[0].new_empty((M, N), dtype=d.y_dtype)
+
+
+def _check_inputs(plan: LaunchPlan, inputs: Sequence[Tensor], A: Tensor) -> Any:
+    """Checks them; returns the number of rows."""
+    activation = plan.spec.activation
+    if activation is None:
+        require(OP, len(inputs) == 1, f"{len(inputs)} inputs; the kernel takes x alone")
+        _check_linear(OP, plan, inputs[0], A)
+        return inputs[0].shape[0]
+    found = len(inputs)
+    require(OP, found == activation.inputs, f"{found} inputs, not {activation.inputs}")
+    rows: list[Any] = []
+    rest = iter(inputs)
+    for index, leaf in enumerate(activation.leaves):
+        table = next(rest)
+        last = max(
+            load.start + load.step * (plan.spec.delta.in_features - 1)
+            for load in activation.loads
+            if load.leaf == index
+        )
+        require(
+            OP,
+            table.dim() == 2 and table.dtype == leaf.dtype and table.shape[1] > last,
+            f"input {index} is {table.dtype} {tuple(table.shape)}, the kernel's {leaf.dtype} with "
+            f"more than {last} columns",
+        )
+        _require_adjacent(OP, input=table)
+        if leaf.gathered:
+            ids = next(rest)
+            require(
+                OP,
+                ids.dim() == 1 and ids.dtype in (torch.int32, torch.int64),
+                f"the rows of input {index} are chosen by {ids.dtype} {tuple(ids.shape)}",
+            )
+            _require_adjacent(OP, ids=ids)
+        rows.append((ids if leaf.gathered else table).shape[0])
+    require(OP, all(count == rows[0] for count in rows), f"inputs of {rows} rows")
+    return rows[0]
+
+
+@custom_op("lorafx::interpreted_experts", mutates_args=())
+@flat
+def interpreted_experts(
+    inputs: Sequence[Tensor],
+    weight: Tensor,
+    offs: Tensor,
+    bank: BankArgs,
+    rows: int,
+    kernel: int,
+) -> Tensor:
+    """`triton_experts` in Triton's interpreter, for tensors on the CPU."""
+    return _run(inputs, weight, offs, bank, rows, kernel, launch_interpreted)
+
+
+@triton_op("lorafx::triton_experts", mutates_args=())
+@flat
+def triton_experts(
+    inputs: Sequence[Tensor],
+    weight: Tensor,
+    offs: Tensor,
+    bank: BankArgs,
+    rows: int,
+    kernel: int,
+) -> Tensor:
+    """x times the weights of its rows' experts, with every range's delta: (M, N) of y's dtype.
+
+    Raises:
+        LoweringError: an argument that `kernel` was not made for.
+    """
+    if weight.device.type == "cpu":
+        return torch.ops.lorafx.interpreted_experts(inputs, weight, offs, *bank, rows, kernel)
+    return _run(inputs, weight, offs, bank, rows, kernel, launch_wrapped)
+
+
+triton_experts.register_fake(flat(_fake))
+interpreted_experts.register_fake(flat(_fake))

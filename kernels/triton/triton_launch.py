@@ -1,0 +1,296 @@
+"""Launches of the generated Triton kernels, each beside its torch reference.
+
+    order     (n,)                       stable argsort of the slots
+    shrink    (P, M, J·R) float32        Σ_p v[p, m, j·R + r] = scale · A[s, i_j·R + r] x[m]
+    linear    y (M, N)                   x Wᵀ + b + v B, or y += v B
+    split     (Q, M, N) float32          Σ_q p[q] = x Wᵀ, and shrink's v
+    rows      y (M, N)                   y += v B a row at a time; v from planes or from a table
+
+s is the slot of row m: slots[(m // rows) % n]. A launch freezes grid and tiles, never slots, ranks
+or who has how many rows: kernels read those on the device, so a captured launch stays right when
+they change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafx.kernels.ops.bank_arguments import BankArgs
+from lorafx.kernels.ops.delta import row_slots
+from lorafx.kernels.triton.triton_cache import GeneratedKernel
+from lorafx.kernels.triton.triton_source import TritonSpec
+
+#: runs a kernel over a grid: compiled on a device, or in the interpreter
+Launch = Callable[[GeneratedKernel, Sequence[Any], Sequence[Any]], None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Whose row each row is, as the kernels take it.
+
+    Attributes:
+        M: rows of x.
+        slots: (n,) int32, one a request.
+        rows: rows a request, at most M: all rows alike is M rows of the first request.
+        order: (count,) int32, the requests that have rows, sorted by slot; None: not sorted.
+        count: requests that have rows.
+        span: rows of one request, over all repetitions of the n requests in M.
+        offs: (E,), where the rows of each expert end, for rows sorted by expert; None: no experts.
+    """
+
+    M: Any
+    slots: Tensor
+    rows: Any
+    order: Tensor | None
+    count: Any
+    span: Any
+    offs: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        M: Any,
+        slots: Tensor,
+        rows: Any,
+        kernel: GeneratedKernel | None,
+        launch: Launch,
+        offs: Tensor | None = None,
+    ) -> Batch:
+        """The batch of an op's arguments; sorted where there is an `order` kernel."""
+        n = slots.shape[0]
+        rows = torch.sym_min(rows, M)  # also keeps "all rows alike", 2⁶², out of 32-bit arithmetic
+        count = torch.sym_min(n, _cdiv(M, rows))
+        span = _cdiv(M, n * rows) * rows
+        order = None
+        if kernel is not None:
+            order = torch.empty(count, dtype=torch.int32, device=slots.device)
+            launch(kernel, (_cdiv(count, kernel.tiles.block_m),), (slots, order, count))
+        return cls(M, slots, rows, order, count, span, offs)
+
+    def tiles(self, block: int) -> Any:
+        """Tiles of `block` rows; a sorted batch may have a few places without a row at its end.
+
+        With experts the most that there can be: each begins a tile, and so do rows of none.
+        """
+        if self.offs is not None:
+            groups = torch.sym_min(self.offs.shape[0], self.M) + 1
+            return (self.M + groups * (block - 1)) // block
+        return _cdiv(self.M if self.order is None else self.count * self.span, block)
+
+    def arguments(self, *tail: Any) -> list[Any]:
+        """M, n, rows and, for sorted rows, span and count, followed by `tail`."""
+        sorting = [] if self.order is None else [self.span, self.count]
+        return [self.M, self.slots.shape[0], self.rows, *sorting, *tail]
+
+    @property
+    def pointers(self) -> list[Tensor]:
+        """slots and, for sorted rows, order or the experts' ends."""
+        return [t for t in (self.slots, self.order, self.offs) if t is not None]
+
+
+def _cdiv(value: Any, by: Any) -> Any:
+    return (value + by - 1) // by
+
+
+def shrink(
+    kernel: GeneratedKernel,
+    spec: TritonSpec,
+    x: Tensor,
+    bank: BankArgs,
+    batch: Batch,
+    launch: Launch,
+) -> Tensor:
+    """v (P, M, J·R) float32 of x (M, K), by `shrink` or `shrink_rows`.
+
+    What a row's adapter has no factor for is not written, and must not be read.
+    """
+    A, _, ranks, scales, _ = bank
+    tiles, M = kernel.tiles, batch.M
+    v = torch.empty((tiles.parts, M, spec.planes), dtype=torch.float32, device=x.device)
+    tall = M if kernel.name == "shrink_rows" else batch.tiles(tiles.block_m) * tiles.lanes
+    grid = (tall, _cdiv(spec.planes, tiles.block_r), tiles.parts)
+    arguments = [x, A, ranks, scales, *batch.pointers, v]
+    launch(kernel, grid, arguments + batch.arguments(ranks.shape[0], v.stride(0), x.stride(0)))
+    return v
+
+
+def activate(
+    kernel: GeneratedKernel,
+    spec: TritonSpec,
+    inputs: Sequence[Tensor],
+    bank: BankArgs,
+    batch: Batch,
+    launch: Launch,
+) -> tuple[Tensor, Tensor]:
+    """h (M, K) = f(inputs) and v = `shrink` of it; its reference is f and `shrink_reference`."""
+    A, _, ranks, scales, _ = bank
+    activation = spec.activation
+    assert activation is not None
+    tiles, M, d = kernel.tiles, batch.M, spec.delta
+    h = torch.empty((M, d.in_features), dtype=d.x_dtype, device=A.device)
+    v = torch.empty((tiles.parts, M, spec.planes), dtype=torch.float32, device=A.device)
+    strides, place = [], 0
+    for leaf in activation.leaves:
+        strides.append(inputs[place].stride(0))
+        place += 1 + leaf.gathered
+    tall = batch.tiles(tiles.block_m) * tiles.lanes
+    grid = (tall, _cdiv(spec.planes, tiles.block_r), tiles.parts)
+    scalars = batch.arguments(ranks.shape[0], v.stride(0), *strides, h.stride(0))
+    launch(kernel, grid, [*inputs, h, A, ranks, scales, *batch.pointers, v, *scalars])
+    return h, v
+
+
+def shrink_reference(spec: TritonSpec, x: Tensor, bank: BankArgs, rows: int) -> Tensor:
+    """The sum of `shrink`'s planes, (M, J·R) float32, with 0 where there is no factor."""
+    A, _, ranks, scales, slots = bank
+    R = spec.delta.max_rank
+    v = torch.zeros((x.shape[0], spec.planes), dtype=torch.float32, device=x.device)
+    for m, slot in enumerate(row_slots(slots, rows, x.shape[0]).tolist()):
+        for j, i in enumerate(spec.delta.siblings if slot >= 0 else ()):
+            r = int(ranks[slot, i])
+            factors = A[slot, i * R : i * R + r].float()
+            v[m, j * R : j * R + r] = scales[slot, i] * (factors @ x[m].float())
+    return v
+
+
+def split(
+    kernel: GeneratedKernel,
+    spec: TritonSpec,
+    x: Tensor,
+    weight: Tensor,
+    bank: BankArgs,
+    y: Tensor,
+    batch: Batch,
+    launch: Launch,
+) -> tuple[Tensor | None, Tensor]:
+    """The base product in parts of K, (Q, M, N) float32, and beside it `shrink`'s v.
+
+    A single part is written into y, and None is returned for the planes.
+
+    Its reference is the base product, the sum of the planes, and `shrink_reference`.
+    """
+    A, _, ranks, scales, _ = bank
+    tiles, M, N = kernel.tiles, batch.M, spec.out_features
+    sums = None
+    if tiles.split > 1:
+        sums = torch.empty((tiles.split, M, N), dtype=torch.float32, device=x.device)
+    target = y if sums is None else sums
+    v = torch.empty((tiles.parts, M, spec.planes), dtype=torch.float32, device=x.device)
+    tiles_m = batch.tiles(tiles.block_m)
+    shrinking = tiles.lanes * _cdiv(spec.planes, tiles.block_r) * tiles.parts
+    grid = (tiles_m * (shrinking + _cdiv(N, tiles.block_n) * tiles.split),)
+    strides = [v.stride(0), target.stride(0), x.stride(0), weight.stride(0)]
+    scalars = batch.arguments(ranks.shape[0], tiles_m, *strides)
+    launch(kernel, grid, [x, weight, A, ranks, scales, *batch.pointers, target, v, *scalars])
+    return sums, v
+
+
+def linear(
+    kernel: GeneratedKernel,
+    spec: TritonSpec,
+    y: Tensor,
+    v: Tensor | None,
+    base: tuple[Tensor, Tensor, Tensor | None] | None,
+    bank: BankArgs,
+    batch: Batch,
+    launch: Launch,
+    sums: Tensor | None = None,
+) -> None:
+    """Writes y (M, N), or adds to it where there is no base product.
+
+    Args:
+        v: shrink's planes; None where the kernel ("recompute") computes v itself.
+        base: x (M, K), the weight and the bias; None for "expand".
+        sums: the base product's planes, for "reduce", which reads nothing of `base` but the bias;
+            None where y holds the product.
+    """
+    A, B, ranks, scales, _ = bank
+    tiles = kernel.tiles
+    pointers: list[Any] = []
+    strides: list[Any] = []
+    if base is not None:
+        x, weight, bias = base
+        if kernel.name != "reduce":
+            pointers += [x, weight]
+            strides += [x.stride(0), weight.stride(-2)]
+            strides += [weight.stride(0)] if batch.offs is not None else []
+        elif sums is not None:
+            pointers.append(sums)
+            strides.append(sums.stride(0))
+        pointers += [] if bias is None else [bias]
+    pointers += [A, B, ranks, scales] if v is None else [v, B, ranks]
+    tiles_m = batch.tiles(tiles.block_m)
+    tiles_n = sum(_cdiv(size, tiles.block_n) for size in spec.delta.sizes)
+    plane = [] if v is None else [v.stride(0)]
+    scalars = batch.arguments(ranks.shape[0], tiles_m, *plane, *strides, y.stride(0))
+    launch(kernel, (tiles_m * tiles_n,), [*pointers, *batch.pointers, y, *scalars])
+
+
+def linear_reference(
+    spec: TritonSpec,
+    y: Tensor,
+    v: Tensor,
+    base: tuple[Tensor, Tensor, Tensor | None] | None,
+    bank: BankArgs,
+    rows: int,
+) -> None:
+    """`linear` for v (M, J·R) of `shrink_reference`, in float32 and rounded once."""
+    _, B, ranks, _, slots = bank
+    d, R = spec.delta, spec.delta.max_rank
+    acc = y.float()
+    if base is not None:
+        x, weight, bias = base
+        acc = x.float() @ (weight if spec.transposed else weight.T).float()
+        acc = acc if bias is None else acc + bias.float()
+    for m, slot in enumerate(row_slots(slots, rows, y.shape[0]).tolist()):
+        start = 0
+        for j, (i, offset, size) in enumerate(zip(d.siblings, d.offsets, d.sizes, strict=True)):
+            if slot >= 0:
+                r = int(ranks[slot, i])
+                b = B[slot, :r, offset : offset + size].float()
+                acc[m, start : start + size] += v[m, j * R : j * R + r] @ b
+            start += size
+    y.copy_(acc)
+
+
+def expand_rows(
+    kernel: GeneratedKernel,
+    spec: TritonSpec,
+    y: Tensor,
+    v: Tensor,
+    bank: BankArgs,
+    batch: Batch,
+    launch: Launch,
+) -> None:
+    """Adds v B into y (M, N) row by row; its reference is `linear_reference` without a base."""
+    B, ranks = bank.B, bank.ranks
+    tiles_n = sum(_cdiv(size, kernel.tiles.block_n) for size in spec.delta.sizes)
+    arguments = [v, B, ranks, *batch.pointers, y]
+    scalars = batch.arguments(ranks.shape[0], v.stride(0), y.stride(0))
+    launch(kernel, (batch.M, tiles_n), arguments + scalars)
+
+
+def embedding_rows(
+    kernel: GeneratedKernel,
+    spec: TritonSpec,
+    y: Tensor,
+    ids: Tensor,
+    bank: BankArgs,
+    batch: Batch,
+    launch: Launch,
+) -> None:
+    """Adds scale · A[s, ids, :r] B[s, :r] into y (M, N).
+
+    Its reference is `lorafx.kernels.ops.delta.add_embedding_delta`. An id outside the table adds
+    nothing: a kernel cannot raise, and the base's own lookup has.
+    """
+    A, B, ranks, scales, _ = bank
+    tiles_n = _cdiv(spec.delta.columns, kernel.tiles.block_n)
+    arguments = [ids, A, B, ranks, scales, *batch.pointers, y]
+    scalars = batch.arguments(ranks.shape[0], A.shape[1], y.stride(0))
+    launch(kernel, (batch.M, tiles_n), arguments + scalars)

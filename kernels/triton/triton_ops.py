@@ -1,0 +1,361 @@
+"""The ops that run generated Triton kernels. Importing this module registers them.
+
+    lorafx::triton_linear            x Wᵀ + b and the deltas of all column ranges, (M, N)
+    lorafx::triton_delta_            the deltas alone, added into y in place
+    lorafx::triton_embedding_delta_  the delta of an embedding, added into y in place
+
+`kernel` is an id of triton_build.py, which stands for strategy, sizes and column ranges; slots,
+rows and the bank are those of lorafx.kernels.ops.ops, with rows > 0. The torch reference is
+`lorafx::fused_linear`, `add_delta_` and `add_embedding_delta_` with the same ranges.
+
+Each is a `triton_op`: AOTAutograd replaces it by its launches, which Inductor then compiles as its
+own, CUDA graphs capture, and ahead-of-time packages contain. On a CPU there is nothing to launch
+on, so the body calls an opaque op instead (`lorafx::interpreted_*`) that runs the same kernels in
+Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.library import custom_op, triton_op, wrap_triton
+
+from lorafx.compat import launches_directly
+from lorafx.kernels.ops.bank_arguments import BankArgs, flat
+from lorafx.kernels.ops.op_checks import check_bank, require
+from lorafx.kernels.triton.triton_build import LINEAR, LaunchPlan, plan_of
+from lorafx.kernels.triton.triton_cache import GeneratedKernel
+from lorafx.kernels.triton.triton_compat import interpret
+from lorafx.kernels.triton.triton_launch import (
+    Batch,
+    Launch,
+    embedding_rows,
+    expand_rows,
+    linear,
+    shrink,
+    split,
+)
+
+
+def launch_wrapped(kernel: GeneratedKernel, grid: Sequence[Any], arguments: Sequence[Any]) -> None:
+    """Launches on the arguments' device, or adds the launch to the graph that is traced."""
+    options = {"num_warps": kernel.tiles.num_warps, "num_stages": kernel.tiles.num_stages}
+    if kernel.starts_early and launches_directly():  # in a graph, lorafx.compat sees to it
+        options["launch_pdl"] = True
+    wrap_triton(kernel.jit)[tuple(grid)](*arguments, **options)
+
+
+def launch_interpreted(
+    kernel: GeneratedKernel, grid: Sequence[Any], arguments: Sequence[Any]
+) -> None:
+    """Runs the kernel in Triton's interpreter."""
+    interpret(kernel.jit, grid, arguments)
+
+
+def adjacent(tensor: Tensor) -> bool:
+    """Whether the elements of a row lie side by side, as the kernels read and write them."""
+    return guard_or_false(tensor.shape[-1] == 1) or guard_or_false(tensor.stride(-1) == 1)
+
+
+def _require_adjacent(op: str, **tensors: Tensor) -> None:
+    """A copy here would be one that nobody asked for; whoever builds a graph makes it, or plans
+    another strategy."""
+    for name, tensor in tensors.items():
+        require(
+            op,
+            adjacent(tensor),
+            f"the rows of {name} have strides {tuple(tensor.stride())}: their elements are not side"
+            f" by side, as this kernel needs them; give {name}.contiguous(), or use lorafx::"
+            "fused_linear or add_delta_",
+        )
+
+
+def _require_part(op: str, name: str, tensor: Tensor, strides: tuple[int, ...]) -> None:
+    """`tensor` has the strides of a bank, of which it may show some siblings."""
+    laid = all(
+        size == 1 or have == want
+        for size, have, want in zip(tensor.shape, tensor.stride(), strides, strict=True)
+    )
+    require(
+        op,
+        laid,
+        f"{name} has strides {tuple(tensor.stride())}, not {strides}: it is no part of the bank"
+        " that the kernel was made for",
+    )
+
+
+def _checked(
+    op: str, kernel: int, strategies: Sequence[str], bank: BankArgs, rows: Any
+) -> LaunchPlan:
+    # A triton_op's schema has no plain int: where Dynamo made the id a symbol, int() guards on it.
+    plan = plan_of(int(kernel))
+    d = plan.spec.delta
+    A, B, ranks, scales, slots = bank
+    require(op, plan.strategy in strategies, f"kernel {kernel} is one of {plan.strategy!r}")
+    check_bank(op, bank)
+    require(op, rows > 0, f"rows is {rows}; a kernel needs it proved")
+    require(op, slots.shape[0] > 0, "slots is empty; give one slot per request")
+    require(op, A.dtype == d.bank_dtype, f"the bank is {A.dtype}, the kernel's {d.bank_dtype}")
+    R, group, columns = d.max_rank, d.group, d.columns
+    require(
+        op,
+        B.shape[1] == R and B.shape[2] >= d.last_column,
+        f"B is {tuple(B.shape)}, the kernel's (S, {R}, {d.last_column}) or wider",
+    )
+    require(op, ranks.shape[1] > max(d.siblings), f"ranks is for {ranks.shape[1]} siblings")
+    whole = (R * A.shape[1], R, 1) if d.embedding else (group * R * A.shape[2], A.shape[2], 1)
+    _require_part(op, "A", A, whole)
+    _require_part(op, "B", B, (R * columns, columns, 1))
+    _require_part(op, "ranks", ranks, (group, 1))
+    _require_part(op, "scales", scales, (group, 1))
+    require(op, slots.is_contiguous(), "slots is not contiguous")
+    return plan
+
+
+def _check_linear(op: str, plan: LaunchPlan, x: Tensor, A: Tensor, y: Tensor | None = None) -> None:
+    d = plan.spec.delta
+    require(
+        op,
+        x.dim() == 2 and x.shape[1] == d.in_features and x.dtype == d.x_dtype,
+        f"x is {x.dtype} {tuple(x.shape)}, the kernel's {d.x_dtype} (M, {d.in_features})",
+    )
+    shown = (max(d.siblings) + 1) * d.max_rank
+    require(
+        op,
+        A.shape[1] >= shown and A.shape[2] == d.in_features,
+        f"A is {tuple(A.shape)}, the kernel's (S, {shown}, {d.in_features}) or taller",
+    )
+    _require_adjacent(op, x=x)
+    if y is not None:
+        _check_y(op, plan, y, x.shape[0])
+
+
+def _check_y(op: str, plan: LaunchPlan, y: Tensor, rows: Any) -> None:
+    d, N = plan.spec.delta, plan.spec.out_features
+    require(
+        op,
+        y.dim() == 2 and y.shape[1] == N and y.dtype == d.y_dtype,
+        f"y is {y.dtype} {tuple(y.shape)}, the kernel's {d.y_dtype} (M, {N})",
+    )
+    require(op, y.shape[0] == rows, f"y has {y.shape[0]} rows, not {rows}")
+    _require_adjacent(op, y=y)
+
+
+def _run_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bank: BankArgs,
+    rows: Any,
+    kernel: int,
+    launch: Launch,
+) -> Tensor:
+    plan = _checked("triton_linear", kernel, LINEAR, bank, rows)
+    spec, M = plan.spec, x.shape[0]
+    y = _linear_fake(x, weight, bias, bank, rows, kernel)
+    if guard_or_false(M == 0):
+        return y
+    bias = None if bias is None else bias.contiguous()  # N elements; kernels take no stride of it
+    batch = Batch.of(M, bank.slots, rows, plan.order, launch)
+    v, sums = None, None
+    *before, last = plan.kernels.values()
+    if "shrink" in plan.kernels:
+        v = shrink(before[0], spec, x, bank, batch, launch)
+    elif "split" in plan.kernels:
+        sums, v = split(before[0], spec, x, weight, bank, y, batch, launch)
+    linear(last, spec, y, v, (x, weight, bias), bank, batch, launch, sums)
+    return y
+
+
+def _linear_fake(x, weight, bias, bank: BankArgs, rows, kernel):
+    plan = _checked("triton_linear", kernel, LINEAR, bank, rows)
+    spec = plan.spec
+    _check_linear("triton_linear", plan, x, bank.A)
+    K, N = spec.delta.in_features, spec.out_features
+    shape = (K, N) if spec.transposed else (N, K)
+    require(
+        "triton_linear",
+        tuple(weight.shape) == shape and weight.dtype == spec.weight_dtype,
+        f"the weight is {weight.dtype} {tuple(weight.shape)}, the kernel's {shape}",
+    )
+    require(
+        "triton_linear",
+        (bias is not None) == spec.bias and (bias is None or bias.shape == (N,)),
+        f"the kernel was made {'with' if spec.bias else 'without'} a bias of {N} columns",
+    )
+    _require_adjacent("triton_linear", weight=weight)
+    return x.new_empty((x.shape[0], N), dtype=spec.delta.y_dtype)
+
+
+def _run_delta(
+    y: Tensor,
+    x: Tensor,
+    bank: BankArgs,
+    rows: Any,
+    kernel: int,
+    launch: Launch,
+) -> None:
+    plan = _delta_plan(y, x, bank, rows, kernel)
+    spec, M = plan.spec, x.shape[0]
+    if guard_or_false(M == 0):
+        return
+    batch = Batch.of(M, bank.slots, rows, plan.order, launch)
+    first, second = plan.kernels.values()
+    v = shrink(first, spec, x, bank, batch, launch)
+    if plan.strategy == "gemv":
+        expand_rows(second, spec, y, v, bank, batch, launch)
+    else:
+        linear(second, spec, y, v, None, bank, batch, launch)
+
+
+def _delta_fake(y, x, bank: BankArgs, rows, kernel) -> None:
+    _delta_plan(y, x, bank, rows, kernel)
+
+
+def _delta_plan(y, x, bank, rows, kernel) -> LaunchPlan:
+    plan = _checked("triton_delta_", kernel, ("segments", "gemv"), bank, rows)
+    _check_linear("triton_delta_", plan, x, bank.A, y)
+    return plan
+
+
+def _run_embedding_delta(
+    y: Tensor,
+    ids: Tensor,
+    bank: BankArgs,
+    rows: Any,
+    kernel: int,
+    launch: Launch,
+) -> None:
+    _embedding_fake(y, ids, bank, rows, kernel)
+    plan, M = plan_of(int(kernel)), ids.shape[0]
+    if guard_or_false(M == 0):
+        return
+    batch = Batch.of(M, bank.slots, rows, plan.order, launch)
+    embedding_rows(plan.kernels["embedding_rows"], plan.spec, y, ids, bank, batch, launch)
+
+
+def _embedding_fake(y, ids, bank: BankArgs, rows, kernel) -> None:
+    op, rank = "triton_embedding_delta_", bank.A.shape[2]
+    plan = _checked(op, kernel, ("embedding",), bank, rows)
+    require(
+        op,
+        ids.dim() == 1 and ids.dtype in (torch.int32, torch.int64),
+        f"ids is {ids.dtype} {tuple(ids.shape)}, the kernel's int32 or int64 (M,)",
+    )
+    _require_adjacent(op, ids=ids)
+    require(op, rank == plan.spec.delta.max_rank, f"A has rank {rank}")
+    _check_y(op, plan, y, ids.shape[0])
+
+
+@custom_op("lorafx::interpreted_linear", mutates_args=())
+@flat
+def interpreted_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bank: BankArgs,
+    rows: int,
+    kernel: int,
+) -> Tensor:
+    """`triton_linear` in Triton's interpreter, for tensors on the CPU."""
+    return _run_linear(x, weight, bias, bank, rows, kernel, launch_interpreted)
+
+
+@custom_op("lorafx::interpreted_delta_", mutates_args=("y",))
+@flat
+def interpreted_delta_(
+    y: Tensor,
+    x: Tensor,
+    bank: BankArgs,
+    rows: int,
+    kernel: int,
+) -> None:
+    """`triton_delta_` in Triton's interpreter, for tensors on the CPU."""
+    _run_delta(y, x, bank, rows, kernel, launch_interpreted)
+
+
+@custom_op("lorafx::interpreted_embedding_delta_", mutates_args=("y",))
+@flat
+def interpreted_embedding_delta_(
+    y: Tensor,
+    ids: Tensor,
+    bank: BankArgs,
+    rows: int,
+    kernel: int,
+) -> None:
+    """`triton_embedding_delta_` in Triton's interpreter, for tensors on the CPU."""
+    _run_embedding_delta(y, ids, bank, rows, kernel, launch_interpreted)
+
+
+@triton_op("lorafx::triton_linear", mutates_args=())
+@flat
+def triton_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bank: BankArgs,
+    rows: int,
+    kernel: int,
+) -> Tensor:
+    """x (M, K) times the weight, with bias and every range's delta: (M, N) of y's dtype.
+
+    Raises:
+        LoweringError: an argument that `kernel` was not made for.
+    """
+    if x.device.type == "cpu":
+        return torch.ops.lorafx.interpreted_linear(x, weight, bias, *bank, rows, kernel)
+    return _run_linear(x, weight, bias, bank, rows, kernel, launch_wrapped)
+
+
+@triton_op("lorafx::triton_delta_", mutates_args=("y",))
+@flat
+def triton_delta_(
+    y: Tensor,
+    x: Tensor,
+    bank: BankArgs,
+    rows: int,
+    kernel: int,
+) -> None:
+    """Adds every range's delta for x (M, K) into y (M, N) in place; base rows keep their bits.
+
+    Raises:
+        LoweringError: an argument that `kernel` was not made for.
+    """
+    if x.device.type == "cpu":
+        torch.ops.lorafx.interpreted_delta_(y, x, *bank, rows, kernel)
+    else:
+        _run_delta(y, x, bank, rows, kernel, launch_wrapped)
+
+
+@triton_op("lorafx::triton_embedding_delta_", mutates_args=("y",))
+@flat
+def triton_embedding_delta_(
+    y: Tensor,
+    ids: Tensor,
+    bank: BankArgs,
+    rows: int,
+    kernel: int,
+) -> None:
+    """Adds the delta of ids (M,) into y (M, N) in place; base rows keep their bits.
+
+    Raises:
+        LoweringError: an argument that `kernel` was not made for.
+    """
+    if y.device.type == "cpu":
+        torch.ops.lorafx.interpreted_embedding_delta_(y, ids, *bank, rows, kernel)
+    else:
+        _run_embedding_delta(y, ids, bank, rows, kernel, launch_wrapped)
+
+
+_FAKES: tuple[tuple[Any, Any, Callable[..., object]], ...] = (
+    (triton_linear, interpreted_linear, _linear_fake),
+    (triton_delta_, interpreted_delta_, _delta_fake),
+    (triton_embedding_delta_, interpreted_embedding_delta_, _embedding_fake),
+)
+for _traced, _opaque, _fake in _FAKES:
+    _traced.register_fake(flat(_fake))
+    _opaque.register_fake(flat(_fake))

@@ -1,0 +1,387 @@
+"""Tile sizes of the generated Triton kernels: data, with the reasons, by kernel and architecture.
+
+    bytes in flight = stages · BLOCK_K · (BLOCK_M + BLOCK_N) · bytes an element  ≤  shared memory
+    programs        = row tiles · column tiles · parts                           ≈  processors
+
+Decode reads W once whatever the tile is, so it wants many programs with deep pipelines; prefill
+wants square tiles. These are a heuristic's figures, checked by ahead-of-time compilation (spills,
+shared memory), not by a clock; `tuned` takes what a tuner measured, and goes before them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from lorafx.kernels.cpu.cpu_source import DeltaSpec
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How one kernel cuts up its work.
+
+    Attributes:
+        block_m, block_n, block_k: rows, columns and terms of a tile.
+        block_r: factors of a tile, the rank padded for the matrix instruction.
+        parts: planes of partial sums that the shrink leaves and its reader adds up, in order.
+        split: planes of partial sums of the base product, likewise; one is y itself.
+        lanes: programs of the shrink that share the distinct slots of a row tile.
+        group_m: row tiles that walk through W together.
+        swap: the tile is held transposed, so that few rows take the narrow side (N ≥ 8) of a
+            matrix instruction and columns the wide one (M ≥ 16; 64 for wgmma).
+        window: rows that are sorted by slot in the kernel itself, before it takes block_m of them.
+        picked: rows of one slot that the shrink picks out of a tile at a time; 0: it computes all
+            rows of the tile for each slot.
+        batched: the reader of v multiplies a tile's slots side by side, block_r factors at a time,
+            instead of slot by slot.
+        early: a batched kernel finds its slots and fetches the first of B before the base product.
+        overlap: the reader of v starts while the shrink runs (programmatic dependent launch).
+        ordered: rows are visited sorted by slot, so that a tile holds few adapters.
+        num_warps, num_stages: Triton's launch options.
+    """
+
+    block_m: int = 16
+    block_n: int = 64
+    block_k: int = 64
+    block_r: int = 16
+    parts: int = 1
+    split: int = 1
+    lanes: int = 1
+    group_m: int = 8
+    swap: bool = False
+    ordered: bool = False
+    window: int = 0
+    picked: int = 0
+    batched: bool = False
+    early: bool = False
+    overlap: bool = False
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the heuristic needs to know of a device.
+
+    Attributes:
+        name: "cuda80", "cuda90", "cuda100", "gfx942", ... or "interpreter".
+        processors: how many programs run at the same time, one on each.
+        shared_kib: shared memory that one program may use.
+        warp: threads of a warp.
+        overlaps: a kernel may start while the one before it runs (programmatic dependent launch).
+    """
+
+    name: str
+    processors: int
+    shared_kib: int
+    warp: int = 32
+    overlaps: bool = False
+
+
+# 99 KiB is what the consumer parts of a generation allow where the data-centre part allows more.
+ARCHITECTURES: Mapping[str, Architecture] = {
+    arch.name: arch
+    for arch in (
+        Architecture("cuda80", processors=108, shared_kib=99),
+        Architecture("cuda90", processors=132, shared_kib=200, overlaps=True),
+        Architecture("cuda100", processors=148, shared_kib=200, overlaps=True),
+        Architecture("gfx942", processors=304, shared_kib=64, warp=64),
+        # Few, large programs: each operation of Triton's interpreter costs tens of microseconds.
+        Architecture("interpreter", processors=4, shared_kib=1 << 20),
+    )
+}
+
+
+def architecture_of(device: torch.device) -> Architecture:
+    """The row of ARCHITECTURES nearest to `device`; the interpreter for a CPU.
+
+    Without a driver (a graph traced for a GPU that is not here) cuda80's: every later part runs it.
+    """
+    if device.type == "cpu":
+        return ARCHITECTURES["interpreter"]
+    if torch.version.hip is not None:
+        return ARCHITECTURES["gfx942"]
+    if not torch.cuda.is_available():
+        return ARCHITECTURES["cuda80"]
+    major, _ = torch.cuda.get_device_capability(device)
+    found = ARCHITECTURES["cuda100" if major >= 10 else "cuda90" if major == 9 else "cuda80"]
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", found.shared_kib * 1024)
+    return replace(
+        found,
+        processors=properties.multi_processor_count,
+        shared_kib=min(found.shared_kib, shared // 1024),
+    )
+
+
+def power_of_two(value: int, least: int, most: int) -> int:
+    """The smallest power of two that is at least `value`, within [least, most]."""
+    return min(max(1 << max(value - 1, 0).bit_length(), least), most)
+
+
+def _stages(arch: Architecture, bytes_a_stage: int, most: int) -> int:
+    """As many pipeline stages as shared memory has room for; AMD's pipeline wants two."""
+    if arch.warp == 64:
+        return 2
+    room = arch.shared_kib * 1024 - 4096  # Triton's own scratch for reductions and layouts
+    return max(min(room // bytes_a_stage, most), 1)
+
+
+def _aligned(spec: DeltaSpec) -> bool:
+    """Whether rows of x, W and y start at multiples of 16 elements.
+
+    Others are loaded an element at a time, by pointers that fill twice the registers of what they
+    point to: at 64 columns and more the compiler spills (K 2049, all architectures).
+    """
+    return all(size % 16 == 0 for size in (spec.in_features, *spec.sizes, spec.columns))
+
+
+def linear_tiles(spec: DeltaSpec, rows: int, arch: Architecture, kernel: str) -> Tiles:
+    """Tiles of "epilogue", "recompute" and "expand".
+
+    Sixteen factors at a time: v is a tile of registers for each part, and twice in the bank's type,
+    so that with more of them kernels of rank 64 and 256 spill.
+    """
+    width = max(spec.sizes)
+    if arch.name == "interpreter":
+        return Tiles(
+            block_m=power_of_two(rows, 16, 64),
+            block_n=power_of_two(width, 16, 128),
+            block_k=power_of_two(spec.in_features, 16, 256),
+            block_r=power_of_two(spec.max_rank, 16, 64),
+            group_m=2,
+            batched=kernel == "epilogue",
+        )
+    if kernel == "expand":  # y is read and written: nothing to pipeline
+        plain = _aligned(spec) and spec.bank_dtype.itemsize == 2 and spec.max_rank <= 32
+        return Tiles(power_of_two(rows, 16, 32), block_n=128 if plain else 64, num_stages=2)
+    size = spec.x_dtype.itemsize
+    by_hand = size == 4 or (kernel == "recompute" and spec.bank_dtype.itemsize == 4)
+    if by_hand:  # no matrix instructions: products in registers, so small tiles
+        block_m = power_of_two(rows, 16, 64 if _aligned(spec) and size == 4 else 32)
+        tiles = Tiles(block_m=block_m, block_n=32, block_k=32 if size == 4 else 16)
+    elif not _aligned(spec):
+        tiles = Tiles(power_of_two(rows, 16, 64), block_n=32, block_k=32, num_stages=2)
+    elif rows <= 64:
+        # Half as wide where tiles of 64 columns would leave half of the processors idle.
+        wide = sum(-(-n // 64) for n in spec.sizes) >= arch.processors // 2
+        block_m = power_of_two(rows, 16, 64)
+        block_k = 128 if block_m <= 32 else 64
+        tiles = Tiles(block_m, 64 if wide else 32, block_k, swap=True, num_stages=5)
+    elif rows <= 256:
+        tiles = Tiles(block_m=64, block_n=64, block_k=64, num_stages=4)
+        if kernel == "recompute":
+            tiles = replace(tiles, block_k=32)
+    else:
+        block_k = 32 if arch.warp == 64 else 64
+        # A bank of float32 takes the registers that the wider tile would need.
+        block_n = 128 if spec.bank_dtype.itemsize == 2 or size == 4 else 64
+        tiles = Tiles(128, block_n, block_k, num_warps=8, num_stages=4)
+    columns = tiles.block_m + tiles.block_n + (tiles.block_r if kernel == "recompute" else 0)
+    return replace(
+        tiles, num_stages=_stages(arch, tiles.block_k * columns * size, tiles.num_stages)
+    )
+
+
+def shrink_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
+    """Tiles of the shrink: enough parts of K that all processors read A and x at once."""
+    factors = len(spec.sizes) * spec.max_rank
+    block_m = power_of_two(rows, 16, 64)
+    if arch.name == "interpreter":
+        block_k = power_of_two(-(-spec.in_features // 2), 16, 1024)
+        parts = 2 if spec.in_features > block_k else 1
+        block_r = power_of_two(factors, 16, 64)
+        picked = 16 if block_m > 16 else 0
+        return Tiles(block_m=block_m, block_k=block_k, block_r=block_r, parts=parts, picked=picked)
+    # Few rows: x is small, so more programs that each read it. Many: x is read once.
+    block_r = 16 if rows <= 64 else power_of_two(factors, 16, 64)
+    size = max(spec.x_dtype.itemsize, spec.bank_dtype.itemsize)
+    picked = 16 if 16 < rows <= 64 else 0  # the rows of one adapter are few of a tile's
+    wide = picked or block_m
+    block_k = 128 if wide <= 32 else 64
+    if size == 4 or spec.in_features % 16:
+        block_k = 32
+    programs = -(-rows // block_m) * -(-factors // block_r)
+    # The reader fetches all planes for each of its tiles, into registers.
+    blocks = -(-spec.in_features // block_k)
+    parts = max(min(arch.processors // programs, blocks // 2, 8 if block_m <= 32 else 4), 1)
+    # What parts do not fill, adapters do: with eight in a batch, eight programs read one A each.
+    lanes = power_of_two(arch.processors // (programs * parts), 1, 8) if rows <= 64 else 1
+    return Tiles(
+        block_m=block_m,
+        block_k=block_k,
+        block_r=block_r,
+        parts=parts,
+        lanes=lanes,
+        picked=picked,
+        swap=wide < 64,
+        # Element-wise loads of float32 leave no registers at 64 rows: twice the threads.
+        num_warps=8 if size == 4 and spec.in_features % 16 and wide == 64 else 4,
+        num_stages=_stages(arch, block_k * (wide + block_r) * size, 4),
+    )
+
+
+def split_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> dict[str, Tiles]:
+    """Tiles of "split" and "reduce".
+
+    Each program of the base product reads x again, so W's tile is the wide one; as many parts of K
+    as give one and a half programs a processor, what leaves the shrink's programs a place. Found by
+    sweeps on an H200 (Llama-3-8B's linears, 1 and 64 rows), as are the reader's wide tiles of 16
+    rows, of 64 sorted by slot: they read each adapter's B about once.
+    """
+    shrink = shrink_tiles(spec, rows, arch)
+    columns, size = sum(spec.sizes), spec.x_dtype.itemsize
+    planes = len(spec.sizes) * spec.max_rank
+    block_r = power_of_two(spec.max_rank, 16, 64) if spec.max_rank <= 64 else 16
+    if arch.name == "interpreter":
+        first = replace(shrink, block_n=power_of_two(columns, 16, 128), split=2)
+        wide = power_of_two(max(spec.sizes), 16, 128)
+        second = Tiles(16, wide, block_r=block_r, group_m=2, window=64 if rows > 16 else 0)
+    else:
+        small = size == 4 or spec.bank_dtype.itemsize == 4 or not _aligned(spec)
+        block_n = 32 if small else 128 if columns >= 16384 or rows <= 16 else 64
+        block_k = 32 if small else 64
+        num_warps = 8 if block_n == 128 and rows <= 16 else 4
+        programs = -(-columns // block_n) * -(-rows // shrink.block_m)
+        most = min(arch.processors * 3 // 2 // programs, -(-spec.in_features // block_k) // 4)
+        split = 1 << max(min(most, 8), 1).bit_length() - 1
+        stages = _stages(arch, 2 * block_k * (shrink.block_m + block_n) * size, 5)
+        first = replace(
+            shrink,
+            block_n=block_n,
+            block_k=block_k,
+            block_r=16 if small else power_of_two(planes, 16, 64 if rows > 16 else 16),
+            parts=4,
+            split=split,
+            picked=16 if rows > 16 else 0,
+            swap=True,
+            num_warps=num_warps,
+            num_stages=stages,
+        )
+        wide = 32 if small else 256 if columns >= 16384 and block_r == 16 else 128
+        window = 64 if rows > 16 and not small else 0
+        second = Tiles(16, wide, block_r=block_r, window=window, num_stages=1)
+    second = replace(second, parts=first.parts, split=first.split, batched=True)
+    both = {"split": first, "reduce": second}
+    return {name: replace(tiles, overlap=arch.overlaps) for name, tiles in both.items()}
+
+
+def grouped_tiles(
+    spec: DeltaSpec, rows: int, arch: Architecture, strategy: str
+) -> tuple[Tiles, Tiles]:
+    """Tiles of the shrink and the product over `rows` rows of each of many experts.
+
+    The experts fill the processors, so neither is cut up for that. Some experts have twice the
+    rows of the average: tiles are chosen for those, since a second row tile reads W once more. In
+    decode a tile's few rows are of as many adapters: they are taken side by side.
+
+    A reader that starts early reads x before it waits, so not where the kernel before it makes x;
+    nor with wide tiles, whose registers its wait takes (40 bytes spilled, two siblings, Hopper).
+    """
+    rows = 2 * rows if rows < 64 else rows
+    # x that is computed is in registers: a wgmma of it would be in flight as they are written
+    first = shrink_tiles(spec, rows if strategy == "grouped" else min(rows, 32), arch)
+    second = linear_tiles(spec, rows, arch, "epilogue")
+    if arch.name != "interpreter":
+        wide = first.picked or first.block_m
+        few = wide <= 16 and spec.in_features % 16 == 0
+        factors = len(spec.sizes) * spec.max_rank
+        first = replace(
+            first,
+            block_r=power_of_two(factors, 16, 64 if first.block_k < 128 else 32),
+            parts=2 if few and spec.in_features >= 8 * first.block_k else 1,
+            lanes=4 if few else 1,
+        )
+        size = max(spec.x_dtype.itemsize, spec.bank_dtype.itemsize)
+        stages = _stages(arch, first.block_k * (wide + first.block_r) * size, 4)
+        first = replace(first, num_stages=stages)
+        if second.swap:
+            stage = second.block_k * (second.block_m + 64) * spec.x_dtype.itemsize
+            second = replace(second, block_n=64, num_stages=_stages(arch, stage, 5))
+            if second.block_m <= 32 and spec.max_rank <= 32:
+                second = replace(second, batched=True, block_r=64)
+    overlap = arch.overlaps and strategy == "grouped" and rows <= 256
+    first = replace(first, overlap=overlap)
+    return first, replace(second, parts=first.parts, overlap=overlap)
+
+
+def shrink_rows_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
+    """Tiles of the per-row shrink: a few factors by a long stretch of K, in registers."""
+    factors = len(spec.sizes) * spec.max_rank
+    if arch.name == "interpreter":
+        block_k = power_of_two(-(-spec.in_features // 2), 16, 1024)
+        parts = 2 if spec.in_features > block_k else 1
+        return Tiles(block_k=block_k, block_r=power_of_two(factors, 1, 64), parts=parts)
+    block_r = power_of_two(factors, 4, 8)
+    block_k = power_of_two(spec.in_features, 64, 512)
+    blocks = -(-spec.in_features // block_k)
+    parts = max(min(arch.processors // (rows * -(-factors // block_r)), blocks // 2, 16), 1)
+    return Tiles(block_k=block_k, block_r=block_r, parts=parts, num_stages=2)
+
+
+def expand_rows_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
+    """Tiles of the per-row expand and of the embedding."""
+    wide = 1024 if arch.name == "interpreter" else 256
+    return Tiles(
+        block_n=power_of_two(max(spec.sizes), 16, wide),
+        block_r=power_of_two(spec.max_rank, 1, 16),
+        num_stages=2,
+    )
+
+
+# strategy -> the kernels that it launches, in order
+STRATEGY_KERNELS: Mapping[str, tuple[str, ...]] = {
+    "split": ("split", "reduce"),
+    "epilogue": ("shrink", "epilogue"),
+    "recompute": ("recompute",),
+    "segments": ("shrink", "expand"),
+    "gemv": ("shrink_rows", "expand_rows"),
+    "embedding": ("embedding_rows",),
+    "grouped": ("shrink", "epilogue"),
+    "activated": ("activate", "epilogue"),
+}
+
+# What a tuner measured: (strategy, architecture, spec, M rounded up to a power of two) -> tiles
+Key = tuple[str, str, DeltaSpec, int]
+TUNED: dict[Key, dict[str, Tiles]] = {}
+
+
+def tuning_key(strategy: str, arch: Architecture, spec: DeltaSpec, rows: int) -> Key:
+    """Where `TUNED` keeps the tiles of a node."""
+    return strategy, arch.name, spec, power_of_two(rows, 1, 1 << 20)
+
+
+def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> dict[str, Tiles]:
+    """Tiles of each kernel of `strategy` for about `rows` rows, tuned ones before the heuristic's.
+
+    Rows are sorted by slot only in "segments", where a tile does nothing but its adapters' work;
+    where the base product is in the same tile, more adapters a tile cost little beside it.
+    """
+    rows = max(rows, 1)  # of one expert, in "grouped" and "activated"
+    tuned = TUNED.get(tuning_key(strategy, arch, spec, rows))
+    if tuned is not None:
+        return dict(tuned)
+    if strategy == "embedding":
+        return {"embedding_rows": expand_rows_tiles(spec, rows, arch)}
+    if strategy == "recompute":
+        return {"recompute": linear_tiles(spec, rows, arch, "recompute")}
+    if strategy == "gemv":
+        first = shrink_rows_tiles(spec, rows, arch)
+        second = expand_rows_tiles(spec, rows, arch)
+        both = {"shrink_rows": first, "expand_rows": replace(second, parts=first.parts)}
+        return {name: replace(t, overlap=arch.overlaps) for name, t in both.items()}
+    if strategy == "split":
+        return split_tiles(spec, rows, arch)
+    if strategy in ("grouped", "activated"):
+        return dict(
+            zip(STRATEGY_KERNELS[strategy], grouped_tiles(spec, rows, arch, strategy), strict=True)
+        )
+    first = shrink_tiles(spec, rows, arch)
+    ordered = strategy == "segments" and rows > first.block_m
+    first = replace(first, ordered=ordered, overlap=arch.overlaps)
+    kernel = STRATEGY_KERNELS[strategy][1]
+    second = linear_tiles(spec, rows, arch, kernel)
+    second = replace(second, parts=first.parts, ordered=ordered, overlap=arch.overlaps)
+    return {"shrink": first, kernel: second}
