@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What `make demo` needs, and what tests, linters and benchmarks need beside it.
+DEMO := $(VENV)/demo-installed
 STAMP := $(VENV)/installed
 
 # The folders passes/ and kernels/ at the root must not shadow other packages: keep the working
@@ -24,7 +26,7 @@ help:
 	@echo "make bench-gpu benchmarks/gpu_layers.py and gpu_model.py, eight minutes each"
 	@echo "make clean     remove .venv, caches and dumps"
 
-demo: $(STAMP)
+demo: $(DEMO)
 	$(BIN)/python examples/demo.py
 
 test: lint
@@ -51,10 +53,14 @@ bench-gpu: $(STAMP)
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/gpu_model.py
 
 # torch goes first and pinned: left to the resolver, it may come with gigabytes of CUDA packages.
-$(STAMP): constraints.txt pyproject.toml
+$(DEMO): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("The pinned packages need Python 3.11 or later; this is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch setuptools
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[demo]'
+	@touch $@
+
+$(STAMP): $(DEMO)
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[test]'
 	@touch $@
 
