@@ -1,4 +1,4 @@
-"""The public entry points: `compile` and `explain`, and `attach` (lorafx.torch_compile.attach)."""
+"""The public entry points: `compile`, `explain` and `attach` (that of attach_model.py)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorafx.passes.attach import allocate_groups
 from lorafx.prepare.configuration import request_of
 from lorafx.prepare.marking import build_sites, mark
 from lorafx.serving.compiled import CompiledModel, refuse_compiled
-from lorafx.torch_compile.attach import attach as attach
+from lorafx.torch_compile.attach_model import attach as attach
 from lorafx.torch_compile.attached import session_of
 
 

@@ -22,7 +22,7 @@ from lorafx.passes.alias import Alias
 from lorafx.passes.attach import Attach
 from lorafx.passes.fuse.fuse import Fuse
 from lorafx.passes.give_out import GiveOut
-from lorafx.passes.load import Load
+from lorafx.passes.load import LoadAdapters
 from lorafx.passes.lower.lower import Lower
 from lorafx.passes.match.match import Match
 from lorafx.passes.outline.outline import Outline
@@ -67,7 +67,7 @@ MODEL_PASSES: tuple[ModelPass, ...] = (
     Select(),
     Read(),
     Attach(),
-    Load(),
+    LoadAdapters(),
     PackWeights(),
 )
 

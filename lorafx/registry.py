@@ -103,7 +103,7 @@ class Eligible:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class FeatureSizes:
     """Reads (in_features, out_features) of an instance by attribute name or function."""
 
     in_features: SizeOf
@@ -131,7 +131,7 @@ class Replacement:
 
     replaced: type[nn.Module]
     by: type[nn.Module]
-    sizes: Sizes
+    sizes: FeatureSizes
     output_sizes: Callable[[nn.Module], tuple[int, ...]] | None
     weight: str
     sharding: Sharding | Mapping[str, Sharding] | None
@@ -165,8 +165,10 @@ def _read(module: nn.Module, size: SizeOf) -> int:
 
 
 _BUILT_IN: dict[type[nn.Module], Eligible] = {
-    nn.Linear: Eligible(nn.Linear, "linear", Sizes("in_features", "out_features")),
-    nn.Embedding: Eligible(nn.Embedding, "embedding", Sizes("num_embeddings", "embedding_dim")),
+    nn.Linear: Eligible(nn.Linear, "linear", FeatureSizes("in_features", "out_features")),
+    nn.Embedding: Eligible(
+        nn.Embedding, "embedding", FeatureSizes("num_embeddings", "embedding_dim")
+    ),
 }
 _REGISTERED: dict[type[nn.Module], Eligible] = {}
 #: By the class that replaces; see lorafx.model.out_of_tree.
@@ -236,7 +238,7 @@ def register(
             f"parameters' names, of other kinds one object; got {sharding!r} for kind {kind!r}"
         )
     slices = None if output_sizes is None else SliceSizes(output_sizes)
-    sizes = Sizes(in_features, out_features)
+    sizes = FeatureSizes(in_features, out_features)
     whole, by_weight = _shardings(sharding)
     entry = Eligible(
         cls,
@@ -305,7 +307,7 @@ def own_entry(cls: type) -> Eligible | None:
     if entry is None and cls in REPLACEMENTS:
         entry = REPLACEMENTS[cls].entry()
     if entry is None and cls is _transformers_conv1d():
-        entry = Eligible(cls, "linear", Sizes("nx", "nf"), transposed=True)
+        entry = Eligible(cls, "linear", FeatureSizes("nx", "nf"), transposed=True)
     return entry
 
 

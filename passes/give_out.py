@@ -31,7 +31,7 @@ from lorafx.ownership.labels import Label
 from lorafx.ownership.pointwise import unlabelled
 from lorafx.ownership.propagate import called_by, flow_through, rule_for
 from lorafx.ownership.replay import OTHER_TYPE, Ended, Replay
-from lorafx.ownership.sites import input_of
+from lorafx.ownership.site_rules import input_of
 from lorafx.ownership.symbolic import BatchSymbols
 from lorafx.passes.provenance import Unproved, batch_of, row_map, seeds_of, slots_of
 from lorafx.program.frame import Frame, fake_value

@@ -11,7 +11,7 @@ from lorafx.program.preparation import Preparation
 
 
 @dataclass(frozen=True)
-class Load:
+class LoadAdapters:
     """The store over the banks, with the adapters that were read."""
 
     name: ClassVar[str] = "load"

@@ -28,7 +28,7 @@ from lorafx.graph.context import (
     GROUPED_OP,
     Context,
 )
-from lorafx.graph.pointwise import NoRegion, Region
+from lorafx.graph.pointwise_region import NoRegion, PointwiseRegion
 from lorafx.graph.strategy import ATEN, GENERATED, Strategy, choose
 from lorafx.kernels.cost.chips import chip_of
 from lorafx.kernels.cost.cost import FUSED, Estimate, byte_floor, choose_strategy, split_is_faster
@@ -40,7 +40,7 @@ from lorafx.kernels.triton.triton_build import build as build_triton
 from lorafx.kernels.triton.triton_ops import adjacent
 from lorafx.model.sites import Part, Site
 from lorafx.op_arguments import bound
-from lorafx.passes.fuse.fused_experts import FUSED_EXPERTS, loops_on_host, region
+from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, loops_on_host, region
 from lorafx.program.frame import fake_value
 
 
@@ -187,7 +187,7 @@ def _expert_estimates(
         x.dtype,
         chip_of(device),
         on_host=loops_on_host(node),
-        activation=isinstance(region(node), Region),
+        activation=isinstance(region(node), PointwiseRegion),
     )
     return estimate_experts(work)
 
@@ -281,7 +281,7 @@ def triton_spec(node: fx.Node) -> TritonSpec:
     weight, transposed = fake_value(call["weight"]), call["transposed"]
     if node.target is FUSED_EXPERTS:
         found = region(node)
-        activation = found.activation if isinstance(found, Region) else None
+        activation = found.activation if isinstance(found, PointwiseRegion) else None
         return TritonSpec(
             *(delta_spec(node), weight.dtype, False, transposed),
             experts=weight.shape[0],

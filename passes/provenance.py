@@ -33,7 +33,7 @@ from lorafx.ownership.emit import Emitter
 from lorafx.ownership.flow import Flow
 from lorafx.ownership.labels import Label, Mixed, One, Own
 from lorafx.ownership.propagate import flow_through
-from lorafx.ownership.sites import input_of
+from lorafx.ownership.site_rules import input_of
 from lorafx.ownership.symbolic import ONE, BatchSymbols, Sizes, product
 from lorafx.ownership.tokens import Alignment
 from lorafx.program.frame import (

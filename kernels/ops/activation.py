@@ -4,7 +4,7 @@
 
 A leaf is a tensor with a row for each row m, or a table whose row is chosen by ids[m] (biases of
 experts). Steps of two are interleaved halves. Values are float32; where the graph itself casts to a
-narrower type, so does the text. lorafx.graph.pointwise makes them from a graph.
+narrower type, so does the text. lorafx.graph.pointwise_region makes them from a graph.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Importing this module registers them. What they share:
     rows    > 0: row m belongs to slots[(m // rows) % n]; 0: unproved, then all slots must be equal
     A, B    the bank of one group (lorafx.model.bank): A (S, G·R, K), B (S, R, ΣN);
             embedding: A (S, V, R). Only the first ranks[s, i] of the R factors are read.
-    gains   DoRA's G (S, ΣN) float32, for banks that have it (lorafx.kernels.ops.rescale)
+    gains   DoRA's G (S, ΣN) float32, for banks that have it (lorafx.kernels.ops.rescaled)
 
     site                  y + the deltas of one module, the mark that `attach` leaves on it
     embedding_site        the same for an embedding
@@ -41,7 +41,7 @@ from lorafx.kernels.ops.op_checks import (
     require,
 )
 from lorafx.kernels.ops.op_library import define
-from lorafx.kernels.ops.rescale import rescaled
+from lorafx.kernels.ops.rescaled import rescaled
 
 SCHEMAS = (
     f"site(Tensor x, Tensor y, {BANK}, {RANGES}, SymInt rows, Tensor? weight=None,"

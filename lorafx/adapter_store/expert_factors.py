@@ -35,7 +35,7 @@ class Stacked(NamedTuple):
         return self.A.shape[1]
 
 
-class Sizes(NamedTuple):
+class ExpertSizes(NamedTuple):
     """E, K and N of the columns that are meant."""
 
     experts: int
@@ -54,7 +54,7 @@ def exchanged(
     return bool(getattr(module, "is_transposed", False)) != weight.transposed
 
 
-def wrapped(a: Tensor, b: Tensor, sizes: Sizes, swapped: bool | None) -> Stacked | str:
+def wrapped(a: Tensor, b: Tensor, sizes: ExpertSizes, swapped: bool | None) -> Stacked | str:
     """Factors that PEFT's wrapper of a parameter saved; a str says why they do not fit.
 
     `swapped` decides where both orders fit: see `exchanged`.
@@ -78,7 +78,7 @@ def wrapped(a: Tensor, b: Tensor, sizes: Sizes, swapped: bool | None) -> Stacked
     )
 
 
-def named(a: Tensor, b: Tensor, sizes: Sizes, rank: int | None) -> Stacked | str:
+def named(a: Tensor, b: Tensor, sizes: ExpertSizes, rank: int | None) -> Stacked | str:
     """Factors under a parameter's own name, stacked, apart or shared, each in its own way.
 
     `rank` is the configuration's: it decides where one factor for all and stacked ones look alike.

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from lorafx.adapter_store.expert_factors import Sizes, Stacked, exchanged, named, wrapped
+from lorafx.adapter_store.expert_factors import ExpertSizes, Stacked, exchanged, named, wrapped
 from lorafx.adapter_store.expert_places import ExpertPlace, Experts
-from lorafx.adapter_store.expert_terms import Term, assembled, columns_of, overlap
+from lorafx.adapter_store.expert_terms import ExpertTerm, assembled, columns_of, overlap
+from lorafx.adapter_store.lora_weights import LoraWeights
 from lorafx.adapter_store.peft_keys import FactorKey
 from lorafx.adapter_store.places import not_selected
-from lorafx.adapter_store.weights import LoraWeights
 from lorafx.model.expert_names import Columns, Half, unnested
 from lorafx.model.experts import ExpertWeight
 
@@ -107,7 +107,7 @@ class ExpertReading:
                 "more"
             )
         for module in self._modules.values():
-            terms: dict[str, list[Term]] = {}
+            terms: dict[str, list[ExpertTerm]] = {}
             for weight, term in self._terms(module):
                 terms.setdefault(weight.name, []).append(term)
             for name, own in terms.items():
@@ -142,7 +142,7 @@ class ExpertReading:
                 f"{found.place.saved} and differ; keep one"
             )
 
-    def _terms(self, module: _Module) -> Iterator[tuple[ExpertWeight, Term]]:
+    def _terms(self, module: _Module) -> Iterator[tuple[ExpertWeight, ExpertTerm]]:
         yield from self._unwrapped(module)
         weights = {weight.name: weight for weight in module.experts.weights}
         for (name, half), pairs in module.named.items():
@@ -166,7 +166,7 @@ class ExpertReading:
                 elif term is not None:
                     yield weight, term
 
-    def _unwrapped(self, module: _Module) -> Iterator[tuple[ExpertWeight, Term]]:
+    def _unwrapped(self, module: _Module) -> Iterator[tuple[ExpertWeight, ExpertTerm]]:
         """The terms of PEFT's wrappers, each on the parameter that it is of."""
         pairs = {nested: pair for nested, pair in module.wrappers.items() if self._complete(pair)}
         if len(pairs) < len(module.wrappers):
@@ -252,7 +252,7 @@ class ExpertReading:
         swapped = exchanged(experts.module, weight, self.reading.config.peft_version)
         return wrapped(self._tensor(a), self._tensor(b), _sizes(weight, "all"), swapped)
 
-    def _term_of_all(self, weight: ExpertWeight, half: Half, pair: _Pair) -> Term | None:
+    def _term_of_all(self, weight: ExpertWeight, half: Half, pair: _Pair) -> ExpertTerm | None:
         if not self._complete(pair):
             return None
         a, b = pair["A"], pair["B"]
@@ -266,7 +266,7 @@ class ExpertReading:
 
     def _term_of_one(
         self, weight: ExpertWeight, half: Half, expert: int, pair: _Pair
-    ) -> Term | None:
+    ) -> ExpertTerm | None:
         """The term of one expert; a factor for all experts may serve it."""
         if not self._complete(pair):
             return None
@@ -287,11 +287,11 @@ class ExpertReading:
 
     def _term(
         self, half: Half, experts: range, found: Stacked, name: str, saved: str
-    ) -> Term | None:
+    ) -> ExpertTerm | None:
         if not self.reading.rank_fits(name, name, saved, found.rank):
             return None
         scale = self.reading.scale(name, saved, found.rank)
-        return Term(half, experts, found.A, found.B, scale, name)
+        return ExpertTerm(half, experts, found.A, found.B, scale, name)
 
     def _complete(self, pair: _Pair) -> bool:
         """Whether both factors are there and sound; a problem is noted where they are not."""
@@ -315,8 +315,8 @@ class ExpertReading:
         self.reading.problems.append(text)
 
 
-def _sizes(weight: ExpertWeight, half: Half) -> Sizes:
-    return Sizes(weight.experts, weight.in_features, columns_of(weight, half))
+def _sizes(weight: ExpertWeight, half: Half) -> ExpertSizes:
+    return ExpertSizes(weight.experts, weight.in_features, columns_of(weight, half))
 
 
 def _numbers(indices: set[int]) -> str:

@@ -16,14 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lorafx.adapter_store.lora_weights import LoraWeights
 from lorafx.adapter_store.places import saved_sizes
-from lorafx.adapter_store.weights import LoraWeights
 from lorafx.model.expert_names import Half
 from lorafx.model.experts import ExpertWeight
 from lorafx.model.sites import Site
 
 
-class Term(NamedTuple):
+class ExpertTerm(NamedTuple):
     """One pair of factors for each of some experts.
 
     Attributes:
@@ -48,9 +48,9 @@ def columns_of(weight: ExpertWeight, half: Half) -> int:
     return weight.out_features // 2 if divided else weight.out_features
 
 
-def overlap(terms: Sequence[Term]) -> tuple[Term, Term] | None:
+def overlap(terms: Sequence[ExpertTerm]) -> tuple[ExpertTerm, ExpertTerm] | None:
     """Two terms for the same columns of one expert, or None."""
-    seen: dict[tuple[int, Half], Term] = {}
+    seen: dict[tuple[int, Half], ExpertTerm] = {}
     for term in terms:
         halves: tuple[Half, ...] = ("gate", "up") if term.half == "all" else (term.half,)
         for expert in term.experts:
@@ -61,7 +61,7 @@ def overlap(terms: Sequence[Term]) -> tuple[Term, Term] | None:
     return None
 
 
-def assembled(site: Site, terms: Sequence[Term]) -> Iterator[tuple[str, LoraWeights]]:
+def assembled(site: Site, terms: Sequence[ExpertTerm]) -> Iterator[tuple[str, LoraWeights]]:
     """(part path, factors) of each part of `site` that a term touches.
 
     `terms` are without overlap. A and B have the widest dtype of them.
@@ -100,7 +100,7 @@ def _columns(site: Site, part: int, half: Half, b: Tensor) -> Tensor | None:
     return b
 
 
-def _joined(experts: int, terms: Sequence[tuple[Term, Tensor]]) -> LoraWeights:
+def _joined(experts: int, terms: Sequence[tuple[ExpertTerm, Tensor]]) -> LoraWeights:
     """The terms of one part beside each other in r."""
     ranks = torch.zeros(experts, dtype=torch.int32)
     for term, _ in terms:
@@ -130,5 +130,5 @@ def _joined(experts: int, terms: Sequence[tuple[Term, Tensor]]) -> LoraWeights:
     return LoraWeights(joined_a, joined_b, scales, ranks)
 
 
-def _slice(term: Term) -> slice:
+def _slice(term: ExpertTerm) -> slice:
     return slice(term.experts.start, term.experts.stop)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lorafx.adapter_store.peft_keys import FactorKey
-from lorafx.adapter_store.places import Landing, saved_sizes
+from lorafx.adapter_store.places import SiteLanding, saved_sizes
 from lorafx.model.packed_names import renamed
 from lorafx.model.partition import spans
 
@@ -21,7 +21,7 @@ Rows = Mapping[int, Mapping[str, int]]
 
 
 def given_rows(
-    landings: Mapping[object, Landing],
+    landings: Mapping[object, SiteLanding],
     factors: Mapping[object, Mapping[str, FactorKey]],
     tensors: Mapping[str, Tensor],
 ) -> Rows:
@@ -35,7 +35,7 @@ def given_rows(
     return found
 
 
-def undivided(landing: Landing, rows: Rows) -> str:
+def undivided(landing: SiteLanding, rows: Rows) -> str:
     """Which slices there are, and what the names of `landing`'s site have to do with them."""
     sizes = [saved_sizes(place)[1] for place in landing.places]
     named = ", ".join(
@@ -53,7 +53,7 @@ def undivided(landing: Landing, rows: Rows) -> str:
     return f"{landing.loose} takes some of {named}, and {beside} all others"
 
 
-def settled(landing: Landing, rows: Rows) -> dict[str, range]:
+def settled(landing: SiteLanding, rows: Rows) -> dict[str, range]:
     """The slices of each loose name of `landing`'s site, by its path, that the rows leave no doubt
     about: also of names that the file has no factors for."""
     if not landing.loose:

@@ -18,11 +18,11 @@ from torch import nn
 
 from lorafx.adapter_store.checkpoint import AdapterState, load_state
 from lorafx.adapter_store.coverage import Scope
+from lorafx.adapter_store.lora_weights import LoraWeights
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import parse, without_prefix
 from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.reading import Reading
-from lorafx.adapter_store.weights import LoraWeights
 from lorafx.config import LoraConfig
 from lorafx.errors import CheckpointError, LorafxWarning
 from lorafx.model.expert_names import unnested

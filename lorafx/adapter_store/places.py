@@ -31,7 +31,7 @@ Place = tuple["Site", int]
 
 
 @dataclass(frozen=True)
-class Landing:
+class SiteLanding:
     """What a saved path means.
 
     Attributes:
@@ -113,7 +113,7 @@ class Places:
         """Whether the whole model is known, not only its sites."""
         return self.model is not None
 
-    def landing(self, path: str) -> Landing | None:
+    def landing(self, path: str) -> SiteLanding | None:
         """What `path` means; None where it means no site and no part of one, or experts."""
         for candidate, saved in self._readings(path):
             found = self._by_path.get(candidate) or self._by_module.get(id(self.walk(candidate)))
@@ -125,7 +125,7 @@ class Places:
                 site, name = self._loose[candidate]
                 places = tuple((site, i) for i in range(len(site.parts)))
                 closed = not_selected([name]) if name in site.closed_names else ""
-                return Landing(places, saved, name, closed)
+                return SiteLanding(places, saved, name, closed)
             if candidate in self._members:
                 return _joined(self._members[candidate], saved)
         return None
@@ -207,10 +207,10 @@ class Places:
         return node
 
 
-def _checked(places: tuple[Place, ...], saved: str) -> Landing:
+def _checked(places: tuple[Place, ...], saved: str) -> SiteLanding:
     closed = [site.part_path(i) for site, i in places if not site.parts[i].selected]
     closed += places[0][0].closed_names
-    return Landing(places, saved, missing=not_selected(closed) if closed else "")
+    return SiteLanding(places, saved, missing=not_selected(closed) if closed else "")
 
 
 def not_selected(names: Sequence[str]) -> str:
@@ -220,27 +220,27 @@ def not_selected(names: Sequence[str]) -> str:
     )
 
 
-def _only(places: list[Place], saved: str) -> Landing:
+def _only(places: list[Place], saved: str) -> SiteLanding:
     """The one part that has this name."""
     if len(places) == 1:
         return _checked(tuple(places), saved)
     owners = ", ".join(site.path for site, _ in places)
-    return Landing(
+    return SiteLanding(
         tuple(places),
         saved,
         missing=f"it is packed in each of {owners}; packed_modules may leave it to one of them",
     )
 
 
-def _joined(found: list[tuple[Membership, Site]], saved: str) -> Landing:
+def _joined(found: list[tuple[Membership, Site]], saved: str) -> SiteLanding:
     """Sites that one packed name stands for, in the order in which it packs them."""
     found = sorted(found, key=lambda item: item[0].index)
     places = tuple((site, i) for _, site in found for i in range(len(site.parts)))
     count = found[0][0].count
     if [membership.index for membership, _ in found] == list(range(count)):
-        return Landing(places, saved)
+        return SiteLanding(places, saved)
     names = ", ".join(site.path for _, site in found)
-    return Landing(
+    return SiteLanding(
         places,
         saved,
         missing=f"it packs {count} modules, of which only {names} was selected; add it to "

@@ -19,10 +19,10 @@ from lorafx.adapter_store.coverage import Coverage, Scope, coverage
 from lorafx.adapter_store.dora import dora_refusal
 from lorafx.adapter_store.expert_reading import ExpertReading
 from lorafx.adapter_store.loose_names import given_rows, settled, undivided
+from lorafx.adapter_store.lora_weights import LoraWeights
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import FactorKey, parse, without_prefix
-from lorafx.adapter_store.places import Landing, Place, Places, saved_sizes
-from lorafx.adapter_store.weights import LoraWeights
+from lorafx.adapter_store.places import Place, Places, SiteLanding, saved_sizes
 from lorafx.errors import CapacityError, CheckpointError, UnsupportedAdapterError
 from lorafx.model.refusals import unsupported
 from lorafx.registry import is_empty, lookup
@@ -52,7 +52,7 @@ class Reading:
         self.problems: list[str] = []
         self.unsupported: list[str] = []
         self.over_rank: dict[str, int] = {}
-        self.landings: dict[object, Landing] = {}
+        self.landings: dict[object, SiteLanding] = {}
         self.factors: dict[object, dict[str, FactorKey]] = {}
         self.unselected: dict[str, nn.Module] = {}
         self.closed: dict[str, str] = {}
@@ -75,7 +75,7 @@ class Reading:
             else:
                 self._place(factor)
         self.rows = given_rows(self.landings, self.factors, self.state.tensors)
-        decoded: dict[str, tuple[Landing, LoraWeights]] = {}
+        decoded: dict[str, tuple[SiteLanding, LoraWeights]] = {}
         for meant, landing in self.landings.items():
             for path, weights in self._decode(landing, self.factors[meant]):
                 if path in decoded and not _alike(weights, decoded[path][1]):
@@ -161,7 +161,7 @@ class Reading:
         return alike and torch.equal(a, b)
 
     def _decode(
-        self, landing: Landing, keys: dict[str, FactorKey]
+        self, landing: SiteLanding, keys: dict[str, FactorKey]
     ) -> Iterator[tuple[str, LoraWeights]]:
         """The factors of each part by its path; none when a problem was noted."""
         if not keys:
@@ -230,7 +230,7 @@ class Reading:
         return m
 
     def _divides(
-        self, key: str, b: Tensor, rank: int, landing: Landing, places: tuple[Place, ...] | None
+        self, key: str, b: Tensor, rank: int, landing: SiteLanding, places: tuple[Place, ...] | None
     ) -> bool:
         """Whether the rows of a B that serves several parts are those of all parts together."""
         if places is not None and tuple(b.shape) == (_rows(places), rank):
@@ -342,7 +342,7 @@ def _rows(places: tuple[Place, ...]) -> int:
     return sum(saved_sizes(place)[1] for place in places)
 
 
-def _label(landing: Landing) -> str:
+def _label(landing: SiteLanding) -> str:
     """What messages call the place of some factors."""
     if len(landing.places) == 1:
         site, index = landing.places[0]

@@ -20,7 +20,7 @@ import torch
 
 from lorafx.adapter_store.dora import measure
 from lorafx.adapter_store.stored import (
-    Place,
+    BankPlace,
     StoredAdapter,
     all_factors,
     check_spans,
@@ -60,7 +60,7 @@ class AdapterStore:
         self._groups = tuple(groups)
         self._max_adapters, self._max_rank = max_adapters, max_rank
         self._places = {
-            site.part_path(part): Place(g, site, part, *numbers)
+            site.part_path(part): BankPlace(g, site, part, *numbers)
             for g, group in enumerate(self._groups)
             for i, site in enumerate(group.sites)
             for part, numbers in enumerate(zip(*group.ranges(i)[:2], strict=True))
@@ -341,7 +341,7 @@ class AdapterStore:
         names = adapter.name, adapter.rank, adapter.source
         return StoredAdapter(*names, tuple(sites), factors, size, tuple(rescaled), adapter.spans)
 
-    def _factors(self, place: Place, weights: LoraWeights) -> Factors:
+    def _factors(self, place: BankPlace, weights: LoraWeights) -> Factors:
         group = self._groups[place.group]
         a = weights.A.t() if group.bank.kind == "embedding" else weights.A
         pin = group.bank.A.is_cuda

@@ -67,7 +67,7 @@ def sharing(made: Factors, others: Iterable[Factors]) -> Factors:
     return made
 
 
-class Place(NamedTuple):
+class BankPlace(NamedTuple):
     """Where the factors of one part of a site lie: its sibling and first column in the bank."""
 
     group: int
@@ -77,7 +77,7 @@ class Place(NamedTuple):
     offset: int
 
 
-def misfit(path: str, place: Place, weights: LoraWeights, max_rank: int) -> str | None:
+def misfit(path: str, place: BankPlace, weights: LoraWeights, max_rank: int) -> str | None:
     rank, part = weights.rank, place.site.parts[place.part]
     want: tuple[tuple[int, ...], ...] = (rank, part.in_features), (part.out_features, rank)
     if place.site.expert_weight is not None:

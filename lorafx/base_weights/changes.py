@@ -26,7 +26,7 @@ from lorafx.model.module_graph import storage_key
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site
 from lorafx.program.derived import Derived, Holder, overlap
-from lorafx.program.weight_forms import Axis, Form
+from lorafx.program.weight_forms import Axis, WeightForm
 from lorafx.registry import lookup
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Copy:
 
     holder: Holder
     tensor: Tensor
-    form: Form
+    form: WeightForm
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from lorafx.adapter_store.old_names import weight_transforms
-from lorafx.base_weights.groups import ConvertedGroup, Member
-from lorafx.base_weights.places import Box, Landing, Shape
+from lorafx.base_weights.groups import ConvertedGroup, GroupMember
+from lorafx.base_weights.weight_places import Box, Landing, Shape
 
 
 class Conversions:
@@ -61,7 +61,7 @@ class Conversions:
         find: Callable[[str], Landing | None],
         *,
         rearranging: bool = False,
-    ) -> Member | Landing | None:
+    ) -> GroupMember | Landing | None:
         """The group that a renamed `name` belongs to; None where no conversion takes it.
 
         `find` gives the place of a tensor of the model by its name. With `rearranging` only of
@@ -77,7 +77,7 @@ class Conversions:
             group = self._groups[index, key]
             if isinstance(group, str):
                 return Landing(key, None, (), group) if group else None
-            return Member(group, name) if name in group.names else None
+            return GroupMember(group, name) if name in group.names else None
         return None
 
     def _group(

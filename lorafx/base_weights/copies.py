@@ -1,6 +1,6 @@
 """Which tensors of a model repeat numbers of its weights.
 
-    rows of one weight at regular distances    W.view(H, n + v, L)[:, :n]: a `Form`
+    rows of one weight at regular distances    W.view(H, n + v, L)[:, :n]: a `WeightForm`
     rows, or columns, of one weight or more    cat([W_q, W_k]) and its transpose, scales, roundings
     neighbours of one weight                   another order
     one number, beside a weight that holds one made before there were weights: nothing tells of what
@@ -26,7 +26,7 @@ from lorafx.model.experts import expert_weights
 from lorafx.model.module_graph import storage_key
 from lorafx.model.quantized import dequantize
 from lorafx.program.derived import Holder, is_near, is_numbers, is_varied
-from lorafx.program.weight_forms import ALIKE, Form, in_runs, rows_alike, rows_form
+from lorafx.program.weight_forms import ALIKE, WeightForm, in_runs, rows_alike, rows_form
 from lorafx.registry import lookup
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Repeat:
     holder: Holder
     tensor: Tensor
     weights: tuple[Weight, ...]
-    form: Form | None = None
+    form: WeightForm | None = None
     certain: bool = True
 
 

@@ -31,7 +31,7 @@ BLOCK_ON_CPU, BLOCK = 1 << 22, 1 << 26
 
 
 @dataclass(frozen=True)
-class Term:
+class DeltaTerm:
     """The factors of one part of a site, and the part's first output column there."""
 
     factors: Factors
@@ -47,7 +47,7 @@ class Delta:
     """ΔW of one site."""
 
     site: Site
-    terms: tuple[Term, ...]
+    terms: tuple[DeltaTerm, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -96,7 +96,7 @@ class Delta:
         )
 
 
-def _add_linear(site: Site, term: Term, made: Tensor, start: int, stop: int) -> None:
+def _add_linear(site: Site, term: DeltaTerm, made: Tensor, start: int, stop: int) -> None:
     f = term.factors
     if site.eligible.transposed:
         a, b = _on(made, f.A[:, start:stop]), _on(made, f.B)
@@ -108,13 +108,13 @@ def _add_linear(site: Site, term: Term, made: Tensor, start: int, stop: int) -> 
         made[low - start : high - start].addmm_(b.T, _on(made, f.A), alpha=float(f.scale))
 
 
-def _add_embedding(site: Site, term: Term, made: Tensor, start: int, stop: int) -> None:
+def _add_embedding(site: Site, term: DeltaTerm, made: Tensor, start: int, stop: int) -> None:
     f = term.factors
     a, b = _on(made, f.A[start:stop]), _on(made, f.B)
     made[:, term.columns].addmm_(a, b, alpha=float(f.scale))
 
 
-def _add_experts(site: Site, term: Term, made: Tensor, start: int, stop: int) -> None:
+def _add_experts(site: Site, term: DeltaTerm, made: Tensor, start: int, stop: int) -> None:
     f = term.factors
     for e in range(start, stop):
         rank = f.rank if f.ranks is None else int(f.ranks[e])
@@ -127,7 +127,7 @@ def _add_experts(site: Site, term: Term, made: Tensor, start: int, stop: int) ->
             own[term.columns].addmm_(b.T, a, alpha=scale)
 
 
-_Add = Callable[[Site, Term, Tensor, int, int], None]
+_Add = Callable[[Site, DeltaTerm, Tensor, int, int], None]
 _ADD: dict[str, _Add] = {
     "linear": _add_linear,
     "embedding": _add_embedding,
@@ -141,7 +141,7 @@ def _on(like: Tensor, factor: Tensor) -> Tensor:
 
 def deltas_of(groups: Sequence[Group], stored: StoredAdapter) -> list[Delta]:
     """ΔW of each site that the adapter touches, as its file has them."""
-    terms: dict[int, list[Term]] = {}
+    terms: dict[int, list[DeltaTerm]] = {}
     sites: dict[int, Site] = {}
     for number, factors in stored.factors.items():
         group = groups[number]
@@ -149,7 +149,7 @@ def deltas_of(groups: Sequence[Group], stored: StoredAdapter) -> list[Delta]:
             site = group.site_of(f.sibling)
             first = group.offsets[group.sites.index(site)]
             sites[id(site)] = site
-            terms.setdefault(id(site), []).append(Term(f, f.offset - first))
+            terms.setdefault(id(site), []).append(DeltaTerm(f, f.offset - first))
     return [Delta(site, tuple(terms[key])) for key, site in sites.items()]
 
 

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafx.base_weights.places import Landing, Shape
+from lorafx.base_weights.weight_places import Landing, Shape
 from lorafx.model.partition import spans
 
 
-class Group(ABC):
+class TensorGroup(ABC):
     """Tensors with a place together.
 
     Attributes:
@@ -46,14 +46,14 @@ class Group(ABC):
 
 
 @dataclass(frozen=True)
-class Member:
+class GroupMember:
     """One tensor of a group, by its name there."""
 
-    group: Group
+    group: TensorGroup
     name: str
 
 
-class JointGroup(Group):
+class JointGroup(TensorGroup):
     """Tensors that fill one, one after the other along `dim`."""
 
     def __init__(
@@ -85,7 +85,7 @@ class JointGroup(Group):
         return [torch.cat([tensors[name] for name in self.names], dim=self._dim)]
 
 
-class ConvertedGroup(Group):
+class ConvertedGroup(TensorGroup):
     """Tensors that a converter of transformers makes others of."""
 
     def __init__(

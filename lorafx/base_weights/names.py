@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch import nn
 
 from lorafx.adapter_store.peft_keys import COMPILED, PREFIX
-from lorafx.base_weights.places import Target
+from lorafx.base_weights.weight_places import Target
 from lorafx.errors import LorafxError
 from lorafx.model.module_graph import ModuleGraph, join
 

@@ -16,11 +16,11 @@ from typing import Any
 from torch import nn
 
 from lorafx.base_weights.names import Names, Walked
-from lorafx.base_weights.places import Box, Cut, Landing, OwnLoader, Target, at
+from lorafx.base_weights.weight_places import Box, Cut, Landing, OwnLoader, Target, at
 from lorafx.layers.base import ParallelLayer
 from lorafx.layers.loading import LoadableLayer
 from lorafx.model.module_graph import join
-from lorafx.model.packed_names import Member, PackedNames, renamed
+from lorafx.model.packed_names import PackedMember, PackedNames, renamed
 from lorafx.registry import lookup
 
 
@@ -73,7 +73,12 @@ class PackedLandings:
         }
 
     def _into(
-        self, child: nn.Module, path: str, members: tuple[Member, ...], name: str, attribute: str
+        self,
+        child: nn.Module,
+        path: str,
+        members: tuple[PackedMember, ...],
+        name: str,
+        attribute: str,
     ) -> Landing | Joint | None:
         """The rows of packed `child` that `name` covers."""
         target = self._names.target(child, attribute)
@@ -153,7 +158,7 @@ class PackedLandings:
         yield Landing(own, (*shapes[0][:dim], ends[-1], *shapes[0][dim + 1 :]), cuts)
 
 
-def _shard_id(members: Sequence[Member], index: int, sizes: tuple[int, ...] | None) -> Any:
+def _shard_id(members: Sequence[PackedMember], index: int, sizes: tuple[int, ...] | None) -> Any:
     """What the loader of a packed parameter calls one of its members; None for the whole."""
     slices = members[index].slices
     if slices is not None:

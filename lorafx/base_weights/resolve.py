@@ -15,16 +15,16 @@ from typing import Any
 from torch import nn
 
 from lorafx.base_weights.conversions import Conversions
-from lorafx.base_weights.experts import ExpertLandings
-from lorafx.base_weights.groups import Group, JointGroup, Member
+from lorafx.base_weights.expert_landings import ExpertLandings
+from lorafx.base_weights.groups import GroupMember, JointGroup, TensorGroup
 from lorafx.base_weights.names import Names, Walked
 from lorafx.base_weights.packed import Joint, PackedLandings
-from lorafx.base_weights.places import Landing, Shape, Target, at
+from lorafx.base_weights.weight_places import Landing, Shape, Target, at
 from lorafx.errors import nearest
 from lorafx.model.module_graph import ModuleGraph, join
 from lorafx.model.packed_names import PackedModules, PackedNames
 
-Meaning = Landing | Member
+Meaning = Landing | GroupMember
 #: How many unknown names get the names nearest to them, which takes a while.
 _NEAREST = 10
 
@@ -38,7 +38,7 @@ class Resolver:
         self._experts = ExpertLandings(self.names)
         self._packed = PackedLandings(self.names, PackedNames(graph, packed))
         self._conversions = Conversions(model)
-        self._joints: dict[str, Group] = {}
+        self._joints: dict[str, TensorGroup] = {}
         self._unwanted = [
             re.compile(pattern)
             for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
@@ -52,7 +52,7 @@ class Resolver:
         """
         first: Meaning | None = None
         for found in self._meanings(name):
-            if isinstance(found, Member) or (
+            if isinstance(found, GroupMember) or (
                 not found.wrong and found.shape in (None, tuple(shape))
             ):
                 return found
@@ -138,9 +138,9 @@ class Resolver:
                 return at(found[0], name)
         return None
 
-    def _joint(self, found: Joint) -> Member:
+    def _joint(self, found: Joint) -> GroupMember:
         first = found.names[0]
         if first not in self._joints:
             self._joints[first] = JointGroup(found.whole, found.dim, found.names, found.slices)
         group = self._joints[first]
-        return Member(group, found.names[found.index])
+        return GroupMember(group, found.names[found.index])

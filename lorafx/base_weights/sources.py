@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lorafx.base_weights.places import Numbers, Shape
+from lorafx.base_weights.weight_places import Numbers, Shape
 from lorafx.errors import CheckpointError, ConfigError
 from lorafx.interrupts import undisturbed
 

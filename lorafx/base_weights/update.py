@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lorafx.base_weights.derived import DerivedCopies
-from lorafx.base_weights.groups import Member
+from lorafx.base_weights.followers import DerivedCopies
+from lorafx.base_weights.groups import GroupMember
 from lorafx.base_weights.merge import unmerged
-from lorafx.base_weights.places import Box, OwnLoader, same_memory
-from lorafx.base_weights.plan import Plan
 from lorafx.base_weights.resolve import Meaning, Resolver
 from lorafx.base_weights.sources import Item, Source, Weights, source_of
+from lorafx.base_weights.update_plan import UpdatePlan
+from lorafx.base_weights.weight_places import Box, OwnLoader, same_memory
 from lorafx.base_weights.writer import Journal, Undo, Writer
 from lorafx.errors import CheckpointError, ConfigError
 from lorafx.interrupts import undisturbed
@@ -76,7 +76,7 @@ def _update(session: Session, source: Source, *, strict: bool, undo: Undo) -> We
     program.refuse_missing()
     check_packed(program.packed)
     resolver = Resolver(program.graph, program.model, program.config.packed_modules)
-    plan = Plan(resolver, strict=strict, stable=source.stable)
+    plan = UpdatePlan(resolver, strict=strict, stable=source.stable)
     update = _Writing(session, resolver, plan)
     if source.repeatable:
         update.check(source)
@@ -93,7 +93,7 @@ def _update(session: Session, source: Source, *, strict: bool, undo: Undo) -> We
 class _Writing:
     """One update: its plan, and what is known of the model before the first write."""
 
-    def __init__(self, session: Session, resolver: Resolver, plan: Plan) -> None:
+    def __init__(self, session: Session, resolver: Resolver, plan: UpdatePlan) -> None:
         self._session, self.plan = session, plan
         self._derived = DerivedCopies(session.program)
         targets = (*resolver.names.required, *resolver.names.optional)
@@ -109,7 +109,9 @@ class _Writing:
         landings = [
             landing
             for meaning in self.plan.meanings.values()
-            for landing in (meaning.group.landings if isinstance(meaning, Member) else (meaning,))
+            for landing in (
+                meaning.group.landings if isinstance(meaning, GroupMember) else (meaning,)
+            )
         ]
         return any(isinstance(cut.place, OwnLoader) for found in landings for cut in found.cuts)
 
@@ -190,7 +192,9 @@ class _Writing:
         """Whether a tensor lies in the model's own weights, in another place than it goes to."""
         if item.given is None or storage_key(item.given) not in self._storages:
             return False
-        place = meaning.cuts[0].place if not isinstance(meaning, Member) and meaning.cuts else None
+        place = (
+            meaning.cuts[0].place if not isinstance(meaning, GroupMember) and meaning.cuts else None
+        )
         return not (isinstance(place, Box) and same_memory(place.view, item.given))
 
 

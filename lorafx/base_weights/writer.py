@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lorafx.base_weights.groups import Group
-from lorafx.base_weights.places import Landing, is_expanded, memory_key
+from lorafx.base_weights.groups import TensorGroup
 from lorafx.base_weights.resolve import Meaning
+from lorafx.base_weights.weight_places import Landing, is_expanded, memory_key
 from lorafx.model.module_graph import writing
 
 Undo = Literal["memory", "disk"]
@@ -83,7 +83,7 @@ class Writer:
     def __init__(self, journal: Journal | None, *, stable: bool) -> None:
         """`stable`: tensors of groups stay as they were given until the group is whole."""
         self._journal, self._stable = journal, stable
-        self._held: dict[Group, dict[str, Tensor]] = {}
+        self._held: dict[TensorGroup, dict[str, Tensor]] = {}
 
     def put(self, meaning: Meaning, loaded: Tensor) -> None:
         """Write a tensor, or keep it until its group is whole."""

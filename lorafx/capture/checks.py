@@ -20,7 +20,7 @@ from lorafx.program.frame import Frame
 from lorafx.program.handover import Handover, Rows
 from lorafx.program.program import Program
 from lorafx.program.roles import Role, check_requests, warn_ambiguous
-from lorafx.program.weight_forms import Form
+from lorafx.program.weight_forms import WeightForm
 
 
 @dataclass
@@ -51,7 +51,7 @@ class InputPlaces:
     called: list[tuple[int, int, str]] = field(default_factory=list)
     arguments: dict[int, Role] = field(default_factory=dict)
     plain: list[int] = field(default_factory=list)
-    derived: list[tuple[str, int, Form | None]] = field(default_factory=list)
+    derived: list[tuple[str, int, WeightForm | None]] = field(default_factory=list)
     assumed: dict[int, str] = field(default_factory=dict)
     number: int | None = None
 

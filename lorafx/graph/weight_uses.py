@@ -7,9 +7,9 @@
     embedding  y = W[ids]
     unknown    anything else, with the reason
 
-What part of W a node holds is its `Form` (lorafx.program.weight_forms): einsum takes W through
-(out, in, 1) and (1, 1, out, in) to (1, in, out), absorbed attention through (heads, out of a head,
-in).
+What part of W a node holds is its `WeightForm` (lorafx.program.weight_forms): einsum takes W
+through (out, in, 1) and (1, 1, out, in) to (1, in, out), absorbed attention through (heads, out of
+a head, in).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lorafx.kernels.ops.grouped_ops import Blocks
 from lorafx.model.forward_check import is_dense
 from lorafx.op_arguments import bound
 from lorafx.program.frame import arguments_of, fake_value
-from lorafx.program.weight_forms import FIXED, Axis, Form, same_size
+from lorafx.program.weight_forms import FIXED, Axis, WeightForm, same_size
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -89,12 +89,12 @@ class _Held:
     weight: fx.Node
     shape: tuple[Any, Any]
     node: fx.Node
-    form: Form
+    form: WeightForm
     plain: bool
     stored: bool = False
     scales: Collection[fx.Node] = ()
 
-    def as_node(self, node: fx.Node, form: Form, *, plain: bool = False) -> _Held:
+    def as_node(self, node: fx.Node, form: WeightForm, *, plain: bool = False) -> _Held:
         return replace(self, node=node, form=form, plain=self.plain and plain)
 
     def unknown(self, user: fx.Node, reason: str) -> Use:
@@ -126,7 +126,7 @@ def uses_of(
     weight: fx.Node,
     *,
     transposed: bool,
-    part: tuple[Form, tuple[int, int]] | None = None,
+    part: tuple[WeightForm, tuple[int, int]] | None = None,
     scales: Collection[fx.Node] = (),
 ) -> list[Use]:
     """All uses of the 2-D weight held by `weight`; `transposed` where it is stored (in, out).
@@ -136,7 +136,7 @@ def uses_of(
     """
     found: list[Use] = []
     if part is None:
-        form = Form.of_weight(transposed=transposed)
+        form = WeightForm.of_weight(transposed=transposed)
         rows, columns = _sizes(fake_value(weight))
         shape = (columns, rows) if transposed else (rows, columns)
     else:
@@ -233,7 +233,7 @@ def _select(held: _Held, user: fx.Node) -> _Held | Use:
     return _part(held, user, held.form.selected(dim, index % size))
 
 
-def _part(held: _Held, user: fx.Node, form: Form | None) -> _Held | Use:
+def _part(held: _Held, user: fx.Node, form: WeightForm | None) -> _Held | Use:
     if form is None:
         return held.unknown(user, "copies of it are cut")
     return held.as_node(user, form)

@@ -16,9 +16,9 @@ from lorafx.layers.quantization import QuantizeMethodBase
 from lorafx.model.module_graph import ModuleGraph
 
 if TYPE_CHECKING:
-    from lorafx.base_weights.plan import Plan
     from lorafx.base_weights.sources import Source
     from lorafx.base_weights.stacked import Stacked
+    from lorafx.base_weights.update_plan import UpdatePlan
 
 
 def load_weights(
@@ -49,14 +49,14 @@ def load_weights(
         ConfigError: a `packed_modules_mapping` of another form.
     """
     # They need the layers of this package, which is still being imported when this module is.
-    from lorafx.base_weights.places import memory_key
-    from lorafx.base_weights.plan import Plan
     from lorafx.base_weights.sources import source_of
     from lorafx.base_weights.stacked import StackedResolver
+    from lorafx.base_weights.update_plan import UpdatePlan
+    from lorafx.base_weights.weight_places import memory_key
 
     resolver = StackedResolver(ModuleGraph.of(model), model, stacked or ())
     source = source_of(weights)
-    plan = Plan(resolver, strict=strict, stable=source.stable, live=False)
+    plan = UpdatePlan(resolver, strict=strict, stable=source.stable, live=False)
     if source.repeatable:
         for item in source.items():
             plan.take(item)
@@ -72,7 +72,7 @@ def load_weights(
     return {n for n, t in state.items() if isinstance(t, Tensor) and memory_key(t) in keys}
 
 
-def _write(source: Source, plan: Plan) -> None:
+def _write(source: Source, plan: UpdatePlan) -> None:
     """Write what the plan found places for; what cannot be read twice is planned as it comes."""
     from lorafx.base_weights.writer import Writer
 

@@ -3,11 +3,11 @@
     linear:     y ← y + scales[s, i] · (x A[s, i·R : i·R + r]ᵀ) B[s, :r, o : o + N]
     embedding:  y ← y + e · scales[s, 0] · A[s, ids, :r] B[s, :r]
 
-x (…, K) or ids (…), y (…, N), s the slot of the batch, i the sibling, o its offset in the bank;
-a packed module has a sibling for each part of its columns. e is the factor of embeddings that scale
+x (…, K) or ids (…), y (…, N), s the slot of the batch, i the sibling, o its offset in the bank; a
+packed module has a sibling for each part of its columns. e is the factor of embeddings that scale
 their output. Where the bank has room for DoRA, y is rescaled behind its delta
-(lorafx.kernels.ops.rescale). The module's own forward runs untouched. Where its input and output do
-not have these shapes, a registered handler takes the call apart and adds ranges of the delta's
+(lorafx.kernels.ops.rescaled). The module's own forward runs untouched. Where its input and output
+do not have these shapes, a registered handler takes the call apart and adds ranges of the delta's
 columns.
 
 A mark is a plain picklable object, so deep copies and pickles of a marked model stay marked and

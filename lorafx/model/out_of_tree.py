@@ -24,10 +24,10 @@ from lorafx.errors import ConfigError, nearest
 from lorafx.registry import (
     REPLACEMENTS,
     Eligible,
+    FeatureSizes,
     Replacement,
     Sharding,
     SizeOf,
-    Sizes,
     SizesOf,
     lookup_class,
     own_entry,
@@ -90,7 +90,7 @@ def register_oot(
     replacement = Replacement(
         replaced,
         by,
-        Sizes(sizes, slices.total),
+        FeatureSizes(sizes, slices.total),
         slices if entry.kind == "linear" else None,
         wanted.weight(weight),
         sharding,

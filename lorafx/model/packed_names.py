@@ -26,17 +26,17 @@ PackedModules = Mapping[str, Sequence[str] | Mapping[str, int | Sequence[int]]]
 
 
 @dataclass(frozen=True)
-class Member:
+class PackedMember:
     """One name of a packed module, and its slices where they were declared."""
 
     name: str
     slices: tuple[int, ...] | None = None
 
 
-Members = Mapping[str, tuple[Member, ...]]
+Members = Mapping[str, tuple[PackedMember, ...]]
 
 
-def members_of(packed: PackedModules | None, where: str) -> dict[str, tuple[Member, ...]]:
+def members_of(packed: PackedModules | None, where: str) -> dict[str, tuple[PackedMember, ...]]:
     """A declaration, checked.
 
     Raises:
@@ -50,9 +50,9 @@ def members_of(packed: PackedModules | None, where: str) -> dict[str, tuple[Memb
     return {name: _members(name, value, where) for name, value in packed.items()}
 
 
-def _members(name: str, value: object, where: str) -> tuple[Member, ...]:
+def _members(name: str, value: object, where: str) -> tuple[PackedMember, ...]:
     if isinstance(value, Mapping):
-        found = [Member(member, _slices(slices)) for member, slices in value.items()]
+        found = [PackedMember(member, _slices(slices)) for member, slices in value.items()]
         found.sort(key=lambda member: member.slices or (-1,))
         covered = [i for member in found for i in member.slices or ()]
         if len(set(covered)) != len(covered) or any(
@@ -63,7 +63,7 @@ def _members(name: str, value: object, where: str) -> tuple[Member, ...]:
                 f"has, got {value!r}"
             )
     elif isinstance(value, Sequence) and not isinstance(value, str):
-        found = [Member(member) for member in value]
+        found = [PackedMember(member) for member in value]
     else:
         raise ConfigError(
             f"{where}[{name!r}] must be a list of names, or a mapping from names to slices, "
@@ -112,7 +112,7 @@ class PackedNames:
         """Whether anything is declared at all."""
         return bool(self._configured or self._declared)
 
-    def members(self, path: str) -> tuple[Member, ...]:
+    def members(self, path: str) -> tuple[PackedMember, ...]:
         """The names that the module at canonical `path` stands for; none for most modules."""
         if not self.any:
             return ()
@@ -163,7 +163,11 @@ class PackedNames:
 
 
 def parts_of(
-    where: str, members: Sequence[Member], sizes: Sequence[int] | None, in_features: int, total: int
+    where: str,
+    members: Sequence[PackedMember],
+    sizes: Sequence[int] | None,
+    in_features: int,
+    total: int,
 ) -> tuple[tuple[Part, ...], tuple[str, ...]]:
     """The parts of a site, and the names that only an adapter's row counts can place.
 
@@ -185,7 +189,7 @@ def parts_of(
         raise ValueError(f"{where} has output slices of {list(sizes)}, which do not fill {total}")
     if not members or sizes is None:
         return whole, ()
-    named: dict[int, Member] = {}
+    named: dict[int, PackedMember] = {}
     if all(member.slices is not None for member in members):
         named = {i: member for member in members for i in member.slices or ()}
         if max(named) >= len(sizes):

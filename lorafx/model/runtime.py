@@ -33,7 +33,7 @@ _KEYS = itertools.count()
 _SMALLEST_BUFFER = 64
 
 
-class Resting(Protocol):
+class RefusesAtRest(Protocol):
     """What marks ask outside of a session's calls (lorafx.session.resting)."""
 
     def refuse(self, path: str, layer: str) -> None:
@@ -69,7 +69,7 @@ class Runtime:
         self.graph_passes = True
         self.by_handle = False
         self.session: Any = None
-        self.resting: Resting | None = None
+        self.resting: RefusesAtRest | None = None
         self._graph_slots: Tensor | None = None
         self.rows: tuple[int, ...] = ()
         self._register()

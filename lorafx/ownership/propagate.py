@@ -25,11 +25,11 @@ from lorafx.ownership import (
     reductions,
     scatters,
     singles,
-    sites,
     slices,
     spatial,
     views,
 )
+from lorafx.ownership import site_rules as sites
 from lorafx.ownership.flow import Flow, Rule, each_output, outputs
 from lorafx.ownership.labels import Digit, Label, Mixed, One, Own, Single
 from lorafx.ownership.symbolic import BatchSymbols

@@ -22,7 +22,7 @@ from lorafx.ownership.emit import Emitter
 from lorafx.ownership.flow import Flow, operator_name, outputs, place, wrap
 from lorafx.ownership.indexing import is_boolean
 from lorafx.ownership.propagate import called_by, rule_for
-from lorafx.ownership.sites import GIVEN_DIM, input_name
+from lorafx.ownership.site_rules import GIVEN_DIM, input_name
 from lorafx.ownership.symbolic import ONE, equal
 
 aten, prims = torch.ops.aten, torch.ops.prims

@@ -24,7 +24,8 @@ import torch
 from torch import fx
 
 from lorafx.op_arguments import bound
-from lorafx.ownership import contractions, pointwise, reductions, sites, slices, spatial, views
+from lorafx.ownership import contractions, pointwise, reductions, slices, spatial, views
+from lorafx.ownership import site_rules as sites
 from lorafx.ownership.flow import Flow, outputs, wrap, wrap_all
 from lorafx.ownership.labels import Label, Own
 from lorafx.ownership.symbolic import (
@@ -40,14 +41,14 @@ from lorafx.ownership.symbolic import (
 aten = torch.ops.aten
 
 
-class Place(Enum):
+class TokenState(Enum):
     """The state of a dimension whose positions are not known."""
 
     LOST = "lost"
 
 
-LOST = Place.LOST
-State: TypeAlias = sympy.Basic | Place | None
+LOST = TokenState.LOST
+State: TypeAlias = sympy.Basic | TokenState | None
 States: TypeAlias = tuple[State, ...]
 
 

@@ -2,7 +2,8 @@
 
 Serving code cuts `kv_b_proj.weight` into W_UK and W_UV after loading and keeps those: views of the
 weight, or copies where it was dequantised or made contiguous. A graph that multiplies by them uses
-the weight without its module. What such a tensor holds is its `Form` (lorafx.program.weight_forms):
+the weight without its module. What such a tensor holds is its `WeightForm`
+(lorafx.program.weight_forms):
 
     views     by storage: sizes, strides and offset in the weight's storage
     copies    by value: rows of the tensor equal rows of W at regular distances, every one of them
@@ -29,7 +30,7 @@ from lorafx.model.forward_check import is_dense
 from lorafx.model.module_graph import storage_key
 from lorafx.model.quantized import dequantize, readable
 from lorafx.model.sites import Site
-from lorafx.program.weight_forms import Form, in_runs, rows_alike, rows_form, strided_form
+from lorafx.program.weight_forms import WeightForm, in_runs, rows_alike, rows_form, strided_form
 from lorafx.registry import lookup
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Derived:
     """
 
     sites: tuple[Site, ...]
-    form: Form | None
+    form: WeightForm | None
     shape: tuple[int, int]
     copied: bool
 

@@ -47,7 +47,7 @@ FIXED = Axis()
 OUT, IN = Axis(out=1), Axis(into=1)
 
 
-class Form(NamedTuple):
+class WeightForm(NamedTuple):
     """Axes by dimension, and where in W (out, in) they start."""
 
     axes: tuple[Axis, ...]
@@ -55,18 +55,18 @@ class Form(NamedTuple):
     into: int = 0
 
     @classmethod
-    def of_weight(cls, *, transposed: bool) -> Form:
+    def of_weight(cls, *, transposed: bool) -> WeightForm:
         """W itself, (out, in), or (in, out) where it is stored `transposed`."""
         return cls((IN, OUT) if transposed else (OUT, IN))
 
-    def permuted(self, order: Sequence[int]) -> Form:
+    def permuted(self, order: Sequence[int]) -> WeightForm:
         return self._replace(axes=tuple(self.axes[dim] for dim in order))
 
-    def moved(self, axis: Axis, index: int) -> Form:
+    def moved(self, axis: Axis, index: int) -> WeightForm:
         """The form that begins `index` steps further along `axis`."""
         return self._replace(out=self.out + index * axis.out, into=self.into + index * axis.into)
 
-    def sliced(self, dim: int, start: int, step: int) -> Form | None:
+    def sliced(self, dim: int, start: int, step: int) -> WeightForm | None:
         """Indices start, start + step, ... of a dimension; None through a period."""
         axis = self.axes[dim]
         if axis.period and (start or step != 1):
@@ -75,13 +75,13 @@ class Form(NamedTuple):
         axes = (*self.axes[:dim], kept, *self.axes[dim + 1 :])
         return self._replace(axes=axes).moved(axis, start)
 
-    def selected(self, dim: int, index: int) -> Form | None:
+    def selected(self, dim: int, index: int) -> WeightForm | None:
         """One index of a dimension, which is dropped."""
         axis = self.axes[dim]
         index = index % axis.period if axis.period else index
         return self._replace(axes=self.axes[:dim] + self.axes[dim + 1 :]).moved(axis, index)
 
-    def reshaped(self, before: Sequence[Size], after: Sequence[Size]) -> Form | None:
+    def reshaped(self, before: Sequence[Size], after: Sequence[Size]) -> WeightForm | None:
         """Row-major view from sizes `before` to `after`; None where an index of the result is no
         single step through W."""
         left = [
@@ -160,7 +160,7 @@ def strided_form(
     weight: torch.Tensor,
     *,
     transposed: bool,
-) -> Form | None:
+) -> WeightForm | None:
     """The form of a tensor of these sizes, strides and offset in the storage of the 2-D `weight`.
 
     None where it is no regular part of W: it lies outside, or a stride runs along both dimensions.
@@ -193,10 +193,10 @@ def strided_form(
     # `first` counts along the dimension of the larger stride.
     out_first = swapped == transposed
     axes = tuple(Axis(a, b) if out_first else Axis(b, a) for a, b in known)
-    return Form(axes, *(start if out_first else start[::-1]))
+    return WeightForm(axes, *(start if out_first else start[::-1]))
 
 
-def rows_form(tensor: torch.Tensor, weight: torch.Tensor) -> Form | None:
+def rows_form(tensor: torch.Tensor, weight: torch.Tensor) -> WeightForm | None:
     """The form of a copy: `tensor` holds whole rows W[o] of the (out, in) `weight`, value by value,
     at regular distances along each of its other dimensions. None where it does not.
 
@@ -270,7 +270,7 @@ def _some_rows(tensor: torch.Tensor, count: int) -> torch.Tensor:
     return tensor[torch.unravel_index(index, leading)]
 
 
-def _rows_along(tensor: torch.Tensor, weight: torch.Tensor) -> Form | None:
+def _rows_along(tensor: torch.Tensor, weight: torch.Tensor) -> WeightForm | None:
     """`rows_form` of a tensor whose last dimension is W's in dimension."""
     leading = tensor.shape[:-1]
     for start in _row_like(tensor[(0,) * len(leading)], weight):
@@ -289,7 +289,7 @@ def _rows_along(tensor: torch.Tensor, weight: torch.Tensor) -> Form | None:
             index = index[..., None] + grid
         inside = len(axes) == len(leading) and int(index.max()) < weight.shape[0]
         if inside and torch.equal(weight[index], tensor):
-            return Form((*axes, IN), start, 0)
+            return WeightForm((*axes, IN), start, 0)
     return None
 
 

@@ -41,7 +41,7 @@ Names = list["str | None"]
 
 
 @dataclass(frozen=True)
-class Plan:
+class WarmupPlan:
     """What is run.
 
     Attributes:
@@ -79,7 +79,7 @@ def warm_up(
         else:
             examples = given_examples(compiled.entry(compiled.model).roles, example_inputs)
         alone = generate is None or generate is False
-        plan = Plan(examples, *sizes, alone, _generation(compiled.model, generate))
+        plan = WarmupPlan(examples, *sizes, alone, _generation(compiled.model, generate))
         names = [f"warm-up {i}" for i in range(min(2, session.program.config.max_adapters))]
         dummies = [dummy(name, session.program.sites, rank, seed=i) for i, name in enumerate(names)]
         calls = list(_calls(compiled, plan, names))
@@ -203,7 +203,7 @@ def _is_state(buffer: Tensor) -> bool:
 
 
 def _calls(
-    compiled: CompiledModel, plan: Plan, dummies: Sequence[str]
+    compiled: CompiledModel, plan: WarmupPlan, dummies: Sequence[str]
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     """(what it is, the call) in the order in which they run."""
     first, last = dummies[0], dummies[-1]

@@ -4,7 +4,7 @@
 
 Only where W enters the product as it is (uncast, unexpanded) and y has no other reader; every
 other site keeps its op on y. Products with routed experts likewise, for the Triton lowering, which
-has kernels for them (lorafx.passes.fuse.fused_experts).
+has kernels for them (lorafx.passes.fuse.fuse_experts).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lorafx.graph.context import FUSED_OP, SITE_OP, Context, SiteState
 from lorafx.graph.weight_uses import RESHAPES, Use
 from lorafx.model.sites import Site
 from lorafx.op_arguments import bound, in_order
-from lorafx.passes.fuse.fused_experts import fuse_experts
+from lorafx.passes.fuse.fuse_experts import fuse_experts
 from lorafx.program.frame import arguments_of, fake_value
 
 aten = torch.ops.aten

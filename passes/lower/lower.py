@@ -28,7 +28,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 from lorafx.graph.context import EMBEDDING_OP, EXPERT_OP, FUSED_OP, GROUPED_OP, SITE_OP, Context
 from lorafx.graph.expert_uses import is_grouped
 from lorafx.graph.graph_nodes import call_in_place
-from lorafx.graph.pointwise import Region
+from lorafx.graph.pointwise_region import PointwiseRegion
 from lorafx.graph.strategy import GENERATED, strategy_of
 from lorafx.kernels.cost.cost import FUSED
 from lorafx.kernels.cpu.cpu import delta_call, embedding_delta_call, expert_delta_call
@@ -38,7 +38,7 @@ from lorafx.kernels.triton import triton_expert_ops, triton_ops
 from lorafx.kernels.triton.triton_build import EXPERTS
 from lorafx.kernels.triton.triton_ops import adjacent
 from lorafx.op_arguments import bound, in_order
-from lorafx.passes.fuse.fused_experts import FUSED_EXPERTS, product, region
+from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, product, region
 from lorafx.passes.lower.triton_graph import inline_triton_ops
 from lorafx.passes.match.match_experts import ALIKE
 from lorafx.passes.plan import cpu_spec, delta_spec
@@ -188,7 +188,7 @@ def _fused_experts(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
         inputs = [call["x"]]
         if strategy.name == "activated":
             found = region(node)
-            assert isinstance(found, Region)  # it was when the kernels were built
+            assert isinstance(found, PointwiseRegion)  # it was when the kernels were built
             inputs = list(found.inputs)
         inputs = [_adjacent(graph, ctx, item) for item in inputs]
         arguments = in_order(TRITON_EXPERTS, call, inputs=inputs, kernel=strategy.kernel)

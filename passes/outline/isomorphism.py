@@ -30,7 +30,7 @@ _NUMBERS = (bool, int, float, complex, str, bytes)
 
 
 @dataclass(frozen=True)
-class Form:
+class CanonicalForm:
     """Equal for stretches that compute the same on their operands."""
 
     nodes: tuple[Hashable, ...]
@@ -47,7 +47,7 @@ class Stretch:
     nodes: tuple[fx.Node, ...]
     operands: tuple[fx.Node, ...]
     symbols: tuple[sympy.Symbol, ...]
-    form: Form
+    form: CanonicalForm
 
 
 def stretch_of(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> Stretch:
@@ -55,7 +55,9 @@ def stretch_of(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> Stretch:
     former = _Former(gm, nodes)
     forms = tuple(former.node(node) for node in nodes)
     operands = tuple(former.operands)
-    form = Form(forms, tuple((former.result(node), former.aligned(node)) for node in operands))
+    form = CanonicalForm(
+        forms, tuple((former.result(node), former.aligned(node)) for node in operands)
+    )
     return Stretch(tuple(nodes), operands, tuple(former.symbols), form)
 
 

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from lorafx.graph.context import Context, Outlined
 from lorafx.graph.graph_nodes import plain_path
-from lorafx.passes.outline.isomorphism import Form, Stretch, agree, sizes_of, stretch_of
+from lorafx.passes.outline.isomorphism import CanonicalForm, Stretch, agree, sizes_of, stretch_of
 from lorafx.passes.outline.regions import Region, hoist_shared, is_free, regions_of, tensor_valued
 from lorafx.program.frame import fake_value
 
@@ -66,7 +66,7 @@ class Outline:
             if len(region.nodes) >= self.min_nodes:
                 lengths.setdefault(len(region.nodes), []).append(region)
         for candidates in lengths.values():
-            groups: dict[Form, list[tuple[Region, Stretch]]] = {}
+            groups: dict[CanonicalForm, list[tuple[Region, Stretch]]] = {}
             for region in candidates:
                 if len(candidates) > 1 and claimed.isdisjoint(region.nodes):
                     stretch = stretch_of(gm, region.nodes)

@@ -15,7 +15,7 @@ from packed_models import MAPPING, MIXER
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.base_weights.places import meet, volume
+from lorafx.base_weights.weight_places import meet, volume
 from lorafx.errors import BaseWeightsError
 from lorafx.layers import FusedMoE, MergedColumnParallelLinear
 

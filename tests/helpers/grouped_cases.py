@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from triton_cases import CPU, FP32
 
 import lorafx.kernels.triton.triton_expert_ops  # noqa: F401  registers it
-from lorafx.graph.pointwise import Region, region_of
+from lorafx.graph.pointwise_region import PointwiseRegion, region_of
 from lorafx.kernels.cpu.cpu_source import DeltaSpec
 from lorafx.kernels.ops.activation import Activation
 from lorafx.kernels.triton.triton_build import TritonSpec, build
@@ -133,7 +133,7 @@ def activated(case: Experts, function: Callable[..., Tensor], halves: int) -> Ex
     inputs = (y, table, ids)[: len(inspect.signature(function).parameters)]
     graph = make_fx(function, tracing_mode="fake")(*inputs).graph
     found = region_of(graph.output_node().args[0])
-    assert isinstance(found, Region), found
+    assert isinstance(found, PointwiseRegion), found
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     given = dict(zip(placeholders, inputs, strict=True))
     x = function(*(t.float() if t.is_floating_point() else t for t in inputs))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lorafx.errors import LoweringError, ProvenanceError
-from lorafx.kernels.ops.rescale import rescaled
+from lorafx.kernels.ops.rescaled import rescaled
 
 lora = torch.ops.lorafx
 S, R, K, ROWS = 3, 2, 5, 2

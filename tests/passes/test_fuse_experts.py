@@ -16,10 +16,10 @@ from torch import Tensor, fx, nn
 
 from lorafx.errors import ConfigError
 from lorafx.graph.context import EXPERT_OP
-from lorafx.graph.pointwise import NoRegion, Region
+from lorafx.graph.pointwise_region import NoRegion, PointwiseRegion
 from lorafx.op_arguments import rebind
 from lorafx.passes.fuse.fuse import Fuse
-from lorafx.passes.fuse.fused_experts import FUSED_EXPERTS, region
+from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, region
 from lorafx.passes.lower.lower import Lower
 from lorafx.passes.match.match import Match
 from lorafx.passes.plan import Plan
@@ -217,10 +217,10 @@ def test_the_vendors_product_comes_back_for_other_plans() -> None:
 # --- what is known of activations ---
 
 
-def expression(function: Callable[..., Tensor], *inputs: Tensor) -> Region | NoRegion:
+def expression(function: Callable[..., Tensor], *inputs: Tensor) -> PointwiseRegion | NoRegion:
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    from lorafx.graph.pointwise import region_of
+    from lorafx.graph.pointwise_region import region_of
 
     graph = make_fx(function, tracing_mode="fake")(*inputs).graph
     return region_of(graph.output_node().args[0])
@@ -257,7 +257,7 @@ def test_what_is_refused(function: Callable[..., Tensor], reason: str) -> None:
 
 def test_columns_are_followed_through_slices_of_slices() -> None:
     found = expression(lambda y: y[:, 1:7][:, ::2] * y[:, -3:], Y)
-    assert isinstance(found, Region)
+    assert isinstance(found, PointwiseRegion)
     loads = {(load.start, load.step) for load in found.activation.loads}
     assert loads == {(1, 2), (5, 1)}
     assert len(found.inputs) == 1

@@ -8,14 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorafx.program.weight_forms import FIXED, Form, in_runs, rows_alike, rows_form, strided_form
+from lorafx.program.weight_forms import (
+    FIXED,
+    WeightForm,
+    in_runs,
+    rows_alike,
+    rows_form,
+    strided_form,
+)
 
 N, K = 12, 10
 #: Each entry of W (N, K) is its own place.
 PLACES = torch.arange(N * K).view(N, K)
 
 
-def entries(form: Form, shape: tuple[int, ...]) -> Tensor:
+def entries(form: WeightForm, shape: tuple[int, ...]) -> Tensor:
     """The places that `form` says a tensor of this shape holds."""
     out, into = torch.tensor(form.out), torch.tensor(form.into)
     for axis, size in zip(form.axes, shape, strict=True):
@@ -34,7 +41,7 @@ def some_shape(rng: random.Random, count: int) -> tuple[int, ...]:
     return tuple(shape + [1] * rng.randint(0, 1))
 
 
-def step(rng: random.Random, tensor: Tensor, form: Form) -> tuple[Tensor, Form | None]:
+def step(rng: random.Random, tensor: Tensor, form: WeightForm) -> tuple[Tensor, WeightForm | None]:
     """One random view of the tensor and of its form."""
     dims = tensor.dim()
     kind = rng.choice(["view", "permute", "slice", "select", "expand"])
@@ -62,7 +69,10 @@ def test_views_and_their_forms_agree(seed: int) -> None:
     rng, followed = random.Random(seed), 0
     for _ in range(100):
         transposed = rng.random() < 0.5
-        tensor, form = PLACES.T if transposed else PLACES, Form.of_weight(transposed=transposed)
+        tensor, form = (
+            PLACES.T if transposed else PLACES,
+            WeightForm.of_weight(transposed=transposed),
+        )
         for _ in range(rng.randint(1, 6)):
             tensor, after = step(rng, tensor, form)
             if after is None or tensor.dim() == 0:
@@ -75,7 +85,7 @@ def test_views_and_their_forms_agree(seed: int) -> None:
 
 def test_forms_of_the_usual_cuts() -> None:
     heads, n, v = 3, 3, 1
-    form = Form.of_weight(transposed=False).reshaped((N, K), (heads, n + v, K))
+    form = WeightForm.of_weight(transposed=False).reshaped((N, K), (heads, n + v, K))
     assert form is not None
     w_uv = form.sliced(1, n, 1)
     assert w_uv is not None

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch import nn
 
 from lorafx.base_weights.names import Names, Walked
-from lorafx.base_weights.places import Box, Cut, Landing, Shard, Target
+from lorafx.base_weights.weight_places import Box, Cut, Landing, Shard, Target
 from lorafx.errors import CheckpointError
 from lorafx.layers.moe import FusedMoE
 from lorafx.model.expert_names import PROJECTIONS, Half, covers

@@ -57,7 +57,7 @@ MOST_LINES, MOST_LEAVES, MOST_LOADS = 40, 4, 8
 
 
 @dataclass(frozen=True)
-class Region:
+class PointwiseRegion:
     """h as an expression, and the nodes of its leaves in the order in which kernels take them."""
 
     activation: Activation
@@ -75,7 +75,7 @@ class _Unknown(Exception):
     pass
 
 
-def region_of(h: Any) -> Region | NoRegion:
+def region_of(h: Any) -> PointwiseRegion | NoRegion:
     """What computes h (M, K). Pure; the graph is only read."""
     value = fake_value(h) if isinstance(h, fx.Node) else None
     if value is None or value.dim() != 2 or value.dtype not in TYPES:
@@ -95,7 +95,9 @@ def region_of(h: Any) -> Region | NoRegion:
         leaves.append(Leaf(fake_value(table).dtype, ids is not None))
         inputs += [table] if ids is None else [table, ids]
     loads = tuple(Load(*load) for load in builder.loads)
-    return Region(Activation(tuple(leaves), loads, tuple(builder.lines), result), tuple(inputs))
+    return PointwiseRegion(
+        Activation(tuple(leaves), loads, tuple(builder.lines), result), tuple(inputs)
+    )
 
 
 @dataclass

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafx.base_weights.groups import Group, Member
-from lorafx.base_weights.places import Landing, Numbers, Shape, Target, meet, volume
+from lorafx.base_weights.groups import GroupMember, TensorGroup
 from lorafx.base_weights.resolve import Meaning, Resolver
 from lorafx.base_weights.sources import Item
+from lorafx.base_weights.weight_places import Landing, Numbers, Shape, Target, meet, volume
 from lorafx.errors import BaseWeightsError
 from lorafx.layers.loading import LoadableLayer
 
@@ -78,7 +78,7 @@ class _Ledger:
             yield from found
 
 
-class Plan:
+class UpdatePlan:
     """What the tensors of one update mean.
 
     Attributes:
@@ -102,7 +102,7 @@ class Plan:
         self.missing: list[str] = []
         self._names: set[str] = set()
         self._ledgers: dict[tuple[object, ...], _Ledger] = {}
-        self._groups: dict[Group, dict[str, Item]] = {}
+        self._groups: dict[TensorGroup, dict[str, Item]] = {}
         self._keys: dict[int, tuple[object, ...]] = {}
         self._tied: dict[tuple[object, ...], int] = {}
         self._faulty: set[tuple[object, ...]] = set()
@@ -126,7 +126,7 @@ class Plan:
             return None
         self.meanings[name] = found
         self.planned[name] = item.shape, item.numbers
-        if isinstance(found, Member):
+        if isinstance(found, GroupMember):
             return found if self._take_member(found, item) else None
         label = name if name == found.path else f"{name} → {found.path}"
         wrong = found.wrong or _misshapen(found, item.shape) or _unlike(found, item.numbers)
@@ -189,7 +189,7 @@ class Plan:
         every = (*self._resolver.names.required, *self._resolver.names.optional)
         return [target for target in every if self._key(target) in self._ledgers]
 
-    def _take_member(self, member: Member, item: Item) -> bool:
+    def _take_member(self, member: GroupMember, item: Item) -> bool:
         group = member.group
         items = self._groups.setdefault(group, {})
         if member.name in items:
@@ -299,7 +299,7 @@ class Plan:
         self.problems.append(problem)
         landings: list[Landing] = []
         for meaning in found:
-            if isinstance(meaning, Member):
+            if isinstance(meaning, GroupMember):
                 landings.extend(meaning.group.landings)
             elif meaning is not None:
                 landings.append(meaning)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lorafx.base_weights.adding import write
 from lorafx.base_weights.changes import Copy, copied
 from lorafx.base_weights.copies import Repeat, repeats
-from lorafx.base_weights.places import Target
+from lorafx.base_weights.weight_places import Target
 from lorafx.base_weights.writer import Journal
 from lorafx.errors import CheckpointError
 from lorafx.layers.quantization import QuantizeMethodBase

@@ -68,7 +68,7 @@ class Target:
         return memory_key(self.tensor)
 
 
-class Place(ABC):
+class WeightPlace(ABC):
     """A part of a target that one checkpoint tensor, or a part of it, gives the numbers of."""
 
     target: Target
@@ -87,7 +87,7 @@ class Place(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class Box(Place):
+class Box(WeightPlace):
     """Indices of a tensor: a range for each of its dimensions, in `order` the checkpoint's."""
 
     target: Target
@@ -140,7 +140,7 @@ class Box(Place):
 
 
 @dataclass(frozen=True, eq=False)
-class Shard(Place):
+class Shard(WeightPlace):
     """What a shard id means of a parameter of a layer that cuts checkpoint tensors itself."""
 
     target: Target
@@ -180,7 +180,7 @@ class Shard(Place):
 
 
 @dataclass(frozen=True, eq=False)
-class OwnLoader(Place):
+class OwnLoader(WeightPlace):
     """A parameter that brings a `weight_loader` of its own, whose shapes nobody else knows."""
 
     target: Target
@@ -207,7 +207,7 @@ class OwnLoader(Place):
 class Cut:
     """A part of a checkpoint tensor: `take` indexes it, and the place that it goes to."""
 
-    place: Place
+    place: WeightPlace
     take: tuple[slice | int, ...] = ()
 
 

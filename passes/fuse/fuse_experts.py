@@ -14,7 +14,7 @@ from torch import fx
 import lorafx.kernels.ops.fused_experts  # noqa: F401  defines the op
 from lorafx.graph.context import EXPERT_OP, Context
 from lorafx.graph.expert_uses import GROUPED, is_grouped
-from lorafx.graph.pointwise import NoRegion, Region, region_of
+from lorafx.graph.pointwise_region import NoRegion, PointwiseRegion, region_of
 from lorafx.op_arguments import bound, in_order
 from lorafx.program.frame import arguments_of, fake_value
 
@@ -67,7 +67,7 @@ def loops_on_host(node: fx.Node) -> bool:
     return node.meta[_PRODUCT] not in GROUPED
 
 
-def region(node: fx.Node) -> Region | NoRegion:
+def region(node: fx.Node) -> PointwiseRegion | NoRegion:
     """What computes x of the fused `node`, if nothing else reads x."""
     x = bound(node)["x"]
     sizes = aten.sym_size.int  # of the rows' numbers, which nobody needs then
