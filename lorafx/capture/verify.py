@@ -27,21 +27,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torc
 
 
 def check_graph(pass_name: str, gm: fx.GraphModule, ctx: Context, outputs: Sequence[Any]) -> None:
-    """`check_structure`, and that no site was lost.
-
-    Raises:
-        VerifyError: naming the pass, and what it broke.
-    """
-    check_structure(pass_name, gm, outputs)
-    nodes = _with_bodies(gm)
-    for node, states in ctx.states.items():
-        if not all(place in nodes for place in ctx.homes.get(node, (node,))):
-            paths = ", ".join(state.site.path for state in states)
-            raise VerifyError(f"pass {pass_name!r} lost the LoRA of {paths} (node {node.name})")
-
-
-def check_structure(pass_name: str, gm: fx.GraphModule, outputs: Sequence[Any]) -> None:
-    """Structure, fake values, and that the outputs still are `outputs`.
+    """Structure, fake values, that the outputs still are `outputs`, and that no site was lost.
 
     Args:
         outputs: `output_values` of the graph as captured, or its `output_signature`.
@@ -53,7 +39,8 @@ def check_structure(pass_name: str, gm: fx.GraphModule, outputs: Sequence[Any]) 
         gm.graph.lint()
     except (RuntimeError, AssertionError) as error:
         raise VerifyError(f"pass {pass_name!r} left a malformed graph: {error}") from error
-    for node in _with_bodies(gm):
+    nodes = _with_bodies(gm)
+    for node in nodes:
         if node.op == "call_function" and "val" not in node.meta and _returns(node):
             raise VerifyError(f"pass {pass_name!r} left node {node.name} without a fake value")
     # Told only now: a pass may have made two symbolic sizes one.
@@ -62,6 +49,10 @@ def check_structure(pass_name: str, gm: fx.GraphModule, outputs: Sequence[Any]) 
         raise VerifyError(
             f"pass {pass_name!r} changed the graph's outputs from {before} to {after}"
         )
+    for node, states in ctx.states.items():
+        if not all(place in nodes for place in ctx.homes.get(node, (node,))):
+            paths = ", ".join(state.site.path for state in states)
+            raise VerifyError(f"pass {pass_name!r} lost the LoRA of {paths} (node {node.name})")
 
 
 def _with_bodies(gm: fx.GraphModule) -> set[fx.Node]:

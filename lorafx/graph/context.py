@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import InitVar, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lorafx.kernels.ops.expert_ops
 import lorafx.kernels.ops.grouped_ops
@@ -15,7 +17,7 @@ import lorafx.kernels.ops.mask_ops
 import lorafx.kernels.ops.ops
 import lorafx.kernels.ops.row_ops  # noqa: F401  (all define torch.ops.lorafx)
 from lorafx.errors import MatchError
-from lorafx.graph.graph_nodes import GraphEdits, module_path, plain_path
+from lorafx.graph.graph_nodes import module_path, plain_path
 from lorafx.graph.weight_uses import Use
 from lorafx.model.sites import Site
 from lorafx.op_arguments import bound
@@ -25,6 +27,7 @@ from lorafx.program.frame import (
     Frame,
     FrameInput,
     InputKind,
+    fake_value,
 )
 from lorafx.program.handover import Handover
 from lorafx.program.program import BANK_FIELDS, GAINS, Program
@@ -97,7 +100,7 @@ class Outlined:
 
 
 @dataclass(eq=False)
-class Context(GraphEdits):
+class Context:
     """State of one graph on its way through the passes."""
 
     program: Program
@@ -105,6 +108,7 @@ class Context(GraphEdits):
     graph_module: InitVar[fx.GraphModule]
     states: dict[fx.Node, list[SiteState]] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
+    #: rest of `Options.max_edits`; None for no limit
     edits_left: int | None = None
     #: ids of the generated Triton kernels that the graph calls
     kernels: set[int] = field(default_factory=set)
@@ -114,9 +118,11 @@ class Context(GraphEdits):
     kept_shared: dict[fx.Node, str] = field(default_factory=dict)
     #: Site nodes that `outline` moved: the call that computes each now, and the node in its body.
     homes: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
+    fake_mode: FakeTensorMode | None = field(init=False)
 
     def __post_init__(self, graph_module: fx.GraphModule) -> None:
-        self.look_at(graph_module)
+        values = [fake_value(node) for node in graph_module.graph.nodes]
+        self.fake_mode = detect_fake_mode([value for value in values if isinstance(value, Tensor)])
 
     # --- site nodes ---
 
@@ -217,6 +223,23 @@ class Context(GraphEdits):
         ]
 
     # --- new nodes ---
+
+    def take_edit(self) -> bool:
+        """True while the budget of `Options.max_edits` lasts; each True uses one up."""
+        if self.edits_left is None:
+            return True
+        self.edits_left -= 1
+        return self.edits_left >= 0
+
+    def call(self, graph: fx.Graph, target: Any, args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
+        """A call_function node with its fake value, at the graph's insertion point. `kwargs` are
+        constants."""
+        node = graph.call_function(target, args, kwargs)
+        values = fx.node.map_arg(args, fake_value)
+        assert self.fake_mode is not None
+        with self.fake_mode:
+            node.meta["val"] = target(*values, **kwargs)
+        return node
 
     def bank_inputs(self, graph: fx.Graph, site: Site, weight: fx.Node) -> dict[str, fx.Node]:
         """A, B, ranks, scales and slots of `site` as graph inputs that the executable looks up by

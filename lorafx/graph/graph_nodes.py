@@ -6,46 +6,11 @@ import operator
 import re
 from typing import Any
 
-from torch import Tensor, fx
-from torch._guards import detect_fake_mode
+from torch import fx
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED
 from lorafx.program.frame import fake_value
-
-
-class GraphEdits:
-    """What every rewrite of one graph shares: the graph's fake mode and the budget of edits.
-
-    Attributes:
-        edits_left: rest of `Options.max_edits`; None for no limit.
-    """
-
-    fake_mode: FakeTensorMode | None
-    edits_left: int | None
-
-    def look_at(self, gm: fx.GraphModule) -> None:
-        """Take the fake mode of the graph's values."""
-        values = [fake_value(node) for node in gm.graph.nodes]
-        self.fake_mode = detect_fake_mode([value for value in values if isinstance(value, Tensor)])
-
-    def take_edit(self) -> bool:
-        """True while the budget of `Options.max_edits` lasts; each True uses one up."""
-        if self.edits_left is None:
-            return True
-        self.edits_left -= 1
-        return self.edits_left >= 0
-
-    def call(self, graph: fx.Graph, target: Any, args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
-        """A call_function node with its fake value, at the graph's insertion point. `kwargs` are
-        constants."""
-        node = graph.call_function(target, args, kwargs)
-        values = fx.node.map_arg(args, fake_value)
-        assert self.fake_mode is not None
-        with self.fake_mode:
-            node.meta["val"] = target(*values, **kwargs)
-        return node
 
 
 def call_in_place(graph: fx.Graph, op: OpOverload, arguments: tuple[Any, ...]) -> fx.Node:
