@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.places import Places
+from lorafx.adapter_store.reading import Reading
 from lorafx.config import LoraConfig
 from lorafx.model import targets
 from lorafx.model.expert_names import PROJECTIONS, Columns, covers, overlapping
@@ -25,9 +25,6 @@ from lorafx.model.experts import ExpertWeight
 from lorafx.model.module_graph import ModuleGraph, join
 from lorafx.model.packed_names import ATTRIBUTE, PackedNames, renamed
 from lorafx.registry import is_empty, lookup
-
-if TYPE_CHECKING:
-    from lorafx.adapter_store.reading import Reading
 
 
 class Scope:
@@ -79,12 +76,14 @@ class Coverage:
         )
 
 
-def coverage(reading: Reading, decoded: Collection[str], scope: Scope) -> Coverage:
-    """What the file of `reading`, which gave factors at the part paths `decoded`, leaves out."""
+def coverage(reading: Reading, scope: Scope) -> Coverage:
+    """What the file of `reading`, which has run, leaves out."""
+    if reading.unknown:
+        return Coverage((), 0)  # the factors of a renamed module are not missing as well
     modules = dict(_modules(reading, scope))
     ids = {id(module) for module in modules.values()}
     missing = dict.fromkeys(modules)
-    missing.update(dict.fromkeys(_packed(reading, decoded, scope, ids)))
+    missing.update(dict.fromkeys(_packed(reading, scope, ids)))
     missing.update(dict.fromkeys(_experts(reading, scope)))
     return Coverage(tuple(missing), len(reading.landings) + len(reading.experts.paths))
 
@@ -108,9 +107,7 @@ def _modules(reading: Reading, scope: Scope) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def _packed(
-    reading: Reading, decoded: Collection[str], scope: Scope, missing: Collection[int]
-) -> Iterator[str]:
+def _packed(reading: Reading, scope: Scope, missing: Collection[int]) -> Iterator[str]:
     """Packed names, and names of what is packed, that PEFT would have given factors; without those
     that only say again what the `missing` modules do."""
     places = reading.places
@@ -121,7 +118,7 @@ def _packed(
         if loose:
             got = not landed.isdisjoint((id(found[0][0]), name) for name in (loose, ""))
         else:
-            got = any(site.part_path(i) in decoded for site, i in found)
+            got = any(site.part_path(i) in reading.decoded for site, i in found)
         if got or path in reading.closed or all(id(site.module) in missing for site, _ in found):
             continue
         selected = any(s.parts[i].selected and loose not in s.closed_names for s, i in found)

@@ -13,21 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from lorafx.adapter_store.expert_factors import ExpertSizes, Stacked, exchanged, named, wrapped
 from lorafx.adapter_store.expert_places import ExpertPlace, Experts
 from lorafx.adapter_store.expert_terms import ExpertTerm, assembled, columns_of, overlap
+from lorafx.adapter_store.findings import Findings
 from lorafx.adapter_store.lora_weights import LoraWeights
 from lorafx.adapter_store.peft_keys import FactorKey
 from lorafx.adapter_store.places import not_selected
 from lorafx.model.expert_names import Columns, Half, unnested
 from lorafx.model.experts import ExpertWeight
-
-if TYPE_CHECKING:
-    from lorafx.adapter_store.reading import Reading
 
 
 class _Found(NamedTuple):
@@ -69,8 +67,8 @@ class ExpertReading:
     `paths` are the saved paths that do; `singly` is whether one of them is of a single expert.
     """
 
-    def __init__(self, reading: Reading) -> None:
-        self.reading = reading
+    def __init__(self, findings: Findings) -> None:
+        self.findings = findings
         self.paths: set[str] = set()
         self.singly = False
         self._modules: dict[int, _Module] = {}
@@ -78,22 +76,22 @@ class ExpertReading:
 
     def take(self, factor: FactorKey) -> bool:
         """Whether `factor` belongs to routed experts; it is kept then, or a problem is noted."""
-        place = self.reading.places.expert_landing(factor.module)
+        place = self.findings.places.expert_landing(factor.module)
         if place is None:
             return False
         self.paths.add(place.saved)
         self.singly |= place.expert is not None
         experts, weight = place.experts, place.weight
         if factor.letter == "m":
-            self.reading.unsupported.append(f"{factor.key}: DoRA on routed experts")
+            self.findings.unsupported.append(f"{factor.key}: DoRA on routed experts")
         elif place.reason or factor.embedding:
             self._problem(f"{factor.key}: {place.reason or 'experts have no embedding factors'}")
         elif place.expert is not None and place.expert >= experts.count:
             self._beyond.setdefault(id(experts), (experts, set()))[1].add(place.expert)
         elif weight is not None and weight.name not in experts.sites:
-            self.reading.closed[place.saved] = not_selected([weight.path(experts.path)])
+            self.findings.closed[place.saved] = not_selected([weight.path(experts.path)])
         elif not experts.sites:
-            self.reading.closed[place.saved] = not_selected([experts.path])
+            self.findings.closed[place.saved] = not_selected([experts.path])
         else:
             self._keep(_Found(factor, place))
         return True
@@ -136,7 +134,7 @@ class ExpertReading:
         pair, letter = module.pair(found.place), found.key.letter
         if letter not in pair:
             pair[letter] = found
-        elif not self.reading.equal(found.key.key, pair[letter].key.key):
+        elif not self.findings.equal(found.key.key, pair[letter].key.key):
             self._problem(
                 f"{found.key.key} and {pair[letter].key.key} are both {found.key.factor} of "
                 f"{found.place.saved} and differ; keep one"
@@ -178,14 +176,14 @@ class ExpertReading:
             a, b = pairs[nested]["A"], pairs[nested]["B"]
             saved = a.place.saved
             if weight.name not in module.experts.sites:
-                self.reading.closed[saved] = not_selected([weight.path(module.experts.path)])
+                self.findings.closed[saved] = not_selected([weight.path(module.experts.path)])
                 continue
             found = self._stacked(module.experts, weight, a, b)
             if isinstance(found, str):
                 self._problem(f"{a.key.key}, {b.key.key} (of {weight.name}): {found}")
                 continue
             name = weight.path(unnested(saved))
-            rows, said = found.rank * weight.experts, self.reading.config.rank(name)
+            rows, said = found.rank * weight.experts, self.findings.config.rank(name)
             if said not in (None, found.rank) and rows % said == 0:
                 self._problem(
                     f"{a.key.key} has {rows} rows, which at the rank {said} of adapter_config.json "
@@ -216,7 +214,7 @@ class ExpertReading:
         if not pair:
             return []
         saved = unnested(pair["A"].place.saved)
-        config = self.reading.config
+        config = self.findings.config
         targeted = [w for w in experts.weights if config.targets_parameter(w.path(saved))]
         if len(targeted) == 1:
             return [(nested, targeted[0])]
@@ -249,14 +247,14 @@ class ExpertReading:
     def _stacked(
         self, experts: Experts, weight: ExpertWeight, a: _Found, b: _Found
     ) -> Stacked | str:
-        swapped = exchanged(experts.module, weight, self.reading.config.peft_version)
+        swapped = exchanged(experts.module, weight, self.findings.config.peft_version)
         return wrapped(self._tensor(a), self._tensor(b), _sizes(weight, "all"), swapped)
 
     def _term_of_all(self, weight: ExpertWeight, half: Half, pair: _Pair) -> ExpertTerm | None:
         if not self._complete(pair):
             return None
         a, b = pair["A"], pair["B"]
-        config, saved = self.reading.config, a.place.saved
+        config, saved = self.findings.config, a.place.saved
         name = config.name_of(saved)
         found = named(self._tensor(a), self._tensor(b), _sizes(weight, half), config.rank(name))
         if isinstance(found, str):
@@ -276,8 +274,8 @@ class ExpertReading:
         n, k = columns_of(weight, half), weight.in_features
         saved = own.place.saved
         fits = [
-            self.reading.shaped(pair["A"].key.key, a, (rank, k), f"{saved} needs (r, {k})"),
-            self.reading.shaped(
+            self.findings.shaped(pair["A"].key.key, a, (rank, k), f"{saved} needs (r, {k})"),
+            self.findings.shaped(
                 pair["B"].key.key, b, (n, rank), f"{saved} needs ({n}, r = {rank})"
             ),
         ]
@@ -288,9 +286,9 @@ class ExpertReading:
     def _term(
         self, half: Half, experts: range, found: Stacked, name: str, saved: str
     ) -> ExpertTerm | None:
-        if not self.reading.rank_fits(name, name, saved, found.rank):
+        if not self.findings.rank_fits(name, name, saved, found.rank):
             return None
-        scale = self.reading.scale(name, saved, found.rank)
+        scale = self.findings.scale(name, saved, found.rank)
         return ExpertTerm(half, experts, found.A, found.B, scale, name)
 
     def _complete(self, pair: _Pair) -> bool:
@@ -300,7 +298,7 @@ class ExpertReading:
             lacks = "B" if have.key.letter == "A" else "A"
             self._problem(f"{have.key.key}: {have.place.saved} has no factor {lacks}")
             return False
-        sound = [self.reading.sound(f.key.key, self._tensor(f)) for f in pair.values()]
+        sound = [self.findings.sound(f.key.key, self._tensor(f)) for f in pair.values()]
         return bool(sound) and all(sound)
 
     def _of_expert(self, found: _Found, expert: int) -> Tensor:
@@ -309,10 +307,10 @@ class ExpertReading:
         return tensor[expert] if shared and expert < tensor.shape[0] else tensor
 
     def _tensor(self, found: _Found) -> Tensor:
-        return self.reading.state.tensors[found.key.key]
+        return self.findings.state.tensors[found.key.key]
 
     def _problem(self, text: str) -> None:
-        self.reading.problems.append(text)
+        self.findings.problems.append(text)
 
 
 def _sizes(weight: ExpertWeight, half: Half) -> ExpertSizes:

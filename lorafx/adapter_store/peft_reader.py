@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import nn
 
 from lorafx.adapter_store.checkpoint import AdapterState, load_state
-from lorafx.adapter_store.coverage import Scope
+from lorafx.adapter_store.coverage import Scope, coverage
+from lorafx.adapter_store.findings import Findings
 from lorafx.adapter_store.lora_weights import LoraWeights
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import parse, without_prefix
@@ -126,12 +127,13 @@ def read_adapter(
         CheckpointError: anything else, all problems of the file at once.
     """
     state = load_state(source)
-    reading = Reading(state, Places(sites, model), max_rank)
-    weights = reading.run(Scope(lora_config))
-    left_out = reading.coverage
+    findings = Findings(state, Places(sites, model), max_rank)
+    reading = Reading(findings)
+    weights = reading.run()
+    left_out = coverage(reading, Scope(lora_config))
     if strict and left_out.missing:
-        reading.problems.append(f"{left_out}; strict=True makes this an error")
-    reading.raise_problems(name)
+        findings.problems.append(f"{left_out}; strict=True makes this an error")
+    findings.raise_problems(name)
     if left_out.missing:
         warnings.warn(
             f"adapter {name!r} in {state.where}: {left_out}. Their weights stay the base's, which "
@@ -140,7 +142,7 @@ def read_adapter(
             LorafxWarning,
             stacklevel=2,
         )
-    return Adapter(name, weights, reading.largest, state.where, reading.spans)
+    return Adapter(name, weights, findings.largest, state.where, reading.spans)
 
 
 def _named_by(places: Places, config: PeftConfig, path: str) -> list[str]:

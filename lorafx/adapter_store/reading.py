@@ -14,23 +14,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from lorafx.adapter_store.checkpoint import AdapterState
-from lorafx.adapter_store.coverage import Coverage, Scope, coverage
 from lorafx.adapter_store.dora import dora_refusal
 from lorafx.adapter_store.expert_reading import ExpertReading
+from lorafx.adapter_store.findings import DTYPES, Findings, listed, path_label
 from lorafx.adapter_store.loose_names import given_rows, settled, undivided
 from lorafx.adapter_store.lora_weights import LoraWeights
-from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import FactorKey, parse, without_prefix
-from lorafx.adapter_store.places import Place, Places, SiteLanding, saved_sizes
-from lorafx.errors import CapacityError, CheckpointError, UnsupportedAdapterError
+from lorafx.adapter_store.places import Place, SiteLanding, saved_sizes
 from lorafx.model.refusals import unsupported
 from lorafx.registry import is_empty, lookup
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-# A file may have a million names, none of which is in the model.
-_MOST_PROBLEMS = 100
 
 # Keys of features that the configuration would have been refused for, had it named them.
 _FEATURE_KEYS = {
@@ -45,29 +37,32 @@ _TRAINING_KEYS = (".lora_velora_embed",)
 
 
 class Reading:
-    """One checkpoint on its way into site-keyed factors, with the problems met so far."""
+    """One checkpoint on its way into site-keyed factors.
 
-    def __init__(self, state: AdapterState, places: Places, max_rank: int | None) -> None:
-        self.state, self.places, self.max_rank = state, places, max_rank
-        self.problems: list[str] = []
-        self.unsupported: list[str] = []
-        self.over_rank: dict[str, int] = {}
+    Attributes:
+        landings, factors: where factors go, and their keys by letter.
+        unselected: modules that are no sites and have factors, by their paths.
+        unknown: saved paths that name nothing.
+        experts: the factors of routed experts.
+        decoded: part paths that got factors, those of experts aside.
+        spans: the rows that saved names turned out to cover (`loose_names`).
+    """
+
+    def __init__(self, findings: Findings) -> None:
+        self.findings = findings
+        self.state, self.config, self.places = findings.state, findings.config, findings.places
+        self.problems, self.unsupported = findings.problems, findings.unsupported
+        self.closed = findings.closed
         self.landings: dict[object, SiteLanding] = {}
         self.factors: dict[object, dict[str, FactorKey]] = {}
         self.unselected: dict[str, nn.Module] = {}
-        self.closed: dict[str, str] = {}
         self.unknown: dict[str, None] = {}
-        self.experts = ExpertReading(self)
-        self.coverage = Coverage((), 0)
-        self.largest = 0
+        self.experts = ExpertReading(findings)
+        self.decoded: set[str] = set()
         self.spans: dict[str, range] = {}
 
-    @property
-    def config(self) -> PeftConfig:
-        return self.state.config
-
-    def run(self, scope: Scope) -> dict[str, LoraWeights]:
-        """The factors by part path. `scope` is what `coverage` looks at."""
+    def run(self) -> dict[str, LoraWeights]:
+        """The factors by part path; problems are noted in the findings."""
         for key in self.state.tensors:
             factor = parse(key)
             if factor is None:
@@ -81,47 +76,22 @@ class Reading:
                 if path in decoded and not _alike(weights, decoded[path][1]):
                     self.problems.append(
                         f"{landing.saved} and {decoded[path][0].saved} both have factors for "
-                        f"{_path(path)} and differ; keep one"
+                        f"{path_label(path)} and differ; keep one"
                     )
                 decoded[path] = landing, weights
         experts = dict(self.experts.decode())
         if self.config.use_dora and self.experts.paths:
             self.unsupported.append(
-                f"use_dora with factors of routed experts ({_listed(sorted(self.experts.paths))}): "
+                f"use_dora with factors of routed experts ({listed(sorted(self.experts.paths))}): "
                 "each expert's weight would have norms of its own, which lorafx does not do"
             )
         self._report_placement()
-        if not self.unknown:  # the factors of a renamed module are not missing as well
-            self.coverage = coverage(self, decoded, scope)
+        self.decoded.update(decoded)
         if not (self.factors or self.experts.paths) and not (
             self.unknown or self.unselected or self.closed
         ):
             self.problems.append("the file holds no LoRA factors (lora_A, lora_B)")
         return {path: weights for path, (_, weights) in decoded.items()} | experts
-
-    def raise_problems(self, name: str) -> None:
-        problems = [*self.unsupported, *self.problems]
-        if self.over_rank:
-            rank = max(self.over_rank.values())
-            problems.append(
-                f"rank {rank} is over max_rank = {self.max_rank} ({_listed(list(self.over_rank))});"
-                f" compile with LoraConfig(max_rank={rank})"
-            )
-        if not problems:
-            return
-        if self.unsupported:
-            error: type[CheckpointError | CapacityError] = UnsupportedAdapterError
-        else:
-            error = CheckpointError if self.problems else CapacityError
-        base = self.config.base_model
-        trained = f", trained for {base!r:.200}," if base else ""
-        if len(problems) > _MOST_PROBLEMS:
-            left = len(problems) - _MOST_PROBLEMS
-            problems[_MOST_PROBLEMS:] = [f"and {left} more"]
-        raise error(
-            f"adapter {name!r} in {self.state.where}{trained} cannot be loaded:\n"
-            + "\n".join(f"  - {problem}" for problem in problems)
-        )
 
     def _place(self, factor: FactorKey) -> None:
         found = self.places.landing(factor.module)
@@ -149,16 +119,11 @@ class Reading:
             )
         elif factor.letter not in mine:
             mine[factor.letter] = factor
-        elif not self.equal(factor.key, mine[factor.letter].key):
+        elif not self.findings.equal(factor.key, mine[factor.letter].key):
             self.problems.append(
                 f"{factor.key} and {mine[factor.letter].key} are both {factor.factor} of "
                 f"{_label(found)} and differ; keep one"
             )
-
-    def equal(self, first: str, second: str) -> bool:
-        a, b = self.state.tensors[first], self.state.tensors[second]
-        alike = a.shape == b.shape and a.dtype == b.dtype and a.dtype in _DTYPES
-        return alike and torch.equal(a, b)
 
     def _decode(
         self, landing: SiteLanding, keys: dict[str, FactorKey]
@@ -172,27 +137,27 @@ class Reading:
             self.problems.append(f"{have.key}: {_label(landing)} has no factor {lacks[0]}")
             return
         a, b = (self.state.tensors[keys[letter].key] for letter in "AB")
-        if not all([self.sound(keys["A"].key, a), self.sound(keys["B"].key, b)]):
+        if not all([self.findings.sound(keys["A"].key, a), self.findings.sound(keys["B"].key, b)]):
             return
         rank = a.shape[0] if a.dim() == 2 else 0
         places = landing.fitting(self.rows.get(id(landing.places[0][0]), {}))
         sizes = [saved_sizes(place) for place in places or landing.places]
         n, k = sum(size for _, size in sizes), sizes[0][0]
         label = _label(landing)
-        fits = [self.shaped(keys["A"].key, a, (rank, k), f"{label} needs (r, {k})")]
+        fits = [self.findings.shaped(keys["A"].key, a, (rank, k), f"{label} needs (r, {k})")]
         if places is None or len(places) > 1:
             fits.append(self._divides(keys["B"].key, b, rank, landing, places))
         else:
             needs = f"{label} needs ({n}, r = {rank})"
-            fits.append(self.shaped(keys["B"].key, b, (n, rank), needs))
+            fits.append(self.findings.shaped(keys["B"].key, b, (n, rank), needs))
         name = self.config.name_of(landing.saved, places[0][0].eligible.weight) if places else ""
         if not all(fits) or places is None:
             return
-        if not self.rank_fits(label, name, landing.saved, rank):
+        if not self.findings.rank_fits(label, name, landing.saved, rank):
             return
         self.spans.update(settled(landing, self.rows))
         m = self._magnitude(label, keys, places, n)
-        scale, start = self.scale(name, landing.saved, rank), 0
+        scale, start = self.findings.scale(name, landing.saved, rank), 0
         for (site, index), rows in zip(places, b.split([size for _, size in sizes]), strict=True):
             sharding, slices = site.eligible.sharding, site.parts[index].slices
             own_a, own_b = a, rows
@@ -222,7 +187,7 @@ class Reading:
             return None
         reasons = {dora_refusal(site) for site, _ in places} - {None}
         self.unsupported.extend(f"{label} cannot carry DoRA: {reason}" for reason in reasons)
-        if not self.sound(key, m) or reasons:
+        if not self.findings.sound(key, m) or reasons:
             return None
         if tuple(m.shape) != (count,):
             self.problems.append(f"{key} has shape {tuple(m.shape)}, {label} needs ({count},)")
@@ -242,45 +207,6 @@ class Reading:
             "packed_modules may say which slices each name covers"
         )
         return False
-
-    def sound(self, key: str, tensor: Tensor) -> bool:
-        if tensor.dtype not in _DTYPES:
-            self.problems.append(f"{key} is {tensor.dtype}; factors must be floating point")
-            return False
-        if not bool(torch.isfinite(tensor).all()):
-            count = int((~torch.isfinite(tensor)).sum())
-            self.problems.append(f"{key} holds {count} NaN or infinite values")
-            return False
-        return True
-
-    def shaped(self, key: str, tensor: Tensor, want: tuple[int, int], needs: str) -> bool:
-        shape = tuple(tensor.shape)
-        if shape == want and all(shape):
-            return True
-        if len(shape) != 2 or not all(shape):
-            needs += "; a sharded model saved without gathering its shards leaves such factors"
-        self.problems.append(f"{key} has shape {shape}, {needs}")
-        return False
-
-    def rank_fits(self, label: str, name: str, saved: str, rank: int) -> bool:
-        """Whether `rank` is the configuration's for `name` and the banks hold it; a problem is
-        noted where not. `saved` is the path under which the factors were saved."""
-        said = self.config.rank(name)
-        if said not in (None, rank) and saved not in self.state.scales:
-            self.problems.append(
-                f"{label} has rank {rank}, adapter_config.json says {said} there (r, "
-                "rank_pattern), and the scale α/r depends on it; correct the configuration"
-            )
-            return False
-        self.largest = max(self.largest, rank)
-        if self.max_rank is not None and rank > self.max_rank:
-            self.over_rank[label] = rank
-            return False
-        return True
-
-    def scale(self, name: str, saved: str, rank: int) -> float:
-        """s of the module or parameter that the configuration's patterns call `name`."""
-        return self.state.scales.get(saved, self.config.scale(name, rank))
 
     def _other_key(self, key: str) -> None:
         if key.endswith(_TRAINING_KEYS):
@@ -305,9 +231,9 @@ class Reading:
         for path, module in self.unselected.items():
             why = unsupported(module)
             self.problems.append(
-                f"{_path(path)} ({type(module).__qualname__}) cannot have factors: {why}"
+                f"{path_label(path)} ({type(module).__qualname__}) cannot have factors: {why}"
                 if why is not None and lookup(module) is None
-                else f"{_path(path)} exists but was not selected to carry LoRA; add it to "
+                else f"{path_label(path)} exists but was not selected to carry LoRA; add it to "
                 "target_modules when compiling"
             )
         self.problems.extend(f"{path}: {missing}" for path, missing in self.closed.items())
@@ -346,30 +272,21 @@ def _label(landing: SiteLanding) -> str:
     """What messages call the place of some factors."""
     if len(landing.places) == 1:
         site, index = landing.places[0]
-        return _path(site.part_path(index))
+        return path_label(site.part_path(index))
     sites = {id(site): site for site, _ in landing.places}
     if len(sites) == 1 and not landing.loose:
-        return _path(landing.places[0][0].path)
-    return _path(landing.saved)
+        return path_label(landing.places[0][0].path)
+    return path_label(landing.saved)
 
 
 def _same(saved: Tensor, own: Tensor) -> bool:
     """Whether a saved copy is the model's tensor, up to the rounding of the narrower dtype."""
-    if saved.shape != own.shape or not {saved.dtype, own.dtype} <= {*_DTYPES}:
+    if saved.shape != own.shape or not {saved.dtype, own.dtype} <= {*DTYPES}:
         return False
     if own.is_meta:
         return True  # no values to differ from; they are compared when the real model is loaded
     own = own.detach().cpu()
     return torch.equal(saved.to(own.dtype), own) or torch.equal(saved, own.to(saved.dtype))
-
-
-def _path(path: str) -> str:
-    return path or "the root module"
-
-
-def _listed(paths: list[str], most: int = 8) -> str:
-    more = f" and {len(paths) - most} more" if len(paths) > most else ""
-    return ", ".join(map(_path, paths[:most])) + more
 
 
 def _article(kind: str) -> str:
