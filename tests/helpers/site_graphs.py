@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,11 +78,14 @@ class SiteGraph:
     rows: Sequence[int]
     lowering: str = "reference"
     targets: Any = None
+    dora: bool = False
     graph: fx.Graph = field(default_factory=fx.Graph)
     root: nn.Module = field(default_factory=nn.Module)
 
     def __post_init__(self) -> None:
-        config = lorafx.LoraConfig(target_modules=self.targets, max_adapters=SLOTS, max_rank=RANK)
+        config = lorafx.LoraConfig(
+            target_modules=self.targets, max_adapters=SLOTS, max_rank=RANK, use_dora=self.dora
+        )
         self.compiled = lorafx.compile(
             self.module.eval().requires_grad_(False), config, options={"lowering": self.lowering}
         )
@@ -93,6 +97,8 @@ class SiteGraph:
                 tensor.normal_(std=0.5)
             group.bank.ranks.random_(1, RANK + 1)
             group.bank.scales.uniform_(0.5, 2)
+            if group.bank.gains is not None:
+                group.bank.gains.uniform_(0.1, 0.3)
         self.mode = FakeTensorMode()
         self.values: list[Any] = []
         self.inputs: list[FrameInput] = []
@@ -104,12 +110,21 @@ class SiteGraph:
     def input(self, value: Tensor, item: FrameInput | None = None) -> fx.Node:
         """A graph input, one for each tensor; what it is comes from the program."""
         if id(value) not in self._known:
-            node = self.graph.placeholder(f"arg{len(self.values)}")
+            item = item or self.program.known_tensors()[id(value)]
+            node = self.graph.placeholder(self._name(item))
             node.meta["val"] = self.mode.from_tensor(value, static_shapes=True)
             self.values.append(value)
-            self.inputs.append(item or self.program.known_tensors()[id(value)])
+            self.inputs.append(item)
             self._known[id(value)] = node
         return self._known[id(value)]
+
+    def _name(self, item: FrameInput) -> str:
+        """What the input is, in letters that a placeholder may have, and a number after the first
+        of the kind."""
+        name = re.sub(r"\W", "_", f"packed_{item.label}" if item.kind == "packed" else item.label)
+        known = (re.sub(r"_\d+$", "", str(node.target)) for node in self._known.values())
+        count = sum(other == name for other in known)
+        return f"{name}_{count}" if count else name
 
     def argument(self, value: Tensor, dim: int = 0) -> fx.Node:
         return self.input(value, FrameInput("argument", "x", role=Role("x", dim)))
@@ -133,6 +148,9 @@ class SiteGraph:
             if marks:
                 self.bank(path)
                 self.packed(path)
+                group, _ = self.program.home(self.site(path))
+                if group.bank.gains is not None:
+                    self.input(group.bank.gains)
 
     def packed(self, path: str) -> tuple[fx.Node | None, fx.Node | None]:
         group, _ = self.program.home(self.site(path))
@@ -164,7 +182,8 @@ class SiteGraph:
             return self.call(EMBEDDING_OP, x, y, *self.bank(path), rows)
         packed = self.packed(path)
         place = (*map(list, group.ranges(index)), rows)
-        return self.call(SITE_OP, x, y, *self.bank(path), *place, *packed)
+        gains = [] if group.bank.gains is None else [self.input(group.bank.gains), None]
+        return self.call(SITE_OP, x, y, *self.bank(path), *place, *packed, *gains)
 
     def output(self, *nodes: fx.Node) -> Finished:
         self.graph.output(tuple(nodes))

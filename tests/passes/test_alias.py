@@ -13,6 +13,8 @@ from lorafx.passes.alias import Alias
 from lorafx.prepare.marking import build_sites
 from lorafx.program.preparation import Preparation
 
+pytestmark = pytest.mark.quick
+
 
 def shared_model() -> nn.Module:
     model = nn.Module()

@@ -12,6 +12,8 @@ from torch import nn
 
 from lorafx.errors import CaptureError, ConfigError
 
+pytestmark = pytest.mark.quick
+
 
 def llama(**changes) -> nn.Module:
     torch.manual_seed(0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from dense_merge import error
+from expecttest import assert_expected_inline
+from graph_text import shown
 from site_graphs import SiteGraph
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -13,6 +15,8 @@ from lorafx.graph.context import FUSED_OP
 from lorafx.passes.fuse.fuse import Fuse
 from lorafx.passes.match.match import Match
 from lorafx.program.frame import arguments_of
+
+pytestmark = pytest.mark.quick
 
 aten = torch.ops.aten
 K, N, B, T = 4, 6, 3, 2
@@ -52,6 +56,28 @@ def product(g, x, *, transposed=False):
     right = weight if transposed else g.call(aten.permute.default, weight, [1, 0])
     y = g.call(aten.addmm.default, g.weight("w", "bias"), flat, right)
     return g.call(aten.view.default, y, [B, T, N])
+
+
+def test_the_graph_before_and_after():
+    g, x = start()
+    done = g.output(g.mark("w", x, product(g, x), rows=T))
+    assert_expected_inline(
+        shown(done, Fuse(), first=(Match(),)),
+        """\
+view = aten.view(x, [6, 4])
+permute = aten.permute(w_weight, [1, 0])
+addmm = aten.addmm(w_bias, view, permute)
+view_1 = aten.view(addmm, [3, 2, 6])
+site = lorafx.site(x, view_1, bank, slots, [0], [0], [6], 2, None, None)
+return site
+
+fuse: 1 edit
+
+fused_linear = lorafx.fused_linear(x, w_weight, w_bias, bank, slots, [0], [0], [6], 2,
+    False)
+return fused_linear
+""",
+    )
 
 
 @pytest.mark.parametrize("cls", [One, Transposed])

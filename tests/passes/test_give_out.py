@@ -12,13 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from expecttest import assert_expected_inline
+from graph_text import shown
 from random_programs import STEPS
+from site_graphs import SiteGraph
+from torch import nn
 
 from lorafx.ownership.labels import Own
 from lorafx.ownership.propagate import flow_through
 from lorafx.ownership.symbolic import BatchSymbols
-from lorafx.passes.give_out import give_out
-from lorafx.passes.provenance import RowMap, Unproved, apply, is_site, prove
+from lorafx.passes.give_out import GiveOut, give_out
+from lorafx.passes.match.match import Match
+from lorafx.passes.provenance import Provenance, RowMap, Unproved, apply, is_site, prove
+
+pytestmark = pytest.mark.quick
 
 _path = Path(__file__).parent / "test_provenance.py"
 _spec = importlib.util.spec_from_file_location("provenance_programs", _path)
@@ -26,6 +33,7 @@ assert _spec is not None
 assert _spec.loader is not None
 programs = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(programs)
+aten = torch.ops.aten
 K, N, WEIGHT, BANK, lora = programs.K, programs.N, programs.WEIGHT, programs.BANK, programs.lora
 
 SHARED = torch.linspace(-1, 1, 12 * K, dtype=torch.float64).sin().view(12, K)
@@ -35,6 +43,56 @@ BACK = (BANK[0].repeat(1, 1, 2)[..., :N].contiguous(), *BANK[1:])
 
 def second(x, slots):
     return torch.ops.lorafx.site(x, x @ SECOND, *BACK, slots, [0], [0], [N], 0)
+
+
+class Positions(nn.Module):
+    """Each request's own x, and a projection of positions that all of them share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Linear(K, N, bias=False)
+
+
+def test_the_graph_before_and_after():
+    batch, time = 3, 2
+    torch.manual_seed(0)
+    g = SiteGraph(Positions(), rows=[0, -1, 2])
+    x = g.argument(torch.randn(batch, time, N))
+    g.declare("w", bias=False)
+    table = torch.randn(time, K)
+    shared = g.constant("positions", table)
+    y = g.call(aten.mm.default, shared, g.call(aten.permute.default, g.weight("w"), [1, 0]))
+    y = g.call(aten.relu.default, g.mark("w", shared, y))
+    done = g.output(g.call(aten.add.Tensor, x, y))
+    assert_expected_inline(
+        shown(done, GiveOut(), first=(Match(),)),
+        """\
+permute = aten.permute(w_weight, [1, 0])
+mm = aten.mm(positions, permute)
+site = lorafx.site(positions, mm, bank, slots, [0], [0], [6], 0, None, None)
+relu = aten.relu(site)
+add = aten.add.Tensor(x, relu)
+return add
+
+give_out: 1 edit
+
+permute = aten.permute(w_weight, [1, 0])
+mm = aten.mm(positions, permute)
+unsqueeze = aten.unsqueeze(positions, 0)
+expand = aten.expand(unsqueeze, [3, -1, -1])
+unsqueeze_1 = aten.unsqueeze(mm, 0)
+expand_1 = aten.expand(unsqueeze_1, [3, -1, -1])
+site = lorafx.site(expand, expand_1, bank, slots, [0], [0], [6], 0)
+relu = aten.relu(site)
+unsqueeze_2 = aten.unsqueeze(relu, 1)
+squeeze = aten.squeeze.dim(unsqueeze_2, 1)
+add = aten.add.Tensor(x, squeeze)
+return add
+""",
+    )
+    done.run(Provenance())
+    each = g.merged("w", table.expand(batch, time, K))
+    torch.testing.assert_close(done.result()[0], done.values[0] + each.relu())
 
 
 def positions(time):

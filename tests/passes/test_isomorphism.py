@@ -17,6 +17,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from lorafx.passes.outline.isomorphism import Stretch, agree, sizes_of, stretch_of
 
+pytestmark = pytest.mark.quick
+
 aten = torch.ops.aten
 
 

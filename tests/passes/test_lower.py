@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from dense_merge import error
+from expecttest import assert_expected_inline
+from graph_text import shown
 from site_graphs import SiteGraph
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -13,6 +15,8 @@ from lorafx.passes.fuse.fuse import Fuse
 from lorafx.passes.lower.lower import Lower
 from lorafx.passes.match.match import Match
 from lorafx.passes.plan import Plan
+
+pytestmark = pytest.mark.quick
 
 aten = torch.ops.aten
 K, N, B, T, VOCAB = 4, 6, 3, 2, 7
@@ -53,6 +57,31 @@ def wrapped(done):
         for node in done.gm.graph.nodes
         if node.op == "call_function" and node.target is torch.ops.higher_order.auto_functionalized
     ]
+
+
+def test_the_graph_before_and_after():
+    """Without a plan, so in plain ops: the base's product, and the delta added to it in place."""
+    g, x = start("with_bias", torch.randn(B, T, K))
+    done = g.output(g.mark("with_bias", x, product(g, "with_bias", x), rows=T))
+    assert_expected_inline(
+        shown(done, Lower(), first=(Match(), Fuse())),
+        """\
+fused_linear = lorafx.fused_linear(x, with_bias_weight, with_bias_bias, bank, slots, [0],
+    [0], [6], 2, False)
+return fused_linear
+
+lower: 1 edit
+
+reshape = aten.reshape(x, [-1, 4])
+permute = aten.permute(with_bias_weight, [1, 0])
+addmm = aten.addmm(with_bias_bias, reshape, permute)
+auto_functionalized = auto_functionalized(lorafx.add_delta_, addmm, reshape, bank, slots,
+    [0], [0], [6], 2, 0)
+getitem = getitem(auto_functionalized, 1)
+reshape_1 = aten.reshape(getitem, [3, 2, 6])
+return reshape_1
+""",
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from dense_merge import error
+from expecttest import assert_expected_inline
+from graph_text import shown
 from site_graphs import SiteGraph
 from torch import nn
 
 from lorafx.passes.match.match import Match
+
+pytestmark = pytest.mark.quick
 
 aten = torch.ops.aten
 K, N, B, T = 4, 6, 3, 2
@@ -37,6 +41,29 @@ def addmm(g, x, path="up"):
     return g.call(aten.view.default, y, [B, T, N])
 
 
+def test_the_graph_before_and_after():
+    """One use stands with its mark, which stays; the other has none, and gets the op."""
+    g, x = start("up", "gate")
+    done = g.output(g.mark("up", x, linear(g, x)), linear(g, x, "gate"))
+    assert_expected_inline(
+        shown(done, Match()),
+        """\
+linear = aten.linear(x, up_weight, up_bias)
+site = lorafx.site(x, linear, bank, slots, [0], [0], [6], 0, packed_weight, packed_bias)
+linear_1 = aten.linear(x, gate_weight, gate_bias)
+return site, linear_1
+
+match: 1 edit
+
+linear = aten.linear(x, up_weight, up_bias)
+site = lorafx.site(x, linear, bank, slots, [0], [0], [6], 0, packed_weight, packed_bias)
+linear_1 = aten.linear(x, gate_weight, gate_bias)
+site_1 = lorafx.site(x, linear_1, bank, slots, [0], [0], [6], 0)
+return site, site_1
+""",
+    )
+
+
 def test_a_mark_is_mapped_to_its_site_and_use():
     g, x = start("up")
     done = g.output(g.mark("up", x, addmm(g, x)))
@@ -48,8 +75,8 @@ def test_a_mark_is_mapped_to_its_site_and_use():
     assert error(done.result()[0], g.merged("up", done.values[0])) <= 1e-5
 
 
-def linear(g, x):
-    return g.call(aten.linear.default, x, g.weight("up"), g.weight("up", "bias"))
+def linear(g, x, path="up"):
+    return g.call(aten.linear.default, x, g.weight(path), g.weight(path, "bias"))
 
 
 def from_the_left(g, x):

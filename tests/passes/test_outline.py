@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from expecttest import assert_expected_inline
+from graph_text import shown
 from site_graphs import Finished, SiteGraph
 from torch import fx, nn
 
@@ -12,6 +14,8 @@ from lorafx.errors import VerifyError
 from lorafx.passes.fuse.fuse import Fuse
 from lorafx.passes.match.match import Match
 from lorafx.passes.outline.outline import INVOKE, Outline
+
+pytestmark = pytest.mark.quick
 
 aten = torch.ops.aten
 K, B, LAYERS = 4, 3, 3
@@ -85,6 +89,40 @@ def outlined(done: Finished, *passes) -> int:
     for got, expected in zip(done.result(), want, strict=True):
         assert torch.equal(got, expected)
     return edits
+
+
+def test_the_graph_before_and_after():
+    done = Builder(layers=2).stack(plain).finish()
+    assert_expected_inline(
+        shown(done, OUTLINE, first=(Match(), Fuse())),
+        """\
+fused_linear = lorafx.fused_linear(x, layers_0_w_weight, layers_0_w_bias, bank, slots, [0],
+    [0], [4], 1, False)
+relu = aten.relu(fused_linear)
+add = aten.add.Tensor(x, relu)
+fused_linear_1 = lorafx.fused_linear(add, layers_1_w_weight, layers_1_w_bias, bank_1, slots,
+    [0], [0], [4], 1, False)
+relu_1 = aten.relu(fused_linear_1)
+add_1 = aten.add.Tensor(add, relu_1)
+return add_1
+
+outline: 1 edit
+
+invoke_subgraph = invoke_subgraph(outlined_0, 'outlined_0', x, layers_0_w_weight,
+    layers_0_w_bias, bank, slots)
+getitem = getitem(invoke_subgraph, 0)
+invoke_subgraph_1 = invoke_subgraph(outlined_0, 'outlined_0', getitem, layers_1_w_weight,
+    layers_1_w_bias, bank_1, slots)
+getitem_1 = getitem(invoke_subgraph_1, 0)
+return getitem_1
+outlined_0:
+    fused_linear = lorafx.fused_linear(x, layers_0_w_weight, layers_0_w_bias, bank, slots, [0],
+        [0], [4], 1, False)
+    relu = aten.relu(fused_linear)
+    add = aten.add.Tensor(x, relu)
+    return add
+""",
+    )
 
 
 @pytest.mark.parametrize("passes", [(), (Fuse(),)], ids=["marks", "fused"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from dense_merge import error
+from expecttest import assert_expected_inline
+from graph_text import shown
 from site_graphs import SiteGraph
 from torch import nn
 
@@ -12,6 +14,8 @@ from lorafx.passes.fuse.fuse import Fuse
 from lorafx.passes.match.match import Match
 from lorafx.passes.pack import Pack
 from lorafx.program.frame import arguments_of
+
+pytestmark = pytest.mark.quick
 
 aten = torch.ops.aten
 K, B, T = 4, 3, 2
@@ -44,6 +48,33 @@ def site(g, name, x, rows=T):
 def check(g, done, inputs):
     for got, (name, x) in zip(done.result(), inputs, strict=True):
         assert error(got, g.merged(name, x)) <= 1e-5
+
+
+def test_the_graph_before_and_after():
+    g, (x,) = start()
+    done = g.output(*(site(g, name, x) for name in SIZES))
+    assert_expected_inline(
+        shown(done, Pack(), first=(Match(), Fuse())),
+        """\
+fused_linear = lorafx.fused_linear(x, q_weight, q_bias, bank, slots, [0], [0], [6], 2,
+    False)
+fused_linear_1 = lorafx.fused_linear(x, k_weight, k_bias, bank, slots, [1], [6], [2], 2,
+    False)
+fused_linear_2 = lorafx.fused_linear(x, v_weight, v_bias, bank, slots, [2], [8], [3], 2,
+    False)
+return fused_linear, fused_linear_1, fused_linear_2
+
+pack: 1 edit
+
+fused_linear = lorafx.fused_linear(x, packed_weight, packed_bias, bank, slots, [0, 1, 2],
+    [0, 6, 8], [6, 2, 3], 2, False)
+split_with_sizes = aten.split_with_sizes(fused_linear, [6, 2, 3], -1)
+getitem = getitem(split_with_sizes, 0)
+getitem_1 = getitem(split_with_sizes, 1)
+getitem_2 = getitem(split_with_sizes, 2)
+return getitem, getitem_1, getitem_2
+""",
+    )
 
 
 @pytest.mark.parametrize("biases", ["qkv", "", "qv"])

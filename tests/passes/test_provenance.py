@@ -8,11 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import fx
+from expecttest import assert_expected_inline
+from graph_text import shown
+from site_graphs import SiteGraph
+from torch import fx, nn
 
 from lorafx.ownership.labels import Mixed, Own
 from lorafx.ownership.symbolic import BatchSymbols
-from lorafx.passes.provenance import RowMap, Unproved, apply, is_site, prove
+from lorafx.passes.match.match import Match
+from lorafx.passes.provenance import Provenance, RowMap, Unproved, apply, is_site, prove
+
+pytestmark = pytest.mark.quick
 
 _path = Path(__file__).parent.parent / "ownership" / "conftest.py"
 _spec = importlib.util.spec_from_file_location("ownership_graphs", _path)
@@ -21,6 +27,7 @@ assert _spec.loader is not None
 graphs = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(graphs)
 
+aten = torch.ops.aten
 K, N, SLOTS, RANK = 4, 6, 3, 2
 WEIGHT = torch.linspace(-1, 1, K * N, dtype=torch.float64).sin().view(K, N)
 BANK = (
@@ -117,6 +124,46 @@ def rewritten(fn, batch: int, time: int):
     gm.graph.lint()
     gm.recompile()
     return gm, proofs
+
+
+class One(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Linear(K, N, bias=False)
+
+
+def test_the_graph_before_and_after():
+    """The last argument of a site says how many rows each request has; 0 before it is proved."""
+    batch, time = 3, 2
+    g = SiteGraph(One(), rows=[0, -1, 2])
+    x = g.argument(torch.randn(batch, time, K))
+    g.declare("w", bias=False)
+    flat = g.call(aten.view.default, x, [batch * time, K])
+    y = g.call(aten.mm.default, flat, g.call(aten.permute.default, g.weight("w"), [1, 0]))
+    y = g.mark("w", flat, y)
+    done = g.output(g.call(aten.view.default, y, [batch, time, N]))
+    assert_expected_inline(
+        shown(done, Provenance(), first=(Match(),)),
+        """\
+view = aten.view(x, [6, 4])
+permute = aten.permute(w_weight, [1, 0])
+mm = aten.mm(view, permute)
+site = lorafx.site(view, mm, bank, slots, [0], [0], [6], 0, None, None)
+view_1 = aten.view(site, [3, 2, 6])
+return view_1
+
+provenance: 1 edit
+
+view = aten.view(x, [6, 4])
+permute = aten.permute(w_weight, [1, 0])
+mm = aten.mm(view, permute)
+site = lorafx.site(view, mm, bank, slots, [0], [0], [6], 2)
+view_1 = aten.view(site, [3, 2, 6])
+return view_1
+""",
+    )
+    want = g.merged("w", done.values[0])
+    torch.testing.assert_close(done.result()[0], want)
 
 
 @pytest.mark.parametrize("fn", PROVED, ids=lambda fn: fn.__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 
+import pytest
 import torch
 from torch import fx, nn
 from torch._dynamo.source import ConstantSource
@@ -12,6 +13,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from lorafx.passes.outline.isomorphism import stretch_of
 from lorafx.passes.outline.regions import hoist_shared, regions_of
+
+pytestmark = pytest.mark.quick
 
 aten = torch.ops.aten
 

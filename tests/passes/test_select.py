@@ -16,6 +16,8 @@ from lorafx.errors import CheckpointError, ConfigError, LorafxWarning, TargetErr
 from lorafx.prepare.marking import build_sites
 from lorafx.registry import register, unregister
 
+pytestmark = pytest.mark.quick
+
 
 class Attention(nn.Module):
     def __init__(self) -> None:

@@ -9,6 +9,8 @@ from torch import Tensor
 from lorafx.errors import LoweringError, ProvenanceError
 from lorafx.kernels.ops.rescaled import rescaled
 
+pytestmark = pytest.mark.quick
+
 lora = torch.ops.lorafx
 S, R, K, ROWS = 3, 2, 5, 2
 SIZES, OFFSETS = [4, 3], [1, 5]
