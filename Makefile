@@ -14,11 +14,12 @@ export PYTHONSAFEPATH := 1
 # Nothing here needs a model hub; a look-up that fails by time-out would only be slow.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-all test-gpu lint bench bench-gpu clean
+.PHONY: help demo quick test test-all test-gpu lint bench bench-gpu clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      compile the small model in examples/, serve five adapters in one batch (CPU)"
+	@echo "make quick     ruff and the quick tests, some of every folder, for the loop while working"
 	@echo "make test      ruff, mypy, import-linter and the tests"
 	@echo "make test-all  the same with the slow tests"
 	@echo "make test-gpu  the tests that need a CUDA or ROCm device"
@@ -29,8 +30,16 @@ help:
 demo: $(DEMO)
 	$(BIN)/python examples/demo.py
 
+# Workers of Inductor's own are no help beside two of pytest's; each is a process that imports torch.
+quick test test-all: export TORCHINDUCTOR_COMPILE_THREADS := 1
+
+quick: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pytest -n 2 --dist loadfile -m "quick and not slow" --durations=5
+
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow" --durations=20
 
 test-all: lint
 	$(BIN)/pytest

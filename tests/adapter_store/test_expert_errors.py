@@ -13,6 +13,8 @@ from lorafx.adapter_store.peft_reader import read_adapter
 from lorafx.errors import CapacityError, CheckpointError
 from lorafx.prepare.marking import build_sites
 
+pytestmark = pytest.mark.quick
+
 BAD: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "expert out of range": (
         pair((2, 5), (4, 2), f"{PATH}.7.gate_proj"),

@@ -7,7 +7,7 @@ from itertools import combinations, pairwise
 import expert_files
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -17,6 +17,8 @@ from lorafx.errors import CheckpointError
 from lorafx.layers import MergedColumnParallelLinear
 from lorafx.model.partition import spans
 from lorafx.prepare.marking import build_sites
+
+pytestmark = pytest.mark.quick
 
 K = 4
 NAMES = ["a", "b", "c", "d"]
@@ -35,6 +37,7 @@ def rows_of(sizes: list[int], ends: list[int]) -> list[int]:
     return [sum(sizes[start:end]) for start, end in pairwise(ends)]
 
 
+@settings(deadline=None)
 @given(cuts(), st.data())
 def test_spans_are_those_of_all_partitions(
     cut: tuple[list[int], list[int]], data: st.DataObject
@@ -54,6 +57,7 @@ def test_spans_are_those_of_all_partitions(
     assert spans(sizes, rows) == want
 
 
+@settings(deadline=None)
 @given(cuts(), st.data())
 def test_the_names_of_one_adapter_partition_the_slices(
     cut: tuple[list[int], list[int]], data: st.DataObject

@@ -7,7 +7,7 @@ import json
 
 import peft
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
@@ -16,7 +16,7 @@ from lorafx.adapter_store import peft_config
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.quick]
 
 PATHS = [
     "model.embed_tokens",
@@ -156,6 +156,7 @@ KEYS = [
 ]
 
 
+@settings(deadline=None)
 @given(st.permutations(KEYS), st.integers(0, 6), st.sampled_from(PATHS), st.booleans())
 def test_patterns_as_peft(keys, count, path, rslora):
     """The first matching key in the file's order decides rank and alpha, as PEFT has it."""

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from lorafx.adapter_store.peft_reader import adapter_target_modules, read_adapter
 from lorafx.errors import CapacityError, CheckpointError, LorafxWarning, UnsupportedAdapterError
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.quick]
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from expert_files import PATH, Model, pair, read
 from torch import Tensor
@@ -14,6 +15,8 @@ from lorafx.model.bank import Bank
 from lorafx.model.sites import Group
 from lorafx.passes.attach import allocate_groups
 from lorafx.prepare.marking import build_sites
+
+pytestmark = pytest.mark.quick
 
 E, HIDDEN, INNER, R = 3, 5, 4, 2
 APART, SHARED = [[0, 1]] * E, [[0, 0]] * E

@@ -20,6 +20,8 @@ from lorafx.model.bank import Bank
 from lorafx.model.sites import Group, Site
 from lorafx.registry import lookup
 
+pytestmark = pytest.mark.quick
+
 SLOTS, RANK = 3, 4
 SIZES = {"q": (5, 7), "k": (5, 2), "embed": (6, 3), "down": (8, 5)}
 

@@ -201,6 +201,7 @@ def _fills(forms: list[dict[str, Tensor]], state: Mapping[str, Tensor]) -> set[s
 ranges = st.builds(range, st.integers(0, 6), st.integers(0, 14), st.integers(1, 4))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(ranges, ranges), min_size=1, max_size=3))
 def test_boxes_meet_where_they_have_an_entry_in_common(dims: list[tuple[range, range]]) -> None:
     a, b = [p for p, _ in dims], [q for _, q in dims]

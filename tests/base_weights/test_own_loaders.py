@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.errors import BaseWeightsError
 
+pytestmark = pytest.mark.quick
+
 REFERENCE = {"lowering": "reference"}
 MEMBERS = ["q_proj", "k_proj", "v_proj"]
 

@@ -45,6 +45,7 @@ def test_the_model_benchmark_serves_a_tiny_model(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.count("error over rounding") == 3
 
 
+@pytest.mark.quick
 def test_a_wrong_arm_is_not_measured() -> None:
     import gpu_layers
     from gpu_cases import TINY, Copy
@@ -65,6 +66,7 @@ def test_without_a_gpu_they_refuse(name: str, tmp_path: Path) -> None:
     assert not out.exists()
 
 
+@pytest.mark.quick
 def test_workloads_are_those_of_the_models() -> None:
     from gpu_cases import LAYERS, MIXES, cases
 
@@ -78,6 +80,7 @@ def test_workloads_are_those_of_the_models() -> None:
         assert all(case.slots >= case.distinct for case in all_cases)
 
 
+@pytest.mark.quick
 def test_floors_are_those_of_the_performance_document() -> None:
     """Llama-3-8B's linears, rank 16: 1.006 with one adapter, 1.044 with 8, 1.175 with 32."""
     import gpu_model
@@ -155,6 +158,7 @@ def test_peers_that_are_not_there_are_told(tmp_path: Path) -> None:
     assert "could not be loaded: FileNotFoundError" in str(peers.find("vllm", tmp_path))
 
 
+@pytest.mark.quick
 def test_segments_of_the_peers_cover_every_row_once() -> None:
     import peers
 

@@ -110,6 +110,7 @@ def serve_of(request: pytest.FixtureRequest) -> Callable[[Case], Callable[..., T
     return make
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("cls", [Choosy, Broken])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_bad_request_stops_nothing(small, serve_of, cls, first):
@@ -124,6 +125,7 @@ def test_a_bad_request_stops_nothing(small, serve_of, cls, first):
         assert error(serve(MIXED, x), expected) <= 1e-5
 
 
+@pytest.mark.quick
 def test_graphs_stay(small):
     case = small(Choosy, ["up", "down"])
     cm, x = case.compile(), rows(3)
@@ -185,11 +187,11 @@ def test_a_failure_elsewhere(tmp_path):
     assert error(case.compile()(x, adapter_names=names), alone) <= 1e-5
 
 
-def test_a_bad_call_of_a_transformers_model(llama):
-    cm, inputs, names = llama.compile(), token_inputs(3, 5), ["a0", None, "a1"]
+def test_a_bad_call_of_a_transformers_model(shallow):
+    cm, inputs, names = shallow.compile(), token_inputs(3, 5), ["a0", None, "a1"]
     with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
         cm(attention_mask=inputs["attention_mask"], adapter_names=["a0"] * 3)
-    assert error(cm(**inputs, adapter_names=names).logits, llama.expected(names, inputs)) <= 1e-5
+    assert error(cm(**inputs, adapter_names=names).logits, shallow.expected(names, inputs)) <= 1e-5
 
 
 def test_an_interrupted_call(small, serve_of):

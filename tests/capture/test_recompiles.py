@@ -22,11 +22,11 @@ def frames() -> int:
     return counters["frames"]["ok"]
 
 
-def test_twenty_mixes_and_a_swap_on_one_graph(llama):
-    cm = llama.compile(options={"verify": "off"})
+def test_twenty_mixes_and_a_swap_on_one_graph(shallow):
+    cm = shallow.compile(options={"verify": "off"})
     draw = random.Random(0)
     torch.manual_seed(0)
-    check_mixed(cm, llama, ["a0", None, "a1", "a2"], token_inputs(4, 6))
+    check_mixed(cm, shallow, ["a0", None, "a1", "a2"], token_inputs(4, 6))
     captured, seen, mixes = cm.recompiles, frames(), set()
     while len(mixes) < 20:
         names = tuple(draw.choice([None, "a0", "a1", "a2", "a3", "a4"]) for _ in range(4))
@@ -34,16 +34,16 @@ def test_twenty_mixes_and_a_swap_on_one_graph(llama):
             mixes.add(names)
             inputs = token_inputs(4, draw.randrange(2, 12))
             if len(mixes) % 5 == 0:
-                check_mixed(cm, llama, names, inputs)
+                check_mixed(cm, shallow, names, inputs)
             else:
                 cm(**inputs, adapter_names=names)
     cm.unload_adapter("a2")
-    cm.load_adapter(llama.folders["a4"], "a2")  # another adapter under a known name
+    cm.load_adapter(shallow.folders["a4"], "a2")  # another adapter under a known name
     inputs = token_inputs(4, 5)
-    want = llama.expected(["a4", "a0", None, "a4"], inputs)
+    want = shallow.expected(["a4", "a0", None, "a4"], inputs)
     got = cm(**inputs, adapter_names=["a2", "a0", None, "a4"]).logits
     assert error(got, want) <= 1e-5
-    check_mixed(cm, llama, ["a3", "a1", "a0"], token_inputs(3, 7))
+    check_mixed(cm, shallow, ["a3", "a1", "a0"], token_inputs(3, 7))
     assert (cm.recompiles, frames()) == (captured, seen)
 
 

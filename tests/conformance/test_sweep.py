@@ -14,6 +14,8 @@ from sites import sites_of
 from table import table
 from tiny_inputs import inputs
 
+pytestmark = pytest.mark.quick
+
 
 def report(name: str, operators: str = "", kind: str = "causal", **more: object) -> dict:
     return {

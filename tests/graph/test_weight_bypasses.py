@@ -152,6 +152,7 @@ BYPASSES = (
 )
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("cls", BYPASSES)
 def test_weights_used_without_their_module(small, cls):
     """They are linears in disguise: each use gets its delta, once."""
@@ -177,6 +178,7 @@ class OneAfterAnother(Bypass):
         return h @ (self.w.weight.T @ self.w.weight)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("cls", [Scaled, OneAfterAnother, Normed])
 def test_an_unknown_use_is_refused_by_name_where_an_adapter_touches_it(small, cls):
     case = small(cls, ["w"], ["first"])

@@ -16,6 +16,8 @@ from lorafx.kernels.cost.cost import Work, estimate
 from lorafx.kernels.tools import calibrate as tool
 from lorafx.kernels.tools.calibrate import calibrate
 
+pytestmark = pytest.mark.quick
+
 CPU = torch.device("cpu")
 SECONDS = {
     "copy in device memory": 1e-3,

@@ -17,6 +17,8 @@ from lorafx.kernels.cost.cost import (
     estimate,
 )
 
+pytestmark = pytest.mark.quick
+
 CUDA = torch.device("cuda")
 
 

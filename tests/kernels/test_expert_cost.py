@@ -10,6 +10,8 @@ import torch
 from lorafx.kernels.cost.chips import CHIPS, DEFAULT_CHIP
 from lorafx.kernels.cost.expert_cost import EXPERT_STRATEGIES, ExpertWork, estimate_experts
 
+pytestmark = pytest.mark.quick
+
 QWEN3_UP = ExpertWork(2048, (768, 768), 512, 128, 8, 16, torch.bfloat16, DEFAULT_CHIP)
 QWEN3_DOWN = replace(QWEN3_UP, in_features=768, sizes=(2048,), activation=True)
 

@@ -11,6 +11,8 @@ from lorafx.errors import LoweringError, ProvenanceError
 from lorafx.kernels.ops.bank_arguments import BankArgs, Ranges
 from lorafx.kernels.ops.grouped_ops import Blocks, add_grouped_delta
 
+pytestmark = pytest.mark.quick
+
 SLOTS, R, K = 3, 4, 10
 SIZES = (8, 4)  # of the site's parts: N = 12
 N = sum(SIZES)

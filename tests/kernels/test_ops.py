@@ -15,6 +15,8 @@ from lorafx.errors import BatchError, LoweringError, ProvenanceError
 from lorafx.kernels.cpu.cpu import DeltaSpec, build
 from lorafx.kernels.ops.delta import add_embedding_delta, add_linear_delta
 
+pytestmark = pytest.mark.quick
+
 lora = torch.ops.lorafx
 MIX = (2, -1, 0, 1)
 

@@ -16,6 +16,8 @@ from lorafx.ownership.labels import Label, Mixed, Own
 from lorafx.ownership.propagate import propagate
 from lorafx.ownership.symbolic import BatchSymbols
 
+pytestmark = pytest.mark.quick
+
 B, T, K, N = 3, 4, 5, 7
 
 

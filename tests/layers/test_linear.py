@@ -16,6 +16,8 @@ from lorafx.layers import (
     RowParallelLinear,
 )
 
+pytestmark = pytest.mark.quick
+
 # Sizes of the whole layer in, its output slices, constructor.
 LAYERS = {
     "replicated": (6, (5,), lambda **o: ReplicatedLinear(6, 5, **o)),

@@ -4,7 +4,7 @@ from itertools import accumulate, pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -20,6 +20,8 @@ from lorafx.layers import (
     VocabParallelEmbedding,
     load_weights,
 )
+
+pytestmark = pytest.mark.quick
 
 
 class Layer(nn.Module):
@@ -293,6 +295,7 @@ def test_fewer_names_than_slices(as_stream, quantised):
         load_weights(packed([4], ["qkv", "z"]), half, strict=False)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 4), min_size=3, max_size=6), st.data())
 def test_names_partition_the_slices(sizes, data):
     """Tensors are taken exactly where their ends are ends of slices."""

@@ -1,12 +1,15 @@
 """Whatever the sizes: what all ranks hold is what the checkpoint held, and ΔW is cut as W is."""
 
+import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafx.layers.base import ParallelLayer
 from lorafx.layers.parallel import TensorParallel
 from lorafx.layers.sharding import LayerSharding
+
+pytestmark = pytest.mark.quick
 
 SIZES = st.integers(1, 4)
 
@@ -76,6 +79,7 @@ def joined(layers, pieces):
     return torch.cat(columns)
 
 
+@settings(deadline=None)
 @given(layers=sharded(), data=st.data())
 def test_what_is_loaded_is_what_the_ranks_hold(layers, data):
     weight = whole(layers[0])
@@ -91,6 +95,7 @@ def test_what_is_loaded_is_what_the_ranks_hold(layers, data):
         assert all(torch.equal(one.bias, one.weight[:, 0]) for one in layers)
 
 
+@settings(deadline=None)
 @given(layers=sharded(), data=st.data())
 def test_an_update_is_cut_as_the_weight_is(layers, data):
     first, sharding = layers[0], LayerSharding()

@@ -18,6 +18,8 @@ from lorafx.model.attachment import Attachment, detach
 from lorafx.model.marks import SiteMark
 from lorafx.registry import register, unregister
 
+pytestmark = pytest.mark.quick
+
 SLOT = 1
 SCALE = 0.5
 

@@ -11,6 +11,8 @@ from torch import nn
 from lorafx.errors import LorafxError
 from lorafx.model.module_graph import MAX_PATHS, ModuleGraph
 
+pytestmark = pytest.mark.quick
+
 
 class Block(nn.Module):
     def __init__(self) -> None:

@@ -14,6 +14,8 @@ import lorafx
 from lorafx import layers
 from lorafx.errors import CheckpointError
 
+pytestmark = pytest.mark.quick
+
 REFERENCE = {"lowering": "reference"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,8 @@ from lorafx.config import LoraConfig
 from lorafx.model.packing import PackedGroup, pack_weights, repack
 from lorafx.passes.attach import allocate_groups
 from lorafx.prepare.marking import build_sites
+
+pytestmark = pytest.mark.quick
 
 SIBLINGS = st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=2, max_size=5)
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16])

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from lorafx.model.patterns import LONGEST, Pattern, PatternError
 
+pytestmark = pytest.mark.quick
+
 PATHS = [
     "",
     "lm_head",

@@ -11,6 +11,8 @@ from lorafx.errors import BatchError
 from lorafx.model import runtime as module
 from lorafx.model.runtime import Runtime
 
+pytestmark = pytest.mark.quick
+
 
 def test_runtime_rows():
     runtime = Runtime(3, torch.device("cpu"))

@@ -8,6 +8,8 @@ from torch import nn
 from lorafx.errors import ConfigError
 from lorafx.model import targets
 
+pytestmark = pytest.mark.quick
+
 PATHS = [
     "model.layers.0.self_attn.q_proj",
     "model.layers.10.self_attn.q_proj",

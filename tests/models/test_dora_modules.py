@@ -22,6 +22,8 @@ from lorafx.layers import FusedMoE, Int8ChannelLinearMethod, ReplicatedLinear, l
 from lorafx.layers.linear import LinearBase
 from lorafx.layers.parallel import TensorParallel
 
+pytestmark = pytest.mark.quick
+
 NAMES = ["d0", None, "p2", "d3"]
 
 

@@ -6,6 +6,8 @@ import torch.distributed as dist
 
 from lorafx.ownership.labels import Mixed, Own
 
+pytestmark = pytest.mark.quick
+
 X = torch.arange(3 * 5 * 4, dtype=torch.float64).view(3, 5, 4).sin()  # (B, T, K)
 ops = torch.ops._c10d_functional
 

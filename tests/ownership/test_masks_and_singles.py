@@ -11,6 +11,8 @@ import lorafx.kernels.ops.mask_ops  # noqa: F401  (defines torch.ops.lorafx.own_
 from lorafx.errors import BatchError
 from lorafx.ownership.labels import Mixed, One, Own
 
+pytestmark = pytest.mark.quick
+
 B, T, P, K = 3, 5, 2, 4
 X = torch.arange(B * T * K, dtype=torch.float64).view(B, T, K).sin()
 MASK = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 0, 1, 0], [0, 0, 0, 1, 1]]).bool()

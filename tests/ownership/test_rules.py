@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from lorafx.ownership.labels import Mixed, Own
 
+pytestmark = pytest.mark.quick
+
 X = torch.arange(3 * 5 * 4, dtype=torch.float64).view(3, 5, 4).sin()  # (B, T, K)
 SEQ = torch.arange(5 * 3 * 4, dtype=torch.float64).view(5, 3, 4).sin()  # (T, B, K)
 ROWS = torch.arange(6 * 4, dtype=torch.float64).view(6, 4).cos()

@@ -18,6 +18,8 @@ from lorafx.ownership.symbolic import (
     reshaped,
 )
 
+pytestmark = pytest.mark.quick
+
 B, T, K, C = (sympy.Symbol(name, positive=True, integer=True) for name in "BTKC")
 ONE = sympy.Integer(1)
 

@@ -10,6 +10,8 @@ from lorafx.ownership.labels import Own
 from lorafx.ownership.symbolic import BatchSymbols
 from lorafx.ownership.tokens import LOST, Alignment
 
+pytestmark = pytest.mark.quick
+
 X = torch.randn(3, 5, 4, dtype=torch.float64)
 WEIGHT = torch.randn(4, 8, dtype=torch.float64)
 IDS = torch.arange(15).view(3, 5)

@@ -61,6 +61,7 @@ TARGETS: list[Callable[[nn.Module], Any]] = [
 ]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("targets", TARGETS)
 def test_matching(targets: Callable[[nn.Module], Any]) -> None:
     small, large = (build(layers) for layers in LAYERS)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.errors import CaptureError
 
+pytestmark = pytest.mark.quick
+
 
 class Layer(nn.Module):
     def __init__(self) -> None:

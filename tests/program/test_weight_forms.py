@@ -17,6 +17,8 @@ from lorafx.program.weight_forms import (
     strided_form,
 )
 
+pytestmark = pytest.mark.quick
+
 N, K = 12, 10
 #: Each entry of W (N, K) is its own place.
 PLACES = torch.arange(N * K).view(N, K)

@@ -8,6 +8,8 @@ import pytest
 
 from lorafx.cli import main
 
+pytestmark = pytest.mark.quick
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

@@ -25,6 +25,8 @@ from lorafx.errors import (
     UnsupportedAdapterError,
 )
 
+pytestmark = pytest.mark.quick
+
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 

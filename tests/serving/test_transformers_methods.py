@@ -11,11 +11,14 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 
+import pytest
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from lorafx.serving.compiled import CompiledModel
 from lorafx.serving.delegated import GENERATING, REFUSED
+
+pytestmark = pytest.mark.quick
 
 #: Found, and yet they run no layer: those that prepare the model or its arguments.
 HARMLESS = {

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.errors import BatchError, LorafxWarning, ProvenanceError
 
+pytestmark = pytest.mark.quick
+
 __all__ = ["fresh_dynamo"]
 MIX = ["a", None, "b"]
 

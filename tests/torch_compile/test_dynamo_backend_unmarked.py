@@ -117,6 +117,7 @@ def test_what_torch_compile_left_on_the_model_stays_there(small, way):
     assert (vars(model).get("forward"), model._compiled_call_impl) == left
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("cls", [Marked, Bypass])
 def test_two_models_with_other_adapters_under_one_name(small, cls):
     torch.manual_seed(0)
@@ -154,6 +155,7 @@ def test_a_transformers_model(shallow):
     assert error(got, shallow.expected(["a2", None], inputs)) <= 1e-5
 
 
+@pytest.mark.quick
 def test_what_is_refused_and_leaves_the_model_as_it_was(plain):
     model, inputs = plain.model(), feed(2, 4)
     call = compiled(model, plain)
