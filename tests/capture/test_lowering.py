@@ -1,0 +1,48 @@
+"""Graphs with adapters under Inductor: deltas stay where they are in the graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import examine
+import pytest
+import tiny
+import torch
+from dense_merge import Case, check_mixed
+from tiny_models import FAMILIES
+from torch._inductor import memory
+
+NAMES = ["a1", None, "a3"]
+
+
+def test_no_order_by_memory_for_graphs_with_adapters(
+    plain: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That order may put a delta, which is added in place, behind what reads the sum."""
+    ordered: list[int] = []
+    order = memory.reorder_for_peak_memory
+
+    def noting(nodes: list[Any], *rest: Any) -> list[Any]:
+        ordered.append(len(nodes))
+        return order(nodes, *rest)
+
+    monkeypatch.setattr(memory, "reorder_for_peak_memory", noting)
+    torch.manual_seed(0)
+    inputs = FAMILIES["plain"].inputs(len(NAMES), 4)
+    cm = plain.compile(options={"lowering": "inductor"})
+    with torch._inductor.config.patch(force_disable_caches=True):
+        cm(**inputs)
+        assert ordered, "the base is compiled as Inductor would"
+        ordered.clear()
+        check_mixed(cm, plain, NAMES, inputs)
+    assert not ordered
+
+
+@pytest.mark.slow  # a graph of 1,500 nodes
+def test_the_router_of_a_large_graph(tmp_path: Path) -> None:
+    """By memory its delta went to the end of the graph, where nobody read it."""
+    family = next(f for f in tiny.families("causal") if f.model_type == "kimi_linear")
+    report = examine.examine(family, str(tmp_path), examine.SHAPES[:1], "inductor")
+    assert report["outcome"] == "ok", report
+    assert report["routers"] == 1
