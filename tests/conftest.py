@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,15 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _gradient_mode() -> Iterator[None]:
+    """An interrupt at the very exit of torch.no_grad leaves gradients off. Tests that interrupt
+    leave nothing of that to others."""
+    before = torch.is_grad_enabled()
+    yield
+    torch.set_grad_enabled(before)
 
 
 @pytest.fixture(scope="session")
