@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +10,11 @@ import oracle
 import peft
 import pytest
 import torch
-from dense_merge import REFERENCE, Case, check_mixed, error
+from dense_merge import REFERENCE, check_mixed, error
 from tiny_models import FAMILIES
-from torch import fx
 
 import lorafx
-from lorafx.errors import ProvenanceError, VerifyError
-from lorafx.graph.context import FUSED_OP, SITE_OP, Context
-from lorafx.program.frame import arguments_of
+from lorafx.errors import ProvenanceError
 
 NAMES = ["a1", None, "a3", "a0"]
 
@@ -82,177 +77,7 @@ def test_max_edits_stops_rewriting(plain, inputs):
     assert done[1] == 3
 
 
-# Verification
-
-
-@dataclass(frozen=True)
-class Doubles:
-    """A broken pass: every fused node gives twice its result."""
-
-    name: str = "doubles"
-    required: bool = False
-
-    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        for node in gm.graph.find_nodes(op="call_function", target=FUSED_OP):
-            with gm.graph.inserting_after(node):
-                twice = ctx.call(gm.graph, torch.ops.aten.mul.Tensor, (node, 2.0))
-            node.replace_all_uses_with(
-                twice, delete_user_cb=lambda user, own=twice: user is not own
-            )
-        return 1
-
-
-@dataclass(frozen=True)
-class Loses:
-    """A broken pass: drops the LoRA of every site that is still a mark."""
-
-    name: str = "loses"
-    required: bool = False
-
-    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        for node in gm.graph.find_nodes(op="call_function", target=SITE_OP):
-            node.replace_all_uses_with(arguments_of(node)[1])
-            gm.graph.erase_node(node)
-        return 1
-
-
-@dataclass(frozen=True)
-class Reshapes:
-    """A broken pass: the graph's output gets another shape."""
-
-    name: str = "reshapes"
-    required: bool = False
-
-    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        output = gm.graph.output_node()
-        (result, *rest) = output.args[0]
-        with gm.graph.inserting_before(output):
-            flat = ctx.call(gm.graph, torch.ops.aten.view.default, (result, [-1]))
-        output.args = ((flat, *rest),)
-        return 1
-
-
-def broken(monkeypatch, after: str, item: Any) -> None:
-    """As if the pass were one of lorafx's."""
-    module = importlib.import_module("lorafx.pipeline")  # the package's attribute is a function
-    passes = []
-    for own in module.GRAPH_PASSES:
-        passes += [own, item] if own.name == after else [own]
-    monkeypatch.setattr(module, "GRAPH_PASSES", tuple(passes))
-
-
-def failing(plain: Case, inputs: Any, **options: Any) -> str:
-    with pytest.raises(Exception, match="pass") as caught:
-        plain.compile(options=options)(**inputs, adapter_names=NAMES)
-    found: BaseException | None = caught.value
-    while found is not None and not isinstance(found, VerifyError):
-        found = found.__cause__ or getattr(found, "inner_exception", None)
-    assert found is not None, caught.value
-    return str(found)
-
-
-def test_numeric_verification_names_the_pass_that_broke_it(plain, inputs, monkeypatch):
-    broken(monkeypatch, "fuse", Doubles())
-    message = failing(plain, inputs, verify="numeric")
-    assert "after pass 'doubles' output 0 differs by" in message
-    assert "Options(passes={'doubles': False})" in message
-
-
-def test_the_broken_pass_can_be_switched_off(plain, inputs, monkeypatch):
-    broken(monkeypatch, "fuse", Doubles())
-    options = {"verify": "numeric", "passes": {"doubles": False}}
-    check_mixed(plain.compile(options=options), plain, NAMES, inputs)
-
-
-def test_without_numeric_verification_nothing_would_notice(plain, inputs, monkeypatch):
-    """The test above could not fail if the broken pass did nothing."""
-    broken(monkeypatch, "fuse", Doubles())
-    got = plain.compile()(**inputs, adapter_names=NAMES)["logits"]
-    assert error(got, plain.expected(NAMES, inputs)) > 1e-2
-
-
-def test_passes_of_the_users_own_run_where_they_are_placed(plain, inputs):
-    order: list[str] = []
-
-    def noting(name: str) -> Any:
-        def run(gm: fx.GraphModule, ctx: Context) -> int:
-            sites = len([node for node in gm.graph.nodes if node.target is SITE_OP])
-            order.append(f"{name}, {'sites' if sites else 'no sites'}")
-            return 0
-
-        return run
-
-    own = {
-        "first": lorafx.After("captured", noting("first")),
-        "behind_fuse": lorafx.After("fuse", noting("behind fuse")),
-        "last": lorafx.After("behind_fuse", noting("last")),
-    }
-    cm = plain.compile(options={"passes": {**own, "pack": False}})
-    check_mixed(cm, plain, NAMES, inputs)
-    assert order == ["first, sites", "behind fuse, no sites", "last, no sites"]
-    report = [line.split(":")[0] for line in str(cm.explain()).splitlines()]
-    at = [report.index(f"  {name}") for name in ("first", "match", "fuse", "behind_fuse", "last")]
-    assert at == sorted(at)
-    listed = str(lorafx.pipeline(lorafx.Options(passes={**own, "pack": False})))
-    assert "  behind_fuse" in listed
-    assert listed.splitlines()[-1] == "  pack          (off)"
-
-
-def test_what_the_users_own_pass_breaks_is_told(plain, inputs):
-    own = {"doubles": lorafx.After("fuse", Doubles().run)}
-    message = failing(plain, inputs, verify="numeric", passes=own)
-    assert "after pass 'doubles' output 0 differs by" in message
-    got = plain.compile(options={"passes": own})(**inputs, adapter_names=NAMES)["logits"]
-    assert error(got, plain.expected(NAMES, inputs)) > 1e-2
-
-
-@pytest.mark.parametrize(
-    ("passes", "told"),
-    [
-        ({"mine": lorafx.After("fuze", Doubles().run)}, r"'mine' is placed after 'fuze'.*nearest"),
-        ({"fuse": lorafx.After("match", Doubles().run)}, "'fuse' is the name of a pass of lorafx"),
-        ({"read": lorafx.After("match", Doubles().run)}, "'read' is the name of a pass of lorafx"),
-        (
-            {
-                "a": lorafx.After("b", Doubles().run),
-                "b": lorafx.After("a", Doubles().run),
-            },
-            "a, b are placed after one another",
-        ),
-        ({"mine": True}, r"unknown pass 'mine'.*lorafx.After"),
-    ],
-)
-def test_passes_that_have_no_place(plain, passes, told):
-    with pytest.raises(lorafx.ConfigError, match=told):
-        plain.compile(options={"passes": passes})
-    with pytest.raises(lorafx.ConfigError, match=told):
-        lorafx.pipeline(lorafx.Options(passes=passes))
-
-
-def test_a_pass_that_does_not_say_what_it_did(plain, inputs):
-    own = {"silent": lorafx.After("match", lambda gm, ctx: None)}
-    with pytest.raises(lorafx.ConfigError, match="'silent' returned None; it has to return how"):
-        plain.compile(options={"passes": own})(**inputs, adapter_names=NAMES)
-
-
-def test_lint_names_the_pass_that_lost_a_site(plain, inputs, monkeypatch):
-    broken(monkeypatch, "provenance", Loses())
-    message = failing(plain, inputs, verify="lint")
-    assert message.startswith("pass 'loses' lost the LoRA of ")
-    assert "gate" in message
-
-
-def test_lint_names_the_pass_that_changed_an_output(plain, inputs, monkeypatch):
-    broken(monkeypatch, "match", Reshapes())
-    assert "pass 'reshapes' changed the graph's outputs from" in failing(plain, inputs)
-
-
-@pytest.mark.parametrize("names", [["a1"] * 4, NAMES])
-def test_numeric_verification_passes_what_is_right(plain, inputs, names):
-    check_mixed(plain.compile(options={"verify": "numeric"}), plain, names, inputs)
-
-
-# Dumps and explain
+# Dumps
 
 
 def dumped(folder: Path) -> list[str]:
