@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,17 +13,6 @@ from dense_merge import Case, build_case, save_adapter
 from torch import nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-
-def pytest_collection_finish() -> None:
-    """Leave what is imported to the end out of every later search for garbage.
-
-    torch, transformers and the tests are some million objects, and capturing a graph makes enough
-    new ones for the collector to walk over all of them again and again: a fifth to a third of the
-    time of a capture.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

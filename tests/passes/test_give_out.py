@@ -25,8 +25,6 @@ from lorafx.passes.give_out import GiveOut, give_out
 from lorafx.passes.match.match import Match
 from lorafx.passes.provenance import Provenance, RowMap, Unproved, apply, is_site, prove
 
-pytestmark = pytest.mark.quick
-
 _path = Path(__file__).parent / "test_provenance.py"
 _spec = importlib.util.spec_from_file_location("provenance_programs", _path)
 assert _spec is not None
@@ -53,6 +51,7 @@ class Positions(nn.Module):
         self.w = nn.Linear(K, N, bias=False)
 
 
+@pytest.mark.quick
 def test_the_graph_before_and_after():
     batch, time = 3, 2
     torch.manual_seed(0)
@@ -207,6 +206,7 @@ def equals_requests_alone(gm, fn, batch, time) -> None:
     assert (alone - base)[0].abs().max() > 1e-6
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("fn", GIVEN, ids=lambda fn: fn.__name__)
 def test_mixed_batch_equals_requests_run_alone(fn):
     gm, proofs, _ = rewritten(fn)
@@ -216,6 +216,7 @@ def test_mixed_batch_equals_requests_run_alone(fn):
         equals_requests_alone(gm, fn, batch, time)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("fn", [added, windows, several_meet], ids=lambda fn: fn.__name__)
 def test_a_number_of_requests_that_is_a_constant(fn):
     """Where nothing has to be told from another size of the same number."""
@@ -224,6 +225,7 @@ def test_a_number_of_requests_that_is_a_constant(fn):
     equals_requests_alone(gm, fn, 3, 5)
 
 
+@pytest.mark.quick
 def test_the_base_product_is_computed_once():
     gm, _, _ = rewritten(added)
     (site,) = filter(is_site, gm.graph.nodes)
@@ -270,6 +272,7 @@ KEPT = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", KEPT)
 def test_what_cannot_be_given_out_is_left_as_it_was(name):
     fn, reason = KEPT[name]
@@ -290,6 +293,7 @@ def test_what_cannot_be_given_out_is_left_as_it_was(name):
     assert "shared by all requests" in proof.reason
 
 
+@pytest.mark.quick
 def test_a_site_that_cannot_be_given_out_keeps_no_other_from_it():
     def fn(x, slots):
         bad = lora(2 * SHARED, slots).sort(0).values[:1]
@@ -300,6 +304,7 @@ def test_a_site_that_cannot_be_given_out_keeps_no_other_from_it():
     assert len(kept) == 1
 
 
+@pytest.mark.quick
 def test_graphs_without_such_sites_are_left_alone():
     x, slots = torch.randn(3, 5, K, dtype=torch.float64), torch.zeros(3, dtype=torch.int32)
     for fn in programs.PROVED:
