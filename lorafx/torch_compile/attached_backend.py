@@ -7,7 +7,7 @@ for another of the same class: what a graph serves is found by the weights of ea
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -104,14 +104,9 @@ class AttachedBackend(Backend):
 
 
 def attach_session(
-    program: Program,
-    attachment: Attachment,
-    store: AdapterStore,
-    given: Mapping[str, Any] | None = None,
+    program: Program, attachment: Attachment, store: AdapterStore
 ) -> AttachedSession:
-    """The session of a model that has just been marked; `given` as its attribute says."""
+    """The session of a model that has just been marked."""
     backend = AttachedBackend(program)
-    backend.session = AttachedSession(
-        program, store, backend, None, attachment=attachment, given=given
-    )
+    backend.session = AttachedSession(program, store, backend, None, attachment=attachment)
     return backend.session

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+import transformers
 from torch import nn
 
 from lorafx.config import LoraConfig
@@ -14,6 +16,25 @@ from lorafx.model.sites import Site
 from lorafx.passes.attach import Attach
 from lorafx.prepare.marking import build_sites
 from lorafx.program.preparation import Preparation
+
+#: A call of `llama()`, and a pattern for all that it has.
+IDS = {"input_ids": torch.arange(14).view(2, 7)}
+ALL = r".*(_proj|embed_tokens|lm_head)"
+
+
+def llama(**changes: Any) -> nn.Module:
+    """A Llama of two layers; the same weights each time."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+        **changes,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
 
 
 def attach_sites(model: nn.Module, sites: Sequence[Site], config: LoraConfig) -> Attachment:

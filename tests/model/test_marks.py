@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from marking import attach
+from marking import ALL, IDS, attach, llama
 from torch import nn
 
 from lorafx.errors import MatchError, ProvenanceError
@@ -74,24 +74,6 @@ def check(model, target, inputs, out=lambda y: y, **config) -> Attachment:
         assert torch.equal(out(model(**inputs)), base)
         attachment.runtime.set_rows([SLOT, SLOT])
     return attachment
-
-
-def llama(**changes) -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=50,
-        **changes,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-IDS = {"input_ids": torch.arange(14).view(2, 7)}
-ALL = r".*(_proj|embed_tokens|lm_head)"
 
 
 def logits(output):

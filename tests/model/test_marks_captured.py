@@ -6,8 +6,7 @@ import copy
 
 import pytest
 import torch
-import transformers
-from marking import attach
+from marking import ALL, attach, llama
 from torch import nn
 from torch.fx.experimental import _config as shape_config
 
@@ -26,24 +25,6 @@ def fill(attachment: Attachment, seed: int = 0) -> None:
             factor[SLOT] = torch.randn_like(factor[SLOT]) * 0.3
         group.bank.ranks[SLOT] = 4
         group.bank.scales[SLOT] = 0.5
-
-
-def llama(**changes) -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=50,
-        **changes,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-IDS = {"input_ids": torch.arange(14).view(2, 7)}
-ALL = r".*(_proj|embed_tokens|lm_head)"
 
 
 class NumberScaled(nn.Embedding):

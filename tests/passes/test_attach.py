@@ -6,31 +6,12 @@ import weakref
 
 import pytest
 import torch
-import transformers
-from marking import attach
+from marking import ALL, attach, llama
 from torch import nn
 
 from lorafx.errors import CaptureError, ConfigError
 
 pytestmark = pytest.mark.quick
-
-
-def llama(**changes) -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=50,
-        **changes,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-IDS = {"input_ids": torch.arange(14).view(2, 7)}
-ALL = r".*(_proj|embed_tokens|lm_head)"
 
 
 # The model stays what it was
