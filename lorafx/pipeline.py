@@ -107,6 +107,18 @@ class UserPass:
         return edits
 
 
+def way_around(item: GraphPass) -> str:
+    """What a user can do about a pass that fails, as the end of a sentence."""
+    if isinstance(item, UserPass):
+        return f"mend it, or leave {item.name!r} out of Options.passes"
+    if item.required:
+        return "leave the modules that this part of the model runs out of target_modules"
+    return (
+        f"switch the pass off by Options(passes={{{item.name!r}: False}}), or bisect its edits "
+        "with Options(max_edits=...)"
+    )
+
+
 @dataclass(frozen=True)
 class PassReport:
     """What one pass did. `nodes` are those of the graph after it, 0 for passes over the model."""

@@ -18,18 +18,18 @@ def run_pipeline(
     gm: fx.GraphModule,
     ctx: Context,
     dump: GraphDump,
-    after_pass: Callable[[str, fx.GraphModule], None] | None = None,
+    after_pass: Callable[[GraphPass | None, fx.GraphModule], None] | None = None,
 ) -> list[PassReport]:
     """Run all passes that are switched on over `gm`, in place.
 
-    `after_pass(name, gm)` is called with the graph as captured ("captured") and after each pass;
-    numeric verification keeps its copies that way.
+    `after_pass` is called with None and the captured graph, then with each pass and the graph that
+    it left. Numeric verification keeps its copies that way.
     """
     options = ctx.program.options
     outputs = output_values(gm)
     dump.graph(CAPTURED, gm)
     if after_pass is not None:
-        after_pass(CAPTURED, gm)
+        after_pass(None, gm)
 
     def cleaned(item: GraphPass, edits: int, seconds: float) -> PassReport:
         start = time.perf_counter()
@@ -40,13 +40,13 @@ def run_pipeline(
         seconds += time.perf_counter() - start
         dump.graph(item.name, gm, edits=edits, seconds=seconds)
         if after_pass is not None:
-            after_pass(item.name, gm)
+            after_pass(item, gm)
         return PassReport(item.name, edits, seconds, len(gm.graph.nodes))
 
     return run_passes(
         pipeline(options).graph,
         lambda item: item.run(gm, ctx),
-        around=lambda item: in_pass(item.name, item.required),
+        around=in_pass,
         after=cleaned,
     )
 

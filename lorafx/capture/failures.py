@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from torch._dynamo.exc import ObservedException, TorchDynamoException, TorchRuntimeError
 
 from lorafx.errors import CaptureError, LorafxError, LoweringError
+from lorafx.pipeline import GraphPass, way_around
 
 _NOTE = "_lorafx_failed_in"
 _KEEP_OUT = "keep what cannot be traced out of graphs by torch.compiler.disable"
@@ -42,12 +43,9 @@ def failing_in(what: str, error: type[LorafxError], way_out: str) -> Iterator[No
         raise
 
 
-def in_pass(name: str, required: bool) -> AbstractContextManager[None]:
+def in_pass(item: GraphPass) -> AbstractContextManager[None]:
     """A pass over a captured graph."""
-    way_out = f"switch it off by Options(passes={{{name!r}: False}})"
-    if required:
-        way_out = "leave the modules that this part of the model runs out of target_modules"
-    return failing_in(f"the pass {name!r}", CaptureError, way_out)
+    return failing_in(f"the pass {item.name!r}", CaptureError, way_around(item))
 
 
 def in_tracing() -> AbstractContextManager[None]:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from lorafx.errors import VerifyError
 from lorafx.graph.context import Context
 from lorafx.passes.outline.regions import bodies
+from lorafx.pipeline import CAPTURED, GraphPass, way_around
 from lorafx.program.frame import fake_value
 
 #: Relative tolerance by dtype, of the largest magnitude in a result: accumulation order differs
@@ -87,20 +88,31 @@ def _described(values: Sequence[Any]) -> list[str]:
     ]
 
 
+@dataclass(frozen=True)
+class _Stage:
+    """A copy of the graph as the pass `name` left it."""
+
+    name: str
+    way_around: str
+    graph: fx.GraphModule
+    inputs: int
+
+
 @dataclass
 class NumericCheck:
     """The stages of one graph, run side by side on the first real inputs."""
 
     title: str
-    stages: list[tuple[str, fx.GraphModule, int]] = field(default_factory=list)
+    stages: list[_Stage] = field(default_factory=list)
 
-    def keep(self, name: str, gm: fx.GraphModule) -> None:
-        """Keep a copy of the graph after pass `name`."""
+    def keep(self, item: GraphPass | None, gm: fx.GraphModule) -> None:
+        """Keep a copy of the graph after the pass; of the captured graph, where it is None."""
         inputs = sum(node.op == "placeholder" for node in gm.graph.nodes)
         kept = fx.GraphModule(gm, copy.deepcopy(gm.graph))
         for body_name, body in bodies(gm):  # the lowering rewrites them in place
             setattr(kept, body_name, fx.GraphModule(body, copy.deepcopy(body.graph)))
-        self.stages.append((name, kept, inputs))
+        name, way_out = (item.name, way_around(item)) if item else (CAPTURED, "")
+        self.stages.append(_Stage(name, way_out, kept, inputs))
 
     def run(self, arguments: Sequence[Any], *, mixed: bool) -> list[str]:
         """Compare all stages on `arguments`; returns the names of those compared.
@@ -110,37 +122,37 @@ class NumericCheck:
         Raises:
             VerifyError: a stage computes something else than the first one.
         """
-        names = [name for name, _, _ in self.stages]
+        names = [stage.name for stage in self.stages]
         start = names.index("provenance") if mixed and "provenance" in names else 0
         reference: list[Any] | None = None
         compared = []
-        for name, gm, inputs in self.stages[start:]:
-            if inputs != len(arguments):  # before `match` added the inputs of unmarked uses
+        for stage in self.stages[start:]:
+            if stage.inputs != len(arguments):  # before `match` added the inputs of unmarked uses
                 continue
             copies = [item.clone() if isinstance(item, Tensor) else item for item in arguments]
             with torch.no_grad():
-                results = pytree.tree_leaves(gm(*copies))
+                results = pytree.tree_leaves(stage.graph(*copies))
             if reference is None:
                 reference = results
             else:
-                self._compare(name, reference, results)
-            compared.append(name)
+                self._compare(stage, reference, results)
+            compared.append(stage.name)
         self.stages.clear()
         return compared
 
-    def _compare(self, name: str, reference: list[Any], results: list[Any]) -> None:
+    def _compare(self, stage: _Stage, reference: list[Any], results: list[Any]) -> None:
         for index, (want, got) in enumerate(zip(reference, results, strict=True)):
             if not isinstance(want, Tensor):
                 continue
             if not want.is_floating_point():
                 if not torch.equal(want, got):
-                    raise VerifyError(f"{self.title}: pass {name!r} changed output {index}")
+                    raise VerifyError(f"{self.title}: pass {stage.name!r} changed output {index}")
                 continue
             scale = float(want.abs().max()) if want.numel() else 0.0
             error = float((want.double() - got.double()).abs().max()) if want.numel() else 0.0
             if not error <= TOLERANCE.get(want.dtype, 1e-4) * max(scale, 1.0):
                 raise VerifyError(
-                    f"{self.title}: after pass {name!r} output {index} differs by {error:.3g} "
-                    f"(largest magnitude {scale:.3g}); switch it off by "
-                    f"Options(passes={{{name!r}: False}}) or bisect with Options(max_edits=...)"
+                    f"{self.title}: after pass {stage.name!r} output {index} differs by "
+                    f"{error:.3g} (largest magnitude {scale:.3g}). To serve the model "
+                    f"nevertheless, {stage.way_around}"
                 )

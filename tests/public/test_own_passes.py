@@ -143,6 +143,8 @@ def test_what_the_users_own_pass_breaks_is_told(plain, inputs):
     own = {"doubles": lorafx.After("fuse", Doubles().run)}
     message = failing(plain, inputs, verify="numeric", passes=own)
     assert "after pass 'doubles' output 0 differs by" in message
+    assert "leave 'doubles' out of Options.passes" in message
+    assert "False" not in message, "a pass of the user's own cannot be switched off"
     got = plain.compile(options={"passes": own})(**inputs, adapter_names=NAMES)["logits"]
     assert error(got, plain.expected(NAMES, inputs)) > 1e-2
 
@@ -174,6 +176,16 @@ def test_a_pass_that_does_not_say_what_it_did(plain, inputs):
     own = {"silent": lorafx.After("match", lambda gm, ctx: None)}
     with pytest.raises(lorafx.ConfigError, match="'silent' returned None; it has to return how"):
         plain.compile(options={"passes": own})(**inputs, adapter_names=NAMES)
+
+
+def test_a_pass_of_the_users_own_that_raises_is_told(plain, inputs):
+    def raises(gm: fx.GraphModule, ctx: Context) -> int:
+        raise RuntimeError("not today")
+
+    cm = plain.compile(options={"passes": {"mine": lorafx.After("match", raises)}})
+    told = r"the pass 'mine' failed .*not today.*leave 'mine' out of Options\.passes\."
+    with pytest.raises(lorafx.CaptureError, match=told):
+        cm(**inputs, adapter_names=NAMES)
 
 
 def test_lint_names_the_pass_that_lost_a_site(plain, inputs, monkeypatch):
