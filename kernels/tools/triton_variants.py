@@ -20,10 +20,11 @@ import torch
 
 from lorafx.kernels.cpu.cpu_source import DeltaSpec
 from lorafx.kernels.ops.activation import Activation, Leaf, Load
+from lorafx.kernels.triton.strategy_tiles import STRATEGY_KERNELS, tiles_for
 from lorafx.kernels.triton.triton_build import EXPERTS, LINEAR, ORDER_TILES
 from lorafx.kernels.triton.triton_cache import GeneratedKernel, load
 from lorafx.kernels.triton.triton_source import TritonSpec
-from lorafx.kernels.triton.triton_tiles import ARCHITECTURES, STRATEGY_KERNELS, tiles_for
+from lorafx.kernels.triton.triton_tiles import ARCHITECTURES
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 

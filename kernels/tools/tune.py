@@ -26,16 +26,10 @@ from lorafx.kernels.cost.chips import Chip, chip_of
 from lorafx.kernels.cpu.cpu_source import DeltaSpec
 from lorafx.kernels.tools.expert_problem import ExpertProblem
 from lorafx.kernels.tools.tile_cost import TileSet, fits, predicted
+from lorafx.kernels.triton.strategy_tiles import TUNED, tiles_for, tuning_key
 from lorafx.kernels.triton.triton_build import LINEAR, build
 from lorafx.kernels.triton.triton_source import TritonSpec
-from lorafx.kernels.triton.triton_tiles import (
-    TUNED,
-    Architecture,
-    Tiles,
-    architecture_of,
-    tiles_for,
-    tuning_key,
-)
+from lorafx.kernels.triton.triton_tiles import Architecture, Tiles, architecture_of
 from lorafx.kernels.triton.tuned_cache import load_tuned, save_tuned
 
 Timer = Callable[[TileSet], float]

@@ -25,15 +25,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from lorafx.errors import LoweringError
+from lorafx.kernels.triton.strategy_tiles import STRATEGY_KERNELS, tiles_for
 from lorafx.kernels.triton.triton_cache import GeneratedKernel, load
 from lorafx.kernels.triton.triton_source import TritonSpec
-from lorafx.kernels.triton.triton_tiles import (
-    STRATEGY_KERNELS,
-    Architecture,
-    Tiles,
-    architecture_of,
-    tiles_for,
-)
+from lorafx.kernels.triton.triton_tiles import Architecture, Tiles, architecture_of
 from lorafx.kernels.triton.tuned_cache import load_tuned
 
 __all__ = [

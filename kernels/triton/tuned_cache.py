@@ -1,6 +1,6 @@
 """Tuned tiles on disk: one file an architecture and set of versions, in lorafx's cache folder.
 
-load_tuned(arch)   file → kernels.triton_tiles.TUNED, once a process
+load_tuned(arch)   file → kernels.triton.strategy_tiles.TUNED, once a process
 save_tuned(arch)   TUNED → file
 """
 
@@ -19,8 +19,9 @@ import torch
 from lorafx.kernels.cpu.compiler import cache_folder
 from lorafx.kernels.cpu.cpu_source import DeltaSpec
 from lorafx.kernels.triton import triton_compat
+from lorafx.kernels.triton.strategy_tiles import TUNED
 from lorafx.kernels.triton.triton_source import generator_hash
-from lorafx.kernels.triton.triton_tiles import TUNED, Architecture, Tiles
+from lorafx.kernels.triton.triton_tiles import Architecture, Tiles
 
 
 def tuned_file(arch: Architecture) -> Path:

@@ -13,7 +13,8 @@ from triton_cases import STRATEGIES
 from lorafx.kernels.tools.triton_variants import representative_specs
 from lorafx.kernels.tools.tune import gpu_timer, tune
 from lorafx.kernels.triton import tuned_cache
-from lorafx.kernels.triton.triton_tiles import TUNED, architecture_of, tiles_for
+from lorafx.kernels.triton.strategy_tiles import TUNED, tiles_for
+from lorafx.kernels.triton.triton_tiles import architecture_of
 from lorafx.kernels.triton.tuned_cache import load_tuned
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -17,7 +17,8 @@ from triton_cases import (
     run,
 )
 
-from lorafx.kernels.triton.triton_tiles import ARCHITECTURES, tiles_for
+from lorafx.kernels.triton.strategy_tiles import tiles_for
+from lorafx.kernels.triton.triton_tiles import ARCHITECTURES
 
 DTYPES = {"fp32": (FP32,) * 3, "bf16": (BF16,) * 3, "fp16": (FP16,) * 3}
 MIXED = {

@@ -21,6 +21,7 @@ from triton_cases import (
     run,
 )
 
+from lorafx.kernels.triton.strategy_tiles import tiles_for
 from lorafx.kernels.triton.triton_build import LINEAR, ORDER_TILES, plan_of
 from lorafx.kernels.triton.triton_cache import load
 from lorafx.kernels.triton.triton_launch import (
@@ -31,7 +32,7 @@ from lorafx.kernels.triton.triton_launch import (
     shrink_reference,
 )
 from lorafx.kernels.triton.triton_ops import launch_interpreted
-from lorafx.kernels.triton.triton_tiles import ARCHITECTURES, tiles_for
+from lorafx.kernels.triton.triton_tiles import ARCHITECTURES
 
 ALL_ALIKE = 1 << 62
 INTERPRETER = ARCHITECTURES["interpreter"]

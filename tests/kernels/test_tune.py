@@ -17,8 +17,9 @@ from lorafx.kernels.tools.tile_cost import TileSet, fits, predicted
 from lorafx.kernels.tools.triton_variants import expert_specs, representative_specs
 from lorafx.kernels.tools.tune import Problem, neighbours, search, tune
 from lorafx.kernels.triton import tuned_cache
+from lorafx.kernels.triton.strategy_tiles import TUNED, tiles_for, tuning_key
 from lorafx.kernels.triton.triton_build import build
-from lorafx.kernels.triton.triton_tiles import ARCHITECTURES, TUNED, Tiles, tiles_for, tuning_key
+from lorafx.kernels.triton.triton_tiles import ARCHITECTURES, Tiles
 from lorafx.kernels.triton.tuned_cache import load_tuned, save_tuned, tuned_file
 
 SPECS = representative_specs()
