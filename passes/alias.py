@@ -35,6 +35,6 @@ class Alias:
                 where = f"the module at {path!r}" if path else "the model"
                 raise CaptureError(
                     f"{where} is wrapped by torch.compile; pass the module itself "
-                    "(`._orig_mod` of the wrapper), lorafx compiles it"
+                    "(`._orig_mod` of the wrapper), which lorafx compiles"
                 )
         return len(list(graph.modules()))

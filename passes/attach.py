@@ -148,20 +148,20 @@ def _refuse_marked(graph: ModuleGraph) -> None:
             session = hook.runtime.session
             if session is None or graph.has(session.program.model):
                 raise CaptureError(
-                    f"{path or 'the model'} carries a LoRA mark already; detach the model before "
-                    "attaching again"
+                    f"{path or 'the model'} already carries a LoRA mark; detach the model "
+                    "before attaching again"
                 )
             other = type(session.program.model).__name__
             if session.program.graph.has(graph.root):
                 raise CaptureError(
-                    f"{path or 'the model'} carries a LoRA mark already: it is part of a {other} "
-                    "that carries LoRA; detach that one before"
+                    f"{path or 'the model'} already carries a LoRA mark: it is part of a "
+                    f"{other} that carries LoRA; detach that model first"
                 )
             if not session.takes_turns:
                 raise CaptureError(
-                    f"{path or 'the model'} carries a LoRA mark already, of a {other} that LoRA "
-                    "was attached to; models that share modules are served by lorafx.compile, each "
-                    "of them"
+                    f"{path or 'the model'} already carries the LoRA mark of a {other} that "
+                    "was given to lorafx.attach; to serve models that share modules, give "
+                    "each of them to lorafx.compile"
                 )
 
 

@@ -73,7 +73,7 @@ def give_out(
     *,
     assume: bool = False,
 ) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, str]]:
-    """Make copies, one a request, of what sites compute from an x that all requests share.
+    """Make copies, one per request, of what sites compute from an x that all requests share.
 
     Args:
         seeds: the labels of the graph's inputs.
@@ -239,7 +239,12 @@ class Attempt:
         for old, new in self.sites.items():
             proof = row_map(new, flow)
             if isinstance(proof, Unproved):
-                failed.update(dict.fromkeys(self._of[old], "what follows does not keep to it"))
+                failed.update(
+                    dict.fromkeys(
+                        self._of[old],
+                        "with one copy per request its row ownership is still not proved",
+                    )
+                )
         return failed
 
     def undo(self) -> None:

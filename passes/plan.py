@@ -111,11 +111,11 @@ def _triton_choice(
     pinned = _pinned(ctx, node)
     proved = bound(node)["rows"]
     if isinstance(proved, int) and proved == 0:
-        return ATEN, "whose row each one is was not looked for; only aten can refuse a mix"
+        return ATEN, "row ownership was not analysed, and only aten can refuse a mixed batch"
     if node.target is EMBEDDING_OP and pinned not in (None, ATEN):
         raise ConfigError(
-            f"Options.plan pins {pinned!r} for {', '.join(_paths(ctx, node))}, an embedding, which "
-            "has one strategy; take the pin out, or pin 'aten'"
+            f"Options.plan pins {pinned!r} for {', '.join(_paths(ctx, node))}, but "
+            "embeddings have a single strategy; remove the pin, or pin 'aten'"
         )
     if node.target is EMBEDDING_OP and pinned is None:
         return EMBEDDING, "rows are gathered one by one"
@@ -129,8 +129,8 @@ def _triton_choice(
             )
         if pinned in EXPERTS and (why := _not_for_experts(node, pinned)):
             raise ConfigError(
-                f"Options.plan pins {pinned!r} for {', '.join(_paths(ctx, node))}: {why}; pin "
-                "another strategy, or take the pin out"
+                f"Options.plan pins {pinned!r} for {', '.join(_paths(ctx, node))}: {why}; "
+                "pin another strategy, or remove the pin"
             )
         return pinned, f"pinned; {_floor(ctx, node)}"
     sites = _sites(ctx, node)
@@ -146,7 +146,7 @@ def _triton_choice(
     for name, estimate in estimates.items():
         if not estimate.refusal and (name not in FUSED or _fusable(node)):
             return name, f"modelled {estimate} at {rows} rows; {_floor(ctx, node)}"
-    return "segments", f"rows unknown; {_floor(ctx, node)}"
+    return "segments", f"the number of rows is unknown; {_floor(ctx, node)}"
 
 
 def _fusable(node: fx.Node) -> bool:
@@ -160,13 +160,13 @@ def _not_for_experts(node: fx.Node, name: str) -> str:
     if name not in EXPERTS:
         return ""
     if node.target is not FUSED_EXPERTS:
-        return "it is no grouped product with routed experts' weights"
+        return "it is not a grouped product with the weights of routed experts"
     if not adjacent(fake_value(bound(node)["weight"])):
         return "its weight lies column by column"
     if name == "activated":
         found = region(node)
         if isinstance(found, NoRegion):
-            return f"what computes its input is not known to kernels: {found.reason}"
+            return f"kernels cannot compute its input: {found.reason}"
     return ""
 
 
@@ -214,8 +214,9 @@ def _pinned(ctx: Context, node: fx.Node) -> str | None:
     pinned = {plan[path] for path in _paths(ctx, node) if path in plan}
     if len(pinned) > 1:
         raise ConfigError(
-            f"Options.plan pins {', '.join(sorted(pinned))} for {', '.join(_paths(ctx, node))}, "
-            "which one node computes; pin one strategy for all of them, or switch `pack` off"
+            f"Options.plan pins {', '.join(sorted(pinned))} for "
+            f"{', '.join(_paths(ctx, node))}, which a single node computes; pin one "
+            "strategy for all of them, or switch the pass `pack` off"
         )
     return next(iter(pinned), None)
 

@@ -68,7 +68,7 @@ class RowMap:
         if self.request is not None:
             return f"rows of request {self.request} alone"
         via = f" through {self.perm.name}" if self.perm is not None else ""
-        return f"{self.period} rows a slot{via}"
+        return f"{self.period} rows per slot{via}"
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def prove_tokens(
     lengths = [fake_value(node).shape[dim] for node, dim in token_inputs.items()]
     sites = [node for node in graph.nodes if is_site(node)]
     if not lengths:
-        return {node: Unproved("no input of this graph has one entry a token") for node in sites}
+        return {node: Unproved("no input of this graph has one entry per token") for node in sites}
     flow = flow_through(graph, seeds, batch)
     places = Alignment(graph, flow, BatchSymbols.of(lengths), token_inputs)
     proofs: dict[fx.Node, Proof] = {}
@@ -142,7 +142,7 @@ def row_map(node: fx.Node, flow: Flow) -> Proof:
     if not isinstance(label, Own):
         return Unproved("its rows are shared by all requests: x depends on none of them")
     if label.dim >= ndim:
-        return Unproved(f"the features of x are what belongs to requests: {label}")
+        return Unproved(f"the requests lie along the features of x: {label}")
     if label.perm is not None:
         return RowMap(label.rows, label.perm, label.dim)
     return RowMap(label.rows * product(shape[label.dim + 1 : ndim]))
@@ -188,7 +188,7 @@ def seeds_of(inputs: Mapping[fx.Node, FrameInput], batch: BatchSymbols) -> dict[
         if not isinstance(value, torch.Tensor) or item.kind not in _OF_THE_CALL:
             seeds[node] = None
         elif item.kind == "unknown" or item.role is None or not item.role.known:
-            seeds[node] = Mixed(f"nothing says which requests the input {item.label} belongs to")
+            seeds[node] = Mixed(f"it is not known which requests the input {item.label} belongs to")
         elif item.role.request is not None:
             seeds[node] = One(item.role.request)
         elif item.role.dim is None or (
@@ -251,7 +251,9 @@ class Provenance:
             seeds = seeds_of(ctx.frame.by_node, batch)
             if ctx.frame.per_token:
                 # Which token a result of an earlier graph belongs to was not kept.
-                seeds.update(dict.fromkeys(_results(ctx.frame), Mixed("of an earlier graph")))
+                seeds.update(
+                    dict.fromkeys(_results(ctx.frame), Mixed("it comes from an earlier graph"))
+                )
                 proofs = prove_tokens(gm.graph, seeds, batch, token_inputs(ctx.frame))
             else:
                 slots = slots_of(ctx.frame)
@@ -261,7 +263,7 @@ class Provenance:
                     ask(gm.graph, fits, slots, batch)
             for node, proof in proofs.items():
                 if isinstance(proof, RowMap) and not ctx.take_edit():
-                    proofs[node] = Unproved("Options.max_edits is used up")
+                    proofs[node] = Unproved("Options.max_edits allows no more edits")
             proofs = apply(gm.graph, proofs, batch)
         if not ctx.frame.per_token:
             ctx.handover.taken, ctx.handover.inputs = ctx.frame.taken, ctx.frame.handed
@@ -271,12 +273,16 @@ class Provenance:
             ctx.handover.seen &= not proofs
         for node, proof in proofs.items():
             for state in ctx.states.get(node, ()):
-                state.rows = str(proof) if isinstance(proof, RowMap) else f"no map: {proof.reason}"
+                state.rows = (
+                    str(proof) if isinstance(proof, RowMap) else f"no row map: {proof.reason}"
+                )
             if isinstance(proof, Unproved):
                 sites = tuple(state.site for state in ctx.states.get(node, ()))
                 reason = proof.reason
                 if node in ctx.kept_shared:
-                    reason += f". A copy for each request ends at {ctx.kept_shared[node]}"
+                    reason += (
+                        f". One copy per request was tried, and ended at {ctx.kept_shared[node]}"
+                    )
                 ctx.refuse(Refusal(sites, "mixed", reason))
                 rebind(node, rows=ALL_ALIKE)
         for node in [node for node in gm.graph.nodes if node.target is ROWS_OF]:

@@ -101,8 +101,10 @@ class _Selection:
                 excluded += 1
                 continue
             if is_empty(item.module):
-                left_out.append(f"{item.label}: its weight has no numbers")
-                _warn(f"{item.label} is left out: its weight has no numbers that LoRA could change")
+                left_out.append(f"{item.label}: its weight is empty")
+                _warn(
+                    f"{item.label} is left out: its weight is empty, so LoRA has nothing to change"
+                )
                 continue
             site = self._site(item, members)
             if isinstance(site, Site):
@@ -116,7 +118,8 @@ class _Selection:
                 self.problems.append(f"{item.label}: {site}{self._candidates(item)}{asked}")
         self.problems.extend(self._unnamed_targets())
         self.problems.extend(
-            f"packed_modules entry {name!r} names no module, packed or not{self._nearest(name)}"
+            f"packed_modules entry {name!r} matches no module, neither as a packed name nor "
+            f"as a member{self._nearest(name)}"
             for name in self.packed.unused()
         )
         self._unnamed_exclusions()
@@ -128,13 +131,13 @@ class _Selection:
             )
         elif not self.problems and named == excluded:
             self.problems.append(
-                f"exclude_modules={self.config.exclude_modules!r} takes away all modules that "
-                f"target_modules names ({named}); one of the two says too much"
+                f"exclude_modules={self.config.exclude_modules!r} excludes every module "
+                f"that target_modules names ({named}); narrow one of the two"
             )
         elif not self.problems and not found:
             self.problems.append(
-                "none of the modules that target_modules names in "
-                f"{type(self.graph.root).__qualname__} can carry LoRA: {'; '.join(left_out[:3])}"
+                f"target_modules names no module of {type(self.graph.root).__qualname__} "
+                f"that can carry LoRA: {'; '.join(left_out[:3])}"
             )
         if self.problems:
             raise TargetError(_listed(self.problems))
@@ -219,11 +222,12 @@ class _Selection:
             slices = None if entry.output_sizes is None else entry.output_sizes(module)
             parts, loose = item.parts(slices, in_features, out_features)
         except (AttributeError, TypeError, ValueError) as error:
-            return f"its output slices cannot be told apart: {error}"
+            return f"its output slices are not known: {error}"
         if slices is None and selected < item.members:
             return (
-                f"it packs {', '.join(sorted(item.members))} by packed_modules, and its class does "
-                "not say the size of each; see lorafx.register(output_sizes=...)"
+                f"it packs {', '.join(sorted(item.members))} by packed_modules, but its "
+                "class does not give the size of each; see "
+                "lorafx.register(output_sizes=...)"
             )
         weight = weight_of(module, entry)
         return Site(
@@ -289,5 +293,5 @@ def _check_plan(options: Options, sites: Sequence[Site]) -> None:
     for path in options.plan:
         if path not in paths:
             raise ConfigError(
-                f"Options.plan names {path!r}, which is no site{nearest(path, paths)}"
+                f"Options.plan names {path!r}, which is not a site{nearest(path, paths)}"
             )

@@ -276,7 +276,7 @@ FUSED = ("split", "epilogue", "recompute")  # their own base product instead of 
 def _refusal(name: str, work: Work) -> str:
     if name == "split" and any(size % 16 for size in (work.in_features, *work.sizes)):
         # Run on a GPU for whole blocks of 16 elements only, but for kernels by themselves.
-        return "K or a number of columns is no multiple of 16"
+        return "K or a column count is not a multiple of 16"
     return slower_than_vendor(work.chip) if name in FUSED and work.compute_bound else ""
 
 
@@ -284,7 +284,7 @@ def slower_than_vendor(chip: Chip) -> str:
     """Why a base product of our own does not pay where FLOPs decide, "" where it does."""
     speed = chip.triton_over_vendor
     if speed is None:
-        return "plain Triton against the vendor GEMM is unmeasured for this many rows"
+        return "plain Triton was not measured against the vendor GEMM for this many rows"
     if speed < LEAST_TRITON_OVER_VENDOR:
         return f"plain Triton reaches {speed:.2f} of the vendor GEMM"
     return ""

@@ -179,7 +179,7 @@ def _refusal(name: str, work: ExpertWork) -> str:
     if name not in ("grouped", "activated"):
         return ""
     if name == "activated" and not work.activation:
-        return "what computes x is not known to kernels"
+        return "kernels cannot compute its input"
     if not work.compute_bound or work.on_host:
         return ""
     return slower_than_vendor(work.chip)

@@ -212,7 +212,7 @@ static void run(const uint64_t* stack, const Call& call) {
         case 1: throw std::runtime_error("lorafx: a slot is outside the bank, or slots is empty");
         case 2:
             throw std::runtime_error(
-                "lorafx: rows could not be traced to requests, and slots mixes adapters");
+                "lorafx: a mixed batch reached a site whose row ownership is not proved");
         case 4: throw std::runtime_error("lorafx: a token id is outside the embedding");
         default: throw std::runtime_error("lorafx: out of memory");
     }

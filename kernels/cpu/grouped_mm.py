@@ -143,7 +143,11 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, No
 def _check(x: Tensor, weight: Tensor, offs: Tensor) -> None:
     op = "grouped_mm"
     require(op, x.dim() == 2 and weight.dim() == 3, "input is (M, K), weight (E, K, N)")
-    require(op, x.shape[1] == weight.shape[1], f"x has {x.shape[1]} columns of {weight.shape[1]}")
+    require(
+        op,
+        x.shape[1] == weight.shape[1],
+        f"x has {x.shape[1]} columns, weight has {weight.shape[1]}",
+    )
     require(op, offs.shape == weight.shape[:1], f"offs is (E,), not {tuple(offs.shape)}")
     require(op, x.dtype == weight.dtype, f"x is {x.dtype}, weight {weight.dtype}")
     require(op, offs.dtype == torch.int32, f"offs is int32, not {offs.dtype}")

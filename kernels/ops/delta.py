@@ -42,8 +42,8 @@ def row_slots(slots: Tensor, rows: int, count: int) -> Tensor:
     if rows == 0:
         if n > 1 and bool((slots != slots[0]).any()):
             raise ProvenanceError(
-                "a batch that mixes adapters reached a site whose rows could not be traced to"
-                " requests; give all rows the same adapter, or see explain() for the site's reason"
+                "a mixed batch reached a site whose row ownership is not proved; give all "
+                "rows the same adapter, or see explain() for the reason"
             )
         return slots[:1].expand(count)
     return slots[(torch.arange(count, device=slots.device) // rows) % n]

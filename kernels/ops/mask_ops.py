@@ -40,12 +40,13 @@ def own_mask(x: Tensor, mask: Tensor, source: Tensor, slots: Tensor) -> Tensor:
         odd = next((b for b, count in enumerate(counts) if count != each), None)
         if odd is not None:
             raise BatchError(
-                f"this batch mixes adapters, and request {odd} has {counts[odd] // width} places "
-                f"(tokens of images, say) for the {each // width} features that each of the "
-                f"{requests} requests would have if all had as many, so it is not known whose they "
-                "are. Give each request as many images, run one adapter a batch, or, where no "
-                "adapter changes how they are computed, say that the requests share them: "
-                "LoraConfig(row_dims={'pixel_values': None})"
+                f"this batch mixes adapters, and request {odd} has {counts[odd] // width} "
+                "positions (image tokens, for example) where an equal share of the "
+                f"features for each of the {requests} requests is {each // width}, so it is "
+                "not known which request each feature belongs to. Give every request the "
+                "same number of images, run one adapter per batch, or, where no adapter "
+                "changes how the features are computed, declare that the requests share "
+                "them: LoraConfig(row_dims={'pixel_values': None})"
             )
     return mask.clone()
 

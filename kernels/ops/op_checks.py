@@ -64,7 +64,9 @@ def check_linear(
     G, R, columns = bank.ranks.shape[1], bank.B.shape[1], bank.B.shape[2]
     require(op, x.dim() >= 1 and x.is_floating_point(), "x is a floating-point tensor")
     require(
-        op, A.shape[1] == G * R, f"A has {A.shape[1]} rows a slot, not {G} siblings times rank {R}"
+        op,
+        A.shape[1] == G * R,
+        f"A has {A.shape[1]} rows per slot, not {G} siblings times rank {R}",
     )
     require(
         op, A.shape[2] == x.shape[-1], f"x has {x.shape[-1]} features, A was made for {A.shape[2]}"
@@ -90,7 +92,12 @@ def check_rows(
     op: str, x_shape: Sequence[int], y_shape: Sequence[int], rows: int | torch.SymInt
 ) -> None:
     """x and y have as many rows, given their sizes without the features'."""
-    require(op, rows >= 0, f"rows is {rows}; it is a row count a request, or 0 for unproved")
+    require(
+        op,
+        rows >= 0,
+        f"rows is {rows}; it must be the number of rows per request, or 0 where ownership is "
+        "not proved",
+    )
     x_rows, y_rows = 1, 1
     for size in x_shape:
         x_rows = x_rows * size

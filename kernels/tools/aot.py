@@ -97,7 +97,7 @@ class Record:
         limit = TARGETS[self.target].shared_bytes
         found = []
         if self.spilled:
-            found.append(f"{self.local_bytes} bytes of local memory a thread")
+            found.append(f"{self.local_bytes} bytes of local memory per thread")
         if self.shared_bytes > limit:
             found.append(f"{self.shared_bytes} bytes of shared memory, the chip has {limit}")
         if self.unsafe:
@@ -276,13 +276,15 @@ def with_summary(document: str, text: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `python -m lorafx.kernels.tools.aot`; 1 where a kernel is unfit."""
     parser = argparse.ArgumentParser(description="Compile the Triton kernels ahead of time.")
-    parser.add_argument("--summary", type=Path, help="document to write the summary into")
+    parser.add_argument(
+        "--summary", type=Path, help="the document that the summary is written into"
+    )
     parser.add_argument("--target", choices=TARGETS, action="append")
-    parser.add_argument("--only", default="", help="a pattern that variants' names match")
+    parser.add_argument("--only", default="", help="a pattern for the names of variants")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args(arguments)
     if options.summary and (options.target or options.only):
-        parser.error("the summary is of all targets and variants; leave out --target and --only")
+        parser.error("the summary covers all targets and variants; leave out --target and --only")
     names = names_of(options.target or TARGETS, options.only)
     done: list[Record] = []
     failed = 0

@@ -96,7 +96,7 @@ def device_clock(what: str, call: Callable[[], object]) -> float:
 def main() -> int:
     """Entry point of `python -m lorafx.kernels.tools.calibrate`."""
     if not torch.cuda.is_available():
-        print("no GPU that torch can use; nothing was measured", file=sys.stderr)
+        print("torch finds no GPU; nothing was measured", file=sys.stderr)
         return 1
     device = torch.device("cuda", torch.cuda.current_device())
     name = torch.cuda.get_device_name(device)

@@ -107,9 +107,9 @@ def build(
     if strategy in (*LINEAR, *EXPERTS) and spec.weight_dtype is None:
         raise LoweringError(f"strategy {strategy!r} computes the base product: name its weight")
     if (strategy in EXPERTS) != (spec.experts > 0 and strategy not in DELTA):
-        raise LoweringError(f"strategy {strategy!r} is not for {spec.experts} experts")
+        raise LoweringError(f"strategy {strategy!r} does not serve {spec.experts} experts")
     if strategy == "activated" and spec.activation is None:
-        raise LoweringError("strategy 'activated' computes x: give the activation")
+        raise LoweringError("strategy 'activated' computes x itself and needs the activation")
     if not spec.supported() or spec.delta.embedding != (strategy == "embedding"):
         return None
     if strategy in DELTA:  # one kernel for all bases

@@ -68,9 +68,9 @@ def _require_adjacent(op: str, **tensors: Tensor) -> None:
         require(
             op,
             adjacent(tensor),
-            f"the rows of {name} have strides {tuple(tensor.stride())}: their elements are not side"
-            f" by side, as this kernel needs them; give {name}.contiguous(), or use lorafx::"
-            "fused_linear or add_delta_",
+            f"the rows of {name} have strides {tuple(tensor.stride())}, but this kernel "
+            f"needs the elements of a row side by side; pass {name}.contiguous(), or use "
+            "lorafx::fused_linear or add_delta_",
         )
 
 
@@ -83,8 +83,8 @@ def _require_part(op: str, name: str, tensor: Tensor, strides: tuple[int, ...]) 
     require(
         op,
         laid,
-        f"{name} has strides {tuple(tensor.stride())}, not {strides}: it is no part of the bank"
-        " that the kernel was made for",
+        f"{name} has strides {tuple(tensor.stride())}, not {strides}: it is not part of the "
+        "bank that the kernel was made for",
     )
 
 
@@ -97,7 +97,7 @@ def _checked(
     A, B, ranks, scales, slots = bank
     require(op, plan.strategy in strategies, f"kernel {kernel} is one of {plan.strategy!r}")
     check_bank(op, bank)
-    require(op, rows > 0, f"rows is {rows}; a kernel needs it proved")
+    require(op, rows > 0, f"rows is {rows}; a kernel needs proved row ownership")
     require(op, slots.shape[0] > 0, "slots is empty; give one slot per request")
     require(op, A.dtype == d.bank_dtype, f"the bank is {A.dtype}, the kernel's {d.bank_dtype}")
     R, group, columns = d.max_rank, d.group, d.columns

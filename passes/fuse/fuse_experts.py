@@ -73,5 +73,5 @@ def region(node: fx.Node) -> PointwiseRegion | NoRegion:
     sizes = aten.sym_size.int  # of the rows' numbers, which nobody needs then
     others = [user for user in x.users if user is not node and user.target is not sizes]
     if others:
-        return NoRegion(f"{x.name} is read by {others[0].name} too")
+        return NoRegion(f"{x.name} is also read by {others[0].name}")
     return region_of(x)

@@ -129,7 +129,7 @@ def _uses_of_input(ctx: Context, node: fx.Node, item: FrameInput) -> list[Use]:
     """The uses of one input, the weight itself or what was made of it."""
     derived = item.derived
     if derived is None and (item.part or fake_value(node).dim() != 2):
-        reason = f"{item.label} is how it is stored, and this is outside of its module's call"
+        reason = f"{item.label} is how it is stored, and this use is outside its module's call"
         return [
             Use("unknown", node, user, stored=True, reason=reason)
             for user in node.users
@@ -147,8 +147,8 @@ def _uses_of_input(ctx: Context, node: fx.Node, item: FrameInput) -> list[Use]:
     if derived.form is not None:
         return uses_of(node, transposed=False, part=(derived.form, derived.shape))
     reason = (
-        f"{item.label} holds numbers of it in an order, scale or precision that no rule "
-        "follows; keep views of the weight, or copies of its rows"
+        f"{item.label} holds its values in an order, scale or precision that no rule "
+        "covers; keep views of the weight, or copies of its rows"
     )
     return [Use("unknown", node, user, reason=reason) for user in node.users]
 
@@ -205,8 +205,8 @@ def _used_before(site: Site) -> Refusal:
     return Refusal(
         (site,),
         "always",
-        "its handler adds to what its weight was used for outside of its own call, where the delta "
-        "is added too",
+        "its weight is also used outside its own call, where the delta is added, and its "
+        "handler adds it to that result again",
     )
 
 
@@ -214,7 +214,8 @@ def _compiled_apart(site: Site) -> Refusal:
     return Refusal(
         (site,),
         "always",
-        "its forward is its own, and a graph break keeps its forward and its mark in graphs apart",
+        "its class overrides forward, and a graph break puts the forward and the mark into "
+        "separate graphs",
     )
 
 
@@ -227,7 +228,7 @@ def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
     where = ctx.where(use.node)
     if use.stored:
         dtype = fake_value(use.weight).dtype
-        return Refusal(sites, "always", f"its weight, {dtype}, is used outside of its call{where}")
+        return Refusal(sites, "always", f"its weight ({dtype}) is used outside its call{where}")
     kind = USE_KINDS[use.kind]
     fitting = [site for site in sites if site.eligible.kind == kind]
     unselected = ctx.unselected_owners(use.weight, kind)
@@ -242,7 +243,7 @@ def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
         return None
     if not fitting:
         return Refusal(
-            sites, "always", f"its weight is used as a {kind}, which its class is not{where}"
+            sites, "always", f"its weight is used as a {kind}, and its class is not one{where}"
         )
     return Refusal(
         tuple(fitting), "always", f"several modules share the weight of this {kind}{where}"
@@ -293,7 +294,11 @@ def _leave_alone(
 ) -> None:
     """Give the site's op the sum of what stands beside the product in y; DoRA is not of that."""
     if any(size != 1 for item in addends for size in fake_value(item).shape[:-1]):
-        ctx.refuse(Refusal((site,), "dora", "more than a bias is added in one with its product"))
+        ctx.refuse(
+            Refusal(
+                (site,), "dora", "more than a bias is added in the same operator as its product"
+            )
+        )
         return
     total = None
     with graph.inserting_before(node):

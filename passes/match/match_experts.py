@@ -39,10 +39,10 @@ SAME_INDICES = frozenset(
 #: The field of a bank of experts that says which siblings share factors.
 ALIKE = "alike"
 
-_NOT_CAPTURED = f"its experts ran, and no product with their weight is in the graph: {LOOP}"
+_NOT_CAPTURED = f"its experts ran, but no product with their weights is in the graph: {LOOP}"
 _QUANTISED = (
-    "{} holds the weights of its experts in a quantised format, and their products are inside of "
-    "kernels that take it as it is"
+    "{} holds the weights of its experts in a quantised format, and the kernels that take "
+    "that format compute their products"
 )
 
 
@@ -89,7 +89,7 @@ def _owner(ctx: Context, sites: list[Site], use: ExpertUse) -> Site | Refusal | 
         return inside[0]
     if any(ctx.inside(use.node, module) for module in others):
         return None
-    return ctx.unknown_use(use.weight, use.node, "several modules share it")
+    return ctx.unknown_use(use.weight, use.node, "several modules share this parameter")
 
 
 def _insert(graph: fx.Graph, ctx: Context, site: Site, use: ExpertUse) -> None:

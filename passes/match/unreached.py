@@ -58,8 +58,8 @@ def replaced_sites(graph: fx.Graph, ctx: Context) -> Iterator[Refusal]:
                 yield Refusal(
                     (site,),
                     "always",
-                    f"nothing uses its weight, and {near or 'the model'} computes with {holder}, "
-                    "which may have been made of it",
+                    f"nothing uses its weight, but {near or 'the model'} computes with "
+                    f"{holder}, which may have been made from it",
                 )
                 break
 

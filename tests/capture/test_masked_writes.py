@@ -143,7 +143,7 @@ def test_positions_that_do_not_fit_the_requests_are_refused(small, cls, options)
     cm = lorafx.compile(case.model(), adapters=case.folders, options=options)
     fits, odd = batch(3), batch(3, counts=(2 * PER, 0, PER))
     cm(**fits, adapter_names=MIXED)
-    with pytest.raises(BatchError, match=r"request 0 has 4 places .* for the 2 features"):
+    with pytest.raises(BatchError, match=r"request 0 has 4 positions .* is 2, so"):
         cm(**odd, adapter_names=MIXED)
     with torch.no_grad():
         expected = case.alone("a")(**odd)["logits"]

@@ -77,7 +77,7 @@ def test_a_measured_triton_gemm_opens_prefill_to_fused_kernels() -> None:
         chip = replace(DEFAULT_CHIP, triton_over_vendor=speed)
         return estimate(Work(4096, (4096,), 8192, 8, 16, torch.bfloat16, chip))["epilogue"].refusal
 
-    assert "unmeasured" in refusal(None)
+    assert "was not measured" in refusal(None)
     assert "0.80" in refusal(0.8)
     assert not refusal(0.98)
 

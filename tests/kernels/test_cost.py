@@ -83,7 +83,7 @@ def test_a_refusal_says_why() -> None:
     assert not estimates["segments"].refusal
     unknown = replace(DEFAULT_CHIP, triton_over_vendor=None)
     _, estimates = choose_strategy(LLAMA_8B[1], 8192, 8, 16, torch.bfloat16, CUDA, chip=unknown)
-    assert "unmeasured" in estimates["epilogue"].refusal
+    assert "was not measured" in estimates["epilogue"].refusal
 
 
 def test_no_hint_takes_what_no_number_of_rows_makes_slow() -> None:

@@ -209,7 +209,7 @@ def test_broadcast_x() -> None:
 def test_unproved_rows() -> None:
     p = problem("odd", "prefill").with_(rows=0, slots=torch.ones(4, dtype=torch.int32))
     assert_delta(p, run(p))
-    with pytest.raises(RuntimeError, match="could not be traced to requests"):
+    with pytest.raises(RuntimeError, match="row ownership is not proved"):
         run(p.with_(slots=torch.tensor([1, -1], dtype=torch.int32)))
 
 

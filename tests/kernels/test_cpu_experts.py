@@ -250,7 +250,7 @@ def test_layouts() -> None:
 def test_unproved_rows() -> None:
     r = routed("gate and up", "base rows only").with_(rows=0)
     assert torch.equal(run(r), r.keyed.y)
-    with pytest.raises(RuntimeError, match="could not be traced to requests"):
+    with pytest.raises(RuntimeError, match="row ownership is not proved"):
         run(r.with_(slots=torch.tensor([1, -1], dtype=torch.int32)))
 
 

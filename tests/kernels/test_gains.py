@@ -72,7 +72,7 @@ def test_a_site_with_gains_rescales_its_sum() -> None:
 
 def test_unproved_rows_are_refused_where_slots_differ() -> None:
     y = torch.randn(4, ROWS, N)
-    with pytest.raises(ProvenanceError, match="mixes adapters"):
+    with pytest.raises(ProvenanceError, match="row ownership is not proved"):
         rescaled(y, gains(), None, SLOTS, 0, OFFSETS, SIZES)
 
 

@@ -161,7 +161,7 @@ def test_factors_beyond_a_rank_and_other_requests_rows_are_not_read() -> None:
 
 def test_unproved_rows_and_misfits_are_told() -> None:
     args = arguments("whole", over_out=False, parts=(N,), lead=LEADS[0], dtype=torch.float32)
-    with pytest.raises(ProvenanceError, match="could not be traced"):
+    with pytest.raises(ProvenanceError, match="row ownership is not proved"):
         torch.ops.lorafx.grouped_site(*args[:10], 0, *args[11:])
     with pytest.raises(LoweringError, match="reach out index 12 of 12"):
         torch.ops.lorafx.grouped_site(*args[:13], [1, 0, 1], *args[14:])

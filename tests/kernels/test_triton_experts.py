@@ -224,7 +224,7 @@ BAD: dict[str, Callable[[Experts], dict[str, Any]]] = {
     "the weight is": lambda c: {"weight": c.weight[:, 1:]},
     "offs is": lambda c: {"offs": c.offs[1:]},
     "x is": lambda c: {"x": c.x[:, 1:]},
-    "no part of the bank": lambda c: {"A": c.A.transpose(1, 2).contiguous().mT},
+    "not part of the bank": lambda c: {"A": c.A.transpose(1, 2).contiguous().mT},
     "rows of weight have": lambda c: {"weight": c.weight.mT.contiguous().mT},
     "3 experts do not divide": lambda c: {
         name: getattr(c, name)[:8] for name in ("A", "B", "ranks", "scales")
@@ -244,7 +244,7 @@ def test_bad_arguments(message: str) -> None:
 def test_strategies_are_for_their_specs() -> None:
     case = make_experts((2, 0, 3), (0, -1, 1))
     hint: dict[str, Any] = {"rows_hint": 2, "device": torch.device("cpu")}
-    with pytest.raises(LoweringError, match="give the activation"):
+    with pytest.raises(LoweringError, match="needs the activation"):
         build(case.spec, "activated", **hint)
     with pytest.raises(LoweringError, match="not for 3 experts"):
         build(case.spec, "epilogue", **hint)

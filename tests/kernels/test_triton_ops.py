@@ -98,17 +98,17 @@ def test_rows_whose_elements_lie_apart_are_refused(strategy: str) -> None:
     p, kernel = case.problem, kernel_of(case, strategy)
     apart = p.x.T.contiguous().T
     if strategy in LINEAR:
-        with pytest.raises(LoweringError, match=r"the rows of x .* not side by side"):
+        with pytest.raises(LoweringError, match=r"the rows of x .* side by side"):
             lora.triton_linear(apart, case.weight, case.bias, *p.bank, p.rows, kernel)
         columns = case.weight.T.contiguous().T
-        with pytest.raises(LoweringError, match=r"the rows of weight .* not side by side"):
+        with pytest.raises(LoweringError, match=r"the rows of weight .* side by side"):
             lora.triton_linear(p.x, columns, case.bias, *p.bank, p.rows, kernel)
         return
     y = p.y.T.contiguous().T
     before = y.clone()
-    with pytest.raises(LoweringError, match=r"the rows of x .* not side by side"):
+    with pytest.raises(LoweringError, match=r"the rows of x .* side by side"):
         lora.triton_delta_(y, apart, *p.bank, p.rows, kernel)
-    with pytest.raises(LoweringError, match=r"the rows of y .* not side by side"):
+    with pytest.raises(LoweringError, match=r"the rows of y .* side by side"):
         lora.triton_delta_(y, p.x, *p.bank, p.rows, kernel)
     assert torch.equal(y, before)
 
@@ -117,13 +117,13 @@ BAD: dict[str, Callable[[Case], dict[str, object]]] = {
     "x is": lambda c: {"x": c.problem.x[:, 1:]},
     "y is": lambda c: {"y": c.problem.y.double()},
     "y has 5 rows": lambda c: {"y": c.problem.y[1:]},
-    "no part of the bank": lambda c: {"A": c.problem.A.transpose(1, 2).contiguous().mT},
+    "not part of the bank": lambda c: {"A": c.problem.A.transpose(1, 2).contiguous().mT},
     "the bank is": lambda c: {"A": c.problem.A.bfloat16(), "B": c.problem.B.bfloat16()},
     "scales has": lambda c: {"scales": c.problem.scales[:, :1]},
     "B is": lambda c: {"B": c.problem.B[:, :, 1:].contiguous()},
     "slots is int32": lambda c: {"slots": c.problem.slots.long()},
     "slots is empty": lambda c: {"slots": c.problem.slots[:0]},
-    "a kernel needs it proved": lambda c: {"rows": 0},
+    "a kernel needs proved row ownership": lambda c: {"rows": 0},
 }
 
 

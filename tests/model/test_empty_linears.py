@@ -64,5 +64,5 @@ def test_no_inputs(tmp_path: Path, targets: str | list[str]) -> None:
     assert [site.path for site in cm.sites] == ["main"]
     x = torch.randn(2, 4)
     oracle.assert_close(cm(x, adapter_names=["a", None]), cases.rows(["a", None], {"x": x}))
-    with pytest.raises(lorafx.TargetError, match="none of the modules"):
+    with pytest.raises(lorafx.TargetError, match=r"names no module .* that can carry LoRA"):
         lorafx.compile(NoInputs().eval(), lorafx.LoraConfig(target_modules=["extra"]))

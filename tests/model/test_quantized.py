@@ -204,7 +204,9 @@ def test_a_subclass_weight_used_outside_of_its_module_is_refused(tmp_path: Path)
     cm = lorafx.compile(model, {"a": tmp_path}, options=REFERENCE)
     x = torch.randn(2, 64)
     assert torch.equal(cm(x, adapter_names=[None, None]), model(x))
-    with pytest.raises(lorafx.MatchError, match=r"inner: .*is how it is stored, and this is out"):
+    with pytest.raises(
+        lorafx.MatchError, match=r"inner: .*is how it is stored, and this use is out"
+    ):
         cm(x, adapter_names=["a", "a"])
 
 

@@ -96,7 +96,7 @@ def test_a_strategy_that_the_lowering_lacks_is_refused(plain: Case) -> None:
 
 def test_an_embedding_has_one_strategy(plain: Case) -> None:
     cm = plain.compile(options={**TRITON, "plan": {"embed": "segments"}})
-    with pytest.raises(Exception, match="an embedding, which has one strategy"):
+    with pytest.raises(Exception, match="embeddings have a single strategy"):
         cm(**inputs_of("plain"), adapter_names=NAMES)
 
 

@@ -257,13 +257,13 @@ KEPT = {
         lambda x, slots: (
             x @ WEIGHT + lora(SHARED[:1], slots)[None].expand(x.shape[0], -1, -1).flip(0)
         ),
-        "does not keep to it",
+        "its row ownership is still not proved",
     ),
     "copies that are summed over": (
         lambda x, slots: (
             x @ WEIGHT + lora(SHARED[:1], slots).expand(x.shape[0], -1).sum(0, keepdim=True)
         ),
-        "does not keep to it",
+        "its row ownership is still not proved",
     ),
     "meets what mixes requests": (
         lambda x, slots: (x @ WEIGHT).cumsum(0) + lora(SHARED[:1], slots),

@@ -146,7 +146,7 @@ def test_compiling_a_pickled_or_copied_model(plain):
     """A copy of a compiled model is a plain model with marks; once detached it compiles again."""
     cm = plain.compile()
     twin = pickle.loads(pickle.dumps(cm.model))
-    with pytest.raises(CaptureError, match="carries a LoRA mark already"):
+    with pytest.raises(CaptureError, match="already carries a LoRA mark"):
         lorafx.compile(twin, plain.folders)
 
 

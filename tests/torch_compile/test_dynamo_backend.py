@@ -169,7 +169,7 @@ def test_without_a_compiler_or_with_another_one(plain):
         served(model, model, ["a1", None], inputs)
     foreign = torch.compile(model, backend="aot_eager")
     check(foreign, model, plain, ["a1", "a1"], inputs)
-    with pytest.raises(ProvenanceError, match="a batch that mixes adapters reached a site"):
+    with pytest.raises(ProvenanceError, match="a mixed batch reached a site"):
         served(foreign, model, ["a1", None], inputs)
 
 
@@ -212,7 +212,7 @@ def test_detached_and_attached_again(plain):
 
 def test_models_that_cannot_be_attached_or_served(plain):
     model = attached(plain)
-    with pytest.raises(CaptureError, match="carries a LoRA mark already"):
+    with pytest.raises(CaptureError, match="already carries a LoRA mark"):
         lorafx.attach(model, plain.folders)
     with pytest.raises(CaptureError, match=r"wrapped by torch\.compile"):
         lorafx.attach(compiled(plain.model()), plain.folders)
