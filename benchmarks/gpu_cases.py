@@ -14,7 +14,8 @@ from torch import Tensor
 
 import lorafx.kernels.triton.triton_ops  # noqa: F401  registers them
 from lorafx.kernels.cost.chips import chip_of
-from lorafx.kernels.cost.cost import FUSED, Work
+from lorafx.kernels.cost.cost import FUSED
+from lorafx.kernels.cost.work import Work
 from lorafx.kernels.cpu.cpu_source import DeltaSpec
 from lorafx.kernels.triton.triton_build import TritonSpec
 

@@ -31,8 +31,9 @@ from lorafx.graph.context import (
 from lorafx.graph.pointwise_region import NoRegion, PointwiseRegion
 from lorafx.graph.strategy import ATEN, GENERATED, Strategy, choose
 from lorafx.kernels.cost.chips import chip_of
-from lorafx.kernels.cost.cost import FUSED, Estimate, byte_floor, choose_strategy, split_is_faster
+from lorafx.kernels.cost.cost import FUSED, byte_floor, choose_strategy, split_is_faster
 from lorafx.kernels.cost.expert_cost import ExpertWork, estimate_experts
+from lorafx.kernels.cost.work import Estimate
 from lorafx.kernels.cpu.cpu import DeltaSpec, build_all
 from lorafx.kernels.ops.bank_arguments import Ranges
 from lorafx.kernels.triton.triton_build import EXPERTS, TritonSpec

@@ -25,12 +25,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
-from lorafx.kernels.cost.chips import DEFAULT_CHIP, Chip, chip_of
+from lorafx.kernels.cost.chips import Chip, chip_of
+from lorafx.kernels.cost.work import (
+    ADAPTER,
+    DOT,
+    START,
+    TILE_M,
+    Estimate,
+    Work,
+    adapters_in_tile,
+    padded_rows,
+    reader,
+)
 
 
 class Sized(Protocol):
@@ -71,123 +81,11 @@ def split_is_faster(dtype: torch.dtype, device: torch.device) -> bool:
 #: A vendor GEMM this much faster than plain Triton's costs more than all of LoRA (5 % against
 #: 0.6 to 5 % of the floor), so below it a fused kernel is not used where FLOPs decide.
 LEAST_TRITON_OVER_VENDOR = 0.97
-TILE_N, TILE_M, DOT = 128, 64, 16  # columns and rows of a tile of y; least side of a dot
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Modelled time of one strategy for one node.
-
-    Attributes:
-        seconds: of base product and delta together.
-        over_base: over the vendor GEMM alone.
-        over_floor: over the vendor GEMM with A, B and the LoRA FLOPs added, and nothing else.
-        refusal: why it is not chosen whatever its time; empty where it may be.
-    """
-
-    seconds: float
-    over_base: float
-    over_floor: float
-    refusal: str = ""
-
-    def __str__(self) -> str:
-        text = f"{self.seconds * 1e6:.1f} µs, {self.over_base:.3f} of the base"
-        return f"{text}, refused: {self.refusal}" if self.refusal else text
-
-
-@dataclass(frozen=True)
-class Work:
-    """One node: y (M, ΣN) = x (M, K) Wᵀ with the deltas of D adapters of rank r in M rows.
-
-    Attributes:
-        sizes: N_i of the siblings that share x.
-        distinct: D, adapters in the batch.
-    """
-
-    in_features: int
-    sizes: tuple[int, ...]
-    rows: int
-    distinct: int
-    rank: int
-    dtype: torch.dtype
-    chip: Chip = field(default=DEFAULT_CHIP)
-
-    @property
-    def columns(self) -> int:
-        return sum(self.sizes)
-
-    @property
-    def factors(self) -> int:
-        """Elements of A and B of one adapter."""
-        return self.rank * (len(self.sizes) * self.in_features + self.columns)
-
-    @property
-    def m_tiles(self) -> int:
-        return math.ceil(self.rows / TILE_M)
-
-    @property
-    def n_tiles(self) -> int:
-        return sum(math.ceil(size / TILE_N) for size in self.sizes)
-
-    @property
-    def compute_bound(self) -> bool:
-        """Whether FLOPs rather than bytes decide the base product's time."""
-        memory = self.in_features * self.columns * self.dtype.itemsize / self.chip.bandwidth
-        return self.product / self.chip.rate(self.dtype) > memory
-
-    @property
-    def product(self) -> float:
-        """FLOPs of the base product."""
-        return 2.0 * self.rows * self.in_features * self.columns
-
-    def kernel(self, memory: float, l2: float, flops: float, *, tensor: bool = True) -> float:
-        """Seconds of a kernel that moves these elements and does these FLOPs."""
-        size = self.dtype.itemsize
-        rate = self.chip.rate(self.dtype) if tensor else self.chip.fma_rate
-        return max(
-            memory * size / self.chip.bandwidth, l2 * size / self.chip.l2_bandwidth, flops / rate
-        )
-
-    def base(self, memory: float = 0.0, l2: float = 0.0, flops: float = 0.0) -> float:
-        """Seconds of the base product by kernels that also do what is named."""
-        M, K, N = self.rows, self.in_features, self.columns
-        return self.kernel(
-            K * N + M * (K + N) + memory,
-            self.m_tiles * K * N + self.n_tiles * M * K + M * N + l2,
-            self.product + flops,
-        )
-
-    def vendor(self) -> float:
-        """Seconds of the vendor's GEMM."""
-        return self.base() + START
-
-    def floor(self) -> float:
-        """Seconds that no implementation goes below: each active factor read once and used."""
-        M, K, N = self.rows, self.in_features, self.columns
-        flops = 2.0 * M * self.rank * (len(self.sizes) * K + N)
-        return self.base(self.distinct * self.factors, 0, flops)
-
-
-#: Seconds of a kernel that reads what the one before it wrote, however little: its loads follow
-#: from each other. And of one adapter more in a tile that takes its adapters one after another.
-#: Measured on an H200 with the layers of Llama-3-8B, 1 and 64 rows.
-READER, ADAPTER = 2.5e-6, 1.2e-6
-#: Seconds before a product's bytes flow and after they have: a product of few bytes takes longer.
-START = 4e-6
-#: Speed of our kernels' loop over W beside the vendor's where bytes decide, likewise: that of
+#: Speed of our kernels' loop over W beside the vendor's where bytes decide (an H200): that of
 #: "epilogue" and "recompute" has too few programs for narrow layers and too many registers.
 SPLIT_OVER_VENDOR, LOOP_OVER_VENDOR = 0.97, 0.62
-
-
-def _adapters_in_tile(work: Work) -> int:
-    """Adapters that a tile of TILE_M rows, grouped by adapter, has to look at."""
-    return math.ceil(work.distinct / work.m_tiles)
-
-
-def _padded_rows(work: Work) -> int:
-    """Rows of runs of equal slots, each padded to what a dot takes."""
-    a_run = math.ceil(work.rows / max(work.distinct, 1))
-    return work.distinct * math.ceil(a_run / DOT) * DOT
 
 
 def _fused_base(
@@ -198,14 +96,8 @@ def _fused_base(
     return work.base(memory, l2, flops) / speed + START
 
 
-def _reader(work: Work, memory: float, l2: float, flops: float, *, tensor: bool = True) -> float:
-    """A kernel that has to wait for the one before it, and its launch."""
-    own = work.kernel(memory, l2, flops, tensor=tensor)
-    return max(own, READER) + work.chip.launch
-
-
 def _split(work: Work) -> float:
-    adapters, G = _adapters_in_tile(work), len(work.sizes)
+    adapters, G = adapters_in_tile(work), len(work.sizes)
     padded = max(work.rank, DOT) * adapters
     M, K, N = work.rows, work.in_features, work.columns
     A, B = work.distinct * work.rank * G * K, work.distinct * work.rank * N
@@ -215,11 +107,11 @@ def _split(work: Work) -> float:
     sums = parts * M * N * 4 / work.dtype.itemsize if parts > 1 else M * N
     flops = 2.0 * M * padded
     first = _fused_base(work, A, sums, flops * G * K, SPLIT_OVER_VENDOR)
-    return first + _reader(work, B, sums + M * N, flops * N)
+    return first + reader(work, B, sums + M * N, flops * N)
 
 
 def _recompute(work: Work) -> float:
-    adapters, chip = _adapters_in_tile(work), work.chip
+    adapters, chip = adapters_in_tile(work), work.chip
     padded = max(work.rank, DOT)
     M, K, N = work.rows, work.in_features, work.columns
     beside = _fused_base(
@@ -236,7 +128,7 @@ def _recompute(work: Work) -> float:
 
 
 def _epilogue(work: Work) -> float:
-    adapters, G = _adapters_in_tile(work), len(work.sizes)
+    adapters, G = adapters_in_tile(work), len(work.sizes)
     padded = max(work.rank, DOT) * adapters
     M, K, N = work.rows, work.in_features, work.columns
     A, B = work.distinct * work.rank * G * K, work.distinct * work.rank * N
@@ -249,18 +141,18 @@ def _epilogue(work: Work) -> float:
 def _gemv(work: Work) -> float:
     M, K, N, G = work.rows, work.in_features, work.columns, len(work.sizes)
     A, B = work.rank * G * K, work.rank * N
-    shrink = _reader(work, work.distinct * A + M * K, M * A, 2.0 * M * A, tensor=False)
-    expand = _reader(work, work.distinct * B + 2 * M * N, M * B, 2.0 * M * B, tensor=False)
+    shrink = reader(work, work.distinct * A + M * K, M * A, 2.0 * M * A, tensor=False)
+    expand = reader(work, work.distinct * B + 2 * M * N, M * B, 2.0 * M * B, tensor=False)
     return work.vendor() + shrink + expand
 
 
 def _segments(work: Work) -> float:
     M, K, N, G = work.rows, work.in_features, work.columns, len(work.sizes)
     A, B = work.rank * G * K, work.rank * N
-    padded = _padded_rows(work) * max(work.rank, DOT) / work.rank
-    shrink = _reader(work, work.distinct * A + M * K, 0, 2.0 * padded * A)
-    expand = _reader(work, work.distinct * B + 2 * M * N, 0, 2.0 * padded * B)
-    return work.vendor() + shrink + expand + 2 * (_adapters_in_tile(work) - 1) * ADAPTER
+    padded = padded_rows(work) * max(work.rank, DOT) / work.rank
+    shrink = reader(work, work.distinct * A + M * K, 0, 2.0 * padded * A)
+    expand = reader(work, work.distinct * B + 2 * M * N, 0, 2.0 * padded * B)
+    return work.vendor() + shrink + expand + 2 * (adapters_in_tile(work) - 1) * ADAPTER
 
 
 GPU_STRATEGIES = {

@@ -20,15 +20,8 @@ from dataclasses import dataclass
 import torch
 
 from lorafx.kernels.cost.chips import Chip
-from lorafx.kernels.cost.cost import (
-    DOT,
-    READER,
-    START,
-    TILE_M,
-    Estimate,
-    ranked,
-    slower_than_vendor,
-)
+from lorafx.kernels.cost.cost import ranked, slower_than_vendor
+from lorafx.kernels.cost.work import DOT, READER, START, TILE_M, Estimate
 
 #: Speed of the grouped kernel's loop over W beside the vendor's grouped product where bytes decide:
 #: assumed. Experts give it thousands of programs, which the slower dense kernels lack, and the

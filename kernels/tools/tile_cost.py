@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 
 from lorafx.kernels.cost.chips import Chip
-from lorafx.kernels.cost.cost import Work
+from lorafx.kernels.cost.work import Work
 from lorafx.kernels.cpu.cpu_source import DeltaSpec
 from lorafx.kernels.triton.triton_tiles import Architecture, Tiles
 

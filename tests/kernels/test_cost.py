@@ -11,11 +11,11 @@ from lorafx.kernels.cost.chips import CHIPS, DEFAULT_CHIP, Chip, chip_of
 from lorafx.kernels.cost.cost import (
     FUSED,
     GPU_STRATEGIES,
-    Work,
     byte_floor,
     choose_strategy,
     estimate,
 )
+from lorafx.kernels.cost.work import Work
 
 pytestmark = pytest.mark.quick
 
