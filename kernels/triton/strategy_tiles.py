@@ -9,6 +9,7 @@ from lorafx.kernels.cpu.cpu_source import DeltaSpec
 from lorafx.kernels.triton.triton_tiles import (
     Architecture,
     Tiles,
+    activate_tiles,
     expand_rows_tiles,
     grouped_tiles,
     linear_tiles,
@@ -28,6 +29,8 @@ STRATEGY_KERNELS: Mapping[str, tuple[str, ...]] = {
     "embedding": ("embedding_rows",),
     "grouped": ("shrink", "epilogue"),
     "activated": ("activate", "epilogue"),
+    "deferred": ("shrink",),
+    "prologue": ("activate", "expand"),
 }
 
 # What a tuner measured: (strategy, architecture, spec, M rounded up to a power of two) -> tiles
@@ -43,8 +46,8 @@ def tuning_key(strategy: str, arch: Architecture, spec: DeltaSpec, rows: int) ->
 def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> dict[str, Tiles]:
     """Tiles of each kernel of `strategy` for about `rows` rows, tuned ones before the heuristic's.
 
-    Rows are sorted by slot only in "segments", where a tile does nothing but its adapters' work;
-    where the base product is in the same tile, more adapters a tile cost little beside it.
+    Rows are sorted by slot where a tile does nothing but its adapters' work; where the base product
+    is in the same tile, more adapters a tile cost little beside it.
     """
     rows = max(rows, 1)  # of one expert, in "grouped" and "activated"
     tuned = TUNED.get(tuning_key(strategy, arch, spec, rows))
@@ -66,9 +69,15 @@ def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> 
             zip(STRATEGY_KERNELS[strategy], grouped_tiles(spec, rows, arch, strategy), strict=True)
         )
     first = shrink_tiles(spec, rows, arch)
-    ordered = strategy == "segments" and rows > first.block_m
-    first = replace(first, ordered=ordered, overlap=arch.overlaps)
-    kernel = STRATEGY_KERNELS[strategy][1]
-    second = linear_tiles(spec, rows, arch, kernel)
-    second = replace(second, parts=first.parts, ordered=ordered, overlap=arch.overlaps)
-    return {"shrink": first, kernel: second}
+    ordered = strategy in ("segments", "deferred", "prologue") and rows > first.block_m
+    # Of a deferred delta it is not known what follows, so nothing may start early.
+    overlap = arch.overlaps and strategy not in ("deferred", "prologue")
+    first = replace(first, ordered=ordered, overlap=overlap)
+    if strategy == "prologue":
+        first = activate_tiles(spec, first, arch)
+    name, *readers = STRATEGY_KERNELS[strategy]
+    tiles = {name: first}
+    for reader in readers:
+        second = linear_tiles(spec, rows, arch, reader)
+        tiles[reader] = replace(second, parts=first.parts, ordered=ordered, overlap=overlap)
+    return tiles

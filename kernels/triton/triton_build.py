@@ -10,6 +10,8 @@
     embedding  y += A[s, id] B[s]
     grouped    "epilogue" for rows sorted by expert, each with its expert's W, A and B
     activated  the same with x = f(…) computed by the shrink, which writes it down for the product
+    deferred   shrink alone: whoever reads y = x Wᵀ adds v B to what it reads
+    prologue   x = f(…) computed by the shrink, deferred deltas included; vendor's product; y += v B
 
 The id is the same in every process that has the same templates, tiles and versions, so a graph
 cached on disk stays valid; a process must call `build` before it runs such a graph.
@@ -47,7 +49,7 @@ LINEAR = ("split", "epilogue", "recompute")
 #: Strategies of `lorafx::triton_experts`, likewise.
 EXPERTS = ("grouped", "activated")
 #: Those of the deltas alone.
-DELTA = ("segments", "gemv", "embedding")
+DELTA = ("segments", "gemv", "embedding", "deferred")
 #: One program of the sorting kernel ranks this many requests.
 ORDER_TILES = Tiles(block_m=64, num_stages=1)
 
@@ -108,12 +110,14 @@ def build(
         raise LoweringError(f"strategy {strategy!r} computes the base product: name its weight")
     if (strategy in EXPERTS) != (spec.experts > 0 and strategy not in DELTA):
         raise LoweringError(f"strategy {strategy!r} does not serve {spec.experts} experts")
-    if strategy == "activated" and spec.activation is None:
-        raise LoweringError("strategy 'activated' computes x itself and needs the activation")
+    if strategy in ("activated", "prologue") and spec.activation is None:
+        raise LoweringError(f"strategy {strategy!r} computes x itself and needs the activation")
     if not spec.supported() or spec.delta.embedding != (strategy == "embedding"):
         return None
     if strategy in DELTA:  # one kernel for all bases
         spec = TritonSpec(spec.delta)
+    if strategy == "prologue":
+        spec = TritonSpec(spec.delta, activation=spec.activation)
     if strategy == "grouped":
         spec = replace(spec, activation=None)
     arch = architecture_of(device)

@@ -21,15 +21,15 @@ from torch.library import custom_op, triton_op
 from lorafx.kernels.ops.bank_arguments import BankArgs, flat
 from lorafx.kernels.ops.fused_experts import check_ends
 from lorafx.kernels.ops.op_checks import require
-from lorafx.kernels.triton.triton_build import EXPERTS, LaunchPlan
+from lorafx.kernels.triton.triton_build import EXPERTS
 from lorafx.kernels.triton.triton_launch import Batch, Launch, activate, linear, shrink
 from lorafx.kernels.triton.triton_ops import (
-    _check_linear,
     _checked,
     _require_adjacent,
     launch_interpreted,
     launch_wrapped,
 )
+from lorafx.kernels.triton.triton_prologue_ops import check_inputs
 
 OP = "triton_experts"
 
@@ -63,7 +63,7 @@ def _fake(inputs, weight, offs, bank: BankArgs, rows, kernel):
     plan = _checked(OP, kernel, EXPERTS, bank, rows)
     spec, d = plan.spec, plan.spec.delta
     K, N, E = d.in_features, spec.out_features, spec.experts
-    S, M = bank.ranks.shape[0], _check_inputs(plan, inputs, bank.A)
+    S, M = bank.ranks.shape[0], check_inputs(OP, plan, inputs, bank.A)
     shape = (E, K, N) if spec.transposed else (E, N, K)
     require(
         OP,
@@ -75,44 +75,6 @@ def _fake(inputs, weight, offs, bank: BankArgs, rows, kernel):
     _require_adjacent(OP, offs=offs)
     require(OP, S % E == 0, f"{E} experts do not divide {S} slots")
     return inputs[0].new_empty((M, N), dtype=d.y_dtype)
-
-
-def _check_inputs(plan: LaunchPlan, inputs: Sequence[Tensor], A: Tensor) -> Any:
-    """Checks them; returns the number of rows."""
-    activation = plan.spec.activation
-    if activation is None:
-        require(OP, len(inputs) == 1, f"{len(inputs)} inputs; the kernel takes x alone")
-        _check_linear(OP, plan, inputs[0], A)
-        return inputs[0].shape[0]
-    found = len(inputs)
-    require(OP, found == activation.inputs, f"{found} inputs, not {activation.inputs}")
-    rows: list[Any] = []
-    rest = iter(inputs)
-    for index, leaf in enumerate(activation.leaves):
-        table = next(rest)
-        last = max(
-            load.start + load.step * (plan.spec.delta.in_features - 1)
-            for load in activation.loads
-            if load.leaf == index
-        )
-        require(
-            OP,
-            table.dim() == 2 and table.dtype == leaf.dtype and table.shape[1] > last,
-            f"input {index} is {table.dtype} {tuple(table.shape)}, the kernel's {leaf.dtype} with "
-            f"more than {last} columns",
-        )
-        _require_adjacent(OP, input=table)
-        if leaf.gathered:
-            ids = next(rest)
-            require(
-                OP,
-                ids.dim() == 1 and ids.dtype in (torch.int32, torch.int64),
-                f"the rows of input {index} are chosen by {ids.dtype} {tuple(ids.shape)}",
-            )
-            _require_adjacent(OP, ids=ids)
-        rows.append((ids if leaf.gathered else table).shape[0])
-    require(OP, all(count == rows[0] for count in rows), f"inputs of {rows} rows")
-    return rows[0]
 
 
 @custom_op("lorafx::interpreted_experts", mutates_args=())

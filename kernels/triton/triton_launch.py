@@ -137,7 +137,9 @@ def activate(
     strides, place = [], 0
     for leaf in activation.leaves:
         strides.append(inputs[place].stride(0))
-        place += 1 + leaf.gathered
+        if leaf.delta is not None:
+            strides.append(inputs[place + 1 + leaf.gathered].stride(0))  # v's planes
+        place += leaf.inputs
     tall = batch.tiles(tiles.block_m) * tiles.lanes
     grid = (tall, _cdiv(spec.planes, tiles.block_r), tiles.parts)
     scalars = batch.arguments(ranks.shape[0], v.stride(0), *strides, h.stride(0))

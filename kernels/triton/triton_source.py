@@ -30,7 +30,7 @@ import jinja2
 import torch
 
 from lorafx.kernels.cpu.cpu_source import DeltaSpec
-from lorafx.kernels.ops.activation import Activation
+from lorafx.kernels.ops.activation import MOST_FACTORS, Activation, delta_place
 from lorafx.kernels.triton.triton_tiles import Tiles, power_of_two
 
 TYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
@@ -196,7 +196,42 @@ def parameters(kernel: str, spec: TritonSpec, tiles: Tiles) -> dict[str, Any]:
         "experts": spec.experts,
         "experts_block": power_of_two(spec.experts, 1, 1 << 20),
         "activation": spec.activation if kernel == "activate" else None,
+        "leaf_deltas": _leaf_deltas(spec) if kernel == "activate" else [],
     }
+
+
+def _leaf_deltas(spec: TritonSpec) -> list[dict[str, Any] | None]:
+    """For each load of the activation, what its template needs to add the delta of the leaf."""
+    assert spec.activation is not None
+    found: list[dict[str, Any] | None] = []
+    for index, load in enumerate(spec.activation.loads):
+        leaf = spec.activation.leaves[load.leaf]
+        d = leaf.delta
+        if d is None:
+            found.append(None)
+            continue
+        place = delta_place(d, load, spec.delta.in_features)
+        assert place is not None  # or there would be no such strategy
+        expand = d.bank_dtype if d.bank_dtype == leaf.dtype else torch.float32
+        found.append(
+            {
+                "name": f"g{index}",
+                "leaf": load.leaf,
+                "sibling": place.sibling,
+                "first": place.number * d.max_rank,
+                "column": place.column,
+                "columns": d.columns,
+                "slot": d.max_rank * d.columns,
+                "group": d.group,
+                "max_rank": d.max_rank,
+                "factors": power_of_two(d.max_rank, 16, MOST_FACTORS),
+                "width": len(d.sizes) * d.max_rank,
+                "planes": leaf.planes,
+                "dtype": TYPES[expand],
+                "cast": "" if d.bank_dtype == expand else ".to(tl.float32)",
+            }
+        )
+    return found
 
 
 def source(kernel: str, spec: TritonSpec | None, tiles: Tiles) -> str:

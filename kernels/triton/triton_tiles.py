@@ -223,6 +223,29 @@ def shrink_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
     )
 
 
+def activate_tiles(spec: DeltaSpec, shrink: Tiles, arch: Architecture) -> Tiles:
+    """Tiles of the shrink of a dense layer that computes x too ("prologue").
+
+    It reads and writes as much as the pointwise kernel that it stands for, so it is cut into parts
+    of K until some programs fill each processor. Registers hold the deltas that x lacks beside its
+    own: fewer rows, fewer terms, no deep pipeline.
+    """
+    if arch.name == "interpreter":
+        return shrink
+    block_k = min(shrink.block_k, 32 if spec.x_dtype.itemsize == 4 else 64)
+    blocks = -(-spec.in_features // block_k)
+    return replace(
+        shrink,
+        block_m=min(shrink.block_m, 32),
+        block_k=block_k,
+        picked=0,
+        lanes=1,
+        parts=max(min(4, blocks // 4), 1),
+        swap=False,
+        num_stages=min(shrink.num_stages, 2),
+    )
+
+
 def split_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> dict[str, Tiles]:
     """Tiles of "split" and "reduce".
 

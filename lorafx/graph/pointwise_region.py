@@ -4,7 +4,8 @@
 
 From h backwards through pointwise operators, slices of columns and casts to float tensors with a
 row for each row of h (leaves), or to rows gathered from a table. Only the operators of `FORMS` are
-known; anything else ends the region as a leaf, or refuses it where it has another shape.
+known; anything else ends the region as a leaf, or refuses it where it has another shape. Rows may
+have several dimensions, (…, K), the same in all of them.
 """
 
 from __future__ import annotations
@@ -58,10 +59,16 @@ MOST_LINES, MOST_LEAVES, MOST_LOADS = 40, 4, 8
 
 @dataclass(frozen=True)
 class PointwiseRegion:
-    """h as an expression, and the nodes of its leaves in the order in which kernels take them."""
+    """h as an expression.
+
+    Attributes:
+        inputs: the nodes of its leaves in the order in which kernels take them, (…, W).
+        inside: the nodes that the expression stands for, h among them.
+    """
 
     activation: Activation
     inputs: tuple[fx.Node, ...]
+    inside: frozenset[fx.Node] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -76,13 +83,13 @@ class _Unknown(Exception):
 
 
 def region_of(h: Any) -> PointwiseRegion | NoRegion:
-    """What computes h (M, K). Pure; the graph is only read."""
+    """What computes h (…, K). Pure; the graph is only read."""
     value = fake_value(h) if isinstance(h, fx.Node) else None
-    if value is None or value.dim() != 2 or value.dtype not in TYPES:
+    if value is None or value.dim() < 2 or value.dtype not in TYPES:
         return NoRegion("it is no matrix of 16- or 32-bit floats")
-    if not isinstance(value.shape[1], int):
+    if not isinstance(value.shape[-1], int):
         return NoRegion("the number of its columns is a symbol")
-    builder = _Builder(value.shape[0])
+    builder = _Builder(tuple(value.shape[:-1]))
     try:
         result = builder.value(h, 0, 1)
     except _Unknown as error:
@@ -95,8 +102,9 @@ def region_of(h: Any) -> PointwiseRegion | NoRegion:
         leaves.append(Leaf(fake_value(table).dtype, ids is not None))
         inputs += [table] if ids is None else [table, ids]
     loads = tuple(Load(*load) for load in builder.loads)
+    inside = frozenset(node for node, _, _ in builder.named) - frozenset(inputs)
     return PointwiseRegion(
-        Activation(tuple(leaves), loads, tuple(builder.lines), result), tuple(inputs)
+        Activation(tuple(leaves), loads, tuple(builder.lines), result), tuple(inputs), inside
     )
 
 
@@ -104,7 +112,7 @@ def region_of(h: Any) -> PointwiseRegion | NoRegion:
 class _Builder:
     """Names of the values that were met: of columns start + step · k of a node."""
 
-    rows: Any
+    rows: tuple[Any, ...]
     lines: list[str] = field(default_factory=list)
     loads: list[tuple[int, int, int]] = field(default_factory=list)
     leaves: list[tuple[fx.Node, fx.Node | None]] = field(default_factory=list)
@@ -142,9 +150,9 @@ class _Builder:
         if not isinstance(item, fx.Node):
             raise _Unknown(f"{node.name} has the operand {item}")
         value, whole = fake_value(item), fake_value(node)
-        if not isinstance(value, torch.Tensor) or value.dim() != 2:
+        if not isinstance(value, torch.Tensor) or value.dim() != whole.dim():
             raise _Unknown(f"{node.name} takes {item.name}, which has no row for each row")
-        if isinstance(value.shape[1], int) and value.shape[1] == 1 != whole.shape[1]:
+        if isinstance(value.shape[-1], int) and value.shape[-1] == 1 != whole.shape[-1]:
             return self.value(item, 0, 0)
         if tuple(value.shape) != tuple(whole.shape):
             raise _Unknown(f"{node.name} takes {item.name} of another shape")
@@ -160,7 +168,7 @@ class _Builder:
 
     def _leaf(self, node: fx.Node, start: int, step: int) -> str:
         value = fake_value(node)
-        if not isinstance(value, torch.Tensor) or value.dim() != 2 or value.shape[0] != self.rows:
+        if not isinstance(value, torch.Tensor) or tuple(value.shape[:-1]) != self.rows:
             raise _Unknown(f"{node.name} has no row for each row")
         if value.dtype not in TYPES:
             raise _Unknown(f"{node.name} is {value.dtype}")
@@ -207,7 +215,7 @@ def _columns(node: fx.Node) -> tuple[fx.Node, int, int] | None:
         if split.target not in SPLITS or not isinstance(index, int):
             return None
         source, sizes, dim = bound(split).values()
-        if fake_value(source).dim() != 2 or dim not in (1, -1):
+        if dim not in (fake_value(source).dim() - 1, -1):
             return None
         first = index * sizes if isinstance(sizes, int) else sum(sizes[:index])
         return source, first, 1
@@ -218,11 +226,11 @@ def _slice(node: fx.Node) -> tuple[fx.Node, int, int] | None:
     call = bound(node)
     source, dim, start, step = call["self"], call["dim"], call["start"] or 0, call["step"]
     shape = fake_value(source).shape
-    if len(shape) != 2 or not isinstance(start, int) or not isinstance(step, int):
+    if not isinstance(start, int) or not isinstance(step, int):
         return None
-    if dim in (0, -2):  # all rows, or none that a kernel could count
+    if dim not in (len(shape) - 1, -1):  # all rows, or none that a kernel could count
         return (source, 0, 1) if tuple(shape) == tuple(fake_value(node).shape) else None
-    width = shape[1]
+    width = shape[-1]
     if not isinstance(width, int) or not -width <= start < width:
         return None
     return source, start % width, step
