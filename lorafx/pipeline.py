@@ -28,7 +28,7 @@ from lorafx.passes.match.match import Match
 from lorafx.passes.outline.outline import Outline
 from lorafx.passes.pack import Pack
 from lorafx.passes.pack_weights import PackWeights
-from lorafx.passes.plan import Plan
+from lorafx.passes.plan.plan import Plan
 from lorafx.passes.provenance import Provenance
 from lorafx.passes.read import Read
 from lorafx.passes.rescale import Rescale

@@ -41,7 +41,7 @@ from lorafx.op_arguments import bound, in_order
 from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, product, region
 from lorafx.passes.lower.triton_graph import inline_triton_ops
 from lorafx.passes.match.match_experts import ALIKE
-from lorafx.passes.plan import cpu_spec, delta_spec
+from lorafx.passes.plan.plan import cpu_spec, delta_spec
 from lorafx.program.frame import arguments_of, fake_value
 
 aten = torch.ops.aten

@@ -1,0 +1,1 @@
+"""plan: how each LoRA node is computed."""
