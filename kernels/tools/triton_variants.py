@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from lorafx.kernels.cpu.cpu_source import DeltaSpec
-from lorafx.kernels.ops.activation import Activation, Leaf, Load
+from lorafx.kernels.triton.activation import Activation, Leaf, Load
 from lorafx.kernels.triton.strategy_tiles import STRATEGY_KERNELS, tiles_for
 from lorafx.kernels.triton.triton_build import EXPERTS, LINEAR, ORDER_TILES
 from lorafx.kernels.triton.triton_cache import GeneratedKernel, load

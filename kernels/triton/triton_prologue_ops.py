@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.library import custom_op, triton_op
 
-from lorafx.kernels.ops.activation import Leaf
 from lorafx.kernels.ops.bank_arguments import BankArgs, flat
 from lorafx.kernels.ops.op_checks import require
+from lorafx.kernels.triton.activation import Leaf
 from lorafx.kernels.triton.triton_build import LaunchPlan
 from lorafx.kernels.triton.triton_launch import Batch, Launch, activate, linear, shrink
 from lorafx.kernels.triton.triton_ops import (

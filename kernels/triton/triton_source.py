@@ -30,7 +30,7 @@ import jinja2
 import torch
 
 from lorafx.kernels.cpu.cpu_source import DeltaSpec
-from lorafx.kernels.ops.activation import MOST_FACTORS, Activation, delta_place
+from lorafx.kernels.triton.activation import MOST_FACTORS, Activation, delta_place
 from lorafx.kernels.triton.triton_tiles import Tiles, power_of_two
 
 TYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}

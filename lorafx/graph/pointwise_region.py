@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lorafx.kernels.ops.activation import Activation, Leaf, Load
+from lorafx.kernels.triton.activation import Activation, Leaf, Load
 from lorafx.kernels.triton.triton_source import TYPES
 from lorafx.op_arguments import bound
 from lorafx.program.frame import arguments_of, fake_value

@@ -20,7 +20,7 @@ from triton_cases import BF16, CPU, FP16, FP32, Case, make_case
 import lorafx.kernels.triton.triton_prologue_ops  # noqa: F401  registers the ops
 from lorafx.errors import LoweringError
 from lorafx.graph.pointwise_region import PointwiseRegion, region_of
-from lorafx.kernels.ops.activation import Activation
+from lorafx.kernels.triton.activation import Activation
 from lorafx.kernels.triton.strategy_tiles import tiles_for
 from lorafx.kernels.triton.triton_build import TritonSpec, build, plan_of
 from lorafx.kernels.triton.triton_tiles import ARCHITECTURES

@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 import lorafx.kernels.triton.triton_ops  # noqa: F401  registers them
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.cpu_source import DeltaSpec
-from lorafx.kernels.ops.activation import Activation, Leaf, Load
+from lorafx.kernels.triton.activation import Activation, Leaf, Load
 from lorafx.kernels.triton.triton_build import TritonSpec, build, plan_of
 from lorafx.passes.lower.lower import TRITON_OPS
 from lorafx.passes.lower.triton_graph import inline_triton_ops
