@@ -79,8 +79,7 @@ class _Selection:
     def _candidates_of(self, path: str, module: nn.Module) -> Iterator[Candidate]:
         """The module, and each parameter of routed experts that it holds."""
         entry, paths = lookup(module), self.graph.paths(module)
-        experts = entry is None or entry.kind == "experts"
-        weights = expert_weights(module) if experts else None
+        weights = expert_weights(module)
         if weights is None:
             yield Candidate(path, module, paths, entry, self.packed)
         for weight in weights or ():

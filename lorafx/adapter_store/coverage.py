@@ -153,7 +153,7 @@ def _experts(reading: Reading, scope: Scope) -> Iterator[str]:
     if not config.target_parameters and not own.singly:
         return
     for path, module in reading.places.named_modules():
-        experts = reading.places.experts.at(path)
+        experts = reading.places.experts.of(module, path)
         if experts is None or any(closed.startswith(path) for closed in reading.closed):
             continue
         for weight in experts.weights:

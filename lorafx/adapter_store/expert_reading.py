@@ -74,11 +74,8 @@ class ExpertReading:
         self._modules: dict[int, _Module] = {}
         self._beyond: dict[int, tuple[Experts, set[int]]] = {}
 
-    def take(self, factor: FactorKey) -> bool:
-        """Whether `factor` belongs to routed experts; it is kept then, or a problem is noted."""
-        place = self.findings.places.expert_landing(factor.module)
-        if place is None:
-            return False
+    def take(self, factor: FactorKey, place: ExpertPlace) -> None:
+        """Keep a factor that belongs to routed experts, or note a problem."""
         self.paths.add(place.saved)
         self.singly |= place.expert is not None
         experts, weight = place.experts, place.weight
@@ -94,7 +91,6 @@ class ExpertReading:
             self.findings.closed[place.saved] = not_selected([experts.path])
         else:
             self._keep(_Found(factor, place))
-        return True
 
     def decode(self) -> Iterator[tuple[str, LoraWeights]]:
         """(part path, factors) of each part that the file has factors for and no problem with."""

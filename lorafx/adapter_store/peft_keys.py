@@ -1,4 +1,4 @@
-"""Names in PEFT checkpoints: what a saved key says, and which module of a model it means.
+"""Keys of PEFT checkpoints: which factor a key holds, and of what path.
 
     base_model.model.<module>.lora_A.weight            (r, K)     linear
     base_model.model.<module>.lora_B.weight            (N, r)
@@ -6,8 +6,8 @@
     base_model.model.<module>.lora_embedding_B         (N, r)
     base_model.model.<module>.lora_magnitude_vector    (N,)       DoRA, beside either
 
-Seen in the wild as well: no `base_model.model.`, `_orig_mod.` of a compiled model anywhere in the
-path, an adapter name left over (`lora_A.default.weight`), and any path that reaches the module.
+Seen in the wild as well: an adapter name left over (`lora_A.default.weight`). What the path leads
+to is for lorafx.model.saved_names to say.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from lorafx.model.saved_names import PREFIX, without_compiled
+
 Factor = Literal[
     "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"
 ]
 Letter = Literal["A", "B", "m"]
 
-PREFIX = "base_model.model."
-COMPILED = "_orig_mod"
 _FACTOR = re.compile(
     r"^(?:(?P<module>.+)\.)?(?P<factor>lora_(?:(?:embedding_)?[AB]|magnitude_vector))"
     r"(?:\.(?!bias$)(?P<adapter>[^.]+))??(?:\.weight)?$"
@@ -72,8 +72,3 @@ def candidates(path: str) -> tuple[str, ...]:
     plain = without_compiled(path)
     stripped = (plain + ".").removeprefix(PREFIX).rstrip(".")
     return (stripped,) if stripped == plain else (stripped, plain)
-
-
-def without_compiled(path: str) -> str:
-    """`path` without the names that wrappers of torch.compile put into it."""
-    return ".".join(part for part in path.split(".") if part != COMPILED)

@@ -18,10 +18,11 @@ from torch import nn
 
 from lorafx.adapter_store.checkpoint import AdapterState, load_state
 from lorafx.adapter_store.coverage import Scope, coverage
+from lorafx.adapter_store.expert_places import ExpertPlace
 from lorafx.adapter_store.findings import Findings
 from lorafx.adapter_store.lora_weights import LoraWeights
 from lorafx.adapter_store.peft_config import PeftConfig
-from lorafx.adapter_store.peft_keys import parse, without_prefix
+from lorafx.adapter_store.peft_keys import parse
 from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.reading import Reading
 from lorafx.config import LoraConfig
@@ -147,13 +148,9 @@ def read_adapter(
 
 def _named_by(places: Places, config: PeftConfig, path: str) -> list[str]:
     """What `path` names: the parameters of experts, or one module."""
-    plain = without_prefix(path)
-    if places.walk(plain) is None:
-        place = places.expert_landing(path)
-    else:
-        place = places.experts.find(plain, plain)
-    if place is None:
-        return [places.newer_name(path) or plain]
+    place = places.meaning(path)
+    if not isinstance(place, ExpertPlace):
+        return [places.current(path)]
     experts, saved = place.experts, unnested(place.saved)
     targeted = [w for w in experts.weights if config.targets_parameter(w.path(saved))]
     weights = [place.weight] if place.weight is not None else targeted or experts.weights
@@ -162,8 +159,8 @@ def _named_by(places: Places, config: PeftConfig, path: str) -> list[str]:
 
 def _rank_of(places: Places, config: PeftConfig, path: str, shape: tuple[int, ...]) -> int:
     """The rank of an A of this shape: that of experts may be stacked."""
-    place = places.expert_landing(path)
-    if place is None or place.expert is not None or len(shape) == 3:
+    place = places.meaning(path)
+    if not isinstance(place, ExpertPlace) or place.expert is not None or len(shape) == 3:
         return shape[-2] if len(shape) > 1 else shape[0]
     said = {shape[0]} if config.max_rank is None else set(_ranks(config))
     stacked = place.weight is None or shape[0] not in said

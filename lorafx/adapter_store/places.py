@@ -11,23 +11,23 @@ What a path means is a *landing*: parts of sites in the order of the saved B's r
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from lorafx.adapter_store.expert_places import ExpertPlace, ExpertPlaces
-from lorafx.adapter_store.old_names import OldNames
-from lorafx.adapter_store.peft_keys import COMPILED, candidates, without_compiled
-from lorafx.errors import nearest
+from lorafx.adapter_store.peft_keys import candidates, without_prefix
 from lorafx.model.packed_names import virtual_paths
 from lorafx.model.partition import spans
+from lorafx.model.saved_names import SavedNames, nearest_names, without_compiled
 
 if TYPE_CHECKING:
     from lorafx.model.sites import Membership, Site
 
 #: A site and the number of one of its parts.
 Place = tuple["Site", int]
+_WEIGHT = ".weight"
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,10 @@ def saved_sizes(place: Place) -> tuple[int, int]:
     return in_features, sum(sizes[i] for i in part.slices)
 
 
+#: Of a saved path.
+Meaning = SiteLanding | ExpertPlace | nn.Module | None
+
+
 class Places:
     """Finds what a saved path means among `sites`, or at least the module that it names.
 
@@ -87,61 +91,60 @@ class Places:
 
     def __init__(self, sites: Sequence[Site], model: nn.Module | None) -> None:
         self.model = model
-        self._old = OldNames(model)
-        self.experts = ExpertPlaces(sites, self.walk)
+        self._names = SavedNames(model)
+        self.experts = ExpertPlaces(sites)
         sites = [site for site in sites if site.expert_weight is None]
         self._by_path = {without_compiled(p): site for site in sites for p in site.paths}
         self._by_module = {id(site.module): site for site in sites}
-        self._by_name: dict[str, list[Place]] = {}
-        self._loose: dict[str, tuple[Site, str]] = {}
-        self._members: dict[str, list[tuple[Membership, Site]]] = {}
-        for site in sites:
-            paths = [without_compiled(path) for path in site.paths]
-            for index, part in enumerate(site.parts):
-                if part.name:
-                    for path in virtual_paths(paths, part.name):
-                        self._by_name.setdefault(path, []).append((site, index))
-            for name in site.loose_names:
-                self._loose.update(dict.fromkeys(virtual_paths(paths, name), (site, name)))
-            for membership in site.member_of:
-                for path in virtual_paths(paths, membership.name):
-                    self._members.setdefault(path, []).append((membership, site))
-        self._names: list[str] | None = None
+        self._packed = _packed(sites)
+        self._meanings: dict[str, Meaning] = {}
+        self._known: list[str] | None = None
 
     @property
     def whole(self) -> bool:
         """Whether the whole model is known, not only its sites."""
         return self.model is not None
 
-    def landing(self, path: str) -> SiteLanding | None:
-        """What `path` means; None where it means no site and no part of one, or experts."""
-        for candidate, saved in self._readings(path):
-            found = self._by_path.get(candidate) or self._by_module.get(id(self.walk(candidate)))
-            if found is not None:
-                return _checked(tuple((found, i) for i in range(len(found.parts))), saved)
-            if candidate in self._by_name:
-                return _only(self._by_name[candidate], saved)
-            if candidate in self._loose:
-                site, name = self._loose[candidate]
-                places = tuple((site, i) for i in range(len(site.parts)))
-                closed = not_selected([name]) if name in site.closed_names else ""
-                return SiteLanding(places, saved, name, closed)
-            if candidate in self._members:
-                return _joined(self._members[candidate], saved)
-        return None
+    def meaning(self, path: str) -> Meaning:
+        """What `path` means: a site or parts of some, something of routed experts, a module that is
+        neither; None where it means nothing."""
+        if path not in self._meanings:
+            readings = (self._meaning(*reading) for reading in self._readings(path))
+            self._meanings[path] = next((found for found in readings if found is not None), None)
+        return self._meanings[path]
 
-    def expert_landing(self, path: str) -> ExpertPlace | None:
-        """What `path` means among routed experts; None where it has nothing to do with them."""
-        found = (self.experts.find(*reading) for reading in self._readings(path))
-        return next((place for place in found if place is not None), None)
+    def _meaning(self, reading: str, saved: str) -> Meaning:
+        walked = self._names.walk(reading)
+        own = without_compiled(walked.whole)
+        site = self._by_path.get(reading) or self._by_path.get(own)
+        if site is None and not walked.rest:
+            site = self._by_module.get(id(walked.module))
+        if site is not None:
+            return _checked(tuple((site, i) for i in range(len(site.parts))), saved)
+        if own in self._packed:
+            return replace(self._packed[own], saved=saved)
+        place = self.experts.find(walked, saved)
+        return walked.module if place is None and not walked.rest else place
 
     def module(self, path: str) -> nn.Module | None:
         """The module that `path` means, a site or not; None where there is none."""
-        walked = (
-            self._by_path[candidate].module if candidate in self._by_path else self.walk(candidate)
-            for candidate, _ in self._readings(path)
-        )
-        return next((module for module in walked if module is not None), None)
+        for reading, _ in self._readings(path):
+            walked, site = self._names.walk(reading), self._by_path.get(reading)
+            if site is not None or not walked.rest:
+                return walked.module if site is None else site.module
+        return None
+
+    def current(self, path: str) -> str:
+        """What the model calls what was saved as `path`. It may be a packed name beside a module;
+        where it leads nowhere, it is the path without prefixes."""
+        best, left = without_prefix(path), 2
+        for reading, _ in self._readings(path):
+            walked = self._names.walk(reading)
+            if len(walked.rest) < left:
+                best, left = walked.whole, len(walked.rest)
+            if not left:
+                break
+        return best
 
     def named_modules(self) -> Iterable[tuple[str, nn.Module]]:
         """Every known module under its canonical path; only sites when the model is unknown."""
@@ -159,52 +162,51 @@ class Places:
     def packed_names(self) -> Iterator[tuple[str, str, tuple[Place, ...]]]:
         """(path, `Landing.loose`, places) of what parts of packed sites would be called unpacked,
         and the other way round."""
-        for path, places in self._by_name.items():
-            yield path, "", tuple(places)
-        for path, (site, name) in self._loose.items():
-            yield path, name, tuple((site, i) for i in range(len(site.parts)))
-        for path, found in self._members.items():
-            yield path, "", tuple((site, 0) for _, site in found)
+        return ((path, found.loose, found.places) for path, found in self._packed.items())
 
     def nearest(self, path: str) -> str:
         """A message fragment with the existing module paths closest to `path`."""
-        if self._names is None:
-            self._names = [name for name, _ in self.named_modules() if name]
-            self._names += [name for name, _, _ in self.packed_names()]
-            self._names += [s.path for e in self.experts.selected for s in e.sites.values()]
-        wanted = candidates(path)[0]
-        # difflib takes milliseconds a hundred names: try those of the same last component first.
-        last = wanted.rpartition(".")[2]
-        alike = [name for name in self._names if name.rpartition(".")[2] == last]
-        return nearest(wanted, alike) or nearest(wanted, self._names[:2000])
-
-    def newer_name(self, path: str) -> str | None:
-        """The path of the module that was renamed since `path` was saved; None where none was."""
-        readings = list(self._readings(path))
-        if any(self.walk(new) is not None for new, saved in readings if new == saved):
-            return None
-        return next((new for new, saved in readings if self.walk(new) is not None), None)
+        if self._known is None:
+            self._known = [name for name, _ in self.named_modules() if name]
+            self._known += self._packed
+            self._known += [s.path for e in self.experts.selected for s in e.sites.values()]
+        return nearest_names(without_prefix(path), self._known)
 
     def _readings(self, path: str) -> Iterator[tuple[str, str]]:
         """(path in the model, path as it was saved): as it stands, then by its newer name."""
-        saved = candidates(path)
-        yield from zip(saved, saved, strict=True)
-        for candidate in saved:
-            renamed = self._old.renamed(candidate)
-            if renamed is not None:
-                yield renamed, candidate
+        known: dict[str, str] = {}
+        for saved in candidates(path):
+            for reading in self._names.readings(saved):
+                if reading not in known:
+                    known[reading] = saved
+                    yield reading, saved
+        for reading, saved in known.items():
+            # Renamings are for the names of weights: a path may become that of a parameter.
+            newer = self._names.renamed(reading + _WEIGHT).removesuffix(_WEIGHT)
+            if newer != reading:
+                yield from ((name, saved) for name in self._names.readings(newer))
 
-    def walk(self, path: str) -> nn.Module | None:
-        """The module at `path`, wrappers of torch.compile left out of it; None if none."""
-        node = self.model
-        for part in path.split(".") if path else ():
-            if node is None:
-                return None
-            while part not in node._modules and node._modules.get(COMPILED) is not None:
-                node = node._modules[COMPILED]
-                assert node is not None
-            node = node._modules.get(part)
-        return node
+
+def _packed(sites: Sequence[Site]) -> dict[str, SiteLanding]:
+    """What each name means that parts of packed sites would have unpacked, and that packs sites."""
+    named: dict[str, list[Place]] = {}
+    loose: dict[str, SiteLanding] = {}
+    members: dict[str, list[tuple[Membership, Site]]] = {}
+    for site in sites:
+        paths = [without_compiled(path) for path in site.paths]
+        places = tuple((site, i) for i in range(len(site.parts)))
+        for place, part in zip(places, site.parts, strict=True):
+            for path in virtual_paths(paths, part.name) if part.name else ():
+                named.setdefault(path, []).append(place)
+        for name in site.loose_names:
+            closed = not_selected([name]) if name in site.closed_names else ""
+            found = SiteLanding(places, "", name, closed)
+            loose.update(dict.fromkeys(virtual_paths(paths, name), found))
+        for membership in site.member_of:
+            for path in virtual_paths(paths, membership.name):
+                members.setdefault(path, []).append((membership, site))
+    joined = {path: _joined(own) for path, own in members.items()}
+    return joined | loose | {path: _only(own) for path, own in named.items()}
 
 
 def _checked(places: tuple[Place, ...], saved: str) -> SiteLanding:
@@ -220,29 +222,25 @@ def not_selected(names: Sequence[str]) -> str:
     )
 
 
-def _only(places: list[Place], saved: str) -> SiteLanding:
+def _only(places: Sequence[Place]) -> SiteLanding:
     """The one part that has this name."""
     if len(places) == 1:
-        return _checked(tuple(places), saved)
+        return _checked(tuple(places), "")
     owners = ", ".join(site.path for site, _ in places)
-    return SiteLanding(
-        tuple(places),
-        saved,
-        missing=f"it is packed in each of {owners}; packed_modules may leave it to one of them",
-    )
+    missing = f"it is packed in each of {owners}; packed_modules may leave it to one of them"
+    return SiteLanding(tuple(places), "", missing=missing)
 
 
-def _joined(found: list[tuple[Membership, Site]], saved: str) -> SiteLanding:
+def _joined(found: Sequence[tuple[Membership, Site]]) -> SiteLanding:
     """Sites that one packed name stands for, in the order in which it packs them."""
     found = sorted(found, key=lambda item: item[0].index)
     places = tuple((site, i) for _, site in found for i in range(len(site.parts)))
     count = found[0][0].count
     if [membership.index for membership, _ in found] == list(range(count)):
-        return SiteLanding(places, saved)
+        return SiteLanding(places, "")
     names = ", ".join(site.path for _, site in found)
-    return SiteLanding(
-        places,
-        saved,
-        missing=f"it packs {count} modules, of which only {names} was selected; add it to "
-        "target_modules when compiling",
+    missing = (
+        f"it packs {count} modules, of which only {names} was selected; add it to target_modules "
+        "when compiling"
     )
+    return SiteLanding(places, "", missing=missing)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.adapter_store.dora import dora_refusal
+from lorafx.adapter_store.expert_places import ExpertPlace
 from lorafx.adapter_store.expert_reading import ExpertReading
 from lorafx.adapter_store.findings import DTYPES, Findings, listed, path_label
 from lorafx.adapter_store.loose_names import given_rows, settled, undivided
@@ -94,20 +95,19 @@ class Reading:
         return {path: weights for path, (_, weights) in decoded.items()} | experts
 
     def _place(self, factor: FactorKey) -> None:
-        found = self.places.landing(factor.module)
-        if found is not None and found.missing:
-            self.closed[found.saved] = found.missing
-            return
+        found = self.places.meaning(factor.module)
         if found is None:
-            if self.experts.take(factor):
-                return
-            module = self.places.module(factor.module)
-            if module is not None and is_empty(module):
-                return  # B A has no numbers either
-            if module is not None:
-                self.unselected[without_prefix(factor.module)] = module
-            else:
-                self.unknown[factor.module] = None
+            self.unknown[factor.module] = None
+            return
+        if isinstance(found, ExpertPlace):
+            self.experts.take(factor, found)
+            return
+        if isinstance(found, nn.Module):
+            if not is_empty(found):  # else B A has no numbers either
+                self.unselected[without_prefix(factor.module)] = found
+            return
+        if found.missing:
+            self.closed[found.saved] = found.missing
             return
         self.landings.setdefault(found.key, found)
         mine = self.factors.setdefault(found.key, {})
@@ -216,8 +216,7 @@ class Reading:
                 self.unsupported.append(f"{key} belongs to {feature}, which lorafx does not do")
                 return
         owner, _, attribute = key.rpartition(".")
-        module = self.places.module(owner.removesuffix(".base_layer"))
-        own = getattr(module, attribute, None)
+        own = getattr(self.places.module(owner.removesuffix(".base_layer")), attribute, None)
         if not isinstance(own, Tensor):
             self.problems.append(f"{key} is not a LoRA factor and names nothing in the model")
         elif not _same(self.state.tensors[key], own):

@@ -1,7 +1,6 @@
-"""Names and layouts from before transformers changed them.
+"""Layouts from before transformers changed them.
 
-    block_sparse_moe.gate.weight → mlp.gate.weight                      renamings
-    moe.gate_proj.weight, moe.up_proj.weight → mlp.experts.gate_up_proj  conversions
+    moe.gate_proj.weight, moe.up_proj.weight → mlp.experts.gate_up_proj
 
 transformers says of each model what its loader does to a checkpoint. A conversion is undone on
 tensors without numbers to learn which tensors, of which shapes, it takes.
@@ -10,14 +9,13 @@ tensors without numbers to learn which tensors, of which shapes, it takes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorafx.adapter_store.old_names import weight_transforms
 from lorafx.base_weights.groups import ConvertedGroup, GroupMember
 from lorafx.base_weights.weight_places import Box, Landing, Shape
 
@@ -25,15 +23,13 @@ from lorafx.base_weights.weight_places import Box, Landing, Shape
 class Conversions:
     """What transformers' loader would do to a checkpoint of `model`."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, transforms: Sequence[Any]) -> None:
+        """`transforms`: `SavedNames.transforms` of the model."""
         self._model = model
-        transforms = weight_transforms(model)
-        self._renamings: list[Any] = []
         self._converters: list[Any] = []
         self._rearranging: list[Any] = []
         if transforms:
             loading = sys.modules["transformers.core_model_loading"]
-            self._renamings = [t for t in transforms if isinstance(t, loading.WeightRenaming)]
             self._converters = [t for t in transforms if isinstance(t, loading.WeightConverter)]
             stacking = (loading.MergeModulelist, loading.Concatenate)
             self._rearranging = [
@@ -42,12 +38,6 @@ class Conversions:
                 if not all(isinstance(op, stacking) for op in converter.operations)
             ]
         self._groups: dict[tuple[int, str], ConvertedGroup | str] = {}
-
-    def renamed(self, name: str) -> str:
-        """What the tensor `name` is called since, by renamings alone."""
-        for renaming in self._renamings:
-            name = renaming.rename_source_key(name)[0]
-        return name
 
     @property
     def rearrange(self) -> bool:

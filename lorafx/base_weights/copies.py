@@ -122,9 +122,8 @@ def _weights(model: nn.Module) -> Iterator[Weight]:
         entry = lookup(module)
         if entry is not None and entry.kind in ("linear", "embedding"):
             yield Weight(Holder(path, module, entry.weight), entry.kind)
-        elif entry is None or entry.kind == "experts":
-            for weight in expert_weights(module) or ():
-                yield Weight(Holder(path, module, weight.name), "experts")
+        for weight in expert_weights(module) or ():
+            yield Weight(Holder(path, module, weight.name), "experts")
 
 
 def _repeat(holder: Holder, tensor: Tensor, near: Sequence[Weight]) -> Repeat | None:

@@ -11,28 +11,19 @@ Names and halves are those of adapters (lorafx.model.expert_names).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from torch import nn
 
-from lorafx.base_weights.names import Names, Walked
+from lorafx.base_weights.names import Names
 from lorafx.base_weights.weight_places import Box, Cut, Landing, Shard, Target
 from lorafx.errors import CheckpointError
 from lorafx.layers.moe import FusedMoE
-from lorafx.model.expert_names import PROJECTIONS, Half, covers
+from lorafx.model.expert_names import PROJECTIONS, ExpertMeaning, Half, meaning
 from lorafx.model.experts import ExpertWeight, expert_weights
 from lorafx.model.module_graph import join
-from lorafx.registry import lookup
+from lorafx.model.saved_names import Walked
 
 _SHARDS: dict[Half, str] = {"gate": "w1", "up": "w3"}
-
-
-class _Saved(NamedTuple):
-    """A name below a module of experts: whose, which projection, and weight or bias."""
-
-    expert: int | None
-    name: str
-    kind: str
 
 
 class ExpertLandings:
@@ -45,27 +36,21 @@ class ExpertLandings:
     def landings(self, walked: Walked) -> Iterator[Landing]:
         """What a name that was walked as far as it led may mean among experts."""
         for owner in self._owners(walked):
-            saved = _parse(owner.rest)
-            for weight in self._of(owner.module):
-                if saved is None:
-                    continue
-                own = saved.name == weight.name
-                if not own and saved.name not in PROJECTIONS:
-                    continue
-                half = "all" if own else covers(weight, saved.name)
-                if half is None:
-                    continue
-                target = self._target(owner.module, weight, saved.kind)
-                if target is None:
-                    continue
-                path = join(owner.path, ".".join(owner.rest))
-                wrong = _out_of_range(saved, weight)
-                if wrong:
-                    yield Landing(path, None, (), wrong)
-                elif isinstance(owner.module, FusedMoE):
-                    yield _sharded(target, path, weight, half, saved.expert)
-                else:
-                    yield from _boxes(target, path, weight, half, saved, own=own)
+            names, kind = _named(owner.rest)
+            meant = meaning(self._of(owner.module), names)
+            if meant is None or meant.weight is None:
+                continue
+            target = self._target(owner.module, meant.weight, kind)
+            if target is None:
+                continue
+            path = owner.whole
+            wrong = meant.wrong or _out_of_range(meant.expert, meant.weight)
+            if wrong:
+                yield Landing(path, None, (), wrong)
+            elif isinstance(owner.module, FusedMoE):
+                yield _sharded(target, path, meant)
+            else:
+                yield from _boxes(target, path, kind, meant)
 
     def _owners(self, walked: Walked) -> Iterator[Walked]:
         if self._of(walked.module):
@@ -83,9 +68,7 @@ class ExpertLandings:
     def _of(self, module: nn.Module) -> tuple[ExpertWeight, ...]:
         """The two parameters of `module` if it is one of routed experts."""
         if id(module) not in self._weights:
-            entry = lookup(module)
-            plain = entry is None or entry.kind == "experts"
-            self._weights[id(module)] = (expert_weights(module) or ()) if plain else ()
+            self._weights[id(module)] = expert_weights(module) or ()
         return self._weights[id(module)]
 
     def _target(self, module: nn.Module, weight: ExpertWeight, kind: str) -> Target | None:
@@ -96,58 +79,46 @@ class ExpertLandings:
         return next((target for target in found if target is not None), None)
 
 
-def _parse(rest: Sequence[str]) -> _Saved | None:
-    """The names that are left below a module of experts, "3.gate_proj.weight" or "w13_weight"."""
-    parts = [part for part in rest if part != "base_layer"]
-    expert = int(parts.pop(0)) if parts and parts[0].isdigit() else None
-    kind = "weight"
-    if len(parts) == 2 and parts[1] in ("weight", "bias"):
-        kind = parts.pop()
-    if len(parts) != 1:
-        return None
-    (name,) = parts
-    if name not in PROJECTIONS:
-        for suffix in ("weight", "bias"):
-            if name.removesuffix(f"_{suffix}") in PROJECTIONS:
-                return _Saved(expert, name.removesuffix(f"_{suffix}"), suffix)
-    return _Saved(expert, name, kind)
+def _named(rest: Sequence[str]) -> tuple[list[str], str]:
+    """The names that are left below a module of experts, "3.gate_proj.weight" or "w13_weight", as
+    those of a projection, and whether its weight or its bias is meant."""
+    names = [name for name in rest if name != "base_layer"]
+    if len(names) > 1 and names[-1] in ("weight", "bias"):
+        return names[:-1], names[-1]
+    for kind in ("weight", "bias"):
+        stem = names[-1].removesuffix(f"_{kind}") if names else ""
+        if stem in PROJECTIONS and stem != names[-1]:
+            return [*names[:-1], stem], kind
+    return names, "weight"
 
 
-def _out_of_range(saved: _Saved, weight: ExpertWeight) -> str:
-    if saved.expert is None or saved.expert < weight.experts:
+def _out_of_range(expert: int | None, weight: ExpertWeight) -> str:
+    if expert is None or expert < weight.experts:
         return ""
-    return f"there is no expert {saved.expert}: experts are 0 to {weight.experts - 1}"
+    return f"there is no expert {expert}: experts are 0 to {weight.experts - 1}"
 
 
-def _boxes(
-    target: Target, path: str, weight: ExpertWeight, half: Half, saved: _Saved, *, own: bool
-) -> Iterator[Landing]:
+def _boxes(target: Target, path: str, kind: str, meant: ExpertMeaning) -> Iterator[Landing]:
     """The box of a projection: as the model stores it where the parameter's own name is given, as
     (out, in) by other names; then the other way round, for shapes that fit that alone."""
+    weight = meant.weight
+    assert weight is not None
     box = Box.whole(target)
     dims = len(box.box)
-    out = dims - 1 if saved.kind == "bias" or weight.transposed else dims - 2
-    if own and weight.halves == "interleaved":
-        half = "all"
-    elif saved.name in ("w13", "gate_up_proj") and weight.halves == "interleaved" and not own:
-        reason = (
-            f"gate and up of {weight.name} are interleaved, and {saved.name} may mean them so or "
-            f"one after the other; give the tensor as {weight.name}, or as w1 and w3"
-        )
-        yield Landing(path, None, (), reason)
-        return
-    box = box.narrowed(out, _columns(len(box.box[out]), weight, half))
-    if saved.expert is not None:
-        box = box.narrowed(0, range(saved.expert, saved.expert + 1))
+    out = dims - 1 if kind == "bias" or weight.transposed else dims - 2
+    box = box.narrowed(out, _columns(len(box.box[out]), weight, meant.half))
+    if meant.expert is not None:
+        box = box.narrowed(0, range(meant.expert, meant.expert + 1))
     orders = [box]
-    if saved.kind == "weight":
+    if kind == "weight":
         orders = [box, box.swapped()]
-        if weight.transposed and not own:
+        if weight.transposed and not meant.own:
             orders.reverse()
     for oriented in orders:
-        shape = oriented.shape[1:] if saved.expert is not None else oriented.shape
+        shape = oriented.shape if meant.expert is None else oriented.shape[1:]
         # Other names than the parameter's own say which way round it is.
-        yield Landing(path, shape, (Cut(oriented),), turned=oriented is not box if own else None)
+        turned = oriented is not box if meant.own else None
+        yield Landing(path, shape, (Cut(oriented),), turned=turned)
 
 
 def _columns(size: int, weight: ExpertWeight, half: Half) -> range:
@@ -158,10 +129,10 @@ def _columns(size: int, weight: ExpertWeight, half: Half) -> range:
     return range(size // 2) if half == "gate" else range(size // 2, size)
 
 
-def _sharded(
-    target: Target, path: str, weight: ExpertWeight, half: Half, expert: int | None
-) -> Landing:
+def _sharded(target: Target, path: str, meant: ExpertMeaning) -> Landing:
     """The shards of a layer that cuts experts' tensors itself."""
+    weight, half, expert = meant.weight, meant.half, meant.expert
+    assert weight is not None
     layer = target.module
     assert isinstance(layer, FusedMoE)
     kinds = ["w2"] if weight.down else ["w1", "w3"] if half == "all" else [_SHARDS[half]]

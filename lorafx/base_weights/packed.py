@@ -15,12 +15,13 @@ from typing import Any
 
 from torch import nn
 
-from lorafx.base_weights.names import Names, Walked
+from lorafx.base_weights.names import Names
 from lorafx.base_weights.weight_places import Box, Cut, Landing, OwnLoader, Target, at
 from lorafx.layers.base import ParallelLayer
 from lorafx.layers.loading import LoadableLayer
 from lorafx.model.module_graph import join
 from lorafx.model.packed_names import PackedMember, PackedNames, renamed
+from lorafx.model.saved_names import Walked
 from lorafx.registry import lookup
 
 

@@ -17,12 +17,12 @@ from torch import nn
 from lorafx.base_weights.conversions import Conversions
 from lorafx.base_weights.expert_landings import ExpertLandings
 from lorafx.base_weights.groups import GroupMember, JointGroup, TensorGroup
-from lorafx.base_weights.names import Names, Walked
+from lorafx.base_weights.names import Names
 from lorafx.base_weights.packed import Joint, PackedLandings
 from lorafx.base_weights.weight_places import Landing, Shape, Target, at
-from lorafx.errors import nearest
-from lorafx.model.module_graph import ModuleGraph, join
+from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.packed_names import PackedModules, PackedNames
+from lorafx.model.saved_names import Walked, nearest_names
 
 Meaning = Landing | GroupMember
 #: How many unknown names get the names nearest to them, which takes a while.
@@ -37,7 +37,7 @@ class Resolver:
         self.names = Names(graph, model)
         self._experts = ExpertLandings(self.names)
         self._packed = PackedLandings(self.names, PackedNames(graph, packed))
-        self._conversions = Conversions(model)
+        self._conversions = Conversions(model, self.names.transforms)
         self._joints: dict[str, TensorGroup] = {}
         self._unwanted = [
             re.compile(pattern)
@@ -80,11 +80,8 @@ class Resolver:
         if self._advised >= _NEAREST:
             return "no place in the model"
         self._advised += 1
-        last = name.rpartition(".")[2]
-        known = [target.name for target in self.names.required]
-        alike = [own for own in known if own.rpartition(".")[2] == last]
-        near = nearest(name, alike[:2000]) or nearest(name, known[:500])
-        return f"no place in the model{near}"
+        known = (target.name for target in self.names.required)
+        return f"no place in the model{nearest_names(name, known)}"
 
     def _meanings(self, name: str) -> Iterator[Meaning]:
         readings = list(self.names.readings(name))
@@ -95,11 +92,11 @@ class Resolver:
                 if self._own(reading) is not None:
                     yield from self._by_walking(reading)
             for reading in readings:
-                yield from self._converted(self._conversions.renamed(reading), rearranging=True)
+                yield from self._converted(self.names.renamed(reading), rearranging=True)
         for reading in readings:
             yield from self._by_walking(reading)
         for reading in readings:
-            newer = self._conversions.renamed(reading)
+            newer = self.names.renamed(reading)
             if newer != reading:
                 yield from self._by_walking(newer)
             yield from self._converted(newer)
@@ -117,14 +114,14 @@ class Resolver:
             return
         yield from self._experts.landings(walked)
         if target is not None:
-            yield at(target, join(walked.path, walked.rest[0]))
+            yield at(target, walked.whole)
         for found in self._packed.landings(walked):
             yield found if isinstance(found, Landing) else self._joint(found)
 
     def _own(self, reading: str) -> tuple[Target, str] | None:
         walked = self.names.walk(reading)
         target = self._held(walked)
-        return None if target is None else (target, join(walked.path, walked.rest[0]))
+        return None if target is None else (target, walked.whole)
 
     def _held(self, walked: Walked) -> Target | None:
         """The tensor that a name leads to, None where it leads to none."""

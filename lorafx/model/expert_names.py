@@ -12,7 +12,7 @@ A *half* is what a name covers of a parameter's columns: all of it, its gate or 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from lorafx.model.experts import ExpertWeight
@@ -32,29 +32,59 @@ PROJECTIONS: Mapping[str, tuple[bool, Half]] = {
     "down_proj": (True, "all"),
     "w2": (True, "all"),
 }
-_INDEXED = re.compile(r"^(?P<module>.*?)\.?(?P<expert>[0-9]{1,9})\.(?P<name>[^.]+)$")
-_NESTED = ".base_layer"
+_INDEX = re.compile("[0-9]{1,9}")
+_INDEXED = re.compile(rf"(^|\.){_INDEX.pattern}\.({'|'.join(PROJECTIONS)})$")
+#: PEFT's wrapper inside of another.
+NESTED = "base_layer"
 
 
-class ExpertName(NamedTuple):
-    """One expert's projection: path of the experts module, index, name."""
+class ExpertMeaning(NamedTuple):
+    """What a name below a module of routed experts means.
 
-    module: str
-    expert: int
-    name: str
+    Attributes:
+        weight: the parameter; None where the module has no such projection.
+        half: what is meant of its columns.
+        expert: the index, None for all.
+        own: whether it is the parameter's own name.
+        wrong: why nothing can be placed by this name, "" where it can.
+    """
+
+    weight: ExpertWeight | None
+    half: Half
+    expert: int | None
+    own: bool = False
+    wrong: str = ""
+
+
+def meaning(weights: Sequence[ExpertWeight], names: Sequence[str]) -> ExpertMeaning | None:
+    """What "3.gate_proj" or "gate_up_proj", split at its dots, means below a module of experts that
+    has these two weights; None where it is no projection of theirs."""
+    expert = int(names[0]) if len(names) == 2 and _INDEX.fullmatch(names[0]) else None
+    if len(names) != (1 if expert is None else 2):
+        return None
+    name = names[-1]
+    for weight in weights:
+        if name == weight.name:
+            return ExpertMeaning(weight, "all", expert, own=True)
+    if name not in PROJECTIONS:
+        return None
+    for weight in weights:
+        half = covers(weight, name)
+        if half is None:
+            continue
+        unclear = half == "all" and weight.halves == "interleaved"
+        wrong = (
+            f"gate and up of {weight.name} are interleaved, and {name} may mean them so or one "
+            f"after the other; give them as {weight.name}, or as w1 and w3"
+        )
+        return ExpertMeaning(weight, half, expert, wrong=wrong if unclear else "")
+    wrong = f"the experts here have no {name}: {', '.join(weight.name for weight in weights)}"
+    return ExpertMeaning(None, "all", expert, wrong=wrong)
 
 
 def unnested(path: str) -> str:
     """`path` without PEFT's wrapper inside of another."""
-    return path.removesuffix(_NESTED)
-
-
-def parse(path: str) -> ExpertName | None:
-    """`path` as the projection of one expert, or None where it cannot be one."""
-    found = _INDEXED.match(path)
-    if found is None or found["name"] not in PROJECTIONS:
-        return None
-    return ExpertName(found["module"], int(found["expert"]), found["name"])
+    return path.removesuffix(f".{NESTED}")
 
 
 def covers(weight: ExpertWeight, name: str) -> Half | None:
@@ -74,11 +104,7 @@ def overlapping(half: Half) -> tuple[Half, ...]:
 
 def folded(entry: str) -> str:
     """A target's entry with the expert's index, if it has one, as 0, and without PEFT's nesting."""
-    entry = unnested(entry)
-    found = parse(entry)
-    if found is None:
-        return entry
-    return f"{found.module}.0.{found.name}" if found.module else f"0.{found.name}"
+    return _INDEXED.sub(r"\g<1>0.\2", unnested(entry))
 
 
 def own_names(weight: ExpertWeight, module_path: str, expert: int = 0) -> Iterator[str]:

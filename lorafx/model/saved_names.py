@@ -1,0 +1,146 @@
+"""What a saved name leads to in a model: for the factors of adapters and for base weights alike.
+
+    model.layers.0.self_attn.q_proj                      the name in the model, or any alias
+    base_model.model.model.layers.0.self_attn.q_proj     PEFT's prefix
+    _orig_mod.model.…, module.model.…                    wrappers of torch.compile, DDP, FSDP, PEFT
+    layers.0.self_attn.q_proj                            of the model that one with a head holds
+    model.layers.0.block_sparse_moe.gate                 what is called …mlp.gate since
+
+Wrappers' names are left out wherever a module has no child of that name. transformers keeps, for
+each model, what its loader does to checkpoints; nothing here knows the name of a model.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from lorafx.errors import nearest
+from lorafx.model.module_graph import join
+
+PREFIX = "base_model.model."
+COMPILED = "_orig_mod"
+#: Names that wrappers put between a module and what they wrap.
+WRAPPERS = frozenset(
+    {
+        COMPILED,
+        "module",  # DistributedDataParallel
+        "_fsdp_wrapped_module",
+        "_checkpoint_wrapped_module",
+        "base_layer",  # PEFT's tuner layers
+        "original_module",  # PEFT's modules_to_save
+    }
+)
+
+
+class Walked(NamedTuple):
+    """How far a name leads: a module, its path as it was walked, and the names left over."""
+
+    module: nn.Module
+    path: str
+    rest: tuple[str, ...]
+
+    @property
+    def whole(self) -> str:
+        """The path and what is left over."""
+        return join(self.path, ".".join(self.rest)) if self.rest else self.path
+
+
+class SavedNames:
+    """Reads the names of modules and of tensors in one model; in none, where that is unknown."""
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self._model = nn.Module() if model is None else model
+        self._has_prefix = PREFIX.partition(".")[0] in self._model._modules
+        prefix = getattr(self._model, "base_model_prefix", "")
+        self._inner = prefix if isinstance(prefix, str) else ""
+
+    def readings(self, name: str) -> Iterator[str]:
+        """What `name` may be without prefixes, likeliest first."""
+        # Nobody but PEFT begins so, unless the model has such a child itself.
+        prefixed = name.startswith(PREFIX) and not self._has_prefix
+        found = dict.fromkeys([] if prefixed else [name])
+        plain = _without_wrappers(name)
+        for reading in (name, plain):
+            while reading.startswith(PREFIX):
+                reading = reading.removeprefix(PREFIX)
+                found[reading] = None
+        found[plain] = None
+        if self._inner:  # the model of a task head is saved without it, and the other way round
+            for reading in list(found):
+                inner = reading.removeprefix(f"{self._inner}.")
+                found[join(self._inner, reading) if inner == reading else inner] = None
+        return iter(found)
+
+    def renamed(self, name: str) -> str:
+        """What the tensor `name` is called since."""
+        for renaming in self._renamings:
+            name = renaming.rename_source_key(name)[0]
+        return name
+
+    def walk(self, name: str) -> Walked:
+        """Follow the dots of `name` through modules as far as they lead."""
+        module, path = self._model, ""
+        rest = name.split(".") if name else []
+        while rest:
+            child = module._modules.get(rest[0])
+            if child is not None:
+                module, path = child, join(path, rest.pop(0))
+                continue
+            wrapped = module._modules.get(COMPILED)
+            if wrapped is not None:
+                module, path = wrapped, join(path, COMPILED)
+            elif rest[0] in WRAPPERS and len(rest) > 1:
+                rest.pop(0)
+            else:
+                break
+        return Walked(module, path, tuple(rest))
+
+    @cached_property
+    def transforms(self) -> list[Any]:
+        """What transformers' loader does to checkpoints of the model: renamings and conversions,
+        in order; none without transformers 5, or for other models."""
+        transformers = sys.modules.get("transformers")
+        if transformers is None:
+            return []
+        modules = self._model.modules()
+        own = next((m for m in modules if isinstance(m, transformers.PreTrainedModel)), None)
+        if own is None:
+            return []
+        try:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+        except ImportError:  # before transformers 5 nothing was renamed
+            return []
+        return list(get_model_conversion_mapping(own))
+
+    @cached_property
+    def _renamings(self) -> list[Any]:
+        if not self.transforms:
+            return []
+        from transformers.core_model_loading import WeightRenaming
+
+        return [transform for transform in self.transforms if isinstance(transform, WeightRenaming)]
+
+
+def without_compiled(path: str) -> str:
+    """`path` without the names that wrappers of torch.compile put into it."""
+    return ".".join(part for part in path.split(".") if part != COMPILED)
+
+
+def _without_wrappers(name: str) -> str:
+    """`name` without the names of wrappers, the last component excepted."""
+    *modules, last = name.split(".")
+    return ".".join([*(part for part in modules if part not in WRAPPERS), last])
+
+
+def nearest_names(name: str, known: Iterable[str]) -> str:
+    """A message fragment with the names closest to `name`, those of its last component first."""
+    known = list(known)
+    last = name.rpartition(".")[2]
+    # difflib takes milliseconds a hundred names.
+    alike = [own for own in known if own.rpartition(".")[2] == last]
+    return nearest(name, alike[:2000]) or nearest(name, known[:1000])

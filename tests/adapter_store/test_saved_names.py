@@ -1,0 +1,118 @@
+"""Adapters under the names that base weights may have too: of wrapped models, of inner models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from dense_merge import Case, check_mixed, random_base, save_adapter
+from expert_files import PATH, Model, delta, pair, state_of
+from packed_models import twins
+from safetensors.torch import load_file, save_file
+from tiny_models import token_inputs
+
+import lorafx
+from lorafx.adapter_store.checkpoint import AdapterState
+from lorafx.adapter_store.peft_config import PeftConfig
+from lorafx.adapter_store.peft_reader import read_adapter
+from lorafx.prepare.marking import build_sites
+
+PREFIX = "base_model.model."
+#: What each wrapper makes of `base_model.model.<path>.lora_A.weight`.
+NAMINGS: dict[str, Callable[[str], str]] = {
+    "DDP outside": lambda key: f"module.{key}",
+    "DDP inside": lambda key: key.replace(PREFIX, f"{PREFIX}module."),
+    "FSDP": lambda key: re.sub(r"layers\.(\d+)", r"layers.\1._fsdp_wrapped_module", key),
+    "checkpointing": lambda key: key.replace("mlp.", "mlp._checkpoint_wrapped_module."),
+    "compiled": lambda key: f"_orig_mod.{key}",
+    "without the head": lambda key: key.replace(f"{PREFIX}model.", PREFIX),
+}
+
+
+def renamed(folder: Path, rename: Callable[[str], str]) -> None:
+    """Give the factors in `folder` other keys."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    changed = {rename(key): tensor for key, tensor in tensors.items()}
+    assert changed.keys().isdisjoint(tensors)
+    save_file(changed, file)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["adapters alone", "target_modules"])
+def test_a_mixed_batch_of_every_naming(tmp_path: Path, given: bool) -> None:
+    base = random_base("llama")
+    folders = {
+        name: save_adapter(base, tmp_path / name, rank=2, targets=["down_proj"], seed=seed)
+        for seed, name in enumerate(NAMINGS)
+    }
+    case = Case(base, folders)
+    for name in NAMINGS:
+        case.alone(name)  # the oracle reads the names that PEFT gave
+        renamed(folders[name], NAMINGS[name])
+    config = None if given else lorafx.LoraConfig(target_modules=["down_proj"], max_adapters=8)
+    cm = lorafx.compile(case.model(), config, adapters=folders, options={"lowering": "reference"})
+    assert all(site.path.endswith("down_proj") for site in cm.sites)
+    names = [*NAMINGS, None]
+    check_mixed(cm, case, names, token_inputs(len(names), 6))
+
+
+def test_an_adapter_of_the_model_with_a_head_on_the_inner_one(tmp_path: Path) -> None:
+    base = random_base("llama")
+    folder = save_adapter(base, tmp_path / "a", rank=2, targets=["q_proj"], seed=1)
+    inner = base.model
+    _, sites = build_sites(inner, lorafx.LoraConfig(target_modules=["q_proj"]))
+    on_inner = read_adapter(folder, "a", sites, model=inner)
+    _, sites = build_sites(base, lorafx.LoraConfig(target_modules=["q_proj"]))
+    on_whole = read_adapter(folder, "a", sites, model=base)
+    assert {f"model.{path}": w.scale for path, w in on_inner.weights.items()} == {
+        path: w.scale for path, w in on_whole.weights.items()
+    }
+    for path, weights in on_inner.weights.items():
+        assert torch.equal(weights.B, on_whole.weights[f"model.{path}"].B)
+    cm = lorafx.compile(inner, {"a": folder}, options={"lowering": "reference"})
+    assert [site.path for site in cm.sites] == list(on_inner.weights)
+
+
+def test_parts_of_packed_projections_of_a_wrapped_model() -> None:
+    model = twins()[1]
+    _, sites = build_sites(model, lorafx.LoraConfig(target_modules=["qkv_proj"]))
+    a, b = torch.randn(2, 16), torch.randn(8, 2)
+    tensors = {
+        f"module.{PREFIX}layers.0._fsdp_wrapped_module.v_proj.lora_{letter}.weight": tensor
+        for letter, tensor in (("A", a), ("B", b))
+    }
+    state = AdapterState(PeftConfig(r=2, lora_alpha=2), tensors, "memory")
+    adapter = read_adapter(state, "a", sites, model=model)
+    assert list(adapter.weights) == ["layers.0.v_proj"]
+    assert torch.equal(adapter.weights["layers.0.v_proj"].B, b)
+
+
+def test_experts_of_a_wrapped_model() -> None:
+    model = Model()
+    _, sites = build_sites(model, lorafx.LoraConfig(target_modules=["experts"]))
+    plain = pair((2, 5), (4, 2), f"{PATH}.1.up_proj") | pair((6, 4), (5, 6), PATH)
+    state = state_of(plain)
+    tensors = {f"module.{key}": tensor for key, tensor in state.tensors.items()}
+    wrapped = read_adapter(replace(state, tensors=tensors), "a", sites, model=model)
+    expected = read_adapter(state, "a", sites, model=model)
+    assert wrapped.weights.keys() == expected.weights.keys()
+    for name in ("gate_up_proj", "down_proj"):
+        assert torch.equal(delta(model, wrapped, name), delta(model, expected, name))
+        assert delta(model, wrapped, name).any()
+
+
+def test_a_name_that_leads_nowhere_stays_unknown(tmp_path: Path) -> None:
+    base = random_base("llama")
+    folder = save_adapter(base, tmp_path / "a", rank=2, targets=["q_proj"], seed=1)
+    renamed(folder, lambda key: key.replace("q_proj", "base_layer"))
+    with pytest.raises(lorafx.CheckpointError, match=r"self_attn\.base_layer.*nearest"):
+        lorafx.compile(
+            base,
+            lorafx.LoraConfig(target_modules=["q_proj"]),
+            adapters={"a": folder},
+            options={"lowering": "reference"},
+        )
