@@ -74,11 +74,11 @@ class ExpertWeight:
 def expert_weights(module: nn.Module) -> tuple[ExpertWeight, ExpertWeight] | None:
     """The two weights of a module of routed experts, up (or gate and up) first, or None: also for
     one that is registered as something else."""
-    found = _stacks(module)
-    if len(found) != 2 or found[0][1].shape[0] != found[1][1].shape[0]:
-        return None
     entry = lookup(module)
     if entry is not None and entry.kind != "experts":
+        return None
+    found = _stacks(module)
+    if len(found) != 2 or found[0][1].shape[0] != found[1][1].shape[0]:
         return None
     declared = getattr(module, "is_transposed", None)
     forms = (declared,) if isinstance(declared, bool) else (False, True)
