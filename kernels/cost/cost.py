@@ -16,6 +16,7 @@ and each kernel after the first one more dependent launch. What the strategies l
     gemv        vendor GEMM, then shrink and expand a row at a time: no padding of rows
     segments    vendor GEMM, then shrink and expand by runs of equal slots, padded to 16 rows;
                 requests are sorted by slot first, once for all nodes of a graph
+    expand_first, … what lorafx.kernels.cost.vendor_cost has: other operands for the vendor's GEMM
 
 The chips' constants are those of lorafx.kernels.cost.chips: assumptions until a run on the chip
 calibrates them.
@@ -29,6 +30,7 @@ from typing import Protocol
 
 import torch
 
+from lorafx.kernels.cost import vendor_cost
 from lorafx.kernels.cost.chips import Chip, chip_of
 from lorafx.kernels.cost.work import (
     ADAPTER,
@@ -38,7 +40,6 @@ from lorafx.kernels.cost.work import (
     Estimate,
     Work,
     adapters_in_tile,
-    padded_rows,
     reader,
 )
 
@@ -147,12 +148,8 @@ def _gemv(work: Work) -> float:
 
 
 def _segments(work: Work) -> float:
-    M, K, N, G = work.rows, work.in_features, work.columns, len(work.sizes)
-    A, B = work.rank * G * K, work.rank * N
-    padded = padded_rows(work) * max(work.rank, DOT) / work.rank
-    shrink = reader(work, work.distinct * A + M * K, 0, 2.0 * padded * A)
-    expand = reader(work, work.distinct * B + 2 * M * N, 0, 2.0 * padded * B)
-    return work.vendor() + shrink + expand + 2 * (adapters_in_tile(work) - 1) * ADAPTER
+    delta = vendor_cost.shrink(work) + vendor_cost.expand(work, 2)
+    return work.vendor() + delta + 2 * (adapters_in_tile(work) - 1) * ADAPTER
 
 
 GPU_STRATEGIES = {
@@ -161,14 +158,18 @@ GPU_STRATEGIES = {
     "recompute": _recompute,
     "gemv": _gemv,
     "segments": _segments,
+    "expand_first": vendor_cost.expand_first,
 }
 FUSED = ("split", "epilogue", "recompute")  # their own base product instead of the vendor's
+AROUND = ("expand_first",)  # other operands for the vendor's GEMM
 
 
 def _refusal(name: str, work: Work) -> str:
     if name == "split" and any(size % 16 for size in (work.in_features, *work.sizes)):
         # Run on a GPU for whole blocks of 16 elements only, but for kernels by themselves.
         return "K or a column count is not a multiple of 16"
+    if name in AROUND:
+        return vendor_cost.refusal(work)
     return slower_than_vendor(work.chip) if name in FUSED and work.compute_bound else ""
 
 

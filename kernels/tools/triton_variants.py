@@ -21,7 +21,7 @@ import torch
 from lorafx.kernels.cpu.cpu_source import DeltaSpec
 from lorafx.kernels.triton.activation import Activation, Leaf, Load
 from lorafx.kernels.triton.strategy_tiles import STRATEGY_KERNELS, tiles_for
-from lorafx.kernels.triton.triton_build import EXPERTS, LINEAR, ORDER_TILES
+from lorafx.kernels.triton.triton_build import AROUND, EXPERTS, ORDER_TILES, spec_for
 from lorafx.kernels.triton.triton_cache import GeneratedKernel, load
 from lorafx.kernels.triton.triton_source import TritonSpec
 from lorafx.kernels.triton.triton_tiles import ARCHITECTURES
@@ -198,9 +198,11 @@ def variants_for_aot(
     yield variant("order", load("order", None, ORDER_TILES, arch), None)
     for name, full in {**representative_specs(), **expert_specs()}.items():
         for strategy in _strategies(full):
-            spec = full if strategy in (*LINEAR, *EXPERTS) else TritonSpec(full.delta)
+            spec = spec_for(strategy, full)
             # More rows change the parts of K alone in "split", which is planned for few.
-            for M in [M for M in rows if strategy != "split" or M <= 64]:
+            # Those around the vendor's GEMM are planned for many.
+            few, many = strategy == "split", strategy in AROUND
+            for M in [M for M in rows if not (few and M > 64) and not (many and M < 256)]:
                 for kernel_name, tiles in tiles_for(strategy, spec.delta, M, arch).items():
                     kernel = load(kernel_name, spec, tiles, arch)
                     if kernel.key not in seen:

@@ -24,12 +24,14 @@ from torch import Tensor
 
 from lorafx.kernels.cost.chips import Chip, chip_of
 from lorafx.kernels.cpu.cpu_source import DeltaSpec
+from lorafx.kernels.ops.bank_arguments import BankArgs
 from lorafx.kernels.tools.expert_problem import ExpertProblem
 from lorafx.kernels.tools.tile_cost import TileSet, fits, predicted
 from lorafx.kernels.triton.strategy_tiles import TUNED, tiles_for, tuning_key
-from lorafx.kernels.triton.triton_build import LINEAR, build
+from lorafx.kernels.triton.triton_build import AROUND, LINEAR, build
 from lorafx.kernels.triton.triton_source import TritonSpec
 from lorafx.kernels.triton.triton_tiles import Architecture, Tiles, architecture_of
+from lorafx.kernels.triton.triton_vendor_ops import vendor_linear
 from lorafx.kernels.triton.tuned_cache import load_tuned, save_tuned
 
 Timer = Callable[[TileSet], float]
@@ -94,7 +96,7 @@ def neighbours(
 ) -> Iterator[dict[str, Tiles]]:
     """Tiles that differ from `tiles` in one parameter and can run."""
     for name, own in tiles.items():
-        axes = AXES["epilogue" if name == "recompute" else name]
+        axes = AXES[{"recompute": "epilogue", "expand_first": "expand"}.get(name, name)]
         for axis, values in axes.items():
             for value in values:
                 if value == getattr(own, axis):
@@ -248,6 +250,10 @@ class Problem:
             return torch.ops.lorafx.triton_linear(
                 self.x, self.weight, self.bias, *self.bank, 1, kernel
             )
+        if strategy in AROUND and self.weight is not None:
+            base = (self.x, self.weight, self.bias)
+            bank, turned = BankArgs(*self.bank), self.weight.shape[0] == self.x.shape[1]
+            return vendor_linear(strategy, *base, bank, 1, kernel, transposed=turned)
         op = torch.ops.lorafx
         name = op.triton_embedding_delta_ if strategy == "embedding" else op.triton_delta_
         name(self.y, self.x, *self.bank, 1, kernel)

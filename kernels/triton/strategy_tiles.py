@@ -25,6 +25,7 @@ STRATEGY_KERNELS: Mapping[str, tuple[str, ...]] = {
     "epilogue": ("shrink", "epilogue"),
     "recompute": ("recompute",),
     "segments": ("shrink", "expand"),
+    "expand_first": ("shrink", "expand_first"),
     "gemv": ("shrink_rows", "expand_rows"),
     "embedding": ("embedding_rows",),
     "grouped": ("shrink", "epilogue"),
@@ -69,7 +70,9 @@ def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> 
             zip(STRATEGY_KERNELS[strategy], grouped_tiles(spec, rows, arch, strategy), strict=True)
         )
     first = shrink_tiles(spec, rows, arch)
-    ordered = strategy in ("segments", "deferred", "prologue") and rows > first.block_m
+    ordered = (
+        strategy in ("segments", "expand_first", "deferred", "prologue") and rows > first.block_m
+    )
     # Of a deferred delta it is not known what follows, so nothing may start early.
     overlap = arch.overlaps and strategy not in ("deferred", "prologue")
     first = replace(first, ordered=ordered, overlap=overlap)

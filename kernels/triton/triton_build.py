@@ -6,7 +6,8 @@
     epilogue   shrink, then x Wᵀ + b with v B added in its epilogue; y is written once
     recompute  one kernel: each tile computes v for its own rows beside x Wᵀ
     segments   shrink, then y += v B, rows sorted by slot; the base product is the vendor's
-    gemv       the same a row at a time, for one or two rows an adapter
+    expand_first  shrink, then y = v B + b, into which the vendor's GEMM adds the base product
+    gemv       as "segments" a row at a time, for one or two rows an adapter
     embedding  y += A[s, id] B[s]
     grouped    "epilogue" for rows sorted by expert, each with its expert's W, A and B
     activated  the same with x = f(…) computed by the shrink, which writes it down for the product
@@ -34,6 +35,7 @@ from lorafx.kernels.triton.triton_tiles import Architecture, Tiles, architecture
 from lorafx.kernels.triton.tuned_cache import load_tuned
 
 __all__ = [
+    "AROUND",
     "EXPERTS",
     "LINEAR",
     "STRATEGY_KERNELS",
@@ -48,6 +50,8 @@ __all__ = [
 LINEAR = ("split", "epilogue", "recompute")
 #: Strategies of `lorafx::triton_experts`, likewise.
 EXPERTS = ("grouped", "activated")
+#: Those that prepare what the vendor's GEMM is given (lorafx.kernels.triton.triton_vendor_ops).
+AROUND = ("expand_first",)
 #: Those of the deltas alone.
 DELTA = ("segments", "gemv", "embedding", "deferred")
 #: One program of the sorting kernel ranks this many requests.
@@ -114,10 +118,7 @@ def build(
         raise LoweringError(f"strategy {strategy!r} computes x itself and needs the activation")
     if not spec.supported() or spec.delta.embedding != (strategy == "embedding"):
         return None
-    if strategy in DELTA:  # one kernel for all bases
-        spec = TritonSpec(spec.delta)
-    if strategy == "prologue":
-        spec = TritonSpec(spec.delta, activation=spec.activation)
+    spec = spec_for(strategy, spec)
     if strategy == "grouped":
         spec = replace(spec, activation=None)
     arch = architecture_of(device)
@@ -130,6 +131,17 @@ def build(
             _PLANS[plan.id] = plan
             _BUILT[key] = plan.id
         return _BUILT[key]
+
+
+def spec_for(strategy: str, spec: TritonSpec) -> TritonSpec:
+    """`spec` without what kernels of `strategy` do not depend on: one kernel for all such bases."""
+    if strategy in DELTA:
+        return TritonSpec(spec.delta)
+    if strategy == "prologue":
+        return TritonSpec(spec.delta, activation=spec.activation)
+    if strategy in AROUND:
+        return TritonSpec(spec.delta, bias=spec.bias)
+    return spec
 
 
 def _plan(

@@ -208,8 +208,8 @@ def linear(
     Args:
         v: shrink's planes; None where the kernel ("recompute") computes v itself.
         base: x (M, K), the weight and the bias; None for "expand".
-        sums: the base product's planes, for "reduce", which reads nothing of `base` but the bias;
-            None where y holds the product.
+        sums: the base product's planes, for "reduce", which reads nothing of `base` but the bias,
+            as "expand_first" does; None where y holds the product.
     """
     A, B, ranks, scales, _ = bank
     tiles = kernel.tiles
@@ -217,7 +217,7 @@ def linear(
     strides: list[Any] = []
     if base is not None:
         x, weight, bias = base
-        if kernel.name != "reduce":
+        if kernel.name not in ("reduce", "expand_first"):
             pointers += [x, weight]
             strides += [x.stride(0), weight.stride(-2)]
             strides += [weight.stride(0)] if batch.offs is not None else []

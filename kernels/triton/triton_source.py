@@ -4,8 +4,8 @@
 
     shrink       v[p, m, j·R + r] = scale · Σ_(k in part p) A[s, i_j·R + r, k] x[m, k]
     linear       y[m] = x[m] Wᵀ + b + v[m] B[s]    v from shrink's planes ("epilogue"), computed
-                 by the tile itself ("recompute"), without the base product ("expand"), or with that
-                 of `split` ("reduce")
+                 by the tile itself ("recompute"), without the base product ("expand", and
+                 "expand_first", which writes y = v B + b), or with that of `split` ("reduce")
     split        y[q, m] = Σ_(k in part q) x[m, k] W[:, k], and shrink by programs of its own
     shrink_rows, expand_rows    the same a row at a time, without matrix instructions
     embedding_rows              expand_rows with A[s, id] for v
@@ -41,6 +41,10 @@ KERNELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "epilogue": ("linear", {"base": True, "recompute": False, "reduce": False}),
     "recompute": ("linear", {"base": True, "recompute": True, "reduce": False}),
     "expand": ("linear", {"base": False, "recompute": False, "reduce": False}),
+    "expand_first": (
+        "linear",
+        {"base": False, "recompute": False, "reduce": False, "fresh": True},
+    ),
     "split": ("split", {}),
     "reduce": ("linear", {"base": False, "recompute": False, "reduce": True}),
     "shrink_rows": ("rows", {"function": "shrink_rows"}),

@@ -139,7 +139,7 @@ def _aligned(spec: DeltaSpec) -> bool:
 
 
 def linear_tiles(spec: DeltaSpec, rows: int, arch: Architecture, kernel: str) -> Tiles:
-    """Tiles of "epilogue", "recompute" and "expand".
+    """Tiles of "epilogue", "recompute", "expand" and "expand_first".
 
     Sixteen factors at a time: v is a tile of registers for each part, and twice in the bank's type,
     so that with more of them kernels of rank 64 and 256 spill.
@@ -154,7 +154,7 @@ def linear_tiles(spec: DeltaSpec, rows: int, arch: Architecture, kernel: str) ->
             group_m=2,
             batched=kernel == "epilogue",
         )
-    if kernel == "expand":  # y is read and written: nothing to pipeline
+    if kernel in ("expand", "expand_first"):  # y is written, or read too: nothing to pipeline
         plain = _aligned(spec) and spec.bank_dtype.itemsize == 2 and spec.max_rank <= 32
         return Tiles(power_of_two(rows, 16, 32), block_n=128 if plain else 64, num_stages=2)
     size = spec.x_dtype.itemsize

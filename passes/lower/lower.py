@@ -6,7 +6,8 @@
                plain aten the keys, then as a site of those slots. The grouped product that y is
                becomes lorafx::grouped_mm where that has a kernel.
                grouped_site, here and below, runs as it is: plain aten.
-    triton     fused_linear → triton_linear, or mm / addmm and triton_delta_, as planned;
+    triton     fused_linear → triton_linear, or mm / addmm and triton_delta_, or what
+               passes/lower/vendor_linear.py has around the vendor's product, as planned;
                fused_experts → triton_experts, or the grouped product and then as expert_site;
                site → triton_delta_ into y. On a GPU their launches are put into the graph.
     reference  nothing to do: the ops' own aten implementations run.
@@ -35,11 +36,12 @@ from lorafx.kernels.cpu.cpu import delta_call, embedding_delta_call, expert_delt
 from lorafx.kernels.cpu.grouped_mm import GROUPED_MM, kernel_of
 from lorafx.kernels.ops.bank_arguments import BankArgs
 from lorafx.kernels.triton import triton_expert_ops, triton_ops
-from lorafx.kernels.triton.triton_build import EXPERTS
+from lorafx.kernels.triton.triton_build import AROUND, EXPERTS
 from lorafx.kernels.triton.triton_ops import adjacent
 from lorafx.op_arguments import bound, in_order
 from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, product, region
 from lorafx.passes.lower.triton_graph import inline_triton_ops
+from lorafx.passes.lower.vendor_linear import VENDOR_OPS, vendor_linear
 from lorafx.passes.match.match_experts import ALIKE
 from lorafx.passes.plan.plan import cpu_spec, delta_spec
 from lorafx.program.frame import arguments_of, fake_value
@@ -52,7 +54,10 @@ TRITON_LINEAR = triton_ops.triton_linear._opoverload
 TRITON_DELTA = triton_ops.triton_delta_._opoverload
 TRITON_EMBEDDING_DELTA = triton_ops.triton_embedding_delta_._opoverload
 TRITON_EXPERTS = triton_expert_ops.triton_experts._opoverload
-TRITON_OPS = (TRITON_LINEAR, TRITON_DELTA, TRITON_EMBEDDING_DELTA, TRITON_EXPERTS)
+TRITON_OPS = (
+    *(TRITON_LINEAR, TRITON_DELTA, TRITON_EMBEDDING_DELTA, TRITON_EXPERTS),
+    *VENDOR_OPS,
+)
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,10 @@ def _linear(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
         side_by_side = _adjacent(graph, ctx, x_flat)
         arguments = in_order(TRITON_LINEAR, call, x=side_by_side, kernel=strategy.kernel)
         return _shaped(graph, ctx, ctx.call(graph, TRITON_LINEAR, arguments), x, node)
+    if strategy.name in AROUND:
+        side_by_side = _adjacent(graph, ctx, x_flat)
+        y = vendor_linear(graph, ctx, strategy, {**call, "x": side_by_side})
+        return _shaped(graph, ctx, y, x, node)
     if strategy.split:
         parts, start = [], 0
         for size in call["sizes"]:

@@ -36,7 +36,7 @@ from lorafx.kernels.cost.expert_cost import ExpertWork, estimate_experts
 from lorafx.kernels.cost.work import Estimate
 from lorafx.kernels.cpu.cpu import DeltaSpec, build_all
 from lorafx.kernels.ops.bank_arguments import Ranges
-from lorafx.kernels.triton.triton_build import EXPERTS, TritonSpec
+from lorafx.kernels.triton.triton_build import AROUND, EXPERTS, TritonSpec
 from lorafx.kernels.triton.triton_build import build as build_triton
 from lorafx.kernels.triton.triton_ops import adjacent
 from lorafx.model.sites import Part, Site
@@ -121,6 +121,11 @@ def _triton_choice(
     if node.target is EMBEDDING_OP and pinned is None:
         return EMBEDDING, "rows are gathered one by one"
     if pinned is not None:
+        if pinned in AROUND and (why := _not_around(node)):
+            raise ConfigError(
+                f"Options.plan pins {pinned!r} for {', '.join(_paths(ctx, node))}, {why}; pin "
+                "'gemv', 'segments' or 'aten'"
+            )
         if pinned in FUSED and not _fusable(node):
             why = "lies column by column" if node.target is FUSED_OP else "is not part of the node"
             raise ConfigError(
@@ -145,6 +150,8 @@ def _triton_choice(
     dtype = fake_value(bound(node)["x"]).dtype
     _, estimates = choose_strategy(_parts(sites), rows, slots, rank, dtype, device)
     for name, estimate in estimates.items():
+        if name in AROUND and _not_around(node):
+            continue
         if not estimate.refusal and (name not in FUSED or _fusable(node)):
             return name, f"modelled {estimate} at {rows} rows; {_floor(ctx, node)}"
     return "segments", f"the number of rows is unknown; {_floor(ctx, node)}"
@@ -154,6 +161,14 @@ def _fusable(node: fx.Node) -> bool:
     """Whether a kernel may compute the base product too: it is in the node, and the kernel can read
     the weight as it lies. A copy of a weight at every call would cost more than fusion saves."""
     return node.target is FUSED_OP and adjacent(fake_value(bound(node)["weight"]))
+
+
+def _not_around(node: fx.Node) -> str:
+    """Why the vendor's GEMM cannot be given more than x and the weight; "" where it can."""
+    if node.target is not FUSED_OP:
+        return "whose base product is not part of the node"
+    dtypes = {fake_value(item).dtype for item in (node, bound(node)["x"], bound(node)["weight"])}
+    return "" if len(dtypes) == 1 else "whose x, weight and result are not of one type"
 
 
 def _not_for_experts(node: fx.Node, name: str) -> str:

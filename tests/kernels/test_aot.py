@@ -30,6 +30,7 @@ CUT = (
     "epilogue/epilogue/o_r16_bf16/m4096",
     "recompute/recompute/o_r16_bf16/m1",
     "segments/expand/o_r16_bf16/m4096",
+    "expand_first/expand_first/o_r16_bf16/m4096",
     "gemv/shrink_rows/o_r16_bf16/m1",
     "gemv/expand_rows/o_r16_bf16/m1",
     "embedding/embedding_rows/embedding_r16_bf16/m1",
@@ -47,7 +48,8 @@ def expected_matrix(variant: AotVariant, target: str) -> str | None:
     if spec is None or "rows" in variant.kernel.name or variant.kernel.name == "order":
         return None
     # x Wᵀ is in the others
-    product = variant.kernel.name not in ("expand", "shrink", "activate", "reduce")
+    without = ("expand", "expand_first", "shrink", "activate", "reduce")
+    product = variant.kernel.name not in without
     delta = spec.delta
     if product:
         is_half, tall = delta.x_dtype in HALF, tiles.block_n if tiles.swap else tiles.block_m

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import oracle
 import pytest
 import torch
 from dense_merge import Case, check_mixed
@@ -14,6 +15,7 @@ from tiny_models import FAMILIES
 from torch._inductor import compile_fx
 
 from lorafx.errors import ConfigError
+from lorafx.kernels.cost.cost import AROUND
 
 NAMES = ["a1", None, "a3", "a0", "a2"]
 TRITON = {"lowering": "triton"}
@@ -32,7 +34,9 @@ def strategies(cm: Any) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("strategy", ["split", "epilogue", "recompute", "gemv", "segments"])
+@pytest.mark.parametrize(
+    "strategy", ["split", "epilogue", "recompute", "gemv", "segments", "expand_first"]
+)
 def test_each_strategy_gives_the_merged_models_logits(plain: Case, strategy: str) -> None:
     linears = ["up", "gate", "down", "head"]
     cm = plain.compile(options={**TRITON, "plan": dict.fromkeys(linears, strategy)})
@@ -52,6 +56,24 @@ def test_transformers_models(case_of: Any, family: str) -> None:
     cm = case.compile(options=TRITON)
     check_mixed(cm, case, NAMES, inputs_of(family))
     assert "aten" not in strategies(cm)
+
+
+@pytest.mark.parametrize("strategy", AROUND)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_transformers_models_around_the_vendors_gemm(
+    case_of: Any, family: str, strategy: str
+) -> None:
+    """Any mix and number of requests by one graph; packs, grouped queries, (in, out) and biases."""
+    case = case_of(family)
+    plan = dict.fromkeys(oracle.linears(case.base), strategy)
+    cm = case.compile(options={**TRITON, "plan": plan})
+    check_mixed(cm, case, NAMES, inputs_of(family))
+    assert strategies(cm) - {"embedding"} == {strategy}
+    graphs = cm.recompiles
+    for names in ([None, None, "a2", "a2", "a2"], ["a3"] * 5):
+        check_mixed(cm, case, names, inputs_of(family))
+    check_mixed(cm, case, ["a0", "a3", None], inputs_of(family, 3, 7))
+    assert cm.recompiles == graphs
 
 
 def test_base_rows_are_the_bases_own_bits(plain: Case) -> None:

@@ -14,7 +14,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-import lorafx.kernels.triton.triton_ops  # noqa: F401  registers them
+import lorafx.kernels.triton.triton_vendor_ops  # noqa: F401  registers them
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.cpu_source import DeltaSpec
 from lorafx.kernels.triton.activation import Activation, Leaf, Load
@@ -28,6 +28,7 @@ OPS = (
     lora.triton_delta_.default,
     lora.triton_embedding_delta_.default,
     lora.triton_experts.default,
+    lora.triton_expanded.default,
 )
 KERNEL_CALL = torch.ops.higher_order.triton_kernel_wrapper_functional
 K, SIZES, RANK, SLOTS = 256, (192, 64), 16, 4
