@@ -14,7 +14,7 @@ export PYTHONSAFEPATH := 1
 # Nothing here needs a model hub; a look-up that fails by time-out would only be slow.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo quick test test-all test-gpu lint bench bench-gpu clean
+.PHONY: help demo quick test test-all test-gpu lint bench gpu gpu-report gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -24,7 +24,9 @@ help:
 	@echo "make test-all  the same with the slow tests"
 	@echo "make test-gpu  the tests that need a CUDA or ROCm device"
 	@echo "make bench     benchmarks/cpu_mixed.py, results into benchmarks/results/"
-	@echo "make bench-gpu benchmarks/gpu_layers.py and gpu_model.py, eight minutes each"
+	@echo "make gpu       nine minutes of what is not measured yet on this GPU; again for more"
+	@echo "make gpu-report  what is measured on which GPU, stale, failed, never run"
+	@echo "make gpu-check   what make gpu runs, in a tiny form on the CPU"
 	@echo "make clean     remove .venv, caches and dumps"
 
 demo: $(DEMO)
@@ -57,9 +59,17 @@ lint: $(STAMP)
 bench: $(STAMP)
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/cpu_mixed.py
 
-bench-gpu: $(STAMP)
-	PYTHONPATH=benchmarks $(BIN)/python benchmarks/gpu_layers.py
-	PYTHONPATH=benchmarks $(BIN)/python benchmarks/gpu_model.py
+# A Python that has all that is needed is taken as it is: a machine with a GPU that is lent for
+# minutes may have no network to build .venv from. GPU holds options: make gpu GPU="--limit 1500".
+gpu gpu-check:
+	@python=$(PYTHON); \
+	if ! $$python benchmarks/gpu_queue.py --can-run; then \
+		$(MAKE) --no-print-directory $(STAMP) && python=$(BIN)/python || exit 1; \
+	fi; \
+	$$python benchmarks/gpu_queue.py $(if $(filter gpu-check,$@),--self-check) $(GPU)
+
+gpu-report:
+	@$(PYTHON) benchmarks/gpu_queue.py --report $(GPU)
 
 # torch goes first and pinned: left to the resolver, it may come with gigabytes of CUDA packages.
 $(DEMO): constraints.txt pyproject.toml

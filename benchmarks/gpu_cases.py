@@ -54,7 +54,8 @@ DECODE_ROWS = 256  # up to so many rows a batch is decode
 
 @dataclass(frozen=True)
 class Case:
-    """One linear and one batch. `distinct` 0 is a batch of base rows."""
+    """One linear and one batch. `distinct` 0 is a batch of base rows; `prompts` are rows of an
+    adapter behind one another, as in prefill, though there are few."""
 
     model: str
     layer: str
@@ -65,6 +66,7 @@ class Case:
     rank: int
     slots: int = SLOTS
     dtype: torch.dtype = torch.bfloat16
+    prompts: bool = False
 
     @property
     def label(self) -> str:
@@ -73,7 +75,7 @@ class Case:
 
     @property
     def decode(self) -> bool:
-        return self.rows <= DECODE_ROWS
+        return self.rows <= DECODE_ROWS and not self.prompts
 
     def spec(self, strategy: str) -> TritonSpec:
         """What kernels of `strategy` are generated for."""

@@ -16,7 +16,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,42 +25,27 @@ import peers
 import protocol
 import torch
 from gpu_cases import LAYERS, TINY, Case, Copy, cases
-from torch import Tensor
+from gpu_compare import (
+    NO_ADAPTER,
+    ArmOfCopy,
+    check,
+    chosen,
+    copies_of,
+    count_launches,
+    nobody,
+    over_vendor,
+    strategy,
+)
+from gpu_job import Context
 
-from lorafx.kernels.cost.cost import GPU_STRATEGIES, choose_strategy
+from lorafx.kernels.cost.cost import GPU_STRATEGIES
 from lorafx.kernels.tools.tune import tune
-from lorafx.kernels.triton.triton_build import build, plan_of
 
 #: Peers' time over lorafx's in decode, of docs/performance.md: goal, stretch.
 PEER_GOALS = (1.25, 1.5)
-PREFILL_COPIES = 4
 AUTOTUNED = "Inductor max-autotune, no LoRA"
-#: Largest error against float64, in units of the largest value, that a 16-bit result may have.
-TOLERANCE = 2e-2
-
-ArmOfCopy = Callable[[Copy], Callable[[], Tensor]]
-
-
-class _Sizes:
-    """A sibling as the cost model asks for it."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        self.in_features = in_features
-        self.out_features = out_features
-
-
-def chosen(case: Case, device: torch.device) -> str:
-    """The strategy that `plan` would take for the case."""
-    sites = [_Sizes(case.in_features, size) for size in case.sizes]
-    slots = max(case.distinct, 1)
-    return choose_strategy(sites, case.rows, slots, case.rank, case.dtype, device)[0]
-
-
-def kernel_of(case: Case, strategy: str, device: torch.device) -> int:
-    kernel = build(case.spec(strategy), strategy, rows_hint=case.rows, device=device)
-    if kernel is None:
-        raise RuntimeError(f"{case.label}: no kernel is generated for {strategy}")
-    return kernel
+PEERS_FOLDER = "LORAFX_PEERS"  # names the folder with what `peers.py cut` leaves of wheels
+PEER_MIXES = ((64, 8, 16), (64, 1, 16), (8192, 8, 16))
 
 
 def arms_of(
@@ -76,55 +61,13 @@ def arms_of(
     if autotune:
         product = torch.compile(torch.nn.functional.linear, mode="max-autotune-no-cudagraphs")
         arms[AUTOTUNED] = lambda copy: lambda: product(copy.x, copy.weight)
-    for strategy in strategies:
-        kernel = kernel_of(case, strategy, device)
-        arms[f"lorafx {strategy}"] = lambda copy, s=strategy, k=kernel: lambda: copy.lora(s, k)
+    for name in strategies:
+        arms[f"lorafx {name}"] = strategy(case, device, name=name)
     if case.distinct:
-        first = strategies[0]
-        kernel = kernel_of(case, first, device)
-        arms[f"lorafx {first}, no adapter"] = lambda copy: _off(copy, first, kernel)
+        arms[f"lorafx {strategies[0]}, {NO_ADAPTER}"] = nobody(case, device, name=strategies[0])
         for package, make in found.items():
             arms[package] = lambda copy, m=make: m(copy.peer())
     return arms
-
-
-def _off(copy: Copy, strategy: str, kernel: int) -> Callable[[], Tensor]:
-    """The same kernels with only base rows in the batch."""
-    nobody = torch.full_like(copy.owners, -1)
-    return lambda: copy.lora(strategy, kernel, nobody)
-
-
-def check(case: Case, copy: Copy, arms: dict[str, ArmOfCopy]) -> dict[str, float]:
-    """Largest error of each arm against float64, over the largest value.
-
-    Raises:
-        RuntimeError: an arm is wrong.
-    """
-    exact = copy.exact()
-    plain = copy.x.double() @ copy.weight.double().T
-    errors = {}
-    for name, make in arms.items():
-        want = plain if name.endswith("no adapter") or name == AUTOTUNED else exact
-        errors[name] = float((make(copy)().double() - want).abs().max() / want.abs().max())
-        if not errors[name] < TOLERANCE:
-            raise RuntimeError(f"{case.label}: {name} is off by {errors[name]:.2e} of the largest")
-    return errors
-
-
-def count_launches(case: Case, copy: Copy, strategy: str, device: torch.device) -> dict[str, int]:
-    """Kernels of one call of the base and of lorafx.
-
-    Raises:
-        RuntimeError: lorafx launches others than its plan has.
-    """
-    kernel = kernel_of(case, strategy, device)
-    base = gpu_protocol.launches(copy.base)
-    ours = gpu_protocol.launches(lambda: copy.lora(strategy, kernel))
-    planned = [k.jit.__name__ for k in plan_of(kernel).all_kernels]
-    own = [name for name in ours if name in planned]
-    if sorted(own) != sorted(planned):
-        raise RuntimeError(f"{case.label}: {strategy} launched {ours}, planned {planned}")
-    return {"base": len(base), "lorafx": len(ours)}
 
 
 def measure(
@@ -139,42 +82,21 @@ def measure(
     if options.all_strategies:
         strategies += [name for name in GPU_STRATEGIES if name != first]
     if options.tune:
-        for strategy in strategies:
-            tune(case.spec(strategy), strategy, case.rows, device, most=options.tune)
-    free = torch.cuda.mem_get_info(device)[0]
-    # In prefill the activations alone flush the cache between calls, and FLOPs decide.
-    count = gpu_protocol.copies_for(case.nbytes, free) if case.decode else PREFILL_COPIES
-    copies = [Copy.random(case, device) for _ in range(count)]
+        for name in strategies:
+            tune(case.spec(name), name, case.rows, device, most=options.tune)
+    meter = gpu_protocol.Meter(device, options.blocks, options.seconds)
+    copies = copies_of(case, meter)
     arms = arms_of(case, device, strategies, found, autotune=options.max_autotune)
-    errors = check(case, copies[0], arms)
-    counted = count_launches(case, copies[0], first, device)
-    before = gpu_protocol.clocks()
-    base = gpu_protocol.graph_arm([copy.base for copy in copies])
-    graphs = {
-        name: gpu_protocol.graph_arm([make(copy) for copy in copies]) for name, make in arms.items()
-    }
-    settings: dict[str, Any] = {"blocks": options.blocks, "seconds": options.seconds}
-    settings["timer"] = gpu_protocol.event_time
-    ratios = protocol.compare(base, graphs, **settings)
+    errors = check(case, copies[0], arms, plain=[AUTOTUNED])
+    counted = count_launches(case, copies[0], first, meter)
     floor = case.floor(device)
-    extra = {
-        "floor": floor,
-        "strategy": first,
-        "copies": count,
-        "launches": counted,
-        "clocks before": before,
-        "clocks after": gpu_protocol.clocks(),
-    }
-    rows = []
     print(f"\n{case.label}: {first}, {counted['lorafx']} launches, floor {floor:.3f}")
-    for ratio in ratios:
-        over = ratio.median / floor
-        print(f"  {ratio.arm:32s} {ratio}  {over:.3f} of the floor")
-        row = protocol.as_row(case.label, ratio) | extra
-        rows.append(row | {"over_floor": over, "error": errors.get(ratio.arm)})
+    rows, graphs = over_vendor(case, copies, arms, meter)
+    extra = {"floor": floor, "strategy": first, "copies": len(copies), "launches": counted}
+    rows = [row | extra | {"error": errors.get(str(row["arm"]))} for row in rows]
     theirs = {name: graphs[name] for name in found if name in graphs}
     if theirs:
-        for ratio in protocol.compare(graphs[f"lorafx {first}"], theirs, **settings)[1:]:
+        for ratio in meter.compare(graphs[f"lorafx {first}"], theirs)[1:]:
             verdict = ""
             if case.decode:
                 reached = [goal for goal in PEER_GOALS if ratio.low >= goal]
@@ -192,7 +114,7 @@ def self_check(options: argparse.Namespace) -> int:
     for case in TINY:
         copy = Copy.random(case, device)
         arms = arms_of(case, device, list(GPU_STRATEGIES), found)
-        errors = check(case, copy, arms)
+        errors = check(case, copy, arms, plain=[AUTOTUNED])
         worst = max(errors.values())
         print(f"{case.label}: {len(errors)} arms, plan {chosen(case, device)}, error {worst:.1e}")
         done += len(errors)
@@ -204,6 +126,30 @@ def self_check(options: argparse.Namespace) -> int:
             assert chosen(case, device) in GPU_STRATEGIES
     print(f"{done} arms are right; nothing was measured")
     return done
+
+
+def run_peer(context: Context, *, package: str, layer: str) -> None:
+    """Job: lorafx and the ops of one peer beside the vendor's GEMM, and the peer over lorafx."""
+    cases = [TINY[-2]]
+    if not context.tiny:
+        K, sizes = LAYERS["llama-8b"][layer]
+        cases = [Case("llama-8b", layer, K, sizes, *mix) for mix in PEER_MIXES]
+    options = parse([])
+    if os.environ.get(PEERS_FOLDER):
+        setattr(options, f"{package}_wheel", Path(os.environ[PEERS_FOLDER]) / f"{package}.zip")
+    found = {name: make for name, make in _peers(options).items() if name == package}
+    if not found:
+        raise FileNotFoundError(f"{package} is not installed, and no folder of --peers has it")
+    by_key = {case.label: case for case in cases}
+    for key in context.order(list(by_key)):
+        with context.case(key):
+            context.add(key, measure(by_key[key], context.device, options, found))
+    over = [
+        f"{row['median']:.2f}"
+        for row in context.part.rows
+        if row["arm"] == package and ", over lorafx" in row["case"]
+    ]
+    context.summarise(f"{package} over lorafx {', '.join(over)}")
 
 
 def _peers(options: argparse.Namespace) -> dict[str, Any]:

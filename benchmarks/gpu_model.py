@@ -19,12 +19,14 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gpu_protocol
 import protocol
 import torch
+from gpu_job import Context
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -158,7 +160,7 @@ def errors(
 class StepArm:
     """A captured step. `prepare` sets the mix that the next replays serve."""
 
-    graph: gpu_protocol.GraphArm
+    graph: Callable[[], None]
     prepare: Callable[[], object]
     copies: int = 1
 
@@ -166,10 +168,10 @@ class StepArm:
         self.graph()
 
 
-def step_time(arm: StepArm, seconds: float) -> float:
+def step_time(meter: gpu_protocol.Meter, arm: StepArm, seconds: float) -> float:
     """Seconds of one replay, after the arm's mix was set."""
     arm.prepare()
-    return gpu_protocol.event_time(arm, seconds)
+    return meter.time(arm, seconds)
 
 
 def measure_step(
@@ -190,6 +192,7 @@ def measure_step(
     def serve(names: Sequence[str | None]) -> Tensor:
         return cm(input_ids=ids, use_cache=False, adapter_names=names).logits
 
+    meter = gpu_protocol.Meter(model.device, options.blocks, options.seconds)
     arms, worst, counted = {}, {}, {}
     for distinct in mixes:
         names = names_of(batch, distinct)
@@ -201,17 +204,12 @@ def measure_step(
         worst[name] = errors(model, adapters, serve, ids, distinct)
         if not worst[name] < ROUNDING:
             raise RuntimeError(f"{kind} [{batch}, {tokens}] {name}: error {worst[name]:.1f}")
-        counted[name] = len(gpu_protocol.launches(call))
-        arms[name] = StepArm(gpu_protocol.graph_arm([call]), call)
-    counted["A/A"] = len(gpu_protocol.launches(run_base))
+        counted[name] = len(meter.launches(call))
+        arms[name] = StepArm(meter.arm([call]), call)
+    counted["A/A"] = len(meter.launches(run_base))
     start = gpu_protocol.clocks()
-    ratios = protocol.compare(
-        StepArm(gpu_protocol.graph_arm([run_base]), lambda: None),
-        arms,
-        blocks=options.blocks,
-        seconds=options.seconds,
-        timer=step_time,
-    )
+    base_arm = StepArm(meter.arm([run_base]), lambda: None)
+    ratios = meter.compare(base_arm, arms, partial(step_time, meter))
     label = f"{kind} [{batch}, {tokens}], {config.num_hidden_layers} layers, r={options.rank}"
     print(f"\n{label}; {counted['A/A']} launches of the base")
     rows = []
@@ -275,7 +273,29 @@ def self_check(options: argparse.Namespace) -> None:
         print(f"floor at D=8: {floor_of(config_of(8), 16, 8):.3f}; nothing was measured")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def run_step(context: Context, *, place: int) -> None:
+    """Job: one of STEPS."""
+    options = parse([])
+    kind, batch, tokens, mixes = STEPS[place]
+    if context.tiny:
+        options.layers, options.rank = 1, 4
+        batch, tokens, mixes = 3, min(tokens, 2), (0, 1, 2)
+    key = f"{kind} [{batch}, {tokens}]"
+    if not context.order([key]):
+        return
+    with context.case(key), tempfile.TemporaryDirectory() as folder:
+        settings = {"tiny": context.tiny, "count": max(1, *mixes)}
+        model, cm, adapters = prepared(options, context.device, Path(folder), **settings)
+        backend = "eager" if context.tiny else "inductor"
+        base = torch.compile(copy.deepcopy(model), dynamic=False, backend=backend)
+        case = (kind, batch, tokens, mixes)
+        context.add(key, measure_step(case, (model, base, cm), adapters, options))
+        rows = context.part.rows
+        ratios = [f"{row['arm'].split()[-1]} {row['median']:.3f}" for row in rows]
+        context.summarise(", ".join(ratios))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--layers", type=int, default=4)
@@ -285,7 +305,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--step", type=int, action="append", help="of STEPS, by place; all if none")
     parser.add_argument("--self-check", action="store_true", help="on the CPU; measures nothing")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_model.json"))
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
     if options.self_check:
         self_check(options)
         return

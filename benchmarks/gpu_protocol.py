@@ -11,10 +11,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import protocol
 import torch
 from protocol import machine
 
@@ -95,6 +96,69 @@ def launches(call: Callable[[], object]) -> list[str]:
     return [event.name for event in profile.events() if event.device_type == cuda]
 
 
+@dataclass(frozen=True)
+class PlainArm:
+    """`calls`, one after the other: a graph's stand-in where there is no GPU."""
+
+    calls: Sequence[Callable[[], object]]
+
+    @property
+    def copies(self) -> int:
+        return len(self.calls)
+
+    def __call__(self) -> None:
+        for call in self.calls:
+            call()
+
+
+@dataclass(frozen=True)
+class Meter:
+    """How arms are made and timed on a device. On a CPU, where kernels run in an interpreter, the
+    same code runs once and its times mean nothing: a trial of the code.
+
+    Attributes:
+        blocks, seconds: of the protocol.
+    """
+
+    device: torch.device
+    blocks: int = 50
+    seconds: float = 0.004
+
+    @property
+    def measures(self) -> bool:
+        return self.device.type == "cuda"
+
+    def arm(self, calls: Sequence[Callable[[], object]]) -> GraphArm | PlainArm:
+        """Each of `calls` once, as one graph where there are graphs."""
+        return graph_arm(calls) if self.measures else PlainArm(list(calls))
+
+    def copies(self, nbytes: int) -> int:
+        """Of weights of so many bytes, which an arm rotates over."""
+        return copies_for(nbytes, torch.cuda.mem_get_info(self.device)[0]) if self.measures else 2
+
+    def launches(self, call: Callable[[], object]) -> list[str]:
+        """As `launches`; none on a CPU."""
+        return launches(call) if self.measures else []
+
+    def time(self, arm: Any, seconds: float) -> float:
+        """Seconds of one call of an arm."""
+        if self.measures:
+            return event_time(arm, seconds)
+        return protocol.timed(arm, 0.0) / arm.copies
+
+    def compare(
+        self,
+        base: Any,
+        arms: Mapping[str, Any],
+        timer: Callable[[Any, float], float] | None = None,
+    ) -> list[protocol.Ratio]:
+        """`protocol.compare` with this meter's clock, or with `timer`."""
+        blocks, seconds = (self.blocks, self.seconds) if self.measures else (1, 0.0)
+        return protocol.compare(
+            base, dict(arms), blocks=blocks, seconds=seconds, timer=timer or self.time
+        )
+
+
 def copies_for(bytes_of_one: int, free: int | None = None) -> int:
     """How many copies of the weights to rotate over: at least 20, and ten caches full.
 
@@ -124,6 +188,16 @@ def clocks() -> dict[str, str]:
     return dict(zip(CLOCKS.split(","), (item.strip() for item in line.split(",")), strict=False))
 
 
+def driver() -> str:
+    """The version of NVIDIA's driver; empty without nvidia-smi."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip().partition("\n")[0]
+
+
 def gpu_machine(device: torch.device) -> dict[str, object]:
     """What the figures were measured on, the GPU first."""
     import triton
@@ -131,6 +205,7 @@ def gpu_machine(device: torch.device) -> dict[str, object]:
     properties = torch.cuda.get_device_properties(device)
     return {
         "gpu": properties.name,
+        "driver": driver(),
         "multiprocessors": properties.multi_processor_count,
         "cuda": torch.version.cuda or torch.version.hip,
         "triton": triton.__version__,

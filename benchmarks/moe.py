@@ -23,12 +23,14 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gpu_protocol
 import moe_cases
 import torch
+from gpu_job import Context
 from peft import PeftModel
 from protocol import Ratio, as_row, compare, machine, save
 from torch import Tensor
@@ -57,8 +59,11 @@ GOALS = {
     ("prefill", 1): 1.04,
     ("prefill", 8): 1.06,
 }
+GPU_SHAPES = {"decode": (64, 1), "prefill": (8, 1024)}
 #: Least throughput over the base on a GPU, whatever the mix.
 GPU_GOAL = 0.92
+#: Largest error on a GPU over that of the merged model in the same dtype.
+ROUNDING = 10.0
 RESULTS = Path("benchmarks/results/moe_cpu.json")
 TITLE = (
     "time over the compiled base, Qwen3-MoE of hidden 1024, 64 experts of 384, top 8, two layers, "
@@ -170,55 +175,74 @@ def on_cpu(options: argparse.Namespace) -> None:
 
 def on_cuda(options: argparse.Namespace) -> None:
     """One layer of the real sizes. Nobody has run this on a device yet."""
-    import gpu_model
-
     device = gpu_protocol.require_gpu("moe.py --device cuda")
-    rows = []
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        model = moe_cases.build_model("real", 1, torch.bfloat16, device)
-        paths = moe_cases.save_adapters(model, Path(folder), ADAPTERS)
-        base = torch.compile(moe_cases.twin(model), dynamic=False)
-        cm = lorafx.compile(moe_cases.twin(model), dict(paths), options={"lowering": "triton"})
-        for kind, shape in (("decode", (64, 1)), ("prefill", (8, 1024))):
-            ids = torch.randint(model.config.vocab_size, shape, device=device)
-            chosen = moe_cases.routes(model, ids)
-
-            def serve(names: Sequence[str | None], ids: Tensor = ids) -> Tensor:
-                return cm(input_ids=ids, use_cache=False, adapter_names=names).logits
-
-            error, own_error = moe_cases.errors(model, paths, serve, ids)
-            calls = {
-                f"lorafx D={d}": step(cm, ids, adapter_names=moe_cases.names_of(shape[0], d))
-                for d in (0, 1, ADAPTERS)
-            }
-            run_base = step(base, ids)
-            counted = {name: len(gpu_protocol.launches(call)) for name, call in calls.items()}
-            arms = {
-                name: gpu_model.StepArm(gpu_protocol.graph_arm([call]), call)
-                for name, call in calls.items()
-            }
-            ratios = compare(
-                gpu_model.StepArm(gpu_protocol.graph_arm([run_base]), lambda: None),
-                arms,
-                blocks=50,
-                seconds=0.02,
-                timer=gpu_model.step_time,
-            )
-            label = f"{kind} {list(shape)} bf16, one layer of Qwen3-30B-A3B"
-            say(f"{label}: error {error:.2e}, a merged model's own {own_error:.2e}")
-            for ratio in ratios:
-                floor, _ = floor_and_goal(model, ids, chosen, kind, ratio)
-                reached = "reached" if 1 / ratio.high >= GPU_GOAL else "not reached"
-                print(f"  {ratio.arm:14s} {ratio}; throughput goal {GPU_GOAL} {reached}")
-                rows.append(
-                    as_row(label, ratio)
-                    | {"floor": floor, "goal": GPU_GOAL, "launches": counted.get(ratio.arm)}
-                    | {"error": error, "error_of_merged": own_error}
-                    | {"clocks": gpu_protocol.clocks()}
-                )
+    rows: list[dict[str, object]] = []
+    with torch.no_grad():
+        for kind in GPU_SHAPES:
+            rows += gpu_case(kind, "real", device)
     title = "time over the compiled base, one layer of Qwen3-30B-A3B, r=16"
     out = options.out or Path("benchmarks/results/moe_gpu.json")
     save(out, title, rows, lambda: gpu_protocol.gpu_machine(device))
+
+
+def run_on_gpu(context: Context, *, kind: str) -> None:
+    """Job: decode or prefill of one layer of the real sizes."""
+    if not context.order([kind]):
+        return
+    with context.case(kind):
+        context.add(kind, gpu_case(kind, "tiny" if context.tiny else "real", context.device))
+        rows = context.part.rows
+        ratios = [f"{row['arm'].split()[-1]} {row['median']:.3f}" for row in rows]
+        context.summarise(", ".join(ratios))
+
+
+def gpu_case(kind: str, size: str, device: torch.device) -> list[dict[str, object]]:
+    """Rows of results of one batch through one layer."""
+    import gpu_model
+
+    tiny = size == "tiny"
+    shape, dtype = GPU_SHAPES[kind], torch.bfloat16
+    if tiny:
+        shape, dtype = (3, min(2, shape[1])), torch.float32
+    meter = gpu_protocol.Meter(device, seconds=0.02)
+    with tempfile.TemporaryDirectory() as folder:
+        model = moe_cases.build_model(size, 1, dtype, device)
+        paths = moe_cases.save_adapters(model, Path(folder), 2 if tiny else ADAPTERS)
+        backend = "eager" if tiny else "inductor"
+        base = torch.compile(moe_cases.twin(model), dynamic=False, backend=backend)
+        cm = lorafx.compile(moe_cases.twin(model), dict(paths), options={"lowering": "triton"})
+        ids = torch.randint(model.config.vocab_size, shape, device=device)
+        chosen = moe_cases.routes(model, ids)
+
+        def serve(names: Sequence[str | None]) -> Tensor:
+            return cm(input_ids=ids, use_cache=False, adapter_names=names).logits
+
+        error, own_error = moe_cases.errors(model, paths, serve, ids)
+        if not error < ROUNDING * own_error:
+            raise RuntimeError(f"{kind}: off by {error:.2e}, a merged model by {own_error:.2e}")
+        calls = {
+            f"lorafx D={d}": step(cm, ids, adapter_names=moe_cases.names_of(shape[0], d))
+            for d in sorted({0, 1, len(paths)})
+        }
+        run_base = step(base, ids)
+        counted = {name: len(meter.launches(call)) for name, call in calls.items()}
+        arms = {name: gpu_model.StepArm(meter.arm([call]), call) for name, call in calls.items()}
+        base_arm = gpu_model.StepArm(meter.arm([run_base]), lambda: None)
+        ratios = meter.compare(base_arm, arms, partial(gpu_model.step_time, meter))
+        label = f"{kind} {list(shape)} bf16, one layer of Qwen3-30B-A3B"
+        say(f"{label}: error {error:.2e}, a merged model's own {own_error:.2e}")
+        rows = []
+        for ratio in ratios:
+            floor, _ = floor_and_goal(model, ids, chosen, kind, ratio)
+            reached = "reached" if 1 / ratio.high >= GPU_GOAL else "not reached"
+            print(f"  {ratio.arm:14s} {ratio}; throughput goal {GPU_GOAL} {reached}", flush=True)
+            rows.append(
+                as_row(label, ratio)
+                | {"floor": floor, "goal": GPU_GOAL, "launches": counted.get(ratio.arm)}
+                | {"error": error, "error_of_merged": own_error}
+                | {"clocks": gpu_protocol.clocks()}
+            )
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

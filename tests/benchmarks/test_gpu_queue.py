@@ -1,0 +1,409 @@
+"""The GPU queue's logic with small real processes: order, resuming, staleness, limits, kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "benchmarks"
+
+#: What jobs of these tests do, by name: they find rows and write them as gpu_job.Part does.
+BODIES = {
+    "quick": "add('one')",
+    "second": "add('one'); add('two')",
+    "resumed": "add('a'); die()",
+    "wrong": "add('one'); fail('two', 'Traceback\\nRuntimeError: two is off')",
+    "crash": "add('one'); os.kill(os.getpid(), 11)",
+    "silent": "sys.exit(0)",
+    "endless": "add('one'); time.sleep(60)",
+    "parent": "add('one'); child = subprocess.Popen(['sleep', '60']); add(str(child.pid)); "
+    "time.sleep(60)",
+    "tune": "add('tiles', file='tuned/x.json', kept=[{'strategy': 'split'}])",
+    "cache": "add(sorted(str(p.relative_to(cache)) for p in cache.rglob('*.json')))",
+}
+SCRIPT = """
+import json, os, subprocess, sys, time
+from pathlib import Path
+from gpu_results import write_json
+part, body = Path(sys.argv[1]), sys.argv[2]
+found = json.loads(part.read_text())
+rows, cache = found["rows"], Path(os.environ["LORAFX_CACHE_DIR"])
+def add(key, **more):
+    rows.append({"key": key, **more}); write_json(part, found); time.sleep(0.15)
+def fail(key, why):
+    found["failures"][key] = why; write_json(part, found)
+def die():
+    os._exit(7)
+eval(compile(body, "body", "exec"))
+found["ended"] = True
+found["summary"] = f"{len(rows)} rows"
+write_json(part, found)
+"""
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """benchmarks/ on the path, as its scripts find one another."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield
+    for name in set(sys.modules) - before:
+        if Path(str(getattr(sys.modules[name], "__file__", "") or "")).parent == FOLDER:
+            del sys.modules[name]
+
+
+pytestmark = pytest.mark.usefixtures("bench")
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Callable[..., Any]:
+    """Makes a queue of jobs of BODIES over a repository of a few files and an empty store."""
+    import gpu_results
+    import gpu_runner
+    from gpu_jobs import Job
+
+    root = tmp_path / "root"
+    (root / "kernels" / "__pycache__").mkdir(parents=True)
+    (root / "kernels" / "a.py").write_text("1")
+
+    def make(*names: str, limit: float = 60.0, **more: Any) -> Any:
+        options = {"estimate": 0.5, "sources": ("kernels",), **more.pop("job", {})}
+        jobs = [Job(name, "tests", "none:none", **options) for name in names]
+        store = gpu_results.Store("gpu", tmp_path / "kept", more.pop("out", None))
+        environment = {**os.environ, "PYTHONPATH": str(FOLDER)}
+        return gpu_runner.Queue(
+            more.pop("jobs", jobs),
+            store,
+            {"gpu": "test"},
+            time.monotonic() + gpu_runner.MARGIN + limit,
+            digests=gpu_results.Digests(root),
+            environment=lambda cache: {**environment, "LORAFX_CACHE_DIR": str(cache)},
+            launch=lambda job, part: [sys.executable, "-c", SCRIPT, str(part), BODIES[job.name]],
+            **more,
+        )
+
+    make.root, make.kept = root, tmp_path / "kept"  # type: ignore[attr-defined]
+    return make
+
+
+def run(queue: Any, tmp_path: Path) -> tuple[list[str], list[str]]:
+    """Run the queue: jobs that ran, in order, and jobs that are left."""
+    import gpu_report
+
+    started: list[str] = []
+
+    class Told(gpu_report.Teller):
+        def ended(self, name: str, entry: dict[str, Any]) -> None:
+            started.append(name)
+
+    scratch = tmp_path / "scratch"
+    scratch.mkdir(exist_ok=True)
+    return started, [job.name for job in queue.run(scratch, Told())]
+
+
+def kept(world: Any, name: str) -> dict[str, Any]:
+    return json.loads((world.kept / "gpu" / "tests.json").read_text())[name]
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process that is more than an entry for its parent to read."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_jobs_run_in_order_and_are_not_run_again(world: Any, tmp_path: Path) -> None:
+    queue = world("second", "quick", commit="abc")
+    assert run(queue, tmp_path) == (["second", "quick"], [])
+    entry = kept(world, "second")
+    assert [row["key"] for row in entry["rows"]] == ["one", "two"]
+    assert (entry["status"], entry["commit"], entry["summary"]) == ("measured", "abc", "2 rows")
+    assert entry["machine"] == {"gpu": "test"}
+    assert run(world("second", "quick"), tmp_path) == ([], [])
+    assert run(world("second", "quick", again=True), tmp_path)[0] == ["second", "quick"]
+
+
+def test_changed_sources_make_results_stale(world: Any, tmp_path: Path) -> None:
+    run(world("quick"), tmp_path)
+    (world.root / "kernels" / "__pycache__" / "a.pyc").write_text("no source")
+    queue = world("quick")
+    assert queue.state(queue.jobs[0]) == "measured"
+    (world.root / "kernels" / "a.py").write_text("2")
+    queue = world("quick")
+    assert queue.state(queue.jobs[0]) == "stale"
+    assert run(queue, tmp_path) == (["quick"], [])
+    assert len(kept(world, "quick")["rows"]) == 1  # a new run replaces the old rows
+
+
+def test_failures_go_first_once_mended_and_last_until_then(world: Any, tmp_path: Path) -> None:
+    assert run(world("quick", "wrong"), tmp_path)[0] == ["quick", "wrong"]
+    entry = kept(world, "wrong")
+    assert (entry["status"], entry["why"]) == ("failed", "two: RuntimeError: two is off")
+    assert run(world("wrong", "second"), tmp_path)[0] == ["second", "wrong"]
+    assert kept(world, "wrong")["attempts"] == 2
+    assert run(world("wrong"), tmp_path) == ([], [])  # it has failed twice, and nothing changed
+    (world.root / "kernels" / "a.py").write_text("2")
+    assert run(world("quick", "second", "wrong"), tmp_path)[0] == ["wrong", "quick", "second"]
+    entry = kept(world, "wrong")
+    assert (entry["attempts"], entry["before"]) == (1, ["two"])
+
+
+def test_rows_of_a_broken_run_are_not_measured_again(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(world("resumed"), tmp_path)
+    entry = kept(world, "resumed")
+    assert (entry["status"], [row["key"] for row in entry["rows"]]) == ("failed", ["a"])
+    assert entry["why"] == "the process ended with status 7"
+    monkeypatch.setitem(BODIES, "resumed", "add('b')")
+    run(world("resumed"), tmp_path)
+    entry = kept(world, "resumed")
+    assert (entry["status"], [row["key"] for row in entry["rows"]]) == ("measured", ["a", "b"])
+
+
+@pytest.mark.parametrize(("name", "status"), [("crash", -11), ("silent", 0)])
+def test_a_job_that_does_not_come_to_its_end_has_failed(
+    world: Any, tmp_path: Path, name: str, status: int
+) -> None:
+    run(world(name), tmp_path)
+    entry = kept(world, name)
+    assert entry["why"] == f"the process ended with status {status}"
+    assert len(entry["rows"]) == (name == "crash")
+
+
+def test_a_job_is_killed_at_its_limit_with_what_it_started(world: Any, tmp_path: Path) -> None:
+    assert run(world("parent", "quick", job={"most": 1.0}), tmp_path)[0] == ["parent", "quick"]
+    entry = kept(world, "parent")
+    assert (entry["status"], entry["why"]) == ("failed", "killed at its limit of 1 s")
+    one, child = (row["key"] for row in entry["rows"])
+    assert one == "one"
+    assert not is_running(int(child))
+
+
+def test_the_queues_own_limit_cuts_off_but_blames_nobody(world: Any, tmp_path: Path) -> None:
+    queue = world("endless", "quick", limit=1.5)
+    assert run(queue, tmp_path) == (["endless"], ["quick"])
+    entry = kept(world, "endless")
+    assert (entry["status"], len(entry["rows"])) == ("partial", 1)
+    assert queue.state(queue.jobs[0]) == "partial"
+
+
+def test_what_does_not_fit_is_left_for_shorter_jobs(world: Any, tmp_path: Path) -> None:
+    from gpu_jobs import Job
+
+    jobs = [
+        Job("second", "tests", "", sources=("kernels",), estimate=100.0),
+        Job("quick", "tests", "", sources=("kernels",), estimate=1.0),
+    ]
+    assert run(world(jobs=jobs, limit=20.0), tmp_path) == (["quick"], ["second"])
+
+
+def test_once_measured_a_job_is_expected_to_take_as_long(world: Any, tmp_path: Path) -> None:
+    run(world("quick", job={"estimate": 30.0}), tmp_path)
+    queue = world("quick", "second", job={"estimate": 30.0})
+    assert queue.estimate(queue.jobs[0]) == kept(world, "quick")["seconds"] < 30
+    assert queue.estimate(queue.jobs[1]) == 30
+
+
+def test_rows_are_on_disk_while_the_job_runs(world: Any, tmp_path: Path) -> None:
+    """A queue that is killed itself loses nothing that was found."""
+    queue, seen = world("second"), []
+    put = queue.store.put
+
+    def watch(group: str, name: str, entry: dict[str, Any]) -> None:
+        put(group, name, entry)
+        seen.append((kept(world, name)["status"], len(kept(world, name)["rows"])))
+
+    queue.store.put = watch
+    run(queue, tmp_path)
+    assert ("partial", 1) in seen
+    assert seen[-1] == ("measured", 2)
+    assert not list((world.kept / "gpu").glob("*.tmp"))
+
+
+def test_results_of_another_folder_are_read_first_and_taken_over(
+    world: Any, tmp_path: Path
+) -> None:
+    import gpu_results
+
+    run(world("quick"), tmp_path)
+    out = tmp_path / "out"
+    assert run(world("quick", "second", out=out), tmp_path)[0] == ["second"]
+    assert set(json.loads((out / "gpu" / "tests.json").read_text())) == {"quick", "second"}
+    assert run(world("quick", "second", out=out), tmp_path) == ([], [])
+    store = gpu_results.Store("gpu", world.kept)
+    assert store.take(out / "gpu") == ["second"]
+    assert store.take(out / "gpu") == []
+    assert run(world("quick", "second"), tmp_path) == ([], [])
+
+
+def test_kept_files_are_put_back_for_the_jobs_that_build_on_them(
+    world: Any, tmp_path: Path
+) -> None:
+    from gpu_jobs import Job
+
+    jobs = [
+        Job("cache", "tests", "", sources=("kernels",), estimate=1.0, inputs=("tune",)),
+        Job("tune", "tests", "", sources=("kernels",), estimate=1.0),
+    ]
+    assert run(world(jobs=jobs), tmp_path)[0] == ["cache", "tune"]
+    queue = world(jobs=jobs)
+    assert [queue.state(job) for job in jobs] == ["stale", "measured"]  # tiles were tuned since
+    run(queue, tmp_path)
+    assert kept(world, "cache")["rows"][0]["key"] == ["tuned/x.json"]
+
+
+def test_lists_that_are_kept_add_up(tmp_path: Path) -> None:
+    from gpu_results import restore
+
+    rows = [{"file": "tuned/a.json", "kept": [1]}, {"file": "tuned/a.json", "kept": [2]}]
+    restore([*rows, {"file": "chips/h.json", "kept": {"name": "h"}}], tmp_path)
+    assert json.loads((tmp_path / "tuned/a.json").read_text()) == [1, 2]
+    assert json.loads((tmp_path / "chips/h.json").read_text()) == {"name": "h"}
+
+
+def test_jobs_of_peers_wait_for_their_packages(world: Any, tmp_path: Path) -> None:
+    needs = {"needs": ("no_such_package",)}
+    assert run(world("quick", job=needs), tmp_path) == ([], ["quick"])
+    (tmp_path / "no_such_package.zip").touch()
+    assert run(world("quick", job=needs, peers=tmp_path), tmp_path) == (["quick"], [])
+
+
+# --- the registry ---
+
+
+def test_the_registry_is_sound() -> None:
+    """Names are unique, sources exist, a run fits into nine minutes, results into few files."""
+    from gpu_jobs import ARMS, GROUPS, all_jobs
+    from gpu_results import Digests, source_files
+
+    jobs = all_jobs()
+    names = [job.name for job in jobs]
+    assert len(set(names)) == len(names)
+    assert len({arm.name for arm in ARMS}) == len(ARMS)
+    digests = Digests()
+    for place, job in enumerate(jobs):
+        assert job.group in GROUPS
+        assert job.estimate <= job.most <= 540
+        assert source_files(job.sources)
+        assert digests.of(job, {}) == digests.of(job, {})
+        earlier = names[:place]
+        assert set(job.inputs) <= set(earlier), job.name
+        module, _, function = job.run.partition(":")
+        assert f"\ndef {function}(" in (FOLDER / f"{module}.py").read_text(), job.run
+    assert len(GROUPS) <= 8
+    files = {path.name for path in (ROOT / "tests" / "gpu").glob("test_*.py")}
+    assert files == {name.partition(": ")[2] for name in names if name.startswith("tests: ")}
+
+
+def test_a_source_that_is_gone_is_named() -> None:
+    from gpu_results import source_files
+
+    with pytest.raises(FileNotFoundError, match=r"kernels/gone\.py: no file or folder"):
+        source_files(["kernels/gone.py"])
+
+
+def test_the_report_needs_no_torch_and_says_what_is_to_do(tmp_path: Path) -> None:
+    """As anybody runs it: by the interpreter alone, no package installed."""
+    command = [sys.executable, "-S", str(FOLDER / "gpu_queue.py"), "--report"]
+    done = subprocess.run([*command, "--only", "prefill main"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "prefill main: segments" in done.stdout
+
+
+def test_lorafx_is_found_where_it_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu_here
+
+    monkeypatch.setattr(gpu_here.importlib.util, "find_spec", lambda name: None)
+    folder = gpu_here.link_lorafx(tmp_path)
+    code = (
+        f"import sys; sys.path[:0] = [{str(folder)!r}]\n"
+        "import importlib.util as u; from importlib import metadata as m\n"
+        "print(u.find_spec('lorafx').origin, u.find_spec('kernels'), u.find_spec('passes'))\n"
+        "print([p.value for p in m.entry_points(group='torch_dynamo_backends')])\n"
+    )
+    done = subprocess.run([sys.executable, "-IS", "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        f"{folder}/lorafx/__init__.py None None",
+        "['lorafx.torch_compile.dynamo_backend:compile_frame']",
+    ]
+
+
+# --- jobs in their own process ---
+
+
+def test_one_jobs_self_check() -> None:
+    import gpu_job
+    from gpu_jobs import all_jobs
+
+    job = next(job for job in all_jobs() if job.name == "decode main: split")
+    assert gpu_job.self_check([job]) == 0
+
+
+def test_a_case_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
+    import gpu_job
+
+    part = gpu_job.Part(tmp_path / "part.json")
+    context = gpu_job.Context(part, tiny=True)
+    for key in context.order(["a", "b", "c"]):
+        with context.case(key):
+            if key == "b":
+                raise RuntimeError("b is wrong")
+            context.add(key, [{"median": 1.0}])
+    found = json.loads((tmp_path / "part.json").read_text())
+    assert [row["key"] for row in found["rows"]] == ["a", "c"]
+    assert list(found["failures"]) == ["b"]
+    assert found["failures"]["b"].endswith("RuntimeError: b is wrong\n")
+    later = gpu_job.Part(tmp_path / "part.json", before=[])
+    later.before = ["b"]
+    assert gpu_job.Context(later, tiny=True).order(["b", "a", "d"]) == ["d", "b"]
+
+
+TESTS = """
+import os, pytest
+def test_passes(): pass
+def test_fails(): assert 1 == 2
+def test_crashes(): os._exit(9)
+@pytest.mark.skip(reason="not here")
+def test_is_skipped(): pass
+def test_after_the_crash(): pass
+"""
+
+
+def test_a_test_file_goes_on_behind_a_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu_job
+    import gpu_tests
+
+    file = tmp_path / "test_some.py"
+    file.write_text(TESTS)
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER))
+    part = gpu_job.Part(tmp_path / "part.json")
+    part.before = ["test_some.py::test_fails"]
+    context = gpu_job.Context(part, tiny=True)
+    gpu_tests.run_file(context, file=str(file), lanes=1)
+    name = {row["key"].rpartition("::")[2]: row["outcome"] for row in part.rows}
+    assert name == {
+        "test_passes": "passed",
+        "test_is_skipped": "skipped",
+        "test_after_the_crash": "passed",
+    }
+    why = {key.rpartition("::")[2]: text for key, text in part.failures.items()}
+    assert "assert 1 == 2" in why["test_fails"]
+    assert why["test_crashes"].startswith("the process ended with status 9")
+    assert next(iter(why)) == "test_fails"  # first, since it failed before
+    assert part.summary == "2 failed, 2 passed, 1 skipped"
