@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from lorafx.base_weights.adding import write
 from lorafx.base_weights.changes import Copy, copied
 from lorafx.base_weights.copies import Repeat, repeats
-from lorafx.base_weights.weight_places import Target
-from lorafx.base_weights.writer import Journal
 from lorafx.errors import CheckpointError
 from lorafx.layers.quantization import QuantizeMethodBase
+from lorafx.loading.loader import Derived
+from lorafx.loading.weight_places import Target
+from lorafx.loading.writer import Journal
 
 if TYPE_CHECKING:
     from lorafx.program.program import Program
@@ -32,18 +33,16 @@ if TYPE_CHECKING:
 _HOOK = "process_weights_after_loading"
 
 
-class DerivedCopies:
+class DerivedCopies(Derived):
     """The copies that a model holds, as they are before an update."""
 
     def __init__(self, program: Program) -> None:
         self._copies = repeats(program)
 
     def holds(self, target: Target) -> bool:
-        """Whether a target is computed from another."""
         return any(copy.tensor is target.tensor for copy in self._copies)
 
     def refusals(self, filled: Iterable[Target]) -> list[str]:
-        """What cannot follow the weights that get new numbers."""
         return [
             f"{', '.join(str(weight.holder) for weight in copy.weights)}: {copy.holder} "
             f"{_origin(copy)} and cannot follow; give its module a method {_HOOK}() that computes "

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.errors import CheckpointError, ConfigError
-from lorafx.layers.loading import LoadableLayer
 from lorafx.layers.parallel import TensorParallel
 from lorafx.layers.quantization import QuantizeMethodBase, UnquantizedLinearMethod, add_weight
+from lorafx.loading.loadable_layer import LoadableLayer
 
 if TYPE_CHECKING:
     import torch.distributed as dist

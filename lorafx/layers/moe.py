@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import lorafx.kernels.cpu.grouped_mm  # noqa: F401  defines the op
 from lorafx.errors import CheckpointError, ConfigError
 from lorafx.layers.base import checked_sizes, group_of
-from lorafx.layers.loading import LoadableLayer
 from lorafx.layers.quantization import add_weight
+from lorafx.loading.loadable_layer import LoadableLayer
 
 if TYPE_CHECKING:
     import torch.distributed as dist

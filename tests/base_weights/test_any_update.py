@@ -15,9 +15,9 @@ from packed_models import MAPPING, MIXER
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.base_weights.weight_places import meet, volume
 from lorafx.errors import BaseWeightsError
 from lorafx.layers import FusedMoE, MergedColumnParallelLinear
+from lorafx.loading.weight_places import meet, volume
 
 EXPERTS, WIDTH, INNER = 3, 16, 5
 

@@ -4,6 +4,8 @@
 
 writes a tensor of the whole layer's sizes into this rank's part of a parameter, or of the piece of
 it that the shard id names. `load_weights` asks the layer what a tensor should look like before.
+Shard ids of routed experts are ("w1", e) the gate, ("w3", e) the up and ("w2", e) the down
+projection of expert e.
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ class LoadableLayer(nn.Module):
 
     Attributes:
         prefix: the layer's name in the model, for messages; may be empty.
+        output_sizes: rows of each output slice in checkpoints; () where it has none.
     """
 
     prefix: str = ""
+    output_sizes: tuple[int, ...] = ()
 
     @abstractmethod
     def checkpoint_shape(self, name: str, shard_id: Any = None) -> tuple[int, ...]:

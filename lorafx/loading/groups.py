@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafx.base_weights.weight_places import Landing, Shape
+from lorafx.loading.weight_places import Landing, Shape
 from lorafx.model.partition import spans
 
 

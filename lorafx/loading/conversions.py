@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafx.base_weights.groups import ConvertedGroup, GroupMember
-from lorafx.base_weights.weight_places import Box, Landing, Shape
+from lorafx.loading.groups import ConvertedGroup, GroupMember
+from lorafx.loading.weight_places import Box, Landing, Shape
 
 
 class Conversions:

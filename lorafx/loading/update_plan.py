@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafx.base_weights.groups import GroupMember, TensorGroup
-from lorafx.base_weights.resolve import Meaning, Resolver
-from lorafx.base_weights.sources import Item
-from lorafx.base_weights.weight_places import Landing, Numbers, Shape, Target, meet, volume
 from lorafx.errors import BaseWeightsError
-from lorafx.layers.loading import LoadableLayer
+from lorafx.loading.groups import GroupMember, TensorGroup
+from lorafx.loading.loadable_layer import LoadableLayer
+from lorafx.loading.resolve import Meaning, Resolver
+from lorafx.loading.sources import Item
+from lorafx.loading.weight_places import Landing, Numbers, Shape, Target, meet, volume
 
 _SHOWN = 100
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from lorafx.base_weights.resolve import Meaning, Resolver
-from lorafx.base_weights.weight_places import Landing, Shape, at
+from lorafx.loading.resolve import Meaning, Resolver
+from lorafx.loading.weight_places import Landing, Shape, at
 from lorafx.model.module_graph import ModuleGraph
 
 #: (segments of the parameter's name, segments of the checkpoint's name, shard id)

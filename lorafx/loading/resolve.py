@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import nn
 
-from lorafx.base_weights.conversions import Conversions
-from lorafx.base_weights.expert_landings import ExpertLandings
-from lorafx.base_weights.groups import GroupMember, JointGroup, TensorGroup
-from lorafx.base_weights.names import Names
-from lorafx.base_weights.packed import Joint, PackedLandings
-from lorafx.base_weights.weight_places import Landing, Shape, Target, at
+from lorafx.loading.conversions import Conversions
+from lorafx.loading.expert_landings import ExpertLandings
+from lorafx.loading.groups import GroupMember, JointGroup, TensorGroup
+from lorafx.loading.names import Names
+from lorafx.loading.packed import Joint, PackedLandings
+from lorafx.loading.weight_places import Landing, Shape, Target, at
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.packed_names import PackedModules, PackedNames
 from lorafx.model.saved_names import Walked, nearest_names

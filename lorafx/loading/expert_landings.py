@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from lorafx.base_weights.names import Names
-from lorafx.base_weights.weight_places import Box, Cut, Landing, Shard, Target
 from lorafx.errors import CheckpointError
-from lorafx.layers.moe import FusedMoE
+from lorafx.loading.loadable_layer import LoadableLayer
+from lorafx.loading.names import Names
+from lorafx.loading.weight_places import Box, Cut, Landing, Shard, Target
 from lorafx.model.expert_names import PROJECTIONS, ExpertMeaning, Half, meaning
 from lorafx.model.experts import ExpertWeight, expert_weights
 from lorafx.model.module_graph import join
@@ -47,7 +47,7 @@ class ExpertLandings:
             wrong = meant.wrong or _out_of_range(meant.expert, meant.weight)
             if wrong:
                 yield Landing(path, None, (), wrong)
-            elif isinstance(owner.module, FusedMoE):
+            elif isinstance(owner.module, LoadableLayer):
                 yield _sharded(target, path, meant)
             else:
                 yield from _boxes(target, path, kind, meant)
@@ -133,8 +133,6 @@ def _sharded(target: Target, path: str, meant: ExpertMeaning) -> Landing:
     """The shards of a layer that cuts experts' tensors itself."""
     weight, half, expert = meant.weight, meant.half, meant.expert
     assert weight is not None
-    layer = target.module
-    assert isinstance(layer, FusedMoE)
     kinds = ["w2"] if weight.down else ["w1", "w3"] if half == "all" else [_SHARDS[half]]
     try:
         if expert is None and half == "all":
@@ -147,9 +145,9 @@ def _sharded(target: Target, path: str, meant: ExpertMeaning) -> Landing:
                 Shard(target, (kind, e)),
                 (*(() if expert is not None else (e,)), slice(i * each[0], (i + 1) * each[0])),
             )
-            for e in ([expert] if expert is not None else range(layer.num_experts))
+            for e in ([expert] if expert is not None else range(weight.experts))
             for i, kind in enumerate(kinds)
         )
     except CheckpointError as error:
         return Landing(path, None, (), str(error))
-    return Landing(path, shape if expert is not None else (layer.num_experts, *shape), cuts)
+    return Landing(path, shape if expert is not None else (weight.experts, *shape), cuts)

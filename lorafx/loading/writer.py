@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lorafx.base_weights.groups import TensorGroup
-from lorafx.base_weights.resolve import Meaning
-from lorafx.base_weights.weight_places import Landing, is_expanded, memory_key
+from lorafx.loading.groups import TensorGroup
+from lorafx.loading.resolve import Meaning
+from lorafx.loading.weight_places import Landing, is_expanded, memory_key
 from lorafx.model.module_graph import writing
 
 Undo = Literal["memory", "disk"]

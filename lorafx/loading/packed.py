@@ -15,10 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from lorafx.base_weights.names import Names
-from lorafx.base_weights.weight_places import Box, Cut, Landing, OwnLoader, Target, at
-from lorafx.layers.base import ParallelLayer
-from lorafx.layers.loading import LoadableLayer
+from lorafx.loading.loadable_layer import LoadableLayer
+from lorafx.loading.names import Names
+from lorafx.loading.weight_places import Box, Cut, Landing, OwnLoader, Target, at
 from lorafx.model.module_graph import join
 from lorafx.model.packed_names import PackedMember, PackedNames, renamed
 from lorafx.model.saved_names import Walked
@@ -169,7 +168,7 @@ def _shard_id(members: Sequence[PackedMember], index: int, sizes: tuple[int, ...
 
 def _slice_sizes(module: nn.Module) -> tuple[int, ...] | None:
     """Rows of each output slice of a packed module, None where its class does not say."""
-    if isinstance(module, ParallelLayer):
+    if isinstance(module, LoadableLayer) and module.output_sizes:
         return module.output_sizes
     entry = lookup(module)
     if entry is None or entry.output_sizes is None:

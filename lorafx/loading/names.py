@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from lorafx.base_weights.weight_places import Target
 from lorafx.errors import LorafxError
+from lorafx.loading.weight_places import Target
 from lorafx.model.module_graph import ModuleGraph, join
 from lorafx.model.saved_names import SavedNames
 

@@ -24,9 +24,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lorafx.base_weights.weight_places import Numbers, Shape
 from lorafx.errors import CheckpointError, ConfigError
 from lorafx.interrupts import undisturbed
+from lorafx.loading.weight_places import Numbers, Shape
 
 Pairs = Iterable[tuple[str, Tensor]]
 #: What `load_weights` takes.

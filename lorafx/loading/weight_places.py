@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lorafx.errors import CheckpointError
-from lorafx.layers.loading import LoadableLayer
+from lorafx.loading.loadable_layer import LoadableLayer
 from lorafx.model.module_graph import storage_key, writing
 
 Shape = tuple[int, ...]
@@ -85,6 +85,10 @@ class WeightPlace(ABC):
         """Why such numbers cannot be written, "" where they can."""
         return _unlike(self.target.tensor, given)
 
+    def is_at(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is this very place in memory, to which writing it changes nothing."""
+        return False
+
 
 @dataclass(frozen=True, eq=False)
 class Box(WeightPlace):
@@ -123,6 +127,9 @@ class Box(WeightPlace):
 
     def fills(self, dtype: torch.dtype) -> Iterator[tuple[Target, Any]]:
         yield self.target, self.box
+
+    def is_at(self, tensor: Tensor) -> bool:
+        return same_memory(self.view, tensor)
 
     def refusal(self, given: Numbers) -> str:
         if is_expanded(self.target.tensor):
@@ -167,6 +174,9 @@ class Shard(WeightPlace):
         prefix = self.target.name.removesuffix(self.target.attribute)
         for name in self.layer.fills(self.target.attribute, dtype):
             yield Target(self.layer, name, prefix + name), pieces
+
+    def is_at(self, tensor: Tensor) -> bool:
+        return self.shard_id is None and same_memory(self.target.tensor, tensor)
 
     def refusal(self, given: Numbers) -> str:
         converted = len(self.layer.fills(self.target.attribute, given.dtype)) > 1
