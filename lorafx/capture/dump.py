@@ -26,12 +26,17 @@ class GraphDump:
     folder: Path | None
     stages: list[tuple[str, str, str]] = field(default_factory=list)  # (name, heading, text)
     sources: dict[str, str] = field(default_factory=dict)  # kernels, reports; by file name
+    _code: str | None = None  # of the last stage's graph
 
     def graph(
         self, name: str, gm: fx.GraphModule, *, edits: int | None = None, seconds: float = 0.0
     ) -> None:
         """Record the graph after pass `name`."""
-        text = gm.print_readable(print_output=False, include_stride=False, include_device=False)
+        if edits == 0 and gm.code == self._code:  # printing would be most of such a pass's time
+            text = self.stages[-1][2]
+        else:
+            text = gm.print_readable(print_output=False, include_stride=False, include_device=False)
+        self._code = gm.code
         heading = f"# {self.title}, after {name}"
         if edits is not None:
             heading += f": {edits} edits, {len(gm.graph.nodes)} nodes, {seconds * 1e3:.1f} ms"

@@ -35,6 +35,13 @@ def answer(model: Any, **kwargs: Any) -> torch.Tensor:
         return model(**BATCH, **kwargs)["logits"]
 
 
+@pytest.fixture(scope="module")
+def handed_over(shallow: Any) -> tuple[peft.PeftModel, Any]:
+    """A PeftModel, and what lorafx made of it. Uses that are refused change neither."""
+    pm = wrapped(shallow)
+    return pm, lorafx.compile(pm, options=REFERENCE)
+
+
 @pytest.mark.parametrize(
     "use",
     [
@@ -54,10 +61,11 @@ def answer(model: Any, **kwargs: Any) -> torch.Tensor:
         lambda pm: peft.get_peft_model_state_dict(pm, adapter_name="a1"),
     ],
 )
-def test_a_peft_model_that_was_handed_over_says_so(shallow, use, tmp_path, monkeypatch):
+def test_a_peft_model_that_was_handed_over_says_so(
+    shallow, handed_over, use, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    pm = wrapped(shallow)
-    cm = lorafx.compile(pm, options=REFERENCE)
+    pm, cm = handed_over
     with pytest.raises(CaptureError, match=r"PeftModel\w*\.\w+: .* was handed to lorafx.*detach"):
         use(pm)
     assert not list(tmp_path.iterdir())

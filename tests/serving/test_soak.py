@@ -1,4 +1,4 @@
-"""The soak (tests/helpers/soak.py), in a process of its own: a short one, and ten minutes."""
+"""The soak (tests/helpers/soak.py), in a process of its own: seconds, and ten minutes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LONG = pytest.mark.slow
 @pytest.mark.parametrize(
     ("seconds", "lowering"),
     [
-        (20, "reference"),
+        (10, "reference"),
         pytest.param(600, "reference", marks=LONG),
         pytest.param(120, "inductor", marks=LONG),
     ],

@@ -92,7 +92,7 @@ def cases_of(base: nn.Module, layers: list[str], folder: Path) -> SimpleNamespac
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    base = random_base("llama", tie_word_embeddings=False)
+    base = random_base("llama", tie_word_embeddings=False, num_hidden_layers=1)
     return cases_of(base, ["q_proj", "down_proj"], tmp_path_factory.mktemp("llama"))
 
 
@@ -359,8 +359,10 @@ def test_assisted_generation(llama: SimpleNamespace, tmp_path: Path) -> None:
     check(target, llama.target)
 
 
-def test_layers_that_are_shared(llama: SimpleNamespace, tmp_path: Path) -> None:
+def test_layers_that_are_shared(tmp_path: Path) -> None:
     """A draft of the target's first layer: marks of both in one block."""
+    base = random_base("llama", tie_word_embeddings=False)
+    llama = cases_of(base, ["q_proj", "down_proj"], tmp_path)
     target_model = llama.target.model()
     config = copy.deepcopy(target_model.config)
     config.num_hidden_layers = 1
