@@ -166,7 +166,8 @@ def over_vendor(
     for ratio in ratios:
         over = ratio.median / floor
         print(f"  {ratio.arm:32s} {ratio}  {over:.3f} of the floor", flush=True)
-        rows.append(protocol.as_row(case.label, ratio) | extra | {"over_floor": over})
+        row = protocol.as_row(case.label, ratio) | {"over_floor": over}
+        rows.append(row | (extra if ratio.arm in arms else {}))
     return rows, timed
 
 

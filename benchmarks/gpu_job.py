@@ -1,7 +1,8 @@
 """One job of the GPU queue in a process of its own.
 
     python benchmarks/gpu_job.py --part FILE NAME          run a job, results into FILE as they come
-    python benchmarks/gpu_job.py --self-check NAME...      run them in a tiny form on the CPU
+    python benchmarks/gpu_job.py --self-check NAME...      run them in a tiny form on the CPU;
+                                                           with --part one, as the queue runs it
     python benchmarks/gpu_job.py --machine                 print what this machine is, as JSON
 
 Exit status: 0 the job ended by itself (what was wrong stands in its file), else it broke.
@@ -199,10 +200,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     known = {job.name: job for job in all_jobs()}
     jobs = [known[name] for name in options.names]
-    if options.self_check:
+    if options.self_check and options.part is None:
         return min(self_check(jobs), 100)
     end_with_the_parent()
-    run(jobs[0], Part(options.part))
+    run(jobs[0], Part(options.part), tiny=options.self_check)
     return 0
 
 

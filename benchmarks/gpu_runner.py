@@ -119,6 +119,8 @@ class Queue:
             with told.job(job.name, self.estimate(job), len(todo)):
                 entry = self.run_job(job, scratch)
             told.ended(job.name, entry)
+            if entry["died"] and entry["attempts"] < ATTEMPTS:
+                self.tried.discard(job.name)  # once more at the end, behind the case that broke it
 
     def run_job(self, job: Job, scratch: Path) -> Entry:
         """Run one job; its entry is on disk, and grows there while the job runs."""
@@ -159,6 +161,7 @@ class Queue:
             status = self.stop()
         found = json.loads(part.read_text())
         entry["status"], why = verdict(found, status, killed, own_limit=limit == job.most)
+        entry["died"] = entry["status"] == FAILED and bool(killed or status)
         if why:
             entry["why"] = why.replace("{limit}", f"{limit:.0f}")
             entry["log"] = log.read_text(errors="replace")[-TAIL:]
@@ -236,6 +239,7 @@ def verdict(
     if failures:
         name, why = next(iter(failures.items()))
         last = why.strip().splitlines()[-1] if why.strip() else ""
+        last += f" with status {status}" if status else ""
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         return FAILED, f"{name}: {last}{more}"
     if status or not found["ended"]:

@@ -66,11 +66,12 @@ class Lane:
         temporary = self.folder / f"tmp{self.number}-{self.processes}"
         command = [sys.executable, "-m", "pytest", self.file, "-p", "gpu_pytest", "--tb=short"]
         command += ["-p", "no:cacheprovider", f"--basetemp={temporary}"]
+        environment = {"LORAFX_GPU_TESTS": json.dumps(order), "TORCHINDUCTOR_COMPILE_THREADS": "2"}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env={**os.environ, "LORAFX_GPU_TESTS": json.dumps(order)},
+                env=os.environ | environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )

@@ -20,7 +20,7 @@ FOLDER = ROOT / "benchmarks"
 BODIES = {
     "quick": "add('one')",
     "second": "add('one'); add('two')",
-    "resumed": "add('a'); die()",
+    "resumed": "add(len(rows)); die() if len(rows) < 2 else add('end')",
     "wrong": "add('one'); fail('two', 'Traceback\\nRuntimeError: two is off')",
     "crash": "add('one'); os.kill(os.getpid(), 11)",
     "silent": "sys.exit(0)",
@@ -159,36 +159,37 @@ def test_failures_go_first_once_mended_and_last_until_then(world: Any, tmp_path:
     assert (entry["attempts"], entry["before"]) == (1, ["two"])
 
 
-def test_rows_of_a_broken_run_are_not_measured_again(
-    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run(world("resumed"), tmp_path)
+def test_rows_of_a_broken_run_are_not_measured_again(world: Any, tmp_path: Path) -> None:
+    queue = world("resumed")
+    queue.todo = lambda todo=queue.todo: [] if queue.tried or queue.store.entries else todo()
+    assert run(queue, tmp_path)[0] == ["resumed"]
     entry = kept(world, "resumed")
-    assert (entry["status"], [row["key"] for row in entry["rows"]]) == ("failed", ["a"])
+    assert (entry["status"], [row["key"] for row in entry["rows"]]) == ("failed", [0])
     assert entry["why"] == "the process ended with status 7"
-    monkeypatch.setitem(BODIES, "resumed", "add('b')")
-    run(world("resumed"), tmp_path)
+    assert run(world("resumed"), tmp_path)[0] == ["resumed"]
     entry = kept(world, "resumed")
-    assert (entry["status"], [row["key"] for row in entry["rows"]]) == ("measured", ["a", "b"])
+    assert (entry["status"], [row["key"] for row in entry["rows"]]) == ("measured", [0, 1, "end"])
 
 
 @pytest.mark.parametrize(("name", "status"), [("crash", -11), ("silent", 0)])
 def test_a_job_that_does_not_come_to_its_end_has_failed(
     world: Any, tmp_path: Path, name: str, status: int
 ) -> None:
-    run(world(name), tmp_path)
+    again = [name] if status else []  # what broke its process has another try behind all others
+    assert run(world(name, "quick"), tmp_path)[0] == [name, "quick", *again]
     entry = kept(world, name)
     assert entry["why"] == f"the process ended with status {status}"
-    assert len(entry["rows"]) == (name == "crash")
+    assert len(entry["rows"]) == 2 * (name == "crash")
 
 
 def test_a_job_is_killed_at_its_limit_with_what_it_started(world: Any, tmp_path: Path) -> None:
-    assert run(world("parent", "quick", job={"most": 1.0}), tmp_path)[0] == ["parent", "quick"]
+    ran = run(world("parent", "quick", job={"most": 1.0}), tmp_path)[0]
+    assert ran == ["parent", "quick", "parent"]
     entry = kept(world, "parent")
     assert (entry["status"], entry["why"]) == ("failed", "killed at its limit of 1 s")
-    one, child = (row["key"] for row in entry["rows"])
-    assert one == "one"
-    assert not is_running(int(child))
+    keys = [row["key"] for row in entry["rows"]]
+    assert keys[::2] == ["one", "one"]
+    assert not any(is_running(int(child)) for child in keys[1::2])
 
 
 def test_the_queues_own_limit_cuts_off_but_blames_nobody(world: Any, tmp_path: Path) -> None:
@@ -351,6 +352,31 @@ def test_one_jobs_self_check() -> None:
 
     job = next(job for job in all_jobs() if job.name == "decode main: split")
     assert gpu_job.self_check([job]) == 0
+
+
+def test_a_job_as_the_queue_runs_it(world: Any, tmp_path: Path) -> None:
+    """The command and paths of a real job, but for the GPU: what tuning keeps comes back."""
+    import gpu_here
+    from gpu_jobs import TUNING, Job
+
+    second = "tune split: o M=64 r=16"
+    queue = world(jobs=[job for job in TUNING if job.name == second], limit=300.0)
+    worker = str(FOLDER / "gpu_job.py")
+    queue.launch = lambda job, part: [
+        *(sys.executable, worker, "--self-check", "--part", str(part), job.name)
+    ]
+    link = gpu_here.link_lorafx(tmp_path)
+    queue.environment = lambda cache: {
+        **gpu_here.job_environment(link, cache),
+        "TRITON_INTERPRET": "1",
+    }
+    queue.digests.root = ROOT
+    assert run(queue, tmp_path) == ([second], [])
+    entry = json.loads((world.kept / "gpu" / "tuning.json").read_text())[second]
+    assert (entry["status"], entry.get("why")) == ("measured", None)
+    jobs = [Job("cache", "tests", "", sources=("kernels",), estimate=1.0, inputs=(second,))]
+    run(world(jobs=jobs), tmp_path)
+    assert kept(world, "cache")["rows"][0]["key"] == [entry["rows"][0]["file"]]
 
 
 def test_a_case_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
