@@ -65,7 +65,7 @@ class LoraConfig:
         for name in ("max_adapters", "max_rank"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"LoraConfig.{name} must be a positive int, got {value!r}")
+                raise ConfigError(f"LoraConfig.{name} must be a positive integer, got {value!r}")
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,17 @@ class Explanation:
         missing = program.site_watch.lines()
         sections = [
             *model_sections(program.sites, program.groups, program.config),
-            *([("replaced since, and refused", missing)] if missing else []),
+            *(
+                [
+                    (
+                        "replaced after lorafx was given the model; adapters that touch them are "
+                        "refused",
+                        missing,
+                    )
+                ]
+                if missing
+                else []
+            ),
             (f"adapters: {len(adapters)}", tuple(adapters)),
             ("passes", tuple(str(pipeline(program.options)).splitlines())),
             (f"graphs: {len(records)}", ()),
@@ -93,7 +103,7 @@ def _parts(site: Site) -> str:
     names = (
         f"{(part.name if part.selected else '') or '-'} {part.out_features}" for part in site.parts
     )
-    loose = f"; {', '.join(site.loose_names)} by their rows" if site.loose_names else ""
+    loose = f"; {', '.join(site.loose_names)}, told apart by their rows" if site.loose_names else ""
     return f" [{', '.join(names)}{loose}]"
 
 

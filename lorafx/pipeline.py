@@ -189,11 +189,11 @@ def pipeline(options: Options | None = None) -> Pipeline:
 def _check_own(name: str, given: After, known: Sequence[str]) -> None:
     taken = {CAPTURED, *(item.name for item in MODEL_PASSES), *(item.name for item in GRAPH_PASSES)}
     if name in taken:
-        raise ConfigError(f"{name!r} is the name of a pass of lorafx; call yours by another one")
+        raise ConfigError(f"{name!r} is the name of a pass of lorafx; give yours another name")
     if given.after != CAPTURED and given.after not in known:
         raise ConfigError(
-            f"the pass {name!r} is placed after {given.after!r}, which is no pass over graphs"
-            f"{nearest(given.after, known)}; passes are {CAPTURED}, {', '.join(known)}"
+            f"the pass {name!r} is placed after {given.after!r}, which is not a pass over "
+            f"graphs{nearest(given.after, known)}; passes are {CAPTURED}, {', '.join(known)}"
         )
 
 

@@ -234,8 +234,9 @@ def register(
             raise ConfigError(f"register({cls.__qualname__}): {name}={function!r} cannot be called")
     if isinstance(sharding, Mapping) != (kind == "experts") and sharding is not None:
         raise ConfigError(
-            f"register({cls.__qualname__}): sharding of routed experts is a mapping from their "
-            f"parameters' names, of other kinds one object; got {sharding!r} for kind {kind!r}"
+            f"register({cls.__qualname__}): sharding is a mapping from parameter names for "
+            f"routed experts, and a single object for other kinds; got {sharding!r} for "
+            f"kind {kind!r}"
         )
     slices = None if output_sizes is None else SliceSizes(output_sizes)
     sizes = FeatureSizes(in_features, out_features)

@@ -186,8 +186,8 @@ class Checks:
         if touched:
             raise ProvenanceError(
                 f"this batch mixes adapters, and at {', '.join(touched)} a tensor comes from "
-                "elsewhere than when the graph was captured, so it is not proved which request a "
-                "row belongs to. Run one adapter a batch"
+                "another place than when the graph was captured, so row ownership is not proved "
+                "there. Run one adapter per batch"
             )
 
     def check(self, program: Program, arguments: Sequence[Any], *, alone: bool = False) -> None:
@@ -206,15 +206,16 @@ class Checks:
         if strangers:
             raise CaptureError(
                 f"{', '.join(strangers)} shares a graph with a layer of the same class that "
-                "carries no LoRA; name the module in all those layers by target_modules, or in none"
+                "carries no LoRA; name the module by target_modules in all layers of that "
+                "class, or in none"
             )
         changed = self.places.changed(program, arguments)
         if changed:
             raise MatchError(
-                f"a tensor that was made of the weight of {', '.join(changed)} is not what it was "
-                "when the graph was captured, so LoRA cannot be applied to it. Call "
-                "torch._dynamo.reset() after post-processing the weights again, or use "
-                "exclude_modules"
+                f"a tensor that was made from the weight of {', '.join(changed)} has "
+                "changed since the graph was captured, so LoRA cannot be applied to it. "
+                "Call torch._dynamo.reset() after post-processing the weights again, or "
+                "use exclude_modules"
             )
         for refusal in self.refusals:
             if refusal.when == "mixed" and (alone or program.runtime.uniform):
@@ -230,14 +231,15 @@ class Checks:
                     )
                 if refusal.when == "always":
                     raise MatchError(
-                        f"LoRA cannot be applied at {names}: {refusal.reason}. Take the module out "
-                        "by exclude_modules, or unload the adapters that touch it"
+                        f"LoRA cannot be applied at {names}: {refusal.reason}. Leave the "
+                        "module out by exclude_modules, or unload the adapters that touch "
+                        "it"
                     )
                 raise ProvenanceError(
-                    f"this batch mixes adapters, and at {names} it is not proved which request a "
-                    f"row belongs to: {refusal.reason}. Run one adapter a batch, say which "
-                    "dimension of an argument holds the requests by LoraConfig(row_dims=...), or "
-                    "take the module out by exclude_modules"
+                    f"this batch mixes adapters, and at {names} it is not proved which "
+                    f"request a row belongs to: {refusal.reason}. Run one adapter per "
+                    "batch, declare which dimension of an argument holds the requests by "
+                    "LoraConfig(row_dims=...), or leave the module out by exclude_modules"
                 )
 
     def rows(self, program: Program, arguments: Sequence[Any]) -> Rows | None:

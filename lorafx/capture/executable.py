@@ -157,8 +157,9 @@ def while_missing(owner: Owner, compiled: Callable[..., Any]) -> Callable[..., A
             program.refuse_missing(program.touched)
             if not program.site_watch.missing:
                 raise CaptureError(
-                    f"this graph of {type(program.model).__name__} was captured while modules that "
-                    "carry LoRA were replaced, and they are back; call torch._dynamo.reset() once"
+                    f"this graph of {type(program.model).__name__} was captured while "
+                    "modules that carry LoRA were replaced, and these modules are now "
+                    "back; call torch._dynamo.reset() once"
                 )
         return compiled(*arguments)
 
@@ -203,8 +204,9 @@ def _check_callers(
             continue
         if program.is_touched(site):
             raise MatchError(
-                f"{site.path}: its forward is called by itself and through its module, in "
-                "graphs that breaks keep apart; call the module, or use exclude_modules"
+                f"{site.path}: its forward is called both directly and through its module, "
+                "in graphs that a graph break separates; always call the module, or use "
+                "exclude_modules"
             )
 
 
@@ -242,14 +244,16 @@ def _looked_up(
             continue
         if (bank.gains is not None) != ((position, index) in dora):
             raise CaptureError(
-                f"{site.path} shares a graph with a layer of a model that has other room for DoRA; "
-                "give both models LoraConfig(use_dora=True), or neither"
+                f"{site.path} shares a graph with a layer of another model, and only one of "
+                "the two has room for DoRA; give both models LoraConfig(use_dora=True), or "
+                "neither"
             )
         value = getattr(bank, name)
         if fixed and value.stride() != layout[1]:
             raise CaptureError(
-                f"{site.path} shares a graph with a layer of the same class in which other modules "
-                "carry LoRA; name the same modules in all those layers by target_modules"
+                f"{site.path} shares a graph with a layer of the same class in which other "
+                "modules carry LoRA; name the same modules by target_modules in all layers "
+                "of that class"
             )
         found.append(value)
     return found

@@ -18,7 +18,7 @@ from lorafx.errors import CaptureError, LorafxError, LoweringError
 from lorafx.pipeline import GraphPass, way_around
 
 _NOTE = "_lorafx_failed_in"
-_KEEP_OUT = "keep what cannot be traced out of graphs by torch.compiler.disable"
+_KEEP_OUT = "use torch.compiler.disable on the functions that cannot be traced"
 _SHOWN = 400  # characters of the compiler's own message; the whole of it is the cause
 
 

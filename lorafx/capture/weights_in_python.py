@@ -69,9 +69,9 @@ class WeightUses:
         if past:
             self._found = MatchError(
                 f"LoRA cannot be applied at {', '.join(past)}: {func.overloadpacket} at "
-                f"{line} uses the weight past its module, in a function that Dynamo keeps "
-                "out of graphs or gives up, so the update would be lost. Call the module there, "
-                "let the function be traced, or take the module out by exclude_modules"
+                f"{line} uses the weight without calling its module, in a function that "
+                "Dynamo does not trace, so the delta would be lost. Call the module there, "
+                "let Dynamo trace the function, or leave the module out by exclude_modules"
             )
             raise self._found
 

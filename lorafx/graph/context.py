@@ -132,8 +132,9 @@ class Context:
         item = self.frame.by_node.get(call["A"])
         if item is None or item.group is None:
             raise MatchError(
-                f"{node.name} takes a bank that is not a graph input of this model's program"
-                f"{self.where(node)}; was another model's mark captured with this one?"
+                f"{node.name} takes a bank that is not an input of this model's "
+                f"graph{self.where(node)}; another model's mark may have been captured with "
+                "it"
             )
         return item.group.site_of(int(call.get("siblings", (0,))[0]))
 
@@ -186,7 +187,7 @@ class Context:
         return Refusal(
             self.frame.by_node[weight].sites,
             "always",
-            f"its weight is used in a way no rule knows: {reason}{self.where(node)}",
+            f"its weight is used in a way that no rule covers: {reason}{self.where(node)}",
         )
 
     def other_owners(self, weight: fx.Node) -> list[nn.Module]:

@@ -99,7 +99,7 @@ def _interpret(weight: fx.Node, form: _Form, user: fx.Node) -> _Form | ExpertUse
         first = len(indices) == 1 and arguments[1][0] is indices[0]
         if first and fake_value(indices[0]).dim() == 1 and not _is_mask(indices[0]):
             return _Form(user, form.in_first, indices[0])
-        return unknown("it is indexed in another way than by one expert a row")
+        return unknown("it is not indexed by one expert per row")
     if is_grouped(user):
         x, held, offs = (*arguments, None)[:3]
         if held is form.node and form.in_first and form.ids is None and offs is not None:

@@ -86,9 +86,9 @@ def region_of(h: Any) -> PointwiseRegion | NoRegion:
     """What computes h (…, K). Pure; the graph is only read."""
     value = fake_value(h) if isinstance(h, fx.Node) else None
     if value is None or value.dim() < 2 or value.dtype not in TYPES:
-        return NoRegion("it is no matrix of 16- or 32-bit floats")
+        return NoRegion("it is not a matrix of 16- or 32-bit floats")
     if not isinstance(value.shape[-1], int):
-        return NoRegion("the number of its columns is a symbol")
+        return NoRegion("its number of columns is not constant")
     builder = _Builder(tuple(value.shape[:-1]))
     try:
         result = builder.value(h, 0, 1)
@@ -96,7 +96,7 @@ def region_of(h: Any) -> PointwiseRegion | NoRegion:
         return NoRegion(str(error))
     if not builder.lines:
         made = getattr(h.target, "__name__", h.target)  # the same in every layer
-        return NoRegion(f"{made} is no pointwise operator that is known here")
+        return NoRegion(f"{made} is not a supported pointwise operator")
     leaves, inputs = [], []
     for table, ids in builder.leaves:
         leaves.append(Leaf(fake_value(table).dtype, ids is not None))
@@ -151,11 +151,11 @@ class _Builder:
             raise _Unknown(f"{node.name} has the operand {item}")
         value, whole = fake_value(item), fake_value(node)
         if not isinstance(value, torch.Tensor) or value.dim() != whole.dim():
-            raise _Unknown(f"{node.name} takes {item.name}, which has no row for each row")
+            raise _Unknown(f"{node.name} takes {item.name}, which does not have one entry per row")
         if isinstance(value.shape[-1], int) and value.shape[-1] == 1 != whole.shape[-1]:
             return self.value(item, 0, 0)
         if tuple(value.shape) != tuple(whole.shape):
-            raise _Unknown(f"{node.name} takes {item.name} of another shape")
+            raise _Unknown(f"{node.name} takes {item.name}, which has another shape")
         return self.value(item, start, step)
 
     def _cast(self, node: fx.Node, name: str) -> str:
@@ -169,7 +169,7 @@ class _Builder:
     def _leaf(self, node: fx.Node, start: int, step: int) -> str:
         value = fake_value(node)
         if not isinstance(value, torch.Tensor) or tuple(value.shape[:-1]) != self.rows:
-            raise _Unknown(f"{node.name} has no row for each row")
+            raise _Unknown(f"{node.name} does not have one entry per row")
         if value.dtype not in TYPES:
             raise _Unknown(f"{node.name} is {value.dtype}")
         leaf = _gathered(node) or (node, None)

@@ -38,7 +38,7 @@ def choose(ctx: Context, node: fx.Node, strategy: Strategy) -> None:
     if strategy.kernel:
         ctx.kernels.add(strategy.kernel)
     for state in ctx.states[node]:
-        gemms = ", a GEMM a sibling" if strategy.split else ""
+        gemms = ", one GEMM per sibling" if strategy.split else ""
         state.strategy = f"{strategy.name}{gemms} ({strategy.reason})"
 
 

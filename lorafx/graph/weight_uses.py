@@ -208,7 +208,7 @@ def _reshape(held: _Held, user: fx.Node) -> _Held | Use:
     after = _sizes(fake_value(user))
     form = held.form.reshaped(held.sizes, after)
     if form is None:
-        return held.unknown(user, "it is reshaped across its rows")
+        return held.unknown(user, "its rows are merged or split by a reshape")
     return held.as_node(user, form, plain=len(after) == 2)
 
 
@@ -219,7 +219,7 @@ def _slice(held: _Held, user: fx.Node) -> _Held | Use:
     if same_size(size, rest) and start == 0 and step == 1:
         return held.as_node(user, held.form, plain=True)
     if not all(isinstance(number, int) for number in (size, start, step)):
-        return held.unknown(user, "it is sliced by a size that varies")
+        return held.unknown(user, "it is sliced by a size that is not constant")
     start = max(start + size, 0) if start < 0 else min(start, size)
     return _part(held, user, held.form.sliced(dim, start, step))
 
@@ -229,7 +229,7 @@ def _select(held: _Held, user: fx.Node) -> _Held | Use:
     dim %= len(held.form.axes)
     size = held.sizes[dim]
     if not isinstance(index, int) or not isinstance(size, int):
-        return held.unknown(user, "it is indexed by a size that varies")
+        return held.unknown(user, "it is indexed by a size that is not constant")
     return _part(held, user, held.form.selected(dim, index % size))
 
 
@@ -245,11 +245,11 @@ def _taken_apart(held: _Held, user: fx.Node) -> list[_Held | Use]:
     single = user.target is aten.unbind.int
     sizes = [1 if single else _sizes(part)[dim] for part in parts]
     if not all(isinstance(size, int) for size in sizes):
-        return [held.unknown(user, "it is split by a size that varies")]
+        return [held.unknown(user, "it is split by a size that is not constant")]
     found: list[_Held | Use] = []
     for item in user.users:
         if item.target is not operator.getitem:
-            found.append(held.unknown(item, "its parts are used together"))
+            found.append(held.unknown(item, "several of its parts are used together"))
             continue
         start, form = sum(sizes[: arguments_of(item)[1]]), held.form
         found.append(
@@ -281,9 +281,9 @@ def _operands(user: fx.Node) -> tuple[Any, Any, Any]:
 def _product(held: _Held, user: fx.Node) -> Use:
     bias, left, right = _operands(user)
     if any(user.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
-        return held.unknown(user, "a product with alpha or beta")
+        return held.unknown(user, "a product with alpha or beta other than 1")
     if left is right or bias is held.node:
-        return held.unknown(user, "multiplied by itself")
+        return held.unknown(user, "it is multiplied by itself")
     last = len(held.form.axes) - 1
     if right is held.node:
         if held.is_whole(out=last, into=last - 1):
@@ -300,7 +300,7 @@ def _linear(held: _Held, user: fx.Node) -> Use:
     call = bound(user)
     x, weight = call["input"], call["weight"]
     if weight is not held.node or x is held.node:
-        return held.unknown(user, "a linear of the weight by itself")
+        return held.unknown(user, "a linear in which the weight is both operands")
     if held.is_whole(out=0, into=1):
         return Use("linear", held.weight, user, x=x, bias=call["bias"], plain=held.plain)
     return _by_blocks(held, user, x, summed=1, kept=0)
@@ -319,11 +319,11 @@ def _by_blocks(
     over_out = bool(inner.out or outer.into)
     along_out, along_in = (inner, outer) if over_out else (outer, inner)
     if inner.period or outer.period or not isinstance(groups, int):
-        return held.unknown(user, "a product with copies of it side by side")
+        return held.unknown(user, "a product with several copies of it side by side")
     if along_out.into or along_in.out:
-        return held.unknown(user, "a product along one dimension of it alone")
+        return held.unknown(user, "a product that contracts only one of its dimensions")
     if not all(isinstance(sizes[dim], int) for dim in (summed, kept)):
-        return held.unknown(user, "a product with a part of it whose size varies")
+        return held.unknown(user, "a product with a part of it whose size is not constant")
     blocks = Blocks(
         groups,
         (held.form.out, group.out, along_out.out),
@@ -335,7 +335,7 @@ def _by_blocks(
 
 def _embedding(held: _Held, user: fx.Node) -> Use:
     if arguments_of(user)[0] is not held.node or not held.is_whole(out=0, into=1):
-        return held.unknown(user, "an embedding of another form of it")
+        return held.unknown(user, "an embedding lookup in a rearranged weight")
     return Use("embedding", held.weight, user, x=arguments_of(user)[1], plain=held.plain)
 
 

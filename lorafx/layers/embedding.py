@@ -122,8 +122,9 @@ class ParallelLMHead(VocabParallelEmbedding):
         own, other = self.weight.shape, embedding.weight.shape
         if own != other or self.num_embeddings != embedding.num_embeddings:
             raise ConfigError(
-                f"{self.label}: cannot share the weight {tuple(other)} of {embedding.label}; its "
-                f"own is {tuple(own)}, of {self.num_embeddings} embeddings"
+                f"{self.label}: cannot share the weight {tuple(other)} of "
+                f"{embedding.label}; its own weight is {tuple(own)}, for "
+                f"{self.num_embeddings} embeddings"
             )
         self.weight = embedding.weight
         return self

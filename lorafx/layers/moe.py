@@ -75,7 +75,9 @@ class FusedMoE(LoadableLayer):
             intermediate_size=intermediate_size,
         )
         if top_k > num_experts:
-            raise ConfigError(f"{self.label}: top_k = {top_k} of num_experts = {num_experts}")
+            raise ConfigError(
+                f"{self.label}: top_k = {top_k} must be between 1 and num_experts = {num_experts}"
+            )
         self.tp = group_of(tp_group, disable_tp)
         self.tp_size, self.tp_rank = self.tp.size, self.tp.rank
         self.num_experts, self.top_k, self.renormalize = num_experts, top_k, renormalize

@@ -46,7 +46,7 @@ class TensorParallel:
             return cls()
         rank = dist.get_rank(group)
         if rank < 0:
-            raise ConfigError("this process is not in the tensor-parallel group that was given")
+            raise ConfigError("this process is not a member of the given tensor-parallel group")
         size = dist.get_world_size(group)
         if size == 1:
             return cls()

@@ -142,7 +142,9 @@ class Int8ChannelLinearMethod(QuantizeMethodBase):
             yield "weight", weight
             yield "weight_scale", scale
         elif name == "weight" and loaded.dtype != torch.int8:
-            raise CheckpointError(f"an int8 weight takes int8 or floats, got {loaded.dtype}")
+            raise CheckpointError(
+                f"an int8 weight is loaded from int8 or floating-point numbers, got {loaded.dtype}"
+            )
         else:
             yield name, loaded
 

@@ -101,7 +101,7 @@ class LoadableLayer(nn.Module):
         for name, own in self._parameters.items():
             if own is param:
                 return name
-        raise CheckpointError(f"{self.label}: the parameter that was given is not one of its own")
+        raise CheckpointError(f"{self.label}: the given parameter is not one of this layer's")
 
     @property
     def label(self) -> str:

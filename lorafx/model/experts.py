@@ -25,10 +25,10 @@ Halves = Literal["", "stacked", "interleaved"]
 
 #: Why a loop over experts carries no LoRA, and the ways out.
 LOOP = (
-    "a loop over experts in Python is not captured. Where the model has the switch, "
-    "model.set_experts_implementation('grouped_mm'); where its class has none, "
-    "transformers.integrations.use_experts_implementation of the class before the model is built, "
-    "and config._experts_implementation = 'grouped_mm'"
+    "a Python loop over experts is not captured. Call "
+    "model.set_experts_implementation('grouped_mm') where the model has that method; "
+    "otherwise apply transformers.integrations.use_experts_implementation to the class "
+    "before the model is built, and set config._experts_implementation = 'grouped_mm'"
 )
 
 
@@ -113,9 +113,9 @@ def unlike_experts(module: nn.Module) -> str | None:
         return None
     held = ", ".join(f"{name} {tuple(parameter.shape)}" for name, parameter in found)
     return (
-        f"it holds 3-D parameters ({held}), which carry LoRA only as the weights of routed "
-        "experts: two of them, over as many experts each, of which the second maps back to the "
-        "size that the first takes"
+        f"it holds 3-D parameters ({held}), and 3-D parameters carry LoRA only as the "
+        "weights of routed experts: two of them, for the same number of experts, where the "
+        "second maps back to the input size of the first"
     )
 
 

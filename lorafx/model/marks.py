@@ -215,8 +215,9 @@ class SiteMark:
         slots = [slot for slot in self.runtime.slots.tolist() if slot >= 0]
         if bool(self.bank.ranks.unflatten(0, (-1, self.bank.experts))[slots].any()):
             raise MatchError(
-                f"{self._name(module)}: LoRA on routed experts is inside of their forward, where "
-                "eager mode cannot put it; use lorafx.compile or torch.compile"
+                f"{self._name(module)}: LoRA on routed experts belongs inside their "
+                "forward, where eager mode cannot add it; use lorafx.compile or "
+                "torch.compile"
             )
         return None
 
@@ -262,28 +263,29 @@ class SiteMark:
             right = adds_up(product, module, args, kwargs, x, output)
         if not right:
             raise MatchError(
-                f"{self._name(module)}: its forward is its own and does not compute "
+                f"{self._name(module)}: its class overrides forward, which does not compute "
                 f"{'W[ids]' if self.kind == 'embedding' else 'x Wᵀ + b'} of its input, so "
                 "adding the delta to its output would not be W + ΔW; use lorafx.compile, "
-                "which finds the weight's use in the graph, lorafx.register(handler=...), or "
-                "exclude_modules"
+                "which finds the weight's use in the graph, lorafx.register(handler=...), "
+                "or exclude_modules"
             )
         self.checked = True
 
     def _refuse_mixed(self) -> None:
         if not self.runtime.uniform:
             raise ProvenanceError(
-                f"{self.path or 'the model'}: the batch mixes adapters, and in eager mode it is "
-                "not known which request a row belongs to; use lorafx.compile, or one adapter a "
-                "batch"
+                f"{self.path or 'the model'}: the batch mixes adapters, and eager mode does "
+                "not know which request a row belongs to; use lorafx.compile, or one "
+                "adapter per batch"
             )
 
     def _misfit(self, module: nn.Module, x: Any, output: Any) -> str:
         return (
             f"{self._name(module)}: a call with input {_describe(x)} and output "
-            f"{_describe(output)}, but the site maps {self._given()} to (…, {self.out_features}), "
-            "so the delta has no place in this call; use lorafx.compile, which finds the weight's "
-            "use in the graph, lorafx.register(handler=...), or exclude_modules"
+            f"{_describe(output)}, but the site maps {self._given()} to (…, "
+            f"{self.out_features}), so the delta does not fit this call; use "
+            "lorafx.compile, which finds the weight's use in the graph, "
+            "lorafx.register(handler=...), or exclude_modules"
         )
 
     # Not traced: Dynamo cannot resume in the middle of an f-string.
@@ -296,7 +298,7 @@ class SiteMark:
 
     @torch.compiler.disable
     def _lost(self, module: nn.Module, calls: int) -> str:
-        how = "returned None in place of the output" if calls else "did not call add(x, y)"
+        how = "returned None instead of the output" if calls else "did not call add(x, y)"
         return (
             f"{self._name(module)}: its handler {how}, so the delta would be lost; see "
             "lorafx.register(handler=...)"

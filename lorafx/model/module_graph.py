@@ -162,7 +162,8 @@ class ModuleGraph:
         except KeyError:
             raise LorafxError(
                 f"a {type(module).__qualname__} that is not part of this "
-                f"{type(self.root).__qualname__}; build ModuleGraph.of again after changing modules"
+                f"{type(self.root).__qualname__}; call ModuleGraph.of again after changing "
+                "modules"
             ) from None
 
     def paths(self, module: nn.Module, limit: int = MAX_PATHS) -> tuple[str, ...]:

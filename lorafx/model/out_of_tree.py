@@ -81,10 +81,10 @@ def register_oot(
         )
     if by not in REPLACEMENTS and own_entry(by) is not None:
         raise ConfigError(
-            f"{call}: {by.__qualname__} is registered by itself; lorafx.unregister it before"
+            f"{call}: {by.__qualname__} is already registered; call lorafx.unregister for it first"
         )
     if by in _replaced_by(replaced):
-        raise ConfigError(f"{call}: {replaced.__qualname__} stands in for {by.__qualname__} itself")
+        raise ConfigError(f"{call}: {replaced.__qualname__} already replaces {by.__qualname__}")
     wanted = _Wanted(entry, _Offer(by))
     sizes, slices = wanted.input_size(input_size), wanted.output_sizes(output_sizes)
     replacement = Replacement(

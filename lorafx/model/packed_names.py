@@ -59,8 +59,8 @@ def _members(name: str, value: object, where: str) -> tuple[PackedMember, ...]:
             not member.slices or member.slices != _consecutive(member.slices) for member in found
         ):
             raise ConfigError(
-                f"{where}[{name!r}]: every member needs consecutive slices that no other member "
-                f"has, got {value!r}"
+                f"{where}[{name!r}]: every member needs consecutive slices of its own, got "
+                f"{value!r}"
             )
     elif isinstance(value, Sequence) and not isinstance(value, str):
         found = [PackedMember(member) for member in value]
@@ -186,7 +186,9 @@ def parts_of(
     """
     whole = (Part("", (0,) if sizes is None else tuple(range(len(sizes))), in_features, total),)
     if sizes is not None and (sum(sizes) != total or not all(size > 0 for size in sizes)):
-        raise ValueError(f"{where} has output slices of {list(sizes)}, which do not fill {total}")
+        raise ValueError(
+            f"{where} has output slices of {list(sizes)}, which do not add up to {total}"
+        )
     if not members or sizes is None:
         return whole, ()
     named: dict[int, PackedMember] = {}

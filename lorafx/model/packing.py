@@ -114,9 +114,9 @@ def check_packed(packs: Iterable[PackedGroup]) -> None:
     misfit = repack(split) if split else None
     if misfit is not None:
         raise CaptureError(
-            f"the weights of {misfit.group.sites[0].path} and its siblings have changed shape, "
-            "dtype, device or format since lorafx was given the model, or are gone; change the "
-            "model first and give it to lorafx then"
+            f"the weights of {misfit.group.sites[0].path} and its siblings have changed "
+            "shape, dtype, device or format, or were removed, after lorafx was given the "
+            "model; make such changes first and give lorafx the changed model"
         )
 
 

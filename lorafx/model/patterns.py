@@ -98,8 +98,9 @@ class Pattern:
         self.tail = _tail(self._root)[0]
         if self.cost > MOST_STEPS:
             raise PatternError(
-                f"may take {self.cost} steps for each module, over {MOST_STEPS}: repeats inside "
-                "of repeats, or too many alternatives; give a list of module names instead"
+                f"may take {self.cost} steps for each module, more than {MOST_STEPS}: it "
+                "nests repeats, or has too many alternatives; give a list of module names "
+                "instead"
             )
 
     def matches(self, path: str) -> bool:

@@ -60,8 +60,8 @@ def dequantize(module: nn.Module, parameter: str | None = None) -> Tensor:
     expected = _shape(module, entry)
     if expected is not None and tuple(dense.shape) != expected:
         raise ConfigError(
-            f"{_label(module, name)} is dequantised to {tuple(dense.shape)}, and its class says "
-            f"{expected}; see lorafx.register(dequantize=...)"
+            f"{_label(module, name)} is dequantised to {tuple(dense.shape)}, but its class "
+            f"declares {expected}; see lorafx.register(dequantize=...)"
         )
     return dense
 
@@ -217,7 +217,7 @@ def _write(
     module: nn.Module, name: str, entry: Eligible | None, weight: Tensor, *, asked: bool
 ) -> None:
     if entry is not None and entry.dequantize is not None and not asked:
-        raise CannotStore("its class says how to read its weight and not how to write it")
+        raise CannotStore("its class declares how to read its weight, but not how to write it")
     kept = format_of(module, name)
     assert kept is not None  # it was read
     turned = not asked and entry is not None and entry.transposed
@@ -235,10 +235,10 @@ def _shape(module: nn.Module, entry: Eligible | None) -> tuple[int, int] | None:
 
 def _unreadable(module: nn.Module, name: str) -> str:
     held = getattr(module, name, None)
-    kind = f"holds {_described(held)}" if held is not None else "has no such tensor"
+    kind = f"holds {_described(held)}" if held is not None else "does not exist"
     return (
-        f"{_label(module, name)} {kind}, in no format that lorafx can read; register its class "
-        "with lorafx.register(cls, dequantize=function of the module that gives W (N, K))"
+        f"lorafx cannot read {_label(module, name)}, which {kind}; register its class with "
+        "lorafx.register(cls, dequantize=function of the module that gives W (N, K))"
     )
 
 

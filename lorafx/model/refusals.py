@@ -20,16 +20,16 @@ LEAVE = "leave it out of target_modules, or name it in exclude_modules"
 # Of torch's own classes; the first that the module is an instance of counts.
 _UNSUPPORTED: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((_ConvNd,), "convolutions carry no LoRA yet"),
-    ((nn.EmbeddingBag,), "it sums rows of its weight, and bags carry no LoRA"),
+    ((nn.EmbeddingBag,), "embedding bags, which sum rows of their weight, carry no LoRA"),
     ((nn.RNNBase, nn.RNNCellBase), "recurrent layers carry no LoRA"),
     ((nn.Bilinear,), "it multiplies two inputs by a 3-D weight, which carries no LoRA"),
     (
         (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
-        "it scales its input and multiplies by no matrix, so that it carries no LoRA",
+        "it scales its input and multiplies by no matrix, so it carries no LoRA",
     ),
     (
         (nn.MultiheadAttention,),
-        "its packed in_proj_weight carries no LoRA; its out_proj does",
+        "its packed in_proj_weight carries no LoRA; only its out_proj does",
     ),
 )
 
@@ -49,8 +49,8 @@ def impossible(module: nn.Module, entry: Eligible | None) -> str | None:
     ranks = getattr(module, "tp_size", 1)
     if entry.kind == "experts" and entry.sharding is None and ranks > 1:
         return (
-            f"{ranks} ranks share its experts, and its class does not say which part of their "
-            "factors is whose; see lorafx.register(sharding=...)"
+            f"{ranks} ranks share its experts, but its class does not declare which part of "
+            "the factors each rank keeps; see lorafx.register(sharding=...)"
         )
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         return "its parameters are not initialised yet; run the model once before"
@@ -60,13 +60,13 @@ def impossible(module: nn.Module, entry: Eligible | None) -> str | None:
         return f"its sizes cannot be read ({error}); see lorafx.register(in_features=...)"
     if not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sizes):
         return (
-            f"its sizes (in, out) are {sizes}, and must be positive whole numbers; set them, or "
+            f"its sizes (in, out) are {sizes}, but must be positive integers; set them, or "
             "see lorafx.register(in_features=...)"
         )
     if entry.kind == "embedding" and getattr(module, "max_norm", None) is not None:
         return (
-            "it has max_norm, by which its forward rewrites the weight, so that there is no fixed "
-            f"W that W + ΔW could be of; set max_norm = None if that is not meant, or {LEAVE}"
+            "it has max_norm, so its forward rewrites the weight and there is no fixed W "
+            f"to add ΔW to; set max_norm = None if that is not intended, or {LEAVE}"
         )
     weight = weight_of(module, entry)
     if weight is None:
@@ -86,11 +86,11 @@ def _unregistered(module: nn.Module) -> str:
         return f"{why}; {LEAVE}"
     if any(parameter is not None for parameter in module._parameters.values()):
         return (
-            "lorafx does not know what its class computes: neither the class nor one that it "
-            f"derives from is registered; see lorafx.register, or {LEAVE}"
+            "its class is not registered, nor is any class that it derives from, so lorafx "
+            f"does not know what it computes; see lorafx.register, or {LEAVE}"
         )
     if next(module.children(), None) is not None:
-        return f"it has no weight of its own; name modules inside of it, or {LEAVE}"
+        return f"it has no weight of its own; name modules inside it, or {LEAVE}"
     return f"it has no weight; {LEAVE}"
 
 
@@ -104,8 +104,8 @@ def _out_of_reach(module: nn.Module, weight: Tensor, entry: Eligible) -> str | N
     if entry.sharding.product(module) is module or not has_own_forward(module, entry):
         return None
     return (
-        f"its forward is its own, its weight is stored as {weight.dtype}, and several ranks share "
-        "it; see lorafx.register(handler=...)"
+        f"its class overrides forward, its weight is stored as {weight.dtype}, and several "
+        "ranks share it; see lorafx.register(handler=...)"
     )
 
 
@@ -127,8 +127,8 @@ def _wrong_weight(
     expected = (in_features, out_features) if as_stored else (out_features, in_features)
     if tuple(weight.shape) != expected:
         return (
-            f"its weight has shape {tuple(weight.shape)} where its sizes ask for {expected}: its "
-            "class computes something else than the registered one. Register the class with its "
-            f"own sizes (lorafx.register), or {LEAVE}"
+            f"its weight has shape {tuple(weight.shape)}, but its sizes ask for {expected}, "
+            "so its class computes something other than the registered one. Register the "
+            f"class with its own sizes (lorafx.register), or {LEAVE}"
         )
     return None

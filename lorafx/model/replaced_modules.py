@@ -133,10 +133,10 @@ class SiteWatch:
         concerned = [path for path in self.missing if paths is None or path in paths]
         if concerned:
             raise ReplacedModuleError(
-                f"{'; '.join(self._changes(concerned))}. What carries LoRA of this "
-                f"{type(self._root).__qualname__} is not there any more, so the update would be "
-                "lost. Put the old modules back, or detach the model and give it to lorafx again "
-                "as it is now"
+                f"{'; '.join(self._changes(concerned))}. These modules of the "
+                f"{type(self._root).__qualname__} carried LoRA, and the delta would be "
+                "lost. Put the old modules back, or detach the model and give it to lorafx "
+                "again as it is now"
             )
 
     def lines(self) -> tuple[str, ...]:
@@ -159,7 +159,7 @@ class SiteWatch:
                 continue
             text = f"{edge.path or '(root)'}, {_described(edge.child)}, {_fate(edge)}"
             elsewhere = places.get(id(edge.child))
-            text += f" (it is at {elsewhere} now)" if elsewhere is not None else ""
+            text += f" (now at {elsewhere})" if elsewhere is not None else ""
             if lost != [edge.path]:
                 more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
                 text += f"; it holds {', '.join(lost[:3])}{more}"

@@ -125,8 +125,8 @@ class Runtime:
         for index, slot in enumerate(rows):
             if not -1 <= slot < self.capacity:
                 raise BatchError(
-                    f"request {index} asks for slot {slot}; slots are 0 to {self.capacity - 1}, "
-                    "-1 for the base model"
+                    f"request {index} asks for slot {slot}; slots are 0 to "
+                    f"{self.capacity - 1}, and -1 is the base model"
                 )
         self._graph_slots = None  # what an interrupt may have left
         if tuple(rows) != self.rows:  # a decode step repeats the last one's

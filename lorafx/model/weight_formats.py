@@ -58,7 +58,7 @@ class Format(ABC):
 
     def store(self, module: nn.Module, name: str, weight: Tensor) -> None:
         """Store `weight` in place. Raises CannotStore, and may have changed some tensors then."""
-        raise CannotStore(f"lorafx reads {type(self).__name__} and does not write it")
+        raise CannotStore(f"lorafx can read {type(self).__name__}, but not write it")
 
     def keep(self, module: nn.Module, name: str) -> Callable[[], None]:
         """A function that puts back what is stored now, bit by bit."""
@@ -227,7 +227,9 @@ class WrapperSubclass(Format):
         held = getattr(module, name).detach()
         make = getattr(type(held), "from_hp", None)
         if make is None:
-            raise CannotStore(f"{type(held).__qualname__} cannot be made of numbers (`from_hp`)")
+            raise CannotStore(
+                f"{type(held).__qualname__} has no `from_hp`, which would quantise new numbers"
+            )
         given = {"dtype": held.dtype, "device": held.device}
         try:
             new = make(weight.to(**given), **_made_with(make, held))
@@ -235,7 +237,7 @@ class WrapperSubclass(Format):
         except (TypeError, ValueError, AssertionError, NotImplementedError, ImportError) as error:
             raise CannotStore(f"{type(held).__qualname__}.from_hp: {error}") from error
         if (names, context) != held.__tensor_flatten__():
-            raise CannotStore(f"{type(held).__qualname__}.from_hp makes another format of it")
+            raise CannotStore(f"{type(held).__qualname__}.from_hp returns another format")
         _write(list(_inner(held)), list(_inner(new)))
 
 
@@ -368,7 +370,7 @@ def _write(places: list[Tensor], values: list[Tensor]) -> None:
     for place, value in zip(places, values, strict=True):
         if place.shape != value.shape or place.dtype != value.dtype:
             raise CannotStore(
-                f"it comes out as {tuple(value.shape)} {value.dtype}, stored is "
+                f"it is quantised to {tuple(value.shape)} {value.dtype}, but stored as "
                 f"{tuple(place.shape)} {place.dtype}"
             )
     with torch.no_grad():

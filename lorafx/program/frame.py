@@ -297,13 +297,14 @@ def batch_symbols(frame: Frame) -> set[Any]:
         found.discard(1)
     if not found:
         raise ProvenanceError(
-            "no input of this graph is known to hold the requests, as where it does not come from "
-            "a call of the model itself"
+            "no input of this graph is known to hold the requests, which happens where the "
+            "graph is not captured from a call of the model itself"
         )
     if frame.duck_shaped and any(not isinstance(size, int) for size in found & others):
         raise ProvenanceError(
-            "the graph does not tell the number of requests from another size: it was captured "
-            "outside of lorafx.adapters, where torch.compile gives equal sizes one symbol"
+            "the graph cannot distinguish the number of requests from another size: it was "
+            "captured outside lorafx.adapters, where torch.compile gives equal sizes one "
+            "symbol"
         )
     return found | counted
 

@@ -220,8 +220,8 @@ class CompiledModel(BaseMethods, nn.Module):
                 self._session.store[name]
             if self.merged not in (None, name):
                 raise ConfigError(
-                    f"{self.merged!r} is merged, and serves the calls that name none; unmerge() "
-                    f"before set_adapter({name!r})"
+                    f"{self.merged!r} is merged and serves the calls that name no adapter; "
+                    f"call unmerge() before set_adapter({name!r})"
                 )
             self._session.default = name
 
@@ -278,7 +278,9 @@ class CompiledModel(BaseMethods, nn.Module):
         session = self._session
         with session.lock:  # a slot that it takes may be one that a running call reads
             if session.entries and name not in session.store.resident:
-                raise BatchError(f"a forward is running on this thread; pin {name!r} after it")
+                raise BatchError(
+                    f"a forward is running on this thread; pin {name!r} when it has returned"
+                )
             session.store.pin(name)
 
     def unpin_adapter(self, name: str) -> None:
@@ -373,4 +375,6 @@ class CompiledModel(BaseMethods, nn.Module):
 def refuse_compiled(model: object) -> None:
     """Raise CaptureError where `model` is what `lorafx.compile` returned."""
     if isinstance(model, CompiledModel):
-        raise CaptureError("this model was compiled by lorafx already; use it, or detach() first")
+        raise CaptureError(
+            "lorafx already compiled this model; use the compiled model, or detach() it first"
+        )

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from lorafx.serving.compiled import CompiledModel
 
 _BATCHING = (
-    "runs the model in a thread and a cache of its own, which know nothing of adapters; use "
-    "generate(..., adapter_names=[...])"
+    "runs the model in a thread and with a cache of its own, where adapters are not known; "
+    "use generate(..., adapter_names=[...])"
 )
 _INJECTED = "is about adapters that PEFT puts into the model; use"
 
@@ -77,8 +77,8 @@ def delegated(compiled: CompiledModel, name: str, value: Any) -> Any:
 def refuse(name: str, why: str, *_: Any, **__: Any) -> NoReturn:
     """Raise CaptureError: `name` is a method that is not served."""
     raise CaptureError(
-        f"{name}() {why}. Of the model itself, without adapters: detach() first, or make a copy of "
-        "it before it is compiled"
+        f"{name}() {why}. To call it on the plain model, detach() first, or copy the model "
+        "before it is compiled"
     )
 
 
@@ -125,7 +125,7 @@ def _refuse_lazy(owner: nn.Module, method: MethodType) -> None:
     lazy = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
     if any(is_so(plain) for is_so in lazy):
         raise CaptureError(
-            f"{type(owner).__name__}.{method.__name__} is a generator or coroutine, whose body "
-            "runs after the call and so without its adapters; call the compiled model for each "
-            "step, or write a method that returns what this one yields"
+            f"{type(owner).__name__}.{method.__name__} is a generator or coroutine, whose "
+            "body runs after the call has ended, without its adapters; call the compiled "
+            "model for each step, or write a method that returns what this one yields"
         )

@@ -132,8 +132,8 @@ def given_examples(roles: RoleTable, inputs: Any) -> tuple[Example, ...]:
         calls = [(tuple(inputs), {})]
     else:
         raise ConfigError(
-            "example_inputs holds a call's keyword arguments, its positional ones, or a list of "
-            f"mappings of keyword arguments; got {inputs!r}"
+            "example_inputs must be the keyword arguments of a call, its positional "
+            f"arguments, or a list of mappings of keyword arguments; got {inputs!r}"
         )
     examples = []
     for args, kwargs in calls:
@@ -154,8 +154,9 @@ def derived_example(model: nn.Module, device: torch.device, rows: int, length: i
     parameters = inspect.signature(model.forward).parameters
     if getattr(model, "main_input_name", None) != "input_ids" or "input_ids" not in parameters:
         raise ConfigError(
-            f"inputs for {type(model).__name__} cannot be derived, since it does not declare "
-            "token ids as its main input; give warmup() example_inputs, a call's arguments"
+            f"inputs for {type(model).__name__} cannot be derived, since it does not "
+            "declare token ids as its main input; pass the arguments of a call as "
+            "warmup(example_inputs=...)"
         )
     config = getattr(model, "config", None)
     special = {
@@ -183,8 +184,8 @@ def _vocabulary(model: nn.Module) -> int:
     entry = None if embedding is None else lookup(embedding)
     if entry is None or entry.kind != "embedding":
         raise ConfigError(
-            f"the vocabulary of {type(model).__name__} is not known from its input embedding; "
-            "give warmup() example_inputs, a call's arguments"
+            f"the input embedding of {type(model).__name__} does not tell its vocabulary; "
+            "pass the arguments of a call as warmup(example_inputs=...)"
         )
     return entry.sizes(embedding)[0]
 

@@ -107,7 +107,7 @@ def dummy_rank(sites: Sequence[Site], max_rank: int, rank: int | None = None) ->
         CapacityError: the banks hold no such rank.
     """
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-        raise ConfigError(f"warmup(rank=...) is a positive int, got {rank!r}")
+        raise ConfigError(f"warmup(rank=...) must be a positive integer, got {rank!r}")
     wanted = min(DEFAULT_RANK, max_rank) if rank is None else rank
     shards = {site.path: _shards(site) for site in sites}
     multiple = math.lcm(*shards.values())
@@ -119,7 +119,7 @@ def dummy_rank(sites: Sequence[Site], max_rank: int, rank: int | None = None) ->
             sharded = [f"{path} {count}" for path, count in shards.items() if count > 1]
             more = f" and {len(sharded) - 3} more" if len(sharded) > 3 else ""
             why = (
-                f", rounded up to a multiple of {multiple} because ranks are sharded "
+                f", rounded up to a multiple of {multiple} because LoRA ranks are sharded "
                 f"({', '.join(sharded[:3])}{more}),"
             )
         raise CapacityError(
@@ -137,8 +137,8 @@ def _shards(site: Site) -> int:
     shards = count(site.module)
     if not isinstance(shards, int) or isinstance(shards, bool) or shards < 1:
         raise ConfigError(
-            f"{site.path}: rank_shards of {type(site.module).__qualname__} is a positive int, "
-            f"got {shards!r}"
+            f"{site.path}: rank_shards of {type(site.module).__qualname__} must be a "
+            f"positive integer, got {shards!r}"
         )
     return shards
 
@@ -272,7 +272,7 @@ def _generation(
     if generate is False or (generate is None and not able):
         return None
     if not able:
-        raise ConfigError(f"{type(model).__name__} cannot generate; leave warmup(generate=...) out")
+        raise ConfigError(f"{type(model).__name__} cannot generate; leave out warmup(generate=...)")
     settings: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
     defaults = getattr(model, "generation_config", None)
     if getattr(defaults, "pad_token_id", None) is None:
@@ -283,7 +283,8 @@ def _generation(
         settings.update(generate)
     elif generate not in (None, True):
         raise ConfigError(
-            f"warmup(generate=...) is a bool or keyword arguments of generate, got {generate!r}"
+            "warmup(generate=...) must be a bool or keyword arguments of generate, got "
+            f"{generate!r}"
         )
     return settings
 
@@ -291,5 +292,5 @@ def _generation(
 def _positive(name: str, values: Sequence[int]) -> tuple[int, ...]:
     listed = [values] if isinstance(values, int) else list(values)
     if not listed or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in listed):
-        raise ConfigError(f"warmup({name}=...) holds positive ints, got {values!r}")
+        raise ConfigError(f"warmup({name}=...) must hold positive integers, got {values!r}")
     return tuple(dict.fromkeys(listed))

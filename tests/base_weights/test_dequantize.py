@@ -152,7 +152,7 @@ def test_what_cannot_be_read_or_written_is_named() -> None:
         lorafx.dequantize(Unknown())
     with pytest.raises(lorafx.ConfigError, match=r"lorafx\.register\(cls, dequantize="):
         lorafx.dequantize(Unknown())
-    with pytest.raises(lorafx.ConfigError, match=r"`weight` of torch.*ReLU has no such tensor"):
+    with pytest.raises(lorafx.ConfigError, match=r"`weight` of torch.*ReLU, which does not exist"):
         lorafx.dequantize(nn.ReLU())
     _, awq = quantised("awq")
     before = awq.qweight.clone()

@@ -195,5 +195,5 @@ def _inductor(rows: Sequence[Report], reference: Sequence[Report]) -> list[str]:
 def cell(text: str) -> str:
     """A reason, short enough for a cell."""
     text = re.sub(r"( at \S+:\d+)?: (this batch mixes adapters, and )?", ": ", text, count=1)
-    text = re.sub(r"File \S+, line \d+, |Run one adapter a batch.*", "", text)
+    text = re.sub(r"File \S+, line \d+, |Run one adapter (?:a|per) batch.*", "", text)
     return text.replace("|", "\\|")[:330].strip()

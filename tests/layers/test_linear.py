@@ -143,7 +143,7 @@ def test_a_tensor_that_does_not_fit_is_named(shape, shard_id, said):
 def test_a_parameter_of_another_layer_or_without_memory_is_refused():
     layer = ReplicatedLinear(3, 2)
     other = ReplicatedLinear(3, 2)
-    with pytest.raises(lorafx.CheckpointError, match="not one of its own"):
+    with pytest.raises(lorafx.CheckpointError, match="not one of this layer's"):
         layer.weight_loader(other.weight, torch.zeros(2, 3))
     empty = ReplicatedLinear(3, 2, device="meta")
     with pytest.raises(lorafx.CheckpointError, match=r"meta.*to_empty"):

@@ -163,5 +163,5 @@ def test_stored_numbers_used_outside_of_the_layer_are_refused(tmp_path):
     cm = lorafx.compile(model, {"a": tmp_path}, options={"lowering": "reference"})
     x = torch.randn(2, 6)
     assert torch.equal(cm(x, adapter_names=[None, None]), model(x))
-    with pytest.raises(lorafx.MatchError, match=r"torch\.int8, is used outside of its call"):
+    with pytest.raises(lorafx.MatchError, match=r"\(torch\.int8\) is used outside its call"):
         cm(x, adapter_names=["a", "a"])

@@ -63,9 +63,11 @@ def test_a_class_that_does_not_say_how_it_is_cut():
     with pytest.raises(lorafx.TargetError, match=r"experts.up \(Unregistered\): 2 ranks share .*"):
         lorafx.compile(model, lorafx.LoraConfig(target_modules=["experts"]))
     sharding = {"up": GateUpSharding(), "down": DownSharding()}
-    with pytest.raises(lorafx.ConfigError, match="a mapping from their parameters' names"):
+    with pytest.raises(
+        lorafx.ConfigError, match="a mapping from parameter names for routed experts"
+    ):
         lorafx.register(Unregistered, kind="experts", sharding=sharding["up"])
-    with pytest.raises(lorafx.ConfigError, match="of other kinds one object"):
+    with pytest.raises(lorafx.ConfigError, match="a single object for other kinds"):
         lorafx.register(Unregistered, sharding=sharding)
 
 

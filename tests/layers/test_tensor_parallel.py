@@ -52,8 +52,8 @@ def test_two_ranks_compute_what_one_computes():
             "QKVParallelLinear: total_num_kv_heads = 3 cannot be divided among tp_size = 2 ranks",
             "VocabParallelEmbedding: num_embeddings = 1 is less than tp_size = 2",
             "FusedMoE: intermediate_size = 7 cannot be divided among tp_size = 2 ranks",
-            "0 (Scaled): its forward is its own, its weight is stored as torch.int8, and several "
-            "ranks share it; see lorafx.register(handler=...)",
+            "0 (Scaled): its class overrides forward, its weight is stored as torch.int8, and "
+            "several ranks share it; see lorafx.register(handler=...)",
         ]
         assert found["sizes"] == [2, 1]
 

@@ -242,10 +242,13 @@ class Upcast(nn.Linear):
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (Pair(4, 4), r"0 \(Pair\): its forward is its own and does not compute x Wᵀ"),
+        (Pair(4, 4), r"0 \(Pair\): its class overrides forward, which does not compute x Wᵀ"),
         (Halved(4, 4), r"0 \(Halved\): .*output \(2, 2\) .*maps \(…, 4\) to \(…, 4\).*compile"),
         (Pooled(4, 4), r"0 \(Pooled\): .*input \(2, 4\) .*output \(1, 4\)"),
-        (Softmaxed(4, 4), r"0 \(Softmaxed\): its forward is its own and does not compute x Wᵀ"),
+        (
+            Softmaxed(4, 4),
+            r"0 \(Softmaxed\): its class overrides forward, which does not compute x Wᵀ",
+        ),
     ],
     ids=lambda v: type(v).__name__,
 )

@@ -388,7 +388,7 @@ def test_refusals() -> None:
         lorafx.register_oot(nn.Linear(2, 2), MyQKV)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no class along the MRO of LayerNorm is registered"):
         lorafx.register_oot(nn.LayerNorm, MyQKV)
-    with pytest.raises(ConfigError, match="Linear is registered by itself"):
+    with pytest.raises(ConfigError, match="Linear is already registered"):
         lorafx.register_oot(layers.QKVParallelLinear, nn.Linear)
     with pytest.raises(ConfigError, match="MyQKV replaces no class"):
         lorafx.unregister_oot(MyQKV)

@@ -46,7 +46,7 @@ def test_runtime_writes_in_place_and_grows():
 def test_runtime_refusals_change_nothing():
     runtime = Runtime(3, torch.device("cpu"))
     runtime.set_rows([2, 1])
-    with pytest.raises(BatchError, match="request 1 asks for slot 3; slots are 0 to 2, -1 for"):
+    with pytest.raises(BatchError, match="request 1 asks for slot 3; slots are 0 to 2, and -1 is"):
         runtime.set_rows([0, 3])
     with pytest.raises(BatchError, match="request 0 asks for slot -2"):
         runtime.set_rows([-2])

@@ -122,7 +122,7 @@ def test_an_embedding_of_any_class_is_no_use_of_the_head(tmp_path: Path) -> None
 def test_a_module_above_the_head_says_nothing(tmp_path: Path) -> None:
     """What the model itself does with the weight may be the head's business: refused."""
     _, cm = served(Outside(), tmp_path)
-    with pytest.raises(MatchError, match=r"head: its weight is used in a way no rule knows"):
+    with pytest.raises(MatchError, match=r"head: its weight is used in a way that no rule covers"):
         cm(torch.randint(0, V, (3, 5)), adapter_names=["a", None, "b"])
 
 

@@ -162,7 +162,7 @@ def scaled_product(g, x):
     ("build", "reason"),
     [
         (doubled, "no rule for aten.mul"),
-        (flattened, "reshaped across its rows"),
+        (flattened, "its rows are merged or split by a reshape"),
         (returned, "the weight itself is returned"),
         (scaled_product, "alpha or beta"),
     ],
@@ -174,7 +174,7 @@ def test_an_unknown_use_is_refused_by_name(build, reason):
     ((when, paths, text),) = done.refusals()
     assert (when, paths) == ("always", ["up"])
     assert reason in text
-    assert "its weight is used in a way no rule knows" in text
+    assert "its weight is used in a way that no rule covers" in text
 
 
 def test_reading_the_size_of_a_weight_is_no_use():

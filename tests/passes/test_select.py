@@ -191,7 +191,7 @@ IMPOSSIBLE = [
     (nn.ConvTranspose1d(4, 4, 3), f"convolutions carry no LoRA yet; {LEAVE}$"),
     (nn.ConvTranspose2d(4, 4, 3), f"convolutions carry no LoRA yet; {LEAVE}$"),
     (nn.LayerNorm(4), f"it scales its input .* no matrix.*; {LEAVE}$"),
-    (nn.EmbeddingBag(4, 4), f"it sums rows of its weight.*; {LEAVE}$"),
+    (nn.EmbeddingBag(4, 4), f"embedding bags, which sum rows of their weight.*; {LEAVE}$"),
     (nn.GRU(4, 4), f"recurrent layers carry no LoRA; {LEAVE}$"),
     (nn.Bilinear(3, 4, 4), f"it multiplies two.*; {LEAVE}$"),
     (nn.ReLU(), f"it has no weight; {LEAVE}$"),
@@ -203,7 +203,10 @@ IMPOSSIBLE = [
         nn.MultiheadAttention(4, 2),
         r"its packed in_proj_weight .* below it: odd\.out_proj$",
     ),
-    (Unknown(), rf"lorafx does not know what its class computes: .*lorafx\.register, or {LEAVE}$"),
+    (
+        Unknown(),
+        rf"its class is not registered, .*lorafx\.register, or {LEAVE}$",
+    ),
     (
         holding(kernel=torch.zeros(2, 3, 4)),
         rf"it holds 3-D parameters \(kernel \(2, 3, 4\)\), .* routed experts: .*; {LEAVE}$",
@@ -213,7 +216,7 @@ IMPOSSIBLE = [
     (Grouped(), rf"its weight has shape \(4, 8\) .*ask for \(8, 8\).*, or {LEAVE}$"),
     (Stacked(), r"its weight has shape \(3, 8, 8\)"),
     (sparse_linear(), rf"its weight is a sparse tensor \(torch.sparse_coo\).*, or {LEAVE}$"),
-    (without_features(), r"its sizes \(in, out\) are \(None, 4\), and must be positive whole"),
+    (without_features(), r"its sizes \(in, out\) are \(None, 4\), but must be positive integers"),
 ]
 
 

@@ -368,13 +368,13 @@ def test_dummies_are_one_a_slice_whatever_the_mapping_counts() -> None:
 
 def test_bad_arguments(plain: Case, shallow: Case) -> None:
     cm = plain.compile()
-    with pytest.raises(ConfigError, match=r"does not declare token ids .* give warmup"):
+    with pytest.raises(ConfigError, match=r"does not declare token ids .* warmup"):
         cm.warmup()
     for arguments, message in (
-        ({"rank": 0}, "rank=.* positive int, got 0"),
-        ({"rank": True}, "rank=.* positive int"),
-        ({"batch_sizes": ()}, "batch_sizes=.* positive ints"),
-        ({"lengths": (4, -1)}, "lengths=.* positive ints"),
+        ({"rank": 0}, "rank=.* positive integer, got 0"),
+        ({"rank": True}, "rank=.* positive integer"),
+        ({"batch_sizes": ()}, "batch_sizes=.* positive integers"),
+        ({"lengths": (4, -1)}, "lengths=.* positive integers"),
         ({"generate": True}, "PlainModel cannot generate"),
         ({"generate": {"num_beams": 2}}, "PlainModel cannot generate"),
     ):
