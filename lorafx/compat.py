@@ -1,13 +1,13 @@
-"""What differs between the versions of torch that lorafx runs on, in one place.
+"""The differences between the versions of torch that lorafx runs on, in one place.
 
-Also the only place that touches Dynamo's and the symbolic-shape machinery's settings.
+Settings of Dynamo and of symbolic shapes are changed only here too.
 """
 
 from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -189,13 +189,14 @@ def named_by_dynamo(name: str) -> Any:
         return None
 
 
-def mark_fixed_shape(tensor: Tensor) -> None:
-    """Have Dynamo take the sizes of `tensor` as constants in `dynamic=True` captures.
+def mark_fixed_shape(tensor: Tensor, dims: Sequence[int] | None = None) -> None:
+    """Have Dynamo take the sizes of `tensor`, or those of `dims`, as constants in captures with
+    `dynamic=True`.
 
     It does so by itself for what hangs on a module of torch.nn, and not on one of transformers:
     generated kernels need the sizes of GPT-2's banks as much as those of Llama's.
     """
-    torch._dynamo.mark_static(tensor)
+    torch._dynamo.mark_static(tensor, None if dims is None else list(dims))
 
 
 def size_hint(size: int | torch.SymInt) -> int | None:

@@ -18,7 +18,12 @@ from torch import Tensor, nn
 
 from lorafx.capture.failures import explained, own_error
 from lorafx.capture.traced import Traced
-from lorafx.compat import capture_settings, is_recompile_limit, no_mha_fast_path
+from lorafx.compat import (
+    capture_settings,
+    is_recompile_limit,
+    mark_fixed_shape,
+    no_mha_fast_path,
+)
 from lorafx.errors import (
     CaptureError,
     LorafxError,
@@ -231,7 +236,7 @@ def _fix_image_sizes(named: Mapping[str, Any]) -> None:
     for name in IMAGES:
         value = named.get(name)
         if isinstance(value, Tensor) and value.dim() == 4:
-            torch._dynamo.mark_static(value, [1, 2, 3])
+            mark_fixed_shape(value, (1, 2, 3))
 
 
 def _target(program: Program, module: nn.Module) -> Callable[..., Any]:
