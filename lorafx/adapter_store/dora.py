@@ -38,7 +38,7 @@ def dora_refusal(site: Site) -> str | None:
         return "several ranks share it, and its bias is added inside of the rank's own product"
     if not readable(site.module, entry):
         return (
-            "its base weight, whose norm is needed, is in no format that lorafx can read; see "
+            "its base weight, whose norm is needed, is in a format that lorafx cannot read; see "
             "lorafx.register(dequantize=...)"
         )
     return None

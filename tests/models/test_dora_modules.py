@@ -243,7 +243,7 @@ def test_outputs_that_ranks_share(tmp_path):
     [
         (lambda: rank_of_two(0, row=True), "over all inputs, which several ranks share"),
         (lambda: rank_of_two(0, bias=True), "its bias is added inside of the rank's own product"),
-        (lambda: Wrapped(Stored(6, 8)), "lorafx cannot read"),
+        (lambda: Wrapped(Stored(6, 8)), "in a format that lorafx cannot read"),
         (lambda: Wrapped(Handled(6, 8)), "a registered handler says where the delta goes"),
     ],
     ids=["row", "bias", "format", "handler"],

@@ -213,7 +213,7 @@ IMPOSSIBLE = [
     ),
     (nn.LazyLinear(4), "its parameters are not initialised.*run the model"),
     (nn.Embedding(4, 4, max_norm=1.0), f"it has max_norm, .*, or {LEAVE}$"),
-    (Grouped(), rf"its weight has shape \(4, 8\) .*ask for \(8, 8\).*, or {LEAVE}$"),
+    (Grouped(), rf"its weight has shape \(4, 8\), .*ask for \(8, 8\).*, or {LEAVE}$"),
     (Stacked(), r"its weight has shape \(3, 8, 8\)"),
     (sparse_linear(), rf"its weight is a sparse tensor \(torch.sparse_coo\).*, or {LEAVE}$"),
     (without_features(), r"its sizes \(in, out\) are \(None, 4\), but must be positive integers"),
