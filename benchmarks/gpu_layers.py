@@ -135,8 +135,9 @@ def run_peer(context: Context, *, package: str, layer: str) -> None:
         K, sizes = LAYERS["llama-8b"][layer]
         cases = [Case("llama-8b", layer, K, sizes, *mix) for mix in PEER_MIXES]
     options = parse([])
-    if os.environ.get(PEERS_FOLDER):
-        setattr(options, f"{package}_wheel", Path(os.environ[PEERS_FOLDER]) / f"{package}.zip")
+    wheel = Path(os.environ.get(PEERS_FOLDER, "")) / f"{package}.zip"
+    if wheel.exists():
+        setattr(options, f"{package}_wheel", wheel)
     found = {name: make for name, make in _peers(options).items() if name == package}
     if not found:
         raise FileNotFoundError(f"{package} is not installed, and no folder of --peers has it")

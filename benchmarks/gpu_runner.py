@@ -67,7 +67,6 @@ class Queue:
         self.digests, self.environment, self.launch = digests, environment, launch
         self.commit, self.peers, self.again = commit, peers, again
         self.tried: set[str] = set()
-        self._caches: dict[object, Path] = {}
         self.process: subprocess.Popen[bytes] | None = None
 
     # --- which ---
@@ -142,7 +141,7 @@ class Queue:
             self.process = subprocess.Popen(
                 self.launch(job, part),
                 cwd=ROOT,
-                env=self.environment(self._cache(job, scratch)),
+                env=self.environment(self._cache(job, folder)),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 preexec_fn=os.setpgrp,  # not a session of its own: it is to end with the queue
@@ -195,16 +194,13 @@ class Queue:
         self.store.put(job.group, job.name, entry)
         return entry
 
-    def _cache(self, job: Job, scratch: Path) -> Path:
-        """lorafx's cache folder for the job: one for all that build on the same results."""
-        entries = self.store.entries
-        have = [name for name in job.inputs if kept_rows(entries.get(name, {}))]
-        key = tuple((name, entries[name]["date"]) for name in have)
-        if key not in self._caches:
-            self._caches[key] = Path(tempfile.mkdtemp(prefix="cache-", dir=scratch))
-            for name in have:
-                restore(kept_rows(entries[name]), self._caches[key])
-        return self._caches[key]
+    def _cache(self, job: Job, folder: Path) -> Path:
+        """lorafx's cache folder for the job alone: what another has tuned is not to be in it."""
+        cache = folder / "cache"
+        cache.mkdir()
+        for name in job.inputs:
+            restore(kept_rows(self.store.entries.get(name, {})), cache)
+        return cache
 
 
 def seed(earlier: Entry | None, digest: str) -> dict[str, Any]:

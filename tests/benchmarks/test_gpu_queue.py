@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
 
+LISTED = "add(sorted(str(p.relative_to(cache)) for p in cache.rglob('*.json')))"
 #: What jobs of these tests do, by name: they find rows and write them as gpu_job.Part does.
 BODIES = {
     "quick": "add('one')",
@@ -27,8 +28,10 @@ BODIES = {
     "endless": "add('one'); time.sleep(60)",
     "parent": "add('one'); child = subprocess.Popen(['sleep', '60']); add(str(child.pid)); "
     "time.sleep(60)",
-    "tune": "add('tiles', file='tuned/x.json', kept=[{'strategy': 'split'}])",
-    "cache": "add(sorted(str(p.relative_to(cache)) for p in cache.rglob('*.json')))",
+    "tune": "write_json(cache / 'tuned/x.json', [1]); "
+    "add('tiles', file='tuned/x.json', kept=[{'strategy': 'split'}])",
+    "cache": LISTED,
+    "without": LISTED,
 }
 SCRIPT = """
 import json, os, subprocess, sys, time
@@ -257,12 +260,15 @@ def test_kept_files_are_put_back_for_the_jobs_that_build_on_them(
     jobs = [
         Job("cache", "tests", "", sources=("kernels",), estimate=1.0, inputs=("tune",)),
         Job("tune", "tests", "", sources=("kernels",), estimate=1.0),
+        Job("without", "tests", "", sources=("kernels",), estimate=1.0),
     ]
-    assert run(world(jobs=jobs), tmp_path)[0] == ["cache", "tune"]
+    assert run(world(jobs=jobs), tmp_path)[0] == ["cache", "tune", "without"]
     queue = world(jobs=jobs)
-    assert [queue.state(job) for job in jobs] == ["stale", "measured"]  # tiles were tuned since
+    states = [queue.state(job) for job in jobs]
+    assert states == ["stale", "measured", "measured"]  # tiles were tuned since
     run(queue, tmp_path)
     assert kept(world, "cache")["rows"][0]["key"] == ["tuned/x.json"]
+    assert kept(world, "without")["rows"][0]["key"] == []  # tuning in the same run or not
 
 
 def test_lists_that_are_kept_add_up(tmp_path: Path) -> None:
