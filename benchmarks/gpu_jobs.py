@@ -81,6 +81,7 @@ PLANNED = {"sources": ("kernels/triton", "kernels/cost"), "inputs": (CALIBRATE,)
 #: The most promising first.
 ARMS: tuple[Arm, ...] = (
     Arm("plan", PREFILL + DECODE, "gpu_compare:planned", **PLANNED),
+    Arm("expand_first", PREFILL, "gpu_compare:strategy", {"name": "expand_first"}),
     Arm("segments", PREFILL, "gpu_compare:strategy", {"name": "segments"}),
     Arm("split", DECODE, "gpu_compare:strategy", {"name": "split"}),
     Arm("epilogue", DECODE + PREFILL, "gpu_compare:strategy", {"name": "epilogue"}),
