@@ -18,6 +18,7 @@ STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "inductor": ("generated", "aten"),
     "triton": (
         *("split", "epilogue", "recompute", "gemv", "segments", "expand_first", "aten"),
+        *("prologue", "deferred"),  # of a linear and of those whose outputs its input is made from
         *("grouped", "activated"),  # of routed experts
     ),
     "reference": ("aten",),
@@ -108,8 +109,9 @@ class Options:
             own, `{"mine": lorafx.After("fuse", run)}`. `print(lorafx.pipeline())` lists them.
         max_edits: stop rewriting after this many edits, to bisect a wrong result.
         plan: strategies pinned by canonical site path: "generated" for generated C++;
-            "split", "epilogue", "recompute", "gemv", "segments", "expand_first", and "grouped"
-            and "activated" for routed experts, for Triton (docs/kernels.md); "aten".
+            "split", "epilogue", "recompute", "gemv", "segments", "expand_first", "prologue" and
+            "deferred", and "grouped" and "activated" for routed experts, for Triton
+            (docs/kernels.md); "aten".
         dump: folder for every pass's graph; None reads LORAFX_DUMP.
         recompile_limit: most graphs one entry point may have; more is an error.
         strict: an adapter whose file has no factors for a module that its own configuration

@@ -31,7 +31,7 @@ from typing import Protocol
 import torch
 
 from lorafx.kernels.cost import vendor_cost
-from lorafx.kernels.cost.chips import Chip, chip_of
+from lorafx.kernels.cost.chips import Chip
 from lorafx.kernels.cost.work import (
     ADAPTER,
     DOT,
@@ -201,41 +201,25 @@ def ranked(
     }
 
 
-def choose_strategy(
-    sites: Sequence[Sized],
-    rows_hint: int | None,
-    slots: int,
-    rank: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    chip: Chip | None = None,
-) -> tuple[str, dict[str, Estimate]]:
-    """The strategy with the least modelled time for sites that share one x, and all estimates.
+def work_of(
+    sites: Sequence[Sized], rows: int, slots: int, rank: int, dtype: torch.dtype, chip: Chip
+) -> Work:
+    """Sites that share one x, as the cost model sees them.
 
     Args:
         sites: siblings of one node; all have the same in_features.
-        rows_hint: rows M of x that the graph is made for; None where nothing is known, which
-            leaves "segments", the one that no number of rows makes slow.
+        rows: M of x that the graph is made for.
         slots: adapters the bank holds; a batch is taken to be of min(slots, M) adapters.
         rank: largest rank in the bank.
         dtype: of x, W and the bank.
-        device: whose chip is asked; a CPU (the interpreter) stands for the default chip.
-        chip: constants to use instead of the device's.
-
-    Returns:
-        The name, one of GPU_STRATEGIES, and the estimates, fastest first; without a hint none.
+        chip: whose constants count.
     """
-    if rows_hint is None:
-        return "segments", {}
-    work = Work(
+    return Work(
         sites[0].in_features,
         tuple(site.out_features for site in sites),
-        max(rows_hint, 1),
-        max(1, min(slots, rows_hint)),
+        max(rows, 1),
+        max(1, min(slots, rows)),
         rank,
         dtype,
-        chip or chip_of(device),
+        chip,
     )
-    estimates = estimate(work)
-    return next(iter(estimates)), estimates

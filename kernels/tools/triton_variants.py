@@ -13,7 +13,7 @@ and each dtype, for decode and prefill.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,6 +69,9 @@ def signature_of(kernel: GeneratedKernel, spec: TritonSpec | None) -> dict[str, 
         types |= {"h_ptr": POINTERS[d.x_dtype]}
         for index, leaf in enumerate(spec.activation.leaves if spec.activation else ()):
             types |= {f"p{index}_ptr": POINTERS[leaf.dtype], f"ids{index}_ptr": "*i64"}
+            if leaf.delta is not None:
+                bank = POINTERS[leaf.delta.bank_dtype]
+                types |= {f"v{index}_ptr": "*fp32", f"b{index}_ptr": bank}
     default = {True: "*i32", False: "i32"}  # ranks, slots and order; sizes of the batch
     return {name: types.get(name, default[name.endswith("_ptr")]) for name in kernel.jit.arg_names}
 
@@ -170,13 +173,36 @@ def expert_specs() -> dict[str, TritonSpec]:
     }
 
 
+def prologue_specs() -> dict[str, TritonSpec]:
+    """Specs of linears whose shrink computes their input, by name: silu(gate) · up, both deltas
+    deferred, and the activation by itself."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    specs = {}
+    for name, inner, hidden, rank, dtype in (
+        ("llama_down_r16_bf16", 14336, 4096, 16, bf16),
+        ("llama_down_r64_fp16", 14336, 4096, 64, fp16),
+        ("odd_down_r5_fp32", 77, 130, 5, fp32),
+        ("odd_down_r8_bf16", 77, 130, 8, bf16),
+    ):
+        plain = _silu(inner, dtype)
+        up = _delta(hidden, (inner, inner), rank, dtype)
+        planes = tiles_for("deferred", up, 4096, ARCHITECTURES["cuda90"])["shrink"].parts
+        lacking = replace(plain, leaves=(Leaf(dtype, delta=up, planes=planes),))
+        for ending, activation in (("", plain), ("_deferred", lacking)):
+            delta = _delta(inner, (hidden,), rank, dtype)
+            specs[name + ending] = TritonSpec(delta, activation=activation)
+    return specs
+
+
 def _strategies(spec: TritonSpec) -> tuple[str, ...]:
     """The strategies that kernels of a representative spec are compiled for."""
     if spec.experts:
         return EXPERTS[1:] if spec.activation else EXPERTS[:1]
     if spec.delta.embedding:
         return ("embedding",)
-    return tuple(s for s in STRATEGY_KERNELS if s not in (*EXPERTS, "embedding"))
+    if spec.activation:
+        return ("prologue",)
+    return tuple(s for s in STRATEGY_KERNELS if s not in (*EXPERTS, "embedding", "prologue"))
 
 
 def variants_for_aot(
@@ -196,7 +222,7 @@ def variants_for_aot(
         return AotVariant(name, kernel, spec, signature, attributes, *launch)
 
     yield variant("order", load("order", None, ORDER_TILES, arch), None)
-    for name, full in {**representative_specs(), **expert_specs()}.items():
+    for name, full in {**representative_specs(), **expert_specs(), **prologue_specs()}.items():
         for strategy in _strategies(full):
             spec = spec_for(strategy, full)
             # More rows change the parts of K alone in "split", which is planned for few.

@@ -7,7 +7,9 @@
                becomes lorafx::grouped_mm where that has a kernel.
                grouped_site, here and below, runs as it is: plain aten.
     triton     fused_linear → triton_linear, or mm / addmm and triton_delta_, or what
-               passes/lower/vendor_linear.py has around the vendor's product, as planned;
+               passes/lower/vendor_linear.py has around the vendor's product, as planned; or with
+               its input's expression triton_activate, mm / addmm and triton_expand_, where the
+               linears whose deltas the first adds become mm / addmm and triton_shrink;
                fused_experts → triton_experts, or the grouped product and then as expert_site;
                site → triton_delta_ into y. On a GPU their launches are put into the graph.
     reference  nothing to do: the ops' own aten implementations run.
@@ -18,6 +20,7 @@ decides that y's buffer may be written (it is the GEMM's own output) without a c
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +38,7 @@ from lorafx.kernels.cost.cost import FUSED
 from lorafx.kernels.cpu.cpu import delta_call, embedding_delta_call, expert_delta_call
 from lorafx.kernels.cpu.grouped_mm import GROUPED_MM, kernel_of
 from lorafx.kernels.ops.bank_arguments import BankArgs
-from lorafx.kernels.triton import triton_expert_ops, triton_ops
+from lorafx.kernels.triton import triton_expert_ops, triton_ops, triton_prologue_ops
 from lorafx.kernels.triton.triton_build import AROUND, EXPERTS
 from lorafx.kernels.triton.triton_ops import adjacent
 from lorafx.op_arguments import bound, in_order
@@ -44,6 +47,7 @@ from lorafx.passes.lower.triton_graph import inline_triton_ops
 from lorafx.passes.lower.vendor_linear import VENDOR_OPS, vendor_linear
 from lorafx.passes.match.match_experts import ALIKE
 from lorafx.passes.plan.plan import cpu_spec, delta_spec
+from lorafx.passes.plan.prologues import DEFERRED, PROLOGUE, noted
 from lorafx.program.frame import arguments_of, fake_value
 
 aten = torch.ops.aten
@@ -54,10 +58,16 @@ TRITON_LINEAR = triton_ops.triton_linear._opoverload
 TRITON_DELTA = triton_ops.triton_delta_._opoverload
 TRITON_EMBEDDING_DELTA = triton_ops.triton_embedding_delta_._opoverload
 TRITON_EXPERTS = triton_expert_ops.triton_experts._opoverload
+TRITON_SHRINK = triton_prologue_ops.triton_shrink._opoverload
+TRITON_ACTIVATE = triton_prologue_ops.triton_activate._opoverload
+TRITON_EXPAND = triton_prologue_ops.triton_expand_._opoverload
 TRITON_OPS = (
     *(TRITON_LINEAR, TRITON_DELTA, TRITON_EMBEDDING_DELTA, TRITON_EXPERTS),
     *VENDOR_OPS,
+    *(TRITON_SHRINK, TRITON_ACTIVATE, TRITON_EXPAND),
 )
+#: On a node whose delta another one's kernel adds.
+_ADDED = "lorafx_delta_added"
 
 
 @dataclass(frozen=True)
@@ -70,27 +80,33 @@ class Lower:
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         if ctx.program.options.lowering == "reference":
             return 0
-        edits = 0
-        for node in list(ctx.states):
-            if node.target is GROUPED_OP:
-                continue
+        nodes = [node for node in ctx.states if node.target is not GROUPED_OP]
+        lowered = {}
+        # First those that add other nodes' deltas, which they find on those nodes as planned.
+        for node in sorted(nodes, key=lambda node: strategy_of(node).name != PROLOGUE):
             with gm.graph.inserting_before(node):
-                new = _LOWERINGS[node.target](gm.graph, ctx, node)
-            node.replace_all_uses_with(new)
-            states = ctx.states.pop(node)
-            ctx.states[new] = states
-            edits += 1
+                lowered[node] = _LOWERINGS[node.target](gm.graph, ctx, node)
+            node.replace_all_uses_with(lowered[node])
+        for node in nodes:
+            ctx.states[lowered[node]] = ctx.states.pop(node)
         if ctx.kernels and any(fake_value(node).device.type != "cpu" for node in ctx.states):
             for old, new in inline_triton_ops(gm, TRITON_OPS).items():
                 if old in ctx.states:
                     ctx.states[new] = ctx.states.pop(old)
-        return edits
+        return len(nodes)
 
 
 def _linear(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
     call, strategy = bound(node), strategy_of(node)
     x, weight, bias = call["x"], call["weight"], call["bias"]
+    if strategy.name == PROLOGUE:
+        return _prologue(graph, ctx, node)
     x_flat = _flat(graph, ctx, x)
+    if strategy.name == DEFERRED:
+        assert node.meta.get(_ADDED), f"nobody adds the delta of {node.name}"
+        return _shaped(
+            graph, ctx, _product(graph, ctx, x_flat, weight, bias, swap=call["transposed"]), x, node
+        )
     if strategy.name in FUSED:
         side_by_side = _adjacent(graph, ctx, x_flat)
         arguments = in_order(TRITON_LINEAR, call, x=side_by_side, kernel=strategy.kernel)
@@ -111,6 +127,30 @@ def _linear(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
         y = _product(graph, ctx, x_flat, weight, bias, swap=call["transposed"])
     written = _add_delta(graph, ctx, node, {**call, "y": y, "x": x_flat})
     return _shaped(graph, ctx, written, x, node)
+
+
+def _prologue(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
+    """h and its shrink by one kernel, which adds deferred deltas to what it reads; h Wᵀ; expand."""
+    call, kernel = bound(node), strategy_of(node).kernel
+    prologue, inputs = noted(node), []
+    for _, source, ids in prologue.leaves():
+        inputs.append(_adjacent(graph, ctx, _flat(graph, ctx, source)))
+        if ids is not None:
+            inputs.append(_adjacent(graph, ctx, ids))
+        if source in prologue.deferred:
+            lacking = bound(source)
+            x = _adjacent(graph, ctx, _flat(graph, ctx, lacking["x"]))
+            own = {**lacking, "x": x, "kernel": strategy_of(source).kernel}
+            v = ctx.call(graph, TRITON_SHRINK, in_order(TRITON_SHRINK, own))
+            inputs += [v, lacking["B"], lacking["ranks"]]
+            source.meta[_ADDED] = True
+    arguments = in_order(TRITON_ACTIVATE, call, inputs=inputs, kernel=kernel)
+    both = ctx.call(graph, TRITON_ACTIVATE, arguments)
+    h, v = (ctx.call(graph, operator.getitem, (both, index)) for index in range(2))
+    y = _product(graph, ctx, h, call["weight"], call["bias"], swap=call["transposed"])
+    arguments = in_order(TRITON_EXPAND, call, y=y, v=v, kernel=kernel)
+    _, rows_like, _ = next(prologue.leaves())
+    return _shaped(graph, ctx, call_in_place(graph, TRITON_EXPAND, arguments), rows_like, node)
 
 
 def _product(

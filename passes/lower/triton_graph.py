@@ -78,14 +78,15 @@ def _replace(
     with graph.inserting_before(node):
         results = _copied(graph, body, inputs, node, shared)
     replaced = {}
-    if node.target is AUTO_FUNCTIONALIZED:
-        returned = max(1, len(op._schema.returns))
+    returned = len(op._schema.returns)
+    if node.target is AUTO_FUNCTIONALIZED or returned > 1:
+        # Where op returns nothing, None stands for that before what it has written.
+        shift = 1 if returned == 0 else 0
         for user in list(node.users):  # getitem: what op returns, then what it has written
             index = user.args[1]
             assert user.target is operator.getitem
             assert isinstance(index, int)
-            kept = index - returned + len(op._schema.returns)
-            replaced[user] = results[kept]
+            replaced[user] = results[index - shift]
     else:
         replaced[node] = results[0]
     for old, new in replaced.items():

@@ -13,6 +13,7 @@ out, `explain` prints it with the node's byte floor of `lorafx.kernels.cost.cost
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -31,17 +32,18 @@ from lorafx.graph.context import (
 from lorafx.graph.pointwise_region import NoRegion, PointwiseRegion
 from lorafx.graph.strategy import ATEN, GENERATED, Strategy, choose
 from lorafx.kernels.cost.chips import chip_of
-from lorafx.kernels.cost.cost import FUSED, byte_floor, choose_strategy, split_is_faster
+from lorafx.kernels.cost.cost import FUSED, byte_floor, estimate, split_is_faster, work_of
 from lorafx.kernels.cost.expert_cost import ExpertWork, estimate_experts
-from lorafx.kernels.cost.work import Estimate
+from lorafx.kernels.cost.work import Estimate, Work
 from lorafx.kernels.cpu.cpu import DeltaSpec, build_all
 from lorafx.kernels.ops.bank_arguments import Ranges
-from lorafx.kernels.triton.triton_build import AROUND, EXPERTS, TritonSpec
+from lorafx.kernels.triton.triton_build import AROUND, EXPERTS, TritonSpec, plan_of
 from lorafx.kernels.triton.triton_build import build as build_triton
 from lorafx.kernels.triton.triton_ops import adjacent
 from lorafx.model.sites import Part, Site
 from lorafx.op_arguments import bound
 from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, loops_on_host, region
+from lorafx.passes.plan.prologues import DEFERRED, Prologues, note
 from lorafx.program.frame import fake_value
 
 
@@ -79,16 +81,32 @@ def _cpu(ctx: Context, nodes: Sequence[fx.Node]) -> None:
 
 
 def _triton(ctx: Context, nodes: Sequence[fx.Node]) -> None:
-    for node in nodes:
-        rows, device = _rows(node), fake_value(node).device
-        name, reason = _triton_choice(ctx, node, rows, device)
+    choices = {
+        node: _triton_choice(ctx, node, _rows(node), fake_value(node).device) for node in nodes
+    }
+    found = Prologues(
+        ctx,
+        choices,
+        {node: name for node in nodes if (name := _pinned(ctx, node)) is not None},
+        {node: delta_spec(node) for node in nodes if triton_spec(node).supported()},
+        functools.partial(_work, ctx),
+    ).choose()
+    deferred: dict[fx.Node, tuple[DeltaSpec, int]] = {}
+    # Behind the nodes whose deltas it adds: what their shrinks leave is a literal of its kernel.
+    for node in sorted(nodes, key=found.__contains__):
+        name, reason = choices[node]
         kernel = None
         if name != ATEN:
-            spec = triton_spec(node)
-            hint = rows or UNKNOWN_ROWS
+            spec, hint = triton_spec(node), _rows(node) or UNKNOWN_ROWS
             if name in EXPERTS:
                 hint = max(hint // spec.experts, 1)
-            kernel = build_triton(spec, name, rows_hint=hint, device=device)
+            if node in found:
+                note(node, found[node])
+                spec = replace(spec, activation=found[node].activation(deferred))
+            kernel = build_triton(spec, name, rows_hint=hint, device=fake_value(node).device)
+        if name == DEFERRED:
+            assert kernel is not None
+            deferred[node] = spec.delta, plan_of(kernel).kernels["shrink"].tiles.parts
         if kernel is None:
             name = ATEN
             reason = f"{reason}; no kernel could be generated" if reason else ""
@@ -139,22 +157,30 @@ def _triton_choice(
                 "pin another strategy, or remove the pin"
             )
         return pinned, f"pinned; {_floor(ctx, node)}"
-    sites = _sites(ctx, node)
     if node.target is FUSED_EXPERTS and rows is not None:
-        for name, estimate in _expert_estimates(ctx, node, rows, device).items():
-            if not estimate.refusal and not _not_for_experts(node, name):
-                reason = f"modelled {estimate} at {rows} rows; {_floor(ctx, node)}"
+        for name, modelled in _expert_estimates(ctx, node, rows, device).items():
+            if not modelled.refusal and not _not_for_experts(node, name):
+                reason = f"modelled {modelled} at {rows} rows; {_floor(ctx, node)}"
                 why = "" if name == "activated" else _not_for_experts(node, "activated")
                 return name, f"{reason}; {why}" if why else reason
-    slots, rank = ctx.program.home(sites[0])[0].bank.B.shape[:2]
-    dtype = fake_value(bound(node)["x"]).dtype
-    _, estimates = choose_strategy(_parts(sites), rows, slots, rank, dtype, device)
-    for name, estimate in estimates.items():
+    work = _work(ctx, node)
+    estimates = {} if work is None else estimate(work)
+    for name, modelled in estimates.items():
         if name in AROUND and _not_around(node):
             continue
-        if not estimate.refusal and (name not in FUSED or _fusable(node)):
-            return name, f"modelled {estimate} at {rows} rows; {_floor(ctx, node)}"
+        if not modelled.refusal and (name not in FUSED or _fusable(node)):
+            return name, f"modelled {modelled} at {rows} rows; {_floor(ctx, node)}"
     return "segments", f"the number of rows is unknown; {_floor(ctx, node)}"
+
+
+def _work(ctx: Context, node: fx.Node) -> Work | None:
+    """The node as the cost model sees it; None where the number of rows is unknown."""
+    rows, sites = _rows(node), _sites(ctx, node)
+    if rows is None or node.target is EMBEDDING_OP:
+        return None
+    slots, rank = ctx.program.home(sites[0])[0].bank.B.shape[:2]
+    dtype = fake_value(bound(node)["x"]).dtype
+    return work_of(_parts(sites), rows, slots, rank, dtype, chip_of(fake_value(node).device))
 
 
 def _fusable(node: fx.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -13,10 +14,11 @@ from lorafx.kernels.cost.cost import (
     FUSED,
     GPU_STRATEGIES,
     byte_floor,
-    choose_strategy,
     estimate,
+    work_of,
 )
-from lorafx.kernels.cost.work import Work
+from lorafx.kernels.cost.prologue_cost import estimate_deferred, estimate_prologue
+from lorafx.kernels.cost.work import Estimate, Work
 
 pytestmark = pytest.mark.quick
 
@@ -37,7 +39,21 @@ LLAMA_8B = (
 )
 
 
-def choices(rows: int | None, slots: int, *, rank: int = 16, chip: Chip | None = None) -> list[str]:
+def choose_strategy(
+    sites: Sequence[Site],
+    rows: int,
+    slots: int,
+    rank: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    chip: Chip | None = None,
+) -> tuple[str, dict[str, Estimate]]:
+    estimates = estimate(work_of(sites, rows, slots, rank, dtype, chip or chip_of(device)))
+    return next(iter(estimates)), estimates
+
+
+def choices(rows: int, slots: int, *, rank: int = 16, chip: Chip | None = None) -> list[str]:
     return [
         choose_strategy(sites, rows, slots, rank, torch.bfloat16, CUDA, chip=chip)[0]
         for sites in LLAMA_8B
@@ -86,10 +102,6 @@ def test_a_refusal_says_why() -> None:
     unknown = replace(DEFAULT_CHIP, triton_over_vendor=None)
     _, estimates = choose_strategy(LLAMA_8B[1], 8192, 8, 16, torch.bfloat16, CUDA, chip=unknown)
     assert "was not measured" in estimates["epilogue"].refusal
-
-
-def test_no_hint_takes_what_no_number_of_rows_makes_slow() -> None:
-    assert choices(rows=None, slots=8) == ["segments"] * 4
 
 
 def test_rows_alone_with_their_adapter_prefer_gemv_and_long_runs_segments() -> None:
@@ -152,3 +164,13 @@ def test_without_a_gpu_the_default_chip_stands_in() -> None:
     assert chip_of(torch.device("cpu")) is DEFAULT_CHIP
     if not torch.cuda.is_available():
         assert chip_of(CUDA) is DEFAULT_CHIP
+
+
+def test_a_deferred_delta_costs_less_than_one_that_is_written() -> None:
+    """gate/up of 8192 rows: y is not read and written once more, and its reader takes no longer."""
+    up, down = (work_of(sites, 8192, 8, 16, torch.bfloat16, DEFAULT_CHIP) for sites in LLAMA_8B[2:])
+    apart = [estimate(work)["segments"].seconds for work in (up, down)]
+    together = estimate_deferred(up).seconds, estimate_prologue(down, [up], up.columns).seconds
+    traffic = 2 * up.rows * up.columns * 2 / DEFAULT_CHIP.bandwidth
+    assert apart[0] - together[0] > traffic
+    assert sum(together) < sum(apart) - traffic

@@ -29,6 +29,9 @@ OPS = (
     lora.triton_embedding_delta_.default,
     lora.triton_experts.default,
     lora.triton_expanded.default,
+    lora.triton_shrink.default,
+    lora.triton_activate.default,
+    lora.triton_expand_.default,
 )
 KERNEL_CALL = torch.ops.higher_order.triton_kernel_wrapper_functional
 K, SIZES, RANK, SLOTS = 256, (192, 64), 16, 4
