@@ -236,7 +236,7 @@ def activate_tiles(spec: DeltaSpec, shrink: Tiles, arch: Architecture) -> Tiles:
     blocks = -(-spec.in_features // block_k)
     return replace(
         shrink,
-        block_m=min(shrink.block_m, 32),
+        block_m=16 if spec.x_dtype.itemsize == 4 or spec.max_rank > 32 else min(shrink.block_m, 32),
         block_k=block_k,
         picked=0,
         lanes=1,
