@@ -59,7 +59,9 @@ def _load_file(folder: Path) -> tuple[dict[str, Any], str]:
     if absent:
         raise CheckpointError(absent)
     if size > _LARGEST:
-        raise CheckpointError(f"{file} has {size} bytes, and configurations at most {_LARGEST}")
+        raise CheckpointError(
+            f"{file} has {size} bytes, and a configuration may have at most {_LARGEST}"
+        )
     deep = False
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -83,5 +85,5 @@ def _absent(folder: Path) -> str:
     if not folder.is_dir():
         return f"{folder} is a file; give the folder that holds it and {CONFIG_FILE}"
     below = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_FILE}"))
-    hint = f"; adapters lie in its folders {', '.join(below)}" if below else ""
+    hint = f"; its subfolders with adapters are {', '.join(below)}" if below else ""
     return f"{folder} has no {CONFIG_FILE}{hint}"

@@ -70,8 +70,8 @@ class Coverage:
         total = len(self.missing) + self.placed
         more = f" and {len(self.missing) - 8} more" if len(self.missing) > 8 else ""
         return (
-            f"its configuration targets {total} modules here, and its file has no factors for "
-            f"{len(self.missing)} of them ({100 * len(self.missing) / total:.0f} %): "
+            f"its configuration targets {total} modules here, but its file has no factors "
+            f"for {len(self.missing)} of them ({100 * len(self.missing) / total:.0f} %): "
             f"{', '.join(self.missing[:8])}{more}"
         )
 

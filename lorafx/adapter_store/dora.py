@@ -30,16 +30,21 @@ def dora_refusal(site: Site) -> str | None:
     """Why DoRA adapters cannot have factors at `site`, or None where they can."""
     entry = site.eligible
     if site.expert_weight is not None:
-        return "each routed expert's weight would have norms of its own, which lorafx does not do"
+        return (
+            "the weight of each routed expert would have its own norms, which lorafx does not "
+            "support"
+        )
     if entry.handler is not None:
-        return "a registered handler says where the delta goes, and not what its scale is of"
+        return (
+            "a registered handler says where the delta goes, but not what DoRA's scale applies to"
+        )
     shared = entry.sharding is not None and entry.sharding.product(site.module) is not site.module
     if shared and getattr(site.module, "bias", None) is not None:
-        return "several ranks share it, and its bias is added inside of the rank's own product"
+        return "several ranks share it, and its bias is added inside the rank's own product"
     if not readable(site.module, entry):
         return (
-            "its base weight, whose norm is needed, is in a format that lorafx cannot read; see "
-            "lorafx.register(dequantize=...)"
+            "DoRA needs the norm of its base weight, which is in a format that lorafx "
+            "cannot read; see lorafx.register(dequantize=...)"
         )
     return None
 

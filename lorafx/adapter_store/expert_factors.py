@@ -65,8 +65,8 @@ def wrapped(a: Tensor, b: Tensor, sizes: ExpertSizes, swapped: bool | None) -> S
     straight, crossed = _stacks(a, b, experts, k, n), _stacks(a, b, experts, n, k)
     if straight and crossed and swapped is None:
         return (
-            f"{k} = {n}, so that the shapes do not say which of the two factors takes the input; "
-            "adapter_config.json lacks peft_version, which does"
+            f"{k} = {n}, so the shapes do not show which of the two factors takes the "
+            "input; adapter_config.json lacks peft_version, which would"
         )
     if crossed and (swapped or not straight):
         return Stacked(_columns(b, experts).mT, _rows(a, experts).mT)
@@ -120,8 +120,8 @@ def _rank(a: Tensor, b: Tensor, experts: int, said: int | None) -> int | str | N
             return said
         if said is None:
             return (
-                f"{rows} rows are one pair of rank {rows} for all experts, or pairs of their own; "
-                "adapter_config.json lacks r, which tells"
+                f"{rows} rows may be one pair of rank {rows} for all experts, or one pair "
+                "per expert; adapter_config.json lacks r, which would tell"
             )
         return f"rank {rows} for all experts or r·{experts} = {rows}, where the rank is {said}"
     if rows == columns * experts:

@@ -154,8 +154,9 @@ class ExpertReading:
                 if twice:
                     other = common[twice.pop()]
                     self._problem(
-                        f"{other.key.key} is for all experts, and {pair[other.key.letter].key.key}"
-                        " for one of them; keep one"
+                        f"{other.key.key} is for all experts, but "
+                        f"{pair[other.key.letter].key.key} for one of them; keep only one "
+                        "of the two"
                     )
                 elif term is not None:
                     yield weight, term
@@ -225,8 +226,8 @@ class ExpertReading:
         )
         if fitting_weights:
             self._problem(
-                f"{shapes}: these fit {names} alike, and adapter_config.json does not say by "
-                "target_parameters which of them was trained; add it there"
+                f"{shapes}: these fit {names} equally, and adapter_config.json does not say "
+                "which of them was trained; add target_parameters there"
             )
         else:
             sizes = "; ".join(

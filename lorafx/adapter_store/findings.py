@@ -109,7 +109,8 @@ class Findings:
         if said not in (None, rank) and saved not in self.state.scales:
             self.problems.append(
                 f"{label} has rank {rank}, adapter_config.json says {said} there (r, "
-                "rank_pattern), and the scale α/r depends on it; correct the configuration"
+                "rank_pattern), and the scale α/r depends on the rank; correct the "
+                "configuration"
             )
             return False
         self.largest = max(self.largest, rank)

@@ -56,7 +56,7 @@ def _methods(cls: type) -> Iterator[str]:
 
 def _refuse(owner: str, name: str, *_: Any, **__: Any) -> NoReturn:
     raise CaptureError(
-        f"{owner}.{name}: this {owner} was handed to lorafx, which took its adapters over, so it "
-        "has none now. Use the model that lorafx.compile (or attach) returned, or detach() that "
-        "one first, which gives the adapters back"
+        f"{owner}.{name}: lorafx took over the adapters of this {owner}, so it has none "
+        "now. Use the model that lorafx.compile (or attach) returned, or detach() that "
+        "model first, which gives the adapters back"
     )

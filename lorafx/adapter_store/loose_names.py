@@ -50,7 +50,7 @@ def undivided(landing: SiteLanding, rows: Rows) -> str:
     beside = ", ".join(
         f"{name} ({given[name]} rows here)" if name in given else name for name in others
     )
-    return f"{landing.loose} takes some of {named}, and {beside} all others"
+    return f"{landing.loose} takes some of {named}, while {beside} takes all others"
 
 
 def settled(landing: SiteLanding, rows: Rows) -> dict[str, range]:

@@ -75,16 +75,17 @@ _MERGE = "merge it into a copy of the base model (`PeftModel.merge_and_unload()`
 _REFUSED: Mapping[str, str] = {
     "lora_bias": f"a bias on lora_B is not applied; {_MERGE}",
     "modules_to_save": (
-        "these modules are replaced by trained copies; put the saved weights into the base model "
-        "that you compile and clear the field, or merge the adapter into a copy of the base model"
+        "these modules are replaced by trained copies; load the saved weights into the "
+        "base model that you compile and clear the field, or merge the adapter into a copy "
+        "of the base model"
     ),
     "trainable_token_indices": (
         "embedding rows are replaced; write the saved rows into the base model's embedding and "
         "clear the field, or merge the adapter into a copy of the base model"
     ),
     "alora_invocation_tokens": (
-        "aLoRA is active only from its invocation tokens on; load it without this field and "
-        "choose per token with `adapter_slots=`"
+        "aLoRA is active only from its invocation tokens on; load it without this field "
+        "and choose an adapter per token with `adapter_slots=`"
     ),
     "use_qalora": f"QALoRA pools the inputs of lora_A; {_MERGE}",
     "use_bdlora": (
@@ -95,7 +96,7 @@ _REFUSED: Mapping[str, str] = {
         "train or convert the adapter against it"
     ),
     "megatron_config": "Megatron's parallel layers; export the adapter for the plain model",
-    "arrow_config": "Arrow routes tokens between adapters; load those adapters one by one",
+    "arrow_config": "Arrow routes tokens between adapters; load those adapters separately",
     "kasa_config": f"KaSA truncates the base weight and adds a diagonal; {_MERGE}",
     "monteclora_config": f"MonteCLoRA samples its weights; {_MERGE}",
 }
@@ -273,10 +274,11 @@ class _Fields(Values):
         plain = isinstance(init, str) and init.lower() in _PLAIN_INITS
         if not (init is None or isinstance(init, bool) or plain):
             yield (
-                f"init_lora_weights = {short(init)}: this initialisation may subtract from the "
-                "base weight, so the saved factors alone are not the difference; export with "
-                "`save_pretrained(path_initial_model_for_weight_conversion=...)`, which writes a "
-                f"plain LoRA of rank 2r, or {_MERGE}"
+                f"init_lora_weights = {short(init)}: this initialisation may subtract from "
+                "the base weight, so the saved factors alone are not the whole update; "
+                "export with "
+                "`save_pretrained(path_initial_model_for_weight_conversion=...)`, which "
+                f"writes a plain LoRA of rank 2r, or {_MERGE}"
             )
         for name, way_out in _REFUSED.items():
             value = self.values.get(name)

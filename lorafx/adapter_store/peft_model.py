@@ -144,8 +144,9 @@ def _peft_configs(model: Any, layers: list[tuple[str, Any]]) -> dict[str, Any]:
         return configs
     raise CheckpointError(
         f"{layers[0][0]} is wrapped by PEFT's {type(layers[0][1]).__name__}, but the "
-        f"{type(model).__name__} has no peft_config, so the adapters are those of a part of it; "
-        "compile that part, or load the adapters from their folders onto the plain model"
+        f"{type(model).__name__} has no peft_config, so the adapters belong to a part of "
+        "it; compile that part, or load the adapters from their folders onto the plain "
+        "model"
     )
 
 
@@ -187,9 +188,9 @@ def _active(layers: list[tuple[str, Any]], what: str) -> str | None:
     names = list(dict.fromkeys(applied))
     if len(names) > 1:
         warnings.warn(
-            f"{what} applies the adapters {', '.join(names)} at once; here a request has one, and "
-            "without adapter_names the base model. Combine them (add_weighted_adapter), or choose "
-            "one by set_adapter",
+            f"{what} applies the adapters {', '.join(names)} at once, but with lorafx each "
+            "request has one adapter, or the base model without adapter_names. Combine "
+            "them (add_weighted_adapter), or choose one by set_adapter",
             LorafxWarning,
             stacklevel=5,
         )

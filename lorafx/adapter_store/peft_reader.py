@@ -137,9 +137,9 @@ def read_adapter(
     findings.raise_problems(name)
     if left_out.missing:
         warnings.warn(
-            f"adapter {name!r} in {state.where}: {left_out}. Their weights stay the base's, which "
-            "is right for an adapter that was trained on a part of the model; if it was trained on "
-            "all of them, the file is incomplete. strict=True makes this an error",
+            f"adapter {name!r} in {state.where}: {left_out}. These modules keep the base "
+            "weights, which is right if the adapter was trained on only a part of the "
+            "model; otherwise the file is incomplete. strict=True makes this an error",
             LorafxWarning,
             stacklevel=2,
         )

@@ -36,8 +36,9 @@ def load_pickled(file: Path) -> dict[str, Tensor]:
     except Exception as exc:
         reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
         raise CheckpointError(
-            f"{file} cannot be read with weights_only=True ({reason:.200}); it is truncated, or "
-            "holds more than tensors: save the adapter again as adapter_model.safetensors"
+            f"{file} cannot be read with weights_only=True ({reason:.200}); it is "
+            "truncated, or holds objects other than tensors: save the adapter again as "
+            "adapter_model.safetensors"
         ) from exc
     if not isinstance(tensors, dict) or not all(
         isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()
@@ -83,7 +84,7 @@ def _unlike_plain(tensor: Tensor) -> str | None:
     if tensor.is_quantized:
         return f"is a quantised tensor ({tensor.dtype})"
     if tensor.device.type != "cpu":
-        return f"is on the device {tensor.device}, and holds no values"
+        return f"is on the device {tensor.device} and holds no values"
     return None
 
 
@@ -94,11 +95,11 @@ def _check_claims(file: Path, tensors: dict[str, Tensor], held: int) -> None:
     }
     if sum(storages.values()) > held:
         raise CheckpointError(
-            f"{file}: its tensors claim {sum(storages.values())} bytes, and it holds {held}"
+            f"{file}: its tensors claim {sum(storages.values())} bytes, but it holds {held}"
         )
     for key, tensor in tensors.items():
         if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
             raise CheckpointError(
-                f"{file}: {key[:200]!r} has shape {tuple(tensor.shape)}, which is more than it was "
-                "saved with; save it as a contiguous tensor"
+                f"{file}: {key[:200]!r} has shape {tuple(tensor.shape)}, which is more than "
+                "its saved storage; save it as a contiguous tensor"
             )

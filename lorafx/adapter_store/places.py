@@ -227,7 +227,7 @@ def _only(places: Sequence[Place]) -> SiteLanding:
     if len(places) == 1:
         return _checked(tuple(places), "")
     owners = ", ".join(site.path for site, _ in places)
-    missing = f"it is packed in each of {owners}; packed_modules may leave it to one of them"
+    missing = f"it is packed in each of {owners}; assign it to one of them with packed_modules"
     return SiteLanding(tuple(places), "", missing=missing)
 
 
@@ -240,7 +240,7 @@ def _joined(found: Sequence[tuple[Membership, Site]]) -> SiteLanding:
         return SiteLanding(places, "")
     names = ", ".join(site.path for _, site in found)
     missing = (
-        f"it packs {count} modules, of which only {names} was selected; add it to target_modules "
-        "when compiling"
+        f"it packs {count} modules, but only {names} was selected; add the others to "
+        "target_modules when compiling"
     )
     return SiteLanding(places, "", missing=missing)

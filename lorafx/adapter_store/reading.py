@@ -83,8 +83,9 @@ class Reading:
         experts = dict(self.experts.decode())
         if self.config.use_dora and self.experts.paths:
             self.unsupported.append(
-                f"use_dora with factors of routed experts ({listed(sorted(self.experts.paths))}): "
-                "each expert's weight would have norms of its own, which lorafx does not do"
+                "use_dora is set with factors of routed experts "
+                f"({listed(sorted(self.experts.paths))}): the weight of each expert would "
+                "have its own norms, which lorafx does not support"
             )
         self._report_placement()
         self.decoded.update(decoded)
@@ -179,11 +180,11 @@ class Reading:
         """DoRA's m (count,) of a landing; None where it has none, or a problem was noted."""
         if "m" not in keys:
             if self.config.use_dora:
-                self.problems.append(f"use_dora is set, and {label} has no lora_magnitude_vector")
+                self.problems.append(f"use_dora is set, but {label} has no lora_magnitude_vector")
             return None
         key, m = keys["m"].key, self.state.tensors[keys["m"].key]
         if not self.config.use_dora:
-            self.unsupported.append(f"{key} belongs to DoRA, and use_dora is not set")
+            self.unsupported.append(f"{key} belongs to DoRA, but use_dora is not set")
             return None
         reasons = {dora_refusal(site) for site, _ in places} - {None}
         self.unsupported.extend(f"{label} cannot carry DoRA: {reason}" for reason in reasons)
@@ -202,9 +203,9 @@ class Reading:
             return True
         rows = b.shape[0] if b.dim() else 0
         self.problems.append(
-            f"{key} has shape {tuple(b.shape)}, whose {rows} rows cannot be split over the slices "
-            f"of {_label(landing)}: {undivided(landing, self.rows)} (and r = {rank}); "
-            "packed_modules may say which slices each name covers"
+            f"{key} has shape {tuple(b.shape)}, whose {rows} rows cannot be split over the "
+            f"slices of {_label(landing)}: {undivided(landing, self.rows)} (and r = "
+            f"{rank}); declare with packed_modules which slices each name covers"
         )
         return False
 
@@ -213,12 +214,16 @@ class Reading:
             return
         for mark, feature in _FEATURE_KEYS.items():
             if f".{mark}" in f".{key}":
-                self.unsupported.append(f"{key} belongs to {feature}, which lorafx does not do")
+                self.unsupported.append(
+                    f"{key} belongs to {feature}, which lorafx does not support"
+                )
                 return
         owner, _, attribute = key.rpartition(".")
         own = getattr(self.places.module(owner.removesuffix(".base_layer")), attribute, None)
         if not isinstance(own, Tensor):
-            self.problems.append(f"{key} is not a LoRA factor and names nothing in the model")
+            self.problems.append(
+                f"{key} is not a LoRA factor, and nothing in the model has this name"
+            )
         elif not _same(self.state.tensors[key], own):
             self.problems.append(
                 f"{key} {tuple(self.state.tensors[key].shape)} is a base weight that differs from "
@@ -247,8 +252,8 @@ class Reading:
             examples = "; ".join(f"{n}{self.places.nearest(n)}" for n in names[:3])
             self.problems.insert(
                 0,
-                f"{len(names)} of the {total} modules that it names are not {nowhere}, so it was "
-                f"made for another model ({origin}): {examples}",
+                f"{len(names)} of the {total} modules that it names do not exist {nowhere}, "
+                f"so it was made for another model ({origin}): {examples}",
             )
             return
         for at, path in enumerate(names):

@@ -253,9 +253,9 @@ class AdapterStore:
             return
         if len(wanted) > self._max_adapters:
             raise CapacityError(
-                f"the batch has {len(wanted)} distinct adapters ({', '.join(wanted)}) and there "
-                f"are {self._max_adapters} slots; split the batch or compile with "
-                f"LoraConfig(max_adapters={len(wanted)})"
+                f"the batch has {len(wanted)} distinct adapters ({', '.join(wanted)}), but "
+                f"there are only {self._max_adapters} slots; split the batch or compile "
+                f"with LoraConfig(max_adapters={len(wanted)})"
             )
         free = [s for s in range(self._max_adapters) if s not in set(self._slots.values())]
         evictable = [
@@ -309,8 +309,9 @@ class AdapterStore:
             )
         if adapter.magnitudes and all(group.bank.gains is None for group in self._groups):
             raise CapacityError(
-                f"adapter {adapter.name!r} is DoRA, for which there is no room; compile with "
-                "LoraConfig(use_dora=True), or give the adapter when compiling"
+                f"adapter {adapter.name!r} is a DoRA adapter, for which the banks have no "
+                "room; compile with LoraConfig(use_dora=True), or give the adapter when "
+                "compiling"
             )
         factors: dict[int, list[Factors]] = {}
         problems: list[str] = []

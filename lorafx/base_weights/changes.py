@@ -193,8 +193,8 @@ def _copies_by_site(
         first = next(site for site in sites if site in derived.sites)
         if derived.form is None:
             problems.append(
-                f"{first.path}: {where} was made of it in an order, scale or precision that no "
-                "rule follows, and would keep the old numbers"
+                f"{first.path}: {where} was made from it in an order, scale or precision "
+                "that no rule covers, and would keep the old numbers"
             )
         else:
             copies.setdefault(id(first), []).append(Copy(where, tensor, derived.form))
@@ -215,7 +215,7 @@ def _left_behind(
         sites = [touched[key] for w in repeat.weights if (key := _key(w.holder)) in touched]
         if sites and repeat.certain and storage_key(repeat.tensor) not in follow:
             names = ", ".join(site.path for site in sites)
-            yield f"{names}: {repeat.holder} was made of it, and would keep the old numbers"
+            yield f"{names}: {repeat.holder} was made from it, and would keep the old numbers"
 
 
 def not_mergeable(name: str, problems: Sequence[str]) -> MatchError:
@@ -248,20 +248,20 @@ def _problem(program: Program, found: _Found, delta: Delta, *, requantize: bool)
     if weight is not None and weight.is_meta:
         return "its weight is on the meta device"
     if site.path in program.replaced:
-        return "the module above it computes with a tensor that may have been made of its weight"
+        return "the module above it computes with a tensor that may have been made from its weight"
     if _is_stored(site):
         if not requantize:
             return (
-                "its weight is quantised; merge(name, requantize=True) stores W + ΔW in its own "
-                "format and says how much of ΔW is lost"
+                "its weight is quantised; merge(name, requantize=True) stores W + ΔW in "
+                "that format and reports how much of ΔW is lost"
             )
         if weight is not None and len(list(found.overlapping(weight))) > 1:
             return "its weight is quantised and tied to another"
         return None
     if found.holder(site) is None or weight is None:
-        return "its weight is computed whenever it is asked for (a parametrisation)"
+        return "its weight is computed on each access (a parametrisation)"
     if tuple(weight.shape) != delta.shape:
-        return f"its weight is {tuple(weight.shape)}, ΔW {delta.shape}"
+        return f"its weight has shape {tuple(weight.shape)}, but ΔW has {delta.shape}"
     return None
 
 

@@ -54,7 +54,7 @@ def export_merged(session: Session, name: str, folder: Path, *, max_shard_size: 
                 changes = changes_of(program, session.store, name).plain
             elif merged.name != name:
                 raise ConfigError(
-                    f"{merged.name!r} is merged; unmerge() before {name!r} is written"
+                    f"{merged.name!r} is merged; call unmerge() before {name!r} is written"
                 )
             untie = any(change.tied_apart for change in changes)
             _refuse(program, name, changes)
@@ -97,12 +97,15 @@ def _refuse(program: Program, name: str, changes: Sequence[Change]) -> None:
             if (k, sum(sizes)) != (site.in_features, site.out_features):
                 raise not_mergeable(
                     name,
-                    [f"{site.path}: this rank holds a share of its weight; export on one rank"],
+                    [
+                        f"{site.path}: this rank holds only a share of its weight; export on a "
+                        "single rank"
+                    ],
                 )
     apart = [change for change in changes if change.tied_apart]
     config = getattr(model, "config", None)
     if apart and not (_saves(model) and hasattr(config, "tie_word_embeddings")):
-        why = "the model has no configuration that could say that they are two"
+        why = "the model has no configuration that could declare them untied"
     elif apart and getattr(config, "is_encoder_decoder", False):
         why = "in encoder-decoder models the flag that unties them also changes what is computed"
     else:
@@ -110,8 +113,10 @@ def _refuse(program: Program, name: str, changes: Sequence[Change]) -> None:
     raise not_mergeable(
         name,
         [
-            f"{', '.join(str(holder) for holder, _ in change.ends)} are one tensor, of which the "
-            f"adapter tells the ends apart, and {why}"
+            (
+                f"{', '.join((str(holder) for holder, _ in change.ends))} are one tensor, but "
+                f"the adapter changes its ends differently, and {why}"
+            )
             for change in apart
         ],
     )
@@ -230,7 +235,7 @@ class _State:
             return None
         if derived.form is None:
             raise not_mergeable(
-                self.name, [f"{key} was made of {change.holder} in a way that no rule follows"]
+                self.name, [f"{key} was made from {change.holder} in a way that no rule covers"]
             )
         made = torch.empty_like(change.weight, device="cpu")
         add_to(made, change.weight, change.delta, str(change.holder))

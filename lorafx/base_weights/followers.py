@@ -44,9 +44,11 @@ class DerivedCopies(Derived):
 
     def refusals(self, filled: Iterable[Target]) -> list[str]:
         return [
-            f"{', '.join(str(weight.holder) for weight in copy.weights)}: {copy.holder} "
-            f"{_origin(copy)} and cannot follow; give its module a method {_HOOK}() that computes "
-            "it"
+            (
+                f"{', '.join(str(weight.holder) for weight in copy.weights)}: {copy.holder} "
+                f"{_origin(copy)} and cannot be updated with it; give its module a method "
+                f"{_HOOK}() that computes it"
+            )
             for copy in self._of(filled)
             if copy.form is None and _hook(copy) is None
         ]
@@ -145,7 +147,7 @@ def _keep_in_place(copy: Repeat) -> None:
     if made is copy.tensor:
         return
     if not isinstance(made, Tensor) or made.shape != copy.tensor.shape:
-        raise CheckpointError(f"{holder}: {_HOOK} left something of another form there")
+        raise CheckpointError(f"{holder}: {_HOOK} left a tensor of another form there")
     write(copy.tensor, made)
     places: tuple[Any, ...] = (
         holder.module._parameters,

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _HALF = (
-    "merging an adapter, or taking it out, was cut short, and the base weights hold part of it; "
+    "a merge or unmerge was cut short, and the base weights hold a part of the adapter; "
     "call unmerge(force=True), or load_weights with all of them"
 )
 
@@ -87,8 +87,9 @@ class MergeReport:
 
     def __str__(self) -> str:
         return (
-            f"{self.adapter}: merged into {len(self.weights)} weights, rounding lost at most "
-            f"{self.error:.1e} of an update, {self.original_bytes} bytes of originals are kept"
+            f"{self.adapter}: merged into {len(self.weights)} weights; rounding lost at "
+            f"most {self.error:.1e} of a weight's update; {self.original_bytes} bytes of "
+            "originals are kept"
         )
 
 
@@ -187,7 +188,7 @@ def unmerge(session: Session, *, force: bool = False) -> None:
         merged = merged_of(session)
         if merged is None:
             if not session.unmerged:
-                raise ConfigError("no adapter is merged; merge(name) one first")
+                raise ConfigError("no adapter is merged; call merge(name) first")
             session.unmerged = ""
             return
         if not force:
@@ -254,9 +255,9 @@ def _merge_again(session: Session, merged: Merged) -> None:
 
 def _lost(merged: Merged, why: str) -> str:
     return (
-        f"{merged.name!r} was merged, and could not be merged again after an update of the "
-        f"base weights: {why}. merge() an adapter, or unmerge() to serve adapters and the "
-        "new base side by side"
+        f"{merged.name!r} was merged, but could not be merged again after an update of the "
+        f"base weights: {why}. Call merge() for an adapter, or unmerge() to serve adapters "
+        "and the new base side by side"
     )
 
 
@@ -265,10 +266,11 @@ def _refuse_touched(merged: Merged) -> None:
     if touched:
         more = f" and {len(touched) - 3} more" if len(touched) > 3 else ""
         raise CaptureError(
-            f"{', '.join(touched[:3])}{more}: written or replaced since {merged.name!r} was "
-            "merged, and restoring would undo that. Change base weights by load_weights(), "
-            "which keeps the merge in step; or call unmerge(force=True), which puts the "
-            "originals back all the same, and load the weights again"
+            f"{', '.join(touched[:3])}{more}: something wrote or replaced these weights "
+            f"since {merged.name!r} was merged, and restoring the originals would undo "
+            "that. Change base weights with load_weights(), which updates the merge too; "
+            "or call unmerge(force=True), which puts the originals back anyway, and load "
+            "the weights again"
         )
 
 
@@ -296,8 +298,10 @@ def _refuse_shared(session: Session, name: str, changes: Changes) -> None:
         raise not_mergeable(
             name,
             [
-                f"{place} is the same weight, and its base would change; detach() that model, or "
-                "export_merged() this one"
+                (
+                    f"{place} is the same weight, and the base of that model would change; "
+                    "detach() that model, or use export_merged() on this one"
+                )
                 for place in elsewhere
             ],
         )
@@ -307,8 +311,8 @@ def _tied_apart(change: Change) -> str:
     ends = ", ".join(str(holder) for holder, _ in change.ends)
     changed = [str(holder) for holder, delta in change.ends if delta is not None]
     return (
-        f"{ends} are one tensor, of which the adapter changes {', '.join(changed)} alone or each "
-        "end in its own way; export_merged() writes them as two"
+        f"{ends} are one tensor, but the adapter changes only {', '.join(changed)}, or each "
+        "end differently; export_merged() writes them as two"
     )
 
 
@@ -376,7 +380,7 @@ def _requantized(change: StoredChange) -> float:
             update = update.mT
         if update.shape != before.shape:
             raise ConfigError(
-                f"it is dequantised to {tuple(before.shape)}, ΔW {change.delta.shape}"
+                f"it is dequantised to {tuple(before.shape)}, but ΔW has {change.delta.shape}"
             )
         wanted = before + update
         requantize(module, wanted, parameter)

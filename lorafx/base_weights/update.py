@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from lorafx.session.session import Session
 
 _BROKEN = (
-    "an update of the base weights was interrupted while they were written, and they are partly "
-    "old and partly new; call load_weights again with all of them"
+    "an update of the base weights was interrupted during its writes, and they are partly "
+    "old and partly new; call load_weights again with all weights"
 )
 
 

@@ -83,12 +83,12 @@ class Conversions:
         places = [landing.cuts[0].place for landing in landings]
         boxes = [place for place in places if isinstance(place, Box)]
         if len(boxes) != len(keys):
-            return "it is cut among ranks, which transformers' conversion of it does not know"
+            return "it is sharded over ranks, which transformers' conversion does not support"
         shapes = {target: box.target.tensor.shape for target, box in zip(keys, boxes, strict=True)}
         try:
             sources = self._undone(converter, shapes)
         except (NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            return f"transformers' conversion to {key} cannot be undone to be checked: {error}"
+            return f"transformers' conversion to {key} could not be reversed for checking: {error}"
         return ConvertedGroup(self._model, converter, key, landings, sources)
 
     def _undone(
@@ -108,6 +108,6 @@ class Conversions:
             value = made[name][0] if isinstance(made[name], list) else made[name]
             pattern = converter.rename_source_key(name)[1]
             if pattern is None:
-                raise ValueError(f"it makes {name}, which it does not take")
+                raise ValueError(f"reversed, it yields {name}, which the conversion does not take")
             found[name] = (pattern, tuple(value.shape))
         return found

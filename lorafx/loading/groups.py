@@ -77,8 +77,8 @@ class JointGroup(TensorGroup):
             return ""
         each = ", ".join(f"{name} {shape}" for name, shape in zip(self.names, given, strict=True))
         return (
-            f"slices of {self._slices} cannot be parted among {each}; packed_modules may say which "
-            "slices each name covers"
+            f"slices of {self._slices} cannot be divided among {each}; declare with "
+            "packed_modules which slices each name covers"
         )
 
     def joined(self, tensors: Mapping[str, Tensor]) -> Sequence[Tensor]:

@@ -111,9 +111,7 @@ class Loading:
             if meaning is None:
                 continue
             if planned.pop(item.name, None) != (item.shape, item.numbers):
-                raise CheckpointError(
-                    f"{item.name}: the second time it came as another tensor than the first"
-                )
+                raise CheckpointError(f"{item.name}: it came as a different tensor the second time")
             copy = self._copies.pop(item.name, None)
             writer.put(meaning, item.read() if copy is None else copy)
         if planned:
@@ -143,4 +141,4 @@ class Loading:
 
 
 def _own_memory(name: str) -> str:
-    return f"{name}: it lies in the weights of this very model; give a copy"
+    return f"{name}: it shares memory with the weights of this model; pass a copy"

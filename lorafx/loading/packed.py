@@ -95,8 +95,8 @@ class PackedLandings:
             return at(target, own, shard_id)
         if loadable and len(members) > len(sizes or ()):
             wrong = (
-                f"{len(members)} names are declared for the {len(sizes or ())} slices of {path}; "
-                "say which slices each name covers"
+                f"{len(members)} names are declared for the {len(sizes or ())} slices of "
+                f"{path}; declare which slices each name covers"
             )
             return Landing(own, None, (), wrong)
         whole = at(target, join(path, attribute))
@@ -139,12 +139,12 @@ class PackedLandings:
                 landings.append(at(target, join(path, f"{child_name}.{attribute}")))
         if len(landings) != found[0][1]:
             yield Landing(
-                own, None, (), f"it packs {found[0][1]} tensors, {len(landings)} are here"
+                own, None, (), f"it packs {found[0][1]} tensors, but only {len(landings)} are here"
             )
             return
         wrong = "; ".join(landing.wrong for landing in landings if landing.wrong)
         if wrong or any(landing.shape is None for landing in landings):
-            yield Landing(own, None, (), wrong or "its parts have loaders of their own")
+            yield Landing(own, None, (), wrong or "its parts have their own loaders")
             return
         shapes = [landing.shape or () for landing in landings]
         dim = _out_dim(found[0][3], len(shapes[0]))

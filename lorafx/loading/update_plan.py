@@ -171,7 +171,7 @@ class UpdatePlan:
         shown = "".join(f"\n  - {problem}" for problem in self.problems[:_SHOWN])
         rest = len(self.problems) - _SHOWN
         more = f"\n  - and {rest} more, in this error's `problems`" if rest > 0 else ""
-        serving = "; the old ones serve on" if self._live else ""
+        serving = "; the old weights stay in service" if self._live else ""
         error = BaseWeightsError(
             f"{len(self.problems)} problems with the weights{serving}:{shown}{more}"
         )
@@ -258,9 +258,9 @@ class UpdatePlan:
         for module, name, meaning in square:
             if module in turned:
                 self._fault(
-                    f"{name}: it is square, and {turned[module]} came transposed: whether it did "
-                    "too cannot be told; give the experts one by one, or as w13_weight and "
-                    "w2_weight (E, out, in)",
+                    f"{name}: it is square, and {turned[module]} came transposed, so it is "
+                    "not known whether this one is transposed too; give the experts one by "
+                    "one, or as w13_weight and w2_weight (E, out, in)",
                     meaning,
                 )
 

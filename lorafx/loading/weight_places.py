@@ -134,8 +134,9 @@ class Box(WeightPlace):
     def refusal(self, given: Numbers) -> str:
         if is_expanded(self.target.tensor):
             return (
-                "several of its numbers are one place in memory (an expanded tensor), which cannot "
-                "be written; leave it out, or give the module a contiguous one before lorafx"
+                "several of its entries share memory (an expanded tensor), so it cannot be "
+                "written; leave it out, or make it contiguous before lorafx is given the "
+                "model"
             )
         return super().refusal(given)
 

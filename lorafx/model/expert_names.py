@@ -74,8 +74,8 @@ def meaning(weights: Sequence[ExpertWeight], names: Sequence[str]) -> ExpertMean
             continue
         unclear = half == "all" and weight.halves == "interleaved"
         wrong = (
-            f"gate and up of {weight.name} are interleaved, and {name} may mean them so or one "
-            f"after the other; give them as {weight.name}, or as w1 and w3"
+            f"gate and up of {weight.name}are interleaved, but {name} may mean interleaved "
+            f"or consecutive halves; give them as {weight.name}, or as w1 and w3"
         )
         return ExpertMeaning(weight, half, expert, wrong=wrong if unclear else "")
     wrong = f"the experts here have no {name}: {', '.join(weight.name for weight in weights)}"

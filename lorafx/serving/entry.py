@@ -142,8 +142,8 @@ class Entry:
             if raised and isinstance(error, LorafxError):
                 # The consequence; the model's own error is what the caller can do something about.
                 raise type(error)(
-                    f"{error}. {type(self.module).__name__} is run in pieces, since it raised when "
-                    f"this call was traced: {raised}"
+                    f"{error}. {type(self.module).__name__} runs in pieces, because it "
+                    f"raised an error when this call was traced: {raised}"
                 ) from error
             if isinstance(error, LorafxError):
                 raise
@@ -196,8 +196,8 @@ class Entry:
         result = traced.call(*args, **kwargs)
         if isinstance(result, (GeneratorType, CoroutineType, AsyncGeneratorType)):
             raise CaptureError(
-                f"{self.name} is a {type(result).__name__}, whose body runs after the call and so "
-                "without its adapters; return what it yields"
+                f"{self.name} is a {type(result).__name__}, whose body runs after the call "
+                "has ended, without its adapters; return what it yields"
             )
         return result
 

@@ -26,8 +26,8 @@ def served_by(merged: str, names: Names | None, tokens: Tensor | None) -> tuple[
     if others:
         said = ", ".join("the base model" if n in (None, BASE) else repr(n) for n in others)
         raise BatchError(
-            f"{merged!r} is merged into the base weights, and this call asks for {said}; "
-            f"unmerge() to serve adapters side by side, or name {merged!r} or none"
+            f"{merged!r} is merged into the base weights, but this call asks for {said}; "
+            f"call unmerge() to serve adapters side by side, or name {merged!r} or nothing"
         )
     return (names if tokens is None else [merged] * tokens.shape[0]), None
 
@@ -41,9 +41,11 @@ def checked_names(names: Sequence[str | None] | None) -> Sequence[str | None] | 
     if names is None:
         return None
     if isinstance(names, str) or not isinstance(names, Sequence):
-        raise ConfigError(f"adapter_names is a list with one name, or None, a row; got {names!r}")
+        raise ConfigError(
+            f"adapter_names must be a list with one name, or None, per row; got {names!r}"
+        )
     if not names:
-        raise BatchError("adapter_names is empty; give one name, or None, a row")
+        raise BatchError("adapter_names is empty; give one name, or None, per row")
     for row, name in enumerate(names):
         if name is not None and not isinstance(name, str):
             raise ConfigError(
@@ -62,7 +64,7 @@ def by_slots(
     """
     if slots.dim() not in (1, 2) or slots.is_floating_point() or not slots.numel():
         raise BatchError(
-            "adapter_slots holds integers of shape (B,) or (B, T), got "
+            "adapter_slots must hold integers of shape (B,) or (B, T), got "
             f"{tuple(slots.shape)} {slots.dtype}"
         )
     slots = slots.cpu()

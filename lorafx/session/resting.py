@@ -37,14 +37,15 @@ class Resting:
             if path not in session.store[name].sites:
                 continue
             asked = (
-                f"adapter {name!r} was named for this call"
+                f"adapter {name!r} was requested by this call"
                 if named
-                else f"{name!r} is the default of set_adapter"
+                else f"{name!r} is the default that set_adapter chose"
             )
             raise MatchError(
-                f"{layer} runs outside of the compiled model's own calls, where nothing adds its "
-                f"delta, and {asked}. Call the compiled model or a method of its class; parts of "
-                "the model by themselves are the base's, after set_adapter(None)"
+                f"{layer} runs outside the compiled model's own calls, where nothing adds "
+                f"its delta, but {asked}. Call the compiled model or a method of its class; "
+                "after set_adapter(None), parts of the model that are called directly run "
+                "as the base"
             )
 
 

@@ -132,7 +132,9 @@ class Session:
         thread = threading.get_ident()
         with self.lock:
             if self.updating:
-                raise BatchError("the base weights are being updated; call the model after it")
+                raise BatchError(
+                    "the base weights are being updated; call the model after the update"
+                )
             self.refuse_broken()
             if self.unmerged and self.merged is None and not self.warming:
                 raise CaptureError(self.unmerged)
@@ -187,9 +189,9 @@ class Session:
                 continue
             if value.dim() > dim and value.shape[dim] != length:
                 raise BatchError(
-                    f"adapter_slots has shape {(rows, length)}, and {name!r} {tuple(value.shape)}: "
-                    "calls with a slot a token take whole sequences, without a cache of earlier "
-                    "tokens"
+                    f"adapter_slots has shape {(rows, length)}, and {name!r} "
+                    f"{tuple(value.shape)}: calls with one slot per token take whole "
+                    "sequences, without a cache of earlier tokens"
                 )
         names = [self.requests[i] if i >= 0 else None for i in self.tokens.flatten().tolist()]
         self._set_slots(roles, named, names, self.store.acquire(names))
@@ -262,8 +264,9 @@ class Session:
             raise
         if adapter.magnitudes and self.merged is not None:
             raise ConfigError(
-                f"{name!r} is DoRA, whose norms are of the base's own weights, and those hold "
-                f"{self.merged.name!r} now; unmerge() before it is loaded"
+                f"{name!r} is a DoRA adapter, whose norms come from the base's own weights, "
+                f"but {self.merged.name!r} is merged into them; call unmerge() before "
+                "loading it"
             )
         program.refuse_missing(
             [
@@ -280,13 +283,13 @@ class Session:
         `what` is to be done after it. Asked before any lock is waited for."""
         self.refuse_updating(what)
         if self.depth and self._thread == threading.get_ident():
-            raise BatchError(f"a call is running on this thread; {what} after it")
+            raise BatchError(f"a call is running on this thread; {what} when it has returned")
 
     def refuse_updating(self, what: str) -> None:
         """As `refuse_running`, for an update alone, whose source of weights may use the model."""
         if self.updating and self._thread == threading.get_ident():
             raise BatchError(
-                f"an update of the base weights is running on this thread; {what} after it"
+                f"an update of the base weights is running on this thread; {what} when it has ended"
             )
 
     def refuse_served(self, name: str, what: str) -> None:
@@ -294,7 +297,9 @@ class Session:
         lock, serves this adapter."""
         served = (self.default,) if self.requests is None else self.requests
         if self.depth and name in served:
-            raise BatchError(f"the call that is running serves {name!r}; {what} it after the call")
+            raise BatchError(
+                f"the call that is running serves {name!r}; {what} it when the call has returned"
+            )
 
     def update(self, function: Callable[[], T]) -> T:
         """What `function` returns, which writes the base weights. The locks are held."""
@@ -333,17 +338,18 @@ class Session:
         row would have them."""
         if notes_of_peft(self.program.model) and not self.noted_before:
             raise CaptureError(
-                f"PEFT has put adapters into this {type(self.program.model).__name__} after lorafx "
-                "was given it (it has a peft_config now), and every row would have them. Load "
-                "adapters by load_adapter(folder, name) of the compiled model; to go on, detach() "
-                "this one and give the model to lorafx again, which takes them over"
+                f"PEFT has put adapters into this {type(self.program.model).__name__} after "
+                "lorafx was given it (it has a peft_config now), and every row would get "
+                "them. Load adapters with load_adapter(folder, name) of the compiled "
+                "model. To go on, detach() it and give the model to lorafx again, which "
+                "takes over these adapters"
             )
 
     def refuse_merged(self, name: str | None, what: str) -> None:
         """Raise ConfigError where the base weights hold this adapter."""
         if self.merged is not None and self.merged.name == name:
             raise ConfigError(
-                f"{name!r} is merged into the base weights; unmerge() before it {what}"
+                f"{name!r} is merged into the base weights; call unmerge() before it {what}"
             )
 
     def _row_names(self, rows: int | None) -> Names:
@@ -352,8 +358,9 @@ class Session:
         if rows is None:
             if len(set(self.requests)) > 1:
                 raise BatchError(
-                    "no argument of this call carries requests, so its rows cannot use different "
-                    "adapters; say which one does by LoraConfig(row_dims={argument: dim})"
+                    "no argument of this call carries requests, so its rows cannot use "
+                    "different adapters; declare which one does with "
+                    "LoraConfig(row_dims={argument: dim})"
                 )
             return self.requests[:1]
         given = len(self.requests)
@@ -362,8 +369,8 @@ class Session:
         if given and rows % given == 0 and (self.repeats or self.repeating()):
             return [name for name in self.requests for _ in range(rows // given)]
         raise BatchError(
-            f"adapter_names has {given} entries and the batch has {rows} rows; give one name, "
-            "or None for the base model, a row"
+            f"adapter_names has {given} entries, but the batch has {rows} rows; give one "
+            "name, or None for the base model, per row"
         )
 
 

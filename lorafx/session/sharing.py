@@ -50,8 +50,8 @@ def join(session: Session) -> None:
     if len({id(other.lock) for other in others}) > 1:
         names = ", ".join(type(other.program.model).__name__ for other in others)
         raise CaptureError(
-            f"{_name(session)} shares modules with models ({names}) that share none with one "
-            f"another; give the {_name(session)} to lorafx before them"
+            f"{_name(session)} shares modules with several models ({names}) that share none "
+            f"with one another; give the {_name(session)} to lorafx before those models"
         )
     _refuse_merged(session)
     if others:
@@ -122,8 +122,9 @@ def _refuse_merged(session: Session) -> None:
             path = own.get(storage_key(tensor))
             if path is not None:
                 raise CaptureError(
-                    f"{path} is shared with a {_name(other)} into which {merged.name!r} is merged; "
-                    f"unmerge() there before this {_name(session)} is given to lorafx"
+                    f"{path} is shared with a {_name(other)} into which {merged.name!r} is "
+                    f"merged; call unmerge() there before giving this {_name(session)} to "
+                    "lorafx"
                 )
 
 

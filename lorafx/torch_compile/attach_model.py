@@ -54,8 +54,9 @@ def _refuse_shared_weights(marked: Marked) -> None:
     for session in sessions_of_marks(marked.program.graph):
         marked.attachment.detach()
         raise CaptureError(
-            f"it shares modules with a {type(session.program.model).__name__} that lorafx.compile "
-            "serves; models that share modules are served by lorafx.compile, each of them"
+            f"it shares modules with a {type(session.program.model).__name__} that "
+            "lorafx.compile serves; to serve models that share modules, give each of them "
+            "to lorafx.compile"
         )
     for site in marked.program.sites:
         weight = marked.program.weight_of(site)
@@ -63,6 +64,7 @@ def _refuse_shared_weights(marked: Marked) -> None:
         if other is not None:
             marked.attachment.detach()
             raise CaptureError(
-                f"the weight of {site.path} is also one of the {type(other.program.model).__name__}"
-                " that is attached already; give one of them a copy, or use lorafx.compile"
+                f"the weight of {site.path} also belongs to a "
+                f"{type(other.program.model).__name__} that is already attached; give one "
+                "of the two models a copy, or use lorafx.compile"
             )

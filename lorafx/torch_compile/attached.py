@@ -64,7 +64,7 @@ class AttachedSession(Session):
         """Take the marks away; graphs that were captured serve the base model from then on. Raises
         CaptureError inside a block."""
         if self.depth:
-            raise CaptureError("detach the model after the block of lorafx.adapters, not inside")
+            raise CaptureError("detach the model after the block of lorafx.adapters, not inside it")
         self.attachment.detach()
         _SESSIONS.discard(self)
         end(self)
@@ -209,9 +209,9 @@ def captured_before(base: Callable[..., Any], examples: Sequence[Any]) -> Callab
             found = (program.site_of_weight(arguments[position]) for position in matrices)
             if any(site is not None and program.is_touched(site) for site in found):
                 raise CaptureError(
-                    f"this graph of {type(program.model).__name__} was captured before LoRA was "
-                    "attached and does not know of it; call torch._dynamo.reset() once, or attach "
-                    "before the first call"
+                    f"this graph of {type(program.model).__name__} was captured before LoRA "
+                    "was attached, so it has no LoRA; call torch._dynamo.reset() once, or "
+                    "attach before the first call"
                 )
         return base(*arguments)
 
@@ -260,14 +260,15 @@ def marked_session(model: nn.Module) -> AttachedSession:
     marks = _marks(model)
     if any(isinstance(mark.runtime.session, AttachedSession) for mark in marks):
         raise ConfigError(
-            f"this {name} holds, or is part of, a model that LoRA was attached to; give that one"
+            f"this {name} contains, or is part of, a model that LoRA was attached to; pass "
+            "that model"
         )
     if marks:
         raise ConfigError(
             f"this {name} carries marks of another model, as copies and pickles of a marked one "
             "do; lorafx.detach() it and attach LoRA again"
         )
-    raise ConfigError(f"this {name} carries no LoRA; lorafx.attach(model, lora_config) it first")
+    raise ConfigError(f"this {name} carries no LoRA; call lorafx.attach(model, lora_config) first")
 
 
 def _is_marked(model: nn.Module) -> bool:
@@ -317,8 +318,8 @@ def adapters(model: nn.Module, adapter_names: str | Sequence[str | None] | None)
             raise failure from error
         if is_recompile_limit(error):
             raise CaptureError(
-                f"{type(model).__name__} has as many graphs as it may have, and this call needs "
-                f"one more; raise Options.recompile_limit: {error}"
+                f"{type(model).__name__} has as many graphs as Options.recompile_limit "
+                f"allows, and this call needs one more; raise the limit: {error}"
             ) from error
         raise
 

@@ -66,8 +66,9 @@ class AttachedBackend(Backend):
         if wants_gradient(examples):
             return refusing(
                 CaptureError(
-                    "gradients are wanted through LoRA of lorafx, which is for inference; call the "
-                    "model inside torch.no_grad() or torch.inference_mode()"
+                    "this call needs gradients through lorafx's LoRA, which is for "
+                    "inference only; call the model inside torch.no_grad() or "
+                    "torch.inference_mode()"
                 )
             )
         compiled = super().compile_lora(gm, examples, frame, record, owner, lowering)

@@ -82,7 +82,7 @@ def _session_of(examples: Sequence[Any]) -> AttachedSession | None:
     if len(taken) > 1 and any(session.program.runtime.active for session in taken):
         names = ", ".join(type(session.program.model).__name__ for session in taken)
         raise CaptureError(
-            f"one graph holds several models with LoRA ({names}); compile each by itself"
+            f"one graph holds several models with LoRA ({names}); compile each model separately"
         )
     if taken:
         return taken[0]

@@ -80,15 +80,16 @@ class FrameOptions:
             return
         if self.asks_for_lora:
             raise ConfigError(
-                "the model carries LoRA already, by lorafx.attach or from an earlier torch.compile "
-                "with other options; leave lora_config and adapters out, or lorafx.detach() it"
+                "the model carries LoRA already, from lorafx.attach or from an earlier "
+                "torch.compile with other options; leave out lora_config and adapters, or "
+                "call lorafx.detach() first"
             )
         for name, value in self.given.items():
             own = getattr(session.program.options, name)
             if value != own:
                 raise ConfigError(
-                    f"torch.compile was given the option {name}={value!r}, and the model was "
-                    f"attached with {name}={own!r}; give options to lorafx.attach"
+                    f"torch.compile was given the option {name}={value!r}, but the model "
+                    f"was attached with {name}={own!r}; give options to lorafx.attach"
                 )
 
 
@@ -105,8 +106,9 @@ def mark_captured(wanted: FrameOptions) -> None:
     model = compiled_module() or _only_module()
     if model is None:
         raise CaptureError(
-            "options={'lora_config': ...} do not say which model they are for: what was compiled "
-            "is a function of several or none; lorafx.attach(model, lora_config) the model"
+            "options={'lora_config': ...} do not say which model they are for: the "
+            "compiled function calls several models or none; call lorafx.attach(model, "
+            "lora_config) instead"
         )
     if session_of(model) is None:
         _mark(model, wanted)
@@ -126,9 +128,9 @@ def _only_module() -> nn.Module | None:
 def _mark(model: nn.Module, wanted: FrameOptions) -> AttachedSession:
     if is_peft_model(model) or peft_layers(model):
         raise ConfigError(
-            f"this {type(model).__name__} brings its own adapters, which PEFT has put into it: "
-            "lorafx.attach(model) serves them; or leave lora_config and adapters out, or give the "
-            "base model without them"
+            f"this {type(model).__name__} has its own adapters, which PEFT has put into it: "
+            "lorafx.attach(model) serves them. Otherwise leave out lora_config and "
+            "adapters, or pass the base model without PEFT's adapters"
         )
     # Banks outlive the call that happens to be the first one, whatever mode that runs in.
     with (

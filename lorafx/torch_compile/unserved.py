@@ -44,13 +44,14 @@ def _is_marked(model: nn.Module) -> bool:
 
 
 _NO_LORA = (
-    "it carries no LoRA, so it is compiled as it is, by Inductor unless options say otherwise. "
-    "lorafx.attach(model, lora_config) it first, or give options={'lora_config': ...} to "
-    "torch.compile"
+    "it carries no LoRA, so it is compiled as it is, with Inductor unless options say "
+    "otherwise. Call lorafx.attach(model, lora_config) first, or give "
+    "options={'lora_config': ...} to torch.compile"
 )
 _PEFT = (
-    "PEFT's own layers are compiled as they are, by Inductor unless options say otherwise. "
-    "lorafx.attach(model) serves its adapters in mixed batches; compile the model that it returns"
+    "PEFT's own layers are compiled as they are, with Inductor unless options say "
+    "otherwise. lorafx.attach(model) serves its adapters in mixed batches; compile the "
+    "model that it returns"
 )
 
 

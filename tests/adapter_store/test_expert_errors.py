@@ -53,7 +53,7 @@ BAD: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "a left over key": (
         {**pair((2, 4), (5, 2), f"{PATH}.0.w2"), f"{PATH}.0.w2.lora_C": noise(2)},
         {},
-        "is not a LoRA factor and names nothing",
+        "is not a LoRA factor, and nothing in the model has this name",
     ),
     "an unknown projection": (
         {**pair((2, 4), (5, 2), f"{PATH}.0.w2"), **pair((2, 4), (5, 2), f"{PATH}.0.w7")},

@@ -90,7 +90,7 @@ ODD: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: torch.quantize_per_tensor(torch.ones(2, 6), 0.1, 0, torch.qint8),
         "quantised",
     ),
-    "expanded": (lambda: torch.ones(1).expand(1 << 20, 1 << 20), "more than it was saved with"),
+    "expanded": (lambda: torch.ones(1).expand(1 << 20, 1 << 20), "more than its saved storage"),
     "grown": (_Grown, "claim|not resizable"),
     "a number": (lambda: 3, "does not hold a mapping"),
     "a list": (lambda: [torch.ones(2)], "does not hold a mapping"),

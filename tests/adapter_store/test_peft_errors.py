@@ -227,5 +227,5 @@ def test_absent_folder(tmp_path):
 
 def test_names_the_folder_below(build, save):
     folder = save(build("plain"), folder="parent/sql", r=2, target_modules=["up"])
-    with pytest.raises(CheckpointError, match="adapters lie in its folders sql"):
+    with pytest.raises(CheckpointError, match="its subfolders with adapters are sql"):
         read_adapter(folder.parent, "a", [])

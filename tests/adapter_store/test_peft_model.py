@@ -96,7 +96,7 @@ def test_unwrapped_peft_model_refuses_adapters_and_restore_gives_them_back(build
     saved = set(model.state_dict())
     taken = take_over(model)
     assert not hasattr(taken.base, "peft_config")
-    with pytest.raises(CaptureError, match="was handed to lorafx"):
+    with pytest.raises(CaptureError, match="lorafx took over the adapters"):
         logits(model, adapter_names=["a", "__base__"])
     taken.restore()
     assert set(model.state_dict()) == saved

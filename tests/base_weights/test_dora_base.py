@@ -79,7 +79,9 @@ def test_merge_and_unmerge(case, name):
 def test_dora_is_not_measured_on_merged_weights(case):
     cm = case.compile()
     cm.merge("p2")
-    with pytest.raises(ConfigError, match=r"'new' is DoRA, .* unmerge\(\) before it is loaded"):
+    with pytest.raises(
+        ConfigError, match=r"'new' is a DoRA adapter, .* unmerge\(\) before loading it"
+    ):
         cm.load_adapter(case.folders["d1"], "new")
     cm.unmerge()
     cm.load_adapter(case.folders["d1"], "new")

@@ -285,7 +285,9 @@ def test_weights_that_others_wrote_are_not_overwritten_unasked(plain: Case) -> N
     before = bits(cm)
     cm.merge("a1")
     cm.model.load_state_dict(before)  # past lorafx
-    with pytest.raises(CaptureError, match=r"written or replaced since.*load_weights\(\)"):
+    with pytest.raises(
+        CaptureError, match=r"wrote or replaced these weights since.*load_weights\(\)"
+    ):
         cm.unmerge()
     assert cm.merged == "a1"
     cm.unmerge(force=True)

@@ -147,7 +147,7 @@ def test_the_model_s_own_error_is_named(small):
     case = small(Late, ["up", "down"])
     cm = case.compile()
     with pytest.raises(
-        ProvenanceError, match=r"raised when this call was traced: .*too many tokens"
+        ProvenanceError, match=r"raised an error when this call was traced: .*too many tokens"
     ):
         cm(x=rows(7), adapter_names=MIXED)
 

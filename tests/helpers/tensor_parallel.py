@@ -79,6 +79,8 @@ def run_merged(compiled: lorafx.CompiledModel, name: str, ids: Tensor) -> Tensor
     compiled.unmerge()
     after = compiled.model.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
-    with pytest.raises(lorafx.MatchError, match="a share of its weight; export on one rank"):
+    with pytest.raises(
+        lorafx.MatchError, match="only a share of its weight; export on a single rank"
+    ):
         compiled.export_merged(name, "never written")
     return logits

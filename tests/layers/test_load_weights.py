@@ -288,7 +288,7 @@ def test_fewer_names_than_slices(as_stream, quantised):
     with pytest.raises(lorafx.CheckpointError, match=r"z\.weight: needs qkv\.weight too"):
         load_weights(model, half)
     wrong = {"qkv.weight": torch.zeros(12, 6), "z.weight": torch.zeros(8, 6)}
-    with pytest.raises(lorafx.CheckpointError, match=r"slices of \(4, 4, 6, 6\) cannot be parted"):
+    with pytest.raises(lorafx.CheckpointError, match=r"slices of \(4, 4, 6, 6\) cannot be divided"):
         load_weights(model, wrong, strict=False)
     assert all(torch.equal(t, want.state_dict()[n]) for n, t in model.state_dict().items())
     with pytest.raises(lorafx.CheckpointError, match="2 names are declared for the 1 slices"):
@@ -312,7 +312,7 @@ def test_names_partition_the_slices(sizes, data):
         load_weights(model, order)
         assert torch.equal(model.mixer.weight, value)
     else:
-        with pytest.raises(lorafx.CheckpointError, match="cannot be parted"):
+        with pytest.raises(lorafx.CheckpointError, match="cannot be divided"):
             load_weights(model, order)
         assert torch.equal(model.mixer.weight, before)
 

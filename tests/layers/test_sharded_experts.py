@@ -44,7 +44,7 @@ def test_mixed_batches_of_experts_on_two_ranks(lowering, tmp_path):
             "gate": (6, [5]),
         }
         assert lowering == "inductor" or found["captured"] == 0
-        assert "a share of its weight; export on one rank" in found["export"]
+        assert "only a share of its weight; export on a single rank" in found["export"]
 
 
 class Unregistered(nn.Module):

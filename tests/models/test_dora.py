@@ -294,7 +294,7 @@ def folder(plain, tmp_path) -> Path:
 
 
 BROKEN = {
-    "absent": (lambda s, k: s.pop(k), "use_dora is set, and up has no lora_magnitude_vector"),
+    "absent": (lambda s, k: s.pop(k), "use_dora is set, but up has no lora_magnitude_vector"),
     "short": (lambda s, k: s.update({k: s[k][:-1]}), r"has shape \(19,\), up needs \(20,\)"),
     "nan": (lambda s, k: s[k].fill_(torch.nan), "magnitude_vector holds 20 NaN"),
     "alone": (

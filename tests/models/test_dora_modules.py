@@ -242,8 +242,8 @@ def test_outputs_that_ranks_share(tmp_path):
     ("model", "message"),
     [
         (lambda: rank_of_two(0, row=True), "over all inputs, which several ranks share"),
-        (lambda: rank_of_two(0, bias=True), "its bias is added inside of the rank's own product"),
-        (lambda: Wrapped(Stored(6, 8)), "in a format that lorafx cannot read"),
+        (lambda: rank_of_two(0, bias=True), "its bias is added inside the rank's own product"),
+        (lambda: Wrapped(Stored(6, 8)), "which is in a format that lorafx cannot read"),
         (lambda: Wrapped(Handled(6, 8)), "a registered handler says where the delta goes"),
     ],
     ids=["row", "bias", "format", "handler"],
@@ -261,7 +261,7 @@ def test_what_is_refused_by_name(model, message, tmp_path):
         as_plain = json.loads((folder / "adapter_config.json").read_text())
         del as_plain["use_dora"]
         (folder / "adapter_config.json").write_text(json.dumps(as_plain))
-        with pytest.raises(UnsupportedAdapterError, match="and use_dora is not set"):
+        with pytest.raises(UnsupportedAdapterError, match="but use_dora is not set"):
             cm.load_adapter(folder, "d")
     finally:
         lorafx.unregister(Handled)
@@ -299,5 +299,5 @@ def test_experts_are_refused_by_name(tmp_path):
     cm = lorafx.compile(Routed().eval(), config, options=REFERENCE)
     with pytest.raises(UnsupportedAdapterError) as caught:
         cm.load_adapter(folder, "d")
-    assert "use_dora with factors of routed experts (experts)" in str(caught.value)
+    assert "use_dora is set with factors of routed experts (experts)" in str(caught.value)
     assert "lora_magnitude_vector: DoRA on routed experts" in str(caught.value)

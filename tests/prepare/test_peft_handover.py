@@ -66,7 +66,9 @@ def test_a_peft_model_that_was_handed_over_says_so(
 ):
     monkeypatch.chdir(tmp_path)
     pm, cm = handed_over
-    with pytest.raises(CaptureError, match=r"PeftModel\w*\.\w+: .* was handed to lorafx.*detach"):
+    with pytest.raises(
+        CaptureError, match=r"PeftModel\w*\.\w+: .*lorafx took over the adapters.*detach"
+    ):
         use(pm)
     assert not list(tmp_path.iterdir())
     assert isinstance(pm, peft.PeftModel)

@@ -93,7 +93,11 @@ def spoil(folder: Path, change: Any) -> None:
             "adapter_names has 2 entries and the batch has 3 rows; give one",
         ),
         (["a1"] * 6, BatchError, "adapter_names has 6 entries and the batch has 3 rows"),
-        ("a1", ConfigError, "adapter_names is a list with one name, or None, a row; got 'a1'"),
+        (
+            "a1",
+            ConfigError,
+            "adapter_names must be a list with one name, or None, per row; got 'a1'",
+        ),
         ([], LorafxError, "adapter_names is empty"),
         (
             ["a0", "a1", "a2"],

@@ -364,7 +364,9 @@ def test_generate_of_a_model_inside_of_the_model(built):
     got = cm.generate(**batch, **FIXED, adapter_names=["l", None])
     assert torch.equal(got, torch.stack([want["l"][0], want[None][1]]))
     assert torch.equal(cm.generate(**batch, **FIXED), want[None])
-    with pytest.raises(MatchError, match=r"vision_model\S* \(Linear\) runs outside.*'v' was named"):
+    with pytest.raises(
+        MatchError, match=r"vision_model\S* \(Linear\) runs outside.*'v' was requested"
+    ):
         cm.generate(**batch, **FIXED, adapter_names=["v", None])
     cm.set_adapter("l")
     assert torch.equal(cm.generate(**batch, **FIXED), want["l"])

@@ -118,7 +118,7 @@ def test_names_that_do_not_fit_the_batch(plain):
         served(call, model, ["a0", "a1"], feed(4, 3))
     with pytest.raises(BatchError, match="adapter_names has 2 entries and the batch has 1 rows"):
         served(call, model, ["a0", "a1"], feed(1, 3))
-    with pytest.raises(ConfigError, match="adapter_names is a list"):
+    with pytest.raises(ConfigError, match="adapter_names must be a list"):
         served(call, model, 7, feed(1, 3))  # type: ignore[arg-type]
     with pytest.raises(BatchError, match="adapter_names is empty"):
         served(call, model, [], feed(1, 3))
@@ -315,7 +315,7 @@ def test_too_many_graphs_are_an_error_not_silent_eager(plain):
     call = compiled(model, dynamic=False)
     check(call, model, plain, ["a0", None], feed(2, 3))
     check(call, model, plain, ["a0", None], feed(2, 4))
-    with pytest.raises(CaptureError, match="PlainModel has as many graphs as it may have"):
+    with pytest.raises(CaptureError, match="PlainModel has as many graphs as Options"):
         served(call, model, ["a0", None], feed(2, 5))
     check(call, model, plain, ["a1", None], feed(2, 4))
 
