@@ -74,7 +74,7 @@ def meaning(weights: Sequence[ExpertWeight], names: Sequence[str]) -> ExpertMean
             continue
         unclear = half == "all" and weight.halves == "interleaved"
         wrong = (
-            f"gate and up of {weight.name}are interleaved, but {name} may mean interleaved "
+            f"gate and up of {weight.name} are interleaved, but {name} may mean interleaved "
             f"or consecutive halves; give them as {weight.name}, or as w1 and w3"
         )
         return ExpertMeaning(weight, half, expert, wrong=wrong if unclear else "")

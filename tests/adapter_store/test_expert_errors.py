@@ -73,7 +73,7 @@ BAD: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "one A twice": (
         {**pair((2, 4), (5, 2), f"{PATH}.1.w2"), f"{PATH}.w2.lora_A": noise(2, 4)},
         {},
-        "is for all experts, and .* for one of them",
+        "is for all experts, but .* for one of them",
     ),
     "one pair or stacked": (
         pair((6, 4), (5, 6), f"{PATH}.down_proj"),
@@ -121,7 +121,7 @@ def test_a_rank_over_what_the_banks_hold() -> None:
 
 
 def test_w13_of_interleaved_columns_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="w13 may mean them so or one after the other"):
+    with pytest.raises(CheckpointError, match="w13 may mean interleaved or consecutive halves"):
         read(Model(halves="interleaved"), pair((2, 5), (8, 2), f"{PATH}.0.w13"))
 
 

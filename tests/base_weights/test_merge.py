@@ -128,7 +128,7 @@ def test_calls_that_name_something_else_are_refused(cm: Any, names: list[str | N
         cm(**inputs, adapter_names=names)
     with pytest.raises(BatchError, match=r"unmerge\(\)"):
         cm.generate(**inputs, adapter_names=names, max_new_tokens=2)
-    with pytest.raises(BatchError, match="3 entries and the batch has 4 rows"):
+    with pytest.raises(BatchError, match="3 entries, but the batch has 4 rows"):
         cm(**inputs, adapter_names=["a1"] * 3)
 
 

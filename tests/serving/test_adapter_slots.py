@@ -159,7 +159,7 @@ def test_slots_index_the_names_that_are_given(served: Served) -> None:
         (torch.zeros(2, 4), r"integers of shape \(B,\) or \(B, T\)"),
         (torch.tensor([[0, 1, 1], [0, 0, 1]]), r"adapter_slots has shape \(2, 3\)"),
         (torch.tensor([[0, 1, 1, 0]]), "should hold the 1 requests"),
-        (torch.tensor([0, 1, 1]), "3 entries and the batch has 2 rows"),
+        (torch.tensor([0, 1, 1]), "3 entries, but the batch has 2 rows"),
     ],
 )
 def test_slots_that_do_not_fit_are_refused(served: Served, slots: Tensor, message: str) -> None:

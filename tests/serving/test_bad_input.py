@@ -90,9 +90,9 @@ def spoil(folder: Path, change: Any) -> None:
         (
             ["a1", None],
             BatchError,
-            "adapter_names has 2 entries and the batch has 3 rows; give one",
+            "adapter_names has 2 entries, but the batch has 3 rows; give one",
         ),
-        (["a1"] * 6, BatchError, "adapter_names has 6 entries and the batch has 3 rows"),
+        (["a1"] * 6, BatchError, "adapter_names has 6 entries, but the batch has 3 rows"),
         (
             "a1",
             ConfigError,
@@ -102,7 +102,7 @@ def spoil(folder: Path, change: Any) -> None:
         (
             ["a0", "a1", "a2"],
             CapacityError,
-            "3 distinct adapters .a0, a1, a2. and there are 2 slots",
+            "3 distinct adapters .a0, a1, a2. but there are only 2 slots",
         ),
     ],
     ids=["unknown", "too-few", "too-many", "string", "empty", "too-many-adapters"],

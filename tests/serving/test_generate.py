@@ -153,7 +153,7 @@ def test_no_nested_compile(served, monkeypatch):
 
 def test_what_cannot_be_generated(served, plain):
     inputs = prompts(3)
-    with pytest.raises(BatchError, match="adapter_names has 2 entries and the batch has 3 rows"):
+    with pytest.raises(BatchError, match="adapter_names has 2 entries, but the batch has 3 rows"):
         served.generate(**inputs, **FIXED, adapter_names=["a0", None])
     with pytest.raises(UnknownAdapterError, match="no adapter named 'a9'; nearest: a4"):
         served.generate(**inputs, **FIXED, adapter_names=["a9", None, None])

@@ -94,7 +94,7 @@ def test_row_dims_says_it(case, length):
         warnings.simplefilter("error", LorafxWarning)
         got = cm(x, adapter_names=MIX)["logits"]
     assert error(got, want(case, x)) <= 1e-5
-    with pytest.raises(BatchError, match="adapter_names has 3 entries and the batch has 5 rows"):
+    with pytest.raises(BatchError, match="adapter_names has 3 entries, but the batch has 5 rows"):
         serving(case)(torch.randn(5, 3, 6), adapter_names=MIX)
 
 

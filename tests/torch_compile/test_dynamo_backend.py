@@ -114,9 +114,9 @@ def test_more_adapters_than_slots_in_nested_blocks(plain):
 def test_names_that_do_not_fit_the_batch(plain):
     model = attached(plain)
     call = compiled(model)
-    with pytest.raises(BatchError, match="adapter_names has 2 entries and the batch has 4 rows"):
+    with pytest.raises(BatchError, match="adapter_names has 2 entries, but the batch has 4 rows"):
         served(call, model, ["a0", "a1"], feed(4, 3))
-    with pytest.raises(BatchError, match="adapter_names has 2 entries and the batch has 1 rows"):
+    with pytest.raises(BatchError, match="adapter_names has 2 entries, but the batch has 1 rows"):
         served(call, model, ["a0", "a1"], feed(1, 3))
     with pytest.raises(ConfigError, match="adapter_names must be a list"):
         served(call, model, 7, feed(1, 3))  # type: ignore[arg-type]
@@ -305,7 +305,7 @@ def test_generate_with_beams(shallow):
         with lorafx.adapters(model, ["a3", "a2", None]):
             model.generate(**inputs, **fixed, num_beams=beams, disable_compile=True)
         assert graphs(model) == captured
-    with pytest.raises(BatchError, match="adapter_names has 3 entries and the batch has 6 rows"):
+    with pytest.raises(BatchError, match="adapter_names has 3 entries, but the batch has 6 rows"):
         served(model, model, names, token_inputs(6, 4))
 
 
