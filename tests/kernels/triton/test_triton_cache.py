@@ -30,7 +30,7 @@ from lorafx.kernels.triton.triton_build import LINEAR, STRATEGY_KERNELS, build, 
 from lorafx.kernels.triton.triton_source import generator_hash, hash_of, source
 from lorafx.kernels.triton.triton_tiles import ARCHITECTURES
 
-HELPERS = Path(__file__).parents[1] / "helpers"
+HELPERS = Path(__file__).parents[2] / "helpers"
 PROCESS = """
 import sys
 sys.path.insert(0, sys.argv[1])

@@ -19,7 +19,7 @@ from lorafx.kernels.tools.triton_variants import AotVariant, variants_for_aot
 from lorafx.kernels.triton.triton_cache import load
 from lorafx.kernels.triton.triton_tiles import ARCHITECTURES
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "kernels.md"
 #: One variant a kernel, the layer o_proj of Llama-3-8B, whose row tiles are those of many requests,
 #: and kernels of routed experts for few rows each.
 CUT = (
