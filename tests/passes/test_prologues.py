@@ -11,6 +11,7 @@ from site_graphs import Finished, SiteGraph
 from torch import fx, nn
 
 from lorafx.errors import ConfigError
+from lorafx.kernels.cost import vendor_cost
 from lorafx.passes.fuse.fuse import Fuse
 from lorafx.passes.lower.lower import Lower
 from lorafx.passes.match.match import Match
@@ -99,8 +100,10 @@ def test_a_pin_elsewhere_is_not_overruled() -> None:
     assert planned(done, {"up": "epilogue", "down": "prologue"})["up"] == "epilogue"
 
 
-def test_many_rows_take_it_by_themselves() -> None:
-    """Where the plan leaves both products to the vendor, and few rows do not."""
+def test_many_rows_take_it_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the plan leaves both products to the vendor and kernels reach the memory's speed; few
+    rows do not."""
+    monkeypatch.setattr(vendor_cost, "OVER_ROOFLINE", 1.0)
     _, done = mlp(tokens=1024, hidden=1024, inner=2048)
     assert planned(done, {}) == PINS
     _, done = mlp()
