@@ -94,7 +94,7 @@ def test_fewer_names_than_slices(case: Case, tmp_path: Path) -> None:
     check_mixed(cm, moved(case, apart, tmp_path), NAMES, IDS)
     first, second = (f"layers.0.{name}.weight" for name in names)
     wrong = {first: torch.zeros(20, 16), second: torch.zeros(6, 16)}
-    with pytest.raises(BaseWeightsError, match=r"slices of \(6, 6, 10, 4\) cannot be parted"):
+    with pytest.raises(BaseWeightsError, match=r"slices of \(6, 6, 10, 4\) cannot be divided"):
         cm.load_weights({**state, **wrong})
     check_mixed(cm, moved(case, apart, tmp_path), NAMES, IDS)
 

@@ -69,7 +69,7 @@ def test_a_merge_that_is_lost_is_said_until_somebody_decides(tmp_path: Path) -> 
     cm = served(model, tmp_path, ["a"], gain=50.0)
     cm.merge("own")
     new = {name: torch.full_like(value, 65504) for name, value in model.state_dict().items()}
-    with pytest.raises(MatchError, match=r"'own' was merged, and could not be merged again"):
+    with pytest.raises(MatchError, match=r"'own' was merged, but could not be merged again"):
         cm.load_weights(new)
     assert cm.merged is None
     assert torch.equal(cm.model.a.weight, new["a.weight"])

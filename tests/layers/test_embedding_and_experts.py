@@ -123,7 +123,7 @@ def test_experts_are_loaded_one_by_one_or_as_one_tensor():
 
 
 def test_expert_sizes_are_checked():
-    with pytest.raises(ValueError, match="top_k = 6 of num_experts = 5"):
+    with pytest.raises(ValueError, match="top_k = 6 must be between 1 and num_experts = 5"):
         FusedMoE(5, 6, H, I)
     with pytest.raises(ValueError, match="hidden_size must be"):
         FusedMoE(5, 2, 0, I)

@@ -46,7 +46,9 @@ def test_is_loaded_from_dense_slices_or_as_it_was_saved():
     for other in (second, third):
         assert torch.equal(other.weight, first.weight)
         assert torch.equal(other.weight_scale, first.weight_scale)
-    with pytest.raises(lorafx.CheckpointError, match=r"int8 or floats, got torch\.int32"):
+    with pytest.raises(
+        lorafx.CheckpointError, match=r"int8 or floating-point numbers, got torch\.int32"
+    ):
         first.weight.weight_loader(first.weight, dense.int())
 
 

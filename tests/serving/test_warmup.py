@@ -310,7 +310,7 @@ def test_experts_are_warmed_up_too(cut: type[Cut]) -> None:
 def test_a_rank_that_the_banks_have_no_room_for(cut: type[Cut]) -> None:
     """Named: the default rank, the multiple, max_rank, and what to compile with."""
     wanted = (
-        r"default rank 8, rounded up to a multiple of 12 because ranks are sharded "
+        r"default rank 8, rounded up to a multiple of 12 because LoRA ranks are sharded "
         r"\(layers.0 4, layers.1 6\), need rank 12, over max_rank = 10; .*max_rank=12"
     )
     with pytest.raises(CapacityError, match=wanted):
