@@ -30,19 +30,19 @@ def compile(
 ) -> CompiledModel:
     """Compile `model` for inference with many LoRA adapters, each row of a batch with its own.
 
-    The model's modules stay what and where they are; LoRA is a rewrite of its captured graphs.
-    Sibling weights that are packed become views of one buffer, with the same values.
+    The model's modules stay as they are and where they are; LoRA is a rewrite of its captured
+    graphs. Sibling weights that are packed become views of one buffer, with the same values.
 
     Args:
-        model: any `nn.Module`. Adapters of PEFT that are in it are taken over: of a
-            `peft.PeftModel`, which raises until `detach`, or injected by transformers'
-            `load_adapter`. PEFT's wrappers are taken out, and what was active is the default.
+        model: any `nn.Module`. Adapters that PEFT has put into it are taken over, from a
+            `peft.PeftModel` (which raises until `detach`) or from transformers' `load_adapter`.
+            PEFT's wrappers are removed, and the adapter that was active becomes the default.
         lora_config: a `LoraConfig`, a `peft.LoraConfig` or its dict, the path of an adapter
-            folder, a mapping name -> folder (which are loaded too), or None: what `adapters`
-            target, else every linear.
+            folder, a mapping name -> folder (these adapters are loaded too), or None for the
+            modules that `adapters` target, or every linear where there are none.
         adapters: name -> adapter folder, loaded before the first call.
-        example_inputs: a call's keyword arguments (or positional ones) to capture graphs with at
-            once; otherwise they are captured by the first calls.
+        example_inputs: keyword arguments (or positional ones) of a call. Graphs are captured with
+            them at once; otherwise the first calls capture graphs.
         dynamic: as in `torch.compile`; True captures graphs for any batch size and length.
         options: an `Options` or its dict.
 
@@ -52,10 +52,10 @@ def compile(
     Raises:
         ConfigError, TargetError: a configuration that cannot be honoured.
         CheckpointError, CapacityError: an adapter that cannot be read.
-        CaptureError: the model is compiled or attached already, or shares modules with one that is
-            attached. It may share some with compiled ones, as a draft does with its target.
+        CaptureError: the model is already compiled or attached, or shares modules with an attached
+            one. It may share modules with compiled models, as a draft does with its target.
         Whatever a call with `example_inputs` raises.
-        The model's modules and hooks are as they were then.
+        After an error the model's modules and hooks are as they were.
     """
     refuse_compiled(model)
     marked = mark(model, lora_config, adapters, options)
@@ -72,11 +72,11 @@ def compile(
 
 
 def explain(model: nn.Module, lora_config: Any = None) -> Explanation:
-    """Sites and banks that `lora_config` gives `model`; nothing runs and nothing is changed.
+    """The sites and banks that `lora_config` would give `model`; nothing runs and nothing changes.
 
     `lora_config` is as for `compile`, and so are the errors; adapters that it names are not
-    loaded. Bank sizes are computed on the meta device. Of a model that is marked already, without
-    `lora_config`: what its graphs are like as well.
+    loaded. Bank sizes are computed on the meta device. For a model that is already marked, leave
+    out `lora_config`; the report then includes its graphs.
     """
     session = session_of(model)
     if session is not None and lora_config is None:

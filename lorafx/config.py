@@ -1,4 +1,4 @@
-"""What users configure: which modules may carry LoRA, how much room, how to compile."""
+"""What users configure: modules that carry LoRA, room for adapters, how to compile."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ class LoraConfig:
         target_modules: a list of exact or dotted-suffix module names, one regular expression
             (a str, matched by `re.fullmatch` against the module path), "all-linear", or None
             for what the given adapters target ("all-linear" when none are given).
-        exclude_modules: same forms; taken away from `target_modules`.
-        max_adapters: slots on the device, adapters that can be active in one batch.
+        exclude_modules: the same forms; removed from `target_modules`.
+        max_adapters: number of slots on the device: how many adapters can be active in one batch.
         max_rank: largest rank of an adapter that can be loaded.
         dtype: dtype of the banks; None takes each module's weight dtype.
-        row_dims: dimension that holds the requests, by forward-argument name; None for an
-            argument that all requests share. Overrides the table of roles. Without an entry,
-            names that are not in the table mean dimension 0 in models that declare no roles of
-            their own (no `main_input_name`).
-        packed_modules: names that packed modules stand for, as in
-            `{"qkv_proj": ["q_proj", "k_proj", "v_proj"]}`, one name an output slice, or with
-            slices, `{"in_proj_qkvz": {"in_proj_qkv": (0, 1, 2), "in_proj_z": 3}}`. Wins over
-            what the model declares by `packed_modules_mapping`.
-        use_dora: room for DoRA adapters: a scale of each output beside the factors, applied in
-            every graph with adapters. On by itself where an adapter that is loaded while
-            compiling is DoRA.
+        row_dims: the dimension that holds the requests, by name of the forward's argument; None for
+            an argument that all requests share. It overrides the table of roles. In models that
+            declare no roles of their own (no `main_input_name`), dimension 0 holds the requests for
+            names that are in neither.
+        packed_modules: the names that packed modules stand for, as in `{"qkv_proj": ["q_proj",
+            "k_proj", "v_proj"]}`, one name per output slice, or with slices, `{"in_proj_qkvz":
+            {"in_proj_qkv": (0, 1, 2), "in_proj_z": 3}}`. It takes precedence over the model's
+            `packed_modules_mapping`.
+        use_dora: whether banks have room for DoRA adapters: one scale per output beside the
+            factors, applied in every graph with adapters. It turns itself on where an adapter that
+            is loaded while compiling is DoRA.
     """
 
     target_modules: str | Sequence[str] | None = None
@@ -81,13 +81,14 @@ class After:
         lorafx.compile(model, options={"passes": {"count": lorafx.After("match", count_products)}})
 
     Attributes:
-        after: the pass that it runs behind; "captured" stands before the first one. Passes of the
-            user's own count.
+        after: the name of the pass that it follows, which may be another pass of the user's own;
+            "captured" places it before the first pass.
         run: `run(gm, ctx) -> int` changes the functional ATen graph `gm` (a `torch.fx.GraphModule`)
             in place and returns how many edits it made. A new node needs its fake value in
             `meta["val"]`, as `ctx.call(graph, op, args)` gives it (`lorafx.graph.context.Context`).
-            Dead code is removed, and the graph is compiled, verified and dumped as after any pass.
-            It runs for graphs with adapters; calls without one are compiled as the base is.
+            As after any pass, dead code is removed and the graph is recompiled, verified and
+            dumped. The pass runs for graphs with adapters; calls without one are compiled as the
+            base is.
     """
 
     after: str
@@ -105,18 +106,19 @@ class Options:
             interpreter, to debug), or "reference" (plain aten, run node by node).
         verify: "off"; "lint" (graph structure, shapes and dtypes after each pass); "numeric"
             (also runs each pass's graph beside the reference on the first real inputs).
-        passes: by name: graph passes switched on or off, `{"pack": False}`, and passes of your
-            own, `{"mine": lorafx.After("fuse", run)}`. `print(lorafx.pipeline())` lists them.
+        passes: by name: graph passes that are switched on or off, `{"pack": False}`, and passes of
+            your own, `{"mine": lorafx.After("fuse", run)}`. `print(lorafx.pipeline())` lists them.
         max_edits: stop rewriting after this many edits, to bisect a wrong result.
         plan: strategies pinned by canonical site path: "generated" for generated C++;
             "split", "epilogue", "recompute", "gemv", "segments", "expand_first", "prologue" and
             "deferred", and "grouped" and "activated" for routed experts, for Triton
             (docs/kernels.md); "aten".
-        dump: folder for every pass's graph; None reads LORAFX_DUMP.
-        recompile_limit: most graphs one entry point may have; more is an error.
-        strict: an adapter whose file has no factors for a module that its own configuration
-            targets is an error. Otherwise W stays W there, with one warning. Modules that
-            `LoraConfig` does not select do not count.
+        dump: the folder for the graph after every pass; None reads LORAFX_DUMP.
+        recompile_limit: the largest number of graphs that one entry may have; needing more is an
+            error.
+        strict: an adapter whose file lacks factors for a module that its own configuration targets
+            is an error. Otherwise that module keeps W, with one warning. Modules that `LoraConfig`
+            does not select do not count.
     """
 
     lowering: Lowering = "auto"

@@ -15,7 +15,7 @@ class LorafxError(Exception):
 
 
 class LorafxWarning(UserWarning):
-    """Something the caller did not ask for by name is left out; the result is still right."""
+    """Something may not be what the caller expects: a module left out, an assumption made."""
 
 
 class ConfigError(LorafxError, ValueError):
@@ -37,7 +37,7 @@ class BaseWeightsError(CheckpointError):
 
 
 class UnsupportedAdapterError(CheckpointError):
-    """An adapter whose configuration asks for arithmetic that lorafx does not do."""
+    """An adapter whose configuration asks for arithmetic that lorafx does not support."""
 
 
 class UnknownAdapterError(LorafxError, ValueError):
@@ -53,7 +53,7 @@ class BatchError(LorafxError, ValueError):
 
 
 class MatchError(LorafxError):
-    """A selected weight is used in a way that no rule can apply LoRA to."""
+    """A selected weight is used in a way that lorafx cannot apply LoRA to."""
 
 
 class ProvenanceError(LorafxError):

@@ -35,13 +35,13 @@ from lorafx.session.stand_ins import Replaced
 class CompiledModel(BaseMethods, nn.Module):
     """A model that serves its base and many LoRA adapters in one batch.
 
-    Attributes that it does not have are those of the model, which is `model`, unchanged: same
-    classes, names, `state_dict()`, `save_pretrained()`. Methods of the model's own class take
-    `adapter_names` too, and use the default of `set_adapter`, as a call does: they are compiled
-    where an adapter is wanted, and run as they are where none is. Parts of the model
-    (`cm.lm_head`, `cm.get_encoder()`) and `model` itself, called by themselves, are the base's;
-    they raise where the default adapter changes them. For inference only: gradients are off. Calls
-    from several threads wait for one another.
+    `model` is the model that was given, with the same classes, names, `state_dict()` and
+    `save_pretrained()`; attributes that this object lacks are looked up there. Methods of the
+    model's own class also take `adapter_names` and use the default of `set_adapter`, as a call
+    does: they are compiled where an adapter is wanted, and run as they are where none is. Parts of
+    the model (`cm.lm_head`, `cm.get_encoder()`) and `model` itself run as the base when they are
+    called directly, and raise where the default adapter changes them. This object is for inference
+    only: gradients are off. Calls from several threads wait for one another.
     """
 
     def __init__(
@@ -71,19 +71,20 @@ class CompiledModel(BaseMethods, nn.Module):
         """The model's forward with an adapter for each row.
 
         Args:
-            adapter_names: a name, or None or "__base__" for the base model, for each request, in
-                the order of the batch. Without it every row uses the default of `set_adapter`.
-            adapter_slots: integers (B, T), the adapter of each token: an index into
-                `adapter_names`, or without it into `adapters`; -1 for the base model. For packed
-                sequences, and adapters that begin at a token. (B,) is one a request.
+            adapter_names: one name per request, in the order of the batch; None or "__base__" is
+                the base model. Without it every row uses the default of `set_adapter`.
+            adapter_slots: integers (B, T), the adapter of each token as an index into
+                `adapter_names`, or without it into `adapters`; -1 is the base model. It serves
+                packed sequences, and adapters that begin at a token. Shape (B,) gives one per
+                request.
             *args, **kwargs: of the model's own forward.
 
         Raises:
-            ConfigError: `adapter_names` is no list of names.
+            ConfigError: `adapter_names` is not a list of names.
             BatchError: `adapter_names` or `adapter_slots` does not fit the batch.
             UnknownAdapterError: a name that is not loaded.
             CapacityError: more distinct adapters than slots.
-            ProvenanceError, MatchError: this batch cannot be served rightly; says why.
+            ProvenanceError, MatchError: this batch cannot be served correctly; the error says why.
             CaptureError: the model was detached, moved, or needs more graphs than allowed.
         """
         self._check_attached()
@@ -107,7 +108,7 @@ class CompiledModel(BaseMethods, nn.Module):
         Beams and returned sequences of one prompt keep its adapter.
 
         Args:
-            adapter_names: one for each prompt, as in `forward`.
+            adapter_names: one name per prompt, as in `forward`.
             *args, **kwargs: of the model's own `generate`.
 
         Raises:
@@ -125,15 +126,16 @@ class CompiledModel(BaseMethods, nn.Module):
     def entry(
         self, module: nn.Module, *, per_token: bool = False, method: MethodType | None = None
     ) -> Entry:
-        """The compiled forward of `module`, the model itself or a part that runs by itself, or
-        another method of it."""
+        """The compiled forward of `module`, which is the model or a part that is called directly,
+        or another method of it."""
         key = id(module), per_token, None if method is None else method.__func__
         if key not in self._entries:
             self._entries[key] = Entry(self._session, module, per_token=per_token, method=method)
         return self._entries[key]
 
     def capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Capture the graphs for this call, without adapters and with them, by running both."""
+        """Capture the graphs for this call, without adapters and with them, by running it both
+        ways."""
         self._check_attached()
         session = self._session
 
@@ -165,27 +167,30 @@ class CompiledModel(BaseMethods, nn.Module):
     ) -> None:
         """Capture and compile every graph that serving will need, so that no request waits for it.
 
-        Runs the model's forward, with the cache that it returns one token further, and `generate`:
-        each for every batch size and length, with no adapter, one, and a mix. Dummy adapters of a
-        small rank stand for those to come; which ones a batch has makes no graph. Adapters, the
-        default, slots, pins, random states and the buffers of the model are as before afterwards,
-        also when this raises. Other calls wait. Takes as long as compiling does: 20 graphs for a
-        causal language model; lines on a terminal say which one is under way.
+        It runs the model's forward, once more with the returned cache and one further token, and
+        `generate`: each for every batch size and length, with no adapter, with one, and with a mix.
+        Dummy adapters of a small rank stand in for those to come; graphs do not depend on which
+        adapters a batch has. Afterwards adapters, the default, slots, pins, random states and the
+        buffers of the model are as before, even when this raises. Other calls wait. It takes as
+        long as compiling does, 20 graphs for a causal language model; on a terminal it prints which
+        one is under way.
 
         Args:
-            example_inputs: a call's keyword arguments (or positional ones), or a list of such
-                calls: graphs are for the arguments that a call has. Without them token ids and
-                an attention mask, made from the model's configuration.
-            rank: of the dummies; None for 8, or `max_rank` where that is less. Rounded up to the
-                least common multiple of the shard counts where a class cuts the rank
+            example_inputs: keyword arguments (or positional ones) of a call, or a list of such
+                calls; a graph serves calls with the same arguments. Without them the calls have
+                token ids and an attention mask, made from the model's configuration.
+            rank: the rank of the dummies; None for 8, or `max_rank` where that is less. Rounded up
+                to the least common multiple of the shard counts where a class shards the rank
                 (`lorafx.register(rank_shards=...)`).
-            batch_sizes: numbers of requests. One is a graph of its own and all others share one,
-                whose Triton kernels are planned for the first of them: give what you will serve.
-            lengths: numbers of tokens of a prompt, likewise. Prompts of one token make graphs of
-                their own: give (16, 1) to have them. Where a model's attention has a window, give
-                one length beyond it too.
-            generate: None runs forward, and `generate` where the model can; False forward alone;
-                True, or keyword arguments to run it with (`{"num_beams": 4}`), `generate` alone.
+            batch_sizes: numbers of requests. A batch of one request has a graph of its own. All
+                others share one, whose Triton kernels are planned for the first of them: give the
+                sizes that you will serve.
+            lengths: numbers of tokens of a prompt, likewise. Prompts of one token have graphs of
+                their own: give (16, 1) to include them. If the attention has a window, also give
+                one length beyond it.
+            generate: None runs forward, and `generate` where the model has it; False runs only
+                forward; True, or keyword arguments for it (`{"num_beams": 4}`), runs only
+                `generate`.
 
         Raises:
             ConfigError: an argument that cannot be honoured, or a model whose inputs cannot be
@@ -207,12 +212,12 @@ class CompiledModel(BaseMethods, nn.Module):
     # --- adapters ---
 
     def set_adapter(self, name: str | None) -> None:
-        """The adapter of calls that name none; None for the base model.
+        """Set the adapter of calls that name none; None is the base model.
 
         Raises:
             UnknownAdapterError: it is not loaded.
             ConfigError: another one is merged.
-            BatchError: called by what gives `load_weights` its tensors, or inside of a call.
+            BatchError: called from the source that `load_weights` reads, or inside a call.
         """
         self._session.refuse_running("set_adapter()")
         with self._session.lock:  # an update takes a merge out and puts it back
@@ -228,26 +233,28 @@ class CompiledModel(BaseMethods, nn.Module):
     def load_adapter(
         self, source: str | os.PathLike[str], name: str, *, strict: bool | None = None
     ) -> None:
-        """Read an adapter folder and keep it in host memory; a batch that names it brings it in.
+        """Read an adapter folder and keep the adapter in host memory; a batch that names it gives
+        it a slot.
 
         An adapter of the same name is replaced.
 
         Args:
             strict: whether the file must have factors for every selected module that the adapter's
-                own configuration targets; without it W stays W there, with one warning. None takes
-                `Options.strict`.
+                own configuration targets. Otherwise such a module keeps W, with one warning. None
+                means `Options.strict`.
 
         Raises:
             CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
-            ConfigError: the adapter of this name is merged, or this one is DoRA, which is measured
-                on the base's own weights, and any is.
+            ConfigError: the adapter of this name is merged, or any adapter is merged and this one
+                is DoRA, whose norms come from the base's own weights.
             BatchError: the call that is running on this thread serves the adapter of this name.
         """
         with self._session.lock:
             self._session.load(source, name, strict)
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter and free its slot; if it was the default, the base model is now.
+        """Forget an adapter and free its slot. If it was the default, the base model becomes the
+        default.
 
         Raises:
             UnknownAdapterError: it is not loaded.
@@ -273,7 +280,7 @@ class CompiledModel(BaseMethods, nn.Module):
         Raises:
             UnknownAdapterError: it is not loaded.
             CapacityError: every slot is pinned.
-            BatchError: inside of a forward on this thread, for an adapter without a slot.
+            BatchError: called inside a forward on this thread, for an adapter without a slot.
         """
         session = self._session
         with session.lock:  # a slot that it takes may be one that a running call reads
@@ -309,8 +316,8 @@ class CompiledModel(BaseMethods, nn.Module):
         return len(self._session.backend.records)
 
     def memory(self) -> dict[str, int]:
-        """Bytes: "banks" on the device, "host" copies of adapters, "base" parameters, "originals"
-        of merged weights in host memory."""
+        """Sizes in bytes: "banks" on the device, "host" copies of adapters, "base" parameters,
+        "originals" of merged weights in host memory."""
         base = {id(p): p.numel() * p.element_size() for p in self.model.parameters()}
         merged = merged_of(self._session)
         return {
@@ -320,8 +327,8 @@ class CompiledModel(BaseMethods, nn.Module):
         }
 
     def explain(self) -> Explanation:
-        """Sites, groups, graphs, packs, row maps, plan and refusals as they are now. Waits for
-        running calls."""
+        """A report of sites, groups, graphs, packs, row maps, plan and refusals as they are now. It
+        waits for running calls."""
         with self._session.lock:
             return Explanation.of(self._session)
 
@@ -336,8 +343,8 @@ class CompiledModel(BaseMethods, nn.Module):
     def detach(self) -> nn.Module:
         """Take the marks off the model and return it; this object serves no more calls.
 
-        A `peft.PeftModel` that was compiled gets its wrappers back. An adapter that is merged is
-        taken out first (`unmerge`). Waits for running calls.
+        A `peft.PeftModel` that was compiled gets its wrappers back. A merged adapter is removed
+        first (`unmerge`). This waits for running calls.
 
         Raises:
             BatchError: a call is running on this thread.
@@ -356,7 +363,7 @@ class CompiledModel(BaseMethods, nn.Module):
 
     @cached_property
     def generates(self) -> list[Replaced]:
-        """`generate` of the model and of models inside of it, within a call."""
+        """`generate` of the model and of models inside it, within a call."""
         return nested_generates(self)
 
     def __getattr__(self, name: str) -> Any:
