@@ -175,11 +175,25 @@ TUNED = Arm(
 )
 
 
-def step_job(place: int, label: str, estimate: float = 240.0) -> Job:
+#: Strategies of a layer's linears to compare in whole steps of prefill, whatever the plan takes.
+SEGMENTS = dict.fromkeys(
+    ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), "segments"
+)
+PROLOGUE = {
+    **SEGMENTS,
+    "gate_proj": "deferred",
+    "up_proj": "deferred",
+    "down_proj": "prologue",
+}
+
+
+def step_job(
+    place: int, label: str, estimate: float = 240.0, pins: Mapping[str, str] | None = None
+) -> Job:
     """A whole step, by its place in gpu_model.STEPS."""
     sources = ("benchmarks/gpu_model.py", *SHARED[:2], *WHOLE)
     run, inputs = "gpu_model:run_step", TUNED.inputs
-    arguments = {"place": place}
+    arguments = {"place": place, "pins": pins}
     return Job(f"step: {label}", "steps", run, arguments, sources, estimate, inputs=inputs)
 
 
@@ -214,6 +228,8 @@ def all_jobs() -> tuple[Job, ...]:
         *arm_jobs("decode", "main", (TUNED,)),
         step_job(0, "decode [64, 1]"),
         step_job(2, "prefill [8, 1024]"),
+        step_job(2, "prefill [8, 1024], prologue", pins=PROLOGUE),
+        step_job(2, "prefill [8, 1024], segments", pins=SEGMENTS),
         experts_job("decode"),
         experts_job("prefill"),
         *(peers_job(package, layer) for layer in LAYERS for package in ("vllm", "sglang")),

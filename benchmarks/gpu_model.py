@@ -17,7 +17,7 @@ import copy
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -234,9 +234,18 @@ def measure_step(
 
 
 def prepared(
-    options: argparse.Namespace, device: torch.device, folder: Path, *, tiny: bool, count: int
+    options: argparse.Namespace,
+    device: torch.device,
+    folder: Path,
+    *,
+    tiny: bool,
+    count: int,
+    pins: Mapping[str, str] | None = None,
 ) -> tuple[LlamaForCausalLM, lorafx.CompiledModel, list[Factors]]:
-    """The model, lorafx's compiled copy of it, and the factors of the adapters."""
+    """The model, lorafx's compiled copy of it, and the factors of the adapters.
+
+    `pins` gives linears a strategy by their names in the layer; lorafx plans the others.
+    """
     dtype = torch.float32 if tiny else torch.bfloat16
     model = build_model(config_of(options.layers, tiny=tiny), device, dtype)
     paths = {f"a{index}": folder / f"a{index}" for index in range(count)}
@@ -246,7 +255,9 @@ def prepared(
     config = lorafx.LoraConfig(
         target_modules=list(TARGETS), max_adapters=count, max_rank=options.rank
     )
-    settings = {"lowering": "triton"}
+    names = {path: path.rpartition(".")[2] for path, _ in model.named_modules()}
+    plan = {path: pins[name] for path, name in names.items() if pins and name in pins}
+    settings = {"lowering": "triton", "plan": plan}
     cm = lorafx.compile(copy.deepcopy(model), config, options=settings)
     for name, path in paths.items():
         cm.load_adapter(path, name)
@@ -273,8 +284,8 @@ def self_check(options: argparse.Namespace) -> None:
         print(f"floor at D=8: {floor_of(config_of(8), 16, 8):.3f}; nothing was measured")
 
 
-def run_step(context: Context, *, place: int) -> None:
-    """Job: one of STEPS."""
+def run_step(context: Context, *, place: int, pins: Mapping[str, str] | None = None) -> None:
+    """Job: one of STEPS, with the strategies of `pins`."""
     options = parse([])
     kind, batch, tokens, mixes = STEPS[place]
     if context.tiny:
@@ -284,7 +295,7 @@ def run_step(context: Context, *, place: int) -> None:
     if not context.order([key]):
         return
     with context.case(key), tempfile.TemporaryDirectory() as folder:
-        settings = {"tiny": context.tiny, "count": max(1, *mixes)}
+        settings = {"tiny": context.tiny, "count": max(1, *mixes), "pins": pins}
         model, cm, adapters = prepared(options, context.device, Path(folder), **settings)
         backend = "eager" if context.tiny else "inductor"
         base = torch.compile(copy.deepcopy(model), dynamic=False, backend=backend)
