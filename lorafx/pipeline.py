@@ -37,7 +37,7 @@ from lorafx.program.preparation import Preparation
 
 
 class ModelPass(Protocol):
-    """One step over the model. `run` returns how many things it found or made."""
+    """One step over the model. `run` returns how many items it found or made."""
 
     @property
     def name(self) -> str: ...
@@ -121,7 +121,8 @@ def way_around(item: GraphPass) -> str:
 
 @dataclass(frozen=True)
 class PassReport:
-    """What one pass did. `nodes` are those of the graph after it, 0 for passes over the model."""
+    """What one pass did. `nodes` counts the nodes of the graph after it; it is 0 for passes over
+    the model."""
 
     name: str
     edits: int
@@ -131,7 +132,7 @@ class PassReport:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The passes that run, in their order. `str()` is a line for each.
+    """The passes that run, in their order. `str()` gives one line for each.
 
     Attributes:
         model: over the model, once.
@@ -156,7 +157,7 @@ class Pipeline:
 
 
 def pipeline(options: Options | None = None) -> Pipeline:
-    """The passes that `lorafx.compile` runs with these options; of its defaults without.
+    """The passes that `lorafx.compile` runs with these options, or with the defaults.
 
     Raises:
         ConfigError: `options.passes` names a pass that does not exist, or cannot be switched off.
@@ -227,12 +228,12 @@ def run_passes(
         item.name, edits, seconds
     ),
 ) -> list[PassReport]:
-    """Run passes in their order: the one driver of both levels.
+    """Run passes in their order, over the model or over a graph.
 
     Args:
-        run: runs one and returns how many things it made.
-        around: what a pass runs in.
-        after: what is done with its result, given edits and seconds.
+        run: runs one pass and returns how many items it made.
+        around: the context in which a pass runs.
+        after: makes the report, given the pass, its edits and its seconds.
     """
     reports: list[PassReport] = []
     for item in passes:
@@ -248,7 +249,7 @@ def run_model_passes(
 ) -> list[PassReport]:
     """Run passes over a model.
 
-    Raises whatever one of them raises; the model is as it was then.
+    It raises whatever a pass raises; the model is then as it was before.
     """
     try:
         return run_passes(passes, lambda item: item.run(model))

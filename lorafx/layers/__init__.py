@@ -1,5 +1,5 @@
-"""Parallel layers for people who write models: linears, embeddings and experts whose weights can be
-packed, quantised and cut among tensor-parallel ranks, and that lorafx serves adapters on.
+"""Parallel layers for model authors: linears, embeddings and experts whose weights can be packed,
+quantised and sharded over tensor-parallel ranks, and on which lorafx serves adapters.
 
 See docs/layers.md. Importing this package makes its layers eligible for LoRA.
 """

@@ -1,4 +1,4 @@
-"""What all parallel layers share: sizes, this rank's part of them, and loading weights into it.
+"""What all parallel layers share: sizes, this rank's part of them, and loading of weights.
 
     slice i of the outputs has F_i rows in the checkpoint and P_i on this rank
     copies of it among the ranks: c_i = tp_size · P_i / F_i;  this rank has piece  tp_rank // c_i
@@ -210,7 +210,7 @@ class ParallelLayer(LoadableLayer):
 class LocalProduct(nn.Module):
     """A layer's own product as a module call, which hooks see before the ranks' are combined.
 
-    A low-rank update is cut among the ranks as the weight is, so it is added here.
+    The delta is sharded over the ranks as the weight is, so it is added here.
     """
 
     def forward(self, x: Tensor, layer: ParallelLayer) -> Tensor:

@@ -35,9 +35,9 @@ class FusedMoE(LoadableLayer):
     ids of their loaders: ("w1", e) the gate, ("w3", e) the up and ("w2", e) the down projection of
     expert e; None for all experts as one tensor (E, 2I, H) or (E, H, I).
 
-    LoRA: each of the two parameters is a site, with an update for each expert. On several ranks B
-    of gate and up and A of down are cut as the weights are, so each rank adds its part of the delta
-    to its own product.
+    Each of the two parameters is a LoRA site, with a delta for each expert. On several ranks, B of
+    gate and up and A of down are sharded as the weights are, so each rank adds its part of the
+    delta to its own product.
 
     Args:
         num_experts, top_k: E and k.
@@ -165,7 +165,8 @@ class FusedMoE(LoadableLayer):
     def expert_mapping(
         self, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
     ) -> list[tuple[str, str, tuple[str, int]]]:
-        """Entries of `load_weights`' stacked mapping for checkpoints with a tensor an expert.
+        """Entries of the stacked mapping of `load_weights` for checkpoints with one tensor per
+        expert.
 
         From `experts.<e>.<gate>.weight` to this layer at `experts`.
         """

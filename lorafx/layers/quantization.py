@@ -105,7 +105,7 @@ class UnquantizedLinearMethod(QuantizeMethodBase):
 
 
 class Int8ChannelLinearMethod(QuantizeMethodBase):
-    """Weight-only int8, one scale an output row, symmetric.
+    """Weight-only int8, one scale per output row, symmetric.
 
     Checkpoints may hold Q and s, or the dense weight, which is quantised as it is loaded: of the
     whole rows, before they are cut, so that every rank has the scales that one rank would have.

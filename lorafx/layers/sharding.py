@@ -1,4 +1,4 @@
-"""Which share of a low-rank update is this rank's, for layers cut among tensor-parallel ranks.
+"""This rank's share of a delta, for layers sharded over tensor-parallel ranks.
 
     ΔW = B A,   W cut into W_rank:   ΔW_rank = B_rank A_rank
 

@@ -1,4 +1,4 @@
-"""load_weights: checkpoint tensors into a model that does not serve yet.
+"""load_weights: loads checkpoint tensors into a model that does not serve yet.
 
     (name, tensor) ─▶ stacked mapping, or what names mean to updates ─▶ writes (lorafx.loading)
 
@@ -33,18 +33,18 @@ def load_weights(
             whole before anything is written; of another iterable each tensor is checked before it
             is written, and nothing is written after the first problem.
         stacked: (name in the model, name in the checkpoint, shard id), e.g.
-            ("qkv_proj", "q_proj", "q"), ("in_proj_qkvz", "in_proj_qkv", (0, 1, 2)). Goes before
-            what the model and its modules declare in `packed_modules_mapping`.
+            ("qkv_proj", "q_proj", "q"), ("in_proj_qkvz", "in_proj_qkv", (0, 1, 2)). It takes
+            precedence over what the model and its modules declare in `packed_modules_mapping`.
         strict: tensors that the model has no place for, and parts of it that got no tensor, are
             errors too.
 
     Returns:
-        Names of the parameters and buffers that were loaded, wholly or partly. Of tied ones
-        all names.
+        Names of the parameters and buffers that were loaded, wholly or in part; for tied ones all
+        names.
 
     Raises:
         CheckpointError: all unknown, missing, duplicate and misshapen names, in one.
-        ConfigError: a `packed_modules_mapping` of another form.
+        ConfigError: a malformed `packed_modules_mapping`.
     """
     resolver = StackedResolver(ModuleGraph.of(model), model, stacked or ())
     loading = Loading(resolver, source_of(weights), strict=strict, live=False)

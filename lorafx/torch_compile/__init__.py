@@ -1,1 +1,1 @@
-"""`torch.compile(model, backend="lorafx")`: marked models that their users compile themselves."""
+"""`torch.compile(model, backend="lorafx")`: models that users compile themselves."""

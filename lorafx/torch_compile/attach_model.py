@@ -30,16 +30,16 @@ def attach(
         with torch.no_grad(), lorafx.adapters(model, ["sql", None, "chat"]):
             compiled(input_ids)
 
-    Outside of `lorafx.adapters` it is the base model. Without a compiler it serves batches of one
-    adapter. `lorafx.detach(model)` takes the marks away again.
+    Outside a block of `lorafx.adapters` it is the base model. In eager mode it serves batches of
+    one adapter. `lorafx.detach(model)` removes the marks again.
 
     Args:
-        model, lora_config, adapters: as for `compile`; of a `peft.PeftModel` its base model is
+        model, lora_config, adapters: as for `compile`. For a `peft.PeftModel` its base model is
             marked and returned.
         options: as for `compile`; they hold for every graph of the model.
 
     Raises:
-        As `compile`; the model's modules and hooks are as they were then.
+        As `compile`. After an error the model's modules and hooks are as they were.
     """
     refuse_compiled(model)
     marked = mark(model, lora_config, adapters, options)

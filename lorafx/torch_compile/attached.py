@@ -3,8 +3,8 @@
     with lorafx.adapters(model, ["sql", None]):      names → slots of the rows, for this block
         compiled(input_ids)                          graph → its session → rows checked → lookups
 
-No object stands between the user and the model, so everything that a call needs is found from where
-it runs: the session from the tensors that a graph takes, the arguments from the Python stack.
+No object stands between the user and the model, so a call finds everything that it needs where it
+runs: its session from the tensors that the graph takes, its arguments from the Python stack.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from lorafx.torch_compile.pending import first_call, until_marked
 class AttachedSession(Session):
     """The session of a model that its users compile themselves.
 
-    A block stands in for a call: all calls inside serve the same requests, so what one of them
-    proved about a tensor's rows holds in the next.
+    A block takes the place of a call: all calls inside it serve the same requests, so what one of
+    them proved about the rows of a tensor holds in the next.
     """
 
     attachment: Attachment = field(kw_only=True)
@@ -61,8 +61,8 @@ class AttachedSession(Session):
         _BY_MODEL[self.program.model] = weakref.ref(self)
 
     def close(self) -> None:
-        """Take the marks away; graphs that were captured serve the base model from then on. Raises
-        CaptureError inside a block."""
+        """Remove the marks; captured graphs serve the base model from then on. Raises CaptureError
+        inside a block."""
         if self.depth:
             raise CaptureError("detach the model after the block of lorafx.adapters, not inside it")
         self.attachment.detach()
@@ -188,7 +188,7 @@ _BY_WEIGHT: dict[int, weakref.ref[AttachedSession]] = {}
 
 
 def sessions() -> list[AttachedSession]:
-    """The sessions of all marked models there are."""
+    """The sessions of all marked models."""
     return list(_SESSIONS)
 
 
@@ -287,24 +287,24 @@ def _block(
 def adapters(model: nn.Module, adapter_names: str | Sequence[str | None] | None) -> Iterator[None]:
     """Serve each request of the calls inside the block with its own adapter.
 
-    Blocks may be nested, the inner one counts; on leaving, by an exception too, what was before is
-    back. Outside of any block the model is the base model. Blocks of one model on several threads
-    wait for one another; a call outside of any block does not wait, so give it a block of None
-    where other threads serve adapters.
+    Blocks may be nested; the innermost one counts. When a block ends, also by an exception, what
+    was in effect before it is restored. Outside any block the model is the base model. Blocks of
+    one model on several threads wait for one another. A call outside any block does not wait, so
+    put it into a block of None where other threads serve adapters.
 
     Args:
         model: what `attach` returned, or a model that is compiled with `lora_config` among the
-            options of torch.compile, or what torch.compile made of either.
-        adapter_names: for each request, in the order of the batch, a name, or None or "__base__"
-            for the base model; or one for all requests. Inside the model's own `generate` rows of
-            one request may follow one another, as beams and returned sequences do.
+            options of torch.compile, or what torch.compile returned for either.
+        adapter_names: one name per request, in the order of the batch, where None or "__base__" is
+            the base model; or a single name for all requests. Inside the model's own `generate`
+            several consecutive rows may belong to one request, as beams and returned sequences do.
 
     Raises:
-        ConfigError: `adapter_names` is no list of names, or the model carries no LoRA.
+        ConfigError: `adapter_names` is not a list of names, or the model carries no LoRA.
         UnknownAdapterError: a name that is not loaded.
         CapacityError: more distinct adapters than slots.
-        Nothing has changed then. A model that is marked by its first call raises these in it.
-        Calls inside raise what `CompiledModel.forward` does.
+        Nothing has changed then. For a model that its first call marks, that call raises these.
+        Calls inside the block raise what `CompiledModel.forward` raises.
     """
     if adapter_names is not None and not isinstance(adapter_names, str):
         adapter_names = checked_names(adapter_names)
@@ -342,7 +342,7 @@ def unload_adapter(model: nn.Module, name: str) -> None:
     Raises:
         ConfigError: the model is not marked.
         UnknownAdapterError: it is not loaded.
-        BatchError: the block around serves it.
+        BatchError: the surrounding block serves it.
     """
     session = marked_session(model)
     with session.lock:
@@ -354,11 +354,11 @@ def unload_adapter(model: nn.Module, name: str) -> None:
 def detach(model: nn.Module) -> nn.Module:
     """Take LoRA off a marked model and return the model.
 
-    Also off copies and pickles of one, which have no session. A `peft.PeftModel` that was attached
-    gets its wrappers back.
+    This also works for copies and pickles of a marked model, which have no session. A
+    `peft.PeftModel` that was attached gets its wrappers back.
 
     Raises:
-        CaptureError: inside a block of `adapters`.
+        CaptureError: called inside a block of `adapters`.
     """
     session = session_of(model)
     if session is not None:

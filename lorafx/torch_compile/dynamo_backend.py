@@ -29,19 +29,19 @@ def compile_frame(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """The executable of one frame that Dynamo captured: the backend `lorafx`.
+    """The backend `lorafx`: compile one frame that Dynamo captured.
 
     Args:
         gm: the graph, one placeholder for each of `examples`.
-        examples: what the frame was called with: tensors, and sizes.
-        mode: a mode of torch.compile, which Inductor gets.
+        examples: the inputs of the frame: tensors and sizes.
+        mode: a mode of torch.compile, passed to Inductor.
         options: fields of `Options`; `lora_config` and `adapters` as for `lorafx.attach`, for a
             model that is not marked.
 
     Raises:
-        LorafxError: the model cannot be marked as the options ask. All else that cannot be
-            compiled raises when it is called, so that the caller gets the error itself and not
-            one of Dynamo's around it.
+        LorafxError: the model cannot be marked as the options ask. Every other failure to compile
+            is raised when the executable is called, so that the caller gets the error itself and
+            not one of Dynamo's around it.
     """
     try:
         wanted = FrameOptions.of(options)

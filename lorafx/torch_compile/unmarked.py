@@ -2,12 +2,12 @@
 
     torch.compile(model, backend="lorafx", options={"lora_config": ..., "adapters": {...}})
 
-The first frame of the model that reaches the backend names the model; its modules are matched by
-class hierarchy and marked as `lorafx.attach` marks them, and Dynamo traces the frame again, now
-with the marks. Which model it is, Dynamo says: what stands on the Python stack right below its
-outermost wrapper is what torch.compile was applied to; a compiled forward that is called by itself,
-or another function, has the module among its own variables. A model that gets a graph of another
-one of its class is found the first way when the graph runs.
+The first frame that reaches the backend identifies the model. Its modules are matched by class
+hierarchy and marked as `lorafx.attach` marks them, and Dynamo traces the frame again, now with the
+marks. The model is found in one of two ways. torch.compile was applied to what is on the Python
+stack right below Dynamo's outermost wrapper; a compiled forward that is called directly, or another
+function, has the module among its own variables. When Dynamo uses the graph of another model of the
+same class, the model is found in the first way when the graph runs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ _LORA = ("lora_config", "adapters")
 
 @dataclass(frozen=True)
 class FrameOptions:
-    """The `options` of torch.compile: those of lorafx, and what to mark an unmarked model with.
+    """The `options` of torch.compile: lorafx's own, and those that say how to mark an unmarked
+    model.
 
     Attributes:
         given: all of them, as they were given.
@@ -71,7 +72,7 @@ class FrameOptions:
         return any(self.given.get(name) is not None for name in _LORA)
 
     def check(self, session: AttachedSession) -> None:
-        """These options are those that the model was marked with, or none.
+        """Check that these options are those that the model was marked with, or none.
 
         Raises:
             ConfigError: they are not.

@@ -1,8 +1,8 @@
-"""Models that torch.compile was given `backend="lorafx"` for, and that carry no mark of lorafx.
+"""Models that are compiled with `backend="lorafx"` but carry no mark of lorafx.
 
-They are compiled by Inductor alone. That is right, also for a model with PEFT's layers, whose
-switches go on to decide what runs. It is perhaps not what somebody wanted who forgot
-`lorafx.attach` or the options, so the log says it, once per model.
+Inductor alone compiles them. That is correct, even for a model with PEFT's layers, where PEFT's
+switches still decide what runs. But the user may have forgotten `lorafx.attach` or the options, so
+the log says so, once per model.
 """
 
 from __future__ import annotations
