@@ -1,1 +1,1 @@
-"""Compiler passes: a file each, or a folder of that name. `lorafx.pipeline` has their order."""
+"""Compiler passes: one file each, or a folder of that name. `lorafx.pipeline` has their order."""

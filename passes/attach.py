@@ -2,9 +2,9 @@
 
     (Site, ...) → groups by (parent, kind, K, dtype, device) → Bank each → SiteMark each
 
-Siblings are what may turn out to share an input (q/k/v, gate/up); one bank lets one shrink serve
-them all. Embeddings stay alone: a token's row of A is gathered, not multiplied. Nothing of the
-model changes but its forward hooks, and `Attachment.detach` takes exactly those away.
+Siblings are sites that may turn out to share an input (q/k/v, gate/up); one bank lets one shrink
+serve them all. Embeddings stay alone: a token's row of A is gathered, not multiplied. Only the
+forward hooks of the model change, and `Attachment.detach` removes exactly those.
 """
 
 from __future__ import annotations

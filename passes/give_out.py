@@ -1,13 +1,13 @@
-"""What all requests share gets one copy a request where a delta makes it differ.
+"""What all requests share gets one copy per request where a delta makes it differ.
 
     y' = site(x, y), x of no request  →  copies[i] = site(x, y) with request i's delta, (n, …)
 
 (position projections, position bias nets, learned tables). The product y is computed once, its
-deltas once a request. What is computed from y' before it meets anything owned is computed once a
-request too (`ownership/replay.py`), up to where it is broadcast along the requests: there each copy
-goes to its request, and shapes are what they were (`ownership/joins.py`). The ordinary rules of
-`provenance` then have to prove the sites' rows. Where they do not, or the replay ends before it
-comes so far, the graph stays as it was, and `provenance` refuses the site with the reason.
+deltas once per request. What follows y' is also computed once per request (`ownership/replay.py`),
+up to where it is broadcast along the requests: there each copy goes to its request, and shapes are
+what they were (`ownership/joins.py`). The ordinary rules of `provenance` then have to prove the
+rows of the sites. Where they do not, or the replay cannot get that far, the graph stays as it was,
+and `provenance` refuses the site with the reason.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ OF_LAYOUT = (
 
 @dataclass(frozen=True)
 class GiveOut:
-    """What all requests share gets one copy a request where a delta makes it differ."""
+    """What all requests share gets one copy per request where a delta makes it differ."""
 
     name: str = "give_out"
     required: bool = False

@@ -1,5 +1,4 @@
-"""load: the adapters that were read get their place in host memory, and slots where there are free
-ones."""
+"""load: the adapters that were read go to host memory, and into slots while there are free ones."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
     request (m // R) mod n,  R = ρ · ∏ sizes after d without K
 
 becomes rows = R; rows owned through a permutation p become slots'[m] = slots[(p // ρ) mod n], one
-slot a row, and rows = 1. Sites whose rows cannot be proved keep rows = 0: they serve batches of
+slot per row, and rows = 1. Sites whose rows cannot be proved keep rows = 0: they serve batches of
 one adapter only, and the reason is a refusal.
 """
 
@@ -107,9 +107,9 @@ def prove_tokens(
     batch: BatchSymbols,
     token_inputs: Mapping[fx.Node, int],
 ) -> dict[fx.Node, Proof]:
-    """The row map of every site node to slots (B·T,), one a token, or why there is none.
+    """The row map of every site node to slots (B·T,), one per token, or why there is none.
 
-    `token_inputs` are the inputs with one entry a token, and the dimension that holds them.
+    `token_inputs` are the inputs with one entry per token, and the dimension that holds them.
     """
     lengths = [fake_value(node).shape[dim] for node, dim in token_inputs.items()]
     sites = [node for node in graph.nodes if is_site(node)]

@@ -2,7 +2,7 @@
 
     name → AdapterState   →   Adapter each: part path → A, B, scale
 
-Everything that is wrong with a file is found here, before anything of the model has changed.
+Everything that is wrong with a file is found here, before the model has changed.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""DoRA's scale of each output stands behind the delta, in plain aten, for every lowering.
+"""DoRA's scale of each output goes behind the delta, in plain aten, for every lowering.
 
     y' = site(x, y, ..., gains, c)   →   y₁ = site(x, y, ...)
                                          y' = y₁ + G[s] · (y₁ − c)     where s ≥ 0 and G[s] ≠ 0
 
-with s the slot of each row. Only where the banks have room for DoRA; otherwise no site has gains,
-and nothing is done. What follows fuses and packs y₁ as ever; Inductor fuses the scale into what
-reads it.
+with s the slot of each row. This happens only where the banks have room for DoRA; otherwise no site
+has gains. Later passes fuse and pack y₁ as usual; Inductor fuses the scale into whatever reads it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     ModuleGraph, LoraConfig → (Site, ...) in canonical path order
 
-What the user names and cannot carry LoRA is an error, all of them in one; what only "all-linear"
-swept up is left out with a warning. Eligibility is the registry's, along the MRO.
+Modules that the user names but that cannot carry LoRA are reported in one error; those that only
+"all-linear" swept up are left out with a warning. The registry decides eligibility, along the MRO.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def byte_floor(sites: Iterable[Sized], rank: int, distinct: int) -> float:
 
 
 def split_is_faster(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether one GEMM a sibling beats one GEMM over the packed weight.
+    """Whether one GEMM per sibling beats one GEMM over the packed weight.
 
     Measured (Zen 4, 2 cores, MKL for float32, oneDNN for bfloat16, K 1024, q/k/v of 1024 and
     gate/up of 2816, weights out of cache), packed over split:

@@ -195,7 +195,7 @@ def delta_call(spec: DeltaSpec, *tensors: Any, rows: Any) -> tuple[OpOverload, t
 
     Args:
         tensors: y, x, A, B, ranks, scales, slots: tensors or graph nodes.
-        rows: rows a request; a literal 0 (unproved) stays with the aten op.
+        rows: rows per request; a literal 0 (unproved) stays with the aten op.
     """
     kernel = _kernel(spec, rows)
     if kernel is not None:
@@ -221,7 +221,7 @@ def expert_delta_call(
 
     Args:
         tensors: y, x, A, B, ranks, scales, slots, alike, experts: tensors or graph nodes.
-        rows: rows a request; a literal 0 (unproved) is left to aten.
+        rows: rows per request; a literal 0 (unproved) is left to aten.
         ends: what `experts` holds, see `lorafx.kernels.ops.expert_ops.run_expert_delta_`.
     """
     kernel = _kernel(spec, rows)

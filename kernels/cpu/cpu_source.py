@@ -19,7 +19,7 @@ ELEMENTS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 # Below this many multiply-adds one thread is faster than waking the others (about 3 µs, 2 cores).
 SERIAL_WORK = 1 << 15
-# With fewer rows a thread than this, a row's planes and columns are shared out instead of rows.
+# With fewer rows per thread than this, a row's planes and columns are shared out instead of rows.
 SPLIT_ROWS = 2
 # Columns of one unit of work then.
 COLUMN_BLOCK = 512

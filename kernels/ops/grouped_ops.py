@@ -1,6 +1,6 @@
 """`lorafx::grouped_site`, y + delta of a product with blocks of a weight.
 
-A use cuts W (N, K) into G blocks, one a group, each a regular grid of W's entries:
+A use cuts W (N, K) into G blocks, one per group, each a regular grid of W's entries:
 
     W_g[j, c] = W[o(g, j), i(g, c)]     o(g, j) = o₀ + g·o₁ + j·o₂     i(g, c) = i₀ + g·i₁ + c·i₂
 

@@ -26,7 +26,7 @@ def own_mask(x: Tensor, mask: Tensor, source: Tensor, slots: Tensor) -> Tensor:
         x: what is written into; each entry of the mask stands for x.numel() / mask.numel() of it.
         mask: bool, an equal part of it for each request, in order.
         source: what is written, an equal part of it for each request, in order.
-        slots: (n,) int32, one a request.
+        slots: (n,) int32, one per request.
 
     Raises:
         BatchError: the requests use different adapters, and one of them has other than as many

@@ -1,8 +1,8 @@
 """Adapter weights as they were saved: a folder's file, or tensors that are in memory already.
 
 `adapter_model.safetensors` is preferred; `adapter_model.bin` is a pickle (lorafx.adapter_store.
-pickled). Whoever made the files, what comes out of reading them is tensors or a CheckpointError,
-and reading takes memory in proportion to their size.
+pickled). Files are not trusted: reading them yields tensors or a CheckpointError, and takes memory
+in proportion to their size.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Values of an adapter's configuration, each checked for what it must be."""
+"""Values of an adapter's configuration, each checked for type and range."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Which modules an adapter's configuration targets and its file has no factors for: W stays W.
+"""Modules that an adapter's configuration targets but its file has no factors for: they keep W.
 
-An adapter of a model's language part targets `q_proj`, and the vision tower has `q_proj` too; so
-has the half of the layers, or the extra head, that was not trained. Nothing is wrong with such a
-file, yet a file that lost tensors looks alike: `read_adapter` warns, or raises with `strict`.
+An adapter of a model's language part targets `q_proj`, and the vision tower has a `q_proj` too; so
+do layers, or an extra head, that were not trained. Such a file is correct, but a file that lost
+tensors looks the same. So `read_adapter` warns, or raises with `strict`.
 
     selected by a LoraConfig    its sites, and the selected parts of them, are looked at
     selected by the adapters    every module of the model, but those that are excluded

@@ -1,11 +1,11 @@
-"""DoRA: how much an adapter's scale of each output differs from 1, for the base weight as it is.
+"""DoRA: how much an adapter's scale of each output differs from 1, given the base weight.
 
     y' = c + m / ‖W + s·B A‖ · (W x + s·B A x)        gains = m / ‖W + s·B A‖ − 1    (N,)
 
 The norm is over the inputs of each output: rows of W (N, K); columns of an embedding's (V, N). It
-is taken once an adapter, in float32 over the factors as the bank has them, of the base weight
-dequantised; PEFT takes it at every call, in the dtype of the activations. An output whose W + s·B A
-is zero stays zero under any scale, and gets none.
+is taken once per adapter, in float32 over the factors as the bank has them, of the base weight
+dequantised; PEFT computes it at every call, in the dtype of the activations. An output whose W +
+s·B A is zero stays zero under any scale, and gets none.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Low-rank terms of routed experts, put together as one pair of factors a part.
+"""Low-rank terms of routed experts, put together as one pair of factors per part.
 
     ΔW[e] = Σ_t s_t · B_t[e] A_t[e]
 

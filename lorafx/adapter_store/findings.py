@@ -1,7 +1,7 @@
-"""What reading one adapter checkpoint found wrong so far, and the checks that note it.
+"""The problems found so far in one adapter checkpoint, and the checks that record them.
 
-The readings of its dense factors (`reading`) and of its routed experts' (`expert_reading`) share
-one: all problems of a file are told at once.
+The readers of its dense factors (`reading`) and of those of routed experts (`expert_reading`) share
+one object, so that all problems of a file are reported at once.
 """
 
 from __future__ import annotations

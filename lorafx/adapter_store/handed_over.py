@@ -1,9 +1,9 @@
-"""A PeftModel while lorafx serves its base model: whoever uses it is told so.
+"""A PeftModel whose base model lorafx serves: using it raises an error that says so.
 
 Without its wrappers it would compute the base model, switch adapters that are not there, and save
-none. The methods that PEFT's classes give it, and its tuner, are hidden on the objects by one that
-raises; classes, attributes and what `nn.Module` offers stay. Its state dict would lack the adapters
-and raises too.
+none. So the methods that it has from PEFT's classes, and those of its tuner, are shadowed on the
+objects by one that raises; classes, attributes and the methods of `nn.Module` stay. Its state dict
+would lack the adapters, so it raises too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Names of a packed module of which only the rows of an adapter's factors tell the slices.
+"""Names in a packed module whose slices only the row counts of an adapter's factors determine.
 
     slices [8, 8, 8, 8];  in_proj_qkv with 24 rows, in_proj_z with 8  →  slices 0, 1, 2 and slice 3
 

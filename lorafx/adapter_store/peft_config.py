@@ -3,10 +3,10 @@
     y = base(x) + s · B (A x),   s = α/r, or α/√r with `use_rslora`;   y scaled with `use_dora`
 
 r and α are per module: the first key k of `rank_pattern` / `alpha_pattern`, in the file's order,
-with `re.match(rf"(.*\\.)?({k})$", path)` decides, else `r` and `lora_alpha`. The patterns are a
-stranger's, so they are matched without backtracking (lorafx.model.patterns). Fields that change
-this arithmetic are refused by name; so is any field that this reader does not know, unless it
-holds null, false or nothing: PEFT adds fields with every version, and their "off" is harmless.
+with `re.match(rf"(.*\\.)?({k})$", path)` decides, else `r` and `lora_alpha`. The patterns are not
+trusted, so they are matched without backtracking (lorafx.model.patterns). Fields that change this
+arithmetic are refused by name; so is any field that this reader does not know, unless it holds
+null, false or nothing: PEFT adds fields with every version, and their "off" is harmless.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tensors of a pickled adapter (`adapter_model.bin`), which may be anybody's.
+"""Tensors of a pickled adapter (`adapter_model.bin`), which is not trusted.
 
 `torch.load(weights_only=True)` builds tensors and runs no code. It still inflates compressed
 entries of the archive, however large they get, lets a tensor claim more numbers than were saved,

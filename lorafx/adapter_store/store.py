@@ -6,7 +6,8 @@
 
 Banks are written in place, so compiled graphs and captured addresses stay valid. Everything is
 checked before the first write; a call that raises has changed nothing. While a slot is written it
-belongs to nobody: whatever cuts that short, a fork too, no adapter is served from half a slot.
+belongs to nobody. So no adapter is served from a half-written slot, whatever interrupts the write,
+a fork included.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@
     quantised weights                      W' = requantise(dequantise(W) + ΔW), where asked for
 
 A tensor that several modules hold is one tensor: it can be changed where every end gets the same
-ΔW. What cannot be changed rightly is found for all sites at once, before anything is written.
+ΔW. Everything that cannot be changed correctly is found for all sites at once, before anything is
+written.
 """
 
 from __future__ import annotations

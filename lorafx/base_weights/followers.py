@@ -1,4 +1,4 @@
-"""Tensors that hold numbers of weights a second time, and have to follow them.
+"""Tensors that hold numbers of weights a second time, and have to be updated with them.
 
     W_UK = W.view(H, n + v, L)[:, :n].contiguous()      of an absorbed kv_b_proj, kept by its module
 

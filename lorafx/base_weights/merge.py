@@ -6,8 +6,8 @@
 A merged model runs the base model's own graphs, which take the weights as inputs: nothing is
 captured again, and addresses stay what they were. Rounding cannot be undone by subtracting ΔW, so
 the originals of what was changed are kept: as many bytes of host memory as those weights have.
-Quantised weights are changed through their own format, where that is asked for; how much of ΔW the
-format loses is reported, and what they were is kept where it lies.
+Quantised weights are changed through their own format, where that is asked for. The report says how
+much of ΔW the format loses, and their originals stay on their device.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class Strategy:
     Attributes:
         name: how the node is computed, one of `lorafx.config.STRATEGIES` of the lowering.
         kernel: id of the generated Triton kernels; 0 for other strategies.
-        split: a pack's base product is one GEMM a sibling, each into its columns of y, instead of
+        split: a pack's base product is one GEMM per sibling, each into its columns of y, instead of
             one over the packed weight.
         reason: what decided.
     """

@@ -165,7 +165,7 @@ class Bank:
             self.gains[slot].zero_()
 
     def _own(self, slot: int) -> slice:
-        """The slots of the bank that are the model's slot `slot`, one an expert."""
+        """The slots of the bank that are the model's slot `slot`, one per expert."""
         return slice(slot * self.experts, (slot + 1) * self.experts)
 
     def _a(self, own: slice, first: int, rank: int) -> Tensor:

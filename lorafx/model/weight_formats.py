@@ -258,7 +258,7 @@ class FineGrained8(Format):
         assert scale is not None
         scale = scale.detach().float()
         block: Any = module.block_size
-        if block is None or scale.dim() < 2:  # one for all, or one an expert
+        if block is None or scale.dim() < 2:  # one for all, or one per expert
             return weight * scale.reshape(-1, *(1,) * (weight.dim() - 1))
         rows, columns = weight.shape[-2:]
         scale = scale.repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)

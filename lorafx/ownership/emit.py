@@ -168,7 +168,7 @@ class Emitter:
         return size if isinstance(size, int) else self.call(before, aten.sym_size.int, slots, 0)
 
     def _spread(self, picked: fx.Node, x: fx.Node, dim: int, ndim: int, before: fx.Node) -> fx.Node:
-        """(N,) along dimension `dim` of x's row dimensions, flattened to one entry a row."""
+        """(N,) along dimension `dim` of x's row dimensions, flattened to one entry per row."""
         if ndim == 1:
             return picked
         sizes = x.meta["val"].shape[:ndim]

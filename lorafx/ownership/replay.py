@@ -1,4 +1,4 @@
-"""Operators once more, on one copy a request of what all requests share.
+"""Operators once more, on one copy per request of what all requests share.
 
     t (…) depends on no request    →    copies of t (n, …), where copies[i] is request i's
 
@@ -74,7 +74,7 @@ class Replay:
         return new
 
     def site(self, node: fx.Node) -> fx.Node:
-        """site(x, y, ...) and embedding_site(ids, y, ...) of one copy a request: the product y is
+        """site(x, y, ...) and embedding_site(ids, y, ...) of one copy per request: the product y is
         the same for all of them and computed once, the deltas differ."""
         op: Any = node.target
         call, name = bound(node), input_name(node)

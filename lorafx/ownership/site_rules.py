@@ -13,7 +13,7 @@ from lorafx.op_arguments import bound
 from lorafx.ownership.flow import Flow, Rule
 from lorafx.ownership.labels import Label, Mixed, Own
 
-#: In a site's `meta`: the dimension whose entries are copies of the same x, one a request.
+#: In a site's `meta`: the dimension whose entries are copies of the same x, one per request.
 GIVEN_DIM = "lorafx_given_dim"
 
 
@@ -60,8 +60,8 @@ def expert_site(node: fx.Node, flow: Flow) -> Label:
 
 
 def given_out(node: fx.Node, flow: Flow, x: fx.Node, y: fx.Node) -> Own | None:
-    """Copies of something shared, one a request (learned queries, expanded type ids): x depends on
-    no request, and exactly one of its row dimensions has B entries, or was made for them.
+    """Copies of something shared, one per request (learned queries, expanded type ids): x depends
+    on no request, and exactly one of its row dimensions has B entries, or was made for them.
 
     Copy b may be given request b's delta, as long as what follows keeps to that: the result is
     labelled so, and `propagate.flow_through` takes it back where the label is lost later on.

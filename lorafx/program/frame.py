@@ -29,8 +29,8 @@ InputKind = Literal[
 ]
 
 
-#: Names of slots that the executable looks up: one a request, or the first one alone where no input
-#: says how many requests there are.
+#: Names of slots that the executable looks up: one per request, or the first one alone where no
+#: input says how many requests there are.
 SLOTS, ONE_SLOT = "slots", "slot"
 
 
@@ -99,7 +99,7 @@ class Frame:
         self.begins_call = False
         #: Sizes that were equal in the call that was captured may be one symbol.
         self.duck_shaped = False
-        #: The slots are one a token, in row-major order of (B, T), not one a request.
+        #: The slots are one per token, in row-major order of (B, T), not one per request.
         self.per_token = False
         self.by_node: dict[fx.Node, FrameInput] = {}
         #: Position of each placeholder among the arguments that the executable is called with.
@@ -268,7 +268,7 @@ def arguments_of(node: fx.Node) -> tuple[Any, ...]:
 def batch_symbols(frame: Frame) -> set[Any]:
     """The symbols (or ints) that are the number of requests, by contract, in this frame's graph.
 
-    The slots' length (unless there is one a token), and the request dimension of every argument
+    The slots' length (unless there is one per token), and the request dimension of every argument
     that has one; a size of one beside a larger batch is a shared argument, not a batch.
 
     Raises:
@@ -319,7 +319,7 @@ def several(frame: Frame) -> list[Any]:
 
 
 def token_inputs(frame: Frame) -> dict[fx.Node, int]:
-    """The arguments that hold one entry a token, with that dimension (checked at entry)."""
+    """The arguments that hold one entry per token, with that dimension (checked at entry)."""
     found: dict[fx.Node, int] = {}
     for node, item in frame.by_node.items():
         dim = TOKEN_DIMS.get(item.role.argument) if item.role is not None else None

@@ -16,7 +16,7 @@ class OwnMemory:
     """Storages of parameters, buffers and constants.
 
     Args:
-        tensors: what the model holds now. Walks the modules, so it is asked at most once a call,
+        tensors: what the model holds now. Walks the modules, so it is asked at most once per call,
             where a tensor is met that was not there before.
     """
 

@@ -82,7 +82,7 @@ ROW_DIMS: Mapping[str, int | None] = {
 #: window partitions and rolls into expressions that tracing does not come to an end with (Swin).
 IMAGES = ("pixel_values",)
 
-#: Arguments that hold one entry a token -> that dimension; those of a call have one length T.
+#: Arguments that hold one entry per token -> that dimension; those of a call have one length T.
 TOKEN_DIMS: Mapping[str, int] = {
     "input_ids": 1,
     "inputs_embeds": 1,
@@ -239,9 +239,9 @@ def check_requests(name: str, shape: Sequence[int], dim: int, rows: int) -> None
     if len(shape) <= dim or shape[dim] not in (rows, 1):
         raise BatchError(
             f"argument {name!r} has shape {tuple(shape)}, but its dimension {dim} should hold the "
-            f"{rows} requests; say which dimension does by LoraConfig(row_dims={{{name!r}: dim}}), "
-            "None when all requests share it, or where no adapter changes what is computed from it "
-            "alone (images of any number a request)"
+            f"{rows} requests; declare which dimension does with LoraConfig(row_dims={{{name!r}: "
+            "dim}). Give None instead of a dimension when all requests share the argument, or when "
+            "no adapter changes what is computed from it alone (any number of images per request)"
         )
 
 
@@ -254,10 +254,11 @@ def warn_ambiguous(name: str, tensor: Tensor, rows: int) -> bool:
         return False
     other = 1 + list(sizes).index(rows)
     warnings.warn(
-        f"argument {name!r} has shape {tuple(tensor.shape)}, and nothing says which dimension "
-        f"holds the {rows} requests: dimension 0 is taken, and {other} has as many entries. If it "
-        f"is another one, rows get each other's adapters; say so by LoraConfig(row_dims={{{name!r}:"
-        f" {other}}}), or row_dims={{{name!r}: 0}} that this is right",
+        f"argument {name!r} has shape {tuple(tensor.shape)}, and it is not declared which "
+        f"dimension holds the {rows} requests. Dimension 0 is assumed, but dimension {other} has "
+        "as many entries; if that one holds the requests, rows get each other's adapters. Declare "
+        f"it with LoraConfig(row_dims={{{name!r}: {other}}}), or confirm dimension 0 with "
+        f"row_dims={{{name!r}: 0}}",
         LorafxWarning,
         stacklevel=2,
     )

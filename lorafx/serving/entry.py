@@ -217,8 +217,8 @@ class Entry:
 
 
 def _plain_tokens(named: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments with token ids and masks that are views copied, 8 bytes a token: Dynamo guards
-    on strides and on what a tensor is a view of, so `ids[:, -1:]` would be a graph of its own."""
+    """The arguments, with token ids and masks that are views copied, 8 bytes per token. Dynamo
+    guards on strides and on what a tensor is a view of, so `ids[:, -1:]` would cause a graph."""
     return {
         name: value.clone(memory_format=torch.contiguous_format)
         if name in TOKEN_DIMS

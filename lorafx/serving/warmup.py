@@ -3,9 +3,10 @@
     calls = {forward, generate} × batch sizes × lengths × {no adapter, one adapter, a mix}
     graphs = {batch 1, more} × {one token, more} × {cache form} × {no adapter, adapters}
 
-A graph does not depend on which adapters a batch has, so dummies stand for all of them: they go
-through the store into the banks as adapters do, one pair of factors for each part of each site. The
-store, the batch, random states and the buffers of the model are put back whatever happens.
+A graph does not depend on which adapters a batch has, so dummies stand in for all of them. They go
+through the store into the banks as adapters do, with one pair of factors for each part of each
+site. The store, the batch, random states and the buffers of the model are restored whatever
+happens.
 """
 
 from __future__ import annotations

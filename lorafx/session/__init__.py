@@ -1,1 +1,2 @@
-"""A model that is served: its adapters, the running call, its locks, models beside it."""
+"""A model in service: its adapters, the running call, its locks, models that share modules with
+it."""

@@ -57,7 +57,7 @@ def checked_names(names: Sequence[str | None] | None) -> Sequence[str | None] | 
 def by_slots(
     slots: Tensor, names: Sequence[str | None]
 ) -> tuple[Sequence[str | None], Tensor | None]:
-    """(names, slots a token), or (a name a request, None) where no row mixes adapters.
+    """(names, slots per token), or (a name per request, None) where no row mixes adapters.
 
     Raises:
         BatchError: `slots` does not point at `names`.

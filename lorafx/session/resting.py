@@ -1,9 +1,9 @@
-"""Between the calls of a compiled model's entries: who runs its layers then is not served.
+"""Layers of a compiled model that run outside the calls of its entries get no adapter.
 
-A layer that somebody else runs (`cm.lm_head(h)`, `cm.model(x)`, parts that a `generate` of the
-model's own calls one by one) runs as it is, without slots. Where the adapters that are wanted at
-that moment change the layer, its mark refuses; where they do not, the base's answer is right. Marks
-ask only in eager mode and when no adapter is active, so no graph knows of this.
+Such a layer (`cm.lm_head(h)`, `cm.model(x)`, parts that a `generate` of the model's own calls
+directly) runs as it is, without slots. Where the adapters that are wanted at that moment change the
+layer, its mark raises; where they do not, the base's answer is right. Marks check this only in
+eager mode and when no adapter is active, so it is in no graph.
 """
 
 from __future__ import annotations

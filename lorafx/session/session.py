@@ -176,7 +176,7 @@ class Session:
         """Give every token of the call its slot, as `tokens` says.
 
         Raises:
-            BatchError: arguments with one entry a token do not have the shape of `tokens`.
+            BatchError: arguments with one entry per token do not have the shape of `tokens`.
             As `set_batch`.
         """
         assert self.tokens is not None

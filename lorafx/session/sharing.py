@@ -1,11 +1,12 @@
 """Models that share modules or parameters: a draft beside its target, each with its own adapters.
 
-A module that two compiled models hold carries a mark of each, and only the one whose model runs may
-add its delta. So the sessions of such models take turns (one lock), and while an entry of one runs,
-the others' runtimes are idle, also where the call of one is inside of the other's `generate`.
+A module that two compiled models hold carries one mark for each, and only the mark of the running
+model may add its delta. So the sessions of such models take turns (one lock), and while an entry of
+one runs, the runtimes of the others are idle, even where the call of one is inside the other's
+`generate`.
 
-What is written into a weight is written for every model that holds it. New base weights are meant
-so; a merged adapter is not, and is refused.
+A write into a weight applies to every model that holds it. For new base weights that is intended;
+for a merged adapter it is not, so the merge is refused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attributes of modules that are something else while the model runs: compiled forwards."""
+"""Attributes of modules that are replaced while the model runs: compiled forwards."""
 
 from __future__ import annotations
 

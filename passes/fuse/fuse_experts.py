@@ -1,9 +1,9 @@
-"""Products with routed experts that are fused with their deltas: what is known of such a node.
+"""Products with routed experts, fused with their deltas.
 
     y = grouped_mm(x, W, offs)
     y' = expert_site(x, y, bank, e)   →   y' = fused_experts(x, W, offs, bank, e)
 
-The base's own product is kept as the name of its operator, for plans that leave it to that.
+The node keeps the name of the base's own operator, for plans that leave the product to it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """LoRA nodes become what the chosen lowering executes.
 
-    inductor   fused_linear → mm / addmm (one, or one a sibling), then add_delta_ into its output;
+    inductor   fused_linear → mm / addmm (one, or one per sibling), then add_delta_ into its output;
                site → add_delta_ into y. The delta op carries the id of a generated kernel.
                expert_site → run_expert_delta_ into y, whose kernel finds the key of each row; in
                plain aten the keys, then as a site of those slots. The grouped product that y is

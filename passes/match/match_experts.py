@@ -1,10 +1,10 @@
-"""The part of `match` that is about routed experts: every product with their weights gets its op.
+"""The part of `match` for routed experts: every product with their weights gets its op.
 
     y = grouped_mm(x, W, offs)   →   y' = expert_site(x, y, bank, e)
 
 e is the expert of each row, read from what the base's own dispatch computes: the ends of the
 sorted groups, the chosen indices, or the place in the batch of matrices. No hook marks these
-products, since they lie between two others inside of one forward.
+products, since they are inside one forward.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Sites that a graph seems to compute by something else than their weight.
+"""Sites that a graph seems to compute with something other than their weight.
 
-What was made of a weight is mostly known by what it holds (lorafx.program.derived). Products of two
-weights, other formats and weights whose numbers cannot be read leave no such trace; what is left to
-see is a linear that nothing uses, in a module that runs and multiplies by tensors of its own.
+A tensor that was made from a weight is mostly recognised by its values (lorafx.program.derived).
+Products of two weights, other formats and weights whose numbers cannot be read leave no such trace.
+What remains visible is a linear that nothing uses, in a module that runs and multiplies by tensors
+of its own.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def test_requests_have_images_of_any_number(tmp_path: Path) -> None:
     merged = oracle.Oracle.of(model, folders)
     batch, names = inputs(model, (2, 0, 1)), ["a", None, "b"]
     plain = lorafx.compile(tiny.build(family), adapters=folders, options=REFERENCE)
-    with pytest.raises(BatchError, match=r"'pixel_values' .* \(images of any number a request\)"):
+    with pytest.raises(BatchError, match=r"'pixel_values' .* \(any number of images per request\)"):
         plain(**batch, adapter_names=names)
     config = lorafx.LoraConfig(target_modules=text, row_dims=SHARED)
     cm = lorafx.compile(model, config, adapters=folders, options=REFERENCE)
