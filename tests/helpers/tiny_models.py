@@ -1,5 +1,8 @@
 """Tiny random models of the families that the tests name, and what adapters of each target.
 
+Depth is llama's, gpt2's and gemma3's part: two layers, of which some adapters touch one. The other
+families have one layer.
+
 A `Family` is a constructor, its inputs for a batch, and the target modules of five adapters of
 unequal ranks. Sizes differ from one another wherever the architecture lets them, so that a mixed-up
 dimension cannot fit by accident.
@@ -90,6 +93,7 @@ _LLAMA_SIZES = {
     "pad_token_id": 0,
     "max_position_embeddings": 64,
 }
+_ONE_LAYER = {**_LLAMA_SIZES, "num_hidden_layers": 1}
 _LLAMA_TARGETS = (
     ["q_proj", "v_proj"],
     "all-linear",
@@ -104,9 +108,7 @@ FAMILIES: Mapping[str, Family] = {
         _LLAMA_TARGETS,
     ),
     "qwen3": Family(
-        _causal(
-            transformers.Qwen3Config, transformers.Qwen3ForCausalLM, **_LLAMA_SIZES, head_dim=10
-        ),
+        _causal(transformers.Qwen3Config, transformers.Qwen3ForCausalLM, **_ONE_LAYER, head_dim=10),
         _LLAMA_TARGETS,
     ),
     "gpt2": Family(
@@ -135,7 +137,7 @@ FAMILIES: Mapping[str, Family] = {
             hidden_size=24,
             word_embed_proj_dim=24,
             ffn_dim=40,
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             num_attention_heads=4,
             max_position_embeddings=64,
         ),
@@ -144,17 +146,17 @@ FAMILIES: Mapping[str, Family] = {
             "all-linear",
             ["fc1", "fc2"],
             ["embed_tokens", "fc2"],
-            ["layers.1.fc1"],
+            ["layers.0.fc1"],
         ),
     ),
     "phi3": Family(
-        _causal(transformers.Phi3Config, transformers.Phi3ForCausalLM, **_LLAMA_SIZES),
+        _causal(transformers.Phi3Config, transformers.Phi3ForCausalLM, **_ONE_LAYER),
         (
             ["qkv_proj"],
             "all-linear",
             ["gate_up_proj", "down_proj"],
             ["embed_tokens", "o_proj", "lm_head"],
-            ["layers.1.mlp.gate_up_proj"],
+            ["layers.0.mlp.gate_up_proj"],
         ),
     ),
     "gemma3": Family(
@@ -180,7 +182,7 @@ FAMILIES: Mapping[str, Family] = {
             transformers.BertForMaskedLM,
             hidden_size=24,
             intermediate_size=40,
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             num_attention_heads=4,
             max_position_embeddings=64,
         ),
@@ -189,7 +191,7 @@ FAMILIES: Mapping[str, Family] = {
             "all-linear",
             ["intermediate.dense", "output.dense"],
             ["word_embeddings", "key"],
-            ["layer.1.attention.self.key"],
+            ["layer.0.attention.self.key"],
         ),
         right_padded,
     ),
@@ -200,8 +202,8 @@ FAMILIES: Mapping[str, Family] = {
             d_model=24,
             d_kv=6,
             d_ff=40,
-            num_layers=2,
-            num_decoder_layers=2,
+            num_layers=1,
+            num_decoder_layers=1,
             num_heads=4,
             decoder_start_token_id=0,
         ),
@@ -219,7 +221,7 @@ FAMILIES: Mapping[str, Family] = {
             transformers.ViTConfig(
                 hidden_size=24,
                 intermediate_size=40,
-                num_hidden_layers=2,
+                num_hidden_layers=1,
                 num_attention_heads=4,
                 image_size=16,
                 patch_size=8,
@@ -232,7 +234,7 @@ FAMILIES: Mapping[str, Family] = {
             "all-linear",
             r".*mlp\.fc[12]",
             ["classifier"],
-            ["layers.1.attention.k_proj"],
+            ["layers.0.attention.k_proj"],
         ),
         image_inputs,
     ),

@@ -293,7 +293,7 @@ def test_compiled_again_it_serves_the_new_module(case: Case) -> None:
 
 
 def test_resized_embeddings(tmp_path: Path) -> None:
-    base = random_base("llama", tie_word_embeddings=False)
+    base = random_base("llama", tie_word_embeddings=False, num_hidden_layers=1)
     folders = {
         "head": save_adapter(base, tmp_path / "head", rank=2, targets=["lm_head", "q_proj"]),
         "layers": save_adapter(base, tmp_path / "layers", rank=3, targets=["q_proj"], seed=1),

@@ -22,7 +22,7 @@ def _llama() -> nn.Module:
         LlamaConfig(
             hidden_size=32,
             intermediate_size=48,
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             num_attention_heads=4,
             num_key_value_heads=2,
             vocab_size=VOCABULARY,
@@ -36,7 +36,7 @@ def _opt() -> nn.Module:
         OPTConfig(
             hidden_size=32,
             ffn_dim=48,
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             num_attention_heads=4,
             vocab_size=VOCABULARY,
             word_embed_proj_dim=32,
@@ -50,7 +50,7 @@ def _bert() -> nn.Module:
     config = BertConfig(
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         vocab_size=VOCABULARY,
         max_position_embeddings=32,
