@@ -23,7 +23,7 @@ from lorafx.model import targets
 from lorafx.model.expert_names import PROJECTIONS, Columns, covers, overlapping
 from lorafx.model.experts import ExpertWeight
 from lorafx.model.module_graph import ModuleGraph, join
-from lorafx.model.packed_names import ATTRIBUTE, PackedNames, renamed
+from lorafx.model.packed_names import ATTRIBUTE, PackedNames
 from lorafx.registry import is_empty, lookup
 
 
@@ -133,17 +133,12 @@ def _packed(reading: Reading, scope: Scope, missing: Collection[int]) -> Iterato
 def _unselected_names(places: Places, scope: Scope) -> Iterator[tuple[str, nn.Module]]:
     """(packed name or part's name, module) of all modules, for adapters that are the selection."""
     model = places.model
-    if not scope.whole or model is None:
+    if not scope.whole:
         return
     if not scope.packed_modules and not any(hasattr(m, ATTRIBUTE) for m in model.modules()):
         return  # names cost a walk over the parameters
-    graph = ModuleGraph.of(model)
-    names = PackedNames(graph, scope.packed_modules)
-    for path, module in graph.modules():
-        if lookup(module) is not None:
-            others = [member.name for member in names.members(path)]
-            others += [packed.name for packed in names.memberships(path)]
-            yield from ((renamed(path, other), module) for other in others)
+    names = PackedNames(ModuleGraph.of(model), scope.packed_modules).named()
+    yield from ((path, module) for path, module in names if lookup(module) is not None)
 
 
 def _experts(reading: Reading, scope: Scope) -> Iterator[str]:

@@ -67,12 +67,12 @@ class AdapterTargets(NamedTuple):
 
 
 def adapter_target_modules(
-    source: str | os.PathLike[str] | AdapterState, model: nn.Module | None = None
+    source: str | os.PathLike[str] | AdapterState, model: nn.Module
 ) -> AdapterTargets:
-    """The modules that an adapter's saved keys name, and its largest rank.
+    """The modules of `model` that an adapter's saved keys name, and its largest rank.
 
-    With a `model` keys of routed experts name the parameters that they are of, and keys from
-    before a module was renamed the module as it is called now.
+    Keys of routed experts name the parameters that they are of, and keys from before a module was
+    renamed the module as it is called now.
 
     Raises CheckpointError (UnsupportedAdapterError for the configuration) as `read_adapter` does
     for what can be seen without the model; shapes and placement are checked there.
@@ -100,7 +100,7 @@ def read_adapter(
     name: str,
     sites: Sequence[Site],
     *,
-    model: nn.Module | None = None,
+    model: nn.Module,
     max_rank: int | None = None,
     lora_config: LoraConfig | None = None,
     strict: bool = False,
@@ -113,8 +113,7 @@ def read_adapter(
         name: what requests will call it.
         sites: the selected sites; keys may use any of their paths, the names of the parts of
             packed sites, and packed names of sites that are apart (`LoraConfig.packed_modules`).
-        model: root module of `sites`. With it, messages tell a module that is not selected from
-            one that does not exist, and saved copies of base weights are compared with the model's.
+        model: root module of `sites`. Saved copies of its base weights are compared with them.
         max_rank: largest rank that the banks hold.
         lora_config: what `sites` were selected by. Where that was what adapters target, modules
             that are no sites count among those that the adapter leaves out.

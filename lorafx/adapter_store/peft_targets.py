@@ -27,5 +27,6 @@ def picked(config: PeftConfig, model: nn.Module) -> SavedNames:
         for name, parameter in module.named_parameters(recurse=False):
             if config.targets_parameter(join(path, name)):
                 found[path if parameter.dim() < 3 else join(path, name)] = None
-    found.update(dict.fromkeys(filter(config.matches, PackedNames(ModuleGraph.of(model)).paths())))
+    packed = PackedNames(ModuleGraph.of(model)).named()
+    found.update((path, None) for path, _ in packed if config.matches(path))
     return SavedNames(found)

@@ -20,7 +20,7 @@ from lorafx.adapter_store.expert_places import ExpertPlace, ExpertPlaces
 from lorafx.adapter_store.peft_keys import candidates, without_prefix
 from lorafx.model.packed_names import virtual_paths
 from lorafx.model.partition import spans
-from lorafx.model.saved_names import SavedNames, nearest_names, without_compiled
+from lorafx.model.saved_names import PREFIX, SavedNames, nearest_names, without_compiled
 
 if TYPE_CHECKING:
     from lorafx.model.sites import Membership, Site
@@ -83,27 +83,18 @@ Meaning = SiteLanding | ExpertPlace | nn.Module | None
 
 
 class Places:
-    """Finds what a saved path means among `sites`, or at least the module that it names.
+    """Finds what a saved path means among the `sites` of `model`, an attribute, or at least the
+    module that it names."""
 
-    With the whole `model`, an attribute, a path that reaches a module which is not a selected site
-    can be told from one that reaches nothing, and every alias path is known.
-    """
-
-    def __init__(self, sites: Sequence[Site], model: nn.Module | None) -> None:
+    def __init__(self, sites: Sequence[Site], model: nn.Module) -> None:
         self.model = model
         self._names = SavedNames(model)
         self.experts = ExpertPlaces(sites)
         sites = [site for site in sites if site.expert_weight is None]
-        self._by_path = {without_compiled(p): site for site in sites for p in site.paths}
         self._by_module = {id(site.module): site for site in sites}
         self._packed = _packed(sites)
         self._meanings: dict[str, Meaning] = {}
         self._known: list[str] | None = None
-
-    @property
-    def whole(self) -> bool:
-        """Whether the whole model is known, not only its sites."""
-        return self.model is not None
 
     def meaning(self, path: str) -> Meaning:
         """What `path` means: a site or parts of some, something of routed experts, a module that is
@@ -115,24 +106,19 @@ class Places:
 
     def _meaning(self, reading: str, saved: str) -> Meaning:
         walked = self._names.walk(reading)
-        own = without_compiled(walked.whole)
-        site = self._by_path.get(reading) or self._by_path.get(own)
-        if site is None and not walked.rest:
-            site = self._by_module.get(id(walked.module))
+        site = None if walked.rest else self._by_module.get(id(walked.module))
         if site is not None:
             return _checked(tuple((site, i) for i in range(len(site.parts))), saved)
-        if own in self._packed:
-            return replace(self._packed[own], saved=saved)
+        packed = self._packed.get(without_compiled(walked.whole))
+        if packed is not None:
+            return replace(packed, saved=saved)
         place = self.experts.find(walked, saved)
         return walked.module if place is None and not walked.rest else place
 
     def module(self, path: str) -> nn.Module | None:
         """The module that `path` means, a site or not; None where there is none."""
-        for reading, _ in self._readings(path):
-            walked, site = self._names.walk(reading), self._by_path.get(reading)
-            if site is not None or not walked.rest:
-                return walked.module if site is None else site.module
-        return None
+        walked = self._names.walk(self.current(path))
+        return None if walked.rest else walked.module
 
     def current(self, path: str) -> str:
         """What the model calls what was saved as `path`. It may be a packed name beside a module;
@@ -147,10 +133,7 @@ class Places:
         return best
 
     def named_modules(self) -> Iterable[tuple[str, nn.Module]]:
-        """Every known module under its canonical path; only sites when the model is unknown."""
-        if self.model is None:
-            known = [(without_compiled(s.path), s.module) for s in self._by_module.values()]
-            return known + [(found.path, found.module) for found in self.experts.selected]
+        """Every module under its canonical path."""
         return ((without_compiled(path), module) for path, module in self.model.named_modules())
 
     def selected_modules(self) -> set[int]:
@@ -175,6 +158,10 @@ class Places:
     def _readings(self, path: str) -> Iterator[tuple[str, str]]:
         """(path in the model, path as it was saved): as it stands, then by its newer name."""
         known: dict[str, str] = {}
+        if path.count(PREFIX) > 1:
+            # Of PEFT around PEFT: the outer factors are for weights that inner ones have changed.
+            yield from ((saved, saved) for saved in candidates(path))
+            return
         for saved in candidates(path):
             for reading in self._names.readings(saved):
                 if reading not in known:

@@ -245,20 +245,19 @@ class Reading:
         known += len(self.closed.keys() | self.experts.paths)
         total = len(self.unknown) + known
         names = list(self.unknown)
-        nowhere = "in this model" if self.places.whole else "among the selected sites"
         if len(names) > total / 2:
             base = self.config.base_model
             origin = repr(base) if base else "it does not say which"
             examples = "; ".join(f"{n}{self.places.nearest(n)}" for n in names[:3])
             self.problems.insert(
                 0,
-                f"{len(names)} of the {total} modules that it names do not exist {nowhere}, "
+                f"{len(names)} of the {total} modules that it names do not exist in this model, "
                 f"so it was made for another model ({origin}): {examples}",
             )
             return
         for at, path in enumerate(names):
             hint = self.places.nearest(path) if at < 10 else ""
-            self.problems.append(f"{path}: no such module {nowhere}{hint}")
+            self.problems.append(f"{path}: no such module in this model{hint}")
 
 
 def _alike(first: LoraWeights, second: LoraWeights) -> bool:

@@ -80,15 +80,14 @@ class ExpertLandings:
 
 
 def _named(rest: Sequence[str]) -> tuple[list[str], str]:
-    """The names that are left below a module of experts, "3.gate_proj.weight" or "w13_weight", as
+    """The names that are left below a module of experts, "3.gate_proj.weight" or "w13_bias", as
     those of a projection, and whether its weight or its bias is meant."""
     names = [name for name in rest if name != "base_layer"]
     if len(names) > 1 and names[-1] in ("weight", "bias"):
         return names[:-1], names[-1]
-    for kind in ("weight", "bias"):
-        stem = names[-1].removesuffix(f"_{kind}") if names else ""
-        if stem in PROJECTIONS and stem != names[-1]:
-            return [*names[:-1], stem], kind
+    stem = names[-1].removesuffix("_bias") if names else ""
+    if stem in PROJECTIONS and stem != names[-1]:
+        return [*names[:-1], stem], "bias"
     return names, "weight"
 
 

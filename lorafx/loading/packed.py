@@ -9,12 +9,12 @@ Which names a packed one stands for is declared (lorafx.model.packed_names).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 from torch import nn
 
+from lorafx.loading.groups import GroupMember, JointGroup
 from lorafx.loading.loadable_layer import LoadableLayer
 from lorafx.loading.names import Names
 from lorafx.loading.weight_places import Box, Cut, Landing, OwnLoader, Target, at
@@ -24,27 +24,15 @@ from lorafx.model.saved_names import Walked
 from lorafx.registry import lookup
 
 
-@dataclass(frozen=True)
-class Joint:
-    """Names whose tensors, one after the other along `dim`, fill a target; where each ends only
-    all of them together can tell. `slices` are the sizes of which each name has one or more, where
-    they are known."""
-
-    whole: Landing
-    dim: int
-    names: tuple[str, ...]
-    index: int
-    slices: tuple[int, ...] | None
-
-
 class PackedLandings:
     """Finds the places of packed projections, and of projections that are packed, in one model."""
 
     def __init__(self, names: Names, packed: PackedNames) -> None:
         self._names = names
         self._packed = packed
+        self._joints: dict[str, JointGroup] = {}
 
-    def landings(self, walked: Walked) -> Iterator[Landing | Joint]:
+    def landings(self, walked: Walked) -> Iterator[Landing | GroupMember]:
         """What a name may mean of which all but two components lead to a module."""
         if len(walked.rest) != 2 or not self._packed.any:
             return
@@ -79,7 +67,7 @@ class PackedLandings:
         members: tuple[PackedMember, ...],
         name: str,
         attribute: str,
-    ) -> Landing | Joint | None:
+    ) -> Landing | GroupMember | None:
         """The rows of packed `child` that `name` covers."""
         target = self._names.target(child, attribute)
         if target is None:
@@ -107,7 +95,8 @@ class PackedLandings:
             parent = path.rpartition(".")[0]
             each = tuple(join(parent, f"{member.name}.{attribute}") for member in members)
             slices = sizes if sizes is not None and len(members) < len(sizes) else None
-            return Joint(whole, dim, each, index, slices)
+            group = self._joints.setdefault(each[0], JointGroup(whole, dim, each, slices))
+            return GroupMember(group, own)
         box = whole.cuts[0].place
         assert isinstance(box, Box)
         covered = (index,) if slices is None else slices

@@ -16,9 +16,9 @@ from torch import nn
 
 from lorafx.loading.conversions import Conversions
 from lorafx.loading.expert_landings import ExpertLandings
-from lorafx.loading.groups import GroupMember, JointGroup, TensorGroup
+from lorafx.loading.groups import GroupMember
 from lorafx.loading.names import Names
-from lorafx.loading.packed import Joint, PackedLandings
+from lorafx.loading.packed import PackedLandings
 from lorafx.loading.weight_places import Landing, Shape, Target, at
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.packed_names import PackedModules, PackedNames
@@ -38,7 +38,6 @@ class Resolver:
         self._experts = ExpertLandings(self.names)
         self._packed = PackedLandings(self.names, PackedNames(graph, packed))
         self._conversions = Conversions(model, self.names.transforms)
-        self._joints: dict[str, TensorGroup] = {}
         self._unwanted = [
             re.compile(pattern)
             for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
@@ -69,7 +68,7 @@ class Resolver:
         if any(pattern.search(reading) for pattern in self._unwanted for reading in readings):
             return True
         return any(
-            (target := self._own(reading)) is not None and not target[0].persistent
+            (target := self._own(reading)) is not None and not target.persistent
             for reading in readings
         )
 
@@ -115,13 +114,10 @@ class Resolver:
         yield from self._experts.landings(walked)
         if target is not None:
             yield at(target, walked.whole)
-        for found in self._packed.landings(walked):
-            yield found if isinstance(found, Landing) else self._joint(found)
+        yield from self._packed.landings(walked)
 
-    def _own(self, reading: str) -> tuple[Target, str] | None:
-        walked = self.names.walk(reading)
-        target = self._held(walked)
-        return None if target is None else (target, walked.whole)
+    def _own(self, reading: str) -> Target | None:
+        return self._held(self.names.walk(reading))
 
     def _held(self, walked: Walked) -> Target | None:
         """The tensor that a name leads to, None where it leads to none."""
@@ -132,12 +128,5 @@ class Resolver:
         for reading in self.names.readings(name):
             found = self._own(reading)
             if found is not None:
-                return at(found[0], name)
+                return at(found, name)
         return None
-
-    def _joint(self, found: Joint) -> GroupMember:
-        first = found.names[0]
-        if first not in self._joints:
-            self._joints[first] = JointGroup(found.whole, found.dim, found.names, found.slices)
-        group = self._joints[first]
-        return GroupMember(group, found.names[found.index])

@@ -30,19 +30,17 @@ class StackedResolver(Resolver):
     def meaning(self, name: str, shape: Shape) -> Meaning | None:
         if self._own(name) is None:
             found = {
-                candidate: shard_id
+                candidate: at(own, candidate, shard_id)
                 for param, saved, shard_id in self._stacked
                 for reading in self.names.readings(name)
                 for candidate in _replaced(reading, param, saved)
-                if self._own(candidate) is not None
+                if (own := self._own(candidate)) is not None
             }
             if len(found) > 1:
                 wrong = f"the stacked mapping sends it to {', '.join(found)}"
                 return Landing(name, None, (), wrong)
-            for candidate, shard_id in found.items():
-                own = self._own(candidate)
-                assert own is not None
-                return at(own[0], candidate, shard_id)
+            if found:
+                return next(iter(found.values()))
         return super().meaning(name, shape)
 
 

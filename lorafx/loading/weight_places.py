@@ -268,11 +268,6 @@ def at(target: Target, path: str, shard_id: Any = None) -> Landing:
     return Landing(path, box.shape, (Cut(box),))
 
 
-def boxed(box: Box, path: str) -> Landing:
-    """One box for the whole tensor."""
-    return Landing(path, box.shape, (Cut(box),))
-
-
 def memory_key(tensor: Tensor) -> tuple[object, ...]:
     """Equal for tensors that are the very same numbers in memory."""
     if storage_key(tensor) < 0:  # a wrapper without a storage of its own

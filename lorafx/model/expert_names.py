@@ -1,6 +1,6 @@
 """What checkpoints call the projections of routed experts.
 
-    experts.gate_up_proj          the parameter of all experts; w13, w2 the same
+    experts.gate_up_proj          the parameter of all experts; w13, w13_weight, w2 the same
     experts.gate_proj             the gates of all experts
     experts.3.gate_proj           expert 3's gate, from before the experts were fused
     experts.3.w1, w3, w2          the same in Mixtral's words: gate, up, down
@@ -66,6 +66,7 @@ def meaning(weights: Sequence[ExpertWeight], names: Sequence[str]) -> ExpertMean
     for weight in weights:
         if name == weight.name:
             return ExpertMeaning(weight, "all", expert, own=True)
+    name = name.removesuffix("_weight")
     if name not in PROJECTIONS:
         return None
     for weight in weights:

@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from lorafx.errors import ConfigError
 from lorafx.model.module_graph import ModuleGraph, join
 from lorafx.model.sites import Membership, Part
@@ -136,13 +138,12 @@ class PackedNames:
             if member.name == name and self._graph.find(join(parent, packed)) is None
         )
 
-    def paths(self) -> Iterator[str]:
-        """The paths of all modules, and those that packed names give them beside."""
-        for path, _ in self._graph.modules():
-            yield path
+    def named(self) -> Iterator[tuple[str, nn.Module]]:
+        """(path, module) for what packed names call modules beside their own paths."""
+        for path, module in self._graph.modules():
             others = [member.name for member in self.members(path)]
             others += [packed.name for packed in self.memberships(path)]
-            yield from (renamed(path, name) for name in others)
+            yield from ((renamed(path, name), module) for name in others)
 
     def unused(self) -> list[str]:
         """Names of the configuration's declaration that name no module, packed or not."""

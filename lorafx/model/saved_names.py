@@ -6,8 +6,9 @@
     layers.0.self_attn.q_proj                            of the model that one with a head holds
     model.layers.0.block_sparse_moe.gate                 what is called …mlp.gate since
 
-Wrappers' names are left out wherever a module has no child of that name. transformers keeps, for
-each model, what its loader does to checkpoints; nothing here knows the name of a model.
+Wrappers' names are left out wherever a module has no child of that name, but for those at the end:
+factors of `q_proj.base_layer` are not those of `q_proj`. transformers keeps, for each model, what
+its loader does to checkpoints; nothing here knows the name of a model.
 """
 
 from __future__ import annotations
@@ -51,10 +52,10 @@ class Walked(NamedTuple):
 
 
 class SavedNames:
-    """Reads the names of modules and of tensors in one model; in none, where that is unknown."""
+    """Reads the names of modules and of tensors in one model."""
 
-    def __init__(self, model: nn.Module | None) -> None:
-        self._model = nn.Module() if model is None else model
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._has_prefix = PREFIX.partition(".")[0] in self._model._modules
         prefix = getattr(self._model, "base_model_prefix", "")
         self._inner = prefix if isinstance(prefix, str) else ""
@@ -94,7 +95,7 @@ class SavedNames:
             wrapped = module._modules.get(COMPILED)
             if wrapped is not None:
                 module, path = wrapped, join(path, COMPILED)
-            elif rest[0] in WRAPPERS and len(rest) > 1:
+            elif rest[0] in WRAPPERS and not WRAPPERS.issuperset(rest):
                 rest.pop(0)
             else:
                 break
@@ -132,9 +133,12 @@ def without_compiled(path: str) -> str:
 
 
 def _without_wrappers(name: str) -> str:
-    """`name` without the names of wrappers, the last component excepted."""
-    *modules, last = name.split(".")
-    return ".".join([*(part for part in modules if part not in WRAPPERS), last])
+    """`name` without the names of wrappers, those at its end excepted."""
+    parts = name.split(".")
+    end = len(parts)
+    while end and parts[end - 1] in WRAPPERS:
+        end -= 1
+    return ".".join([*(part for part in parts[:end] if part not in WRAPPERS), *parts[end:]])
 
 
 def nearest_names(name: str, known: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from lorafx.adapter_store.peft_reader import adapter_target_modules, read_adapter
 from lorafx.errors import CapacityError, CheckpointError, LorafxWarning, UnsupportedAdapterError
@@ -133,7 +134,7 @@ def test_keys_of_other_features(key, feature, build, sites_of, save):
     folder = save(build("plain"), r=2, target_modules=["up"])
     rewrite(folder, _set(key, torch.ones(10)))
     with pytest.raises(UnsupportedAdapterError, match=feature):
-        read_adapter(folder, "a", sites_of(build("plain")))
+        read_adapter(folder, "a", sites_of(model := build("plain")), model=model)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -163,13 +164,13 @@ def test_rank_that_the_configuration_contradicts(build, sites_of, save):
     folder = save(build("plain"), r=2, target_modules=["up"])
     configure(folder, r=4)
     with pytest.raises(CheckpointError, match=r"up has rank 2, adapter_config\.json says 4"):
-        read_adapter(folder, "a", sites_of(build("plain")))
+        read_adapter(folder, "a", sites_of(model := build("plain")), model=model)
 
 
 def test_rank_over_the_banks(build, sites_of, save):
     folder = save(build("plain"), r=3, target_modules=["up"])
     with pytest.raises(CapacityError, match=r"rank 3 is over max_rank = 2 \(up\).*max_rank=3"):
-        read_adapter(folder, "a", sites_of(build("plain")), max_rank=2)
+        read_adapter(folder, "a", sites_of(model := build("plain")), model=model, max_rank=2)
 
 
 def test_another_models_checkpoint(build, sites_of, save):
@@ -215,17 +216,17 @@ def test_unreadable_folder(case, build, sites_of, save):
     folder = save(build("plain"), r=2, target_modules=["up"])
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
-        read_adapter(folder, "a", sites_of(build("plain")))
+        read_adapter(folder, "a", sites_of(model := build("plain")), model=model)
     with pytest.raises(CheckpointError, match=message):
-        adapter_target_modules(folder)
+        adapter_target_modules(folder, model)
 
 
 def test_absent_folder(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
-        read_adapter(tmp_path / "nowhere", "a", [])
+        read_adapter(tmp_path / "nowhere", "a", [], model=nn.Module())
 
 
 def test_names_the_folder_below(build, save):
     folder = save(build("plain"), folder="parent/sql", r=2, target_modules=["up"])
     with pytest.raises(CheckpointError, match="its subfolders with adapters are sql"):
-        read_adapter(folder.parent, "a", [])
+        read_adapter(folder.parent, "a", [], model=nn.Module())

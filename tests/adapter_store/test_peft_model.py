@@ -67,7 +67,7 @@ def test_live_scales_win(build, sites_of):
     model.base_model.model.model.layers[1].self_attn.q_proj.set_scale("a", 0.5)
     taken = take_over(model)
     base, adapters = taken.base, taken.adapters
-    weights = read_adapter(adapters["a"], "a", sites_of(base)).weights
+    weights = read_adapter(adapters["a"], "a", sites_of(base), model=base).weights
     scales = [weights[f"model.layers.{i}.self_attn.q_proj"].scale for i in (0, 1)]
     assert scales == [3.0, 1.5]
 
@@ -84,9 +84,9 @@ def test_weighted_adapter(build, sites_of):
     expected = model.base_model.model.model.layers[0].self_attn.q_proj.get_delta_weight("mix")
     taken = take_over(model)
     assert taken.active == "mix"
-    a, b, scale, *_ = read_adapter(taken.adapters["mix"], "mix", sites_of(taken.base)).weights[
-        "model.layers.0.self_attn.q_proj"
-    ]
+    base = taken.base
+    adapter = read_adapter(taken.adapters["mix"], "mix", sites_of(base), model=base)
+    a, b, scale, *_ = adapter.weights["model.layers.0.self_attn.q_proj"]
     torch.testing.assert_close(scale * (b @ a), expected)
 
 

@@ -96,7 +96,7 @@ def test_equals_peft_merge(case, build, sites_of, save):
         torch.testing.assert_close(ours[name], expected, atol=1e-6, rtol=1e-6)
         touched += not torch.equal(expected, model.get_parameter(name))
     assert touched == len(adapter.weights) > 0
-    targets = adapter_target_modules(folder)
+    targets = adapter_target_modules(folder, model)
     assert set(targets.modules) == set(adapter.weights)
     assert targets.rank == adapter.rank == max(w.rank for w in adapter.weights.values())
 
@@ -104,18 +104,18 @@ def test_equals_peft_merge(case, build, sites_of, save):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_keeps_the_files_dtype(dtype, build, sites_of, save):
     folder = save(build("plain"), dtype=dtype, r=2, target_modules=["up"])
-    adapter = read_adapter(folder, "a", sites_of(build("plain")))
+    adapter = read_adapter(folder, "a", sites_of(model := build("plain")), model=model)
     assert {t.dtype for w in adapter.weights.values() for t in w[:2]} == {dtype}
 
 
 def test_pickled_file_equals_safetensors(build, sites_of, save):
     folder = save(build("plain"), r=2, target_modules=["up", "embed"])
-    sites = sites_of(build("plain"))
-    first = read_adapter(folder, "a", sites)
+    sites = sites_of(model := build("plain"))
+    first = read_adapter(folder, "a", sites, model=model)
     torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
     (folder / WEIGHTS).unlink()
-    second = read_adapter(folder, "a", sites)
-    assert adapter_target_modules(folder).rank == 2
+    second = read_adapter(folder, "a", sites, model=model)
+    assert adapter_target_modules(folder, model).rank == 2
     for path in first.weights:
         assert all(map(torch.equal, first.weights[path][:2], second.weights[path][:2]))
 
@@ -125,7 +125,7 @@ def test_pickle_with_code_is_refused(build, sites_of, save):
     (folder / WEIGHTS).unlink()
     torch.save({"a": print}, folder / "adapter_model.bin")
     with pytest.raises(CheckpointError, match="weights_only=True"):
-        read_adapter(folder, "a", sites_of(build("plain")))
+        read_adapter(folder, "a", sites_of(model := build("plain")), model=model)
 
 
 STYLES = {
@@ -153,9 +153,15 @@ STYLES = {
 )
 def test_round_trip(modules, style, alpha, rslora, dtype):
     """Random shapes, ranks and key styles come back as they were, with the right scale."""
-    sites, tensors, ranks = [], {}, {}
+    model, sites, tensors, ranks = nn.Module(), [], {}, {}
     for path, (r, k, n, embedding) in modules.items():
         module = nn.Embedding(k, n) if embedding else nn.Linear(k, n)
+        *above, last = path.split(".")
+        parent = model
+        for name in above:
+            parent._modules.setdefault(name, nn.Module())
+            parent = parent.get_submodule(name)
+        parent.add_module(last, module)
         entry = lookup(module)
         sites.append(Site(path, (), module, entry, k, n, torch.float32, torch.device("cpu")))
         part, tail = ("lora_embedding", "") if embedding else ("lora", ".weight")
@@ -165,8 +171,9 @@ def test_round_trip(modules, style, alpha, rslora, dtype):
             tensors[key] = torch.randn(shape).to(dtype)
     fields = {"r": 1, "lora_alpha": alpha, "rank_pattern": ranks, "use_rslora": rslora}
     state = AdapterState(PeftConfig.read(fields), tensors, "memory")
-    adapter = read_adapter(state, "a", sites)
-    assert set(adapter.weights) == set(modules) == set(adapter_target_modules(state).modules)
+    adapter = read_adapter(state, "a", sites, model=model)
+    targets = adapter_target_modules(state, model)
+    assert set(adapter.weights) == set(modules) == set(targets.modules)
     for path, (r, k, n, _) in modules.items():
         a, b, scale, *_ = adapter.weights[path]
         assert (a.shape, b.shape) == ((r, k), (n, r))
@@ -184,7 +191,7 @@ def test_alias_paths(build, save):
     cpu = torch.device("cpu")
     listed = Site("up", ("also.here",), model.up, entry, 6, 10, torch.float32, cpu)
     walked = Site("up", (), model.up, entry, 6, 10, torch.float32, cpu)
-    assert set(read_adapter(folder, "a", [listed]).weights) == {"up"}
+    assert set(read_adapter(folder, "a", [listed], model=model).weights) == {"up"}
     assert set(read_adapter(folder, "a", [walked], model=model).weights) == {"up"}
 
 
@@ -204,4 +211,6 @@ def test_equal_twins_are_one(build, sites_of, save):
             {"up.lora_A.default.weight": t["base_model.model.up.lora_A.weight"].clone()}
         ),
     )
-    assert set(read_adapter(folder, "a", sites_of(build("plain"))).weights) == {"up"}
+    assert set(
+        read_adapter(folder, "a", sites_of(model := build("plain")), model=model).weights
+    ) == {"up"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from dense_merge import Case, check_mixed, random_base, save_adapter
-from expert_files import PATH, Model, delta, pair, state_of
+from expert_files import PATH, Model, delta, pair, read, state_of
 from packed_models import twins
 from safetensors.torch import load_file, save_file
 from tiny_models import token_inputs
@@ -105,14 +105,46 @@ def test_experts_of_a_wrapped_model() -> None:
         assert delta(model, wrapped, name).any()
 
 
-def test_a_name_that_leads_nowhere_stays_unknown(tmp_path: Path) -> None:
+def test_the_word_weight_behind_a_projection() -> None:
+    """As base weights of fused experts are called."""
+    model = Model()
+    tensors = pair((3, 2, 5), (3, 8, 2), f"{PATH}.w13")
+    expected = delta(model, read(model, tensors), "gate_up_proj")
+    longer = {key.replace("w13", "w13_weight"): tensor for key, tensor in tensors.items()}
+    assert torch.equal(delta(model, read(model, longer), "gate_up_proj"), expected)
+    assert expected.any()
+
+
+def test_another_name_of_interleaved_columns_is_refused() -> None:
+    """It may mean gate and up interleaved, or one after the other."""
+    model = Model(halves="interleaved", names=("inward", "outward"))
+    with pytest.raises(
+        lorafx.CheckpointError, match="gate_up_proj may mean interleaved or consecutive"
+    ):
+        read(model, pair((3, 2, 5), (3, 8, 2), f"{PATH}.gate_up_proj"))
+    read(model, pair((3, 2, 5), (3, 8, 2), f"{PATH}.inward"))
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda key: key.replace("down_proj", "base_layer"),
+        lambda key: key.replace("down_proj", "down_proj.base_layer"),
+        lambda key: key.replace("down_proj", "down_proj.base_layer.base_layer"),
+        lambda key: PREFIX + key,
+        lambda key: f"{PREFIX}module.{key}",
+    ],
+    ids=["no module", "inner factors", "innermost factors", "PEFT in PEFT", "with DDP between"],
+)
+def test_names_that_lead_nowhere_stay_unknown(tmp_path: Path, rename: Callable[[str], str]) -> None:
     base = random_base("llama")
-    folder = save_adapter(base, tmp_path / "a", rank=2, targets=["q_proj"], seed=1)
-    renamed(folder, lambda key: key.replace("q_proj", "base_layer"))
-    with pytest.raises(lorafx.CheckpointError, match=r"self_attn\.base_layer.*nearest"):
-        lorafx.compile(
-            base,
-            lorafx.LoraConfig(target_modules=["q_proj"]),
-            adapters={"a": folder},
-            options={"lowering": "reference"},
-        )
+    folder = save_adapter(base, tmp_path / "a", rank=2, targets=["down_proj"], seed=1)
+    renamed(folder, rename)
+    config = lorafx.LoraConfig(target_modules=["down_proj"])
+    with pytest.raises(lorafx.CheckpointError, match=r"in this model.*nearest"):
+        lorafx.compile(base, config, adapters={"a": folder}, options={"lowering": "reference"})
+
+
+def test_factors_of_a_third_wrapper_of_experts_are_unknown() -> None:
+    with pytest.raises(lorafx.CheckpointError, match="do not exist in this model"):
+        read(Model(), pair((6, 5), (8, 6), f"{PATH}.base_layer.base_layer"))

@@ -345,6 +345,26 @@ def test_names_of_wrapped_models_and_experts_one_by_one(checkpoint):
         load_weights(model, {"layers.0.q_proj.lora_A.weight": torch.zeros(2, 6)})
 
 
+def test_tensors_of_the_model_itself(checkpoint):
+    """Two weights may change places: each is read before it is overwritten, or refused."""
+    model = Model()
+    load_weights(model, checkpoint)
+    load_weights(model, model.state_dict())
+    load_weights(model, iter(model.state_dict().items()))
+    check(model, checkpoint)
+    pair = nn.ModuleDict({name: ReplicatedLinear(6, 3, bias=False) for name in "ab"})
+    a, b = (pair[name].weight.detach().clone() for name in "ab")
+    swapped = {"a.weight": pair["b"].weight, "b.weight": pair["a"].weight}
+    with pytest.raises(
+        lorafx.CheckpointError, match="shares memory with the weights of this model"
+    ):
+        load_weights(pair, iter(swapped.items()))
+    assert torch.equal(pair["a"].weight, a)
+    load_weights(pair, swapped)
+    assert torch.equal(pair["a"].weight, b)
+    assert torch.equal(pair["b"].weight, a)
+
+
 class Reversed(nn.Module):
     """A parameter with a loader that its author wrote."""
 
