@@ -56,21 +56,26 @@ def capture_settings(recompile_limit: int, *, sizes_by_data: bool = False) -> It
     `sizes_by_data`: operators whose results' sizes depend on data are captured too, where Dynamo
     would break the graph. Not for every model: what follows such a size in Python often cannot be.
 
-    Plain attribute writes: `config.patch` costs 14 µs a call and this runs once a forward.
+    Plain attribute writes: `config.patch` costs 14 µs a call and this runs once a forward. What is
+    right already is not written.
     """
     wanted = _CAPTURE
     if "recompile_limit" not in _COMPILE_ARGUMENTS:
         wanted = (*wanted, (torch._dynamo.config, "recompile_limit", recompile_limit))
     if sizes_by_data:
         wanted = (*wanted, (torch._dynamo.config, "capture_dynamic_output_shape_ops", True))
-    before = [getattr(config, name) for config, name, _ in wanted]
-    for config, name, value in wanted:
+    before = [
+        (config, name, own, value)
+        for config, name, value in wanted
+        if (own := getattr(config, name)) != value
+    ]
+    for config, name, _, value in before:
         setattr(config, name, value)
     try:
         yield
     finally:
-        for (config, name, _), value in zip(wanted, before, strict=True):
-            setattr(config, name, value)
+        for config, name, own, _ in before:
+            setattr(config, name, own)
 
 
 @contextmanager

@@ -34,12 +34,12 @@ class Explanation:
         """The report on a compiled model."""
         program, store = session.program, session.store
         records = session.backend.records
-        resident, pinned = store.resident, store.pinned
+        resident, pinned, merged = store.resident, store.pinned, session.base.merged
         adapters = [
             f"{name}: rank {store[name].rank}, {len(store[name].sites)} sites, "
             + (f"slot {resident[name]}" if name in resident else "in host memory")
             + (", pinned" if name in pinned else "")
-            + (", merged" if session.merged is not None and session.merged.name == name else "")
+            + (", merged" if merged is not None and merged.name == name else "")
             for name in store.names
         ]
         program.look_at_modules()

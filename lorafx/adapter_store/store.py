@@ -73,8 +73,6 @@ class AdapterStore:
         self._last: tuple[tuple[str | None, ...], tuple[int, ...]] | None = None
         self._written: set[int] = set()  # slots, inside `set_aside`
         self._aside: Any = None  # what the store held, inside `set_aside`
-        #: Slots that calls around the running one go on to read, which keep what they hold.
-        self.held: frozenset[int] = frozenset()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -159,8 +157,10 @@ class AdapterStore:
                     undisturbed(self._put_back)
                     raise
 
-    def acquire(self, names: Sequence[str | None]) -> list[int]:
+    def acquire(self, names: Sequence[str | None], held: frozenset[int] = frozenset()) -> list[int]:
         """The slot of each row's adapter, -1 for None and "__base__".
+
+        `held` are slots that calls around the running one go on to read, which keep what they hold.
 
         Raises UnknownAdapterError for names that are not loaded, CapacityError when the batch
         has more distinct adapters than there are slots, or than pinned ones leave free.
@@ -171,7 +171,7 @@ class AdapterStore:
                 return list(self._last[1])  # decoding asks for the same rows step after step
             wanted = list(dict.fromkeys(n for n in key if n is not None and n != BASE))
             self._check_known(wanted)
-            self._make_resident(wanted)
+            self._make_resident(wanted, held)
             for name in wanted:
                 self._slots.move_to_end(name)
             slots = [-1 if n is None or n == BASE else self._slots[n] for n in key]
@@ -248,7 +248,7 @@ class AdapterStore:
             self._written.discard(slot)
         self._slots, self._aside = slots, None
 
-    def _make_resident(self, wanted: list[str]) -> None:
+    def _make_resident(self, wanted: list[str], held: frozenset[int]) -> None:
         missing = [name for name in wanted if name not in self._slots]
         if not missing:
             return
@@ -262,7 +262,7 @@ class AdapterStore:
         evictable = [
             name
             for name, slot in self._slots.items()
-            if name not in wanted and name not in self._pinned and slot not in self.held
+            if name not in wanted and name not in self._pinned and slot not in held
         ]
         if len(missing) > len(free) + len(evictable):
             kept = sorted(set(self._slots) - set(evictable) - set(wanted))

@@ -49,7 +49,7 @@ def export_merged(session: Session, name: str, folder: Path, *, max_shard_size: 
             session.store[name]  # UnknownAdapterError
             program.look_at_modules()
             program.refuse_missing()
-            merged, changes = session.merged, list[Change]()
+            merged, changes = session.base.merged, list[Change]()
             if merged is None:
                 changes = changes_of(program, session.store, name).plain
             elif merged.name != name:

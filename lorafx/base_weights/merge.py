@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -37,10 +37,9 @@ from lorafx.model.quantized import Stored, dequantize, requantize
 from lorafx.model.weight_formats import format_of, own_tensors
 from lorafx.program.derived import Holder
 from lorafx.progress import progress
+from lorafx.session.running import BaseState
+from lorafx.session.session import Session
 from lorafx.session.sharing import held_elsewhere
-
-if TYPE_CHECKING:
-    from lorafx.session.session import Session
 
 T = TypeVar("T")
 _HALF = (
@@ -187,30 +186,31 @@ def unmerge(session: Session, *, force: bool = False) -> None:
     with session.weights_lock, session.lock:
         merged = merged_of(session)
         if merged is None:
-            if not session.unmerged:
+            if not session.base.unmerged:
                 raise ConfigError("no adapter is merged; call merge(name) first")
-            session.unmerged = ""
+            session.base = session.base._replace(unmerged="")
             return
         if not force:
             _refuse_touched(merged)
         with progress(f"taking {merged.name} out of {len(merged.report.weights)} weights"):
             undisturbed(lambda: _take_out(session, merged))
-        session.unmerged = ""
+        session.base = session.base._replace(unmerged="")
 
 
 def merged_of(session: Session) -> Merged | None:
-    merged = session.merged
+    merged = session.base.merged
     assert merged is None or isinstance(merged, Merged)
     return merged
 
 
 def _take_out(session: Session, merged: Merged) -> None:
-    before = "" if session.broken == _HALF else session.broken
-    session.broken = _HALF
+    before = session.base
+    session.base = before._replace(broken=_HALF)
     for item in reversed(merged.originals):
         if isinstance(item, _StoredOriginal) or item.holder.tensor is item.tensor:
             item.restore()
-    session.merged, session.broken = None, before
+    broken = "" if before.broken == _HALF else before.broken
+    session.base = before._replace(merged=None, broken=broken)
 
 
 def unmerged(session: Session, action: Callable[[], T]) -> T:
@@ -231,11 +231,12 @@ def unmerged(session: Session, action: Callable[[], T]) -> T:
             return action()
         try:
             _refuse_touched(merged)
-            session.unmerged = _lost(merged, "it was interrupted")  # said before it is so
+            lost = _lost(merged, "it was interrupted")
+            session.base = session.base._replace(unmerged=lost)  # said before it is so
             undisturbed(lambda: _take_out(session, merged))
             result = action()
         except BaseException:
-            if session.merged is None:
+            if session.base.merged is None:
                 with suppress(LorafxError):  # calls are refused and say why; the cause is this one
                     _merge_again(session, merged)
             raise
@@ -247,9 +248,10 @@ def _merge_again(session: Session, merged: Merged) -> None:
     try:
         _merge(session, merged.name, requantize=merged.requantize)
     except BaseException as error:
-        session.unmerged = _lost(merged, str(error) or type(error).__name__)
+        lost = _lost(merged, str(error) or type(error).__name__)
+        session.base = session.base._replace(unmerged=lost)
         if isinstance(error, LorafxError):
-            raise type(error)(session.unmerged) from error
+            raise type(error)(lost) from error
         raise
 
 
@@ -276,10 +278,11 @@ def _refuse_touched(merged: Merged) -> None:
 
 def _refuse_in_use(session: Session, name: str) -> None:
     session.store[name]  # UnknownAdapterError
-    if session.merged is not None:
-        also = " already" if session.merged.name == name else ""
+    merged = session.base.merged
+    if merged is not None:
+        also = " already" if merged.name == name else ""
         raise ConfigError(
-            f"{session.merged.name!r} is merged{also}"
+            f"{merged.name!r} is merged{also}"
             + ("" if also else f"; unmerge() it before {name!r} is merged")
         )
     if session.default not in (None, name):
@@ -331,9 +334,10 @@ def _write_merged(
     def put_back() -> None:
         for item in reversed(originals):
             item.restore()
-        session.broken = before
+        session.base = before
 
-    before, session.broken = session.broken, _HALF  # said before it is so
+    before = session.base
+    session.base = before._replace(broken=_HALF)  # said before it is so
     try:
         for change in changes.plain:
             kept = _Original.of(change.holder, change.weight)
@@ -351,7 +355,7 @@ def _write_merged(
         ours = tuple(item.written() for item in originals)
         report = MergeReport(name, tuple(weights), sum(item.nbytes for item in ours))
         merged = Merged(report, requantize, ours)
-        session.merged, session.unmerged, session.broken = merged, "", before
+        session.base = BaseState(merged, before.broken)
     except BaseException:
         undisturbed(put_back)
         raise

@@ -11,7 +11,6 @@ comes; what the weights were is kept until all of it was right, and put back whe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lorafx.base_weights.followers import DerivedCopies
 from lorafx.base_weights.merge import unmerged
@@ -22,10 +21,9 @@ from lorafx.loading.resolve import Resolver
 from lorafx.loading.sources import Source, Weights, source_of
 from lorafx.loading.writer import Journal, Undo
 from lorafx.model.packing import check_packed
+from lorafx.session.running import BaseState
+from lorafx.session.session import Session
 from lorafx.session.sharing import refresh_elsewhere
-
-if TYPE_CHECKING:
-    from lorafx.session.session import Session
 
 _BROKEN = (
     "an update of the base weights was interrupted during its writes, and they are partly "
@@ -94,12 +92,14 @@ def _write(
         BaseWeightsError: what was written is put back.
         Whatever the source raises; without a journal the model is broken then.
     """
-    before, session.broken = session.broken, _BROKEN  # said before it is so
+    before = session.base
+    session.base = before._replace(broken=_BROKEN)  # said before it is so
     try:
         loading.write(journal)
         copies.refresh(loading.plan.filled(), journal)
         session.store.refresh_magnitudes()
-        session.broken = before if loading.plan.missing else ""
+        broken = before.broken if loading.plan.missing else ""
+        session.base = before._replace(broken=broken)
     except BaseException:
         if journal is None:
             # Copies stay those of the weights, so that the next update knows them.
@@ -109,7 +109,7 @@ def _write(
         raise
 
 
-def _put_back(session: Session, journal: Journal, broken: str) -> None:
+def _put_back(session: Session, journal: Journal, before: BaseState) -> None:
     journal.restore()
     session.store.refresh_magnitudes()
-    session.broken = broken
+    session.base = before

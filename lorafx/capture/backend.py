@@ -82,7 +82,7 @@ class Backend:
         """
         program = self.program
         program.look_at_modules()
-        program.refuse_missing(program.touched if program.runtime.active else ())
+        program.refuse_missing(program.batch.touched if program.runtime.active else ())
         frame = Frame.of(program, gm.graph, examples)
         frame.per_token = per_token
         frame.begins_call = called_directly(self.entered)

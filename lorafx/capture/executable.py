@@ -154,7 +154,7 @@ def while_missing(owner: Owner, compiled: Callable[..., Any]) -> Callable[..., A
         program = owner(arguments)
         if program is not None and program.runtime.active:
             program.look_at_modules()
-            program.refuse_missing(program.touched)
+            program.refuse_missing(program.batch.touched)
             if not program.site_watch.missing:
                 raise CaptureError(
                     f"this graph of {type(program.model).__name__} was captured while "
@@ -237,7 +237,7 @@ def _looked_up(
         site = program.site_of_weight(arguments[position], index)
         bank = program.bank_of_weight(arguments[position], index)
         if site is None or bank is None:
-            program.refuse_missing(program.touched)
+            program.refuse_missing(program.batch.touched)
             if number not in nulls:
                 nulls[number] = _zeros(layout, program.runtime.device)
             found.append(nulls[number])

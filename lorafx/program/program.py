@@ -21,6 +21,7 @@ from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group, Site
 from lorafx.ownership.held import Alone, Listed, each_repeated
 from lorafx.ownership.memory import Memory
+from lorafx.program.call import AT_REST, Batch, Call
 from lorafx.program.derived import DerivedTensors, Holder
 from lorafx.program.frame import FrameInput
 from lorafx.program.handover import role_of
@@ -31,23 +32,6 @@ from lorafx.program.roles import Role, RoleTable, tensor_leaves
 #: What every site op takes of a bank, and what those that rescale take besides.
 BANK_FIELDS = ("A", "B", "ranks", "scales")
 GAINS = "gains"
-
-
-@dataclass(eq=False)
-class Call:
-    """The call that is running: its entry's roles and its arguments by name (None and none where
-    they are not known), and whose is what it has computed so far.
-
-    Attributes:
-        tracks: what Python computes between graphs is tracked in calls that mix adapters.
-        tracked: it is in this call.
-    """
-
-    roles: RoleTable | None
-    named: Mapping[str, Any]
-    memory: Memory
-    tracks: bool = False
-    tracked: bool = False
 
 
 @dataclass(eq=False)
@@ -62,11 +46,8 @@ class Program:
     runtime: Runtime
     config: LoraConfig
     options: Options
-    call: Call | None = None
-    #: Canonical paths of the sites that the running batch's adapters touch.
-    touched: frozenset[str] = frozenset()
-    #: Those of them that they rescale (DoRA).
-    rescaled: frozenset[str] = frozenset()
+    #: What is served at the moment. Written by sessions alone.
+    batch: Batch = AT_REST
     #: Plain tensor attributes of modules that existed before the first call: constants. One that
     #: appears later may hold what an earlier call computed for its own requests.
     #: By identity, held weakly: a number of `id` alone may be given to another tensor later.
@@ -94,6 +75,11 @@ class Program:
             for index, site in enumerate(group.sites)
         }
         self._by_bank = {id(group.bank.A): group for group in self.groups}
+
+    @property
+    def call(self) -> Call | None:
+        """The running call."""
+        return self.batch.call
 
     def note_constants(self) -> None:
         """Take for constants the plain tensor attributes that modules have now, and what lies in
@@ -134,11 +120,11 @@ class Program:
 
     def is_touched(self, site: Site) -> bool:
         """True where an adapter of the running batch has factors for `site`."""
-        return site.path in self.touched
+        return site.path in self.batch.touched
 
     def is_rescaled(self, site: Site) -> bool:
         """True where a DoRA adapter of the running batch rescales what `site` computes."""
-        return site.path in self.rescaled
+        return site.path in self.batch.rescaled
 
     def _sites_by_weight(self) -> dict[int, list[Site]]:
         """The sites by identity of their base weight as it is now; tied sites share one."""

@@ -112,7 +112,7 @@ class BaseMethods:
     @property
     def merged(self) -> str | None:
         """The adapter that is merged into the base weights, if any."""
-        merged = self._session.merged
+        merged = self._session.base.merged
         return None if merged is None else merged.name
 
     def export_merged(

@@ -25,6 +25,7 @@ from lorafx.serving.delegated import delegated
 from lorafx.serving.entry import Entry, entered
 from lorafx.serving.generation import generate, nested_generates
 from lorafx.serving.warmup import warm_up
+from lorafx.session.loading import load_adapter
 from lorafx.session.requests import by_slots, checked_names
 from lorafx.session.resting import Resting
 from lorafx.session.session import Session
@@ -57,7 +58,7 @@ class CompiledModel(BaseMethods, nn.Module):
         except BaseException:
             attachment.detach()
             raise
-        self._session.resting = program.runtime.resting = Resting(self._session)
+        program.runtime.resting = Resting(self._session)
         # Not train(), which has no end where a child holds its parent.
         self.training = program.model.training
 
@@ -95,7 +96,7 @@ class CompiledModel(BaseMethods, nn.Module):
 
         def run() -> Any:
             self._check_attached()  # it may have been detached while the call waited
-            per_token = self._session.tokens is not None
+            per_token = self._session.asked.tokens is not None
             return self.entry(self.model, per_token=per_token)(*args, **kwargs)
 
         return self._session.call(run, names, tokens=tokens)
@@ -139,22 +140,16 @@ class CompiledModel(BaseMethods, nn.Module):
         self._check_attached()
         session = self._session
 
-        def run() -> None:
+        def both() -> None:
             entry = self.entry(self.model)
             entry(*args, **kwargs)
-            try:
-                session.force_active = True
-                entry(*args, **kwargs)
-            finally:
-                session.force_active = False
+            lora = session.running._replace(active=True)
+            session.run(lora, lambda: entry(*args, **kwargs))
 
         with session.lock:
-            before = session.warming
-            try:
-                session.warming = True
-                session.call(run, [None], repeats=True)  # rows of the base
-            finally:
-                session.warming = before
+            warming = session.running._replace(warming=True)
+            # Rows of the base.
+            session.run(warming, lambda: session.call(both, [None], repeats=True))
 
     def warmup(
         self,
@@ -250,7 +245,7 @@ class CompiledModel(BaseMethods, nn.Module):
             BatchError: the call that is running on this thread serves the adapter of this name.
         """
         with self._session.lock:
-            self._session.load(source, name, strict)
+            load_adapter(self._session, source, name, strict)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter and free its slot. If it was the default, the base model becomes the
@@ -284,7 +279,7 @@ class CompiledModel(BaseMethods, nn.Module):
         """
         session = self._session
         with session.lock:  # a slot that it takes may be one that a running call reads
-            if session.entries and name not in session.store.resident:
+            if session.running.entries and name not in session.store.resident:
                 raise BatchError(
                     f"a forward is running on this thread; pin {name!r} when it has returned"
                 )

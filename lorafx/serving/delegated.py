@@ -13,40 +13,20 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import MethodType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from lorafx.errors import CaptureError
 from lorafx.serving.generation import generating_in_methods
+from lorafx.serving.refused import REFUSED, refuse
 from lorafx.session.requests import checked_names
 from lorafx.session.resting import wanted
 
 if TYPE_CHECKING:
     from lorafx.serving.compiled import CompiledModel
-
-_BATCHING = (
-    "runs the model in a thread and with a cache of its own, where adapters are not known; "
-    "use generate(..., adapter_names=[...])"
-)
-_INJECTED = "is about adapters that PEFT puts into the model; use"
-
-#: Methods of transformers' base classes that are not handed out -> why, and what to use.
-REFUSED: Mapping[str, str] = {
-    "generate_batch": _BATCHING,
-    "init_continuous_batching": _BATCHING,
-    "continuous_batching_context_manager": _BATCHING,
-    "get_compiled_call": "compiles the model without its adapters; call the compiled model",
-    "add_adapter": f"{_INJECTED} load_adapter(folder, name)",
-    "delete_adapter": f"{_INJECTED} unload_adapter(name)",
-    "disable_adapters": f"{_INJECTED} set_adapter(None)",
-    "enable_adapters": f"{_INJECTED} set_adapter(name)",
-    "active_adapters": f"{_INJECTED} adapters, or explain()",
-    "get_adapter_state_dict": f"{_INJECTED} the folder that the adapter was loaded from",
-    "enable_peft_hotswap": f"{_INJECTED} load_adapter, which swaps adapters without compiling",
-}
 
 #: Methods of transformers' base classes that call `generate` and run no layer themselves.
 GENERATING = ("heal_tokens",)
@@ -74,14 +54,6 @@ def delegated(compiled: CompiledModel, name: str, value: Any) -> Any:
     return _served(compiled, owner, value) if inside else value
 
 
-def refuse(name: str, why: str, *_: Any, **__: Any) -> NoReturn:
-    """Raise CaptureError: `name` is a method that is not served."""
-    raise CaptureError(
-        f"{name}() {why}. To call it on the plain model, detach() first, or copy the model "
-        "before it is compiled"
-    )
-
-
 def _base_classes() -> list[type]:
     found: list[type] = [nn.Module]
     for module, name in _BASES:
@@ -102,12 +74,12 @@ def _served(compiled: CompiledModel, owner: nn.Module, method: MethodType) -> Ca
             names = checked_names(kwargs.pop("adapter_names", None))
         with session.lock:
             session.refuse_injected()
-            if names is None and (session.default is None or session.updating):
+            if names is None and (session.default is None or session.running.updating):
                 return method(*args, **kwargs)
             compiled._check_attached()
 
             def run() -> Any:
-                if session.merged is not None or not wanted(session):
+                if session.base.merged is not None or not wanted(session):
                     return method(*args, **kwargs)
                 _refuse_lazy(owner, method)
                 served: Callable[..., Any] = method

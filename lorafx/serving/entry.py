@@ -18,12 +18,7 @@ from torch import Tensor, nn
 
 from lorafx.capture.failures import explained, own_error
 from lorafx.capture.traced import Traced
-from lorafx.compat import (
-    capture_settings,
-    is_recompile_limit,
-    mark_fixed_shape,
-    no_mha_fast_path,
-)
+from lorafx.compat import capture_settings, is_recompile_limit, mark_fixed_shape
 from lorafx.errors import (
     CaptureError,
     LorafxError,
@@ -38,7 +33,6 @@ from lorafx.program.roles import IMAGES, TOKEN_DIMS, RoleTable
 from lorafx.serving.guards import keep_guards
 from lorafx.serving.tracked import tracked
 from lorafx.session.session import Session
-from lorafx.session.sharing import rest, resume
 
 
 class Entry:
@@ -70,31 +64,9 @@ class Entry:
         functools.update_wrapper(self, function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        session, store = self.session, self.session.store
-        program, runtime = session.program, session.program.runtime
-        entries, held = session.entries, store.held
-        active, rows = runtime.active, runtime.rows
-        before = program.call, program.touched, program.rescaled
-        taken = held.union(rows) if entries else held
-        others: list[bool] = []
-        # No context manager, for the reason that `Session.call` gives.
-        try:
-            session.entries, runtime.resting, store.held = entries + 1, None, taken
-            if session.neighbours:
-                others = rest(session)
-            return self._serve(*args, **kwargs)
-        finally:
-            session.entries, store.held = entries, held
-            # Not what was there: a neighbour's entry may have been cut short before it put it back.
-            runtime.resting = None if entries else session.resting
-            if others:
-                resume(session, others)
-            if entries:  # what called this one from within goes on with its own batch
-                program.call, program.touched, program.rescaled = before
-                runtime.set_rows(rows)
-                runtime.active = active
-            else:
-                runtime.active = False
+        session = self.session
+        running = session.running.in_forward(session.program.runtime.rows)
+        return session.run(running, functools.partial(self._serve, *args, **kwargs))
 
     def _serve(self, *args: Any, **kwargs: Any) -> Any:
         session = self.session
@@ -103,10 +75,7 @@ class Entry:
             args, kwargs = (), named
         if not args:
             named = kwargs = _plain_tokens(kwargs)
-        if session.tokens is None:
-            session.set_batch(self.roles, named)
-        else:
-            session.set_tokens(self.roles, named)
+        session.set_batch(self.roles, named)
         _fix_image_sizes(named)
         check_packed(session.program.packed)
         session.program.quantised.settle_again()
@@ -114,19 +83,12 @@ class Entry:
             self._refuse_loops()
         elif self.in_python:
             return self._in_python(*args, **kwargs)
-        limit = session.program.options.recompile_limit
         state = session.program.site_watch.state
         traced = self._traced(state)
         traced.unstarted = False
         try:
-            by_data = session.program.quantised.sizes_by_data
-            settings = capture_settings(limit, sizes_by_data=by_data)
             run = functools.partial(self._result, traced, *args, **kwargs)
-            with torch.no_grad(), settings:
-                if session.has_mha and session.program.runtime.active:
-                    # Its fused inference path takes the weights past every module and mark.
-                    with no_mha_fast_path():
-                        return tracked(session, run)
+            with torch.no_grad(), session.settings(capture_settings):
                 return tracked(session, run)
         except BaseException as error:
             own = own_error(error)
@@ -135,6 +97,7 @@ class Entry:
             raised = "; ".join(dict.fromkeys(traced.given_up.values()))
             traced.given_up.clear()
             if is_recompile_limit(error):
+                limit = session.program.options.recompile_limit
                 raise CaptureError(
                     f"{type(self.module).__name__} has {limit} graphs, as many as "
                     f"Options.recompile_limit allows, and this call needs one more: {error}"

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from lorafx.errors import LorafxError
-from lorafx.session.stand_ins import Replaced, replacing
+from lorafx.serving.refused import REFUSED, refuse
+from lorafx.session.stand_ins import Replaced
 
 if TYPE_CHECKING:
     from lorafx.serving.compiled import CompiledModel
@@ -41,16 +42,15 @@ def generate(compiled: CompiledModel, *args: Any, **kwargs: Any) -> Any:
         raise LorafxError(f"{type(model).__name__} has no generate(); call the model itself")
     parts = [item for item in compiled.generates if item[0] is not model]
     attributes = [*parts, *_batching(model)]
-    return replacing(
-        compiled._session, attributes, _generate, compiled, model, run, *args, **kwargs
-    )
+    replacing = compiled._session.stand_ins.replacing
+    return replacing(attributes, _generate, compiled, model, run, *args, **kwargs)
 
 
 def generating_in_methods(compiled: CompiledModel, method: Callable[..., T]) -> Callable[..., T]:
     """`method` of the model: where it calls `generate`, it is this one. Dynamo leaves it to
     Python."""
     attributes = [*compiled.generates, *_batching(compiled.model)]
-    return functools.partial(replacing, compiled._session, attributes, method)
+    return functools.partial(compiled._session.stand_ins.replacing, attributes, method)
 
 
 def _generate(
@@ -62,7 +62,7 @@ def _generate(
         (module, "forward", compiled.entry(module)) for module in (model, *_encoders(model))
     ]
     attributes = [*forwards, *_modalities(compiled, model)]
-    return replacing(compiled._session, attributes, run, *args, **kwargs)
+    return compiled._session.stand_ins.replacing(attributes, run, *args, **kwargs)
 
 
 def _nested(compiled: CompiledModel, module: nn.Module) -> Callable[..., Any]:
@@ -72,11 +72,9 @@ def _nested(compiled: CompiledModel, module: nn.Module) -> Callable[..., Any]:
 
     @functools.wraps(run)
     def nested(*args: Any, **kwargs: Any) -> Any:
-        before, session.repeats = session.repeats, True
-        try:
-            return _generate(compiled, module, run, *args, **kwargs)
-        finally:
-            session.repeats = before
+        repeating = session.running._replace(requests=session.asked._replace(repeats=True))
+        action = functools.partial(_generate, compiled, module, run, *args, **kwargs)
+        return session.run(repeating, action)
 
     return nested
 
@@ -95,8 +93,6 @@ def nested_generates(compiled: CompiledModel) -> list[Replaced]:
 
 def _batching(model: nn.Module) -> list[Replaced]:
     """`generate` hands paged caches over to continuous batching, which is refused."""
-    from lorafx.serving.delegated import REFUSED, refuse
-
     name = "generate_batch"
     if not hasattr(model, name):
         return []

@@ -26,7 +26,7 @@ def tracked(session: Session, action: Callable[[], T]) -> T:
     """
     program, captured = session.program, len(session.backend.records)
     active = program.runtime.active
-    uses = WeightUses(program) if active and program.touched else None
+    uses = WeightUses(program) if active and program.batch.touched else None
     memory = _memory(session) if active else None
     try:
         if uses is None and memory is None:
@@ -47,7 +47,7 @@ def _memory(session: Session) -> Memory | None:
     program = session.program
     call, rows = program.call, len(program.runtime.rows)
     mixed = not program.runtime.uniform and session.backend.several[0]
-    wanted = session.tokens is None and 1 < rows <= MOST_REQUESTS
+    wanted = session.asked.tokens is None and 1 < rows <= MOST_REQUESTS
     if call is None or call.roles is None or not wanted or not (mixed or session.capturing):
         return None
     call.tracked = True

@@ -163,17 +163,14 @@ def dummy(name: str, sites: Sequence[Site], rank: int, *, seed: int) -> Adapter:
 
 def _serving_dummies(session: Session, run: Callable[[], None]) -> None:
     """Run with no adapters but those that `run` loads; all is as before afterwards."""
-    program = session.program
-    rows, touched, rescaled = program.runtime.rows, program.touched, program.rescaled
+    runtime = session.program.runtime
+    rows, warming = runtime.rows, session.running._replace(warming=True)
     try:
-        session.warming = True
-        session.store.set_aside(run)
+        session.run(warming, lambda: session.store.set_aside(run))
     finally:
-        session.warming = False
         session.forget_served()
-        program.touched, program.rescaled = touched, rescaled
-        program.runtime.set_rows(rows)
-        program.runtime.active = False
+        runtime.set_rows(rows)
+        runtime.active = False
 
 
 @contextmanager

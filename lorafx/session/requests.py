@@ -1,8 +1,9 @@
-"""The adapters that a call names, checked."""
+"""The adapters that a call names, and which of them each row of its batch has."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -12,24 +13,74 @@ from lorafx.errors import BatchError, ConfigError
 Names = Sequence["str | None"]
 
 
-def served_by(merged: str, names: Names | None, tokens: Tensor | None) -> tuple[Names | None, None]:
+class Requests(NamedTuple):
+    """Whom a call serves.
+
+    Attributes:
+        names: the adapter of each request.
+        tokens: (B, T) which of `names` each token uses, -1 for the base; None otherwise.
+        repeats: rows of one request may follow one another (beams, returned sequences), as
+            `generate` expands them.
+        alike: nobody was named, or one adapter for all: `names` has one entry, of every row.
+    """
+
+    names: tuple[str | None, ...]
+    tokens: Tensor | None = None
+    repeats: bool = False
+    alike: bool = False
+
+    def of_rows(self, rows: int | None, repeating: Callable[[], bool]) -> Names:
+        """The adapter of each row; None where no argument carries rows. `repeating` may know that
+        rows of one request follow one another though `repeats` does not say so.
+
+        Raises:
+            BatchError: names and rows do not fit together.
+        """
+        names = self.names
+        if self.alike:
+            return names * (rows or 1)
+        if rows is None:
+            if len(set(names)) > 1:
+                raise BatchError(
+                    "no argument of this call carries requests, so its rows cannot use "
+                    "different adapters; declare which one does with "
+                    "LoraConfig(row_dims={argument: dim})"
+                )
+            return names[:1]
+        given = len(names)
+        if rows == given:
+            return names
+        if given and rows % given == 0 and (self.repeats or repeating()):
+            return [name for name in names for _ in range(rows // given)]
+        raise BatchError(
+            f"adapter_names has {given} entries, but the batch has {rows} rows; give one "
+            "name, or None for the base model, per row"
+        )
+
+    def of_tokens(self) -> Names:
+        """The adapter of each token, one request after another."""
+        assert self.tokens is not None
+        return [self.names[i] if i >= 0 else None for i in self.tokens.flatten().tolist()]
+
+
+def served_by(merged: str, requests: Requests) -> Requests:
     """The requests of a call of a model into which `merged` is merged, which serves all of them.
 
     Raises:
         BatchError: a request, or a token, uses something else.
     """
-    used = names
-    if tokens is not None:
-        assert names is not None
-        used = [names[i] if i >= 0 else None for i in tokens.flatten().tolist()]
-    others = dict.fromkeys(name for name in used or () if name != merged)
+    if requests.alike:
+        return requests
+    tokens = requests.tokens
+    used = requests.names if tokens is None else requests.of_tokens()
+    others = dict.fromkeys(name for name in used if name != merged)
     if others:
         said = ", ".join("the base model" if n in (None, BASE) else repr(n) for n in others)
         raise BatchError(
             f"{merged!r} is merged into the base weights, but this call asks for {said}; "
             f"call unmerge() to serve adapters side by side, or name {merged!r} or nothing"
         )
-    return (names if tokens is None else [merged] * tokens.shape[0]), None
+    return requests if tokens is None else Requests((merged,) * tokens.shape[0])
 
 
 def checked_names(names: Sequence[str | None] | None) -> Sequence[str | None] | None:

@@ -8,17 +8,13 @@ eager mode and when no adapter is active, so it is in no graph.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lorafx.adapter_store.store import BASE
 from lorafx.errors import MatchError
-
-if TYPE_CHECKING:
-    from lorafx.session.session import Session
+from lorafx.session.session import Session
 
 
 class Resting:
-    """What marks ask outside of a session's entries."""
+    """What marks ask where no adapter is active: inside of entries that is what the batch wants."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -30,16 +26,18 @@ class Resting:
             MatchError: it does.
         """
         session = self._session
-        if session.warming or session.merged is not None:
+        running = session.running
+        if running.entries or running.warming or session.base.merged is not None:
             return
-        named = session.requests is not None
+        if any(other.running.entries for other in session.neighbours):
+            return
         for name in wanted(session):
             if path not in session.store[name].sites:
                 continue
             asked = (
-                f"adapter {name!r} was requested by this call"
-                if named
-                else f"{name!r} is the default that set_adapter chose"
+                f"{name!r} is the default that set_adapter chose"
+                if session.asked.alike
+                else f"adapter {name!r} was requested by this call"
             )
             raise MatchError(
                 f"{layer} runs outside the compiled model's own calls, where nothing adds "
@@ -51,5 +49,4 @@ class Resting:
 
 def wanted(session: Session) -> list[str]:
     """The adapters that the running call names, or the default where it names none."""
-    names = (session.default,) if session.requests is None else session.requests
-    return [name for name in dict.fromkeys(names) if name is not None and name != BASE]
+    return [name for name in dict.fromkeys(session.asked.names) if name not in (None, BASE)]

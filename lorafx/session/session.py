@@ -1,6 +1,12 @@
 """A session: a program that serves calls, each request with its own adapter.
 
-names of the requests → rows of the batch → slots in the store → the runtime that marks read
+    note        what is under way: `Running`, one assignment
+    set batch   names of the requests → names of the rows → slots in the store → the runtime
+    run         under Dynamo's settings (`settings`)
+    take back   what was there before, on interrupts too
+
+Entries of compiled models (lorafx.serving.entry) and blocks of `lorafx.adapters`
+(lorafx.torch_compile.attached) walk through these steps; what each does by itself is in its file.
 """
 
 from __future__ import annotations
@@ -8,109 +14,96 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any, ClassVar, Final, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
 from lorafx.adapter_store.peft_model import notes_of_peft
-from lorafx.adapter_store.peft_reader import read_adapter
 from lorafx.adapter_store.store import AdapterStore, StoredAdapter
 from lorafx.capture.backend import Backend
-from lorafx.errors import (
-    BatchError,
-    CaptureError,
-    CheckpointError,
-    ConfigError,
-    ReplacedModuleError,
-)
-from lorafx.interrupts import free_after_fork
+from lorafx.compat import no_mha_fast_path
+from lorafx.errors import BatchError, CaptureError, ConfigError
+from lorafx.program.call import AT_REST, Batch, Call
 from lorafx.program.program import Program
 from lorafx.program.roles import TOKEN_DIMS, RoleTable
-from lorafx.session.requests import Names, served_by
-from lorafx.session.stand_ins import ReplacedAttribute, put_back
-
-if TYPE_CHECKING:
-    from lorafx.session.resting import Resting
+from lorafx.session.requests import Names, Requests, served_by
+from lorafx.session.running import IDLE, BaseState, Locks, Running
+from lorafx.session.stand_ins import StandIns
 
 T = TypeVar("T")
 
 
-class Named(Protocol):
-    """What a session knows of the adapter that is merged (lorafx.base_weights.merge)."""
+class _Served(NamedTuple):
+    """The adapters that were served last, and the sites that they touch and rescale."""
 
-    @property
-    def name(self) -> str: ...
+    adapters: tuple[StoredAdapter, ...] = ()
+    touched: frozenset[str] = frozenset()
+    rescaled: frozenset[str] = frozenset()
 
 
-@dataclass(eq=False)
 class Session:
-    """What all entries of one CompiledModel share.
+    """What all calls of one model share.
 
-    Attributes:
-        requests: the adapter of each request of the running call; None outside a call.
-        tokens: (B, T) which of `requests` each token uses, -1 for the base; None otherwise.
-        repeats: rows of one request may follow one another (beams, returned sequences), as
-            `generate` expands them.
-        depth: calls that are running, one inside the other.
-        entries: of them, compiled forwards.
-        merged: the adapter that the base weights hold, None where they are the base's own.
+    What is not final is a value that is replaced whole, by whom the comment says. `locks.calls` is
+    held by whoever replaces `running`, `default` or `base`.
     """
 
-    program: Program
-    store: AdapterStore
-    backend: Backend
-    dynamic: bool | None
-    default: str | None = None
-    requests: tuple[str | None, ...] | None = None
-    tokens: Tensor | None = None
-    repeats: bool = False
-    force_active: bool = False
-    depth: int = 0
-    entries: int = 0
-    merged: Named | None = None
-    #: Why the base weights cannot be served, "" where they can.
-    broken: str = ""
-    #: Why calls are refused though the weights are whole: an adapter is merged no longer. Says
-    #: nothing where one is.
-    unmerged: str = ""
-    #: The base weights are being written, and whoever gives the new ones may call the model.
-    updating: bool = False
-    #: The running calls only have graphs captured: nothing of their results is used, so what could
-    #: not be served rightly is not refused.
-    warming: bool = False
-    #: Whom marks ask outside of entries.
-    resting: Resting | None = None
-    #: Those of models that share modules with this one (lorafx.session.sharing).
-    neighbours: tuple[Session, ...] = ()
-    #: Whether it can serve beside such sessions.
+    #: Whether it can serve beside sessions of models that share modules with this one.
     takes_turns: ClassVar[bool] = True
-    has_mha: bool = field(init=False)
-    #: The model had notes of PEFT's when it was marked, which mean nothing then.
-    noted_before: bool = field(init=False)
-    #: Attributes of modules that `generate` has replaced while it runs.
-    replaced: Sequence[ReplacedAttribute] = ()
-    #: The last call with adapters had graphs captured, or there was none.
-    capturing: bool = True
-    #: The thread whose calls, or whose update, are running.
-    _thread: int | None = None
-    #: The adapters that were served last, and the sites that they touch.
-    _served: list[StoredAdapter] = field(default_factory=list)
-    _touched: frozenset[str] = frozenset()
-    _rescaled: frozenset[str] = frozenset()
-    #: One call at a time: slots and the running call are one state for all marks of the model.
-    lock: threading.RLock = field(default_factory=threading.RLock)
-    #: Held by what writes the base weights, and by what reads them without stopping calls. Taken
-    #: before `lock` where both are, so that calls go on while somebody waits for it.
-    weights_lock: threading.RLock = field(default_factory=threading.RLock)
 
-    def __post_init__(self) -> None:
-        self.has_mha = any(
-            isinstance(module, nn.MultiheadAttention) for module in self.program.model.modules()
+    def __init__(
+        self, program: Program, store: AdapterStore, backend: Backend, dynamic: bool | None
+    ) -> None:
+        self.program: Final = program
+        self.store: Final = store
+        self.backend: Final = backend
+        self.dynamic: Final = dynamic
+        self.stand_ins: Final = StandIns()
+        self.has_mha: Final = any(
+            isinstance(module, nn.MultiheadAttention) for module in program.model.modules()
         )
-        self.noted_before = notes_of_peft(self.program.model)
-        _SESSIONS.add(self)
+        # Notes of PEFT's that were there before mean nothing.
+        self._noted_before: Final = notes_of_peft(program.model)
+        #: What is under way: by `run`, and by blocks of `lorafx.adapters`.
+        self.running: Running = IDLE
+        #: The adapter of calls that name none: by `CompiledModel`.
+        self.default: str | None = None
+        #: What the base weights are: by lorafx.base_weights.
+        self.base: BaseState = BaseState()
+        #: The last call with adapters had graphs captured, or there was none: by
+        #: lorafx.serving.tracked.
+        self.capturing = True
+        #: Of models that share modules with this one, and with their locks: by
+        #: lorafx.session.sharing.
+        self.neighbours: tuple[Session, ...] = ()
+        self.locks: Locks = Locks()
+        self._served = _Served()
+        _SESSIONS[id(self)] = self
+
+    @property
+    def lock(self) -> threading.RLock:
+        """See `Locks.calls`."""
+        return self.locks.calls
+
+    @property
+    def weights_lock(self) -> threading.RLock:
+        """See `Locks.weights`."""
+        return self.locks.weights
+
+    @property
+    def serves(self) -> bool:
+        """Whether its marks are on the model."""
+        return self.program.runtime.session is self
+
+    @property
+    def asked(self) -> Requests:
+        """The requests of the running call; without one those of the default."""
+        return self.running.requests or Requests((self.default,), alike=True)
+
+    # --- the protocol of a call ---
 
     def call(
         self,
@@ -129,214 +122,156 @@ class Session:
             CaptureError: an update of the base weights was interrupted, or lost a merge.
             ReplacedModuleError: a module that holds the merged adapter was replaced.
         """
-        thread = threading.get_ident()
-        with self.lock:
-            if self.updating:
+        with self.locks.calls:
+            running, merged = self.running, self.base.merged
+            if running.updating:
                 raise BatchError(
                     "the base weights are being updated; call the model after the update"
                 )
             self.refuse_broken()
-            if self.unmerged and self.merged is None and not self.warming:
-                raise CaptureError(self.unmerged)
-            if self.merged is not None and not self.warming:
-                names, tokens = served_by(self.merged.name, names, tokens)
-                self.program.refuse_missing(self.store[self.merged.name].sites)
-            requests = None if names is None else tuple(names)
-            before = self.requests, self.repeats, self.tokens, self.depth
-            # No context manager: an interrupt where its exit begins would leave all this, and the
-            # lock, as it is in a call. Nothing can come between plain assignments.
-            try:
-                self._thread, self.depth = thread, self.depth + 1
-                self.requests, self.repeats, self.tokens = requests, repeats, tokens
-                return function()
-            finally:
-                self.requests, self.repeats, self.tokens, self.depth = before
-                if not self.entries:
-                    self.program.call = None
-                    # The marks stay on the model: called by itself it is the base model.
-                    self.program.runtime.active = False
+            if names is None:
+                requests = Requests((self.default,), alike=True)
+            else:
+                requests = Requests(tuple(names), tokens, repeats)
+            if merged is not None and not running.warming:
+                requests = served_by(merged.name, requests)
+                self.program.refuse_missing(self.store[merged.name].sites)
+            elif self.base.unmerged and not running.warming:
+                raise CaptureError(self.base.unmerged)
+            return self.run(running.serving(requests), function)
+
+    def run(self, running: Running, action: Callable[[], T]) -> T:
+        """What `action` returns, while `running` is under way. The lock is held."""
+        program, runtime = self.program, self.program.runtime
+        before, batch, others = self.running, program.batch, list[bool]()
+        rows, active = runtime.rows, runtime.active
+        # No context manager: an interrupt where its exit begins would leave all this, and the lock,
+        # as it is in a call. Nothing can come between plain assignments.
+        try:
+            self.running = running
+            if self.neighbours and running.entries > before.entries:
+                others = self._have_neighbours_rest()
+            return action()
+        finally:
+            # The marks stay on the model: called by itself it is the base model.
+            self.running, program.batch, runtime.active = before, batch, False
+            if others:
+                self._have_neighbours_go_on(others)
+            if before.entries:  # what called this one from within goes on with its own batch
+                runtime.set_rows(rows)
+                runtime.active = active
 
     def set_batch(self, roles: RoleTable, named: Mapping[str, Any]) -> None:
-        """Give every row of the call its slot.
+        """Give every row of the call its slot, or every token.
 
         Raises:
-            BatchError: names and rows do not fit together.
+            BatchError: names and rows do not fit together, or arguments with one entry per token do
+                not have the shape of `adapter_slots`.
             UnknownAdapterError, CapacityError: from the store, before anything has changed.
         """
-        rows = roles.rows(named)
-        names = self._row_names(rows)
-        if self.merged is not None and not self.warming:
-            names = [None] * len(names)  # the base's graph, over the merged weights
-        program = self.program
-        self._set_slots(roles, named, names, self.store.acquire(names))
-        if not program.runtime.uniform and rows is not None:
-            roles.check_rows(named, rows)
+        requests, call = self.asked, self.program.new_call(roles, named, tracks=True)
+        if requests.tokens is None:
+            check = partial(roles.check_rows, named)
+            self.set_rows(requests, roles.rows(named), check, call)
+        else:
+            names = _token_names(requests, requests.tokens, roles, named)
+            self.serve(names, self.store.acquire(names, self.running.held), call)
 
-    def set_tokens(self, roles: RoleTable, named: Mapping[str, Any]) -> None:
-        """Give every token of the call its slot, as `tokens` says.
-
-        Raises:
-            BatchError: arguments with one entry per token do not have the shape of `tokens`.
-            As `set_batch`.
-        """
-        assert self.tokens is not None
-        assert self.requests is not None
-        rows, length = self.tokens.shape
-        roles.check_rows(named, rows)
-        for name, dim in TOKEN_DIMS.items():
-            value = named.get(name)
-            if not isinstance(value, Tensor) or roles.role(name, value).dim != 0:
-                continue
-            if value.dim() > dim and value.shape[dim] != length:
-                raise BatchError(
-                    f"adapter_slots has shape {(rows, length)}, and {name!r} "
-                    f"{tuple(value.shape)}: calls with one slot per token take whole "
-                    "sequences, without a cache of earlier tokens"
-                )
-        names = [self.requests[i] if i >= 0 else None for i in self.tokens.flatten().tolist()]
-        self._set_slots(roles, named, names, self.store.acquire(names))
-
-    def _set_slots(
-        self, roles: RoleTable, named: Mapping[str, Any], names: Names, slots: Sequence[int]
+    def set_rows(
+        self,
+        requests: Requests,
+        rows: int | None,
+        check: Callable[[int], None],
+        call: Call | None,
     ) -> None:
-        self.serve(names, slots)
-        self.program.call = self.program.new_call(roles, named, tracks=True)
+        """Give every row of a call its slot; `check` compares its arguments with their number,
+        where that matters. Raises as `set_batch`."""
+        running = self.running
+        names = requests.of_rows(rows, self.repeating)
+        if self.base.merged is not None and not running.warming:
+            names = [None] * len(names)  # the base's graph, over the merged weights
+        self.serve(names, self.store.acquire(names, running.held), call)
+        if rows is not None and not self.program.runtime.uniform:
+            check(rows)
 
-    def serve(self, names: Names, slots: Sequence[int]) -> None:
+    def serve(self, names: Names, slots: Sequence[int], call: Call | None) -> None:
         """Serve rows of these adapters, which have these slots.
 
         Raises:
             ReplacedModuleError: a module that carries one of them was replaced or taken out.
         """
-        program = self.program
+        program, running = self.program, self.running
         if not self.backend.records:  # nothing has run yet
             program.note_constants()
         program.runtime.set_rows(slots)
-        program.runtime.active |= self.force_active
+        program.runtime.active |= running.active
         distinct = dict.fromkeys(n for n, slot in zip(names, slots, strict=True) if slot >= 0)
-        stored = [self.store[name] for name in distinct if name is not None]
-        if [id(adapter) for adapter in stored] != [id(adapter) for adapter in self._served]:
+        stored = tuple(self.store[name] for name in distinct if name is not None)
+        served = self._served
+        if [id(adapter) for adapter in stored] != [id(adapter) for adapter in served.adapters]:
             touched = frozenset().union(*(adapter.sites for adapter in stored))
             rescaled = frozenset().union(*(adapter.rescaled for adapter in stored))
-            self._served, self._touched, self._rescaled = stored, touched, rescaled
-        program.touched = frozenset() if self.warming else self._touched
-        program.rescaled = frozenset() if self.warming else self._rescaled
-        program.refuse_missing(program.touched)
+            served = self._served = _Served(stored, touched, rescaled)
+        program.batch = Batch(call) if running.warming else Batch(call, *served[1:])
+        program.refuse_missing(program.batch.touched)
 
     def forget_served(self) -> None:
         """Keep no adapter that was served alive."""
-        self._served, self._touched, self._rescaled = [], frozenset(), frozenset()
+        self._served = _Served()
+
+    def settings(
+        self, settings: Callable[..., AbstractContextManager[None]]
+    ) -> AbstractContextManager[None]:
+        """Dynamo's settings for the batch that is set: those of lorafx.compat that are given."""
+        program = self.program
+        limit, by_data = program.options.recompile_limit, program.quantised.sizes_by_data
+        wanted = settings(limit, sizes_by_data=by_data)
+        if self.has_mha and program.runtime.active:
+            # Its fused inference path takes the weights past every module and mark.
+            return _both(no_mha_fast_path(), wanted)
+        return wanted
 
     def repeating(self) -> bool:
-        """Whether rows of one request may follow one another though `repeats` does not say so."""
+        """Whether rows of one request may follow one another though the requests do not say so."""
         return False
-
-    def load(self, source: Any, name: str, strict: bool | None = None) -> None:
-        """Read an adapter folder and keep it in host memory, in place of one of the same name.
-
-        `strict` as in `Options`, whose value None stands for.
-
-        Raises:
-            CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
-            ConfigError: the adapter of this name is merged.
-            ReplacedModuleError: a module that it is for was replaced or taken out.
-            BatchError: the call that is running on this thread serves it.
-        """
-        self.refuse_merged(name, "is replaced")
-        self.refuse_served(name, "replace")
-        program = self.program
-        program.look_at_modules()
-        try:
-            adapter = read_adapter(
-                source,
-                name,
-                program.sites,
-                model=program.model,
-                max_rank=program.config.max_rank,
-                lora_config=program.config,
-                strict=program.options.strict if strict is None else strict,
-            )
-        except CheckpointError as error:  # of which a module that is missing may be the reason
-            try:
-                program.refuse_missing()
-            except ReplacedModuleError as reason:
-                raise reason from error
-            raise
-        if adapter.magnitudes and self.merged is not None:
-            raise ConfigError(
-                f"{name!r} is a DoRA adapter, whose norms come from the base's own weights, "
-                f"but {self.merged.name!r} is merged into them; call unmerge() before "
-                "loading it"
-            )
-        program.refuse_missing(
-            [
-                site.path
-                for site in program.sites
-                if any(site.part_path(part) in adapter.weights for part in range(len(site.parts)))
-            ]
-        )
-        self.store.load(adapter)
-        self.forget_served()
-
-    def refuse_running(self, what: str) -> None:
-        """Raise BatchError where a call or an update of the weights runs on this very thread, and
-        `what` is to be done after it. Asked before any lock is waited for."""
-        self.refuse_updating(what)
-        if self.depth and self._thread == threading.get_ident():
-            raise BatchError(f"a call is running on this thread; {what} when it has returned")
-
-    def refuse_updating(self, what: str) -> None:
-        """As `refuse_running`, for an update alone, whose source of weights may use the model."""
-        if self.updating and self._thread == threading.get_ident():
-            raise BatchError(
-                f"an update of the base weights is running on this thread; {what} when it has ended"
-            )
-
-    def refuse_served(self, name: str, what: str) -> None:
-        """Raise BatchError where the call that is running on this very thread, which holds the
-        lock, serves this adapter."""
-        served = (self.default,) if self.requests is None else self.requests
-        if self.depth and name in served:
-            raise BatchError(
-                f"the call that is running serves {name!r}; {what} it when the call has returned"
-            )
 
     def update(self, function: Callable[[], T]) -> T:
         """What `function` returns, which writes the base weights. The locks are held."""
         thread = threading.get_ident()
-        try:
-            self.updating, self._thread = True, thread
-            return function()
-        finally:
-            self.updating = False
+        return self.run(self.running._replace(updating=True, thread=thread), function)
 
-    def after_fork(self, locks: dict[int, threading.RLock]) -> None:
-        """In a child process: free of the calls that other threads of the parent were in. `locks`
-        are those that stand for others, which sessions may share."""
-        old = id(self.weights_lock), id(self.lock)
-        self.weights_lock = locks.setdefault(old[0], free_after_fork(self.weights_lock))
-        lock = locks.setdefault(old[1], free_after_fork(self.lock))
-        if lock is not self.lock:
-            self.lock = lock
-            self.depth, self.requests, self.tokens, self.repeats = 0, None, None, False
-            self.warming = self.force_active = self.updating = False
-            self.entries, self.program.call, self.program.runtime.active = 0, None, False
-            self.program.runtime.resting = self.resting
-            put_back(self.replaced)
-            self.replaced = ()
-        self.store.after_fork()
+    # --- what may not be done now ---
+
+    def refuse_running(self, what: str) -> None:
+        """Raise BatchError where a call or an update of the weights runs on this very thread, and
+        `what` is to be done after it. Asked before any lock is waited for."""
+        running = self.running
+        if running.updating and running.here:
+            raise BatchError(
+                f"an update of the base weights is running on this thread; {what} when it has ended"
+            )
+        if running.depth and running.here:
+            raise BatchError(f"a call is running on this thread; {what} when it has returned")
+
+    def refuse_served(self, name: str, what: str) -> None:
+        """Raise BatchError where the call that is running on this very thread, which holds the
+        lock, serves this adapter."""
+        if self.running.depth and name in self.asked.names:
+            raise BatchError(
+                f"the call that is running serves {name!r}; {what} it when the call has returned"
+            )
 
     def refuse_broken(self) -> None:
         """Raise CaptureError where an update left the base weights partly written, or the base is
         no base any more."""
-        if self.broken:
-            raise CaptureError(self.broken)
+        if self.base.broken:
+            raise CaptureError(self.base.broken)
         self.refuse_injected()
 
     def refuse_injected(self) -> None:
         """Raise CaptureError where PEFT has put adapters into the model since it was marked: every
         row would have them."""
-        if notes_of_peft(self.program.model) and not self.noted_before:
+        if notes_of_peft(self.program.model) and not self._noted_before:
             raise CaptureError(
                 f"PEFT has put adapters into this {type(self.program.model).__name__} after "
                 "lorafx was given it (it has a peft_config now), and every row would get "
@@ -347,43 +282,83 @@ class Session:
 
     def refuse_merged(self, name: str | None, what: str) -> None:
         """Raise ConfigError where the base weights hold this adapter."""
-        if self.merged is not None and self.merged.name == name:
+        merged = self.base.merged
+        if merged is not None and merged.name == name:
             raise ConfigError(
                 f"{name!r} is merged into the base weights; call unmerge() before it {what}"
             )
 
-    def _row_names(self, rows: int | None) -> Names:
-        if self.requests is None:
-            return [self.default] * (rows or 1)
-        if rows is None:
-            if len(set(self.requests)) > 1:
-                raise BatchError(
-                    "no argument of this call carries requests, so its rows cannot use "
-                    "different adapters; declare which one does with "
-                    "LoraConfig(row_dims={argument: dim})"
-                )
-            return self.requests[:1]
-        given = len(self.requests)
-        if rows == given:
-            return self.requests
-        if given and rows % given == 0 and (self.repeats or self.repeating()):
-            return [name for name in self.requests for _ in range(rows // given)]
-        raise BatchError(
-            f"adapter_names has {given} entries, but the batch has {rows} rows; give one "
-            "name, or None for the base model, per row"
-        )
+    def after_fork(self, *, lost: bool) -> None:
+        """In a child process: free of the calls that other threads of the parent were in, where
+        they are `lost`."""
+        if lost:
+            program = self.program
+            self.running, program.batch, program.runtime.active = IDLE, AT_REST, False
+            self.stand_ins.put_back()
+        self.store.after_fork()
+
+    def _have_neighbours_rest(self) -> list[bool]:
+        """Have the marks of the models that share modules with this one do nothing; whether they
+        did something before."""
+        runtimes = [other.program.runtime for other in self.neighbours]
+        before = [runtime.active for runtime in runtimes]
+        for runtime in runtimes:
+            runtime.active = False
+        return before
+
+    def _have_neighbours_go_on(self, before: list[bool]) -> None:
+        for other, active in zip(self.neighbours, before, strict=True):
+            other.program.runtime.active = active
 
 
-#: All there are, for a child process.
-_SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
+def _token_names(
+    requests: Requests, tokens: Tensor, roles: RoleTable, named: Mapping[str, Any]
+) -> Names:
+    """The adapter of each token, once it is known that the arguments have as many."""
+    rows, length = tokens.shape
+    roles.check_rows(named, rows)
+    for name, dim in TOKEN_DIMS.items():
+        value = named.get(name)
+        if not isinstance(value, Tensor) or roles.role(name, value).dim != 0:
+            continue
+        if value.dim() > dim and value.shape[dim] != length:
+            raise BatchError(
+                f"adapter_slots has shape {(rows, length)}, and {name!r} "
+                f"{tuple(value.shape)}: calls with one slot per token take whole "
+                "sequences, without a cache of earlier tokens"
+            )
+    return requests.of_tokens()
+
+
+@contextmanager
+def _both(
+    outer: AbstractContextManager[None], inner: AbstractContextManager[None]
+) -> Iterator[None]:
+    with outer, inner:
+        yield
+
+
+#: All there are, also those that serve no more: a child process frees their locks.
+_SESSIONS: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
+
+
+def _all_sessions() -> list[Session]:
+    # A list at once: while somebody walked over it, another thread might change the dictionary.
+    found = (reference() for reference in _SESSIONS.valuerefs())
+    return [session for session in found if session is not None]
+
+
+def sessions() -> list[Session]:
+    """Those that serve a model: compiled ones, and marked ones that their users compile."""
+    return [session for session in _all_sessions() if session.serves]
 
 
 def _after_fork() -> None:
-    locks: dict[int, threading.RLock] = {}
-    old = [(session.lock, session.weights_lock) for session in _SESSIONS]  # so that ids stay theirs
-    for session in list(_SESSIONS):
-        session.after_fork(locks)
-    del old
+    every = _all_sessions()
+    shared = {id(session.locks): session.locks for session in every}
+    lost = {key: locks.after_fork() for key, locks in shared.items()}
+    for session in every:
+        session.after_fork(lost=lost[id(session.locks)])
 
 
 os.register_at_fork(after_in_child=_after_fork)

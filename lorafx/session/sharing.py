@@ -11,9 +11,7 @@ for a merged adapter it is not, so the merge is refused.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -21,22 +19,7 @@ from lorafx.errors import CaptureError
 from lorafx.model.attachment import sessions_of_marks
 from lorafx.model.module_graph import storage_key
 from lorafx.program.derived import overlap
-
-if TYPE_CHECKING:
-    from lorafx.session.session import Session
-
-#: Those of compiled models, and of models that their users compile.
-_SERVED: weakref.WeakSet[Session] = weakref.WeakSet()
-
-
-def begin(session: Session) -> None:
-    """Count `session` among those that hold weights."""
-    _SERVED.add(session)
-
-
-def end(session: Session) -> None:
-    """Count it no more."""
-    _SERVED.discard(session)
+from lorafx.session.session import Session, sessions
 
 
 def join(session: Session) -> None:
@@ -48,7 +31,7 @@ def join(session: Session) -> None:
     """
     found = sessions_of_marks(session.program.graph)
     others = [item for item in found if item is not session]
-    if len({id(other.lock) for other in others}) > 1:
+    if len({id(other.locks) for other in others}) > 1:
         names = ", ".join(type(other.program.model).__name__ for other in others)
         raise CaptureError(
             f"{_name(session)} shares modules with several models ({names}) that share none "
@@ -56,12 +39,11 @@ def join(session: Session) -> None:
         )
     _refuse_merged(session)
     if others:
-        session.lock, session.weights_lock = others[0].lock, others[0].weights_lock
+        session.locks = others[0].locks
     for other in others:
         other.neighbours = (*other.neighbours, session)
     session.neighbours = tuple(others)
     session.program.runtime.session = session
-    begin(session)
 
 
 def leave(session: Session) -> None:
@@ -70,24 +52,6 @@ def leave(session: Session) -> None:
         other.neighbours = tuple(item for item in other.neighbours if item is not session)
     session.neighbours = ()
     session.program.runtime.session = None
-    end(session)
-
-
-def rest(session: Session) -> list[bool]:
-    """Have the marks of the models that share modules with this one do nothing; whether they did
-    something before."""
-    runtimes = [other.program.runtime for other in session.neighbours]
-    before = [runtime.active for runtime in runtimes]
-    for runtime in runtimes:
-        runtime.active, runtime.resting = False, None
-    return before
-
-
-def resume(session: Session, before: list[bool]) -> None:
-    """Have them do what they did before `rest`."""
-    for other, active in zip(session.neighbours, before, strict=True):
-        runtime = other.program.runtime
-        runtime.active, runtime.resting = active, None if other.entries else other.resting
 
 
 def held_elsewhere(session: Session, tensors: Sequence[Tensor]) -> list[str]:
@@ -116,7 +80,7 @@ def refresh_elsewhere(session: Session) -> None:
 def _refuse_merged(session: Session) -> None:
     own = {storage_key(tensor): path for path, tensor in _tensors(session.program.model)}
     for other in _others(session):
-        merged = other.merged
+        merged = other.base.merged
         if merged is None:
             continue
         for _, tensor in _tensors(other.program.model):
@@ -130,7 +94,7 @@ def _refuse_merged(session: Session) -> None:
 
 
 def _others(session: Session) -> list[Session]:
-    return [other for other in _SERVED if other is not session]
+    return [other for other in sessions() if other is not session]
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -9,36 +9,37 @@ runs: its session from the tensors that the graph takes, its arguments from the 
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar, Final
 
 from torch import Tensor, nn
 
-from lorafx.adapter_store.store import BASE
+from lorafx.adapter_store.store import BASE, AdapterStore
+from lorafx.capture.backend import Backend
 from lorafx.capture.checks import Checks
 from lorafx.capture.failures import explained, own_error
 from lorafx.capture.traced import trace_again
 from lorafx.capture.tracking import Tracking, untracked
 from lorafx.capture.weights_in_python import WeightUses
-from lorafx.compat import block_settings, is_recompile_limit, no_mha_fast_path
+from lorafx.compat import block_settings, is_recompile_limit
 from lorafx.errors import BatchError, CaptureError, ConfigError
 from lorafx.model.attachment import Attachment
 from lorafx.model.attachment import detach as remove_marks
 from lorafx.model.marks import SiteMark
 from lorafx.model.packing import check_packed
+from lorafx.program.program import Program
 from lorafx.program.roles import RoleTable
 from lorafx.program.stack import RunningCall, generating, outermost_call, unwrapped
-from lorafx.session.requests import checked_names
-from lorafx.session.session import Session
-from lorafx.session.sharing import begin, end
+from lorafx.session.loading import load_adapter as load_into
+from lorafx.session.requests import Requests, checked_names
+from lorafx.session.session import Session, sessions
 from lorafx.torch_compile.pending import first_call, until_marked
 
 
-@dataclass(eq=False)
 class AttachedSession(Session):
     """The session of a model that its users compile themselves.
 
@@ -46,30 +47,27 @@ class AttachedSession(Session):
     them proved about the rows of a tensor holds in the next.
     """
 
-    attachment: Attachment = field(kw_only=True)
-    #: The options of torch.compile that the model was marked by; None for `lorafx.attach`.
-    given: Mapping[str, Any] | None = None
     takes_turns: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.program.runtime.use_handle()
-        self.program.runtime.session = self
-        self.program.knowing_arguments = self.knowing_arguments
-        _SESSIONS.add(self)
-        begin(self)
-        _BY_MODEL[self.program.model] = weakref.ref(self)
+    def __init__(
+        self, program: Program, store: AdapterStore, backend: Backend, attachment: Attachment
+    ) -> None:
+        super().__init__(program, store, backend, None)
+        self._attachment: Final = attachment
+        #: The options of torch.compile that the model was marked by; None for `lorafx.attach`.
+        self.given: Mapping[str, Any] | None = None
+        program.runtime.use_handle()
+        program.runtime.session = self
+        program.knowing_arguments = self.knowing_arguments
 
     def close(self) -> None:
         """Remove the marks; captured graphs serve the base model from then on. Raises CaptureError
         inside a block."""
-        if self.depth:
+        if self.running.depth:
             raise CaptureError("detach the model after the block of lorafx.adapters, not inside it")
-        self.attachment.detach()
-        _SESSIONS.discard(self)
-        end(self)
+        self._attachment.detach()
+        self.program.runtime.session = None
         _BY_WEIGHT.clear()
-        _BY_MODEL.pop(self.program.model, None)
 
     @contextmanager
     def block(
@@ -77,26 +75,23 @@ class AttachedSession(Session):
     ) -> Iterator[None]:
         """Serve these adapters inside the block; raises as `adapters`. `tracking` looks at what
         runs in Python, if somebody has made it do so already."""
-        requests = None if names is None or isinstance(names, str) else tuple(names)
-        default = names if isinstance(names, str) else None
+        if names is None or isinstance(names, str):
+            requests = Requests((names,), alike=True)
+        else:
+            requests = Requests(tuple(names))
         program, runtime = self.program, self.program.runtime
-        with self.lock, ExitStack() as settings:
+        with self.locks.calls, ExitStack() as settings:
             self.refuse_injected()
-            each = [default] if requests is None else requests
-            slots = self.store.acquire(each)
-            before, depth = (self.requests, self.default, program.call), self.depth
-            running = requests, default, program.new_call(None, {})
+            slots = self.store.acquire(requests.names)
+            before, batch = self.running, program.batch
             try:
-                self.requests, self.default, program.call = running
-                self.depth = depth + 1
+                self.running = before.serving(requests)
                 _BLOCKS.append(self)
-                self.serve(each, slots)
+                self.serve(requests.names, slots, program.new_call(None, {}))
                 program.quantised.settle_again()
-                limit, by_data = program.options.recompile_limit, program.quantised.sizes_by_data
-                settings.enter_context(block_settings(limit, sizes_by_data=by_data))
-                if self.has_mha and runtime.active:
-                    settings.enter_context(no_mha_fast_path())
-                uses = WeightUses(program, inside_modules=True) if program.touched else None
+                settings.enter_context(self.settings(block_settings))
+                touched = program.batch.touched
+                uses = WeightUses(program, inside_modules=True) if touched else None
                 if uses is not None and tracking is None:
                     tracking = Tracking()
                     tracking.begin(settings)
@@ -111,24 +106,17 @@ class AttachedSession(Session):
             finally:
                 if tracking is not None:
                     tracking.uses = None
-                self.requests, self.default, program.call = before
-                self.depth = depth
-                if _BLOCKS.count(self) > depth:
+                self.running, program.batch, runtime.active = before, batch, False
+                if _BLOCKS.count(self) > before.depth:
                     _BLOCKS.remove(self)
-                if self.depth:
-                    # Slots may have changed hands inside.
-                    outer = self._row_names(None if self.requests is None else len(self.requests))
-                    self.serve(outer, self.store.acquire(outer))
-                else:
-                    # The slots stay: the next block often names the same.
-                    runtime.active = False
-                    program.touched = program.rescaled = frozenset()
+                if before.depth:  # slots may have changed hands inside
+                    outer = self.asked.names
+                    self.serve(outer, self.store.acquire(outer), batch.call)
 
-    def after_fork(self, locks: dict[int, threading.RLock]) -> None:
+    def after_fork(self, *, lost: bool) -> None:
         """As of any session; no block of another thread is open in a child."""
-        super().after_fork(locks)
-        if not self.depth:
-            self.default = None
+        super().after_fork(lost=lost)
+        if not self.running.depth:
             _BLOCKS[:] = [session for session in _BLOCKS if session is not self]
 
     def begin(self, checks: Checks, arguments: Sequence[Any]) -> None:
@@ -141,30 +129,28 @@ class AttachedSession(Session):
         rows = checks.places.rows(arguments, called=True)
         # Between two graphs a size of one may be something that all requests share.
         if rows is not None and (rows > 1 or checks.begins_call):
-            names = self._row_names(rows)
-            self.serve(names, self.store.acquire(names))
-            if not self.program.runtime.uniform:
-                checks.places.check_rows(arguments, rows)
+            check = partial(checks.places.check_rows, arguments)
+            self.set_rows(self.asked, rows, check, self.program.call)
         untracked(lambda _: check_packed(self.program.packed))
 
     @contextmanager
     def knowing_arguments(self) -> Iterator[None]:
         """Inside, the program knows the arguments of the running call and their roles, which are
         found on the stack. Only a module that declares roles may stand for the model."""
-        before, running = self.program.call, self.running()
-        call = self.program.new_call(None, {}) if before is None else replace(before)
+        program, before, running = self.program, self.program.batch, self.running_call()
+        call = program.new_call(None, {}) if before.call is None else replace(before.call)
         if running is not None:
             module = running.module
-            if module is self.program.model or hasattr(module, "main_input_name"):
-                call.roles = RoleTable(module, self.program.config.row_dims)
+            if module is program.model or hasattr(module, "main_input_name"):
+                call.roles = RoleTable(module, program.config.row_dims)
                 call.named = call.roles.bind(running.args, running.kwargs)
-        self.program.call = call
+        program.batch = before._replace(call=call)
         try:
             yield
         finally:
-            self.program.call = before
+            program.batch = before
 
-    def running(self) -> RunningCall | None:
+    def running_call(self) -> RunningCall | None:
         """The outermost running call of a module of the model."""
         return outermost_call(self.program.graph.has)
 
@@ -177,19 +163,15 @@ class AttachedSession(Session):
         return any(id(tensor) in known for tensor in tensors)
 
 
-_SESSIONS: weakref.WeakSet[AttachedSession] = weakref.WeakSet()
-_BY_MODEL: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttachedSession]] = (
-    weakref.WeakKeyDictionary()
-)
 #: The sessions whose blocks are running, in any thread.
 _BLOCKS: list[AttachedSession] = []
 #: Where `session_of_weight` found a weight last.
 _BY_WEIGHT: dict[int, weakref.ref[AttachedSession]] = {}
 
 
-def sessions() -> list[AttachedSession]:
+def attached_sessions() -> list[AttachedSession]:
     """The sessions of all marked models."""
-    return list(_SESSIONS)
+    return [session for session in sessions() if isinstance(session, AttachedSession)]
 
 
 def captured_before(base: Callable[..., Any], examples: Sequence[Any]) -> Callable[..., Any]:
@@ -224,7 +206,7 @@ def session_of_weight(weight: Tensor) -> AttachedSession | None:
     likely = None if known is None else known()
     if likely is not None and likely.program.site_of_weight(weight) is not None:
         return likely
-    for session in sessions():
+    for session in attached_sessions():
         if session.program.site_of_part(weight) is not None:
             _BY_WEIGHT[id(weight)] = weakref.ref(session)
             return session
@@ -233,13 +215,16 @@ def session_of_weight(weight: Tensor) -> AttachedSession | None:
 
 def running_session() -> AttachedSession | None:
     """The session that serves the model that is running."""
-    return next((item for item in _BLOCKS if item.running()), None)
+    return next((item for item in _BLOCKS if item.running_call()), None)
 
 
 def session_of(model: nn.Module) -> AttachedSession | None:
     """The session of a marked model, also through what torch.compile returned for it."""
-    reference = _BY_MODEL.get(unwrapped(model))
-    return None if reference is None else reference()
+    wanted = unwrapped(model)
+    for session in sessions():
+        if session.program.model is wanted and isinstance(session, AttachedSession):
+            return session
+    return None
 
 
 def _marks(model: nn.Module) -> list[SiteMark]:
@@ -271,16 +256,17 @@ def marked_session(model: nn.Module) -> AttachedSession:
     raise ConfigError(f"this {name} carries no LoRA; call lorafx.attach(model, lora_config) first")
 
 
-def _is_marked(model: nn.Module) -> bool:
-    return session_of(model) is not None or bool(_marks(model))
+def _session_if_marked(model: nn.Module) -> AttachedSession | None:
+    """The session of a model that is marked. Raises as `marked_session`."""
+    session = session_of(model)
+    return marked_session(model) if session is None and _marks(model) else session
 
 
 def _block(
-    model: nn.Module, names: str | Sequence[str | None] | None
+    model: nn.Module, session: AttachedSession | None, names: str | Sequence[str | None] | None
 ) -> AbstractContextManager[None]:
-    if _is_marked(model):
-        return marked_session(model).block(names)
-    return until_marked(model, names)
+    session = session or _session_if_marked(model)  # another thread may have marked it
+    return until_marked(model, names) if session is None else session.block(names)
 
 
 @contextmanager
@@ -310,7 +296,8 @@ def adapters(model: nn.Module, adapter_names: str | Sequence[str | None] | None)
         adapter_names = checked_names(adapter_names)
     model = unwrapped(model)
     try:
-        with first_call(model, _is_marked(model)), _block(model, adapter_names):
+        session = _session_if_marked(model)
+        with first_call(model, session is not None), _block(model, session, adapter_names):
             yield
     except Exception as error:
         failure = own_error(error) or explained(error, type(model).__name__)
@@ -333,7 +320,7 @@ def load_adapter(model: nn.Module, source: Any, name: str, *, strict: bool | Non
     """
     session = marked_session(model)
     with session.lock:
-        session.load(source, name, strict)
+        load_into(session, source, name, strict)
 
 
 def unload_adapter(model: nn.Module, name: str) -> None:
@@ -346,7 +333,7 @@ def unload_adapter(model: nn.Module, name: str) -> None:
     """
     session = marked_session(model)
     with session.lock:
-        if name != BASE and name in (session.default, *(session.requests or ())):
+        if name != BASE and name in session.asked.names:
             raise BatchError(f"{name!r} is being served; unload it after the block")
         session.store.unload(name)
 

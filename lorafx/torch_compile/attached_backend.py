@@ -76,8 +76,9 @@ class AttachedBackend(Backend):
 
         def run(*arguments: Any) -> Any:
             program = owner(arguments)
-            if program is not None:
-                program.runtime.session.begin(checks, arguments)
+            session = None if program is None else program.runtime.session
+            if session is not None:
+                session.begin(checks, arguments)
             return compiled(*arguments)
 
         return run
@@ -100,7 +101,7 @@ class AttachedBackend(Backend):
         return serves
 
     def _enters(self, frame: FrameType) -> bool:
-        running = self.session.running()
+        running = self.session.running_call()
         return running is not None and called_module(frame) is running.module
 
 
@@ -109,5 +110,5 @@ def attach_session(
 ) -> AttachedSession:
     """The session of a model that has just been marked."""
     backend = AttachedBackend(program)
-    backend.session = AttachedSession(program, store, backend, None, attachment=attachment)
+    backend.session = AttachedSession(program, store, backend, attachment)
     return backend.session

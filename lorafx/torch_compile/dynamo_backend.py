@@ -17,7 +17,7 @@ from lorafx.capture.lowering import InductorLowering, Lowering, lowering_for
 from lorafx.compat import mode_settings
 from lorafx.config import Options
 from lorafx.errors import CaptureError, LorafxError, ReplacedModuleError
-from lorafx.torch_compile.attached import AttachedSession, captured_before, sessions
+from lorafx.torch_compile.attached import AttachedSession, attached_sessions, captured_before
 from lorafx.torch_compile.unmarked import FrameOptions, mark_captured
 from lorafx.torch_compile.unserved import note_unserved
 
@@ -78,7 +78,7 @@ def _session_of(examples: Sequence[Any]) -> AttachedSession | None:
         CaptureError: tensors of several models, one of which serves adapters.
     """
     tensors = [example for example in examples if isinstance(example, Tensor)]
-    taken = [session for session in sessions() if session.takes(tensors)]
+    taken = [session for session in attached_sessions() if session.takes(tensors)]
     if len(taken) > 1 and any(session.program.runtime.active for session in taken):
         names = ", ".join(type(session.program.model).__name__ for session in taken)
         raise CaptureError(
@@ -86,4 +86,4 @@ def _session_of(examples: Sequence[Any]) -> AttachedSession | None:
         )
     if taken:
         return taken[0]
-    return next((session for session in sessions() if session.running()), None)
+    return next((session for session in attached_sessions() if session.running_call()), None)

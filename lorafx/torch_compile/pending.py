@@ -6,18 +6,14 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from lorafx.capture.tracking import Tracking
 from lorafx.errors import ConfigError
 from lorafx.interrupts import free_after_fork
-
-if TYPE_CHECKING:
-    from lorafx.torch_compile.attached import AttachedSession
 
 
 @dataclass(eq=False)
@@ -30,9 +26,9 @@ class Pending:
     entered: ExitStack = field(default_factory=ExitStack)
     begun: bool = False
 
-    def begin(self, session: AttachedSession) -> None:
-        """Serve the block's adapters from now on."""
-        self.entered.enter_context(session.block(self.names, self.tracking))
+    def begin(self, block: AbstractContextManager[None]) -> None:
+        """Be this block of the session from now on."""
+        self.entered.enter_context(block)
         self.begun = True
 
 

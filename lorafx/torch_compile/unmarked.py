@@ -153,7 +153,7 @@ def _mark(model: nn.Module, wanted: FrameOptions) -> AttachedSession:
     backend.adopt = lambda: _adopt(wanted)
     try:
         for block in pending_blocks(model):
-            block.begin(session)
+            block.begin(session.block(block.names, block.tracking))
     except BaseException:
         session.close()
         raise

@@ -15,7 +15,7 @@ from torch import nn
 from lorafx.adapter_store.peft_model import peft_layers
 from lorafx.model.attachment import MARKS
 from lorafx.program.stack import compiled_module
-from lorafx.torch_compile.attached import sessions
+from lorafx.torch_compile.attached import attached_sessions
 
 _LOG = logging.getLogger("lorafx")
 #: The models that were looked at.
@@ -29,7 +29,7 @@ def note_unserved() -> None:
     frame of the model will do anything else."""
     model = compiled_module()
     if model is None:
-        if not _SEEN_FUNCTION and not sessions():  # one of them may be what it calls
+        if not _SEEN_FUNCTION and not attached_sessions():  # one of them may be what it calls
             _SEEN_FUNCTION.append(True)
             _log("a function", _NO_LORA)
     elif model not in _SEEN:

@@ -49,6 +49,7 @@ from torch import Tensor
 
 import lorafx
 from lorafx.errors import BatchError, CaptureError, CheckpointError, UnknownAdapterError
+from lorafx.session.running import IDLE
 
 THREADS = 8
 #: The longest that one operation may take, waiting included.
@@ -301,10 +302,14 @@ class Soak:
         """Whatever an interrupt left possible, make it certain. Nothing else may be needed."""
         cm, book = self.cm, self.book
         with book.changing["merged"]:
-            if cm._session.broken or cm._session.unmerged or len(book.possible("base")) > 1:
+            if (
+                cm._session.base.broken
+                or cm._session.base.unmerged
+                or len(book.possible("base")) > 1
+            ):
                 with book.changing["base"], self.change("base", 0):
                     cm.load_weights(self.answers.bases[0].state_dict())
-            if cm.merged is not None or cm._session.unmerged:
+            if cm.merged is not None or cm._session.base.unmerged:
                 with self.change("merged", None):
                     cm.unmerge()
             book.end("merged", None)
@@ -359,7 +364,7 @@ class Soak:
         session = self.cm._session
         for lock in (session.lock, session.weights_lock, session.store._lock):
             assert is_free(lock), "a lock is still held"
-        assert session.depth == session.entries == 0
+        assert session.running is IDLE
 
     def detach(self) -> None:
         """The model by itself is what it was before it was compiled."""

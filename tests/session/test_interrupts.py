@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import lorafx
 from lorafx.errors import CaptureError
+from lorafx.session.running import IDLE
 
 K = 6
 NAMES = ["a", None, "b", "c"]
@@ -116,8 +117,7 @@ class World:
     def is_one_of(self, *states: State) -> None:
         """The model serves one of these states, also on other threads."""
         got = elsewhere(self.answer)
-        assert self.cm._session.depth == 0
-        assert self.cm._session.requests is None
+        assert self.cm._session.running is IDLE
         merged = self.cm.merged
         errors = [error(got, self.expected(state)) for state in states if state[2] == merged]
         assert min(errors, default=torch.inf) <= 1e-5, errors
@@ -125,7 +125,7 @@ class World:
     def reset(self, merged: str | None = None) -> None:
         """State (0, all 0, merged)."""
         cm = self.cm
-        if cm._session.unmerged:
+        if cm._session.base.unmerged:
             cm.unmerge()
         if cm.merged:
             cm.unmerge()
@@ -191,7 +191,7 @@ def test_interrupted_anywhere(world: World, what: str, thorough: bool) -> None:
     for place, stopped in every_place(lambda: act.run(world), step):
         assert isinstance(stopped, KeyboardInterrupt), (place, stopped)
         session = world.cm._session
-        if session.broken or (session.unmerged and not world.cm.merged):
+        if session.base.broken or (session.base.unmerged and not world.cm.merged):
             # Written in part, and said so: a push keeps no second copy of all weights.
             assert what in ("push", "push merged")
             with pytest.raises(CaptureError, match=r"load_weights again|could not be merged again"):

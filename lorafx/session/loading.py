@@ -1,0 +1,56 @@
+"""Adapters that are loaded while a session serves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorafx.adapter_store.peft_reader import read_adapter
+from lorafx.errors import CheckpointError, ConfigError, ReplacedModuleError
+from lorafx.session.session import Session
+
+
+def load_adapter(session: Session, source: Any, name: str, strict: bool | None = None) -> None:
+    """Read an adapter folder and keep it in host memory, in place of one of the same name.
+
+    `strict` as in `Options`, whose value None stands for.
+
+    Raises:
+        CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
+        ConfigError: the adapter of this name is merged.
+        ReplacedModuleError: a module that it is for was replaced or taken out.
+        BatchError: the call that is running on this thread serves it.
+    """
+    session.refuse_merged(name, "is replaced")
+    session.refuse_served(name, "replace")
+    program, merged = session.program, session.base.merged
+    program.look_at_modules()
+    try:
+        adapter = read_adapter(
+            source,
+            name,
+            program.sites,
+            model=program.model,
+            max_rank=program.config.max_rank,
+            lora_config=program.config,
+            strict=program.options.strict if strict is None else strict,
+        )
+    except CheckpointError as error:  # of which a module that is missing may be the reason
+        try:
+            program.refuse_missing()
+        except ReplacedModuleError as reason:
+            raise reason from error
+        raise
+    if adapter.magnitudes and merged is not None:
+        raise ConfigError(
+            f"{name!r} is a DoRA adapter, whose norms come from the base's own weights, "
+            f"but {merged.name!r} is merged into them; call unmerge() before loading it"
+        )
+    program.refuse_missing(
+        [
+            site.path
+            for site in program.sites
+            if any(site.part_path(part) in adapter.weights for part in range(len(site.parts)))
+        ]
+    )
+    session.store.load(adapter)
+    session.forget_served()

@@ -1,0 +1,107 @@
+"""What is under way in a session, in values that are replaced whole.
+
+A signal may come between any two calls of functions. So whoever begins something notes it by one
+assignment, and takes it back by one: an interrupt finds all of it noted, or nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import NamedTuple, Protocol
+
+from lorafx.interrupts import free_after_fork
+from lorafx.session.requests import Requests
+
+
+class Running(NamedTuple):
+    """What is under way.
+
+    Attributes:
+        requests: of the innermost call, or block of `lorafx.adapters`; None outside of any.
+        depth: calls and blocks that are running, one inside the other.
+        entries: compiled forwards that are running, likewise.
+        held: slots that the forwards around the innermost go on to read.
+        thread: whose calls, or whose update, these are.
+        updating: the base weights are being written, and whoever gives the new ones may call the
+            model.
+        warming: calls only have graphs captured: nothing of their results is used, so what could
+            not be served rightly is not refused.
+        active: graphs with adapters are captured, though no request has one.
+    """
+
+    requests: Requests | None = None
+    depth: int = 0
+    entries: int = 0
+    held: frozenset[int] = frozenset()
+    thread: int | None = None
+    updating: bool = False
+    warming: bool = False
+    active: bool = False
+
+    # Every call makes one of each: `_replace` would take three times as long.
+
+    def serving(self, requests: Requests) -> Running:
+        """Inside of a call, or block, for these requests."""
+        _, depth, entries, held, _, updating, warming, active = self
+        thread = threading.get_ident()
+        return Running(requests, depth + 1, entries, held, thread, updating, warming, active)
+
+    def in_forward(self, rows: tuple[int, ...]) -> Running:
+        """Inside of a compiled forward; `rows` are the slots of the batch around it."""
+        requests, depth, entries, held, thread, updating, warming, active = self
+        held = held.union(rows) if entries else held
+        return Running(requests, depth, entries + 1, held, thread, updating, warming, active)
+
+    @property
+    def here(self) -> bool:
+        """Whether it runs on this very thread."""
+        return self.thread == threading.get_ident()
+
+
+#: Nothing is under way.
+IDLE = Running()
+
+
+class Named(Protocol):
+    """What a session knows of the adapter that is merged (lorafx.base_weights.merge)."""
+
+    @property
+    def name(self) -> str: ...
+
+
+class BaseState(NamedTuple):
+    """What the base weights are.
+
+    Attributes:
+        merged: the adapter that they hold, None where they are the base's own.
+        broken: why they cannot be served, "" where they can.
+        unmerged: why calls are refused though the weights are whole: an adapter is merged no
+            longer. Says nothing where one is.
+    """
+
+    merged: Named | None = None
+    broken: str = ""
+    unmerged: str = ""
+
+
+class Locks:
+    """Of a session, or of several that take turns.
+
+    Attributes:
+        calls: one call at a time: slots and the running call are one state for all marks of the
+            model.
+        weights: held by what writes the base weights, and by what reads them without stopping
+            calls. Taken before `calls` where both are, so that calls go on while somebody waits
+            for it.
+    """
+
+    def __init__(self) -> None:
+        self.calls = threading.RLock()
+        self.weights = threading.RLock()
+
+    def after_fork(self) -> bool:
+        """In a child process: whether calls of another thread of the parent were running, which
+        are none of the child's."""
+        before = self.calls
+        self.calls, self.weights = free_after_fork(before), free_after_fork(self.weights)
+        return self.calls is not before
