@@ -1,4 +1,4 @@
-"""Pausing Python's garbage collector while many objects that stay are made.
+"""Pausing Python's garbage collector while many lasting objects are made.
 
 A model of 10,000 modules has about a million objects. Each generation that fills up while its
 sites, banks and marks are made walks over all of them: that was 60 % of the time (1.2 s of 2.0).

@@ -1,8 +1,9 @@
-"""What a signal must not cut in two, and what a fork must not find locked.
+"""Code that a signal must not interrupt, and locks that a fork must not inherit.
 
 Python runs signal handlers between any two steps of the main thread, and the one of SIGINT raises
-KeyboardInterrupt there. Most of lorafx needs no care for that: it notes what is under way before it
-begins, so that what is left behind is known for what it is. What puts things back is run whole.
+KeyboardInterrupt there. Most of lorafx is safe from that, because it records work in progress
+before it begins, so that anything left half done is recognised. Code that restores state runs
+whole.
 """
 
 from __future__ import annotations

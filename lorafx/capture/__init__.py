@@ -1,1 +1,2 @@
-"""From a frame that Dynamo captured to an executable: the driver of the passes and its ways in."""
+"""From a frame that Dynamo captured to an executable: the backend, the driver of the passes,
+checks."""

@@ -2,8 +2,9 @@
 
 Without an active adapter a frame is compiled exactly as the base model would be. With one it goes
 through AOTAutograd to the functional ATen graph, the passes, and the lowering; so do parts without
-sites, since a later graph may rest on whose rows their results are. A frame in which no mark stands
-is compiled both ways, since no guard of Dynamo tells the two kinds of call apart there.
+sites, since the proof of a later graph may rest on the row ownership of their results. A frame
+without marks is compiled both ways, since no guard of Dynamo distinguishes the two kinds of call
+there.
 """
 
 from __future__ import annotations

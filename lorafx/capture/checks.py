@@ -1,8 +1,8 @@
 """What a compiled graph checks before it serves a call.
 
 A graph outlives the model that it was captured for: Dynamo keeps it, and calls it for other layers
-and other models of the same class. So nothing here holds a module or a weight; sites are paths, and
-which site stands there in the running call is found by the tensors that the call brings.
+and other models of the same class. So nothing here holds a module or a weight. Sites are paths, and
+the tensors of the running call tell which site is meant.
 """
 
 from __future__ import annotations

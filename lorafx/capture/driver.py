@@ -1,4 +1,4 @@
-"""Running the passes over a graph: this alone cleans, verifies, times and dumps."""
+"""Running the passes over a graph. Only this module cleans, verifies, times and dumps."""
 
 from __future__ import annotations
 

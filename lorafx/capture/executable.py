@@ -2,8 +2,8 @@
 
     arguments → checks of this batch → what `match` added, looked up → graph → results noted
 
-Nothing of one layer or model is kept: the program is found by the arguments (`Owner`), banks by the
-weight that stands at their position.
+An executable keeps nothing of one layer or model: it finds the program by the arguments (`Owner`),
+and banks by the weight at their position.
 """
 
 from __future__ import annotations

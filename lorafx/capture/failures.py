@@ -1,9 +1,8 @@
-"""Failures of a compiler as errors of lorafx: what failed on which graph, and what to try.
+"""Failures of a compiler as errors of lorafx: which part failed on which graph, and what to try.
 
-Between the place that fails and the caller stand AOTAutograd and Dynamo, which put errors of their
-own around an error, or look at its class (some ask for a graph break, some for a restart). So an
-error is passed on as it is, with a note of where it came from, and made into one of lorafx where
-Dynamo has let go of it.
+Between the failing code and the caller are AOTAutograd and Dynamo, which wrap an error in their
+own, or look at its class (some ask for a graph break, some for a restart). So an error is passed on
+as it is, with a note of its origin, and becomes an error of lorafx only outside Dynamo.
 """
 
 from __future__ import annotations

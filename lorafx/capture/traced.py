@@ -1,7 +1,8 @@
-"""A function under Dynamo, and what Dynamo would give up tracing for good.
+"""A function under Dynamo, and code that Dynamo would stop tracing for good.
 
-Dynamo notes on a code object that it is not to be traced: after an error, a break that it cannot
-resume from, too many graphs. Code objects are shared by models, and a model outlives an error.
+Dynamo marks a code object as not to be traced after an error, a break that it cannot resume from,
+or too many graphs. Models share code objects, and a model outlives an error. Only this module reads
+and resets these marks.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What Python computes between the graphs of one call.
 
-While a call with adapters runs, every operator that runs outside of a graph is seen. One that uses
-the weight of a site past its module is refused. Where the rows use different adapters, what its
-results hold is noted in the call's memory. Graphs are not looked into: their own proofs say what
-they return.
+While a call with adapters runs, this sees every operator that runs outside a graph. An operator
+that uses the weight of a site without calling its module is refused. Where the rows use different
+adapters, the owners of its results are kept in the call's memory. Operators inside graphs are not
+seen: the proofs of the graphs say what they return.
 """
 
 from __future__ import annotations

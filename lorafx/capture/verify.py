@@ -1,8 +1,8 @@
-"""Checks between passes: structure after each, numbers beside the reference when asked.
+"""Checks between passes: structure after each, and numbers against a reference on request.
 
-Numeric verification keeps the graph of every stage. On the first real call each is run node by
-node on copies of the inputs and compared with the graph as it was when the rows' owners had been
-proved, whose site ops are plain aten; the first stage that differs is the pass to blame.
+Numeric verification keeps the graph of every stage. On the first real call each runs node by node
+on copies of the inputs and is compared with the graph after `provenance`, whose site ops are plain
+aten. The first stage that differs names the pass that is wrong.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Weights of sites that Python uses between graphs, past the modules that hold them.
+"""Weights of sites that Python uses between graphs, without calling their modules.
 
-What Dynamo keeps out of graphs, or gives up, runs in Python. A module that is called there has its
-mark; `F.linear(x, module.weight)` has none, and `match` sees graphs alone, so that the update would
-be lost. It is seen by the memory that operators read.
+Code that Dynamo is told to skip, or gives up on, runs in Python. A module that is called there has
+its mark. `F.linear(x, module.weight)` has none, and `match` sees only graphs, so the delta would be
+lost. Such uses are found by the memory that operators read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What computes the input of a product, as an expression that a kernel can compute by itself.
+"""The computation of a product's input, as an expression that a kernel can compute.
 
     h = mul(silu(y[:, :K]), y[:, K:])   →   Activation(g0 = y[m, k], g1 = y[m, K + k], …), (y,)
 

@@ -1,6 +1,6 @@
 """Checkpoint tensors that have a place only together with others.
 
-    joint        q, k, v one after the other fill qkv_proj; where each ends, all of them tell
+    joint        q, k, v one after the other fill qkv_proj; all of them together say where each ends
     converted    what a conversion of transformers makes of them: per-expert weights concatenated,
                  permuted for rotary embeddings, split into several
 

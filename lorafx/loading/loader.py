@@ -2,8 +2,8 @@
 
     source ─▶ names ─▶ meanings ─▶ plan (shapes, dtypes, duplicates, what is missing) ─▶ writes
 
-What can be gone through twice is planned as a whole before the first write. Of what cannot (a
-generator), each tensor is planned before it is written, and nothing is written after a problem.
+A source that can be read twice is planned as a whole before the first write. For any other source
+(a generator), each tensor is planned before it is written, and nothing is written after a problem.
 """
 
 from __future__ import annotations

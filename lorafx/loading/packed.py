@@ -3,7 +3,7 @@
     q_proj.weight (Nq, K) → rows 0 … Nq of qkv_proj.weight      the model packs
     qkv_proj.weight (ΣN, K) → q_proj, k_proj, v_proj            the checkpoint packs
 
-Which names a packed one stands for is declared (lorafx.model.packed_names).
+The model or the user declares which names a packed one stands for (lorafx.model.packed_names).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where weights come from: anything that gives (name, tensor) pairs.
+"""Sources of weights: anything that yields (name, tensor) pairs.
 
     kind                       read twice   a tensor stays as it was given
     mapping, list, tuple       yes          yes
@@ -6,7 +6,7 @@
     function of no arguments   yes          no: it may fill one buffer again and again
     any other iterable         no           no
 
-What can be read twice is checked as a whole before anything is written.
+A source that can be read twice is checked as a whole before anything is written.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The plan of an update: what each tensor means, and all that is wrong with them.
+"""The plan of an update: what each tensor means, and everything that is wrong with it.
 
     for each target   boxes that tensors fill, no two of which meet, and which cover it
 
-Names are taken one by one, without looking at numbers. Only where two names mean tied tensors are
-numbers compared, which have to be the same.
+Names are planned one by one, without looking at numbers. Numbers are compared only where two names
+mean tied tensors; they have to be equal.
 """
 
 from __future__ import annotations

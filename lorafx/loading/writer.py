@@ -1,4 +1,4 @@
-"""Writes into the weights of a model, which can be taken back where that was asked for."""
+"""Writes into the weights of a model, which can be undone on request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lorafx hangs on a model's modules, and taking it away again."""
+"""The hooks that lorafx puts on a model's modules, and their removal."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ slot's own rank are never read, so traffic grows with what is active, not with w
 A bank for E experts has S·E slots: slot s and expert e of the model are its slot s·E + e. A row
 that was routed to an expert is a row of that slot, and every kernel is what it is for E = 1.
 
-Siblings that bring one A between them (gate and up, of an adapter that has factors for both at
-once) each hold it, and `alike` says so: a kernel that knows reads it once.
+Siblings that share one A (gate and up of an adapter that has factors for both at once) each hold a
+copy, and `alike` records that they are equal, so that a kernel can read it once.
 """
 
 from __future__ import annotations

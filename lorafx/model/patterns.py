@@ -2,7 +2,7 @@
 
     P(i) → {j : the pattern matches path[i:j]},   all i at once, as the bits of one integer
 
-Adapters come with patterns of strangers, and `re` backtracks: `(a|a)*b` on a path of thirty letters
+Patterns in adapters are not trusted, and `re` backtracks: `(a|a)*b` on a path of thirty letters
 takes minutes. Whether a pattern matches at all does not depend on the order in which its ways are
 tried, so each element maps the set of positions that are reached before it to the set after it. A
 repeat goes on until nothing new is reached; a look-around is a set of positions by itself, found by

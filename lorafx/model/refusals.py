@@ -1,4 +1,4 @@
-"""Why a module cannot carry LoRA, in words for whoever named it in `target_modules`."""
+"""Why a module cannot carry LoRA, worded for the user who named it in `target_modules`."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Whether the modules that carry LoRA still stand where they stood when the model was marked.
+"""Whether the modules that carry LoRA are still where they were when the model was marked.
 
     model ──name──▶ layer ──name──▶ site      each of these edges leads to the very same module
 
-A mark hangs on a module, and an adapter's factors belong to a path. Once another module stands at
-that path, the delta would be lost. Nothing walks the tree in a call: torch tells of every module
-that is registered (assignment, `add_module`, containers that append), and a number says whether
-that has happened to a module of interest. Deleting, inserting and writing to `_modules` is not told
-of; then Dynamo captures anew what runs differently, and whoever captures looks at the edges.
+A mark hangs on a module, and an adapter's factors belong to a path. If another module takes that
+path, the delta would be lost. No call walks the tree: torch reports every module that is registered
+(assignment, `add_module`, containers that append), and a counter records whether that has happened
+to a module of interest. torch does not report deletions, insertions and writes to `_modules`; then
+Dynamo captures anew what runs differently, and every capture checks the edges.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Row marks: hooks on quantised modules that carry no LoRA, so that what follows them can.
+"""Row marks: hooks on quantised modules without LoRA, so that later modules can carry LoRA.
 
     y ← rows_of(x, y)      in traces of calls with adapters; nothing elsewhere
 
-Their kernels are operators of which no rule knows whose rows they give. A module of a registered
-class computes y = x Wᵀ (or W[ids]), so row m of y belongs to whom row m of x does.
+No ownership rule covers their kernels. A module of a registered class computes y = x Wᵀ (or
+W[ids]), so row m of y has the owner of row m of x.
 """
 
 from __future__ import annotations

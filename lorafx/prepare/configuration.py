@@ -1,4 +1,4 @@
-"""What the user asks for, in one form: a `LoraConfig`, and each adapter's files read once.
+"""The user's request in one form: a `LoraConfig`, and each adapter with its files read once.
 
 LoraConfig | PEFT's configuration | adapter folders, adapters → LoraConfig, name → AdapterState
 """

@@ -1,4 +1,5 @@
-"""Marking a model: sites, adapters, banks, marks and packed weights, or the model as it was."""
+"""Marking a model: sites, adapters, banks, marks and packed weights. On failure the model is
+restored."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What everybody reads: the program that is served, its frames, the running call and its rows."""
+"""What all parts share: the program in service, its frames, the running call and its rows."""

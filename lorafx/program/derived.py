@@ -9,8 +9,8 @@ the weight without its module. What such a tensor holds is its `WeightForm`
     copies    by value: rows of the tensor equal rows of W at regular distances, every one of them
 
 A tensor that shares the storage, whose neighbours are neighbours in W wherever one looks, or whose
-rows point where rows of W do (a copy in another scale or precision), in no such form, is known to
-come from the weight all the same, and the site is refused in the graphs that take it.
+rows point where rows of W do (a copy in another scale or precision), but has neither form, is still
+known to come from the weight, and the site is refused in the graphs that take it.
 """
 
 from __future__ import annotations

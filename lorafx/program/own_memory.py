@@ -1,4 +1,4 @@
-"""The memory that a model's own tensors lie in: what depends on no request."""
+"""The memory of a model's own tensors, which depends on no request."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""Tensors that the model computed before the running call, of nobody's request, and kept.
+"""Tensors that the model computed and kept before the running call, and that depend on no request.
 
-A module may keep in a dict what it computes once, a table of biases say. To the next call that is
-a tensor of unknown origin. It depends on no request and no adapter where it was there before the
-model was compiled, or a graph computed it from nothing but sizes and what the model holds, and from
-no weight that carries LoRA; as long as nobody writes into it. A buffer that somebody
-has written into does not count: a forward may have left there what it computed of a request, or
-with an adapter.
+A module may keep a tensor in a dict that it computes once, a table of biases for example. In the
+next call its origin is unknown. It depends on no request and no adapter if it existed before the
+model was compiled, or if a graph computed it only from sizes and the model's tensors, without any
+weight that carries LoRA, and as long as nothing writes into it. A buffer that has been written into
+does not count: a forward may have left a result there that depends on a request or an adapter.
 """
 
 from __future__ import annotations

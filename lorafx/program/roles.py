@@ -1,10 +1,10 @@
 """Which forward arguments carry requests, and in which dimension.
 
-The contract is: along that dimension, index b belongs to request b. It comes from a table by the
-argument's role, from `LoraConfig.row_dims` where the user says otherwise, and for models that
-declare no roles of their own from the convention that dimension 0 is the batch. It is never
-guessed from sizes; sizes are only checked against it. Where the convention alone says it and
-another dimension has the very size, a mixed batch warns once: it could be wrong unnoticed.
+The contract is: along that dimension, index b belongs to request b. The dimension comes from a
+table of roles, or from `LoraConfig.row_dims` where the user declares it. For models that declare no
+roles of their own it comes from the convention that dimension 0 is the batch. It is never guessed
+from sizes; sizes are only checked against it. Where only the convention applies and another
+dimension has the same size, a mixed batch warns once, because an error would go unnoticed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What the Python stack says about the call that is running: of which module, with what arguments.
+"""Reading the Python stack: which module's call is running, and with which arguments.
 
-Dynamo compiles functions, not calls: a module's forward, the pieces of it that graph breaks leave,
-the forwards of submodules. `torch.nn.Module` itself always runs in Python, so below each of them
-on the stack stands the `_call_impl` of every module whose call is running, with the arguments.
+Dynamo compiles functions, not calls: a module's forward, the pieces that graph breaks leave of it,
+the forwards of submodules. `torch.nn.Module` itself always runs in Python, so the stack below each
+of them has the `_call_impl` of every module whose call is running, with its arguments.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a compiled model does to its base weights: new ones, an adapter merged into them, export."""
+"""Methods of a compiled model for its base weights: updates, merging an adapter, export."""
 
 from __future__ import annotations
 

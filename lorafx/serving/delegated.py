@@ -3,9 +3,9 @@
 | method | what happens |
 |---|---|
 | of the model's own class | served as a call is: compiled where an adapter is wanted |
-| of `nn.Module` and transformers' base classes | handed out: they run no layer |
-| those of `REFUSED` | raise: they run the model where no adapter can be served, or change it |
-| those of `GENERATING` | run in Python, and what they call is the compiled model's `generate` |
+| of `nn.Module` and transformers' base classes | passed through: they run no layer | | those of
+`REFUSED` | raise: they run the model where no adapter can be served, or change it | | those of
+`GENERATING` | run in Python, and what they call is the compiled model's `generate` |
 """
 
 from __future__ import annotations

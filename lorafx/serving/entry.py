@@ -1,5 +1,5 @@
-"""Entry points: a module's forward, or another method, compiled for one program, with its batch set
-up on the host.
+"""Entries: a module's forward, or another method, compiled for one program, with its batch set up
+on the host.
 
 Once per call: the number of requests, each request's slot, the checks; then the compiled forward
 runs and reads only tensors.

@@ -1,10 +1,10 @@
 """transformers' `generate` over compiled forwards.
 
-`generate` calls the model, and other parts of it by themselves: the encoder first, for models that
-have one apart; the encoders of images and videos (`get_image_features`); models inside of the model
-with a `generate` of their own. While it runs these are the compiled ones; what was there before is
-put back whatever happens. Whatever else it calls by itself is refused by its marks where adapters
-change it (lorafx.session.resting). transformers would compile static caches itself on some devices:
+`generate` calls the model, and also calls parts of it directly: a separate encoder; the encoders of
+images and videos (`get_image_features`); models inside the model with a `generate` of their own.
+While it runs, these are replaced by their compiled versions, and restored whatever happens. The
+marks of any other part that it calls directly raise where adapters change it
+(lorafx.session.resting). transformers would compile static caches itself on some devices:
 `disable_compile` keeps it from nesting compilers.
 """
 

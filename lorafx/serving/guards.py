@@ -1,7 +1,7 @@
 """Which of Dynamo's guards are worth checking before each call.
 
-Dynamo guards everything that it read from a mark: some thirty guards a site, 3.5 µs a call each
-site (42 sites: 157 → 303 µs a step). A mark never changes once it is attached, and in a frame of
+Dynamo guards everything that it read from a mark: some thirty guards per site, 3.5 µs per call and
+site (42 sites: 157 → 303 µs per step). A mark never changes once it is attached, and in a frame of
 the compiled module itself it is always the same mark, so one guard is kept of all of them: whether
 any adapter is active (one for each model, where several share modules). That the hook is still
 there, and alone, is guarded on the hooks' dictionary of its module and stays. Frames that several

@@ -1,4 +1,4 @@
-"""In which calls what Python computes between graphs is looked at."""
+"""The calls in which operators between graphs are tracked."""
 
 from __future__ import annotations
 
