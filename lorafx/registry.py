@@ -80,8 +80,8 @@ class Eligible:
             sizes; None where the forward maps (…, K) to (…, N).
         packed: instances compute several projections, so that a class in its place has to say
             the size of each.
-        rank_shards: instance -> how many processes the rank is cut over, which an adapter's rank
-            has to be a multiple of; None where it is not cut.
+        rank_shards: instance -> how many processes share the LoRA rank; an adapter's rank has to be
+            a multiple of that. None where it is not sharded.
         dequantize: instance -> W (N, K), (V, D) for an embedding; None where the weight is in a
             format that lorafx.model.weight_formats knows.
         requantize: stores such a W in the instance, in place; None where it cannot.
@@ -191,7 +191,7 @@ def register(
     dequantize: Callable[[nn.Module], Tensor] | None = None,
     requantize: Callable[[nn.Module, Tensor], None] | None = None,
 ) -> Eligible:
-    """Make `cls` and its subclasses eligible; a later call for the same class replaces.
+    """Make `cls` and its subclasses eligible; a later call for the same class replaces this one.
 
     Args:
         cls: the class. Its forward must compute y = x Wᵀ (+ bias) over the last dimension, or
@@ -203,24 +203,24 @@ def register(
         output_sizes: for a class that computes several projections at once, attribute name or
             function giving the columns of each; their sum is N. Names come from
             `packed_modules_mapping` or LoraConfig(packed_modules=...).
-        sharding: for a tensor-parallel class, how checkpoint factors become this rank's; for kind
-            "experts" a mapping that says it of each parameter by name.
+        sharding: for a tensor-parallel class, how factors of a checkpoint become this rank's; for
+            kind "experts" a mapping from parameter names to that.
         handler: `handler(module, args, kwargs, output, add)` returns the output of a call with the
             delta in it, by calls of `add(x, y, start=0)`, which gives
             y + Δ(x)[..., start : start + y.shape[-1]]. For forwards that work on groups of columns
             or return more than y. It is trusted, holds for subclasses too, runs in eager mode and
             is traced in graphs; at module level it survives pickling.
-        packed: what `register_oot` puts in the place of the class must offer output sizes.
-        rank_shards: for a class that cuts the rank of its factors over processes, a function of
-            the instance giving how many; `warmup` makes its adapters' rank a multiple of it.
+        packed: a class that replaces this one by `register_oot` must offer output sizes.
+        rank_shards: for a class that shards the rank of its factors over processes, a function of
+            the instance giving their number; `warmup` makes its adapters' rank a multiple of it.
         dequantize: for a class that stores its weight in a format of its own (packed integers,
             scales), a function of the instance giving W (N, K) of y = x Wᵀ, or (V, D) for an
-            embedding, as numbers. What `lorafx.dequantize` calls; serving adapters needs none.
+            embedding, as numbers. `lorafx.dequantize` calls it; serving adapters does not need it.
         requantize: `requantize(module, W)` stores such a W in the instance, in place, keeping its
             tensors' sizes and dtypes. Without it adapters cannot be merged into the class.
 
     Raises:
-        ConfigError: `cls` is no module class, `kind` is none of the three, or `handler`,
+        ConfigError: `cls` is not a module class, `kind` is none of the three, or `handler`,
             `dequantize` or `requantize` cannot be called.
     """
     if not isinstance(cls, type) or not issubclass(cls, nn.Module):
@@ -261,7 +261,7 @@ def register(
 
 
 def unregister(cls: type[nn.Module]) -> None:
-    """Undo `register(cls)`; a built-in entry that it replaced is in force again.
+    """Undo `register(cls)`; a built-in entry that it replaced applies again.
 
     Raises:
         ConfigError: `cls` was not registered.

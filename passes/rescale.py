@@ -31,7 +31,7 @@ SCALE = ("gains", "addend")
 
 @dataclass(frozen=True)
 class Rescale:
-    """DoRA's scale of each output stands behind the delta, in plain aten."""
+    """DoRA's scale of each output goes behind the delta, in plain aten."""
 
     name: str = "rescale"
     required: bool = True

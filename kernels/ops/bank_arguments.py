@@ -19,7 +19,8 @@ from torch import Tensor
 
 
 class BankArgs(NamedTuple):
-    """The bank of one group and whose rows there are; see lorafx.kernels.ops.ops for the shapes."""
+    """The bank of one group and the owners of the rows; see lorafx.kernels.ops.ops for the
+    shapes."""
 
     A: Tensor
     B: Tensor

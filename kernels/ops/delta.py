@@ -31,7 +31,7 @@ def row_slots(slots: Tensor, rows: int, count: int) -> Tensor:
     """The slot of each of `count` rows: slots[(m // rows) % n], int32 (count,).
 
     Raises:
-        ProvenanceError: rows is 0 (it was not proved whose row each one is) and slots differ.
+        ProvenanceError: rows is 0 (row ownership is not proved) and slots differ.
         BatchError: there are rows but no slots.
     """
     n = slots.shape[0]

@@ -56,7 +56,7 @@ class MergedWeight:
         name: path and attribute.
         nbytes: of the weight.
         error: ‖(W' − W) − ΔW‖ / ‖ΔW‖ in the Frobenius norm: how much of the update was lost by
-            rounding to the weight's dtype, or to the format it is quantised to. 0 where ΔW is zero.
+            rounding to the weight's dtype or quantised format. 0 where ΔW is zero.
     """
 
     name: str
@@ -70,7 +70,7 @@ class MergeReport:
 
     Attributes:
         adapter: the adapter's name.
-        weights: what holds W + ΔW, in the order of the model's sites.
+        weights: the weights that hold W + ΔW, in the order of the model's sites.
         original_bytes: memory that the originals take until `unmerge`: the host's, and for
             quantised weights that of their device.
     """
@@ -112,7 +112,7 @@ class _Original:
 
     @property
     def touched(self) -> bool:
-        """Whether somebody else has written or replaced the tensor since."""
+        """Whether something else has written or replaced the tensor since."""
         return self.holder.tensor is not self.tensor or mark_of(self.tensor) != self.mark
 
     def written(self) -> _Original:
@@ -221,7 +221,7 @@ def unmerged(session: Session, action: Callable[[], T]) -> T:
 
     Raises:
         BatchError: a call is running.
-        CaptureError: weights were written by somebody else since the merge.
+        CaptureError: something else wrote weights since the merge.
         MatchError: at the end, where ΔW does not fit any more. Nothing is merged then, and calls
             are refused until `merge` or `unmerge`, since without a name they would be the base's.
     """

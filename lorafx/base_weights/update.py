@@ -36,8 +36,9 @@ class WeightUpdate:
     """What an update did, by name.
 
     Attributes:
-        loaded: parameters and buffers of the model that got numbers; of tied ones all names.
-        missing: parameters that got none, or only some, and tensors that a joint place lacks.
+        loaded: parameters and buffers of the model that got numbers; for tied ones all names.
+        missing: parameters that got none or only some, and tensors that are missing for a joint
+            place.
         ignored: tensors that the model has no place for.
     """
 

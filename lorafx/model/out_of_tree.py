@@ -48,12 +48,13 @@ def register_oot(
     weight: str | None = None,
     sharding: Sharding | Mapping[str, Sharding] | None = None,
 ) -> Eligible:
-    """Match `by` and its subclasses wherever `replaced` would be; a later call for `by` replaces.
+    """Match `by` and its subclasses wherever `replaced` would match; a later call for `by` replaces
+    this one.
 
     Args:
         replaced: a class that is registered, or inherits from one that is.
-        by: the class in its place, which need not inherit from it. Its forward computes the same
-            product.
+        by: the class that takes its place and need not inherit from it. Its forward computes the
+            same product.
         input_size: attribute or function giving K; by default `input_size`, or what `replaced`
             calls it. For embeddings `num_embeddings`.
         output_sizes: attribute or function giving the columns of each output slice; by default
@@ -66,8 +67,8 @@ def register_oot(
         The entry that instances of `by` have.
 
     Raises:
-        ConfigError: `by` does not offer its sizes or weight, one of the two is no module class,
-            `replaced` is not registered, or `by` is registered by itself.
+        ConfigError: `by` does not offer its sizes or weight, one of the two is not a module class,
+            `replaced` is not registered, or `by` is already registered.
     """
     for cls in (replaced, by):
         if not isinstance(cls, type) or not issubclass(cls, nn.Module):

@@ -70,8 +70,8 @@ def dequantize(module: nn.Module, parameter: str | None = None) -> Tensor:
 def requantize(module: nn.Module, weight: Tensor, parameter: str | None = None) -> float:
     """Store `weight` in the format of the module's own, in place; the inverse of `dequantize`.
 
-    Objects, addresses, sizes and dtypes stay what they were, so that compiled graphs see the new
-    weight. Take a `Stored` before, to get back exactly what was there.
+    Objects, addresses, sizes and dtypes stay as they were, so compiled graphs see the new weight.
+    Make a `Stored` first to be able to restore exactly what was there.
 
     Args:
         weight: W, as `dequantize(module, parameter)` gives it, in any floating dtype.
@@ -111,7 +111,8 @@ def requantize(module: nn.Module, weight: Tensor, parameter: str | None = None) 
 
 
 class Stored:
-    """What a module's weight is stored as now: copies of all its tensors, as much memory again.
+    """The stored form of a module's weight: copies of all its tensors, which take as much memory
+    again.
 
     Raises:
         ConfigError: the weight is in no known format.
@@ -165,12 +166,12 @@ class QuantisedModules:
         )
 
     def settle(self) -> None:
-        """Have libraries do now what they would do in a module's first call, where they do."""
+        """Have libraries do now what they would otherwise do in a module's first call."""
         for item, module, name in self._of_libraries:
             item.settle(module, name)
 
     def settle_again(self) -> None:
-        """`settle` where something may have undone it; for before each call."""
+        """`settle` again where something may have undone it; called before each call."""
         for item, module, name in self._restless:
             item.settle(module, name)
 

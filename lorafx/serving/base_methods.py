@@ -30,38 +30,39 @@ class BaseMethods:
     ) -> WeightUpdate:
         """Update the base weights in place, under any naming that a trainer produces.
 
-        Nothing is compiled again, addresses and adapters stay, and everything that depends on the
-        weights follows: packed and tied ones, copies of absorbed ones, a merged adapter. Waits for
-        running calls. Names may have `base_model.model.`, `_orig_mod.`, `module.` and
-        `.base_layer.` in them, be any alias, be from before a renaming in transformers, and mean
-        one expert, one half, or one member of a packed projection, or several together.
+        Nothing is compiled again, and addresses and adapters stay. Everything that depends on the
+        weights is updated too: packed and tied weights, copies of absorbed ones, a merged adapter.
+        The update waits for running calls. Names may contain `base_model.model.`, `_orig_mod.`,
+        `module.` and `.base_layer.`, be any alias, or come from before a renaming in transformers.
+        A name may mean one expert, one half or one member of a packed projection, or several
+        together.
 
         Args:
             weights: (name, tensor) pairs, a mapping, a safetensors file or folder, or a function
-                of no arguments that gives pairs. All of them are checked as a whole before the
-                first write and need no further memory, but a pair that is read once more (a list
-                or mapping may hold any tensors; a function is called twice, and may fill one
-                buffer again and again). A generator can be taken only as it comes: what the
-                weights were is kept until all of it was right.
+                without arguments that yields pairs. Each of these is checked as a whole before the
+                first write and needs no further memory, except for one tensor at a time of files
+                and functions. A function is called twice, and may fill one buffer again and again.
+                A generator can be read only once: the old weights are kept until all of it was
+                right.
             strict: unknown names, and parameters that get nothing, are errors too. Without it
                 they are reported.
-            undo: where a generator's update keeps what the weights were: in host "memory" or in
-                temporary files on "disk".
+            undo: where the old weights are kept during an update from a generator: in host "memory"
+                or in temporary files on "disk".
 
         Returns:
             The names that were loaded, missing and ignored.
 
         Raises:
             BaseWeightsError: unknown, duplicate, missing and misshapen names, numbers of another
-                kind (floats for a quantised weight), different values for tied weights: all of
-                them at once. The old weights serve on.
-            ConfigError: `weights` is nothing of the above.
+                kind (floats for a quantised weight), different values for tied weights: all
+                problems at once. The old weights stay in service.
+            ConfigError: `weights` is none of the above.
             BatchError: a call, or another update, is running on this thread.
             MatchError: an adapter is merged, and cannot be merged into the new weights. They are
                 loaded; calls are refused until `merge` or `unmerge`.
-            Whatever iterating over `weights` raises. In the second round over a function, or while
-            files are read, weights are partly written then: calls are refused until an update
-            succeeds.
+            Whatever iterating over `weights` raises. If that happens in the second round over a
+            function, or while files are read, weights are partly written, and calls are refused
+            until an update succeeds.
         """
         self._check_attached()
         return update_weights(self._session, weights, strict=strict, undo=undo)
@@ -69,43 +70,44 @@ class BaseMethods:
     def merge(self, name: str, *, requantize: bool = False) -> MergeReport:
         """Add an adapter to the base weights, in place: calls run at the speed of the base model.
 
-        Until `unmerge` all calls are served by this adapter, whether they name it or none; a call
-        that names another one or the base is refused. Others stay loaded. Graphs, addresses and
-        the model's own modules stay; `model` called by itself is the merged model.
+        Until `unmerge`, this adapter serves all calls, whether they name it or nothing; a call that
+        names another adapter or the base is refused. Other adapters stay loaded. Graphs, addresses
+        and the model's own modules stay; `model`, called directly, is the merged model.
 
         Args:
             name: a loaded adapter.
-            requantize: where W is quantised, store W + ΔW in its own format, which loses some of
-                ΔW, or most of it: see `MergeReport`. Otherwise such weights are refused.
+            requantize: store W + ΔW in the format of W where W is quantised. That loses a part of
+                ΔW, perhaps most of it; see `MergeReport`. Otherwise quantised weights are refused.
 
         Returns:
-            What holds W + ΔW now, what rounding to its dtype has cost, and the memory that the
-            originals take: as many bytes of the host as the changed weights have.
+            The weights that hold W + ΔW now, what rounding to their dtype has cost, and the memory
+            that the originals take: as many bytes of host memory as the changed weights have.
 
         Raises:
             UnknownAdapterError: it is not loaded.
-            ConfigError: one is merged already, or another one is the default of `set_adapter`.
+            ConfigError: an adapter is already merged, or another one is the default of
+                `set_adapter`.
             BatchError: a call is running on this thread.
             MatchError: a weight cannot take ΔW: quantised, tied to one that gets another ΔW,
-                held by another model in service, copied in a form that is not understood, or
-                beyond its dtype's range.
+                held by another model in service, copied in an unsupported form, or beyond the range
+                of its dtype.
             Nothing has changed then.
         """
         self._check_attached()
         return merge(self._session, name, requantize=requantize)
 
     def unmerge(self, *, force: bool = False) -> None:
-        """Put the base's own weights back, bit for bit; adapters are served side by side again.
+        """Put the base's own weights back, bit for bit; adapters can be mixed in batches again.
 
         Args:
-            force: also where weights have been written since the merge by something else than
-                `load_weights`, which is lost then. Weights that were replaced by other tensors
-                are left as they are.
+            force: unmerge even if something other than `load_weights` has written weights since the
+                merge; those writes are lost. Weights that were replaced by other tensors are left
+                as they are.
 
         Raises:
             ConfigError: no adapter is merged.
             BatchError: a call is running on this thread.
-            CaptureError: weights were written or replaced since, and not `force`.
+            CaptureError: weights were written or replaced since the merge, and `force` is not set.
         """
         unmerge(self._session, force=force)
 
@@ -122,13 +124,13 @@ class BaseMethods:
 
         Other threads are served meanwhile. A transformers model is written by its own
         `save_pretrained`, with its configurations; any other module as one `model.safetensors`
-        with the names of its `state_dict()`. Tied weights that the adapter tells apart are
+        with the names of its `state_dict()`. Tied weights that the adapter changes differently are
         written as two, and the configuration then says that they are not tied.
 
         Args:
             name: a loaded adapter.
-            folder: created where it is missing. While this runs it also holds a file for each
-                changed weight, so that no second copy of the model lies in memory.
+            folder: created if it is missing. While this runs it also holds one file for each
+                changed weight, so that no second copy of the model is in memory.
             max_shard_size: of one file of a transformers model.
 
         Returns:
@@ -136,8 +138,8 @@ class BaseMethods:
 
         Raises:
             UnknownAdapterError: it is not loaded.
-            MatchError: a weight cannot take ΔW (as for `merge`), or the module has no
-                configuration that could say that tied weights are not tied.
+            MatchError: a weight cannot take ΔW (as for `merge`), or the module has no configuration
+                that could declare tied weights untied.
             CheckpointError: the folder cannot be written.
         """
         self._check_attached()
