@@ -159,9 +159,11 @@ GPU_STRATEGIES = {
     "gemv": _gemv,
     "segments": _segments,
     "expand_first": vendor_cost.expand_first,
+    "concat": vendor_cost.concat,
+    "concat_apart": vendor_cost.concat_apart,
 }
 FUSED = ("split", "epilogue", "recompute")  # their own base product instead of the vendor's
-AROUND = ("expand_first",)  # other operands for the vendor's GEMM
+AROUND = ("expand_first", "concat", "concat_apart")  # other operands for the vendor's GEMM
 
 
 def _refusal(name: str, work: Work) -> str:
@@ -169,7 +171,7 @@ def _refusal(name: str, work: Work) -> str:
         # Run on a GPU for whole blocks of 16 elements only, but for kernels by themselves.
         return "K or a column count is not a multiple of 16"
     if name in AROUND:
-        return vendor_cost.refusal(work)
+        return vendor_cost.refusal(name, work)
     return slower_than_vendor(work.chip) if name in FUSED and work.compute_bound else ""
 
 

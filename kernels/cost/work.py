@@ -51,6 +51,7 @@ class Work:
     Attributes:
         sizes: N_i of the siblings that share x.
         distinct: D, adapters in the batch.
+        room: the weight has room behind its columns for those of the factors.
     """
 
     in_features: int
@@ -60,6 +61,7 @@ class Work:
     rank: int
     dtype: torch.dtype
     chip: Chip = field(default=DEFAULT_CHIP)
+    room: bool = False
 
     @property
     def columns(self) -> int:

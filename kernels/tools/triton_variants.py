@@ -20,8 +20,9 @@ import torch
 
 from lorafx.kernels.cpu.cpu_source import DeltaSpec
 from lorafx.kernels.triton.activation import Activation, Leaf, Load
+from lorafx.kernels.triton.longer import refusal
 from lorafx.kernels.triton.strategy_tiles import STRATEGY_KERNELS, tiles_for
-from lorafx.kernels.triton.triton_build import AROUND, EXPERTS, ORDER_TILES, spec_for
+from lorafx.kernels.triton.triton_build import AROUND, CONCAT, EXPERTS, ORDER_TILES, spec_for
 from lorafx.kernels.triton.triton_cache import GeneratedKernel, load
 from lorafx.kernels.triton.triton_source import TritonSpec
 from lorafx.kernels.triton.triton_tiles import ARCHITECTURES
@@ -202,7 +203,10 @@ def _strategies(spec: TritonSpec) -> tuple[str, ...]:
         return ("embedding",)
     if spec.activation:
         return ("prologue",)
-    return tuple(s for s in STRATEGY_KERNELS if s not in (*EXPERTS, "embedding", "prologue"))
+    left_out = [*EXPERTS, "embedding", "prologue"]
+    if refusal(spec.delta, spec.weight_dtype):
+        left_out += CONCAT
+    return tuple(s for s in STRATEGY_KERNELS if s not in left_out)
 
 
 def variants_for_aot(

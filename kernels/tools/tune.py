@@ -79,6 +79,14 @@ AXES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
         "num_warps": (2, 4, 8),
         "block_r": (16, 32, 64),
     },
+    "gather": {"num_warps": (2, 4, 8)},
+    "place": {
+        "block_m": (16, 32, 64, 128),
+        "block_k": (32, 64, 128),
+        "block_r": (16, 32, 64),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4, 5),
+    },
     "shrink_rows": {
         "block_r": (1, 2, 4, 8, 16),
         "block_k": (64, 128, 256, 512, 1024),

@@ -10,6 +10,7 @@ from lorafx.kernels.triton.triton_tiles import (
     Architecture,
     Tiles,
     activate_tiles,
+    concat_tiles,
     expand_rows_tiles,
     grouped_tiles,
     linear_tiles,
@@ -26,6 +27,8 @@ STRATEGY_KERNELS: Mapping[str, tuple[str, ...]] = {
     "recompute": ("recompute",),
     "segments": ("shrink", "expand"),
     "expand_first": ("shrink", "expand_first"),
+    "concat": ("gather", "place"),
+    "concat_apart": ("gather", "place"),
     "gemv": ("shrink_rows", "expand_rows"),
     "embedding": ("embedding_rows",),
     "grouped": ("shrink", "epilogue"),
@@ -63,6 +66,8 @@ def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> 
         second = expand_rows_tiles(spec, rows, arch)
         both = {"shrink_rows": first, "expand_rows": replace(second, parts=first.parts)}
         return {name: replace(t, overlap=arch.overlaps) for name, t in both.items()}
+    if strategy in ("concat", "concat_apart"):
+        return concat_tiles(spec, rows, arch)
     if strategy == "split":
         return split_tiles(spec, rows, arch)
     if strategy in ("grouped", "activated"):

@@ -7,6 +7,8 @@
     recompute  one kernel: each tile computes v for its own rows beside x Wᵀ
     segments   shrink, then y += v B, rows sorted by slot; the base product is the vendor's
     expand_first  shrink, then y = v B + b, into which the vendor's GEMM adds the base product
+    concat     v behind the columns of x and B behind those of W, then the vendor's GEMM of both
+    concat_apart  the same with a GEMM for each sibling
     gemv       as "segments" a row at a time, for one or two rows an adapter
     embedding  y += A[s, id] B[s]
     grouped    "epilogue" for rows sorted by expert, each with its expert's W, A and B
@@ -28,6 +30,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lorafx.errors import LoweringError
+from lorafx.kernels.triton.longer import Longer, refusal
 from lorafx.kernels.triton.strategy_tiles import STRATEGY_KERNELS, tiles_for
 from lorafx.kernels.triton.triton_cache import GeneratedKernel, load
 from lorafx.kernels.triton.triton_source import TritonSpec
@@ -36,6 +39,7 @@ from lorafx.kernels.triton.tuned_cache import load_tuned
 
 __all__ = [
     "AROUND",
+    "CONCAT",
     "EXPERTS",
     "LINEAR",
     "STRATEGY_KERNELS",
@@ -51,7 +55,9 @@ LINEAR = ("split", "epilogue", "recompute")
 #: Strategies of `lorafx::triton_experts`, likewise.
 EXPERTS = ("grouped", "activated")
 #: Those that prepare what the vendor's GEMM is given (lorafx.kernels.triton.triton_vendor_ops).
-AROUND = ("expand_first",)
+AROUND = ("expand_first", "concat", "concat_apart")
+#: Those of them that make x and W longer.
+CONCAT = ("concat", "concat_apart")
 #: Those of the deltas alone.
 DELTA = ("segments", "gemv", "embedding", "deferred")
 #: One program of the sorting kernel ranks this many requests.
@@ -105,7 +111,8 @@ def build(
         The id, above 0; None where kernels are not generated for the spec (float64, empty ranges).
 
     Raises:
-        LoweringError: an unknown strategy, or a generated file cannot be written or imported.
+        LoweringError: an unknown strategy, one that cannot compute the node, or a generated file
+            cannot be written or imported.
     """
     if strategy not in STRATEGY_KERNELS:
         known = ", ".join(STRATEGY_KERNELS)
@@ -118,6 +125,8 @@ def build(
         raise LoweringError(f"strategy {strategy!r} computes x itself and needs the activation")
     if not spec.supported() or spec.delta.embedding != (strategy == "embedding"):
         return None
+    if strategy in CONCAT and (why := refusal(spec.delta, spec.weight_dtype)):
+        raise LoweringError(f"strategy {strategy!r} cannot make x and W longer: {why}")
     spec = spec_for(strategy, spec)
     if strategy == "grouped":
         spec = replace(spec, activation=None)
@@ -139,9 +148,12 @@ def spec_for(strategy: str, spec: TritonSpec) -> TritonSpec:
         return TritonSpec(spec.delta)
     if strategy == "prologue":
         return TritonSpec(spec.delta, activation=spec.activation)
-    if strategy in AROUND:
+    if strategy == "expand_first":
         return TritonSpec(spec.delta, bias=spec.bias)
-    return spec
+    if strategy in CONCAT:
+        longer = replace(spec.longer or Longer(), apart=strategy == "concat_apart")
+        return TritonSpec(spec.delta, transposed=spec.transposed, longer=longer)
+    return replace(spec, longer=None)
 
 
 def _plan(

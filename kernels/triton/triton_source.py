@@ -9,6 +9,7 @@
     split        y[q, m] = Σ_(k in part q) x[m, k] W[:, k], and shrink by programs of its own
     shrink_rows, expand_rows    the same a row at a time, without matrix instructions
     embedding_rows              expand_rows with A[s, id] for v
+    gather, place  B behind the columns of W, and v behind those of x, for one product of both
     order        the requests sorted by slot
     activate     h = f(…) of other tensors, and shrink for x = h
 
@@ -31,6 +32,7 @@ import torch
 
 from lorafx.kernels.cpu.cpu_source import DeltaSpec
 from lorafx.kernels.triton.activation import MOST_FACTORS, Activation, delta_place
+from lorafx.kernels.triton.longer import Layout, Longer
 from lorafx.kernels.triton.triton_tiles import Tiles, power_of_two
 
 TYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
@@ -45,6 +47,8 @@ KERNELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "linear",
         {"base": False, "recompute": False, "reduce": False, "fresh": True},
     ),
+    "gather": ("concat", {"function": "gather"}),
+    "place": ("concat", {"function": "place"}),
     "split": ("split", {}),
     "reduce": ("linear", {"base": False, "recompute": False, "reduce": True}),
     "shrink_rows": ("rows", {"function": "shrink_rows"}),
@@ -66,6 +70,7 @@ class TritonSpec:
         transposed: the base weight is (K, N).
         experts: E where the weight holds one for each expert; 0 for all others.
         activation: what x is computed by, for a strategy that does so itself.
+        longer: which columns are added to x and W, for a strategy that does so.
     """
 
     delta: DeltaSpec
@@ -74,6 +79,7 @@ class TritonSpec:
     transposed: bool = False
     experts: int = 0
     activation: Activation | None = None
+    longer: Longer | None = None
 
     @property
     def out_features(self) -> int:
@@ -200,7 +206,22 @@ def parameters(kernel: str, spec: TritonSpec, tiles: Tiles) -> dict[str, Any]:
         "experts": spec.experts,
         "experts_block": power_of_two(spec.experts, 1, 1 << 20),
         "activation": spec.activation if kernel == "activate" else None,
+        **_columns(spec, sum(counts)),
         "leaf_deltas": _leaf_deltas(spec) if kernel == "activate" else [],
+    }
+
+
+def _columns(spec: TritonSpec, tiles_n: int) -> dict[str, Any]:
+    """What a template needs to know of the columns that x and W get."""
+    if spec.longer is None:
+        return {}
+    layout = Layout.of(spec.delta, spec.longer)
+    return {
+        "width": layout.width,
+        "left": layout.left,
+        "places": list(layout.places),
+        "requests": spec.longer.requests,
+        "tiles_block": power_of_two(tiles_n, 1, 1 << 20),
     }
 
 

@@ -2,13 +2,23 @@
 
     lorafx::triton_expanded   y0 = v B + b, (M, N); b where a row has no adapter
     lorafx::add_product_      y += x Wᵀ in place: the vendor's GEMM with beta = 1
+    lorafx::triton_concat_    v behind the columns of x' = [x | …], B behind those of W' = [W | …]
 
     expand_first    y = add_product_(triton_expanded(x, b, …), x, Wᵀ)
+    concat          y = x' W'ᵀ + b after triton_concat_(x', W', …); "concat_apart" has a product for
+                    each sibling over columns of its own
 
 Arguments are those of lorafx.kernels.triton.triton_ops, and so is the way an op runs: its launches
 on a GPU, Triton's interpreter on a CPU. `y0` is rounded to y's type before the product is added:
 
     |ŷ - y| ≤ u |y| + u |y0| + (2K + r + 8) 2⁻²⁴ |y|₁      u = 2⁻⁸ for bfloat16, 2⁻¹¹ for float16
+
+and v is rounded to x's type before it is multiplied by B, which is of that type already:
+
+    |ŷ - y| ≤ u |y| + u Σ_k |v_k| |B_k| + (2K + r + 8) 2⁻²⁴ |y|₁
+
+The columns of other rows' blocks are 0 in x', and what W' has there is a number always: where B of
+an adapter is none, its rows are NaN, and nobody else's.
 
 `add_product_` is an op of its own because Inductor takes `aten.addmm` of a matrix as it likes: it
 copies y0 into another buffer first, or makes a product and a sum of it, which rounds once more.
@@ -27,10 +37,13 @@ from lorafx.errors import LoweringError
 from lorafx.kernels.ops.bank_arguments import BankArgs, flat
 from lorafx.kernels.ops.op_checks import require
 from lorafx.kernels.ops.op_library import define
+from lorafx.kernels.triton.concat_launch import blocks_of, gather, layout_of, place
+from lorafx.kernels.triton.triton_build import CONCAT, LaunchPlan, plan_of
 from lorafx.kernels.triton.triton_launch import Batch, Launch, linear, shrink
 from lorafx.kernels.triton.triton_ops import (
     _check_linear,
     _checked,
+    _require_adjacent,
     launch_interpreted,
     launch_wrapped,
 )
@@ -92,6 +105,87 @@ triton_expanded.register_fake(flat(_expanded_fake))
 interpreted_expanded.register_fake(flat(_expanded_fake))
 
 
+def _run_concat(
+    x: Tensor, w: Tensor, bank: BankArgs, rows: Any, first: int, kernel: int, launch: Launch
+) -> None:
+    plan = _concat_plan(x, w, bank, rows, first, kernel)
+    spec, M = plan.spec, x.shape[0]
+    if guard_or_false(M == 0):
+        return
+    batch = Batch.of(M, bank.slots, rows, plan.order, launch)
+    behind_w, behind_x = plan.kernels.values()
+    flags = gather(behind_w, spec, w, int(first), bank, launch)
+    place(behind_x, spec, x, flags, bank, batch, launch)
+
+
+def _concat_plan(x, w, bank: BankArgs, rows, first, kernel) -> LaunchPlan:
+    plan = _checked("triton_concat_", kernel, CONCAT, bank, rows)
+    d, layout, first = plan.spec.delta, layout_of(plan.spec), int(first)
+    left, right = layout.columns(blocks_of(plan.spec, bank))
+    K, N = d.in_features, plan.spec.out_features
+    require(
+        "triton_concat_",
+        x.dim() == 2 and x.shape[1] == left + K + right and x.dtype == d.x_dtype,
+        f"x' is {x.dtype} {tuple(x.shape)}, the kernel's {d.x_dtype} (M, {left} + {K} + {right})",
+    )
+    require(
+        "triton_concat_",
+        bank.A.shape[1] >= (max(d.siblings) + 1) * d.max_rank and bank.A.shape[2] == K,
+        f"A is {tuple(bank.A.shape)}, not the kernel's bank's",
+    )
+    _require_adjacent("triton_concat_", x=x)
+    require("triton_concat_", w.dim() == 2, f"W' is a matrix, not {w.dim()}-d")
+    have, long = w.shape[::-1] if plan.spec.transposed else w.shape
+    require(
+        "triton_concat_",
+        have == N and w.dtype == d.x_dtype,
+        f"W' is {w.dtype} {tuple(w.shape)}, the kernel's {d.x_dtype} with {N} rows",
+    )
+    require(
+        "triton_concat_",
+        first >= left and long >= first + K + right,
+        f"W' has {long} columns and x's begin at {first}: {left} before and {right} behind its {K}"
+        " are needed",
+    )
+    return plan
+
+
+def _concat_fake(x, w, bank: BankArgs, rows, first, kernel) -> None:
+    _concat_plan(x, w, bank, rows, first, kernel)
+
+
+@custom_op("lorafx::interpreted_concat_", mutates_args=("x", "w"))
+@flat
+def interpreted_concat_(
+    x: Tensor, w: Tensor, bank: BankArgs, rows: int, first: int, kernel: int
+) -> None:
+    """`triton_concat_` in Triton's interpreter, for tensors on the CPU."""
+    _run_concat(x, w, bank, rows, first, kernel, launch_interpreted)
+
+
+@triton_op("lorafx::triton_concat_", mutates_args=("x", "w"))
+@flat
+def triton_concat_(
+    x: Tensor, w: Tensor, bank: BankArgs, rows: int, first: int, kernel: int
+) -> None:
+    """Writes the columns beside x in x' (M, K + …) and beside W in W' (N, K + …), in place.
+
+    Args:
+        first: where W's columns begin in W'. In x' those of x begin behind the left columns.
+
+    Raises:
+        LoweringError: an argument that `kernel` was not made for.
+    """
+    if x.device.type == "cpu":
+        torch.ops.lorafx.interpreted_concat_(x, w, *bank, rows, first, kernel)
+    else:
+        _run_concat(x, w, bank, rows, first, kernel, launch_wrapped)
+
+
+triton_concat_.register_fake(flat(_concat_fake))
+interpreted_concat_.register_fake(flat(_concat_fake))
+
+
 def add_product_(y: Tensor, x: Tensor, right: Tensor) -> None:
     """y (M, N) += x (M, K) right (K, N) in place, rounded once."""
     add_product_fake(y, x, right)
@@ -116,6 +210,10 @@ def add_product_fake(y: Tensor, x: Tensor, right: Tensor) -> None:
 define("add_product_(Tensor(a!) y, Tensor x, Tensor right) -> ()", add_product_, add_product_fake)
 
 
+def _product(x: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    return x @ right if bias is None else torch.addmm(bias, x, right)
+
+
 def vendor_linear(
     strategy: str,
     x: Tensor,
@@ -133,6 +231,23 @@ def vendor_linear(
         LoweringError: a strategy of another module, or an argument that `kernel` was not made for.
     """
     right = weight if transposed else weight.T
+    if strategy in CONCAT:
+        plan = plan_of(kernel)
+        layout, blocks = layout_of(plan.spec), blocks_of(plan.spec, bank)
+        sides = layout.columns(blocks)
+        x = torch.nn.functional.pad(x, sides)
+        right = torch.nn.functional.pad(right.T, sides).T
+        w = right if transposed else right.T
+        torch.ops.lorafx.triton_concat_(x, w, *bank, rows, sides[0], kernel)
+        if not layout.apart:
+            return _product(x, right, bias)
+        parts, start = [], 0
+        for at, size in zip(layout.places, plan.spec.delta.sizes, strict=True):
+            own, columns = slice(*layout.span(at, blocks)), slice(start, start + size)
+            part = None if bias is None else bias[columns]
+            parts.append(_product(x[:, own], right[own, columns], part))
+            start += size
+        return torch.cat(parts, 1)
     if strategy != "expand_first":
         raise LoweringError(f"strategy {strategy!r} is none around the vendor's GEMM")
     y = torch.ops.lorafx.triton_expanded(x, bias, *bank, rows, kernel)

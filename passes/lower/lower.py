@@ -44,7 +44,7 @@ from lorafx.kernels.triton.triton_ops import adjacent
 from lorafx.op_arguments import bound, in_order
 from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, product, region
 from lorafx.passes.lower.triton_graph import inline_triton_ops
-from lorafx.passes.lower.vendor_linear import VENDOR_OPS, vendor_linear
+from lorafx.passes.lower.vendor_linear import VENDOR_OPS, product_of, vendor_linear
 from lorafx.passes.match.match_experts import ALIKE
 from lorafx.passes.plan.plan import cpu_spec, delta_spec
 from lorafx.passes.plan.prologues import DEFERRED, PROLOGUE, noted
@@ -104,9 +104,8 @@ def _linear(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
     x_flat = _flat(graph, ctx, x)
     if strategy.name == DEFERRED:
         assert node.meta.get(_ADDED), f"nobody adds the delta of {node.name}"
-        return _shaped(
-            graph, ctx, _product(graph, ctx, x_flat, weight, bias, swap=call["transposed"]), x, node
-        )
+        y = product_of(graph, ctx, x_flat, weight, bias, swap=call["transposed"])
+        return _shaped(graph, ctx, y, x, node)
     if strategy.name in FUSED:
         side_by_side = _adjacent(graph, ctx, x_flat)
         arguments = in_order(TRITON_LINEAR, call, x=side_by_side, kernel=strategy.kernel)
@@ -120,11 +119,11 @@ def _linear(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
         for size in call["sizes"]:
             part = ctx.call(graph, aten.slice.Tensor, (weight, 0, start, start + size))
             own = bias and ctx.call(graph, aten.slice.Tensor, (bias, 0, start, start + size))
-            parts.append(_product(graph, ctx, x_flat, part, own, swap=False))
+            parts.append(product_of(graph, ctx, x_flat, part, own, swap=False))
             start += size
         y = ctx.call(graph, aten.cat.default, (parts, 1))  # Inductor has each GEMM write its part
     else:
-        y = _product(graph, ctx, x_flat, weight, bias, swap=call["transposed"])
+        y = product_of(graph, ctx, x_flat, weight, bias, swap=call["transposed"])
     written = _add_delta(graph, ctx, node, {**call, "y": y, "x": x_flat})
     return _shaped(graph, ctx, written, x, node)
 
@@ -147,20 +146,10 @@ def _prologue(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
     arguments = in_order(TRITON_ACTIVATE, call, inputs=inputs, kernel=kernel)
     both = ctx.call(graph, TRITON_ACTIVATE, arguments)
     h, v = (ctx.call(graph, operator.getitem, (both, index)) for index in range(2))
-    y = _product(graph, ctx, h, call["weight"], call["bias"], swap=call["transposed"])
+    y = product_of(graph, ctx, h, call["weight"], call["bias"], swap=call["transposed"])
     arguments = in_order(TRITON_EXPAND, call, y=y, v=v, kernel=kernel)
     _, rows_like, _ = next(prologue.leaves())
     return _shaped(graph, ctx, call_in_place(graph, TRITON_EXPAND, arguments), rows_like, node)
-
-
-def _product(
-    graph: fx.Graph, ctx: Context, x: fx.Node, weight: fx.Node, bias: fx.Node | None, *, swap: bool
-) -> fx.Node:
-    """x Wᵀ + b (x W with `swap`) for x (M, K)."""
-    right = weight if swap else ctx.call(graph, aten.permute.default, (weight, [1, 0]))
-    if bias is None:
-        return ctx.call(graph, aten.mm.default, (x, right))
-    return ctx.call(graph, aten.addmm.default, (bias, x, right))
 
 
 def _site(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:

@@ -37,7 +37,8 @@ from lorafx.kernels.cost.expert_cost import ExpertWork, estimate_experts
 from lorafx.kernels.cost.work import Estimate, Work
 from lorafx.kernels.cpu.cpu import DeltaSpec, build_all
 from lorafx.kernels.ops.bank_arguments import Ranges
-from lorafx.kernels.triton.triton_build import AROUND, EXPERTS, TritonSpec, plan_of
+from lorafx.kernels.triton.longer import Longer, refusal
+from lorafx.kernels.triton.triton_build import AROUND, CONCAT, EXPERTS, TritonSpec, plan_of
 from lorafx.kernels.triton.triton_build import build as build_triton
 from lorafx.kernels.triton.triton_ops import adjacent
 from lorafx.model.sites import Part, Site
@@ -139,7 +140,7 @@ def _triton_choice(
     if node.target is EMBEDDING_OP and pinned is None:
         return EMBEDDING, "rows are gathered one by one"
     if pinned is not None:
-        if pinned in AROUND and (why := _not_around(node)):
+        if pinned in AROUND and (why := _not_around(node, pinned)):
             raise ConfigError(
                 f"Options.plan pins {pinned!r} for {', '.join(_paths(ctx, node))}, {why}; pin "
                 "'gemv', 'segments' or 'aten'"
@@ -166,7 +167,7 @@ def _triton_choice(
     work = _work(ctx, node)
     estimates = {} if work is None else estimate(work)
     for name, modelled in estimates.items():
-        if name in AROUND and _not_around(node):
+        if name in AROUND and _not_around(node, name):
             continue
         if not modelled.refusal and (name not in FUSED or _fusable(node)):
             return name, f"modelled {modelled} at {rows} rows; {_floor(ctx, node)}"
@@ -179,6 +180,8 @@ def _work(ctx: Context, node: fx.Node) -> Work | None:
     if rows is None or node.target is EMBEDDING_OP:
         return None
     slots, rank = ctx.program.home(sites[0])[0].bank.B.shape[:2]
+    requests = fake_value(bound(node)["slots"]).shape[0]
+    slots = min(slots, requests) if isinstance(requests, int) else slots
     dtype = fake_value(bound(node)["x"]).dtype
     return work_of(_parts(sites), rows, slots, rank, dtype, chip_of(fake_value(node).device))
 
@@ -189,12 +192,16 @@ def _fusable(node: fx.Node) -> bool:
     return node.target is FUSED_OP and adjacent(fake_value(bound(node)["weight"]))
 
 
-def _not_around(node: fx.Node) -> str:
+def _not_around(node: fx.Node, name: str) -> str:
     """Why the vendor's GEMM cannot be given more than x and the weight; "" where it can."""
     if node.target is not FUSED_OP:
         return "whose base product is not part of the node"
-    dtypes = {fake_value(item).dtype for item in (node, bound(node)["x"], bound(node)["weight"])}
-    return "" if len(dtypes) == 1 else "whose x, weight and result are not of one type"
+    weight = fake_value(bound(node)["weight"])
+    dtypes = {fake_value(node).dtype, fake_value(bound(node)["x"]).dtype, weight.dtype}
+    if len(dtypes) != 1:
+        return "whose x, weight and result are not of one type"
+    why = refusal(delta_spec(node), weight.dtype) if name in CONCAT else ""
+    return why and f"whose x and weight cannot be made longer: {why}"
 
 
 def _not_for_experts(node: fx.Node, name: str) -> str:
@@ -330,4 +337,9 @@ def triton_spec(node: fx.Node) -> TritonSpec:
             experts=weight.shape[0],
             activation=activation,
         )
-    return TritonSpec(delta_spec(node), weight.dtype, call["bias"] is not None, transposed)
+    n, slots = fake_value(call["slots"]).shape[0], fake_value(call["B"]).shape[0]
+    return TritonSpec(
+        *(delta_spec(node), weight.dtype, call["bias"] is not None, transposed),
+        # as few blocks as the sizes of the graph allow
+        longer=Longer(requests=isinstance(n, int) and n < slots),
+    )

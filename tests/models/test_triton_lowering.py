@@ -5,17 +5,19 @@ Inductor compiles the graph around the same generated kernels that a GPU runs.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import oracle
 import pytest
 import torch
-from dense_merge import Case, check_mixed
+from dense_merge import TOLERANCE, Case, check_mixed, error
 from tiny_models import FAMILIES
 from torch._inductor import compile_fx
+from torch._inductor.utils import run_and_get_code
 
 from lorafx.errors import ConfigError
-from lorafx.kernels.cost.cost import AROUND
+from lorafx.kernels.triton.triton_build import AROUND, CONCAT
 
 NAMES = ["a1", None, "a3", "a0", "a2"]
 TRITON = {"lowering": "triton"}
@@ -58,22 +60,49 @@ def test_transformers_models(case_of: Any, family: str) -> None:
     assert "aten" not in strategies(cm)
 
 
-@pytest.mark.parametrize("strategy", AROUND)
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+#: Sizes of models whose linears all have a K that is a multiple of 16.
+WHOLE = {
+    "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1},
+    "gpt2": {"n_embd": 32, "n_inner": 48},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "strategy"), [("llama", name) for name in AROUND] + [("gpt2", "concat")]
+)
 def test_transformers_models_around_the_vendors_gemm(
     case_of: Any, family: str, strategy: str
 ) -> None:
     """Any mix and number of requests by one graph; packs, grouped queries, (in, out) and biases."""
-    case = case_of(family)
+    case = case_of(family, **WHOLE[family])
     plan = dict.fromkeys(oracle.linears(case.base), strategy)
     cm = case.compile(options={**TRITON, "plan": plan})
-    check_mixed(cm, case, NAMES, inputs_of(family))
+    inputs = inputs_of(family)
+    output, codes = run_and_get_code(lambda: cm(**inputs, adapter_names=NAMES)["logits"])
+    assert error(output, case.expected(NAMES, inputs)) <= TOLERANCE
     assert strategies(cm) - {"embedding"} == {strategy}
+    if strategy in CONCAT:
+        written_in_place("\n".join(codes))
     graphs = cm.recompiles
     for names in ([None, None, "a2", "a2", "a2"], ["a3"] * 5):
         check_mixed(cm, case, names, inputs_of(family))
     check_mixed(cm, case, ["a0", "a3", None], inputs_of(family, 3, 7))
     assert cm.recompiles == graphs
+    if strategy == "concat":
+        check_mixed(cm, case, ["a1"], inputs_of(family, 1, 6))  # one request is a graph of its own
+
+
+def written_in_place(code: str) -> None:
+    """x' of each node is one buffer that what computes x wrote into, and nothing copies it."""
+    calls = re.findall(r"triton_concat_\.default\((\w+), (\w+),", code)
+    assert calls
+    for buffers in calls:
+        for buffer in buffers:
+            assert re.search(rf"{buffer} = (empty_strided_cpu\(|.*# reuse)", code)
+            parts = re.findall(rf"(\w+) = reinterpret_tensor\({buffer}, .*# alias", code)
+            assert parts
+            assert all(re.search(rf"cpp_fused\w+\(.*\b{part}\b", code) for part in parts)
+            assert re.search(rf"extern_kernels\.(add)?mm\(.*\b{buffer}\b", code)
 
 
 def test_base_rows_are_the_bases_own_bits(plain: Case) -> None:

@@ -29,6 +29,7 @@ OPS = (
     lora.triton_embedding_delta_.default,
     lora.triton_experts.default,
     lora.triton_expanded.default,
+    lora.triton_concat_.default,
     lora.triton_shrink.default,
     lora.triton_activate.default,
     lora.triton_expand_.default,
