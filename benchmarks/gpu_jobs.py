@@ -82,6 +82,7 @@ PLANNED = {"sources": ("kernels/triton", "kernels/cost"), "inputs": (CALIBRATE,)
 ARMS: tuple[Arm, ...] = (
     Arm("plan", PREFILL + DECODE, "gpu_compare:planned", **PLANNED),
     Arm("expand_first", PREFILL, "gpu_compare:strategy", {"name": "expand_first"}),
+    Arm("persistent", PREFILL, "gpu_compare:strategy", {"name": "persistent"}),
     Arm("segments", PREFILL, "gpu_compare:strategy", {"name": "segments"}),
     Arm("split", DECODE, "gpu_compare:strategy", {"name": "split"}),
     Arm("epilogue", DECODE + PREFILL, "gpu_compare:strategy", {"name": "epilogue"}),
@@ -168,6 +169,12 @@ def tuning_job(strategy: str, layer: str, rows: int, rank: int = 16) -> Job:
 
 
 TUNING = tuple(tuning_job("split", layer, 64) for layer in LAYERS)
+PERSISTENT = tuple(tuning_job("persistent", layer, 8192) for layer in LAYERS)
+PERSISTENT_TUNED = Arm(
+    *("persistent, tuned", PREFILL, "gpu_compare:strategy"),
+    {"name": "persistent"},
+    inputs=tuple(job.name for job in PERSISTENT),
+)
 TUNED = Arm(
     *("plan, tuned", DECODE, "gpu_compare:planned"),
     sources=("kernels/triton", "kernels/cost"),
@@ -219,13 +226,15 @@ def all_jobs() -> tuple[Job, ...]:
     """Every job, the most valuable first."""
     chip = ("benchmarks/gpu_tuning.py", "kernels/tools/calibrate.py", "kernels/triton")
     return (
-        Job(CALIBRATE, "tuning", "gpu_tuning:calibrate_chip", sources=chip, estimate=40.0),
+        Job(CALIBRATE, "tuning", "gpu_tuning:calibrate_chip", sources=chip, estimate=120.0),
         *test_jobs(),
         correctness_job("llama-8b", 300.0),
         *arm_jobs("prefill", "main"),
         *arm_jobs("decode", "main"),
         *TUNING,
         *arm_jobs("decode", "main", (TUNED,)),
+        *PERSISTENT,
+        *arm_jobs("prefill", "main", (PERSISTENT_TUNED,)),
         step_job(0, "decode [64, 1]"),
         step_job(2, "prefill [8, 1024]"),
         step_job(2, "prefill [8, 1024], prologue", pins=PROLOGUE),

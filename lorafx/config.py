@@ -17,7 +17,7 @@ Lowering = Literal["auto", "inductor", "triton", "reference"]
 STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "inductor": ("generated", "aten"),
     "triton": (
-        *("split", "epilogue", "recompute", "gemv", "segments", "aten"),
+        *("split", "epilogue", "recompute", "persistent", "gemv", "segments", "aten"),
         *("prologue", "deferred"),  # of a linear and of those whose outputs its input is made from
         *("expand_first", "concat", "concat_apart"),  # around the vendor's GEMM
         *("grouped", "activated"),  # of routed experts
@@ -111,9 +111,9 @@ class Options:
             your own, `{"mine": lorafx.After("fuse", run)}`. `print(lorafx.pipeline())` lists them.
         max_edits: stop rewriting after this many edits, to bisect a wrong result.
         plan: strategies pinned by canonical site path: "generated" for generated C++;
-            "split", "epilogue", "recompute", "gemv", "segments", "expand_first", "concat",
-            "concat_apart", "prologue" and "deferred", and "grouped" and "activated" for routed
-            experts, for Triton (docs/kernels.md); "aten".
+            "split", "epilogue", "recompute", "persistent", "gemv", "segments", "expand_first",
+            "concat", "concat_apart", "prologue" and "deferred", and "grouped" and "activated" for
+            routed experts, for Triton (docs/kernels.md); "aten".
         dump: the folder for the graph after every pass; None reads LORAFX_DUMP.
         recompile_limit: the largest number of graphs that one entry may have; needing more is an
             error.

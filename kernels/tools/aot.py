@@ -65,6 +65,8 @@ TARGETS: Mapping[str, Target] = {
 #: Bytes of local memory a thread that are no spill to speak of: ptxas parks up to four scalars
 #: there, across a loop, to fit one more program on a processor (using 72, 128 or 168 of 255).
 PARKED = 16
+#: Columns of tensor memory of a program on Blackwell; a kernel that wants more does not start.
+TENSOR_COLUMNS = 512
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,10 @@ class Record:
         shared_bytes: of shared memory a program.
         matrix: names of `Target.matrix` whose instructions are in the code, and how many.
         unsafe: `wgmma` still in flight when the registers of their left operand may be reused.
+        widest: columns of its widest `wgmma`.
+        tma: loads by TMA.
+        partitions: groups of warps that have loads or products to themselves.
+        tensor_columns: of Blackwell's tensor memory, which has TENSOR_COLUMNS.
     """
 
     variant: str
@@ -86,6 +92,10 @@ class Record:
     shared_bytes: int
     matrix: Mapping[str, int]
     unsafe: int
+    widest: int = 0
+    tma: int = 0
+    partitions: int = 0
+    tensor_columns: int = 0
 
     @property
     def spilled(self) -> bool:
@@ -102,6 +112,8 @@ class Record:
             found.append(f"{self.shared_bytes} bytes of shared memory, the chip has {limit}")
         if self.unsafe:
             found.append(f"{self.unsafe} wgmma in flight with an operand in registers")
+        if self.tensor_columns > TENSOR_COLUMNS:
+            found.append(f"{self.tensor_columns} columns of tensor memory")
         return tuple(found)
 
 
@@ -130,6 +142,10 @@ def compile_variant(variant: AotVariant, target: str) -> Record:
         compiled.metadata.shared,
         {name: count for name, count in counts.items() if count},
         _in_flight(text),
+        max((int(n) for n in re.findall(r"wgmma\.mma_async\S*\.m64n(\d+)k", text)), default=0),
+        len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.shared", text)),
+        len(re.findall(r"^ *partition\d+\(", compiled.asm["ttgir"], re.MULTILINE)),
+        compiled.metadata.tmem_size if cuda else 0,
     )
 
 
@@ -256,6 +272,12 @@ def _line(record: Record) -> str:
         f"{record.variant} {record.target}: {record.registers} registers, "
         f"{record.shared_bytes / 1024:.1f} KiB shared, {record.local_bytes} bytes local, {matrix}"
     )
+    if record.tma:
+        text += f", {record.tma} TMA loads"
+    if record.widest:
+        text += f", {record.widest} columns"
+    if record.partitions:
+        text += f", {record.partitions} partitions"
     return "; ".join([text, *record.faults])
 
 

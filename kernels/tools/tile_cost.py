@@ -22,7 +22,7 @@ from lorafx.kernels.triton.triton_tiles import Architecture, Tiles
 TileSet = Mapping[str, Tiles]
 
 LATENCY = 0.8e-6  # seconds from asking device memory to having: assumed
-BASE_KERNELS = ("split", "epilogue", "recompute")  # with a loop over W
+BASE_KERNELS = ("split", "epilogue", "recompute", "persistent")  # with a loop over W
 ACCUMULATORS = 128  # registers a thread that a tile's sums may take of 255
 
 

@@ -21,6 +21,7 @@ import torch
 from lorafx.kernels.cpu.cpu_source import DeltaSpec
 from lorafx.kernels.triton.activation import Activation, Leaf, Load
 from lorafx.kernels.triton.longer import refusal
+from lorafx.kernels.triton.persistent_tiles import persistent_variants
 from lorafx.kernels.triton.strategy_tiles import STRATEGY_KERNELS, tiles_for
 from lorafx.kernels.triton.triton_build import AROUND, CONCAT, EXPERTS, ORDER_TILES, spec_for
 from lorafx.kernels.triton.triton_cache import GeneratedKernel, load
@@ -230,10 +231,16 @@ def variants_for_aot(
         for strategy in _strategies(full):
             spec = spec_for(strategy, full)
             # More rows change the parts of K alone in "split", which is planned for few.
-            # Those around the vendor's GEMM are planned for many.
-            few, many = strategy == "split", strategy in AROUND
+            # Those around the vendor's GEMM and of its speed are planned for many.
+            few, many = strategy == "split", strategy in (*AROUND, "persistent")
             for M in [M for M in rows if not (few and M > 64) and not (many and M < 256)]:
                 for kernel_name, tiles in tiles_for(strategy, spec.delta, M, arch).items():
                     kernel = load(kernel_name, spec, tiles, arch)
                     if kernel.key not in seen:
                         yield variant(f"{strategy}/{kernel_name}/{name}/m{M}", kernel, spec)
+    # What a tuner may take instead of the first, for one layer.
+    spec = representative_specs()["o_r16_bf16"]
+    for number, tiles in enumerate(persistent_variants(spec.delta, rows[-1], arch)):
+        kernel = load("persistent", spec, replace(tiles, overlap=arch.overlaps), arch)
+        if kernel.key not in seen:
+            yield variant(f"persistent/persistent/o_r16_bf16/tiles {number}", kernel, spec)

@@ -27,6 +27,7 @@ from lorafx.kernels.cpu.cpu_source import DeltaSpec
 from lorafx.kernels.ops.bank_arguments import BankArgs
 from lorafx.kernels.tools.expert_problem import ExpertProblem
 from lorafx.kernels.tools.tile_cost import TileSet, fits, predicted
+from lorafx.kernels.triton.persistent_tiles import persistent_variants
 from lorafx.kernels.triton.strategy_tiles import TUNED, tiles_for, tuning_key
 from lorafx.kernels.triton.triton_build import AROUND, LINEAR, build
 from lorafx.kernels.triton.triton_source import TritonSpec
@@ -73,6 +74,14 @@ AXES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
         "block_r": (16, 32, 64, 128),
         "num_warps": (2, 4, 8),
     },
+    "persistent": {
+        "block_k": (32, 64, 128),
+        "num_stages": (2, 3, 4, 5, 6),
+        "num_warps": (4, 8),
+        "slices": (1, 2, 4, 8),
+        "early": (False, True),
+        "group_m": (4, 8, 16),
+    },
     "expand": {
         "block_n": (32, 64, 128, 256),
         "block_m": (16, 32, 64, 128),
@@ -96,14 +105,20 @@ AXES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "expand_rows": {"block_n": (64, 128, 256, 512, 1024), "num_warps": (1, 2, 4)},
     "embedding_rows": {"block_n": (64, 128, 256, 512, 1024), "num_warps": (1, 2, 4)},
 }
+MANY = 4096  # rows that tiles are listed for
 SHARED_AXES = ("parts", "split", "ordered")  # what all kernels of a strategy agree on
 
 
 def neighbours(
     strategy: str, tiles: TileSet, spec: DeltaSpec, arch: Architecture
 ) -> Iterator[dict[str, Tiles]]:
-    """Tiles that differ from `tiles` in one parameter and can run."""
+    """Tiles that differ from `tiles` in one parameter and can run, and those that are listed."""
     for name, own in tiles.items():
+        listed = persistent_variants(spec, MANY, arch) if name == "persistent" else ()
+        for other in listed:
+            changed = {name: replace(other, parts=own.parts, overlap=own.overlap)}
+            if fits(name, other, spec, arch) and changed[name] != own:
+                yield {**tiles, **changed}
         axes = AXES[{"recompute": "epilogue", "expand_first": "expand"}.get(name, name)]
         for axis, values in axes.items():
             for value in values:
@@ -216,7 +231,7 @@ def tune(
 
 @dataclass(frozen=True)
 class Problem:
-    """Random arguments of one node: x (M, K), a weight, a bank of 8 slots, all rows in turn."""
+    """Random arguments of one node: x (M, K), a weight, a bank of 8 slots that rows share."""
 
     y: Tensor
     x: Tensor
@@ -243,7 +258,8 @@ class Problem:
         B = normal(slots, R, d.columns, dtype=d.bank_dtype, scale=R**-0.5)
         ranks = torch.full((slots, G), R, dtype=torch.int32, device=device)
         scales = torch.ones((slots, G), device=device)
-        owners = torch.arange(rows, dtype=torch.int32, device=device) % slots
+        owners = torch.arange(rows, device=device)  # few rows take turns, many come in runs
+        owners = (owners % slots if rows <= 256 else owners * slots // rows).to(torch.int32)
         weight = bias = None
         if spec.weight_dtype is not None:
             shape = (K, N) if spec.transposed else (N, K)
@@ -284,7 +300,7 @@ def gpu_timer(
         try:
             return replay_seconds(calls, replays=7)
         except Exception as error:
-            if _is_too_big(error):
+            if is_too_big(error):
                 return math.inf
             raise
 
@@ -313,7 +329,7 @@ def replay_seconds(calls: Sequence[Callable[[], object]], *, replays: int) -> fl
     return statistics.median(times[1:])
 
 
-def _is_too_big(error: BaseException) -> bool:
+def is_too_big(error: BaseException) -> bool:
     """Whether a launch failed for want of shared memory, registers or threads."""
     from triton.runtime.errors import OutOfResources
 

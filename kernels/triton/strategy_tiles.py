@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from lorafx.kernels.cpu.cpu_source import DeltaSpec
+from lorafx.kernels.triton.persistent_tiles import persistent_tiles
 from lorafx.kernels.triton.triton_tiles import (
     Architecture,
     Tiles,
@@ -25,6 +26,7 @@ STRATEGY_KERNELS: Mapping[str, tuple[str, ...]] = {
     "split": ("split", "reduce"),
     "epilogue": ("shrink", "epilogue"),
     "recompute": ("recompute",),
+    "persistent": ("shrink", "persistent"),
     "segments": ("shrink", "expand"),
     "expand_first": ("shrink", "expand_first"),
     "concat": ("gather", "place"),
@@ -70,6 +72,8 @@ def tiles_for(strategy: str, spec: DeltaSpec, rows: int, arch: Architecture) -> 
         return concat_tiles(spec, rows, arch)
     if strategy == "split":
         return split_tiles(spec, rows, arch)
+    if strategy == "persistent":
+        return persistent_tiles(spec, rows, arch)
     if strategy in ("grouped", "activated"):
         return dict(
             zip(STRATEGY_KERNELS[strategy], grouped_tiles(spec, rows, arch, strategy), strict=True)

@@ -4,6 +4,7 @@
 
     split      x Wᵀ in parts of K and beside it the shrink, then the parts added up with v B
     epilogue   shrink, then x Wᵀ + b with v B added in its epilogue; y is written once
+    persistent shrink, then x Wᵀ + b for many rows by programs that take tile after tile, with v B
     recompute  one kernel: each tile computes v for its own rows beside x Wᵀ
     segments   shrink, then y += v B, rows sorted by slot; the base product is the vendor's
     expand_first  shrink, then y = v B + b, into which the vendor's GEMM adds the base product
@@ -39,6 +40,7 @@ from lorafx.kernels.triton.tuned_cache import load_tuned
 
 __all__ = [
     "AROUND",
+    "BY_DESCRIPTOR",
     "CONCAT",
     "EXPERTS",
     "LINEAR",
@@ -51,7 +53,9 @@ __all__ = [
 ]
 
 #: Strategies of `lorafx::triton_linear`, which compute the base product too.
-LINEAR = ("split", "epilogue", "recompute")
+LINEAR = ("split", "epilogue", "recompute", "persistent")
+#: Those that read x and the weight by descriptors: rows begin at multiples of 16 bytes.
+BY_DESCRIPTOR = ("persistent",)
 #: Strategies of `lorafx::triton_experts`, likewise.
 EXPERTS = ("grouped", "activated")
 #: Those that prepare what the vendor's GEMM is given (lorafx.kernels.triton.triton_vendor_ops).
@@ -78,6 +82,11 @@ class LaunchPlan:
     spec: TritonSpec
     kernels: Mapping[str, GeneratedKernel]
     order: GeneratedKernel | None = None
+
+    @property
+    def by_descriptor(self) -> bool:
+        """Whether rows of x, the weight and y have to begin at multiples of 16 bytes."""
+        return any(kernel.tiles.tma for kernel in self.kernels.values())
 
     @property
     def all_kernels(self) -> tuple[GeneratedKernel, ...]:

@@ -1,6 +1,7 @@
 """Triton's interpreter on a CPU, and what differs between the versions of Triton, in one place.
 
     interpret(function, grid, arguments)    run the Python function of a @triton.jit kernel
+    allow_scratch(device)                   memory for descriptors that kernels make
 
 The interpreter is used whether or not TRITON_INTERPRET is set, so that kernels can be compiled
 ahead of time in the process that also runs them. What it gets wrong (triton 3.6 and 3.7) is put
@@ -26,9 +27,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import triton
 import triton.language as tl
-from triton.runtime import interpreter
+from triton.runtime import _allocation, interpreter
 
 from lorafx.errors import LoweringError
 
@@ -143,6 +145,14 @@ def interpret(kernel: Any, grid: Sequence[int], arguments: Sequence[Any]) -> Non
                 f"{function.__name__} of {function.__code__.co_filename} failed in Triton's"
                 f" interpreter: {error}"
             ) from error
+
+
+def allow_scratch(device: torch.device) -> None:
+    """Gives kernels that make tensor descriptors memory for them, unless somebody has already."""
+    if isinstance(_allocation._allocator.get(), _allocation.NullAllocator):
+        triton.set_allocator(
+            lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device)
+        )
 
 
 def version() -> str:

@@ -230,7 +230,8 @@ def linear(
     tiles_n = sum(_cdiv(size, tiles.block_n) for size in spec.delta.sizes)
     plane = [] if v is None else [v.stride(0)]
     scalars = batch.arguments(ranks.shape[0], tiles_m, *plane, *strides, y.stride(0))
-    launch(kernel, (tiles_m * tiles_n,), [*pointers, *batch.pointers, y, *scalars])
+    grid = (tiles.programs or tiles_m * tiles_n,)
+    launch(kernel, grid, [*pointers, *batch.pointers, y, *scalars])
 
 
 def linear_reference(

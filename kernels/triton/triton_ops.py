@@ -29,7 +29,7 @@ from lorafx.kernels.ops.bank_arguments import BankArgs, flat
 from lorafx.kernels.ops.op_checks import check_bank, require
 from lorafx.kernels.triton.triton_build import LINEAR, LaunchPlan, plan_of
 from lorafx.kernels.triton.triton_cache import GeneratedKernel
-from lorafx.kernels.triton.triton_compat import interpret
+from lorafx.kernels.triton.triton_compat import allow_scratch, interpret
 from lorafx.kernels.triton.triton_launch import (
     Batch,
     Launch,
@@ -44,8 +44,11 @@ from lorafx.kernels.triton.triton_launch import (
 def launch_wrapped(kernel: GeneratedKernel, grid: Sequence[Any], arguments: Sequence[Any]) -> None:
     """Launches on the arguments' device, or adds the launch to the graph that is traced."""
     options = {"num_warps": kernel.tiles.num_warps, "num_stages": kernel.tiles.num_stages}
-    if kernel.starts_early and launches_directly():  # in a graph, lorafx.compat sees to it
-        options["launch_pdl"] = True
+    if launches_directly():  # in a graph, lorafx.compat and Inductor see to it
+        if kernel.starts_early:
+            options["launch_pdl"] = True
+        if kernel.tiles.tma:
+            allow_scratch(arguments[0].device)
     wrap_triton(kernel.jit)[tuple(grid)](*arguments, **options)
 
 
@@ -59,6 +62,13 @@ def launch_interpreted(
 def adjacent(tensor: Tensor) -> bool:
     """Whether the elements of a row lie side by side, as the kernels read and write them."""
     return guard_or_false(tensor.shape[-1] == 1) or guard_or_false(tensor.stride(-1) == 1)
+
+
+def at_16_bytes(tensor: Tensor) -> bool:
+    """Whether rows (the last dimension) begin at multiples of 16 bytes, as descriptors need it."""
+    size = tensor.element_size()
+    starts = (tensor.storage_offset(), *tensor.stride()[:-1])
+    return adjacent(tensor) and all(guard_or_false(start * size % 16 == 0) for start in starts)
 
 
 def _require_adjacent(op: str, **tensors: Tensor) -> None:
@@ -188,6 +198,14 @@ def _linear_fake(x, weight, bias, bank: BankArgs, rows, kernel):
         f"the kernel was made {'with' if spec.bias else 'without'} a bias of {N} columns",
     )
     _require_adjacent("triton_linear", weight=weight)
+    for name, tensor in (("x", x), ("weight", weight)) if plan.by_descriptor else ():
+        require(
+            "triton_linear",
+            at_16_bytes(tensor),
+            f"the rows of {name} do not begin at multiples of 16 bytes, as this kernel needs them:"
+            f" strides {tuple(tensor.stride())}, offset {tensor.storage_offset()}; give a"
+            f" contiguous copy of {name}, or use another strategy",
+        )
     return x.new_empty((x.shape[0], N), dtype=spec.delta.y_dtype)
 
 

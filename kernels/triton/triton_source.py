@@ -6,6 +6,7 @@
     linear       y[m] = x[m] Wᵀ + b + v[m] B[s]    v from shrink's planes ("epilogue"), computed
                  by the tile itself ("recompute"), without the base product ("expand", and
                  "expand_first", which writes y = v B + b), or with that of `split` ("reduce")
+    persistent   y[m] = x[m] Wᵀ + b + v[m] B[s] by programs that take tile after tile
     split        y[q, m] = Σ_(k in part q) x[m, k] W[:, k], and shrink by programs of its own
     shrink_rows, expand_rows    the same a row at a time, without matrix instructions
     embedding_rows              expand_rows with A[s, id] for v
@@ -49,6 +50,7 @@ KERNELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ),
     "gather": ("concat", {"function": "gather"}),
     "place": ("concat", {"function": "place"}),
+    "persistent": ("persistent", {}),
     "split": ("split", {}),
     "reduce": ("linear", {"base": False, "recompute": False, "reduce": True}),
     "shrink_rows": ("rows", {"function": "shrink_rows"}),

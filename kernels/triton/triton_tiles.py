@@ -39,6 +39,12 @@ class Tiles:
         early: a batched kernel finds its slots and fetches the first of B before the base product.
         overlap: the reader of v starts while the shrink runs (programmatic dependent launch).
         ordered: rows are visited sorted by slot, so that a tile holds few adapters.
+        programs: of a persistent kernel, each of which takes tile after tile.
+        slices: parts of its columns that a persistent kernel's tile is finished in, one after
+            another: fewer registers, less shared memory.
+        tma: x, W and y move by tensor descriptors, what TMA is from Hopper on. Rows have to begin
+            at multiples of 16 bytes.
+        specialise: loads and products of a persistent kernel are for warps of their own.
         num_warps, num_stages: Triton's launch options.
     """
 
@@ -57,6 +63,10 @@ class Tiles:
     batched: bool = False
     early: bool = False
     overlap: bool = False
+    programs: int = 0
+    slices: int = 1
+    tma: bool = False
+    specialise: bool = False
     num_warps: int = 4
     num_stages: int = 3
 

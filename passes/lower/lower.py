@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 
 from lorafx.graph.context import EMBEDDING_OP, EXPERT_OP, FUSED_OP, GROUPED_OP, SITE_OP, Context
@@ -39,8 +39,8 @@ from lorafx.kernels.cpu.cpu import delta_call, embedding_delta_call, expert_delt
 from lorafx.kernels.cpu.grouped_mm import GROUPED_MM, kernel_of
 from lorafx.kernels.ops.bank_arguments import BankArgs
 from lorafx.kernels.triton import triton_expert_ops, triton_ops, triton_prologue_ops
-from lorafx.kernels.triton.triton_build import AROUND, EXPERTS
-from lorafx.kernels.triton.triton_ops import adjacent
+from lorafx.kernels.triton.triton_build import AROUND, EXPERTS, plan_of
+from lorafx.kernels.triton.triton_ops import adjacent, at_16_bytes
 from lorafx.op_arguments import bound, in_order
 from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, product, region
 from lorafx.passes.lower.triton_graph import inline_triton_ops
@@ -107,7 +107,8 @@ def _linear(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
         y = product_of(graph, ctx, x_flat, weight, bias, swap=call["transposed"])
         return _shaped(graph, ctx, y, x, node)
     if strategy.name in FUSED:
-        side_by_side = _adjacent(graph, ctx, x_flat)
+        laid = at_16_bytes if plan_of(strategy.kernel).by_descriptor else adjacent
+        side_by_side = _adjacent(graph, ctx, x_flat, laid)
         arguments = in_order(TRITON_LINEAR, call, x=side_by_side, kernel=strategy.kernel)
         return _shaped(graph, ctx, ctx.call(graph, TRITON_LINEAR, arguments), x, node)
     if strategy.name in AROUND:
@@ -290,10 +291,12 @@ def _same_strides(one: fx.Node, other: fx.Node) -> bool:
     return all(guard_or_false(a == b) for a, b in strides)
 
 
-def _adjacent(graph: fx.Graph, ctx: Context, node: fx.Node) -> fx.Node:
+def _adjacent(
+    graph: fx.Graph, ctx: Context, node: fx.Node, laid: Callable[[Tensor], bool] = adjacent
+) -> fx.Node:
     """`node`, or a copy of it whose rows' elements lie side by side, which Triton kernels need. In
     the graph, Inductor has what computes `node` write it so."""
-    if adjacent(fake_value(node)):
+    if laid(fake_value(node)):
         return node
     return ctx.call(graph, aten.clone.default, (node,), memory_format=torch.contiguous_format)
 

@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lorafx.compat import launch_dependents_early
+from lorafx.compat import launch_dependents_early, scratch_for_each_program
 from lorafx.errors import LoweringError
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, op_of
 
@@ -49,6 +49,7 @@ def inline_triton_ops(gm: fx.GraphModule, ops: Collection[OpOverload]) -> dict[f
         LoweringError: a body does not trace.
     """
     launch_dependents_early()
+    scratch_for_each_program()
     bodies: dict[object, fx.GraphModule] = {}
     shared: dict[object, fx.Node] = {}
     replaced: dict[fx.Node, fx.Node] = {}

@@ -38,9 +38,17 @@ from lorafx.kernels.cost.work import Estimate, Work
 from lorafx.kernels.cpu.cpu import DeltaSpec, build_all
 from lorafx.kernels.ops.bank_arguments import Ranges
 from lorafx.kernels.triton.longer import Longer, refusal
-from lorafx.kernels.triton.triton_build import AROUND, CONCAT, EXPERTS, TritonSpec, plan_of
+from lorafx.kernels.triton.persistent_tiles import aligned_rows
+from lorafx.kernels.triton.triton_build import (
+    AROUND,
+    BY_DESCRIPTOR,
+    CONCAT,
+    EXPERTS,
+    TritonSpec,
+    plan_of,
+)
 from lorafx.kernels.triton.triton_build import build as build_triton
-from lorafx.kernels.triton.triton_ops import adjacent
+from lorafx.kernels.triton.triton_ops import adjacent, at_16_bytes
 from lorafx.model.sites import Part, Site
 from lorafx.op_arguments import bound
 from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, loops_on_host, region
@@ -145,8 +153,8 @@ def _triton_choice(
                 f"Options.plan pins {pinned!r} for {', '.join(_paths(ctx, node))}, {why}; pin "
                 "'gemv', 'segments' or 'aten'"
             )
-        if pinned in FUSED and not _fusable(node):
-            why = "lies column by column" if node.target is FUSED_OP else "is not part of the node"
+        if pinned in FUSED and not _fusable(node, pinned):
+            why = _unreadable(node) if node.target is FUSED_OP else "is not part of the node"
             raise ConfigError(
                 f"Options.plan pins {pinned!r} for {', '.join(_paths(ctx, node))}, whose base "
                 f"{'weight' if node.target is FUSED_OP else 'product'} {why}; pin 'gemv', "
@@ -169,7 +177,7 @@ def _triton_choice(
     for name, modelled in estimates.items():
         if name in AROUND and _not_around(node, name):
             continue
-        if not modelled.refusal and (name not in FUSED or _fusable(node)):
+        if not modelled.refusal and (name not in FUSED or _fusable(node, name)):
             return name, f"modelled {modelled} at {rows} rows; {_floor(ctx, node)}"
     return "segments", f"the number of rows is unknown; {_floor(ctx, node)}"
 
@@ -186,10 +194,20 @@ def _work(ctx: Context, node: fx.Node) -> Work | None:
     return work_of(_parts(sites), rows, slots, rank, dtype, chip_of(fake_value(node).device))
 
 
-def _fusable(node: fx.Node) -> bool:
+def _fusable(node: fx.Node, name: str) -> bool:
     """Whether a kernel may compute the base product too: it is in the node, and the kernel can read
     the weight as it lies. A copy of a weight at every call would cost more than fusion saves."""
-    return node.target is FUSED_OP and adjacent(fake_value(bound(node)["weight"]))
+    if node.target is not FUSED_OP:
+        return False
+    by_descriptor = name in BY_DESCRIPTOR and aligned_rows(delta_spec(node))
+    return (at_16_bytes if by_descriptor else adjacent)(fake_value(bound(node)["weight"]))
+
+
+def _unreadable(node: fx.Node) -> str:
+    """What hinders a kernel from reading the weight, for a sentence that begins with "weight"."""
+    if adjacent(fake_value(bound(node)["weight"])):
+        return "has rows that do not begin at multiples of 16 bytes"
+    return "lies column by column"
 
 
 def _not_around(node: fx.Node, name: str) -> str:

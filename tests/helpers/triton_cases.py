@@ -31,7 +31,7 @@ from lorafx.kernels.triton.triton_vendor_ops import vendor_linear
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 CPU = torch.device("cpu")
 #: Strategies of linears.
-STRATEGIES = ("split", "epilogue", "recompute", "segments", "gemv")
+STRATEGIES = ("split", "epilogue", "recompute", "persistent", "segments", "gemv")
 lora = torch.ops.lorafx
 
 

@@ -37,7 +37,8 @@ def strategies(cm: Any) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "strategy", ["split", "epilogue", "recompute", "gemv", "segments", "expand_first"]
+    "strategy",
+    ["split", "epilogue", "recompute", "persistent", "gemv", "segments", "expand_first"],
 )
 def test_each_strategy_gives_the_merged_models_logits(plain: Case, strategy: str) -> None:
     linears = ["up", "gate", "down", "head"]
@@ -68,9 +69,11 @@ WHOLE = {
 
 
 @pytest.mark.parametrize(
-    ("family", "strategy"), [("llama", name) for name in AROUND] + [("gpt2", "concat")]
+    ("family", "strategy"),
+    [("llama", name) for name in (*AROUND, "persistent")]
+    + [("gpt2", "concat"), ("gpt2", "persistent")],
 )
-def test_transformers_models_around_the_vendors_gemm(
+def test_transformers_models_by_strategies_of_prefill(
     case_of: Any, family: str, strategy: str
 ) -> None:
     """Any mix and number of requests by one graph; packs, grouped queries, (in, out) and biases."""

@@ -55,6 +55,8 @@ def graph_of(path: str) -> tuple[SiteGraph, Finished]:
     [
         ("linear", "epilogue", []),
         ("linear", "recompute", []),
+        ("linear", "persistent", []),
+        ("transposed", "persistent", []),
         ("linear", "segments", ["addmm.default"]),
         ("linear", "gemv", ["addmm.default"]),
         ("transposed", "epilogue", []),

@@ -29,6 +29,7 @@ CUT = (
     "epilogue/epilogue/o_r16_bf16/m64",
     "epilogue/epilogue/o_r16_bf16/m4096",
     "recompute/recompute/o_r16_bf16/m1",
+    "persistent/persistent/o_r16_bf16/m4096",
     "segments/expand/o_r16_bf16/m4096",
     "expand_first/expand_first/o_r16_bf16/m4096",
     "gemv/shrink_rows/o_r16_bf16/m1",
@@ -73,6 +74,12 @@ def check(record: Record, variant: AotVariant) -> None:
     wanted = expected_matrix(variant, record.target)
     if wanted is not None:
         assert record.matrix.get(wanted), f"{name} has no {wanted}: {dict(record.matrix)}"
+    tiles = variant.kernel.tiles
+    if tiles.tma:
+        assert record.tma > 0, f"{name} does not load x and W by TMA"
+        if "cuda90" in record.target:  # the base product's own, not a narrow one of the delta's
+            assert record.widest == tiles.block_n, f"{name}: a wgmma of {record.widest} columns"
+    assert (record.partitions > 0) == tiles.specialise, f"{name}: {record.partitions} partitions"
 
 
 @pytest.mark.parametrize("target", TARGETS)
