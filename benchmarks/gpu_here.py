@@ -55,6 +55,12 @@ def link_lorafx(scratch: Path) -> Path:
     return folder
 
 
+def missing(job: Job, peers: Path) -> list[str]:
+    """Packages that the job needs and that are neither installed nor in the folder `peers`."""
+    needed = [name for name in job.needs if not (peers / f"{name}.zip").exists()]
+    return [name for name in needed if importlib.util.find_spec(name) is None]
+
+
 def lacking() -> list[str]:
     """Packages that jobs need and this Python does not have."""
     return [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -84,15 +90,13 @@ def commit_here() -> str:
     return head + (" with changes" if changed.stdout.strip() else "")
 
 
-def self_check(jobs: Sequence[Job], scratch: Path) -> int:
+def self_check(jobs: Sequence[Job], scratch: Path, peers: Path) -> int:
     """Every job in its tiny form, in one process on the CPU."""
     environment = job_environment(link_lorafx(scratch), scratch / "cache")
-    environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    if (FOLDER.parent / ".peers").is_dir():
-        environment.setdefault("LORAFX_PEERS", str(ROOT / ".peers"))
-    names = [job.name for job in jobs if not job.needs or environment.get("LORAFX_PEERS")]
+    environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "LORAFX_PEERS": str(peers)}
     for job in jobs:
-        if job.name not in names:
+        if missing(job, peers):
             print(f"{job.name}: not checked, {', '.join(job.needs)} is not at hand", flush=True)
+    names = [job.name for job in jobs if not missing(job, peers)]
     command = [sys.executable, str(FOLDER / "gpu_job.py"), "--self-check", *names]
     return subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode

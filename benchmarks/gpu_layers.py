@@ -130,21 +130,19 @@ def self_check(options: argparse.Namespace) -> int:
 
 def run_peer(context: Context, *, package: str, layer: str) -> None:
     """Job: lorafx and the ops of one peer beside the vendor's GEMM, and the peer over lorafx."""
-    cases = [TINY[-2]]
+    cases = [TINY[3]]  # one row: the interpreter takes its time for the kernels of vLLM
     if not context.tiny:
         K, sizes = LAYERS["llama-8b"][layer]
         cases = [Case("llama-8b", layer, K, sizes, *mix) for mix in PEER_MIXES]
     options = parse([])
     wheel = Path(os.environ.get(PEERS_FOLDER, "")) / f"{package}.zip"
-    if wheel.exists():
-        setattr(options, f"{package}_wheel", wheel)
-    found = {name: make for name, make in _peers(options).items() if name == package}
-    if not found:
-        raise FileNotFoundError(f"{package} is not installed, and no folder of --peers has it")
+    make = peers.find(package, wheel if wheel.exists() else None)
+    if isinstance(make, str):
+        raise FileNotFoundError(f"{make}, or {package}.zip in the folder of --peers")
     by_key = {case.label: case for case in cases}
     for key in context.order(list(by_key)):
         with context.case(key):
-            context.add(key, measure(by_key[key], context.device, options, found))
+            context.add(key, measure(by_key[key], context.device, options, {package: make}))
     over = [
         f"{row['median']:.2f}"
         for row in context.part.rows

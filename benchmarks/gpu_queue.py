@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _measure(jobs: Sequence[Job], options: argparse.Namespace, scratch: Path) -> int:
     if options.self_check:
-        return gpu_here.self_check(jobs, scratch)
+        return gpu_here.self_check(jobs, scratch, options.peers)
     end = time.monotonic() + options.limit
     link = gpu_here.link_lorafx(scratch)
 
@@ -94,7 +94,7 @@ def _measure(jobs: Sequence[Job], options: argparse.Namespace, scratch: Path) ->
             *(sys.executable, str(FOLDER / "gpu_job.py"), "--part", str(part), job.name)
         ],
         commit=options.commit or gpu_here.commit_here(),
-        peers=options.peers if options.peers.is_dir() else None,
+        peers=options.peers,
         again=options.again,
     )
     with ended_with_jobs(queue), gpu_report.Teller() as told:

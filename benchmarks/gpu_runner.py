@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_report
+from gpu_here import missing
 from gpu_jobs import Job
 from gpu_results import (
     FAILED,
@@ -60,7 +60,7 @@ class Queue:
         environment: Callable[[Path], dict[str, str]],
         launch: Callable[[Job, Path], list[str]],
         commit: str = "",
-        peers: Path | None = None,
+        peers: Path = Path(),
         again: bool = False,
     ) -> None:
         self.jobs, self.store, self.machine, self.end = jobs, store, machine, end
@@ -98,19 +98,13 @@ class Queue:
     def left(self) -> float:
         return self.end - MARGIN - time.monotonic()
 
-    def missing(self, job: Job) -> list[str]:
-        """Packages that the job needs and that are neither installed nor in --peers."""
-        have = [path.stem for path in self.peers.glob("*.zip")] if self.peers else []
-        needed = [name for name in job.needs if name not in have]
-        return [name for name in needed if importlib.util.find_spec(name) is None]
-
     # --- run ---
 
     def run(self, scratch: Path, told: gpu_report.Teller) -> list[Job]:
         """Run jobs until none is left that fits; those that are left."""
         while True:
             todo = self.todo()
-            ready = [job for job in todo if not self.missing(job)]
+            ready = [job for job in todo if not missing(job, self.peers)]
             job = next((job for job in ready if 1.1 * self.estimate(job) <= self.left()), None)
             if job is None:
                 return todo
@@ -162,8 +156,10 @@ class Queue:
         entry["status"], why = verdict(found, status, killed, own_limit=limit == job.most)
         entry["died"] = entry["status"] == FAILED and bool(killed or status)
         if why:
-            entry["why"] = why.replace("{limit}", f"{limit:.0f}")
             entry["log"] = log.read_text(errors="replace")[-TAIL:]
+            if entry["died"] and not killed and not found["failures"]:  # the log alone says more
+                why = ": ".join([why, *entry["log"].strip().splitlines()[-1:]])
+            entry["why"] = why.replace("{limit}", f"{limit:.0f}")
         return self._keep(job, entry, part, start)
 
     def stop(self) -> int:

@@ -21,7 +21,8 @@ LISTED = "add(sorted(str(p.relative_to(cache)) for p in cache.rglob('*.json')))"
 BODIES = {
     "quick": "add('one')",
     "second": "add('one'); add('two')",
-    "resumed": "add(len(rows)); die() if len(rows) < 2 else add('end')",
+    "resumed": "add(len(rows)); print('no memory', flush=True); "
+    "die() if len(rows) < 2 else add('end')",
     "wrong": "add('one'); fail('two', 'Traceback\\nRuntimeError: two is off')",
     "crash": "add('one'); os.kill(os.getpid(), 11)",
     "silent": "sys.exit(0)",
@@ -168,7 +169,7 @@ def test_rows_of_a_broken_run_are_not_measured_again(world: Any, tmp_path: Path)
     assert run(queue, tmp_path)[0] == ["resumed"]
     entry = kept(world, "resumed")
     assert (entry["status"], [row["key"] for row in entry["rows"]]) == ("failed", [0])
-    assert entry["why"] == "the process ended with status 7"
+    assert entry["why"] == "the process ended with status 7: no memory"
     assert run(world("resumed"), tmp_path)[0] == ["resumed"]
     entry = kept(world, "resumed")
     assert (entry["status"], [row["key"] for row in entry["rows"]]) == ("measured", [0, 1, "end"])
