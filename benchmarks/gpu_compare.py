@@ -19,7 +19,7 @@ from gpu_job import Context, function_of
 from gpu_jobs import ARMS, MIXES, TUNED, Arm
 from torch import Tensor
 
-from lorafx.kernels.cost.cost import GPU_STRATEGIES, choose_strategy
+from lorafx.kernels.cost.cost import GPU_STRATEGIES, estimate
 from lorafx.kernels.triton.triton_build import build, plan_of
 from lorafx.kernels.triton.triton_tiles import architecture_of
 from lorafx.kernels.triton.tuned_cache import load_tuned
@@ -39,19 +39,9 @@ class Unfit(Exception):
 # --- arms ---
 
 
-class _Sizes:
-    """A sibling as the cost model asks for it."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        self.in_features = in_features
-        self.out_features = out_features
-
-
 def chosen(case: Case, device: torch.device) -> str:
     """The strategy that `plan` would take for the case."""
-    sites = [_Sizes(case.in_features, size) for size in case.sizes]
-    slots = max(case.distinct, 1)
-    return choose_strategy(sites, case.rows, slots, case.rank, case.dtype, device)[0]
+    return next(iter(estimate(case.work(device))))
 
 
 def kernel_of(case: Case, strategy: str, device: torch.device) -> int:

@@ -187,17 +187,17 @@ def test_a_job_that_does_not_come_to_its_end_has_failed(
 
 
 def test_a_job_is_killed_at_its_limit_with_what_it_started(world: Any, tmp_path: Path) -> None:
-    ran = run(world("parent", "quick", job={"most": 1.0}), tmp_path)[0]
+    ran = run(world("parent", "quick", job={"most": 3.0}), tmp_path)[0]
     assert ran == ["parent", "quick", "parent"]
     entry = kept(world, "parent")
-    assert (entry["status"], entry["why"]) == ("failed", "killed at its limit of 1 s")
+    assert (entry["status"], entry["why"]) == ("failed", "killed at its limit of 3 s")
     keys = [row["key"] for row in entry["rows"]]
     assert keys[::2] == ["one", "one"]
     assert not any(is_running(int(child)) for child in keys[1::2])
 
 
 def test_the_queues_own_limit_cuts_off_but_blames_nobody(world: Any, tmp_path: Path) -> None:
-    queue = world("endless", "quick", limit=1.5)
+    queue = world("endless", "quick", limit=3.0)
     assert run(queue, tmp_path) == (["endless"], ["quick"])
     entry = kept(world, "endless")
     assert (entry["status"], len(entry["rows"])) == ("partial", 1)
