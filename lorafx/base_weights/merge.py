@@ -283,7 +283,7 @@ def _refuse_in_use(session: Session, name: str) -> None:
         also = " already" if merged.name == name else ""
         raise ConfigError(
             f"{merged.name!r} is merged{also}"
-            + ("" if also else f"; unmerge() it before {name!r} is merged")
+            + ("" if also else f"; call unmerge() before merging {name!r}")
         )
     if session.default not in (None, name):
         raise ConfigError(

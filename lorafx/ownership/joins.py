@@ -100,7 +100,7 @@ def by_owner(node: fx.Node, replay: Replay) -> list[tuple[fx.Node, fx.Node]]:
     flow, label = replay.flow, replay.flow.labels[node]
     single = label[0] if isinstance(label, tuple) else label
     if isinstance(single, Mixed):
-        raise Ended(node, f"it meets what is not proved, {single.reason}")
+        raise Ended(node, f"it meets a tensor without proved ownership: {single.reason}")
     operands = [arg for arg in node.all_input_nodes if arg in replay.copies]
     rule = rule_for(node.target)[0]
     shape = flow.shape(node)

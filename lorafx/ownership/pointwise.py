@@ -76,7 +76,7 @@ def as_real(node: fx.Node, flow: Flow) -> Label:
     if isinstance(label, Own) and label.dim >= min(
         len(flow.shape(node)), len(flow.shape(node.args[0]))
     ):
-        return flow.lost(node, "the owner dimension is the pair of a complex number")
+        return flow.lost(node, "the owner dimension holds the parts of complex numbers")
     return label
 
 

@@ -28,7 +28,7 @@ from lorafx.ownership.symbolic import ONE, equal
 aten, prims = torch.ops.aten, torch.ops.prims
 Rule = Callable[[fx.Node, "Replay"], fx.Node]
 #: One number for all requests does not widen what it meets, a number for each request may.
-OTHER_TYPE = "copies are of another type than what they are copies of"
+OTHER_TYPE = "the copies have another dtype than the original"
 
 
 class Ended(Exception):
@@ -64,7 +64,7 @@ class Replay:
         new = self._tried(node, rule)
         for before, after in zip(outputs(node), outputs(new), strict=True):
             if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
-                raise Ended(node, "its results are no tensors")
+                raise Ended(node, "its results are not tensors")
             if before.dtype != after.dtype:
                 raise Ended(node, OTHER_TYPE)
             wanted = (self.flow.batch, *self.flow.sizes.shape(before))
@@ -98,7 +98,7 @@ class Replay:
             return rule(node, self)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             text = " ".join(str(error).split())[:200]
-            raise Ended(node, f"copies do not go through it: {text}") from error
+            raise Ended(node, f"it cannot run on copies: {text}") from error
 
     # --- what rules use ---
 
@@ -178,7 +178,7 @@ def _along(node: fx.Node, replay: Replay, *, all_if_none: bool = False, more: in
         value = args[name]
         if value is None or (isinstance(value, Sequence) and not value):
             if not all_if_none:
-                raise Ended(node, "it works along no dimension, or all of them as one")
+                raise Ended(node, "it works along no dimension, or along all of them flattened")
             args[name] = list(range(1, n + 1))
         elif isinstance(value, int):
             args[name] = wrap(value, n + more) + 1
@@ -300,7 +300,7 @@ def _product(node: fx.Node, replay: Replay) -> fx.Node:
         bias, a, b = a, args["mat1"], b
         plain = args.get("beta", 1) == 1 and args.get("alpha", 1) == 1
         if bias in replay.copies or len(replay.flow.shape(bias)) != 1 or not plain:
-            raise Ended(node, "what is added to the product is no bias")
+            raise Ended(node, "the addend of the product is not a bias")
     assert isinstance(a, fx.Node)
     assert isinstance(b, fx.Node)
     if b in replay.copies:

@@ -47,7 +47,9 @@ def chosen(
     if whole and in_turn(flow, x, label) and in_turn(flow, source, own):
         flow.fits.append(node)
         return label
-    return flow.lost(node, "values go to a mask's positions, not one request after another")
+    return flow.lost(
+        node, "the values written to a mask's positions are not in the order of the requests"
+    )
 
 
 def masked_scatter(node: fx.Node, flow: Flow) -> Label:

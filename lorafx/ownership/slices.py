@@ -25,7 +25,7 @@ def piece(node: fx.Node, flow: Flow, own: Own, start: sympy.Expr, size: sympy.Ex
     """The label of entries [start, start + size) of the owner dimension."""
     if own.perm is None and flow.whole(start, own) and flow.whole(size, own):
         return own
-    return flow.lost(node, f"a part of the owner dimension that is no whole period of {own}")
+    return flow.lost(node, f"a part of the owner dimension that is not a whole period of {own}")
 
 
 def is_full(node: fx.Node, flow: Flow, dim: int, step: object) -> bool:
@@ -98,7 +98,7 @@ def concatenated(node: fx.Node, flow: Flow) -> Label:
     whole = all(flow.whole(flow.shape(t)[dim], label) for t in tensors)
     if whole and (label.perm is None or len(tensors) == 1):
         return label
-    return flow.lost(node, "joined along the owner dimension by parts that are no whole periods")
+    return flow.lost(node, "joined along the owner dimension by parts that are not whole periods")
 
 
 def stacked(node: fx.Node, flow: Flow) -> Label:

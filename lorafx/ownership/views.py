@@ -230,7 +230,7 @@ def as_strided(node: fx.Node, flow: Flow) -> Label:
         reach = sum((s - 1) * step for s, step in zip(size[1:], steps[1:], strict=True))
         if never_negative(stride[0] - 1 - reach):
             return label
-    return flow.lost(node, "a strided window that is not proved to stay inside one row")
+    return flow.lost(node, "a strided window that is not proved to stay within one row")
 
 
 MOVES: dict[object, tuple[Renumber, str]] = {

@@ -165,7 +165,9 @@ def test_tied_weights_of_a_module_of_one_s_own(tmp_path: Path) -> None:
 def test_of_a_merged_model_it_is_what_the_model_holds(gpt2: Case, tmp_path: Path) -> None:
     cm = gpt2.compile()
     cm.merge("a0")
-    with pytest.raises(ConfigError, match=r"'a0' is merged; unmerge\(\) before 'a2' is written"):
+    with pytest.raises(
+        ConfigError, match=r"'a0' is merged; call unmerge\(\) before 'a2' is written"
+    ):
         cm.export_merged("a2", tmp_path / "a2")
     merged = bits(cm.model)
     loaded = type(cm.model).from_pretrained(cm.export_merged("a0", tmp_path / "a0"))

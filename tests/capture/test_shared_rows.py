@@ -293,8 +293,8 @@ class Laid(Added):
 @pytest.mark.parametrize(
     ("model", "why"),
     [
-        (Narrow, "another type"),
-        (Wide, "another type"),
+        (Narrow, "another dtype"),
+        (Wide, "another dtype"),
         (Laid, "as_strided: its layout would change"),
     ],
 )

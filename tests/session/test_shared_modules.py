@@ -295,7 +295,7 @@ def test_merging(pair: Pair) -> None:
     check(target, pair.target_case)
     draft.detach()
     target.merge("a")
-    with pytest.raises(CaptureError, match="'a' is merged; unmerge"):
+    with pytest.raises(CaptureError, match="'a' is merged; call unmerge"):
         lorafx.compile(pair.draft, pair.draft_case.folders, options=REFERENCE)
     target.unmerge()
     draft = lorafx.compile(pair.draft, pair.draft_case.folders, options=REFERENCE)
