@@ -57,3 +57,27 @@ def free_after_fork(lock: threading.RLock) -> threading.RLock:
         return threading.RLock()
     lock.release()
     return lock
+
+
+class Rollback:
+    """How to put back what has been changed so far, a step for each change. `bool` and `len` tell
+    how many there are."""
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], object]] = []
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def add(self, step: Callable[[], object]) -> None:
+        """`step` puts one thing back. It may run twice."""
+        self._steps.append(step)
+
+    def run(self) -> None:
+        """Put everything back, the last change first, whatever signals come; once."""
+        undisturbed(self._run)
+
+    def _run(self) -> None:
+        while self._steps:
+            self._steps[-1]()
+            self._steps.pop()

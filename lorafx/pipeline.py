@@ -254,5 +254,5 @@ def run_model_passes(
     try:
         return run_passes(passes, lambda item: item.run(model))
     except BaseException:
-        model.undo()
+        model.rollback.run()
         raise

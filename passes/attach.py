@@ -20,6 +20,7 @@ from torch import nn
 from lorafx.compat import mark_fixed_shape
 from lorafx.config import LoraConfig
 from lorafx.errors import CaptureError, ConfigError
+from lorafx.interrupts import Rollback
 from lorafx.model.attachment import MARKS, Attachment
 from lorafx.model.bank import Bank
 from lorafx.model.marks import SiteMark
@@ -41,11 +42,14 @@ class Attach:
     name: ClassVar[str] = "attach"
 
     def run(self, model: Preparation) -> int:
-        model.attachment = _attach(model.graph, model.sites, model.config)
-        return len(model.attachment.handles)
+        before = len(model.rollback)
+        model.attachment = _attach(model.graph, model.sites, model.config, model.rollback)
+        return len(model.rollback) - before
 
 
-def _attach(graph: ModuleGraph, sites: Sequence[Site], config: LoraConfig) -> Attachment:
+def _attach(
+    graph: ModuleGraph, sites: Sequence[Site], config: LoraConfig, rollback: Rollback
+) -> Attachment:
     _refuse_marked(graph)
     _refuse_compiled(graph, sites)
     quantised = QuantisedModules.of(module for _, module in graph.modules())
@@ -67,10 +71,10 @@ def _attach(graph: ModuleGraph, sites: Sequence[Site], config: LoraConfig) -> At
         for module, entry in quantised.found
         if id(module) not in own
     ]
-    handles = [
-        module.register_forward_hook(mark, with_kwargs=True, prepend=True) for module, mark in hooks
-    ]
-    return Attachment(groups, runtime, marks, handles)
+    for module, mark in hooks:
+        handle = module.register_forward_hook(mark, with_kwargs=True, prepend=True)
+        rollback.add(handle.remove)
+    return Attachment(groups, runtime, marks, rollback)
 
 
 def allocate_groups(sites: Sequence[Site], config: LoraConfig) -> tuple[Group, ...]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -31,7 +32,7 @@ from lorafx.base_weights.changes import (
     not_mergeable,
 )
 from lorafx.errors import CaptureError, ConfigError, LorafxError, MatchError
-from lorafx.interrupts import undisturbed
+from lorafx.interrupts import Rollback, undisturbed
 from lorafx.model.packing import check_packed
 from lorafx.model.quantized import Stored, dequantize, requantize
 from lorafx.model.weight_formats import format_of, own_tensors
@@ -328,27 +329,27 @@ def _write_merged(
 
     def follow(copies: Sequence[Copy], dense: Tensor) -> None:
         for copy in copies:
-            originals.append(_Original.of(copy.holder, copy.tensor))
+            keep(_Original.of(copy.holder, copy.tensor))
             write(copy.tensor, copied(dense, copy))
 
-    def put_back() -> None:
-        for item in reversed(originals):
-            item.restore()
-        session.base = before
+    def keep(item: _Original | _StoredOriginal) -> None:
+        originals.append(item)
+        rollback.add(item.restore)
 
-    before = session.base
+    before, rollback = session.base, Rollback()
+    rollback.add(partial(setattr, session, "base", before))
     session.base = before._replace(broken=_HALF)  # said before it is so
     try:
         for change in changes.plain:
             kept = _Original.of(change.holder, change.weight)
-            originals.append(kept)
+            keep(kept)
             error = add_to(change.weight, change.weight, change.delta, str(change.holder))
             weights.append(MergedWeight(str(change.holder), kept.nbytes, error))
             turned = change.delta.site.eligible.transposed
             follow(change.copies, change.weight.detach().mT if turned else change.weight.detach())
         for stored in changes.stored:
             held = _StoredOriginal(stored.holder, _parameter(stored))
-            originals.append(held)
+            keep(held)
             weights.append(MergedWeight(str(stored.holder), held.nbytes, _requantized(stored)))
             if stored.copies:
                 follow(stored.copies, dequantize(stored.holder.module, _parameter(stored)))
@@ -357,7 +358,7 @@ def _write_merged(
         merged = Merged(report, requantize, ours)
         session.base = BaseState(merged, before.broken)
     except BaseException:
-        undisturbed(put_back)
+        rollback.run()
         raise
     return report
 

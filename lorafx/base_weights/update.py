@@ -11,17 +11,17 @@ comes; what the weights were is kept until all of it was right, and put back whe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from lorafx.base_weights.followers import DerivedCopies
 from lorafx.base_weights.merge import unmerged
 from lorafx.errors import ConfigError
-from lorafx.interrupts import undisturbed
+from lorafx.interrupts import Rollback
 from lorafx.loading.loader import Loading
 from lorafx.loading.resolve import Resolver
 from lorafx.loading.sources import Source, Weights, source_of
 from lorafx.loading.writer import Journal, Undo
 from lorafx.model.packing import check_packed
-from lorafx.session.running import BaseState
 from lorafx.session.session import Session
 from lorafx.session.sharing import refresh_elsewhere
 
@@ -93,7 +93,11 @@ def _write(
         BaseWeightsError: what was written is put back.
         Whatever the source raises; without a journal the model is broken then.
     """
-    before = session.base
+    before, rollback = session.base, Rollback()
+    if journal is not None:
+        rollback.add(partial(setattr, session, "base", before))
+        rollback.add(session.store.refresh_magnitudes)
+        rollback.add(journal.restore)
     session.base = before._replace(broken=_BROKEN)  # said before it is so
     try:
         loading.write(journal)
@@ -105,12 +109,5 @@ def _write(
         if journal is None:
             # Copies stay those of the weights, so that the next update knows them.
             copies.recompute(loading.plan.filled())
-        else:
-            undisturbed(lambda: _put_back(session, journal, before))
+        rollback.run()
         raise
-
-
-def _put_back(session: Session, journal: Journal, before: BaseState) -> None:
-    journal.restore()
-    session.store.refresh_magnitudes()
-    session.base = before

@@ -5,12 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lorafx.interrupts import Rollback
 from lorafx.loading.groups import TensorGroup
 from lorafx.loading.resolve import Meaning
 from lorafx.loading.weight_places import Landing, is_expanded, memory_key
@@ -28,8 +30,8 @@ class Journal:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
-        self._saved: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
-        self._held: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._saved: set[tuple[object, ...]] = set()
+        self._rollback = Rollback()
 
     @classmethod
     @contextmanager
@@ -45,26 +47,23 @@ class Journal:
         """Keep the numbers of a tensor, unless they are kept already."""
         key = memory_key(tensor)
         if key not in self._saved:
-            self._saved[key] = tensor, self._copy(tensor.detach())
+            self._rollback.add(partial(_write_back, tensor, self._copy(tensor.detach())))
+            self._saved.add(key)
 
     def save_held(self, module: nn.Module) -> None:
         """Keep what a module holds by itself: which tensors, and their numbers."""
-        for place in (module._parameters, module._buffers, vars(module)):
+        places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+        for place in places:
             for name, tensor in place.items():
                 if isinstance(tensor, Tensor):
-                    self._held.append((place, name, tensor))
+                    self._rollback.add(partial(place.__setitem__, name, tensor))
                     if not tensor.is_meta and not is_expanded(tensor):
                         self.save(tensor)
 
     def restore(self) -> None:
         """Put back what was kept."""
-        for place, name, tensor in self._held:
-            place[name] = tensor
-        for tensor, numbers in self._saved.values():
-            with writing(tensor):
-                tensor.detach().copy_(numbers)
+        self._rollback.run()
         self._saved.clear()
-        self._held.clear()
 
     def _copy(self, tensor: Tensor) -> Tensor:
         if self._folder is None or not tensor.numel():
@@ -75,6 +74,11 @@ class Journal:
         ).view(tensor.shape)
         numbers.copy_(tensor)
         return numbers
+
+
+def _write_back(tensor: Tensor, numbers: Tensor) -> None:
+    with writing(tensor):
+        tensor.detach().copy_(numbers)
 
 
 class Writer:

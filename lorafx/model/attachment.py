@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
+from lorafx.interrupts import Rollback
 from lorafx.model.marks import SiteMark
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.row_marks import RowMark
@@ -27,23 +26,17 @@ class Attachment:
         groups: siblings and their banks, in the order of their first sites.
         runtime: the batch that all marks read.
         marks: the mark of each site, by canonical path.
-        on_detach: called once when the marks are taken away.
+        rollback: takes the marks away, and undoes what was done to the model before they came.
     """
 
     groups: tuple[Group, ...]
     runtime: Runtime
     marks: dict[str, SiteMark]
-    handles: list[RemovableHandle]
-    on_detach: list[Callable[[], None]] = field(default_factory=list)
+    rollback: Rollback
 
     def detach(self) -> None:
         """Take the marks away again; safe to call twice."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
-        for callback in self.on_detach:
-            callback()
-        self.on_detach.clear()
+        self.rollback.run()
 
 
 def sessions_of_marks(graph: ModuleGraph) -> list[Any]:

@@ -16,6 +16,7 @@ from lorafx.capture.lowering import resolved
 from lorafx.collector import collection_paused
 from lorafx.config import LoraConfig, Options
 from lorafx.errors import LorafxWarning
+from lorafx.interrupts import Rollback
 from lorafx.model.attachment import Attachment
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site
@@ -49,22 +50,19 @@ def mark(
     settings = Options.of(options)
     pipeline(settings)  # its names are right
     sources: dict[str, Any] = dict(adapters or {})
-    taken = None
-    if is_peft_model(model) or peft_layers(model):
-        taken = take_over(model)
-        model = taken.base
-        sources = {**taken.adapters, **sources}
+    taken, rollback = None, Rollback()
     try:
+        if is_peft_model(model) or peft_layers(model):
+            taken = take_over(model)
+            rollback.add(taken.restore)
+            model = taken.base
+            sources = {**taken.adapters, **sources}
         with collection_paused():
             request = request_of(lora_config, sources, model)
-            marked = _mark(model, request, settings, taken)
+            return _mark(model, request, settings, taken, rollback)
     except BaseException:
-        if taken is not None:
-            taken.restore()
+        rollback.run()
         raise
-    if taken is not None:
-        marked.attachment.on_detach.append(taken.restore)
-    return marked
 
 
 def build_sites(model: nn.Module, config: LoraConfig) -> tuple[ModuleGraph, tuple[Site, ...]]:
@@ -81,7 +79,13 @@ def build_sites(model: nn.Module, config: LoraConfig) -> tuple[ModuleGraph, tupl
     return found.graph, found.sites
 
 
-def _mark(model: nn.Module, request: Request, options: Options, taken: TakenOver | None) -> Marked:
+def _mark(
+    model: nn.Module,
+    request: Request,
+    options: Options,
+    taken: TakenOver | None,
+    rollback: Rollback,
+) -> Marked:
     if model.training:
         warnings.warn(
             f"{type(model).__name__} is in training mode, so its dropout is active; call eval() "
@@ -89,7 +93,7 @@ def _mark(model: nn.Module, request: Request, options: Options, taken: TakenOver
             LorafxWarning,
             stacklevel=4,
         )
-    prepared = Preparation(model, request.config, options, request.adapters)
+    prepared = Preparation(model, request.config, options, request.adapters, rollback=rollback)
     run_model_passes(prepared)
     attachment, store = prepared.attachment, prepared.store
     assert attachment is not None

@@ -10,6 +10,7 @@ from lorafx.adapter_store.checkpoint import AdapterState
 from lorafx.adapter_store.peft_reader import Adapter
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.config import LoraConfig, Options
+from lorafx.interrupts import Rollback
 from lorafx.model.attachment import Attachment
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.packing import PackedGroup
@@ -28,6 +29,7 @@ class Preparation:
         attachment: groups, banks and marks (`attach`).
         store: the adapters in host memory, with slots (`load`).
         packed: siblings whose weights are views of one buffer (`pack_weights`).
+        rollback: undoes what has been done to the model.
     """
 
     model: nn.Module
@@ -40,8 +42,4 @@ class Preparation:
     attachment: Attachment | None = None
     store: AdapterStore | None = None
     packed: tuple[PackedGroup, ...] = ()
-
-    def undo(self) -> None:
-        """Take the marks away again, where there are any."""
-        if self.attachment is not None:
-            self.attachment.detach()
+    rollback: Rollback = field(default_factory=Rollback)

@@ -370,7 +370,7 @@ class CompiledModel(BaseMethods, nn.Module):
             return delegated(self, name, getattr(self.model, name))
 
     def _check_attached(self) -> None:
-        if not self._attachment.handles:
+        if not self._attachment.rollback:
             raise CaptureError("this model was detached; call lorafx.compile again")
 
 
