@@ -127,6 +127,6 @@ def test_masks_are_asked_about_mixed_batches_alone():
     for count in (1, 3):
         odd = mask.clone()
         odd[1] = (torch.arange(T) < count)[:, None]
-        with pytest.raises(BatchError, match=rf"request 1 has {count} places .* 2 features"):
+        with pytest.raises(BatchError, match=rf"request 1 has {count} positions .* is 2, so"):
             op(X, odd, SOURCE, slots)
         assert torch.equal(op(X, odd, SOURCE, torch.zeros_like(slots)), odd)
