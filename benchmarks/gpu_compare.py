@@ -20,7 +20,7 @@ from gpu_jobs import ARMS, MIXES, TUNED, Arm
 from torch import Tensor
 
 from lorafx.kernels.cost.cost import GPU_STRATEGIES, estimate
-from lorafx.kernels.triton.triton_build import build, plan_of
+from lorafx.kernels.triton.triton_build import CONCAT, build, plan_of
 from lorafx.kernels.triton.triton_tiles import architecture_of
 from lorafx.kernels.triton.tuned_cache import load_tuned
 
@@ -53,6 +53,8 @@ def kernel_of(case: Case, strategy: str, device: torch.device) -> int:
 
 def strategy(case: Case, device: torch.device, *, name: str) -> ArmOfCopy:
     """One of lorafx's strategies, by name."""
+    if name in CONCAT:
+        return function_of("gpu_concat:concat")(case, device, name=name, room=False)
     kernel = kernel_of(case, name, device)
     return lambda copy: lambda: copy.lora(name, kernel)
 
@@ -65,14 +67,8 @@ def planned(case: Case, device: torch.device) -> ArmOfCopy:
 
 def nobody(case: Case, device: torch.device, *, name: str | None = None) -> ArmOfCopy:
     """A strategy, or what `plan` takes, with only base rows in the batch."""
-    name = name or chosen(case, device)
-    kernel = kernel_of(case, name, device)
-
-    def make(copy: Copy) -> Callable[[], Tensor]:
-        owners = torch.full_like(copy.owners, -1)
-        return lambda: copy.lora(name, kernel, owners)
-
-    return make
+    make = strategy(case, device, name=name or chosen(case, device))
+    return lambda copy: make(replace(copy, owners=torch.full_like(copy.owners, -1)))
 
 
 def made(arm: Arm, case: Case, device: torch.device) -> ArmOfCopy:
@@ -165,8 +161,11 @@ def over_vendor(
 
 
 def tiny_case(phase: str, arm: Arm | None = None) -> Case:
-    """What a self-check runs of an arm: float16, which the interpreter gets right everywhere."""
+    """What a self-check runs of an arm: float16, which the interpreter gets right everywhere, or
+    bfloat16 for what float16 is refused for."""
     case = replace(TINY[-1], prompts=True) if phase == "prefill" else TINY[-2]
+    if arm is not None and arm.arguments.get("name") in CONCAT:
+        case = replace(case, rows=24, dtype=torch.bfloat16)
     if arm is None or arm.tiny is None:
         return case
     K, sizes, rows, distinct, rank = arm.tiny

@@ -81,8 +81,19 @@ PLANNED = {"sources": ("kernels/triton", "kernels/cost"), "inputs": (CALIBRATE,)
 #: The most promising first.
 ARMS: tuple[Arm, ...] = (
     Arm("plan", PREFILL + DECODE, "gpu_compare:planned", **PLANNED),
-    Arm("expand_first", PREFILL, "gpu_compare:strategy", {"name": "expand_first"}),
     Arm("persistent", PREFILL, "gpu_compare:strategy", {"name": "persistent"}),
+    *(
+        Arm(
+            f"{name}, {'room' if room else 'copied'}",
+            PREFILL,
+            "gpu_concat:concat",
+            {"name": name, "room": room},
+            sources=("kernels/triton", "benchmarks/gpu_concat.py"),
+        )
+        for name in ("concat_apart", "concat")
+        for room in (True, False)
+    ),
+    Arm("expand_first", PREFILL, "gpu_compare:strategy", {"name": "expand_first"}),
     Arm("segments", PREFILL, "gpu_compare:strategy", {"name": "segments"}),
     Arm("split", DECODE, "gpu_compare:strategy", {"name": "split"}),
     Arm("epilogue", DECODE + PREFILL, "gpu_compare:strategy", {"name": "epilogue"}),

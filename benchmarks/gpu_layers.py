@@ -13,6 +13,7 @@ cases on the CPU, kernels in Triton's interpreter, and measures nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -28,6 +29,7 @@ from gpu_cases import LAYERS, TINY, Case, Copy, cases
 from gpu_compare import (
     NO_ADAPTER,
     ArmOfCopy,
+    Unfit,
     check,
     chosen,
     copies_of,
@@ -62,7 +64,8 @@ def arms_of(
         product = torch.compile(torch.nn.functional.linear, mode="max-autotune-no-cudagraphs")
         arms[AUTOTUNED] = lambda copy: lambda: product(copy.x, copy.weight)
     for name in strategies:
-        arms[f"lorafx {name}"] = strategy(case, device, name=name)
+        with contextlib.suppress(Unfit):
+            arms[f"lorafx {name}"] = strategy(case, device, name=name)
     if case.distinct:
         arms[f"lorafx {strategies[0]}, {NO_ADAPTER}"] = nobody(case, device, name=strategies[0])
         for package, make in found.items():
