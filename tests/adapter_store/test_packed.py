@@ -313,7 +313,7 @@ def test_rows_that_fit_no_run_of_slices(tmp_path: Path) -> None:
 def test_a_packed_name_of_which_some_modules_were_not_selected(tmp_path: Path) -> None:
     config = lorafx.LoraConfig(target_modules=["q_proj", "k_proj"], packed_modules=MAPPING)
     cm = lorafx.compile(twins()[0], config, options=REFERENCE)
-    with pytest.raises(CheckpointError, match=r"packs 3 modules, of which only .* was selected"):
+    with pytest.raises(CheckpointError, match=r"packs 3 modules, but only .* was selected"):
         cm.load_adapter(random_factors(tmp_path, "layers.0.qkv_proj", 32), "wrong")
 
 

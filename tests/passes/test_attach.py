@@ -111,7 +111,7 @@ def test_what_differs_does_not_share():
 def test_attaching_twice():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     attachment = attach(model, ["1"])
-    with pytest.raises(CaptureError, match="1 carries a LoRA mark already; detach"):
+    with pytest.raises(CaptureError, match="1 already carries a LoRA mark; detach"):
         attach(model, ["0"])
     assert not model[0]._forward_hooks
     attachment.detach()

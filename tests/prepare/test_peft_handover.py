@@ -170,7 +170,9 @@ def test_other_layers_of_peft_are_refused(plain):
 
 def test_adapters_of_a_part_of_the_model_are_refused(shallow):
     outer = torch.nn.Sequential(wrapped(shallow)).eval()
-    with pytest.raises(CheckpointError, match=r"0\.base_model.*of a part of it; compile that part"):
+    with pytest.raises(
+        CheckpointError, match=r"0\.base_model.*belong to a part of it; compile that part"
+    ):
         lorafx.compile(outer, options=REFERENCE)
 
 
