@@ -178,7 +178,8 @@ def _triton_choice(
         if name in AROUND and _not_around(node, name):
             continue
         if not modelled.refusal and (name not in FUSED or _fusable(node, name)):
-            return name, f"modelled {modelled} at {rows} rows; {_floor(ctx, node)}"
+            never = ", never measured on a chip" if name in AROUND else ""
+            return name, f"modelled {modelled}{never} at {rows} rows; {_floor(ctx, node)}"
     return "segments", f"the number of rows is unknown; {_floor(ctx, node)}"
 
 

@@ -1,0 +1,74 @@
+"""What the cost model predicts for prefill by strategies around the vendor's GEMM, as a table.
+
+python -m lorafx.kernels.tools.predict                   print it
+python -m lorafx.kernels.tools.predict docs/kernels.md   write it there
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lorafx.kernels.cost.cost import AROUND, estimate
+from lorafx.kernels.cost.work import Work
+
+#: The packed linears of Llama-3-8B: K, and the columns of each sibling.
+LINEARS = {
+    "q/k/v": (4096, (4096, 1024, 1024)),
+    "o": (4096, (4096,)),
+    "gate/up": (4096, (14336, 14336)),
+    "down": (14336, (4096,)),
+}
+ROWS, ADAPTERS, RANK = (8192, 2048, 512), (8, 1), 16
+BEGIN, END = "<!-- predicted: begin -->", "<!-- predicted: end -->"
+
+
+def table() -> str:
+    """Predicted time over the vendor's GEMM; with 8 adapters and with one, bfloat16."""
+    columns = [("segments", False), ("expand_first", False)]
+    columns += [(name, room) for room in (False, True) for name in AROUND[1:]]
+    names = [f"{name}, room" if room else name for name, room in columns]
+    lines = [
+        BEGIN,
+        f"| rows | linear | {' | '.join(names)} |",
+        "|---" * (2 + len(columns)) + "|",
+    ]
+    for rows in ROWS:
+        for label, (in_features, sizes) in LINEARS.items():
+            cells = []
+            for name, room in columns:
+                found = []
+                for distinct in ADAPTERS:
+                    work = Work(in_features, sizes, rows, distinct, RANK, torch.bfloat16)
+                    one = estimate(replace(work, room=room))[name]
+                    found.append(
+                        f"({one.over_base:.2f})" if one.refusal else f"{one.over_base:.2f}"
+                    )
+                cells.append(" / ".join(found))
+            lines.append(f"| {rows} | {label} | {' | '.join(cells)} |")
+    return "\n".join([*lines, END])
+
+
+def is_current(document: str) -> bool:
+    """Whether the table in `document` is what the model predicts now."""
+    return table() in document
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Entry point of `python -m lorafx.kernels.tools.predict`."""
+    if not arguments:
+        print(table())
+        return
+    path = Path(arguments[0])
+    before, begin, rest = path.read_text().partition(BEGIN)
+    if not begin:
+        raise SystemExit(f"{path} has no line {BEGIN}")
+    path.write_text(before + table() + rest.partition(END)[2])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
