@@ -16,9 +16,10 @@ import protocol
 import torch
 from gpu_cases import LAYERS, TINY, Case, Copy
 from gpu_job import Context, function_of
-from gpu_jobs import ARMS, MIXES, TUNED, Arm
+from gpu_jobs import ARMS, MIXES, Arm, arm_named
 from torch import Tensor
 
+from lorafx.errors import LoweringError
 from lorafx.kernels.cost.cost import GPU_STRATEGIES, estimate
 from lorafx.kernels.triton.triton_build import CONCAT, build, plan_of
 from lorafx.kernels.triton.triton_tiles import architecture_of
@@ -45,7 +46,10 @@ def chosen(case: Case, device: torch.device) -> str:
 
 
 def kernel_of(case: Case, strategy: str, device: torch.device) -> int:
-    kernel = build(case.spec(strategy), strategy, rows_hint=case.rows, device=device)
+    try:
+        kernel = build(case.spec(strategy), strategy, rows_hint=case.rows, device=device)
+    except LoweringError as reason:
+        raise Unfit(f"{case.label}: {reason}") from reason
     if kernel is None:
         raise Unfit(f"{case.label}: no kernel is generated for {strategy}")
     return kernel
@@ -160,13 +164,13 @@ def over_vendor(
 # --- jobs ---
 
 
-def tiny_case(phase: str, arm: Arm | None = None) -> Case:
+def tiny_case(phase: str, arm: Arm) -> Case:
     """What a self-check runs of an arm: float16, which the interpreter gets right everywhere, or
     bfloat16 for what float16 is refused for."""
     case = replace(TINY[-1], prompts=True) if phase == "prefill" else TINY[-2]
-    if arm is not None and arm.arguments.get("name") in CONCAT:
+    if arm.arguments.get("name") in CONCAT:
         case = replace(case, rows=24, dtype=torch.bfloat16)
-    if arm is None or arm.tiny is None:
+    if arm.tiny is None:
         return case
     K, sizes, rows, distinct, rank = arm.tiny
     return replace(case, in_features=K, sizes=sizes, rows=rows, distinct=distinct, rank=rank)
@@ -174,7 +178,7 @@ def tiny_case(phase: str, arm: Arm | None = None) -> Case:
 
 def compare(context: Context, *, phase: str, part: str, arm: str) -> None:
     """Job: one arm over the vendor's GEMM, all packed linears of Llama-3-8B and all mixes."""
-    entry = next(known for known in (*ARMS, TUNED) if known.name == arm)
+    entry = arm_named(arm)
     cases = [tiny_case(phase, entry)]
     if not context.tiny:
         cases = [
@@ -229,47 +233,51 @@ CHECKED = ((64, 8, 16), (8192, 8, 16), (1, 1, 16), (64, 32, 16), (512, 8, 16), (
 
 def correct(context: Context, *, model: str) -> None:
     """Job: every strategy and arm against float64, at the sizes of a model."""
-    cases = [tiny_case("prefill"), tiny_case("decode")]
-    if not context.tiny:
-        layers = ODD if model == "odd sizes" else LAYERS[model]
-        cases = [
-            Case(model, layer, K, sizes, *mix, slots=max(32, mix[1]))
-            for mix in CHECKED
-            for layer, (K, sizes) in layers.items()
-        ]
-    by_key = {f"{case.label}: {name}": (case, name) for case in cases for name in _every_arm(case)}
+    layers = ODD if model == "odd sizes" else LAYERS[model]
+    cases = [
+        Case(model, layer, K, sizes, *mix, slots=max(32, mix[1]))
+        for mix in CHECKED
+        for layer, (K, sizes) in layers.items()
+    ]
+    pairs = [(case, arm) for case in cases for arm in _every_arm(case)]
+    if context.tiny:  # each arm once
+        pairs = [(tiny_case(_phase(case), arm), arm) for case, arm in pairs]
+    by_key = {f"{case.label}: {arm.name}": (case, arm) for case, arm in pairs}
     for key in context.order(list(by_key)):
         with context.case(key):
-            context.add(key, [_checked(*by_key[key], context.device)])
+            context.add(key, [_checked(*by_key[key], context)])
     found = [row["error"] for row in context.part.rows if "error" in row]
     context.summarise(f"{len(found)} right, largest error {max(found, default=0):.1e}")
 
 
-def _every_arm(case: Case) -> dict[str, Arm]:
+def _phase(case: Case) -> str:
+    return "decode" if case.decode else "prefill"
+
+
+def _every_arm(case: Case) -> list[Arm]:
     """Strategies and arms to check: those of the case's phase, each once."""
-    phase = "decode" if case.decode else "prefill"
-    named = {arm.name: arm for arm in ARMS if phase in arm.phases}
+    phase = _phase(case)
+    arms = [arm for arm in ARMS if phase in arm.phases]
+    known = {arm.name for arm in ARMS}
     make = "gpu_compare:strategy"
-    others = {
-        name: Arm(name, (phase,), make, {"name": name})
-        for name in GPU_STRATEGIES
-        # A program that computes every v again is for small batches.
-        if name not in named and (name != "recompute" or case.rows * case.distinct <= 512)
-    }
-    return named | others
+    others = [Arm(name, (phase,), make, {"name": name}) for name in GPU_STRATEGIES]
+    # One that no arm has computes every v again: for small batches.
+    small = case.rows * case.distinct <= 512
+    return arms + [arm for arm in others if small and arm.name not in known]
 
 
-def _checked(case: Case, name: str, device: torch.device) -> dict[str, object]:
-    arm = _every_arm(case)[name]
+def _checked(case: Case, arm: Arm, context: Context) -> dict[str, object]:
     torch.manual_seed(0)
-    copy = Copy.random(case, device)
+    copy = Copy.random(case, context.device)
     copy.owners[4::5] = -1
     try:
-        make = made(arm, case, device)
+        make = made(arm, case, context.device)
     except Unfit as reason:
-        return {"arm": name, "unfit": str(reason)}
+        if context.tiny:
+            raise
+        return {"arm": arm.name, "unfit": str(reason)}
+    error = check(case, copy, {arm.name: make})[arm.name]
     call = make(copy)
-    error = check(case, copy, {name: make})[name]
-    if not torch.equal(call(), call()):
-        raise RuntimeError(f"{case.label}: {name} gives other bits when it runs again")
-    return {"arm": name, "error": error}
+    if not torch.equal(call().clone(), call()):
+        raise RuntimeError(f"{case.label}: {arm.name} gives other bits when it runs again")
+    return {"arm": arm.name, "error": error}

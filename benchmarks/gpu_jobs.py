@@ -193,6 +193,15 @@ TUNED = Arm(
 )
 
 
+def arm_named(name: str) -> Arm:
+    """The arm of a job.
+
+    Raises:
+        KeyError: there is none of that name.
+    """
+    return {arm.name: arm for arm in (*ARMS, TUNED, PERSISTENT_TUNED)}[name]
+
+
 #: Strategies of a layer's linears to compare in whole steps of prefill, whatever the plan takes.
 SEGMENTS = dict.fromkeys(
     ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), "segments"
@@ -210,7 +219,7 @@ def step_job(
 ) -> Job:
     """A whole step, by its place in gpu_model.STEPS."""
     sources = ("benchmarks/gpu_model.py", *SHARED[:2], *WHOLE)
-    run, inputs = "gpu_model:run_step", TUNED.inputs
+    run, inputs = "gpu_model:run_step", (*TUNED.inputs, *PERSISTENT_TUNED.inputs)
     arguments = {"place": place, "pins": pins}
     return Job(f"step: {label}", "steps", run, arguments, sources, estimate, inputs=inputs)
 

@@ -36,7 +36,7 @@ def calibrate_chip(context: Context) -> None:
         return
     with context.case(key):
         if context.tiny:
-            name, assumed, clock, scale = "self-check", chip_of(device), _one_call, 256
+            name, assumed, clock, scale = "self-check", chip_of(device), _one_call, 64
         else:
             name, assumed = torch.cuda.get_device_name(device), assumed_chip(device)
             clock, scale = device_clock, 1

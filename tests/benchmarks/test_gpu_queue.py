@@ -293,7 +293,7 @@ def test_jobs_of_peers_wait_for_their_packages(world: Any, tmp_path: Path) -> No
 
 def test_the_registry_is_sound() -> None:
     """Names are unique, sources exist, a run fits into nine minutes, results into few files."""
-    from gpu_jobs import ARMS, GROUPS, all_jobs
+    from gpu_jobs import ARMS, GROUPS, all_jobs, arm_named
     from gpu_results import Digests, source_files
 
     jobs = all_jobs()
@@ -308,6 +308,9 @@ def test_the_registry_is_sound() -> None:
         assert digests.of(job, {}) == digests.of(job, {})
         earlier = names[:place]
         assert set(job.inputs) <= set(earlier), job.name
+        if "arm" in job.arguments:
+            arm = arm_named(str(job.arguments["arm"]))
+            assert (job.group in arm.phases, job.inputs) == (True, arm.inputs)
         module, _, function = job.run.partition(":")
         assert f"\ndef {function}(" in (FOLDER / f"{module}.py").read_text(), job.run
     from lorafx.kernels.cost.cost import GPU_STRATEGIES
