@@ -13,7 +13,6 @@ cases on the CPU, kernels in Triton's interpreter, and measures nothing.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
 import time
@@ -64,8 +63,10 @@ def arms_of(
         product = torch.compile(torch.nn.functional.linear, mode="max-autotune-no-cudagraphs")
         arms[AUTOTUNED] = lambda copy: lambda: product(copy.x, copy.weight)
     for name in strategies:
-        with contextlib.suppress(Unfit):
+        try:
             arms[f"lorafx {name}"] = strategy(case, device, name=name)
+        except Unfit as reason:
+            print(f"left out: {reason}")
     if case.distinct:
         arms[f"lorafx {strategies[0]}, {NO_ADAPTER}"] = nobody(case, device, name=strategies[0])
         for package, make in found.items():
