@@ -143,7 +143,8 @@ class Session:
     def run(self, running: Running, action: Callable[[], T]) -> T:
         """What `action` returns, while `running` is under way. The lock is held."""
         program, runtime = self.program, self.program.runtime
-        before, batch, others = self.running, program.batch, list[bool]()
+        before, batch = self.running, program.batch
+        others: list[bool] = []  # `list[bool]()` takes a microsecond
         rows, active = runtime.rows, runtime.active
         # No context manager: an interrupt where its exit begins would leave all this, and the lock,
         # as it is in a call. Nothing can come between plain assignments.
