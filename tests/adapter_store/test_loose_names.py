@@ -117,8 +117,8 @@ def test_a_hole_is_refused_by_name() -> None:
     assert len(lines) == 2
     assert (
         "qkv.lora_B.weight has shape (16, 2), whose 16 rows cannot be split over the slices of qkv:"
-        " qkv takes some of mixer[0] 8, mixer[1] 8, mixer[2] 8, mixer[3] 8, and z (8 rows here) all"
-        " others"
+        " qkv takes some of mixer[0] 8, mixer[1] 8, mixer[2] 8, mixer[3] 8, while z (8 rows"
+        " here) takes all others"
     ) in lines[0]
     assert "z takes some of" in lines[1]
     assert set(read(model, {"qkv": 16}).weights) == {"mixer[0]", "mixer[1]"}
