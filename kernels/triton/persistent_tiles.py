@@ -51,26 +51,32 @@ def persistent_variants(spec: DeltaSpec, rows: int, arch: Architecture) -> tuple
     half = spec.x_dtype.itemsize == 2 and spec.bank_dtype == spec.y_dtype == spec.x_dtype
     if not tma or not half:
         plain = linear_tiles(spec, rows, arch, "epilogue")
-        return (replace(plain, swap=False, programs=arch.processors),)
+        slices = 2 if plain.block_n >= 64 else 1
+        return (replace(plain, swap=False, programs=arch.processors, slices=slices),)
+    # Slots are found before the product and their ranks, so that v and B are on their way at once
+    # when it ends; of v and B no more than that, for want of registers.
     large = Tiles(
         *(128, 256, 64, 16),
         programs=arch.processors,
         slices=4,
+        early=True,
         tma=True,
         num_warps=8,
-        num_stages=4,
+        num_stages=3,
     )
-    small = replace(large, block_n=128, programs=2 * arch.processors, num_warps=4, num_stages=3)
+    small = replace(large, block_n=128, programs=2 * arch.processors, early=False, num_warps=4)
     if arch.name == "cuda100":
-        return (replace(small, programs=arch.processors, num_stages=4), small)
+        eight = replace(small, programs=arch.processors, num_warps=8, num_stages=4)
+        return (eight, replace(eight, num_warps=4), small)
+    middle = replace(large, block_n=128, num_stages=4)
     if any(size % 256 for size in spec.sizes) and not any(size % 128 for size in spec.sizes):
-        return (replace(large, block_n=128), small)  # y leaves by TMA where no tile is cut off
+        return (middle, small)  # y leaves by TMA where no tile is cut off
     return (
         large,
-        replace(large, num_stages=3),
-        replace(large, early=True),
+        replace(large, num_stages=4),
+        replace(large, early=False, num_stages=4),
+        middle,
         small,
-        replace(large, block_n=128),
     )
 
 

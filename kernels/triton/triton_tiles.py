@@ -40,10 +40,8 @@ class Tiles:
         overlap: the reader of v starts while the shrink runs (programmatic dependent launch).
         ordered: rows are visited sorted by slot, so that a tile holds few adapters.
         programs: of a persistent kernel, each of which takes tile after tile.
-        slices: parts of its columns that a persistent kernel's tile is finished in, one after
-            another: fewer registers, less shared memory.
-        tma: x, W and y move by tensor descriptors, what TMA is from Hopper on. Rows have to begin
-            at multiples of 16 bytes.
+        slices: parts of its columns that a persistent kernel's tile is finished in, to save room.
+        tma: x, W and y move by tensor descriptors; rows begin at multiples of 16 bytes.
         specialise: loads and products of a persistent kernel are for warps of their own.
         num_warps, num_stages: Triton's launch options.
     """
