@@ -82,6 +82,7 @@ PLANNED = {"sources": ("kernels/triton", "kernels/cost"), "inputs": (CALIBRATE,)
 ARMS: tuple[Arm, ...] = (
     Arm("plan", PREFILL + DECODE, "gpu_compare:planned", **PLANNED),
     Arm("persistent", PREFILL, "gpu_compare:strategy", {"name": "persistent"}),
+    Arm("persistent, no adapter", PREFILL, "gpu_compare:nobody", {"name": "persistent"}),
     *(
         Arm(
             f"{name}, {'room' if room else 'copied'}",
@@ -180,6 +181,11 @@ def tuning_job(strategy: str, layer: str, rows: int, rank: int = 16) -> Job:
 
 
 TUNING = tuple(tuning_job("split", layer, 64) for layer in LAYERS)
+FORMS = Job(
+    *("persistent forms", "tuning", "gpu_persistent:forms"),
+    sources=("benchmarks/gpu_persistent.py",),
+    estimate=200.0,
+)
 PERSISTENT = tuple(tuning_job("persistent", layer, 8192) for layer in LAYERS)
 PERSISTENT_TUNED = Arm(
     *("persistent, tuned", PREFILL, "gpu_compare:strategy"),
@@ -253,6 +259,7 @@ def all_jobs() -> tuple[Job, ...]:
         *arm_jobs("decode", "main"),
         *TUNING,
         *arm_jobs("decode", "main", (TUNED,)),
+        FORMS,
         *PERSISTENT,
         *arm_jobs("prefill", "main", (PERSISTENT_TUNED,)),
         step_job(0, "decode [64, 1]"),

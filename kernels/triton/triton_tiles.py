@@ -42,7 +42,6 @@ class Tiles:
         programs: of a persistent kernel, each of which takes tile after tile.
         slices: parts of its columns that a persistent kernel's tile is finished in, to save room.
         tma: x, W and y move by tensor descriptors; rows begin at multiples of 16 bytes.
-        specialise: loads and products of a persistent kernel are for warps of their own.
         num_warps, num_stages: Triton's launch options.
     """
 
@@ -64,7 +63,6 @@ class Tiles:
     programs: int = 0
     slices: int = 1
     tma: bool = False
-    specialise: bool = False
     num_warps: int = 4
     num_stages: int = 3
 

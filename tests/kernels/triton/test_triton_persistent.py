@@ -40,7 +40,7 @@ def tiles_of(case: Case, **changes: object) -> dict[str, Tiles]:
         {"slices": 4, "early": False},
         {"slices": 2, "early": False, "block_r": 4},
         {"tma": False, "block_k": 32},
-        {"specialise": True, "group_m": 1},
+        {"group_m": 1},
     ],
     ids=str,
 )
