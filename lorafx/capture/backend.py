@@ -169,8 +169,9 @@ class _FrameCompiler:
         program, record, frame = self.backend.program, self.record, self.frame
         frame.bind(gm.graph)
         ctx = Context(program, frame, gm, edits_left=program.options.max_edits)
-        # Rows of other graphs may be some of the batch's, in another order.
-        if program.runtime.by_handle or not frame.begins_call:
+        # Rows of other graphs may be some of the batch's, in another order. That is told per
+        # request, so slots per token stay as they are: rows are proved from the call's arguments.
+        if program.runtime.by_handle or not (frame.begins_call or frame.per_token):
             ctx.look_up_slots(gm.graph)
         numeric = NumericCheck(record.title) if program.options.verify == "numeric" else None
         record.passes = run_pipeline(gm, ctx, record.dump, numeric.keep if numeric else None)

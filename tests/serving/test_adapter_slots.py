@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._dynamo import convert_frame
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, OPTConfig
 from transformers.models.opt.modeling_opt import OPTForCausalLM
 
@@ -196,3 +197,71 @@ def test_rows_that_are_not_the_tokens_in_order_are_refused(target: str, tmp_path
             input_ids=torch.randint(0, VOCABULARY, (2, 4)),
             adapter_slots=torch.tensor([[0, 0, -1, 0], [0, 0, 0, 0]]),
         )
+
+
+class Halves(nn.Module):
+    """Two linears in graphs of their own; between them tokens may change places."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, *, turned: bool) -> None:
+        super().__init__()
+        self.turned = turned
+        self.embed = nn.Embedding(VOCABULARY, 8)
+        self.first = nn.Linear(8, 8)
+        self.second = nn.Linear(8, 4)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.first(self.embed(input_ids))
+        torch._dynamo.graph_break()
+        return self.second(x.flip(1) if self.turned else x)
+
+
+SLOTS = torch.tensor([[0, -1, -1, 0], [-1, 0, 0, 0]])
+
+
+def _saved(model: nn.Module, folder: Path, target: str) -> tuple[str, Tensor]:
+    """An adapter of one linear, and its delta."""
+    peft_model = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=[target]))
+    for name, parameter in peft_model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.2)
+    peft_model.save_pretrained(folder)
+    merged = peft_model.merge_and_unload().get_submodule(target).weight
+    return str(folder), (merged - model.get_submodule(target).weight).detach()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_behind_a_graph_break_a_token_is_nobodys(turned: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, ids = Halves(turned=turned).eval(), torch.randint(0, VOCABULARY, (2, 4))
+    path, delta = _saved(model, tmp_path / "first", "first")
+    cm = lorafx.compile(model, {"a": path}, options={"lowering": "reference"})
+    oracle = copy.deepcopy(model)
+    oracle.first.register_forward_hook(_token_hook([delta], SLOTS))
+    with torch.no_grad():
+        want = oracle(ids)
+    torch.testing.assert_close(cm(input_ids=ids, adapter_slots=SLOTS), want, rtol=1e-5, atol=1e-5)
+
+    model = Halves(turned=turned).eval()
+    path, _ = _saved(model, tmp_path / "second", "second")
+    cm = lorafx.compile(model, {"a": path}, options={"lowering": "reference"})
+    with pytest.raises(lorafx.ProvenanceError, match="second"):
+        cm(input_ids=ids, adapter_slots=SLOTS)
+
+
+def test_frames_of_others_between_dynamo_and_the_backend(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Profilers stand there. A graph is then not known to begin with the call's arguments."""
+    original = convert_frame.compile_frame
+
+    def compile_frame(*args: object, **kwargs: object) -> object:
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(convert_frame, "compile_frame", compile_frame)
+    torch._dynamo.reset()
+    inputs, slots = _inputs(3, 6), torch.randint(-1, 2, (3, 6))
+    slots[0, :2] = torch.tensor([0, 1])
+    got = served.cm(**inputs, adapter_slots=slots)[0]
+    torch.testing.assert_close(got, served.oracle(slots, **inputs), rtol=1e-5, atol=1e-5)
