@@ -1,11 +1,11 @@
 """Forms of a persistent product alone, beside the vendor's: what "persistent" could be built on.
 
-forms(context)      seconds of each form over the vendor's, medians of 11 replays of a CUDA graph
+forms(context)    seconds of each form over the vendor's, medians of 11 replays of a CUDA graph
 
 flat      the loops over tiles and over K are one to the compiler: what "persistent" is
-warps     loads and products by warps of their own (`warp_specialize`). Triton 3.6 and 3.7 compile
-          that for Hopper where all operands come by TMA, so the deltas would need v in 16 bits
-          and slots without a loop; for Blackwell deltas leave no room in tensor memory.
+warps     loads and products by warps of their own (`warp_specialize`). Triton 3.7 compiles that
+          for Hopper where all operands come by TMA, so the deltas would need v in 16 bits and
+          slots without a loop; for Blackwell deltas leave no room in tensor memory.
 """
 
 from __future__ import annotations

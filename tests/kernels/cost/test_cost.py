@@ -83,6 +83,16 @@ def test_decode_splits_the_base_product() -> None:
         assert choices(rows=rows, slots=slots) == ["split"] * 4
 
 
+def test_prefill_takes_a_persistent_product_that_was_measured_to_be_fast() -> None:
+    fast = replace(DEFAULT_CHIP, persistent_over_vendor=1.0)
+    for rows in (2048, 8192):
+        assert choices(rows=rows, slots=8, chip=fast) == ["persistent"] * 4
+        assert "persistent" not in choices(rows=rows, slots=8)
+        slow = replace(fast, persistent_over_vendor=0.96)
+        assert "persistent" not in choices(rows=rows, slots=8, chip=slow)
+    assert "persistent" not in choices(rows=64, slots=8, chip=fast)
+
+
 @pytest.mark.parametrize("slots", [1, 8])
 def test_prefill_keeps_the_vendor_gemm_until_triton_is_as_fast(slots: int) -> None:
     around = {"segments", *AROUND}
