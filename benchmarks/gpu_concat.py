@@ -63,7 +63,7 @@ def _call(copy: Copy, kernels: dict[bool, int], *, room: bool) -> Callable[[], T
     def call() -> Tensor:
         if not room:
             inside.copy_(copy.weight)
-        torch.ops.lorafx.triton_concat_(x, weight, *bank, rows, left, kernel)
+        torch.ops.lorafx.triton_concat_(x, weight, *bank, rows, left, 0, kernel)
         for own, columns in products:
             torch.mm(x[:, own], weight[columns, own].T, out=y[:, columns])
         return y

@@ -120,6 +120,10 @@ class Options:
         strict: an adapter whose file lacks factors for a module that its own configuration targets
             is an error. Otherwise that module keeps W, with one warning. Modules that `LoraConfig`
             does not select do not count.
+        weight_room: base weights of linears lie in buffers with room beside their columns for B of
+            all slots, which "concat_apart" then need not copy them for. A parameter stays the
+            object that it was, but its rows have gaps between them (docs/kernels.md). Not measured
+            on a GPU.
     """
 
     lowering: Lowering = "auto"
@@ -130,6 +134,7 @@ class Options:
     dump: str | None = None
     recompile_limit: int = 64
     strict: bool = False
+    weight_room: bool = False
 
     @classmethod
     def of(cls, value: Options | Mapping[str, Any] | None) -> Options:

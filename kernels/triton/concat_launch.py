@@ -38,11 +38,12 @@ def gather(
     spec: TritonSpec,
     w: Tensor,
     first: int,
+    row: int,
     bank: BankArgs,
     launch: Launch,
 ) -> Tensor:
     """Writes B into W' (N, …), or (…, N) where the spec is transposed, around the K columns from
-    `first` on.
+    `first` on, in the N rows from `row` on.
 
     Returns:
         (blocks, T) int32: whether B of a block has what is no number in each of T column tiles.
@@ -53,7 +54,9 @@ def gather(
     flags = torch.empty((blocks, tiles_n), dtype=torch.int32, device=w.device)
     strides = [w.stride(1), w.stride(0)] if spec.transposed else [w.stride(0), w.stride(1)]
     pointers = [bank.B, bank.ranks, bank.slots, w, flags]
-    launch(kernel, (tiles_n, blocks), [*pointers, bank.ranks.shape[0], blocks, first, *strides])
+    launch(
+        kernel, (tiles_n, blocks), [*pointers, bank.ranks.shape[0], blocks, first, row, *strides]
+    )
     return flags
 
 

@@ -58,7 +58,7 @@ class Layout:
         if longer.apart:  # by size, in turn right and left of x
             for turn, j in enumerate(sorted(places, key=lambda j: -delta.sizes[j])):
                 places[j] = left - 1 - turn // 2 if turn % 2 else left + turn // 2
-        width = -(-delta.max_rank // UNIT) * UNIT
+        width = width_of(delta.max_rank)
         return cls(delta.in_features, width, left, tuple(places), longer.apart)
 
     def columns(self, blocks: int) -> tuple[int, int]:
@@ -73,6 +73,17 @@ class Layout:
         if place < self.left:
             return place * own, left + self.in_features
         return left, left + self.in_features + (place - self.left + 1) * own
+
+
+def width_of(rank: int) -> int:
+    """Columns of a block for adapters of up to `rank`."""
+    return -(-rank // UNIT) * UNIT
+
+
+def room_for(siblings: int, rank: int, slots: int) -> tuple[int, int]:
+    """Columns left and right of W that "concat_apart" needs for all slots of a bank."""
+    own = slots * width_of(rank)
+    return siblings // 2 * own, (siblings - siblings // 2) * own
 
 
 def refusal(delta: DeltaSpec, weight_dtype: torch.dtype | None) -> str:

@@ -106,19 +106,26 @@ interpreted_expanded.register_fake(flat(_expanded_fake))
 
 
 def _run_concat(
-    x: Tensor, w: Tensor, bank: BankArgs, rows: Any, first: int, kernel: int, launch: Launch
+    x: Tensor,
+    w: Tensor,
+    bank: BankArgs,
+    rows: Any,
+    first: int,
+    row: int,
+    kernel: int,
+    launch: Launch,
 ) -> None:
-    plan = _concat_plan(x, w, bank, rows, first, kernel)
+    plan = _concat_plan(x, w, bank, rows, first, row, kernel)
     spec, M = plan.spec, x.shape[0]
     if guard_or_false(M == 0):
         return
     batch = Batch.of(M, bank.slots, rows, plan.order, launch)
     behind_w, behind_x = plan.kernels.values()
-    flags = gather(behind_w, spec, w, int(first), bank, launch)
+    flags = gather(behind_w, spec, w, int(first), int(row), bank, launch)
     place(behind_x, spec, x, flags, bank, batch, launch)
 
 
-def _concat_plan(x, w, bank: BankArgs, rows, first, kernel) -> LaunchPlan:
+def _concat_plan(x, w, bank: BankArgs, rows, first, row, kernel) -> LaunchPlan:
     plan = _checked("triton_concat_", kernel, CONCAT, bank, rows)
     d, layout, first = plan.spec.delta, layout_of(plan.spec), int(first)
     left, right = layout.columns(blocks_of(plan.spec, bank))
@@ -138,8 +145,8 @@ def _concat_plan(x, w, bank: BankArgs, rows, first, kernel) -> LaunchPlan:
     have, long = w.shape[::-1] if plan.spec.transposed else w.shape
     require(
         "triton_concat_",
-        have == N and w.dtype == d.x_dtype,
-        f"W' is {w.dtype} {tuple(w.shape)}, the kernel's {d.x_dtype} with {N} rows",
+        have >= int(row) + N and w.dtype == d.x_dtype,
+        f"W' is {w.dtype} {tuple(w.shape)}, the kernel's {d.x_dtype} with {N} rows from {row} on",
     )
     require(
         "triton_concat_",
@@ -150,36 +157,37 @@ def _concat_plan(x, w, bank: BankArgs, rows, first, kernel) -> LaunchPlan:
     return plan
 
 
-def _concat_fake(x, w, bank: BankArgs, rows, first, kernel) -> None:
-    _concat_plan(x, w, bank, rows, first, kernel)
+def _concat_fake(x, w, bank: BankArgs, rows, first, row, kernel) -> None:
+    _concat_plan(x, w, bank, rows, first, row, kernel)
 
 
 @custom_op("lorafx::interpreted_concat_", mutates_args=("x", "w"))
 @flat
 def interpreted_concat_(
-    x: Tensor, w: Tensor, bank: BankArgs, rows: int, first: int, kernel: int
+    x: Tensor, w: Tensor, bank: BankArgs, rows: int, first: int, row: int, kernel: int
 ) -> None:
     """`triton_concat_` in Triton's interpreter, for tensors on the CPU."""
-    _run_concat(x, w, bank, rows, first, kernel, launch_interpreted)
+    _run_concat(x, w, bank, rows, first, row, kernel, launch_interpreted)
 
 
 @triton_op("lorafx::triton_concat_", mutates_args=("x", "w"))
 @flat
 def triton_concat_(
-    x: Tensor, w: Tensor, bank: BankArgs, rows: int, first: int, kernel: int
+    x: Tensor, w: Tensor, bank: BankArgs, rows: int, first: int, row: int, kernel: int
 ) -> None:
     """Writes the columns beside x in x' (M, K + …) and beside W in W' (N, K + …), in place.
 
     Args:
         first: where W's columns begin in W'. In x' those of x begin behind the left columns.
+        row: where W's rows begin in W'.
 
     Raises:
         LoweringError: an argument that `kernel` was not made for.
     """
     if x.device.type == "cpu":
-        torch.ops.lorafx.interpreted_concat_(x, w, *bank, rows, first, kernel)
+        torch.ops.lorafx.interpreted_concat_(x, w, *bank, rows, first, row, kernel)
     else:
-        _run_concat(x, w, bank, rows, first, kernel, launch_wrapped)
+        _run_concat(x, w, bank, rows, first, row, kernel, launch_wrapped)
 
 
 triton_concat_.register_fake(flat(_concat_fake))
@@ -238,7 +246,7 @@ def vendor_linear(
         x = torch.nn.functional.pad(x, sides)
         right = torch.nn.functional.pad(right.T, sides).T
         w = right if transposed else right.T
-        torch.ops.lorafx.triton_concat_(x, w, *bank, rows, sides[0], kernel)
+        torch.ops.lorafx.triton_concat_(x, w, *bank, rows, sides[0], 0, kernel)
         if not layout.apart:
             return _product(x, right, bias)
         parts, start = [], 0

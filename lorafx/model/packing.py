@@ -3,8 +3,11 @@
     W = [W_0; W_1; ...]  (ΣN, K),   W_i.data = W[offset_i : offset_i + N_i]
 
 The original parameters stay where and what they were (same objects, names, shapes and values), so
-`state_dict()` and `save_pretrained()` give what they gave before; memory does not grow. What
-splits the views again (`model.to(...)`, `load_state_dict(assign=True)`) is noticed before a call.
+`state_dict()` and `save_pretrained()` give what they gave before; memory does not grow. With room,
+W lies between columns of the buffer that hold nothing of the model: each parameter then has gaps
+between its rows, and a storage of its own in the same memory, because transformers refuses to save
+a storage that several such tensors share. What splits the views again (`model.to(...)`,
+`load_state_dict(assign=True)`) is noticed before a call.
 """
 
 from __future__ import annotations
@@ -27,25 +30,33 @@ from lorafx.model.sites import Group
 class PackedGroup:
     """One group whose base weights are views of `weight` (ΣN, K), biases of `bias` (ΣN,).
 
-    Where only some siblings have a bias, the others' part of `bias` is zero.
+    With `room`, so many columns left and right, `weight` is (ΣN, left + K + right). Where only some
+    siblings have a bias, the others' part of `bias` is zero.
     """
 
     group: Group
     weight: Tensor
     bias: Tensor | None
+    room: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
+        left, right = self.room
+        inside = self.weight[:, left : self.weight.shape[1] - right]
         #: Each parameter: the dictionary that holds it, its name there, its part of a buffer.
         self.places = [
-            (site.module._parameters, name, buffer[offset : offset + site.out_features])
+            (site.module._parameters, name, self._part(buffer, offset, site.out_features))
             for site, offset in zip(self.group.sites, self.group.offsets, strict=True)
-            for name, buffer in ((site.eligible.weight, self.weight), ("bias", self.bias))
+            for name, buffer in ((site.eligible.weight, inside), ("bias", self.bias))
             if buffer is not None and site.module._parameters.get(name) is not None
         ]
         # Looked at before every call, so addresses are read once; the buffers never move.
         self._addresses = [
             (parameters, name, part.data_ptr()) for parameters, name, part in self.places
         ]
+
+    def _part(self, buffer: Tensor, start: int, rows: int) -> Tensor:
+        part = buffer[start : start + rows]
+        return part if part.is_contiguous() else torch.from_dlpack(part)
 
     @property
     def intact(self) -> bool:
@@ -61,16 +72,22 @@ class PackedGroup:
 
 
 def pack_weights(
-    graph: ModuleGraph, group: Group, alone: frozenset[int] | None = None
+    graph: ModuleGraph,
+    group: Group,
+    alone: frozenset[int] | None = None,
+    room: tuple[int, int] = (0, 0),
 ) -> PackedGroup | None:
     """Make the group's base weights views of one buffer, or return None where they cannot be.
 
-    Packable: at least two siblings, each with a plain dense contiguous 2-D (out, in) parameter of
-    its own storage, all of one dtype, device and `requires_grad`; biases likewise, where there
-    are any. `alone` is `graph.alone()` where that is known: it looks at every tensor of the model.
+    Packable: at least two siblings, or one with `room` left and right of its columns, each with a
+    plain dense contiguous 2-D (out, in) parameter of its own storage, all of one dtype, device and
+    `requires_grad`; biases likewise, where there are any. `alone` is `graph.alone()` where that is
+    known: it looks at every tensor of the model.
     """
     sites = group.sites
-    if len(sites) < 2 or any(s.eligible.kind != "linear" or s.eligible.transposed for s in sites):
+    if (len(sites) < 2 and not any(room)) or any(
+        s.eligible.kind != "linear" or s.eligible.transposed for s in sites
+    ):
         return None
     if alone is None:
         alone = graph.alone()
@@ -95,8 +112,9 @@ def pack_weights(
     # Parameters from inference mode need a buffer from there: a mixture of the two could be
     # neither viewed nor written.
     with torch.inference_mode(weights[0].is_inference()):
-        buffer = weights[0].new_empty((rows, sites[0].in_features))
-        packed = PackedGroup(group, buffer, buffer.new_zeros(rows) if has_bias else None)
+        columns = sum(room) + sites[0].in_features
+        buffer = weights[0].new_zeros((rows, columns))
+        packed = PackedGroup(group, buffer, buffer.new_zeros(rows) if has_bias else None, room)
     repack([packed])
     for tensor in (packed.weight, packed.bias):
         if tensor is not None:

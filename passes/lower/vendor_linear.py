@@ -23,12 +23,15 @@ from lorafx.kernels.triton import triton_vendor_ops
 from lorafx.kernels.triton.concat_launch import layout_of
 from lorafx.kernels.triton.triton_build import CONCAT, plan_of
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, in_order
+from lorafx.passes.pack import with_room
 from lorafx.program.frame import fake_value
 
 aten = torch.ops.aten
 TRITON_EXPANDED = triton_vendor_ops.triton_expanded._opoverload
 TRITON_CONCAT = triton_vendor_ops.triton_concat_._opoverload
 ADD_PRODUCT = torch.ops.lorafx.add_product_.default
+#: On an input whose room some node of the graph writes.
+_WRITTEN = "lorafx_room_written"
 #: Those whose launches go into the graph on a GPU.
 VENDOR_OPS = (TRITON_EXPANDED, TRITON_CONCAT)
 
@@ -55,12 +58,26 @@ def _concat(graph: fx.Graph, ctx: Context, kernel: int, call: dict[str, Any]) ->
     left, right = layout.columns(blocks)
     long = 0 if call["transposed"] else 1  # the dimension of W that is K
     x = _with_columns(graph, ctx, call["x"], 1, left, right)
-    weight = _with_columns(graph, ctx, call["weight"], long, left, right)
-    x, weight = _write_both(graph, {**call, "x": x, "w": weight, "first": left, "kernel": kernel})
+    room = room_of(call["weight"], left, right)
+    at: dict[str, Any] = {"first": left, "row": 0, "kernel": kernel}
+    if room is None:
+        w = _with_columns(graph, ctx, call["weight"], long, left, right)
+    else:
+        w, at["first"], at["row"] = room
+        w.meta[_WRITTEN] = True
+    x, weight = _write_both(graph, {**call, "x": x, "w": w, **at})
+    if room is not None:
+        # A graph writes an input by a copy into it, which Inductor leaves out where it can.
+        ctx.call(graph, aten.copy_.default, (w, weight))
+        start, end = at["row"], at["row"] + spec.out_features
+        weight = ctx.call(graph, aten.slice.Tensor, (weight, 0, start, end))
+        start, end = at["first"] - left, at["first"] + layout.in_features + right
+        weight = ctx.call(graph, aten.slice.Tensor, (weight, 1, start, end))
     bias, swap = call["bias"], call["transposed"]
     if not layout.apart:
         return product_of(graph, ctx, x, weight, bias, swap=swap)
-    parts, start = [], 0
+    parts: list[fx.Node] = []
+    start = 0
     for place, size in zip(layout.places, call["sizes"], strict=True):
         span, end = layout.span(place, blocks), start + size
         own_x = ctx.call(graph, aten.slice.Tensor, (x, 1, *span))
@@ -70,6 +87,17 @@ def _concat(graph: fx.Graph, ctx: Context, kernel: int, call: dict[str, Any]) ->
         parts.append(product_of(graph, ctx, own_x, own, own_bias, swap=swap))
         start = end
     return ctx.call(graph, aten.cat.default, (parts, 1))
+
+
+def room_of(weight: fx.Node, left: int, right: int) -> tuple[fx.Node, int, int] | None:
+    """The input that holds `weight` with so many columns beside it, and its place there; None where
+    there is none, or a node of the graph writes into it already."""
+    found = with_room(weight)
+    if found is None or found[0].meta.get(_WRITTEN):
+        return None
+    packed, first, _ = found
+    columns = fake_value(packed).shape[1] - fake_value(weight).shape[1]
+    return found if first >= left and columns - first >= right else None
 
 
 def _with_columns(

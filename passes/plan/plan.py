@@ -52,6 +52,7 @@ from lorafx.kernels.triton.triton_ops import adjacent, at_16_bytes
 from lorafx.model.sites import Part, Site
 from lorafx.op_arguments import bound
 from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, loops_on_host, region
+from lorafx.passes.pack import with_room
 from lorafx.passes.plan.prologues import DEFERRED, Prologues, note
 from lorafx.program.frame import fake_value
 
@@ -192,7 +193,9 @@ def _work(ctx: Context, node: fx.Node) -> Work | None:
     requests = fake_value(bound(node)["slots"]).shape[0]
     slots = min(slots, requests) if isinstance(requests, int) else slots
     dtype = fake_value(bound(node)["x"]).dtype
-    return work_of(_parts(sites), rows, slots, rank, dtype, chip_of(fake_value(node).device))
+    work = work_of(_parts(sites), rows, slots, rank, dtype, chip_of(fake_value(node).device))
+    room = node.target is FUSED_OP and with_room(bound(node)["weight"]) is not None
+    return replace(work, room=room)
 
 
 def _fusable(node: fx.Node, name: str) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import io
 
 import pytest
 import torch
@@ -29,11 +31,11 @@ def _model(siblings: list[tuple[int, bool]], dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _packed(model: nn.Module) -> PackedGroup | None:
+def _packed(model: nn.Module, room: tuple[int, int] = (0, 0)) -> PackedGroup | None:
     config = LoraConfig(target_modules=[name for name, _ in model.named_children()])
     graph, sites = build_sites(model, config)
     (group,) = allocate_groups(sites, config)
-    return pack_weights(graph, group)
+    return pack_weights(graph, group, room=room)
 
 
 def _stored(model: nn.Module) -> int:
@@ -94,6 +96,37 @@ def test_what_splits_the_views_is_noticed_and_repaired(siblings, dtype, data) ->
         assert torch.equal(parameter, values[name])
     weights = [values[f"p{i}.weight"] for i in range(len(siblings))]
     assert torch.equal(packed.weight, torch.cat(weights))
+
+
+@settings(max_examples=30, deadline=None)
+@given(siblings=SIBLINGS.map(lambda found: found[1:]), dtype=DTYPES, left=st.integers(0, 3))
+def test_room_beside_the_columns_is_nobodys(siblings, dtype, left) -> None:
+    """Parameters are what they were, saved and copied as before, and live as long as they do."""
+    model = _model(siblings, dtype)
+    before = copy.deepcopy(model.state_dict())
+    parameters = dict(model.named_parameters())
+    packed = _packed(model, (left, 4))
+    assert packed is not None
+    assert packed.intact
+    packed.weight[:, :left] = packed.weight[:, -4:] = torch.nan  # what a kernel leaves there
+    copied = copy.deepcopy(model)
+    saved = io.BytesIO()
+    torch.save(model.state_dict(), saved)
+    saved.seek(0)
+    for found in (model.state_dict(), copied.state_dict(), torch.load(saved)):
+        assert all(torch.equal(found[name], value) for name, value in before.items())
+    model.p0.weight.data = torch.randn_like(before["p0.weight"])
+    assert not packed.intact
+    assert repack([packed]) is None
+    values = copy.deepcopy(model.state_dict())
+    storages = {p.untyped_storage().data_ptr() for n, p in parameters.items() if "weight" in n}
+    assert len(storages) == len(siblings)
+    del packed
+    gc.collect()
+    noise = [torch.full((64,), torch.nan, dtype=dtype) for _ in range(100)]
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+    assert all(torch.equal(p, values[name]) for name, p in model.named_parameters())
+    del noise
 
 
 @settings(max_examples=30, deadline=None)

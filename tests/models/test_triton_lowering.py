@@ -95,6 +95,29 @@ def test_transformers_models_by_strategies_of_prefill(
         check_mixed(cm, case, ["a1"], inputs_of(family, 1, 6))  # one request is a graph of its own
 
 
+def test_room_in_the_packed_weights_is_written_in_place(case_of: Any) -> None:
+    """W is not copied but where a node of the same buffer writes into it already (o beside q/k/v);
+    the products read the buffer itself, after it was written."""
+    case = case_of("llama", **WHOLE["llama"])
+    plan = dict.fromkeys(oracle.linears(case.base), "concat_apart")
+    cm = case.compile(options={**TRITON, "plan": plan, "weight_room": True})
+    inputs = inputs_of("llama")
+    output, codes = run_and_get_code(lambda: cm(**inputs, adapter_names=NAMES)["logits"])
+    assert error(output, case.expected(NAMES, inputs)) <= TOLERANCE
+    code = "\n".join(codes)
+    written = re.findall(r"triton_concat_\.default\(\w+, (\w+),", code)
+    inputs_written = [name for name in written if "arg" in name]
+    assert len(inputs_written) == len(written) - 1 == 4  # q/k/v, gate and up, down, head
+    for name in inputs_written:
+        written_at = code.index(f", {name},", code.index("triton_concat_"))
+        assert f"reinterpret_tensor({name}, " in code[written_at:]
+        assert not re.search(rf"copy_\({name}\b", code)
+    graphs = cm.recompiles
+    for names in (["a3"] * 5, [None, None, "a2", "a0", "a2"]):
+        check_mixed(cm, case, names, inputs)
+    assert cm.recompiles == graphs
+
+
 def written_in_place(code: str) -> None:
     """x' of each node is one buffer that what computes x wrote into, and nothing copies it."""
     calls = re.findall(r"triton_concat_\.default\((\w+), (\w+),", code)

@@ -133,12 +133,13 @@ def test_longer_operands_are_those_of_the_reference(strategy: str, requests: boo
     want_x, want_w = longer_reference(full, x, weight, p.bank, p.rows)
     left, right = layout_of(full).columns(blocks_of(full, p.bank))
     x = torch.nn.functional.pad(x, (left, right), value=torch.nan)
-    weight = torch.nn.functional.pad(weight, (left + 3, right + 5), value=torch.nan)
-    lora.triton_concat_(x, weight, *p.bank, p.rows, left + 3, kernel)
+    beside, nobodys = (left + 3, right + 5), {"value": torch.nan}
+    weight = torch.nn.functional.pad(weight, (*beside, 2, 1), **nobodys)
+    lora.triton_concat_(x, weight, *p.bank, p.rows, left + 3, 2, kernel)
     torch.testing.assert_close(x, want_x, rtol=1e-5, atol=1e-6)
-    assert torch.equal(weight[:, 3:-5], want_w)
-    assert weight[:, :3].isnan().all()  # room that was not asked for is left alone
-    assert weight[:, -5:].isnan().all()
+    assert torch.equal(weight[2:-1, 3:-5], want_w)
+    weight[2:-1, 3:-5] = torch.nan  # room that was not asked for is left alone
+    assert weight.isnan().all()
 
 
 @pytest.mark.parametrize("slots", [(2, -1, 0, 2), (-1, 4, 4), (1,)])
@@ -197,7 +198,7 @@ def test_bad_longer_operands() -> None:
     }.items():
         long_x, long_w, first = wrong
         with pytest.raises(LoweringError, match=said):
-            lora.triton_concat_(long_x, long_w, *p.bank, p.rows, first, kernel)
+            lora.triton_concat_(long_x, long_w, *p.bank, p.rows, first, 0, kernel)
 
 
 @pytest.mark.parametrize("strategy", CONCAT)
@@ -208,7 +209,9 @@ def test_opcheck_of_longer_operands(strategy: str) -> None:
     kernel = kernel_of(case, strategy)
     sides = layout_of(plan_of(kernel).spec).columns(3)
     longer = (torch.nn.functional.pad(t, sides) for t in (p.x, case.weight))
-    checks = opcheck(lora.triton_concat_, (*longer, *case.problem.bank, p.rows, sides[0], kernel))
+    checks = opcheck(
+        lora.triton_concat_, (*longer, *case.problem.bank, p.rows, sides[0], 0, kernel)
+    )
     assert set(checks.values()) == {"SUCCESS"}
 
 
