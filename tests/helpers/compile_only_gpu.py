@@ -2,6 +2,7 @@
 
 on_cuda(mode, gm)         the graph's values as they would be on a GPU
 with compile_only_gpu():  fake "cuda" tensors trace, lower and generate code; nothing launches
+generated_code(gm, mode)  the Python that Inductor writes for a graph of such tensors
 """
 
 from __future__ import annotations
@@ -125,3 +126,36 @@ def on_cuda(mode: FakeTensorMode, gm: fx.GraphModule) -> None:
             value = node.meta["val"]
             many = isinstance(value, (list, tuple))
             node.meta["val"] = type(value)(map(moved, value)) if many else moved(value)
+
+
+def generated_code(gm: fx.GraphModule, mode: FakeTensorMode) -> str:
+    """What Inductor would run on an H200; its compilation is cut off where it would be loaded."""
+    import torch._inductor.config as inductor_config
+    from torch._guards import TracingContext, tracing
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.graph import GraphLowering
+
+    output = next(node for node in gm.graph.nodes if node.op == "output")
+    output.meta["user_visible_output_idxs"] = [0]
+    examples = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
+
+    class Stop(Exception):
+        pass
+
+    texts: list[str] = []
+    original = GraphLowering.codegen
+
+    def codegen(self: GraphLowering) -> None:
+        texts.append(original(self)[0].value)
+        raise Stop
+
+    with (
+        compile_only_gpu(),
+        mock.patch.object(GraphLowering, "codegen", codegen),
+        inductor_config.patch(fx_graph_cache=False),
+        tracing(TracingContext(mode)),
+        contextlib.suppress(Exception),  # Stop, or what Inductor makes of it
+    ):
+        compile_fx_inner(gm, examples, is_inference=True)
+    (text,) = texts
+    return text

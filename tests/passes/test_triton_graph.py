@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compile_only_gpu import compile_only_gpu
+from compile_only_gpu import compile_only_gpu, generated_code
 from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -332,45 +332,11 @@ def test_a_body_that_does_not_trace_is_an_error_naming_the_op() -> None:
         inline_triton_ops(gm, OPS)
 
 
-def generated_code(gm: fx.GraphModule, b: Builder) -> str:
-    """What Inductor would run on an H200; its compilation is cut off where it would be loaded."""
-    import torch._inductor.config as inductor_config
-    from torch._guards import TracingContext, tracing
-    from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.graph import GraphLowering
-
-    output = next(node for node in gm.graph.nodes if node.op == "output")
-    output.meta["user_visible_output_idxs"] = [0]
-    examples = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
-
-    class Stop(Exception):
-        pass
-
-    texts: list[str] = []
-    original = GraphLowering.codegen
-
-    def codegen(self):
-        texts.append(original(self)[0].value)
-        raise Stop
-
-    with (
-        compile_only_gpu(),
-        pytest.MonkeyPatch.context() as patch,
-        inductor_config.patch(fx_graph_cache=False),
-        tracing(TracingContext(b.mode)),
-    ):
-        patch.setattr(GraphLowering, "codegen", codegen)
-        with pytest.raises(Exception, match=r"Stop|^$"):
-            compile_fx_inner(gm, examples, is_inference=True)
-    (text,) = texts
-    return text
-
-
 def test_inductor_calls_the_kernel_on_the_buffer_of_the_product() -> None:
     """No copy of y, no opaque op: the kernel is in Inductor's own code, its grid an expression."""
     gm, kernel, b = delta_graph("gemv", 8)
     inlined(gm)
-    text = generated_code(gm, b)
+    text = generated_code(gm, b.mode)
     names = [k.jit.__name__ for k in plan_of(kernel).all_kernels]
     for name in names:
         assert f"def {name}(" in text
@@ -397,7 +363,7 @@ def test_inductor_calls_the_kernels_of_experts(activation: Activation | None) ->
     for rows in (1, 37, 4096):
         tall = (rows + (min(3, rows) + 1) * (tiles[1].block_m - 1)) // tiles[1].block_m
         assert sizes_of_grid(calls[1], rows) == (tall * columns, 1, 1)
-    text = generated_code(gm, b)
+    text = generated_code(gm, b.mode)
     body = text[text.index("def call(") :]
     assert "torch.ops.lorafx" not in text
     assert len(re.findall(r"(?:shrink|linear)_\d+\.run\(", body)) == 2

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
-from compile_only_gpu import compile_only_gpu
+from compile_only_gpu import compile_only_gpu, generated_code
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
@@ -98,13 +99,14 @@ def test_sizes_that_descriptors_cannot_have_are_read_by_pointers() -> None:
     assert_right(case, "persistent", run(case, "persistent"))
 
 
-def test_only_y_is_written() -> None:
-    """As Inductor finds it in the kernel's own code: else it copied x, W and the bank each call."""
+def test_inductor_runs_it_on_what_there_is() -> None:
+    """Descriptors are made in the kernel, which Inductor sees through: it writes y and nothing
+    else, so x, W and the bank are not copied."""
     spec = representative_specs()["qkv_r16_bf16"]
     tiles = persistent_tiles(spec.delta, 4096, ARCHITECTURES["cuda90"])
     assert tiles["persistent"].tma
-    cuda, d = torch.device("cuda"), spec.delta
-    with compile_only_gpu(), FakeTensorMode():
+    cuda, d = torch.device("cuda", 0), spec.delta
+    with compile_only_gpu(), FakeTensorMode() as mode:
         kernel = build(spec, "persistent", rows_hint=4096, device=cuda, tiles=tiles)
         assert kernel is not None
 
@@ -118,12 +120,17 @@ def test_only_y_is_written() -> None:
             empty(8, dtype=torch.int32),
         )
 
-        def call(x: Tensor, weight: Tensor, *bank: Tensor) -> Tensor:
-            return lora.triton_linear(x, weight, None, *bank, 512, kernel)
+        def call(x: Tensor, weight: Tensor, *bank: Tensor) -> tuple[Tensor]:
+            return (lora.triton_linear(x, weight, None, *bank, 512, kernel),)
 
-        graph = make_fx(dispatch_functionalize(call, FunctionalTensorMode()))(*tensors).graph
-    calls = [node for node in graph.nodes if node.target is KERNEL_CALL]
+        gm = make_fx(dispatch_functionalize(call, FunctionalTensorMode()))(*tensors)
+    calls = [node for node in gm.graph.nodes if node.target is KERNEL_CALL]
     assert [node.kwargs["tensors_to_clone"] for node in calls] == [["v_ptr"], ["y_ptr"]]
+    text = generated_code(gm, mode)
+    assert "make_tensor_descriptor" in text
+    body = text[text.index("def call(") :]
+    assert re.search(r"persistent_\d+\.run\(", body)
+    assert "clone" not in body
 
 
 def test_packages_have_scratch_for_every_program() -> None:
