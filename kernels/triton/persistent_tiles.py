@@ -24,6 +24,10 @@ from lorafx.kernels.triton.triton_tiles import (
 #: Where loads by descriptor are TMA's; and the interpreter, which checks their alignment.
 CHIPS_WITH_TMA = ("cuda90", "cuda100", "interpreter")
 
+#: Rows up to which wide tiles leave processors idle, and v comes in several planes, which take the
+#: registers that wide tiles do not have.
+FEW = 1024
+
 
 def aligned_rows(spec: DeltaSpec) -> bool:
     """Whether rows of x, of W (N, K) or (K, N), and of y can begin at multiples of 16 bytes."""
@@ -52,7 +56,9 @@ def persistent_variants(spec: DeltaSpec, rows: int, arch: Architecture) -> tuple
     if not tma or not half:
         plain = linear_tiles(spec, rows, arch, "epilogue")
         slices = 2 if plain.block_n >= 64 else 1
-        return (replace(plain, swap=False, programs=arch.processors, slices=slices),)
+        warps = 8 if spec.x_dtype.itemsize == 4 else plain.num_warps
+        plain = replace(plain, swap=False, num_warps=warps, slices=slices)
+        return (replace(plain, programs=arch.processors),)
     # Slots are found before the product and their ranks, so that v and B are on their way at once
     # when it ends; of v and B no more than that, for want of registers.
     large = Tiles(
@@ -71,6 +77,8 @@ def persistent_variants(spec: DeltaSpec, rows: int, arch: Architecture) -> tuple
     middle = replace(large, block_n=128, num_stages=4)
     if any(size % 256 for size in spec.sizes) and not any(size % 128 for size in spec.sizes):
         return (middle, small)  # y leaves by TMA where no tile is cut off
+    if rows <= FEW:
+        return (middle, small, large)
     return (
         large,
         replace(large, num_stages=4),
@@ -83,6 +91,9 @@ def persistent_variants(spec: DeltaSpec, rows: int, arch: Architecture) -> tuple
 def persistent_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> dict[str, Tiles]:
     """Tiles of the shrink and the product."""
     first = shrink_tiles(spec, rows, arch)
-    second = replace(persistent_variants(spec, rows, arch)[0], parts=first.parts)
+    second = persistent_variants(spec, rows, arch)[0]
+    if not second.tma:  # element-wise loads have no registers for more than one plane
+        first = replace(first, parts=1)
+    second = replace(second, parts=first.parts)
     both = {"shrink": first, "persistent": second}
     return {name: replace(tiles, overlap=arch.overlaps) for name, tiles in both.items()}
