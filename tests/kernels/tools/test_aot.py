@@ -32,6 +32,8 @@ CUT = (
     "persistent/persistent/o_r16_bf16/m4096",
     "segments/expand/o_r16_bf16/m4096",
     "expand_first/expand_first/o_r16_bf16/m4096",
+    "concat/gather/o_r16_bf16/m4096",
+    "concat/place/qkv_r16_bf16/m4096",
     "gemv/shrink_rows/o_r16_bf16/m1",
     "gemv/expand_rows/o_r16_bf16/m1",
     "embedding/embedding_rows/embedding_r16_bf16/m1",
@@ -46,15 +48,16 @@ HALF = (torch.float16, torch.bfloat16)
 def expected_matrix(variant: AotVariant, target: str) -> str | None:
     """The matrix instruction that a kernel with a dot of 16-bit types has to have."""
     spec, tiles = variant.spec, variant.kernel.tiles
-    if spec is None or "rows" in variant.kernel.name or variant.kernel.name == "order":
+    name = variant.kernel.name
+    if spec is None or "rows" in name or name in ("order", "gather"):
         return None
     # x Wᵀ is in the others
-    without = ("expand", "expand_first", "shrink", "activate", "reduce")
+    without = ("expand", "expand_first", "shrink", "place", "activate", "reduce")
     product = variant.kernel.name not in without
     delta = spec.delta
     if product:
         is_half, tall = delta.x_dtype in HALF, tiles.block_n if tiles.swap else tiles.block_m
-    elif variant.kernel.name in ("shrink", "activate"):
+    elif variant.kernel.name in ("shrink", "place", "activate"):
         is_half = delta.x_dtype in HALF and delta.x_dtype == delta.bank_dtype
         tall = tiles.block_r if tiles.swap else tiles.block_m
     else:
