@@ -76,7 +76,7 @@ def call_of(name: str, x: Tensor, weight: Tensor, y: Tensor) -> Callable[[], obj
     else:
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count
         block_k, programs = 64, each * processors
-        allow_scratch(x.device)
+        allow_scratch()
     arguments = (x, weight, y, M, N, K, programs, block_m, block_n, block_k, flat, specialised)
     if x.device.type == "cpu":
         return functools.partial(interpret, product, (programs,), arguments)

@@ -1,7 +1,7 @@
 """Triton's interpreter on a CPU, and what differs between the versions of Triton, in one place.
 
     interpret(function, grid, arguments)    run the Python function of a @triton.jit kernel
-    allow_scratch(device)                   memory for descriptors that kernels make
+    allow_scratch()                         memory for descriptors that kernels make
 
 The interpreter is used whether or not TRITON_INTERPRET is set, so that kernels can be compiled
 ahead of time in the process that also runs them. What it gets wrong (triton 3.6 and 3.7) is put
@@ -147,11 +147,12 @@ def interpret(kernel: Any, grid: Sequence[int], arguments: Sequence[Any]) -> Non
             ) from error
 
 
-def allow_scratch(device: torch.device) -> None:
-    """Gives kernels that make tensor descriptors memory for them, unless somebody has already."""
+def allow_scratch() -> None:
+    """Gives kernels that make tensor descriptors memory for them, unless somebody has already: of
+    the current device, where Triton launches."""
     if isinstance(_allocation._allocator.get(), _allocation.NullAllocator):
         triton.set_allocator(
-            lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device)
+            lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda")
         )
 
 

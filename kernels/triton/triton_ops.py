@@ -48,7 +48,7 @@ def launch_wrapped(kernel: GeneratedKernel, grid: Sequence[Any], arguments: Sequ
         if kernel.starts_early:
             options["launch_pdl"] = True
         if kernel.tiles.tma:
-            allow_scratch(arguments[0].device)
+            allow_scratch()
     wrap_triton(kernel.jit)[tuple(grid)](*arguments, **options)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextvars
 import re
 from dataclasses import replace
 
 import pytest
 import torch
+import triton
 from compile_only_gpu import compile_only_gpu, generated_code
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -20,6 +22,7 @@ from lorafx.kernels.tools.triton_variants import representative_specs
 from lorafx.kernels.triton.persistent_tiles import persistent_tiles
 from lorafx.kernels.triton.strategy_tiles import tiles_for
 from lorafx.kernels.triton.triton_build import build, plan_of
+from lorafx.kernels.triton.triton_compat import allow_scratch
 from lorafx.kernels.triton.triton_tiles import ARCHITECTURES, Tiles
 
 KERNEL_CALL = torch.ops.higher_order.triton_kernel_wrapper_functional
@@ -147,3 +150,22 @@ def test_packages_have_scratch_for_every_program() -> None:
     scratch = CUDADeviceOpOverrides().cpp_scratch(3, nothing, "global_scratch")
     assert scratch is not None
     assert "grid_0" not in "".join(scratch[0])
+
+
+def test_plain_launches_have_scratch_and_a_users_own_allocator_stays() -> None:
+    from triton.runtime import _allocation
+
+    def in_a_context_of_its_own() -> None:
+        assert isinstance(_allocation._allocator.get(), _allocation.NullAllocator)
+        allow_scratch()
+        ours = _allocation._allocator.get()
+        with FakeTensorMode():
+            assert ours(384, 128, None).numel() == 384
+        triton.set_allocator(theirs)
+        allow_scratch()
+        assert _allocation._allocator.get() is theirs
+
+    def theirs(size: int, alignment: int, stream: int | None) -> Tensor:
+        raise AssertionError
+
+    contextvars.Context().run(in_a_context_of_its_own)
