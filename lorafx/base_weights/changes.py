@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from lorafx.base_weights.copies import repeats
+from lorafx.base_weights.copies import Repeat, repeats
 from lorafx.base_weights.deltas import Delta, deltas_of
 from lorafx.errors import MatchError
 from lorafx.model.module_graph import storage_key
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site
-from lorafx.program.derived import Derived, Holder, overlap
+from lorafx.program.derived import Holder, overlap
 from lorafx.program.weight_forms import Axis, WeightForm
 from lorafx.registry import lookup
 
@@ -117,24 +117,6 @@ class _Found:
             if tensor is weight or overlap(tensor, weight):
                 yield holder, tensor
 
-    def copies(self, touched: Sequence[Site]) -> Iterator[tuple[Holder, Tensor, Derived]]:
-        """Tensors that hold copies of parts of these sites' weights."""
-        weights = {id(self.program.weight_of(site)) for site in self.program.sites}
-        held = [item for items in self.by_storage.values() for item in items]
-        # One for each tensor, whoever else holds it.
-        candidates = {
-            id(tensor): (holder, tensor)
-            for holder, tensor in reversed(held)
-            if tensor.dim() > 1 and not holder.is_own_weight and id(tensor) not in weights
-        }
-        self.program.derived.look_at([tensor for _, tensor in candidates.values()])
-        for holder, tensor in candidates.values():
-            derived = self.program.derived.look(tensor)
-            if derived is None or not derived.copied:
-                continue
-            if any(site in touched for site in derived.sites):
-                yield holder, tensor, derived
-
 
 def changes_of(
     program: Program, store: AdapterStore, name: str, *, requantize: bool = False
@@ -166,8 +148,7 @@ def changes_of(
     plain: dict[int, Change] = {}
     stored: list[StoredChange] = []
     ended: set[tuple[int, str]] = set()
-    copies = _copies_by_site(found, [delta.site for delta in deltas], problems)
-    problems.extend(_left_behind(program, deltas, copies))
+    copies = _copies_by_site(program, [delta.site for delta in deltas], problems)
     for delta in deltas:
         holder, weight = _holder(delta.site), program.weight_of(delta.site)
         if _key(holder) in ended:
@@ -186,37 +167,45 @@ def changes_of(
 
 
 def _copies_by_site(
-    found: _Found, sites: Sequence[Site], problems: list[str]
+    program: Program, sites: Sequence[Site], problems: list[str]
 ) -> dict[int, list[Copy]]:
-    """The copies that have to follow, by the site, among those of one weight, that comes first."""
+    """The copies that have to follow, by the site, among those of one weight, that comes first.
+
+    What repeats numbers of these weights in no form would keep the old ones: a problem.
+    """
     copies: dict[int, list[Copy]] = {}
-    for where, tensor, derived in found.copies(sites):
-        first = next(site for site in sites if site in derived.sites)
-        if derived.form is None:
+    follow = {storage_key(w) for site in sites if (w := program.weight_of(site)) is not None}
+    others = []
+    for repeat in repeats(program, parameters=True):
+        touched = _touched(program, repeat, sites)
+        if not touched or not repeat.certain:
+            continue
+        if repeat.form is None:
+            others.append((repeat, touched))
+            continue
+        copy = Copy(repeat.holder, repeat.tensor, repeat.form)
+        copies.setdefault(id(touched[0]), []).append(copy)
+        follow.add(storage_key(repeat.tensor))
+    for repeat, touched in others:
+        if storage_key(repeat.tensor) not in follow:
+            names = ", ".join(site.path for site in touched)
             problems.append(
-                f"{first.path}: {where} was made from it in an order, scale or precision "
-                "that no rule covers, and would keep the old numbers"
+                f"{names}: {repeat.holder} was made from it, and would keep the old numbers"
             )
-        else:
-            copies.setdefault(id(first), []).append(Copy(where, tensor, derived.form))
     return copies
 
 
-def _left_behind(
-    program: Program, deltas: Sequence[Delta], copies: Mapping[int, Sequence[Copy]]
-) -> Iterator[str]:
-    """Tensors that repeat numbers of these weights in other ways, and would keep the old ones."""
-    follow = {storage_key(copy.tensor) for found in copies.values() for copy in found}
-    touched = {_key(_holder(delta.site)): delta.site for delta in deltas}
-    for site in touched.values():
-        weight = program.weight_of(site)
-        if weight is not None:
-            follow.add(storage_key(weight))
-    for repeat in repeats(program):
-        sites = [touched[key] for w in repeat.weights if (key := _key(w.holder)) in touched]
-        if sites and repeat.certain and storage_key(repeat.tensor) not in follow:
-            names = ", ".join(site.path for site in sites)
-            yield f"{names}: {repeat.holder} was made from it, and would keep the old numbers"
+def _touched(program: Program, repeat: Repeat, sites: Sequence[Site]) -> list[Site]:
+    """The sites whose weights, tied ones too, the tensor repeats; one for each place of one."""
+    ends = {_key(weight.holder) for weight in repeat.weights}
+    holders = [weight.holder for weight in repeat.weights]
+    tensors = [getattr(holder.module, holder.attribute, None) for holder in holders]
+    found = {}
+    for site in reversed(sites):
+        key, own = _key(_holder(site)), program.weight_of(site)
+        if key in ends or any(own is tensor is not None for tensor in tensors):
+            found[key] = site
+    return list(reversed(found.values()))
 
 
 def not_mergeable(name: str, problems: Sequence[str]) -> MatchError:

@@ -7,8 +7,8 @@
 
 A weight is a matrix (rows, columns): (N, K) of linears, (V, D) of embeddings, (E · A, B) of routed
 experts stored (E, A, B). A tensor is compared with the weights beside and below the module that
-holds it. Parameters are compared with linears alone and in the first way: others have numbers of
-their own, whatever they were initialised with.
+holds it. Parameters are compared with linears alone, and by default in the first way: others have
+numbers of their own, whatever they were initialised with.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lorafx.model.experts import expert_weights
 from lorafx.model.module_graph import storage_key
 from lorafx.model.quantized import dequantize
 from lorafx.program.derived import Holder, is_near, is_numbers, is_varied
-from lorafx.program.weight_forms import ALIKE, WeightForm, in_runs, rows_alike, rows_form
+from lorafx.program.weight_forms import ALIKE, WeightForm, copied_form, in_runs, repeats_numbers
 from lorafx.registry import lookup
 
 if TYPE_CHECKING:
@@ -77,8 +77,13 @@ class Repeat:
     certain: bool = True
 
 
-def repeats(program: Program) -> list[Repeat]:
-    """The tensors that the program's model holds and that repeat numbers of its weights."""
+def repeats(program: Program, *, parameters: bool = False) -> list[Repeat]:
+    """The tensors that the program's model holds and that repeat numbers of its weights.
+
+    Args:
+        parameters: also those whose numbers lie in no form, by the numbers of linears. For new
+            weights such a parameter is one of its own: where a checkpoint lacks it, it is missing.
+    """
     model = program.model
     tensors = list(_tensors(model))
     if not tensors:
@@ -88,7 +93,9 @@ def repeats(program: Program) -> list[Repeat]:
     for holder, tensor in tensors:
         parent = holder.path.rpartition(".")[0]
         near = [weight for weight in weights if is_near(weight.holder.path, parent)]
-        repeat = _repeat(holder, tensor, near) or _in_place_of_sites(program, holder, tensor)
+        repeat = _repeat(holder, tensor, near, parameters=parameters) or _in_place_of_sites(
+            program, holder, tensor
+        )
         if repeat is not None:
             found.append(repeat)
     return found
@@ -126,7 +133,9 @@ def _weights(model: nn.Module) -> Iterator[Weight]:
             yield Weight(Holder(path, module, weight.name), "experts")
 
 
-def _repeat(holder: Holder, tensor: Tensor, near: Sequence[Weight]) -> Repeat | None:
+def _repeat(
+    holder: Holder, tensor: Tensor, near: Sequence[Weight], *, parameters: bool
+) -> Repeat | None:
     parameter, varied = isinstance(tensor, nn.Parameter), is_varied(tensor)
     if parameter:
         near = [weight for weight in near if weight.kind == "linear"]
@@ -141,22 +150,20 @@ def _repeat(holder: Holder, tensor: Tensor, near: Sequence[Weight]) -> Repeat | 
         maybe = tuple(weight for weight, dense in known if _maybe_made_of(tensor, dense))
         return Repeat(holder, tensor, maybe, certain=False) if maybe else None
     for weight, dense in known:
-        if tensor.numel() <= dense.numel():
-            form = rows_form(tensor, dense.to(tensor.dtype))
-            if form is not None:
-                return Repeat(holder, tensor, (weight,), form)
-    if parameter:
-        return None  # a weight of its own: where a checkpoint lacks it, it is missing
-    sources = _sources_of_rows(tensor, known)
+        form = copied_form(tensor, dense)
+        if form is not None:
+            return Repeat(holder, tensor, (weight,), form)
+    if parameter and not parameters:
+        return None
+    sources = None if parameter else _sources_of_rows(tensor, known)
     if sources:
         return Repeat(holder, tensor, sources)
     for weight, dense in known:
-        # Looking for runs takes long: in what is large only for another order of all of it.
-        small = weight.kind == "linear" and tensor.numel() < dense.numel()
-        inside = small or tensor.numel() == dense.numel()
-        if (inside and in_runs(tensor, dense.to(tensor.dtype))) or (
-            weight.kind == "linear" and rows_alike(tensor, dense)
-        ):
+        if weight.kind == "linear":
+            same = repeats_numbers(tensor, dense)
+        else:  # large: another order of all of it
+            same = tensor.numel() == dense.numel() and in_runs(tensor, dense.to(tensor.dtype))
+        if same:
             return Repeat(holder, tensor, (weight,))
     return None
 

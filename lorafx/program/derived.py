@@ -30,7 +30,7 @@ from lorafx.model.forward_check import is_dense
 from lorafx.model.module_graph import storage_key
 from lorafx.model.quantized import dequantize, readable
 from lorafx.model.sites import Site
-from lorafx.program.weight_forms import WeightForm, in_runs, rows_alike, rows_form, strided_form
+from lorafx.program.weight_forms import WeightForm, copied_form, repeats_numbers, strided_form
 from lorafx.registry import lookup
 
 if TYPE_CHECKING:
@@ -127,10 +127,6 @@ class DerivedTensors:
         if tensor not in self._looked_at:
             self._look([tensor], set())
         return self._looked_at[tensor]
-
-    def look_at(self, tensors: Sequence[Tensor]) -> None:
-        """`look` at each of them, in one walk over the model."""
-        self._look([tensor for tensor in tensors if tensor not in self._looked_at], set())
 
     def of_attribute(self, tensor: Tensor) -> Derived | None:
         """`look`, where a module of the model holds `tensor`."""
@@ -237,11 +233,8 @@ class DerivedTensors:
             weight = dense_weight(site)
             if weight is None or weight.device != tensor.device:
                 continue
-            rounded = weight.to(tensor.dtype)
-            inside = tensor.numel() <= weight.numel()
-            form = rows_form(tensor, rounded) if inside else None
-            same = form is not None or (inside and in_runs(tensor, rounded))
-            if same or rows_alike(tensor, weight):
+            form = copied_form(tensor, weight)
+            if form is not None or repeats_numbers(tensor, weight):
                 shape = (weight.shape[0], weight.shape[1])
                 return Derived(self._tied(site), form, shape, copied=True)
         return None

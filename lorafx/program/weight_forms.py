@@ -212,6 +212,22 @@ def rows_form(tensor: torch.Tensor, weight: torch.Tensor) -> WeightForm | None:
     return None
 
 
+def copied_form(tensor: torch.Tensor, weight: torch.Tensor) -> WeightForm | None:
+    """`rows_form` of a tensor that is no larger than W (out, in), whatever type W has."""
+    if tensor.numel() > weight.numel():
+        return None
+    return rows_form(tensor, weight.to(tensor.dtype))
+
+
+def repeats_numbers(tensor: torch.Tensor, weight: torch.Tensor, *, runs: bool = True) -> bool:
+    """Whether `tensor` shows numbers of W (out, in) in no form: in another order, which takes long
+    to look for (`runs`), in another scale, or rounded."""
+    inside = runs and tensor.numel() <= weight.numel()
+    if inside and in_runs(tensor, weight.to(tensor.dtype)):
+        return True
+    return rows_alike(tensor, weight)
+
+
 def rows_alike(tensor: torch.Tensor, weight: torch.Tensor, rows: int = 8) -> bool:
     """Whether rows of `tensor` along some dimension point where rows of the (out, in) `weight` do.
 

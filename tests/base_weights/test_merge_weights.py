@@ -242,7 +242,7 @@ def test_a_computed_weight_is_refused_by_name(tmp_path: Path) -> None:
     model = case.model()
     weight_norm(model.down)
     cm = lorafx.compile(model, case.folders, options=REFERENCE)
-    with pytest.raises(MatchError, match=r"- down: its weight is computed whenever it is asked"):
+    with pytest.raises(MatchError, match=r"- down: its weight is computed on each access"):
         cm.merge("a")
 
 

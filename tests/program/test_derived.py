@@ -254,7 +254,7 @@ def test_parts_of_another_make_are_refused_where_nothing_uses_the_weight(layer: 
     post_process(model)
     model.self_attn.fold()
     inputs = states(3, 4)
-    with pytest.raises(MatchError, match="nothing uses its weight, and self_attn computes with"):
+    with pytest.raises(MatchError, match="nothing uses its weight, but self_attn computes with"):
         cm(**inputs, adapter_names=["a", None, "c"])
     check_mixed(cm, layer, ["c", None, "c"], inputs)
 

@@ -115,7 +115,7 @@ def test_weights_that_cannot_be_read_are_refused_when_something_stands_in(
     model.kv_b_proj.quant_method = Opaque()
     cm = lorafx.compile(model, case.folders, options=REFERENCE)
     inputs = {"x": torch.randn(3, 4, model.width)}
-    with pytest.raises(MatchError, match="kv_b_proj: nothing uses its weight, and the model"):
+    with pytest.raises(MatchError, match="kv_b_proj: nothing uses its weight, but the model"):
         cm(**inputs, adapter_names=["a", None, "b"])
     check_mixed(cm, case, ["c", None, "c"], inputs)
 
