@@ -4,7 +4,8 @@
 
     python -m lorafx.kernels.tools.aot > kernels.txt                compile all, a line per kernel
     python -m lorafx.kernels.tools.aot --target cuda90 --only qkv   compile some
-    python -m lorafx.kernels.tools.aot --summary docs/kernels.md    and write the summary there
+    python -m lorafx.kernels.tools.aot --summary docs/kernels.md    compile what has changed since
+                                                                    the summary there, and write it
 
 Triton brings the assemblers (ptxas, LLVM for AMD), so neither a GPU nor a toolkit is needed. What
 is read off the machine code: registers a thread; bytes of local ("stack", "scratch") memory a
@@ -216,44 +217,69 @@ def names_of(targets: Iterable[str] = tuple(TARGETS), only: str = "") -> list[tu
     ]
 
 
-def fingerprint() -> str:
-    """A hash of every variant's source and launch options, on every target.
+def fingerprints() -> dict[str, str]:
+    """By strategy, a hash of its variants' sources and launch options, on every target.
 
-    Nothing of the machine or of installed versions goes in: it says whether a summary was made
-    from these sources.
+    Nothing of the machine or of installed versions goes in: it says whether a row of the summary
+    was made from these sources.
     """
-    parts = []
+    parts: dict[str, list[str]] = {}
     for target in TARGETS:
         for name, variant in sorted(_variants(target).items()):
             options = (variant.num_warps, variant.num_stages, sorted(variant.signature.items()))
-            parts.append("\0".join((target, name, variant.text, repr(options))))
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+            code = variant.text.split('"""', 2)[2]  # behind the heading, which is a comment
+            text = "\0".join((target, name, code, repr(options)))
+            parts.setdefault(_strategy(name), []).append(text)
+    return {
+        strategy: hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
+        for strategy, texts in parts.items()
+    }
+
+
+def _strategy(variant: str) -> str:
+    return variant.partition("/")[0]
 
 
 BEGIN, END = "<!-- compiled kernels: begin -->", "<!-- compiled kernels: end -->"
+_ROW = re.compile(r"^\| (\w+) \| ([0-9a-f]{12}) \| (.*) \|$", re.MULTILINE)
 
 
-def summary(found: Sequence[Record]) -> str:
-    """The generated part of docs/kernels.md: per strategy and target."""
+def summary(found: Sequence[Record], kept: Mapping[str, str] | None = None) -> str:
+    """The generated part of docs/kernels.md: per strategy and target.
+
+    Args:
+        found: what compiling gave.
+        kept: rows of strategies that were not compiled again, by `kept_rows`.
+    """
     lines = [
         BEGIN,
-        f"Sources {fingerprint()}, Triton {triton.__version__}, {len(found)} kernels. Each cell: "
-        "kernels / most registers of a thread / kernels that spill / most shared memory of a "
-        "program in KiB; the chip's limits stand in the heading. Code that several strategies "
-        "share is counted once.",
+        f"Triton {triton.__version__}. Each cell: kernels / most registers of a thread / kernels "
+        "that spill / most shared memory of a program in KiB; the chip's limits stand in the "
+        "heading. Code that several strategies share is counted once. Sources: a hash of the "
+        "kernels that the row was made from.",
         "",
-        "| strategy | "
+        "| strategy | sources | "
         + " | ".join(f"{n}: {t.registers}, {t.shared_bytes >> 10} KiB" for n, t in TARGETS.items())
         + " |",
-        "|---" * (len(TARGETS) + 1) + "|",
+        "|---" * (len(TARGETS) + 2) + "|",
     ]
     groups: dict[str, dict[str, list[Record]]] = {}
     for record in found:
-        each = groups.setdefault(record.variant.partition("/")[0], {})
-        each.setdefault(record.target, []).append(record)
-    for strategy, each in sorted(groups.items()):
-        lines.append(f"| {strategy} | " + " | ".join(_cell(each.get(t)) for t in TARGETS) + " |")
+        groups.setdefault(_strategy(record.variant), {}).setdefault(record.target, []).append(
+            record
+        )
+    rows = dict(kept or {})
+    for strategy, each in groups.items():
+        rows[strategy] = " | ".join(_cell(each.get(target)) for target in TARGETS)
+    hashes = fingerprints()
+    lines += [f"| {name} | {hashes[name]} | {cells} |" for name, cells in sorted(rows.items())]
     return "\n".join([*lines, END])
+
+
+def kept_rows(document: str) -> dict[str, str]:
+    """The rows of the summary in `document` that were made from the sources that there are now."""
+    hashes = fingerprints()
+    return {name: cells for name, own, cells in _ROW.findall(document) if hashes.get(name) == own}
 
 
 def _cell(group: Sequence[Record] | None) -> str:
@@ -283,8 +309,8 @@ def _line(record: Record) -> str:
 
 def is_current(document: str) -> bool:
     """Whether the summary in `document` was made from the sources that there are now."""
-    found = re.search(r"^Sources ([0-9a-f]{16}),", document, re.MULTILINE)
-    return found is not None and found[1] == fingerprint()
+    found = {name: own for name, own, _ in _ROW.findall(document)}
+    return found == fingerprints()
 
 
 def with_summary(document: str, text: str) -> str:
@@ -308,6 +334,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.summary and (options.target or options.only):
         parser.error("the summary covers all targets and variants; leave out --target and --only")
     names = names_of(options.target or TARGETS, options.only)
+    kept: dict[str, str] = {}
+    if options.summary:
+        document = options.summary.read_text() if options.summary.exists() else ""
+        kept = kept_rows(document)
+        names = [(target, name) for target, name in names if _strategy(name) not in kept]
     done: list[Record] = []
     failed = 0
     for count, result in enumerate(records(names, options.jobs), 1):
@@ -321,8 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed += bool(result.faults)
         print(_line(result))
     if options.summary:
-        document = options.summary.read_text() if options.summary.exists() else ""
-        options.summary.write_text(with_summary(document, summary(done)))
+        options.summary.write_text(with_summary(document, summary(done, kept)))
     print(f"{len(done)} compiled, {failed} unfit or refused", file=sys.stderr)
     return int(failed > 0)
 

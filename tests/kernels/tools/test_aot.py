@@ -113,13 +113,15 @@ def test_the_committed_summary_is_of_these_sources() -> None:
 
 
 def test_a_changed_source_makes_a_summary_stale(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = aot.summary([])
+    rows = dict.fromkeys(aot.fingerprints(), "1 / 2 / 0 / 4")
+    text = aot.summary([], rows)
     assert aot.is_current(text)
     variants = aot._variants("cuda90")
-    name = next(iter(variants))
+    name = next(name for name in variants if name.startswith("gemv/"))
     changed = replace(variants[name], num_stages=variants[name].num_stages + 1)
     monkeypatch.setitem(variants, name, changed)
     assert not aot.is_current(text)
+    assert rows.keys() - aot.kept_rows(text).keys() == {"gemv"}
 
 
 # --- what the records would say of an unfit kernel ---
@@ -176,12 +178,13 @@ def test_the_summary_is_put_in_its_place() -> None:
     document = aot.with_summary("# Kernels\n\nText.\n", aot.summary([]))
     assert document.startswith("# Kernels\n\nText.\n\n")
     found = [
-        Record("a/b/c/m1", "cuda90", 64, 0, 2048, {"mma.sync": 4}, 0),
-        Record("a/b/c/m4", "cuda90", 32, 24, 4096, {}, 0),
+        Record("gemv/b/c/m1", "cuda90", 64, 0, 2048, {"mma.sync": 4}, 0),
+        Record("gemv/b/c/m4", "cuda90", 32, 24, 4096, {}, 0),
     ]
     again = aot.with_summary(document + "\nAfter.\n", aot.summary(found))
     assert again.count(aot.BEGIN) == again.count(aot.END) == 1
-    assert "| a | – | 2 / 64 / 1 / 4 | – | – |" in again
+    own = aot.fingerprints()["gemv"]
+    assert f"| gemv | {own} | – | 2 / 64 / 1 / 4 | – | – |" in again
     assert again.endswith("\nAfter.\n")
 
 
