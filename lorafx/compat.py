@@ -69,9 +69,9 @@ def capture_settings(recompile_limit: int, *, sizes_by_data: bool = False) -> It
         for config, name, value in wanted
         if (own := getattr(config, name)) != value
     ]
-    for config, name, _, value in before:
-        setattr(config, name, value)
     try:
+        for config, name, _, value in before:
+            setattr(config, name, value)
         yield
     finally:
         for config, name, own, _ in before:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from dense_merge import Case, build_case, save_adapter
 from torch import nn
+from torch.fx.experimental import _config as shape_config
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -28,13 +29,27 @@ if "TORCH_TRACE" not in os.environ:
 gc.set_threshold(100_000, 20, 50)
 
 
+#: What lorafx and Dynamo set while they capture.
+_SETTINGS: tuple[tuple[Any, str], ...] = (
+    (shape_config, "use_duck_shape"),
+    (torch._dynamo.config, "fail_on_recompile_limit_hit"),
+    (torch._dynamo.config, "specialize_float"),
+)
+
+
 @pytest.fixture(autouse=True)
-def _gradient_mode() -> Iterator[None]:
-    """An interrupt at the very exit of torch.no_grad leaves gradients off. Tests that interrupt
-    leave nothing of that to others."""
-    before = torch.is_grad_enabled()
+def _torch_state() -> Iterator[None]:
+    """Tests that interrupt leave nothing of that to others. An interrupt inside of torch's own code
+    may leave gradients off, its settings changed, or its dispatcher in a mode that has ended."""
+    gradients = torch.is_grad_enabled()
+    settings = [(config, name, getattr(config, name)) for config, name in _SETTINGS]
     yield
-    torch.set_grad_enabled(before)
+    torch.set_grad_enabled(gradients)
+    for config, name, value in settings:
+        setattr(config, name, value)
+    if torch._C._len_torch_dispatch_stack() == 0:
+        for key in (torch._C.DispatchKey.Python, torch._C.DispatchKey.PythonTLSSnapshot):
+            torch._C._dispatch_tls_set_dispatch_key_included(key, False)
 
 
 @pytest.fixture(scope="session")

@@ -135,7 +135,7 @@ def test_an_adapter_chosen_inside_of_an_update_is_refused(case: Case) -> None:
     cm.merge("a1")
 
     def pairs() -> Iterator[tuple[str, Tensor]]:
-        with pytest.raises(BatchError, match=r"is running on this thread; set_adapter\(\) after"):
+        with pytest.raises(BatchError, match=r"is running on this thread; set_adapter\(\) when"):
             cm.set_adapter("a0")
         yield from base.state_dict().items()
 

@@ -243,7 +243,7 @@ def test_options_of_torch_compile(plain):
     model, inputs = attached(plain), feed(2, 4)
     check(compiled(model, options={"lowering": "reference"}), model, plain, ["a0", None], inputs)
     for options, message in (
-        ({"verify": "off"}, "verify='off', and the model was attached with verify='lint'"),
+        ({"verify": "off"}, "verify='off', but the model was attached with verify='lint'"),
         ({"lowring": "reference"}, "unknown option 'lowring'; nearest: lowering"),
         ({"lora_config": plain.folders}, "carries LoRA already"),
         ({"passes": {"pak": False}}, "unknown pass 'pak'; nearest: pack"),

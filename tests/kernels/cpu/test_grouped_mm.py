@@ -124,7 +124,7 @@ def test_gradients() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x, w, o: (x[:, :-1], w, o), "4 columns of 5"),
+        (lambda x, w, o: (x[:, :-1], w, o), "4 columns, weight has 5"),
         (lambda x, w, o: (x, w[0], o), "weight \\(E, K, N\\)"),
         (lambda x, w, o: (x, w, o[:-1]), r"offs is \(E,\), not \(2,\)"),
         (lambda x, w, o: (x.double(), w, o), "weight torch.float32"),

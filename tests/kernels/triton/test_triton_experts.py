@@ -246,9 +246,9 @@ def test_strategies_are_for_their_specs() -> None:
     hint: dict[str, Any] = {"rows_hint": 2, "device": torch.device("cpu")}
     with pytest.raises(LoweringError, match="needs the activation"):
         build(case.spec, "activated", **hint)
-    with pytest.raises(LoweringError, match="not for 3 experts"):
+    with pytest.raises(LoweringError, match="does not serve 3 experts"):
         build(case.spec, "epilogue", **hint)
-    with pytest.raises(LoweringError, match="not for 0 experts"):
+    with pytest.raises(LoweringError, match="does not serve 0 experts"):
         build(TritonSpec(case.spec.delta, FP32), "grouped", **hint)
 
 
