@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +51,6 @@ found["ended"] = True
 found["summary"] = f"{len(rows)} rows"
 write_json(part, found)
 """
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """benchmarks/ on the path, as its scripts find one another."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield
-    for name in set(sys.modules) - before:
-        if Path(str(getattr(sys.modules[name], "__file__", "") or "")).parent == FOLDER:
-            del sys.modules[name]
 
 
 pytestmark = pytest.mark.usefixtures("bench")
@@ -286,76 +274,6 @@ def test_jobs_of_peers_wait_for_their_packages(world: Any, tmp_path: Path) -> No
     assert run(world("quick", job=needs), tmp_path) == ([], ["quick"])
     (tmp_path / "no_such_package.zip").touch()
     assert run(world("quick", job=needs, peers=tmp_path), tmp_path) == (["quick"], [])
-
-
-# --- the registry ---
-
-
-def test_the_registry_is_sound() -> None:
-    """Names are unique, sources exist, a run fits into nine minutes, results into few files."""
-    from gpu_jobs import ARMS, GROUPS, all_jobs, arm_named
-    from gpu_results import Digests, source_files
-
-    jobs = all_jobs()
-    names = [job.name for job in jobs]
-    assert len(set(names)) == len(names)
-    assert len({arm.name for arm in ARMS}) == len(ARMS)
-    digests = Digests()
-    for place, job in enumerate(jobs):
-        assert job.group in GROUPS
-        assert job.estimate <= job.most <= 540
-        assert source_files(job.sources)
-        assert digests.of(job, {}) == digests.of(job, {})
-        earlier = names[:place]
-        assert set(job.inputs) <= set(earlier), job.name
-        if "arm" in job.arguments:
-            arm = arm_named(str(job.arguments["arm"]))
-            assert (job.group in arm.phases, job.inputs) == (True, arm.inputs)
-        module, _, function = job.run.partition(":")
-        assert f"\ndef {function}(" in (FOLDER / f"{module}.py").read_text(), job.run
-    from lorafx.kernels.cost.cost import GPU_STRATEGIES
-
-    measured = {arm.arguments.get("name") for arm in ARMS}
-    # One of batches so small that it is not among the mixes; the jobs of correctness have it.
-    assert set(GPU_STRATEGIES) - measured == {"recompute"}
-    assert len(GROUPS) <= 8
-    files = {path.name for path in (ROOT / "tests" / "gpu").glob("test_*.py")}
-    assert files == {name.partition(": ")[2] for name in names if name.startswith("tests: ")}
-
-
-def test_a_source_that_is_gone_is_named() -> None:
-    from gpu_results import source_files
-
-    with pytest.raises(FileNotFoundError, match=r"kernels/gone\.py: no file or folder"):
-        source_files(["kernels/gone.py"])
-
-
-def test_the_report_needs_no_torch_and_says_what_is_to_do(tmp_path: Path) -> None:
-    """As anybody runs it: by the interpreter alone, no package installed."""
-    command = [sys.executable, "-S", str(FOLDER / "gpu_queue.py"), "--report"]
-    done = subprocess.run([*command, "--only", "prefill main"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "prefill main: segments" in done.stdout
-
-
-def test_lorafx_is_found_where_it_is_not_installed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import gpu_here
-
-    monkeypatch.setattr(gpu_here.importlib.util, "find_spec", lambda name: None)
-    folder = gpu_here.link_lorafx(tmp_path)
-    code = (
-        f"import sys; sys.path[:0] = [{str(folder)!r}]\n"
-        "import importlib.util as u; from importlib import metadata as m\n"
-        "print(u.find_spec('lorafx').origin, u.find_spec('kernels'), u.find_spec('passes'))\n"
-        "print([p.value for p in m.entry_points(group='torch_dynamo_backends')])\n"
-    )
-    done = subprocess.run([sys.executable, "-IS", "-c", code], capture_output=True, text=True)
-    assert done.stdout.splitlines() == [
-        f"{folder}/lorafx/__init__.py None None",
-        "['lorafx.torch_compile.dynamo_backend:compile_frame']",
-    ]
 
 
 # --- jobs in their own process ---
