@@ -53,7 +53,7 @@ from lorafx.model.sites import Part, Site
 from lorafx.op_arguments import bound
 from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, loops_on_host, region
 from lorafx.passes.pack import with_room
-from lorafx.passes.plan.prologues import DEFERRED, Prologues, note
+from lorafx.passes.plan.prologues import DEFERRED, PROLOGUE, Prologues, note
 from lorafx.program.frame import fake_value
 
 
@@ -106,7 +106,7 @@ def _triton(ctx: Context, nodes: Sequence[fx.Node]) -> None:
     for node in sorted(nodes, key=found.__contains__):
         name, reason = choices[node]
         kernel = None
-        if name != ATEN:
+        if name != ATEN and (name != PROLOGUE or node in found):
             spec, hint = triton_spec(node), _rows(node) or UNKNOWN_ROWS
             if name in EXPERTS:
                 hint = max(hint // spec.experts, 1)

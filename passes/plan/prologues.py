@@ -78,7 +78,7 @@ class Prologues:
         choices: (strategy, reason) by node, from the plan of each node by itself; changed here.
         pinned: the user's strategy by node.
         specs: of the nodes that kernels can be generated for.
-        work: (node, rows) for the cost model; None where the number of rows is unknown.
+        work: a node for the cost model; None where the number of rows is unknown.
     """
 
     ctx: Context
@@ -113,29 +113,28 @@ class Prologues:
         return found
 
     def _prologue(self, node: fx.Node) -> Prologue | None:
-        pinned = self.pinned.get(node)
-        if node not in self.specs or pinned not in (None, PROLOGUE):
-            return None
-        if pinned is None and not self._beside_vendor(node):
+        wanted = self.choices[node][0] == PROLOGUE
+        if node not in self.specs or not (wanted or self._is_free(node)):
             return None
         found = prologue_of(node)
         if isinstance(found, NoRegion):
-            if pinned is None:
+            if not wanted:
                 return None
             raise ConfigError(
                 f"Options.plan pins 'prologue' for {self._names(node)}, but no kernel can compute "
                 f"its input: {found.reason}; pin another strategy, or remove the pin"
             )
         prologue = replace(found, deferred=self._deferrable(node, found))
-        return prologue if pinned or self._pays(node, prologue) else None
+        return prologue if wanted or self._pays(node, prologue) else None
 
     def _deferrable(self, node: fx.Node, prologue: Prologue) -> tuple[fx.Node, ...]:
         """The leaves whose deltas the kernel in front of `node` can add."""
         width, found = fake_value(bound(node)["x"]).shape[-1], []
         for number, (leaf, source, ids) in enumerate(prologue.leaves()):
-            spec, wanted = self.specs.get(source), self.pinned.get(source, "")
-            free = wanted == DEFERRED or (not wanted and self._beside_vendor(source))
-            if spec is None or ids is not None or not free or source.target is not FUSED_OP:
+            spec = self.specs.get(source)
+            if spec is None or ids is not None or source.target is not FUSED_OP:
+                continue
+            if self.choices[source][0] != DEFERRED and not self._is_free(source):
                 continue
             loads = [load for load in prologue.region.activation.loads if load.leaf == number]
             same_rows = all(bound(source)[name] == bound(node)[name] for name in ("slots", "rows"))
@@ -145,8 +144,9 @@ class Prologues:
                 found.append(source)
         return tuple(found)
 
-    def _beside_vendor(self, node: fx.Node) -> bool:
-        return node in self.choices and self.choices[node][0] in BESIDE_VENDOR
+    def _is_free(self, node: fx.Node) -> bool:
+        """Whether the plan left its base product to the vendor, and the user said nothing."""
+        return node not in self.pinned and self.choices[node][0] in BESIDE_VENDOR
 
     def _pays(self, node: fx.Node, prologue: Prologue) -> bool:
         nodes = (node, *prologue.deferred)

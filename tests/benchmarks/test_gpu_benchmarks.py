@@ -4,29 +4,12 @@ from __future__ import annotations
 
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """benchmarks/ on the path, as its scripts find one another."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield
-    for name in set(sys.modules) - before:
-        if getattr(sys.modules[name], "__file__", None) and FOLDER in Path(
-            str(sys.modules[name].__file__)
-        ).parents:  # fmt: skip
-            del sys.modules[name]
-
-
-pytestmark = pytest.mark.usefixtures("benchmarks")
+pytestmark = pytest.mark.usefixtures("bench")
 
 
 def test_every_arm_of_the_layer_benchmark_is_right(capsys: pytest.CaptureFixture[str]) -> None:

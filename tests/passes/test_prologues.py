@@ -32,19 +32,26 @@ class Mlp(nn.Module):
 
 
 def mlp(
-    *, read_twice: bool = False, tokens: int = T, hidden: int = K, inner: int = N
+    *,
+    read_twice: bool = False,
+    tokens: int = T,
+    hidden: int = K,
+    inner: int = N,
+    rows: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[SiteGraph, Finished]:
     """down(relu(up(x))), whose up may be read by somebody else too."""
     torch.manual_seed(0)
-    g = SiteGraph(Mlp(hidden, inner), ROWS, lowering="triton", targets=["up", "down"])
-    x = g.argument(torch.randn(B, tokens, hidden))
+    rows = tokens if rows is None else rows
+    g = SiteGraph(Mlp(hidden, inner).to(dtype), ROWS, lowering="triton", targets=["up", "down"])
+    x = g.argument(torch.randn(B, tokens, hidden, dtype=dtype))
     for path in ("up", "down"):
         g.declare(path)
     y = g.call(aten.linear.default, x, g.weight("up"), g.weight("up", "bias"))
-    y = g.mark("up", x, y, rows=tokens)
+    y = g.mark("up", x, y, rows=rows)
     h = g.call(aten.relu.default, y)
     z = g.call(aten.linear.default, h, g.weight("down"), g.weight("down", "bias"))
-    z = g.mark("down", h, z, rows=tokens)
+    z = g.mark("down", h, z, rows=rows)
     if read_twice:
         z = g.call(aten.add.Tensor, z, g.call(aten.sum.dim_IntList, y, [-1], True))
     return g, g.output(z)
@@ -108,3 +115,11 @@ def test_many_rows_take_it_by_themselves(monkeypatch: pytest.MonkeyPatch) -> Non
     assert planned(done, {}) == PINS
     _, done = mlp()
     assert "prologue" not in planned(done, {}).values()
+
+
+def test_what_no_kernel_serves_is_left_to_aten() -> None:
+    """Rows whose owners nobody proved, which only aten can refuse in a mixed batch; float64."""
+    _, done = mlp(rows=0)
+    assert planned(done, {"down": "prologue"}) == {"up": "aten", "down": "aten"}
+    _, done = mlp(dtype=torch.float64)
+    assert planned(done, {"down": "prologue"}) == {"up": "aten", "down": "aten"}
