@@ -44,9 +44,12 @@ class PackedGroup:
         inside = self.weight[:, left : self.weight.shape[1] - right]
         #: Each parameter: the dictionary that holds it, its name there, its part of a buffer.
         self.places = [
-            (site.module._parameters, name, self._part(buffer, offset, site.out_features))
+            (site.module._parameters, name, self._part(buffer, apart, offset, site.out_features))
             for site, offset in zip(self.group.sites, self.group.offsets, strict=True)
-            for name, buffer in ((site.eligible.weight, inside), ("bias", self.bias))
+            for name, buffer, apart in (
+                (site.eligible.weight, inside, any(self.room)),
+                ("bias", self.bias, False),
+            )
             if buffer is not None and site.module._parameters.get(name) is not None
         ]
         # Looked at before every call, so addresses are read once; the buffers never move.
@@ -54,9 +57,9 @@ class PackedGroup:
             (parameters, name, part.data_ptr()) for parameters, name, part in self.places
         ]
 
-    def _part(self, buffer: Tensor, start: int, rows: int) -> Tensor:
+    def _part(self, buffer: Tensor, apart: bool, start: int, rows: int) -> Tensor:
         part = buffer[start : start + rows]
-        return part if part.is_contiguous() else torch.from_dlpack(part)
+        return torch.from_dlpack(part) if apart else part
 
     @property
     def intact(self) -> bool:
