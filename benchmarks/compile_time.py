@@ -3,33 +3,43 @@
 Each start is a process of its own that builds a random model, loads an adapter of rank 16,
 compiles, and makes one call of decode form [8, 1] in which every second request uses the adapter.
 The time is that of the call: capture, passes, Inductor, C++ (imports, building the model and
-loading the adapter are not; neither is the header that Inductor precompiles once a machine). Step
-time with outlined layers is compared to that without in one process.
+loading the adapter are not; neither is the header that Inductor precompiles once a machine). The
+whole call is in seconds of wall time and of CPU time, that of the compilers that it starts apart;
+its phases are in CPU seconds, which other work on the machine changes least. Step time with
+outlined layers is compared to that without in one process.
 
-    python benchmarks/compile_time.py [--quick] [--case NAME]
+    python benchmarks/compile_time.py [--quick] [--case NAME] [--depth N]
 
-`--case` (more than one is fine) measures those alone and keeps the others' rows in the results.
+`--case` and `--depth` (more than one of each is fine) measure those alone and keep the others' rows
+in the results.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+#: Cases that run in plain aten: what is left is what stands before Inductor.
+REFERENCE = frozenset({"Llama, dynamic, reference"})
 #: name: (family, dynamic shapes, outlined, depths, depths that are also started again)
 CASES: dict[str, tuple[str, bool, bool, tuple[int, ...], tuple[int, ...]]] = {
     "Llama, dynamic": ("llama", True, True, (2, 8, 32), (2, 32)),
     "Llama, static": ("llama", False, True, (2, 8, 32), (32,)),
     "Llama, dynamic, not outlined": ("llama", True, False, (32,), ()),
+    "Llama, dynamic, reference": ("llama", True, True, (2, 8, 16), ()),
     "Qwen3-Next, static": ("qwen3_next", False, True, (2, 8, 32), (32,)),
     "Qwen3-Next, dynamic": ("qwen3_next", True, True, (2, 8, 32), ()),
 }
@@ -86,7 +96,9 @@ FAMILIES: dict[str, tuple[Callable[[int], Any], str]] = {
 }
 
 
-def start(family: str, layers: int, dynamic: bool, outlined: bool) -> tuple[Any, Callable[[], Any]]:
+def start(
+    family: str, layers: int, dynamic: bool, outlined: bool, lowering: str = "auto"
+) -> tuple[Any, Callable[[], Any]]:
     """A compiled model that has not run yet, and its first and every further call."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -99,30 +111,67 @@ def start(family: str, layers: int, dynamic: bool, outlined: bool) -> tuple[Any,
     with tempfile.TemporaryDirectory() as folder:
         config = LoraConfig(r=16, lora_alpha=16, target_modules=targets, init_lora_weights=False)
         get_peft_model(copy.deepcopy(model), config).save_pretrained(folder)
-        options = {"passes": {"outline": outlined}}
+        options = {"passes": {"outline": outlined}, "lowering": lowering}
         cm = lorafx.compile(model, {"a": folder}, dynamic=dynamic, options=options)
     ids = torch.randint(0, model.config.vocab_size, (ROWS, 1))
     names = ["a", None] * (ROWS // 2)
     return cm, lambda: cm(input_ids=ids, use_cache=False, adapter_names=names).logits
 
 
-def first_call(family: str, layers: int, dynamic: bool, outlined: bool) -> dict[str, object]:
-    """One start: seconds of the first call, and of its parts."""
+@contextmanager
+def phases_in_cpu_seconds() -> Iterator[None]:
+    """Have Dynamo and the passes time themselves by the CPU seconds of this process."""
+    from torch._dynamo import utils
+
+    from lorafx.capture import driver
+
+    pipeline = importlib.import_module("lorafx.pipeline")  # lorafx.pipeline is a function
+    clocks = {"time_ns": time.process_time_ns, "perf_counter": time.process_time}
+    clock = SimpleNamespace(**{**vars(time), **clocks})
+    timing: tuple[Any, ...] = (utils, pipeline, driver)
+    for module in timing:
+        module.time = clock
+    try:
+        yield
+    finally:
+        for module in timing:
+            module.time = time
+
+
+def cpu_seconds(who: int) -> float:
+    used = resource.getrusage(who)
+    return used.ru_utime + used.ru_stime
+
+
+def first_call(
+    family: str, layers: int, dynamic: bool, outlined: bool, lowering: str
+) -> dict[str, object]:
+    """One start: seconds of the first call, and CPU seconds of it and of its phases."""
     from torch._dynamo.utils import compile_times, counters
 
-    cm, call = start(family, layers, dynamic, outlined)
+    cm, call = start(family, layers, dynamic, outlined, lowering)
+    processes = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+    before = [cpu_seconds(who) for who in processes]
     begin = time.perf_counter()
-    call()
+    with phases_in_cpu_seconds():
+        call()
     seconds = time.perf_counter() - begin
+    cpu, compilers = (cpu_seconds(who) - was for who, was in zip(processes, before, strict=True))
     names, times = compile_times(repr="csv", aggregate=True)
     parts = dict(zip(names, (float(value) for value in times), strict=True))
     (record,) = cm._session.backend.records
+    passes = {report.name: report.seconds for report in record.passes}
     return {
         "seconds": seconds,
+        "cpu": cpu,
+        "compilers": compilers,
         "tracing": parts.get("bytecode_tracing", 0.0),
+        "guards": parts.get("build_guards", 0.0),
         "aot": parts.get("create_aot_dispatcher_function", 0.0),
-        "passes": sum(report.seconds for report in record.passes),
+        "metadata": parts.get("aot_collect_metadata", 0.0),
+        "passes": sum(passes.values()),
         "inductor": parts.get("compile_fx_inner", 0.0),
+        "by_pass": passes,
         "bodies": [len(told.paths) for told in record.outlined],
         "cache_hits": counters["inductor"]["fxgraph_cache_hit"],
     }
@@ -160,29 +209,35 @@ def in_process(function: str, *arguments: object, cache: Path) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_case(name: str, quick: bool, folder: Path) -> list[dict[str, object]]:
+def run_case(
+    name: str, quick: bool, chosen: list[int] | None, folder: Path
+) -> list[dict[str, object]]:
     family, dynamic, outlined, depths, again = CASES[name]
+    lowering = "reference" if name in REFERENCE else "auto"
     rows: list[dict[str, object]] = []
-    for layers in [depth for depth in depths if not quick or depth <= QUICK]:
+    for layers in chosen or [depth for depth in depths if not quick or depth <= QUICK]:
         cache = Path(tempfile.mkdtemp(dir=folder))  # a path that g++ can read: no spaces
         for state in ("cold", "warm")[: 1 + (layers in again)]:
-            row = in_process("first_call", family, layers, dynamic, outlined, cache=cache)
+            arguments = (family, layers, dynamic, outlined, lowering)
+            row = in_process("first_call", *arguments, cache=cache)
             rows.append({"case": name, "layers": layers, "caches": state, **row})
             parts = ", ".join(f"{key} {row[key]:.1f}" for key in PARTS)
             print(f"  {layers:3d} layers, {state}: {row['seconds']:6.1f} s ({parts})", flush=True)
-    colds = {row["layers"]: row["seconds"] for row in rows if row["caches"] == "cold"}
-    for layers in colds.keys() - {2} if 2 in colds else ():
-        print(f"  {layers} layers over 2: {colds[layers] / colds[2]:.2f}", flush=True)
+    for unit in ("seconds", "cpu"):
+        colds = {row["layers"]: row[unit] for row in rows if row["caches"] == "cold"}
+        for layers in colds.keys() - {2} if 2 in colds else ():
+            print(f"  {layers} layers over 2, {unit}: {colds[layers] / colds[2]:.2f}", flush=True)
     return rows
 
 
-PARTS = ("tracing", "aot", "passes", "inductor")
+PARTS = ("cpu", "compilers", "tracing", "guards", "aot", "metadata", "passes", "inductor")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="2 and 8 layers; nothing saved")
     parser.add_argument("--case", choices=[*CASES, "step"], action="append")
+    parser.add_argument("--depth", type=int, action="append", help="layers, in place of the cases'")
     parser.add_argument("--out", default="benchmarks/results/compile_time.json")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -200,7 +255,7 @@ def main() -> None:
         for name in chosen:
             print(name, flush=True)
             if name != "step":
-                rows += run_case(name, options.quick, cache)
+                rows += run_case(name, options.quick, options.depth, cache)
                 continue
             steps = in_process("step_time", STEP_DEPTH, 5 if options.quick else 20, cache=cache)
             for row in steps:
@@ -208,9 +263,10 @@ def main() -> None:
             rows += steps
     if not options.quick:
         path = Path(options.out)
-        measured = {row["case"] for row in rows}
-        old = json.loads(path.read_text())["rows"] if options.case and path.exists() else []
-        rows = [row for row in old if row["case"] not in measured] + rows
+        measured = {(row["case"], row.get("layers")) for row in rows}
+        some = options.case or options.depth
+        old = json.loads(path.read_text())["rows"] if some and path.exists() else []
+        rows = [row for row in old if (row["case"], row.get("layers")) not in measured] + rows
         save(path, "first call of a Llama and a Qwen3-Next of hidden 512, r=16, [8, 1]", rows)
 
 

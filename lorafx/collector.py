@@ -1,7 +1,8 @@
-"""Pausing Python's garbage collector while many lasting objects are made.
+"""Sparing Python's garbage collector the objects that last while many others are made.
 
 A model of 10,000 modules has about a million objects. Each generation that fills up while its
 sites, banks and marks are made walks over all of them: that was 60 % of the time (1.2 s of 2.0).
+A capture makes as many, and much garbage: going through what was there before was a tenth of it.
 """
 
 from __future__ import annotations
@@ -22,3 +23,19 @@ def collection_paused() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+@contextmanager
+def earlier_objects_spared() -> Iterator[None]:
+    """Inside, garbage is looked for only among the objects that are made there.
+
+    Where something is frozen already, by the program or by another such block, nothing changes.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -30,12 +30,14 @@ from lorafx.capture.executable import (
     with_lookups,
 )
 from lorafx.capture.failures import in_lowering, in_tracing
+from lorafx.capture.graph_text import GraphText
 from lorafx.capture.lowering import Lowering, lowering_for
 from lorafx.capture.record import GraphRecord
 from lorafx.capture.verify import NumericCheck
 from lorafx.compat import duck_shaped, ends_in_break, guarded_attributes, named_by_dynamo
 from lorafx.graph.context import Context
 from lorafx.kernels.triton.triton_build import source_of
+from lorafx.pipeline import CAPTURED
 from lorafx.program.frame import ONE_SLOT, SLOTS, Frame
 from lorafx.program.program import Program
 from lorafx.program.stack import called_directly
@@ -82,6 +84,7 @@ class Backend:
                 then, and Dynamo asks again in the next call.
         """
         program = self.program
+        lowering.begin(program.runtime.device)
         program.look_at_modules()
         program.refuse_missing(program.batch.touched if program.runtime.active else ())
         frame = Frame.of(program, gm.graph, examples)
@@ -109,7 +112,7 @@ class Backend:
             elif active:
                 executable = self.compile_lora(gm, examples, frame, record, owner, lowering)
             else:
-                record.dump.graph("captured", gm)
+                record.dump.graph(CAPTURED, GraphText().lines(gm))
                 with in_lowering(program.options.lowering):
                     executable = lowering.base(gm, examples)
                 if places.plain:

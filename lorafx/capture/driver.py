@@ -9,6 +9,7 @@ from torch import fx
 
 from lorafx.capture.dump import GraphDump
 from lorafx.capture.failures import in_pass
+from lorafx.capture.graph_text import GraphText
 from lorafx.capture.verify import check_graph, output_values
 from lorafx.graph.context import Context
 from lorafx.pipeline import CAPTURED, GraphPass, PassReport, pipeline, run_passes
@@ -27,7 +28,8 @@ def run_pipeline(
     """
     options = ctx.program.options
     outputs = output_values(gm)
-    dump.graph(CAPTURED, gm)
+    text = GraphText()
+    dump.graph(CAPTURED, text.lines(gm))
     if after_pass is not None:
         after_pass(None, gm)
 
@@ -38,10 +40,11 @@ def run_pipeline(
         if options.verify != "off":
             check_graph(item.name, gm, ctx, outputs)
         seconds += time.perf_counter() - start
-        dump.graph(item.name, gm, edits=edits, seconds=seconds)
+        nodes = len(gm.graph.nodes)
+        dump.graph(item.name, text.lines(gm), nodes=nodes, edits=edits, seconds=seconds)
         if after_pass is not None:
             after_pass(item, gm)
-        return PassReport(item.name, edits, seconds, len(gm.graph.nodes))
+        return PassReport(item.name, edits, seconds, nodes)
 
     return run_passes(
         pipeline(options).graph,

@@ -7,8 +7,6 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import fx
-
 from lorafx.config import Options
 
 
@@ -20,29 +18,37 @@ def dump_folder(options: Options) -> Path | None:
 
 @dataclass
 class GraphDump:
-    """The graphs of one capture, kept as text and written as they come when a folder is given."""
+    """The graphs of one capture, kept as text and written as they come when a folder is given.
+
+    Lines are kept, which the stages have in common, and put together where they are read.
+    """
 
     title: str
     folder: Path | None
-    stages: list[tuple[str, str, str]] = field(default_factory=list)  # (name, heading, text)
     sources: dict[str, str] = field(default_factory=dict)  # kernels, reports; by file name
-    _code: str | None = None  # of the last stage's graph
+    _stages: list[tuple[str, str, tuple[str, ...]]] = field(default_factory=list)
+
+    @property
+    def stages(self) -> list[tuple[str, str, str]]:
+        """Of each stage the pass, a heading and the graph."""
+        return [(name, heading, "\n".join(lines)) for name, heading, lines in self._stages]
 
     def graph(
-        self, name: str, gm: fx.GraphModule, *, edits: int | None = None, seconds: float = 0.0
+        self,
+        name: str,
+        lines: tuple[str, ...],
+        *,
+        nodes: int = 0,
+        edits: int | None = None,
+        seconds: float = 0.0,
     ) -> None:
-        """Record the graph after pass `name`."""
-        if edits == 0 and gm.code == self._code:  # printing would be most of such a pass's time
-            text = self.stages[-1][2]
-        else:
-            text = gm.print_readable(print_output=False, include_stride=False, include_device=False)
-        self._code = gm.code
+        """Record the graph after pass `name`, which `GraphText` has printed."""
         heading = f"# {self.title}, after {name}"
         if edits is not None:
-            heading += f": {edits} edits, {len(gm.graph.nodes)} nodes, {seconds * 1e3:.1f} ms"
-        self.stages.append((name, heading, text))
+            heading += f": {edits} edits, {nodes} nodes, {seconds * 1e3:.1f} ms"
+        self._stages.append((name, heading, lines))
         if self.folder is not None:
-            self._write(len(self.stages) - 1, self.folder)
+            self._write(len(self._stages) - 1, self.folder)
 
     def source(self, name: str, text: str) -> None:
         """Record a text that belongs to the graph: a generated kernel's source, a report."""
@@ -53,7 +59,7 @@ class GraphDump:
 
     def write(self, folder: Path) -> None:
         """Write all stages and sources into `folder`, as LORAFX_DUMP would have."""
-        for index in range(len(self.stages)):
+        for index in range(len(self._stages)):
             self._write(index, folder)
         for name in self.sources:
             self._write_source(name, folder)
@@ -66,11 +72,9 @@ class GraphDump:
     def _write(self, index: int, folder: Path) -> None:
         target = folder / self.title.replace(" ", "-")
         target.mkdir(parents=True, exist_ok=True)
-        name, heading, text = self.stages[index]
-        (target / f"{index:02d}-{name}.py").write_text(f"{heading}\n{text}\n")
+        name, heading, text = self._stages[index]
+        (target / f"{index:02d}-{name}.py").write_text("\n".join([heading, *text, ""]))
         if index:
-            before = self.stages[index - 1]
-            lines = difflib.unified_diff(
-                before[2].splitlines(), text.splitlines(), before[0], name, lineterm="", n=2
-            )
-            (target / f"{index:02d}-{name}.diff").write_text("\n".join([heading, *lines]) + "\n")
+            before, _, lines = self._stages[index - 1]
+            changes = difflib.unified_diff(lines, text, before, name, lineterm="", n=2)
+            (target / f"{index:02d}-{name}.diff").write_text("\n".join([heading, *changes, ""]))

@@ -15,6 +15,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import fx
 
+from lorafx.capture import head_start
 from lorafx.config import Options
 from lorafx.errors import LorafxWarning, LoweringError
 from lorafx.kernels.cpu.compiler import find_compiler
@@ -24,7 +25,12 @@ aten = torch.ops.aten
 
 
 class Lowering(Protocol):
-    """Two roads: graphs with LoRA (`compile`) and graphs of the base model alone (`base`)."""
+    """Two roads: graphs with LoRA (`compile`) and graphs of the base model alone (`base`).
+
+    `begin` is called before a model is traced.
+    """
+
+    def begin(self, device: torch.device) -> None: ...
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]: ...
 
@@ -63,6 +69,10 @@ class InductorLowering:
 
     patches: Mapping[str, Any] = field(default_factory=dict)
 
+    def begin(self, device: torch.device) -> None:
+        if device.type == "cpu":
+            head_start.begin()
+
     def decompositions(self) -> dict[Any, Callable[..., Any]]:
         from torch._inductor import config
 
@@ -73,6 +83,7 @@ class InductorLowering:
         from torch._inductor import compile_fx as inductor
         from torch._inductor import config
 
+        head_start.wait()
         with config.patch({**self.patches, **_IN_ORDER}):
             # What compile_fx does for inference before its inner compile.
             gm = inductor._recursive_joint_graph_passes(gm)
@@ -91,6 +102,7 @@ class InductorLowering:
     def base(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
 
+        head_start.wait()
         # A compiled backward, made later, keeps the settings too.
         compiled = compile_fx(gm, list(examples), config_patches=dict(self.patches))
         return cast("Callable[..., Any]", compiled)
@@ -98,6 +110,9 @@ class InductorLowering:
 
 class ReferenceLowering:
     """Plain aten, node by node, on any device."""
+
+    def begin(self, device: torch.device) -> None:
+        pass
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]:
         return decomposition_table()

@@ -18,6 +18,7 @@ from torch._dynamo import convert_frame, eval_frame, trace_rules
 from torch._dynamo.exc import ObservedException, Unsupported
 from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
 
+from lorafx.collector import earlier_objects_spared
 from lorafx.compat import entry_arguments
 
 #: A function that is not compiled now runs in Python this time; what it calls, and its next call,
@@ -72,7 +73,8 @@ class Traced:
             if frame.f_code in self.given_up:
                 return ConvertFrameReturn(frame_exec_strategy=_THIS_TIME)
             try:
-                return convert(frame, *args, **kwargs)
+                with earlier_objects_spared():
+                    return convert(frame, *args, **kwargs)
             except Unsupported as error:
                 if isinstance(error.__cause__, ObservedException):
                     self.given_up[frame.f_code] = _what_was_raised(error)

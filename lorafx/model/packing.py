@@ -12,8 +12,10 @@ a storage that several such tensors share. What splits the views again (`model.t
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +55,9 @@ class PackedGroup:
             if buffer is not None and site.module._parameters.get(name) is not None
         ]
         # Looked at before every call, so addresses are read once; the buffers never move.
-        self._addresses = [
-            (parameters, name, part.data_ptr()) for parameters, name, part in self.places
-        ]
+        self._holders = [parameters for parameters, _, _ in self.places]
+        self._names = [name for _, name, _ in self.places]
+        self._addresses = [part.data_ptr() for _, _, part in self.places]
 
     def _part(self, buffer: Tensor, apart: bool, start: int, rows: int) -> Tensor:
         part = buffer[start : start + rows]
@@ -64,14 +66,11 @@ class PackedGroup:
     @property
     def intact(self) -> bool:
         """True while every sibling's parameter still is its view of the packed buffer."""
+        found: Any = map(operator.getitem, self._holders, self._names)
         try:
-            for parameters, name, address in self._addresses:
-                parameter = parameters[name]
-                if parameter is None or parameter.data_ptr() != address:
-                    return False
-        except (KeyError, RuntimeError):  # gone, or of a class that has no address
+            return list(map(Tensor.data_ptr, found)) == self._addresses
+        except (KeyError, TypeError, RuntimeError):  # gone, None, or of a class without an address
             return False
-        return True
 
 
 def pack_weights(

@@ -139,6 +139,7 @@ class Entry:
 
     def _new(self) -> Traced:
         session = self.session
+        session.backend.lowering.begin(session.program.runtime.device)
         return Traced(
             self.target,
             session.backend.per_token if self.per_token else session.backend,

@@ -80,7 +80,13 @@ def _fuse(graph: fx.Graph, ctx: Context, node: fx.Node, state: SiteState) -> Non
     base = {"weight": use.weight, "bias": use.bias}
     arguments = in_order(FUSED_OP, call, **base, transposed=state.site.eligible.transposed)
     with graph.inserting_before(node):
-        fused = ctx.call(graph, FUSED_OP, arguments)
+        if fake_value(call["x"]).dtype == fake_value(node).dtype:
+            # Both make a new contiguous tensor of these sizes, and what the one asks of its
+            # arguments the product and the other have asked.
+            fused = graph.call_function(FUSED_OP, arguments)
+            fused.meta["val"] = fake_value(node)
+        else:
+            fused = ctx.call(graph, FUSED_OP, arguments)
     fused.meta.update({key: node.meta[key] for key in COPIED if key in node.meta})
     if _adds_own_bias(ctx, state.site, use):
         # A mark carries those of the group into the graph, where it does.

@@ -1,0 +1,79 @@
+"""What was there before a capture is no business of the garbage collector while it runs."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from dense_merge import Case, check_mixed
+from tiny_models import FAMILIES
+from torch import fx
+
+import lorafx
+from lorafx.collector import earlier_objects_spared
+from lorafx.graph.context import Context
+
+
+class Ring:
+    """Garbage that only the collector finds."""
+
+    def __init__(self) -> None:
+        self.own = self
+
+
+@pytest.mark.quick
+def test_garbage_is_found_among_what_a_block_makes() -> None:
+    before = Ring()
+    old = weakref.ref(before)
+    with earlier_objects_spared():
+        assert gc.get_freeze_count()
+        made = weakref.ref(Ring())
+        del before
+        gc.collect()
+        assert made() is None
+        assert old() is not None
+        with earlier_objects_spared():
+            pass
+        assert gc.get_freeze_count()
+    assert not gc.get_freeze_count()
+    gc.collect()
+    assert old() is None
+
+
+@pytest.mark.quick
+def test_an_error_puts_the_objects_back() -> None:
+    with pytest.raises(KeyError), earlier_objects_spared():
+        raise KeyError
+    assert not gc.get_freeze_count()
+
+
+@pytest.mark.quick
+def test_what_the_program_has_frozen_stays_frozen() -> None:
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        with earlier_objects_spared():
+            assert gc.get_freeze_count() == frozen
+        assert gc.get_freeze_count() == frozen
+    finally:
+        gc.unfreeze()
+
+
+@pytest.mark.quick
+def test_a_capture_spares_the_model(plain: Case) -> None:
+    seen: list[int] = []
+
+    def look(gm: fx.GraphModule, ctx: Context) -> int:
+        seen.append(gc.get_freeze_count())
+        return 0
+
+    torch.manual_seed(0)
+    passes = {"look": lorafx.After("captured", look)}
+    cm: Any = plain.compile({"lowering": "reference", "passes": passes})
+    check_mixed(cm, plain, ["a1", None, "a3"], FAMILIES["plain"].inputs(3, 4))
+    assert seen
+    assert all(seen)
+    assert not gc.get_freeze_count()
