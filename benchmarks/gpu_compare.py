@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.cost.cost import GPU_STRATEGIES, estimate
+from lorafx.kernels.triton.strategy_tiles import tiles_for
 from lorafx.kernels.triton.triton_build import CONCAT, build, plan_of
 from lorafx.kernels.triton.triton_tiles import architecture_of
 from lorafx.kernels.triton.tuned_cache import load_tuned
@@ -31,6 +32,8 @@ PREFILL_COPIES = 4
 NO_ADAPTER = "no adapter"  # at the end of an arm's name: it computes the base alone
 
 ArmOfCopy = Callable[[Copy], Callable[[], Tensor]]
+#: By kernel, what of its tiles is different.
+TileChanges = Mapping[str, Mapping[str, Any]]
 
 
 class Unfit(Exception):
@@ -45,9 +48,15 @@ def chosen(case: Case, device: torch.device) -> str:
     return next(iter(estimate(case.work(device))))
 
 
-def kernel_of(case: Case, strategy: str, device: torch.device) -> int:
+def kernel_of(
+    case: Case, strategy: str, device: torch.device, changes: TileChanges | None = None
+) -> int:
+    spec, tiles = case.spec(strategy), None
+    if changes is not None:
+        chosen = tiles_for(strategy, spec.delta, case.rows, architecture_of(device))
+        tiles = {name: replace(own, **changes.get(name, {})) for name, own in chosen.items()}
     try:
-        kernel = build(case.spec(strategy), strategy, rows_hint=case.rows, device=device)
+        kernel = build(spec, strategy, rows_hint=case.rows, device=device, tiles=tiles)
     except LoweringError as reason:
         raise Unfit(f"{case.label}: {reason}") from reason
     if kernel is None:
@@ -55,11 +64,13 @@ def kernel_of(case: Case, strategy: str, device: torch.device) -> int:
     return kernel
 
 
-def strategy(case: Case, device: torch.device, *, name: str) -> ArmOfCopy:
-    """One of lorafx's strategies, by name."""
+def strategy(
+    case: Case, device: torch.device, *, name: str, changes: TileChanges | None = None
+) -> ArmOfCopy:
+    """One of lorafx's strategies, by name, with other tiles of some of its kernels."""
     if name in CONCAT:
         return function_of("gpu_concat:concat")(case, device, name=name, room=False)
-    kernel = kernel_of(case, name, device)
+    kernel = kernel_of(case, name, device, changes)
     return lambda copy: lambda: copy.lora(name, kernel)
 
 

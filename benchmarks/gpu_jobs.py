@@ -78,6 +78,8 @@ class Arm:
 PREFILL, DECODE = ("prefill",), ("decode",)
 CALIBRATE = "calibrate"
 PLANNED = {"sources": ("kernels/triton", "kernels/cost"), "inputs": (CALIBRATE,)}
+#: A reader of "split" that looks ranks up slot by slot and multiplies one adapter after another.
+ONE_BY_ONE = {"reduce": {"at_once": 0, "block_r": 16}}
 #: The most promising first.
 ARMS: tuple[Arm, ...] = (
     Arm("plan", PREFILL + DECODE, "gpu_compare:planned", **PLANNED),
@@ -97,6 +99,18 @@ ARMS: tuple[Arm, ...] = (
     Arm("expand_first", PREFILL, "gpu_compare:strategy", {"name": "expand_first"}),
     Arm("segments", PREFILL, "gpu_compare:strategy", {"name": "segments"}),
     Arm("split", DECODE, "gpu_compare:strategy", {"name": "split"}),
+    Arm(
+        "split, ahead",
+        DECODE,
+        "gpu_compare:strategy",
+        {"name": "split", "changes": {"split": {"ahead": True}}},
+    ),
+    Arm(
+        "split, one by one",
+        DECODE,
+        "gpu_compare:strategy",
+        {"name": "split", "changes": ONE_BY_ONE},
+    ),
     Arm("epilogue", DECODE + PREFILL, "gpu_compare:strategy", {"name": "epilogue"}),
     Arm("plan, no adapter", DECODE + PREFILL, "gpu_compare:nobody", **PLANNED),
     Arm("gemv", DECODE, "gpu_compare:strategy", {"name": "gemv"}),
@@ -112,6 +126,7 @@ MIXES: Mapping[str, Mapping[str, tuple[tuple[int, int, int], ...]]] = {
         "rest": (
             *((1, 1, 16), (8, 8, 16), (32, 8, 16), (128, 8, 16), (256, 8, 16), (256, 32, 16)),
             *((8, 1, 16), (32, 1, 16), (32, 32, 16), (64, 8, 64), (128, 32, 16)),
+            *((128, 1, 16), (256, 1, 16)),
         ),
     },
 }

@@ -13,6 +13,7 @@ and each kernel after the first one more dependent launch. What the strategies l
                 rows beside its loop over K, for each further one in a loop of its own
     epilogue    the shrink to v, then one kernel for base product and expand: y is written once
     split       one kernel of base product, in parts of K, and shrink; one that adds up and expands
+                (decode_cost.py)
     gemv        vendor GEMM, then shrink and expand a row at a time: no padding of rows
     segments    vendor GEMM, then shrink and expand by runs of equal slots, padded to 16 rows;
                 requests are sorted by slot first, once for all nodes of a graph
@@ -31,7 +32,7 @@ from typing import Protocol
 
 import torch
 
-from lorafx.kernels.cost import persistent_cost, vendor_cost
+from lorafx.kernels.cost import decode_cost, persistent_cost, vendor_cost
 from lorafx.kernels.cost.chips import Chip
 from lorafx.kernels.cost.work import (
     ADAPTER,
@@ -87,7 +88,7 @@ LEAST_TRITON_OVER_VENDOR = 0.97
 
 #: Speed of our kernels' loop over W beside the vendor's where bytes decide (an H200): that of
 #: "epilogue" and "recompute" has too few programs for narrow layers and too many registers.
-SPLIT_OVER_VENDOR, LOOP_OVER_VENDOR = 0.97, 0.62
+LOOP_OVER_VENDOR = 0.62
 
 
 def _fused_base(
@@ -99,17 +100,7 @@ def _fused_base(
 
 
 def _split(work: Work) -> float:
-    adapters, G = adapters_in_tile(work), len(work.sizes)
-    padded = max(work.rank, DOT) * adapters
-    M, K, N = work.rows, work.in_features, work.columns
-    A, B = work.distinct * work.rank * G * K, work.distinct * work.rank * N
-    tiles = work.m_tiles * work.n_tiles
-    parts = max(1, min(8, work.chip.processors * 3 // 2 // tiles))
-    # Planes of float32; a single part goes through y.
-    sums = parts * M * N * 4 / work.dtype.itemsize if parts > 1 else M * N
-    flops = 2.0 * M * padded
-    first = _fused_base(work, A, sums, flops * G * K, SPLIT_OVER_VENDOR)
-    return first + reader(work, B, sums + M * N, flops * N)
+    return decode_cost.split(work, _fused_base)
 
 
 def _recompute(work: Work) -> float:
@@ -167,6 +158,11 @@ GPU_STRATEGIES = {
 #: Their own base product instead of the vendor's.
 FUSED = ("split", "epilogue", "recompute", "persistent")
 AROUND = ("expand_first", "concat", "concat_apart")  # other operands for the vendor's GEMM
+#: What no chip has timed, for who is told of a choice.
+UNTIMED: Mapping[str, str] = {
+    **dict.fromkeys(AROUND, "never measured on a chip"),
+    "split": "its reader measured in an earlier form only",
+}
 
 
 def _refusal(name: str, work: Work) -> str:

@@ -82,6 +82,7 @@ class Record:
         unsafe: `wgmma` still in flight when the registers of their left operand may be reused.
         widest: columns of its widest `wgmma`.
         tma: loads by TMA.
+        narrow: loads and stores of global memory of one 16-bit element a thread.
         partitions: groups of warps that have loads or products to themselves.
         tensor_columns: of Blackwell's tensor memory, which has TENSOR_COLUMNS.
     """
@@ -97,6 +98,7 @@ class Record:
     tma: int = 0
     partitions: int = 0
     tensor_columns: int = 0
+    narrow: int = 0
 
     @property
     def spilled(self) -> bool:
@@ -147,6 +149,7 @@ def compile_variant(variant: AotVariant, target: str) -> Record:
         len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.shared", text)),
         len(re.findall(r"^ *partition\d+\(", compiled.asm["ttgir"], re.MULTILINE)),
         compiled.metadata.tmem_size if cuda else 0,
+        len(re.findall(r"\b(?:ld|st)\.global(?:\.\w+)*\.b16", text)),
     )
 
 

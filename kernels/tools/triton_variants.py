@@ -238,6 +238,10 @@ def variants_for_aot(
                     kernel = load(kernel_name, spec, tiles, arch)
                     if kernel.key not in seen:
                         yield variant(f"{strategy}/{kernel_name}/{name}/m{M}", kernel, spec)
+                    if kernel_name == "split" and tiles.overlap:
+                        kernel = load(kernel_name, spec, replace(tiles, ahead=True), arch)
+                        if kernel.key not in seen:
+                            yield variant(f"split/ahead/{name}/m{M}", kernel, spec)
     # What a tuner may take instead of the first, for one layer.
     spec = representative_specs()["o_r16_bf16"]
     for number, tiles in enumerate(persistent_variants(spec.delta, rows[-1], arch)):

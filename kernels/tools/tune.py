@@ -67,11 +67,13 @@ AXES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
         "num_stages": (3, 4, 5, 6),
         "num_warps": (4, 8),
         "lanes": (1, 2, 4, 8),
+        "ahead": (False, True),
     },
     "reduce": {
         "block_m": (16, 32, 64),
         "block_n": (32, 64, 128, 256),
         "block_r": (16, 32, 64, 128),
+        "at_once": (0, 64),
         "num_warps": (2, 4, 8),
     },
     "persistent": {

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from lorafx.kernels.cpu.cpu_source import DeltaSpec
+from lorafx.kernels.triton.decode_tiles import split_tiles
 from lorafx.kernels.triton.persistent_tiles import persistent_tiles
 from lorafx.kernels.triton.triton_tiles import (
     Architecture,
@@ -18,7 +19,6 @@ from lorafx.kernels.triton.triton_tiles import (
     power_of_two,
     shrink_rows_tiles,
     shrink_tiles,
-    split_tiles,
 )
 
 # strategy -> the kernels that it launches, in order

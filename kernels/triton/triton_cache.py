@@ -53,7 +53,7 @@ class GeneratedKernel:
     @property
     def starts_early(self) -> bool:
         """Whether it may be launched while the kernel before it runs: it waits by itself."""
-        return self.tiles.overlap and self.name not in FIRST
+        return self.tiles.overlap and (self.name not in FIRST or self.tiles.ahead)
 
     @property
     def text(self) -> str:

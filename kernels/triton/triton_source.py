@@ -38,6 +38,9 @@ from lorafx.kernels.triton.triton_tiles import Tiles, power_of_two
 
 TYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
 
+#: Lines of 128 bytes of each column of W that a program fetches before there is an x.
+FETCHED = 4
+
 # kernel -> its template and the constants that tell it from the template's other kernels
 KERNELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "shrink": ("shrink", {}),
@@ -188,6 +191,7 @@ def parameters(kernel: str, spec: TritonSpec, tiles: Tiles) -> dict[str, Any]:
         "range_firsts": [j * d.max_rank for j in range(len(d.sizes))],
         "tile_firsts": _starts(tuple(counts)),
         "tiles_n": sum(counts),
+        "tiles_block": power_of_two(sum(counts), 1, 1 << 20),
         # of a kernel that takes a tile's slots side by side, or goes slot by slot after all
         "factors": factors,
         "abreast": tiles.block_r // factors,
@@ -201,19 +205,23 @@ def parameters(kernel: str, spec: TritonSpec, tiles: Tiles) -> dict[str, Any]:
         or (kernel in ("shrink", "split", "activate") and tiles.parts * k_part > d.in_features),
         "split_part": split_part,
         "split_ragged": ragged or tiles.split * split_part > d.in_features,
+        # lines of the cache of a column of W that are fetched ahead
+        "line": max(128 // d.x_dtype.itemsize, 1),
+        "fetched": FETCHED,
         "ragged_n": any(size % tiles.block_n for size in d.sizes),
         **asdict(tiles),
         "batched": batched,
+        "at_once": tiles.at_once if batched else 0,
         "grouped": spec.experts > 0,
         "experts": spec.experts,
         "experts_block": power_of_two(spec.experts, 1, 1 << 20),
         "activation": spec.activation if kernel == "activate" else None,
-        **_columns(spec, sum(counts)),
+        **_columns(spec),
         "leaf_deltas": _leaf_deltas(spec) if kernel == "activate" else [],
     }
 
 
-def _columns(spec: TritonSpec, tiles_n: int) -> dict[str, Any]:
+def _columns(spec: TritonSpec) -> dict[str, Any]:
     """What a template needs to know of the columns that x and W get."""
     if spec.longer is None:
         return {}
@@ -223,7 +231,6 @@ def _columns(spec: TritonSpec, tiles_n: int) -> dict[str, Any]:
         "left": layout.left,
         "places": list(layout.places),
         "requests": spec.longer.requests,
-        "tiles_block": power_of_two(tiles_n, 1, 1 << 20),
     }
 
 

@@ -36,7 +36,10 @@ class Tiles:
             rows of the tile for each slot.
         batched: the reader of v multiplies a tile's slots side by side, block_r factors at a time,
             instead of slot by slot.
+        at_once: slots whose ranks a batched reader fetches beside the slots of its rows, so that B
+            waits for one load instead of three; 0: for its rows' slots, once it has those.
         early: a batched kernel finds its slots and fetches the first of B before the base product.
+        ahead: "split" starts while the kernel before it runs, and fetches the first of W.
         overlap: the reader of v starts while the shrink runs (programmatic dependent launch).
         ordered: rows are visited sorted by slot, so that a tile holds few adapters.
         programs: of a persistent kernel, each of which takes tile after tile.
@@ -58,7 +61,9 @@ class Tiles:
     window: int = 0
     picked: int = 0
     batched: bool = False
+    at_once: int = 0
     early: bool = False
+    ahead: bool = False
     overlap: bool = False
     programs: int = 0
     slices: int = 1
@@ -127,7 +132,7 @@ def power_of_two(value: int, least: int, most: int) -> int:
     return min(max(1 << max(value - 1, 0).bit_length(), least), most)
 
 
-def _stages(arch: Architecture, bytes_a_stage: int, most: int) -> int:
+def stages_that_fit(arch: Architecture, bytes_a_stage: int, most: int) -> int:
     """As many pipeline stages as shared memory has room for; AMD's pipeline wants two."""
     if arch.warp == 64:
         return 2
@@ -135,7 +140,7 @@ def _stages(arch: Architecture, bytes_a_stage: int, most: int) -> int:
     return max(min(room // bytes_a_stage, most), 1)
 
 
-def _aligned(spec: DeltaSpec) -> bool:
+def aligned(spec: DeltaSpec) -> bool:
     """Whether rows of x, W and y start at multiples of 16 elements.
 
     Others are loaded an element at a time, by pointers that fill twice the registers of what they
@@ -161,14 +166,14 @@ def linear_tiles(spec: DeltaSpec, rows: int, arch: Architecture, kernel: str) ->
             batched=kernel == "epilogue",
         )
     if kernel in ("expand", "expand_first"):  # y is written, or read too: nothing to pipeline
-        plain = _aligned(spec) and spec.bank_dtype.itemsize == 2 and spec.max_rank <= 32
+        plain = aligned(spec) and spec.bank_dtype.itemsize == 2 and spec.max_rank <= 32
         return Tiles(power_of_two(rows, 16, 32), block_n=128 if plain else 64, num_stages=2)
     size = spec.x_dtype.itemsize
     by_hand = size == 4 or (kernel == "recompute" and spec.bank_dtype.itemsize == 4)
     if by_hand:  # no matrix instructions: products in registers, so small tiles
-        block_m = power_of_two(rows, 16, 64 if _aligned(spec) and size == 4 else 32)
+        block_m = power_of_two(rows, 16, 64 if aligned(spec) and size == 4 else 32)
         tiles = Tiles(block_m=block_m, block_n=32, block_k=32 if size == 4 else 16)
-    elif not _aligned(spec):
+    elif not aligned(spec):
         tiles = Tiles(power_of_two(rows, 16, 64), block_n=32, block_k=32, num_stages=2)
     elif rows <= 64:
         # Half as wide where tiles of 64 columns would leave half of the processors idle.
@@ -187,7 +192,7 @@ def linear_tiles(spec: DeltaSpec, rows: int, arch: Architecture, kernel: str) ->
         tiles = Tiles(128, block_n, block_k, num_warps=8, num_stages=4)
     columns = tiles.block_m + tiles.block_n + (tiles.block_r if kernel == "recompute" else 0)
     return replace(
-        tiles, num_stages=_stages(arch, tiles.block_k * columns * size, tiles.num_stages)
+        tiles, num_stages=stages_that_fit(arch, tiles.block_k * columns * size, tiles.num_stages)
     )
 
 
@@ -225,7 +230,7 @@ def shrink_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> Tiles:
         swap=wide < 64,
         # Element-wise loads of float32 leave no registers at 64 rows: twice the threads.
         num_warps=8 if size == 4 and spec.in_features % 16 and wide == 64 else 4,
-        num_stages=_stages(arch, block_k * (wide + block_r) * size, 4),
+        num_stages=stages_that_fit(arch, block_k * (wide + block_r) * size, 4),
     )
 
 
@@ -250,51 +255,6 @@ def activate_tiles(spec: DeltaSpec, shrink: Tiles, arch: Architecture) -> Tiles:
         swap=False,
         num_stages=min(shrink.num_stages, 2),
     )
-
-
-def split_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> dict[str, Tiles]:
-    """Tiles of "split" and "reduce".
-
-    Each program of the base product reads x again, so W's tile is the wide one; as many parts of K
-    as give one and a half programs a processor, what leaves the shrink's programs a place. Found by
-    sweeps on an H200 (Llama-3-8B's linears, 1 and 64 rows), as are the reader's wide tiles of 16
-    rows, of 64 sorted by slot: they read each adapter's B about once.
-    """
-    shrink = shrink_tiles(spec, rows, arch)
-    columns, size = sum(spec.sizes), spec.x_dtype.itemsize
-    planes = len(spec.sizes) * spec.max_rank
-    block_r = power_of_two(spec.max_rank, 16, 64) if spec.max_rank <= 64 else 16
-    if arch.name == "interpreter":
-        first = replace(shrink, block_n=power_of_two(columns, 16, 128), split=2)
-        wide = power_of_two(max(spec.sizes), 16, 128)
-        second = Tiles(16, wide, block_r=block_r, group_m=2, window=64 if rows > 16 else 0)
-    else:
-        small = size == 4 or spec.bank_dtype.itemsize == 4 or not _aligned(spec)
-        block_n = 32 if small else 128 if columns >= 16384 or rows <= 16 else 64
-        block_k = 32 if small else 64
-        num_warps = 8 if block_n == 128 and rows <= 16 else 4
-        programs = -(-columns // block_n) * -(-rows // shrink.block_m)
-        most = min(arch.processors * 3 // 2 // programs, -(-spec.in_features // block_k) // 4)
-        split = 1 << max(min(most, 8), 1).bit_length() - 1
-        stages = _stages(arch, 2 * block_k * (shrink.block_m + block_n) * size, 5)
-        first = replace(
-            shrink,
-            block_n=block_n,
-            block_k=block_k,
-            block_r=16 if small else power_of_two(planes, 16, 64 if rows > 16 else 16),
-            parts=4,
-            split=split,
-            picked=16 if rows > 16 else 0,
-            swap=True,
-            num_warps=num_warps,
-            num_stages=stages,
-        )
-        wide = 32 if small else 256 if columns >= 16384 and block_r == 16 else 128
-        window = 64 if rows > 16 and not small else 0
-        second = Tiles(16, wide, block_r=block_r, window=window, num_stages=1)
-    second = replace(second, parts=first.parts, split=first.split, batched=True)
-    both = {"split": first, "reduce": second}
-    return {name: replace(tiles, overlap=arch.overlaps) for name, tiles in both.items()}
 
 
 def grouped_tiles(
@@ -324,11 +284,11 @@ def grouped_tiles(
             lanes=4 if few else 1,
         )
         size = max(spec.x_dtype.itemsize, spec.bank_dtype.itemsize)
-        stages = _stages(arch, first.block_k * (wide + first.block_r) * size, 4)
+        stages = stages_that_fit(arch, first.block_k * (wide + first.block_r) * size, 4)
         first = replace(first, num_stages=stages)
         if second.swap:
             stage = second.block_k * (second.block_m + 64) * spec.x_dtype.itemsize
-            second = replace(second, block_n=64, num_stages=_stages(arch, stage, 5))
+            second = replace(second, block_n=64, num_stages=stages_that_fit(arch, stage, 5))
             if second.block_m <= 32 and spec.max_rank <= 32:
                 second = replace(second, batched=True, block_r=64)
     overlap = arch.overlaps and strategy == "grouped" and rows <= 256
@@ -369,7 +329,7 @@ def concat_tiles(spec: DeltaSpec, rows: int, arch: Architecture) -> dict[str, Ti
         ordered=ordered,
         # loads of x and A and stores of v hold a pointer an element: 80 bytes spilled with four
         num_warps=8 if block_m * block_r >= 64 * 32 else 4,
-        num_stages=_stages(arch, block_k * (block_m + block_r) * size, 4),
+        num_stages=stages_that_fit(arch, block_k * (block_m + block_r) * size, 4),
     )
     return {"gather": first, "place": second}
 

@@ -32,7 +32,14 @@ from lorafx.graph.context import (
 from lorafx.graph.pointwise_region import NoRegion, PointwiseRegion
 from lorafx.graph.strategy import ATEN, GENERATED, Strategy, choose
 from lorafx.kernels.cost.chips import chip_of
-from lorafx.kernels.cost.cost import FUSED, byte_floor, estimate, split_is_faster, work_of
+from lorafx.kernels.cost.cost import (
+    FUSED,
+    UNTIMED,
+    byte_floor,
+    estimate,
+    split_is_faster,
+    work_of,
+)
 from lorafx.kernels.cost.expert_cost import ExpertWork, estimate_experts
 from lorafx.kernels.cost.work import Estimate, Work
 from lorafx.kernels.cpu.cpu import DeltaSpec, build_all
@@ -179,8 +186,8 @@ def _triton_choice(
         if name in AROUND and _not_around(node, name):
             continue
         if not modelled.refusal and (name not in FUSED or _fusable(node, name)):
-            never = ", never measured on a chip" if name in AROUND else ""
-            return name, f"modelled {modelled}{never} at {rows} rows; {_floor(ctx, node)}"
+            untimed = f", {UNTIMED[name]}," if name in UNTIMED else ""
+            return name, f"modelled {modelled}{untimed} at {rows} rows; {_floor(ctx, node)}"
     return "segments", f"the number of rows is unknown; {_floor(ctx, node)}"
 
 

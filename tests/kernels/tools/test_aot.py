@@ -98,6 +98,16 @@ def test_the_cut_has_every_kernel() -> None:
     assert {name.split("/")[1] if "/" in name else name for name in CUT} >= kernels
 
 
+@pytest.mark.parametrize(
+    "name", ["split/reduce/gate_up_r16_bf16/m64", "epilogue/epilogue/o_r16_bf16/m64"]
+)
+def test_a_kernel_that_waits_still_moves_16_bytes_at_a_time(name: str) -> None:
+    """What waiting adds to pointers is known to be a multiple of 16 elements."""
+    variant = next(v for v in variants_for_aot("cuda90", (64,)) if v.name == name)
+    assert variant.kernel.starts_early
+    assert compile_variant(variant, "cuda90").narrow == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_variant_fits(target: str) -> None:
