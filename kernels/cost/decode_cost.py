@@ -74,9 +74,14 @@ def first_kernel(work: Work, base_product: BaseProduct) -> float:
 
 
 def sums_of(work: Work) -> float:
-    """Elements of the parts' planes, which are of float32; a single part goes through y."""
-    tiles = work.m_tiles * work.n_tiles
-    parts = max(1, min(8, work.chip.processors * 3 // 2 // tiles))
+    """Elements of the parts' planes, which are of float32; a single part goes through y.
+
+    As many parts as lorafx.kernels.triton.decode_tiles cuts K into.
+    """
+    wide = 128 if work.columns >= WIDE or work.rows <= TILE else 64
+    tiles = work.m_tiles * math.ceil(work.columns / wide)
+    most = min(work.chip.processors * 3 // 2 // tiles, math.ceil(work.in_features / 64) // 4)
+    parts = 1 << max(min(most, 8), 1).bit_length() - 1
     planes = parts * 4 / work.dtype.itemsize if parts > 1 else 1
     return work.rows * work.columns * planes
 

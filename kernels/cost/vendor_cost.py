@@ -70,7 +70,7 @@ def _longer(work: Work, products: Sequence[tuple[int, int]]) -> float:
     flops = sum(
         2.0 * M * n * math.ceil((K + taken * own) / K_TILE) * K_TILE for n, taken in products
     )
-    product = work.kernel(K * N + M * (K + N), 0, flops) + START * len(products)
+    product = work.kernel(K * N + M * (K + N), work.cached, flops) + START * len(products)
     beside_w = reader(work, work.distinct * work.rank * N + G * own * N, 0, 0)
     copy = 0.0 if work.room else work.kernel(2 * K * N + G * own * N, 0, 0) + work.chip.launch
     zeros = work.kernel(M * G * own, 0, 0) + work.chip.launch

@@ -87,6 +87,12 @@ class Work:
         return self.product / self.chip.rate(self.dtype) > memory
 
     @property
+    def cached(self) -> int:
+        """Elements that the base product's tiles take from the cache; 0 where FLOPs decide."""
+        M, K, N = self.rows, self.in_features, self.columns
+        return 0 if self.compute_bound else self.m_tiles * K * N + self.n_tiles * M * K + M * N
+
+    @property
     def product(self) -> float:
         """FLOPs of the base product."""
         return 2.0 * self.rows * self.in_features * self.columns
@@ -106,8 +112,7 @@ class Work:
         the vendor's tiles are larger, and neighbours share what they read.
         """
         M, K, N = self.rows, self.in_features, self.columns
-        tiles = 0 if self.compute_bound else self.m_tiles * K * N + self.n_tiles * M * K + M * N
-        return self.kernel(K * N + M * (K + N) + memory, tiles + l2, self.product + flops)
+        return self.kernel(K * N + M * (K + N) + memory, self.cached + l2, self.product + flops)
 
     def vendor(self) -> float:
         """Seconds of the vendor's GEMM."""

@@ -1,7 +1,9 @@
-"""What the cost model predicts for prefill by the strategies that are for it, as a table.
+"""What the cost model predicts for prefill and decode by the strategies for them, as tables.
 
-python -m lorafx.kernels.tools.predict                   print it
-python -m lorafx.kernels.tools.predict docs/kernels.md   write it there
+python -m lorafx.kernels.tools.predict                   print them
+python -m lorafx.kernels.tools.predict docs/kernels.md   write them there
+
+The table of decode is predict_decode.py.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from lorafx.kernels.cost.chips import DEFAULT_CHIP
 from lorafx.kernels.cost.cost import AROUND, estimate
 from lorafx.kernels.cost.persistent_cost import LEAST
 from lorafx.kernels.cost.work import Work
+from lorafx.kernels.tools import predict_decode
 
 #: The packed linears of Llama-3-8B: K, and the columns of each sibling.
 LINEARS = {
@@ -59,21 +62,30 @@ def table() -> str:
     return "\n".join([*lines, END])
 
 
+def tables() -> tuple[tuple[str, str, str], ...]:
+    """(first line, last line, table) of each."""
+    decode = predict_decode.table(LINEARS)
+    return (BEGIN, END, table()), (predict_decode.BEGIN, predict_decode.END, decode)
+
+
 def is_current(document: str) -> bool:
-    """Whether the table in `document` is what the model predicts now."""
-    return table() in document
+    """Whether the tables in `document` are what the model predicts now."""
+    return all(text in document for _, _, text in tables())
 
 
 def main(arguments: Sequence[str]) -> None:
     """Entry point of `python -m lorafx.kernels.tools.predict`."""
     if not arguments:
-        print(table())
+        print("\n\n".join(text for _, _, text in tables()))
         return
     path = Path(arguments[0])
-    before, begin, rest = path.read_text().partition(BEGIN)
-    if not begin:
-        raise SystemExit(f"{path} has no line {BEGIN}")
-    path.write_text(before + table() + rest.partition(END)[2])
+    document = path.read_text()
+    for first, last, text in tables():
+        before, begin, rest = document.partition(first)
+        if not begin:
+            raise SystemExit(f"{path} has no line {first}")
+        document = before + text + rest.partition(last)[2]
+    path.write_text(document)
 
 
 if __name__ == "__main__":
