@@ -35,7 +35,7 @@ def entry_arguments(recompile_limit: int) -> dict[str, Any]:
     return found
 
 
-#: Settings that must hold whenever a call may capture a graph.
+#: Settings that must hold while a graph is captured.
 #: - No duck shaping: a batch of 5 with 5 tokens must not make batch and length one symbol.
 #: - Past the recompile limit Dynamo would silently run eager: make it raise instead.
 #: - Floats that modules hold are constants. Under dynamic=True each would be a graph input that
@@ -56,8 +56,7 @@ def capture_settings(recompile_limit: int, *, sizes_by_data: bool = False) -> It
     `sizes_by_data`: operators whose results' sizes depend on data are captured too, where Dynamo
     would break the graph. Not for every model: what follows such a size in Python often cannot be.
 
-    Plain attribute writes: `config.patch` costs 14 µs a call and this runs once a forward. What is
-    right already is not written.
+    What is right already is not written: a block of `lorafx.adapters` does this at every call.
     """
     wanted = _CAPTURE
     if "recompile_limit" not in _COMPILE_ARGUMENTS:

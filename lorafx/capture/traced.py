@@ -19,7 +19,7 @@ from torch._dynamo.exc import ObservedException, Unsupported
 from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
 
 from lorafx.collector import earlier_objects_spared
-from lorafx.compat import entry_arguments
+from lorafx.compat import capture_settings, entry_arguments
 
 #: A function that is not compiled now runs in Python this time; what it calls, and its next call,
 #: are looked at as ever.
@@ -34,6 +34,8 @@ class Traced:
     reached the caller; if the function gets over it, it stays untraced.
 
     Args:
+        sizes_by_data: whether operators whose results' sizes depend on data are captured too, asked
+            at each capture.
         keep_guards: says which of a new graph's guards are checked before each call.
     """
 
@@ -44,6 +46,7 @@ class Traced:
         *,
         dynamic: bool | None,
         recompile_limit: int,
+        sizes_by_data: Callable[[], bool],
         keep_guards: Callable[[Sequence[Any]], Sequence[bool]],
     ) -> None:
         #: What functions raised that were given up for it.
@@ -61,19 +64,27 @@ class Traced:
         if callback is not None:
             converter = callback._torchdynamo_orig_backend
             converter._inner_convert = self._noting(converter._inner_convert)
+        self._recompile_limit = recompile_limit
+        self._sizes_by_data = sizes_by_data
         function = _with_own_code(function)
         self._code = function.__code__
         self.call: Callable[..., Any] = context(function)
 
     def _noting(self, convert: Callable[..., ConvertFrameReturn]) -> Callable[..., Any]:
-        """Dynamo's conversion of a frame, but for frames that were given up."""
+        """Dynamo's conversion of a frame, but for frames that were given up.
+
+        Dynamo holds its lock meanwhile, so its settings are ours in this thread alone.
+        """
 
         @functools.wraps(convert)  # with its attributes, which Dynamo asks for
         def noting(frame: Any, *args: Any, **kwargs: Any) -> ConvertFrameReturn:
             if frame.f_code in self.given_up:
                 return ConvertFrameReturn(frame_exec_strategy=_THIS_TIME)
             try:
-                with earlier_objects_spared():
+                settings = capture_settings(
+                    self._recompile_limit, sizes_by_data=self._sizes_by_data()
+                )
+                with settings, earlier_objects_spared():
                     return convert(frame, *args, **kwargs)
             except Unsupported as error:
                 if isinstance(error.__cause__, ObservedException):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorafx.capture.failures import explained, own_error
 from lorafx.capture.traced import Traced
-from lorafx.compat import capture_settings, is_recompile_limit, mark_fixed_shape
+from lorafx.compat import is_recompile_limit, mark_fixed_shape
 from lorafx.errors import (
     CaptureError,
     LorafxError,
@@ -88,7 +88,7 @@ class Entry:
         traced.unstarted = False
         try:
             run = functools.partial(self._result, traced, *args, **kwargs)
-            with torch.no_grad(), session.settings(capture_settings):
+            with torch.no_grad(), session.module_paths():
                 return tracked(session, run)
         except BaseException as error:
             own = own_error(error)
@@ -145,6 +145,7 @@ class Entry:
             session.backend.per_token if self.per_token else session.backend,
             dynamic=session.dynamic,
             recompile_limit=session.program.options.recompile_limit,
+            sizes_by_data=lambda: session.program.quantised.sizes_by_data,
             keep_guards=functools.partial(keep_guards, self.module),
         )
 

@@ -2,7 +2,7 @@
 
     note        what is under way: `Running`, one assignment
     set batch   names of the requests → names of the rows → slots in the store → the runtime
-    run         under Dynamo's settings (`settings`)
+    run         the compiled forward, or what the block holds
     take back   what was there before, on interrupts too
 
 Entries of compiled models (lorafx.serving.entry) and blocks of `lorafx.adapters`
@@ -14,8 +14,8 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, Final, NamedTuple, TypeVar
 
@@ -34,6 +34,8 @@ from lorafx.session.running import IDLE, BaseState, Locks, Running
 from lorafx.session.stand_ins import StandIns
 
 T = TypeVar("T")
+
+_NOTHING: Final = nullcontext()
 
 
 class _Served(NamedTuple):
@@ -220,17 +222,11 @@ class Session:
         """Keep no adapter that was served alive."""
         self._served = _Served()
 
-    def settings(
-        self, settings: Callable[..., AbstractContextManager[None]]
-    ) -> AbstractContextManager[None]:
-        """Dynamo's settings for the batch that is set: those of lorafx.compat that are given."""
-        program = self.program
-        limit, by_data = program.options.recompile_limit, program.quantised.sizes_by_data
-        wanted = settings(limit, sizes_by_data=by_data)
-        if self.has_mha and program.runtime.active:
-            # Its fused inference path takes the weights past every module and mark.
-            return _both(no_mha_fast_path(), wanted)
-        return wanted
+    def module_paths(self) -> AbstractContextManager[None]:
+        """Around a call: weights are used by their modules, where marks are seen."""
+        if self.has_mha and self.program.runtime.active:
+            return no_mha_fast_path()
+        return _NOTHING
 
     def repeating(self) -> bool:
         """Whether rows of one request may follow one another though the requests do not say so."""
@@ -329,14 +325,6 @@ def _token_names(
                 "sequences, without a cache of earlier tokens"
             )
     return requests.of_tokens()
-
-
-@contextmanager
-def _both(
-    outer: AbstractContextManager[None], inner: AbstractContextManager[None]
-) -> Iterator[None]:
-    with outer, inner:
-        yield
 
 
 #: All there are, also those that serve no more: a child process frees their locks.

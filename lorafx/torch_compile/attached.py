@@ -89,7 +89,13 @@ class AttachedSession(Session):
                 _BLOCKS.append(self)
                 self.serve(requests.names, slots, program.new_call(None, {}))
                 program.quantised.settle_again()
-                settings.enter_context(self.settings(block_settings))
+                settings.enter_context(self.module_paths())
+                settings.enter_context(
+                    block_settings(
+                        program.options.recompile_limit,
+                        sizes_by_data=program.quantised.sizes_by_data,
+                    )
+                )
                 touched = program.batch.touched
                 uses = WeightUses(program, inside_modules=True) if touched else None
                 if uses is not None and tracking is None:
