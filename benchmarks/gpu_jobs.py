@@ -287,6 +287,8 @@ def all_jobs() -> tuple[Job, ...]:
         step_job(1, "decode [32, 1]"),
         step_job(3, "decode [1, 1]"),
         step_job(4, "decode [8, 1]"),
+        step_job(5, "decode [128, 1]"),
+        step_job(6, "decode [256, 1]"),
         *arm_jobs("prefill", "rest"),
         *arm_jobs("decode", "rest"),
         correctness_job("odd sizes", 120.0),

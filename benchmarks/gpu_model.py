@@ -37,10 +37,12 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 #: (name, batch, tokens, adapters of the mixes), the most telling first
 STEPS = (
     ("decode", 64, 1, (0, 1, 8, 32)),
-    ("decode", 32, 1, (0, 1, 8)),
+    ("decode", 32, 1, (0, 1, 8, 32)),
     ("prefill", 8, 1024, (0, 1, 8)),
     ("decode", 1, 1, (0, 1)),
     ("decode", 8, 1, (0, 1, 8)),
+    ("decode", 128, 1, (0, 1, 8, 32)),
+    ("decode", 256, 1, (0, 1, 8, 32)),
 )
 #: Least throughput over no LoRA by (step, adapters), of docs/performance.md: goal, stretch.
 GOALS = {

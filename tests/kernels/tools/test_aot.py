@@ -6,11 +6,14 @@ summary of all of them (docs/kernels.md) must be of the sources as they are.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import triton
+from triton.compiler import ASTSource
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.tools import aot
@@ -106,6 +109,20 @@ def test_a_kernel_that_waits_still_moves_16_bytes_at_a_time(name: str) -> None:
     variant = next(v for v in variants_for_aot("cuda90", (64,)) if v.name == name)
     assert variant.kernel.starts_early
     assert compile_variant(variant, "cuda90").narrow == 0
+
+
+def test_what_starts_ahead_fetches_waits_and_only_then_reads() -> None:
+    """As compiled: instructions that pass a number through stay where they are."""
+    name = "split/ahead/o_r16_bf16/m64"
+    variant = next(v for v in variants_for_aot("cuda90", (64,)) if v.name == name)
+    source = ASTSource(variant.function, variant.signature, {}, variant.attributes)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    ptx = triton.compile(source, target=TARGETS["cuda90"].gpu, options=options).asm["ptx"]
+    steps = r"prefetch\.global|griddepcontrol\.\w+|(?:ld|st)\.global|cp\.async\.cg"
+    found = list(dict.fromkeys(re.findall(steps, ptx)))
+    waits = ["griddepcontrol.wait", "griddepcontrol.launch_dependents"]
+    assert found[:3] == ["prefetch.global", *waits]
+    assert {"ld.global", "st.global", "cp.async.cg"} <= set(found[3:])
 
 
 @pytest.mark.slow
