@@ -21,6 +21,7 @@ from lorafx.kernels.triton.triton_build import AROUND, CONCAT
 
 NAMES = ["a1", None, "a3", "a0", "a2"]
 TRITON = {"lowering": "triton"}
+SLOW = pytest.mark.slow
 
 
 def inputs_of(family: str, rows: int = 5, length: int = 4) -> dict[str, torch.Tensor]:
@@ -52,7 +53,7 @@ def test_each_strategy_gives_the_merged_models_logits(plain: Case, strategy: str
     assert cm.recompiles == graphs
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=SLOW), "gpt2"])
 def test_transformers_models(case_of: Any, family: str) -> None:
     """Packed siblings with grouped queries; weights stored (in, out) with biases."""
     case = case_of(family, **{"num_hidden_layers": 1} if family == "llama" else {})
@@ -70,8 +71,14 @@ WHOLE = {
 
 @pytest.mark.parametrize(
     ("family", "strategy"),
-    [("llama", name) for name in (*AROUND, "persistent")]
-    + [("gpt2", "concat"), ("gpt2", "persistent")],
+    [
+        ("llama", "concat"),
+        ("llama", "persistent"),
+        # The same kernels by other ways round are in tests/kernels/triton.
+        *(pytest.param("llama", name, marks=SLOW) for name in AROUND if name != "concat"),
+        pytest.param("gpt2", "concat", marks=SLOW),
+        pytest.param("gpt2", "persistent", marks=SLOW),
+    ],
 )
 def test_transformers_models_by_strategies_of_prefill(
     case_of: Any, family: str, strategy: str

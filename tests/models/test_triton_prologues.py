@@ -34,35 +34,33 @@ def strategies(cm: Any, part: str) -> set[str]:
     }
 
 
-def mlp(layers: int) -> dict[str, str]:
-    """Pins of a Llama's gated MLPs."""
-    pins = {"gate_proj": "deferred", "up_proj": "deferred", "down_proj": "prologue"}
-    return {
-        f"model.layers.{layer}.mlp.{name}": pin
-        for layer in range(layers)
-        for name, pin in pins.items()
-    }
+#: Pins of the gated MLP of a Llama of one layer.
+MLP = {
+    "model.layers.0.mlp.gate_proj": "deferred",
+    "model.layers.0.mlp.up_proj": "deferred",
+    "model.layers.0.mlp.down_proj": "prologue",
+}
 
 
-def test_a_gated_mlp(llama: Case) -> None:
+def test_a_gated_mlp(shallow: Case) -> None:
     """Mixes, other numbers of requests and tokens: right, by the graphs that there are."""
-    cm = planned(llama, mlp(2), verify="numeric")
-    check_mixed(cm, llama, NAMES, inputs_of("llama"))
+    cm = planned(shallow, MLP, verify="numeric")
+    check_mixed(cm, shallow, NAMES, inputs_of("llama"))
     assert strategies(cm, "down_proj") == {"prologue"}
     assert strategies(cm, "gate_proj") == strategies(cm, "up_proj") == {"deferred"}
     graphs = cm.recompiles
     for names in (["a4", "a4", "a0", None, "a1"], [None, None, "a2", "a2", "a2"], ["a3"] * 5):
-        check_mixed(cm, llama, names, inputs_of("llama"))
-    check_mixed(cm, llama, ["a0", "a3", None], inputs_of("llama", 3, 7))
+        check_mixed(cm, shallow, names, inputs_of("llama"))
+    check_mixed(cm, shallow, ["a0", "a3", None], inputs_of("llama", 3, 7))
     assert cm.recompiles == graphs
-    check_mixed(cm, llama, ["a1"], inputs_of("llama", 1, 4))
+    check_mixed(cm, shallow, ["a1"], inputs_of("llama", 1, 4))
 
 
 def test_gate_and_up_by_themselves(shallow: Case) -> None:
     """Without `pack` they are two nodes; a delta that is not deferred is in y before it is read."""
-    cm = planned(shallow, mlp(1), passes={"pack": False})
+    cm = planned(shallow, MLP, passes={"pack": False})
     check_mixed(cm, shallow, NAMES, inputs_of("llama"))
-    pins = {**mlp(1), "model.layers.0.mlp.gate_proj": "segments"}
+    pins = {**MLP, "model.layers.0.mlp.gate_proj": "segments"}
     cm = planned(shallow, pins, passes={"pack": False})
     check_mixed(cm, shallow, NAMES, inputs_of("llama"))
     assert strategies(cm, "gate_proj") == {"segments"}
@@ -81,7 +79,7 @@ def test_transposed_weights_with_biases(case_of: Any) -> None:
 
 def test_base_rows_are_the_bases_own_but_for_the_activation(shallow: Case) -> None:
     """Whatever their neighbours' adapters are, base rows keep their bits."""
-    cm = planned(shallow, mlp(1))
+    cm = planned(shallow, MLP)
     inputs = inputs_of("llama")
     some = cm(**inputs, adapter_names=NAMES).logits
     others = cm(**inputs, adapter_names=["a4", None, "a0", "a3", None]).logits
