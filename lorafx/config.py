@@ -124,6 +124,9 @@ class Options:
             all slots, which "concat_apart" then need not copy them for. A parameter stays the
             object that it was, but its rows have gaps between them (docs/kernels.md). Not measured
             on a GPU.
+        stamps: AOTAutograd traces one of several equal layers, and the others are copies of what it
+            finds (lorafx.capture.stamps). The graph is the same; a deep model's first call is
+            shorter.
     """
 
     lowering: Lowering = "auto"
@@ -135,6 +138,7 @@ class Options:
     recompile_limit: int = 64
     strict: bool = False
     weight_room: bool = False
+    stamps: bool = False
 
     @classmethod
     def of(cls, value: Options | Mapping[str, Any] | None) -> Options:

@@ -33,6 +33,7 @@ from lorafx.capture.failures import in_lowering, in_tracing
 from lorafx.capture.graph_text import GraphText
 from lorafx.capture.lowering import Lowering, lowering_for
 from lorafx.capture.record import GraphRecord
+from lorafx.capture.stamps import Folded, fold, unfold
 from lorafx.capture.verify import NumericCheck
 from lorafx.compat import duck_shaped, ends_in_break, guarded_attributes, named_by_dynamo
 from lorafx.graph.context import Context
@@ -131,12 +132,22 @@ class Backend:
     ) -> Callable[..., Any]:
         """The executable of calls with adapters."""
         compiler = _FrameCompiler(self, frame, record, lowering)
+        compiler.folded = fold(gm) if self.program.options.stamps else None
+        trace = aot_autograd(
+            fw_compiler=compiler,
+            inference_compiler=compiler,
+            decompositions=lowering.decompositions(),
+        )
         with in_tracing():
-            executable = aot_autograd(
-                fw_compiler=compiler,
-                inference_compiler=compiler,
-                decompositions=lowering.decompositions(),
-            )(gm, examples)
+            try:
+                executable = trace(gm, examples)
+            except Exception:
+                if compiler.folded is None:
+                    raise
+                # Nothing but the stamps was looked at: without them it is as it always was.
+                compiler.folded.restore()
+                compiler.folded = None
+                executable = trace(gm, examples)
         return checked(record.checks, owner, executable)
 
     def owner(self, frame: Frame, weights: Sequence[int]) -> Owner:
@@ -167,9 +178,14 @@ class _FrameCompiler:
         self.frame = frame
         self.record = record
         self.lowering = lowering
+        #: What stands for layers in the graph that is traced; None where it stands for itself.
+        self.folded: Folded | None = None
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         program, record, frame = self.backend.program, self.record, self.frame
+        if self.folded is not None:
+            unfold(gm, self.folded)
+            self.folded = None
         frame.bind(gm.graph)
         ctx = Context(program, frame, gm, edits_left=program.options.max_edits)
         # Rows of other graphs may be some of the batch's, in another order. That is told per

@@ -45,7 +45,7 @@ class Outline:
         claimed: set[fx.Node] = set()
         replaced: dict[fx.Node, fx.Node] = {}
         edits = 0
-        for regions, stretches in self._repeats(gm, claimed):
+        for regions, stretches in repeats(gm, claimed, self.min_nodes):
             members = [_Member.of(stretch) for stretch in stretches]
             if all(member.possible for member in members) and ctx.take_edit():
                 name = f"{self.name}d_{edits}"
@@ -56,29 +56,31 @@ class Outline:
                 edits += 1
         return edits
 
-    def _repeats(
-        self, gm: fx.GraphModule, claimed: set[fx.Node]
-    ) -> Iterator[tuple[tuple[Region, ...], tuple[Stretch, ...]]]:
-        """Groups of isomorphic regions, longest first; none overlaps what is `claimed`."""
-        sizes = sizes_of(gm.graph)
-        lengths: dict[int, list[Region]] = {}
-        for region in regions_of(gm.graph):
-            if len(region.nodes) >= self.min_nodes:
-                lengths.setdefault(len(region.nodes), []).append(region)
-        for candidates in lengths.values():
-            groups: dict[CanonicalForm, list[tuple[Region, Stretch]]] = {}
-            for region in candidates:
-                if len(candidates) > 1 and claimed.isdisjoint(region.nodes):
-                    stretch = stretch_of(gm, region.nodes)
-                    groups.setdefault(stretch.form, []).append((region, stretch))
-            for group in groups.values():
-                while len(group) > 1:
-                    first = group[0][1]
-                    same = [item for item in group if agree(first, item[1], sizes)]
-                    group = [item for item in group if item not in same]
-                    if len(same) > 1:
-                        regions, stretches = zip(*same, strict=True)
-                        yield regions, stretches
+
+def repeats(
+    gm: fx.GraphModule, claimed: set[fx.Node], least: int
+) -> Iterator[tuple[tuple[Region, ...], tuple[Stretch, ...]]]:
+    """Groups of isomorphic regions of at least so many nodes, longest first; none overlaps what is
+    `claimed`, where the caller puts what it has used."""
+    sizes = sizes_of(gm.graph)
+    lengths: dict[int, list[Region]] = {}
+    for region in regions_of(gm.graph):
+        if len(region.nodes) >= least:
+            lengths.setdefault(len(region.nodes), []).append(region)
+    for candidates in lengths.values():
+        groups: dict[CanonicalForm, list[tuple[Region, Stretch]]] = {}
+        for region in candidates:
+            if len(candidates) > 1 and claimed.isdisjoint(region.nodes):
+                stretch = stretch_of(gm, region.nodes)
+                groups.setdefault(stretch.form, []).append((region, stretch))
+        for group in groups.values():
+            while len(group) > 1:
+                first = group[0][1]
+                same = [item for item in group if agree(first, item[1], sizes)]
+                group = [item for item in group if item not in same]
+                if len(same) > 1:
+                    regions, stretches = zip(*same, strict=True)
+                    yield regions, stretches
 
 
 @dataclass(frozen=True)

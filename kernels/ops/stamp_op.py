@@ -1,0 +1,52 @@
+"""The op that stands for a layer while AOTAutograd traces the one layer that it repeats.
+
+    lorafx::stamp(values, key)    new tensors of the layouts that are noted for `key`
+
+It says nothing of what is computed and never runs: lorafx.capture.stamps takes all of them out
+of the graph again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorafx.errors import CaptureError
+from lorafx.kernels.ops.op_library import define
+
+
+class Layout(NamedTuple):
+    """What is known of a tensor before there is one; sizes may be symbols."""
+
+    shape: tuple[int | torch.SymInt, ...]
+    strides: tuple[int | torch.SymInt, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, value: Tensor) -> Layout:
+        return cls(tuple(value.shape), tuple(value.stride()), value.dtype, value.device)
+
+    def empty(self) -> Tensor:
+        """A tensor so laid out, in memory of its own."""
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
+
+
+#: By key, what the ops of a capture that is running return.
+LAYOUTS: dict[int, Sequence[Layout]] = {}
+
+SCHEMA = "stamp(Tensor[] values, int key) -> Tensor[]"
+
+
+def stamp(values: Sequence[Tensor], key: int) -> list[Tensor]:
+    raise CaptureError("lorafx::stamp stands for a layer while it is traced, and computes nothing")
+
+
+def stamp_fake(values: Sequence[Tensor], key: int) -> list[Tensor]:
+    return [layout.empty() for layout in LAYOUTS[key]]
+
+
+define(SCHEMA, stamp, stamp_fake)
