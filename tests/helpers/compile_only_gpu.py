@@ -61,6 +61,9 @@ class _Driver(DriverBase):
     def get_current_device(self) -> int:
         return 0
 
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cuda", 0)
 
