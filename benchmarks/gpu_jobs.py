@@ -36,6 +36,7 @@ class Job:
         most: seconds after which it is killed; what it has put on disk is kept.
         inputs: jobs whose kept files (chip figures, tuned tiles) it finds in the cache folder.
         needs: packages of peers that it needs, installed or in the folder of --peers.
+        tiny: what its tiny form is called, where jobs of the same function share one.
     """
 
     name: str
@@ -47,6 +48,12 @@ class Job:
     most: float = MOST
     inputs: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    tiny: str = ""
+
+    @property
+    def tiny_form(self) -> tuple[str, str]:
+        """Equal for jobs that do the same in a self-check."""
+        return self.run, self.tiny or self.name
 
 
 # --- arms: ways to compute one packed linear with LoRA, each compared with the vendor's GEMM ---
@@ -153,6 +160,7 @@ def arm_jobs(phase: str, part: str, arms: tuple[Arm, ...] = ARMS) -> Iterator[Jo
                 (*SHARED, *arm.sources),
                 estimate=20.0 + 7 * cases,
                 inputs=arm.inputs,
+                tiny=f"{phase} {arm.name}",
             )
 
 
@@ -184,7 +192,8 @@ def test_jobs() -> Iterator[Job]:
 def correctness_job(model: str, estimate: float) -> Job:
     name, arguments = f"correct: {model}", {"model": model}
     sources = (*SHARED, "kernels")
-    return Job(name, "correct", "gpu_compare:correct", arguments, sources, estimate)
+    tiny = "" if model == "odd sizes" else "models"
+    return Job(name, "correct", "gpu_compare:correct", arguments, sources, estimate, tiny=tiny)
 
 
 def tuning_job(strategy: str, layer: str, rows: int, rank: int = 16) -> Job:
@@ -192,7 +201,7 @@ def tuning_job(strategy: str, layer: str, rows: int, rank: int = 16) -> Job:
     name = f"tune {strategy}: {layer} M={rows} r={rank}"
     arguments = {"strategy": strategy, "layer": layer, "rows": rows, "rank": rank, "most": 40}
     sources = ("benchmarks/gpu_tuning.py", "kernels/tools/tune.py", "kernels/triton")
-    return Job(name, "tuning", "gpu_tuning:tune_tiles", arguments, sources, 120.0)
+    return Job(name, "tuning", "gpu_tuning:tune_tiles", arguments, sources, 120.0, tiny=strategy)
 
 
 TUNING = tuple(tuning_job("split", layer, 64) for layer in LAYERS)
@@ -242,13 +251,31 @@ def step_job(
     sources = ("benchmarks/gpu_model.py", *SHARED[:2], *WHOLE)
     run, inputs = "gpu_model:run_step", (*TUNED.inputs, *PERSISTENT_TUNED.inputs)
     arguments = {"place": place, "pins": pins}
-    return Job(f"step: {label}", "steps", run, arguments, sources, estimate, inputs=inputs)
+    tiny = label if pins else label.partition(" ")[0]
+    name = f"step: {label}"
+    return Job(name, "steps", run, arguments, sources, estimate, inputs=inputs, tiny=tiny)
+
+
+def generate_job(batch: int) -> Job:
+    """Whole generation with a static cache and CUDA graphs, beside PEFT."""
+    sources = ("benchmarks/gpu_generate.py", "benchmarks/gpu_model.py", *SHARED[:2], *WHOLE)
+    name, arguments = f"generate: batch {batch}", {"batch": batch}
+    run, inputs = "gpu_generate:run_generate", TUNED.inputs
+    tiny = "one request" if batch == 1 else "several"
+    return Job(name, "steps", run, arguments, sources, 420.0, inputs=inputs, tiny=tiny)
 
 
 def experts_job(kind: str) -> Job:
     sources = ("benchmarks/moe.py", "benchmarks/moe_cases.py", *SHARED[:2], *WHOLE)
     name, arguments = f"experts: {kind}", {"kind": kind}
     return Job(name, "experts", "moe:run_on_gpu", arguments, sources, 240.0, inputs=(CALIBRATE,))
+
+
+def expert_kernels_job(product: str, phase: str) -> Job:
+    """One product with routed experts by itself."""
+    name, arguments = f"expert kernels: {product} {phase}", {"product": product, "phase": phase}
+    sources = ("benchmarks/gpu_experts.py", *SHARED[:2], "kernels")
+    return Job(name, "experts", "gpu_experts:run_product", arguments, sources, 90.0, tiny=product)
 
 
 def peers_job(package: str, layer: str) -> Job:
@@ -260,6 +287,7 @@ def peers_job(package: str, layer: str) -> Job:
         60.0,
         inputs=(CALIBRATE,),
         needs=(package,),
+        tiny=package,
     )
 
 
@@ -281,6 +309,12 @@ def all_jobs() -> tuple[Job, ...]:
         step_job(2, "prefill [8, 1024]"),
         step_job(2, "prefill [8, 1024], prologue", pins=PROLOGUE),
         step_job(2, "prefill [8, 1024], segments", pins=SEGMENTS),
+        *(generate_job(batch) for batch in (8, 64, 1)),
+        *(
+            expert_kernels_job(product, phase)
+            for phase in ("decode", "prefill")
+            for product in ("gate/up", "down")
+        ),
         experts_job("decode"),
         experts_job("prefill"),
         *(peers_job(package, layer) for layer in LAYERS for package in ("vllm", "sglang")),

@@ -279,12 +279,17 @@ def test_jobs_of_peers_wait_for_their_packages(world: Any, tmp_path: Path) -> No
 # --- jobs in their own process ---
 
 
-def test_one_jobs_self_check() -> None:
+def test_a_self_check_runs_each_tiny_form_once(capsys: pytest.CaptureFixture[str]) -> None:
     import gpu_job
     from gpu_jobs import all_jobs
 
-    job = next(job for job in all_jobs() if job.name == "decode main: split")
-    assert gpu_job.self_check([job]) == 0
+    names = ("decode main: split", "decode rest: split")
+    assert gpu_job.self_check([job for job in all_jobs() if job.name in names]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(", ")[0] for line in lines if line.startswith("decode")] == [
+        "decode main: split: right",
+        "decode rest: split: in its tiny form as decode main: split",
+    ]
 
 
 def test_a_job_as_the_queue_runs_it(world: Any, tmp_path: Path) -> None:

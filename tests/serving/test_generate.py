@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import seq2seq_inputs, token_inputs
 
+from lorafx.capture.lowering import ReferenceLowering
 from lorafx.errors import BatchError, LorafxError, UnknownAdapterError
 
 NEW = 4
@@ -160,3 +161,24 @@ def test_what_cannot_be_generated(served, plain):
     assert "forward" not in vars(served.model)
     with pytest.raises(LorafxError, match=r"PlainModel has no generate\(\); call the model itself"):
         plain.compile().generate(ids=torch.zeros(1, 2).long())
+
+
+def test_static_caches_keep_their_graphs_when_mixes_change(shallow, monkeypatch):
+    """Prompt and steps have two graphs with adapters and two without, and those of calls without an
+    adapter are compiled as the base model's own."""
+    roads: list[str] = []
+    for road in ("base", "compile"):
+        own = getattr(ReferenceLowering, road)
+
+        def noted(self, gm, inputs, road=road, own=own):
+            roads.append(road)
+            return own(self, gm, inputs)
+
+        monkeypatch.setattr(ReferenceLowering, road, noted)
+    cm, inputs, static = shallow.compile(), prompts(), {"cache_implementation": "static"}
+    none = [None] * len(NAMES)
+    for names in (none, NAMES, ["a0", "a0", None, "a2"], none):
+        got = cm.generate(**inputs, **FIXED, **static, do_sample=False, adapter_names=names)
+        want = oracle_tokens(shallow, names, inputs, do_sample=False, **static)
+        assert torch.equal(got, want), names
+    assert roads == ["base", "base", "compile", "compile"]

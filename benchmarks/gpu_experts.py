@@ -1,0 +1,196 @@
+"""Products with routed experts by themselves: lorafx's kernels beside the grouped product alone.
+
+    python benchmarks/gpu_queue.py --only "expert kernels"      (a job for each product and phase)
+
+A layer of Qwen3-30B-A3B: 128 experts, 8 of them a token, hidden size 2048, 768 between, bf16, LoRA
+of rank 16 on both products. Decode is 64 tokens of as many requests, prefill 8192 of 8. Each token
+goes to 8 experts at random.
+
+    gate/up   base: torch's grouped product of rows sorted by expert, which transformers calls
+              "grouped": the same with the deltas inside
+    down      base: silu(gate) · up by Inductor, then the grouped product
+              "activated": that with the deltas inside; "grouped": the deltas alone inside
+
+Before anything is timed, rows are compared with float64. A layer's experts are 20 times an H200's
+cache, so one copy of the weights is read from memory at every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import gpu_protocol
+import protocol
+import torch
+import torch.nn.functional as F
+from gpu_job import Context
+from torch import Tensor
+
+import lorafx.kernels.triton.triton_expert_ops  # noqa: F401  registers the op
+from lorafx.kernels.cpu.cpu_source import DeltaSpec
+from lorafx.kernels.triton.activation import Activation, Leaf, Load
+from lorafx.kernels.triton.triton_build import TritonSpec, build
+
+#: experts, experts a token, hidden size, size between, rank
+REAL, TINY = (128, 8, 2048, 768, 16), (8, 2, 64, 32, 4)
+#: tokens and requests
+TOKENS = {"decode": (64, 64), "prefill": (8192, 8)}
+MIXES = (8, 1, 0)
+CAPACITY = 8
+CHECKED = 48  # rows that are compared with float64
+#: Largest error over what rounding the exact result takes.
+ROUNDING = 4.0
+
+
+def gated(y: Tensor) -> Tensor:
+    gate, up = y.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def gate_of(width: int, dtype: torch.dtype) -> Activation:
+    """`gated` as kernels have it."""
+    lines = ("t0 = -g0", "t1 = tl.exp(t0)", "t2 = t1 + 1.0", "t3 = g0 / t2", "t4 = t3 * g1")
+    return Activation((Leaf(dtype),), (Load(0, 0, 1), Load(0, width, 1)), lines, "t4")
+
+
+@dataclass(frozen=True)
+class Product:
+    """One product's arguments; rows are sorted by expert.
+
+    Attributes:
+        y: (M, 2K), what x is computed from; None where x is given.
+        x: (M, K); weight: (E, N, K); offs: (E,), where the rows of each expert end.
+        experts, slots: (M,), of each row; A (S·E, G·R, K), B (S·E, R, N).
+    """
+
+    y: Tensor | None
+    x: Tensor
+    weight: Tensor
+    offs: Tensor
+    experts: Tensor
+    slots: Tensor
+    bank: tuple[Tensor, Tensor, Tensor, Tensor]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def random(
+        cls, name: str, phase: str, distinct: int, device: torch.device, *, tiny: bool
+    ) -> Product:
+        E, top, hidden, inner, rank = TINY if tiny else REAL
+        tokens, requests = (6, 3) if tiny else TOKENS[phase]
+        dtype = torch.float32 if tiny else torch.bfloat16
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(shape, device=device, generator=generator) * scale).to(dtype)
+
+        chosen = torch.rand(tokens, E, device=device, generator=generator).argsort(1)[:, :top]
+        experts, order = chosen.flatten().sort(stable=True)
+        request = order // top * requests // tokens
+        slots = (request % max(distinct, 1)).to(torch.int32) if distinct else request * 0 - 1
+        offs = torch.bincount(experts, minlength=E).cumsum(0).to(torch.int32)
+        K, sizes = (hidden, (inner, inner)) if name == "gate/up" else (inner, (hidden,))
+        M, N, G, S = len(experts), sum(sizes), len(sizes), CAPACITY * E
+        y = normal(M, 2 * K) if name == "down" else None
+        bank = (
+            normal(S, G * rank, K, scale=K**-0.5),
+            normal(S, rank, N, scale=rank**-0.5),
+            torch.full((S, G), rank, dtype=torch.int32, device=device),
+            torch.ones((S, G), device=device),
+        )
+        x = normal(M, K) if y is None else gated(y)
+        weight = normal(E, N, K, scale=K**-0.5)
+        return cls(y, x, weight, offs, experts, slots.to(torch.int32), bank, sizes)
+
+    def kernel(self, strategy: str) -> int:
+        """The id of the kernels, planned for the rows that an expert has on average."""
+        empty = self.x.new_empty((1, sum(self.sizes)))
+        offsets = [sum(self.sizes[:j]) for j in range(len(self.sizes))]
+        ranges = (list(range(len(self.sizes))), offsets, list(self.sizes))
+        delta = DeltaSpec.linear(empty, self.x, *self.bank[:3], *ranges)
+        E, rows = len(self.offs), -(-len(self.experts) // len(self.offs))
+        activation = gate_of(self.x.shape[1], self.x.dtype) if strategy == "activated" else None
+        spec = TritonSpec(delta, self.x.dtype, experts=E, activation=activation)
+        kernel = build(spec, strategy, rows_hint=rows, device=self.x.device)
+        assert kernel is not None
+        return kernel
+
+    def lorafx(self, strategy: str) -> Callable[[], Tensor]:
+        """The product with its deltas; "grouped" has x computed as the base has."""
+        kernel, op = self.kernel(strategy), torch.ops.lorafx.triton_experts
+        tail = (self.weight, self.offs, *self.bank, self.slots, 1, kernel)
+        if strategy == "activated":
+            return lambda: op([self.y], *tail)
+        before = self.before()
+        return lambda: op([before()], *tail)
+
+    def before(self) -> Callable[[], Tensor]:
+        """What gives x."""
+        if self.y is None:
+            return lambda: self.x
+        compute = torch.compile(gated, dynamic=False) if self.x.is_cuda else gated
+        return lambda: compute(self.y)
+
+    def base(self) -> Callable[[], Tensor]:
+        before, weight = self.before(), self.weight.transpose(-1, -2)
+        return lambda: torch._grouped_mm(before(), weight, offs=self.offs)
+
+    def error(self, got: Tensor) -> float:
+        """The largest of some rows, over that of rounding what float64 has."""
+        step = max(len(self.x) // CHECKED, 1)
+        A, B, ranks, scales = self.bank
+        rank = int(ranks[0, 0])
+        worst = allowed = 0.0
+        for row in range(0, len(self.x), step):
+            x, expert, slot = self.x[row].double(), int(self.experts[row]), int(self.slots[row])
+            exact = self.weight[expert].double() @ x
+            if slot >= 0:
+                key, start = slot * len(self.offs) + expert, 0
+                for j, size in enumerate(self.sizes):
+                    v = scales[key, j] * (A[key, j * rank : (j + 1) * rank].double() @ x)
+                    exact[start : start + size] += v @ B[key, :, start : start + size].double()
+                    start += size
+            worst = max(worst, float((got[row].double() - exact).abs().max()))
+            rounding = (exact.to(got.dtype).double() - exact).abs().max()
+            allowed = max(allowed, float(rounding), 1e-5 * float(exact.abs().max()))
+        return worst / allowed
+
+
+def run_product(context: Context, *, product: str, phase: str) -> None:
+    """Job: one product, mix after mix."""
+    meter = gpu_protocol.Meter(context.device)
+    keys = {f"{product}, {phase}, D={distinct}": distinct for distinct in MIXES}
+    for key in context.order(list(keys)):
+        with context.case(key):
+            context.add(key, measure(context, meter, product, phase, keys[key], key))
+    done = [row for row in context.part.rows if row["arm"] != "A/A"]
+    context.summarise(", ".join(f"{row['arm']} {row['median']:.3f}" for row in done))
+
+
+def measure(
+    context: Context, meter: gpu_protocol.Meter, name: str, phase: str, distinct: int, key: str
+) -> list[dict[str, Any]]:
+    """Rows of results of one mix.
+
+    Raises:
+        RuntimeError: a row is off by more than rounding explains.
+    """
+    problem = Product.random(name, phase, distinct, context.device, tiny=context.tiny)
+    strategies = ("grouped",) if name == "gate/up" else ("activated", "grouped")
+    calls = {f"{strategy} D={distinct}": problem.lorafx(strategy) for strategy in strategies}
+    errors = {arm: problem.error(call()) for arm, call in calls.items()}
+    # h that a kernel computes is rounded once, as gated(y) is, but from other float32 numbers.
+    if not max(errors.values()) < ROUNDING * (4 if name == "down" else 1):
+        raise RuntimeError(f"{key}: errors over rounding {errors}")
+    base = meter.arm([problem.base()])
+    arms = {arm: meter.arm([call]) for arm, call in calls.items()}
+    start = gpu_protocol.clocks()
+    rows = []
+    for ratio in meter.compare(base, arms):
+        print(f"  {key} {ratio.arm:16s} {ratio}", flush=True)
+        row = protocol.as_row(f"{key}: {len(problem.x)} rows", ratio)
+        row |= {"error_over_rounding": errors.get(ratio.arm)}
+        rows.append(row | {"clocks before": start, "clocks after": gpu_protocol.clocks()})
+    return rows
