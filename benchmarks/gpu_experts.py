@@ -1,6 +1,7 @@
 """Products with routed experts by themselves: lorafx's kernels beside the grouped product alone.
 
     python benchmarks/gpu_queue.py --only "expert kernels"      (a job for each product and phase)
+    python benchmarks/gpu_queue.py --only "vllm experts"        (the same beside vLLM's fused op)
 
 A layer of Qwen3-30B-A3B: 128 experts, 8 of them a token, hidden size 2048, 768 between, bf16, LoRA
 of rank 16 on both products. Decode is 64 tokens of as many requests, prefill 8192 of 8. Each token
@@ -10,6 +11,7 @@ goes to 8 experts at random.
               "grouped": the same with the deltas inside
     down      base: silu(gate) · up by Inductor, then the grouped product
               "activated": that with the deltas inside; "grouped": the deltas alone inside
+    vLLM      the base, and its deltas added in place by vLLM's op (peer_experts.py)
 
 Before anything is timed, rows are compared with float64. A layer's experts are 20 times an H200's
 cache, so one copy of the weights is read from memory at every call.
@@ -22,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import gpu_protocol
+import peer_experts
 import protocol
 import torch
 import torch.nn.functional as F
@@ -40,6 +43,7 @@ TOKENS = {"decode": (64, 64), "prefill": (8192, 8)}
 MIXES = (8, 1, 0)
 CAPACITY = 8
 CHECKED = 48  # rows that are compared with float64
+OVER = ", over lorafx "
 #: Largest error over what rounding the exact result takes.
 ROUNDING = 4.0
 
@@ -63,6 +67,7 @@ class Product:
         y: (M, 2K), what x is computed from; None where x is given.
         x: (M, K); weight: (E, N, K); offs: (E,), where the rows of each expert end.
         experts, slots: (M,), of each row; A (S·E, G·R, K), B (S·E, R, N).
+        order: (M,), where the row would be were rows sorted by token; top: rows of a token.
     """
 
     y: Tensor | None
@@ -73,6 +78,8 @@ class Product:
     slots: Tensor
     bank: tuple[Tensor, Tensor, Tensor, Tensor]
     sizes: tuple[int, ...]
+    order: Tensor
+    top: int
 
     @classmethod
     def random(
@@ -100,9 +107,10 @@ class Product:
             torch.full((S, G), rank, dtype=torch.int32, device=device),
             torch.ones((S, G), device=device),
         )
-        x = normal(M, K) if y is None else gated(y)
+        x = normal(tokens, K)[order // top] if y is None else gated(y)
         weight = normal(E, N, K, scale=K**-0.5)
-        return cls(y, x, weight, offs, experts, slots.to(torch.int32), bank, sizes)
+        slots = slots.to(torch.int32)
+        return cls(y, x, weight, offs, experts, slots, bank, sizes, order, top)
 
     def kernel(self, strategy: str) -> int:
         """The id of the kernels, planned for the rows that an expert has on average."""
@@ -137,6 +145,37 @@ class Product:
         before, weight = self.before(), self.weight.transpose(-1, -2)
         return lambda: torch._grouped_mm(before(), weight, offs=self.offs)
 
+    def peer(self) -> peer_experts.Layer:
+        """The adapters as vLLM holds them; scales are 1."""
+        A, B, ranks, _ = self.bank
+        E, rank, place = len(self.offs), int(ranks[0, 0]), self.order.argsort()
+        return peer_experts.Layer(
+            self.experts[place].view(-1, self.top),
+            self.slots[place][:: self.top].contiguous(),
+            [part.unflatten(0, (-1, E)).contiguous() for part in A.split(rank, 1)],
+            [part.mT.unflatten(0, (-1, E)).contiguous() for part in B.split(list(self.sizes), 2)],
+            by_choice=self.y is not None,
+        )
+
+    def with_peer(self, add: peer_experts.Add, *, arrange: bool) -> Callable[[], Tensor]:
+        """The base with vLLM's deltas, whose rows stand in the order of tokens.
+
+        `arrange` brings rows into that order and back, so that the result is right. What is timed
+        leaves that out: the op reads and writes the same tensors, with other tokens' rows in them.
+        """
+        before, weight, place = self.before(), self.weight.transpose(-1, -2), self.order.argsort()
+        tokens = self.x[place][:: self.top].contiguous() if self.y is None else None
+
+        def call() -> Tensor:
+            x = before()
+            y = torch._grouped_mm(x, weight, offs=self.offs)
+            if arrange:
+                x, y = x[place], y[place]
+            add(x if tokens is None else tokens, y)
+            return y[self.order] if arrange else y
+
+        return call
+
     def error(self, got: Tensor) -> float:
         """The largest of some rows, over that of rounding what float64 has."""
         step = max(len(self.x) // CHECKED, 1)
@@ -169,10 +208,34 @@ def run_product(context: Context, *, product: str, phase: str) -> None:
     context.summarise(", ".join(f"{row['arm']} {row['median']:.3f}" for row in done))
 
 
+def run_peer(context: Context, *, product: str, phase: str) -> None:
+    """Job: one product by lorafx and by vLLM's fused op, and vLLM over lorafx."""
+    make = peer_experts.find()
+    if isinstance(make, str):
+        raise FileNotFoundError(f"{make}, or vllm.zip in the folder of --peers")
+    meter = gpu_protocol.Meter(context.device)
+    keys = {f"{product}, {phase}, D={distinct}": distinct for distinct in MIXES if distinct}
+    for key in context.order(list(keys)):
+        with context.case(key):
+            context.add(key, measure(context, meter, product, phase, keys[key], key, make))
+    over = [
+        f"{row['key']} {row['arm']} {row['median']:.2f}"
+        for row in context.part.rows
+        if OVER in row["case"] and row["arm"] != "A/A"
+    ]
+    context.summarise(f"over lorafx: {', '.join(over)}")
+
+
 def measure(
-    context: Context, meter: gpu_protocol.Meter, name: str, phase: str, distinct: int, key: str
+    context: Context,
+    meter: gpu_protocol.Meter,
+    name: str,
+    phase: str,
+    distinct: int,
+    key: str,
+    make: peer_experts.Make | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of results of one mix.
+    """Rows of results of one mix; with `make` those of vLLM's op too, a block size an arm.
 
     Raises:
         RuntimeError: a row is off by more than rounding explains.
@@ -181,16 +244,27 @@ def measure(
     strategies = ("grouped",) if name == "gate/up" else ("activated", "grouped")
     calls = {f"{strategy} D={distinct}": problem.lorafx(strategy) for strategy in strategies}
     errors = {arm: problem.error(call()) for arm, call in calls.items()}
+    first, theirs = f"{strategies[0]} D={distinct}", {}
+    if make is not None:
+        layer = problem.peer()
+        for block in peer_experts.BLOCKS[: 1 if context.tiny else None]:
+            add, arm = make(layer, block), f"vLLM, blocks of {block}"
+            errors[arm] = problem.error(problem.with_peer(add, arrange=True)())
+            theirs[arm] = problem.with_peer(add, arrange=False)
     # h that a kernel computes is rounded once, as gated(y) is, but from other float32 numbers.
     if not max(errors.values()) < ROUNDING * (4 if name == "down" else 1):
         raise RuntimeError(f"{key}: errors over rounding {errors}")
     base = meter.arm([problem.base()])
-    arms = {arm: meter.arm([call]) for arm, call in calls.items()}
-    start = gpu_protocol.clocks()
+    arms = {arm: meter.arm([call]) for arm, call in (calls | theirs).items()}
+    start, case = gpu_protocol.clocks(), f"{key}: {len(problem.x)} rows"
+    results = [(case, ratio) for ratio in meter.compare(base, arms)]
+    if theirs:
+        ratios = meter.compare(arms[first], {arm: arms[arm] for arm in theirs})
+        results += [(f"{case}{OVER}{first}", ratio) for ratio in ratios]
     rows = []
-    for ratio in meter.compare(base, arms):
-        print(f"  {key} {ratio.arm:16s} {ratio}", flush=True)
-        row = protocol.as_row(f"{key}: {len(problem.x)} rows", ratio)
-        row |= {"error_over_rounding": errors.get(ratio.arm)}
+    for case, ratio in results:
+        print(f"  {case} {ratio.arm:20s} {ratio}", flush=True)
+        row = protocol.as_row(case, ratio) | {"error_over_rounding": errors.get(ratio.arm)}
+        row |= {"notes": peer_experts.NOTES} if ratio.arm in theirs else {}
         rows.append(row | {"clocks before": start, "clocks after": gpu_protocol.clocks()})
     return rows

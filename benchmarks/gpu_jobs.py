@@ -278,6 +278,17 @@ def expert_kernels_job(product: str, phase: str) -> Job:
     return Job(name, "experts", "gpu_experts:run_product", arguments, sources, 90.0, tiny=product)
 
 
+def peer_experts_job(product: str, phase: str) -> Job:
+    """One product with routed experts beside vLLM's fused op."""
+    name, arguments = f"peers: vllm experts {product} {phase}", {"product": product, "phase": phase}
+    files = ("gpu_experts.py", "peer_experts.py", "peers.py")
+    sources = (*(f"benchmarks/{file}" for file in files), *SHARED[:2], "kernels")
+    tiny = f"experts {product}"
+    return Job(
+        name, "peers", "gpu_experts:run_peer", arguments, sources, needs=("vllm",), tiny=tiny
+    )
+
+
 def peers_job(package: str, layer: str) -> Job:
     sources = (*SHARED, "benchmarks/gpu_layers.py", "benchmarks/peers.py", "kernels/triton")
     return Job(
@@ -318,6 +329,11 @@ def all_jobs() -> tuple[Job, ...]:
         experts_job("decode"),
         experts_job("prefill"),
         *(peers_job(package, layer) for layer in LAYERS for package in ("vllm", "sglang")),
+        *(
+            peer_experts_job(product, phase)
+            for phase in ("decode", "prefill")
+            for product in ("gate/up", "down")
+        ),
         step_job(1, "decode [32, 1]"),
         step_job(3, "decode [1, 1]"),
         step_job(4, "decode [8, 1]"),

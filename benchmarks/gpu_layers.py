@@ -45,7 +45,6 @@ from lorafx.kernels.tools.tune import tune
 #: Peers' time over lorafx's in decode, of docs/performance.md: goal, stretch.
 PEER_GOALS = (1.25, 1.5)
 AUTOTUNED = "Inductor max-autotune, no LoRA"
-PEERS_FOLDER = "LORAFX_PEERS"  # names the folder with what `peers.py cut` leaves of wheels
 PEER_MIXES = ((64, 8, 16), (64, 1, 16), (8192, 8, 16))
 
 
@@ -139,8 +138,7 @@ def run_peer(context: Context, *, package: str, layer: str) -> None:
         K, sizes = LAYERS["llama-8b"][layer]
         cases = [Case("llama-8b", layer, K, sizes, *mix) for mix in PEER_MIXES]
     options = parse([])
-    wheel = Path(os.environ.get(PEERS_FOLDER, "")) / f"{package}.zip"
-    make = peers.find(package, wheel if wheel.exists() else None)
+    make = peers.find(package, peers.at_hand(package))
     if isinstance(make, str):
         raise FileNotFoundError(f"{make}, or {package}.zip in the folder of --peers")
     by_key = {case.label: case for case in cases}

@@ -1,4 +1,5 @@
-"""vLLM's and SGLang's Triton LoRA ops at run time, for gpu_layers.py. None of their code is here.
+"""vLLM's and SGLang's Triton LoRA ops at run time, for gpu_layers.py and peer_experts.py. None of
+their code is here.
 
 An installed package is imported as it is. Else the ops are loaded out of a wheel (or a folder, or
 what `cut` leaves of a wheel), and what they import of the rest of their package is replaced by the
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import os
 import sys
 import tempfile
 import zipfile
@@ -29,6 +31,7 @@ from torch import Tensor
 
 VLLM_FILES = ("lora_shrink_op.py", "lora_expand_op.py", "lora_kernel_metadata.py")
 SGLANG_FILES = ("chunked_sgmv_shrink.py", "chunked_sgmv_expand.py")
+FOLDER = "LORAFX_PEERS"  # names the folder with what `cut` leaves of wheels
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,24 @@ Arm = Callable[[], Tensor]
 def find(package: str, wheel: Path | None) -> Callable[[Layer], Arm] | str:
     """What makes an arm of `package` for a layer, or why there is none."""
     make, files = {"vllm": (_vllm, VLLM_FILES), "sglang": (_sglang, SGLANG_FILES)}[package]
+    modules = load(package, wheel, files)
+    return modules if isinstance(modules, str) else make(modules)
+
+
+def at_hand(package: str) -> Path | None:
+    """What `cut` has left of the package's wheel in the folder of --peers."""
+    path = Path(os.environ.get(FOLDER, "")) / f"{package}.zip"
+    return path if path.exists() else None
+
+
+def load(package: str, wheel: Path | None, files: Sequence[str]) -> dict[str, ModuleType] | str:
+    """The modules of `files`, or why there are none."""
     try:
         if wheel is not None:
-            modules = _from_files(package, _extracted(wheel), files)
-        elif importlib.util.find_spec(package) is not None:
-            modules = _installed(package, files)
-        else:
-            return f"{package} is not installed; give --{package}-wheel PATH"
-        return make(modules)
+            return _from_files(package, _extracted(wheel), files)
+        if importlib.util.find_spec(package) is not None:
+            return _installed(package, files)
+        return f"{package} is not installed; give --{package}-wheel PATH"
     except Exception as error:
         return f"{package} could not be loaded: {type(error).__name__}: {error}"
 
@@ -80,7 +93,8 @@ def _is_needed(name: str) -> bool:
     """The folders of the LoRA ops in any version so far, and tuned tables beside them."""
     inside = "/lora/ops/triton_ops/" in name or "/lora/triton_ops/" in name
     inside |= "/kernels/ops/lora/dense/" in name
-    return inside and name.endswith((".py", ".json")) and "moe" not in name
+    inside &= "moe" not in name or name.endswith("/fused_moe_lora_op.py")
+    return inside and name.endswith((".py", ".json"))
 
 
 def _installed(package: str, files: Sequence[str]) -> dict[str, ModuleType]:
@@ -146,6 +160,20 @@ def _capability() -> tuple[int, int]:
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
 
 
+def _multiprocessors(index: int | None) -> int:
+    if not torch.cuda.is_available():
+        return 1
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _shared_memory(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+
+
+def _refuse_ranks(*_: Any, **__: Any) -> None:
+    raise NotImplementedError("the op is loaded for one GPU and ranks of at most 128")
+
+
 def _to_device(values: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=device)
 
@@ -158,6 +186,10 @@ def _triton_names() -> dict[str, Any]:
 
 
 _VLLM_REST: Mapping[str, Mapping[str, Any]] = {
+    "vllm.distributed": {
+        "tensor_model_parallel_all_gather": _refuse_ranks,
+        "tensor_model_parallel_all_reduce": _refuse_ranks,
+    },
     "vllm.envs": {
         "VLLM_BATCH_INVARIANT": False,
         "VLLM_TUNED_CONFIG_FOLDER": None,
@@ -168,13 +200,18 @@ _VLLM_REST: Mapping[str, Mapping[str, Any]] = {
     "vllm.platforms": {
         "current_platform": SimpleNamespace(
             is_cuda=torch.cuda.is_available,
+            is_cuda_alike=torch.cuda.is_available,
+            is_xpu=lambda: False,
+            num_compute_units=_multiprocessors,
             has_device_capability=lambda least: _capability() >= divmod(least, 10),
             is_device_capability=lambda exact: _capability() == divmod(exact, 10),
         )
     },
     "vllm.triton_utils": _triton_names(),
+    "vllm.triton_utils.allocation": {"set_triton_allocator": _refuse_ranks},
     "vllm.utils": {"direct_register_custom_op": _refuse_registration},
     "vllm.utils.math_utils": {"next_power_of_2": lambda n: 1 << max(n - 1, 0).bit_length()},
+    "vllm.utils.mem_utils": {"get_max_shared_memory_bytes": _shared_memory},
     "vllm.utils.torch_utils": {
         "direct_register_custom_op": _refuse_registration,
         "async_tensor_h2d": _to_device,

@@ -163,12 +163,14 @@ def test_cutting_a_wheel_keeps_the_ops(
     import peers
 
     wheel, out = tmp_path / "vllm.whl", tmp_path / "vllm.zip"
+    folder = "vllm/lora/ops/triton_ops"
+    ops = [f"{folder}/lora_shrink_op.py", f"{folder}/fused_moe_lora_op.py"]
     with zipfile.ZipFile(wheel, "w") as archive:
-        for name in ("vllm/lora/ops/triton_ops/lora_shrink_op.py", "vllm/_C.abi3.so", "vllm/x.py"):
+        for name in (*ops, f"{folder}/fused_moe_lora_fp8_op.py", "vllm/_C.abi3.so", "vllm/x.py"):
             archive.writestr(name, "")
     monkeypatch.setattr(sys, "argv", ["peers.py", "cut", str(wheel), str(out)])
     peers.main()
-    assert zipfile.ZipFile(out).namelist() == ["vllm/lora/ops/triton_ops/lora_shrink_op.py"]
+    assert zipfile.ZipFile(out).namelist() == ops
 
 
 def test_goals_have_their_steps() -> None:
