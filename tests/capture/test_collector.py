@@ -32,15 +32,14 @@ def test_garbage_is_found_among_what_a_block_makes() -> None:
         assert gc.get_freeze_count()
         made = weakref.ref(Ring())
         del before
-        gc.collect()
+        gc.collect()  # of few objects: the others are frozen
         assert made() is None
         assert old() is not None
         with earlier_objects_spared():
             pass
         assert gc.get_freeze_count()
     assert not gc.get_freeze_count()
-    gc.collect()
-    assert old() is None
+    assert any(item is old() for item in gc.get_objects(generation=2))
 
 
 @pytest.mark.quick
@@ -52,12 +51,12 @@ def test_an_error_puts_the_objects_back() -> None:
 
 @pytest.mark.quick
 def test_what_the_program_has_frozen_stays_frozen() -> None:
+    own = Ring()
     gc.freeze()
     try:
-        frozen = gc.get_freeze_count()
         with earlier_objects_spared():
-            assert gc.get_freeze_count() == frozen
-        assert gc.get_freeze_count() == frozen
+            assert all(item is not own for item in gc.get_objects())
+        assert all(item is not own for item in gc.get_objects())
     finally:
         gc.unfreeze()
 

@@ -202,7 +202,8 @@ class _Noting:
 
     def __init__(self, lowering: Lowering) -> None:
         self.lowering, self.operators = lowering, set[str]()
-        self.decompositions, self.base = lowering.decompositions, lowering.base
+        self.begin, self.base = lowering.begin, lowering.base
+        self.decompositions = lowering.decompositions
 
     def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
         self.operators.update(
