@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -191,7 +192,8 @@ def _is_function(layer: _Layer, mode: FakeTensorMode) -> bool:
     if not layer.returned or not all(map(_is_plain, values)):
         return False
     made: dict[fx.Node, Any] = {node: fake_value(node) for node in layer.sizes}
-    with mode, torch.inference_mode(False), torch.no_grad():
+    # With symbolic sizes, composite operators such as matmul are served by their decompositions.
+    with enable_python_dispatcher(), mode, torch.inference_mode(False), torch.no_grad():
         made.update((node, Layout.of(fake_value(node)).empty()) for node in layer.taken)
         with _Writes() as writes:
             for node in layer.nodes:
