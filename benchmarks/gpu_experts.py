@@ -96,7 +96,7 @@ class Product:
         chosen = torch.rand(tokens, E, device=device, generator=generator).argsort(1)[:, :top]
         experts, order = chosen.flatten().sort(stable=True)
         request = order // top * requests // tokens
-        slots = (request % max(distinct, 1)).to(torch.int32) if distinct else request * 0 - 1
+        slots = request % distinct if distinct else torch.full_like(request, -1)
         offs = torch.bincount(experts, minlength=E).cumsum(0).to(torch.int32)
         K, sizes = (hidden, (inner, inner)) if name == "gate/up" else (inner, (hidden,))
         M, N, G, S = len(experts), sum(sizes), len(sizes), CAPACITY * E

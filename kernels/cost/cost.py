@@ -42,6 +42,7 @@ from lorafx.kernels.cost.work import (
     Estimate,
     Work,
     adapters_in_tile,
+    fused_base,
     reader,
 )
 
@@ -86,28 +87,11 @@ def split_is_faster(dtype: torch.dtype, device: torch.device) -> bool:
 LEAST_TRITON_OVER_VENDOR = 0.97
 
 
-#: Speed of our kernels' loop over W beside the vendor's where bytes decide (an H200): that of
-#: "epilogue" and "recompute" has too few programs for narrow layers and too many registers.
-LOOP_OVER_VENDOR = 0.62
-
-
-def _fused_base(
-    work: Work, memory: float, l2: float, flops: float, streaming: float = LOOP_OVER_VENDOR
-) -> float:
-    """The base product by our own kernel, slower than the vendor's by what was measured."""
-    speed = (work.chip.triton_over_vendor or 1.0) if work.compute_bound else streaming
-    return work.base(memory, l2, flops) / speed + START
-
-
-def _split(work: Work) -> float:
-    return decode_cost.split(work, _fused_base)
-
-
 def _recompute(work: Work) -> float:
     adapters, chip = adapters_in_tile(work), work.chip
     padded = max(work.rank, DOT)
     M, K, N = work.rows, work.in_features, work.columns
-    beside = _fused_base(
+    beside = fused_base(
         work,
         work.distinct * work.factors,
         work.m_tiles * work.rank * (work.n_tiles * K + adapters * N),
@@ -128,7 +112,7 @@ def _epilogue(work: Work) -> float:
     v = M * G * work.rank
     shrink = work.kernel(A + M * K + v, 0, 2.0 * M * padded * G * K)
     l2 = work.m_tiles * adapters * work.rank * N
-    return shrink + work.chip.launch + _fused_base(work, B + v, l2, 2.0 * M * padded * N)
+    return shrink + work.chip.launch + fused_base(work, B + v, l2, 2.0 * M * padded * N)
 
 
 def _gemv(work: Work) -> float:
@@ -145,7 +129,7 @@ def _segments(work: Work) -> float:
 
 
 GPU_STRATEGIES = {
-    "split": _split,
+    "split": decode_cost.split,
     "epilogue": _epilogue,
     "recompute": _recompute,
     "gemv": _gemv,

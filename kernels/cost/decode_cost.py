@@ -12,7 +12,6 @@ to take as long for each.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from lorafx.kernels.cost.work import (
@@ -21,6 +20,7 @@ from lorafx.kernels.cost.work import (
     READER,
     Work,
     adapters_in_tile,
+    fused_base,
 )
 
 #: A product of our own, with its K in parts, over the vendor's where bytes decide: an H200.
@@ -47,28 +47,26 @@ MEASURED, TODAY, WIDE = Reader(4, 16), Reader(2, 64), 16384
 #: Seconds of one load in turn.
 IN_TURN = READER / MEASURED.loads
 
-BaseProduct = Callable[[Work, float, float, float, float], float]
 
-
-def split(work: Work, base_product: BaseProduct, form: Reader = TODAY) -> float:
+def split(work: Work, form: Reader = TODAY) -> float:
     """Seconds of both kernels."""
     M, N = work.rows, work.columns
     sums = sums_of(work)
     own = work.kernel(work.distinct * work.rank * N + sums + M * N, 0, 2.0 * M * _padded(work) * N)
     wait = form.loads * IN_TURN + (rounds(work, form) - 1) * ADAPTER
-    return first_kernel(work, base_product) + max(own, wait) + work.chip.launch
+    return first_kernel(work) + max(own, wait) + work.chip.launch
 
 
-def ahead(work: Work, base_product: BaseProduct) -> float:
+def ahead(work: Work) -> float:
     """As "split", less the launch that the kernel before it hides."""
-    return split(work, base_product) - work.chip.launch
+    return split(work) - work.chip.launch
 
 
-def first_kernel(work: Work, base_product: BaseProduct) -> float:
+def first_kernel(work: Work) -> float:
     """Seconds of base product and shrink."""
     G, K = len(work.sizes), work.in_features
     A = work.distinct * work.rank * G * K
-    return base_product(
+    return fused_base(
         work, A, sums_of(work), 2.0 * work.rows * _padded(work) * G * K, SPLIT_OVER_VENDOR
     )
 

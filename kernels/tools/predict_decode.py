@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lorafx.kernels.cost.cost import _fused_base, estimate
+from lorafx.kernels.cost.cost import estimate
 from lorafx.kernels.cost.decode_cost import MEASURED, ahead, split
 from lorafx.kernels.cost.work import START, Work
 
@@ -38,13 +38,13 @@ def _chosen(work: Work) -> str:
 def _ahead(work: Work) -> float:
     """What the plan takes, and "split" where it does by the form that starts ahead."""
     name = _chosen(work)
-    return ahead(work, _fused_base) if name == "split" else estimate(work)[name].seconds
+    return ahead(work) if name == "split" else estimate(work)[name].seconds
 
 
 MODELS: Mapping[str, Model] = {
-    "split, one by one": lambda work: split(work, _fused_base, MEASURED),
+    "split, one by one": lambda work: split(work, MEASURED),
     "split": _strategy("split"),
-    "split, ahead": lambda work: ahead(work, _fused_base),
+    "split, ahead": ahead,
     "gemv": _strategy("gemv"),
     "segments": _strategy("segments"),
     "concat, room": _strategy("concat", room=True),

@@ -13,7 +13,6 @@ from lorafx.kernels.cost.cost import (
     AROUND,
     FUSED,
     GPU_STRATEGIES,
-    _fused_base,
     byte_floor,
     estimate,
     work_of,
@@ -142,7 +141,7 @@ def test_a_decode_step_of_an_h200_took(distinct: int, ratio: float) -> None:
         added = 0.0
         for sites in LLAMA_8B:
             work = work_of(sites, 64, distinct, 16, torch.bfloat16, DEFAULT_CHIP)
-            added += split(work, _fused_base, form) - work.vendor()
+            added += split(work, form) - work.vendor()
         took[form] = 4 * added / 946e-6
     assert took[MEASURED] == pytest.approx(ratio - 1, rel=1 / 6)
     assert took[TODAY] < took[MEASURED]
