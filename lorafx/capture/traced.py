@@ -65,6 +65,7 @@ class Traced:
             converter = callback._torchdynamo_orig_backend
             converter._inner_convert = self._noting(converter._inner_convert)
         self._recompile_limit = recompile_limit
+        self._symbolic = bool(dynamic)
         self._sizes_by_data = sizes_by_data
         function = _with_own_code(function)
         self._code = function.__code__
@@ -82,7 +83,9 @@ class Traced:
                 return ConvertFrameReturn(frame_exec_strategy=_THIS_TIME)
             try:
                 settings = capture_settings(
-                    self._recompile_limit, sizes_by_data=self._sizes_by_data()
+                    self._recompile_limit,
+                    sizes_by_data=self._sizes_by_data(),
+                    symbolic=self._symbolic,
                 )
                 with settings, earlier_objects_spared():
                     return convert(frame, *args, **kwargs)
