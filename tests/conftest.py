@@ -15,6 +15,8 @@ from dense_merge import Case, build_case, save_adapter
 from torch import nn
 from torch.fx.experimental import _config as shape_config
 
+from lorafx.session.session import sessions
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # torch writes every graph and guard into this logger as soon as it has a handler, and pytest gives
@@ -27,6 +29,11 @@ if "TORCH_TRACE" not in os.environ:
 # A capture makes millions of objects that live until it ends. At Python's own thresholds the
 # collector goes through all of them again and again, which is another tenth.
 gc.set_threshold(100_000, 20, 50)
+
+
+def pytest_sessionfinish() -> None:
+    """pytest collects garbage five times when it ends, each time among ten million objects."""
+    gc.freeze()
 
 
 #: What lorafx and Dynamo set while they capture.
@@ -50,6 +57,15 @@ def _torch_state() -> Iterator[None]:
     if torch._C._len_torch_dispatch_stack() == 0:
         for key in (torch._C.DispatchKey.Python, torch._C.DispatchKey.PythonTLSSnapshot):
             torch._C._dispatch_tls_set_dispatch_key_included(key, False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_models() -> Iterator[None]:
+    """Compiled models of earlier tests are garbage in circles. Merges and new base weights look
+    through all models that are served, and these took nine tenths of their time."""
+    yield
+    if len(sessions()) > 50:
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

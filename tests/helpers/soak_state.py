@@ -103,8 +103,8 @@ class Answers:
     tokens: dict[Any, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        first = random_base("llama")
-        second = random_base("llama")
+        first = random_base("llama", num_hidden_layers=1)
+        second = random_base("llama", num_hidden_layers=1)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in second.parameters():
