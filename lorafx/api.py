@@ -14,6 +14,7 @@ from lorafx.explain import Explanation, model_sections
 from lorafx.passes.attach import allocate_groups
 from lorafx.prepare.configuration import request_of
 from lorafx.prepare.marking import build_sites, mark
+from lorafx.saved_graphs.folder import folder_of
 from lorafx.serving.compiled import CompiledModel, refuse_compiled
 from lorafx.torch_compile.attach_model import attach as attach
 from lorafx.torch_compile.attached import session_of
@@ -58,6 +59,9 @@ def compile(
         After an error the model's modules and hooks are as they were.
     """
     refuse_compiled(model)
+    options = Options.of(options)
+    if options.cache:
+        folder_of(options.cache)  # it can be used
     marked = mark(model, lora_config, adapters, options)
     compiled = CompiledModel(marked.program, marked.attachment, marked.store, dynamic)
     try:

@@ -2,6 +2,7 @@
 
     lorafx inspect ADAPTER              modules, ranks and scales of a PEFT adapter folder
     lorafx explain MODEL [--target T]   sites and banks of a Hugging Face model, on the meta device
+    lorafx cache list | clear           graphs that Options(cache=...) has saved
 
 Needs the extra `cli` (typer, rich); `explain` also needs `hf`.
 """
@@ -66,6 +67,46 @@ def explain(
     print(lorafx.explain(module, config))
 
 
+Folder = Annotated[Path | None, "the folder; without it the one of Options(cache=True)"]
+
+
+def list_saved(folder: Folder = None) -> None:
+    """Show the graphs that are saved in FOLDER."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lorafx.saved_graphs.folder import default_folder, entries
+
+    home = folder or default_folder()
+    found = list(entries(home))
+    size = sum(entry.bytes for entry in found)
+    table = Table("file", "model", "graph", "bytes", "age", title=f"{home}: {size} bytes")
+    for entry in found:
+        name = str(entry.path.relative_to(home))
+        table.add_row(name, entry.model, entry.title, str(entry.bytes), _age(entry.age))
+    Console().print(table)
+
+
+def clear_saved(
+    folder: Folder = None,
+    older_than: Annotated[float, "days since a graph was saved or loaded last"] = 0.0,
+) -> None:
+    """Remove the graphs that are saved in FOLDER."""
+    from lorafx.saved_graphs.folder import clear, default_folder
+
+    home = folder or default_folder()
+    print(f"{clear(home, older_than * _DAY)} graphs removed from {home}")
+
+
+_DAY = 24 * 3600.0
+
+
+def _age(seconds: float) -> str:
+    if seconds < 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 2 * _DAY else f"{seconds / _DAY:.0f} days"
+
+
 def main() -> None:
     """Entry point of the command."""
     try:
@@ -75,6 +116,10 @@ def main() -> None:
     app = typer.Typer(add_completion=False, no_args_is_help=True)
     app.command()(inspect)
     app.command()(explain)
+    cache = typer.Typer(no_args_is_help=True, help="Graphs that Options(cache=...) has saved.")
+    cache.command("list")(list_saved)
+    cache.command("clear")(clear_saved)
+    app.add_typer(cache, name="cache")
     try:
         app(standalone_mode=False)
     except LorafxError as error:

@@ -217,6 +217,15 @@ def size_hint(size: int | torch.SymInt) -> int | None:
     return int(size.node.hint) if size.node.has_hint() else None
 
 
+def can_save_graphs() -> bool:
+    """Whether what AOTAutograd puts around a graph can be kept for another process; from torch
+    2.13 on."""
+    from torch._functorch._aot_autograd import graph_compile
+    from torch._functorch._aot_autograd.schemas import AOTConfig
+
+    return hasattr(graph_compile, "_cache_inference_info") and hasattr(AOTConfig, "to_cacheable")
+
+
 _MHA_LOCK = threading.Lock()
 #: The blocks of `no_mha_fast_path` that are running, in any thread, and what was "before" them.
 _MHA_BLOCKS: dict[object, bool] = {}

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from lorafx.compat import can_save_graphs
 from lorafx.errors import ConfigError, nearest
 
 Lowering = Literal["auto", "inductor", "triton", "reference"]
@@ -127,6 +128,10 @@ class Options:
         stamps: AOTAutograd traces one of several equal layers, and the others are copies of what it
             finds (lorafx.capture.stamps). The graph is the same; a deep model's first call is
             shorter.
+        cache: a folder where graphs are saved, so that the next process that compiles the same
+            model need not trace it; True for one beside the compiled kernels
+            (docs/saved_graphs.md). Loading a graph runs code from the folder, so it has to be one
+            that you alone can write to. None: graphs are not saved.
     """
 
     lowering: Lowering = "auto"
@@ -139,6 +144,7 @@ class Options:
     strict: bool = False
     weight_room: bool = False
     stamps: bool = False
+    cache: str | bool | None = None
 
     @classmethod
     def of(cls, value: Options | Mapping[str, Any] | None) -> Options:
@@ -169,6 +175,11 @@ class Options:
                     f"Options.{name} must be one of {', '.join(allowed)}, "
                     f"got {getattr(self, name)!r}"
                 )
+        if self.cache and not can_save_graphs():
+            raise ConfigError(
+                f"Options.cache needs torch 2.13 or later, and this is {torch.__version__}; "
+                "leave it out"
+            )
         allowed = tuple(dict.fromkeys(itertools.chain(*STRATEGIES.values())))
         if self.lowering != "auto":  # what that stands for depends on the device
             allowed = STRATEGIES[self.lowering]

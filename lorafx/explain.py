@@ -112,6 +112,8 @@ def _graph_lines(record: GraphRecord) -> list[str]:
         f"{report.name}: {report.edits} edits, {report.nodes} nodes, {report.seconds * 1e3:.0f} ms"
         for report in record.passes
     ]
+    if record.saved:
+        lines.append(record.saved)
     packs: dict[int, list[str]] = {}
     for state in record.states:
         packs.setdefault(state.node_key, []).append(state.site.path)

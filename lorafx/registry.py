@@ -312,6 +312,11 @@ def own_entry(cls: type) -> Eligible | None:
     return entry
 
 
+def registrations() -> tuple[object, ...]:
+    """What was given to `register` and `register_oot`."""
+    return (*_REGISTERED.values(), *REPLACEMENTS.values())
+
+
 def _transformers_conv1d() -> type[nn.Module] | None:
     """transformers' Conv1D, the class object itself. Importing transformers for it would cost
     seconds, and a model that holds one has imported it already."""

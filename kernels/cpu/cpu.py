@@ -15,7 +15,7 @@ import functools
 import hashlib
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
@@ -40,6 +40,7 @@ __all__ = [
     "DeltaSpec",
     "build",
     "build_all",
+    "builds_noted",
     "delta_call",
     "embedding_delta_call",
     "expert_delta_call",
@@ -83,6 +84,7 @@ class KernelEntry(ctypes.Structure):
 
 _LOCK = threading.RLock()
 _BUILT: dict[tuple[DeltaSpec, str], int] = {}
+_NOTES: list[dict[DeltaSpec, int]] = []
 _LIBRARIES: list[ctypes.CDLL] = []  # keeps what the table points into
 
 
@@ -145,6 +147,17 @@ def _load(spec: DeltaSpec, kernel: int, path: Path) -> None:
     ops.KERNELS[kernel] = Ranges(spec.siblings, spec.offsets, spec.sizes)
 
 
+@contextlib.contextmanager
+def builds_noted() -> Iterator[dict[DeltaSpec, int]]:
+    """The kernels that `build` returns in the block, whichever thread asks, with their ids."""
+    found: dict[DeltaSpec, int] = {}
+    _NOTES.append(found)
+    try:
+        yield found
+    finally:
+        _NOTES.remove(found)
+
+
 def build(spec: DeltaSpec, isa: Isa | None = None) -> int | None:
     """The id of the kernel of `spec`, compiled if need be and loaded into this process.
 
@@ -166,6 +179,8 @@ def build(spec: DeltaSpec, isa: Isa | None = None) -> int | None:
                 kernel, path = _compile(spec, isa)
                 _load(spec, kernel, path)
                 _BUILT[spec, isa.name] = kernel
+            for noted in _NOTES:
+                noted[spec] = _BUILT[spec, isa.name]
             return _BUILT[spec, isa.name]
         except LoweringError as error:
             _warn_once(str(error))

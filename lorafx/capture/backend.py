@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import FrameType
 from typing import Any
 
@@ -32,6 +33,7 @@ from lorafx.capture.executable import (
 from lorafx.capture.failures import in_lowering, in_tracing
 from lorafx.capture.graph_text import GraphText
 from lorafx.capture.lowering import Lowering, lowering_for
+from lorafx.capture.parts import Captured, LoraParts, foreign_operators, noted
 from lorafx.capture.record import GraphRecord
 from lorafx.capture.stamps import Folded, fold, unfold
 from lorafx.capture.verify import NumericCheck
@@ -60,6 +62,8 @@ class Backend:
         self.shares_graphs = False
         #: Some graph takes what another made: results are worth keeping note of.
         self.several = [False]
+        #: Is given each graph that was compiled, while somebody wants to save it.
+        self.noted: Callable[[Captured], None] | None = None
         self.lowering: Lowering = lowering_for(program.options)
 
     def __call__(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
@@ -103,15 +107,17 @@ class Backend:
         dump = GraphDump(title, dump_folder(program.options))
         checks = Checks(places, frame.begins_call, self.several)
         record = GraphRecord(title, lora, dump, checks)
+        parts = LoraParts(checks)
+        sources = [getattr(node.meta.get("grapharg"), "source", None) for node in _inputs(gm)]
         with progress(f"compiling {title}"):
             if both:
                 # Whatever compiles a graph may change it.
                 with in_lowering(program.options.lowering):
                     base = lowering.base(copy.deepcopy(gm), examples)
-                with_lora = self.compile_lora(gm, examples, frame, record, owner, lowering)
+                with_lora = self.compile_lora(gm, examples, frame, record, owner, lowering, parts)
                 executable = by_activity(owner, base, with_lora)
             elif active:
-                executable = self.compile_lora(gm, examples, frame, record, owner, lowering)
+                executable = self.compile_lora(gm, examples, frame, record, owner, lowering, parts)
             else:
                 record.dump.graph(CAPTURED, GraphText().lines(gm))
                 with in_lowering(program.options.lowering):
@@ -119,6 +125,9 @@ class Backend:
                 if places.plain:
                     executable = base_only(checks, owner, executable)
         self.records.append(record)
+        if self.noted is not None:
+            alone = active and not both and not program.site_watch.missing
+            self.noted(Captured(record, frame, sources, parts if alone else None))
         return while_missing(owner, executable) if program.site_watch.missing else executable
 
     def compile_lora(
@@ -129,16 +138,17 @@ class Backend:
         record: GraphRecord,
         owner: Owner,
         lowering: Lowering,
+        parts: LoraParts,
     ) -> Callable[..., Any]:
-        """The executable of calls with adapters."""
-        compiler = _FrameCompiler(self, frame, record, lowering)
+        """The executable of calls with adapters, made of `parts`."""
+        compiler = _FrameCompiler(self, frame, record, lowering, parts)
         compiler.folded = fold(gm) if self.program.options.stamps else None
         trace = aot_autograd(
             fw_compiler=compiler,
             inference_compiler=compiler,
             decompositions=lowering.decompositions(),
         )
-        with in_tracing():
+        with in_tracing(), nullcontext() if self.noted is None else noted(parts):
             try:
                 executable = trace(gm, examples)
             except Exception:
@@ -157,6 +167,10 @@ class Backend:
         return lambda arguments: program
 
 
+def _inputs(gm: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in gm.graph.nodes if node.op == "placeholder"]
+
+
 def _guarded_on_activity(program: Program) -> bool:
     """Whether Dynamo guards the frame that is being captured on the program's being active."""
     names = guarded_attributes(".runtime.active")
@@ -172,12 +186,18 @@ class _FrameCompiler:
     """AOTAutograd's inference compiler for one frame."""
 
     def __init__(
-        self, backend: Backend, frame: Frame, record: GraphRecord, lowering: Lowering
+        self,
+        backend: Backend,
+        frame: Frame,
+        record: GraphRecord,
+        lowering: Lowering,
+        parts: LoraParts,
     ) -> None:
         self.backend = backend
         self.frame = frame
         self.record = record
         self.lowering = lowering
+        self.parts = parts
         #: What stands for layers in the graph that is traced; None where it stands for itself.
         self.folded: Folded | None = None
 
@@ -186,6 +206,8 @@ class _FrameCompiler:
         if self.folded is not None:
             unfold(gm, self.folded)
             self.folded = None
+        if self.backend.noted is not None:
+            self.parts.foreign = foreign_operators(gm)
         frame.bind(gm.graph)
         ctx = Context(program, frame, gm, edits_left=program.options.max_edits)
         # Rows of other graphs may be some of the batch's, in another order. That is told per
@@ -202,12 +224,15 @@ class _FrameCompiler:
         operators = copy.deepcopy(gm) if ctx.handover.seen else None
         with in_lowering(program.options.lowering):
             executable = self.lowering.compile(gm, [*inputs, *values])
+        self.parts.lowered, self.parts.extra = executable, extra
+        self.parts.whole = operators is None and numeric is None
         if operators is not None:
             executable = looked_at(executable, operators)
         banks = [
             None if name in (SLOTS, ONE_SLOT) else (tuple(value.shape), value.stride(), value.dtype)
             for (_, _, name), value in zip(extra, values, strict=True)
         ]
+        self.parts.banks = banks
         # The parts of a tensor subclass do not say whose they are.
         whole = [node for node, item in frame.by_node.items() if item.sites and not item.part]
         weights = [frame.positions[node] for node in whole]

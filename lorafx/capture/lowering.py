@@ -108,6 +108,19 @@ class InductorLowering:
         return cast("Callable[..., Any]", compiled)
 
 
+class NodeByNode:
+    """A graph that is run as it is, in AOTAutograd's boxed convention."""
+
+    _boxed_call = True
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.graph_module = gm
+        self._forward = gm.forward
+
+    def __call__(self, arguments: list[Any]) -> Any:
+        return self._forward(*arguments)
+
+
 class ReferenceLowering:
     """Plain aten, node by node, on any device."""
 
@@ -118,13 +131,7 @@ class ReferenceLowering:
         return decomposition_table()
 
     def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
-        forward = gm.forward
-
-        def run(arguments: list[Any]) -> Any:
-            return forward(*arguments)
-
-        run._boxed_call = True  # type: ignore[attr-defined]
-        return run
+        return NodeByNode(gm)
 
     def base(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         return gm.forward

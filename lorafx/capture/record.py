@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from lorafx.capture.checks import Checks, RefusedSites
 from lorafx.capture.dump import GraphDump
@@ -14,7 +15,8 @@ from lorafx.pipeline import PassReport
 
 @dataclass(eq=False)
 class GraphRecord:
-    """One graph. `checks` is what its executable keeps of it."""
+    """One graph. `checks` is what its executable keeps of it; `saved` says what became of it in the
+    folder of saved graphs."""
 
     title: str
     lora: bool
@@ -24,6 +26,20 @@ class GraphRecord:
     states: list[SiteState] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     outlined: list[Outlined] = field(default_factory=list)
+    saved: str = ""
+
+    def to_save(self) -> dict[str, Any]:
+        """What another process needs of it."""
+        left_out = ("dump", "saved", "title")
+        return {name: value for name, value in vars(self).items() if name not in left_out}
+
+    @classmethod
+    def loaded(cls, title: str, values: Mapping[str, Any], several: list[bool]) -> GraphRecord:
+        """The record of a graph that another process compiled. `several`: as in `Checks`, of this
+        program."""
+        record = cls(title, dump=GraphDump(title, None), saved="loaded from the folder", **values)
+        record.checks.several = several
+        return record
 
     def note(self, ctx: Context) -> None:
         """Keep what the passes found out."""

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable, Sequence
 from traceback import walk_tb
 from types import CodeType, FunctionType, MethodType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch._dynamo import convert_frame, eval_frame, trace_rules
@@ -26,6 +26,16 @@ from lorafx.compat import capture_settings, entry_arguments
 _THIS_TIME = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT)
 
 
+class Saved(Protocol):
+    """Graphs that were compiled elsewhere."""
+
+    def converted(
+        self, convert: Callable[..., ConvertFrameReturn], frame: Any, *args: Any, **kwargs: Any
+    ) -> ConvertFrameReturn:
+        """As `convert`, the conversion of the function's own frame."""
+        ...
+
+
 class Traced:
     """`function` compiled by `backend`, frame by frame where it breaks, with graphs of its own.
 
@@ -37,6 +47,7 @@ class Traced:
         sizes_by_data: whether operators whose results' sizes depend on data are captured too, asked
             at each capture.
         keep_guards: says which of a new graph's guards are checked before each call.
+        saved: graphs of the function that other processes compiled, tried first.
     """
 
     def __init__(
@@ -48,6 +59,7 @@ class Traced:
         recompile_limit: int,
         sizes_by_data: Callable[[], bool],
         keep_guards: Callable[[Sequence[Any]], Sequence[bool]],
+        saved: Saved | None = None,
     ) -> None:
         #: What functions raised that were given up for it.
         self.given_up: dict[CodeType, str] = {}
@@ -67,6 +79,7 @@ class Traced:
         self._recompile_limit = recompile_limit
         self._symbolic = bool(dynamic)
         self._sizes_by_data = sizes_by_data
+        self._saved = saved
         function = _with_own_code(function)
         self._code = function.__code__
         self.call: Callable[..., Any] = context(function)
@@ -88,6 +101,8 @@ class Traced:
                     symbolic=self._symbolic,
                 )
                 with settings, earlier_objects_spared():
+                    if self._saved is not None and frame.f_code is self._code:
+                        return self._saved.converted(convert, frame, *args, **kwargs)
                     return convert(frame, *args, **kwargs)
             except Unsupported as error:
                 if isinstance(error.__cause__, ObservedException):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType, MethodType
 from typing import Any
 
@@ -30,6 +30,7 @@ from lorafx.model.experts import LOOP, loops
 from lorafx.model.packing import check_packed
 from lorafx.program.program import Program
 from lorafx.program.roles import IMAGES, TOKEN_DIMS, RoleTable
+from lorafx.saved_graphs.saved_graphs import SavedGraphs
 from lorafx.serving.guards import keep_guards
 from lorafx.serving.tracked import tracked
 from lorafx.session.session import Session
@@ -140,14 +141,32 @@ class Entry:
     def _new(self) -> Traced:
         session = self.session
         session.backend.lowering.begin(session.program.runtime.device)
+        keep = functools.partial(keep_guards, self.module)
+        saved = self._saved(keep)
         return Traced(
             self.target,
             session.backend.per_token if self.per_token else session.backend,
             dynamic=session.dynamic,
             recompile_limit=session.program.options.recompile_limit,
             sizes_by_data=lambda: session.program.quantised.sizes_by_data,
-            keep_guards=functools.partial(keep_guards, self.module),
+            keep_guards=keep if saved is None else saved.keep_guards,
+            saved=saved,
         )
+
+    def _saved(self, keep: Callable[[Sequence[Any]], Sequence[bool]]) -> SavedGraphs | None:
+        """The graphs that other processes saved of this entry, where `Options.cache` asks."""
+        option = self.session.program.options.cache
+        if not option:
+            return None
+        paths = {id(module): path for path, module in self.session.program.model.named_modules()}
+        entry = {
+            "function": self.target,
+            "module": paths.get(id(self.module)),
+            "name": self.name,
+            "per token": self.per_token,
+            "dynamic": self.session.dynamic,
+        }
+        return SavedGraphs(self.session.backend, option, entry, keep)
 
     def _traced(self, state: int) -> Traced:
         if state not in self.by_state:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lorafx.config import Options
-from lorafx.errors import CaptureError
+from lorafx.errors import CaptureError, ConfigError
 from lorafx.model.attachment import sessions_of_marks
 from lorafx.prepare.marking import Marked, mark
 from lorafx.serving.compiled import refuse_compiled
@@ -42,10 +42,20 @@ def attach(
         As `compile`. After an error the model's modules and hooks are as they were.
     """
     refuse_compiled(model)
+    refuse_cache(Options.of(options))
     marked = mark(model, lora_config, adapters, options)
     _refuse_shared_weights(marked)
     attach_session(marked.program, marked.attachment, marked.store)
     return marked.program.model
+
+
+def refuse_cache(options: Options) -> None:
+    """Raises ConfigError: torch.compile itself captures the graphs of such models."""
+    if options.cache:
+        raise ConfigError(
+            "Options.cache is for models that are given to lorafx.compile; what torch.compile "
+            "captures is in torch's own caches"
+        )
 
 
 def _refuse_shared_weights(marked: Marked) -> None:

@@ -17,6 +17,7 @@ from lorafx.adapter_store.store import AdapterStore
 from lorafx.capture.backend import Backend
 from lorafx.capture.executable import Owner, refusing
 from lorafx.capture.lowering import Lowering
+from lorafx.capture.parts import LoraParts
 from lorafx.capture.record import GraphRecord
 from lorafx.errors import CaptureError
 from lorafx.model.attachment import Attachment
@@ -62,6 +63,7 @@ class AttachedBackend(Backend):
         record: GraphRecord,
         owner: Owner,
         lowering: Lowering,
+        parts: LoraParts,
     ) -> Callable[..., Any]:
         if wants_gradient(examples):
             return refusing(
@@ -71,7 +73,7 @@ class AttachedBackend(Backend):
                     "torch.inference_mode()"
                 )
             )
-        compiled = super().compile_lora(gm, examples, frame, record, owner, lowering)
+        compiled = super().compile_lora(gm, examples, frame, record, owner, lowering, parts)
         checks = record.checks
 
         def run(*arguments: Any) -> Any:

@@ -1,0 +1,172 @@
+"""What an executable is made of, kept apart so that another process can put it together again.
+
+    checked( AOTAutograd's wrappers( with_lookups( the graph as it was lowered ) ) )
+
+AOTAutograd returns one function; its own part of that (views, aliases, what is written into
+inputs) is noted while it works.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import fx
+from torch._functorch._aot_autograd import graph_compile
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+
+from lorafx.capture.checks import Checks
+from lorafx.capture.executable import Layout, Owner, checked, with_lookups
+from lorafx.kernels.cpu.cpu import DeltaSpec, builds_noted
+
+if TYPE_CHECKING:
+    from lorafx.capture.record import GraphRecord
+    from lorafx.program.frame import Frame
+
+_KNOWN_NAMESPACES = ("aten", "prims", "prim", "lorafx", "inductor")
+_KNOWN_HIGHER_ORDER = (torch.ops.higher_order.invoke_subgraph,)
+
+
+@dataclass
+class Wrappers:
+    """AOTAutograd's part of a graph without gradients.
+
+    Attributes:
+        metadata: what is known of inputs and outputs (`ViewAndMutationMeta`).
+        wrappers: those that change arguments and results.
+        config: what the wrappers ask about the capture.
+    """
+
+    metadata: Any
+    wrappers: list[Any]
+    config: Any
+
+    def around(self, compiled: Callable[[list[Any]], Any]) -> Callable[..., Any]:
+        """The function that AOTAutograd returned, around this graph in the boxed convention."""
+        from torch._functorch._aot_autograd.aot_autograd_result import BundledAOTAutogradResult
+        from torch._subclasses import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+        result: Any = cast(Any, BundledAOTAutogradResult)(
+            compiled_fw=None,  # only read where torch itself loads the graph
+            compiled_bw=None,
+            aot_joint_graph_str=None,
+            aot_forward_graph_str=None,
+            aot_backward_graph_str=None,
+            min_cut_info_str=None,
+            runtime_metadata=self.metadata,
+            dispatch_wrappers=self.wrappers,
+            maybe_subclass_meta=None,
+            num_fw_outs_saved_for_bw=None,
+            indices_of_inps_to_detach=[],
+            forward_time_taken_ns=0,
+            backward_time_taken_ns=0,
+            sanitized_aot_config=self.config,
+            guards_expr=None,
+            serialized_bw_module=None,
+        )
+        context = torch._guards.TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
+        with torch._guards.tracing(context):
+            run = result._apply_runtime_wrappers(compiled, None, False, self.config)
+
+        def unboxed(*arguments: Any) -> Any:
+            return run(list(arguments))
+
+        return unboxed
+
+
+@contextmanager
+def noted(parts: LoraParts) -> Iterator[None]:
+    """Note in `parts` what AOTAutograd and the lowering make in the block."""
+    with builds_noted() as kernels, _wrappers_noted() as wrappers:
+        yield
+    parts.kernels = kernels
+    parts.wrappers = wrappers[-1] if wrappers else None
+
+
+@contextmanager
+def _wrappers_noted() -> Iterator[list[Wrappers | None]]:
+    """Note the wrappers of the graphs that AOTAutograd compiles for this thread in the block; None
+    for those of tensor subclasses. Dynamo's lock is held."""
+    found: list[Wrappers | None] = []
+    thread, original = threading.get_ident(), graph_compile._cache_inference_info
+
+    def noting(config: Any, metadata: Any, subclasses: Any, *rest: Any) -> Any:
+        entry = original(config, metadata, subclasses, *rest)  # it makes the metadata ready to keep
+        if threading.get_ident() == thread:
+            plain = subclasses is None
+            found.append(Wrappers(metadata, rest[-1], config.to_cacheable()) if plain else None)
+        return entry
+
+    setattr(graph_compile, "_cache_inference_info", noting)  # noqa: B010  for mypy
+    try:
+        yield found
+    finally:
+        setattr(graph_compile, "_cache_inference_info", original)  # noqa: B010
+
+
+@dataclass
+class LoraParts:
+    """The parts of the executable of calls with adapters.
+
+    Attributes:
+        lowered: the graph as the lowering made it, in the boxed convention.
+        kernels: the generated C++ kernels that it calls, with their ids.
+        extra, banks: as in `with_lookups`.
+        foreign: operators of the graph that are neither torch's nor lorafx's.
+        wrappers: None where they cannot be kept.
+        whole: nothing stands between these parts that is not among them.
+    """
+
+    checks: Checks
+    lowered: Any = None
+    kernels: dict[DeltaSpec, int] = field(default_factory=dict)
+    extra: list[tuple[int, int, str]] = field(default_factory=list)
+    banks: list[Layout | None] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+    wrappers: Wrappers | None = None
+    whole: bool = True
+
+    def executable(self, owner: Owner, lowered: Callable[[list[Any]], Any]) -> Callable[..., Any]:
+        """The executable, of the graph as it was loaded."""
+        assert self.wrappers is not None
+        found = with_lookups(self.checks, owner, lowered, self.extra, self.banks, None)
+        return checked(self.checks, owner, self.wrappers.around(found))
+
+
+def foreign_operators(gm: fx.GraphModule) -> list[str]:
+    """The operators that the graph calls, and that torch and lorafx do not know: what they do is
+    told by code that nobody compares."""
+    found = set()
+    for module in gm.modules():
+        nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
+        for target in (node.target for node in nodes if node.op == "call_function"):
+            if isinstance(target, HigherOrderOperator):
+                known = target in _KNOWN_HIGHER_ORDER
+            elif isinstance(target, (OpOverload, OpOverloadPacket)):
+                known = str(target).partition(".")[0] in _KNOWN_NAMESPACES
+            else:
+                home = str(getattr(target, "__module__", "")).partition(".")[0]
+                known = home in ("_operator", "math", "builtins", "torch")
+            if not known:
+                found.add(str(target))
+    return sorted(found)
+
+
+@dataclass
+class Captured:
+    """One graph as the backend made it.
+
+    Attributes:
+        sources: of each of its inputs where Dynamo found it.
+        lora: None where the graph is not one of calls with adapters alone.
+    """
+
+    record: GraphRecord
+    frame: Frame
+    sources: Sequence[Any]
+    lora: LoraParts | None

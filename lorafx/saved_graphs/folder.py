@@ -1,0 +1,163 @@
+"""The folder that saved graphs lie in: who may read it, how files get there and go.
+
+    folder / key / digest.graph        one graph; `key` is all that must be equal (`key.py`)
+
+A file begins with a line of JSON for people (`lorafx cache list`). What follows is a pickle, and
+who can write a pickle can run code: the folder belongs to this user alone, mode 0700, and so does
+each file. Files are renamed into place, so that processes may share the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorafx.errors import ConfigError
+from lorafx.kernels.cpu.compiler import cache_folder
+
+_MAGIC = b"lorafx graph 1\n"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One saved graph as the command shows it."""
+
+    path: Path
+    model: str
+    title: str
+    bytes: int
+    used: float
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was written, or loaded last."""
+        return max(0.0, time.time() - self.used)
+
+
+class BrokenFile(Exception):
+    """A file that is not what was written."""
+
+
+def default_folder() -> Path:
+    """Beside the compiled kernels: LORAFX_CACHE_DIR, or a folder of Inductor's cache."""
+    return cache_folder() / "graphs"
+
+
+def folder_of(option: str | bool) -> Path:
+    """The folder that `Options.cache` names, made where it is not there.
+
+    Raises:
+        ConfigError: it is not a folder that this user alone can write to.
+    """
+    path = default_folder() if isinstance(option, bool) else Path(option).expanduser()
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.lstat() if path == default_folder() else path.stat()
+    except OSError as error:
+        raise ConfigError(f"Options.cache: {path} cannot be a folder: {error}") from error
+    if not stat.S_ISDIR(found.st_mode):
+        raise ConfigError(f"Options.cache: {path} is not a folder")
+    if hasattr(os, "getuid") and found.st_uid != os.getuid():
+        raise ConfigError(
+            f"Options.cache: {path} belongs to user {found.st_uid}, not to you ({os.getuid()}). "
+            "Loading a saved graph runs code, so the folder has to be your own"
+        )
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ConfigError(
+            f"Options.cache: others may write to {path} (mode {found.st_mode & 0o777:o}). Loading "
+            f"a saved graph runs code; chmod 700 {path}, or name another folder"
+        )
+    return path
+
+
+def write(folder: Path, key: str, model: str, title: str, body: bytes) -> Path:
+    """Put a graph into the folder, in one step."""
+    home = folder / key
+    home.mkdir(mode=0o700, exist_ok=True)
+    found = hashlib.sha256(body).hexdigest()
+    header = {"model": model, "title": title, "sha256": found}
+    path = home / f"{found[:24]}.graph"
+    with tempfile.NamedTemporaryFile("wb", dir=home, suffix=".tmp", delete=False) as scratch:
+        scratch.write(_MAGIC + json.dumps(header).encode() + b"\n" + body)
+    os.replace(scratch.name, path)
+    return path
+
+
+def files(folder: Path, key: str) -> list[Path]:
+    """The saved graphs of a key, oldest first."""
+    found = []
+    for path in (folder / key).glob("*.graph"):
+        try:
+            found.append((path.stat().st_mtime, path))
+        except OSError:
+            continue  # cleared meanwhile
+    return [path for _, path in sorted(found)]
+
+
+def read(path: Path) -> bytes:
+    """The body of a file.
+
+    Raises:
+        BrokenFile: it is not what was written, or somebody else's.
+    """
+    try:
+        if hasattr(os, "getuid") and path.stat().st_uid != os.getuid():
+            raise BrokenFile("it belongs to another user")
+        data = path.read_bytes()
+    except OSError as error:
+        raise BrokenFile(str(error)) from error
+    header, body = _taken_apart(data)
+    with contextlib.suppress(OSError):
+        os.utime(path)
+    if hashlib.sha256(body).hexdigest() != header.get("sha256"):
+        raise BrokenFile("its contents do not match its checksum")
+    return body
+
+
+def _taken_apart(data: bytes) -> tuple[dict[str, object], bytes]:
+    line, end, body = data.removeprefix(_MAGIC).partition(b"\n")
+    if not data.startswith(_MAGIC) or not end:
+        raise BrokenFile("it is no saved graph")
+    try:
+        header = json.loads(line)
+    except ValueError as error:
+        raise BrokenFile("its first line cannot be read") from error
+    if not isinstance(header, dict):
+        raise BrokenFile("its first line is not what was written")
+    return header, body
+
+
+def entries(folder: Path) -> Iterator[Entry]:
+    """What is in the folder; files that cannot be read have no model's name."""
+    for path in sorted(folder.glob("*/*.graph")):
+        try:
+            size, when = path.stat().st_size, path.stat().st_mtime
+            with path.open("rb") as file:
+                head = b"".join([file.readline(), file.readline(1 << 16)])
+            header, _ = _taken_apart(head)
+        except (BrokenFile, OSError):
+            header, size, when = {}, 0, time.time()
+        model, title = str(header.get("model", "?")), str(header.get("title", "?"))
+        yield Entry(path, model, title, size, when)
+
+
+def clear(folder: Path, older_than: float = 0.0) -> int:
+    """Remove the graphs that are older than so many seconds; how many there were."""
+    gone = 0
+    for entry in entries(folder):
+        if entry.age >= older_than:
+            entry.path.unlink(missing_ok=True)
+            gone += 1
+    for home in [path for path in folder.glob("*") if path.is_dir()]:
+        if not any(home.glob("*.graph")):
+            shutil.rmtree(home, ignore_errors=True)
+    return gone

@@ -1,0 +1,302 @@
+"""Dynamo's guards in another process: each is verified there against what it saw, then made anew.
+
+What Dynamo guards on is a place (a `Source`) and a kind of guard. Saved is, for every guard, the
+text of what the place held (`facts`). In the other process each place is looked up in the frame
+that is about to be compiled, and its text must be the same. Then torch makes the guards from what
+is there now, so none is missing at run time. What a kind of guard compares, and what the text is:
+
+    TENSOR_MATCH                            class, dtype, device, layout, dispatch keys; torch's
+                                            guard, made of the saved sizes and strides, has the rest
+    CONSTANT_MATCH, EQUALS_MATCH, ...       the value
+    ID_MATCH, CLOSURE_MATCH, FUNCTION_MATCH,
+    CLASS_MATCH, BUILTIN_MATCH, MODULE_MATCH
+                                            code of functions, of all methods of classes; names of
+                                            Python's modules and built-ins. Other objects have no
+                                            text: the graph is not saved
+    TYPE_MATCH                              the class with the code of its methods
+    SEQUENCE_LENGTH, ..HOOKS_DICT           class and length
+    DICT_KEYS_MATCH, MAPPING_KEYS_CHECK     class, and keys in order
+    DICT_CONTAINS, HASATTR, NOT_PRESENT...  the answer, and the keys of short ones
+    DUPLICATE_INPUT, StorageOverlap         which places hold one object; torch's guard besides
+    GLOBAL_STATE, GRAD_MODE, DEFAULT_DEVICE the whole state, as torch writes it
+    SHAPE_ENV                               the expressions; torch's guard checks them
+
+Places that held one object must hold one object again, and no two of the others the same. Guards
+that lorafx drops at run time (`lorafx.serving.guards`) are verified too.
+"""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from types import CodeType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.guards import (
+    CheckFunctionManager,
+    GuardBuilder,
+    GuardManagerWrapper,
+    ShapeCodeParts,
+    _get_closure_vars,
+    convert_int_to_concrete_values,
+)
+from torch._dynamo.output_graph import OutputGraphCommon, OutputGraphGuardsState
+from torch._dynamo.source import Source
+from torch._guards import Guard, GuardsSet
+from torch.utils import _pytree as pytree
+from torch.utils._ordered_set import OrderedSet
+
+from lorafx.saved_graphs.fingerprints import Fingerprints, Undescribed
+
+#: By what torch calls the maker of a guard: how the text of its place is made.
+_VALUE = frozenset(
+    (
+        *("ID_MATCH", "EQUALS_MATCH", "CONSTANT_MATCH", "CONSTANT_SUBCLASS_MATCH", "BOOL_MATCH"),
+        *("NONE_MATCH", "NOT_NONE_MATCH", "FUNCTION_MATCH", "CLASS_MATCH", "MODULE_MATCH"),
+        *("CLOSURE_MATCH", "BUILTIN_MATCH"),
+    )
+)
+_CLASS = frozenset(("TYPE_MATCH", "DUPLICATE_INPUT", "NN_MODULE"))
+_LENGTH = frozenset(("SEQUENCE_LENGTH", "EMPTY_NN_MODULE_HOOKS_DICT"))
+_KEYS = frozenset(("DICT_KEYS_MATCH", "MAPPING_KEYS_CHECK"))
+_MEMBER = frozenset(("DICT_CONTAINS", "DICT_NOT_CONTAINS", "SET_CONTAINS", "SET_NOT_CONTAINS"))
+_ATTRIBUTE = frozenset(("HASATTR", "NOT_PRESENT_IN_GENERIC_DICT"))
+#: About no place: `SavedGuards.state` and `shapes`.
+_STATE = frozenset(
+    (
+        *("GRAD_MODE", "DETERMINISTIC_ALGORITHMS", "GLOBAL_STATE", "TORCH_FUNCTION_STATE"),
+        *("DEFAULT_DEVICE", "AUTOGRAD_SAVED_TENSORS_HOOKS", "SHAPE_ENV"),
+    )
+)
+_SHORT = 64
+#: Of forward-mode gradients, outside of all.
+_NO_LEVEL = -1
+
+
+@dataclass(frozen=True)
+class Place:
+    """What one guard asked about a place, by the guard's kind and argument."""
+
+    source: Source
+    kind: str
+    argument: Any = None
+
+
+@dataclass
+class SavedGuards:
+    """The guards of one graph.
+
+    Attributes:
+        guards: those that are checked before each call.
+        places, texts: of all guards that are about a place, and what was there.
+        same: of each place the first one that held the same object.
+        state: torch's global state, as it writes it.
+    """
+
+    guards: list[Guard]
+    places: list[Place]
+    texts: list[str]
+    same: list[int]
+    key_order: set[Source]
+    sizes_strides: dict[Source, Any]
+    shapes: ShapeCodeParts | None
+    of_aot: list[Any]
+    state: str
+    device: torch.device | None
+    builtins_name: str
+
+    @classmethod
+    def of(
+        cls, guards: Sequence[Guard], kept: Sequence[bool], output: Any, prints: Fingerprints
+    ) -> SavedGuards:
+        """The guards that Dynamo has just made for the graph of `output`.
+
+        Raises:
+            Undescribed: what one of them compares has no text.
+        """
+        if output.torch_function_mode_stack or output.functorch_layers or _in_forward_mode():
+            raise Undescribed("a mode of torch that is on")
+        places: dict[Place, None] = {}
+        for guard in guards:
+            kind = guard.create_fn_name()
+            if kind not in _STATE:
+                places.setdefault(Place(guard.originating_source, kind, _argument(guard)))
+        texts, same = _look(list(places), output.local_scope, output.global_scope, prints)
+        state = output.dump_guards_state()
+        return cls(
+            guards=[_bare(guard) for guard, keep in zip(guards, kept, strict=True) if keep],
+            places=list(places),
+            texts=texts,
+            same=same,
+            key_order=set(state.guard_on_key_order),
+            sizes_strides=pytree.tree_map(
+                convert_int_to_concrete_values, dict(state.input_source_to_sizes_strides)
+            ),
+            shapes=_shapes(output),
+            of_aot=list(state._aotautograd_guards),
+            state=state.global_state_guard.__getstate__(),
+            device=state.current_device,
+            builtins_name=output.name_of_builtins_dict_key_in_fglobals,
+        )
+
+    def difference(
+        self, f_locals: dict[str, Any], f_globals: dict[str, Any], prints: Fingerprints
+    ) -> str | None:
+        """What is not as it was when the graph was captured; None where all is."""
+        state = torch._C._dynamo.guards.GlobalStateGuard().__getstate__()
+        device = torch.utils._device.CURRENT_DEVICE
+        if state != self.state or device != self.device or _in_forward_mode():
+            return "torch's global state"
+        try:
+            texts, same = _look(self.places, f_locals, f_globals, prints)
+        except Exception as error:  # a name that leads nowhere here; code of the model's own
+            return f"{type(error).__name__}: {error}"
+        for place, was, now in zip(self.places, self.texts, texts, strict=True):
+            if was != now:
+                return f"{place.source.name} ({place.kind}): {now[:80]}, not {was[:80]}"
+        for place, first, now_first in zip(self.places, self.same, same, strict=True):
+            if first != now_first:
+                return f"{place.source.name}: the same object as {self.places[first].source.name}"
+        return None
+
+    def manager(
+        self, code: CodeType, f_locals: dict[str, Any], f_globals: dict[str, Any]
+    ) -> GuardManagerWrapper:
+        """The guards, made from what is there now."""
+        state = OutputGraphGuardsState(
+            local_scope=f_locals,
+            global_scope=f_globals,
+            torch_function_mode_stack=[],
+            guard_on_key_order=self.key_order,
+            input_source_to_sizes_strides=self.sizes_strides,
+            dual_level=_NO_LEVEL,
+            functorch_layers=[],
+            current_device=self.device,
+            global_state_guard=torch._C._dynamo.guards.GlobalStateGuard(),
+            _guards=GuardsSet(OrderedSet(self.guards)),
+            _aotautograd_guards=self.of_aot,
+            skip_guards_check=True,  # whoever asks does
+            name_of_builtins_dict_key_in_fglobals=self.builtins_name,
+        )
+        made = CheckFunctionManager(code, OutputGraphCommon(state), shape_code_parts=self.shapes)
+        return made.guard_manager
+
+
+def _in_forward_mode() -> bool:
+    return torch.autograd.forward_ad._current_level != _NO_LEVEL
+
+
+def value_at(
+    source: Source, f_locals: dict[str, Any], f_globals: dict[str, Any], cache: dict[Source, Any]
+) -> Any:
+    """What is at a place, as torch's guards look it up."""
+    scope = {"L": f_locals, "G": f_globals, "__builtins__": vars(builtins)}
+    return source.get_value(scope, _get_closure_vars(), cache)
+
+
+def _look(
+    places: Sequence[Place],
+    f_locals: dict[str, Any],
+    f_globals: dict[str, Any],
+    prints: Fingerprints,
+) -> tuple[list[str], list[int]]:
+    """The text of each place, and the first place that holds the same object."""
+    scope = {"L": f_locals, "G": f_globals, "__builtins__": vars(builtins)}
+    closure, cache = _get_closure_vars(), {}  # type: ignore[var-annotated]
+    texts: list[str] = []
+    same: list[int] = []
+    first: dict[int, int] = {}
+    held: list[Any] = []  # numbers of what is gone are given again
+    for number, place in enumerate(places):
+        value = place.source.get_value(scope, closure, cache)
+        held.append(value)
+        texts.append(_text(place, value, prints))
+        shared = isinstance(value, (torch.Tensor, nn.Module)) or hasattr(value, "__dict__")
+        apart = not shared or isinstance(value, MethodType)
+        same.append(number if apart else first.setdefault(id(value), number))
+    return texts, same
+
+
+def _text(place: Place, value: Any, prints: Fingerprints) -> str:
+    """Raises Undescribed where what the guard compares has no text."""
+    kind, argument = place.kind, place.argument
+    if kind == "TENSOR_MATCH":
+        return prints.tensor(value)
+    if kind in _VALUE:
+        # Modules of torch.nn are compared by what is in them, at places of their own.
+        return prints.of_class(type(value)) if isinstance(value, nn.Module) else prints.of(value)
+    if kind in _CLASS:
+        return prints.of_class(type(value))
+    if kind in _LENGTH:
+        return f"{prints.of_class(type(value))} {len(value)}"
+    if kind in _KEYS or kind in _MEMBER:
+        short = kind in _KEYS or len(value) <= _SHORT
+        texts = [prints.loosely(key) for key in value] if short else []
+        if isinstance(value, (set, frozenset)):
+            texts.sort()
+        found = f"{prints.of_class(type(value))} {len(value)} {texts}" if short else ""
+        return f"{found} {prints.loosely(argument)}: {kind in _KEYS or argument in value}"
+    if kind == "HASATTR":
+        return f"{prints.of_class(type(value))} {argument}: {hasattr(value, argument)}"
+    if kind == "NOT_PRESENT_IN_GENERIC_DICT":
+        return f"{prints.of_class(type(value))} {argument}: {argument in vars(value)}"
+    raise Undescribed(f"a guard of kind {kind}")
+
+
+def _argument(guard: Guard) -> Any:
+    """What the guard's maker takes besides the place, where the text depends on it."""
+    if isinstance(guard.create_fn, partial) and guard.create_fn_name() in _MEMBER | _ATTRIBUTE:
+        named = guard.create_fn.keywords
+        return (
+            guard.create_fn.args[0] if guard.create_fn.args else named.get("key", named.get("attr"))
+        )
+    return None
+
+
+def _bare(guard: Guard) -> Guard:
+    """The guard without what it saw: it looks again where it is made."""
+    make = guard.create_fn
+    if isinstance(make, partial) and make.func in (
+        GuardBuilder.TENSOR_MATCH,
+        GuardBuilder.NOT_NONE_MATCH,
+    ):
+        make = make.func
+    return replace(
+        guard,
+        create_fn=make,
+        guard_types=None,
+        code_list=None,
+        obj_weakref=None,
+        guarded_class_weakref=None,
+        stack=None,
+        user_stack=None,
+        _hash=None,
+    )
+
+
+def _shapes(output: Any) -> ShapeCodeParts:
+    """The expressions over sizes that hold for the graph, as `GuardBuilder.SHAPE_ENV` asks."""
+    fakes = output.shape_env.tracked_fakes or []
+
+    def parts(*languages: str) -> list[Any]:
+        found = output.shape_env.produce_guards_verbose(
+            [item.fake for item in fakes],
+            [item.source for item in fakes],
+            input_contexts=[item.symbolic_context for item in fakes],
+            source_ref=lambda source: source.name,
+            ignore_static=True,
+            langs=languages,
+        )
+        return list(found)
+
+    if torch._dynamo.config.enable_cpp_symbolic_shape_guards:
+        with suppress(OverflowError):  # sizes that C++ cannot hold
+            python, verbose, cpp = parts("python", "verbose_python", "cpp")
+            return ShapeCodeParts(python, verbose, cpp, False, list(cpp.source_to_symbol))
+    python, verbose = parts("python", "verbose_python")
+    return ShapeCodeParts(python, verbose, None, True, [])

@@ -1,0 +1,175 @@
+"""What must be equal before a saved graph is looked at: one hash over all of it.
+
+    versions     Python, torch, what else is installed; lorafx by its sources
+    machine      processor with its features, threads, the device
+    settings     of Dynamo, AOTAutograd, Inductor; variables of the environment that torch and
+                 lorafx read; Options and LoraConfig
+    model        its modules by path: class with the code of its methods, hooks, attributes;
+                 parameters, buffers and tensor attributes by dtype, sizes, strides, and which of
+                 them lie in one memory
+    program      sites, parts, groups, banks (slots and ranks), packs, roles
+    entry        the function that is compiled, slots per request or per token
+
+The tensors' numbers are no part of it: they are inputs of a graph.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo.config
+import torch._functorch.config
+import torch._inductor.config
+from torch import Tensor
+
+from lorafx.model.bank import Bank
+from lorafx.model.module_graph import storage_key
+from lorafx.program.program import Program
+from lorafx.registry import registrations
+from lorafx.saved_graphs.fingerprints import Fingerprints, digest
+
+_OWN_SOURCES = ("lorafx", "lorafx.passes", "lorafx.kernels")
+_READ_BY_TORCH = ("TORCH", "PYTORCH", "TRITON", "LORAFX", "OMP_", "KMP_", "MKL_", "ATEN_", "CUDA_")
+
+
+@cache
+def own_sources() -> str:
+    """A hash of all of lorafx: passes, templates and the rest."""
+    found = hashlib.sha256()
+    for package in _OWN_SOURCES:
+        root = Path(str(resources.files(package)))
+        for path in sorted(root.rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                found.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+@cache
+def machine() -> str:
+    """The processor, its features, and the installed packages by name and version."""
+    features = ""
+    if (info := Path("/proc/cpuinfo")).exists():
+        lines = info.read_text(errors="replace").splitlines()
+        kept = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+        features = "\n".join(sorted(kept))
+    packages = sorted(
+        path.name
+        for folder in sys.path
+        if folder and Path(folder).is_dir()
+        for path in Path(folder).glob("*-info")
+    )
+    return digest(
+        (
+            *(sys.version, platform.platform(), features, torch.__version__),
+            *(str(torch.version.git_version), torch.backends.cpu.get_cpu_capability()),
+            *packages,
+        )
+    )
+
+
+def entry_key(program: Program, entry: Mapping[str, Any]) -> str:
+    """The key of graphs of one entry of a program, as both are now."""
+    prints = Fingerprints({program.runtime._key: "<slots>"})
+    options = {k: v for k, v in vars(program.options).items() if k not in ("cache", "dump")}
+    texts = [
+        *(own_sources(), machine(), str(torch.get_num_threads()), str(torch.get_default_dtype())),
+        *_settings(prints),
+        prints.loosely(options),
+        prints.loosely(program.config),
+        prints.loosely(dict(entry)),
+        prints.loosely(registrations()),
+        *_model(program, prints),
+        *_program(program, prints),
+    ]
+    return digest(texts)
+
+
+def _settings(prints: Fingerprints) -> Iterator[str]:
+    # Not torch's own hash of them, which depends on the order that a process has sets in.
+    for config in (torch._dynamo.config, torch._functorch.config, torch._inductor.config):
+        values = config.save_config_portable(ignore_private_configs=False)
+        for name in sorted(values.keys() - config._compile_ignored_keys):
+            yield f"{name}={prints.of(values[name])}"  # custom passes have no text
+    yield f"{torch.backends.mkldnn.enabled} {torch.get_float32_matmul_precision()}"
+    for name in sorted(os.environ):
+        if name.startswith(_READ_BY_TORCH) and not name.endswith(("CACHE_DIR", "_DUMP")):
+            yield f"{name}={os.environ[name]}"
+
+
+def _model(program: Program, prints: Fingerprints) -> Iterator[str]:
+    """The structure of the model, with what is shared in it."""
+    seen: dict[int, int] = {}
+    objects: dict[int, int] = {}
+    memory: dict[Any, int] = {}
+
+    def tensor(value: Tensor) -> str:
+        same = objects.setdefault(id(value), len(objects))
+        place = memory.setdefault(storage_key(value), len(memory))
+        where = value.storage_offset() if value.layout is torch.strided else ""
+        strides = value.stride() if value.layout is torch.strided else ""
+        shape = f"{tuple(value.shape)} {strides} at {where} of {place}"
+        return f"{prints.tensor(value)} {shape} object {same}"
+
+    for path, module in program.model.named_modules(remove_duplicate=False):
+        yield f"{path} {seen.setdefault(id(module), len(seen))} {prints.of_class(type(module))}"
+        for name, value in vars(module).items():
+            if name == "_modules":
+                children = {key: child is None for key, child in value.items()}
+                yield f"{name} {children}"
+            elif name in ("_parameters", "_buffers"):
+                for own, item in value.items():
+                    yield f"{own} {tensor(item) if isinstance(item, Tensor) else item}"
+            elif isinstance(value, Tensor):
+                known = program.constants.get(id(value))
+                constant = known is not None and known() is value
+                yield f"{name} {tensor(value)} constant {constant}"
+            elif name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+                yield f"{name} {[prints.loosely(hook) for hook in value.values()]}"
+            else:
+                yield f"{name} {prints.loosely(value)}"
+
+
+def _program(program: Program, prints: Fingerprints) -> Iterator[str]:
+    runtime = program.runtime
+    yield repr((runtime.capacity, runtime.device, runtime.by_handle, runtime.graph_passes))
+    for site in program.sites:
+        yield prints.loosely(site)
+    places = {id(site): index for index, site in enumerate(program.sites)}
+    for group in program.groups:
+        yield repr(([places[id(site)] for site in group.sites], group.offsets, group.firsts))
+        yield _bank(group.bank, prints)
+    for packed in program.packed:
+        biases = None if packed.bias is None else _sizes(packed.bias)
+        index = program.groups.index(packed.group)
+        yield repr((index, _sizes(packed.weight), biases, packed.room))
+
+
+def _bank(bank: Bank, prints: Fingerprints) -> str:
+    tensors = {name: f"{prints.tensor(t)} {_sizes(t)}" for name, t in bank.tensors.items()}
+    return f"{bank.kind} {bank.experts} {tensors}"
+
+
+def _sizes(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.stride()} {tensor.dtype}"
+
+
+def can_save(program: Program) -> bool:
+    """Whether the key covers all that graphs of this program depend on. Generated Triton, numeric
+    checks, passes of the user's own and quantised bases depend on more."""
+    options = program.options
+    return (
+        program.runtime.device.type == "cpu"
+        and options.lowering in ("inductor", "reference")
+        and options.verify != "numeric"
+        and all(isinstance(value, bool) for value in options.passes.values())
+        and not program.quantised.found
+    )

@@ -1,0 +1,313 @@
+"""The graphs of one entry that earlier processes saved, tried before Dynamo traces.
+
+    Dynamo asks for a frame → a saved graph whose guards hold here → its bytecode, guards, graph
+                            → none: Dynamo traces; what it made is saved for the next process
+
+A graph is saved where it is the whole of a call: one frame, one graph, no break; what cannot be
+saved is compiled as ever, in every process. Nothing in here may fail a call.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any, cast
+
+import torch
+from torch._dynamo import convert_frame
+from torch._dynamo.bytecode_transformation import unique_id
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+from torch._dynamo.package import SerializedCode
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.types import ConvertFrameReturn, GuardedCode, wrap_guarded_code
+from torch._dynamo.utils import CleanupHook, CleanupManager, orig_code_map
+
+from lorafx.capture.backend import Backend
+from lorafx.capture.dump import dump_folder
+from lorafx.capture.parts import Captured, LoraParts
+from lorafx.capture.record import GraphRecord
+from lorafx.errors import LorafxWarning
+from lorafx.program.program import Program
+from lorafx.saved_graphs import folder as folders
+from lorafx.saved_graphs.fingerprints import Fingerprints, Undescribed
+from lorafx.saved_graphs.guards import SavedGuards
+from lorafx.saved_graphs.inputs import SavedInputs
+from lorafx.saved_graphs.key import can_save, entry_key
+from lorafx.saved_graphs.lowered import SavedLowered
+from lorafx.saved_graphs.pickling import (
+    BUILTINS,
+    GRAPH,
+    SLOTS,
+    Names,
+    dump,
+    load,
+)
+from lorafx.saved_graphs.sources import changed_file, source_files
+
+_MODULE = "<module {}>"
+_MOST = 64  # files of one key that are looked at
+
+
+class SavedGraphs:
+    """Loads and saves the graphs of one entry.
+
+    Args:
+        option: `Options.cache`.
+        entry: what tells the entry apart from others of the program.
+        guards: how the guards of a new graph are chosen, as in `Traced`.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        option: str | bool,
+        entry: Mapping[str, Any],
+        guards: Callable[[Sequence[Any]], Sequence[bool]],
+    ) -> None:
+        self._backend, self._option, self._entry = backend, option, entry
+        self._choose = guards
+        #: Files whose graphs Dynamo has.
+        self._loaded: set[Path] = set()
+        self._conversion: _Conversion | None = None
+
+    def keep_guards(self, guards: Sequence[Any]) -> Sequence[bool]:
+        """Which of a new graph's guards are checked before each call; they are noted."""
+        kept = self._choose(guards)
+        if self._conversion is not None:
+            self._conversion.note_guards(guards, kept)
+        return kept
+
+    def converted(
+        self, convert: Callable[..., ConvertFrameReturn], frame: Any, *rest: Any, **named: Any
+    ) -> ConvertFrameReturn:
+        """As `convert`, Dynamo's conversion of the entry's own frame: a graph that was saved, or a
+        new one, which is saved. Dynamo holds its lock."""
+        home = self._home(frame)
+        if home is None:
+            return convert(frame, *rest, **named)
+        found = self._load(*home, frame, rest)
+        if found is not None:
+            return found
+        with self._noting() as conversion:
+            result = convert(frame, *rest, **named)
+        if result.guarded_code is not None:
+            self._save(*home, result.guarded_code, conversion)
+        return result
+
+    def _home(self, frame: Any) -> tuple[Path, str] | None:
+        """The folder and the key of the frame's graphs; None where they are not saved."""
+        program = self._backend.program
+        try:
+            program.look_at_modules()
+            if (
+                self._backend.shares_graphs
+                or program.site_watch.missing
+                or (program.runtime.session is not None and program.runtime.session.neighbours)
+                or dump_folder(program.options) is not None  # the passes are to be seen
+                or not can_save(program)
+            ):
+                return None
+            key = entry_key(program, {**self._entry, "code": frame.f_code})
+            return folders.folder_of(self._option), key
+        except Exception as error:  # of the model's own attributes, of the file system
+            _warn(f"graphs of {type(program.model).__name__} are not saved: {error}")
+            return None
+
+    @contextmanager
+    def _noting(self) -> Iterator[_Conversion]:
+        self._conversion = conversion = _Conversion(self._backend.program)
+        self._backend.noted = conversion.note_graph
+        try:
+            yield conversion
+        finally:
+            self._conversion = self._backend.noted = None
+
+    def _save(self, folder: Path, key: str, made: GuardedCode, conversion: _Conversion) -> None:
+        model = type(self._backend.program.model).__name__
+        try:
+            body, record = conversion.body(made)
+            folders.write(folder, key, model, record.title, body)
+            record.saved = "saved for other processes"
+        except OSError as error:
+            _warn(f"a graph could not be saved in {folder}: {error}")
+        except Exception as error:  # what has no text; of pickle, and of what it calls
+            conversion.tell(f"not saved: {error}")
+
+    def _load(
+        self, folder: Path, key: str, frame: Any, rest: Sequence[Any]
+    ) -> ConvertFrameReturn | None:
+        if not _debug_get_cache_entry_list(frame.f_code):
+            self._loaded.clear()  # Dynamo was reset
+        for path in folders.files(folder, key)[-_MOST:]:
+            if path in self._loaded:
+                continue
+            try:
+                found = _Loading(self._backend, frame, folders.read(path)).result(rest)
+            except Exception as error:
+                _warn(f"{path} is of no use, so its graph is compiled anew: {error!r}")
+                path.unlink(missing_ok=True)
+                continue
+            if found is not None:
+                self._loaded.add(path)
+                return found
+        return None
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, LorafxWarning, stacklevel=2)
+
+
+class _Conversion:
+    """What is noted while Dynamo converts one frame."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._graphs: list[Captured] = []
+        self._output: Any = None
+        self._guards: SavedGuards | None = None
+        self._why = "Dynamo made no graph of it"
+
+    def note_graph(self, graph: Captured) -> None:
+        self._graphs.append(graph)
+        self._output = InstructionTranslator.current_tx().output
+
+    def note_guards(self, guards: Sequence[Any], kept: Sequence[bool]) -> None:
+        """Now, as long as Dynamo has what it traced."""
+        if len(self._graphs) != 1:
+            self._why = "the model breaks into several graphs"
+            return
+        try:
+            prints = Fingerprints({self._program.runtime._key: SLOTS})
+            plain = [guard.orig_guard for guard in guards]
+            self._guards = SavedGuards.of(plain, kept, self._output, prints)
+        except Exception as error:
+            self._why = str(error)
+
+    def tell(self, text: str) -> None:
+        for graph in self._graphs:
+            graph.record.saved = text
+
+    def body(self, made: GuardedCode) -> tuple[bytes, GraphRecord]:
+        """The contents of a file.
+
+        Raises:
+            Undescribed: the graph is not one that can be saved.
+        """
+        output, guards = self._output, self._guards
+        if guards is None or len(self._graphs) != 1:
+            raise Undescribed(self._why)
+        (graph,), parts = self._graphs, self._graphs[0].lora
+        if parts is None or parts.wrappers is None or not parts.whole:
+            raise Undescribed("a graph without adapters, or one that is not in one piece")
+        if parts.foreign:
+            raise Undescribed(f"operators of others: {', '.join(parts.foreign)}")
+        if not graph.frame.begins_call or graph.frame.follows_another:
+            raise Undescribed("it does not begin with the arguments of a call")
+        names = self._names(made.code)
+        first = {
+            "guards": guards,
+            "imports": dict(output.import_sources),
+            "modules": {name: _module_of(name) for name in names if _module_of(name)},
+            "files": source_files(output.tracing_context.traced_code),
+            "inputs": SavedInputs.of(graph, self._program),
+        }
+        second = {
+            "code": SerializedCode.from_code_object(made.code),
+            "lowered": SavedLowered.of(parts.lowered, parts.kernels),
+            "extra": parts.extra,
+            "banks": parts.banks,
+            "wrappers": parts.wrappers,
+            "record": graph.record.to_save(),
+            "reached": (self._program.reached, self._program.replaced),
+        }
+        halves = [dump(half, self._program, names) for half in (first, second)]
+        return len(halves[0]).to_bytes(8, "little") + b"".join(halves), graph.record
+
+    def _names(self, code: CodeType) -> Names:
+        """The names that Dynamo's bytecode and guards have for things of this process."""
+        assert self._guards is not None
+        names = {
+            SLOTS: self._program.runtime._key,
+            BUILTINS: self._guards.builtins_name,
+        }
+        for name in sorted(set(self._output.installed_globals) - set(names.values())):
+            value = self._output.global_scope[name]
+            if isinstance(value, ModuleType) and sys.modules.get(value.__name__) is value:
+                names[_MODULE.format(value.__name__)] = name
+            elif name in code.co_names and GRAPH not in names and name.startswith("__compiled_fn"):
+                names[GRAPH] = name
+            else:
+                raise Undescribed(f"Dynamo's code needs an object of this process: {name}")
+        if GRAPH not in names:
+            raise Undescribed("Dynamo's code calls no graph")
+        return names
+
+
+def _module_of(stand_in: str) -> str | None:
+    before, after = _MODULE.split("{}")
+    if not stand_in.startswith(before):
+        return None
+    return stand_in.removeprefix(before).removesuffix(after)
+
+
+class _Loading:
+    """One file, while it is looked at for one frame."""
+
+    def __init__(self, backend: Backend, frame: Any, body: bytes) -> None:
+        self._backend, self._frame = backend, frame
+        size = int.from_bytes(body[:8], "little")
+        self._first, self._second = body[8 : 8 + size], body[8 + size :]
+
+    def result(self, rest: Sequence[Any]) -> ConvertFrameReturn | None:
+        """What Dynamo's conversion would return; None where the graph is one of another call."""
+        program, frame = self._backend.program, self._frame
+        names = {SLOTS: program.runtime._key, BUILTINS: unique_id("__builtins_dict__")}
+        first = load(self._first, program, names)
+        if changed_file(first["files"]) is not None:
+            return None
+        f_globals, f_locals = frame.f_globals, frame.f_locals
+        built_in = f_globals["__builtins__"]
+        added = {names[BUILTINS]: built_in if isinstance(built_in, dict) else vars(built_in)}
+        for alias, module in first["imports"].items():
+            added[alias] = importlib.import_module(module)
+        for stand_in, module in first["modules"].items():
+            names[stand_in] = unique_id("__module")
+            added[names[stand_in]] = importlib.import_module(module)
+        if any(f_globals.get(name, value) is not value for name, value in added.items()):
+            return None
+        f_globals.update(added)
+        guards: SavedGuards = first["guards"]
+        prints = Fingerprints({program.runtime._key: SLOTS})
+        same = guards.difference(f_locals, f_globals, prints) is None
+        if not same or not first["inputs"].hold(program, f_locals, f_globals):
+            return None
+        manager = guards.manager(frame.f_code, f_locals, f_globals)
+        if not manager.check(f_locals):
+            return None
+        names[GRAPH] = unique_id("__compiled_fn", with_uuid=True)
+        second = load(self._second, program, names)
+        title = f"graph {len(self._backend.records)} lora"
+        record = GraphRecord.loaded(title, second["record"], self._backend.several)
+        parts = LoraParts(record.checks, wrappers=second["wrappers"])
+        parts.extra, parts.banks = second["extra"], second["banks"]
+        run = parts.executable(lambda arguments: program, second["lowered"].load())
+        code = SerializedCode.to_code_object(second["code"])
+        hook = CleanupHook.create(
+            f_globals, names[GRAPH], torch._dynamo.disable(run, reason="a compiled graph")
+        )
+        CleanupManager.instance[code] = [hook]
+        convert_frame.input_codes.add(frame.f_code)
+        convert_frame.output_codes.add(code)
+        orig_code_map[code] = frame.f_code
+        reached, replaced = second["reached"]
+        program.reached.update(reached)
+        program.replaced.update(replaced)
+        self._backend.records.append(record)
+        compile_id = convert_frame.get_compile_id(rest[2])
+        made = GuardedCode(code, cast(Any, manager), compile_id, "a graph that lorafx loaded")
+        return wrap_guarded_code(made)
