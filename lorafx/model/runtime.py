@@ -108,33 +108,33 @@ class Runtime:
         with torch.inference_mode(False):
             _SLOTS[self._key] = torch.full((2,), -1, dtype=torch.int32, device=self.device)
         mark_fixed_shape(_SLOTS[self._key])
-        self._write(list(self.rows))
+        self._write(self.rows)
 
-    def set_rows(self, slots: Sequence[int]) -> None:
+    def set_rows(self, slots: Sequence[int] | Tensor) -> None:
         """Serve requests with these slots from the next forward on.
 
         Args:
-            slots: one int a request, in [−1, capacity).
+            slots: one int a request, in [−1, capacity); or int32 (n,) on the host.
 
         Raises:
             BatchError: no request, or a slot out of range; nothing has changed then.
         """
-        rows = [int(slot) for slot in slots]
+        rows = tuple(slots.tolist() if isinstance(slots, Tensor) else slots)
         if not rows:
             raise BatchError("a batch needs at least one request, got an empty list of slots")
-        for index, slot in enumerate(rows):
-            if not -1 <= slot < self.capacity:
-                raise BatchError(
-                    f"request {index} asks for slot {slot}; slots are 0 to "
-                    f"{self.capacity - 1}, and -1 is the base model"
-                )
+        low, high = min(rows), max(rows)
+        if low < -1 or high >= self.capacity:
+            wrong = low if low < -1 else high
+            raise BatchError(
+                f"request {rows.index(wrong)} asks for slot {wrong}; slots are 0 to "
+                f"{self.capacity - 1}, and -1 is the base model"
+            )
         self._graph_slots = None  # what an interrupt may have left
-        if tuple(rows) != self.rows:  # a decode step repeats the last one's
+        if rows != self.rows:  # a decode step repeats the last one's
             self.rows = ()  # what is cut short in the middle is not taken for written
-            self._write(rows)
-            self.rows = tuple(rows)
-        self.active = any(slot >= 0 for slot in rows)
-        self.uniform = len(set(rows)) == 1
+            self._write(rows, slots if isinstance(slots, Tensor) else None)
+            self.rows = rows
+        self.active, self.uniform = high >= 0, low == high
 
     def clear(self) -> None:
         """Serve the base model alone."""
@@ -148,7 +148,7 @@ class Runtime:
         self._row_slots: Tensor = torch.empty(0, dtype=torch.int32)
         weakref.finalize(self, _GONE.append, self._key)
 
-    def _write(self, rows: list[int]) -> None:
+    def _write(self, rows: Sequence[int], given: Tensor | None = None) -> None:
         n = len(rows)
         # Inference tensors may not be written outside inference mode, and Dynamo tells them
         # apart: the buffer is made the same way whatever mode the caller is in.
@@ -163,7 +163,7 @@ class Runtime:
                     self._buffer.untyped_storage(), 0, (n,), (1,)
                 )
                 self._row_slots = slots
-            slots.copy_(torch.tensor(rows, dtype=torch.int32))
+            slots.copy_(torch.tensor(rows, dtype=torch.int32) if given is None else given)
             if self.by_handle:
                 other = next((slot for slot in rows if slot != rows[0]), rows[0])
                 self.slots.copy_(torch.tensor([rows[0], other], dtype=torch.int32))
@@ -181,4 +181,4 @@ class Runtime:
         if self.by_handle:
             self.use_handle()
         else:
-            self._write(list(self.rows))
+            self._write(self.rows)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lorafx.adapter_store.store import BASE
@@ -57,10 +58,19 @@ class Requests(NamedTuple):
             "name, or None for the base model, per row"
         )
 
-    def of_tokens(self) -> Names:
-        """The adapter of each token, one request after another."""
+    def used(self) -> dict[int, str | None]:
+        """The adapters that tokens use, by their places in `names`; -1 is the base."""
         assert self.tokens is not None
-        return [self.names[i] if i >= 0 else None for i in self.tokens.flatten().tolist()]
+        places = self.tokens.unique().tolist()
+        return {place: self.names[place] if place >= 0 else None for place in places}
+
+    def of_tokens(self, slots: Mapping[int, int]) -> Tensor:
+        """The slot of each token, int32 (B · T,), one request after another, by the slots of
+        `used`. Looked up in a table: a list of 8,192 tokens takes a millisecond to walk over."""
+        assert self.tokens is not None
+        by_place = [slots.get(place, -1) for place in range(-1, len(self.names))]
+        table = torch.tensor(by_place, dtype=torch.int32)
+        return table.index_select(0, self.tokens.flatten().int() + 1)
 
 
 def served_by(merged: str, requests: Requests) -> Requests:
@@ -72,7 +82,7 @@ def served_by(merged: str, requests: Requests) -> Requests:
     if requests.alike:
         return requests
     tokens = requests.tokens
-    used = requests.names if tokens is None else requests.of_tokens()
+    used = requests.names if tokens is None else requests.used().values()
     others = dict.fromkeys(name for name in used if name != merged)
     if others:
         said = ", ".join("the base model" if n in (None, BASE) else repr(n) for n in others)

@@ -177,8 +177,12 @@ class Session:
             check = partial(roles.check_rows, named)
             self.set_rows(requests, roles.rows(named), check, call)
         else:
-            names = _token_names(requests, requests.tokens, roles, named)
-            self.serve(names, self.store.acquire(names, self.running.held), call)
+            _check_tokens(requests.tokens, roles, named)
+            used = requests.used()
+            names = tuple(used.values())
+            slots = self.store.acquire(names, self.running.held)
+            of_tokens = requests.of_tokens(dict(zip(used, slots, strict=True)))
+            self.serve(names, slots, call, of_tokens)
 
     def set_rows(
         self,
@@ -197,8 +201,15 @@ class Session:
         if rows is not None and not self.program.runtime.uniform:
             check(rows)
 
-    def serve(self, names: Names, slots: Sequence[int], call: Call | None) -> None:
-        """Serve rows of these adapters, which have these slots.
+    def serve(
+        self,
+        names: Names,
+        slots: Sequence[int],
+        call: Call | None,
+        rows: Tensor | None = None,
+    ) -> None:
+        """Serve rows of these adapters, which have these slots; `rows` holds the slots of
+        the rows, int32 on the host, where there is not one for each name.
 
         Raises:
             ReplacedModuleError: a module that carries one of them was replaced or taken out.
@@ -206,7 +217,7 @@ class Session:
         program, running = self.program, self.running
         if not self.backend.records:  # nothing has run yet
             program.note_constants()
-        program.runtime.set_rows(slots)
+        program.runtime.set_rows(slots if rows is None else rows)
         program.runtime.active |= running.active
         distinct = dict.fromkeys(n for n, slot in zip(names, slots, strict=True) if slot >= 0)
         stored = tuple(self.store[name] for name in distinct if name is not None)
@@ -308,10 +319,8 @@ class Session:
             other.program.runtime.active = active
 
 
-def _token_names(
-    requests: Requests, tokens: Tensor, roles: RoleTable, named: Mapping[str, Any]
-) -> Names:
-    """The adapter of each token, once it is known that the arguments have as many."""
+def _check_tokens(tokens: Tensor, roles: RoleTable, named: Mapping[str, Any]) -> None:
+    """Raise BatchError where the arguments do not have as many tokens as there are slots."""
     rows, length = tokens.shape
     roles.check_rows(named, rows)
     for name, dim in TOKEN_DIMS.items():
@@ -324,7 +333,6 @@ def _token_names(
                 f"{tuple(value.shape)}: calls with one slot per token take whole "
                 "sequences, without a cache of earlier tokens"
             )
-    return requests.of_tokens()
 
 
 #: All there are, also those that serve no more: a child process frees their locks.

@@ -27,6 +27,11 @@ def test_runtime_rows():
     assert (runtime.active, runtime.uniform) == (True, True)
     runtime.set_rows([-1, -1])
     assert (runtime.active, runtime.uniform) == (False, True)
+    given = torch.tensor([2, -1, 1], dtype=torch.int32)
+    runtime.set_rows(given)
+    assert (runtime.active, runtime.uniform, runtime.rows) == (True, False, (2, -1, 1))
+    given.zero_()
+    assert runtime.slots.tolist() == [2, -1, 1]
 
 
 def test_runtime_writes_in_place_and_grows():
