@@ -14,10 +14,12 @@ from types import CodeType, FunctionType, MethodType
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 from torch._dynamo import convert_frame, eval_frame, trace_rules
 from torch._dynamo.exc import ObservedException, Unsupported
 from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
 
+from lorafx.capture.replay import replaying
 from lorafx.collector import earlier_objects_spared
 from lorafx.compat import capture_settings, entry_arguments
 
@@ -60,6 +62,7 @@ class Traced:
         sizes_by_data: Callable[[], bool],
         keep_guards: Callable[[Sequence[Any]], Sequence[bool]],
         saved: Saved | None = None,
+        repeated: Callable[[], nn.Module | None] = lambda: None,
     ) -> None:
         #: What functions raised that were given up for it.
         self.given_up: dict[CodeType, str] = {}
@@ -80,6 +83,7 @@ class Traced:
         self._symbolic = bool(dynamic)
         self._sizes_by_data = sizes_by_data
         self._saved = saved
+        self._repeated = repeated
         function = _with_own_code(function)
         self._code = function.__code__
         self.call: Callable[..., Any] = context(function)
@@ -100,7 +104,7 @@ class Traced:
                     sizes_by_data=self._sizes_by_data(),
                     symbolic=self._symbolic,
                 )
-                with settings, earlier_objects_spared():
+                with settings, earlier_objects_spared(), replaying(self._repeated()):
                     if self._saved is not None and frame.f_code is self._code:
                         return self._saved.converted(convert, frame, *args, **kwargs)
                     return convert(frame, *args, **kwargs)

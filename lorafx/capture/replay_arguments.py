@@ -1,0 +1,213 @@
+"""Arguments and results of a call that Dynamo traces, as far as the trace follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.variables.base import VariableTracker
+from torch._dynamo.variables.constant import ConstantVariable
+from torch._dynamo.variables.dicts import ConstDictVariable
+from torch._dynamo.variables.lazy import LazyVariableTracker
+from torch._dynamo.variables.lists import ListVariable, TupleVariable
+from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+class NotAlike(Exception):
+    """Two calls are not known to be traced alike."""
+
+
+def same_constant(one: Any, other: Any) -> bool:
+    """Whether two constants are equal, signs of zeros and types included."""
+    return type(one) is type(other) and one == other and repr(one) == repr(other)
+
+
+def same_layout(one: Any, other: Any) -> bool:
+    """Whether operators see no difference between two tensors without data."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return False
+    if is_traceable_wrapper_subclass(one) or is_traceable_wrapper_subclass(other):
+        return False  # what is inside of it counts too
+    return _layout(one) == _layout(other)
+
+
+def _layout(value: Tensor) -> tuple[Any, ...]:
+    strided = value.layout is torch.strided
+    return (
+        type(value),
+        isinstance(value, nn.Parameter),
+        tuple(map(_size, value.shape)),
+        tuple(map(_size, value.stride())) if strided else None,
+        _size(value.storage_offset()) if strided else None,
+        value.layout,
+        value.dtype,
+        value.device,
+        value.requires_grad,
+        value.is_inference(),
+        value.is_conj(),
+        value.is_neg(),
+    )
+
+
+def _size(size: Any) -> Any:
+    return size.node.expr if isinstance(size, (torch.SymInt, torch.SymFloat)) else size
+
+
+def memory(value: Any) -> int | None:
+    """Which memory a strided tensor without data is in."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return None
+    return value.untyped_storage()._cdata
+
+
+def plain(variable: Any) -> Any:
+    """The variable that one of Dynamo's has become; it itself while nobody has looked at it."""
+    return variable.unwrap() if isinstance(variable, LazyVariableTracker) else variable
+
+
+def reachable(args: Any, kwargs: Any, effects: Any) -> set[int]:
+    """Identities of what a call may change that was there before it."""
+    found = {id(item) for item in effects.id_to_variable.values()}
+
+    def visit(item: Any) -> None:
+        found.add(id(item))
+
+    for value in (list(args), dict(kwargs), list(effects.store_attr_mutations.values())):
+        VariableTracker.visit(visit, value)
+    return found
+
+
+class Arguments:
+    """Arguments of a call, flat, by where they stand."""
+
+    def __init__(self, args: Any, kwargs: Any) -> None:
+        self.values: dict[tuple[Any, ...], Any] = {}
+        for place, value in enumerate(args):
+            self._add((place,), value)
+        for name, value in kwargs.items():
+            self._add((name,), value)
+
+    def _add(self, place: tuple[Any, ...], value: Any) -> None:
+        value = plain(value)
+        self.values[place] = value
+        if isinstance(value, (TupleVariable, ListVariable)):
+            for index, item in enumerate(value.items):
+                self._add((*place, index), item)
+        elif isinstance(value, ConstDictVariable):
+            for index, (key, item) in enumerate(value.items.items()):
+                self._add((*place, index, "key"), key.vt)
+                self._add((*place, index), item)
+
+    def paired(self, args: Any, kwargs: Any) -> tuple[dict[fx.Node, fx.Node], dict[Any, Any]]:
+        """By the nodes and the variables of these arguments those of another call's.
+
+        Raises:
+            NotAlike: a trace of that call may be another.
+        """
+        others = Arguments(args, kwargs).values
+        nodes: dict[fx.Node, fx.Node] = {}
+        back: dict[fx.Node, fx.Node] = {}
+        variables: dict[Any, Any] = {}
+        unread = {place for place, one in self.values.items() if _unread(one)}
+        rest = {place for place in others if not any(place[: len(p)] == p for p in unread)}
+        if rest != self.values.keys() - unread or len(args) + len(kwargs) != self._count():
+            raise NotAlike("other arguments")
+        for place in rest:
+            one, other = self.values[place], others[place]
+            if isinstance(other, LazyVariableTracker):
+                other = other.realize()
+            if type(one) is not type(other):
+                raise NotAlike(f"argument {place} is of another kind")
+            variables[one] = other
+            if isinstance(one, (TensorVariable, SymNodeVariable)):
+                a, b = one.as_proxy().node, other.as_proxy().node
+                if nodes.setdefault(a, b) is not b or back.setdefault(b, a) is not a:
+                    raise NotAlike(f"argument {place} is also another one")
+                _check_values(place, a, b)
+            elif isinstance(one, ConstantVariable):
+                if not same_constant(one.as_python_constant(), other.as_python_constant()):
+                    raise NotAlike(f"argument {place} has another value")
+            elif isinstance(one, (TupleVariable, ListVariable, ConstDictVariable)):
+                if type(one.mutation_type) is not type(other.mutation_type):
+                    raise NotAlike(f"argument {place} is from somewhere else")
+            elif one.source is None or one.source != other.source:
+                raise NotAlike(f"argument {place} is another object")
+        return nodes, variables
+
+    def _count(self) -> int:
+        return sum(len(place) == 1 for place in self.values)
+
+
+def _unread(variable: Any) -> bool:
+    return isinstance(variable, LazyVariableTracker)
+
+
+def _check_values(place: Any, a: fx.Node, b: fx.Node) -> None:
+    """Raise NotAlike where two arguments differ in more than their numbers."""
+    if a is b:
+        return
+    if "placeholder" in (a.op, b.op):  # it may be read as something else too
+        raise NotAlike(f"argument {place} is an input of the graph")
+    one, other = a.meta["example_value"], b.meta["example_value"]
+    same = same_layout if isinstance(one, Tensor) else _same_size
+    if not same(one, other):
+        raise NotAlike(f"argument {place} is laid out in another way")
+
+
+def _same_size(one: Any, other: Any) -> bool:
+    return type(one) is type(other) and _size(one) == _size(other)
+
+
+def results_of(result: Any, made: set[fx.Node], arguments: Arguments) -> dict[fx.Node, Any]:
+    """The tensors that a call returns, by their nodes.
+
+    Raises:
+        NotAlike: it returns something else than new tensors, its own arguments, constants, and
+            tuples and lists of them.
+    """
+    found: dict[fx.Node, Any] = {}
+    given = {id(one): one for one in arguments.values.values()}
+    taken = {memory(_value(one)) for one in given.values() if isinstance(one, TensorVariable)}
+
+    def look(item: Any) -> None:
+        item = plain(item)
+        if id(item) in given:
+            return
+        if isinstance(item, LazyVariableTracker):  # looking at it would guard it
+            raise NotAlike("a result was not looked at")
+        if isinstance(item, (TupleVariable, ListVariable)):
+            for part in item.items:
+                look(part)
+        elif type(item) is TensorVariable:
+            node, place = item.as_proxy().node, memory(_value(item))
+            if node not in made or place is None or place in taken:
+                raise NotAlike("a result is no new tensor")
+            if found.setdefault(node, item) is not item:
+                raise NotAlike("a result is another one too")
+            taken.add(place)
+        elif not isinstance(item, ConstantVariable):
+            raise NotAlike(f"the result {item}")
+        if item.source is not None:
+            raise NotAlike("a result was there before")
+
+    look(result)
+    return found
+
+
+def _value(variable: Any) -> Any:
+    return variable.as_proxy().node.meta["example_value"]
+
+
+def replayed_result(result: Any, variables: Mapping[Any, Any]) -> Any:
+    """The result of another call, by what arguments and tensors of the traced one are in it."""
+    result = plain(result)
+    if result in variables:
+        return variables[result]
+    if isinstance(result, (TupleVariable, ListVariable)):
+        items = [replayed_result(item, variables) for item in result.items]
+        kind: Any = type(result.mutation_type)
+        return result.clone(items=items, mutation_type=kind())  # None too
+    return result
