@@ -10,8 +10,8 @@ there.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -36,6 +36,7 @@ from lorafx.capture.lowering import Lowering, lowering_for
 from lorafx.capture.parts import Captured, LoraParts, foreign_operators, noted
 from lorafx.capture.record import GraphRecord
 from lorafx.capture.stamps import Folded, fold, unfold
+from lorafx.capture.told import form_of, note_tracing, reason, tell, timed
 from lorafx.capture.verify import NumericCheck
 from lorafx.compat import duck_shaped, ends_in_break, guarded_attributes, named_by_dynamo
 from lorafx.graph.context import Context
@@ -89,6 +90,8 @@ class Backend:
                 then, and Dynamo asks again in the next call.
         """
         program = self.program
+        seconds: dict[str, float] = {}
+        note_tracing(seconds)
         lowering.begin(program.runtime.device)
         program.look_at_modules()
         program.refuse_missing(program.batch.touched if program.runtime.active else ())
@@ -106,13 +109,15 @@ class Backend:
         title += " per token" if per_token else ""
         dump = GraphDump(title, dump_folder(program.options))
         checks = Checks(places, frame.begins_call, self.several)
-        record = GraphRecord(title, lora, dump, checks)
+        form = form_of(program, begins_call=frame.begins_call, per_token=per_token)
+        why = reason(form, [earlier.form for earlier in self.records])
+        record = GraphRecord(title, lora, dump, checks, form=form, reason=why, seconds=seconds)
         parts = LoraParts(checks)
         sources = [getattr(node.meta.get("grapharg"), "source", None) for node in _inputs(gm)]
-        with progress(f"compiling {title}"):
+        with progress(f"compiling {title}, {why}", logged=False):
             if both:
                 # Whatever compiles a graph may change it.
-                with in_lowering(program.options.lowering):
+                with self.lowering_timed(record):
                     base = lowering.base(copy.deepcopy(gm), examples)
                 with_lora = self.compile_lora(gm, examples, frame, record, owner, lowering, parts)
                 executable = by_activity(owner, base, with_lora)
@@ -120,11 +125,12 @@ class Backend:
                 executable = self.compile_lora(gm, examples, frame, record, owner, lowering, parts)
             else:
                 record.dump.graph(CAPTURED, GraphText().lines(gm))
-                with in_lowering(program.options.lowering):
+                with self.lowering_timed(record):
                     executable = lowering.base(gm, examples)
                 if places.plain:
                     executable = base_only(checks, owner, executable)
         self.records.append(record)
+        tell(record, type(program.model).__name__)
         if self.noted is not None:
             alone = active and not both and not program.site_watch.missing
             self.noted(Captured(record, frame, sources, parts if alone else None))
@@ -148,7 +154,8 @@ class Backend:
             inference_compiler=compiler,
             decompositions=lowering.decompositions(),
         )
-        with in_tracing(), nullcontext() if self.noted is None else noted(parts):
+        noting = nullcontext() if self.noted is None else noted(parts)
+        with in_tracing(), noting, timed(record.seconds, "AOTAutograd"):
             try:
                 executable = trace(gm, examples)
             except Exception:
@@ -159,6 +166,13 @@ class Backend:
                 compiler.folded = None
                 executable = trace(gm, examples)
         return checked(record.checks, owner, executable)
+
+    @contextmanager
+    def lowering_timed(self, record: GraphRecord) -> Iterator[None]:
+        """Around what the lowering does."""
+        name = self.program.options.lowering
+        with in_lowering(name), timed(record.seconds, name):
+            yield
 
     def owner(self, frame: Frame, weights: Sequence[int]) -> Owner:
         """How an executable of `frame` finds the program that it serves. `weights` are the
@@ -215,14 +229,15 @@ class _FrameCompiler:
         if program.runtime.by_handle or not (frame.begins_call or frame.per_token):
             ctx.look_up_slots(gm.graph)
         numeric = NumericCheck(record.title) if program.options.verify == "numeric" else None
-        record.passes = run_pipeline(gm, ctx, record.dump, numeric.keep if numeric else None)
+        with timed(record.seconds, "passes"):
+            record.passes = run_pipeline(gm, ctx, record.dump, numeric.keep if numeric else None)
         for kernel in sorted(ctx.kernels):
             record.dump.source(f"kernel-{kernel:x}.py", source_of(kernel))
         record.note(ctx)
         extra = list(frame.extra_nodes)
         values = [node.meta["val"] for node in frame.extra_nodes.values()]
         operators = copy.deepcopy(gm) if ctx.handover.seen else None
-        with in_lowering(program.options.lowering):
+        with self.backend.lowering_timed(record):
             executable = self.lowering.compile(gm, [*inputs, *values])
         self.parts.lowered, self.parts.extra = executable, extra
         self.parts.whole = operators is None and numeric is None

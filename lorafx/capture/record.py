@@ -16,7 +16,7 @@ from lorafx.pipeline import PassReport
 @dataclass(eq=False)
 class GraphRecord:
     """One graph. `checks` is what its executable keeps of it; `saved` says what became of it in the
-    folder of saved graphs."""
+    folder of saved graphs. `form`, `reason` and `seconds` are those of lorafx.capture.told."""
 
     title: str
     lora: bool
@@ -27,10 +27,13 @@ class GraphRecord:
     refusals: list[Refusal] = field(default_factory=list)
     outlined: list[Outlined] = field(default_factory=list)
     saved: str = ""
+    form: Mapping[str, str] = field(default_factory=dict)
+    reason: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def to_save(self) -> dict[str, Any]:
         """What another process needs of it."""
-        left_out = ("dump", "saved", "title")
+        left_out = ("dump", "saved", "title", "reason", "seconds")
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
     @classmethod

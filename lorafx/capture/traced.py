@@ -20,6 +20,7 @@ from torch._dynamo.exc import ObservedException, Unsupported
 from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
 
 from lorafx.capture.replay import replaying
+from lorafx.capture.told import conversion
 from lorafx.collector import earlier_objects_spared
 from lorafx.compat import capture_settings, entry_arguments
 
@@ -104,7 +105,8 @@ class Traced:
                     sizes_by_data=self._sizes_by_data(),
                     symbolic=self._symbolic,
                 )
-                with settings, earlier_objects_spared(), replaying(self._repeated()):
+                replay = replaying(self._repeated())
+                with settings, earlier_objects_spared(), replay, conversion():
                     if self._saved is not None and frame.f_code is self._code:
                         return self._saved.converted(convert, frame, *args, **kwargs)
                     return convert(frame, *args, **kwargs)
