@@ -9,10 +9,11 @@ of the graph again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 
 from lorafx.errors import CaptureError
 from lorafx.kernels.ops.op_library import define
@@ -33,6 +34,21 @@ class Layout(NamedTuple):
     def empty(self) -> Tensor:
         """A tensor so laid out, in memory of its own."""
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
+
+
+def without_data(value: Any, base: Any = None, other: Any = None) -> FakeTensor:
+    """A tensor laid out like `value`: in memory of its own, or where it is a view of `base`, one of
+    `other`. Operators with symbolic sizes take milliseconds to say as much."""
+    mode, layout = value.fake_mode, Layout.of(value)
+    with in_kernel_invocation_manager(mode):
+        if base is None:
+            meta = torch.empty_strided(
+                layout.shape, layout.strides, dtype=layout.dtype, device="meta"
+            )
+        else:
+            offset = value.storage_offset() - base.storage_offset() + other.storage_offset()
+            meta = other.as_strided(layout.shape, layout.strides, offset)
+    return FakeTensor(mode, meta, layout.device)
 
 
 #: By key, what the ops of a capture that is running return.

@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorafx.errors import CaptureError
-from lorafx.kernels.ops.stamp_op import LAYOUTS, Layout
+from lorafx.kernels.ops.stamp_op import LAYOUTS, Layout, without_data
 from lorafx.passes.outline.isomorphism import Stretch
 from lorafx.passes.outline.outline import repeats
 from lorafx.passes.outline.regions import is_pure, is_view
@@ -359,7 +359,7 @@ def _expand(
     new: dict[fx.Node, fx.Node] = {item: operands[item.args[1]] for item in enter.users}
     for node in body:
         copy = graph.node_copy(node, lambda source: new.get(source, source))
-        copy.meta["val"] = _value(copy)
+        copy.meta["val"] = _value(node, copy)
         stack = tuple(node.meta.get("nn_module_stack") or ())
         if stack:
             if stack not in stacks:
@@ -370,12 +370,17 @@ def _expand(
     _take_out(graph, call, [new.get(item, item) for item in results])
 
 
-def _value(node: fx.Node) -> Any:
-    """The fake value of a copied node: in its own memory, or its operand's where it is a view."""
-    if is_view(node) or not isinstance(fake_value(node), Tensor):
-        args, kwargs = fx.map_arg((node.args, node.kwargs), fake_value)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-    return Layout.of(fake_value(node)).empty()
+def _value(node: fx.Node, copy: fx.Node) -> Any:
+    """The fake value of a node's copy: in its own memory, or its operand's where it is a view."""
+    value = fake_value(node)
+    if not is_view(node) and isinstance(value, Tensor):
+        return without_data(value)
+    base, other = (fake_value(item.all_input_nodes[0]) for item in (node, copy))
+    plain = all(map(_is_plain, (value, base, other))) and not (value.is_conj() or value.is_neg())
+    if plain and value.dtype == base.dtype and _memory(value) == _memory(base):
+        return without_data(value, base, other)
+    args, kwargs = fx.map_arg((copy.args, copy.kwargs), fake_value)
+    return copy.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _take_out(graph: fx.Graph, call: fx.Node, values: Any) -> None:
