@@ -23,9 +23,9 @@ from lorafx.capture.driver import run_pipeline
 from lorafx.capture.dump import GraphDump, dump_folder
 from lorafx.capture.executable import (
     Owner,
-    base_only,
     by_activity,
     checked,
+    for_base,
     looked_at,
     while_missing,
     with_lookups,
@@ -33,7 +33,7 @@ from lorafx.capture.executable import (
 from lorafx.capture.failures import in_lowering, in_tracing
 from lorafx.capture.graph_text import GraphText
 from lorafx.capture.lowering import Lowering, lowering_for
-from lorafx.capture.parts import Captured, LoraParts, foreign_operators, noted
+from lorafx.capture.parts import Captured, Parts, foreign_operators, noted
 from lorafx.capture.record import GraphRecord
 from lorafx.capture.stamps import Folded, fold, unfold
 from lorafx.capture.told import form_of, note_tracing, reason, tell, timed
@@ -112,7 +112,7 @@ class Backend:
         form = form_of(program, begins_call=frame.begins_call, per_token=per_token)
         why = reason(form, [earlier.form for earlier in self.records])
         record = GraphRecord(title, lora, dump, checks, form=form, reason=why, seconds=seconds)
-        parts = LoraParts(checks)
+        parts = Parts(checks)
         sources = [getattr(node.meta.get("grapharg"), "source", None) for node in _inputs(gm)]
         with progress(f"compiling {title}, {why}", logged=False):
             if both:
@@ -125,14 +125,15 @@ class Backend:
                 executable = self.compile_lora(gm, examples, frame, record, owner, lowering, parts)
             else:
                 record.dump.graph(CAPTURED, GraphText().lines(gm))
-                with self.lowering_timed(record):
+                noting = nullcontext() if self.noted is None else noted(parts)
+                parts.base, parts.foreign = True, foreign_operators(gm)
+                with self.lowering_timed(record), noting:
                     executable = lowering.base(gm, examples)
-                if places.plain:
-                    executable = base_only(checks, owner, executable)
+                executable = for_base(checks, owner, executable)
         self.records.append(record)
         tell(record, type(program.model).__name__)
         if self.noted is not None:
-            alone = active and not both and not program.site_watch.missing
+            alone = not both and not program.site_watch.missing
             self.noted(Captured(record, frame, sources, parts if alone else None))
         return while_missing(owner, executable) if program.site_watch.missing else executable
 
@@ -144,7 +145,7 @@ class Backend:
         record: GraphRecord,
         owner: Owner,
         lowering: Lowering,
-        parts: LoraParts,
+        parts: Parts,
     ) -> Callable[..., Any]:
         """The executable of calls with adapters, made of `parts`."""
         compiler = _FrameCompiler(self, frame, record, lowering, parts)
@@ -205,7 +206,7 @@ class _FrameCompiler:
         frame: Frame,
         record: GraphRecord,
         lowering: Lowering,
-        parts: LoraParts,
+        parts: Parts,
     ) -> None:
         self.backend = backend
         self.frame = frame

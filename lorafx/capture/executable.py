@@ -177,8 +177,10 @@ def refusing(error: LorafxError) -> Callable[..., Any]:
     return run
 
 
-def base_only(checks: Checks, owner: Owner, base: Callable[..., Any]) -> Callable[..., Any]:
-    """The graph of the base model, where another kind of call may get it."""
+def for_base(checks: Checks, owner: Owner, base: Callable[..., Any]) -> Callable[..., Any]:
+    """The graph of the base model."""
+    if not checks.places.plain:
+        return base  # no other kind of call can get it
 
     def run(*arguments: Any) -> Any:
         program = owner(arguments)

@@ -20,7 +20,7 @@ from torch._functorch._aot_autograd import graph_compile
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 from lorafx.capture.checks import Checks
-from lorafx.capture.executable import Layout, Owner, checked, with_lookups
+from lorafx.capture.executable import Layout, Owner, checked, for_base, with_lookups
 from lorafx.kernels.cpu.cpu import DeltaSpec, builds_noted
 
 if TYPE_CHECKING:
@@ -80,26 +80,30 @@ class Wrappers:
 
 
 @contextmanager
-def noted(parts: LoraParts) -> Iterator[None]:
+def noted(parts: Parts) -> Iterator[None]:
     """Note in `parts` what AOTAutograd and the lowering make in the block."""
-    with builds_noted() as kernels, _wrappers_noted() as wrappers:
+    # From torch's cache would come a function that nobody can look into.
+    traced = torch._functorch.config.patch(enable_autograd_cache=False)
+    with builds_noted() as kernels, _wrappers_noted() as wrappers, traced:
         yield
     parts.kernels = kernels
-    parts.wrappers = wrappers[-1] if wrappers else None
+    if wrappers:
+        parts.wrappers, parts.lowered = wrappers[-1][0], parts.lowered or wrappers[-1][1]
 
 
 @contextmanager
-def _wrappers_noted() -> Iterator[list[Wrappers | None]]:
-    """Note the wrappers of the graphs that AOTAutograd compiles for this thread in the block; None
-    for those of tensor subclasses. Dynamo's lock is held."""
-    found: list[Wrappers | None] = []
+def _wrappers_noted() -> Iterator[list[tuple[Wrappers | None, Any]]]:
+    """Note the wrappers of the graphs that AOTAutograd compiles for this thread in the block, and
+    what is inside; None for those of tensor subclasses. Dynamo's lock is held."""
+    found: list[tuple[Wrappers | None, Any]] = []
     thread, original = threading.get_ident(), graph_compile._cache_inference_info
 
     def noting(config: Any, metadata: Any, subclasses: Any, *rest: Any) -> Any:
         entry = original(config, metadata, subclasses, *rest)  # it makes the metadata ready to keep
         if threading.get_ident() == thread:
             plain = subclasses is None
-            found.append(Wrappers(metadata, rest[-1], config.to_cacheable()) if plain else None)
+            own = Wrappers(metadata, rest[-1], config.to_cacheable()) if plain else None
+            found.append((own, rest[0]))
         return entry
 
     setattr(graph_compile, "_cache_inference_info", noting)  # noqa: B010  for mypy
@@ -110,8 +114,8 @@ def _wrappers_noted() -> Iterator[list[Wrappers | None]]:
 
 
 @dataclass
-class LoraParts:
-    """The parts of the executable of calls with adapters.
+class Parts:
+    """The parts of one executable: of calls with adapters, or of those without (`base`).
 
     Attributes:
         lowered: the graph as the lowering made it, in the boxed convention.
@@ -123,6 +127,7 @@ class LoraParts:
     """
 
     checks: Checks
+    base: bool = False
     lowered: Any = None
     kernels: dict[DeltaSpec, int] = field(default_factory=dict)
     extra: list[tuple[int, int, str]] = field(default_factory=list)
@@ -134,6 +139,8 @@ class LoraParts:
     def executable(self, owner: Owner, lowered: Callable[[list[Any]], Any]) -> Callable[..., Any]:
         """The executable, of the graph as it was loaded."""
         assert self.wrappers is not None
+        if self.base:
+            return for_base(self.checks, owner, self.wrappers.around(lowered))
         found = with_lookups(self.checks, owner, lowered, self.extra, self.banks, None)
         return checked(self.checks, owner, self.wrappers.around(found))
 
@@ -163,10 +170,10 @@ class Captured:
 
     Attributes:
         sources: of each of its inputs where Dynamo found it.
-        lora: None where the graph is not one of calls with adapters alone.
+        parts: None where one executable serves calls with adapters and without.
     """
 
     record: GraphRecord
     frame: Frame
     sources: Sequence[Any]
-    lora: LoraParts | None
+    parts: Parts | None

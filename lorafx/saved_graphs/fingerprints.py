@@ -36,8 +36,8 @@ _BUILT_IN = (
 _NOTES = frozenset(
     (
         *("__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "_abc_impl"),
-        *("__firstlineno__", "__static_attributes__", "__abstractmethods__"),
-        "__dataclass_fields__",
+        *("__firstlineno__", "__static_attributes__", "__abstractmethods__", "__slotnames__"),
+        *("__dataclass_fields__", "__annotations_cache__", "__annotate_func__"),
     )
 )
 #: What users tell Dynamo about a tensor's sizes.

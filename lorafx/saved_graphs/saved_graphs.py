@@ -10,6 +10,8 @@ saved is compiled as ever, in every process. Nothing in here may fail a call.
 from __future__ import annotations
 
 import importlib
+import json
+import pickle
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +31,7 @@ from torch._dynamo.utils import CleanupHook, CleanupManager, orig_code_map
 
 from lorafx.capture.backend import Backend
 from lorafx.capture.dump import dump_folder
-from lorafx.capture.parts import Captured, LoraParts
+from lorafx.capture.parts import Captured, Parts
 from lorafx.capture.record import GraphRecord
 from lorafx.errors import LorafxWarning
 from lorafx.program.program import Program
@@ -201,9 +203,9 @@ class _Conversion:
         output, guards = self._output, self._guards
         if guards is None or len(self._graphs) != 1:
             raise Undescribed(self._why)
-        (graph,), parts = self._graphs, self._graphs[0].lora
+        (graph,), parts = self._graphs, self._graphs[0].parts
         if parts is None or parts.wrappers is None or not parts.whole:
-            raise Undescribed("a graph without adapters, or one that is not in one piece")
+            raise Undescribed("it is not in one piece")
         if parts.foreign:
             raise Undescribed(f"operators of others: {', '.join(parts.foreign)}")
         if not graph.frame.begins_call or graph.frame.follows_another:
@@ -212,21 +214,22 @@ class _Conversion:
         first = {
             "guards": guards,
             "imports": dict(output.import_sources),
-            "modules": {name: _module_of(name) for name in names if _module_of(name)},
             "files": source_files(output.tracing_context.traced_code),
             "inputs": SavedInputs.of(graph, self._program),
         }
         second = {
             "code": SerializedCode.from_code_object(made.code),
             "lowered": SavedLowered.of(parts.lowered, parts.kernels),
+            "base": parts.base,
             "extra": parts.extra,
             "banks": parts.banks,
             "wrappers": parts.wrappers,
             "record": graph.record.to_save(),
             "reached": (self._program.reached, self._program.replaced),
         }
+        modules = json.dumps({name: of for name in names if (of := _module_of(name))})
         halves = [dump(half, self._program, names) for half in (first, second)]
-        return len(halves[0]).to_bytes(8, "little") + b"".join(halves), graph.record
+        return pickle.dumps((modules, *halves)), graph.record
 
     def _names(self, code: CodeType) -> Names:
         """The names that Dynamo's bytecode and guards have for things of this process."""
@@ -260,24 +263,25 @@ class _Loading:
 
     def __init__(self, backend: Backend, frame: Any, body: bytes) -> None:
         self._backend, self._frame = backend, frame
-        size = int.from_bytes(body[:8], "little")
-        self._first, self._second = body[8 : 8 + size], body[8 + size :]
+        # In pieces: most files that are looked at are of other calls.
+        self._modules, self._first, self._second = pickle.loads(body)
 
     def result(self, rest: Sequence[Any]) -> ConvertFrameReturn | None:
         """What Dynamo's conversion would return; None where the graph is one of another call."""
         program, frame = self._backend.program, self._frame
         names = {SLOTS: program.runtime._key, BUILTINS: unique_id("__builtins_dict__")}
+        added: dict[str, Any] = {}
+        for stand_in, module in json.loads(self._modules).items():
+            names[stand_in] = unique_id("__module")
+            added[names[stand_in]] = importlib.import_module(module)
         first = load(self._first, program, names)
         if changed_file(first["files"]) is not None:
             return None
         f_globals, f_locals = frame.f_globals, frame.f_locals
         built_in = f_globals["__builtins__"]
-        added = {names[BUILTINS]: built_in if isinstance(built_in, dict) else vars(built_in)}
+        added[names[BUILTINS]] = built_in if isinstance(built_in, dict) else vars(built_in)
         for alias, module in first["imports"].items():
             added[alias] = importlib.import_module(module)
-        for stand_in, module in first["modules"].items():
-            names[stand_in] = unique_id("__module")
-            added[names[stand_in]] = importlib.import_module(module)
         if any(f_globals.get(name, value) is not value for name, value in added.items()):
             return None
         f_globals.update(added)
@@ -291,9 +295,10 @@ class _Loading:
             return None
         names[GRAPH] = unique_id("__compiled_fn", with_uuid=True)
         second = load(self._second, program, names)
-        title = f"graph {len(self._backend.records)} lora"
+        kind = "base" if second["base"] else "lora"
+        title = f"graph {len(self._backend.records)} {kind}"
         record = GraphRecord.loaded(title, second["record"], self._backend.several)
-        parts = LoraParts(record.checks, wrappers=second["wrappers"])
+        parts = Parts(record.checks, second["base"], wrappers=second["wrappers"])
         parts.extra, parts.banks = second["extra"], second["banks"]
         run = parts.executable(lambda arguments: program, second["lowered"].load())
         code = SerializedCode.to_code_object(second["code"])

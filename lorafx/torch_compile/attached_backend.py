@@ -17,7 +17,7 @@ from lorafx.adapter_store.store import AdapterStore
 from lorafx.capture.backend import Backend
 from lorafx.capture.executable import Owner, refusing
 from lorafx.capture.lowering import Lowering
-from lorafx.capture.parts import LoraParts
+from lorafx.capture.parts import Parts
 from lorafx.capture.record import GraphRecord
 from lorafx.errors import CaptureError
 from lorafx.model.attachment import Attachment
@@ -63,7 +63,7 @@ class AttachedBackend(Backend):
         record: GraphRecord,
         owner: Owner,
         lowering: Lowering,
-        parts: LoraParts,
+        parts: Parts,
     ) -> Callable[..., Any]:
         if wants_gradient(examples):
             return refusing(

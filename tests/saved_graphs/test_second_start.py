@@ -83,12 +83,16 @@ def test_loaded_graphs_generate_with_a_cache(shallow: Case, cache: Path) -> None
 
 
 def test_inductors_code_with_generated_kernels(plain: Case, cache: Path) -> None:
+    torch.manual_seed(0)
+    inputs = plain_inputs(3, 5)
     for found in (SAVED, LOADED):
         cm = start(plain.model(), plain, cache, "inductor")
-        check_mixed(cm, plain, MIX, plain_inputs(3, 5))
-        assert state(cm) == [found]
+        check_mixed(cm, plain, MIX, inputs)
+        base = cm(**inputs)["logits"]
+        assert error(base, plain.expected([None] * 3, inputs)) <= TOLERANCE
+        assert state(cm) == [found] * 2  # and the base's own
     check_mixed(cm, plain, ["a2", "a4", None, "a3", "a1"], plain_inputs(5, 9))
-    assert state(cm) == [LOADED]
+    assert state(cm) == [LOADED] * 2
 
 
 def test_a_reset_of_dynamo_loads_again(shallow: Case, cache: Path) -> None:
