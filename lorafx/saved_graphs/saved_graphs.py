@@ -13,6 +13,7 @@ import importlib
 import json
 import pickle
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from lorafx.capture.backend import Backend
 from lorafx.capture.dump import dump_folder
 from lorafx.capture.parts import Captured, Parts
 from lorafx.capture.record import GraphRecord
+from lorafx.capture.told import tell
 from lorafx.errors import LorafxWarning
 from lorafx.program.program import Program
 from lorafx.saved_graphs import folder as folders
@@ -148,6 +150,7 @@ class SavedGraphs:
         for path in folders.files(folder, key)[-_MOST:]:
             if path in self._loaded:
                 continue
+            start = time.perf_counter()
             try:
                 found = _Loading(self._backend, frame, folders.read(path)).result(rest)
             except Exception as error:
@@ -156,6 +159,10 @@ class SavedGraphs:
                 continue
             if found is not None:
                 self._loaded.add(path)
+                record = self._backend.records[-1]
+                record.seconds["loading"] = time.perf_counter() - start
+                record.reason = record.saved
+                tell(record, type(self._backend.program.model).__name__)
                 return found
         return None
 
