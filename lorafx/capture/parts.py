@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -101,8 +101,10 @@ def _wrappers_noted() -> Iterator[list[tuple[Wrappers | None, Any]]]:
     def noting(config: Any, metadata: Any, subclasses: Any, *rest: Any) -> Any:
         entry = original(config, metadata, subclasses, *rest)  # it makes the metadata ready to keep
         if threading.get_ident() == thread:
-            plain = subclasses is None
-            own = Wrappers(metadata, rest[-1], config.to_cacheable()) if plain else None
+            own = None
+            with suppress(AttributeError, TypeError, ValueError):  # it is not saved then
+                if subclasses is None:
+                    own = Wrappers(metadata, rest[-1], config.to_cacheable())
             found.append((own, rest[0]))
         return entry
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 
-_PLAIN = (
+#: Classes whose values are told by `repr`.
+PLAIN = (
     *(bool, int, float, complex, str, bytes, range, slice),
     *(type(None), type(...), type(NotImplemented)),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
@@ -134,7 +135,7 @@ class Fingerprints:
         """The text of `value`; None where it has none."""
         if isinstance(value, Enum):
             return f"{_name(type(value))}.{value.name}"
-        if isinstance(value, _PLAIN):
+        if isinstance(value, PLAIN):
             if isinstance(value, str) and value in self._names:
                 return self._names[value]
             return f"{type(value).__qualname__} {value!r}"
@@ -158,8 +159,8 @@ class Fingerprints:
         if isinstance(value, Tensor):
             return self.tensor(value)
         if isinstance(value, functools.partial):
-            parts = (value.func, value.args, value.keywords)
-            return f"partial {[self.loosely(part, depth + 1) for part in parts]}"
+            inside = self._text((value.func, value.args, value.keywords), depth + 1)
+            return None if inside is None else f"partial {inside}"
         return self._container(value, depth)
 
     def _container(self, value: Any, depth: int) -> str | None:
@@ -210,7 +211,7 @@ class Fingerprints:
             return f"property {[self._member(part, depth) for part in parts]}"
         if isinstance(value, functools.cached_property):
             return f"cached {self._member(value.func, depth)}"
-        if depth >= _DEEPEST or not isinstance(value, (types.FunctionType, *_PLAIN, *_BUILT_IN)):
+        if depth >= _DEEPEST or not isinstance(value, (types.FunctionType, *PLAIN, *_BUILT_IN)):
             return f"a {_name(type(value))}"
         return self._text(value, depth) or ""
 

@@ -51,7 +51,7 @@ from torch._guards import Guard, GuardsSet
 from torch.utils import _pytree as pytree
 from torch.utils._ordered_set import OrderedSet
 
-from lorafx.saved_graphs.fingerprints import Fingerprints, Undescribed
+from lorafx.saved_graphs.fingerprints import PLAIN, Fingerprints, Undescribed
 
 #: By what torch calls the maker of a guard: how the text of its place is made.
 _VALUE = frozenset(
@@ -216,8 +216,8 @@ def _look(
         value = place.source.get_value(scope, closure, cache)
         held.append(value)
         texts.append(_text(place, value, prints))
-        shared = isinstance(value, (torch.Tensor, nn.Module)) or hasattr(value, "__dict__")
-        apart = not shared or isinstance(value, MethodType)
+        # Python shares what cannot change as it likes, and makes methods when they are asked for.
+        apart = isinstance(value, (*PLAIN, tuple, frozenset, MethodType))
         same.append(number if apart else first.setdefault(id(value), number))
     return texts, same
 

@@ -19,6 +19,7 @@ import hashlib
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import resources
@@ -35,20 +36,30 @@ from lorafx.model.bank import Bank
 from lorafx.model.module_graph import storage_key
 from lorafx.program.program import Program
 from lorafx.registry import registrations
-from lorafx.saved_graphs.fingerprints import Fingerprints, digest
+from lorafx.saved_graphs.fingerprints import Fingerprints, Undescribed, digest
 
 _OWN_SOURCES = ("lorafx", "lorafx.passes", "lorafx.kernels")
 _READ_BY_TORCH = ("TORCH", "PYTORCH", "TRITON", "LORAFX", "OMP_", "KMP_", "MKL_", "ATEN_", "CUDA_")
 
 
+#: When this process began to have lorafx.
+_IMPORTED = time.time()
+
+
 @cache
 def own_sources() -> str:
-    """A hash of all of lorafx: passes, templates and the rest."""
+    """A hash of all of lorafx: passes, templates and the rest.
+
+    Raises:
+        Undescribed: a file was written since; this process runs what stood there before.
+    """
     found = hashlib.sha256()
     for package in _OWN_SOURCES:
         root = Path(str(resources.files(package)))
         for path in sorted(root.rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
+                if path.stat().st_mtime > _IMPORTED:
+                    raise Undescribed(f"{path} was written after this process had read it")
                 found.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return found.hexdigest()
 
