@@ -113,6 +113,8 @@ class Backend:
         why = reason(form, [earlier.form for earlier in self.records])
         record = GraphRecord(title, lora, dump, checks, form=form, reason=why, seconds=seconds)
         parts = Parts(checks)
+        if self.noted is not None:
+            parts.foreign = foreign_operators(gm)
         sources = [getattr(node.meta.get("grapharg"), "source", None) for node in _inputs(gm)]
         with progress(f"compiling {title}, {why}", logged=False):
             if both:
@@ -126,7 +128,7 @@ class Backend:
             else:
                 record.dump.graph(CAPTURED, GraphText().lines(gm))
                 noting = nullcontext() if self.noted is None else noted(parts)
-                parts.base, parts.foreign = True, foreign_operators(gm)
+                parts.base = True
                 with self.lowering_timed(record), noting:
                     executable = lowering.base(gm, examples)
                 executable = for_base(checks, owner, executable)
@@ -222,7 +224,7 @@ class _FrameCompiler:
             unfold(gm, self.folded)
             self.folded = None
         if self.backend.noted is not None:
-            self.parts.foreign = foreign_operators(gm)
+            self.parts.foreign += foreign_operators(gm)
         frame.bind(gm.graph)
         ctx = Context(program, frame, gm, edits_left=program.options.max_edits)
         # Rows of other graphs may be some of the batch's, in another order. That is told per

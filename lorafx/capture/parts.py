@@ -9,6 +9,7 @@ inputs) is noted while it works.
 from __future__ import annotations
 
 import threading
+import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -148,8 +149,9 @@ class Parts:
 
 
 def foreign_operators(gm: fx.GraphModule) -> list[str]:
-    """The operators that the graph calls, and that torch and lorafx do not know: what they do is
-    told by code that nobody compares."""
+    """The operators that a graph calls, and that torch and lorafx do not know: what they do is
+    told by code that nobody compares. In Dynamo's graph there are functions that it was told not
+    to look into, and operators that are decomposed later."""
     found = set()
     for module in gm.modules():
         nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
@@ -158,6 +160,8 @@ def foreign_operators(gm: fx.GraphModule) -> list[str]:
                 known = target in _KNOWN_HIGHER_ORDER
             elif isinstance(target, (OpOverload, OpOverloadPacket)):
                 known = str(target).partition(".")[0] in _KNOWN_NAMESPACES
+            elif isinstance(target, (types.BuiltinFunctionType, types.MethodDescriptorType)):
+                known = True  # of C, in installed packages
             else:
                 home = str(getattr(target, "__module__", "")).partition(".")[0]
                 known = home in ("_operator", "math", "builtins", "torch")

@@ -33,6 +33,11 @@ _KEYS = itertools.count()
 _SMALLEST_BUFFER = 64
 
 
+def holds_slots(value: object) -> bool:
+    """Whether this is the dict that holds the slots of all live Runtimes, in any order."""
+    return value is _SLOTS
+
+
 class RefusesAtRest(Protocol):
     """What marks ask outside of a session's calls (lorafx.session.resting)."""
 

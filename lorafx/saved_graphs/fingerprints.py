@@ -149,6 +149,8 @@ class Fingerprints:
             owner = getattr(value, "__self__", None)
             of = "" if owner is None or isinstance(owner, types.ModuleType) else _name(type(owner))
             home = getattr(value, "__module__", None)
+            if value is hash:  # of text: each process has its own
+                of = f"{hash(home)}"
             return f"built-in {home}.{getattr(value, '__qualname__', value)} {of}"
         if isinstance(value, types.ModuleType):
             return f"module {value.__name__}"
@@ -181,6 +183,9 @@ class Fingerprints:
         )
 
     def _function_parts(self, function: types.FunctionType, depth: int) -> Iterable[str]:
+        if getattr(function, "_dynamo_marked_constant", False):
+            # Dynamo called it, and guards on nothing that it read.
+            raise Undescribed(f"{function.__qualname__}, whose result is taken for a constant")
         yield self.of_code(function.__code__)
         for value in (function.__defaults__, function.__kwdefaults__):
             yield self.loosely(value, depth + 1)

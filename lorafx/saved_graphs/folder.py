@@ -83,13 +83,24 @@ def write(folder: Path, key: str, model: str, title: str, body: bytes) -> Path:
     """Put a graph into the folder, in one step."""
     home = folder / key
     home.mkdir(mode=0o700, exist_ok=True)
-    found = hashlib.sha256(body).hexdigest()
+    found = _checksum(key, body)
     header = {"model": model, "title": title, "sha256": found}
     path = home / f"{found[:24]}.graph"
-    with tempfile.NamedTemporaryFile("wb", dir=home, suffix=".tmp", delete=False) as scratch:
-        scratch.write(_MAGIC + json.dumps(header).encode() + b"\n" + body)
-    os.replace(scratch.name, path)
+    number, scratch = tempfile.mkstemp(".tmp", dir=home)
+    try:
+        with open(number, "wb") as file:
+            file.write(_MAGIC + json.dumps(header).encode() + b"\n" + body)
+        os.replace(scratch, path)
+    except BaseException:  # a full disk, an interrupt
+        with contextlib.suppress(OSError):
+            os.unlink(scratch)
+        raise
     return path
+
+
+def _checksum(key: str, body: bytes) -> str:
+    """Of a file's contents and of the key that they are for."""
+    return hashlib.sha256(key.encode() + b"\0" + body).hexdigest()
 
 
 def files(folder: Path, key: str) -> list[Path]:
@@ -103,8 +114,8 @@ def files(folder: Path, key: str) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def read(path: Path) -> bytes:
-    """The body of a file.
+def read(path: Path, key: str) -> bytes:
+    """The body of a file that was saved for `key`.
 
     Raises:
         BrokenFile: it is not what was written, or somebody else's.
@@ -118,7 +129,7 @@ def read(path: Path) -> bytes:
     header, body = _taken_apart(data)
     with contextlib.suppress(OSError):
         os.utime(path)
-    if hashlib.sha256(body).hexdigest() != header.get("sha256"):
+    if _checksum(key, body) != header.get("sha256"):
         raise BrokenFile("its contents do not match its checksum")
     return body
 

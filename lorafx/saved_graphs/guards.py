@@ -13,7 +13,7 @@ is there now, so none is missing at run time. What a kind of guard compares, and
                                             code of functions, of all methods of classes; names of
                                             Python's modules and built-ins. Other objects have no
                                             text: the graph is not saved
-    TYPE_MATCH                              the class with the code of its methods
+    TYPE_MATCH                              the class with the code of its methods; keys of a dict
     SEQUENCE_LENGTH, ..HOOKS_DICT           class and length
     DICT_KEYS_MATCH, MAPPING_KEYS_CHECK     class, and keys in order
     DICT_CONTAINS, HASATTR, NOT_PRESENT...  the answer, and the keys of short ones
@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from types import CodeType, MethodType
+from types import CodeType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -51,7 +51,8 @@ from torch._guards import Guard, GuardsSet
 from torch.utils import _pytree as pytree
 from torch.utils._ordered_set import OrderedSet
 
-from lorafx.saved_graphs.fingerprints import PLAIN, Fingerprints, Undescribed
+from lorafx.model.runtime import holds_slots
+from lorafx.saved_graphs.fingerprints import PLAIN, Fingerprints, Undescribed, digest
 
 #: By what torch calls the maker of a guard: how the text of its place is made.
 _VALUE = frozenset(
@@ -227,11 +228,16 @@ def _text(place: Place, value: Any, prints: Fingerprints) -> str:
     kind, argument = place.kind, place.argument
     if kind == "TENSOR_MATCH":
         return prints.tensor(value)
+    if isinstance(value, ModuleType):
+        return f"{prints.of(value)} {_names(value)}"
     if kind in _VALUE:
         # Modules of torch.nn are compared by what is in them, at places of their own.
         return prints.of_class(type(value)) if isinstance(value, nn.Module) else prints.of(value)
     if kind in _CLASS:
-        return prints.of_class(type(value))
+        # A key that code looked for in vain is in no guard.
+        looked_up = isinstance(value, dict) and not holds_slots(value)
+        keys = sorted(prints.loosely(key) for key in value) if looked_up else ""
+        return f"{prints.of_class(type(value))} {digest(keys)}"
     if kind in _LENGTH:
         return f"{prints.of_class(type(value))} {len(value)}"
     if kind in _KEYS or kind in _MEMBER:
@@ -246,6 +252,13 @@ def _text(place: Place, value: Any, prints: Fingerprints) -> str:
     if kind == "NOT_PRESENT_IN_GENERIC_DICT":
         return f"{prints.of_class(type(value))} {argument}: {argument in vars(value)}"
     raise Undescribed(f"a guard of kind {kind}")
+
+
+def _names(module: ModuleType) -> str:
+    """What a module of Python's has: a name that code looked for in vain is in no guard. Packages
+    have more, the more of them is imported; names of Dynamo's begin with underscores."""
+    plain = not hasattr(module, "__path__")
+    return digest(sorted(n for n in vars(module) if not n.startswith("__"))) if plain else ""
 
 
 def _argument(guard: Guard) -> Any:

@@ -175,7 +175,7 @@ def _sizes(tensor: Tensor) -> str:
 
 def can_save(program: Program) -> bool:
     """Whether the key covers all that graphs of this program depend on. Generated Triton, numeric
-    checks, passes of the user's own and quantised bases depend on more."""
+    checks, passes of the user's own, quantised bases and hooks of all modules depend on more."""
     options = program.options
     return (
         program.runtime.device.type == "cpu"
@@ -183,4 +183,12 @@ def can_save(program: Program) -> bool:
         and options.verify != "numeric"
         and all(isinstance(value, bool) for value in options.passes.values())
         and not program.quantised.found
+        and not any(_hooks_of_all_modules())
     )
+
+
+def _hooks_of_all_modules() -> Iterator[Mapping[int, Any]]:
+    """Those that PyTorch calls for every module. Dynamo leaves their guards out."""
+    for name, value in vars(torch.nn.modules.module).items():
+        if name.startswith("_global_forward_") and isinstance(value, dict):
+            yield value

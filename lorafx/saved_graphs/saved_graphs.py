@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, cast
@@ -152,10 +152,11 @@ class SavedGraphs:
                 continue
             start = time.perf_counter()
             try:
-                found = _Loading(self._backend, frame, folders.read(path)).result(rest)
+                found = _Loading(self._backend, frame, folders.read(path, key)).result(rest)
             except Exception as error:
                 _warn(f"{path} is of no use, so its graph is compiled anew: {error!r}")
-                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    path.unlink()
                 continue
             if found is not None:
                 self._loaded.add(path)

@@ -95,11 +95,11 @@ def test_a_torch_that_cannot_keep_graphs(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_files_of_others_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmp_path.chmod(0o700)
     path = write(tmp_path, "key", "Model", "graph 0 lora", b"body")
-    assert read(path) == b"body"
+    assert read(path, "key") == b"body"
     assert files(tmp_path, "key") == [path]
     monkeypatch.setattr(os, "getuid", lambda: path.stat().st_uid + 1)
     with pytest.raises(BrokenFile, match="another user"):
-        read(path)
+        read(path, "key")
 
 
 def test_what_is_old_is_removed(tmp_path: Path) -> None:
@@ -125,3 +125,30 @@ def test_the_command(
         main()
         assert shown in capsys.readouterr().out
     assert list(entries(tmp_path)) == []
+
+
+def test_a_broken_file_that_cannot_be_removed(
+    plain: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a file system that is mounted to be read."""
+    home = tmp_path / "graphs"
+    served(plain, home)
+    (path,) = home.glob("*/*.graph")
+    path.write_bytes(b"")
+
+    def fails(*args: object, **kwargs: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", fails)
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.warns(LorafxWarning, match="could not be saved"):
+        served(plain, home)
+    monkeypatch.undo()
+    assert list(home.glob("*/*.tmp")) == []
+
+
+def test_a_file_of_another_key_is_not_read(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    path = write(tmp_path, "key", "Model", "graph 0 lora", b"body")
+    with pytest.raises(BrokenFile, match="checksum"):
+        read(path, "another")
