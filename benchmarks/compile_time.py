@@ -33,13 +33,17 @@ from types import SimpleNamespace
 from typing import Any
 
 #: Cases that run in plain aten: what is left is what stands before Inductor.
-REFERENCE = frozenset({"Llama, dynamic, reference"})
+REFERENCE = frozenset({"Llama, dynamic, reference", "Llama, dynamic, reference, stamps"})
+#: Cases in which one of several equal layers is traced.
+STAMPED = frozenset({"Llama, dynamic, stamps", "Llama, dynamic, reference, stamps"})
 #: name: (family, dynamic shapes, outlined, depths, depths that are also started again)
 CASES: dict[str, tuple[str, bool, bool, tuple[int, ...], tuple[int, ...]]] = {
     "Llama, dynamic": ("llama", True, True, (2, 8, 32), (2, 32)),
     "Llama, static": ("llama", False, True, (2, 8, 32), (32,)),
     "Llama, dynamic, not outlined": ("llama", True, False, (32,), ()),
-    "Llama, dynamic, reference": ("llama", True, True, (2, 8, 16), ()),
+    "Llama, dynamic, stamps": ("llama", True, True, (2, 32), ()),
+    "Llama, dynamic, reference": ("llama", True, True, (2, 8, 16, 32), ()),
+    "Llama, dynamic, reference, stamps": ("llama", True, True, (2, 8, 32), ()),
     "Qwen3-Next, static": ("qwen3_next", False, True, (2, 8, 32), (32,)),
     "Qwen3-Next, dynamic": ("qwen3_next", True, True, (2, 8, 32), ()),
 }
@@ -97,7 +101,12 @@ FAMILIES: dict[str, tuple[Callable[[int], Any], str]] = {
 
 
 def start(
-    family: str, layers: int, dynamic: bool, outlined: bool, lowering: str = "auto"
+    family: str,
+    layers: int,
+    dynamic: bool,
+    outlined: bool,
+    lowering: str = "auto",
+    stamps: bool = False,
 ) -> tuple[Any, Callable[[], Any]]:
     """A compiled model that has not run yet, and its first and every further call."""
     import torch
@@ -111,7 +120,7 @@ def start(
     with tempfile.TemporaryDirectory() as folder:
         config = LoraConfig(r=16, lora_alpha=16, target_modules=targets, init_lora_weights=False)
         get_peft_model(copy.deepcopy(model), config).save_pretrained(folder)
-        options = {"passes": {"outline": outlined}, "lowering": lowering}
+        options = {"passes": {"outline": outlined}, "lowering": lowering, "stamps": stamps}
         cm = lorafx.compile(model, {"a": folder}, dynamic=dynamic, options=options)
     ids = torch.randint(0, model.config.vocab_size, (ROWS, 1))
     names = ["a", None] * (ROWS // 2)
@@ -144,12 +153,12 @@ def cpu_seconds(who: int) -> float:
 
 
 def first_call(
-    family: str, layers: int, dynamic: bool, outlined: bool, lowering: str
+    family: str, layers: int, dynamic: bool, outlined: bool, lowering: str, stamps: bool
 ) -> dict[str, object]:
     """One start: seconds of the first call, and CPU seconds of it and of its phases."""
     from torch._dynamo.utils import compile_times, counters
 
-    cm, call = start(family, layers, dynamic, outlined, lowering)
+    cm, call = start(family, layers, dynamic, outlined, lowering, stamps)
     processes = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
     before = [cpu_seconds(who) for who in processes]
     begin = time.perf_counter()
@@ -218,7 +227,7 @@ def run_case(
     for layers in chosen or [depth for depth in depths if not quick or depth <= QUICK]:
         cache = Path(tempfile.mkdtemp(dir=folder))  # a path that g++ can read: no spaces
         for state in ("cold", "warm")[: 1 + (layers in again)]:
-            arguments = (family, layers, dynamic, outlined, lowering)
+            arguments = (family, layers, dynamic, outlined, lowering, name in STAMPED)
             row = in_process("first_call", *arguments, cache=cache)
             rows.append({"case": name, "layers": layers, "caches": state, **row})
             parts = ", ".join(f"{key} {row[key]:.1f}" for key in PARTS)

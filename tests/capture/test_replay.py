@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import transformers
 from dense_merge import Case, build_case, check_mixed
 from dynamo_graphs import Captured, captured
 from hand_made import hand_case
@@ -46,6 +47,8 @@ class Stack(nn.Module):
     def __init__(self, block: Callable[[], nn.Module] = Block, count: int = LAYERS) -> None:
         super().__init__()
         self.layers = nn.ModuleList(block() for _ in range(count))
+        for place, layer in enumerate(self.layers):
+            layer.place = place  # what nobody reads may differ
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         x = x.clone()  # what is no input of the graph
@@ -288,6 +291,39 @@ class Counting(Stack):
         return {"logits": x}
 
 
+class Indexed(Block):
+    """Reads its own place."""
+
+    place = 0
+
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h) + torch.arange(8.0)[self.place]
+
+
+class Cached(Block):
+    """Writes into the place of a cache that is its own."""
+
+    place = 0
+
+    def forward(self, h: Tensor, cache: Any = None) -> Tensor:
+        y = super().forward(h)
+        cache[self.place] = y.sin()
+        return y
+
+
+class Caching(Stack):
+    def __init__(self) -> None:
+        super().__init__(Cached)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x, cache = x.clone(), [x] * LAYERS
+        for layer in self.layers:
+            x = layer(x, cache)
+        for item in cache:
+            x = x + item
+        return {"logits": x}
+
+
 class Reading(Block):
     counted: dict[str, int]
 
@@ -338,24 +374,14 @@ class Nested(Block):
         (Changes, 2),
         (Twice, 2 * LAYERS - 1),
         (Passing, 1),
+        (Indexed, 0),
+        (Caching, 0),
         (Counts, 0),
         (Counting, 0),
         (Draws, 0),
         (Writes, None),
         (Switching, LAYERS - 2),
         (Nested, LAYERS + 1),
-    ],
-    ids=[
-        "shares",
-        "changes",
-        "twice",
-        "passing",
-        "counts",
-        "counting",
-        "draws",
-        "writes",
-        "switching",
-        "nested",
     ],
 )
 def test_layers_that_depend_on_more(
@@ -418,3 +444,25 @@ def test_layers_of_transformers(
         return logits
 
     assert both_ways(monkeypatch, run).replayed == [3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", [transformers.DynamicCache, transformers.StaticCache])
+def test_layers_that_write_into_a_cache_are_traced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Any
+) -> None:
+    torch.manual_seed(0)
+    case = build_case("llama", tmp_path, num_hidden_layers=3)
+    ids = torch.randint(3, VOCAB, (3, 5))
+    room = {"max_cache_len": 8} if cache is transformers.StaticCache else {}
+
+    def run(options: dict[str, Any]) -> list[Tensor]:
+        cm: Any = case.compile(options)
+        past = cache(config=cm.model.config, **room)
+        return [
+            cm(input_ids=given, past_key_values=past, adapter_names=["a0", None, "a1"]).logits
+            for given in (ids, ids[:, :1], ids[:, 1:2])
+        ]
+
+    found = both_ways(monkeypatch, run)
+    assert found.replayed == [0] * len(found.graphs)
