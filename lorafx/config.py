@@ -144,7 +144,7 @@ class Options:
     recompile_limit: int = 64
     strict: bool = False
     weight_room: bool = False
-    stamps: bool = False
+    stamps: bool = True
     cache: str | bool | None = None
 
     @classmethod
