@@ -93,6 +93,19 @@ def fold(gm: fx.GraphModule) -> Folded | None:
     for node, copy in copied.items():
         for name in vars(node).keys() - vars(copy).keys():  # what Dynamo has noted on inputs
             setattr(copy, name, getattr(node, name))
+    try:
+        _fold(folded, values, mode)
+    except Exception:  # without stamps the graph is traced as it always was
+        folded.restore()
+        return None
+    if not folded.kinds:
+        return None
+    gm.recompile()
+    return folded
+
+
+def _fold(folded: Folded, values: Mapping[fx.Node, Any], mode: FakeTensorMode) -> None:
+    gm = folded.module
     for node, value in values.items():
         node.meta["val"] = value
     places = {node: place for place, node in enumerate(values)}
@@ -110,10 +123,6 @@ def fold(gm: fx.GraphModule) -> Folded | None:
             claimed.update(node for region in regions for node in region.nodes)
     for node in gm.graph.nodes:
         node.meta.pop("val", None)
-    if not folded.kinds:
-        return None
-    gm.recompile()
-    return folded
 
 
 def _switches(node: fx.Node) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import lorafx
-from lorafx.capture import backend
+from lorafx.capture import backend, stamps
 from lorafx.capture.stamps import Folded
 from lorafx.graph.context import Context
 from lorafx.passes.outline.isomorphism import CanonicalForm, stretch_of
@@ -110,9 +110,9 @@ def compare(case: Case, seen: Seen, *, rows: int = len(NAMES)) -> None:
     inputs = {"x": torch.randn(rows, 5, H)}
     names = (NAMES * rows)[:rows]
     results = []
-    for stamps in (False, True):
+    for switch in (False, True):
         torch._dynamo.reset()
-        cm: Any = case.compile(options(seen, stamps), dynamic=False)
+        cm: Any = case.compile(options(seen, switch), dynamic=False)
         check_mixed(cm, case, names, inputs)
         results.append(cm(**inputs, adapter_names=names)["logits"])
     assert torch.equal(*results)
@@ -231,9 +231,9 @@ def test_layers_that_do_more_than_compute_are_traced(
     base = outer(inner).eval().requires_grad_(False)
     case = case_of(base, tmp_path)
     inputs = {"x": torch.randn(3, 5, H)}
-    for stamps in (False, True):
+    for switch in (False, True):
         torch._dynamo.reset()
-        cm: Any = case.compile(options(seen, stamps), dynamic=False)
+        cm: Any = case.compile(options(seen, switch), dynamic=False)
         given = {"x": inputs["x"].clone()}
         got = cm(**given, adapter_names=NAMES)["logits"]
         want = torch.cat(
@@ -298,3 +298,18 @@ def test_what_dynamo_guards_of_each_layer_is_still_guarded(tmp_path: Path, seen:
     case.base.layers[2].scale = 3.0
     case.merged.clear()
     check_mixed(cm, case, NAMES, inputs)
+
+
+def test_an_error_while_layers_are_folded_leaves_the_graph(
+    tmp_path: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, calls = stamps._stamp, []
+
+    def fails(*args: Any) -> Any:
+        calls.append(own(*args))
+        raise RuntimeError
+
+    monkeypatch.setattr(stamps, "_stamp", fails)
+    compare(stack(tmp_path), seen)
+    assert calls
+    assert seen.layers == []
