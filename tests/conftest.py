@@ -61,10 +61,11 @@ def _torch_state() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _few_models() -> Iterator[None]:
-    """Compiled models of earlier tests are garbage in circles. Merges and new base weights look
+    """Dynamo's caches keep compiled models of earlier tests alive. Merges and new base weights look
     through all models that are served, and these took nine tenths of their time."""
     yield
     if len(sessions()) > 50:
+        torch._dynamo.reset()
         gc.collect()
 
 
