@@ -9,11 +9,9 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-import transformers
-from dense_merge import Case, build_case, check_mixed
-from dynamo_graphs import Captured, captured
+from dense_merge import Case, check_mixed
+from dynamo_graphs import both_ways
 from hand_made import hand_case
-from tiny_models import VOCAB
 from torch import Tensor, nn
 from torch._dynamo.variables.builder import VariableBuilder
 from torch.nn import functional as F
@@ -62,24 +60,6 @@ def case_of(base: nn.Module, folder: Path) -> Case:
     layers: Any = base.layers
     paths = [f"layers.{index}.{name}" for index in range(len(layers)) for name in ("up", "down")]
     return hand_case(base, folder, a0=paths, a1=paths[1:])
-
-
-def both_ways(monkeypatch: pytest.MonkeyPatch, run: Callable[[dict[str, Any]], Any]) -> Captured:
-    """What is captured with layers replayed: the graphs that are captured without, guards that
-    are at least theirs, and the same bits."""
-    found: list[Captured] = []
-    results: list[Any] = []
-    for stamps in (False, True):
-        with captured(monkeypatch) as one:
-            results.append(run({"stamps": stamps, "lowering": "reference"}))
-        found.append(one)
-    without, replayed = found
-    assert without.graphs == replayed.graphs
-    for mine, other in zip(without.guards, replayed.guards, strict=True):
-        assert mine <= other
-    assert without.replayed == [0] * len(without.graphs)
-    torch.testing.assert_close(*results, rtol=0, atol=0)
-    return replayed
 
 
 def stack_run(
@@ -413,56 +393,3 @@ def test_another_dynamo_traces_every_layer(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(replay, "VariableBuilder", Other)
     found = both_ways(monkeypatch, stack_run(case_of(Stack().eval(), tmp_path)))
     assert found.replayed == [0]
-
-
-@pytest.mark.parametrize(
-    ("name", "sizes"),
-    [
-        ("llama", {}),
-        *(
-            pytest.param(name, sizes, marks=pytest.mark.slow)
-            for name, sizes in {
-                "qwen3": {},
-                "gemma3": {"layer_types": ["sliding_attention", "full_attention"] * 2},
-                "gpt2": {"n_layer": 4},
-                "phi3": {},
-            }.items()
-        ),
-    ],
-)
-def test_layers_of_transformers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, sizes: dict[str, Any]
-) -> None:
-    torch.manual_seed(0)
-    depth = sizes if "n_layer" in sizes else {"num_hidden_layers": 4, **sizes}
-    case = build_case(name, tmp_path, **depth)
-    inputs = {"input_ids": torch.randint(3, VOCAB, (3, 5)), "use_cache": False}
-
-    def run(options: dict[str, Any]) -> Tensor:
-        cm: Any = case.compile(options)
-        logits: Tensor = cm(**inputs, adapter_names=["a0", None, "a1"]).logits
-        return logits
-
-    assert both_ways(monkeypatch, run).replayed == [3]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("cache", [transformers.DynamicCache, transformers.StaticCache])
-def test_layers_that_write_into_a_cache_are_traced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Any
-) -> None:
-    torch.manual_seed(0)
-    case = build_case("llama", tmp_path, num_hidden_layers=3)
-    ids = torch.randint(3, VOCAB, (3, 5))
-    room = {"max_cache_len": 8} if cache is transformers.StaticCache else {}
-
-    def run(options: dict[str, Any]) -> list[Tensor]:
-        cm: Any = case.compile(options)
-        past = cache(config=cm.model.config, **room)
-        return [
-            cm(input_ids=given, past_key_values=past, adapter_names=["a0", None, "a1"]).logits
-            for given in (ids, ids[:, :1], ids[:, 1:2])
-        ]
-
-    found = both_ways(monkeypatch, run)
-    assert found.replayed == [0] * len(found.graphs)

@@ -102,3 +102,21 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Captured]:
         torch._dynamo.reset()
         RemovableHandle.next_id = 0
         yield found
+
+
+def both_ways(monkeypatch: pytest.MonkeyPatch, run: Callable[[dict[str, Any]], Any]) -> Captured:
+    """What is captured with layers replayed: the graphs that are captured without, guards that
+    are at least theirs, and the same bits."""
+    found: list[Captured] = []
+    results: list[Any] = []
+    for stamps in (False, True):
+        with captured(monkeypatch) as one:
+            results.append(run({"stamps": stamps, "lowering": "reference"}))
+        found.append(one)
+    without, replayed = found
+    assert without.graphs == replayed.graphs
+    for mine, other in zip(without.guards, replayed.guards, strict=True):
+        assert mine <= other
+    assert without.replayed == [0] * len(without.graphs)
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    return replayed
