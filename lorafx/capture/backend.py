@@ -112,10 +112,11 @@ class Backend:
         form = form_of(program, begins_call=frame.begins_call, per_token=per_token)
         why = reason(form, [earlier.form for earlier in self.records])
         record = GraphRecord(title, lora, dump, checks, form=form, reason=why, seconds=seconds)
-        parts = Parts(checks)
-        if self.noted is not None:
+        parts, sources = Parts(checks), []
+        if self.noted is not None:  # before the graph is compiled, which may change it
             parts.foreign = foreign_operators(gm)
-        sources = [getattr(node.meta.get("grapharg"), "source", None) for node in _inputs(gm)]
+            inputs = gm.graph.find_nodes(op="placeholder")
+            sources = [getattr(node.meta.get("grapharg"), "source", None) for node in inputs]
         with progress(f"compiling {title}, {why}", logged=False):
             if both:
                 # Whatever compiles a graph may change it.
@@ -182,10 +183,6 @@ class Backend:
         positions of sites' weights among the arguments that it is called with."""
         program = self.program  # no other model shares this backend's graphs
         return lambda arguments: program
-
-
-def _inputs(gm: fx.GraphModule) -> list[fx.Node]:
-    return [node for node in gm.graph.nodes if node.op == "placeholder"]
 
 
 def _guarded_on_activity(program: Program) -> bool:

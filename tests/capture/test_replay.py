@@ -12,9 +12,9 @@ import torch
 from dense_merge import Case, check_mixed
 from dynamo_graphs import both_ways
 from hand_made import hand_case
+from layer_changes import activation, dtype, eps, hook, no_bias, own_forward, tied
 from torch import Tensor, nn
 from torch._dynamo.variables.builder import VariableBuilder
-from torch.nn import functional as F
 
 from lorafx.capture import replay
 
@@ -100,40 +100,12 @@ def number(layer: Any) -> None:
     layer.scale = 1
 
 
-def activation(layer: Any) -> None:
-    layer.act = F.relu
-
-
 def submodule(layer: Any) -> None:
     layer.gate = nn.ReLU()
 
 
-def no_bias(layer: Any) -> None:
-    layer.up.bias = None
-
-
-def eps(layer: Any) -> None:
-    layer.norm.eps = 1e-3
-
-
-def own_forward(layer: Any) -> None:
-    layer.norm.forward = lambda h: F.layer_norm(h, (H,)) * 2
-
-
-def hook(layer: Any) -> None:
-    layer.norm.register_forward_hook(lambda module, args, output: output + 1)
-
-
 def pre_hook(layer: Any) -> None:
     layer.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
-
-
-def tied(layer: Any) -> None:
-    layer.norm.bias = layer.norm.weight
-
-
-def dtype(layer: Any) -> None:
-    layer.norm.double()
 
 
 def training(layer: Any) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from dense_merge import Case, check_mixed
 from hand_made import hand_case
+from layer_changes import activation, dtype, eps, hook, no_bias, own_forward, tied
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 import lorafx
 from lorafx.capture import backend, stamps
@@ -127,34 +127,6 @@ def test_equal_layers_are_traced_once(tmp_path: Path, seen: Seen) -> None:
 
 def constant(layer: Any) -> None:
     layer.scale = 0.25
-
-
-def activation(layer: Any) -> None:
-    layer.act = F.relu
-
-
-def no_bias(layer: Any) -> None:
-    layer.up.bias = None
-
-
-def eps(layer: Any) -> None:
-    layer.norm.eps = 1e-3
-
-
-def own_forward(layer: Any) -> None:
-    layer.norm.forward = lambda h: F.layer_norm(h, (H,)) * 2
-
-
-def hook(layer: Any) -> None:
-    layer.norm.register_forward_hook(lambda module, args, output: output + 1)
-
-
-def tied(layer: Any) -> None:
-    layer.norm.bias = layer.norm.weight
-
-
-def dtype(layer: Any) -> None:
-    layer.norm.double()
 
 
 CHANGES = [constant, activation, no_bias, eps, own_forward, hook, tied, dtype]
