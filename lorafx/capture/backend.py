@@ -18,6 +18,7 @@ from typing import Any
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
+from lorafx.capture.bound_inputs import bind, take_out
 from lorafx.capture.checks import Checks, InputPlaces
 from lorafx.capture.driver import run_pipeline
 from lorafx.capture.dump import GraphDump, dump_folder
@@ -99,11 +100,15 @@ class Backend:
         frame.per_token = per_token
         frame.begins_call = called_directly(self.entered)
         frame.duck_shaped = duck_shaped()
+        active = program.runtime.active
+        both = not _guarded_on_activity(program)
+        own = frame.begins_call and not self.shares_graphs and not program.site_watch.missing
+        bound, graph = None, gm.graph
+        if active and own and not both:
+            bound, examples = bind(program, frame, gm, examples)
         places = InputPlaces.of(frame, examples, shared=self.shares_graphs)
         self.several[0] |= frame.follows_another or bool(places.arguments) or ends_in_break()
         owner = self.owner(frame, [p for p, item in enumerate(frame.inputs) if item.sites])
-        active = program.runtime.active
-        both = not _guarded_on_activity(program)
         lora = (both or active) and frame.carries_lora
         title = f"graph {len(self.records)}{' lora' if lora else ' base'}"
         title += " per token" if per_token else ""
@@ -112,7 +117,7 @@ class Backend:
         form = form_of(program, begins_call=frame.begins_call, per_token=per_token)
         why = reason(form, [earlier.form for earlier in self.records])
         record = GraphRecord(title, lora, dump, checks, form=form, reason=why, seconds=seconds)
-        parts, sources = Parts(checks), []
+        parts, sources = Parts(checks, bound=bound), []
         if self.noted is not None:  # before the graph is compiled, which may change it
             parts.foreign = foreign_operators(gm)
             inputs = gm.graph.find_nodes(op="placeholder")
@@ -126,6 +131,9 @@ class Backend:
                 executable = by_activity(owner, base, with_lora)
             elif active:
                 executable = self.compile_lora(gm, examples, frame, record, owner, lowering, parts)
+                if bound is not None:
+                    executable = bound.around(program, executable)
+                    take_out(gm, graph, bound.tensors(program))
             else:
                 record.dump.graph(CAPTURED, GraphText().lines(gm))
                 noting = nullcontext() if self.noted is None else noted(parts)

@@ -20,13 +20,15 @@ from torch import fx
 from torch._functorch._aot_autograd import graph_compile
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
+from lorafx.capture.bound_inputs import BoundInputs
 from lorafx.capture.checks import Checks
-from lorafx.capture.executable import Layout, Owner, checked, for_base, with_lookups
+from lorafx.capture.executable import Layout, checked, for_base, with_lookups
 from lorafx.kernels.cpu.cpu import DeltaSpec, builds_noted
 
 if TYPE_CHECKING:
     from lorafx.capture.record import GraphRecord
     from lorafx.program.frame import Frame
+    from lorafx.program.program import Program
 
 _KNOWN_NAMESPACES = ("aten", "prims", "prim", "lorafx", "inductor")
 _KNOWN_HIGHER_ORDER = (torch.ops.higher_order.invoke_subgraph,)
@@ -126,6 +128,7 @@ class Parts:
         extra, banks: as in `with_lookups`.
         foreign: operators of the graph that are neither torch's nor lorafx's.
         wrappers: None where they cannot be kept.
+        bound: the inputs that the executable adds to those that it is called with.
         whole: nothing stands between these parts that is not among them.
     """
 
@@ -137,15 +140,23 @@ class Parts:
     banks: list[Layout | None] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
     wrappers: Wrappers | None = None
+    bound: BoundInputs | None = None
     whole: bool = True
 
-    def executable(self, owner: Owner, lowered: Callable[[list[Any]], Any]) -> Callable[..., Any]:
-        """The executable, of the graph as it was loaded."""
+    def executable(
+        self, program: Program, lowered: Callable[[list[Any]], Any]
+    ) -> Callable[..., Any]:
+        """The executable for `program`, of the graph as it was loaded."""
         assert self.wrappers is not None
+
+        def owner(arguments: Sequence[Any]) -> Program:
+            return program
+
         if self.base:
             return for_base(self.checks, owner, self.wrappers.around(lowered))
         found = with_lookups(self.checks, owner, lowered, self.extra, self.banks, None)
-        return checked(self.checks, owner, self.wrappers.around(found))
+        whole = checked(self.checks, owner, self.wrappers.around(found))
+        return whole if self.bound is None else self.bound.around(program, whole)
 
 
 def foreign_operators(gm: fx.GraphModule) -> list[str]:

@@ -147,6 +147,11 @@ class Frame:
         )
         return frame
 
+    def reorder(self, order: Sequence[int]) -> None:
+        """Have the inputs in another order, `order` being their positions now. Before `bind`."""
+        self.inputs = tuple(self.inputs[position] for position in order)
+        self.writable = tuple(p for p, before in enumerate(order) if before in self.writable)
+
     @property
     def counted(self) -> tuple[int, ...]:
         """Positions of sizes that are taken for the number of requests."""

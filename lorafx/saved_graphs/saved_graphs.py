@@ -231,6 +231,7 @@ class _Conversion:
             "base": parts.base,
             "extra": parts.extra,
             "banks": parts.banks,
+            "bound": parts.bound,
             "wrappers": parts.wrappers,
             "record": graph.record.to_save(),
             "reached": (self._program.reached, self._program.replaced),
@@ -307,8 +308,8 @@ class _Loading:
         title = f"graph {len(self._backend.records)} {kind}"
         record = GraphRecord.loaded(title, second["record"], self._backend.several)
         parts = Parts(record.checks, second["base"], wrappers=second["wrappers"])
-        parts.extra, parts.banks = second["extra"], second["banks"]
-        run = parts.executable(lambda arguments: program, second["lowered"].load())
+        parts.extra, parts.banks, parts.bound = (second[n] for n in ("extra", "banks", "bound"))
+        run = parts.executable(program, second["lowered"].load())
         code = SerializedCode.to_code_object(second["code"])
         hook = CleanupHook.create(
             f_globals, names[GRAPH], torch._dynamo.disable(run, reason="a compiled graph")

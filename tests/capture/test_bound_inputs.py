@@ -1,0 +1,142 @@
+"""Banks and packed weights are looked up when a graph is captured, not in every call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from dense_merge import REFERENCE, TOLERANCE, Case, error, random_base, save_adapter
+from tiny_models import Family
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+from torch._dynamo.utils import counters
+
+import lorafx
+from lorafx.errors import ReplacedModuleError
+
+NAMES = ["a", None, "b", "a"]
+
+
+class Block(nn.Module):
+    """Two linears that share x, so that their weights are packed, and one behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.out(self.left(x) * self.right(x)))
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        for layer in self.layers:
+            x = x + layer(x)
+        return {"logits": x}
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Adapter a touches every layer, b the first one alone."""
+    folder = tmp_path_factory.mktemp("bound")
+    base = random_base(Family(Stack, ()))
+    targets = {"a": r"layers\.\d\..*", "b": r"layers\.0\..*"}
+    folders = {
+        name: save_adapter(base, folder / name, rank=rank, targets=pattern, seed=rank)
+        for rank, (name, pattern) in enumerate(targets.items(), 2)
+    }
+    return Case(base, folders)
+
+
+def inputs() -> dict[str, Tensor]:
+    torch.manual_seed(3)
+    return {"x": torch.randn(len(NAMES), 8)}
+
+
+def check(cm: nn.Module, case: Case, names: list[str | None] = NAMES) -> None:
+    got = cm(**inputs(), adapter_names=names)["logits"]
+    assert error(got, case.expected(names, inputs())) <= TOLERANCE
+
+
+def names_in_code(cm: lorafx.CompiledModel) -> list[set[str]]:
+    """Of each graph of the model's forward, the newest first, the names that Dynamo's bytecode
+    reads."""
+    code = cm.entry(cm.model).by_state[0]._code
+    return [set(entry.code.co_names) for entry in _debug_get_cache_entry_list(code)]
+
+
+def test_no_call_loads_them(case: Case) -> None:
+    cm = case.compile()
+    check(cm, case)
+    (names,) = names_in_code(cm)
+    assert "_parameters" in names  # the weights
+    assert not {"bank", "A", "B", "ranks", "scales"} & names
+
+
+def test_another_process_loads_none_either(case: Case, tmp_path: Path) -> None:
+    options = REFERENCE | {"cache": str(tmp_path)}
+    for saved in ("saved for other processes", "loaded from the folder"):
+        cm = lorafx.compile(case.model(), case.folders, options=options)
+        check(cm, case)
+        (record,) = cm._session.backend.records
+        assert record.saved == saved
+        assert not {"bank", "A", "B"} & names_in_code(cm)[0]
+
+
+def test_adapters_come_and_go(case: Case) -> None:
+    cm = lorafx.compile(
+        case.model(),
+        lorafx.LoraConfig(max_adapters=2),
+        adapters={"a": case.folders["a"], "b": case.folders["b"]},
+        options=REFERENCE,
+    )
+    check(cm, case)
+    graphs = counters["stats"]["unique_graphs"]
+    cm.unload_adapter("a")
+    cm.load_adapter(case.folders["b"], "a")
+    check(cm, Case(case.base, {"a": case.folders["b"], "b": case.folders["b"]}))
+    cm.load_adapter(case.folders["a"], "c")
+    check(
+        cm, Case(case.base, {"c": case.folders["a"], "b": case.folders["b"]}), ["c", None, "b", "c"]
+    )
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_two_models_of_one_class(case: Case) -> None:
+    one, other = case.compile(), case.compile()
+    other.unload_adapter("a")
+    other.load_adapter(case.folders["b"], "a")
+    for _ in range(2):
+        check(one, case)
+        check(other, Case(case.base, {"a": case.folders["b"], "b": case.folders["b"]}))
+
+
+def test_layers_that_change_places_unseen(case: Case) -> None:
+    """torch reports no writes to `_modules`, and no guard of Dynamo tells equal layers apart."""
+    cm = case.compile()
+    check(cm, case)
+    held = cm.model.layers._modules
+    held["1"], held["2"] = held["2"], held["1"]
+    with pytest.raises(ReplacedModuleError, match=r"layers\.1, a Block, was replaced"):
+        cm(**inputs(), adapter_names=NAMES)
+    changed = case.model()
+    changed.layers[1], changed.layers[2] = changed.layers[2], changed.layers[1]
+    check(cm, Case(changed, case.folders), ["b", None, None, "b"])
+    held["1"], held["2"] = held["2"], held["1"]
+    check(cm, case)
+
+
+def test_weights_that_are_replaced(case: Case) -> None:
+    cm, changed = case.compile(), case.model()
+    check(cm, case)
+    for model in (cm.model, changed):
+        torch.manual_seed(7)
+        weight = torch.randn(8, 8)
+        model.layers[1].out.weight = nn.Parameter(weight, requires_grad=False)
+    for _ in range(2):
+        check(cm, Case(changed, case.folders))
