@@ -33,6 +33,7 @@ from lorafx.passes.provenance import Provenance
 from lorafx.passes.read import Read
 from lorafx.passes.rescale import Rescale
 from lorafx.passes.select import Select
+from lorafx.passes.write_in_place import WriteInPlace
 from lorafx.program.preparation import Preparation
 
 
@@ -74,6 +75,7 @@ MODEL_PASSES: tuple[ModelPass, ...] = (
 #: `outline` is last: it compares what the lowering made of each layer, so what differs there (a
 #: pinned strategy, say) keeps layers apart.
 GRAPH_PASSES: tuple[GraphPass, ...] = (
+    WriteInPlace(),
     Match(),
     GiveOut(),
     Provenance(),

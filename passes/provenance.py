@@ -89,14 +89,20 @@ def prove(
 
 
 def prove_results(
-    graph: fx.Graph, seeds: Mapping[fx.Node, Label], batch: BatchSymbols, *, assume: bool = False
+    graph: fx.Graph,
+    seeds: Mapping[fx.Node, Label],
+    batch: BatchSymbols,
+    *,
+    assume: bool = False,
+    picks: Iterable[fx.Node] = (),
 ) -> tuple[dict[fx.Node, Proof], Handover, list[fx.Node]]:
     """`prove`, what is known about the graph's results, and the nodes of whose masks both rest on
-    what the graph is to ask when it runs, where it may be asked (`assume`)."""
+    what the graph is to ask when it runs, where it may be asked (`assume`). `picks`: inputs whose
+    values are places of requests."""
     sites = [node for node in graph.nodes if is_site(node)]
     if batch.is_one:
         return {node: RowMap(ONE) for node in sites}, Handover(), []
-    flow = flow_through(graph, seeds, batch, assume=assume)
+    flow = flow_through(graph, seeds, batch, assume=assume, picks=picks)
     proofs = {node: row_map(node, flow) for node in sites}
     return proofs, results_of(graph, flow), flow.fits
 
@@ -226,6 +232,12 @@ def slots_of(frame: Frame) -> fx.Node | None:
     return next((n for n, item in items if item.kind == "slots" and item.label != ONE_SLOT), None)
 
 
+def picks_of(frame: Frame) -> list[fx.Node]:
+    """The inputs whose values are places of requests."""
+    items = frame.by_node.items()
+    return [node for node, item in items if item.role is not None and item.role.picks]
+
+
 def _results(frame: Frame) -> list[fx.Node]:
     return [node for node, item in frame.by_node.items() if item.kind == "result"]
 
@@ -257,7 +269,8 @@ class Provenance:
                 proofs = prove_tokens(gm.graph, seeds, batch, token_inputs(ctx.frame))
             else:
                 slots = slots_of(ctx.frame)
-                found = prove_results(gm.graph, seeds, batch, assume=slots is not None)
+                assume, picks = slots is not None, picks_of(ctx.frame)
+                found = prove_results(gm.graph, seeds, batch, assume=assume, picks=picks)
                 proofs, ctx.handover, fits = found
                 if slots is not None:
                     ask(gm.graph, fits, slots, batch)

@@ -16,32 +16,26 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
-
-import torch
+from weakref import WeakSet
 
 from lorafx.adapter_store.dora import measure
+from lorafx.adapter_store.fitting import fitted
+from lorafx.adapter_store.holding import Hold
 from lorafx.adapter_store.stored import (
     BankPlace,
     StoredAdapter,
-    all_factors,
     check_spans,
-    host_copy,
-    misfit,
-    sharing,
 )
 from lorafx.errors import (
     CapacityError,
-    CheckpointError,
     ConfigError,
     UnknownAdapterError,
     nearest,
 )
 from lorafx.interrupts import free_after_fork, undisturbed
-from lorafx.model.bank import Factors
 
 if TYPE_CHECKING:
     from lorafx.adapter_store.peft_reader import Adapter
-    from lorafx.adapter_store.reading import LoraWeights
     from lorafx.model.sites import Group
 
 BASE = "__base__"
@@ -59,18 +53,23 @@ class AdapterStore:
 
     def __init__(self, groups: Sequence[Group], max_adapters: int, max_rank: int) -> None:
         self._groups = tuple(groups)
-        self._max_adapters, self._max_rank = max_adapters, max_rank
+        self.max_adapters, self._max_rank = max_adapters, max_rank
         self._places = {
             site.part_path(part): BankPlace(g, site, part, *numbers)
             for g, group in enumerate(self._groups)
             for i, site in enumerate(group.sites)
             for part, numbers in enumerate(zip(*group.ranges(i)[:2], strict=True))
         }
+        #: As in lorafx.session.statistics.
+        self.hits = self.loads = self.evictions = 0
         self._lock = threading.RLock()
         self._adapters: dict[str, StoredAdapter] = {}
         self._slots: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._pinned: set[str] = set()
         self._last: tuple[tuple[str | None, ...], tuple[int, ...]] | None = None
+        # Versions that requests hold though they were replaced or unloaded, by names of their own.
+        self._held: WeakSet[Hold] = WeakSet()
+        self._retired: set[str] = set()
         self._written: set[int] = set()  # slots, inside `set_aside`
         self._aside: Any = None  # what the store held, inside `set_aside`
 
@@ -78,7 +77,7 @@ class AdapterStore:
     def names(self) -> tuple[str, ...]:
         """Loaded adapters, in order of loading."""
         with self._lock:
-            return tuple(self._adapters)
+            return tuple(name for name in self._adapters if name not in self._retired)
 
     @property
     def resident(self) -> dict[str, int]:
@@ -91,6 +90,11 @@ class AdapterStore:
         """Adapters that keep their slot until unpinned or unloaded."""
         with self._lock:
             return frozenset(self._pinned)
+
+    def check_known(self, name: str) -> None:
+        """Raise UnknownAdapterError unless this names a loaded adapter, or the base."""
+        with self._lock:
+            self._check_known([name] if name != BASE else [])
 
     def __contains__(self, name: object) -> bool:
         with self._lock:
@@ -110,7 +114,7 @@ class AdapterStore:
         the banks' dtype) or ConfigError (name).
         """
         check_name(adapter.name)
-        stored = self._stored(adapter)
+        stored = fitted(adapter, self._places, self._groups, self._max_rank)
         with self._lock:
             check_spans(stored, self._adapters.values())
             undisturbed(lambda: self._keep(stored))
@@ -119,7 +123,7 @@ class AdapterStore:
         """Forget an adapter, pinned or not, and free its slot."""
         with self._lock:
             self._check_known([name])
-            undisturbed(lambda: self._forget(name))
+            undisturbed(lambda: self._unload(name))
 
     def pin(self, name: str) -> int:
         """Give an adapter a slot that it keeps until unpinned; returns the slot."""
@@ -134,6 +138,20 @@ class AdapterStore:
         with self._lock:
             self._check_known([name])
             self._pinned.discard(name)
+
+    def hold(self, name: str) -> Hold:
+        """Keep this version of an adapter for as long as the returned object lives, whatever is
+        loaded under the name, or unloaded, meanwhile."""
+        with self._lock:
+            hold = Hold(name, self[name])
+            self._held.add(hold)
+            return hold
+
+    def held_name(self, hold: Hold) -> str:
+        """The name by which `acquire` takes the version that is held."""
+        with self._lock:
+            current = self._adapters.get(hold.name)
+            return hold.name if current is hold.stored else _retired_name(hold.stored)
 
     def set_aside(self, action: Callable[[], T]) -> T:
         """What `action` returns with an empty store; afterwards everything is as it was, in the
@@ -171,7 +189,9 @@ class AdapterStore:
                 return list(self._last[1])  # decoding asks for the same rows step after step
             wanted = list(dict.fromkeys(n for n in key if n is not None and n != BASE))
             self._check_known(wanted)
+            hits = sum(name in self._slots for name in wanted)
             self._make_resident(wanted, held)
+            self.hits += hits
             for name in wanted:
                 self._slots.move_to_end(name)
             slots = [-1 if n is None or n == BASE else self._slots[n] for n in key]
@@ -213,6 +233,7 @@ class AdapterStore:
 
     def _keep(self, stored: StoredAdapter) -> None:
         self._last = None
+        self._retire(stored.name)
         slot = self._slots.get(stored.name)
         if slot is not None:
             order = list(self._slots)
@@ -223,13 +244,36 @@ class AdapterStore:
                 self._slots.move_to_end(name)
         self._adapters[stored.name] = stored
 
+    def _retire(self, name: str) -> None:
+        """Give a version that requests hold, and its slot, a name of its own; let go of those that
+        nobody holds any more."""
+        held = {id(hold.stored) for hold in list(self._held)}
+        for gone in [n for n in self._retired if id(self._adapters[n]) not in held]:
+            self._retired.discard(gone)
+            self._forget(gone)
+        stored = self._adapters.get(name)
+        if stored is None or id(stored) not in held:
+            return
+        self._last = None
+        kept = _retired_name(stored)
+        self._retired.add(kept)
+        self._adapters[kept] = self._adapters.pop(name)
+        if name in self._slots:
+            self._slots[kept] = self._slots.pop(name)
+
     def _forget(self, name: str) -> None:
         self._last = None
         self._pinned.discard(name)
+        if name not in self._adapters:  # retired
+            return
         del self._adapters[name]
         slot = self._slots.pop(name, None)
         if slot is not None:
             self._clear(slot)
+
+    def _unload(self, name: str) -> None:
+        self._retire(name)
+        self._forget(name)
 
     def _put_back(self) -> None:
         """What `set_aside` took away."""
@@ -252,13 +296,13 @@ class AdapterStore:
         missing = [name for name in wanted if name not in self._slots]
         if not missing:
             return
-        if len(wanted) > self._max_adapters:
+        if len(wanted) > self.max_adapters:
             raise CapacityError(
                 f"the batch has {len(wanted)} distinct adapters ({', '.join(wanted)}), but "
-                f"there are only {self._max_adapters} slots; split the batch or compile "
+                f"there are only {self.max_adapters} slots; split the batch or compile "
                 f"with LoraConfig(max_adapters={len(wanted)})"
             )
-        free = [s for s in range(self._max_adapters) if s not in set(self._slots.values())]
+        free = [s for s in range(self.max_adapters) if s not in set(self._slots.values())]
         evictable = [
             name
             for name, slot in self._slots.items()
@@ -267,13 +311,15 @@ class AdapterStore:
         if len(missing) > len(free) + len(evictable):
             kept = sorted(set(self._slots) - set(evictable) - set(wanted))
             raise CapacityError(
-                f"no slots for {', '.join(missing)}: {self._max_adapters} slots, of which "
+                f"no slots for {', '.join(missing)}: {self.max_adapters} slots, of which "
                 f"{', '.join(kept)} are pinned, or used by the call around this one; "
                 "unpin_adapter() some, split the batch, or "
                 "compile with a larger LoraConfig(max_adapters=...)"
             )
         self._last = None
         for name in missing:
+            self.loads += 1
+            self.evictions += not free
             slot = free.pop(0) if free else self._slots.pop(evictable.pop(0))
             # Between here and the assignment the slot belongs to nobody: if the device fails
             # in the middle, the store still tells the truth.
@@ -297,69 +343,14 @@ class AdapterStore:
     def _check_known(self, names: Sequence[str]) -> None:
         unknown = [name for name in names if name not in self._adapters]
         if unknown:
-            said = "; ".join(f"{n!r}{nearest(str(n), self._adapters)}" for n in unknown)
+            said = "; ".join(f"{n!r}{nearest(str(n), self.names)}" for n in unknown)
             raise UnknownAdapterError(
-                f"no adapter named {said}; loaded: {', '.join(self._adapters) or 'none'}"
+                f"no adapter named {said}; loaded: {', '.join(self.names) or 'none'}"
             )
 
-    def _stored(self, adapter: Adapter) -> StoredAdapter:
-        if adapter.rank > self._max_rank:
-            raise CapacityError(
-                f"adapter {adapter.name!r} has rank {adapter.rank}, over max_rank = "
-                f"{self._max_rank}; compile with LoraConfig(max_rank={adapter.rank})"
-            )
-        if adapter.magnitudes and all(group.bank.gains is None for group in self._groups):
-            raise CapacityError(
-                f"adapter {adapter.name!r} is a DoRA adapter, for which the banks have no "
-                "room; compile with LoraConfig(use_dora=True), or give the adapter when "
-                "compiling"
-            )
-        factors: dict[int, list[Factors]] = {}
-        problems: list[str] = []
-        for path, weights in adapter.weights.items():
-            place = self._places.get(path)
-            if place is None:
-                problems.append(f"{path} is not a site{nearest(path, self._places)}")
-                continue
-            problem = misfit(path, place, weights, self._max_rank)
-            if problem:
-                problems.append(problem)
-                continue
-            made = sharing(self._factors(place, weights), factors.get(place.group, ()))
-            factors.setdefault(place.group, []).append(made)
-            if not all(bool(torch.isfinite(t).all()) for t in (made.A, made.B)):
-                problems.append(f"{path}: values beyond the range of {made.A.dtype}")
-        if problems:
-            raise CheckpointError(
-                f"adapter {adapter.name!r} from {adapter.source} does not fit the banks:\n"
-                + "\n".join(f"  - {problem}" for problem in problems)
-            )
-        for g, own in factors.items():
-            measure(self._groups[g], own)
-        tensors = [t for f in all_factors(factors) for t in (f.A, f.B, f.magnitude, f.gains)]
-        size = sum({id(t): t.nbytes for t in tensors if t is not None}.values())
-        sites = dict.fromkeys(self._places[path].site.path for path in adapter.weights)
-        rescaled = dict.fromkeys(self._places[path].site.path for path in adapter.magnitudes)
-        names = adapter.name, adapter.rank, adapter.source
-        return StoredAdapter(*names, tuple(sites), factors, size, tuple(rescaled), adapter.spans)
 
-    def _factors(self, place: BankPlace, weights: LoraWeights) -> Factors:
-        group = self._groups[place.group]
-        a = weights.A.t() if group.bank.kind == "embedding" else weights.A
-        pin = group.bank.A.is_cuda
-        magnitude = weights.magnitude
-        if magnitude is not None:
-            magnitude = host_copy(magnitude, torch.float32, pin=False)
-        return Factors(
-            place.sibling,
-            place.offset,
-            host_copy(a, group.bank.A.dtype, pin),
-            host_copy(weights.B.mT, group.bank.B.dtype, pin),
-            weights.scale,
-            weights.ranks,
-            magnitude,
-            None if magnitude is None else torch.zeros_like(magnitude),
-        )
+def _retired_name(stored: StoredAdapter) -> str:
+    return f"{stored.name} (version {stored.version}, replaced)"
 
 
 def check_name(name: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -28,6 +29,7 @@ class StoredAdapter:
         spans: as in `Adapter`.
         factors: index of a group -> that group's factors, in its bank's dtype and layout.
         nbytes: host memory that the factors take.
+        version: another number for each adapter that was loaded in this process, from 1 on.
     """
 
     name: str
@@ -38,6 +40,7 @@ class StoredAdapter:
     nbytes: int
     rescaled: tuple[str, ...] = ()
     spans: Mapping[str, range] = field(default_factory=dict)
+    version: int = field(default_factory=itertools.count(1).__next__)
 
 
 def check_spans(stored: StoredAdapter, others: Iterable[StoredAdapter]) -> None:

@@ -42,6 +42,7 @@ from lorafx.capture.verify import NumericCheck
 from lorafx.compat import duck_shaped, ends_in_break, guarded_attributes, named_by_dynamo
 from lorafx.graph.context import Context
 from lorafx.kernels.triton.triton_build import source_of
+from lorafx.passes.write_in_place import writes_in_place
 from lorafx.pipeline import CAPTURED
 from lorafx.program.frame import ONE_SLOT, SLOTS, Frame
 from lorafx.program.program import Program
@@ -165,6 +166,8 @@ class Backend:
             fw_compiler=compiler,
             inference_compiler=compiler,
             decompositions=lowering.decompositions(),
+            # Else what was written into is a result, and is copied back as a whole.
+            keep_inference_input_mutations=writes_in_place(gm),
         )
         noting = nullcontext() if self.noted is None else noted(parts)
         with in_tracing(), noting, timed(record.seconds, "AOTAutograd"):

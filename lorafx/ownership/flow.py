@@ -25,6 +25,8 @@ class Flow:
         give_out: copies of something shared may be given out to the requests.
         withheld: sites where they may not.
         assume: labels may rest on what the graph asks when it runs, of the nodes in `fits`.
+        picks: vectors (N,) of places of requests among the inputs. What is selected by one of them
+            has N rows, any number, and the vector as its `perm`.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Flow:
         give_out: bool = True,
         withheld: frozenset[fx.Node] = frozenset(),
         assume: bool = False,
+        picks: Iterable[fx.Node] = (),
     ) -> None:
         self.sizes = Sizes(batch)
         self.batch = self.sizes.batch
@@ -42,6 +45,7 @@ class Flow:
         self.give_out, self.withheld = give_out, withheld
         self.given: list[fx.Node] = []
         self.assume = assume
+        self.picks = frozenset(picks)
         self.fits: list[fx.Node] = []
 
     def label(self, arg: object) -> Single:

@@ -6,6 +6,7 @@ With B requests in the batch, a tensor t carries one of
     Own(dim, rows, perm)   t[..., i, ...] (i along `dim`) depends on one request only, namely
                            ((perm[i] if perm else i) // rows) mod B
     One(request)           t depends on this request only
+    Pooled()               entries of all requests, of which a mask lets each query see its own
     Mixed(reason)          nothing is proved
 
 The size of an owned dimension is always a whole number of periods rows·B. Labels are canonical
@@ -48,6 +49,15 @@ class One:
 
 
 @dataclass(frozen=True)
+class Pooled:
+    """What a paged cache holds: keys or values of all requests, in no order that the graph knows.
+
+    Only attention may read it. Its queries keep their places, and which entries they see is the
+    mask's business.
+    """
+
+
+@dataclass(frozen=True)
 class Mixed:
     """Nothing is proved; `reason` names the operator and the place where the proof was lost."""
 
@@ -80,5 +90,5 @@ class Digit:
 
 
 # What one tensor carries, and what a node carries: a tuple for an operator with several outputs.
-Single: TypeAlias = Own | One | Mixed | None
-Label: TypeAlias = Own | One | Mixed | tuple[Own | One | Mixed | None, ...] | None
+Single: TypeAlias = Own | One | Pooled | Mixed | None
+Label: TypeAlias = Single | tuple[Single, ...]

@@ -22,6 +22,7 @@ from lorafx.ownership import (
     dispatch,
     indexing,
     pointwise,
+    pooled,
     reductions,
     scatters,
     singles,
@@ -31,13 +32,13 @@ from lorafx.ownership import (
 )
 from lorafx.ownership import site_rules as sites
 from lorafx.ownership.flow import Flow, Rule, each_output, outputs
-from lorafx.ownership.labels import Digit, Label, Mixed, One, Own, Single
-from lorafx.ownership.symbolic import BatchSymbols
+from lorafx.ownership.labels import Digit, Label, Mixed, One, Own, Pooled, Single
+from lorafx.ownership.symbolic import ONE, BatchSymbols, equal
 
 # Specific first; the first table that knows an operator decides.
 TABLES = (
     *(sites, indexing, scatters, slices, views, reductions, contractions, spatial, collectives),
-    pointwise,
+    *(pooled, pointwise),
 )
 OPTIONAL = (contractions, spatial)
 DIGIT_TABLES = (dispatch, indexing, slices, views, pointwise)
@@ -70,17 +71,23 @@ def propagate(
 
 
 def flow_through(
-    graph: fx.Graph, seeds: Mapping[fx.Node, Label], batch: BatchSymbols, *, assume: bool = False
+    graph: fx.Graph,
+    seeds: Mapping[fx.Node, Label],
+    batch: BatchSymbols,
+    *,
+    assume: bool = False,
+    picks: Iterable[fx.Node] = (),
 ) -> Flow:
     """`propagate` with everything that was learnt on the way.
 
-    `assume`: labels may rest on what the graph asks when it runs (`Flow.fits`). Where copies of
-    something shared were given out to the requests (`sites.given_out`), every site and every
-    result of the graph that they reach must keep to it; else they are withheld.
+    `assume`: labels may rest on what the graph asks when it runs (`Flow.fits`). `picks`: vectors
+    among the inputs whose values are places of requests. Where copies of something shared were
+    given out to the requests (`sites.given_out`), every site and every result of the graph that
+    they reach must keep to it; else they are withheld.
     """
     withheld: frozenset[fx.Node] = frozenset()
     while True:
-        flow = _run(graph, seeds, Flow(batch, withheld=withheld, assume=assume))
+        flow = _run(graph, seeds, Flow(batch, withheld=withheld, assume=assume, picks=picks))
         lost = [end for end in _ends(graph) if isinstance(flow.label(end), Mixed)]
         spoilt = _ancestors(lost).intersection(flow.given) if flow.given and lost else None
         if not spoilt:
@@ -114,6 +121,8 @@ def called_by(node: fx.Node) -> object:
 
 
 def _run(graph: fx.Graph, seeds: Mapping[fx.Node, Label], flow: Flow) -> Flow:
+    # x[:, t] has a row for each entry of t, which says whose it is.
+    flow.digits.update({node: Digit(0, ONE, flow.batch, node) for node in flow.picks})
     for node in graph.nodes:
         if node in seeds:
             label = seeds[node]
@@ -140,6 +149,8 @@ def called(node: fx.Node, flow: Flow) -> Label:
     rule, tolerant = rule_for(node.target)
     if rule is not sites.site and all(label is None for label in labels):
         return each_output(node, None)
+    if any(isinstance(label, Pooled) for label in labels):
+        return pooled.read(node, flow, labels, rule)
     apart = singles.taken_apart(node, flow)
     if apart is not None:
         return apart
@@ -201,6 +212,9 @@ def _checked(node: fx.Node, flow: Flow, value: object, label: Single) -> Single:
     if not isinstance(label, Own):
         return label
     shape = flow.sizes.shape(value) if isinstance(value, torch.Tensor) else ()
-    if label.dim < len(shape) and flow.whole(shape[label.dim], label):
-        return label
+    if label.dim < len(shape):
+        size = shape[label.dim]
+        picked = label.perm in flow.picks and equal(size, flow.shape(label.perm)[0])
+        if picked or flow.whole(size, label):
+            return label
     return flow.lost(node, f"sizes {shape} are not proved to hold whole periods of {label}")

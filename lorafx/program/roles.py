@@ -77,6 +77,20 @@ ROW_DIMS: Mapping[str, int | None] = {
     "num_logits_to_keep": None,
 }
 
+#: The same for a packed call over a paged cache: (1, T) tokens of all sequences, one sequence after
+#: another. Each token is a request of its own here, with the slot of the request it is of.
+PACKED_DIMS: Mapping[str, int | None] = {
+    "input_ids": 1,
+    "inputs_embeds": 1,
+    "position_ids": 1,
+    "token_type_ids": 1,
+    "attention_mask": 2,  # (1, 1, T, keys)
+    "cache": None,
+    "logits_to_keep": None,
+}
+
+#: Arguments of a packed call whose values are places of tokens.
+PICKS = ("logits_to_keep",)
 
 #: Arguments whose channels and image size are constants of a graph. As symbols they pass through
 #: window partitions and rolls into expressions that tracing does not come to an end with (Swin).
@@ -111,6 +125,7 @@ class Role:
     `known` is False where nothing says which dimension holds the requests, `assumed` True where
     the convention does alone. `several`: that dimension holds as many entries of each request, one
     request after another. `request`: all of it is that of this number, of so many `requests`.
+    `picks`: its values are places of requests, so what it selects is theirs.
     """
 
     argument: str
@@ -120,6 +135,7 @@ class Role:
     several: bool = False
     request: int | None = None
     requests: int = 0
+    picks: bool = False
 
 
 class RoleTable:
@@ -130,9 +146,12 @@ class RoleTable:
         module: nn.Module,
         row_dims: Mapping[str, int | None],
         function: Callable[..., Any] | None = None,
+        *,
+        packed: bool = False,
     ) -> None:
         self._signature = inspect.signature(module.forward if function is None else function)
-        self._row_dims = dict(row_dims)
+        self._row_dims = dict(PACKED_DIMS if packed else row_dims)
+        self.packed = packed
         #: Arguments that a warning was given for.
         self._warned: set[str] = set()
         # A model that names its main input declares roles; for others batch first is the contract.
@@ -162,7 +181,8 @@ class RoleTable:
     def role(self, argument: str, tensor: Tensor) -> Role:
         """The role of `tensor`, found in `argument` (itself, or a leaf of a container)."""
         if argument in self._row_dims:
-            return Role(argument, self._row_dims[argument])
+            picks = self.packed and argument in PICKS and tensor.dim() == 1
+            return Role(argument, self._row_dims[argument], picks=picks)
         if tensor.dim() == 0:
             return Role(argument, None)
         if argument in RANKED:

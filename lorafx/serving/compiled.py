@@ -21,6 +21,7 @@ from lorafx.model.attachment import Attachment
 from lorafx.model.sites import Site
 from lorafx.program.program import Program
 from lorafx.serving.base_methods import BaseMethods
+from lorafx.serving.batching_methods import BatchingMethods
 from lorafx.serving.delegated import delegated
 from lorafx.serving.entry import Entry, entered
 from lorafx.serving.generation import generate, nested_generates
@@ -33,7 +34,7 @@ from lorafx.session.sharing import join, leave
 from lorafx.session.stand_ins import Replaced
 
 
-class CompiledModel(BaseMethods, nn.Module):
+class CompiledModel(BaseMethods, BatchingMethods, nn.Module):
     """A model that serves its base and many LoRA adapters in one batch.
 
     `model` is the model that was given, with the same classes, names, `state_dict()` and
@@ -52,7 +53,7 @@ class CompiledModel(BaseMethods, nn.Module):
         self.model = program.model
         self._attachment = attachment
         self._session = Session(program, store, Backend(program, entered), dynamic)
-        self._entries: dict[tuple[int, bool, Any], Entry] = {}
+        self._entries: dict[tuple[Any, ...], Entry] = {}
         try:
             join(self._session)
         except BaseException:
@@ -125,13 +126,20 @@ class CompiledModel(BaseMethods, nn.Module):
         return self._session.call(run, checked_names(adapter_names), repeats=True)
 
     def entry(
-        self, module: nn.Module, *, per_token: bool = False, method: MethodType | None = None
+        self,
+        module: nn.Module,
+        *,
+        per_token: bool = False,
+        packed: bool = False,
+        method: MethodType | None = None,
     ) -> Entry:
         """The compiled forward of `module`, which is the model or a part that is called directly,
         or another method of it."""
-        key = id(module), per_token, None if method is None else method.__func__
+        key = id(module), per_token, packed, None if method is None else method.__func__
         if key not in self._entries:
-            self._entries[key] = Entry(self._session, module, per_token=per_token, method=method)
+            self._entries[key] = Entry(
+                self._session, module, per_token=per_token, packed=packed, method=method
+            )
         return self._entries[key]
 
     def capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -231,7 +239,8 @@ class CompiledModel(BaseMethods, nn.Module):
         """Read an adapter folder and keep the adapter in host memory; a batch that names it gives
         it a slot.
 
-        An adapter of the same name is replaced.
+        An adapter of the same name is replaced. Calls go on while the files are read; requests of
+        a continuous batch that have been added keep the version that they were added with.
 
         Args:
             strict: whether the file must have factors for every selected module that the adapter's
@@ -244,8 +253,7 @@ class CompiledModel(BaseMethods, nn.Module):
                 is DoRA, whose norms come from the base's own weights.
             BatchError: the call that is running on this thread serves the adapter of this name.
         """
-        with self._session.lock:
-            load_adapter(self._session, source, name, strict)
+        load_adapter(self._session, source, name, strict)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter and free its slot. If it was the default, the base model becomes the

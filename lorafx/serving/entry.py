@@ -46,6 +46,7 @@ class Entry:
         module: nn.Module,
         *,
         per_token: bool = False,
+        packed: bool = False,
         method: MethodType | None = None,
     ) -> None:
         self.session = session
@@ -53,7 +54,8 @@ class Entry:
         function = module.forward if method is None else method
         own = "forward" if method is None else method.__name__
         self.name = f"the {own} of {type(module).__name__}"
-        self.roles = RoleTable(module, session.program.config.row_dims, function)
+        row_dims = session.program.config.row_dims
+        self.roles = RoleTable(module, row_dims, function, packed=packed)
         self.per_token = per_token
         self.target = _target(session.program, module) if method is None else method
         #: By what stands where sites stood (`SiteWatch.state`), the last such state and 0, which is
@@ -165,6 +167,7 @@ class Entry:
             "module": paths.get(id(self.module)),
             "name": self.name,
             "per token": self.per_token,
+            "packed": self.roles.packed,
             "dynamic": self.session.dynamic,
         }
         return SavedGraphs(self.session.backend, option, entry, keep)

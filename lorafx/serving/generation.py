@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from lorafx.errors import LorafxError
-from lorafx.serving.refused import REFUSED, refuse
+from lorafx.serving.refused import PAGED, refuse
 from lorafx.session.stand_ins import Replaced
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _batching(model: nn.Module) -> list[Replaced]:
     name = "generate_batch"
     if not hasattr(model, name):
         return []
-    return [(model, name, functools.partial(refuse, name, REFUSED[name]))]
+    return [(model, name, functools.partial(refuse, name, PAGED))]
 
 
 def _encoders(model: nn.Module) -> list[nn.Module]:

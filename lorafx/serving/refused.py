@@ -8,14 +8,18 @@ from typing import Any, NoReturn
 from lorafx.errors import CaptureError
 
 _BATCHING = (
-    "runs the model in a thread and with a cache of its own, where adapters are not known; "
-    "use generate(..., adapter_names=[...])"
+    "starts an engine that knows no adapters; use continuous_batching(...), where each request "
+    "names one"
+)
+#: `generate` with a paged cache.
+PAGED = (
+    "runs an engine that knows no adapters when generate() hands over to it; use the compiled "
+    "model's generate_batch(prompts, adapter_names=[...])"
 )
 _INJECTED = "is about adapters that PEFT puts into the model; use"
 
 #: Methods of transformers' base classes that are not handed out -> why, and what to use.
 REFUSED: Mapping[str, str] = {
-    "generate_batch": _BATCHING,
     "init_continuous_batching": _BATCHING,
     "continuous_batching_context_manager": _BATCHING,
     "get_compiled_call": "compiles the model without its adapters; call the compiled model",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorafx.adapter_store.peft_reader import read_adapter
+from lorafx.adapter_store.peft_reader import Adapter, read_adapter
 from lorafx.errors import CheckpointError, ConfigError, ReplacedModuleError
 from lorafx.session.session import Session
 
 
 def load_adapter(session: Session, source: Any, name: str, strict: bool | None = None) -> None:
     """Read an adapter folder and keep it in host memory, in place of one of the same name.
+
+    Calls go on while the files are read: the session's lock is taken before and after.
 
     `strict` as in `Options`, whose value None stands for.
 
@@ -20,10 +22,10 @@ def load_adapter(session: Session, source: Any, name: str, strict: bool | None =
         ReplacedModuleError: a module that it is for was replaced or taken out.
         BatchError: the call that is running on this thread serves it.
     """
-    session.refuse_merged(name, "is replaced")
-    session.refuse_served(name, "replace")
-    program, merged = session.program, session.base.merged
-    program.look_at_modules()
+    program = session.program
+    with session.lock:
+        _refuse(session, name)
+        program.look_at_modules()
     try:
         adapter = read_adapter(
             source,
@@ -40,6 +42,20 @@ def load_adapter(session: Session, source: Any, name: str, strict: bool | None =
         except ReplacedModuleError as reason:
             raise reason from error
         raise
+    with session.lock:
+        _keep(session, adapter, name)
+
+
+def _refuse(session: Session, name: str) -> None:
+    session.refuse_merged(name, "is replaced")
+    session.refuse_served(name, "replace")
+
+
+def _keep(session: Session, adapter: Adapter, name: str) -> None:
+    """What was true when the files were read is looked at again."""
+    program, merged = session.program, session.base.merged
+    _refuse(session, name)
+    program.look_at_modules()
     if adapter.magnitudes and merged is not None:
         raise ConfigError(
             f"{name!r} is a DoRA adapter, whose norms come from the base's own weights, "

@@ -23,12 +23,15 @@ class Requests(NamedTuple):
         repeats: rows of one request may follow one another (beams, returned sequences), as
             `generate` expands them.
         alike: nobody was named, or one adapter for all: `names` has one entry, of every row.
+        packed: the tokens are (1, T) of several sequences, one after another, each of which is
+            served as a request.
     """
 
     names: tuple[str | None, ...]
     tokens: Tensor | None = None
     repeats: bool = False
     alike: bool = False
+    packed: bool = False
 
     def of_rows(self, rows: int | None, repeating: Callable[[], bool]) -> Names:
         """The adapter of each row; None where no argument carries rows. `repeating` may know that
@@ -90,6 +93,8 @@ def served_by(merged: str, requests: Requests) -> Requests:
             f"{merged!r} is merged into the base weights, but this call asks for {said}; "
             f"call unmerge() to serve adapters side by side, or name {merged!r} or nothing"
         )
+    if requests.packed:
+        return Requests((merged,), alike=True)
     return requests if tokens is None else Requests((merged,) * tokens.shape[0])
 
 

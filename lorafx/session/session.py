@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -32,6 +33,7 @@ from lorafx.program.roles import TOKEN_DIMS, RoleTable
 from lorafx.session.requests import Names, Requests, served_by
 from lorafx.session.running import IDLE, BaseState, Locks, Running
 from lorafx.session.stand_ins import StandIns
+from lorafx.session.statistics import Statistics
 
 T = TypeVar("T")
 
@@ -82,6 +84,9 @@ class Session:
         #: lorafx.session.sharing.
         self.neighbours: tuple[Session, ...] = ()
         self.locks: Locks = Locks()
+        #: By continuous batching, as in lorafx.session.statistics.
+        self.waits = 0
+        self.tokens: Counter[str] = Counter()
         self._served = _Served()
         _SESSIONS[id(self)] = self
 
@@ -114,6 +119,7 @@ class Session:
         *,
         repeats: bool = False,
         tokens: Tensor | None = None,
+        packed: bool = False,
     ) -> T:
         """What `function` returns, which runs the model for these requests; None stands for the
         default adapter.
@@ -134,7 +140,7 @@ class Session:
             if names is None:
                 requests = Requests((self.default,), alike=True)
             else:
-                requests = Requests(tuple(names), tokens, repeats)
+                requests = Requests(tuple(names), tokens, repeats, packed=packed)
             if merged is not None and not running.warming:
                 requests = served_by(merged.name, requests)
                 self.program.refuse_missing(self.store[merged.name].sites)
@@ -177,7 +183,10 @@ class Session:
             check = partial(roles.check_rows, named)
             self.set_rows(requests, roles.rows(named), check, call)
         else:
-            _check_tokens(requests.tokens, roles, named)
+            if requests.packed:
+                roles.check_rows(named, requests.tokens.numel())
+            else:
+                _check_tokens(requests.tokens, roles, named)
             used = requests.used()
             names = tuple(used.values())
             slots = self.store.acquire(names, self.running.held)
@@ -247,6 +256,11 @@ class Session:
         """What `function` returns, which writes the base weights. The locks are held."""
         thread = threading.get_ident()
         return self.run(self.running._replace(updating=True, thread=thread), function)
+
+    def statistics(self) -> Statistics:
+        """What adapters have done so far."""
+        store = self.store
+        return Statistics(store.hits, store.loads, store.evictions, self.waits, dict(self.tokens))
 
     # --- what may not be done now ---
 

@@ -324,9 +324,7 @@ def load_adapter(model: nn.Module, source: Any, name: str, *, strict: bool | Non
         ConfigError: the model is not marked.
         CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
     """
-    session = marked_session(model)
-    with session.lock:
-        load_into(session, source, name, strict)
+    load_into(marked_session(model), source, name, strict)
 
 
 def unload_adapter(model: nn.Module, name: str) -> None:

@@ -24,6 +24,7 @@ from lorafx.graph.context import Context, Outlined
 from lorafx.graph.graph_nodes import plain_path
 from lorafx.passes.outline.isomorphism import CanonicalForm, Stretch, agree, sizes_of, stretch_of
 from lorafx.passes.outline.regions import Region, hoist_shared, is_free, regions_of, tensor_valued
+from lorafx.passes.write_in_place import writes_in_place
 from lorafx.program.frame import fake_value
 
 INVOKE = torch.ops.higher_order.invoke_subgraph
@@ -62,7 +63,8 @@ def repeats(
 ) -> Iterator[tuple[tuple[Region, ...], tuple[Stretch, ...]]]:
     """Groups of isomorphic regions of at least so many nodes, longest first; none overlaps what is
     `claimed`, where the caller puts what it has used."""
-    sizes = sizes_of(gm.graph)
+    # Over a paged cache, layers of two kinds read as many rows in one step, and not in the next.
+    sizes = {} if writes_in_place(gm) else sizes_of(gm.graph)
     lengths: dict[int, list[Region]] = {}
     for region in regions_of(gm.graph):
         if len(region.nodes) >= least:

@@ -89,6 +89,8 @@ def _barriers(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     for node in nodes:
         if node.op == "call_function" and not is_pure(node):
             found.add(node)
+            # A call takes and returns tensors, so the results of a barrier are told apart there.
+            found.update(user for user in node.users if user.target is operator.getitem)
             if node.target is aten.copy_.default:
                 source: Any = node.args[1]
                 while isinstance(source, fx.Node) and is_view(source):

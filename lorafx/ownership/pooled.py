@@ -1,0 +1,58 @@
+"""Rules for what a paged cache holds: the keys and values of all requests (`Pooled`).
+
+    paged_cache(key, value, ...)         Pooled(), Pooled()
+    views, copies, casts, scaling        Pooled() again
+    query · keys, weights · values       the rows of what is no pool
+
+An attention over pages mixes entries of several requests by nature; its mask says which of them a
+query sees. A row of its result stands where its query stood. Everything else that meets a pool, a
+site among it, is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx
+
+import lorafx.kernels.ops.paged_cache  # noqa: F401  (defines the op)
+from lorafx.kernels.ops.paged_cache import PAGED_CACHE
+from lorafx.ownership import contractions, pointwise, slices, views
+from lorafx.ownership.flow import Flow, Rule, each_output
+from lorafx.ownership.labels import Label, Mixed, Own, Pooled, Single
+
+
+def cached(node: fx.Node, flow: Flow) -> Label:
+    """paged_cache(key, value, ...): what the queries of all requests see."""
+    return each_output(node, Pooled())
+
+
+def read(node: fx.Node, flow: Flow, labels: Sequence[Single], rule: Rule | None) -> Label:
+    """The label of what takes a pool; `rule` is the operator's own."""
+    mixed = next((label for label in labels if isinstance(label, Mixed)), None)
+    if mixed is not None:
+        return each_output(node, mixed)
+    others = [label for label in labels if label is not None and not isinstance(label, Pooled)]
+    if not others and rule in _MOVING:
+        return each_output(node, Pooled())
+    if others and rule in _CONTRACTING:
+        pools = [n for n in node.all_input_nodes if isinstance(flow.label(n), Pooled)]
+        kept = {pool: flow.labels[pool] for pool in pools}
+        flow.labels.update(dict.fromkeys(pools))
+        try:
+            label = rule(node, flow)
+        finally:
+            flow.labels.update(kept)
+        first = label[0] if isinstance(label, tuple) else label
+        if isinstance(first, (Own, Mixed)):
+            return label
+    return each_output(node, flow.lost(node, "it takes what a paged cache holds of all requests"))
+
+
+_CONTRACTING = frozenset(contractions.RULES.values()) - {
+    contractions.grouped,
+    contractions.recurrent,
+}
+_MOVING = frozenset({*views.RULES.values(), slices.sliced, pointwise.pointwise})
+
+RULES: dict[object, Rule] = {PAGED_CACHE.overloadpacket: cached}

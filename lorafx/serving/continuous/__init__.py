@@ -1,0 +1,1 @@
+"""Continuous batching: transformers' engine, with an adapter for each request."""

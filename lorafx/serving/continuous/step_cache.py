@@ -1,0 +1,110 @@
+"""What a compiled forward is given of a paged cache for one step.
+
+transformers' attention functions call `cache.update(...)` where the cache is a
+`PagedAttentionCache`. Its own method is kept out of graphs, since what it writes into are views of
+one tensor. The class here hands the same tensor to one operator, `lorafx::paged_cache`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.generation.continuous_batching import PagedAttentionCache
+from transformers.generation.continuous_batching.cache_allocators import (
+    CacheAllocator,
+    FullAttentionCacheAllocator,
+    SlidingAttentionCacheAllocator,
+)
+
+from lorafx.errors import ConfigError
+from lorafx.kernels.ops.paged_cache import PAGED_CACHE
+
+
+class LayerPlace(NamedTuple):
+    """Where a layer's part of the cache is; see lorafx.kernels.ops.paged_cache."""
+
+    group: int
+    first_key: int
+    first_value: int
+    sentinel: int
+    ring: bool
+
+
+class StepCache(PagedAttentionCache):
+    """The pages of `cache`, and what one step reads and writes there.
+
+    Attributes:
+        pages: (bytes,) uint8, all of the cache.
+        places: layer index -> where its keys and values are.
+        read: for each kind of attention, (N,) int64.
+        write: likewise, (T,) int64.
+    """
+
+    def __init__(self, cache: PagedAttentionCache) -> None:
+        # Not the base's, which would allocate a cache of its own.
+        self.pages: Tensor = cache.cache_tensor
+        self.places = {
+            layer: _place(allocator, layer) for layer, allocator in cache.layer_to_allocator.items()
+        }
+        self.read: list[Tensor] = []
+        self.write: list[Tensor] = []
+
+    def step(self, read: Sequence[Tensor], write: Sequence[Tensor]) -> StepCache:
+        """For a step that reads and writes these rows. Where nothing is read (transformers gives
+        no rows then), the queries see the new tokens: a graph need not tell the two apart."""
+        step = StepCache.__new__(StepCache)
+        step.pages, step.places = self.pages, self.places
+        sentinel = next(iter(self.places.values())).sentinel
+        step.read = [
+            found.clone() if found.numel() else torch.full_like(new, sentinel)
+            for found, new in zip(read, write, strict=True)
+        ]
+        step.write = [rows.clone() for rows in write]
+        return step
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Write the keys and values (1, H, T, D) of a layer's new tokens; those that its queries
+        see, (1, H, N, D)."""
+        place = self.places[layer_idx]
+        return PAGED_CACHE(
+            key_states,
+            value_states,
+            self.pages,
+            self.read[place.group],
+            self.write[place.group],
+            place.first_key,
+            place.first_value,
+            place.sentinel,
+            place.ring,
+        )
+
+
+def _place(allocator: CacheAllocator, layer: int) -> LayerPlace:
+    """Where `allocator` keeps the keys and values of a layer.
+
+    Raises:
+        ConfigError: it writes or reads in another way than the two classes that are known here.
+    """
+    cls = type(allocator)
+    ring = isinstance(allocator, SlidingAttentionCacheAllocator)
+    known = SlidingAttentionCacheAllocator if ring else FullAttentionCacheAllocator
+    if not isinstance(allocator, known) or cls.update is not known.update:
+        raise ConfigError(
+            f"layer {layer} keeps its cache by a {cls.__module__}.{cls.__qualname__}, and lorafx "
+            "only knows how FullAttentionCacheAllocator and SlidingAttentionCacheAllocator write "
+            "and read theirs; call generate() for this model"
+        )
+    keys, values = allocator._kv_token_views[layer]
+    width = keys.shape[1] * keys.shape[2]
+    return LayerPlace(
+        allocator.index,
+        keys.storage_offset() // width,
+        values.storage_offset() // width,
+        allocator.sentinel_index,
+        ring,
+    )

@@ -1,0 +1,116 @@
+"""Operators that write into an input of the graph do so, with nothing in between.
+
+    y, p' = auto_functionalized_v2(op, x, _all_bases=[p]);  …;  p.copy_(p')      →      y = op(x, p)
+
+AOTAutograd makes a graph functional: such an operator returns a new tensor, and the input is
+overwritten with the last one at the end. Taken literally that is a copy of a whole cache for each
+layer. Where nothing else reads the input or what stands for it, the order of the operators says the
+same. What does not fit is left as it is, and no row is proved behind it.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from lorafx.graph.context import Context
+from lorafx.kernels.ops.paged_cache import PAGED_CACHE
+from lorafx.op_arguments import in_order
+
+_FUNCTIONAL = torch.ops.higher_order.auto_functionalized_v2
+_COPY = torch.ops.aten.copy_.default
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """An operator that writes into one of its arguments, and how many results it has."""
+
+    argument: str
+    results: int
+
+
+_WRITERS = {PAGED_CACHE: _Writer("cache", 2)}
+
+
+def writes_in_place(gm: fx.GraphModule) -> bool:
+    """Whether a graph of Dynamo's calls one of these operators."""
+    return any(gm.graph.find_nodes(op="call_function", target=op) for op in _WRITERS)
+
+
+@dataclass(frozen=True)
+class WriteInPlace:
+    """Operators that write into an input of the graph do so."""
+
+    name: str = "write_in_place"
+    required: bool = True
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        edits = 0
+        for place in gm.graph.find_nodes(op="placeholder"):
+            chain, copies = _written(place)
+            if not chain:
+                continue
+            for node in chain:
+                _in_place(node, place)
+            for node in copies:
+                gm.graph.erase_node(node)
+            edits += len(chain)
+        return edits
+
+
+def _written(place: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The calls that write into `place` one after another, and what copies the last result back;
+    nothing where anything else takes `place` or one of the results."""
+    chain: list[fx.Node] = []
+    copies: list[fx.Node] = []
+    base = place
+    while True:
+        users = [user for user in base.users if not _copies_into(user, place)]
+        copies += [user for user in base.users if _copies_into(user, place)]
+        if not users:
+            return (chain, list(dict.fromkeys(copies))) if chain and copies else ([], [])
+        following = users[0]
+        if len(users) > 1 or not _writes(following, base):
+            return [], []
+        chain.append(following)
+        results = _WRITERS[following.args[0]].results  # type: ignore[index]
+        after = [user for user in following.users if user.args[1] == results]
+        if len(after) != 1:
+            return [], []
+        base = after[0]
+
+
+def _copies_into(node: fx.Node, place: fx.Node) -> bool:
+    return node.target is _COPY and node.args[0] is place and not node.users
+
+
+def _writes(node: fx.Node, base: fx.Node) -> bool:
+    """Whether `node` calls one of the writers with `base`, all of it, as what is written into."""
+    if node.target is not _FUNCTIONAL or node.args[0] not in _WRITERS:
+        return False
+    argument = _WRITERS[node.args[0]].argument  # type: ignore[index]
+    bases: Any = node.kwargs.get("_all_bases", ())
+    whole = node.kwargs.get(f"_{argument}_base_index") == 0
+    return bool(whole) and len(bases) == 1 and bases[0] is base
+
+
+def _in_place(node: fx.Node, place: fx.Node) -> None:
+    """Replace a functional call by one of the operator itself, which writes into `place`."""
+    op = node.args[0]
+    writer = _WRITERS[op]  # type: ignore[index]
+    given = {name: value for name, value in node.kwargs.items() if not name.startswith("_")}
+    graph = node.graph
+    with graph.inserting_before(node):
+        call = graph.call_function(op, in_order(op, given, **{writer.argument: place}))  # type: ignore[arg-type]
+    call.meta = {**node.meta, "val": tuple(node.meta["val"][: writer.results])}
+    call.meta.pop("eager_input_vals", None)  # those of the functional call
+    for user in list(node.users):
+        if user.target is operator.getitem and user.args[1] == writer.results:
+            user.replace_all_uses_with(place)
+            graph.erase_node(user)
+    node.replace_all_uses_with(call)
+    graph.erase_node(node)

@@ -1,0 +1,65 @@
+"""The logits of every step of an engine of continuous batching, and what they have to be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from dense_merge import TOLERANCE, Case, error
+from torch import Tensor
+
+
+class StepLogits:
+    """Stands between an engine and its forward, and keeps each new token's logits.
+
+    `rows`: name of a request -> the logits (vocabulary,) of its new tokens, in order.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.forward = engine._forward
+        self.rows: dict[str, list[Tensor]] = {}
+        self.steps: list[int] = []  # tokens of each
+        engine._forward = self
+
+    def _supports_logits_to_keep(self) -> bool:
+        return bool(self.forward._supports_logits_to_keep())
+
+    def __call__(self, **batch: Any) -> Any:
+        output = self.forward(**batch)
+        self.steps.append(batch["input_ids"].shape[1])
+        logits = output.logits[0]
+        if "logits_to_keep" not in batch:
+            logits = logits[batch["logits_indices"]]
+        new = [future for future in self.engine._batch() if future.has_new_token]
+        for future, row in zip(new, logits, strict=False):
+            self.rows.setdefault(future.state.request_id, []).append(row.clone())
+        return output
+
+
+def check_logits(
+    case: Case, seen: StepLogits, outputs: Mapping[str, Any], adapters: Mapping[str, str | None]
+) -> None:
+    """Every token of every request was chosen from the logits of the request alone, by the model
+    with its adapter merged into a copy."""
+    for name, output in outputs.items():
+        assert output.error is None, output.error
+        prompt, generated = output.prompt_ids, output.generated_tokens
+        ids = torch.tensor([[*prompt, *generated[:-1]]])
+        with torch.no_grad():
+            want = case.alone(adapters[name])(input_ids=ids)["logits"][0, len(prompt) - 1 :]
+        got = torch.stack(seen.rows[name])
+        assert got.shape == want.shape, name
+        assert error(got, want) <= TOLERANCE, name
+
+
+def answers(engine: Any, ids: Sequence[str]) -> dict[str, Any]:
+    """The finished outputs of these requests."""
+    found: dict[str, Any] = {}
+    while set(found) < set(ids):
+        output = engine.get_result(timeout=1)
+        if output is not None and output.is_finished():
+            found[output.request_id] = output
+        assert output is not None or engine.is_running(), "the engine stopped"
+    return found
