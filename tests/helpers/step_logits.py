@@ -55,11 +55,11 @@ def check_logits(
 
 
 def answers(engine: Any, ids: Sequence[str]) -> dict[str, Any]:
-    """The finished outputs of these requests."""
+    """The finished outputs of these requests, in their order."""
     found: dict[str, Any] = {}
     while set(found) < set(ids):
         output = engine.get_result(timeout=1)
         if output is not None and output.is_finished():
             found[output.request_id] = output
         assert output is not None or engine.is_running(), "the engine stopped"
-    return found
+    return {name: found[name] for name in ids}

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
-from dense_merge import Case, build_case, save_adapter
+from dense_merge import REFERENCE, Case, build_case, check_mixed, save_adapter
 from step_logits import StepLogits, answers, check_logits
 from tiny_models import Family
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+import lorafx
+from lorafx import BatchError, ConfigError, LoraConfig, UnknownAdapterError
 
 QWEN3_MOE = Family(
     lambda **changes: transformers.Qwen3MoeForCausalLM(
@@ -99,3 +106,181 @@ def test_logits_of_every_step(tmp_path, family, attention, page, lowering):
     assert cm.recompiles == graphs
     assert max(seen.steps) == PAGES["max_batch_tokens"]  # prompts were cut into chunks
     assert cm.stats().tokens["a0"] > 0
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """One layer, eight adapters."""
+    return eight("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=1)
+
+
+CONFIG = ContinuousBatchingConfig(**PAGES)
+
+
+def two_slots(case: Case) -> Any:
+    config = LoraConfig(max_adapters=2, max_rank=8)
+    return lorafx.compile(case.model(), config, adapters=case.folders, options=REFERENCE)
+
+
+@contextmanager
+def engine_paused(engine: Any) -> Iterator[None]:
+    """Nothing that was added runs before the block ends."""
+    with engine.pause():
+        yield
+
+
+def serve(engine: Any, work: Any) -> dict[str, Any]:
+    """The outputs of (prompt, adapter) pairs, five new tokens each, by the names of requests."""
+    ids = [engine.add_request(p, adapter=a, max_new_tokens=5) for p, a in work]
+    return answers(engine, ids)
+
+
+def test_a_block_is_shared_only_within_one_version_of_an_adapter(llama):
+    prompt = [*range(3, 12)]
+    cm = llama.compile()
+    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
+        seen = StepLogits(engine)
+        for name in ("a1", None, "a1", "a3"):  # one after another: all but one could share
+            outputs = serve(engine, [(prompt, name)])
+            check_logits(llama, seen, outputs, dict.fromkeys(outputs, name))
+        # What was not found again was computed: eight tokens of the prompt lie in full blocks.
+        prompts = [steps for steps in seen.steps if steps > 1]
+        assert prompts == [9, 9, 9]
+
+        cm.load_adapter(llama.folders["a2"], "a1")  # another version, the same prompt
+        outputs = serve(engine, [(prompt, "a1")])
+        check_logits(llama, seen, outputs, dict.fromkeys(outputs, "a2"))
+
+
+def test_more_adapters_than_slots_take_turns(llama):
+    cm = two_slots(llama)
+    work = [([5 + i, 6, 7, 8], f"a{i % 8}") for i in range(24)] + [([9, 9], None)] * 2
+    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
+        seen = StepLogits(engine)
+        outputs = serve(engine, work)
+    check_logits(llama, seen, outputs, dict(zip(outputs, (a for _, a in work), strict=True)))
+    stats = cm.stats()
+    assert stats.evictions >= 6
+    assert stats.waits > 0
+    assert stats.loads == stats.evictions + 2
+
+
+def test_requests_keep_the_version_that_they_were_added_with(llama):
+    cm = two_slots(llama)
+    prompt = [3, 4, 5]
+    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
+        seen = StepLogits(engine)
+        with engine_paused(engine):
+            old = engine.add_request(prompt, adapter="a1", max_new_tokens=6)
+            cm.load_adapter(llama.folders["a3"], "a1")
+            new = engine.add_request(prompt, adapter="a1", max_new_tokens=6)
+            gone = engine.add_request(prompt, adapter="a2", max_new_tokens=6)
+            cm.unload_adapter("a2")
+            with pytest.raises(UnknownAdapterError, match="a2"):
+                engine.add_request(prompt, adapter="a2")
+        outputs = answers(engine, [old, new, gone])
+    check_logits(llama, seen, outputs, {old: "a1", new: "a3", gone: "a2"})
+    assert "a2" not in cm.adapters
+    assert sorted(cm.adapters) == sorted(set(llama.folders) - {"a2"})
+
+
+def test_sequences_of_one_prompt_keep_its_adapter(llama):
+    cm = llama.compile()
+    generation = copy.deepcopy(cm.model.generation_config)
+    generation.num_return_sequences, generation.do_sample = 3, True
+    with cm.continuous_batching(generation, CONFIG, warmup=False) as engine:
+        seen = StepLogits(engine)
+        first = engine.add_request([3, 4, 5, 6, 7, 8], adapter="a1", max_new_tokens=4)
+        second = engine.add_request([3, 4, 5, 6, 7, 8], adapter="a3", max_new_tokens=4)
+        every = [
+            f"{one}{kind}" for one in (first, second) for kind in ("", "__child#0", "__child#1")
+        ]
+        outputs = answers(engine, every)
+    adapters = {name: "a1" if name.startswith(first) else "a3" for name in every}
+    check_logits(llama, seen, outputs, adapters)
+
+
+def test_requests_that_the_cache_puts_off_go_on_with_their_adapter(llama):
+    config = ContinuousBatchingConfig(**{**PAGES, "num_blocks": 12})
+    cm = llama.compile()
+    work = [([3 + i, 4, 5, 6, 7, 8, 9], f"a{i % 4}") for i in range(6)]
+    with cm.continuous_batching(None, config, warmup=False) as engine:
+        seen = StepLogits(engine)
+        ids = [engine.add_request(p, adapter=a, max_new_tokens=12) for p, a in work]
+        outputs = answers(engine, ids)
+        assert max(len(rows) for rows in seen.rows.values()) == 12
+    names = dict(zip(ids, (a for _, a in work), strict=True))
+    for name, output in outputs.items():
+        with torch.no_grad():
+            want = llama.alone(names[name]).generate(
+                torch.tensor([output.prompt_ids]), max_new_tokens=12, do_sample=False
+            )
+        assert output.prompt_ids + output.generated_tokens == want[0].tolist()
+
+
+def test_cancelled_requests_and_calls_between_steps(llama):
+    cm = llama.compile()
+    inputs = {"input_ids": torch.tensor([[3, 4, 5]])}
+    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
+        seen = StepLogits(engine)
+        dropped = engine.add_request([3, 4, 5], adapter="a1", max_new_tokens=40)
+        kept = engine.add_request([3, 4, 6], adapter="a3", max_new_tokens=8)
+        engine.cancel_request(dropped)
+        check_mixed(cm, llama, ["a1"], inputs)
+        outputs = answers(engine, [kept])
+    check_logits(llama, seen, outputs, {kept: "a3"})
+
+
+def test_generate_batch(llama):
+    cm = llama.compile()
+    prompts, names = [[3, 4, 5], [6, 7], [3, 4, 5]], ["a1", None, "a3"]
+    outputs = cm.generate_batch(prompts, names, continuous_batching_config=CONFIG, max_new_tokens=4)
+    for output, prompt, name in zip(outputs.values(), prompts, names, strict=True):
+        with torch.no_grad():
+            want = llama.alone(name).generate(
+                torch.tensor([prompt]), max_new_tokens=4, do_sample=False
+            )
+        assert prompt + output.generated_tokens == want[0].tolist()
+    cm.set_adapter("a1")
+    (output,) = cm.generate_batch(
+        [[3, 4, 5]], continuous_batching_config=CONFIG, max_new_tokens=4
+    ).values()
+    assert output.generated_tokens == next(iter(outputs.values())).generated_tokens
+    assert cm.generate_batch([]) == {}
+    with pytest.raises(BatchError, match="2 entries, but there are 1 prompts"):
+        cm.generate_batch([[3]], ["a1", "a2"])
+    with pytest.raises(UnknownAdapterError, match="'a11'; nearest: a1"):
+        cm.generate_batch([[3]], ["a11"])
+
+
+def test_a_step_that_cannot_be_served_fails_its_requests_alone(llama):
+    """The model's own class reads what is not known to be of one request."""
+    cm = llama.compile()
+    layer = cm.model.model.layers[0].self_attn
+    plain = type(layer).forward
+
+    class Shuffled(type(layer)):
+        def forward(self, hidden_states, *args, **kwargs):
+            return plain(self, hidden_states.cumsum(1), *args, **kwargs)
+
+    layer.__class__ = Shuffled
+    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
+        bad = [engine.add_request([3, 4, 5], adapter=a, max_new_tokens=2) for a in ("a1", "a3")]
+        outputs = answers(engine, bad)
+        assert all("not proved" in output.error for output in outputs.values())
+        assert engine.is_running()
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({"use_cuda_graph": True}, "use_cuda_graph"),
+        ({"use_async_batching": True}, "use_async_batching"),
+        ({"scheduler_type": "fifos"}, "'fifos'; nearest: fifo"),
+    ],
+)
+def test_what_is_not_served_is_refused(llama, config, text):
+    cm = llama.compile()
+    block = cm.continuous_batching(None, ContinuousBatchingConfig(**PAGES, **config))
+    with pytest.raises(ConfigError, match=text), block:
+        pass
