@@ -17,6 +17,7 @@ import torch._inductor.config
 import torch.fx.experimental._config as shape_config
 from torch import Tensor, fx
 from torch._dynamo import symbolic_convert
+from torch.utils._ordered_set import OrderedSet
 
 _COMPILE_ARGUMENTS = inspect.signature(torch.compile).parameters
 
@@ -131,10 +132,7 @@ def capture_again(reason: str) -> NoReturn:
 def source_name(node: fx.Node) -> str:
     """How Dynamo reached the graph input `node`: `L['input_ids']`."""
     source = getattr(node.meta.get("grapharg"), "source", None)
-    name = getattr(source, "name", None)
-    if callable(name):  # a method before torch 2.12
-        name = name()
-    return str(name) if name is not None else node.name
+    return node.name if source is None else source_text(source)
 
 
 def size_source(node: fx.Node) -> tuple[Tensor, int] | None:
@@ -182,12 +180,7 @@ def duck_shaped() -> bool:
 def guarded_attributes(suffix: str) -> list[str]:
     """The names, as Dynamo writes them, of what the frame that is being captured is guarded on and
     that so end."""
-    context = torch._guards.TracingContext.try_get()
-    if context is None:
-        return []
-    names = (guard.name for guard in context.guards_context.dynamo_guards)
-    texts = (str(name() if callable(name) else name) for name in names)
-    return [text for text in texts if text.endswith(suffix)]
+    return [name for guard in frame_guards() if (name := source_text(guard)).endswith(suffix)]
 
 
 def named_by_dynamo(name: str) -> Any:
@@ -198,6 +191,29 @@ def named_by_dynamo(name: str) -> Any:
         return eval(name, {"L": root.f_locals, "G": root.f_globals})
     except (AttributeError, LookupError, NameError, TypeError, SyntaxError):
         return None
+
+
+def captured_self() -> Any:
+    """What `self` is in the function that is being captured; None where it has none."""
+    return symbolic_convert.InstructionTranslator.current_tx().output.root_tx.f_locals.get("self")
+
+
+def source_text(place: torch._guards.Source | torch._guards.Guard) -> str:
+    """A place, or that of a guard, as Dynamo writes it."""
+    name: Any = place.name
+    return str(name() if callable(name) else name)  # a method before torch 2.12
+
+
+def frame_guards() -> list[torch._guards.Guard]:
+    """What the frame that is being captured is guarded on so far."""
+    context = torch._guards.TracingContext.try_get()
+    return [] if context is None else list(context.guards_context.dynamo_guards)
+
+
+def keep_frame_guards(kept: Sequence[torch._guards.Guard]) -> None:
+    """Have Dynamo make these guards and those that it is yet to find."""
+    guards = torch._guards.GuardsSet(OrderedSet(kept))
+    torch._guards.TracingContext.get().guards_context.dynamo_guards = guards
 
 
 def mark_fixed_shape(tensor: Tensor, dims: Sequence[int] | None = None) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
-from lorafx.capture.bound_inputs import bind, take_out
+from lorafx.capture.bound_inputs import BoundInputs, bind, take_out
 from lorafx.capture.checks import Checks, InputPlaces
 from lorafx.capture.driver import run_pipeline
 from lorafx.capture.dump import GraphDump, dump_folder
@@ -103,9 +103,9 @@ class Backend:
         frame.duck_shaped = duck_shaped()
         active = program.runtime.active
         both = not _guarded_on_activity(program)
-        own = frame.begins_call and not self.shares_graphs and not program.site_watch.missing
+        own = not both and not program.site_watch.missing and self.owns(frame)
         bound, graph = None, gm.graph
-        if active and own and not both:
+        if active and own:
             bound, examples = bind(program, frame, gm, examples)
         places = InputPlaces.of(frame, examples, shared=self.shares_graphs)
         self.several[0] |= frame.follows_another or bool(places.arguments) or ends_in_break()
@@ -142,12 +142,22 @@ class Backend:
                 with self.lowering_timed(record), noting:
                     executable = lowering.base(gm, examples)
                 executable = for_base(checks, owner, executable)
+        if own:
+            self.drop_guards(bound)
         self.records.append(record)
         tell(record, type(program.model).__name__)
         if self.noted is not None:
             alone = not both and not program.site_watch.missing
             self.noted(Captured(record, frame, sources, parts if alone else None))
         return while_missing(owner, executable) if program.site_watch.missing else executable
+
+    def owns(self, frame: Frame) -> bool:
+        """Whether the frame that is being captured is one of this program's in every call."""
+        return frame.begins_call  # of an entry's own code
+
+    def drop_guards(self, bound: BoundInputs | None) -> None:
+        """Dynamo has not made its guards yet of a frame that is this program's in every call.
+        `bound`: the inputs that its graph does not load. (Entries choose guards by themselves.)"""
 
     def compile_lora(
         self,

@@ -4,8 +4,8 @@
     the executable         adds banks and packed weights, which it looked up once
 
 Dynamo loads an input from where it found it, module by module, hook by hook: 6.5 µs per call and
-layer for the four banks of a Llama's layer. But a bank never moves, and in a frame that one entry
-of one program owns it is always the same. So these inputs are last in the graph that is compiled,
+layer for the four banks of a Llama's layer. But a bank never moves, and in a frame that one program
+owns it is always the same. So these inputs are last in the graph that is compiled,
 and are no inputs any more in the one that Dynamo makes its bytecode for.
 
 A bank belongs to the sites whose weights the frame takes. Modules that change places without
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,20 +53,36 @@ class BoundInputs:
         It raises ReplacedModuleError where the weights are those of other modules than at capture,
         and an adapter of the batch touches what was there.
         """
-        tensors = self.tensors(program)
-        positions = [position for position, _ in self.weights]
-        sites = [site for _, site in self.weights]
-        known = [program.weight_of(site) for site in sites]
+        binding = _Binding(self, program)
+        program.bindings.append(binding)
+        held = weakref.ref(binding)  # Dynamo keeps some executables for ever
 
         def run(*arguments: Any) -> Any:
-            if not all(map(operator.is_, map(arguments.__getitem__, positions), known)):
-                program.look_at_modules()
-                program.refuse_missing(program.batch.touched)
-                # A parameter was replaced, or what was is of no adapter of this batch.
-                known[:] = map(program.weight_of, sites)
-            return compiled(*arguments, *tensors)
+            binding = held()
+            assert binding is not None  # guards rest on the program's own marks
+            binding.check(arguments)
+            return compiled(*arguments, *binding.tensors)
 
         return run
+
+
+class _Binding:
+    """The inputs of one graph, and the weights that they belong to."""
+
+    def __init__(self, bound: BoundInputs, program: Program) -> None:
+        self.tensors = bound.tensors(program)
+        self._program = program
+        self._positions = [position for position, _ in bound.weights]
+        self._sites = [site for _, site in bound.weights]
+        self._known = [program.weight_of(site) for site in self._sites]
+
+    def check(self, arguments: Sequence[Any]) -> None:
+        now = map(arguments.__getitem__, self._positions)
+        if not all(map(operator.is_, now, self._known)):
+            self._program.look_at_modules()
+            self._program.refuse_missing(self._program.batch.touched)
+            # A parameter was replaced, or what was is of no adapter of this batch.
+            self._known = [self._program.weight_of(site) for site in self._sites]
 
 
 def bind(

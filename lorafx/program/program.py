@@ -57,6 +57,8 @@ class Program:
 
     def __post_init__(self) -> None:
         self.note_constants()
+        #: What graphs of this program alone rest on, kept alive for them.
+        self.bindings: list[object] = []
         #: Canonical paths of the sites that some graph serves or refuses.
         self.reached: set[str] = set()
         #: Those of them that a graph seems to compute by something else than their weight.

@@ -15,16 +15,19 @@ from torch import fx
 
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.capture.backend import Backend
+from lorafx.capture.bound_inputs import BoundInputs
 from lorafx.capture.executable import Owner, refusing
 from lorafx.capture.lowering import Lowering
 from lorafx.capture.parts import Parts
 from lorafx.capture.record import GraphRecord
+from lorafx.compat import captured_self
 from lorafx.errors import CaptureError
 from lorafx.model.attachment import Attachment
 from lorafx.program.frame import Frame, wants_gradient
 from lorafx.program.program import Program
 from lorafx.program.stack import called_module
 from lorafx.torch_compile.attached import AttachedSession, running_session, session_of_weight
+from lorafx.torch_compile.mark_guards import drop_guards_on_marks
 from lorafx.torch_compile.pending import waiting
 
 
@@ -84,6 +87,13 @@ class AttachedBackend(Backend):
             return compiled(*arguments)
 
         return run
+
+    def owns(self, frame: Frame) -> bool:
+        # Any model of the class runs the same code: one mark says whose call it is.
+        return super().owns(frame) and captured_self() is self.program.model
+
+    def drop_guards(self, bound: BoundInputs | None) -> None:
+        drop_guards_on_marks(self.program, bound)
 
     def owner(self, frame: Frame, weights: Sequence[int]) -> Owner:
         # Dynamo keeps executables: what they hold is never freed, so they hold no model.
