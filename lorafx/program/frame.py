@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from lorafx.compat import input_place, size_source, source_name
 from lorafx.errors import ProvenanceError
 from lorafx.model.sites import Group, Site
-from lorafx.program.roles import TOKEN_DIMS, Role
+from lorafx.program.roles import TOKEN_DIMS, Role, new_tokens
 from lorafx.program.stack import calling_modules
 
 if TYPE_CHECKING:
@@ -101,6 +101,8 @@ class Frame:
         self.duck_shaped = False
         #: The slots are one per token, in row-major order of (B, T), not one per request.
         self.per_token = False
+        #: Arguments that hold one entry per token, with that dimension.
+        self.token_dims: Mapping[str, int] = TOKEN_DIMS
         self.by_node: dict[fx.Node, FrameInput] = {}
         #: Position of each placeholder among the arguments that the executable is called with.
         self.positions: dict[fx.Node, int] = {}
@@ -140,6 +142,8 @@ class Frame:
                 kind: InputKind = "unknown" if role is None else "result"
                 inputs.append(FrameInput(kind, label, role=role))
         frame = cls(_told_apart(program, placeholders, inputs, examples))
+        if program.call is not None:
+            frame.token_dims = new_tokens(program.call.named)
         frame.writable = tuple(
             position
             for position, (item, example) in enumerate(zip(inputs, examples, strict=True))
@@ -327,7 +331,7 @@ def token_inputs(frame: Frame) -> dict[fx.Node, int]:
     """The arguments that hold one entry per token, with that dimension (checked at entry)."""
     found: dict[fx.Node, int] = {}
     for node, item in frame.by_node.items():
-        dim = TOKEN_DIMS.get(item.role.argument) if item.role is not None else None
+        dim = frame.token_dims.get(item.role.argument) if item.role is not None else None
         value = fake_value(node)
         if item.role is None or item.role.dim != 0 or dim is None:
             continue

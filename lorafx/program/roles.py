@@ -77,6 +77,23 @@ ROW_DIMS: Mapping[str, int | None] = {
     "num_logits_to_keep": None,
 }
 
+#: Arguments that hold what a model keeps of earlier tokens.
+CACHES = ("past_key_values", "cache_params", "past_buckets_states", "state", "mems")
+
+
+def new_tokens(named: Mapping[str, Any]) -> dict[str, int]:
+    """The arguments of a call that hold one entry for each of its T tokens, with that dimension. A
+    mask has entries for the tokens of a cache too, or for pairs of tokens."""
+    cached = any(named.get(name) is not None for name in CACHES)
+    return {
+        name: dim
+        for name, dim in TOKEN_DIMS.items()
+        if isinstance(value := named.get(name), Tensor)
+        and value.dim() > dim
+        and (name != "attention_mask" or (value.dim() == 2 and not cached))
+    }
+
+
 #: The same for a packed call over a paged cache: (1, T) tokens of all sequences, one sequence after
 #: another. Each token is a request of its own here, with the slot of the request it is of.
 PACKED_DIMS: Mapping[str, int | None] = {

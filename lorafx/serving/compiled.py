@@ -77,8 +77,8 @@ class CompiledModel(BaseMethods, BatchingMethods, nn.Module):
                 the base model. Without it every row uses the default of `set_adapter`.
             adapter_slots: integers (B, T), the adapter of each token as an index into
                 `adapter_names`, or without it into `adapters`; -1 is the base model. It serves
-                packed sequences, and adapters that begin at a token. Shape (B,) gives one per
-                request.
+                packed sequences, and adapters that begin at a token; with a cache, T are the new
+                tokens. Shape (B,) gives one per request.
             *args, **kwargs: of the model's own forward.
 
         Raises:

@@ -29,7 +29,7 @@ from lorafx.compat import no_mha_fast_path
 from lorafx.errors import BatchError, CaptureError, ConfigError
 from lorafx.program.call import AT_REST, Batch, Call
 from lorafx.program.program import Program
-from lorafx.program.roles import TOKEN_DIMS, RoleTable
+from lorafx.program.roles import RoleTable, new_tokens
 from lorafx.session.requests import Names, Requests, served_by
 from lorafx.session.running import IDLE, BaseState, Locks, Running
 from lorafx.session.stand_ins import StandIns
@@ -337,15 +337,13 @@ def _check_tokens(tokens: Tensor, roles: RoleTable, named: Mapping[str, Any]) ->
     """Raise BatchError where the arguments do not have as many tokens as there are slots."""
     rows, length = tokens.shape
     roles.check_rows(named, rows)
-    for name, dim in TOKEN_DIMS.items():
-        value = named.get(name)
-        if not isinstance(value, Tensor) or roles.role(name, value).dim != 0:
-            continue
-        if value.dim() > dim and value.shape[dim] != length:
+    for name, dim in new_tokens(named).items():
+        value = named[name]
+        if roles.role(name, value).dim == 0 and value.shape[dim] != length:
             raise BatchError(
-                f"adapter_slots has shape {(rows, length)}, and {name!r} "
-                f"{tuple(value.shape)}: calls with one slot per token take whole "
-                "sequences, without a cache of earlier tokens"
+                f"adapter_slots has shape {(rows, length)}, and {name!r} {tuple(value.shape)}; "
+                "give one slot for each token of the call. Tokens that are in a cache already have "
+                "none"
             )
 
 

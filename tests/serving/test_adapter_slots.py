@@ -10,7 +10,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo import convert_frame
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, OPTConfig
+from transformers import (
+    BertConfig,
+    BertModel,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    StaticCache,
+)
 from transformers.models.opt.modeling_opt import OPTForCausalLM
 
 import lorafx
@@ -265,3 +273,31 @@ def test_frames_of_others_between_dynamo_and_the_backend(
     slots[0, :2] = torch.tensor([0, 1])
     got = served.cm(**inputs, adapter_slots=slots)[0]
     torch.testing.assert_close(got, served.oracle(slots, **inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("cache", [DynamicCache, StaticCache])
+def test_tokens_behind_a_cache(tmp_path: Path, rows: int, cache: type) -> None:
+    """A sequence that comes in chunks gets what it gets as a whole: each token its own adapter."""
+    served = Served(_llama, tmp_path)
+    ids = torch.randint(0, VOCABULARY, (rows, 9))
+    slots = torch.randint(-1, 2, (rows, 9))
+    slots[0, :2] = slots[0, 4:6] = torch.tensor([0, 1])
+    want = served.oracle(slots, input_ids=ids)
+    config = served.base.config
+    past = cache(config=config) if cache is DynamicCache else cache(config, max_cache_len=16)
+    for start, end in ((0, 4), (4, 7), (7, 8), (8, 9)):
+        got = served.cm(
+            input_ids=ids[:, start:end],
+            attention_mask=torch.ones_like(ids[:, :end]),
+            past_key_values=past,
+            adapter_slots=slots[:, start:end],
+        )
+        torch.testing.assert_close(got[0], want[:, start:end], rtol=1e-5, atol=1e-5)
+    with pytest.raises(lorafx.BatchError, match="Tokens that are in a cache already have none"):
+        served.cm(
+            input_ids=ids[:, :1],
+            attention_mask=torch.ones(rows, 10),
+            past_key_values=past,
+            adapter_slots=torch.tensor([[0, 1]] * rows),
+        )
