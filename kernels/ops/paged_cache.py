@@ -5,9 +5,9 @@ those that the queries see.
     cache (bytes,) uint8      all pages of all layers; rows of H · D numbers in it
     read (N,), write (T,)     rows of the layer's part of the cache, int64
 
-The layer's keys begin at row `first_key`, its values at row `first_value`. An entry of `read` that
-is `sentinel` stands for the next new token. A ring keeps a window: a new token takes the row of the
-one that leaves it, so the old rows are read first. Other caches are written first.
+The layer's keys begin at row `first_key`, its values at row `first_value`. A ring keeps a window: a
+new token takes the row of the one that leaves it, so the old rows are read first, and an entry of
+`read` that is `sentinel` stands for the next new token. Other caches are written first.
 
 That is what transformers' `PagedAttentionCache.update` does (generation/continuous_batching). There
 it writes into views of one tensor, of which a functional graph would need copies; here the graph
@@ -39,32 +39,26 @@ def paged_cache(
     ring: bool,
 ) -> tuple[Tensor, Tensor]:
     """The keys and values that the queries see, (1, H, N, D), in the order of `read`."""
-    new = (read == sentinel)[:, None, None]
+    new = (read == sentinel)[:, None, None] if ring else None
     found = [
-        _updated(cache, states, first, read, write, new, ring=ring)
+        _updated(cache, states, first, read, write, new)
         for states, first in ((key, first_key), (value, first_value))
     ]
     return found[0], found[1]
 
 
 def _updated(
-    cache: Tensor,
-    states: Tensor,
-    first: int,
-    read: Tensor,
-    write: Tensor,
-    new: Tensor,
-    *,
-    ring: bool,
+    cache: Tensor, states: Tensor, first: int, read: Tensor, write: Tensor, new: Tensor | None
 ) -> Tensor:
     states = states.squeeze(0).transpose(0, 1)
     width = states.shape[1] * states.shape[2]
     flat = cache.view(states.dtype)
     rows = flat[: flat.numel() // width * width].view(-1, *states.shape[1:])[first:]
-    if not ring:
+    if new is None:
         rows.index_copy_(0, write, states)
-    seen = rows.index_select(0, read).masked_scatter_(new, states)
-    if ring:
+        seen = rows.index_select(0, read)
+    else:
+        seen = rows.index_select(0, read).masked_scatter_(new, states)
         rows.index_copy_(0, write, states)
     return seen.transpose(0, 1).unsqueeze(0)
 

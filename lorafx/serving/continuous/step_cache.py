@@ -57,10 +57,14 @@ class StepCache(PagedAttentionCache):
         no rows then), the queries see the new tokens: a graph need not tell the two apart."""
         step = StepCache.__new__(StepCache)
         step.pages, step.places = self.pages, self.places
-        sentinel = next(iter(self.places.values())).sentinel
+        rings = {place.group: place.sentinel for place in self.places.values() if place.ring}
         step.read = [
-            found.clone() if found.numel() else torch.full_like(new, sentinel)
-            for found, new in zip(read, write, strict=True)
+            rows.clone()
+            if rows.numel()
+            else torch.full_like(new, rings[group])
+            if group in rings
+            else new.clone()
+            for group, (rows, new) in enumerate(zip(read, write, strict=True))
         ]
         step.write = [rows.clone() for rows in write]
         return step
