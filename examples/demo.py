@@ -35,6 +35,12 @@ DUMPS = os.environ.get("LORAFX_DUMP", "dumps/demo")
 TOKENIZER = AutoTokenizer.from_pretrained(MODEL)
 NEW_TOKENS = 10
 BASE = "(base)"
+# How to start a server of the same model, and ask it.
+SERVE = (
+    "lorafx serve examples/demo_model --adapters examples/demo_adapters, and from another terminal "
+    "curl localhost:8000/v1/completions -H 'Content-Type: application/json' "
+    """-d '{"model": "demo_model:reverse", "prompt": "compiler>"}'"""
+)
 ROT13 = str.maketrans("abcdefghijklmnopqrstuvwxyz", "nopqrstuvwxyzabcdefghijklm")
 # What a prompt's answer should be, worked out without any model.
 EXPECTED: dict[str, Callable[[str], str]] = {
@@ -226,6 +232,9 @@ def main() -> int:
         f"{len(files)} files in {DUMPS}: each pass's graph, before and after", soft_wrap=True
     )
     check(bool(files), "every pass was dumped")
+
+    heading("serve it")
+    console.print(SERVE, markup=False, soft_wrap=True)
 
     console.print(f"\n{time.perf_counter() - started:.0f} s")
     if failures:

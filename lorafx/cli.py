@@ -3,8 +3,9 @@
     lorafx inspect ADAPTER              modules, ranks and scales of a PEFT adapter folder
     lorafx explain MODEL [--target T]   sites and banks of a Hugging Face model, on the meta device
     lorafx cache list | clear           graphs that Options(cache=...) has saved
+    lorafx serve MODEL --adapters F     an HTTP server in OpenAI's form (docs/serving.md)
 
-Needs the extra `cli` (typer, rich); `explain` also needs `hf`.
+Needs the extra `cli` (typer, rich); `explain` also needs `hf`, and `serve` needs `serve`.
 """
 
 from __future__ import annotations
@@ -67,6 +68,39 @@ def explain(
     print(lorafx.explain(module, config))
 
 
+def serve(
+    model: str,
+    adapters: Annotated[Path | None, "folder of adapter folders, or one adapter's"] = None,
+    name: Annotated[str | None, "what requests call the base model"] = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_adapters: int = 8,
+    max_rank: int | None = None,
+    target: Annotated[list[str] | None, "module names, suffixes or all-linear"] = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    page_size: int | None = None,
+    num_blocks: int | None = None,
+    max_batch_tokens: int | None = None,
+    max_memory_percent: float | None = None,
+    temperature: float | None = None,
+    lowering: str = "auto",
+    cache: str | None = None,
+    allow_runtime_loading: bool = False,
+    adapter_root: Path | None = None,
+    drain: Annotated[int | None, "seconds"] = None,
+) -> None:
+    """Serve MODEL, a folder or a name on the hub, and its adapters over HTTP, in OpenAI's form."""
+    given = dict(locals())
+    from lorafx.server.requirements import check_requirements
+
+    check_requirements()
+    from lorafx.server.run import run
+    from lorafx.server.settings import Settings
+
+    run(Settings(**{**given, "target": tuple(target or ())}))
+
+
 Folder = Annotated[Path | None, "the folder; without it the one of Options(cache=True)"]
 
 
@@ -116,6 +150,7 @@ def main() -> None:
     app = typer.Typer(add_completion=False, no_args_is_help=True)
     app.command()(inspect)
     app.command()(explain)
+    app.command()(serve)
     cache = typer.Typer(no_args_is_help=True, help="Graphs that Options(cache=...) has saved.")
     cache.command("list")(list_saved)
     cache.command("clear")(clear_saved)

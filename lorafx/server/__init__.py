@@ -1,0 +1,1 @@
+"""`lorafx serve`: transformers' own HTTP server, and the model's name chooses the adapter."""

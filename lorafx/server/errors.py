@@ -1,0 +1,82 @@
+"""Errors, answered in OpenAI's form: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from transformers.cli.serving.utils import CBWorkerDeadError
+
+from lorafx.errors import BatchError, LorafxError, UnknownAdapterError
+
+
+class RequestError(LorafxError):
+    """A request that is refused.
+
+    Args:
+        status: of the answer.
+        message: what is wrong, and the way out.
+        param: the field that is wrong.
+        code: one of OpenAI's codes, where it has one.
+    """
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+
+
+#: The status of errors that come from below. A BatchError says that the engine takes no requests.
+_STATUS: Mapping[type[LorafxError], int] = {
+    UnknownAdapterError: 404,
+    BatchError: 503,
+}
+
+
+def status_of(error: BaseException) -> int:
+    """The status that an error is answered with."""
+    if isinstance(error, RequestError):
+        return error.status
+    if isinstance(error, HTTPException):
+        return error.status_code
+    if isinstance(error, CBWorkerDeadError):
+        return 503
+    return next((status for cls, status in _STATUS.items() if isinstance(error, cls)), 500)
+
+
+def answer_errors(app: FastAPI) -> None:
+    """Have `app` answer all errors in OpenAI's form."""
+
+    async def lorafx_error(_: Request, error: Exception) -> JSONResponse:
+        return _answer(
+            status_of(error),
+            str(error),
+            getattr(error, "param", None),
+            getattr(error, "code", None),
+        )
+
+    async def http_error(_: Request, error: Exception) -> JSONResponse:
+        return _answer(status_of(error), str(getattr(error, "detail", error)))
+
+    async def malformed(_: Request, error: Exception) -> JSONResponse:
+        return _answer(400, f"the body is not a JSON object: {error}")
+
+    app.add_exception_handler(LorafxError, lorafx_error)
+    app.add_exception_handler(CBWorkerDeadError, lorafx_error)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(RequestValidationError, malformed)
+
+
+def _answer(
+    status: int, message: str, param: str | None = None, code: str | None = None
+) -> JSONResponse:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return JSONResponse(
+        {"error": {"message": message, "type": kind, "param": param, "code": code}}, status
+    )

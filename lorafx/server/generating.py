@@ -1,0 +1,223 @@
+"""What transformers' handlers generate with: the engine, with the adapter of each request.
+
+handler ── get_manager("base:adapter") ─▶ AdapterGeneration ── Route ─▶ AdapterBatchingManager
+                                          one for each request          one for the server
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from uuid import uuid4
+
+from transformers import GenerationConfig
+from transformers.cli.serving.utils import (
+    CBGenerateManager,
+    CBWorkerDeadError,
+    GenerationState,
+)
+
+from lorafx.adapter_store.store import BASE
+from lorafx.server.errors import RequestError
+from lorafx.server.metrics import Metrics
+from lorafx.server.served_model import ServedModel
+from lorafx.serving.continuous.manager import AdapterBatchingManager
+
+#: What temperature 0 is where others sample in the same batch: the likeliest token, unless another
+#: is as likely to 1e-5.
+COLDEST = 1e-5
+
+
+class Route:
+    """The engine as one request sees it: requests get an adapter, and outputs come back here.
+
+    The handler of outputs is registered with the engine before the request is added. transformers
+    adds a streaming request first, so the last output of a short one could go astray.
+
+    Args:
+        engine: serves the request.
+        adapter: its adapter; None is the base model.
+        failed: called where its generation fails.
+    """
+
+    def __init__(
+        self, engine: AdapterBatchingManager, adapter: str | None, failed: Callable[[], None]
+    ) -> None:
+        self._engine = engine
+        self._adapter = adapter
+        self._failed = failed
+        self._callback: Callable[[Any], None] | None = None
+        self.sampling: dict[str, Any] = {}
+
+    @property
+    def background_thread_status(self) -> Any:
+        return self._engine.background_thread_status
+
+    def register_result_handler(self, request_id: str, callback: Callable[[Any], None]) -> None:
+        self._callback = callback
+
+    def add_request(
+        self, input_ids: list[int], request_id: str, *, streaming: bool, **request: Any
+    ) -> str:
+        def deliver(output: Any) -> None:
+            # On the event loop, whose thread has registered the callback by now.
+            assert self._callback is not None
+            if output.error is not None:
+                self._failed()
+                if streaming:  # it is put between the quotes of a JSON string
+                    output = replace(output, error=json.dumps(output.error)[1:-1])
+            self._callback(output)
+
+        self._engine.register_result_handler(request_id, deliver)
+        try:
+            return self._engine.add_request(
+                input_ids,
+                request_id=request_id,
+                adapter=self._adapter,
+                streaming=streaming,
+                **request,
+                **self.sampling,
+            )
+        except BaseException:
+            self._forget(request_id)
+            raise
+
+    def cancel_request(self, request_id: str) -> None:
+        self._engine.cancel_request(request_id)
+        self._forget(request_id)  # the engine says nothing more about it
+
+    def _forget(self, request_id: str) -> None:
+        router = self._engine.output_router
+        with router._lock:
+            router.result_handlers.pop(request_id, None)
+
+
+class AdapterGeneration(CBGenerateManager):
+    """Generates for one request.
+
+    Args:
+        route: to the engine.
+        sampled: whether the engine samples.
+        room: the most tokens that a prompt and its answer may have together.
+    """
+
+    def __init__(self, route: Route, sampled: bool, room: int) -> None:
+        super().__init__()
+        self._cb: Any = route
+        self._sampled = sampled
+        self._room = room
+
+    def generate_streaming(
+        self,
+        model: Any,
+        processor: Any,
+        inputs: dict[str, Any],
+        gen_config: GenerationConfig,
+        request_id: str,
+        response_parser: Any = None,
+    ) -> tuple[Any, Any]:
+        """As transformers'. Clients name their requests; the engine gets names of its own, since
+        two that are alike would mix the answers."""
+        self._prepare(inputs, gen_config)
+        return super().generate_streaming(
+            model, processor, inputs, gen_config, uuid4().hex, response_parser
+        )
+
+    async def generate_non_streaming(
+        self,
+        model: Any,
+        processor: Any,
+        inputs: dict[str, Any],
+        gen_config: GenerationConfig,
+        request_id: str,
+    ) -> tuple[str, int, list[int]]:
+        """As transformers'; see `generate_streaming` for the name."""
+        self._prepare(inputs, gen_config)
+        try:
+            return await super().generate_non_streaming(
+                model, processor, inputs, gen_config, uuid4().hex
+            )
+        except CBWorkerDeadError:
+            raise
+        except RuntimeError as error:
+            raise RequestError(500, str(error)) from error
+
+    def stop(self) -> None:
+        """Nothing: the engine is the server's."""
+
+    def _prepare(self, inputs: dict[str, Any], config: GenerationConfig) -> None:
+        """Raise RequestError where the prompt is too long or empty; have the answer fit."""
+        length = len(inputs["input_ids"])
+        if not length:
+            raise RequestError(400, "the prompt has no tokens; write something", param="prompt")
+        if length >= self._room:
+            raise RequestError(
+                400,
+                f"the prompt has {length} tokens, and prompt and answer together may have "
+                f"{self._room}; shorten it",
+                code="context_length_exceeded",
+            )
+        config.max_new_tokens = min(config.max_new_tokens, self._room - length)
+        if self._sampled:
+            self._cb.sampling = {
+                "temperature": max(float(config.temperature), COLDEST),
+                "top_p": float(config.top_p),
+            }
+
+
+class Generation(GenerationState):
+    """Gives each request of the server its manager.
+
+    Args:
+        served: the model.
+        engine: its engine, warmed up.
+        metrics: count failures.
+    """
+
+    def __init__(
+        self, served: ServedModel, engine: AdapterBatchingManager, metrics: Metrics
+    ) -> None:
+        super().__init__(continuous_batching=True)
+        self._served = served
+        self._engine = engine
+        self._metrics = metrics
+        self.room = _room(served, engine)
+
+    @property
+    def config(self) -> GenerationConfig:
+        """How tokens are chosen where a request does not say."""
+        return self._engine.generation_config
+
+    @property
+    def sampled(self) -> bool:
+        """Whether tokens are sampled; otherwise each is the likeliest."""
+        return bool(self.config.do_sample)
+
+    def use_continuous_batching(self, model: Any, modality: Any) -> bool:
+        """Always."""
+        return True
+
+    def get_manager(self, model_id: str, use_cb: bool = False) -> AdapterGeneration:
+        """For a request that asks for this model."""
+        adapter = self._served.adapter_of(model_id)
+        label = BASE if adapter is None else adapter
+        route = Route(self._engine, adapter, lambda: self._metrics.failed(label))
+        return AdapterGeneration(route, self.sampled, self.room)
+
+    def is_cb_alive(self) -> bool:
+        """Whether the engine takes requests."""
+        return self._engine.background_thread_status.can_accept_new_requests() is None
+
+    def shutdown(self) -> None:
+        """Nothing: who opened the server closes it."""
+
+
+def _room(served: ServedModel, engine: AdapterBatchingManager) -> int:
+    """The most tokens of one request: the model's positions, or those that the cache holds."""
+    model: Any = served.compiled.model
+    assert engine.batch_processor is not None
+    cache = int(engine.batch_processor.cache.max_tokens_read)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return cache if positions is None else min(cache, int(positions))

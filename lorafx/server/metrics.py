@@ -1,0 +1,83 @@
+"""What a server counts, as Prometheus reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.core import CounterMetricFamily, Metric
+
+from lorafx.session.statistics import Statistics
+
+#: The adapter of requests that ask for what there is not. Their own words would be labels without
+#: end.
+UNKNOWN = "__unknown__"
+
+
+class Metrics:
+    """The counts of one server.
+
+    Args:
+        stats: gives the model's own counts, `CompiledModel.stats`.
+    """
+
+    def __init__(self, stats: Callable[[], Statistics]) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "lorafx_requests",
+            "Requests that have ended, by adapter and status; 499: the client went away",
+            ["adapter", "status"],
+            registry=self._registry,
+        )
+        self._failures = Counter(
+            "lorafx_failures",
+            "Requests whose generation failed, also after the answer had begun",
+            ["adapter"],
+            registry=self._registry,
+        )
+        self._running = Gauge(
+            "lorafx_requests_running",
+            "Requests that are being answered",
+            registry=self._registry,
+        )
+        self._registry.register(_Adapters(stats))
+
+    def began(self) -> None:
+        """A request has come."""
+        self._running.inc()
+
+    def ended(self, adapter: str, status: int) -> None:
+        """A request has been answered, or given up."""
+        self._running.dec()
+        self._requests.labels(adapter, str(status)).inc()
+
+    def failed(self, adapter: str) -> None:
+        """The generation of a request has failed."""
+        self._failures.labels(adapter).inc()
+
+    def text(self) -> bytes:
+        """All counts in Prometheus's format."""
+        return generate_latest(self._registry)
+
+
+class _Adapters:
+    """The counts of `Statistics` at the moment at which they are read."""
+
+    def __init__(self, stats: Callable[[], Statistics]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        for name, text, value in (
+            ("hits", "Adapters of a batch that were in a slot already", stats.hits),
+            ("loads", "Adapters that were written into a slot", stats.loads),
+            ("evictions", "Adapters that lost their slot to another", stats.evictions),
+            ("waits", "Requests that were ready for a step and had no slot in it", stats.waits),
+        ):
+            yield CounterMetricFamily(f"lorafx_adapter_{name}", text, value=value)
+        tokens = CounterMetricFamily(
+            "lorafx_tokens", "Tokens that have been run, prompts included", labels=["adapter"]
+        )
+        for adapter, count in stats.tokens.items():
+            tokens.add_metric([adapter], count)
+        yield tokens

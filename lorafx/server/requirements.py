@@ -1,0 +1,21 @@
+"""What the server needs besides lorafx's own requirements."""
+
+from __future__ import annotations
+
+import importlib
+
+from lorafx.errors import ConfigError
+
+_MODULES = ("fastapi", "uvicorn", "openai", "prometheus_client", "transformers.cli.serving.server")
+
+
+def check_requirements() -> None:
+    """Raise ConfigError where something that the server needs is not installed."""
+    for module in _MODULES:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ConfigError(
+                f"lorafx serve needs {module}, which cannot be imported ({error}): "
+                "pip install 'lorafx[serve]'"
+            ) from error

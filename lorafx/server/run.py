@@ -1,0 +1,155 @@
+"""A server from its start to its end: load, warm up, answer, drain."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+from lorafx.api import compile as compile_model
+from lorafx.errors import ConfigError
+from lorafx.progress import progress
+from lorafx.server.app import build_app
+from lorafx.server.served_model import ServedModel
+from lorafx.server.settings import Settings
+from lorafx.serving.compiled import CompiledModel
+
+
+class Opened(NamedTuple):
+    """A model in service."""
+
+    app: FastAPI
+    compiled: CompiledModel
+    engine: Any
+
+
+def run(settings: Settings) -> None:
+    """Serve until SIGTERM or Ctrl-C; then answer what is under way, and return.
+
+    Raises:
+        ConfigError: the address is taken, or the model cannot be served.
+        Whatever `opened` raises.
+    """
+    bound = settings.bind()
+    with bound, opened(settings) as server:
+        host, port = bound.getsockname()[:2]
+        name, count = settings.served_name, len(server.compiled.adapters)
+        print(
+            f"lorafx: serving {name!r} and {count} adapters on http://{host}:{port}/v1", flush=True
+        )
+        config = uvicorn.Config(
+            server.app, log_level="warning", timeout_graceful_shutdown=settings.drain
+        )
+        with _drained():
+            uvicorn.Server(config).run(sockets=[bound])
+
+
+@contextmanager
+def opened(settings: Settings) -> Iterator[Opened]:
+    """The model of `settings`, loaded, compiled and warmed up, with its application.
+
+    Raises:
+        ConfigError: the model or its tokenizer cannot be loaded, or cannot be served.
+        Whatever `lorafx.compile` raises of adapters.
+    """
+    tokenizer = _tokenizer(settings)
+    with progress(f"loading {settings.served_name}"):
+        model = _model(settings)
+    with progress(f"adding {len(settings.found)} adapters"):
+        compiled = compile_model(
+            model,
+            settings.lora_config(),
+            adapters=dict(settings.found),
+            options=settings.options(),
+        )
+    engine_config = ContinuousBatchingConfig(
+        **settings.engine(model.device.type == "cpu"), per_request_processors=True
+    )
+    block = compiled.continuous_batching(_generation(settings, model), engine_config)
+    with block as engine:
+        served = ServedModel(compiled, tokenizer, settings.served_name)
+        try:
+            yield Opened(build_app(served, engine, settings.root()), compiled, engine)
+        finally:
+            # Who waited for an answer has it, or has gone.
+            engine.stop(hard_stop=True)
+
+
+def _tokenizer(settings: Settings) -> PreTrainedTokenizerFast:
+    with _readable(settings.model):
+        AutoConfig.from_pretrained(settings.model)
+        tokenizer: Any = AutoTokenizer.from_pretrained(settings.model)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ConfigError(
+            f"the tokenizer of {settings.model} is a {type(tokenizer).__name__}, which cannot "
+            "decode a stream of tokens; the server needs one with a tokenizer.json"
+        )
+    return tokenizer
+
+
+def _model(settings: Settings) -> Any:
+    dtype = "auto" if settings.dtype is None else getattr(torch, settings.dtype, None)
+    if dtype != "auto" and not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"--dtype {settings.dtype}: torch has no dtype of this name")
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with _readable(settings.model):
+        model = AutoModelForCausalLM.from_pretrained(
+            settings.model, dtype=dtype, attn_implementation="sdpa"
+        )
+    moved: Any = model
+    return moved.to(device).eval().requires_grad_(False)
+
+
+@contextmanager
+def _readable(model: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{model} cannot be loaded: {error}") from error
+
+
+def _generation(settings: Settings, model: Any) -> GenerationConfig:
+    """How tokens are chosen where a request does not say."""
+    own = model.generation_config
+    temperature = settings.temperature
+    if temperature is None:
+        temperature = (own.temperature or 1.0) if own.do_sample else 0.0
+    tokens = {name: getattr(own, name) for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
+    if temperature == 0:
+        return GenerationConfig(**tokens, do_sample=False)
+    # The engine lets requests choose what is not neutral at its start. The numbers next to one are
+    # one in float32, in which it reckons.
+    return GenerationConfig(
+        **tokens,
+        do_sample=True,
+        temperature=math.nextafter(1.0, 2.0) if temperature == 1 else temperature,
+        top_p=math.nextafter(1.0, 0.0) if own.top_p in (None, 1.0) else own.top_p,
+        top_k=own.top_k if own.do_sample and own.top_k else 0,
+    )
+
+
+@contextmanager
+def _drained() -> Iterator[None]:
+    """uvicorn answers what is under way when a signal comes, and then sends itself the signal
+    again. Here that has no effect, so that the engine is stopped too."""
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda *_: None) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,105 @@
+"""Adapters that clients load and unload, from one folder and only where that is switched on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lorafx.adapter_store.store import BASE
+from lorafx.errors import LorafxError, nearest
+from lorafx.server.errors import RequestError
+from lorafx.server.served_model import ServedModel
+
+
+class AdapterLoading:
+    """What /v1/load_lora_adapter and /v1/unload_lora_adapter do.
+
+    Args:
+        served: the model.
+        root: the folder in which adapters may lie; None: nothing is loaded or unloaded.
+    """
+
+    def __init__(self, served: ServedModel, root: Path | None) -> None:
+        self._served = served
+        self._root = None if root is None else root.resolve()
+
+    def load(self, body: dict[str, Any]) -> str:
+        """Load the adapter in folder `lora_path` as `lora_name`, and say so.
+
+        Raises:
+            RequestError: 403, it is switched off, or the folder is not in the allowed one; 404,
+                there is no such folder; 400, the name is taken, or the adapter cannot be served.
+        """
+        root = self._allowed()
+        name, path = _text(body, "lora_name"), _text(body, "lora_path")
+        compiled = self._served.compiled
+        if name == BASE:
+            raise RequestError(400, f"{BASE!r} is the base model", param="lora_name")
+        if name in compiled.adapters and body.get("load_inplace") is not True:
+            raise RequestError(
+                400,
+                f"an adapter {name!r} is loaded; unload it first, or send "
+                '"load_inplace": true to replace it',
+                param="lora_name",
+            )
+        folder = _inside(root, path)
+        try:
+            compiled.load_adapter(folder, name)
+        except LorafxError as error:
+            raise RequestError(400, str(error), param="lora_path") from error
+        return f"Success: LoRA adapter '{name}' added successfully."
+
+    def unload(self, body: dict[str, Any]) -> str:
+        """Unload `lora_name`, and say so. Requests that it is serving go on.
+
+        Raises:
+            RequestError: 403, it is switched off; 404, no such adapter is loaded.
+        """
+        self._allowed()
+        name = _text(body, "lora_name")
+        compiled = self._served.compiled
+        if name not in compiled.adapters:
+            raise RequestError(
+                404, f"no adapter {name!r} is loaded{nearest(name, compiled.adapters)}"
+            )
+        compiled.unload_adapter(name)
+        return f"Success: LoRA adapter '{name}' removed successfully."
+
+    def _allowed(self) -> Path:
+        if self._root is None:
+            raise RequestError(
+                403,
+                "this server loads and unloads no adapters on request; start it with "
+                "--allow-runtime-loading to have it do so",
+            )
+        return self._root
+
+
+def _text(body: dict[str, Any], field: str) -> str:
+    value = body.get(field)
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise RequestError(400, f"`{field}` is a non-empty string; got {value!r}", param=field)
+    return value
+
+
+def _inside(root: Path, path: str) -> Path:
+    """The folder that `path` leads to, relative to `root`, which it and its files have to be in
+    after all links have been followed.
+
+    Raises:
+        RequestError: 403, something is elsewhere; nothing is said about what is there. 404.
+    """
+    outside = RequestError(
+        403, f"{path!r} is not inside the folder that adapters are loaded from", param="lora_path"
+    )
+    try:
+        folder = (root / path).resolve()
+        if not folder.is_relative_to(root):
+            raise outside
+        if not folder.is_dir():
+            raise RequestError(404, f"there is no folder {path!r}", param="lora_path")
+        if any(not file.resolve().is_relative_to(root) for file in folder.iterdir()):
+            raise outside
+    except (OSError, RuntimeError) as error:  # a loop of links, a name that is too long
+        raise outside from error
+    return folder

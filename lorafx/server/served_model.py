@@ -1,0 +1,79 @@
+"""The one model of a server and its adapters, by the names that requests give them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+from transformers.cli.serving.model_manager import ModelManager
+
+from lorafx.errors import nearest
+from lorafx.server.errors import RequestError
+from lorafx.serving.compiled import CompiledModel
+
+
+class ServedModel(ModelManager):
+    """What transformers' server asks for models: here one, that stays.
+
+    Args:
+        compiled: the model with its adapters.
+        tokenizer: its tokenizer.
+        name: the base model is asked for by `name`, an adapter by `name:adapter`.
+    """
+
+    def __init__(
+        self, compiled: CompiledModel, tokenizer: PreTrainedTokenizerFast, name: str
+    ) -> None:
+        super().__init__()
+        self.get_gen_models: Any = self.listed  # a static method there
+        self.compiled = compiled
+        self.tokenizer = tokenizer
+        self.name = name
+        self._created = int(time.time())
+
+    def names(self) -> list[str]:
+        """What requests may ask for."""
+        return [self.name, *(self.name_of(adapter) for adapter in self.compiled.adapters)]
+
+    def name_of(self, adapter: str | None) -> str:
+        """What requests ask for `adapter` by."""
+        return self.name if adapter is None else f"{self.name}:{adapter}"
+
+    def adapter_of(self, asked: object) -> str | None:
+        """The adapter that a request asks for; None is the base model.
+
+        Raises:
+            RequestError: 400, it asks for nothing; 404, for what there is not.
+        """
+        if not isinstance(asked, str) or not asked:
+            raise RequestError(
+                400,
+                f"the field `model` says what is to answer: {self.name!r} for the base model, "
+                f'"{self.name}:ADAPTER" for an adapter; got {asked!r}',
+                param="model",
+            )
+        if asked == self.name:
+            return None
+        adapter = asked.removeprefix(f"{self.name}:")
+        if adapter != asked and adapter in self.compiled.adapters:
+            return adapter
+        raise RequestError(
+            404,
+            f"there is no model {asked!r}{nearest(asked, self.names())}; the base model is "
+            f'{self.name!r}, an adapter "{self.name}:ADAPTER", and GET /v1/models lists all',
+            param="model",
+            code="model_not_found",
+        )
+
+    def listed(self) -> list[dict[str, Any]]:
+        """The entries of /v1/models."""
+        entry = {"object": "model", "created": self._created, "owned_by": "lorafx"}
+        base, *adapters = self.names()
+        return [
+            {"id": base, **entry, "parent": None},
+            *({"id": name, **entry, "parent": base} for name in adapters),
+        ]
+
+    def shutdown(self) -> None:
+        """Nothing: who opened the server closes it."""

@@ -1,0 +1,217 @@
+"""What `lorafx serve` is told, checked as far as can be before anything is loaded."""
+
+from __future__ import annotations
+
+import socket
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorafx.adapter_store.checkpoint import PICKLED, SAFETENSORS
+from lorafx.adapter_store.peft_config import PeftConfig
+from lorafx.config import LoraConfig, Options
+from lorafx.errors import CapacityError, CheckpointError, ConfigError, LorafxWarning
+
+CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is served.
+
+    Attributes:
+        model: a folder with a model and its tokenizer, or a name on the hub.
+        adapters: a folder with one folder for each adapter, which is named after it, or the folder
+            of one adapter. None only where adapters are loaded on request.
+        name: what requests ask for; None for the last part of `model` where that is a folder, else
+            for `model`.
+        host, port: where requests are taken.
+        max_adapters: how many adapters can be in one batch.
+        max_rank: the largest rank; None for that of `adapters`, at least 16 where others may come.
+        target: the modules that may carry LoRA, as `LoraConfig.target_modules`; None for those that
+            `adapters` target.
+        dtype, device: of the model, as torch names them; None for what its files say, and a GPU
+            where there is one.
+        page_size, num_blocks, max_batch_tokens, max_memory_percent: of the engine's cache and
+            batches, as in transformers' `ContinuousBatchingConfig`; None for what that says, but on
+            a CPU a tenth of the memory.
+        temperature: of requests that do not say; 0 takes the likeliest token, and then all requests
+            do. None for what the model's generation configuration says.
+        lowering, cache: as in `Options`.
+        allow_runtime_loading: whether clients may load and unload adapters.
+        adapter_root: the folder from which they may; None for `adapters`.
+        drain: seconds to wait for the requests that are under way when the server is stopped; None
+            waits for all of them.
+    """
+
+    model: str
+    adapters: Path | None = None
+    name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_adapters: int = 8
+    max_rank: int | None = None
+    target: tuple[str, ...] = ()
+    dtype: str | None = None
+    device: str | None = None
+    page_size: int | None = None
+    num_blocks: int | None = None
+    max_batch_tokens: int | None = None
+    max_memory_percent: float | None = None
+    temperature: float | None = None
+    lowering: str = "auto"
+    cache: str | None = None
+    allow_runtime_loading: bool = False
+    adapter_root: Path | None = None
+    drain: int | None = None
+    #: name -> folder, found in `adapters`
+    found: Mapping[str, Path] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Look at all of it.
+
+        Raises:
+            ConfigError: a value or a folder that cannot be used.
+            CheckpointError, CapacityError: an adapter that cannot be served.
+        """
+        for name in ("max_adapters", "max_rank", "page_size", "num_blocks", "max_batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{_option(name)} is at least 1; got {value}")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port is a number from 0 to 65535; got {self.port}")
+        for name in ("temperature", "drain"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ConfigError(f"{_option(name)} is not below 0; got {value}")
+        share = self.max_memory_percent
+        if share is not None and not 0 < share <= 1:
+            raise ConfigError(f"--max-memory-percent is between 0 and 1; got {share}")
+        self.options()
+        folder = Path(self.model)
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            raise ConfigError(f"{folder} is no model: it has no config.json")
+        if not folder.is_dir() and (folder.is_absolute() or self.model.startswith(".")):
+            raise ConfigError(f"there is no folder {folder}")
+        root = self.root()
+        if root is not None and not root.is_dir():
+            raise ConfigError(f"{root}, from which adapters are to be loaded, is not a folder")
+        if self.adapters is not None:
+            object.__setattr__(self, "found", _found(self.adapters))
+        self._check_adapters()
+
+    @property
+    def served_name(self) -> str:
+        """What requests ask for."""
+        folder = Path(self.model)
+        return self.name or (folder.resolve().name if folder.is_dir() else self.model)
+
+    def root(self) -> Path | None:
+        """The folder from which clients may load adapters; None where they may not.
+
+        Raises:
+            ConfigError: it is not said which.
+        """
+        if not self.allow_runtime_loading:
+            if self.adapter_root is not None:
+                raise ConfigError("--adapter-root does nothing without --allow-runtime-loading")
+            return None
+        root = self.adapter_root or self.adapters
+        if root is None:
+            raise ConfigError(
+                "--allow-runtime-loading needs the folder that adapters may be loaded from: "
+                "--adapter-root FOLDER"
+            )
+        return root
+
+    def options(self) -> Options:
+        """How the model is compiled."""
+        return Options.of({"lowering": self.lowering, "cache": self.cache})
+
+    def lora_config(self) -> LoraConfig:
+        """Which modules carry LoRA, with room for how many adapters."""
+        targets: Any = list(self.target) or None
+        return LoraConfig(
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
+            max_adapters=self.max_adapters,
+            max_rank=self.max_rank or max(self._largest_rank(), 16 if self.root() else 1),
+            use_dora=any(PeftConfig.read(folder).use_dora for folder in self.found.values()),
+        )
+
+    def engine(self, on_cpu: bool) -> dict[str, Any]:
+        """Of `ContinuousBatchingConfig`."""
+        names = ("page_size", "num_blocks", "max_batch_tokens", "max_memory_percent")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if on_cpu and not {"num_blocks", "max_memory_percent"} & given.keys():
+            given["max_memory_percent"] = 0.1
+        return given
+
+    def bind(self) -> socket.socket:
+        """A socket on `host` and `port`, which does not listen yet.
+
+        Raises:
+            ConfigError: they cannot be had.
+        """
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(
+                self.host, self.port, type=socket.SOCK_STREAM
+            )[0]
+            bound = socket.socket(family, kind, protocol)
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError as error:
+            raise ConfigError(
+                f"no requests can be taken on {self.host}, port {self.port}: {error}; choose "
+                "others with --host and --port"
+            ) from error
+        return bound
+
+    def _largest_rank(self) -> int:
+        ranks = (PeftConfig.read(folder).max_rank for folder in self.found.values())
+        return max((rank for rank in ranks if rank is not None), default=1)
+
+    def _check_adapters(self) -> None:
+        if not self.found and not self.allow_runtime_loading:
+            raise ConfigError(
+                "there is no adapter to serve: name a folder of adapters with --adapters, or let "
+                "clients load some with --allow-runtime-loading"
+            )
+        for name, folder in self.found.items():
+            rank = PeftConfig.read(folder).max_rank
+            if self.max_rank is not None and rank is not None and rank > self.max_rank:
+                raise CapacityError(
+                    f"{name!r} in {folder} has rank {rank}, which is more than --max-rank "
+                    f"{self.max_rank}"
+                )
+            if not any((folder / file).is_file() for file in (SAFETENSORS, PICKLED)):
+                raise CheckpointError(
+                    f"{folder} holds no adapter weights: neither {SAFETENSORS} nor {PICKLED}"
+                )
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _found(folder: Path) -> dict[str, Path]:
+    """The adapters in `folder`, by the names of their folders.
+
+    Raises:
+        ConfigError: it is no folder, or is in use by none.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"--adapters: {folder} is not a folder")
+    if (folder / CONFIG).is_file():
+        return {folder.resolve().name: folder}
+    inside = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    found = {path.name: path for path in inside if (path / CONFIG).is_file()}
+    others = [path.name for path in inside if path.name not in found]
+    if others:
+        warnings.warn(
+            f"{', '.join(others[:10])} in {folder} have no {CONFIG} and are not served",
+            LorafxWarning,
+            stacklevel=2,
+        )
+    return found

@@ -1,0 +1,131 @@
+"""A tiny Llama on disk with a tokenizer and adapters, served; what it has to answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import torch
+from dense_merge import Case, build_case
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from lorafx.server.run import Opened, opened
+from lorafx.server.settings import Settings
+
+#: Sizes of the engine that make chunks and pages small.
+SMALL = {"page_size": 4, "num_blocks": 256, "max_batch_tokens": 48, "lowering": "reference"}
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "user", "assistant", "system"]
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "{{ m.role }} {{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant{% endif %}"
+)
+
+
+def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """Each word is a token: the roles, and w7, w8, ... Prompts begin with <s>."""
+    words = {
+        word: i for i, word in enumerate([*WORDS, *(f"w{i}" for i in range(len(WORDS), size))])
+    }
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        chat_template=TEMPLATE,
+    )
+
+
+@dataclass
+class Files:
+    """A model `tiny` and adapters a0 to a4 on disk."""
+
+    case: Case
+    tokenizer: PreTrainedTokenizerFast
+    model: Path
+    adapters: Path
+
+    def text(self, adapter: str | None, ids: list[int], new: int) -> str:
+        """What the base with `adapter` merged into it goes on with, greedily."""
+        model: Any = self.case.alone(adapter)
+        prompt = torch.tensor([ids])
+        tokens = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        said = self.tokenizer.decode(tokens[0, len(ids) :], skip_special_tokens=True)
+        assert isinstance(said, str)
+        return said
+
+    def chat_ids(self, words: str) -> list[int]:
+        """The prompt of one message of the user's."""
+        message = [{"role": "user", "content": words}]
+        return list(
+            self.tokenizer.apply_chat_template(message, add_generation_prompt=True)["input_ids"]
+        )
+
+
+def write_files(folder: Path) -> Files:
+    case = build_case("llama", folder / "adapters")
+    base: Any = case.base
+    tokenizer = word_tokenizer(base.config.vocab_size)
+    base.save_pretrained(folder / "tiny")
+    tokenizer.save_pretrained(folder / "tiny")
+    return Files(case, tokenizer, folder / "tiny", folder / "adapters")
+
+
+@contextmanager
+def serving(files: Files, **settings: Any) -> Iterator[Opened]:
+    given = {**SMALL, "adapters": files.adapters, **settings}
+    with opened(Settings(str(files.model), **given)) as server:
+        yield server
+
+
+@asynccontextmanager
+async def client_of(server: Opened) -> AsyncIterator[httpx2.AsyncClient]:
+    """An HTTP client of the application, without a network."""
+    transport = httpx2.ASGITransport(app=server.app)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    """The events of a stream."""
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line.strip()]
+    return [json.loads(line) for line in lines]
+
+
+def said(path: str, text: str) -> str:
+    """The words of a stream of one of the three routes."""
+    found = events(text)
+    assert not any("error" in event and event["error"] for event in found), found
+    if path == "/v1/responses":
+        return "".join(e["delta"] for e in found if e["type"] == "response.output_text.delta")
+    if path == "/v1/completions":
+        return "".join(e["choices"][0]["text"] for e in found)
+    return "".join(e["choices"][0]["delta"].get("content") or "" for e in found)
+
+
+def question(path: str, words: str, new: int, **others: Any) -> Mapping[str, Any]:
+    """The body of a request of one of the three routes."""
+    if path == "/v1/completions":
+        return {"prompt": words, "max_tokens": new, **others}
+    if path == "/v1/responses":
+        return {"input": words, "max_output_tokens": new, **others}
+    messages = [{"role": "user", "content": words}]
+    return {"messages": messages, "max_completion_tokens": new, **others}

@@ -1,0 +1,164 @@
+"""Requests that are refused, in OpenAI's form, and what the server counts."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+import pytest
+from served import client_of, question, said
+
+CHAT = "/v1/chat/completions"
+
+
+def post(server, path, **body):
+    async def ask():
+        async with client_of(server) as client:
+            return await client.post(path, json=body)
+
+    return asyncio.run(ask())
+
+
+def get(server, path):
+    async def ask():
+        async with client_of(server) as client:
+            return await client.get(path)
+
+    return asyncio.run(ask())
+
+
+def test_models(server):
+    listed = get(server, "/v1/models").json()["data"]
+    assert [entry["id"] for entry in listed] == ["tiny", *(f"tiny:a{i}" for i in range(5))]
+    assert {entry["parent"] for entry in listed} == {None, "tiny"}
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses"])
+@pytest.mark.parametrize(
+    "name", ["tiny:a9", "a1", "tini", "tiny:__base__", "tiny:", "tiny:a1.gguf"]
+)
+def test_unknown_names_are_404_and_name_the_nearest(server, path, name):
+    answer = post(server, path, model=name, **question(path, "w9", 2))
+    assert answer.status_code == 404
+    error = answer.json()["error"]
+    assert error["code"] == "model_not_found"
+    assert repr(name) in error["message"]
+    assert "tiny" in error["message"]
+    if name == "tiny:a9":
+        assert "nearest: tiny:a" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "word"),
+    [
+        ({}, "model"),
+        ({"model": 3}, "model"),
+        ({"model": "tiny", "messages": None}, "list of messages"),
+        ({"model": "tiny", "messages": [{"content": "w9"}]}, "role"),
+        (
+            {
+                "model": "tiny",
+                "messages": [
+                    {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}
+                ],
+            },
+            "image_url",
+        ),
+        ({"model": "tiny", "messages": [{"role": "tool", "content": "w9"}]}, "no tools here"),
+        ({"model": "tiny", "messages": [], "n": 2}, "`n`"),
+        ({"model": "tiny", "messages": [], "stop": ["w9"]}, "`stop`"),
+        ({"model": "tiny", "messages": [], "max_tokens": 0}, "at least 1"),
+        ({"model": "tiny", "messages": [], "max_tokens": "7"}, "max_tokens"),
+        ({"model": "tiny", "messages": [], "temperature": 0.7}, "--temperature"),
+        ({"model": "tiny", "messages": [], "top_p": 2}, "top_p"),
+        (
+            {"model": "tiny", "messages": [], "chat_template_kwargs": {"tokenize": False}},
+            "chat_template_kwargs",
+        ),
+    ],
+)
+def test_what_is_not_served_is_400(server, body, word):
+    answer = post(server, CHAT, **body)
+    assert answer.status_code == 400, answer.text
+    assert word in answer.json()["error"]["message"]
+
+
+def test_bodies_and_prompts_that_are_none(server):
+    async def ask():
+        async with client_of(server) as client:
+            return await client.post(CHAT, content=b"not json")
+
+    assert "JSON" in asyncio.run(ask()).json()["error"]["message"]
+    answer = post(server, "/v1/completions", model="tiny", prompt=["w9"])
+    assert answer.status_code == 400
+    assert "string" in answer.json()["error"]["message"]
+    assert post(server, "/v1/completions", model="tiny").status_code == 400
+
+
+@pytest.mark.parametrize("path", ["/reset", "/load_model", "/v1/systemone"])
+def test_routes_that_would_change_the_model_are_not_there(server, path):
+    answer = post(server, path, model="tiny")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["message"]
+
+
+def test_loading_is_off_unless_it_is_switched_on(server, files):
+    path = str(files.adapters / "a0")
+    for route in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+        answer = post(server, route, lora_name="a0", lora_path=path)
+        assert answer.status_code == 403
+        assert "--allow-runtime-loading" in answer.json()["error"]["message"]
+    assert len(server.compiled.adapters) == 5
+
+
+def test_health_and_metrics(server):
+    assert get(server, "/health").json() == {"status": "ok"}
+    before = counts(server)
+    for _ in range(2):
+        post(server, CHAT, model="tiny:a1", **question(CHAT, "w9 w10", 3))
+    post(server, CHAT, model="tiny:a1", **question(CHAT, "w9 w10", 3, stream=True))
+    post(server, CHAT, model="tiny", **question(CHAT, "w9", 2, temperature=3))
+    post(server, CHAT, model="tiny:zzz", **question(CHAT, "w9", 2))
+    after = counts(server)
+
+    def grown(key: str) -> float:
+        return after[key] - before.get(key, 0)
+
+    assert grown('lorafx_requests_total{adapter="a1",status="200"}') == 3
+    assert grown('lorafx_requests_total{adapter="__base__",status="400"}') == 1
+    assert grown('lorafx_requests_total{adapter="__unknown__",status="404"}') == 1
+    assert grown('lorafx_tokens_total{adapter="a1"}') >= 3 * (5 + 2) - 8  # some may be shared
+    assert after["lorafx_requests_running"] == 0
+    assert after["lorafx_adapter_loads_total"] >= 1
+    assert {"lorafx_adapter_hits_total", "lorafx_adapter_evictions_total"} <= after.keys()
+    assert "lorafx_adapter_waits_total" in after
+    assert not any("zzz" in key for key in after)
+
+
+def counts(server) -> dict[str, float]:
+    answer = get(server, "/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    rows = re.findall(r"^(lorafx\S+) (\S+)$", answer.text, re.MULTILINE)
+    return {key: float(value) for key, value in rows}
+
+
+def test_requests_fail_alone(server, monkeypatch):
+    """An error of one step is the answer of the requests in it; later ones are served."""
+    from lorafx.errors import CaptureError
+
+    forward = server.engine._forward
+
+    def broken(**_):
+        raise CaptureError('the "model" cannot be captured')
+
+    monkeypatch.setattr(server.engine, "_forward", broken)
+    answer = post(server, CHAT, model="tiny:a1", **question(CHAT, "w9", 2))
+    assert answer.status_code == 500
+    assert 'the "model" cannot' in answer.json()["error"]["message"]
+    streamed = post(server, CHAT, model="tiny:a1", **question(CHAT, "w9", 2, stream=True))
+    with pytest.raises(AssertionError, match="cannot be captured"):
+        said(CHAT, streamed.text)
+    monkeypatch.setattr(server.engine, "_forward", forward)
+    assert counts(server)['lorafx_failures_total{adapter="a1"}'] == 2
+    assert post(server, CHAT, model="tiny:a1", **question(CHAT, "w9", 2)).status_code == 200
+    assert get(server, "/health").status_code == 200
