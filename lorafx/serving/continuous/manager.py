@@ -133,8 +133,22 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._wake_up_loop.set()
         return request_id
 
+    def start(self) -> None:
+        """Start the engine's thread.
+
+        Raises:
+            ConfigError: transformers has no paged cache for this model.
+        """
+        if self.batch_processor is None:  # here, not in the thread, where nobody sees an error
+            self.batch_processor = self._create_batch_processor()
+        super().start()
+
     def warmup(self) -> None:
-        """Have the graphs of the engine's steps captured: of several tokens, and of one."""
+        """Have the graphs of the engine's steps captured: of several tokens, and of one.
+
+        Raises:
+            ConfigError: transformers has no paged cache for this model.
+        """
         if self.batch_processor is None:
             self.batch_processor = self._create_batch_processor()
         runner = self.batch_processor.model_runner
@@ -165,7 +179,14 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         known = self.batch_processor
-        processor = super()._create_batch_processor()
+        try:
+            processor = super()._create_batch_processor()
+        except ValueError as error:
+            raise ConfigError(
+                f"transformers' engine cannot make a paged cache for {type(self.model).__name__}: "
+                f"{error}. Change the ContinuousBatchingConfig if it is about sizes; otherwise call "
+                "generate()"
+            ) from error
         if processor is not known:
             scheduler: Any = processor.scheduler
             scheduler.session = self.compiled._session

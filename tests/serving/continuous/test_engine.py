@@ -284,3 +284,26 @@ def test_what_is_not_served_is_refused(llama, config, text):
     block = cm.continuous_batching(None, ContinuousBatchingConfig(**PAGES, **config))
     with pytest.raises(ConfigError, match=text), block:
         pass
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_a_model_without_a_paged_cache_is_refused(warmup):
+    """transformers' engine knows no cache for recurrent layers."""
+    config = transformers.Qwen3NextConfig(
+        vocab_size=61,
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=8,
+        layer_types=["linear_attention"],
+    )
+    model = transformers.Qwen3NextForCausalLM(config).eval()
+    cm = lorafx.compile(model, LoraConfig(target_modules="all-linear"), options=REFERENCE)
+    block = cm.continuous_batching(None, CONFIG, warmup=warmup)
+    text = r"paged cache for Qwen3NextForCausalLM: .*linear_attention.*generate\(\)"
+    with pytest.raises(ConfigError, match=text), block:
+        pass
