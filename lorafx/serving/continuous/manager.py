@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
@@ -63,9 +64,10 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 "generative model of transformers"
             )
         served = _served(config)
-        super().__init__(
-            model=model, generation_config=given, continuous_batching_config=served, **kwargs
-        )
+        with _possible(model):
+            super().__init__(
+                model=model, generation_config=given, continuous_batching_config=served, **kwargs
+            )
         self._forward: Any = PackedForward(compiled, self._batch)
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = False) -> None:
@@ -179,14 +181,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         known = self.batch_processor
-        try:
+        with _possible(self.model):
             processor = super()._create_batch_processor()
-        except ValueError as error:
-            raise ConfigError(
-                f"transformers' engine cannot make a paged cache for {type(self.model).__name__}: "
-                f"{error}. Change the ContinuousBatchingConfig if it is about sizes; otherwise call "
-                "generate()"
-            ) from error
         if processor is not known:
             scheduler: Any = processor.scheduler
             scheduler.session = self.compiled._session
@@ -205,6 +201,22 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             processor.handle_batch_error(error)
             buffers: Any = processor.inputs_and_outputs
             buffers.requests_in_batch = []
+
+
+@contextmanager
+def _possible(model: Any) -> Iterator[None]:
+    """Around what transformers makes for its engine.
+
+    Raises:
+        ConfigError: it cannot, for this model or with these sizes.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(
+            f"transformers' engine cannot make a paged cache for {type(model).__name__}: {error}. "
+            "Change the ContinuousBatchingConfig if it is about sizes; otherwise call generate()"
+        ) from error
 
 
 #: What an engine's configuration may ask for that is not served here, and what it is then.
