@@ -10,10 +10,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from lorafx.capture import head_start
 from lorafx.config import Options
@@ -51,7 +52,20 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
     for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.embedding):
         for overload in op.overloads():
             table.pop(getattr(op, overload), None)
+    table[aten.cat.default] = partial(_joined, table[aten.cat.default])
     return table
+
+
+def _joined(decomposed: Callable[..., Any], tensors: Sequence[Tensor], dim: int = 0) -> Any:
+    """`torch.cat` where Inductor leaves out what is empty, laid out as eager has it.
+
+    Inductor copies the one tensor that is left as it lies. A cache begins empty, so a prompt's keys
+    would lie otherwise than those of the steps behind it, and each layout takes a graph of its own.
+    """
+    result = decomposed(tensors, dim)
+    if result is NotImplemented or all(tensor is tensors[0] for tensor in tensors):
+        return result
+    return result.clone(memory_format=torch.contiguous_format)
 
 
 #: Deltas are added in place, into the output of a product. Inductor's order by peak memory may put

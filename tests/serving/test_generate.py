@@ -182,3 +182,17 @@ def test_static_caches_keep_their_graphs_when_mixes_change(shallow, monkeypatch)
         want = oracle_tokens(shallow, names, inputs, do_sample=False, **static)
         assert torch.equal(got, want), names
     assert roads == ["base", "base", "compile", "compile"]
+
+
+def test_prompt_and_steps_are_one_graph_each(shallow):
+    """The prompt's keys are laid out as those of the steps behind it: Inductor's own decomposition
+    of `torch.cat` copies them as they lie, and the second step would need another graph."""
+    cm = shallow.compile()
+    for inputs in (prompts(), prompts(3, 7)):
+        cm.generate(
+            **inputs,
+            **FIXED,
+            do_sample=False,
+            adapter_names=["a1", None, "a3", "a0"][: len(inputs["input_ids"])],
+        )
+    assert [record.lora for record in cm._session.backend.records] == [True, True]
