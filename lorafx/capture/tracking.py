@@ -8,7 +8,7 @@ seen: the proofs of the graphs say what they return.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -84,8 +84,10 @@ class Tracking(TorchDispatchMode):
         named: Mapping[str, Any] = kwargs or {}
         if self.over or not isinstance(func, torch._ops.OpOverload):
             return func(*args, **named)
-        operands = [*tensors_in(args), *tensors_in(dict(named))]
         memory = self.memory
+        if memory is None and not (_takes_tensors(args) or _takes_tensors(named.values())):
+            return func(*args, **named)  # of no weight
+        operands = [*tensors_in(args), *tensors_in(dict(named))]
         before = {} if memory is None else {id(item): memory.look(item) for item in operands}
         results = func(*args, **named)
         if self.uses is not None:
@@ -162,6 +164,16 @@ def untracked(action: Callable[[Tracking | None], T]) -> T:
         for mode in reversed(taken):
             if not mode.over:
                 _push_on_torch_dispatch_stack(mode)
+
+
+def _takes_tensors(values: Iterable[object]) -> bool:
+    """Whether tensors are among an operator's arguments."""
+    for value in values:
+        if isinstance(value, Tensor):
+            return True
+        if isinstance(value, (list, tuple)) and _takes_tensors(value):
+            return True
+    return False
 
 
 def _shorten(depth: int) -> None:
