@@ -37,7 +37,8 @@ NEW_TOKENS = 10
 BASE = "(base)"
 # How to start a server of the same model, and ask it.
 SERVE = (
-    "lorafx serve examples/demo_model --adapters examples/demo_adapters, and from another terminal "
+    f"{os.path.relpath(Path(sys.executable).with_name('lorafx'))} serve examples/demo_model "
+    "--adapters examples/demo_adapters, and from another terminal "
     "curl localhost:8000/v1/completions -H 'Content-Type: application/json' "
     """-d '{"model": "demo_model:reverse", "prompt": "compiler>"}'"""
 )

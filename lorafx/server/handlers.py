@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 from typing import Any
 
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -101,8 +102,9 @@ class AdapterHandler(BaseHandler):
     async def _counted(self, chunks: Any, label: str) -> AsyncIterator[Any]:
         status = 499
         try:
-            async for chunk in chunks:
-                yield chunk
+            async with aclosing(chunks):  # it cancels the request where it is left
+                async for chunk in chunks:
+                    yield chunk
             status = 200
         finally:
             self._metrics.ended(label, status)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
+import threading
+import time
 
+import openai
 import pytest
 from served import client_of, question, said
 
@@ -36,7 +40,9 @@ def test_sixteen_streams_at_once(files, server):
 
     async def all_at_once():
         async with client_of(server) as client:
-            return await asyncio.gather(*(ask(client, *one) for one in work))
+            return await asyncio.wait_for(
+                asyncio.gather(*(ask(client, *one) for one in work)), timeout=120
+            )
 
     graphs = server.compiled.recompiles
     texts = asyncio.run(all_at_once())
@@ -85,3 +91,87 @@ def test_long_answers_end_where_the_positions_do(files, server):
     answer = asyncio.run(ask("w9 " * room))
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_the_client_of_openai(files, server):
+    async def talk():
+        async with client_of(server) as http:
+            client = openai.AsyncOpenAI(base_url="http://test/v1", api_key="none", http_client=http)
+            stream = await client.completions.create(
+                model="tiny:a3", prompt="w9 w31", max_tokens=7, stream=True
+            )
+            text = "".join([chunk.choices[0].text async for chunk in stream])
+            answer = await client.responses.create(
+                model="tiny:a3", input="w9 w31", max_output_tokens=7
+            )
+            with pytest.raises(openai.NotFoundError, match="nearest: tiny:a"):
+                await client.completions.create(model="tiny:a7", prompt="w9")
+            models = [model.id async for model in client.models.list()]
+            return text, answer.output_text, models
+
+    text, answered, models = asyncio.run(talk())
+    assert text.strip() == files.text("a3", files.tokenizer("w9 w31")["input_ids"], 7)
+    assert answered.strip() == files.text("a3", files.chat_ids("w9 w31"), 7)
+    assert "tiny:a3" in models
+
+
+class Gated:
+    """An engine's forward whose steps after the third wait until it is opened."""
+
+    def __init__(self, forward):
+        self.forward = forward
+        self.steps = 0
+        self.open = threading.Event()
+
+    def __getattr__(self, name):
+        return getattr(self.forward, name)
+
+    def __call__(self, **batch):
+        self.steps += 1
+        if self.steps > 3:
+            assert self.open.wait(60)
+        return self.forward(**batch)
+
+
+def test_a_client_that_goes_away(server, monkeypatch):
+    """Its request is cancelled, and nothing of it is left."""
+    gated = Gated(server.engine._forward)
+    monkeypatch.setattr(server.engine, "_forward", gated)
+    path = "/v1/completions"
+    body = {"model": "tiny:a1", **question(path, "w9 w12", 40, stream=True)}
+
+    async def leave():
+        began = asyncio.Event()
+        coming = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+        async def receive():
+            if coming:
+                return coming.pop()
+            await began.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            if message.get("body"):
+                began.set()
+
+        scope = {
+            **{"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1"},
+            **{"method": "POST", "scheme": "http", "path": path, "raw_path": path.encode()},
+            **{"query_string": b"", "headers": [(b"content-type", b"application/json")]},
+            **{"client": ("test", 1), "server": ("test", 80)},
+        }
+        await asyncio.wait_for(server.app(scope, receive, send), 60)
+        async with client_of(server) as client:
+            return (await client.get("/metrics")).text
+
+    metrics = asyncio.run(leave())
+    gated.open.set()
+    assert 'lorafx_requests_total{adapter="a1",status="499"} 1.0' in metrics
+    assert "lorafx_requests_running 0.0" in metrics
+    assert not server.engine.output_router.result_handlers
+    processor = server.engine.batch_processor
+    deadline = time.monotonic() + 60
+    while processor.has_pending_requests():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert gated.steps < 10

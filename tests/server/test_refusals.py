@@ -162,3 +162,13 @@ def test_requests_fail_alone(server, monkeypatch):
     assert counts(server)['lorafx_failures_total{adapter="a1"}'] == 2
     assert post(server, CHAT, model="tiny:a1", **question(CHAT, "w9", 2)).status_code == 200
     assert get(server, "/health").status_code == 200
+
+
+def test_an_engine_that_has_failed(server, monkeypatch):
+    status = server.engine.background_thread_status
+    monkeypatch.setattr(status, "fatal_error", RuntimeError("out of memory"))
+    assert get(server, "/health").status_code == 503
+    for stream in (False, True):
+        answer = post(server, CHAT, model="tiny", **question(CHAT, "w9", 2, stream=stream))
+        assert answer.status_code == 503
+        assert "out of memory" in answer.json()["error"]["message"]

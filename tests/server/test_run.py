@@ -39,11 +39,13 @@ def free_port() -> int:
 
 
 def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
-    """The whole command, with HTTP: SIGTERM comes in the middle of an answer."""
+    """The whole command, with HTTP: SIGTERM comes in the middle of an answer. The server samples,
+    and requests choose how hot."""
     path = "/v1/completions"
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     arguments = ["serve", str(files.model), "--adapters", str(files.adapters), "--port", str(port)]
+    arguments += ["--temperature", "1"]
     monkeypatch.setattr("sys.argv", ["lorafx", *arguments, *OPTIONS])
     process = os.getpid()
     came = threading.Barrier(2)
@@ -57,7 +59,12 @@ def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
             except httpx2.TransportError:
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
-        body = {"model": "tiny:a1", **question(path, "w9 w12", 40, stream=True)}
+        hot = {"model": "tiny:a1", **question(path, "w9 w12", 20, temperature=3)}
+        answers = [httpx2.post(url + path, json=hot, timeout=60).json() for _ in range(3)]
+        assert len({answer["choices"][0]["text"] for answer in answers}) > 1
+        seeded = httpx2.post(url + path, json={**hot, "seed": 1})
+        assert "seed" in seeded.json()["error"]["message"]
+        body = {"model": "tiny:a1", **question(path, "w9 w12", 40, stream=True, temperature=0)}
         with httpx2.stream("POST", url + path, json=body, timeout=60) as answer:
             chunks = answer.iter_text()
             first = next(chunks)
