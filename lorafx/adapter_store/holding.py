@@ -16,3 +16,33 @@ class Hold:
     def __init__(self, name: str, stored: StoredAdapter) -> None:
         self.name = name
         self.stored = stored
+
+
+class Retired(str):
+    """The name of a version that was replaced or unloaded.
+
+    It is equal to itself alone: what is loaded, or asked for, under a name that reads the same is
+    another adapter.
+    """
+
+    replaced: str
+
+    def __new__(cls, stored: StoredAdapter) -> Retired:
+        name = super().__new__(cls, f"{stored.name} (version {stored.version}, replaced)")
+        name.replaced = stored.name
+        return name
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __ne__(self, other: object) -> bool:
+        return self is not other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def loaded_as(name: str) -> str:
+    """The name under which an adapter was loaded. Where that is pinned, it and the versions that it
+    replaced take turns in its slot."""
+    return name.replaced if isinstance(name, Retired) else name

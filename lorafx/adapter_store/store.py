@@ -20,7 +20,7 @@ from weakref import WeakSet
 
 from lorafx.adapter_store.dora import measure
 from lorafx.adapter_store.fitting import fitted
-from lorafx.adapter_store.holding import Hold
+from lorafx.adapter_store.holding import Hold, Retired, loaded_as
 from lorafx.adapter_store.stored import (
     BankPlace,
     StoredAdapter,
@@ -67,9 +67,9 @@ class AdapterStore:
         self._slots: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._pinned: set[str] = set()
         self._last: tuple[tuple[str | None, ...], tuple[int, ...]] | None = None
-        # Versions that requests hold though they were replaced or unloaded, by names of their own.
+        # Versions that requests hold though they were replaced or unloaded, and their names.
         self._held: WeakSet[Hold] = WeakSet()
-        self._retired: set[str] = set()
+        self._retired: dict[int, Retired] = {}
         self._written: set[int] = set()  # slots, inside `set_aside`
         self._aside: Any = None  # what the store held, inside `set_aside`
 
@@ -77,7 +77,7 @@ class AdapterStore:
     def names(self) -> tuple[str, ...]:
         """Loaded adapters, in order of loading."""
         with self._lock:
-            return tuple(name for name in self._adapters if name not in self._retired)
+            return tuple(name for name in self._adapters if not isinstance(name, Retired))
 
     @property
     def resident(self) -> dict[str, int]:
@@ -151,7 +151,7 @@ class AdapterStore:
         """The name by which `acquire` takes the version that is held."""
         with self._lock:
             current = self._adapters.get(hold.name)
-            return hold.name if current is hold.stored else _retired_name(hold.stored)
+            return hold.name if current is hold.stored else self._retired[hold.stored.version]
 
     def set_aside(self, action: Callable[[], T]) -> T:
         """What `action` returns with an empty store; afterwards everything is as it was, in the
@@ -187,6 +187,7 @@ class AdapterStore:
         with self._lock:
             if self._last is not None and self._last[0] == key:
                 return list(self._last[1])  # decoding asks for the same rows step after step
+            self._let_go()
             wanted = list(dict.fromkeys(n for n in key if n is not None and n != BASE))
             self._check_known(wanted)
             hits = sum(name in self._slots for name in wanted)
@@ -245,21 +246,24 @@ class AdapterStore:
         self._adapters[stored.name] = stored
 
     def _retire(self, name: str) -> None:
-        """Give a version that requests hold, and its slot, a name of its own; let go of those that
-        nobody holds any more."""
-        held = {id(hold.stored) for hold in list(self._held)}
-        for gone in [n for n in self._retired if id(self._adapters[n]) not in held]:
-            self._retired.discard(gone)
-            self._forget(gone)
+        """Give a version that requests hold, and its slot, a name of its own."""
+        self._let_go()
         stored = self._adapters.get(name)
-        if stored is None or id(stored) not in held:
+        if stored is None or not any(hold.stored is stored for hold in list(self._held)):
             return
         self._last = None
-        kept = _retired_name(stored)
-        self._retired.add(kept)
+        kept = self._retired[stored.version] = Retired(stored)
         self._adapters[kept] = self._adapters.pop(name)
         if name in self._slots:
             self._slots[kept] = self._slots.pop(name)
+
+    def _let_go(self) -> None:
+        """Forget the retired versions that nobody holds any more."""
+        if not self._retired or self._aside is not None:
+            return
+        held = {hold.stored.version for hold in list(self._held)}
+        for version in self._retired.keys() - held:
+            self._forget(self._retired.pop(version))
 
     def _forget(self, name: str) -> None:
         self._last = None
@@ -303,10 +307,12 @@ class AdapterStore:
                 f"with LoraConfig(max_adapters={len(wanted)})"
             )
         free = [s for s in range(self.max_adapters) if s not in set(self._slots.values())]
+        # Versions that a pinned one replaced take turns with it.
+        pinned = self._pinned.difference(map(loaded_as, wanted))
         evictable = [
             name
             for name, slot in self._slots.items()
-            if name not in wanted and name not in self._pinned and slot not in held
+            if name not in wanted and name not in pinned and slot not in held
         ]
         if len(missing) > len(free) + len(evictable):
             kept = sorted(set(self._slots) - set(evictable) - set(wanted))
@@ -347,10 +353,6 @@ class AdapterStore:
             raise UnknownAdapterError(
                 f"no adapter named {said}; loaded: {', '.join(self.names) or 'none'}"
             )
-
-
-def _retired_name(stored: StoredAdapter) -> str:
-    return f"{stored.name} (version {stored.version}, replaced)"
 
 
 def check_name(name: object) -> None:

@@ -59,8 +59,8 @@ class BatchingMethods:
             generation_config: how tokens are chosen, for all requests; None for the model's.
             continuous_batching_config: sizes of pages and batches, for example.
             warmup: compile the two graphs of the engine's steps first.
-            timeout: seconds to wait for the requests that are under way when the block ends; None
-                waits for all of them.
+            timeout: seconds to wait for the requests that are under way when the block ends, after
+                which they fail; None waits for all of them.
             **engine: of transformers' manager.
 
         Raises:

@@ -86,6 +86,8 @@ class Session:
         self.locks: Locks = Locks()
         #: By continuous batching, as in lorafx.session.statistics.
         self.waits = 0
+        #: How often new base weights were written, or begun to be: by lorafx.base_weights.
+        self.writes = 0
         self.tokens: Counter[str] = Counter()
         self._served = _Served()
         _SESSIONS[id(self)] = self
@@ -255,6 +257,7 @@ class Session:
     def update(self, function: Callable[[], T]) -> T:
         """What `function` returns, which writes the base weights. The locks are held."""
         thread = threading.get_ident()
+        self.writes += 1
         return self.run(self.running._replace(updating=True, thread=thread), function)
 
     def statistics(self) -> Statistics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,7 +58,12 @@ def check_logits(
 def answers(engine: Any, ids: Sequence[str]) -> dict[str, Any]:
     """The finished outputs of these requests, in their order."""
     found: dict[str, Any] = {}
+    end = time.monotonic() + 120
     while set(found) < set(ids):
+        if time.monotonic() > end:  # else the end of the engine's block would wait for ever
+            status = engine.background_thread_status
+            status.request_stop(status.HARD_STOP, 0)
+            raise AssertionError(f"no answer to {sorted(set(ids) - set(found))}")
         output = engine.get_result(timeout=1)
         if output is not None and output.is_finished():
             found[output.request_id] = output

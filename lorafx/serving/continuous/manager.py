@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
-from transformers.generation.continuous_batching.requests import FutureRequestState
+from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 
 from lorafx.adapter_store.store import BASE
-from lorafx.errors import BatchError, CapacityError, ConfigError, LorafxError
+from lorafx.errors import BatchError, ConfigError, LorafxError
+from lorafx.serving.continuous.outputs import Outputs
 from lorafx.serving.continuous.packed_call import EAGER, PackedForward
 from lorafx.serving.continuous.pages import AdapterPages
 from lorafx.serving.continuous.requests import AdapterRequest, Ticket
-from lorafx.serving.continuous.scheduling import within_slots
+from lorafx.serving.continuous.room import Room
+from lorafx.serving.continuous.scheduling import all_pinned, within_slots
 
 if TYPE_CHECKING:
     from lorafx.serving.compiled import CompiledModel
@@ -68,12 +71,22 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             super().__init__(
                 model=model, generation_config=given, continuous_batching_config=served, **kwargs
             )
-        self._forward: Any = PackedForward(compiled, self._batch)
+        #: Of the thread; `batch_processor` is taken away while that still runs.
+        self._processor: Any = None
+        self._packed = PackedForward(compiled, self._batch)
+        self._forward: Any = self._packed
+        self._outputs = self.output_router = Outputs()
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = False) -> None:
         """Have the model use an attention that is served."""
         name = model.config._attn_implementation
-        if name not in ("eager", EAGER, "sdpa"):
+        if name == EAGER:
+            raise ConfigError(
+                f"{type(model).__name__} uses the attention {name!r}, as it does while an engine "
+                "runs it: one engine at a time serves a model with eager attention. End that one "
+                'first, or call model.set_attn_implementation("sdpa") before lorafx.compile'
+            )
+        if name not in ("eager", "sdpa"):
             raise ConfigError(
                 f"{type(model).__name__} uses the attention {name!r}; continuous batching with "
                 'adapters serves "sdpa" and "eager". Call '
@@ -107,22 +120,21 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         Raises:
             UnknownAdapterError: no adapter of this name is loaded.
             CapacityError: every slot is pinned to another adapter.
-            BatchError: the engine is stopping, or has failed.
+            BatchError: the engine is stopping, or has failed; a request of this name is under way;
+                `input_ids` are not token ids of the model, or none.
         """
         denied = self.background_thread_status.can_accept_new_requests()
         if denied is not None:
             raise BatchError(f"the request was not queued. {denied}") from (
                 self.background_thread_status.fatal_error
             )
+        prompt = self._prompt(input_ids)
         ticket = self._ticket(adapter)
-        if request_id is None:
-            with self._request_lock:
-                request_id = f"req_{self._request_counter}"
-                self._request_counter += 1
+        request_id = self._named(request_id)
         config = self.generation_config
         state = AdapterRequest(
             request_id=request_id,
-            initial_tokens=list(input_ids),
+            initial_tokens=prompt,
             num_children=self.num_return_sequences - 1,
             record_timestamps=record_timestamps,
             max_new_tokens=config.max_new_tokens if max_new_tokens is None else max_new_tokens,
@@ -131,7 +143,11 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             logit_processor_kwargs=logit_processor_kwargs,
             ticket=ticket,
         )
-        self.input_queue.put(state, block=True, timeout=10)
+        try:
+            self.input_queue.put(state, block=True, timeout=10)
+        except BaseException:
+            self._outputs.gone(state)
+            raise
         self._wake_up_loop.set()
         return request_id
 
@@ -145,6 +161,25 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             self.batch_processor = self._create_batch_processor()
         super().start()
 
+    def stop(
+        self,
+        block: bool = True,
+        timeout: float | None = None,
+        keep_for_next_session: bool = False,
+        hard_stop: bool = False,
+    ) -> None:
+        """As transformers' own. After `timeout` seconds the requests that are left fail."""
+        thread, status = self._generation_thread, self.background_thread_status
+        waits = block and timeout is not None and not hard_stop
+        if waits and thread is not None and not status.is_pause_requested(local=True):
+            status.request_stop(status.FLUSH_AND_STOP, self.distributed_helper.global_rank)
+            thread.join(timeout)
+            hard_stop, timeout = thread.is_alive(), None
+        super().stop(block, timeout, keep_for_next_session, hard_stop)
+        if not self.is_running() and not keep_for_next_session:
+            self._processor = None
+            self._packed.forget()
+
     def warmup(self) -> None:
         """Have the graphs of the engine's steps captured: of several tokens, and of one.
 
@@ -154,7 +189,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         if self.batch_processor is None:
             self.batch_processor = self._create_batch_processor()
         runner = self.batch_processor.model_runner
-        for tokens in (4, 1):
+        several = min(4, self.batch_processor.max_batch_tokens)
+        for tokens in dict.fromkeys((several, 1)):
             runner.run_one_warmup(self._forward, num_q_tokens=tokens, max_kv_read=tokens % 4)
         self.batch_processor.cache.reset()
         self.warmed_up = True
@@ -167,40 +203,85 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         hold = session.store.hold(name)
         pinned = session.store.pinned
         if name not in pinned and len(pinned) >= session.store.max_adapters:
-            raise CapacityError(
-                f"no slot for {name!r}: all {len(pinned)} are pinned; unpin_adapter() one, or "
-                "compile with a larger LoraConfig(max_adapters=...)"
-            )
+            raise all_pinned(name, len(pinned))
         return Ticket(hold)
+
+    def _prompt(self, input_ids: Sequence[int]) -> list[int]:
+        """The token ids of a prompt; others would end the engine, and all of its requests."""
+        try:
+            prompt = [operator.index(token) for token in input_ids]
+        except TypeError as error:
+            raise BatchError(
+                f"input_ids holds the token ids of one prompt, which are integers: {error}"
+            ) from error
+        if not prompt:
+            raise BatchError("input_ids is empty; give at least one token")
+        model: Any = self.compiled.model
+        known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+        if known is not None and not 0 <= min(prompt) <= max(prompt) < known:
+            raise BatchError(
+                f"input_ids holds {min(prompt)} to {max(prompt)}, but the model has embeddings "
+                f"for 0 to {known - 1}"
+            )
+        return prompt
+
+    def _named(self, request_id: str | None) -> str:
+        """The name of a request, which is noted."""
+        count = self.num_return_sequences - 1
+        if request_id is not None:
+            if not self._outputs.begin(request_id, count):
+                raise BatchError(f"a request named {request_id!r} is under way; give another name")
+            return request_id
+        while True:
+            with self._request_lock:
+                name = f"req_{self._request_counter}"
+                self._request_counter += 1
+            if self._outputs.begin(name, count):
+                return name
+
+    def _fail(self, state: RequestState, error: LorafxError) -> None:
+        """Have a request that is not in the step fail."""
+        processor, name = self._processor, state.request_id
+        scheduler = processor.scheduler
+        processor._handle_request_error(error, state)
+        processor.offloading_manager.free_request_cpu_cache(state)
+        if scheduler.waiting_requests.pop(name, None) is not None:
+            scheduler.waiting_requests_order.remove(name)
+        scheduler.finish_request(name)
+        scheduler.block_new_requests = False
 
     def _batch(self) -> list[FutureRequestState]:
         """The requests of the step that is under way."""
-        assert self.batch_processor is not None
-        buffers: Any = self.batch_processor.inputs_and_outputs
-        return list(buffers.requests_in_batch)
+        return list(self._processor.inputs_and_outputs.requests_in_batch)
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         known = self.batch_processor
         with _possible(self.model):
             processor = super()._create_batch_processor()
         if processor is not known:
+            self._processor = processor
             scheduler: Any = processor.scheduler
             scheduler.session = self.compiled._session
+            scheduler.fail, scheduler.gone = self._fail, self._outputs.gone
+            # The engine makes these itself.
             cache: Any = processor.cache
-            cache.__class__ = AdapterPages  # the engine makes its cache itself
+            cache.__class__ = AdapterPages
             cache.waiting = lambda request_id: scheduler.waiting_requests.get(request_id)
+            cache.session = scheduler.session
+            offloading: Any = processor.offloading_manager
+            offloading.__class__ = Room
         return processor
 
     def _generation_step(self) -> None:
-        processor = self.batch_processor
-        assert processor is not None
+        processor = self._processor
         try:
             processor._generation_step(self._forward)
         except LorafxError as error:
             # The requests of this step fail; the others go on.
             processor.handle_batch_error(error)
-            buffers: Any = processor.inputs_and_outputs
-            buffers.requests_in_batch = []
+            processor.inputs_and_outputs.requests_in_batch = []
+            processor.scheduler._requests_to_fork.clear()
+            processor.scheduler.block_new_requests = False
 
 
 @contextmanager

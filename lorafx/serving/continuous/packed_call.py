@@ -11,8 +11,9 @@ depend on how tensors lie, so they get copies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,35 @@ if TYPE_CHECKING:
 
 #: transformers' name of the eager attention over pages.
 EAGER = "paged|eager"
+
+
+class _TracedEager:
+    """In blocks of it the eager attention over pages is traced. transformers keeps it out of
+    graphs, for the sake of a cache that is not used here. Engines of several models may be in such
+    blocks at once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+
+    def __enter__(self) -> None:
+        functions: Any = ALL_ATTENTION_FUNCTIONS
+        with self._lock:
+            if not self._inside:
+                before = functions[EAGER]
+                functions[EAGER] = getattr(before, "_torchdynamo_orig_callable", before)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        functions: Any = ALL_ATTENTION_FUNCTIONS
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                del functions[EAGER]
+
+
+_EAGER = _TracedEager()
+_NOTHING = nullcontext()
 
 
 class PackedForward:
@@ -99,21 +129,14 @@ class PackedForward:
             output.logits = output.logits[:, :1]
         return output
 
-    @contextmanager
-    def _traced(self) -> Iterator[None]:
-        """Have the eager attention over pages traced. transformers keeps it out of graphs, for the
-        sake of a cache that is not used here."""
+    def forget(self) -> None:
+        """Let go of the cache."""
+        self._pages = None
+
+    def _traced(self) -> AbstractContextManager[object]:
+        """Have the eager attention over pages traced, where the model uses it."""
         model: Any = self._compiled.model
-        if model.config._attn_implementation != EAGER:
-            yield
-            return
-        functions: Any = ALL_ATTENTION_FUNCTIONS
-        before = functions[EAGER]
-        functions[EAGER] = getattr(before, "_torchdynamo_orig_callable", before)
-        try:
-            yield
-        finally:
-            del functions[EAGER]
+        return _EAGER if model.config._attn_implementation == EAGER else _NOTHING
 
     def _tokens(self, length: int) -> tuple[list[str], Tensor]:
         """The adapters of the step, and which of them each token uses: (1, T), -1 for the base and

@@ -29,17 +29,24 @@ class Ticket:
     def __deepcopy__(self, memo: dict[int, Any]) -> Ticket:
         return self
 
-    @property
-    def salt(self) -> int:
-        """What the keys and values of the request depend on besides its tokens; 0 is the base."""
-        return 0 if self.hold is None else self.hold.stored.version
-
 
 @dataclass
 class AdapterRequest(RequestState):
-    """A request of the engine and its ticket."""
+    """A request of the engine and its ticket.
+
+    Attributes:
+        weights: the base weights that it began with, as a number.
+    """
 
     ticket: Ticket | None = None
+    weights: int = 0
+
+    @property
+    def salt(self) -> int:
+        """What the keys and values of the request depend on besides its tokens, in 128 bits; 0 is
+        the base, as it was first."""
+        hold = None if self.ticket is None else self.ticket.hold
+        return (0 if hold is None else hold.stored.version) << 64 | self.weights
 
     def create_equivalent_initial_request(self) -> RequestState:
         """The request from its start, with the tokens that it has generated as part of the

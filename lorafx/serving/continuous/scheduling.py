@@ -8,13 +8,18 @@ goes before them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
-from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
+from transformers.generation.continuous_batching.requests import (
+    FutureRequestState,
+    RequestState,
+    RequestStatus,
+)
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 
-from lorafx.errors import ConfigError, nearest
+from lorafx.adapter_store.holding import loaded_as
+from lorafx.errors import CapacityError, ConfigError, LorafxError, nearest
 from lorafx.serving.continuous.requests import Ticket, ticket_of
 from lorafx.session.session import Session
 
@@ -23,24 +28,66 @@ _SUFFIX = ", adapters within slots"
 #: Steps for which an adapter may be passed over in favour of those that have a slot.
 PATIENCE = 8
 
+#: What is in the step, whether the cache had no room for something, and three numbers.
+_Scheduled: TypeAlias = tuple[list[FutureRequestState], bool, bool, int, int]
+
 
 class SlotsPerStep:
     """Mixed into the class of a scheduler (`within_slots`).
 
     Attributes:
         session: of the model that is served.
+        fail: ends a request that cannot be served, with the error that says why.
+        gone: told of a request that was cancelled.
+        stuck: the candidates of the step that is being made, where the cache had no room for any.
     """
 
     session: Session
+    fail: Callable[[RequestState, LorafxError], None]
+    gone: Callable[[RequestState], None]
+    stuck: Sequence[RequestState] = ()
 
     def _process_candidates(
         self, candidates: list[RequestState], *args: Any, **kwargs: Any
-    ) -> tuple[list[FutureRequestState], bool, bool, int, int]:
-        ready = self._ready(candidates)
+    ) -> _Scheduled:
+        ready = self._ready(self._servable(candidates))
         scheduler: Any = super()
-        result: tuple[list[FutureRequestState], bool, bool, int, int]
-        result = scheduler._process_candidates(ready, *args, **kwargs)
+        result: _Scheduled = scheduler._process_candidates(ready, *args, **kwargs)
+        if not result[0] and result[1]:
+            # What holds the cache may be requests that have to wait for a slot: those first.
+            begun = [state for state in candidates if state.status != RequestStatus.PENDING]
+            again = self._ready(begun) if len(ready) < len(candidates) else []
+            if again:
+                ready = again
+                result = scheduler._process_candidates(ready, *args, **kwargs)
+        self.stuck = ready if not result[0] and result[1] else ()
         return result
+
+    def clear_cancelled_requests(self) -> list[RequestState]:
+        """Forget the requests that were cancelled, and return them."""
+        scheduler: Any = super()
+        cancelled: list[RequestState] = scheduler.clear_cancelled_requests()
+        for state in cancelled:
+            self.gone(state)
+        if cancelled:
+            own: Any = self
+            own.block_new_requests = False  # as where a request has finished
+        return cancelled
+
+    def _servable(self, candidates: Sequence[RequestState]) -> Sequence[RequestState]:
+        """The candidates without those, which fail, that no slot is left for."""
+        store = self.session.store
+        pinned = store.pinned
+        if len(pinned) < store.max_adapters:
+            return candidates
+        found = []
+        for state in candidates:
+            name = self._name(ticket_of(state))
+            if name is None or loaded_as(name) in pinned:
+                found.append(state)
+            else:
+                self.fail(state, all_pinned(name, len(pinned)))
+        return found
 
     def _ready(self, candidates: Sequence[RequestState]) -> list[RequestState]:
         tickets = {id(state): ticket_of(state) for state in candidates}
@@ -71,21 +118,32 @@ class SlotsPerStep:
     def _chosen(self, wanted: dict[str, int]) -> set[str]:
         """Of the adapters that are wanted, with the steps that each has waited, those that are
         served in this step."""
-        room = self.session.store.max_adapters
-        if len(wanted) <= room and not self.session.store.pinned:
+        store = self.session.store
+        resident, pinned = store.resident, store.pinned
+        if len(wanted) <= store.max_adapters and not pinned:
             return set(wanted)
-        resident, pinned = self.session.store.resident, self.session.store.pinned
-        room -= len(pinned.difference(wanted))
 
         def first(name: str) -> tuple[bool, int, bool]:
             urgent = wanted[name] >= PATIENCE
             return not urgent, -wanted[name] if urgent else 0, name not in resident
 
-        return set(_some(sorted(wanted, key=first), room))
+        room, kept, chosen = store.max_adapters - len(pinned), set(pinned), set[str]()
+        for name in sorted(wanted, key=first):
+            if loaded_as(name) in kept:  # the slot that is kept for it
+                kept.discard(loaded_as(name))
+                chosen.add(name)
+            elif name not in pinned and room > 0:
+                room -= 1
+                chosen.add(name)
+        return chosen
 
 
-def _some(names: Iterable[str], count: int) -> list[str]:
-    return list(names)[: max(count, 0)]
+def all_pinned(name: str, pinned: int) -> CapacityError:
+    """Every slot is pinned to another adapter."""
+    return CapacityError(
+        f"no slot for {name!r}: all {pinned} are pinned; unpin_adapter() one, or "
+        "compile with a larger LoraConfig(max_adapters=...)"
+    )
 
 
 def within_slots(scheduler_type: str) -> str:

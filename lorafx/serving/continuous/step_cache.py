@@ -31,6 +31,7 @@ class LayerPlace(NamedTuple):
     first_value: int
     sentinel: int
     ring: bool
+    row: tuple[int, int, torch.dtype]  # heads, numbers a head
 
 
 class StepCache(PagedAttentionCache):
@@ -75,6 +76,13 @@ class StepCache(PagedAttentionCache):
         """Write the keys and values (1, H, T, D) of a layer's new tokens; those that its queries
         see, (1, H, N, D)."""
         place = self.places[layer_idx]
+        for states in (key_states, value_states):
+            if (states.shape[1], states.shape[3], states.dtype) != place.row:
+                raise ConfigError(
+                    f"layer {layer_idx} has keys or values of {states.shape[1]} heads, "
+                    f"{states.shape[3]} numbers each, {states.dtype}, and its cache is for "
+                    f"{place.row}, by the model's configuration; call generate() for this model"
+                )
         return PAGED_CACHE(
             key_states,
             value_states,
@@ -111,4 +119,5 @@ def _place(allocator: CacheAllocator, layer: int) -> LayerPlace:
         values.storage_offset() // width,
         allocator.sentinel_index,
         ring,
+        (keys.shape[1], keys.shape[2], keys.dtype),
     )

@@ -1,0 +1,253 @@
+"""Continuous batching: requests under way while adapters, slots, weights and the cache change, and
+requests that cannot be served."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from dense_merge import REFERENCE, Case, build_case
+from step_logits import StepLogits, answers, check_logits
+from tiny_models import Family
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+import lorafx
+from lorafx import BatchError, LoraConfig, LorafxWarning, UnknownAdapterError
+
+PAGES = {"page_size": 4, "num_blocks": 256, "max_batch_tokens": 48}
+CONFIG = ContinuousBatchingConfig(**PAGES)
+SMALL = ContinuousBatchingConfig(**{**PAGES, "num_blocks": 12})
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return build_case("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=1)
+
+
+def with_slots(case: Case, slots: int) -> Any:
+    config = LoraConfig(max_adapters=slots, max_rank=8)
+    return lorafx.compile(case.model(), config, adapters=case.folders, options=REFERENCE)
+
+
+def test_a_name_that_reads_like_a_replaced_version_is_another_adapter(llama):
+    cm = llama.compile()
+    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
+        seen = StepLogits(engine)
+        with engine.pause():
+            old = engine.add_request([3, 4, 5], adapter="a1", max_new_tokens=4)
+            cm.load_adapter(llama.folders["a3"], "a1")
+            (kept,) = cm._session.store._retired.values()
+            with pytest.raises(UnknownAdapterError):
+                engine.add_request([3, 4, 5], adapter=str.__str__(kept))
+            cm.load_adapter(llama.folders["a2"], str.__str__(kept))
+            new = engine.add_request([3, 4, 5], adapter=str.__str__(kept), max_new_tokens=4)
+        outputs = answers(engine, [old, new])
+    check_logits(llama, seen, outputs, {old: "a1", new: "a2"})
+
+
+def test_replaced_versions_are_let_go_of(llama):
+    cm = llama.compile()
+    host, hold = cm.memory()["host"], cm._session.store.hold("a1")
+    cm.load_adapter(llama.folders["a1"], "a1")
+    assert cm.memory()["host"] > host
+    cm.warmup(batch_sizes=(2,), lengths=(4,), generate=False)  # beside a replaced version
+    del hold
+    cm(torch.tensor([[3, 4]]), adapter_names=["a2"])
+    assert cm.memory()["host"] == host
+
+
+def test_a_pinned_adapter_takes_turns_with_the_version_that_it_replaced(llama):
+    cm = with_slots(llama, 1)
+    cm.pin_adapter("a1")
+    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
+        seen = StepLogits(engine)
+        with engine.pause():
+            old = engine.add_request([3, 4, 5], adapter="a1", max_new_tokens=12)
+            cm.load_adapter(llama.folders["a3"], "a1")
+            new = engine.add_request([3, 4, 5], adapter="a1", max_new_tokens=12)
+        outputs = answers(engine, [old, new])
+    check_logits(llama, seen, outputs, {old: "a1", new: "a3"})
+
+
+def test_pinned_adapters_keep_their_slots_among_others_that_take_turns(llama):
+    cm = with_slots(llama, 2)
+    cm.pin_adapter("a0")
+    work = [([3 + i, 4, 5], f"a{i % 4}") for i in range(8)]
+    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
+        seen = StepLogits(engine)
+        with engine.pause():
+            ids = [engine.add_request(p, adapter=a, max_new_tokens=20) for p, a in work]
+        outputs = answers(engine, ids)
+    check_logits(llama, seen, outputs, dict(zip(ids, (a for _, a in work), strict=True)))
+
+
+def test_requests_fail_where_all_slots_are_pinned_to_others(llama):
+    cm = with_slots(llama, 1)
+    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
+        seen = StepLogits(engine)
+        with engine.pause():
+            late = engine.add_request([3, 4, 5], adapter="a1", max_new_tokens=4)
+            fine = [engine.add_request([3, 4], adapter=a, max_new_tokens=4) for a in (None, "a2")]
+            cm.pin_adapter("a2")
+        outputs = answers(engine, [late, *fine])
+    assert "no slot for 'a1'" in outputs.pop(late).error
+    check_logits(llama, seen, outputs, dict(zip(fine, (None, "a2"), strict=True)))
+
+
+def test_blocks_of_earlier_base_weights_are_not_shared(llama):
+    cm = llama.compile()
+    changed = copy.deepcopy(llama.base)
+    torch.manual_seed(5)
+    for parameter in changed.parameters():
+        parameter.data.mul_(1 + 0.3 * torch.randn_like(parameter))
+    prompt = [*range(3, 20)]
+    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
+        seen = StepLogits(engine)
+        for case in (llama, Case(changed, llama.folders)):
+            names = ("a1", None, "a1")
+            for name in names:
+                outputs = answers(
+                    engine, [engine.add_request(prompt, adapter=name, max_new_tokens=3)]
+                )
+                check_logits(case, seen, outputs, dict.fromkeys(outputs, name))
+            cm.load_weights(dict(changed.named_parameters()).items())
+    assert [steps for steps in seen.steps if steps > 1] == [17, 17, 17, 17]
+
+
+def shuffled(cm: Any) -> None:
+    """The model reads what is not known to be of one request."""
+    layer = cm.model.model.layers[0].self_attn
+    plain = type(layer).forward
+
+    class Shuffled(type(layer)):
+        def forward(self, hidden_states, *args, **kwargs):
+            return plain(self, hidden_states.cumsum(1), *args, **kwargs)
+
+    layer.__class__ = Shuffled
+
+
+def test_further_sequences_fail_with_their_request(llama):
+    cm = llama.compile()
+    shuffled(cm)
+    generation = copy.deepcopy(cm.model.generation_config)
+    generation.num_return_sequences, generation.do_sample = 2, True
+    with pytest.warns(LorafxWarning, match="4 of 4 requests failed"):
+        outputs = cm.generate_batch(
+            [[3, 4, 5], [3, 4, 6]], ["a1", "a3"], generation, CONFIG, max_new_tokens=2
+        )
+    assert all("not proved" in output.error for output in outputs.values())
+
+
+def test_a_name_serves_one_request_at_a_time(llama):
+    cm = llama.compile()
+    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
+        seen = StepLogits(engine)
+        with engine.pause():
+            engine.add_request([3, 4, 5], "x", adapter="a1", max_new_tokens=4)
+            with pytest.raises(BatchError, match="named 'x' is under way"):
+                engine.add_request([3, 4, 5, 6], "x", adapter="a3")
+            engine.add_request([3, 4], "y", adapter="a3", max_new_tokens=4)
+            engine.cancel_request("y")
+        outputs = answers(engine, ["x"])
+        check_logits(llama, seen, outputs, {"x": "a1"})
+        for name in ("x", "y"):  # answered, and cancelled
+            seen.rows.pop(name, None)
+            engine.add_request([3, 4, 5, 6], name, adapter="a3", max_new_tokens=4)
+        check_logits(llama, seen, answers(engine, ["x", "y"]), dict.fromkeys("xy", "a3"))
+
+
+@pytest.mark.parametrize("prompt", [[], [3, 1000], [3, -5], "abc", [3.5]])
+def test_prompts_that_are_no_token_ids_are_refused(llama, prompt):
+    cm = llama.compile()
+    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
+        with pytest.raises(BatchError, match="input_ids"):
+            engine.add_request(prompt, adapter="a1")
+        assert not engine._outputs._names
+
+
+def test_what_waits_for_a_slot_makes_room_in_the_cache(llama):
+    cm = with_slots(llama, 1)
+    names = {}
+    with cm.continuous_batching(None, SMALL, warmup=False) as engine:
+        with engine.pause():
+            for first, adapter in ((3, "a1"), (4, "a3")):
+                prompt = [*range(first, first + 27)]
+                names[engine.add_request(prompt, adapter=adapter, max_new_tokens=18)] = adapter
+            huge = engine.add_request([3] * 100, adapter="a1", max_new_tokens=18)
+        outputs = answers(engine, [*names, huge])
+        assert engine.is_running()
+    assert "does not fit into the cache" in outputs.pop(huge).error
+    for name, output in outputs.items():
+        assert output.error is None
+        with torch.no_grad():
+            want = llama.alone(names[name]).generate(
+                torch.tensor([output.prompt_ids]), max_new_tokens=18, do_sample=False
+            )
+        assert output.prompt_ids + output.generated_tokens == want[0].tolist()
+
+
+def test_requests_that_are_left_after_the_timeout_fail(llama):
+    cm = llama.compile()
+    begun = time.monotonic()
+    with cm.continuous_batching(None, CONFIG, warmup=False, timeout=0.1) as engine:
+        added = engine.add_request([3, 4, 5], adapter="a1", max_new_tokens=800, eos_token_id=-1)
+    assert time.monotonic() - begun < 60
+    output = engine.output_router.output_queue.get(timeout=1)
+    assert output.request_id == added
+    assert "finished before this request" in output.error
+    assert engine._packed._pages is None  # the cache is not kept by the engine's object
+
+
+MLA = Family(
+    lambda **changes: transformers.DeepseekV3ForCausalLM(
+        transformers.DeepseekV3Config(
+            **{
+                "vocab_size": 61,
+                "hidden_size": 24,
+                "intermediate_size": 40,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "q_lora_rank": 8,
+                "kv_lora_rank": 8,
+                "qk_nope_head_dim": 8,
+                "qk_rope_head_dim": 4,
+                "v_head_dim": 10,
+                "first_k_dense_replace": 1,
+                **changes,
+            }
+        )
+    ),
+    (["q_b_proj"], "all-linear", ["kv_b_proj"], ["o_proj"], ["lm_head"]),
+)
+
+
+def test_keys_and_values_of_other_sizes_than_the_cache_is_for_are_refused(tmp_path):
+    case = build_case(MLA, tmp_path)
+    cm = case.compile()
+    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
+        seen = StepLogits(engine)
+        work = [([3 + i, 4, 5, 6, 7, 8], f"a{i}") for i in range(4)]
+        ids = [engine.add_request(p, adapter=a, max_new_tokens=6) for p, a in work]
+        outputs = answers(engine, ids)
+        assert engine.is_running()
+    assert all("its cache is for" in output.error for output in outputs.values())
+    assert not seen.rows
+
+
+def test_one_engine_at_a_time_with_eager_attention(llama):
+    case = Case(copy.deepcopy(llama.base), llama.folders)
+    case.base.set_attn_implementation("eager")
+    cm = case.compile()
+    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
+        with (
+            pytest.raises(lorafx.ConfigError, match="one engine at a time"),
+            cm.continuous_batching(),
+        ):
+            pass
+        added = engine.add_request([3, 4, 5], adapter="a1", max_new_tokens=3)
+        assert answers(engine, [added])[added].error is None
