@@ -15,8 +15,9 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from lorafx.adapter_store.store import BASE
 from lorafx.errors import BatchError, ConfigError, LorafxError
+from lorafx.serving.continuous.eager import EAGER
 from lorafx.serving.continuous.outputs import Outputs
-from lorafx.serving.continuous.packed_call import EAGER, PackedForward
+from lorafx.serving.continuous.packed_call import PackedForward
 from lorafx.serving.continuous.pages import AdapterPages
 from lorafx.serving.continuous.requests import AdapterRequest, Ticket
 from lorafx.serving.continuous.room import Room

@@ -11,7 +11,6 @@ depend on how tensors lie, so they get copies.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -19,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers.generation.continuous_batching.requests import FutureRequestState
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lorafx.adapter_store.store import BASE
+from lorafx.serving.continuous.eager import EAGER, TracedEager
 from lorafx.serving.continuous.requests import Ticket, ticket_of
 from lorafx.serving.continuous.step_cache import StepCache
 
@@ -29,36 +28,7 @@ if TYPE_CHECKING:
     from lorafx.serving.compiled import CompiledModel
 
 
-#: transformers' name of the eager attention over pages.
-EAGER = "paged|eager"
-
-
-class _TracedEager:
-    """In blocks of it the eager attention over pages is traced. transformers keeps it out of
-    graphs, for the sake of a cache that is not used here. Engines of several models may be in such
-    blocks at once."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-
-    def __enter__(self) -> None:
-        functions: Any = ALL_ATTENTION_FUNCTIONS
-        with self._lock:
-            if not self._inside:
-                before = functions[EAGER]
-                functions[EAGER] = getattr(before, "_torchdynamo_orig_callable", before)
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        functions: Any = ALL_ATTENTION_FUNCTIONS
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                del functions[EAGER]
-
-
-_EAGER = _TracedEager()
+_EAGER = TracedEager()
 _NOTHING = nullcontext()
 
 
@@ -134,7 +104,7 @@ class PackedForward:
         self._pages = None
 
     def _traced(self) -> AbstractContextManager[object]:
-        """Have the eager attention over pages traced, where the model uses it."""
+        """Around a step: the eager attention over pages, where the model uses it."""
         model: Any = self._compiled.model
         return _EAGER if model.config._attn_implementation == EAGER else _NOTHING
 

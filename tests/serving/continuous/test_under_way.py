@@ -251,3 +251,37 @@ def test_one_engine_at_a_time_with_eager_attention(llama):
             pass
         added = engine.add_request([3, 4, 5], adapter="a1", max_new_tokens=3)
         assert answers(engine, [added])[added].error is None
+
+
+GEMMA2 = Family(
+    lambda **changes: transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(
+            **{
+                "vocab_size": 61,
+                "hidden_size": 24,
+                "intermediate_size": 40,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 6,
+                "query_pre_attn_scalar": 6,
+                "sliding_window": 8,
+                "attn_logit_softcapping": 2.0,
+                **changes,
+            }
+        )
+    ),
+    (["q_proj"], "all-linear", ["k_proj"], ["o_proj"], ["v_proj"]),
+)
+
+
+def test_eager_attention_caps_its_scores(tmp_path):
+    case = build_case(GEMMA2, tmp_path)
+    case.base.set_attn_implementation("eager")
+    cm = case.compile()
+    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
+        seen = StepLogits(engine)
+        work = [([*range(3 + i, 9 + 3 * i)], f"a{i}") for i in range(5)]
+        ids = [engine.add_request(p, adapter=a, max_new_tokens=4) for p, a in work]
+        outputs = answers(engine, ids)
+    check_logits(case, seen, outputs, dict(zip(ids, (a for _, a in work), strict=True)))
