@@ -14,19 +14,21 @@ thread converts a frame of ours.
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.side_effects import SideEffects
 from torch._dynamo.variables import nn_module
-from torch._dynamo.variables.builder import VariableBuilder, wrap_fx_proxy
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch._dynamo.variables.builder import wrap_fx_proxy
+from torch._dynamo.variables.builtin import BuiltinVariable
+from torch._dynamo.variables.lazy import LazyConstantVariable
 
 from lorafx.capture.replay_arguments import (
     Arguments,
@@ -34,10 +36,11 @@ from lorafx.capture.replay_arguments import (
     reachable,
     replayed_result,
     results_of,
-    same_layout,
 )
 from lorafx.capture.replay_calls import Modes, Stacks, modes, still
+from lorafx.capture.replay_graph import input_of, inputs_of, operators_of
 from lorafx.capture.replay_guards import Guards, Moved, Scope
+from lorafx.capture.replay_items import Store, Watch, store, stores_of
 from lorafx.kernels.ops.stamp_op import Layout
 
 #: Traces of a class that are kept; its layers are of more kinds where none of these fits.
@@ -89,7 +92,9 @@ class _Trace:
         changes: how often something had been changed that was there before the frame.
         modes: whether torch is set as it was, and what else there was.
         operators: in order; `inputs`: graph inputs that are reached through the layer, and how.
-        results: the tensors that were returned, by their operators.
+        results: the tensors that were returned or stored, by their operators.
+        stores: what was stored in items of lists that the layer picked, which `watch` tells of.
+        known: what there was that a call may change.
         outer: how many modules' calls the layer's own is in, `name` that call's name.
         calls: by the names of modules how often each had been called before, and was now.
     """
@@ -103,6 +108,9 @@ class _Trace:
     operators: list[fx.Node]
     inputs: dict[fx.Node, Any]
     results: dict[fx.Node, Any]
+    stores: list[Store]
+    watch: Watch
+    known: dict[int, Any]
     outer: int
     name: str
     calls: dict[str, tuple[int, int]]
@@ -115,15 +123,16 @@ class _Begun:
         self.effects = tx.output.side_effects
         self.nodes = set(tx.output.graph.nodes)
         self.last: fx.Node = tx.output.graph._root.prev
-        self.known = reachable(args, kwargs, self.effects)
+        self.known = replay.unnoted(lambda: reachable(args, kwargs, self.effects))
         self.changes = len(replay.changed)
         self.random = len(tx.output.random_calls)
         self.modes = modes(tx)
         self.outer = len(tx.nn_module_stack)
         self.calls = dict(tx.num_calls)
         self.guards = Guards(tx, replay.scope(tx), layer)
-        #: What the call changes.
-        self.changed: list[Any] = []
+        #: What the call changes: of what is stored, the attributes.
+        self.changed: list[tuple[Any, str | None]] = []
+        self.watch = Watch(tx, self.guards, args, kwargs, watched=not replay.tracing)
 
 
 @dataclass
@@ -136,10 +145,10 @@ class Replay:
     _output: Any = None
     _scope: Scope | None = None
     _traces: dict[type, list[_Trace]] = field(default_factory=dict)
-    #: What was there before the frame and has been changed in it, once for each change.
+    #: What has been changed in the frame, once for each change.
     changed: list[Any] = field(default_factory=list)
-    #: For each call that is being traced what it has changed so far.
-    _changing: list[list[Any]] = field(default_factory=list)
+    #: The calls that are being traced, each in the one before it.
+    tracing: list[_Begun] = field(default_factory=list)
 
     def called(self, layer: Any, tx: Any, args: Any, kwargs: Any, trace: Callable[[], Any]) -> Any:
         """The result of a call of `layer`."""
@@ -168,17 +177,20 @@ class Replay:
                 output.graph.erase_node(output.graph._root.prev)
         if begun is None:
             return trace()
-        self._changing.append(begun.changed)
+        self.tracing.append(begun)
         try:
-            result = trace()
+            with begun.watch.watching():
+                result = trace()
         finally:
-            self._changing.pop()
+            self.tracing.pop()
         try:
             traces.append(self._trace(begun, tx, args, kwargs, result))
         except NotAlike:
             pass
         except Exception:
             self._give_up()
+        for pick in begun.watch.picks:
+            pick.number.realize()
         return result
 
     def _give_up(self) -> None:
@@ -197,18 +209,33 @@ class Replay:
             self._scope = Scope(tx)
         return self._scope
 
-    def note(self, output: Any, variable: Any) -> None:
-        """`variable` is being changed."""
+    def note(self, output: Any, variable: Any, name: str | None) -> None:
+        """`variable` is being changed; `name` is the attribute that is stored."""
         self._in(output)
-        for changed in self._changing:
-            changed.append(variable)
-        kind = variable.mutation_type
-        if variable.source is not None or (kind is not None and kind.scope == 0):
-            self.changed.append(variable)
+        self.changed.append(variable)
+        for begun in self.tracing:
+            begun.changed.append((variable, name))
 
-    def _changed_objects(self) -> set[int]:
-        """Identities of what is otherwise in the frame than it is outside of it."""
-        changed = set(map(id, self.changed))
+    def unnoted(self, look: Callable[[], Any]) -> Any:
+        """What `look` finds, which is no reading of a layer that is being traced."""
+        if not self.tracing:
+            return look()
+        with self.tracing[0].watch.unnoted():
+            return look()
+
+    def picked(self, args: Any) -> Any:
+        """The item that a layer picks from a list by a number that is not to be read, or None."""
+        return self.tracing[0].watch.pick(*args) if len(self.tracing) == 1 else None
+
+    def found(self, variable: Any) -> None:
+        """Dynamo knows an object, and has found its image."""
+        for begun in self.tracing:
+            begun.watch.found(variable)
+
+    def _changed_objects(self, until: int | None = None) -> set[int]:
+        """Identities of what is otherwise in the frame than it is outside of it; `until` says how
+        many changes count."""
+        changed = {id(variable) for variable in self.changed[:until] if _was_there(variable)}
         known = self._output.side_effects.id_to_variable
         return {number for number, variable in known.items() if id(variable) in changed}
 
@@ -219,15 +246,21 @@ class Replay:
             NotAlike: it did more than a replay does.
         """
         output, known = tx.output, begun.known
-        if len(self.changed) != begun.changes or any(id(item) in known for item in begun.changed):
-            raise NotAlike("something was changed that was there before")
+        watch = begun.watch
+        watch.end()
+        for item, name in begun.changed:
+            picked = name is not None and item in watch.stored
+            if not picked and (_was_there(item) or id(item) in known):
+                raise NotAlike("something was changed that was there before")
         if output is not self._output or output.side_effects is not begun.effects:
             raise NotAlike("it was traced in parts")
         if len(output.random_calls) != begun.random or not still(begun.modes, tx):
             raise NotAlike("torch was set in another way, or Python drew a random number")
-        operators = _operators(output.graph, begun)
-        begun.guards.end(tx, self._changed_objects())
-        arguments = Arguments(args, kwargs)
+        operators = operators_of(output.graph, begun.last, begun.nodes, begun.outer)
+        begun.guards.end(tx, self._changed_objects(begun.changes), watch.stored)
+        arguments = Arguments(args, {**kwargs, **watch.attributes()})
+        stores = stores_of(output.side_effects, watch.stored, begun.changed)
+        returned = (result, *(each.value for each in stores))
         return _Trace(
             layer=begun.guards.module,
             changes=begun.changes,
@@ -236,8 +269,11 @@ class Replay:
             arguments=arguments,
             result=result,
             operators=operators,
-            inputs=_inputs(output.graph, operators, begun),
-            results=results_of(result, set(operators), arguments),
+            inputs=inputs_of(output.graph, operators, begun.guards, begun.nodes),
+            results=results_of(returned, set(operators), arguments),
+            stores=stores,
+            watch=watch,
+            known=known,
             outer=begun.outer,
             name=str(list(operators[0].meta["nn_module_stack"].values())[begun.outer][0]),
             calls={
@@ -254,14 +290,21 @@ class Replay:
             NotAlike: it must be traced. What has been added, of inputs and guards, is what that
                 adds too.
         """
-        if one.changes != len(self.changed) or not still(one.modes, tx):
-            raise NotAlike("something was changed since")
-        nodes, variables = one.arguments.paired(args, kwargs)
-        moved = Moved(one.guards, tx, layer, self._changed_objects())
+        watch, effects = one.watch, tx.output.side_effects
+        for variable in self.changed[one.changes :]:
+            matters = _was_there(variable) or id(variable) in one.known
+            if matters and not watch.is_apart(variable):
+                raise NotAlike("something was changed since")
+        if not still(one.modes, tx):
+            raise NotAlike("torch was set in another way")
+        items = watch.picked_by(one.guards.number(layer))
+        given = {**kwargs, **watch.attributes(items)}
+        nodes, variables = one.arguments.paired(args, given)
+        moved = Moved(one.guards, tx, layer, self._changed_objects(), items)
         moved.check()
         stacks = Stacks(one.layer, one.name, one.outer, one.calls, layer, tx)
         for node, source in one.inputs.items():
-            nodes[node] = _input(node, source, moved, stacks, tx)
+            nodes[node] = input_of(node, source, moved, stacks, tx)
         moved.install()
         graph, tracer = tx.output.graph, tx.output.current_tracer
         for node in one.operators:
@@ -276,82 +319,26 @@ class Replay:
             with tx.fake_mode:
                 value = Layout.of(node.meta["example_value"]).empty()
             variables[variable] = wrap_fx_proxy(tx, fx.Proxy(nodes[node], tracer), value)
-        return replayed_result(one.result, variables)
+        result = replayed_result(one.result, variables)
+        store(one.stores, items, variables, effects)
+        for source in dict.fromkeys(pick.number.source for pick in watch.picks):
+            number = moved.now(source)
+            LazyConstantVariable.create(number, moved.source(source)).realize()
+        return result
 
 
-def _operators(graph: fx.Graph, begun: _Begun) -> list[fx.Node]:
-    """The operators of a call that was traced behind `last`.
-
-    Raises:
-        NotAlike: there are none, or it is more than operators that was added.
-    """
-    found = []
-    node = begun.last.next
-    while node is not graph._root:
-        found.append(node)
-        node = node.next
-    added = [node for node in graph.nodes if node not in begun.nodes and node.op != "placeholder"]
-    if not found or added != found:
-        raise NotAlike("something was put in front of the layer's operators")
-    for node in found:
-        value = node.meta.get("example_value")
-        stack = node.meta.get("nn_module_stack") or {}
-        plain = len(stack) > begun.outer and len(node.meta.get("source_fn_stack", ())) == 1
-        if node.op not in ("call_function", "call_method") or not plain:
-            raise NotAlike(f"{node.name} is not an operator of the layer")
-        if value is not None and free_unbacked_symbols(value):
-            raise NotAlike(f"{node.name} has a size of its own")
-    return found
-
-
-def _inputs(graph: fx.Graph, operators: Sequence[fx.Node], begun: _Begun) -> dict[fx.Node, Any]:
-    """Graph inputs that are reached through the layer, in order, and their sources.
-
-    Raises:
-        NotAlike: one is reached in another way, or something else is read that is not an argument.
-    """
-    inputs: dict[fx.Node, Any] = {}
-    guards = begun.guards
-    for node in graph.find_nodes(op="placeholder"):
-        source = getattr(node.meta.get("grapharg"), "source", None)
-        if source is not None and guards.concerns(source):
-            inputs[node] = source
-    own = {id(item) for item in (*guards.module.parameters(), *guards.module.buffers())}
-    made = set(operators)
-    for item in dict.fromkeys(item for node in operators for item in node.all_input_nodes):
-        if item in made or item in inputs:
-            continue
-        if item.op != "placeholder" and item not in begun.nodes:
-            raise NotAlike(f"{item.name} is computed in front of the layer")
-        if id(getattr(item.meta.get("grapharg"), "example", None)) in own:
-            raise NotAlike(f"{item.name} is the layer's, and something else's")
-    return inputs
-
-
-def _input(node: fx.Node, source: Any, moved: Moved, stacks: Stacks, tx: Any) -> fx.Node:
-    """The graph input of the other layer that is what `node` is of the traced one."""
-    if moved.common(source) is not None:
-        return node
-    value = moved.now(source)
-    if not isinstance(value, Tensor) or not moved.is_new(value, source):
-        raise NotAlike(f"{source.name} is also something else")
-    outer = tx.nn_module_stack
-    try:
-        tx.nn_module_stack = stacks.of(node)
-        new = VariableBuilder(tx, moved.source(source))(value).as_proxy().node
-    finally:
-        tx.nn_module_stack = outer
-    if not same_layout(node.meta["example_value"], new.meta["example_value"]):
-        raise NotAlike(f"{source.name} is laid out in another way")
-    assert isinstance(new, fx.Node)
-    return new
+def _was_there(variable: Any) -> bool:
+    """Whether something was there before the frame."""
+    kind = variable.mutation_type
+    return variable.source is not None or (kind is not None and kind.scope == 0)
 
 
 def _watch() -> None:
     """Have Dynamo tell the replay of its thread which modules are called and what is changed; it
     does so from now on, where there is one."""
     image = nn_module.UnspecializedNNModuleVariable
-    call = image.call_function
+    call, call_builtin = image.call_function, BuiltinVariable.call_function
+    known = SideEffects.__getitem__
     if getattr(call, "_lorafx", False):
         return
 
@@ -364,12 +351,32 @@ def _watch() -> None:
     def noting(change: Any) -> Any:
         def noted(self: Any, variable: Any, *args: Any, **kwargs: Any) -> Any:
             if _LOCAL.replay is not None:
-                _LOCAL.replay.note(self.output_graph_weakref(), variable)
+                name = args[0] if args else None
+                _LOCAL.replay.note(self.output_graph_weakref(), variable, name)
             return change(self, variable, *args, **kwargs)
 
         return noted
 
+    def call_python(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        replay = _LOCAL.replay
+        if replay is not None and self.fn is operator.getitem and len(args) == 2:
+            item = replay.picked(args)
+            if item is not None:
+                return item
+        return call_builtin(self, tx, args, kwargs)
+
+    def found(self: Any, item: Any) -> Any:
+        variable = known(self, item)
+        if _LOCAL.replay is not None:
+            _LOCAL.replay.found(variable)
+        return variable
+
     call_function._lorafx = True  # type: ignore[attr-defined]
     for name in ("mutation", "store_attr"):
         setattr(SideEffects, name, noting(getattr(SideEffects, name)))
-    setattr(image, "call_function", call_function)  # noqa: B010  a method for mypy
+    for kind, name, method in (
+        (image, "call_function", call_function),
+        (BuiltinVariable, "call_function", call_python),
+        (SideEffects, "__getitem__", found),
+    ):
+        setattr(kind, name, method)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch._dynamo.variables.dicts import ConstDictVariable
 from torch._dynamo.variables.lazy import LazyVariableTracker
 from torch._dynamo.variables.lists import ListVariable, TupleVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
+from torch._dynamo.variables.user_defined import UserDefinedObjectVariable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
@@ -68,12 +69,12 @@ def plain(variable: Any) -> Any:
     return variable.unwrap() if isinstance(variable, LazyVariableTracker) else variable
 
 
-def reachable(args: Any, kwargs: Any, effects: Any) -> set[int]:
-    """Identities of what a call may change that was there before it."""
-    found = {id(item) for item in effects.id_to_variable.values()}
+def reachable(args: Any, kwargs: Any, effects: Any) -> dict[int, Any]:
+    """What a call may change that was there before it, by identity."""
+    found = {id(item): item for item in effects.id_to_variable.values()}
 
     def visit(item: Any) -> None:
-        found.add(id(item))
+        found[id(item)] = item
 
     for value in (list(args), dict(kwargs), list(effects.store_attr_mutations.values())):
         VariableTracker.visit(visit, value)
@@ -133,12 +134,17 @@ class Arguments:
             elif isinstance(one, (TupleVariable, ListVariable, ConstDictVariable)):
                 if type(one.mutation_type) is not type(other.mutation_type):
                     raise NotAlike(f"argument {place} is from somewhere else")
-            elif one.source is None or one.source != other.source:
+            elif one.source != other.source or (one.source is None and not _same(one, other)):
                 raise NotAlike(f"argument {place} is another object")
         return nodes, variables
 
     def _count(self) -> int:
         return sum(len(place) == 1 for place in self.values)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two are one object that was made in the frame."""
+    return one is other and isinstance(one, UserDefinedObjectVariable)
 
 
 def _unread(variable: Any) -> bool:
@@ -161,8 +167,10 @@ def _same_size(one: Any, other: Any) -> bool:
     return type(one) is type(other) and _size(one) == _size(other)
 
 
-def results_of(result: Any, made: set[fx.Node], arguments: Arguments) -> dict[fx.Node, Any]:
-    """The tensors that a call returns, by their nodes.
+def results_of(
+    results: Iterable[Any], made: set[fx.Node], arguments: Arguments
+) -> dict[fx.Node, Any]:
+    """The tensors that a call returns or stores, by their nodes.
 
     Raises:
         NotAlike: it returns something else than new tensors, its own arguments, constants, and
@@ -174,7 +182,7 @@ def results_of(result: Any, made: set[fx.Node], arguments: Arguments) -> dict[fx
 
     def look(item: Any) -> None:
         item = plain(item)
-        if id(item) in given:
+        if id(item) in given or item in found.values():
             return
         if isinstance(item, LazyVariableTracker):  # looking at it would guard it
             raise NotAlike("a result was not looked at")
@@ -193,7 +201,8 @@ def results_of(result: Any, made: set[fx.Node], arguments: Arguments) -> dict[fx
         if item.source is not None:
             raise NotAlike("a result was there before")
 
-    look(result)
+    for result in results:
+        look(result)
     return found
 
 

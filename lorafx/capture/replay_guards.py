@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -82,6 +82,11 @@ def _sources(layer: Any) -> list[Source]:
     return found
 
 
+def _item_sources(items: Iterable[Any]) -> list[Source]:
+    """Those of items of lists, of what was there before the frame."""
+    return [item.source for item in items if item.source is not None]
+
+
 class _Nowhere(Source):
     """Stands for the layer in sources that only need to be told apart."""
 
@@ -96,6 +101,9 @@ class Guards:
         self.scope = scope
         self.module: nn.Module = layer.value
         self.sources = _sources(layer)
+        #: Items of lists that the layer picks by numbers of its own.
+        self.items: list[Any] = []
+        self._through_items = _Exchanged({})
         self._through = _Exchanged(dict.fromkeys(self.sources, _Nowhere()))
         self._before = len(tx.output.guards)
         self.found: list[Guard] = []
@@ -105,28 +113,61 @@ class Guards:
         self.ordered: list[Source] = []
 
     def concerns(self, source: Source) -> bool:
-        """Whether it leads through the layer."""
+        """Whether it leads through the layer, or through an item that it picks."""
         return self._through(source) is not source
 
-    def end(self, tx: Any, changed: Collection[int]) -> None:
-        """The layer has been traced, while the objects of these identities were not what they are
-        outside of the frame.
+    def through_item(self, source: Source) -> bool:
+        """Whether it leads through an item that the layer picks."""
+        return self._through_items(source) is not source
+
+    def number(self, layer: Any) -> Callable[[Source], Any]:
+        """What another layer has at a source of this one's."""
+        exchanged = self._exchanged(layer, {})
+        return lambda source: self.scope.value(exchanged(source))
+
+    def _exchanged(self, layer: Any, items: Mapping[Any, Any]) -> Callable[[Source], Source]:
+        """Another layer's sources and its items' in place of this one's; None is this one.
+
+        Raises:
+            NotAlike: they are not reached alike.
+        """
+        sources = self.sources if layer is None else _sources(layer)
+        parts = dict(zip(self.sources, sources, strict=False))
+        for mine, other in items.items():
+            if (mine.source is None) != (other.source is None):
+                raise NotAlike("an item is from somewhere else")
+            if mine.source is not None:
+                parts[mine.source] = other.source
+        if len(sources) != len(self.sources):
+            raise NotAlike("reached in another way")
+        return _Exchanged(parts)
+
+    def end(self, tx: Any, changed: Collection[int], items: Iterable[Any] = ()) -> None:
+        """The layer has been traced, which picked these items. The objects of these identities were
+        not what they are outside of the frame.
 
         Raises:
             NotAlike: one of them is the layer's, or that is reached in two ways.
         """
-        name = self.sources[-1].name
+        self.items = list(items)
+        roots = _item_sources(self.items)
+        self._through = _Exchanged(dict.fromkeys([*self.sources, *roots], _Nowhere()))
+        self._through_items = _Exchanged(dict.fromkeys(roots, _Nowhere()))
+        names = [source.name for source in (self.sources[-1], *roots)]
         for place, guard in enumerate(tx.output.guards):
             if self.concerns(guard.originating_source):
                 self.found.append(guard)
             elif place >= self._before:
-                if name in guard.name:
+                if any(name in guard.name for name in names):
                     raise NotAlike(f"{guard.name} is reached in two ways")
+                given = (each for each in _keywords(guard).values() if isinstance(each, Source))
+                if self.items and any(map(self.concerns, given)):
+                    raise NotAlike(f"{guard.name} is also something else")
                 if "key" in _keywords(guard):
                     self.hooks.append(guard)
         self.ordered = [each for each in tx.output.guard_on_key_order if self.concerns(each)]
         if changed:
-            own = Moved(self, tx, None, changed)
+            own = Moved(self, tx, None, changed, {item: item for item in self.items})
             for guard in self.found:
                 own.common(guard.originating_source)
 
@@ -134,25 +175,29 @@ class Guards:
 class Moved:
     """The guards of one layer on another one; None is the same one again.
 
-    `changed` are identities of objects that are otherwise in the frame than their sources say.
+    `changed` are identities of objects that are otherwise in the frame than their sources say;
+    `items` are the other layer's by those that the traced one picked.
 
     Raises:
         NotAlike: they are not made alike.
     """
 
-    def __init__(self, guards: Guards, tx: Any, layer: Any, changed: Collection[int]) -> None:
-        sources = guards.sources if layer is None else _sources(layer)
+    def __init__(
+        self,
+        guards: Guards,
+        tx: Any,
+        layer: Any,
+        changed: Collection[int],
+        items: Mapping[Any, Any],
+    ) -> None:
         module = guards.module if layer is None else layer.value
-        if len(sources) != len(guards.sources):
-            raise NotAlike("reached in another way")
-        if id(module) in changed:
+        if id(module) in changed or any(id(item.value) in changed for item in items.values()):
             raise NotAlike("the layer is being changed")
         self._changed = changed
         self._guards = guards
         self._output = tx.output
-        self.source: Callable[[Source], Source] = _Exchanged(
-            dict(zip(guards.sources, sources, strict=True))
-        )
+        self.source: Callable[[Source], Source] = guards._exchanged(layer, items)
+        self._roots = [*guards.sources, *_item_sources(items)]
         self._hooks = _hooks(guards.module, module)
         self._common: dict[int, Source | None] = {}
         #: Sources of the traced layer where both lead to one object.
@@ -173,7 +218,7 @@ class Moved:
         """
         if not isinstance(source, ChainedSource) or not self._guards.concerns(source):
             return None
-        if source in self._guards.sources:
+        if source in self._roots:
             return None
         if id(source) not in self._common:
             found = self.common(source.base)

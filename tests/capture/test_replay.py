@@ -16,7 +16,7 @@ from layer_changes import activation, dtype, eps, hook, no_bias, own_forward, ti
 from torch import Tensor, nn
 from torch._dynamo.variables.builder import VariableBuilder
 
-from lorafx.capture import replay
+from lorafx.capture import replay_graph
 
 H, LAYERS = 6, 5
 NAMES = ["a0", None, "a1"]
@@ -362,6 +362,6 @@ def test_another_dynamo_traces_every_layer(tmp_path: Path, monkeypatch: pytest.M
             super().__call__(value)
             raise AttributeError("no such thing")
 
-    monkeypatch.setattr(replay, "VariableBuilder", Other)
+    monkeypatch.setattr(replay_graph, "VariableBuilder", Other)
     found = both_ways(monkeypatch, stack_run(case_of(Stack().eval(), tmp_path)))
     assert found.replayed == [0]

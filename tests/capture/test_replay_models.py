@@ -13,6 +13,8 @@ from dynamo_graphs import both_ways
 from tiny_models import VOCAB
 from torch import Tensor
 
+NAMES = ["a0", None, "a1"]
+
 
 @pytest.mark.parametrize(
     ("name", "sizes"),
@@ -39,29 +41,43 @@ def test_layers_of_transformers(
 
     def run(options: dict[str, Any]) -> Tensor:
         cm: Any = case.compile(options)
-        logits: Tensor = cm(**inputs, adapter_names=["a0", None, "a1"]).logits
+        logits: Tensor = cm(**inputs, adapter_names=NAMES).logits
         return logits
 
     assert both_ways(monkeypatch, run).replayed == [3]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("cache", [transformers.DynamicCache, transformers.StaticCache])
-def test_layers_that_write_into_a_cache_are_traced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Any
+#: Of models with caches: how many layers are replayed in the graph of the prompt.
+CACHES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "made in the call": ("llama", {"use_cache": True}, 3),
+    "dynamic": ("llama", {"past_key_values": transformers.DynamicCache}, 3),
+    "static": ("llama", {"past_key_values": transformers.StaticCache}, 0),
+}
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_layers_that_write_into_a_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     torch.manual_seed(0)
-    case = build_case("llama", tmp_path, num_hidden_layers=3)
+    name, given, count = CACHES[kind]
+    case = build_case(name, tmp_path, num_hidden_layers=4)
     ids = torch.randint(3, VOCAB, (3, 5))
-    room = {"max_cache_len": 8} if cache is transformers.StaticCache else {}
 
     def run(options: dict[str, Any]) -> list[Tensor]:
         cm: Any = case.compile(options)
-        past = cache(config=cm.model.config, **room)
-        return [
-            cm(input_ids=given, past_key_values=past, adapter_names=["a0", None, "a1"]).logits
-            for given in (ids, ids[:, :1], ids[:, 1:2])
-        ]
+        kwargs = dict(given)
+        if cache := kwargs.get("past_key_values"):
+            room = {"max_cache_len": 8} if cache is transformers.StaticCache else {}
+            kwargs["past_key_values"] = cache(config=cm.model.config, **room)
+        out = cm(input_ids=ids, **kwargs, adapter_names=NAMES)
+        found = [out.logits]
+        for place in (0, 1):
+            past = out.past_key_values
+            more = ids[:, place : place + 1]
+            found.append(cm(input_ids=more, past_key_values=past, adapter_names=NAMES).logits)
+        for layer in out.past_key_values.layers:
+            found += [layer.keys, layer.values]
+        return found
 
-    found = both_ways(monkeypatch, run)
-    assert found.replayed == [0] * len(found.graphs)
+    assert both_ways(monkeypatch, run).replayed[0] == count
