@@ -3,7 +3,8 @@
 Each start is a process of its own that builds a random model, loads an adapter of rank 16,
 compiles, and makes one call of decode form [8, 1] in which every second request uses the adapter.
 The time is that of the call: capture, passes, Inductor, C++ (imports, building the model and
-loading the adapter are not; neither is the header that Inductor precompiles once a machine). The
+loading the adapter are not; neither is the header that Inductor precompiles once a machine).
+Cases with a cache make two calls: a prompt of five tokens, and one token more. The
 whole call is in seconds of wall time and of CPU time, that of the compilers that it starts apart;
 its phases are in CPU seconds, which other work on the machine changes least. Step time with
 outlined layers is compared to that without in one process.
@@ -32,10 +33,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+#: Cases that write into a cache: the prompt, and one token more, each of which has a graph.
+CACHED = frozenset({"Llama, cache, reference", "Llama, cache, reference, no stamps"})
 #: Cases that run in plain aten: what is left is what stands before Inductor.
-REFERENCE = frozenset({"Llama, dynamic, reference", "Llama, dynamic, reference, no stamps"})
+REFERENCE = CACHED | {"Llama, dynamic, reference", "Llama, dynamic, reference, no stamps"}
 #: Cases in which every layer is traced.
-UNSTAMPED = frozenset({"Llama, dynamic, no stamps", "Llama, dynamic, reference, no stamps"})
+UNSTAMPED = frozenset(
+    {
+        "Llama, dynamic, no stamps",
+        "Llama, dynamic, reference, no stamps",
+        "Llama, cache, reference, no stamps",
+    }
+)
 #: name: (family, dynamic shapes, outlined, depths, depths that are also started again)
 CASES: dict[str, tuple[str, bool, bool, tuple[int, ...], tuple[int, ...]]] = {
     "Llama, dynamic": ("llama", True, True, (2, 8, 32), (2, 32)),
@@ -44,12 +53,15 @@ CASES: dict[str, tuple[str, bool, bool, tuple[int, ...], tuple[int, ...]]] = {
     "Llama, dynamic, no stamps": ("llama", True, True, (2, 32), ()),
     "Llama, dynamic, reference": ("llama", True, True, (2, 8, 32), ()),
     "Llama, dynamic, reference, no stamps": ("llama", True, True, (2, 8, 32), ()),
+    "Llama, cache, reference": ("llama", True, True, (2, 8, 32), ()),
+    "Llama, cache, reference, no stamps": ("llama", True, True, (2, 8, 32), ()),
     "Qwen3-Next, static": ("qwen3_next", False, True, (2, 8, 32), (32,)),
     "Qwen3-Next, dynamic": ("qwen3_next", True, True, (2, 8, 32), ()),
 }
 QUICK = 8  # layers at most of a quick run
 STEP_DEPTH = 8
 ROWS = 8
+PROMPT = 5  # tokens
 
 
 def llama(layers: int) -> Any:
@@ -107,6 +119,7 @@ def start(
     outlined: bool,
     lowering: str = "auto",
     stamps: bool = True,
+    cached: bool = False,
 ) -> tuple[Any, Callable[[], Any]]:
     """A compiled model that has not run yet, and its first and every further call."""
     import torch
@@ -124,6 +137,14 @@ def start(
         cm = lorafx.compile(model, {"a": folder}, dynamic=dynamic, options=options)
     ids = torch.randint(0, model.config.vocab_size, (ROWS, 1))
     names = ["a", None] * (ROWS // 2)
+    if cached:
+        prompt = torch.randint(0, model.config.vocab_size, (ROWS, PROMPT))
+
+        def prompt_and_step() -> Any:
+            past = cm(input_ids=prompt, use_cache=True, adapter_names=names).past_key_values
+            return cm(input_ids=ids, past_key_values=past, adapter_names=names).logits
+
+        return cm, prompt_and_step
     return cm, lambda: cm(input_ids=ids, use_cache=False, adapter_names=names).logits
 
 
@@ -153,12 +174,18 @@ def cpu_seconds(who: int) -> float:
 
 
 def first_call(
-    family: str, layers: int, dynamic: bool, outlined: bool, lowering: str, stamps: bool
+    family: str,
+    layers: int,
+    dynamic: bool,
+    outlined: bool,
+    lowering: str,
+    stamps: bool,
+    cached: bool,
 ) -> dict[str, object]:
     """One start: seconds of the first call, and CPU seconds of it and of its phases."""
     from torch._dynamo.utils import compile_times, counters
 
-    cm, call = start(family, layers, dynamic, outlined, lowering, stamps)
+    cm, call = start(family, layers, dynamic, outlined, lowering, stamps, cached)
     processes = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
     before = [cpu_seconds(who) for who in processes]
     begin = time.perf_counter()
@@ -168,8 +195,11 @@ def first_call(
     cpu, compilers = (cpu_seconds(who) - was for who, was in zip(processes, before, strict=True))
     names, times = compile_times(repr="csv", aggregate=True)
     parts = dict(zip(names, (float(value) for value in times), strict=True))
-    (record,) = cm._session.backend.records
-    passes = {report.name: report.seconds for report in record.passes}
+    records = cm._session.backend.records
+    assert len(records) == 1 + cached
+    passes: dict[str, float] = {}
+    for report in (report for record in records for report in record.passes):
+        passes[report.name] = passes.get(report.name, 0.0) + report.seconds
     return {
         "seconds": seconds,
         "cpu": cpu,
@@ -181,7 +211,7 @@ def first_call(
         "passes": sum(passes.values()),
         "inductor": parts.get("compile_fx_inner", 0.0),
         "by_pass": passes,
-        "bodies": [len(told.paths) for told in record.outlined],
+        "bodies": [len(told.paths) for record in records for told in record.outlined],
         "cache_hits": counters["inductor"]["fxgraph_cache_hit"],
     }
 
@@ -227,7 +257,8 @@ def run_case(
     for layers in chosen or [depth for depth in depths if not quick or depth <= QUICK]:
         cache = Path(tempfile.mkdtemp(dir=folder))  # a path that g++ can read: no spaces
         for state in ("cold", "warm")[: 1 + (layers in again)]:
-            arguments = (family, layers, dynamic, outlined, lowering, name not in UNSTAMPED)
+            stamps, cached = name not in UNSTAMPED, name in CACHED
+            arguments = (family, layers, dynamic, outlined, lowering, stamps, cached)
             row = in_process("first_call", *arguments, cache=cache)
             rows.append({"case": name, "layers": layers, "caches": state, **row})
             parts = ", ".join(f"{key} {row[key]:.1f}" for key in PARTS)

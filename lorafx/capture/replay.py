@@ -24,23 +24,26 @@ from typing import Any
 
 from torch import fx, nn
 from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.output_graph import SubgraphTracer
 from torch._dynamo.side_effects import SideEffects
 from torch._dynamo.variables import nn_module
 from torch._dynamo.variables.builder import wrap_fx_proxy
 from torch._dynamo.variables.builtin import BuiltinVariable
 from torch._dynamo.variables.lazy import LazyConstantVariable
+from torch._dynamo.variables.tensor import SymNodeVariable
 
 from lorafx.capture.replay_arguments import (
     Arguments,
     NotAlike,
-    reachable,
+    inputs_alone,
     replayed_result,
     results_of,
 )
-from lorafx.capture.replay_calls import Modes, Stacks, modes, still
-from lorafx.capture.replay_graph import input_of, inputs_of, operators_of
-from lorafx.capture.replay_guards import Guards, Moved, Scope
-from lorafx.capture.replay_items import Store, Watch, store, stores_of
+from lorafx.capture.replay_calls import Stacks, still
+from lorafx.capture.replay_graph import bound, inputs_of, moved_inputs, operators_of, sizes_read
+from lorafx.capture.replay_guards import Moved, Scope
+from lorafx.capture.replay_items import store, stores_of
+from lorafx.capture.replay_trace import Begun, Trace
 from lorafx.kernels.ops.stamp_op import Layout
 
 #: Traces of a class that are kept; its layers are of more kinds where none of these fits.
@@ -85,57 +88,6 @@ def layers_of(model: nn.Module) -> dict[int, nn.Module]:
 
 
 @dataclass
-class _Trace:
-    """What Dynamo made of one call.
-
-    Attributes:
-        changes: how often something had been changed that was there before the frame.
-        modes: whether torch is set as it was, and what else there was.
-        operators: in order; `inputs`: graph inputs that are reached through the layer, and how.
-        results: the tensors that were returned or stored, by their operators.
-        stores: what was stored in items of lists that the layer picked, which `watch` tells of.
-        known: what there was that a call may change.
-        outer: how many modules' calls the layer's own is in, `name` that call's name.
-        calls: by the names of modules how often each had been called before, and was now.
-    """
-
-    layer: nn.Module
-    changes: int
-    modes: Modes
-    guards: Guards
-    arguments: Arguments
-    result: Any
-    operators: list[fx.Node]
-    inputs: dict[fx.Node, Any]
-    results: dict[fx.Node, Any]
-    stores: list[Store]
-    watch: Watch
-    known: dict[int, Any]
-    outer: int
-    name: str
-    calls: dict[str, tuple[int, int]]
-
-
-class _Begun:
-    """What there was when a call began to be traced."""
-
-    def __init__(self, replay: Replay, layer: Any, tx: Any, args: Any, kwargs: Any) -> None:
-        self.effects = tx.output.side_effects
-        self.nodes = set(tx.output.graph.nodes)
-        self.last: fx.Node = tx.output.graph._root.prev
-        self.known = replay.unnoted(lambda: reachable(args, kwargs, self.effects))
-        self.changes = len(replay.changed)
-        self.random = len(tx.output.random_calls)
-        self.modes = modes(tx)
-        self.outer = len(tx.nn_module_stack)
-        self.calls = dict(tx.num_calls)
-        self.guards = Guards(tx, replay.scope(tx), layer)
-        #: What the call changes: of what is stored, the attributes.
-        self.changed: list[tuple[Any, str | None]] = []
-        self.watch = Watch(tx, self.guards, args, kwargs, watched=not replay.tracing)
-
-
-@dataclass
 class Replay:
     """The layers of a model, and what was traced of them in the frame that is being converted."""
 
@@ -144,11 +96,13 @@ class Replay:
     replayed: int = 0
     _output: Any = None
     _scope: Scope | None = None
-    _traces: dict[type, list[_Trace]] = field(default_factory=dict)
+    _traces: dict[type, list[Trace]] = field(default_factory=dict)
     #: What has been changed in the frame, once for each change.
     changed: list[Any] = field(default_factory=list)
     #: The calls that are being traced, each in the one before it.
-    tracing: list[_Begun] = field(default_factory=list)
+    tracing: list[Begun] = field(default_factory=list)
+    #: How many guards on symbols there were when a node was added while a call was being traced.
+    at: dict[fx.Node, int] = field(default_factory=dict)
 
     def called(self, layer: Any, tx: Any, args: Any, kwargs: Any, trace: Callable[[], Any]) -> Any:
         """The result of a call of `layer`."""
@@ -168,7 +122,7 @@ class Replay:
                 self.replayed += 1
                 return result
             if len(traces) < _MOST:
-                begun = _Begun(self, layer, tx, args, kwargs)
+                begun = Begun(self, layer, tx, args, kwargs)
         except TorchDynamoException:
             raise
         except Exception:
@@ -203,6 +157,7 @@ class Replay:
             self._output, self._scope = output, None
             self._traces.clear()
             self.changed.clear()
+            self.at.clear()
 
     def scope(self, tx: Any) -> Scope:
         if self._scope is None:
@@ -239,7 +194,7 @@ class Replay:
         known = self._output.side_effects.id_to_variable
         return {number for number, variable in known.items() if id(variable) in changed}
 
-    def _trace(self, begun: _Begun, tx: Any, args: Any, kwargs: Any, result: Any) -> _Trace:
+    def _trace(self, begun: Begun, tx: Any, args: Any, kwargs: Any, result: Any) -> Trace:
         """What was made of a call whose tracing has ended.
 
         Raises:
@@ -261,7 +216,9 @@ class Replay:
         arguments = Arguments(args, {**kwargs, **watch.attributes()})
         stores = stores_of(output.side_effects, watch.stored, begun.changed)
         returned = (result, *(each.value for each in stores))
-        return _Trace(
+        inputs = inputs_of(output.graph, operators, begun.guards, begun.nodes)
+        begun.sizes.end(begun.guards, operators, self.at)
+        return Trace(
             layer=begun.guards.module,
             changes=begun.changes,
             modes=begun.modes,
@@ -269,9 +226,11 @@ class Replay:
             arguments=arguments,
             result=result,
             operators=operators,
-            inputs=inputs_of(output.graph, operators, begun.guards, begun.nodes),
-            results=results_of(returned, set(operators), arguments),
+            inputs=inputs,
+            results=results_of(returned, set(operators), arguments, inputs),
             stores=stores,
+            sizes=begun.sizes,
+            read=sizes_read(operators, output.current_tracer) - inputs.keys(),
             watch=watch,
             known=known,
             outer=begun.outer,
@@ -283,7 +242,7 @@ class Replay:
             },
         )
 
-    def _replayed(self, one: _Trace, layer: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+    def _replayed(self, one: Trace, layer: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         """The result of the call, replayed from `one`.
 
         Raises:
@@ -303,22 +262,35 @@ class Replay:
         moved = Moved(one.guards, tx, layer, self._changed_objects(), items)
         moved.check()
         stacks = Stacks(one.layer, one.name, one.outer, one.calls, layer, tx)
-        for node, source in one.inputs.items():
-            nodes[node] = input_of(node, source, moved, stacks, tx)
+        sizes = one.sizes.renamed()
+        nodes.update(moved_inputs(one.inputs, moved, stacks, sizes, tx))
         moved.install()
         graph, tracer = tx.output.graph, tx.output.current_tracer
+        read = one.read - nodes.keys()
+
+        def operand(source: fx.Node) -> fx.Node:
+            return bound(source, tracer) if source in read else nodes.get(source, source)
+
         for node in one.operators:
-            nodes[node] = copy = graph.node_copy(node, lambda source: nodes.get(source, source))
+            sizes.reach(node)
+            nodes[node] = copy = graph.node_copy(node, operand)
+            if "example_value" in node.meta:
+                copy.meta["example_value"] = sizes.value(node.meta["example_value"], tx.fake_mode)
             copy.meta["nn_module_stack"] = stacks.of(node)
             copy.meta["source_fn_stack"] = [(copy.name, node.meta["source_fn_stack"][0][1])]
-            if node in one.results:
-                del copy.meta["example_value"]
             tracer._used_names.add(copy.name)
+        sizes.reach(None)
         stacks.count()
         for node, variable in one.results.items():
+            value, proxy = nodes[node].meta.pop("example_value"), fx.Proxy(nodes[node], tracer)
+            if isinstance(variable, SymNodeVariable):
+                variables[variable] = SymNodeVariable.create(tx, proxy, value)
+                continue
             with tx.fake_mode:
-                value = Layout.of(node.meta["example_value"]).empty()
-            variables[variable] = wrap_fx_proxy(tx, fx.Proxy(nodes[node], tracer), value)
+                value = Layout.of(value).empty()
+            if inputs_alone(node, one.inputs):  # it may be one of them, or a view
+                value = None
+            variables[variable] = wrap_fx_proxy(tx, proxy, value)
         result = replayed_result(one.result, variables)
         store(one.stores, items, variables, effects)
         for source in dict.fromkeys(pick.number.source for pick in watch.picks):
@@ -338,7 +310,7 @@ def _watch() -> None:
     does so from now on, where there is one."""
     image = nn_module.UnspecializedNNModuleVariable
     call, call_builtin = image.call_function, BuiltinVariable.call_function
-    known = SideEffects.__getitem__
+    known, create = SideEffects.__getitem__, SubgraphTracer.create_proxy
     if getattr(call, "_lorafx", False):
         return
 
@@ -365,6 +337,15 @@ def _watch() -> None:
                 return item
         return call_builtin(self, tx, args, kwargs)
 
+    def create_proxy(self: Any, *args: Any, **kwargs: Any) -> Any:
+        replay = _LOCAL.replay
+        if replay is None or not replay.tracing:
+            return create(self, *args, **kwargs)
+        before = len(self.output_graph.shape_env.guards)
+        proxy = create(self, *args, **kwargs)
+        replay.at[proxy.node] = before
+        return proxy
+
     def found(self: Any, item: Any) -> Any:
         variable = known(self, item)
         if _LOCAL.replay is not None:
@@ -377,6 +358,7 @@ def _watch() -> None:
     for kind, name, method in (
         (image, "call_function", call_function),
         (BuiltinVariable, "call_function", call_python),
+        (SubgraphTracer, "create_proxy", create_proxy),
         (SideEffects, "__getitem__", found),
     ):
         setattr(kind, name, method)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,23 +26,29 @@ def same_constant(one: Any, other: Any) -> bool:
     return type(one) is type(other) and one == other and repr(one) == repr(other)
 
 
-def same_layout(one: Any, other: Any) -> bool:
-    """Whether operators see no difference between two tensors without data."""
+def same_layout(one: Any, other: Any, *, sizes: bool = True) -> bool:
+    """Whether operators see no difference between two tensors without data, or none but sizes."""
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return False
     if is_traceable_wrapper_subclass(one) or is_traceable_wrapper_subclass(other):
         return False  # what is inside of it counts too
-    return _layout(one) == _layout(other)
+    return _kind(one) == _kind(other) and not (sizes and _sizes(one) != _sizes(other))
 
 
-def _layout(value: Tensor) -> tuple[Any, ...]:
+def _sizes(value: Tensor) -> tuple[Any, ...]:
     strided = value.layout is torch.strided
     return (
-        type(value),
-        isinstance(value, nn.Parameter),
         tuple(map(_size, value.shape)),
         tuple(map(_size, value.stride())) if strided else None,
         _size(value.storage_offset()) if strided else None,
+    )
+
+
+def _kind(value: Tensor) -> tuple[Any, ...]:
+    return (
+        type(value),
+        isinstance(value, nn.Parameter),
+        value.dim(),
         value.layout,
         value.dtype,
         value.device,
@@ -168,9 +174,10 @@ def _same_size(one: Any, other: Any) -> bool:
 
 
 def results_of(
-    results: Iterable[Any], made: set[fx.Node], arguments: Arguments
+    results: Iterable[Any], made: set[fx.Node], arguments: Arguments, inputs: Collection[fx.Node]
 ) -> dict[fx.Node, Any]:
-    """The tensors that a call returns or stores, by their nodes.
+    """The tensors and sizes that a call returns or stores, by their nodes; `inputs` are its own
+    graph inputs.
 
     Raises:
         NotAlike: it returns something else than new tensors, its own arguments, constants, and
@@ -179,6 +186,7 @@ def results_of(
     found: dict[fx.Node, Any] = {}
     given = {id(one): one for one in arguments.values.values()}
     taken = {memory(_value(one)) for one in given.values() if isinstance(one, TensorVariable)}
+    own = {memory(node.meta["example_value"]) for node in inputs}
 
     def look(item: Any) -> None:
         item = plain(item)
@@ -191,11 +199,16 @@ def results_of(
                 look(part)
         elif type(item) is TensorVariable:
             node, place = item.as_proxy().node, memory(_value(item))
-            if node not in made or place is None or place in taken:
+            view = place in own and not inputs_alone(node, inputs)
+            if node not in made or place is None or place in taken or view:
                 raise NotAlike("a result is no new tensor")
             if found.setdefault(node, item) is not item:
                 raise NotAlike("a result is another one too")
             taken.add(place)
+        elif isinstance(item, SymNodeVariable):
+            node = item.as_proxy().node
+            if node in inputs or (node in made and found.setdefault(node, item) is not item):
+                raise NotAlike("a result is a size of the layer's own")
         elif not isinstance(item, ConstantVariable):
             raise NotAlike(f"the result {item}")
         if item.source is not None:
@@ -204,6 +217,11 @@ def results_of(
     for result in results:
         look(result)
     return found
+
+
+def inputs_alone(node: fx.Node, inputs: Collection[fx.Node]) -> bool:
+    """Whether an operator takes nothing but these inputs."""
+    return all(item in inputs for item in node.all_input_nodes)
 
 
 def _value(variable: Any) -> Any:

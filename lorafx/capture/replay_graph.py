@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
+from torch._dynamo.source import TensorPropertySource
 from torch._dynamo.variables.builder import VariableBuilder
+from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from lorafx.capture.replay_arguments import NotAlike, same_layout
 from lorafx.capture.replay_calls import Stacks
 from lorafx.capture.replay_guards import Guards, Moved
+from lorafx.capture.replay_sizes import Renamed
+
+#: What users tell Dynamo of a tensor's sizes.
+_MARKS = (
+    "_dynamo_dynamic_indices",
+    "_dynamo_dynamic_range",
+    "_dynamo_static_indices",
+    "_dynamo_unbacked_indices",
+    "_dynamo_weak_dynamic_indices",
+)
 
 
 def operators_of(
@@ -69,20 +82,73 @@ def inputs_of(
     return inputs
 
 
-def input_of(node: fx.Node, source: Any, moved: Moved, stacks: Stacks, tx: Any) -> fx.Node:
-    """The graph input of the other layer that is what `node` is of the traced one."""
-    if moved.common(source) is not None:
-        return node
-    value = moved.now(source)
-    if not isinstance(value, Tensor) or not moved.is_new(value, source):
+def moved_inputs(
+    inputs: Mapping[fx.Node, Any], moved: Moved, stacks: Stacks, sizes: Renamed, tx: Any
+) -> dict[fx.Node, fx.Node]:
+    """By the graph inputs that the traced layer has for itself those of the other one.
+
+    Raises:
+        NotAlike: they are not alike.
+    """
+    found: dict[fx.Node, fx.Node] = {}
+    rest: dict[fx.Node, Any] = {}
+    for node, source in inputs.items():
+        if moved.common(source) is not None:
+            found[node] = node
+        elif isinstance(source, TensorPropertySource):  # a size, which comes with its tensor
+            rest[node] = moved.source(source)
+        else:
+            found[node] = _input(node, source, moved, stacks, sizes, tx)
+    if rest:
+        placeholders = tx.output.graph.find_nodes(op="placeholder")
+        known = {getattr(node.meta.get("grapharg"), "source", None): node for node in placeholders}
+        for node, source in rest.items():
+            if source not in known:
+                raise NotAlike(f"{source.name} is no input")
+            found[node] = known[source]
+    sizes.end(moved.source)
+    return found
+
+
+def _input(
+    node: fx.Node, source: Any, moved: Moved, stacks: Stacks, sizes: Renamed, tx: Any
+) -> fx.Node:
+    value, before = moved.now(source), moved.before(source)
+    number = isinstance(value, int) and not isinstance(value, bool)
+    if not number and not (isinstance(value, Tensor) and moved.is_new(value, source)):
         raise NotAlike(f"{source.name} is also something else")
+    if any(getattr(value, name, None) != getattr(before, name, None) for name in _MARKS):
+        raise NotAlike(f"{source.name} is marked in another way")
     outer = tx.nn_module_stack
     try:
         tx.nn_module_stack = stacks.of(node)
-        new = VariableBuilder(tx, moved.source(source))(value).as_proxy().node
+        variable = VariableBuilder(tx, moved.source(source))(value)
     finally:
         tx.nn_module_stack = outer
-    if not same_layout(node.meta["example_value"], new.meta["example_value"]):
+    if not isinstance(variable, SymNodeVariable if number else TensorVariable):
+        raise NotAlike(f"{source.name} is no input")
+    new = variable.as_proxy().node
+    if number:  # Dynamo notes the calls that it looks at, which have not been made
+        new.meta["nn_module_stack"] = stacks.of(node)
+    one, other = node.meta["example_value"], new.meta["example_value"]
+    if not number and not same_layout(one, other, sizes=False):
         raise NotAlike(f"{source.name} is laid out in another way")
+    sizes.pair(one, other)
     assert isinstance(new, fx.Node)
     return new
+
+
+def _is_size_input(node: fx.Node) -> bool:
+    return node.op == "placeholder" and isinstance(node.meta.get("example_value"), torch.SymInt)
+
+
+def bound(node: fx.Node, tracer: Any) -> fx.Node:
+    """The input that stands for the size that `node` is, as much as is known of it now."""
+    proxy = tracer.bound_symbols.get(node.meta["example_value"].node.expr)
+    return proxy.node if isinstance(proxy, fx.Proxy) else node
+
+
+def sizes_read(operators: Iterable[fx.Node], tracer: Any) -> set[fx.Node]:
+    """The inputs among what operators take that are sizes, which Dynamo finds by their symbols."""
+    taken = {item for node in operators for item in node.all_input_nodes}
+    return {item for item in taken if _is_size_input(item) and bound(item, tracer) is item}
