@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 _KNOWN_NAMESPACES = ("aten", "prims", "prim", "lorafx", "inductor")
 _KNOWN_HIGHER_ORDER = (torch.ops.higher_order.invoke_subgraph,)
 
+#: Calls the operator that is its first argument, which writes into what it takes.
+_FUNCTIONAL = torch.ops.higher_order.auto_functionalized_v2
+
 
 @dataclass
 class Wrappers:
@@ -166,7 +169,10 @@ def foreign_operators(gm: fx.GraphModule) -> list[str]:
     found = set()
     for module in gm.modules():
         nodes = module.graph.nodes if isinstance(module, fx.GraphModule) else ()
-        for target in (node.target for node in nodes if node.op == "call_function"):
+        for node in nodes:
+            if node.op != "call_function":
+                continue
+            target: Any = node.args[0] if node.target is _FUNCTIONAL else node.target
             if isinstance(target, HigherOrderOperator):
                 known = target in _KNOWN_HIGHER_ORDER
             elif isinstance(target, (OpOverload, OpOverloadPacket)):

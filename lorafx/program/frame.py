@@ -126,7 +126,9 @@ class Frame:
         for node, example in zip(placeholders, examples, strict=True):
             label = source_name(node)
             if not isinstance(example, Tensor):
-                inputs.append(FrameInput("symbol", label, counts=_counts(program, node, arguments)))
+                inputs.append(
+                    FrameInput("symbol", label, counts=_counts(program, node, arguments, known))
+                )
             elif id(example) in derived:
                 part = derived[id(example)]
                 inputs.append(FrameInput("weight", label, sites=part.sites, derived=part))
@@ -247,13 +249,20 @@ def _told_apart(
     return found
 
 
-def _counts(program: Program, node: fx.Node, arguments: Mapping[int, Role]) -> bool:
-    """Whether a size is that of a dimension of requests."""
+def _counts(
+    program: Program,
+    node: fx.Node,
+    arguments: Mapping[int, Role],
+    known: Mapping[int, FrameInput],
+) -> bool:
+    """Whether a size is that of a dimension of requests; `known` tensors have none."""
     of = size_source(node)
     if of is None:
         return False
     tensor, dim = of
-    role = arguments.get(id(tensor)) or program.earlier_result(tensor)
+    role = arguments.get(id(tensor))
+    if role is None and id(tensor) not in known:
+        role = program.earlier_result(tensor)
     return role is not None and role.known and role.dim == dim and tensor.shape[dim] > 1
 
 

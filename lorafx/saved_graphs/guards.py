@@ -28,7 +28,8 @@ that lorafx drops at run time (`lorafx.serving.guards`) are verified too.
 from __future__ import annotations
 
 import builtins
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -48,6 +49,7 @@ from torch._dynamo.guards import (
 from torch._dynamo.output_graph import OutputGraphCommon, OutputGraphGuardsState
 from torch._dynamo.source import Source
 from torch._guards import Guard, GuardsSet
+from torch._ops import _OpNamespace
 from torch.utils import _pytree as pytree
 from torch.utils._ordered_set import OrderedSet
 
@@ -236,7 +238,7 @@ def _text(place: Place, value: Any, prints: Fingerprints) -> str:
     if kind in _CLASS:
         # A key that code looked for in vain is in no guard.
         looked_up = isinstance(value, dict) and not holds_slots(value)
-        keys = sorted(prints.loosely(key) for key in value) if looked_up else ""
+        keys = sorted(map(prints.loosely, _not_of_torch(value))) if looked_up else ""
         return f"{prints.of_class(type(value))} {digest(keys)}"
     if kind in _LENGTH:
         return f"{prints.of_class(type(value))} {len(value)}"
@@ -254,10 +256,19 @@ def _text(place: Place, value: Any, prints: Fingerprints) -> str:
     raise Undescribed(f"a guard of kind {kind}")
 
 
+def _not_of_torch(keys: dict[Any, Any]) -> Iterable[Any]:
+    """The keys, but for variables of the environment that Inductor sets for itself when it first
+    compiles: the process that loads has not done so yet."""
+    if keys is not vars(os.environ).get("_data"):
+        return keys
+    return [key for key in keys if not os.fsdecode(key).startswith("_TORCH")]
+
+
 def _names(module: ModuleType) -> str:
     """What a module of Python's has: a name that code looked for in vain is in no guard. Packages
-    have more, the more of them is imported; names of Dynamo's begin with underscores."""
-    plain = not hasattr(module, "__path__")
+    have more, the more of them is imported, and so have namespaces of operators; names of Dynamo's
+    begin with underscores."""
+    plain = not hasattr(module, "__path__") and not isinstance(module, _OpNamespace)
     return digest(sorted(n for n in vars(module) if not n.startswith("__"))) if plain else ""
 
 

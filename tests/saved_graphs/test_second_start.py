@@ -16,8 +16,10 @@ import pytest
 import torch
 import torch._dynamo
 from dense_merge import TOLERANCE, Case, check_mixed, error, save_adapter, valid
+from step_logits import StepLogits, answers, check_logits
 from tiny_models import plain_inputs, token_inputs
 from torch import nn
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import lorafx
 
@@ -93,6 +95,37 @@ def test_inductors_code_with_generated_kernels(plain: Case, cache: Path) -> None
         assert state(cm) == [found] * 2  # and the base's own
     check_mixed(cm, plain, ["a2", "a4", None, "a3", "a1"], plain_inputs(5, 9))
     assert state(cm) == [LOADED] * 2
+
+
+def test_what_a_process_gathers_as_it_compiles_is_no_difference(
+    shallow: Case, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inductor sets a variable of the environment, of which grouped attention reads another; and
+    operators come into their namespace when they are first asked for."""
+    variable, operators = "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR", vars(torch.ops.lorafx)
+    monkeypatch.setenv(variable, "1")
+    _ = torch.ops.lorafx.stamp
+    first = start(shallow.model(), shallow, cache)
+    check_mixed(first, shallow, MIX, token_inputs(3, 5))
+    monkeypatch.delenv(variable)
+    monkeypatch.delitem(operators, "stamp")
+    cm = start(shallow.model(), shallow, cache)
+    check_mixed(cm, shallow, MIX, token_inputs(3, 5))
+    assert state(first) == [SAVED]
+    assert state(cm) == [LOADED]
+
+
+def test_graphs_of_continuous_batching(shallow: Case, cache: Path) -> None:
+    sizes = ContinuousBatchingConfig(page_size=4, num_blocks=64, max_batch_tokens=32)
+    for found in (SAVED, LOADED):
+        cm = start(shallow.model(), shallow, cache)
+        with cm.continuous_batching(None, sizes) as engine:
+            seen = StepLogits(engine)
+            names = ["a0", None, "a3", "a1"]
+            ids = [engine.add_request([3, 4, 5], adapter=name, max_new_tokens=3) for name in names]
+            outputs = answers(engine, ids)
+        check_logits(shallow, seen, outputs, dict(zip(ids, names, strict=True)))
+        assert state(cm) == [found] * 2
 
 
 def test_a_reset_of_dynamo_loads_again(shallow: Case, cache: Path) -> None:
