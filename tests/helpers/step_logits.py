@@ -59,7 +59,7 @@ def answers(engine: Any, ids: Sequence[str]) -> dict[str, Any]:
     """The finished outputs of these requests, in their order."""
     found: dict[str, Any] = {}
     end = time.monotonic() + 120
-    while set(found) < set(ids):
+    while not set(ids) <= set(found):
         if time.monotonic() > end:  # else the end of the engine's block would wait for ever
             status = engine.background_thread_status
             status.request_stop(status.HARD_STOP, 0)
