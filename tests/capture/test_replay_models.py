@@ -51,8 +51,8 @@ def test_layers_of_transformers(
 #: further tokens. What a model reads of its first layer's part before that is called is an input by
 #: then, so its second one stands for the others.
 CACHES: dict[str, tuple[dict[str, Any], list[int]]] = {
-    "made in the call": ({"use_cache": True}, [3, 2, 2]),
-    "dynamic": ({"past_key_values": transformers.DynamicCache}, [3, 2, 2]),
+    "made in the call": ({"use_cache": True}, [3, 2]),
+    "dynamic": ({"past_key_values": transformers.DynamicCache}, [3, 2]),
     "static": ({"past_key_values": transformers.StaticCache}, [2, 2]),
 }
 
