@@ -79,7 +79,8 @@ def test_opcheck(cache, layer):
     key, value, read, write = arguments(cache, layer, 3, 4)
     place = StepCache(cache).places[layer]
     pages = cache.cache_tensor.clone()
-    opcheck(PAGED_CACHE, (key, value, pages, read, write, *place[1:]))
+    where = place.first_key, place.first_value, place.sentinel, place.ring
+    opcheck(PAGED_CACHE, (key, value, pages, read, write, *where))
 
 
 def test_an_allocator_of_another_kind(cache):
