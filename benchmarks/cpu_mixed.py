@@ -42,10 +42,10 @@ def build_model(layers: int, dtype: torch.dtype) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def save_adapters(model: LlamaForCausalLM, folder: Path) -> dict[str, str]:
+def save_adapters(model: LlamaForCausalLM, folder: Path, count: int = ADAPTERS) -> dict[str, str]:
     """Adapters with non-zero B, saved by PEFT."""
     paths = {}
-    for index in range(ADAPTERS):
+    for index in range(count):
         config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS)
         peft_model = get_peft_model(copy.deepcopy(model), config)
         for name, parameter in peft_model.named_parameters():

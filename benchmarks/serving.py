@@ -28,16 +28,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_mixed import build_model, peft_mixed
-from peft import LoraConfig, PeftModel, get_peft_model
+from cpu_mixed import RANK, TARGETS, build_model, peft_mixed, save_adapters
+from peft import PeftModel
 from protocol import save
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import lorafx
 from lorafx.progress import progress
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-RANK, MOST = 16, 32
+MOST = 32
 
 
 @dataclass(frozen=True)
@@ -78,19 +77,6 @@ def adapter_of(request: Request, adapters: int) -> str | None:
         if left <= 0:
             return f"a{k}"
     return f"a{adapters - 1}"
-
-
-def save_adapters(model: torch.nn.Module, folder: Path, count: int) -> dict[str, str]:
-    paths = {}
-    for index in range(count):
-        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS)
-        peft_model = get_peft_model(copy.deepcopy(model), config)
-        for name, parameter in peft_model.named_parameters():
-            if "lora_" in name:
-                torch.nn.init.normal_(parameter, std=0.02)
-        paths[f"a{index}"] = str(folder / f"a{index}")
-        peft_model.save_pretrained(paths[f"a{index}"])
-    return paths
 
 
 def config() -> ContinuousBatchingConfig:
