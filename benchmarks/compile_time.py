@@ -33,10 +33,25 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-#: Cases that write into a cache: the prompt, and one token more, each of which has a graph.
-CACHED = frozenset({"Llama, cache, reference", "Llama, cache, reference, no stamps"})
+#: Cases that write into a cache, and its kind: the prompt, and one token more, each of which has a
+#: graph.
+CACHED = {
+    "Llama, cache": "dynamic",
+    "Llama, static cache": "static",
+    "Llama, cache, reference": "dynamic",
+    "Llama, cache, reference, no stamps": "dynamic",
+    "Llama, static cache, reference": "static",
+}
 #: Cases that run in plain aten: what is left is what stands before Inductor.
-REFERENCE = CACHED | {"Llama, dynamic, reference", "Llama, dynamic, reference, no stamps"}
+REFERENCE = frozenset(
+    {
+        "Llama, dynamic, reference",
+        "Llama, dynamic, reference, no stamps",
+        "Llama, cache, reference",
+        "Llama, cache, reference, no stamps",
+        "Llama, static cache, reference",
+    }
+)
 #: Cases in which every layer is traced.
 UNSTAMPED = frozenset(
     {
@@ -53,7 +68,10 @@ CASES: dict[str, tuple[str, bool, bool, tuple[int, ...], tuple[int, ...]]] = {
     "Llama, dynamic, no stamps": ("llama", True, True, (2, 32), ()),
     "Llama, dynamic, reference": ("llama", True, True, (2, 8, 32), ()),
     "Llama, dynamic, reference, no stamps": ("llama", True, True, (2, 8, 32), ()),
+    "Llama, cache": ("llama", True, True, (2, 32), ()),
+    "Llama, static cache": ("llama", True, True, (2, 32), ()),
     "Llama, cache, reference": ("llama", True, True, (2, 8, 32), ()),
+    "Llama, static cache, reference": ("llama", True, True, (2, 8, 32), ()),
     "Llama, cache, reference, no stamps": ("llama", True, True, (2, 8, 32), ()),
     "Qwen3-Next, static": ("qwen3_next", False, True, (2, 8, 32), (32,)),
     "Qwen3-Next, dynamic": ("qwen3_next", True, True, (2, 8, 32), ()),
@@ -119,7 +137,7 @@ def start(
     outlined: bool,
     lowering: str = "auto",
     stamps: bool = True,
-    cached: bool = False,
+    cached: str | None = None,
 ) -> tuple[Any, Callable[[], Any]]:
     """A compiled model that has not run yet, and its first and every further call."""
     import torch
@@ -138,11 +156,18 @@ def start(
     ids = torch.randint(0, model.config.vocab_size, (ROWS, 1))
     names = ["a", None] * (ROWS // 2)
     if cached:
+        from transformers import DynamicCache, StaticCache
+
         prompt = torch.randint(0, model.config.vocab_size, (ROWS, PROMPT))
 
         def prompt_and_step() -> Any:
-            past = cm(input_ids=prompt, use_cache=True, adapter_names=names).past_key_values
-            return cm(input_ids=ids, past_key_values=past, adapter_names=names).logits
+            if cached == "static":
+                past: Any = StaticCache(config=model.config, max_cache_len=4 * PROMPT)
+            else:
+                past = DynamicCache(config=model.config)
+            for part in (prompt, ids):
+                logits = cm(input_ids=part, past_key_values=past, adapter_names=names).logits
+            return logits
 
         return cm, prompt_and_step
     return cm, lambda: cm(input_ids=ids, use_cache=False, adapter_names=names).logits
@@ -180,7 +205,7 @@ def first_call(
     outlined: bool,
     lowering: str,
     stamps: bool,
-    cached: bool,
+    cached: str | None,
 ) -> dict[str, object]:
     """One start: seconds of the first call, and CPU seconds of it and of its phases."""
     from torch._dynamo.utils import compile_times, counters
@@ -196,7 +221,7 @@ def first_call(
     names, times = compile_times(repr="csv", aggregate=True)
     parts = dict(zip(names, (float(value) for value in times), strict=True))
     records = cm._session.backend.records
-    assert len(records) == 1 + cached
+    assert len(records) == (1 if cached is None else 2)
     passes: dict[str, float] = {}
     for report in (report for record in records for report in record.passes):
         passes[report.name] = passes.get(report.name, 0.0) + report.seconds
@@ -257,7 +282,7 @@ def run_case(
     for layers in chosen or [depth for depth in depths if not quick or depth <= QUICK]:
         cache = Path(tempfile.mkdtemp(dir=folder))  # a path that g++ can read: no spaces
         for state in ("cold", "warm")[: 1 + (layers in again)]:
-            stamps, cached = name not in UNSTAMPED, name in CACHED
+            stamps, cached = name not in UNSTAMPED, CACHED.get(name)
             arguments = (family, layers, dynamic, outlined, lowering, stamps, cached)
             row = in_process("first_call", *arguments, cache=cache)
             rows.append({"case": name, "layers": layers, "caches": state, **row})

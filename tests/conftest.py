@@ -15,6 +15,7 @@ from dense_merge import Case, build_case, save_adapter
 from torch import nn
 from torch.fx.experimental import _config as shape_config
 
+from lorafx.call_stack import with_room
 from lorafx.session.session import sessions
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,6 +30,14 @@ if "TORCH_TRACE" not in os.environ:
 # A capture makes millions of objects that live until it ends. At Python's own thresholds the
 # collector goes through all of them again and again, which is another tenth.
 gc.set_threshold(100_000, 20, 50)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool:
+    """As pytest's own. What users compile by torch.compile, and what the oracles do, is as deep as
+    captures of lorafx, which see to this themselves."""
+    runner: Any = item.config.pluginmanager.getplugin("runner")
+    return with_room(runner.pytest_runtest_protocol, item, nextitem)
 
 
 def pytest_sessionfinish() -> None:
@@ -67,6 +76,15 @@ def _few_models() -> Iterator[None]:
     if len(sessions()) > 50:
         torch._dynamo.reset()
         gc.collect()
+
+
+@pytest.fixture
+def earlier_objects_frozen() -> Iterator[None]:
+    """For tests that start engines: each that stops collects garbage twice, which takes a second
+    each among all that other tests left."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

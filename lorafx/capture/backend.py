@@ -21,6 +21,7 @@ from torch._dynamo.backends.common import aot_autograd
 from lorafx.capture.bound_inputs import BoundInputs, bind, take_out
 from lorafx.capture.checks import Checks, InputPlaces
 from lorafx.capture.driver import run_pipeline
+from lorafx.capture.dropped_guards import drop_guards_on_marks
 from lorafx.capture.dump import GraphDump, dump_folder
 from lorafx.capture.executable import (
     Owner,
@@ -157,7 +158,9 @@ class Backend:
 
     def drop_guards(self, bound: BoundInputs | None) -> None:
         """Dynamo has not made its guards yet of a frame that is this program's in every call.
-        `bound`: the inputs that its graph does not load. (Entries choose guards by themselves.)"""
+        `bound`: the inputs that its graph does not load."""
+        if self.noted is None:  # a graph that is saved keeps note of all guards
+            drop_guards_on_marks()
 
     def compile_lora(
         self,

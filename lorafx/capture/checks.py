@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from lorafx.errors import CaptureError, MatchError, ProvenanceError
+from lorafx.graph.context import When
 from lorafx.model.sites import Site
 from lorafx.ownership.held import Alone
 from lorafx.program.frame import Frame
@@ -104,11 +105,13 @@ class InputPlaces:
         paths: Sequence[str],
         arguments: Sequence[Any],
         *,
-        rescaled: bool = False,
+        when: When = "always",
     ) -> list[str]:
-        """Paths of those sites of the running call that its adapters touch (or `rescaled`)."""
+        """Paths of those sites of the running call that its adapters touch, or of those that a
+        refusal for batches like `when` concerns."""
         now = [self.site(program, path, arguments) for path in paths]
-        concerned = program.is_rescaled if rescaled else program.is_touched
+        special = {"dora": program.is_rescaled, "own": program.has_own_rows}
+        concerned = special.get(when, program.is_touched)
         return [site.path or "(root)" for site in now if site and concerned(site)]
 
     def strangers(self, program: Program, arguments: Sequence[Any]) -> list[str]:
@@ -153,7 +156,7 @@ class RefusedSites:
     """A `Refusal`, its sites by their paths."""
 
     sites: tuple[str, ...]
-    when: Literal["always", "mixed", "dora"]
+    when: When
     reason: str
 
 
@@ -198,7 +201,7 @@ class Checks:
             CaptureError: the graph was captured for a layer without LoRA, and Dynamo, which does
                 not tell such layers apart, calls it for one with.
             MatchError: an adapter of the batch touches a site whose weight is used in a way that
-                LoRA, or DoRA, cannot be applied to.
+                LoRA, DoRA or a weight of the adapter's own cannot be applied to.
             ProvenanceError: the batch mixes adapters that touch a site whose rows have no proved
                 owner.
         """
@@ -220,11 +223,16 @@ class Checks:
         for refusal in self.refusals:
             if refusal.when == "mixed" and (alone or program.runtime.uniform):
                 continue
-            dora = refusal.when == "dora"
-            touched = self.places.touched(program, refusal.sites, arguments, rescaled=dora)
+            touched = self.places.touched(program, refusal.sites, arguments, when=refusal.when)
             if touched:
                 names = ", ".join(touched)
-                if dora:
+                if refusal.when == "own":
+                    raise MatchError(
+                        f"the weight that an adapter has of its own for {names} cannot be "
+                        f"applied: {refusal.reason}. Merge the adapter into a copy of the base "
+                        "model, or train it without modules_to_save"
+                    )
+                if refusal.when == "dora":
                     raise MatchError(
                         f"DoRA cannot be applied at {names}: {refusal.reason}. Merge the adapter "
                         "into a copy of the base model, or train it without use_dora"

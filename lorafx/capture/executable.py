@@ -22,7 +22,7 @@ from lorafx.errors import CaptureError, LorafxError, MatchError
 from lorafx.ownership.held import Alone
 from lorafx.program.frame import SLOTS
 from lorafx.program.handover import OfList, Rows
-from lorafx.program.program import GAINS, Program
+from lorafx.program.program import ROOMS, Program
 from lorafx.program.stack import calling_modules
 
 #: The program that a graph serves in the running call, by the arguments that it is called with;
@@ -111,14 +111,14 @@ def with_lookups(
 ) -> Callable[..., Any]:
     """The graph with the inputs that the passes added, in AOTAutograd's boxed convention."""
     nulls: dict[int, Tensor] = {}
-    dora = frozenset((position, index) for position, index, name in extra if name == GAINS)
+    rooms = frozenset(extra)
 
     def run(arguments: list[Any]) -> Any:
         program = owner(arguments)
         if program is not None:
             if checks.inside:
                 _check_callers(program, arguments, checks.inside)
-            arguments.extend(_looked_up(program, arguments, extra, banks, dora, nulls))
+            arguments.extend(_looked_up(program, arguments, extra, banks, rooms, nulls))
             if numeric is not None and numeric.stages:
                 numeric.run(arguments, mixed=not program.runtime.uniform)
         return compiled(arguments)
@@ -217,7 +217,7 @@ def _looked_up(
     arguments: Sequence[Any],
     extra: Sequence[tuple[int, int, str]],
     banks: Sequence[Layout | None],
-    dora: frozenset[tuple[int, int]],
+    rooms: frozenset[tuple[int, int, str]],
     nulls: dict[int, Tensor],
 ) -> list[Any]:
     """The inputs that the passes added, banks found by the weight that stands at their position.
@@ -226,7 +226,8 @@ def _looked_up(
 
     Raises:
         CaptureError: a layer's bank does not lie as that of the layer that was captured, where
-            generated code takes its strides for granted; or one of them has no room for DoRA.
+            generated code takes its strides for granted; or one of them has no room for DoRA, or
+            for weights of adapters' own.
         ReplacedModuleError: the layer's module stands where one that carries LoRA stood.
     """
     fixed = program.options.lowering != "reference"
@@ -244,12 +245,13 @@ def _looked_up(
                 nulls[number] = _zeros(layout, program.runtime.device)
             found.append(nulls[number])
             continue
-        if (bank.gains is not None) != ((position, index) in dora):
-            raise CaptureError(
-                f"{site.path} shares a graph with a layer of another model, and only one of "
-                "the two has room for DoRA; give both models LoraConfig(use_dora=True), or "
-                "neither"
-            )
+        for room, (what, setting) in ROOMS.items():
+            if (getattr(bank, room) is not None) != ((position, index, room) in rooms):
+                raise CaptureError(
+                    f"{site.path} shares a graph with another layer of its class, and only one of "
+                    f"the two has room for {what}; give both models, or all such layers, "
+                    f"{setting}, or neither"
+                )
         value = getattr(bank, name)
         if fixed and value.stride() != layout[1]:
             raise CaptureError(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from lorafx.capture import head_start
+from lorafx.compat import results_kept
 from lorafx.config import Options
 from lorafx.errors import LorafxWarning, LoweringError
 from lorafx.kernels.cpu.compiler import find_compiler
@@ -98,7 +99,7 @@ class InductorLowering:
         from torch._inductor import config
 
         head_start.wait()
-        with config.patch({**self.patches, **_IN_ORDER}):
+        with config.patch({**self.patches, **_IN_ORDER}), results_kept(inputs):
             # What compile_fx does for inference before its inner compile.
             gm = inductor._recursive_joint_graph_passes(gm)
             for module in (gm, *(body for _, body in bodies(gm))):

@@ -24,6 +24,7 @@ from lorafx.capture.bound_inputs import BoundInputs
 from lorafx.capture.checks import Checks
 from lorafx.capture.executable import Layout, checked, for_base, with_lookups
 from lorafx.kernels.cpu.cpu import DeltaSpec, builds_noted
+from lorafx.op_arguments import TRACED_WRITE
 
 if TYPE_CHECKING:
     from lorafx.capture.record import GraphRecord
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
 
 _KNOWN_NAMESPACES = ("aten", "prims", "prim", "lorafx", "inductor")
 _KNOWN_HIGHER_ORDER = (torch.ops.higher_order.invoke_subgraph,)
-
-#: Calls the operator that is its first argument, which writes into what it takes.
-_FUNCTIONAL = torch.ops.higher_order.auto_functionalized_v2
 
 
 @dataclass
@@ -172,7 +170,7 @@ def foreign_operators(gm: fx.GraphModule) -> list[str]:
         for node in nodes:
             if node.op != "call_function":
                 continue
-            target: Any = node.args[0] if node.target is _FUNCTIONAL else node.target
+            target: Any = node.args[0] if node.target is TRACED_WRITE else node.target
             if isinstance(target, HigherOrderOperator):
                 known = target in _KNOWN_HIGHER_ORDER
             elif isinstance(target, (OpOverload, OpOverloadPacket)):

@@ -10,8 +10,10 @@ canonical forms are equal (lorafx.passes.outline): the same calls, literals and 
 operands of the same metadata. What comes out is the graph that AOTAutograd would have made of all
 layers. Every pass sees that one, and proves each layer as ever.
 
-Only layers that are functions of their operands are folded. A layer that writes into an operand, or
-returns one of them or a view of it, stays as it is: so do its neighbours, where they differ.
+Only layers that are functions of their operands are folded, and those that also write into inputs
+of the graph, as a cache is: what such a layer makes of them is a result, which is copied into them
+behind it. A layer that writes elsewhere, or returns an operand or a view of it, stays as it is: so
+do its neighbours, where they differ.
 """
 
 from __future__ import annotations
@@ -19,24 +21,31 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lorafx.capture.stamp_layers import (
+    Effects,
+    Layer,
+    effects_of,
+    is_plain,
+    is_size,
+    layers_of,
+)
 from lorafx.errors import CaptureError
 from lorafx.kernels.ops.stamp_op import LAYOUTS, Layout, without_data
+from lorafx.model.module_graph import storage_key
 from lorafx.passes.outline.isomorphism import Stretch
 from lorafx.passes.outline.outline import repeats
 from lorafx.passes.outline.regions import is_pure, is_view
 from lorafx.program.frame import fake_value
 
 STAMP = torch.ops.lorafx.stamp.default
+COPY = torch.ops.aten.copy.default
 _KEYS = itertools.count(1)
 #: Calls of Dynamo's graph below which a repeat is traced as quickly as it is stamped.
 LEAST = 8
@@ -54,10 +63,12 @@ class _Kind:
         enter, leave: keys of the ops in front of the first one and behind it.
         others: of each other one its key, and by the modules that the first one's nodes were made
             in those that its own were.
+        made: how many of the results are new tensors; the others are copied into operands.
     """
 
     enter: int
     leave: int
+    made: int
     others: dict[int, dict[tuple[Any, ...], Any]]
 
 
@@ -116,10 +127,11 @@ def _fold(folded: Folded, values: Mapping[fx.Node, Any], mode: FakeTensorMode) -
         begin, end = places[stretches[0].nodes[0]], places[stretches[-1].nodes[-1]]
         if any(begin < place < end for place in switches):
             continue  # equal calls may be traced in other ways behind it
-        layers = _layers(stretches, replaced)
+        layers = layers_of(stretches, replaced)
         stacks = [_calls(stretches[0], stretch) for stretch in stretches[1:]]
-        if None not in stacks and _is_function(layers[0], mode):
-            folded.kinds.append(_stamp(gm.graph, layers, stacks, replaced))
+        effects = None if None in stacks else effects_of(layers, mode)
+        if effects is not None:
+            folded.kinds.append(_stamp(gm.graph, layers, stacks, effects, replaced))
             claimed.update(node for region in regions for node in region.nodes)
     for node in gm.graph.nodes:
         node.meta.pop("val", None)
@@ -129,97 +141,6 @@ def _switches(node: fx.Node) -> bool:
     """Whether a call may set how later ones are traced, as autocast and gradient mode do: it has no
     value."""
     return node.op.startswith("call_") and fake_value(node) is None
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """One layer of a kind: its nodes, the tensors that it takes, and what is read behind it."""
-
-    nodes: tuple[fx.Node, ...]
-    taken: tuple[fx.Node, ...]
-    returned: tuple[fx.Node, ...]
-    sizes: tuple[fx.Node, ...]
-
-
-def _layers(stretches: Sequence[Stretch], replaced: Mapping[fx.Node, fx.Node]) -> list[_Layer]:
-    """The layers of a kind. What is read behind one of them is a result of each. `replaced` are
-    results of layers that were stamped since the stretches were looked at."""
-    read = set()
-    for stretch in stretches:
-        own = set(stretch.nodes)
-        for place, node in enumerate(stretch.nodes):
-            if any(user not in own for user in node.users):
-                read.add(place)
-    found = []
-    for stretch in stretches:
-        sizes = tuple(node for node in stretch.operands if _is_size(fake_value(node)))
-        taken = tuple(replaced.get(n, n) for n in stretch.operands if n not in sizes)
-        returned = tuple(stretch.nodes[place] for place in sorted(read))
-        found.append(_Layer(stretch.nodes, taken, returned, sizes))
-    return found
-
-
-def _is_size(value: Any) -> bool:
-    """Equal for all layers of a kind: a symbol of theirs, or computed from some."""
-    return isinstance(value, (torch.SymInt, int)) and not isinstance(value, bool)
-
-
-def _is_plain(value: Any) -> bool:
-    """A tensor that AOTAutograd takes as one."""
-    return isinstance(value, FakeTensor) and value.layout is torch.strided
-
-
-class _Writes(TorchDispatchMode):
-    """Notes the memory that operators write into."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.memory: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        schema = getattr(func, "_schema", None)
-        if schema is None or schema.is_mutable:
-            tensors = pytree.tree_leaves((args, kwargs))
-            self.memory |= {_memory(item) for item in tensors if isinstance(item, Tensor)}
-        return func(*args, **kwargs)
-
-
-def _memory(value: Tensor) -> int:
-    return value.untyped_storage()._cdata
-
-
-def _is_function(layer: _Layer, mode: FakeTensorMode) -> bool:
-    """Whether the layer computes new tensors and does nothing else, tried on tensors without data.
-
-    Operators that write are recognised as they run: a function of torch may write whatever its
-    name is.
-    """
-    values = [fake_value(node) for node in (*layer.taken, *layer.returned)]
-    if not layer.returned or not all(map(_is_plain, values)):
-        return False
-    made: dict[fx.Node, Any] = {node: fake_value(node) for node in layer.sizes}
-    # With symbolic sizes, composite operators such as matmul are served by their decompositions.
-    with enable_python_dispatcher(), mode, torch.inference_mode(False), torch.no_grad():
-        made.update((node, Layout.of(fake_value(node)).empty()) for node in layer.taken)
-        with _Writes() as writes:
-            for node in layer.nodes:
-                if node.op not in ("call_function", "call_method"):
-                    return False  # a constant, or the graph of a branch
-                args, kwargs = fx.map_arg((node.args, node.kwargs), made.__getitem__)
-                made[node] = _called(node, args, kwargs)
-    given = [_memory(made[node]) for node in layer.taken]
-    returned = [_memory(made[node]) for node in layer.returned]
-    apart = len({*given, *returned}) == len(given) + len(returned)
-    return apart and writes.memory.isdisjoint(given)
-
-
-def _called(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _calls(first: Stretch, other: Stretch) -> dict[tuple[Any, ...], Any] | None:
@@ -236,8 +157,9 @@ def _calls(first: Stretch, other: Stretch) -> dict[tuple[Any, ...], Any] | None:
 
 def _stamp(
     graph: fx.Graph,
-    layers: Sequence[_Layer],
+    layers: Sequence[Layer],
     stacks: Sequence[Any],
+    effects: Effects,
     replaced: dict[fx.Node, fx.Node],
 ) -> _Kind:
     """Put ops in front of the first layer and behind it, and one in place of each other."""
@@ -248,30 +170,44 @@ def _stamp(
     for node in first.nodes:
         for source, item in inside.items():
             node.replace_input_with(source, item)
-    with graph.inserting_after(first.nodes[-1]):
-        given, leave = _note(graph, first.returned, first.returned)
-    _read_instead(first, given, replaced)
+    with graph.inserting_before(first.nodes[-1].next):
+        changed = [inside[first.taken[place]] for place in effects.written]
+        made = effects.made_by(first)
+        leave = _finish(graph, first, [*made, *changed], effects, replaced)
     keys: dict[int, dict[tuple[Any, ...], Any]] = {}
     for layer, stack in zip(others, stacks, strict=True):
         # The layers before may have been stamped just now.
-        taken = [replaced.get(node, node) for node in layer.taken]
+        layer = replace(layer, taken=tuple(replaced.get(node, node) for node in layer.taken))
         with graph.inserting_before(layer.nodes[0]):
-            given, key = _note(graph, taken, layer.returned)
+            key = _finish(graph, layer, layer.taken, effects, replaced)
         keys[key] = stack
-        _read_instead(layer, given, replaced)
         for node in reversed(layer.nodes):
             graph.erase_node(node)
-    return _Kind(enter, leave, keys)
+    return _Kind(enter, leave, len(made), keys)
 
 
-def _read_instead(
-    layer: _Layer, given: Sequence[fx.Node], replaced: dict[fx.Node, fx.Node]
-) -> None:
-    """Whoever reads a result of the layer behind it reads what its op returns."""
+def _finish(
+    graph: fx.Graph,
+    layer: Layer,
+    values: Sequence[fx.Node],
+    effects: Effects,
+    replaced: dict[fx.Node, fx.Node],
+) -> int:
+    """A stamp that takes `values` and gives what the layer makes and what it makes of the operands
+    that it writes into, which is copied into them. Whoever reads a result of the layer reads that.
+    """
+    changed = [layer.taken[place] for place in effects.written]
+    made = effects.made_by(layer)
+    given, key = _note(graph, values, [*made, *changed])
+    for node, item in zip(changed, given[len(made) :], strict=True):
+        copied = graph.call_method("copy_", (node, item))
+        copied.meta["example_value"] = copied.meta["val"] = fake_value(node)
+    passed = {layer.returned[at]: layer.taken[place] for at, place in effects.passed.items()}
     own = {*layer.nodes, *(item.args[0] for item in given)}
-    for node, item in zip(layer.returned, given, strict=True):
+    for node, item in {**dict(zip(made, given, strict=False)), **passed}.items():
         node.replace_all_uses_with(item, delete_user_cb=lambda user: user not in own)
         replaced[node] = item
+    return key
 
 
 def _note(
@@ -313,9 +249,9 @@ def unfold(gm: fx.GraphModule, folded: Folded) -> None:
             if order[call] < order[leave]:
                 raise NotUnfolded("layers were traced in another order")
             with graph.inserting_before(call), mode:
-                _expand(graph, body, enter, leave, call, stacks)
-        for end in (leave, enter):
-            _take_out(graph, end, end.args[0])
+                _expand(graph, body, enter, leave, call, stacks, kind.made)
+        _take_out(graph, leave, leave.args[0], kind.made)
+        _take_out(graph, enter, enter.args[0])
     folded.forget()
     if any(node.target is STAMP for node in graph.nodes):
         raise NotUnfolded("a stamp is left in the traced graph")
@@ -346,7 +282,7 @@ def _body(graph: fx.Graph, enter: fx.Node, leave: fx.Node) -> list[fx.Node]:
     seen: set[fx.Node] = set(items)
     while pending:
         node = pending.pop()
-        if node in seen or (node not in own and _is_size(fake_value(node))):
+        if node in seen or (node not in own and is_size(fake_value(node))):
             continue
         seen.add(node)
         if node.op != "call_function" or node.target is STAMP or not is_pure(node):
@@ -362,6 +298,7 @@ def _expand(
     leave: fx.Node,
     call: fx.Node,
     stacks: dict[tuple[Any, ...], Any],
+    made: int,
 ) -> None:
     """The stamp `call` becomes a copy of the body on its own operands."""
     operands: Any = call.args[0]
@@ -376,7 +313,7 @@ def _expand(
             copy.meta["nn_module_stack"] = stacks[stack]
         new[node] = copy
     results: Any = leave.args[0]
-    _take_out(graph, call, [new.get(item, item) for item in results])
+    _take_out(graph, call, [new.get(item, item) for item in results], made)
 
 
 def _value(node: fx.Node, copy: fx.Node) -> Any:
@@ -385,15 +322,22 @@ def _value(node: fx.Node, copy: fx.Node) -> Any:
     if not is_view(node) and isinstance(value, Tensor):
         return without_data(value)
     base, other = (fake_value(item.all_input_nodes[0]) for item in (node, copy))
-    plain = all(map(_is_plain, (value, base, other))) and not (value.is_conj() or value.is_neg())
-    if plain and value.dtype == base.dtype and _memory(value) == _memory(base):
+    plain = all(map(is_plain, (value, base, other))) and not (value.is_conj() or value.is_neg())
+    if plain and value.dtype == base.dtype and storage_key(value) == storage_key(base):
         return without_data(value, base, other)
     args, kwargs = fx.map_arg((copy.args, copy.kwargs), fake_value)
     return copy.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _take_out(graph: fx.Graph, call: fx.Node, values: Any) -> None:
+def _take_out(graph: fx.Graph, call: fx.Node, values: Any, made: int | None = None) -> None:
+    """Whoever reads a result of `call` reads the value. Results from `made` on were copied into
+    inputs of the graph: so does whoever reads those."""
     for item in list(call.users):
-        item.replace_all_uses_with(values[item.args[1]])
+        place: Any = item.args[1]
+        if made is not None and place >= made:
+            for copied in [user for user in item.users if user.target is COPY]:
+                copied.replace_all_uses_with(item)
+                graph.erase_node(copied)
+        item.replace_all_uses_with(values[place])
         graph.erase_node(item)
     graph.erase_node(call)

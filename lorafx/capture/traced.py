@@ -19,6 +19,7 @@ from torch._dynamo import convert_frame, eval_frame, trace_rules
 from torch._dynamo.exc import ObservedException, Unsupported
 from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
 
+from lorafx.call_stack import with_room
 from lorafx.capture.replay import replaying
 from lorafx.capture.told import conversion
 from lorafx.collector import earlier_objects_spared
@@ -49,7 +50,8 @@ class Traced:
     Args:
         sizes_by_data: whether operators whose results' sizes depend on data are captured too, asked
             at each capture.
-        keep_guards: says which of a new graph's guards are checked before each call.
+        keep_guards: says which of a new graph's guards are checked before each call; all where it
+            is None. Dynamo makes them twice to ask.
         saved: graphs of the function that other processes compiled, tried first.
     """
 
@@ -61,7 +63,7 @@ class Traced:
         dynamic: bool | None,
         recompile_limit: int,
         sizes_by_data: Callable[[], bool],
-        keep_guards: Callable[[Sequence[Any]], Sequence[bool]],
+        keep_guards: Callable[[Sequence[Any]], Sequence[bool]] | None = None,
         saved: Saved | None = None,
         repeated: Callable[[], nn.Module | None] = lambda: None,
     ) -> None:
@@ -104,12 +106,13 @@ class Traced:
                     self._recompile_limit,
                     sizes_by_data=self._sizes_by_data(),
                     symbolic=self._symbolic,
+                    unlogged=True,
                 )
                 replay = replaying(self._repeated())
                 with settings, earlier_objects_spared(), replay, conversion():
                     if self._saved is not None and frame.f_code is self._code:
-                        return self._saved.converted(convert, frame, *args, **kwargs)
-                    return convert(frame, *args, **kwargs)
+                        return with_room(self._saved.converted, convert, frame, *args, **kwargs)
+                    return with_room(convert, frame, *args, **kwargs)
             except Unsupported as error:
                 if isinstance(error.__cause__, ObservedException):
                     self.given_up[frame.f_code] = _what_was_raised(error)

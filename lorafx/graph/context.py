@@ -17,6 +17,7 @@ import lorafx.kernels.ops.mask_ops
 import lorafx.kernels.ops.ops
 import lorafx.kernels.ops.row_ops  # noqa: F401  (all define torch.ops.lorafx)
 from lorafx.errors import MatchError
+from lorafx.graph.fake_results import FakeResults
 from lorafx.graph.graph_nodes import module_path, plain_path
 from lorafx.graph.weight_uses import Use
 from lorafx.model.sites import Site
@@ -44,6 +45,8 @@ FUSED_OP = torch.ops.lorafx.fused_linear.default
 
 SITE_OPS = frozenset({SITE_OP, EMBEDDING_OP, GROUPED_OP, EXPERT_OP})
 
+When = Literal["always", "mixed", "dora", "own"]
+
 
 def is_site(node: fx.Node) -> bool:
     """True for a node of the ops that add one site's delta to y."""
@@ -55,11 +58,12 @@ class Refusal:
     """Why LoRA cannot be applied at some sites in this graph.
 
     `when` says which batches it concerns: "always" any whose adapters touch the site, "mixed"
-    only those whose rows use different adapters, "dora" those with DoRA adapters that touch it.
+    only those whose rows use different adapters, "dora" those with DoRA adapters that touch it,
+    "own" those with adapters that have rows of its weight of their own.
     """
 
     sites: tuple[Site, ...]
-    when: Literal["always", "mixed", "dora"]
+    when: When
     reason: str
 
     def describe(self) -> str:
@@ -119,10 +123,12 @@ class Context:
     #: Site nodes that `outline` moved: the call that computes each now, and the node in its body.
     homes: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
     fake_mode: FakeTensorMode | None = field(init=False)
+    results: FakeResults | None = field(init=False)
 
     def __post_init__(self, graph_module: fx.GraphModule) -> None:
         values = [fake_value(node) for node in graph_module.graph.nodes]
         self.fake_mode = detect_fake_mode([value for value in values if isinstance(value, Tensor)])
+        self.results = FakeResults(self.fake_mode) if self.fake_mode is not None else None
 
     # --- site nodes ---
 
@@ -237,9 +243,8 @@ class Context:
         constants."""
         node = graph.call_function(target, args, kwargs)
         values = fx.node.map_arg(args, fake_value)
-        assert self.fake_mode is not None
-        with self.fake_mode:
-            node.meta["val"] = target(*values, **kwargs)
+        assert self.results is not None
+        node.meta["val"] = self.results.call(target, values, kwargs)
         return node
 
     def bank_inputs(self, graph: fx.Graph, site: Site, weight: fx.Node) -> dict[str, fx.Node]:
@@ -264,6 +269,13 @@ class Context:
         if self.program.site_bank(site).gains is None:
             return None
         return self.bank_input(graph, site, weight, GAINS)
+
+    def own_inputs(self, graph: fx.Graph, site: Site, weight: fx.Node) -> dict[str, fx.Node]:
+        """What the site's bank holds of rows that adapters have of their own as such inputs, none
+        where there is no room for them."""
+        held = self.program.site_bank(site).own_rows._asdict()
+        names = [name for name, tensor in held.items() if tensor is not None]
+        return {name: self.bank_input(graph, site, weight, name) for name in names}
 
     def beside(self, field: fx.Node, name: str) -> fx.Node | None:
         """The input that holds another field of the bank that `field` is a field of, where there

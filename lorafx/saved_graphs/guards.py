@@ -22,7 +22,7 @@ is there now, so none is missing at run time. What a kind of guard compares, and
     SHAPE_ENV                               the expressions; torch's guard checks them
 
 Places that held one object must hold one object again, and no two of the others the same. Guards
-that lorafx drops at run time (`lorafx.serving.guards`) are verified too.
+that lorafx drops at run time (`lorafx.capture.dropped_guards`) are verified too.
 """
 
 from __future__ import annotations

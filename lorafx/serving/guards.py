@@ -1,12 +1,7 @@
-"""Which of Dynamo's guards are worth checking before each call.
+"""Which of Dynamo's guards are worth checking before each call, where a graph is saved.
 
-Dynamo guards everything that it read from a mark: some thirty guards per site, 3.5 µs per call and
-site (42 sites: 157 → 303 µs per step). A mark never changes once it is attached, and in a frame of
-the compiled module itself it is always the same mark, so one guard is kept of all of them: whether
-any adapter is active (one for each model, where several share modules). That the hook is still
-there, and alone, is guarded on the hooks' dictionary of its module and stays. Frames that several
-layers may share (parts of a model that breaks into several graphs) keep every guard: there the
-marks tell the layers apart.
+Those on marks are not, as in `lorafx.capture.dropped_guards`; but all of them are made and noted,
+and another process verifies them before it takes the graph.
 """
 
 from __future__ import annotations

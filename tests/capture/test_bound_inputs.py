@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense_merge import REFERENCE, TOLERANCE, Case, error, random_base, save_adapter
+from dense_merge import REFERENCE, TOLERANCE, Case, case_by_patterns, error, random_base
 from tiny_models import Family
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
@@ -46,11 +46,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp("bound")
     base = random_base(Family(Stack, ()))
     targets = {"a": r"layers\.\d\..*", "b": r"layers\.0\..*"}
-    folders = {
-        name: save_adapter(base, folder / name, rank=rank, targets=pattern, seed=rank)
-        for rank, (name, pattern) in enumerate(targets.items(), 2)
-    }
-    return Case(base, folders)
+    return case_by_patterns(base, folder, targets)
 
 
 def inputs() -> dict[str, Tensor]:

@@ -11,7 +11,12 @@ import tiny
 import torch
 from dense_merge import Case, check_mixed
 from tiny_models import FAMILIES
+from torch import fx, nn
 from torch._inductor import memory
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from lorafx.compat import capture_settings, results_kept
 
 NAMES = ["a1", None, "a3"]
 
@@ -37,6 +42,31 @@ def test_no_order_by_memory_for_graphs_with_adapters(
         ordered.clear()
         check_mixed(cm, plain, NAMES, inputs)
     assert not ordered
+
+
+def test_inductor_interprets_the_body_of_equal_calls_once() -> None:
+    """Though a capture keeps no fake results. The settings are put back afterwards."""
+    with capture_settings(8, symbolic=True):
+        mode = FakeTensorMode(shape_env=ShapeEnv())
+    x, graph = mode.from_tensor(torch.ones(2, 3)), fx.Graph()
+    inner = graph.call_function(torch.ops.aten.sin.default, (graph.placeholder("x"),))
+    graph.output((inner,))
+    body = fx.GraphModule(nn.Module(), graph)
+    forward, runs = body.forward, []
+    body.forward = lambda *args: (runs.append(1), forward(*args))[1]
+
+    def call() -> None:
+        torch.ops.higher_order.invoke_subgraph(body, "body", x)
+
+    with mode:
+        call()
+        call()
+        assert len(runs) == 2
+        with results_kept([x]):
+            call()
+            call()
+        assert len(runs) == 3
+    assert not mode.cache_enabled
 
 
 @pytest.mark.slow  # a graph of 1,500 nodes

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from dense_merge import Case, check_mixed
+from dense_merge import TOLERANCE, Case, build_case, check_mixed, error
 from hand_made import hand_case
 from layer_changes import activation, dtype, eps, hook, no_bias, own_forward, tied
+from tiny_models import VOCAB
 from torch import Tensor, fx, nn
+from transformers import StaticCache
 
 import lorafx
 from lorafx.capture import backend, stamps
@@ -216,6 +218,66 @@ def test_layers_that_do_more_than_compute_are_traced(
         )
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
     assert all(LAYERS not in kinds for kinds in seen.layers)
+
+
+def test_layers_that_write_into_a_cache_are_traced_once(tmp_path: Path, seen: Seen) -> None:
+    """A prompt, whose layers make the cache's tensors, and a step, whose layers write into them."""
+    case = build_case("llama", tmp_path, num_hidden_layers=2)
+    ids = torch.randint(3, VOCAB, (3, 6))
+    kept = []
+    for switch in (False, True):
+        torch._dynamo.reset()
+        cm: Any = case.compile(options(seen, switch))
+        cache = StaticCache(config=cm.model.config, max_cache_len=9)
+        given = {"past_key_values": cache, "adapter_names": NAMES}
+        kept.append([cm(input_ids=part, **given).logits for part in (ids[:, :5], ids[:, 5:])])
+        for layer in cache.layers:
+            kept[-1] += [layer.keys, layer.values, layer.cumulative_length]
+    assert all(torch.equal(one, other) for one, other in zip(*kept, strict=True))
+    assert seen.layers == [[2], [2]]
+    # The form also tells which of several equal sizes each operator reads, which may differ.
+    operators = [[node[1] for node in form.nodes] for form, *_ in seen.forms]
+    assert operators[:2] == operators[2:]
+    want = case.expected(NAMES, {"input_ids": ids})
+    assert error(kept[1][1], want[:, -1:]) <= TOLERANCE
+
+
+class Totals(Block):
+    """Adds to a number of each row what passes, and reads what all layers have added."""
+
+    def forward(self, h: Tensor, own: Tensor, every: Tensor) -> Tensor:
+        own.add_(h.square().mean((1, 2)))
+        return super().forward(h) * (1 + own + every)[:, None, None]
+
+
+class Totalled(Stack):
+    def forward(self, x: Tensor, own: list[Tensor], every: Tensor) -> dict[str, Tensor]:
+        for layer, part in zip(self.layers, own, strict=True):
+            x = layer(x, part, every)
+        return {"logits": x}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_layers_that_read_what_they_write_by_another_tensor_are_traced(
+    tmp_path: Path, seen: Seen, shared: bool
+) -> None:
+    torch.manual_seed(0)
+    case = case_of(Totalled(Totals).eval().requires_grad_(False), tmp_path)
+    x = torch.randn(3, 5, H)
+    names = ["a1"] * 3 if shared else NAMES  # rows behind a view that was written are not proved
+
+    def run(model: Any, rows: slice, **kwargs: Any) -> list[Tensor]:
+        given, every = x[rows].clone(), torch.zeros(len(x[rows]))
+        own = [every.view(-1) if shared else every.clone() for _ in range(LAYERS)]
+        with torch.no_grad():
+            return [model(given, own, every, **kwargs)["logits"], *own]
+
+    cm: Any = case.compile(options(seen, True), dynamic=False)
+    got = run(cm, slice(None), adapter_names=names)
+    for row, name in enumerate(names):
+        for one, want in zip(got, run(case.alone(name), slice(row, row + 1)), strict=True):
+            assert error(one[row : row + 1], want) <= TOLERANCE
+    assert (seen.layers == [[LAYERS]]) is not shared
 
 
 class Random(Block):

@@ -55,6 +55,15 @@ def check_logits(
         assert error(got, want) <= TOLERANCE, name
 
 
+def greedy(case: Case, adapter: str | None, prompt: Sequence[int], new: int) -> list[int]:
+    """The prompt, and what the model with the adapter merged generates for it alone."""
+    with torch.no_grad():
+        tokens = case.alone(adapter).generate(
+            torch.tensor([prompt]), max_new_tokens=new, do_sample=False
+        )
+    return list(tokens[0].tolist())
+
+
 def answers(engine: Any, ids: Sequence[str]) -> dict[str, Any]:
     """The finished outputs of these requests, in their order."""
     found: dict[str, Any] = {}

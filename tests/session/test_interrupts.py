@@ -189,7 +189,7 @@ def test_interrupted_anywhere(world: World, what: str, thorough: bool) -> None:
     graphs = world.cm.recompiles
     step = max(1, act.step // 20) if thorough else act.step
     for place, stopped in every_place(lambda: act.run(world), step):
-        assert isinstance(stopped, KeyboardInterrupt), (place, stopped)
+        assert stopped is None or isinstance(stopped, KeyboardInterrupt), (place, stopped)
         session = world.cm._session
         if session.base.broken or (session.base.unmerged and not world.cm.merged):
             # Written in part, and said so: a push keeps no second copy of all weights.

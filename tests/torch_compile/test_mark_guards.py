@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from attached import attached, check, check_base, compiled, fresh_dynamo, served  # noqa: F401
-from dense_merge import TOLERANCE, Case, error, random_base, save_adapter
+from dense_merge import TOLERANCE, Case, case_by_patterns, error, random_base
 from tiny_models import Family
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -44,11 +44,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp("guards")
     base = random_base(Family(Stack, ()))
     targets = {"a": r"layers\.\d\..*", "b": r"layers\.0\..*"}
-    folders = {
-        name: save_adapter(base, folder / name, rank=rank, targets=pattern, seed=rank)
-        for rank, (name, pattern) in enumerate(targets.items(), 2)
-    }
-    return Case(base, folders)
+    return case_by_patterns(base, folder, targets)
 
 
 @pytest.fixture

@@ -1,0 +1,41 @@
+"""Guards on marks in a compiled model's own frame: one is made of all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dense_merge import build_case, check_mixed
+from tiny_models import token_inputs
+from torch._dynamo.guards import CheckFunctionManager
+
+NAMES = ["a1", None, "a3"]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_dynamo_makes_one_guard_on_marks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    """Graphs that are saved keep note of all guards, so Dynamo makes them before they are chosen.
+    What is checked before each call is the same."""
+    made: list[list[str]] = []
+    build = CheckFunctionManager.build_guards
+
+    def noting(self: Any, guards: Any, *args: Any, **kwargs: Any) -> Any:
+        texts = (str(guard.name() if callable(guard.name) else guard.name) for guard in guards)
+        made.append([text for text in texts if ".runtime" in text])
+        return build(self, guards, *args, **kwargs)
+
+    monkeypatch.setattr(CheckFunctionManager, "build_guards", noting)
+    case = build_case("llama", tmp_path)
+    options: dict[str, Any] = {"cache": str(tmp_path / "graphs")} if cached else {}
+    cm: Any = case.compile(options)
+    inputs = token_inputs(len(NAMES), 4)
+    check_mixed(cm, case, NAMES, inputs)
+    *before, last = made
+    assert len(last) == 1
+    assert last[0].endswith(".runtime.active")
+    assert [len(guards) > 1 for guards in before] == [True] * cached
+    cm(**inputs)  # the base: the guard tells its calls apart
+    assert cm.recompiles == 2

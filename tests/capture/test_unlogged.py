@@ -1,0 +1,63 @@
+"""What Dynamo works out for its logs alone is not worked out where nobody reads them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from dense_merge import REFERENCE
+from torch import nn
+from torch._dynamo import guards, side_effects
+
+
+class Noting(nn.Module):
+    """Its forward leaves a result with its caller, as a model does with the keys of a cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor, seen: dict[str, torch.Tensor]) -> torch.Tensor:
+        seen["y"] = self.linear(x)
+        return seen["y"] + 1
+
+
+@pytest.fixture
+def worked_out(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What Dynamo timed, and wrote about."""
+    done: list[str] = []
+    times = guards.profile_guard_manager
+    write = side_effects.SideEffects._format_side_effect_message
+
+    def timed(*args: Any) -> float:
+        done.append("guards")
+        return times(*args)
+
+    def written(*args: Any) -> str:
+        done.append("side effects")
+        return write(*args)
+
+    monkeypatch.setattr(guards, "profile_guard_manager", timed)
+    monkeypatch.setattr(side_effects.SideEffects, "_format_side_effect_message", written)
+    return done
+
+
+@pytest.mark.parametrize("logged", [False, True])
+def test_only_where_it_is_logged(small, worked_out, monkeypatch, logged) -> None:
+    policy = torch._dynamo.config.side_effect_replay_policy
+    timing = guards.profile_guard_manager
+    if logged:
+        for log in (guards.guards_log, side_effects.side_effects_log):
+            monkeypatch.setattr(log, "level", log.level)
+            log.setLevel(logging.DEBUG)
+    cm = small(Noting, ["linear"]).compile(REFERENCE)
+    seen: dict[str, torch.Tensor] = {}
+    x = torch.randn(2, 4)
+    result = cm(x, seen, adapter_names=["a", "__base__"])
+    torch.testing.assert_close(seen["y"] + 1, result, rtol=1e-5, atol=1e-5)
+    assert cm.recompiles == 1
+    assert set(worked_out) == ({"guards", "side effects"} if logged else set())
+    assert torch._dynamo.config.side_effect_replay_policy == policy
+    assert guards.profile_guard_manager is timing
