@@ -50,16 +50,18 @@ def status_of(error: BaseException) -> int:
     return next((status for cls, status in _STATUS.items() if isinstance(error, cls)), 500)
 
 
+def error_response(error: Exception) -> JSONResponse:
+    """The answer to a request that ends with this error."""
+    return _answer(
+        status_of(error), str(error), getattr(error, "param", None), getattr(error, "code", None)
+    )
+
+
 def answer_errors(app: FastAPI) -> None:
     """Have `app` answer all errors in OpenAI's form."""
 
     async def lorafx_error(_: Request, error: Exception) -> JSONResponse:
-        return _answer(
-            status_of(error),
-            str(error),
-            getattr(error, "param", None),
-            getattr(error, "code", None),
-        )
+        return error_response(error)
 
     async def http_error(_: Request, error: Exception) -> JSONResponse:
         return _answer(status_of(error), str(getattr(error, "detail", error)))

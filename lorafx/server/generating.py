@@ -19,7 +19,7 @@ from transformers.cli.serving.utils import (
     GenerationState,
 )
 
-from lorafx.adapter_store.store import BASE
+from lorafx.adapter_store.names import BASE
 from lorafx.server.errors import RequestError
 from lorafx.server.metrics import Metrics
 from lorafx.server.served_model import ServedModel

@@ -16,7 +16,7 @@ from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.utils import BaseHandler, Modality
 
-from lorafx.adapter_store.store import BASE
+from lorafx.adapter_store.names import BASE
 from lorafx.server.errors import RequestError, status_of
 from lorafx.server.generating import Generation
 from lorafx.server.metrics import UNKNOWN, Metrics

@@ -22,9 +22,10 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from lorafx.api import compile as compile_model
 from lorafx.errors import ConfigError
+from lorafx.prepare.configuration import covering
 from lorafx.progress import progress
 from lorafx.server.app import build_app
-from lorafx.server.served_model import ServedModel
+from lorafx.server.served_model import ServedFolder, ServedModel
 from lorafx.server.settings import Settings
 from lorafx.serving.compiled import CompiledModel
 
@@ -59,8 +60,12 @@ def run(settings: Settings) -> None:
 
 
 @contextmanager
-def opened(settings: Settings) -> Iterator[Opened]:
+def opened(settings: Settings, *, lazily: bool = False) -> Iterator[Opened]:
     """The model of `settings`, loaded, compiled and warmed up, with its application.
+
+    Args:
+        lazily: load no adapter. The application answers for all that have a folder; who calls it
+            loads the adapter that a request asks for first.
 
     Raises:
         ConfigError: the model or its tokenizer cannot be loaded, or cannot be served.
@@ -69,19 +74,22 @@ def opened(settings: Settings) -> Iterator[Opened]:
     tokenizer = _tokenizer(settings)
     with progress(f"loading {settings.served_name}"):
         model = _model(settings)
-    with progress(f"adding {len(settings.found)} adapters"):
-        compiled = compile_model(
-            model,
-            settings.lora_config(),
-            adapters=dict(settings.found),
-            options=settings.options(),
-        )
+    adapters = {} if lazily else dict(settings.found)
+    config = settings.lora_config()
+    if lazily and config.target_modules is None:
+        config = covering(config, settings.found.values(), model)
+    with progress(f"adding {len(adapters)} adapters"):
+        compiled = compile_model(model, config, adapters=adapters, options=settings.options())
     engine_config = ContinuousBatchingConfig(
         **settings.engine(model.device.type == "cpu"), per_request_processors=True
     )
     block = compiled.continuous_batching(_generation(settings, model), engine_config)
     with block as engine:
-        served = ServedModel(compiled, tokenizer, settings.served_name)
+        served = (
+            ServedFolder(settings, compiled, tokenizer)
+            if lazily
+            else ServedModel(compiled, tokenizer, settings.served_name)
+        )
         try:
             yield Opened(build_app(served, engine, settings.root()), compiled, engine)
         finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lorafx.adapter_store.store import BASE
+from lorafx.adapter_store.names import BASE
 from lorafx.errors import LorafxError, nearest
 from lorafx.server.errors import RequestError
 from lorafx.server.served_model import ServedModel
@@ -69,8 +69,8 @@ class AdapterLoading:
         if self._root is None:
             raise RequestError(
                 403,
-                "this server loads and unloads no adapters on request; start it with "
-                "--allow-runtime-loading to have it do so",
+                "this server loads and unloads no adapters on request; "
+                "`lorafx serve --allow-runtime-loading` does",
             )
         return self._root
 

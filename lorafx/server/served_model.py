@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -10,6 +11,7 @@ from transformers.cli.serving.model_manager import ModelManager
 
 from lorafx.errors import nearest
 from lorafx.server.errors import RequestError
+from lorafx.server.settings import Settings
 from lorafx.serving.compiled import CompiledModel
 
 
@@ -32,9 +34,17 @@ class ServedModel(ModelManager):
         self.name = name
         self._created = int(time.time())
 
+    def adapters(self) -> Sequence[str]:
+        """The adapters that may be asked for."""
+        return self.compiled.adapters
+
+    def has(self, adapter: str) -> bool:
+        """Whether an adapter may be asked for."""
+        return adapter in self.compiled.adapters
+
     def names(self) -> list[str]:
         """What requests may ask for."""
-        return [self.name, *(self.name_of(adapter) for adapter in self.compiled.adapters)]
+        return [self.name, *(self.name_of(adapter) for adapter in self.adapters())]
 
     def name_of(self, adapter: str | None) -> str:
         """What requests ask for `adapter` by."""
@@ -56,7 +66,7 @@ class ServedModel(ModelManager):
         if asked == self.name:
             return None
         adapter = asked.removeprefix(f"{self.name}:")
-        if adapter != asked and adapter in self.compiled.adapters:
+        if adapter != asked and self.has(adapter):
             return adapter
         raise RequestError(
             404,
@@ -77,3 +87,24 @@ class ServedModel(ModelManager):
 
     def shutdown(self) -> None:
         """Nothing: who opened the server closes it."""
+
+
+class ServedFolder(ServedModel):
+    """A model whose adapters are loaded when they are asked for: those that have a folder may be.
+
+    Args:
+        settings: which folders those are.
+        compiled, tokenizer: as there.
+    """
+
+    def __init__(
+        self, settings: Settings, compiled: CompiledModel, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        super().__init__(compiled, tokenizer, settings.served_name)
+        self._settings = settings
+
+    def adapters(self) -> Sequence[str]:
+        return self._settings.folders()
+
+    def has(self, adapter: str) -> bool:
+        return self._settings.folder_of(adapter) is not None

@@ -126,6 +126,26 @@ class Settings:
             )
         return root
 
+    def folder_of(self, adapter: str) -> Path | None:
+        """The folder of an adapter, also of one that has come into `adapters` since; None for a
+        name that there is not."""
+        folder = self.found.get(adapter)
+        if folder is None:
+            if self.adapters is None or not adapter or adapter.startswith("."):
+                return None
+            if Path(adapter).name != adapter:  # it leads elsewhere
+                return None
+            folder = self.adapters / adapter
+        try:
+            return folder if (folder / CONFIG).is_file() else None
+        except OSError:  # the name is too long
+            return None
+
+    def folders(self) -> list[str]:
+        """The names of adapters that have a folder now."""
+        assert self.adapters is not None
+        return list(_found(self.adapters))
+
     def options(self) -> Options:
         """How the model is compiled."""
         return Options.of({"lowering": self.lowering, "cache": self.cache})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -80,8 +81,9 @@ class Files:
         )
 
 
-def write_files(folder: Path) -> Files:
-    case = build_case("llama", folder / "adapters")
+def write_files(folder: Path, **changes: Any) -> Files:
+    """`changes` are of the model's configuration."""
+    case = build_case("llama", folder / "adapters", **changes)
     base: Any = case.base
     tokenizer = word_tokenizer(base.config.vocab_size)
     base.save_pretrained(folder / "tiny")
@@ -102,6 +104,12 @@ async def client_of(server: Opened) -> AsyncIterator[httpx2.AsyncClient]:
     transport = httpx2.ASGITransport(app=server.app)
     async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
 
 
 def events(text: str) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from served import SMALL, question, said
+from served import SMALL, free_port, question, said
 
 from lorafx import LorafxError, LorafxWarning
 from lorafx.cli import main
@@ -30,12 +30,6 @@ OPTIONS = [
         for part in (f"--{name.replace('_', '-')}", str(value))
     ),
 ]
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 def test_a_signal_lets_streams_end(files, monkeypatch, capfd):

@@ -1,0 +1,109 @@
+"""One engine in a process of its own, with the adapters that requests have brought to it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from typing import Any
+
+from ray import serve
+
+from lorafx.errors import BatchError, LorafxError
+from lorafx.server.errors import error_response
+from lorafx.server.ray.counts import Counts
+from lorafx.server.ray.held import HeldAdapters
+from lorafx.server.run import opened
+from lorafx.server.settings import Settings
+
+
+class Replica:
+    """Ray's deployment of the engine.
+
+    Args:
+        settings: of the model.
+        held: how many adapters are held in host memory.
+
+    Raises:
+        Whatever `opened` raises.
+    """
+
+    def __init__(self, settings: Settings, held: int) -> None:
+        self._stack = ExitStack()
+        self._server = self._stack.enter_context(opened(settings, lazily=True))
+        self._counts = Counts(self._server.compiled.stats)
+        self._held = adapters = HeldAdapters(self._server.compiled, settings.folder_of)
+
+        async def load(adapter: str) -> object:
+            return await adapters.load(adapter)
+
+        # Ray tells its routers what this holds, and drops what was not asked for longest.
+        self._hold = serve.multiplexed(max_num_models_per_replica=held)(load)
+
+    def __del__(self) -> None:
+        """Stop the engine. Ray calls it when the answers under way have been given."""
+        self._stack.close()
+
+    def check_health(self) -> None:
+        """Raise BatchError where the engine takes no requests; Ray then replaces the replica.
+
+        Ray asks regularly, so counts are exported here too.
+        """
+        self._counts.export()
+        status = self._server.engine.background_thread_status
+        denied = status.can_accept_new_requests()
+        if denied is not None:
+            error = status.fatal_error
+            raise BatchError(
+                f"the engine of this replica has ended. {denied} {error or ''}".rstrip()
+            ) from error
+
+    async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[list[dict]]:
+        """The ASGI messages of an answer, those that are ready at a time.
+
+        Args:
+            scope: the ASGI scope of an HTTP request; its adapter is Ray's multiplexed model ID.
+            body: of the request.
+        """
+        messages: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        gone = asyncio.Event()
+        incoming = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> dict[str, Any]:
+            if incoming:
+                return incoming.pop()
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            messages.put_nowait(dict(message))
+
+        # A task of its own: a client that goes away is told to the application, which then cancels
+        # its request with the engine.
+        answering = asyncio.create_task(self._run(scope, receive, send))
+        answering.add_done_callback(lambda _: messages.put_nowait(None))
+        try:
+            while True:
+                ready = [await messages.get()]
+                while not messages.empty():
+                    ready.append(messages.get_nowait())
+                if found := [message for message in ready if message is not None]:
+                    yield found
+                if ready[-1] is None:
+                    break
+            await answering
+        finally:
+            gone.set()
+
+    async def _run(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        adapter = serve.get_multiplexed_model_id()
+        if not adapter:
+            await self._server.app(scope, receive, send)
+            return
+        with self._held.using(adapter):
+            try:
+                await self._hold(adapter)
+            except LorafxError as error:
+                await error_response(error)(scope, receive, send)
+                return
+            await self._server.app(scope, receive, send)
