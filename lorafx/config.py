@@ -51,6 +51,19 @@ class LoraConfig:
         use_dora: whether banks have room for DoRA adapters: one scale per output beside the
             factors, applied in every graph with adapters. It turns itself on where an adapter that
             is loaded while compiling is DoRA.
+        modules_to_save: modules of which adapters may have a whole weight of their own (PEFT's
+            field of that name): paths, or dotted suffixes, of linears, embeddings, or modules that
+            hold some. Those of adapters that are given when compiling are added.
+        trainable_tokens: how many rows of an embedding an adapter may have of its own (PEFT's
+            trainable_token_indices): a number for the model's input embedding, or numbers by name
+            of a module. Heads that are tied to it follow. It grows to what adapters that are given
+            when compiling have.
+        max_own_weights: how many adapters with weights, or rows of weights, of their own can be
+            active in one batch. There is room for as many whole weights on the device. None for
+            `max_adapters`.
+        base_vocab_size: tokens from this number on were added to the model for adapters. `generate`
+            chooses them for no row but those of adapters that have rows of their own for them, in
+            an embedding or a head. None: any token may be chosen for any row.
     """
 
     target_modules: str | Sequence[str] | None = None
@@ -63,12 +76,29 @@ class LoraConfig:
         default_factory=dict
     )
     use_dora: bool = False
+    modules_to_save: Sequence[str] = ()
+    trainable_tokens: int | Mapping[str, int] = 0
+    max_own_weights: int | None = None
+    base_vocab_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_adapters", "max_rank"):
+        for name in ("max_adapters", "max_rank", "max_own_weights", "base_vocab_size"):
             value = getattr(self, name)
+            if value is None and name not in ("max_adapters", "max_rank"):
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"LoraConfig.{name} must be a positive integer, got {value!r}")
+        saved = self.modules_to_save
+        if isinstance(saved, str) or not all(isinstance(name, str) and name for name in saved):
+            raise ConfigError(
+                f"LoraConfig.modules_to_save must be a list of module names, got {saved!r}"
+            )
+
+    @property
+    def own_weights(self) -> int:
+        """`max_own_weights`, at most one for each slot."""
+        most = self.max_own_weights
+        return self.max_adapters if most is None else min(most, self.max_adapters)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ def model_sections(
         f"{site.path or '(root)'}: {type(site.module).__name__} as {site.eligible.cls.__name__}, "
         f"{site.in_features} -> {site.out_features}, {site.dtype}".replace("torch.", "")
         + _parts(site)
+        + (f", room for {site.own_rows} rows of an adapter's own" if site.own_rows else "")
         + (f", also {', '.join(site.aliases)}" if site.aliases else "")
         for site in sites
     ]

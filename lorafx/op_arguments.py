@@ -18,6 +18,9 @@ from torch._ops import OpOverload
 #: Calls the op that is its first argument, which writes into others of them.
 AUTO_FUNCTIONALIZED = torch.ops.higher_order.auto_functionalized
 
+#: The same as AOTAutograd makes it of an operator that writes: its bases are apart.
+TRACED_WRITE = torch.ops.higher_order.auto_functionalized_v2
+
 
 def op_of(node: fx.Node) -> Any:
     """What `node` calls: an op that writes in place is inside of `auto_functionalized`."""

@@ -31,6 +31,7 @@ from lorafx.passes.pack_weights import PackWeights
 from lorafx.passes.plan.plan import Plan
 from lorafx.passes.provenance import Provenance
 from lorafx.passes.read import Read
+from lorafx.passes.replace_rows import ReplaceRows
 from lorafx.passes.rescale import Rescale
 from lorafx.passes.select import Select
 from lorafx.passes.write_in_place import WriteInPlace
@@ -79,6 +80,7 @@ GRAPH_PASSES: tuple[GraphPass, ...] = (
     Match(),
     GiveOut(),
     Provenance(),
+    ReplaceRows(),
     Rescale(),
     Fuse(),
     Pack(),

@@ -3,7 +3,8 @@
     (Site, ...) → groups by (parent, kind, K, dtype, device) → Bank each → SiteMark each
 
 Siblings are sites that may turn out to share an input (q/k/v, gate/up); one bank lets one shrink
-serve them all. Embeddings stay alone: a token's row of A is gathered, not multiplied. Only the
+serve them all. Embeddings stay alone: a token's row of A is gathered, not multiplied. So do sites
+where adapters may have rows of the weight of their own: y is not the base's product there. Only the
 forward hooks of the model change, and `Attachment.detach` removes exactly those.
 """
 
@@ -87,7 +88,7 @@ def _siblings(sites: Sequence[Site]) -> list[list[Site]]:
     for site in sites:
         key: object = (
             site.path
-            if site.eligible.kind != "linear"
+            if site.eligible.kind != "linear" or site.own_rows
             else (site.path.rpartition(".")[0], site.in_features, site.dtype, site.device)
         )
         found.setdefault(key, []).append(site)
@@ -108,6 +109,9 @@ def _group(siblings: list[Site], config: LoraConfig) -> Group:
         device=first.device,
         experts=first.experts,
         dora=config.use_dora and first.expert_weight is None,
+        own_rows=first.own_rows,
+        own_weights=config.own_weights,
+        own_dtype=first.dtype,
     )
     for tensor in bank.tensors.values():
         mark_fixed_shape(tensor)

@@ -18,7 +18,8 @@ class LoadAdapters:
     def run(self, model: Preparation) -> int:
         assert model.attachment is not None
         config = model.config
-        model.store = AdapterStore(model.attachment.groups, config.max_adapters, config.max_rank)
+        sizes = config.max_adapters, config.max_rank, config.own_weights
+        model.store = AdapterStore(model.attachment.groups, *sizes)
         for adapter in model.adapters:
             model.store.load(adapter)
         return len(model.adapters)

@@ -9,7 +9,7 @@ Modules that the user names but that cannot carry LoRA are reported in one error
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
@@ -25,6 +25,7 @@ from lorafx.model.expert_names import folded
 from lorafx.model.experts import expert_weights
 from lorafx.model.marks import is_dense
 from lorafx.model.module_graph import ModuleGraph
+from lorafx.model.own_rows import own_refusal, rows_asked
 from lorafx.model.packed_names import PackedNames
 from lorafx.model.quantized import is_stored
 from lorafx.model.refusals import impossible, weight_of
@@ -61,6 +62,9 @@ class _Selection:
     def __post_init__(self) -> None:
         self.target = targets.checked(self.config.target_modules, "target_modules")
         self.exclude = targets.checked(self.config.exclude_modules, "exclude_modules")
+        self.saved = targets.Entries(self.config.modules_to_save)
+        tokens = self.config.trainable_tokens
+        self.tokens = tokens if isinstance(tokens, Mapping) else {}
         self.by_default = self.target is None or targets.is_all_linear(self.target)
         self.packed = PackedNames(self.graph, self.config.packed_modules)
         self.modules = [
@@ -91,13 +95,18 @@ class _Selection:
         left_out: list[str] = []
         named = excluded = 0
         for item in self.modules:
-            members = self._targeted(item, head)
-            if not members:
-                continue
-            named += 1
-            members -= self._excluded(item)
-            if not members:
-                excluded += 1
+            targeted = self._targeted(item, head)
+            members = targeted - self._excluded(item)
+            named += bool(targeted)
+            excluded += bool(targeted) and not members
+            rows = rows_asked(self.saved, self.tokens, item.paths)
+            if (
+                rows != 0
+                and item.entry is None
+                and not dict(item.module.named_parameters(recurse=False))
+            ):
+                rows = 0  # it holds what is meant
+            if not members and rows == 0:
                 continue
             if is_empty(item.module):
                 left_out.append(f"{item.label}: its weight is empty")
@@ -106,6 +115,16 @@ class _Selection:
                 )
                 continue
             site = self._site(item, members)
+            if rows != 0:
+                reason = site if isinstance(site, str) else own_refusal(site)
+                if isinstance(site, str) or reason is not None:
+                    self.problems.append(
+                        f"{item.label} cannot have a weight of an adapter's own for each row "
+                        f"(modules_to_save, trainable_tokens): {reason}"
+                    )
+                    continue
+                every = site.weight_rows
+                site = replace(site, own_rows=every if rows is None else min(rows, every))
             if isinstance(site, Site):
                 found.append(site)
             elif self.by_default:
@@ -117,18 +136,24 @@ class _Selection:
                 self.problems.append(f"{item.label}: {site}{self._candidates(item)}{asked}")
         self.problems.extend(self._unnamed_targets())
         self.problems.extend(
+            f"modules_to_save or trainable_tokens entry {entry!r} names no module of "
+            f"{type(self.graph.root).__qualname__}{self._nearest(entry)}"
+            for entry in (*self.saved, *self.tokens)
+            if not self._names_any(entry)
+        )
+        self.problems.extend(
             f"packed_modules entry {name!r} matches no module, neither as a packed name nor "
             f"as a member{self._nearest(name)}"
             for name in self.packed.unused()
         )
         self._unnamed_exclusions()
-        if not self.problems and named == 0:
+        if not self.problems and named == 0 and not found:
             self.problems.append(
                 f"target_modules={self.config.target_modules!r} names no module of "
                 f"{type(self.graph.root).__qualname__}"
                 f"{self._nearest(str(self.config.target_modules))}"
             )
-        elif not self.problems and named == excluded:
+        elif not self.problems and named == excluded and not found:
             self.problems.append(
                 f"exclude_modules={self.config.exclude_modules!r} excludes every module "
                 f"that target_modules names ({named}); narrow one of the two"
@@ -222,7 +247,7 @@ class _Selection:
             parts, loose = item.parts(slices, in_features, out_features)
         except (AttributeError, TypeError, ValueError) as error:
             return f"its output slices are not known: {error}"
-        if slices is None and selected < item.members:
+        if slices is None and selected and selected < item.members:
             return (
                 f"it packs {', '.join(sorted(item.members))} by packed_modules, but its "
                 "class does not give the size of each; see "

@@ -19,9 +19,8 @@ from torch import fx
 
 from lorafx.graph.context import Context
 from lorafx.kernels.ops.paged_cache import PAGED_CACHE
-from lorafx.op_arguments import in_order
+from lorafx.op_arguments import TRACED_WRITE, in_order
 
-_FUNCTIONAL = torch.ops.higher_order.auto_functionalized_v2
 _COPY = torch.ops.aten.copy_.default
 
 
@@ -90,7 +89,7 @@ def _copies_into(node: fx.Node, place: fx.Node) -> bool:
 
 def _writes(node: fx.Node, base: fx.Node) -> bool:
     """Whether `node` calls one of the writers with `base`, all of it, as what is written into."""
-    if node.target is not _FUNCTIONAL or node.args[0] not in _WRITERS:
+    if node.target is not TRACED_WRITE or node.args[0] not in _WRITERS:
         return False
     argument = _WRITERS[node.args[0]].argument  # type: ignore[index]
     bases: Any = node.kwargs.get("_all_bases", ())

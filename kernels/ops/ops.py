@@ -8,6 +8,8 @@ Importing this module registers them. What they share:
     A, B    the bank of one group (lorafx.model.bank): A (S, G·R, K), B (S, R, ΣN);
             embedding: A (S, V, R). Only the first ranks[s, i] of the R factors are read.
     gains   DoRA's G (S, ΣN) float32, for banks that have it (lorafx.kernels.ops.rescaled)
+    own...  rows of the weight that slots have of their own, for banks with room for them; they are
+            put into y before the delta is added (lorafx.kernels.ops.own_rows)
 
     site                  y + the deltas of one module, the mark that `attach` leaves on it
     embedding_site        the same for an embedding
@@ -41,12 +43,14 @@ from lorafx.kernels.ops.op_checks import (
     require,
 )
 from lorafx.kernels.ops.op_library import define
+from lorafx.kernels.ops.own_rows import OWN_ROWS, OwnRows, with_own_rows
 from lorafx.kernels.ops.rescaled import rescaled
 
 SCHEMAS = (
     f"site(Tensor x, Tensor y, {BANK}, {RANGES}, SymInt rows, Tensor? weight=None,"
-    " Tensor? bias=None, Tensor? gains=None, Tensor? addend=None) -> Tensor",
-    f"embedding_site(Tensor ids, Tensor y, {BANK}, SymInt rows, Tensor? gains=None) -> Tensor",
+    f" Tensor? bias=None, Tensor? gains=None, Tensor? addend=None, {OWN_ROWS}) -> Tensor",
+    f"embedding_site(Tensor ids, Tensor y, {BANK}, SymInt rows, Tensor? gains=None, {OWN_ROWS})"
+    " -> Tensor",
     f"fused_linear(Tensor x, Tensor weight, Tensor? bias, {BANK}, {RANGES}, SymInt rows,"
     " bool transposed) -> Tensor",
     f"add_delta_(Tensor(a!) y, Tensor x, {BANK}, {RANGES}, SymInt rows, int kernel) -> ()",
@@ -69,15 +73,18 @@ def site(
     bias: Tensor | None = None,
     gains: Tensor | None = None,
     addend: Tensor | None = None,
+    *own: Tensor | None,
 ) -> Tensor:
     """y (..., N) + delta for x (..., K), a new contiguous tensor of y's dtype.
 
     The j-th column range of y gets the delta of siblings[j]: several where one module computes
     several projections. `weight` and `bias` are the group's packed base parameters, carried for
-    the `pack` pass only. With `gains` all of y but `addend` (N,) is rescaled then.
+    the `pack` pass only. With `gains` all of y but `addend` (N,) is rescaled then. `own` are the
+    fields of OwnRows.
     """
     _check_site(x, y, bank, ranges, rows)
     check_gains("site", bank.B, gains)
+    y = with_own_rows(x, y, OwnRows(*own), bank.slots, rows, embedding=False)
     out = y.clone(memory_format=torch.contiguous_format)
     add_linear_delta(out, x, bank, ranges, rows)
     if gains is None:
@@ -96,7 +103,12 @@ def _check_site(x, y, bank, ranges, rows) -> None:
 
 
 def embedding_site(
-    ids: Tensor, y: Tensor, bank: BankArgs, rows: int, gains: Tensor | None = None
+    ids: Tensor,
+    y: Tensor,
+    bank: BankArgs,
+    rows: int,
+    gains: Tensor | None = None,
+    *own: Tensor | None,
 ) -> Tensor:
     """y (*ids.shape, N) + scales · A[slot, ids, :r] B[slot, :r], a new contiguous tensor.
 
@@ -104,6 +116,7 @@ def embedding_site(
     """
     check_embedding("embedding_site", ids, y, bank, rows)
     check_gains("embedding_site", bank.B, gains)
+    y = with_own_rows(ids, y, OwnRows(*own), bank.slots, rows, embedding=True)
     out = y.clone(memory_format=torch.contiguous_format)
     add_embedding_delta(out, ids, bank, rows)
     if gains is None:
@@ -111,7 +124,7 @@ def embedding_site(
     return rescaled(out, gains, None, bank.slots, rows, [0], [y.shape[-1]])
 
 
-def embedding_site_fake(ids, y, bank: BankArgs, rows, gains=None):
+def embedding_site_fake(ids, y, bank: BankArgs, rows, *_, **__):
     check_embedding("embedding_site", ids, y, bank, rows)
     return y.new_empty(y.shape)
 

@@ -16,6 +16,7 @@ _MOST_LAYER_NAMES = 64
 # No module has as many dimensions; s = α/r is kept in float32.
 _LARGEST_RANK = 1 << 40
 _LARGEST_ALPHA = 3e38
+_LARGEST_TOKEN = (1 << 31) - 1
 #: Steps of all patterns of one field together, for one module: some milliseconds.
 _MOST_STEPS = 1 << 17
 
@@ -34,6 +35,10 @@ def is_off(value: Any) -> bool:
     if value is None or value is False:
         return True
     return isinstance(value, str | Sequence | Mapping | Set) and len(value) == 0
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 class Values:
@@ -106,6 +111,33 @@ class Values:
             return tuple(sorted(value))
         self.malformed.append(f"{name} must be a string or a list of strings, it is {short(value)}")
         return None
+
+    def _endings(self, name: str) -> tuple[str, ...]:
+        """A list of names, none of them empty."""
+        value = self._given(name, ())
+        if isinstance(value, list | tuple | set) and all(isinstance(v, str) and v for v in value):
+            return tuple(sorted(value))
+        self.malformed.append(f"{name} must be a list of names, it is {short(value)}")
+        return ()
+
+    def _tokens(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Lists of token ids by the ending of a module's name; one list alone is under ""."""
+        value = self._given(name, {})
+        lists = value if isinstance(value, Mapping) else {"": value}
+        found: dict[str, tuple[int, ...]] = {}
+        for ending, ids in lists.items():
+            known = isinstance(ending, str) and isinstance(ids, list | tuple)
+            if not known or not all(_is_count(i) and i <= _LARGEST_TOKEN for i in ids):
+                self.malformed.append(
+                    f"{name} must be a list of token ids, or one for each name of a module; it is "
+                    f"{short(value)}"
+                )
+                return {}
+            if len(set(ids)) < len(ids):
+                self.malformed.append(f"{name} names a token twice: {short(value)}")
+                return {}
+            found[ending] = tuple(ids)
+        return found
 
     def _parameters(self) -> tuple[str, ...]:
         value = self._given("target_parameters", ())

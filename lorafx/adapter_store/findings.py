@@ -27,6 +27,7 @@ class Findings:
         problems: a line each.
         unsupported: problems that are arithmetic beyond LoRA.
         over_rank: what has a rank over `max_rank`, and the rank.
+        no_room: what the banks have no room for, and the setting that makes it, a line each.
         closed: saved paths whose place was not selected, and the line that says so.
         largest: the largest rank that was met.
     """
@@ -36,6 +37,7 @@ class Findings:
         self.problems: list[str] = []
         self.unsupported: list[str] = []
         self.over_rank: dict[str, int] = {}
+        self.no_room: list[str] = []
         self.closed: dict[str, str] = {}
         self.largest = 0
 
@@ -48,10 +50,10 @@ class Findings:
 
         Raises:
             UnsupportedAdapterError: one of them is arithmetic beyond LoRA.
-            CapacityError: the only problem is a rank over `max_rank`.
+            CapacityError: the only problems are a rank over `max_rank`, or no room.
             CheckpointError: anything else.
         """
-        problems = [*self.unsupported, *self.problems]
+        problems = [*self.unsupported, *self.problems, *self.no_room]
         if self.over_rank:
             rank = max(self.over_rank.values())
             problems.append(

@@ -17,12 +17,12 @@ from lorafx.adapter_store.stored import (
     sharing,
 )
 from lorafx.errors import CapacityError, CheckpointError, nearest
-from lorafx.model.bank import Factors
+from lorafx.model.bank import Bank, Factors, OwnWeight
 
 if TYPE_CHECKING:
     from lorafx.adapter_store.peft_reader import Adapter
     from lorafx.adapter_store.reading import LoraWeights
-    from lorafx.model.sites import Group
+    from lorafx.model.sites import Group, Site
 
 
 def fitted(
@@ -60,6 +60,17 @@ def fitted(
         factors.setdefault(place.group, []).append(made)
         if not all(bool(torch.isfinite(t).all()) for t in (made.A, made.B)):
             problems.append(f"{path}: values beyond the range of {made.A.dtype}")
+    own_rows: dict[int, OwnWeight] = {}
+    for path, weight in adapter.own.items():
+        place = places.get(path)
+        if place is None:
+            problems.append(f"{path} is not a site{nearest(path, places)}")
+            continue
+        rows = _own_weight(place.site, weight, groups[place.group].bank)
+        own_rows[place.group] = rows
+        bias = rows.bias if rows.bias is None else rows.bias[: len(weight.rows)]
+        if not all(bool(torch.isfinite(t).all()) for t in (rows.rows, bias) if t is not None):
+            problems.append(f"{path}: values beyond the range of {rows.rows.dtype}")
     if problems:
         raise CheckpointError(
             f"adapter {adapter.name!r} from {adapter.source} does not fit the banks:\n"
@@ -69,10 +80,33 @@ def fitted(
         measure(groups[g], own)
     tensors = [t for f in all_factors(factors) for t in (f.A, f.B, f.magnitude, f.gains)]
     size = sum({id(t): t.nbytes for t in tensors if t is not None}.values())
-    sites = dict.fromkeys(places[path].site.path for path in adapter.weights)
+    size += sum(weight.nbytes for weight in own_rows.values())
+    owned = tuple(places[path].site.path for path in adapter.own)
+    sites = dict.fromkeys([*(places[path].site.path for path in adapter.weights), *owned])
     rescaled = dict.fromkeys(places[path].site.path for path in adapter.magnitudes)
     names = adapter.name, adapter.rank, adapter.source
-    return StoredAdapter(*names, tuple(sites), factors, size, tuple(rescaled), adapter.spans)
+    spans = adapter.spans
+    return StoredAdapter(
+        *names, tuple(sites), factors, size, tuple(rescaled), spans, owned, own_rows
+    )
+
+
+def _own_weight(site: Site, weight: OwnWeight, bank: Bank) -> OwnWeight:
+    """Rows of an adapter's own in the bank's dtype, on the host. A linear that was trained as a
+    whole with fewer outputs than the base has: those that it lacks are −inf."""
+    assert bank.own is not None
+    rows, bias = weight.rows, weight.bias
+    lacks = site.weight_rows - len(rows)
+    if weight.at is None and lacks and site.eligible.kind == "linear":
+        bias = rows.new_zeros(len(rows)) if bias is None else bias
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, lacks))
+        bias = torch.nn.functional.pad(bias, (0, lacks), value=-torch.inf)
+    pin = bank.own.is_cuda
+    return OwnWeight(
+        host_copy(rows, bank.own.dtype, pin),
+        None if bias is None else host_copy(bias, bank.own.dtype, pin),
+        weight.at,
+    )
 
 
 def _factors(place: BankPlace, weights: LoraWeights, groups: Sequence[Group]) -> Factors:

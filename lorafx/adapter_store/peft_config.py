@@ -27,7 +27,7 @@ from lorafx.model.targets import Entries, names
 # Fields that say how the adapter was trained, packaged or initialised, and nothing about what it
 # computes once trained. The *_config fields of initialisations stay set after an exact export,
 # PEFT ignores them unless `init_lora_weights` asks for them; `velora_config` changes gradients
-# only; with `ensure_weight_tying` the tied head's factors are in the file like any other's.
+# only.
 _NO_ARITHMETIC = frozenset(
     {
         "task_type",
@@ -43,7 +43,6 @@ _NO_ARITHMETIC = frozenset(
         "corda_config",
         "lora_ga_config",
         "velora_config",
-        "ensure_weight_tying",
     }
 )
 
@@ -65,6 +64,9 @@ _READ = frozenset(
         "bias",
         "init_lora_weights",
         "target_parameters",
+        "modules_to_save",
+        "trainable_token_indices",
+        "ensure_weight_tying",
         "peft_version",
     }
 )
@@ -74,15 +76,6 @@ _MERGE = "merge it into a copy of the base model (`PeftModel.merge_and_unload()`
 # Fields whose every set value changes the arithmetic, with the way out.
 _REFUSED: Mapping[str, str] = {
     "lora_bias": f"a bias on lora_B is not applied; {_MERGE}",
-    "modules_to_save": (
-        "these modules are replaced by trained copies; load the saved weights into the "
-        "base model that you compile and clear the field, or merge the adapter into a copy "
-        "of the base model"
-    ),
-    "trainable_token_indices": (
-        "embedding rows are replaced; write the saved rows into the base model's embedding and "
-        "clear the field, or merge the adapter into a copy of the base model"
-    ),
     "alora_invocation_tokens": (
         "aLoRA is active only from its invocation tokens on; load it without this field "
         "and choose an adapter per token with `adapter_slots=`"
@@ -119,6 +112,11 @@ class PeftConfig:
         target_parameters: exact or dotted-suffix names of parameters ("mlp.experts.down_proj");
             rank_pattern and alpha_pattern go by the parameter's name there.
         layers_to_transform, layers_pattern: restrict a tuple of suffixes to these layers.
+        modules_to_save: endings of the names of modules that were trained as a whole.
+        ensure_weight_tying: what is tied to one of them was trained and saved with it. (A tied
+            head's factors are in the file like any other's.)
+        trainable_token_indices: the tokens that were trained, by the ending of an embedding's name;
+            "" stands for the one that the file has.
         fan_in_fan_out: the base weight is stored (in, out); the delta is the same.
         base_model: `base_model_name_or_path`, for messages.
         peft_version: the release that wrote it, (0, 19) say; None where it does not tell.
@@ -135,6 +133,9 @@ class PeftConfig:
     exclude_modules: str | tuple[str, ...] | None = None
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    ensure_weight_tying: bool = False
+    trainable_token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     fan_in_fan_out: bool = False
     base_model: str | None = None
     peft_version: tuple[int, ...] | None = None
@@ -192,6 +193,34 @@ class PeftConfig:
         by_suffix = isinstance(targets, Entries) and path not in targets.as_set
         return _named(targets, path) and (not by_suffix or self._layer_wanted(path))
 
+    def trains(self, path: str) -> bool:
+        """Whether the module at `path`, or one that it lies in, was trained as a whole. PEFT goes
+        by the ending of a name, dots or not."""
+        if not self.modules_to_save:
+            return False
+        parts = path.split(".")
+        around = (".".join(parts[: n + 1]) for n in range(len(parts)))
+        return any(_ending(self._saved, name) is not None for name in around)
+
+    def saves(self, path: str) -> bool:
+        """Whether a whole weight that is saved for the module at `path` was trained: as it is, or
+        what it is tied to."""
+        tied = self.ensure_weight_tying and bool(self.modules_to_save)
+        return tied or self.trains(path)
+
+    def tokens_of(self, path: str) -> tuple[int, ...] | None:
+        """The tokens that were trained of the embedding at `path`; None where it does not say."""
+        name = _ending(self._tokens, path)
+        return None if name is None else self.trainable_token_indices[name]
+
+    @cached_property
+    def _saved(self) -> Mapping[int, frozenset[str]]:
+        return _by_length(self.modules_to_save)
+
+    @cached_property
+    def _tokens(self) -> Mapping[int, frozenset[str]]:
+        return _by_length(self.trainable_token_indices)
+
     @cached_property
     def _ranks(self) -> list[tuple[Pattern, int]]:
         return [(keyed(key), rank) for key, rank in self.rank_pattern.items()]
@@ -219,6 +248,20 @@ class PeftConfig:
 
 def _named(spec: str | tuple[str, ...] | None, path: str) -> bool:
     return spec is not None and names(spec, [path])
+
+
+def _by_length(names: Iterable[str]) -> dict[int, frozenset[str]]:
+    """Names by their length, longest first: a file may have as many as a model has modules."""
+    found: dict[int, set[str]] = {}
+    for name in sorted(names, key=len, reverse=True):
+        found.setdefault(len(name), set()).add(name)
+    return {length: frozenset(own) for length, own in found.items()}
+
+
+def _ending(names: Mapping[int, frozenset[str]], path: str) -> str | None:
+    """The longest of the names that `path` ends with."""
+    endings = ((path[len(path) - n :], own) for n, own in names.items() if n <= len(path))
+    return next((ending for ending, own in endings if ending in own), None)
 
 
 def _by_pattern(patterns: Iterable[tuple[Pattern, Any]], path: str, default: Any) -> Any:
@@ -251,6 +294,9 @@ class _Fields(Values):
             exclude_modules=self._names("exclude_modules") or None,
             layers_to_transform=None if is_off(layers) else self._layers(layers),
             layers_pattern=self._layer_names(),
+            modules_to_save=self._endings("modules_to_save"),
+            ensure_weight_tying=self._flag("ensure_weight_tying"),
+            trainable_token_indices=self._tokens("trainable_token_indices"),
             fan_in_fan_out=self._flag("fan_in_fan_out"),
             base_model=self._text("base_model_name_or_path"),
             peft_version=_version(self.values.get("peft_version")),

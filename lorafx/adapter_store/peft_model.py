@@ -2,11 +2,12 @@
 
 PEFT replaces each target module in its parent by a wrapper that holds it as `base_layer`, below a
 `peft.PeftModel` or in the model itself (transformers' `load_adapter` and `add_adapter`,
-`peft.inject_adapter_in_model`). Here the adapters' weights are read first, then each wrapper is
-replaced by the module that it wraps, so that the base model is what it was before PEFT. A PeftModel
-raises while it is unwrapped (lorafx.adapter_store.handed_over); an injected model is the base model
-without a word of adapters. `restore()` puts everything back. PEFT stays optional: nothing of it is
-imported before somebody has made such a model.
+`peft.inject_adapter_in_model`). What was trained as a whole, and embeddings of which tokens were,
+have wrappers that hold them as `original_module`. Here the adapters' weights are read first, then
+each wrapper is replaced by the module that it wraps, so that the base model is what it was before
+PEFT. A PeftModel raises while it is unwrapped (lorafx.adapter_store.handed_over); an injected model
+is the base model without a word of adapters. `restore()` puts everything back. PEFT stays optional:
+nothing of it is imported before somebody has made such a model.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import sys
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -39,7 +40,16 @@ def peft_layers(model: nn.Module) -> list[tuple[str, Any]]:
         return []
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [(path, m) for path, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    found = [(path, m) for path, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    inside = {id(m) for wrapper in _own_weights(model) for m in wrapper.modules()}
+    return [(path, m) for path, m in found if id(m) not in inside]
+
+
+def _own_weights(model: nn.Module) -> list[Any]:
+    """PEFT's wrappers of modules of which adapters have weights of their own."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
 
 
 def notes_of_peft(model: nn.Module) -> bool:
@@ -93,7 +103,9 @@ def take_over(model: nn.Module) -> TakenOver:
         raise CheckpointError(f"{type(model).__name__} is not a peft.PeftModel and holds no LoRA")
     configs = _configs(_peft_configs(model, layers), what)
     _refuse_other_layers(layers)
-    merged = sorted({name for _, layer in layers for name in layer.merged_adapters})
+    tokens = [getattr(wrapper, "token_adapter", None) for wrapper in _own_weights(base)]
+    holders = [*(layer for _, layer in layers), *(layer for layer in tokens if layer is not None)]
+    merged = sorted({name for layer in holders for name in layer.merged_adapters})
     if merged:
         call = "peft_model.unmerge_adapter()" if whole else "unmerge() of each PEFT layer"
         raise CheckpointError(
@@ -202,12 +214,16 @@ def _unwrap(taken: TakenOver) -> None:
 
     own = vars(taken.base)
     taken._notes = {name: own.pop(name) for name in _NOTES if name in own}
-    parents = [m for m in taken.base.modules() if not isinstance(m, LoraLayer)]
+    wrappers = {id(wrapper) for wrapper in _own_weights(taken.base)}
+    inside = {id(m) for wrapper in _own_weights(taken.base) for m in wrapper.modules()}
+    parents = [
+        m for m in taken.base.modules() if not isinstance(m, LoraLayer) and id(m) not in inside
+    ]
     for parent in parents:
         for name, child in list(parent._modules.items()):
-            if isinstance(child, LoraLayer):
-                inner = child.base_layer
-                while isinstance(inner, LoraLayer):
-                    inner = inner.base_layer
+            if isinstance(child, LoraLayer) or id(child) in wrappers:
+                inner: Any = child
+                while isinstance(inner, LoraLayer) or id(inner) in wrappers:
+                    inner = inner.original_module if id(inner) in wrappers else inner.base_layer
                 parent._modules[name] = inner
-                taken._wrappers.append((parent, name, child))
+                taken._wrappers.append((parent, name, cast(nn.Module, child)))

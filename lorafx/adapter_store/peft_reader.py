@@ -21,12 +21,14 @@ from lorafx.adapter_store.coverage import Scope, coverage
 from lorafx.adapter_store.expert_places import ExpertPlace
 from lorafx.adapter_store.findings import Findings
 from lorafx.adapter_store.lora_weights import LoraWeights
+from lorafx.adapter_store.own_reading import rows_wanted
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import parse
 from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.reading import Reading
 from lorafx.config import LoraConfig
 from lorafx.errors import CheckpointError, LorafxWarning
+from lorafx.model.bank import OwnWeight
 from lorafx.model.expert_names import unnested
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ class Adapter:
         source: where it was read from, for messages.
         spans: path of a name of a packed module -> the slices that its rows say it covers, where
             that is not declared.
+        own: path of a site -> the rows of its weight that the adapter has of its own.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Adapter:
     rank: int
     source: str
     spans: Mapping[str, range] = field(default_factory=dict)
+    own: Mapping[str, OwnWeight] = field(default_factory=dict)
 
     @property
     def magnitudes(self) -> tuple[str, ...]:
@@ -90,9 +94,9 @@ def adapter_target_modules(
             modules[path] = None
         if factor.letter == "A" and shape:
             rank = max(rank, _rank_of(places, config, factor.module, shape))
-    if not modules or not rank:
+    if (not modules or not rank) and not any(rows_wanted(state, model)):
         raise CheckpointError(f"{state.where} holds no LoRA factors (lora_A, lora_B)")
-    return AdapterTargets(tuple(modules), rank)
+    return AdapterTargets(tuple(modules), max(rank, 1))
 
 
 def read_adapter(
@@ -123,7 +127,8 @@ def read_adapter(
 
     Raises:
         UnsupportedAdapterError: the configuration, or a key, asks for arithmetic beyond LoRA.
-        CapacityError: the only problem is a rank over `max_rank`.
+        CapacityError: the only problems are a rank over `max_rank`, or no room for weights of the
+            adapter's own.
         CheckpointError: anything else, all problems of the file at once.
     """
     state = load_state(source)
@@ -142,7 +147,7 @@ def read_adapter(
             LorafxWarning,
             stacklevel=2,
         )
-    return Adapter(name, weights, findings.largest, state.where, reading.spans)
+    return Adapter(name, weights, findings.largest, state.where, reading.spans, reading.own.found)
 
 
 def _named_by(places: Places, config: PeftConfig, path: str) -> list[str]:

@@ -120,6 +120,10 @@ class Places:
         walked = self._names.walk(self.current(path))
         return None if walked.rest else walked.module
 
+    def site(self, module: nn.Module) -> Site | None:
+        """The site that this module is, None where it is none."""
+        return self._by_module.get(id(module))
+
     def current(self, path: str) -> str:
         """What the model calls what was saved as `path`. It may be a packed name beside a module;
         where it leads nowhere, it is the path without prefixes."""

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from lorafx.adapter_store.dora import dora_refusal
 from lorafx.adapter_store.expert_places import ExpertPlace
 from lorafx.adapter_store.expert_reading import ExpertReading
-from lorafx.adapter_store.findings import DTYPES, Findings, listed, path_label
+from lorafx.adapter_store.findings import Findings, listed, path_label
 from lorafx.adapter_store.loose_names import given_rows, settled, undivided
 from lorafx.adapter_store.lora_weights import LoraWeights
+from lorafx.adapter_store.own_reading import OwnReading, same
 from lorafx.adapter_store.peft_keys import FactorKey, parse, without_prefix
 from lorafx.adapter_store.places import Place, SiteLanding, saved_sizes
 from lorafx.model.refusals import unsupported
@@ -28,8 +29,7 @@ from lorafx.registry import is_empty, lookup
 # Keys of features that the configuration would have been refused for, had it named them.
 _FEATURE_KEYS = {
     "lora_B.bias": "a bias on lora_B (lora_bias)",
-    "trainable_tokens_delta": "replaced embedding rows (trainable_token_indices)",
-    "modules_to_save": "replaced modules (modules_to_save)",
+    "modules_to_save": "replaced modules (modules_to_save) under names that PEFT does not save",
     "lora_diag": "KaSA (kasa_config)",
 }
 
@@ -45,6 +45,7 @@ class Reading:
         unselected: modules that are no sites and have factors, by their paths.
         unknown: saved paths that name nothing.
         experts: the factors of routed experts.
+        own: the weights that the adapter has of its own.
         decoded: part paths that got factors, those of experts aside.
         spans: the rows that saved names turned out to cover (`loose_names`).
     """
@@ -59,13 +60,17 @@ class Reading:
         self.unselected: dict[str, nn.Module] = {}
         self.unknown: dict[str, None] = {}
         self.experts = ExpertReading(findings)
+        self.own = OwnReading(findings)
         self.decoded: set[str] = set()
         self.spans: dict[str, range] = {}
 
     def run(self) -> dict[str, LoraWeights]:
         """The factors by part path; problems are noted in the findings."""
+        self.own.decode()
         for key in self.state.tensors:
             factor = parse(key)
+            if key in self.own.keys:
+                continue
             if factor is None:
                 self._other_key(key)
             else:
@@ -88,8 +93,14 @@ class Reading:
                 "have its own norms, which lorafx does not support"
             )
         self._report_placement()
+        self.unsupported.extend(
+            f"{path}: the norms of DoRA are those of the base weight, and the adapter has a weight "
+            "of its own there"
+            for path, (_, weights) in decoded.items()
+            if weights.magnitude is not None and path in self.own.found
+        )
         self.decoded.update(decoded)
-        if not (self.factors or self.experts.paths) and not (
+        if not (self.factors or self.experts.paths or self.own.keys) and not (
             self.unknown or self.unselected or self.closed
         ):
             self.problems.append("the file holds no LoRA factors (lora_A, lora_B)")
@@ -224,11 +235,12 @@ class Reading:
             self.problems.append(
                 f"{key} is not a LoRA factor, and nothing in the model has this name"
             )
-        elif not _same(self.state.tensors[key], own):
+        elif not same(self.state.tensors[key], own):
             self.problems.append(
                 f"{key} {tuple(self.state.tensors[key].shape)} is a base weight that differs from "
                 f"the model's {tuple(own.shape)}; load it into the base model (after "
-                "resize_token_embeddings, where the vocabulary grew) before compiling"
+                "resize_token_embeddings, where the vocabulary grew) before compiling, or make "
+                "room for a weight of the adapter's own by LoraConfig(modules_to_save=...)"
             )
 
     def _report_placement(self) -> None:
@@ -280,16 +292,6 @@ def _label(landing: SiteLanding) -> str:
     if len(sites) == 1 and not landing.loose:
         return path_label(landing.places[0][0].path)
     return path_label(landing.saved)
-
-
-def _same(saved: Tensor, own: Tensor) -> bool:
-    """Whether a saved copy is the model's tensor, up to the rounding of the narrower dtype."""
-    if saved.shape != own.shape or not {saved.dtype, own.dtype} <= {*DTYPES}:
-        return False
-    if own.is_meta:
-        return True  # no values to differ from; they are compared when the real model is loaded
-    own = own.detach().cpu()
-    return torch.equal(saved.to(own.dtype), own) or torch.equal(saved, own.to(saved.dtype))
 
 
 def _article(kind: str) -> str:

@@ -3,6 +3,7 @@
     load      checkpoint factors -> host copies in the banks' dtype and layout
     acquire   the names of a batch's rows -> slots; missing adapters are written into free slots,
               or over the least recently used adapter that is neither pinned nor in the batch
+    sums      adapters of their own, made of loaded ones when a batch asks for them
 
 Banks are written in place, so compiled graphs and captured addresses stay valid. Everything is
 checked before the first write; a call that raises has changed nothing. While a slot is written it
@@ -15,30 +16,25 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
 
+from lorafx.adapter_store.asked import check_loaded, no_slots, too_many
 from lorafx.adapter_store.dora import measure
 from lorafx.adapter_store.fitting import fitted
 from lorafx.adapter_store.holding import Hold, Retired, loaded_as
-from lorafx.adapter_store.stored import (
-    BankPlace,
-    StoredAdapter,
-    check_spans,
-)
-from lorafx.errors import (
-    CapacityError,
-    ConfigError,
-    UnknownAdapterError,
-    nearest,
-)
+from lorafx.adapter_store.mixing import mixed
+from lorafx.adapter_store.names import BASE, Mixture, check_name, members
+from lorafx.adapter_store.own_places import OwnPlaces
+from lorafx.adapter_store.stored import BankPlace, StoredAdapter, check_spans
+from lorafx.errors import CapacityError
 from lorafx.interrupts import free_after_fork, undisturbed
 
 if TYPE_CHECKING:
     from lorafx.adapter_store.peft_reader import Adapter
     from lorafx.model.sites import Group
 
-BASE = "__base__"
 T = TypeVar("T")
 
 
@@ -49,10 +45,18 @@ class AdapterStore:
         groups: the groups whose banks are filled; each bank has `max_adapters` slots.
         max_adapters: slots, the most distinct adapters in one batch.
         max_rank: largest rank that the banks hold.
+        own_weights: for how many adapters they hold weights of their own; None for one a slot.
     """
 
-    def __init__(self, groups: Sequence[Group], max_adapters: int, max_rank: int) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        max_adapters: int,
+        max_rank: int,
+        own_weights: int | None = None,
+    ) -> None:
         self._groups = tuple(groups)
+        self._own = OwnPlaces(max_adapters if own_weights is None else own_weights)
         self.max_adapters, self._max_rank = max_adapters, max_rank
         self._places = {
             site.part_path(part): BankPlace(g, site, part, *numbers)
@@ -77,11 +81,11 @@ class AdapterStore:
     def names(self) -> tuple[str, ...]:
         """Loaded adapters, in order of loading."""
         with self._lock:
-            return tuple(name for name in self._adapters if not isinstance(name, Retired))
+            return tuple(n for n in self._adapters if not isinstance(n, (Retired, Mixture)))
 
     @property
     def resident(self) -> dict[str, int]:
-        """Adapters that hold a slot -> the slot, least recently used first."""
+        """Adapters, and sums of some, that hold a slot -> the slot, least recently used first."""
         with self._lock:
             return dict(self._slots)
 
@@ -92,24 +96,27 @@ class AdapterStore:
             return frozenset(self._pinned)
 
     def check_known(self, name: str) -> None:
-        """Raise UnknownAdapterError unless this names a loaded adapter, or the base."""
+        """Raise UnknownAdapterError unless this names loaded adapters, or the base."""
         with self._lock:
             self._check_known([name] if name != BASE else [])
 
     def __contains__(self, name: object) -> bool:
         with self._lock:
-            return name in self._adapters
+            return isinstance(name, str) and all(own in self._adapters for own in members(name))
 
     def __getitem__(self, name: str) -> StoredAdapter:
-        """The stored adapter; UnknownAdapterError if there is none of this name."""
+        """The stored adapter, or the sum; UnknownAdapterError if there is none of this name. Raises
+        as `lorafx.adapter_store.mixing.mixed`."""
         with self._lock:
             self._check_known([name])
+            self._mix([name])
             return self._adapters[name]
 
     def load(self, adapter: Adapter) -> None:
         """Keep `adapter` in host memory; it gets a slot when a batch, or a pin, asks for it.
 
-        An adapter of the same name is replaced, and rewritten in place if it holds a slot.
+        An adapter of the same name is replaced, and rewritten in place if it holds a slot; sums
+        that it is part of are made again when a batch asks for them.
         Raises CapacityError (rank, no room for DoRA), CheckpointError (sites, shapes, values beyond
         the banks' dtype) or ConfigError (name).
         """
@@ -117,6 +124,12 @@ class AdapterStore:
         stored = fitted(adapter, self._places, self._groups, self._max_rank)
         with self._lock:
             check_spans(stored, self._adapters.values())
+            slot = self._slots.get(stored.name) if stored.name in self._pinned else None
+            if slot is not None and not self._fits(slot, stored):
+                raise CapacityError(
+                    f"{stored.name!r} is pinned, and there is no room for its own weights; unpin "
+                    "it, or compile with a larger LoraConfig(max_own_weights=...)"
+                )
             undisturbed(lambda: self._keep(stored))
 
     def unload(self, name: str) -> None:
@@ -181,7 +194,8 @@ class AdapterStore:
         `held` are slots that calls around the running one go on to read, which keep what they hold.
 
         Raises UnknownAdapterError for names that are not loaded, CapacityError when the batch
-        has more distinct adapters than there are slots, or than pinned ones leave free.
+        has more distinct adapters than there are slots, or than pinned ones leave free, or for a
+        sum whose ranks find no room; ConfigError for a sum that cannot be made.
         """
         key = tuple(names)
         with self._lock:
@@ -190,6 +204,9 @@ class AdapterStore:
             self._let_go()
             wanted = list(dict.fromkeys(n for n in key if n is not None and n != BASE))
             self._check_known(wanted)
+            if len(wanted) > self.max_adapters:
+                raise too_many(wanted, self.max_adapters)
+            self._mix(wanted)
             hits = sum(name in self._slots for name in wanted)
             self._make_resident(wanted, held)
             self.hits += hits
@@ -234,9 +251,13 @@ class AdapterStore:
 
     def _keep(self, stored: StoredAdapter) -> None:
         self._last = None
+        self._unmix(stored.name)
         self._retire(stored.name)
         slot = self._slots.get(stored.name)
-        if slot is not None:
+        if slot is not None and not self._fits(slot, stored):
+            del self._slots[stored.name]  # it gets one when a batch asks for it
+            self._clear(slot)
+        elif slot is not None:
             order = list(self._slots)
             del self._slots[stored.name]
             self._write(slot, stored)
@@ -244,6 +265,14 @@ class AdapterStore:
             for name in order[order.index(stored.name) + 1 :]:  # used as recently as before
                 self._slots.move_to_end(name)
         self._adapters[stored.name] = stored
+
+    def _owners(self) -> dict[str, int]:
+        """The slots of adapters with weights of their own."""
+        return {name: slot for name, slot in self._slots.items() if self._adapters[name].own}
+
+    def _fits(self, slot: int, stored: StoredAdapter) -> bool:
+        """Whether the banks have room for what goes into `slot`."""
+        return not stored.own or self._own.free(slot, self._owners().values()) is not None
 
     def _retire(self, name: str) -> None:
         """Give a version that requests hold, and its slot, a name of its own."""
@@ -276,8 +305,29 @@ class AdapterStore:
             self._clear(slot)
 
     def _unload(self, name: str) -> None:
+        self._unmix(name)
         self._retire(name)
         self._forget(name)
+
+    def _mix(self, names: Sequence[str]) -> None:
+        """Make the sums among `names`, whose adapters are loaded. Of earlier ones that have no slot
+        the last few are kept."""
+        missing = [n for n in names if isinstance(n, Mixture) and n not in self._adapters]
+        if not missing:
+            return
+        sums = [name for name in self._adapters if isinstance(name, Mixture)]
+        idle = [name for name in sums if name not in self._slots and name not in names]
+        for name in idle[: max(0, len(idle) - self.max_adapters)]:
+            undisturbed(partial(self._unload, name))
+        for name in missing:
+            self._adapters[name] = mixed(name, self._adapters, self._groups)
+
+    def _unmix(self, name: str) -> None:
+        """Forget the sums that an adapter is part of."""
+        sums = [other for other in self._adapters if isinstance(other, Mixture)]
+        for other in sums:
+            if name in members(other):
+                self._unload(other)
 
     def _put_back(self) -> None:
         """What `set_aside` took away."""
@@ -300,12 +350,6 @@ class AdapterStore:
         missing = [name for name in wanted if name not in self._slots]
         if not missing:
             return
-        if len(wanted) > self.max_adapters:
-            raise CapacityError(
-                f"the batch has {len(wanted)} distinct adapters ({', '.join(wanted)}), but "
-                f"there are only {self.max_adapters} slots; split the batch or compile "
-                f"with LoraConfig(max_adapters={len(wanted)})"
-            )
         free = [s for s in range(self.max_adapters) if s not in set(self._slots.values())]
         # Versions that a pinned one replaced take turns with it.
         pinned = self._pinned.difference(map(loaded_as, wanted))
@@ -315,14 +359,18 @@ class AdapterStore:
             if name not in wanted and name not in pinned and slot not in held
         ]
         if len(missing) > len(free) + len(evictable):
-            kept = sorted(set(self._slots) - set(evictable) - set(wanted))
-            raise CapacityError(
-                f"no slots for {', '.join(missing)}: {self.max_adapters} slots, of which "
-                f"{', '.join(kept)} are pinned, or used by the call around this one; "
-                "unpin_adapter() some, split the batch, or "
-                "compile with a larger LoraConfig(max_adapters=...)"
-            )
+            kept = set(self._slots) - set(evictable) - set(wanted)
+            raise no_slots(missing, kept, self.max_adapters)
+        owners = self._owners()
+        evicted = self._own.to_evict(
+            [name for name in missing if self._adapters[name].own], [*owners], evictable
+        )
         self._last = None
+        for name in evicted:
+            evictable.remove(name)
+            free.append(self._slots.pop(name))
+            self._clear(free[-1])
+            self.evictions += 1
         for name in missing:
             self.loads += 1
             self.evictions += not free
@@ -335,10 +383,11 @@ class AdapterStore:
     def _write(self, slot: int, stored: StoredAdapter) -> None:
         if self._aside is not None:
             self._written.add(slot)
+        place = self._own.take(slot, self._owners().values()) if stored.own else 0
         for g, group in enumerate(self._groups):
-            factors = stored.factors.get(g)
-            if factors:
-                group.bank.write(slot, factors)
+            factors, own = stored.factors.get(g), stored.own.get(g)
+            if factors or own:
+                group.bank.write(slot, factors or (), own, place)
             else:
                 group.bank.clear(slot)
 
@@ -347,17 +396,4 @@ class AdapterStore:
             group.bank.clear(slot)
 
     def _check_known(self, names: Sequence[str]) -> None:
-        unknown = [name for name in names if name not in self._adapters]
-        if unknown:
-            said = "; ".join(f"{n!r}{nearest(str(n), self.names)}" for n in unknown)
-            raise UnknownAdapterError(
-                f"no adapter named {said}; loaded: {', '.join(self.names) or 'none'}"
-            )
-
-
-def check_name(name: object) -> None:
-    """Raise ConfigError unless `name` can name an adapter."""
-    if not isinstance(name, str) or not name or name == BASE:
-        raise ConfigError(
-            f"an adapter's name is a non-empty string other than {BASE!r}, got {name!r}"
-        )
+        check_loaded(names, self._adapters, lambda: self.names)

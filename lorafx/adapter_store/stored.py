@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from lorafx.errors import CheckpointError
-from lorafx.model.bank import Factors
+from lorafx.model.bank import Factors, OwnWeight
 
 if TYPE_CHECKING:
     from lorafx.adapter_store.reading import LoraWeights
     from lorafx.model.sites import Site
+
+
+#: The version of an adapter that is stored now.
+next_version = itertools.count(1).__next__
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,9 @@ class StoredAdapter:
         name, rank, source: as in `Adapter`.
         sites: canonical paths of the sites that it touches.
         rescaled: those of them whose outputs it rescales (DoRA).
+        owned: those of them of whose weight it has rows of its own.
         spans: as in `Adapter`.
+        own: index of a group -> the rows that it has of its own of the weight of its one site.
         factors: index of a group -> that group's factors, in its bank's dtype and layout.
         nbytes: host memory that the factors take.
         version: another number for each adapter that was loaded in this process, from 1 on.
@@ -40,7 +46,9 @@ class StoredAdapter:
     nbytes: int
     rescaled: tuple[str, ...] = ()
     spans: Mapping[str, range] = field(default_factory=dict)
-    version: int = field(default_factory=itertools.count(1).__next__)
+    owned: tuple[str, ...] = ()
+    own: Mapping[int, OwnWeight] = field(default_factory=dict)
+    version: int = field(default_factory=next_version)
 
 
 def check_spans(stored: StoredAdapter, others: Iterable[StoredAdapter]) -> None:

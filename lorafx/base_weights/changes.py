@@ -250,6 +250,12 @@ def _problem(program: Program, found: _Found, delta: Delta, *, requantize: bool)
         return None
     if found.holder(site) is None or weight is None:
         return "its weight is computed on each access (a parametrisation)"
+    if delta.own is not None and delta.own.bias is not None:
+        held = getattr(site.module, "bias", None)
+        if held is None:
+            return "the adapter's own weight has fewer outputs"
+        if not torch.equal(held.detach().cpu(), delta.own.bias.to(held.dtype)):
+            return "the adapter has a bias of its own"
     if tuple(weight.shape) != delta.shape:
         return f"its weight has shape {tuple(weight.shape)}, but ΔW has {delta.shape}"
     return None

@@ -6,6 +6,7 @@
     experts (E, N, K)        ΔW[e, o : o + n]    = s_e · B_eᵀ A_e  A (E, r, K), B (E, r, n)
     experts (E, K, N)        ΔW[e, :, o : o + n] = s_e · A_eᵀ B_e
     DoRA                     (1 + G) ⊙ (W + ΔW) − W, by output (lorafx.adapter_store.dora)
+    rows of its own          W_own − W + ΔW, in those rows
 
 Terms are the parts of a site that the adapter has factors for, o their first output column. Factors
 are those that the banks are filled with: this rank's share, in the banks' dtype. ΔW is computed a
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lorafx.adapter_store.store import StoredAdapter
-from lorafx.model.bank import Factors
+from lorafx.model.bank import Factors, OwnWeight
 from lorafx.model.sites import Group, Site
 
 #: Bytes of ΔW that are computed at once: on a CPU a cache's worth, whose memory is used again and
@@ -44,10 +45,11 @@ class DeltaTerm:
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """ΔW of one site."""
+    """ΔW of one site, and the rows of its weight that the adapter has of its own."""
 
     site: Site
     terms: tuple[DeltaTerm, ...]
+    own: OwnWeight | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,8 +70,11 @@ class Delta:
         return made
 
     def update(self, start: int, stop: int, before: Tensor) -> Tensor:
-        """What is added to rows [start, stop), which hold `before`: ΔW, and what DoRA scales."""
+        """What is added to rows [start, stop), which hold `before`: ΔW, what DoRA scales, and the
+        difference of the adapter's own rows."""
         made = self.block(start, stop, before)
+        if self.own is not None:
+            self._exchange(self.own, made, start, stop, before)
         turned = self.site.eligible.transposed or self.site.eligible.kind == "embedding"
         for term in self.terms:
             if term.factors.gains is None:
@@ -84,8 +89,23 @@ class Delta:
                 made[rows] += gains[: high - low, None] * (before[rows] + made[rows])
         return made
 
+    def _exchange(
+        self, own: OwnWeight, made: Tensor, start: int, stop: int, before: Tensor
+    ) -> None:
+        """Add own rows − `before` to `made`, in those of [start, stop) that are the adapter's."""
+        rows = _on(made, own.rows)
+        at = torch.arange(len(rows)) if own.at is None else own.at.long()
+        at = at.to(made.device)
+        if self.site.eligible.transposed:
+            made[:, at] += rows[:, start:stop].T - before[:, at]
+            return
+        here = (at >= start) & (at < stop)
+        made[at[here] - start] += rows[here] - before[at[here] - start]
+
     def same_as(self, other: Delta) -> bool:
         """Whether both add the same numbers to tensors of the same sizes."""
+        if not _same_rows(self.own, other.own):
+            return False
         dora = any(term.factors.gains is not None for term in (*self.terms, *other.terms))
         if dora or self.shape != other.shape:
             return False  # an embedding is scaled by column, its head by row
@@ -139,6 +159,17 @@ def _on(like: Tensor, factor: Tensor) -> Tensor:
     return factor.to(device=like.device, dtype=like.dtype)
 
 
+def _same_rows(one: OwnWeight | None, other: OwnWeight | None) -> bool:
+    """Whether two sites get the same rows, and no bias."""
+    if one is None or other is None:
+        return one is other
+    if one.bias is not None or other.bias is not None or one.rows.shape != other.rows.shape:
+        return False
+    whole = one.at is None and other.at is None
+    some = one.at is not None and other.at is not None and torch.equal(one.at, other.at)
+    return (whole or some) and torch.equal(one.rows, other.rows)
+
+
 def deltas_of(groups: Sequence[Group], stored: StoredAdapter) -> list[Delta]:
     """ΔW of each site that the adapter touches, as its file has them."""
     terms: dict[int, list[DeltaTerm]] = {}
@@ -150,7 +181,11 @@ def deltas_of(groups: Sequence[Group], stored: StoredAdapter) -> list[Delta]:
             first = group.offsets[group.sites.index(site)]
             sites[id(site)] = site
             terms.setdefault(id(site), []).append(DeltaTerm(f, f.offset - first))
-    return [Delta(site, tuple(terms[key])) for key, site in sites.items()]
+    own: dict[int, OwnWeight] = {}
+    for number, weight in stored.own.items():
+        (site,) = groups[number].sites
+        sites[id(site)], own[id(site)] = site, weight
+    return [Delta(site, tuple(terms.get(key, ())), own.get(key)) for key, site in sites.items()]
 
 
 def blocks(shape: Sequence[int], device: torch.device) -> Iterator[tuple[int, int]]:

@@ -2,6 +2,8 @@
 
     delta_i(x) = scales[s, i] · (x A[s, i·R : i·R + r]ᵀ) B[s, :r, offset_i : offset_i + N_i]
     y ← c + (1 + gains[s, n]) · (y − c)     where the bank has room for DoRA, c the module's bias
+    y from own[s] in the place of W         where it has room for rows of the weight that adapters
+                                            have of their own (lorafx.kernels.ops.own_rows)
 
 with s the row's slot and r = ranks[s, i]. Rows with slot -1 are base rows. Factors beyond a
 slot's own rank are never read, so traffic grows with what is active, not with what is reserved.
@@ -21,6 +23,24 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lorafx.kernels.ops.own_rows import OwnRows
+
+
+class OwnWeight(NamedTuple):
+    """The rows of a site's weight that an adapter has of its own, for `Bank.write`.
+
+    rows: (T, K), of an embedding (T, N). bias: (T,) of a linear. at: int32 (T,), which rows of the
+    weight they are, ascending; None where they are all of them.
+    """
+
+    rows: Tensor
+    bias: Tensor | None = None
+    at: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self if tensor is not None)
 
 
 class Factors(NamedTuple):
@@ -62,6 +82,7 @@ class Bank:
             slot are the same.
         gains: (S, ΣN) float32, by how much DoRA's scale of each output differs from 1; None where
             there is no room for DoRA.
+        own, own_at, own_table, own_bias: as in OwnRows; None where there is no room.
     """
 
     A: Tensor
@@ -72,6 +93,10 @@ class Bank:
     experts: int = 1
     alike: Tensor | None = None
     gains: Tensor | None = None
+    own: Tensor | None = None
+    own_at: Tensor | None = None
+    own_table: Tensor | None = None
+    own_bias: Tensor | None = None
 
     @classmethod
     def allocate(
@@ -86,8 +111,12 @@ class Bank:
         device: torch.device,
         experts: int = 1,
         dora: bool = False,
+        own_rows: int = 0,
+        own_weights: int = 0,
+        own_dtype: torch.dtype | None = None,
     ) -> Bank:
-        """A bank of zeros for siblings with these output sizes."""
+        """A bank of zeros for siblings with these output sizes, and with room for `own_rows` rows
+        of the weight for each of `own_weights` adapters."""
         siblings, slots = len(out_features), slots * experts
         columns = sum(out_features)
         a_shape = (
@@ -109,13 +138,26 @@ class Bank:
                 gains=torch.zeros((slots, columns), dtype=torch.float32, device=device)
                 if dora
                 else None,
+                **_room_for_rows(
+                    kind,
+                    (slots, own_weights, own_rows),
+                    in_features,
+                    columns,
+                    own_dtype or dtype,
+                    device,
+                )._asdict(),
             )
+
+    @property
+    def own_rows(self) -> OwnRows:
+        """What an op takes of the rows that adapters have of their own."""
+        return OwnRows(self.own, self.own_at, self.own_table, self.own_bias)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """What a graph may take of the bank, by the names of its fields."""
         named = {name: getattr(self, name) for name in ("A", "B", "ranks", "scales")}
-        more = {"alike": self.alike, "gains": self.gains}
+        more = {"alike": self.alike, "gains": self.gains, **self.own_rows._asdict()}
         return {**named, **{name: tensor for name, tensor in more.items() if tensor is not None}}
 
     @property
@@ -123,8 +165,15 @@ class Bank:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @torch.no_grad()
-    def write(self, slot: int, factors: Sequence[Factors]) -> None:
-        """Make `slot` hold `factors` and nothing else, in place.
+    def write(
+        self,
+        slot: int,
+        factors: Sequence[Factors],
+        weight: OwnWeight | None = None,
+        place: int = 0,
+    ) -> None:
+        """Make `slot` hold `factors`, and the rows of `weight` at `place` of those that the bank
+        has room for, and nothing else, in place.
 
         Rows beyond a sibling's rank keep what they held: `ranks` says that they are not read, so
         it is written last, and every sibling without factors gets rank 0.
@@ -145,6 +194,7 @@ class Bank:
             self.alike[own].copy_(_alike(factors, ranks, scales))
         self.ranks[own].copy_(ranks)
         self.write_gains(slot, factors)
+        self._write_rows(slot, weight, place)
 
     @torch.no_grad()
     def write_gains(self, slot: int, factors: Sequence[Factors]) -> None:
@@ -163,6 +213,30 @@ class Bank:
         self.ranks[self._own(slot)].zero_()
         if self.gains is not None:
             self.gains[slot].zero_()
+        self._write_rows(slot, None)
+
+    def _write_rows(self, slot: int, weight: OwnWeight | None, place: int = 0) -> None:
+        """Make `slot` have the rows of `weight` of its own, at `place`, and no others."""
+        if self.own is None:
+            return
+        assert self.own_at is not None
+        assert self.own_table is not None
+        self.own_table[slot].fill_(-1)
+        if weight is None:
+            return
+        count = len(weight.rows)
+        each = torch.arange(count, dtype=torch.int32, device=self.own_at.device)
+        at = each if weight.at is None else weight.at.to(each.device)
+        self.own[place, :count].copy_(weight.rows, non_blocking=True)
+        if self.own_bias is not None:
+            own_bias = self.own_bias[place, :count]
+            own_bias.zero_() if weight.bias is None else own_bias.copy_(weight.bias)
+        if self.kind == "embedding":
+            self.own_at[place].fill_(-1)
+            self.own_at[place, at.long()] = each
+        else:
+            self.own_at[place, :count] = at
+        self.own_table[slot].copy_(torch.tensor([place, count], dtype=torch.int32))
 
     def _own(self, slot: int) -> slice:
         """The slots of the bank that are the model's slot `slot`, one per expert."""
@@ -173,6 +247,28 @@ class Bank:
         if self.kind == "embedding":
             return self.A[own, :, :rank]
         return self.A[own, first : first + rank]
+
+
+def _room_for_rows(
+    kind: str,
+    room: tuple[int, int, int],
+    in_features: int,
+    columns: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> OwnRows:
+    """Room for (slots, adapters, rows of the weight), none of which is taken; nothing for 0."""
+    slots, adapters, rows = room
+    if not rows:
+        return OwnRows()
+    embedding = kind == "embedding"
+    length, features = (in_features, columns) if embedding else (rows, in_features)
+    return OwnRows(
+        torch.zeros((adapters, rows, features), dtype=dtype, device=device),
+        torch.full((adapters, length), -1, dtype=torch.int32, device=device),
+        torch.full((slots, 2), -1, dtype=torch.int32, device=device),
+        None if embedding else torch.zeros((adapters, rows), dtype=dtype, device=device),
+    )
 
 
 def _alike(factors: Sequence[Factors], ranks: Tensor, scales: Tensor) -> Tensor:

@@ -128,12 +128,17 @@ class SiteMark:
         bank, slots = self.bank, self.runtime.slots
         # DoRA is refused where a handler says what y is.
         gains = bank.gains if self.handler is None else None
+        # As a plain tuple: a named one made here, while Dynamo traces, would have the graph depend
+        # on an object of this process, and such graphs cannot be saved.
+        own = (bank.own, bank.own_at, bank.own_table, bank.own_bias)
         if self.stored and torch.compiler.is_compiling():
             y = torch.ops.lorafx.rows_of(x, y)
         if self.kind == "embedding":
             scales = bank.scales if scale is None else bank.scales * scale
+            if scale is not None and bank.own is not None:
+                own = (bank.own * scale, *own[1:])
             return torch.ops.lorafx.embedding_site(
-                x, y, bank.A, bank.B, bank.ranks, scales, slots, UNPROVED, gains
+                x, y, bank.A, bank.B, bank.ranks, scales, slots, UNPROVED, gains, *own
             )
         whole = sum(ranges[2]) == self.out_features
         return torch.ops.lorafx.site(
@@ -150,6 +155,7 @@ class SiteMark:
             self.bias if whole else None,
             gains,
             None if gains is None else addend,
+            *own,
         )
 
     def _handled(

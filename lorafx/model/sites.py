@@ -72,6 +72,8 @@ class Site:
         loose_names: names of a packed module of which it is not declared what slices each
             covers; the rows of an adapter's B say it.
         closed_names: those of `loose_names` that adapters may not have factors for.
+        own_rows: how many rows of the weight an adapter may have of its own, in the place of the
+            base's; 0 where none.
     """
 
     path: str
@@ -87,6 +89,12 @@ class Site:
     loose_names: tuple[str, ...] = ()
     expert_weight: ExpertWeight | None = None
     closed_names: tuple[str, ...] = ()
+    own_rows: int = 0
+
+    @property
+    def weight_rows(self) -> int:
+        """Rows of the weight as (N, K), or (V, N) of an embedding."""
+        return self.in_features if self.eligible.kind == "embedding" else self.out_features
 
     @property
     def experts(self) -> int:

@@ -6,18 +6,20 @@ LoraConfig | PEFT's configuration | adapter folders, adapters → LoraConfig, na
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from lorafx.adapter_store.checkpoint import AdapterState, load_state
+from lorafx.adapter_store.own_reading import rows_wanted
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_reader import adapter_target_modules
 from lorafx.adapter_store.peft_targets import picked
 from lorafx.config import LoraConfig
 from lorafx.errors import ConfigError
+from lorafx.model.own_rows import token_rooms
 from lorafx.model.targets import AdapterNames
 
 
@@ -48,7 +50,32 @@ def request_of(lora_config: Any, adapters: Mapping[str, Any], model: nn.Module) 
     states = {name: load_state(source) for name, source in adapters.items()}
     config = _config_of(lora_config, states, model)
     dora = config.use_dora or any(state.config.use_dora for state in states.values())
-    return Request(replace(config, use_dora=dora), states)
+    saved = dict.fromkeys(config.modules_to_save)
+    tokens = token_rooms(config.trainable_tokens, model)
+    for state in states.values():
+        whole, rows = rows_wanted(state, model)
+        saved.update(dict.fromkeys(whole))
+        tokens.update({path: max(count, tokens.get(path, 0)) for path, count in rows.items()})
+    config = replace(config, use_dora=dora, modules_to_save=tuple(saved), trainable_tokens=tokens)
+    return Request(config, states)
+
+
+def covering(
+    config: LoraConfig, sources: Iterable[str | os.PathLike[str]], model: nn.Module
+) -> LoraConfig:
+    """`config` as it would be if these adapter folders were given when compiling. One of them is
+    in memory at a time.
+
+    Raises:
+        CheckpointError, UnsupportedAdapterError: an adapter cannot be read.
+    """
+    asked = config.target_modules
+    names: dict[str, None] = {}
+    for source in sources:
+        found = request_of(config, {"": source}, model).config
+        names.update(dict.fromkeys(found.target_modules or ()))
+        config = replace(found, target_modules=asked)
+    return config if asked is not None else replace(config, target_modules=AdapterNames(names))
 
 
 def _config_of(
@@ -83,7 +110,22 @@ def _from_peft(
         max_rank=rank,
         max_adapters=_room(adapters),
         use_dora=peft.use_dora,
+        modules_to_save=[
+            path
+            for path, module in model.named_modules()
+            if peft.trains(path) and any(True for _ in module.parameters(recurse=False))
+        ],
+        trainable_tokens=_token_rooms(peft, model),
     )
+
+
+def _token_rooms(peft: PeftConfig, model: nn.Module) -> int | dict[str, int]:
+    """Room for the tokens that were trained."""
+    lists = peft.trainable_token_indices
+    if "" in lists:  # of the input embedding
+        return len(lists[""])
+    found = {path: peft.tokens_of(path) for path, _ in model.named_modules()} if lists else {}
+    return {path: len(ids) for path, ids in found.items() if ids}
 
 
 def _room(adapters: Mapping[str, AdapterState]) -> int:

@@ -34,11 +34,13 @@ class Batch(NamedTuple):
         call: None where nothing runs.
         touched: canonical paths of the sites that the adapters touch.
         rescaled: those of them that they rescale (DoRA).
+        owned: those of them of whose weight they have rows of their own.
     """
 
     call: Call | None = None
     touched: frozenset[str] = frozenset()
     rescaled: frozenset[str] = frozenset()
+    owned: frozenset[str] = frozenset()
 
 
 #: Nothing runs.

@@ -32,6 +32,12 @@ from lorafx.program.roles import Role, RoleTable, tensor_leaves
 #: What every site op takes of a bank, and what those that rescale take besides.
 BANK_FIELDS = ("A", "B", "ranks", "scales")
 GAINS = "gains"
+#: Fields that a bank has only where it was made with room for something: what that is, and the
+#: setting that makes it.
+ROOMS = {
+    GAINS: ("DoRA", "LoraConfig(use_dora=True)"),
+    "own": ("weights of adapters' own", "LoraConfig(modules_to_save=...)"),
+}
 
 
 @dataclass(eq=False)
@@ -128,6 +134,11 @@ class Program:
         """True where a DoRA adapter of the running batch rescales what `site` computes."""
         return site.path in self.batch.rescaled
 
+    def has_own_rows(self, site: Site) -> bool:
+        """True where an adapter of the running batch has rows of its own in the place of those of
+        the weight of `site`."""
+        return site.path in self.batch.owned
+
     def _sites_by_weight(self) -> dict[int, list[Site]]:
         """The sites by identity of their base weight as it is now; tied sites share one."""
         found: dict[int, list[Site]] = {}
@@ -194,6 +205,7 @@ class Program:
                 gains=None
                 if bank.gains is None
                 else bank.gains[:, offset : offset + site.out_features],
+                **bank.own_rows._asdict(),  # such sites are alone in their groups
             )
 
     def group_of_bank(self, A: Tensor) -> Group | None:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorafx.adapter_store.names import AdapterName
 from lorafx.errors import BatchError, ConfigError, LorafxWarning
 from lorafx.progress import progress
+from lorafx.serving.added_tokens import refuse_added_tokens
 from lorafx.session.requests import checked_names
 from lorafx.session.statistics import Statistics
 
@@ -65,10 +67,11 @@ class BatchingMethods:
 
         Raises:
             ConfigError: transformers is too old, or the model or the configuration asks for
-                something that is not served (flash attention, CUDA graphs).
+                something that is not served (flash attention, CUDA graphs, a `base_vocab_size`).
             CaptureError: the model was detached.
         """
         self._check_attached()
+        refuse_added_tokens(self._session, "continuous_batching()")
         manager = _manager()(
             self,  # type: ignore[arg-type]
             generation_config,
@@ -89,7 +92,7 @@ class BatchingMethods:
     def generate_batch(
         self,
         inputs: Sequence[Sequence[int]],
-        adapter_names: Sequence[str | None] | None = None,
+        adapter_names: Sequence[AdapterName] | None = None,
         generation_config: GenerationConfig | None = None,
         continuous_batching_config: ContinuousBatchingConfig | None = None,
         *,
@@ -154,8 +157,10 @@ class BatchingMethods:
 
 
 def _collected(engine: AdapterBatchingManager, ids: Sequence[str]) -> dict[str, GenerationOutput]:
-    children = [f"__child#{i}" for i in range(engine.num_return_sequences - 1)]
-    wanted = [f"{one}{suffix}" for one in ids for suffix in (*children, "")]
+    from lorafx.serving.continuous.outputs import further
+
+    count = engine.num_return_sequences - 1
+    wanted = [name for one in ids for name in (*further(one, count), one)]
     found: dict[str, GenerationOutput] = {}
     while len(found) < len(wanted):
         output = engine.get_result(timeout=1)

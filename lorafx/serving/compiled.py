@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorafx.adapter_store.store import BASE, AdapterStore
+from lorafx.adapter_store.names import BASE, AdapterName, members, one_name
+from lorafx.adapter_store.store import AdapterStore
 from lorafx.base_weights.merge import merged_of
 from lorafx.capture.backend import Backend
 from lorafx.errors import BatchError, CaptureError, ConfigError
@@ -66,7 +67,7 @@ class CompiledModel(BaseMethods, BatchingMethods, nn.Module):
     def forward(
         self,
         *args: Any,
-        adapter_names: Sequence[str | None] | None = None,
+        adapter_names: Sequence[AdapterName] | None = None,
         adapter_slots: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -74,7 +75,8 @@ class CompiledModel(BaseMethods, BatchingMethods, nn.Module):
 
         Args:
             adapter_names: one name per request, in the order of the batch; None or "__base__" is
-                the base model. Without it every row uses the default of `set_adapter`.
+                the base model, and {"sql": 0.7, "style": 0.3} a sum of adapters, or one at another
+                scale. Without it every row uses the default of `set_adapter`.
             adapter_slots: integers (B, T), the adapter of each token as an index into
                 `adapter_names`, or without it into `adapters`; -1 is the base model. It serves
                 packed sequences, and adapters that begin at a token; with a cache, T are the new
@@ -82,10 +84,11 @@ class CompiledModel(BaseMethods, BatchingMethods, nn.Module):
             *args, **kwargs: of the model's own forward.
 
         Raises:
-            ConfigError: `adapter_names` is not a list of names.
+            ConfigError: `adapter_names` is not a list of names; or a sum has a weight that is no
+                finite number, or an adapter that is not linear in it (DoRA, weights of its own).
             BatchError: `adapter_names` or `adapter_slots` does not fit the batch.
             UnknownAdapterError: a name that is not loaded.
-            CapacityError: more distinct adapters than slots.
+            CapacityError: more distinct adapters than slots, or a sum of ranks over `max_rank`.
             ProvenanceError, MatchError: this batch cannot be served correctly; the error says why.
             CaptureError: the model was detached, moved, or needs more graphs than allowed.
         """
@@ -103,7 +106,7 @@ class CompiledModel(BaseMethods, BatchingMethods, nn.Module):
         return self._session.call(run, names, tokens=tokens)
 
     def generate(
-        self, *args: Any, adapter_names: Sequence[str | None] | None = None, **kwargs: Any
+        self, *args: Any, adapter_names: Sequence[AdapterName] | None = None, **kwargs: Any
     ) -> Any:
         """transformers' `generate` with an adapter for each prompt.
 
@@ -214,15 +217,18 @@ class CompiledModel(BaseMethods, BatchingMethods, nn.Module):
 
     # --- adapters ---
 
-    def set_adapter(self, name: str | None) -> None:
-        """Set the adapter of calls that name none; None is the base model.
+    def set_adapter(self, name: AdapterName) -> None:
+        """Set the adapter of calls that name none; None is the base model, a mapping a sum as in
+        `forward`.
 
         Raises:
             UnknownAdapterError: it is not loaded.
-            ConfigError: another one is merged.
+            ConfigError: another one is merged; or as `forward` for a sum.
+            CapacityError: as `forward` for a sum.
             BatchError: called from the source that `load_weights` reads, or inside a call.
         """
         self._session.refuse_running("set_adapter()")
+        name = one_name(name, "the default")
         with self._session.lock:  # an update takes a merge out and puts it back
             if name is not None and name != BASE:
                 self._session.store[name]
@@ -256,8 +262,8 @@ class CompiledModel(BaseMethods, BatchingMethods, nn.Module):
         load_adapter(self._session, source, name, strict)
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter and free its slot. If it was the default, the base model becomes the
-        default.
+        """Forget an adapter and free its slot. If it was the default, or part of a sum that was,
+        the base model becomes the default.
 
         Raises:
             UnknownAdapterError: it is not loaded.
@@ -269,7 +275,7 @@ class CompiledModel(BaseMethods, BatchingMethods, nn.Module):
         def unload() -> None:
             session.store.unload(name)
             session.forget_served()
-            if session.default == name:
+            if session.default is not None and name in members(session.default):
                 session.default = None
 
         with session.lock:

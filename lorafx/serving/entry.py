@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType, MethodType
 from typing import Any
 
@@ -143,20 +143,19 @@ class Entry:
     def _new(self) -> Traced:
         session = self.session
         session.backend.lowering.begin(session.program.runtime.device)
-        keep = functools.partial(keep_guards, self.module)
-        saved = self._saved(keep)
+        saved = self._saved()
         return Traced(
             self.target,
             session.backend.per_token if self.per_token else session.backend,
             dynamic=session.dynamic,
             recompile_limit=session.program.options.recompile_limit,
             sizes_by_data=lambda: session.program.quantised.sizes_by_data,
-            keep_guards=keep if saved is None else saved.keep_guards,
+            keep_guards=None if saved is None else saved.keep_guards,
             saved=saved,
             repeated=lambda: session.program.model if session.program.options.stamps else None,
         )
 
-    def _saved(self, keep: Callable[[Sequence[Any]], Sequence[bool]]) -> SavedGraphs | None:
+    def _saved(self) -> SavedGraphs | None:
         """The graphs that other processes saved of this entry, where `Options.cache` asks."""
         option = self.session.program.options.cache
         if not option:
@@ -170,6 +169,7 @@ class Entry:
             "packed": self.roles.packed,
             "dynamic": self.session.dynamic,
         }
+        keep = functools.partial(keep_guards, self.module)
         return SavedGraphs(self.session.backend, option, entry, keep)
 
     def _traced(self, state: int) -> Traced:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from lorafx.errors import LorafxError
+from lorafx.serving.added_tokens import without_added_tokens
 from lorafx.serving.refused import PAGED, refuse
 from lorafx.session.stand_ins import Replaced
 
@@ -57,6 +58,8 @@ def _generate(
     compiled: CompiledModel, model: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     kwargs.setdefault("disable_compile", True)
+    if model is compiled.model:
+        args, kwargs = without_added_tokens(compiled._session, args, kwargs)
     # Entries first: each reads the module's own forward when it is made.
     forwards: list[Replaced] = [
         (module, "forward", compiled.entry(module)) for module in (model, *_encoders(model))

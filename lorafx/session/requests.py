@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorafx.adapter_store.store import BASE
+from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.errors import BatchError, ConfigError
 
 Names = Sequence["str | None"]
@@ -98,11 +98,11 @@ def served_by(merged: str, requests: Requests) -> Requests:
     return requests if tokens is None else Requests((merged,) * tokens.shape[0])
 
 
-def checked_names(names: Sequence[str | None] | None) -> Sequence[str | None] | None:
-    """`names` as given, once it is known to be a list of names.
+def checked_names(names: Sequence[AdapterName] | None) -> Sequence[str | None] | None:
+    """`names` as given, once it is known to be a list of names, with a name for each sum.
 
     Raises:
-        ConfigError: it is not; BatchError: it is empty.
+        ConfigError: it is not, or a mapping does not give weights by name; BatchError: it is empty.
     """
     if names is None:
         return None
@@ -112,12 +112,9 @@ def checked_names(names: Sequence[str | None] | None) -> Sequence[str | None] | 
         )
     if not names:
         raise BatchError("adapter_names is empty; give one name, or None, per row")
-    for row, name in enumerate(names):
-        if name is not None and not isinstance(name, str):
-            raise ConfigError(
-                f"adapter_names[{row}] is {name!r}; give a name, or None for the base model"
-            )
-    return names
+    if all(name is None or isinstance(name, str) for name in names):
+        return names  # type: ignore[return-value]
+    return [one_name(name, f"adapter_names[{row}]") for row, name in enumerate(names)]
 
 
 def by_slots(

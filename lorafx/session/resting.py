@@ -8,7 +8,7 @@ eager mode and when no adapter is active, so it is in no graph.
 
 from __future__ import annotations
 
-from lorafx.adapter_store.store import BASE
+from lorafx.adapter_store.names import BASE
 from lorafx.errors import MatchError
 from lorafx.session.session import Session
 

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Final, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
+from lorafx.adapter_store.names import members
 from lorafx.adapter_store.peft_model import notes_of_peft
 from lorafx.adapter_store.store import AdapterStore, StoredAdapter
 from lorafx.capture.backend import Backend
@@ -41,11 +42,13 @@ _NOTHING: Final = nullcontext()
 
 
 class _Served(NamedTuple):
-    """The adapters that were served last, and the sites that they touch and rescale."""
+    """The adapters that were served last, and the sites that they touch, that they rescale, and of
+    whose weight they have rows of their own."""
 
     adapters: tuple[StoredAdapter, ...] = ()
     touched: frozenset[str] = frozenset()
     rescaled: frozenset[str] = frozenset()
+    owned: frozenset[str] = frozenset()
 
 
 class Session:
@@ -236,7 +239,8 @@ class Session:
         if [id(adapter) for adapter in stored] != [id(adapter) for adapter in served.adapters]:
             touched = frozenset().union(*(adapter.sites for adapter in stored))
             rescaled = frozenset().union(*(adapter.rescaled for adapter in stored))
-            served = self._served = _Served(stored, touched, rescaled)
+            owned = frozenset().union(*(adapter.owned for adapter in stored))
+            served = self._served = _Served(stored, touched, rescaled, owned)
         program.batch = Batch(call) if running.warming else Batch(call, *served[1:])
         program.refuse_missing(program.batch.touched)
 
@@ -278,10 +282,16 @@ class Session:
         if running.depth and running.here:
             raise BatchError(f"a call is running on this thread; {what} when it has returned")
 
+    def asks_for(self, name: str) -> bool:
+        """Whether the running call, or the default without one, names this adapter, by itself or in
+        a sum."""
+        asked = self.asked.names
+        return any(own is not None and name in members(own) for own in asked)
+
     def refuse_served(self, name: str, what: str) -> None:
         """Raise BatchError where the call that is running on this very thread, which holds the
         lock, serves this adapter."""
-        if self.running.depth and name in self.asked.names:
+        if self.running.depth and self.asks_for(name):
             raise BatchError(
                 f"the call that is running serves {name!r}; {what} it when the call has returned"
             )

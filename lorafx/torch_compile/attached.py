@@ -18,7 +18,8 @@ from typing import Any, ClassVar, Final
 
 from torch import Tensor, nn
 
-from lorafx.adapter_store.store import BASE, AdapterStore
+from lorafx.adapter_store.names import BASE, AdapterName, one_name
+from lorafx.adapter_store.store import AdapterStore
 from lorafx.capture.backend import Backend
 from lorafx.capture.checks import Checks
 from lorafx.capture.failures import explained, own_error
@@ -276,7 +277,9 @@ def _block(
 
 
 @contextmanager
-def adapters(model: nn.Module, adapter_names: str | Sequence[str | None] | None) -> Iterator[None]:
+def adapters(
+    model: nn.Module, adapter_names: AdapterName | Sequence[AdapterName]
+) -> Iterator[None]:
     """Serve each request of the calls inside the block with its own adapter.
 
     Blocks may be nested; the innermost one counts. When a block ends, also by an exception, what
@@ -288,22 +291,27 @@ def adapters(model: nn.Module, adapter_names: str | Sequence[str | None] | None)
         model: what `attach` returned, or a model that is compiled with `lora_config` among the
             options of torch.compile, or what torch.compile returned for either.
         adapter_names: one name per request, in the order of the batch, where None or "__base__" is
-            the base model; or a single name for all requests. Inside the model's own `generate`
+            the base model, and {"sql": 0.7, "style": 0.3} a sum of adapters, or one at another
+            scale; or a single name, or sum, for all requests. Inside the model's own `generate`
             several consecutive rows may belong to one request, as beams and returned sequences do.
 
     Raises:
-        ConfigError: `adapter_names` is not a list of names, or the model carries no LoRA.
+        ConfigError: `adapter_names` is not a list of names, the model carries no LoRA, or an
+            adapter can be part of no sum (DoRA, weights of its own).
         UnknownAdapterError: a name that is not loaded.
-        CapacityError: more distinct adapters than slots.
+        CapacityError: more distinct adapters than slots, or a sum of ranks over `max_rank`.
         Nothing has changed then. For a model that its first call marks, that call raises these.
         Calls inside the block raise what `CompiledModel.forward` raises.
     """
-    if adapter_names is not None and not isinstance(adapter_names, str):
-        adapter_names = checked_names(adapter_names)
+    names: str | Sequence[str | None] | None
+    if adapter_names is None or isinstance(adapter_names, (str, Mapping)):
+        names = one_name(adapter_names, "adapter_names")
+    else:
+        names = checked_names(adapter_names)
     model = unwrapped(model)
     try:
         session = _session_if_marked(model)
-        with first_call(model, session is not None), _block(model, session, adapter_names):
+        with first_call(model, session is not None), _block(model, session, names):
             yield
     except Exception as error:
         failure = own_error(error) or explained(error, type(model).__name__)
@@ -337,7 +345,7 @@ def unload_adapter(model: nn.Module, name: str) -> None:
     """
     session = marked_session(model)
     with session.lock:
-        if name != BASE and name in session.asked.names:
+        if name != BASE and session.asks_for(name):
             raise BatchError(f"{name!r} is being served; unload it after the block")
         session.store.unload(name)
 

@@ -27,7 +27,7 @@ from lorafx.program.frame import Frame, wants_gradient
 from lorafx.program.program import Program
 from lorafx.program.stack import called_module
 from lorafx.torch_compile.attached import AttachedSession, running_session, session_of_weight
-from lorafx.torch_compile.mark_guards import drop_guards_on_marks
+from lorafx.torch_compile.mark_guards import drop_guards_of_attached
 from lorafx.torch_compile.pending import waiting
 
 
@@ -93,7 +93,7 @@ class AttachedBackend(Backend):
         return super().owns(frame) and captured_self() is self.program.model
 
     def drop_guards(self, bound: BoundInputs | None) -> None:
-        drop_guards_on_marks(self.program, bound)
+        drop_guards_of_attached(self.program, bound)
 
     def owner(self, frame: Frame, weights: Sequence[int]) -> Owner:
         # Dynamo keeps executables: what they hold is never freed, so they hold no model.

@@ -30,6 +30,7 @@ from lorafx.model.sites import Site, own_ranges
 from lorafx.op_arguments import bound, in_order, rebind
 from lorafx.passes.match.match_experts import insert_expert_sites
 from lorafx.passes.match.origins import addends_of, depends_on, origin_of
+from lorafx.passes.match.own_bias import check_addends, refuse_other_uses
 from lorafx.passes.match.unreached import replaced_sites
 from lorafx.program.frame import FrameInput, fake_value
 
@@ -56,8 +57,11 @@ class Match:
             if origins[mark] is not None and _rescales(mark):
                 addends = addends_of(bound(mark)["y"], products)
                 _leave_alone(gm.graph, ctx, site, mark, addends)
+            if origins[mark] is not None and site.own_rows and _forward_unknown(site):
+                check_addends(ctx, site, addends_of(bound(mark)["y"], products))
             if _forward_unknown(site) and bound(mark)["y"].op == "placeholder":
                 ctx.refuse(_compiled_apart(site))
+        refuse_other_uses(ctx, marks, uses)
         claimed = {origin.node for origin in origins.values() if origin is not None}
 
         seen = set(marks.values()).union(
@@ -88,9 +92,11 @@ class Match:
         edits += insert_expert_sites(gm.graph, ctx)
         for mark, site in marks.items():
             moved = added.get(id(site))
-            if origins[mark] is not None or not moved:
+            if origins[mark] is not None:
                 continue
-            if not depends_on(bound(mark)["y"], moved):
+            if not moved or not depends_on(bound(mark)["y"], moved):
+                if site.own_rows and _forward_unknown(site):
+                    ctx.refuse(Refusal((site,), "own", "what its forward computes is not known"))
                 continue
             if site.eligible.handler is not None:
                 ctx.refuse(_used_before(site))
@@ -255,6 +261,7 @@ def _insert(graph: fx.Graph, ctx: Context, site: Site, use: Use) -> None:
     time, since no hook brought it into the graph as an input."""
     assert use.x is not None
     bank = ctx.bank_inputs(graph, site, use.weight)
+    own = ctx.own_inputs(graph, site, use.weight)
     gains = ctx.gains_input(graph, site, use.weight)
     y = use.node
     users = list(y.users)
@@ -265,14 +272,18 @@ def _insert(graph: fx.Graph, ctx: Context, site: Site, use: Use) -> None:
         call = {**bank, "y": y_rows, "rows": UNPROVED}
         ranges = own_ranges(site)._asdict()
         if use.kind == "embedding":
-            arguments = in_order(EMBEDDING_OP, call, ids=x_rows, gains=gains)
+            arguments = in_order(EMBEDDING_OP, call, ids=x_rows, gains=gains, **own)
             node = ctx.call(graph, EMBEDDING_OP, arguments)
         elif use.blocks is None:
-            arguments = in_order(SITE_OP, call, x=x_rows, gains=gains, **ranges)
+            arguments = in_order(SITE_OP, call, x=x_rows, gains=gains, **ranges, **own)
+            if own:
+                check_addends(ctx, site, [] if use.bias is None else [use.bias])
             node = ctx.call(graph, SITE_OP, arguments)
         else:
             if gains is not None:
                 ctx.refuse(Refusal((site,), "dora", "its weight is used in blocks"))
+            if own:
+                ctx.refuse(Refusal((site,), "own", "its weight is used in blocks"))
             blocks = use.blocks._asdict()
             arguments = in_order(GROUPED_OP, call, x=x_rows, group_dim=0, **ranges, **blocks)
             node = ctx.call(graph, GROUPED_OP, arguments)

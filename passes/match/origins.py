@@ -20,19 +20,22 @@ def origin_of(y: fx.Node, uses: dict[fx.Node, Use]) -> Use | None:
 
     A delta added to `y` is then the same as one added to the use's output.
     """
-    return _followed(y, uses)[0]
+    return followed(y, uses)[0]
 
 
 def addends_of(y: fx.Node, uses: dict[fx.Node, Use]) -> list[fx.Node]:
     """What `y`, which has an origin, holds beside the product with the weight."""
-    use, added = _followed(y, uses)
-    return added if use is None or use.bias is None else [*added, use.bias]
+    use, added = followed(y, uses)
+    constants = [constant for _, constant in added]
+    return constants if use is None or use.bias is None else [*constants, use.bias]
 
 
-def _followed(y: fx.Node, uses: dict[fx.Node, Use]) -> tuple[Use | None, list[fx.Node]]:
-    """The origin of `y`, and the constants that were added behind it."""
+def followed(
+    y: fx.Node, uses: dict[fx.Node, Use]
+) -> tuple[Use | None, list[tuple[fx.Node, fx.Node]]]:
+    """The origin of `y`, and the additions behind it: each with the constant that it adds."""
     node: Any = y
-    added: list[fx.Node] = []
+    added: list[tuple[fx.Node, fx.Node]] = []
     while isinstance(node, fx.Node) and node not in uses:
         if node.target in SAME_VALUE or node.target in RESHAPES:
             node = arguments_of(node)[0]
@@ -41,12 +44,13 @@ def _followed(y: fx.Node, uses: dict[fx.Node, Use]) -> tuple[Use | None, list[fx
         elif node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1:
             left, right = arguments_of(node)
             if isinstance(right, fx.Node) and is_constant(right):
-                node, constant = left, right
+                added.append((node, right))
+                node = left
             elif isinstance(left, fx.Node) and is_constant(left):
-                node, constant = right, left
+                added.append((node, left))
+                node = right
             else:
                 return None, added
-            added.append(constant)
         else:
             return None, added
     return (uses.get(node) if isinstance(node, fx.Node) else None), added

@@ -49,8 +49,6 @@ def test_every_field_of_the_installed_peft_is_known():
 REFUSED = {
     "lora_bias": True,
     "bias": "lora_only",
-    "modules_to_save": ["classifier", "score"],
-    "trainable_token_indices": [3],
     "alora_invocation_tokens": [1, 2],
     "use_qalora": True,
     "use_bdlora": {"nblocks": 2},
@@ -80,6 +78,35 @@ def test_initialisations_that_change_the_base_are_refused(init):
         PeftConfig.read({"init_lora_weights": init})
 
 
+def test_modules_and_tokens_that_were_trained():
+    config = PeftConfig.read(
+        {"modules_to_save": ["score", "norm"], "trainable_token_indices": {"embed": [3, 1]}}
+    )
+    assert [config.saves(path) for path in ("score", "a.score.dense", "input_layernorm", "b")] == [
+        *(True, True, True),  # PEFT goes by the ending of a name
+        False,
+    ]
+    assert config.tokens_of("model.embed") == (3, 1)
+    assert config.tokens_of("lm_head") is None
+    assert PeftConfig.read({"trainable_token_indices": [7]}).tokens_of("any") == (7,)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        ("modules_to_save", "score", "must be a list of names"),
+        ("modules_to_save", ["score", ""], "must be a list of names"),
+        ("trainable_token_indices", [3, -1], "must be a list of token ids"),
+        ("trainable_token_indices", [3, True], "must be a list of token ids"),
+        ("trainable_token_indices", {"embed": 3}, "must be a list of token ids"),
+        ("trainable_token_indices", [3, 4, 3], "names a token twice"),
+    ],
+)
+def test_malformed_modules_and_tokens(field, value, problem):
+    with pytest.raises(CheckpointError, match=f"{field} {problem}"):
+        PeftConfig.read({field: value})
+
+
 def test_all_refused_fields_at_once():
     fields = {k: v for k, v in REFUSED.items() if k != "peft_type"}
     with pytest.raises(UnsupportedAdapterError) as caught:
@@ -88,8 +115,8 @@ def test_all_refused_fields_at_once():
 
 
 def test_a_peft_object_is_refused_too():
-    config = peft.LoraConfig(lora_bias=True, modules_to_save=["lm_head"])
-    with pytest.raises(UnsupportedAdapterError, match=r"(?s)lora_bias.*modules_to_save"):
+    config = peft.LoraConfig(lora_bias=True, layer_replication=[[0, 1]])
+    with pytest.raises(UnsupportedAdapterError, match=r"(?s)lora_bias.*layer_replication"):
         PeftConfig.read(config)
     with pytest.raises(UnsupportedAdapterError, match="peft_type = 'IA3'"):
         PeftConfig.read(peft.IA3Config())

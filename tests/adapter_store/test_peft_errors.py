@@ -126,7 +126,6 @@ def test_all_problems_at_once(build, sites_of, save):
     [
         ("base_model.model.up.lora_magnitude_vector", "use_dora"),
         ("base_model.model.up.lora_B.bias", "lora_bias"),
-        ("base_model.model.embed.token_adapter.trainable_tokens_delta", "trainable_token_indices"),
         ("base_model.model.up.modules_to_save.weight", "modules_to_save"),
     ],
 )
@@ -134,6 +133,14 @@ def test_keys_of_other_features(key, feature, build, sites_of, save):
     folder = save(build("plain"), r=2, target_modules=["up"])
     rewrite(folder, _set(key, torch.ones(10)))
     with pytest.raises(UnsupportedAdapterError, match=feature):
+        read_adapter(folder, "a", sites_of(model := build("plain")), model=model)
+
+
+def test_trained_tokens_that_nothing_names(build, sites_of, save):
+    key = "base_model.model.embed.token_adapter.trainable_tokens_delta"
+    folder = save(build("plain"), r=2, target_modules=["up"])
+    rewrite(folder, _set(key, torch.ones(2, 12)))
+    with pytest.raises(CheckpointError, match="trainable_token_indices does not say of embed"):
         read_adapter(folder, "a", sites_of(model := build("plain")), model=model)
 
 

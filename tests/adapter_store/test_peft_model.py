@@ -128,10 +128,6 @@ def test_merged_adapters_are_refused_and_nothing_changes(build):
     ("config", "field"),
     [
         (peft.LoraConfig(target_modules=["q_proj"], lora_bias=True), "lora_bias"),
-        (
-            peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
-            "modules_to_save",
-        ),
         (peft.LoHaConfig(target_modules=["q_proj"]), "peft_type = 'LOHA'"),
     ],
 )

@@ -121,3 +121,13 @@ def build_case(family: str | Family, folder: Path, **changes: Any) -> Case:
         for seed, (rank, targets) in enumerate(zip(RANKS, family.targets, strict=True))
     }
     return Case(base, folders)
+
+
+def case_by_patterns(base: nn.Module, folder: Path, patterns: Mapping[str, str]) -> Case:
+    """A case of `base` with an adapter of each name, of ranks 2, 3, ..., on the modules whose paths
+    its pattern matches."""
+    folders = {
+        name: save_adapter(base, folder / name, rank=rank, targets=pattern, seed=rank)
+        for rank, (name, pattern) in enumerate(patterns.items(), 2)
+    }
+    return Case(base, folders)

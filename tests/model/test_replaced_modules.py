@@ -9,10 +9,11 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 
+import dense_merge
 import pytest
 import torch
 from attached import compiled, fresh_dynamo, served  # noqa: F401  (the fixture)
-from dense_merge import REFERENCE, TOLERANCE, Case, error, random_base, save_adapter
+from dense_merge import REFERENCE, TOLERANCE, Case, case_by_patterns, error, random_base
 from tiny_models import Family, token_inputs
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -62,14 +63,9 @@ class Pair(nn.Module):
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     """Adapter a touches every layer and the head, b the middle layer alone."""
-    folder = tmp_path_factory.mktemp("replaced")
-    base = random_base(Family(Stack, ()))
     targets = {"a": r"layers\.\d\.[02]|head", "b": r"layers\.1\.[02]"}
-    folders = {
-        name: save_adapter(base, folder / name, rank=rank, targets=pattern, seed=rank)
-        for rank, (name, pattern) in enumerate(targets.items(), 2)
-    }
-    return Case(base, folders)
+    base = random_base(Family(Stack, ()))
+    return case_by_patterns(base, tmp_path_factory.mktemp("replaced"), targets)
 
 
 def inputs() -> dict[str, Tensor]:
@@ -295,8 +291,12 @@ def test_compiled_again_it_serves_the_new_module(case: Case) -> None:
 def test_resized_embeddings(tmp_path: Path) -> None:
     base = random_base("llama", tie_word_embeddings=False, num_hidden_layers=1)
     folders = {
-        "head": save_adapter(base, tmp_path / "head", rank=2, targets=["lm_head", "q_proj"]),
-        "layers": save_adapter(base, tmp_path / "layers", rank=3, targets=["q_proj"], seed=1),
+        "head": dense_merge.save_adapter(
+            base, tmp_path / "head", rank=2, targets=["lm_head", "q_proj"]
+        ),
+        "layers": dense_merge.save_adapter(
+            base, tmp_path / "layers", rank=3, targets=["q_proj"], seed=1
+        ),
     }
     case, batch = Case(base, folders), token_inputs(2, 5)
     cm = case.compile()

@@ -84,8 +84,8 @@ def dumped(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "graph-0-lora").iterdir())
 
 
-PASSES = ["captured", "write_in_place", "match", "give_out", "provenance", "rescale"]
-PASSES += ["fuse", "pack", "plan", "lower", "outline"]
+PASSES = ["captured", "write_in_place", "match", "give_out", "provenance", "replace_rows"]
+PASSES += ["rescale", "fuse", "pack", "plan", "lower", "outline"]
 
 
 def test_dumps(plain, inputs, tmp_path, monkeypatch):
@@ -102,7 +102,7 @@ def test_dumps(plain, inputs, tmp_path, monkeypatch):
     )
     for folder in ("environment", "option", "method"):
         assert dumped(tmp_path / folder) == expected
-    text = (tmp_path / "method" / "graph-0-lora" / "07-pack.diff").read_text()
+    text = (tmp_path / "method" / "graph-0-lora" / "08-pack.diff").read_text()
     assert text.startswith("# graph 0 lora, after pack: 2 edits")
     assert "+" in text
     assert "lorafx.fused_linear" in text

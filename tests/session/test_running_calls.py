@@ -209,9 +209,9 @@ def test_a_slot_that_could_not_be_written_is_nobodys(pausing, monkeypatch):
     check(cm, pausing, MIXED, x)
     write, calls = Bank.write, []
 
-    def failing(bank: Bank, slot: int, factors: Any) -> None:
+    def failing(bank: Bank, slot: int, *what: Any) -> None:
         calls.append(slot)
-        write(bank, slot, factors)
+        write(bank, slot, *what)
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(Bank, "write", failing)
@@ -280,8 +280,8 @@ def test_fork_while_another_thread_is_busy(pausing, meanwhile, monkeypatch, shal
 
     write = Bank.write
 
-    def writing(bank: Bank, slot: int, factors: Any) -> None:
-        write(bank, slot, factors)
+    def writing(bank: Bank, slot: int, *what: Any) -> None:
+        write(bank, slot, *what)
         stop()
 
     lm = shallow.compile() if what == "generate" else None

@@ -13,7 +13,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 
-from lorafx.adapter_store.store import BASE
+from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.errors import BatchError, ConfigError, LorafxError
 from lorafx.serving.continuous.eager import EAGER
 from lorafx.serving.continuous.outputs import Outputs
@@ -104,13 +104,14 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         record_timestamps: bool = False,
         eos_token_id: int | list[int] | None = None,
         *,
-        adapter: str | Default | None = DEFAULT,
+        adapter: AdapterName | Default = DEFAULT,
         **logit_processor_kwargs: Any,
     ) -> str:
         """Queue a request.
 
         Args:
-            adapter: its adapter; None or "__base__" is the base model. The request keeps the
+            adapter: its adapter; None or "__base__" is the base model, and a mapping of names to
+                weights a sum, as in a call of the compiled model. The request keeps the
                 version that is loaded now: loading another under this name, or unloading it, has no
                 effect on requests that have been added. Without it, the default of `set_adapter`.
             Otherwise as transformers' own.
@@ -120,7 +121,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
         Raises:
             UnknownAdapterError: no adapter of this name is loaded.
-            CapacityError: every slot is pinned to another adapter.
+            CapacityError: every slot is pinned to another adapter; or as a call for a sum.
+            ConfigError: `adapter` is no name, or as a call for a sum.
             BatchError: the engine is stopping, or has failed; a request of this name is under way;
                 `input_ids` are not token ids of the model, or none.
         """
@@ -196,9 +198,10 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self.batch_processor.cache.reset()
         self.warmed_up = True
 
-    def _ticket(self, adapter: str | Default | None) -> Ticket:
+    def _ticket(self, adapter: AdapterName | Default) -> Ticket:
         session = self.compiled._session
-        name = session.default if isinstance(adapter, Default) else adapter
+        given = isinstance(adapter, Default)
+        name = session.default if given else one_name(adapter, "adapter")
         if name is None or name == BASE:
             return Ticket()
         hold = session.store.hold(name)

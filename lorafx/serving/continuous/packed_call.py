@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
-from lorafx.adapter_store.store import BASE
+from lorafx.adapter_store.names import BASE
 from lorafx.serving.continuous.eager import EAGER, TracedEager
 from lorafx.serving.continuous.requests import Ticket, ticket_of
 from lorafx.serving.continuous.step_cache import StepCache
@@ -126,7 +126,7 @@ class PackedForward:
             numbers.append(found[ticket])
             counts.append(future.query_length)
             if ticket is not None:
-                named = BASE if ticket.hold is None else ticket.hold.name
+                named = BASE if ticket.hold is None else str(ticket.hold.name)
                 self._compiled._session.tokens[named] += future.query_length
         counts.append(length - sum(counts))
         numbers.append(-1)

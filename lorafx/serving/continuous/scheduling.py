@@ -90,17 +90,16 @@ class SlotsPerStep:
         return found
 
     def _ready(self, candidates: Sequence[RequestState]) -> list[RequestState]:
-        tickets = {id(state): ticket_of(state) for state in candidates}
+        tickets = [ticket_of(state) for state in candidates]
+        names = {ticket: self._name(ticket) for ticket in tickets}
         wanted: dict[str, int] = {}
-        for ticket in dict.fromkeys(tickets.values()):
-            name = self._name(ticket)
+        for ticket, name in names.items():
             if ticket is not None and name is not None:
                 wanted[name] = max(wanted.get(name, 0), ticket.waited)
         chosen = self._chosen(wanted)
         ready = []
-        for state in candidates:
-            ticket = tickets[id(state)]
-            name = self._name(ticket)
+        for state, ticket in zip(candidates, tickets, strict=True):
+            name = names[ticket]
             if name is None or name in chosen:
                 ready.append(state)
             if ticket is not None and name is not None:

@@ -50,6 +50,7 @@ class StepCache(PagedAttentionCache):
         self.places = {
             layer: _place(allocator, layer) for layer, allocator in cache.layer_to_allocator.items()
         }
+        self._sentinels = {p.group: p.sentinel for p in self.places.values() if p.ring}
         self.read: list[Tensor] = []
         self.write: list[Tensor] = []
 
@@ -58,17 +59,18 @@ class StepCache(PagedAttentionCache):
         no rows then), the queries see the new tokens: a graph need not tell the two apart."""
         step = StepCache.__new__(StepCache)
         step.pages, step.places = self.pages, self.places
-        rings = {place.group: place.sentinel for place in self.places.values() if place.ring}
         step.read = [
-            rows.clone()
-            if rows.numel()
-            else torch.full_like(new, rings[group])
-            if group in rings
-            else new.clone()
+            rows.clone() if rows.numel() else self._unread(group, new)
             for group, (rows, new) in enumerate(zip(read, write, strict=True))
         ]
         step.write = [rows.clone() for rows in write]
         return step
+
+    def _unread(self, group: int, new: Tensor) -> Tensor:
+        """The rows to read for the new tokens alone, which are written to `new`."""
+        if group in self._sentinels:
+            return torch.full_like(new, self._sentinels[group])
+        return new.clone()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, kwargs: dict[str, Any]

@@ -13,12 +13,14 @@ import pytest
 import torch
 import transformers
 from dense_merge import REFERENCE, Case, build_case, check_mixed, save_adapter
-from step_logits import StepLogits, answers, check_logits
+from step_logits import StepLogits, answers, check_logits, greedy
 from tiny_models import Family
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import lorafx
 from lorafx import BatchError, ConfigError, LoraConfig, UnknownAdapterError
+
+pytestmark = pytest.mark.usefixtures("earlier_objects_frozen")
 
 QWEN3_MOE = Family(
     lambda **changes: transformers.Qwen3MoeForCausalLM(
@@ -211,11 +213,8 @@ def test_requests_that_the_cache_puts_off_go_on_with_their_adapter(llama):
         assert max(len(rows) for rows in seen.rows.values()) == 12
     names = dict(zip(ids, (a for _, a in work), strict=True))
     for name, output in outputs.items():
-        with torch.no_grad():
-            want = llama.alone(names[name]).generate(
-                torch.tensor([output.prompt_ids]), max_new_tokens=12, do_sample=False
-            )
-        assert output.prompt_ids + output.generated_tokens == want[0].tolist()
+        want = greedy(llama, names[name], output.prompt_ids, 12)
+        assert output.prompt_ids + output.generated_tokens == want
 
 
 def test_cancelled_requests_and_calls_between_steps(llama):
@@ -236,11 +235,7 @@ def test_generate_batch(llama):
     prompts, names = [[3, 4, 5], [6, 7], [3, 4, 5]], ["a1", None, "a3"]
     outputs = cm.generate_batch(prompts, names, continuous_batching_config=CONFIG, max_new_tokens=4)
     for output, prompt, name in zip(outputs.values(), prompts, names, strict=True):
-        with torch.no_grad():
-            want = llama.alone(name).generate(
-                torch.tensor([prompt]), max_new_tokens=4, do_sample=False
-            )
-        assert prompt + output.generated_tokens == want[0].tolist()
+        assert prompt + output.generated_tokens == greedy(llama, name, prompt, 4)
     cm.set_adapter("a1")
     (output,) = cm.generate_batch(
         [[3, 4, 5]], continuous_batching_config=CONFIG, max_new_tokens=4

@@ -11,12 +11,14 @@ import pytest
 import torch
 import transformers
 from dense_merge import REFERENCE, Case, build_case
-from step_logits import StepLogits, answers, check_logits
+from step_logits import StepLogits, answers, check_logits, greedy
 from tiny_models import Family
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import lorafx
 from lorafx import BatchError, LoraConfig, LorafxWarning, UnknownAdapterError
+
+pytestmark = pytest.mark.usefixtures("earlier_objects_frozen")
 
 PAGES = {"page_size": 4, "num_blocks": 256, "max_batch_tokens": 48}
 CONFIG = ContinuousBatchingConfig(**PAGES)
@@ -183,11 +185,8 @@ def test_what_waits_for_a_slot_makes_room_in_the_cache(llama):
     assert "does not fit into the cache" in outputs.pop(huge).error
     for name, output in outputs.items():
         assert output.error is None
-        with torch.no_grad():
-            want = llama.alone(names[name]).generate(
-                torch.tensor([output.prompt_ids]), max_new_tokens=18, do_sample=False
-            )
-        assert output.prompt_ids + output.generated_tokens == want[0].tolist()
+        want = greedy(llama, names[name], output.prompt_ids, 18)
+        assert output.prompt_ids + output.generated_tokens == want
 
 
 def test_requests_that_are_left_after_the_timeout_fail(llama):

@@ -1,0 +1,49 @@
+"""What a batch asks for and the store does not have: adapters by these names, or as many slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+
+from lorafx.adapter_store.names import members
+from lorafx.errors import CapacityError, ConfigError, UnknownAdapterError, nearest
+
+
+def check_loaded(
+    names: Sequence[str], loaded: Container[str], listed: Callable[[], Sequence[str]]
+) -> None:
+    """Raise UnknownAdapterError unless all that `names` name is `loaded`; `listed` gives what may
+    be named. Raises ConfigError for weights by name, where a name belongs."""
+    lacking = [name for name in names if not isinstance(name, str) or name not in loaded]
+    if not lacking:
+        return
+    for name in lacking:
+        if isinstance(name, Mapping):
+            raise ConfigError(
+                f"{name!r} is no name of an adapter; weights by name are for calls, blocks and "
+                "set_adapter()"
+            )
+    each = dict.fromkeys(own for name in lacking for own in members(name))
+    unknown = [name for name in each if name not in loaded]
+    if unknown:
+        known = listed()
+        said = "; ".join(f"{name!r}{nearest(str(name), known)}" for name in unknown)
+        raise UnknownAdapterError(f"no adapter named {said}; loaded: {', '.join(known) or 'none'}")
+
+
+def too_many(wanted: Sequence[str], slots: int) -> CapacityError:
+    """More distinct adapters in a batch than slots."""
+    return CapacityError(
+        f"the batch has {len(wanted)} distinct adapters ({', '.join(wanted)}), but "
+        f"there are only {slots} slots; split the batch or compile "
+        f"with LoraConfig(max_adapters={len(wanted)})"
+    )
+
+
+def no_slots(missing: Sequence[str], kept: Iterable[str], slots: int) -> CapacityError:
+    """The slots are kept for others, `kept`."""
+    return CapacityError(
+        f"no slots for {', '.join(missing)}: {slots} slots, of which "
+        f"{', '.join(sorted(kept))} are pinned, or used by the call around this one; "
+        "unpin_adapter() some, split the batch, or "
+        "compile with a larger LoraConfig(max_adapters=...)"
+    )

@@ -1,0 +1,109 @@
+"""What calls name adapters by: a name, the base's, or weights by name for a sum of adapters.
+
+"sql"                            the adapter
+{"sql": 0.5}                     the adapter at half its scale
+{"sql": 0.7, "style": 0.3}       the sum of two
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any, TypeAlias
+
+from lorafx.errors import ConfigError
+
+BASE = "__base__"
+
+#: What a request may name.
+AdapterName: TypeAlias = "str | Mapping[str, float] | None"
+
+
+class Mixture(str):
+    """The name of a sum of adapters: it reads "0.7·sql + 0.3·style".
+
+    It is equal to sums of the same adapters with the same weights alone, and to no adapter whose
+    name reads like that.
+
+    Attributes:
+        weights: (name, weight), in the order of the names.
+    """
+
+    weights: tuple[tuple[str, float], ...]
+
+    def __new__(cls, weights: Mapping[str, float]) -> Mixture:
+        ordered = tuple(sorted(weights.items()))
+        name = super().__new__(cls, " + ".join(f"{weight:g}·{own}" for own, weight in ordered))
+        name.weights = ordered
+        return name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mixture) and self.weights == other.weights
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self.weights)
+
+
+def members(name: str) -> tuple[str, ...]:
+    """The adapters that a name stands for: those of a sum, or the one itself."""
+    return tuple(own for own, _ in name.weights) if isinstance(name, Mixture) else (name,)
+
+
+def one_name(value: Any, where: str) -> str | None:
+    """The name that `value` stands for, itself a name, None for the base, or a mapping of names to
+    weights. One adapter at weight 1 has its own name.
+
+    Raises:
+        ConfigError: it is none of these; a mapping is empty, has the base among its names, or a
+            weight that is no finite number.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            f"{where} is {value!r}; give a name, a mapping of names to weights, or None for the "
+            "base model"
+        )
+    if not value:
+        raise ConfigError(
+            f"{where} is an empty mapping; give weights by name, or None for the base model"
+        )
+    weights = {_member(name, where): _weight(name, value[name], where) for name in value}
+    if list(weights.values()) == [1.0]:
+        return next(iter(weights))
+    return Mixture(weights)
+
+
+def _member(name: object, where: str) -> str:
+    if name is None or name == BASE:
+        raise ConfigError(
+            f"{where} gives the base model a weight; it is part of every result, so name adapters "
+            "alone"
+        )
+    if not isinstance(name, str) or not name or isinstance(name, Mixture):
+        raise ConfigError(f"{where} has {name!r} among its names; give names of adapters")
+    return name
+
+
+def _weight(name: str, weight: object, where: str) -> float:
+    try:
+        number = float(weight) if isinstance(weight, Real) else math.nan
+    except OverflowError:  # an integer beyond all floats
+        number = math.inf
+    if isinstance(weight, bool) or not math.isfinite(number):
+        raise ConfigError(
+            f"{where} gives {name!r} the weight {weight!r:.80}; a weight is a finite number"
+        )
+    return number
+
+
+def check_name(name: object) -> None:
+    """Raise ConfigError unless `name` can name an adapter."""
+    if not isinstance(name, str) or not name or name == BASE:
+        raise ConfigError(
+            f"an adapter's name is a non-empty string other than {BASE!r}, got {name!r}"
+        )

@@ -1,0 +1,108 @@
+"""Merging adapters with weights of their own: the base's weight is exchanged, and comes back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from dense_merge import REFERENCE, TOLERANCE, error, random_base
+from own_weights import own_case
+from safetensors.torch import load_file, save_file
+from tiny_models import VOCAB, Family, token_inputs
+
+import lorafx
+from lorafx.errors import MatchError
+
+QV = ["q_proj", "v_proj"]
+
+
+def check_merges(cm: Any, case: Any, *names: str) -> None:
+    """Each adapter, merged, gives the model its own logits; unmerged every bit is back."""
+    torch.manual_seed(0)
+    x = token_inputs(2, 6)
+    x["input_ids"][:, 3] = 5
+    before = {key: value.clone() for key, value in cm.model.state_dict().items()}
+    for name in names:
+        assert cm.merge(name).error < 1e-5
+        with torch.no_grad():
+            got = cm.model(**x)["logits"]
+        want = case.expected([name] * 2, x)
+        assert error(got, want) <= TOLERANCE
+        assert error(cm(**x)["logits"], want) <= TOLERANCE
+        cm.unmerge()
+        assert all(torch.equal(cm.model.state_dict()[key], t) for key, t in before.items())
+
+
+def test_heads_embeddings_and_tokens(tmp_path):
+    plans = {
+        "both": {"modules_to_save": ["lm_head", "embed_tokens"]},
+        "tokens": {"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [5, 40]}},
+    }
+    base = random_base("llama", num_hidden_layers=1)
+    case = own_case(base, tmp_path, {n: {"target_modules": QV, **p} for n, p in plans.items()})
+    cm = case.compile()
+    check_merges(cm, case, "both", "tokens")
+    cm.export_merged("both", tmp_path / "out")
+    written = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    x = token_inputs(2, 6)
+    with torch.no_grad():
+        assert error(written(**x)["logits"], case.expected(["both"] * 2, x)) <= TOLERANCE
+
+
+def test_a_transposed_weight(tmp_path):
+    """Weight and bias of a Conv1D, of which PEFT saves both."""
+    plan = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
+    base = random_base("gpt2", n_layer=1)
+    case = own_case(base, tmp_path, {"a": {**plan, "modules_to_save": ["c_fc"]}})
+    with pytest.raises(MatchError, match=r"c_fc: the adapter has a bias of its own"):
+        case.compile().merge("a")
+    file = case.folders["a"] / "adapter_model.safetensors"
+    bias = base.transformer.h[0].mlp.c_fc.bias
+    key = "base_model.model.transformer.h.0.mlp.c_fc.bias"
+    save_file({**load_file(file), key: bias.detach().clone()}, file)
+    check_merges(case.compile(), case, "a")
+    tokens = {**plan, "trainable_token_indices": {"wte": [3, 5]}}
+    case = own_case(base, tmp_path / "tied", {"a": tokens})
+    check_merges(case.compile(), case, "a")
+
+
+def test_a_tied_weight(tmp_path):
+    """Trained tokens of both ends are one change; another head would need a tensor of its own."""
+    base = random_base("llama", num_hidden_layers=1, tie_word_embeddings=True)
+    plans = {
+        "tokens": {"trainable_token_indices": [3, 5]},
+        "head": {"modules_to_save": ["lm_head"]},
+    }
+    case = own_case(base, tmp_path, {n: {"target_modules": QV, **p} for n, p in plans.items()})
+    cm = case.compile()
+    check_merges(cm, case, "tokens")
+    with pytest.raises(MatchError, match="are one tensor, but the adapter changes only lm_head"):
+        cm.merge("head")
+
+
+def test_fewer_outputs_are_refused(tmp_path):
+    small = random_base("llama", num_hidden_layers=1)
+    plan = {"target_modules": QV, "modules_to_save": ["lm_head"]}
+    case = own_case(small, tmp_path, {"a": plan})
+    small.resize_token_embeddings(VOCAB + 4, mean_resizing=False)
+    cm = lorafx.compile(small, case.folders, options=REFERENCE)
+    with pytest.raises(MatchError, match="lm_head: the adapter's own weight has fewer outputs"):
+        cm.merge("a")
+
+
+def test_a_classifier(tmp_path):
+    """A score without a bias is merged."""
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_labels=3,
+        pad_token_id=0,
+    )
+    base = random_base(Family(lambda **_: transformers.LlamaForSequenceClassification(config), ()))
+    case = own_case(base, tmp_path, {"a": {"target_modules": QV, "task_type": "SEQ_CLS"}})
+    check_merges(case.compile(), case, "a")

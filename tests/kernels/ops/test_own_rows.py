@@ -1,0 +1,90 @@
+"""Rows of a weight that slots have of their own: linears and embeddings, in plain aten."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import lorafx.kernels.ops.own_rows  # noqa: F401  (defines torch.ops.lorafx)
+from lorafx.errors import LoweringError
+from lorafx.model.bank import Bank, OwnWeight
+
+S, V, K, N = 3, 7, 4, 5
+SLOTS = torch.tensor([1, -1, 0, 2], dtype=torch.int32)
+
+
+def bank(kind: str, rows: int) -> Bank:
+    return Bank.allocate(
+        kind=kind,
+        slots=S,
+        rank=1,
+        in_features=V if kind == "embedding" else K,
+        out_features=(N,),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        own_rows=rows,
+        own_weights=2,
+    )
+
+
+def linear(b: Bank, x: Tensor, y: Tensor, rows: int = 2) -> Tensor:
+    return torch.ops.lorafx.own_linear(x, y, *b.own_rows, SLOTS, rows)
+
+
+def embedding(b: Bank, ids: Tensor, y: Tensor) -> Tensor:
+    return torch.ops.lorafx.own_embedding(ids, y, b.own, b.own_at, b.own_table, SLOTS, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    b = bank("linear", N)
+    whole, bias, some = torch.randn(N, K), torch.randn(N), torch.randn(2, K)
+    b.write(0, [], OwnWeight(whole, bias), 1)
+    b.write(1, [], OwnWeight(some, None, torch.tensor([3, 0], dtype=torch.int32)), 0)
+    x, y = torch.randn(4, 2, K).to(dtype), torch.randn(4, 2, N).to(dtype)
+    got, want = linear(b, x, y), y.clone()
+    want[2] = torch.nn.functional.linear(x[2].float(), whole, bias).to(dtype)
+    want[0][:, [3, 0]] = torch.nn.functional.linear(x[0].float(), some).to(dtype)
+    assert torch.allclose(got, want, atol=1e-6)
+    assert torch.equal(got[[1, 3]], y[[1, 3]])  # the base, and a slot without a weight of its own
+    b.clear(0)
+    b.write(1, [], OwnWeight(some[:1], None, torch.tensor([2], dtype=torch.int32)))
+    want = y.clone()
+    want[0][:, [2]] = torch.nn.functional.linear(x[0].float(), some[:1]).to(dtype)
+    assert torch.allclose(linear(b, x, y), want, atol=1e-6)  # nothing is left of what was there
+
+
+def test_an_embedding() -> None:
+    torch.manual_seed(0)
+    b = bank("embedding", V)
+    whole, some = torch.randn(V, N), torch.randn(2, N)
+    b.write(0, [], OwnWeight(whole), 0)
+    b.write(1, [], OwnWeight(some, None, torch.tensor([6, 2], dtype=torch.int32)), 1)
+    ids, y = torch.tensor([[2, 3], [2, 6], [6, 0], [2, 2]]), torch.randn(4, 2, N)
+    want = y.clone()
+    want[0, 0], want[2] = some[1], whole[ids[2]]
+    assert torch.equal(embedding(b, ids, y), want)
+    b.clear(0)
+    b.write(1, [])
+    assert torch.equal(embedding(b, ids, y), y)
+
+
+def test_opcheck() -> None:
+    b, e = bank("linear", 3), bank("embedding", 3)
+    b.write(0, [], OwnWeight(torch.randn(1, K), None, torch.tensor([1], dtype=torch.int32)))
+    x, y, ids = torch.randn(4, 2, K), torch.randn(4, 2, N), torch.randint(V, (4, 2))
+    checks = ("test_schema", "test_faketensor")
+    linear_op, embedding_op = torch.ops.lorafx.own_linear, torch.ops.lorafx.own_embedding
+    torch.library.opcheck(linear_op, (x, y, *b.own_rows, SLOTS, 2), test_utils=checks)
+    arguments = (ids, y, e.own, e.own_at, e.own_table, SLOTS, 2)
+    torch.library.opcheck(embedding_op, arguments, test_utils=checks)
+
+
+def test_sizes_that_do_not_fit() -> None:
+    b = bank("linear", N)
+    with pytest.raises(LoweringError, match=r"own is \(adapters, rows, K\)"):
+        linear(b, torch.randn(4, 2, K + 1), torch.randn(4, 2, N))
+    with pytest.raises(LoweringError, match="5 rows for 4 outputs"):
+        linear(b, torch.randn(4, 2, K), torch.randn(4, 2, N - 1))

@@ -1,0 +1,135 @@
+"""What a file has of an adapter's own weights, and what it lacks: which modules get them, in which
+order, and that an adapter is not served with the base's where its own are missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from dense_merge import REFERENCE, TOLERANCE, check_mixed, error, random_base
+from own_weights import own_case, save_own
+from safetensors.torch import load_file, save_file
+from tiny_models import token_inputs
+from torch import Tensor, nn
+
+import lorafx
+from lorafx import LoraConfig
+from lorafx.errors import CheckpointError
+
+QV = ["q_proj", "v_proj"]
+ONE_LAYER = {"num_hidden_layers": 1}
+
+
+def inputs(rows: int) -> dict[str, Tensor]:
+    torch.manual_seed(rows)
+    found = token_inputs(rows, 6)
+    found["input_ids"][:, 3] = 5
+    return found
+
+
+def edited(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
+    file = folder / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+    return folder
+
+
+@pytest.mark.parametrize("tokens", [{"lm_head": [4, 5]}, {"embed_tokens": [3, 5], "lm_head": [4]}])
+def test_trained_tokens_of_a_tied_head_alone(tokens, tmp_path):
+    """PEFT ties what is tied to an input embedding with trained tokens, and not the other way
+    round; with different tokens for both, each has its own."""
+    base = random_base("llama", **ONE_LAYER, tie_word_embeddings=True)
+    config = {"target_modules": QV, "trainable_token_indices": tokens}
+    case = own_case(base, tmp_path, {"tokens": config})
+    x = inputs(2)
+    wrapped = peft.PeftModel.from_pretrained(case.model(), str(case.folders["tokens"])).eval()
+    with torch.no_grad():
+        want = wrapped(**x)["logits"][0]
+    got = case.compile()(**x, adapter_names=["tokens", None])["logits"]
+    assert error(got[0], want) <= TOLERANCE
+    assert error(got[1], case.expected([None] * 2, x)[1]) <= TOLERANCE
+
+
+def test_all_tokens_in_another_order(tmp_path):
+    base = random_base("llama", **ONE_LAYER)
+    count = base.config.vocab_size
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(1)).tolist()
+    plan = {"trainable_token_indices": {"lm_head": order, "embed_tokens": order}}
+    case = own_case(base, tmp_path, {"tokens": {"target_modules": QV, **plan}})
+    check_mixed(case.compile(), case, ["tokens", None], inputs(2))
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "message"),
+    [
+        (
+            {"modules_to_save": ["lm_head", "embed_tokens"]},
+            "lm_head.weight",
+            r"lm_head \(Linear\) has a weight of the .* the file has no lm_head\.weight",
+        ),
+        (
+            {"trainable_token_indices": {"embed_tokens": [3], "lm_head": [4]}},
+            "lm_head.token_adapter.trainable_tokens_delta",
+            "names tokens of 'lm_head', but the file has no rows",
+        ),
+        (
+            {"trainable_token_indices": [3]},
+            "embed_tokens.token_adapter.trainable_tokens_delta",
+            "names tokens, but the file has no rows",
+        ),
+    ],
+)
+def test_a_file_that_lacks_a_weight(config: Any, key: str, message: str, tmp_path):
+    base = random_base("llama", **ONE_LAYER)
+    folder = save_own(base, tmp_path / "a", seed=1, r=2, target_modules=QV, **config)
+    lorafx.compile(base, {"a": folder}, options=REFERENCE).detach()
+    edited(folder, lambda state: {k: t for k, t in state.items() if not k.endswith(key)})
+    with pytest.raises(CheckpointError, match=message):
+        lorafx.compile(base, {"a": folder})
+
+
+class Biased(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 6), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head(self.first(x))}
+
+
+def test_a_bias_that_is_missing_or_out_of_range(tmp_path):
+    plan = {"target_modules": ["first"], "modules_to_save": ["head"]}
+    folder = save_own(Biased(), tmp_path / "a", seed=1, r=2, **plan)
+    bias = "base_model.model.head.bias"
+    edited(folder, lambda state: {**state, bias: torch.full((8,), 1e6)})
+    with pytest.raises(CheckpointError, match=r"head: values beyond the range of torch\.float16"):
+        lorafx.compile(Biased().eval().half(), {"a": folder})
+    edited(folder, lambda state: {k: t for k, t in state.items() if k != bias})
+    with pytest.raises(CheckpointError, match=r"the file has no head\.bias"):
+        lorafx.compile(Biased().eval(), {"a": folder})
+    # A copy that nothing names: its own weight would be added to the bias of the base.
+    folder = save_own(Biased(), tmp_path / "b", seed=1, r=2, target_modules=["first"])
+    copy = {"base_model.model.head.weight": torch.ones(8, 6)}
+    edited(folder, lambda state: {**state, **copy})
+    config = LoraConfig(["first"], modules_to_save=["head"])
+    with pytest.raises(CheckpointError, match=r"the file has no head\.bias"):
+        lorafx.compile(Biased().eval(), config, adapters={"b": folder})
+
+
+def test_an_embedding_without_added_tokens_keeps_them_hidden(tmp_path):
+    """An adapter whose own embedding is as small as the base was does not say an added token."""
+    small = random_base("llama", **ONE_LAYER)
+    count = small.config.vocab_size
+    plan = {"target_modules": QV, "modules_to_save": ["embed_tokens"]}
+    folder = save_own(small, tmp_path / "a", seed=1, r=2, **plan)
+    small.resize_token_embeddings(count + 4, mean_resizing=False)
+    with torch.no_grad():
+        small.lm_head.weight[count:] = 50 * small.lm_head.weight[:4]
+    config = LoraConfig(QV, base_vocab_size=count)
+    cm = lorafx.compile(small, config, adapters={"a": folder}, options=REFERENCE)
+    fixed = {"pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 2, "do_sample": False}
+    got = cm.generate(**inputs(2), **fixed, adapter_names=["a", "a"])
+    assert bool((got < count).all())

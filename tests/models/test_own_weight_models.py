@@ -1,0 +1,236 @@
+"""Weights of adapters' own in tied models, scaled embeddings, classifiers, and where vocabularies
+differ, against PEFT's own merge of each row."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import oracle
+import peft
+import pytest
+import torch
+import transformers
+from attached import attached
+from dense_merge import REFERENCE, TOLERANCE, check_mixed, error, random_base
+from own_weights import own_case, train
+from tiny_models import VOCAB, Family, PlainModel, right_padded, token_inputs
+
+import lorafx
+from lorafx import LoraConfig
+from lorafx.errors import CheckpointError
+
+QV = ["q_proj", "v_proj"]
+
+
+def inputs(rows: int, length: int = 6) -> dict[str, torch.Tensor]:
+    torch.manual_seed(rows + length)
+    found = token_inputs(rows, length)
+    found["input_ids"][:, 3] = 5  # a token that was trained
+    return found
+
+
+def test_tied_weights(tmp_path):
+    """Whole modules are apart as they were saved; trained tokens are the head's rows too."""
+    base = random_base("llama", num_hidden_layers=1, tie_word_embeddings=True)
+    case = own_case(
+        base,
+        tmp_path,
+        {
+            "head": {"target_modules": QV, "modules_to_save": ["lm_head"]},
+            "embed": {"target_modules": QV, "modules_to_save": ["embed_tokens"]},
+            "tokens": {"target_modules": QV, "trainable_token_indices": [3, 5]},
+            "lora": {"target_modules": QV},
+        },
+    )
+    cm = case.compile()
+    check_mixed(cm, case, ["head", "tokens", None, "embed", "lora"], inputs(5))
+    # What trains both at once saves both.
+    both = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    tied = own_case(base, tmp_path / "tied", {"both": {"target_modules": QV, **both}})
+    check_mixed(tied.compile(), tied, ["both", None], inputs(2))
+
+
+def test_scaled_embeddings(tmp_path):
+    base = random_base("gemma3", num_hidden_layers=1, layer_types=["full_attention"])
+    configs = {
+        "whole": {"target_modules": QV, "modules_to_save": ["embed_tokens"]},
+        "tokens": {"target_modules": QV, "trainable_token_indices": [3, 5]},
+    }
+    case = own_case(base, tmp_path, configs)
+    check_mixed(case.compile(), case, ["whole", None, "tokens"], inputs(3))
+    model = attached(case)
+    for name in configs:
+        with lorafx.adapters(model, name), torch.no_grad():
+            got = model(**inputs(2))["logits"]
+        assert error(got, case.expected([name] * 2, inputs(2))) <= TOLERANCE
+
+
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 66,
+    "num_labels": 3,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "targets"),
+    [
+        (transformers.BertConfig, transformers.BertForSequenceClassification, ["query"]),
+        (transformers.RobertaConfig, transformers.RobertaForSequenceClassification, ["query"]),
+        (transformers.LlamaConfig, transformers.LlamaForSequenceClassification, ["q_proj"]),
+    ],
+)
+def test_classifiers(config, model, targets, tmp_path):
+    """PEFT saves the head of a classifier unasked: one linear, with a bias or without, or two."""
+    base = random_base(_family(model, config))
+    plan = {"target_modules": targets, "task_type": "SEQ_CLS"}
+    case = own_case(base, tmp_path, {"a": plan, "b": plan, "plain": {"target_modules": targets}})
+    assert "modules_to_save" in (case.folders["a"] / "adapter_config.json").read_text()
+    torch.manual_seed(0)
+    x = right_padded(5, 6)
+    x["input_ids"] *= x["attention_mask"]
+    check_mixed(case.compile(), case, ["a", None, "b", "plain", "a"], x)
+
+
+def test_room_by_a_peft_configuration(tmp_path):
+    """Its names are endings, and PEFT lists heads that the model does not have."""
+    base = random_base(_family(transformers.BertForSequenceClassification, transformers.BertConfig))
+    plan = {"target_modules": ["query"], "task_type": "SEQ_CLS"}
+    case = own_case(base, tmp_path, {"a": plan})
+    config = json.loads((case.folders["a"] / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["classifier", "score"]
+    cm = lorafx.compile(case.model(), config, options=REFERENCE)
+    assert "Linear, 24 -> 3, float32, room for 3 rows of an adapter's own" in str(cm.explain())
+    cm.load_adapter(str(case.folders["a"]), "a")
+    torch.manual_seed(0)
+    check_mixed(cm, case, ["a", None], right_padded(2, 6))
+
+
+class TokenByToken(PlainModel):
+    """Mixes no tokens."""
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return super().forward(input_ids)
+
+
+def test_an_adapter_for_each_token(tmp_path):
+    base = random_base(Family(lambda **_: TokenByToken(), ()))
+    plans = {"whole": ["head", "embed"], "head": ["head"]}
+    case = own_case(
+        base,
+        tmp_path,
+        {n: {"target_modules": ["up"], "modules_to_save": m} for n, m in plans.items()},
+    )
+    cm, ids = case.compile(), torch.randint(VOCAB, (3, 4))
+    slots = torch.tensor([[0, -1, 1, 0], [1, 1, 0, -1], [-1, 0, 0, 1]])
+    got = cm(input_ids=ids, adapter_slots=slots)["logits"]
+    for slot, name in ((0, "whole"), (1, "head"), (-1, None)):
+        want = case.expected([name] * 3, {"input_ids": ids})
+        assert error(got[slots == slot], want[slots == slot]) <= TOLERANCE
+
+
+def _family(model: Any, config: Any) -> Any:
+    return Family(lambda **changes: model(config(**{**SMALL, **changes})), ())
+
+
+def test_a_base_with_a_larger_vocabulary(tmp_path):
+    """The base is resized for one adapter's new tokens. One that was trained without them has no
+    logits for them."""
+    small = random_base("llama", num_hidden_layers=1)
+    saved = {"target_modules": QV, "modules_to_save": ["lm_head", "embed_tokens"]}
+    before = own_case(small, tmp_path / "small", {"old": saved})
+    large = copy.deepcopy(small)
+    large.resize_token_embeddings(VOCAB + 4, mean_resizing=False)
+    case = own_case(large, tmp_path / "large", {"new": saved})
+    with pytest.raises(CheckpointError, match=r"has 65 rows.*resize_token_embeddings\(65\)"):
+        lorafx.compile(small, case.folders)
+    cm = lorafx.compile(
+        case.model(), {**case.folders, "old": before.folders["old"]}, options=REFERENCE
+    )
+    x = inputs(3)
+    got = cm(**x, adapter_names=["new", "old", None])["logits"]
+    want = before.expected(["old"] * 3, x)[1]
+    assert error(got[1, ..., :VOCAB], want) <= TOLERANCE
+    assert bool((got[1, ..., VOCAB:] == -torch.inf).all())
+    x["input_ids"][0, 4] = VOCAB + 2  # a new token
+    got = cm(**x, adapter_names=["new", "old", None])["logits"]
+    assert error(got[[0, 2]], case.expected(["new", None, None], x)[[0, 2]]) <= TOLERANCE
+
+
+def test_copies_of_a_resized_base(tmp_path):
+    """PEFT saves resized embeddings beside the factors; numbers of new rows are random each time
+    that a base is resized."""
+    small = random_base("llama", num_hidden_layers=1)
+    trained, base = copy.deepcopy(small), copy.deepcopy(small)
+    for seed, model in enumerate((trained, base)):
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(VOCAB + 4, mean_resizing=False)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"])
+    wrapped = peft.get_peft_model(copy.deepcopy(trained), config)
+    train(wrapped, 1)
+    wrapped.save_pretrained(str(tmp_path), save_embedding_layers=True)
+    with pytest.raises(CheckpointError, match=r"LoraConfig\(modules_to_save=\.\.\.\)"):
+        lorafx.compile(copy.deepcopy(base), {"a": tmp_path})
+    asked = LoraConfig(["q_proj", "embed_tokens"], modules_to_save=["embed_tokens", "lm_head"])
+    cm = lorafx.compile(base, asked, adapters={"a": tmp_path}, options=REFERENCE)
+    x = inputs(2)
+    x["input_ids"][0, 4] = VOCAB + 1
+    got = cm(**x, adapter_names=["a", None])["logits"]
+    with torch.no_grad():
+        want = wrapped.eval()(**oracle.one_row(x, 0))["logits"]
+    # The head carries no LoRA, so PEFT saved no copy of it, new rows included.
+    assert error(got[:1, ..., :VOCAB], want[..., :VOCAB]) <= TOLERANCE
+
+
+def test_added_tokens_are_kept_from_other_rows(tmp_path):
+    """The resized base would rather say a new token than anything else."""
+    base = random_base("llama", num_hidden_layers=1)
+    base.resize_token_embeddings(VOCAB + 4, mean_resizing=False)
+    base.lm_head.weight[VOCAB:] *= 50
+    configs = {
+        "whole": {"modules_to_save": ["lm_head", "embed_tokens"]},
+        "one": {"trainable_token_indices": {"embed_tokens": [VOCAB + 1], "lm_head": [VOCAB + 1]}},
+        "lora": {},
+    }
+    case = own_case(base, tmp_path, {n: {"target_modules": QV, **c} for n, c in configs.items()})
+    config = LoraConfig(["q_proj", "v_proj"], base_vocab_size=VOCAB)
+    cm = lorafx.compile(case.model(), config, adapters=case.folders, options=REFERENCE)
+    x, names = inputs(4), ["whole", None, "one", "lora"]
+    fixed = {"pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 2}
+
+    def kept(hidden: list[int]) -> Any:
+        return lambda ids, scores: scores.index_fill(
+            1, torch.tensor(hidden, dtype=torch.int64), -torch.inf
+        )
+
+    added = list(range(VOCAB, VOCAB + 4))
+    hidden = [[], added, [v for v in added if v != VOCAB + 1], added]
+    for way in ({"do_sample": False}, {"do_sample": False, "num_beams": 2}):
+        got = cm.generate(**x, **fixed, **way, adapter_names=names)
+        rows = [
+            case.alone(name).generate(
+                **oracle.one_row(x, row), **fixed, **way, logits_processor=[kept(hidden[row])]
+            )
+            for row, name in enumerate(names)
+        ]
+        assert torch.equal(got, torch.cat(rows))
+        assert bool((got[[1, 3]] < VOCAB).all())
+        free = case.base.generate(**oracle.one_row(x, 1), **fixed, **way)
+        assert bool((free[:, x["input_ids"].shape[1] :] >= VOCAB).any())
+    ids = x["input_ids"]
+    named = {"attention_mask": x["attention_mask"], "do_sample": False, "adapter_names": names}
+    positional = cm.generate(ids, None, [kept([5])], **fixed, **named)
+    assert bool((positional[1] < VOCAB).all())
+    assert 5 not in positional[:, ids.shape[1] :]
+    with (
+        pytest.raises(lorafx.ConfigError, match=r"continuous_batching\(\) does not keep added"),
+        cm.continuous_batching(),
+    ):
+        pass

@@ -1,0 +1,204 @@
+"""Weights of adapters' own where they are stored transposed, used outside of their module's call,
+shared by all requests, or used in a way in which another weight cannot stand in for the base's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dense_merge import REFERENCE, Case, check_mixed, random_base
+from dora_cases import add_magnitudes
+from own_weights import own_case, save_own
+from safetensors.torch import load_file, save_file
+from tiny import randomise
+from tiny_models import token_inputs
+from torch import Tensor, nn
+
+import lorafx
+from lorafx import layers
+from lorafx.errors import MatchError, TargetError, UnsupportedAdapterError
+
+K, N, V = 6, 8, 11
+
+
+def inputs(rows: int) -> dict[str, Tensor]:
+    torch.manual_seed(rows)
+    found = token_inputs(rows, 6)
+    found["input_ids"][:, 3] = 5
+    return found
+
+
+def test_a_transposed_weight_and_positions(tmp_path):
+    """GPT-2: a Conv1D, and an embedding of positions, which all requests share."""
+    base = random_base("gpt2", n_layer=1)
+    plans = {
+        "conv": {"modules_to_save": ["c_fc"]},
+        "positions": {"modules_to_save": ["wpe"]},
+        "tokens": {"trainable_token_indices": {"wte": [5, 7]}},
+    }
+    fixed = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
+    case = own_case(base, tmp_path, {name: {**fixed, **plan} for name, plan in plans.items()})
+    check_mixed(case.compile(), case, ["conv", None, "positions", "tokens"], inputs(4))
+
+
+def test_repeated_layers(tmp_path):
+    """Layers that `outline` makes one body, each with a weight of its own; a delta beside it."""
+    plans = {
+        "whole": {"target_modules": ["q_proj"], "modules_to_save": ["o_proj"]},
+        "lora": {"target_modules": ["q_proj", "o_proj"]},
+    }
+    case = own_case(random_base("llama"), tmp_path, plans)
+    check_mixed(case.compile(), case, ["whole", None, "lora"], inputs(3))
+
+
+class Offset(nn.Linear):
+    """Adds more than its bias."""
+
+    def __init__(self) -> None:
+        super().__init__(K, N)
+        self.register_buffer("offset", torch.randn(N), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.offset
+
+
+class Held(Offset):
+    """The offset is trained too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.offset
+        self.offset = nn.Parameter(torch.randn(N))
+
+
+class Scaled(nn.Linear):
+    """y = (W x + b) / 2: the use of the weight is found, and its bias is its own."""
+
+    def __init__(self) -> None:
+        super().__init__(K, N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+class Model(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(V, K)
+        self.first = nn.Linear(K, K)
+        self.head = kind()
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head(torch.relu(self.first(self.embed(ids))))}
+
+
+class Bypassed(Model):
+    """Uses the weight of its head without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: nn.Linear(K, N))
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        x = torch.relu(self.first(self.embed(ids)))
+        return {"logits": F.linear(x, self.head.weight, self.head.bias)}
+
+
+class Biasless(Bypassed):
+    """Leaves the bias of its head out."""
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        x = torch.relu(self.first(self.embed(ids)))
+        return {"logits": F.linear(x, self.head.weight)}
+
+
+class Again(Bypassed):
+    """Reads the bias of its head once more."""
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        y = self.head(torch.relu(self.first(self.embed(ids))))
+        return {"logits": y * (1 + self.head.bias)}
+
+
+class Beside(Bypassed):
+    """Adds the bias of its head to what is no product with its weight."""
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        y = self.head(torch.relu(self.first(self.embed(ids))))
+        return {"logits": y + (y.sin() + self.head.bias)}
+
+
+class Broken(Bypassed):
+    """Reads it in another graph."""
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        y = self.head(torch.relu(self.first(self.embed(ids))))
+        torch._dynamo.graph_break()
+        return {"logits": y * (1 + self.head.bias)}
+
+
+def built(model: nn.Module) -> nn.Module:
+    randomise(model.eval().requires_grad_(False))
+    return model
+
+
+def saved_case(base: nn.Module, folder: Path) -> Case:
+    """PEFT itself cannot merge where its wrapper is not called: the oracle is made by hand."""
+    folders = {
+        "own": save_own(base, folder / "own", seed=1, r=2, **_plan(["head"])),
+        "plain": save_own(base, folder / "plain", seed=2, r=2, **_plan(None)),
+    }
+    return Case(base, folders)
+
+
+def _plan(saved: list[str] | None) -> dict[str, Any]:
+    return {"target_modules": ["first"], "modules_to_save": saved}
+
+
+@pytest.mark.parametrize("make", [lambda: Model(Scaled), Bypassed])
+def test_uses_that_are_found(make, tmp_path):
+    torch.manual_seed(0)
+    case = saved_case(built(make()), tmp_path)
+    ids = torch.randint(V, (3, 4))
+    check_mixed(case.compile(), case, ["own", None, "plain"], {"ids": ids})
+
+
+@pytest.mark.parametrize("make", [lambda: Model(Offset), Biasless, Again, Beside, Broken])
+def test_other_arithmetic_is_refused_and_other_adapters_are_served(make, tmp_path):
+    torch.manual_seed(0)
+    case = saved_case(built(make()), tmp_path)
+    cm, ids = case.compile(), torch.randint(V, (3, 4))
+    with pytest.raises(MatchError, match="an adapter has of its own for head cannot be applied"):
+        cm(ids=ids, adapter_names=["own", None, "plain"])
+    check_mixed(cm, case, ["plain", None, "plain"], {"ids": ids})
+
+
+def test_dora_on_a_weight_of_its_own_is_refused(tmp_path):
+    base = random_base("llama", num_hidden_layers=1)
+    folder = save_own(
+        base, tmp_path / "a", seed=1, r=2, target_modules=["o_proj"], modules_to_save=["lm_head"]
+    )
+    add_magnitudes(folder, {"model.layers.0.self_attn.o_proj": torch.rand(24) + 0.5})
+    lorafx.compile(base, {"a": folder}, options=REFERENCE).detach()
+    config = folder / "adapter_config.json"
+    text = config.read_text().replace('"lm_head"', '"o_proj"')
+    config.write_text(text)
+    file = folder / "adapter_model.safetensors"
+    state = load_file(file)
+    del state["base_model.model.lm_head.weight"]
+    state["base_model.model.model.layers.0.self_attn.o_proj.weight"] = torch.randn(24, 24)
+    save_file(state, file)
+    with pytest.raises(UnsupportedAdapterError, match=r"o_proj: the norms of DoRA are those of"):
+        lorafx.compile(base, {"a": folder})
+
+
+def test_what_has_no_weight_for_each_row_is_refused_by_name(tmp_path):
+    model = built(Model(lambda: layers.ColumnParallelLinear(K, N, disable_tp=True)))
+    config = lorafx.LoraConfig(["first"], modules_to_save=["head"])
+    with pytest.raises(TargetError, match=r"head \(ColumnParallelLinear\).*one rank's share"):
+        lorafx.compile(model, config)
+    folder = save_own(built(Model(Held)), tmp_path / "a", seed=1, r=2, **_plan(["head"]))
+    with pytest.raises(UnsupportedAdapterError, match=r"head\.offset: .* only a weight and a bias"):
+        lorafx.compile(built(Model(Held)), {"a": folder})

@@ -1,0 +1,256 @@
+"""Adapters with weights of their own for whole modules, or for some tokens, beside plain ones and
+base rows, against PEFT's own merge of each row."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import oracle
+import peft
+import pytest
+import torch
+from attached import attached, check, compiled
+from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error, random_base
+from own_weights import own_case, save_own
+from step_logits import StepLogits, answers, check_logits
+from tiny_models import token_inputs
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+import lorafx
+from lorafx import LoraConfig
+from lorafx.errors import CapacityError, UnsupportedAdapterError
+
+QV = ["q_proj", "v_proj"]
+CAUSAL = {
+    "both": {"target_modules": QV, "modules_to_save": ["lm_head", "embed_tokens"]},
+    "head": {"target_modules": ["k_proj"], "modules_to_save": ["lm_head"]},
+    "lora": {"target_modules": ["o_proj", "embed_tokens", "lm_head"]},
+    "tokens": {
+        "target_modules": QV,
+        "trainable_token_indices": {"embed_tokens": [3, 5, 9, 60], "lm_head": [4, 40]},
+    },
+}
+NAMES = ["both", None, "tokens", "lora", "head", "both", None]
+MIXES = (NAMES[::-1], ["head", "head", "tokens", "tokens", "both", "lora", "lora"], [None] * 7)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    base = random_base("llama", num_hidden_layers=1)
+    return own_case(base, tmp_path_factory.mktemp("own"), CAUSAL)
+
+
+@pytest.fixture(scope="module")
+def served(case: Case) -> Any:
+    return case.compile()
+
+
+def inputs(rows: int = len(NAMES), length: int = 6) -> dict[str, torch.Tensor]:
+    torch.manual_seed(rows + length)
+    found = token_inputs(rows, length)
+    found["input_ids"][:, 3] = 5  # a token that "tokens" has a row for
+    return found
+
+
+def graphs(cm: Any) -> int:
+    return len(cm._session.backend.records)
+
+
+# Batches
+
+
+def test_mixes_and_new_adapters_recompile_nothing(case, served, tmp_path):
+    check_mixed(served, case, NAMES, inputs())
+    before = graphs(served)
+    for length, names in enumerate(MIXES, 5):
+        check_mixed(served, case, names, inputs(length=length))
+    folder = save_own(case.base, tmp_path / "b", seed=9, r=2, **CAUSAL["both"])
+    served.load_adapter(str(folder), "later")
+    later = Case(case.base, {**case.folders, "later": folder})
+    check_mixed(served, later, ["later", "both", None, "later", "lora", "tokens", "head"], inputs())
+    served.unload_adapter("later")
+    check_mixed(served, case, NAMES, inputs())
+    assert graphs(served) - before <= 1  # calls without an adapter have a graph of their own
+
+
+def test_base_and_plain_rows_keep_their_bits(served):
+    x = inputs()
+    mixed = served(**x, adapter_names=NAMES)["logits"]
+    names = [name if name == "lora" else None for name in NAMES]
+    alone = served(**x, adapter_names=names)["logits"]
+    for row, name in enumerate(names):
+        assert torch.equal(mixed[row], alone[row]) == (NAMES[row] == name)
+
+
+def test_a_batch_of_one(case, served):
+    for name in ("both", "tokens", None):
+        check_mixed(served, case, [name], inputs(1))
+
+
+def test_generate(case, served):
+    x, names = inputs(5), ["both", None, "tokens", "head", "lora"]
+    fixed = {"pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 4, "do_sample": False}
+    got = served.generate(**x, **fixed, adapter_names=names)
+    rows = [case.alone(n).generate(**oracle.one_row(x, i), **fixed) for i, n in enumerate(names)]
+    assert torch.equal(got, torch.cat(rows))
+
+
+def test_in_inductors_code(case):
+    cm = case.compile({"lowering": "inductor", "verify": "numeric"})
+    for names in (NAMES, MIXES[0]):
+        check_mixed(cm, case, names, inputs())
+
+
+def test_adapters_take_turns(case):
+    """Three slots, and room for weights of one adapter's own."""
+    config = LoraConfig(
+        ["q_proj", "v_proj", "k_proj", "o_proj"],
+        max_adapters=3,
+        max_own_weights=1,
+        modules_to_save=["lm_head", "embed_tokens"],
+    )
+    folders = {name: case.folders[name] for name in ("both", "head", "tokens")}
+    plain = save_plain(case)
+    cm = lorafx.compile(case.model(), config, adapters={**folders, **plain}, options=REFERENCE)
+    known = Case(case.base, {**case.folders, **plain})
+    store = cm._session.store
+    for names in (
+        ["both", "p0"],
+        ["head", None],
+        ["p1", "p0"],
+        ["tokens", "p1"],
+        ["p0", "p1"],
+        ["both", None],
+    ):
+        check_mixed(cm, known, names, inputs(2))
+    with pytest.raises(CapacityError, match=r"own weights of head: .*\(max_own_weights=2\)"):
+        cm(**inputs(2), adapter_names=["both", "head"])
+    check_mixed(cm, known, ["both", "p1"], inputs(2))
+    cm.load_adapter(str(case.folders["head"]), "both")  # in place, where the old one lies
+    check_mixed(cm, Case(case.base, {**folders, "both": folders["head"]}), ["both"], inputs(1))
+    cm.pin_adapter("p0")
+    with pytest.raises(CapacityError, match="'p0' is pinned, and there is no room"):
+        cm.load_adapter(str(case.folders["head"]), "p0")
+    cm.load_adapter(str(case.folders["tokens"]), "p1")  # is given a slot again by a batch
+    assert "p1" not in store.resident
+    moved = Case(case.base, {**known.folders, "p1": folders["tokens"]})
+    check_mixed(cm, moved, ["p1", "p0", None], inputs(3))
+    assert "both" not in store.resident
+
+
+def save_plain(case: Case) -> dict[str, Any]:
+    folder = case.folders["both"].parent
+    return {
+        f"p{seed}": save_own(case.base, folder / f"p{seed}", seed=seed, r=2, target_modules=QV)
+        for seed in range(2)
+    }
+
+
+def test_room_grows_with_the_setting(case):
+    config = {"target_modules": QV, "modules_to_save": ["lm_head"]}
+    few = lorafx.compile(case.model(), LoraConfig(**config, max_own_weights=1))
+    many = lorafx.compile(case.model(), LoraConfig(**config))
+    weight = case.base.lm_head.weight.nbytes
+    assert many.memory()["banks"] - few.memory()["banks"] >= 7 * weight
+
+
+def test_under_torch_compile(case):
+    model = attached(case)
+    check(compiled(model), model, case, NAMES, inputs())
+    with lorafx.adapters(model, "both"), torch.no_grad():  # in eager mode
+        got = model(**inputs(2))["logits"]
+    assert error(got, case.expected(["both"] * 2, inputs(2))) <= TOLERANCE
+
+
+def test_continuous_batching(case):
+    cm = case.compile()
+    config = ContinuousBatchingConfig(page_size=4, num_blocks=64, max_batch_tokens=32)
+    with cm.continuous_batching(None, config) as engine:
+        seen = StepLogits(engine)
+        asked = {
+            engine.add_request(
+                inputs(1, length)["input_ids"][0].tolist(), adapter=name, max_new_tokens=3
+            ): name
+            for length, name in enumerate(("both", None, "tokens", "head", "lora"), 5)
+        }
+        outputs = answers(engine, list(asked))
+    check_logits(case, seen, outputs, asked)
+
+
+# PEFT models
+
+
+def test_a_peft_model_that_is_taken_over(case):
+    wrapped = peft.PeftModel.from_pretrained(case.model(), str(case.folders["both"]), "both")
+    wrapped.load_adapter(str(case.folders["head"]), "head")
+    names = set(dict(wrapped.named_modules()))
+    cm = lorafx.compile(wrapped.eval(), options=REFERENCE)
+    assert isinstance(cm.model.lm_head, torch.nn.Linear)
+    check_mixed(cm, case, ["head", "both", None], inputs(3))
+    cm.detach()
+    assert set(dict(wrapped.named_modules())) == names
+    wrapped.set_adapter("head")
+    with torch.no_grad():
+        got = wrapped(**inputs(2))["logits"]
+    assert error(got, case.expected(["head"] * 2, inputs(2))) <= TOLERANCE
+
+
+def test_a_model_into_which_transformers_put_adapters(case):
+    model = case.model()
+    for name in ("both", "head"):
+        model.load_adapter(str(case.folders[name]), name)
+    cm = lorafx.compile(model.eval(), options=REFERENCE)
+    check_mixed(cm, case, ["head", "both", None], inputs(3))
+
+
+def test_a_peft_model_with_trained_tokens(tmp_path):
+    base = random_base("llama", num_hidden_layers=1, tie_word_embeddings=True)
+    config = {"target_modules": QV, "trainable_token_indices": [3, 5]}
+    case = own_case(base, tmp_path, {"tokens": config})
+    wrapped = peft.PeftModel.from_pretrained(case.model(), str(case.folders["tokens"]), "tokens")
+    cm = lorafx.compile(wrapped.eval(), options=REFERENCE)
+    check_mixed(cm, case, ["tokens", None], inputs(2))
+    cm.detach()
+    with torch.no_grad():
+        got = wrapped(**inputs(2))["logits"]
+    assert error(got, case.expected(["tokens"] * 2, inputs(2))) <= TOLERANCE
+
+
+# What is refused
+
+
+def test_modules_of_other_kinds_are_refused_by_name(case, tmp_path):
+    saved = {"target_modules": QV, "modules_to_save": ["model.norm"]}
+    folder = save_own(case.base, tmp_path / "n", seed=1, r=2, **saved)
+    with pytest.raises(
+        UnsupportedAdapterError, match=r"model\.norm \(LlamaRMSNorm\) was trained as a whole"
+    ):
+        lorafx.compile(case.model(), {"n": folder})
+
+
+def test_room_for_tokens_by_a_peft_configuration(case):
+    config = json.loads((case.folders["tokens"] / "adapter_config.json").read_text())
+    cm = lorafx.compile(case.model(), config, options=REFERENCE)
+    cm.load_adapter(str(case.folders["tokens"]), "tokens")
+    check_mixed(cm, case, ["tokens", None], inputs(2))
+
+
+def test_no_room(case):
+    config = LoraConfig([*QV, "k_proj", "o_proj", "embed_tokens", "lm_head"])
+    lora = {"lora": case.folders["lora"]}
+    cm = lorafx.compile(case.model(), config, adapters=lora, options=REFERENCE)
+    with pytest.raises(CapacityError, match=r"LoraConfig\(modules_to_save=\['lm_head'\]\)"):
+        cm.load_adapter(str(case.folders["head"]), "head")
+    with pytest.raises(CapacityError, match=r"LoraConfig\(trainable_tokens=4\)"):
+        cm.load_adapter(str(case.folders["tokens"]), "tokens")
+    check_mixed(cm, case, ["lora", None], inputs(2))
+
+
+def test_settings_that_name_nothing(case):
+    with pytest.raises(lorafx.TargetError, match=r"entry 'lm_haed' names no module.*lm_head"):
+        lorafx.compile(case.model(), LoraConfig(QV, modules_to_save=["lm_haed"]))
+    with pytest.raises(lorafx.TargetError, match=r"norm \(LlamaRMSNorm\) cannot have a weight"):
+        lorafx.compile(case.model(), LoraConfig(QV, modules_to_save=["model.norm"]))
+    with pytest.raises(lorafx.ConfigError, match="list of module names"):
+        LoraConfig(QV, modules_to_save="lm_head")
