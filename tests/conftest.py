@@ -63,9 +63,10 @@ def _torch_state() -> Iterator[None]:
     torch.set_grad_enabled(gradients)
     for config, name, value in settings:
         setattr(config, name, value)
-    if torch._C._len_torch_dispatch_stack() == 0:
-        for key in (torch._C.DispatchKey.Python, torch._C.DispatchKey.PythonTLSSnapshot):
-            torch._C._dispatch_tls_set_dispatch_key_included(key, False)
+    while torch._C._len_torch_dispatch_stack():
+        torch._C._pop_torch_dispatch_stack(None)
+    for key in (torch._C.DispatchKey.Python, torch._C.DispatchKey.PythonTLSSnapshot):
+        torch._C._dispatch_tls_set_dispatch_key_included(key, False)
 
 
 @pytest.fixture(autouse=True, scope="module")

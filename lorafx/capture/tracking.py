@@ -8,8 +8,10 @@ seen: the proofs of the graphs say what they return.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from itertools import compress, repeat, takewhile
 from typing import Any, TypeVar
 
 import torch
@@ -38,8 +40,10 @@ class Tracking(TorchDispatchMode):
     and has `uses` look at them.
 
     It is put on torch's stack by `run` or `begin` and never by `with`: an interrupt between the
-    steps of a context manager would leave it there. What an interrupt leaves all the same sees
-    nothing any more, and the next one takes it off.
+    steps of a context manager would leave it there. What two interrupts leave all the same sees
+    nothing any more, and the next one takes it off. It must not be left without need: a guard that
+    is entered meanwhile, such as inference mode's, brings torch's dispatcher back to a stack that
+    has a mode, and when the mode is gone, every operator without a tensor fails.
     """
 
     supports_higher_order_operators = True
@@ -52,27 +56,29 @@ class Tracking(TorchDispatchMode):
 
     def run(self, action: Callable[[], T]) -> T:
         """What `action` returns, whose operators are looked at."""
-        depth = _len_torch_dispatch_stack()
+        _forget_ended()
+        above = _pops(_len_torch_dispatch_stack())
         try:
-            self.begin()
+            _push_on_torch_dispatch_stack(self)
             return action()
         finally:
-            self.over = True  # no call before it: an interrupt may come where one begins
-            _shorten(depth)
+            # One call, of C: Python looks for signals where a Python function begins and where a
+            # call has returned.
+            self.over = True
+            _run(above, 0)
 
-    def begin(self, settings: ExitStack | None = None) -> None:
-        """Look at what runs from now on, until `settings` are left where they are given; else
-        `end` is to follow."""
-        if settings is not None:
-            settings.callback(self.end, _len_torch_dispatch_stack())
-        while isinstance(left := _get_current_dispatch_mode(), Tracking) and left.over:
-            _pop_torch_dispatch_stack(None)
+    def begin(self, settings: ExitStack) -> None:
+        """Look at what runs from now on, until `settings` are left."""
+        _forget_ended()
+        settings.callback(self.end)
         _push_on_torch_dispatch_stack(self)
 
-    def end(self, depth: int) -> None:
-        """Look at nothing any more; torch's stack is as long as it was before `begin`."""
+    def end(self) -> None:
+        """Look at nothing any more."""
         self.over = True
-        _shorten(depth)
+        stack = _get_current_dispatch_mode_stack()
+        if self in stack:
+            _run(_pops(stack.index(self)), 0)
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -99,14 +105,14 @@ class Tracking(TorchDispatchMode):
     def in_graph(self, action: Callable[[], T]) -> T:
         """What `action` returns, which runs the operators of a graph one by one: `match` knows
         their uses of weights."""
-        depth, uses = _len_torch_dispatch_stack(), self.uses
+        above, uses = _pops(_len_torch_dispatch_stack()), self.uses
         try:
             self.uses = None
             _push_on_torch_dispatch_stack(self)
             return action()
         finally:
             self.uses = uses
-            _shorten(depth)
+            _run(above, 0)
 
     def _note(
         self,
@@ -159,7 +165,8 @@ def untracked(action: Callable[[Tracking | None], T]) -> T:
         while (mode := running()) is not None:
             taken.append(mode)
             _pop_torch_dispatch_stack(None)
-        return action(next((mode for mode in taken if not mode.over), None))
+        looking = [mode for mode in taken if not mode.over]  # an interrupt in a generator is lost
+        return action(looking[0] if looking else None)
     finally:
         for mode in reversed(taken):
             if not mode.over:
@@ -176,6 +183,18 @@ def _takes_tensors(values: Iterable[object]) -> bool:
     return False
 
 
-def _shorten(depth: int) -> None:
-    while _len_torch_dispatch_stack() > depth:
+#: Runs an iterator to its end, in C.
+_run: Callable[[Iterator[Any], int], object] = deque
+
+
+def _pops(depth: int) -> Iterator[object]:
+    """Takes a mode off torch's stack at each step, until `depth` are left. Nothing in it is Python,
+    so that no interrupt comes between two steps."""
+    lengths = takewhile(depth.__lt__, iter(_len_torch_dispatch_stack, -1))
+    return map(_pop_torch_dispatch_stack, compress(repeat(None), lengths))
+
+
+def _forget_ended() -> None:
+    """Take off torch's stack what has ended and was left there."""
+    while isinstance(left := _get_current_dispatch_mode(), Tracking) and left.over:
         _pop_torch_dispatch_stack(None)

@@ -1,0 +1,83 @@
+"""An interrupted call leaves torch's dispatcher as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+import torch
+from interrupting import every_place
+from torch._C import _len_torch_dispatch_stack
+
+from lorafx.capture.tracking import Tracking, untracked
+
+
+@pytest.fixture(autouse=True)
+def _left_over() -> Iterator[None]:
+    """What a failure leaves stays in this test."""
+    yield
+    while _len_torch_dispatch_stack():
+        torch._C._pop_torch_dispatch_stack(None)
+
+
+def plain() -> None:
+    Tracking().run(lambda: torch.ones(2) + 1)
+
+
+def nested() -> None:
+    Tracking().run(lambda: Tracking().run(lambda: torch.ones(2) + 1))
+
+
+def graph_of() -> None:
+    def graph(mode: Tracking | None) -> None:
+        assert mode is not None
+        mode.in_graph(lambda: torch.ones(2) + 1)
+
+    Tracking().run(lambda: untracked(graph))
+
+
+@pytest.mark.parametrize("action", [plain, nested, graph_of])
+def test_an_interrupt_anywhere_leaves_nothing_on_the_stack(action: Callable[[], None]) -> None:
+    places = 0
+    for _, error in every_place(action):
+        places += 1
+        assert isinstance(error, KeyboardInterrupt)
+        assert _len_torch_dispatch_stack() == 0
+    assert places > 10
+
+
+def test_inference_mode_around_calls_after_an_interrupted_one() -> None:
+    """Its guard puts the dispatcher back to what it was when a mode was on the stack."""
+    for _ in every_place(plain):
+        with torch.inference_mode():
+            untracked(lambda _: plain())
+        assert torch.tensor([1]).item() == 1
+
+
+def test_what_has_ended_is_taken_off() -> None:
+    first, second = Tracking(), Tracking()
+    left, settings = ExitStack(), ExitStack()
+    first.begin(left)
+    first.over = True
+    second.begin(settings)
+    assert _len_torch_dispatch_stack() == 1
+    settings.close()
+    left.close()
+    assert _len_torch_dispatch_stack() == 0
+    first.begin(left)
+    first.over = True
+    plain()
+    assert _len_torch_dispatch_stack() == 0
+
+
+def test_the_end_of_a_block_that_was_taken_off_leaves_other_modes() -> None:
+    first, second = Tracking(), Tracking()
+    left, settings = ExitStack(), ExitStack()
+    first.begin(left)
+    first.over = True
+    second.begin(settings)
+    left.close()
+    assert _len_torch_dispatch_stack() == 1
+    settings.close()
+    assert _len_torch_dispatch_stack() == 0
