@@ -26,6 +26,7 @@ STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "reference": ("aten",),
 }
 Verify = Literal["off", "lint", "numeric"]
+Overflow = Literal["refuse", "waves"]
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,9 @@ class Options:
             model need not trace it; True for one beside the compiled kernels
             (docs/saved_graphs.md). Loading a graph runs code from the folder, so it has to be one
             that you alone can write to. None: graphs are not saved.
+        overflow: what is done with a batch of more distinct adapters than there are slots: "refuse"
+            raises CapacityError; with "waves" calls and `generate` run its rows in several batches
+            and put the results back in their order (docs/adapter_store.md).
     """
 
     lowering: Lowering = "auto"
@@ -176,6 +180,7 @@ class Options:
     weight_room: bool = False
     stamps: bool = True
     cache: str | bool | None = None
+    overflow: Overflow = "refuse"
 
     @classmethod
     def of(cls, value: Options | Mapping[str, Any] | None) -> Options:
@@ -200,6 +205,7 @@ class Options:
         for name, allowed in (
             ("lowering", ("auto", *STRATEGIES)),
             ("verify", ("off", "lint", "numeric")),
+            ("overflow", ("refuse", "waves")),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
+from lorafx.adapter_store.holding import loaded_as
 from lorafx.adapter_store.names import members
 from lorafx.errors import CapacityError, ConfigError, UnknownAdapterError, nearest
 
@@ -34,12 +36,39 @@ def too_many(wanted: Sequence[str], slots: int) -> CapacityError:
     """More distinct adapters in a batch than slots."""
     return CapacityError(
         f"the batch has {len(wanted)} distinct adapters ({', '.join(wanted)}), but "
-        f"there are only {slots} slots; split the batch or compile "
-        f"with LoraConfig(max_adapters={len(wanted)})"
+        f"there are only {slots} slots; split the batch, or compile "
+        f'with LoraConfig(max_adapters={len(wanted)}) or Options(overflow="waves")'
     )
 
 
-def no_slots(missing: Sequence[str], kept: Iterable[str], slots: int) -> CapacityError:
+def room_for(
+    wanted: Sequence[str],
+    slots: Mapping[str, int],
+    pinned: AbstractSet[str],
+    held: AbstractSet[int],
+    count: int,
+) -> tuple[list[int], list[str]]:
+    """The free ones of `count` slots, and the adapters that may lose theirs to those of `wanted`
+    that have none. `slots` are those of adapters, least recently used first; `held` keep theirs.
+
+    Raises:
+        CapacityError: that is not enough.
+    """
+    missing = [name for name in wanted if name not in slots]
+    free = [slot for slot in range(count) if slot not in set(slots.values())]
+    # Versions that a pinned one replaced take turns with it.
+    kept = pinned - set(map(loaded_as, wanted))
+    evictable = [
+        name
+        for name, slot in slots.items()
+        if name not in wanted and name not in kept and slot not in held
+    ]
+    if len(missing) > len(free) + len(evictable):
+        raise _no_slots(missing, slots.keys() - set(evictable) - set(wanted), count)
+    return free, evictable
+
+
+def _no_slots(missing: Sequence[str], kept: Iterable[str], slots: int) -> CapacityError:
     """The slots are kept for others, `kept`."""
     return CapacityError(
         f"no slots for {', '.join(missing)}: {slots} slots, of which "

@@ -20,10 +20,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
 
-from lorafx.adapter_store.asked import check_loaded, no_slots, too_many
+from lorafx.adapter_store.asked import check_loaded, room_for, too_many
 from lorafx.adapter_store.dora import measure
 from lorafx.adapter_store.fitting import fitted
-from lorafx.adapter_store.holding import Hold, Retired, loaded_as
+from lorafx.adapter_store.holding import Hold, Retired
 from lorafx.adapter_store.mixing import mixed
 from lorafx.adapter_store.names import BASE, Mixture, check_name, members
 from lorafx.adapter_store.own_places import OwnPlaces
@@ -94,6 +94,13 @@ class AdapterStore:
         """Adapters that keep their slot until unpinned or unloaded."""
         with self._lock:
             return frozenset(self._pinned)
+
+    def fits(self, names: frozenset[str]) -> bool:
+        """Whether these loaded adapters find slots beside the pinned ones, all at a time."""
+        with self._lock:
+            every = names | self._pinned
+            own = sum(bool(self._adapters[n].own) for n in every if n in self._adapters)
+            return len(every) <= self.max_adapters and own <= self._own.count
 
     def check_known(self, name: str) -> None:
         """Raise UnknownAdapterError unless this names loaded adapters, or the base."""
@@ -350,17 +357,7 @@ class AdapterStore:
         missing = [name for name in wanted if name not in self._slots]
         if not missing:
             return
-        free = [s for s in range(self.max_adapters) if s not in set(self._slots.values())]
-        # Versions that a pinned one replaced take turns with it.
-        pinned = self._pinned.difference(map(loaded_as, wanted))
-        evictable = [
-            name
-            for name, slot in self._slots.items()
-            if name not in wanted and name not in pinned and slot not in held
-        ]
-        if len(missing) > len(free) + len(evictable):
-            kept = set(self._slots) - set(evictable) - set(wanted)
-            raise no_slots(missing, kept, self.max_adapters)
+        free, evictable = room_for(wanted, self._slots, self._pinned, held, self.max_adapters)
         owners = self._owners()
         evicted = self._own.to_evict(
             [name for name in missing if self._adapters[name].own], [*owners], evictable

@@ -195,6 +195,22 @@ class RoleTable:
                 named[name] = value
         return named
 
+    def changed(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], change: Callable[[str, Any], Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same call with `change(name, value)` in place of each argument, by `bind`'s names."""
+        bound = self._signature.bind_partial(*args, **kwargs)
+        for name, value in bound.arguments.items():
+            kind = self._signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_KEYWORD:
+                made: Any = {own: change(own, item) for own, item in value.items()}
+            elif kind is inspect.Parameter.VAR_POSITIONAL:
+                made = tuple(change(f"{name}.{index}", item) for index, item in enumerate(value))
+            else:
+                made = change(name, value)
+            bound.arguments[name] = made
+        return bound.args, bound.kwargs
+
     def role(self, argument: str, tensor: Tensor) -> Role:
         """The role of `tensor`, found in `argument` (itself, or a leaf of a container)."""
         if argument in self._row_dims:

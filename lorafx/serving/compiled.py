@@ -11,31 +11,32 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorafx.adapter_store.names import BASE, AdapterName, members, one_name
+from lorafx.adapter_store.names import AdapterName
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.base_weights.merge import merged_of
 from lorafx.capture.backend import Backend
-from lorafx.errors import BatchError, CaptureError, ConfigError
+from lorafx.errors import CaptureError
 from lorafx.explain import Explanation
 from lorafx.interrupts import undisturbed
 from lorafx.model.attachment import Attachment
 from lorafx.model.sites import Site
 from lorafx.program.program import Program
+from lorafx.serving.adapter_methods import AdapterMethods
 from lorafx.serving.base_methods import BaseMethods
 from lorafx.serving.batching_methods import BatchingMethods
 from lorafx.serving.delegated import delegated
 from lorafx.serving.entry import Entry, entered
 from lorafx.serving.generation import generate, nested_generates
 from lorafx.serving.warmup import warm_up
-from lorafx.session.loading import load_adapter
-from lorafx.session.requests import by_slots, checked_names
+from lorafx.serving.waves import call_in_waves, generate_in_waves
+from lorafx.session.requests import Names, by_slots, checked_names
 from lorafx.session.resting import Resting
 from lorafx.session.session import Session
 from lorafx.session.sharing import join, leave
 from lorafx.session.stand_ins import Replaced
 
 
-class CompiledModel(BaseMethods, BatchingMethods, nn.Module):
+class CompiledModel(AdapterMethods, BaseMethods, BatchingMethods, nn.Module):
     """A model that serves its base and many LoRA adapters in one batch.
 
     `model` is the model that was given, with the same classes, names, `state_dict()` and
@@ -88,7 +89,8 @@ class CompiledModel(BaseMethods, BatchingMethods, nn.Module):
                 finite number, or an adapter that is not linear in it (DoRA, weights of its own).
             BatchError: `adapter_names` or `adapter_slots` does not fit the batch.
             UnknownAdapterError: a name that is not loaded.
-            CapacityError: more distinct adapters than slots, or a sum of ranks over `max_rank`.
+            CapacityError: more distinct adapters than slots, unless `Options.overflow` is "waves";
+                or a sum of ranks over `max_rank`.
             ProvenanceError, MatchError: this batch cannot be served correctly; the error says why.
             CaptureError: the model was detached, moved, or needs more graphs than allowed.
         """
@@ -98,12 +100,17 @@ class CompiledModel(BaseMethods, BatchingMethods, nn.Module):
         if adapter_slots is not None:
             names, tokens = by_slots(adapter_slots, self.adapters if names is None else names)
 
-        def run() -> Any:
-            self._check_attached()  # it may have been detached while the call waited
-            per_token = self._session.asked.tokens is not None
-            return self.entry(self.model, per_token=per_token)(*args, **kwargs)
+        def call(
+            args: Sequence[Any], kwargs: Mapping[str, Any], names: Names | None, tokens: Any
+        ) -> Any:
+            def run() -> Any:
+                self._check_attached()  # it may have been detached while the call waited
+                per_token = self._session.asked.tokens is not None
+                return self.entry(self.model, per_token=per_token)(*args, **kwargs)
 
-        return self._session.call(run, names, tokens=tokens)
+            return self._session.call(run, names, tokens=tokens)
+
+        return call_in_waves(self, call, args, kwargs, names, tokens)
 
     def generate(
         self, *args: Any, adapter_names: Sequence[AdapterName] | None = None, **kwargs: Any
@@ -122,11 +129,16 @@ class CompiledModel(BaseMethods, BatchingMethods, nn.Module):
         """
         self._check_attached()
 
-        def run() -> Any:
-            self._check_attached()
-            return generate(self, *args, **kwargs)
+        def call(
+            args: Sequence[Any], kwargs: Mapping[str, Any], names: Names | None, _: Any
+        ) -> Any:
+            def run() -> Any:
+                self._check_attached()
+                return generate(self, *args, **kwargs)
 
-        return self._session.call(run, checked_names(adapter_names), repeats=True)
+            return self._session.call(run, names, repeats=True)
+
+        return generate_in_waves(self, call, args, kwargs, checked_names(adapter_names))
 
     def entry(
         self,
@@ -214,103 +226,6 @@ class CompiledModel(BaseMethods, BatchingMethods, nn.Module):
             lengths=lengths,
             generate=generate,
         )
-
-    # --- adapters ---
-
-    def set_adapter(self, name: AdapterName) -> None:
-        """Set the adapter of calls that name none; None is the base model, a mapping a sum as in
-        `forward`.
-
-        Raises:
-            UnknownAdapterError: it is not loaded.
-            ConfigError: another one is merged; or as `forward` for a sum.
-            CapacityError: as `forward` for a sum.
-            BatchError: called from the source that `load_weights` reads, or inside a call.
-        """
-        self._session.refuse_running("set_adapter()")
-        name = one_name(name, "the default")
-        with self._session.lock:  # an update takes a merge out and puts it back
-            if name is not None and name != BASE:
-                self._session.store[name]
-            if self.merged not in (None, name):
-                raise ConfigError(
-                    f"{self.merged!r} is merged and serves the calls that name no adapter; "
-                    f"call unmerge() before set_adapter({name!r})"
-                )
-            self._session.default = name
-
-    def load_adapter(
-        self, source: str | os.PathLike[str], name: str, *, strict: bool | None = None
-    ) -> None:
-        """Read an adapter folder and keep the adapter in host memory; a batch that names it gives
-        it a slot.
-
-        An adapter of the same name is replaced. Calls go on while the files are read; requests of
-        a continuous batch that have been added keep the version that they were added with.
-
-        Args:
-            strict: whether the file must have factors for every selected module that the adapter's
-                own configuration targets. Otherwise such a module keeps W, with one warning. None
-                means `Options.strict`.
-
-        Raises:
-            CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
-            ConfigError: the adapter of this name is merged, or any adapter is merged and this one
-                is DoRA, whose norms come from the base's own weights.
-            BatchError: the call that is running on this thread serves the adapter of this name.
-        """
-        load_adapter(self._session, source, name, strict)
-
-    def unload_adapter(self, name: str) -> None:
-        """Forget an adapter and free its slot. If it was the default, or part of a sum that was,
-        the base model becomes the default.
-
-        Raises:
-            UnknownAdapterError: it is not loaded.
-            ConfigError: it is merged.
-            BatchError: the call that is running on this thread serves it.
-        """
-        session = self._session
-
-        def unload() -> None:
-            session.store.unload(name)
-            session.forget_served()
-            if session.default is not None and name in members(session.default):
-                session.default = None
-
-        with session.lock:
-            session.refuse_merged(name, "is unloaded")
-            session.refuse_served(name, "unload")
-            undisturbed(unload)
-
-    def pin_adapter(self, name: str) -> None:
-        """Bring an adapter into a slot now and keep it there.
-
-        Raises:
-            UnknownAdapterError: it is not loaded.
-            CapacityError: every slot is pinned.
-            BatchError: called inside a forward on this thread, for an adapter without a slot.
-        """
-        session = self._session
-        with session.lock:  # a slot that it takes may be one that a running call reads
-            if session.running.entries and name not in session.store.resident:
-                raise BatchError(
-                    f"a forward is running on this thread; pin {name!r} when it has returned"
-                )
-            session.store.pin(name)
-
-    def unpin_adapter(self, name: str) -> None:
-        """Let a pinned adapter be evicted again.
-
-        Raises:
-            UnknownAdapterError: it is not loaded.
-        """
-        self._session.store.unpin(name)
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """Names of the loaded adapters, in order of loading."""
-        return self._session.store.names
 
     # --- what it is and does ---
 

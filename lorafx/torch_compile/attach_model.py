@@ -42,19 +42,25 @@ def attach(
         As `compile`. After an error the model's modules and hooks are as they were.
     """
     refuse_compiled(model)
-    refuse_cache(Options.of(options))
+    refuse_options(Options.of(options))
     marked = mark(model, lora_config, adapters, options)
     _refuse_shared_weights(marked)
     attach_session(marked.program, marked.attachment, marked.store)
     return marked.program.model
 
 
-def refuse_cache(options: Options) -> None:
-    """Raises ConfigError: torch.compile itself captures the graphs of such models."""
+def refuse_options(options: Options) -> None:
+    """Raises ConfigError for what only `lorafx.compile` can do: torch.compile itself captures the
+    graphs of such models, and their users call them."""
     if options.cache:
         raise ConfigError(
             "Options.cache is for models that are given to lorafx.compile; what torch.compile "
             "captures is in torch's own caches"
+        )
+    if options.overflow != "refuse":
+        raise ConfigError(
+            f"Options.overflow={options.overflow!r} is for models that are given to "
+            "lorafx.compile; here nobody but the caller can split a batch"
         )
 
 

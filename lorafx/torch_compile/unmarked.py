@@ -27,7 +27,7 @@ from lorafx.config import Options
 from lorafx.errors import CaptureError, ConfigError, nearest
 from lorafx.pipeline import pipeline
 from lorafx.program.stack import compiled_module, unwrapped
-from lorafx.torch_compile.attach_model import attach, refuse_cache
+from lorafx.torch_compile.attach_model import attach, refuse_options
 from lorafx.torch_compile.attached import AttachedSession, marked_session, session_of
 from lorafx.torch_compile.attached_backend import AttachedBackend
 from lorafx.torch_compile.pending import pending_blocks
@@ -65,7 +65,7 @@ class FrameOptions:
         own = {key: value for key, value in (given or {}).items() if key not in _LORA}
         options = Options.of(own)
         pipeline(options)  # its names are right
-        refuse_cache(options)
+        refuse_options(options)
         return cls(dict(given or {}), options)
 
     @property

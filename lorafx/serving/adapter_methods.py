@@ -1,0 +1,116 @@
+"""Methods of a compiled model for its adapters: loading, pinning, the default."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from lorafx.adapter_store.names import BASE, AdapterName, members, one_name
+from lorafx.errors import BatchError, ConfigError
+from lorafx.interrupts import undisturbed
+from lorafx.session.loading import load_adapter
+
+if TYPE_CHECKING:
+    from lorafx.session.session import Session
+
+
+class AdapterMethods:
+    """The part of `CompiledModel` that is about adapters."""
+
+    _session: Session
+
+    def set_adapter(self, name: AdapterName) -> None:
+        """Set the adapter of calls that name none; None is the base model, a mapping a sum as in
+        `forward`.
+
+        Raises:
+            UnknownAdapterError: it is not loaded.
+            ConfigError: another one is merged; or as `forward` for a sum.
+            CapacityError: as `forward` for a sum.
+            BatchError: called from the source that `load_weights` reads, or inside a call.
+        """
+        self._session.refuse_running("set_adapter()")
+        name = one_name(name, "the default")
+        with self._session.lock:  # an update takes a merge out and puts it back
+            if name is not None and name != BASE:
+                self._session.store[name]
+            merged = self._session.base.merged
+            if merged is not None and merged.name != name:
+                raise ConfigError(
+                    f"{merged.name!r} is merged and serves the calls that name no adapter; "
+                    f"call unmerge() before set_adapter({name!r})"
+                )
+            self._session.default = name
+
+    def load_adapter(
+        self, source: str | os.PathLike[str], name: str, *, strict: bool | None = None
+    ) -> None:
+        """Read an adapter folder and keep the adapter in host memory; a batch that names it gives
+        it a slot.
+
+        An adapter of the same name is replaced. Calls go on while the files are read; requests of
+        a continuous batch that have been added keep the version that they were added with.
+
+        Args:
+            strict: whether the file must have factors for every selected module that the adapter's
+                own configuration targets. Otherwise such a module keeps W, with one warning. None
+                means `Options.strict`.
+
+        Raises:
+            CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
+            ConfigError: the adapter of this name is merged, or any adapter is merged and this one
+                is DoRA, whose norms come from the base's own weights.
+            BatchError: the call that is running on this thread serves the adapter of this name.
+        """
+        load_adapter(self._session, source, name, strict)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter and free its slot. If it was the default, or part of a sum that was,
+        the base model becomes the default.
+
+        Raises:
+            UnknownAdapterError: it is not loaded.
+            ConfigError: it is merged.
+            BatchError: the call that is running on this thread serves it.
+        """
+        session = self._session
+
+        def unload() -> None:
+            session.store.unload(name)
+            session.forget_served()
+            if session.default is not None and name in members(session.default):
+                session.default = None
+
+        with session.lock:
+            session.refuse_merged(name, "is unloaded")
+            session.refuse_served(name, "unload")
+            undisturbed(unload)
+
+    def pin_adapter(self, name: str) -> None:
+        """Bring an adapter into a slot now and keep it there.
+
+        Raises:
+            UnknownAdapterError: it is not loaded.
+            CapacityError: every slot is pinned.
+            BatchError: called inside a forward on this thread, for an adapter without a slot.
+        """
+        session = self._session
+        with session.lock:  # a slot that it takes may be one that a running call reads
+            if session.running.entries and name not in session.store.resident:
+                raise BatchError(
+                    f"a forward is running on this thread; pin {name!r} when it has returned"
+                )
+            session.store.pin(name)
+
+    def unpin_adapter(self, name: str) -> None:
+        """Let a pinned adapter be evicted again.
+
+        Raises:
+            UnknownAdapterError: it is not loaded.
+        """
+        self._session.store.unpin(name)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loaded adapters, in order of loading."""
+        return self._session.store.names
