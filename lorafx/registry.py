@@ -2,12 +2,14 @@
 
 `lookup(module)` walks the MRO of the instance's class and takes the first registered class, so
 subclasses are eligible with their base and the nearest entry wins. Built in: `nn.Linear`,
-`nn.Embedding` and, once transformers has been imported by somebody, its `Conv1D`. A class that
-replaces a registered one (lorafx.model.out_of_tree) has that one's entry with sizes of its own.
+`nn.Embedding`, `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` and, once transformers has been imported by
+somebody, its `Conv1D`. A class that replaces a registered one (lorafx.model.out_of_tree) has that
+one's entry with sizes of its own.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +20,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from lorafx.errors import ConfigError, nearest
 
-Kind = Literal["linear", "embedding", "experts"]
+Kind = Literal["linear", "embedding", "experts", "conv"]
+#: Those that classes can be registered with; convolutions are torch's own.
 KINDS: tuple[Kind, ...] = ("linear", "embedding", "experts")
 SizeOf = str | Callable[[nn.Module], int]
 SizesOf = str | Callable[[nn.Module], Sequence[int]]
@@ -66,9 +69,11 @@ class Eligible:
 
     Attributes:
         cls: the class; its subclasses are eligible too, the nearest entry along the MRO wins.
-        kind: "linear" (y = x Wᵀ), "embedding" (y = W[ids]) or "experts" (routed experts, whose 3-D
-            parameters are told by their shapes, lorafx.model.experts).
-        sizes: instance -> (in_features, out_features).
+        kind: "linear" (y = x Wᵀ), "embedding" (y = W[ids]), "conv" (a convolution of torch's) or
+            "experts" (routed experts, whose 3-D parameters are told by their shapes,
+            lorafx.model.experts).
+        sizes: instance -> (in_features, out_features); of a convolution the entries of one kernel
+            over all channels, and the output channels.
         weight: attribute that holds the base weight.
         transposed: True where the weight is stored (in, out), as in transformers' Conv1D.
         output_sizes: instance -> columns of each output slice of a packed module; None for
@@ -164,11 +169,22 @@ def _read(module: nn.Module, size: SizeOf) -> int:
     return getattr(module, size) if isinstance(size, str) else size(module)
 
 
+def _kernel_entries(module: nn.Module) -> int:
+    """C · ∏kernel of a convolution: what one row of A has."""
+    assert isinstance(module, _CONVOLUTIONS)
+    return module.in_channels * math.prod(module.kernel_size)
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BUILT_IN: dict[type[nn.Module], Eligible] = {
     nn.Linear: Eligible(nn.Linear, "linear", FeatureSizes("in_features", "out_features")),
     nn.Embedding: Eligible(
         nn.Embedding, "embedding", FeatureSizes("num_embeddings", "embedding_dim")
     ),
+    **{
+        cls: Eligible(cls, "conv", FeatureSizes(_kernel_entries, "out_channels"))
+        for cls in _CONVOLUTIONS
+    },
 }
 _REGISTERED: dict[type[nn.Module], Eligible] = {}
 #: By the class that replaces; see lorafx.model.out_of_tree.

@@ -3,7 +3,8 @@
     (Site, ...) → groups by (parent, kind, K, dtype, device) → Bank each → SiteMark each
 
 Siblings are sites that may turn out to share an input (q/k/v, gate/up); one bank lets one shrink
-serve them all. Embeddings stay alone: a token's row of A is gathered, not multiplied. So do sites
+serve them all. Embeddings stay alone: a token's row of A is gathered, not multiplied. So do
+convolutions, whose strides may differ, and sites
 where adapters may have rows of the weight of their own: y is not the base's product there. Only the
 forward hooks of the model change, and `Attachment.detach` removes exactly those.
 """
@@ -24,6 +25,7 @@ from lorafx.errors import CaptureError, ConfigError
 from lorafx.interrupts import Rollback
 from lorafx.model.attachment import MARKS, Attachment
 from lorafx.model.bank import Bank
+from lorafx.model.convolutions import window_of
 from lorafx.model.marks import SiteMark
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.quantized import QuantisedModules, is_stored
@@ -135,6 +137,7 @@ def _mark(site: Site, index: int, group: Group, runtime: Runtime) -> SiteMark:
         derived=site.has_own_forward,
         handler=site.eligible.handler,
         stored=is_stored(site.module, site.eligible),
+        window=window_of(site.module) if site.eligible.kind == "conv" else None,
     )
 
 

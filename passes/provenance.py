@@ -20,7 +20,6 @@ from torch import fx
 
 from lorafx.errors import ProvenanceError
 from lorafx.graph.context import (
-    EMBEDDING_OP,
     OWN_MASK,
     ROWS_OF,
     Context,
@@ -33,7 +32,7 @@ from lorafx.ownership.emit import Emitter
 from lorafx.ownership.flow import Flow
 from lorafx.ownership.labels import Label, Mixed, One, Own
 from lorafx.ownership.propagate import flow_through
-from lorafx.ownership.site_rules import input_of
+from lorafx.ownership.site_rules import input_of, row_dims
 from lorafx.ownership.symbolic import ONE, BatchSymbols, Sizes, product
 from lorafx.ownership.tokens import Alignment
 from lorafx.program.frame import (
@@ -126,8 +125,7 @@ def prove_tokens(
     proofs: dict[fx.Node, Proof] = {}
     for node in sites:
         x = input_of(node)
-        ndim = len(flow.shape(x)) - (node.target is not EMBEDDING_OP)
-        period = places.rows_in_order(x, flow.label(x), ndim)
+        period = places.rows_in_order(x, flow.label(x), row_dims(node))
         proofs[node] = (
             Unproved("it is not proved that its rows are the tokens of the requests in order")
             if period is None
@@ -140,7 +138,7 @@ def row_map(node: fx.Node, flow: Flow) -> Proof:
     """The map of one site from the label of its x (of its ids, which have no feature dimension)."""
     x = input_of(node)
     label, shape = flow.label(node if node in flow.given else x), flow.shape(x)
-    ndim = len(shape) - (node.target is not EMBEDDING_OP)
+    ndim = row_dims(node)
     if isinstance(label, Mixed):
         return Unproved(label.reason)
     if isinstance(label, One):
@@ -173,8 +171,8 @@ def apply(
             rows = emitter.size(proof.period, node)
         else:
             x, rows = input_of(node), 1
-            ndim = fake_value(x).dim() - (node.target is not EMBEDDING_OP)
-            slots = emitter.row_slots(slots, proof.perm, proof.period, x, proof.dim, ndim, node)
+            dims = row_dims(node)
+            slots = emitter.row_slots(slots, proof.perm, proof.period, x, proof.dim, dims, node)
         if slots is None or rows is None:
             done[node] = Unproved(f"the graph cannot compute the size {proof.period}")
             continue

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from lorafx.graph.context import SITE_OP, Context, is_site
+from lorafx.graph.context import CONV_OP, SITE_OP, Context, is_site
 from lorafx.kernels.ops.delta import accumulation_dtype
 from lorafx.op_arguments import bound, rebind
+from lorafx.ownership.site_rules import row_dims
 from lorafx.ownership.symbolic import as_expr
 from lorafx.passes.provenance import ALL_ALIKE
 from lorafx.program.frame import fake_value
@@ -71,7 +72,13 @@ class _Scales:
         used = self._call(aten.unsqueeze.default, self._call(aten.ge.Scalar, owner, 0), -1)
         live = self._call(aten.ne.Scalar, gain, 0)
         live = self._call(aten.logical_and.default, live, used)
-        if y.dim() != 2:
+        if node.target is CONV_OP:
+            ones = [1] * (y.dim() - 2)
+            addend = addend and self._call(aten.reshape.default, addend, [y.shape[1], *ones])
+            sizes = [self._size(node, 0), y.shape[1], *ones]
+            gain = self._call(aten.reshape.default, gain, sizes)
+            live = self._call(aten.reshape.default, live, sizes)
+        elif y.dim() != 2:
             sizes = [self._size(node, dim) for dim in range(y.dim())]
             gain = self._call(aten.reshape.default, gain, sizes)
             live = self._call(aten.reshape.default, live, sizes)
@@ -97,7 +104,7 @@ class _Scales:
         """The slot of each row of y, int32 (M,); as `lorafx.kernels.ops.delta.row_slots`."""
         call = bound(node)
         slots, rows = call["slots"], call["rows"]
-        leading = tuple(fake_value(node).shape[:-1])
+        leading = tuple(fake_value(node).shape[: row_dims(node)])
         key = (slots, rows, *map(as_expr, leading))
         if key not in self.owners:
             count: Any = 1

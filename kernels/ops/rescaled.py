@@ -33,7 +33,13 @@ def rescaled(
     """
     owner = row_slots(slots, rows, y.shape[:-1].numel()).view(y.shape[:-1])
     own = torch.cat([gains[:, o : o + n] for o, n in zip(offsets, sizes, strict=True)], 1)
-    gain = own[owner]  # -1 reads the last slot, for nothing
+    return rescaled_rows(y, own, addend, owner)
+
+
+def rescaled_rows(y: Tensor, gains: Tensor, addend: Tensor | None, owner: Tensor) -> Tensor:
+    """y (..., N) rescaled by gains (S, N), given the slots of its rows: owner (...), whose sizes
+    may be 1 where those of y are not."""
+    gain = gains[owner]  # -1 reads the last slot, for nothing
     wide = y.to(accumulation_dtype(y))
     product = wide if addend is None else wide - addend
     live = (owner >= 0).unsqueeze(-1) & (gain != 0)

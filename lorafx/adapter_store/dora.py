@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lorafx.model.bank import Factors
+from lorafx.model.convolutions import norm_factors
 from lorafx.model.quantized import dequantize, readable
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ def _gains(site: Site, weight: Tensor, first: int, f: Factors) -> Tensor:
     own = weight[first : first + f.B.shape[-1]]
     A = f.A.mT if site.eligible.kind == "embedding" else f.A
     A, B = (tensor.to(own.device, torch.float32) for tensor in (A, f.B.mT))
+    if site.eligible.kind == "conv":
+        A, B = norm_factors(site.module, A, B)
     squares = torch.zeros(len(own), dtype=torch.float32, device=own.device)
     for rows, columns in _chunks(own):
         merged = own[rows, columns].float() + f.scale * (B[rows] @ A[:, columns])

@@ -29,7 +29,7 @@ from lorafx.adapter_store.places import Places
 from lorafx.model.bank import OwnWeight
 from lorafx.model.candidates import by_raw_weight
 from lorafx.model.module_graph import ModuleGraph
-from lorafx.model.own_rows import is_input_embedding, own_refusal, tied_paths
+from lorafx.model.own_rows import OWN_KINDS, is_input_embedding, own_refusal, tied_paths
 from lorafx.model.sites import Site
 from lorafx.registry import lookup
 
@@ -55,7 +55,8 @@ class SavedModule:
     @property
     def eligible(self) -> bool:
         """Whether a row may have a weight of its own here, by the module's class."""
-        return (lookup(self.module) or by_raw_weight(self.module)) is not None
+        entry = lookup(self.module) or by_raw_weight(self.module)
+        return entry is not None and entry.kind in OWN_KINDS
 
 
 def saved_modules(state: AdapterState, places: Places, *, with_copies: bool) -> list[SavedModule]:

@@ -23,6 +23,7 @@ from lorafx.adapter_store.lora_weights import LoraWeights
 from lorafx.adapter_store.own_reading import OwnReading, same
 from lorafx.adapter_store.peft_keys import FactorKey, parse, without_prefix
 from lorafx.adapter_store.places import Place, SiteLanding, saved_sizes
+from lorafx.model.convolutions import convolution_of, matrices
 from lorafx.model.refusals import unsupported
 from lorafx.registry import is_empty, lookup
 
@@ -151,6 +152,10 @@ class Reading:
         a, b = (self.state.tensors[keys[letter].key] for letter in "AB")
         if not all([self.findings.sound(keys["A"].key, a), self.findings.sound(keys["B"].key, b)]):
             return
+        shaped = self._convolved(landing, keys, a, b)
+        if shaped is None:
+            return
+        a, b = shaped
         rank = a.shape[0] if a.dim() == 2 else 0
         places = landing.fitting(self.rows.get(id(landing.places[0][0]), {}))
         sizes = [saved_sizes(place) for place in places or landing.places]
@@ -185,6 +190,27 @@ class Reading:
                     )
             yield site.part_path(index), LoraWeights(own_a, own_b, scale, magnitude=own_m)
 
+    def _convolved(
+        self, landing: SiteLanding, keys: dict[str, FactorKey], a: Tensor, b: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """A and B of a convolution as matrices, others as they are; None when a problem was
+        noted."""
+        site = landing.places[0][0]
+        if site.eligible.kind != "conv":
+            return a, b
+        made = matrices(site.module, a, b)
+        if made is None:
+            conv = convolution_of(site.module)
+            kernel = ", ".join(map(str, conv.kernel_size))
+            groups = "" if conv.groups == 1 else f" / {conv.groups}"
+            ones = ", 1" * len(conv.kernel_size)
+            self.problems.append(
+                f"{keys['A'].key} {tuple(a.shape)} and {keys['B'].key} {tuple(b.shape)}: "
+                f"{_label(landing)} needs (r, {conv.in_channels}, {kernel}) and "
+                f"({conv.out_channels}, r{groups}{ones})"
+            )
+        return made
+
     def _magnitude(
         self, label: str, keys: dict[str, FactorKey], places: tuple[Place, ...], count: int
     ) -> Tensor | None:
@@ -201,6 +227,8 @@ class Reading:
         self.unsupported.extend(f"{label} cannot carry DoRA: {reason}" for reason in reasons)
         if not self.findings.sound(key, m) or reasons:
             return None
+        if places[0][0].eligible.kind == "conv" and m.dim() > 1:
+            m = m.flatten()  # (1, N, 1, ...)
         if tuple(m.shape) != (count,):
             self.problems.append(f"{key} has shape {tuple(m.shape)}, {label} needs ({count},)")
             return None
@@ -295,4 +323,4 @@ def _label(landing: SiteLanding) -> str:
 
 
 def _article(kind: str) -> str:
-    return "an embedding" if kind == "embedding" else "a linear layer"
+    return {"embedding": "an embedding", "conv": "a convolution"}.get(kind, "a linear layer")

@@ -23,6 +23,7 @@ from torch import Tensor
 from lorafx.base_weights.copies import Repeat, repeats
 from lorafx.base_weights.deltas import Delta, deltas_of
 from lorafx.errors import MatchError
+from lorafx.model.convolutions import unmergeable
 from lorafx.model.module_graph import storage_key
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site
@@ -235,6 +236,8 @@ def _problem(program: Program, found: _Found, delta: Delta, *, requantize: bool)
     """Why the site's weight cannot take ΔW."""
     site = delta.site
     weight = program.weight_of(site)
+    if site.eligible.kind == "conv" and (why := unmergeable(site.module)):
+        return f"the adapter adds no change of its weight: {why}"
     if weight is not None and weight.is_meta:
         return "its weight is on the meta device"
     if site.path in program.replaced:

@@ -3,6 +3,7 @@
     linear (N, K)            ΔW[o : o + n]       = s · Bᵀ A        A (r, K), B (r, n)
     linear (K, N)            ΔW[:, o : o + n]    = s · Aᵀ B
     embedding (V, N)         ΔW                  = s · A B         A (V, r), B (r, N)
+    convolution (N, C, k…)   ΔW as of a linear, its kernels as rows
     experts (E, N, K)        ΔW[e, o : o + n]    = s_e · B_eᵀ A_e  A (E, r, K), B (E, r, n)
     experts (E, K, N)        ΔW[e, :, o : o + n] = s_e · A_eᵀ B_e
     DoRA                     (1 + G) ⊙ (W + ΔW) − W, by output (lorafx.adapter_store.dora)
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from lorafx.adapter_store.store import StoredAdapter
 from lorafx.model.bank import Factors, OwnWeight
+from lorafx.model.convolutions import weight_shape
 from lorafx.model.sites import Group, Site
 
 #: Bytes of ΔW that are computed at once: on a CPU a cache's worth, whose memory is used again and
@@ -55,6 +57,8 @@ class Delta:
     def shape(self) -> tuple[int, ...]:
         """Sizes of the weight as it is stored."""
         site = self.site
+        if site.eligible.kind == "conv":
+            return weight_shape(site.module)
         pair = (site.out_features, site.in_features)
         if site.eligible.transposed or site.eligible.kind == "embedding":
             pair = pair[::-1]
@@ -86,7 +90,8 @@ class Delta:
             low, high = max(start, columns.start), min(stop, columns.stop)
             if low < high:
                 rows, gains = slice(low - start, high - start), gains[low - columns.start :]
-                made[rows] += gains[: high - low, None] * (before[rows] + made[rows])
+                gains = gains[: high - low].view(-1, *[1] * (made.dim() - 1))
+                made[rows] += gains * (before[rows] + made[rows])
         return made
 
     def _exchange(
@@ -128,6 +133,10 @@ def _add_linear(site: Site, term: DeltaTerm, made: Tensor, start: int, stop: int
         made[low - start : high - start].addmm_(b.T, _on(made, f.A), alpha=float(f.scale))
 
 
+def _add_conv(site: Site, term: DeltaTerm, made: Tensor, start: int, stop: int) -> None:
+    _add_linear(site, term, made.flatten(1), start, stop)  # a view: `made` is contiguous
+
+
 def _add_embedding(site: Site, term: DeltaTerm, made: Tensor, start: int, stop: int) -> None:
     f = term.factors
     a, b = _on(made, f.A[start:stop]), _on(made, f.B)
@@ -150,6 +159,7 @@ def _add_experts(site: Site, term: DeltaTerm, made: Tensor, start: int, stop: in
 _Add = Callable[[Site, DeltaTerm, Tensor, int, int], None]
 _ADD: dict[str, _Add] = {
     "linear": _add_linear,
+    "conv": _add_conv,
     "embedding": _add_embedding,
     "experts": _add_experts,
 }

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import lorafx.kernels.ops.conv_ops
 import lorafx.kernels.ops.expert_ops
 import lorafx.kernels.ops.grouped_ops
 import lorafx.kernels.ops.mask_ops
@@ -37,13 +38,16 @@ from lorafx.registry import lookup
 SITE_OP = torch.ops.lorafx.site.default
 EMBEDDING_OP = torch.ops.lorafx.embedding_site.default
 GROUPED_OP = torch.ops.lorafx.grouped_site.default
+CONV_OP = torch.ops.lorafx.conv_site.default
 EXPERT_OP = torch.ops.lorafx.expert_site.default
 EXPERT_MARK = torch.ops.lorafx.expert_mark.default
 ROWS_OF = torch.ops.lorafx.rows_of.default
 OWN_MASK = torch.ops.lorafx.own_mask.default
 FUSED_OP = torch.ops.lorafx.fused_linear.default
 
-SITE_OPS = frozenset({SITE_OP, EMBEDDING_OP, GROUPED_OP, EXPERT_OP})
+SITE_OPS = frozenset({SITE_OP, EMBEDDING_OP, GROUPED_OP, CONV_OP, EXPERT_OP})
+#: Those for which no kernel is generated: they run as they are under every lowering.
+PLAIN_SITE_OPS = frozenset({GROUPED_OP, CONV_OP})
 
 When = Literal["always", "mixed", "dora", "own"]
 

@@ -5,6 +5,7 @@
     blocks     y_g = x_g W_gᵀ    the same products, where W enters by parts: a slice of its rows,
                y_g = x_g W_g     blocks of them by groups, or summed over `out`
     embedding  y = W[ids]
+    conv       y = conv(x, W), W a convolution's weight as it is (lorafx.graph.convolution_uses)
     unknown    anything else, with the reason
 
 What part of W a node holds is its `WeightForm` (lorafx.program.weight_forms): einsum takes W
@@ -32,7 +33,7 @@ from lorafx.program.weight_forms import FIXED, Axis, WeightForm, same_size
 aten = torch.ops.aten
 prims = torch.ops.prims
 
-UseKind = Literal["linear", "blocks", "embedding", "unknown"]
+UseKind = Literal["linear", "blocks", "embedding", "conv", "unknown"]
 
 #: Same value, same shape semantics: W or y seen through them is still W or y.
 SAME_VALUE = frozenset(

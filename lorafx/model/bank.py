@@ -76,7 +76,8 @@ class Bank:
         B: (S, R, ΣN), N_i columns a sibling.
         ranks: (S, G) int32; 0 where the slot's adapter does not touch the sibling.
         scales: (S, G) float32, α/r or α/√r.
-        kind: "embedding" says how A is laid out, "experts" that `alike` is kept.
+        kind: "embedding" says how A is laid out, "experts" that `alike` is kept. K of a
+            convolution is what one kernel over all channels has.
         experts: E; S is a multiple of it.
         alike: (S, G) int32, of experts alone: the first sibling whose A, rank and scale in that
             slot are the same.

@@ -1,6 +1,7 @@
 """The mark: a forward hook that adds one site's delta to its module's output.
 
     linear:     y ← y + scales[s, i] · (x A[s, i·R : i·R + r]ᵀ) B[s, :r, o : o + N]
+    conv:       y ← y + scales[s, 0] · B[s, :r]ᵀ conv(x, A[s, :r])
     embedding:  y ← y + e · scales[s, 0] · A[s, ids, :r] B[s, :r]
 
 x (…, K) or ids (…), y (…, N), s the slot of the batch, i the sibling, o its offset in the bank; a
@@ -17,6 +18,7 @@ slots become graph inputs, and nothing in it depends on the values of either.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import lorafx.kernels.ops.conv_ops
 import lorafx.kernels.ops.ops
-import lorafx.kernels.ops.row_ops  # noqa: F401  (both define torch.ops.lorafx)
+import lorafx.kernels.ops.row_ops  # noqa: F401  (all define torch.ops.lorafx)
 from lorafx.errors import MatchError, ProvenanceError
+from lorafx.kernels.ops.conv_ops import Window
 from lorafx.model.bank import Bank
 from lorafx.model.forward_check import Product, adds_up
 from lorafx.model.forward_check import is_dense as is_dense
@@ -46,8 +50,9 @@ class SiteMark:
         bank: factors of the site's group, one object for all its siblings.
         siblings, offsets, sizes: of each part of the site: its number in the bank, its first column
             of B, its columns.
-        kind: "linear" or "embedding".
+        kind: "linear", "embedding", "conv" or "experts".
         in_features, out_features: K and N.
+        window: how the kernels of a convolution's A move over x; None for other kinds.
         weight_name, transposed: where the module keeps W, and whether as (K, N).
         derived: the module's forward is not that of the registered class, so what it computes
             is checked against W once, on the first eager call (lorafx.model.forward_check).
@@ -73,6 +78,7 @@ class SiteMark:
     weight: Tensor | None = None
     bias: Tensor | None = None
     checked: bool = False
+    window: Window | None = None
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -140,6 +146,10 @@ class SiteMark:
             return torch.ops.lorafx.embedding_site(
                 x, y, bank.A, bank.B, bank.ranks, scales, slots, UNPROVED, gains, *own
             )
+        if self.window is not None:
+            rest = (*self.window, gains, None if gains is None else addend)
+            factors = bank.A, bank.B, bank.ranks, bank.scales, slots
+            return torch.ops.lorafx.conv_site(x, y, *factors, UNPROVED, *rest)
         whole = sum(ranges[2]) == self.out_features
         return torch.ops.lorafx.site(
             x,
@@ -190,6 +200,11 @@ class SiteMark:
         if self.kind == "embedding":
             whole = start == 0 and y.shape[-1] == self.out_features
             return whole and not x.is_floating_point() and x.shape == y.shape[:-1]
+        if self.window is not None:
+            dims = len(self.window.kernel) + 2
+            channels = self.in_features // math.prod(self.window.kernel)
+            fits = x.dim() == y.dim() == dims and x.shape[:2] == (y.shape[0], channels)
+            return fits and y.shape[1] == self.out_features
         return (
             x.dim() > 0
             and x.shape[-1] == self.in_features
@@ -247,6 +262,8 @@ class SiteMark:
         own = self.kind == "embedding" and self.derived and scale is None
         if own and torch.compiler.is_compiling():
             return False
+        if self.window is not None:
+            return self._takes(x, output, 0)
         whole = isinstance(output, Tensor) and output.shape[-1:] == (self.out_features,)
         return whole and self._takes(x, output, 0)
 
@@ -311,6 +328,9 @@ class SiteMark:
         )
 
     def _given(self) -> str:
+        if self.window is not None:
+            channels = self.in_features // math.prod(self.window.kernel)
+            return f"(rows, {channels}, {'…, ' * len(self.window.kernel)})"
         return "ids (…)" if self.kind == "embedding" else f"(…, {self.in_features})"
 
     def _name(self, module: nn.Module) -> str:

@@ -17,12 +17,17 @@ from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site
 from lorafx.registry import lookup
 
+#: Of modules that may have another weight for each row.
+OWN_KINDS = ("linear", "embedding")
+
 
 def own_refusal(site: Site) -> str | None:
     """Why an adapter cannot have rows of the site's weight of its own, or None where it can."""
     entry = site.eligible
     if site.expert_weight is not None:
         return "it holds routed experts"
+    if entry.kind not in OWN_KINDS:
+        return "only linears and embeddings have another weight for each row"
     if entry.handler is not None:
         return "a registered handler says what its call computes, but not with another weight"
     if entry.sharding is not None:

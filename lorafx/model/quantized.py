@@ -1,6 +1,7 @@
 """Base weights as numbers, whatever holds them, and numbers put back into what holds them.
 
-    dequantize(module) → W        y = x Wᵀ, W (N, K);  y = W[ids], W (V, D)
+    dequantize(module) → W        y = x Wᵀ, W (N, K);  y = W[ids], W (V, D);
+                                  y = conv(x, W), W (N, C / groups · ∏kernel), kernels as rows
     requantize(module, W) → e     the module computes with W' of its own format,
                                   e = max |W − W'| / max |W|
 
@@ -10,6 +11,7 @@ of lorafx.model.weight_formats.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.errors import ConfigError
+from lorafx.model.convolutions import weight_shape
 from lorafx.model.weight_formats import (
     LIBRARIES,
     CannotStore,
@@ -57,6 +60,8 @@ def dequantize(module: nn.Module, parameter: str | None = None) -> Tensor:
         return dense
     if entry is not None and entry.transposed and entry.dequantize is None:
         dense = dense.T
+    if entry is not None and entry.kind == "conv":
+        dense = dense.flatten(1)
     expected = _shape(module, entry)
     if expected is not None and tuple(dense.shape) != expected:
         raise ConfigError(
@@ -160,7 +165,8 @@ class QuantisedModules:
             tuple(
                 (module, entry)
                 for module, entry in entries
-                if entry is not None and entry.kind != "experts" and entry.handler is None
+                if entry is not None and entry.kind in ("linear", "embedding")
+                if entry.handler is None
                 if is_stored(module, entry)
             )
         )
@@ -222,6 +228,8 @@ def _write(
     kept = format_of(module, name)
     assert kept is not None  # it was read
     turned = not asked and entry is not None and entry.transposed
+    if entry is not None and entry.kind == "conv":
+        weight = weight.view(weight_shape(module))
     kept.store(module, name, weight.T if turned else weight)
 
 
@@ -229,6 +237,9 @@ def _shape(module: nn.Module, entry: Eligible | None) -> tuple[int, int] | None:
     """The sizes that W must have, where its class says them."""
     if entry is None or entry.kind == "experts":
         return None
+    if entry.kind == "conv":
+        out_channels, *kernel = weight_shape(module)
+        return out_channels, math.prod(kernel)
     in_features, out_features = entry.sizes(module)
     linear = entry.kind == "linear"
     return (out_features, in_features) if linear else (in_features, out_features)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from lorafx.model.convolutions import impossible_convolution, weight_shape
 from lorafx.model.experts import unlike_experts
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import has_own_forward
@@ -19,7 +20,7 @@ LEAVE = "leave it out of target_modules, or name it in exclude_modules"
 
 # Of torch's own classes; the first that the module is an instance of counts.
 _UNSUPPORTED: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
-    ((_ConvNd,), "convolutions carry no LoRA yet"),
+    ((_ConvTransposeNd,), "transposed convolutions carry no LoRA, here or in PEFT"),
     ((nn.EmbeddingBag,), "embedding bags, which sum rows of their weight, carry no LoRA"),
     ((nn.RNNBase, nn.RNNCellBase), "recurrent layers carry no LoRA"),
     ((nn.Bilinear,), "it multiplies two inputs by a 3-D weight, which carries no LoRA"),
@@ -68,6 +69,8 @@ def impossible(module: nn.Module, entry: Eligible | None) -> str | None:
             "it has max_norm, so its forward rewrites the weight and there is no fixed W "
             f"to add ΔW to; set max_norm = None if that is not intended, or {LEAVE}"
         )
+    if entry.kind == "conv" and (why := impossible_convolution(module, entry)):
+        return f"{why}; {LEAVE}"
     weight = weight_of(module, entry)
     if weight is None:
         return None
@@ -124,7 +127,11 @@ def _wrong_weight(
     if entry.kind == "experts":
         return None  # its sizes are its shape's
     as_stored = entry.kind == "embedding" or entry.transposed
-    expected = (in_features, out_features) if as_stored else (out_features, in_features)
+    expected: tuple[int, ...] = (out_features, in_features)
+    if entry.kind == "conv":
+        expected = weight_shape(module)
+    elif as_stored:
+        expected = (in_features, out_features)
     if tuple(weight.shape) != expected:
         return (
             f"its weight has shape {tuple(weight.shape)}, but its sizes ask for {expected}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+import lorafx.kernels.ops.conv_ops
 import lorafx.kernels.ops.expert_ops
 import lorafx.kernels.ops.grouped_ops
 import lorafx.kernels.ops.ops
@@ -26,6 +27,15 @@ def input_of(node: fx.Node) -> fx.Node:
     """x of a site, or ids."""
     x: fx.Node = bound(node)[input_name(node)]
     return x
+
+
+def row_dims(node: fx.Node) -> int:
+    """How many leading dimensions of a site's x its rows are counted over: all of ids, the first
+    of what a convolution takes, all but the features' of any other."""
+    dims: int = input_of(node).meta["val"].dim()
+    if node.target is torch.ops.lorafx.embedding_site.default:
+        return dims
+    return 1 if node.target is torch.ops.lorafx.conv_site.default else dims - 1
 
 
 def site(node: fx.Node, flow: Flow) -> Label:
@@ -57,6 +67,14 @@ def expert_site(node: fx.Node, flow: Flow) -> Label:
     if any(isinstance(item, Own) and item.dim >= len(flow.shape(args["x"])) - 1 for item in labels):
         return flow.lost(node, f"the feature dimension is the owner dimension of {labels[0]}")
     return flow.agree(node, labels)
+
+
+def conv_site(node: fx.Node, flow: Flow) -> Label:
+    """conv_site(x, y, ...): y's rows, each plus its delta; rows lie along the first dimension."""
+    label = flow.agree(node, [flow.label(bound(node)[name]) for name in ("y", "x")])
+    if isinstance(label, Own) and label.dim:
+        return flow.lost(node, f"a convolution works over the owner dimension of {label}")
+    return label
 
 
 def given_out(node: fx.Node, flow: Flow, x: fx.Node, y: fx.Node) -> Own | None:
@@ -102,4 +120,5 @@ RULES: dict[object, Rule] = dict.fromkeys(
     site,
 )
 RULES[torch.ops.lorafx.expert_site] = expert_site
+RULES[torch.ops.lorafx.conv_site] = conv_site
 RULES[torch.ops.lorafx.rows_of] = rows_of

@@ -205,7 +205,7 @@ class DerivedTensors:
         found: dict[int, list[Site]] = {}
         for site in self._program.sites:
             weight = self._program.weight_of(site)
-            if weight is not None and weight.dim() == 2:
+            if weight is not None and (weight.dim() == 2 or site.eligible.kind == "conv"):
                 found.setdefault(storage_key(weight), []).append(site)
         return found
 
@@ -217,7 +217,7 @@ class DerivedTensors:
                 continue  # packed siblings share a storage
             transposed = site.eligible.transposed
             form = None
-            if tensor.dtype == weight.dtype:
+            if tensor.dtype == weight.dtype and weight.dim() == 2:
                 place = tensor.shape, tensor.stride(), int(tensor.storage_offset())
                 form = strided_form(*place, weight, transposed=transposed)
             shape = _out_in(weight, transposed=transposed)
@@ -228,12 +228,13 @@ class DerivedTensors:
         if not is_varied(tensor):
             return None
         for site in sites:
-            if site.eligible.kind != "linear":
+            if site.eligible.kind not in ("linear", "conv"):
                 continue
             weight = dense_weight(site)
             if weight is None or weight.device != tensor.device:
                 continue
-            form = copied_form(tensor, weight)
+            linear = site.eligible.kind == "linear"
+            form = copied_form(tensor, weight) if linear else None
             if form is not None or repeats_numbers(tensor, weight):
                 shape = (weight.shape[0], weight.shape[1])
                 return Derived(self._tied(site), form, shape, copied=True)
@@ -297,5 +298,5 @@ def _bytes(tensor: Tensor) -> tuple[int, int]:
 
 
 def _out_in(weight: Tensor, *, transposed: bool) -> tuple[int, int]:
-    first, second = weight.shape
+    first, second = len(weight), weight.numel() // len(weight)
     return (second, first) if transposed else (first, second)

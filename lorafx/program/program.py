@@ -194,10 +194,10 @@ class Program:
         bank, offset = group.bank, group.offsets[index]
         first, rank = group.firsts[index], bank.B.shape[1]
         last = first + len(site.parts)
-        linear = site.eligible.kind == "linear"
+        rows = site.eligible.kind in ("linear", "conv")
         with unset_fake_temporarily():  # passes run while AOTAutograd's fake mode is on
             return Bank(
-                A=bank.A[:, first * rank : last * rank] if linear else bank.A,
+                A=bank.A[:, first * rank : last * rank] if rows else bank.A,
                 B=bank.B[:, :, offset : offset + site.out_features],
                 ranks=bank.ranks[:, first:last],
                 scales=bank.scales[:, first:last],

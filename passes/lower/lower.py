@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 
-from lorafx.graph.context import EMBEDDING_OP, EXPERT_OP, FUSED_OP, GROUPED_OP, SITE_OP, Context
+from lorafx.graph.context import EMBEDDING_OP, EXPERT_OP, FUSED_OP, PLAIN_SITE_OPS, SITE_OP, Context
 from lorafx.graph.expert_uses import is_grouped
 from lorafx.graph.graph_nodes import call_in_place
 from lorafx.graph.pointwise_region import PointwiseRegion
@@ -80,7 +80,7 @@ class Lower:
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         if ctx.program.options.lowering == "reference":
             return 0
-        nodes = [node for node in ctx.states if node.target is not GROUPED_OP]
+        nodes = [node for node in ctx.states if node.target not in PLAIN_SITE_OPS]
         lowered = {}
         # First those that add other nodes' deltas, which they find on those nodes as planned.
         for node in sorted(nodes, key=lambda node: strategy_of(node).name != PROLOGUE):

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from lorafx.graph.context import (
+    CONV_OP,
     EMBEDDING_OP,
     GROUPED_OP,
     SITE_OP,
@@ -23,11 +24,13 @@ from lorafx.graph.context import (
     Refusal,
     is_site,
 )
+from lorafx.graph.convolution_uses import convolution_uses
 from lorafx.graph.weight_uses import Use, uses_of
 from lorafx.model.marks import UNPROVED, is_dense
 from lorafx.model.quantized import is_stored
 from lorafx.model.sites import Site, own_ranges
 from lorafx.op_arguments import bound, in_order, rebind
+from lorafx.passes.match.match_convolutions import insert_conv_site, other_arithmetic
 from lorafx.passes.match.match_experts import insert_expert_sites
 from lorafx.passes.match.origins import addends_of, depends_on, origin_of
 from lorafx.passes.match.own_bias import check_addends, refuse_other_uses
@@ -36,7 +39,7 @@ from lorafx.program.frame import FrameInput, fake_value
 
 aten = torch.ops.aten
 
-USE_KINDS = {"linear": "linear", "blocks": "linear", "embedding": "embedding"}
+USE_KINDS = {"linear": "linear", "blocks": "linear", "embedding": "embedding", "conv": "conv"}
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,8 @@ def _same_stored(ctx: Context, use: Use, other: Use) -> bool:
 def _uses_of_input(ctx: Context, node: fx.Node, item: FrameInput) -> list[Use]:
     """The uses of one input, the weight itself or what was made of it."""
     derived = item.derived
+    if derived is None and any(site.eligible.kind == "conv" for site in item.sites):
+        return convolution_uses(node)
     if derived is None and (item.part or fake_value(node).dim() != 2):
         reason = f"{item.label} is how it is stored, and this use is outside its module's call"
         return [
@@ -237,6 +242,8 @@ def _owner(ctx: Context, use: Use) -> Site | Refusal | None:
         return Refusal(sites, "always", f"its weight ({dtype}) is used outside its call{where}")
     kind = USE_KINDS[use.kind]
     fitting = [site for site in sites if site.eligible.kind == kind]
+    if use.kind == "conv" and (other := other_arithmetic(fitting[0], use)) is not None:
+        return other
     unselected = ctx.unselected_owners(use.weight, kind)
     if len(fitting) == 1 and not unselected:
         return fitting[0]
@@ -274,6 +281,8 @@ def _insert(graph: fx.Graph, ctx: Context, site: Site, use: Use) -> None:
         if use.kind == "embedding":
             arguments = in_order(EMBEDDING_OP, call, ids=x_rows, gains=gains, **own)
             node = ctx.call(graph, EMBEDDING_OP, arguments)
+        elif use.kind == "conv":
+            node = insert_conv_site(graph, ctx, use, call, gains)
         elif use.blocks is None:
             arguments = in_order(SITE_OP, call, x=x_rows, gains=gains, **ranges, **own)
             if own:
@@ -296,8 +305,8 @@ def _insert(graph: fx.Graph, ctx: Context, site: Site, use: Use) -> None:
 
 
 def _rescales(node: fx.Node) -> bool:
-    """Whether this is the op of a linear with room for DoRA."""
-    return node.target is SITE_OP and bound(node)["gains"] is not None
+    """Whether this is the op of a linear, or a convolution, with room for DoRA."""
+    return node.target in (SITE_OP, CONV_OP) and bound(node)["gains"] is not None
 
 
 def _leave_alone(

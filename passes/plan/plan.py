@@ -26,7 +26,7 @@ from lorafx.graph.context import (
     EMBEDDING_OP,
     EXPERT_OP,
     FUSED_OP,
-    GROUPED_OP,
+    PLAIN_SITE_OPS,
     Context,
 )
 from lorafx.graph.pointwise_region import NoRegion, PointwiseRegion
@@ -73,9 +73,9 @@ class Plan:
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         planner = {"triton": _triton, "inductor": _cpu}.get(ctx.program.options.lowering, _aten)
-        blocks = [node for node in ctx.states if node.target is GROUPED_OP]
-        planner(ctx, [node for node in ctx.states if node.target is not GROUPED_OP])
-        _aten(ctx, blocks)  # no kernel is generated for products with blocks of a weight
+        plain = [node for node in ctx.states if node.target in PLAIN_SITE_OPS]
+        planner(ctx, [node for node in ctx.states if node.target not in PLAIN_SITE_OPS])
+        _aten(ctx, plain)
         return len(ctx.states)
 
 

@@ -182,14 +182,20 @@ def holding(**parameters: torch.Tensor) -> nn.Module:
     return module
 
 
+class Standardised(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight, self.bias)
+
+
 LEAVE = r"leave it out of target_modules, or name it in exclude_modules"
 #: What cannot carry LoRA, and what is said after its path and class.
 IMPOSSIBLE = [
-    (nn.Conv1d(4, 4, 3), f"convolutions carry no LoRA yet; {LEAVE}$"),
-    (nn.Conv2d(4, 4, 3), f"convolutions carry no LoRA yet; {LEAVE}$"),
-    (nn.Conv3d(4, 4, 3), f"convolutions carry no LoRA yet; {LEAVE}$"),
-    (nn.ConvTranspose1d(4, 4, 3), f"convolutions carry no LoRA yet; {LEAVE}$"),
-    (nn.ConvTranspose2d(4, 4, 3), f"convolutions carry no LoRA yet; {LEAVE}$"),
+    (nn.ConvTranspose1d(4, 4, 3), f"transposed convolutions carry no LoRA, .*; {LEAVE}$"),
+    (nn.ConvTranspose2d(4, 4, 3), f"transposed convolutions carry no LoRA, .*; {LEAVE}$"),
+    (nn.Conv2d(4, 4, 3, dilation=2), rf"it has dilation \(2, 2\), and A, .*; {LEAVE}$"),
+    (Standardised(4, 4, 3), f"its class overrides forward, so PEFT's A and B, .*; {LEAVE}$"),
+    (nn.LazyConv1d(4, 3), "its parameters are not initialised.*run the model"),
     (nn.LayerNorm(4), f"it scales its input .* no matrix.*; {LEAVE}$"),
     (nn.EmbeddingBag(4, 4), f"embedding bags, which sum rows of their weight.*; {LEAVE}$"),
     (nn.GRU(4, 4), f"recurrent layers carry no LoRA; {LEAVE}$"),
@@ -301,8 +307,8 @@ def test_excluded_modules_need_not_be_able_to_carry_lora():
     assert paths(model, r".*(odd|q_proj)", ["odd"]) == paths(Model(), ["q_proj"])
 
 
-def test_an_adapter_of_a_convolution(tmp_path):
-    model = nn.Sequential(nn.Conv1d(4, 4, 1), nn.Linear(4, 4))
+def test_an_adapter_of_a_transposed_convolution(tmp_path):
+    model = nn.Sequential(nn.ConvTranspose1d(4, 4, 1), nn.Linear(4, 4))
     factors = {"A": torch.ones(2, 4, 1), "B": torch.ones(4, 2, 1)}
     tensors = {f"base_model.model.0.lora_{x}.weight": t for x, t in factors.items()}
     tensors |= {f"base_model.model.1.lora_{x}.weight": t[..., 0] for x, t in factors.items()}
@@ -311,11 +317,11 @@ def test_an_adapter_of_a_convolution(tmp_path):
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["0", "1"]})
     )
-    message = r"^0 \(Conv1d\): convolutions carry no LoRA yet.*an adapter has factors for it"
+    message = r"^0 \(ConvTranspose1d\): transposed convolutions .*an adapter has factors for it"
     with pytest.raises(TargetError, match=message):
         lorafx.compile(model, {"a": tmp_path})
     cm = lorafx.compile(model.eval(), lorafx.LoraConfig(), options={"lowering": "reference"})
-    message = r"0 \(Conv1d\) cannot have factors: convolutions carry no LoRA yet"
+    message = r"0 \(ConvTranspose1d\) cannot have factors: transposed convolutions"
     with pytest.raises(CheckpointError, match=message):
         cm.load_adapter(tmp_path, "a")
 

@@ -1,0 +1,150 @@
+"""`lorafx::conv_site`, y + delta of a convolution.
+
+    y[m] += scales[s] · B[s, :r]ᵀ · conv(x[m], A[s, :r])        s = slot of row m, r = ranks[s, 0]
+
+x (M, C, D...), y (M, N, D'...) with one to three spatial dimensions; row m is index m of the first
+one. A (S, R, C·∏kernel) holds kernels (C, kernel...) as rows: a low-rank convolution with the
+base's stride and padding, behind which B (S, R, N) is a 1x1 convolution. That is PEFT's LoRA on
+convolutions (peft.tuners.lora.layer._ConvNd): A sees all channels, whatever the base's groups are,
+and is not dilated. `pads` are the zeros before and after each spatial dimension, (low, high) each,
+first dimension first.
+
+Sums are in float32 (float64 for float64 tensors), y is read and rounded once. On a CPU only the
+rows of the slots that are present are worked on, at their own rank. On an accelerator, where asking
+for them would make the host wait, each row gathers its A, and one convolution with a group for each
+row computes all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorafx.kernels.ops.bank_arguments import BANK, BankArgs
+from lorafx.kernels.ops.delta import accumulation_dtype, groups, row_slots
+from lorafx.kernels.ops.op_checks import check_bank, check_gains, check_rows, require
+from lorafx.kernels.ops.op_library import define
+from lorafx.kernels.ops.rescaled import rescaled_rows
+
+SCHEMA = (
+    f"conv_site(Tensor x, Tensor y, {BANK}, SymInt rows, int[] kernel, int[] stride, int[] pads,"
+    " Tensor? gains, Tensor? addend) -> Tensor"
+)
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class Window(NamedTuple):
+    """How A's kernel moves over x: one entry for each spatial dimension, two of `pads`."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    pads: tuple[int, ...]
+
+
+def conv_site(
+    x: Tensor,
+    y: Tensor,
+    bank: BankArgs,
+    rows: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    pads: Sequence[int],
+    gains: Tensor | None,
+    addend: Tensor | None,
+) -> Tensor:
+    """y (M, N, D'...) + delta for x (M, C, D...), a new contiguous tensor of y's dtype.
+
+    With `gains` all of y but `addend` (N,) is rescaled then.
+
+    Raises:
+        ProvenanceError, BatchError: as `lorafx.kernels.ops.delta.row_slots` and `groups`.
+    """
+    conv_site_fake(x, y, bank, rows, kernel, stride, pads, gains, addend)
+    out = y.clone(memory_format=torch.contiguous_format)
+    if out.numel():
+        window = Window(tuple(kernel), tuple(stride), tuple(pads))
+        add_conv_delta(out, x, bank, rows, window)
+    if gains is None:
+        return out
+    owner = row_slots(bank.slots, rows, len(y)).view(-1, *[1] * len(kernel))
+    last = rescaled_rows(out.movedim(1, -1), gains, addend, owner)
+    return last.movedim(-1, 1).contiguous()
+
+
+def conv_site_fake(x, y, bank: BankArgs, rows, kernel, stride, pads, gains, addend):
+    op, dims = "conv_site", len(kernel)
+    check_bank(op, bank)
+    require(op, dims in _CONVOLUTIONS, f"a kernel of {dims} dimensions")
+    require(op, x.dim() == y.dim() == dims + 2, f"x is {x.dim()}-d and y {y.dim()}-d")
+    require(op, x.is_floating_point(), "x is a floating-point tensor")
+    require(op, len(stride) == dims and len(pads) == 2 * dims, "stride or pads of other dimensions")
+    check_rows(op, x.shape[:1], y.shape[:1], rows)
+    size = x.shape[1]
+    for length in kernel:
+        size = size * length
+    require(op, bank.A.shape[2] == size, f"A has {bank.A.shape[2]} entries a row, x needs {size}")
+    require(op, bank.ranks.shape[1] == 1, "a convolution has no siblings")
+    require(op, bank.B.shape[2] == y.shape[1], f"y has {y.shape[1]} channels, B {bank.B.shape[2]}")
+    for d in range(dims):
+        room = x.shape[2 + d] + pads[2 * d] + pads[2 * d + 1] - kernel[d]
+        fits = room // stride[d] + 1 == y.shape[2 + d]
+        require(op, fits, f"A's outputs have another size than y's {y.shape[2 + d]}")
+    check_gains(op, bank.B, gains)
+    return y.new_empty(y.shape)
+
+
+def add_conv_delta(
+    y: Tensor,
+    x: Tensor,
+    bank: BankArgs,
+    rows: int,
+    window: Window,
+    *,
+    by_slot: bool | None = None,
+) -> None:
+    """Adds the delta into y, contiguous, in place.
+
+    `by_slot` overrides the choice by device between visiting the slots that are present and
+    gathering the factors of each row.
+
+    Raises:
+        ProvenanceError, BatchError: as `lorafx.kernels.ops.delta.row_slots` and `groups`.
+    """
+    A, B, ranks, scales, slots = bank
+    count, channels = x.shape[:2]
+    owner = row_slots(slots, rows, count)
+    acc = accumulation_dtype(x, y)
+    convolution = _CONVOLUTIONS[len(window.kernel)]
+    low, high = window.pads[::2], window.pads[1::2]
+    padding: Sequence[int] = low
+    if low != high:
+        sides = [n for pair in reversed([*zip(low, high, strict=True)]) for n in pair]
+        x, padding = F.pad(x, sides), [0] * len(low)
+    if x.device.type == "cpu" if by_slot is None else by_slot:
+        rank_table, scale_table = ranks.tolist(), scales.tolist()
+        for slot, index in groups(owner, A.shape[0]):
+            r = rank_table[slot][0]
+            if r == 0:
+                continue
+            a = A[slot, :r].to(acc).view(r, channels, *window.kernel)
+            v = convolution(x[index].to(acc), a, stride=window.stride, padding=padding)
+            v = v.flatten(2) * scale_table[slot][0]
+            delta = B[slot, :r].to(acc).T @ v
+            y[index] = (y[index].to(acc) + delta.view(len(index), *y.shape[1:])).to(y.dtype)
+        return
+    mine, R = owner.clamp(min=0).long(), B.shape[1]
+    live = torch.arange(R, device=x.device) < ranks[mine]
+    live = (live & (owner >= 0).unsqueeze(-1)).unsqueeze(-1)
+    a = torch.where(live, A[mine], 0).to(acc).view(count * R, channels, *window.kernel)
+    b = torch.where(live, B[mine], 0).to(acc) * scales[mine].to(acc).unsqueeze(-1)
+    together = x.to(acc).reshape(1, count * channels, *x.shape[2:])
+    v = convolution(together, a, stride=window.stride, padding=padding, groups=count)
+    delta = b.mT @ v.view(count, R, -1)
+    y.copy_(torch.where((owner >= 0).view(-1, *[1] * (y.dim() - 1)), y + delta.view_as(y), y))
+
+
+define(SCHEMA, conv_site, conv_site_fake)

@@ -1,0 +1,128 @@
+"""`lorafx::conv_site` against a dense convolution for each row in float64, and by opcheck."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import opcheck
+
+from lorafx.errors import LoweringError, ProvenanceError
+from lorafx.kernels.ops.bank_arguments import BankArgs
+from lorafx.kernels.ops.conv_ops import Window, add_conv_delta
+
+pytestmark = pytest.mark.quick
+
+SLOTS, R, C, N = 3, 4, 3, 5
+#: By name: (sizes of x, kernel, stride, pads).
+WINDOWS: dict[str, tuple[list[int], list[int], list[int], list[int]]] = {
+    "1d": ([9], [3], [2], [1, 1]),
+    "2d": ([6, 7], [2, 3], [1, 2], [0, 0, 1, 1]),
+    "2d, more zeros behind than before": ([5, 5], [2, 2], [1, 1], [0, 1, 0, 1]),
+    "3d": ([3, 4, 5], [2, 2, 3], [1, 1, 2], [0, 0, 1, 1, 1, 1]),
+}
+
+
+def arguments(name: str, *, dtype: torch.dtype = torch.float32, dora: bool = False) -> list[Any]:
+    """Everything that `conv_site` takes, for four requests of two rows."""
+    torch.manual_seed(0)
+    sizes, kernel, stride, pads = WINDOWS[name]
+    A = torch.randn(SLOTS, R, C * math.prod(kernel))
+    B = torch.randn(SLOTS, R, N)
+    ranks = torch.tensor([[1], [4], [2]], dtype=torch.int32)
+    slots = torch.tensor([1, -1, 0, 2], dtype=torch.int32)
+    x = torch.randn(8, C, *sizes)
+    out = [
+        (size + pads[2 * d] + pads[2 * d + 1] - kernel[d]) // stride[d] + 1
+        for d, size in enumerate(sizes)
+    ]
+    y = torch.randn(8, N, *out)
+    gains, addend = torch.zeros(SLOTS, N), torch.randn(N)
+    gains[1] = torch.randn(N)
+    tensors = [tensor.to(dtype) for tensor in (x, y, A, B)]
+    scale = [gains, addend.to(dtype)] if dora else [None, None]
+    return [*tensors, ranks, torch.rand(SLOTS, 1) + 0.5, slots, 2, kernel, stride, pads, *scale]
+
+
+def expected(args: list[Any]) -> Tensor:
+    x, y, A, B, ranks, scales, slots, rows, kernel, stride, pads, gains, addend = args
+    want = y.double().clone()
+    sides = [n for d in reversed(range(len(kernel))) for n in pads[2 * d : 2 * d + 2]]
+    convolution = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 1]
+    for m in range(len(x)):
+        slot = int(slots[m // rows])
+        if slot < 0:
+            continue
+        r = int(ranks[slot, 0])
+        delta_w = float(scales[slot, 0]) * B[slot, :r].double().T @ A[slot, :r].double()
+        weight = delta_w.view(N, C, *kernel)
+        want[m] += convolution(F.pad(x[m : m + 1].double(), sides), weight, stride=stride)[0]
+        if gains is not None:
+            shape = (N, *[1] * len(kernel))
+            c, gain = addend.double().view(shape), gains[slot].double().view(shape)
+            want[m] += gain * (want[m] - c)
+    return want
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_every_window(name: str, dora: bool) -> None:
+    args = arguments(name, dora=dora)
+    before = args[1].clone()
+    got = torch.ops.lorafx.conv_site(*args)
+    torch.testing.assert_close(got.double(), expected(args), rtol=1e-5, atol=1e-5)
+    assert torch.equal(args[1], before)
+    assert torch.equal(got[2:4], before[2:4])  # base rows, bit for bit
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_factors_beyond_a_rank_and_rows_of_the_base_are_not_read(name: str) -> None:
+    """However the factors are found: by the slots that are present, or by row."""
+    args = arguments(name)
+    want = expected(args)
+    x, y, A, B, ranks, _, slots, rows, *window = args[:-2]
+    for slot in range(SLOTS):
+        A[slot, int(ranks[slot, 0]) :] = torch.nan
+        B[slot, int(ranks[slot, 0]) :] = torch.nan
+    x[2:4] = torch.inf
+    for by_slot in (True, False):
+        out = y.clone()
+        add_conv_delta(
+            out,
+            x,
+            BankArgs(*args[2:7]),
+            rows,
+            Window(*(tuple(part) for part in window)),
+            by_slot=by_slot,
+        )
+        torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
+    assert slots.tolist() == [1, -1, 0, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_sums_are_wider_than_the_results(dtype: torch.dtype) -> None:
+    args = arguments("2d", dtype=dtype)
+    got = torch.ops.lorafx.conv_site(*args)
+    want = expected(args)
+    assert got.dtype == dtype
+    assert bool(((got.double() - want).abs() <= torch.finfo(dtype).eps * want.abs() + 1e-5).all())
+
+
+def test_unproved_rows_and_misfits_are_told() -> None:
+    args = arguments("2d")
+    with pytest.raises(ProvenanceError, match="row ownership is not proved"):
+        torch.ops.lorafx.conv_site(*args[:7], 0, *args[8:])
+    with pytest.raises(LoweringError, match="A's outputs have another size"):
+        torch.ops.lorafx.conv_site(*args[:9], [2, 2], *args[10:])
+    with pytest.raises(LoweringError, match="A has 18 entries a row, x needs 27"):
+        torch.ops.lorafx.conv_site(*args[:8], [3, 3], *args[9:])
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_opcheck(dora: bool) -> None:
+    result = opcheck(torch.ops.lorafx.conv_site, arguments("3d", dora=dora))
+    assert set(result.values()) == {"SUCCESS"}

@@ -1,0 +1,262 @@
+"""LoRA on convolutions in mixed batches, against PEFT's own output of each row alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import lorafx
+from lorafx.errors import CheckpointError, MatchError
+
+REFERENCE = {"lowering": "reference"}
+
+
+class Pyramid(nn.Module):
+    """x (B, 4, L), L a multiple of four: convolutions of one, two and three dimensions."""
+
+    def __init__(self, **second: Any) -> None:
+        super().__init__()
+        self.c1 = nn.Conv1d(4, 8, 3, stride=2, padding=1)
+        self.c2 = nn.Conv2d(8, 8, (3, 2), **{"padding": "same", **second})
+        self.norm = nn.BatchNorm2d(8)
+        self.c3 = nn.Conv3d(2, 6, 2, bias=False)
+        self.out = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.c1(x).relu().unflatten(2, (2, -1))
+        h = self.norm(self.c2(h)).relu().unflatten(1, (2, 4))
+        return self.out(self.c3(h).relu().movedim(1, -1))
+
+
+#: By name of the adapter: its targets and rank.
+PLANS: dict[str, tuple[list[str], int]] = {
+    "ends": (["c1", "c2", "out"], 2),
+    "middle": (["c2", "c3"], 4),
+    "all": (["c1", "c2", "c3", "out"], 6),
+    "scaled": (["c1", "c2"], 4),  # DoRA
+}
+NAMES = ["ends", None, "middle", "all", "scaled", "ends"]
+
+
+class Served:
+    """A model compiled with the adapters of `PLANS`, and PEFT's models of each."""
+
+    def __init__(self, base: nn.Module, folder: Path, **options: Any) -> None:
+        self.base = base.eval().requires_grad_(False)
+        self.folders = {
+            name: oracle.save_adapter(
+                base, folder / name, rank=rank, targets=targets, seed=rank, use_dora=rank == 4
+            )
+            for name, (targets, rank) in PLANS.items()
+            if name != "middle"
+        }
+        targets, rank = PLANS["middle"]
+        self.folders["middle"] = oracle.save_adapter(
+            base, folder / "middle", rank=rank, targets=targets, seed=9
+        )
+        self.alone = {None: self.base}
+        for name, path in self.folders.items():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                twin = PeftModel.from_pretrained(copy.deepcopy(base), str(path))
+            self.alone[name] = twin.eval().requires_grad_(False)
+        self.cm: Any = lorafx.compile(copy.deepcopy(base), self.folders, options=options)
+
+    def check(self, x: Tensor, names: Sequence[str | None]) -> Tensor:
+        rows = [self.alone[name](row[None]) for name, row in zip(names, x, strict=True)]
+        found = self.cm(x, adapter_names=names)
+        oracle.assert_close(found, [torch.cat(rows)])
+        for name, row, own in zip(names, x, rows, strict=True):
+            if name is not None:
+                assert oracle.difference([own], [self.base(row[None])]) > 1e-3
+        return found
+
+
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return make()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    return Served(seeded(Pyramid), tmp_path_factory.mktemp("plain"), **REFERENCE)
+
+
+def test_rows_of_one_batch(served: Served) -> None:
+    x = torch.randn(6, 4, 16)
+    found = served.check(x, NAMES)
+    base = served.cm(x)
+    assert torch.equal(found[1], base[1])
+    compiled = served.cm.recompiles
+    served.check(x, NAMES[::-1])
+    served.check(torch.randn(5, 4, 16), [None, "all", "all", "scaled", "middle"])
+    assert served.cm.recompiles == compiled
+    served.check(torch.randn(1, 4, 16), ["all"])
+    served.check(torch.randn(1, 4, 16), ["scaled"])
+
+
+def test_sums_of_adapters(served: Served) -> None:
+    """ΔW of a sum is the sum of the ΔW; `merged` is W + ΔW of each."""
+    x = torch.randn(2, 4, 16)
+    sizes = {"ends": 0.5, "middle": 2.0}
+    twin = copy.deepcopy(served.base)
+    for name, weight in sizes.items():
+        merged = oracle.merged(served.base, served.folders[name])
+        for path, parameter in twin.named_parameters():
+            parameter += weight * (merged.get_parameter(path) - served.base.get_parameter(path))
+    found = served.cm(x, adapter_names=[sizes, None])
+    oracle.assert_close(found, [torch.cat([twin(x[:1]), served.base(x[1:])])])
+
+
+@pytest.mark.parametrize("name", ["all", "scaled"])
+def test_merging(served: Served, name: str) -> None:
+    x = torch.randn(3, 4, 16)
+    served.cm.merge(name)
+    try:
+        found = served.cm(x, adapter_names=[name] * 3)
+        oracle.assert_close(found, [served.alone[name](x)])
+    finally:
+        served.cm.unmerge()
+    for path, parameter in served.base.named_parameters():
+        assert torch.equal(served.cm.model.get_parameter(path), parameter)
+
+
+def test_a_merged_checkpoint(served: Served, tmp_path: Path) -> None:
+    served.cm.export_merged("all", tmp_path)
+    merged = oracle.merged(served.base, served.folders["all"])
+    saved = load_file(next(tmp_path.glob("*.safetensors")))
+    for path, parameter in merged.named_parameters():
+        torch.testing.assert_close(saved[path], parameter)
+
+
+def test_new_base_weights(served: Served) -> None:
+    """The norms of DoRA follow them."""
+    before = {key: value.clone() for key, value in served.base.state_dict().items()}
+    after = {key: value * 1.5 for key, value in before.items() if value.is_floating_point()}
+    try:
+        served.cm.load_weights(after)
+        for model in served.alone.values():
+            inner = model if model is served.base else model.get_base_model()
+            for name, value in after.items():
+                path, _, attribute = name.rpartition(".")
+                module = inner.get_submodule(path)
+                getattr(getattr(module, "base_layer", module), attribute).copy_(value)
+        served.check(torch.randn(6, 4, 16), NAMES)
+    finally:
+        served.cm.load_weights(before)
+        for model in served.alone.values():
+            inner = model if model is served.base else model.get_base_model()
+            for name, value in before.items():
+                path, _, attribute = name.rpartition(".")
+                module = inner.get_submodule(path)
+                getattr(getattr(module, "base_layer", module), attribute).copy_(value)
+
+
+#: Of the second convolution: what it has, and what `merge` says of it.
+ODD = {
+    "groups": ({"groups": 2}, "it has 2 groups"),
+    "dilation": ({"dilation": 2}, r"it has dilation \(2, 2\)"),
+    "circular": ({"padding": 1, "padding_mode": "circular", "stride": (1, 2)}, "'circular'"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_what_a_does_not_have(odd: str, tmp_path: Path) -> None:
+    """PEFT's A has neither the base's groups, nor its dilation, nor its padding mode."""
+    changes, why = ODD[odd]
+    served = Served(seeded(lambda: Pyramid(**changes)), tmp_path, **REFERENCE)
+    served.check(torch.randn(6, 4, 32), NAMES)
+    with pytest.raises(MatchError, match=f"c2: the adapter adds no change of its weight: .*{why}"):
+        served.cm.merge("middle")
+
+
+def test_by_inductor(tmp_path: Path) -> None:
+    base = seeded(lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1)).eval().requires_grad_(False)
+    model = nn.Sequential(nn.Tanh(), base)
+    paths = {
+        name: oracle.save_adapter(model, tmp_path / name, rank=2, targets=["1"], use_dora=dora)
+        for name, dora in (("plain", False), ("scaled", True))
+    }
+    cm = lorafx.compile(copy.deepcopy(model), paths)
+    merged = {None: model, **{name: oracle.merged(model, path) for name, path in paths.items()}}
+    x, names = torch.randn(3, 4, 9), ["scaled", None, "plain"]
+    rows = [merged[name](row[None]) for name, row in zip(names, x, strict=True)]
+    oracle.assert_close(cm(x, adapter_names=names), [torch.cat(rows)])
+
+
+class Past(nn.Module):
+    """A convolution whose weight is used past its module's call, or without a batch."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1, stride=2)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv = self.conv
+        if self.how == "function":
+            return F.conv2d(x, conv.weight, conv.bias, stride=2, padding=1).flatten(1)
+        if self.how == "without a batch":
+            return conv(x[0])[None].flatten(1)
+        if self.how == "matrix":
+            return x.flatten(1)[:, :27] @ conv.weight.flatten(1).T
+        return F.conv2d(x, conv.weight, conv.bias, padding=2, dilation=2).flatten(1)
+
+
+def _past(how: str, folder: Path) -> tuple[Any, nn.Module, nn.Module]:
+    base = seeded(lambda: Past(how)).eval().requires_grad_(False)
+    path = oracle.save_adapter(base, folder, rank=2, targets=["conv"])
+    cm = lorafx.compile(copy.deepcopy(base), {"a": path}, options=REFERENCE)
+    return cm, base, oracle.merged(base, path)
+
+
+def test_a_weight_in_a_function(tmp_path: Path) -> None:
+    cm, base, merged = _past("function", tmp_path)
+    x = torch.randn(3, 3, 6, 6)
+    found = cm(x, adapter_names=["a", None, "a"])
+    oracle.assert_close(found, [torch.cat([merged(x[:1]), base(x[1:2]), merged(x[2:])])])
+
+
+def test_without_a_batch(tmp_path: Path) -> None:
+    cm, _, merged = _past("without a batch", tmp_path)
+    x = torch.randn(1, 3, 6, 6)
+    oracle.assert_close(cm(x, adapter_names=["a"]), [merged(x)])
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("matrix", "used in a way that no rule covers"),
+        ("dilated", "used past its own call .* dilation"),
+    ],
+)
+def test_uses_that_no_rule_covers_are_refused(how: str, why: str, tmp_path: Path) -> None:
+    cm, base, _ = _past(how, tmp_path)
+    x = torch.randn(2, 3, 6, 6)
+    with pytest.raises(MatchError, match=f"conv: its weight is {why}"):
+        cm(x, adapter_names=["a", None])
+    assert torch.equal(cm(x), base(x))
+
+
+def test_factors_of_another_shape(served: Served, tmp_path: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes((served.folders["middle"] / name).read_bytes())
+    file = tmp_path / "adapter_model.safetensors"
+    key = "base_model.model.c2.lora_A.weight"
+    tensors = load_file(file)
+    save_file({**tensors, key: tensors[key].mT.contiguous()}, file)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 4
+    with pytest.raises(CheckpointError, match=r"c2 needs \(r, 8, 3, 2\) and \(8, r, 1, 1\)"):
+        served.cm.load_adapter(tmp_path, "wrong")
