@@ -4,6 +4,7 @@ cm = lorafx.compile(model, lora_config)
 cm(input_ids, adapter_names=["sql", None, "chat"])
 """
 
+from lorafx.adapter_store.saved import AdapterSource
 from lorafx.api import attach, compile, explain
 from lorafx.config import After, LoraConfig, Options
 from lorafx.errors import (
@@ -31,6 +32,7 @@ from lorafx.serving.compiled import CompiledModel
 from lorafx.torch_compile.attached import adapters, detach, load_adapter, unload_adapter
 
 __all__ = [
+    "AdapterSource",
     "After",
     "BatchError",
     "CapacityError",

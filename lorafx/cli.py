@@ -1,6 +1,6 @@
 """The command `lorafx`: look at adapters, and at what lorafx would make of a model.
 
-    lorafx inspect ADAPTER              modules, ranks and scales of a PEFT adapter folder
+    lorafx inspect ADAPTER [--model M]  what an adapter holds, in which dialect, and what is refused
     lorafx explain MODEL [--target T]   sites and banks of a Hugging Face model, on the meta device
     lorafx cache list | clear           graphs that Options(cache=...) has saved
     lorafx serve MODEL --adapters F     an HTTP server in OpenAI's form (docs/serving.md)
@@ -12,41 +12,60 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from lorafx.errors import LorafxError
 
 
-def inspect(adapter: Path) -> None:
-    """Show what the adapter in folder ADAPTER contains."""
+def inspect(
+    adapter: str,
+    dialect: Annotated[str | None, "peft, diffusers, kohya, mlx or loralib"] = None,
+    model: Annotated[str | None, "folder with a config.json; shows what it would refuse"] = None,
+) -> None:
+    """Show what ADAPTER, a folder, a file or a name on the hub, holds, and why it is refused."""
     from rich.console import Console
     from rich.table import Table
 
-    from lorafx.adapter_store.checkpoint import load_state
-    from lorafx.adapter_store.peft_keys import parse, without_prefix
+    from lorafx.adapter_store.inspecting import inspected
+    from lorafx.adapter_store.saved import AdapterSource
 
-    state = load_state(adapter)
-    table = Table("module", "in", "out", "rank", "scale", title=str(adapter))
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    others = []
-    for key, tensor in state.tensors.items():
-        factor = parse(key)
-        if factor is None:
-            others.append(key)
-        else:
-            shapes.setdefault(without_prefix(factor.module), {})[factor.letter] = tuple(
-                tensor.shape
-            )
-    for module, factors in sorted(shapes.items()):
-        a, b = factors.get("A", ()), factors.get("B", ())
-        rank = a[0] if a else 0
-        cells = (a[1] if len(a) > 1 else "?", b[0] if b else "?", rank)
-        scale = f"{state.config.scale(module, rank):g}" if rank else "?"
-        table.add_row(module, *map(str, cells), scale)
-    console = Console()
-    console.print(table)
-    for key in others:
-        console.print(f"not a LoRA factor: {key}")
+    source = AdapterSource(adapter, dialect=dialect)
+    found = inspected(source)
+    console = Console(soft_wrap=True)
+    if found.modules:
+        table = Table("module", "in", "out", "rank", "scale", title=adapter)
+        for row in found.modules:
+            scale = "?" if row.scale is None else f"{row.scale:g}"
+            table.add_row(row.path, *(str(size or "?") for size in row.sizes), scale)
+        console.print(table)
+    for line in found.lines():
+        console.print(line, markup=False, highlight=False)
+    if not found.refusal and model is not None:
+        _check_on(model, source)
+        console.print(f"nothing is refused on {model}", markup=False, highlight=False)
+    if found.refusal:
+        raise SystemExit(1)
+
+
+def _check_on(model: str, source: Any) -> None:
+    """Read an adapter for MODEL, without its weights."""
+    from lorafx.adapter_store.peft_reader import read_adapter
+    from lorafx.prepare.configuration import request_of
+    from lorafx.prepare.marking import build_sites
+
+    module = _on_meta(model)
+    config = request_of({"adapter": source}, {}, module).config
+    _, sites = build_sites(module, config)
+    read_adapter(source, "adapter", sites, model=module, lora_config=config)
+
+
+def _on_meta(model: str) -> Any:
+    """The model that a folder's config.json describes, without numbers."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
 
 
 def explain(
@@ -56,16 +75,11 @@ def explain(
     max_adapters: int = 8,
 ) -> None:
     """Show the sites and banks that lorafx would give MODEL, a folder with a config.json."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     import lorafx
 
     targets = "all-linear" if not target or target == ["all-linear"] else target
     config = lorafx.LoraConfig(target_modules=targets, max_rank=max_rank, max_adapters=max_adapters)
-    with torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-    print(lorafx.explain(module, config))
+    print(lorafx.explain(_on_meta(model), config))
 
 
 def serve(

@@ -40,6 +40,7 @@ class Explanation:
             + (f"slot {resident[name]}" if name in resident else "in host memory")
             + (", pinned" if name in pinned else "")
             + (", merged" if merged is not None and merged.name == name else "")
+            + "".join(f"; {note}" for note in store[name].notes)
             for name in store.names
         ]
         program.look_at_modules()

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorafx.adapter_store.checkpoint import AdapterState
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.places import Places
+from lorafx.adapter_store.saved import AdapterState
 from lorafx.errors import CapacityError, CheckpointError, UnsupportedAdapterError
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

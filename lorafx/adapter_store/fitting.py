@@ -85,9 +85,9 @@ def fitted(
     sites = dict.fromkeys([*(places[path].site.path for path in adapter.weights), *owned])
     rescaled = dict.fromkeys(places[path].site.path for path in adapter.magnitudes)
     names = adapter.name, adapter.rank, adapter.source
-    spans = adapter.spans
+    spans, notes = adapter.spans, adapter.notes
     return StoredAdapter(
-        *names, tuple(sites), factors, size, tuple(rescaled), spans, owned, own_rows
+        *names, tuple(sites), factors, size, tuple(rescaled), spans, owned, own_rows, notes
     )
 
 

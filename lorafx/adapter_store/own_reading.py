@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorafx.adapter_store.checkpoint import AdapterState
 from lorafx.adapter_store.findings import DTYPES, Findings, path_label
 from lorafx.adapter_store.peft_keys import parse, without_prefix
 from lorafx.adapter_store.places import Places
+from lorafx.adapter_store.saved import AdapterState
 from lorafx.model.bank import OwnWeight
 from lorafx.model.candidates import by_raw_weight
 from lorafx.model.module_graph import ModuleGraph

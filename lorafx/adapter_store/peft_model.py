@@ -19,9 +19,9 @@ from typing import Any, cast
 
 from torch import nn
 
-from lorafx.adapter_store.checkpoint import AdapterState
 from lorafx.adapter_store.handed_over import give_back, hand_over
 from lorafx.adapter_store.peft_config import PeftConfig
+from lorafx.adapter_store.saved import AdapterState
 from lorafx.errors import CheckpointError, LorafxWarning, UnsupportedAdapterError
 
 #: What PEFT and transformers leave on a model that has adapters in it: a model without lacks them.

@@ -8,15 +8,14 @@ What the tensors mean: lorafx.adapter_store.reading.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
-from lorafx.adapter_store.checkpoint import AdapterState, load_state
+from lorafx.adapter_store.checkpoint import load_state
 from lorafx.adapter_store.coverage import Scope, coverage
 from lorafx.adapter_store.expert_places import ExpertPlace
 from lorafx.adapter_store.findings import Findings
@@ -48,6 +47,7 @@ class Adapter:
         spans: path of a name of a packed module -> the slices that its rows say it covers, where
             that is not declared.
         own: path of a site -> the rows of its weight that the adapter has of its own.
+        notes: what was decided while it was read, a line each.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Adapter:
     source: str
     spans: Mapping[str, range] = field(default_factory=dict)
     own: Mapping[str, OwnWeight] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def magnitudes(self) -> tuple[str, ...]:
@@ -70,9 +71,7 @@ class AdapterTargets(NamedTuple):
     rank: int
 
 
-def adapter_target_modules(
-    source: str | os.PathLike[str] | AdapterState, model: nn.Module
-) -> AdapterTargets:
+def adapter_target_modules(source: Any, model: nn.Module) -> AdapterTargets:
     """The modules of `model` that an adapter's saved keys name, and its largest rank.
 
     Keys of routed experts name the parameters that they are of, and keys from before a module was
@@ -83,7 +82,7 @@ def adapter_target_modules(
     """
     modules: dict[str, None] = {}
     rank = 0
-    state, places = load_state(source), Places((), model)
+    state, places = load_state(source, model), Places((), model)
     config = state.config
     for key, tensor in state.tensors.items():
         shape = tuple(tensor.shape)
@@ -100,7 +99,7 @@ def adapter_target_modules(
 
 
 def read_adapter(
-    source: str | os.PathLike[str] | AdapterState,
+    source: Any,
     name: str,
     sites: Sequence[Site],
     *,
@@ -109,11 +108,10 @@ def read_adapter(
     lora_config: LoraConfig | None = None,
     strict: bool = False,
 ) -> Adapter:
-    """Read the adapter in folder `source` and place every tensor on one of `sites`.
+    """Read the adapter `source` and place every tensor on one of `sites`.
 
     Args:
-        source: folder with adapter_config.json and adapter_model.safetensors (or .bin), or an
-            `AdapterState` in memory.
+        source: as `lorafx.adapter_store.checkpoint.load_state` takes it.
         name: what requests will call it.
         sites: the selected sites; keys may use any of their paths, the names of the parts of
             packed sites, and packed names of sites that are apart (`LoraConfig.packed_modules`).
@@ -131,7 +129,7 @@ def read_adapter(
             adapter's own.
         CheckpointError: anything else, all problems of the file at once.
     """
-    state = load_state(source)
+    state = load_state(source, model)
     findings = Findings(state, Places(sites, model), max_rank)
     reading = Reading(findings)
     weights = reading.run()
@@ -147,7 +145,8 @@ def read_adapter(
             LorafxWarning,
             stacklevel=2,
         )
-    return Adapter(name, weights, findings.largest, state.where, reading.spans, reading.own.found)
+    own, notes = reading.own.found, state.notes
+    return Adapter(name, weights, findings.largest, state.where, reading.spans, own, notes)
 
 
 def _named_by(places: Places, config: PeftConfig, path: str) -> list[str]:

@@ -8,8 +8,10 @@ memory than the file's size, and gives plain dense tensors or a CheckpointError.
 
 from __future__ import annotations
 
+import io
 import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -28,8 +30,22 @@ def load_pickled(file: Path) -> dict[str, Tensor]:
             than its size.
     """
     try:
-        held = _held(file)
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        content = file.open("rb")
+    except OSError as exc:
+        raise CheckpointError(f"{file} cannot be read: {exc}") from exc
+    with content:
+        return _loaded(content, str(file))
+
+
+def unpickled(content: bytes) -> dict[str, Tensor]:
+    """As `load_pickled`, of a file's bytes."""
+    return _loaded(io.BytesIO(content), f"{len(content)} bytes")
+
+
+def _loaded(content: BinaryIO, file: str) -> dict[str, Tensor]:
+    try:
+        held = _held(content, file)
+        tensors = torch.load(content, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     # A damaged pickle ends in whatever its unpickler runs into: KeyError, IndexError, MemoryError.
@@ -52,15 +68,17 @@ def load_pickled(file: Path) -> dict[str, Tensor]:
     return {key: tensor.detach() for key, tensor in tensors.items()}
 
 
-def _held(file: Path) -> int:
+def _held(content: BinaryIO, file: str) -> int:
     """Bytes that the file can hold of tensors' numbers."""
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        archive = opened.read(len(_ARCHIVE)) == _ARCHIVE
+    size = content.seek(0, io.SEEK_END)
+    content.seek(0)
+    archive = content.read(len(_ARCHIVE)) == _ARCHIVE
+    content.seek(0)
     if not archive:
         return size  # the format from before torch 1.6: numbers follow the pickle
-    with zipfile.ZipFile(file) as entries:
+    with zipfile.ZipFile(content) as entries:
         infos = entries.infolist()
+    content.seek(0)
     if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
         raise CheckpointError(
             f"{file} is a compressed archive, which torch.save never writes; save the adapter again"
@@ -88,7 +106,7 @@ def _unlike_plain(tensor: Tensor) -> str | None:
     return None
 
 
-def _check_claims(file: Path, tensors: dict[str, Tensor], held: int) -> None:
+def _check_claims(file: str, tensors: dict[str, Tensor], held: int) -> None:
     """No more numbers than were saved: neither by strides of zero nor by a storage that grew."""
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()

@@ -27,7 +27,7 @@ class StoredAdapter:
     """An adapter in host memory.
 
     Attributes:
-        name, rank, source: as in `Adapter`.
+        name, rank, source, notes: as in `Adapter`.
         sites: canonical paths of the sites that it touches.
         rescaled: those of them whose outputs it rescales (DoRA).
         owned: those of them of whose weight it has rows of its own.
@@ -48,6 +48,7 @@ class StoredAdapter:
     spans: Mapping[str, range] = field(default_factory=dict)
     owned: tuple[str, ...] = ()
     own: Mapping[int, OwnWeight] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     version: int = field(default_factory=next_version)
 
 

@@ -10,17 +10,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from lorafx.adapter_store.checkpoint import AdapterState, load_state
+from lorafx.adapter_store.checkpoint import load_state
 from lorafx.adapter_store.own_reading import rows_wanted
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_reader import adapter_target_modules
 from lorafx.adapter_store.peft_targets import picked
+from lorafx.adapter_store.saved import AdapterSource, AdapterState
 from lorafx.config import LoraConfig
 from lorafx.errors import ConfigError
 from lorafx.model.own_rows import token_rooms
 from lorafx.model.targets import AdapterNames
+
+#: What an adapter may be given as, tensors by name apart.
+_SOURCES = (str, os.PathLike, bytes, AdapterSource, AdapterState)
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,11 @@ def request_of(lora_config: Any, adapters: Mapping[str, Any], model: nn.Module) 
         ConfigError: `lora_config` has no form that is known.
         CheckpointError, UnsupportedAdapterError: an adapter cannot be read.
     """
-    if isinstance(lora_config, (str, os.PathLike)):
+    if isinstance(lora_config, _SOURCES):
         lora_config = {"default": lora_config}
     if isinstance(lora_config, Mapping) and _is_adapter_mapping(lora_config):
         adapters, lora_config = {**lora_config, **adapters}, None
-    states = {name: load_state(source) for name, source in adapters.items()}
+    states = {name: load_state(source, model) for name, source in adapters.items()}
     config = _config_of(lora_config, states, model)
     dora = config.use_dora or any(state.config.use_dora for state in states.values())
     saved = dict.fromkeys(config.modules_to_save)
@@ -138,7 +142,13 @@ def _is_adapter_mapping(value: Mapping[str, Any]) -> bool:
         raise ConfigError("lora_config is an empty mapping; give name -> adapter folder")
     if "peft_type" in value:
         return False
-    return all(isinstance(item, (str, os.PathLike, AdapterState)) for item in value.values())
+    return all(isinstance(item, _SOURCES) or _holds_tensors(item) for item in value.values())
+
+
+def _holds_tensors(item: Any) -> bool:
+    """Whether this is an adapter in memory."""
+    tensors = isinstance(item, Mapping) and bool(item)
+    return tensors and all(isinstance(value, Tensor) for value in item.values())
 
 
 def _targets_of(adapters: Mapping[str, AdapterState], model: nn.Module) -> tuple[AdapterNames, int]:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lorafx.adapter_store.checkpoint import AdapterState
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_reader import Adapter, adapter_target_modules, read_adapter
+from lorafx.adapter_store.saved import AdapterState
 from lorafx.errors import CheckpointError
 from lorafx.model.sites import Site
 from lorafx.registry import lookup

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import token_inputs
 
 import lorafx
-from lorafx.adapter_store.checkpoint import AdapterState
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_reader import read_adapter
+from lorafx.adapter_store.saved import AdapterState
 from lorafx.prepare.marking import build_sites
 
 PREFIX = "base_model.model."

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.adapter_store.checkpoint import AdapterState
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_reader import Adapter, read_adapter
+from lorafx.adapter_store.saved import AdapterState
 from lorafx.prepare.marking import build_sites
 
 PATH = "block.experts"

@@ -1,0 +1,107 @@
+"""What a dialect is: it knows its own files, and says them in PEFT's names.
+
+<module>.lora_A.weight (r, K), <module>.lora_B.weight (N, r), and s by module
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from lorafx.adapter_store.peft_config import PeftConfig
+from lorafx.adapter_store.saved import AdapterState, Saved
+from lorafx.model.saved_names import SavedNames
+from lorafx.registry import lookup
+
+
+class Dialect(ABC):
+    """One way to save an adapter.
+
+    Attributes:
+        name: what `AdapterSource.dialect` calls it.
+        keys: its keys, for messages.
+    """
+
+    name: ClassVar[str]
+    keys: ClassVar[str]
+
+    @abstractmethod
+    def claims(self, saved: Saved) -> bool:
+        """Whether `saved` is in this dialect, by its keys."""
+
+    @abstractmethod
+    def state(self, saved: Saved, model: nn.Module | None) -> AdapterState:
+        """`saved` in PEFT's names. Tensors are views of the saved ones; every key is placed under a
+        name of PEFT's, or stays as it is for the reader to refuse.
+
+        Raises:
+            CheckpointError: keys that cannot be read, or a configuration that lacks what it needs.
+            UnsupportedAdapterError: arithmetic beyond LoRA.
+        """
+
+
+class Translation:
+    """Factors on their way into PEFT's names."""
+
+    def __init__(self, saved: Saved, dialect: Dialect, model: nn.Module | None) -> None:
+        self.saved, self.dialect = saved, dialect
+        self.tensors: dict[str, Tensor] = {}
+        self.scales: dict[str, float] = {}
+        self.notes: list[str] = []
+        self._model = model
+        self._names = None if model is None else SavedNames(model)
+
+    def module(self, path: str) -> nn.Module | None:
+        """The module at `path` of the model, None where there is none, or no model."""
+        for reading in self._names.readings(path) if self._names is not None else ():
+            walked = self._names.walk(reading) if self._names is not None else None
+            if walked is not None and not walked.rest:
+                return walked.module
+        return None
+
+    def exists(self, path: str) -> bool:
+        """Whether the model has a module at `path`."""
+        return self.module(path) is not None
+
+    def add(self, path: str, letter: str, tensor: Tensor) -> None:
+        """Factor "A" (r, K) or "B" (N, r), or DoRA's "m" (N,), of the module at `path`."""
+        module = self.module(path)
+        if letter == "m":
+            self.tensors[f"{path}.lora_magnitude_vector"] = tensor
+            return
+        entry = None if module is None else lookup(module)
+        if entry is not None and entry.kind == "embedding":
+            self.tensors[f"{path}.lora_embedding_{letter}"] = tensor
+            return
+        weight = getattr(module, "weight", None)
+        if tensor.dim() == 4 and tensor.shape[2:] == (1, 1) and _dims(weight) == 2:
+            tensor = tensor[..., 0, 0]  # trained on a 1×1 convolution, which is a linear here
+        elif tensor.dim() == 2 and _dims(weight) == 4:
+            tensor = tensor[..., None, None]
+        self.tensors[f"{path}.lora_{letter}.weight"] = tensor
+
+    def keep(self, key: str) -> None:
+        """Leave a key to the reader."""
+        self.tensors[key] = self.saved.tensors[key]
+
+    def state(self, config: PeftConfig) -> AdapterState:
+        return AdapterState(
+            config,
+            self.tensors,
+            f"{self.saved.where} ({self.dialect.name})",
+            self.scales,
+            self.dialect.name,
+            tuple(self.notes),
+        )
+
+
+def raw(fields: Mapping[str, Any] | PeftConfig | None) -> Mapping[str, Any]:
+    """Fields of a dialect's own configuration; none where there is another one."""
+    return {} if fields is None or isinstance(fields, PeftConfig) else fields
+
+
+def _dims(weight: Any) -> int:
+    return weight.dim() if isinstance(weight, Tensor) else 0

@@ -1,0 +1,115 @@
+"""loralib's bare parameters, as `lora_state_dict` saves them.
+
+    <module>.lora_A (r, K), .lora_B (N, r)            s = lora_alpha / r;  embeddings (r, V), (D, r)
+    <module>.lora_A (G·r, K), .lora_B (N·G/P, r)      MergedLinear: G of P equal slices have LoRA
+
+MergedLinear multiplies by groups: rows g·r … of A belong to slice g alone. As one pair of factors
+that is a block-diagonal B of rank G·r, with s as before.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafx.adapter_store.config_source import short
+from lorafx.adapter_store.dialects.dialect import Dialect, Translation, raw
+from lorafx.adapter_store.peft_config import PeftConfig
+from lorafx.adapter_store.saved import AdapterState, Saved
+from lorafx.errors import CheckpointError
+
+_FACTOR = re.compile(r"(?:(?P<module>.+)\.)?lora_(?P<letter>[AB])")
+
+
+class Loralib(Dialect):
+    """<module>.lora_A and .lora_B, parameters of the module itself; α is given beside."""
+
+    name = "loralib"
+    keys = "<module>.lora_A"
+
+    def claims(self, saved: Saved) -> bool:
+        return any(_FACTOR.fullmatch(key) for key in saved.tensors)
+
+    def state(self, saved: Saved, model: nn.Module | None) -> AdapterState:
+        own = raw(saved.fields)
+        alpha = _alpha(saved)
+        found, pairs = Translation(saved, self, model), dict[str, dict[str, Tensor]]()
+        for key, tensor in saved.tensors.items():
+            match = _FACTOR.fullmatch(key)
+            if match is None:
+                found.keep(key)
+            else:
+                pairs.setdefault(match["module"] or "", {})[match["letter"]] = tensor
+        for path, pair in pairs.items():
+            rank = _rank(pair)
+            if _groups(pair) > 1:
+                pair = _ungrouped(found, path, pair, own)
+            for letter, tensor in pair.items():
+                found.add(path, letter, tensor)
+            if rank:
+                found.scales[path] = alpha / rank
+        return found.state(PeftConfig(r=None))
+
+
+def _alpha(saved: Saved) -> float:
+    """α, the same for all modules."""
+    given = saved.fields.lora_alpha if isinstance(saved.fields, PeftConfig) else None
+    alpha: Any = raw(saved.fields).get("lora_alpha") if given is None else given
+    if isinstance(alpha, int | float) and not isinstance(alpha, bool) and abs(alpha) < 1e30:
+        return alpha
+    raise CheckpointError(
+        f"{saved.where} is in loralib's dialect, whose files do not say α; give "
+        "AdapterSource(..., config={'lora_alpha': ...})"
+        + ("" if alpha is None else f", a finite number, not {short(alpha)}")
+    )
+
+
+def _rank(pair: Mapping[str, Tensor]) -> int:
+    """r of one slice: what B has columns."""
+    own = pair.get("B")
+    return own.shape[1] if own is not None and own.dim() == 2 else 0
+
+
+def _groups(pair: Mapping[str, Tensor]) -> int:
+    rank, a = _rank(pair), pair.get("A")
+    if not rank or a is None or a.dim() != 2 or a.shape[0] % rank:
+        return 1
+    return a.shape[0] // rank
+
+
+def _ungrouped(
+    found: Translation, path: str, pair: Mapping[str, Tensor], fields: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The factors of a MergedLinear as those of one linear."""
+    groups, b, where = _groups(pair), pair["B"], found.saved.where
+    enabled = fields.get("enable_lora", [True] * groups)
+    if not isinstance(enabled, list | tuple) or sum(map(bool, enabled)) != groups:
+        raise CheckpointError(
+            f"{where}: {path} has factors of {groups} slices, and enable_lora is {short(enabled)}"
+        )
+    weight = getattr(found.module(path), "weight", None)
+    rows, given = len(b) // groups, groups * len(b[0])
+    total = rows * len(enabled)
+    if len(b) % groups or (isinstance(weight, Tensor) and total not in weight.shape):
+        raise CheckpointError(
+            f"{where}: {path} has factors of {groups} slices of {rows} rows, which are not those "
+            f"of a weight {tuple(getattr(weight, 'shape', ()))}; a MergedLinear with slices "
+            "without LoRA needs config={'lora_alpha': ..., 'enable_lora': [...]}"
+        )
+    if weight is None and math.prod((total, given)) > 4 * sum(t.numel() for t in pair.values()) + (
+        1 << 20
+    ):
+        raise CheckpointError(f"{where}: {path} would be far larger than its file")
+    blocks = iter(b.split(rows))
+    own = torch.zeros(total, given, dtype=b.dtype)
+    rank, at = given // groups, 0
+    for index, on in enumerate(enabled):
+        if on:
+            own[index * rows : (index + 1) * rows, at : at + rank] = next(blocks)
+            at += rank
+    return {"A": pair["A"], "B": own}

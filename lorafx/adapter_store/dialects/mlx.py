@@ -1,0 +1,114 @@
+"""mlx-lm's adapters: adapters.safetensors beside an adapter_config.json of its own.
+
+    <module>.lora_a (K, r), .lora_b (r, N)    y + scale · (x lora_a) lora_b
+    <module>.m (N,)                           DoRA, beside either
+    <mlp>.switch_mlp.<proj>.lora_a (E, r, K), .lora_b (E, N, r)    routed experts
+
+`scale` is in the configuration's `lora_parameters`, and nothing divides it by r. Older releases
+have `alpha` there too: s = scale · alpha / rank.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorafx.adapter_store.config_source import short
+from lorafx.adapter_store.dialects.dialect import Dialect, Translation, raw
+from lorafx.adapter_store.peft_config import PeftConfig
+from lorafx.adapter_store.saved import AdapterState, Saved
+from lorafx.errors import CheckpointError, UnsupportedAdapterError
+
+_FACTOR = re.compile(r"(?:(?P<module>.+)\.)?(?P<factor>lora_[ab]|m)")
+_SWITCH = "switch_mlp"
+
+
+class Mlx(Dialect):
+    """<module>.lora_a (K, r) and .lora_b (r, N), with a scale in `lora_parameters`."""
+
+    name = "mlx"
+    keys = "<module>.lora_a"
+
+    def claims(self, saved: Saved) -> bool:
+        return any(key.endswith((".lora_a", ".lora_b")) for key in saved.tensors)
+
+    def state(self, saved: Saved, model: nn.Module | None) -> AdapterState:
+        fields = raw(saved.fields)
+        scale = _scale(fields, saved.where)
+        kind = fields.get("fine_tune_type", "lora")
+        if kind not in ("lora", "dora"):
+            raise UnsupportedAdapterError(
+                f"{saved.where} has fine_tune_type = {short(kind)}, which trains whole weights; "
+                "fuse it into the base model (mlx_lm.fuse) and load that"
+            )
+        found = Translation(saved, self, model)
+        paths: dict[str, None] = {}
+        for key, tensor in saved.tensors.items():
+            match = _FACTOR.fullmatch(key)
+            if match is None or (match["factor"] == "m" and kind != "dora"):
+                found.keep(key)
+                continue
+            path, letter = match["module"] or "", match["factor"].removeprefix("lora_")
+            parts = path.split(".")
+            if _SWITCH in parts:
+                paths.update(dict.fromkeys(_experts(found, parts, letter, tensor, key)))
+                continue
+            if letter != "m" and tensor.dim() != 2:
+                raise CheckpointError(
+                    f"{saved.where}: {key} has shape {tuple(tensor.shape)}, not (K, r) or (r, N)"
+                )
+            found.add(
+                path,
+                letter.upper() if letter != "m" else "m",
+                tensor.mT if letter != "m" else tensor,
+            )
+            paths[path] = None
+        found.scales.update(dict.fromkeys(paths, scale))
+        return found.state(PeftConfig(r=None, use_dora=kind == "dora"))
+
+
+def _experts(
+    found: Translation, parts: list[str], letter: str, tensor: Tensor, key: str
+) -> list[str]:
+    """Factors of all experts, each under its name from before mlx stacked them; the paths."""
+    at = parts.index(_SWITCH)
+    before, after = parts[:at], parts[at + 1 :]
+    if tensor.dim() != 3 or letter == "m" or len(after) != 1:
+        raise CheckpointError(
+            f"{found.saved.where}: {key} has shape {tuple(tensor.shape)}; factors of routed "
+            "experts are (E, r, K) and (E, N, r)"
+        )
+    paths = [".".join([*before, "experts", str(e), *after]) for e in range(len(tensor))]
+    for path, own in zip(paths, tensor, strict=True):
+        found.tensors[f"{path}.lora_{letter.upper()}.weight"] = own
+    return paths
+
+
+def _scale(fields: Any, where: str) -> float:
+    """s of all modules."""
+    given = fields.get("lora_parameters")
+    if not isinstance(given, dict):
+        raise CheckpointError(
+            f"{where} is in mlx-lm's dialect and has no lora_parameters with its scale; give the "
+            "folder with adapter_config.json, or config={'lora_parameters': {'rank': ..., "
+            "'scale': ...}}"
+        )
+    numbers = {}
+    for name in ("scale", "alpha", "rank"):
+        value = given.get(name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and abs(value) < 1e30):
+            raise CheckpointError(
+                f"{where}: lora_parameters[{name!r}] is no finite number: {short(value)}"
+            )
+        numbers[name] = value
+    scale, alpha, rank = numbers["scale"], numbers["alpha"], numbers["rank"]
+    if scale is None or (alpha is not None and not rank):
+        raise CheckpointError(f"{where}: lora_parameters has no scale: {short(given)}")
+    found = float(scale) if alpha is None else float(scale) * alpha / rank
+    if not math.isfinite(found):
+        raise CheckpointError(f"{where}: lora_parameters has no finite scale: {short(given)}")
+    return found

@@ -1,0 +1,357 @@
+"""Adapters in every dialect: a batch of all equals dense merges, no key is lost, and what lands
+nowhere is an error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from dense_merge import REFERENCE, Case, check_mixed, random_base, save_adapter
+from dialect_files import WRITERS, alpha, as_diffusers, as_kohya, as_loralib, as_mlx, factors
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save, save_file
+from tiny_models import token_inputs
+from torch import nn
+
+import lorafx
+from lorafx.adapter_store.checkpoint import load_state
+from lorafx.adapter_store.peft_config import PeftConfig
+from lorafx.adapter_store.peft_reader import read_adapter
+from lorafx.adapter_store.saved import AdapterState
+from lorafx.config import LoraConfig
+from lorafx.errors import CheckpointError, ConfigError, UnsupportedAdapterError
+from lorafx.prepare.marking import build_sites
+
+pytestmark = [pytest.mark.quick, pytest.mark.filterwarnings("ignore")]
+DIALECTS = sorted(WRITERS)
+
+
+def source(name: str, folder: Path, file: Path) -> lorafx.AdapterSource:
+    config = {"lora_alpha": alpha(folder)} if name == "loralib" else None
+    return lorafx.AdapterSource(file, config=config)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Adapters of unequal ranks and scales, one for each dialect, as PEFT saves them."""
+    folder = tmp_path_factory.mktemp("peft")
+    base = random_base("llama", num_hidden_layers=1)
+    targets = {"mlx": ["embed_tokens", "q_proj", "up_proj"], "loralib": ["embed_tokens", "o_proj"]}
+    return Case(
+        base,
+        {
+            name: save_adapter(
+                base,
+                folder / name,
+                rank=2 + seed,
+                targets=targets.get(name, ["q_proj", "down_proj"]),
+                seed=seed,
+                lora_alpha=3 + seed,
+            )
+            for seed, name in enumerate(DIALECTS)
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def written(case: Case, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("written")
+    suffix = {"kohya": ".safetensors", "diffusers": ".safetensors", "loralib": ".pt"}
+    return {
+        name: WRITERS[name](case.folders[name], folder / f"{name}{suffix.get(name, '')}")
+        for name in DIALECTS
+    }
+
+
+@pytest.fixture(scope="module")
+def compiled(case: Case, written: dict[str, Path]):
+    adapters = {name: source(name, case.folders[name], file) for name, file in written.items()}
+    return lorafx.compile(case.model(), adapters, options=REFERENCE)
+
+
+def test_a_batch_of_all_dialects_is_that_of_dense_merges(case: Case, compiled) -> None:
+    check_mixed(compiled, case, [*DIALECTS, None], token_inputs(len(DIALECTS) + 1, 7))
+    check_mixed(compiled, case, ["kohya"], token_inputs(1, 7))
+    before = compiled.recompiles
+    check_mixed(compiled, case, ["mlx", None, "peft"], token_inputs(3, 5))
+    assert compiled.recompiles == before
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_a_dialect_is_told_by_its_keys_and_may_be_forced(
+    name: str, case: Case, written: dict[str, Path]
+) -> None:
+    told = load_state(source(name, case.folders[name], written[name]), case.base)
+    assert told.dialect == name
+    asked = source(name, case.folders[name], written[name])
+    forced = load_state(
+        lorafx.AdapterSource(asked.source, config=asked.config, dialect=name), case.base
+    )
+    assert forced.tensors.keys() == told.tensors.keys()
+
+
+def test_what_load_adapter_takes_in_memory_and_as_bytes(case: Case, compiled, written) -> None:
+    held = load_file(written["kohya"])
+    for given_as in (held, save(held), written["kohya"].read_bytes()):
+        compiled.load_adapter(given_as, "kohya")
+        check_mixed(compiled, case, ["kohya", None], token_inputs(2, 4))
+    content = written["loralib"].read_bytes()
+    config = {"lora_alpha": alpha(case.folders["loralib"])}
+    compiled.load_adapter(lorafx.AdapterSource(content, config=config), "loralib")
+    check_mixed(compiled, case, ["loralib", None], token_inputs(2, 4))
+
+
+def test_an_unknown_dialect_names_the_known_ones(case: Case, written) -> None:
+    with pytest.raises(ConfigError, match=r"no dialect 'koya'; nearest: kohya"):
+        load_state(lorafx.AdapterSource(written["kohya"], dialect="koya"), case.base)
+
+
+def test_keys_of_no_dialect(case: Case) -> None:
+    with pytest.raises(CheckpointError, match=r"no known dialect \('some.thing'\)"):
+        load_state({"some.thing": torch.ones(2)}, case.base)
+
+
+# --- properties ---
+
+NAMES = st.lists(st.sampled_from(["a", "b", "a_b", "b_a", "0", "1"]), min_size=1, max_size=3)
+
+
+class Tree(nn.Module):
+    """Linears at dotted paths."""
+
+    def __init__(self, paths: list[str]) -> None:
+        super().__init__()
+        for number, path in enumerate(paths):
+            *parents, last = path.split(".")
+            module: nn.Module = self
+            for name in parents:
+                if name not in module._modules:
+                    module.add_module(name, nn.Module())
+                module = module._modules[name]
+            module.add_module(last, nn.Linear(3 + number, 4))
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> list[str]:
+    """Paths of linears, none below another one."""
+    paths = sorted({".".join(parts) for parts in draw(st.lists(NAMES, min_size=1, max_size=5))})
+    return [p for p in paths if not any(q != p and (q + ".").startswith(p + ".") for q in paths)]
+
+
+def peft_folder(paths: list[str], folder: Path, rank: int) -> Path:
+    folder.mkdir(exist_ok=True)
+    tensors = {}
+    for number, path in enumerate(paths):
+        tensors[f"base_model.model.{path}.lora_A.weight"] = torch.randn(rank, 3 + number)
+        tensors[f"base_model.model.{path}.lora_B.weight"] = torch.randn(4, rank)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings_ = f'{{"peft_type": "LORA", "r": {rank}, "lora_alpha": 6}}'
+    (folder / "adapter_config.json").write_text(settings_)
+    return folder
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(paths=trees(), rank=st.integers(1, 3), data=st.data())
+def test_names_round_trip_and_no_key_is_lost(
+    name: str, paths: list[str], rank: int, data: st.DataObject, tmp_path_factory
+) -> None:
+    folder = tmp_path_factory.mktemp("tree")
+    peft = peft_folder(paths, folder / "peft", rank)
+    model = Tree(paths)
+    suffix = "" if name in ("mlx", "peft") else ".safetensors" if name != "loralib" else ".pt"
+    file = WRITERS[name](peft, folder / f"file{suffix}")
+    asked = source(name, peft, file)
+    flat = [path.replace(".", "_") for path in paths]
+    if name == "kohya" and len(set(flat)) < len(flat):
+        with pytest.raises(CheckpointError, match=r" may be .* or .*, which are spelt alike"):
+            load_state(asked, model)
+        return
+    _, sites = build_sites(model, LoraConfig(target_modules="all-linear"))
+    want = read_adapter(peft, "a", sites, model=model)
+    got = read_adapter(asked, "a", sites, model=model)
+    assert got.weights.keys() == want.weights.keys() == set(paths)
+    for path, weights in want.weights.items():
+        assert torch.equal(got.weights[path].A, weights.A)
+        assert torch.equal(got.weights[path].B, weights.B)
+        assert got.weights[path].scale == pytest.approx(weights.scale)
+    # One module more than the model has: named by the error, whatever the dialect.
+    lost = data.draw(st.sampled_from(paths)) + ".none"
+    other = peft_folder([*paths, lost], folder / "other", rank)
+    suffix = suffix or "-folder"
+    file = WRITERS[name](other, folder / f"more{suffix}")
+    with pytest.raises(CheckpointError, match=r"\bnone\b|_none"):
+        read_adapter(source(name, other, file), "a", sites, model=model)
+    # A factor without its partner.
+    state = load_state(asked, model)
+    key = data.draw(st.sampled_from(sorted(state.tensors)))
+    rest = {k: t for k, t in state.tensors.items() if k != key}
+    with pytest.raises(CheckpointError, match="has no factor"):
+        read_adapter(
+            AdapterState(state.config, rest, "rest", state.scales), "a", sites, model=model
+        )
+
+
+# --- one dialect each ---
+
+
+def test_kohya_of_two_components(case: Case, tmp_path: Path) -> None:
+    folder = case.folders["kohya"]
+    unet = load_file(as_kohya(folder, tmp_path / "unet.safetensors"))
+    text = {
+        k.replace("lora_unet_", "lora_te_").replace("model", "other"): t for k, t in unet.items()
+    }
+    state = load_state({**unet, **text}, case.base)
+    assert len(state.tensors) == sum("alpha" not in key for key in unet)
+    assert "text_encoder" in state.notes[0]
+    both = {**unet, **{k.replace("lora_unet_", "lora_te_"): t for k, t in unet.items()}}
+    with pytest.raises(CheckpointError, match="both fit this model; say which"):
+        load_state(both, case.base)
+    chosen = load_state(lorafx.AdapterSource(both, component="text_encoder"), case.base)
+    assert chosen.tensors.keys() == state.tensors.keys()
+
+
+def test_kohya_without_alpha_has_scale_one(case: Case, tmp_path: Path) -> None:
+    file = as_kohya(case.folders["kohya"], tmp_path / "a.safetensors")
+    bare = {key: t for key, t in load_file(file).items() if not key.endswith("alpha")}
+    assert set(load_state(bare, case.base).scales.values()) == {1.0}
+
+
+def test_kohya_refuses_scales_of_inputs_and_stray_keys(case: Case, tmp_path: Path) -> None:
+    file = as_kohya(case.folders["kohya"], tmp_path / "a.safetensors")
+    tensors = load_file(file)
+    name = next(iter(tensors)).partition(".")[0]
+    with pytest.raises(UnsupportedAdapterError, match="a scale for each input"):
+        load_state({**tensors, f"{name}.dora_scale": torch.ones(1, 24)}, case.base)
+    with pytest.raises(CheckpointError, match=r"1 keys that are not kohya's.*'stray.key'"):
+        load_state({**tensors, "stray.key": torch.ones(1)}, case.base)
+
+
+def test_diffusers_configuration_in_the_metadata(case: Case, tmp_path: Path) -> None:
+    folder = case.folders["diffusers"]
+    tensors = {f"unet.{m}.lora_{x}.weight": t for m, x, t in factors(folder)}
+    own = {"unet.r": 4, "unet.lora_alpha": 9, "unet.peft_type": "LORA"}
+    first = next(iter(factors(folder)))[2]
+    own["unet.r"] = min(first.shape)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file(tensors, file, {"lora_adapter_metadata": json.dumps(own)})
+    state = load_state(tmp_path, case.base)
+    assert state.config == PeftConfig(r=own["unet.r"], lora_alpha=9)
+    save_file(tensors, file)
+    assert set(load_state(file, case.base).scales.values()) == {1.0}
+
+
+def test_a_file_of_peft_without_its_configuration(case: Case) -> None:
+    file = case.folders["peft"] / "adapter_model.safetensors"
+    with pytest.raises(CheckpointError, match="without α"):
+        load_state(load_file(file), case.base)
+    # Beside its configuration the file is as good as the folder.
+    assert load_state(file, case.base).config.lora_alpha == alpha(case.folders["peft"])
+
+
+def test_loralib_without_alpha(case: Case, tmp_path: Path) -> None:
+    file = as_loralib(case.folders["loralib"], tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="do not say α; give"):
+        load_state(file, case.base)
+
+
+def test_loralib_merged_linear(tmp_path: Path) -> None:
+    """LoRA on the first and the last third of one linear, by groups."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 12))
+    a, b = torch.randn(4, 5), torch.randn(8, 2)
+    grouped = torch.nn.functional.conv1d(a[None], b[..., None], groups=2)[0]  # as loralib merges
+    want = torch.zeros(12, 5)
+    want[:4], want[8:] = grouped[:4], grouped[4:]
+    config = {"lora_alpha": 3, "enable_lora": [True, False, True]}
+    tensors = {"0.lora_A": a, "0.lora_B": b}
+    _, sites = build_sites(model, LoraConfig(target_modules=["0"]))
+    found = read_adapter(lorafx.AdapterSource(tensors, config=config), "a", sites, model=model)
+    weights = found.weights["0"]
+    torch.testing.assert_close(weights.scale * weights.B @ weights.A, 3 / 2 * want)
+    with pytest.raises(CheckpointError, match=r"needs config=.*enable_lora"):
+        load_state(lorafx.AdapterSource(tensors, config={"lora_alpha": 3}), model)
+
+
+def test_mlx_refuses_whole_weights_and_wants_its_scale(case: Case, tmp_path: Path) -> None:
+    folder = as_mlx(case.folders["mlx"], tmp_path / "mlx")
+    config = folder / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora"', '"full"'))
+    with pytest.raises(UnsupportedAdapterError, match="trains whole weights; fuse it"):
+        load_state(folder, case.base)
+    config.unlink()
+    with pytest.raises(CheckpointError, match="has no lora_parameters"):
+        load_state(folder, case.base)
+
+
+def test_mlx_dora(case: Case, tmp_path: Path) -> None:
+    folder = save_adapter(
+        case.base, tmp_path / "dora", rank=2, targets=["q_proj"], use_dora=True, lora_alpha=3
+    )
+    tensors = {}
+    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+        path, _, factor = key.removeprefix("base_model.model.").partition(".lora_")
+        name = {"A": "lora_a", "B": "lora_b"}.get(factor[0], "m")
+        tensors[f"{path}.{name}"] = tensor if name == "m" else tensor.mT.contiguous()
+    config = {"fine_tune_type": "dora", "lora_parameters": {"rank": 2, "scale": 1.5}}
+    own = Case(case.base, {"dora": folder})
+    asked = {"dora": lorafx.AdapterSource(tensors, config=config)}
+    cm = lorafx.compile(own.model(), asked, options=REFERENCE)
+    check_mixed(cm, own, ["dora", None], token_inputs(2, 5))
+
+
+def test_a_name_that_is_a_child_of_the_model_needs_a_configuration(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"transformer": nn.ModuleDict({"q": nn.Linear(3, 3)})})
+    tensors = {
+        "transformer.q.lora_A.weight": torch.ones(1, 3),
+        "transformer.q.lora_B.weight": torch.ones(3, 1),
+    }
+    with pytest.raises(CheckpointError, match="'transformer' is a module of this model"):
+        load_state(tensors, model)
+    state = load_state(lorafx.AdapterSource(tensors, config={"r": 1, "lora_alpha": 1}), model)
+    assert state.dialect == "peft"
+
+
+@pytest.mark.parametrize(
+    ("key", "method"),
+    [
+        ("lora_unet_a.hada_w1_a", "LoHa"),
+        ("lora_unet_a.lokr_w2_b", "LoKr"),
+        ("base_model.model.a.oft_r.weight", "OFT"),
+        ("base_model.model.a.ia3_l", "IA³"),
+        ("base_model.model.a.vera_lambda_b", "VeRA"),
+        ("lora_unet_a.diff", "whole difference"),
+        ("lora_unet_a.lora_mid.weight", "Tucker"),
+        ("internal_xlora_classifier.0.weight", "X-LoRA"),
+    ],
+)
+def test_other_methods_are_refused_by_name(key: str, method: str, case: Case) -> None:
+    with pytest.raises(UnsupportedAdapterError, match=method):
+        load_state({key: torch.ones(2, 2)}, case.base)
+
+
+def test_older_keys_of_diffusers(case: Case, tmp_path: Path) -> None:
+    model = nn.ModuleDict({"attn1": nn.ModuleDict({"to_q": nn.Linear(3, 3)})})
+    tensors = {
+        "unet.attn1.processor.to_q_lora.down.weight": torch.ones(1, 3),
+        "unet.attn1.processor.to_q_lora.up.weight": torch.ones(3, 1),
+    }
+    state = load_state(tensors, model)
+    assert set(state.tensors) == {"attn1.to_q.lora_A.weight", "attn1.to_q.lora_B.weight"}
+    assert state.scales == {"attn1.to_q": 1.0}
+
+
+def test_diffusers_of_another_model(case: Case, tmp_path: Path) -> None:
+    file = as_diffusers(case.folders["diffusers"], tmp_path / "a.safetensors", "text_encoder")
+    text = load_file(file)
+    unet = {k.replace("text_encoder.model", "unet.other"): t for k, t in text.items()}
+    state = load_state({**text, **unet}, case.base)
+    assert "unet" in state.notes[0]
+    other = {k.replace("text_encoder.model", "transformer.other"): t for k, t in text.items()}
+    with pytest.raises(CheckpointError, match="made for another model"):
+        load_state({**unet, **other}, case.base)
