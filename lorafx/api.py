@@ -38,10 +38,12 @@ def compile(
         model: any `nn.Module`. Adapters that PEFT has put into it are taken over, from a
             `peft.PeftModel` (which raises until `detach`) or from transformers' `load_adapter`.
             PEFT's wrappers are removed, and the adapter that was active becomes the default.
-        lora_config: a `LoraConfig`, a `peft.LoraConfig` or its dict, the path of an adapter
-            folder, a mapping name -> folder (these adapters are loaded too), or None for the
-            modules that `adapters` target, or every linear where there are none.
-        adapters: name -> adapter folder, loaded before the first call.
+        lora_config: a `LoraConfig`, a `peft.LoraConfig` or its dict, an adapter, a mapping name ->
+            adapter (these adapters are loaded too), or None for the modules that `adapters` target,
+            or every linear where there are none. An adapter is a folder, a file, a name on the hub,
+            the bytes of a file, tensors by name, or an `AdapterSource` (docs/adapters.md); tensors
+            alone have to be in a mapping name -> adapter.
+        adapters: name -> adapter, loaded before the first call.
         example_inputs: keyword arguments (or positional ones) of a call. Graphs are captured with
             them at once; otherwise the first calls capture graphs.
         dynamic: as in `torch.compile`; True captures graphs for any batch size and length.

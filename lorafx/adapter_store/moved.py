@@ -161,12 +161,11 @@ def _renamed(state: AdapterState, rename: Callable[[str], str]) -> AdapterState:
         path = without_prefix(key if factor is None else factor.module)
         begin = "" if factor is None else key[len(factor.module) :]
         target = rename(path)
-        new = key if target == path else f"{target}{begin}"
-        if new in tensors:
-            raise CheckpointError(
-                f"{state.where}: {origin[new]} and {key} both become {new}; keep one"
-            )
-        tensors[new], origin[new] = tensor, key
+        new = f"{target}{begin}"
+        first = origin.setdefault(new, key)
+        if first != key and (target != path or first not in tensors):
+            raise CheckpointError(f"{state.where}: {first} and {key} both become {new}; keep one")
+        tensors[key if target == path else new] = tensor
         if factor is not None and factor.letter == "A":
             scale = _scale(state, path, tensor)
             scales.update({} if scale is None else {target: scale})

@@ -1,0 +1,125 @@
+"""Adapters of a text model on a model that holds it: by key_mapping, and by themselves."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from dense_merge import REFERENCE, Case, check_mixed, random_base, save_adapter
+from dialect_files import as_loralib, as_mlx, factors
+from tiny_models import token_inputs
+from torch import nn
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+import lorafx
+from lorafx.adapter_store.checkpoint import load_state
+from lorafx.errors import CheckpointError, ConfigError
+
+pytestmark = [pytest.mark.quick, pytest.mark.filterwarnings("ignore")]
+MAPPING = {r"^model\.layers": "model.language_model.layers"}
+
+
+def llava(text: nn.Module, hidden: int) -> nn.Module:
+    """A vision-language model around a text model's configuration."""
+    vision = CLIPVisionConfig(
+        hidden_size=hidden,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text.config, image_token_id=1)
+    torch.manual_seed(3)
+    model = LlavaForConditionalGeneration(config).eval().requires_grad_(False)
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    model.lm_head.load_state_dict(text.lm_head.state_dict())
+    return model
+
+
+@pytest.fixture(scope="module")
+def text() -> nn.Module:
+    return random_base("llama")
+
+
+@pytest.fixture(scope="module")
+def folder(text: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("text")
+    config = {"rank_pattern": {"^model.layers.0.self_attn.q_proj": 3}, "lora_alpha": 5}
+    return save_adapter(text, home, rank=2, targets=["q_proj", "v_proj", "lm_head"], **config)
+
+
+@pytest.fixture(scope="module")
+def case(text: nn.Module, folder: Path) -> Case:
+    base = llava(text, 20)
+    merged = copy.deepcopy(base)
+    held: dict[str, dict[str, torch.Tensor]] = {}
+    for module, letter, tensor in factors(folder):
+        held.setdefault(module, {})[letter] = tensor
+    for module, pair in held.items():
+        path = module.replace("model.layers", "model.language_model.layers")
+        merged.get_submodule(path).weight += 5 / len(pair["A"]) * pair["B"] @ pair["A"]
+    return Case(base, {"a": folder, "b": folder}, {"a": merged, "b": merged})
+
+
+def test_found_by_itself_and_by_key_mapping_in_one_batch(case: Case, caplog) -> None:
+    mapped = lorafx.AdapterSource(case.folders["b"], key_mapping=MAPPING)
+    with caplog.at_level(logging.INFO, logger="lorafx"):
+        cm = lorafx.compile(case.model(), {"a": case.folders["a"], "b": mapped}, options=REFERENCE)
+    check_mixed(cm, case, ["a", None, "b"], {"input_ids": token_inputs(3, 6)["input_ids"]})
+    said = "model is model.language_model in this model"
+    assert any(said in record.getMessage() for record in caplog.records)
+    lines = str(cm.explain()).splitlines()
+    assert [said in line for line in lines if line.startswith(("  a:", "  b:"))] == [True, False]
+
+
+@pytest.mark.parametrize("write", [as_mlx, as_loralib])
+def test_other_dialects_move_too(write, text, case: Case, tmp_path: Path) -> None:
+    plain = save_adapter(text, tmp_path / "peft", rank=2, targets=["q_proj"])
+    source = lorafx.AdapterSource(
+        write(plain, tmp_path / "other"),
+        config={"lora_alpha": 4} if write is as_loralib else None,
+    )
+    state, want = load_state(source, case.base), load_state(plain, case.base)
+    assert {key.removeprefix("base_model.model.") for key in want.tensors} == state.tensors.keys()
+    assert set(state.scales) == {
+        f"model.language_model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)
+    }
+
+
+def test_several_places_are_an_error_that_names_them(text, tmp_path: Path) -> None:
+    model = llava(text, 24)  # the vision tower's layers have the same names and sizes
+    folder = save_adapter(text, tmp_path, rank=2, targets=["q_proj"])
+    with pytest.raises(
+        CheckpointError, match=r"language_model or model.vision_tower|vision_tower\S* or model.lang"
+    ):
+        load_state(folder, model)
+    state = load_state(lorafx.AdapterSource(folder, key_mapping=MAPPING), model)
+    assert all("language_model.layers" in key for key in state.tensors)
+
+
+def test_what_did_not_move_stays(text, case: Case, folder: Path) -> None:
+    assert load_state(folder, text).notes == ()
+    deeper = {"model.layers.7.self_attn.q_proj.lora_A.weight": torch.ones(2, 24)}
+    source = lorafx.AdapterSource(deeper, config={"r": 2, "lora_alpha": 2})
+    assert load_state(source, text).tensors.keys() == deeper.keys()
+    unknown = {"model.blocks.0.attention.lora_A.weight": torch.ones(2, 24)}
+    source = lorafx.AdapterSource(unknown, config={"r": 2, "lora_alpha": 2})
+    assert load_state(source, case.base).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("mapping", "error", "message"),
+    [
+        ({"(": "a"}, ConfigError, r"'\(' is no regular expression"),
+        ({"^nothing": "a"}, ConfigError, "matches no path"),
+        ({"^model": r"\9"}, ConfigError, "cannot become"),
+        ({r"[qv]_proj": "q_proj"}, CheckpointError, "both become"),
+    ],
+)
+def test_mappings_that_are_wrong(mapping, error, message, case: Case, folder: Path) -> None:
+    with pytest.raises(error, match=message):
+        load_state(lorafx.AdapterSource(folder, key_mapping=mapping), case.base)

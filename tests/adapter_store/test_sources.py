@@ -1,0 +1,141 @@
+"""Where adapters come from: folders of several libraries, single files, the hub, bytes, memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from dense_merge import random_base, save_adapter
+from dialect_files import WEIGHTS, as_kohya, as_mlx
+from safetensors.torch import load_file, save, save_file
+from torch import nn
+
+import lorafx
+from lorafx.adapter_store.checkpoint import load_state
+from lorafx.errors import CheckpointError, UnsupportedAdapterError
+
+pytestmark = [pytest.mark.quick, pytest.mark.filterwarnings("ignore")]
+CONFIG = "adapter_config.json"
+
+
+@pytest.fixture(scope="module")
+def base() -> nn.Module:
+    return random_base("llama", num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def folder(base: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_adapter(base, tmp_path_factory.mktemp("peft"), rank=2, targets=["q_proj"])
+
+
+def same(source: object, base: nn.Module, folder: Path) -> bool:
+    """Whether `source` is the adapter in `folder`."""
+    got, want = load_state(source, base), load_state(folder, base)
+    return got.config == want.config and all(
+        torch.equal(got.tensors[key], tensor) for key, tensor in want.tensors.items()
+    )
+
+
+def test_a_pickled_file_beside_its_configuration(base, folder, tmp_path) -> None:
+    shutil.copy(folder / CONFIG, tmp_path / CONFIG)
+    torch.save(load_file(folder / WEIGHTS), tmp_path / "adapter_model.bin")
+    assert same(tmp_path / "adapter_model.bin", base, folder)
+    assert same(str(tmp_path), base, folder)
+
+
+def test_one_file_whose_metadata_holds_the_configuration(base, folder, tmp_path) -> None:
+    file = tmp_path / "sql.safetensors"
+    save_file(load_file(folder / WEIGHTS), file, {"adapter_config": (folder / CONFIG).read_text()})
+    assert same(file, base, folder)
+    assert same(tmp_path, base, folder)  # the one file in it
+    assert same(file.read_bytes(), base, folder)
+    save_file(load_file(folder / WEIGHTS), file, {"adapter_config": "[1"})
+    with pytest.raises(CheckpointError, match=r"adapter_config in the metadata of .* as JSON"):
+        load_state(file, base)
+    config = {**json.loads((folder / CONFIG).read_text()), "use_qalora": True}
+    save_file(load_file(folder / WEIGHTS), file, {"adapter_config": json.dumps(config)})
+    with pytest.raises(UnsupportedAdapterError, match="use_qalora"):
+        load_state(file, base)
+
+
+def test_tensors_and_bytes_with_a_configuration(base, folder, tmp_path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    config = json.loads((folder / CONFIG).read_text())
+    torch.save(tensors, tmp_path / "pickled")
+    for held in (tensors, save(tensors), (tmp_path / "pickled").read_bytes()):
+        assert same(lorafx.AdapterSource(held, config=config), base, folder)
+    with pytest.raises(CheckpointError, match="maps names to tensors; it has 'a': 1"):
+        load_state({"a": 1}, base)
+    with pytest.raises(CheckpointError, match="weights_only=True"):
+        load_state(b"nothing of this kind", base)
+    with pytest.raises(CheckpointError, match="is not a readable safetensors file"):
+        load_state(save(tensors)[:-5], base)
+    torch.save({"a": print}, tmp_path / "code")
+    with pytest.raises(CheckpointError, match="weights_only=True"):
+        load_state((tmp_path / "code").read_bytes(), base)
+
+
+def test_a_header_that_claims_more_than_the_file_allocates_nothing(base) -> None:
+    header = {"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}
+    text = json.dumps(header).encode()
+    with pytest.raises(CheckpointError, match="is not a readable safetensors file"):
+        load_state(len(text).to_bytes(8, "little") + text, base)
+
+
+def test_a_folder_with_several_files_wants_one_named(base, folder, tmp_path) -> None:
+    for name in ("a.safetensors", "b.safetensors"):
+        as_kohya(folder, tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"\(a.safetensors, b.safetensors\); give the path"):
+        load_state(tmp_path, base)
+    assert load_state(tmp_path / "a.safetensors", base).dialect == "kohya"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A cache in the hub's layout: blobs, links to them by name, references."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+
+    def keep(name: str, folder: Path, revision: str = "main") -> None:
+        home = tmp_path / f"models--{name.replace('/', '--')}"
+        commit = f"{abs(hash(revision)):040x}"[:40]
+        (home / "refs").mkdir(parents=True, exist_ok=True)
+        (home / "refs" / revision).write_text(commit)
+        (home / "blobs").mkdir(exist_ok=True)
+        snapshot = home / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        for file in folder.iterdir():
+            blob = home / "blobs" / f"{commit}{file.name}"
+            shutil.copy(file, blob)
+            (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
+
+    return keep
+
+
+def test_a_name_on_the_hub(base, folder, hub, tmp_path) -> None:
+    hub("someone/sql-adapter", folder)
+    assert same("someone/sql-adapter", base, folder)
+    hub("someone/mlx", as_mlx(folder, tmp_path / "mlx"), "v2")
+    state = load_state(lorafx.AdapterSource("someone/mlx", revision="v2"), base)
+    assert state.dialect == "mlx"
+
+
+def test_a_name_that_the_hub_does_not_have(base, hub) -> None:
+    with pytest.raises(CheckpointError, match=r"does not exist here, and .* from the hub"):
+        load_state("someone/absent", base)
+    with pytest.raises(CheckpointError, match="adapter folder someone/absent does not exist"):
+        load_state(Path("someone/absent"), base)  # a path stays on this machine
+
+
+def test_a_folder_on_this_machine_comes_before_the_hub(
+    base, folder, hub, tmp_path, monkeypatch
+) -> None:
+    hub("someone/sql", as_mlx(folder, tmp_path / "mlx"))
+    (tmp_path / "someone").mkdir()
+    shutil.copytree(folder, tmp_path / "someone" / "sql")
+    monkeypatch.chdir(tmp_path)
+    assert load_state("someone/sql", base).dialect == "peft"
