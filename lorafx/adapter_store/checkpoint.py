@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from lorafx.adapter_store.dialects.registry import dialect_of
+from lorafx.adapter_store.expanding import expanded
 from lorafx.adapter_store.moved import mapped, moved
 from lorafx.adapter_store.opening import PICKLED as PICKLED
 from lorafx.adapter_store.opening import SAFETENSORS as SAFETENSORS
@@ -36,6 +37,8 @@ def load_state(source: Any, model: nn.Module | None = None) -> AdapterState:
     asked = source if isinstance(source, AdapterSource) else AdapterSource(source)
     saved = opened(asked)
     state = dialect_of(saved, asked.dialect).state(saved, model)
+    if model is not None:
+        state = expanded(state, model)
     if asked.key_mapping:
         state = mapped(state, asked.key_mapping)
     elif model is not None:

@@ -108,6 +108,8 @@ def _features(state: AdapterState) -> Iterator[str]:
     config = state.config
     if config.use_dora:
         yield "DoRA: outputs are rescaled (use_dora)"
+    if config.block_diagonal is not None:
+        yield f"{config.block_diagonal.blocks} blocks on a diagonal (use_bdlora)"
     if config.use_rslora:
         yield "s = α/√r (use_rslora)"
     if config.rank_pattern or config.alpha_pattern:

@@ -18,8 +18,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from lorafx.adapter_store.block_diagonal import BlockDiagonal, block_diagonal
 from lorafx.adapter_store.config_source import raw_fields, short
 from lorafx.adapter_store.config_values import Values, is_off, keyed
+from lorafx.adapter_store.peft_types import MERGE as _MERGE
+from lorafx.adapter_store.peft_types import initialisation, method
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
 from lorafx.model.patterns import Pattern
 from lorafx.model.targets import Entries, names
@@ -54,6 +57,7 @@ _READ = frozenset(
         "lora_alpha",
         "use_rslora",
         "use_dora",
+        "use_bdlora",
         "rank_pattern",
         "alpha_pattern",
         "target_modules",
@@ -71,8 +75,6 @@ _READ = frozenset(
     }
 )
 
-_MERGE = "merge it into a copy of the base model (`PeftModel.merge_and_unload()`) instead"
-
 # Fields whose every set value changes the arithmetic, with the way out.
 _REFUSED: Mapping[str, str] = {
     "lora_bias": f"a bias on lora_B is not applied; {_MERGE}",
@@ -81,9 +83,6 @@ _REFUSED: Mapping[str, str] = {
         "and choose an adapter per token with `adapter_slots=`"
     ),
     "use_qalora": f"QALoRA pools the inputs of lora_A; {_MERGE}",
-    "use_bdlora": (
-        "BD-LoRA's factors are block-diagonal; expand them to full factors and clear the field"
-    ),
     "layer_replication": (
         "the adapter belongs to a model with repeated layers; build that model, save it, and "
         "train or convert the adapter against it"
@@ -94,7 +93,7 @@ _REFUSED: Mapping[str, str] = {
     "monteclora_config": f"MonteCLoRA samples its weights; {_MERGE}",
 }
 # Configuration objects count as asked for even when empty: PEFT would build one with defaults.
-_OBJECTS = frozenset({"use_bdlora", "arrow_config", "kasa_config", "monteclora_config"})
+_OBJECTS = frozenset({"arrow_config", "kasa_config", "monteclora_config"})
 
 # Initialisations that leave the base weight alone, so that s·BA is the whole difference.
 _PLAIN_INITS = frozenset({"gaussian", "orthogonal", "eva", "mica"})
@@ -118,6 +117,7 @@ class PeftConfig:
         trainable_token_indices: the tokens that were trained, by the ending of an embedding's name;
             "" stands for the one that the file has.
         fan_in_fan_out: the base weight is stored (in, out); the delta is the same.
+        block_diagonal: which factors are saved as blocks (`use_bdlora`).
         base_model: `base_model_name_or_path`, for messages.
         peft_version: the release that wrote it, (0, 19) say; None where it does not tell.
     """
@@ -137,6 +137,7 @@ class PeftConfig:
     ensure_weight_tying: bool = False
     trainable_token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     fan_in_fan_out: bool = False
+    block_diagonal: BlockDiagonal | None = None
     base_model: str | None = None
     peft_version: tuple[int, ...] | None = None
 
@@ -298,6 +299,7 @@ class _Fields(Values):
             ensure_weight_tying=self._flag("ensure_weight_tying"),
             trainable_token_indices=self._tokens("trainable_token_indices"),
             fan_in_fan_out=self._flag("fan_in_fan_out"),
+            block_diagonal=self._block_diagonal(),
             base_model=self._text("base_model_name_or_path"),
             peft_version=_version(self.values.get("peft_version")),
         )
@@ -307,11 +309,18 @@ class _Fields(Values):
             )
         return config
 
+    def _block_diagonal(self) -> BlockDiagonal | None:
+        found = block_diagonal(self.values.get("use_bdlora"))
+        if isinstance(found, str):
+            self.malformed.append(found)
+            return None
+        return found
+
     def _refused(self) -> Iterable[str]:
         kind = self.values.get("peft_type")
         kind = getattr(kind, "value", kind)
         if not (kind is None or (isinstance(kind, str) and kind == "LORA")):
-            yield f"peft_type = {short(kind)}: only LORA adapters are read; {_MERGE}"
+            yield f"peft_type = {short(kind)}: {method(kind)}"
             return  # another type's fields have meanings of their own
         bias = self.values.get("bias", "none")
         if not (is_off(bias) or (isinstance(bias, str) and bias == "none")):
@@ -319,13 +328,7 @@ class _Fields(Values):
         init = self.values.get("init_lora_weights", True)
         plain = isinstance(init, str) and init.lower() in _PLAIN_INITS
         if not (init is None or isinstance(init, bool) or plain):
-            yield (
-                f"init_lora_weights = {short(init)}: this initialisation may subtract from "
-                "the base weight, so the saved factors alone are not the whole update; "
-                "export with "
-                "`save_pretrained(path_initial_model_for_weight_conversion=...)`, which "
-                f"writes a plain LoRA of rank 2r, or {_MERGE}"
-            )
+            yield f"init_lora_weights = {short(init)}: {initialisation(init)}"
         for name, way_out in _REFUSED.items():
             value = self.values.get(name)
             off = value is None or value is False if name in _OBJECTS else is_off(value)

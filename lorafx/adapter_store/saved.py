@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -44,6 +44,10 @@ class AdapterSource:
     component: str | None = None
     key_mapping: Mapping[str, str] | None = None
     revision: str | None = None
+
+
+#: What an adapter may be given as.
+Source: TypeAlias = "str | os.PathLike[str] | bytes | Mapping[str, Tensor] | AdapterSource"
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from lorafx.adapter_store.names import BASE, AdapterName, members, one_name
+from lorafx.adapter_store.saved import Source
 from lorafx.errors import BatchError, ConfigError
 from lorafx.interrupts import undisturbed
 from lorafx.session.loading import load_adapter
@@ -42,16 +42,16 @@ class AdapterMethods:
                 )
             self._session.default = name
 
-    def load_adapter(
-        self, source: str | os.PathLike[str], name: str, *, strict: bool | None = None
-    ) -> None:
-        """Read an adapter folder and keep the adapter in host memory; a batch that names it gives
-        it a slot.
+    def load_adapter(self, source: Source, name: str, *, strict: bool | None = None) -> None:
+        """Read an adapter and keep it in host memory; a batch that names it gives it a slot.
 
         An adapter of the same name is replaced. Calls go on while the files are read; requests of
         a continuous batch that have been added keep the version that they were added with.
 
         Args:
+            source: a folder, a file, a name on the Hugging Face hub, the bytes of a file, tensors
+                by name, or an `AdapterSource`, which also says what the files do not: a
+                configuration, the dialect, modules that moved (docs/adapters.md).
             strict: whether the file must have factors for every selected module that the adapter's
                 own configuration targets. Otherwise such a module keeps W, with one warning. None
                 means `Options.strict`.

@@ -10,7 +10,7 @@ from lorafx.session.session import Session
 
 
 def load_adapter(session: Session, source: Any, name: str, strict: bool | None = None) -> None:
-    """Read an adapter folder and keep it in host memory, in place of one of the same name.
+    """Read an adapter and keep it in host memory, in place of one of the same name.
 
     Calls go on while the files are read: the session's lock is taken before and after.
 

@@ -51,7 +51,6 @@ REFUSED = {
     "bias": "lora_only",
     "alora_invocation_tokens": [1, 2],
     "use_qalora": True,
-    "use_bdlora": {"nblocks": 2},
     "layer_replication": [[0, 1]],
     "megatron_config": {"a": 1},
     "arrow_config": {"top_k": 2},
