@@ -52,6 +52,9 @@ class LoraConfig:
         use_dora: whether banks have room for DoRA adapters: one scale per output beside the
             factors, applied in every graph with adapters. It turns itself on where an adapter that
             is loaded while compiling is DoRA.
+        lora_bias: whether banks have room for biases that adapters add to what linears and
+            convolutions compute: lora_B's (PEFT's `lora_bias`), or in the place of the base's
+            (`bias="lora_only"`, "all"). It turns itself on like `use_dora`.
         modules_to_save: modules of which adapters may have a whole weight of their own (PEFT's
             field of that name): paths, or dotted suffixes, of linears, embeddings, or modules that
             hold some. Those of adapters that are given when compiling are added.
@@ -77,6 +80,7 @@ class LoraConfig:
         default_factory=dict
     )
     use_dora: bool = False
+    lora_bias: bool = False
     modules_to_save: Sequence[str] = ()
     trainable_tokens: int | Mapping[str, int] = 0
     max_own_weights: int | None = None

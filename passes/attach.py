@@ -25,6 +25,7 @@ from lorafx.errors import CaptureError, ConfigError
 from lorafx.interrupts import Rollback
 from lorafx.model.attachment import MARKS, Attachment
 from lorafx.model.bank import Bank
+from lorafx.model.biases import BIAS_KINDS
 from lorafx.model.convolutions import window_of
 from lorafx.model.marks import SiteMark
 from lorafx.model.module_graph import ModuleGraph
@@ -111,6 +112,7 @@ def _group(siblings: list[Site], config: LoraConfig) -> Group:
         device=first.device,
         experts=first.experts,
         dora=config.use_dora and first.expert_weight is None,
+        biases=config.lora_bias and first.eligible.kind in BIAS_KINDS,
         own_rows=first.own_rows,
         own_weights=config.own_weights,
         own_dtype=first.dtype,

@@ -1,10 +1,13 @@
-"""DoRA's scale of each output goes behind the delta, in plain aten, for every lowering.
+"""DoRA's scale of each output, and biases of adapters, go behind the delta, in plain aten, for
+every lowering.
 
-    y' = site(x, y, ..., gains, c)   →   y₁ = site(x, y, ...)
-                                         y' = y₁ + G[s] · (y₁ − c)     where s ≥ 0 and G[s] ≠ 0
+    y' = site(x, y, ..., gains, c, shifts)   →   y₁ = site(x, y, ...)
+                                                 y₂ = y₁ + G[s] · (y₁ − c)   where G[s] ≠ 0
+                                                 y' = y₂ + shifts[s]         where shifts[s] ≠ 0
 
-with s the slot of each row. This happens only where the banks have room for DoRA; otherwise no site
-has gains. Later passes fuse and pack y₁ as usual; Inductor fuses the scale into whatever reads it.
+with s ≥ 0 the slot of each row. This happens only where the banks have room for DoRA or for biases;
+otherwise no site has gains or shifts. Later passes fuse and pack y₁ as usual; Inductor fuses the
+rest into whatever reads it.
 """
 
 from __future__ import annotations
@@ -26,13 +29,13 @@ from lorafx.program.frame import fake_value
 
 aten = torch.ops.aten
 prims = torch.ops.prims
-#: The arguments of DoRA; an embedding has no addend.
-SCALE = ("gains", "addend")
+#: The arguments of both; an embedding has neither an addend nor shifts.
+SCALE = ("gains", "addend", "shifts")
 
 
 @dataclass(frozen=True)
 class Rescale:
-    """DoRA's scale of each output goes behind the delta, in plain aten."""
+    """DoRA's scales of outputs and adapters' biases go behind the delta, in plain aten."""
 
     name: str = "rescale"
     required: bool = True
@@ -41,7 +44,7 @@ class Rescale:
         scales = _Scales(gm.graph, ctx)
         edits = 0
         for node in gm.graph.nodes:
-            if is_site(node) and bound(node).get("gains") is not None:
+            if is_site(node) and any(bound(node).get(name) is not None for name in SCALE):
                 scales.take_out(node)
                 edits += 1
         return edits
@@ -65,37 +68,64 @@ class _Scales:
         for reader in readers:
             reader.replace_input_with(node, last)
 
-    def _rescaled(self, node: fx.Node, gains: fx.Node, addend: fx.Node | None = None) -> fx.Node:
-        y = fake_value(node)
-        owner = self._owner(node)
-        gain = self._call(aten.index.Tensor, self._columns(node, gains), [owner])
-        used = self._call(aten.unsqueeze.default, self._call(aten.ge.Scalar, owner, 0), -1)
-        live = self._call(aten.ne.Scalar, gain, 0)
-        live = self._call(aten.logical_and.default, live, used)
-        if node.target is CONV_OP:
-            ones = [1] * (y.dim() - 2)
-            addend = addend and self._call(aten.reshape.default, addend, [y.shape[1], *ones])
-            sizes = [self._size(node, 0), y.shape[1], *ones]
-            gain = self._call(aten.reshape.default, gain, sizes)
-            live = self._call(aten.reshape.default, live, sizes)
-        elif y.dim() != 2:
-            sizes = [self._size(node, dim) for dim in range(y.dim())]
-            gain = self._call(aten.reshape.default, gain, sizes)
-            live = self._call(aten.reshape.default, live, sizes)
-        acc = accumulation_dtype(y)
-        wide = self._cast(node, acc)
-        product = wide if addend is None else self._call(aten.sub.Tensor, wide, addend)
-        scaled = self._call(aten.mul.Tensor, gain, product)
-        total = self._cast(self._call(aten.add.Tensor, wide, scaled), y.dtype)
-        return self._call(aten.where.self, live, total, node)
+    def _rescaled(
+        self,
+        node: fx.Node,
+        gains: fx.Node | None = None,
+        addend: fx.Node | None = None,
+        shifts: fx.Node | None = None,
+    ) -> fx.Node:
+        acc = accumulation_dtype(fake_value(node))
+        last = node
+        if gains is not None:
+            gain, live = self._by_row(node, gains)
+            wide = self._cast(last, acc)
+            product = wide
+            if addend is not None:
+                product = self._call(aten.sub.Tensor, wide, self._along_channels(node, addend))
+            scaled = self._call(aten.mul.Tensor, gain, product)
+            last = self._where(live, self._call(aten.add.Tensor, wide, scaled), last)
+        if shifts is not None:
+            shift, live = self._by_row(node, shifts)
+            total = self._call(aten.add.Tensor, self._cast(last, acc), shift)
+            last = self._where(live, total, last)
+        return last
 
-    def _columns(self, node: fx.Node, gains: fx.Node) -> fx.Node:
-        """The gains (S, N) of the site's own columns."""
+    def _by_row(self, node: fx.Node, table: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """What `table` (S, ΣN) has for each output of each row, in sizes that broadcast to those of
+        y, and where it is of a slot and not 0."""
+        y, owner = fake_value(node), self._owner(node)
+        value = self._call(aten.index.Tensor, self._columns(node, table), [owner])
+        used = self._call(aten.unsqueeze.default, self._call(aten.ge.Scalar, owner, 0), -1)
+        live = self._call(aten.ne.Scalar, value, 0)
+        live = self._call(aten.logical_and.default, live, used)
+        if y.dim() == 2:
+            return value, live
+        if node.target is CONV_OP:
+            sizes = [self._size(node, 0), y.shape[1], *[1] * (y.dim() - 2)]
+        else:
+            sizes = [self._size(node, dim) for dim in range(y.dim())]
+        reshape = aten.reshape.default
+        return self._call(reshape, value, sizes), self._call(reshape, live, sizes)
+
+    def _along_channels(self, node: fx.Node, addend: fx.Node) -> fx.Node:
+        """A bias (N,) as it is added to y: a convolution has its channels second."""
+        if node.target is not CONV_OP:
+            return addend
+        y = fake_value(node)
+        return self._call(aten.reshape.default, addend, [y.shape[1], *[1] * (y.dim() - 2)])
+
+    def _where(self, live: fx.Node, total: fx.Node, otherwise: fx.Node) -> fx.Node:
+        total = self._cast(total, fake_value(otherwise).dtype)
+        return self._call(aten.where.self, live, total, otherwise)
+
+    def _columns(self, node: fx.Node, table: fx.Node) -> fx.Node:
+        """The site's own columns of `table`, (S, N)."""
         if node.target is not SITE_OP:
-            return gains
+            return table
         call = bound(node)
         parts = [
-            self._call(aten.slice.Tensor, gains, 1, offset, offset + size)
+            self._call(aten.slice.Tensor, table, 1, offset, offset + size)
             for offset, size in zip(call["offsets"], call["sizes"], strict=True)
         ]
         return parts[0] if len(parts) == 1 else self._call(aten.cat.default, parts, 1)

@@ -26,13 +26,13 @@ from torch import Tensor
 
 from lorafx.kernels.ops.bank_arguments import BANK, BankArgs
 from lorafx.kernels.ops.delta import accumulation_dtype, groups, row_slots
-from lorafx.kernels.ops.op_checks import check_bank, check_gains, check_rows, require
+from lorafx.kernels.ops.op_checks import check_bank, check_by_column, check_rows, require
 from lorafx.kernels.ops.op_library import define
-from lorafx.kernels.ops.rescaled import rescaled_rows
+from lorafx.kernels.ops.rescaled import rescaled_rows, shifted_rows
 
 SCHEMA = (
     f"conv_site(Tensor x, Tensor y, {BANK}, SymInt rows, int[] kernel, int[] stride, int[] pads,"
-    " Tensor? gains, Tensor? addend) -> Tensor"
+    " Tensor? gains, Tensor? addend, Tensor? shifts) -> Tensor"
 )
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -55,27 +55,32 @@ def conv_site(
     pads: Sequence[int],
     gains: Tensor | None,
     addend: Tensor | None,
+    shifts: Tensor | None,
 ) -> Tensor:
     """y (M, N, D'...) + delta for x (M, C, D...), a new contiguous tensor of y's dtype.
 
-    With `gains` all of y but `addend` (N,) is rescaled then.
+    With `gains` all of y but `addend` (N,) is rescaled then, and `shifts` are added at the end.
 
     Raises:
         ProvenanceError, BatchError: as `lorafx.kernels.ops.delta.row_slots` and `groups`.
     """
-    conv_site_fake(x, y, bank, rows, kernel, stride, pads, gains, addend)
+    conv_site_fake(x, y, bank, rows, kernel, stride, pads, gains, addend, shifts)
     out = y.clone(memory_format=torch.contiguous_format)
     if out.numel():
         window = Window(tuple(kernel), tuple(stride), tuple(pads))
         add_conv_delta(out, x, bank, rows, window)
-    if gains is None:
+    if gains is None and shifts is None:
         return out
     owner = row_slots(bank.slots, rows, len(y)).view(-1, *[1] * len(kernel))
-    last = rescaled_rows(out.movedim(1, -1), gains, addend, owner)
+    last = out.movedim(1, -1)
+    if gains is not None:
+        last = rescaled_rows(last, gains, addend, owner)
+    if shifts is not None:
+        last = shifted_rows(last, shifts, owner)
     return last.movedim(-1, 1).contiguous()
 
 
-def conv_site_fake(x, y, bank: BankArgs, rows, kernel, stride, pads, gains, addend):
+def conv_site_fake(x, y, bank: BankArgs, rows, kernel, stride, pads, gains, addend, shifts):
     op, dims = "conv_site", len(kernel)
     check_bank(op, bank)
     require(op, dims in _CONVOLUTIONS, f"a kernel of {dims} dimensions")
@@ -93,7 +98,7 @@ def conv_site_fake(x, y, bank: BankArgs, rows, kernel, stride, pads, gains, adde
         room = x.shape[2 + d] + pads[2 * d] + pads[2 * d + 1] - kernel[d]
         fits = room // stride[d] + 1 == y.shape[2 + d]
         require(op, fits, f"A's outputs have another size than y's {y.shape[2 + d]}")
-    check_gains(op, bank.B, gains)
+    check_by_column(op, bank.B, gains=gains, shifts=shifts)
     return y.new_empty(y.shape)
 
 

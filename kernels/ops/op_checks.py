@@ -47,12 +47,14 @@ def check_bank(op: str, bank: BankArgs) -> None:
     require(op, scales.shape[1] == G, f"scales has {scales.shape[1]} siblings, ranks has {G}")
 
 
-def check_gains(op: str, B: Tensor, gains: Tensor | None) -> None:
-    """DoRA's gains are those of the bank's columns."""
-    if gains is not None:
-        want, have = (B.shape[0], B.shape[2]), tuple(gains.shape)
-        require(op, have == want, f"gains is (slots, columns) {want}, not {have}")
-        require(op, gains.dtype == torch.float32, f"gains is float32, not {gains.dtype}")
+def check_by_column(op: str, B: Tensor, **tables: Tensor | None) -> None:
+    """DoRA's gains, and shifts, are those of the bank's columns."""
+    for name, table in tables.items():
+        if table is None:
+            continue
+        want, have = (B.shape[0], B.shape[2]), tuple(table.shape)
+        require(op, have == want, f"{name} is (slots, columns) {want}, not {have}")
+        require(op, table.dtype == torch.float32, f"{name} is float32, not {table.dtype}")
 
 
 def check_linear(

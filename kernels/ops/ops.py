@@ -8,6 +8,7 @@ Importing this module registers them. What they share:
     A, B    the bank of one group (lorafx.model.bank): A (S, G·R, K), B (S, R, ΣN);
             embedding: A (S, V, R). Only the first ranks[s, i] of the R factors are read.
     gains   DoRA's G (S, ΣN) float32, for banks that have it (lorafx.kernels.ops.rescaled)
+    shifts  what slots add to each output (S, ΣN) float32, for banks with room for biases
     own...  rows of the weight that slots have of their own, for banks with room for them; they are
             put into y before the delta is added (lorafx.kernels.ops.own_rows)
 
@@ -36,8 +37,8 @@ from lorafx.kernels.ops.bank_arguments import BANK, RANGES, BankArgs, Ranges
 from lorafx.kernels.ops.delta import add_embedding_delta, add_linear_delta
 from lorafx.kernels.ops.op_checks import (
     check_bank,
+    check_by_column,
     check_embedding,
-    check_gains,
     check_linear,
     check_rows,
     require,
@@ -48,7 +49,8 @@ from lorafx.kernels.ops.rescaled import rescaled
 
 SCHEMAS = (
     f"site(Tensor x, Tensor y, {BANK}, {RANGES}, SymInt rows, Tensor? weight=None,"
-    f" Tensor? bias=None, Tensor? gains=None, Tensor? addend=None, {OWN_ROWS}) -> Tensor",
+    f" Tensor? bias=None, Tensor? gains=None, Tensor? addend=None, {OWN_ROWS}, Tensor? shifts=None)"
+    " -> Tensor",
     f"embedding_site(Tensor ids, Tensor y, {BANK}, SymInt rows, Tensor? gains=None, {OWN_ROWS})"
     " -> Tensor",
     f"fused_linear(Tensor x, Tensor weight, Tensor? bias, {BANK}, {RANGES}, SymInt rows,"
@@ -73,23 +75,29 @@ def site(
     bias: Tensor | None = None,
     gains: Tensor | None = None,
     addend: Tensor | None = None,
-    *own: Tensor | None,
+    own: Tensor | None = None,
+    own_at: Tensor | None = None,
+    own_table: Tensor | None = None,
+    own_bias: Tensor | None = None,
+    shifts: Tensor | None = None,
 ) -> Tensor:
     """y (..., N) + delta for x (..., K), a new contiguous tensor of y's dtype.
 
     The j-th column range of y gets the delta of siblings[j]: several where one module computes
     several projections. `weight` and `bias` are the group's packed base parameters, carried for
-    the `pack` pass only. With `gains` all of y but `addend` (N,) is rescaled then. `own` are the
-    fields of OwnRows.
+    the `pack` pass only. `own` and its kin are the fields of OwnRows. With `gains` all of y but
+    `addend` (N,) is rescaled then, and `shifts` are added at the end.
     """
     _check_site(x, y, bank, ranges, rows)
-    check_gains("site", bank.B, gains)
-    y = with_own_rows(x, y, OwnRows(*own), bank.slots, rows, embedding=False)
+    check_by_column("site", bank.B, gains=gains, shifts=shifts)
+    rows_of_own = OwnRows(own, own_at, own_table, own_bias)
+    y = with_own_rows(x, y, rows_of_own, bank.slots, rows, embedding=False)
     out = y.clone(memory_format=torch.contiguous_format)
     add_linear_delta(out, x, bank, ranges, rows)
-    if gains is None:
+    if gains is None and shifts is None:
         return out
-    return rescaled(out, gains, addend, bank.slots, rows, ranges.offsets, ranges.sizes)
+    owners = bank.slots, rows
+    return rescaled(out, gains, addend, *owners, ranges.offsets, ranges.sizes, shifts)
 
 
 def site_fake(x, y, bank: BankArgs, ranges: Ranges, rows, *_, **__):
@@ -115,7 +123,7 @@ def embedding_site(
     With `gains` it is rescaled then.
     """
     check_embedding("embedding_site", ids, y, bank, rows)
-    check_gains("embedding_site", bank.B, gains)
+    check_by_column("embedding_site", bank.B, gains=gains)
     y = with_own_rows(ids, y, OwnRows(*own), bank.slots, rows, embedding=True)
     out = y.clone(memory_format=torch.contiguous_format)
     add_embedding_delta(out, ids, bank, rows)

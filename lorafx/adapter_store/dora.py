@@ -52,13 +52,16 @@ def dora_refusal(site: Site) -> str | None:
 
 @torch.no_grad()
 def measure(group: Group, factors: Iterable[Factors]) -> None:
-    """Fill the gains of those of the group's `factors` that have magnitudes, in place.
+    """Fill the gains of those of the group's `factors` that have magnitudes, and the shifts of
+    those that have biases, in place.
 
     Each base weight is read once.
 
     Raises:
         ConfigError: what holds a base weight is in no known format.
     """
+    factors = list(factors)
+    _measure_shifts(group, [f for f in factors if f.shift is not None])
     own = [f for f in factors if f.gains is not None]
     for site, offset in zip(group.sites, group.offsets, strict=True):
         here = [f for f in own if offset <= f.offset < offset + site.out_features]
@@ -68,6 +71,21 @@ def measure(group: Group, factors: Iterable[Factors]) -> None:
         for f in here:
             assert f.gains is not None
             f.gains.copy_(_gains(site, weight, f.offset - offset, f))
+
+
+def _measure_shifts(group: Group, factors: Iterable[Factors]) -> None:
+    """s·b + b' − b of each, b being the base's bias."""
+    for f in factors:
+        shift = torch.zeros(f.B.shape[-1])
+        if f.bias is not None:
+            shift += f.scale * f.bias
+        if f.own_bias is not None:
+            site = group.site_of(f.sibling)
+            start = f.offset - group.offsets[group.sites.index(site)]
+            base = site.module.get_parameter("bias").detach()
+            shift += f.own_bias - base[start : start + len(shift)].cpu().float()
+        assert f.shift is not None
+        f.shift.copy_(shift)
 
 
 def base_weight(site: Site) -> Tensor:

@@ -81,6 +81,8 @@ class ExpertReading:
         experts, weight = place.experts, place.weight
         if factor.letter == "m":
             self.findings.unsupported.append(f"{factor.key}: DoRA on routed experts")
+        elif factor.letter == "b":
+            self.findings.unsupported.append(f"{factor.key}: a bias of lora_B on routed experts")
         elif place.reason or factor.embedding:
             self._problem(f"{factor.key}: {place.reason or 'experts have no embedding factors'}")
         elif place.expert is not None and place.expert >= experts.count:

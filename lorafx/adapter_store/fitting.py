@@ -45,6 +45,13 @@ def fitted(
             "room; compile with LoraConfig(use_dora=True), or give the adapter when "
             "compiling"
         )
+    biased = [p for p, w in adapter.weights.items() if w.bias is not None or w.own_bias is not None]
+    if biased and not any(groups[places[p].group].bank.shifts is not None for p in biased):
+        raise CapacityError(
+            f"adapter {adapter.name!r} was trained with biases (lora_bias, bias), for which the "
+            "banks have no room; compile with LoraConfig(lora_bias=True), or give the adapter "
+            "when compiling"
+        )
     factors: dict[int, list[Factors]] = {}
     problems: list[str] = []
     for path, weights in adapter.weights.items():
@@ -78,16 +85,17 @@ def fitted(
         )
     for g, own in factors.items():
         measure(groups[g], own)
-    tensors = [t for f in all_factors(factors) for t in (f.A, f.B, f.magnitude, f.gains)]
-    size = sum({id(t): t.nbytes for t in tensors if t is not None}.values())
+    held = [t for f in all_factors(factors) for t in f if isinstance(t, torch.Tensor)]
+    size = sum({id(t): t.nbytes for t in held}.values())
     size += sum(weight.nbytes for weight in own_rows.values())
     owned = tuple(places[path].site.path for path in adapter.own)
     sites = dict.fromkeys([*(places[path].site.path for path in adapter.weights), *owned])
     rescaled = dict.fromkeys(places[path].site.path for path in adapter.magnitudes)
+    shifted = tuple(dict.fromkeys(places[path].site.path for path in biased))
     names = adapter.name, adapter.rank, adapter.source
     spans, notes = adapter.spans, adapter.notes
     return StoredAdapter(
-        *names, tuple(sites), factors, size, tuple(rescaled), spans, owned, own_rows, notes
+        *names, tuple(sites), factors, size, tuple(rescaled), spans, owned, own_rows, notes, shifted
     )
 
 
@@ -116,6 +124,8 @@ def _factors(place: BankPlace, weights: LoraWeights, groups: Sequence[Group]) ->
     magnitude = weights.magnitude
     if magnitude is not None:
         magnitude = host_copy(magnitude, torch.float32, pin=False)
+    shape = (weights.B.shape[-2],)
+    shifted = weights.bias is not None or weights.own_bias is not None
     return Factors(
         place.sibling,
         place.offset,
@@ -125,4 +135,7 @@ def _factors(place: BankPlace, weights: LoraWeights, groups: Sequence[Group]) ->
         weights.ranks,
         magnitude,
         None if magnitude is None else torch.zeros_like(magnitude),
+        None if weights.bias is None else host_copy(weights.bias, torch.float32, pin=False),
+        None if weights.own_bias is None else host_copy(weights.own_bias, torch.float32, pin=False),
+        torch.zeros(shape) if shifted else None,
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 class LoraWeights(NamedTuple):
     """One part's factors: A (r, K) and B (N, r) in the file's dtype, and s. DoRA's m (N,) is its
-    `magnitude`.
+    `magnitude`. `bias` (N,) is that of lora_B, `own_bias` (N,) takes the place of the base's.
 
     Of routed experts A (E, r, K), B (E, N, r), and s and `ranks` (E,), an expert's rank being at
     most r and 0 where the adapter does not touch it.
@@ -20,6 +20,8 @@ class LoraWeights(NamedTuple):
     scale: float | Tensor
     ranks: Tensor | None = None
     magnitude: Tensor | None = None
+    bias: Tensor | None = None
+    own_bias: Tensor | None = None
 
     @property
     def rank(self) -> int:

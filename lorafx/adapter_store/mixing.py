@@ -34,8 +34,8 @@ def mixed(
     """The sum that `name` stands for, of `adapters` that fit the banks of `groups`.
 
     Raises:
-        ConfigError: what one of them does is not linear in its weight: DoRA, weights of its own; or
-            a scale is beyond float32.
+        ConfigError: what one of them does is not linear in its weight: DoRA, weights or biases of
+            its own; or a scale is beyond float32.
         CapacityError: the sum of the ranks is over what a bank holds.
     """
     summed = [(adapters[own], weight) for own, weight in name.weights if weight]
@@ -77,6 +77,12 @@ def _refuse(name: Mixture, adapters: Sequence[StoredAdapter]) -> None:
                 f"{name!r}: {adapter.name!r} is a DoRA adapter, whose magnitudes are not linear in "
                 "a weight, so it can be part of no sum and has no other scale; name it alone, "
                 f"{adapter.name!r}"
+            )
+        if adapter.shifted:
+            raise ConfigError(
+                f"{name!r}: {adapter.name!r} was trained with biases (lora_bias or bias; "
+                f"{', '.join(adapter.shifted)}), so it can be part of no sum and has no other "
+                f"scale; name it alone, {adapter.name!r}"
             )
         if adapter.owned:
             raise ConfigError(

@@ -71,6 +71,8 @@ def saved_modules(state: AdapterState, places: Places, *, with_copies: bool) -> 
         named = state.config.saves(without_prefix(owner))
         if parse(key) is not None or not (named or with_copies):
             continue
+        if attribute == "bias" and state.config.bias != "none" and not named:
+            continue  # trained without its weight (lorafx.adapter_store.bias_reading)
         module = places.module(owner)
         site = None if module is None else places.site(module)
         if module is None or not (named or (site is not None and _has_room(site))):

@@ -66,6 +66,7 @@ _READ = frozenset(
         "layers_pattern",
         "fan_in_fan_out",
         "bias",
+        "lora_bias",
         "init_lora_weights",
         "target_parameters",
         "modules_to_save",
@@ -77,7 +78,6 @@ _READ = frozenset(
 
 # Fields whose every set value changes the arithmetic, with the way out.
 _REFUSED: Mapping[str, str] = {
-    "lora_bias": f"a bias on lora_B is not applied; {_MERGE}",
     "alora_invocation_tokens": (
         "aLoRA is active only from its invocation tokens on; load it without this field "
         "and choose an adapter per token with `adapter_slots=`"
@@ -106,6 +106,9 @@ class PeftConfig:
     Attributes:
         r: rank where `rank_pattern` says nothing; None where the file leaves it out.
         lora_alpha, use_rslora, use_dora, rank_pattern, alpha_pattern: see the module's equation.
+        lora_bias: lora_B has a bias, which is added with the scale s.
+        bias: "none"; "lora_only" where the biases of the modules with factors were trained too, and
+            "all" where those of the whole model were.
         target_modules, exclude_modules: a tuple of exact or dotted-suffix names, one regular
             expression (a str, `re.fullmatch`), "all-linear", or None.
         target_parameters: exact or dotted-suffix names of parameters ("mlp.experts.down_proj");
@@ -126,6 +129,8 @@ class PeftConfig:
     lora_alpha: float = 8
     use_rslora: bool = False
     use_dora: bool = False
+    lora_bias: bool = False
+    bias: str = "none"
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     target_modules: str | tuple[str, ...] | None = None
@@ -288,6 +293,8 @@ class _Fields(Values):
             lora_alpha=self._alpha("lora_alpha", self.values.get("lora_alpha", 8)),
             use_rslora=self._flag("use_rslora"),
             use_dora=self._flag("use_dora"),
+            lora_bias=self._flag("lora_bias"),
+            bias=self._bias(),
             rank_pattern=self._patterns("rank_pattern", self._rank),
             alpha_pattern=self._patterns("alpha_pattern", self._alpha),
             target_modules=self._names("target_modules"),
@@ -316,15 +323,20 @@ class _Fields(Values):
             return None
         return found
 
+    def _bias(self) -> str:
+        bias = self.values.get("bias", "none")
+        if isinstance(bias, str) and bias in ("none", "lora_only", "all"):
+            return bias
+        if not is_off(bias):
+            self.malformed.append(f"bias must be none, lora_only or all, not {short(bias)}")
+        return "none"
+
     def _refused(self) -> Iterable[str]:
         kind = self.values.get("peft_type")
         kind = getattr(kind, "value", kind)
         if not (kind is None or (isinstance(kind, str) and kind == "LORA")):
             yield f"peft_type = {short(kind)}: {method(kind)}"
             return  # another type's fields have meanings of their own
-        bias = self.values.get("bias", "none")
-        if not (is_off(bias) or (isinstance(bias, str) and bias == "none")):
-            yield f"bias = {short(bias)}: the base model's biases are replaced; {_MERGE}"
         init = self.values.get("init_lora_weights", True)
         plain = isinstance(init, str) and init.lower() in _PLAIN_INITS
         if not (init is None or isinstance(init, bool) or plain):

@@ -2,6 +2,7 @@
 
     base_model.model.<module>.lora_A.weight            (r, K)     linear
     base_model.model.<module>.lora_B.weight            (N, r)
+    base_model.model.<module>.lora_B.bias              (N,)       lora_bias
     base_model.model.<module>.lora_embedding_A         (r, V)     embedding, no `.weight`
     base_model.model.<module>.lora_embedding_B         (N, r)
     base_model.model.<module>.lora_magnitude_vector    (N,)       DoRA, beside either
@@ -19,20 +20,21 @@ from typing import Literal
 from lorafx.model.saved_names import PREFIX, without_compiled
 
 Factor = Literal[
-    "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"
+    "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_bias"
 ]
-Letter = Literal["A", "B", "m"]
+Letter = Literal["A", "B", "m", "b"]
 
 _FACTOR = re.compile(
     r"^(?:(?P<module>.+)\.)?(?P<factor>lora_(?:(?:embedding_)?[AB]|magnitude_vector))"
     r"(?:\.(?!bias$)(?P<adapter>[^.]+))??(?:\.weight)?$"
 )
+_BIAS = re.compile(r"^(?:(?P<module>.+)\.)?lora_B(?:\.[^.]+)??\.bias$")
 
 
 @dataclass(frozen=True)
 class FactorKey:
-    """A key that holds one low-rank factor, or DoRA's m. `module` is the path before it, prefixes
-    included."""
+    """A key that holds one low-rank factor, DoRA's m, or the bias of lora_B. `module` is the path
+    before it, prefixes included."""
 
     key: str
     module: str
@@ -42,6 +44,8 @@ class FactorKey:
     def letter(self) -> Letter:
         if self.factor == "lora_magnitude_vector":
             return "m"
+        if self.factor == "lora_bias":
+            return "b"
         return "A" if self.factor.endswith("A") else "B"
 
     @property
@@ -50,7 +54,10 @@ class FactorKey:
 
 
 def parse(key: str) -> FactorKey | None:
-    """The factor (or m) that `key` holds, or None if it is not such a key."""
+    """The factor (or m, or bias) that `key` holds, or None if it is not such a key."""
+    bias = _BIAS.match(key)
+    if bias is not None:
+        return FactorKey(key, bias["module"] or "", "lora_bias")
     found = _FACTOR.match(key)
     if found is None:
         return None

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from lorafx.adapter_store.bias_reading import BiasReading
 from lorafx.adapter_store.dora import dora_refusal
 from lorafx.adapter_store.expert_places import ExpertPlace
 from lorafx.adapter_store.expert_reading import ExpertReading
@@ -29,7 +30,6 @@ from lorafx.registry import is_empty, lookup
 
 # Keys of features that the configuration would have been refused for, had it named them.
 _FEATURE_KEYS = {
-    "lora_B.bias": "a bias on lora_B (lora_bias)",
     "modules_to_save": "replaced modules (modules_to_save) under names that PEFT does not save",
     "lora_diag": "KaSA (kasa_config)",
 }
@@ -62,15 +62,17 @@ class Reading:
         self.unknown: dict[str, None] = {}
         self.experts = ExpertReading(findings)
         self.own = OwnReading(findings)
+        self.biases = BiasReading(findings)
         self.decoded: set[str] = set()
         self.spans: dict[str, range] = {}
 
     def run(self) -> dict[str, LoraWeights]:
         """The factors by part path; problems are noted in the findings."""
         self.own.decode()
+        self.biases.decode(self.own.found)
         for key in self.state.tensors:
             factor = parse(key)
-            if key in self.own.keys:
+            if key in self.own.keys or key in self.biases.keys:
                 continue
             if factor is None:
                 self._other_key(key)
@@ -100,12 +102,14 @@ class Reading:
             for path, (_, weights) in decoded.items()
             if weights.magnitude is not None and path in self.own.found
         )
-        self.decoded.update(decoded)
-        if not (self.factors or self.experts.paths or self.own.keys) and not (
+        biased = self.biases.added({path: weights for path, (_, weights) in decoded.items()})
+        self.biases.complete(site for item in self.landings.values() for site, _ in item.places)
+        self.decoded.update(biased)
+        if not (self.factors or self.experts.paths or self.own.keys or biased) and not (
             self.unknown or self.unselected or self.closed
         ):
             self.problems.append("the file holds no LoRA factors (lora_A, lora_B)")
-        return {path: weights for path, (_, weights) in decoded.items()} | experts
+        return biased | experts
 
     def _place(self, factor: FactorKey) -> None:
         found = self.places.meaning(factor.module)
@@ -125,7 +129,7 @@ class Reading:
         self.landings.setdefault(found.key, found)
         mine = self.factors.setdefault(found.key, {})
         site = found.places[0][0]
-        if factor.letter != "m" and factor.embedding != (site.eligible.kind == "embedding"):
+        if factor.letter in "AB" and factor.embedding != (site.eligible.kind == "embedding"):
             self.problems.append(
                 f"{factor.key}: {factor.factor} on {_label(found)}, which is "
                 f"{_article(site.eligible.kind)} here ({type(site.module).__name__})"
@@ -174,11 +178,13 @@ class Reading:
             return
         self.spans.update(settled(landing, self.rows))
         m = self._magnitude(label, keys, places, n)
+        bias = self._bias(label, keys, places, n)
         scale, start = self.findings.scale(name, landing.saved, rank), 0
         for (site, index), rows in zip(places, b.split([size for _, size in sizes]), strict=True):
             sharding, slices = site.eligible.sharding, site.parts[index].slices
             own_a, own_b = a, rows
             own_m = None if m is None else m[start : start + len(rows)]
+            own_bias = None if bias is None else bias[start : start + len(rows)]
             start += len(rows)
             if sharding is not None:
                 own_a, own_b = sharding.cut(site.module, slices, a, rows)
@@ -188,7 +194,10 @@ class Reading:
                     self.unsupported.append(
                         f"{label}: DoRA's norm is over all inputs, which several ranks share here"
                     )
-            yield site.part_path(index), LoraWeights(own_a, own_b, scale, magnitude=own_m)
+            yield (
+                site.part_path(index),
+                LoraWeights(own_a, own_b, scale, magnitude=own_m, bias=own_bias),
+            )
 
     def _convolved(
         self, landing: SiteLanding, keys: dict[str, FactorKey], a: Tensor, b: Tensor
@@ -233,6 +242,21 @@ class Reading:
             self.problems.append(f"{key} has shape {tuple(m.shape)}, {label} needs ({count},)")
             return None
         return m
+
+    def _bias(
+        self, label: str, keys: dict[str, FactorKey], places: tuple[Place, ...], count: int
+    ) -> Tensor | None:
+        """The bias of lora_B (count,) of a landing; None where it has none, or a problem was
+        noted."""
+        if "b" not in keys:
+            if self.config.lora_bias and places[0][0].eligible.kind != "embedding":
+                self.problems.append(f"lora_bias is set, but {label} has no lora_B.bias")
+            return None
+        key, bias = keys["b"].key, self.state.tensors[keys["b"].key]
+        if not self.config.lora_bias:
+            self.unsupported.append(f"{key} belongs to lora_bias, but lora_bias is not set")
+            return None
+        return self.biases.checked(key, bias, label, [site for site, _ in places], count)
 
     def _divides(
         self, key: str, b: Tensor, rank: int, landing: SiteLanding, places: tuple[Place, ...] | None
@@ -302,8 +326,9 @@ class Reading:
 
 def _alike(first: LoraWeights, second: LoraWeights) -> bool:
     same = first.A.shape == second.A.shape and bool(first.scale == second.scale)
-    m, other = first.magnitude, second.magnitude
-    same = same and (m is other or (m is not None and other is not None and torch.equal(m, other)))
+    for m, other in ((first.magnitude, second.magnitude), (first.bias, second.bias)):
+        equal = m is not None and other is not None and torch.equal(m, other)
+        same = same and (m is other or equal)
     return same and torch.equal(first.A, second.A) and torch.equal(first.B, second.B)
 
 

@@ -224,22 +224,23 @@ class AdapterStore:
             return slots
 
     def refresh_magnitudes(self) -> None:
-        """Take the norms of all loaded DoRA adapters again from the base weights as they are now.
+        """Take the norms of all loaded DoRA adapters, and the differences of adapters' own biases,
+        again from the base weights as they are now.
 
         For whoever changes base weights: host copies and slots are rewritten in place, so graphs
-        stay. Nothing is done where no adapter is DoRA.
+        stay. Nothing is done where no adapter has either.
 
         Raises:
             ConfigError: a base weight is in no known format any more.
         """
         with self._lock:
-            dora = {name: stored for name, stored in self._adapters.items() if stored.rescaled}
+            dora = {n: s for n, s in self._adapters.items() if s.rescaled or s.shifted}
             for g, group in enumerate(self._groups):
                 measure(group, [f for stored in dora.values() for f in stored.factors.get(g, ())])
             for name, stored in dora.items():
                 for g, factors in stored.factors.items():
                     if name in self._slots:
-                        self._groups[g].bank.write_gains(self._slots[name], factors)
+                        self._groups[g].bank.write_by_column(self._slots[name], factors)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes of the banks ("banks") and of the adapters in host memory ("host")."""

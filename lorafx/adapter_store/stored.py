@@ -31,6 +31,7 @@ class StoredAdapter:
         sites: canonical paths of the sites that it touches.
         rescaled: those of them whose outputs it rescales (DoRA).
         owned: those of them of whose weight it has rows of its own.
+        shifted: those of them to whose outputs it adds a bias.
         spans: as in `Adapter`.
         own: index of a group -> the rows that it has of its own of the weight of its one site.
         factors: index of a group -> that group's factors, in its bank's dtype and layout.
@@ -49,6 +50,7 @@ class StoredAdapter:
     owned: tuple[str, ...] = ()
     own: Mapping[int, OwnWeight] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    shifted: tuple[str, ...] = ()
     version: int = field(default_factory=next_version)
 
 

@@ -238,6 +238,8 @@ def _problem(program: Program, found: _Found, delta: Delta, *, requantize: bool)
     weight = program.weight_of(site)
     if site.eligible.kind == "conv" and (why := unmergeable(site.module)):
         return f"the adapter adds no change of its weight: {why}"
+    if any(term.factors.shift is not None for term in delta.terms):
+        return "the adapter adds a bias (lora_bias, bias)"
     if weight is not None and weight.is_meta:
         return "its weight is on the meta device"
     if site.path in program.replaced:

@@ -111,6 +111,7 @@ class InputPlaces:
         refusal for batches like `when` concerns."""
         now = [self.site(program, path, arguments) for path in paths]
         special = {"dora": program.is_rescaled, "own": program.has_own_rows}
+        special["bias"] = program.is_shifted
         concerned = special.get(when, program.is_touched)
         return [site.path or "(root)" for site in now if site and concerned(site)]
 
@@ -236,6 +237,12 @@ class Checks:
                     raise MatchError(
                         f"DoRA cannot be applied at {names}: {refusal.reason}. Merge the adapter "
                         "into a copy of the base model, or train it without use_dora"
+                    )
+                if refusal.when == "bias":
+                    raise MatchError(
+                        f"the bias that an adapter adds at {names} cannot be applied: "
+                        f"{refusal.reason}. Merge the adapter into a copy of the base model, or "
+                        "train it without lora_bias and bias"
                     )
                 if refusal.when == "always":
                     raise MatchError(

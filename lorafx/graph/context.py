@@ -32,7 +32,7 @@ from lorafx.program.frame import (
     fake_value,
 )
 from lorafx.program.handover import Handover
-from lorafx.program.program import BANK_FIELDS, GAINS, Program
+from lorafx.program.program import BANK_FIELDS, GAINS, SHIFTS, Program
 from lorafx.registry import lookup
 
 SITE_OP = torch.ops.lorafx.site.default
@@ -49,7 +49,7 @@ SITE_OPS = frozenset({SITE_OP, EMBEDDING_OP, GROUPED_OP, CONV_OP, EXPERT_OP})
 #: Those for which no kernel is generated: they run as they are under every lowering.
 PLAIN_SITE_OPS = frozenset({GROUPED_OP, CONV_OP})
 
-When = Literal["always", "mixed", "dora", "own"]
+When = Literal["always", "mixed", "dora", "own", "bias"]
 
 
 def is_site(node: fx.Node) -> bool:
@@ -63,7 +63,8 @@ class Refusal:
 
     `when` says which batches it concerns: "always" any whose adapters touch the site, "mixed"
     only those whose rows use different adapters, "dora" those with DoRA adapters that touch it,
-    "own" those with adapters that have rows of its weight of their own.
+    "own" those with adapters that have rows of its weight of their own, "bias" those with adapters
+    that add a bias there.
     """
 
     sites: tuple[Site, ...]
@@ -268,11 +269,18 @@ class Context:
         fake = self.fake_mode.from_tensor(value, static_shapes=True)
         return self._extra_input(graph, self._place(site, weight), name, fake)
 
-    def gains_input(self, graph: fx.Graph, site: Site, weight: fx.Node) -> fx.Node | None:
-        """The gains of the site's bank as such an input, None where there is no room for DoRA."""
-        if self.program.site_bank(site).gains is None:
-            return None
-        return self.bank_input(graph, site, weight, GAINS)
+    def by_column_inputs(
+        self, graph: fx.Graph, site: Site, weight: fx.Node
+    ) -> dict[str, fx.Node | None]:
+        """The gains and the shifts of the site's bank as such inputs, None where there is no room
+        for DoRA or for biases."""
+        bank = self.program.site_bank(site)
+        return {
+            name: None
+            if getattr(bank, name) is None
+            else self.bank_input(graph, site, weight, name)
+            for name in (GAINS, SHIFTS)
+        }
 
     def own_inputs(self, graph: fx.Graph, site: Site, weight: fx.Node) -> dict[str, fx.Node]:
         """What the site's bank holds of rows that adapters have of their own as such inputs, none

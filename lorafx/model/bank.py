@@ -2,6 +2,7 @@
 
     delta_i(x) = scales[s, i] · (x A[s, i·R : i·R + r]ᵀ) B[s, :r, offset_i : offset_i + N_i]
     y ← c + (1 + gains[s, n]) · (y − c)     where the bank has room for DoRA, c the module's bias
+    y ← y + shifts[s]                        where it has room for biases
     y from own[s] in the place of W         where it has room for rows of the weight that adapters
                                             have of their own (lorafx.kernels.ops.own_rows)
 
@@ -51,6 +52,8 @@ class Factors(NamedTuple):
     being at most r.
     DoRA: the trained `magnitude` m (N,) and `gains` (N,), m / ‖W + s·B A‖ − 1 of the base weight
     as it is, both float32.
+    Biases, all (N,) float32: lora_B's b is `bias`; b' in the place of the base's is `own_bias`;
+    `shift` is what both add to the output, s·b + b' − the base's bias as it is.
     """
 
     sibling: int
@@ -61,6 +64,9 @@ class Factors(NamedTuple):
     ranks: Tensor | None = None
     magnitude: Tensor | None = None
     gains: Tensor | None = None
+    bias: Tensor | None = None
+    own_bias: Tensor | None = None
+    shift: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -83,6 +89,8 @@ class Bank:
             slot are the same.
         gains: (S, ΣN) float32, by how much DoRA's scale of each output differs from 1; None where
             there is no room for DoRA.
+        shifts: (S, ΣN) float32, what slots add to each output beside their delta; None where there
+            is no room for biases.
         own, own_at, own_table, own_bias: as in OwnRows; None where there is no room.
     """
 
@@ -98,6 +106,7 @@ class Bank:
     own_at: Tensor | None = None
     own_table: Tensor | None = None
     own_bias: Tensor | None = None
+    shifts: Tensor | None = None
 
     @classmethod
     def allocate(
@@ -112,6 +121,7 @@ class Bank:
         device: torch.device,
         experts: int = 1,
         dora: bool = False,
+        biases: bool = False,
         own_rows: int = 0,
         own_weights: int = 0,
         own_dtype: torch.dtype | None = None,
@@ -136,9 +146,8 @@ class Bank:
                 kind=kind,
                 experts=experts,
                 alike=each.repeat(slots, 1) if kind == "experts" else None,
-                gains=torch.zeros((slots, columns), dtype=torch.float32, device=device)
-                if dora
-                else None,
+                gains=_by_column(slots, columns, device) if dora else None,
+                shifts=_by_column(slots, columns, device) if biases else None,
                 **_room_for_rows(
                     kind,
                     (slots, own_weights, own_rows),
@@ -158,7 +167,8 @@ class Bank:
     def tensors(self) -> dict[str, Tensor]:
         """What a graph may take of the bank, by the names of its fields."""
         named = {name: getattr(self, name) for name in ("A", "B", "ranks", "scales")}
-        more = {"alike": self.alike, "gains": self.gains, **self.own_rows._asdict()}
+        more = {"alike": self.alike, "gains": self.gains, "shifts": self.shifts}
+        more |= self.own_rows._asdict()
         return {**named, **{name: tensor for name, tensor in more.items() if tensor is not None}}
 
     @property
@@ -194,26 +204,28 @@ class Bank:
         if self.alike is not None:
             self.alike[own].copy_(_alike(factors, ranks, scales))
         self.ranks[own].copy_(ranks)
-        self.write_gains(slot, factors)
+        self.write_by_column(slot, factors)
         self._write_rows(slot, weight, place)
 
     @torch.no_grad()
-    def write_gains(self, slot: int, factors: Sequence[Factors]) -> None:
-        """Make `slot` rescale outputs as `factors` say, and no others, in place."""
-        if self.gains is None:
-            return
-        gains = torch.zeros(self.gains.shape[1], dtype=torch.float32, device="cpu")
-        for f in factors:
-            if f.gains is not None:
-                gains[f.offset : f.offset + f.B.shape[-1]] = f.gains
-        self.gains[slot].copy_(gains)
+    def write_by_column(self, slot: int, factors: Sequence[Factors]) -> None:
+        """Make `slot` rescale and shift outputs as `factors` say, and no others, in place."""
+        of_factors = [(self.gains, [f.gains for f in factors])]
+        of_factors += [(self.shifts, [f.shift for f in factors])]
+        for table, values in of_factors:
+            if table is None:
+                continue
+            row = torch.zeros(table.shape[1], dtype=torch.float32, device="cpu")
+            for f, value in zip(factors, values, strict=True):
+                if value is not None:
+                    row[f.offset : f.offset + f.B.shape[-1]] = value
+            table[slot].copy_(row)
 
     @torch.no_grad()
     def clear(self, slot: int) -> None:
-        """Make `slot` a base slot: no sibling has a rank, no output another scale."""
+        """Make `slot` a base slot: no sibling has a rank, no output another scale or bias."""
         self.ranks[self._own(slot)].zero_()
-        if self.gains is not None:
-            self.gains[slot].zero_()
+        self.write_by_column(slot, ())
         self._write_rows(slot, None)
 
     def _write_rows(self, slot: int, weight: OwnWeight | None, place: int = 0) -> None:
@@ -248,6 +260,10 @@ class Bank:
         if self.kind == "embedding":
             return self.A[own, :, :rank]
         return self.A[own, first : first + rank]
+
+
+def _by_column(slots: int, columns: int, device: torch.device) -> Tensor:
+    return torch.zeros((slots, columns), dtype=torch.float32, device=device)
 
 
 def _room_for_rows(

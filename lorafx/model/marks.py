@@ -147,7 +147,7 @@ class SiteMark:
                 x, y, bank.A, bank.B, bank.ranks, scales, slots, UNPROVED, gains, *own
             )
         if self.window is not None:
-            rest = (*self.window, gains, None if gains is None else addend)
+            rest = (*self.window, gains, None if gains is None else addend, bank.shifts)
             factors = bank.A, bank.B, bank.ranks, bank.scales, slots
             return torch.ops.lorafx.conv_site(x, y, *factors, UNPROVED, *rest)
         whole = sum(ranges[2]) == self.out_features
@@ -166,6 +166,7 @@ class SiteMark:
             gains,
             None if gains is None else addend,
             *own,
+            None if self.handler is not None else bank.shifts,
         )
 
     def _handled(

@@ -60,7 +60,10 @@ def request_of(lora_config: Any, adapters: Mapping[str, Any], model: nn.Module) 
         whole, rows = rows_wanted(state, model)
         saved.update(dict.fromkeys(whole))
         tokens.update({path: max(count, tokens.get(path, 0)) for path, count in rows.items()})
-    config = replace(config, use_dora=dora, modules_to_save=tuple(saved), trainable_tokens=tokens)
+    peft = [state.config for state in states.values()]
+    biases = config.lora_bias or any(own.lora_bias or own.bias != "none" for own in peft)
+    room: dict[str, Any] = {"modules_to_save": tuple(saved), "trainable_tokens": tokens}
+    config = replace(config, use_dora=dora, lora_bias=biases, **room)
     return Request(config, states)
 
 
@@ -114,6 +117,7 @@ def _from_peft(
         max_rank=rank,
         max_adapters=_room(adapters),
         use_dora=peft.use_dora,
+        lora_bias=peft.lora_bias or peft.bias != "none",
         modules_to_save=[
             path
             for path, module in model.named_modules()

@@ -34,6 +34,7 @@ class Batch(NamedTuple):
         call: None where nothing runs.
         touched: canonical paths of the sites that the adapters touch.
         rescaled: those of them that they rescale (DoRA).
+        shifted: those of them to whose outputs they add a bias.
         owned: those of them of whose weight they have rows of their own.
     """
 
@@ -41,6 +42,7 @@ class Batch(NamedTuple):
     touched: frozenset[str] = frozenset()
     rescaled: frozenset[str] = frozenset()
     owned: frozenset[str] = frozenset()
+    shifted: frozenset[str] = frozenset()
 
 
 #: Nothing runs.

@@ -31,11 +31,12 @@ from lorafx.program.roles import Role, RoleTable, tensor_leaves
 
 #: What every site op takes of a bank, and what those that rescale take besides.
 BANK_FIELDS = ("A", "B", "ranks", "scales")
-GAINS = "gains"
+GAINS, SHIFTS = "gains", "shifts"
 #: Fields that a bank has only where it was made with room for something: what that is, and the
 #: setting that makes it.
 ROOMS = {
     GAINS: ("DoRA", "LoraConfig(use_dora=True)"),
+    SHIFTS: ("biases of adapters", "LoraConfig(lora_bias=True)"),
     "own": ("weights of adapters' own", "LoraConfig(modules_to_save=...)"),
 }
 
@@ -130,6 +131,10 @@ class Program:
         """True where an adapter of the running batch has factors for `site`."""
         return site.path in self.batch.touched
 
+    def is_shifted(self, site: Site) -> bool:
+        """True where an adapter of the running batch adds a bias to what `site` computes."""
+        return site.path in self.batch.shifted
+
     def is_rescaled(self, site: Site) -> bool:
         """True where a DoRA adapter of the running batch rescales what `site` computes."""
         return site.path in self.batch.rescaled
@@ -202,9 +207,8 @@ class Program:
                 ranks=bank.ranks[:, first:last],
                 scales=bank.scales[:, first:last],
                 alike=bank.alike,  # of experts, whose banks have one site
-                gains=None
-                if bank.gains is None
-                else bank.gains[:, offset : offset + site.out_features],
+                gains=_columns(bank.gains, offset, site),
+                shifts=_columns(bank.shifts, offset, site),
                 **bank.own_rows._asdict(),  # such sites are alone in their groups
             )
 
@@ -310,3 +314,8 @@ def _plain_attributes(model: nn.Module) -> list[tuple[Holder, Tensor]]:
         for name, value in vars(module).items()
         if isinstance(value, Tensor)
     ]
+
+
+def _columns(table: Tensor | None, offset: int, site: Site) -> Tensor | None:
+    """The columns of one site of what a bank has by column."""
+    return None if table is None else table[:, offset : offset + site.out_features]

@@ -158,6 +158,10 @@ class Settings:
             max_adapters=self.max_adapters,
             max_rank=self.max_rank or max(self._largest_rank(), 16 if self.root() else 1),
             use_dora=any(PeftConfig.read(folder).use_dora for folder in self.found.values()),
+            lora_bias=any(
+                found.lora_bias or found.bias != "none"
+                for found in map(PeftConfig.read, self.found.values())
+            ),
         )
 
     def engine(self, on_cpu: bool) -> dict[str, Any]:

@@ -42,13 +42,14 @@ _NOTHING: Final = nullcontext()
 
 
 class _Served(NamedTuple):
-    """The adapters that were served last, and the sites that they touch, that they rescale, and of
-    whose weight they have rows of their own."""
+    """The adapters that were served last, and the sites that they touch, that they rescale, of
+    whose weight they have rows of their own, and to whose outputs they add a bias."""
 
     adapters: tuple[StoredAdapter, ...] = ()
     touched: frozenset[str] = frozenset()
     rescaled: frozenset[str] = frozenset()
     owned: frozenset[str] = frozenset()
+    shifted: frozenset[str] = frozenset()
 
 
 class Session:
@@ -240,7 +241,8 @@ class Session:
             touched = frozenset().union(*(adapter.sites for adapter in stored))
             rescaled = frozenset().union(*(adapter.rescaled for adapter in stored))
             owned = frozenset().union(*(adapter.owned for adapter in stored))
-            served = self._served = _Served(stored, touched, rescaled, owned)
+            shifted = frozenset().union(*(adapter.shifted for adapter in stored))
+            served = self._served = _Served(stored, touched, rescaled, owned, shifted)
         program.batch = Batch(call) if running.warming else Batch(call, *served[1:])
         program.refuse_missing(program.batch.touched)
 

@@ -269,7 +269,8 @@ def _insert(graph: fx.Graph, ctx: Context, site: Site, use: Use) -> None:
     assert use.x is not None
     bank = ctx.bank_inputs(graph, site, use.weight)
     own = ctx.own_inputs(graph, site, use.weight)
-    gains = ctx.gains_input(graph, site, use.weight)
+    by_column = ctx.by_column_inputs(graph, site, use.weight)
+    gains = by_column["gains"]
     y = use.node
     users = list(y.users)
     with graph.inserting_before(y.next):
@@ -282,9 +283,9 @@ def _insert(graph: fx.Graph, ctx: Context, site: Site, use: Use) -> None:
             arguments = in_order(EMBEDDING_OP, call, ids=x_rows, gains=gains, **own)
             node = ctx.call(graph, EMBEDDING_OP, arguments)
         elif use.kind == "conv":
-            node = insert_conv_site(graph, ctx, use, call, gains)
+            node = insert_conv_site(graph, ctx, use, {**call, **by_column})
         elif use.blocks is None:
-            arguments = in_order(SITE_OP, call, x=x_rows, gains=gains, **ranges, **own)
+            arguments = in_order(SITE_OP, call, x=x_rows, **by_column, **ranges, **own)
             if own:
                 check_addends(ctx, site, [] if use.bias is None else [use.bias])
             node = ctx.call(graph, SITE_OP, arguments)
@@ -293,6 +294,8 @@ def _insert(graph: fx.Graph, ctx: Context, site: Site, use: Use) -> None:
                 ctx.refuse(Refusal((site,), "dora", "its weight is used in blocks"))
             if own:
                 ctx.refuse(Refusal((site,), "own", "its weight is used in blocks"))
+            if by_column["shifts"] is not None:
+                ctx.refuse(Refusal((site,), "bias", "its weight is used in blocks"))
             blocks = use.blocks._asdict()
             arguments = in_order(GROUPED_OP, call, x=x_rows, group_dim=0, **ranges, **blocks)
             node = ctx.call(graph, GROUPED_OP, arguments)

@@ -33,14 +33,12 @@ def other_arithmetic(site: Site, use: Use) -> Refusal | None:
     return Refusal((site,), "always", reason)
 
 
-def insert_conv_site(
-    graph: fx.Graph, ctx: Context, use: Use, values: Mapping[str, Any], gains: fx.Node | None
-) -> fx.Node:
-    """The site's op on what the use computes; `values` are its bank's arguments, y and rows."""
+def insert_conv_site(graph: fx.Graph, ctx: Context, use: Use, values: Mapping[str, Any]) -> fx.Node:
+    """The site's op on what the use computes; `values` are the bank's arguments, y and rows."""
     call = bound(use.node)
     padding = call["padding"]
     pads = [size for size in padding for _ in range(2)]
     kernel = [int(size) for size in use.weight.meta["val"].shape[2:]]
     window = {"kernel": kernel, "stride": call["stride"], "pads": pads}
-    arguments = in_order(CONV_OP, values, x=use.x, gains=gains, addend=None, **window)
+    arguments = in_order(CONV_OP, values, x=use.x, addend=None, **window)
     return ctx.call(graph, CONV_OP, arguments)

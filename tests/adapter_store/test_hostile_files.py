@@ -98,7 +98,7 @@ MALFORMED: list[tuple[str, Any, str]] = [
     ("target_parameters", [["a"]], "must be a list of strings"),
     ("target_modules", [1, "a"], "must be a string or a list of strings"),
     ("peft_type", ["LORA"], "only LORA adapters"),
-    ("bias", [0], "bias = "),
+    ("bias", [0], "bias must be none, lora_only or all"),
     ("init_lora_weights", 10**400, "init_lora_weights = "),
 ]
 

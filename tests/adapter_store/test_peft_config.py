@@ -47,8 +47,6 @@ def test_every_field_of_the_installed_peft_is_known():
 
 
 REFUSED = {
-    "lora_bias": True,
-    "bias": "lora_only",
     "alora_invocation_tokens": [1, 2],
     "use_qalora": True,
     "layer_replication": [[0, 1]],
@@ -114,8 +112,8 @@ def test_all_refused_fields_at_once():
 
 
 def test_a_peft_object_is_refused_too():
-    config = peft.LoraConfig(lora_bias=True, layer_replication=[[0, 1]])
-    with pytest.raises(UnsupportedAdapterError, match=r"(?s)lora_bias.*layer_replication"):
+    config = peft.LoraConfig(use_qalora=True, layer_replication=[[0, 1]])
+    with pytest.raises(UnsupportedAdapterError, match=r"(?s)use_qalora.*layer_replication"):
         PeftConfig.read(config)
     with pytest.raises(UnsupportedAdapterError, match="peft_type = 'IA3'"):
         PeftConfig.read(peft.IA3Config())

@@ -127,7 +127,7 @@ def test_merged_adapters_are_refused_and_nothing_changes(build):
 @pytest.mark.parametrize(
     ("config", "field"),
     [
-        (peft.LoraConfig(target_modules=["q_proj"], lora_bias=True), "lora_bias"),
+        (peft.LoraConfig(target_modules=["q_proj"], use_qalora=True), "use_qalora"),
         (peft.LoHaConfig(target_modules=["q_proj"]), "peft_type = 'LOHA'"),
     ],
 )

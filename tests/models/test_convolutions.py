@@ -183,15 +183,18 @@ def test_what_a_does_not_have(odd: str, tmp_path: Path) -> None:
 
 
 def test_by_inductor(tmp_path: Path) -> None:
-    base = seeded(lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1)).eval().requires_grad_(False)
-    model = nn.Sequential(nn.Tanh(), base)
+    torch.manual_seed(0)
+    conv = nn.Conv1d(4, 6, 3, stride=2, padding=1)
+    model = nn.Sequential(nn.Tanh(), conv, nn.Flatten(), nn.Linear(30, 3))
+    model.eval().requires_grad_(False)
+    configs = {"plain": {}, "scaled": {"use_dora": True}, "biased": {"lora_bias": True}}
     paths = {
-        name: oracle.save_adapter(model, tmp_path / name, rank=2, targets=["1"], use_dora=dora)
-        for name, dora in (("plain", False), ("scaled", True))
+        name: oracle.save_adapter(model, tmp_path / name, rank=2, targets=["1", "3"], **config)
+        for name, config in configs.items()
     }
     cm = lorafx.compile(copy.deepcopy(model), paths)
     merged = {None: model, **{name: oracle.merged(model, path) for name, path in paths.items()}}
-    x, names = torch.randn(3, 4, 9), ["scaled", None, "plain"]
+    x, names = torch.randn(4, 4, 9), ["scaled", None, "plain", "biased"]
     rows = [merged[name](row[None]) for name, row in zip(names, x, strict=True)]
     oracle.assert_close(cm(x, adapter_names=names), [torch.cat(rows)])
 

@@ -42,14 +42,14 @@ def arguments(name: str, *, dtype: torch.dtype = torch.float32, dora: bool = Fal
     ]
     y = torch.randn(8, N, *out)
     gains, addend = torch.zeros(SLOTS, N), torch.randn(N)
-    gains[1] = torch.randn(N)
+    gains[1], shifts = torch.randn(N), torch.randn(SLOTS, N)
     tensors = [tensor.to(dtype) for tensor in (x, y, A, B)]
-    scale = [gains, addend.to(dtype)] if dora else [None, None]
+    scale = [gains, addend.to(dtype), shifts] if dora else [None, None, None]
     return [*tensors, ranks, torch.rand(SLOTS, 1) + 0.5, slots, 2, kernel, stride, pads, *scale]
 
 
 def expected(args: list[Any]) -> Tensor:
-    x, y, A, B, ranks, scales, slots, rows, kernel, stride, pads, gains, addend = args
+    x, y, A, B, ranks, scales, slots, rows, kernel, stride, pads, gains, addend, shifts = args
     want = y.double().clone()
     sides = [n for d in reversed(range(len(kernel))) for n in pads[2 * d : 2 * d + 2]]
     convolution = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 1]
@@ -64,11 +64,11 @@ def expected(args: list[Any]) -> Tensor:
         if gains is not None:
             shape = (N, *[1] * len(kernel))
             c, gain = addend.double().view(shape), gains[slot].double().view(shape)
-            want[m] += gain * (want[m] - c)
+            want[m] += gain * (want[m] - c) + shifts[slot].double().view(shape)
     return want
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora and biases"])
 @pytest.mark.parametrize("name", WINDOWS)
 def test_every_window(name: str, dora: bool) -> None:
     args = arguments(name, dora=dora)
@@ -84,7 +84,7 @@ def test_factors_beyond_a_rank_and_rows_of_the_base_are_not_read(name: str) -> N
     """However the factors are found: by the slots that are present, or by row."""
     args = arguments(name)
     want = expected(args)
-    x, y, A, B, ranks, _, slots, rows, *window = args[:-2]
+    x, y, A, B, ranks, _, slots, rows, *window = args[:-3]
     for slot in range(SLOTS):
         A[slot, int(ranks[slot, 0]) :] = torch.nan
         B[slot, int(ranks[slot, 0]) :] = torch.nan
@@ -122,7 +122,7 @@ def test_unproved_rows_and_misfits_are_told() -> None:
         torch.ops.lorafx.conv_site(*args[:8], [3, 3], *args[9:])
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora and biases"])
 def test_opcheck(dora: bool) -> None:
     result = opcheck(torch.ops.lorafx.conv_site, arguments("3d", dora=dora))
     assert set(result.values()) == {"SUCCESS"}

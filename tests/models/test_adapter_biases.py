@@ -1,0 +1,190 @@
+"""Biases of adapters (`lora_bias`, `bias`) in mixed batches, against PEFT's output of each row."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import lorafx
+from lorafx.errors import (
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    MatchError,
+    UnsupportedAdapterError,
+)
+
+REFERENCE = {"lowering": "reference"}
+
+
+class Tower(nn.Module):
+    """x (B, 6, L): a convolution, two linears of one input, a norm, a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(6, 8, 3, padding=1)
+        self.left, self.right = nn.Linear(8, 10), nn.Linear(8, 10, bias=False)
+        self.norm = nn.LayerNorm(10)
+        self.out = nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x).relu().mT
+        return self.out(self.norm(self.left(h) * self.right(h).sigmoid()))
+
+
+EVERY = ["conv", "left", "right", "out"]
+CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {"target_modules": EVERY},
+    "added": {"target_modules": EVERY, "lora_bias": True},
+    "one": {"target_modules": ["left"], "lora_bias": True, "use_rslora": True},
+    "replaced": {"target_modules": ["conv", "out"], "bias": "lora_only"},
+    "both": {"target_modules": ["left", "out"], "bias": "lora_only", "lora_bias": True},
+    "scaled": {"target_modules": ["conv", "left"], "bias": "lora_only", "use_dora": True},
+}
+
+
+@torch.no_grad()
+def save(base: nn.Module, folder: Path, trained: str = "", **config: Any) -> Path:
+    """An adapter by PEFT, with non-zero factors, and biases where it trains them, or `trained`."""
+    wrapped = get_peft_model(copy.deepcopy(base), LoraConfig(r=3, lora_alpha=5, **config))
+    generator = torch.Generator().manual_seed(len(folder.name))
+    for name, parameter in wrapped.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "magnitude" in name:
+            parameter.mul_(1 + 0.3 * noise)
+        elif "lora_" in name:
+            parameter.copy_(0.5 * noise)
+        elif name.endswith(trained or ".base_layer.bias") and "bias" in config:
+            parameter.add_(noise)
+    wrapped.save_pretrained(str(folder))
+    return folder
+
+
+def tower() -> nn.Module:
+    torch.manual_seed(0)
+    return Tower().eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def base() -> nn.Module:
+    return tower()
+
+
+@pytest.fixture(scope="module")
+def folders(base: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return {name: save(base, folder / name, **config) for name, config in CONFIGS.items()}
+
+
+@pytest.fixture(scope="module")
+def cm(base: nn.Module, folders: dict[str, Path]) -> Any:
+    return lorafx.compile(copy.deepcopy(base), folders, options=REFERENCE)
+
+
+def alone(base: nn.Module, folders: dict[str, Path], name: str | None) -> nn.Module:
+    if name is None:
+        return base
+    return PeftModel.from_pretrained(copy.deepcopy(base), str(folders[name])).eval()
+
+
+def check(cm: Any, base: nn.Module, folders: dict[str, Path], names: list[str | None]) -> None:
+    x = torch.randn(len(names), 6, 5)
+    with torch.no_grad():
+        rows = [alone(base, folders, name)(row[None]) for name, row in zip(names, x, strict=True)]
+    found = cm(x, adapter_names=names)
+    oracle.assert_close(found, [torch.cat(rows)])
+    first = next(filter(None, names))
+    others = cm(x, adapter_names=[name and first for name in names])  # by the same graph
+    for row, name in enumerate(names):
+        if name is None:
+            assert torch.equal(found[row], others[row])
+
+
+def test_rows_of_one_batch(cm: Any, base: nn.Module, folders: dict[str, Path]) -> None:
+    names: list[str | None] = [*CONFIGS, None]
+    check(cm, base, folders, names)
+    compiled = cm.recompiles
+    check(cm, base, folders, names[::-1])
+    check(cm, base, folders, ["both", "plain", "both"])
+    assert cm.recompiles == compiled
+    check(cm, base, folders, ["replaced"])
+
+
+def test_the_bias_is_a_part_of_the_output(
+    base: nn.Module, folders: dict[str, Path], cm: Any, tmp_path: Path
+) -> None:
+    """Without it the row would be another one: what the test above could miss."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes((folders["one"] / name).read_bytes())
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.endswith("lora_B.bias"))
+    save_file({**tensors, key: torch.zeros_like(tensors[key])}, file)
+    cm.load_adapter(tmp_path, "without")
+    x = torch.randn(1, 6, 5)
+    with_bias, without = (cm(x, adapter_names=[name]) for name in ("one", "without"))
+    assert oracle.difference([with_bias], [without]) > 1e-2
+    cm.unload_adapter("without")
+
+
+def test_new_base_weights(base: nn.Module, folders: dict[str, Path]) -> None:
+    """A bias in the place of the base's stays what it is; one that is added moves with it."""
+    cm = lorafx.compile(copy.deepcopy(base), folders, options=REFERENCE)
+    changed = tower()
+    for parameter in changed.parameters():
+        parameter.mul_(1.25)
+    cm.load_weights(changed.state_dict())
+    check(cm, changed, folders, ["added", None, "replaced", "both", "scaled"])
+
+
+def test_what_needs_room(base: nn.Module, folders: dict[str, Path]) -> None:
+    config = lorafx.LoraConfig(target_modules=EVERY, max_rank=3)
+    cm = lorafx.compile(copy.deepcopy(base), config, options=REFERENCE)
+    with pytest.raises(CapacityError, match=r"LoraConfig\(lora_bias=True\)"):
+        cm.load_adapter(folders["added"], "added")
+
+
+def test_sums_and_merges_are_refused(cm: Any) -> None:
+    with pytest.raises(ConfigError, match="'added' was trained with biases"):
+        cm(torch.randn(1, 6, 5), adapter_names=[{"added": 0.5, "plain": 1.0}])
+    with pytest.raises(MatchError, match="left: the adapter adds a bias"):
+        cm.merge("one")
+    assert str(cm.explain()).count("and biases") == 1
+
+
+def test_biases_of_the_whole_model(base: nn.Module, tmp_path: Path) -> None:
+    """Those of linears that are sites are served, those of a norm are refused by name."""
+    config: dict[str, Any] = {"target_modules": ["left"], "bias": "all"}
+    folders = {"all": save(base, tmp_path / "all", trained="out.bias", **config)}
+    sites = lorafx.LoraConfig(target_modules=EVERY)
+    cm = lorafx.compile(copy.deepcopy(base), sites, adapters=folders, options=REFERENCE)
+    check(cm, base, folders, ["all", None])
+    with pytest.raises(UnsupportedAdapterError, match=r"bias of out \(Linear\) was trained"):
+        lorafx.compile(copy.deepcopy(base), folders, options=REFERENCE)
+    norm = save(base, tmp_path / "norm", trained="norm.bias", **config)
+    with pytest.raises(UnsupportedAdapterError, match=r"bias of norm \(LayerNorm\) was trained"):
+        cm.load_adapter(norm, "norm")
+
+
+def test_a_file_without_its_biases(cm: Any, folders: dict[str, Path], tmp_path: Path) -> None:
+    for name, ending, message in (
+        ("replaced", "base_layer.bias", "the bias of out was trained, but the file does not"),
+        ("one", "lora_B.bias", "lora_bias is set, but left has no lora_B.bias"),
+    ):
+        copied = tmp_path / name
+        copied.mkdir()
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            (copied / file).write_bytes((folders[name] / file).read_bytes())
+        weights = copied / "adapter_model.safetensors"
+        left = {key: t for key, t in load_file(weights).items() if not key.endswith(ending)}
+        save_file(left, weights)
+        with pytest.raises(CheckpointError, match=message):
+            cm.load_adapter(copied, name)
