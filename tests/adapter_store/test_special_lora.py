@@ -39,7 +39,7 @@ def trained(model: peft.PeftModel) -> peft.PeftModel:
     return model
 
 
-def test_blocks_on_a_diagonal(base: nn.Module, tmp_path: Path) -> None:
+def blocks(base: nn.Module, folder: Path) -> nn.Module:
     """q and k have B in blocks, o and down A, and v has plain factors."""
     config = {
         "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"],
@@ -51,12 +51,36 @@ def test_blocks_on_a_diagonal(base: nn.Module, tmp_path: Path) -> None:
         ),
         "rank_pattern": {"down_proj": 6},
     }
-    trained(wrapped(base, r=4, lora_alpha=6, **config)).save_pretrained(tmp_path)
-    shapes = {k: t.shape for k, t in load_file(tmp_path / "adapter_model.safetensors").items()}
-    assert any(shape[1] == 2 for shape in shapes.values())  # B (N, r / 2)
-    case = Case(base, {"bd": tmp_path})
+    model = trained(wrapped(base, r=4, lora_alpha=6, **config))
+    model.save_pretrained(folder)
+    shapes = [t.shape for t in load_file(folder / "adapter_model.safetensors").values()]
+    assert any(shape[1] == 2 for shape in shapes)  # B (N, r / 2)
+    return model.merge_and_unload().eval()
+
+
+def converted(init: str, base: nn.Module, folder: Path) -> nn.Module:
+    """An initialisation that changes the base: refused as it is, converted by PEFT to `folder`."""
+    plain, initial = folder.with_name(f"{init}-plain"), folder.with_name(f"{init}-initial")
+    model = wrapped(base, r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=init)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(initial)
+    model.peft_config["default"].init_lora_weights = init
+    want = copy.deepcopy(trained(model)).merge_and_unload().eval()
+    model.save_pretrained(plain)
+    way_out = rf"(?i){init}.*path_initial_model_for_weight"
+    with pytest.raises(UnsupportedAdapterError, match=way_out):
+        load_state(plain, base)
+    model.save_pretrained(folder, path_initial_model_for_weight_conversion=initial)
+    return want
+
+
+def test_blocks_on_a_diagonal_and_converted_initialisations(base, tmp_path: Path) -> None:
+    folders = {name: tmp_path / name for name in ("blocks", "pissa", "olora")}
+    merged = {"blocks": blocks(base, folders["blocks"])}
+    merged |= {init: converted(init, base, folders[init]) for init in ("pissa", "olora")}
+    case = Case(base, folders, merged)
     cm = lorafx.compile(case.model(), case.folders, options=REFERENCE)
-    check_mixed(cm, case, ["bd", None], token_inputs(2, 6))
+    check_mixed(cm, case, [*folders, None], token_inputs(4, 6))
 
 
 @pytest.mark.parametrize(
@@ -85,29 +109,6 @@ def test_blocks_that_are_too_many_allocate_nothing(base: nn.Module) -> None:
     assert load_state(source, base).tensors[f"{path}.lora_A.weight"].shape == (1_000_000, 1)
     with pytest.raises(CheckpointError, match=r"q_proj.lora_A.weight has shape \(1000000, 1\)"):
         lorafx.compile(copy.deepcopy(base), {"a": source}, options=REFERENCE)
-
-
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_converted_initialisations_load_and_others_are_refused(
-    init: str, base: nn.Module, tmp_path: Path
-) -> None:
-    model = wrapped(base, r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=init)
-    model.peft_config["default"].init_lora_weights = True
-    model.save_pretrained(tmp_path / "initial")
-    model.peft_config["default"].init_lora_weights = init
-    with torch.no_grad():
-        want = copy.deepcopy(trained(model)).merge_and_unload().eval()
-    model.save_pretrained(tmp_path / "plain")
-    with pytest.raises(
-        UnsupportedAdapterError, match=rf"(?i){init}.*path_initial_model_for_weight"
-    ):
-        load_state(tmp_path / "plain", base)
-    model.save_pretrained(
-        tmp_path / "converted", path_initial_model_for_weight_conversion=tmp_path / "initial"
-    )
-    case = Case(base, {"a": tmp_path / "converted"}, {"a": want})
-    cm = lorafx.compile(case.model(), case.folders, options=REFERENCE)
-    check_mixed(cm, case, ["a", None], token_inputs(2, 5))
 
 
 @pytest.mark.parametrize(

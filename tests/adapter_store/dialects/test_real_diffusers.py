@@ -1,0 +1,172 @@
+"""Adapters of diffusers' own models: what diffusers saves, and files that it converts."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from dense_merge import REFERENCE, TOLERANCE, error
+from diffusers import FluxTransformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import lorafx
+from lorafx.adapter_store.checkpoint import load_state
+from lorafx.adapter_store.peft_reader import read_adapter
+from lorafx.config import LoraConfig
+from lorafx.errors import CheckpointError
+from lorafx.prepare.marking import build_sites
+
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+TARGETS = ["to_q", "to_v", "to_out.0", "conv1", "proj_in", "conv_shortcut"]
+#: The first implementation's names of two of the UNet's modules.
+SGM = {
+    "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q": (
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    ),
+    "lora_unet_input_blocks_1_1_transformer_blocks_0_attn2_to_out_0": (
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def unet() -> nn.Module:
+    torch.manual_seed(0)
+    return (
+        UNet2DConditionModel(
+            block_out_channels=(8,),
+            layers_per_block=1,
+            sample_size=8,
+            down_block_types=("CrossAttnDownBlock2D",),
+            mid_block_type=None,
+            up_block_types=("UpBlock2D",),
+            cross_attention_dim=12,
+            attention_head_dim=4,
+            norm_num_groups=4,
+        )
+        .eval()
+        .requires_grad_(False)
+    )
+
+
+def inputs(rows: int) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return {
+        "sample": torch.randn(rows, 4, 8, 8),
+        "timestep": torch.arange(rows) * 7 + 1,
+        "encoder_hidden_states": torch.randn(rows, 5, 12),
+    }
+
+
+@pytest.fixture(scope="module")
+def saved(unet: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
+    """What a pipeline and the model save of one adapter, and the model with it merged."""
+    folder = tmp_path_factory.mktemp("diffusers")
+    model = copy.deepcopy(unet)
+    model.add_adapter(peft.LoraConfig(r=2, lora_alpha=3, target_modules=TARGETS))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.3)
+    settings = model.peft_config["default"].to_dict()
+    factors = get_peft_model_state_dict(model)
+    StableDiffusionPipeline.save_lora_weights(
+        str(folder / "pipeline"), unet_lora_layers=factors, unet_lora_adapter_metadata=settings
+    )
+    model.save_lora_adapter(str(folder / "model"))
+    model.fuse_lora()
+    model.unload_lora()
+    return folder, model
+
+
+def as_kohya(folder: Path) -> dict[str, Tensor]:
+    """The adapter as sd-scripts names it."""
+    found = {}
+    for key, tensor in load_file(folder / "model" / "pytorch_lora_weights.safetensors").items():
+        path, _, factor = key.partition(".lora_")
+        name = f"lora_unet_{path.replace('.', '_')}"
+        found[f"{name}.lora_{'down' if factor[0] == 'A' else 'up'}.weight"] = tensor
+        found[f"{name}.alpha"] = torch.tensor(3.0)
+    return found
+
+
+def test_a_mixed_batch_of_what_diffusers_and_kohya_save(unet, saved) -> None:
+    folder, merged = saved
+    # Of the two modules alone, by the names that diffusers converts.
+    torch.manual_seed(2)
+    sgm, other = {}, copy.deepcopy(unet)
+    for name, path in SGM.items():
+        weight = other.get_submodule(path).weight
+        a, b = torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2)
+        sgm |= {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b}
+        sgm[f"{name}.alpha"] = torch.tensor(1.0)
+        weight += 0.5 * b @ a
+    adapters = {
+        "pipeline": folder / "pipeline",
+        "model": folder / "model",
+        "kohya": as_kohya(folder),
+        "sgm": sgm,
+    }
+    cm = lorafx.compile(copy.deepcopy(unet), adapters, options=REFERENCE)
+    names = [*adapters, None]
+    own = {"sgm": other, None: unet}
+    given = inputs(len(names))
+    got = cm(**given, adapter_names=names).sample
+    want = torch.cat(
+        [
+            own.get(name, merged)(**{key: t[row : row + 1] for key, t in given.items()}).sample
+            for row, name in enumerate(names)
+        ]
+    )
+    base = unet(**given).sample
+    assert error(got, want) <= TOLERANCE
+    assert all(error(want[row], base[row]) > 100 * TOLERANCE for row in range(len(adapters)))
+    assert "converted by diffusers" in str(cm.explain())
+
+
+def test_names_that_diffusers_does_not_know_either(unet) -> None:
+    name = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn9_to_q"
+    tensors = {
+        f"{name}.lora_down.weight": torch.ones(1, 8),
+        f"{name}.lora_up.weight": torch.ones(8, 1),
+    }
+    with pytest.raises(CheckpointError, match="1 of its 1 names are of no module"):
+        load_state(tensors, unet)
+
+
+def test_flux_by_the_names_of_its_first_implementation() -> None:
+    """Its q, k and v are one module there: diffusers splits their B."""
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        joint_attention_dim=6,
+        pooled_projection_dim=5,
+        axes_dims_rope=(2, 2, 4),
+    ).eval()
+    a, b = torch.randn(2, 8), torch.randn(24, 2)
+    names = ["lora_unet_double_blocks_0_img_attn_qkv", "lora_unet_double_blocks_0_img_attn_proj"]
+    tensors = {
+        f"{names[0]}.lora_down.weight": a,
+        f"{names[0]}.lora_up.weight": b,
+        f"{names[0]}.alpha": torch.tensor(1.0),
+        f"{names[1]}.lora_down.weight": a,
+        f"{names[1]}.lora_up.weight": b[:8],
+        f"{names[1]}.alpha": torch.tensor(2.0),
+    }
+    _, sites = build_sites(model, LoraConfig(target_modules="all-linear"))
+    adapter = read_adapter(tensors, "a", sites, model=model)
+    attention = "transformer_blocks.0.attn"
+    want = dict(zip("qkv", (0.5 * b @ a).split(8), strict=True))
+    want = {f"{attention}.to_{name}": delta for name, delta in want.items()}
+    want[f"{attention}.to_out.0"] = b[:8] @ a
+    assert adapter.weights.keys() == want.keys()
+    for path, weights in adapter.weights.items():
+        torch.testing.assert_close(weights.scale * weights.B @ weights.A, want[path])
