@@ -65,6 +65,9 @@ class LoraConfig:
         max_own_weights: how many adapters with weights, or rows of weights, of their own can be
             active in one batch. There is room for as many whole weights on the device. None for
             `max_adapters`.
+        max_host_bytes: how much host memory the adapters may take. Over it, those that were used
+            least recently are dropped and read again from their files when they are asked for
+            (docs/adapter_store.md). None for no limit.
         base_vocab_size: tokens from this number on were added to the model for adapters. `generate`
             chooses them for no row but those of adapters that have rows of their own for them, in
             an embedding or a head. None: any token may be chosen for any row.
@@ -85,9 +88,13 @@ class LoraConfig:
     trainable_tokens: int | Mapping[str, int] = 0
     max_own_weights: int | None = None
     base_vocab_size: int | None = None
+    max_host_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_adapters", "max_rank", "max_own_weights", "base_vocab_size"):
+        for name in (
+            *("max_adapters", "max_rank", "max_own_weights"),
+            *("base_vocab_size", "max_host_bytes"),
+        ):
             value = getattr(self, name)
             if value is None and name not in ("max_adapters", "max_rank"):
                 continue

@@ -18,8 +18,13 @@ class LoadAdapters:
     def run(self, model: Preparation) -> int:
         assert model.attachment is not None
         config = model.config
-        sizes = config.max_adapters, config.max_rank, config.own_weights
-        model.store = AdapterStore(model.attachment.groups, *sizes)
+        model.store = AdapterStore(
+            model.attachment.groups,
+            config.max_adapters,
+            config.max_rank,
+            config.own_weights,
+            config.max_host_bytes,
+        )
         for adapter in model.adapters:
-            model.store.load(adapter)
+            model.store.load(adapter, model.origins.get(adapter.name))
         return len(model.adapters)

@@ -10,7 +10,7 @@ s·B A is zero stays zero under any scale, and gets none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +21,7 @@ from lorafx.model.convolutions import norm_factors
 from lorafx.model.quantized import dequantize, readable
 
 if TYPE_CHECKING:
+    from lorafx.adapter_store.stored import StoredAdapter
     from lorafx.model.sites import Group, Site
 
 #: Entries of W + s·B A that are held at once.
@@ -86,6 +87,24 @@ def _measure_shifts(group: Group, factors: Iterable[Factors]) -> None:
             shift += f.own_bias - base[start : start + len(shift)].cpu().float()
         assert f.shift is not None
         f.shift.copy_(shift)
+
+
+def refresh(
+    groups: Sequence[Group], adapters: Mapping[str, StoredAdapter], slots: Mapping[str, int]
+) -> None:
+    """Take the norms of DoRA adapters, and the biases of others, again, in host memory and in
+    `slots`.
+
+    Raises:
+        ConfigError: as `measure`.
+    """
+    copies = {name: each.host for name, each in adapters.items() if each.follows_base and each.host}
+    for g, group in enumerate(groups):
+        measure(group, [f for copy in copies.values() for f in copy.factors.get(g, ())])
+    for name, copy in copies.items():
+        for g, factors in copy.factors.items():
+            if name in slots:
+                groups[g].bank.write_by_column(slots[name], factors)
 
 
 def base_weight(site: Site) -> Tensor:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorafx.adapter_store.dora import measure
+from lorafx.adapter_store.host_copies import HostCopy
+from lorafx.adapter_store.origins import Origin
 from lorafx.adapter_store.stored import (
     BankPlace,
     StoredAdapter,
@@ -26,9 +28,14 @@ if TYPE_CHECKING:
 
 
 def fitted(
-    adapter: Adapter, places: Mapping[str, BankPlace], groups: Sequence[Group], max_rank: int
+    adapter: Adapter,
+    places: Mapping[str, BankPlace],
+    groups: Sequence[Group],
+    max_rank: int,
+    origin: Origin | None = None,
 ) -> StoredAdapter:
-    """`adapter` in the dtype and layout of the banks of `groups`; `places` are theirs by path.
+    """`adapter` in the dtype and layout of the banks of `groups`; `places` are theirs by path, and
+    `origin` says where it can be read again.
 
     Raises:
         CapacityError: its rank is over `max_rank`, or the banks have no room for DoRA.
@@ -92,10 +99,18 @@ def fitted(
     sites = dict.fromkeys([*(places[path].site.path for path in adapter.weights), *owned])
     rescaled = dict.fromkeys(places[path].site.path for path in adapter.magnitudes)
     shifted = tuple(dict.fromkeys(places[path].site.path for path in biased))
-    names = adapter.name, adapter.rank, adapter.source
-    spans, notes = adapter.spans, adapter.notes
     return StoredAdapter(
-        *names, tuple(sites), factors, size, tuple(rescaled), spans, owned, own_rows, notes, shifted
+        adapter.name,
+        adapter.rank,
+        adapter.source,
+        tuple(sites),
+        HostCopy(factors, size, own_rows),
+        tuple(rescaled),
+        adapter.spans,
+        owned,
+        adapter.notes,
+        shifted,
+        origin,
     )
 
 

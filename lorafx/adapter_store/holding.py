@@ -5,17 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lorafx.adapter_store.host_copies import HostCopy
     from lorafx.adapter_store.stored import StoredAdapter
 
 
 class Hold:
-    """One version of an adapter, kept as long as this object lives (`AdapterStore.hold`)."""
+    """One version of an adapter, kept as long as this object lives, and so is its host copy
+    (`AdapterStore.hold`)."""
 
-    __slots__ = ("__weakref__", "name", "stored")
+    __slots__ = ("__weakref__", "name", "numbers", "stored")
 
-    def __init__(self, name: str, stored: StoredAdapter) -> None:
+    def __init__(self, name: str, stored: StoredAdapter, numbers: HostCopy) -> None:
         self.name = name
         self.stored = stored
+        self.numbers = numbers
 
 
 class Retired(str):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lorafx.adapter_store.host_copies import HostCopy
 from lorafx.adapter_store.names import Mixture
 from lorafx.adapter_store.stored import StoredAdapter, host_copy, next_version
 from lorafx.errors import CapacityError, ConfigError
@@ -29,9 +30,13 @@ _Term = tuple[Factors, float]
 
 
 def mixed(
-    name: Mixture, adapters: Mapping[str, StoredAdapter], groups: Sequence[Group]
+    name: Mixture,
+    adapters: Mapping[str, StoredAdapter],
+    copies: Mapping[str, HostCopy],
+    groups: Sequence[Group],
 ) -> StoredAdapter:
-    """The sum that `name` stands for, of `adapters` that fit the banks of `groups`.
+    """The sum that `name` stands for, of `adapters` that fit the banks of `groups`, with these
+    host `copies`.
 
     Raises:
         ConfigError: what one of them does is not linear in its weight: DoRA, weights or biases of
@@ -40,9 +45,13 @@ def mixed(
     """
     summed = [(adapters[own], weight) for own, weight in name.weights if weight]
     if len(summed) == 1 and summed[0][1] == 1:  # the others have weight 0
-        return replace(summed[0][0], name=name, nbytes=0, version=next_version())
+        one = summed[0][0]
+        numbers = copies[one.name]
+        shared = HostCopy(numbers.factors, 0, numbers.own)
+        return replace(one, name=name, host=shared, origin=None, version=next_version())
     _refuse(name, [adapter for adapter, _ in summed])
-    terms = [_terms(g, summed) for g in range(len(groups))]
+    weighted = [(copies[adapter.name], weight) for adapter, weight in summed]
+    terms = [_terms(g, weighted) for g in range(len(groups))]
     _check_room(name, terms, groups)
     factors = {
         g: _sums(name, own, group.bank)
@@ -56,16 +65,15 @@ def mixed(
         max((f.rank for own in factors.values() for f in own), default=0),
         ", ".join(adapter.source for adapter, _ in summed),
         tuple(dict.fromkeys(site for adapter, _ in summed for site in adapter.sites)),
-        factors,
-        sum(size for key, size in made.items() if key not in kept),
+        HostCopy(factors, sum(size for key, size in made.items() if key not in kept)),
     )
 
 
-def _terms(g: int, summed: Sequence[tuple[StoredAdapter, float]]) -> dict[int, list[_Term]]:
+def _terms(g: int, summed: Sequence[tuple[HostCopy, float]]) -> dict[int, list[_Term]]:
     """What there is to be summed in one group, by sibling."""
     found: dict[int, list[_Term]] = {}
-    for adapter, weight in summed:
-        for factors in adapter.factors.get(g, ()):
+    for numbers, weight in summed:
+        for factors in numbers.factors.get(g, ()):
             found.setdefault(factors.sibling, []).append((factors, weight))
     return found
 

@@ -107,6 +107,7 @@ def read_adapter(
     max_rank: int | None = None,
     lora_config: LoraConfig | None = None,
     strict: bool = False,
+    warn: bool = True,
 ) -> Adapter:
     """Read the adapter `source` and place every tensor on one of `sites`.
 
@@ -122,6 +123,7 @@ def read_adapter(
         strict: a module that counts, that the adapter's configuration targets and that the file has
             no factors for, is a problem too. Without it W stays W there, and one LorafxWarning says
             how many there are.
+        warn: give that warning.
 
     Raises:
         UnsupportedAdapterError: the configuration, or a key, asks for arithmetic beyond LoRA.
@@ -137,7 +139,7 @@ def read_adapter(
     if strict and left_out.missing:
         findings.problems.append(f"{left_out}; strict=True makes this an error")
     findings.raise_problems(name)
-    if left_out.missing:
+    if left_out.missing and warn:
         warnings.warn(
             f"adapter {name!r} in {state.where}: {left_out}. These modules keep the base "
             "weights, which is right if the adapter was trained on only a part of the "

@@ -1,6 +1,7 @@
 """The store: adapters in host memory by name, and which of them hold a slot of the banks.
 
     load      checkpoint factors -> host copies in the banks' dtype and layout
+    fetch     host copies that the budget left no room for -> read again
     acquire   the names of a batch's rows -> slots; missing adapters are written into free slots,
               or over the least recently used adapter that is neither pinned nor in the batch
     sums      adapters of their own, made of loaded ones when a batch asks for them
@@ -15,30 +16,33 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakSet
 
-from lorafx.adapter_store.asked import check_loaded, room_for, too_many
-from lorafx.adapter_store.dora import measure
+from lorafx.adapter_store.asked import check_loaded, too_many
+from lorafx.adapter_store.dora import refresh
 from lorafx.adapter_store.fitting import fitted
 from lorafx.adapter_store.holding import Hold, Retired
+from lorafx.adapter_store.host_copies import HostCopy, HostTier
 from lorafx.adapter_store.mixing import mixed
 from lorafx.adapter_store.names import BASE, Mixture, check_name, members
-from lorafx.adapter_store.own_places import OwnPlaces
+from lorafx.adapter_store.origins import Origin
+from lorafx.adapter_store.slots import Slots
 from lorafx.adapter_store.stored import BankPlace, StoredAdapter, check_spans
 from lorafx.errors import CapacityError
 from lorafx.interrupts import free_after_fork, undisturbed
 
 if TYPE_CHECKING:
     from lorafx.adapter_store.peft_reader import Adapter
+    from lorafx.adapter_store.saved import AdapterSource
     from lorafx.model.sites import Group
 
 T = TypeVar("T")
 
 
-class AdapterStore:
+class AdapterStore(Slots):
     """Adapters by name over the banks of `groups`; safe to use from several threads.
 
     Args:
@@ -46,6 +50,7 @@ class AdapterStore:
         max_adapters: slots, the most distinct adapters in one batch.
         max_rank: largest rank that the banks hold.
         own_weights: for how many adapters they hold weights of their own; None for one a slot.
+        max_host_bytes: of the adapters' host copies; None for no limit.
     """
 
     def __init__(
@@ -54,34 +59,34 @@ class AdapterStore:
         max_adapters: int,
         max_rank: int,
         own_weights: int | None = None,
+        max_host_bytes: int | None = None,
     ) -> None:
         self._groups = tuple(groups)
-        self._own = OwnPlaces(max_adapters if own_weights is None else own_weights)
-        self.max_adapters, self._max_rank = max_adapters, max_rank
-        self._places = {
+        places = {
             site.part_path(part): BankPlace(g, site, part, *numbers)
             for g, group in enumerate(self._groups)
             for i, site in enumerate(group.sites)
             for part, numbers in enumerate(zip(*group.ranges(i)[:2], strict=True))
         }
-        #: As in lorafx.session.statistics.
-        self.hits = self.loads = self.evictions = 0
+        self._fitted = partial(fitted, places=places, groups=self._groups, max_rank=max_rank)
+        own = max_adapters if own_weights is None else own_weights
+        super().__init__(self._groups, max_adapters, own, HostTier(self._fitted, max_host_bytes))
         self._lock = threading.RLock()
-        self._adapters: dict[str, StoredAdapter] = {}
-        self._slots: OrderedDict[str, int] = OrderedDict()  # least recently used first
-        self._pinned: set[str] = set()
-        self._last: tuple[tuple[str | None, ...], tuple[int, ...]] | None = None
         # Versions that requests hold though they were replaced or unloaded, and their names.
         self._held: WeakSet[Hold] = WeakSet()
         self._retired: dict[int, Retired] = {}
-        self._written: set[int] = set()  # slots, inside `set_aside`
-        self._aside: Any = None  # what the store held, inside `set_aside`
 
     @property
     def names(self) -> tuple[str, ...]:
         """Loaded adapters, in order of loading."""
         with self._lock:
             return tuple(n for n in self._adapters if not isinstance(n, (Retired, Mixture)))
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """Loaded adapters -> the version of each."""
+        with self._lock:
+            return {name: self._adapters[name].version for name in self.names}
 
     @property
     def resident(self) -> dict[str, int]:
@@ -99,7 +104,7 @@ class AdapterStore:
         """Whether these loaded adapters find slots beside the pinned ones, all at a time."""
         with self._lock:
             every = names | self._pinned
-            own = sum(bool(self._adapters[n].own) for n in every if n in self._adapters)
+            own = sum(bool(self._adapters[n].owned) for n in every if n in self._adapters)
             return len(every) <= self.max_adapters and own <= self._own.count
 
     def check_known(self, name: str) -> None:
@@ -119,8 +124,9 @@ class AdapterStore:
             self._mix([name])
             return self._adapters[name]
 
-    def load(self, adapter: Adapter) -> None:
+    def load(self, adapter: Adapter, origin: Origin | None = None) -> None:
         """Keep `adapter` in host memory; it gets a slot when a batch, or a pin, asks for it.
+        `origin` says where it can be read again.
 
         An adapter of the same name is replaced, and rewritten in place if it holds a slot; sums
         that it is part of are made again when a batch asks for them.
@@ -128,7 +134,7 @@ class AdapterStore:
         the banks' dtype) or ConfigError (name).
         """
         check_name(adapter.name)
-        stored = fitted(adapter, self._places, self._groups, self._max_rank)
+        stored = self._fitted(adapter, origin=origin)
         with self._lock:
             check_spans(stored, self._adapters.values())
             slot = self._slots.get(stored.name) if stored.name in self._pinned else None
@@ -138,6 +144,44 @@ class AdapterStore:
                     "it, or compile with a larger LoraConfig(max_own_weights=...)"
                 )
             undisturbed(lambda: self._keep(stored))
+            self._trim()
+
+    def fetch(self, names: Iterable[str | None], *, resident: bool = False) -> list[HostCopy]:
+        """The host copies of these adapters, of those with a slot only where `resident` asks, which
+        stay in memory as long as what is returned. What was dropped is read again; other threads go
+        on meanwhile.
+
+        Raises:
+            UnknownAdapterError: a name that is not loaded.
+            CheckpointError: a file has changed since it was loaded, or cannot be read.
+        """
+        found: list[HostCopy] = []
+        if self.host.budget is None:
+            return found
+        for name in dict.fromkeys(names):
+            if name is None or name == BASE:
+                continue
+            with self._lock:
+                self._check_known([name])
+                own = members(name) if resident or name not in self._slots else ()
+                wanted = [self._adapters[each] for each in own]
+                copies = [self.host.get(stored) for stored in wanted]
+            for stored, copy in zip(wanted, copies, strict=True):
+                found.append(self.host.read(stored) if copy is None else copy)
+        with self._lock:
+            self._trim()
+        return found
+
+    def read_with(self, reader: Callable[[AdapterSource, str], Adapter]) -> None:
+        """Read adapters again by this, from a source, by a name; until then none is dropped."""
+        with self._lock:
+            self.host.reader = reader
+            self._trim()
+
+    def numbers(self, name: str) -> HostCopy:
+        """The host copy of an adapter, or of a sum. Raises as `__getitem__` and `fetch`."""
+        with self._lock:
+            return self.host.numbers(self[name])
 
     def unload(self, name: str) -> None:
         """Forget an adapter, pinned or not, and free its slot."""
@@ -147,10 +191,12 @@ class AdapterStore:
 
     def pin(self, name: str) -> int:
         """Give an adapter a slot that it keeps until unpinned; returns the slot."""
+        kept = self.fetch([name], resident=True)  # noqa: F841 - until it is pinned
         with self._lock:
             self._check_known([name])
             (slot,) = self.acquire([name])
             self._pinned.add(name)
+            self.host.numbers(self[name])  # which stays
             return slot
 
     def unpin(self, name: str) -> None:
@@ -161,9 +207,11 @@ class AdapterStore:
 
     def hold(self, name: str) -> Hold:
         """Keep this version of an adapter for as long as the returned object lives, whatever is
-        loaded under the name, or unloaded, meanwhile."""
+        loaded under the name, or unloaded, meanwhile. Raises as `fetch`."""
+        kept = self.fetch([name], resident=True)  # noqa: F841 - until it is held
         with self._lock:
-            hold = Hold(name, self[name])
+            stored = self[name]
+            hold = Hold(name, stored, self.host.numbers(stored))
             self._held.add(hold)
             return hold
 
@@ -214,13 +262,12 @@ class AdapterStore:
             if len(wanted) > self.max_adapters:
                 raise too_many(wanted, self.max_adapters)
             self._mix(wanted)
-            hits = sum(name in self._slots for name in wanted)
-            self._make_resident(wanted, held)
-            self.hits += hits
+            self.hits += self._make_resident(wanted, held)
             for name in wanted:
                 self._slots.move_to_end(name)
             slots = [-1 if n is None or n == BASE else self._slots[n] for n in key]
             self._last = key, tuple(slots)
+            self._trim()
             return slots
 
     def refresh_magnitudes(self) -> None:
@@ -234,24 +281,22 @@ class AdapterStore:
             ConfigError: a base weight is in no known format any more.
         """
         with self._lock:
-            dora = {n: s for n, s in self._adapters.items() if s.rescaled or s.shifted}
-            for g, group in enumerate(self._groups):
-                measure(group, [f for stored in dora.values() for f in stored.factors.get(g, ())])
-            for name, stored in dora.items():
-                for g, factors in stored.factors.items():
-                    if name in self._slots:
-                        self._groups[g].bank.write_by_column(self._slots[name], factors)
+            refresh(self._groups, self._adapters, self._slots)
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes of the banks ("banks") and of the adapters in host memory ("host")."""
+        """Bytes of the banks ("banks"), of the adapters in host memory ("host"), and of the files
+        that they were read from ("disk")."""
         with self._lock:
+            every = self._adapters.values()
             return {
                 "banks": sum(group.bank.nbytes for group in self._groups),
-                "host": sum(stored.nbytes for stored in self._adapters.values()),
+                "host": sum(stored.nbytes for stored in every),
+                "disk": sum(stored.origin.nbytes for stored in every if stored.origin),
             }
 
     def after_fork(self) -> None:
         """In a child process: free of what other threads of the parent were doing."""
+        self.host.after_fork()
         lock = free_after_fork(self._lock)
         if lock is not self._lock:
             self._lock = lock
@@ -272,15 +317,22 @@ class AdapterStore:
             self._slots[stored.name] = slot
             for name in order[order.index(stored.name) + 1 :]:  # used as recently as before
                 self._slots.move_to_end(name)
+        before = self._adapters.get(stored.name)
+        if before is not None:
+            self.host.forget(before)
         self._adapters[stored.name] = stored
+        self.host.add(stored)
 
-    def _owners(self) -> dict[str, int]:
-        """The slots of adapters with weights of their own."""
-        return {name: slot for name, slot in self._slots.items() if self._adapters[name].own}
-
-    def _fits(self, slot: int, stored: StoredAdapter) -> bool:
-        """Whether the banks have room for what goes into `slot`."""
-        return not stored.own or self._own.free(slot, self._owners().values()) is not None
+    def _trim(self) -> None:
+        """Keep host memory within the budget: sums can be made again, and most adapters read."""
+        host = self.host
+        if not host.over or self._aside is not None:
+            return
+        held = {hold.stored.version for hold in list(self._held)}
+        for name in [n for n in self._adapters if isinstance(n, Mixture) and n not in self._slots]:
+            if self._adapters[name].version not in held:
+                undisturbed(partial(self._unload, name))
+        undisturbed(lambda: host.trim(lambda stored: stored.name in self._pinned))
 
     def _retire(self, name: str) -> None:
         """Give a version that requests hold, and its slot, a name of its own."""
@@ -289,6 +341,8 @@ class AdapterStore:
         if stored is None or not any(hold.stored is stored for hold in list(self._held)):
             return
         self._last = None
+        stored.host = self.host.get(stored)  # which the request holds
+        self.host.forget(stored)
         kept = self._retired[stored.version] = Retired(stored)
         self._adapters[kept] = self._adapters.pop(name)
         if name in self._slots:
@@ -307,7 +361,7 @@ class AdapterStore:
         self._pinned.discard(name)
         if name not in self._adapters:  # retired
             return
-        del self._adapters[name]
+        self.host.forget(self._adapters.pop(name))
         slot = self._slots.pop(name, None)
         if slot is not None:
             self._clear(slot)
@@ -327,8 +381,12 @@ class AdapterStore:
         idle = [name for name in sums if name not in self._slots and name not in names]
         for name in idle[: max(0, len(idle) - self.max_adapters)]:
             undisturbed(partial(self._unload, name))
+        summed = dict.fromkeys(own for name in missing for own in members(name))
+        copies = {own: self.host.numbers(self._adapters[own]) for own in summed}
         for name in missing:
-            self._adapters[name] = mixed(name, self._adapters, self._groups)
+            stored = mixed(name, self._adapters, copies, self._groups)
+            self._adapters[name] = stored
+            self.host.add(stored)
 
     def _unmix(self, name: str) -> None:
         """Forget the sums that an adapter is part of."""
@@ -336,62 +394,6 @@ class AdapterStore:
         for other in sums:
             if name in members(other):
                 self._unload(other)
-
-    def _put_back(self) -> None:
-        """What `set_aside` took away."""
-        if self._aside is None:
-            return
-        self._last = None
-        self._adapters, slots, self._pinned = self._aside
-        self._slots = OrderedDict((n, s) for n, s in slots.items() if s not in self._written)
-        holders = {slot: name for name, slot in slots.items()}
-        while self._written:
-            slot = next(iter(self._written))
-            if slot in holders:
-                self._write(slot, self._adapters[holders[slot]])
-            else:
-                self._clear(slot)
-            self._written.discard(slot)
-        self._slots, self._aside = slots, None
-
-    def _make_resident(self, wanted: list[str], held: frozenset[int]) -> None:
-        missing = [name for name in wanted if name not in self._slots]
-        if not missing:
-            return
-        free, evictable = room_for(wanted, self._slots, self._pinned, held, self.max_adapters)
-        owners = self._owners()
-        evicted = self._own.to_evict(
-            [name for name in missing if self._adapters[name].own], [*owners], evictable
-        )
-        self._last = None
-        for name in evicted:
-            evictable.remove(name)
-            free.append(self._slots.pop(name))
-            self._clear(free[-1])
-            self.evictions += 1
-        for name in missing:
-            self.loads += 1
-            self.evictions += not free
-            slot = free.pop(0) if free else self._slots.pop(evictable.pop(0))
-            # Between here and the assignment the slot belongs to nobody: if the device fails
-            # in the middle, the store still tells the truth.
-            self._write(slot, self._adapters[name])
-            self._slots[name] = slot
-
-    def _write(self, slot: int, stored: StoredAdapter) -> None:
-        if self._aside is not None:
-            self._written.add(slot)
-        place = self._own.take(slot, self._owners().values()) if stored.own else 0
-        for g, group in enumerate(self._groups):
-            factors, own = stored.factors.get(g), stored.own.get(g)
-            if factors or own:
-                group.bank.write(slot, factors or (), own, place)
-            else:
-                group.bank.clear(slot)
-
-    def _clear(self, slot: int) -> None:
-        for group in self._groups:
-            group.bank.clear(slot)
 
     def _check_known(self, names: Sequence[str]) -> None:
         check_loaded(names, self._adapters, lambda: self.names)

@@ -6,12 +6,15 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor
 
+from lorafx.adapter_store.host_copies import HostCopy
+from lorafx.adapter_store.origins import Origin
 from lorafx.errors import CheckpointError
-from lorafx.model.bank import Factors, OwnWeight
+from lorafx.model.bank import Factors
 
 if TYPE_CHECKING:
     from lorafx.adapter_store.reading import LoraWeights
@@ -22,36 +25,47 @@ if TYPE_CHECKING:
 next_version = itertools.count(1).__next__
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class StoredAdapter:
-    """An adapter in host memory.
+    """A loaded adapter. Only its host copy comes and goes (lorafx.adapter_store.host_copies).
 
     Attributes:
         name, rank, source, notes: as in `Adapter`.
         sites: canonical paths of the sites that it touches.
-        rescaled: those of them whose outputs it rescales (DoRA).
-        owned: those of them of whose weight it has rows of its own.
-        shifted: those of them to whose outputs it adds a bias.
+        host: its numbers in host memory; None where they were dropped.
+        rescaled: those of the sites whose outputs it rescales (DoRA).
         spans: as in `Adapter`.
-        own: index of a group -> the rows that it has of its own of the weight of its one site.
-        factors: index of a group -> that group's factors, in its bank's dtype and layout.
-        nbytes: host memory that the factors take.
+        owned: those of the sites of whose weight it has rows of its own.
+        shifted: those of the sites to whose outputs it adds a bias.
+        origin: where it can be read again; None where it cannot.
         version: another number for each adapter that was loaded in this process, from 1 on.
+        dropped: the copy that was dropped, as long as somebody uses it.
     """
 
     name: str
     rank: int
     source: str
     sites: tuple[str, ...]
-    factors: dict[int, list[Factors]]
-    nbytes: int
+    host: HostCopy | None
     rescaled: tuple[str, ...] = ()
     spans: Mapping[str, range] = field(default_factory=dict)
     owned: tuple[str, ...] = ()
-    own: Mapping[int, OwnWeight] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     shifted: tuple[str, ...] = ()
+    origin: Origin | None = None
     version: int = field(default_factory=next_version)
+    dropped: ReferenceType[HostCopy] | None = None
+
+    @property
+    def follows_base(self) -> bool:
+        """Whether some of its numbers are taken again when base weights change."""
+        return bool(self.rescaled or self.shifted)
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory that its numbers take now."""
+        copy = self.host or (None if self.dropped is None else self.dropped())
+        return 0 if copy is None else copy.nbytes
 
 
 def check_spans(stored: StoredAdapter, others: Iterable[StoredAdapter]) -> None:

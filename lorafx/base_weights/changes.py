@@ -135,7 +135,7 @@ def changes_of(
         MatchError: some weight cannot take its ΔW; names all of them.
     """
     order = {id(site): number for number, site in enumerate(program.sites)}
-    deltas = deltas_of(program.groups, store[name])
+    deltas = deltas_of(program.groups, store.numbers(name))
     deltas.sort(key=lambda delta: order[id(delta.site)])
     found, problems = _Found(program), list[str]()
     by_end: dict[tuple[int, str], Delta] = {}

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorafx.adapter_store.store import StoredAdapter
+from lorafx.adapter_store.host_copies import HostCopy
 from lorafx.model.bank import Factors, OwnWeight
 from lorafx.model.convolutions import weight_shape
 from lorafx.model.sites import Group, Site
@@ -180,11 +180,11 @@ def _same_rows(one: OwnWeight | None, other: OwnWeight | None) -> bool:
     return (whole or some) and torch.equal(one.rows, other.rows)
 
 
-def deltas_of(groups: Sequence[Group], stored: StoredAdapter) -> list[Delta]:
+def deltas_of(groups: Sequence[Group], numbers: HostCopy) -> list[Delta]:
     """ΔW of each site that the adapter touches, as its file has them."""
     terms: dict[int, list[DeltaTerm]] = {}
     sites: dict[int, Site] = {}
-    for number, factors in stored.factors.items():
+    for number, factors in numbers.factors.items():
         group = groups[number]
         for f in factors:
             site = group.site_of(f.sibling)
@@ -192,7 +192,7 @@ def deltas_of(groups: Sequence[Group], stored: StoredAdapter) -> list[Delta]:
             sites[id(site)] = site
             terms.setdefault(id(site), []).append(DeltaTerm(f, f.offset - first))
     own: dict[int, OwnWeight] = {}
-    for number, weight in stored.own.items():
+    for number, weight in numbers.own.items():
         (site,) = groups[number].sites
         sites[id(site)], own[id(site)] = site, weight
     return [Delta(site, tuple(terms.get(key, ())), own.get(key)) for key, site in sites.items()]

@@ -21,6 +21,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from lorafx.adapter_store.host_copies import HostCopy
 from lorafx.base_weights.adding import add_to, mark_of, write
 from lorafx.base_weights.changes import (
     Change,
@@ -147,11 +148,13 @@ class _StoredOriginal:
 
 @dataclass(frozen=True, eq=False)
 class Merged:
-    """The adapter that the base weights hold, and what they were before."""
+    """The adapter that the base weights hold, and what they were before. Its host copy stays, so
+    that it can be merged again."""
 
     report: MergeReport
     requantize: bool
     originals: tuple[_Original | _StoredOriginal, ...]
+    numbers: HostCopy
 
     @property
     def name(self) -> str:
@@ -172,13 +175,14 @@ def _merge(session: Session, name: str, *, requantize: bool) -> MergeReport:
         session.program.look_at_modules()
         session.program.refuse_missing()
         check_packed(session.program.packed)
+        numbers = session.store.numbers(name)
         changes = changes_of(session.program, session.store, name, requantize=requantize)
         apart = [_tied_apart(change) for change in changes.plain if change.tied_apart]
         if apart:
             raise not_mergeable(name, apart)
         _refuse_shared(session, name, changes)
         with progress(f"merging {name} into {len(changes.plain) + len(changes.stored)} weights"):
-            return _write_merged(session, name, changes, requantize=requantize)
+            return _write_merged(session, name, numbers, changes, requantize=requantize)
 
 
 def unmerge(session: Session, *, force: bool = False) -> None:
@@ -321,7 +325,7 @@ def _tied_apart(change: Change) -> str:
 
 
 def _write_merged(
-    session: Session, name: str, changes: Changes, *, requantize: bool
+    session: Session, name: str, numbers: HostCopy, changes: Changes, *, requantize: bool
 ) -> MergeReport:
     """Write W + ΔW into every weight; all are as before when one fails."""
     originals: list[_Original | _StoredOriginal] = []
@@ -355,7 +359,7 @@ def _write_merged(
                 follow(stored.copies, dequantize(stored.holder.module, _parameter(stored)))
         ours = tuple(item.written() for item in originals)
         report = MergeReport(name, tuple(weights), sum(item.nbytes for item in ours))
-        merged = Merged(report, requantize, ours)
+        merged = Merged(report, requantize, ours, numbers)
         session.base = BaseState(merged, before.broken)
     except BaseException:
         rollback.run()

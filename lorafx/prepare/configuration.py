@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorafx.adapter_store.checkpoint import load_state
+from lorafx.adapter_store.origins import Origin
 from lorafx.adapter_store.own_reading import rows_wanted
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_reader import adapter_target_modules
@@ -34,10 +35,12 @@ class Request:
     Attributes:
         config: sites, ranks and slots.
         adapters: to be loaded, by name, as they were saved.
+        origins: where those of them can be read again that were read from files.
     """
 
     config: LoraConfig
     adapters: dict[str, AdapterState] = field(default_factory=dict)
+    origins: dict[str, Origin] = field(default_factory=dict)
 
 
 def request_of(lora_config: Any, adapters: Mapping[str, Any], model: nn.Module) -> Request:
@@ -51,6 +54,7 @@ def request_of(lora_config: Any, adapters: Mapping[str, Any], model: nn.Module) 
         lora_config = {"default": lora_config}
     if isinstance(lora_config, Mapping) and _is_adapter_mapping(lora_config):
         adapters, lora_config = {**lora_config, **adapters}, None
+    origins = {name: Origin.of(source) for name, source in adapters.items()}
     states = {name: load_state(source, model) for name, source in adapters.items()}
     config = _config_of(lora_config, states, model)
     dora = config.use_dora or any(state.config.use_dora for state in states.values())
@@ -64,7 +68,7 @@ def request_of(lora_config: Any, adapters: Mapping[str, Any], model: nn.Module) 
     biases = config.lora_bias or any(own.lora_bias or own.bias != "none" for own in peft)
     room: dict[str, Any] = {"modules_to_save": tuple(saved), "trainable_tokens": tokens}
     config = replace(config, use_dora=dora, lora_bias=biases, **room)
-    return Request(config, states)
+    return Request(config, states, {name: one for name, one in origins.items() if one is not None})
 
 
 def covering(

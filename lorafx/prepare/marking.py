@@ -93,7 +93,9 @@ def _mark(
             LorafxWarning,
             stacklevel=4,
         )
-    prepared = Preparation(model, request.config, options, request.adapters, rollback=rollback)
+    prepared = Preparation(
+        model, request.config, options, request.adapters, request.origins, rollback=rollback
+    )
     run_model_passes(prepared)
     attachment, store = prepared.attachment, prepared.store
     assert attachment is not None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lorafx.adapter_store.origins import Origin
 from lorafx.adapter_store.peft_reader import Adapter
 from lorafx.adapter_store.saved import AdapterState
 from lorafx.adapter_store.store import AdapterStore
@@ -23,6 +24,7 @@ class Preparation:
 
     Attributes:
         saved: adapters as they were saved, by name; `read` takes them out.
+        origins: where those of them can be read again that were read from files.
         graph: its modules (pass `alias`).
         sites: in canonical path order (`select`).
         adapters: what the saved tensors mean on the sites (`read`).
@@ -36,6 +38,7 @@ class Preparation:
     config: LoraConfig
     options: Options = field(default_factory=Options)
     saved: dict[str, AdapterState] = field(default_factory=dict)
+    origins: dict[str, Origin] = field(default_factory=dict)
     graph: ModuleGraph = field(init=False)
     sites: tuple[Site, ...] = ()
     adapters: list[Adapter] = field(default_factory=list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from lorafx.adapter_store.names import BASE, AdapterName, members, one_name
@@ -109,6 +110,30 @@ class AdapterMethods:
             UnknownAdapterError: it is not loaded.
         """
         self._session.store.unpin(name)
+
+    def prefetch_adapters(self, names: Iterable[AdapterName]) -> None:
+        """Have adapters in host memory that its budget (`LoraConfig.max_host_bytes`) left no room
+        for, before a call asks for them. Their files are read here; calls of other threads go on
+        meanwhile. They stay until others are used more recently.
+
+        Raises:
+            UnknownAdapterError: a name that is not loaded.
+            CheckpointError: a file has changed since it was loaded, or cannot be read.
+            ConfigError: as `forward` for a sum.
+        """
+        wanted = [one_name(name, "prefetch_adapters()") for name in names]
+        store = self._session.store
+        for name in wanted:
+            if name is not None:
+                store.check_known(name)
+        store.fetch(wanted)
+
+    @property
+    def adapter_versions(self) -> dict[str, int]:
+        """The loaded adapters, and the version of each: a number that no other adapter that was
+        loaded in this process has, and that grows when one is replaced. A call serves one version
+        of each, in all layers."""
+        return self._session.store.versions
 
     @property
     def adapters(self) -> tuple[str, ...]:

@@ -240,8 +240,8 @@ class CompiledModel(AdapterMethods, BaseMethods, BatchingMethods, nn.Module):
         return len(self._session.backend.records)
 
     def memory(self) -> dict[str, int]:
-        """Sizes in bytes: "banks" on the device, "host" copies of adapters, "base" parameters,
-        "originals" of merged weights in host memory."""
+        """Sizes in bytes: "banks" on the device, "host" copies of adapters, their files on
+        "disk", "base" parameters, "originals" of merged weights in host memory."""
         base = {id(p): p.numel() * p.element_size() for p in self.model.parameters()}
         merged = merged_of(self._session)
         return {

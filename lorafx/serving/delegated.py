@@ -72,6 +72,7 @@ def _served(compiled: CompiledModel, owner: nn.Module, method: MethodType) -> Ca
         names: Sequence[str | None] | None = None
         if not own_argument:
             names = checked_names(kwargs.pop("adapter_names", None))
+        kept = session.fetched((session.default,) if names is None else names)  # noqa: F841
         with session.lock:
             session.refuse_injected()
             if names is None and (session.default is None or session.running.updating):

@@ -50,6 +50,7 @@ def call_in_waves(
     """
     if names is None or not _may_overflow(compiled):
         return call(args, kwargs, names, tokens)
+    kept = compiled._session.fetched(names, tokens)  # noqa: F841 - before the lock is taken
     with compiled._session.lock:
         waves = _waves(compiled, names, tokens)
         roles = compiled.entry(compiled.model, per_token=tokens is not None).roles
@@ -92,6 +93,7 @@ def generate_in_waves(
         or not callable(getattr(model, "generate", None))
     ):
         return call(args, kwargs, names, None)
+    kept = compiled._session.fetched(names)  # noqa: F841 - before the lock is taken
     with compiled._session.lock:
         waves = _waves(compiled, names, None)
         if waves is None:

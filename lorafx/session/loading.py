@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lorafx.adapter_store.origins import Origin
 from lorafx.adapter_store.peft_reader import Adapter, read_adapter
 from lorafx.errors import CheckpointError, ConfigError, ReplacedModuleError
 from lorafx.session.session import Session
@@ -26,6 +27,7 @@ def load_adapter(session: Session, source: Any, name: str, strict: bool | None =
     with session.lock:
         _refuse(session, name)
         program.look_at_modules()
+    origin = Origin.of(source)
     try:
         adapter = read_adapter(
             source,
@@ -43,7 +45,7 @@ def load_adapter(session: Session, source: Any, name: str, strict: bool | None =
             raise reason from error
         raise
     with session.lock:
-        _keep(session, adapter, name)
+        _keep(session, adapter, name, origin)
 
 
 def _refuse(session: Session, name: str) -> None:
@@ -51,7 +53,7 @@ def _refuse(session: Session, name: str) -> None:
     session.refuse_served(name, "replace")
 
 
-def _keep(session: Session, adapter: Adapter, name: str) -> None:
+def _keep(session: Session, adapter: Adapter, name: str, origin: Origin | None) -> None:
     """What was true when the files were read is looked at again."""
     program, merged = session.program, session.base.merged
     _refuse(session, name)
@@ -68,5 +70,5 @@ def _keep(session: Session, adapter: Adapter, name: str) -> None:
             if any(site.part_path(part) in adapter.weights for part in range(len(site.parts)))
         ]
     )
-    session.store.load(adapter)
+    session.store.load(adapter, origin)
     session.forget_served()

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Final, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
+from lorafx.adapter_store.host_copies import HostCopy
 from lorafx.adapter_store.names import members
 from lorafx.adapter_store.peft_model import notes_of_peft
 from lorafx.adapter_store.store import AdapterStore, StoredAdapter
@@ -31,10 +32,11 @@ from lorafx.errors import BatchError, CaptureError, ConfigError
 from lorafx.program.call import AT_REST, Batch, Call
 from lorafx.program.program import Program
 from lorafx.program.roles import RoleTable, new_tokens
+from lorafx.session.read_again import read_again
 from lorafx.session.requests import Names, Requests, served_by
 from lorafx.session.running import IDLE, BaseState, Locks, Running
 from lorafx.session.stand_ins import StandIns
-from lorafx.session.statistics import Statistics
+from lorafx.session.statistics import Statistics, statistics_of
 
 T = TypeVar("T")
 
@@ -94,6 +96,7 @@ class Session:
         self.writes = 0
         self.tokens: Counter[str] = Counter()
         self._served = _Served()
+        store.read_with(partial(read_again, program))
         _SESSIONS[id(self)] = self
 
     @property
@@ -135,7 +138,10 @@ class Session:
                 or this very thread is updating the base weights.
             CaptureError: an update of the base weights was interrupted, or lost a merge.
             ReplacedModuleError: a module that holds the merged adapter was replaced.
+            CheckpointError: an adapter has to be read again, and its files have changed.
         """
+        # Before the lock is taken: other calls go on while files are read.
+        kept = self.fetched((self.default,) if names is None else names, tokens)  # noqa: F841
         with self.locks.calls:
             running, merged = self.running, self.base.merged
             if running.updating:
@@ -153,6 +159,13 @@ class Session:
             elif self.base.unmerged and not running.warming:
                 raise CaptureError(self.base.unmerged)
             return self.run(running.serving(requests), function)
+
+    def fetched(self, names: Names, tokens: Tensor | None = None) -> list[HostCopy]:
+        """What keeps the adapters of such a call in host memory; see `AdapterStore.fetch`."""
+        if self.store.host.budget is None:
+            return []
+        requests = Requests(tuple(names), tokens)
+        return self.store.fetch(names if tokens is None else requests.used().values())
 
     def run(self, running: Running, action: Callable[[], T]) -> T:
         """What `action` returns, while `running` is under way. The lock is held."""
@@ -268,8 +281,7 @@ class Session:
 
     def statistics(self) -> Statistics:
         """What adapters have done so far."""
-        store = self.store
-        return Statistics(store.hits, store.loads, store.evictions, self.waits, dict(self.tokens))
+        return statistics_of(self.store, self.waits, self.tokens)
 
     # --- what may not be done now ---
 

@@ -5,6 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lorafx.adapter_store.store import AdapterStore
+
+
+@dataclass(frozen=True)
+class Tier:
+    """Counts of one place where adapters lie.
+
+    Attributes:
+        hits: adapters that were asked for and found there.
+        misses: those that were not.
+        evictions: those that had to go.
+        nbytes: its size in bytes now.
+    """
+
+    hits: int
+    misses: int
+    evictions: int
+    nbytes: int
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -18,6 +37,10 @@ class Statistics:
         waits: requests of continuous batching that were ready for a step and had no slot in it.
         tokens: tokens that continuous batching has run, prompts included, by adapter;
             "__base__" is the base model.
+        tiers: "device", whose hits, misses and evictions are those above, and whose size is that of
+            all banks; "host", where adapters without a slot are looked for; "disk", from which
+            those are read that host memory had no room for: its misses are files that had changed,
+            and its size is that of the files of all adapters.
     """
 
     hits: int
@@ -25,3 +48,16 @@ class Statistics:
     evictions: int
     waits: int
     tokens: Mapping[str, int] = field(default_factory=dict)
+    tiers: Mapping[str, Tier] = field(default_factory=dict)
+
+
+def statistics_of(store: AdapterStore, waits: int, tokens: Mapping[str, int]) -> Statistics:
+    """The counts of a session with this store."""
+    host, sizes = store.host, store.nbytes()
+    counts = store.hits, store.loads, store.evictions
+    tiers = {
+        "device": Tier(*counts, sizes["banks"]),
+        "host": Tier(host.hits, host.misses, host.evictions, sizes["host"]),
+        "disk": Tier(host.misses - host.changed, host.changed, 0, sizes["disk"]),
+    }
+    return Statistics(*counts, waits, dict(tokens), tiers)

@@ -81,6 +81,7 @@ class AttachedSession(Session):
         else:
             requests = Requests(tuple(names))
         program, runtime = self.program, self.program.runtime
+        kept = self.fetched(requests.names)  # noqa: F841 - before the lock is taken
         with self.locks.calls, ExitStack() as settings:
             self.refuse_injected()
             slots = self.store.acquire(requests.names)

@@ -1,0 +1,241 @@
+"""Adapters that host memory has no room for are read again, and are the same then."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error, save_adapter
+from torch import Tensor
+
+import lorafx
+from lorafx.errors import CheckpointError, ConfigError, UnknownAdapterError
+
+NAMES = ["a0", "a1", "a2", "a3", "a4"]
+
+
+@pytest.fixture
+def case(plain, tmp_path) -> Case:
+    """Adapters whose files a test may change."""
+    folders = {
+        name: Path(shutil.copytree(folder, tmp_path / name))
+        for name, folder in plain.folders.items()
+    }
+    return Case(plain.base, folders, plain.merged)
+
+
+@pytest.fixture
+def inputs() -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return {"ids": torch.randint(0, 61, (2, 4))}
+
+
+def sizes(case: Case) -> dict[str, int]:
+    """The host memory of each adapter."""
+    cm = lorafx.compile(case.model(), case.folders, options=REFERENCE)
+    return {name: cm._session.store[name].nbytes for name in NAMES}
+
+
+def compiled(case: Case, budget: int, slots: int = 1, **config: Any) -> Any:
+    given = lorafx.LoraConfig(max_adapters=slots, max_rank=8, max_host_bytes=budget, **config)
+    return lorafx.compile(case.model(), given, adapters=case.folders, options=REFERENCE)
+
+
+def in_memory(cm: Any) -> list[str]:
+    store = cm._session.store
+    return [name for name in cm.adapters if store[name].host is not None]
+
+
+def test_the_least_recently_used_go_and_come_back_as_they_were(case, inputs):
+    size = sizes(case)
+    budget = size["a3"] + size["a4"]
+    cm = compiled(case, budget)
+    assert in_memory(cm) == ["a3", "a4"]
+    assert cm.memory()["host"] <= budget
+    for name in [*NAMES, "a4", "a0"]:
+        check_mixed(cm, case, [name, None], inputs)
+        assert cm.memory()["host"] <= budget
+        assert name in in_memory(cm)
+    before, recompiles = cm.stats(), cm.recompiles
+    check_mixed(cm, case, ["a0", "a0"], inputs)
+    check_mixed(cm, case, ["a1", "a1"], inputs)
+    after = cm.stats()
+    assert cm.recompiles == recompiles
+    host, disk = after.tiers["host"], after.tiers["disk"]
+    assert host.misses == before.tiers["host"].misses + 1 == disk.hits
+    assert host.nbytes == sum(size[name] for name in in_memory(cm))
+    assert host.evictions > 0
+    files = [file for folder in case.folders.values() for file in folder.iterdir()]
+    assert disk.nbytes == sum(f.stat().st_size for f in files if f.suffix != ".md")
+    device = after.tiers["device"]
+    assert (device.hits, device.misses, device.evictions) == (
+        after.hits,
+        after.loads,
+        after.evictions,
+    )
+
+
+def test_without_a_budget_nothing_is_dropped(case, inputs):
+    cm = lorafx.compile(case.model(), case.folders, options=REFERENCE)
+    check_mixed(cm, case, ["a0", "a1"], inputs)
+    assert in_memory(cm) == NAMES
+    host = cm.stats().tiers["host"]
+    assert (host.hits, host.misses, host.evictions) == (2, 0, 0)
+
+
+@pytest.mark.parametrize("change", ["longer", "same size", "gone", "new"])
+def test_files_that_changed_are_an_error_that_names_them(case, inputs, change):
+    cm = compiled(case, 1)
+    check_mixed(cm, case, ["a1", None], inputs)
+    file = case.folders["a0"] / "adapter_model.safetensors"
+    before = file.read_bytes()
+    if change == "gone":
+        file.unlink()
+    elif change == "new":
+        (case.folders["a0"] / "adapter_model.bin").write_bytes(b"")
+    else:
+        file.write_bytes(before + b" " if change == "longer" else before[:-1] + b"\7")
+        os.utime(file, ns=(1, 1))
+    said = {
+        "longer": f"had {len(before)} bytes and has {len(before) + 1}",
+        "same size": "was written again",
+        "gone": "is gone",
+        "new": r"adapter_model\.bin is new",
+    }[change]
+    resident = cm._session.store.resident
+    with pytest.raises(CheckpointError, match=rf"'a0' .*max_host_bytes.*{said}.*load_adapter"):
+        cm(**inputs, adapter_names=["a0", None])
+    assert cm._session.store.resident == resident
+    assert cm.stats().tiers["disk"].misses == 1
+    check_mixed(cm, case, ["a1", None], inputs)
+    save_adapter(case.base, case.folders["a0"], rank=3, targets=["up", "down"], seed=9)
+    cm.load_adapter(case.folders["a0"], "a0")
+    again = Case(case.base, case.folders)
+    check_mixed(cm, again, ["a0", None], inputs)
+
+
+def test_what_cannot_be_read_again_stays(case, inputs, tmp_path):
+    """Pinned adapters, and DoRA, whose norms follow the base weights."""
+    save_adapter(case.base, tmp_path / "dora", rank=2, targets=["up"], seed=7, use_dora=True)
+    folders = {**case.folders, "dora": tmp_path / "dora"}
+    config = lorafx.LoraConfig(max_adapters=2, max_rank=8, max_host_bytes=1)
+    cm = lorafx.compile(case.model(), config, adapters=folders, options=REFERENCE)
+    cm.pin_adapter("a1")
+    for name in ("a0", "a2", "dora"):
+        check_mixed(cm, Case(case.base, folders, case.merged), [name, None], inputs)
+    assert in_memory(cm) == ["a1", "dora"]
+    cm.unpin_adapter("a1")
+    check_mixed(cm, case, ["a2", None], inputs)
+    assert in_memory(cm) == ["dora"]
+
+
+def test_calls_go_on_while_a_file_is_read(case, inputs):
+    cm = compiled(case, 1, slots=2)
+    check_mixed(cm, case, ["a1", None], inputs)
+    host = cm._session.store.host
+    read, reads, goes_on = host.reader, threading.Event(), threading.Event()
+
+    def slow(source: Path, name: str) -> Any:
+        reads.set()
+        assert goes_on.wait(60)
+        return read(source, name)
+
+    host.reader = slow
+    found: list[Tensor] = []
+    thread = threading.Thread(
+        target=lambda: found.append(cm(**inputs, adapter_names=["a0", None])["logits"])
+    )
+    thread.start()
+    try:
+        assert reads.wait(60)
+        check_mixed(cm, case, ["a1", None], inputs)  # would wait for ever
+        assert not found
+    finally:
+        goes_on.set()
+        thread.join(60)
+    assert error(found[0], case.expected(["a0", None], inputs)) <= TOLERANCE
+
+
+def test_held_versions_need_no_file(case, inputs):
+    """What requests of a continuous batch hold is in memory, though its file is another now."""
+    cm = compiled(case, 1)
+    store = cm._session.store
+    hold = store.hold("a0")
+    check_mixed(cm, case, ["a1", None], inputs)
+    cm.load_adapter(case.folders["a2"], "a0")
+    shutil.rmtree(case.folders["a0"])
+    check_mixed(cm, case, ["a1", None], inputs)
+    with cm._session.lock:
+        got = cm(**inputs, adapter_names=[store.held_name(hold), None])["logits"]
+    assert error(got, case.expected(["a0", None], inputs)) <= TOLERANCE
+    got = cm(**inputs, adapter_names=["a0", None])["logits"]
+    assert error(got, case.expected(["a2", None], inputs)) <= TOLERANCE
+    del hold
+    store.acquire([None])
+    assert len(store._adapters) == len(NAMES)
+
+
+def test_sums_are_made_of_what_is_read(case, inputs):
+    cm = compiled(case, 1, slots=2)
+    wide = lorafx.compile(case.model(), case.folders, options=REFERENCE)
+    for names in (["a0", None], [{"a1": 0.5, "a4": 2.0}, "a2"], [{"a4": 2.0, "a1": 0.5}, "a0"]):
+        got, want = (model(**inputs, adapter_names=names)["logits"] for model in (cm, wide))
+        assert torch.equal(got, want)
+    assert in_memory(cm) == []
+    cm(**inputs, adapter_names=["a2", "a0"])
+    assert cm.memory()["host"] == 0  # sums go too
+
+
+def test_warm_up_puts_slots_back(case, inputs):
+    """Dummies take the slots of a0 and perhaps a1; what cannot be read again loses its slot."""
+    cm = compiled(case, 1, slots=2)
+    check_mixed(cm, case, ["a0", "a1"], inputs)
+    calls = {"generate": False, "batch_sizes": (2,), "lengths": (4,)}
+    cm.warmup(inputs, **calls)
+    assert cm._session.store.resident == {"a0": 0, "a1": 1}
+    loads = cm.stats().loads
+    check_mixed(cm, case, ["a0", "a1"], inputs)
+    assert cm.stats().loads == loads
+    (case.folders["a0"] / "adapter_model.safetensors").unlink()
+    cm.warmup(inputs, **calls)
+    assert cm._session.store.resident == {"a1": 1}
+    check_mixed(cm, case, ["a1", None], inputs)
+    with pytest.raises(CheckpointError, match="is gone"):
+        cm(**inputs, adapter_names=["a0", None])
+
+
+def test_a_merged_adapter_needs_no_file(case, inputs):
+    cm = compiled(case, 1)
+    cm.merge("a0")
+    shutil.rmtree(case.folders["a0"])
+    cm.load_weights({name: value.clone() for name, value in case.base.state_dict().items()})
+    got = cm(**inputs)["logits"]
+    assert error(got, case.expected(["a0", "a0"], inputs)) <= TOLERANCE
+    cm.unmerge()
+    check_mixed(cm, case, ["a1", None], inputs)
+
+
+def test_prefetch(case, inputs):
+    cm = compiled(case, sizes(case)["a0"])
+    check_mixed(cm, case, ["a1", None], inputs)
+    cm.prefetch_adapters(["a0", None])
+    assert in_memory(cm) == ["a0"]
+    reads = cm.stats().tiers["host"].misses
+    check_mixed(cm, case, ["a0", None], inputs)
+    assert cm.stats().tiers["host"].misses == reads
+    with pytest.raises(UnknownAdapterError, match="a9"):
+        cm.prefetch_adapters(["a1", "a9"])
+    with pytest.raises(ConfigError, match="max_host_bytes must be a positive integer"):
+        lorafx.LoraConfig(max_host_bytes=0)
+
+
+@pytest.fixture(autouse=True)
+def _few_graphs() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
