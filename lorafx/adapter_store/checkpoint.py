@@ -5,6 +5,7 @@ source ─▶ Saved ─▶ dialect ─▶ key_mapping, or what moved ─▶ Adap
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ from lorafx.adapter_store.opening import PICKLED as PICKLED
 from lorafx.adapter_store.opening import SAFETENSORS as SAFETENSORS
 from lorafx.adapter_store.opening import opened
 from lorafx.adapter_store.saved import AdapterSource, AdapterState
+from lorafx.errors import LorafxWarning
 from lorafx.progress import LOG
 
 
@@ -43,6 +45,14 @@ def load_state(source: Any, model: nn.Module | None = None) -> AdapterState:
         state = mapped(state, asked.key_mapping)
     elif model is not None:
         state = moved(state, model)
+    if state.left_out and asked.component is None:
+        warnings.warn(
+            f"{state.where} has factors for other models of a pipeline too "
+            f"({', '.join(state.left_out)}), which are not used here: load it into those as well, "
+            "or say AdapterSource(..., component=...)",
+            LorafxWarning,
+            stacklevel=2,
+        )
     for note in state.notes:
         LOG.info("adapter in %s: %s", state.where, note)
     return state

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from lorafx.adapter_store.checkpoint import load_state
+from lorafx.adapter_store.config_source import raw_fields
+from lorafx.adapter_store.dialects.mlx import Mlx
 from lorafx.adapter_store.opening import opened
+from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import parse, without_prefix
 from lorafx.adapter_store.saved import AdapterSource, AdapterState
 from lorafx.errors import UnsupportedAdapterError
@@ -94,6 +98,20 @@ def inspected(asked: AdapterSource) -> Inspected:
     )
 
 
+def config_of(folder: Path) -> PeftConfig:
+    """What an adapter's folder asks for, in PEFT's terms; of PEFT's own no tensor is read.
+
+    Raises as `load_state`.
+    """
+    fields, where = raw_fields(folder)
+    if not Mlx.configures(fields):
+        return PeftConfig.read(fields, where=where)
+    state = load_state(folder)
+    keys = (key for key in state.tensors if (factor := parse(key)) and factor.letter == "A")
+    ranks = [state.tensors[key].shape[-2] for key in keys]
+    return replace(state.config, r=max(ranks, default=None))
+
+
 def _row(state: AdapterState, path: str, shapes: dict[str, tuple[int, ...]]) -> Row:
     a, b = shapes.get("A", ()), shapes.get("B", ())
     rank = a[-2] if len(a) == 3 else a[0] if a else 0
@@ -110,6 +128,10 @@ def _features(state: AdapterState) -> Iterator[str]:
         yield "DoRA: outputs are rescaled (use_dora)"
     if config.block_diagonal is not None:
         yield f"{config.block_diagonal.blocks} blocks on a diagonal (use_bdlora)"
+    if config.lora_bias:
+        yield "biases of B (lora_bias)"
+    if config.bias != "none":
+        yield f"biases of its own (bias = {config.bias})"
     if config.use_rslora:
         yield "s = α/√r (use_rslora)"
     if config.rank_pattern or config.alpha_pattern:

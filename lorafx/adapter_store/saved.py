@@ -82,6 +82,8 @@ class AdapterState:
             adapter in memory may have been rescaled; other dialects save α with each module); wins
             over α and r.
         dialect: the dialect that it was saved in.
+        left_out: components of a pipeline that its file has factors for, and that are not the
+            model that it was read for.
         notes: what was decided while it was read, a line each, for the log and `explain`.
     """
 
@@ -90,4 +92,5 @@ class AdapterState:
     where: str
     scales: Mapping[str, float] = field(default_factory=dict)
     dialect: str = "peft"
+    left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()

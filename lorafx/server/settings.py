@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorafx.adapter_store.checkpoint import PICKLED, SAFETENSORS
-from lorafx.adapter_store.peft_config import PeftConfig
+from lorafx.adapter_store.inspecting import config_of
+from lorafx.adapter_store.opening import PICKLED, SAFETENSORS, WEIGHTS
 from lorafx.config import LoraConfig, Options
 from lorafx.errors import CapacityError, CheckpointError, ConfigError, LorafxWarning
 
@@ -157,10 +157,10 @@ class Settings:
             target_modules="all-linear" if targets == ["all-linear"] else targets,
             max_adapters=self.max_adapters,
             max_rank=self.max_rank or max(self._largest_rank(), 16 if self.root() else 1),
-            use_dora=any(PeftConfig.read(folder).use_dora for folder in self.found.values()),
+            use_dora=any(config_of(folder).use_dora for folder in self.found.values()),
             lora_bias=any(
                 found.lora_bias or found.bias != "none"
-                for found in map(PeftConfig.read, self.found.values())
+                for found in map(config_of, self.found.values())
             ),
         )
 
@@ -193,7 +193,7 @@ class Settings:
         return bound
 
     def _largest_rank(self) -> int:
-        ranks = (PeftConfig.read(folder).max_rank for folder in self.found.values())
+        ranks = (config_of(folder).max_rank for folder in self.found.values())
         return max((rank for rank in ranks if rank is not None), default=1)
 
     def _check_adapters(self) -> None:
@@ -203,13 +203,13 @@ class Settings:
                 "clients load some with --allow-runtime-loading"
             )
         for name, folder in self.found.items():
-            rank = PeftConfig.read(folder).max_rank
+            rank = config_of(folder).max_rank
             if self.max_rank is not None and rank is not None and rank > self.max_rank:
                 raise CapacityError(
                     f"{name!r} in {folder} has rank {rank}, which is more than --max-rank "
                     f"{self.max_rank}"
                 )
-            if not any((folder / file).is_file() for file in (SAFETENSORS, PICKLED)):
+            if not any((folder / file).is_file() for file in WEIGHTS):
                 raise CheckpointError(
                     f"{folder} holds no adapter weights: neither {SAFETENSORS} nor {PICKLED}"
                 )

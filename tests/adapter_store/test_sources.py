@@ -17,6 +17,7 @@ from torch import nn
 
 import lorafx
 from lorafx.adapter_store.checkpoint import load_state
+from lorafx.adapter_store.inspecting import config_of
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
 
 pytestmark = [pytest.mark.quick, pytest.mark.filterwarnings("ignore")]
@@ -139,3 +140,8 @@ def test_a_folder_on_this_machine_comes_before_the_hub(
     shutil.copytree(folder, tmp_path / "someone" / "sql")
     monkeypatch.chdir(tmp_path)
     assert load_state("someone/sql", base).dialect == "peft"
+
+
+def test_what_a_folder_asks_for_in_any_dialect(base, folder, tmp_path) -> None:
+    mlx = config_of(as_mlx(folder, tmp_path / "mlx"))
+    assert (mlx.max_rank, mlx.use_dora) == (config_of(folder).max_rank, False) == (2, False)

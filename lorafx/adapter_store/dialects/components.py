@@ -51,11 +51,3 @@ def component_of(
             f"AdapterSource(..., component={fit[0]!r})"
         )
     return fit[0] if fit else None
-
-
-def left_out(names: Collection[str]) -> str:
-    """The note about components that are not this model."""
-    return (
-        f"its factors for {', '.join(sorted(names))} are for other models of the pipeline; load "
-        "them there"
-    )

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
 
+#: Of adapters for the largest models. Conversions look through all keys, some for each of them.
+_MOST_KEYS = 20_000
 #: Tensors by diffusers' names, and α by them.
 Converted = tuple[dict[str, Tensor], dict[str, float]]
 
@@ -23,7 +25,7 @@ def peft_keys(tensors: Mapping[str, Any], component: str) -> dict[str, Any]:
     """`tensors` of one component, with diffusers' older keys replaced by `lora_A` and `lora_B`.
 
     Raises:
-        CheckpointError: diffusers is not installed.
+        CheckpointError: diffusers is not installed, or cannot read them.
     """
     try:
         utils: Any = importlib.import_module("diffusers.utils")
@@ -33,10 +35,23 @@ def peft_keys(tensors: Mapping[str, Any], component: str) -> dict[str, Any]:
             f"{first!r} is an older key of diffusers, which its own conversion reads: pip install "
             "'lorafx[diffusers]'"
         ) from None
-    if component.startswith("text_encoder"):
-        old = utils.convert_state_dict_to_diffusers(dict(tensors))
-        return utils.convert_state_dict_to_peft(old)
-    return utils.convert_unet_state_dict_to_peft(dict(tensors))
+    try:
+        if component.startswith("text_encoder"):
+            old = utils.convert_state_dict_to_diffusers(dict(tensors))
+            found: dict[str, Any] = utils.convert_state_dict_to_peft(old)
+        else:
+            found = utils.convert_unet_state_dict_to_peft(dict(tensors))
+    except Exception as error:
+        raise CheckpointError(
+            f"diffusers cannot read the keys for {component or 'this model'} "
+            f"({next(iter(tensors))!r:.200}, ...): {error!s:.200}"
+        ) from error
+    if len(found) < len(tensors):
+        raise CheckpointError(
+            f"{len(tensors)} keys for {component or 'this model'} have {len(found)} meanings "
+            f"({next(iter(tensors))!r:.200}, ...); keep one of each"
+        )
+    return found
 
 
 def converted(
@@ -50,6 +65,8 @@ def converted(
         UnsupportedAdapterError: diffusers would leave something out.
     """
     found: dict[str, Converted] = {}
+    if len(tensors) > _MOST_KEYS:
+        return None
     for name, loader in _loaders():
         try:
             made = _result(loader.lora_state_dict(dict(tensors), unet_config=_config(model)))

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.saved import AdapterState, Saved
+from lorafx.errors import CheckpointError
 from lorafx.model.saved_names import SavedNames
 from lorafx.registry import lookup
+
+_VECTORS = {"m": "lora_magnitude_vector", "b": "lora_B.bias"}
 
 
 class Dialect(ABC):
@@ -50,7 +53,7 @@ class Translation:
         self.saved, self.dialect = saved, dialect
         self.tensors: dict[str, Tensor] = {}
         self.scales: dict[str, float] = {}
-        self.notes: list[str] = []
+        self.left_out: tuple[str, ...] = ()
         self._model = model
         self._names = None if model is None else SavedNames(model)
 
@@ -67,25 +70,36 @@ class Translation:
         return self.module(path) is not None
 
     def add(self, path: str, letter: str, tensor: Tensor) -> None:
-        """Factor "A" (r, K) or "B" (N, r), or DoRA's "m" (N,), of the module at `path`."""
+        """Factor "A" (r, K) or "B" (N, r), DoRA's "m" (N,), or B's bias "b" (N,), of the module at
+        `path`.
+
+        Raises:
+            CheckpointError: there is one already.
+        """
         module = self.module(path)
-        if letter == "m":
-            self.tensors[f"{path}.lora_magnitude_vector"] = tensor
+        if letter in _VECTORS:
+            self.put(f"{path}.{_VECTORS[letter]}", tensor)
             return
         entry = None if module is None else lookup(module)
         if entry is not None and entry.kind == "embedding":
-            self.tensors[f"{path}.lora_embedding_{letter}"] = tensor
+            self.put(f"{path}.lora_embedding_{letter}", tensor)
             return
         weight = getattr(module, "weight", None)
         if tensor.dim() == 4 and tensor.shape[2:] == (1, 1) and _dims(weight) == 2:
             tensor = tensor[..., 0, 0]  # trained on a 1×1 convolution, which is a linear here
         elif tensor.dim() == 2 and _dims(weight) == 4:
             tensor = tensor[..., None, None]
-        self.tensors[f"{path}.lora_{letter}.weight"] = tensor
+        self.put(f"{path}.lora_{letter}.weight", tensor)
+
+    def put(self, key: str, tensor: Tensor) -> None:
+        """Take a tensor under its name in PEFT. CheckpointError where there is one already."""
+        if key in self.tensors:
+            raise CheckpointError(f"{self.saved.where} has two keys that mean {key}; keep one")
+        self.tensors[key] = tensor
 
     def keep(self, key: str) -> None:
         """Leave a key to the reader."""
-        self.tensors[key] = self.saved.tensors[key]
+        self.put(key, self.saved.tensors[key])
 
     def state(self, config: PeftConfig) -> AdapterState:
         return AdapterState(
@@ -94,7 +108,7 @@ class Translation:
             f"{self.saved.where} ({self.dialect.name})",
             self.scales,
             self.dialect.name,
-            tuple(self.notes),
+            self.left_out,
         )
 
 

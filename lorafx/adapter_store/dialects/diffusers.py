@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorafx.adapter_store.dialects.components import COMPONENTS, component_of, left_out
+from lorafx.adapter_store.dialects.components import COMPONENTS, component_of
 from lorafx.adapter_store.dialects.conversion import Converted, converted, peft_keys
 from lorafx.adapter_store.dialects.dialect import Dialect, Translation
 from lorafx.adapter_store.opening import json_object
@@ -82,11 +82,11 @@ class Diffusers(Dialect):
             chosen = _simple(groups[component], component)
             own = _simple(alphas.get(component, {}), component)
             if len(groups) > 1:
-                found.notes.append(left_out(groups.keys() - {component}))
+                found.left_out = tuple(sorted(groups.keys() - {component}))
         for key, tensor in chosen.items():
             factor = parse(key)
             if factor is None:
-                found.tensors[key] = tensor
+                found.put(key, tensor)
             else:
                 found.add(
                     factor.module,
@@ -96,7 +96,9 @@ class Diffusers(Dialect):
         config = _config(saved, component)
         given = {_ALPHA.sub("", key): alpha for key, alpha in own.items()}
         ranks = {
-            f.module: len(t) for key, t in chosen.items() if (f := parse(key)) and f.letter == "A"
+            factor.module: tensor.shape[0]
+            for key, tensor in chosen.items()
+            if (factor := parse(key)) and factor.letter == "A" and tensor.dim()
         }
         for path, rank in ranks.items():
             if path in given and rank:
@@ -107,8 +109,11 @@ class Diffusers(Dialect):
             raise CheckpointError(
                 f"{saved.where} has α for {', '.join(list(given)[:3])}, and no factors there"
             )
-        dora = any(key.endswith("lora_magnitude_vector") for key in found.tensors)
-        return found.state(config or PeftConfig(r=None, use_dora=dora))
+        dora, bias = (
+            any(key.endswith(end) for key in found.tensors)
+            for end in ("lora_magnitude_vector", "lora_B.bias")
+        )
+        return found.state(config or PeftConfig(r=None, use_dora=dora, lora_bias=bias))
 
     @staticmethod
     def lands(state: AdapterState, model: nn.Module) -> bool:
@@ -178,6 +183,9 @@ def _simple(values: Mapping[str, Any], component: str, prefix: bool = False) -> 
         _PAIR.sub(lambda m: ".lora_A.weight" if m[1] == "down" else ".lora_B.weight", key): value
         for key, value in values.items()
     }
+    if len(named) < len(values):
+        twice = next(key for key in values if _PAIR.search(key))
+        raise CheckpointError(f"{twice!r:.200} is there by two names; keep one")
     return {f"{component}.{k}": v for k, v in named.items()} if prefix and component else named
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from lorafx.adapter_store.dialects.components import component_of, left_out
+from lorafx.adapter_store.dialects.components import component_of
 from lorafx.adapter_store.dialects.dialect import Dialect, Translation
 from lorafx.adapter_store.dialects.diffusers import converted_for
 from lorafx.adapter_store.peft_config import PeftConfig
@@ -69,7 +69,7 @@ class Kohya(Dialect):
             paths = {name: name for name in modules}
         else:
             flat = _flattened(model)
-            mine, notes = _of_this_model(modules, saved, flat)
+            mine, found.left_out = _of_this_model(modules, saved, flat)
             lost = [name for name, own in mine.items() if own not in flat]
             if lost:
                 other = converted_for(saved, self, saved.tensors, model)
@@ -77,7 +77,6 @@ class Kohya(Dialect):
                     return other
                 raise CheckpointError(_unknown(saved, lost, mine, flat))
             paths = {name: _only(saved, name, flat[own]) for name, own in mine.items()}
-            found.notes.extend(notes)
         for name, path in paths.items():
             _place(found, path, name, modules[name])
         dora = any(path.endswith("lora_magnitude_vector") for path in found.tensors)
@@ -104,9 +103,9 @@ def _flattened(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def _of_this_model(
     names: Iterable[str], saved: Saved, flat: Mapping[str, tuple[str, ...]]
-) -> tuple[dict[str, str], list[str]]:
+) -> tuple[dict[str, str], tuple[str, ...]]:
     """What this model's modules may be called without dots, by the names in the file that are for
-    it, and notes about the others."""
+    it, and the components of the others."""
     groups: dict[str, dict[str, str]] = {}
     for name in names:
         match = _PREFIX.match(name)
@@ -118,13 +117,12 @@ def _of_this_model(
         for name, rest in own.items()
     }
     if any(own in flat for own in held.values()):  # it holds the models of a pipeline
-        return held, []
+        return held, ()
     rests = {component: own.values() for component, own in groups.items()}
     chosen = component_of(rests, flat.__contains__, saved.component, saved.where)
     if chosen is None:
-        return {name: rest for own in groups.values() for name, rest in own.items()}, []
-    others = groups.keys() - {chosen}
-    return groups[chosen], [left_out(others)] if others else []
+        return {name: rest for own in groups.values() for name, rest in own.items()}, ()
+    return groups[chosen], tuple(sorted(groups.keys() - {chosen}))
 
 
 def _only(saved: Saved, name: str, paths: tuple[str, ...]) -> str:

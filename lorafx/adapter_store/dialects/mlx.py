@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,6 +32,11 @@ class Mlx(Dialect):
 
     name = "mlx"
     keys = "<module>.lora_a"
+
+    @staticmethod
+    def configures(fields: Mapping[str, Any]) -> bool:
+        """Whether these are fields of mlx-lm's adapter_config.json."""
+        return "peft_type" not in fields and "lora_parameters" in fields
 
     def claims(self, saved: Saved) -> bool:
         return any(key.endswith((".lora_a", ".lora_b")) for key in saved.tensors)
@@ -76,6 +82,11 @@ def _experts(
     """Factors of all experts, each under its name from before mlx stacked them; the paths."""
     at = parts.index(_SWITCH)
     before, after = parts[:at], parts[at + 1 :]
+    if letter == "a" and tensor.dim() == 2:  # (E·r, K) in older releases; E is that of B
+        b = found.saved.tensors.get(key.removesuffix("a") + "b")
+        experts = b.shape[0] if b is not None and b.dim() == 3 else 0
+        if experts and tensor.shape[0] % experts == 0:
+            tensor = tensor.unflatten(0, (experts, -1))
     if tensor.dim() != 3 or letter == "m" or len(after) != 1:
         raise CheckpointError(
             f"{found.saved.where}: {key} has shape {tuple(tensor.shape)}; factors of routed "
@@ -83,7 +94,7 @@ def _experts(
         )
     paths = [".".join([*before, "experts", str(e), *after]) for e in range(len(tensor))]
     for path, own in zip(paths, tensor, strict=True):
-        found.tensors[f"{path}.lora_{letter.upper()}.weight"] = own
+        found.put(f"{path}.lora_{letter.upper()}.weight", own)
     return paths
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from dense_merge import REFERENCE, Case, check_mixed, random_base, save_adapter
 from dialect_files import WRITERS, alpha, as_diffusers, as_kohya, as_loralib, as_mlx, factors
+from expert_files import Model as ExpertModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
@@ -18,11 +19,18 @@ from torch import nn
 
 import lorafx
 from lorafx.adapter_store.checkpoint import load_state
+from lorafx.adapter_store.inspecting import inspected
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_reader import read_adapter
 from lorafx.adapter_store.saved import AdapterState
 from lorafx.config import LoraConfig
-from lorafx.errors import CheckpointError, ConfigError, UnsupportedAdapterError
+from lorafx.errors import (
+    CheckpointError,
+    ConfigError,
+    LorafxError,
+    LorafxWarning,
+    UnsupportedAdapterError,
+)
 from lorafx.prepare.marking import build_sites
 
 pytestmark = [pytest.mark.quick, pytest.mark.filterwarnings("ignore")]
@@ -197,6 +205,57 @@ def test_names_round_trip_and_no_key_is_lost(
         )
 
 
+ENDS = [
+    *("lora_A.weight", "lora_B.weight", "lora_A", "lora_B", "lora_a", "lora_b", "m", "alpha"),
+    *("lora_down.weight", "lora_up.weight", "lora.down.weight", "lora.up.weight", "dora_scale"),
+    *("lora_magnitude_vector", "to_q_lora.down.weight", "lora_linear_layer.up.weight", "weight"),
+    *("lora_embedding_A", "lora_embedding_B", "lora_A.weight.alpha", "lora.down.weight.alpha"),
+]
+STARTS = ["", "unet.", "text_encoder.", "lora_unet_", "lora_te2_", "base_model.model.", "a.unet."]
+SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
+CONFIGS = st.sampled_from(
+    [
+        None,
+        {"r": 2, "lora_alpha": 4},
+        {"lora_parameters": {"rank": 2, "scale": 2.0}, "fine_tune_type": "dora"},
+        {"lora_alpha": 2, "enable_lora": [True, False]},
+        {"peft_type": "LORA", "r": 2, "use_bdlora": {"nblocks": 2, "target_modules_bd_a": ["a"]}},
+    ]
+)
+
+
+@st.composite
+def files(draw: st.DrawFn) -> dict[str, torch.Tensor]:
+    """Tensors of any shapes under keys made of what dialects' keys are made of."""
+    found = {}
+    for _ in range(draw(st.integers(0, 5))):
+        parts = draw(NAMES) + draw(st.sampled_from([[], ["switch_mlp", "up"], ["processor"]]))
+        join = draw(st.sampled_from([".", "_"]))
+        key = draw(st.sampled_from(STARTS)) + join.join(parts) + "." + draw(st.sampled_from(ENDS))
+        number = draw(st.sampled_from([0.0, 1.0, float("nan"), 1e38]))
+        dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int64]))
+        value = torch.full(draw(SHAPES), 0.0 if dtype == torch.int64 else number)
+        found[key] = value.to(dtype)
+    return found
+
+
+TREE = Tree(["a.b", "a_b", "b.a", "b.0", "unet.a", "0"])
+_, TREE_SITES = build_sites(TREE, LoraConfig(target_modules="all-linear"))
+
+
+@settings(max_examples=300, deadline=None)
+@given(tensors=files(), config=CONFIGS, name=st.sampled_from([None, *DIALECTS]))
+def test_whatever_is_in_a_file_it_is_read_or_refused(tensors, config, name) -> None:
+    asked = lorafx.AdapterSource(tensors, config=config, dialect=name)
+    try:
+        state = load_state(asked, TREE)
+        inspected(asked)
+        adapter = read_adapter(state, "a", TREE_SITES, model=TREE)
+    except LorafxError:
+        return
+    assert adapter.weights.keys() <= {site.path for site in TREE_SITES}
+
+
 # --- one dialect each ---
 
 
@@ -206,9 +265,9 @@ def test_kohya_of_two_components(case: Case, tmp_path: Path) -> None:
     text = {
         k.replace("lora_unet_", "lora_te_").replace("model", "other"): t for k, t in unet.items()
     }
-    state = load_state({**unet, **text}, case.base)
+    with pytest.warns(LorafxWarning, match=r"other models of a pipeline too \(text_encoder\)"):
+        state = load_state({**unet, **text}, case.base)
     assert len(state.tensors) == sum("alpha" not in key for key in unet)
-    assert "text_encoder" in state.notes[0]
     both = {**unet, **{k.replace("lora_unet_", "lora_te_"): t for k, t in unet.items()}}
     with pytest.raises(CheckpointError, match="both fit this model; say which"):
         load_state(both, case.base)
@@ -309,6 +368,37 @@ def test_mlx_dora(case: Case, tmp_path: Path) -> None:
         assert own.scale == weights.scale
 
 
+def test_mlx_experts_are_those_of_their_names_one_by_one(tmp_path: Path) -> None:
+    """switch_mlp holds the factors of all experts; older releases have A as (E·r, K)."""
+    model = ExpertModel()
+    model.block = nn.ModuleDict({"experts": model.block.experts})
+    sizes = {"gate_proj": (4, 5), "up_proj": (4, 5), "down_proj": (5, 4)}
+    stacked, single = {}, {}
+    torch.manual_seed(0)
+    for name, (rows, columns) in sizes.items():
+        a, b = torch.randn(3, 2, columns), torch.randn(3, rows, 2)
+        flat = a.reshape(6, columns) if name == "up_proj" else a
+        stacked[f"block.switch_mlp.{name}.lora_a"], stacked[f"block.switch_mlp.{name}.lora_b"] = (
+            flat,
+            b,
+        )
+        for e in range(3):
+            single[f"block.experts.{e}.{name}.lora_A.weight"] = a[e]
+            single[f"block.experts.{e}.{name}.lora_B.weight"] = b[e]
+    _, sites = build_sites(model, LoraConfig(target_modules=["experts"]))
+    mlx = {"lora_parameters": {"rank": 2, "scale": 3.0}}
+    got = read_adapter(lorafx.AdapterSource(stacked, config=mlx), "a", sites, model=model)
+    want = read_adapter(
+        lorafx.AdapterSource(single, config={"r": 2, "lora_alpha": 6}), "a", sites, model=model
+    )
+    assert got.weights.keys() == want.weights.keys() != set()
+    for path, weights in want.weights.items():
+        own = got.weights[path]
+        assert torch.equal(own.A, weights.A)
+        assert torch.equal(own.B, weights.B)
+        assert torch.allclose(torch.as_tensor(own.scale), torch.as_tensor(weights.scale))
+
+
 def test_a_name_that_is_a_child_of_the_model_needs_a_configuration(tmp_path: Path) -> None:
     model = nn.ModuleDict({"transformer": nn.ModuleDict({"q": nn.Linear(3, 3)})})
     tensors = {
@@ -354,8 +444,8 @@ def test_diffusers_of_another_model(case: Case, tmp_path: Path) -> None:
     file = as_diffusers(case.folders["diffusers"], tmp_path / "a.safetensors", "text_encoder")
     text = load_file(file)
     unet = {k.replace("text_encoder.model", "unet.other"): t for k, t in text.items()}
-    state = load_state({**text, **unet}, case.base)
-    assert "unet" in state.notes[0]
+    with pytest.warns(LorafxWarning, match=r"other models of a pipeline too \(unet\)"):
+        load_state({**text, **unet}, case.base)
     other = {k.replace("text_encoder.model", "transformer.other"): t for k, t in text.items()}
     with pytest.raises(CheckpointError, match="made for another model"):
         load_state({**unet, **other}, case.base)
