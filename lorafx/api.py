@@ -41,8 +41,7 @@ def compile(
         lora_config: a `LoraConfig`, a `peft.LoraConfig` or its dict, an adapter, a mapping name ->
             adapter (these adapters are loaded too), or None for the modules that `adapters` target,
             or every linear where there are none. An adapter is a folder, a file, a name on the hub,
-            the bytes of a file, tensors by name, or an `AdapterSource` (docs/adapters.md); tensors
-            alone have to be in a mapping name -> adapter.
+            the bytes of a file, tensors by name, or an `AdapterSource` (docs/adapters.md).
         adapters: name -> adapter, loaded before the first call.
         example_inputs: keyword arguments (or positional ones) of a call. Graphs are captured with
             them at once; otherwise the first calls capture graphs.

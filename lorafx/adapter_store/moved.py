@@ -158,8 +158,8 @@ def _renamed(state: AdapterState, rename: Callable[[str], str]) -> AdapterState:
     origin: dict[str, str] = {}
     for key, tensor in state.tensors.items():
         factor = parse(key)
-        path = without_prefix(key if factor is None else factor.module)
-        begin = "" if factor is None else key[len(factor.module) :]
+        owner = key.rpartition(".")[0] if factor is None else factor.module
+        path, begin = without_prefix(owner), key[len(owner) :]
         target = rename(path)
         new = f"{target}{begin}"
         first = origin.setdefault(new, key)

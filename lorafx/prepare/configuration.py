@@ -50,7 +50,7 @@ def request_of(lora_config: Any, adapters: Mapping[str, Any], model: nn.Module) 
         ConfigError: `lora_config` has no form that is known.
         CheckpointError, UnsupportedAdapterError: an adapter cannot be read.
     """
-    if isinstance(lora_config, _SOURCES):
+    if isinstance(lora_config, _SOURCES) or _holds_tensors(lora_config):
         lora_config = {"default": lora_config}
     if isinstance(lora_config, Mapping) and _is_adapter_mapping(lora_config):
         adapters, lora_config = {**lora_config, **adapters}, None
