@@ -2,7 +2,8 @@
 
 `lookup(module)` walks the MRO of the instance's class and takes the first registered class, so
 subclasses are eligible with their base and the nearest entry wins. Built in: `nn.Linear`,
-`nn.Embedding`, `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` and, once transformers has been imported by
+`nn.Embedding`, `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`, the packed input projection of
+`nn.MultiheadAttention` and, once transformers has been imported by
 somebody, its `Conv1D`. A class that replaces a registered one (lorafx.model.out_of_tree) has that
 one's entry with sizes of its own.
 """
@@ -80,6 +81,10 @@ class Eligible:
             modules that compute one projection.
         sharding: how a tensor-parallel module's checkpoint factors become this rank's; None where
             modules hold what checkpoints hold.
+        inner: the forward multiplies by the weight and returns something else, so that the product
+            is found in the graph alone. "all-linear" and the default leave such classes out.
+        carries: children that PEFT gives factors together with the module, by attribute, and how
+            often it adds their delta.
         weight_shardings: the same for each parameter of a class of routed experts, by name.
         handler: says where the delta goes in a call whose input and output do not have the site's
             sizes; None where the forward maps (…, K) to (…, N).
@@ -105,6 +110,13 @@ class Eligible:
     dequantize: Callable[[nn.Module], Tensor] | None = None
     requantize: Callable[[nn.Module, Tensor], None] | None = None
     weight_shardings: Mapping[str, Sharding] = field(default_factory=dict, hash=False)
+    inner: bool = False
+    carries: Mapping[str, int] = field(default_factory=dict, hash=False)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether "all-linear" means its instances."""
+        return self.kind == "linear" and not self.inner
 
 
 @dataclass(frozen=True)
@@ -175,6 +187,13 @@ def _kernel_entries(module: nn.Module) -> int:
     return module.in_channels * math.prod(module.kernel_size)
 
 
+def _attention_sizes(module: nn.Module) -> tuple[int, int]:
+    assert isinstance(module, nn.MultiheadAttention)
+    if module.in_proj_weight is None:
+        raise ValueError("query, key and value have weights of their own; PEFT refuses it too")
+    return module.embed_dim, 3 * module.embed_dim
+
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BUILT_IN: dict[type[nn.Module], Eligible] = {
     nn.Linear: Eligible(nn.Linear, "linear", FeatureSizes("in_features", "out_features")),
@@ -185,6 +204,16 @@ _BUILT_IN: dict[type[nn.Module], Eligible] = {
         cls: Eligible(cls, "conv", FeatureSizes(_kernel_entries, "out_channels"))
         for cls in _CONVOLUTIONS
     },
+    # PEFT (tuners.lora.layer.MultiheadAttention, 0.14 to 0.21) merges the delta of out_proj into
+    # its weight for each call, and has the wrapper of out_proj merge it once more.
+    nn.MultiheadAttention: Eligible(
+        nn.MultiheadAttention,
+        "linear",
+        _attention_sizes,
+        weight="in_proj_weight",
+        inner=True,
+        carries={"out_proj": 2},
+    ),
 }
 _REGISTERED: dict[type[nn.Module], Eligible] = {}
 #: By the class that replaces; see lorafx.model.out_of_tree.

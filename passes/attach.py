@@ -4,7 +4,7 @@
 
 Siblings are sites that may turn out to share an input (q/k/v, gate/up); one bank lets one shrink
 serve them all. Embeddings stay alone: a token's row of A is gathered, not multiplied. So do
-convolutions, whose strides may differ, and sites
+convolutions, whose strides may differ, what is multiplied inside of a forward, and sites
 where adapters may have rows of the weight of their own: y is not the base's product there. Only the
 forward hooks of the model change, and `Attachment.detach` removes exactly those.
 """
@@ -91,7 +91,7 @@ def _siblings(sites: Sequence[Site]) -> list[list[Site]]:
     for site in sites:
         key: object = (
             site.path
-            if site.eligible.kind != "linear" or site.own_rows
+            if not site.eligible.is_linear or site.own_rows
             else (site.path.rpartition(".")[0], site.in_features, site.dtype, site.device)
         )
         found.setdefault(key, []).append(site)

@@ -95,6 +95,10 @@ class _Selection:
         left_out: list[str] = []
         named = excluded = 0
         for item in self.modules:
+            if item.entry is not None and item.entry.carries and self._targeted(item, head):
+                children = (getattr(item.module, name, None) for name in item.entry.carries)
+                self.walked.update(id(child) for child in children)
+        for item in self.modules:
             targeted = self._targeted(item, head)
             members = targeted - self._excluded(item)
             named += bool(targeted)
@@ -171,7 +175,7 @@ class _Selection:
         """The members of the module that are asked for, "" being one that has no names."""
         if self.target is None or self.by_default:
             entry = item.entry
-            linear = entry is not None and entry.kind == "linear" and item.module is not head
+            linear = entry is not None and entry.is_linear and item.module is not head
             return item.members if linear else frozenset()
         if id(item.module) in self.walked:
             return item.members
@@ -181,7 +185,7 @@ class _Selection:
         if self.exclude is None:
             return frozenset()
         if targets.is_all_linear(self.exclude):
-            linear = item.entry is not None and item.entry.kind == "linear"
+            linear = item.entry is not None and item.entry.is_linear
             return item.members if linear else frozenset()
         return item.named_by(self.exclude)
 

@@ -50,7 +50,7 @@ class Scope:
         if module is not None and entry is None and not module._parameters:
             return False  # a container, which has no weight to keep
         if targets.is_all_linear(self._exclude):
-            return entry is None or entry.kind != "linear"
+            return entry is None or not entry.is_linear
         return self._exclude is None or not targets.names(self._exclude, [path])
 
 

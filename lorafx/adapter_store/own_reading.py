@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.adapter_store.findings import DTYPES, Findings, path_label
-from lorafx.adapter_store.peft_keys import parse, without_prefix
+from lorafx.adapter_store.peft_keys import TRAINING_KEYS, parse, without_prefix
 from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterState
 from lorafx.model.bank import OwnWeight
@@ -69,7 +69,8 @@ def saved_modules(state: AdapterState, places: Places, *, with_copies: bool) -> 
         owner, _, attribute = key.rpartition(".")
         owner = owner.removesuffix(".base_layer")
         named = state.config.saves(without_prefix(owner))
-        if parse(key) is not None or not (named or with_copies):
+        known = parse(key) is not None or key.endswith(TRAINING_KEYS)
+        if known or not (named or with_copies):
             continue
         if attribute == "bias" and state.config.bias != "none" and not named:
             continue  # trained without its weight (lorafx.adapter_store.bias_reading)

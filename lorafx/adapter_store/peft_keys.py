@@ -28,6 +28,10 @@ _FACTOR = re.compile(
     r"^(?:(?P<module>.+)\.)?(?P<factor>lora_(?:(?:embedding_)?[AB]|magnitude_vector))"
     r"(?:\.(?!bias$)(?P<adapter>[^.]+))??(?:\.weight)?$"
 )
+#: Endings of what is saved beside the factors and used in training only: VeLoRA compresses
+#: activations with it.
+TRAINING_KEYS = (".lora_velora_embed",)
+
 _BIAS = re.compile(r"^(?:(?P<module>.+)\.)?lora_B(?:\.[^.]+)??\.bias$")
 
 

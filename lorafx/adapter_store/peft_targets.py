@@ -21,7 +21,7 @@ def picked(config: PeftConfig, model: nn.Module) -> SavedNames:
     found: dict[str, None] = {}
     for path, module in model.named_modules():
         entry = lookup(module) if every else None
-        linear = entry is not None and entry.kind == "linear" and module is not head
+        linear = entry is not None and entry.is_linear and module is not head
         if linear or config.matches(path):
             found[path] = None
         for name, parameter in module.named_parameters(recurse=False):

@@ -21,6 +21,7 @@ from lorafx.adapter_store.peft_keys import candidates, without_prefix
 from lorafx.model.packed_names import virtual_paths
 from lorafx.model.partition import spans
 from lorafx.model.saved_names import PREFIX, SavedNames, nearest_names, without_compiled
+from lorafx.registry import lookup
 
 if TYPE_CHECKING:
     from lorafx.model.sites import Membership, Site
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 #: A site and the number of one of its parts.
 Place = tuple["Site", int]
 _WEIGHT = ".weight"
+#: What a wrapper of PEFT's calls the module that it wraps.
+WRAPPED = "base_layer"
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,20 @@ class Places:
         """The module that `path` means, a site or not; None where there is none."""
         walked = self._names.walk(self.current(path))
         return None if walked.rest else walked.module
+
+    def carried(self, saved: str) -> tuple[str, int]:
+        """The module to which a configuration gave the factors saved at `saved`, and how often
+        PEFT adds their delta: `mha.base_layer.out_proj` has those of a child that `mha` carries
+        (`Eligible.carries`); other paths have their own, once."""
+        wrapper, _, name = saved.rpartition(".")
+        owner = wrapper.removesuffix(WRAPPED)
+        if owner == wrapper:
+            return saved, 1
+        owner = owner.rstrip(".")
+        module = self.module(owner) if owner else self.model
+        entry = None if module is None else lookup(module)
+        times = None if entry is None else entry.carries.get(name)
+        return (saved, 1) if times is None else (owner, times)
 
     def site(self, module: nn.Module) -> Site | None:
         """The site that this module is, None where it is none."""

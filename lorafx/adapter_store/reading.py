@@ -22,7 +22,7 @@ from lorafx.adapter_store.findings import Findings, listed, path_label
 from lorafx.adapter_store.loose_names import given_rows, settled, undivided
 from lorafx.adapter_store.lora_weights import LoraWeights
 from lorafx.adapter_store.own_reading import OwnReading, same
-from lorafx.adapter_store.peft_keys import FactorKey, parse, without_prefix
+from lorafx.adapter_store.peft_keys import TRAINING_KEYS, FactorKey, parse, without_prefix
 from lorafx.adapter_store.places import Place, SiteLanding, saved_sizes
 from lorafx.model.convolutions import convolution_of, matrices
 from lorafx.model.refusals import unsupported
@@ -33,9 +33,6 @@ _FEATURE_KEYS = {
     "modules_to_save": "replaced modules (modules_to_save) under names that PEFT does not save",
     "lora_diag": "KaSA (kasa_config)",
 }
-
-# Saved beside the factors and used in training only: VeLoRA compresses activations with it.
-_TRAINING_KEYS = (".lora_velora_embed",)
 
 
 class Reading:
@@ -171,7 +168,8 @@ class Reading:
         else:
             needs = f"{label} needs ({n}, r = {rank})"
             fits.append(self.findings.shaped(keys["B"].key, b, (n, rank), needs))
-        name = self.config.name_of(landing.saved, places[0][0].eligible.weight) if places else ""
+        owner, times = self.places.carried(landing.saved)
+        name = self.config.name_of(owner, places[0][0].eligible.weight) if places else ""
         if not all(fits) or places is None:
             return
         if not self.findings.rank_fits(label, name, landing.saved, rank):
@@ -179,7 +177,7 @@ class Reading:
         self.spans.update(settled(landing, self.rows))
         m = self._magnitude(label, keys, places, n)
         bias = self._bias(label, keys, places, n)
-        scale, start = self.findings.scale(name, landing.saved, rank), 0
+        scale, start = times * self.findings.scale(name, landing.saved, rank), 0
         for (site, index), rows in zip(places, b.split([size for _, size in sizes]), strict=True):
             sharding, slices = site.eligible.sharding, site.parts[index].slices
             own_a, own_b = a, rows
@@ -273,7 +271,7 @@ class Reading:
         return False
 
     def _other_key(self, key: str) -> None:
-        if key.endswith(_TRAINING_KEYS):
+        if key.endswith(TRAINING_KEYS):
             return
         for mark, feature in _FEATURE_KEYS.items():
             if f".{mark}" in f".{key}":

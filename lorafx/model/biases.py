@@ -17,6 +17,8 @@ def bias_refusal(site: Site) -> str | None:
     entry = site.eligible
     if entry.kind not in BIAS_KINDS:
         return "only linears and convolutions have one"
+    if entry.inner:
+        return "PEFT leaves it out there"
     if entry.handler is not None:
         return "a registered handler says where the delta goes, but not a bias"
     if entry.sharding is not None:

@@ -28,6 +28,8 @@ def own_refusal(site: Site) -> str | None:
         return "it holds routed experts"
     if entry.kind not in OWN_KINDS:
         return "only linears and embeddings have another weight for each row"
+    if entry.inner:
+        return "its forward does more than multiply by this weight"
     if entry.handler is not None:
         return "a registered handler says what its call computes, but not with another weight"
     if entry.sharding is not None:

@@ -166,7 +166,7 @@ class QuantisedModules:
                 (module, entry)
                 for module, entry in entries
                 if entry is not None and entry.kind in ("linear", "embedding")
-                if entry.handler is None
+                if entry.handler is None and not entry.inner
                 if is_stored(module, entry)
             )
         )

@@ -28,10 +28,6 @@ _UNSUPPORTED: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
         (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
         "it scales its input and multiplies by no matrix, so it carries no LoRA",
     ),
-    (
-        (nn.MultiheadAttention,),
-        "its packed in_proj_weight carries no LoRA; only its out_proj does",
-    ),
 )
 
 

@@ -140,8 +140,8 @@ class Site:
 
 
 def has_own_forward(module: nn.Module, entry: Eligible) -> bool:
-    """As `Site.has_own_forward`."""
-    return "forward" in vars(module) or type(module).forward is not entry.cls.forward
+    """As `Site.has_own_forward`; true too where the registered forward returns something else."""
+    return entry.inner or "forward" in vars(module) or type(module).forward is not entry.cls.forward
 
 
 def own_ranges(site: Site) -> Ranges:

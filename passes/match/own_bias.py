@@ -49,7 +49,8 @@ def _additions(
     marks: dict[fx.Node, Site],
     uses: dict[fx.Node, Use],
 ) -> set[fx.Node]:
-    """The nodes that add the bias to a product with the weight of `site`."""
+    """The nodes that add the bias to a product with the weight of `site`, and its marks, which take
+    the bias for DoRA's sake: no adapter has both there."""
     found = {
         use.node
         for use in uses.values()
@@ -57,6 +58,7 @@ def _additions(
     }
     for mark, of in marks.items():
         if of is site:
+            found.add(mark)
             use, added = followed(bound(mark)["y"], uses)
             if use is not None:
                 found |= {node for node, constant in added if constant is bias}

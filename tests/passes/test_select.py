@@ -205,10 +205,7 @@ IMPOSSIBLE = [
         nn.Sequential(nn.Linear(4, 4)),
         rf"it has no weight of its own; name modules inside .*{LEAVE}; .* below it: odd\.0$",
     ),
-    (
-        nn.MultiheadAttention(4, 2),
-        r"its packed in_proj_weight .* below it: odd\.out_proj$",
-    ),
+    (nn.MultiheadAttention(4, 2, kdim=3), r"its sizes .* have weights of their own; PEFT refuses"),
     (
         Unknown(),
         rf"its class is not registered, .*lorafx\.register, or {LEAVE}$",
