@@ -92,8 +92,9 @@ def fitted(
         )
     for g, own in factors.items():
         measure(groups[g], own)
-    held = [t for f in all_factors(factors) for t in f if isinstance(t, torch.Tensor)]
-    size = sum({id(t): t.nbytes for t in held}.values())
+    held = [t for f in all_factors(factors) for t in (f.A, f.B, f.magnitude, f.gains)]
+    held += [t for f in all_factors(factors) for t in (f.bias, f.own_bias, f.shift)]
+    size = sum({id(t): t.nbytes for t in held if t is not None}.values())
     size += sum(weight.nbytes for weight in own_rows.values())
     owned = tuple(places[path].site.path for path in adapter.own)
     sites = dict.fromkeys([*(places[path].site.path for path in adapter.weights), *owned])

@@ -118,13 +118,16 @@ def _folded(entries: targets.Entries) -> targets.Entries:
 
 
 def by_raw_weight(module: nn.Module) -> Eligible | None:
-    """An entry for a module of no registered class that holds a matrix: a router, say.
+    """An entry for a module of no registered class that holds a matrix, as its `weight` or as its
+    only one: a router, say, or what PEFT's `target_parameters` names.
 
     Where the matrix multiplies is for `match` to see; in eager mode the mark compares what the
     forward returns with x Wᵀ.
     """
-    weight = module._parameters.get("weight")
-    if weight is None or weight.dim() != 2 or not is_dense(weight) or unsupported(module):
+    held = {n: p for n, p in module._parameters.items() if p is not None and p.dim() == 2}
+    name = "weight" if "weight" in held or len(held) != 1 else next(iter(held))
+    weight = held.get(name)
+    if weight is None or not is_dense(weight) or unsupported(module):
         return None
     out_features, in_features = weight.shape
-    return Eligible(nn.Module, "linear", lambda _: (in_features, out_features))
+    return Eligible(nn.Module, "linear", lambda _: (in_features, out_features), weight=name)

@@ -59,13 +59,14 @@ def flat(x: Tensor) -> Tensor:
 class Multiply(nn.Module):
     """x W + b with W (K, N), of no class that anybody knows."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, name: str = "weight") -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(in_features, out_features))
+        self.name = name
+        self.register_parameter(name, nn.Parameter(torch.randn(in_features, out_features)))
         self.bias = nn.Parameter(torch.ones(out_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
+        return x @ getattr(self, self.name) + self.bias
 
 
 class Attention(nn.Module):
@@ -98,7 +99,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
     "Conv3d": lambda: Steps(conv3d=nn.Conv3d(5, 10, 3), lin0=(flat, nn.Linear(10, 2))),
     "MHA": Attention,
-    "MlpUsingParameters": lambda: Steps(lin0=Multiply(10, 20), lin1=(torch.tanh, Multiply(20, 2))),
+    "MlpUsingParameters": lambda: Steps(
+        lin0=Multiply(10, 20), lin1=(torch.tanh, Multiply(20, 2, "matrix"))
+    ),
 }
 #: Of one request.
 SIZES: dict[str, tuple[int, ...]] = {
@@ -173,6 +176,16 @@ SERVED: list[tuple[str, str, dict[str, Any]]] = [
         "MLP 1 nn.Parameter",
         "MlpUsingParameters",
         {"target_parameters": ["lin0.weight"], "target_modules": []},
+    ),
+    # not among PEFT's cases
+    (
+        "MLP 3 nn.Parameter",
+        "MlpUsingParameters",
+        {
+            "target_parameters": ["lin0.weight", "lin1.matrix"],
+            "target_modules": [],
+            "rank_pattern": {"lin1.matrix": 2},
+        },
     ),
 ]
 #: What changes the base weight or is drawn anew on each call, with the field that messages name.

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.errors import CheckpointError, MatchError
+from lorafx.errors import CheckpointError, MatchError, ProvenanceError
 
 REFERENCE = {"lowering": "reference"}
 
@@ -105,6 +105,19 @@ def test_rows_of_one_batch(served: Served) -> None:
     assert served.cm.recompiles == compiled
     served.check(torch.randn(1, 4, 16), ["all"])
     served.check(torch.randn(1, 4, 16), ["scaled"])
+
+
+def test_in_eager_mode_and_warm(served: Served) -> None:
+    """An attached model runs batches of one adapter as it is; dummy adapters fit convolutions."""
+    model, x = copy.deepcopy(served.base), torch.randn(2, 4, 16)
+    lorafx.attach(model, served.folders)
+    for name in ("all", "scaled"):
+        with lorafx.adapters(model, name):
+            oracle.assert_close(model(x), [served.alone[name](x)])
+    with pytest.raises(ProvenanceError), lorafx.adapters(model, ["all", None]):
+        model(x)
+    served.cm.warmup(example_inputs={"x": x})
+    served.check(x, ["all", None])
 
 
 def test_sums_of_adapters(served: Served) -> None:
