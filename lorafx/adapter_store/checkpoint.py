@@ -21,7 +21,7 @@ from lorafx.errors import LorafxWarning
 from lorafx.progress import LOG
 
 
-def load_state(source: Any, model: nn.Module | None = None) -> AdapterState:
+def load_state(source: Any, model: nn.Module | None = None, *, warn: bool = True) -> AdapterState:
     """Configuration and tensors of `source`, in PEFT's names.
 
     Args:
@@ -29,6 +29,7 @@ def load_state(source: Any, model: nn.Module | None = None) -> AdapterState:
             returned.
         model: what the adapter is for. Without it names of dialects that flatten them stay as they
             are, and factors of embeddings read like those of linears.
+        warn: whether factors for other models of a pipeline are worth a warning.
 
     Raises:
         CheckpointError: absent, truncated or of another format, or names that are ambiguous.
@@ -45,7 +46,7 @@ def load_state(source: Any, model: nn.Module | None = None) -> AdapterState:
         state = mapped(state, asked.key_mapping)
     elif model is not None:
         state = moved(state, model)
-    if state.left_out and asked.component is None:
+    if warn and state.left_out and asked.component is None:
         warnings.warn(
             f"{state.where} has factors for other models of a pipeline too "
             f"({', '.join(state.left_out)}), which are not used here: load it into those as well, "

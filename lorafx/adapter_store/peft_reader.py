@@ -131,7 +131,7 @@ def read_adapter(
             adapter's own.
         CheckpointError: anything else, all problems of the file at once.
     """
-    state = load_state(source, model)
+    state = load_state(source, model, warn=warn)
     findings = Findings(state, Places(sites, model), max_rank)
     reading = Reading(findings)
     weights = reading.run()

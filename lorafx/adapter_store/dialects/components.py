@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from lorafx.errors import CheckpointError
 
@@ -23,12 +23,15 @@ COMPONENTS = (
 
 def component_of(
     groups: Mapping[str, Collection[str]],
-    exists: Callable[[str], bool],
+    tests: Sequence[Callable[[str], bool]],
     asked: str | None,
     where: str,
 ) -> str | None:
-    """The component that the model is, by the paths in it that the file has for each; None where
-    none of them is in the model, and there are several.
+    """The component that the model is, by the names that the file has for each: the one of which
+    the model has some, or all. None where it has none of them, and there are several components.
+
+    `tests` say whether the model has a name, the strictest first: a later one counts where none of
+    the names passes those before it.
 
     Raises:
         CheckpointError: several fit, or the one that was asked for is not in the file.
@@ -42,12 +45,15 @@ def component_of(
         return asked
     if len(groups) == 1:
         return next(iter(groups))
-    fit = [name for name, paths in groups.items() if any(map(exists, paths))]
-    whole = [name for name in fit if all(map(exists, groups[name]))]
-    fit = whole if len(whole) == 1 else fit
-    if len(fit) > 1:
-        raise CheckpointError(
-            f"{where} has factors for {' and '.join(fit)}, which both fit this model; say which by "
-            f"AdapterSource(..., component={fit[0]!r})"
-        )
-    return fit[0] if fit else None
+    for has in tests:
+        fit = [component for component, names in groups.items() if any(map(has, names))]
+        whole = [component for component in fit if all(map(has, groups[component]))]
+        fit = whole if len(whole) == 1 else fit
+        if len(fit) > 1:
+            raise CheckpointError(
+                f"{where} has factors for {' and '.join(fit)}, which both fit this model; say "
+                f"which by AdapterSource(..., component={fit[0]!r})"
+            )
+        if fit:
+            return fit[0]
+    return None

@@ -7,7 +7,9 @@ seen from the result: every factor has to land on a module.
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,7 +71,8 @@ def converted(
         return None
     for name, loader in _loaders():
         try:
-            made = _result(loader.lora_state_dict(dict(tensors), unet_config=_config(model)))
+            with _silence():
+                made = _result(loader.lora_state_dict(dict(tensors), unet_config=_config(model)))
         except Exception:  # one that is for other models: each fails in its own way
             continue
         if made is None or made[0].keys() == tensors.keys() or not lands(made):
@@ -88,6 +91,18 @@ def converted(
             "the adapter under the names that diffusers has for the model"
         )
     return next(iter(found.values()), None)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Without diffusers' warnings about keys that are for another conversion."""
+    log = logging.getLogger("diffusers")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _loaders() -> Iterator[tuple[str, Any]]:

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lorafx.adapter_store.peft_config import PeftConfig
+from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterState, Saved
 from lorafx.errors import CheckpointError
-from lorafx.model.saved_names import SavedNames
 from lorafx.registry import lookup
 
 _VECTORS = {"m": "lora_magnitude_vector", "b": "lora_B.bias"}
@@ -54,20 +54,21 @@ class Translation:
         self.tensors: dict[str, Tensor] = {}
         self.scales: dict[str, float] = {}
         self.left_out: tuple[str, ...] = ()
-        self._model = model
-        self._names = None if model is None else SavedNames(model)
+        self._places = None if model is None else Places((), model)
 
     def module(self, path: str) -> nn.Module | None:
         """The module at `path` of the model, None where there is none, or no model."""
-        for reading in self._names.readings(path) if self._names is not None else ():
-            walked = self._names.walk(reading) if self._names is not None else None
-            if walked is not None and not walked.rest:
-                return walked.module
-        return None
+        return None if self._places is None else self._places.module(path)
 
     def exists(self, path: str) -> bool:
         """Whether the model has a module at `path`."""
         return self.module(path) is not None
+
+    def held(self, path: str) -> bool:
+        """Whether the model has a module at `path` without its first name, which may be that of the
+        model that held this one: transformers 5 has no `text_model` around CLIP's."""
+        rest = path.partition(".")[2]
+        return bool(rest) and self.exists(rest)
 
     def add(self, path: str, letter: str, tensor: Tensor) -> None:
         """Factor "A" (r, K) or "B" (N, r), DoRA's "m" (N,), or B's bias "b" (N,), of the module at

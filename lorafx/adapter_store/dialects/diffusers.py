@@ -75,7 +75,7 @@ class Diffusers(Dialect):
             component = ""
         else:
             paths = {g: _paths(_simple(held, g)) for g, held in groups.items()}
-            picked = component_of(paths, found.exists, saved.component, saved.where)
+            picked = component_of(paths, [found.exists, found.held], saved.component, saved.where)
             if picked is None:
                 raise CheckpointError(_nowhere(saved, paths))
             component = picked

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -70,6 +71,7 @@ class Kohya(Dialect):
         else:
             flat = _flattened(model)
             mine, found.left_out = _of_this_model(modules, saved, flat)
+            mine = _unwrapped(mine, flat)
             lost = [name for name, own in mine.items() if own not in flat]
             if lost:
                 other = converted_for(saved, self, saved.tensors, model)
@@ -119,10 +121,28 @@ def _of_this_model(
     if any(own in flat for own in held.values()):  # it holds the models of a pipeline
         return held, ()
     rests = {component: own.values() for component, own in groups.items()}
-    chosen = component_of(rests, flat.__contains__, saved.component, saved.where)
+    has = [flat.__contains__, lambda name: any(rest in flat for rest in _shorter(name))]
+    chosen = component_of(rests, has, saved.component, saved.where)
     if chosen is None:
         return {name: rest for own in groups.values() for name, rest in own.items()}, ()
     return groups[chosen], tuple(sorted(groups.keys() - {chosen}))
+
+
+def _shorter(name: str) -> list[str]:
+    """A name without what may be the model that held this one ("text_model")."""
+    return [name.split("_", cut)[-1] for cut in (1, 2)]
+
+
+def _unwrapped(names: dict[str, str], flat: Mapping[str, Any]) -> dict[str, str]:
+    """`names` without a beginning that all those share which are of no module, where each is one's
+    whole path then: transformers 5 has no `text_model` around CLIP's."""
+    lost = [own for own in names.values() if own not in flat]
+    for cut in (1, 2):
+        starts = {own[: len(own) - len(own.split("_", cut)[-1])] for own in lost}
+        start = next(iter(starts), "")
+        if len(starts) == 1 and start and all(own[len(start) :] in flat for own in lost):
+            return {n: own if own in flat else own[len(start) :] for n, own in names.items()}
+    return names
 
 
 def _only(saved: Saved, name: str, paths: tuple[str, ...]) -> str:

@@ -443,9 +443,12 @@ def test_older_keys_of_diffusers(case: Case, tmp_path: Path) -> None:
 def test_diffusers_of_another_model(case: Case, tmp_path: Path) -> None:
     file = as_diffusers(case.folders["diffusers"], tmp_path / "a.safetensors", "text_encoder")
     text = load_file(file)
-    unet = {k.replace("text_encoder.model", "unet.other"): t for k, t in text.items()}
+    unet = {k.replace("text_encoder.model.layers", "unet.other.blocks"): t for k, t in text.items()}
     with pytest.warns(LorafxWarning, match=r"other models of a pipeline too \(unet\)"):
         load_state({**text, **unet}, case.base)
-    other = {k.replace("text_encoder.model", "transformer.other"): t for k, t in text.items()}
+    other = {
+        k.replace("text_encoder.model.layers", "transformer.other.blocks"): t
+        for k, t in text.items()
+    }
     with pytest.raises(CheckpointError, match="made for another model"):
         load_state({**unet, **other}, case.base)

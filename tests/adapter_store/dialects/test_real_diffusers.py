@@ -13,6 +13,7 @@ from diffusers import FluxTransformer2DModel, StableDiffusionPipeline, UNet2DCon
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
 import lorafx
 from lorafx.adapter_store.checkpoint import load_state
@@ -126,6 +127,28 @@ def test_a_mixed_batch_of_what_diffusers_and_kohya_save(unet, saved) -> None:
     assert error(got, want) <= TOLERANCE
     assert all(error(want[row], base[row]) > 100 * TOLERANCE for row in range(len(adapters)))
     assert "converted by diffusers" in str(cm.explain())
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
+def test_a_text_encoder_that_has_lost_its_wrapper(dialect: str) -> None:
+    """Files say `text_model`, which transformers 5 has no more; the UNet's factors are left out."""
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2}
+    model = CLIPTextModel(CLIPTextConfig(**sizes, num_hidden_layers=2, vocab_size=20)).eval()
+    tensors = {}
+    for layer in (0, 1):
+        path = f"text_model.encoder.layers.{layer}.self_attn.q_proj"
+        if dialect == "kohya":
+            own = [f"lora_te_{path.replace('.', '_')}.lora_{x}.weight" for x in ("down", "up")]
+        else:
+            own = [f"text_encoder.{path}.lora_linear_layer.{x}.weight" for x in ("down", "up")]
+        tensors |= dict(zip(own, (torch.ones(2, 8), torch.ones(8, 2)), strict=True))
+    unet = {"kohya": "lora_unet_mid_block_0_a", "diffusers": "unet.mid_block.0.a"}[dialect]
+    tensors |= {f"{unet}.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
+    _, sites = build_sites(model, LoraConfig(target_modules=["q_proj"]))
+    with pytest.warns(lorafx.LorafxWarning, match=r"a pipeline too \(unet\)"):
+        adapter = read_adapter(tensors, "a", sites, model=model)
+    assert adapter.weights.keys() == {f"encoder.layers.{n}.self_attn.q_proj" for n in (0, 1)}
+    assert {weights.scale for weights in adapter.weights.values()} == {1.0}
 
 
 def test_names_that_diffusers_does_not_know_either(unet) -> None:
