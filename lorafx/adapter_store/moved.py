@@ -10,8 +10,9 @@ such place is taken and said; several are an error.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from lorafx.adapter_store.saved import AdapterState
 from lorafx.errors import CheckpointError, ConfigError
 from lorafx.model.module_graph import join
 from lorafx.model.saved_names import without_compiled
+
+#: Paths of a group that are looked for among the model's, until one is there: others are packed.
+_MOST_TRIED = 32
 
 
 def mapped(state: AdapterState, mapping: Mapping[str, str]) -> AdapterState:
@@ -65,14 +69,19 @@ def moved(state: AdapterState, model: nn.Module) -> AdapterState:
     Raises:
         CheckpointError: there are several such places.
     """
-    places = Places((), model)
+    places, elsewhere = Places((), model), dict[str, bool]()
+
+    def is_lost(path: str) -> bool:
+        head = _head(path)
+        if head not in elsewhere:
+            elsewhere[head] = places.meaning(path) is None and _unreached(places, path)
+        return elsewhere[head]
+
     lost: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key, tensor in state.tensors.items():
         factor = parse(key)
-        if factor is None:
-            continue
-        path = without_prefix(factor.module)
-        if path and places.meaning(factor.module) is None and _unreached(places, factor.module):
+        path = "" if factor is None else without_prefix(factor.module)
+        if factor is not None and path and is_lost(path):
             group = lost.setdefault(path.partition(".")[0], {})
             group.setdefault(path, {})[factor.letter] = tensor
     renamings: dict[str, str] = {}
@@ -87,11 +96,19 @@ def moved(state: AdapterState, model: nn.Module) -> AdapterState:
     def rename(path: str) -> str:
         for old, new in renamings.items():
             begins = not old or path == old or path.startswith(f"{old}.")
-            if begins and _unreached(places, path):
+            if begins and is_lost(path):
                 return join(new, path.removeprefix(old).removeprefix("."))
         return path
 
     return replace(_renamed(state, rename), notes=(*state.notes, *notes))
+
+
+def _head(path: str) -> str:
+    """`path` before its first number: what lies in one list of layers is there or not as a whole.
+    Without a number, the path."""
+    names = path.split(".")
+    at = next((i for i, name in enumerate(names) if name.isdigit()), len(names))
+    return ".".join(names[:at])
 
 
 def _unreached(places: Places, path: str) -> bool:
@@ -121,14 +138,12 @@ def _moved_group(
         if not any(name.isdigit() for name in paths[0][cut:]):
             break
         ends = {path: ".".join(path.split(".")[cut:]) for path in group}
-        first = f".{next(iter(ends.values()))}"
-        starts = [path.removesuffix(first) for path in known if f".{path}".endswith(first)]
-        starts = ["" if start == first[1:] else start for start in starts]
-        fit = [
-            start
-            for start in dict.fromkeys(starts)
-            if all(_fits(known.get(join(start, end)), group[path]) for path, end in ends.items())
-        ]
+        tried = itertools.islice(ends.values(), _MOST_TRIED)
+        starts = next((found for end in tried if (found := _starts(end, known))), [])
+        fit: list[str] = []
+        for whole in (True, False):
+            found = [start for start in starts if _fit(start, whole, ends, group, known)]
+            fit = fit or found
         old = ".".join(paths[0][:cut])
         if len(fit) > 1:
             raise CheckpointError(
@@ -141,11 +156,46 @@ def _moved_group(
     return None
 
 
-def _fits(module: nn.Module | None, factors: Mapping[str, Tensor]) -> bool:
+def _starts(end: str, known: Iterable[str]) -> list[str]:
+    """What stands before `end` in the paths that end so."""
+    found = (path[: len(path) - len(end)] for path in known if f".{path}".endswith(f".{end}"))
+    return [start.removesuffix(".") for start in found]
+
+
+def _fit(
+    start: str,
+    whole: bool,
+    ends: Mapping[str, str],
+    group: Mapping[str, Mapping[str, Tensor]],
+    known: Mapping[str, nn.Module],
+) -> bool:
+    """Whether all paths of a group are below `start`, with weights of their sizes; or, unless
+    `whole`, those that are modules there, and the layers of the others: they may be packed, or
+    experts."""
+    for path, end in ends.items():
+        module = known.get(join(start, end))
+        if module is not None:
+            if not _fits(module, group[path]):
+                return False
+        elif whole or not _layer_of(join(start, end), known):
+            return False
+    return True
+
+
+def _layer_of(path: str, known: Mapping[str, nn.Module]) -> bool:
+    """Whether the first numbered module on the way to `path` exists."""
+    head = _head(path)
+    number = path.removeprefix(head).removeprefix(".").partition(".")[0]
+    return bool(number) and join(head, number) in known
+
+
+def _fits(module: nn.Module, factors: Mapping[str, Tensor]) -> bool:
     """Whether a module has a weight of the sizes of these factors."""
     weight = getattr(module, "weight", None)
-    if module is None or not isinstance(weight, Tensor) or weight.dim() != 2:
-        return module is not None and not isinstance(weight, Tensor)
+    if not isinstance(weight, Tensor):
+        return True
+    if weight.dim() != 2:
+        return False
     a, b = factors.get("A"), factors.get("B")
     sizes = [a.shape[-1]] * (a is not None) if a is not None and a.dim() == 2 else []
     sizes += [b.shape[0]] if b is not None and b.dim() == 2 else []
