@@ -60,7 +60,7 @@ class BiasReading:
             if site is not None and site.path in owned:
                 continue
             self.keys.add(key)
-            if not same(tensor, base):
+            if site is not None or not same(tensor, base):
                 self._keep(key, tensor, self.places.current(path), module, site)
 
     def _keep(
@@ -96,13 +96,16 @@ class BiasReading:
         return bias
 
     def added(self, weights: dict[str, LoraWeights]) -> dict[str, LoraWeights]:
-        """The factors by part path with the biases in them."""
+        """The factors by part path with the biases in them. Those that equal the base's are kept
+        where there are factors: the base's may change, and they would not."""
         found = dict(weights)
         for site, bias in self.found.values():
             sizes = [part.out_features for part in site.parts]
             for index, own in enumerate(bias.split(sizes)):
                 path = site.part_path(index)
                 if path not in found:
+                    if same(bias, site.module.get_parameter("bias")):
+                        continue
                     found[path] = _zeros(site.parts[index].in_features, own)
                 found[path] = found[path]._replace(own_bias=own)
         return found

@@ -48,6 +48,8 @@ class Adapter:
             that is not declared.
         own: path of a site -> the rows of its weight that the adapter has of its own.
         notes: what was decided while it was read, a line each.
+        replaces_biases: it was trained with biases in the place of the base's, of which those are
+            kept that differ from the model's.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Adapter:
     spans: Mapping[str, range] = field(default_factory=dict)
     own: Mapping[str, OwnWeight] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    replaces_biases: bool = False
 
     @property
     def magnitudes(self) -> tuple[str, ...]:
@@ -148,7 +151,8 @@ def read_adapter(
             stacklevel=2,
         )
     own, notes = reading.own.found, state.notes
-    return Adapter(name, weights, findings.largest, state.where, reading.spans, own, notes)
+    biases = state.config.bias != "none"
+    return Adapter(name, weights, findings.largest, state.where, reading.spans, own, notes, biases)
 
 
 def _named_by(places: Places, config: PeftConfig, path: str) -> list[str]:

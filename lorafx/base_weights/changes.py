@@ -1,6 +1,7 @@
 """Which tensors of a model hold W + ΔW once an adapter is merged, and which cannot.
 
     the weight of each touched site        W ← W + ΔW
+    its bias                               b ← b + s·b_B, or b'
     views of it (packed buffers, W_UK)     change with it
     copies of it (W_UK made contiguous)    t ← (W + ΔW)[form], cast to the copy's dtype
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lorafx.base_weights.copies import Repeat, repeats
-from lorafx.base_weights.deltas import Delta, deltas_of
+from lorafx.base_weights.deltas import BiasDelta, Delta, deltas_of
 from lorafx.errors import MatchError
 from lorafx.model.convolutions import unmergeable
 from lorafx.model.module_graph import storage_key
@@ -63,6 +64,12 @@ class Change:
     delta: Delta
     ends: tuple[tuple[Holder, Delta | None], ...]
     copies: tuple[Copy, ...] = ()
+
+    @property
+    def dense(self) -> Tensor:
+        """W (N, K), (V, D) of an embedding, as it is now."""
+        weight = self.weight.detach()
+        return weight.mT if self.delta.site.eligible.transposed else weight
 
     @property
     def tied_apart(self) -> bool:
@@ -162,6 +169,10 @@ def changes_of(
         ends = _ends(program, found, holder, weight, by_end)
         ended.update(_key(end) for end, _ in ends)
         plain[id(weight)] = Change(holder, weight, delta, ends, own)
+        of_bias = BiasDelta.of(delta)
+        if of_bias is not None:
+            holder = Holder(holder.path, holder.module, "bias")
+            plain[id(holder.tensor)] = Change(holder, holder.tensor, of_bias, ((holder, of_bias),))
     if problems:
         raise not_mergeable(name, problems)
     return Changes(list(plain.values()), stored)
@@ -238,8 +249,8 @@ def _problem(program: Program, found: _Found, delta: Delta, *, requantize: bool)
     weight = program.weight_of(site)
     if site.eligible.kind == "conv" and (why := unmergeable(site.module)):
         return f"the adapter adds no change of its weight: {why}"
-    if any(term.factors.shift is not None for term in delta.terms):
-        return "the adapter adds a bias (lora_bias, bias)"
+    if BiasDelta.of(delta) is not None and (why := _fixed_bias(found, site)):
+        return f"the adapter adds a bias (lora_bias, bias), and {why}"
     if weight is not None and weight.is_meta:
         return "its weight is on the meta device"
     if site.path in program.replaced:
@@ -264,6 +275,15 @@ def _problem(program: Program, found: _Found, delta: Delta, *, requantize: bool)
     if tuple(weight.shape) != delta.shape:
         return f"its weight has shape {tuple(weight.shape)}, but ΔW has {delta.shape}"
     return None
+
+
+def _fixed_bias(found: _Found, site: Site) -> str | None:
+    """Why the site's bias cannot be changed, or None where it can."""
+    bias = site.module._parameters.get("bias")
+    if bias is None:
+        return "the base has none to merge it into"
+    others = [str(h) for h, t in found.overlapping(bias) if h.module is not site.module]
+    return f"{', '.join(others)} is the same tensor as the base's" if others else None
 
 
 def _ends(

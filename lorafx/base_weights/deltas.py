@@ -8,6 +8,7 @@
     experts (E, K, N)        ΔW[e, :, o : o + n] = s_e · A_eᵀ B_e
     DoRA                     (1 + G) ⊙ (W + ΔW) − W, by output (lorafx.adapter_store.dora)
     rows of its own          W_own − W + ΔW, in those rows
+    bias (N,)                s·b + b' − b, by output (`BiasDelta`)
 
 Terms are the parts of a site that the adapter has factors for, o their first output column. Factors
 are those that the banks are filled with: this rank's share, in the banks' dtype. ΔW is computed a
@@ -119,6 +120,28 @@ class Delta:
             torch.equal(self.block(*rows, example), other.block(*rows, example))
             for rows in blocks(self.shape, example.device)
         )
+
+
+@dataclass(frozen=True, eq=False)
+class BiasDelta(Delta):
+    """What the adapter adds to the bias of one site."""
+
+    @classmethod
+    def of(cls, delta: Delta) -> BiasDelta | None:
+        """That of a site with this ΔW; None where the adapter leaves its bias alone."""
+        shifted = any(term.factors.shift is not None for term in delta.terms)
+        return cls(delta.site, delta.terms) if shifted else None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.site.out_features,)
+
+    def update(self, start: int, stop: int, before: Tensor) -> Tensor:
+        made = before.new_zeros(self.shape)
+        for term in self.terms:
+            if term.factors.shift is not None:
+                made[term.columns] += _on(made, term.factors.shift)
+        return made[start:stop]
 
 
 def _add_linear(site: Site, term: DeltaTerm, made: Tensor, start: int, stop: int) -> None:

@@ -349,8 +349,8 @@ def _write_merged(
             keep(kept)
             error = add_to(change.weight, change.weight, change.delta, str(change.holder))
             weights.append(MergedWeight(str(change.holder), kept.nbytes, error))
-            turned = change.delta.site.eligible.transposed
-            follow(change.copies, change.weight.detach().mT if turned else change.weight.detach())
+            if change.copies:
+                follow(change.copies, change.dense)
         for stored in changes.stored:
             held = _StoredOriginal(stored.holder, _parameter(stored))
             keep(held)

@@ -63,6 +63,11 @@ def _keep(session: Session, adapter: Adapter, name: str, origin: Origin | None) 
             f"{name!r} is a DoRA adapter, whose norms come from the base's own weights, "
             f"but {merged.name!r} is merged into them; call unmerge() before loading it"
         )
+    if adapter.replaces_biases and merged is not None:
+        raise ConfigError(
+            f"{name!r} has biases in the place of the base's own, which it is compared with, but "
+            f"{merged.name!r} is merged into the base; call unmerge() before loading it"
+        )
     program.refuse_missing(
         [
             site.path

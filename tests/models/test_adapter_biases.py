@@ -152,11 +152,33 @@ def test_what_needs_room(base: nn.Module, folders: dict[str, Path]) -> None:
         cm.load_adapter(folders["added"], "added")
 
 
-def test_sums_and_merges_are_refused(cm: Any) -> None:
+@pytest.mark.parametrize("name", ["one", "replaced", "both", "scaled"])
+def test_merging(
+    cm: Any, base: nn.Module, folders: dict[str, Path], name: str, tmp_path: Path
+) -> None:
+    x = torch.randn(2, 6, 5)
+    with torch.no_grad():
+        want = alone(base, folders, name)(x)
+    before = {key: value.clone() for key, value in cm.model.state_dict().items()}
+    cm.merge(name)
+    try:
+        with pytest.raises(ConfigError, match="has biases in the place of the base's own"):
+            cm.load_adapter(folders["replaced"], "another")
+        oracle.assert_close(cm(x, adapter_names=[name, name]), [want])
+    finally:
+        cm.unmerge()
+    assert all(torch.equal(before[key], value) for key, value in cm.model.state_dict().items())
+    cm.export_merged(name, tmp_path)
+    exported = tower()
+    exported.load_state_dict(load_file(next(tmp_path.glob("*.safetensors"))))
+    oracle.assert_close(exported(x), [want])
+
+
+def test_sums_and_some_merges_are_refused(cm: Any) -> None:
     with pytest.raises(ConfigError, match="'added' was trained with biases"):
         cm(torch.randn(1, 6, 5), adapter_names=[{"added": 0.5, "plain": 1.0}])
-    with pytest.raises(MatchError, match="left: the adapter adds a bias"):
-        cm.merge("one")
+    with pytest.raises(MatchError, match=r"right: .* the base has none to merge it into"):
+        cm.merge("added")
     assert str(cm.explain()).count("and biases") == 1
 
 
