@@ -30,7 +30,7 @@ from lorafx.errors import CheckpointError
 
 _METADATA = "lora_adapter_metadata"
 _PAIR = re.compile(r"\.lora\.(down|up)\.weight$")
-_OLDER = re.compile(r"_lora\.(down|up)\.weight$|\.lora_linear_layer\.|\.processor\.")
+_OLDER = re.compile(r"_lora\.(down|up)\.weight(\.alpha)?$|\.lora_linear_layer\.(down|up)\.")
 _ALPHA = re.compile(r"(\.lora_[AB](\.weight)?|\.lora\.down(\.weight)?)?\.alpha$")
 
 

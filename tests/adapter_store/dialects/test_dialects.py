@@ -275,6 +275,41 @@ def test_kohya_of_two_components(case: Case, tmp_path: Path) -> None:
     assert chosen.tensors.keys() == state.tensors.keys()
 
 
+def test_kohya_names_that_two_modules_have() -> None:
+    model = Tree(["a.b", "a_b", "a_c"])
+    tensors = {"lora_unet_a_b.lora_down.weight": torch.ones(1, 3)}
+    tensors["lora_unet_a_b.lora_up.weight"] = torch.ones(4, 1)
+    with pytest.raises(CheckpointError, match=r"lora_unet_a_b may be a\.b or a_b"):
+        load_state(tensors, model)
+
+
+def test_kohya_factors_of_1x1_convolutions_and_linears() -> None:
+    """One implementation's 1×1 convolution is the other's linear."""
+    model = nn.ModuleDict({"linear": nn.Linear(3, 4), "conv": nn.Conv2d(3, 4, 1)})
+    a, b = torch.ones(2, 3), torch.ones(4, 2)
+    tensors = {
+        "lora_unet_linear.lora_down.weight": a[..., None, None],
+        "lora_unet_linear.lora_up.weight": b[..., None, None],
+        "lora_unet_conv.lora_down.weight": a,
+        "lora_unet_conv.lora_up.weight": b,
+    }
+    shapes = {key: tensor.shape for key, tensor in load_state(tensors, model).tensors.items()}
+    assert shapes == {
+        "linear.lora_A.weight": (2, 3),
+        "linear.lora_B.weight": (4, 2),
+        "conv.lora_A.weight": (2, 3, 1, 1),
+        "conv.lora_B.weight": (4, 2, 1, 1),
+    }
+
+
+def test_keys_of_modules_that_only_look_like_diffusers_older_ones() -> None:
+    model = nn.ModuleDict({"processor": nn.ModuleDict({"q": nn.Linear(3, 3)})})
+    tensors = {"processor.q.lora_A.weight": torch.ones(1, 3)}
+    tensors["processor.q.lora_B.weight"] = torch.ones(3, 1)
+    source = lorafx.AdapterSource(tensors, config={"r": 1, "lora_alpha": 1})
+    assert load_state(source, model).dialect == "peft"
+
+
 def test_kohya_without_alpha_has_scale_one(case: Case, tmp_path: Path) -> None:
     file = as_kohya(case.folders["kohya"], tmp_path / "a.safetensors")
     bare = {key: t for key, t in load_file(file).items() if not key.endswith("alpha")}
