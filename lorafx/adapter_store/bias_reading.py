@@ -20,7 +20,7 @@ from lorafx.adapter_store.findings import Findings, path_label
 from lorafx.adapter_store.lora_weights import LoraWeights
 from lorafx.adapter_store.own_reading import same
 from lorafx.adapter_store.peft_keys import parse
-from lorafx.model.biases import bias_refusal
+from lorafx.model.biases import bias_of, bias_refusal
 
 if TYPE_CHECKING:
     from lorafx.model.sites import Site
@@ -60,7 +60,7 @@ class BiasReading:
             if site is not None and site.path in owned:
                 continue
             self.keys.add(key)
-            if site is not None or not same(tensor, base):
+            if (site is not None and bias_refusal(site) is None) or not same(tensor, base):
                 self._keep(key, tensor, self.places.current(path), module, site)
 
     def _keep(
@@ -104,7 +104,8 @@ class BiasReading:
             for index, own in enumerate(bias.split(sizes)):
                 path = site.part_path(index)
                 if path not in found:
-                    if same(bias, site.module.get_parameter("bias")):
+                    base = bias_of(site)
+                    if base is not None and same(bias, base):
                         continue
                     found[path] = _zeros(site.parts[index].in_features, own)
                 found[path] = found[path]._replace(own_bias=own)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lorafx.model.bank import Factors
+from lorafx.model.biases import bias_of
 from lorafx.model.convolutions import norm_factors
 from lorafx.model.quantized import dequantize, readable
 
@@ -83,7 +84,8 @@ def _measure_shifts(group: Group, factors: Iterable[Factors]) -> None:
         if f.own_bias is not None:
             site = group.site_of(f.sibling)
             start = f.offset - group.offsets[group.sites.index(site)]
-            base = site.module.get_parameter("bias").detach()
+            base = bias_of(site)
+            assert base is not None
             shift += f.own_bias - base[start : start + len(shift)].cpu().float()
         assert f.shift is not None
         f.shift.copy_(shift)

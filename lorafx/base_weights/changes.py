@@ -281,7 +281,7 @@ def _fixed_bias(found: _Found, site: Site) -> str | None:
     """Why the site's bias cannot be changed, or None where it can."""
     bias = site.module._parameters.get("bias")
     if bias is None:
-        return "the base has none to merge it into"
+        return "the base has no parameter to merge it into"
     others = [str(h) for h, t in found.overlapping(bias) if h.module is not site.module]
     return f"{', '.join(others)} is the same tensor as the base's" if others else None
 

@@ -6,6 +6,8 @@ y ← y + b' − b           bias="lora_only", "all": b' is the adapter's, b the
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from lorafx.model.sites import Site
 
 #: Of modules that have biases at all.
@@ -24,3 +26,9 @@ def bias_refusal(site: Site) -> str | None:
     if entry.sharding is not None:
         return "several ranks share it"
     return None
+
+
+def bias_of(site: Site) -> Tensor | None:
+    """The base's bias as it is now, a parameter or a buffer; None where there is none."""
+    bias = getattr(site.module, "bias", None)
+    return bias.detach() if isinstance(bias, Tensor) else None

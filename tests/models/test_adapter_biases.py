@@ -177,7 +177,7 @@ def test_merging(
 def test_sums_and_some_merges_are_refused(cm: Any) -> None:
     with pytest.raises(ConfigError, match="'added' was trained with biases"):
         cm(torch.randn(1, 6, 5), adapter_names=[{"added": 0.5, "plain": 1.0}])
-    with pytest.raises(MatchError, match=r"right: .* the base has none to merge it into"):
+    with pytest.raises(MatchError, match=r"right: .* the base has no parameter to merge it into"):
         cm.merge("added")
     assert str(cm.explain()).count("and biases") == 1
 
@@ -210,3 +210,14 @@ def test_a_file_without_its_biases(cm: Any, folders: dict[str, Path], tmp_path: 
         save_file(left, weights)
         with pytest.raises(CheckpointError, match=message):
             cm.load_adapter(copied, name)
+
+
+def test_a_bias_that_equals_the_base_stays(base: nn.Module, tmp_path: Path) -> None:
+    """It was trained, and did not move; the base's may."""
+    config: dict[str, Any] = {"target_modules": ["out"], "bias": "lora_only"}
+    folders = {"still": save(base, tmp_path / "still", trained="no module", **config)}
+    cm = lorafx.compile(copy.deepcopy(base), folders, options=REFERENCE)
+    changed = tower()
+    changed.out.bias += 1
+    cm.load_weights(changed.state_dict())
+    check(cm, changed, folders, ["still", None])
