@@ -164,6 +164,7 @@ class Merged:
 def merge(session: Session, name: str, *, requantize: bool = False) -> MergeReport:
     """See `CompiledModel.merge`."""
     session.refuse_running(f"merge {name!r}")
+    kept = session.store.fetch([name], resident=True)  # noqa: F841 - before the locks are taken
     with session.weights_lock, session.lock:
         session.refuse_broken()
         return _merge(session, name, requantize=requantize)

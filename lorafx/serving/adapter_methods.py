@@ -32,6 +32,7 @@ class AdapterMethods:
         """
         self._session.refuse_running("set_adapter()")
         name = one_name(name, "the default")
+        kept = self._session.fetched([name])  # noqa: F841 - before the lock is taken
         with self._session.lock:  # an update takes a merge out and puts it back
             if name is not None and name != BASE:
                 self._session.store[name]
@@ -96,6 +97,7 @@ class AdapterMethods:
             BatchError: called inside a forward on this thread, for an adapter without a slot.
         """
         session = self._session
+        kept = session.store.fetch([name], resident=True)  # noqa: F841 - before the lock is taken
         with session.lock:  # a slot that it takes may be one that a running call reads
             if session.running.entries and name not in session.store.resident:
                 raise BatchError(
