@@ -170,7 +170,6 @@ class Options:
         stamps: Dynamo and AOTAutograd trace one of several equal layers, and the others are copies
             of what they find (lorafx.capture.replay, lorafx.capture.stamps). The graph is the same,
             and so is what makes Dynamo capture another one; a deep model's first call is shorter.
-            Dynamo traces layers that write into a cache one by one.
         cache: a folder where graphs are saved, so that the next process that compiles the same
             model need not trace it; True for one beside the compiled kernels
             (docs/saved_graphs.md). Loading a graph runs code from the folder, so it has to be one

@@ -47,6 +47,8 @@ from lorafx.program.frame import fake_value
 STAMP = torch.ops.lorafx.stamp.default
 COPY = torch.ops.aten.copy.default
 _KEYS = itertools.count(1)
+#: Calls without a value that do nothing in a graph.
+_INERT = frozenset({torch._C._log_api_usage_once})
 #: Calls of Dynamo's graph below which a repeat is traced as quickly as it is stamped.
 LEAST = 8
 
@@ -139,8 +141,10 @@ def _fold(folded: Folded, values: Mapping[fx.Node, Any], mode: FakeTensorMode) -
 
 def _switches(node: fx.Node) -> bool:
     """Whether a call may set how later ones are traced, as autocast and gradient mode do: it has no
-    value."""
-    return node.op.startswith("call_") and fake_value(node) is None
+    value, and takes none either, as an assignment to items of a tensor does."""
+    if not node.op.startswith("call_") or fake_value(node) is not None or node.target in _INERT:
+        return False
+    return not any(isinstance(fake_value(source), Tensor) for source in node.all_input_nodes)
 
 
 def _calls(first: Stretch, other: Stretch) -> dict[tuple[Any, ...], Any] | None:

@@ -84,10 +84,12 @@ def _stack(node: fx.Node) -> tuple[Any, ...]:
 
 def _barriers(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     """Nodes that must stay where they are: they mutate, draw random numbers or assert, or make
-    what is written back into an input (a static cache, which Inductor then updates in place)."""
+    what is written back into an input (a static cache, which Inductor then updates in place).
+    An assignment to items, which only Dynamo's own graphs have, is a part of its layer there as
+    methods that write are: `lorafx.capture.stamp_layers` tries what it writes into."""
     found: set[fx.Node] = set()
     for node in nodes:
-        if node.op == "call_function" and not is_pure(node):
+        if node.op == "call_function" and node.target is not operator.setitem and not is_pure(node):
             found.add(node)
             # A call takes and returns tensors, so the results of a barrier are told apart there.
             found.update(user for user in node.users if user.target is operator.getitem)

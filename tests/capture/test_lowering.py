@@ -12,9 +12,14 @@ import torch
 from dense_merge import Case, check_mixed
 from tiny_models import FAMILIES
 from torch import fx, nn
+from torch._dynamo.source import ConstantSource
 from torch._inductor import memory
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 
 from lorafx.compat import capture_settings, results_kept
 
@@ -44,16 +49,26 @@ def test_no_order_by_memory_for_graphs_with_adapters(
     assert not ordered
 
 
+class Body(fx.GraphModule):
+    """sin(x); counts how often it is interpreted."""
+
+    def __init__(self) -> None:
+        graph = fx.Graph()
+        inner = graph.call_function(torch.ops.aten.sin.default, (graph.placeholder("x"),))
+        graph.output((inner,))
+        super().__init__(nn.Module(), graph)
+        self.runs = 0
+
+    def __call__(self, *args: Any) -> Any:
+        self.runs += 1
+        return super().__call__(*args)
+
+
 def test_inductor_interprets_the_body_of_equal_calls_once() -> None:
     """Though a capture keeps no fake results. The settings are put back afterwards."""
     with capture_settings(8, symbolic=True):
         mode = FakeTensorMode(shape_env=ShapeEnv())
-    x, graph = mode.from_tensor(torch.ones(2, 3)), fx.Graph()
-    inner = graph.call_function(torch.ops.aten.sin.default, (graph.placeholder("x"),))
-    graph.output((inner,))
-    body = fx.GraphModule(nn.Module(), graph)
-    forward, runs = body.forward, []
-    body.forward = lambda *args: (runs.append(1), forward(*args))[1]
+    x, body = mode.from_tensor(torch.ones(2, 3)), Body()
 
     def call() -> None:
         torch.ops.higher_order.invoke_subgraph(body, "body", x)
@@ -61,12 +76,29 @@ def test_inductor_interprets_the_body_of_equal_calls_once() -> None:
     with mode:
         call()
         call()
-        assert len(runs) == 2
+        assert body.runs == 2
         with results_kept([x]):
             call()
             call()
-        assert len(runs) == 3
+        assert body.runs == 3
     assert not mode.cache_enabled
+
+
+def test_calls_on_sizes_that_are_known_to_be_equal_are_equal() -> None:
+    """Each layer's cache has a length of its own until attention makes them one."""
+    mode, body = FakeTensorMode(shape_env=ShapeEnv()), Body()
+    context = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    x, y = (
+        mode.from_tensor(torch.ones(2, 3), source=ConstantSource(name), symbolic_context=context)
+        for name in "xy"
+    )
+    assert x.shape[0].node.expr != y.shape[0].node.expr
+    assert x.shape[0] == y.shape[0]
+    with mode, results_kept([x, y]):
+        for tensor in (x, y):
+            torch.ops.higher_order.invoke_subgraph(body, "body", tensor)
+    assert body.runs == 1
+    assert str(x.shape) == str(y.shape)
 
 
 @pytest.mark.slow  # a graph of 1,500 nodes

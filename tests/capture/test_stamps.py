@@ -220,6 +220,38 @@ def test_layers_that_do_more_than_compute_are_traced(
     assert all(LAYERS not in kinds for kinds in seen.layers)
 
 
+class Filled(Block):
+    """Fills a tensor of its own item by item, as loops over chunks do."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        y = super().forward(h)
+        filled = torch.zeros_like(y)
+        for place in range(2):
+            filled[:, place] = y[:, place] * (1 + place)
+        return y + filled
+
+
+class FilledByOther(Stack):
+    """The layer behind fills what the layer before made."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        for layer in self.layers:
+            x = layer(x)
+            x[:, 0] = x[:, 1]
+        return {"logits": x}
+
+
+def test_layers_that_assign_to_items_of_their_own_are_traced_once(
+    tmp_path: Path, seen: Seen
+) -> None:
+    torch.manual_seed(0)
+    compare(case_of(Stack(Filled).eval().requires_grad_(False), tmp_path / "own"), seen)
+    assert seen.layers == [[LAYERS]]
+    other = FilledByOther(Filled).eval().requires_grad_(False)
+    seen.layers.clear(), seen.forms.clear()
+    compare(case_of(other, tmp_path / "other"), seen)
+
+
 def test_layers_that_write_into_a_cache_are_traced_once(tmp_path: Path, seen: Seen) -> None:
     """A prompt, whose layers make the cache's tensors, and a step, whose layers write into them."""
     case = build_case("llama", tmp_path, num_hidden_layers=2)
