@@ -1,10 +1,10 @@
 """Coverage-guided fuzzing of adapters: `python tests/fuzz/fuzz_adapters.py [libFuzzer flags]`.
 
 The first byte of an input says what the rest stands for: the configuration's text, one of its
-fields, the safetensors file, the pickle, or a pattern. Whatever it is, reading gives an adapter or
-a LorafxError; libFuzzer's own limits on time (-timeout) and memory (-rss_limit_mb) stand for the
-rest. Sound files are the first inputs. An input that fails is written to the working directory;
-given as an argument it runs alone.
+fields, the safetensors file, the pickle, a pattern, or one file in any dialect. Whatever it is,
+reading gives an adapter or a LorafxError; libFuzzer's own limits on time (-timeout) and memory
+(-rss_limit_mb) stand for the rest. Sound files are the first inputs. An input that fails is
+written to the working directory; given as an argument it runs alone.
 """
 
 from __future__ import annotations
@@ -16,19 +16,33 @@ import warnings
 from pathlib import Path
 
 import atheris
+import torch
+from safetensors.torch import save
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 with atheris.instrument_imports(include=["lorafx.adapter_store", "lorafx.model.patterns"]):
     from hostile_adapters import CONFIG, PICKLED, SAFETENSORS, SETTINGS, read, small, write
 
     from lorafx.adapter_store.peft_config import PeftConfig
+    from lorafx.adapter_store.peft_reader import read_adapter
+    from lorafx.adapter_store.saved import AdapterSource
     from lorafx.errors import LorafxError
     from lorafx.model.patterns import Pattern
 
 warnings.simplefilter("ignore")
 FIELDS = sorted(SETTINGS)
-KINDS = (CONFIG, SAFETENSORS, PICKLED, "field", "pattern")
+KINDS = (CONFIG, SAFETENSORS, PICKLED, "field", "pattern", "dialect")
 MODEL, SITES = small()
+#: Of dialects whose files do not say all; by the first byte.
+CONFIGS = (None, {"lora_parameters": {"rank": 2, "scale": 2.0}}, {"lora_alpha": 4}, {"r": 2})
+#: The ends of A's and B's keys in each dialect, and what stands before the path.
+DIALECTS = (
+    ("lora_a", "lora_b", ""),
+    ("lora_A", "lora_B", ""),
+    ("lora_A.weight", "lora_B.weight", ""),
+    ("lora.down.weight", "lora.up.weight", "unet."),
+    ("lora_down.weight", "lora_up.weight", "lora_unet_"),
+)
 PATHS = [path for path, _ in MODEL.named_modules()]
 
 
@@ -41,6 +55,9 @@ def one_input(data: bytes, folder: Path) -> None:
         pattern = Pattern(rest.decode(errors="replace"))
         for path in PATHS:
             pattern.fullmatches(path)
+    elif kind == "dialect":
+        config = CONFIGS[rest[0] % len(CONFIGS)]
+        read_adapter(AdapterSource(rest[1:], config=config), "a", SITES, model=MODEL, max_rank=64)
     elif kind == "field":
         field = FIELDS[rest[0] % len(FIELDS)]
         try:
@@ -69,6 +86,15 @@ def seeds(folder: Path, corpus: Path) -> None:
     for index, field in enumerate(FIELDS):
         value = json.dumps(SETTINGS[field]).encode()
         (corpus / field).write_bytes(bytes([KINDS.index("field"), index]) + value)
+    for index, (a, b, begin) in enumerate(DIALECTS):
+        path = "layers_0_q_proj" if begin.endswith("_") else "layers.0.q_proj"
+        pair = {f"{begin}{path}.{a}": torch.ones(2, 6), f"{begin}{path}.{b}": torch.ones(5, 2)}
+        if a == "lora_a":
+            pair = {key: tensor.mT.contiguous() for key, tensor in pair.items()}
+        if index == 4:
+            pair[f"{begin}{path}.alpha"] = torch.tensor(2.0)
+        start = bytes([KINDS.index("dialect"), (1, 2, 3, 0, 0)[index]])
+        (corpus / f"dialect{index}").write_bytes(start + save(pair, {"adapter_config": "{}"}))
     for index, text in enumerate(
         (r"^(?!.*vision).*\.(q|v)_proj$", r"(.*\.)?(layers\.(1[6-9]|2\d))")
     ):
