@@ -302,6 +302,27 @@ def test_kohya_factors_of_1x1_convolutions_and_linears() -> None:
     }
 
 
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
+def test_a_model_that_holds_the_models_of_a_pipeline(dialect: str) -> None:
+    """All components are placed, and none is left out."""
+    parts = {"unet": {"a": nn.Linear(3, 4)}, "text_encoder": {"a": nn.Linear(5, 4)}}
+    model = nn.ModuleDict({name: nn.ModuleDict(own) for name, own in parts.items()})
+    starts = {"kohya": ("lora_unet_a", "lora_te1_a"), "diffusers": ("unet.a", "text_encoder.a")}
+    ends = {"kohya": ("lora_down", "lora_up"), "diffusers": ("lora.down", "lora.up")}[dialect]
+    tensors = {}
+    for start, size in zip(starts[dialect], (3, 5), strict=True):
+        tensors[f"{start}.{ends[0]}.weight"] = torch.ones(2, size)
+        tensors[f"{start}.{ends[1]}.weight"] = torch.ones(4, 2)
+        tensors[f"{start}.alpha"] = torch.tensor(1.0)
+    state = load_state(tensors, model)
+    assert state.left_out == ()
+    assert state.scales == {"unet.a": 0.5, "text_encoder.a": 0.5}
+    assert {key: t.shape[1] for key, t in state.tensors.items() if "lora_A" in key} == {
+        "unet.a.lora_A.weight": 3,
+        "text_encoder.a.lora_A.weight": 5,
+    }
+
+
 def test_keys_of_modules_that_only_look_like_diffusers_older_ones() -> None:
     model = nn.ModuleDict({"processor": nn.ModuleDict({"q": nn.Linear(3, 3)})})
     tensors = {"processor.q.lora_A.weight": torch.ones(1, 3)}
