@@ -188,8 +188,8 @@ def test_a_key_that_lands_nowhere(served, folder):
 
 def test_a_feature_that_is_not_supported(served, folder):
     config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({**config, "lora_bias": True}))
-    with pytest.raises(UnsupportedAdapterError, match="lora_bias"):
+    (folder / CONFIG).write_text(json.dumps({**config, "use_qalora": True}))
+    with pytest.raises(UnsupportedAdapterError, match="use_qalora"):
         served.cm.load_adapter(folder, "new")
 
 
