@@ -42,7 +42,7 @@ class Origin:
         path = Path(os.path.abspath(asked.source))
         try:
             return cls(replace(asked, source=path), path, _files(path))
-        except OSError:
+        except (OSError, ValueError):  # ValueError: no path at all, with a null byte
             return None
 
     @property

@@ -159,6 +159,10 @@ def changes_of(
     copies = _copies_by_site(program, [delta.site for delta in deltas], problems)
     for delta in deltas:
         holder, weight = _holder(delta.site), program.weight_of(delta.site)
+        of_bias = BiasDelta.of(delta)
+        if of_bias is not None:  # a plain one also where the weight is quantised, or tied
+            bias = Holder(holder.path, holder.module, "bias")
+            plain[id(bias.tensor)] = Change(bias, bias.tensor, of_bias, ((bias, of_bias),))
         if _key(holder) in ended:
             continue
         own = tuple(copies.get(id(delta.site), ()))
@@ -169,10 +173,6 @@ def changes_of(
         ends = _ends(program, found, holder, weight, by_end)
         ended.update(_key(end) for end, _ in ends)
         plain[id(weight)] = Change(holder, weight, delta, ends, own)
-        of_bias = BiasDelta.of(delta)
-        if of_bias is not None:
-            holder = Holder(holder.path, holder.module, "bias")
-            plain[id(holder.tensor)] = Change(holder, holder.tensor, of_bias, ((holder, of_bias),))
     if problems:
         raise not_mergeable(name, problems)
     return Changes(list(plain.values()), stored)

@@ -384,8 +384,7 @@ def _requantized(change: StoredChange) -> float:
     try:
         before = dequantize(module, parameter).float()
         turned = change.delta.site.eligible.transposed and parameter is None
-        stored = before.mT if turned else before
-        update = change.delta.update(0, change.delta.shape[0], stored)
+        update = change.delta.update(0, change.delta.shape[0], before.mT if turned else before)
         if turned:
             update = update.mT
         if update.shape != before.shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -115,6 +116,14 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
 
     return keep
+
+
+def test_what_is_no_path(base) -> None:
+    config = lorafx.LoraConfig(target_modules="all-linear")
+    cm = lorafx.compile(copy.deepcopy(base), config, options={"lowering": "reference"})
+    for source in ("a\0b", lorafx.AdapterSource("a\0b")):
+        with pytest.raises(CheckpointError, match=r"cannot be read|does not exist"):
+            cm.load_adapter(source, "a")
 
 
 def test_a_name_on_the_hub(base, folder, hub, tmp_path) -> None:

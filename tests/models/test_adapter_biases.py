@@ -23,6 +23,7 @@ from lorafx.errors import (
 )
 
 REFERENCE = {"lowering": "reference"}
+FILE = "adapter_model.safetensors"
 
 
 class Tower(nn.Module):
@@ -122,9 +123,9 @@ def test_the_bias_is_a_part_of_the_output(
     base: nn.Module, folders: dict[str, Path], cm: Any, tmp_path: Path
 ) -> None:
     """Without it the row would be another one: what the test above could miss."""
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in ("adapter_config.json", FILE):
         (tmp_path / name).write_bytes((folders["one"] / name).read_bytes())
-    file = tmp_path / "adapter_model.safetensors"
+    file = tmp_path / FILE
     tensors = load_file(file)
     key = next(key for key in tensors if key.endswith("lora_B.bias"))
     save_file({**tensors, key: torch.zeros_like(tensors[key])}, file)
@@ -174,6 +175,40 @@ def test_merging(
     oracle.assert_close(exported(x), [want])
 
 
+def test_merging_into_a_quantised_weight(tmp_path: Path) -> None:
+    """Its bias is a plain tensor, which takes the adapter's."""
+    torchao = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).eval().requires_grad_(False)
+    folder = save(dense, tmp_path / "a", target_modules=["0"], lora_bias=True)
+    bias = next(t for key, t in load_file(folder / FILE).items() if key.endswith("lora_B.bias"))
+    torchao.quantize_(dense, torchao.Int8WeightOnlyConfig())
+    cm = lorafx.compile(dense, {"a": folder}, options=REFERENCE)
+    before = dense[0].bias.clone()
+    cm.merge("a", requantize=True)
+    assert torch.equal(dense[0].bias, before + 5 / 3 * bias)
+    cm.unmerge()
+    assert torch.equal(dense[0].bias, before)
+
+
+def test_merging_into_linears_of_one_weight(tmp_path: Path) -> None:
+    """Each has a bias of its own."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval().requires_grad_(False)
+    base[1].weight = base[0].weight
+    folder = save(base, tmp_path / "a", target_modules=["0", "1"], lora_bias=True)
+    tensors = load_file(folder / FILE)
+    alike = {
+        key: tensors[key.replace(".1.", ".0.")].clone() for key in tensors if ".bias" not in key
+    }
+    save_file({**tensors, **alike}, folder / FILE)
+    cm = lorafx.compile(base, {"a": folder}, options=REFERENCE)
+    x = torch.randn(3, 8)
+    served = cm(x, adapter_names=["a"] * 3)
+    cm.merge("a")
+    oracle.assert_close(base(x), [served])
+
+
 def test_sums_and_some_merges_are_refused(cm: Any) -> None:
     with pytest.raises(ConfigError, match="'added' was trained with biases"):
         cm(torch.randn(1, 6, 5), adapter_names=[{"added": 0.5, "plain": 1.0}])
@@ -203,9 +238,9 @@ def test_a_file_without_its_biases(cm: Any, folders: dict[str, Path], tmp_path: 
     ):
         copied = tmp_path / name
         copied.mkdir()
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
+        for file in ("adapter_config.json", FILE):
             (copied / file).write_bytes((folders[name] / file).read_bytes())
-        weights = copied / "adapter_model.safetensors"
+        weights = copied / FILE
         left = {key: t for key, t in load_file(weights).items() if not key.endswith(ending)}
         save_file(left, weights)
         with pytest.raises(CheckpointError, match=message):

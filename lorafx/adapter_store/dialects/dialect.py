@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -116,6 +117,23 @@ class Translation:
 def raw(fields: Mapping[str, Any] | PeftConfig | None) -> Mapping[str, Any]:
     """Fields of a dialect's own configuration; none where there is another one."""
     return {} if fields is None or isinstance(fields, PeftConfig) else fields
+
+
+def number(key: str, tensor: Tensor) -> float:
+    """α, saved as the tensor `key`.
+
+    Raises:
+        CheckpointError: it is not one finite number.
+    """
+    value = float("nan")
+    if tensor.numel() == 1 and not tensor.is_complex():
+        value = float(tensor.item())
+    if not math.isfinite(value):
+        raise CheckpointError(
+            f"{key} must be one finite number, it has shape {tuple(tensor.shape)} and dtype "
+            f"{tensor.dtype}"
+        )
+    return value
 
 
 def _dims(weight: Any) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lorafx.adapter_store.dialects.components import COMPONENTS, component_of
 from lorafx.adapter_store.dialects.conversion import Converted, converted, peft_keys
-from lorafx.adapter_store.dialects.dialect import Dialect, Translation
+from lorafx.adapter_store.dialects.dialect import Dialect, Translation, number
 from lorafx.adapter_store.opening import json_object
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.peft_keys import parse
@@ -49,9 +49,7 @@ class Diffusers(Dialect):
         return saved.fields is None and named and any(map(parse, saved.tensors))
 
     def state(self, saved: Saved, model: nn.Module | None) -> AdapterState:
-        alphas = {
-            key: _number(key, t) for key, t in saved.tensors.items() if key.endswith(".alpha")
-        }
+        alphas = {key: number(key, t) for key, t in saved.tensors.items() if key.endswith(".alpha")}
         tensors = {key: t for key, t in saved.tensors.items() if key not in alphas}
         state = self.translated(saved, self, (tensors, alphas), model)
         if model is None or self.lands(state, model):
@@ -204,14 +202,6 @@ def _config(saved: Saved, component: str) -> PeftConfig | None:
     begin = f"{component}." if component else ""
     own = {key.removeprefix(begin): v for key, v in fields.items() if key.startswith(begin)}
     return PeftConfig.read(own, where=where) if own else None
-
-
-def _number(key: str, tensor: Tensor) -> float:
-    if tensor.numel() != 1 or not bool(tensor.isfinite().all()):
-        raise CheckpointError(
-            f"{key} must be one finite number, it has shape {tuple(tensor.shape)}"
-        )
-    return float(tensor.item())
 
 
 def _nowhere(saved: Saved, paths: Mapping[str, list[str]]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorafx.adapter_store.dialects.components import component_of
-from lorafx.adapter_store.dialects.dialect import Dialect, Translation
+from lorafx.adapter_store.dialects.dialect import Dialect, Translation, number
 from lorafx.adapter_store.dialects.diffusers import converted_for
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.saved import AdapterState, Saved
@@ -185,11 +185,8 @@ def _place(found: Translation, path: str, name: str, own: Mapping[str, Tensor]) 
             rank = len(tensor) if tensor.dim() else 0
         found.add(path, letter, tensor)
     alpha = own.get("alpha")
-    if alpha is not None and (alpha.numel() != 1 or not bool(alpha.isfinite().all())):
-        raise CheckpointError(
-            f"{where}: {name}.alpha must be one finite number, its shape is {tuple(alpha.shape)}"
-        )
-    if alpha is not None and not own.keys() - {"alpha"}:
+    value = None if alpha is None else number(f"{where}: {name}.alpha", alpha)
+    if value is not None and not own.keys() - {"alpha"}:
         raise CheckpointError(f"{where}: {name} has an alpha and no factors")
     if rank:
-        found.scales[path] = 1.0 if alpha is None else float(alpha.item()) / rank
+        found.scales[path] = 1.0 if value is None else value / rank

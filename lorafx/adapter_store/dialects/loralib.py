@@ -9,7 +9,6 @@ that is a block-diagonal B of rank G·r, with s as before.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -93,17 +92,19 @@ def _ungrouped(
             f"{where}: {path} has factors of {groups} slices, and enable_lora is {short(enabled)}"
         )
     weight = getattr(found.module(path), "weight", None)
-    rows, given = len(b) // groups, groups * len(b[0])
+    rows, given = len(b) // groups, groups * b.shape[1]
     total = rows * len(enabled)
-    if len(b) % groups or (isinstance(weight, Tensor) and total not in weight.shape):
+    fits = not isinstance(weight, Tensor) or total in weight.shape
+    if not rows or len(b) % groups or not fits:
         raise CheckpointError(
             f"{where}: {path} has factors of {groups} slices of {rows} rows, which are not those "
             f"of a weight {tuple(getattr(weight, 'shape', ()))}; a MergedLinear with slices "
             "without LoRA needs config={'lora_alpha': ..., 'enable_lora': [...]}"
         )
-    if weight is None and math.prod((total, given)) > 4 * sum(t.numel() for t in pair.values()) + (
-        1 << 20
-    ):
+    most = 4 * sum(t.numel() for t in pair.values()) + (1 << 20)
+    if isinstance(weight, Tensor):
+        most = max(most, weight.numel())
+    if total * given > most:
         raise CheckpointError(f"{where}: {path} would be far larger than its file")
     blocks = iter(b.split(rows))
     own = torch.zeros(total, given, dtype=b.dtype)

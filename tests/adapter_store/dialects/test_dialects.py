@@ -393,6 +393,32 @@ def test_loralib_merged_linear(tmp_path: Path) -> None:
         load_state(lorafx.AdapterSource(tensors, config={"lora_alpha": 3}), model)
 
 
+@pytest.mark.parametrize("sizes", [((4, 8), (0, 2)), ((4, 8), (1, 2)), ((3000, 8), (3000, 1))])
+def test_loralib_slices_that_make_no_matrix(sizes: tuple[tuple[int, int], tuple[int, int]]) -> None:
+    """No rows, fewer rows than slices, or far more zeros than the model has numbers."""
+    a, b = (torch.zeros(own) for own in sizes)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 3000))
+    tensors = {"0.lora_A": a, "0.lora_B": b}
+    asked = lorafx.AdapterSource(tensors, config={"lora_alpha": 1})
+    for of in (None, model):
+        with pytest.raises(CheckpointError, match=r"0 (has factors of|would be far larger)"):
+            load_state(asked, of)
+
+
+@pytest.mark.parametrize("alpha", [torch.tensor(2.0).to(torch.float8_e4m3fn), torch.tensor(2)])
+@pytest.mark.parametrize("down", ["lora_unet_0.lora_down.weight", "unet.0.lora.down.weight"])
+def test_alpha_in_any_dtype(down: str, alpha: torch.Tensor) -> None:
+    start = down.partition(".lora")[0]
+    up = down.replace("down", "up")
+    tensors = {down: torch.ones(4, 8), up: torch.ones(8, 4), f"{start}.alpha": alpha}
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    assert load_state(lorafx.AdapterSource(tensors), model).scales == {"0": 0.5}
+    for wrong in (torch.tensor(2j), torch.tensor(float("nan")), torch.ones(2)):
+        tensors[f"{start}.alpha"] = wrong
+        with pytest.raises(CheckpointError, match="alpha must be one finite number"):
+            load_state(lorafx.AdapterSource(tensors), model)
+
+
 def test_mlx_refuses_whole_weights_and_wants_its_scale(case: Case, tmp_path: Path) -> None:
     folder = as_mlx(case.folders["mlx"], tmp_path / "mlx")
     config = folder / "adapter_config.json"
