@@ -6,8 +6,8 @@
 A merged model runs the base model's own graphs, which take the weights as inputs: nothing is
 captured again, and addresses stay what they were. Rounding cannot be undone by subtracting ΔW, so
 the originals of what was changed are kept: as many bytes of host memory as those weights have.
-Quantised weights are changed through their own format, where that is asked for. The report says how
-much of ΔW the format loses, and their originals stay on their device.
+Quantised weights are changed through their own format, where that is asked for; the report says how
+much of ΔW that loses. Their originals stay on their device.
 """
 
 from __future__ import annotations
@@ -96,8 +96,7 @@ class MergeReport:
 
 @dataclass(frozen=True, eq=False)
 class _Original:
-    """A tensor as it was: where it is held, its numbers in host memory, and what it looked like
-    when it had been written."""
+    """A tensor as it was: its holder, its numbers in host memory, its look when last written."""
 
     holder: Holder
     tensor: Tensor

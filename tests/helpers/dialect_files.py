@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+
+import lorafx
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -86,3 +88,23 @@ WRITERS: dict[str, Callable[[Path, Path], Path]] = {
     "diffusers": as_diffusers,
     "peft": as_bare,
 }
+
+
+def source(name: str, folder: Path, file: Path) -> lorafx.AdapterSource:
+    config = {"lora_alpha": alpha(folder)} if name == "loralib" else None
+    return lorafx.AdapterSource(file, config=config)
+
+
+class Tree(nn.Module):
+    """Linears at dotted paths."""
+
+    def __init__(self, paths: list[str]) -> None:
+        super().__init__()
+        for number, path in enumerate(paths):
+            *parents, last = path.split(".")
+            module: nn.Module = self
+            for name in parents:
+                if name not in module._modules:
+                    module.add_module(name, nn.Module())
+                module = module._modules[name]
+            module.add_module(last, nn.Linear(3 + number, 4))
