@@ -60,6 +60,7 @@ class BiasReading:
             if site is not None and site.path in owned:
                 continue
             self.keys.add(key)
+            self.findings.compared = True
             if (site is not None and bias_refusal(site) is None) or not same(tensor, base):
                 self._keep(key, tensor, self.places.current(path), module, site)
 

@@ -30,6 +30,7 @@ class Findings:
         no_room: what the banks have no room for, and the setting that makes it, a line each.
         closed: saved paths whose place was not selected, and the line that says so.
         largest: the largest rank that was met.
+        compared: something of the file was compared with the base, which may change.
     """
 
     def __init__(self, state: AdapterState, places: Places, max_rank: int | None) -> None:
@@ -40,6 +41,7 @@ class Findings:
         self.no_room: list[str] = []
         self.closed: dict[str, str] = {}
         self.largest = 0
+        self.compared = False
 
     @property
     def config(self) -> PeftConfig:

@@ -111,7 +111,7 @@ def fitted(
         owned,
         adapter.notes,
         shifted,
-        origin,
+        None if adapter.compared else origin,
     )
 
 

@@ -131,6 +131,7 @@ class OwnReading:
         modules = saved_modules(self.state, self.places, with_copies=True)
         for saved in modules:
             self.keys.update(key for key, _ in saved.tensors.values())
+            self.findings.compared |= not saved.named
             if (saved.eligible and saved.named) or saved.differs:
                 self._whole(saved)
         tokens = [*saved_tokens(self.state, self.places)]

@@ -50,6 +50,7 @@ class Adapter:
         notes: what was decided while it was read, a line each.
         replaces_biases: it was trained with biases in the place of the base's, of which those are
             kept that differ from the model's.
+        compared: its file holds copies of base weights, which were compared with the model's.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Adapter:
     own: Mapping[str, OwnWeight] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     replaces_biases: bool = False
+    compared: bool = False
 
     @property
     def magnitudes(self) -> tuple[str, ...]:
@@ -151,8 +153,9 @@ def read_adapter(
             stacklevel=2,
         )
     own, notes = reading.own.found, state.notes
-    biases = state.config.bias != "none"
-    return Adapter(name, weights, findings.largest, state.where, reading.spans, own, notes, biases)
+    about_base = state.config.bias != "none", findings.compared
+    rest = reading.spans, own, notes, *about_base
+    return Adapter(name, weights, findings.largest, state.where, *rest)
 
 
 def _named_by(places: Places, config: PeftConfig, path: str) -> list[str]:

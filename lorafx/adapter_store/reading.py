@@ -285,7 +285,9 @@ class Reading:
             self.problems.append(
                 f"{key} is not a LoRA factor, and nothing in the model has this name"
             )
-        elif not same(self.state.tensors[key], own):
+            return
+        self.findings.compared = True
+        if not same(self.state.tensors[key], own):
             self.problems.append(
                 f"{key} {tuple(self.state.tensors[key].shape)} is a base weight that differs from "
                 f"the model's {tuple(own.shape)}; load it into the base model (after "

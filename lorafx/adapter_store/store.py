@@ -285,7 +285,7 @@ class AdapterStore(Slots):
 
     def nbytes(self) -> dict[str, int]:
         """Bytes of the banks ("banks"), of the adapters in host memory ("host"), and of the files
-        that they were read from ("disk")."""
+        of those that can be read again ("disk")."""
         with self._lock:
             every = self._adapters.values()
             return {

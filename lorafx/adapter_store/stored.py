@@ -37,7 +37,8 @@ class StoredAdapter:
         spans: as in `Adapter`.
         owned: those of the sites of whose weight it has rows of its own.
         shifted: those of the sites to whose outputs it adds a bias.
-        origin: where it can be read again; None where it cannot.
+        origin: where it can be read again; None where it cannot, or where the base weights as they
+            are then would decide what its file means.
         version: another number for each adapter that was loaded in this process, from 1 on.
         dropped: the copy that was dropped, as long as somebody uses it.
     """

@@ -40,7 +40,7 @@ class Statistics:
         tiers: "device", whose hits, misses and evictions are those above, and whose size is that of
             all banks; "host", where adapters without a slot are looked for; "disk", from which
             those are read that host memory had no room for: its misses are files that had changed,
-            and its size is that of the files of all adapters.
+            and its size is that of the files of the adapters that can be read again.
     """
 
     hits: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import threading
@@ -11,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error, save_adapter
+from dense_merge import REFERENCE, TOLERANCE, Case, check_mixed, error, random_base, save_adapter
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lorafx
 from lorafx.errors import CheckpointError, ConfigError, UnknownAdapterError
 
+EMBEDDING = "base_model.model.model.embed_tokens"
 NAMES = ["a0", "a1", "a2", "a3", "a4"]
 
 
@@ -239,3 +242,33 @@ def test_prefetch(case, inputs):
 def _few_graphs() -> Iterator[None]:
     yield
     torch._dynamo.reset()
+
+
+def test_adapters_with_copies_of_base_weights_outlive_new_ones(inputs, tmp_path):
+    """PEFT saves the base weight of an embedding that it trains, as it is then."""
+    base, targets = random_base("llama", num_hidden_layers=1), ["q_proj", "embed_tokens"]
+    folders = {
+        name: save_adapter(base, tmp_path / name, rank=2, targets=targets)
+        for name in ("b0", "b1", "b2")
+    }
+    for folder in folders.values():
+        file = folder / "adapter_model.safetensors"
+        copied = {f"{EMBEDDING}.base_layer.weight": base.get_input_embeddings().weight}
+        save_file({**load_file(file), **copied}, file)
+    new = {name: 1.5 * weight for name, weight in base.state_dict().items()}
+
+    def updated(budget: int | None) -> Any:
+        config = lorafx.LoraConfig(
+            target_modules=targets, max_adapters=1, max_rank=2, max_host_bytes=budget
+        )
+        model = copy.deepcopy(base)
+        cm = lorafx.compile(model, config, adapters=folders, options=REFERENCE)
+        cm.load_weights(new)
+        return cm
+
+    free, limited = updated(None), updated(1000)
+    for name in [*folders, *folders]:
+        want, got = (cm(inputs["ids"], adapter_names=[name, None]).logits for cm in (free, limited))
+        assert torch.equal(want, got)
+    limited.merge("b0")
+    limited.prefetch_adapters(["b1", "b2"])
