@@ -37,7 +37,8 @@ def too_many(wanted: Sequence[str], slots: int) -> CapacityError:
     return CapacityError(
         f"the batch has {len(wanted)} distinct adapters ({', '.join(wanted)}), but "
         f"there are only {slots} slots; split the batch, or compile "
-        f'with LoraConfig(max_adapters={len(wanted)}) or Options(overflow="waves")'
+        f'with LoraConfig(max_adapters={len(wanted)}) or Options(overflow="waves"), which serves '
+        "requests in turn where each finds slots beside pinned adapters"
     )
 
 

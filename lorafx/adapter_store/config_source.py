@@ -79,8 +79,8 @@ def _load_file(folder: Path) -> tuple[dict[str, Any], str]:
 def _absent(folder: Path) -> str:
     if not folder.exists():
         return (
-            f"adapter folder {folder} does not exist; an adapter on the Hub must be downloaded "
-            "first (huggingface_hub.snapshot_download)"
+            f"adapter folder {folder} does not exist; an adapter on the Hub is named by a string, "
+            '"owner/name"'
         )
     if not folder.is_dir():
         return f"{folder} is a file; give the folder that holds it and {CONFIG_FILE}"
