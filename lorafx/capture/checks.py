@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lorafx.errors import CaptureError, MatchError, ProvenanceError
+from lorafx.errors import CaptureError, LorafxError, MatchError, ProvenanceError
 from lorafx.graph.context import When
 from lorafx.model.sites import Site
 from lorafx.ownership.held import Alone
@@ -110,9 +110,11 @@ class InputPlaces:
         """Paths of those sites of the running call that its adapters touch, or of those that a
         refusal for batches like `when` concerns."""
         now = [self.site(program, path, arguments) for path in paths]
-        special = {"dora": program.is_rescaled, "own": program.has_own_rows}
-        special["bias"] = program.is_shifted
-        concerned = special.get(when, program.is_touched)
+        concerned = {
+            "dora": program.is_rescaled,
+            "own": program.has_own_rows,
+            "bias": program.is_shifted,
+        }.get(when, program.is_touched)
         return [site.path or "(root)" for site in now if site and concerned(site)]
 
     def strangers(self, program: Program, arguments: Sequence[Any]) -> list[str]:
@@ -152,6 +154,18 @@ class InputPlaces:
                 del self.assumed[position]
 
 
+#: Parts of adapters beside their factors: what cannot be done with them, and the setting of PEFT
+#: that makes an adapter have them.
+_PARTS: dict[When, tuple[str, str]] = {
+    "dora": ("DoRA cannot be applied at {}", "use_dora"),
+    "own": (
+        "the weight that an adapter has of its own for {} cannot be applied",
+        "modules_to_save",
+    ),
+    "bias": ("the bias that an adapter adds at {} cannot be applied", "lora_bias and bias"),
+}
+
+
 @dataclass(frozen=True)
 class RefusedSites:
     """A `Refusal`, its sites by their paths."""
@@ -159,6 +173,26 @@ class RefusedSites:
     sites: tuple[str, ...]
     when: When
     reason: str
+
+    def error(self, names: str) -> LorafxError:
+        """What a call says whose adapters concern the sites of these names."""
+        if self.when in _PARTS:
+            refused, setting = _PARTS[self.when]
+            return MatchError(
+                f"{refused.format(names)}: {self.reason}. Merge the adapter into a copy of the "
+                f"base model, or train it without {setting}"
+            )
+        if self.when == "always":
+            return MatchError(
+                f"LoRA cannot be applied at {names}: {self.reason}. Leave the module out by "
+                "exclude_modules, or unload the adapters that touch it"
+            )
+        return ProvenanceError(
+            f"this batch mixes adapters, and at {names} it is not proved which request a row "
+            f"belongs to: {self.reason}. Run one adapter per batch, declare which dimension of an "
+            "argument holds the requests by LoraConfig(row_dims=...), or leave the module out by "
+            "exclude_modules"
+        )
 
 
 @dataclass(eq=False)
@@ -226,36 +260,7 @@ class Checks:
                 continue
             touched = self.places.touched(program, refusal.sites, arguments, when=refusal.when)
             if touched:
-                names = ", ".join(touched)
-                if refusal.when == "own":
-                    raise MatchError(
-                        f"the weight that an adapter has of its own for {names} cannot be "
-                        f"applied: {refusal.reason}. Merge the adapter into a copy of the base "
-                        "model, or train it without modules_to_save"
-                    )
-                if refusal.when == "dora":
-                    raise MatchError(
-                        f"DoRA cannot be applied at {names}: {refusal.reason}. Merge the adapter "
-                        "into a copy of the base model, or train it without use_dora"
-                    )
-                if refusal.when == "bias":
-                    raise MatchError(
-                        f"the bias that an adapter adds at {names} cannot be applied: "
-                        f"{refusal.reason}. Merge the adapter into a copy of the base model, or "
-                        "train it without lora_bias and bias"
-                    )
-                if refusal.when == "always":
-                    raise MatchError(
-                        f"LoRA cannot be applied at {names}: {refusal.reason}. Leave the "
-                        "module out by exclude_modules, or unload the adapters that touch "
-                        "it"
-                    )
-                raise ProvenanceError(
-                    f"this batch mixes adapters, and at {names} it is not proved which "
-                    f"request a row belongs to: {refusal.reason}. Run one adapter per "
-                    "batch, declare which dimension of an argument holds the requests by "
-                    "LoraConfig(row_dims=...), or leave the module out by exclude_modules"
-                )
+                raise refusal.error(", ".join(touched))
 
     def rows(self, program: Program, arguments: Sequence[Any]) -> Rows | None:
         """Whose rows the graph computes in the running call; None where that is not known."""

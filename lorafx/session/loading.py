@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from lorafx.adapter_store.origins import Origin
-from lorafx.adapter_store.peft_reader import Adapter, read_adapter
+from lorafx.adapter_store.peft_reader import Adapter
 from lorafx.errors import CheckpointError, ConfigError, ReplacedModuleError
+from lorafx.session.reading import read_for
 from lorafx.session.session import Session
 
 
@@ -29,15 +30,8 @@ def load_adapter(session: Session, source: Any, name: str, strict: bool | None =
         program.look_at_modules()
     origin = Origin.of(source)
     try:
-        adapter = read_adapter(
-            source,
-            name,
-            program.sites,
-            model=program.model,
-            max_rank=program.config.max_rank,
-            lora_config=program.config,
-            strict=program.options.strict if strict is None else strict,
-        )
+        strict = program.options.strict if strict is None else strict
+        adapter = read_for(program, source, name, strict=strict)
     except CheckpointError as error:  # of which a module that is missing may be the reason
         try:
             program.refuse_missing()

@@ -32,7 +32,7 @@ from lorafx.errors import BatchError, CaptureError, ConfigError
 from lorafx.program.call import AT_REST, Batch, Call
 from lorafx.program.program import Program
 from lorafx.program.roles import RoleTable, new_tokens
-from lorafx.session.read_again import read_again
+from lorafx.session.reading import read_again
 from lorafx.session.requests import Names, Requests, served_by
 from lorafx.session.running import IDLE, BaseState, Locks, Running
 from lorafx.session.stand_ins import StandIns

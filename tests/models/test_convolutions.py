@@ -154,27 +154,27 @@ def test_a_merged_checkpoint(served: Served, tmp_path: Path) -> None:
         torch.testing.assert_close(saved[path], parameter)
 
 
+def write_base(served: Served, weights: dict[str, torch.Tensor]) -> None:
+    """Give these base weights to the models on which single rows run."""
+    for model in served.alone.values():
+        inner = model if model is served.base else model.get_base_model()
+        for name, value in weights.items():
+            path, _, attribute = name.rpartition(".")
+            module = inner.get_submodule(path)
+            getattr(getattr(module, "base_layer", module), attribute).copy_(value)
+
+
 def test_new_base_weights(served: Served) -> None:
     """The norms of DoRA follow them."""
     before = {key: value.clone() for key, value in served.base.state_dict().items()}
     after = {key: value * 1.5 for key, value in before.items() if value.is_floating_point()}
     try:
         served.cm.load_weights(after)
-        for model in served.alone.values():
-            inner = model if model is served.base else model.get_base_model()
-            for name, value in after.items():
-                path, _, attribute = name.rpartition(".")
-                module = inner.get_submodule(path)
-                getattr(getattr(module, "base_layer", module), attribute).copy_(value)
+        write_base(served, after)
         served.check(torch.randn(6, 4, 16), NAMES)
     finally:
         served.cm.load_weights(before)
-        for model in served.alone.values():
-            inner = model if model is served.base else model.get_base_model()
-            for name, value in before.items():
-                path, _, attribute = name.rpartition(".")
-                module = inner.get_submodule(path)
-                getattr(getattr(module, "base_layer", module), attribute).copy_(value)
+        write_base(served, before)
 
 
 #: Of the second convolution: what it has, and what `merge` says of it.
