@@ -2,38 +2,52 @@
 
 cm = lorafx.compile(model, lora_config)
 cm(input_ids, adapter_names=["sql", None, "chat"])
+
+The names below are imported when they are first used: `import lorafx` imports neither torch nor
+what compiling needs.
 """
 
-from lorafx.adapter_store.saved import AdapterSource
-from lorafx.api import attach, compile, explain
-from lorafx.config import After, LoraConfig, Options
-from lorafx.errors import (
-    BatchError,
-    CapacityError,
-    CaptureError,
-    CheckpointError,
-    ConfigError,
-    LorafxError,
-    LorafxWarning,
-    LoweringError,
-    MatchError,
-    ProvenanceError,
-    ReplacedModuleError,
-    TargetError,
-    UnknownAdapterError,
-    UnsupportedAdapterError,
-    VerifyError,
-)
-from lorafx.model.out_of_tree import register_oot, unregister_oot
-from lorafx.model.quantized import dequantize
-from lorafx.pipeline import pipeline
-from lorafx.registry import register, unregister
-from lorafx.serving.compiled import CompiledModel
-from lorafx.torch_compile.attached import adapters, detach, load_adapter, unload_adapter
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorafx import errors, layers
+    from lorafx.adapter_store.saved import AdapterSource
+    from lorafx.api import attach, compile, explain
+    from lorafx.config import After, LoraConfig, Options
+    from lorafx.errors import (
+        BaseWeightsError,
+        BatchError,
+        CapacityError,
+        CaptureError,
+        CheckpointError,
+        ConfigError,
+        LorafxError,
+        LorafxWarning,
+        LoweringError,
+        MatchError,
+        ProvenanceError,
+        ReplacedModuleError,
+        TargetError,
+        UnknownAdapterError,
+        UnsupportedAdapterError,
+        VerifyError,
+    )
+    from lorafx.model.out_of_tree import register_oot, unregister_oot
+    from lorafx.model.quantized import dequantize
+    from lorafx.pass_order import pipeline
+    from lorafx.registry import register, unregister
+    from lorafx.serving.compiled import CompiledModel
+    from lorafx.torch_compile.attached import adapters, detach, load_adapter, unload_adapter
+
+__version__ = "0.1.0"
 
 __all__ = [
     "AdapterSource",
     "After",
+    "BaseWeightsError",
     "BatchError",
     "CapacityError",
     "CaptureError",
@@ -52,12 +66,15 @@ __all__ = [
     "UnknownAdapterError",
     "UnsupportedAdapterError",
     "VerifyError",
+    "__version__",
     "adapters",
     "attach",
     "compile",
     "dequantize",
     "detach",
+    "errors",
     "explain",
+    "layers",
     "load_adapter",
     "pipeline",
     "register",
@@ -66,3 +83,32 @@ __all__ = [
     "unregister",
     "unregister_oot",
 ]
+
+#: Where the names come from that are no errors.
+_HOMES = {
+    "lorafx.adapter_store.saved": ("AdapterSource",),
+    "lorafx.api": ("attach", "compile", "explain"),
+    "lorafx.config": ("After", "LoraConfig", "Options"),
+    "lorafx.model.out_of_tree": ("register_oot", "unregister_oot"),
+    "lorafx.model.quantized": ("dequantize",),
+    "lorafx.pass_order": ("pipeline",),
+    "lorafx.registry": ("register", "unregister"),
+    "lorafx.serving.compiled": ("CompiledModel",),
+    "lorafx.torch_compile.attached": ("adapters", "detach", "load_adapter", "unload_adapter"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+_MODULES = ("errors", "layers")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"lorafx.{name}")
+    if name not in __all__:
+        raise AttributeError(f"module 'lorafx' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF.get(name, "lorafx.errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

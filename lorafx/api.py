@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lorafx.config import Options
-from lorafx.explain import Explanation, model_sections
+from lorafx.explanation import Explanation, model_sections
 from lorafx.passes.attach import allocate_groups
 from lorafx.prepare.configuration import request_of
 from lorafx.prepare.marking import build_sites, mark

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from lorafx.compat import can_save_graphs
 from lorafx.errors import ConfigError, nearest
 
 Lowering = Literal["auto", "inductor", "triton", "reference"]
@@ -222,11 +221,8 @@ class Options:
                     f"Options.{name} must be one of {', '.join(allowed)}, "
                     f"got {getattr(self, name)!r}"
                 )
-        if self.cache and not can_save_graphs():
-            raise ConfigError(
-                f"Options.cache needs torch 2.13 or later, and this is {torch.__version__}; "
-                "leave it out"
-            )
+        if self.cache:
+            _check_graphs_can_be_saved()
         allowed = tuple(dict.fromkeys(itertools.chain(*STRATEGIES.values())))
         if self.lowering != "auto":  # what that stands for depends on the device
             allowed = STRATEGIES[self.lowering]
@@ -236,3 +232,13 @@ class Options:
                     f"Options.plan[{path!r}] must be one of {', '.join(allowed)} for lowering "
                     f"{self.lowering!r}, got {strategy!r}"
                 )
+
+
+def _check_graphs_can_be_saved() -> None:
+    from lorafx.compat import can_save_graphs  # needs Dynamo, for which a configuration is too soon
+
+    if not can_save_graphs():
+        raise ConfigError(
+            f"Options.cache needs torch 2.13 or later, and this is {torch.__version__}; "
+            "leave it out"
+        )

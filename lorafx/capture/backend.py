@@ -43,8 +43,8 @@ from lorafx.capture.verify import NumericCheck
 from lorafx.compat import duck_shaped, ends_in_break, guarded_attributes, named_by_dynamo
 from lorafx.graph.context import Context
 from lorafx.kernels.triton.triton_build import source_of
+from lorafx.pass_order import CAPTURED
 from lorafx.passes.write_in_place import writes_in_place
-from lorafx.pipeline import CAPTURED
 from lorafx.program.frame import ONE_SLOT, SLOTS, Frame
 from lorafx.program.program import Program
 from lorafx.program.stack import called_directly

@@ -12,7 +12,7 @@ from lorafx.capture.failures import in_pass
 from lorafx.capture.graph_text import GraphText
 from lorafx.capture.verify import check_graph, output_values
 from lorafx.graph.context import Context
-from lorafx.pipeline import CAPTURED, GraphPass, PassReport, pipeline, run_passes
+from lorafx.pass_order import CAPTURED, GraphPass, PassReport, pipeline, run_passes
 
 
 def run_pipeline(

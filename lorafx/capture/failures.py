@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch._dynamo.exc import ObservedException, TorchDynamoException, TorchRuntimeError
 
 from lorafx.errors import CaptureError, LorafxError, LoweringError
-from lorafx.pipeline import GraphPass, way_around
+from lorafx.pass_order import GraphPass, way_around
 
 _NOTE = "_lorafx_failed_in"
 _KEEP_OUT = "use torch.compiler.disable on the functions that cannot be traced"

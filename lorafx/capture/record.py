@@ -10,7 +10,7 @@ from lorafx.capture.checks import Checks, RefusedSites
 from lorafx.capture.dump import GraphDump
 from lorafx.graph.context import Context, Outlined, Refusal, SiteState
 from lorafx.model.sites import Site
-from lorafx.pipeline import PassReport
+from lorafx.pass_order import PassReport
 
 
 @dataclass(eq=False)

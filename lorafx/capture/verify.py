@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 
 from lorafx.errors import VerifyError
 from lorafx.graph.context import Context
+from lorafx.pass_order import CAPTURED, GraphPass, way_around
 from lorafx.passes.outline.regions import bodies
-from lorafx.pipeline import CAPTURED, GraphPass, way_around
 from lorafx.program.frame import fake_value
 
 #: Relative tolerance by dtype, of the largest magnitude in a result: accumulation order differs

@@ -20,9 +20,9 @@ from lorafx.interrupts import Rollback
 from lorafx.model.attachment import Attachment
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site
+from lorafx.pass_order import pipeline, run_model_passes
 from lorafx.passes.alias import Alias
 from lorafx.passes.select import Select
-from lorafx.pipeline import pipeline, run_model_passes
 from lorafx.prepare.configuration import Request, request_of
 from lorafx.program.preparation import Preparation
 from lorafx.program.program import Program

@@ -16,7 +16,7 @@ from lorafx.adapter_store.store import AdapterStore
 from lorafx.base_weights.merge import merged_of
 from lorafx.capture.backend import Backend
 from lorafx.errors import CaptureError
-from lorafx.explain import Explanation
+from lorafx.explanation import Explanation
 from lorafx.interrupts import undisturbed
 from lorafx.model.attachment import Attachment
 from lorafx.model.sites import Site

@@ -25,7 +25,7 @@ from lorafx.adapter_store.peft_model import is_peft_model, peft_layers
 from lorafx.compat import capture_again, captured_locals
 from lorafx.config import Options
 from lorafx.errors import CaptureError, ConfigError, nearest
-from lorafx.pipeline import pipeline
+from lorafx.pass_order import pipeline
 from lorafx.program.stack import compiled_module, unwrapped
 from lorafx.torch_compile.attach_model import attach, refuse_options
 from lorafx.torch_compile.attached import AttachedSession, marked_session, session_of

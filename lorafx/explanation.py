@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lorafx.capture.record import GraphRecord, seen_sites
 from lorafx.config import LoraConfig
 from lorafx.model.sites import Group, Site
-from lorafx.pipeline import pipeline
+from lorafx.pass_order import pipeline
 
 if TYPE_CHECKING:
     from lorafx.session.session import Session
