@@ -24,9 +24,10 @@ def compile(
     model: nn.Module,
     lora_config: Any = None,
     *,
-    adapters: Mapping[str, Any] | None = None,
+    adapters: Mapping[str, Any] | Sequence[Any] | None = None,
     example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
     dynamic: bool | None = True,
+    mode: str | None = None,
     options: Options | Mapping[str, Any] | None = None,
 ) -> CompiledModel:
     """Compile `model` for inference with many LoRA adapters, each row of a batch with its own.
@@ -39,13 +40,16 @@ def compile(
             `peft.PeftModel` (which raises until `detach`) or from transformers' `load_adapter`.
             PEFT's wrappers are removed, and the adapter that was active becomes the default.
         lora_config: a `LoraConfig`, a `peft.LoraConfig` or its dict, an adapter, a mapping name ->
-            adapter (these adapters are loaded too), or None for the modules that `adapters` target,
-            or every linear where there are none. An adapter is a folder, a file, a name on the hub,
-            the bytes of a file, tensors by name, or an `AdapterSource` (docs/adapters.md).
-        adapters: name -> adapter, loaded before the first call.
+            adapter or a list of folders (these adapters are loaded too), or None for the modules
+            that `adapters` target, or every linear where there are none. An adapter is a folder, a
+            file, a name on the hub, the bytes of a file, tensors by name, or an `AdapterSource`
+            (docs/adapters.md).
+        adapters: name -> adapter, loaded before the first call; or a list of folders, files or
+            names on the hub, where an adapter's name is the last part of its path.
         example_inputs: keyword arguments (or positional ones) of a call. Graphs are captured with
             them at once; otherwise the first calls capture graphs.
         dynamic: as in `torch.compile`; True captures graphs for any batch size and length.
+        mode: as in `torch.compile`; the same as `Options.mode`.
         options: an `Options` or its dict.
 
     Returns:
@@ -61,6 +65,8 @@ def compile(
     """
     refuse_compiled(model)
     options = Options.of(options)
+    if mode is not None:
+        options = replace(options, mode=mode)
     if options.cache:
         folder_of(options.cache)  # it can be used
     marked = mark(model, lora_config, adapters, options)

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+from lorafx import __version__
 from lorafx.errors import LorafxError
 
 
@@ -155,6 +156,13 @@ def _age(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 2 * _DAY else f"{seconds / _DAY:.0f} days"
 
 
+def _root(version: Annotated[bool, "show the version and end"] = False) -> None:
+    """LoRA inference, fast and correct, for any PyTorch model."""
+    if version:
+        print(f"lorafx {__version__}")
+        raise SystemExit(0)
+
+
 def main() -> None:
     """Entry point of the command."""
     try:
@@ -162,6 +170,7 @@ def main() -> None:
     except ImportError:
         sys.exit("the lorafx command needs typer and rich: pip install 'lorafx[cli]'")
     app = typer.Typer(add_completion=False, no_args_is_help=True)
+    app.callback(invoke_without_command=True)(_root)
     app.command()(inspect)
     app.command()(explain)
     app.command()(serve)

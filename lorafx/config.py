@@ -24,6 +24,8 @@ STRATEGIES: Mapping[str, tuple[str, ...]] = {
     ),
     "reference": ("aten",),
 }
+#: Modes of torch.compile.
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 Verify = Literal["off", "lint", "numeric"]
 Overflow = Literal["refuse", "waves"]
 
@@ -176,6 +178,8 @@ class Options:
         overflow: what is done with a batch of more distinct adapters than there are slots: "refuse"
             raises CapacityError; with "waves" calls and `generate` run its rows in several batches
             and put the results back in their order (docs/adapter_store.md).
+        mode: a mode of torch.compile, which stands for settings of Inductor: "reduce-overhead",
+            "max-autotune", "max-autotune-no-cudagraphs"; None, or "default", for none.
     """
 
     lowering: Lowering = "auto"
@@ -190,6 +194,7 @@ class Options:
     stamps: bool = True
     cache: str | bool | None = None
     overflow: Overflow = "refuse"
+    mode: str | None = None
 
     @classmethod
     def of(cls, value: Options | Mapping[str, Any] | None) -> Options:
@@ -215,10 +220,11 @@ class Options:
             ("lowering", ("auto", *STRATEGIES)),
             ("verify", ("off", "lint", "numeric")),
             ("overflow", ("refuse", "waves")),
+            ("mode", (None, *MODES)),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(
-                    f"Options.{name} must be one of {', '.join(allowed)}, "
+                    f"Options.{name} must be one of {', '.join(map(str, allowed))}, "
                     f"got {getattr(self, name)!r}"
                 )
         if self.cache:

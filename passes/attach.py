@@ -162,7 +162,7 @@ def _refuse_marked(graph: ModuleGraph) -> None:
             if session is None or graph.has(session.program.model):
                 raise CaptureError(
                     f"{path or 'the model'} already carries a LoRA mark; detach the model "
-                    "before attaching again"
+                    "before attaching again: lorafx.detach(model)"
                 )
             other = type(session.program.model).__name__
             if session.program.graph.has(graph.root):

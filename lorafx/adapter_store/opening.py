@@ -63,7 +63,7 @@ def opened(asked: AdapterSource) -> Saved:
     if not isinstance(source, str | os.PathLike):
         raise CheckpointError(
             "an adapter is read from a folder, a file, a name on the hub, bytes or a mapping of "
-            f"tensors, not from {source!r:.120}"
+            f"tensors, not from a {type(source).__name__}"
         )
     path = Path(source)
     if isinstance(source, str) and is_repository(source):
@@ -147,7 +147,8 @@ def _in_memory(asked: AdapterSource, tensors: Mapping[str, Any]) -> Saved:
     for key, tensor in tensors.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(
-                f"an adapter in memory maps names to tensors; it has {key!r:.80}: {tensor!r:.80}"
+                f"an adapter in memory maps names to tensors; it has {key!r:.80}: "
+                f"of class {type(tensor).__name__}"
             )
     return _saved(asked, {key: t.detach() for key, t in tensors.items()}, {}, where, None)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from lorafx.capture import head_start
-from lorafx.compat import results_kept
+from lorafx.compat import mode_settings, results_kept
 from lorafx.config import Options
 from lorafx.errors import LorafxWarning, LoweringError
 from lorafx.kernels.cpu.compiler import find_compiler
@@ -173,4 +173,4 @@ def lowering_for(options: Options, patches: Mapping[str, Any] | None = None) -> 
     """The lowering that `Options.lowering` names; `patches` are settings of Inductor."""
     if options.lowering == "reference":
         return ReferenceLowering()
-    return InductorLowering(patches or {})
+    return InductorLowering({**mode_settings(options.mode), **(patches or {})})

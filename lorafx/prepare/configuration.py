@@ -6,8 +6,9 @@ LoraConfig | PEFT's configuration | adapter folders, adapters → LoraConfig, na
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,6 +51,8 @@ def request_of(lora_config: Any, adapters: Mapping[str, Any], model: nn.Module) 
         ConfigError: `lora_config` has no form that is known.
         CheckpointError, UnsupportedAdapterError: an adapter cannot be read.
     """
+    if isinstance(lora_config, (list, tuple)):
+        lora_config = by_name(lora_config)
     if isinstance(lora_config, _SOURCES) or _holds_tensors(lora_config):
         lora_config = {"default": lora_config}
     if isinstance(lora_config, Mapping) and _is_adapter_mapping(lora_config):
@@ -69,6 +72,35 @@ def request_of(lora_config: Any, adapters: Mapping[str, Any], model: nn.Module) 
     room: dict[str, Any] = {"modules_to_save": tuple(saved), "trainable_tokens": tokens}
     config = replace(config, use_dora=dora, lora_bias=biases, **room)
     return Request(config, states, {name: one for name, one in origins.items() if one is not None})
+
+
+def by_name(adapters: Mapping[str, Any] | Sequence[Any] | None) -> dict[str, Any]:
+    """`adapters` of `lorafx.compile` by name: those of a list are named by the last part of each
+    path, or of a name on the hub.
+
+    Raises:
+        ConfigError: two are called the same, or one has no path.
+    """
+    if adapters is None or isinstance(adapters, Mapping):
+        return dict(adapters or {})
+    if not isinstance(adapters, (list, tuple)):
+        raise ConfigError(
+            "adapters are given as name -> adapter, or as a list of folders; got a "
+            f"{type(adapters).__name__}"
+        )
+    found: dict[str, Any] = {}
+    for adapter in adapters:
+        path = adapter.source if isinstance(adapter, AdapterSource) else adapter
+        if not isinstance(path, (str, os.PathLike)):
+            raise ConfigError(
+                f"a list of adapters holds folders, files or names on the hub, and this one a "
+                f"{type(path).__name__}; give name -> adapter"
+            )
+        name = Path(path).stem if Path(path).is_file() else Path(path).name
+        if name in found:
+            raise ConfigError(f"two adapters of the list are called {name!r}; give name -> adapter")
+        found[name] = adapter
+    return found
 
 
 def covering(

@@ -4,7 +4,7 @@ restored."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from lorafx.model.sites import Site
 from lorafx.pass_order import pipeline, run_model_passes
 from lorafx.passes.alias import Alias
 from lorafx.passes.select import Select
-from lorafx.prepare.configuration import Request, request_of
+from lorafx.prepare.configuration import Request, by_name, request_of
 from lorafx.program.preparation import Preparation
 from lorafx.program.program import Program
 
@@ -43,13 +43,16 @@ class Marked:
 
 
 def mark(
-    model: nn.Module, lora_config: Any, adapters: Mapping[str, Any] | None, options: Any
+    model: nn.Module,
+    lora_config: Any,
+    adapters: Mapping[str, Any] | Sequence[Any] | None,
+    options: Any,
 ) -> Marked:
     """Mark `model`; the arguments are those of `lorafx.compile`, and so are the errors, after which
     the model is as it was."""
     settings = Options.of(options)
     pipeline(settings)  # its names are right
-    sources: dict[str, Any] = dict(adapters or {})
+    sources = by_name(adapters)
     taken, rollback = None, Rollback()
     try:
         if is_peft_model(model) or peft_layers(model):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from lorafx.adapter_store.names import BASE, AdapterName, members, one_name
 from lorafx.adapter_store.saved import Source
 from lorafx.errors import BatchError, ConfigError
 from lorafx.interrupts import undisturbed
-from lorafx.session.loading import load_adapter
+from lorafx.session.loading import asked_name, load_adapter
 
 if TYPE_CHECKING:
     from lorafx.session.session import Session
@@ -20,9 +20,9 @@ class AdapterMethods:
 
     _session: Session
 
-    def set_adapter(self, name: AdapterName) -> None:
+    def set_adapter(self, name: AdapterName | Sequence[str]) -> None:
         """Set the adapter of calls that name none; None is the base model, a mapping a sum as in
-        `forward`.
+        `forward`, a list the sum of these adapters, as in PEFT.
 
         Raises:
             UnknownAdapterError: it is not loaded.
@@ -31,6 +31,8 @@ class AdapterMethods:
             BatchError: called from the source that `load_weights` reads, or inside a call.
         """
         self._session.refuse_running("set_adapter()")
+        if isinstance(name, (list, tuple)):
+            name = dict.fromkeys(name, 1.0)
         name = one_name(name, "the default")
         kept = self._session.fetched([name])  # noqa: F841 - before the lock is taken
         with self._session.lock:  # an update takes a merge out and puts it back
@@ -44,7 +46,14 @@ class AdapterMethods:
                 )
             self._session.default = name
 
-    def load_adapter(self, source: Source, name: str, *, strict: bool | None = None) -> None:
+    def load_adapter(
+        self,
+        source: Source,
+        name: str | None = None,
+        *,
+        adapter_name: str | None = None,
+        strict: bool | None = None,
+    ) -> None:
         """Read an adapter and keep it in host memory; a batch that names it gives it a slot.
 
         An adapter of the same name is replaced. Calls go on while the files are read; requests of
@@ -54,17 +63,21 @@ class AdapterMethods:
             source: a folder, a file, a name on the Hugging Face hub, the bytes of a file, tensors
                 by name, or an `AdapterSource`, which also says what the files do not: a
                 configuration, the dialect, modules that moved (docs/adapters.md).
+            name: what calls name it by, which `adapter_name`, PEFT's keyword, says too. Without
+                either it is "default", as in PEFT, which replaces no adapter. It does not become
+                the default of `set_adapter`.
             strict: whether the file must have factors for every selected module that the adapter's
                 own configuration targets. Otherwise such a module keeps W, with one warning. None
                 means `Options.strict`.
 
         Raises:
             CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
-            ConfigError: the adapter of this name is merged, or any adapter is merged and this one
-                is DoRA, whose norms come from the base's own weights.
+            ConfigError: no name, where one is needed; the adapter of this name is merged, or any
+                adapter is merged and this one is DoRA, whose norms come from the base's weights.
             BatchError: the call that is running on this thread serves the adapter of this name.
         """
-        load_adapter(self._session, source, name, strict)
+        named = asked_name(self._session, name, adapter_name)
+        load_adapter(self._session, source, named, strict)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter and free its slot. If it was the default, or part of a sum that was,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from lorafx.adapter_store.names import AdapterName
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.base_weights.merge import merged_of
 from lorafx.capture.backend import Backend
+from lorafx.compat import untraced
 from lorafx.errors import CaptureError
 from lorafx.explanation import Explanation
 from lorafx.interrupts import undisturbed
@@ -27,6 +29,7 @@ from lorafx.serving.batching_methods import BatchingMethods
 from lorafx.serving.delegated import delegated
 from lorafx.serving.entry import Entry, entered
 from lorafx.serving.generation import generate, nested_generates
+from lorafx.serving.habits import ELSEWHERE, Habits
 from lorafx.serving.warmup import warm_up
 from lorafx.serving.waves import call_in_waves, generate_in_waves
 from lorafx.session.requests import Names, by_slots, checked_names
@@ -36,7 +39,7 @@ from lorafx.session.sharing import join, leave
 from lorafx.session.stand_ins import Replaced
 
 
-class CompiledModel(AdapterMethods, BaseMethods, BatchingMethods, nn.Module):
+class CompiledModel(Habits, AdapterMethods, BaseMethods, BatchingMethods, nn.Module):
     """A model that serves its base and many LoRA adapters in one batch.
 
     `model` is the model that was given, with the same classes, names, `state_dict()` and
@@ -45,8 +48,12 @@ class CompiledModel(AdapterMethods, BaseMethods, BatchingMethods, nn.Module):
     does: they are compiled where an adapter is wanted, and run as they are where none is. Parts of
     the model (`cm.lm_head`, `cm.get_encoder()`) and `model` itself run as the base when they are
     called directly, and raise where the default adapter changes them. This object is for inference
-    only: gradients are off. Calls from several threads wait for one another.
+    only: gradients are off. Calls from several threads wait for one another. Its class is a
+    subclass with the name of the model's class, by which transformers' pipelines choose.
     """
+
+    def __new__(cls, program: Program, *_: Any) -> CompiledModel:
+        return super().__new__(_class_of(type(program.model)) if cls is CompiledModel else cls)
 
     def __init__(
         self, program: Program, attachment: Attachment, store: AdapterStore, dynamic: bool | None
@@ -64,7 +71,12 @@ class CompiledModel(AdapterMethods, BaseMethods, BatchingMethods, nn.Module):
         program.runtime.resting = Resting(self._session)
         # Not train(), which has no end where a child holds its parent.
         self.training = program.model.training
+        _COMPILED.add(self)
 
+    def _get_name(self) -> str:
+        return CompiledModel.__name__
+
+    @untraced
     def forward(
         self,
         *args: Any,
@@ -112,6 +124,7 @@ class CompiledModel(AdapterMethods, BaseMethods, BatchingMethods, nn.Module):
 
         return call_in_waves(self, call, args, kwargs, names, tokens)
 
+    @untraced
     def generate(
         self, *args: Any, adapter_names: Sequence[AdapterName] | None = None, **kwargs: Any
     ) -> Any:
@@ -296,6 +309,10 @@ class CompiledModel(AdapterMethods, BaseMethods, BatchingMethods, nn.Module):
         except AttributeError:
             if name == "model":
                 raise
+            if name in ELSEWHERE and not hasattr(self.model, name):
+                raise AttributeError(
+                    f"a compiled model has no {name!r}; use {ELSEWHERE[name]}"
+                ) from None
             return delegated(self, name, getattr(self.model, name))
 
     def _check_attached(self) -> None:
@@ -303,9 +320,38 @@ class CompiledModel(AdapterMethods, BaseMethods, BatchingMethods, nn.Module):
             raise CaptureError("this model was detached; call lorafx.compile again")
 
 
+#: Those that are in use, and some that were detached.
+_COMPILED: weakref.WeakSet[CompiledModel] = weakref.WeakSet()
+
+
+#: Classes of models -> those of their compiled models.
+_CLASSES: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
+
+
+def _class_of(model: type[nn.Module]) -> type[CompiledModel]:
+    if model not in _CLASSES:
+        own = {"__doc__": CompiledModel.__doc__}
+        _CLASSES[model] = type(model.__name__, (CompiledModel,), own)
+    return _CLASSES[model]
+
+
+def compiled_of(model: object) -> CompiledModel | None:
+    """What serves `model`, the one that was given to `lorafx.compile` or what that returned."""
+    if isinstance(model, CompiledModel):
+        return model
+    each = (found for found in list(_COMPILED) if found.model is model)
+    return next((found for found in each if found._attachment.rollback), None)
+
+
 def refuse_compiled(model: object) -> None:
-    """Raise CaptureError where `model` is what `lorafx.compile` returned."""
+    """Raise CaptureError where `model` is served by what `lorafx.compile` returned, or is that."""
     if isinstance(model, CompiledModel):
         raise CaptureError(
             "lorafx already compiled this model; use the compiled model, or detach() it first"
+        )
+    if compiled_of(model) is not None:
+        raise CaptureError(
+            f"lorafx already compiled this {type(model).__name__}; use the compiled model, whose "
+            "load_adapter() takes more adapters. To compile it anew, as a notebook's cell does "
+            "that runs twice, call lorafx.detach(model) first"
         )

@@ -24,10 +24,8 @@ REFUSED: Mapping[str, str] = {
     "continuous_batching_context_manager": _BATCHING,
     "get_compiled_call": "compiles the model without its adapters; call the compiled model",
     "add_adapter": f"{_INJECTED} load_adapter(folder, name)",
-    "delete_adapter": f"{_INJECTED} unload_adapter(name)",
-    "disable_adapters": f"{_INJECTED} set_adapter(None)",
+    "disable_adapters": f"{_INJECTED} set_adapter(None), or disable_adapter() for a block",
     "enable_adapters": f"{_INJECTED} set_adapter(name)",
-    "active_adapters": f"{_INJECTED} adapters, or explain()",
     "get_adapter_state_dict": f"{_INJECTED} the folder that the adapter was loaded from",
     "enable_peft_hotswap": f"{_INJECTED} load_adapter, which swaps adapters without compiling",
 }

@@ -10,6 +10,26 @@ from lorafx.errors import CheckpointError, ConfigError, ReplacedModuleError
 from lorafx.session.reading import read_for
 from lorafx.session.session import Session
 
+#: The name of an adapter that is given without one, as in PEFT.
+_UNNAMED = "default"
+
+
+def asked_name(session: Session, name: str | None, adapter_name: str | None) -> str:
+    """The name to load an adapter under; `adapter_name` is PEFT's keyword for it.
+
+    Raises:
+        ConfigError: the two differ; or neither is given, and there is a "default" already.
+    """
+    if name is not None and adapter_name is not None and name != adapter_name:
+        raise ConfigError(f"name={name!r} and adapter_name={adapter_name!r} differ; give one")
+    given = adapter_name if name is None else name
+    if given is None and _UNNAMED in session.store:
+        raise ConfigError(
+            f"an adapter named {_UNNAMED!r} is loaded already, which this one would replace; "
+            "give a name: load_adapter(source, name)"
+        )
+    return _UNNAMED if given is None else given
+
 
 def load_adapter(session: Session, source: Any, name: str, strict: bool | None = None) -> None:
     """Read an adapter and keep it in host memory, in place of one of the same name.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -20,7 +20,7 @@ def attach(
     model: nn.Module,
     lora_config: Any = None,
     *,
-    adapters: Mapping[str, Any] | None = None,
+    adapters: Mapping[str, Any] | Sequence[Any] | None = None,
     options: Options | Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Mark `model` for LoRA and return it, for people who call torch.compile themselves.

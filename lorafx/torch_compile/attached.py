@@ -35,6 +35,8 @@ from lorafx.model.packing import check_packed
 from lorafx.program.program import Program
 from lorafx.program.roles import RoleTable
 from lorafx.program.stack import RunningCall, generating, outermost_call, unwrapped
+from lorafx.serving.compiled import compiled_of
+from lorafx.session.loading import asked_name
 from lorafx.session.loading import load_adapter as load_into
 from lorafx.session.requests import Requests, checked_names
 from lorafx.session.session import Session, sessions
@@ -250,6 +252,12 @@ def marked_session(model: nn.Module) -> AttachedSession:
     if session is not None:
         return session
     name = type(model).__name__
+    if compiled_of(unwrapped(model)) is not None:
+        raise ConfigError(
+            f"lorafx.compile serves this {name}, and this is for models that lorafx.attach marked; "
+            "use the compiled model itself: calls take adapter_names=[...], set_adapter(name) "
+            "chooses for calls that name none, and load_adapter(folder, name) is a method"
+        )
     marks = _marks(model)
     if any(isinstance(mark.runtime.session, AttachedSession) for mark in marks):
         raise ConfigError(
@@ -267,7 +275,8 @@ def marked_session(model: nn.Module) -> AttachedSession:
 def _session_if_marked(model: nn.Module) -> AttachedSession | None:
     """The session of a model that is marked. Raises as `marked_session`."""
     session = session_of(model)
-    return marked_session(model) if session is None and _marks(model) else session
+    known = session is None and (_marks(model) or compiled_of(model) is not None)
+    return marked_session(model) if known else session
 
 
 def _block(
@@ -326,14 +335,22 @@ def adapters(
         raise
 
 
-def load_adapter(model: nn.Module, source: Any, name: str, *, strict: bool | None = None) -> None:
+def load_adapter(
+    model: nn.Module,
+    source: Any,
+    name: str | None = None,
+    *,
+    adapter_name: str | None = None,
+    strict: bool | None = None,
+) -> None:
     """As `CompiledModel.load_adapter`, for a marked model.
 
     Raises:
         ConfigError: the model is not marked.
         CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
     """
-    load_into(marked_session(model), source, name, strict)
+    session = marked_session(model)
+    load_into(session, source, asked_name(session, name, adapter_name), strict)
 
 
 def unload_adapter(model: nn.Module, name: str) -> None:
@@ -352,14 +369,18 @@ def unload_adapter(model: nn.Module, name: str) -> None:
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Take LoRA off a marked model and return the model.
+    """Take LoRA off a marked model, or one that `lorafx.compile` serves, and return the model.
 
     This also works for copies and pickles of a marked model, which have no session. A
     `peft.PeftModel` that was attached gets its wrappers back.
 
     Raises:
         CaptureError: called inside a block of `adapters`.
+        BatchError: called inside a call of the compiled model.
     """
+    compiled = compiled_of(unwrapped(model))
+    if compiled is not None:
+        return compiled.detach()
     session = session_of(model)
     if session is not None:
         with session.lock:

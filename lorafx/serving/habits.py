@@ -1,0 +1,126 @@
+"""Names that users of PEFT, transformers and torch.compile expect of a compiled model.
+
+Each is served, or refused with the way out: no such habit reaches the raw model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from lorafx.adapter_store.listing import AdapterInfo, info
+from lorafx.adapter_store.names import members
+from lorafx.errors import CaptureError
+
+if TYPE_CHECKING:
+    from lorafx.session.session import Session
+
+#: Names of PEFT, diffusers and vLLM that a compiled model lacks -> what to use.
+ELSEWHERE: Mapping[str, str] = {
+    "add_lora": "load_adapter(folder, name)",
+    "add_weighted_adapter": 'weights by name in calls: adapter_names=[{"sql": 0.7, "chat": 0.3}]',
+    "disable_adapter_layers": "disable_adapter(), a block, or set_adapter(None)",
+    "enable_adapter_layers": "set_adapter(name)",
+    "get_base_model": "model, or detach(), which returns it without marks",
+    "get_list_adapters": "list_adapters()",
+    "hotswap_adapter": "load_adapter(folder, name), which replaces an adapter of that name",
+    "list_loras": "list_adapters()",
+    "load_lora_adapter": "load_adapter(folder, name)",
+    "load_lora_weights": "load_adapter(folder, name)",
+    "merge_adapter": "merge(name)",
+    "merge_and_unload": "merge(name), or export_merged(name, folder) to save the merged model",
+    "peft_config": "get_adapter(name)",
+    "remove_lora": "unload_adapter(name)",
+    "set_adapters": "set_adapter(name), or set_adapter({name: weight, ...}) for a sum",
+    "unload": "detach()",
+    "unmerge_adapter": "unmerge()",
+}
+
+
+class ActiveAdapters(tuple[str, ...]):
+    """Names of adapters. PEFT reads `active_adapters`, transformers calls it; both get them."""
+
+    def __call__(self) -> ActiveAdapters:
+        return self
+
+
+class Habits:
+    """The part of `CompiledModel` that has the names of other libraries."""
+
+    _session: Session
+    set_adapter: Callable[[Any], None]
+    unload_adapter: Callable[[str], None]
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The default of `set_adapter`: the adapter of calls that name none; None is the base. A
+        sum reads "0.7·sql + 0.3·style"."""
+        return self._session.default
+
+    @property
+    def active_adapters(self) -> ActiveAdapters:
+        """The adapters of `active_adapter`: none, one, or those of a sum. It may be called too."""
+        default = self._session.default
+        return ActiveAdapters(() if default is None else members(default))
+
+    def list_adapters(self) -> list[str]:
+        """Names of the loaded adapters, in order of loading."""
+        return list(self._session.store.names)
+
+    def get_adapter(self, name: str) -> AdapterInfo:
+        """What is known of a loaded adapter: source, rank, sites, version, slot, memory.
+
+        Raises:
+            UnknownAdapterError: it is not loaded.
+        """
+        return info(self._session.store, name)
+
+    def delete_adapter(self, name: str) -> None:
+        """As `unload_adapter`, under PEFT's name."""
+        self.unload_adapter(name)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside, calls that name no adapter are the base's; then the default is put back.
+
+        It is `set_adapter(None)` for the length of a block, in all threads. Calls that name
+        adapters get them. A default that was unloaded inside is not put back.
+
+        Raises:
+            ConfigError: an adapter is merged.
+            BatchError: as `set_adapter`.
+        """
+        before = self._session.default
+        self.set_adapter(None)
+        try:
+            yield
+        finally:
+            if before is not None and before in self._session.store:
+                self.set_adapter(before)
+
+    def compile(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused: this model is compiled already.
+
+        Raises:
+            CaptureError: always.
+        """
+        raise CaptureError(
+            "lorafx.compile has compiled this model; call it as it is. Settings of the compiler "
+            "are given there: lorafx.compile(model, adapters, mode=..., options={...}). To call "
+            "torch.compile yourself, detach() the model, lorafx.attach(model, adapters), and name "
+            'the backend: torch.compile(model, backend="lorafx")'
+        )
+
+    def __reduce_ex__(self, _: Any) -> NoReturn:
+        """Copies and pickles. A copy of the graphs would serve the weights of the original.
+
+        Raises:
+            CaptureError: always.
+        """
+        raise CaptureError(
+            "a compiled model cannot be copied or pickled: its graphs and locks belong to this "
+            "process and to these weights. Copy or save the model that was given to "
+            "lorafx.compile, before it is compiled or after detach(); "
+            "lorafx.detach(copy.deepcopy(compiled.model)) is a plain copy of it"
+        )
