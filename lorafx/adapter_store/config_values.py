@@ -139,6 +139,15 @@ class Values:
             found[ending] = tuple(ids)
         return found
 
+    def _token_ids(self, name: str) -> tuple[int, ...]:
+        value = self._given(name, ())
+        if isinstance(value, list | tuple) and all(
+            _is_count(i) and i <= _LARGEST_TOKEN for i in value
+        ):
+            return tuple(value)
+        self.malformed.append(f"{name} must be a list of token ids, it is {short(value)}")
+        return ()
+
     def _parameters(self) -> tuple[str, ...]:
         value = self._given("target_parameters", ())
         if isinstance(value, list | tuple | set) and all(isinstance(v, str) for v in value):

@@ -111,6 +111,7 @@ def fitted(
         owned,
         adapter.notes,
         shifted,
+        adapter.invocation,
         None if adapter.compared else origin,
     )
 

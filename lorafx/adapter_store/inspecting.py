@@ -124,6 +124,8 @@ def _row(state: AdapterState, path: str, shapes: dict[str, tuple[int, ...]]) -> 
 
 def _features(state: AdapterState) -> Iterator[str]:
     config = state.config
+    if config.invocation:
+        yield f"aLoRA: active from the tokens {list(config.invocation)} on"
     if config.use_dora:
         yield "DoRA: outputs are rescaled (use_dora)"
     if config.block_diagonal is not None:

@@ -40,7 +40,7 @@ def mixed(
 
     Raises:
         ConfigError: what one of them does is not linear in its weight: DoRA, weights or biases of
-            its own; or a scale is beyond float32.
+            its own; one is an aLoRA adapter; or a scale is beyond float32.
         CapacityError: the sum of the ranks is over what a bank holds.
     """
     summed = [(adapters[own], weight) for own, weight in name.weights if weight]
@@ -80,6 +80,12 @@ def _terms(g: int, summed: Sequence[tuple[HostCopy, float]]) -> dict[int, list[_
 
 def _refuse(name: Mixture, adapters: Sequence[StoredAdapter]) -> None:
     for adapter in adapters:
+        if adapter.invocation:
+            raise ConfigError(
+                f"{name!r}: {adapter.name!r} is an aLoRA adapter, which serves only the tokens "
+                "from its invocation on, so it can be part of no sum and has no other scale; name "
+                f"it alone, {adapter.name!r}"
+            )
         if adapter.rescaled:
             raise ConfigError(
                 f"{name!r}: {adapter.name!r} is a DoRA adapter, whose magnitudes are not linear in "

@@ -72,16 +72,13 @@ _READ = frozenset(
         "modules_to_save",
         "trainable_token_indices",
         "ensure_weight_tying",
+        "alora_invocation_tokens",
         "peft_version",
     }
 )
 
 # Fields whose every set value changes the arithmetic, with the way out.
 _REFUSED: Mapping[str, str] = {
-    "alora_invocation_tokens": (
-        "aLoRA is active only from its invocation tokens on; load it without this field "
-        "and choose an adapter per token with `adapter_slots=`"
-    ),
     "use_qalora": f"QALoRA pools the inputs of lora_A; {_MERGE}",
     "layer_replication": (
         "the adapter belongs to a model with repeated layers; build that model, save it, and "
@@ -94,6 +91,15 @@ _REFUSED: Mapping[str, str] = {
 }
 # Configuration objects count as asked for even when empty: PEFT would build one with defaults.
 _OBJECTS = frozenset({"arrow_config", "kasa_config", "monteclora_config"})
+
+# What PEFT has no aLoRA with, or applies to all tokens of an aLoRA adapter.
+_NOT_WITH_ALORA = (
+    "use_dora",
+    "use_bdlora",
+    "target_parameters",
+    "modules_to_save",
+    "trainable_token_indices",
+)
 
 # Initialisations that leave the base weight alone, so that s·BA is the whole difference.
 _PLAIN_INITS = frozenset({"gaussian", "orthogonal", "eva", "mica"})
@@ -120,6 +126,8 @@ class PeftConfig:
         trainable_token_indices: the tokens that were trained, by the ending of an embedding's name;
             "" stands for the one that the file has.
         fan_in_fan_out: the base weight is stored (in, out); the delta is the same.
+        invocation: of an aLoRA adapter, the token ids from whose last occurrence on it is active
+            in a sequence (`alora_invocation_tokens`); empty for others.
         block_diagonal: which factors are saved as blocks (`use_bdlora`).
         base_model: `base_model_name_or_path`, for messages.
         peft_version: the release that wrote it, (0, 19) say; None where it does not tell.
@@ -142,6 +150,7 @@ class PeftConfig:
     ensure_weight_tying: bool = False
     trainable_token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     fan_in_fan_out: bool = False
+    invocation: tuple[int, ...] = ()
     block_diagonal: BlockDiagonal | None = None
     base_model: str | None = None
     peft_version: tuple[int, ...] | None = None
@@ -306,6 +315,7 @@ class _Fields(Values):
             ensure_weight_tying=self._flag("ensure_weight_tying"),
             trainable_token_indices=self._tokens("trainable_token_indices"),
             fan_in_fan_out=self._flag("fan_in_fan_out"),
+            invocation=self._token_ids("alora_invocation_tokens"),
             block_diagonal=self._block_diagonal(),
             base_model=self._text("base_model_name_or_path"),
             peft_version=_version(self.values.get("peft_version")),
@@ -346,6 +356,15 @@ class _Fields(Values):
             off = value is None or value is False if name in _OBJECTS else is_off(value)
             if not off:
                 yield f"{name} = {short(value)}: {way_out}"
+        if not is_off(self.values.get("alora_invocation_tokens")):
+            others = [name for name in _NOT_WITH_ALORA if not is_off(self.values.get(name))]
+            if self.values.get("bias", "none") not in ("none", None):
+                others.append("bias")
+            for name in others:
+                yield (
+                    f"{name} = {short(self.values[name])} with alora_invocation_tokens: PEFT "
+                    "trains no such aLoRA adapter, or applies this to all tokens; train it without"
+                )
         for name in sorted(set(self.values) - _READ - _NO_ARITHMETIC - set(_REFUSED)):
             if not is_off(self.values[name]):
                 yield (

@@ -50,6 +50,7 @@ class Adapter:
         notes: what was decided while it was read, a line each.
         replaces_biases: it was trained with biases in the place of the base's, of which those are
             kept that differ from the model's.
+        invocation: the tokens from which on it is active (aLoRA); empty where it always is.
         compared: its file holds copies of base weights, which were compared with the model's.
     """
 
@@ -62,6 +63,7 @@ class Adapter:
     notes: tuple[str, ...] = ()
     replaces_biases: bool = False
     compared: bool = False
+    invocation: tuple[int, ...] = ()
 
     @property
     def magnitudes(self) -> tuple[str, ...]:
@@ -154,7 +156,7 @@ def read_adapter(
         )
     own, notes = reading.own.found, state.notes
     about_base = state.config.bias != "none", findings.compared
-    rest = reading.spans, own, notes, *about_base
+    rest = reading.spans, own, notes, *about_base, state.config.invocation
     return Adapter(name, weights, findings.largest, state.where, *rest)
 
 

@@ -37,6 +37,7 @@ class StoredAdapter:
         spans: as in `Adapter`.
         owned: those of the sites of whose weight it has rows of its own.
         shifted: those of the sites to whose outputs it adds a bias.
+        invocation: as in `Adapter`.
         origin: where it can be read again; None where it cannot, or where the base weights as they
             are then would decide what its file means.
         version: another number for each adapter that was loaded in this process, from 1 on.
@@ -53,6 +54,7 @@ class StoredAdapter:
     owned: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     shifted: tuple[str, ...] = ()
+    invocation: tuple[int, ...] = ()
     origin: Origin | None = None
     version: int = field(default_factory=next_version)
     dropped: ReferenceType[HostCopy] | None = None

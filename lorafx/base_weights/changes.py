@@ -139,8 +139,14 @@ def changes_of(
 
     Raises:
         UnknownAdapterError: it is not loaded.
-        MatchError: some weight cannot take its ΔW; names all of them.
+        MatchError: some weight cannot take its ΔW; names all of them. Or it is an aLoRA adapter.
     """
+    if store[name].invocation:
+        raise MatchError(
+            f"adapter {name!r} cannot be merged: it is an aLoRA adapter, which leaves the tokens "
+            "before its invocation to the base, so no weight is W + ΔW for all of them. Serve it "
+            "without merging"
+        )
     order = {id(site): number for number, site in enumerate(program.sites)}
     deltas = deltas_of(program.groups, store.numbers(name))
     deltas.sort(key=lambda delta: order[id(delta.site)])

@@ -23,6 +23,7 @@ from lorafx.interrupts import undisturbed
 from lorafx.model.attachment import Attachment
 from lorafx.model.sites import Site
 from lorafx.program.program import Program
+from lorafx.serving.activation import forward_of
 from lorafx.serving.adapter_methods import AdapterMethods
 from lorafx.serving.base_methods import BaseMethods
 from lorafx.serving.batching_methods import BatchingMethods
@@ -89,17 +90,22 @@ class CompiledModel(Habits, AdapterMethods, BaseMethods, BatchingMethods, nn.Mod
         Args:
             adapter_names: one name per request, in the order of the batch; None or "__base__" is
                 the base model, and {"sql": 0.7, "style": 0.3} a sum of adapters, or one at another
-                scale. Without it every row uses the default of `set_adapter`.
+                scale. An aLoRA adapter serves the tokens of its row from the last occurrence of
+                its invocation tokens in `input_ids` on. Without `adapter_names` every row uses the
+                default of `set_adapter`.
             adapter_slots: integers (B, T), the adapter of each token as an index into
                 `adapter_names`, or without it into `adapters`; -1 is the base model. It serves
                 packed sequences, and adapters that begin at a token; with a cache, T are the new
-                tokens. Shape (B,) gives one per request.
+                tokens. Of an aLoRA adapter it says itself where it is active. Shape (B,) gives
+                one per request, as names do.
             *args, **kwargs: of the model's own forward.
 
         Raises:
             ConfigError: `adapter_names` is not a list of names; or a sum has a weight that is no
                 finite number, or an adapter that is not linear in it (DoRA, weights of its own).
-            BatchError: `adapter_names` or `adapter_slots` does not fit the batch.
+            BatchError: `adapter_names` or `adapter_slots` does not fit the batch; or an aLoRA
+                adapter has no `input_ids` to be looked for in, or a cache whose tokens are not
+                known.
             UnknownAdapterError: a name that is not loaded.
             CapacityError: more distinct adapters than slots, unless `Options.overflow` is "waves";
                 or a sum of ranks over `max_rank`.
@@ -111,16 +117,16 @@ class CompiledModel(Habits, AdapterMethods, BaseMethods, BatchingMethods, nn.Mod
         tokens = None
         if adapter_slots is not None:
             names, tokens = by_slots(adapter_slots, self.adapters if names is None else names)
+        by_token = adapter_slots is not None and adapter_slots.dim() == 2
 
         def call(
             args: Sequence[Any], kwargs: Mapping[str, Any], names: Names | None, tokens: Any
         ) -> Any:
             def run() -> Any:
                 self._check_attached()  # it may have been detached while the call waited
-                per_token = self._session.asked.tokens is not None
-                return self.entry(self.model, per_token=per_token)(*args, **kwargs)
+                return forward_of(self)(*args, **kwargs)
 
-            return self._session.call(run, names, tokens=tokens)
+            return self._session.call(run, names, tokens=tokens, activated=by_token)
 
         return call_in_waves(self, call, args, kwargs, names, tokens)
 

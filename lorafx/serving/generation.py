@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from lorafx.errors import LorafxError
+from lorafx.serving.activation import generating_forward_of
 from lorafx.serving.added_tokens import without_added_tokens
 from lorafx.serving.refused import PAGED, refuse
 from lorafx.session.stand_ins import Replaced
@@ -61,9 +62,9 @@ def _generate(
     if model is compiled.model:
         args, kwargs = without_added_tokens(compiled._session, args, kwargs)
     # Entries first: each reads the module's own forward when it is made.
-    forwards: list[Replaced] = [
-        (module, "forward", compiled.entry(module)) for module in (model, *_encoders(model))
-    ]
+    forward = generating_forward_of(compiled, model, run, args, kwargs)
+    encoders = [(part, "forward", compiled.entry(part)) for part in _encoders(model)]
+    forwards: list[Replaced] = [(model, "forward", forward), *encoders]
     attributes = [*forwards, *_modalities(compiled, model)]
     return compiled._session.stand_ins.replacing(attributes, run, *args, **kwargs)
 

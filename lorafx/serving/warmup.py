@@ -3,6 +3,9 @@
     calls = {forward, generate} × batch sizes × lengths × {no adapter, one adapter, a mix}
     graphs = {batch 1, more} × {one token, more} × {cache form} × {no adapter, adapters}
 
+Where an aLoRA adapter is loaded there is one more call of each, for the graphs of several tokens
+that have one slot per token.
+
 A graph does not depend on which adapters a batch has, so dummies stand in for all of them. They go
 through the store into the banks as adapters do, with one pair of factors for each part of each
 site. The store, the batch, random states and the buffers of the model are restored whatever
@@ -16,16 +19,17 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lorafx.adapter_store.peft_reader import Adapter, LoraWeights
-from lorafx.errors import CapacityError, ConfigError, ProvenanceError
+from lorafx.errors import BatchError, CapacityError, ConfigError, ProvenanceError
 from lorafx.model.sites import Site
 from lorafx.progress import progress
+from lorafx.serving.activation import begin
 from lorafx.serving.example_inputs import Example, decode_step, derived_example, given_examples
 from lorafx.session.session import Session
 
@@ -37,6 +41,8 @@ if TYPE_CHECKING:
 DEFAULT_RANK = 8
 #: New tokens of a `generate` call: one of the prefill, and two decode steps.
 NEW_TOKENS = 3
+#: The dummy that begins at a token.
+_BEGINS = "warm-up aLoRA"
 
 Names = list["str | None"]
 
@@ -83,7 +89,9 @@ def warm_up(
         plan = WarmupPlan(examples, *sizes, alone, _generation(compiled.model, generate))
         names = [f"warm-up {i}" for i in range(min(2, session.program.config.max_adapters))]
         dummies = [dummy(name, session.program.sites, rank, seed=i) for i, name in enumerate(names)]
-        calls = list(_calls(compiled, plan, names))
+        if begin(session, session.store.names):
+            dummies.append(replace(dummies[0], name=_BEGINS, invocation=(0,)))
+        calls = list(_calls(compiled, plan, [adapter.name for adapter in dummies]))
 
         def run() -> None:
             for adapter in dummies:
@@ -204,7 +212,8 @@ def _calls(
     compiled: CompiledModel, plan: WarmupPlan, dummies: Sequence[str]
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     """(what it is, the call) in the order in which they run."""
-    first, last = dummies[0], dummies[-1]
+    whole = [name for name in dummies if name != _BEGINS]
+    first, last = whole[0], whole[-1]
     for example in plan.examples:
         for variant in example.variants(plan.batch_sizes, plan.lengths):
             rows = variant.rows
@@ -214,8 +223,10 @@ def _calls(
             }
             if rows > 1:
                 batches["a mix"] = [(first, None, last)[row % 3] for row in range(rows)]
+            if _BEGINS in dummies:
+                batches["an aLoRA adapter"] = [_BEGINS] * rows
             for label, names in batches.items():
-                mixed = len(set(names)) > 1
+                mixed = len(set(names)) > 1 or _BEGINS in names
                 if plan.forward:
                     yield (
                         f"forward, {variant}, {label}",
@@ -233,10 +244,11 @@ def _calls(
 
 def _call(run: Callable[..., None], mixed: bool, *arguments: Any) -> Callable[[], None]:
     """`run` with its arguments. A mix may be refused, where whose row is whose is not proved; its
-    graph is captured then, and batches of one adapter are served by it."""
+    graph is captured then, and batches of one adapter are served by it. Where the model takes no
+    token ids, an aLoRA adapter is refused by a BatchError."""
 
     def call() -> None:
-        with contextlib.suppress(*((ProvenanceError,) if mixed else ())):
+        with contextlib.suppress(*((ProvenanceError, BatchError) if mixed else ())):
             run(*arguments)
 
     return call

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.errors import BatchError, ConfigError
+from lorafx.program.roles import RoleTable, new_tokens
 
 Names = Sequence["str | None"]
 
@@ -25,6 +26,8 @@ class Requests(NamedTuple):
         alike: nobody was named, or one adapter for all: `names` has one entry, of every row.
         packed: the tokens are (1, T) of several sequences, one after another, each of which is
             served as a request.
+        activated: adapters that begin at a token (aLoRA) are named where they serve all tokens of
+            the call.
     """
 
     names: tuple[str | None, ...]
@@ -32,6 +35,12 @@ class Requests(NamedTuple):
     repeats: bool = False
     alike: bool = False
     packed: bool = False
+    activated: bool = False
+
+    @property
+    def placed(self) -> bool:
+        """Whether it is known which tokens an adapter serves that begins at one (aLoRA)."""
+        return self.activated or self.tokens is not None
 
     def of_rows(self, rows: int | None, repeating: Callable[[], bool]) -> Names:
         """The adapter of each row; None where no argument carries rows. `repeating` may know that
@@ -96,6 +105,30 @@ def served_by(merged: str, requests: Requests) -> Requests:
     if requests.packed:
         return Requests((merged,), alike=True)
     return requests if tokens is None else Requests((merged,) * tokens.shape[0])
+
+
+def check_tokens(tokens: Tensor, roles: RoleTable, named: Mapping[str, Any]) -> None:
+    """Raise BatchError where the arguments do not have as many tokens as there are slots."""
+    rows, length = tokens.shape
+    roles.check_rows(named, rows)
+    for name, dim in new_tokens(named).items():
+        value = named[name]
+        if roles.role(name, value).dim == 0 and value.shape[dim] != length:
+            raise BatchError(
+                f"adapter_slots has shape {(rows, length)}, and {name!r} {tuple(value.shape)}; "
+                "give one slot for each token of the call. Tokens that are in a cache already have "
+                "none"
+            )
+
+
+def not_looked_for(name: str, invocation: Sequence[int]) -> BatchError:
+    """The refusal of an adapter that begins at a token, where tokens are not looked at."""
+    return BatchError(
+        f"{name!r} is an aLoRA adapter, which is active from its invocation tokens "
+        f"{list(invocation)} on. They are looked for in the input_ids of calls of a compiled model "
+        "(lorafx.compile), of generate() and of continuous batching, and not here: call one of "
+        "those, or give the adapter of each token with adapter_slots=, shape (B, T)"
+    )
 
 
 def checked_names(names: Sequence[AdapterName] | None) -> Sequence[str | None] | None:

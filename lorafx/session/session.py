@@ -31,9 +31,9 @@ from lorafx.compat import no_mha_fast_path
 from lorafx.errors import BatchError, CaptureError, ConfigError
 from lorafx.program.call import AT_REST, Batch, Call
 from lorafx.program.program import Program
-from lorafx.program.roles import RoleTable, new_tokens
+from lorafx.program.roles import RoleTable
 from lorafx.session.reading import read_again
-from lorafx.session.requests import Names, Requests, served_by
+from lorafx.session.requests import Names, Requests, check_tokens, not_looked_for, served_by
 from lorafx.session.running import IDLE, BaseState, Locks, Running
 from lorafx.session.stand_ins import StandIns
 from lorafx.session.statistics import Statistics, statistics_of
@@ -45,13 +45,15 @@ _NOTHING: Final = nullcontext()
 
 class _Served(NamedTuple):
     """The adapters that were served last, and the sites that they touch, that they rescale, of
-    whose weight they have rows of their own, and to whose outputs they add a bias."""
+    whose weight they have rows of their own, and to whose outputs they add a bias; and one of them
+    that begins at a token (aLoRA)."""
 
     adapters: tuple[StoredAdapter, ...] = ()
     touched: frozenset[str] = frozenset()
     rescaled: frozenset[str] = frozenset()
     owned: frozenset[str] = frozenset()
     shifted: frozenset[str] = frozenset()
+    begins: StoredAdapter | None = None
 
 
 class Session:
@@ -129,9 +131,10 @@ class Session:
         repeats: bool = False,
         tokens: Tensor | None = None,
         packed: bool = False,
+        activated: bool = False,
     ) -> T:
-        """What `function` returns, which runs the model for these requests; None stands for the
-        default adapter.
+        """What `function` returns, which runs the model for these requests (see `Requests`); None
+        stands for the default adapter.
 
         Raises:
             BatchError: an adapter is merged into the base weights, and a request uses another one;
@@ -152,7 +155,9 @@ class Session:
             if names is None:
                 requests = Requests((self.default,), alike=True)
             else:
-                requests = Requests(tuple(names), tokens, repeats, packed=packed)
+                requests = Requests(
+                    tuple(names), tokens, repeats, packed=packed, activated=activated
+                )
             if merged is not None and not running.warming:
                 requests = served_by(merged.name, requests)
                 self.program.refuse_missing(self.store[merged.name].sites)
@@ -205,7 +210,7 @@ class Session:
             if requests.packed:
                 roles.check_rows(named, requests.tokens.numel())
             else:
-                _check_tokens(requests.tokens, roles, named)
+                check_tokens(requests.tokens, roles, named)
             used = requests.used()
             names = tuple(used.values())
             slots = self.store.acquire(names, self.running.held)
@@ -241,6 +246,7 @@ class Session:
 
         Raises:
             ReplacedModuleError: a module that carries one of them was replaced or taken out.
+            BatchError: one is an aLoRA adapter, and nobody has looked for its invocation tokens.
         """
         program, running = self.program, self.running
         if not self.backend.records:  # nothing has run yet
@@ -255,8 +261,11 @@ class Session:
             rescaled = frozenset().union(*(adapter.rescaled for adapter in stored))
             owned = frozenset().union(*(adapter.owned for adapter in stored))
             shifted = frozenset().union(*(adapter.shifted for adapter in stored))
-            served = self._served = _Served(stored, touched, rescaled, owned, shifted)
-        program.batch = Batch(call) if running.warming else Batch(call, *served[1:])
+            begins = next((adapter for adapter in stored if adapter.invocation), None)
+            served = self._served = _Served(stored, touched, rescaled, owned, shifted, begins)
+        if served.begins and not self.asked.placed:
+            raise not_looked_for(served.begins.name, served.begins.invocation)
+        program.batch = Batch(call) if running.warming else Batch(call, *served[1:5])
         program.refuse_missing(program.batch.touched)
 
     def forget_served(self) -> None:
@@ -358,20 +367,6 @@ class Session:
     def _have_neighbours_go_on(self, before: list[bool]) -> None:
         for other, active in zip(self.neighbours, before, strict=True):
             other.program.runtime.active = active
-
-
-def _check_tokens(tokens: Tensor, roles: RoleTable, named: Mapping[str, Any]) -> None:
-    """Raise BatchError where the arguments do not have as many tokens as there are slots."""
-    rows, length = tokens.shape
-    roles.check_rows(named, rows)
-    for name, dim in new_tokens(named).items():
-        value = named[name]
-        if roles.role(name, value).dim == 0 and value.shape[dim] != length:
-            raise BatchError(
-                f"adapter_slots has shape {(rows, length)}, and {name!r} {tuple(value.shape)}; "
-                "give one slot for each token of the call. Tokens that are in a cache already have "
-                "none"
-            )
 
 
 #: All there are, also those that serve no more: a child process frees their locks.

@@ -47,7 +47,6 @@ def test_every_field_of_the_installed_peft_is_known():
 
 
 REFUSED = {
-    "alora_invocation_tokens": [1, 2],
     "use_qalora": True,
     "layer_replication": [[0, 1]],
     "megatron_config": {"a": 1},
@@ -67,6 +66,18 @@ def test_refused_by_name(field):
     line = str(caught.value).splitlines()[1]
     assert line.startswith(f"  - {field} = ")
     assert len(line.split(": ", 1)[1]) > 20  # the way out
+
+
+@pytest.mark.parametrize(
+    "also",
+    [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}],
+    ids=lambda also: next(iter(also)),
+)
+def test_what_alora_is_not_trained_with(also):
+    config = {"r": 4, "alora_invocation_tokens": [1, 2]}
+    assert PeftConfig.read(config).invocation == (1, 2)
+    with pytest.raises(UnsupportedAdapterError, match=f"{next(iter(also))} = .* with alora_inv"):
+        PeftConfig.read({**config, **also})
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "OLoRA", "corda", "loftq", "lora_ga", "new"])
@@ -152,6 +163,8 @@ def test_benign_values_pass(fields):
         ({"rank_pattern": {"(q": 2}}, r"rank_pattern key '\(q' is not a regular expression"),
         ({"target_modules": "*q"}, "target_modules .* is not a regular expression"),
         ({"target_modules": [1]}, "target_modules must be a string or a list of strings"),
+        ({"alora_invocation_tokens": [1, -2]}, "alora_invocation_tokens must be a list of token"),
+        ({"alora_invocation_tokens": "go"}, "alora_invocation_tokens must be a list of token ids"),
         ({"layers_to_transform": "1"}, "layers_to_transform must be integers"),
     ],
 )

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
@@ -15,6 +16,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.errors import BatchError, ConfigError, LorafxError
+from lorafx.serving.activation import column_of, warn_absent
 from lorafx.serving.continuous.eager import EAGER
 from lorafx.serving.continuous.outputs import Outputs
 from lorafx.serving.continuous.packed_call import PackedForward
@@ -113,7 +115,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             adapter: its adapter; None or "__base__" is the base model, and a mapping of names to
                 weights a sum, as in a call of the compiled model. The request keeps the
                 version that is loaded now: loading another under this name, or unloading it, has no
-                effect on requests that have been added. Without it, the default of `set_adapter`.
+                effect on requests that have been added. An aLoRA adapter begins at the last
+                occurrence of its invocation tokens in the prompt. Without it, the default of
+                `set_adapter`.
             Otherwise as transformers' own.
 
         Returns:
@@ -132,7 +136,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 self.background_thread_status.fatal_error
             )
         prompt = self._prompt(input_ids)
-        ticket = self._ticket(adapter)
+        ticket, begins = self._begun(self._ticket(adapter), prompt)
         request_id = self._named(request_id)
         config = self.generation_config
         state = AdapterRequest(
@@ -145,6 +149,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             streaming=streaming,
             logit_processor_kwargs=logit_processor_kwargs,
             ticket=ticket,
+            begins=begins,
         )
         try:
             self.input_queue.put(state, block=True, timeout=10)
@@ -209,6 +214,18 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         if name not in pinned and len(pinned) >= session.store.max_adapters:
             raise all_pinned(name, len(pinned))
         return Ticket(hold)
+
+    def _begun(self, ticket: Ticket, prompt: list[int]) -> tuple[Ticket, int]:
+        """The ticket, and the token of the prompt at which its adapter begins; that of the base
+        where an aLoRA adapter never does."""
+        hold = ticket.hold
+        if hold is None or not hold.stored.invocation:
+            return ticket, 0
+        (column,) = column_of(torch.tensor([prompt]), hold.stored.invocation)
+        if column is None:
+            warn_absent(str(hold.name), hold.stored.invocation)
+            return Ticket(), 0
+        return ticket, column
 
     def _prompt(self, input_ids: Sequence[int]) -> list[int]:
         """The token ids of a prompt; others would end the engine, and all of its requests."""

@@ -21,7 +21,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from lorafx.adapter_store.names import BASE
 from lorafx.serving.continuous.eager import EAGER, TracedEager
-from lorafx.serving.continuous.requests import Ticket, ticket_of
+from lorafx.serving.continuous.requests import AdapterRequest, Ticket, ticket_of
 from lorafx.serving.continuous.step_cache import StepCache
 
 if TYPE_CHECKING:
@@ -123,11 +123,13 @@ class PackedForward:
                 hold = ticket.hold
                 name = None if hold is None else store.held_name(hold)
                 found[ticket] = -1 if name is None else places.setdefault(name, len(places))
-            numbers.append(found[ticket])
-            counts.append(future.query_length)
+            count, state = future.query_length, future.state
+            before = state.inactive(count) if isinstance(state, AdapterRequest) else 0
+            numbers += [-1, found[ticket]]
+            counts += [before, count - before]
             if ticket is not None:
                 named = BASE if ticket.hold is None else str(ticket.hold.name)
-                self._compiled._session.tokens[named] += future.query_length
+                self._compiled._session.tokens[named] += count
         counts.append(length - sum(counts))
         numbers.append(-1)
         tokens = torch.tensor(numbers).repeat_interleave(torch.tensor(counts))

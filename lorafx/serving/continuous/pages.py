@@ -3,7 +3,10 @@
 transformers finds blocks with the same tokens again by a hash of the tokens. Keys and values also
 depend on the adapter that computed them, and on the base weights. So the first tokens of a sequence
 are hashed together with the versions of both, in place of themselves; each block's hash goes on
-from the one before it.
+from the one before it. An aLoRA adapter leaves the tokens before its invocation to the base: for
+those the version of the base weights counts, and the tokens that end with the first of the
+invocation are hashed together with the adapter's. So requests of all aLoRA adapters, and of the
+base, share the blocks before them.
 """
 
 from __future__ import annotations
@@ -54,16 +57,22 @@ class AdapterPages(PagedAttentionCache):
         super().mark_complete_blocks(seen, complete_blocks)
 
     def _salted(self, state: RequestState | None, tokens: list[int]) -> list[int]:
-        salt = state.salt if isinstance(state, AdapterRequest) else 0
-        page = min(a.tokens_per_page for a in self.cache_allocators.values())
-        return salted(tokens, salt, min(page, _SALTED))
+        if not isinstance(state, AdapterRequest):
+            return list(tokens)
+        count = min(_SALTED, *(a.tokens_per_page for a in self.cache_allocators.values()))
+        if not state.begins:
+            return salted(tokens, state.salt, count)
+        # No block with the token at which the adapter begins lacks these, or what goes before it.
+        first = max(state.begins - count + 1, 0)
+        return salted(salted(tokens, state.weights, count), state.salt, count, first)
 
 
-def salted(tokens: Sequence[int], salt: int, count: int) -> list[int]:
-    """`tokens` with the first `count` of them replaced by a digest of those and `salt`; as they are
-    where the salt is 0, and where there are fewer, which fill no block."""
-    if not salt or len(tokens) < count:
+def salted(tokens: Sequence[int], salt: int, count: int, first: int = 0) -> list[int]:
+    """`tokens` with `count` of them, from `first` on, replaced by a digest of those and `salt`; as
+    they are where the salt is 0, and where there are fewer, which fill no block."""
+    end = first + count
+    if not salt or len(tokens) < end:
         return list(tokens)
-    first = array("i", tokens[:count]).tobytes()
-    digest = hashlib.blake2b(first, digest_size=4 * count, salt=salt.to_bytes(16, "little"))
-    return [*array("i", digest.digest()), *tokens[count:]]
+    own = array("i", tokens[first:end]).tobytes()
+    digest = hashlib.blake2b(own, digest_size=4 * count, salt=salt.to_bytes(16, "little"))
+    return [*tokens[:first], *array("i", digest.digest()), *tokens[end:]]

@@ -36,24 +36,30 @@ class AdapterRequest(RequestState):
 
     Attributes:
         weights: the base weights that it began with, as a number.
+        begins: the token of the sequence from which on its adapter is active (aLoRA).
     """
 
     ticket: Ticket | None = None
     weights: int = 0
+    begins: int = 0
 
     @property
     def salt(self) -> int:
-        """What the keys and values of the request depend on besides its tokens, in 128 bits; 0 is
-        the base, as it was first."""
+        """What the keys and values of the request depend on besides its tokens, from the token
+        `begins` on, in 128 bits; 0 is the base, as it was first."""
         hold = None if self.ticket is None else self.ticket.hold
         return (0 if hold is None else hold.stored.version) << 64 | self.weights
+
+    def inactive(self, count: int) -> int:
+        """How many of the last `count` tokens its adapter leaves to the base."""
+        return min(max(self.begins - (self.position_offset - count), 0), count)
 
     def create_equivalent_initial_request(self) -> RequestState:
         """The request from its start, with the tokens that it has generated as part of the
         prompt."""
         again = super().create_equivalent_initial_request()
         given = {f.name: getattr(again, f.name) for f in fields(RequestState) if f.init}
-        return AdapterRequest(**given, ticket=self.ticket)
+        return AdapterRequest(**given, ticket=self.ticket, begins=self.begins)
 
 
 def ticket_of(state: RequestState) -> Ticket | None:

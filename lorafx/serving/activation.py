@@ -1,0 +1,265 @@
+"""aLoRA: adapters that begin at a token of their sequence.
+
+    b = the column of input_ids (B, T) where the last occurrence of the invocation tokens begins
+    slot of the token in column t:  the adapter's where t ≥ b, else −1, as for a row without any
+
+The search is PEFT's (`calculate_alora_offsets` in peft/tuners/lora/variants.py): in the ids of the
+call, or of the prompts of `generate`, with their padding; what is generated is not searched. A call
+of several tokens runs a graph with one slot per token. A decode step has one token per row, so it
+runs the graph of any other call, and names the adapters of the rows where they have begun.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafx.adapter_store.names import BASE, members
+from lorafx.errors import BatchError, LorafxWarning
+from lorafx.program.roles import CACHES, RoleTable
+from lorafx.session.requests import Names, Requests
+from lorafx.session.session import Session
+
+if TYPE_CHECKING:
+    from lorafx.serving.compiled import CompiledModel
+
+_IDS = "input_ids"
+#: Where an adapter begins that serves all tokens of a row.
+_ALL = 0
+
+
+def begin(session: Session, names: Iterable[str | None]) -> bool:
+    """Whether one of these adapters, or of those in a sum, begins at a token."""
+    store = session.store
+    given = dict.fromkeys(name for name in names if name is not None and name != BASE)
+    every = dict.fromkeys(own for name in given for own in members(name))
+    return any(own in store and bool(store[own].invocation) for own in every)
+
+
+def forward_of(compiled: CompiledModel) -> Callable[..., Any]:
+    """The compiled forward of the model, for the requests of the running call."""
+    session = compiled._session
+    by_token = session.asked.tokens is not None
+    if session.asked.placed or not _activates(session):
+        return compiled.entry(compiled.model, per_token=by_token)
+    return ActivatedForward(compiled, compiled.model)
+
+
+def generating_forward_of(
+    compiled: CompiledModel,
+    module: nn.Module,
+    run: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Callable[..., Any]:
+    """The same of `module`, for its `generate`, which is `run` and has these arguments.
+
+    Raises:
+        BatchError: an adapter begins at a token, and there are no prompts of token ids.
+    """
+    session = compiled._session
+    if not _activates(session):
+        return compiled.entry(module)
+    named = RoleTable(module, session.program.config.row_dims, run).bind(args, kwargs)
+    given = named.get("inputs")
+    ids = named.get(_IDS) if given is None else given
+    return ActivatedForward(compiled, module, Prompts(session, module, ids))
+
+
+def column_of(ids: Tensor, invocation: Sequence[int]) -> list[int | None]:
+    """The column where the last occurrence of `invocation` in each row of ids (B, T) begins."""
+    count = len(invocation)
+    if ids.shape[1] < count:
+        return [None] * ids.shape[0]
+    wanted = torch.tensor(invocation, dtype=ids.dtype, device=ids.device)
+    found = (ids.unfold(1, count, 1) == wanted).all(-1)
+    columns = torch.arange(found.shape[1], device=ids.device)
+    last = torch.where(found, columns, -1).amax(1).tolist()
+    return [column if column >= 0 else None for column in last]
+
+
+def warn_absent(name: str, invocation: Sequence[int]) -> None:
+    """Warn that a request is served as the base, because its adapter never begins."""
+    warnings.warn(
+        f"{name!r} is an aLoRA adapter, and its invocation tokens {list(invocation)} do not occur "
+        "in the token ids of a request, which is served as the base model. If they should, the "
+        "invocation was tokenised in another way within the prompt",
+        LorafxWarning,
+        stacklevel=2,
+    )
+
+
+class Prompts:
+    """Where the adapters of a generation begin.
+
+    Attributes:
+        begins: by prompt, the column; None where it never does.
+    """
+
+    def __init__(self, session: Session, module: nn.Module, ids: Any) -> None:
+        _check_ids(session, module, ids, "generate()")
+        names = session.asked.of_rows(ids.shape[0], _repeating)
+        self.begins = _begins(session, names, ids)
+        if not session.running.warming:
+            _warn(session, names, self.begins)
+        self._length = ids.shape[1]
+        #: Tokens that forwards have seen so far, those of a cache that was given included.
+        self._seen = 0
+
+    def columns(self, named: Mapping[str, Any], length: int) -> range:
+        """The columns of the `length` tokens that a forward has."""
+        if length == 1 and self._seen >= self._length:  # where exactly makes no difference
+            return range(self._seen, self._seen + 1)
+        held = [named[name] for name in CACHES if named.get(name) is not None]
+        known = _tokens_in(held[0]) if held else 0
+        first = self._seen if known is None else known
+        self._seen = first + length
+        return range(first, self._seen)
+
+
+class ActivatedForward:
+    """The forward of `module` for requests of which some begin at a token.
+
+    Args:
+        prompts: of the generation that calls it; None for a call by the user.
+    """
+
+    def __init__(
+        self, compiled: CompiledModel, module: nn.Module, prompts: Prompts | None = None
+    ) -> None:
+        self._session, self._module, self._prompts = compiled._session, module, prompts
+        self._by_row = compiled.entry(module)
+        self._by_token = compiled.entry(module, per_token=True)
+        functools.update_wrapper(self, module.forward)  # `generate` looks at its signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        named = self._by_row.roles.bind(args, kwargs)
+        names, begins, columns = self._placed(named)
+        running = self._session.running
+        if len(columns) == 1:
+            has_begun = (at is not None and at <= columns.start for at in begins)
+            served = (name if own else None for name, own in zip(names, has_begun, strict=True))
+            now = running._replace(requests=Requests(tuple(served), activated=True))
+            return self._session.run(now, functools.partial(self._by_row, *args, **kwargs))
+        # Graphs with adapters, also where none of them has begun: a batch where one has needs them.
+        now = running._replace(requests=_by_token(names, begins, columns), active=True)
+        return self._session.run(now, functools.partial(self._by_token, *args, **kwargs))
+
+    def _placed(self, named: Mapping[str, Any]) -> tuple[Names, list[int | None], range]:
+        """The adapter of each row, the column where it begins, and the columns of the call."""
+        session, prompts = self._session, self._prompts
+        ids = named.get(_IDS)
+        if prompts is not None:
+            tokens = named["inputs_embeds"] if ids is None else ids
+            rows = tokens.shape[0]
+            names = session.asked.of_rows(rows, _repeating)
+            each = rows // len(prompts.begins)  # beams, returned sequences
+            begins = [at for at in prompts.begins for _ in range(each)]
+            return names, begins, prompts.columns(named, tokens.shape[1])
+        _check_ids(session, self._module, ids, "this call")
+        assert isinstance(ids, Tensor)
+        names = session.asked.of_rows(ids.shape[0], session.repeating)
+        begins = _begins(session, names, ids)
+        if not session.running.warming:
+            held = [name for name in CACHES if named.get(name) is not None]
+            if any(_tokens_in(named[name]) != 0 for name in held):
+                _refuse_unknown(session, names, begins)
+            else:
+                _warn(session, names, begins)
+        return names, begins, range(ids.shape[1])
+
+
+def _activates(session: Session) -> bool:
+    """Whether a request of the running call has an adapter that begins at a token."""
+    return session.base.merged is None and begin(session, session.asked.names)
+
+
+def _repeating() -> bool:
+    """Rows of one request may follow one another."""
+    return True
+
+
+def _invocation(session: Session, name: str | None) -> tuple[int, ...]:
+    return () if name is None or name == BASE else session.store[name].invocation
+
+
+def _begins(session: Session, names: Names, ids: Tensor) -> list[int | None]:
+    """The column where the adapter of each row begins."""
+    begins: list[int | None] = [_ALL] * len(names)
+    for name in dict.fromkeys(names):
+        invocation = _invocation(session, name)
+        if invocation:
+            rows = [row for row, own in enumerate(names) if own == name]
+            for row, column in zip(rows, column_of(ids[rows], invocation), strict=True):
+                begins[row] = column
+    return begins
+
+
+def _by_token(names: Names, begins: Sequence[int | None], columns: range) -> Requests:
+    """The requests of a call with these columns, token by token."""
+    given = dict.fromkeys(name for name in names if name is not None and name != BASE)
+    places = {name: place for place, name in enumerate(given)}
+    place = torch.tensor([-1 if name is None else places.get(name, -1) for name in names])
+    start = torch.tensor([columns.stop if at is None else at for at in begins])
+    now = torch.arange(columns.start, columns.stop)
+    tokens = torch.where(now >= start[:, None], place[:, None], -1)
+    return Requests(tuple(places), tokens)
+
+
+def _tokens_in(cache: Any) -> int | None:
+    """How many tokens a cache holds; None where it does not say."""
+    ask = getattr(cache, "get_seq_length", None)
+    if ask is None:
+        return None
+    try:
+        return int(ask())
+    except ValueError:  # transformers' caches without attention
+        return None
+
+
+def _check_ids(session: Session, module: nn.Module, ids: Any, what: str) -> None:
+    """Raise BatchError unless `ids` are token ids (B, T) of the sequences that the model returns
+    something for."""
+    config = getattr(module, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        why = f"{type(module).__name__} has an encoder and a decoder, with tokens of their own"
+    elif not isinstance(ids, Tensor):
+        why = f"{what} has none"
+    elif ids.dim() != 2 or ids.is_floating_point():
+        why = f"{what} has {tuple(ids.shape)} {ids.dtype}".replace("torch.", "")
+    elif session.program.config.row_dims.get(_IDS, 0) != 0:
+        why = "LoraConfig(row_dims=...) says that another dimension than 0 holds the requests"
+    else:
+        return
+    name = next(name for name in session.asked.names if begin(session, [name]))
+    raise BatchError(
+        f"{name!r} is an aLoRA adapter, which is active from its invocation tokens "
+        f"{list(_invocation(session, name))} on. They are looked for in input_ids, integers of "
+        f"shape (B, T), and {why}. Give input_ids; in a call adapter_slots=, shape (B, T), gives "
+        "the adapter of each token instead"
+    )
+
+
+def _warn(session: Session, names: Names, begins: Sequence[int | None]) -> None:
+    absent = (name for name, at in zip(names, begins, strict=True) if at is None)
+    for name in dict.fromkeys(absent):
+        assert name is not None
+        warn_absent(name, _invocation(session, name))
+
+
+def _refuse_unknown(session: Session, names: Names, begins: Sequence[int | None]) -> None:
+    """Raise BatchError where an adapter may have begun among the tokens of a cache."""
+    for row, (name, at) in enumerate(zip(names, begins, strict=True)):
+        if at is None:
+            raise BatchError(
+                f"row {row} names {name!r}, an aLoRA adapter, whose invocation tokens "
+                f"{list(_invocation(session, name))} are not among the new tokens of this call. "
+                "Whether they are among the tokens of its cache is not known here. Call "
+                "generate(), which remembers it; or give the adapter of each new token with "
+                "adapter_slots=, shape (B, T); or name None, which is the base model"
+            )

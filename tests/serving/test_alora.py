@@ -1,0 +1,496 @@
+"""aLoRA: each row is PEFT's own output for it alone, and the base before its invocation tokens."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from dense_merge import REFERENCE, TOLERANCE, error, random_base
+from peft import PeftModel
+from step_logits import StepLogits, answers
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+import lorafx
+from lorafx import BatchError, ConfigError, LorafxWarning
+from lorafx.adapter_store.inspecting import inspected
+from lorafx.adapter_store.peft_model import take_over
+from lorafx.adapter_store.saved import AdapterSource
+from lorafx.errors import MatchError, ProvenanceError
+
+pytestmark = [
+    pytest.mark.usefixtures("earlier_objects_frozen"),
+    pytest.mark.filterwarnings("ignore:.*do not occur.*:lorafx.LorafxWarning"),
+]
+
+#: Adapter -> rank, invocation tokens.
+ADAPTERS: dict[str, tuple[int, list[int] | None]] = {
+    "x": (3, [5, 6]),
+    "y": (2, [7]),
+    "plain": (4, None),
+}
+TARGETS = {
+    "llama": {
+        "x": ["q_proj", "v_proj", "down_proj"],
+        "y": ["k_proj", "gate_proj"],
+        "plain": ["q_proj", "o_proj"],
+    },
+    "gpt2": {
+        "x": ["attn.c_attn", "mlp.c_proj"],
+        "y": ["mlp.c_fc"],
+        "plain": ["attn.c_attn", "attn.c_proj"],
+    },
+}
+LAYERS = {"llama": {"num_hidden_layers": 1}, "gpt2": {"n_layer": 1}}
+MIX = ("x", "y", None, "plain", "x", "y")
+FIXED = {
+    "max_new_tokens": 5,
+    "do_sample": False,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+    "output_logits": True,
+    "return_dict_in_generate": True,
+}
+
+
+class Served:
+    """A base with three adapters on disk, compiled; and PEFT's model of the same."""
+
+    def __init__(self, family: str, folder: Path) -> None:
+        self.base = random_base(family, **LAYERS[family])
+        self.folders = {}
+        for seed, (name, (rank, tokens)) in enumerate(ADAPTERS.items()):
+            targets = [
+                path
+                for path, _ in self.base.named_modules()
+                if any(path.endswith(own) for own in TARGETS[family][name])
+            ]
+            self.folders[name] = oracle.save_adapter(
+                self.base,
+                folder / name,
+                rank=rank,
+                targets=targets,
+                seed=seed,
+                task_type="CAUSAL_LM",
+                alora_invocation_tokens=tokens,
+                fan_in_fan_out=family == "gpt2",
+            )
+        self.cm = self.compile()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.peft = PeftModel.from_pretrained(
+                copy.deepcopy(self.base), self.folders["x"], adapter_name="x"
+            ).eval()
+            for name in ("y", "plain"):
+                self.peft.load_adapter(self.folders[name], name)
+
+    def compile(self, **kwargs: Any) -> Any:
+        return lorafx.compile(copy.deepcopy(self.base), self.folders, options=REFERENCE, **kwargs)
+
+    @torch.no_grad()
+    def alone(self, name: str | None, **inputs: Tensor) -> Tensor:
+        """(1, T, vocabulary), by PEFT."""
+        if name is None:
+            return self.base(**inputs).logits
+        self.peft.set_adapter(name)
+        return self.peft(**inputs).logits
+
+    @torch.no_grad()
+    def generated(self, name: str | None, **inputs: Any) -> Any:
+        if name is None:
+            return self.base.generate(**inputs, **FIXED)
+        self.peft.set_adapter(name)
+        return self.peft.generate(**inputs, **FIXED)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Served:
+    return Served("llama", tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory) -> Served:
+    return Served("gpt2", tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(params=list(TARGETS))
+def served(request) -> Served:
+    return request.getfixturevalue(request.param)
+
+
+def inputs_of(rows: int, length: int, side: str = "left") -> dict[str, Tensor]:
+    """Ids without invocation tokens, and a mask in which row b has b % 3 padding tokens."""
+    ids = torch.randint(8, 61, (rows, length))
+    mask = torch.ones_like(ids)
+    for row in range(rows):
+        mask[row, : row % 3] = 0
+    mask = mask if side == "left" else mask.flip(1)
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def begun(inputs: dict[str, Tensor]) -> list[int | None]:
+    """Invocation tokens written into rows 0, 1 and 4 of six; where the adapters of `MIX` begin."""
+    ids = inputs["input_ids"]
+    ids[0, 1:3] = ids[0, 4:6] = torch.tensor([5, 6])  # the last one counts
+    ids[1, 5] = ids[4, 5] = 7  # of row 4's adapter they are not
+    return [4, 5, None, 0, None, None]
+
+
+def one(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+    return {name: value[row : row + 1] for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_is_its_adapter_from_the_invocation_on_and_the_base_before(served, side) -> None:
+    inputs = inputs_of(6, 9, side)
+    begins = begun(inputs)
+    got = served.cm(**inputs, adapter_names=list(MIX)).logits
+    for row, (name, at) in enumerate(zip(MIX, begins, strict=True)):
+        seen = inputs["attention_mask"][row].bool()
+        own = one(inputs, row)
+        want, base = served.alone(name, **own)[0], served.alone(None, **own)[0]
+        assert error(got[row][seen], want[seen]) <= TOLERANCE
+        before = seen.clone()
+        before[9 if at is None else at :] = False
+        assert error(got[row][before], base[before]) <= TOLERANCE
+        if at is not None:
+            seen[:at] = False
+            assert error(want[seen], base[seen]) > 100 * TOLERANCE
+
+
+def test_new_mixes_and_lengths_compile_nothing(llama) -> None:
+    cm = llama.cm
+    inputs = inputs_of(6, 9)
+    begun(inputs)
+    cm(**inputs, adapter_names=list(MIX))
+    graphs = cm.recompiles
+    for names, length in ((["y"] * 4, 7), (["x", None], 6), (["plain", "x", "x"], 8)):
+        inputs = inputs_of(len(names), length)
+        inputs["input_ids"][0, 3] = 7
+        got = cm(**inputs, adapter_names=names).logits
+        want = llama.alone(names[0], **one(inputs, 0))
+        assert error(got[:1], want) <= TOLERANCE
+    assert cm.recompiles == graphs
+
+
+def test_one_request(llama) -> None:
+    inputs = inputs_of(1, 8)
+    inputs["input_ids"][0, 2:4] = torch.tensor([5, 6])
+    for name in ("x", "y"):
+        got = llama.cm(**inputs, adapter_names=[name]).logits
+        assert error(got, llama.alone(name, **inputs)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("family", "cache"), [("llama", None), ("llama", "static"), ("gpt2", None)]
+)
+def test_generation_goes_on_with_what_has_begun(request, family, cache) -> None:
+    served = request.getfixturevalue(family)
+    inputs = inputs_of(6, 9)
+    begun(inputs)
+    settings = {} if cache is None else {"cache_implementation": cache}
+    got = served.cm.generate(**inputs, **FIXED, **settings, adapter_names=list(MIX))
+    for row, name in enumerate(MIX):
+        want = served.generated(name, **one(inputs, row), **settings)
+        assert torch.equal(got.sequences[row], want.sequences[0])
+        for own, wanted in zip(got.logits, want.logits, strict=True):
+            assert error(own[row], wanted[0]) <= TOLERANCE
+    graphs = served.cm.recompiles
+    again = inputs_of(4, 7)
+    again["input_ids"][1, 3:5] = torch.tensor([5, 6])
+    served.cm.generate(**again, **FIXED, **settings, adapter_names=["y", "x", None, "plain"])
+    assert served.cm.recompiles == graphs
+
+
+def test_generated_tokens_are_not_searched(llama) -> None:
+    """As in PEFT: what begins is decided by the prompt."""
+    inputs = inputs_of(2, 6)
+    processed = {"logits_processor": [_Always(7)]}
+    got = llama.cm.generate(**inputs, **FIXED, **processed, adapter_names=["y", None])
+    assert bool((got.sequences[:, 6:] == 7).all())
+    want = llama.generated(None, **one(inputs, 0), **processed)
+    for own, wanted in zip(got.logits, want.logits, strict=True):
+        assert error(own[0], wanted[0]) <= TOLERANCE
+
+
+class _Always:
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, self.token] = 0.0
+        return forced
+
+
+@pytest.mark.parametrize("settings", [{"use_cache": False}, {"prefill_chunk_size": 4}])
+def test_however_generate_hands_over_the_tokens(llama, settings) -> None:
+    """The whole sequence at every step, or the prompt in chunks. (PEFT counts from the end of what
+    a forward gets, which then is something else.)"""
+    inputs = inputs_of(3, 9)
+    inputs["input_ids"][0, 6:8] = torch.tensor([5, 6])
+    inputs["input_ids"][2, 3] = 7
+    got = llama.cm.generate(**inputs, **FIXED, **settings, adapter_names=["x", None, "y"])
+    for row, name in enumerate(("x", None, "y")):
+        want = llama.generated(name, **one(inputs, row))
+        assert torch.equal(got.sequences[row], want.sequences[0])
+        for own, wanted in zip(got.logits, want.logits, strict=True):
+            assert error(own[row], wanted[0]) <= TOLERANCE
+
+
+def test_beams_keep_their_request_s_beginning(llama) -> None:
+    """PEFT refuses beams; its hooks do them where it is told where each beam's adapter begins."""
+    inputs = inputs_of(3, 8)
+    inputs["input_ids"][0, 4:6] = torch.tensor([5, 6])
+    beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 5, "do_sample": False}
+    fixed = {**beams, "pad_token_id": 0, "eos_token_id": None}
+    got = llama.cm.generate(**inputs, **fixed, adapter_names=["x", "x", None])
+    tuner = llama.peft.base_model
+    llama.peft.set_adapter("x")
+    for row, offset in enumerate((4, None, None)):
+        with tuner._enable_peft_forward_hooks(alora_offsets=[offset] * 3):
+            want = tuner.generate(**one(inputs, row), **fixed)
+        assert torch.equal(got[2 * row : 2 * row + 2], want)
+
+
+def test_the_default_adapter(llama) -> None:
+    inputs = inputs_of(2, 7)
+    inputs["input_ids"][:, 3] = 7
+    llama.cm.set_adapter("y")
+    try:
+        got = llama.cm(**inputs).logits
+        sequences = llama.cm.generate(**inputs, **FIXED).sequences
+    finally:
+        llama.cm.set_adapter(None)
+    for row in range(2):
+        own = one(inputs, row)
+        seen = own["attention_mask"][0].bool()
+        assert error(got[row][seen], llama.alone("y", **own)[0][seen]) <= TOLERANCE
+        assert torch.equal(sequences[row], llama.generated("y", **own).sequences[0])
+
+
+def test_a_cache_of_the_caller_s(llama) -> None:
+    """Keys of the base serve an adapter that begins behind them. What cannot be known is asked."""
+    ids = torch.randint(8, 61, (2, 8))
+    ids[:, 5] = 7
+    cache = DynamicCache(config=llama.base.config)
+    llama.cm(input_ids=ids[:, :4], past_key_values=cache)
+    got = llama.cm(input_ids=ids[:, 4:], past_key_values=cache, adapter_names=["y", None]).logits
+    assert error(got[:1], llama.alone("y", input_ids=ids[:1])[:, 4:]) <= TOLERANCE
+    assert error(got[1:], llama.alone(None, input_ids=ids[1:])[:, 4:]) <= TOLERANCE
+    more = {"input_ids": ids[:, :1], "past_key_values": cache}
+    with pytest.raises(BatchError, match=r"row 1 names 'y'.*generate\(\).*adapter_slots="):
+        llama.cm(**more, adapter_names=[None, "y"])
+    assert cache.get_seq_length() == 8
+    slots = torch.tensor([[0], [-1]])
+    got = llama.cm(**more, adapter_names=["y"], adapter_slots=slots).logits
+    longer = torch.cat([ids, ids[:, :1]], 1)
+    assert error(got[:1], llama.alone("y", input_ids=longer[:1])[:, -1:]) <= TOLERANCE
+
+
+def test_slots_say_themselves_where_it_is_active(llama) -> None:
+    inputs = inputs_of(2, 7)
+    inputs["input_ids"][:, 2:4] = torch.tensor([5, 6])
+    whole = torch.tensor([[0] * 7, [-1] * 7])
+    got = llama.cm(**inputs, adapter_names=["x"], adapter_slots=whole).logits
+    slots = whole[:, 0]  # one a request is a name
+    placed = llama.cm(**inputs, adapter_names=["x"], adapter_slots=slots).logits
+    assert error(placed[:1], llama.alone("x", **one(inputs, 0))) <= TOLERANCE
+    assert error(placed[0], got[0]) > 100 * TOLERANCE
+    assert error(got[1], placed[1]) <= TOLERANCE
+
+
+def test_more_adapters_than_slots_in_waves(llama) -> None:
+    config = lorafx.LoraConfig(max_adapters=1, max_rank=4)
+    cm = lorafx.compile(
+        copy.deepcopy(llama.base),
+        config,
+        adapters=llama.folders,
+        options={**REFERENCE, "overflow": "waves"},
+    )
+    inputs = inputs_of(6, 9)
+    begun(inputs)
+    got = cm(**inputs, adapter_names=list(MIX)).logits
+    for row, name in enumerate(MIX):
+        seen, own = inputs["attention_mask"][row].bool(), one(inputs, row)
+        assert error(got[row][seen], llama.alone(name, **own)[0][seen]) <= TOLERANCE
+
+
+def test_warm_up_knows_of_it(llama) -> None:
+    cm = llama.compile()
+    cm.warmup(batch_sizes=(2,), lengths=(6,), generate=False)
+    graphs = cm.recompiles
+    inputs = inputs_of(4, 8)
+    inputs["input_ids"][1, 4] = 7
+    for names in (["x", "y", None, "plain"], ["y"] * 4):
+        cm(**inputs, adapter_names=names)
+    assert cm.recompiles == graphs == 5  # {prompt, decode} × {base, adapters}, and one per token
+
+
+# --- continuous batching ---
+
+PAGES = {"page_size": 4, "num_blocks": 128, "max_batch_tokens": 24}
+
+
+def check_engine(
+    served: Served, seen: StepLogits, outputs: dict[str, Any], names: Sequence[str | None]
+) -> None:
+    for (key, output), name in zip(outputs.items(), names, strict=True):
+        assert output.error is None, output.error
+        prompt, generated = output.prompt_ids, output.generated_tokens
+        want = served.generated(
+            name,
+            input_ids=torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        )
+        assert generated == want.sequences[0, len(prompt) :].tolist()
+        got = torch.stack(seen.rows[key])
+        assert error(got, torch.cat(want.logits)) <= TOLERANCE
+
+
+def test_continuous_batching(llama) -> None:
+    """Prompts in chunks, shared beginnings, invocations that end at each place of a block."""
+    shared = [*range(10, 22)]
+    work: list[tuple[list[int], str | None]] = []
+    for extra in range(5):
+        prompt = [*shared, *range(30, 30 + extra)]
+        work += [([*prompt, 5, 6, 40], "x"), ([*prompt, 7], "y"), ([*prompt, 7], None)]
+        work += [([*prompt, 5, 6, 40, 5, 6, 41], "x"), ([*prompt, 41], "x"), (prompt, "plain")]
+    with llama.cm.continuous_batching(None, ContinuousBatchingConfig(**PAGES)) as engine:
+        graphs = llama.cm.recompiles
+        seen = StepLogits(engine)
+        ids = [engine.add_request(p, adapter=a, max_new_tokens=5, eos_token_id=[]) for p, a in work]
+        outputs = answers(engine, ids)
+        check_engine(llama, seen, outputs, [name for _, name in work])
+        assert llama.cm.recompiles == graphs
+
+
+def test_blocks_before_the_invocation_are_the_base_s(llama) -> None:
+    prompt = [*range(10, 22)]  # three blocks
+    asked = [*prompt, 30, 31, 32, 7, 40]
+    config = ContinuousBatchingConfig(**PAGES)
+    with llama.cm.continuous_batching(None, config, warmup=False) as engine:
+        seen = StepLogits(engine)
+
+        def serve(tokens: list[int], name: str | None) -> tuple[int, Any]:
+            """How many tokens of the prompt were computed, and the output."""
+            before = len(seen.steps)
+            key = engine.add_request(tokens, adapter=name, max_new_tokens=5, eos_token_id=[])
+            outputs = answers(engine, [key])
+            check_engine(llama, seen, outputs, [name])
+            return seen.steps[before], outputs[key]
+
+        assert serve([*prompt, 50], None)[0] == 13
+        computed, output = serve(asked, "y")
+        assert computed == 5  # the base's blocks
+        assert serve(asked, "y")[0] == 1  # and its own, in which it begins
+        # The same tokens, but now its adapter begins at the last of them.
+        assert serve([*asked, *output.generated_tokens[:3], 7, 9], "y")[0] == 10
+        assert serve([*prompt, 5, 6, 41], "x")[0] == 7  # the block before its tokens is marked
+
+
+# --- what is refused ---
+
+
+def test_refused_by_name(llama, tmp_path) -> None:
+    cm = llama.cm
+    inputs = inputs_of(2, 6)
+    embeds = llama.base.get_input_embeddings()(inputs["input_ids"])
+    with pytest.raises(BatchError, match=r"'x' is an aLoRA adapter.*\[5, 6\].*input_ids"):
+        cm(inputs_embeds=embeds, adapter_names=["x", None])
+    with pytest.raises(BatchError, match=r"'x' is an aLoRA adapter.*generate\(\) has none"):
+        cm.generate(inputs_embeds=embeds, max_new_tokens=2, adapter_names=["x", None])
+    with pytest.raises(ConfigError, match=r"'x' is an aLoRA adapter.*part of no sum"):
+        cm(**inputs, adapter_names=[{"x": 0.5}, None])
+    with pytest.raises(ConfigError, match=r"'x' is an aLoRA adapter.*part of no sum"):
+        cm(**inputs, adapter_names=[{"x": 1.0, "plain": 1.0}, None])
+    for merge in (cm.merge, lambda name: cm.export_merged(name, tmp_path / "merged")):
+        with pytest.raises(MatchError, match="'x' cannot be merged: it is an aLoRA adapter"):
+            merge("x")
+    cm.merge("plain")
+    try:
+        with pytest.raises(BatchError, match="merged"):
+            cm(**inputs, adapter_names=["x", "plain"])
+    finally:
+        cm.unmerge()
+    got = cm(**inputs, adapter_names=[None, None]).logits
+    assert error(got[0], llama.alone(None, **one(inputs, 0))[0]) <= TOLERANCE
+
+
+def test_a_row_without_the_tokens_is_said(llama) -> None:
+    inputs = inputs_of(2, 6)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        llama.cm(**inputs, adapter_names=["x", "plain"])
+    said = [str(item.message) for item in caught if item.category is LorafxWarning]
+    assert len(said) == 1
+    assert "'x'" in said[0]
+    assert "[5, 6]" in said[0]
+
+
+def test_adapters_of_a_peft_model_are_taken_over(llama) -> None:
+    """With what inspecting a folder says of it."""
+    found = inspected(AdapterSource(llama.folders["x"]))
+    assert "aLoRA: active from the tokens [5, 6] on" in found.features
+    taken = take_over(copy.deepcopy(llama.peft))
+    assert {name: state.config.invocation for name, state in taken.adapters.items()} == {
+        "x": (5, 6),
+        "y": (7,),
+        "plain": (),
+    }
+
+
+def test_marked_models_refuse_it(llama) -> None:
+    model = lorafx.attach(copy.deepcopy(llama.base), llama.folders, options=REFERENCE)
+    inputs = inputs_of(2, 6)
+    with (
+        pytest.raises(BatchError, match=r"'x' is an aLoRA adapter.*lorafx\.compile"),
+        lorafx.adapters(model, ["x", None]),
+    ):
+        model(**inputs)
+    with lorafx.adapters(model, "plain"), torch.no_grad():
+        got = model(**inputs).logits
+    assert error(got[:1], llama.alone("plain", **one(inputs, 0))) <= TOLERANCE
+
+
+class Reads(nn.Module):
+    """A method that takes other things than token ids; a head whose rows are no tokens."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(61, 8)
+        self.body = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.body(self.embed(input_ids)).sum(1))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def test_other_methods_and_rows_that_are_no_tokens(tmp_path) -> None:
+    torch.manual_seed(0)
+    model = Reads().eval()
+    folders = {
+        name: oracle.save_adapter(
+            model, tmp_path / name, rank=2, targets=[name], alora_invocation_tokens=[5]
+        )
+        for name in ("body", "head")
+    }
+    cm = lorafx.compile(model, folders, options=REFERENCE)
+    ids = torch.tensor([[9, 5, 9], [9, 9, 5]])
+    with pytest.raises(BatchError, match="'body' is an aLoRA adapter"):
+        cm.encode(torch.randn(2, 8), adapter_names=["body", "body"])
+    with pytest.raises(ProvenanceError, match="head"):
+        cm(input_ids=ids, adapter_names=["head", None])
+    cm(input_ids=ids, adapter_names=["body", None])
