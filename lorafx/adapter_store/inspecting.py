@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from torch import Tensor
 
 from lorafx.adapter_store.checkpoint import load_state
 from lorafx.adapter_store.config_source import raw_fields
@@ -76,16 +78,12 @@ def inspected(asked: AdapterSource) -> Inspected:
     except UnsupportedAdapterError as error:
         saved = opened(replace(asked, config={}))  # whatever the configuration asks for
         size = sum(tensor.nbytes for tensor in saved.tensors.values())
-        return Inspected(saved.where, "", len(saved.tensors), size, refusal=str(error))
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    others = []
-    for key, tensor in state.tensors.items():
-        factor = parse(key)
-        if factor is None:
-            others.append(key)
-        else:
-            own = shapes.setdefault(without_prefix(factor.module), {})
-            own[factor.letter] = tuple(tensor.shape)
+        shapes, others = _shapes(saved.tensors)
+        rows = tuple(Row(path, _sizes(own), None) for path, own in sorted(shapes.items()))
+        kinds = tuple(_kinds({key: saved.tensors[key] for key in others}))
+        count = len(saved.tensors)
+        return Inspected(saved.where, "", count, size, rows, (), kinds, refusal=str(error))
+    shapes, others = _shapes(state.tensors)
     return Inspected(
         state.where,
         state.dialect,
@@ -112,10 +110,42 @@ def config_of(folder: Path) -> PeftConfig:
     return replace(state.config, r=max(ranks, default=None))
 
 
-def _row(state: AdapterState, path: str, shapes: dict[str, tuple[int, ...]]) -> Row:
+def _shapes(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, dict[str, tuple[int, ...]]], list[str]]:
+    """Shapes of factors by module and letter, and the keys that are no factors."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    others = []
+    for key, tensor in tensors.items():
+        factor = parse(key)
+        if factor is None:
+            others.append(key)
+        else:
+            own = shapes.setdefault(without_prefix(factor.module), {})
+            own[factor.letter] = tuple(tensor.shape)
+    return shapes, others
+
+
+def _kinds(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """Keys of a method that is not supported, by their last parts: how many, and the first."""
+    kinds: dict[str, list[str]] = {}
+    for key in tensors:
+        last = key.removesuffix(".weight").rpartition(".")[2]
+        kinds.setdefault(last, []).append(key)
+    for last, keys in kinds.items():
+        shape = tuple(tensors[keys[0]].shape)
+        yield f"{last}: {len(keys)} tensors, such as {keys[0][:200]} {shape}"
+
+
+def _sizes(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int]:
     a, b = shapes.get("A", ()), shapes.get("B", ())
     rank = a[-2] if len(a) == 3 else a[0] if a else 0
-    sizes = a[-1] if len(a) in (2, 3) else a[1] if len(a) > 1 else 0, b[0] if b else 0, rank
+    return a[-1] if len(a) in (2, 3) else a[1] if len(a) > 1 else 0, b[0] if b else 0, rank
+
+
+def _row(state: AdapterState, path: str, shapes: dict[str, tuple[int, ...]]) -> Row:
+    sizes = _sizes(shapes)
+    rank = sizes[2]
     known = state.scales.get(path)
     if known is None and rank:
         known = state.config.scale(path, rank)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+import lorafx
 from lorafx.cli import main
 
 pytestmark = pytest.mark.quick
@@ -19,9 +20,11 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def call(*arguments: str) -> str:
-        monkeypatch.setattr("sys.argv", ["lorafx", *arguments])
-        main()
+    def call(*arguments: object, code: int = 0) -> str:
+        monkeypatch.setattr("sys.argv", ["lorafx", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert (ended.value.code or 0) == code
         return capsys.readouterr().out
 
     return call
@@ -40,9 +43,47 @@ def test_explain_names_sites_and_banks_without_running_the_model(run) -> None:
     assert "slots of rank up to 4" in output
 
 
-def test_an_absent_adapter_is_one_line_and_a_failure(run, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="nothing does not exist"):
-        run("inspect", str(tmp_path / "nothing"))
+def test_an_absent_adapter_is_one_line_and_a_failure(run, monkeypatch, tmp_path: Path) -> None:
+    absent = str(tmp_path / "nothing")
+    monkeypatch.setattr("sys.argv", ["lorafx", "inspect", absent])
+    with pytest.raises(SystemExit, match="nothing does not exist") as ended:
+        main()
+    assert isinstance(ended.value.code, str)  # which Python prints, and exits with 1
+    said = json.loads(run("inspect", absent, "--json", code=1))
+    assert said["error"] == "CheckpointError"
+    assert absent in said["message"]
+
+
+def test_help_the_version_and_wrong_usage(run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version").split() == ["lorafx", lorafx.__version__]
+    alone = run()
+    assert alone.split() == run("--help").split()
+    for command in ("inspect", "explain", "convert", "merge", "bench", "serve"):
+        assert command in alone
+        assert "Example: lorafx" in run(command, "--help")
+    for wrong in (["nothing"], ["inspect"], ["bench", "m", "--batch", "many"]):
+        run(*wrong, code=2)
+    assert "install-completion" in alone
+
+
+def test_explain_answers_whether_adapters_fit(run, tmp_path: Path) -> None:
+    adapters, model = EXAMPLES / "demo_adapters", EXAMPLES / "demo_model"
+    said = run("explain", model, "--adapter", adapters)
+    assert "reverse fits: rank 16, 14 modules" in said
+    assert "slots of rank up to 16" in said
+    shutil.copytree(adapters / "upper", tmp_path / "wide")
+    file = tmp_path / "wide" / "adapter_model.safetensors"
+    wide = {key: torch.cat((t, t), -1) for key, t in load_file(file).items()}
+    save_file({key: t.contiguous() for key, t in wide.items()}, file)
+    both = ("--adapter", tmp_path / "wide", "--adapter", adapters / "upper")
+    said = run("explain", model, *both, code=1)
+    assert "wide does not fit: " in said
+    assert "upper fits: rank 8, 6 modules" in said
+    found = json.loads(run("explain", model, *both, "--json", code=1))
+    assert [fit["fits"] for fit in found["adapters"]] == [False, True]
+    assert "128" in found["adapters"][0]["problem"]
+    assert found["report"][0]["title"] == "sites: 6"
+    run("explain", model, "--adapter", adapters / "reverse", "--max-rank", "4", code=1)
 
 
 def test_inspect_says_the_dialect_the_size_and_the_features(run, tmp_path: Path) -> None:
@@ -62,14 +103,18 @@ def test_inspect_says_the_dialect_the_size_and_the_features(run, tmp_path: Path)
     assert "nothing is refused" in checked
 
 
-def test_inspect_says_what_is_refused_and_why(
-    run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_says_what_is_refused_and_why(run, tmp_path: Path) -> None:
     shutil.copytree(EXAMPLES / "demo_adapters" / "upper", tmp_path / "a")
     config = tmp_path / "a" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "use_qalora": True}))
-    with pytest.raises(SystemExit, match="1"):
-        run("inspect", str(tmp_path / "a"))
-    output = capsys.readouterr().out
+    output = run("inspect", tmp_path / "a", code=1)
     assert "use_qalora = True: QALoRA pools the inputs" in output
-    assert "tensors" in output
+    assert "6 modules, rank 8" in output
+    other = {f"layers.{i}.q.hada_w1_a": torch.ones(3, 2) for i in range(4)}
+    save_file(other, tmp_path / "loha.safetensors")
+    output = run("inspect", tmp_path / "loha.safetensors", code=1)
+    assert "LoHa" in output
+    assert "hada_w1_a: 4 tensors, such as layers.0.q.hada_w1_a (3, 2)" in output
+    found = json.loads(run("inspect", tmp_path / "a", "--json", code=1))
+    assert len(found["modules"]) == 6
+    assert "QALoRA" in found["refusal"]

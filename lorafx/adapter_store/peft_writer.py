@@ -1,0 +1,108 @@
+"""An adapter written as PEFT saves it: adapter_config.json beside adapter_model.safetensors.
+
+s_m = α_m / r_m        r and α of most modules; rank_pattern, alpha_pattern for the others
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lorafx.adapter_store.config_source import CONFIG_FILE
+from lorafx.adapter_store.opening import SAFETENSORS
+from lorafx.adapter_store.peft_keys import FactorKey, parse, without_prefix
+from lorafx.adapter_store.saved import AdapterState
+from lorafx.errors import CheckpointError, ConfigError
+from lorafx.model.saved_names import PREFIX
+
+_ENDINGS = {"m": "lora_magnitude_vector", "b": "lora_B.bias"}
+
+
+def write_peft(state: AdapterState, folder: Path) -> tuple[str, ...]:
+    """Write `state` into `folder`, which is created, and return the paths of its modules.
+
+    The paths are those of `state`: of the model that it was read for, where there was one.
+
+    Raises:
+        ConfigError: the folder is not empty, or `state` is PEFT's own already.
+        CheckpointError: it has keys that are no factors; paths without dots, which only a model can
+            tell apart; or the folder cannot be written.
+    """
+    if state.dialect == "peft":
+        raise ConfigError(f"{state.where} is a PEFT adapter already; copy its folder")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is not empty; name a folder that does not exist yet")
+    factors = {key: parse(key) for key in state.tensors}
+    others = [key for key, factor in factors.items() if factor is None]
+    if others:
+        raise CheckpointError(
+            f"{state.where} has {len(others)} keys that are no factors of LoRA, such as "
+            f"{others[0][:200]!r}; PEFT has no names for them"
+        )
+    known = {key: factor for key, factor in factors.items() if factor is not None}
+    ranks = {_path(f): _rank(state.tensors[key]) for key, f in known.items() if f.letter == "A"}
+    if ranks and not any("." in path for path in ranks):
+        raise CheckpointError(
+            f"{state.where} has names without dots, such as {next(iter(ranks))!r}; give the model, "
+            "whose modules they mean: --model FOLDER"
+        )
+    tensors = {_key(factor): state.tensors[key].contiguous() for key, factor in known.items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / SAFETENSORS, {"format": "pt"})
+        fields = _fields(state, ranks, any(factor.letter == "b" for factor in known.values()))
+        (folder / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error}") from error
+    return tuple(ranks)
+
+
+def _path(factor: FactorKey) -> str:
+    return without_prefix(factor.module)
+
+
+def _key(factor: FactorKey) -> str:
+    if factor.letter in _ENDINGS:
+        ending = _ENDINGS[factor.letter]
+    else:
+        form = "lora_embedding_{}" if factor.embedding else "lora_{}.weight"
+        ending = form.format(factor.letter)
+    return f"{PREFIX}{_path(factor)}.{ending}"
+
+
+def _rank(a: Tensor) -> int:
+    return a.shape[-2] if a.dim() == 3 else a.shape[0]
+
+
+def _fields(state: AdapterState, ranks: dict[str, int], bias: bool) -> dict[str, Any]:
+    alphas = {}
+    for path, rank in ranks.items():
+        known = state.scales.get(path)
+        alphas[path] = rank * (state.config.scale(path, rank) if known is None else known)
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    # PEFT's patterns are regular expressions that may begin at any dot.
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": state.config.base_model,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(ranks),
+        "rank_pattern": {f"^{re.escape(p)}": own for p, own in ranks.items() if own != rank},
+        "alpha_pattern": {f"^{re.escape(p)}": own for p, own in alphas.items() if own != alpha},
+        "bias": "none",
+        "lora_bias": bias,
+        "use_dora": state.config.use_dora,
+        "use_rslora": False,
+        "fan_in_fan_out": state.config.fan_in_fan_out,
+        "init_lora_weights": True,
+    }

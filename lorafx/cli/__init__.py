@@ -1,0 +1,31 @@
+"""The command `lorafx`: its entry point. The commands are in lorafx.cli.app, each in a file.
+
+Exit codes: 0 done; 1 lorafx refuses (an adapter that does not fit, a file that cannot be read);
+2 a command line that cannot be understood; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from lorafx.errors import LorafxError
+
+
+def main() -> None:
+    """Run the command that `sys.argv` says, and exit. An error of lorafx is one line."""
+    try:
+        from lorafx.cli.app import app
+    except ImportError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        sys.exit("the lorafx command needs typer and rich: pip install 'lorafx[cli]'")
+    try:
+        app()
+    except LorafxError as error:
+        if "--json" in sys.argv:
+            print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+            sys.exit(1)
+        sys.exit(f"lorafx: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,121 @@
+"""`lorafx inspect` and `lorafx convert`: adapters by themselves."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorafx.cli.output import AsJson, lines, show_json, table
+
+Dialect = Annotated[
+    str | None, typer.Option(help="peft, diffusers, kohya, mlx or loralib; told by the keys.")
+]
+Config = Annotated[
+    Path | None, typer.Option(help="JSON file of the configuration, where none lies beside it.")
+]
+Adapter = Annotated[str, typer.Argument(help="A folder, a file, or a name on the hub.")]
+
+
+def inspect(
+    adapter: Adapter,
+    dialect: Dialect = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder with a config.json; shows what it would refuse.")
+    ] = None,
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what ADAPTER holds, in which dialect, and why it is refused.
+
+    Exits with 1 where it is.
+
+    Example: lorafx inspect style.safetensors --model ./unet
+    """
+    from lorafx.adapter_store.inspecting import inspected
+    from lorafx.adapter_store.saved import AdapterSource
+
+    source = AdapterSource(adapter, _fields(config), dialect)
+    found = inspected(source)
+    if not found.refusal and model is not None:
+        _check_on(model, source)
+    if as_json:
+        show_json(asdict(found))
+    else:
+        rows = [
+            {
+                "module": row.path,
+                **{name: size or "?" for name, size in zip(_SIZES, row.sizes, strict=True)},
+                "scale": "?" if row.scale is None else f"{row.scale:g}",
+            }
+            for row in found.modules
+        ]
+        if rows:
+            table(adapter, ("module", *_SIZES, "scale"), rows)
+        lines(found.lines())
+        if not found.refusal and model is not None:
+            print(f"nothing is refused on {model}")
+    if found.refusal:
+        raise typer.Exit(1)
+
+
+_SIZES = ("in", "out", "rank")
+
+
+def _check_on(model: str, source: Any) -> None:
+    """Read an adapter for MODEL, without its weights."""
+    from lorafx.adapter_store.peft_reader import read_adapter
+    from lorafx.cli.models import on_meta
+    from lorafx.prepare.configuration import request_of
+    from lorafx.prepare.marking import build_sites
+
+    module = on_meta(model)
+    config = request_of({"adapter": source}, {}, module).config
+    _, sites = build_sites(module, config)
+    read_adapter(source, "adapter", sites, model=module, lora_config=config)
+
+
+def _fields(config: Path | None) -> dict[str, Any] | None:
+    from lorafx.adapter_store.opening import json_object
+    from lorafx.errors import ConfigError
+
+    if config is None:
+        return None
+    try:
+        return json_object(config.read_text(), str(config))
+    except OSError as error:
+        raise ConfigError(f"--config {config} cannot be read: {error}") from error
+
+
+def convert(
+    adapter: Adapter,
+    folder: Annotated[Path, typer.Argument(help="The PEFT folder to write; it must not exist.")],
+    dialect: Dialect = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder with a config.json; needed where names have no dots (kohya)."),
+    ] = None,
+    component: Annotated[
+        str | None, typer.Option(help="Which model of a pipeline: unet, transformer, ...")
+    ] = None,
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write ADAPTER, of any dialect that lorafx reads, as a folder that PEFT loads.
+
+    Example: lorafx convert style.safetensors ./style --model ./unet
+    """
+    from lorafx.adapter_store.checkpoint import load_state
+    from lorafx.adapter_store.peft_writer import write_peft
+    from lorafx.adapter_store.saved import AdapterSource
+    from lorafx.cli.models import on_meta
+
+    module = None if model is None else on_meta(model)
+    state = load_state(AdapterSource(adapter, _fields(config), dialect, component), module)
+    written = write_peft(state, folder)
+    if as_json:
+        show_json({"folder": str(folder), "dialect": state.dialect, "modules": len(written)})
+    else:
+        print(f"{state.dialect}: {len(written)} modules written to {folder}")

@@ -1,0 +1,183 @@
+"""`lorafx bench`: lorafx, the base and PEFT side by side, on the user's own model and adapters."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import typer
+
+from lorafx.cli.output import AsJson, lines, show_json, table
+
+
+def bench(
+    model: Annotated[str, typer.Argument(help="A folder with a language model, or a hub name.")],
+    adapters: Annotated[
+        list[str],
+        typer.Option(help="An adapter, or a folder of some; may be given several times."),
+    ],
+    batch: Annotated[int, typer.Option(help="Requests of a batch.")] = 8,
+    length: Annotated[
+        list[int] | None, typer.Option(help="Tokens of a request: 1 and 128; may be repeated.")
+    ] = None,
+    blocks: Annotated[int, typer.Option(help="Blocks of interleaved measurements.")] = 20,
+    seconds: Annotated[float, typer.Option(help="Of one measurement.")] = 0.1,
+    dtype: Annotated[
+        str | None, typer.Option(help="As torch names it; what the files say.")
+    ] = None,
+    peft: Annotated[bool, typer.Option(help="Whether PEFT is measured beside.")] = True,
+    lowering: Annotated[str, typer.Option(help="As Options.lowering.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure MODEL with your adapters: time over that of the base compiled by torch.compile.
+
+    Each length is one forward without a cache, of a batch whose requests take turns with the
+    adapters. PEFT runs the same mixed batch in eager mode. All ratios are of one run, with the 95 %
+    interval; the line "base" is the base against itself, the noise.
+
+    Example: lorafx bench meta-llama/Llama-3.2-1B --adapters ./adapters --batch 8 --length 128
+    """
+    import torch
+
+    from lorafx.cli.measuring import measured
+    from lorafx.cli.models import adapters_in, loaded
+    from lorafx.errors import ConfigError
+
+    if min(batch, blocks, *(length or (1,))) < 1 or seconds <= 0:
+        raise ConfigError("--batch, --length, --blocks and --seconds must be positive")
+    sources = adapters_in(adapters)
+    module = loaded(model, dtype)
+    way = _Ways.of(module, sources, batch, lowering, peft)
+    wait = torch.cuda.synchronize if module.device.type == "cuda" else None
+    cases: list[dict[str, Any]] = []
+    for tokens in length or (1, 128):
+        ids = torch.randint(0, _vocabulary(module), (batch, tokens), device=module.device)
+        arms = {name: functools.partial(_call, *arm, ids) for name, arm in way.arms.items()}
+        base = functools.partial(_call, way.base, None, ids)
+        results = measured(base, arms, blocks=blocks, seconds=seconds, wait=wait)
+        case: dict[str, Any] = {"batch": batch, "tokens": tokens}
+        case["arms"] = [asdict(one) for one in results]
+        if way.peft is not None:
+            got, want = (_call(run, way.mixed, ids) for run in (way.compiled, way.peft))
+            case["difference"] = float((got - want).abs().max() / want.abs().max())
+        cases.append(case)
+    told = _machine(torch, module, sources)
+    if as_json:
+        show_json({"model": model, **told, "cases": cases})
+        return
+    for case in cases:
+        rows = [
+            {
+                "what": arm["arm"],
+                "ms": f"{arm['milliseconds']:.2f}",
+                "over base": f"{arm['ratio']:.3f}",
+                "95 %": f"{arm['low']:.3f} - {arm['high']:.3f}",
+            }
+            for arm in case["arms"]
+        ]
+        title = f"{case['batch']} requests of {case['tokens']} tokens"
+        table(title, ("what", "ms", "over base", "95 %"), rows)
+        if "difference" in case:
+            print(f"largest difference of lorafx from PEFT's logits: {case['difference']:.1e}")
+    lines(f"{name}: {value}" for name, value in told.items())
+
+
+@dataclass(frozen=True)
+class _Ways:
+    """What is measured.
+
+    Attributes:
+        base: the model compiled by torch.compile.
+        compiled, peft: lorafx's, and PEFT's where it is measured.
+        mixed: the adapter of each request where they take turns.
+        arms: by name what is called, with which adapters.
+    """
+
+    base: Any
+    compiled: Any
+    peft: Any | None
+    mixed: list[str]
+    arms: dict[str, tuple[Any, list[str | None]]]
+
+    @classmethod
+    def of(
+        cls, module: Any, sources: Mapping[str, str], batch: int, lowering: str, peft: bool
+    ) -> _Ways:
+        import torch
+
+        import lorafx
+
+        options = {"lowering": lowering}
+        compiled = lorafx.compile(copy.deepcopy(module), dict(sources), options=options)
+        names = list(sources)
+        mixed = [names[row % len(names)] for row in range(batch)]
+        several = f"{len(set(mixed))} adapters"
+        arms: dict[str, tuple[Any, Any]] = {
+            "lorafx, no adapter": (compiled, [None] * batch),
+            f"lorafx, {names[0]} alone": (compiled, names[:1] * batch),
+        }
+        if len(set(mixed)) > 1:
+            arms[f"lorafx, {several}"] = (compiled, mixed)
+        other = _by_peft(module, sources, mixed) if peft else None
+        if other is not None:
+            arms[f"PEFT, {several}"] = (other, mixed)
+        base = module if lowering == "reference" else torch.compile(copy.deepcopy(module))
+        return cls(base, compiled, other, mixed, arms)
+
+
+def _call(run: Any, names: Sequence[str | None] | None, ids: Any) -> Any:
+    """Logits of one forward."""
+    import torch
+
+    given = {} if names is None else {"adapter_names": names}
+    with torch.no_grad():
+        return run(input_ids=ids, use_cache=False, **given).logits
+
+
+def _by_peft(module: Any, sources: Mapping[str, str], mixed: list[str]) -> Any | None:
+    """The model with PEFT's layers; None, and a warning, where PEFT cannot serve the batch."""
+    import torch
+
+    try:
+        from peft import PeftModel
+
+        first, *others = sources
+        made = PeftModel.from_pretrained(copy.deepcopy(module), sources[first], first).eval()
+        for name in others:
+            made.load_adapter(sources[name], name)
+        _call(made, mixed, torch.zeros(len(mixed), 1, dtype=torch.long, device=module.device))
+    except Exception as error:  # of PEFT, about adapters that lorafx serves
+        warnings.warn(f"PEFT is not measured: {error!s:.300}", stacklevel=2)
+        return None
+    return made
+
+
+def _vocabulary(module: Any) -> int:
+    from lorafx.errors import ConfigError
+
+    size = getattr(module.config, "vocab_size", None)
+    if size is None:
+        raise ConfigError(
+            f"{type(module).__name__} takes no token ids; bench is for language models"
+        )
+    return int(size)
+
+
+def _machine(torch: Any, module: Any, sources: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+    from datetime import date
+    from importlib import metadata
+
+    device = module.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    packages = ("lorafx", "torch", "transformers")
+    return {
+        "device": f"{name}, {torch.get_num_threads()} threads",
+        "dtype": str(module.dtype).removeprefix("torch."),
+        "versions": ", ".join(f"{package} {metadata.version(package)}" for package in packages),
+        "adapters": ", ".join(sources),
+        "date": date.today().isoformat(),
+    }

@@ -1,0 +1,120 @@
+"""The models and adapters that commands are given: folders, or names on the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lorafx.errors import ConfigError
+
+
+def on_meta(model: str) -> Any:
+    """The model that a config.json describes, without numbers.
+
+    Raises:
+        ConfigError: there is none, or nothing installed knows its class.
+    """
+    import torch
+
+    with _readable(model), torch.device("meta"):
+        config = _config(model)
+        if isinstance(config, dict):
+            return _diffusers_class(config).from_config(config).eval()
+        return _transformers_class(config)(config).eval()
+
+
+def loaded(model: str, dtype: str | None = None) -> Any:
+    """The model with its weights, on the CPU or the GPU that there is, for inference.
+
+    Raises:
+        ConfigError: it cannot be loaded, or torch has no such dtype.
+    """
+    import torch
+
+    wanted: Any = "auto" if dtype is None else getattr(torch, dtype, None)
+    if wanted != "auto" and not isinstance(wanted, torch.dtype):
+        raise ConfigError(f"--dtype {dtype}: torch has no dtype of this name")
+    with _readable(model):
+        config = _config(model)
+        if isinstance(config, dict):
+            kind = {} if wanted == "auto" else {"torch_dtype": wanted}
+            found = _diffusers_class(config).from_pretrained(model, **kind)
+        else:
+            found = _transformers_class(config).from_pretrained(model, dtype=wanted)
+    return found.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
+
+
+def adapters_in(folders: Sequence[str]) -> dict[str, str]:
+    """Adapters by name: each of `folders` is one, a file of one, a name on the hub, or a folder of
+    adapter folders.
+
+    Raises:
+        ConfigError: two are called the same, or a folder holds none.
+    """
+    from lorafx.adapter_store.config_source import CONFIG_FILE
+    from lorafx.adapter_store.opening import WEIGHTS
+
+    def is_adapter(folder: Path) -> bool:
+        return any((folder / name).is_file() for name in (CONFIG_FILE, *WEIGHTS))
+
+    found: dict[str, str] = {}
+    for given in folders:
+        path = Path(given)
+        several = path.is_dir() and not is_adapter(path) and not any(path.glob("*.safetensors"))
+        inside = sorted(filter(is_adapter, path.iterdir())) if several else [path]
+        if not inside:
+            raise ConfigError(f"{given} holds no adapter, and no folder of one")
+        for one in inside:
+            name = one.stem if one.is_file() else one.name
+            if name in found:
+                raise ConfigError(f"two adapters are called {name!r}: {found[name]} and {one}")
+            found[name] = given if one is path else str(one)
+    return found
+
+
+@contextmanager
+def _readable(model: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError(f"{model} needs {error.name}: pip install 'lorafx[hf]'") from error
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{model} cannot be loaded: {error}") from error
+
+
+def _config(model: str) -> Any:
+    """transformers' configuration; diffusers', which is a dict, for a folder of one of its
+    models."""
+    import json
+
+    file = Path(model) / "config.json"
+    if file.is_file():
+        fields = json.loads(file.read_text())
+        if "_class_name" in fields:
+            return fields
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model)
+
+
+def _transformers_class(config: Any) -> Any:
+    """The class that the model was saved by."""
+    import transformers
+
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    return transformers.AutoModelForCausalLM._model_mapping[type(config)]
+
+
+def _diffusers_class(fields: dict[str, Any]) -> Any:
+    import diffusers
+
+    name = fields["_class_name"]
+    if not hasattr(diffusers, name):
+        raise ConfigError(f"the installed diffusers has no {name}")
+    return getattr(diffusers, name)

@@ -1,0 +1,42 @@
+"""`lorafx serve`: an HTTP server in OpenAI's form (lorafx.server)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+
+def serve(
+    model: str,
+    adapters: Annotated[Path | None, "folder of adapter folders, or one adapter's"] = None,
+    name: Annotated[str | None, "what requests call the base model"] = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_adapters: int = 8,
+    max_rank: int | None = None,
+    target: Annotated[list[str] | None, "module names, suffixes or all-linear"] = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    page_size: int | None = None,
+    num_blocks: int | None = None,
+    max_batch_tokens: int | None = None,
+    max_memory_percent: float | None = None,
+    temperature: float | None = None,
+    lowering: str = "auto",
+    cache: str | None = None,
+    allow_runtime_loading: bool = False,
+    adapter_root: Path | None = None,
+    drain: Annotated[int | None, "seconds"] = None,
+) -> None:
+    """Serve MODEL, a folder or a name on the hub, and its adapters over HTTP, in OpenAI's form.
+
+    Example: lorafx serve meta-llama/Llama-3.2-1B --adapters ./adapters
+    """
+    given = dict(locals())
+    from lorafx.server.requirements import check_requirements
+
+    check_requirements()
+    from lorafx.server.run import run
+    from lorafx.server.settings import Settings
+
+    run(Settings(**{**given, "target": tuple(target or ())}))

@@ -1,0 +1,126 @@
+"""Commands of `lorafx` that write or run something: convert, merge, bench. PEFT is the oracle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dialect_files import WRITERS, alpha, factors
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lorafx.cli import main
+
+pytestmark = pytest.mark.quick
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+MODEL, ADAPTERS = EXAMPLES / "demo_model", EXAMPLES / "demo_adapters"
+IDS = torch.arange(40, 52).view(2, 6)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def call(*arguments: object, code: int = 0) -> Any:
+        monkeypatch.setattr("sys.argv", ["lorafx", *map(str, arguments), "--json"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert (ended.value.code or 0) == code
+        return json.loads(capsys.readouterr().out)
+
+    return call
+
+
+def logits(folder: Path | None, model: Path = MODEL) -> Tensor:
+    made = AutoModelForCausalLM.from_pretrained(model).eval()
+    if folder is not None:
+        made = PeftModel.from_pretrained(made, folder)
+    with torch.no_grad():
+        return made(input_ids=IDS).logits
+
+
+def largest(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+@pytest.mark.parametrize("dialect", ["mlx", "loralib", "kohya", "diffusers"])
+def test_a_converted_adapter_is_the_same_to_peft(run, tmp_path: Path, dialect: str) -> None:
+    file = WRITERS[dialect](ADAPTERS / "upper", tmp_path / "file")
+    wanted, out = logits(ADAPTERS / "upper"), tmp_path / "out"
+    given: tuple[object, ...] = ("--model", MODEL) if dialect in ("kohya", "diffusers") else ()
+    if dialect == "loralib":  # has no α anywhere
+        (tmp_path / "config.json").write_text(json.dumps({"lora_alpha": alpha(ADAPTERS / "upper")}))
+        given = ("--config", tmp_path / "config.json")
+    said = run("convert", file, out, *given)
+    assert said == {"folder": str(out), "dialect": dialect, "modules": 6}
+    assert largest(logits(None), wanted) > 1e-3
+    assert largest(logits(out), wanted) <= 1e-5
+    again = run("convert", file, out, *given, code=1)
+    assert "is not empty" in again["message"]
+
+
+def test_ranks_and_scales_of_single_modules_are_converted(run, tmp_path: Path) -> None:
+    """Each module has an α of its own, and one a rank of its own."""
+    tensors: dict[str, Tensor] = {}
+    names = {"A": "lora_down.weight", "B": "lora_up.weight"}
+    deltas: dict[str, Tensor] = {}
+    paths = sorted({module for module, _, _ in factors(ADAPTERS / "upper")})
+    each = {(module, letter): t for module, letter, t in factors(ADAPTERS / "upper")}
+    for number, path in enumerate(paths):
+        a, b = each[path, "A"], each[path, "B"]
+        if not number:
+            a, b = a[:5], b[:, :5]
+        for letter, tensor in (("A", a), ("B", b)):
+            name = f"lora_transformer_{path.replace('.', '_')}.{names[letter]}"
+            tensors[name] = tensor.contiguous()
+        own = 2.0 + number
+        tensors[f"lora_transformer_{path.replace('.', '_')}.alpha"] = torch.tensor(own)
+        deltas[path] = own / len(a) * b @ a
+    save_file(tensors, tmp_path / "file.safetensors")
+    run("convert", tmp_path / "file.safetensors", tmp_path / "out", "--model", MODEL)
+    merged = AutoModelForCausalLM.from_pretrained(MODEL).eval()
+    with torch.no_grad():
+        for path, delta in deltas.items():
+            merged.get_submodule(path).weight += delta
+        assert largest(logits(tmp_path / "out"), merged(input_ids=IDS).logits) <= 1e-5
+    assert len(load_file(tmp_path / "out" / "adapter_model.safetensors")) == 2 * len(paths)
+    said = run("convert", tmp_path / "file.safetensors", tmp_path / "other", code=1)
+    assert "--model" in said["message"]
+    assert not (tmp_path / "other").exists()
+    said = run("convert", ADAPTERS / "upper", tmp_path / "other", code=1)
+    assert "PEFT adapter already" in said["message"]
+
+
+def test_a_merged_model_is_what_peft_merges(run, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    said = run("merge", MODEL, ADAPTERS / "reverse", out)
+    assert said == {"folder": str(out), "tokenizer": True}
+    assert largest(logits(None, out), logits(ADAPTERS / "reverse")) <= 1e-4
+    assert len(AutoTokenizer.from_pretrained(out)) == len(AutoTokenizer.from_pretrained(MODEL))
+    assert "is not empty" in run("merge", MODEL, ADAPTERS / "reverse", out, code=1)["message"]
+    said = run("merge", tmp_path / "absent", ADAPTERS / "reverse", tmp_path / "x", code=1)
+    assert said["error"] == "ConfigError"
+    assert "cannot be loaded" in said["message"]
+
+
+def test_bench_measures_all_arms_in_one_run(run) -> None:
+    tiny = ("--batch", 3, "--length", 4, "--blocks", 2, "--seconds", 0.001)
+    adapters = ("--adapters", ADAPTERS / "upper", "--adapters", ADAPTERS / "copy")
+    said = run("bench", MODEL, *adapters, *tiny, "--lowering", "reference")
+    [case] = said["cases"]
+    assert [arm["arm"] for arm in case["arms"]] == [
+        "base",
+        "lorafx, no adapter",
+        "lorafx, upper alone",
+        "lorafx, 2 adapters",
+        "PEFT, 2 adapters",
+    ]
+    assert all(0 < arm["low"] <= arm["ratio"] <= arm["high"] for arm in case["arms"])
+    assert case["difference"] <= 1e-5
+    assert said["adapters"] == "upper, copy"
+    said = run("bench", MODEL, *adapters, "--batch", 0, code=1)
+    assert "must be positive" in said["message"]
