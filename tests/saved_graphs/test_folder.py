@@ -86,7 +86,7 @@ def test_models_that_torch_compile_captures_have_no_folder(plain: Case, tmp_path
 
 
 def test_a_torch_that_cannot_keep_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorafx.config.can_save_graphs", lambda: False)
+    monkeypatch.setattr("lorafx.compat.can_save_graphs", lambda: False)
     with pytest.raises(ConfigError, match=r"needs torch 2\.13 or later"):
         lorafx.Options(cache=True)
     assert lorafx.Options(cache=None).cache is None
@@ -122,7 +122,9 @@ def test_the_command(
     monkeypatch.setenv("COLUMNS", "200")
     for command, shown in (("list", "LlamaForCausalLM"), ("clear", "1 graphs removed")):
         monkeypatch.setattr(sys, "argv", ["lorafx", "cache", command, "--folder", str(tmp_path)])
-        main()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
         assert shown in capsys.readouterr().out
     assert list(entries(tmp_path)) == []
 

@@ -78,7 +78,9 @@ def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
     before = signal.getsignal(signal.SIGTERM)
     with ThreadPoolExecutor(2) as clients:
         streamed, gone = clients.submit(stream), clients.submit(knock)
-        main()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
         text = streamed.result(60)
         assert gone.result(60) == "gone"
     ids = files.tokenizer("w9 w12")["input_ids"]
