@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lorafx.adapter_store.saved import AdapterSource
     from lorafx.api import attach, compile, explain
     from lorafx.config import After, LoraConfig, Options
+    from lorafx.diffusers.compiled_pipeline import CompiledPipeline, compile_pipeline
     from lorafx.errors import (
         BaseWeightsError,
         BatchError,
@@ -53,6 +54,7 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "CompiledModel",
+    "CompiledPipeline",
     "ConfigError",
     "LoraConfig",
     "LorafxError",
@@ -70,6 +72,7 @@ __all__ = [
     "adapters",
     "attach",
     "compile",
+    "compile_pipeline",
     "dequantize",
     "detach",
     "errors",
@@ -89,6 +92,7 @@ _HOMES = {
     "lorafx.adapter_store.saved": ("AdapterSource",),
     "lorafx.api": ("attach", "compile", "explain"),
     "lorafx.config": ("After", "LoraConfig", "Options"),
+    "lorafx.diffusers.compiled_pipeline": ("CompiledPipeline", "compile_pipeline"),
     "lorafx.model.out_of_tree": ("register_oot", "unregister_oot"),
     "lorafx.model.quantized": ("dequantize",),
     "lorafx.pass_order": ("pipeline",),

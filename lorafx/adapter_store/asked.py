@@ -42,6 +42,14 @@ def too_many(wanted: Sequence[str], slots: int) -> CapacityError:
     )
 
 
+def no_own_room(name: str) -> CapacityError:
+    """`name` keeps its slot, which has no room for what it is to hold now."""
+    return CapacityError(
+        f"{name!r} is pinned, and there is no room for its own weights; unpin it, or compile with "
+        "a larger LoraConfig(max_own_weights=...)"
+    )
+
+
 def room_for(
     wanted: Sequence[str],
     slots: Mapping[str, int],

@@ -8,8 +8,7 @@
 
 Banks are written in place, so compiled graphs and captured addresses stay valid. Everything is
 checked before the first write; a call that raises has changed nothing. While a slot is written it
-belongs to nobody. So no adapter is served from a half-written slot, whatever interrupts the write,
-a fork included.
+belongs to nobody: no adapter is served from a half-written one, whatever interrupts the write.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakSet
 
-from lorafx.adapter_store.asked import check_loaded, too_many
+from lorafx.adapter_store.asked import check_loaded, no_own_room, too_many
 from lorafx.adapter_store.dora import refresh
 from lorafx.adapter_store.fitting import fitted
 from lorafx.adapter_store.holding import Hold, Retired
@@ -31,7 +30,6 @@ from lorafx.adapter_store.names import BASE, Mixture, check_name, members
 from lorafx.adapter_store.origins import Origin
 from lorafx.adapter_store.slots import Slots
 from lorafx.adapter_store.stored import BankPlace, StoredAdapter, check_spans
-from lorafx.errors import CapacityError
 from lorafx.interrupts import free_after_fork, undisturbed
 
 if TYPE_CHECKING:
@@ -126,25 +124,29 @@ class AdapterStore(Slots):
 
     def load(self, adapter: Adapter, origin: Origin | None = None) -> None:
         """Keep `adapter` in host memory; it gets a slot when a batch, or a pin, asks for it.
-        `origin` says where it can be read again.
-
-        An adapter of the same name is replaced, and rewritten in place if it holds a slot; sums
-        that it is part of are made again when a batch asks for them.
-        Raises CapacityError (rank, no room for DoRA), CheckpointError (sites, shapes, values beyond
-        the banks' dtype) or ConfigError (name).
+        `origin` says where it can be read again. An adapter of the same name is replaced, and
+        rewritten in place if it holds a slot; sums that it is part of are made again.
+        Raises CapacityError (rank, room), CheckpointError (sites, sizes, values), ConfigError.
         """
+        with self._lock:
+            self.loading(adapter, origin)()
+
+    def loading(self, adapter: Adapter, origin: Origin | None = None) -> Callable[[], None]:
+        """What does as `load` does, which has been found possible. Raises as that."""
         check_name(adapter.name)
         stored = self._fitted(adapter, origin=origin)
         with self._lock:
             check_spans(stored, self._adapters.values())
             slot = self._slots.get(stored.name) if stored.name in self._pinned else None
             if slot is not None and not self._fits(slot, stored):
-                raise CapacityError(
-                    f"{stored.name!r} is pinned, and there is no room for its own weights; unpin "
-                    "it, or compile with a larger LoraConfig(max_own_weights=...)"
-                )
-            undisturbed(lambda: self._keep(stored))
-            self._trim()
+                raise no_own_room(stored.name)
+
+        def keep() -> None:
+            with self._lock:
+                undisturbed(lambda: self._keep(stored))
+                self._trim()
+
+        return keep
 
     def fetch(self, names: Iterable[str | None], *, resident: bool = False) -> list[HostCopy]:
         """The host copies of these adapters, of those with a slot only where `resident` asks, which
@@ -390,10 +392,9 @@ class AdapterStore(Slots):
 
     def _unmix(self, name: str) -> None:
         """Forget the sums that an adapter is part of."""
-        sums = [other for other in self._adapters if isinstance(other, Mixture)]
-        for other in sums:
-            if name in members(other):
-                self._unload(other)
+        sums = [own for own in self._adapters if isinstance(own, Mixture) and name in members(own)]
+        for own in sums:
+            self._unload(own)
 
     def _check_known(self, names: Sequence[str]) -> None:
         check_loaded(names, self._adapters, lambda: self.names)

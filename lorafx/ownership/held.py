@@ -11,7 +11,7 @@ the tensor they describe, of its size or of one in each.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -115,6 +115,25 @@ def joined(one: Tensor, other: Tensor) -> Tensor:
     one, other = torch.broadcast_tensors(one, other)
     agree = (one == other) | (other == NOBODY)
     return torch.where(one == NOBODY, other, torch.where(agree, one, UNKNOWN))
+
+
+def renamed(held: Held | None, requests: Mapping[int, int]) -> Held | None:
+    """The label with requests[b] in place of b, where it is there."""
+    if isinstance(held, Alone):
+        return listed(0, (requests.get(held.request, held.request),))
+    if isinstance(held, Listed):
+        return listed(held.dim, tuple(requests.get(owner, owner) for owner in held.owners))
+    return Patchy(renamed_cells(held.cells, requests)) if isinstance(held, Patchy) else held
+
+
+def renamed_cells(cells: Tensor, requests: Mapping[int, int]) -> Tensor:
+    """`renamed`, of cells; UNKNOWN and NOBODY stay."""
+    if not cells.numel():
+        return cells
+    table = torch.arange(UNKNOWN, max(int(cells.max()), *requests) + 1, dtype=torch.int16)
+    for before, now in requests.items():
+        table[before - UNKNOWN] = now
+    return table.to(cells.device)[cells.long() - UNKNOWN]
 
 
 def same_owners(lists: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:

@@ -9,7 +9,7 @@ version says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -28,6 +28,8 @@ from lorafx.ownership.held import (
     Shared,
     cells_of,
     held_by,
+    renamed,
+    renamed_cells,
 )
 
 #: sizes, strides, offset
@@ -114,6 +116,15 @@ class Memory:
                 block.views.clear()
         block.views[place] = held
         block.version = version + uncounted
+
+    def rename(self, requests: Mapping[int, int]) -> None:
+        """What belonged to a request of `requests` belongs to the one that it names."""
+        if not requests:
+            return
+        for block in self._blocks.values():
+            block.views = {place: renamed(held, requests) for place, held in block.views.items()}
+            if block.cells is not None:
+                block.cells = renamed_cells(block.cells, requests)
 
     def _new(self, tensor: Tensor) -> _Block | None:
         """An empty block for the storage of `tensor`, in place of what was known of it; None where

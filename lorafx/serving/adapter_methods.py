@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from lorafx.adapter_store.names import BASE, AdapterName, members, one_name
+from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.adapter_store.saved import Source
 from lorafx.errors import BatchError, ConfigError
 from lorafx.interrupts import undisturbed
-from lorafx.session.loading import asked_name, load_adapter
+from lorafx.session.loading import asked_name, load_adapter, unloading
 
 if TYPE_CHECKING:
     from lorafx.session.session import Session
@@ -88,18 +88,8 @@ class AdapterMethods:
             ConfigError: it is merged.
             BatchError: the call that is running on this thread serves it.
         """
-        session = self._session
-
-        def unload() -> None:
-            session.store.unload(name)
-            session.forget_served()
-            if session.default is not None and name in members(session.default):
-                session.default = None
-
-        with session.lock:
-            session.refuse_merged(name, "is unloaded")
-            session.refuse_served(name, "unload")
-            undisturbed(unload)
+        with self._session.lock:
+            undisturbed(unloading(self._session, name))
 
     def pin_adapter(self, name: str) -> None:
         """Bring an adapter into a slot now and keep it there.

@@ -1,12 +1,15 @@
-"""Adapters that are loaded while a session serves."""
+"""Adapters that are loaded while sessions serve: into one model, or by parts into several."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from lorafx.adapter_store.names import members
 from lorafx.adapter_store.origins import Origin
 from lorafx.adapter_store.peft_reader import Adapter
 from lorafx.errors import CheckpointError, ConfigError, ReplacedModuleError
+from lorafx.interrupts import undisturbed
 from lorafx.session.reading import read_for
 from lorafx.session.session import Session
 
@@ -44,22 +47,62 @@ def load_adapter(session: Session, source: Any, name: str, strict: bool | None =
         ReplacedModuleError: a module that it is for was replaced or taken out.
         BatchError: the call that is running on this thread serves it.
     """
+    load_parts([(session, source)], name, strict)
+
+
+def load_parts(parts: Sequence[tuple[Session, Any]], name: str, strict: bool | None = None) -> None:
+    """As `load_adapter`, into several models: each has the part of the adapter that stands beside
+    it, or none of this name where that is None. Where one part cannot be loaded, none is."""
+    read = [
+        None if source is None else (Origin.of(source), _read(session, source, name, strict))
+        for session, source in parts
+    ]
+
+    def keep() -> None:
+        steps = [
+            unloading(session, name) if one is None else _keeping(session, name, *one)
+            for (session, _), one in zip(parts, read, strict=True)
+            if one is not None or name in session.store.names
+        ]
+        undisturbed(lambda: [step() for step in steps])
+
+    _locked([session for session, _ in parts], keep)
+
+
+def _locked(sessions: Sequence[Session], action: Callable[[], None]) -> None:
+    """Run `action` while no other thread calls any of these. No ExitStack: an interrupt between its
+    steps would leave a lock as it is."""
+    if not sessions:
+        action()
+        return
+    with sessions[0].lock:
+        _locked(sessions[1:], action)
+
+
+def unload_parts(sessions: Sequence[Session], name: str) -> None:
+    """Forget the adapter of this name in all of these models that have it.
+
+    Raises:
+        ConfigError: it is merged; BatchError: the call that is running on this thread serves it.
+        Nothing has changed then.
+    """
+    load_parts([(session, None) for session in sessions], name)
+
+
+def _read(session: Session, source: Any, name: str, strict: bool | None) -> Adapter:
     program = session.program
     with session.lock:
         _refuse(session, name)
         program.look_at_modules()
-    origin = Origin.of(source)
     try:
         strict = program.options.strict if strict is None else strict
-        adapter = read_for(program, source, name, strict=strict)
+        return read_for(program, source, name, strict=strict)
     except CheckpointError as error:  # of which a module that is missing may be the reason
         try:
             program.refuse_missing()
         except ReplacedModuleError as reason:
             raise reason from error
         raise
-    with session.lock:
-        _keep(session, adapter, name, origin)
 
 
 def _refuse(session: Session, name: str) -> None:
@@ -67,8 +110,10 @@ def _refuse(session: Session, name: str) -> None:
     session.refuse_served(name, "replace")
 
 
-def _keep(session: Session, adapter: Adapter, name: str, origin: Origin | None) -> None:
-    """What was true when the files were read is looked at again."""
+def _keeping(
+    session: Session, name: str, origin: Origin | None, adapter: Adapter
+) -> Callable[[], None]:
+    """What keeps the adapter. What was true when the files were read is looked at again."""
     program, merged = session.program, session.base.merged
     _refuse(session, name)
     program.look_at_modules()
@@ -89,5 +134,29 @@ def _keep(session: Session, adapter: Adapter, name: str, origin: Origin | None) 
             if any(site.part_path(part) in adapter.weights for part in range(len(site.parts)))
         ]
     )
-    session.store.load(adapter, origin)
-    session.forget_served()
+    keep = session.store.loading(adapter, origin)
+
+    def load() -> None:
+        keep()
+        session.forget_served()
+
+    return load
+
+
+def unloading(session: Session, name: str) -> Callable[[], None]:
+    """What forgets an adapter. The lock is held.
+
+    Raises:
+        ConfigError: it is merged; BatchError: the call that is running on this thread serves it.
+        What is returned raises UnknownAdapterError where it is not loaded.
+    """
+    session.refuse_merged(name, "is unloaded")
+    session.refuse_served(name, "unload")
+
+    def unload() -> None:
+        session.store.unload(name)
+        session.forget_served()
+        if session.default is not None and name in members(session.default):
+            session.default = None
+
+    return unload

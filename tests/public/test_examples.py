@@ -70,6 +70,13 @@ def test_torch_compile(capsys):
             assert f"{road}, {name}: compiler>{ANSWERS[name]}" in lines
 
 
+@pytest.mark.slow  # what it does is tested in tests/diffusers
+def test_diffusion_pipeline(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["diffusion_pipeline.py"])
+    runpy.run_path(str(ROOT / "examples/diffusion_pipeline.py"), run_name="__main__")
+    assert capsys.readouterr().out.count("as when made alone by diffusers") == 3
+
+
 @pytest.mark.slow  # what they do is tested in tests/models/test_expert_models.py
 def test_experts(capsys):
     runpy.run_path(str(ROOT / "examples/experts.py"), run_name="__main__")

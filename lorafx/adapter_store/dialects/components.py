@@ -20,6 +20,9 @@ COMPONENTS = (
     "diffusion_model",
 )
 
+#: What files call the model that removes the noise, whatever its pipeline calls it.
+DENOISERS = ("unet", "transformer", "diffusion_model")
+
 
 def component_of(
     groups: Mapping[str, Collection[str]],

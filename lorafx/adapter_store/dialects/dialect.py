@@ -46,6 +46,11 @@ class Dialect(ABC):
             UnsupportedAdapterError: arithmetic beyond LoRA.
         """
 
+    def components(self, saved: Saved) -> tuple[str, ...]:
+        """The models of a pipeline that `saved` has factors for; "" stands for one that its keys do
+        not name."""
+        return ("",)
+
 
 class Translation:
     """Factors on their way into PEFT's names."""

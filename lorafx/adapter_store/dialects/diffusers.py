@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorafx.adapter_store.dialects.components import COMPONENTS, component_of
+from lorafx.adapter_store.dialects.components import COMPONENTS, DENOISERS, component_of
 from lorafx.adapter_store.dialects.conversion import Converted, converted, peft_keys
 from lorafx.adapter_store.dialects.dialect import Dialect, Translation, number
 from lorafx.adapter_store.opening import json_object
@@ -56,6 +56,9 @@ class Diffusers(Dialect):
             return state
         other = converted_for(saved, self, saved.tensors, model)
         return state if other is None else other
+
+    def components(self, saved: Saved) -> tuple[str, ...]:
+        return tuple(_groups(saved.tensors))
 
     def translated(
         self, saved: Saved, dialect: Dialect, made: Converted, model: nn.Module | None
@@ -149,6 +152,8 @@ def converted_for(
     Raises as `conversion.converted`.
     """
     reader = Diffusers()
+    if saved.component in DENOISERS:  # conversions call it what its pipeline does
+        saved = replace(saved, component=None)
 
     def lands(made: Converted) -> bool:
         try:

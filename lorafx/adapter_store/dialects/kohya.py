@@ -84,6 +84,10 @@ class Kohya(Dialect):
         dora = any(path.endswith("lora_magnitude_vector") for path in found.tensors)
         return found.state(PeftConfig(r=None, use_dora=dora))
 
+    def components(self, saved: Saved) -> tuple[str, ...]:
+        matches = map(_PREFIX.match, saved.tensors)
+        return tuple(dict.fromkeys(COMPONENTS[m[1]] if m else "" for m in matches))
+
 
 def _by_name(saved: Saved) -> dict[str, dict[str, Tensor]]:
     modules: dict[str, dict[str, Tensor]] = {}

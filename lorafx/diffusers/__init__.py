@@ -1,0 +1,1 @@
+"""Pipelines of diffusers whose models serve many adapters in one batch."""

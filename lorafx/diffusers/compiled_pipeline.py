@@ -1,0 +1,347 @@
+"""A pipeline of diffusers whose images may each use another adapter.
+
+    cp = lorafx.compile_pipeline(pipe, {"ink": "loras/ink", "clay": "loras/clay.safetensors"})
+    cp(prompt=[...], adapter_names=["ink", {"ink": 0.5, "clay": 1.0}, None])
+
+The pipeline's own `__call__` runs. While it does, the forwards of its models are the compiled ones,
+as in transformers' `generate` (lorafx.serving.generation); the models stay what and where they are.
+Which prompt each of their rows belongs to: lorafx.diffusers.prompt_rows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafx import api
+from lorafx.adapter_store.names import BASE, AdapterName, Mixture, members
+from lorafx.adapter_store.saved import Source
+from lorafx.capture.tracking import untracked
+from lorafx.config import LoraConfig, Options
+from lorafx.diffusers.components import encodes_prompts, loadable, parts_of
+from lorafx.diffusers.prompt_rows import PromptRows
+from lorafx.errors import (
+    BatchError,
+    ConfigError,
+    ReplacedModuleError,
+    UnknownAdapterError,
+    nearest,
+)
+from lorafx.explanation import Explanation
+from lorafx.prepare.configuration import request_of
+from lorafx.serving.compiled import CompiledModel
+from lorafx.session.loading import load_parts, unload_parts
+from lorafx.session.requests import Names, checked_names
+from lorafx.session.stand_ins import Replaced, StandIns
+
+#: Arguments of denoisers that all rows share: positions of text and image tokens.
+SHARED_ARGUMENTS: Mapping[str, None] = dict.fromkeys(("img_ids", "txt_ids", "image_rotary_emb"))
+#: Arguments of pipelines by which diffusers scales all adapters at once.
+_SCALING = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
+
+
+def compile_pipeline(
+    pipe: Any,
+    adapters: Mapping[str, Source] | None = None,
+    *,
+    lora_config: LoraConfig | Mapping[str, LoraConfig] | None = None,
+    components: Iterable[str] | None = None,
+    dynamic: bool | None = True,
+    options: Options | Mapping[str, Any] | None = None,
+) -> CompiledPipeline:
+    """Compile the models of a diffusers pipeline that carry LoRA, so that every image of a batch
+    may use another adapter.
+
+    `pipe` and its models stay what they are: called itself, `pipe` gives the base's images.
+
+    Args:
+        pipe: a pipeline of diffusers (`DiffusionPipeline`), on one device. Adapters that
+            `pipe.load_lora_weights` put into it are taken over.
+        adapters: name -> adapter, loaded before the first call. One file may have parts for the
+            denoiser and for text encoders, in any dialect (docs/adapters.md).
+        lora_config: the sites, ranks and slots: a `LoraConfig` for all of the models, or one by
+            the name of each. None for what the adapters need, with room for sums of any two of
+            them; or every linear without any.
+        components: names of the models that carry LoRA; None for those into which diffusers loads
+            adapters.
+        dynamic, options: as for `lorafx.compile`.
+
+    Raises:
+        ConfigError: no pipeline, or names that it has not.
+        CaptureError: a model is already compiled, or is moved between devices by hooks.
+        CheckpointError: an adapter that cannot be read, or with a part for a model that is not
+            compiled.
+        Otherwise as `lorafx.compile`. After an error the pipeline is as it was.
+    """
+    models = loadable(pipe, components)
+    configs = _by_component(lora_config, models)
+    sources: dict[str, dict[str, Any]] = {name: {} for name in models}
+    for adapter, source in (adapters or {}).items():
+        for name, part in parts_of(source, pipe, models).items():
+            sources[name][adapter] = part
+    compiled: dict[str, CompiledModel] = {}
+    try:
+        for name, model in models.items():
+            config = configs.get(name) or _room_for(sources[name], model)
+            config = replace(config, row_dims={**SHARED_ARGUMENTS, **config.row_dims})
+            compiled[name] = api.compile(
+                model, config, adapters=sources[name], dynamic=dynamic, options=options
+            )
+    except BaseException:
+        for cm in compiled.values():
+            cm.detach()
+        raise
+    return CompiledPipeline(pipe, compiled)
+
+
+class CompiledPipeline:
+    """A pipeline that serves its base and many adapters in one batch.
+
+    Attributes:
+        pipe: the pipeline that was given; attributes that this object lacks are looked up there.
+        models: the compiled models by their names in the pipeline. Adapters that are loaded into
+            one of them alone count there alone.
+    """
+
+    def __init__(self, pipe: Any, models: Mapping[str, CompiledModel]) -> None:
+        self.pipe = pipe
+        self.models = dict(models)
+        self._stand_ins = StandIns()
+        for cm in self.models.values():
+            cm.entry(cm.model)  # it reads the model's own forward when it is made
+
+    def __call__(
+        self, *args: Any, adapter_names: Sequence[AdapterName] | None = None, **kwargs: Any
+    ) -> Any:
+        """The pipeline's own call with an adapter for each prompt.
+
+        The images of one prompt have its adapter, in the denoiser and in the text encoders alike,
+        for what is to be avoided (`negative_prompt`) as for the prompt, as in diffusers.
+
+        Args:
+            adapter_names: one name per prompt; None or "__base__" is the base, {"ink": 0.7, "clay":
+                0.3} a sum of adapters or one at another scale. Without it all images have the
+                adapter that was active when the pipeline was compiled, or none.
+            *args, **kwargs: of the pipeline's own call.
+
+        Raises:
+            ConfigError: `adapter_names` is not a list of names, or diffusers is told to scale
+                adapters too.
+            BatchError: as many names as prompts are needed; or it is not known which prompt a row
+                belongs to.
+            ReplacedModuleError: a model of the pipeline is another one now.
+            UnknownAdapterError: a name that is not loaded.
+            Otherwise as a compiled model.
+        """
+        names = checked_names(adapter_names)
+        given = inspect.signature(type(self.pipe).__call__).bind_partial(None, *args, **kwargs)
+        self._check(given.arguments)
+        if names is None:
+            replaced: list[Replaced] = [(cm.model, "forward", cm) for cm in self.models.values()]
+            return self._stand_ins.replacing(replaced, self.pipe, *args, **kwargs)
+        _check_prompts(given.arguments, len(names))
+        self._check_known(names)
+        by_model = {name: _known(names, cm.adapters) for name, cm in self.models.items()}
+        run: Callable[[], Any] = partial(self._run, by_model, given.arguments, args, kwargs)
+        for name, cm in self.models.items():
+            run = partial(cm._session.call, run, by_model[name])
+        return run()
+
+    def _run(
+        self,
+        names: Mapping[str, Names],
+        arguments: Mapping[str, Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        count = len(next(iter(names.values())))
+        rows = None
+        if any(len(set(own)) > 1 for own in names.values()):
+            rows = PromptRows(count)
+        replaced: list[Replaced] = [
+            (cm.model, "forward", partial(_forward, name, cm, names[name], rows))
+            for name, cm in self.models.items()
+        ]
+        if rows is None:
+            return self._stand_ins.replacing(replaced, self.pipe, *args, **kwargs)
+        compiled = {id(cm.model) for cm in self.models.values()}
+        replaced += [
+            (module, "forward", partial(_observed, module.forward, rows))
+            for module in self.pipe.components.values()
+            if encodes_prompts(module) and id(module) not in compiled
+        ]
+        with torch.inference_mode(False), torch.no_grad():
+            for name, value in arguments.items():
+                rows.given(name, value)
+            call = partial(self._stand_ins.replacing, replaced, self.pipe, *args, **kwargs)
+            return rows.run(call)
+
+    # --- adapters ---
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapters that are loaded, in one model or in several."""
+        return tuple(dict.fromkeys(name for cm in self.models.values() for name in cm.adapters))
+
+    def load_adapter(self, source: Source, name: str, *, strict: bool | None = None) -> None:
+        """Load an adapter into all models that it has a part for, in place of one of the same name.
+
+        Raises as `CompiledModel.load_adapter`, and CheckpointError where it has a part for a model
+        that is not compiled. After an error no model has changed.
+        """
+        models = {own: cm.model for own, cm in self.models.items()}
+        parts = parts_of(source, self.pipe, models)
+        load_parts([(cm._session, parts.get(own)) for own, cm in self.models.items()], name, strict)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter in all models; raises as `CompiledModel.unload_adapter`."""
+        self._check_known([name])
+        unload_parts([cm._session for cm in self.models.values()], name)
+
+    @property
+    def recompiles(self) -> int:
+        """Graphs captured so far, of all models."""
+        return sum(cm.recompiles for cm in self.models.values())
+
+    def explain(self) -> dict[str, Explanation]:
+        """The report of each model."""
+        return {name: cm.explain() for name, cm in self.models.items()}
+
+    def detach(self) -> Any:
+        """Take the marks off all models and return the pipeline; this object serves no more
+        calls."""
+        for cm in self.models.values():
+            cm.detach()
+        return self.pipe
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "pipe":
+            raise AttributeError(name)
+        return getattr(self.pipe, name)
+
+    # --- checks ---
+
+    def _check(self, arguments: Mapping[str, Any]) -> None:
+        for name, cm in self.models.items():
+            if getattr(self.pipe, name, None) is not cm.model:
+                raise ReplacedModuleError(
+                    f"{name} of the {type(self.pipe).__name__} is another model than the "
+                    f"{type(cm.model).__name__} that was compiled; put that back, or compile the "
+                    "pipeline again"
+                )
+        for name in _SCALING:
+            value = arguments.get(name)
+            if isinstance(value, Mapping) and value.get("scale", 1.0) != 1.0:
+                raise ConfigError(
+                    f"{name}={{'scale': {value['scale']!r}}} scales adapters of diffusers, and "
+                    'there are none here; give weights, as in adapter_names=[{"ink": 0.5}]'
+                )
+
+    def _check_known(self, names: Names) -> None:
+        known = self.adapters
+        for name in names:
+            for own in () if name is None or name == BASE else members(name):
+                if own not in known:
+                    raise UnknownAdapterError(
+                        f"there is no adapter {own!r}{nearest(own, known)}; loaded are "
+                        f"{', '.join(known) or 'none'}"
+                    )
+
+
+def _by_component(config: Any, models: Mapping[str, nn.Module]) -> dict[str, LoraConfig]:
+    if config is None:
+        return {}
+    by_name = dict(config) if isinstance(config, Mapping) else dict.fromkeys(models, config)
+    for name, own in by_name.items():
+        if name not in models:
+            raise ConfigError(
+                f"lora_config has {name!r}{nearest(str(name), models)}, which is none of the "
+                f"models that are compiled: {', '.join(models)}"
+            )
+        if not isinstance(own, LoraConfig):
+            raise ConfigError(
+                f"lora_config for {name} must be a lorafx.LoraConfig, it is {own!r:.80}"
+            )
+    return by_name
+
+
+def _room_for(sources: Mapping[str, Any], model: nn.Module) -> LoraConfig:
+    """What these adapters need, and sums of two."""
+    config = request_of(None, sources, model).config
+    return replace(config, max_rank=2 * config.max_rank) if len(sources) > 1 else config
+
+
+def _known(names: Names, loaded: Sequence[str]) -> Names:
+    """`names` in a model that has a part of these adapters alone."""
+
+    def known(name: str | None) -> str | None:
+        if not isinstance(name, Mixture):
+            return name if name in loaded else None
+        weights = {own: weight for own, weight in name.weights if own in loaded}
+        if list(weights.values()) == [1.0]:
+            return next(iter(weights))
+        return Mixture(weights) if weights else None
+
+    return [known(name) for name in names]
+
+
+def _check_prompts(arguments: Mapping[str, Any], count: int) -> None:
+    """Raise BatchError where the call has another number of prompts than there are names."""
+    for name, value in arguments.items():
+        if "prompt" not in name or not isinstance(value, (str, list, tuple, Tensor)):
+            continue
+        if isinstance(value, str) and name.startswith("negative"):
+            continue  # one for all
+        given = 1 if isinstance(value, str) else len(value)
+        if given != count:
+            raise BatchError(
+                f"adapter_names has {count} entries, but {name} has {given}; give one name, or "
+                "None for the base model, per prompt"
+            )
+
+
+def _forward(
+    name: str, cm: CompiledModel, names: Names, rows: PromptRows | None, *args: Any, **kwargs: Any
+) -> Any:
+    """The forward of a compiled model within a call of the pipeline."""
+    roles = cm.entry(cm.model).roles
+    count = roles.rows(roles.bind(args, kwargs)) or 1
+    what = f"{name} ({type(cm.model).__name__})"
+    encodes = encodes_prompts(cm.model)
+    owners: Sequence[int] | None = None
+    if encodes and count == len(names):
+        owners = range(count)
+    elif rows is not None and not encodes:
+        owners = rows.owners(what, (args, kwargs), count)
+    elif len(set(names)) > 1:
+        raise BatchError(
+            f"{what} encodes {count} rows of {len(names)} prompts, and nothing says which prompt "
+            "each belongs to; give lists of as many prompts and negative prompts, or call the "
+            "pipeline once for each adapter"
+        )
+    served = [names[0]] * count if owners is None else [names[owner] for owner in owners]
+    args = tuple(map(_apart, args))
+    kwargs = {key: _apart(value) for key, value in kwargs.items()}
+    result = untracked(lambda _: cm(*args, adapter_names=served, **kwargs))
+    if rows is not None and owners is not None:
+        rows.of_rows(result, tuple(owners))
+    return result
+
+
+def _apart(value: Any) -> Any:
+    """A view as a tensor of its own over the same memory. Dynamo guards on what a tensor is a view
+    of, and embeddings are views of what they were repeated into, or are not."""
+    return value.data if isinstance(value, Tensor) and value._is_view() else value
+
+
+def _observed(forward: Callable[..., Any], rows: PromptRows, *args: Any, **kwargs: Any) -> Any:
+    """The forward of an encoder that carries no LoRA."""
+    result = untracked(lambda _: forward(*args, **kwargs))
+    rows.of_prompts(result)
+    return result

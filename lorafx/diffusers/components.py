@@ -1,0 +1,121 @@
+"""The models of a pipeline that carry LoRA, and the parts of an adapter that are for each.
+
+    unet, transformer, ...            the denoiser
+    text_encoder, text_encoder_2, ... encoders of prompts
+
+Which of them may is what diffusers' own loader of the pipeline says (`_lora_loadable_modules`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from lorafx.adapter_store.dialects.components import DENOISERS
+from lorafx.adapter_store.dialects.registry import dialect_of
+from lorafx.adapter_store.opening import opened
+from lorafx.adapter_store.saved import AdapterSource
+from lorafx.errors import CaptureError, CheckpointError, ConfigError, LorafxWarning, nearest
+
+
+def loadable(pipe: Any, asked: Iterable[str] | None) -> dict[str, nn.Module]:
+    """The models of `pipe` that carry LoRA, by name: those `asked` for, else those that diffusers
+    itself loads adapters into.
+
+    Raises:
+        ConfigError: it is no pipeline of diffusers, or has no such models.
+        CaptureError: one of them is moved between devices by hooks.
+    """
+    if not isinstance(getattr(pipe, "components", None), Mapping) or isinstance(pipe, nn.Module):
+        raise ConfigError(
+            f"{type(pipe).__name__} is no pipeline of diffusers, which has `components`; compile "
+            "a single model with lorafx.compile"
+        )
+    models = {name: m for name, m in pipe.components.items() if isinstance(m, nn.Module)}
+    if asked is None:
+        names = [name for name in getattr(pipe, "_lora_loadable_modules", ()) if name in models]
+        if not names:
+            raise ConfigError(
+                f"diffusers loads no adapters into {type(pipe).__name__}; name the models that "
+                f"carry LoRA by components=... (it has {', '.join(models)})"
+            )
+    else:
+        names = list(dict.fromkeys(asked))
+        for name in names:
+            if name not in models:
+                raise ConfigError(
+                    f"{type(pipe).__name__} has no model {name!r}{nearest(str(name), models)}; it "
+                    f"has {', '.join(models)}"
+                )
+        if not names:
+            raise ConfigError("components=() names no model; leave it out for diffusers' choice")
+    for name in names:
+        if any(hasattr(module, "_hf_hook") for module in models[name].modules()):
+            raise CaptureError(
+                f"{name} is moved between devices by accelerate's hooks, and banks are not; move "
+                "the pipeline to one device (pipe.remove_all_hooks(), pipe.to(device))"
+            )
+    return {name: models[name] for name in names}
+
+
+def encodes_prompts(module: object) -> bool:
+    """Whether this is a model that takes tokens, as transformers' text encoders say they do."""
+    return isinstance(module, nn.Module) and (
+        getattr(module, "main_input_name", None) == "input_ids"
+    )
+
+
+def parts_of(source: Any, pipe: Any, models: Mapping[str, nn.Module]) -> dict[str, AdapterSource]:
+    """The part of an adapter that is for each of `models`. Warns where it has one for a model that
+    the pipeline was loaded without.
+
+    Raises:
+        CheckpointError: it cannot be read, or has a part for a model of the pipeline that is not
+            compiled, or that the pipeline has not.
+    """
+    asked = source if isinstance(source, AdapterSource) else AdapterSource(source)
+    saved = opened(asked)
+    named = dialect_of(saved, asked.dialect).components(saved)
+    found: dict[str, AdapterSource] = {}
+    for name in named if asked.component is None else (asked.component,):
+        model = _model_of(name, models)
+        if model is not None:
+            if model in found:
+                raise CheckpointError(
+                    f"{saved.where} has factors for {name or 'no model by name'} and "
+                    f"{found[model].component}, which are both {model} here; say which by "
+                    "AdapterSource(..., component=...)"
+                )
+            found[model] = replace(asked, component=name or None)
+            continue
+        known = getattr(pipe, "components", {})
+        if name in known and known[name] is None:
+            warnings.warn(
+                f"{saved.where} has factors for {name}, without which the pipeline was loaded; "
+                "embeddings that are given have to come from it, with this adapter",
+                LorafxWarning,
+                stacklevel=3,
+            )
+            continue
+        others = "is not compiled; name it by components=" if name in known else "it has not"
+        raise CheckpointError(
+            f"{saved.where} has factors for {name or 'a model that it does not name'}, which "
+            f"{others} ({type(pipe).__name__}, compiled: {', '.join(models)})"
+        )
+    if not found:
+        raise CheckpointError(f"{saved.where} has factors for none of {', '.join(models)}")
+    return found
+
+
+def _model_of(name: str, models: Mapping[str, nn.Module]) -> str | None:
+    """The model that a file calls so. Files may call every denoiser `unet`, or by no name."""
+    if name in models:
+        return name
+    denoisers = [own for own, module in models.items() if not encodes_prompts(module)]
+    if name in (*DENOISERS, "") and len(denoisers) == 1:
+        return denoisers[0]
+    return next(iter(models)) if not name and len(models) == 1 else None

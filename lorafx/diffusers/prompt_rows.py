@@ -1,0 +1,163 @@
+"""Which prompt each row belongs to that a pipeline computes with.
+
+    embeddings[b]               prompt b: what an encoder returns for row b of the prompts
+    noise[i]                    a label of its own, until the denoiser is called with it
+    cat, repeat, view, chunk    whatever the pipeline does with them is followed, element by element
+
+A pipeline repeats prompts, puts rows without a prompt in front of those with one, and cuts and
+joins what the denoiser returns. None of this is taken from a table of pipelines: the operators that
+run in Python are seen (`lorafx/capture/tracking.py`), and the labels of what they return are kept
+by memory (`lorafx/ownership/memory.py`). A row of the denoiser is the prompt's whose embeddings it
+has. A row whose embeddings are nobody's (zeros, for an empty prompt) is the prompt's with whose
+other row it shares the noise. What neither says is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lorafx.capture.tracking import Tracking, untracked
+from lorafx.errors import BatchError
+from lorafx.ownership.held import MOST_REQUESTS, NOBODY, Alone, Held, Listed, Patchy, listed
+from lorafx.ownership.memory import Memory
+from lorafx.ownership.real import tensors_in
+from lorafx.program.roles import tensor_leaves
+
+T = TypeVar("T")
+
+
+class PromptRows:
+    """The labels of one call of a pipeline for `prompts` prompts.
+
+    Labels below `prompts` are prompts; those above are rows of noise whose prompt is not known yet.
+    """
+
+    def __init__(self, prompts: int) -> None:
+        self.prompts = prompts
+        # What no operator made, and nobody gave (a schedule from numpy), says nothing of prompts.
+        self._memory = Memory(lambda _: True)
+        self._next = prompts
+
+    def run(self, action: Callable[[], T]) -> T:
+        """What `action` returns, whose operators are followed."""
+        return _Following(self, self._memory).run(action)
+
+    def given(self, name: str, value: Any) -> None:
+        """`value` is an argument of the pipeline: what is given for prompts has a row for each,
+        anything else (noise to begin with) rows that nobody knows yet."""
+        if "prompt" in name:
+            self.of_prompts(value)
+        else:
+            for tensor in tensor_leaves(value):
+                self.of_noise(tensor)
+
+    def of_prompts(self, value: Any) -> None:
+        """Index b along the first dimension of each tensor in `value` belongs to prompt b."""
+        self._say(value, tuple(range(self.prompts)))
+
+    def of_rows(self, value: Any, owners: tuple[int, ...]) -> None:
+        """Index i along the first dimension of each tensor in `value` belongs to prompt
+        owners[i]."""
+        self._say(value, owners)
+
+    def of_noise(self, tensor: Tensor) -> None:
+        """`tensor` has rows of which nobody knows yet whose they are."""
+        count = tensor.shape[0] if tensor.dim() else 0
+        if 0 < count <= MOST_REQUESTS - self._next:
+            first, self._next = self._next, self._next + count
+            self._memory.given(tensor, listed(0, tuple(range(first, first + count))))
+
+    def owners(self, what: str, values: Any, count: int) -> tuple[int, ...]:
+        """The prompt of each of the `count` rows that `what` is called with.
+
+        Raises:
+            BatchError: what a row is computed from says nothing of its prompt, or names several.
+        """
+        found = untracked(lambda _: self._labels(values, count))
+        known = self._unified(found)
+        prompts = [
+            {known.get(label, label) for label in own} & set(range(self.prompts)) for own in found
+        ]
+        lost = [row for row, own in enumerate(prompts) if len(own) != 1]
+        if lost:
+            several = any(prompts[row] for row in lost)
+            raise BatchError(
+                f"{what} is called with {count} rows for {self.prompts} prompts, and "
+                f"{'its arguments name several prompts' if several else 'nothing says whose'} "
+                f"{'for' if several else 'are'} row {', '.join(map(str, lost[:4]))}. Prompts with "
+                "different adapters need embeddings that come from the pipeline's text encoders "
+                "or are given per prompt; call the pipeline once for each adapter otherwise"
+            )
+        untracked(lambda _: self._memory.rename(known))
+        return tuple(own.pop() for own in prompts)
+
+    def _say(self, value: Any, owners: tuple[int, ...]) -> None:
+        for tensor in tensor_leaves(value):
+            if tensor.dim() and tensor.shape[0] == len(owners):
+                self._memory.given(tensor, listed(0, owners))
+
+    def _labels(self, values: Any, count: int) -> list[set[int]]:
+        """The labels of each row of the tensors in `values`."""
+        found: list[set[int]] = [set() for _ in range(count)]
+        for tensor in tensor_leaves(values):
+            if tensor.dim() and tensor.shape[0] == count:
+                for own, label in zip(found, self._by_row(tensor), strict=True):
+                    own |= {label} - {NOBODY}
+        return found
+
+    def _by_row(self, tensor: Tensor) -> Sequence[int]:
+        """The label of each row; NOBODY where it has none, or more than one."""
+        held: Held | None = self._memory.look(tensor)
+        rows = tensor.shape[0]
+        if isinstance(held, Alone):
+            return [held.request] * rows
+        if isinstance(held, Listed) and held.dim == 0:
+            return held.owners
+        if isinstance(held, Patchy):
+            cells = held.cells.expand(tensor.shape).reshape(rows, -1)
+            most = cells.amax(1)
+            least = cells.masked_fill(cells == NOBODY, MOST_REQUESTS).amin(1)
+            one: list[int] = torch.where(least == most, most, NOBODY).tolist()
+            return one
+        return [NOBODY] * rows
+
+    def _unified(self, found: Sequence[set[int]]) -> dict[int, int]:
+        """Labels of noise -> the prompt of the rows that have it; NOBODY where it is several
+        prompts', which may begin with the same noise."""
+        users: dict[int, set[int]] = {}
+        for own in found:
+            prompts = {label for label in own if label < self.prompts}
+            for label in own - prompts:
+                users.setdefault(label, set()).update(prompts)
+        return {
+            label: next(iter(prompts)) if len(prompts) == 1 else NOBODY
+            for label, prompts in users.items()
+            if prompts
+        }
+
+
+class _Following(Tracking):
+    """Tracking that tells the rows of noise apart."""
+
+    def __init__(self, rows: PromptRows, memory: Memory) -> None:
+        super().__init__(memory)
+        self._rows = rows
+
+    def _note(
+        self,
+        memory: Memory,
+        func: torch._ops.OpOverload,
+        args: tuple[Any, ...],
+        named: Mapping[str, Any],
+        results: object,
+        operands: list[Tensor],
+        before: Mapping[int, Held | None],
+    ) -> None:
+        super()._note(memory, func, args, named, results, operands, before)
+        if torch.Tag.nondeterministic_seeded in func.tags and not operands:
+            for tensor in tensors_in(results):
+                self._rows.of_noise(tensor)
