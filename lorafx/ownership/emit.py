@@ -5,7 +5,8 @@ of a tensor placeholder. A map through a permutation p of N rows becomes one slo
 
     slots'[m] = slots[(p[i_m] // R) mod n]        (i_m row m's index along the owner dimension)
 
-with n = len(slots), so that the operator is called with rows = 1.
+with n = len(slots), so that the operator is called with rows = 1. So does a part of the tokens of
+each request, where slots are given per token.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ from torch.utils._sympy.functions import (
     TruncToInt,
 )
 
-from lorafx.ownership.symbolic import BatchSymbols, Sizes, as_expr
+from lorafx.op_arguments import bound
+from lorafx.ownership.symbolic import BatchSymbols, Sizes, as_expr, product
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 
 _FUNCTIONS: tuple[tuple[type, Callable[..., Any]], ...] = (
     (sympy.Mul, operator.mul),
@@ -161,6 +163,36 @@ class Emitter:
             owner = self.call(before, aten.remainder.Scalar, owner, count)
             picked = self.call(before, aten.index.Tensor, slots, [owner])
             self._slots[key] = self._spread(picked, x, dim, ndim, before)
+        return self._slots[key]
+
+    def cut_slots(self, slots: fx.Node, cut: fx.Node, before: fx.Node) -> fx.Node | None:
+        """The slots of the tokens that `cut` keeps of each request, where `slots` (B·T,) has one
+        for each token of the (B, T, ...) tensor that it cuts at dimension 1."""
+        args = bound(cut)
+        key = (slots, cut)
+        if key not in self._slots:
+            sizes = self.sizes.shape(args["self"].meta["val"])[:2]
+            count = self.size(product(sizes), before)
+            shape = [self.size(size, before) for size in sizes]
+            if count is None or None in shape:
+                return None
+            number = self.call(
+                before,
+                prims.iota.default,
+                count,
+                start=0,
+                step=1,
+                dtype=torch.int64,
+                device=slots.meta["val"].device,
+                requires_grad=False,
+            )
+            number = self.call(before, aten.view.default, number, shape)
+            kept = self.call(before, aten.slice.Tensor, number, 1, args["start"], args["end"])
+            kept = self.call(
+                before, aten.clone.default, kept, memory_format=torch.contiguous_format
+            )
+            kept = self.call(before, aten.view.default, kept, [-1])
+            self._slots[key] = self.call(before, aten.index.Tensor, slots, [kept])
         return self._slots[key]
 
     def _length(self, slots: fx.Node, before: fx.Node) -> Any:

@@ -93,6 +93,18 @@ class Alignment:
                     return position
         return None
 
+    def cut(self, node: fx.Node, label: Label, ndim: int) -> fx.Node | None:
+        """The tensor (B, T, ...) in order of which `node` is `tensor[:, start:end]`, (B, L, ...),
+        where all of `ndim` dimensions are these two; None where it is no such part."""
+        if node.target is not aten.slice.Tensor or ndim != 2 or label != Own(0):
+            return None
+        args = bound(node)
+        source = args["self"]
+        if wrap(args["dim"], len(self.shape(node))) != 1 or args["step"] != 1:
+            return None
+        whole = self.rows_in_order(source, self.flow.label(source), ndim)
+        return source if whole is not None and equal(whole, ONE) else None
+
     def _input(self, node: fx.Node, seeds: Mapping[fx.Node, int]) -> States:
         label, at, shape = self.flow.label(node), seeds.get(node), self.shape(node)
         if label is None:

@@ -70,6 +70,28 @@ def test_rows_in_order(name, labelled):
     assert (None if rows is None else str(rows)) == expected
 
 
+@pytest.mark.parametrize(
+    ("fn", "known"),
+    [
+        (lambda x: (2 * x)[:, 1:], True),
+        (lambda x: x[:, -1:], True),
+        (lambda x: x[:, ::2], False),
+        (lambda x: x.flip(1)[:, 1:], False),
+        (lambda x: x[:, 1:][:, 1:], False),
+        (lambda x: x[:, :, 1:], False),
+        (lambda x: x.transpose(0, 1)[:, 1:], False),
+    ],
+)
+def test_a_part_of_the_tokens(fn, known, labelled):
+    """A head that computes the last ones alone."""
+    label, flow, gm = labelled(fn, [X], [Own(0)])
+    (x,) = (n for n in gm.graph.nodes if n.op == "placeholder")
+    places = Alignment(gm.graph, flow, BatchSymbols.of([x.meta["val"].shape[1]]), {x: 1})
+    (result,) = next(n for n in gm.graph.nodes if n.op == "output").args
+    assert (places.cut(result, label, 2) is not None) == known
+    assert places.cut(result, label, 1) is None
+
+
 def test_what_is_not_a_token_input_is_lost(labelled):
     """Cross attention: queries are tokens of the decoder, keys are not."""
 

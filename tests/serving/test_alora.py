@@ -39,7 +39,7 @@ ADAPTERS: dict[str, tuple[int, list[int] | None]] = {
 TARGETS = {
     "llama": {
         "x": ["q_proj", "v_proj", "down_proj"],
-        "y": ["k_proj", "gate_proj"],
+        "y": ["k_proj", "gate_proj", "lm_head"],
         "plain": ["q_proj", "o_proj"],
     },
     "gpt2": {
