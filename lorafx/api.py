@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from lorafx.config import Options
+from lorafx.errors import CapacityError, ConfigError, LorafxWarning
 from lorafx.explanation import Explanation, model_sections
 from lorafx.passes.attach import allocate_groups
 from lorafx.prepare.configuration import request_of
@@ -38,7 +40,8 @@ def compile(
     Args:
         model: any `nn.Module`. Adapters that PEFT has put into it are taken over, from a
             `peft.PeftModel` (which raises until `detach`) or from transformers' `load_adapter`.
-            PEFT's wrappers are removed, and the adapter that was active becomes the default.
+            PEFT's wrappers are removed, and the adapter that was active becomes the default; of
+            several, their sum.
         lora_config: a `LoraConfig`, a `peft.LoraConfig` or its dict, an adapter, a mapping name ->
             adapter or a list of folders (these adapters are loaded too), or None for the modules
             that `adapters` target, or every linear where there are none. An adapter is a folder, a
@@ -72,8 +75,8 @@ def compile(
     marked = mark(model, lora_config, adapters, options)
     compiled = CompiledModel(marked.program, marked.attachment, marked.store, dynamic)
     try:
-        if marked.taken is not None and marked.taken.active is not None:
-            compiled.set_adapter(marked.taken.active)
+        if marked.taken is not None:
+            _go_on(compiled, marked.taken.active)
         if example_inputs is not None:
             _capture(compiled, example_inputs)
     except BaseException:
@@ -97,6 +100,23 @@ def explain(model: nn.Module, lora_config: Any = None) -> Explanation:
     meta = tuple(replace(site, device=torch.device("meta")) for site in sites)
     groups = allocate_groups(meta, config)
     return Explanation(tuple(model_sections(sites, groups, config)))
+
+
+def _go_on(compiled: CompiledModel, active: Sequence[str]) -> None:
+    """What PEFT applied becomes the default. Warns where that is several adapters of which there is
+    no sum."""
+    if not active:
+        return
+    try:
+        compiled.set_adapter(dict.fromkeys(active, 1.0))  # of one, itself
+    except (ConfigError, CapacityError) as error:
+        warnings.warn(
+            f"the {type(compiled.model).__name__} applied the adapters {', '.join(active)} at "
+            f"once, and there is no sum of them here: {error}. Calls that name no adapter get the "
+            "base model; choose a default by set_adapter",
+            LorafxWarning,
+            stacklevel=3,
+        )
 
 
 def _capture(compiled: CompiledModel, inputs: Mapping[str, Any] | Sequence[Any]) -> None:

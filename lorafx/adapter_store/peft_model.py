@@ -13,16 +13,17 @@ nothing of it is imported before somebody has made such a model.
 from __future__ import annotations
 
 import sys
-import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lorafx.adapter_store.handed_over import give_back, hand_over
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.saved import AdapterState
-from lorafx.errors import CheckpointError, LorafxWarning, UnsupportedAdapterError
+from lorafx.errors import CheckpointError, UnsupportedAdapterError
 
 #: What PEFT and transformers leave on a model that has adapters in it: a model without lacks them.
 _NOTES = ("peft_config", "_hf_peft_config_loaded")
@@ -65,13 +66,12 @@ class TakenOver:
         base: the base model, with PEFT's wrappers taken out.
         adapters: adapter name -> configuration, tensors (not copied) and live scales; each can
             be passed to `read_adapter`.
-        active: the adapter that the model applied by default; None where that was none, or
-            several at once.
+        active: the adapters that the model applied by default, all at once.
     """
 
     base: nn.Module
     adapters: dict[str, AdapterState]
-    active: str | None
+    active: tuple[str, ...]
     _wrappers: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
     _notes: dict[str, Any] = field(default_factory=dict)
     _hidden: list[tuple[nn.Module, str]] = field(default_factory=list)
@@ -88,8 +88,6 @@ class TakenOver:
 
 def take_over(model: nn.Module) -> TakenOver:
     """Read the adapters of a PeftModel, or of a model that they were injected into, then unwrap it.
-
-    Warns where several adapters are active at once.
 
     Raises, with the model unchanged: UnsupportedAdapterError when an adapter, or a wrapper in the
     model, is of a kind that lorafx does not do; CheckpointError when adapters are merged into the
@@ -119,24 +117,34 @@ def take_over(model: nn.Module) -> TakenOver:
     adapters = {
         name: AdapterState(
             config,
-            {
-                key: tensor.detach()
-                for key, tensor in sys.modules["peft"]
-                .get_peft_model_state_dict(
-                    model, tensors, adapter_name=name, save_embedding_layers=False
-                )
-                .items()
-            },
+            _tensors_of(model, tensors, name),
             f"{what}'s adapter {name!r}",
             {path: layer.scaling[name] for path, layer in layers if name in layer.scaling},
         )
         for name, config in configs.items()
     }
-    taken = TakenOver(base, adapters, _active(layers, what))
+    taken = TakenOver(base, adapters, _active(layers))
     _unwrap(taken)
     if whole:
         taken._hidden = hand_over(model)
     return taken
+
+
+def _tensors_of(model: Any, tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """One adapter's tensors, of all those of the model. PEFT looks for trained tokens of each
+    adapter where one has some; those that are not there are empty for it."""
+    from peft.utils.other import TrainableTokensWrapper
+
+    absent = torch.empty(0)
+    expected = {
+        f"{path}.token_adapter.trainable_tokens_delta.{name}": absent
+        for path, module in model.named_modules()
+        if isinstance(module, TrainableTokensWrapper)
+    }
+    found = sys.modules["peft"].get_peft_model_state_dict(
+        model, {**expected, **tensors}, adapter_name=name, save_embedding_layers=False
+    )
+    return {key: tensor.detach() for key, tensor in found.items() if tensor is not absent}
 
 
 def _get_base(peft_model: Any) -> nn.Module:
@@ -192,21 +200,12 @@ def _refuse_other_layers(layers: list[tuple[str, Any]]) -> None:
             )
 
 
-def _active(layers: list[tuple[str, Any]], what: str) -> str | None:
-    """The adapter that all layers apply."""
+def _active(layers: list[tuple[str, Any]]) -> tuple[str, ...]:
+    """The adapters that layers apply: each adds those of them that it has."""
     if any(layer.disable_adapters for _, layer in layers):
-        return None
+        return ()
     applied = (n for _, layer in layers for n in layer.active_adapters if n in layer.scaling)
-    names = list(dict.fromkeys(applied))
-    if len(names) > 1:
-        warnings.warn(
-            f"{what} applies the adapters {', '.join(names)} at once, but with lorafx each "
-            "request has one adapter, or the base model without adapter_names. Combine "
-            "them (add_weighted_adapter), or choose one by set_adapter",
-            LorafxWarning,
-            stacklevel=5,
-        )
-    return names[0] if len(names) == 1 else None
+    return tuple(dict.fromkeys(applied))
 
 
 def _unwrap(taken: TakenOver) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -62,10 +62,19 @@ def mark(
             sources = {**taken.adapters, **sources}
         with collection_paused():
             request = request_of(lora_config, sources, model)
+            if taken is not None and len(taken.active) > 1 and lora_config is None:
+                request = _with_room(request, taken, model)
             return _mark(model, request, settings, taken, rollback)
     except BaseException:
         rollback.run()
         raise
+
+
+def _with_room(request: Request, taken: TakenOver, model: nn.Module) -> Request:
+    """With banks for the sum of the adapters that were active at once."""
+    active = [request_of(None, {name: taken.adapters[name]}, model) for name in taken.active]
+    rank = max(request.config.max_rank, sum(own.config.max_rank for own in active))
+    return replace(request, config=replace(request.config, max_rank=rank))
 
 
 def build_sites(model: nn.Module, config: LoraConfig) -> tuple[ModuleGraph, tuple[Site, ...]]:

@@ -83,7 +83,7 @@ def test_weighted_adapter(build, sites_of):
     model.set_adapter("mix")
     expected = model.base_model.model.model.layers[0].self_attn.q_proj.get_delta_weight("mix")
     taken = take_over(model)
-    assert taken.active == "mix"
+    assert taken.active == ("mix",)
     base = taken.base
     adapter = read_adapter(taken.adapters["mix"], "mix", sites_of(base), model=base)
     a, b, scale, *_ = adapter.weights["model.layers.0.self_attn.q_proj"]
@@ -109,10 +109,10 @@ def test_active_adapter(build):
     model = wrapped(build("llama"), *configs)
     model.set_adapter("b")
     taken = take_over(model)
-    assert taken.active == "b"
+    assert taken.active == ("b",)
     taken.restore()
     with model.disable_adapter():
-        assert take_over(model).active is None
+        assert take_over(model).active == ()
 
 
 def test_merged_adapters_are_refused_and_nothing_changes(build):

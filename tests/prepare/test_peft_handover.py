@@ -151,12 +151,71 @@ def test_injected_by_peft_into_any_module(plain):
     assert error(got[0], plain.expected([None, None], ids)[0]) <= 1e-5
 
 
-def test_several_active_adapters_have_no_one_meaning(shallow):
+def test_several_active_adapters_are_a_sum(shallow):
     model = injected(shallow, "a0", "a1")
     model.set_adapter(["a0", "a1"])
-    with pytest.warns(LorafxWarning, match="the LlamaForCausalLM applies the adapters a0, a1 at"):
+    before = answer(model)
+    cm = lorafx.compile(model, options=REFERENCE)
+    assert error(answer(cm), before) <= 1e-5
+    got = answer(cm, adapter_names=["a1", {"a0": 1.0, "a1": 1.0}])
+    assert error(got[:1], shallow.expected(["a1"], BATCH)) <= 1e-5
+    assert error(got[1:], before[1:]) <= 1e-5
+    cm.detach()
+    assert torch.equal(answer(model), before)
+    assert model.active_adapters() == ["a0", "a1"]
+
+
+def test_several_active_adapters_without_a_sum(shallow):
+    model = injected(shallow, "a0")
+    config = peft.LoraConfig(target_modules=["v_proj"], use_dora=True, init_lora_weights=False)
+    model.add_adapter(config, "dora")
+    model.set_adapter(["a0", "dora"])
+    with pytest.warns(LorafxWarning, match=r"LlamaForCausalLM applied the adapters a0, dora at"):
         cm = lorafx.compile(model, options=REFERENCE)
-    check_mixed(cm, shallow, ["a0", "a1"], BATCH)
+    assert cm.adapters == ("a0", "dora")
+    assert error(answer(cm), answer(shallow.base)) <= 1e-6
+
+
+#: What transformers' `add_adapter` takes, beside q_proj and v_proj.
+FEATURES = {
+    "plain": {},
+    "rslora": {"use_rslora": True, "rank_pattern": {"v_proj": 3}},
+    "DoRA": {"use_dora": True},
+    "biases": {"lora_bias": True},
+    # The last: transformers' `set_adapter` fails where another one has no such weights.
+    "own": {
+        "modules_to_save": ["lm_head"],
+        "trainable_token_indices": {"embed_tokens": [3, 7]},
+    },
+}
+
+
+def test_adapters_that_were_trained_in_the_model_and_never_saved(shallow):
+    """Each by transformers' own methods; what they compute is compared while they are in it."""
+    model = shallow.model().train()
+    alone = {}
+    for name, feature in FEATURES.items():
+        model.add_adapter(
+            peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **feature), adapter_name=name
+        )
+        model.set_adapter(name)
+        own = [p for p in model.parameters() if p.requires_grad]
+        optimiser = torch.optim.AdamW(own, lr=0.05)
+        for _ in range(3):
+            optimiser.zero_grad()
+            model(**BATCH, labels=BATCH["input_ids"]).loss.backward()
+            optimiser.step()
+        alone[name] = answer(model.eval())
+    model.disable_adapters()
+    cm = lorafx.compile(model, options=REFERENCE)
+    assert cm.adapters == tuple(FEATURES)
+    base = answer(shallow.base)
+    for first, second in zip(FEATURES, [*list(FEATURES)[1:], None], strict=True):
+        got = answer(cm, adapter_names=[first, second])
+        want = torch.stack([alone[first][0], alone.get(second, base)[1]])
+        assert error(got, want) <= 1e-5
+        assert error(alone[first], base) > 1e-3
+    assert error(answer(cm), base) <= 1e-6
 
 
 def test_other_layers_of_peft_are_refused(plain):
