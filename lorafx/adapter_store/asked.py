@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from typing import TYPE_CHECKING
 
 from lorafx.adapter_store.holding import loaded_as
-from lorafx.adapter_store.names import members
+from lorafx.adapter_store.names import Mixture, members
 from lorafx.errors import CapacityError, ConfigError, UnknownAdapterError, nearest
+
+if TYPE_CHECKING:
+    from lorafx.adapter_store.stored import StoredAdapter
 
 
 def check_loaded(
@@ -30,6 +34,16 @@ def check_loaded(
         known = listed()
         said = "; ".join(f"{name!r}{nearest(str(name), known)}" for name in unknown)
         raise UnknownAdapterError(f"no adapter named {said}; loaded: {', '.join(known) or 'none'}")
+
+
+def owning(names: Iterable[str], adapters: Mapping[str, StoredAdapter]) -> int:
+    """How many of these have weights of their own. A sum has them that is one adapter at weight 1,
+    whether it was made already or not."""
+    wanted = (
+        [own for own, weight in name.weights if weight] if isinstance(name, Mixture) else [name]
+        for name in names
+    )
+    return sum(any(own in adapters and adapters[own].owned for own in each) for each in wanted)
 
 
 def too_many(wanted: Sequence[str], slots: int) -> CapacityError:

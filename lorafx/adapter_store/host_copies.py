@@ -31,20 +31,23 @@ class HostCopy:
     Attributes:
         factors: index of a group -> that group's factors, in its bank's dtype and layout.
         own: index of a group -> the rows that it has of its own of the weight of its one site.
-        nbytes: host memory that they take.
+        nbytes: host memory that they take, beside what is `shared`.
+        shared: of a sum, the bytes of the tensors that are those of another copy, by its id.
         again: they were just read again, and not used yet.
     """
 
-    __slots__ = ("__weakref__", "again", "factors", "nbytes", "own")
+    __slots__ = ("__weakref__", "again", "factors", "nbytes", "own", "shared")
 
     def __init__(
         self,
         factors: Mapping[int, list[Factors]],
         nbytes: int,
         own: Mapping[int, OwnWeight] | None = None,
+        shared: Mapping[int, int] | None = None,
     ) -> None:
         self.factors, self.nbytes = factors, nbytes
         self.own: Mapping[int, OwnWeight] = {} if own is None else own
+        self.shared = dict(shared or {})
         self.again = False
 
 
@@ -155,6 +158,11 @@ class HostTier:
                     continue
                 self._kept.pop(stored.version)
                 self._nbytes -= copy.nbytes
+                for other in self._kept.values():  # a sum goes on to hold tensors of it
+                    if other.host is not None:
+                        grown = other.host.shared.pop(id(copy), 0)
+                        other.host.nbytes += grown
+                        self._nbytes += grown
                 stored.dropped, stored.host = weakref.ref(copy), None
                 self.evictions += 1
 

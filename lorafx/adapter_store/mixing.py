@@ -9,7 +9,7 @@ is another. A new weight is other numbers in the same banks, so no graph depends
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -47,8 +47,8 @@ def mixed(
     if len(summed) == 1 and summed[0][1] == 1:  # the others have weight 0
         one = summed[0][0]
         numbers = copies[one.name]
-        shared = HostCopy(numbers.factors, 0, numbers.own)
-        return replace(one, name=name, host=shared, origin=None, version=next_version())
+        host = HostCopy(numbers.factors, 0, numbers.own, {id(numbers): numbers.nbytes})
+        return replace(one, name=name, host=host, origin=None, version=next_version())
     _refuse(name, [adapter for adapter, _ in summed])
     weighted = [(copies[adapter.name], weight) for adapter, weight in summed]
     terms = [_terms(g, weighted) for g in range(len(groups))]
@@ -60,13 +60,24 @@ def mixed(
     }
     kept = {id(t) for own in terms for each in own.values() for f, _ in each for t in (f.A, f.B)}
     made = {id(t): t.nbytes for own in factors.values() for f in own for t in (f.A, f.B)}
+    shared = {
+        id(copy): sum(made.get(key, 0) for key in {id(t) for t in _tensors(copy)})
+        for copy, _ in weighted
+    }
+    nbytes = sum(size for key, size in made.items() if key not in kept)
     return StoredAdapter(
         name,
         max((f.rank for own in factors.values() for f in own), default=0),
         ", ".join(adapter.source for adapter, _ in summed),
         tuple(dict.fromkeys(site for adapter, _ in summed for site in adapter.sites)),
-        HostCopy(factors, sum(size for key, size in made.items() if key not in kept)),
+        HostCopy(factors, nbytes, shared=shared),
     )
+
+
+def _tensors(copy: HostCopy) -> Iterator[Tensor]:
+    for own in copy.factors.values():
+        for factors in own:
+            yield from (factors.A, factors.B)
 
 
 def _terms(g: int, summed: Sequence[tuple[HostCopy, float]]) -> dict[int, list[_Term]]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -36,6 +37,8 @@ class AdapterSource:
         key_mapping: regular expressions and what replaces them in the paths of modules, one after
             the other, as in transformers' `from_pretrained`, for a model whose modules moved.
         revision: branch, tag or commit on the hub.
+
+    `config` and `key_mapping` are copied: an adapter may be read again later.
     """
 
     source: str | os.PathLike[str] | bytes | Mapping[str, Tensor]
@@ -44,6 +47,14 @@ class AdapterSource:
     component: str | None = None
     key_mapping: Mapping[str, str] | None = None
     revision: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("config", "key_mapping"):
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                object.__setattr__(self, name, deepcopy(dict(value)))
+            elif is_dataclass(value):  # PEFT's
+                object.__setattr__(self, name, deepcopy(value))
 
 
 #: What an adapter may be given as.

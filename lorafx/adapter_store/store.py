@@ -20,7 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakSet
 
-from lorafx.adapter_store.asked import check_loaded, no_own_room, too_many
+from lorafx.adapter_store.asked import check_loaded, no_own_room, owning, too_many
 from lorafx.adapter_store.dora import refresh
 from lorafx.adapter_store.fitting import fitted
 from lorafx.adapter_store.holding import Hold, Retired
@@ -98,12 +98,12 @@ class AdapterStore(Slots):
         with self._lock:
             return frozenset(self._pinned)
 
-    def fits(self, names: frozenset[str]) -> bool:
-        """Whether these loaded adapters find slots beside the pinned ones, all at a time."""
+    def fits(self, names: frozenset[str], *, own: bool = False) -> bool:
+        """Whether these adapters find slots, or with `own` room for their own weights, together."""
         with self._lock:
             every = names | self._pinned
-            own = sum(bool(self._adapters[n].owned) for n in every if n in self._adapters)
-            return len(every) <= self.max_adapters and own <= self._own.count
+            slots = own or len(every) <= self.max_adapters
+            return slots and owning(every, self._adapters) <= self._own.count
 
     def check_known(self, name: str) -> None:
         """Raise UnknownAdapterError unless this names loaded adapters, or the base."""

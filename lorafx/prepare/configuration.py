@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ def request_of(lora_config: Any, adapters: Mapping[str, Any], model: nn.Module) 
     """The request that `lora_config` and `adapters` of `lorafx.compile` make.
 
     Raises:
-        ConfigError: `lora_config` has no form that is known.
+        ConfigError: `lora_config` has no form that is known, or a `base_vocab_size` that the model
+            does not have.
         CheckpointError, UnsupportedAdapterError: an adapter cannot be read.
     """
     if isinstance(lora_config, (list, tuple)):
@@ -60,6 +62,7 @@ def request_of(lora_config: Any, adapters: Mapping[str, Any], model: nn.Module) 
     origins = {name: Origin.of(source) for name, source in adapters.items()}
     states = {name: load_state(source, model) for name, source in adapters.items()}
     config = _config_of(lora_config, states, model)
+    _refuse_vocabulary(config, model)
     dora = config.use_dora or any(state.config.use_dora for state in states.values())
     saved = dict.fromkeys(config.modules_to_save)
     tokens = token_rooms(config.trainable_tokens, model)
@@ -72,6 +75,22 @@ def request_of(lora_config: Any, adapters: Mapping[str, Any], model: nn.Module) 
     room: dict[str, Any] = {"modules_to_save": tuple(saved), "trainable_tokens": tokens}
     config = replace(config, use_dora=dora, lora_bias=biases, **room)
     return Request(config, states, {name: one for name, one in origins.items() if one is not None})
+
+
+def _refuse_vocabulary(config: LoraConfig, model: nn.Module) -> None:
+    """Raise ConfigError where `base_vocab_size` is beyond the tokens that the model has."""
+    asked = config.base_vocab_size
+    if asked is None:
+        return
+    ask: Any = getattr(model, "get_input_embeddings", None)
+    with suppress(AttributeError, NotImplementedError):  # models without tokens
+        count = getattr(ask() if callable(ask) else None, "num_embeddings", None)
+        if count is not None and asked > count:
+            raise ConfigError(
+                f"base_vocab_size = {asked} is the number of tokens before some were added, and "
+                f"the input embedding of this {type(model).__name__} has {count} in all; give "
+                "less, or leave it out where none were added"
+            )
 
 
 def by_name(adapters: Mapping[str, Any] | Sequence[Any] | None) -> dict[str, Any]:

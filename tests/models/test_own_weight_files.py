@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import lorafx
 from lorafx import LoraConfig
-from lorafx.errors import CheckpointError
+from lorafx.errors import CheckpointError, ConfigError
 
 QV = ["q_proj", "v_proj"]
 ONE_LAYER = {"num_hidden_layers": 1}
@@ -128,6 +128,8 @@ def test_an_embedding_without_added_tokens_keeps_them_hidden(tmp_path):
     small.resize_token_embeddings(count + 4, mean_resizing=False)
     with torch.no_grad():
         small.lm_head.weight[count:] = 50 * small.lm_head.weight[:4]
+    with pytest.raises(ConfigError, match=f"base_vocab_size = {count + 5} .* has {count + 4}"):
+        lorafx.compile(small, LoraConfig(QV, base_vocab_size=count + 5))
     config = LoraConfig(QV, base_vocab_size=count)
     cm = lorafx.compile(small, config, adapters={"a": folder}, options=REFERENCE)
     fixed = {"pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 2, "do_sample": False}

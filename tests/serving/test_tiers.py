@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 import threading
@@ -193,6 +194,40 @@ def test_sums_are_made_of_what_is_read(case, inputs):
     assert in_memory(cm) == []
     cm(**inputs, adapter_names=["a2", "a0"])
     assert cm.memory()["host"] == 0  # sums go too
+
+
+@pytest.mark.parametrize("weights", [{"a0": 1.0, "a1": 0.0}, {"a0": 0.5}])
+def test_tensors_that_a_sum_has_count(case, inputs, weights):
+    """The sum is in a slot, so its tensors, which are the adapter's, stay in memory."""
+    size = sizes(case)
+    cm = compiled(case, size["a0"] + size["a4"], slots=3)
+    cm(**inputs, adapter_names=[weights, None])
+    for name in ("a2", "a3", "a4"):
+        cm(**inputs, adapter_names=[weights, name])
+    store = cm._session.store
+    held = {
+        id(tensor): tensor.nbytes
+        for stored in store._adapters.values()
+        if stored.host is not None
+        for own in stored.host.factors.values()
+        for factors in own
+        for tensor in (factors.A, factors.B)
+    }
+    assert "a0" not in in_memory(cm)
+    assert cm.memory()["host"] == sum(held.values()) >= size["a0"]
+
+
+def test_a_configuration_is_what_it_was_when_it_was_given(case, inputs):
+    """Also where the adapter is read again."""
+    fields = json.loads((case.folders["a0"] / "adapter_config.json").read_text())
+    cm = compiled(case, 1)
+    cm.load_adapter(lorafx.AdapterSource(case.folders["a0"], config=fields), "a0")
+    want = cm(**inputs, adapter_names=["a0", None])["logits"]
+    fields["lora_alpha"] = 99
+    fields["target_modules"].clear()
+    check_mixed(cm, case, ["a4", None], inputs)
+    assert "a0" not in in_memory(cm)
+    assert torch.equal(cm(**inputs, adapter_names=["a0", None])["logits"], want)
 
 
 def test_warm_up_puts_slots_back(case, inputs):

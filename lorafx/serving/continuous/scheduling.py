@@ -119,7 +119,8 @@ class SlotsPerStep:
         served in this step."""
         store = self.session.store
         resident, pinned = store.resident, store.pinned
-        if len(wanted) <= store.max_adapters and not pinned:
+        placed = store.fits(frozenset(wanted), own=True)
+        if len(wanted) <= store.max_adapters and not pinned and placed:
             return set(wanted)
 
         def first(name: str) -> tuple[bool, int, bool]:
@@ -128,6 +129,9 @@ class SlotsPerStep:
 
         room, kept, chosen = store.max_adapters - len(pinned), set(pinned), set[str]()
         for name in sorted(wanted, key=first):
+            # The first is let through: where pinned ones leave no room, its requests say so.
+            if chosen and not store.fits(frozenset({*chosen, name}), own=True):
+                continue
             if loaded_as(name) in kept:  # the slot that is kept for it
                 kept.discard(loaded_as(name))
                 chosen.add(name)
