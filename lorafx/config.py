@@ -42,10 +42,10 @@ class LoraConfig:
         max_adapters: number of slots on the device: how many adapters can be active in one batch.
         max_rank: largest rank of an adapter that can be loaded.
         dtype: dtype of the banks; None takes each module's weight dtype.
-        row_dims: the dimension that holds the requests, by name of the forward's argument; None for
-            an argument that all requests share. It overrides the table of roles. In models that
-            declare no roles of their own (no `main_input_name`), dimension 0 holds the requests for
-            names that are in neither.
+        row_dims: the dimension that holds the requests, by name of the forward's argument,
+            "batch.x" for the item `x` of a dict; None for an argument that all requests share. It
+            overrides the table of roles. In models that declare no roles of their own (no
+            `main_input_name`), dimension 0 holds the requests for names that are in neither.
         packed_modules: the names that packed modules stand for, as in `{"qkv_proj": ["q_proj",
             "k_proj", "v_proj"]}`, one name per output slice, or with slices, `{"in_proj_qkvz":
             {"in_proj_qkv": (0, 1, 2), "in_proj_z": 3}}`. It takes precedence over the model's

@@ -76,7 +76,20 @@ class LoweringError(LorafxError):
     """A kernel could not be generated, compiled or loaded."""
 
 
-def nearest(name: str, candidates: Iterable[str], count: int = 3) -> str:
-    """A sentence fragment naming the closest candidates to `name`, or an empty string."""
-    close = difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.4)
-    return f"; nearest: {', '.join(close)}" if close else ""
+#: How alike two names are that may be the same, by difflib's measure from 0 to 1. At 0.4 "conv" was
+#: near to "fc_in".
+_ALIKE = 0.6
+
+
+def nearest(name: str, candidates: Iterable[str], count: int = 3, *, cutoff: float = _ALIKE) -> str:
+    """A sentence fragment naming the closest candidates to `name`, or an empty string where none is
+    near: at least `cutoff` alike, or another in one character."""
+    known = list(candidates)
+    close = difflib.get_close_matches(name, known, n=count, cutoff=cutoff)
+    slips = {other for other in known if other not in close and _one_apart(name, other)}
+    close += sorted(slips, reverse=True)
+    return f"; nearest: {', '.join(close[:count])}" if close else ""
+
+
+def _one_apart(name: str, other: str) -> bool:
+    return len(name) == len(other) > 1 and sum(map(str.__ne__, name, other)) == 1

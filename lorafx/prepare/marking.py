@@ -26,6 +26,7 @@ from lorafx.passes.select import Select
 from lorafx.prepare.configuration import Request, by_name, request_of
 from lorafx.program.preparation import Preparation
 from lorafx.program.program import Program
+from lorafx.program.roles import check_names
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def _mark(
     taken: TakenOver | None,
     rollback: Rollback,
 ) -> Marked:
+    check_names(request.config.row_dims, model)
     if model.training:
         warnings.warn(
             f"{type(model).__name__} is in training mode, so its dropout is active; call eval() "

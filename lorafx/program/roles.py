@@ -3,8 +3,10 @@
 The contract is: along that dimension, index b belongs to request b. The dimension comes from a
 table of roles, or from `LoraConfig.row_dims` where the user declares it. For models that declare no
 roles of their own it comes from the convention that dimension 0 is the batch. It is never guessed
-from sizes; sizes are only checked against it. Where only the convention applies and another
-dimension has the same size, a mixed batch warns once, because an error would go unnoticed.
+from sizes; sizes are only checked against it. Items of a dict are arguments of their own: `x` of
+`batch` is "batch.x", and its role is that of "x" where the user declares none. Where only the
+convention applies and another dimension has the same size, a mixed batch warns once, because an
+error would go unnoticed.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorafx.errors import BatchError, LorafxWarning
+from lorafx.errors import BatchError, ConfigError, LorafxWarning, nearest
 
 _BATCH_FIRST = 0
 
@@ -174,6 +176,21 @@ class RoleTable:
         # A model that names its main input declares roles; for others batch first is the contract.
         self._declares_roles = hasattr(module, "main_input_name")
 
+    def spread(self, named: Mapping[str, Any]) -> dict[str, Any]:
+        """`named` with the items of dicts in place of these, "batch.x" for `x` of `batch`. A dict
+        whose own name has a role, as `encoder_outputs` has, stays whole."""
+        found: dict[str, Any] = {}
+        for name, value in named.items():
+            if self.spreads(name, value):
+                found.update(self.spread({f"{name}.{key}": item for key, item in value.items()}))
+            else:
+                found[name] = value
+        return found
+
+    def spreads(self, name: str, value: Any) -> bool:
+        """Whether `value` is a dict whose items have roles of their own."""
+        return isinstance(value, Mapping) and name not in self._row_dims and name not in ROW_DIMS
+
     def by_name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether the call's arguments can all be given by name."""
         kinds = [parameter.kind for parameter in self._signature.parameters.values()]
@@ -218,10 +235,11 @@ class RoleTable:
             return Role(argument, self._row_dims[argument], picks=picks)
         if tensor.dim() == 0:
             return Role(argument, None)
-        if argument in RANKED:
-            return Role(argument, RANKED[argument](tensor))
-        if argument in ROW_DIMS:
-            return Role(argument, ROW_DIMS[argument])
+        own = argument.rpartition(".")[2]
+        if own in RANKED:
+            return Role(argument, RANKED[own](tensor))
+        if own in ROW_DIMS:
+            return Role(argument, ROW_DIMS[own])
         if self._declares_roles:
             return Role(argument, None, known=False)
         return Role(argument, _BATCH_FIRST, assumed=True)
@@ -233,19 +251,21 @@ class RoleTable:
         Raises:
             BatchError: it does not.
         """
+        named = self.spread(named)
         for name, value in named.items():
             if not isinstance(value, Tensor):
                 continue
             role = self.role(name, value)
             if not role.known or role.dim is None:
                 continue
-            check_requests(name, value.shape, role.dim, rows)
+            check_requests(name, value.shape, role.dim, rows, seen(named))
             if role.assumed and name not in self._warned and warn_ambiguous(name, value, rows):
                 self._warned.add(name)
 
     def rows(self, named: Mapping[str, Any]) -> int | None:
         """Number of requests in the call, or None where no argument carries any."""
-        order = [name for name in PRIMARY if name in named]
+        named = self.spread(named)
+        order = [own for main in PRIMARY for own in named if own.rpartition(".")[2] == main]
         for name in order + [name for name in named if name not in order]:
             value = named[name]
             if isinstance(value, Tensor):
@@ -283,8 +303,20 @@ def tensor_leaves(value: Any) -> Iterator[Tensor]:
     yield from walk(value, _DEPTH)
 
 
-def check_requests(name: str, shape: Sequence[int], dim: int, rows: int) -> None:
+def seen(named: Mapping[str, Any]) -> str:
+    """The tensors among the arguments of a call with their sizes, for messages."""
+    tensors = ((name, value) for name, value in named.items() if isinstance(value, Tensor))
+    said = [f"{name} {tuple(tensor.shape)}" for name, tensor in tensors]
+    more = f" and {len(said) - _SHOWN} more" if len(said) > _SHOWN else ""
+    return f"; the call has {', '.join(said[:_SHOWN])}{more}" if said else ""
+
+
+_SHOWN = 8
+
+
+def check_requests(name: str, shape: Sequence[int], dim: int, rows: int, others: str = "") -> None:
     """Dimension `dim` of the argument holds all `rows` requests, or one entry that they share.
+    `others`, from `seen`, are said behind.
 
     Raises:
         BatchError: it does not.
@@ -295,6 +327,7 @@ def check_requests(name: str, shape: Sequence[int], dim: int, rows: int) -> None
             f"{rows} requests; declare which dimension does with LoraConfig(row_dims={{{name!r}: "
             "dim}). Give None instead of a dimension when all requests share the argument, or when "
             "no adapter changes what is computed from it alone (any number of images per request)"
+            f"{others}"
         )
 
 
@@ -316,3 +349,38 @@ def warn_ambiguous(name: str, tensor: Tensor, rows: int) -> bool:
         stacklevel=2,
     )
     return True
+
+
+def check_names(row_dims: Mapping[str, Any], model: nn.Module) -> None:
+    """The names in `LoraConfig.row_dims` are those of arguments: of the forward of the model or of
+    a module in it, or of a method of the model. Behind a dot stands the key of a dict.
+
+    Raises:
+        ConfigError: one is not, and no such method takes arguments by any name; or one looks like
+            the misspelt name of one.
+    """
+    known = {*ROW_DIMS, *RANKED}
+    functions = [getattr(module.forward, "__func__", module.forward) for module in model.modules()]
+    own = (getattr(type(model), name) for name in dir(type(model)) if not name.startswith("_"))
+    for function in dict.fromkeys([*functions, *filter(inspect.isfunction, own)]):
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError):  # written in C
+            continue
+        known |= {parameter.name for parameter in parameters}
+    taken = inspect.signature(model.forward).parameters.values()
+    any_name = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken)
+    for name in row_dims:
+        first = name.partition(".")[0]
+        likely = nearest(first, known, cutoff=_MISSPELT)
+        if first not in known and (likely or not any_name):
+            raise ConfigError(
+                f"LoraConfig.row_dims names {name!r}, which no method of "
+                f"{type(model).__name__} takes{likely}; its forward takes "
+                f"{', '.join(parameter.name for parameter in taken)}. For an item of a dict, give "
+                "'argument.key'"
+            )
+
+
+#: How alike a name is to one that it may be a slip of.
+_MISSPELT = 0.8

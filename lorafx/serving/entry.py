@@ -78,7 +78,7 @@ class Entry:
             args, kwargs = (), named
         if not args:
             named = kwargs = _plain_tokens(kwargs)
-        session.set_batch(self.roles, named)
+        session.set_batch(self.roles, self.roles.spread(named))
         _fix_image_sizes(named)
         check_packed(session.program.packed)
         session.program.quantised.settle_again()

@@ -11,8 +11,9 @@ of its entries is whose.
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, NoReturn
 
@@ -71,7 +72,14 @@ class Rows:
                 return value.index_select(dim, self.waves[wave].to(value.device))
         if isinstance(value, _cache_classes()):
             return self._cache(name, value, wave)
-        return _rebuilt(value, [self.part(wave, name, item) for item in _items(value) or ()])
+        items = zip(self._inside(name, value), _items(value) or (), strict=False)
+        return _rebuilt(value, [self.part(wave, own, item) for own, item in items])
+
+    def _inside(self, name: str, value: Any) -> Iterable[str]:
+        """What the items of an argument are called."""
+        if self._roles.spreads(name, value):
+            return (f"{name}.{key}" for key in value)
+        return itertools.repeat(name)
 
     def _check(self, name: str, value: Any) -> None:
         if isinstance(value, PLAIN):
@@ -106,8 +114,8 @@ class Rows:
                     f"argument {name!r} ({type(value).__name__}) cannot be cut into the rows of "
                     "its requests"
                 )
-            for item in items:
-                self._check(name, item)
+            for own, item in zip(self._inside(name, value), items, strict=False):
+                self._check(own, item)
 
     def _cache(self, name: str, value: Any, wave: int) -> Any:
         """The rows of a cache; the caller's stays as it is until all waves have run."""

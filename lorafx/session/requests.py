@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.errors import BatchError, ConfigError
-from lorafx.program.roles import RoleTable, new_tokens
+from lorafx.program.call import Call
+from lorafx.program.roles import RoleTable, new_tokens, seen
 
 Names = Sequence["str | None"]
 
@@ -42,9 +43,12 @@ class Requests(NamedTuple):
         """Whether it is known which tokens an adapter serves that begins at one (aLoRA)."""
         return self.activated or self.tokens is not None
 
-    def of_rows(self, rows: int | None, repeating: Callable[[], bool]) -> Names:
+    def of_rows(
+        self, rows: int | None, repeating: Callable[[], bool], call: Call | None = None
+    ) -> Names:
         """The adapter of each row; None where no argument carries rows. `repeating` may know that
-        rows of one request follow one another though `repeats` does not say so.
+        rows of one request follow one another though `repeats` does not say so. Messages say what
+        arguments `call` has.
 
         Raises:
             BatchError: names and rows do not fit together.
@@ -54,10 +58,11 @@ class Requests(NamedTuple):
             return names * (rows or 1)
         if rows is None:
             if len(set(names)) > 1:
+                arguments = "" if call is None else seen(call.named)
                 raise BatchError(
                     "no argument of this call carries requests, so its rows cannot use "
                     "different adapters; declare which one does with "
-                    "LoraConfig(row_dims={argument: dim})"
+                    f"LoraConfig(row_dims={{argument: dim}}){arguments}"
                 )
             return names[:1]
         given = len(names)
@@ -65,9 +70,11 @@ class Requests(NamedTuple):
             return names
         if given and rows % given == 0 and (self.repeats or repeating()):
             return [name for name in names for _ in range(rows // given)]
+        arguments = "" if call is None else seen(call.named)
         raise BatchError(
             f"adapter_names has {given} entries, but the batch has {rows} rows; give one "
-            "name, or None for the base model, per row"
+            "name, or None for the base model, per row, or declare which dimension holds the "
+            f"requests with LoraConfig(row_dims={{argument: dim}}){arguments}"
         )
 
     def used(self) -> dict[int, str | None]:

@@ -227,7 +227,7 @@ class Session:
         """Give every row of a call its slot; `check` compares its arguments with their number,
         where that matters. Raises as `set_batch`."""
         running = self.running
-        names = requests.of_rows(rows, self.repeating)
+        names = requests.of_rows(rows, self.repeating, call)
         if self.base.merged is not None and not running.warming:
             names = [None] * len(names)  # the base's graph, over the merged weights
         self.serve(names, self.store.acquire(names, running.held), call)

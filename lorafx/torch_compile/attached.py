@@ -153,7 +153,7 @@ class AttachedSession(Session):
             module = running.module
             if module is program.model or hasattr(module, "main_input_name"):
                 call.roles = RoleTable(module, program.config.row_dims)
-                call.named = call.roles.bind(running.args, running.kwargs)
+                call.named = call.roles.spread(call.roles.bind(running.args, running.kwargs))
         program.batch = before._replace(call=call)
         try:
             yield
