@@ -34,11 +34,11 @@ from lorafx.errors import (
     nearest,
 )
 from lorafx.explanation import Explanation
-from lorafx.prepare.configuration import request_of
+from lorafx.prepare.configuration import by_name, request_of
 from lorafx.serving.compiled import CompiledModel
 from lorafx.session.loading import load_parts, unload_parts
 from lorafx.session.requests import Names, checked_names
-from lorafx.session.stand_ins import Replaced, StandIns
+from lorafx.session.stand_ins import Replaced
 
 #: Arguments of denoisers that all rows share: positions of text and image tokens.
 SHARED_ARGUMENTS: Mapping[str, None] = dict.fromkeys(("img_ids", "txt_ids", "image_rotary_emb"))
@@ -48,7 +48,7 @@ _SCALING = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwarg
 
 def compile_pipeline(
     pipe: Any,
-    adapters: Mapping[str, Source] | None = None,
+    adapters: Mapping[str, Source] | Sequence[Any] | None = None,
     *,
     lora_config: LoraConfig | Mapping[str, LoraConfig] | None = None,
     components: Iterable[str] | None = None,
@@ -64,7 +64,8 @@ def compile_pipeline(
         pipe: a pipeline of diffusers (`DiffusionPipeline`), on one device. Adapters that
             `pipe.load_lora_weights` put into it are taken over.
         adapters: name -> adapter, loaded before the first call. One file may have parts for the
-            denoiser and for text encoders, in any dialect (docs/adapters.md).
+            denoiser and for text encoders, in any dialect (docs/adapters.md). Or a list of folders,
+            files or names on the hub, as for `lorafx.compile`.
         lora_config: the sites, ranks and slots: a `LoraConfig` for all of the models, or one by
             the name of each. None for what the adapters need, with room for sums of any two of
             them; or every linear without any.
@@ -82,7 +83,7 @@ def compile_pipeline(
     models = loadable(pipe, components)
     configs = _by_component(lora_config, models)
     sources: dict[str, dict[str, Any]] = {name: {} for name in models}
-    for adapter, source in (adapters or {}).items():
+    for adapter, source in by_name(adapters).items():
         for name, part in parts_of(source, pipe, models).items():
             sources[name][adapter] = part
     compiled: dict[str, CompiledModel] = {}
@@ -112,7 +113,8 @@ class CompiledPipeline:
     def __init__(self, pipe: Any, models: Mapping[str, CompiledModel]) -> None:
         self.pipe = pipe
         self.models = dict(models)
-        self._stand_ins = StandIns()
+        # Those of a session are put back in a child process too.
+        self._stand_ins = next(iter(self.models.values()))._session.stand_ins
         for cm in self.models.values():
             cm.entry(cm.model)  # it reads the model's own forward when it is made
 
@@ -142,28 +144,26 @@ class CompiledPipeline:
         names = checked_names(adapter_names)
         given = inspect.signature(type(self.pipe).__call__).bind_partial(None, *args, **kwargs)
         self._check(given.arguments)
-        if names is None:
-            replaced: list[Replaced] = [(cm.model, "forward", cm) for cm in self.models.values()]
-            return self._stand_ins.replacing(replaced, self.pipe, *args, **kwargs)
-        _check_prompts(given.arguments, len(names))
-        self._check_known(names)
-        by_model = {name: _known(names, cm.adapters) for name, cm in self.models.items()}
+        by_model: dict[str, Names | None] = dict.fromkeys(self.models)
+        if names is not None:
+            _check_prompts(given.arguments, len(names))
+            self._check_known(names)
+            by_model = {name: _known(names, cm.adapters) for name, cm in self.models.items()}
         run: Callable[[], Any] = partial(self._run, by_model, given.arguments, args, kwargs)
+        # All models are in a call meanwhile: a part that the pipeline calls by itself says so.
         for name, cm in self.models.items():
             run = partial(cm._session.call, run, by_model[name])
         return run()
 
     def _run(
         self,
-        names: Mapping[str, Names],
+        names: Mapping[str, Names | None],
         arguments: Mapping[str, Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        count = len(next(iter(names.values())))
-        rows = None
-        if any(len(set(own)) > 1 for own in names.values()):
-            rows = PromptRows(count)
+        mixed = [own for own in names.values() if own is not None and len(set(own)) > 1]
+        rows = PromptRows(len(mixed[0])) if mixed else None
         replaced: list[Replaced] = [
             (cm.model, "forward", partial(_forward, name, cm, names[name], rows))
             for name, cm in self.models.items()
@@ -257,8 +257,8 @@ class CompiledPipeline:
 def _by_component(config: Any, models: Mapping[str, nn.Module]) -> dict[str, LoraConfig]:
     if config is None:
         return {}
-    by_name = dict(config) if isinstance(config, Mapping) else dict.fromkeys(models, config)
-    for name, own in by_name.items():
+    found = dict(config) if isinstance(config, Mapping) else dict.fromkeys(models, config)
+    for name, own in found.items():
         if name not in models:
             raise ConfigError(
                 f"lora_config has {name!r}{nearest(str(name), models)}, which is none of the "
@@ -268,7 +268,7 @@ def _by_component(config: Any, models: Mapping[str, nn.Module]) -> dict[str, Lor
             raise ConfigError(
                 f"lora_config for {name} must be a lorafx.LoraConfig, it is {own!r:.80}"
             )
-    return by_name
+    return found
 
 
 def _room_for(sources: Mapping[str, Any], model: nn.Module) -> LoraConfig:
@@ -294,11 +294,12 @@ def _known(names: Names, loaded: Sequence[str]) -> Names:
 def _check_prompts(arguments: Mapping[str, Any], count: int) -> None:
     """Raise BatchError where the call has another number of prompts than there are names."""
     for name, value in arguments.items():
-        if "prompt" not in name or not isinstance(value, (str, list, tuple, Tensor)):
-            continue
-        if isinstance(value, str) and name.startswith("negative"):
-            continue  # one for all
-        given = 1 if isinstance(value, str) else len(value)
+        if name == "prompt" and isinstance(value, str):
+            given = 1
+        elif "prompt" in name and isinstance(value, (list, tuple, Tensor)):
+            given = len(value)
+        else:
+            continue  # a string may be for all of them
         if given != count:
             raise BatchError(
                 f"adapter_names has {count} entries, but {name} has {given}; give one name, or "
@@ -307,9 +308,16 @@ def _check_prompts(arguments: Mapping[str, Any], count: int) -> None:
 
 
 def _forward(
-    name: str, cm: CompiledModel, names: Names, rows: PromptRows | None, *args: Any, **kwargs: Any
+    name: str,
+    cm: CompiledModel,
+    names: Names | None,
+    rows: PromptRows | None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """The forward of a compiled model within a call of the pipeline."""
+    if names is None:
+        return _call(cm, None, args, kwargs)
     roles = cm.entry(cm.model).roles
     count = roles.rows(roles.bind(args, kwargs)) or 1
     what = f"{name} ({type(cm.model).__name__})"
@@ -326,18 +334,23 @@ def _forward(
             "pipeline once for each adapter"
         )
     served = [names[0]] * count if owners is None else [names[owner] for owner in owners]
-    args = tuple(map(_apart, args))
-    kwargs = {key: _apart(value) for key, value in kwargs.items()}
-    result = untracked(lambda _: cm(*args, adapter_names=served, **kwargs))
+    result = untracked(lambda _: _call(cm, served, args, kwargs))
     if rows is not None and owners is not None:
         rows.of_rows(result, tuple(owners))
     return result
 
 
-def _apart(value: Any) -> Any:
-    """A view as a tensor of its own over the same memory. Dynamo guards on what a tensor is a view
-    of, and embeddings are views of what they were repeated into, or are not."""
-    return value.data if isinstance(value, Tensor) and value._is_view() else value
+def _call(
+    cm: CompiledModel, names: Names | None, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """`cm` with views as tensors of their own over the same memory. Dynamo guards on what a tensor
+    is a view of, and embeddings are views of what they were repeated into, or are not."""
+
+    def apart(value: Any) -> Any:
+        return value.data if isinstance(value, Tensor) and value._is_view() else value
+
+    named = {key: apart(value) for key, value in kwargs.items()}
+    return cm(*map(apart, args), adapter_names=names, **named)
 
 
 def _observed(forward: Callable[..., Any], rows: PromptRows, *args: Any, **kwargs: Any) -> Any:

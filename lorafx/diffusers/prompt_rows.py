@@ -41,6 +41,8 @@ class PromptRows:
         # What no operator made, and nobody gave (a schedule from numpy), says nothing of prompts.
         self._memory = Memory(lambda _: True)
         self._next = prompts
+        #: The denoiser has been called: noise that is added later says nothing new.
+        self._begun = False
 
     def run(self, action: Callable[[], T]) -> T:
         """What `action` returns, whose operators are followed."""
@@ -67,7 +69,7 @@ class PromptRows:
     def of_noise(self, tensor: Tensor) -> None:
         """`tensor` has rows of which nobody knows yet whose they are."""
         count = tensor.shape[0] if tensor.dim() else 0
-        if 0 < count <= MOST_REQUESTS - self._next:
+        if not self._begun and 0 < count <= MOST_REQUESTS - self._next:
             first, self._next = self._next, self._next + count
             self._memory.given(tensor, listed(0, tuple(range(first, first + count))))
 
@@ -93,6 +95,7 @@ class PromptRows:
                 "or are given per prompt; call the pipeline once for each adapter otherwise"
             )
         untracked(lambda _: self._memory.rename(known))
+        self._begun = True
         return tuple(own.pop() for own in prompts)
 
     def _say(self, value: Any, owners: tuple[int, ...]) -> None:

@@ -17,7 +17,7 @@ from lorafx.adapter_store.store import AdapterStore
 from lorafx.base_weights.merge import merged_of
 from lorafx.capture.backend import Backend
 from lorafx.compat import untraced
-from lorafx.errors import CaptureError
+from lorafx.errors import CaptureError, ConfigError
 from lorafx.explanation import Explanation
 from lorafx.interrupts import undisturbed
 from lorafx.model.attachment import Attachment
@@ -350,7 +350,13 @@ def compiled_of(model: object) -> CompiledModel | None:
 
 
 def refuse_compiled(model: object) -> None:
-    """Raise CaptureError where `model` is served by what `lorafx.compile` returned, or is that."""
+    """Raise CaptureError where `model` is served by what `lorafx.compile` returned, or is that, and
+    ConfigError where it is no model."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"{type(model).__name__} is no nn.Module; of a pipeline of diffusers, "
+            "lorafx.compile_pipeline(pipe) compiles all models that carry LoRA"
+        )
     if isinstance(model, CompiledModel):
         raise CaptureError(
             "lorafx already compiled this model; use the compiled model, or detach() it first"

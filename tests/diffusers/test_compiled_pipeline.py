@@ -12,6 +12,7 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 from dense_merge import REFERENCE, TOLERANCE, error
+from diffusers import EulerAncestralDiscreteScheduler
 from torch import Tensor
 
 import lorafx
@@ -150,6 +151,15 @@ def test_adapters_take_turns_without_recompiling(kind: str, pair: Callable[[str]
     both.check([None, "denoiser", "both"], images=images)
     both.check(["both", "both"])
     assert {name: cm.recompiles for name, cm in cp.models.items()} == captured
+
+
+def test_a_scheduler_that_adds_noise_at_each_step(
+    pair: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = pair("sdxl")
+    for pipe in (both.cp.pipe, both.own.pipe):
+        monkeypatch.setattr(pipe, "scheduler", EulerAncestralDiscreteScheduler())
+    both.check(["both", None, "denoiser"])
 
 
 def test_rows_in_another_order_keep_their_adapters(pair: Callable[[str], Pair]) -> None:
