@@ -11,69 +11,140 @@ from collections.abc import Iterable
 
 
 class LorafxError(Exception):
-    """Root of all errors raised by lorafx."""
+    """Root of all errors raised by lorafx.
+
+    Way out: `except lorafx.LorafxError` catches all of them, in calls and while compiling. The
+    message of each names the thing and what to do.
+    """
 
 
 class LorafxWarning(UserWarning):
-    """Something may not be what the caller expects: a module left out, an assumption made."""
+    """Something may not be what the caller expects: a module left out, an assumption made.
+
+    Way out: the message names the setting that confirms or changes it. Options(strict=True) makes
+    adapters with missing factors an error. `warnings.simplefilter("error", lorafx.LorafxWarning)`
+    stops at each.
+    """
 
 
 class ConfigError(LorafxError, ValueError):
-    """A `LoraConfig`, `Options` or call argument that cannot be honoured."""
+    """A `LoraConfig`, `Options` or call argument that cannot be honoured.
+
+    Way out: the message names the field, what it may be, and the nearest known name where one is
+    near.
+    """
 
 
 class TargetError(ConfigError):
-    """`target_modules` names nothing, or names a module that cannot carry LoRA."""
+    """`target_modules` names nothing, or names a module that cannot carry LoRA.
+
+    Way out: choose names from those in the message, or from `print(lorafx.explain(model))`;
+    "all-linear" takes what can carry LoRA; `lorafx.register` makes a class of your own one of them.
+    """
 
 
 class CheckpointError(LorafxError, ValueError):
-    """An adapter checkpoint that is absent, truncated, misshapen or for another model."""
+    """An adapter checkpoint that is absent, truncated, misshapen or for another model.
+
+    Way out: `lorafx inspect ADAPTER --model MODEL` shows what it holds and each problem. For
+    modules that moved, AdapterSource(key_mapping=...); otherwise load it with the model that it was
+    trained on, or save it again.
+    """
 
 
 class BaseWeightsError(CheckpointError):
-    """Base weights that do not fit the model. `problems` lists everything that is wrong."""
+    """Base weights that do not fit the model. `problems` lists everything that is wrong.
+
+    Way out: the old weights stay in service. Give what `problems` says is missing, or
+    strict=False; docs/base_weights.md has the names that are understood.
+    """
 
     problems: tuple[str, ...] = ()
 
 
 class UnsupportedAdapterError(CheckpointError):
-    """An adapter whose configuration asks for arithmetic that lorafx does not support."""
+    """An adapter whose configuration or keys ask for arithmetic that lorafx does not support.
+
+    Way out: merge it into a copy of the base model with the library that trained it, and serve that
+    copy; or train it as plain LoRA. docs/peft_features.md has what is supported.
+    """
 
 
 class UnknownAdapterError(LorafxError, ValueError):
-    """A request names an adapter that is not loaded."""
+    """A request names an adapter that is not loaded.
+
+    Way out: load it first with `load_adapter(source, name)`; `adapters` has the loaded names. None
+    is the base model.
+    """
 
 
 class CapacityError(LorafxError, ValueError):
-    """More distinct adapters, or a larger rank, than the banks were allocated for."""
+    """More distinct adapters, or a larger rank, than the banks were allocated for.
+
+    Way out: compile with a larger LoraConfig(max_adapters=...) or LoraConfig(max_rank=...); unpin
+    adapters; split the batch, or have Options(overflow="waves") do so.
+    """
 
 
 class BatchError(LorafxError, ValueError):
-    """The rows of a batch and the adapters named for them do not fit together."""
+    """The rows of a batch and the adapters named for them do not fit together, or a method is
+    called at a moment when a call is running.
+
+    Way out: one name, or None, per row. Where another dimension holds the requests,
+    LoraConfig(row_dims={argument: dim}). Call the method when the running call has returned.
+    """
 
 
 class MatchError(LorafxError):
-    """A selected weight is used in a way that lorafx cannot apply LoRA to."""
+    """A selected weight is used in a way that lorafx cannot apply LoRA to.
+
+    Way out: leave the module out (LoraConfig(exclude_modules=...)) and serve adapters that do not
+    touch it; call the compiled model, not a part of it; for a class of your own, register a handler
+    (`lorafx.register(handler=...)`). Calls without such an adapter are served.
+    """
 
 
 class ProvenanceError(LorafxError):
-    """It cannot be proved which request a row belongs to, and the batch mixes adapters."""
+    """It cannot be proved which request a row belongs to, and the batch mixes adapters.
+
+    Way out: one adapter per batch is served. Declare the roles of arguments with
+    LoraConfig(row_dims=...); the message names the operator at which the proof ends, which the
+    model may avoid for rows of several requests.
+    """
 
 
 class CaptureError(LorafxError):
-    """The model cannot be captured as asked (recompile limit, attach after compile)."""
+    """The model cannot be captured or served as asked: it is compiled already, was detached or
+    changed, needs more graphs than allowed, or a compiler failed on it.
+
+    Way out: use the compiled model, or `lorafx.detach(model)` and compile again; raise
+    Options.recompile_limit; attach before torch.compile; switch off the pass that the message names
+    (Options(passes={name: False})).
+    """
 
 
 class ReplacedModuleError(CaptureError):
-    """A module that carries LoRA is not where it was when lorafx was given the model."""
+    """A module that carries LoRA is not where it was when lorafx was given the model.
+
+    Way out: put the module back, or detach() and compile the changed model. Adapters that do not
+    touch it are served.
+    """
 
 
 class VerifyError(LorafxError):
-    """A pass left a graph that is malformed or computes something else."""
+    """A pass left a graph that is malformed or computes something else.
+
+    Way out: a fault of lorafx, or of a pass of your own. Options(passes={name: False}) goes without
+    the pass; please report it with the folder that Options(dump=...) writes.
+    """
 
 
 class LoweringError(LorafxError):
-    """A kernel could not be generated, compiled or loaded."""
+    """A kernel could not be generated, compiled or loaded.
+
+    Way out: Options(lowering="inductor") or "reference" needs none of lorafx's kernels; the message
+    names what the compiler said. Calls without an adapter are served.
+    """
 
 
 #: How alike two names are that may be the same, by difflib's measure from 0 to 1. At 0.4 "conv" was
