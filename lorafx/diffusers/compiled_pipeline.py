@@ -41,7 +41,7 @@ from lorafx.session.requests import Names, checked_names
 from lorafx.session.stand_ins import Replaced
 
 #: Arguments of denoisers that all rows share: positions of text and image tokens.
-SHARED_ARGUMENTS: Mapping[str, None] = dict.fromkeys(("img_ids", "txt_ids", "image_rotary_emb"))
+SHARED_ARGUMENTS = ("img_ids", "txt_ids", "image_rotary_emb")
 #: Arguments of pipelines by which diffusers scales all adapters at once.
 _SCALING = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
@@ -90,7 +90,9 @@ def compile_pipeline(
     try:
         for name, model in models.items():
             config = configs.get(name) or _room_for(sources[name], model)
-            config = replace(config, row_dims={**SHARED_ARGUMENTS, **config.row_dims})
+            taken = inspect.signature(model.forward).parameters
+            shared = dict.fromkeys(argument for argument in SHARED_ARGUMENTS if argument in taken)
+            config = replace(config, row_dims={**shared, **config.row_dims})
             compiled[name] = api.compile(
                 model, config, adapters=sources[name], dynamic=dynamic, options=options
             )
