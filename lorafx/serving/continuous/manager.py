@@ -21,7 +21,7 @@ from lorafx.serving.continuous.eager import EAGER
 from lorafx.serving.continuous.outputs import Outputs
 from lorafx.serving.continuous.packed_call import PackedForward
 from lorafx.serving.continuous.pages import AdapterPages
-from lorafx.serving.continuous.requests import AdapterRequest, Ticket
+from lorafx.serving.continuous.requests import AdapterRequest, Ticket, ticket_of
 from lorafx.serving.continuous.room import Room
 from lorafx.serving.continuous.scheduling import all_pinned, within_slots
 
@@ -303,6 +303,33 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             processor.inputs_and_outputs.requests_in_batch = []
             processor.scheduler._requests_to_fork.clear()
             processor.scheduler.block_new_requests = False
+        else:
+            self._end_refused(processor)
+
+    def _end_refused(self, processor: Any) -> None:
+        """Have the requests of the step fail whose adapters were refused in it."""
+        refused, self._packed.refused = self._packed.refused, {}
+        if not refused:
+            return
+        step, scheduler = processor.inputs_and_outputs, processor.scheduler
+        kept: list[FutureRequestState] = []
+        columns: list[int] = []  # of the new tokens, in their order
+        column = 0
+        for future in step.requests_in_batch:
+            state, ticket = future.state, ticket_of(future.state)
+            error = None if ticket is None else refused.get(ticket)
+            if error is None:
+                kept.append(future)
+                columns += [column] * future.has_new_token
+            else:
+                processor._handle_request_error(error, state)
+                scheduler.finish_request(state.request_id)
+                forks = [other for other in scheduler._requests_to_fork if other is not state]
+                scheduler._requests_to_fork = forks
+            column += future.has_new_token
+        step.output_ids[:, : len(columns)] = step.output_ids[:, columns]
+        step.requests_in_batch = kept
+        scheduler.block_new_requests = False
 
 
 @contextmanager

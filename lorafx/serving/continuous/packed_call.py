@@ -5,8 +5,9 @@
     → compiled forward    as a call with T requests of one token each (`PACKED_DIMS`)
 
 All steps run the graphs with adapters, also those of the base alone, so that no step waits for a
-graph that others have not needed. What the engine hands over are views of its own buffers; graphs
-depend on how tensors lie, so they get copies.
+graph that others have not needed. Where a step is refused, each of its adapters is tried alone; the
+step runs without those that are refused then, whose requests fail. What the engine hands over are
+views of its own buffers; graphs depend on how tensors lie, so they get copies.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
+from lorafx.adapter_store.holding import Hold
 from lorafx.adapter_store.names import BASE
+from lorafx.errors import LorafxError
 from lorafx.serving.continuous.eager import EAGER, TracedEager
 from lorafx.serving.continuous.requests import AdapterRequest, Ticket, ticket_of
 from lorafx.serving.continuous.step_cache import StepCache
@@ -38,6 +41,10 @@ class PackedForward:
     Args:
         compiled: serves the model.
         batch: gives the requests of the step, in the order of their tokens.
+
+    Attributes:
+        refused: the tickets of the last step whose adapters are refused, and why. Their tokens were
+            served as the base, and what came of them is nothing to anybody.
     """
 
     def __init__(
@@ -46,6 +53,7 @@ class PackedForward:
         self._compiled = compiled
         self._batch = batch
         self._pages: StepCache | None = None
+        self.refused: dict[Ticket, LorafxError] = {}
 
     def _supports_logits_to_keep(self) -> bool:
         """Asked by the engine: whether the head is only computed for tokens that need it."""
@@ -83,18 +91,19 @@ class PackedForward:
         single = logits_to_keep is not None and logits_to_keep.shape[0] == 1
         if logits_to_keep is not None:
             named["logits_to_keep"] = logits_to_keep.repeat(2) if single else logits_to_keep.clone()
-        session = compiled._session
-        with session.lock:
-            names, tokens = self._tokens(length)
-            compiled._check_attached()
-
-            def run() -> Any:
-                active = session.running._replace(active=True)
-                entry = compiled.entry(compiled.model, packed=True)
-                return session.run(active, lambda: entry(**named))
-
-            with self._traced():
-                output = session.call(run, names, tokens=tokens, packed=True)
+        self.refused = {}
+        with compiled._session.lock:
+            self._count()
+            try:
+                output = self._run(named, length)
+            except LorafxError:
+                # A window's keys may be overwritten by the first try, so that there is no second.
+                if not step.rewritable:
+                    raise
+                self.refused = self._refused(named, length)
+                if not self.refused:
+                    raise
+                output = self._run(named, length)
         if single:
             output.logits = output.logits[:, :1]
         return output
@@ -108,7 +117,47 @@ class PackedForward:
         model: Any = self._compiled.model
         return _EAGER if model.config._attn_implementation == EAGER else _NOTHING
 
-    def _tokens(self, length: int) -> tuple[list[str], Tensor]:
+    def _run(self, named: Mapping[str, Any], length: int, alone: Hold | None = None) -> Any:
+        """The model's output for these arguments, where adapters are active that are not refused,
+        or one `alone`. The session's lock is held."""
+        compiled, session = self._compiled, self._compiled._session
+        names, tokens = self._tokens(length, alone)
+        compiled._check_attached()
+
+        def run() -> Any:
+            active = session.running._replace(active=True)
+            entry = compiled.entry(compiled.model, packed=True)
+            return session.run(active, lambda: entry(**named))
+
+        with self._traced():
+            return session.call(run, names, tokens=tokens, packed=True)
+
+    def _refused(self, named: Mapping[str, Any], length: int) -> dict[Ticket, LorafxError]:
+        """The tickets of the step whose adapter is refused alone; none where it is the only one,
+        or what is refused is the mix."""
+        tickets = [ticket_of(future.state) for future in self._batch()]
+        holds = {t: t.hold for t in tickets if t is not None and t.hold is not None}
+        errors: dict[int, LorafxError] = {}
+        for hold in {hold.stored.version: hold for hold in holds.values()}.values():
+            try:
+                self._run(named, length, alone=hold)
+            except LorafxError as error:
+                errors[hold.stored.version] = error
+        return {
+            ticket: errors[hold.stored.version]
+            for ticket, hold in holds.items()
+            if hold.stored.version in errors
+        }
+
+    def _count(self) -> None:
+        """Note how many tokens of each adapter are run."""
+        for future in self._batch():
+            ticket = ticket_of(future.state)
+            if ticket is not None:
+                named = BASE if ticket.hold is None else str(ticket.hold.name)
+                self._compiled._session.tokens[named] += future.query_length
+
+    def _tokens(self, length: int, alone: Hold | None) -> tuple[list[str], Tensor]:
         """The adapters of the step, and which of them each token uses: (1, T), -1 for the base and
         for padding."""
         store = self._compiled._session.store
@@ -121,15 +170,14 @@ class PackedForward:
             if ticket not in found:
                 assert ticket is not None
                 hold = ticket.hold
-                name = None if hold is None else store.held_name(hold)
+                other = alone is not None and hold is not None and hold.stored is not alone.stored
+                served = hold is not None and not other and ticket not in self.refused
+                name = store.held_name(hold) if served and hold is not None else None
                 found[ticket] = -1 if name is None else places.setdefault(name, len(places))
             count, state = future.query_length, future.state
             before = state.inactive(count) if isinstance(state, AdapterRequest) else 0
             numbers += [-1, found[ticket]]
             counts += [before, count - before]
-            if ticket is not None:
-                named = BASE if ticket.hold is None else str(ticket.hold.name)
-                self._compiled._session.tokens[named] += count
         counts.append(length - sum(counts))
         numbers.append(-1)
         tokens = torch.tensor(numbers).repeat_interleave(torch.tensor(counts))

@@ -54,6 +54,11 @@ class StepCache(PagedAttentionCache):
         self.read: list[Tensor] = []
         self.write: list[Tensor] = []
 
+    @property
+    def rewritable(self) -> bool:
+        """Whether a step may run twice: it reads nothing that it overwrites, as windows do."""
+        return not any(place.ring for place in self.places.values())
+
     def step(self, read: Sequence[Tensor], write: Sequence[Tensor]) -> StepCache:
         """For a step that reads and writes these rows. Where nothing is read (transformers gives
         no rows then), the queries see the new tokens: a graph need not tell the two apart."""

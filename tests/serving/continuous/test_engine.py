@@ -266,6 +266,36 @@ def test_a_step_that_cannot_be_served_fails_its_requests_alone(llama):
         assert engine.is_running()
 
 
+def test_an_adapter_that_is_refused_fails_alone(llama):
+    """Its module's weight is used in a way that LoRA cannot follow; others do not touch it."""
+    cm = llama.compile()
+    layer = cm.model.model.layers[0].self_attn
+    plain = type(layer).forward
+
+    class Odd(type(layer)):
+        def forward(self, hidden_states, *args, **kwargs):
+            odd = self.k_proj.weight.square().mean() - self.k_proj.weight.square().mean()
+            output, *others = plain(self, hidden_states, *args, **kwargs)
+            return output + odd, *others
+
+    layer.__class__ = Odd
+    work = [([3, 4, 5 + i], name) for i, name in enumerate(["a1", "a0", None, "a4", "a2", "a0"])]
+    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
+        with engine_paused(engine):
+            ids = [engine.add_request(p, adapter=a, max_new_tokens=4) for p, a in work]
+        outputs = answers(engine, ids)
+        assert engine.is_running()
+        again = serve(engine, [([9, 8, 7], "a2")])
+    for (prompt, name), output in zip(work, outputs.values(), strict=True):
+        if name in ("a1", "a4"):
+            assert "k_proj" in output.error
+            assert not output.generated_tokens
+        else:
+            assert prompt + output.generated_tokens == greedy(llama, name, prompt, 4)
+    (output,) = again.values()
+    assert output.error is None
+
+
 @pytest.mark.parametrize(
     ("config", "text"),
     [
