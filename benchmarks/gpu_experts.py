@@ -66,7 +66,7 @@ class Product:
     Attributes:
         y: (M, 2K), what x is computed from; None where x is given.
         x: (M, K); weight: (E, N, K); offs: (E,), where the rows of each expert end.
-        experts, slots: (M,), of each row; A (S·E, G·R, K), B (S·E, R, N).
+        experts, slots: (M,), of each row; A (S·E, R, G·K), B (S·E, R, N).
         order: (M,), where the row would be were rows sorted by token; top: rows of a token.
     """
 
@@ -179,8 +179,8 @@ class Product:
     def error(self, got: Tensor) -> float:
         """The largest of some rows, over that of rounding what float64 has."""
         step = max(len(self.x) // CHECKED, 1)
-        A, B, ranks, scales = self.bank
-        rank = int(ranks[0, 0])
+        A, B, _, scales = self.bank
+        K = self.x.shape[1]
         worst = allowed = 0.0
         for row in range(0, len(self.x), step):
             x, expert, slot = self.x[row].double(), int(self.experts[row]), int(self.slots[row])
@@ -188,7 +188,7 @@ class Product:
             if slot >= 0:
                 key, start = slot * len(self.offs) + expert, 0
                 for j, size in enumerate(self.sizes):
-                    v = scales[key, j] * (A[key, j * rank : (j + 1) * rank].double() @ x)
+                    v = scales[key, j] * (A[key, :, j * K : (j + 1) * K].double() @ x)
                     exact[start : start + size] += v @ B[key, :, start : start + size].double()
                     start += size
             worst = max(worst, float((got[row].double() - exact).abs().max()))

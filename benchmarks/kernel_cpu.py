@@ -45,7 +45,7 @@ def arms(dtype: torch.dtype, rows: int, distinct: int) -> tuple[Step, dict[str, 
         K, sizes = PACKS[name]
         G, N = len(sizes), sum(sizes)
         bank = (
-            torch.randn(REQUESTS, G * RANK, K).to(dtype),
+            torch.randn(REQUESTS, RANK, G * K).to(dtype),
             torch.randn(REQUESTS, RANK, N).to(dtype),
             torch.full((REQUESTS, G), RANK, dtype=torch.int32),
             torch.full((REQUESTS, G), 1e-3),

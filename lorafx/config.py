@@ -41,6 +41,9 @@ class LoraConfig:
         exclude_modules: the same forms; removed from `target_modules`.
         max_adapters: number of slots on the device: how many adapters can be active in one batch.
         max_rank: largest rank of an adapter that can be loaded.
+        slot_rank: the rank that a slot has room for. An adapter of a larger one takes several slots
+            in a row, and the last slot has room for `max_rank`, so memory is paid by rank
+            (docs/adapter_store.md). None for `max_rank`.
         dtype: dtype of the banks; None takes each module's weight dtype.
         row_dims: the dimension that holds the requests, by name of the forward's argument,
             "batch.x" for the item `x` of a dict; None for an argument that all requests share. It
@@ -90,17 +93,22 @@ class LoraConfig:
     max_own_weights: int | None = None
     base_vocab_size: int | None = None
     max_host_bytes: int | None = None
+    slot_rank: int | None = None
 
     def __post_init__(self) -> None:
         for name in (
             *("max_adapters", "max_rank", "max_own_weights"),
-            *("base_vocab_size", "max_host_bytes"),
+            *("base_vocab_size", "max_host_bytes", "slot_rank"),
         ):
             value = getattr(self, name)
             if value is None and name not in ("max_adapters", "max_rank"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"LoraConfig.{name} must be a positive integer, got {value!r}")
+        if self.slot_rank is not None and self.slot_rank > self.max_rank:
+            raise ConfigError(
+                f"LoraConfig.slot_rank = {self.slot_rank} is over max_rank = {self.max_rank}"
+            )
         saved = self.modules_to_save
         if isinstance(saved, str) or not all(isinstance(name, str) and name for name in saved):
             raise ConfigError(

@@ -116,6 +116,7 @@ def _group(siblings: list[Site], config: LoraConfig) -> Group:
         own_rows=first.own_rows,
         own_weights=config.own_weights,
         own_dtype=first.dtype,
+        slot_rank=config.slot_rank and config.slot_rank * first.terms,
     )
     for tensor in bank.tensors.values():
         mark_fixed_shape(tensor)

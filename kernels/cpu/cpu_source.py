@@ -6,7 +6,7 @@ source(spec, isa) = #defines and constants of (dtypes, sizes, ranges, tiles)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
@@ -44,6 +44,8 @@ class DeltaSpec:
             and scales show some siblings of a larger bank, they count from the first shown.
         embedding: A is (S, V, R) and x holds ids.
         experts: E of a bank of S·E slots whose rows are routed (`run_expert_delta_`); 0 for others.
+        spacing: rows of A and B from one slot to the next, 0 for `max_rank`. With fewer, slots
+            overlap (lorafx.model.bank).
     """
 
     x_dtype: torch.dtype
@@ -58,6 +60,7 @@ class DeltaSpec:
     sizes: tuple[int, ...]
     embedding: bool = False
     experts: int = 0
+    spacing: int = 0
 
     @classmethod
     def linear(
@@ -73,12 +76,12 @@ class DeltaSpec:
         experts: int = 0,
     ) -> DeltaSpec:
         """The spec of an `add_delta_` call; the tensors may be fake, only metadata is read."""
-        group, columns = _bank_strides(A, B, ranks)
+        group, columns, spacing = _bank_strides(A, B, ranks)
         return cls(
             x_dtype=x.dtype,
             bank_dtype=A.dtype,
             y_dtype=y.dtype,
-            in_features=int(A.shape[2]),
+            in_features=int(A.shape[2]) // max(int(ranks.shape[1]), 1),
             max_rank=int(B.shape[1]),
             group=group,
             columns=columns,
@@ -86,25 +89,34 @@ class DeltaSpec:
             offsets=tuple(offsets),
             sizes=tuple(sizes),
             experts=experts,
+            spacing=spacing,
         )
 
     @classmethod
     def of_embedding(cls, y: Tensor, A: Tensor, B: Tensor) -> DeltaSpec:
         """The spec of an `add_embedding_delta_` call."""
-        columns = int(B.shape[2])
+        slots, R, columns = map(int, B.shape)
+        spacing = int(B.stride(0)) // columns if slots > 1 and columns else R
+        laid = _have(B, (spacing * columns, columns, 1)) and _have(A, (*A.stride()[:2], 1))
         return cls(
             x_dtype=A.dtype,
             bank_dtype=A.dtype,
             y_dtype=y.dtype,
             in_features=0,
             max_rank=int(B.shape[1]),
-            group=int(A.is_contiguous() and B.is_contiguous()),
+            group=int(laid),
             columns=columns,
             siblings=(0,),
             offsets=(0,),
             sizes=(columns,),
             embedding=True,
+            spacing=_unless(R, spacing),
         )
+
+    @property
+    def slot_rows(self) -> int:
+        """Rows of A and B from one slot to the next."""
+        return self.spacing or self.max_rank
 
     @property
     def last_column(self) -> int:
@@ -125,24 +137,34 @@ class DeltaSpec:
         )
 
 
-def _bank_strides(A: Tensor, B: Tensor, ranks: Tensor) -> tuple[int, int]:
-    """(G, ΣN) of the bank that A, B and ranks are, or show some siblings of; (0, ·) where their
-    strides are those of no bank, such as a transposed B."""
-    slots, _, K = A.shape
-    R, shown = B.shape[1:]
-    group = int(ranks.stride(0) if slots > 1 else ranks.shape[1])
+def _bank_strides(A: Tensor, B: Tensor, ranks: Tensor) -> tuple[int, int, int]:
+    """(G, ΣN, spacing) of the bank that A, B and ranks are, or show some siblings of; (0, ·, ·)
+    where their strides are those of no bank, such as a transposed B."""
+    slots, R, shown = map(int, B.shape)
+    siblings = int(ranks.shape[1])
+    K = int(A.shape[2]) // max(siblings, 1)
+    group = int(ranks.stride(0)) if slots > 1 else siblings
     columns = int(B.stride(1) if R > 1 else B.stride(0) if slots > 1 else shown)
-    wanted = (
-        (A, (group * R * K, K, 1)),
-        (B, (R * columns, columns, 1)),
-        (ranks, (group, 1)),
+    spacing = int(B.stride(0)) // max(columns, 1) if slots > 1 else R
+    if slots > 1 and R == 1:
+        spacing = 1  # what lies between two slots is what lies between two rows
+    laid = (
+        _have(A, (spacing * group * K, group * K, 1))
+        and _have(B, (spacing * columns, columns, 1))
+        and _have(ranks, (group, 1))
     )
-    laid = all(
-        size == 1 or have == want
-        for tensor, strides in wanted
-        for size, have, want in zip(tensor.shape, tensor.stride(), strides, strict=True)
-    )
-    return (group if laid else 0), columns
+    return (group if laid else 0), columns, _unless(R, spacing)
+
+
+def _have(tensor: Tensor, strides: Sequence[int]) -> bool:
+    """Whether it lies at these strides, those of dimensions of one entry apart."""
+    triples = zip(tensor.shape, tensor.stride(), strides, strict=True)
+    return all(size == 1 or have == want for size, have, want in triples)
+
+
+def _unless(max_rank: int, spacing: int) -> int:
+    """`DeltaSpec.spacing`, which is 0 for slots that do not overlap."""
+    return 0 if spacing == max_rank else spacing
 
 
 def source(spec: DeltaSpec, isa: Isa) -> str:
@@ -160,6 +182,7 @@ def source(spec: DeltaSpec, isa: Isa) -> str:
         "G": spec.group,
         "COLUMNS": spec.columns,
         "N": sum(spec.sizes),
+        "A_STRIDE": spec.group * max(spec.in_features, 1),
         "B_STRIDE": spec.columns,
         "EXPERTS": spec.experts,
         "PREFETCH_ROWS": streamed,

@@ -24,6 +24,7 @@ struct Args {  // mirrors dispatcher.cpp
     int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
     int64_t wide_ids;
     const Rows *y_rows, *x_rows;
+    int64_t slot_a, slot_b, token_a;  // from one slot of A and B to the next, one token of A
     const int32_t* alike;  // of routed rows only, as what follows
     const void* experts;   // each row's, or with `ends` where each one's rows end
     int64_t wide_experts, ends;
@@ -40,10 +41,10 @@ struct Call {
 };
 
 INLINE const W::T* factor_a(const Args* g, int slot, int range) {
-    return (const W::T*)g->a + ((long)slot * G + SIBLING[range]) * R * K;
+    return (const W::T*)g->a + slot * g->slot_a + SIBLING[range] * K;
 }
 INLINE const W::T* factor_b(const Args* g, int slot, int range) {
-    return (const W::T*)g->b + (long)slot * R * COLUMNS + OFFSET[range];
+    return (const W::T*)g->b + slot * g->slot_b + OFFSET[range];
 }
 INLINE int rank_of(const Args* g, int slot, int range) {
     int rank = g->ranks[(long)slot * G + SIBLING[range]];
@@ -65,7 +66,7 @@ INLINE bool lookup(const Args* g, int slot, long m, int rank, float* v) {
     m = row_offset(g->x_rows, m);
     int64_t id = g->wide_ids ? ((const int64_t*)g->x)[m] : ((const int32_t*)g->x)[m];
     if (id < 0 || id >= g->vocabulary) return false;
-    const W::T* a = (const W::T*)g->a + ((long)slot * g->vocabulary + id) * R;
+    const W::T* a = (const W::T*)g->a + slot * g->slot_a + id * g->token_a;
     float scale = g->scales[(long)slot * G];
     for (int k = 0; k < rank; k++) v[k] = scale * W::one(a[k]);
     return true;

@@ -42,6 +42,7 @@ struct Args {  // mirrors delta.cpp
     int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
     int64_t wide_ids;
     const Rows *y_rows, *x_rows;
+    int64_t slot_a, slot_b, token_a;
     const int32_t* alike;
     const void* experts;
     int64_t wide_experts, ends;
@@ -88,11 +89,10 @@ struct View {
         }
         return true;
     }
-    // Sizes (a, b, c), the outer two at these strides: a bank, or some siblings' part of one.
-    bool is_bank(int64_t type, int64_t a, int64_t b, int64_t c, int64_t outer, int64_t row) const {
+    // Sizes (a, b, c), the rows at this stride and the slots at any: a bank, or some siblings' part.
+    bool is_bank(int64_t type, int64_t a, int64_t b, int64_t c, int64_t row) const {
         return dtype == type && dim == 3 && sizes[0] == a && sizes[1] == b && sizes[2] == c &&
-               (a == 1 || strides[0] == outer) && (b == 1 || strides[1] == row) &&
-               (c == 1 || strides[2] == 1);
+               (b == 1 || strides[1] == row) && (c == 1 || strides[2] == 1);
     }
     bool is_table(int64_t type, int64_t a, int64_t b, int64_t outer) const {
         return dtype == type && dim == 2 && sizes[0] == a && sizes[1] == b &&
@@ -173,9 +173,9 @@ static void run(const uint64_t* stack, const Call& call) {
             "lorafx: ranks (int32) and scales (float32) are not (slots, siblings) of the kernel's bank");
     int64_t shown = b.dim == 3 ? b.sizes[2] : -1;
     require(shown >= k->last_column &&
-                b.is_bank(k->bank_dtype, capacity, R, shown, R * k->columns, k->columns) &&
-                (embedding ? a.is_bank(k->bank_dtype, capacity, vocabulary, R, vocabulary * R, R)
-                           : a.is_bank(k->bank_dtype, capacity, siblings * R, K, k->group * R * K, K)),
+                b.is_bank(k->bank_dtype, capacity, R, shown, k->columns) &&
+                (embedding ? a.is_bank(k->bank_dtype, capacity, vocabulary, R, a.strides[1])
+                           : a.is_bank(k->bank_dtype, capacity, R, siblings * K, k->group * K)),
             "lorafx: A and B are not a bank of the kernel's dtype, sizes and strides, or part of one");
     require(slots.dtype == k->int32 && slots.dim == 1 && slots.contiguous(),
             "lorafx: slots is not a contiguous int32 vector");
@@ -203,6 +203,9 @@ static void run(const uint64_t* stack, const Call& call) {
                  embedding && x.dtype == k->int64,
                  &out,
                  &in,
+                 a.strides[0],
+                 b.strides[0],
+                 a.strides[1],
                  call.alike ? (const int32_t*)call.alike->data : 0,
                  call.experts ? call.experts->data : 0,
                  call.experts && call.experts->dtype == k->int64,

@@ -67,6 +67,7 @@ def product_source(spec: ProductSpec, isa: Isa) -> str:
         "K": spec.in_features,
         "N": spec.out_features,
         "R": UNIT,
+        "A_STRIDE": spec.in_features,
         "B_STRIDE": UNIT,
         "PREFETCH_ROWS": isa.tile,
     }

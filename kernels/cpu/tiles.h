@@ -2,8 +2,8 @@
 //
 //     shrink   v[row] = scale · A x[row]          expand   y[row] += v[row] B
 //
-// Before this text stand the generated preamble and vectors.h. A is (planes, K); B is (rank, ...),
-// its planes B_STRIDE apart. Sums are float32. The order of additions behind one element of v or y
+// Before this text stand the generated preamble and vectors.h. A is (planes, K)
+// and B (rank, ...), their planes A_STRIDE and B_STRIDE apart. Sums are float32. The order of additions behind one element of v or y
 // depends on K and the rank alone, never on the shape of the tile that computed it, so a row's
 // result is bit-equal whatever its neighbours are.
 
@@ -19,8 +19,8 @@ INLINE void shrink_tile(const X::T* const* x, const W::T* a, const W::T* ahead, 
         UNROLL for (int row = 0; row < ROWS; row++) xs[row] = load_raw<D::left>(x[row] + k);
         UNROLL for (int n = 0; n < N; n++) {
             // A comes as a stream from memory, so ask for what comes next
-            if (ROWS <= PREFETCH_ROWS) __builtin_prefetch(ahead + n * K + k, 0, 2);
-            D::right as = load_raw<D::right>(a + n * K + k);
+            if (ROWS <= PREFETCH_ROWS) __builtin_prefetch(ahead + n * A_STRIDE + k, 0, 2);
+            D::right as = load_raw<D::right>(a + n * A_STRIDE + k);
             UNROLL for (int row = 0; row < ROWS; row++)
                 acc[row][n] = D::add(acc[row][n], xs[row], as);
         }
@@ -31,7 +31,7 @@ INLINE void shrink_tile(const X::T* const* x, const W::T* a, const W::T* ahead, 
         UNROLL for (int row = 0; row < ROWS; row++)
             xs[row] = load_first<D::left>(x[row] + k, rest * sizeof(X::T));
         UNROLL for (int n = 0; n < N; n++) {
-            D::right as = load_first<D::right>(a + n * K + k, rest * sizeof(W::T));
+            D::right as = load_first<D::right>(a + n * A_STRIDE + k, rest * sizeof(W::T));
             UNROLL for (int row = 0; row < ROWS; row++)
                 acc[row][n] = D::add(acc[row][n], xs[row], as);
         }
@@ -89,10 +89,11 @@ __attribute__((noinline)) static void shrink(const X::T* const* x, const W::T* a
     const int N = ROWS * PLANES * 2 > TILE * PLANES ? PLANES : 2 * PLANES;  // the same registers
     int p = first;
     for (; p + N <= rank; p += N) {
-        const W::T* ahead = p + N < rank ? a + (p + N) * K : next ? next : a + p * K;
-        shrink_tile<ROWS, N>(x, a + p * K, ahead, scale, v + p);
+        const W::T* ahead = p + N < rank ? a + (p + N) * A_STRIDE : next ? next : a + p * A_STRIDE;
+        shrink_tile<ROWS, N>(x, a + p * A_STRIDE, ahead, scale, v + p);
     }
-    for (; p < rank; p++) shrink_tile<ROWS, 1>(x, a + p * K, a + (p + 1) * K, scale, v + p);
+    for (; p < rank; p++)
+        shrink_tile<ROWS, 1>(x, a + p * A_STRIDE, a + (p + 1) * A_STRIDE, scale, v + p);
 }
 
 template <int ROWS>

@@ -1,6 +1,7 @@
 """The LoRA delta in plain aten, on any device: what every generated kernel must agree with.
 
-    v[m]           = scales[s, i] · A[s, i·R : i·R + r] x[m]     s = slot of row m, r = ranks[s, i]
+    v[m]           = scales[s, i] · A[s, :r, K_i] x[m]    s = slot of row m, r = ranks[s, i],
+                                                          K_i = i·K : (i + 1)·K
     y[m, columns] += v[m] B[s, :r, offset : offset + size]
 
 Embedding: A[s, id, :r] stands for A x. Sums are in float32 for 16-bit and 32-bit tensors and in
@@ -104,26 +105,26 @@ def add_linear_delta(
     owner = row_slots(slots, rows, count)
     if count == 0:
         return
-    acc, R, start = accumulation_dtype(x, y), B.shape[1], 0
+    acc, K, start = accumulation_dtype(x, y), x.shape[-1], 0
     parts = []
     for i, offset, size in zip(*ranges, strict=True):
         columns = slice(offset, offset + size)
-        parts.append((i, slice(i * R, (i + 1) * R), columns, y[..., start : start + size]))
+        parts.append((i, slice(i * K, (i + 1) * K), columns, y[..., start : start + size]))
         start += size
     if not (x.device.type == "cpu" if grouped is None else grouped):
         x = x.reshape(count, x.shape[-1]).to(acc)
-        for i, planes, columns, part in parts:
+        for i, features, columns, part in parts:
             b, live = _masked_b(B[:, :, columns], ranks[:, i], acc)
-            v = (x @ A[:, planes].flatten(0, 1).to(acc).T).unflatten(-1, (-1, R))
+            v = (x @ A[..., features].flatten(0, 1).to(acc).T).unflatten(-1, A.shape[:2])
             delta = _masked_v(v, owner, live, scales[:, i]) @ b
             part.copy_(part.to(acc) + delta.view(part.shape))
         return
     rank_table, scale_table = ranks.tolist(), scales.tolist()
     for slot, index in groups(owner, A.shape[0]):
         xs, at = x[_places(index, x.shape[:-1])].to(acc), _places(index, y.shape[:-1])
-        for i, planes, columns, part in parts:
+        for i, features, columns, part in parts:
             r = rank_table[slot][i]
-            v = xs @ A[slot, planes][:r].to(acc).T * scale_table[slot][i]
+            v = xs @ A[slot, :r, features].to(acc).T * scale_table[slot][i]
             part[at] = (part[at].to(acc) + v @ B[slot, :r, columns].to(acc)).to(y.dtype)
 
 

@@ -78,7 +78,7 @@ def expert_site(
 ) -> Tensor:
     """y (M, N) + delta for x (M, K), row m being expert experts[m]'s; a new contiguous tensor.
 
-    A (S·E, G·R, K), B (S·E, R, ΣN), ranks and scales (S·E, G), E = `count`; the rest is as in
+    A (S·E, R, G·K), B (S·E, R, ΣN), ranks and scales (S·E, G), E = `count`; the rest is as in
     `site`.
     """
     _check(x, y, bank, experts, ranges, rows, count)

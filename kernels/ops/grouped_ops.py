@@ -101,9 +101,9 @@ def _three(steps: Sequence[int]) -> tuple[int, int, int]:
 
 
 def _check(x, y, bank, ranges, rows, group_dim, blocks: Blocks) -> None:
-    op, A, sizes = "grouped_site", bank.A, ranges.sizes
-    # The bank against the site as a whole: what meets A as x has K features.
-    check_linear(op, A, sum(sizes), bank, ranges)
+    op, sizes = "grouped_site", ranges.sizes
+    K = bank.A.shape[2] // max(bank.ranks.shape[1], 1)
+    check_linear(op, x, sum(sizes), bank, ranges, K)  # the bank against the site as a whole
     require(op, x.dim() == y.dim() >= 2, f"x is {x.dim()}-d and y {y.dim()}-d")
     require(op, x.is_floating_point(), "x is a floating-point tensor")
     check_rows(op, x.shape[:-1], y.shape[:-1], rows)
@@ -112,7 +112,7 @@ def _check(x, y, bank, ranges, rows, group_dim, blocks: Blocks) -> None:
     outs, ins = (x, y) if blocks.over_out else (y, x)
     for name, steps, count, limit in (
         ("out", blocks.out_steps, outs.shape[-1], sum(sizes)),
-        ("in", blocks.in_steps, ins.shape[-1], A.shape[2]),
+        ("in", blocks.in_steps, ins.shape[-1], K),
     ):
         start, group, step = steps
         last = start + (blocks.groups - 1) * group + (count - 1) * step
@@ -152,9 +152,9 @@ def add_grouped_delta(
 
     def factors(slot: int, rank_of: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(sibling, A_g, B_g) of a slot: (G or 1, r, ins) and (G or 1, r, outs)."""
-        start, R = 0, B.shape[1]
+        start, K = 0, A.shape[2] // ranks.shape[1]
         for i, offset, size in zip(siblings, offsets, sizes, strict=True):
-            a = A[slot, i * R : i * R + rank_of[i]]
+            a = A[slot, : rank_of[i], i * K : (i + 1) * K]
             b = B[slot, : rank_of[i], offset : offset + size]
             if len(siblings) > 1:  # blocks may lie across parts of the site
                 b = torch.nn.functional.pad(b, (start, sum(sizes) - start - size))

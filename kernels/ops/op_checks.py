@@ -58,20 +58,29 @@ def check_by_column(op: str, B: Tensor, **tables: Tensor | None) -> None:
 
 
 def check_linear(
-    op: str, x: Tensor, y_features: int | torch.SymInt, bank: BankArgs, ranges: Ranges
+    op: str,
+    x: Tensor,
+    y_features: int | torch.SymInt,
+    bank: BankArgs,
+    ranges: Ranges,
+    features: int | torch.SymInt | None = None,
 ) -> None:
-    """The bank is one of x's features, and the ranges are columns of it that fill y."""
+    """The bank is one of x's features, or of `features`, and the ranges are columns of it that
+    fill y."""
     check_bank(op, bank)
     A, (siblings, offsets, sizes) = bank.A, ranges
     G, R, columns = bank.ranks.shape[1], bank.B.shape[1], bank.B.shape[2]
     require(op, x.dim() >= 1 and x.is_floating_point(), "x is a floating-point tensor")
+    features = x.shape[-1] if features is None else features
     require(
         op,
-        A.shape[1] == G * R,
-        f"A has {A.shape[1]} rows per slot, not {G} siblings times rank {R}",
+        A.shape[1] == R,
+        f"A has {A.shape[1]} rows per slot, B {R}",
     )
     require(
-        op, A.shape[2] == x.shape[-1], f"x has {x.shape[-1]} features, A was made for {A.shape[2]}"
+        op,
+        A.shape[2] == G * features,
+        f"x has {features} features, A was made for {A.shape[2] // max(G, 1)}",
     )
     require(
         op,

@@ -5,7 +5,7 @@ Importing this module registers them. What they share:
     slots   int32 (n,), -1 for a base row; rows m of x are counted over all its dimensions but the
             last (an embedding's over all dimensions of ids)
     rows    > 0: row m belongs to slots[(m // rows) % n]; 0: unproved, then all slots must be equal
-    A, B    the bank of one group (lorafx.model.bank): A (S, G·R, K), B (S, R, ΣN);
+    A, B    the bank of one group (lorafx.model.bank): A (S, R, G·K), B (S, R, ΣN);
             embedding: A (S, V, R). Only the first ranks[s, i] of the R factors are read.
     gains   DoRA's G (S, ΣN) float32, for banks that have it (lorafx.kernels.ops.rescaled)
     shifts  what slots add to each output (S, ΣN) float32, for banks with room for biases

@@ -45,7 +45,7 @@ class ExpertProblem:
             inputs += [experts] if leaf.gathered else []
         shape = (E, K, N) if spec.transposed else (E, N, K)
         weight = normal(*shape, dtype=spec.weight_dtype or d.x_dtype, scale=K**-0.5)
-        A = normal(slots * E, G * R, K, dtype=d.bank_dtype, scale=K**-0.5)
+        A = normal(slots * E, R, G * K, dtype=d.bank_dtype, scale=K**-0.5)
         B = normal(slots * E, R, d.columns, dtype=d.bank_dtype, scale=R**-0.5)
         ranks = torch.full((slots * E, G), R, dtype=torch.int32, device=device)
         scales = torch.ones((slots * E, G), device=device)

@@ -84,6 +84,7 @@ def _attributes(signature: dict[str, str], spec: TritonSpec | None) -> dict[Any,
     if spec is not None:
         K, N = spec.delta.in_features, spec.out_features
         strides = {"stride_x": K, "stride_w": N if spec.transposed else K, "stride_y": N}
+        strides |= {"slot_a": spec.delta.slot_rows, "token_a": spec.delta.max_rank}
         strides |= {"stride_h": K, "stride_e": K * N, "stride_p0": 2 * K, "stride_p1": 2 * K}
         aligned = {name: stride % 16 == 0 for name, stride in strides.items()}
     return {

@@ -256,7 +256,7 @@ class Problem:
             A = normal(slots, vocabulary, R, dtype=d.bank_dtype)
         else:
             x = normal(rows, K, dtype=d.x_dtype)
-            A = normal(slots, G * R, K, dtype=d.bank_dtype, scale=K**-0.5)
+            A = normal(slots, R, G * K, dtype=d.bank_dtype, scale=K**-0.5)
         B = normal(slots, R, d.columns, dtype=d.bank_dtype, scale=R**-0.5)
         ranks = torch.full((slots, G), R, dtype=torch.int32, device=device)
         scales = torch.ones((slots, G), device=device)

@@ -90,7 +90,7 @@ def longer_reference(
     A, B, ranks, scales, slots = bank
     requests = (torch.arange(x.shape[0]) // rows % slots.shape[0]).tolist()
     by_request = spec.longer is not None and spec.longer.requests
-    start, R = 0, d.max_rank
+    start, K = 0, d.in_features
     for place, i, offset, size in zip(layout.places, d.siblings, d.offsets, d.sizes, strict=True):
         first = place * blocks * layout.width + (0 if place < layout.left else d.in_features)
         for block in range(blocks):
@@ -101,7 +101,7 @@ def longer_reference(
         for m, slot in enumerate(row_slots(slots, rows, x.shape[0]).tolist()):
             r = int(ranks[slot, i]) if slot >= 0 else 0
             at = first + (requests[m] if by_request else max(slot, 0)) * layout.width
-            v = scales[slot, i] * (A[slot, i * R : i * R + r].float() @ x[m].float())
+            v = scales[slot, i] * (A[slot, :r, i * K : (i + 1) * K].float() @ x[m].float())
             longer_x[m, at : at + r] = v.to(x.dtype)
         start += size
     return longer_x, longer_w

@@ -1,7 +1,7 @@
 """Launches of the generated Triton kernels, each beside its torch reference.
 
     order     (n,)                       stable argsort of the slots
-    shrink    (P, M, J·R) float32        Σ_p v[p, m, j·R + r] = scale · A[s, i_j·R + r] x[m]
+    shrink    (P, M, J·R) float32        Σ_p v[p, m, j·R + r] = scale · A[s, r, K_i] x[m]
     linear    y (M, N)                   x Wᵀ + b + v B, or y += v B
     split     (Q, M, N) float32          Σ_q p[q] = x Wᵀ, and shrink's v
     rows      y (M, N)                   y += v B a row at a time; v from planes or from a table
@@ -150,12 +150,12 @@ def activate(
 def shrink_reference(spec: TritonSpec, x: Tensor, bank: BankArgs, rows: int) -> Tensor:
     """The sum of `shrink`'s planes, (M, J·R) float32, with 0 where there is no factor."""
     A, _, ranks, scales, slots = bank
-    R = spec.delta.max_rank
+    R, K = spec.delta.max_rank, spec.delta.in_features
     v = torch.zeros((x.shape[0], spec.planes), dtype=torch.float32, device=x.device)
     for m, slot in enumerate(row_slots(slots, rows, x.shape[0]).tolist()):
         for j, i in enumerate(spec.delta.siblings if slot >= 0 else ()):
             r = int(ranks[slot, i])
-            factors = A[slot, i * R : i * R + r].float()
+            factors = A[slot, :r, i * K : (i + 1) * K].float()
             v[m, j * R : j * R + r] = scales[slot, i] * (factors @ x[m].float())
     return v
 
@@ -295,5 +295,5 @@ def embedding_rows(
     A, B, ranks, scales, _ = bank
     tiles_n = _cdiv(spec.delta.columns, kernel.tiles.block_n)
     arguments = [ids, A, B, ranks, scales, *batch.pointers, y]
-    scalars = batch.arguments(ranks.shape[0], A.shape[1], y.stride(0))
+    scalars = batch.arguments(ranks.shape[0], A.shape[1], *A.stride()[:2], y.stride(0))
     launch(kernel, (batch.M, tiles_n), arguments + scalars)

@@ -117,9 +117,10 @@ def _checked(
         f"B is {tuple(B.shape)}, the kernel's (S, {R}, {d.last_column}) or wider",
     )
     require(op, ranks.shape[1] > max(d.siblings), f"ranks is for {ranks.shape[1]} siblings")
-    whole = (R * A.shape[1], R, 1) if d.embedding else (group * R * A.shape[2], A.shape[2], 1)
-    _require_part(op, "A", A, whole)
-    _require_part(op, "B", B, (R * columns, columns, 1))
+    if not d.embedding:
+        factor = group * d.in_features
+        _require_part(op, "A", A, (d.slot_rows * factor, factor, 1))
+    _require_part(op, "B", B, (d.slot_rows * columns, columns, 1))
     _require_part(op, "ranks", ranks, (group, 1))
     _require_part(op, "scales", scales, (group, 1))
     require(op, slots.is_contiguous(), "slots is not contiguous")
@@ -133,11 +134,11 @@ def _check_linear(op: str, plan: LaunchPlan, x: Tensor, A: Tensor, y: Tensor | N
         x.dim() == 2 and x.shape[1] == d.in_features and x.dtype == d.x_dtype,
         f"x is {x.dtype} {tuple(x.shape)}, the kernel's {d.x_dtype} (M, {d.in_features})",
     )
-    shown = (max(d.siblings) + 1) * d.max_rank
+    shown = (max(d.siblings) + 1) * d.in_features
     require(
         op,
-        A.shape[1] >= shown and A.shape[2] == d.in_features,
-        f"A is {tuple(A.shape)}, the kernel's (S, {shown}, {d.in_features}) or taller",
+        A.shape[1] == d.max_rank and A.shape[2] >= shown,
+        f"A is {tuple(A.shape)}, the kernel's (S, {d.max_rank}, {shown}) or wider",
     )
     _require_adjacent(op, x=x)
     if y is not None:

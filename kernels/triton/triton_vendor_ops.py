@@ -137,7 +137,7 @@ def _concat_plan(x, w, bank: BankArgs, rows, first, row, kernel) -> LaunchPlan:
     )
     require(
         "triton_concat_",
-        bank.A.shape[1] >= (max(d.siblings) + 1) * d.max_rank and bank.A.shape[2] == K,
+        bank.A.shape[1] == d.max_rank and bank.A.shape[2] >= (max(d.siblings) + 1) * K,
         f"A is {tuple(bank.A.shape)}, not the kernel's bank's",
     )
     _require_adjacent("triton_concat_", x=x)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING
 
-from lorafx.adapter_store.holding import loaded_as
+from lorafx.adapter_store.holding import staying
 from lorafx.adapter_store.names import Mixture, members
 from lorafx.errors import CapacityError, ConfigError, UnknownAdapterError, nearest
 
@@ -46,55 +46,59 @@ def owning(names: Iterable[str], adapters: Mapping[str, StoredAdapter]) -> int:
     return sum(any(own in adapters and adapters[own].owned for own in each) for each in wanted)
 
 
-def too_many(wanted: Sequence[str], slots: int) -> CapacityError:
-    """More distinct adapters in a batch than slots."""
+def too_many(wanted: Mapping[str, int], slots: int) -> CapacityError:
+    """More adapters in a batch than find slots; `wanted` says how many each takes."""
+    if len(wanted) > slots:
+        return CapacityError(
+            f"the batch has {len(wanted)} distinct adapters ({', '.join(wanted)}), but "
+            f"there are only {slots} slots; split the batch, or compile "
+            f'with LoraConfig(max_adapters={len(wanted)}) or Options(overflow="waves"), which '
+            "serves requests in turn where each finds slots beside pinned adapters"
+        )
+    needed = sum(wanted.values()) - max(wanted.values()) + 1
+    said = ", ".join(f"{name} {width}" for name, width in wanted.items())
     return CapacityError(
-        f"the batch has {len(wanted)} distinct adapters ({', '.join(wanted)}), but "
-        f"there are only {slots} slots; split the batch, or compile "
-        f'with LoraConfig(max_adapters={len(wanted)}) or Options(overflow="waves"), which serves '
-        "requests in turn where each finds slots beside pinned adapters"
+        f"the adapters of the batch take {needed} slots by their ranks ({said}; one of them may "
+        f"reach past the last slot), but there are only {slots}; split the batch, or compile with "
+        f'LoraConfig(max_adapters={needed}), a larger slot_rank, or Options(overflow="waves")'
     )
 
 
-def no_own_room(name: str) -> CapacityError:
-    """`name` keeps its slot, which has no room for what it is to hold now."""
+def outgrown(stored: StoredAdapter) -> CapacityError:
+    """A pinned adapter was replaced by one that has no room where it lies."""
+    if stored.owned:
+        return CapacityError(
+            f"{stored.name!r} is pinned, and there is no room for its own weights; unpin "
+            "it, or compile with a larger LoraConfig(max_own_weights=...)"
+        )
     return CapacityError(
-        f"{name!r} is pinned, and there is no room for its own weights; unpin it, or compile with "
-        "a larger LoraConfig(max_own_weights=...)"
+        f"{stored.name!r} is pinned, and would take {stored.width} slots in a row now, some of "
+        "which are not free; unpin it first"
     )
 
 
-def room_for(
+def evictable_for(
     wanted: Sequence[str],
     slots: Mapping[str, int],
     pinned: AbstractSet[str],
     held: AbstractSet[int],
-    count: int,
-) -> tuple[list[int], list[str]]:
-    """The free ones of `count` slots, and the adapters that may lose theirs to those of `wanted`
-    that have none. `slots` are those of adapters, least recently used first; `held` keep theirs.
-
-    Raises:
-        CapacityError: that is not enough.
-    """
-    missing = [name for name in wanted if name not in slots]
-    free = [slot for slot in range(count) if slot not in set(slots.values())]
-    # Versions that a pinned one replaced take turns with it.
-    kept = pinned - set(map(loaded_as, wanted))
-    evictable = [
-        name
-        for name, slot in slots.items()
-        if name not in wanted and name not in kept and slot not in held
-    ]
-    if len(missing) > len(free) + len(evictable):
-        raise _no_slots(missing, slots.keys() - set(evictable) - set(wanted), count)
-    return free, evictable
+) -> tuple[list[str], set[str]]:
+    """Of the adapters with `slots`, least recently used first: those that may lose theirs to those
+    of `wanted` that have none, and those that have to stay where they are. Slots that are `held`
+    are of the latter."""
+    pinned = staying(pinned, wanted)
+    kept = {name for name, slot in slots.items() if name in pinned or slot in held}
+    return [name for name in slots if name not in wanted and name not in kept], kept
 
 
-def _no_slots(missing: Sequence[str], kept: Iterable[str], slots: int) -> CapacityError:
-    """The slots are kept for others, `kept`."""
+def no_slots(missing: Mapping[str, int], kept: AbstractSet[str], slots: int) -> CapacityError:
+    """The slots are kept for others, `kept`; `missing` says how many slots each takes."""
+    each = ", ".join(
+        name if width == 1 else f"{name} ({width} slots in a row)"
+        for name, width in missing.items()
+    )
     return CapacityError(
-        f"no slots for {', '.join(missing)}: {slots} slots, of which "
+        f"no slots for {each}: {slots} slots, of which "
         f"{', '.join(sorted(kept))} are pinned, or used by the call around this one; "
         "unpin_adapter() some, split the batch, or "
         "compile with a larger LoraConfig(max_adapters=...)"

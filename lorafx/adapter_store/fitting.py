@@ -18,6 +18,7 @@ from lorafx.adapter_store.stored import (
     misfit,
     sharing,
 )
+from lorafx.adapter_store.windows import width_of
 from lorafx.errors import CapacityError, CheckpointError, nearest
 from lorafx.model.bank import Bank, Factors, OwnWeight
 
@@ -113,6 +114,7 @@ def fitted(
         shifted,
         adapter.invocation,
         None if adapter.compared else origin,
+        width=width_of(groups, factors),
     )
 
 

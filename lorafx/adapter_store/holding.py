@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -43,6 +45,11 @@ class Retired(str):
 
     def __hash__(self) -> int:
         return id(self)
+
+
+def staying(pinned: AbstractSet[str], wanted: Collection[str]) -> set[str]:
+    """The adapters of those `pinned` that keep their slots beside those that are `wanted`."""
+    return set(pinned) - (set(map(loaded_as, wanted)) - set(wanted))
 
 
 def loaded_as(name: str) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 from lorafx.adapter_store.host_copies import HostCopy
 from lorafx.adapter_store.names import Mixture
 from lorafx.adapter_store.stored import StoredAdapter, host_copy, next_version
+from lorafx.adapter_store.windows import width_of
 from lorafx.errors import CapacityError, ConfigError
 from lorafx.model.bank import Bank, Factors
 
@@ -71,6 +72,7 @@ def mixed(
         ", ".join(adapter.source for adapter, _ in summed),
         tuple(dict.fromkeys(site for adapter, _ in summed for site in adapter.sites)),
         HostCopy(factors, nbytes, shared=shared),
+        width=width_of(groups, factors),
     )
 
 

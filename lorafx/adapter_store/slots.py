@@ -7,11 +7,14 @@ by whoever calls.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lorafx.adapter_store.asked import room_for
+from lorafx.adapter_store.asked import evictable_for, no_slots, owning, too_many
+from lorafx.adapter_store.holding import staying
+from lorafx.adapter_store.names import members
 from lorafx.adapter_store.own_places import OwnPlaces
+from lorafx.adapter_store.windows import arranged, window
 from lorafx.errors import LorafxError
 
 if TYPE_CHECKING:
@@ -24,7 +27,8 @@ class Slots:
     """Slots of the banks of `groups`.
 
     Args:
-        max_adapters: slots, the most distinct adapters in one batch.
+        max_adapters: slots, the most distinct adapters in one batch. One of a rank over that of a
+            slot takes several (lorafx.adapter_store.windows); its slot is the first of them.
         own_weights: how many of them have room for weights of their own.
         host: what adapters are written from.
     """
@@ -34,6 +38,7 @@ class Slots:
     ) -> None:
         self._groups = tuple(groups)
         self._own = OwnPlaces(own_weights)
+        self._widest = max((-(-g.bank.max_rank // g.bank.slot_rank) for g in groups), default=1)
         self.max_adapters, self.host = max_adapters, host
         #: As in lorafx.session.statistics.
         self.hits = self.loads = self.evictions = 0
@@ -48,9 +53,42 @@ class Slots:
         """The slots of adapters with weights of their own."""
         return {name: slot for name, slot in self._slots.items() if self._adapters[name].owned}
 
+    def _arranged(
+        self,
+        widths: Mapping[str, int],
+        slots: Mapping[str, int],
+        evictable: Sequence[str] = (),
+        kept: Collection[str] = (),
+    ) -> dict[str, int] | None:
+        return arranged(widths, slots, evictable, kept, self.max_adapters, self._widest)
+
+    def _together(self, names: frozenset[str], *, own: bool) -> bool:
+        pinned = staying(self._pinned, names)
+        placed = owning(names | pinned, self._adapters) <= self._own.count
+        if own or not placed:
+            return placed
+        kept = {name: slot for name, slot in self._slots.items() if name in pinned}
+        widths = {name: self._width(name) for name in names | pinned}
+        return self._arranged(widths, kept, (), kept) is not None
+
+    def _window(self, name: str, slot: int) -> range:
+        """The slots that a loaded adapter takes from `slot` on."""
+        return window(slot, self._adapters[name].width, self.max_adapters)
+
+    def _width(self, name: str) -> int:
+        """How many slots an adapter takes in a row. A sum that is not made yet takes at most as
+        many as its members."""
+        if name in self._adapters:
+            return self._adapters[name].width
+        return sum(self._adapters[own].width for own in members(name))
+
     def _fits(self, slot: int, stored: StoredAdapter) -> bool:
-        """Whether the banks have room for what goes into `slot`."""
-        return not stored.owned or self._own.free(slot, self._owners().values()) is not None
+        """Whether the banks have room for what goes into `slot` in the place of what is there."""
+        if stored.owned and self._own.free(slot, self._owners().values()) is None:
+            return False
+        others = {s for n, first in self._slots.items() for s in self._window(n, first)}
+        others.difference_update(self._window(stored.name, slot))
+        return others.isdisjoint(window(slot, stored.width, self.max_adapters))
 
     def _put_back(self) -> None:
         """What `set_aside` took away."""
@@ -58,19 +96,23 @@ class Slots:
             return
         self._last = None
         self._adapters, slots, self._pinned = self._aside
-        self._slots = OrderedDict((n, s) for n, s in slots.items() if s not in self._written)
-        holders = {slot: name for name, slot in slots.items()}
+        windows = {name: self._window(name, slot) for name, slot in slots.items()}
+        touched = {n for n, own in windows.items() if not self._written.isdisjoint(own)}
+        self._slots = OrderedDict((n, s) for n, s in slots.items() if n not in touched)
+        holders = {slot: name for name in touched for slot in windows[name]}
         while self._written:
             slot = next(iter(self._written))
-            if slot in holders:
+            name = holders.get(slot)
+            own = range(slot, slot + 1) if name is None else windows[name]
+            for each in own:
+                self._clear(each)
+            if name is not None:
                 try:
-                    self._write(slot, self._adapters[holders[slot]])
+                    self._write(slots[name], self._adapters[name])
                 except LorafxError:  # its files have changed; who asks for it will hear of that
-                    self._clear(slot)
-                    del slots[holders[slot]]
-            else:
-                self._clear(slot)
-            self._written.discard(slot)
+                    self._clear(slots[name])
+                    del slots[name]
+            self._written.difference_update(own)
         self._slots, self._aside = slots, None
 
     def _make_resident(self, wanted: list[str], held: frozenset[int]) -> int:
@@ -78,24 +120,34 @@ class Slots:
         missing = [name for name in wanted if name not in self._slots]
         if not missing:
             return len(wanted)
-        free, evictable = room_for(wanted, self._slots, self._pinned, held, self.max_adapters)
+        every = {name: self._adapters[name].width for name in wanted}
+        if self._arranged(every, {}) is None:
+            raise too_many(every, self.max_adapters)
+        evictable, kept = evictable_for(wanted, self._slots, self._pinned, held)
         owners = self._owners()
         evicted = self._own.to_evict(
             [name for name in missing if self._adapters[name].owned], [*owners], evictable
         )
+        slots = {name: slot for name, slot in self._slots.items() if name not in evicted}
+        widths = {name: self._adapters[name].width for name in [*slots, *missing]}
+        staying = [name for name in evictable if name not in evicted]
+        places = self._arranged(widths, slots, staying, kept)
+        if places is None:
+            lacking = {name: widths[name] for name in missing}
+            raise no_slots(lacking, kept.difference(wanted), self.max_adapters)
         # Before anything changes: a file may be gone.
-        copies = [self.host.numbers(self._adapters[name]) for name in missing]
+        copies = {name: self.host.numbers(self._adapters[name]) for name in places}
         self._last = None
-        for name in evicted:
-            evictable.remove(name)
-            free.append(self._slots.pop(name))
-            self._clear(free[-1])
-            self.evictions += 1
-        for name, copy in zip(missing, copies, strict=True):
+        taken = {slot for name, first in places.items() for slot in self._window(name, first)}
+        evicted += [n for n in staying if not taken.isdisjoint(self._window(n, slots[n]))]
+        for name in [*evicted, *(name for name in places if name in self._slots)]:
+            slot = self._slots.pop(name)
+            if slot not in places.values():  # what is not written anew
+                self._clear(slot)
+        self.evictions += len(evicted)
+        for name, slot in places.items():
             self.loads += 1
-            self.host.written(copy)
-            self.evictions += not free
-            slot = free.pop(0) if free else self._slots.pop(evictable.pop(0))
+            self.host.written(copies[name])
             # Between here and the assignment the slot belongs to nobody: if the device fails
             # in the middle, the store still tells the truth.
             self._write(slot, self._adapters[name])
@@ -104,7 +156,7 @@ class Slots:
 
     def _write(self, slot: int, stored: StoredAdapter) -> None:
         if self._aside is not None:
-            self._written.add(slot)
+            self._written.update(window(slot, stored.width, self.max_adapters))
         numbers, owners = self.host.numbers(stored), self._owners().values()
         place = self._own.take(slot, owners) if numbers.own else 0
         for g, group in enumerate(self._groups):

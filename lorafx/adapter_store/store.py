@@ -20,7 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakSet
 
-from lorafx.adapter_store.asked import check_loaded, no_own_room, owning, too_many
+from lorafx.adapter_store.asked import check_loaded, outgrown, too_many
 from lorafx.adapter_store.dora import refresh
 from lorafx.adapter_store.fitting import fitted
 from lorafx.adapter_store.holding import Hold, Retired
@@ -101,9 +101,7 @@ class AdapterStore(Slots):
     def fits(self, names: frozenset[str], *, own: bool = False) -> bool:
         """Whether these adapters find slots, or with `own` room for their own weights, together."""
         with self._lock:
-            every = names | self._pinned
-            slots = own or len(every) <= self.max_adapters
-            return slots and owning(every, self._adapters) <= self._own.count
+            return self._together(names, own=own)
 
     def check_known(self, name: str) -> None:
         """Raise UnknownAdapterError unless this names loaded adapters, or the base."""
@@ -139,7 +137,7 @@ class AdapterStore(Slots):
             check_spans(stored, self._adapters.values())
             slot = self._slots.get(stored.name) if stored.name in self._pinned else None
             if slot is not None and not self._fits(slot, stored):
-                raise no_own_room(stored.name)
+                raise outgrown(stored)
 
         def keep() -> None:
             with self._lock:
@@ -262,7 +260,7 @@ class AdapterStore(Slots):
             wanted = list(dict.fromkeys(n for n in key if n is not None and n != BASE))
             self._check_known(wanted)
             if len(wanted) > self.max_adapters:
-                raise too_many(wanted, self.max_adapters)
+                raise too_many(dict.fromkeys(wanted, 1), self.max_adapters)
             self._mix(wanted)
             self.hits += self._make_resident(wanted, held)
             for name in wanted:

@@ -42,6 +42,7 @@ class StoredAdapter:
             are then would decide what its file means.
         version: another number for each adapter that was loaded in this process, from 1 on.
         dropped: the copy that was dropped, as long as somebody uses it.
+        width: how many slots it takes in a row.
     """
 
     name: str
@@ -58,6 +59,7 @@ class StoredAdapter:
     origin: Origin | None = None
     version: int = field(default_factory=next_version)
     dropped: ReferenceType[HostCopy] | None = None
+    width: int = 1
 
     @property
     def follows_base(self) -> bool:

@@ -1,6 +1,6 @@
 """The bank: the low-rank factors of all slots of one group, at fixed addresses.
 
-    delta_i(x) = scales[s, i] · (x A[s, i·R : i·R + r]ᵀ) B[s, :r, offset_i : offset_i + N_i]
+    delta_i(x) = scales[s, i] · (x A[s, :r, i·K : (i + 1)·K]ᵀ) B[s, :r, offset_i : offset_i + N_i]
     y ← c + (1 + gains[s, n]) · (y − c)     where the bank has room for DoRA, c the module's bias
     y ← y + shifts[s]                        where it has room for biases
     y from own[s] in the place of W         where it has room for rows of the weight that adapters
@@ -8,6 +8,11 @@
 
 with s the row's slot and r = ranks[s, i]. Rows with slot -1 are base rows. Factors beyond a
 slot's own rank are never read, so traffic grows with what is active, not with what is reserved.
+
+Slots may share room: slot s begins p rows behind slot s − 1 in A and in B, p ≤ R, and reaches over
+the slots behind it where its rank is larger than p. An adapter of rank r then takes ⌈r / p⌉ slots
+in a row, the last slot has room for R, and memory is that of (S − 1)·p + R rows. Which slots are
+taken is for the store to say; a tensor whose slots overlap is a view that is only read as such.
 
 A bank for E experts has S·E slots: slot s and expert e of the model are its slot s·E + e. A row
 that was routed to an expert is a row of that slot, and every kernel is what it is for E = 1.
@@ -78,7 +83,8 @@ class Bank:
     """Factors of S slots for a group of G siblings at rank at most R.
 
     Attributes:
-        A: linear (S, G·R, K); embedding (S, V, R), so that a token's row is contiguous.
+        A: linear (S, R, G·K), K columns a sibling; embedding (S, V, R), so that a token's row is
+            contiguous.
         B: (S, R, ΣN), N_i columns a sibling.
         ranks: (S, G) int32; 0 where the slot's adapter does not touch the sibling.
         scales: (S, G) float32, α/r or α/√r.
@@ -92,6 +98,7 @@ class Bank:
         shifts: (S, ΣN) float32, what slots add to each output beside their delta; None where there
             is no room for biases.
         own, own_at, own_table, own_bias: as in OwnRows; None where there is no room.
+        slot_rank: p; 0 of a part of a bank, which is not written.
     """
 
     A: Tensor
@@ -107,6 +114,7 @@ class Bank:
     own_table: Tensor | None = None
     own_bias: Tensor | None = None
     shifts: Tensor | None = None
+    slot_rank: int = 0
 
     @classmethod
     def allocate(
@@ -125,26 +133,30 @@ class Bank:
         own_rows: int = 0,
         own_weights: int = 0,
         own_dtype: torch.dtype | None = None,
+        slot_rank: int | None = None,
     ) -> Bank:
         """A bank of zeros for siblings with these output sizes, and with room for `own_rows` rows
-        of the weight for each of `own_weights` adapters."""
+        of the weight for each of `own_weights` adapters. A slot begins `slot_rank` rows behind
+        the one before it; `rank` rows with None, and of experts."""
         siblings, slots = len(out_features), slots * experts
         columns = sum(out_features)
-        a_shape = (
-            (slots, in_features, rank)
-            if kind == "embedding"
-            else (slots, siblings * rank, in_features)
-        )
+        step = rank if slot_rank is None or experts > 1 else min(slot_rank, rank)
+        place = (slots, rank, step)
         # Tensors made in inference mode could not be written in place outside of it.
         with torch.inference_mode(False):
             each = torch.arange(siblings, dtype=torch.int32, device=device)
             return cls(
-                A=torch.zeros(a_shape, dtype=dtype, device=device),
-                B=torch.zeros((slots, rank, columns), dtype=dtype, device=device),
+                A=(
+                    _by_token(*place, in_features, dtype, device)
+                    if kind == "embedding"
+                    else _by_factor(*place, siblings * in_features, dtype, device)
+                ),
+                B=_by_factor(*place, columns, dtype, device),
                 ranks=torch.zeros((slots, siblings), dtype=torch.int32, device=device),
                 scales=torch.zeros((slots, siblings), dtype=torch.float32, device=device),
                 kind=kind,
                 experts=experts,
+                slot_rank=step,
                 alike=each.repeat(slots, 1) if kind == "experts" else None,
                 gains=_by_column(slots, columns, device) if dora else None,
                 shifts=_by_column(slots, columns, device) if biases else None,
@@ -157,6 +169,11 @@ class Bank:
                     device,
                 )._asdict(),
             )
+
+    @property
+    def max_rank(self) -> int:
+        """R."""
+        return self.B.shape[1]
 
     @property
     def own_rows(self) -> OwnRows:
@@ -173,7 +190,7 @@ class Bank:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        return sum(map(_reach, self.tensors.values()))
 
     @torch.no_grad()
     def write(
@@ -191,12 +208,11 @@ class Bank:
         """
         own = self._own(slot)
         siblings = self.ranks.shape[1]
-        room = self.B.shape[1]
         ranks = torch.zeros((self.experts, siblings), dtype=torch.int32, device="cpu")
         scales = torch.zeros((self.experts, siblings), dtype=torch.float32, device="cpu")
         for f in factors:
             columns = slice(f.offset, f.offset + f.B.shape[-1])
-            self._a(own, f.sibling * room, f.rank).copy_(f.A, non_blocking=True)
+            self._a(own, f.sibling, f.rank).copy_(f.A, non_blocking=True)
             self.B[own, : f.rank, columns].copy_(f.B, non_blocking=True)
             ranks[:, f.sibling] = f.rank if f.ranks is None else f.ranks
             scales[:, f.sibling] = f.scale
@@ -255,11 +271,39 @@ class Bank:
         """The slots of the bank that are the model's slot `slot`, one per expert."""
         return slice(slot * self.experts, (slot + 1) * self.experts)
 
-    def _a(self, own: slice, first: int, rank: int) -> Tensor:
+    def _a(self, own: slice, sibling: int, rank: int) -> Tensor:
         """The part of A that holds one sibling's factors, (E, r, K) or (1, V, r)."""
         if self.kind == "embedding":
             return self.A[own, :, :rank]
-        return self.A[own, first : first + rank]
+        features = self.A.shape[2] // self.ranks.shape[1]
+        return self.A[own, :rank, sibling * features : (sibling + 1) * features]
+
+
+def _by_factor(
+    slots: int, rank: int, step: int, columns: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Zeros (S, R, columns), a slot `step` rows behind the one before it."""
+    rows = (slots - 1) * step + rank
+    made = torch.zeros((rows, columns), dtype=dtype, device=device)
+    return made.as_strided((slots, rank, columns), (step * columns, columns, 1))
+
+
+def _by_token(
+    slots: int, rank: int, step: int, tokens: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Zeros (S, V, R), a token's row of a slot `step` entries behind that of the slot before it."""
+    if step == rank:
+        return torch.zeros((slots, tokens, rank), dtype=dtype, device=device)
+    factors = (slots - 1) * step + rank
+    made = torch.zeros((tokens, factors), dtype=dtype, device=device)
+    return made.as_strided((slots, tokens, rank), (step, factors, 1))
+
+
+def _reach(tensor: Tensor) -> int:
+    """Bytes of memory from the first element to the last, which slots that overlap share."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    reach = 1 + sum((size - 1) * stride for size, stride in pairs)
+    return reach * tensor.itemsize if tensor.numel() else 0
 
 
 def _by_column(slots: int, columns: int, device: torch.device) -> Tensor:

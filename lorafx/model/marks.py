@@ -1,6 +1,6 @@
 """The mark: a forward hook that adds one site's delta to its module's output.
 
-    linear:     y ← y + scales[s, i] · (x A[s, i·R : i·R + r]ᵀ) B[s, :r, o : o + N]
+    linear:     y ← y + scales[s, i] · (x A[s, :r, i·K : (i + 1)·K]ᵀ) B[s, :r, o : o + N]
     conv:       y ← y + scales[s, 0] · B[s, :r]ᵀ conv(x, A[s, :r])
     embedding:  y ← y + e · scales[s, 0] · A[s, ids, :r] B[s, :r]
 

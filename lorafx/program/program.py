@@ -197,12 +197,15 @@ class Program:
         """The site's own share of its group's bank, as a bank of its parts (views)."""
         group, index = self.home(site)
         bank, offset = group.bank, group.offsets[index]
-        first, rank = group.firsts[index], bank.B.shape[1]
+        first, siblings = group.firsts[index], bank.ranks.shape[1]
         last = first + len(site.parts)
-        rows = site.eligible.kind in ("linear", "conv")
+        own = slice(None)
+        if site.eligible.kind in ("linear", "conv"):
+            features = bank.A.shape[2] // siblings
+            own = slice(first * features, last * features)
         with unset_fake_temporarily():  # passes run while AOTAutograd's fake mode is on
             return Bank(
-                A=bank.A[:, first * rank : last * rank] if rows else bank.A,
+                A=bank.A[..., own],
                 B=bank.B[:, :, offset : offset + site.out_features],
                 ranks=bank.ranks[:, first:last],
                 scales=bank.scales[:, first:last],

@@ -62,8 +62,8 @@ def test_gate_and_up_of_one_pair_are_alike() -> None:
     assert store.acquire(["pair", "halves"]) == [0, 1]
     assert of_slot(group.bank, 0) == SHARED
     assert of_slot(group.bank, 1) == APART
-    planes = group.bank.A[:E].unflatten(1, (2, R))
-    assert torch.equal(planes[:, 0], planes[:, 1])  # each sibling holds it all the same
+    planes = group.bank.A[:E].unflatten(2, (2, -1))
+    assert torch.equal(planes[:, :, 0], planes[:, :, 1])  # each sibling holds it all the same
     store.unload("halves")
     assert store.acquire(["other"]) == [1]
     assert of_slot(group.bank, 1) == SHARED

@@ -65,7 +65,7 @@ def dense_delta(problem: Problem) -> tuple[Tensor, Tensor]:
     y = p.y.reshape(p.y.shape[:-1].numel(), p.y.shape[-1]).double()
     exact, magnitude = y.clone(), y.abs()
     x = p.x.reshape(-1) if p.embedding else p.x.reshape(y.shape[0], p.x.shape[-1]).double()
-    R = p.B.shape[1]
+    K = p.x.shape[-1]
     for m, slot in enumerate(p.owners()):
         if slot < 0:
             continue
@@ -77,7 +77,7 @@ def dense_delta(problem: Problem) -> tuple[Tensor, Tensor]:
                 v = p.A[slot, x[m], :r].double()
                 size_of_v = v.abs()
             else:
-                a = p.A[slot, i * R : i * R + r].double()
+                a = p.A[slot, :r, i * K : (i + 1) * K].double()
                 v, size_of_v = a @ x[m], a.abs() @ x[m].abs()
             exact[m, start : start + size] += s * (v @ b)
             magnitude[m, start : start + size] += s.abs() * (size_of_v @ b.abs())
@@ -133,11 +133,12 @@ def random_problem(
     )
     if vocabulary is None:
         x = random(x_shape, x_dtype)
-        A = random((capacity, G * R, x_shape[-1]), bank_dtype)
+        K = x_shape[-1]
+        A = random((capacity, R, G * K), bank_dtype)
         leading = tuple(x_shape[:-1])
         for s in range(capacity):
             for i in range(G):
-                A[s, i * R + int(ranks[s, i]) : (i + 1) * R] = torch.nan
+                A[s, int(ranks[s, i]) :, i * K : (i + 1) * K] = torch.nan
     else:
         x = torch.randint(0, vocabulary, tuple(x_shape), generator=generator)
         A = random((capacity, vocabulary, R), bank_dtype)
@@ -162,3 +163,34 @@ def random_problem(
         sizes=kept,
         rows=rows,
     )
+
+
+def sharing_room(problem: Problem, slot_rank: int) -> Problem:
+    """The same problem over a bank whose slots begin `slot_rank` rows apart.
+
+    Slots 0, w, 2·w, … hold what 0, 1, 2, … held, w being the slots that the largest rank takes.
+    What is between them is NaN, in memory that they share."""
+    p, (S, R, columns) = problem, problem.B.shape
+    w = -(-R // slot_rank)
+    count = (S - 1) * w + 1
+    rows = (count - 1) * slot_rank + R
+    B = torch.full((rows, columns), torch.nan, dtype=p.B.dtype)
+    B = B.as_strided((count, R, columns), (slot_rank * columns, columns, 1))
+    A = torch.full((rows * (p.A.shape[1] if p.embedding else p.A.shape[2]),), torch.nan)
+    if p.embedding:
+        A = A.to(p.A.dtype).as_strided((count, p.A.shape[1], R), (slot_rank, rows, 1))
+    else:
+        width = p.A.shape[2]
+        A = A.to(p.A.dtype).as_strided((count, R, width), (slot_rank * width, width, 1))
+    ranks = torch.zeros((count, p.ranks.shape[1]), dtype=torch.int32)
+    scales = torch.full(ranks.shape, torch.nan)
+    for slot in range(S):
+        live = int(p.ranks[slot].max())
+        B[slot * w, :live] = p.B[slot, :live]
+        if p.embedding:
+            A[slot * w, :, :live] = p.A[slot, :, :live]
+        else:
+            A[slot * w, :live] = p.A[slot, :live]
+        ranks[slot * w], scales[slot * w] = p.ranks[slot], p.scales[slot]
+    slots = torch.where(p.slots < 0, p.slots, p.slots * w)
+    return p.with_(A=A, B=B, ranks=ranks, scales=scales, slots=slots)

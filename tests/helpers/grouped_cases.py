@@ -92,7 +92,7 @@ def make_experts(
     E, M, G, N = len(counts), sum(counts) + tail, len(sizes), sum(sizes)
     owner = torch.tensor([slots[m % len(slots)] for m in range(M)], dtype=torch.int32)
     experts = torch.repeat_interleave(torch.arange(E + 1), torch.tensor([*counts, tail]))
-    A = torch.full((capacity * E, G * rank, K), torch.nan)
+    A = torch.full((capacity * E, rank, G * K), torch.nan)
     B = torch.full((capacity * E, rank, N), torch.nan)
     ranks = torch.full((capacity * E, G), rank, dtype=torch.int32)
     for m in range(M):
@@ -102,7 +102,7 @@ def make_experts(
         for i in range(G):
             r = (rank, 1, 0, rank - 1)[(key + i) % 4] if rank > 1 else 1
             ranks[key, i] = r
-            A[key, i * rank : i * rank + r] = random(r, K) / K**0.5
+            A[key, :r, i * K : (i + 1) * K] = random(r, K) / K**0.5
             first = sum(sizes[:i])
             B[key, :r, first : first + sizes[i]] = random(r, sizes[i]) / rank**0.5
     weight = random(E, K, N) if transposed else random(E, N, K)
@@ -165,9 +165,8 @@ def run(case: Experts, strategy: str = "grouped", **kwargs: Any) -> Tensor:
 
 def exact(case: Experts) -> Tensor:
     """y in float64, row by row; 0 for rows of no expert."""
-    E = case.weight.shape[0]
+    E, K = case.weight.shape[0], case.x.shape[1]
     y = torch.zeros(case.x.shape[0], sum(case.sizes), dtype=torch.float64)
-    rank = case.B.shape[1]
     for m, (slot, expert) in enumerate(
         zip(case.slots.tolist(), case.experts.tolist(), strict=True)
     ):
@@ -180,7 +179,7 @@ def exact(case: Experts) -> Tensor:
             if slot >= 0:
                 key = slot * E + expert
                 r = int(case.ranks[key, i])
-                a = case.A[key, i * rank : i * rank + r].double()
+                a = case.A[key, :r, i * K : (i + 1) * K].double()
                 b = case.B[key, :r, start : start + size].double()
                 y[m, start : start + size] += (
                     float(case.scales[key, i]) * (a @ case.x[m].double()) @ b

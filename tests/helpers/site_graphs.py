@@ -203,8 +203,8 @@ class SiteGraph:
         for row, slot in zip(x.double(), self.rows, strict=True):
             full = weight.T if site.eligible.transposed else weight
             if slot >= 0:
-                r = int(bank.ranks[slot, index])
-                a = bank.A[slot, index * RANK : index * RANK + r].double()
+                r, K = int(bank.ranks[slot, index]), site.in_features
+                a = bank.A[slot, :r, index * K : (index + 1) * K].double()
                 b = bank.B[slot, :r, offset : offset + site.out_features].double()
                 full = full + float(bank.scales[slot, index]) * (a.T @ b).T
             y = row @ full.T

@@ -89,7 +89,7 @@ def make_case(
     S = max(max(slots, default=0) + 1, 1) if capacity is None else capacity
     picked = list(range(G)) if siblings is None else list(siblings)
     kept = [sizes[i] for i in picked]
-    A = torch.full((S, G * rank, K), torch.nan, dtype=bank_dtype)
+    A = torch.full((S, rank, G * K), torch.nan, dtype=bank_dtype)
     B = torch.full((S, rank, columns), torch.nan, dtype=bank_dtype)
     ranks = torch.full((S, G), rank, dtype=torch.int32)
     for place, slot in enumerate(sorted({slot for slot in slots if slot >= 0})):
@@ -97,7 +97,7 @@ def make_case(
             r = rank if place == 0 else 0 if (place + i) % 4 == 2 else 1 + (place * 5 + i) % rank
             ranks[slot, i] = r
             first = sum(sizes[:i])
-            A[slot, i * rank : i * rank + r] = random(r, K).to(bank_dtype)
+            A[slot, :r, i * K : (i + 1) * K] = random(r, K).to(bank_dtype)
             B[slot, :r, first : first + sizes[i]] = (random(r, sizes[i]) / rank).to(bank_dtype)
     problem = Problem(
         y=random(M, sum(kept)).to(y_dtype),
@@ -159,9 +159,9 @@ def times_size_of_v(problem: Problem) -> Tensor:
     found = torch.zeros(p.y.shape, dtype=torch.float64)
     for i, offset, size in zip(*p.ranges, strict=True):
         for m, slot in enumerate(p.owners()):
-            r, R = int(p.ranks[slot, i]) if slot >= 0 else 0, p.B.shape[1]
+            r, K = int(p.ranks[slot, i]) if slot >= 0 else 0, p.x.shape[1]
             v = p.scales[slot, i].double() * (
-                p.A[slot, i * R : i * R + r].double() @ p.x[m].double()
+                p.A[slot, :r, i * K : (i + 1) * K].double() @ p.x[m].double()
             )
             b = p.B[slot, :r, offset : offset + size].double()
             found[m, start : start + size] = v.abs() @ b.abs()

@@ -33,7 +33,6 @@ def write_adapter(attachment: Attachment, seed: int = 0) -> dict[str, torch.Tens
     deltas = {}
     for group in attachment.groups:
         bank, rank = group.bank, 3
-        room = bank.B.shape[1]
         bank.A[SLOT] = bank.B[SLOT] = torch.nan
         for index, (site, offset) in enumerate(zip(group.sites, group.offsets, strict=True)):
             a = torch.randn(rank, site.in_features, generator=generator) * 0.3
@@ -41,7 +40,7 @@ def write_adapter(attachment: Attachment, seed: int = 0) -> dict[str, torch.Tens
             if site.eligible.kind == "embedding":
                 bank.A[SLOT, :, :rank] = a.T
             else:
-                bank.A[SLOT, index * room : index * room + rank] = a
+                bank.A[SLOT, :rank].unflatten(1, (bank.ranks.shape[1], -1))[:, index] = a
             bank.B[SLOT, :rank, offset : offset + site.out_features] = b
             bank.ranks[SLOT, index] = rank
             bank.scales[SLOT, index] = SCALE

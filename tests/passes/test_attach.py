@@ -73,7 +73,7 @@ def test_siblings_share_a_bank():
     ]
     assert found == [(["embed_tokens"], (0,)), *layer, *layer, (["lm_head"], (0,))]
     bank = attachment.groups[1].bank
-    assert bank.A.shape == (3, 4 * 4, 32)
+    assert bank.A.shape == (3, 4, 4 * 32)
     assert bank.B.shape == (3, 4, 96)
     assert attachment.groups[0].bank.A.shape == (3, 50, 4)
     marks = [attachment.marks[s.path] for s in attachment.groups[1].sites]

@@ -211,7 +211,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             return Ticket()
         hold = session.store.hold(name)
         pinned = session.store.pinned
-        if name not in pinned and len(pinned) >= session.store.max_adapters:
+        if pinned and name not in pinned and not session.store.fits(frozenset({name})):
             raise all_pinned(name, len(pinned))
         return Ticket(hold)
 

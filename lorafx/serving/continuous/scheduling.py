@@ -18,7 +18,6 @@ from transformers.generation.continuous_batching.requests import (
 )
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 
-from lorafx.adapter_store.holding import loaded_as
 from lorafx.errors import CapacityError, ConfigError, LorafxError, nearest
 from lorafx.serving.continuous.requests import Ticket, ticket_of
 from lorafx.session.session import Session
@@ -78,12 +77,14 @@ class SlotsPerStep:
         """The candidates without those, which fail, that no slot is left for."""
         store = self.session.store
         pinned = store.pinned
-        if len(pinned) < store.max_adapters:
+        if not pinned:
             return candidates
         found = []
         for state in candidates:
             name = self._name(ticket_of(state))
-            if name is None or loaded_as(name) in pinned:
+            own = frozenset() if name is None else frozenset({name})
+            # Without room for its own weights a request says so in its step.
+            if not own - pinned or store.fits(own) or not store.fits(own, own=True):
                 found.append(state)
             else:
                 self.fail(state, all_pinned(name, len(pinned)))
@@ -118,33 +119,28 @@ class SlotsPerStep:
         """Of the adapters that are wanted, with the steps that each has waited, those that are
         served in this step."""
         store = self.session.store
-        resident, pinned = store.resident, store.pinned
-        placed = store.fits(frozenset(wanted), own=True)
-        if len(wanted) <= store.max_adapters and not pinned and placed:
+        resident = store.resident
+        if store.fits(frozenset(wanted)):
             return set(wanted)
 
         def first(name: str) -> tuple[bool, int, bool]:
             urgent = wanted[name] >= PATIENCE
             return not urgent, -wanted[name] if urgent else 0, name not in resident
 
-        room, kept, chosen = store.max_adapters - len(pinned), set(pinned), set[str]()
+        chosen = frozenset[str]()
         for name in sorted(wanted, key=first):
-            # The first is let through: where pinned ones leave no room, its requests say so.
-            if chosen and not store.fits(frozenset({*chosen, name}), own=True):
-                continue
-            if loaded_as(name) in kept:  # the slot that is kept for it
-                kept.discard(loaded_as(name))
-                chosen.add(name)
-            elif name not in pinned and room > 0:
-                room -= 1
-                chosen.add(name)
-        return chosen
+            # The first is let through where pinned ones leave no room for weights of its own: its
+            # requests say so.
+            lacking = not chosen and not store.fits(frozenset({name}), own=True)
+            if lacking or store.fits(chosen | {name}):
+                chosen |= {name}
+        return set(chosen)
 
 
 def all_pinned(name: str, pinned: int) -> CapacityError:
-    """Every slot is pinned to another adapter."""
+    """The slots that are pinned to other adapters leave none."""
     return CapacityError(
-        f"no slot for {name!r}: all {pinned} are pinned; unpin_adapter() one, or "
+        f"no slot for {name!r} beside {pinned} adapters that are pinned; unpin_adapter() one, or "
         "compile with a larger LoraConfig(max_adapters=...)"
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from delta_oracle import Problem, assert_delta, random_problem
+from delta_oracle import Problem, assert_delta, random_problem, sharing_room
 from toolchain import needs_compiler
 
 from lorafx.kernels.cpu.compiler import Isa, runnable_isas
@@ -100,6 +100,22 @@ def test_against_float64(name: str, batch: str) -> None:
     assert_delta(p, y)
     for got, before, owner in zip(y.flatten(0, -2), p.y.flatten(0, -2), p.owners(), strict=True):
         assert owner >= 0 or torch.equal(got, before)
+
+
+@pytest.mark.parametrize("batch", ["decode", "one row", "prefill"])
+@pytest.mark.parametrize("name", ["odd", "three slices", "some of a group", "rank 256"])
+def test_slots_that_share_room(name: str, batch: str) -> None:
+    p = problem(name, batch)
+    assert torch.equal(run(sharing_room(p, 2)), run(p))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_slots_of_an_embedding_that_share_room(dtype: torch.dtype) -> None:
+    for slots in ((2, -1, 0, 1), (3, 3, 0)):
+        p = random_problem(
+            x_shape=(2, 6), slots=slots, rows=1, sizes=(45,), vocabulary=19, dtypes=(dtype,) * 3
+        )
+        assert torch.equal(run(sharing_room(p, 2)), run(p))
 
 
 @pytest.mark.parametrize("isa", runnable_isas(), ids=lambda isa: isa.name)

@@ -124,7 +124,7 @@ def _spread_ranks(p: Problem) -> Problem:
     A = torch.randn(p.A.shape, generator=generator).to(p.A.dtype)
     B = torch.randn(p.B.shape, generator=generator).to(p.B.dtype)
     unread = torch.arange(R) >= ranks.unsqueeze(-1)
-    A.unflatten(1, (G, R))[unread] = torch.nan
+    A.unflatten(2, (G, -1)).transpose(1, 2)[unread] = torch.nan
     B.masked_fill_(unread.all(1).unsqueeze(-1), torch.nan)
     return p.with_(A=A, B=B, ranks=ranks.int())
 
@@ -193,17 +193,17 @@ def test_siblings_that_share_an_a(batch: str, dtype: torch.dtype, threads: int) 
     """`alike` saves work and changes no bit: the A that is not read may hold anything."""
     name = "gate and up" if dtype == FP32 else "gate and up bf16"
     r = routed(name, batch)
-    p, R = r.keyed, r.keyed.B.shape[1]
+    p, R, K = r.keyed, r.keyed.B.shape[1], r.keyed.x.shape[-1]
     A, B = torch.randn(p.A.shape).to(dtype), torch.randn(p.B.shape).to(dtype)
     ranks, scales, alike = p.ranks.clone(), p.scales.clone(), r.alike.clone()
     shared = [owner for owner in p.owners()[::2] if owner >= 0]
     ranks[shared], scales[shared, 1] = R - 1, scales[shared, 0]
-    A[shared, R:] = A[shared, :R]
+    A[shared, :, K:] = A[shared, :, :K]
     r = r.with_(A=A, B=B, ranks=ranks, scales=scales)
     want = run(r)
     assert_delta(r.keyed, want)
     hidden = A.clone()
-    hidden[shared, R:] = torch.nan
+    hidden[shared, :, K:] = torch.nan
     alike[shared, 1] = 0
     assert torch.equal(run(r.with_(A=hidden, alike=alike)), want)
 

@@ -19,7 +19,7 @@ SLOTS = torch.tensor([2, -1, 0, 1], dtype=torch.int32)
 
 
 def bank(siblings: int = 2) -> tuple[Tensor, ...]:
-    A = torch.randn(S, siblings * R, K)
+    A = torch.randn(S, R, siblings * K)
     ranks = torch.full((S, siblings), R, dtype=torch.int32)
     return A, torch.randn(S, R, COLUMNS), ranks, torch.rand(S, siblings), SLOTS
 

@@ -42,7 +42,7 @@ def blocks_of(weight: Tensor, cut: str) -> Tensor:
 def bank(parts: tuple[int, ...] = (N,), dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     torch.manual_seed(0)
     ranks = torch.tensor([[(s + i) % (R + 1) for i in range(len(parts))] for s in (1, 4, 2)])
-    A = torch.randn(SLOTS, len(parts) * R, K, dtype=dtype)
+    A = torch.randn(SLOTS, R, len(parts) * K, dtype=dtype)
     B = torch.randn(SLOTS, R, N, dtype=dtype)
     return A, B, ranks.to(torch.int32), torch.rand(SLOTS, len(parts)) + 0.5
 
@@ -53,7 +53,8 @@ def delta_w(bank: tuple[Tensor, ...], parts: tuple[int, ...], slot: int) -> Tens
     full, start = torch.zeros(N, K, dtype=torch.float64), 0
     for i, size in enumerate(parts):
         r = int(ranks[slot, i])
-        a, b = A[slot, i * R : i * R + r].double(), B[slot, :r, start : start + size].double()
+        a = A[slot, :r, i * K : (i + 1) * K].double()
+        b = B[slot, :r, start : start + size].double()
         full[start : start + size] = float(scales[slot, i]) * b.T @ a
         start += size
     return full

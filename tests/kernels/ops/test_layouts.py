@@ -115,11 +115,11 @@ def test_generated_kernels_take_any_strides_of_x_and_y(
 def test_generated_kernels_take_some_siblings_of_a_bank() -> None:
     """As a weight that is used without its module finds them: views with the strides of all."""
     p = random_problem(x_shape=(5, 19), slots=(2, -1, 0, 1, 3), rows=1, sizes=(11, 6, 9))
-    R = p.B.shape[1]
+    K = p.x.shape[-1]
     for first, last, columns in ((0, 1, (0, 11)), (1, 2, (11, 17)), (1, 3, (11, 26))):
         part = p.with_(
             y=p.y[:, columns[0] : columns[1]].clone(),
-            A=p.A[:, first * R : last * R],
+            A=p.A[..., first * K : last * K],
             B=p.B[:, :, columns[0] : columns[1]],
             ranks=p.ranks[:, first:last],
             scales=p.scales[:, first:last],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from delta_oracle import Problem, random_problem
+from delta_oracle import Problem, random_problem, sharing_room
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton_cases import BF16, FP16, FP32, Case, assert_right, run
@@ -33,6 +33,13 @@ def test_against_float64(rank: int, dtype: torch.dtype) -> None:
     assert_right(case, "embedding", got)
     assert torch.equal(got[3:6], case.problem.y[3:6])
     assert torch.equal(got, run(case.with_(x=case.problem.x.int()), "embedding"))
+
+
+def test_slots_that_share_room() -> None:
+    case = embedding((2, -1, 0, 1), 3)
+    shared = Case(sharing_room(case.problem, 2), case.weight)
+    assert shared.spec.delta.spacing == 2
+    assert torch.equal(run(shared, "embedding"), run(case, "embedding"))
 
 
 @settings(max_examples=20, deadline=None)

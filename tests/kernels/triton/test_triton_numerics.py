@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from delta_oracle import sharing_room
 from triton_cases import (
     BF16,
     FP16,
@@ -18,6 +19,7 @@ from triton_cases import (
 )
 
 from lorafx.kernels.triton.strategy_tiles import tiles_for
+from lorafx.kernels.triton.triton_build import AROUND
 from lorafx.kernels.triton.triton_tiles import ARCHITECTURES
 
 DTYPES = {"fp32": (FP32,) * 3, "bf16": (BF16,) * 3, "fp16": (FP16,) * 3}
@@ -68,6 +70,14 @@ def test_ranks_and_slices(strategy: str, slices: int, rank: int) -> None:
         dtypes=dtypes,
     )
     assert_right(case, strategy, run(case, strategy))
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, *AROUND])
+def test_slots_that_share_room(strategy: str) -> None:
+    case = make_case(K=48, sizes=(48, 7), slots=(2, -1, 0, 1), rows=2, rank=5)
+    shared = replace(case, problem=sharing_room(case.problem, 2))
+    assert shared.spec.delta.spacing == 2
+    assert_right(shared, strategy, run(shared, strategy))
 
 
 @pytest.mark.parametrize("dtypes", MIXED.values(), ids=MIXED)

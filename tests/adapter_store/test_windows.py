@@ -1,0 +1,204 @@
+"""Slots that share room: adapters of a larger rank take several in a row, and overwrite nobody."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from small_banks import SIZES, held, make_adapter, make_groups, same
+
+from lorafx.adapter_store.peft_reader import Adapter
+from lorafx.adapter_store.store import AdapterStore
+from lorafx.adapter_store.windows import arranged, window
+from lorafx.errors import CapacityError
+
+pytestmark = pytest.mark.quick
+
+SLOTS, SLOT_RANK, RANK = 6, 2, 7
+
+
+def store_of(slots: int = SLOTS) -> tuple[list, AdapterStore]:
+    groups = make_groups(slots=slots, rank=RANK, slot_rank=SLOT_RANK)
+    return groups, AdapterStore(groups, slots, RANK)
+
+
+def load(store: AdapterStore, **ranks: int) -> dict[str, Adapter]:
+    made = {
+        n: make_adapter(n, dict.fromkeys(SIZES, r), i) for i, (n, r) in enumerate(ranks.items())
+    }
+    for adapter in made.values():
+        store.load(adapter)
+    return made
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), count=st.integers(1, 12))
+def test_windows_never_overlap_and_what_is_kept_stays(data, count):
+    names = [f"a{i}" for i in range(data.draw(st.integers(1, 8)))]
+    widths = {name: data.draw(st.integers(1, 5)) for name in names}
+    taken: set[int] = set()
+    resident = {}
+    for name in data.draw(st.lists(st.sampled_from(names), unique=True)):
+        own = window(data.draw(st.integers(0, count - 1)), widths[name], count)
+        if taken.isdisjoint(own):
+            resident[name] = own
+            taken |= set(own)
+    evictable = [n for n in resident if data.draw(st.booleans())]
+    kept = {n for n in resident if n not in evictable and data.draw(st.booleans())}
+    missing = [n for n in names if n not in resident]
+    slots = {name: own[0] for name, own in resident.items()}
+    found = arranged(widths, slots, evictable, kept, count, 5)
+    staying = [n for n in resident if n not in evictable]
+    if found is None:
+        every = [widths[n] for n in [*missing, *staying]]
+        assert kept or sum(every) - max(every) >= count
+        return
+    assert set(missing) <= found.keys()
+    assert kept.isdisjoint(found)
+    windows = {name: window(first, widths[name], count) for name, first in found.items()}
+    windows |= {name: resident[name] for name in staying if name not in found}
+    every = [slot for own in windows.values() for slot in own]
+    assert len(every) == len(set(every))
+
+
+def test_one_of_the_largest_rank_fits_beside_as_many_small_ones_as_there_are_other_slots():
+    groups, store = store_of()
+    made = load(store, large=RANK, **{f"small {i}": SLOT_RANK for i in range(SLOTS - 1)})
+    slots = store.acquire([*made])
+    assert sorted(slots) == list(range(SLOTS))
+    for name, slot in zip(made, slots, strict=True):
+        assert same(held(groups, slot), made[name])
+    rows = (SLOTS - 1) * SLOT_RANK + RANK
+    size = 4 * sum((k if p in ("embed", "down") else 0) + n for p, (k, n) in SIZES.items())
+    size += 4 * 2 * SIZES["q"][0]  # q and k share a bank
+    assert (
+        sum(g.bank.A.untyped_storage().nbytes() for g in groups)
+        + sum(g.bank.B.untyped_storage().nbytes() for g in groups)
+        == rows * size
+    )
+    tables = sum(g.bank.ranks.nbytes + g.bank.scales.nbytes for g in groups)
+    assert store.nbytes()["banks"] == rows * size + tables
+
+
+def test_adapters_move_where_that_makes_room():
+    groups, store = store_of(slots=4)
+    made = load(store, a=2, b=2, c=2, wide=4, wider=6)
+    store.acquire(["a", "b", "c"])
+    store.unload("b")  # slots 1 and 3 are free
+    store.acquire(["a", "c"])
+    slots = store.acquire(["a", "c", "wide"])
+    assert len(store.resident) == 3
+    for name, slot in zip(["a", "c", "wide"], slots, strict=True):
+        assert same(held(groups, slot), made[name])
+    with pytest.raises(CapacityError, match=r"take 5 slots by their ranks \(a 1, c 1, wi"):
+        store.acquire(["a", "c", "wide", "wider"])
+    assert not store.fits(frozenset({"a", "c", "wide", "wider"}))
+    assert store.fits(frozenset({"a", "wide", "wider"}))
+    store.acquire(["a", "wide", "wider"])
+
+
+def test_a_pinned_adapter_that_grows_is_refused_where_others_have_the_slots_behind_it():
+    groups, store = store_of(slots=3)
+    made = load(store, a=2, b=2)
+    slot = store.pin("a")
+    store.acquire(["a", "b"])
+    with pytest.raises(CapacityError, match="'a' is pinned, and would take 2 slots in a row now"):
+        store.load(make_adapter("a", {"q": 4}))
+    assert same(held(groups, slot), made["a"])
+    store.unload("b")
+    grown = make_adapter("a", {"q": 4}, seed=9)
+    store.load(grown)
+    assert store.resident == {"a": slot}
+    assert same(held(groups, slot), grown)
+
+
+def test_what_stood_in_a_window_is_back_afterwards():
+    groups, store = store_of(slots=4)
+    made = load(store, a=2, b=2, c=4)
+    before = dict(zip("abc", store.acquire(["a", "b", "c"]), strict=True))
+
+    def others() -> None:
+        load(store, x=7, y=2, z=2)
+        store.acquire(["x", "y", "z"])
+
+    store.set_aside(others)
+    assert store.resident == before
+    for name, slot in before.items():
+        assert same(held(groups, slot), made[name])
+    free = set(range(4)) - {s for n, s in before.items()}
+    assert all(not held(groups, slot) for slot in free)
+
+
+class StoreOfWindows(RuleBasedStateMachine):
+    """Random calls: what is in a slot is what was loaded, and what may not move does not."""
+
+    names = st.sampled_from("abcdefg")
+
+    @initialize()
+    def start(self):
+        self.groups, self.store = store_of()
+        self.loaded: dict[str, Adapter] = {}
+        self.pinned: dict[str, int] = {}
+        self.seed = 0
+
+    @rule(
+        name=names,
+        ranks=st.dictionaries(st.sampled_from([*SIZES]), st.integers(1, RANK), min_size=1),
+    )
+    def load(self, name, ranks):
+        self.seed += 1
+        made = make_adapter(name, ranks, self.seed)
+        try:
+            self.store.load(made)
+        except CapacityError:
+            assert name in self.pinned
+        else:
+            self.loaded[name] = made
+
+    @precondition(lambda self: self.loaded)
+    @rule(data=st.data())
+    def unload(self, data):
+        name = data.draw(st.sampled_from(sorted(self.loaded)))
+        self.store.unload(name)
+        del self.loaded[name]
+        self.pinned.pop(name, None)
+
+    @precondition(lambda self: self.loaded)
+    @rule(data=st.data())
+    def pin(self, data):
+        name = data.draw(st.sampled_from(sorted(self.loaded)))
+        if self.store.fits(frozenset({name})):
+            self.pinned[name] = self.store.pin(name)
+
+    @rule(name=names)
+    def unpin(self, name):
+        if name in self.loaded:
+            self.store.unpin(name)
+            self.pinned.pop(name, None)
+
+    @precondition(lambda self: self.loaded)
+    @rule(data=st.data())
+    def acquire(self, data):
+        wanted = data.draw(st.lists(st.sampled_from(sorted(self.loaded)), max_size=5))
+        before = self.store.resident
+        if self.store.fits(frozenset(wanted)):
+            slots = self.store.acquire(wanted)
+            assert slots == [self.store.resident[name] for name in wanted]
+            assert self.store.resident.keys() >= self.pinned.keys()
+            return
+        with pytest.raises(CapacityError):
+            self.store.acquire(wanted)
+        assert self.store.resident == before
+
+    @invariant()
+    def banks_hold_the_adapters(self):
+        resident = self.store.resident
+        for name, slot in resident.items():
+            assert same(held(self.groups, slot), self.loaded[name])
+        assert all(resident[name] == slot for name, slot in self.pinned.items())
+        assert self.store.pinned == self.pinned.keys()
+
+
+TestStoreOfWindows = StoreOfWindows.TestCase
+TestStoreOfWindows.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
