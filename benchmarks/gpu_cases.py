@@ -132,7 +132,7 @@ class Copy:
     """Tensors of one of the copies that an arm rotates over.
 
     Attributes:
-        x: (M, K); weight: (ΣN, K); A: (S, G·r, K); B: (S, r, ΣN).
+        x: (M, K); weight: (ΣN, K); A: (S, r, G·K); B: (S, r, ΣN).
         owners: (M,) int32, the slot of each row; −1 everywhere where D is 0.
     """
 
@@ -157,7 +157,7 @@ class Copy:
             case,
             normal(case.rows, K),
             normal(N, K, scale=K**-0.5),
-            normal(S, G * r, K, scale=K**-0.5),
+            normal(S, r, G * K, scale=K**-0.5),
             normal(S, r, N, scale=r**-0.5),
             torch.full((S, G), r, dtype=torch.int32, device=device),
             torch.full((S, G), SCALE, device=device),
@@ -185,20 +185,20 @@ class Copy:
     def exact(self) -> Tensor:
         """What every arm should give, float64 (M, ΣN)."""
         y = self.x.double() @ self.weight.double().T
-        sizes, r = list(self.case.sizes), self.case.rank
+        sizes, K = list(self.case.sizes), self.case.in_features
         for slot in self.owners.unique().tolist():
             if slot < 0:
                 continue
             mine = self.owners == slot
-            v = self.x[mine].double() @ self.A[slot].double().T
+            x, each = self.x[mine].double(), self.A[slot].double().split(K, 1)
             parts = self.B[slot].double().split(sizes, 1)
-            delta = [v[:, j * r : (j + 1) * r] @ part for j, part in enumerate(parts)]
+            delta = [x @ a.T @ b for a, b in zip(each, parts, strict=True)]
             y[mine] += SCALE * torch.cat(delta, 1)
         return y
 
     def peer(self) -> peers.Layer:
         """The same layer as the peers hold it: a stack a sibling, B (S, N, r)."""
-        A = [part.contiguous() for part in self.A.split(self.case.rank, 1)]
+        A = [part.contiguous() for part in self.A.split(self.case.in_features, 2)]
         B = [part.mT.contiguous() for part in self.B.split(list(self.case.sizes), 2)]
         return peers.Layer(self.x, self.weight, A, B, self.owners, SCALE)
 

@@ -48,6 +48,11 @@ OVER = ", over lorafx "
 ROUNDING = 4.0
 
 
+def _by_slot(factors: Tensor, experts: int) -> Tensor:
+    """(E·S, …) as (S, E, …)."""
+    return factors.unflatten(0, (experts, -1)).transpose(0, 1).contiguous()
+
+
 def gated(y: Tensor) -> Tensor:
     gate, up = y.chunk(2, -1)
     return F.silu(gate) * up
@@ -66,7 +71,7 @@ class Product:
     Attributes:
         y: (M, 2K), what x is computed from; None where x is given.
         x: (M, K); weight: (E, N, K); offs: (E,), where the rows of each expert end.
-        experts, slots: (M,), of each row; A (S·E, R, G·K), B (S·E, R, N).
+        experts, slots: (M,), of each row; A (E·S, R, G·K), B (E·S, R, N).
         order: (M,), where the row would be were rows sorted by token; top: rows of a token.
     """
 
@@ -102,7 +107,7 @@ class Product:
         M, N, G, S = len(experts), sum(sizes), len(sizes), CAPACITY * E
         y = normal(M, 2 * K) if name == "down" else None
         bank = (
-            normal(S, G * rank, K, scale=K**-0.5),
+            normal(S, rank, G * K, scale=K**-0.5),
             normal(S, rank, N, scale=rank**-0.5),
             torch.full((S, G), rank, dtype=torch.int32, device=device),
             torch.ones((S, G), device=device),
@@ -147,13 +152,13 @@ class Product:
 
     def peer(self) -> peer_experts.Layer:
         """The adapters as vLLM holds them; scales are 1."""
-        A, B, ranks, _ = self.bank
-        E, rank, place = len(self.offs), int(ranks[0, 0]), self.order.argsort()
+        A, B, _, _ = self.bank
+        E, K, place = len(self.offs), self.x.shape[1], self.order.argsort()
         return peer_experts.Layer(
             self.experts[place].view(-1, self.top),
             self.slots[place][:: self.top].contiguous(),
-            [part.unflatten(0, (-1, E)).contiguous() for part in A.split(rank, 1)],
-            [part.mT.unflatten(0, (-1, E)).contiguous() for part in B.split(list(self.sizes), 2)],
+            [_by_slot(part, E) for part in A.split(K, 2)],
+            [_by_slot(part.mT, E) for part in B.split(list(self.sizes), 2)],
             by_choice=self.y is not None,
         )
 
@@ -179,14 +184,14 @@ class Product:
     def error(self, got: Tensor) -> float:
         """The largest of some rows, over that of rounding what float64 has."""
         step = max(len(self.x) // CHECKED, 1)
-        A, B, _, scales = self.bank
+        A, B, ranks, scales = self.bank
         K = self.x.shape[1]
         worst = allowed = 0.0
         for row in range(0, len(self.x), step):
             x, expert, slot = self.x[row].double(), int(self.experts[row]), int(self.slots[row])
             exact = self.weight[expert].double() @ x
             if slot >= 0:
-                key, start = slot * len(self.offs) + expert, 0
+                key, start = expert * (len(ranks) // len(self.offs)) + slot, 0
                 for j, size in enumerate(self.sizes):
                     v = scales[key, j] * (A[key, :, j * K : (j + 1) * K].double() @ x)
                     exact[start : start + size] += v @ B[key, :, start : start + size].double()

@@ -43,7 +43,7 @@ class DeltaSpec:
         siblings, offsets, sizes: the column ranges of y, as the ops take them. Where A, B, ranks
             and scales show some siblings of a larger bank, they count from the first shown.
         embedding: A is (S, V, R) and x holds ids.
-        experts: E of a bank of S·E slots whose rows are routed (`run_expert_delta_`); 0 for others.
+        experts: E of a bank of E·S slots whose rows are routed (`run_expert_delta_`); 0 for others.
         spacing: rows of A and B from one slot to the next, 0 for `max_rank`. With fewer, slots
             overlap (lorafx.model.bank).
     """

@@ -3,7 +3,7 @@
 // Before this text stand the generated preamble, vectors.h, tiles.h and rows.h. The preamble sets the
 // parameters: element types X, W (bank), Y; LANES; K, R, G, COLUMNS; N; RANGES with SIBLING, OFFSET,
 // SIZE, START; EMBEDDING; TILE (rows of a tile), PLANES and PAIRS (accumulators a row of a full tile).
-// With ROUTED, row m is of expert e and s is the bank's slot (slot of its request) · EXPERTS + e.
+// With ROUTED, row m is of expert e and s is the bank's slot e · (its slots an expert) + slot of the request.
 //
 // Sums are float32. Rows are sorted by slot, so that rows of one adapter share the loads of A and B;
 // the order of additions behind one element of v or y depends on K and r alone, never on the
@@ -218,16 +218,16 @@ static int sort_rows(Call* c, int32_t* space) {
             int slot = g->slots[j];
             if (slot >= slots) return BAD_SLOT;
             e = expert_of(g, m, e);
-            owner[m] = slot < 0 || e == EXPERTS ? -1 : slot * (int)EXPERTS + e;
+            owner[m] = slot < 0 || e == EXPERTS ? -1 : e * (int)slots + slot;
             if (owner[m] >= 0) by_slot[slot + 1]++, by_expert[e + 1]++;
         }
     for (int64_t s = 0; s < slots; s++) by_slot[s + 1] += by_slot[s];
     for (int64_t s = 0; s < EXPERTS; s++) by_expert[s + 1] += by_expert[s];
     c->active = by_slot[slots];
     for (int64_t m = 0; m < total; m++)
-        if (owner[m] >= 0) first[by_slot[owner[m] / EXPERTS]++] = m;
+        if (owner[m] >= 0) first[by_slot[owner[m] % slots]++] = m;
     for (int64_t i = 0; i < c->active; i++) {
-        int32_t m = first[i], p = by_expert[owner[m] % EXPERTS]++;
+        int32_t m = first[i], p = by_expert[owner[m] / slots]++;
         c->order[p] = m;
         c->owner[p] = owner[m];
     }

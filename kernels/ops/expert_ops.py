@@ -1,9 +1,9 @@
 """Ops for routed experts: `expert_site`, `run_expert_delta_`, `expert_slots` and `expert_mark`.
 
-A bank for E experts has S·E slots (lorafx.model.bank). Row m, of a request in slot s and
+A bank for E experts has E·S slots (lorafx.model.bank). Row m, of a request in slot s and
 routed to expert e, is a row of slot
 
-    key[m] = s·E + e    where s ≥ 0 and 0 ≤ e < E,    else -1
+    key[m] = e·S + s    where 0 ≤ s < S and 0 ≤ e < E,    else -1
 
 so the delta of an expert's product is `add_delta_` with one key a row, whatever computes it:
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lorafx.errors import BatchError
 from lorafx.kernels.ops.bank_arguments import BANK, RANGES, BankArgs, Ranges
 from lorafx.kernels.ops.delta import add_linear_delta, row_slots
 from lorafx.kernels.ops.op_checks import check_bank, check_linear, check_rows, require
@@ -27,7 +28,7 @@ from lorafx.kernels.ops.op_library import define
 from lorafx.kernels.ops.ops import ranges_of
 
 SCHEMAS = (
-    "expert_slots(Tensor slots, Tensor experts, SymInt rows, int count) -> Tensor",
+    "expert_slots(Tensor slots, Tensor experts, SymInt rows, int count, int capacity) -> Tensor",
     "expert_mark(Tensor y, Tensor A) -> Tensor",
     f"expert_site(Tensor x, Tensor y, {BANK}, Tensor experts, {RANGES}, SymInt rows, int count)"
     " -> Tensor",
@@ -36,7 +37,7 @@ SCHEMAS = (
 )
 
 
-def expert_slots(slots: Tensor, experts: Tensor, rows: int, count: int) -> Tensor:
+def expert_slots(slots: Tensor, experts: Tensor, rows: int, count: int, capacity: int) -> Tensor:
     """The key of each row, int32 (M,).
 
     Args:
@@ -45,16 +46,19 @@ def expert_slots(slots: Tensor, experts: Tensor, rows: int, count: int) -> Tenso
             stand for none.
         rows: as for the other ops.
         count: E.
+        capacity: S.
 
     Raises:
-        ProvenanceError, BatchError: as `row_slots`.
+        ProvenanceError, BatchError: as `row_slots`; a slot is not below S.
     """
     owner = row_slots(slots, rows, experts.shape[0])
-    routed = (owner >= 0) & (experts >= 0) & (experts < count)
-    return torch.where(routed, owner * count + experts, -1).to(torch.int32)
+    if owner.device.type == "cpu" and bool((owner >= capacity).any()):
+        raise BatchError(f"slot {int(owner.max())} in a batch, but the bank has {capacity} slots")
+    routed = (owner >= 0) & (owner < capacity) & (experts >= 0) & (experts < count)
+    return torch.where(routed, experts * capacity + owner, -1).to(torch.int32)
 
 
-def expert_slots_fake(slots, experts, rows, count):
+def expert_slots_fake(slots, experts, rows, count, capacity):
     return slots.new_empty(experts.shape)
 
 
@@ -78,11 +82,11 @@ def expert_site(
 ) -> Tensor:
     """y (M, N) + delta for x (M, K), row m being expert experts[m]'s; a new contiguous tensor.
 
-    A (S·E, R, G·K), B (S·E, R, ΣN), ranks and scales (S·E, G), E = `count`; the rest is as in
+    A (E·S, R, G·K), B (E·S, R, ΣN), ranks and scales (E·S, G), E = `count`; the rest is as in
     `site`.
     """
     _check(x, y, bank, experts, ranges, rows, count)
-    keys = expert_slots(bank.slots, experts, rows, count)
+    keys = expert_slots(bank.slots, experts, rows, count, bank.ranks.shape[0] // count)
     out = y.clone(memory_format=torch.contiguous_format)
     add_linear_delta(out, x, bank._replace(slots=keys), ranges, 1)
     return out
@@ -109,7 +113,7 @@ def run_expert_delta_(
     This is what runs off the CPU; on it, the generated code does, from dispatcher.cpp.
 
     Args:
-        alike: int32 (S·E, G), the first sibling whose A, rank and scale are the same: what is
+        alike: int32 (E·S, G), the first sibling whose A, rank and scale are the same: what is
             known of the bank, so that no A is read twice (lorafx.model.bank).
         experts: integers, the expert of each row (M,), or with `ends` where the rows of each
             expert end (E,), rows being sorted by expert; rows behind the last have none.
@@ -119,7 +123,7 @@ def run_expert_delta_(
         numbers = torch.arange(x.shape[0], device=experts.device, dtype=experts.dtype)
         experts = torch.searchsorted(experts, numbers, right=True)
     _check(x, y, bank, experts, ranges, rows, count)
-    keys = expert_slots(bank.slots, experts, rows, count)
+    keys = expert_slots(bank.slots, experts, rows, count, bank.ranks.shape[0] // count)
     add_linear_delta(y, x, bank._replace(slots=keys), ranges, 1)
 
 

@@ -1,6 +1,6 @@
 """`lorafx::fused_experts`: a product with the weights of routed experts and its deltas as one op.
 
-    y[m] = x[m] W[e]ᵀ + scales[key] · (x[m] A[key]ᵀ) B[key]        key = s·E + e
+    y[m] = x[m] W[e]ᵀ + scales[key] · (x[m] A[key]ᵀ) B[key]        key = e·S + s
 
 Rows are sorted by expert: those of expert e are offs[e - 1] … offs[e] - 1, and e = experts[m] says
 the same. s is the slot of row m; the bank is that of lorafx.kernels.ops.expert_ops. What `fuse`
@@ -55,7 +55,8 @@ def fused_experts(
     """
     _check(x, weight, offs, bank, experts, ranges, rows, transposed)
     y = grouped_product(x, weight, offs, transposed)
-    keys = expert_slots(bank.slots, experts, rows, weight.shape[0])
+    E = weight.shape[0]
+    keys = expert_slots(bank.slots, experts, rows, E, bank.ranks.shape[0] // E)
     add_linear_delta(y, x, bank._replace(slots=keys), ranges, 1)
     return y
 

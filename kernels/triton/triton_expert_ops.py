@@ -1,7 +1,7 @@
 """`lorafx::triton_experts`: products with routed experts' weights and their deltas, by generated
 Triton kernels. Importing this module registers it.
 
-    y[m] = x[m] W[e]ᵀ + v[m] B[s·E + e]        v[m] = scale · x[m] A[s·E + e]ᵀ
+    y[m] = x[m] W[e]ᵀ + v[m] B[e·S + s]        v[m] = scale · x[m] A[e·S + s]ᵀ
 
 `inputs` is [x], or what x is computed from in the shrink ("activated"). Rows are sorted by expert,
 offs (E,) says where each one's end; rows behind the last are set to 0. Nothing of how many rows an

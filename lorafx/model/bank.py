@@ -14,7 +14,7 @@ the slots behind it where its rank is larger than p. An adapter of rank r then t
 in a row, the last slot has room for R, and memory is that of (S − 1)·p + R rows. Which slots are
 taken is for the store to say; a tensor whose slots overlap is a view that is only read as such.
 
-A bank for E experts has S·E slots: slot s and expert e of the model are its slot s·E + e. A row
+A bank for E experts has E·S slots: slot s and expert e of the model are its slot e·S + s. A row
 that was routed to an expert is a row of that slot, and every kernel is what it is for E = 1.
 
 Siblings that share one A (gate and up of an adapter that has factors for both at once) each hold a
@@ -90,7 +90,7 @@ class Bank:
         scales: (S, G) float32, α/r or α/√r.
         kind: "embedding" says how A is laid out, "experts" that `alike` is kept. K of a
             convolution is what one kernel over all channels has.
-        experts: E; S is a multiple of it.
+        experts: E; S is a multiple of it, of as many slots for each expert.
         alike: (S, G) int32, of experts alone: the first sibling whose A, rank and scale in that
             slot are the same.
         gains: (S, ΣN) float32, by how much DoRA's scale of each output differs from 1; None where
@@ -137,10 +137,12 @@ class Bank:
     ) -> Bank:
         """A bank of zeros for siblings with these output sizes, and with room for `own_rows` rows
         of the weight for each of `own_weights` adapters. A slot begins `slot_rank` rows behind
-        the one before it; `rank` rows with None, and of experts."""
-        siblings, slots = len(out_features), slots * experts
+        the one before it; `rank` rows with None."""
+        siblings = len(out_features)
         columns = sum(out_features)
-        step = rank if slot_rank is None or experts > 1 else min(slot_rank, rank)
+        step = rank if slot_rank is None else min(slot_rank, rank)
+        if experts > 1:  # the last slot of an expert reaches over slots that nobody has
+            slots = experts * (slots - 1 + -(-rank // step))
         place = (slots, rank, step)
         # Tensors made in inference mode could not be written in place outside of it.
         with torch.inference_mode(False):
@@ -269,7 +271,8 @@ class Bank:
 
     def _own(self, slot: int) -> slice:
         """The slots of the bank that are the model's slot `slot`, one per expert."""
-        return slice(slot * self.experts, (slot + 1) * self.experts)
+        each = len(self.ranks) // self.experts
+        return slice(slot, slot + 1 + (self.experts - 1) * each, each)
 
     def _a(self, own: slice, sibling: int, rank: int) -> Tensor:
         """The part of A that holds one sibling's factors, (E, r, K) or (1, V, r)."""

@@ -235,7 +235,7 @@ class SiteMark:
         if traced and isinstance(output, Tensor):
             return torch.ops.lorafx.expert_mark(output, self.bank.A)
         slots = [slot for slot in self.runtime.slots.tolist() if slot >= 0]
-        if bool(self.bank.ranks.unflatten(0, (-1, self.bank.experts))[slots].any()):
+        if bool(self.bank.ranks.unflatten(0, (self.bank.experts, -1))[:, slots].any()):
             raise MatchError(
                 f"{self._name(module)}: LoRA on routed experts belongs inside their "
                 "forward, where eager mode cannot add it; use lorafx.compile or "

@@ -202,7 +202,8 @@ def _expert_delta(graph: fx.Graph, ctx: Context, node: fx.Node, call: dict[str, 
         generated = expert_delta_call(cpu_spec(node), *tensors, **settings)
         if generated is not None:
             return call_in_place(graph, *generated)
-    keys = ctx.call(graph, EXPERT_SLOTS, in_order(EXPERT_SLOTS, call))
+    capacity = fake_value(call["ranks"]).shape[0] // call["count"]
+    keys = ctx.call(graph, EXPERT_SLOTS, in_order(EXPERT_SLOTS, call, capacity=capacity))
     return _add_delta(graph, ctx, node, {**call, "slots": keys, "rows": 1})
 
 

@@ -196,7 +196,8 @@ def _work(ctx: Context, node: fx.Node) -> Work | None:
     rows, sites = _rows(node), _sites(ctx, node)
     if rows is None or node.target is EMBEDDING_OP:
         return None
-    slots, rank = ctx.program.home(sites[0])[0].bank.B.shape[:2]
+    bank = ctx.program.home(sites[0])[0].bank
+    slots, rank = len(bank.ranks), bank.slot_rank  # what most adapters have
     requests = fake_value(bound(node)["slots"]).shape[0]
     slots = min(slots, requests) if isinstance(requests, int) else slots
     dtype = fake_value(bound(node)["x"]).dtype
@@ -261,7 +262,7 @@ def _expert_estimates(
         rows,
         experts,
         max(1, min(slots, rows)),
-        B.shape[1],
+        ctx.program.home(sites[0])[0].bank.slot_rank,
         x.dtype,
         chip_of(device),
         on_host=loops_on_host(node),
@@ -327,8 +328,7 @@ def _parts(sites: Sequence[Site]) -> list[Part]:
 
 def _floor(ctx: Context, node: fx.Node) -> str:
     sites = _sites(ctx, node)
-    # From the bank itself: in a frame that tracing knows less of, its sizes may be symbols.
-    rank = ctx.program.home(sites[0])[0].bank.B.shape[1]
+    rank = ctx.program.home(sites[0])[0].bank.slot_rank
     one, eight = (byte_floor(_parts(sites), rank, distinct) for distinct in (1, 8))
     return f"byte floor at rank {rank}: {one:.3f} with 1 adapter, {eight:.3f} with 8"
 

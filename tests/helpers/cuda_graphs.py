@@ -35,7 +35,7 @@ class Builder:
 
     def bank(self, *, embedding: bool = False) -> tuple[fx.Node, ...]:
         group = 1 if embedding else len(SIZES)
-        a_shape = (SLOTS, 1000, RANK) if embedding else (SLOTS, group * RANK, K)
+        a_shape = (SLOTS, 1000, RANK) if embedding else (SLOTS, RANK, group * K)
         columns = K if embedding else sum(SIZES)
         return (
             self.input("A", a_shape),

@@ -1,6 +1,6 @@
 """Problems for the kernels of routed experts, beside the same in float64.
 
-y[m] = x[m] W[e]ᵀ + s · (x[m] A[key]ᵀ) B[key],    key = slot·E + e, rows sorted by expert
+y[m] = x[m] W[e]ᵀ + s · (x[m] A[key]ᵀ) B[key],    key = e·S + slot, rows sorted by expert
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def make_experts(
     for m in range(M):
         if owner[m] < 0 or experts[m] == E:
             continue
-        key = int(owner[m]) * E + int(experts[m])
+        key = int(experts[m]) * capacity + int(owner[m])
         for i in range(G):
             r = (rank, 1, 0, rank - 1)[(key + i) % 4] if rank > 1 else 1
             ranks[key, i] = r
@@ -177,7 +177,7 @@ def exact(case: Experts) -> Tensor:
         start = 0
         for i, size in enumerate(case.sizes):
             if slot >= 0:
-                key = slot * E + expert
+                key = expert * (case.ranks.shape[0] // E) + slot
                 r = int(case.ranks[key, i])
                 a = case.A[key, :r, i * K : (i + 1) * K].double()
                 b = case.B[key, :r, start : start + size].double()

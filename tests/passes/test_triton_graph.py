@@ -77,7 +77,7 @@ def experts_graph(activation: Activation | None) -> tuple[fx.GraphModule, int, B
         b.input("weight", (experts, sum(SIZES), K)),
         b.input("offs", (experts,), torch.int32),
     )
-    shapes = {"A": (2 * RANK, K), "B": (RANK, sum(SIZES)), "ranks": (2,), "scales": (2,)}
+    shapes = {"A": (RANK, 2 * K), "B": (RANK, sum(SIZES)), "ranks": (2,), "scales": (2,)}
     dtypes = {"ranks": torch.int32, "scales": torch.float32}
     bank = [
         b.input(name, (SLOTS * experts, *shape), dtypes.get(name, torch.bfloat16))

@@ -91,7 +91,7 @@ def routed(
         experts = torch.where(experts < 0, count, experts).sort().values
     owner = torch.tensor([slots[m // rows % len(slots)] for m in range(total)], dtype=torch.int32)
     known = (owner >= 0) & (experts >= 0) & (experts < count)
-    keys = torch.where(known, owner * count + experts, -1).int()
+    keys = torch.where(known, experts * SLOTS + owner, -1).int()
     p = random_problem(
         x_shape=(total, K),
         slots=keys.tolist(),
@@ -216,7 +216,7 @@ def test_rows_are_independent(ends: bool, threads: int) -> None:
         together, owner = run(r), r.keyed.owners()
         for m in range(0, len(owner), 17):
             count = torch.zeros(r.count + 1, dtype=torch.int64)
-            expert = owner[m] % r.count if owner[m] >= 0 else 0
+            expert = owner[m] // SLOTS if owner[m] >= 0 else 0
             count[expert] = 1
             one = r.with_(
                 y=r.keyed.y[m : m + 1],

@@ -67,6 +67,41 @@ def test_odd_sizes(K: int, sizes: tuple[int, ...]) -> None:
     assert_right(case, run(case))
 
 
+def sharing_room(case: Experts, slot_rank: int) -> Experts:
+    """The same case over a bank whose slots begin `slot_rank` rows apart, an adapter in as many of
+    them as the largest rank takes. What is between two adapters is NaN."""
+    E, (count, R, _) = case.weight.shape[0], case.B.shape
+    S, width = count // E, -(-R // slot_rank)
+    total = E * S * width
+    rows = (total - 1) * slot_rank + R
+
+    def shared(factors: Tensor) -> Tensor:
+        n = factors.shape[2]
+        memory = torch.full((rows, n), torch.nan, dtype=factors.dtype)
+        found = memory.as_strided((total, R, n), (slot_rank * n, n, 1))
+        for key in range(count):
+            live = int(case.ranks[key].max())
+            found[key * width, :live] = factors[key, :live]
+        return found
+
+    ranks = torch.zeros((total, case.ranks.shape[1]), dtype=torch.int32)
+    scales = torch.full(ranks.shape, torch.nan)
+    ranks[::width], scales[::width] = case.ranks, case.scales
+    slots = torch.where(case.slots < 0, case.slots, case.slots * width)
+    A, B = shared(case.A), shared(case.B)
+    return replace(case, A=A, B=B, ranks=ranks, scales=scales, slots=slots)
+
+
+@pytest.mark.parametrize("batch", ["decode", "several adapters in a tile"])
+def test_slots_that_share_room(batch: str) -> None:
+    case = make_experts(*BATCHES[batch], rank=5)
+    shared = sharing_room(case, 2)
+    assert shared.spec.delta.spacing == 2
+    assert torch.equal(run(shared), run(case))
+    gated = activated(case, SILU[0], SILU[1])
+    assert torch.equal(run(sharing_room(gated, 2), "activated"), run(gated, "activated"))
+
+
 @pytest.mark.parametrize("arch", ["cuda90", "gfx942"])
 @pytest.mark.parametrize("rows", [1, 64, 300])
 def test_the_tiles_of_a_gpu(rows: int, arch: str) -> None:
