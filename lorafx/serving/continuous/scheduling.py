@@ -82,9 +82,9 @@ class SlotsPerStep:
         found = []
         for state in candidates:
             name = self._name(ticket_of(state))
-            own = frozenset() if name is None else frozenset({name})
+            own = frozenset(() if name is None else (name,))
             # Without room for its own weights a request says so in its step.
-            if not own - pinned or store.fits(own) or not store.fits(own, own=True):
+            if name is None or own <= pinned or store.fits(own) or not store.fits(own, own=True):
                 found.append(state)
             else:
                 self.fail(state, all_pinned(name, len(pinned)))
