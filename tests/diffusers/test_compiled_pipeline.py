@@ -12,7 +12,7 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 from dense_merge import REFERENCE, TOLERANCE, error
-from diffusers import EulerAncestralDiscreteScheduler
+from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
 from torch import Tensor
 
 import lorafx
@@ -160,6 +160,35 @@ def test_a_scheduler_that_adds_noise_at_each_step(
     for pipe in (both.cp.pipe, both.own.pipe):
         monkeypatch.setattr(pipe, "scheduler", EulerAncestralDiscreteScheduler())
     both.check(["both", None, "denoiser"])
+
+
+def test_another_pipeline_over_the_same_models(pair: Callable[[str], Pair]) -> None:
+    both = pair("sdxl")
+    parts = {k: v for k, v in both.cp.pipe.components.items() if v is not None}
+    pipe = StableDiffusionXLImg2ImgPipeline(**parts, add_watermarker=False)
+    own = StableDiffusionXLImg2ImgPipeline(
+        **{name: getattr(both.own.pipe, name) for name in parts}, add_watermarker=False
+    )
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    settings = {"strength": 1.0, "num_inference_steps": 2, "output_type": "latent"}
+    cp = lorafx.CompiledPipeline(pipe, both.cp.models)
+    names = ["both", {"denoiser": 0.7}]
+
+    def call(**negative: Any) -> Tensor:
+        given = {"prompt": PROMPTS[:2], "image": images, "generator": tiny.noise(range(2))}
+        return cp(**given, adapter_names=names, **settings, **negative).images
+
+    got, captured = call(negative_prompt=NEGATIVE[:2]), cp.recompiles
+    alone = tiny.Adapted("sdxl", own, {})
+    for row, name in enumerate(names):
+        inputs = {"prompt": PROMPTS[row : row + 1], "negative_prompt": NEGATIVE[row : row + 1]}
+        inputs |= {"image": images[row : row + 1], **settings, "height": None, "width": None}
+        want = alone.images(name, range(row, row + 1), **inputs)
+        assert error(got[row : row + 1], want) <= TOLERANCE
+    # Two noises are in the rows without a prompt, and no embeddings.
+    with pytest.raises(BatchError, match=r"unet .* is called with 4 rows for 2 prompts.*row 0, 1"):
+        call()
+    assert cp.recompiles == captured
 
 
 def test_rows_in_another_order_keep_their_adapters(pair: Callable[[str], Pair]) -> None:

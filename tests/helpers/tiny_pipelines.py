@@ -212,6 +212,7 @@ class Adapted:
                 self.pipe.disable_lora()
             size = SIZES[self.kind]
             call = {**CALL, "height": size, "width": size, **call}
+            call = {name: value for name, value in call.items() if value is not None}
             return self.pipe(generator=noise(images), **call).images
 
 
