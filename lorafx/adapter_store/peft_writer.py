@@ -80,11 +80,17 @@ def _rank(a: Tensor) -> int:
     return a.shape[-2] if a.dim() == 3 else a.shape[0]
 
 
+def _number(alpha: float) -> float:
+    """PEFT writes integers where α is one."""
+    return int(alpha) if alpha.is_integer() else alpha
+
+
 def _fields(state: AdapterState, ranks: dict[str, int], bias: bool) -> dict[str, Any]:
     alphas = {}
     for path, rank in ranks.items():
         known = state.scales.get(path)
-        alphas[path] = rank * (state.config.scale(path, rank) if known is None else known)
+        s = state.config.scale(path, rank) if known is None else known
+        alphas[path] = _number(float(rank * s))
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     # PEFT's patterns are regular expressions that may begin at any dot.

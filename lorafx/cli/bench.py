@@ -51,11 +51,12 @@ def bench(
         raise ConfigError("--batch, --length, --blocks and --seconds must be positive")
     sources = adapters_in(adapters)
     module = loaded(model, dtype)
+    vocabulary = _vocabulary(module)
     way = _Ways.of(module, sources, batch, lowering, peft)
     wait = torch.cuda.synchronize if module.device.type == "cuda" else None
     cases: list[dict[str, Any]] = []
     for tokens in length or (1, 128):
-        ids = torch.randint(0, _vocabulary(module), (batch, tokens), device=module.device)
+        ids = torch.randint(0, vocabulary, (batch, tokens), device=module.device)
         arms = {name: functools.partial(_call, *arm, ids) for name, arm in way.arms.items()}
         base = functools.partial(_call, way.base, None, ids)
         results = measured(base, arms, blocks=blocks, seconds=seconds, wait=wait)

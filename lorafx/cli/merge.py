@@ -39,11 +39,27 @@ def merge(
         module, config, adapters=request.adapters, options={"lowering": "reference"}
     )
     compiled.export_merged("adapter", folder, max_shard_size=max_shard_size)
+    if not (folder / "config.json").exists() and hasattr(module, "save_pretrained"):
+        _save_anew(model, dtype, folder)
     tokenizer = _save_tokenizer(model, folder)
     if as_json:
         show_json({"folder": str(folder), "tokenizer": tokenizer})
     else:
         print(f"{adapter} merged into {model}: {folder}" + ("" if tokenizer else ", no tokenizer"))
+
+
+def _save_anew(model: str, dtype: str | None, folder: Path) -> None:
+    """Have the model's class save what was written into `folder`: diffusers' classes take no
+    weights to save but their own."""
+    from safetensors.torch import load_file
+
+    from lorafx.base_weights.export_merged import FILE
+    from lorafx.cli.models import loaded
+
+    made = loaded(model, dtype)
+    made.load_state_dict(load_file(folder / FILE))
+    (folder / FILE).unlink()
+    made.save_pretrained(str(folder))
 
 
 def _save_tokenizer(model: str, folder: Path) -> bool:

@@ -12,6 +12,10 @@ import typer
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
 
 
+#: Characters of a line of a table.
+_WIDEST = 10_000
+
+
 def show_json(value: Mapping[str, Any]) -> None:
     """Print one JSON object."""
     print(json.dumps(value, indent=1, default=str))
@@ -24,7 +28,7 @@ def lines(text: Iterable[str]) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Print rows in columns, whole ones: nothing is cut where the terminal is narrow."""
+    """Print rows in columns. Nothing is cut where the terminal is narrow: lines go on below."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -32,4 +36,4 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Mapping[str, Any]])
     made = Table(*columns, title=escape(title))
     for row in rows:
         made.add_row(*(escape(str(row[column])) for column in columns))
-    Console(soft_wrap=True).print(made)
+    Console(soft_wrap=True, width=_WIDEST).print(made)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lorafx.compat import untraced
 from lorafx.errors import CaptureError
 from lorafx.serving.generation import generating_in_methods
 from lorafx.serving.refused import REFUSED, refuse
@@ -67,6 +68,7 @@ def _served(compiled: CompiledModel, owner: nn.Module, method: MethodType) -> Ca
     session = compiled._session
     own_argument = "adapter_names" in inspect.signature(method).parameters
 
+    @untraced
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
         names: Sequence[str | None] | None = None

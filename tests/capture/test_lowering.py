@@ -21,7 +21,10 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
 )
 
+from lorafx.capture.lowering import InductorLowering, lowering_for
 from lorafx.compat import capture_settings, results_kept
+from lorafx.config import Options
+from lorafx.errors import ConfigError
 
 NAMES = ["a1", None, "a3"]
 
@@ -47,6 +50,18 @@ def test_no_order_by_memory_for_graphs_with_adapters(
         ordered.clear()
         check_mixed(cm, plain, NAMES, inputs)
     assert not ordered
+
+
+def test_a_mode_of_torch_compile_stands_for_settings_of_inductor() -> None:
+    options = Options(lowering="inductor", mode="max-autotune")
+    lowering = lowering_for(options, {"max_autotune_pointwise": False})
+    assert isinstance(lowering, InductorLowering)
+    wanted = dict(torch._inductor.list_mode_options("max-autotune"))
+    assert wanted["max_autotune"]
+    assert lowering.patches == {**wanted, "max_autotune_pointwise": False}
+    assert lowering_for(Options(lowering="inductor")).patches == {}
+    with pytest.raises(ConfigError, match=r"Options\.mode must be one of None, default, reduce"):
+        Options(mode="fast")
 
 
 class Body(fx.GraphModule):

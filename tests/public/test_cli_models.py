@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from dialect_files import WRITERS, alpha, factors
+from dense_merge import save_adapter
+from dialect_files import WRITERS, alpha, as_kohya, factors
+from diffusers import UNet2DConditionModel
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -105,6 +107,49 @@ def test_a_merged_model_is_what_peft_merges(run, tmp_path: Path) -> None:
     said = run("merge", tmp_path / "absent", ADAPTERS / "reverse", tmp_path / "x", code=1)
     assert said["error"] == "ConfigError"
     assert "cannot be loaded" in said["message"]
+
+
+@pytest.fixture(scope="module")
+def unet(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A model of diffusers, an adapter of PEFT's, and the same as kohya's tools write it."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "block_out_channels": (8,)}
+    model = UNet2DConditionModel(
+        **blocks,
+        up_block_types=("CrossAttnUpBlock2D",),
+        layers_per_block=1,
+        norm_num_groups=2,
+        cross_attention_dim=6,
+        attention_head_dim=4,
+    )
+    home = tmp_path_factory.mktemp("unet")
+    model.save_pretrained(home / "unet")
+    adapter = save_adapter(model, home / "peft", rank=2, targets=["to_q", "to_k"], seed=0)
+    return home / "unet", adapter, as_kohya(adapter, home / "style.safetensors")
+
+
+def of_unet(folder: Path, adapter: Path | None = None) -> Tensor:
+    model = UNet2DConditionModel.from_pretrained(folder).eval()
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    generator = torch.Generator().manual_seed(1)
+    sample = torch.randn(1, 4, 8, 8, generator=generator)
+    with torch.no_grad():
+        return model(sample, 3, torch.randn(1, 2, 6, generator=generator)).sample
+
+
+def test_models_of_diffusers(run, unet: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    model, peft, kohya = unet
+    wanted = of_unet(model, peft)
+    assert largest(of_unet(model), wanted) > 1e-3
+    [fit] = run("explain", model, "--adapter", kohya)["adapters"]
+    assert fit["fits"]
+    assert fit["modules"] == len(run("inspect", kohya, "--model", model)["modules"])
+    run("convert", kohya, tmp_path / "out", "--model", model)
+    assert largest(of_unet(model, tmp_path / "out"), wanted) <= 1e-5
+    assert not run("merge", model, kohya, tmp_path / "merged")["tokenizer"]
+    assert largest(of_unet(tmp_path / "merged"), wanted) <= 1e-5
+    assert "language models" in run("bench", model, "--adapters", peft, code=1)["message"]
 
 
 def test_bench_measures_all_arms_in_one_run(run) -> None:

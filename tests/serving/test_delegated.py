@@ -121,6 +121,14 @@ def test_a_method_of_the_model_is_served_like_a_call(encoder, name):
         getattr(cm, name)(X, adapter_names=["a", None])
 
 
+def test_a_method_in_a_function_that_users_compile(encoder):
+    cm = encoder.compile()
+    want = rows(encoder, MIX, Encoder.encode)
+    step = torch.compile(lambda x: cm.encode(x, adapter_names=MIX) * 2, backend="eager")
+    assert error(step(X), want * 2) <= 1e-5
+    assert cm.recompiles == 1
+
+
 def test_methods_while_an_adapter_is_merged(encoder):
     cm = encoder.compile()
     cm.merge("a")
