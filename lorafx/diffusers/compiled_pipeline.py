@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from lorafx.adapter_store.names import BASE, AdapterName, Mixture, members
 from lorafx.adapter_store.saved import Source
 from lorafx.capture.tracking import untracked
 from lorafx.config import LoraConfig, Options
-from lorafx.diffusers.components import encodes_prompts, loadable, parts_of
+from lorafx.diffusers.components import encodes_prompts, loadable, loads_adapters, parts_of
 from lorafx.diffusers.prompt_rows import PromptRows
 from lorafx.errors import (
     BatchError,
@@ -36,6 +37,7 @@ from lorafx.errors import (
 from lorafx.explanation import Explanation
 from lorafx.prepare.configuration import by_name, request_of
 from lorafx.serving.compiled import CompiledModel
+from lorafx.serving.refused import refuse
 from lorafx.session.loading import load_parts, unload_parts
 from lorafx.session.requests import Names, checked_names
 from lorafx.session.stand_ins import Replaced
@@ -44,6 +46,11 @@ from lorafx.session.stand_ins import Replaced
 SHARED_ARGUMENTS = ("img_ids", "txt_ids", "image_rotary_emb")
 #: Arguments of pipelines by which diffusers scales all adapters at once.
 _SCALING = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
+#: Why methods of diffusers' loaders are not handed out.
+_INSERTED = (
+    "is about adapters that diffusers puts into the models, where every image would have them; use "
+    "load_adapter(source, name), unload_adapter(name), and adapter_names=[...] in the call"
+)
 
 
 def compile_pipeline(
@@ -225,7 +232,10 @@ class CompiledPipeline:
     def __getattr__(self, name: str) -> Any:
         if name == "pipe":
             raise AttributeError(name)
-        return getattr(self.pipe, name)
+        value = getattr(self.pipe, name)
+        if isinstance(value, MethodType) and loads_adapters(type(self.pipe), name):
+            return partial(refuse, name, _INSERTED)
+        return value
 
     # --- checks ---
 

@@ -8,6 +8,7 @@ Which of them may is what diffusers' own loader of the pipeline says (`_lora_loa
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -67,6 +68,20 @@ def encodes_prompts(module: object) -> bool:
     return isinstance(module, nn.Module) and (
         getattr(module, "main_input_name", None) == "input_ids"
     )
+
+
+def loads_adapters(pipeline: type, method: str) -> bool:
+    """Whether this is a method of diffusers' loaders of adapters, which change the models."""
+    loader = getattr(sys.modules.get("diffusers.loaders.lora_base"), "LoraBaseMixin", None)
+    if loader is None:
+        return False
+    owner = next((cls for cls in pipeline.__mro__ if method in vars(cls)), object)
+    return issubclass(owner, loader) and not issubclass(owner, _pipeline_class())
+
+
+def _pipeline_class() -> type:
+    found: type = sys.modules["diffusers"].DiffusionPipeline
+    return found
 
 
 def parts_of(source: Any, pipe: Any, models: Mapping[str, nn.Module]) -> dict[str, AdapterSource]:

@@ -18,6 +18,7 @@ from torch import Tensor
 import lorafx
 from lorafx.errors import (
     BatchError,
+    CaptureError,
     CheckpointError,
     ConfigError,
     MatchError,
@@ -276,6 +277,11 @@ def test_what_is_refused(pair: Callable[[str], Pair]) -> None:
         both.call(["bot", None])
     with pytest.raises(ConfigError, match=r"joint_attention_kwargs=\{'scale': 0.5\}"):
         both.call(["both"], joint_attention_kwargs={"scale": 0.5})
+    for method in ("load_lora_weights", "set_adapters", "fuse_lora", "unload_lora_weights"):
+        with pytest.raises(
+            CaptureError, match=rf"{method}\(\) is about .* use load_adapter\(source"
+        ):
+            getattr(cp, method)("somewhere")
     own = cp.pipe.text_encoder
     cp.pipe.text_encoder = copy.deepcopy(own)
     try:
