@@ -14,13 +14,14 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lorafx.adapter_store.names import BASE, members
-from lorafx.errors import BatchError, LorafxWarning
+from lorafx.errors import BatchError, LorafxWarning, UnknownAdapterError
 from lorafx.program.roles import CACHES, RoleTable
 from lorafx.session.requests import Names, Requests
 from lorafx.session.session import Session
@@ -35,10 +36,10 @@ _ALL = 0
 
 def begin(session: Session, names: Iterable[str | None]) -> bool:
     """Whether one of these adapters, or of those in a sum, begins at a token."""
-    store = session.store
     given = dict.fromkeys(name for name in names if name is not None and name != BASE)
-    every = dict.fromkeys(own for name in given for own in members(name))
-    return any(own in store and bool(store[own].invocation) for own in every)
+    with suppress(UnknownAdapterError):  # who serves the call says so
+        return any(session.store[own].invocation for name in given for own in members(name))
+    return False
 
 
 def forward_of(compiled: CompiledModel) -> Callable[..., Any]:
