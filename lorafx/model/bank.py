@@ -287,19 +287,32 @@ def _by_factor(
 ) -> Tensor:
     """Zeros (S, R, columns), a slot `step` rows behind the one before it."""
     rows = (slots - 1) * step + rank
-    made = torch.zeros((rows, columns), dtype=dtype, device=device)
-    return made.as_strided((slots, rank, columns), (step * columns, columns, 1))
+    strides = step * columns, columns, 1
+    return _over(rows * columns, (slots, rank, columns), strides, dtype, device)
 
 
 def _by_token(
     slots: int, rank: int, step: int, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Zeros (S, V, R), a token's row of a slot `step` entries behind that of the slot before it."""
-    if step == rank:
-        return torch.zeros((slots, tokens, rank), dtype=dtype, device=device)
+    """Zeros (S, V, R), a token's row of a slot `step` entries behind that of the slot before it;
+    where slots do not overlap, the rows of a slot are together."""
     factors = (slots - 1) * step + rank
-    made = torch.zeros((tokens, factors), dtype=dtype, device=device)
-    return made.as_strided((slots, tokens, rank), (step, factors, 1))
+    strides = (tokens * rank, rank, 1) if step == rank else (step, factors, 1)
+    return _over(tokens * factors, (slots, tokens, rank), strides, dtype, device)
+
+
+def _over(
+    entries: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """A tensor over memory of so many zeros. It is no view of another: graphs take it as it is."""
+    memory = torch.zeros(entries, dtype=dtype, device=device)
+    return torch.empty(0, dtype=dtype, device=device).set_(
+        memory.untyped_storage(), 0, shape, strides
+    )
 
 
 def _reach(tensor: Tensor) -> int:

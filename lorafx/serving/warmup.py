@@ -77,7 +77,11 @@ def warm_up(
     """See `CompiledModel.warmup`."""
     session = compiled._session
     sizes = _positive("batch_sizes", batch_sizes), _positive("lengths", lengths)
-    rank = dummy_rank(session.program.sites, session.program.config.max_rank, rank)
+    config = session.program.config
+    slot = config.slot_rank or config.max_rank
+    if rank is None and config.slot_rank is not None:
+        rank = min(DEFAULT_RANK, slot)
+    rank = dummy_rank(session.program.sites, config.max_rank, rank)
     with session.lock:
         examples: tuple[Example, ...]
         if example_inputs is None:
@@ -87,7 +91,8 @@ def warm_up(
             examples = given_examples(compiled.entry(compiled.model).roles, example_inputs)
         alone = generate is None or generate is False
         plan = WarmupPlan(examples, *sizes, alone, _generation(compiled.model, generate))
-        names = [f"warm-up {i}" for i in range(min(2, session.program.config.max_adapters))]
+        count = 2 if config.max_adapters > -(-rank // slot) else 1  # that find slots together
+        names = [f"warm-up {i}" for i in range(count)]
         dummies = [dummy(name, session.program.sites, rank, seed=i) for i, name in enumerate(names)]
         if begin(session, session.store.names):
             dummies.append(replace(dummies[0], name=_BEGINS, invocation=(0,)))

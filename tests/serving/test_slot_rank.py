@@ -106,6 +106,16 @@ def test_a_pinned_adapter_stays(case: Case) -> None:
         assert cm._session.store.resident["middle"] == slot
 
 
+@pytest.mark.parametrize("rank", [None, 8])
+def test_warmup_takes_no_more_slots_than_there_are(case: Case, rank: int | None) -> None:
+    """Two dummies of two slots each, or one: afterwards calls with adapters capture nothing."""
+    cm = compiled(case, max_adapters=2)
+    cm.warmup(IDS, rank=rank, generate=False)
+    graphs = cm.recompiles
+    check_mixed(cm, case, ["large", None, "small 0", "large"], IDS)
+    assert cm.recompiles == graphs
+
+
 def test_sums_take_the_slots_of_their_rank(case: Case) -> None:
     cm = compiled(case)
     both = {"middle": 1.0, "small 2": 1.0}
