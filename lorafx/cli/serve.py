@@ -14,6 +14,8 @@ def serve(
     port: int = 8000,
     max_adapters: int = 8,
     max_rank: int | None = None,
+    slot_rank: Annotated[int | None, "rank of a slot; larger ones take several"] = None,
+    max_host_bytes: Annotated[int | None, "host memory of the adapters"] = None,
     target: Annotated[list[str] | None, "module names, suffixes or all-linear"] = None,
     dtype: str | None = None,
     device: str | None = None,

@@ -30,6 +30,7 @@ class Settings:
         host, port: where requests are taken.
         max_adapters: how many adapters can be in one batch.
         max_rank: the largest rank; None for that of `adapters`, at least 16 where others may come.
+        slot_rank, max_host_bytes: as in `LoraConfig`.
         target: the modules that may carry LoRA, as `LoraConfig.target_modules`; None for those that
             `adapters` target.
         dtype, device: of the model, as torch names them; None for what its files say, and a GPU
@@ -53,6 +54,8 @@ class Settings:
     port: int = 8000
     max_adapters: int = 8
     max_rank: int | None = None
+    slot_rank: int | None = None
+    max_host_bytes: int | None = None
     target: tuple[str, ...] = ()
     dtype: str | None = None
     device: str | None = None
@@ -76,7 +79,10 @@ class Settings:
             ConfigError: a value or a folder that cannot be used.
             CheckpointError, CapacityError: an adapter that cannot be served.
         """
-        for name in ("max_adapters", "max_rank", "page_size", "num_blocks", "max_batch_tokens"):
+        for name in (
+            *("max_adapters", "max_rank", "slot_rank", "max_host_bytes"),
+            *("page_size", "num_blocks", "max_batch_tokens"),
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{_option(name)} is at least 1; got {value}")
@@ -156,7 +162,9 @@ class Settings:
         return LoraConfig(
             target_modules="all-linear" if targets == ["all-linear"] else targets,
             max_adapters=self.max_adapters,
-            max_rank=self.max_rank or max(self._largest_rank(), 16 if self.root() else 1),
+            max_rank=self._room(),
+            slot_rank=self.slot_rank,
+            max_host_bytes=self.max_host_bytes,
             use_dora=any(config_of(folder).use_dora for folder in self.found.values()),
             lora_bias=any(
                 found.lora_bias or found.bias != "none"
@@ -192,15 +200,23 @@ class Settings:
             ) from error
         return bound
 
-    def _largest_rank(self) -> int:
+    def _room(self) -> int:
+        """`max_rank`, or what stands for None."""
+        if self.max_rank is not None:
+            return self.max_rank
         ranks = (config_of(folder).max_rank for folder in self.found.values())
-        return max((rank for rank in ranks if rank is not None), default=1)
+        return max([16 if self.root() else 1, *(rank for rank in ranks if rank is not None)])
 
     def _check_adapters(self) -> None:
         if not self.found and not self.allow_runtime_loading:
             raise ConfigError(
                 "there is no adapter to serve: name a folder of adapters with --adapters, or let "
                 "clients load some with --allow-runtime-loading"
+            )
+        if self.slot_rank is not None and self.slot_rank > self._room():
+            raise ConfigError(
+                f"--slot-rank {self.slot_rank} is over the largest rank, {self._room()}; "
+                "give less, or a larger --max-rank"
             )
         for name, folder in self.found.items():
             rank = config_of(folder).max_rank

@@ -39,7 +39,7 @@ def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     arguments = ["serve", str(files.model), "--adapters", str(files.adapters), "--port", str(port)]
-    arguments += ["--temperature", "1"]
+    arguments += ["--temperature", "1", "--slot-rank", "4", "--max-host-bytes", "1000000"]
     monkeypatch.setattr("sys.argv", ["lorafx", *arguments, *OPTIONS])
     process = os.getpid()
     came = threading.Barrier(2)
@@ -101,6 +101,9 @@ def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
         ({"adapters": "{tmp}/weightless"}, "holds no adapter weights"),
         ({"max_rank": 1}, "--max-rank 1"),
         ({"max_adapters": 0}, "--max-adapters"),
+        ({"slot_rank": 0}, "--slot-rank"),
+        ({"slot_rank": 32}, "--max-rank"),
+        ({"max_host_bytes": 0}, "--max-host-bytes"),
         ({"port": 70000}, "--port"),
         ({"temperature": -1.0}, "--temperature"),
         ({"max_memory_percent": 3.0}, "--max-memory-percent"),
@@ -131,6 +134,15 @@ def test_a_folder_may_be_one_adapter_or_hold_other_things(files, tmp_path):
     (tmp_path / "notes").mkdir()
     with pytest.warns(LorafxWarning, match="notes"):
         assert list(Settings(str(files.model), tmp_path).found) == ["a3"]
+
+
+@pytest.mark.quick
+def test_the_room_that_adapters_get(files):
+    given = {"max_adapters": 5, "slot_rank": 2, "max_host_bytes": 10_000}
+    settings = Settings(str(files.model), files.adapters, **given)
+    config = settings.lora_config()
+    assert config.max_rank == 8  # the largest of the adapters
+    assert {name: getattr(config, name) for name in given} == given
 
 
 @pytest.mark.quick
