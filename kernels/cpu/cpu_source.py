@@ -103,7 +103,7 @@ class DeltaSpec:
             bank_dtype=A.dtype,
             y_dtype=y.dtype,
             in_features=0,
-            max_rank=int(B.shape[1]),
+            max_rank=R,
             group=int(laid),
             columns=columns,
             siblings=(0,),
@@ -146,8 +146,6 @@ def _bank_strides(A: Tensor, B: Tensor, ranks: Tensor) -> tuple[int, int, int]:
     group = int(ranks.stride(0)) if slots > 1 else siblings
     columns = int(B.stride(1) if R > 1 else B.stride(0) if slots > 1 else shown)
     spacing = int(B.stride(0)) // max(columns, 1) if slots > 1 else R
-    if slots > 1 and R == 1:
-        spacing = 1  # what lies between two slots is what lies between two rows
     laid = (
         _have(A, (spacing * group * K, group * K, 1))
         and _have(B, (spacing * columns, columns, 1))

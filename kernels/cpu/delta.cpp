@@ -3,7 +3,7 @@
 // Before this text stand the generated preamble, vectors.h, tiles.h and rows.h. The preamble sets the
 // parameters: element types X, W (bank), Y; LANES; K, R, G, COLUMNS; N; RANGES with SIBLING, OFFSET,
 // SIZE, START; EMBEDDING; TILE (rows of a tile), PLANES and PAIRS (accumulators a row of a full tile).
-// With ROUTED, row m is of expert e and s is the bank's slot e · (its slots an expert) + slot of the request.
+// With ROUTED, row m is of expert e, and s is e · S + the slot of its request, S slots an expert.
 //
 // Sums are float32. Rows are sorted by slot, so that rows of one adapter share the loads of A and B;
 // the order of additions behind one element of v or y depends on K and r alone, never on the
@@ -198,7 +198,9 @@ INLINE int expert_of(const Args* g, int64_t m, int e) {
 }
 
 // How many words sort_rows needs beside `order` and `owner`.
-static int64_t sorting_space(const Args* g) { return 2 * g->y_rows->count + g->capacity / EXPERTS + EXPERTS + 2; }
+static int64_t sorting_space(const Args* g) {
+    return 2 * g->y_rows->count + g->capacity / EXPERTS + EXPERTS + 2;
+}
 
 // Sorts the active rows by expert, those of an expert by slot: two counting sorts, one after the
 // other, so that nothing is as large as slots times experts.

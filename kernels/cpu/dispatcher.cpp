@@ -89,7 +89,7 @@ struct View {
         }
         return true;
     }
-    // Sizes (a, b, c), the rows at this stride and the slots at any: a bank, or some siblings' part.
+    // Sizes (a, b, c), rows at this stride and slots at any: a bank, or some siblings' part.
     bool is_bank(int64_t type, int64_t a, int64_t b, int64_t c, int64_t row) const {
         return dtype == type && dim == 3 && sizes[0] == a && sizes[1] == b && sizes[2] == c &&
                (b == 1 || strides[1] == row) && (c == 1 || strides[2] == 1);

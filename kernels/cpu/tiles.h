@@ -2,10 +2,10 @@
 //
 //     shrink   v[row] = scale · A x[row]          expand   y[row] += v[row] B
 //
-// Before this text stand the generated preamble and vectors.h. A is (planes, K)
-// and B (rank, ...), their planes A_STRIDE and B_STRIDE apart. Sums are float32. The order of additions behind one element of v or y
-// depends on K and the rank alone, never on the shape of the tile that computed it, so a row's
-// result is bit-equal whatever its neighbours are.
+// Before this text stand the generated preamble and vectors.h. A is (planes, K) and B (rank, ...),
+// their planes A_STRIDE and B_STRIDE apart. Sums are float32. The order of additions behind one
+// element of v or y depends on K and the rank alone, never on the shape of the tile that computed
+// it, so a row's result is bit-equal whatever its neighbours are.
 
 // v[row][plane] = scale · (A[plane] · x[row]) for ROWS × N planes; `ahead` are the N that come next
 template <int ROWS, int N>

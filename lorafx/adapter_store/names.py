@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -76,6 +76,11 @@ def one_name(value: Any, where: str) -> str | None:
     if list(weights.values()) == [1.0]:
         return next(iter(weights))
     return Mixture(weights)
+
+
+def adapters_among(names: Iterable[str | None]) -> list[str]:
+    """Those of `names` that are not the base, each once."""
+    return list(dict.fromkeys(name for name in names if name is not None and name != BASE))
 
 
 def _member(name: object, where: str) -> str:

@@ -38,7 +38,7 @@ class Slots:
     ) -> None:
         self._groups = tuple(groups)
         self._own = OwnPlaces(own_weights)
-        self._widest = max((-(-g.bank.max_rank // g.bank.slot_rank) for g in groups), default=1)
+        self._widest = max((g.bank.width(g.bank.max_rank) for g in groups), default=1)
         self.max_adapters, self.host = max_adapters, host
         #: As in lorafx.session.statistics.
         self.hits = self.loads = self.evictions = 0

@@ -26,7 +26,7 @@ from lorafx.adapter_store.fitting import fitted
 from lorafx.adapter_store.holding import Hold, Retired
 from lorafx.adapter_store.host_copies import HostCopy, HostTier
 from lorafx.adapter_store.mixing import mixed
-from lorafx.adapter_store.names import BASE, Mixture, check_name, members
+from lorafx.adapter_store.names import BASE, Mixture, adapters_among, check_name, members
 from lorafx.adapter_store.origins import Origin
 from lorafx.adapter_store.slots import Slots
 from lorafx.adapter_store.stored import BankPlace, StoredAdapter, check_spans
@@ -158,9 +158,7 @@ class AdapterStore(Slots):
         found: list[HostCopy] = []
         if self.host.budget is None:
             return found
-        for name in dict.fromkeys(names):
-            if name is None or name == BASE:
-                continue
+        for name in adapters_among(names):
             with self._lock:
                 self._check_known([name])
                 own = members(name) if resident or name not in self._slots else ()
@@ -257,7 +255,7 @@ class AdapterStore(Slots):
             if self._last is not None and self._last[0] == key:
                 return list(self._last[1])  # decoding asks for the same rows step after step
             self._let_go()
-            wanted = list(dict.fromkeys(n for n in key if n is not None and n != BASE))
+            wanted = adapters_among(key)
             self._check_known(wanted)
             if len(wanted) > self.max_adapters:
                 raise too_many(dict.fromkeys(wanted, 1), self.max_adapters)

@@ -17,9 +17,7 @@ from lorafx.model.sites import Group
 
 def width_of(groups: Sequence[Group], factors: Mapping[int, Iterable[Factors]]) -> int:
     """The slots that an adapter with these factors, by number of the group, takes in a row."""
-    widths = (
-        -(-each.rank // groups[g].bank.slot_rank) for g, own in factors.items() for each in own
-    )
+    widths = (groups[g].bank.width(each.rank) for g, own in factors.items() for each in own)
     return max(widths, default=1)
 
 
@@ -77,19 +75,18 @@ def _placed(
             taken[slot] = name
     found: dict[str, int] = {}
     for name in sorted(widths, key=lambda name: -widths[name]):
-        best: tuple[int, int, int] | None = None
+        width = widths[name]
+        costs: list[tuple[int, int, int, int]] = []
         for first in range(count):
-            others = {taken[slot] for slot in window(first, widths[name], count)} - {None}
+            others = {taken[slot] for slot in window(first, width, count)}
             ages = [age.get(other, -1) for other in others if other is not None]
-            if -1 in ages:
-                continue
-            at = -first if widths[name] == widest > 1 else first
-            cost = max(ages, default=-1), len(ages), at
-            best = cost if best is None else min(best, cost)
-        if best is None:
+            if -1 not in ages:
+                at = -first if width == widest > 1 else first
+                costs.append((max(ages, default=-1), len(ages), at, first))
+        if not costs:
             return None
-        found[name] = abs(best[2])
-        own = window(found[name], widths[name], count)
+        *_, found[name] = min(costs)
+        own = window(found[name], width, count)
         gone = {taken[slot] for slot in own}
         taken = [None if other in gone else other for other in taken]
         for slot in own:

@@ -5,15 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
+import typer
+
 from lorafx.cli.output import AsJson, show_json, table
 
-Folder = Annotated[Path | None, "the folder; without it the one of Options(cache=True)"]
+Folder = Annotated[
+    Path | None,
+    typer.Option(help="Where they are; without it the folder of Options(cache=True)."),
+]
 
 _DAY = 24 * 3600.0
 
 
 def list_saved(folder: Folder = None, as_json: AsJson = False) -> None:
-    """Show the graphs that are saved in FOLDER."""
+    """Show the graphs that are saved in --folder."""
     from lorafx.saved_graphs.folder import default_folder, entries
 
     home = folder or default_folder()
@@ -37,9 +42,11 @@ def list_saved(folder: Folder = None, as_json: AsJson = False) -> None:
 
 def clear_saved(
     folder: Folder = None,
-    older_than: Annotated[float, "days since a graph was saved or loaded last"] = 0.0,
+    older_than: Annotated[
+        float, typer.Option(help="Days since a graph was saved or loaded last.")
+    ] = 0.0,
 ) -> None:
-    """Remove the graphs that are saved in FOLDER."""
+    """Remove the graphs that are saved in --folder."""
     from lorafx.saved_graphs.folder import clear, default_folder
 
     home = folder or default_folder()

@@ -5,18 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import typer
+
 
 def serve(
     model: str,
-    adapters: Annotated[Path | None, "folder of adapter folders, or one adapter's"] = None,
-    name: Annotated[str | None, "what requests call the base model"] = None,
+    adapters: Annotated[
+        Path | None, typer.Option(help="Folder of adapter folders, or one adapter's.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What requests call the base model.")] = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     max_adapters: int = 8,
     max_rank: int | None = None,
-    slot_rank: Annotated[int | None, "rank of a slot; larger ones take several"] = None,
-    max_host_bytes: Annotated[int | None, "host memory of the adapters"] = None,
-    target: Annotated[list[str] | None, "module names, suffixes or all-linear"] = None,
+    slot_rank: Annotated[
+        int | None, typer.Option(help="Rank of a slot; larger ones take several.")
+    ] = None,
+    max_host_bytes: Annotated[
+        int | None, typer.Option(help="Host memory that adapters may take.")
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Module names, suffixes or all-linear.")
+    ] = None,
     dtype: str | None = None,
     device: str | None = None,
     page_size: int | None = None,
@@ -28,7 +38,9 @@ def serve(
     cache: str | None = None,
     allow_runtime_loading: bool = False,
     adapter_root: Path | None = None,
-    drain: Annotated[int | None, "seconds"] = None,
+    drain: Annotated[
+        int | None, typer.Option(help="Seconds to wait for answers under way when it is stopped.")
+    ] = None,
 ) -> None:
     """Serve MODEL, a folder or a name on the hub, and its adapters over HTTP, in OpenAI's form.
 

@@ -81,7 +81,7 @@ def compile_pipeline(
         dynamic, options: as for `lorafx.compile`.
 
     Raises:
-        ConfigError: no pipeline, or names that it has not.
+        ConfigError: `pipe` is no pipeline, or has no models of these names.
         CaptureError: a model is already compiled, or is moved between devices by hooks.
         CheckpointError: an adapter that cannot be read, or with a part for a model that is not
             compiled.

@@ -90,7 +90,7 @@ def parts_of(source: Any, pipe: Any, models: Mapping[str, nn.Module]) -> dict[st
 
     Raises:
         CheckpointError: it cannot be read, or has a part for a model of the pipeline that is not
-            compiled, or that the pipeline has not.
+            compiled, or that the pipeline does not have.
     """
     asked = source if isinstance(source, AdapterSource) else AdapterSource(source)
     saved = opened(asked)
@@ -116,10 +116,12 @@ def parts_of(source: Any, pipe: Any, models: Mapping[str, nn.Module]) -> dict[st
                 stacklevel=3,
             )
             continue
-        others = "is not compiled; name it by components=" if name in known else "it has not"
+        why = f"{type(pipe).__name__} does not have"
+        if name in known:
+            why = "is not compiled; name it by components="
         raise CheckpointError(
             f"{saved.where} has factors for {name or 'a model that it does not name'}, which "
-            f"{others} ({type(pipe).__name__}, compiled: {', '.join(models)})"
+            f"{why} (compiled: {', '.join(models)})"
         )
     if not found:
         raise CheckpointError(f"{saved.where} has factors for none of {', '.join(models)}")

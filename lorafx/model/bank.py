@@ -11,11 +11,13 @@ slot's own rank are never read, so traffic grows with what is active, not with w
 
 Slots may share room: slot s begins p rows behind slot s − 1 in A and in B, p ≤ R, and reaches over
 the slots behind it where its rank is larger than p. An adapter of rank r then takes ⌈r / p⌉ slots
-in a row, the last slot has room for R, and memory is that of (S − 1)·p + R rows. Which slots are
-taken is for the store to say; a tensor whose slots overlap is a view that is only read as such.
+in a row, the last slot has room for R, and memory is that of (S − 1)·p + R rows. The store says
+which slots are taken (lorafx.adapter_store.windows).
 
 A bank for E experts has E·S slots: slot s and expert e of the model are its slot e·S + s. A row
-that was routed to an expert is a row of that slot, and every kernel is what it is for E = 1.
+that was routed to an expert is a row of that slot, and every kernel is what it is for E = 1. Where
+slots share room, S counts ⌈R / p⌉ − 1 slots more than the model has, for the last slot of an expert
+to reach over.
 
 Siblings that share one A (gate and up of an adapter that has factors for both at once) each hold a
 copy, and `alike` records that they are equal, so that a kernel can read it once.
@@ -177,6 +179,10 @@ class Bank:
         """R."""
         return self.B.shape[1]
 
+    def width(self, rank: int) -> int:
+        """How many slots in a row an adapter of this rank takes."""
+        return -(-rank // self.slot_rank)
+
     @property
     def own_rows(self) -> OwnRows:
         """What an op takes of the rows that adapters have of their own."""
@@ -208,20 +214,20 @@ class Bank:
         Rows beyond a sibling's rank keep what they held: `ranks` says that they are not read, so
         it is written last, and every sibling without factors gets rank 0.
         """
-        own = self._own(slot)
+        slots = self._of_experts(slot)
         siblings = self.ranks.shape[1]
         ranks = torch.zeros((self.experts, siblings), dtype=torch.int32, device="cpu")
         scales = torch.zeros((self.experts, siblings), dtype=torch.float32, device="cpu")
         for f in factors:
             columns = slice(f.offset, f.offset + f.B.shape[-1])
-            self._a(own, f.sibling, f.rank).copy_(f.A, non_blocking=True)
-            self.B[own, : f.rank, columns].copy_(f.B, non_blocking=True)
+            self._a(slots, f.sibling, f.rank).copy_(f.A, non_blocking=True)
+            self.B[slots, : f.rank, columns].copy_(f.B, non_blocking=True)
             ranks[:, f.sibling] = f.rank if f.ranks is None else f.ranks
             scales[:, f.sibling] = f.scale
-        self.scales[own].copy_(scales)
+        self.scales[slots].copy_(scales)
         if self.alike is not None:
-            self.alike[own].copy_(_alike(factors, ranks, scales))
-        self.ranks[own].copy_(ranks)
+            self.alike[slots].copy_(_alike(factors, ranks, scales))
+        self.ranks[slots].copy_(ranks)
         self.write_by_column(slot, factors)
         self._write_rows(slot, weight, place)
 
@@ -242,7 +248,7 @@ class Bank:
     @torch.no_grad()
     def clear(self, slot: int) -> None:
         """Make `slot` a base slot: no sibling has a rank, no output another scale or bias."""
-        self.ranks[self._own(slot)].zero_()
+        self.ranks[self._of_experts(slot)].zero_()
         self.write_by_column(slot, ())
         self._write_rows(slot, None)
 
@@ -269,17 +275,17 @@ class Bank:
             self.own_at[place, :count] = at
         self.own_table[slot].copy_(torch.tensor([place, count], dtype=torch.int32))
 
-    def _own(self, slot: int) -> slice:
+    def _of_experts(self, slot: int) -> slice:
         """The slots of the bank that are the model's slot `slot`, one per expert."""
         each = len(self.ranks) // self.experts
         return slice(slot, slot + 1 + (self.experts - 1) * each, each)
 
-    def _a(self, own: slice, sibling: int, rank: int) -> Tensor:
+    def _a(self, slots: slice, sibling: int, rank: int) -> Tensor:
         """The part of A that holds one sibling's factors, (E, r, K) or (1, V, r)."""
         if self.kind == "embedding":
-            return self.A[own, :, :rank]
+            return self.A[slots, :, :rank]
         features = self.A.shape[2] // self.ranks.shape[1]
-        return self.A[own, :rank, sibling * features : (sibling + 1) * features]
+        return self.A[slots, :rank, sibling * features : (sibling + 1) * features]
 
 
 def _by_factor(

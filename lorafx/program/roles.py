@@ -79,23 +79,6 @@ ROW_DIMS: Mapping[str, int | None] = {
     "num_logits_to_keep": None,
 }
 
-#: Arguments that hold what a model keeps of earlier tokens.
-CACHES = ("past_key_values", "cache_params", "past_buckets_states", "state", "mems")
-
-
-def new_tokens(named: Mapping[str, Any]) -> dict[str, int]:
-    """The arguments of a call that hold one entry for each of its T tokens, with that dimension. A
-    mask has entries for the tokens of a cache too, or for pairs of tokens."""
-    cached = any(named.get(name) is not None for name in CACHES)
-    return {
-        name: dim
-        for name, dim in TOKEN_DIMS.items()
-        if isinstance(value := named.get(name), Tensor)
-        and value.dim() > dim
-        and (name != "attention_mask" or (value.dim() == 2 and not cached))
-    }
-
-
 #: The same for a packed call over a paged cache: (1, T) tokens of all sequences, one sequence after
 #: another. Each token is a request of its own here, with the slot of the request it is of.
 PACKED_DIMS: Mapping[str, int | None] = {
@@ -123,6 +106,28 @@ TOKEN_DIMS: Mapping[str, int] = {
     "token_type_ids": 1,
     "position_ids": 1,
 }
+
+
+#: Arguments that hold what a model keeps of earlier tokens.
+CACHES = ("past_key_values", "cache_params", "past_buckets_states", "state", "mems")
+
+
+def caches(named: Mapping[str, Any]) -> list[Any]:
+    """The arguments of a call that hold what the model keeps of earlier tokens."""
+    return [named[name] for name in CACHES if named.get(name) is not None]
+
+
+def new_tokens(named: Mapping[str, Any]) -> dict[str, int]:
+    """The arguments of a call that hold one entry for each of its T tokens, with that dimension. A
+    mask has entries for the tokens of a cache too, or for pairs of tokens."""
+    cached = bool(caches(named))
+    return {
+        name: dim
+        for name, dim in TOKEN_DIMS.items()
+        if isinstance(value := named.get(name), Tensor)
+        and value.dim() > dim
+        and (name != "attention_mask" or (value.dim() == 2 and not cached))
+    }
 
 
 def _position_ids_dim(tensor: Tensor) -> int | None:
@@ -258,7 +263,7 @@ class RoleTable:
             role = self.role(name, value)
             if not role.known or role.dim is None:
                 continue
-            check_requests(name, value.shape, role.dim, rows, seen(named))
+            check_requests(name, value.shape, role.dim, rows, named)
             if role.assumed and name not in self._warned and warn_ambiguous(name, value, rows):
                 self._warned.add(name)
 
@@ -303,8 +308,8 @@ def tensor_leaves(value: Any) -> Iterator[Tensor]:
     yield from walk(value, _DEPTH)
 
 
-def seen(named: Mapping[str, Any]) -> str:
-    """The tensors among the arguments of a call with their sizes, for messages."""
+def sizes_of(named: Mapping[str, Any]) -> str:
+    """The end of a message: the tensors among the arguments of a call, with their sizes."""
     tensors = ((name, value) for name, value in named.items() if isinstance(value, Tensor))
     said = [f"{name} {tuple(tensor.shape)}" for name, tensor in tensors]
     more = f" and {len(said) - _SHOWN} more" if len(said) > _SHOWN else ""
@@ -314,9 +319,11 @@ def seen(named: Mapping[str, Any]) -> str:
 _SHOWN = 8
 
 
-def check_requests(name: str, shape: Sequence[int], dim: int, rows: int, others: str = "") -> None:
-    """Dimension `dim` of the argument holds all `rows` requests, or one entry that they share.
-    `others`, from `seen`, are said behind.
+def check_requests(
+    name: str, shape: Sequence[int], dim: int, rows: int, call: Mapping[str, Any] | None = None
+) -> None:
+    """Dimension `dim` of the argument holds all `rows` requests, or one entry that they share. The
+    message lists the arguments of `call`.
 
     Raises:
         BatchError: it does not.
@@ -327,7 +334,7 @@ def check_requests(name: str, shape: Sequence[int], dim: int, rows: int, others:
             f"{rows} requests; declare which dimension does with LoraConfig(row_dims={{{name!r}: "
             "dim}). Give None instead of a dimension when all requests share the argument, or when "
             "no adapter changes what is computed from it alone (any number of images per request)"
-            f"{others}"
+            f"{sizes_of(call or {})}"
         )
 
 

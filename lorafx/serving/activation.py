@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lorafx.adapter_store.names import BASE, members
+from lorafx.adapter_store.names import BASE, adapters_among, members
 from lorafx.errors import BatchError, LorafxWarning, UnknownAdapterError
-from lorafx.program.roles import CACHES, RoleTable
+from lorafx.program.roles import RoleTable, caches
 from lorafx.session.requests import Names, Requests
 from lorafx.session.session import Session
 
@@ -36,7 +36,7 @@ _ALL = 0
 
 def begin(session: Session, names: Iterable[str | None]) -> bool:
     """Whether one of these adapters, or of those in a sum, begins at a token."""
-    given = dict.fromkeys(name for name in names if name is not None and name != BASE)
+    given = adapters_among(names)
     with suppress(UnknownAdapterError):  # who serves the call says so
         return any(session.store[own].invocation for name in given for own in members(name))
     return False
@@ -116,7 +116,7 @@ class Prompts:
         """The columns of the `length` tokens that a forward has."""
         if length == 1 and self._seen >= self._length:  # where exactly makes no difference
             return range(self._seen, self._seen + 1)
-        held = [named[name] for name in CACHES if named.get(name) is not None]
+        held = caches(named)
         known = _tokens_in(held[0]) if held else 0
         first = self._seen if known is None else known
         self._seen = first + length
@@ -148,7 +148,7 @@ class ActivatedForward:
             now = running._replace(requests=Requests(tuple(served), activated=True))
             return self._session.run(now, functools.partial(self._by_row, *args, **kwargs))
         # Graphs with adapters, also where none of them has begun: a batch where one has needs them.
-        now = running._replace(requests=_by_token(names, begins, columns), active=True)
+        now = running._replace(requests=_token_requests(names, begins, columns), active=True)
         return self._session.run(now, functools.partial(self._by_token, *args, **kwargs))
 
     def _placed(self, named: Mapping[str, Any]) -> tuple[Names, list[int | None], range]:
@@ -167,8 +167,7 @@ class ActivatedForward:
         names = session.asked.of_rows(ids.shape[0], session.repeating)
         begins = _begins(session, names, ids)
         if not session.running.warming:
-            held = [name for name in CACHES if named.get(name) is not None]
-            if any(_tokens_in(named[name]) != 0 for name in held):
+            if any(_tokens_in(cache) != 0 for cache in caches(named)):
                 _refuse_unknown(session, names, begins)
             else:
                 _warn(session, names, begins)
@@ -201,10 +200,9 @@ def _begins(session: Session, names: Names, ids: Tensor) -> list[int | None]:
     return begins
 
 
-def _by_token(names: Names, begins: Sequence[int | None], columns: range) -> Requests:
+def _token_requests(names: Names, begins: Sequence[int | None], columns: range) -> Requests:
     """The requests of a call with these columns, token by token."""
-    given = dict.fromkeys(name for name in names if name is not None and name != BASE)
-    places = {name: place for place, name in enumerate(given)}
+    places = {name: place for place, name in enumerate(adapters_among(names))}
     place = torch.tensor([-1 if name is None else places.get(name, -1) for name in names])
     start = torch.tensor([columns.stop if at is None else at for at in begins])
     now = torch.arange(columns.start, columns.stop)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.errors import BatchError, ConfigError
 from lorafx.program.call import Call
-from lorafx.program.roles import RoleTable, new_tokens, seen
+from lorafx.program.roles import RoleTable, new_tokens, sizes_of
 
 Names = Sequence["str | None"]
 
@@ -58,7 +58,7 @@ class Requests(NamedTuple):
             return names * (rows or 1)
         if rows is None:
             if len(set(names)) > 1:
-                arguments = "" if call is None else seen(call.named)
+                arguments = "" if call is None else sizes_of(call.named)
                 raise BatchError(
                     "no argument of this call carries requests, so its rows cannot use "
                     "different adapters; declare which one does with "
@@ -70,7 +70,7 @@ class Requests(NamedTuple):
             return names
         if given and rows % given == 0 and (self.repeats or repeating()):
             return [name for name in names for _ in range(rows // given)]
-        arguments = "" if call is None else seen(call.named)
+        arguments = "" if call is None else sizes_of(call.named)
         raise BatchError(
             f"adapter_names has {given} entries, but the batch has {rows} rows; give one "
             "name, or None for the base model, per row, or declare which dimension holds the "
