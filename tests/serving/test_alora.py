@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import oracle
 import pytest
 import torch
-from dense_merge import REFERENCE, TOLERANCE, error, random_base
-from peft import PeftModel
-from step_logits import StepLogits, answers
+from alora_cases import FIXED, TARGETS, Served, inputs_of, one
+from dense_merge import REFERENCE, TOLERANCE, error
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen3MoeConfig, Qwen3MoeForCausalLM
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import lorafx
 from lorafx import BatchError, ConfigError, LorafxWarning
@@ -30,84 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*do not occur.*:lorafx.LorafxWarning"),
 ]
 
-#: Adapter -> rank, invocation tokens.
-ADAPTERS: dict[str, tuple[int, list[int] | None]] = {
-    "x": (3, [5, 6]),
-    "y": (2, [7]),
-    "plain": (4, None),
-}
-TARGETS = {
-    "llama": {
-        "x": ["q_proj", "v_proj", "down_proj"],
-        "y": ["k_proj", "gate_proj", "lm_head"],
-        "plain": ["q_proj", "o_proj"],
-    },
-    "gpt2": {
-        "x": ["attn.c_attn", "mlp.c_proj"],
-        "y": ["mlp.c_fc"],
-        "plain": ["attn.c_attn", "attn.c_proj"],
-    },
-}
-LAYERS = {"llama": {"num_hidden_layers": 1}, "gpt2": {"n_layer": 1}}
 MIX = ("x", "y", None, "plain", "x", "y")
-FIXED = {
-    "max_new_tokens": 5,
-    "do_sample": False,
-    "pad_token_id": 0,
-    "eos_token_id": None,
-    "output_logits": True,
-    "return_dict_in_generate": True,
-}
-
-
-class Served:
-    """A base with three adapters on disk, compiled; and PEFT's model of the same."""
-
-    def __init__(self, family: str, folder: Path) -> None:
-        self.base = random_base(family, **LAYERS[family])
-        self.folders = {}
-        for seed, (name, (rank, tokens)) in enumerate(ADAPTERS.items()):
-            targets = [
-                path
-                for path, _ in self.base.named_modules()
-                if any(path.endswith(own) for own in TARGETS[family][name])
-            ]
-            self.folders[name] = oracle.save_adapter(
-                self.base,
-                folder / name,
-                rank=rank,
-                targets=targets,
-                seed=seed,
-                task_type="CAUSAL_LM",
-                alora_invocation_tokens=tokens,
-                fan_in_fan_out=family == "gpt2",
-            )
-        self.cm = self.compile()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.peft = PeftModel.from_pretrained(
-                copy.deepcopy(self.base), self.folders["x"], adapter_name="x"
-            ).eval()
-            for name in ("y", "plain"):
-                self.peft.load_adapter(self.folders[name], name)
-
-    def compile(self, **kwargs: Any) -> Any:
-        return lorafx.compile(copy.deepcopy(self.base), self.folders, options=REFERENCE, **kwargs)
-
-    @torch.no_grad()
-    def alone(self, name: str | None, **inputs: Tensor) -> Tensor:
-        """(1, T, vocabulary), by PEFT."""
-        if name is None:
-            return self.base(**inputs).logits
-        self.peft.set_adapter(name)
-        return self.peft(**inputs).logits
-
-    @torch.no_grad()
-    def generated(self, name: str | None, **inputs: Any) -> Any:
-        if name is None:
-            return self.base.generate(**inputs, **FIXED)
-        self.peft.set_adapter(name)
-        return self.peft.generate(**inputs, **FIXED)
 
 
 @pytest.fixture(scope="module")
@@ -125,26 +43,12 @@ def served(request) -> Served:
     return request.getfixturevalue(request.param)
 
 
-def inputs_of(rows: int, length: int, side: str = "left") -> dict[str, Tensor]:
-    """Ids without invocation tokens, and a mask in which row b has b % 3 padding tokens."""
-    ids = torch.randint(8, 61, (rows, length))
-    mask = torch.ones_like(ids)
-    for row in range(rows):
-        mask[row, : row % 3] = 0
-    mask = mask if side == "left" else mask.flip(1)
-    return {"input_ids": ids * mask, "attention_mask": mask}
-
-
 def begun(inputs: dict[str, Tensor]) -> list[int | None]:
     """Invocation tokens written into rows 0, 1 and 4 of six; where the adapters of `MIX` begin."""
     ids = inputs["input_ids"]
     ids[0, 1:3] = ids[0, 4:6] = torch.tensor([5, 6])  # the last one counts
     ids[1, 5] = ids[4, 5] = 7  # of row 4's adapter they are not
     return [4, 5, None, 0, None, None]
-
-
-def one(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
-    return {name: value[row : row + 1] for name, value in inputs.items()}
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -332,68 +236,6 @@ def test_warm_up_knows_of_it(llama) -> None:
     for names in (["x", "y", None, "plain"], ["y"] * 4):
         cm(**inputs, adapter_names=names)
     assert cm.recompiles == graphs == 5  # {prompt, decode} × {base, adapters}, and one per token
-
-
-# --- continuous batching ---
-
-PAGES = {"page_size": 4, "num_blocks": 128, "max_batch_tokens": 24}
-
-
-def check_engine(
-    served: Served, seen: StepLogits, outputs: dict[str, Any], names: Sequence[str | None]
-) -> None:
-    for (key, output), name in zip(outputs.items(), names, strict=True):
-        assert output.error is None, output.error
-        prompt, generated = output.prompt_ids, output.generated_tokens
-        want = served.generated(
-            name,
-            input_ids=torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        )
-        assert generated == want.sequences[0, len(prompt) :].tolist()
-        got = torch.stack(seen.rows[key])
-        assert error(got, torch.cat(want.logits)) <= TOLERANCE
-
-
-def test_continuous_batching(llama) -> None:
-    """Prompts in chunks, shared beginnings, invocations that end at each place of a block."""
-    shared = [*range(10, 22)]
-    work: list[tuple[list[int], str | None]] = []
-    for extra in range(5):
-        prompt = [*shared, *range(30, 30 + extra)]
-        work += [([*prompt, 5, 6, 40], "x"), ([*prompt, 7], "y"), ([*prompt, 7], None)]
-        work += [([*prompt, 5, 6, 40, 5, 6, 41], "x"), ([*prompt, 41], "x"), (prompt, "plain")]
-    with llama.cm.continuous_batching(None, ContinuousBatchingConfig(**PAGES)) as engine:
-        graphs = llama.cm.recompiles
-        seen = StepLogits(engine)
-        ids = [engine.add_request(p, adapter=a, max_new_tokens=5, eos_token_id=[]) for p, a in work]
-        outputs = answers(engine, ids)
-        check_engine(llama, seen, outputs, [name for _, name in work])
-        assert llama.cm.recompiles == graphs
-
-
-def test_blocks_before_the_invocation_are_the_base_s(llama) -> None:
-    prompt = [*range(10, 22)]  # three blocks
-    asked = [*prompt, 30, 31, 32, 7, 40]
-    config = ContinuousBatchingConfig(**PAGES)
-    with llama.cm.continuous_batching(None, config, warmup=False) as engine:
-        seen = StepLogits(engine)
-
-        def serve(tokens: list[int], name: str | None) -> tuple[int, Any]:
-            """How many tokens of the prompt were computed, and the output."""
-            before = len(seen.steps)
-            key = engine.add_request(tokens, adapter=name, max_new_tokens=5, eos_token_id=[])
-            outputs = answers(engine, [key])
-            check_engine(llama, seen, outputs, [name])
-            return seen.steps[before], outputs[key]
-
-        assert serve([*prompt, 50], None)[0] == 13
-        computed, output = serve(asked, "y")
-        assert computed == 5  # the base's blocks
-        assert serve(asked, "y")[0] == 1  # and its own, in which it begins
-        # The same tokens, but now its adapter begins at the last of them.
-        assert serve([*asked, *output.generated_tokens[:3], 7, 9], "y")[0] == 10
-        assert serve([*prompt, 5, 6, 41], "x")[0] == 7  # the block before its tokens is marked
 
 
 # --- what is refused ---

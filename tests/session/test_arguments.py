@@ -66,7 +66,7 @@ def test_a_batch_in_a_dict(case: Case, kind: type) -> None:
 
 def test_dicts_in_dicts_and_requests_in_another_dimension(case: Case) -> None:
     batch = batch_of(3)
-    turned = {"inner": {"x": batch["x"].mT.mT.transpose(0, 1)}, "weight": batch["weight"].T}
+    turned = {"inner": {"x": batch["x"].transpose(0, 1)}, "weight": batch["weight"].T}
     dims = {"batch.inner.x": 1, "batch.weight": 1}
     config = lorafx.LoraConfig(row_dims=dims)
     cm = lorafx.compile(case.model(), config, adapters=case.folders, options=REFERENCE)
