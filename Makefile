@@ -14,7 +14,7 @@ export PYTHONSAFEPATH := 1
 # Nothing here needs a model hub; a look-up that fails by time-out would only be slow.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo quick test test-all test-gpu lint bench gpu gpu-report gpu-check clean
+.PHONY: help demo quick test test-all test-gpu lint pictures bench gpu gpu-report gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make test-all  the same with the slow tests"
 	@echo "make test-gpu  the tests that need a CUDA or ROCm device"
 	@echo "make bench     benchmarks/cpu_mixed.py, results into benchmarks/results/"
+	@echo "make pictures  the plot in README.md, from the committed results"
 	@echo "make gpu       nine minutes of what is not measured yet on this GPU; again for more"
 	@echo "make gpu-report  what is measured on which GPU, stale, failed, never run"
 	@echo "make gpu-check   what make gpu runs, in a tiny form on the CPU"
@@ -54,6 +55,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
+
+# The plot of README.md, from the committed results.
+pictures: $(STAMP)
+	$(BIN)/pip install -q -c constraints.txt matplotlib
+	$(BIN)/python benchmarks/plot.py
 
 # The benchmarks import one another from their folder, which PYTHONSAFEPATH keeps off sys.path.
 bench: $(STAMP)

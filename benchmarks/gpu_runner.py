@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +181,7 @@ class Queue:
 
     def _keep(self, job: Job, entry: Entry, part: Path, start: float) -> Entry:
         found = json.loads(part.read_text())
-        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
         seconds = round(time.monotonic() - start, 1)
         entry |= {"date": now, "seconds": seconds, "summary": found["summary"]}
         entry |= {name: found[name] for name in ("failures", "before", "rows")}

@@ -24,10 +24,7 @@ from typing import Any, NoReturn
 
 from lorafx.errors import ConfigError
 
-try:
-    _parser: Any = importlib.import_module("re._parser")
-except ImportError:  # Python 3.10
-    _parser = importlib.import_module("sre_parse")
+_parser: Any = importlib.import_module("re._parser")
 
 #: Longest pattern. The standard library's parser takes time quadratic in the length of a prefix
 #: that alternatives share.
