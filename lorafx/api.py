@@ -76,7 +76,7 @@ def compile(
     compiled = CompiledModel(marked.program, marked.attachment, marked.store, dynamic)
     try:
         if marked.taken is not None:
-            _go_on(compiled, marked.taken.active)
+            _set_default(compiled, marked.taken.active)
         if example_inputs is not None:
             _capture(compiled, example_inputs)
     except BaseException:
@@ -102,7 +102,7 @@ def explain(model: nn.Module, lora_config: Any = None) -> Explanation:
     return Explanation(tuple(model_sections(sites, groups, config)))
 
 
-def _go_on(compiled: CompiledModel, active: Sequence[str]) -> None:
+def _set_default(compiled: CompiledModel, active: Sequence[str]) -> None:
     """What PEFT applied becomes the default. Warns where that is several adapters of which there is
     no sum."""
     if not active:

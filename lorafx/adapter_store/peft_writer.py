@@ -36,8 +36,7 @@ def write_peft(state: AdapterState, folder: Path) -> tuple[str, ...]:
     """
     if state.dialect == "peft":
         raise ConfigError(f"{state.where} is a PEFT adapter already; copy its folder")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} is not empty; name a folder that does not exist yet")
+    refuse_full(folder)
     factors = {key: parse(key) for key in state.tensors}
     others = [key for key, factor in factors.items() if factor is None]
     if others:
@@ -61,6 +60,12 @@ def write_peft(state: AdapterState, folder: Path) -> tuple[str, ...]:
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
     return tuple(ranks)
+
+
+def refuse_full(folder: Path) -> None:
+    """Raise ConfigError where something is in `folder`, which is to be written, or it is a file."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is not empty; name a folder that does not exist yet")
 
 
 def _path(factor: FactorKey) -> str:

@@ -26,12 +26,11 @@ def merge(
     Example: lorafx merge meta-llama/Llama-3.2-1B ./adapters/sql ./llama-sql
     """
     import lorafx
+    from lorafx.adapter_store.peft_writer import refuse_full
     from lorafx.cli.models import loaded
-    from lorafx.errors import ConfigError
     from lorafx.prepare.configuration import request_of
 
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} is not empty; name a folder that does not exist yet")
+    refuse_full(folder)
     module = loaded(model, dtype)
     request = request_of({"adapter": adapter}, {}, module)
     config = replace(request.config, max_adapters=1)

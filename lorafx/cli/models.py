@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,8 +90,6 @@ def _readable(model: str) -> Iterator[None]:
 def _config(model: str) -> Any:
     """transformers' configuration; diffusers', which is a dict, for a folder of one of its
     models."""
-    import json
-
     file = Path(model) / "config.json"
     if file.is_file():
         fields = json.loads(file.read_text())

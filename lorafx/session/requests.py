@@ -58,11 +58,10 @@ class Requests(NamedTuple):
             return names * (rows or 1)
         if rows is None:
             if len(set(names)) > 1:
-                arguments = "" if call is None else sizes_of(call.named)
                 raise BatchError(
                     "no argument of this call carries requests, so its rows cannot use "
                     "different adapters; declare which one does with "
-                    f"LoraConfig(row_dims={{argument: dim}}){arguments}"
+                    f"LoraConfig(row_dims={{argument: dim}}){_arguments(call)}"
                 )
             return names[:1]
         given = len(names)
@@ -70,11 +69,10 @@ class Requests(NamedTuple):
             return names
         if given and rows % given == 0 and (self.repeats or repeating()):
             return [name for name in names for _ in range(rows // given)]
-        arguments = "" if call is None else sizes_of(call.named)
         raise BatchError(
             f"adapter_names has {given} entries, but the batch has {rows} rows; give one "
             "name, or None for the base model, per row, or declare which dimension holds the "
-            f"requests with LoraConfig(row_dims={{argument: dim}}){arguments}"
+            f"requests with LoraConfig(row_dims={{argument: dim}}){_arguments(call)}"
         )
 
     def used(self) -> dict[int, str | None]:
@@ -90,6 +88,10 @@ class Requests(NamedTuple):
         by_place = [slots.get(place, -1) for place in range(-1, len(self.names))]
         table = torch.tensor(by_place, dtype=torch.int32)
         return table.index_select(0, self.tokens.flatten().int() + 1)
+
+
+def _arguments(call: Call | None) -> str:
+    return "" if call is None else sizes_of(call.named)
 
 
 def served_by(merged: str, requests: Requests) -> Requests:

@@ -265,7 +265,8 @@ class Session:
             served = self._served = _Served(stored, touched, rescaled, owned, shifted, begins)
         if served.begins and not self.asked.placed:
             raise not_looked_for(served.begins.name, served.begins.invocation)
-        program.batch = Batch(call) if running.warming else Batch(call, *served[1:5])
+        sites = served.touched, served.rescaled, served.owned, served.shifted
+        program.batch = Batch(call) if running.warming else Batch(call, *sites)
         program.refuse_missing(program.batch.touched)
 
     def forget_served(self) -> None:

@@ -56,6 +56,7 @@ from lorafx.kernels.triton.triton_build import (
 )
 from lorafx.kernels.triton.triton_build import build as build_triton
 from lorafx.kernels.triton.triton_ops import adjacent, at_16_bytes
+from lorafx.model.bank import Bank
 from lorafx.model.sites import Part, Site
 from lorafx.op_arguments import bound
 from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, loops_on_host, region
@@ -196,7 +197,7 @@ def _work(ctx: Context, node: fx.Node) -> Work | None:
     rows, sites = _rows(node), _sites(ctx, node)
     if rows is None or node.target is EMBEDDING_OP:
         return None
-    bank = ctx.program.home(sites[0])[0].bank
+    bank = _bank(ctx, node)
     slots, rank = len(bank.ranks), bank.slot_rank  # what most adapters have
     requests = fake_value(bound(node)["slots"]).shape[0]
     slots = min(slots, requests) if isinstance(requests, int) else slots
@@ -262,7 +263,7 @@ def _expert_estimates(
         rows,
         experts,
         max(1, min(slots, rows)),
-        ctx.program.home(sites[0])[0].bank.slot_rank,
+        _bank(ctx, node).slot_rank,
         x.dtype,
         chip_of(device),
         on_host=loops_on_host(node),
@@ -308,6 +309,10 @@ def _sites(ctx: Context, node: fx.Node) -> list[Site]:
     return [state.site for state in ctx.states[node]]
 
 
+def _bank(ctx: Context, node: fx.Node) -> Bank:
+    return ctx.program.home(_sites(ctx, node)[0])[0].bank
+
+
 def _paths(ctx: Context, node: fx.Node) -> list[str]:
     return [site.path for site in _sites(ctx, node)]
 
@@ -328,7 +333,7 @@ def _parts(sites: Sequence[Site]) -> list[Part]:
 
 def _floor(ctx: Context, node: fx.Node) -> str:
     sites = _sites(ctx, node)
-    rank = ctx.program.home(sites[0])[0].bank.slot_rank
+    rank = _bank(ctx, node).slot_rank
     one, eight = (byte_floor(_parts(sites), rank, distinct) for distinct in (1, 8))
     return f"byte floor at rank {rank}: {one:.3f} with 1 adapter, {eight:.3f} with 8"
 

@@ -171,9 +171,10 @@ class PackedForward:
                 assert ticket is not None
                 hold = ticket.hold
                 other = alone is not None and hold is not None and hold.stored is not alone.stored
-                served = hold is not None and not other and ticket not in self.refused
-                name = store.held_name(hold) if served and hold is not None else None
-                found[ticket] = -1 if name is None else places.setdefault(name, len(places))
+                if hold is None or other or ticket in self.refused:
+                    found[ticket] = -1
+                else:
+                    found[ticket] = places.setdefault(store.held_name(hold), len(places))
             count, state = future.query_length, future.state
             before = state.inactive(count) if isinstance(state, AdapterRequest) else 0
             numbers += [-1, found[ticket]]
