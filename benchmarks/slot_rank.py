@@ -83,18 +83,15 @@ def main() -> None:
     with torch.no_grad():
         arms = {"equal": step(shared, equal), "one large": step(shared, [*equal[:-1], "large"])}
         ratios = compare(step(plain, equal), arms, blocks=given.blocks)
-    rows = [as_row(f"step, {ratio.arm}", ratio) for ratio in ratios]
+    rows = [as_row(f"step, {ratio.arm}", ratio) | {"goal": STEP_GOAL} for ratio in ratios]
     row = factors(plain) // ((COUNT + 1) * SMALL)  # bytes of one rank
-    ratio = factors(shared) / (row * (COUNT * SMALL + LARGE))
-    rows.append({"case": "memory", "ratio": ratio, "bytes": factors(shared), "goal": MEMORY_GOAL})
+    memory = factors(shared) / (row * (COUNT * SMALL + LARGE))
+    rows.append({"case": "memory", "ratio": memory, "bytes": factors(shared), "goal": MEMORY_GOAL})
     for ratio in ratios:
         print(f"step, {ratio.arm}: {ratio}")
-    print(f"memory: {rows[-1]['ratio']:.3f} of the adapters' own ranks")
+    print(f"memory: {memory:.3f} of the adapters' own ranks")
     if given.out is not None:
-        title = (
-            f"slots of rank {SMALL}, {COUNT} adapters of it and one of {LARGE}; goals: {STEP_GOAL}"
-        )
-        save(given.out, title, rows)
+        save(given.out, f"slots of rank {SMALL}, {COUNT} adapters of it and one of {LARGE}", rows)
 
 
 if __name__ == "__main__":

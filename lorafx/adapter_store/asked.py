@@ -99,7 +99,7 @@ def no_slots(missing: Mapping[str, int], kept: AbstractSet[str], slots: int) -> 
     )
     return CapacityError(
         f"no slots for {each}: {slots} slots, of which "
-        f"{', '.join(sorted(kept))} are pinned, or used by the call around this one; "
+        f"those of {', '.join(sorted(kept))} are pinned, or used by the call around this one; "
         "unpin_adapter() some, split the batch, or "
         "compile with a larger LoraConfig(max_adapters=...)"
     )

@@ -39,27 +39,11 @@ def fitted(
     `origin` says where it can be read again.
 
     Raises:
-        CapacityError: its rank is over `max_rank`, or the banks have no room for DoRA.
+        CapacityError: its rank is over `max_rank`, or the banks have no room for DoRA or
+            biases.
         CheckpointError: sites, shapes, or values beyond the banks' dtype.
     """
-    if adapter.rank > max_rank:
-        raise CapacityError(
-            f"adapter {adapter.name!r} has rank {adapter.rank}, over max_rank = "
-            f"{max_rank}; compile with LoraConfig(max_rank={adapter.rank})"
-        )
-    if adapter.magnitudes and all(group.bank.gains is None for group in groups):
-        raise CapacityError(
-            f"adapter {adapter.name!r} is a DoRA adapter, for which the banks have no "
-            "room; compile with LoraConfig(use_dora=True), or give the adapter when "
-            "compiling"
-        )
-    biased = [p for p, w in adapter.weights.items() if w.bias is not None or w.own_bias is not None]
-    if biased and not any(groups[places[p].group].bank.shifts is not None for p in biased):
-        raise CapacityError(
-            f"adapter {adapter.name!r} was trained with biases (lora_bias, bias), for which the "
-            "banks have no room; compile with LoraConfig(lora_bias=True), or give the adapter "
-            "when compiling"
-        )
+    _check_room(adapter, places, groups, max_rank)
     factors: dict[int, list[Factors]] = {}
     problems: list[str] = []
     for path, weights in adapter.weights.items():
@@ -100,7 +84,7 @@ def fitted(
     owned = tuple(places[path].site.path for path in adapter.own)
     sites = dict.fromkeys([*(places[path].site.path for path in adapter.weights), *owned])
     rescaled = dict.fromkeys(places[path].site.path for path in adapter.magnitudes)
-    shifted = tuple(dict.fromkeys(places[path].site.path for path in biased))
+    shifted = tuple(dict.fromkeys(places[path].site.path for path in _biased(adapter)))
     return StoredAdapter(
         adapter.name,
         adapter.rank,
@@ -116,6 +100,35 @@ def fitted(
         None if adapter.compared else origin,
         width=width_of(groups, factors),
     )
+
+
+def _check_room(
+    adapter: Adapter, places: Mapping[str, BankPlace], groups: Sequence[Group], max_rank: int
+) -> None:
+    """Raise CapacityError where banks lack the rank of the adapter, or tables that it needs."""
+    if adapter.rank > max_rank:
+        raise CapacityError(
+            f"adapter {adapter.name!r} has rank {adapter.rank}, over max_rank = "
+            f"{max_rank}; compile with LoraConfig(max_rank={adapter.rank})"
+        )
+    if adapter.magnitudes and all(group.bank.gains is None for group in groups):
+        raise CapacityError(
+            f"adapter {adapter.name!r} is a DoRA adapter, for which the banks have no "
+            "room; compile with LoraConfig(use_dora=True), or give the adapter when "
+            "compiling"
+        )
+    biased = _biased(adapter)
+    if biased and not any(groups[places[p].group].bank.shifts is not None for p in biased):
+        raise CapacityError(
+            f"adapter {adapter.name!r} was trained with biases (lora_bias, bias), for which the "
+            "banks have no room; compile with LoraConfig(lora_bias=True), or give the adapter "
+            "when compiling"
+        )
+
+
+def _biased(adapter: Adapter) -> list[str]:
+    """The paths of the weights with biases."""
+    return [p for p, w in adapter.weights.items() if w.bias is not None or w.own_bias is not None]
 
 
 def _own_weight(site: Site, weight: OwnWeight, bank: Bank) -> OwnWeight:

@@ -134,7 +134,7 @@ class Slots:
         places = self._arranged(widths, slots, staying, kept)
         if places is None:
             lacking = {name: widths[name] for name in missing}
-            raise no_slots(lacking, kept.difference(wanted), self.max_adapters)
+            raise no_slots(lacking, kept.difference(wanted) or kept, self.max_adapters)
         # Before anything changes: a file may be gone.
         copies = {name: self.host.numbers(self._adapters[name]) for name in places}
         self._last = None

@@ -11,7 +11,6 @@ import typer
 #: The option `--json`.
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
 
-
 #: Characters of a line of a table.
 _WIDEST = 10_000
 

@@ -161,7 +161,7 @@ def test_pinned_adapters_leave_too_few_slots(filled):
     filled.store.pin("a")
     filled.store.pin("b")
     before = snapshot(filled)
-    with pytest.raises(CapacityError, match="3 slots, of which a, b are pinned"):
+    with pytest.raises(CapacityError, match="3 slots, of which those of a, b are pinned"):
         filled.store.acquire(["c", "d"])
     assert unchanged(before, filled)
     filled.store.acquire(["a", "b", "c"])

@@ -113,6 +113,18 @@ def test_a_pinned_adapter_that_grows_is_refused_where_others_have_the_slots_behi
     assert same(held(groups, slot), grown)
 
 
+def test_a_pinned_adapter_of_the_batch_that_leaves_too_little_in_a_row_is_named():
+    _, store = store_of(slots=4)
+    load(store, a=2, b=2, wide=4, other=4)
+    store.acquire(["a", "b"])
+    store.pin("b")
+    store.unload("a")  # slots 0, 2 and 3 are free, and the last may be reached past
+    with pytest.raises(CapacityError, match=r"wide \(2 slots in a row\).* those of b are pinned"):
+        store.acquire(["b", "wide", "other"])
+    store.unpin("b")
+    store.acquire(["b", "wide", "other"])
+
+
 def test_what_stood_in_a_window_is_back_afterwards():
     groups, store = store_of(slots=4)
     made = load(store, a=2, b=2, c=4)

@@ -134,7 +134,7 @@ def test_no_slot_is_left_beside_the_pinned_ones(served):
     served.cm.pin_adapter("a3")
     try:
         with pytest.raises(
-            CapacityError, match="no slots for a0: 2 slots, of which a1, a3 are pin"
+            CapacityError, match="no slots for a0: 2 slots, of which those of a1, a3 are pin"
         ):
             served.call(["a0", None, None])
     finally:
