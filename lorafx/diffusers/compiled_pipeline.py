@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from lorafx import api
 from lorafx.adapter_store.names import BASE, AdapterName, Mixture, members
@@ -26,7 +27,7 @@ from lorafx.adapter_store.saved import Source
 from lorafx.capture.tracking import untracked
 from lorafx.config import LoraConfig, Options
 from lorafx.diffusers.components import encodes_prompts, loadable, loads_adapters, parts_of
-from lorafx.diffusers.prompt_rows import PromptRows
+from lorafx.diffusers.prompt_rows import PromptRows, counted
 from lorafx.errors import (
     BatchError,
     ConfigError,
@@ -151,14 +152,14 @@ class CompiledPipeline:
             Otherwise as a compiled model.
         """
         names = checked_names(adapter_names)
-        given = inspect.signature(type(self.pipe).__call__).bind_partial(None, *args, **kwargs)
-        self._check(given.arguments)
+        given = _bound(self.pipe, args, kwargs)
+        self._check(given)
         by_model: dict[str, Names | None] = dict.fromkeys(self.models)
         if names is not None:
-            _check_prompts(given.arguments, len(names))
+            _check_prompts(given, len(names))
             self._check_known(names)
             by_model = {name: _known(names, cm.adapters) for name, cm in self.models.items()}
-        run: Callable[[], Any] = partial(self._run, by_model, given.arguments, args, kwargs)
+        run: Callable[[], Any] = partial(self._run, by_model, args, kwargs)
         # All models are in a call meanwhile: a part that the pipeline calls by itself says so.
         for name, cm in self.models.items():
             run = partial(cm._session.call, run, by_model[name])
@@ -167,7 +168,6 @@ class CompiledPipeline:
     def _run(
         self,
         names: Mapping[str, Names | None],
-        arguments: Mapping[str, Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Any:
@@ -186,7 +186,8 @@ class CompiledPipeline:
             if encodes_prompts(module) and id(module) not in compiled
         ]
         with torch.inference_mode(False), torch.no_grad():
-            for name, value in arguments.items():
+            args, kwargs = tree_map_only(Tensor, counted, (args, kwargs))
+            for name, value in _bound(self.pipe, args, kwargs).items():
                 rows.given(name, value)
             call = partial(self._stand_ins.replacing, replaced, self.pipe, *args, **kwargs)
             return rows.run(call)
@@ -301,6 +302,12 @@ def _known(names: Names, loaded: Sequence[str]) -> Names:
         return Mixture(weights) if weights else None
 
     return [known(name) for name in names]
+
+
+def _bound(pipe: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments of the pipeline's own call, by name."""
+    signature = inspect.signature(type(pipe).__call__)
+    return signature.bind_partial(None, *args, **kwargs).arguments
 
 
 def _check_prompts(arguments: Mapping[str, Any], count: int) -> None:

@@ -143,6 +143,12 @@ class PromptRows:
         }
 
 
+def counted(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy where it was made in inference mode: torch counts no writes into such a
+    tensor, so nothing can be known of it for long."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
 class _Following(Tracking):
     """Tracking that tells the rows of noise apart."""
 

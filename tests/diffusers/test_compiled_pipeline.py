@@ -154,6 +154,12 @@ def test_adapters_take_turns_without_recompiling(kind: str, pair: Callable[[str]
     assert {name: cm.recompiles for name, cm in cp.models.items()} == captured
 
 
+def test_embeddings_that_were_made_in_inference_mode(pair: Callable[[str], Pair]) -> None:
+    with torch.inference_mode():
+        given = embeddings(4)
+    pair("sd3").check(MIXED, **given)
+
+
 def test_a_scheduler_that_adds_noise_at_each_step(
     pair: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
