@@ -75,7 +75,7 @@ def check_linear(
     require(
         op,
         A.shape[1] == R,
-        f"A has {A.shape[1]} rows per slot, B {R}",
+        f"A has {A.shape[1]} rows per slot, and B has {R}",
     )
     require(
         op,

@@ -196,8 +196,8 @@ class RoleTable:
         """Whether `value` is a dict whose items have roles of their own."""
         return isinstance(value, Mapping) and name not in self._row_dims and name not in ROW_DIMS
 
-    def by_name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Whether the call's arguments can all be given by name."""
+    def by_name(self, args: tuple[Any, ...]) -> bool:
+        """Whether these positional arguments of a call can all be given by name."""
         kinds = [parameter.kind for parameter in self._signature.parameters.values()]
         positional = sum(kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for kind in kinds)
         only = inspect.Parameter.POSITIONAL_ONLY

@@ -239,7 +239,7 @@ def _found(folder: Path) -> dict[str, Path]:
     """The adapters in `folder`, by the names of their folders.
 
     Raises:
-        ConfigError: it is no folder, or is in use by none.
+        ConfigError: it is no folder.
     """
     if not folder.is_dir():
         raise ConfigError(f"--adapters: {folder} is not a folder")

@@ -74,7 +74,7 @@ class Entry:
     def _serve(self, *args: Any, **kwargs: Any) -> Any:
         session = self.session
         named = self.roles.bind(args, kwargs) if args else kwargs
-        if args and self.roles.by_name(args, kwargs):  # one graph for both ways to write a call
+        if args and self.roles.by_name(args):  # one graph for both ways to write a call
             args, kwargs = (), named
         if not args:
             named = kwargs = _plain_tokens(kwargs)

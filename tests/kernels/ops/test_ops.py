@@ -167,7 +167,7 @@ BAD = {
     "ranks is int32": lambda p: {"ranks": p.ranks.long()},
     "scales is float32": lambda p: {"scales": p.scales.double()},
     "B has 3 slots, ranks has 4": lambda p: {"B": p.B[:3]},
-    "A has 4 rows per slot, B 5": lambda p: {"A": p.A[:, :4]},
+    "A has 4 rows per slot, and B has 5": lambda p: {"A": p.A[:, :4]},
     r"sizes \[13, 16\] do not fill y's 30 columns": lambda p: {"sizes": [13, 16]},
     "sibling 2 of a group of 2": lambda p: {"siblings": [0, 2]},
     r"columns \[14, 31\) of a bank of 30 columns": lambda p: {"offsets": [0, 14]},
