@@ -183,11 +183,14 @@ def test_settings_from_a_command_line(files):
     given = {
         **{"model": str(files.model), "adapters": str(files.adapters), "num_gpus": "0.5"},
         **{"target": "q_proj,v_proj", "num_replicas": "2", "max_adapters": "3"},
+        **{"slot_rank": "4", "max_host_bytes": "1000000"},
         "deployment": '{"health_check_period_s": 3, "ray_actor_options": {"memory": 1000}}',
     }
     settings = build.__annotations__["args"].model_validate(given)  # as Ray does
     assert settings.settings().target == ("q_proj", "v_proj")
     assert settings.settings().max_adapters == 3
+    assert settings.settings().lora_config().slot_rank == 4
+    assert settings.settings().lora_config().max_host_bytes == 1_000_000
     replicas, ingress = deployments(build(settings))
     assert replicas.num_replicas == 2
     assert replicas._deployment_config.health_check_period_s == 3
