@@ -329,7 +329,6 @@ class CompiledModel(Habits, AdapterMethods, BaseMethods, BatchingMethods, nn.Mod
 #: Those that are in use, and some that were detached.
 _COMPILED: weakref.WeakSet[CompiledModel] = weakref.WeakSet()
 
-
 #: Classes of models -> those of their compiled models.
 _CLASSES: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
 
@@ -356,10 +355,6 @@ def refuse_compiled(model: object) -> None:
         raise ConfigError(
             f"{type(model).__name__} is no nn.Module; of a pipeline of diffusers, "
             "lorafx.compile_pipeline(pipe) compiles all models that carry LoRA"
-        )
-    if isinstance(model, CompiledModel):
-        raise CaptureError(
-            "lorafx already compiled this model; use the compiled model, or detach() it first"
         )
     if compiled_of(model) is not None:
         raise CaptureError(

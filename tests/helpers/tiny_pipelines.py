@@ -218,7 +218,7 @@ class Adapted:
 
 @contextmanager
 def logged_errors_only() -> Iterator[None]:
-    """Without what transformers 5 logs of base weights that an adapter's file has not."""
+    """Without what transformers 5 logs of base weights that an adapter's file does not have."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -75,7 +75,7 @@ assert same(logits(tuned), first)
 
 # The cell runs again.
 refused(lambda: lorafx.compile(model, folders, **options), "load_adapter()", "lorafx.detach(model)")
-refused(lambda: lorafx.compile(cm, folders, **options), "already compiled", "detach()")
+refused(lambda: lorafx.compile(cm, folders, **options), "already compiled", "lorafx.detach(model)")
 refused(lambda: lorafx.attach(model, folders), "lorafx.detach(model)")
 assert lorafx.detach(model) is model
 refused(logits, "detached", "lorafx.compile")

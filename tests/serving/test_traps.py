@@ -113,7 +113,7 @@ def test_compiling_after_torch_compile_is_refused(plain):
     model.compile(backend="eager")
     with pytest.raises(CaptureError, match=r"the model \(PlainModel\) was compiled"):
         lorafx.compile(model, plain.folders)
-    with pytest.raises(CaptureError, match="lorafx already compiled this model"):
+    with pytest.raises(CaptureError, match="lorafx already compiled this PlainModel; use"):
         lorafx.compile(plain.compile(), plain.folders)
 
 
