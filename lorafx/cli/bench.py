@@ -71,20 +71,25 @@ def bench(
         show_json({"model": model, **told, "cases": cases})
         return
     for case in cases:
-        rows = [
-            {
-                "what": arm["arm"],
-                "ms": f"{arm['milliseconds']:.2f}",
-                "over base": f"{arm['ratio']:.3f}",
-                "95 %": f"{arm['low']:.3f} - {arm['high']:.3f}",
-            }
-            for arm in case["arms"]
-        ]
-        title = f"{case['batch']} requests of {case['tokens']} tokens"
-        table(title, ("what", "ms", "over base", "95 %"), rows)
-        if "difference" in case:
-            print(f"largest difference of lorafx from PEFT's logits: {case['difference']:.1e}")
+        _show(case)
     lines(f"{name}: {value}" for name, value in told.items())
+
+
+def _show(case: dict[str, Any]) -> None:
+    """Print the times of one length."""
+    rows = [
+        {
+            "what": arm["arm"],
+            "ms": f"{arm['milliseconds']:.2f}",
+            "over base": f"{arm['ratio']:.3f}",
+            "95 %": f"{arm['low']:.3f} - {arm['high']:.3f}",
+        }
+        for arm in case["arms"]
+    ]
+    title = f"{case['batch']} requests of {case['tokens']} tokens"
+    table(title, ("what", "ms", "over base", "95 %"), rows)
+    if "difference" in case:
+        print(f"largest difference of lorafx from PEFT's logits: {case['difference']:.1e}")
 
 
 @dataclass(frozen=True)

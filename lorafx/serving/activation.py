@@ -34,7 +34,7 @@ _IDS = "input_ids"
 _ALL = 0
 
 
-def begin(session: Session, names: Iterable[str | None]) -> bool:
+def any_begins(session: Session, names: Iterable[str | None]) -> bool:
     """Whether one of these adapters, or of those in a sum, begins at a token."""
     given = adapters_among(names)
     with suppress(UnknownAdapterError):  # who serves the call says so
@@ -176,7 +176,7 @@ class ActivatedForward:
 
 def _activates(session: Session) -> bool:
     """Whether a request of the running call has an adapter that begins at a token."""
-    return session.base.merged is None and begin(session, session.asked.names)
+    return session.base.merged is None and any_begins(session, session.asked.names)
 
 
 def _repeating() -> bool:
@@ -235,7 +235,7 @@ def _check_ids(session: Session, module: nn.Module, ids: Any, what: str) -> None
         why = "LoraConfig(row_dims=...) says that another dimension than 0 holds the requests"
     else:
         return
-    name = next(name for name in session.asked.names if begin(session, [name]))
+    name = next(name for name in session.asked.names if any_begins(session, [name]))
     raise BatchError(
         f"{name!r} is an aLoRA adapter, which is active from its invocation tokens "
         f"{list(_invocation(session, name))} on. They are looked for in input_ids, integers of "

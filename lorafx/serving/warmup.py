@@ -29,7 +29,7 @@ from lorafx.adapter_store.peft_reader import Adapter, LoraWeights
 from lorafx.errors import BatchError, CapacityError, ConfigError, ProvenanceError
 from lorafx.model.sites import Site
 from lorafx.progress import progress
-from lorafx.serving.activation import begin
+from lorafx.serving.activation import any_begins
 from lorafx.serving.example_inputs import Example, decode_step, derived_example, given_examples
 from lorafx.session.session import Session
 
@@ -94,7 +94,7 @@ def warm_up(
         count = 2 if config.max_adapters > -(-rank // slot) else 1  # that find slots together
         names = [f"warm-up {i}" for i in range(count)]
         dummies = [dummy(name, session.program.sites, rank, seed=i) for i, name in enumerate(names)]
-        if begin(session, session.store.names):
+        if any_begins(session, session.store.names):
             dummies.append(replace(dummies[0], name=_BEGINS, invocation=(0,)))
         calls = list(_calls(compiled, plan, [adapter.name for adapter in dummies]))
 
