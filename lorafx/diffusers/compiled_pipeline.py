@@ -41,6 +41,7 @@ from lorafx.serving.compiled import CompiledModel
 from lorafx.serving.refused import refuse
 from lorafx.session.loading import load_parts, unload_parts
 from lorafx.session.requests import Names, checked_names
+from lorafx.session.resting import refuse_elsewhere
 from lorafx.session.stand_ins import Replaced
 
 #: Arguments of denoisers that all rows share: positions of text and image tokens.
@@ -335,6 +336,7 @@ def _forward(
     **kwargs: Any,
 ) -> Any:
     """The forward of a compiled model within a call of the pipeline."""
+    refuse_elsewhere(cm._session)
     if names is None:
         return _call(cm, None, args, kwargs)
     roles = cm.entry(cm.model).roles

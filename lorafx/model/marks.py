@@ -91,12 +91,15 @@ class SiteMark:
                 the mark adds nothing instead, and the `match` pass looks for the weight's use.
                 Or the layer runs by itself while an adapter is wanted (lorafx.session.resting).
             ProvenanceError: an eager forward of a batch that mixes adapters.
+            BatchError: an eager forward on another thread than that of the call that is running.
         """
         runtime = self.runtime
         if not runtime.active:
             if not torch.compiler.is_compiling() and runtime.resting is not None:
                 runtime.resting.refuse(self.path, self._name(module))
             return None
+        if not torch.compiler.is_compiling() and runtime.resting is not None:
+            runtime.resting.refuse_elsewhere()
         if self.kind == "experts":
             return self._of_experts(module, output)
         if self.handler is not None:

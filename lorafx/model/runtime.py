@@ -44,6 +44,9 @@ class RefusesAtRest(Protocol):
     def refuse(self, path: str, layer: str) -> None:
         """Raise MatchError where an adapter that is wanted changes the layer."""
 
+    def refuse_elsewhere(self) -> None:
+        """Raise BatchError where another thread is in a call."""
+
 
 class Runtime:
     """The batch that the next forward serves.
@@ -62,8 +65,8 @@ class Runtime:
             constant shape: whoever compiles the model, its graphs do not depend on how many
             requests were named. False: marks read the slots of all requests.
         session: what serves the model, None before and after; whoever finds a mark finds it here.
-        resting: whom a mark asks when its layer runs in eager mode without an adapter; None where
-            that is what the batch wants.
+        resting: whom a mark asks when its layer runs in eager mode; None where that is what the
+            batch wants.
 
     Copies and pickles keep the batch, have slots of their own and no session.
     """

@@ -24,6 +24,7 @@ from lorafx.adapter_store.names import BASE, adapters_among, members
 from lorafx.errors import BatchError, LorafxWarning, UnknownAdapterError
 from lorafx.program.roles import RoleTable, caches
 from lorafx.session.requests import Names, Requests
+from lorafx.session.resting import refuse_elsewhere
 from lorafx.session.session import Session
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ class ActivatedForward:
         functools.update_wrapper(self, module.forward)  # `generate` looks at its signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_elsewhere(self._session)
         named = self._by_row.roles.bind(args, kwargs)
         names, begins, columns = self._placed(named)
         running = self._session.running

@@ -33,6 +33,7 @@ from lorafx.program.roles import IMAGES, TOKEN_DIMS, RoleTable
 from lorafx.saved_graphs.saved_graphs import SavedGraphs
 from lorafx.serving.guards import keep_guards
 from lorafx.serving.tracked import tracked
+from lorafx.session.resting import refuse_elsewhere
 from lorafx.session.session import Session
 
 
@@ -68,6 +69,7 @@ class Entry:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         session = self.session
+        refuse_elsewhere(session)
         running = session.running.in_forward(session.program.runtime.rows)
         return session.run(running, functools.partial(self._serve, *args, **kwargs))
 

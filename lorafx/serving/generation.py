@@ -24,6 +24,7 @@ from lorafx.errors import LorafxError
 from lorafx.serving.activation import generating_forward_of
 from lorafx.serving.added_tokens import without_added_tokens
 from lorafx.serving.refused import PAGED, refuse
+from lorafx.session.resting import refuse_elsewhere
 from lorafx.session.stand_ins import Replaced
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def _nested(compiled: CompiledModel, module: nn.Module) -> Callable[..., Any]:
 
     @functools.wraps(run)
     def nested(*args: Any, **kwargs: Any) -> Any:
+        refuse_elsewhere(session)
         repeating = session.running._replace(requests=session.asked._replace(repeats=True))
         action = functools.partial(_generate, compiled, module, run, *args, **kwargs)
         return session.run(repeating, action)

@@ -3,13 +3,15 @@
 Such a layer (`cm.lm_head(h)`, `cm.model(x)`, parts that a `generate` of the model's own calls
 directly) runs as it is, without slots. Where the adapters that are wanted at that moment change the
 layer, its mark raises; where they do not, the base's answer is right. Marks check this only in
-eager mode and when no adapter is active, so it is in no graph.
+eager mode and when no adapter is active, so it is in no graph. Where one is, they ask in eager mode
+whether the call is that of their own thread: the model itself, called on another thread, would get
+the adapters of the call that is running.
 """
 
 from __future__ import annotations
 
 from lorafx.adapter_store.names import BASE
-from lorafx.errors import MatchError
+from lorafx.errors import BatchError, MatchError
 from lorafx.session.session import Session
 
 
@@ -45,6 +47,25 @@ class Resting:
                 "after set_adapter(None), parts of the model that are called directly run "
                 "as the base"
             )
+
+    def refuse_elsewhere(self) -> None:
+        """As the function of this name."""
+        refuse_elsewhere(self._session)
+
+
+def refuse_elsewhere(session: Session) -> None:
+    """Refuse that a part of the model runs while another thread is in a call.
+
+    Raises:
+        BatchError: one is.
+    """
+    running = session.running
+    if running.depth and not running.here:
+        raise BatchError(
+            f"this {type(session.program.model).__name__}, or a part of it, is called by itself "
+            "while another thread is in a call of the compiled model, whose adapters it would get. "
+            "Call the compiled model, which waits; adapter_names=[None, ...] is the base there"
+        )
 
 
 def wanted(session: Session) -> list[str]:

@@ -167,6 +167,55 @@ def test_what_a_streamer_may_do(shallow):
     assert len(seen) == 5
 
 
+def elsewhere(action: Callable[[], Any]) -> list[Any]:
+    """What `action` returns, or raises, on another thread."""
+    found: list[Any] = []
+
+    def run() -> None:
+        try:
+            found.append(action())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(20)
+    return found
+
+
+@pytest.mark.parametrize("names", [["a", "a", "a"], MIXED])
+def test_the_model_itself_on_another_thread_is_no_part_of_the_call(pausing, meanwhile, names):
+    """It would get the adapters of the call."""
+    cm, x = served(pausing), rows()
+    check(cm, pausing, names, x)
+    found: list[Any] = []
+    meanwhile.append(lambda: found.extend(elsewhere(lambda: cm.model(x=x))))
+    check(cm, pausing, names, x)
+    with pytest.raises(BatchError, match=r"another thread is in a call .* adapter_names=\[None, "):
+        raise found[0]
+    (base,) = elsewhere(lambda: cm.model(x=x)["logits"])
+    assert error(base, pausing.expected([None] * 3, {"x": x})) <= 1e-5
+
+
+def test_nor_is_it_of_generate(shallow):
+    """Whose compiled forwards stand in for those of the model meanwhile."""
+    cm, inputs = shallow.compile(), {"input_ids": torch.arange(1, 7)[None]}
+    found: list[Any] = []
+
+    class Streamer:
+        def put(self, value: Tensor) -> None:
+            found.extend(elsewhere(lambda: cm.model(**inputs)))
+
+        def end(self) -> None:
+            found.extend(elsewhere(lambda: cm.model.generate(**inputs, max_new_tokens=1)))
+
+    cm.generate(**inputs, adapter_names=["a0"], max_new_tokens=2, streamer=Streamer())
+    assert len(found) >= 3
+    assert {type(error) for error in found} == {BatchError}
+    (got,) = elsewhere(lambda: cm.model(**inputs).logits)
+    assert error(got, shallow.expected([None], inputs)) <= 1e-5
+
+
 def test_a_call_that_waited_for_detach_is_refused(pausing):
     cm, x = served(pausing), rows()
     found: list[BaseException] = []
