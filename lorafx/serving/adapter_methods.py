@@ -34,9 +34,10 @@ class AdapterMethods:
         if isinstance(name, (list, tuple)):
             name = dict.fromkeys(name, 1.0)
         name = one_name(name, "the default")
+        name = None if name == BASE else name
         kept = self._session.fetched([name])  # noqa: F841 - before the lock is taken
         with self._session.lock:  # an update takes a merge out and puts it back
-            if name is not None and name != BASE:
+            if name is not None:
                 self._session.store[name]
             merged = self._session.base.merged
             if merged is not None and merged.name != name:

@@ -229,6 +229,7 @@ def test_the_default_adapter(plain, inputs):
     names = [None, "__base__", "a1", "a0"]  # None is the base, not the default
     check_mixed(cm, plain, names, inputs)
     cm.set_adapter("__base__")
+    assert (cm.active_adapter, cm.active_adapters) == (None, ())
     assert torch.equal(cm(**inputs)["logits"], plain.base(**inputs)["logits"])
     cm.set_adapter("a1")
     cm.unload_adapter("a1")  # the base model is the default again
