@@ -118,7 +118,7 @@ def test_inductor_runs_it_on_what_there_is() -> None:
 
         tensors = (
             *(empty(4096, d.in_features), empty(d.columns, d.in_features)),
-            *(empty(4, d.group * d.max_rank, d.in_features), empty(4, d.max_rank, d.columns)),
+            *(empty(4, d.max_rank, d.group * d.in_features), empty(4, d.max_rank, d.columns)),
             *(empty(4, d.group, dtype=torch.int32), empty(4, d.group, dtype=FP32)),
             empty(8, dtype=torch.int32),
         )
