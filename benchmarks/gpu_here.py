@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -44,9 +45,11 @@ def link_lorafx(scratch: Path) -> Path:
 
     (folder / "lorafx").symlink_to(ROOT / "lorafx")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    about = folder / f"lorafx-{project['version']}.dist-info"
+    found = re.search(r'^__version__ = "(.+)"', (ROOT / "lorafx/__init__.py").read_text(), re.M)
+    assert found is not None
+    version = found[1]
+    about = folder / f"lorafx-{version}.dist-info"
     about.mkdir()
-    version = project["version"]
     (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: lorafx\nVersion: {version}\n")
     lines = []
     for group, points in project["entry-points"].items():
