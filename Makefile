@@ -14,7 +14,7 @@ export PYTHONSAFEPATH := 1
 # Nothing here needs a model hub; a look-up that fails by time-out would only be slow.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo quick test test-all test-gpu lint pictures bench gpu gpu-report gpu-check clean
+.PHONY: help demo quick test test-all test-gpu lint docs pictures bench gpu gpu-report gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make test      ruff, mypy, import-linter and the tests"
 	@echo "make test-all  the same with the slow tests"
 	@echo "make test-gpu  the tests that need a CUDA or ROCm device"
+	@echo "make docs      the documentation site, into site/; a warning is an error"
 	@echo "make bench     benchmarks/cpu_mixed.py, results into benchmarks/results/"
 	@echo "make pictures  the plot in README.md, from the committed results"
 	@echo "make gpu       nine minutes of what is not measured yet on this GPU; again for more"
@@ -55,6 +56,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
+
+# mkdocstrings reads the sources and imports none of them.
+docs: $(DEMO)
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The plot of README.md, from the committed results.
 pictures: $(STAMP)
@@ -90,4 +96,4 @@ $(STAMP): $(DEMO)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) dumps build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) dumps site build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -63,8 +63,9 @@ def compile(
         CheckpointError, CapacityError: an adapter that cannot be read.
         CaptureError: the model is already compiled or attached, or shares modules with an attached
             one. It may share modules with compiled models, as a draft does with its target.
-        Whatever a call with `example_inputs` raises.
-        After an error the model's modules and hooks are as they were.
+
+    It also raises what a call with `example_inputs` raises. After an error the model's modules
+    and hooks are as they were.
     """
     refuse_compiled(model)
     options = Options.of(options)

@@ -87,7 +87,8 @@ def compile_pipeline(
         CaptureError: a model is already compiled, or is moved between devices by hooks.
         CheckpointError: an adapter that cannot be read, or with a part for a model that is not
             compiled.
-        Otherwise as `lorafx.compile`. After an error the pipeline is as it was.
+
+    It also raises what `lorafx.compile` raises. After an error the pipeline is as it was.
     """
     models = loadable(pipe, components)
     configs = _by_component(lora_config, models)
@@ -150,7 +151,8 @@ class CompiledPipeline:
                 belongs to.
             ReplacedModuleError: a model of the pipeline is another one now.
             UnknownAdapterError: a name that is not loaded.
-            Otherwise as a compiled model.
+
+        It also raises what a compiled model raises.
         """
         names = checked_names(adapter_names)
         given = _bound(self.pipe, args, kwargs)

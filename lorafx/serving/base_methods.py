@@ -60,9 +60,10 @@ class BaseMethods:
             BatchError: a call, or another update, is running on this thread.
             MatchError: an adapter is merged, and cannot be merged into the new weights. They are
                 loaded; calls are refused until `merge` or `unmerge`.
-            Whatever iterating over `weights` raises. If that happens in the second round over a
-            function, or while files are read, weights are partly written, and calls are refused
-            until an update succeeds.
+
+        It also raises what iterating over `weights` raises. If that happens in the second round
+        over a function, or while files are read, weights are partly written, and calls are refused
+        until an update succeeds.
         """
         self._check_attached()
         return update_weights(self._session, weights, strict=strict, undo=undo)
@@ -91,7 +92,8 @@ class BaseMethods:
             MatchError: a weight cannot take ΔW: quantised, tied to one that gets another ΔW,
                 held by another model in service, copied in an unsupported form, or beyond the range
                 of its dtype.
-            Nothing has changed then.
+
+        Nothing has changed then.
         """
         self._check_attached()
         return merge(self._session, name, requantize=requantize)

@@ -117,7 +117,8 @@ class BatchingMethods:
         Raises:
             BatchError: `adapter_names` has another length than `inputs`, or the engine stopped.
             UnknownAdapterError: a name that is not loaded. Nothing has run then.
-            Otherwise as `continuous_batching`.
+
+        It also raises what `continuous_batching` raises.
         """
         names = checked_names(adapter_names)
         if names is not None and len(names) != len(inputs):

@@ -144,7 +144,8 @@ class CompiledModel(Habits, AdapterMethods, BaseMethods, BatchingMethods, nn.Mod
 
         Raises:
             LorafxError: the model has no `generate`.
-            Otherwise as `forward`.
+
+        It also raises what `forward` raises.
         """
         self._check_attached()
 
@@ -234,7 +235,8 @@ class CompiledModel(Habits, AdapterMethods, BaseMethods, BatchingMethods, nn.Mod
                 derived.
             CapacityError: `max_rank` is less than the dummies' rank.
             CaptureError: the model was detached, moved, or needs more graphs than allowed.
-            Whatever the model's own forward raises for these inputs.
+
+        It also raises what the model's own forward raises for these inputs.
         """
         self._check_attached()
         warm_up(
@@ -291,7 +293,8 @@ class CompiledModel(Habits, AdapterMethods, BaseMethods, BatchingMethods, nn.Mod
 
         Raises:
             BatchError: a call is running on this thread.
-            Otherwise as `unmerge`.
+
+        It also raises what `unmerge` raises.
         """
         session = self._session
         session.refuse_running("detach()")

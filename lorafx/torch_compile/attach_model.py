@@ -38,8 +38,7 @@ def attach(
             marked and returned.
         options: as for `compile`; they hold for every graph of the model.
 
-    Raises:
-        As `compile`. After an error the model's modules and hooks are as they were.
+    It raises what `compile` raises. After an error the model's modules and hooks are as they were.
     """
     refuse_compiled(model)
     refuse_options(Options.of(options))

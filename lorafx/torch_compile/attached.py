@@ -310,8 +310,9 @@ def adapters(
             adapter can be part of no sum (DoRA, weights of its own).
         UnknownAdapterError: a name that is not loaded.
         CapacityError: more distinct adapters than slots, or a sum of ranks over `max_rank`.
-        Nothing has changed then. For a model that its first call marks, that call raises these.
-        Calls inside the block raise what `CompiledModel.forward` raises.
+
+    Nothing has changed then. For a model that its first call marks, that call raises these.
+    Calls inside the block raise what `CompiledModel.forward` raises.
     """
     names: str | Sequence[str | None] | None
     if adapter_names is None or isinstance(adapter_names, (str, Mapping)):

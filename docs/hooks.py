@@ -1,0 +1,63 @@
+"""What mkdocs does beside its settings: pages made from files outside docs/, and links to those.
+
+In the repository a page links to `../examples/experts.py` or `../CONTRIBUTING.md`. The site has
+both as pages of its own, made here, and links lead there. Names of pages in docstrings
+("docs/adapters.md") become links too.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from posixpath import relpath
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = re.compile(r"\]\((?:\.\./)+examples/(\w+)\.py\)")
+CONTRIBUTING = re.compile(r"\]\((?:\.\./)+CONTRIBUTING\.md")
+#: A page's name in the text that mkdocstrings makes of a docstring, or of lorafx's messages.
+PAGE_NAME = re.compile(r"(?<![\w/>\"])docs/(\w+)\.md")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    made = {"examples.md": examples(), "contributing.md": (ROOT / "CONTRIBUTING.md").read_text()}
+    for path, text in made.items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+def examples() -> str:
+    """A page of every script in examples/: its docstring, then its code."""
+    parts = [
+        "# Examples",
+        "Each of them runs from a checkout, without a download, and is run by the tests.",
+    ]
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        source = path.read_text()
+        tree = ast.parse(source)
+        said = (ast.get_docstring(tree) or "").split("\n\n")[0]
+        code = "\n".join(source.splitlines()[tree.body[0].end_lineno :]).strip()
+        title = f"examples/{path.name}"
+        parts.append(f'## {path.stem}\n\n{said}\n\n```python title="{title}"\n{code}\n```')
+    return "\n\n".join(parts) + "\n"
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    here = Path(page.file.src_uri).parent.as_posix()
+    markdown = EXAMPLE.sub(rf"]({relpath('examples.md', here)}#\1)", markdown)
+    return CONTRIBUTING.sub(f"]({relpath('contributing.md', here)}", markdown)
+
+
+def on_page_content(html: str, page: Page, files: Files, **_: Any) -> str:
+    def link(found: re.Match[str]) -> str:
+        named = files.get_file_from_path(f"{found[1]}.md")
+        if named is None:
+            return found[0]
+        return f'<a href="{named.url_relative_to(page.file)}">{found[0]}</a>'
+
+    return PAGE_NAME.sub(link, html)
