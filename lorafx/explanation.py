@@ -92,6 +92,7 @@ def model_sections(
         (f"sites: {len(sites)}", tuple(site_lines)),
         (
             f"banks: {len(groups)}, {config.max_adapters} slots of rank up to {config.max_rank}"
+            + (f", room for rank {config.slot_rank} in each" if config.slot_rank else "")
             + (" and DoRA's scales" if config.use_dora else "")
             + (" and biases" if config.lora_bias else ""),
             tuple(bank_lines),

@@ -109,8 +109,9 @@ class Slots:
             if name is not None:
                 try:
                     self._write(slots[name], self._adapters[name])
-                except LorafxError:  # its files have changed; who asks for it will hear of that
-                    self._clear(slots[name])
+                except LorafxError:
+                    # Its files have changed, which is found before anything is written. Who asks
+                    # for it will hear of that.
                     del slots[name]
             self._written.difference_update(own)
         self._slots, self._aside = slots, None

@@ -100,6 +100,8 @@ class Tracking(TorchDispatchMode):
             self.uses.look(func, operands, list(tensors_in(results)))
         if memory is not None:
             self._note(memory, func, args, named, results, operands, before)
+            if not operands:
+                self._made(func, results)
         return results
 
     def in_graph(self, action: Callable[[], T]) -> T:
@@ -141,6 +143,9 @@ class Tracking(TorchDispatchMode):
         for output, held in zip(outputs, helds, strict=True):
             if storage_of(output) not in shown:
                 memory.note(output, held)
+
+    def _made(self, func: torch._ops.OpOverload, results: object) -> None:
+        """Told of what an operator without tensors among its arguments returned."""
 
 
 def running() -> Tracking | None:

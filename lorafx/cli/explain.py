@@ -47,6 +47,9 @@ def explain(
         list[str] | None, typer.Option(help="Does this adapter fit? May be given several times.")
     ] = None,
     max_rank: Annotated[int | None, typer.Option(help="16, or the largest of --adapter.")] = None,
+    slot_rank: Annotated[
+        int | None, typer.Option(help="Rank of a slot; larger ones take several.")
+    ] = None,
     max_adapters: int = 8,
     as_json: AsJson = False,
 ) -> None:
@@ -68,7 +71,9 @@ def explain(
     fits = [_fit(module, name, sources[name], asked, max_rank) for name in sources]
     rank = max_rank or max([16, *(fit.rank for fit in fits)])
     fitting = {fit.adapter: sources[fit.adapter] for fit in fits if fit.fits}
-    config = lorafx.LoraConfig(target_modules=asked, max_rank=rank, max_adapters=max_adapters)
+    config = lorafx.LoraConfig(
+        target_modules=asked, max_rank=rank, slot_rank=slot_rank, max_adapters=max_adapters
+    )
     config = request_of(config, fitting, module).config
     report = lorafx.explain(module, config)
     if as_json:

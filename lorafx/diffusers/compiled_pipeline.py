@@ -39,7 +39,7 @@ from lorafx.explanation import Explanation
 from lorafx.prepare.configuration import by_name, request_of
 from lorafx.serving.compiled import CompiledModel
 from lorafx.serving.refused import refuse
-from lorafx.session.loading import load_parts, unload_parts
+from lorafx.session.loading import in_turn, load_parts, unload_parts
 from lorafx.session.requests import Names, checked_names
 from lorafx.session.resting import refuse_elsewhere
 from lorafx.session.stand_ins import Replaced
@@ -164,8 +164,9 @@ class CompiledPipeline:
             by_model = {name: _known(names, cm.adapters) for name, cm in self.models.items()}
         run: Callable[[], Any] = partial(self._run, by_model, args, kwargs)
         # All models are in a call meanwhile: a part that the pipeline calls by itself says so.
-        for name, cm in self.models.items():
-            run = partial(cm._session.call, run, by_model[name])
+        own = {id(cm._session): by_model[name] for name, cm in self.models.items()}
+        for session in reversed(in_turn(cm._session for cm in self.models.values())):
+            run = partial(session.call, run, own[id(session)])
         return run()
 
     def _run(

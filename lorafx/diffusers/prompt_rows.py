@@ -14,7 +14,7 @@ other row it shares the noise. What neither says is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -156,17 +156,7 @@ class _Following(Tracking):
         super().__init__(memory)
         self._rows = rows
 
-    def _note(
-        self,
-        memory: Memory,
-        func: torch._ops.OpOverload,
-        args: tuple[Any, ...],
-        named: Mapping[str, Any],
-        results: object,
-        operands: list[Tensor],
-        before: Mapping[int, Held | None],
-    ) -> None:
-        super()._note(memory, func, args, named, results, operands, before)
-        if torch.Tag.nondeterministic_seeded in func.tags and not operands:
+    def _made(self, func: torch._ops.OpOverload, results: object) -> None:
+        if torch.Tag.nondeterministic_seeded in func.tags:
             for tensor in tensors_in(results):
                 self._rows.of_noise(tensor)

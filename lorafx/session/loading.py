@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from lorafx.adapter_store.names import members
@@ -69,14 +70,22 @@ def load_parts(parts: Sequence[tuple[Session, Any]], name: str, strict: bool | N
     _locked([session for session, _ in parts], keep)
 
 
+def in_turn(sessions: Iterable[Session]) -> list[Session]:
+    """In the order in which their locks are taken where several are."""
+    return sorted(sessions, key=lambda session: session.locks.number)
+
+
 def _locked(sessions: Sequence[Session], action: Callable[[], None]) -> None:
     """Run `action` while no other thread calls any of these. No ExitStack: an interrupt between its
     steps would leave a lock as it is."""
-    if not sessions:
+    for session in reversed(in_turn(sessions)):
+        action = partial(_holding, session, action)
+    action()
+
+
+def _holding(session: Session, action: Callable[[], None]) -> None:
+    with session.lock:
         action()
-        return
-    with sessions[0].lock:
-        _locked(sessions[1:], action)
 
 
 def unload_parts(sessions: Sequence[Session], name: str) -> None:

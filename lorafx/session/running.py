@@ -6,8 +6,9 @@ assignment, and takes it back by one: an interrupt finds all of it noted, or not
 
 from __future__ import annotations
 
+import itertools
 import threading
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from lorafx.interrupts import free_after_fork
 from lorafx.session.requests import Requests
@@ -84,6 +85,9 @@ class BaseState(NamedTuple):
     unmerged: str = ""
 
 
+_NUMBERS = itertools.count()
+
+
 class Locks:
     """Of a session, or of several that take turns.
 
@@ -93,9 +97,12 @@ class Locks:
         weights: held by what writes the base weights, and by what reads them without stopping
             calls. Taken before `calls` where both are, so that calls go on while somebody waits
             for it.
+        number: who takes the locks of several sessions takes those of the least number first, so
+            that no two threads wait for one another.
     """
 
     def __init__(self) -> None:
+        self.number: Final = next(_NUMBERS)
         self.calls = threading.RLock()
         self.weights = threading.RLock()
 

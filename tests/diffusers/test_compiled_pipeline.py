@@ -6,6 +6,8 @@ import copy
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import tiny_pipelines as tiny
 import torch
 from dense_merge import REFERENCE, TOLERANCE, error
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
+from safetensors.torch import load_file
 from torch import Tensor
 
 import lorafx
@@ -26,6 +29,7 @@ from lorafx.errors import (
     ReplacedModuleError,
     UnknownAdapterError,
 )
+from lorafx.session.loading import load_parts
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -281,7 +285,7 @@ def test_the_pipeline_is_what_it_was(pair: Callable[[str], Pair]) -> None:
 def test_an_adapter_is_loaded_into_all_models_or_none(pair: Callable[[str], Pair]) -> None:
     both = pair("sdxl")
     file = both.folders["other"] / "pytorch_lora_weights.safetensors"
-    tensors = tiny.tensors_of(file)
+    tensors = load_file(file)
     broken = next(key for key in tensors if key.startswith("text_encoder_2.") and "lora_A" in key)
     tensors[broken] = tensors[broken][:, :-1].contiguous()
     for name in ("both", "new"):
@@ -289,6 +293,41 @@ def test_an_adapter_is_loaded_into_all_models_or_none(pair: Callable[[str], Pair
             both.cp.load_adapter(tensors, name)
     assert both.cp.adapters == ("both", "denoiser")
     both.check(["both", None])
+
+
+class NotedLock:
+    """A session's lock that notes when it is taken."""
+
+    def __init__(self, lock: Any, note: Callable[[], None]) -> None:
+        self.lock, self.note = lock, note
+
+    def __enter__(self) -> None:
+        self.note()
+        self.lock.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self.lock.__exit__(*error)
+
+
+def test_locks_of_several_models_are_always_taken_in_one_order(
+    pair: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a call and an adapter that is loaded meanwhile may wait for one another."""
+    both = pair("sdxl")
+    sessions = {name: cm._session for name, cm in both.cp.models.items()}
+    taken: list[str] = []
+    for name, session in sessions.items():
+        lock = NotedLock(session.locks.calls, partial(taken.append, name))
+        monkeypatch.setattr(session.locks, "calls", lock)
+    orders = []
+    for given in permutations(sessions.values()):
+        taken.clear()
+        load_parts([(session, None) for session in given], "absent")
+        orders.append(list(taken))
+    taken.clear()
+    both.call(["both", None])
+    orders.append(list(dict.fromkeys(taken)))
+    assert orders == [list(sessions)] * 7
 
 
 def test_one_file_of_kohyas(pair: Callable[[str], Pair]) -> None:
@@ -333,7 +372,7 @@ def test_what_is_refused(pair: Callable[[str], Pair]) -> None:
 def test_a_part_for_a_model_that_is_not_loaded(pair: Callable[[str], Pair]) -> None:
     """The pipeline without its encoders has the embeddings from elsewhere."""
     both = pair("sd3")
-    tensors = tiny.tensors_of(both.folders["other"] / "pytorch_lora_weights.safetensors")
+    tensors = load_file(both.folders["other"] / "pytorch_lora_weights.safetensors")
     path = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
     tensors |= {f"{path}.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
     with pytest.warns(lorafx.LorafxWarning, match="text_encoder, without which the pipeline was"):

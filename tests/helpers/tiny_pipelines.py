@@ -138,8 +138,9 @@ def sd3() -> DiffusionPipeline:
     )
 
 
-def flux() -> DiffusionPipeline:
-    transformer = FluxTransformer2DModel(
+def flux_transformer() -> FluxTransformer2DModel:
+    """Of hidden size 16."""
+    return FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
         num_layers=1,
@@ -150,8 +151,11 @@ def flux() -> DiffusionPipeline:
         pooled_projection_dim=8,
         axes_dims_rope=(2, 2, 4),
     )
+
+
+def flux() -> DiffusionPipeline:
     return FluxPipeline(
-        transformer=transformer,
+        transformer=flux_transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae(4),
         text_encoder=clip(False, layers=1),
@@ -242,10 +246,6 @@ def save_lora(pipe: Any, folder: Path, seed: int, parts: Sequence[str], rank: in
         layers[f"{part}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
     type(pipe).save_lora_weights(str(folder), **layers)
     return folder
-
-
-def tensors_of(file: Path) -> dict[str, torch.Tensor]:
-    return load_file(file)
 
 
 def as_kohya(file: Path, alpha: float) -> dict[str, torch.Tensor]:

@@ -43,6 +43,23 @@ def test_explain_names_sites_and_banks_without_running_the_model(run) -> None:
     assert "slots of rank up to 4" in output
 
 
+def test_explain_tells_the_memory_of_slots_that_are_smaller_than_the_largest_rank(run) -> None:
+    model = str(EXAMPLES / "demo_model")
+    asked = ("explain", model, "--target", "q_proj", "--max-rank", "16", "--json")
+
+    def banks(*options: str) -> tuple[str, int]:
+        section = json.loads(run(*asked, *options))["report"][1]
+        return section["title"], sum(int(line.split()[-2]) for line in section["lines"])
+
+    title, whole = banks()
+    assert "in each" not in title
+    title, small = banks("--slot-rank", "4")
+    assert "8 slots of rank up to 16, room for rank 4 in each" in title
+    assert small < whole / 2  # 7 · 4 + 16 rows in the place of 8 · 16
+    refused = json.loads(run(*asked, "--slot-rank", "32", code=1))
+    assert "slot_rank = 32 is over max_rank = 16" in refused["message"]
+
+
 def test_an_absent_adapter_is_one_line_and_a_failure(run, monkeypatch, tmp_path: Path) -> None:
     absent = str(tmp_path / "nothing")
     monkeypatch.setattr("sys.argv", ["lorafx", "inspect", absent])

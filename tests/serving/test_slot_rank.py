@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from dense_merge import REFERENCE, Case, check_mixed, random_base, save_adapter
+from sums import SumCase
 from toolchain import needs_compiler
 
 import lorafx
+from lorafx.adapter_store.names import one_name
 from lorafx.errors import CapacityError, ConfigError
 
 RANKS = {"small 0": 2, "small 1": 3, "small 2": 4, "middle": 7, "large": 16}
@@ -117,12 +119,11 @@ def test_warmup_takes_no_more_slots_than_there_are(case: Case, rank: int | None)
 
 
 def test_sums_take_the_slots_of_their_rank(case: Case) -> None:
-    cm = compiled(case)
-    both = {"middle": 1.0, "small 2": 1.0}
-    got = cm(**IDS, adapter_names=[both, "small 0", None, both])["logits"]
-    alone = cm(**IDS, adapter_names=[both] * 4)["logits"]
-    assert torch.allclose(got[[0, 3]], alone[[0, 3]], atol=1e-5)
-    check_mixed(cm, case, ["middle", "small 0", None, "small 2"], IDS)
+    cm, merged = compiled(case), SumCase.of(case)
+    both: Any = {"middle": 1.0, "small 2": 0.5}  # of rank 11, three of the four slots
+    check_mixed(cm, merged, [both, "small 0", None, both], IDS)
+    assert cm._session.store.resident.keys() == {"small 0", one_name(both, "adapter_names[0]")}
+    check_mixed(cm, merged, ["middle", "small 0", None, "small 2"], IDS)
 
 
 def test_a_slot_is_no_larger_than_the_largest_rank() -> None:

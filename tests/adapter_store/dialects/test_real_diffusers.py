@@ -7,9 +7,10 @@ from pathlib import Path
 
 import peft
 import pytest
+import tiny_pipelines
 import torch
 from dense_merge import REFERENCE, TOLERANCE, error
-from diffusers import FluxTransformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -164,32 +165,23 @@ def test_names_that_diffusers_does_not_know_either(unet) -> None:
 def test_flux_by_the_names_of_its_first_implementation() -> None:
     """Its q, k and v are one module there: diffusers splits their B."""
     torch.manual_seed(0)
-    model = FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=4,
-        num_attention_heads=2,
-        joint_attention_dim=6,
-        pooled_projection_dim=5,
-        axes_dims_rope=(2, 2, 4),
-    ).eval()
-    a, b = torch.randn(2, 8), torch.randn(24, 2)
+    model = tiny_pipelines.flux_transformer().eval()
+    a, b = torch.randn(2, 16), torch.randn(48, 2)
     names = ["lora_unet_double_blocks_0_img_attn_qkv", "lora_unet_double_blocks_0_img_attn_proj"]
     tensors = {
         f"{names[0]}.lora_down.weight": a,
         f"{names[0]}.lora_up.weight": b,
         f"{names[0]}.alpha": torch.tensor(1.0),
         f"{names[1]}.lora_down.weight": a,
-        f"{names[1]}.lora_up.weight": b[:8],
+        f"{names[1]}.lora_up.weight": b[:16],
         f"{names[1]}.alpha": torch.tensor(2.0),
     }
     _, sites = build_sites(model, LoraConfig(target_modules="all-linear"))
     adapter = read_adapter(tensors, "a", sites, model=model)
     attention = "transformer_blocks.0.attn"
-    want = dict(zip("qkv", (0.5 * b @ a).split(8), strict=True))
+    want = dict(zip("qkv", (0.5 * b @ a).split(16), strict=True))
     want = {f"{attention}.to_{name}": delta for name, delta in want.items()}
-    want[f"{attention}.to_out.0"] = b[:8] @ a
+    want[f"{attention}.to_out.0"] = b[:16] @ a
     assert adapter.weights.keys() == want.keys()
     for path, weights in adapter.weights.items():
         torch.testing.assert_close(weights.scale * weights.B @ weights.A, want[path])
