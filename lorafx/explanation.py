@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lorafx.capture.dump import dump_folder
 from lorafx.capture.record import GraphRecord, seen_sites
 from lorafx.config import LoraConfig
 from lorafx.model.sites import Group, Site
@@ -69,6 +71,16 @@ class Explanation:
         if lora and unseen:
             sections.append(("sites that no graph has reached yet", tuple(unseen)))
         return cls(tuple(sections))
+
+
+def write_beside_dumps(session: weakref.ref[Session]) -> None:
+    """Write the report into the folder that the graphs of this model are dumped into, if there is
+    one."""
+    found = session()
+    folder = None if found is None else dump_folder(found.program.options)
+    if found is not None and folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "explain.txt").write_text(f"{Explanation.of(found)}\n")
 
 
 def model_sections(

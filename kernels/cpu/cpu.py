@@ -41,6 +41,7 @@ __all__ = [
     "build",
     "build_all",
     "builds_noted",
+    "built_source",
     "delta_call",
     "embedding_delta_call",
     "expert_delta_call",
@@ -185,6 +186,11 @@ def build(spec: DeltaSpec, isa: Isa | None = None) -> int | None:
         except LoweringError as error:
             _warn_once(str(error))
             return None
+
+
+def built_source(spec: DeltaSpec) -> str:
+    """The C++ of the kernel that `build(spec)` compiles on this CPU."""
+    return source(spec, best_isa())
 
 
 def build_all(specs: Iterable[DeltaSpec]) -> dict[DeltaSpec, int | None]:

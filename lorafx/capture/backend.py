@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -34,7 +35,7 @@ from lorafx.capture.executable import (
 )
 from lorafx.capture.failures import in_lowering, in_tracing
 from lorafx.capture.graph_text import GraphText
-from lorafx.capture.lowering import Lowering, lowering_for
+from lorafx.capture.lowering import Lowering, code_noted, lowering_for
 from lorafx.capture.parts import Captured, Parts, foreign_operators, noted
 from lorafx.capture.record import GraphRecord
 from lorafx.capture.stamps import Folded, fold, unfold
@@ -42,6 +43,7 @@ from lorafx.capture.told import form_of, note_tracing, reason, tell, timed
 from lorafx.capture.verify import NumericCheck
 from lorafx.compat import duck_shaped, ends_in_break, guarded_attributes, named_by_dynamo
 from lorafx.graph.context import Context
+from lorafx.kernels.cpu.cpu import builds_noted, built_source
 from lorafx.kernels.triton.triton_build import source_of
 from lorafx.pass_order import CAPTURED
 from lorafx.passes.write_in_place import writes_in_place
@@ -68,6 +70,8 @@ class Backend:
         self.several = [False]
         #: Is given each graph that was compiled, while somebody wants to save it.
         self.noted: Callable[[Captured], None] | None = None
+        #: Is called after each graph that was compiled.
+        self.recorded: Callable[[], None] | None = None
         self.lowering: Lowering = lowering_for(program.options)
 
     def __call__(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
@@ -137,7 +141,10 @@ class Backend:
                     executable = bound.around(program, executable)
                     take_out(gm, graph, bound.tensors(program))
             else:
-                record.dump.graph(CAPTURED, GraphText().lines(gm))
+                names, nodes = dump.names, gm.graph.find_nodes(op="placeholder")
+                names.note_inputs(frame, dict(zip(nodes, frame.inputs, strict=True)))
+                dump.graph(CAPTURED, GraphText(names.mark).lines(gm))
+                names.forget_nodes()
                 noting = nullcontext() if self.noted is None else noted(parts)
                 parts.base = True
                 with self.lowering_timed(record), noting:
@@ -150,6 +157,8 @@ class Backend:
         if self.noted is not None:
             alone = not both and not program.site_watch.missing
             self.noted(Captured(record, frame, sources, parts if alone else None))
+        if self.recorded is not None:
+            self.recorded()
         return while_missing(owner, executable) if program.site_watch.missing else executable
 
     def owns(self, frame: Frame) -> bool:
@@ -199,7 +208,8 @@ class Backend:
     def lowering_timed(self, record: GraphRecord) -> Iterator[None]:
         """Around what the lowering does."""
         name = self.program.options.lowering
-        with in_lowering(name), timed(record.seconds, name):
+        noting = nullcontext() if name == "reference" else code_noted(record.dump.code)
+        with in_lowering(name), timed(record.seconds, name), noting:
             yield
 
     def owner(self, frame: Frame, weights: Sequence[int]) -> Owner:
@@ -253,10 +263,12 @@ class _FrameCompiler:
         if program.runtime.by_handle or not (frame.begins_call or frame.per_token):
             ctx.look_up_slots(gm.graph)
         numeric = NumericCheck(record.title) if program.options.verify == "numeric" else None
-        with timed(record.seconds, "passes"):
+        with timed(record.seconds, "passes"), builds_noted() as built:
             record.passes = run_pipeline(gm, ctx, record.dump, numeric.keep if numeric else None)
         for kernel in sorted(ctx.kernels):
-            record.dump.source(f"kernel-{kernel:x}.py", source_of(kernel))
+            record.dump.source(f"kernel-{kernel:x}.py", partial(source_of, kernel))
+        for spec, kernel in built.items():
+            record.dump.source(f"kernel-{kernel:x}.cpp", partial(built_source, spec))
         record.note(ctx)
         extra = list(frame.extra_nodes)
         values = [node.meta["val"] for node in frame.extra_nodes.values()]

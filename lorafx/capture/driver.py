@@ -28,7 +28,9 @@ def run_pipeline(
     """
     options = ctx.program.options
     outputs = output_values(gm)
-    text = GraphText()
+    names, states = dump.names, ctx.states
+    text = GraphText(names.mark, lambda node: states[node][0].site.path if node in states else "")
+    names.note_inputs(ctx.frame, ctx.frame.by_node)
     dump.graph(CAPTURED, text.lines(gm))
     if after_pass is not None:
         after_pass(None, gm)
@@ -41,17 +43,21 @@ def run_pipeline(
             check_graph(item.name, gm, ctx, outputs)
         seconds += time.perf_counter() - start
         nodes = len(gm.graph.nodes)
+        names.note_pass(gm, ctx)
+        dump.outlined = ctx.outlined
         dump.graph(item.name, text.lines(gm), nodes=nodes, edits=edits, seconds=seconds)
         if after_pass is not None:
             after_pass(item, gm)
         return PassReport(item.name, edits, seconds, nodes)
 
-    return run_passes(
+    reports = run_passes(
         pipeline(options).graph,
         lambda item: item.run(gm, ctx),
         around=in_pass,
         after=cleaned,
     )
+    names.forget_nodes()
+    return reports
 
 
 def _is_impure(node: fx.Node) -> bool:

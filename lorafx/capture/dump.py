@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
+from lorafx.capture.legend import legend
+from lorafx.capture.node_names import NodeNames, Renamer
 from lorafx.config import Options
 
 
@@ -16,22 +20,44 @@ def dump_folder(options: Options) -> Path | None:
     return Path(folder) if folder else None
 
 
+class _Stage(NamedTuple):
+    """The graph after one pass; `lines` hold the numbers of nodes (lorafx.capture.node_names)."""
+
+    name: str
+    heading: str
+    lines: tuple[str, ...]
+
+
 @dataclass
 class GraphDump:
     """The graphs of one capture, kept as text and written as they come when a folder is given.
 
-    Lines are kept, which the stages have in common, and put together where they are read.
+    Lines are kept, which the stages have in common, and put together where they are read; names of
+    nodes and generated sources are made there too.
     """
 
     title: str
     folder: Path | None
-    sources: dict[str, str] = field(default_factory=dict)  # kernels, reports; by file name
-    _stages: list[tuple[str, str, tuple[str, ...]]] = field(default_factory=list)
+    names: NodeNames = field(default_factory=NodeNames)
+    #: Of repeated layers, what one body computes.
+    outlined: Sequence[object] = ()
+    _stages: list[_Stage] = field(default_factory=list)
+    _sources: dict[str, str | Callable[[], str]] = field(default_factory=dict)
+    _renamed: list[list[str]] = field(default_factory=list)
+    _renamer: Renamer | None = None
 
     @property
     def stages(self) -> list[tuple[str, str, str]]:
-        """Of each stage the pass, a heading and the graph."""
-        return [(name, heading, "\n".join(lines)) for name, heading, lines in self._stages]
+        """Of each stage the pass, a heading and the graph, its nodes by their readable names."""
+        found = zip(self._stages, self._readable(), strict=True)
+        return [(stage.name, stage.heading, "\n".join(lines)) for stage, lines in found]
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Texts that belong to the graph, generated kernels above all, by file name."""
+        return {
+            name: text if isinstance(text, str) else text() for name, text in self._sources.items()
+        }
 
     def graph(
         self,
@@ -42,39 +68,61 @@ class GraphDump:
         edits: int | None = None,
         seconds: float = 0.0,
     ) -> None:
-        """Record the graph after pass `name`, which `GraphText` has printed."""
+        """Record the graph after pass `name`, which `GraphText` has printed with `names`."""
         heading = f"# {self.title}, after {name}"
         if edits is not None:
             heading += f": {edits} edits, {nodes} nodes, {seconds * 1e3:.1f} ms"
-        self._stages.append((name, heading, lines))
+        self._stages.append(_Stage(name, heading, lines))
         if self.folder is not None:
             self._write(len(self._stages) - 1, self.folder)
 
-    def source(self, name: str, text: str) -> None:
-        """Record a text that belongs to the graph: a generated kernel's source, a report."""
-        if name not in self.sources:
-            self.sources[name] = text
+    def source(self, name: str, text: str | Callable[[], str]) -> None:
+        """Record a text that belongs to the graph, or what makes it where it is read."""
+        if name not in self._sources:
+            self._sources[name] = text
             if self.folder is not None:
                 self._write_source(name, self.folder)
+
+    def code(self, text: str) -> None:
+        """Record what Inductor made of the graph, or of one of several that it consists of."""
+        number = sum(name.startswith("inductor") for name in self._sources)
+        self.source(f"inductor{f'-{number}' if number else ''}.py", text)
 
     def write(self, folder: Path) -> None:
         """Write all stages and sources into `folder`, as LORAFX_DUMP would have."""
         for index in range(len(self._stages)):
             self._write(index, folder)
-        for name in self.sources:
+        for name in self._sources:
             self._write_source(name, folder)
 
-    def _write_source(self, name: str, folder: Path) -> None:
+    def _readable(self) -> list[list[str]]:
+        """The lines of all stages with names in them. They are made once: a stage that is written
+        while others are to come has the names that it has afterwards."""
+        if self._renamer is None:
+            self._renamer = Renamer(self.names.facts)
+        for stage in self._stages[len(self._renamed) :]:
+            self._renamed.append(self._renamer.stage(stage.lines))
+        return self._renamed
+
+    def _target(self, folder: Path) -> Path:
         target = folder / self.title.replace(" ", "-")
         target.mkdir(parents=True, exist_ok=True)
-        (target / name).write_text(self.sources[name])
+        return target
+
+    def _write_source(self, name: str, folder: Path) -> None:
+        text = self._sources[name]
+        (self._target(folder) / name).write_text(text if isinstance(text, str) else text())
 
     def _write(self, index: int, folder: Path) -> None:
-        target = folder / self.title.replace(" ", "-")
-        target.mkdir(parents=True, exist_ok=True)
-        name, heading, text = self._stages[index]
-        (target / f"{index:02d}-{name}.py").write_text("\n".join([heading, *text, ""]))
+        target = self._target(folder)
+        name, heading, _ = self._stages[index]
+        readable = self._readable()
+        text = readable[index]
+        top = [heading, *legend(text, self.names.symbols, self.outlined)]
+        (target / f"{index:02d}-{name}.py").write_text("\n".join([*top, *text, ""]))
         if index:
-            before, _, lines = self._stages[index - 1]
-            changes = difflib.unified_diff(lines, text, before, name, lineterm="", n=2)
+            before = self._stages[index - 1].name
+            changes = difflib.unified_diff(
+                readable[index - 1], text, before, name, lineterm="", n=2
+            )
             (target / f"{index:02d}-{name}.diff").write_text("\n".join([heading, *changes, ""]))

@@ -1,15 +1,20 @@
 """Graphs as readable programs.
 
-    # model.layers.0.mlp.up_proj: return F.linear(input, self.weight, self.bias)
+    # model.layers.0.mlp.up_proj (my_model.py:71): up = self.up_proj(x)
     mm: "float32[8, 352]" = torch.ops.aten.mm.default(view, permute)
 
-A graph is printed after every pass, and a pass changes few of its nodes: a line is made anew only
-where its node has changed. (torch's own printer takes as long for one stage as a pass.)
+The line of code is the user's own, not that of torch or lorafx inside of it. A graph is printed
+after every pass, and a pass changes few of its nodes: a line is made anew only where its node has
+changed. (torch's own printer takes as long for one stage as a pass.)
 """
 
 from __future__ import annotations
 
+import functools
 import operator
+import os
+import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +22,10 @@ import torch
 from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 
+import lorafx
 from lorafx.graph.graph_nodes import module_path
+
+Named = Callable[[fx.Node], str]
 
 _INDENT = "    "
 #: Operators of Python that are written as such.
@@ -42,16 +50,27 @@ class GraphText:
     """Prints the stages of one graph. It keeps the graph's nodes: drop it when the last is printed.
 
     A line is taken from the stage before where everything that it shows is the very same object.
+
+    Args:
+        named: what stands for a node's name.
+        path_of: the path of the module that a node belongs to, if its metadata do not say.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        named: Named = operator.attrgetter("name"),
+        path_of: Named = lambda node: "",
+    ) -> None:
+        self._named = named
+        self._path_of = path_of
         self._lines: dict[fx.Node, tuple[tuple[Any, ...], str]] = {}
         self._sources: dict[tuple[Any, ...], str] = {}
 
     def lines(self, gm: fx.GraphModule, name: str = "GraphModule") -> tuple[str, ...]:
         """The graph of `gm`, and below it those of the modules that it calls."""
         found = [f"class {name}(torch.nn.Module):", f"{_INDENT}def forward("]
-        found[-1] += ", ".join(["self", *self._arguments(gm.graph)]) + "):"
+        found += [f"{_INDENT * 2}{line}," for line in ("self", *self._arguments(gm.graph))]
+        found.append(f"{_INDENT}):")
         source = ""
         for node in gm.graph.nodes:
             if node.op == "placeholder":
@@ -73,44 +92,73 @@ class GraphText:
         before, line = self._lines.get(node, ((), ""))
         if len(before) == len(shown) and all(map(operator.is_, before, shown)):
             return line
-        line = _line(node)
+        line = _line(node, self._named)
         self._lines[node] = (shown, line)
         return line
 
     def _source(self, node: fx.Node) -> str:
-        """The module and the line of its code that made the node."""
+        """The module and the line of its user's code that made the node."""
         trace, stack = node.meta.get("stack_trace"), node.meta.get("nn_module_stack")
+        path = "" if stack else self._path_of(node)
         if not isinstance(trace, str):
-            return ""
-        key = (trace, tuple(stack or ()))
+            return path
+        key = (trace, path, tuple(stack or ()))
         if key not in self._sources:
-            lines = [line.strip() for line in trace[-512:].splitlines()]
-            code = [line for line in lines if line.strip("^~ ")]  # without Python's markers
-            self._sources[key] = f"{module_path(node)}: {code[-1] if code else ''}"
+            path = path or module_path(node)
+            place, code = users_line(trace)
+            where = " ".join(filter(None, (path, f"({place})" if place else "")))
+            self._sources[key] = ": ".join(filter(None, (where, code)))
         return self._sources[key]
 
 
-def _line(node: fx.Node) -> str:
+_FRAME = re.compile(r'^ *File "(.+?)", line (\d+), in .*\n(.*)', re.MULTILINE)
+#: Folders of code that nobody looks for: a linear inside torch, a mark inside lorafx.
+_INSIDE = tuple(
+    os.path.dirname(os.path.abspath(module.__file__ or "")) + os.sep for module in (torch, lorafx)
+)
+
+
+def users_line(trace: str) -> tuple[str, str]:
+    """Place and code of the innermost frame that is neither torch's nor lorafx's; where there is no
+    other, of the innermost of torch's."""
+    frames = [found.groups() for found in _FRAME.finditer(trace)]
+    own = [frame for frame in frames if not frame[0].startswith(_INSIDE)]
+    torchs = [frame for frame in frames if not frame[0].startswith(_INSIDE[1])]
+    if not frames:
+        return "", ""
+    file, line, code = (own or torchs or frames)[-1]
+    return f"{_short_file(file)}:{line}", code.strip()
+
+
+@functools.cache
+def _short_file(file: str) -> str:
+    """A file's path from where it is imported, or from the working directory."""
+    folders = [*filter(None, sys.path), os.getcwd()]
+    inside = [folder for folder in folders if file.startswith(folder.rstrip(os.sep) + os.sep)]
+    return os.path.relpath(file, max(inside, key=len)) if inside else file
+
+
+def _line(node: fx.Node, named: Named) -> str:
     if node.op == "output":
-        return f"{_INDENT * 2}return {_text(node.args[0])}"
-    annotated = f"{node.name}{_annotation(node)}"
+        return f"{_INDENT * 2}return {_text(node.args[0], named)}"
+    annotated = f"{named(node)}{_annotation(node)}"
     if node.op == "placeholder":
         return annotated
-    return f"{_INDENT * 2}{annotated} = {_value(node)}"
+    return f"{_INDENT * 2}{annotated} = {_value(node, named)}"
 
 
-def _value(node: fx.Node) -> str:
+def _value(node: fx.Node, named: Named) -> str:
     if node.op == "get_attr":
         return f"self.{node.target}"
-    positional = [_text(item) for item in node.args]
-    named = [f"{key} = {_text(item)}" for key, item in node.kwargs.items()]
+    positional = [_text(item, named) for item in node.args]
+    keywords = [f"{key} = {_text(item, named)}" for key, item in node.kwargs.items()]
     if node.op == "call_method":
-        return f"{positional[0]}.{node.target}({', '.join([*positional[1:], *named])})"
+        return f"{positional[0]}.{node.target}({', '.join([*positional[1:], *keywords])})"
     if node.op == "call_module":
-        return f"self.{node.target}({', '.join([*positional, *named])})"
-    if node.target in _INFIX and len(positional) == 2 and not named:
+        return f"self.{node.target}({', '.join([*positional, *keywords])})"
+    if node.target in _INFIX and len(positional) == 2 and not keywords:
         return _INFIX[node.target].format(*positional)
-    return f"{_text(node.target)}({', '.join([*positional, *named])})"
+    return f"{_text(node.target, named)}({', '.join([*positional, *keywords])})"
 
 
 def _annotation(node: fx.Node) -> str:
@@ -118,32 +166,36 @@ def _annotation(node: fx.Node) -> str:
     value = node.meta.get("val", node.meta.get("example_value"))
     if isinstance(value, Tensor):
         # On a base's graph too, whose values are of any class.
-        return f': "{_text(value.dtype).removeprefix("torch.")}{_text([*value.shape])}"'
+        return f': "{str(value.dtype).removeprefix("torch.")}{_text([*value.shape])}"'
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return f': "Sym({value})"'
     return ""
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, named: Named = operator.attrgetter("name")) -> str:
     if isinstance(value, fx.Node):
-        return value.name
+        return named(value)
     if isinstance(value, OpOverload):
         return f"torch.ops.{value}"
     if isinstance(value, HigherOrderOperator):
         return f"torch.ops.higher_order.{value.name()}"
-    if isinstance(value, tuple):
-        return f"({', '.join(map(_text, value))}{',' * (len(value) == 1)})"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_text, value))}]"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key!r}: {_text(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, slice):
-        return f"slice({', '.join(map(_text, (value.start, value.stop, value.step)))})"
+    if isinstance(value, (tuple, list, slice, Mapping)):
+        return _container(value, functools.partial(_text, named=named))
     if isinstance(value, Tensor):
         return f"torch.Tensor(size={[*value.shape]}, dtype={value.dtype})"
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return str(value)
     return _name(value) if callable(value) else repr(value)
+
+
+def _container(value: Any, text: Callable[[Any], str]) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(text, value))}{',' * (len(value) == 1)})"
+    if isinstance(value, list):
+        return f"[{', '.join(map(text, value))}]"
+    if isinstance(value, slice):
+        return f"slice({', '.join(map(text, (value.start, value.stop, value.step)))})"
+    return "{" + ", ".join(f"{key!r}: {text(item)}" for key, item in value.items()) + "}"
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -8,7 +8,8 @@ reference   aten, run node by node; the base as eager has it
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, cast
@@ -121,6 +122,27 @@ class InductorLowering:
         # A compiled backward, made later, keeps the settings too.
         compiled = compile_fx(gm, list(examples), config_patches=dict(self.patches))
         return cast("Callable[..., Any]", compiled)
+
+
+@contextmanager
+def code_noted(note: Callable[[str], None]) -> Iterator[None]:
+    """Note the code that Inductor makes in the block, or finds in its cache. Dynamo's lock is
+    held."""
+    import torch._inductor.graph
+
+    lowered: Any = torch._inductor.graph.GraphLowering
+    before = lowered.save_output_code
+
+    def keep(code: str) -> None:
+        note(code)
+        if before is not None:
+            before(code)
+
+    lowered.save_output_code = keep
+    try:
+        yield
+    finally:
+        lowered.save_output_code = before
 
 
 class NodeByNode:

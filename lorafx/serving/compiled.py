@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -18,7 +18,7 @@ from lorafx.base_weights.merge import merged_of
 from lorafx.capture.backend import Backend
 from lorafx.compat import untraced
 from lorafx.errors import CaptureError, ConfigError
-from lorafx.explanation import Explanation
+from lorafx.explanation import Explanation, write_beside_dumps
 from lorafx.interrupts import undisturbed
 from lorafx.model.attachment import Attachment
 from lorafx.model.sites import Site
@@ -63,6 +63,8 @@ class CompiledModel(Habits, AdapterMethods, BaseMethods, BatchingMethods, nn.Mod
         self.model = program.model
         self._attachment = attachment
         self._session = Session(program, store, Backend(program, entered), dynamic)
+        session = weakref.ref(self._session)
+        self._session.backend.recorded = partial(write_beside_dumps, session)
         self._entries: dict[tuple[Any, ...], Entry] = {}
         try:
             join(self._session)
@@ -278,7 +280,9 @@ class CompiledModel(Habits, AdapterMethods, BaseMethods, BatchingMethods, nn.Mod
             return Explanation.of(self._session)
 
     def dump(self, folder: str | os.PathLike[str]) -> Path:
-        """Write every captured graph, before and after each pass, as text and as diffs."""
+        """Write every captured graph, before and after each pass, as text and as diffs, with the
+        code that was generated for it, and `explain.txt`. Environment LORAFX_DUMP=folder does so as
+        graphs come."""
         target = Path(folder)
         for record in self._session.backend.records:
             record.dump.write(target)

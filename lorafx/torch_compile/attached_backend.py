@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -22,6 +23,7 @@ from lorafx.capture.parts import Parts
 from lorafx.capture.record import GraphRecord
 from lorafx.compat import captured_self
 from lorafx.errors import CaptureError
+from lorafx.explanation import write_beside_dumps
 from lorafx.model.attachment import Attachment
 from lorafx.program.frame import Frame, wants_gradient
 from lorafx.program.program import Program
@@ -123,4 +125,5 @@ def attach_session(
     """The session of a model that has just been marked."""
     backend = AttachedBackend(program)
     backend.session = AttachedSession(program, store, backend, attachment)
+    backend.recorded = partial(write_beside_dumps, weakref.ref(backend.session))
     return backend.session

@@ -50,10 +50,13 @@ def test_a_graph_reads_like_a_program() -> None:
         "\n".join(GraphText().lines(gm)),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, x: "bfloat16[4, 6]"):
+    def forward(
+        self,
+        x: "bfloat16[4, 6]",
+    ):
         weight: "bfloat16[8, 6]" = self.weight
         permute_default: "bfloat16[6, 8]" = torch.ops.aten.permute.default(weight, [1, 0])
-        # up: return self.up(x)
+        # up (model.py:3): return self.up(x)
         mm_default: "bfloat16[4, 8]" = torch.ops.aten.mm.default(x, permute_default)
         split_tensor = torch.ops.aten.split.Tensor(mm_default, 4, dim = -1)
         getitem: "bfloat16[4, 4]" = split_tensor[0]

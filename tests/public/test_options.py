@@ -102,11 +102,11 @@ def test_dumps(plain, inputs, tmp_path, monkeypatch):
     )
     for folder in ("environment", "option", "method"):
         assert dumped(tmp_path / folder) == expected
+        assert "sites: 5" in (tmp_path / folder / "explain.txt").read_text()
     text = (tmp_path / "method" / "graph-0-lora" / "08-pack.diff").read_text()
     assert text.startswith("# graph 0 lora, after pack: 2 edits")
     assert "+" in text
     assert "lorafx.fused_linear" in text
-    assert "sites: 5" in (tmp_path / "method" / "explain.txt").read_text()
 
 
 def test_explain(plain, inputs):

@@ -1,0 +1,179 @@
+"""Dumps name nodes by what they are, and say so; what is compiled keeps its own names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense_merge import REFERENCE, Case, save_adapter
+from tiny_models import FAMILIES
+from torch import nn
+
+import lorafx
+from lorafx.capture.graph_text import users_line
+from lorafx.capture.legend import OPS, legend, plain_name
+from lorafx.capture.node_names import NodeFacts, Renamer, ShortPaths
+
+NAMES = ["a1", None, "a0", "a2"]
+
+
+@pytest.mark.quick
+def test_short_paths_tell_modules_apart() -> None:
+    paths = {
+        "model.layers.0.self_attn.q_proj": "layers_0_q_proj",
+        "model.layers.11.self_attn.q_proj": "layers_11_q_proj",
+        "model.layers.0.attention.output.dense": "layers_0_attention_output_dense",
+        "model.layers.0.output.dense": "model_layers_0_output_dense",
+        "model.layers.0.intermediate.dense": "layers_0_intermediate_dense",
+        "encoder.layers.0.fc": "encoder_layers_0_fc",
+        "decoder.layers.0.fc": "decoder_layers_0_fc",
+        "lm_head": "lm_head",
+        "0": "0",
+    }
+    short = ShortPaths()
+    short.add(paths)
+    assert {path: short.of(path) for path in paths} == paths
+    short.add(["vision.layers.0.self_attn.q_proj"])  # which comes later
+    assert short.of("vision.layers.0.self_attn.q_proj") == "layers_0_self_attn_q_proj"
+    assert short.of("model.layers.0.self_attn.q_proj") == "layers_0_q_proj"
+
+
+@pytest.mark.quick
+def test_a_node_has_one_name_in_all_stages_and_leaves_it_when_it_is_gone() -> None:
+    facts = [
+        NodeFacts("x", "x"),
+        NodeFacts("mm", "mm", ("a.b",)),
+        NodeFacts("mm_1", "mm", ("a.b",)),
+        NodeFacts("fused_linear", "mm", ("a.b",)),
+        NodeFacts("getitem", "1", item_of=1),
+    ]
+    renamer = Renamer(facts)
+    first = renamer.stage(["\x011\x01 = mm(\x010\x01)", "\x012\x01 = mm(\x011\x01)"])
+    assert first == ["b_mm = mm(x)", "b_mm_1 = mm(b_mm)"]
+    second = renamer.stage(["\x013\x01 = mm(\x010\x01)", "\x012\x01 = mm(\x013\x01)"])
+    assert second == ["b_mm = mm(x)", "b_mm_1 = mm(b_mm)"]
+    assert renamer.stage(["\x014\x01 = \x011\x01[1]"]) == ["b_mm_1 = b_mm[1]"]
+
+
+@pytest.mark.quick
+def test_the_line_is_the_users_own() -> None:
+    def frame(file: str, line: int, code: str) -> str:
+        return f'  File "{file}", line {line}, in forward\n    {code}\n'
+
+    mark = frame(lorafx.__file__.replace("__init__", "model/marks"), 135, "return site(x)")
+    linear = frame(f"{Path(torch.__file__).parent}/nn/modules/linear.py", 130, "F.linear(x)")
+    mine = frame("/somewhere/else/my_model.py", 7, "y = self.up(x)")
+    assert users_line(mine + linear + mark) == ("/somewhere/else/my_model.py:7", "y = self.up(x)")
+    assert users_line(linear + mark) == ("torch/nn/modules/linear.py:130", "F.linear(x)")
+    assert users_line("") == ("", "")
+
+
+@pytest.mark.quick
+def test_the_legend_knows_every_operator() -> None:
+    own = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lorafx::")]
+    names = {plain_name(name.partition("::")[2].partition(".")[0]) for name in own}
+    assert {"fused_linear", "run_delta", "triton_linear", "paged_cache"} <= names
+    assert names <= OPS.keys()
+    shown = legend(["y = torch.ops.lorafx.run_delta_.default(x: s1)"], {"s1": "a", "s2": "b"}, ())
+    assert f"# lorafx.run_delta: {OPS['run_delta']}" in shown
+    assert "# s1: a" in shown
+    assert "# s2: b" not in shown
+
+
+EXPECTED = {
+    "plain": [
+        "embed_lora:",
+        "down_fused:",
+        "up_gate_packed:",
+        "up_gate_packed_1:",  # the branch that is called twice
+        "up_out:",
+        "up_gate_head_packed_weight:",
+        "down_bank_A:",
+        "slots:",
+        'requests: "Sym(',
+        "# up (tiny_models.py:",
+        ": requests of the batch: dimension 0 of ids",
+    ],
+    "llama": [
+        "layers_0_q_proj_k_proj_v_proj_packed:",
+        "layers_0_o_proj_fused:",
+        "layers_0_gate_proj_out:",
+        "layers_0_input_layernorm_weight:",
+        "# model.layers.0.self_attn.o_proj (transformers/models/llama/modeling_llama.py:",
+        ": tokens of each request: dimension 1 of input_ids",
+    ],
+    "vit": [
+        "pixel_values:",
+        "projection_weight:",
+        "# classifier (transformers/models/vit/modeling_vit.py:",
+        ": requests of the batch: dimension 0 of pixel_values",
+    ],
+}
+
+
+@pytest.mark.parametrize("family", EXPECTED)
+def test_dumps_are_readable(family: str, shallow: Case, case_of: Any, tmp_path: Path) -> None:
+    case: Case = shallow if family == "llama" else case_of(family)
+    compiled: list[str] = []
+
+    def look(gm: torch.fx.GraphModule, ctx: Any) -> int:
+        compiled[:] = [node.name for node in gm.graph.nodes]
+        return 0
+
+    cm = case.compile({"passes": {"look": lorafx.After("outline", look)}})
+    inputs = FAMILIES[family].inputs(len(NAMES), 4)
+    cm(**inputs, adapter_names=NAMES)
+    (record,) = cm._session.backend.records
+    stages = {name: text for name, _, text in record.dump.stages}
+    graph = (cm.dump(tmp_path) / "graph-0-lora" / "08-pack.py").read_text()
+    for text in EXPECTED[family]:
+        assert text in graph, text
+    if family != "plain":
+        assert "_lora:" in stages["captured"]
+        assert "_fused:" in stages["fuse"]
+    assert "marks.py" not in graph
+    assert "\x01" not in "".join(stages.values())
+    # What is compiled is called as it always was.
+    raw = {facts.raw for facts in record.dump.names.facts}
+    assert compiled
+    assert set(compiled) - {"output"} <= raw
+    renamed = set(re.findall(r"^ +(\w+): ", stages["outline"], re.MULTILINE))
+    assert not {name for name in compiled if "_proj_" in name and name in renamed}
+    assert not record.dump.names._numbers  # no graph is kept alive
+
+
+def test_generated_code_is_beside_the_graphs(tmp_path: Path, monkeypatch: Any) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 6)).eval().requires_grad_(False)
+    folder = save_adapter(base, tmp_path / "a", rank=2, targets=["0"], seed=1)
+    monkeypatch.setenv("LORAFX_DUMP", str(tmp_path / "dump"))
+    cm = lorafx.compile(base, {"a": folder}, options={"lowering": "inductor"})
+    x = torch.randn(3, 8)
+    cm(x, adapter_names=["a", None, "a"])
+    cm(x)
+    graph = tmp_path / "dump" / "graph-0-lora"
+    kernels = [path.read_text() for path in graph.glob("kernel-*.cpp")]
+    assert len(kernels) == 1
+    assert "lorafx_kernel" in kernels[0]
+    for name in ("graph-0-lora", "graph-1-base"):
+        assert "def call(" in (graph.parent / name / "inductor.py").read_text()
+    assert "module_0_fused" in (graph / "08-pack.py").read_text()
+    assert "graphs: 2" in (graph.parent / "explain.txt").read_text()
+    assert cm.dump(tmp_path / "again")
+    for path in graph.iterdir():  # what is written as graphs come is what is written afterwards
+        assert (tmp_path / "again" / "graph-0-lora" / path.name).read_text() == path.read_text()
+
+
+def test_attached_models_report_beside_their_dumps(
+    plain: Case, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("LORAFX_DUMP", str(tmp_path))
+    model = lorafx.attach(plain.model(), plain.folders, options=REFERENCE)
+    compiled = torch.compile(model, backend="lorafx", dynamic=True)
+    inputs = FAMILIES["plain"].inputs(2, 4)
+    with lorafx.adapters(model, ["a1", None]):
+        compiled(**inputs)
+    assert "graphs: 1" in (tmp_path / "explain.txt").read_text()
