@@ -16,13 +16,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 
-import lorafx
 from lorafx.graph.graph_nodes import module_path
 
 Named = Callable[[fx.Node], str]
@@ -113,9 +113,7 @@ class GraphText:
 
 _FRAME = re.compile(r'^ *File "(.+?)", line (\d+), in .*\n(.*)', re.MULTILINE)
 #: Folders of code that nobody looks for: a linear inside torch, a mark inside lorafx.
-_INSIDE = tuple(
-    os.path.dirname(os.path.abspath(module.__file__ or "")) + os.sep for module in (torch, lorafx)
-)
+_INSIDE = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")
 
 
 def users_line(trace: str) -> tuple[str, str]:
