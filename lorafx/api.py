@@ -12,12 +12,15 @@ from torch import nn
 
 from lorafx.config import Options
 from lorafx.errors import CapacityError, ConfigError, LorafxWarning
-from lorafx.explanation import Explanation, model_sections
-from lorafx.passes.attach import allocate_groups
+from lorafx.explanation import Explanation
 from lorafx.prepare.configuration import request_of
-from lorafx.prepare.marking import build_sites, mark
+from lorafx.prepare.marking import mark
+from lorafx.program.roles import RoleTable
+from lorafx.reports.predicting import ROWS, predict
+from lorafx.reports.prediction import Prediction
 from lorafx.saved_graphs.folder import folder_of
 from lorafx.serving.compiled import CompiledModel, refuse_compiled
+from lorafx.serving.example_inputs import derived_example, given_examples
 from lorafx.torch_compile.attach_model import attach as attach
 from lorafx.torch_compile.attached import session_of
 
@@ -86,21 +89,58 @@ def compile(
     return compiled
 
 
-def explain(model: nn.Module, lora_config: Any = None) -> Explanation:
-    """The sites and banks that `lora_config` would give `model`; nothing runs and nothing changes.
+def explain(
+    model: nn.Module,
+    lora_config: Any = None,
+    *,
+    options: Options | Mapping[str, Any] | None = None,
+    example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
+    device: torch.device | str | None = None,
+    rows: int = ROWS,
+) -> Explanation | Prediction:
+    """What `lora_config` would make of `model`; nothing runs and nothing changes.
 
-    `lora_config` is as for `compile`, and so are the errors; adapters that it names are not
-    loaded. Bank sizes are computed on the meta device. For a model that is already marked, leave
-    out `lora_config`; the report then includes its graphs.
+    The model may be on the meta device, as `with torch.device("meta")` or accelerate's
+    `init_empty_weights` builds it: no weight is read, and banks are computed there. The prediction
+    has a table of sites and of packs (classes, parts, bytes, strategy, and the overhead of 1, 8 and
+    32 distinct adapters by byte floor and, for a GPU, by the cost model), sums, and notes on
+    modules that carry no LoRA. For a model that is already marked, leave out `lora_config`; the
+    report is then that of `cm.explain()`, with its graphs.
+
+    Args:
+        lora_config: as for `compile`; adapters that it names are not loaded.
+        options: an `Options` or its dict, which decides what is packed and how.
+        example_inputs: arguments of a call, to see which siblings share an input. Token ids need
+            not be given. The forward runs on the meta device, so it computes shapes alone.
+        device: what the figures are for: "cpu", "cuda" for the GPU of this machine, or "A100",
+            "H200", "B200", "MI300X". None for where the model's parameters are; with all of them on
+            the meta device the GPU of this machine, and the H200 where there is none.
+        rows: rows of x that strategies and times are for: requests of a decode step.
+
+    Raises:
+        ConfigError: a configuration that cannot be honoured, or a device that is not known.
+        TargetError, CheckpointError: as for `compile`.
     """
     session = session_of(model)
     if session is not None and lora_config is None:
         return Explanation.of(session)
     config = request_of(lora_config, {}, model).config
-    _, sites = build_sites(model, config)
-    meta = tuple(replace(site, device=torch.device("meta")) for site in sites)
-    groups = allocate_groups(meta, config)
-    return Explanation(tuple(model_sections(sites, groups, config)))
+    inputs = _example(model, example_inputs) if session is None else "the model carries marks"
+    return predict(model, config, Options.of(options), device, rows, inputs)
+
+
+def _example(
+    model: nn.Module, given: Mapping[str, Any] | Sequence[Any] | None
+) -> Mapping[str, Any] | str:
+    """Arguments of a call by name, or why there are none. Of token ids no mask is made: code looks
+    into masks for padding."""
+    if given is not None:
+        return given_examples(RoleTable(model, {}), given)[0].named
+    try:
+        named = derived_example(model, torch.device("meta"), rows=2, length=4).named
+    except ConfigError:
+        return "inputs of the model are not known"
+    return {name: value for name, value in named.items() if name != "attention_mask"}
 
 
 def _set_default(compiled: CompiledModel, active: Sequence[str]) -> None:

@@ -60,11 +60,14 @@ def byte_floor(sites: Iterable[Sized], rank: int, distinct: int) -> float:
 
     Elements are counted, so base and adapters are taken to have one dtype.
     """
-    factors = weights = 0
-    for site in sites:
-        factors += site.in_features + site.out_features
-        weights += site.in_features * site.out_features
-    return 1 + distinct * rank * factors / weights if weights else 1.0
+    parts = list(sites)
+    weights = sum(part.in_features * part.out_features for part in parts)
+    return 1 + distinct * factor_elements(parts, rank) / weights if weights else 1.0
+
+
+def factor_elements(sites: Iterable[Sized], rank: int) -> int:
+    """Elements of A and B of one adapter of `rank`: r · Σ_i (K_i + N_i)."""
+    return rank * sum(site.in_features + site.out_features for site in sites)
 
 
 def split_is_faster(dtype: torch.dtype, device: torch.device) -> bool:

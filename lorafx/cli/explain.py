@@ -50,10 +50,19 @@ def explain(
     slot_rank: Annotated[
         int | None, typer.Option(help="Rank of a slot; larger ones take several.")
     ] = None,
-    max_adapters: int = 8,
+    max_adapters: Annotated[int, typer.Option(help="How many may be in one batch.")] = 8,
+    dtype: Annotated[
+        str | None, typer.Option(help="As torch names it; what the configuration says.")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda (that of this machine), A100, H200, B200 or MI300X."),
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Requests of the decode step that is modelled.")] = 64,
     as_json: AsJson = False,
 ) -> None:
-    """Show the sites and banks that lorafx would give MODEL, and whether adapters fit.
+    """Show the sites, packs and banks that lorafx would give MODEL, what they cost, and whether
+    adapters fit.
 
     Nothing but the configuration of the model is read, and the adapters. Exits with 1 where one
     does not fit.
@@ -63,8 +72,9 @@ def explain(
     import lorafx
     from lorafx.cli.models import adapters_in, on_meta
     from lorafx.prepare.configuration import request_of
+    from lorafx.reports.prediction import Prediction
 
-    module, sources = on_meta(model), adapters_in(adapter or [])
+    module, sources = on_meta(model, dtype), adapters_in(adapter or [])
     asked: Any = None if sources and not target else "all-linear"
     if target and target != ["all-linear"]:
         asked = target
@@ -75,10 +85,11 @@ def explain(
         target_modules=asked, max_rank=rank, slot_rank=slot_rank, max_adapters=max_adapters
     )
     config = request_of(config, fitting, module).config
-    report = lorafx.explain(module, config)
+    report = lorafx.explain(module, config, device=device, rows=rows)
     if as_json:
-        sections = [{"title": title, "lines": list(own)} for title, own in report.sections]
-        show_json({"model": model, "adapters": [asdict(fit) for fit in fits], "report": sections})
+        told = [asdict(fit) for fit in fits]
+        assert isinstance(report, Prediction)  # nobody has marked the model
+        show_json({"model": model, "adapters": told, "report": report.json()})
     else:
         lines([*map(str, fits), str(report)])
     if not all(fit.fits for fit in fits):

@@ -11,19 +11,22 @@ from typing import Any
 from lorafx.errors import ConfigError
 
 
-def on_meta(model: str) -> Any:
-    """The model that a config.json describes, without numbers.
+def on_meta(model: str, dtype: str | None = None) -> Any:
+    """The model that a config.json describes, without numbers, in the dtype that it names.
 
     Raises:
-        ConfigError: there is none, or nothing installed knows its class.
+        ConfigError: there is none, nothing installed knows its class, or torch has no such dtype.
     """
     import torch
 
+    wanted = None if dtype is None else _dtype(dtype)
     with _readable(model), torch.device("meta"):
         config = _config(model)
         if isinstance(config, dict):
-            return _diffusers_class(config).from_config(config).eval()
-        return _transformers_class(config)(config).eval()
+            made = _diffusers_class(config).from_config(config)
+            return (made if wanted is None else made.to(wanted)).eval()
+        kind = {} if wanted is None else {"dtype": wanted}
+        return _transformers_class(config)._from_config(config, **kind).eval()
 
 
 def loaded(model: str, dtype: str | None = None) -> Any:
@@ -34,9 +37,7 @@ def loaded(model: str, dtype: str | None = None) -> Any:
     """
     import torch
 
-    wanted: Any = "auto" if dtype is None else getattr(torch, dtype, None)
-    if wanted != "auto" and not isinstance(wanted, torch.dtype):
-        raise ConfigError(f"--dtype {dtype}: torch has no dtype of this name")
+    wanted: Any = "auto" if dtype is None else _dtype(dtype)
     with _readable(model):
         config = _config(model)
         if isinstance(config, dict):
@@ -45,6 +46,15 @@ def loaded(model: str, dtype: str | None = None) -> Any:
         else:
             found = _transformers_class(config).from_pretrained(model, dtype=wanted)
     return found.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise ConfigError(f"--dtype {name}: torch has no dtype of this name")
+    return found
 
 
 def adapters_in(folders: Sequence[str]) -> dict[str, str]:

@@ -25,7 +25,7 @@ from lorafx.compat import mark_fixed_shape
 from lorafx.errors import CaptureError
 from lorafx.model.forward_check import is_dense
 from lorafx.model.module_graph import ModuleGraph, writing
-from lorafx.model.sites import Group
+from lorafx.model.sites import Group, Site
 
 
 @dataclass(eq=False)
@@ -81,35 +81,19 @@ def pack_weights(
 ) -> PackedGroup | None:
     """Make the group's base weights views of one buffer, or return None where they cannot be.
 
-    Packable: at least two siblings, or one with `room` left and right of its columns, each with a
-    plain dense contiguous 2-D (out, in) parameter of its own storage, all of one dtype, device and
-    `requires_grad`; biases likewise, where there are any. `alone` is `graph.alone()` where that is
-    known: it looks at every tensor of the model.
+    Packable: at least two siblings, or one with `room` left and right of its columns, and what
+    `packable` says. `alone` is `graph.alone()` where that is known: it looks at every tensor of the
+    model.
     """
     sites = group.sites
-    if (len(sites) < 2 and not any(room)) or any(
-        s.eligible.kind != "linear" or s.eligible.transposed for s in sites
-    ):
+    if len(sites) < 2 and not any(room):
         return None
-    if alone is None:
-        alone = graph.alone()
-    weights = []
-    has_bias = False
-    for site in sites:
-        weight = site.module._parameters.get(site.eligible.weight)
-        if weight is None or not _packable(alone, weight, (site.out_features, site.in_features)):
-            return None
-        weights.append(weight)
-        bias = site.module._parameters.get("bias")
-        if getattr(site.module, "bias", None) is not bias:  # a bias that is no parameter
-            return None
-        if bias is not None:
-            like_weight = (bias.dtype, bias.device) == (weight.dtype, weight.device)
-            if not like_weight or not _packable(alone, bias, (site.out_features,)):
-                return None
-            has_bias = True
-    if len({(w.dtype, w.device, w.requires_grad, w.is_inference()) for w in weights}) != 1:
+    if not packable(sites, graph.alone() if alone is None else alone):
         return None
+    weights: list[Any] = [site.module._parameters[site.eligible.weight] for site in sites]
+    if any(weight.is_meta for weight in weights):  # there are no numbers to put side by side
+        return None
+    has_bias = any(site.module._parameters.get("bias") is not None for site in sites)
     rows = sum(site.out_features for site in sites)
     # Parameters from inference mode need a buffer from there: a mixture of the two could be
     # neither viewed nor written.
@@ -169,13 +153,36 @@ def repack(packs: Sequence[PackedGroup]) -> PackedGroup | None:
     return None
 
 
-def _packable(alone: frozenset[int], parameter: nn.Parameter, shape: tuple[int, ...]) -> bool:
+def packable(sites: Sequence[Site], alone: frozenset[int]) -> bool:
+    """Whether the weights of sibling sites may lie in one buffer, if they are anywhere at all.
+
+    Each is a plain dense contiguous 2-D (out, in) parameter of its own storage, all of one dtype,
+    device and `requires_grad`; biases likewise, where there are any.
+    """
+    weights = []
+    for site in sites:
+        if site.eligible.kind != "linear" or site.eligible.transposed:
+            return False
+        weight = site.module._parameters.get(site.eligible.weight)
+        if weight is None or not _plain(alone, weight, (site.out_features, site.in_features)):
+            return False
+        weights.append(weight)
+        bias = site.module._parameters.get("bias")
+        if getattr(site.module, "bias", None) is not bias:  # a bias that is no parameter
+            return False
+        if bias is not None:
+            like_weight = (bias.dtype, bias.device) == (weight.dtype, weight.device)
+            if not like_weight or not _plain(alone, bias, (site.out_features,)):
+                return False
+    return len({(w.dtype, w.device, w.requires_grad, w.is_inference()) for w in weights}) == 1
+
+
+def _plain(alone: frozenset[int], parameter: nn.Parameter, shape: tuple[int, ...]) -> bool:
     return (
         not is_traceable_wrapper_subclass(parameter)
         and tuple(parameter.shape) == shape
         and parameter.is_contiguous()
         and is_dense(parameter)
-        and parameter.device.type != "meta"
         and parameter.untyped_storage().nbytes() == parameter.numel() * parameter.element_size()
         and id(parameter) in alone
     )

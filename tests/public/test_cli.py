@@ -39,23 +39,38 @@ def test_inspect_lists_modules_with_rank_and_scale(adapter: str, run) -> None:
 
 def test_explain_names_sites_and_banks_without_running_the_model(run) -> None:
     output = run("explain", str(EXAMPLES / "demo_model"), "--target", "q_proj", "--max-rank", "4")
-    assert "model.layers.0.self_attn.q_proj: Linear as Linear, 128 -> 128" in output
+    [site] = [line for line in output.splitlines() if "self_attn.q_proj" in line and "->" in line]
+    assert site.split()[:6] == [
+        *("model.layers.{0-1}.self_attn.q_proj", "2", "Linear", "128", "->", "128")
+    ]
     assert "slots of rank up to 4" in output
+    assert "not selected: model.layers.{0-1}.self_attn.k_proj (Linear)" in output
+
+
+def test_explain_predicts_for_a_dtype_and_a_chip(run) -> None:
+    model = str(EXAMPLES / "demo_model")
+    asked = ("--dtype", "bfloat16", "--device", "A100", "--rows", "16", "--json")
+    report = json.loads(run("explain", model, *asked))["report"]
+    assert (report["device"], report["rows"], report["lowering"]) == ("A100", 16, "triton")
+    assert {site["dtype"] for site in report["sites"]} == {"bfloat16"}
+    assert all(item["modelled"] > 1 for item in report["totals"]["overheads"])
+    said = json.loads(run("explain", model, "--device", "abacus", "--json", code=1))
+    assert "give one of cpu, cuda, A100" in said["message"]
+    said = json.loads(run("explain", model, "--dtype", "nothing", "--json", code=1))
+    assert "no dtype of this name" in said["message"]
 
 
 def test_explain_tells_the_memory_of_slots_that_are_smaller_than_the_largest_rank(run) -> None:
     model = str(EXAMPLES / "demo_model")
     asked = ("explain", model, "--target", "q_proj", "--max-rank", "16", "--json")
 
-    def banks(*options: str) -> tuple[str, int]:
-        section = json.loads(run(*asked, *options))["report"][1]
-        return section["title"], sum(int(line.split()[-2]) for line in section["lines"])
+    def banks(*options: str) -> int:
+        return json.loads(run(*asked, *options))["report"]["totals"]["bank_bytes"]
 
-    title, whole = banks()
-    assert "in each" not in title
-    title, small = banks("--slot-rank", "4")
-    assert "8 slots of rank up to 16, room for rank 4 in each" in title
-    assert small < whole / 2  # 7 · 4 + 16 rows in the place of 8 · 16
+    assert banks("--slot-rank", "4") < banks() / 2  # 7 · 4 + 16 rows in the place of 8 · 16
+    title = "8 slots of rank up to 16, room for rank 4 in each"
+    assert title in run(*asked[:-1], "--slot-rank", "4")
+    assert "in each" not in run(*asked[:-1])
     refused = json.loads(run(*asked, "--slot-rank", "32", code=1))
     assert "slot_rank = 32 is over max_rank = 16" in refused["message"]
 
@@ -99,7 +114,7 @@ def test_explain_answers_whether_adapters_fit(run, tmp_path: Path) -> None:
     found = json.loads(run("explain", model, *both, "--json", code=1))
     assert [fit["fits"] for fit in found["adapters"]] == [False, True]
     assert "128" in found["adapters"][0]["problem"]
-    assert found["report"][0]["title"] == "sites: 6"
+    assert found["report"]["totals"]["sites"] == 6
     run("explain", model, "--adapter", adapters / "reverse", "--max-rank", "4", code=1)
 
 

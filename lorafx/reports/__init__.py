@@ -1,0 +1,1 @@
+"""Reports as objects: fields, `json()`, `str()` and a table in notebooks."""

@@ -1,0 +1,259 @@
+"""What lorafx would make of a model, as a report: no graph was captured, and no weight was read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from lorafx.reports.patterns import joined
+from lorafx.reports.table import html_table, over, size, text_table
+
+NoteKind = Literal[
+    "refused", "device", "packs", "training", "not selected", "alias", "tied", "capacity"
+]
+
+
+@dataclass(frozen=True)
+class PredictedSites:
+    """Sites that differ in nothing but the indices of their paths.
+
+    Attributes:
+        paths: the canonical path of each.
+        cls, registered: their class, and the registered one that made them sites.
+        in_features, out_features: K and N; for embeddings K is the vocabulary.
+        experts: E of a parameter that holds the weights of E experts; 1 for others.
+        parts: name and columns of each projection that the module computes, where it is several;
+            the name is "" where adapters have none for it.
+        dtype: of the base weight, or that it is computed in.
+        weight_bytes: of one base weight, as it is stored.
+        own_rows: how many rows of the weight an adapter may have of its own.
+        pack: the names of the sites that one node is predicted to compute, itself included.
+    """
+
+    paths: tuple[str, ...]
+    cls: str
+    registered: str
+    in_features: int
+    out_features: int
+    experts: int
+    parts: tuple[tuple[str, int], ...]
+    dtype: str
+    weight_bytes: int
+    own_rows: int
+    pack: tuple[str, ...]
+
+    @property
+    def pattern(self) -> str:
+        return joined(self.paths)
+
+    @property
+    def sizes(self) -> str:
+        parts = ", ".join(f"{name or '-'} {columns}" for name, columns in self.parts)
+        experts = f"{self.experts} x " if self.experts > 1 else ""
+        return f"{experts}{self.in_features} -> {self.out_features}" + (parts and f" [{parts}]")
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """What a batch of `distinct` adapters costs, over the base alone.
+
+    Attributes:
+        floor: least traffic, 1 + bytes of A and B / bytes of W; None where the base reads no weight
+            as a whole (embeddings).
+        modelled: time by the cost model of the GPU; None where it has none.
+    """
+
+    distinct: int
+    floor: float | None
+    modelled: float | None
+
+
+@dataclass(frozen=True)
+class PredictedPack:
+    """Nodes that are alike: each computes one site, or siblings over one weight buffer.
+
+    Attributes:
+        paths: of each node the path of the module that holds its sites.
+        members: the sites' own names.
+        bank_bytes: of the bank behind one node. Siblings whose weights cannot be packed are nodes
+            of their own and share one bank; this is the node's part of it.
+        strategy: how the deltas would be computed.
+        reason: why that, in words.
+        overheads: one for each number of adapters that was asked about.
+    """
+
+    paths: tuple[str, ...]
+    members: tuple[str, ...]
+    bank_bytes: int
+    strategy: str
+    reason: str
+    overheads: tuple[Overhead, ...]
+
+    @property
+    def pattern(self) -> str:
+        own = " + ".join(self.members)
+        return own if self.paths == ("",) else f"{joined(self.paths)}: {own}"
+
+
+@dataclass(frozen=True)
+class Note:
+    """What one should know before compiling: of what kind, about which modules, and what."""
+
+    kind: NoteKind
+    paths: tuple[str, ...]
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.text}"
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the model.
+
+    Attributes:
+        model_bytes: of all parameters, each storage once.
+        weight_bytes: of the sites' base weights.
+        bank_bytes: of all banks, which are on the device from the start.
+        adapter_bytes: of the factors of one adapter of the largest rank on all sites.
+        overheads: over the sites alone, not over the whole model.
+    """
+
+    sites: int
+    nodes: int
+    model_bytes: int
+    weight_bytes: int
+    bank_bytes: int
+    adapter_bytes: int
+    overheads: tuple[Overhead, ...]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What `lorafx.explain(model, lora_config)` tells of a model that is not compiled.
+
+    Modules decide which sites exist, which banks they get and which weights can be packed; which
+    siblings share an input is seen in a forward on the meta device. That each use of a weight is
+    understood, and that rows can be proved, only a captured graph shows; `cm.explain()` has that.
+
+    Attributes:
+        model: class of the model.
+        device: what the figures are for: "cpu", or the name of a chip.
+        lowering: as `Options.lowering`.
+        rows: rows of x in the call that is predicted; requests of a decode step.
+        slots, max_rank, slot_rank: of the banks.
+        extras: what the banks have room for beside factors, and no figure of time includes.
+        sites, packs: by the order of the model.
+    """
+
+    model: str
+    device: str
+    lowering: str
+    rows: int
+    slots: int
+    max_rank: int
+    slot_rank: int
+    extras: tuple[str, ...]
+    sites: tuple[PredictedSites, ...]
+    packs: tuple[PredictedPack, ...]
+    totals: Totals
+    notes: tuple[Note, ...]
+
+    def json(self) -> dict[str, Any]:
+        """The fields, of JSON's own types."""
+        found: dict[str, Any] = asdict(self)
+        rows = [*found["sites"], *found["packs"]]
+        patterns = [item.pattern for item in self.sites] + [item.pattern for item in self.packs]
+        for row, pattern in zip(rows, patterns, strict=True):
+            row["pattern"] = pattern
+        return found
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}, before anything runs", *(f"  {line}" for line in self._summary())]
+        for title, columns, rows in self._tables():
+            lines += [title, *(f"  {line}" for line in text_table(columns, rows))]
+        if self.notes:
+            lines += ["notes", *(f"  {note}" for note in self.notes)]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        told = html_table(
+            f"{self.model}, before anything runs", ("",), [[line] for line in self._summary()]
+        )
+        tables = "".join(html_table(*table) for table in self._tables())
+        notes = [(note.kind, note.text) for note in self.notes]
+        return told + tables + (html_table("notes", ("kind", "what"), notes) if notes else "")
+
+    def _summary(self) -> list[str]:
+        all_of = self.totals
+        by = {item.distinct: item for item in all_of.overheads}
+        lines = [
+            f"weights {size(all_of.model_bytes)}, those of the sites {size(all_of.weight_bytes)}; "
+            f"banks {size(all_of.bank_bytes)}; one adapter of rank {self.max_rank} on all sites "
+            f"{size(all_of.adapter_bytes)}",
+            "least traffic of the sites over the base's: "
+            + _by_distinct({count: item.floor for count, item in by.items()})
+            + f", adapters of rank {self.slot_rank}",
+        ]
+        if any(item.modelled is not None for item in by.values()):
+            lines.append(
+                f"modelled time of the sites over the base's, {self.rows} rows on {self.device}: "
+                + _by_distinct({count: item.modelled for count, item in by.items()})
+            )
+        if self.extras:
+            lines.append(f"not in these figures: {', '.join(self.extras)}")
+        return lines
+
+    def _tables(self) -> list[tuple[str, tuple[str, ...], list[list[object]]]]:
+        beside = "".join(f" and {extra}" for extra in self.extras)
+        if self.slot_rank < self.max_rank:
+            beside = f", room for rank {self.slot_rank} in each{beside}"
+        counts = [item.distinct for item in self.totals.overheads]
+        timed = any(item.modelled is not None for item in self.totals.overheads)
+        sites: list[list[object]] = [
+            [
+                row.pattern,
+                len(row.paths),
+                row.cls if row.cls == row.registered else f"{row.cls} as {row.registered}",
+                row.sizes + (f", {row.own_rows} rows of an adapter's own" if row.own_rows else ""),
+                row.dtype,
+                size(row.weight_bytes),
+                " + ".join(row.pack) if len(row.pack) > 1 else "alone",
+            ]
+            for row in self.sites
+        ]
+        packs: list[list[object]] = [
+            [
+                pack.pattern,
+                len(pack.paths),
+                size(pack.bank_bytes),
+                pack.strategy,
+                *(over(item.floor) for item in pack.overheads),
+                *(over(item.modelled) for item in pack.overheads if timed),
+            ]
+            for pack in self.packs
+        ]
+        return [
+            (
+                f"sites: {self.totals.sites}",
+                ("site", "count", "class", "in -> out", "dtype", "weight, each", "pack"),
+                sites,
+            ),
+            (
+                f"packs: {self.totals.nodes}, {self.slots} slots of rank up to "
+                f"{self.max_rank}{beside}",
+                (
+                    *("pack", "count", "bank, each", "strategy"),
+                    *(f"floor, {count}" for count in counts),
+                    *(f"time, {count}" for count in counts if timed),
+                ),
+                packs,
+            ),
+        ]
+
+
+def _by_distinct(ratios: Mapping[int, float | None]) -> str:
+    return ", ".join(
+        f"{over(ratio)} with {count} adapter{'s' * (count > 1)}" for count, ratio in ratios.items()
+    )
