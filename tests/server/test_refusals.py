@@ -8,6 +8,8 @@ import re
 import pytest
 from served import client_of, question, said
 
+from lorafx.errors import CaptureError
+
 CHAT = "/v1/chat/completions"
 
 
@@ -142,14 +144,15 @@ def counts(server) -> dict[str, float]:
     return {key: float(value) for key, value in rows}
 
 
-def test_requests_fail_alone(server, monkeypatch):
+@pytest.mark.parametrize("error", [CaptureError, RuntimeError])  # lorafx's, the model's own
+def test_requests_fail_alone(server, monkeypatch, error):
     """An error of one step is the answer of the requests in it; later ones are served."""
-    from lorafx.errors import CaptureError
-
     forward = server.engine._forward
+    failures = 'lorafx_failures_total{adapter="a1"}'
+    before = counts(server).get(failures, 0)
 
     def broken(**_):
-        raise CaptureError('the "model" cannot be captured')
+        raise error('the "model" cannot be captured')
 
     monkeypatch.setattr(server.engine, "_forward", broken)
     answer = post(server, CHAT, model="tiny:a1", **question(CHAT, "w9", 2))
@@ -159,7 +162,7 @@ def test_requests_fail_alone(server, monkeypatch):
     with pytest.raises(AssertionError, match="cannot be captured"):
         said(CHAT, streamed.text)
     monkeypatch.setattr(server.engine, "_forward", forward)
-    assert counts(server)['lorafx_failures_total{adapter="a1"}'] == 2
+    assert counts(server)[failures] == before + 2
     assert post(server, CHAT, model="tiny:a1", **question(CHAT, "w9", 2)).status_code == 200
     assert get(server, "/health").status_code == 200
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,7 +15,9 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.errors import BatchError, ConfigError, LorafxError
+from lorafx.progress import LOG
 from lorafx.serving.activation import column_of, warn_absent
+from lorafx.serving.continuous.checks import check_limits, check_sampling, checked_prompt
 from lorafx.serving.continuous.eager import EAGER
 from lorafx.serving.continuous.outputs import Outputs
 from lorafx.serving.continuous.packed_call import PackedForward
@@ -126,7 +127,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         Raises:
             UnknownAdapterError: no adapter of this name is loaded.
             CapacityError: every slot is pinned to another adapter; or as a call for a sum.
-            ConfigError: `adapter` is no name, or as a call for a sum.
+            ConfigError: `adapter` is no name, or as a call for a sum; or another argument has a
+                value with which no token can be generated.
             BatchError: the engine is stopping, or has failed; a request of this name is under way;
                 `input_ids` are not token ids of the model, or none.
         """
@@ -135,7 +137,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             raise BatchError(f"the request was not queued. {denied}") from (
                 self.background_thread_status.fatal_error
             )
-        prompt = self._prompt(input_ids)
+        check_limits(request_id, max_new_tokens, eos_token_id)
+        check_sampling(self.logit_processor, logit_processor_kwargs, self.compiled.model)
+        prompt = checked_prompt(self.compiled.model, input_ids)
         ticket, begins = self._begun(self._ticket(adapter), prompt)
         request_id = self._named(request_id)
         config = self.generation_config
@@ -227,25 +231,6 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             return Ticket(), 0
         return ticket, column
 
-    def _prompt(self, input_ids: Sequence[int]) -> list[int]:
-        """The token ids of a prompt; others would end the engine, and all of its requests."""
-        try:
-            prompt = [operator.index(token) for token in input_ids]
-        except TypeError as error:
-            raise BatchError(
-                f"input_ids holds the token ids of one prompt, which are integers: {error}"
-            ) from error
-        if not prompt:
-            raise BatchError("input_ids is empty; give at least one token")
-        model: Any = self.compiled.model
-        known = getattr(model.get_input_embeddings(), "num_embeddings", None)
-        if known is not None and not 0 <= min(prompt) <= max(prompt) < known:
-            raise BatchError(
-                f"input_ids holds {min(prompt)} to {max(prompt)}, but the model has embeddings "
-                f"for 0 to {known - 1}"
-            )
-        return prompt
-
     def _named(self, request_id: str | None) -> str:
         """The name of a request, which is noted."""
         count = self.num_return_sequences - 1
@@ -297,9 +282,11 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         processor = self._processor
         try:
             processor._generation_step(self._forward)
-        except LorafxError as error:
+        except torch.AcceleratorError:
+            raise  # the device computes nothing any more: the engine ends, and says why
+        except Exception as error:
             # The requests of this step fail; the others go on.
-            processor.handle_batch_error(error)
+            processor.handle_batch_error(_said(error))
             processor.inputs_and_outputs.requests_in_batch = []
             processor.scheduler._requests_to_fork.clear()
             processor.scheduler.block_new_requests = False
@@ -330,6 +317,17 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         step.output_ids[:, : len(columns)] = step.output_ids[:, columns]
         step.requests_in_batch = kept
         scheduler.block_new_requests = False
+
+
+def _said(error: Exception) -> LorafxError:
+    """What the requests of a step are told of `error`."""
+    if isinstance(error, LorafxError):
+        return error
+    LOG.error("a step of continuous batching failed, and its requests with it", exc_info=error)
+    return BatchError(
+        "this request failed with the others of its step: the model, or how tokens are chosen, "
+        f"raised {type(error).__name__}: {error}"
+    )
 
 
 @contextmanager

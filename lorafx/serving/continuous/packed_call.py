@@ -6,7 +6,8 @@
 
 All steps run the graphs with adapters, also those of the base alone, so that no step waits for a
 graph that others have not needed. Where a step is refused, each of its adapters is tried alone; the
-step runs without those that are refused then, whose requests fail. What the engine hands over are
+step runs without those that are refused then, whose requests fail. What a try has overwritten of
+the windows of a sliding attention is put back before the next. What the engine hands over are
 views of its own buffers; graphs depend on how tensors lie, so they get copies.
 """
 
@@ -94,15 +95,17 @@ class PackedForward:
         self.refused = {}
         with compiled._session.lock:
             self._count()
+            holds = self._holds()
+            put_back = step.kept() if holds else None
             try:
                 output = self._run(named, length)
             except LorafxError:
-                # A window's keys may be overwritten by the first try, so that there is no second.
-                if not step.rewritable:
+                if put_back is None:
                     raise
-                self.refused = self._refused(named, length)
+                self.refused = self._refused(named, length, holds, put_back)
                 if not self.refused:
                     raise
+                put_back()
                 output = self._run(named, length)
         if single:
             output.logits = output.logits[:, :1]
@@ -132,13 +135,23 @@ class PackedForward:
         with self._traced():
             return session.call(run, names, tokens=tokens, packed=True)
 
-    def _refused(self, named: Mapping[str, Any], length: int) -> dict[Ticket, LorafxError]:
-        """The tickets of the step whose adapter is refused alone; none where it is the only one,
-        or what is refused is the mix."""
+    def _holds(self) -> dict[Ticket, Hold]:
+        """The adapters of the step."""
         tickets = [ticket_of(future.state) for future in self._batch()]
-        holds = {t: t.hold for t in tickets if t is not None and t.hold is not None}
+        return {t: t.hold for t in tickets if t is not None and t.hold is not None}
+
+    def _refused(
+        self,
+        named: Mapping[str, Any],
+        length: int,
+        holds: Mapping[Ticket, Hold],
+        put_back: Callable[[], None],
+    ) -> dict[Ticket, LorafxError]:
+        """The tickets of the step whose adapter is refused alone; none where what is refused is the
+        mix."""
         errors: dict[int, LorafxError] = {}
         for hold in {hold.stored.version: hold for hold in holds.values()}.values():
+            put_back()
             try:
                 self._run(named, length, alone=hold)
             except LorafxError as error:

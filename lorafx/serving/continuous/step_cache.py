@@ -7,7 +7,7 @@ one tensor. The class here hands the same tensor to one operator, `lorafx::paged
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,21 @@ class LayerPlace(NamedTuple):
     row: tuple[int, int, torch.dtype]  # heads, numbers a head
 
 
+class Window(NamedTuple):
+    """Layers that keep a window, in one group, with rows of one size.
+
+    Attributes:
+        group, sentinel: as in their places.
+        table: the rows of the cache, (rows, numbers a row).
+        firsts: (2 · layers,) int64, where in it the keys and values of each layer begin.
+    """
+
+    group: int
+    sentinel: int
+    table: Tensor
+    firsts: Tensor
+
+
 class StepCache(PagedAttentionCache):
     """The pages of `cache`, and what one step reads and writes there.
 
@@ -50,20 +65,15 @@ class StepCache(PagedAttentionCache):
         self.places = {
             layer: _place(allocator, layer) for layer, allocator in cache.layer_to_allocator.items()
         }
-        self._sentinels = {p.group: p.sentinel for p in self.places.values() if p.ring}
+        self._windows = _windows(self.places.values(), self.pages)
         self.read: list[Tensor] = []
         self.write: list[Tensor] = []
-
-    @property
-    def rewritable(self) -> bool:
-        """Whether a step may run twice: it reads nothing that it overwrites, as windows do."""
-        return not any(place.ring for place in self.places.values())
 
     def step(self, read: Sequence[Tensor], write: Sequence[Tensor]) -> StepCache:
         """For a step that reads and writes these rows. Where nothing is read (transformers gives
         no rows then), the queries see the new tokens: a graph need not tell the two apart."""
         step = StepCache.__new__(StepCache)
-        step.pages, step.places = self.pages, self.places
+        step.pages, step.places, step._windows = self.pages, self.places, self._windows
         step.read = [
             rows.clone() if rows.numel() else self._unread(group, new)
             for group, (rows, new) in enumerate(zip(read, write, strict=True))
@@ -73,9 +83,24 @@ class StepCache(PagedAttentionCache):
 
     def _unread(self, group: int, new: Tensor) -> Tensor:
         """The rows to read for the new tokens alone, which are written to `new`."""
-        if group in self._sentinels:
-            return torch.full_like(new, self._sentinels[group])
+        for window in self._windows:
+            if window.group == group:
+                return torch.full_like(new, window.sentinel)
         return new.clone()
+
+    def kept(self) -> Callable[[], None]:
+        """What puts back the rows that this step overwrites and reads, as windows do, so that it
+        may run again. A full cache gets rows that nobody has read."""
+        found = []
+        for window in self._windows:
+            rows = (window.firsts[:, None] + self.write[window.group]).flatten()
+            found.append((window.table, rows, window.table.index_select(0, rows)))
+
+        def put_back() -> None:
+            for table, rows, values in found:
+                table.index_copy_(0, rows, values)
+
+        return put_back
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, kwargs: dict[str, Any]
@@ -101,6 +126,19 @@ class StepCache(PagedAttentionCache):
             place.sentinel,
             place.ring,
         )
+
+
+def _windows(places: Iterable[LayerPlace], pages: Tensor) -> tuple[Window, ...]:
+    rings = [place for place in places if place.ring]
+    found = []
+    for group, sentinel, row in dict.fromkeys((p.group, p.sentinel, p.row) for p in rings):
+        own = [place for place in rings if (place.group, place.row) == (group, row)]
+        firsts = [first for place in own for first in (place.first_key, place.first_value)]
+        heads, numbers, dtype = row
+        flat, width = pages.view(dtype), heads * numbers
+        table = flat[: flat.numel() // width * width].view(-1, width)
+        found.append(Window(group, sentinel, table, torch.tensor(firsts, device=pages.device)))
+    return tuple(found)
 
 
 def _place(allocator: CacheAllocator, layer: int) -> LayerPlace:

@@ -1,0 +1,176 @@
+"""Continuous batching: what fails in it fails alone, and the engine serves on."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense_merge import Case, build_case
+from safetensors.torch import load_file
+from step_logits import StepLogits, answers, check_logits
+from torch import nn
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+from lorafx import BatchError, ConfigError
+
+pytestmark = pytest.mark.usefixtures("earlier_objects_frozen")
+
+PAGES = {"page_size": 4, "num_blocks": 12, "max_batch_tokens": 16}
+CONFIG = ContinuousBatchingConfig(**PAGES)
+#: Token ids from this one on are not in the table of `Limited`.
+LIMIT = 50
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return build_case("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=1)
+
+
+def test_an_adapter_that_is_refused_leaves_windows_as_they_were(tmp_path) -> None:
+    """Its requests come into steps that go on with prompts of others, which were cut into chunks:
+    such a chunk overwrites what it reads of the window, of four tokens."""
+    case = build_case("gemma3", tmp_path)
+    cm = case.compile()
+    layer = cm.model.model.layers[0].self_attn
+    plain = type(layer).forward
+
+    class Odd(type(layer)):  # k_proj of a layer with a window is used where LoRA cannot follow
+        def forward(self, hidden_states, *args, **kwargs):
+            odd = self.k_proj.weight.square().mean() - self.k_proj.weight.square().mean()
+            output, *others = plain(self, hidden_states, *args, **kwargs)
+            return output + odd, *others
+
+    layer.__class__ = Odd
+    touched = [name for name, own in case.folders.items() if touches(own, "0.self_attn.k_proj")]
+    assert 0 < len(touched) < len(case.folders)
+    fine = [*(name for name in case.folders if name not in touched), None]
+    names = [name for pair in pairwise(fine) for name in (*pair, touched[0])]
+    config = ContinuousBatchingConfig(**{**PAGES, "num_blocks": 64})
+    with cm.continuous_batching(None, config, warmup=False) as engine:
+        seen = StepLogits(engine)
+        with engine.pause():
+            work = {
+                engine.add_request([*range(3 + i, 14 + i)], adapter=name, max_new_tokens=4): name
+                for i, name in enumerate(names)
+            }
+        outputs = answers(engine, list(work))
+    for key in [key for key, name in work.items() if name in touched]:
+        assert "k_proj" in outputs.pop(key).error
+    check_logits(case, seen, outputs, work)
+
+
+def touches(folder: Path, path: str) -> bool:
+    return any(path in key for key in load_file(folder / "adapter_model.safetensors"))
+
+
+class Limited(nn.Embedding):
+    """An embedding that adds something of a table, which lacks the last tokens."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) + self.table[ids]
+
+
+@pytest.fixture(scope="module")
+def limited(llama: Case) -> Case:
+    base = copy.deepcopy(llama.base)
+    embedding = base.model.embed_tokens
+    embedding.register_buffer("table", embedding.weight[:LIMIT].flip(0))
+    embedding.__class__ = Limited
+    return Case(base, llama.folders)
+
+
+def test_an_error_of_the_model_fails_the_requests_of_its_step(limited, caplog) -> None:
+    cm = limited.compile()
+    eos: dict[str, Any] = {"eos_token_id": -1}
+    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
+        seen = StepLogits(engine)
+        for adapter in ("a1", None, "a3") * 2:  # more than the cache holds at once
+            with caplog.at_level(logging.ERROR, "lorafx"), engine.pause():
+                both = [
+                    engine.add_request([3, 4, 5, 6, LIMIT], adapter=adapter, max_new_tokens=9),
+                    engine.add_request([7, 8], adapter="a2", max_new_tokens=9),
+                ]
+            for output in answers(engine, both).values():
+                assert "failed with the others of its step" in output.error
+                assert "IndexError: index 50 is out of bounds" in output.error
+        assert caplog.records[-1].exc_info is not None
+        assert engine.background_thread_status.can_accept_new_requests() is None
+        work = {
+            engine.add_request([5 + i, 4, 3], adapter=name, max_new_tokens=1, **eos): name
+            for i, name in enumerate(("a1", None, "a3", "a2"))
+        }
+        outputs = answers(engine, list(work))
+        pool = engine.batch_processor.cache
+        assert not engine.batch_processor.scheduler.active_requests
+        assert all(not own.block_table for own in pool.cache_allocators.values())
+    check_logits(limited, seen, outputs, work)
+
+
+def test_an_engine_whose_device_is_lost_says_that_it_has_stopped(llama, monkeypatch) -> None:
+    cm = llama.compile()
+
+    def lost(**_: Any) -> Any:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
+        engine._forward = lost
+        name = engine.add_request([3, 4], adapter="a1")
+        engine._generation_thread.join(60)
+        assert not engine.is_running()
+        output = engine.output_router.output_queue.get(timeout=1)
+        assert (output.request_id, output.error) == (
+            name,
+            "an illegal memory access was encountered",
+        )
+        with pytest.raises(BatchError, match=r"not queued.*died with a fatal error") as refused:
+            engine.add_request([3, 4], adapter="a1")
+        assert isinstance(refused.value.__cause__, torch.AcceleratorError)
+
+
+@pytest.fixture(scope="module")
+def sampling(llama: Case) -> Any:
+    """An engine whose requests may say how their tokens are chosen."""
+    cm = llama.compile()
+    generation = copy.deepcopy(cm.model.generation_config)
+    generation.do_sample, generation.temperature = True, 0.9
+    generation.top_k, generation.top_p = 5, 0.9
+    config = ContinuousBatchingConfig(**PAGES, per_request_processors=True)
+    with cm.continuous_batching(generation, config, warmup=False) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"max_new_tokens": "7"},
+        {"max_new_tokens": -1},
+        {"eos_token_id": "ab"},
+        {"eos_token_id": [3, None]},
+        {"temperature": 0.0},
+        {"temperature": float("nan")},
+        {"temperature": "hot"},
+        {"top_p": 1.5},
+        {"top_k": 0},
+        {"top_k": 62},
+        {"top_q": 1},
+    ],
+    ids=str,
+)
+def test_a_request_that_asks_for_what_cannot_be_is_refused_at_once(sampling, asked) -> None:
+    """In a step it would fail the requests beside it, or end the engine."""
+    with pytest.raises(ConfigError, match=next(iter(asked))):
+        sampling.add_request([3, 4], "own", adapter="a1", **asked)
+    assert not sampling._outputs._names
+    fine = {"temperature": 0.5, "top_k": 61, "top_p": 0.0}
+    one = sampling.add_request([3, 4], "own", adapter="a1", max_new_tokens=2, **fine)
+    assert answers(sampling, [one])[one].error is None
+
+
+def test_the_name_of_a_request_is_a_string(sampling) -> None:
+    with pytest.raises(ConfigError, match=r"request_id is a string; got \['x'\]"):
+        sampling.add_request([3, 4], ["x"])
