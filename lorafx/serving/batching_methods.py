@@ -50,7 +50,7 @@ class BatchingMethods:
 
             with cm.continuous_batching() as engine:
                 first = engine.add_request(ids, adapter="sql", max_new_tokens=64)
-                for output in engine: ...
+                for output in engine.request_id_iter(first): ...
 
         The engine runs in a thread until the block ends; calls of the model take turns with its
         steps. `add_request` takes `adapter=`, and `streaming=True` gives an output for each token.

@@ -1,0 +1,113 @@
+"""What README.md and docs/ show in Python runs, and their assertions hold.
+
+The blocks of a page run one after another as one program, in a folder where the first block of
+docs/index.md has written its tiny model and adapters. They run in plain aten: what the pages say
+does not depend on how LoRA is computed. Two comments of Markdown, which no reader sees, are for
+this test:
+
+    <!-- invisible-code-block: python ... -->    stands for what the page takes for granted
+    <!-- skip: next "needs a server" -->         the next block cannot run here, and why
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from unittest import SkipTest
+
+import pytest
+import torch
+from peft import PeftModel
+from sybil import Document, Example, Sybil
+from sybil.parsers.markdown import CodeBlockParser, SkipParser
+
+from lorafx import Options
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+#: Has a test of its own: it makes its models itself, and compiles them as its reader does.
+README = ROOT / "README.md"
+PAGES = [path for path in sorted(DOCS.rglob("*.md")) if "```python" in path.read_text()]
+
+
+def run_block(example: Example) -> None:
+    """In the namespace of its page, with the lines of the page in tracebacks."""
+    source = "\n" * (example.line + example.parsed.line_offset) + example.parsed
+    exec(compile(source, example.path, "exec"), example.namespace)
+
+
+def page(path: Path) -> Document:
+    document = Sybil([CodeBlockParser("python", run_block), SkipParser()]).parse(path)
+    document.namespace.update(__name__=path.stem)
+    return document
+
+
+def run(document: Document) -> dict[str, Any]:
+    """The names that a page's blocks leave."""
+    for example in document.examples():
+        with suppress(SkipTest):
+            example.evaluate()
+    return document.namespace
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the first block of the start page has run."""
+    folder = tmp_path_factory.mktemp("written")
+    first = next(page(DOCS / "index.md").examples())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        torch.manual_seed(0)
+        first.evaluate()
+    return folder
+
+
+@pytest.fixture
+def plain_aten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Options.lowering` is "reference" where a page does not say another."""
+    _, *others = Options.__init__.__defaults__ or ()
+    monkeypatch.setattr(Options.__init__, "__defaults__", ("reference", *others))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(DOCS).as_posix())
+def test_page(
+    path: Path,
+    written: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    plain_aten: None,
+) -> None:
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    run(page(path))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("path", [*PAGES, README], ids=lambda path: path.name)
+def test_every_python_block_is_run_or_left_out_with_a_reason(path: Path) -> None:
+    """Fences that are written in another way would not be found."""
+    fences = [line for line in path.read_text().splitlines() if line.lstrip().startswith("```py")]
+    document = page(path)
+    skips = [e.parsed for e in document.examples() if isinstance(e.parsed, tuple)]
+    assert all(action == "next" and reason for action, reason in skips)
+    starts = [document.text[e.region.start :].lstrip()[:9] for e in document.examples()]
+    assert fences.count("```python") == len(fences) == starts.count("```python")
+
+
+def test_readme(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It needs nothing of the repository, and its rows are what PEFT gives for each alone."""
+    monkeypatch.chdir(tmp_path)
+    made = run(page(README))
+    rows = []
+    for row, name in enumerate([None, "sql", "chat"]):
+        model = made["build_model"]()
+        if name is not None:
+            model = PeftModel.from_pretrained(model, f"{made['folder']}/{name}")
+        prompt = made["prompts"][row : row + 1]
+        rows.append(model.generate(input_ids=prompt, max_new_tokens=8))
+    assert torch.equal(made["tokens"], torch.cat(rows))
+    assert len({tuple(row[0, 5:].tolist()) for row in rows}) == 3
+    assert "more" in made["cm"].adapters
