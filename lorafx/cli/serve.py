@@ -41,6 +41,14 @@ def serve(
     drain: Annotated[
         int | None, typer.Option(help="Seconds to wait for answers under way when it is stopped.")
     ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LORAFX_API_KEY",
+            help="Key that requests have to come with. Others can see it "
+            "in the list of processes: prefer the variable.",
+        ),
+    ] = None,
 ) -> None:
     """Serve MODEL, a folder or a name on the hub, and its adapters over HTTP, in OpenAI's form.
 

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Response
 from transformers.cli.serving.server import build_server
 
+from lorafx.server.authentication import Authentication
 from lorafx.server.errors import answer_errors
 from lorafx.server.generating import Generation
 from lorafx.server.handlers import Chat, Completions, Responses
@@ -21,7 +22,10 @@ ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/model
 
 
 def build_app(
-    served: ServedModel, engine: AdapterBatchingManager, adapter_root: Path | None = None
+    served: ServedModel,
+    engine: AdapterBatchingManager,
+    adapter_root: Path | None = None,
+    api_key: str | None = None,
 ) -> FastAPI:
     """The application that answers for a model.
 
@@ -29,6 +33,7 @@ def build_app(
         served: the model.
         engine: its engine, running.
         adapter_root: the folder from which clients may load adapters; None: they may not.
+        api_key: what requests have to come with, but for /health and /metrics; None for nothing.
     """
     metrics = Metrics(served.compiled.stats)
     generation = Generation(served, engine, metrics)
@@ -46,6 +51,7 @@ def build_app(
         route for route in app.router.routes if getattr(route, "path", None) in ROUTES
     ]
     answer_errors(app)
+    app.add_middleware(Authentication, key=api_key)
     loading = AdapterLoading(served, adapter_root)
 
     # Not coroutines: they read files, and FastAPI runs them in threads.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
-from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from lorafx.session.statistics import Statistics
 
@@ -75,9 +75,29 @@ class _Adapters:
             ("waits", "Requests that were ready for a step and had no slot in it", stats.waits),
         ):
             yield CounterMetricFamily(f"lorafx_adapter_{name}", text, value=value)
+        yield from _tiers(stats)
         tokens = CounterMetricFamily(
             "lorafx_tokens", "Tokens that have been run, prompts included", labels=["adapter"]
         )
         for adapter, count in stats.tokens.items():
             tokens.add_metric([adapter], count)
         yield tokens
+
+
+def _tiers(stats: Statistics) -> Iterator[Metric]:
+    """What lies where: on the device, in host memory, in files."""
+    nbytes = GaugeMetricFamily(
+        "lorafx_tier_bytes", "Bytes of adapters in a tier; of the device's banks", labels=["tier"]
+    )
+    for tier, of_tier in stats.tiers.items():
+        nbytes.add_metric([tier], of_tier.nbytes)
+    yield nbytes
+    for name, text in (
+        ("hits", "Adapters that were asked for and found in a tier"),
+        ("misses", "Adapters that were asked for and not in a tier"),
+        ("evictions", "Adapters that had to leave a tier"),
+    ):
+        counted = CounterMetricFamily(f"lorafx_tier_{name}", text, labels=["tier"])
+        for tier, of_tier in stats.tiers.items():
+            counted.add_metric([tier], getattr(of_tier, name))
+        yield counted

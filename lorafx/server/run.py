@@ -91,7 +91,8 @@ def opened(settings: Settings, *, lazily: bool = False) -> Iterator[Opened]:
             else ServedModel(compiled, tokenizer, settings.served_name)
         )
         try:
-            yield Opened(build_app(served, engine, settings.root()), compiled, engine)
+            app = build_app(served, engine, settings.root(), settings.api_key)
+            yield Opened(app, compiled, engine)
         finally:
             # Who waited for an answer has it, or has gone.
             engine.stop(hard_stop=True)

@@ -45,6 +45,8 @@ class Settings:
         adapter_root: the folder from which they may; None for `adapters`.
         drain: seconds to wait for the requests that are under way when the server is stopped; None
             waits for all of them.
+        api_key: what requests have to come with (`Authorization: Bearer KEY`), but for /health and
+            /metrics; None: everybody is answered.
     """
 
     model: str
@@ -69,6 +71,7 @@ class Settings:
     allow_runtime_loading: bool = False
     adapter_root: Path | None = None
     drain: int | None = None
+    api_key: str | None = field(default=None, repr=False)
     #: name -> folder, found in `adapters`
     found: Mapping[str, Path] = field(init=False, default_factory=dict)
 
@@ -95,6 +98,12 @@ class Settings:
         share = self.max_memory_percent
         if share is not None and not 0 < share <= 1:
             raise ConfigError(f"--max-memory-percent is between 0 and 1; got {share}")
+        key = self.api_key
+        if key is not None and not (key and all("!" <= letter <= "~" for letter in key)):
+            raise ConfigError(
+                "--api-key, or the variable LORAFX_API_KEY, is at least one visible ASCII "
+                "character, and no spaces; leave it out to answer everybody"
+            )
         self.options()
         folder = Path(self.model)
         if folder.is_dir() and not (folder / "config.json").is_file():

@@ -34,13 +34,15 @@ OPTIONS = [
 
 def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
     """The whole command, with HTTP: SIGTERM comes in the middle of an answer. The server samples,
-    and requests choose how hot."""
+    and requests choose how hot; the key comes from the environment."""
     path = "/v1/completions"
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     arguments = ["serve", str(files.model), "--adapters", str(files.adapters), "--port", str(port)]
     arguments += ["--temperature", "1", "--slot-rank", "4", "--max-host-bytes", "1000000"]
     monkeypatch.setattr("sys.argv", ["lorafx", *arguments, *OPTIONS])
+    monkeypatch.setenv("LORAFX_API_KEY", "s3cret")
+    key = {"Authorization": "Bearer s3cret"}
     process = os.getpid()
     came = threading.Barrier(2)
 
@@ -54,12 +56,15 @@ def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
         hot = {"model": "tiny:a1", **question(path, "w9 w12", 20, temperature=3)}
-        answers = [httpx2.post(url + path, json=hot, timeout=60).json() for _ in range(3)]
+        assert httpx2.post(url + path, json=hot).status_code == 401
+        answers = [
+            httpx2.post(url + path, json=hot, timeout=60, headers=key).json() for _ in range(3)
+        ]
         assert len({answer["choices"][0]["text"] for answer in answers}) > 1
-        seeded = httpx2.post(url + path, json={**hot, "seed": 1})
+        seeded = httpx2.post(url + path, json={**hot, "seed": 1}, headers=key)
         assert "seed" in seeded.json()["error"]["message"]
         body = {"model": "tiny:a1", **question(path, "w9 w12", 40, stream=True, temperature=0)}
-        with httpx2.stream("POST", url + path, json=body, timeout=60) as answer:
+        with httpx2.stream("POST", url + path, json=body, timeout=60, headers=key) as answer:
             chunks = answer.iter_text()
             first = next(chunks)
             came.wait(60)
@@ -105,6 +110,8 @@ def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
         ({"slot_rank": 32}, "--max-rank"),
         ({"max_host_bytes": 0}, "--max-host-bytes"),
         ({"port": 70000}, "--port"),
+        ({"api_key": ""}, "--api-key"),
+        ({"api_key": "two words"}, "LORAFX_API_KEY"),
         ({"temperature": -1.0}, "--temperature"),
         ({"max_memory_percent": 3.0}, "--max-memory-percent"),
         ({"lowering": "refrence"}, "lowering"),

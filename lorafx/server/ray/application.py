@@ -1,6 +1,7 @@
 """What `serve run lorafx.server.ray:build key=value` starts."""
 
 # No `from __future__ import annotations`: Ray reads from an annotation which class `build` takes.
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +36,8 @@ class RaySettings(BaseModel):
             as it has CPUs.
         num_ingresses: how many processes read requests and send them to replicas.
         max_ongoing_requests: that a replica is given; others wait for one at the ingress.
+        api_key: as in `Settings`; where it is not given, the variable LORAFX_API_KEY of the process
+            that starts the application.
         drain: seconds for which a replica that is stopped waits for the answers under way.
         deployment: other options of `serve.deployment`, for the replicas: `autoscaling_config`,
             `health_check_period_s`, `max_queued_requests`, and the like; JSON on a command line.
@@ -59,6 +62,9 @@ class RaySettings(BaseModel):
     temperature: float | None = None
     lowering: str = "auto"
     cache: str | None = None
+    api_key: str | None = Field(
+        default_factory=lambda: os.environ.get("LORAFX_API_KEY"), repr=False
+    )
     drain: int = DRAIN
     held: int = Field(default=64, ge=1)
     num_replicas: int | Literal["auto"] | None = None

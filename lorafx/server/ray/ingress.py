@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.routing import Router, get_route_path
 from starlette.websockets import WebSocketClose
 
+from lorafx.server.authentication import Authentication
 from lorafx.server.errors import RequestError, error_response
 from lorafx.server.settings import Settings
 
@@ -38,7 +39,7 @@ class Ingress:
 
     Args:
         replicas: the engines.
-        settings: of the model, for the names of its adapters.
+        settings: of the model, for the names of its adapters, and the key.
     """
 
     def __init__(self, replicas: DeploymentHandle, settings: Settings) -> None:
@@ -46,8 +47,9 @@ class Ingress:
         self._settings = settings
 
     def __serve_build_asgi_app__(self) -> Router:
-        """The application; Ray asks for it."""
-        return Router(default=self.relay)
+        """The application; Ray asks for it. Keys are looked at before a replica loads the adapter
+        that is asked for."""
+        return Router(default=Authentication(self.relay, self._settings.api_key))
 
     async def relay(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer one request (ASGI)."""
