@@ -80,7 +80,11 @@ def write_beside_dumps(session: weakref.ref[Session]) -> None:
     folder = None if found is None else dump_folder(found.program.options)
     if found is not None and folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "explain.txt").write_text(f"{Explanation.of(found)}\n")
+        report = f"{Explanation.of(found)}\n"
+        (folder / "explain.txt").write_text(report)
+        if found.backend.page is not None:
+            found.backend.page.texts["explain.txt"] = report
+            found.backend.page.write()
 
 
 def model_sections(

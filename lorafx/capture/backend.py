@@ -38,6 +38,7 @@ from lorafx.capture.graph_text import GraphText
 from lorafx.capture.lowering import Lowering, code_noted, lowering_for
 from lorafx.capture.parts import Captured, Parts, foreign_operators, noted
 from lorafx.capture.record import GraphRecord
+from lorafx.capture.stage_views import StageViews
 from lorafx.capture.stamps import Folded, fold, unfold
 from lorafx.capture.told import form_of, note_tracing, reason, tell, timed
 from lorafx.capture.verify import NumericCheck
@@ -51,6 +52,8 @@ from lorafx.program.frame import ONE_SLOT, SLOTS, Frame
 from lorafx.program.program import Program
 from lorafx.program.stack import called_directly
 from lorafx.progress import progress
+from lorafx.viewer.page import Page
+from lorafx.viewer.stages import Span
 
 
 class Backend:
@@ -72,6 +75,8 @@ class Backend:
         self.noted: Callable[[Captured], None] | None = None
         #: Is called after each graph that was compiled.
         self.recorded: Callable[[], None] | None = None
+        #: The viewer's page, where graphs are dumped as they come.
+        self.page: Page | None = None
         self.lowering: Lowering = lowering_for(program.options)
 
     def __call__(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
@@ -97,8 +102,8 @@ class Backend:
                 then, and Dynamo asks again in the next call.
         """
         program = self.program
-        seconds: dict[str, float] = {}
-        note_tracing(seconds)
+        spans: list[Span] = []
+        note_tracing(spans)
         lowering.begin(program.runtime.device)
         program.look_at_modules()
         program.refuse_missing(program.batch.touched if program.runtime.active else ())
@@ -122,13 +127,13 @@ class Backend:
         checks = Checks(places, frame.begins_call, self.several)
         form = form_of(program, begins_call=frame.begins_call, per_token=per_token)
         why = reason(form, [earlier.form for earlier in self.records])
-        record = GraphRecord(title, lora, dump, checks, form=form, reason=why, seconds=seconds)
+        record = GraphRecord(title, lora, dump, checks, form=form, reason=why, spans=spans)
         parts, sources = Parts(checks, bound=bound), []
         if self.noted is not None:  # before the graph is compiled, which may change it
             parts.foreign = foreign_operators(gm)
             inputs = gm.graph.find_nodes(op="placeholder")
             sources = [getattr(node.meta.get("grapharg"), "source", None) for node in inputs]
-        with progress(f"compiling {title}, {why}", logged=False):
+        with progress(f"compiling {title}, {why}", logged=False), self.paged(record):
             if both:
                 # Whatever compiles a graph may change it.
                 with self.lowering_timed(record):
@@ -141,10 +146,7 @@ class Backend:
                     executable = bound.around(program, executable)
                     take_out(gm, graph, bound.tensors(program))
             else:
-                names, nodes = dump.names, gm.graph.find_nodes(op="placeholder")
-                names.note_inputs(frame, dict(zip(nodes, frame.inputs, strict=True)))
-                dump.graph(CAPTURED, GraphText(names.mark).lines(gm))
-                names.forget_nodes()
+                self.dump_base(gm, frame, dump)
                 noting = nullcontext() if self.noted is None else noted(parts)
                 parts.base = True
                 with self.lowering_timed(record), noting:
@@ -192,7 +194,7 @@ class Backend:
             keep_inference_input_mutations=writes_in_place(gm),
         )
         noting = nullcontext() if self.noted is None else noted(parts)
-        with in_tracing(), noting, timed(record.seconds, "AOTAutograd"):
+        with in_tracing(), noting, timed(record.spans, "AOTAutograd"):
             try:
                 executable = trace(gm, examples)
             except Exception:
@@ -209,8 +211,32 @@ class Backend:
         """Around what the lowering does."""
         name = self.program.options.lowering
         noting = nullcontext() if name == "reference" else code_noted(record.dump.code)
-        with in_lowering(name), timed(record.seconds, name), noting:
+        with in_lowering(name), timed(record.spans, name), noting:
             yield
+
+    def dump_base(self, gm: fx.GraphModule, frame: Frame, dump: GraphDump) -> None:
+        """Keep a graph that no pass sees."""
+        names, nodes = dump.names, gm.graph.find_nodes(op="placeholder")
+        inputs = dict(zip(nodes, frame.inputs, strict=True))
+        names.note_inputs(frame, inputs)
+        text = GraphText(names.mark)
+        dump.views.append(StageViews(text, names, inputs).stage(gm, CAPTURED))
+        dump.graph(CAPTURED, text.lines(gm))
+        names.forget_nodes()
+
+    @contextmanager
+    def paged(self, record: GraphRecord) -> Iterator[None]:
+        """Around the compilation of a graph: the viewer's page has it afterwards, also where a
+        pass or a compiler has failed."""
+        try:
+            yield
+        finally:
+            folder = record.dump.folder
+            if folder is not None:
+                if self.page is None:
+                    self.page = Page(folder, type(self.program.model).__name__)
+                self.page.add(record.view)
+                self.page.write()
 
     def owner(self, frame: Frame, weights: Sequence[int]) -> Owner:
         """How an executable of `frame` finds the program that it serves. `weights` are the
@@ -263,7 +289,7 @@ class _FrameCompiler:
         if program.runtime.by_handle or not (frame.begins_call or frame.per_token):
             ctx.look_up_slots(gm.graph)
         numeric = NumericCheck(record.title) if program.options.verify == "numeric" else None
-        with timed(record.seconds, "passes"), builds_noted() as built:
+        with timed(record.spans, "passes"), builds_noted() as built:
             record.passes = run_pipeline(gm, ctx, record.dump, numeric.keep if numeric else None)
         for kernel in sorted(ctx.kernels):
             record.dump.source(f"kernel-{kernel:x}.py", partial(source_of, kernel))

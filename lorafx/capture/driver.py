@@ -10,6 +10,7 @@ from torch import fx
 from lorafx.capture.dump import GraphDump
 from lorafx.capture.failures import in_pass
 from lorafx.capture.graph_text import GraphText
+from lorafx.capture.stage_views import StageViews
 from lorafx.capture.verify import check_graph, output_values
 from lorafx.graph.context import Context
 from lorafx.pass_order import CAPTURED, GraphPass, PassReport, pipeline, run_passes
@@ -31,7 +32,9 @@ def run_pipeline(
     names, states = dump.names, ctx.states
     text = GraphText(names.mark, lambda node: states[node][0].site.path if node in states else "")
     names.note_inputs(ctx.frame, ctx.frame.by_node)
+    views = StageViews(text, names, ctx.frame.by_node)
     dump.graph(CAPTURED, text.lines(gm))
+    dump.views.append(views.stage(gm, CAPTURED, ctx))
     if after_pass is not None:
         after_pass(None, gm)
 
@@ -45,6 +48,7 @@ def run_pipeline(
         nodes = len(gm.graph.nodes)
         names.note_pass(gm, ctx)
         dump.outlined = ctx.outlined
+        dump.views.append(views.stage(gm, item.name, ctx, edits=edits, seconds=seconds))
         dump.graph(item.name, text.lines(gm), nodes=nodes, edits=edits, seconds=seconds)
         if after_pass is not None:
             after_pass(item, gm)

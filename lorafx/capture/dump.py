@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from lorafx.capture.legend import legend
 from lorafx.capture.node_names import NodeNames, Renamer
 from lorafx.config import Options
+from lorafx.viewer.stages import Stage
 
 
 def dump_folder(options: Options) -> Path | None:
@@ -41,6 +42,8 @@ class GraphDump:
     names: NodeNames = field(default_factory=NodeNames)
     #: Of repeated layers, what one body computes.
     outlined: Sequence[object] = ()
+    #: The same stages for the viewer, with the numbers of nodes as well.
+    views: list[Stage] = field(default_factory=list)
     _stages: list[_Stage] = field(default_factory=list)
     _sources: dict[str, str | Callable[[], str]] = field(default_factory=dict)
     _renamed: list[list[str]] = field(default_factory=list)
@@ -58,6 +61,18 @@ class GraphDump:
         return {
             name: text if isinstance(text, str) else text() for name, text in self._sources.items()
         }
+
+    @property
+    def named_views(self) -> list[Stage]:
+        """`views` with the nodes by their readable names."""
+        self._readable()
+        assert self._renamer is not None
+        named = self._renamer.named
+        found = {node: node for stage in self.views for _, nodes in stage.graphs for node in nodes}
+        for node in found:
+            inputs = tuple(map(named, node.inputs))
+            found[node] = replace(node, name=named(node.name), line=named(node.line), inputs=inputs)
+        return [stage.exchanged(found) for stage in self.views]
 
     def graph(
         self,

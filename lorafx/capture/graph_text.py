@@ -78,16 +78,17 @@ class GraphText:
             before, source = source, self._source(node)
             if source and source != before:
                 found.append(f"{_INDENT * 2}# {source}")
-            found.append(self._line(node))
+            found.append(self.line(node))
         for child_name, child in gm.named_children():
             if isinstance(child, fx.GraphModule):
                 found += ["", *(_INDENT + line for line in self.lines(child, child_name))]
         return tuple(found)
 
     def _arguments(self, graph: fx.Graph) -> list[str]:
-        return [self._line(node) for node in graph.nodes if node.op == "placeholder"]
+        return [self.line(node) for node in graph.nodes if node.op == "placeholder"]
 
-    def _line(self, node: fx.Node) -> str:
+    def line(self, node: fx.Node) -> str:
+        """One node; the very same object as before where nothing of it has changed."""
         shown = (node.name, node.target, node.args, node.kwargs, node.meta.get("val"))
         before, line = self._lines.get(node, ((), ""))
         if len(before) == len(shown) and all(map(operator.is_, before, shown)):
@@ -134,6 +135,16 @@ def _short_file(file: str) -> str:
     folders = [*filter(None, sys.path), os.getcwd()]
     inside = [folder for folder in folders if file.startswith(folder.rstrip(os.sep) + os.sep)]
     return os.path.relpath(file, max(inside, key=len)) if inside else file
+
+
+def target_text(node: fx.Node) -> str:
+    """What the node calls or gets."""
+    return _text(node.target) if node.op == "call_function" else str(node.target)
+
+
+def value_text(node: fx.Node) -> str:
+    """Dtype and shape of the node's result, or the size that it is; "" where it is neither."""
+    return _annotation(node).removeprefix(': "').removesuffix('"')
 
 
 def _line(node: fx.Node, named: Named) -> str:

@@ -190,7 +190,11 @@ class Renamer:
                 others += 1
             used.add((facts[number].body, name))
             self.names[number] = name
-        return [_MARK.sub(lambda found: self.names[int(found[1])], line) for line in lines]
+        return list(map(self.named, lines))
+
+    def named(self, text: str) -> str:
+        """`text`, of a stage that was here, with names in place of numbers."""
+        return _MARK.sub(lambda found: self.names[int(found[1])], text)
 
     def _base(self, number: int) -> str:
         facts = self._facts[number]

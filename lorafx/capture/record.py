@@ -11,12 +11,13 @@ from lorafx.capture.dump import GraphDump
 from lorafx.graph.context import Context, Outlined, Refusal, SiteState
 from lorafx.model.sites import Site
 from lorafx.pass_order import PassReport
+from lorafx.viewer.stages import GraphView, Span, exclusive
 
 
 @dataclass(eq=False)
 class GraphRecord:
     """One graph. `checks` is what its executable keeps of it; `saved` says what became of it in the
-    folder of saved graphs. `form`, `reason` and `seconds` are those of lorafx.capture.told."""
+    folder of saved graphs. `form`, `reason` and `spans` are those of lorafx.capture.told."""
 
     title: str
     lora: bool
@@ -29,11 +30,26 @@ class GraphRecord:
     saved: str = ""
     form: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
-    seconds: dict[str, float] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What compiling it took, by whom, in the order in which they began."""
+        return exclusive(self.spans)
+
+    @property
+    def view(self) -> GraphView:
+        """What the viewer shows of it."""
+        dump = self.dump
+        facts = [f"outline: {item}" for item in self.outlined]
+        facts += [self.saved] if self.saved else []
+        return GraphView(
+            self.title, self.reason, dump.named_views, self.spans, self.form, facts, dump.sources
+        )
 
     def to_save(self) -> dict[str, Any]:
         """What another process needs of it."""
-        left_out = ("dump", "saved", "title", "reason", "seconds")
+        left_out = ("dump", "saved", "title", "reason", "spans")
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
     @classmethod

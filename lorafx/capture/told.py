@@ -22,6 +22,7 @@ from lorafx.capture.record import GraphRecord
 from lorafx.program.program import Program
 from lorafx.program.roles import PRIMARY
 from lorafx.progress import LOG
+from lorafx.viewer.stages import Span
 
 
 class _Local(threading.local):
@@ -41,22 +42,20 @@ def conversion() -> Iterator[None]:
         _LOCAL.begun = before
 
 
-def note_tracing(seconds: dict[str, float]) -> None:
+def note_tracing(spans: list[Span]) -> None:
     """Note how long Dynamo has traced, where its conversion is watched."""
     if _LOCAL.begun is not None:
-        seconds["Dynamo"] = time.perf_counter() - _LOCAL.begun
+        spans.append(Span("Dynamo", _LOCAL.begun, time.perf_counter()))
 
 
 @contextmanager
-def timed(seconds: dict[str, float], what: str) -> Iterator[None]:
-    """Add the seconds of the block to those of `what`, less what is noted inside it."""
-    seconds.setdefault(what, 0.0)
-    start, before = time.perf_counter(), sum(seconds.values())
+def timed(spans: list[Span], what: str) -> Iterator[None]:
+    """Note when the block began and ended."""
+    start = time.perf_counter()
     try:
         yield
     finally:
-        inside = sum(seconds.values()) - before
-        seconds[what] += time.perf_counter() - start - inside
+        spans.append(Span(what, start, time.perf_counter()))
 
 
 def form_of(program: Program, *, begins_call: bool, per_token: bool) -> dict[str, str]:
@@ -97,12 +96,13 @@ def reason(form: Mapping[str, str], earlier: Sequence[Mapping[str, str]]) -> str
 
 def tell(record: GraphRecord, model: str) -> None:
     """Log the line of a graph that was compiled."""
-    parts = ", ".join(f"{what} {seconds:.1f}" for what, seconds in record.seconds.items())
+    found = record.seconds
+    parts = ", ".join(f"{what} {seconds:.1f}" for what, seconds in found.items())
     LOG.info(
         "%s of %s: %s; %.1f s (%s)",
         record.title,
         model,
         record.reason,
-        sum(record.seconds.values()),
+        sum(found.values()),
         parts,
     )

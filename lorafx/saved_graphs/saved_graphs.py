@@ -52,6 +52,7 @@ from lorafx.saved_graphs.pickling import (
     load,
 )
 from lorafx.saved_graphs.sources import changed_file, source_files
+from lorafx.viewer.stages import Span
 
 _MODULE = "<module {}>"
 _MOST = 64  # files of one key that are looked at
@@ -161,7 +162,7 @@ class SavedGraphs:
             if found is not None:
                 self._loaded.add(path)
                 record = self._backend.records[-1]
-                record.seconds["loading"] = time.perf_counter() - start
+                record.spans.append(Span("loading", start, time.perf_counter()))
                 record.reason = record.saved
                 tell(record, type(self._backend.program.model).__name__)
                 return found

@@ -38,6 +38,7 @@ from lorafx.session.resting import Resting
 from lorafx.session.session import Session
 from lorafx.session.sharing import join, leave
 from lorafx.session.stand_ins import Replaced
+from lorafx.viewer.page import write_page
 
 
 class CompiledModel(Habits, AdapterMethods, BaseMethods, BatchingMethods, nn.Module):
@@ -281,12 +282,17 @@ class CompiledModel(Habits, AdapterMethods, BaseMethods, BatchingMethods, nn.Mod
 
     def dump(self, folder: str | os.PathLike[str]) -> Path:
         """Write every captured graph, before and after each pass, as text and as diffs, with the
-        code that was generated for it, and `explain.txt`. Environment LORAFX_DUMP=folder does so as
-        graphs come."""
+        code that was generated for it, `explain.txt`, and `index.html`, which shows all of it
+        in a browser (docs/look_inside.md). Environment LORAFX_DUMP=folder does so as graphs come.
+        """
         target = Path(folder)
-        for record in self._session.backend.records:
+        records = self._session.backend.records
+        for record in records:
             record.dump.write(target)
-        (target / "explain.txt").write_text(f"{self.explain()}\n")
+        report = f"{self.explain()}\n"
+        views = [record.view for record in records]
+        write_page(target, type(self.model).__name__, views, {"explain.txt": report})
+        (target / "explain.txt").write_text(report)
         return target
 
     def detach(self) -> nn.Module:

@@ -1,0 +1,302 @@
+// The page: which graph, stage and tab are shown, search, filters, light and dark.
+"use strict";
+
+const byId = (id) => document.getElementById(id);
+const TABS = ["graph", "diff", "nodes", "sites", "files"];
+const LETTER = 7.3; // pixels of a letter in the diff
+const FILTERS = { sites: "Sites", packs: "Packs", refused: "Refused", changed: "Changed" };
+
+class Viewer {
+  constructor() {
+    this.graphs = [...document.querySelectorAll("script.graph")];
+    this.loaded = new Map();
+    this.state = { graph: 0, stage: 0, tab: "graph", withState: false };
+    this.filters = new Set();
+    this.unfolded = new Set();
+    this.scene = new Scene(byId("canvas"), (entry) => this.pick(entry));
+    this.nodeList = new VirtualList(byId("node-list"), 28, (index) => this.nodeRow(index));
+    this.diffList = new VirtualList(byId("diff-list"), 22, (index) => this.diffRow(index));
+    this.listen();
+    this.setTheme(stored("lorafx-theme") || "auto");
+  }
+
+  async start() {
+    this.about = await unpacked(byId("about"));
+    byId("graph").replaceChildren(...this.about.graphs.map((title, i) => new Option(title, i)));
+    const wanted = new URLSearchParams(location.hash.slice(1));
+    const number = Number(wanted.get("graph"));
+    const lora = this.about.graphs.findIndex((title) => title.includes(" lora"));
+    if (!this.graphs.length) return this.showNothing();
+    await this.showGraph(wanted.has("graph") && this.graphs[number] ? number : Math.max(lora, 0), wanted);
+    document.documentElement.dataset.ready = "true";
+  }
+
+  showNothing() {
+    byId("timeline").textContent = "No graph has been compiled yet.";
+    document.documentElement.dataset.ready = "true";
+  }
+
+  // --- graph, stage, tab ---
+
+  async showGraph(number, wanted = new URLSearchParams()) {
+    if (!this.loaded.has(number)) {
+      this.loaded.set(number, new Graph(await unpacked(this.graphs[number])));
+    }
+    this.graph = this.loaded.get(number);
+    this.state.graph = number;
+    byId("graph").value = String(number);
+    const names = this.graph.stages.map((stage) => stage.name);
+    for (const id of ["diff-from", "diff-to"]) {
+      byId(id).replaceChildren(...names.map((name, i) => new Option(name, i)));
+    }
+    const files = { ...this.about.texts, ...this.graph.sources };
+    if (this.graph.facts.length) files["about the graph"] = this.graph.facts.join("\n");
+    this.files = files;
+    byId("file").replaceChildren(...Object.keys(files).map((name) => new Option(name, name)));
+    byId("file-text").textContent = Object.values(files)[0] || "Nothing was generated for this graph.";
+    const stage = names.indexOf(wanted.get("stage"));
+    this.unfolded.clear();
+    this.selected = null;
+    this.showStage(stage < 0 ? names.length - 1 : stage, { keepPlace: false });
+    this.showTab(TABS.includes(wanted.get("tab")) ? wanted.get("tab") : this.state.tab);
+    const entry = wanted.get("node") && this.stage && this.stage.byKey.get(wanted.get("node"));
+    if (entry) this.pick(entry, true);
+  }
+
+  showStage(index, { keepPlace = true } = {}) {
+    if (!this.graph.stages.length) {
+      byId("timeline").textContent = "No pass has run over this graph: it was loaded from a folder of saved graphs.";
+      return;
+    }
+    const key = this.selected && this.selected.key;
+    this.state.stage = index;
+    this.stage = this.graph.stage(index);
+    drawTimeline(byId("timeline"), this.graph, index, (chosen) => this.showStage(chosen));
+    byId("diff-from").value = String(Math.max(0, index - 1));
+    byId("diff-to").value = String(index);
+    this.drawFilters();
+    this.scene.show(this.stage, this.state.withState, { keepPlace });
+    this.pick((key && this.stage.byKey.get(key)) || null);
+    this.refresh();
+  }
+
+  showTab(tab) {
+    this.state.tab = tab;
+    for (const name of TABS) {
+      byId(`view-${name}`).hidden = name !== tab;
+      const button = document.querySelector(`[data-tab=${name}]`);
+      button.setAttribute("aria-selected", String(name === tab));
+    }
+    byId("filters").hidden = tab === "diff" || tab === "files";
+    this.refresh();
+  }
+
+  remember() {
+    const { graph, stage, tab } = this.state;
+    const parts = { graph, stage: this.graph.stages[stage] && this.graph.stages[stage].name, tab };
+    if (this.selected) parts.node = this.selected.key;
+    try {
+      history.replaceState(null, "", `#${new URLSearchParams(parts)}`);
+    } catch { /* a page inside another document */ }
+  }
+
+  // --- search and filters ---
+
+  drawFilters() {
+    const counts = Object.fromEntries(Object.keys(FILTERS).map((tag) =>
+      [tag, this.stage.entries.filter((entry) => entry.tags[tag]).length]));
+    byId("filters").replaceChildren(...Object.entries(FILTERS).map(([tag, word]) => {
+      const button = element("button", `filter ${tag}`, element("i"), `${word} ${counts[tag]}`);
+      button.type = "button";
+      button.dataset.filter = tag;
+      button.setAttribute("aria-pressed", String(this.filters.has(tag)));
+      button.addEventListener("click", () => {
+        if (!this.filters.delete(tag)) this.filters.add(tag);
+        button.setAttribute("aria-pressed", String(this.filters.has(tag)));
+        this.refresh();
+      });
+      return button;
+    }));
+  }
+
+  get words() {
+    return byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
+  }
+
+  refresh() {
+    if (!this.stage) return;
+    const { words } = this;
+    const tagged = (entry) => !this.filters.size || [...this.filters].some((tag) => entry.tags[tag]);
+    this.found = this.stage.entries.filter((entry) => tagged(entry) && matches(entry, words));
+    const all = !words.length && !this.filters.size;
+    const set = new Set(this.found);
+    const count = this.found.length;
+    byId("hits").textContent = words.length ? `${count} hit${count === 1 ? "" : "s"}` : "";
+    this.scene.filter(all ? null : (entry) => set.has(entry));
+    if (this.state.tab === "nodes") this.nodeList.show(this.found.length);
+    if (this.state.tab === "sites") drawSites(byId("view-sites"), this.stage, (entry) => set.has(entry), (entry) => this.pick(entry, true));
+    if (this.state.tab === "diff") this.showDiff();
+    this.remember();
+  }
+
+  /** The next hit of the search, or the one before. */
+  step(by) {
+    if (!this.found || !this.found.length) return;
+    const at = this.found.indexOf(this.selected);
+    const next = at < 0 ? 0 : (at + by + this.found.length) % this.found.length;
+    this.pick(this.found[next], true);
+    byId("hits").textContent = `${next + 1} of ${this.found.length}`;
+  }
+
+  pick(entry, reveal = false) {
+    this.selected = entry;
+    this.scene.select(entry);
+    drawDetails(byId("details"), entry, this.stage, (other) => this.pick(other, true));
+    const narrow = innerWidth <= 720;
+    this.scene.middle = entry && narrow ? 0.2 : 0.5; // the details cover what is below
+    if (entry && reveal) {
+      if (!this.scene.home.has(entry) && !this.state.withState) this.toggleState();
+      this.scene.reveal(entry);
+      if (this.state.tab === "nodes") this.nodeList.reveal(this.found.indexOf(entry));
+    }
+    if (this.state.tab === "nodes") this.nodeList.render();
+    this.remember();
+  }
+
+  // --- lists ---
+
+  nodeRow(index) {
+    const entry = this.found[index];
+    const { node, tags } = entry;
+    const kind = ["refused", "packs", "sites"].find((tag) => tags[tag]) || "";
+    const row = element(
+      "button", `node ${kind}${tags.changed ? " changed" : ""}`,
+      element("i"), element("b", "", node.name), element("span", "", shortTarget(node)),
+      element("span", "value", node.value), element("span", "path", node.path),
+    );
+    row.type = "button";
+    row.setAttribute("aria-current", String(entry === this.selected));
+    row.addEventListener("click", () => this.pick(entry));
+    return row;
+  }
+
+  showDiff({ keepPlace = false } = {}) {
+    const [from, to] = ["diff-from", "diff-to"].map((id) => Number(byId(id).value));
+    const rows = diffRows(this.graph.stage(from), this.graph.stage(to));
+    const { removed, added, changed } = diffCounts(rows);
+    byId("diff-counts").textContent = `${removed} removed, ${added} added, ${changed} changed`;
+    const { words } = this;
+    const wanted = (row) => [row.a, row.b].some((entry) => entry && matches(entry, words));
+    const shown = words.length ? rows.filter(wanted) : folded(rows, this.unfolded);
+    this.narrow = byId("diff-list").clientWidth < 800;
+    this.diffRows = this.narrow ? unified(shown) : shown;
+    if (!shown.some((row) => row.kind !== "head")) this.diffRows = [{ kind: "fold", text: "nothing to show" }];
+    const longest = Math.max(0, ...this.diffRows.map((row) =>
+      Math.max(row.a ? row.a.node.line.length : 0, row.b ? row.b.node.line.length : 0)));
+    const room = byId("diff-list").clientWidth / (this.narrow ? 1 : 2) - 24;
+    const wider = Math.max(0, Math.min(longest, 1000) * LETTER - room);
+    this.diffList.show(this.diffRows.length, { keepPlace, wider });
+  }
+
+  diffRow(index) {
+    const row = this.diffRows[index];
+    if (row.kind === "head") return element("div", "diff head", row.text);
+    if (row.kind === "fold") {
+      const fold = element("button", "diff fold", row.text);
+      fold.type = "button";
+      fold.addEventListener("click", () => {
+        this.unfolded.add(row.key);
+        this.showDiff({ keepPlace: true });
+      });
+      return fold;
+    }
+    const side = (entry, other, kind) => {
+      const made = element("div", `side ${entry ? kind : "none"}`, lineElement(entry, other));
+      if (entry) made.title = entry.node.path || entry.node.name;
+      return made;
+    };
+    if (this.narrow) {
+      const kind = row.b ? row.kind : "removed";
+      return element("div", "diff one", side(row.b || row.a, row.other, kind));
+    }
+    const changed = row.kind === "changed";
+    const left = { same: "same", changed: "removed", replaced: "removed", removed: "removed" }[row.kind];
+    const right = { same: "same", changed: "added", replaced: "added", added: "added" }[row.kind];
+    return element("div", "diff two", side(row.a, changed && row.b, left), side(row.b, changed && row.a, right));
+  }
+
+  // --- controls ---
+
+  listen() {
+    byId("graph").addEventListener("change", (event) => this.showGraph(Number(event.target.value)));
+    byId("search").addEventListener("input", () => this.refresh());
+    byId("search").addEventListener("keydown", (event) => {
+      if (event.key === "Enter") this.step(event.shiftKey ? -1 : 1);
+    });
+    for (const button of document.querySelectorAll("[data-tab]")) {
+      button.addEventListener("click", () => this.showTab(button.dataset.tab));
+    }
+    for (const id of ["diff-from", "diff-to"]) byId(id).addEventListener("change", () => this.showDiff());
+    byId("file").addEventListener("change", (event) => {
+      byId("file-text").textContent = this.files[event.target.value];
+    });
+    byId("zoom-in").addEventListener("click", () => this.scene.zoom(1.3));
+    byId("zoom-out").addEventListener("click", () => this.scene.zoom(1 / 1.3));
+    byId("fit").addEventListener("click", () => this.scene.fit());
+    byId("state").addEventListener("click", () => this.toggleState());
+    byId("expand").addEventListener("click", (event) => {
+      const open = event.target.textContent === "Open all";
+      event.target.textContent = open ? "Close all" : "Open all";
+      if (open) this.scene.openAll();
+      else this.scene.closeAll();
+    });
+    byId("theme").addEventListener("click", () => {
+      const order = ["auto", "light", "dark"];
+      const now = document.documentElement.dataset.theme;
+      this.setTheme(order[(order.indexOf(now) + 1) % order.length]);
+    });
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.scene.readColors());
+    new ResizeObserver(() => {
+      const narrow = byId("diff-list").clientWidth < 800;
+      if (this.state.tab === "diff" && this.stage && narrow !== this.narrow) this.showDiff();
+    }).observe(byId("diff-list"));
+    document.addEventListener("keydown", (event) => this.key(event));
+  }
+
+  key(event) {
+    if (event.target.closest("input, select") || event.ctrlKey || event.metaKey || event.altKey) return;
+    const { stage } = this.state;
+    if (event.key === "/") {
+      byId("search").focus();
+      event.preventDefault();
+    } else if (event.key === "Escape") this.pick(null);
+    else if (event.key === "ArrowLeft" && stage > 0) this.showStage(stage - 1);
+    else if (event.key === "ArrowRight" && this.graph && stage < this.graph.stages.length - 1) this.showStage(stage + 1);
+  }
+
+  toggleState() {
+    this.state.withState = !this.state.withState;
+    byId("state").setAttribute("aria-pressed", String(this.state.withState));
+    this.scene.show(this.stage, this.state.withState, { keepPlace: true });
+  }
+
+  setTheme(theme) {
+    document.documentElement.dataset.theme = theme;
+    byId("theme").textContent = { auto: "Auto", light: "Light", dark: "Dark" }[theme];
+    try {
+      localStorage.setItem("lorafx-theme", theme);
+    } catch { /* pages opened from a disk may have no storage */ }
+    this.scene.readColors();
+  }
+}
+
+function stored(key) {
+  try {
+    return localStorage.getItem(key);
+  } catch {
+    return null;
+  }
+}
+
+const viewer = new Viewer();
+viewer.start();

@@ -1,0 +1,161 @@
+// The timeline of the passes, what is known of one node, the table of sites.
+"use strict";
+
+function drawTimeline(container, graph, current, chosen) {
+  const total = Object.values(graph.seconds).reduce((sum, seconds) => sum + seconds, 0);
+  const bar = element("div", "compile");
+  Object.entries(graph.seconds).forEach(([name, seconds], i) => {
+    const part = element("span", `part part-${i % 5}`, `${name} ${secondsText(seconds)}`);
+    part.style.flexGrow = String(Math.max(seconds / (total || 1), 0.02));
+    part.title = `${name}: ${secondsText(seconds)} of ${secondsText(total)}`;
+    bar.append(part);
+  });
+  const longest = Math.max(...graph.stages.map((stage) => stage.seconds), 1e-9);
+  const passes = element("div", "passes");
+  passes.setAttribute("role", "listbox");
+  graph.stages.forEach((stage, index) => {
+    const count = graph.stage(index).entries.length;
+    const before = index ? graph.stage(index - 1).entries.length : count;
+    const edits = stage.edits === null ? `${count} nodes` : `${stage.edits} edit${stage.edits === 1 ? "" : "s"}`;
+    const delta = count === before ? "" : `${count > before ? "+" : "−"}${Math.abs(count - before)}`;
+    const meter = element("span", "meter", element("i"));
+    meter.firstChild.style.width = `${Math.max(2, (100 * stage.seconds) / longest)}%`;
+    const button = element(
+      "button", `pass${stage.edits === 0 ? " idle" : ""}`,
+      element("b", "", stage.name),
+      element("span", "", [edits, delta].filter(Boolean).join(", ")),
+      element("span", "muted", stage.edits === null ? "before the passes" : secondsText(stage.seconds)),
+      meter,
+    );
+    button.type = "button";
+    button.setAttribute("role", "option");
+    button.setAttribute("aria-selected", String(index === current));
+    button.dataset.pass = stage.name;
+    button.addEventListener("click", () => chosen(index));
+    passes.append(button);
+  });
+  container.replaceChildren(bar, passes);
+  const selected = passes.querySelector("[aria-selected=true]");
+  if (selected) passes.scrollLeft = selected.offsetLeft - passes.clientWidth / 2 + selected.clientWidth / 2;
+}
+
+/** The facts of one entry, as pairs of a word and a text or an element. */
+function factsOf(entry, stage) {
+  const { node, sites } = entry;
+  const facts = [["Operator", node.op === "placeholder" ? `an input: ${node.kind || "of the graph"}` : node.target]];
+  if (node.value) facts.push(["Result", node.value]);
+  if (node.path) facts.push(["Module", node.path]);
+  if (node.cls) facts.push(["Class", node.cls]);
+  if (node.source) {
+    facts.push(["Source", element("span", "", node.source, element("code", "", node.code))]);
+  }
+  for (const refusal of stage.refusalsOf(entry)) {
+    facts.push([`Refused, ${refusal.when}`, element("span", "bad", refusal.reason)]);
+  }
+  const distinct = (field) => [...new Set(sites.map((site) => site[field]).filter(Boolean))];
+  if (sites.length) {
+    facts.push(["Form", distinct("form").join("; ")]);
+    facts.push(["Row map", distinct("rows").join("; ")]);
+    if (distinct("strategy").length) facts.push(["Strategy", distinct("strategy").join("; ")]);
+  }
+  facts.push(["Cost", costOf(entry)]);
+  return facts;
+}
+
+function bytesOf(node) {
+  return node.itemsize ? node.sizes.reduce((product, size) => product * size, node.itemsize) : 0;
+}
+
+function costOf(entry) {
+  const { node, sites } = entry;
+  const parts = [];
+  const read = [...new Set(entry.inputs)].reduce((sum, input) => sum + bytesOf(input.node), 0);
+  if (node.op === "placeholder" || node.op === "get_attr") parts.push(`${bytesText(bytesOf(node))} in memory`);
+  else if (node.free) parts.push("none: no memory is moved");
+  else {
+    const written = node.itemsize ? `, writes ${bytesText(bytesOf(node))}` : "";
+    parts.push(`reads ${bytesText(read)}${written}, if nothing is fused`);
+  }
+  if (node.flops) parts.push(flopsText(node.flops));
+  const flops = sites.reduce((sum, site) => sum + site.flops, 0);
+  if (flops) {
+    const ranks = [...new Set(sites.map((site) => site.rank))].join(", ");
+    parts.push(`delta of all sites here ${flopsText(flops)} at rank ${ranks}`);
+  }
+  return `${parts.join("; ")}, at the sizes of the capture`;
+}
+
+function drawDetails(container, entry, stage, chosen) {
+  container.hidden = !entry;
+  if (!entry) return;
+  const close = element("button", "close", "×");
+  close.type = "button";
+  close.setAttribute("aria-label", "Close");
+  close.addEventListener("click", () => chosen(null));
+  const badges = ["refused", "packs", "sites", "changed"]
+    .filter((tag) => entry.tags[tag])
+    .map((tag) => element("span", `badge ${tag}`, { refused: "refused", packs: "pack", sites: "site", changed: "changed here" }[tag]));
+  const list = element("dl", "");
+  for (const [word, value] of factsOf(entry, stage)) {
+    list.append(element("dt", "", word), element("dd", "", value));
+  }
+  const parts = [close, element("h2", "", entry.node.name), element("p", "badges", ...badges), list];
+  if (entry.sites.length) {
+    const items = entry.sites.map((site) =>
+      element("li", "", site.path, element("span", "muted", ` ${site.cls}, ${site.k} → ${site.n}, rank ${site.rank}`)));
+    const shown = element("details", "", element("summary", "", `${items.length} site${items.length > 1 ? "s" : ""}`), element("ul", "", ...items));
+    shown.open = items.length <= 8;
+    parts.push(shown);
+  }
+  parts.push(linksTo("Reads", entry.inputs, chosen), linksTo("Read by", entry.users, chosen));
+  parts.push(element("pre", "code", entry.node.line));
+  container.replaceChildren(...parts);
+  container.scrollTop = 0;
+}
+
+function linksTo(heading, entries, chosen) {
+  const unique = [...new Set(entries)];
+  if (!unique.length) return element("p", "muted", `${heading}: nothing`);
+  const links = unique.slice(0, 60).map((entry) => {
+    const link = element("button", "link", entry.node.name, element("span", "muted", ` ${entry.node.value}`));
+    link.type = "button";
+    link.addEventListener("click", () => chosen(entry));
+    return element("li", "", link);
+  });
+  if (unique.length > 60) links.push(element("li", "muted", `and ${unique.length - 60} more`));
+  return element("section", "", element("h3", "", `${heading} ${unique.length}`), element("ul", "links", ...links));
+}
+
+/** Refusals, then what became of each site. */
+function drawSites(container, stage, shown, chosen) {
+  const parts = [];
+  for (const refusal of stage.refusals) {
+    parts.push(element(
+      "p", "refusal", element("b", "", `Refused (${refusal.when}): `),
+      `${refusal.paths.join(", ")}: ${refusal.reason}`,
+    ));
+  }
+  const body = element("tbody", "");
+  let count = 0;
+  for (const entry of stage.entries) {
+    if (!entry.sites.length || !shown(entry)) continue;
+    for (const site of entry.sites) {
+      count++;
+      const link = element("button", "link", entry.node.name);
+      link.type = "button";
+      link.addEventListener("click", () => chosen(entry));
+      const cells = [site.path, site.cls, `${site.k} → ${site.n}`, site.form, site.rows, site.strategy || "not planned yet", link];
+      const names = ["Site", "Class", "K → N", "Form", "Rows", "Strategy", "Node"];
+      const row = element("tr", "", ...cells.map((cell, i) => {
+        const made = element("td", "", cell);
+        made.dataset.name = names[i];
+        return made;
+      }));
+      body.append(row);
+    }
+  }
+  const heads = ["Site", "Class", "K → N", "Form", "Rows", "Strategy", "Node"].map((text) => element("th", "", text));
+  if (count) parts.push(element("table", "", element("thead", "", element("tr", "", ...heads)), body));
+  else parts.push(element("p", "muted", "No node of this stage serves a site, or none that the filters show."));
+  container.replaceChildren(...parts);
+}

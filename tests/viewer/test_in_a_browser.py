@@ -1,0 +1,165 @@
+"""The page in Debian's Chromium: it opens, filters, finds, shows diffs, in both themes and at the
+width of a phone, and says nothing in the console."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import MISSING, Browser, browser
+from dense_merge import Case
+from tiny_models import FAMILIES
+from viewed_graphs import HOSTILE, by_hand
+
+from lorafx.viewer.page import write_page
+
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+
+
+@pytest.fixture(scope="module")
+def window() -> Iterator[Browser]:
+    with browser() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def page(llama: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a compiled Llama, written by `cm.dump`."""
+    folder = tmp_path_factory.mktemp("dump")
+    cm = llama.compile()
+    for rows in (["a0", None], [None, None]):
+        cm(**FAMILIES["llama"].inputs(len(rows), 4), adapter_names=rows)
+    return cm.dump(folder) / "index.html"
+
+
+@pytest.fixture(autouse=True)
+def _quiet_console(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    assert request.getfixturevalue("window").errors() == []
+
+
+def text(window: Browser, selector: str) -> str:
+    return window.run("return document.querySelector(arguments[0]).textContent", selector)
+
+
+def test_a_click_on_a_node_says_what_it_is(window: Browser, page: Path) -> None:
+    window.open(page, "#graph=0&stage=pack&tab=graph")
+    assert window.run("return viewer.stage.name") == "pack"
+    # What the eye sees: the middle of a pack on the canvas.
+    window.run(
+        "const entry = viewer.stage.entries.find((each) => each.tags.packs);"
+        "viewer.scene.reveal(entry); viewer.scene.draw()"
+    )
+    assert window.run("return document.getElementById('details').hidden")
+    box = window.run("return document.getElementById('canvas').getBoundingClientRect().toJSON()")
+    at = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+    for kind in ("mousePressed", "mouseReleased"):
+        window.devtools("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **at)
+    shown = text(window, "#details")
+    for fact in ("layers_0_q_proj", "model.layers.0.", "Linear", "modeling_llama.py", "packed"):
+        assert fact in shown
+    for word in ("Result", "Module", "Class", "Source", "Row map", "Cost"):
+        assert f"{word}" in shown
+    window.click("#details .close")
+    assert window.run("return document.getElementById('details').hidden")
+
+
+def test_filters_and_search(window: Browser, page: Path) -> None:
+    window.open(page, "#graph=0&stage=fuse&tab=nodes")
+    everything = window.run("return viewer.found.length")
+    sites = window.run("return viewer.stage.entries.filter((e) => e.sites.length).length")
+    window.click("[data-filter=sites]")
+    assert window.run("return viewer.found.length") == sites < everything
+    rows = window.run(
+        "return [...document.querySelectorAll('#node-list .node b')].map((e) => e.textContent)"
+    )
+    assert 0 < len(rows) <= sites
+    assert rows == window.run("return viewer.found.map((e) => e.node.name)")[: len(rows)]
+    assert window.run("return viewer.found.every((e) => e.sites.length)")
+    window.click("[data-filter=sites]")
+    window.run(
+        "const box = document.getElementById('search'); box.value = 'layers.1 down_proj';"
+        "box.dispatchEvent(new Event('input'))"
+    )
+    paths = window.run("return viewer.found.map((e) => e.node.path)")
+    assert 0 < len(paths) < everything
+    assert all("layers.1." in path for path in paths)
+    assert text(window, "#hits") == f"{len(paths)} hits"
+    window.run("viewer.step(1)")
+    assert window.run("return viewer.selected.node.path") == paths[0]
+
+
+def test_the_diff_of_any_two_passes(window: Browser, page: Path) -> None:
+    window.open(page, "#graph=0&stage=fuse&tab=diff")
+    assert "removed" in text(window, "#diff-counts")
+    for id_, name in (("diff-from", "captured"), ("diff-to", "pack")):
+        window.run(
+            "const box = document.getElementById(arguments[0]);"
+            "box.value = [...box.options].find((each) => each.text === arguments[1]).value;"
+            "box.dispatchEvent(new Event('change'))",
+            id_,
+            name,
+        )
+    kinds = window.run("return viewer.diffRows.map((row) => row.kind)")
+    assert {"same", "fold", "added"} <= set(kinds)
+    removed, added = (
+        window.run(
+            f"return [...document.querySelectorAll('.side.{kind}')].map((e) => e.textContent)"
+        )
+        for kind in ("removed", "added")
+    )
+    assert any("torch.ops.lorafx.site" in line for line in removed)
+    assert any("torch.ops.lorafx.fused_linear" in line for line in added)
+    # The rows are the two stages, and nothing else.
+    assert window.run(
+        "const rows = diffRows(viewer.graph.stage(0), viewer.stage);"
+        "const side = (key) => rows.filter((r) => r[key]).map((r) => r[key].node.name).join();"
+        "const names = (stage) => stage.entries.map((e) => e.node.name).join();"
+        "return side('a') === names(viewer.graph.stage(0)) && side('b') === names(viewer.stage)"
+    )
+    folds = kinds.count("fold")
+    window.click(".fold")
+    assert window.run("return viewer.diffRows.filter((r) => r.kind === 'fold').length") < folds
+    assert window.run("return document.querySelectorAll('.diff').length") < 200
+
+
+def test_at_the_width_of_a_phone(window: Browser, page: Path) -> None:
+    for tab in ("graph", "diff", "nodes", "sites", "files"):
+        window.open(page, f"#graph=0&stage=pack&tab={tab}", width=390, height=844)
+        assert window.run("return document.documentElement.scrollWidth") == 390
+        assert window.run("return viewer.state.tab") == tab
+    window.click("[data-tab=diff]")
+    assert window.run("return document.querySelectorAll('.diff.one').length")
+
+
+def test_light_and_dark(window: Browser, page: Path) -> None:
+    found = {}
+    for scheme in ("light", "dark"):
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        window.devtools("Emulation.setEmulatedMedia", features=features)
+        window.open(page)
+        found[scheme] = window.run(
+            "return [getComputedStyle(document.body).backgroundColor, viewer.scene.colors.node]"
+        )
+    assert found["light"][0] == "rgb(255, 255, 255)"
+    assert found["light"][1] != found["dark"][1]
+    for theme, want in (("light", found["light"]), ("dark", found["dark"])):
+        window.click("#theme")
+        assert text(window, "#theme") == theme.title()
+        assert window.run("return viewer.scene.colors.node") == want[1]
+    window.click("#theme")
+
+
+def test_texts_are_texts(window: Browser, tmp_path: Path) -> None:
+    write_page(tmp_path, HOSTILE, [by_hand()], {"explain.txt": HOSTILE})
+    for tab in ("graph", "diff", "nodes", "sites", "files"):
+        window.open(tmp_path / "index.html", f"#tab={tab}&stage=pack&node=0/relu_1")
+        assert window.run("return document.images.length") == 0
+        assert HOSTILE in text(window, "#details")
+    assert window.run("return document.title") == f"{HOSTILE}: lorafx"
+    assert text(window, "#file-text") == HOSTILE
+    window.open(tmp_path / "index.html", "#tab=sites&stage=pack")
+    assert text(window, ".refusal").startswith("Refused (mixed): layers.1.up: its weight is read")
+    window.click("[data-filter=refused]")
+    assert window.run("return viewer.found.map((e) => e.node.name)") == ["relu_1"]
