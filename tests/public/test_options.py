@@ -99,10 +99,12 @@ def test_dumps(plain, inputs, tmp_path, monkeypatch):
     expected = sorted(
         [f"{i:02d}-{name}.py" for i, name in enumerate(PASSES)]
         + [f"{i:02d}-{name}.diff" for i, name in enumerate(PASSES) if i]
+        + ["last.dot"]
     )
     for folder in ("environment", "option", "method"):
         assert dumped(tmp_path / folder) == expected
         assert "sites: 5" in (tmp_path / folder / "explain.txt").read_text()
+        assert {"index.html", "trace.json"} <= {path.name for path in (tmp_path / folder).iterdir()}
     text = (tmp_path / "method" / "graph-0-lora" / "08-pack.diff").read_text()
     assert text.startswith("# graph 0 lora, after pack: 2 edits")
     assert "+" in text
