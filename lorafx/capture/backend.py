@@ -278,7 +278,7 @@ class _FrameCompiler:
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         program, record, frame = self.backend.program, self.record, self.frame
         if self.folded is not None:
-            unfold(gm, self.folded)
+            unfold(gm.graph, self.folded)
             self.folded = None
         if self.backend.noted is not None:
             self.parts.foreign += foreign_operators(gm)

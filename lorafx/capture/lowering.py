@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, cast
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from lorafx.capture import head_start
+from lorafx.capture.stamps import STAMP, Folded, NotUnfolded, fold, unfold
 from lorafx.compat import mode_settings, results_kept
 from lorafx.config import Options
 from lorafx.errors import LorafxWarning, LoweringError
@@ -80,10 +81,12 @@ _IN_ORDER = {"reorder_for_peak_memory": False}
 class InductorLowering:
     """Inductor. The rewritten graph is what its caches hash, so a changed pass cannot be stale.
 
-    `patches` are Inductor's settings that a `mode` of torch.compile stands for.
+    `patches` are Inductor's settings that a `mode` of torch.compile stands for. `stamps`: graphs of
+    the base, too, are traced one of several equal layers at a time.
     """
 
     patches: Mapping[str, Any] = field(default_factory=dict)
+    stamps: bool = False
 
     def begin(self, device: torch.device) -> None:
         if device.type == "cpu":
@@ -116,12 +119,52 @@ class InductorLowering:
             )
 
     def base(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx
 
         head_start.wait()
+        patches = dict(self.patches)
+        # What stands for a layer has no gradient, and no pass but Inductor's own may see it.
+        if self.stamps and not torch.is_grad_enabled() and config.joint_custom_pre_pass is None:
+            folded = fold(gm)
+            if folded is not None:
+                with suppress(Exception):  # without stamps it is as it always was
+                    return _stamped(gm, examples, patches, folded)
+                folded.restore()
         # A compiled backward, made later, keeps the settings too.
-        compiled = compile_fx(gm, list(examples), config_patches=dict(self.patches))
+        compiled = compile_fx(gm, list(examples), config_patches=patches)
         return cast("Callable[..., Any]", compiled)
+
+
+def _stamped(
+    gm: fx.GraphModule, examples: Sequence[Any], patches: Mapping[str, Any], folded: Folded
+) -> Callable[..., Any]:
+    """What Inductor makes of the graph whose layers are stamps: before its first pass looks at what
+    AOTAutograd has traced, they are layers again."""
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class Unfold(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            if graph.find_nodes(op="call_function", target=STAMP):  # not a graph inside of it
+                unfold(graph, folded)
+
+        def uuid(self) -> str:
+            return "lorafx stamps 1"  # the traced graph says what its stamps stand for
+
+    def compile_inner(traced: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        if traced.graph.find_nodes(op="call_function", target=STAMP):
+            raise NotUnfolded("the passes over the traced graph are switched off")
+        return compile_fx_inner(traced, *args, **kwargs)
+
+    settings = {**patches, "joint_custom_pre_pass": Unfold()}
+    try:
+        compiled = compile_fx(
+            gm, list(examples), inner_compile=compile_inner, config_patches=settings
+        )
+    finally:
+        folded.forget()
+    return cast("Callable[..., Any]", compiled)
 
 
 @contextmanager
@@ -195,4 +238,4 @@ def lowering_for(options: Options, patches: Mapping[str, Any] | None = None) -> 
     """The lowering that `Options.lowering` names; `patches` are settings of Inductor."""
     if options.lowering == "reference":
         return ReferenceLowering()
-    return InductorLowering({**mode_settings(options.mode), **(patches or {})})
+    return InductorLowering({**mode_settings(options.mode), **(patches or {})}, options.stamps)

@@ -46,7 +46,6 @@ from lorafx.program.frame import fake_value
 
 STAMP = torch.ops.lorafx.stamp.default
 COPY = torch.ops.aten.copy.default
-_KEYS = itertools.count(1)
 #: Calls without a value that do nothing in a graph.
 _INERT = frozenset({torch._C._log_api_usage_once})
 #: Calls of Dynamo's graph below which a repeat is traced as quickly as it is stamped.
@@ -218,7 +217,8 @@ def _note(
     graph: fx.Graph, values: Sequence[fx.Node], like: Sequence[fx.Node]
 ) -> tuple[list[fx.Node], int]:
     """A stamp that takes `values` and returns tensors like `like`; those, and its key."""
-    key = next(_KEYS)
+    # Torch's caches know graphs by such constants, so they are equal in every process.
+    key = next(number for number in itertools.count(1) if number not in LAYOUTS)
     LAYOUTS[key] = [Layout.of(fake_value(node)) for node in like]
     call = graph.call_function(STAMP, (list(values), key))
     found = []
@@ -230,13 +230,12 @@ def _note(
     return found[::-1], key
 
 
-def unfold(gm: fx.GraphModule, folded: Folded) -> None:
+def unfold(graph: fx.Graph, folded: Folded) -> None:
     """Take the stamps out of what AOTAutograd made of the graph, in place.
 
     Raises:
         NotUnfolded: the graph is not what was expected. It must not be used then.
     """
-    graph = gm.graph
     found = {node.args[1]: node for node in graph.nodes if node.target is STAMP}
     values = [fake_value(node) for node in graph.nodes]
     mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)

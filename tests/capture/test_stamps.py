@@ -72,8 +72,8 @@ class Seen:
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     found, unfold = Seen(), backend.unfold
 
-    def noting(gm: fx.GraphModule, folded: Folded) -> None:
-        unfold(gm, folded)
+    def noting(graph: fx.Graph, folded: Folded) -> None:
+        unfold(graph, folded)
         found.layers.append([1 + len(kind.others) for kind in folded.kinds])
 
     monkeypatch.setattr(backend, "unfold", noting)
