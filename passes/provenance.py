@@ -66,13 +66,14 @@ class RowMap:
     request: int | None = None
     cut: fx.Node | None = None
 
-    def __str__(self) -> str:
+    def words(self, each: str) -> str:
+        """For people; `each` is what slots are given for, "request" or "token"."""
         if self.cut is not None:
             return f"rows of the tokens that {self.cut.name} keeps"
         if self.request is not None:
             return f"rows of request {self.request} alone"
         via = f" through {self.perm.name}" if self.perm is not None else ""
-        return f"{self.period} rows per slot{via}"
+        return f"{self.period} {'row' if self.period == 1 else 'rows'} for each {each}{via}"
 
 
 @dataclass(frozen=True)
@@ -292,10 +293,13 @@ class Provenance:
             ctx.handover.writable = ctx.frame.writable
             ctx.handover.constant = constants_of(gm.graph, ctx.frame)
             ctx.handover.seen &= not proofs
+        each = "token" if ctx.frame.per_token else "request"
         for node, proof in proofs.items():
             for state in ctx.states.get(node, ()):
                 state.rows = (
-                    str(proof) if isinstance(proof, RowMap) else f"no row map: {proof.reason}"
+                    proof.words(each)
+                    if isinstance(proof, RowMap)
+                    else f"no row map: {proof.reason}"
                 )
             if isinstance(proof, Unproved):
                 sites = tuple(state.site for state in ctx.states.get(node, ()))

@@ -289,6 +289,7 @@ class _FrameCompiler:
         if program.runtime.by_handle or not (frame.begins_call or frame.per_token):
             ctx.look_up_slots(gm.graph)
         numeric = NumericCheck(record.title) if program.options.verify == "numeric" else None
+        record.numeric = numeric
         with timed(record.spans, "passes"), builds_noted() as built:
             record.passes = run_pipeline(gm, ctx, record.dump, numeric.keep if numeric else None)
         for kernel in sorted(ctx.kernels):

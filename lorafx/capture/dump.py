@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch._logging
+
 from lorafx.capture.legend import legend
 from lorafx.capture.node_names import NodeNames, Renamer
 from lorafx.config import Options
@@ -19,6 +21,16 @@ def dump_folder(options: Options) -> Path | None:
     """Where dumps go: `Options.dump`, else LORAFX_DUMP, else nowhere. The one place that asks."""
     folder = options.dump or os.environ.get("LORAFX_DUMP")
     return Path(folder) if folder else None
+
+
+def traced(name: str, text: Callable[[], str]) -> None:
+    """Put a text into torch's structured trace, where tlparse shows it as `lorafx_<name>` beside
+    Dynamo's and Inductor's. It is made only if somebody keeps the trace."""
+    torch._logging.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": f"lorafx_{name}", "encoding": "string"},
+        payload_fn=text,
+    )
 
 
 class _Stage(NamedTuple):
@@ -88,13 +100,16 @@ class GraphDump:
         if edits is not None:
             heading += f": {edits} edits, {nodes} nodes, {seconds * 1e3:.1f} ms"
         self._stages.append(_Stage(name, heading, lines))
+        index = len(self._stages) - 1
+        traced(f"{self._file_title}_{index:02d}_{name}", lambda: self._text(index))
         if self.folder is not None:
-            self._write(len(self._stages) - 1, self.folder)
+            self._write(index, self.folder)
 
     def source(self, name: str, text: str | Callable[[], str]) -> None:
         """Record a text that belongs to the graph, or what makes it where it is read."""
         if name not in self._sources:
             self._sources[name] = text
+            traced(f"{self._file_title}_{name}", text if callable(text) else lambda: text)
             if self.folder is not None:
                 self._write_source(name, self.folder)
 
@@ -119,6 +134,10 @@ class GraphDump:
             self._renamed.append(self._renamer.stage(stage.lines))
         return self._renamed
 
+    @property
+    def _file_title(self) -> str:
+        return self.title.replace(" ", "_")
+
     def _target(self, folder: Path) -> Path:
         target = folder / self.title.replace(" ", "-")
         target.mkdir(parents=True, exist_ok=True)
@@ -128,16 +147,19 @@ class GraphDump:
         text = self._sources[name]
         (self._target(folder) / name).write_text(text if isinstance(text, str) else text())
 
+    def _text(self, index: int) -> str:
+        """A stage with its heading and its legend."""
+        lines = self._readable()[index]
+        words = {symbol: size.words for symbol, size in self.names.symbols.items()}
+        top = [self._stages[index].heading, *legend(lines, words, self.outlined)]
+        return "\n".join([*top, *lines, ""])
+
     def _write(self, index: int, folder: Path) -> None:
         target = self._target(folder)
         name, heading, _ = self._stages[index]
-        readable = self._readable()
-        text = readable[index]
-        top = [heading, *legend(text, self.names.symbols, self.outlined)]
-        (target / f"{index:02d}-{name}.py").write_text("\n".join([*top, *text, ""]))
+        (target / f"{index:02d}-{name}.py").write_text(self._text(index))
         if index:
             before = self._stages[index - 1].name
-            changes = difflib.unified_diff(
-                readable[index - 1], text, before, name, lineterm="", n=2
-            )
+            old, new = self._readable()[index - 1 : index + 1]
+            changes = difflib.unified_diff(old, new, before, name, lineterm="", n=2)
             (target / f"{index:02d}-{name}.diff").write_text("\n".join([heading, *changes, ""]))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -55,17 +55,37 @@ class NodeFacts:
     body: str = ""
 
 
+class Size(NamedTuple):
+    """What a symbol in shapes is: a dimension of an input, and what it counts if that is known."""
+
+    of: str
+    dim: int
+    counts: Literal["requests", "tokens", ""] = ""
+
+    @property
+    def name(self) -> str:
+        return self.counts or f"{self.of}_size_{self.dim}"
+
+    @property
+    def words(self) -> str:
+        counted = {"requests": "requests of the batch: ", "tokens": "tokens of each request: "}
+        return f"{counted.get(self.counts, '')}dimension {self.dim} of {self.of}"
+
+    def __str__(self) -> str:
+        return f"{self.of}.shape[{self.dim}]"
+
+
 @dataclass
 class NodeNames:
     """The nodes of one graph by number, as they are first seen.
 
     Attributes:
         facts: by number.
-        symbols: what the symbols in shapes are, in words.
+        symbols: what the symbols in shapes are.
     """
 
     facts: list[NodeFacts] = field(default_factory=list)
-    symbols: dict[str, str] = field(default_factory=dict)
+    symbols: dict[str, Size] = field(default_factory=dict)
     _numbers: dict[fx.Node, int] = field(default_factory=dict)
 
     def mark(self, node: fx.Node) -> str:
@@ -151,8 +171,8 @@ class NodeNames:
         if item.kind == "slots":
             return item.label, ()
         if item.kind == "symbol":
-            words = self.symbols.get(str(value)) if isinstance(value, torch.SymInt) else None
-            return (_label(item) if words is None else _size_name(words)) + part, ()
+            size = self.symbols.get(str(value)) if isinstance(value, torch.SymInt) else None
+            return (_label(item) if size is None else size.name) + part, ()
         if item.kind == "weight":
             name = item.label.rpartition(".")[2]
             name = item.sites[0].eligible.weight if item.derived is None else f"from_{name}"
@@ -290,13 +310,9 @@ def _of_weight(frame: Frame, node: fx.Node) -> tuple[str, ...]:
     return (sites[place[1]].path,) if place[1] < len(sites) else ()
 
 
-#: How a description of a symbol begins, and the name of a size that it is of.
-_REQUESTS, _TOKENS = "requests of the batch", "tokens of each request"
-
-
-def _symbols(frame: Frame, inputs: Mapping[fx.Node, FrameInput]) -> dict[str, str]:
+def _symbols(frame: Frame, inputs: Mapping[fx.Node, FrameInput]) -> dict[str, Size]:
     """What the symbols are that sizes of inputs have; arguments of the call say it best."""
-    found: dict[str, str] = {}
+    found: dict[str, Size] = {}
     try:
         requests = {str(symbol) for symbol in batch_symbols(frame)} if frame.by_node else set()
     except ProvenanceError:
@@ -311,21 +327,10 @@ def _symbols(frame: Frame, inputs: Mapping[fx.Node, FrameInput]) -> dict[str, st
             symbol = str(size)
             if isinstance(size, int) or not size.node.expr.is_Symbol or symbol in found:
                 continue
-            where = f"dimension {dim} of {label}"
             if symbol in requests or item.requests_dim == dim:
-                found[symbol] = f"{_REQUESTS}: {where}"
+                found[symbol] = Size(label, dim, "requests")
             elif item.kind == "argument" and frame.token_dims.get(label) == dim:
-                found[symbol] = f"{_TOKENS}: {where}"
+                found[symbol] = Size(label, dim, "tokens")
             else:
-                found[symbol] = where
+                found[symbol] = Size(label, dim)
     return found
-
-
-def _size_name(words: str) -> str:
-    """The name of an input that is such a size."""
-    if words.startswith(_REQUESTS):
-        return "requests"
-    if words.startswith(_TOKENS):
-        return "tokens"
-    dim, _, label = words.removeprefix("dimension ").partition(" of ")
-    return f"{label}_size_{dim}" if label else "size"

@@ -8,6 +8,7 @@ from typing import Any
 
 from lorafx.capture.checks import Checks, RefusedSites
 from lorafx.capture.dump import GraphDump
+from lorafx.capture.verify import NumericCheck
 from lorafx.graph.context import Context, Outlined, Refusal, SiteState
 from lorafx.model.sites import Site
 from lorafx.pass_order import PassReport
@@ -31,6 +32,10 @@ class GraphRecord:
     form: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
     spans: list[Span] = field(default_factory=list)
+    #: The symbols in `states`, in words.
+    symbols: dict[str, str] = field(default_factory=dict)
+    #: What is compared at the graph's first call, with `Options(verify="numeric")`.
+    numeric: NumericCheck | None = None
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -49,7 +54,7 @@ class GraphRecord:
 
     def to_save(self) -> dict[str, Any]:
         """What another process needs of it."""
-        left_out = ("dump", "saved", "title", "reason", "spans")
+        left_out = ("dump", "saved", "title", "reason", "spans", "numeric")
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
     @classmethod
@@ -68,6 +73,7 @@ class GraphRecord:
                 # Nodes would hold the whole graph alive.
                 state.use = state.packed_weight = state.packed_bias = None
             self.states.extend(states)
+        self.symbols = {symbol: str(size) for symbol, size in self.dump.names.symbols.items()}
         self.refusals, self.outlined = ctx.refusals, ctx.outlined
         self.checks.sites = [state.site.path for state in self.states]
         self.checks.refusals = [

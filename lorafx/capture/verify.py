@@ -104,6 +104,8 @@ class NumericCheck:
 
     title: str
     stages: list[_Stage] = field(default_factory=list)
+    #: What came out of it, in words.
+    result: str = "numbers: the stages will be compared at the graph's first call"
 
     def keep(self, item: GraphPass | None, gm: fx.GraphModule) -> None:
         """Keep a copy of the graph after the pass; of the captured graph, where it is None."""
@@ -125,7 +127,9 @@ class NumericCheck:
         names = [stage.name for stage in self.stages]
         start = names.index("provenance") if mixed and "provenance" in names else 0
         reference: list[Any] | None = None
-        compared = []
+        compared: list[str] = []
+        largest = 0.0
+        self.result = "numbers: a comparison of the stages was begun, and ended in an error"
         for stage in self.stages[start:]:
             if stage.inputs != len(arguments):  # before `match` added the inputs of unmarked uses
                 continue
@@ -135,24 +139,34 @@ class NumericCheck:
             if reference is None:
                 reference = results
             else:
-                self._compare(stage, reference, results)
+                largest = max(largest, self._compare(stage, reference, results))
             compared.append(stage.name)
         self.stages.clear()
+        self.result = (
+            f"numbers: {len(compared)} stages agree, from {compared[0]} to {compared[-1]}; the "
+            f"largest difference is {largest:.2g} of the largest magnitude"
+        )
         return compared
 
-    def _compare(self, stage: _Stage, reference: list[Any], results: list[Any]) -> None:
+    def _compare(self, stage: _Stage, reference: list[Any], results: list[Any]) -> float:
+        """The largest difference, over the largest magnitude of its output or 1."""
+        largest = 0.0
         for index, (want, got) in enumerate(zip(reference, results, strict=True)):
             if not isinstance(want, Tensor):
                 continue
             if not want.is_floating_point():
                 if not torch.equal(want, got):
+                    self.result = f"numbers: pass {stage.name!r} changed output {index}"
                     raise VerifyError(f"{self.title}: pass {stage.name!r} changed output {index}")
                 continue
             scale = float(want.abs().max()) if want.numel() else 0.0
             error = float((want.double() - got.double()).abs().max()) if want.numel() else 0.0
             if not error <= TOLERANCE.get(want.dtype, 1e-4) * max(scale, 1.0):
+                self.result = f"numbers: pass {stage.name!r} changed them, by {error:.3g}"
                 raise VerifyError(
                     f"{self.title}: after pass {stage.name!r} output {index} differs by "
                     f"{error:.3g} (largest magnitude {scale:.3g}). To serve the model "
                     f"nevertheless, {stage.way_around}"
                 )
+            largest = max(largest, error / max(scale, 1.0))
+        return largest

@@ -19,6 +19,7 @@ from lorafx.capture.backend import Backend
 from lorafx.compat import untraced
 from lorafx.errors import CaptureError, ConfigError
 from lorafx.explanation import Explanation, write_beside_dumps
+from lorafx.explanation.collecting import report_of
 from lorafx.interrupts import undisturbed
 from lorafx.model.attachment import Attachment
 from lorafx.model.sites import Site
@@ -77,8 +78,11 @@ class CompiledModel(Habits, AdapterMethods, BaseMethods, BatchingMethods, nn.Mod
         self.training = program.model.training
         _COMPILED.add(self)
 
-    def _get_name(self) -> str:
-        return CompiledModel.__name__
+    def __repr__(self) -> str:
+        lines = report_of(self._session, quick=True).summary
+        ways = "explain() says all of it, dump(folder) writes the graphs"
+        inside = [*lines, f"base model: {type(self.model).__module__}, as cm.model", ways]
+        return "\n".join([f"{CompiledModel.__name__}(", *(f"  {line}" for line in inside), ")"])
 
     @untraced
     def forward(
@@ -275,8 +279,10 @@ class CompiledModel(Habits, AdapterMethods, BaseMethods, BatchingMethods, nn.Mod
         }
 
     def explain(self) -> Explanation:
-        """A report of sites, groups, graphs, packs, row maps, plan and refusals as they are now. It
-        waits for running calls."""
+        """A report of sites, banks, adapters, graphs, packs, row maps, plan and refusals as they
+        are now, as an object with fields (`json()` has their values, `str()` is text, and notebooks
+        show tables). It waits for running calls, and measures ΔW of adapters that it has not seen
+        yet."""
         with self._session.lock:
             return Explanation.of(self._session)
 

@@ -335,7 +335,10 @@ def _floor(ctx: Context, node: fx.Node) -> str:
     sites = _sites(ctx, node)
     rank = _bank(ctx, node).slot_rank
     one, eight = (byte_floor(_parts(sites), rank, distinct) for distinct in (1, 8))
-    return f"byte floor at rank {rank}: {one:.3f} with 1 adapter, {eight:.3f} with 8"
+    return (
+        f"byte floor at rank {rank}: {one:.2f} times the base weight's bytes with 1 adapter, "
+        f"{eight:.2f} times with 8"
+    )
 
 
 def delta_spec(node: fx.Node) -> DeltaSpec:

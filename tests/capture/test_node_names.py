@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -115,34 +114,35 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("family", EXPECTED)
-def test_dumps_are_readable(family: str, shallow: Case, case_of: Any, tmp_path: Path) -> None:
-    case: Case = shallow if family == "llama" else case_of(family)
-    compiled: list[str] = []
-
-    def look(gm: torch.fx.GraphModule, ctx: Any) -> int:
-        compiled[:] = [node.name for node in gm.graph.nodes]
-        return 0
-
-    cm = case.compile({"passes": {"look": lorafx.After("outline", look)}})
-    inputs = FAMILIES[family].inputs(len(NAMES), 4)
-    cm(**inputs, adapter_names=NAMES)
-    (record,) = cm._session.backend.records
+def test_dumps_are_readable(family: str, looked: Any, tmp_path: Path) -> None:
+    cm = looked(family).cm
+    record = cm._session.backend.records[0]
     stages = {name: text for name, _, text in record.dump.stages}
     graph = (cm.dump(tmp_path) / "graph-0-lora" / "08-pack.py").read_text()
     for text in EXPECTED[family]:
         assert text in graph, text
-    if family != "plain":
-        assert "_lora:" in stages["captured"]
-        assert "_fused:" in stages["fuse"]
+    assert "_lora:" in stages["captured"]
+    assert "_fused:" in stages["fuse"]
     assert "marks.py" not in graph
     assert "\x01" not in "".join(stages.values())
-    # What is compiled is called as it always was.
-    raw = {facts.raw for facts in record.dump.names.facts}
-    assert compiled
-    assert set(compiled) - {"output"} <= raw
-    renamed = set(re.findall(r"^ +(\w+): ", stages["outline"], re.MULTILINE))
-    assert not {name for name in compiled if "_proj_" in name and name in renamed}
     assert not record.dump.names._numbers  # no graph is kept alive
+
+
+def test_what_is_compiled_keeps_its_names(plain: Case, tmp_path: Path) -> None:
+    compiled: list[str] = []
+
+    def look(gm: torch.fx.GraphModule, ctx: Any) -> int:
+        compiled[:] = [node.name for node in gm.graph.nodes if node.op != "output"]
+        return 0
+
+    options = {"dump": str(tmp_path), "passes": {"look": lorafx.After("outline", look)}}
+    cm = plain.compile(options)
+    cm(**FAMILIES["plain"].inputs(2, 3), adapter_names=["a1", None])
+    facts = cm._session.backend.records[0].dump.names.facts
+    assert compiled
+    assert set(compiled) <= {each.raw for each in facts}
+    assert not [name for name in compiled if "up_gate" in name or "_fused" in name]
+    assert "up_gate_packed:" in (tmp_path / "graph-0-lora" / "08-pack.py").read_text()
 
 
 def test_generated_code_is_beside_the_graphs(tmp_path: Path, monkeypatch: Any) -> None:

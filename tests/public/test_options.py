@@ -129,7 +129,9 @@ def test_explain(plain, inputs):
         "graph 1 base",
         "pack (root): [up, gate]",
         "plan: aten",
-        "rows per slot",
+        "ids.shape[1] rows for each request",
+        "serves calls with adapters, slots per request, the whole call, several requests",
+        "compiled in ",
     ):
         assert line in text, line
     assert "refused" not in text

@@ -1,0 +1,205 @@
+"""`explain` as values, as text and as HTML; what it says of adapters is measured on the merged
+model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from dense_merge import REFERENCE, TOLERANCE, Case, error, save_adapter
+from tiny_models import FAMILIES
+from torch import nn
+
+import lorafx
+from lorafx.explanation.text import seconds_line
+
+KINDS = ["llama", "vit", "plain"]
+
+
+def by_name(report: Any) -> dict[str, Any]:
+    return {adapter.name: adapter for adapter in report.adapters}
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_the_report_has_fields(family: str, looked: Any) -> None:
+    found = looked(family)
+    cm, report = found.cm, found.cm.explain()
+    assert [site.path for site in report.sites] == [site.path for site in cm.sites]
+    assert sum(bank.nbytes for bank in report.banks) == cm.memory()["banks"]
+    lora, base = report.graphs
+    assert (lora.lora, base.lora) == (True, False)
+    assert lora.serves.startswith("with adapters, ")
+    assert "several requests" in lora.serves
+    assert base.reason == "new: without adapters"
+    served = [path for node in lora.nodes for path in node.sites]
+    assert set(served) | set(report.unreached) == {site.path for site in cm.sites}
+    assert any(node.form == "packed" and len(node.sites) > 1 for node in lora.nodes)
+    assert not report.refusals
+    assert list(lora.seconds) == ["Dynamo", "AOTAutograd", "passes", "reference"]
+    assert report.seconds["Dynamo"] == lora.seconds["Dynamo"] + base.seconds["Dynamo"]
+    assert all(0 < seconds < 600 for seconds in lora.seconds.values())
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_norms_are_those_of_the_merged_model(family: str, looked: Any) -> None:
+    found = looked(family)
+    adapters = by_name(found.cm.explain())
+    merged, base = found.case.alone("a1"), found.case.base
+    for path in adapters["a1"].sites:
+        change = merged.get_submodule(path).weight - base.get_submodule(path).weight
+        want = float(change.double().norm())
+        assert adapters["a1"].norms[path] == pytest.approx(want, rel=1e-4)
+    whole = [
+        (new.double() - old.double()).norm() ** 2
+        for new, old in zip(merged.parameters(), base.parameters(), strict=True)
+    ]
+    assert adapters["a1"].norm == pytest.approx(float(sum(whole)) ** 0.5, rel=1e-4)
+    assert adapters["a1"].idle == ()
+    assert adapters["a1"].why_idle == ""
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_an_adapter_whose_b_is_zero_is_told(family: str, looked: Any) -> None:
+    found = looked(family)
+    report = found.cm.explain()
+    idle = by_name(report)["idle"]
+    assert idle.why_idle == "no effect, because B is zero"
+    assert idle.norm == 0
+    assert set(idle.idle) == set(idle.sites)
+    assert "without effect: idle (no effect, because B is zero)" in report.summary[1]
+    assert any("no effect, because B is zero" in line for line in str(report).splitlines())
+    base = found.cm(**found.inputs)["logits"]
+    assert error(found.output[3], base[3]) <= TOLERANCE  # as it is
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_all_forms_say_the_same(family: str, looked: Any) -> None:
+    cm = looked(family).cm
+    report = cm.explain()
+    assert len(report.summary) == 5
+    assert str(report).splitlines()[:5] == list(report.summary)
+    values = json.loads(json.dumps(report.json()))
+    assert values["summary"] == list(report.summary)
+    assert [site["path"] for site in values["sites"]] == [site.path for site in report.sites]
+    assert values["adapters"][0]["norm"] == report.adapters[0].norm
+    assert values["graphs"][0]["passes"][0]["name"] == "write_in_place"
+
+    class Reader(HTMLParser):
+        opened: list[str]
+        text = ""
+
+        def handle_starttag(self, tag: str, attrs: Any) -> None:
+            self.opened.append(tag)
+
+        def handle_endtag(self, tag: str) -> None:
+            assert self.opened.pop() == tag
+
+        def handle_data(self, data: str) -> None:
+            self.text += data
+
+    reader = Reader()
+    reader.opened = []
+    reader.feed(report._repr_html_())
+    assert reader.opened == []
+    for line in (*report.summary, *(site.path for site in report.sites)):
+        assert line in reader.text
+    lines = repr(cm).splitlines()
+    assert len(lines) <= 10
+    assert lines[0] == "CompiledModel("
+    assert lines[1].strip() == report.summary[0]
+
+
+def test_sizes_are_words(looked: Any) -> None:
+    text = str(looked("llama").cm.explain())
+    assert "input_ids.shape[1] rows for each request" in text
+    assert "times the base weight's bytes with 1 adapter" in text
+    assert not any(f" s{number} " in text or f" s{number}*" in text for number in range(200))
+    assert "197 rows" in str(looked("vit").cm.explain()) or "rows for each" in text
+
+
+def test_the_norms_of_other_kinds(tmp_path: Path) -> None:
+    """Embeddings and convolutions lie otherwise in banks."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(11, 6)
+            self.conv = nn.Conv1d(6, 5, 3)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.conv(self.embed(ids).transpose(1, 2))
+
+    torch.manual_seed(0)
+    base = Both().eval().requires_grad_(False)
+    folder = save_adapter(base, tmp_path / "a", rank=2, targets=["embed", "conv"], seed=1)
+    cm = lorafx.compile(copy.deepcopy(base), {"a": folder}, options=REFERENCE)
+    merged = oracle.merged(base, folder)
+    (adapter,) = cm.explain().adapters
+    for path in ("embed", "conv"):
+        change = merged.get_submodule(path).weight - base.get_submodule(path).weight
+        assert adapter.norms[path] == pytest.approx(float(change.norm()), rel=1e-4)
+
+
+def test_the_result_of_verifying_is_told(plain: Case) -> None:
+    cm = plain.compile({"verify": "numeric"})
+    inputs = FAMILIES["plain"].inputs(2, 3)
+    assert "the first calls do that" in cm.explain().summary[2]
+    cm(**inputs, adapter_names=["a1", None])
+    (graph,) = cm.explain().graphs
+    assert graph.verified.startswith("numbers: 8 stages agree, from provenance to outline; the ")
+    assert graph.verified in cm.explain().summary[4]
+
+    def wrong(gm: torch.fx.GraphModule, ctx: Any) -> int:
+        node = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.relu.default)
+        node.target = torch.ops.aten.sigmoid.default
+        return 1
+
+    cm = plain.compile({"verify": "numeric", "passes": {"wrong": lorafx.After("fuse", wrong)}})
+    with pytest.raises(lorafx.errors.VerifyError):
+        cm(**inputs, adapter_names=["a1", None])
+    (graph,) = cm.explain().graphs
+    assert graph.verified.startswith("numbers: pass 'wrong' changed them, by ")
+
+
+def test_stages_are_in_torchs_structured_trace(plain: Case) -> None:
+    """As TORCH_TRACE writes it, and tlparse shows it."""
+    found: dict[str, str] = {}
+    compiled: set[Any] = set()
+
+    class Handler(logging.Handler):
+        def emit(self, record: Any) -> None:
+            name = record.metadata.get("artifact", {}).get("name", "")
+            if name.startswith("lorafx"):
+                found[name] = record.payload
+                compiled.add(record.metadata["frame_id"])
+
+    handler = Handler()
+    log = logging.getLogger("torch.__trace")
+    before = log.handlers[:]
+    log.addHandler(handler)
+    try:
+        cm = plain.compile()
+        cm(**FAMILIES["plain"].inputs(2, 3), adapter_names=["a1", None])
+    finally:
+        log.removeHandler(handler)
+    assert log.handlers == before
+    names = [name for name, _, _ in cm._session.backend.records[0].dump.stages]
+    expected = {f"lorafx_graph_0_lora_{i:02d}_{name}" for i, name in enumerate(names)}
+    assert set(found) == {*expected, "lorafx_explain"}
+    assert "up_gate_packed" in found["lorafx_graph_0_lora_08_pack"]
+    assert found["lorafx_graph_0_lora_08_pack"].startswith("# graph 0 lora, after pack: 2 edits")
+    assert "graphs: 1" in found["lorafx_explain"]
+    assert len(compiled) == 1  # beside Dynamo's of the same frame
+
+
+@pytest.mark.quick
+def test_seconds_name_whose_they_are() -> None:
+    line = seconds_line({"Dynamo": 4.0, "passes": 0.84, "inductor": 2.0})
+    assert line == "6.8 s: Dynamo 4.0, lorafx's passes 0.8, Inductor 2.0"
