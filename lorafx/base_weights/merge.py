@@ -165,30 +165,32 @@ def merge(session: Session, name: str, *, requantize: bool = False) -> MergeRepo
     session.refuse_running(f"merge {name!r}")
     kept = session.store.fetch([name], resident=True)  # noqa: F841 - before the locks are taken
     with session.weights_lock, session.lock:
+        session.locks.streams.follow(session.accelerators)
         session.refuse_broken()
         return _merge(session, name, requantize=requantize)
 
 
 def _merge(session: Session, name: str, *, requantize: bool) -> MergeReport:
-    with session.weights_lock, session.lock:
-        _refuse_in_use(session, name)
-        session.program.look_at_modules()
-        session.program.refuse_missing()
-        check_packed(session.program.packed)
-        numbers = session.store.numbers(name)
-        changes = changes_of(session.program, session.store, name, requantize=requantize)
-        apart = [_tied_apart(change) for change in changes.plain if change.tied_apart]
-        if apart:
-            raise not_mergeable(name, apart)
-        _refuse_shared(session, name, changes)
-        with progress(f"merging {name} into {len(changes.plain) + len(changes.stored)} weights"):
-            return _write_merged(session, name, numbers, changes, requantize=requantize)
+    """Both locks are held."""
+    _refuse_in_use(session, name)
+    session.program.look_at_modules()
+    session.program.refuse_missing()
+    check_packed(session.program.packed)
+    numbers = session.store.numbers(name)
+    changes = changes_of(session.program, session.store, name, requantize=requantize)
+    apart = [_tied_apart(change) for change in changes.plain if change.tied_apart]
+    if apart:
+        raise not_mergeable(name, apart)
+    _refuse_shared(session, name, changes)
+    with progress(f"merging {name} into {len(changes.plain) + len(changes.stored)} weights"):
+        return _write_merged(session, name, numbers, changes, requantize=requantize)
 
 
 def unmerge(session: Session, *, force: bool = False) -> None:
     """See `CompiledModel.unmerge`."""
     session.refuse_running("unmerge()")
     with session.weights_lock, session.lock:
+        session.locks.streams.follow(session.accelerators)
         merged = merged_of(session)
         if merged is None:
             if not session.base.unmerged:
@@ -231,6 +233,7 @@ def unmerged(session: Session, action: Callable[[], T]) -> T:
             are refused until `merge` or `unmerge`, since without a name they would be the base's.
     """
     with session.weights_lock, session.lock:
+        session.locks.streams.follow(session.accelerators)
         merged = merged_of(session)
         if merged is None:
             return action()
@@ -306,10 +309,8 @@ def _refuse_shared(session: Session, name: str, changes: Changes) -> None:
         raise not_mergeable(
             name,
             [
-                (
-                    f"{place} is the same weight, and the base of that model would change; "
-                    "detach() that model, or use export_merged() on this one"
-                )
+                f"{place} is the same weight, and the base of that model would change; "
+                "detach() that model, or use export_merged() on this one"
                 for place in elsewhere
             ],
         )

@@ -107,6 +107,7 @@ class AdapterMethods:
                 raise BatchError(
                     f"a forward is running on this thread; pin {name!r} when it has returned"
                 )
+            session.locks.streams.follow(session.accelerators)
             session.store.pin(name)
 
     def unpin_adapter(self, name: str) -> None:

@@ -85,6 +85,7 @@ def _locked(sessions: Sequence[Session], action: Callable[[], None]) -> None:
 
 def _holding(session: Session, action: Callable[[], None]) -> None:
     with session.lock:
+        session.locks.streams.follow(session.accelerators)
         action()
 
 

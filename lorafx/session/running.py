@@ -12,6 +12,7 @@ from typing import Final, NamedTuple, Protocol
 
 from lorafx.interrupts import free_after_fork
 from lorafx.session.requests import Requests
+from lorafx.session.streams import Streams
 
 
 class Running(NamedTuple):
@@ -97,6 +98,7 @@ class Locks:
         weights: held by what writes the base weights, and by what reads them without stopping
             calls. Taken before `calls` where both are, so that calls go on while somebody waits
             for it.
+        streams: on which calls and writes have an accelerator run what they launch.
         number: who takes the locks of several sessions takes those of the least number first, so
             that no two threads wait for one another.
     """
@@ -105,6 +107,7 @@ class Locks:
         self.number: Final = next(_NUMBERS)
         self.calls = threading.RLock()
         self.weights = threading.RLock()
+        self.streams: Final = Streams()
 
     def after_fork(self) -> bool:
         """In a child process: whether calls of another thread of the parent were running, which

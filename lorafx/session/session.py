@@ -37,6 +37,7 @@ from lorafx.session.requests import Names, Requests, check_tokens, not_looked_fo
 from lorafx.session.running import IDLE, BaseState, Locks, Running
 from lorafx.session.stand_ins import StandIns
 from lorafx.session.statistics import Statistics, statistics_of
+from lorafx.session.streams import accelerators
 
 T = TypeVar("T")
 
@@ -92,6 +93,7 @@ class Session:
         #: lorafx.session.sharing.
         self.neighbours: tuple[Session, ...] = ()
         self.locks: Locks = Locks()
+        self.accelerators: Final = accelerators(program.groups)
         #: By continuous batching, as in lorafx.session.statistics.
         self.waits = 0
         #: How often new base weights were written, or begun to be: by lorafx.base_weights.
@@ -175,6 +177,7 @@ class Session:
     def run(self, running: Running, action: Callable[[], T]) -> T:
         """What `action` returns, while `running` is under way. The lock is held."""
         program, runtime = self.program, self.program.runtime
+        self.locks.streams.follow(self.accelerators)
         before, batch = self.running, program.batch
         others: list[bool] = []  # `list[bool]()` takes a microsecond
         rows, active = runtime.rows, runtime.active

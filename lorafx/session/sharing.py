@@ -74,6 +74,7 @@ def refresh_elsewhere(session: Session) -> None:
     for other in _others(session):
         if any(storage_key(tensor) in own for _, tensor in _tensors(other.program.model)):
             with other.lock:
+                other.locks.streams.follow(other.accelerators)
                 other.writes += 1
                 other.store.refresh_magnitudes()
 

@@ -86,6 +86,7 @@ class AttachedSession(Session):
         kept = self.fetched(requests.names)  # noqa: F841 - before the lock is taken
         with self.locks.calls, ExitStack() as settings:
             self.refuse_injected()
+            self.locks.streams.follow(self.accelerators)
             slots = self.store.acquire(requests.names)
             before, batch = self.running, program.batch
             try:
@@ -366,6 +367,7 @@ def unload_adapter(model: nn.Module, name: str) -> None:
     with session.lock:
         if name != BASE and session.asks_for(name):
             raise BatchError(f"{name!r} is being served; unload it after the block")
+        session.locks.streams.follow(session.accelerators)
         session.store.unload(name)
 
 
