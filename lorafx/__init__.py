@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lorafx import errors, layers
     from lorafx.adapter_store.saved import AdapterSource
-    from lorafx.api import attach, compile, explain
+    from lorafx.api import attach, bisect, compile, explain
     from lorafx.config import After, LoraConfig, Options
     from lorafx.diffusers.compiled_pipeline import CompiledPipeline, compile_pipeline
     from lorafx.errors import (
@@ -71,6 +71,7 @@ __all__ = [
     "__version__",
     "adapters",
     "attach",
+    "bisect",
     "compile",
     "compile_pipeline",
     "dequantize",
@@ -90,7 +91,7 @@ __all__ = [
 #: Where the names come from that are no errors.
 _HOMES = {
     "lorafx.adapter_store.saved": ("AdapterSource",),
-    "lorafx.api": ("attach", "compile", "explain"),
+    "lorafx.api": ("attach", "bisect", "compile", "explain"),
     "lorafx.config": ("After", "LoraConfig", "Options"),
     "lorafx.diffusers.compiled_pipeline": ("CompiledPipeline", "compile_pipeline"),
     "lorafx.model.out_of_tree": ("register_oot", "unregister_oot"),

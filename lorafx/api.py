@@ -1,4 +1,5 @@
-"""The public entry points: `compile`, `explain` and `attach` (that of attach_model.py)."""
+"""The public entry points: `compile`, `explain`, `attach` (that of attach_model.py) and `bisect`
+(that of lorafx.bisection)."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorafx.bisection.search import bisect as bisect
 from lorafx.config import Options
 from lorafx.errors import CapacityError, ConfigError, LorafxWarning
 from lorafx.explanation import Explanation

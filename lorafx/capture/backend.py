@@ -21,7 +21,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from lorafx.capture.bound_inputs import BoundInputs, bind, take_out
 from lorafx.capture.checks import Checks, InputPlaces
-from lorafx.capture.driver import run_pipeline
+from lorafx.capture.driver import AfterPass, run_pipeline
 from lorafx.capture.dropped_guards import drop_guards_on_marks
 from lorafx.capture.dump import GraphDump, dump_folder
 from lorafx.capture.executable import (
@@ -78,6 +78,8 @@ class Backend:
         #: The viewer's page, where graphs are dumped as they come.
         self.page: Page | None = None
         self.lowering: Lowering = lowering_for(program.options)
+        #: Gives what is told of each pass over a graph; None where nobody wants to know.
+        self.keeper: Callable[[Context], AfterPass] | None = None
 
     def __call__(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         """Compile a frame of calls with one slot a request."""
@@ -290,8 +292,11 @@ class _FrameCompiler:
             ctx.look_up_slots(gm.graph)
         numeric = NumericCheck(record.title) if program.options.verify == "numeric" else None
         record.numeric = numeric
+        keep: AfterPass | None = numeric.keep if numeric else None
+        if self.backend.keeper is not None:
+            keep = self.backend.keeper(ctx)
         with timed(record.spans, "passes"), builds_noted() as built:
-            record.passes = run_pipeline(gm, ctx, record.dump, numeric.keep if numeric else None)
+            record.passes = run_pipeline(gm, ctx, record.dump, keep)
         for kernel in sorted(ctx.kernels):
             record.dump.source(f"kernel-{kernel:x}.py", partial(source_of, kernel))
         for spec, kernel in built.items():
@@ -299,7 +304,9 @@ class _FrameCompiler:
         record.note(ctx)
         extra = list(frame.extra_nodes)
         values = [node.meta["val"] for node in frame.extra_nodes.values()]
-        operators = copy.deepcopy(gm) if ctx.handover.seen else None
+        # A stage that somebody chooses runs operator by operator as it is.
+        staged = self.backend.keeper is not None
+        operators = copy.deepcopy(gm) if ctx.handover.seen and not staged else None
         with self.backend.lowering_timed(record):
             executable = self.lowering.compile(gm, [*inputs, *values])
         self.parts.lowered, self.parts.extra = executable, extra

@@ -15,12 +15,15 @@ from lorafx.capture.verify import check_graph, output_values
 from lorafx.graph.context import Context
 from lorafx.pass_order import CAPTURED, GraphPass, PassReport, pipeline, run_passes
 
+#: Is told of the captured graph (None), then of each pass and the graph that it left.
+AfterPass = Callable[[GraphPass | None, fx.GraphModule], None]
+
 
 def run_pipeline(
     gm: fx.GraphModule,
     ctx: Context,
     dump: GraphDump,
-    after_pass: Callable[[GraphPass | None, fx.GraphModule], None] | None = None,
+    after_pass: AfterPass | None = None,
 ) -> list[PassReport]:
     """Run all passes that are switched on over `gm`, in place.
 

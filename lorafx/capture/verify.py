@@ -88,6 +88,14 @@ def _described(values: Sequence[Any]) -> list[str]:
     ]
 
 
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph as it is now, with the bodies that it calls: passes and lowerings rewrite it."""
+    kept = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    for name, body in bodies(gm):
+        setattr(kept, name, fx.GraphModule(body, copy.deepcopy(body.graph)))
+    return kept
+
+
 @dataclass(frozen=True)
 class _Stage:
     """A copy of the graph as the pass `name` left it."""
@@ -110,9 +118,7 @@ class NumericCheck:
     def keep(self, item: GraphPass | None, gm: fx.GraphModule) -> None:
         """Keep a copy of the graph after the pass; of the captured graph, where it is None."""
         inputs = sum(node.op == "placeholder" for node in gm.graph.nodes)
-        kept = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-        for body_name, body in bodies(gm):  # the lowering rewrites them in place
-            setattr(kept, body_name, fx.GraphModule(body, copy.deepcopy(body.graph)))
+        kept = copied(gm)
         name, way_out = (item.name, way_around(item)) if item else (CAPTURED, "")
         self.stages.append(_Stage(name, way_out, kept, inputs))
 

@@ -9,6 +9,7 @@ import typer
 from lorafx import __version__
 from lorafx.cli.adapters import convert, inspect
 from lorafx.cli.bench import bench
+from lorafx.cli.bisect import bisect
 from lorafx.cli.explain import explain
 from lorafx.cli.merge import merge
 from lorafx.cli.saved import clear_saved, list_saved
@@ -35,7 +36,7 @@ def root(
         print(context.get_help())
 
 
-for command in (inspect, explain, convert, merge, bench, serve):
+for command in (inspect, explain, convert, merge, bench, bisect, serve):
     app.command()(command)
 
 _cache = typer.Typer(**_PLAIN, no_args_is_help=True, help="Graphs that Options(cache=...) saved.")

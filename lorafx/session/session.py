@@ -72,7 +72,7 @@ class Session:
     ) -> None:
         self.program: Final = program
         self.store: Final = store
-        self.backend: Final = backend
+        self.backend = backend
         self.dynamic: Final = dynamic
         self.stand_ins: Final = StandIns()
         self.has_mha: Final = any(

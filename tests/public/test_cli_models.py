@@ -169,3 +169,18 @@ def test_bench_measures_all_arms_in_one_run(run) -> None:
     assert said["adapters"] == "upper, copy"
     said = run("bench", MODEL, *adapters, "--batch", 0, code=1)
     assert "must be positive" in said["message"]
+
+
+def test_bisect_finds_no_difference_in_a_right_model(run, tmp_path: Path) -> None:
+    adapters = ("--adapters", ADAPTERS / "upper", "--adapters", ADAPTERS / "copy")
+    asked = ("bisect", MODEL, *adapters, "--length", 4, "--lowering", "reference")
+    said = run(*asked, "--folder", tmp_path / "none")
+    assert (said["first"], said["script"]) == (None, None)
+    assert said["served"] <= 1e-5
+    assert all(stage["error"] <= 1e-5 for stage in said["stages"])
+    assert not (tmp_path / "none").exists()
+    # So strict that rounding is a difference: what then happens to a wrong model.
+    said = run(*asked, "--tolerance", 1e-12, "--folder", tmp_path / "out", code=1)
+    assert said["first"] is not None
+    assert (tmp_path / "out" / "repro.py").is_file()
+    assert (tmp_path / "out" / "model" / "config.json").is_file()

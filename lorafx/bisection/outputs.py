@@ -1,0 +1,92 @@
+"""Outputs of calls, and how far they are apart.
+
+error = max |got − want| / max(1, max |want|)        as lorafx.capture.verify has it
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lorafx.capture.verify import TOLERANCE
+
+Names = Sequence["str | None"]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The tensors of a call's result whose dimension 0 holds the requests."""
+
+    leaves: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, result: Any, rows: int) -> Outputs:
+        leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        return cls(
+            tuple(
+                leaf.detach().clone()
+                for leaf in leaves
+                if leaf.dim() and leaf.shape[0] == rows and leaf.is_floating_point()
+            )
+        )
+
+    @classmethod
+    def by_row(cls, names: Names, found: Mapping[str | None, Outputs]) -> Outputs:
+        """Each row from the outputs of its own adapter, which are those of the whole batch."""
+        each = zip(*(found[name].leaves for name in dict.fromkeys(names)), strict=True)
+        order = list(dict.fromkeys(names))
+        return cls(
+            tuple(
+                torch.stack([own[order.index(name)][row] for row, name in enumerate(names)])
+                for own in each
+            )
+        )
+
+    def rows(self, which: Sequence[int]) -> Outputs:
+        return Outputs(tuple(leaf[list(which)] for leaf in self.leaves))
+
+    @property
+    def tolerance(self) -> float:
+        """That of the least exact dtype."""
+        return max((TOLERANCE.get(leaf.dtype, 1e-4) for leaf in self.leaves), default=1e-4)
+
+    def error(self, want: Outputs, mask: Tensor | None = None) -> float:
+        """The largest error of a leaf. `mask` (B, T) leaves padding out, where a leaf is
+        (B, T, ...)."""
+        return max(map(difference, *_valid(self, want, mask)), default=0.0)
+
+
+def difference(got: Tensor, want: Tensor) -> float:
+    """The error of one tensor; infinite where shapes differ or something is no number."""
+    if got.shape != want.shape:
+        return float("inf")
+    if not want.numel():
+        return 0.0
+    scale = max(1.0, float(want.double().abs().max()))
+    error = float((got.double() - want.double()).abs().max()) / scale
+    return error if error == error else float("inf")
+
+
+def _valid(got: Outputs, want: Outputs, mask: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+    if len(got.leaves) != len(want.leaves):
+        raise ValueError(f"{len(got.leaves)} outputs, and {len(want.leaves)} of the reference")
+    pairs = list(zip(got.leaves, want.leaves, strict=True))
+    if mask is not None:
+        kept = mask.bool()
+        pairs = [
+            (a[kept], b[kept]) if a.shape[:2] == b.shape[:2] == kept.shape else (a, b)
+            for a, b in pairs
+        ]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def fresh(call: Callable[..., Any], inputs: Mapping[str, Any], **more: Any) -> Any:
+    """A call with copies of the inputs: a cache is written by each."""
+    with torch.no_grad():
+        return call(**copy.deepcopy(dict(inputs)), **more)

@@ -1,0 +1,143 @@
+"""A program's graphs as each pass left them, run operator by operator in the place of what they are
+compiled to.
+
+A second backend captures the graphs of a call anew, with the same passes, and keeps a copy after
+each. Which of them runs is chosen call by call; weights, banks and slots are the program's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lorafx.capture.backend import Backend
+from lorafx.capture.lowering import ReferenceLowering, lowering_for
+from lorafx.capture.verify import copied
+from lorafx.graph.context import Context
+from lorafx.pass_order import CAPTURED, GraphPass, pipeline
+from lorafx.serving.compiled import CompiledModel
+from lorafx.serving.entry import entered
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One graph after one pass.
+
+    Attributes:
+        inputs: how many it takes; passes behind may add some.
+        sites: name of a node -> paths of the sites that it computes.
+    """
+
+    graph: fx.GraphModule
+    inputs: int
+    sites: dict[str, tuple[str, ...]]
+
+
+@dataclass
+class Run:
+    """The values of the nodes of one stage in one call of its graph."""
+
+    stage: Stage
+    values: dict[str, Tensor]
+
+
+@dataclass
+class Stages:
+    """The stages of all graphs of a program.
+
+    Attributes:
+        names: of the stages, in their order.
+        current: which one runs.
+        recorded: the runs of a call whose values are wanted.
+    """
+
+    program_lowering: Any
+    names: tuple[str, ...]
+    current: str = ""
+    graphs: list[dict[str, Stage]] = field(default_factory=list)
+    recorded: list[Run] | None = None
+
+    # --- a lowering ---
+
+    def begin(self, device: torch.device) -> None:
+        self.program_lowering.begin(device)
+
+    def decompositions(self) -> dict[Any, Callable[..., Any]]:
+        found: dict[Any, Callable[..., Any]] = self.program_lowering.decompositions()
+        return found
+
+    def base(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        return ReferenceLowering().base(gm, examples)
+
+    def compile(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
+        own = self.graphs[-1]  # its passes have just ended
+        return lambda arguments: self._run(own, arguments)
+
+    # --- what keeps graphs, and runs them ---
+
+    def keeper(self, ctx: Context) -> Callable[[GraphPass | None, fx.GraphModule], None]:
+        """What keeps a graph after each pass."""
+        own: dict[str, Stage] = {}
+        self.graphs.append(own)
+
+        def keep(item: GraphPass | None, gm: fx.GraphModule) -> None:
+            inputs = sum(node.op == "placeholder" for node in gm.graph.nodes)
+            sites: dict[str, tuple[str, ...]] = {}
+            for node, states in ctx.states.items():
+                place = ctx.homes.get(node, (node,))[0]
+                paths = tuple(state.site.path for state in states)
+                sites[place.name] = sites.get(place.name, ()) + paths
+            own[item.name if item else CAPTURED] = Stage(copied(gm), inputs, sites)
+
+        return keep
+
+    def _run(self, own: dict[str, Stage], arguments: list[Any]) -> Any:
+        stage = own[self.current]
+        given = arguments[: stage.inputs]
+        if self.recorded is None:
+            return stage.graph(*given)
+        recorder = _Recorder(stage.graph)
+        results = recorder.run(*given)
+        self.recorded.append(Run(stage, recorder.seen))
+        return results
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps a copy of each tensor as it was made: operators behind may write into
+    it."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.seen: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and n.op != "placeholder":
+            self.seen[n.name] = value.clone()
+        return value
+
+
+@contextmanager
+def staged(compiled: CompiledModel) -> Iterator[Stages]:
+    """Inside, calls of the model run the stage that is chosen. Its lock is held, and its graphs and
+    options are put back."""
+    session = compiled._session
+    program = session.program
+    with session.lock:
+        backend, entries, options = session.backend, compiled._entries, program.options
+        names = (CAPTURED, *(item.name for item in pipeline(options).graph))
+        stages = Stages(lowering_for(options), names, current=names[-1])
+        try:
+            program.options = replace(options, verify="lint", cache=None, dump=None)
+            session.backend = Backend(program, entered)
+            session.backend.lowering, session.backend.keeper = stages, stages.keeper
+            compiled._entries = {}
+            yield stages
+        finally:
+            session.backend, compiled._entries = backend, entries
+            program.options = options

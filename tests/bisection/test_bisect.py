@@ -1,0 +1,140 @@
+"""`lorafx.bisect` finds passes that were made wrong, and the site; what it writes shows it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import wrong_passes
+from dense_merge import Case
+from tiny_models import FAMILIES
+
+import lorafx
+from lorafx.errors import BatchError, ConfigError
+
+NAMES = ["a1", None, "a3", "a0"]
+
+
+@pytest.fixture(scope="module")
+def inputs() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return FAMILIES["plain"].inputs(len(NAMES), 5)
+
+
+def wrong(case: Case, after: str, run: Callable[..., int]) -> Any:
+    return case.compile({"passes": {"mine": lorafx.After(after, run)}})
+
+
+@pytest.mark.parametrize("family", ["llama", "vit"])
+def test_a_right_program_has_no_difference(case_of: Callable[..., Case], family: str) -> None:
+    case = case_of("llama", num_hidden_layers=1) if family == "llama" else case_of(family)
+    cm = case.compile()
+    given = FAMILIES[family].inputs(len(NAMES), 5)
+    before = {name: tensor.clone() for name, tensor in cm.model.state_dict().items()}
+    cm(**given, adapter_names=NAMES)
+    graphs = cm.recompiles
+    found = lorafx.bisect(cm, given, NAMES)
+    assert (found.first, found.site, found.script) == (None, None, None)
+    assert str(found).startswith("no difference above tolerance")
+    names = [stage.name for stage in found.stages]
+    assert names[0] == "match"
+    assert names[-1] == "outline"
+    assert all(0 <= stage.error <= 1e-5 for stage in found.stages)
+    assert 0 <= found.served <= 1e-5
+    assert {s.name for s in found.stages if s.batch != "mixed"} == {"match", "give_out"}
+    # Everything is as it was: weights bit for bit, graphs, what serves.
+    assert all(torch.equal(cm.model.state_dict()[name], own) for name, own in before.items())
+    cm(**given, adapter_names=NAMES)
+    assert cm.recompiles == graphs
+
+
+@pytest.mark.parametrize(
+    ("after", "run", "site", "behind"),
+    [
+        ("pack", wrong_passes.double_all, ("embed",), False),
+        ("plan", wrong_passes.double_relu, ("gate",), True),
+    ],
+)
+def test_a_wrong_pass_and_its_site_are_found(
+    plain: Case, inputs: Any, after: str, run: Callable[..., int], site: Any, behind: bool
+) -> None:
+    found = lorafx.bisect(wrong(plain, after, run), inputs, NAMES)
+    assert found.first == "mine"
+    assert found.site is not None
+    assert (found.site.paths, found.site.behind) == (site, behind)
+    assert found.site.error > found.tolerance
+    errors = {stage.name: stage.error for stage in found.stages}
+    assert errors[after] <= 1e-5
+    assert errors["mine"] > found.tolerance
+    assert found.served > found.tolerance
+    assert str(found).startswith(f"first wrong after: mine; first site {site[0]}")
+    assert json.loads(json.dumps(found.json()))["site"]["paths"] == list(site)
+
+
+def test_rows_that_get_the_adapters_of_others(plain: Case, inputs: Any) -> None:
+    """Batches of one adapter are right then."""
+    cm = wrong(plain, "provenance", wrong_passes.swap_rows)
+    found = lorafx.bisect(cm, inputs, NAMES)
+    assert found.first == "mine"
+    assert found.site is not None
+    assert found.site.paths == ("embed",)
+    assert lorafx.bisect(cm, inputs, ["a1"] * 4).first is None
+
+
+def test_a_wrong_first_pass(plain: Case, inputs: Any) -> None:
+    """What is wrong before all uses have their deltas is seen after `match`."""
+    found = lorafx.bisect(wrong(plain, "captured", wrong_passes.double_last), inputs, NAMES)
+    assert found.first == "match"
+    assert found.notes == ("passes before match cannot be told apart from it: mine",)
+
+
+def test_the_written_program_shows_the_difference(plain: Case, inputs: Any, tmp_path: Path) -> None:
+    cm = wrong(plain, "fuse", wrong_passes.double_one)
+    found = lorafx.bisect(cm, inputs, NAMES, folder=tmp_path / "out")
+    assert found.first == "mine"
+    assert found.site is not None
+    assert (found.site.paths, found.site.behind) == (("up",), False)
+    assert found.script == tmp_path / "out" / "repro.py"
+    moved = tmp_path / "elsewhere"
+    (tmp_path / "out").rename(moved)
+    assert {file.name for file in moved.iterdir()} >= {
+        "repro.py",
+        "adapters",
+        "case.pt",
+        "model.pt",
+    }
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    ran = subprocess.run(
+        [sys.executable, moved / "repro.py"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert ran.returncode == 1, ran.stderr
+    assert "first wrong after: mine; first site up" in ran.stdout
+    assert "row 0, a1: " in ran.stdout
+    with pytest.raises(ConfigError, match="not empty"):
+        lorafx.bisect(cm, inputs, NAMES, folder=moved)
+
+
+def test_what_cannot_be_bisected(plain: Case, inputs: Any) -> None:
+    cm = plain.compile()
+    with pytest.raises(ConfigError, match=r"takes what lorafx\.compile returned"):
+        lorafx.bisect(plain.base, inputs, NAMES)
+    with pytest.raises(BatchError, match="3 adapter_names for a batch of 4"):
+        lorafx.bisect(cm, inputs, NAMES[:3])
+    with pytest.raises(ConfigError, match="not sums of them"):
+        lorafx.bisect(cm, inputs, [{"a1": 0.5, "a0": 0.5}, None, None, None])
+    with pytest.raises(lorafx.UnknownAdapterError):
+        lorafx.bisect(cm, inputs, ["nobody"] * 4)
+    cm.merge("a1")
+    with pytest.raises(ConfigError, match="call unmerge"):
+        lorafx.bisect(cm, inputs, ["a1"] * 4)
