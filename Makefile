@@ -60,7 +60,7 @@ lint: $(STAMP)
 # mkdocstrings reads the sources and imports none of them.
 docs: $(DEMO)
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[docs]'
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # The plot of README.md, from the committed results.
 pictures: $(STAMP)

@@ -1,0 +1,35 @@
+"""docs/reference/ has every public name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+import lorafx
+
+pytestmark = pytest.mark.quick
+
+REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
+#: What the rest of lorafx uses of a compiled model, and what is refused.
+NOT_FOR_USERS = {"capture", "compile", "entry", "generates"}
+
+
+def shown(page: str) -> set[str]:
+    """The last parts of the names that mkdocstrings is asked for."""
+    return {path.split(".")[-1] for path in re.findall(r"^::: (\S+)", page, re.MULTILINE)}
+
+
+def test_every_public_name_has_its_place() -> None:
+    pages = "\n".join(path.read_text() for path in REFERENCE.glob("*.md"))
+    elsewhere = {"__version__", "errors", "layers", *vars(lorafx.errors)}  # errors.md, layers.md
+    assert set(lorafx.__all__) - elsewhere <= shown(pages)
+
+
+def test_every_method_of_a_compiled_model_has_its_place() -> None:
+    own = {name for name in dir(lorafx.CompiledModel) if not name.startswith("_")}
+    wanted = own - set(dir(nn.Module)) - NOT_FOR_USERS
+    page = (REFERENCE / "compiled_model.md").read_text()
+    assert wanted <= shown(page)
