@@ -18,7 +18,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-EXAMPLE = re.compile(r"\]\((?:\.\./)+examples/(\w+)\.py\)")
+EXAMPLE = re.compile(r"\]\((?:\.\./)*examples/(?:commits/)?(\w+)(?:\.py|\.patch)?\)")
 CONTRIBUTING = re.compile(r"\]\((?:\.\./)+CONTRIBUTING\.md")
 #: A page's name in the text that mkdocstrings makes of a docstring, or of lorafx's messages.
 PAGE_NAME = re.compile(r"(?<![\w/>\"])docs/(\w+)\.md")
@@ -42,9 +42,19 @@ def examples() -> str:
         tree = ast.parse(source)
         said = (ast.get_docstring(tree) or "").split("\n\n")[0]
         code = "\n".join(source.splitlines()[tree.body[0].end_lineno :]).strip()
-        title = f"examples/{path.name}"
-        parts.append(f'## {path.stem}\n\n{said}\n\n```python title="{title}"\n{code}\n```')
+        parts.append(f"## {path.stem}\n\n{said}\n\n{shown(path, 'python', code)}")
+    parts += [
+        "## commits",
+        "Changes to lorafx as the [page for contributors](contributing.md) shows them.",
+    ]
+    for path in sorted((ROOT / "examples" / "commits").glob("*.patch")):
+        parts.append(f"### {path.stem}\n\n{shown(path, 'diff', path.read_text().rstrip())}")
     return "\n\n".join(parts) + "\n"
+
+
+def shown(path: Path, language: str, code: str) -> str:
+    title = path.relative_to(ROOT).as_posix()
+    return f'````{language} title="{title}"\n{code}\n````'
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:

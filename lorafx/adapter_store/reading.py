@@ -9,6 +9,7 @@ the configuration says, since s = α/r comes from there.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import torch
@@ -33,6 +34,9 @@ _FEATURE_KEYS = {
     "modules_to_save": "replaced modules (modules_to_save) under names that PEFT does not save",
     "lora_diag": "KaSA (kasa_config)",
 }
+#: With `save_embedding_layers`, which is on where a vocabulary grew, `save_pretrained` writes
+#: embeddings and heads with all that their wrappers hold.
+_WRAPPED = re.compile(r"\.(modules_to_save|original_module)\.")
 
 
 class Reading:
@@ -271,7 +275,7 @@ class Reading:
         return False
 
     def _other_key(self, key: str) -> None:
-        if key.endswith(TRAINING_KEYS):
+        if key.endswith(TRAINING_KEYS) or self._is_beside_own(key):
             return
         for mark, feature in _FEATURE_KEYS.items():
             if f".{mark}" in f".{key}":
@@ -294,6 +298,15 @@ class Reading:
                 "resize_token_embeddings, where the vocabulary grew) before compiling, or make "
                 "room for a weight of the adapter's own by LoraConfig(modules_to_save=...)"
             )
+
+    def _is_beside_own(self, key: str) -> bool:
+        """Whether PEFT saved the tensor beside the adapter's own weight, from the wrapper of its
+        module: that weight once more, or the base's, in whose place it is."""
+        copy, trained = _WRAPPED.search(key), _WRAPPED.sub(".", key)
+        if copy is None or trained not in self.own.keys:
+            return False
+        tensors = self.state.tensors
+        return copy[1] == "original_module" or same(tensors[key], tensors[trained])
 
     def _report_placement(self) -> None:
         for path, module in self.unselected.items():

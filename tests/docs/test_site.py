@@ -26,7 +26,7 @@ def test_links_out_of_docs_lead_to_pages(site: Path) -> None:
     guide = (site / "guides" / "diffusers.html").read_text()
     assert 'href="../examples.html#diffusion_pipeline"' in guide
     examples = (site / "examples.html").read_text()
-    for path in (ROOT / "examples").glob("*.py"):
+    for path in (*(ROOT / "examples").glob("*.py"), *(ROOT / "examples" / "commits").iterdir()):
         assert f'id="{path.stem}"' in examples
     assert "Add a pass over graphs" in (site / "contributing.html").read_text()
 

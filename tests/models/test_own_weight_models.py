@@ -15,6 +15,7 @@ import transformers
 from attached import attached
 from dense_merge import REFERENCE, TOLERANCE, check_mixed, error, random_base
 from own_weights import own_case, train
+from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB, Family, PlainModel, right_padded, token_inputs
 
 import lorafx
@@ -187,6 +188,37 @@ def test_copies_of_a_resized_base(tmp_path):
         want = wrapped.eval()(**oracle.one_row(x, 0))["logits"]
     # The head carries no LoRA, so PEFT saved no copy of it, new rows included.
     assert error(got[:1, ..., :VOCAB], want[..., :VOCAB]) <= TOLERANCE
+
+
+def test_what_peft_saves_of_itself_where_a_vocabulary_grew(tmp_path):
+    """By default `save_pretrained` writes all that the wrappers of embedding and head hold."""
+    random_base("llama", num_hidden_layers=1).save_pretrained(tmp_path / "base")
+
+    def resized():
+        base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        torch.manual_seed(7)
+        base.resize_token_embeddings(VOCAB + 4, mean_resizing=False)
+        return base.eval()
+
+    config = peft.LoraConfig(r=2, target_modules=QV, modules_to_save=["lm_head", "embed_tokens"])
+    wrapped = peft.get_peft_model(resized(), config)
+    train(wrapped, 1)
+    wrapped.save_pretrained(str(tmp_path / "a"))
+    saved = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    head = "base_model.model.lm_head"
+    copies = {f"{head}.original_module.weight", f"{head}.modules_to_save.weight"}
+    assert copies <= saved.keys()
+    cm = lorafx.compile(resized(), {"a": tmp_path / "a"}, options=REFERENCE)
+    x = inputs(2)
+    x["input_ids"][0, 4] = VOCAB + 1
+    got = cm(**x, adapter_names=["a", None])["logits"]
+    with torch.no_grad():
+        want = wrapped.eval()(**oracle.one_row(x, 0))["logits"]
+    assert error(got[:1], want) <= TOLERANCE
+    saved[f"{head}.modules_to_save.weight"] += 1  # which of the two was trained?
+    save_file(saved, tmp_path / "a" / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lm_head\.modules_to_save\.weight"):
+        cm.load_adapter(tmp_path / "a", "two")
 
 
 def test_added_tokens_are_kept_from_other_rows(tmp_path):
