@@ -222,8 +222,8 @@ class Backend:
         inputs = dict(zip(nodes, frame.inputs, strict=True))
         names.note_inputs(frame, inputs)
         text = GraphText(names.mark)
-        dump.views.append(StageViews(text, names, inputs).stage(gm, CAPTURED))
         dump.graph(CAPTURED, text.lines(gm))
+        dump.views.append(StageViews(text, names, inputs).stage(gm, CAPTURED))
         names.forget_nodes()
 
     @contextmanager

@@ -51,8 +51,8 @@ def run_pipeline(
         nodes = len(gm.graph.nodes)
         names.note_pass(gm, ctx)
         dump.outlined = ctx.outlined
-        dump.views.append(views.stage(gm, item.name, ctx, edits=edits, seconds=seconds))
         dump.graph(item.name, text.lines(gm), nodes=nodes, edits=edits, seconds=seconds)
+        dump.views.append(views.stage(gm, item.name, ctx, edits=edits, seconds=seconds))
         if after_pass is not None:
             after_pass(item, gm)
         return PassReport(item.name, edits, seconds, nodes)

@@ -64,6 +64,8 @@ class GraphText:
         self._named = named
         self._path_of = path_of
         self._lines: dict[fx.Node, tuple[tuple[Any, ...], str]] = {}
+        #: Dtype and shape of each node's result, or the size that it is; "" where it is neither.
+        self.values: dict[fx.Node, str] = {}
         self._sources: dict[tuple[Any, ...], str] = {}
 
     def lines(self, gm: fx.GraphModule, name: str = "GraphModule") -> tuple[str, ...]:
@@ -93,7 +95,8 @@ class GraphText:
         before, line = self._lines.get(node, ((), ""))
         if len(before) == len(shown) and all(map(operator.is_, before, shown)):
             return line
-        line = _line(node, self._named)
+        value = self.values[node] = _value_text(node)
+        line = _line(node, self._named, value)
         self._lines[node] = (shown, line)
         return line
 
@@ -142,15 +145,10 @@ def target_text(node: fx.Node) -> str:
     return _text(node.target) if node.op == "call_function" else str(node.target)
 
 
-def value_text(node: fx.Node) -> str:
-    """Dtype and shape of the node's result, or the size that it is; "" where it is neither."""
-    return _annotation(node).removeprefix(': "').removesuffix('"')
-
-
-def _line(node: fx.Node, named: Named) -> str:
+def _line(node: fx.Node, named: Named, value: str) -> str:
     if node.op == "output":
         return f"{_INDENT * 2}return {_text(node.args[0], named)}"
-    annotated = f"{named(node)}{_annotation(node)}"
+    annotated = f'{named(node)}: "{value}"' if value else named(node)
     if node.op == "placeholder":
         return annotated
     return f"{_INDENT * 2}{annotated} = {_value(node, named)}"
@@ -170,14 +168,13 @@ def _value(node: fx.Node, named: Named) -> str:
     return f"{_text(node.target, named)}({', '.join([*positional, *keywords])})"
 
 
-def _annotation(node: fx.Node) -> str:
-    """Dtype and shape of the node's result, or the size that it is."""
+def _value_text(node: fx.Node) -> str:
     value = node.meta.get("val", node.meta.get("example_value"))
     if isinstance(value, Tensor):
         # On a base's graph too, whose values are of any class.
-        return f': "{str(value.dtype).removeprefix("torch.")}{_text([*value.shape])}"'
+        return f"{str(value.dtype).removeprefix('torch.')}{_text([*value.shape])}"
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return f': "Sym({value})"'
+        return f"Sym({value})"
     return ""
 
 

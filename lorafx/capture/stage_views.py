@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
-from lorafx.capture.graph_text import GraphText, target_text, users_line, value_text
+from lorafx.capture.graph_text import GraphText, target_text, users_line
 from lorafx.capture.node_names import NodeNames
 from lorafx.compat import size_hint
 from lorafx.graph.context import Context, SiteState
@@ -93,7 +93,7 @@ class StageViews:
             target_text(node),
             line,
             tuple(map(self._names.mark, node.all_input_nodes)),
-            value_text(node),
+            self._text.values[node],
             path,
             cls,
             source,
@@ -197,8 +197,10 @@ def _flops(node: fx.Node) -> int:
     The formula is given shapes in numbers: to compare symbols would put guards on the graph.
     """
     formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
+    if formula is None:
+        return 0
     sizes = {source: _sizes(source.meta.get("val")) for source in node.all_input_nodes}
-    if formula is None or not all(sizes.values()):
+    if not all(sizes.values()):
         return 0
     shapes = {source: torch.Size(found) for source, found in sizes.items()}
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), shapes.__getitem__)

@@ -3,6 +3,7 @@
 
 const NODE = { width: 176, height: 40 };
 const GROUP = { width: 320, height: 52, head: 34, pad: 16, gap: 34, column: 140 };
+const HIGH = 12000; // pixels of a column
 const MOST = 220; // nodes of a group: dagre takes a tenth of a second for so many
 const STATE = new Set(["weight", "bank", "state", "packed", "symbol"]);
 
@@ -13,8 +14,10 @@ function layerOf(path) {
   return end < 0 ? "" : parts.slice(0, end + 1).join(".");
 }
 
+/** What is shown on demand only: parameters, banks, sizes. */
 function isState(entry) {
   const { node } = entry;
+  if (node.value.startsWith("Sym(")) return true;
   return node.op === "get_attr" || (node.op === "placeholder" && (STATE.has(node.kind) || !node.kind));
 }
 
@@ -31,9 +34,12 @@ function groupsOf(stage, withState) {
     const state = [];
     for (const entry of stage.entries) {
       if (entry.part !== part) continue;
-      if (entry.node.op === "placeholder" || entry.node.op === "get_attr") {
-        if (isState(entry)) state.push(entry);
-        else inputs.entries.push(entry);
+      if (isState(entry)) {
+        state.push(entry);
+        continue;
+      }
+      if (entry.node.op === "placeholder") {
+        inputs.entries.push(entry);
         continue;
       }
       const layer = entry.node.path ? layerOf(entry.node.path) : null;
@@ -70,8 +76,9 @@ function placeState(state, groups, inputs) {
   const home = new Map(groups.flatMap((group) => group.entries.map((entry) => [entry, group])));
   const first = new Map();
   for (const entry of state) {
-    const homes = new Set(entry.users.map((user) => home.get(user)));
-    const group = homes.size === 1 ? [...homes][0] : inputs;
+    const homes = new Set(entry.users.map((user) => home.get(user)).filter(Boolean));
+    const made = entry.node.op !== "placeholder" && entry.node.op !== "get_attr";
+    const group = homes.size === 1 || made ? [...homes][0] || groups[0] : inputs;
     if (!first.has(group)) first.set(group, []);
     first.get(group).push(entry);
   }
@@ -94,6 +101,32 @@ function pieces(group) {
     label: `${group.label}, part ${i + 1} of ${count}`,
     entries: group.entries.slice(i * size, (i + 1) * size),
   }));
+}
+
+/** A node's name without that of its layer, which stands above it. */
+function shortName(entry, group) {
+  const layer = group.label.split(".").slice(-2).join("_");
+  const { name } = entry.node;
+  return layer && name.startsWith(`${layer}_`) ? name.slice(layer.length + 1) : name;
+}
+
+/** Groups in columns about as high as all of them are wide, where one column would be too high to
+ * be seen. */
+function columnsOf(groups) {
+  const height = groups.reduce((sum, group) => sum + group.height + GROUP.gap, 0);
+  const width = Math.max(0, ...groups.map((group) => group.width)) + GROUP.gap;
+  const most = height > HIGH ? Math.sqrt(height * width * 0.6) : Infinity;
+  const columns = [[]];
+  let used = 0;
+  for (const group of groups) {
+    if (used && used + group.height > most) {
+      columns.push([]);
+      used = 0;
+    }
+    columns[columns.length - 1].push(group);
+    used += group.height + GROUP.gap;
+  }
+  return columns;
 }
 
 const layouts = new Map(); // by shape: equal layers are laid out once

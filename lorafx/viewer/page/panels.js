@@ -24,7 +24,7 @@ function drawTimeline(container, graph, current, chosen) {
       "button", `pass${stage.edits === 0 ? " idle" : ""}`,
       element("b", "", stage.name),
       element("span", "", [edits, delta].filter(Boolean).join(", ")),
-      element("span", "muted", stage.edits === null ? "before the passes" : secondsText(stage.seconds)),
+      element("span", "muted", stage.edits === null ? "as traced" : secondsText(stage.seconds)),
       meter,
     );
     button.type = "button";

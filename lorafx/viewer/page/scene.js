@@ -3,6 +3,7 @@
 
 const TEXT_FROM = 0.42; // scale below which texts are left out
 const EDGES_FROM = 0.12;
+const COLORS_FROM = 0.2;
 
 class Scene {
   /** `picked(entry)` is called with the entry that was clicked, or null. */
@@ -55,7 +56,7 @@ class Scene {
     if (!keepPlace) {
       this.open.clear();
       if (count <= 400) this.groups.forEach((group) => this.open.add(group.key));
-      else this.openOneWithSites();
+      else if (innerWidth > 720) this.openOneWithSites();
     }
     this.arrange();
     if (!keepPlace) this.toTop();
@@ -67,25 +68,28 @@ class Scene {
     this.open.add((group || this.groups[0] || {}).key);
   }
 
-  /** Give each group its place: one column for the graph and one for each body that it calls. */
+  /** Give each group its place: columns for the graph, then those of each body that it calls. */
   arrange() {
     let left = 0;
     for (let part = 0; part < (this.stage ? this.stage.names.length : 0); part++) {
-      const column = this.groups.filter((group) => group.part === part);
-      for (const group of column) {
+      const groups = this.groups.filter((group) => group.part === part);
+      for (const group of groups) {
         group.layout = this.open.has(group.key) ? layoutOf(group) : null;
         const { layout } = group;
         group.width = layout ? Math.max(layout.width + 2 * GROUP.pad, GROUP.width) : GROUP.width;
         group.height = layout ? layout.height + GROUP.head + GROUP.pad : GROUP.height;
       }
-      const width = Math.max(0, ...column.map((group) => group.width));
-      let top = part ? GROUP.head : 0;
-      for (const group of column) {
-        group.x = left + (width - group.width) / 2;
-        group.y = top;
-        top += group.height + GROUP.gap;
+      for (const column of columnsOf(groups)) {
+        const width = Math.max(0, ...column.map((group) => group.width));
+        let top = part ? GROUP.head : 0;
+        for (const group of column) {
+          group.x = left + (width - group.width) / 2;
+          group.y = top;
+          top += group.height + GROUP.gap;
+        }
+        left += width + 2 * GROUP.gap;
       }
-      left += width + GROUP.column;
+      left += GROUP.column;
     }
     this.crossing = null;
   }
@@ -208,7 +212,7 @@ class Scene {
   /** The beginning of the graph, over the width of the canvas where it can be read so. */
   toTop() {
     if (!this.width || !this.groups.length) return;
-    const column = this.groups.filter((group) => group.part === 0);
+    const column = columnsOf(this.groups.filter((group) => group.part === 0))[0];
     const width = Math.max(...column.map((group) => group.width));
     const scale = Math.min(1, Math.max(0.5, (this.width - 32) / width));
     const middle = column[0].x + column[0].width / 2;
@@ -367,9 +371,14 @@ class Scene {
     context.strokeStyle = colors.edge;
     context.lineWidth = 2;
     for (const [from, to] of this.crossing) {
-      if (to.y < view.top || from.y + from.height > view.bottom) continue;
-      const x = to.x + to.width / 2;
-      this.line([{ x, y: from.y + from.height }, { x, y: to.y - 4 }], 7);
+      if (to.y < from.y) { // the next column
+        context.globalAlpha = 0.5;
+        this.curve(from, to);
+        context.globalAlpha = 1;
+      } else if (to.y > view.top && from.y + from.height < view.bottom) {
+        const x = to.x + to.width / 2;
+        this.line([{ x, y: from.y + from.height }, { x, y: to.y - 4 }], 7);
+      }
     }
   }
 
@@ -389,6 +398,20 @@ class Scene {
     context.moveTo(end.x - head * 0.6, end.y - head);
     context.lineTo(end.x, end.y);
     context.lineTo(end.x + head * 0.6, end.y - head);
+    context.stroke();
+  }
+
+  /** From the bottom of a box to the top of another. */
+  curve(from, to) {
+    const { context } = this;
+    const [a, b] = [
+      { x: from.x + from.width / 2, y: from.y + from.height },
+      { x: to.x + to.width / 2, y: to.y },
+    ];
+    const bend = Math.max(24, Math.abs(b.y - a.y) / 3);
+    context.beginPath();
+    context.moveTo(a.x, a.y);
+    context.bezierCurveTo(a.x, a.y + bend, b.x, b.y - bend, b.x, b.y);
     context.stroke();
   }
 
@@ -451,19 +474,39 @@ class Scene {
     }
     entries.forEach((entry, i) => {
       const box = { ...this.inside(group, layout.places[i]), ...NODE };
-      if (inView(box)) this.drawNode(entry, box);
+      if (inView(box)) this.drawNode(entry, box, group);
     });
     context.globalAlpha = 1;
+    if (camera.scale >= COLORS_FROM) return;
+    const size = Math.min(group.width / Math.max(4, group.label.length * 0.62), 14 / camera.scale);
+    if (size * camera.scale < 7) return;
+    context.font = `600 ${size}px ${this.font}`;
+    const width = context.measureText(group.label).width + size;
+    const [x, y] = [group.x + group.width / 2, group.y + Math.min(group.height / 2, 40 / camera.scale)];
+    context.fillStyle = colors.group;
+    context.globalAlpha = 0.85;
+    context.fillRect(x - width / 2, y - size, width, size * 1.5);
+    context.globalAlpha = 1;
+    context.fillStyle = colors.text;
+    context.textAlign = "center";
+    context.fillText(group.label, x, y);
+    context.textAlign = "left";
   }
 
-  drawNode(entry, box) {
+  drawNode(entry, box, group) {
     const { context, colors, camera } = this;
     this.drawn.nodes++;
     const { tags, node } = entry;
     const kind = tags.refused ? "refused" : tags.packs ? "packs" : tags.sites ? "sites" : null;
     context.globalAlpha = this.shown(entry) ? 1 : 0.25;
+    const line = kind ? colors[`${kind}-line`] : colors["node-line"];
+    context.strokeStyle = line;
+    if (camera.scale < COLORS_FROM) { // a pale box would not be seen
+      context.fillStyle = tags.changed && !kind ? colors.changed : line;
+      context.fillRect(box.x, box.y, box.width, box.height);
+      return;
+    }
     context.fillStyle = kind ? colors[kind] : node.op === "placeholder" ? colors.input : colors.node;
-    context.strokeStyle = kind ? colors[`${kind}-line`] : colors["node-line"];
     context.lineWidth = kind ? 1.5 : 1;
     context.beginPath();
     context.roundRect(box.x, box.y, box.width, box.height, 5);
@@ -478,7 +521,7 @@ class Scene {
     if (camera.scale < TEXT_FROM) return;
     context.fillStyle = colors.text;
     context.font = `600 12px ${this.font}`;
-    this.text(node.name, box.x + 8, box.y + 16, box.width - 16);
+    this.text(shortName(entry, group), box.x + 8, box.y + 16, box.width - 16);
     context.fillStyle = colors.muted;
     context.font = `11px ${this.font}`;
     const shape = node.value.replace(/^(b?)float/, "$1f").replace(/^int/, "i");
@@ -491,15 +534,7 @@ class Scene {
     const join = (from, to, color) => {
       context.strokeStyle = color;
       context.lineWidth = 2;
-      const [a, b] = [
-        { x: from.x + from.width / 2, y: from.y + from.height },
-        { x: to.x + to.width / 2, y: to.y },
-      ];
-      const bend = Math.max(24, Math.abs(b.y - a.y) / 3);
-      context.beginPath();
-      context.moveTo(a.x, a.y);
-      context.bezierCurveTo(a.x, a.y + bend, b.x, b.y - bend, b.x, b.y);
-      context.stroke();
+      this.curve(from, to);
     };
     for (const input of this.selected.inputs) {
       const place = this.placeOf(input);
