@@ -58,6 +58,8 @@ def shown(path: Path, language: str, code: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    if page.is_homepage:  # alone in its section: its code gets the room
+        page.meta["hide"] = ["navigation"]
     here = Path(page.file.src_uri).parent.as_posix()
     markdown = EXAMPLE.sub(rf"]({relpath('examples.md', here)}#\1)", markdown)
     return CONTRIBUTING.sub(f"]({relpath('contributing.md', here)}", markdown)

@@ -69,7 +69,8 @@ def bisect(
         BatchError: `adapter_names` is not as long as the batch, or no output is a tensor with a row
             for each request.
         MatchError: an adapter cannot be merged, so there is no reference.
-        It also raises whatever the call itself raises.
+
+    It also raises whatever the call itself raises.
     """
     compiled = compiled_of(model)
     if compiled is None:
