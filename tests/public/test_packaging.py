@@ -42,6 +42,7 @@ def test_files_that_are_no_python_are_package_data() -> None:
         for name, patterns in SETTINGS["package-data"].items()
         for pattern in patterns
         for path in folder_of(name).glob(pattern)
+        if path.is_file()
     }
     others = {
         path
