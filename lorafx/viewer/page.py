@@ -21,6 +21,8 @@ SCRIPTS = (
     "vendor/dagre.min.js",
     "model.js",
     "layout.js",
+    "camera.js",
+    "pen.js",
     "scene.js",
     "diff.js",
     "lists.js",

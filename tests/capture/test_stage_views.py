@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from dense_merge import Case
 from tiny_models import FAMILIES
-from torch import fx
+from torch import fx, nn
 from viewed_graphs import page_data, stage_nodes
 
 import lorafx
@@ -105,6 +107,30 @@ def test_a_node_knows_its_module_source_and_cost(record: GraphRecord) -> None:
     classes = {node.path.rpartition(".")[2]: node.cls for node in made}
     assert classes["q_proj"] == "Linear"
     assert {node.kind for node in nodes if node.op == "placeholder"} >= {"weight", "slots"}
+
+
+class OddUse(nn.Module):
+    """Its second linear is used in a way that no rule covers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.odd = nn.Linear(6, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.up(x)
+        return self.odd(h) + self.odd.weight.sin().sum()
+
+
+def test_refusals_are_there_from_the_pass_that_makes_them(small: Callable[..., Case]) -> None:
+    cm = small(OddUse, ["up", "odd"], ["up"]).compile()
+    cm(torch.randn(2, 6), adapter_names=["b", None])
+    record = cm._session.backend.records[0]
+    captured, *others = record.view.stages
+    assert not captured.refusals
+    (refusal,) = {item for stage in others for item in stage.refusals}
+    assert refusal == (("odd",), "always", record.refusals[0].reason)
+    made = [node for _, nodes in others[-1].graphs for node in nodes if node.path == "odd"]
+    assert any("addmm" in node.target for node in made)  # what the viewer shows in red
 
 
 def test_the_dump_of_a_model_has_a_page(cm: Any, tmp_path: Path) -> None:

@@ -59,6 +59,19 @@ def by_hand() -> GraphView:
     return GraphView("graph 0 lora", "the first", [first, last], spans, sources=sources)
 
 
+def deep(layers: int, nodes: int) -> GraphView:
+    """Equal layers one after the other, each a chain of nodes that also read its first one."""
+    found = [node("x", "placeholder", kind="argument")]
+    for layer in range(layers):
+        last = first = found[-1].name
+        for number in range(nodes):
+            last, before = f"add_{layer}_{number}", last
+            found.append(node(last, "call_function", before, first, path=f"layers.{layer}.up"))
+    return GraphView(
+        "graph 0", "the first", [Stage("captured", None, 0.0, 1.0, (("", (*found,)),))]
+    )
+
+
 def page_data(page: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What index.html says about the model, and its graphs."""
     text = page.read_text(encoding="utf-8")

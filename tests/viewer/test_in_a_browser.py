@@ -10,7 +10,7 @@ import pytest
 from browser import MISSING, Browser, browser
 from dense_merge import Case
 from tiny_models import FAMILIES
-from viewed_graphs import HOSTILE, by_hand
+from viewed_graphs import HOSTILE, by_hand, deep
 
 from lorafx.viewer.page import write_page
 
@@ -28,8 +28,7 @@ def page(llama: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a compiled Llama, written by `cm.dump`."""
     folder = tmp_path_factory.mktemp("dump")
     cm = llama.compile()
-    for rows in (["a0", None], [None, None]):
-        cm(**FAMILIES["llama"].inputs(len(rows), 4), adapter_names=rows)
+    cm(**FAMILIES["llama"].inputs(2, 4), adapter_names=["a0", None])
     return cm.dump(folder) / "index.html"
 
 
@@ -140,15 +139,31 @@ def test_light_and_dark(window: Browser, page: Path) -> None:
         window.devtools("Emulation.setEmulatedMedia", features=features)
         window.open(page)
         found[scheme] = window.run(
-            "return [getComputedStyle(document.body).backgroundColor, viewer.scene.colors.node]"
+            "return [getComputedStyle(document.body).backgroundColor, viewer.scene.pen.colors.node]"
         )
     assert found["light"][0] == "rgb(255, 255, 255)"
     assert found["light"][1] != found["dark"][1]
     for theme, want in (("light", found["light"]), ("dark", found["dark"])):
         window.click("#theme")
         assert text(window, "#theme") == theme.title()
-        assert window.run("return viewer.scene.colors.node") == want[1]
+        assert window.run("return viewer.scene.pen.colors.node") == want[1]
     window.click("#theme")
+
+
+def test_of_5000_nodes_those_in_view_are_drawn(window: Browser, tmp_path: Path) -> None:
+    write_page(tmp_path, "Deep", [deep(32, 160)])
+    window.open(tmp_path / "index.html", "#tab=graph")
+    assert window.run("return viewer.stage.entries.length") == 32 * 160 + 1
+    assert window.run("return viewer.scene.groups.filter((g) => g.layout).length") < 3
+    window.click("#expand")
+    window.wait("return viewer.scene.groups.every((group) => group.layout)")
+    assert window.run("return layouts.size") <= 3  # the inputs, the first layer, all others
+    window.run("viewer.scene.toTop(); viewer.scene.draw()")
+    assert 0 < window.run("return viewer.scene.drawn.nodes") < 100
+    window.run("viewer.scene.fit(); viewer.scene.draw()")
+    assert window.run("return viewer.scene.drawn.nodes") == 32 * 160 + 1
+    window.click("[data-tab=nodes]")
+    assert window.run("return document.querySelectorAll('#node-list .node').length") < 100
 
 
 def test_texts_are_texts(window: Browser, tmp_path: Path) -> None:

@@ -54,9 +54,9 @@ function factsOf(entry, stage) {
   }
   const distinct = (field) => [...new Set(sites.map((site) => site[field]).filter(Boolean))];
   if (sites.length) {
-    facts.push(["Form", distinct("form").join("; ")]);
-    facts.push(["Row map", distinct("rows").join("; ")]);
-    if (distinct("strategy").length) facts.push(["Strategy", distinct("strategy").join("; ")]);
+    const lines = (field) => element("span", "", ...distinct(field).map((text) => element("div", "", text)));
+    facts.push(["Form", lines("form")], ["Row map", lines("rows")]);
+    if (distinct("strategy").length) facts.push(["Strategy", lines("strategy")]);
   }
   facts.push(["Cost", costOf(entry)]);
   return facts;
@@ -69,12 +69,16 @@ function bytesOf(node) {
 function costOf(entry) {
   const { node, sites } = entry;
   const parts = [];
-  const read = [...new Set(entry.inputs)].reduce((sum, input) => sum + bytesOf(input.node), 0);
+  const inputs = [...new Set(entry.inputs)].map((input) => input.node);
+  const sum = (nodes) => nodes.reduce((total, each) => total + bytesOf(each), 0);
+  const read = sum(inputs.filter((each) => each.kind !== "bank"));
+  const banks = sum(inputs.filter((each) => each.kind === "bank"));
   if (node.op === "placeholder" || node.op === "get_attr") parts.push(`${bytesText(bytesOf(node))} in memory`);
   else if (node.free) parts.push("none: no memory is moved");
   else {
     const written = node.itemsize ? `, writes ${bytesText(bytesOf(node))}` : "";
     parts.push(`reads ${bytesText(read)}${written}, if nothing is fused`);
+    if (banks) parts.push(`and of banks, ${bytesText(banks)} with all slots, what the batch's adapters have`);
   }
   if (node.flops) parts.push(flopsText(node.flops));
   const flops = sites.reduce((sum, site) => sum + site.flops, 0);

@@ -1,45 +1,24 @@
 // The graph on a canvas. Only what is in view is drawn, and a group is laid out when it is opened.
 "use strict";
 
-const TEXT_FROM = 0.42; // scale below which texts are left out
-const EDGES_FROM = 0.12;
-const COLORS_FROM = 0.2;
+const SMALL = 400; // nodes of a graph that is opened as a whole
 
 class Scene {
   /** `picked(entry)` is called with the entry that was clicked, or null. */
   constructor(canvas, picked) {
     this.canvas = canvas;
     this.context = canvas.getContext("2d");
+    this.pen = new Pen(this.context);
     this.picked = picked;
-    this.camera = { x: 0, y: 0, scale: 1 };
-    this.open = new Set();
+    this.camera = new Camera();
+    this.open = new Set(); // keys of groups
     this.groups = [];
+    this.pending = []; // groups that `openAll` has still to open
     this.selected = null;
-    this.shown = () => true;
-    this.filtering = false;
-    this.pending = [];
-    this.middle = 0.5; // of the height that nothing covers
+    this.filter(null);
     this.drawn = { nodes: 0, milliseconds: 0 };
     new ResizeObserver(() => this.resize()).observe(canvas);
-    this.listen();
-    this.readColors();
-  }
-
-  readColors() {
-    const probe = document.body.appendChild(element("i"));
-    const color = (name) => {
-      probe.style.color = `var(--${name})`;
-      return getComputedStyle(probe).color;
-    };
-    const names = [
-      "canvas", "group", "group-line", "node", "node-line", "text", "muted", "edge", "accent",
-      "sites", "sites-line", "packs", "packs-line", "refused", "refused-line", "input", "changed",
-      "reads", "users",
-    ];
-    this.colors = Object.fromEntries(names.map((name) => [name, color(name)]));
-    probe.remove();
-    this.font = getComputedStyle(document.body).fontFamily;
-    this.invalidate();
+    follow(canvas, this.camera, () => this.invalidate(), (x, y) => this.click(x, y));
   }
 
   // --- what is shown ---
@@ -50,12 +29,13 @@ class Scene {
     this.home = new Map();
     for (const group of this.groups) {
       for (const entry of group.entries) this.home.set(entry, group);
+      group.counts = countsOf(group);
     }
-    const count = this.groups.reduce((sum, group) => sum + group.entries.length, 0);
     this.pending = [];
     if (!keepPlace) {
       this.open.clear();
-      if (count <= 400) this.groups.forEach((group) => this.open.add(group.key));
+      const count = this.groups.reduce((sum, group) => sum + group.entries.length, 0);
+      if (count <= SMALL) this.groups.forEach((group) => this.open.add(group.key));
       else if (innerWidth > 720) this.openOneWithSites();
     }
     this.arrange();
@@ -64,8 +44,8 @@ class Scene {
   }
 
   openOneWithSites() {
-    const group = this.groups.find((each) => each.entries.some((entry) => entry.tags.sites));
-    this.open.add((group || this.groups[0] || {}).key);
+    const group = this.groups.find((each) => each.counts.sites) || this.groups[0];
+    if (group) this.open.add(group.key);
   }
 
   /** Give each group its place: columns for the graph, then those of each body that it calls. */
@@ -91,7 +71,6 @@ class Scene {
       }
       left += GROUP.column;
     }
-    this.crossing = null;
   }
 
   toggle(group) {
@@ -138,9 +117,9 @@ class Scene {
   }
 
   groupInTheMiddle() {
-    const middle = this.camera.y + this.height / 2 / this.camera.scale;
+    const { y } = this.camera.at(0, this.camera.height / 2);
     const groups = this.groups.filter((group) => group.part === 0);
-    return groups.find((group) => group.y + group.height >= middle) || groups[groups.length - 1];
+    return groups.find((group) => group.y + group.height >= y) || groups[groups.length - 1];
   }
 
   select(entry) {
@@ -164,33 +143,30 @@ class Scene {
       this.arrange();
     }
     const { x, y } = this.placeOf(entry);
-    const scale = Math.max(this.camera.scale, 0.8);
-    this.camera.scale = scale;
-    this.camera.x = x + NODE.width / 2 - this.width / 2 / scale;
-    this.camera.y = y + NODE.height / 2 - (this.height * this.middle) / scale;
+    const middle = { x: x + NODE.width / 2, y: y + NODE.height / 2 };
+    this.camera.center(middle, Math.max(this.camera.scale, 0.8));
     this.invalidate();
   }
 
+  /** The box of an entry, or of its group where that is closed. */
   placeOf(entry) {
     const group = this.home.get(entry);
-    if (!group) return null;
-    if (!group.layout) return { x: group.x, y: group.y, width: group.width, height: group.height };
-    const place = group.layout.places[group.entries.indexOf(entry)];
-    return { ...this.inside(group, place), ...NODE };
+    if (!group || !group.layout) return group;
+    return this.inside(group, group.layout.places[group.entries.indexOf(entry)]);
   }
 
   inside(group, point) {
     const margin = (group.width - group.layout.width) / 2;
-    return { x: group.x + margin + point.x, y: group.y + GROUP.head + point.y };
+    return { x: group.x + margin + point.x, y: group.y + GROUP.head + point.y, ...NODE };
   }
 
-  // --- the camera ---
+  // --- where one looks ---
 
   resize() {
     const box = this.canvas.getBoundingClientRect();
-    const first = !this.width && box.width;
-    this.width = box.width;
-    this.height = box.height;
+    const first = !this.camera.width && box.width;
+    this.camera.width = box.width;
+    this.camera.height = box.height;
     const ratio = window.devicePixelRatio || 1;
     this.canvas.width = Math.round(box.width * ratio);
     this.canvas.height = Math.round(box.height * ratio);
@@ -198,119 +174,51 @@ class Scene {
     this.draw();
   }
 
-  bounds() {
-    if (!this.groups.length) return { x: 0, y: 0, width: 1, height: 1 };
-    const x = Math.min(...this.groups.map((group) => group.x));
-    const y = Math.min(...this.groups.map((group) => group.y));
-    return {
-      x, y,
-      width: Math.max(...this.groups.map((group) => group.x + group.width)) - x,
-      height: Math.max(...this.groups.map((group) => group.y + group.height)) - y,
-    };
-  }
-
   /** The beginning of the graph, over the width of the canvas where it can be read so. */
   toTop() {
-    if (!this.width || !this.groups.length) return;
+    const { camera } = this;
+    if (!camera.width || !this.groups.length) return;
     const column = columnsOf(this.groups.filter((group) => group.part === 0))[0];
     const width = Math.max(...column.map((group) => group.width));
-    const scale = Math.min(1, Math.max(0.5, (this.width - 32) / width));
+    camera.scale = Math.min(1, Math.max(0.5, (camera.width - 32) / width));
     const middle = column[0].x + column[0].width / 2;
-    this.camera = { x: middle - this.width / 2 / scale, y: -20 / scale, scale };
+    camera.x = middle - camera.width / 2 / camera.scale;
+    camera.y = -20 / camera.scale;
     this.invalidate();
   }
 
   fit() {
-    const box = this.bounds();
-    const scale = Math.min(this.width / (box.width + 40), this.height / (box.height + 40), 1);
-    this.camera = {
-      x: box.x + box.width / 2 - this.width / 2 / scale,
-      y: box.y + box.height / 2 - this.height / 2 / scale,
-      scale,
-    };
+    if (!this.groups.length) return;
+    const x = Math.min(...this.groups.map((group) => group.x));
+    const y = Math.min(...this.groups.map((group) => group.y));
+    const right = Math.max(...this.groups.map((group) => group.x + group.width));
+    const bottom = Math.max(...this.groups.map((group) => group.y + group.height));
+    this.camera.fit({ x, y, width: right - x, height: bottom - y });
     this.invalidate();
   }
 
-  zoom(factor, x = this.width / 2, y = this.height / 2) {
-    const { camera } = this;
-    const scale = Math.min(3, Math.max(0.01, camera.scale * factor));
-    camera.x += x / camera.scale - x / scale;
-    camera.y += y / camera.scale - y / scale;
-    camera.scale = scale;
+  zoom(factor) {
+    this.camera.zoom(factor);
     this.invalidate();
-  }
-
-  listen() {
-    const { canvas, camera } = this;
-    const pointers = new Map();
-    let moved = 0;
-    canvas.addEventListener("wheel", (event) => {
-      event.preventDefault();
-      if (event.ctrlKey || event.metaKey) {
-        this.zoom(Math.exp(-event.deltaY * 0.01), event.offsetX, event.offsetY);
-      } else {
-        const swap = event.shiftKey && !event.deltaX;
-        this.camera.x += (swap ? event.deltaY : event.deltaX) / this.camera.scale;
-        this.camera.y += (swap ? 0 : event.deltaY) / this.camera.scale;
-        this.invalidate();
-      }
-    }, { passive: false });
-    canvas.addEventListener("pointerdown", (event) => {
-      canvas.setPointerCapture(event.pointerId);
-      pointers.set(event.pointerId, event);
-      if (pointers.size === 1) moved = 0;
-    });
-    canvas.addEventListener("pointermove", (event) => {
-      const before = pointers.get(event.pointerId);
-      if (!before) return;
-      const other = [...pointers.values()].find((each) => each.pointerId !== event.pointerId);
-      if (other) {
-        const distance = (a) => Math.hypot(a.offsetX - other.offsetX, a.offsetY - other.offsetY);
-        const factor = distance(event) / Math.max(1, distance(before));
-        this.zoom(factor, (event.offsetX + other.offsetX) / 2, (event.offsetY + other.offsetY) / 2);
-        moved = 100;
-      } else {
-        this.camera.x -= (event.offsetX - before.offsetX) / this.camera.scale;
-        this.camera.y -= (event.offsetY - before.offsetY) / this.camera.scale;
-        moved += Math.abs(event.offsetX - before.offsetX) + Math.abs(event.offsetY - before.offsetY);
-        this.invalidate();
-      }
-      pointers.set(event.pointerId, event);
-    });
-    const ended = (event) => {
-      const known = pointers.delete(event.pointerId);
-      if (known && event.type === "pointerup" && moved < 6 && !pointers.size) {
-        this.click(event.offsetX, event.offsetY);
-      }
-    };
-    canvas.addEventListener("pointerup", ended);
-    canvas.addEventListener("pointercancel", ended);
-    canvas.addEventListener("keydown", (event) => {
-      const step = 80 / this.camera.scale;
-      const moves = { ArrowUp: [0, -step], ArrowDown: [0, step] };
-      if (event.key === "+" || event.key === "-") this.zoom(event.key === "+" ? 1.25 : 0.8);
-      else if (moves[event.key]) {
-        this.camera.x += moves[event.key][0];
-        this.camera.y += moves[event.key][1];
-        this.invalidate();
-        event.preventDefault();
-      }
-    });
   }
 
   click(x, y) {
-    const at = { x: this.camera.x + x / this.camera.scale, y: this.camera.y + y / this.camera.scale };
+    const at = this.camera.at(x, y);
     const within = (box) =>
       at.x >= box.x && at.x <= box.x + box.width && at.y >= box.y && at.y <= box.y + box.height;
     const group = this.groups.find(within);
     if (!group) return this.picked(null);
     if (!group.layout || at.y < group.y + GROUP.head) return this.toggle(group);
-    const index = group.layout.places.findIndex((place) =>
-      within({ ...this.inside(group, place), ...NODE }));
+    const index = group.layout.places.findIndex((place) => within(this.inside(group, place)));
     this.picked(index < 0 ? null : group.entries[index]);
   }
 
   // --- drawing ---
+
+  readColors() {
+    this.pen.readColors();
+    this.invalidate();
+  }
 
   invalidate() {
     if (this.asked) return;
@@ -321,243 +229,109 @@ class Scene {
   draw() {
     this.asked = false;
     const start = performance.now();
-    const { context, camera, colors } = this;
-    if (!this.width || !this.stage) return;
+    const { context, camera, pen } = this;
+    if (!camera.width || !this.stage) return;
     const ratio = window.devicePixelRatio || 1;
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
-    context.fillStyle = colors.canvas;
-    context.fillRect(0, 0, this.width, this.height);
+    context.fillStyle = pen.colors.canvas;
+    context.fillRect(0, 0, camera.width, camera.height);
     context.scale(camera.scale, camera.scale);
     context.translate(-camera.x, -camera.y);
-    const view = {
-      left: camera.x, top: camera.y,
-      right: camera.x + this.width / camera.scale, bottom: camera.y + this.height / camera.scale,
-    };
-    const inView = (box) => box.x < view.right && box.x + box.width > view.left
-      && box.y < view.bottom && box.y + box.height > view.top;
     this.drawn.nodes = 0;
-    this.drawColumns();
-    this.drawCrossing(view);
-    for (const group of this.groups) if (inView(group)) this.drawGroup(group, inView);
+    this.drawBodies();
+    this.drawArrows();
+    for (const group of this.groups) {
+      if (!camera.sees(group)) continue;
+      const faded = this.filtering && !group.layout && !group.entries.some(this.shown);
+      context.globalAlpha = faded ? 0.3 : 1;
+      pen.group(group, camera.scale);
+      context.globalAlpha = 1;
+      if (group.layout) this.drawInside(group);
+    }
     if (this.selected && this.home.has(this.selected)) this.drawSelected();
     this.drawn.milliseconds = performance.now() - start;
   }
 
-  drawColumns() {
-    const { context, colors } = this;
+  drawBodies() {
     this.stage.names.forEach((name, part) => {
       const group = part && this.groups.find((each) => each.part === part);
       if (!group) return;
-      context.fillStyle = colors.text;
-      context.font = `600 16px ${this.font}`;
-      context.textAlign = "center";
-      context.fillText(`${name}, called by the graph`, group.x + group.width / 2, group.y - 14);
-      context.textAlign = "left";
+      this.pen.heading(`${name}, called by the graph`, group.x + group.width / 2, group.y - 14, 16);
     });
   }
 
-  /** An arrow from each group to the next one that reads something of it. */
-  drawCrossing(view) {
-    const { context, colors } = this;
-    if (!this.crossing) {
-      this.crossing = [];
-      const index = new Map(this.groups.map((group, i) => [group, i]));
-      this.groups.forEach((group, to) => {
-        const from = new Set(group.entries.flatMap((entry) => entry.inputs)
-          .map((input) => index.get(this.home.get(input))));
-        if (from.has(to - 1)) this.crossing.push([this.groups[to - 1], group]);
-      });
-    }
-    context.strokeStyle = colors.edge;
-    context.lineWidth = 2;
-    for (const [from, to] of this.crossing) {
+  /** An arrow from each group to the next one, where that reads something of it. */
+  drawArrows() {
+    const { context, pen, camera } = this;
+    const { top, bottom } = camera.view;
+    this.groups.forEach((to, i) => {
+      const from = this.groups[i - 1];
+      if (!from || from.part !== to.part || !this.reads(to, from)) return;
       if (to.y < from.y) { // the next column
         context.globalAlpha = 0.5;
-        this.curve(from, to);
+        pen.curve(from, to, pen.colors.edge);
         context.globalAlpha = 1;
-      } else if (to.y > view.top && from.y + from.height < view.bottom) {
+      } else if (to.y > top && from.y + from.height < bottom) {
         const x = to.x + to.width / 2;
-        this.line([{ x, y: from.y + from.height }, { x, y: to.y - 4 }], 7);
+        context.strokeStyle = pen.colors.edge;
+        context.lineWidth = 2;
+        pen.line([{ x, y: from.y + from.height }, { x, y: to.y - 4 }], 7);
       }
-    }
-  }
-
-  line(points, head) {
-    const { context } = this;
-    const end = points[points.length - 1];
-    context.beginPath();
-    context.moveTo(points[0].x, points[0].y);
-    for (let i = 1; i < points.length - 1; i++) {
-      const [a, b] = [points[i], points[i + 1]];
-      context.quadraticCurveTo(a.x, a.y, (a.x + b.x) / 2, (a.y + b.y) / 2);
-    }
-    context.lineTo(end.x, end.y);
-    context.stroke();
-    if (!head) return;
-    context.beginPath();
-    context.moveTo(end.x - head * 0.6, end.y - head);
-    context.lineTo(end.x, end.y);
-    context.lineTo(end.x + head * 0.6, end.y - head);
-    context.stroke();
-  }
-
-  /** From the bottom of a box to the top of another. */
-  curve(from, to) {
-    const { context } = this;
-    const [a, b] = [
-      { x: from.x + from.width / 2, y: from.y + from.height },
-      { x: to.x + to.width / 2, y: to.y },
-    ];
-    const bend = Math.max(24, Math.abs(b.y - a.y) / 3);
-    context.beginPath();
-    context.moveTo(a.x, a.y);
-    context.bezierCurveTo(a.x, a.y + bend, b.x, b.y - bend, b.x, b.y);
-    context.stroke();
-  }
-
-  drawGroup(group, inView) {
-    const { context, colors, camera } = this;
-    const counted = group.counts || (group.counts = {
-      sites: new Set(group.entries.flatMap((entry) => entry.sites.map((site) => site.path))).size,
-      refused: group.entries.some((entry) => entry.tags.refused),
-      packs: group.entries.some((entry) => entry.tags.packs),
-      changed: group.entries.filter((entry) => entry.tags.changed).length,
     });
-    const faded = this.filtering && !group.layout && !group.entries.some(this.shown);
-    context.globalAlpha = faded ? 0.3 : 1;
-    context.fillStyle = colors.group;
-    context.strokeStyle = colors["group-line"];
-    context.lineWidth = 1;
-    context.beginPath();
-    context.roundRect(group.x, group.y, group.width, group.height, 8);
-    context.fill();
-    context.stroke();
-    if (camera.scale * GROUP.width > 60) {
-      const kind = counted.refused ? "refused" : counted.packs ? "packs" : counted.sites ? "sites" : null;
-      if (kind) {
-        context.fillStyle = colors[`${kind}-line`];
-        context.fillRect(group.x, group.y + 8, 4, (group.layout ? GROUP.head : group.height) - 16);
-      }
-      context.font = `600 14px ${this.font}`;
-      context.fillStyle = colors.text;
-      const sign = group.layout ? "▾" : "▸";
-      this.text(`${sign} ${group.label}`, group.x + 14, group.y + 21, group.width - 28);
-      if (!group.layout) {
-        context.font = `12px ${this.font}`;
-        context.fillStyle = colors.muted;
-        const facts = [`${group.entries.length} nodes`];
-        if (counted.sites) facts.push(`${counted.sites} site${counted.sites > 1 ? "s" : ""}`);
-        if (counted.changed) facts.push(`${counted.changed} changed`);
-        if (counted.refused) facts.push("refused");
-        this.text(facts.join(" · "), group.x + 30, group.y + 40, group.width - 44);
-      }
-    }
-    context.globalAlpha = 1;
-    if (group.layout) this.drawInside(group, inView);
   }
 
-  drawInside(group, inView) {
-    const { context, colors, camera } = this;
+  reads(to, from) {
+    if (to.readsLast === undefined) {
+      to.readsLast = to.entries.some((entry) =>
+        entry.inputs.some((input) => this.home.get(input) === from));
+    }
+    return to.readsLast;
+  }
+
+  drawInside(group) {
+    const { context, camera, pen } = this;
     const { layout, entries } = group;
     if (camera.scale > EDGES_FROM) {
-      context.strokeStyle = colors.edge;
+      context.strokeStyle = pen.colors.edge;
       context.lineWidth = 1;
       for (const edge of layout.edges) {
         const points = edge.points.map((point) => this.inside(group, point));
         const ys = points.map((point) => point.y);
-        const [top, bottom] = [Math.min(...ys), Math.max(...ys)];
-        if (!inView({ x: group.x, width: group.width, y: top, height: bottom - top })) continue;
+        const y = Math.min(...ys);
+        if (!camera.sees({ ...group, y, height: Math.max(...ys) - y })) continue;
         const shown = this.shown(entries[edge.from]) || this.shown(entries[edge.to]);
         context.globalAlpha = shown ? 1 : 0.25;
-        this.line(points, camera.scale > TEXT_FROM ? 5 : 0);
+        pen.line(points, camera.scale > TEXT_FROM ? 5 : 0);
       }
     }
     entries.forEach((entry, i) => {
-      const box = { ...this.inside(group, layout.places[i]), ...NODE };
-      if (inView(box)) this.drawNode(entry, box, group);
+      const box = this.inside(group, layout.places[i]);
+      if (!camera.sees(box)) return;
+      this.drawn.nodes++;
+      context.globalAlpha = this.shown(entry) ? 1 : 0.25;
+      pen.node(entry, shortName(entry, group), box, camera.scale);
     });
     context.globalAlpha = 1;
-    if (camera.scale >= COLORS_FROM) return;
-    const size = Math.min(group.width / Math.max(4, group.label.length * 0.62), 14 / camera.scale);
-    if (size * camera.scale < 7) return;
-    context.font = `600 ${size}px ${this.font}`;
-    const width = context.measureText(group.label).width + size;
-    const [x, y] = [group.x + group.width / 2, group.y + Math.min(group.height / 2, 40 / camera.scale)];
-    context.fillStyle = colors.group;
-    context.globalAlpha = 0.85;
-    context.fillRect(x - width / 2, y - size, width, size * 1.5);
-    context.globalAlpha = 1;
-    context.fillStyle = colors.text;
-    context.textAlign = "center";
-    context.fillText(group.label, x, y);
-    context.textAlign = "left";
-  }
-
-  drawNode(entry, box, group) {
-    const { context, colors, camera } = this;
-    this.drawn.nodes++;
-    const { tags, node } = entry;
-    const kind = tags.refused ? "refused" : tags.packs ? "packs" : tags.sites ? "sites" : null;
-    context.globalAlpha = this.shown(entry) ? 1 : 0.25;
-    const line = kind ? colors[`${kind}-line`] : colors["node-line"];
-    context.strokeStyle = line;
-    if (camera.scale < COLORS_FROM) { // a pale box would not be seen
-      context.fillStyle = tags.changed && !kind ? colors.changed : line;
-      context.fillRect(box.x, box.y, box.width, box.height);
-      return;
-    }
-    context.fillStyle = kind ? colors[kind] : node.op === "placeholder" ? colors.input : colors.node;
-    context.lineWidth = kind ? 1.5 : 1;
-    context.beginPath();
-    context.roundRect(box.x, box.y, box.width, box.height, 5);
-    context.fill();
-    context.stroke();
-    if (tags.changed) {
-      context.fillStyle = colors.changed;
-      context.beginPath();
-      context.roundRect(box.x + box.width - 9, box.y - 3, 12, 12, 6);
-      context.fill();
-    }
-    if (camera.scale < TEXT_FROM) return;
-    context.fillStyle = colors.text;
-    context.font = `600 12px ${this.font}`;
-    this.text(shortName(entry, group), box.x + 8, box.y + 16, box.width - 16);
-    context.fillStyle = colors.muted;
-    context.font = `11px ${this.font}`;
-    const shape = node.value.replace(/^(b?)float/, "$1f").replace(/^int/, "i");
-    this.text(`${shortTarget(node)}  ${shape}`, box.x + 8, box.y + 31, box.width - 16);
+    if (camera.scale < COLORS_FROM) pen.farLabel(group, camera.scale);
   }
 
   drawSelected() {
-    const { context, colors } = this;
+    const { pen } = this;
     const own = this.placeOf(this.selected);
-    const join = (from, to, color) => {
-      context.strokeStyle = color;
-      context.lineWidth = 2;
-      this.curve(from, to);
-    };
-    for (const input of this.selected.inputs) {
-      const place = this.placeOf(input);
-      if (place) join(place, own, colors.reads);
-    }
-    for (const user of this.selected.users) {
-      const place = this.placeOf(user);
-      if (place) join(own, place, colors.users);
-    }
-    context.strokeStyle = colors.accent;
-    context.lineWidth = 3;
-    context.beginPath();
-    context.roundRect(own.x - 2, own.y - 2, own.width + 4, own.height + 4, 7);
-    context.stroke();
+    const places = (entries) => entries.map((entry) => this.placeOf(entry)).filter(Boolean);
+    for (const place of places(this.selected.inputs)) pen.curve(place, own, pen.colors.reads);
+    for (const place of places(this.selected.users)) pen.curve(own, place, pen.colors.users);
+    const around = { x: own.x - 2, y: own.y - 2, width: own.width + 4, height: own.height + 4 };
+    pen.box(around, 7, null, pen.colors.accent, 3);
   }
+}
 
-  /** A text cut to a width; texts of one font are as wide as their letters, nearly. */
-  text(text, x, y, width) {
-    const { context } = this;
-    const full = context.measureText(text).width;
-    if (full > width) {
-      text = `${text.slice(0, Math.max(1, Math.floor((text.length * width) / full) - 1))}…`;
-    }
-    context.fillText(text, x, y);
-  }
+function countsOf(group) {
+  const paths = group.entries.flatMap((entry) => entry.sites.map((site) => site.path));
+  const has = (tag) => group.entries.some((entry) => entry.tags[tag]);
+  return {
+    sites: new Set(paths).size,
+    changed: group.entries.filter((entry) => entry.tags.changed).length,
+    kind: kindOf({ refused: has("refused"), packs: has("packs"), sites: has("sites") }),
+  };
 }
