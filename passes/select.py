@@ -53,6 +53,13 @@ class Select:
         return len(model.sites)
 
 
+def left_out(graph: ModuleGraph, config: LoraConfig, module: nn.Module) -> str:
+    """Why a module of the model, which is no site, was not selected."""
+    found = _Selection(graph, config)
+    items = [item for item in found.modules if item.module is module]
+    return "; ".join(dict.fromkeys(map(found.why_not, items)))
+
+
 @dataclass
 class _Selection:
     graph: ModuleGraph
@@ -188,6 +195,36 @@ class _Selection:
             linear = item.entry is not None and item.entry.is_linear
             return item.members if linear else frozenset()
         return item.named_by(self.exclude)
+
+    def why_not(self, item: Candidate) -> str:
+        """Why a module that is no site was not selected."""
+        head = targets.output_embedding(self.graph.root)
+        targeted, spec = self._targeted(item, head), self.config.target_modules
+        if targeted and not targeted - self._excluded(item):
+            return f"exclude_modules={self.config.exclude_modules!r:.200} names it"
+        if targeted and is_empty(item.module):
+            return "its weight is empty, so LoRA has nothing to change"
+        if targeted:
+            return f"it cannot carry LoRA: {self._site(item, targeted)}"
+        if not self.by_default:
+            if isinstance(spec, targets.SavedNames):
+                return "no adapter that was given has factors for it"
+            return f"target_modules={spec!r:.200} does not name it"
+        kind = type(item.module).__name__
+        if item.entry is None:
+            return (
+                "all linear layers are selected, and its class is not known as one; if it computes "
+                f"x Wᵀ, lorafx.register({kind}, ...) says so"
+            )
+        if item.module is head:
+            return (
+                "all linear layers but the output embedding are selected, as PEFT does; name it in "
+                "target_modules"
+            )
+        return (
+            f"all linear layers are selected, and a {kind} is of kind {item.entry.kind!r}; name it "
+            "in target_modules"
+        )
 
     def _unnamed_targets(self) -> list[str]:
         """A problem for each list entry that names no module at all."""

@@ -14,6 +14,7 @@ from lorafx.cli.explain import explain
 from lorafx.cli.merge import merge
 from lorafx.cli.saved import clear_saved, list_saved
 from lorafx.cli.serve import serve
+from lorafx.cli.why import why
 
 #: Errors of lorafx are one line; others are faults, whose traceback is Python's own.
 _PLAIN: Any = {"pretty_exceptions_enable": False}
@@ -36,7 +37,7 @@ def root(
         print(context.get_help())
 
 
-for command in (inspect, explain, convert, merge, bench, bisect, serve):
+for command in (inspect, explain, why, convert, merge, bench, bisect, serve):
     app.command()(command)
 
 _cache = typer.Typer(**_PLAIN, no_args_is_help=True, help="Graphs that Options(cache=...) saved.")

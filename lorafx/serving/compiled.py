@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -18,8 +16,7 @@ from lorafx.base_weights.merge import merged_of
 from lorafx.capture.backend import Backend
 from lorafx.compat import untraced
 from lorafx.errors import CaptureError, ConfigError
-from lorafx.explanation import Explanation, write_beside_dumps
-from lorafx.explanation.collecting import report_of
+from lorafx.explanation import write_beside_dumps
 from lorafx.interrupts import undisturbed
 from lorafx.model.attachment import Attachment
 from lorafx.model.sites import Site
@@ -32,17 +29,18 @@ from lorafx.serving.delegated import delegated
 from lorafx.serving.entry import Entry, entered
 from lorafx.serving.generation import generate, nested_generates
 from lorafx.serving.habits import ELSEWHERE, Habits
+from lorafx.serving.look_methods import LookMethods
 from lorafx.serving.warmup import warm_up
 from lorafx.serving.waves import call_in_waves, generate_in_waves
+from lorafx.session.last_call import LastCall
 from lorafx.session.requests import Names, by_slots, checked_names
 from lorafx.session.resting import Resting
 from lorafx.session.session import Session
 from lorafx.session.sharing import join, leave
 from lorafx.session.stand_ins import Replaced
-from lorafx.viewer.page import write_page
 
 
-class CompiledModel(Habits, AdapterMethods, BaseMethods, BatchingMethods, nn.Module):
+class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMethods, nn.Module):
     """A model that serves its base and many LoRA adapters in one batch.
 
     `model` is the model that was given, with the same classes, names, `state_dict()` and
@@ -68,6 +66,8 @@ class CompiledModel(Habits, AdapterMethods, BaseMethods, BatchingMethods, nn.Mod
         session = weakref.ref(self._session)
         self._session.backend.recorded = partial(write_beside_dumps, session)
         self._entries: dict[tuple[Any, ...], Entry] = {}
+        # In a list: an attribute of a module takes a microsecond to set.
+        self._last_call: list[LastCall | None] = [None]
         try:
             join(self._session)
         except BaseException:
@@ -77,12 +77,6 @@ class CompiledModel(Habits, AdapterMethods, BaseMethods, BatchingMethods, nn.Mod
         # Not train(), which has no end where a child holds its parent.
         self.training = program.model.training
         _COMPILED.add(self)
-
-    def __repr__(self) -> str:
-        lines = report_of(self._session, quick=True).summary
-        ways = "explain() says all of it, dump(folder) writes the graphs"
-        inside = [*lines, f"base model: {type(self.model).__module__}, as cm.model", ways]
-        return "\n".join([f"{CompiledModel.__name__}(", *(f"  {line}" for line in inside), ")"])
 
     @untraced
     def forward(
@@ -135,6 +129,7 @@ class CompiledModel(Habits, AdapterMethods, BaseMethods, BatchingMethods, nn.Mod
 
             return self._session.call(run, names, tokens=tokens, activated=by_token)
 
+        self._last_call[0] = LastCall.of(args, kwargs)
         return call_in_waves(self, call, args, kwargs, names, tokens)
 
     @untraced
@@ -277,29 +272,6 @@ class CompiledModel(Habits, AdapterMethods, BaseMethods, BatchingMethods, nn.Mod
             "base": sum(base.values()),
             "originals": 0 if merged is None else merged.report.original_bytes,
         }
-
-    def explain(self) -> Explanation:
-        """A report of sites, banks, adapters, graphs, packs, row maps, plan and refusals as they
-        are now, as an object with fields (`json()` has their values, `str()` is text, and notebooks
-        show tables). It waits for running calls, and measures ΔW of adapters that it has not seen
-        yet."""
-        with self._session.lock:
-            return Explanation.of(self._session)
-
-    def dump(self, folder: str | os.PathLike[str]) -> Path:
-        """Write every captured graph, before and after each pass, as text and as diffs, with the
-        code that was generated for it, `explain.txt`, and `index.html`, which shows all of it
-        in a browser (docs/look_inside.md). Environment LORAFX_DUMP=folder does so as graphs come.
-        """
-        target = Path(folder)
-        records = self._session.backend.records
-        for record in records:
-            record.dump.write(target)
-        report = f"{self.explain()}\n"
-        views = [record.view for record in records]
-        write_page(target, type(self.model).__name__, views, {"explain.txt": report})
-        (target / "explain.txt").write_text(report)
-        return target
 
     def detach(self) -> nn.Module:
         """Take the marks off the model and return it; this object serves no more calls.

@@ -33,7 +33,7 @@ def test_the_report_has_fields(family: str, looked: Any) -> None:
     cm, report = found.cm, found.cm.explain()
     assert [site.path for site in report.sites] == [site.path for site in cm.sites]
     assert sum(bank.nbytes for bank in report.banks) == cm.memory()["banks"]
-    lora, base = report.graphs
+    lora, base = report.graphs[:2]
     assert (lora.lora, base.lora) == (True, False)
     assert lora.serves.startswith("with adapters, ")
     assert "several requests" in lora.serves
@@ -43,7 +43,8 @@ def test_the_report_has_fields(family: str, looked: Any) -> None:
     assert any(node.form == "packed" and len(node.sites) > 1 for node in lora.nodes)
     assert not report.refusals
     assert list(lora.seconds) == ["Dynamo", "AOTAutograd", "passes", "reference"]
-    assert report.seconds["Dynamo"] == lora.seconds["Dynamo"] + base.seconds["Dynamo"]
+    spent = sum(graph.seconds["Dynamo"] for graph in report.graphs)
+    assert report.seconds["Dynamo"] == pytest.approx(spent)
     assert all(0 < seconds < 600 for seconds in lora.seconds.values())
 
 

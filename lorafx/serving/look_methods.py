@@ -1,0 +1,90 @@
+"""The methods of `CompiledModel` that say what lorafx made of the model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lorafx.explanation import Explanation
+from lorafx.explanation.collecting import report_of
+from lorafx.explanation.why import Why, why
+from lorafx.session.last_call import LastCall
+from lorafx.viewer.page import write_page
+
+if TYPE_CHECKING:
+    from lorafx.session.session import Session
+
+
+class LookMethods:
+    """The part of `CompiledModel` that looks inside."""
+
+    _session: Session
+    _last_call: list[LastCall | None]
+    model: nn.Module
+
+    def explain(self) -> Explanation:
+        """A report of sites, banks, adapters, graphs, packs, row maps, plan and refusals as they
+        are now, as an object with fields (`json()` has their values, `str()` is text, and notebooks
+        show tables). It waits for running calls, and measures ΔW of adapters that it has not seen
+        yet."""
+        with self._session.lock:
+            return Explanation.of(self._session)
+
+    def why(
+        self,
+        path: str,
+        adapter: str | None = None,
+        *,
+        inputs: Mapping[str, Any] | Sequence[Any] | None = None,
+    ) -> Why:
+        """What became of the module at `path`: whether it carries LoRA and by which rule, what an
+        adapter has for it, in which graphs it is and how, and what refuses it.
+
+        With `adapter` it also says which keys of the file are for the module, the norm of ΔW and by
+        how much the adapter changes what the module returns: ‖delta‖ / ‖y‖ in one eager run of the
+        model with this adapter for all requests, on the last batch if that is still there, or on
+        `inputs`. `str()` is text, `json()` has the values.
+
+        Args:
+            path: any path of the module, also one that only adapters use ("...self_attn.q_proj" of
+                a packed qkv_proj).
+            adapter: a loaded adapter.
+            inputs: keyword arguments (or positional ones) of a call, to measure with.
+
+        Raises:
+            ConfigError: there is no such module; the error names the nearest paths.
+            UnknownAdapterError: the adapter is not loaded.
+            With `inputs`, whatever a call raises.
+        """
+        call: tuple[Sequence[Any], Mapping[str, Any]] | None = None
+        if inputs is not None:
+            call = ((), inputs) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+        session = self._session
+        session.refuse_running("why()")
+        with session.lock:
+            return why(session, path, adapter, call, self._last_call[0])
+
+    def dump(self, folder: str | os.PathLike[str]) -> Path:
+        """Write every captured graph, before and after each pass, as text and as diffs, with the
+        code that was generated for it, `explain.txt`, and `index.html`, which shows all of it
+        in a browser (docs/look_inside.md). Environment LORAFX_DUMP=folder does so as graphs come.
+        """
+        target = Path(folder)
+        records = self._session.backend.records
+        for record in records:
+            record.dump.write(target)
+        report = f"{self.explain()}\n"
+        views = [record.view for record in records]
+        write_page(target, type(self.model).__name__, views, {"explain.txt": report})
+        (target / "explain.txt").write_text(report)
+        return target
+
+    def __repr__(self) -> str:
+        lines = report_of(self._session, quick=True).summary
+        ways = "explain() says all, why(path) what became of a module, dump(folder) writes graphs"
+        inside = [*lines, f"base model: {type(self.model).__module__}, as cm.model", ways]
+        return "\n".join(["CompiledModel(", *(f"  {line}" for line in inside), ")"])
