@@ -155,27 +155,28 @@ def test_the_dump_of_a_model_has_a_page(cm: Any, tmp_path: Path) -> None:
         assert event["ts"] + event["dur"] <= end + 1
 
 
+@pytest.mark.parametrize("family", ["plain", "vit"])
 def test_a_page_is_written_as_graphs_come(
-    shallow: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case_of: Callable[..., Case], family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORAFX_DUMP", str(tmp_path))
-    cm = shallow.compile()
-    cm(**FEED(2, 4), adapter_names=["a0", None])
+    cm, feed = case_of(family).compile(), FAMILIES[family].inputs
+    cm(**feed(2, 4), adapter_names=["a0", None])
     assert len(page_data(tmp_path / "index.html")[1]) == 1
-    cm(**FEED(2, 4), adapter_names=[None, None])
+    cm(**feed(2, 4), adapter_names=[None, None])
     about, graphs = page_data(tmp_path / "index.html")
     assert [graph["title"] for graph in graphs] == ["graph 0 lora", "graph 1 base"]
     assert about["texts"] == {"explain.txt": (tmp_path / "explain.txt").read_text()}
     assert graphs[0]["sources"].keys() == cm._session.backend.records[0].dump.sources.keys()
 
 
-def test_a_pass_that_fails_leaves_the_stages_before_it(shallow: Case, tmp_path: Path) -> None:
+def test_a_pass_that_fails_leaves_the_stages_before_it(plain: Case, tmp_path: Path) -> None:
     def broken(gm: fx.GraphModule, ctx: Any) -> int:
         raise RuntimeError("this pass is wrong")
 
     passes = {"broken": lorafx.After("match", broken)}
-    cm = shallow.compile({"passes": passes, "dump": str(tmp_path)})
+    cm = plain.compile({"passes": passes, "dump": str(tmp_path)})
     with pytest.raises(lorafx.LorafxError, match="this pass is wrong"):
-        cm(**FEED(2, 4), adapter_names=["a0", None])
+        cm(**FAMILIES["plain"].inputs(2, 4), adapter_names=["a0", None])
     _, (graph, *_) = page_data(tmp_path / "index.html")
     assert [stage["name"] for stage in graph["stages"]] == ["captured", "write_in_place", "match"]

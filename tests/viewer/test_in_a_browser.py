@@ -13,6 +13,7 @@ from tiny_models import FAMILIES
 from viewed_graphs import HOSTILE, by_hand, deep
 
 from lorafx.viewer.page import write_page
+from lorafx.viewer.stages import GraphView
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
@@ -164,6 +165,26 @@ def test_of_5000_nodes_those_in_view_are_drawn(window: Browser, tmp_path: Path) 
     assert window.run("return viewer.scene.drawn.nodes") == 32 * 160 + 1
     window.click("[data-tab=nodes]")
     assert window.run("return document.querySelectorAll('#node-list .node').length") < 100
+
+
+def test_a_graph_that_was_loaded_has_files_alone(window: Browser, tmp_path: Path) -> None:
+    loaded = GraphView("graph 1 lora", "loaded from the folder", [], facts=["saved elsewhere"])
+    write_page(tmp_path, "Model", [by_hand(), loaded])
+    window.open(tmp_path / "index.html", "#graph=0&tab=nodes")
+    select = (
+        "const box = document.getElementById('graph'); box.value = arguments[0];"
+        "box.dispatchEvent(new Event('change'))"
+    )
+    window.run(select, "1")
+    window.wait("return viewer.state.graph === 1")
+    assert window.run("return viewer.state.tab") == "files"
+    assert text(window, "#file-text") == "saved elsewhere"
+    assert "an earlier process" in text(window, "#timeline")
+    assert window.run("return document.querySelector('[data-tab=graph]').disabled")
+    window.run(select, "0")
+    window.wait("return viewer.state.graph === 0")
+    window.click("[data-tab=graph]")
+    assert window.run("return viewer.stage.name") == "pack"
 
 
 def test_texts_are_texts(window: Browser, tmp_path: Path) -> None:

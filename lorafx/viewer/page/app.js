@@ -58,16 +58,15 @@ class Viewer {
     this.unfolded.clear();
     this.selected = null;
     this.showStage(stage < 0 ? names.length - 1 : stage, { keepPlace: false });
-    this.showTab(TABS.includes(wanted.get("tab")) ? wanted.get("tab") : this.state.tab);
+    const tab = TABS.includes(wanted.get("tab")) ? wanted.get("tab") : this.state.tab;
+    this.showTab(this.stage ? tab : "files");
     const entry = wanted.get("node") && this.stage && this.stage.byKey.get(wanted.get("node"));
     if (entry) this.pick(entry, true);
   }
 
   showStage(index, { keepPlace = true } = {}) {
-    if (!this.graph.stages.length) {
-      byId("timeline").textContent = "No pass has run over this graph: it was loaded from a folder of saved graphs.";
-      return;
-    }
+    this.noStages(!this.graph.stages.length);
+    if (!this.graph.stages.length) return;
     const key = this.selected && this.selected.key;
     this.state.stage = index;
     this.stage = this.graph.stage(index);
@@ -78,6 +77,18 @@ class Viewer {
     this.scene.show(this.stage, this.state.withState, { keepPlace });
     this.pick((key && this.stage.byKey.get(key)) || null);
     this.refresh();
+  }
+
+  /** A graph that was loaded from a folder of saved graphs has no stages, but files. */
+  noStages(none) {
+    for (const name of TABS.slice(0, 4)) document.querySelector(`[data-tab=${name}]`).disabled = none;
+    if (!none) return;
+    this.stage = null;
+    byId("details").hidden = true;
+    byId("filters").replaceChildren();
+    byId("hits").textContent = "";
+    byId("timeline").textContent = "Nothing was traced for this graph: an earlier process compiled it.";
+    this.state.tab = "files";
   }
 
   showTab(tab) {
