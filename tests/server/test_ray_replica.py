@@ -10,6 +10,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+import torch
 from pydantic import ValidationError
 from served import SMALL
 
@@ -233,7 +234,7 @@ def test_an_engine_that_has_failed_is_not_healthy(replica, monkeypatch):
     replica.check_health()
 
     def fail(**_: Any) -> None:
-        raise RuntimeError("out of order")
+        raise torch.AcceleratorError("out of order")
 
     engine = replica._server.engine
     monkeypatch.setattr(engine, "_forward", fail)
