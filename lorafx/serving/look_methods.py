@@ -58,7 +58,8 @@ class LookMethods:
         Raises:
             ConfigError: there is no such module; the error names the nearest paths.
             UnknownAdapterError: the adapter is not loaded.
-            With `inputs`, whatever a call raises.
+
+        With `inputs` it also raises what a call raises.
         """
         call: tuple[Sequence[Any], Mapping[str, Any]] | None = None
         if inputs is not None:
