@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from operator import getitem
 from typing import Any
 
@@ -17,8 +18,39 @@ from torch import Tensor, fx
 from lorafx.bisection.outputs import difference
 from lorafx.bisection.reference import Modules
 from lorafx.bisection.result import FirstSite
-from lorafx.bisection.stages import Run
 from lorafx.graph.graph_nodes import module_path
+from lorafx.serving.stages import Stage
+
+
+@dataclass
+class Run:
+    """The values of the nodes of one stage in one call of its graph."""
+
+    stage: Stage
+    values: dict[str, Tensor]
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps a copy of each tensor as it was made: operators behind may write into
+    it."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.seen: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and n.op != "placeholder":
+            self.seen[n.name] = value.clone()
+        return value
+
+
+def recorded(stage: Stage, given: Sequence[Any], runs: list[Run]) -> Any:
+    """The results of a stage; `runs` gets the values of its nodes."""
+    recorder = _Recorder(stage.graph)
+    results = recorder.run(*given)
+    runs.append(Run(stage, recorder.seen))
+    return results
 
 
 def between(before: Sequence[Run], after: Sequence[Run], tolerance: float) -> FirstSite | None:

@@ -17,16 +17,16 @@ from typing import Any
 from torch import Tensor
 
 from lorafx.adapter_store.names import BASE
-from lorafx.bisection.first_site import beside, between
+from lorafx.bisection.first_site import Run, beside, between, recorded
 from lorafx.bisection.outputs import Outputs, fresh
 from lorafx.bisection.reference import Reference, reference
 from lorafx.bisection.reproduction import write
 from lorafx.bisection.result import Batch, Bisection, FirstSite, StageError
-from lorafx.bisection.stages import Run, Stages, staged
 from lorafx.config import After
 from lorafx.errors import BatchError, ConfigError, VerifyError
 from lorafx.pass_order import CAPTURED, pipeline
 from lorafx.serving.compiled import CompiledModel, compiled_of
+from lorafx.serving.stages import Stages, staged
 
 MIXED: Batch = "mixed"
 ALONE: Batch = "one adapter at a time"
@@ -246,9 +246,10 @@ class _Search:
         return Outputs.of(result, len(names))
 
     def _recorded(self, stages: Stages, name: str, asked: Sequence[str | None]) -> list[Run]:
-        stages.current, stages.recorded = name, []
+        runs: list[Run] = []
+        stages.current, stages.runner = name, lambda stage, given: recorded(stage, given, runs)
         try:
             self._call(asked)
-            return stages.recorded
+            return runs
         finally:
-            stages.recorded = None
+            stages.runner = None

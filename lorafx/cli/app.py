@@ -12,6 +12,7 @@ from lorafx.cli.bench import bench
 from lorafx.cli.bisect import bisect
 from lorafx.cli.explain import explain
 from lorafx.cli.merge import merge
+from lorafx.cli.profile import profile
 from lorafx.cli.saved import clear_saved, list_saved
 from lorafx.cli.serve import serve
 from lorafx.cli.why import why
@@ -37,7 +38,7 @@ def root(
         print(context.get_help())
 
 
-for command in (inspect, explain, why, convert, merge, bench, bisect, serve):
+for command in (inspect, explain, why, convert, merge, bench, bisect, profile, serve):
     app.command()(command)
 
 _cache = typer.Typer(**_PLAIN, no_args_is_help=True, help="Graphs that Options(cache=...) saved.")

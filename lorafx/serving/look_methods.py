@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
 from lorafx.explanation import Explanation
 from lorafx.explanation.collecting import report_of
 from lorafx.explanation.why import Why, why
+from lorafx.reports.profile import Profile
 from lorafx.session.last_call import LastCall
 from lorafx.viewer.page import write_page
 
 if TYPE_CHECKING:
+    from lorafx.serving.compiled import CompiledModel
     from lorafx.session.session import Session
 
 
@@ -68,6 +70,37 @@ class LookMethods:
         session.refuse_running("why()")
         with session.lock:
             return why(session, path, adapter, call, self._last_call[0])
+
+    def profile(
+        self,
+        inputs: Mapping[str, Any] | Sequence[Any],
+        adapter_names: Sequence[str | None],
+        *,
+        calls: int = 10,
+    ) -> Profile:
+        """Measure where the time of a call goes, site by site, beside the byte floor.
+
+        The graphs are captured once more, and their operators run one by one under torch.profiler:
+        those of the base's product and of LoRA are the kernels that serve. A node that computes
+        several siblings has one time, and so has an operator that does product and delta. The call
+        as it is served is timed too. Graphs, adapters and slots stay; other calls wait.
+
+        Args:
+            inputs: the arguments of a call, by name or in their order.
+            adapter_names: an adapter for each request, None for the base; no sums.
+            calls: how many calls are measured, after one that compiles.
+
+        Raises:
+            BatchError: no request has an adapter.
+            ConfigError: `calls` is not positive.
+
+        It also raises what a call raises.
+        """
+        from lorafx.serving.profiling import profiled
+
+        compiled = cast("CompiledModel", self)
+        compiled._check_attached()
+        return profiled(compiled, inputs, adapter_names, calls)
 
     def dump(self, folder: str | os.PathLike[str]) -> Path:
         """Write every captured graph, before and after each pass, as text and as diffs, with the

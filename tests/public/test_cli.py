@@ -90,7 +90,16 @@ def test_help_the_version_and_wrong_usage(run, capsys: pytest.CaptureFixture[str
     assert run("--version").split() == ["lorafx", lorafx.__version__]
     alone = run()
     assert alone.split() == run("--help").split()
-    for command in ("inspect", "explain", "convert", "merge", "bench", "bisect", "serve"):
+    for command in (
+        "inspect",
+        "explain",
+        "convert",
+        "merge",
+        "bench",
+        "bisect",
+        "profile",
+        "serve",
+    ):
         assert command in alone
         assert "Example: lorafx" in run(command, "--help")
     for wrong in (["nothing"], ["inspect"], ["bench", "m", "--batch", "many"]):

@@ -184,3 +184,15 @@ def test_bisect_finds_no_difference_in_a_right_model(run, tmp_path: Path) -> Non
     assert said["first"] is not None
     assert (tmp_path / "out" / "repro.py").is_file()
     assert (tmp_path / "out" / "model" / "config.json").is_file()
+
+
+def test_profile_has_a_row_for_each_site(run) -> None:
+    adapters = ("--adapters", ADAPTERS / "upper", "--adapters", ADAPTERS / "copy")
+    asked = ("profile", MODEL, *adapters, "--length", 4, "--calls", 1)
+    said = run(*asked, "--batch", 3, "--lowering", "reference")
+    assert (said["rows"], said["adapters"], said["calls"]) == (3, 2, 1)
+    fits = ("--adapter", ADAPTERS / "upper", "--adapter", ADAPTERS / "copy")
+    explained = run("explain", MODEL, *fits)["report"]["sites"]
+    sites = {path for row in explained for path in row["paths"]}
+    assert {path for node in said["nodes"] for path in node["paths"]} == sites
+    assert "must be positive" in run(*asked, "--batch", 0, code=1)["message"]

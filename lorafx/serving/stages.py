@@ -10,18 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from lorafx.capture.backend import Backend
 from lorafx.capture.lowering import ReferenceLowering, lowering_for
 from lorafx.capture.verify import copied
 from lorafx.graph.context import Context
 from lorafx.pass_order import CAPTURED, GraphPass, pipeline
-from lorafx.serving.compiled import CompiledModel
 from lorafx.serving.entry import entered
+
+if TYPE_CHECKING:
+    from lorafx.serving.compiled import CompiledModel
 
 
 @dataclass(frozen=True)
@@ -39,28 +41,20 @@ class Stage:
 
 
 @dataclass
-class Run:
-    """The values of the nodes of one stage in one call of its graph."""
-
-    stage: Stage
-    values: dict[str, Tensor]
-
-
-@dataclass
 class Stages:
     """The stages of all graphs of a program.
 
     Attributes:
         names: of the stages, in their order.
         current: which one runs.
-        recorded: the runs of a call whose values are wanted.
+        runner: runs a stage on its inputs in another way than as it is.
     """
 
     program_lowering: Any
     names: tuple[str, ...]
     current: str = ""
     graphs: list[dict[str, Stage]] = field(default_factory=list)
-    recorded: list[Run] | None = None
+    runner: Callable[[Stage, Sequence[Any]], Any] | None = None
 
     # --- a lowering ---
 
@@ -99,27 +93,7 @@ class Stages:
     def _run(self, own: dict[str, Stage], arguments: list[Any]) -> Any:
         stage = own[self.current]
         given = arguments[: stage.inputs]
-        if self.recorded is None:
-            return stage.graph(*given)
-        recorder = _Recorder(stage.graph)
-        results = recorder.run(*given)
-        self.recorded.append(Run(stage, recorder.seen))
-        return results
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps a copy of each tensor as it was made: operators behind may write into
-    it."""
-
-    def __init__(self, gm: fx.GraphModule) -> None:
-        super().__init__(gm)
-        self.seen: dict[str, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor) and n.op != "placeholder":
-            self.seen[n.name] = value.clone()
-        return value
+        return stage.graph(*given) if self.runner is None else self.runner(stage, given)
 
 
 @contextmanager

@@ -1,0 +1,165 @@
+"""Where the time of a call goes: site by site, beside the byte floor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lorafx.reports.patterns import joined, shape_of
+from lorafx.reports.table import html_table, over, text_table
+
+
+@dataclass(frozen=True)
+class ProfiledNode:
+    """One node of a graph, or alike ones together.
+
+    Attributes:
+        paths: the sites that it computes; several are a pack, whose time is not divided among them.
+        form, strategy: what became of it.
+        calls: how often it runs in one call of the model.
+        base, delta: seconds of one call of the model, of the base's product and of what LoRA adds;
+            None where one operator does both.
+        whole: both together.
+        floor: least traffic with the adapters of this batch over that of the base; None where the
+            base reads no weight as a whole.
+        nodes: how many alike ones these are the sums of.
+    """
+
+    paths: tuple[str, ...]
+    form: str
+    strategy: str
+    calls: int
+    base: float | None
+    delta: float | None
+    whole: float
+    floor: float | None
+    nodes: int = 1
+
+    @property
+    def measured(self) -> float | None:
+        """Base and delta over the base; None where they cannot be told apart."""
+        return self.whole / self.base if self.base else None
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What `cm.profile` measured. All times are seconds of one call of the model.
+
+    Attributes:
+        model: class of the model.
+        device: "cpu", or the GPU's name.
+        lowering: as `Options.lowering`.
+        rows, adapters: requests of the batch, and its distinct adapters.
+        calls: how many calls the means are of.
+        served: a call of the model as it serves, by the clock: the median.
+        operators: the graphs run operator by operator, without what Python takes between operators.
+        others: of that, what belongs to no site.
+        nodes: in the order of the graphs.
+        unreached: sites that this call does not run.
+        notes: what the figures do not say.
+    """
+
+    model: str
+    device: str
+    lowering: str
+    rows: int
+    adapters: int
+    calls: int
+    served: float
+    operators: float
+    others: float
+    nodes: tuple[ProfiledNode, ...]
+    unreached: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def sites(self) -> float:
+        """Seconds that belong to sites."""
+        return sum(node.whole for node in self.nodes)
+
+    @property
+    def alike(self) -> tuple[ProfiledNode, ...]:
+        """Nodes whose sites differ in the indices of their paths alone, together."""
+        found: dict[object, list[ProfiledNode]] = {}
+        for node in self.nodes:
+            shapes = tuple(map(shape_of, node.paths))
+            key = (shapes, node.form, node.strategy, node.base is None)
+            found.setdefault(key, []).append(node)
+        return tuple(map(_together, found.values()))
+
+    def json(self) -> dict[str, Any]:
+        """The fields, of JSON's own types, and the ratios."""
+        found: dict[str, Any] = {**asdict(self), "sites": self.sites}
+        for row, node in zip(found["nodes"], self.nodes, strict=True):
+            row["measured"] = node.measured
+        return found
+
+    def __str__(self) -> str:
+        lines = [self._heading(), *(f"  {line}" for line in text_table(*self._table()))]
+        if self.unreached:
+            lines.append(f"  not run in this call: {joined_all(self.unreached)}")
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+    def _repr_html_(self) -> str:
+        return html_table(self._heading(), *self._table())
+
+    def _heading(self) -> str:
+        return (
+            f"{self.model}, {self.rows} requests with {self.adapters} adapters, {self.device}, "
+            f"{self.lowering}: {_ms(self.served)} ms as served; operator by operator "
+            f"{_ms(self.operators)} ms, sites {_ms(self.sites)}, others {_ms(self.others)}"
+        )
+
+    def _table(self) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
+        rows: list[tuple[object, ...]] = [
+            (
+                " + ".join(_pack(node.paths)),
+                node.nodes,
+                _ms(node.base),
+                _ms(node.delta),
+                _ms(node.whole),
+                over(node.measured),
+                over(node.floor),
+                node.strategy or node.form,
+            )
+            for node in self.alike
+        ]
+        columns = ("sites", "nodes", "base, ms", "delta, ms", "both, ms", "over base", "floor")
+        return (*columns, "how"), rows
+
+
+def joined_all(paths: Sequence[str]) -> str:
+    """Paths, those that differ in their indices alone as one."""
+    alike: dict[str, list[str]] = {}
+    for path in paths:
+        alike.setdefault(shape_of(path), []).append(path)
+    return ", ".join(map(joined, alike.values()))
+
+
+def _together(nodes: Sequence[ProfiledNode]) -> ProfiledNode:
+    first = nodes[0]
+    apart = first.base is not None
+    floors = [node.floor for node in nodes]
+    same = all(floor == floors[0] for floor in floors)
+    mean = sum(floor or 1.0 for floor in floors) / len(floors)
+    return ProfiledNode(
+        tuple(joined([node.paths[at] for node in nodes]) for at in range(len(first.paths))),
+        first.form,
+        first.strategy,
+        sum(node.calls for node in nodes),
+        sum(node.base or 0.0 for node in nodes) if apart else None,
+        sum(node.delta or 0.0 for node in nodes) if apart else None,
+        sum(node.whole for node in nodes),
+        floors[0] if same else mean,
+        len(nodes),
+    )
+
+
+def _pack(paths: Sequence[str]) -> list[str]:
+    """The first path, and the last names of the others."""
+    return [paths[0] or "(root)", *(path.rpartition(".")[2] for path in paths[1:])]
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.3f}"
