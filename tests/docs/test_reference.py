@@ -1,4 +1,4 @@
-"""docs/reference/ has every public name."""
+"""docs/reference/ has every public name; changelog and citation have the version."""
 
 from __future__ import annotations
 
@@ -33,3 +33,11 @@ def test_every_method_of_a_compiled_model_has_its_place() -> None:
     wanted = own - set(dir(nn.Module)) - NOT_FOR_USERS
     page = (REFERENCE / "compiled_model.md").read_text()
     assert wanted <= shown(page)
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    root, version = REFERENCE.parents[1], lorafx.__version__
+    assert f"\nversion: {version}\n" in (root / "CITATION.cff").read_text()
+    assert f"version = {{{version}}}" in (root / "docs" / "citing.md").read_text()
+    headings = re.findall(r"^## (\S+)$", (root / "docs" / "changelog.md").read_text(), re.MULTILINE)
+    assert headings[0] == version
