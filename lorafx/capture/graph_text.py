@@ -181,6 +181,8 @@ def _value_text(node: fx.Node) -> str:
 def _text(value: Any, named: Named = operator.attrgetter("name")) -> str:
     if isinstance(value, fx.Node):
         return named(value)
+    if value is None or isinstance(value, (int, float, str)):
+        return repr(value)
     if isinstance(value, OpOverload):
         return f"torch.ops.{value}"
     if isinstance(value, HigherOrderOperator):
