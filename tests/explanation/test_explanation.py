@@ -14,6 +14,7 @@ import oracle
 import pytest
 import torch
 from dense_merge import REFERENCE, TOLERANCE, Case, error, save_adapter
+from expert_models import moe_case
 from tiny_models import FAMILIES
 from torch import nn
 
@@ -204,3 +205,26 @@ def test_stages_are_in_torchs_structured_trace(plain: Case) -> None:
 def test_seconds_name_whose_they_are() -> None:
     line = seconds_line({"Dynamo": 4.0, "passes": 0.84, "inductor": 2.0})
     assert line == "6.8 s: Dynamo 4.0, lorafx's passes 0.8, Inductor 2.0"
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_the_norms_of_routed_experts(model_type: str, tmp_path: Path) -> None:
+    """With gate and up side by side, and column by column; no graph is needed."""
+    case = moe_case(model_type, tmp_path)
+    cm = case.compile()
+    seen = 0
+    for adapter in cm.explain().adapters:
+        merged = dict(case.alone(adapter.name).named_parameters())
+        base = dict(case.base.named_parameters())
+        for path in adapter.sites:
+            name = path if path in base else f"{path}.weight"
+            want = float((merged[name] - base[name]).double().norm())
+            assert adapter.norms[path] == pytest.approx(want, rel=1e-4), (adapter.name, path)
+            seen += name == path
+    assert seen
+    site = next(site.path for site in cm.sites if site.expert_weight is not None)
+    name = next(adapter.name for adapter in cm.explain().adapters if site in adapter.sites)
+    told = cm.why(site, adapter=name)
+    assert told.selected
+    assert told.adapter.keys
+    assert told.adapter.norm == by_name(cm.explain())[name].norms[site]
