@@ -88,6 +88,14 @@ class Profile:
             found.setdefault(key, []).append(node)
         return tuple(map(_together, found.values()))
 
+    def by_site(self) -> dict[str, str]:
+        """The times of each site in words, by path."""
+        found: dict[str, list[str]] = {}
+        for node in self.nodes:
+            for path in node.paths:
+                found.setdefault(path, []).append(_in_words(node))
+        return {path: "; ".join(texts) for path, texts in found.items()}
+
     def json(self) -> dict[str, Any]:
         """The fields, of JSON's own types, and the ratios."""
         found: dict[str, Any] = {**asdict(self), "sites": self.sites}
@@ -159,6 +167,19 @@ def _together(nodes: Sequence[ProfiledNode]) -> ProfiledNode:
 def _pack(paths: Sequence[str]) -> list[str]:
     """The first path, and the last names of the others."""
     return [paths[0] or "(root)", *(path.rpartition(".")[2] for path in paths[1:])]
+
+
+def _in_words(node: ProfiledNode) -> str:
+    text = f"{_ms(node.whole)} ms"
+    if node.base is not None:
+        text += f": product {_ms(node.base)}, delta {_ms(node.delta)}"
+    if node.measured is not None:
+        text += f", {over(node.measured)} over the product"
+    if node.floor is not None:
+        text += f", byte floor {over(node.floor)}"
+    others = len(node.paths) - 1
+    siblings = "sibling" if others == 1 else "siblings"
+    return text + (f", with {others} {siblings}" if others else "")
 
 
 def _ms(seconds: float | None) -> str:

@@ -26,6 +26,8 @@ class LookMethods:
 
     _session: Session
     _last_call: list[LastCall | None]
+    #: What `profile` measured last.
+    _profile: Profile | None = None
     model: nn.Module
 
     def explain(self) -> Explanation:
@@ -83,7 +85,8 @@ class LookMethods:
         The graphs are captured once more, and their operators run one by one under torch.profiler:
         those of the base's product and of LoRA are the kernels that serve. A node that computes
         several siblings has one time, and so has an operator that does product and delta. The call
-        as it is served is timed too. Graphs, adapters and slots stay; other calls wait.
+        as it is served is timed too. Graphs, adapters and slots stay; other calls wait. A `dump`
+        that follows shows the times.
 
         Args:
             inputs: the arguments of a call, by name or in their order.
@@ -100,7 +103,8 @@ class LookMethods:
 
         compiled = cast("CompiledModel", self)
         compiled._check_attached()
-        return profiled(compiled, inputs, adapter_names, calls)
+        self._profile = profiled(compiled, inputs, adapter_names, calls)
+        return self._profile
 
     def dump(self, folder: str | os.PathLike[str]) -> Path:
         """Write every captured graph, before and after each pass, as text and as diffs, with the
@@ -111,10 +115,14 @@ class LookMethods:
         records = self._session.backend.records
         for record in records:
             record.dump.write(target)
-        report = f"{self.explain()}\n"
+        reports = {"explain.txt": f"{self.explain()}\n"}
+        measured = {}
+        if self._profile is not None:
+            reports["profile.txt"], measured = f"{self._profile}\n", self._profile.by_site()
         views = [record.view for record in records]
-        write_page(target, type(self.model).__name__, views, {"explain.txt": report})
-        (target / "explain.txt").write_text(report)
+        write_page(target, type(self.model).__name__, views, reports, measured)
+        for name, report in reports.items():
+            (target / name).write_text(report)
         return target
 
     def __repr__(self) -> str:

@@ -41,6 +41,7 @@ class Page:
     folder: Path
     model: str
     texts: dict[str, str] = field(default_factory=dict)  # reports on the model, by file name
+    measured: Mapping[str, str] = field(default_factory=dict)  # by path of a site
     _graphs: list[GraphView] = field(default_factory=list)
     _packed: list[str] = field(default_factory=list)
 
@@ -63,6 +64,7 @@ class Page:
     def html(self) -> str:
         titles = [f"{graph.title}: {graph.reason}" for graph in self._graphs]
         about = {"model": self.model, "graphs": titles, "texts": self.texts}
+        about["measured"] = dict(self.measured)
         return _template().render(
             model=self.model,
             style=_part("style.css"),
@@ -78,10 +80,19 @@ def folder_of(folder: Path, title: str) -> Path:
 
 
 def write_page(
-    folder: Path, model: str, graphs: list[GraphView], texts: Mapping[str, str] | None = None
+    folder: Path,
+    model: str,
+    graphs: list[GraphView],
+    texts: Mapping[str, str] | None = None,
+    measured: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the page of `graphs`, and the exports beside it, at once."""
-    page = Page(folder, model, dict(texts or {}))
+    """Write the page of `graphs`, and the exports beside it, at once.
+
+    Args:
+        texts: reports on the model, by file name.
+        measured: what was measured of sites, by path.
+    """
+    page = Page(folder, model, dict(texts or {}), measured or {})
     for graph in graphs:
         page.add(graph)
     page.write()

@@ -187,8 +187,16 @@ def test_a_graph_that_was_loaded_has_files_alone(window: Browser, tmp_path: Path
     assert window.run("return viewer.stage.name") == "pack"
 
 
+def test_what_was_measured_stands_with_its_site(window: Browser, tmp_path: Path) -> None:
+    write_page(tmp_path, "Model", [by_hand()], measured={"layers.0.q": "0.25 ms"})
+    window.open(tmp_path / "index.html", "#tab=sites&stage=pack&node=0/mm_packed")
+    rows = "return [...document.querySelectorAll('tbody tr')].map((e) => e.lastChild.textContent)"
+    assert window.run(rows) == ["0.25 ms", "not run"]
+    assert text(window, "#details dl").endswith("Measured0.25 ms")
+
+
 def test_texts_are_texts(window: Browser, tmp_path: Path) -> None:
-    write_page(tmp_path, HOSTILE, [by_hand()], {"explain.txt": HOSTILE})
+    write_page(tmp_path, HOSTILE, [by_hand()], {"explain.txt": HOSTILE}, {"layers.0.q": HOSTILE})
     for tab in ("graph", "diff", "nodes", "sites", "files"):
         window.open(tmp_path / "index.html", f"#tab={tab}&stage=pack&node=0/relu_1")
         assert window.run("return document.images.length") == 0

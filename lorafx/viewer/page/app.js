@@ -145,7 +145,7 @@ class Viewer {
     byId("hits").textContent = words.length ? `${count} hit${count === 1 ? "" : "s"}` : "";
     this.scene.filter(all ? null : (entry) => set.has(entry));
     if (this.state.tab === "nodes") this.nodeList.show(this.found.length);
-    if (this.state.tab === "sites") drawSites(byId("view-sites"), this.stage, (entry) => set.has(entry), (entry) => this.pick(entry, true));
+    if (this.state.tab === "sites") drawSites(byId("view-sites"), this.stage, this.about.measured, (entry) => set.has(entry), (entry) => this.pick(entry, true));
     if (this.state.tab === "diff") this.showDiff();
     this.remember();
   }
@@ -162,7 +162,7 @@ class Viewer {
   pick(entry, reveal = false) {
     this.selected = entry;
     this.scene.select(entry);
-    drawDetails(byId("details"), entry, this.stage, (other) => this.pick(other, true));
+    drawDetails(byId("details"), entry, this.stage, this.about.measured, (other) => this.pick(other, true));
     const narrow = innerWidth <= 720;
     this.scene.camera.middle = entry && narrow ? 0.2 : 0.5; // the details cover what is below
     if (entry && reveal) {

@@ -40,7 +40,7 @@ function drawTimeline(container, graph, current, chosen) {
 }
 
 /** The facts of one entry, as pairs of a word and a text or an element. */
-function factsOf(entry, stage) {
+function factsOf(entry, stage, measured) {
   const { node, sites } = entry;
   const facts = [["Operator", node.op === "placeholder" ? `an input: ${node.kind || "of the graph"}` : node.target]];
   if (node.value) facts.push(["Result", node.value]);
@@ -59,6 +59,8 @@ function factsOf(entry, stage) {
     if (distinct("strategy").length) facts.push(["Strategy", lines("strategy")]);
   }
   facts.push(["Cost", costOf(entry)]);
+  const times = [...new Set(sites.map((site) => measured[site.path]).filter(Boolean))];
+  if (times.length) facts.push(["Measured", element("span", "", ...times.map((text) => element("div", "", text)))]);
   return facts;
 }
 
@@ -89,7 +91,7 @@ function costOf(entry) {
   return `${parts.join("; ")}, at the sizes of the capture`;
 }
 
-function drawDetails(container, entry, stage, chosen) {
+function drawDetails(container, entry, stage, measured, chosen) {
   container.hidden = !entry;
   if (!entry) return;
   const close = element("button", "close", "×");
@@ -100,7 +102,7 @@ function drawDetails(container, entry, stage, chosen) {
     .filter((tag) => entry.tags[tag])
     .map((tag) => element("span", `badge ${tag}`, { refused: "refused", packs: "pack", sites: "site", changed: "changed here" }[tag]));
   const list = element("dl", "");
-  for (const [word, value] of factsOf(entry, stage)) {
+  for (const [word, value] of factsOf(entry, stage, measured)) {
     list.append(element("dt", "", word), element("dd", "", value));
   }
   const parts = [close, element("h2", "", entry.node.name), element("p", "badges", ...badges), list];
@@ -131,7 +133,7 @@ function linksTo(heading, entries, chosen) {
 }
 
 /** Refusals, then what became of each site. */
-function drawSites(container, stage, shown, chosen) {
+function drawSites(container, stage, measured, shown, chosen) {
   const parts = [];
   for (const refusal of stage.refusals) {
     parts.push(element(
@@ -140,6 +142,8 @@ function drawSites(container, stage, shown, chosen) {
     ));
   }
   const body = element("tbody", "");
+  const names = ["Site", "Class", "K → N", "Form", "Rows", "Strategy", "Node"];
+  if (Object.keys(measured).length) names.push("Measured");
   let count = 0;
   for (const entry of stage.entries) {
     if (!entry.sites.length || !shown(entry)) continue;
@@ -149,7 +153,7 @@ function drawSites(container, stage, shown, chosen) {
       link.type = "button";
       link.addEventListener("click", () => chosen(entry));
       const cells = [site.path, site.cls, `${site.k} → ${site.n}`, site.form, site.rows, site.strategy || "not planned yet", link];
-      const names = ["Site", "Class", "K → N", "Form", "Rows", "Strategy", "Node"];
+      if (names.length > cells.length) cells.push(measured[site.path] || "not run");
       const row = element("tr", "", ...cells.map((cell, i) => {
         const made = element("td", "", cell);
         made.dataset.name = names[i];
@@ -158,7 +162,7 @@ function drawSites(container, stage, shown, chosen) {
       body.append(row);
     }
   }
-  const heads = ["Site", "Class", "K → N", "Form", "Rows", "Strategy", "Node"].map((text) => element("th", "", text));
+  const heads = names.map((text) => element("th", "", text));
   if (count) parts.push(element("table", "", element("thead", "", element("tr", "", ...heads)), body));
   else parts.push(element("p", "muted", "No node of this stage serves a site, or none that the filters show."));
   container.replaceChildren(...parts);
