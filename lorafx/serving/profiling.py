@@ -73,11 +73,11 @@ def profiled(
         raise BatchError("no request of the batch has an adapter, so there is no delta to profile")
     served = _served(compiled, named, names, calls)
     with staged(compiled) as stages:
-        stages.current = _flat_stage(compiled)
+        stages.current, earlier = _flat_stage(compiled), len(compiled._session.backend.records)
         graphs = _run(compiled, stages, named, names, calls)
         states = {
             state.site.path: state
-            for record in compiled._session.backend.records
+            for record in compiled._session.backend.records[earlier:]
             for state in record.states
         }
         floors = _Floors(compiled, adapters)

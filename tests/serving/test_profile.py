@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from dense_merge import Case, check_mixed
-from tiny_models import FAMILIES
+from dense_merge import REFERENCE, Case, check_mixed
+from tiny_models import FAMILIES, PlainModel
+from torch import Tensor
 from viewed_graphs import page_data
 
 import lorafx
@@ -135,3 +136,31 @@ def test_a_dump_shows_what_was_measured(made: Made, tmp_path: Path) -> None:
     assert (" over the product" in measured[node.paths[0]]) == (node.base is not None)
     assert about["texts"]["profile.txt"] == (tmp_path / "profile.txt").read_text()
     assert str(profile) in about["texts"]["profile.txt"]
+
+
+class InPieces(PlainModel):
+    """Dynamo gives its loop up, so Python runs between the graphs."""
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        x = self.embed(ids)
+        for _ in range(2):
+            torch._dynamo.graph_break()
+            x = x + self.down(torch.relu(self.gate(x)) * self.up(x))
+        return {"logits": self.head(x)}
+
+
+def test_a_model_of_several_graphs(plain: Case) -> None:
+    """After calls whose graphs are known, and again; what serves goes on as it was."""
+    model = InPieces().eval().requires_grad_(False)
+    model.load_state_dict(plain.base.state_dict())
+    torch.manual_seed(0)
+    inputs = FAMILIES["plain"].inputs(len(NAMES), 5)
+    cm = lorafx.compile(model, plain.folders, options=REFERENCE)
+    for _ in range(2):
+        check_mixed(cm, plain, NAMES, inputs)
+        profile = cm.profile(inputs, NAMES, calls=1)
+        assert {path for node in profile.nodes for path in node.paths} == {s.path for s in cm.sites}
+    graphs = cm.recompiles
+    assert lorafx.bisect(cm, inputs, NAMES).first is None
+    check_mixed(cm, plain, NAMES, inputs)
+    assert cm.recompiles == graphs > 1
