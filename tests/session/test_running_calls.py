@@ -16,6 +16,7 @@ from dense_merge import Case, error, save_adapter
 from torch import Tensor, nn
 
 import lorafx
+from lorafx.base_weights import merge
 from lorafx.compat import no_mha_fast_path
 from lorafx.errors import BatchError, CapacityError, CaptureError
 from lorafx.model.bank import Bank
@@ -348,10 +349,7 @@ def test_fork_while_another_thread_is_busy(pausing, meanwhile, monkeypatch, shal
     if what == "slot":
         monkeypatch.setattr(Bank, "write", writing)
     if what == "merge":
-        import lorafx.base_weights.merge as module
-
-        add_to = module.add_to
-        monkeypatch.setattr(module, "add_to", lambda *a: (add_to(*a), stop())[0])
+        monkeypatch.setattr(merge, "add_to", lambda *a, own=merge.add_to: (own(*a), stop())[0])
     busy.start()
     assert there.wait(60)
 
@@ -359,8 +357,8 @@ def test_fork_while_another_thread_is_busy(pausing, meanwhile, monkeypatch, shal
         if what == "generate":
             inputs, names = {"input_ids": torch.ones(2, 4, dtype=torch.long)}, ["a1", None]
             assert "forward" not in vars(lm.model)
-            got = lm(**inputs, adapter_names=names).logits
-            assert error(got, shallow.expected(names, inputs)) <= 1e-5
+            got, want = lm(**inputs, adapter_names=names).logits, shallow.expected(names, inputs)
+            assert error(got, want) <= 1e-5
             return
         if what in ("weights", "merge"):
             with pytest.raises(CaptureError, match="load_weights"):
@@ -389,8 +387,7 @@ def test_fork_while_another_thread_is_in_a_block(pausing):
             there.set()
             assert go.wait(60)
 
-    busy = threading.Thread(target=block)
-    busy.start()
+    (busy := threading.Thread(target=block)).start()
     assert there.wait(60)
 
     def answer() -> None:
