@@ -13,7 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
 
 from lorafx.errors import CaptureError
 from lorafx.kernels.ops.op_library import define
@@ -31,23 +35,25 @@ class Layout(NamedTuple):
     def of(cls, value: Tensor) -> Layout:
         return cls(tuple(value.shape), tuple(value.stride()), value.dtype, value.device)
 
-    def empty(self) -> Tensor:
-        """A tensor so laid out, in memory of its own."""
-        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
+    def empty(self, mode: FakeTensorMode) -> FakeTensor:
+        """A fake tensor so laid out, in memory of its own."""
+        with in_kernel_invocation_manager(mode):
+            # To allocate a symbolic size takes twenty times as long, all of it arithmetic on
+            # symbols; nobody asks how large this memory is, only whose.
+            nothing = torch.empty(0, dtype=self.dtype, device="meta")
+            meta = nothing.as_strided(self.shape, self.strides)
+        return FakeTensor(mode, meta, self.device)
 
 
 def without_data(value: Any, base: Any = None, other: Any = None) -> FakeTensor:
     """A tensor laid out like `value`: in memory of its own, or where it is a view of `base`, one of
     `other`. Operators with symbolic sizes take milliseconds to say as much."""
     mode, layout = value.fake_mode, Layout.of(value)
+    if base is None:
+        return layout.empty(mode)
     with in_kernel_invocation_manager(mode):
-        if base is None:
-            meta = torch.empty_strided(
-                layout.shape, layout.strides, dtype=layout.dtype, device="meta"
-            )
-        else:
-            offset = value.storage_offset() - base.storage_offset() + other.storage_offset()
-            meta = other.as_strided(layout.shape, layout.strides, offset)
+        offset = value.storage_offset() - base.storage_offset() + other.storage_offset()
+        meta = other.as_strided(layout.shape, layout.strides, offset)
     return FakeTensor(mode, meta, layout.device)
 
 
@@ -61,8 +67,9 @@ def stamp(values: Sequence[Tensor], key: int) -> list[Tensor]:
     raise CaptureError("lorafx::stamp stands for a layer while it is traced, and computes nothing")
 
 
-def stamp_fake(values: Sequence[Tensor], key: int) -> list[Tensor]:
-    return [layout.empty() for layout in LAYOUTS[key]]
+def stamp_fake(values: Sequence[Tensor], key: int) -> Sequence[Tensor]:
+    mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+    return [layout.empty(mode) for layout in LAYOUTS[key]]
 
 
 define(SCHEMA, stamp, stamp_fake)

@@ -44,7 +44,7 @@ from lorafx.capture.replay_graph import bound, inputs_of, moved_inputs, operator
 from lorafx.capture.replay_guards import Moved, Scope
 from lorafx.capture.replay_items import store, stores_of
 from lorafx.capture.replay_trace import Begun, Trace
-from lorafx.kernels.ops.stamp_op import Layout
+from lorafx.kernels.ops.stamp_op import without_data
 
 #: Traces of a class that are kept; its layers are of more kinds where none of these fits.
 _MOST = 4
@@ -286,10 +286,8 @@ class Replay:
             if isinstance(variable, SymNodeVariable):
                 variables[variable] = SymNodeVariable.create(tx, proxy, value)
                 continue
-            with tx.fake_mode:
-                value = Layout.of(value).empty()
-            if inputs_alone(node, one.inputs):  # it may be one of them, or a view
-                value = None
+            alone = inputs_alone(node, one.inputs)  # it may be one of them, or a view
+            value = None if alone else without_data(value)
             variables[variable] = wrap_fx_proxy(tx, proxy, value)
         result = replayed_result(one.result, variables)
         store(one.stores, items, variables, effects)

@@ -146,8 +146,7 @@ class Renamed:
             return self._size(value)
         layout = Layout.of(value)
         shape, strides = (tuple(map(self._size, each)) for each in layout[:2])
-        with mode:
-            return layout._replace(shape=shape, strides=strides).empty()
+        return layout._replace(shape=shape, strides=strides).empty(mode)
 
     def _size(self, size: Any) -> Any:
         if isinstance(size, torch.SymBool):

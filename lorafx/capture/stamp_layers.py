@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorafx.kernels.ops.stamp_op import Layout
+from lorafx.kernels.ops.stamp_op import without_data
 from lorafx.model.module_graph import storage_key
 from lorafx.passes.outline.isomorphism import Stretch
 from lorafx.program.frame import fake_value
@@ -108,7 +108,7 @@ def effects_of(layers: Sequence[Layer], mode: FakeTensorMode) -> Effects | None:
     made: dict[fx.Node, Any] = {node: fake_value(node) for node in layer.sizes}
     # With symbolic sizes, composite operators such as matmul are served by their decompositions.
     with enable_python_dispatcher(), mode, torch.inference_mode(False), torch.no_grad():
-        made.update((node, Layout.of(fake_value(node)).empty()) for node in layer.taken)
+        made.update((node, without_data(fake_value(node))) for node in layer.taken)
         with _Writes() as writes:
             for node in layer.nodes:
                 if node.op not in ("call_function", "call_method"):
