@@ -23,7 +23,7 @@ from lorafx.capture.bound_inputs import BoundInputs, bind, take_out
 from lorafx.capture.checks import Checks, InputPlaces
 from lorafx.capture.driver import AfterPass, run_pipeline
 from lorafx.capture.dropped_guards import drop_guards_on_marks
-from lorafx.capture.dump import GraphDump, dump_folder
+from lorafx.capture.dump import GraphDump, own_folder
 from lorafx.capture.executable import (
     Owner,
     by_activity,
@@ -125,7 +125,7 @@ class Backend:
         lora = (both or active) and frame.carries_lora
         title = f"graph {len(self.records)}{' lora' if lora else ' base'}"
         title += " per token" if per_token else ""
-        dump = GraphDump(title, dump_folder(program.options))
+        dump = GraphDump(title, own_folder(program))
         checks = Checks(places, frame.begins_call, self.several)
         form = form_of(program, begins_call=frame.begins_call, per_token=per_token)
         why = reason(form, [earlier.form for earlier in self.records])

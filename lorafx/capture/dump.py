@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch._logging
 from lorafx.capture.legend import legend
 from lorafx.capture.node_names import NodeNames, Renamer
 from lorafx.config import Options
+from lorafx.program.program import Program
 from lorafx.viewer.stages import Stage
 
 
@@ -21,6 +23,25 @@ def dump_folder(options: Options) -> Path | None:
     """Where dumps go: `Options.dump`, else LORAFX_DUMP, else nowhere. The one place that asks."""
     folder = options.dump or os.environ.get("LORAFX_DUMP")
     return Path(folder) if folder else None
+
+
+#: Folders -> the program that dumps into each.
+_HELD: weakref.WeakValueDictionary[Path, Program] = weakref.WeakValueDictionary()
+
+
+def own_folder(program: Program) -> Path | None:
+    """Where the graphs of one program go: into `dump_folder`, or, while another model in service
+    dumps there, into a folder inside that is called as its class: LlamaForCausalLM-2."""
+    folder = found = dump_folder(program.options)
+    number = 1
+    while folder is not None and found is not None:
+        holder = _HELD.get(found.absolute())
+        if holder is None or holder is program or holder.runtime.session is None:
+            _HELD[found.absolute()] = program
+            break
+        number += 1
+        found = folder / f"{type(program.model).__name__}-{number}"
+    return found
 
 
 def traced(name: str, text: Callable[[], str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING
 
-from lorafx.capture.dump import dump_folder, traced
+from lorafx.capture.dump import own_folder, traced
 from lorafx.explanation.report import Explanation
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def write_beside_dumps(session: weakref.ref[Session]) -> None:
     if found is None:
         return
     traced("explain", lambda: str(Explanation.of(found)))
-    folder = dump_folder(found.program.options)
+    folder = own_folder(found.program)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         report = f"{Explanation.of(found)}\n"

@@ -177,3 +177,32 @@ def test_attached_models_report_beside_their_dumps(
     with lorafx.adapters(model, ["a1", None]):
         compiled(**inputs)
     assert "graphs: 1" in (tmp_path / "explain.txt").read_text()
+
+
+def test_models_do_not_dump_over_one_another(small: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("LORAFX_DUMP", str(tmp_path / "dump"))
+
+    class Up(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(4, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.up(x)
+
+    case: Case = small(Up, ["up"])
+    compiled = [case.compile() for _ in range(2)]
+    for cm, names in zip(compiled, (["a", None], ["a", "b"]), strict=True):
+        cm(torch.randn(2, 4), adapter_names=names)
+    first, second = tmp_path / "dump", tmp_path / "dump" / "Up-2"
+    for folder in (first, second):
+        assert "graphs: 1" in (folder / "explain.txt").read_text()
+        assert (folder / "graph-0-lora" / "11-outline.py").exists()
+    compiled[0].detach()
+    again = case.compile()
+    again(torch.randn(2, 4), adapter_names=["b", None])
+    assert sorted(path.name for path in first.iterdir() if path.is_dir()) == [
+        "Up-2",
+        "graph-0-lora",
+    ]
+    assert "b: rank 3, 1 sites, slot" in (first / "explain.txt").read_text()
