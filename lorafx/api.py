@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -127,22 +128,20 @@ def explain(
     if session is not None and lora_config is None:
         return Explanation.of(session)
     config = request_of(lora_config, {}, model).config
-    inputs = _example(model, example_inputs) if session is None else "the model carries marks"
+    inputs = list(_examples(model, example_inputs))
     return predict(model, config, Options.of(options), device, rows, inputs)
 
 
-def _example(
+def _examples(
     model: nn.Module, given: Mapping[str, Any] | Sequence[Any] | None
-) -> Mapping[str, Any] | str:
-    """Arguments of a call by name, or why there are none. Of token ids no mask is made: code looks
-    into masks for padding."""
+) -> Iterator[Mapping[str, Any]]:
+    """Arguments of a call by name: what the user gives, and token ids without a mask, since code
+    looks into masks for padding."""
     if given is not None:
-        return given_examples(RoleTable(model, {}), given)[0].named
-    try:
+        yield given_examples(RoleTable(model, {}), given)[0].named
+    with suppress(ConfigError):  # it takes something else
         named = derived_example(model, torch.device("meta"), rows=2, length=4).named
-    except ConfigError:
-        return "inputs of the model are not known"
-    return {name: value for name, value in named.items() if name != "attention_mask"}
+        yield {name: value for name, value in named.items() if name != "attention_mask"}
 
 
 def _set_default(compiled: CompiledModel, active: Sequence[str]) -> None:

@@ -105,12 +105,12 @@ def predict(
     options: Options,
     device: torch.device | str | None,
     rows: int,
-    inputs: Mapping[str, Any] | str,
+    inputs: Sequence[Mapping[str, Any]],
 ) -> Prediction:
     """The prediction; `lorafx.explain` says what the arguments are.
 
     Args:
-        inputs: arguments of a call by name, or why there are none.
+        inputs: arguments of a call by name; others in case that a forward fails with those.
 
     Raises:
         ConfigError: no such device, or `rows` is not positive.
@@ -175,15 +175,16 @@ def _place(model: nn.Module, options: Options, device: torch.device | str | None
 
 
 def _same_inputs(
-    model: nn.Module, sites: Sequence[Site], inputs: Mapping[str, Any] | str
+    model: nn.Module, sites: Sequence[Site], inputs: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, int], str]:
     """A number for the input of each site, or why they are not known."""
-    if isinstance(inputs, str):
-        return {}, inputs
-    try:
-        return same_inputs(model, sites, inputs), ""
-    except DryRunError as error:
-        return {}, f"a forward on the meta device fails ({error})"
+    why = "" if inputs else "inputs of the model are not known"
+    for named in inputs:
+        try:
+            return same_inputs(model, sites, named), ""
+        except DryRunError as error:
+            why = why or f"a forward on the meta device fails ({error})"
+    return {}, why
 
 
 def _together(

@@ -60,7 +60,7 @@ class Overhead:
 
     Attributes:
         floor: least traffic, 1 + bytes of A and B / bytes of W; None where the base reads no weight
-            as a whole (embeddings).
+            as a whole (embeddings). Routed experts are all taken to have rows of each adapter.
         modelled: time by the cost model of the GPU; None where it has none.
     """
 
@@ -78,7 +78,7 @@ class PredictedPack:
         members: the sites' own names.
         bank_bytes: of the bank behind one node. Siblings whose weights cannot be packed are nodes
             of their own and share one bank; this is the node's part of it.
-        strategy: how the deltas would be computed.
+        strategy: how the deltas would be computed; "" where only the graph decides it.
         reason: why that, in words.
         overheads: one for each number of adapters that was asked about.
     """
@@ -198,12 +198,19 @@ class Prediction:
         ]
         if any(item.modelled is not None for item in by.values()):
             lines.append(
-                f"modelled time of the sites over the base's, {self.rows} rows on {self.device}: "
+                f"modelled time of {self._modelled()} over the base's, {self.rows} rows on "
+                f"{self.device}: "
                 + _by_distinct({count: item.modelled for count, item in by.items()})
             )
         if self.extras:
             lines.append(f"not in these figures: {', '.join(self.extras)}")
         return lines
+
+    def _modelled(self) -> str:
+        """What the cost model knows of the sites."""
+        known = [p for p in self.packs if any(own.modelled is not None for own in p.overheads)]
+        count, every = (sum(len(p.paths) for p in packs) for packs in (known, self.packs))
+        return "the sites" if count == every else f"{count} of {every} nodes"
 
     def _tables(self) -> list[tuple[str, tuple[str, ...], list[list[object]]]]:
         beside = "".join(f" and {extra}" for extra in self.extras)
@@ -228,7 +235,7 @@ class Prediction:
                 pack.pattern,
                 len(pack.paths),
                 size(pack.bank_bytes),
-                pack.strategy,
+                pack.strategy or "-",
                 *(over(item.floor) for item in pack.overheads),
                 *(over(item.modelled) for item in pack.overheads if timed),
             ]
