@@ -235,7 +235,7 @@ class Backend:
         finally:
             folder = record.dump.folder
             if folder is not None:
-                if self.page is None:
+                if self.page is None or self.page.folder != folder:
                     self.page = Page(folder, type(self.program.model).__name__)
                 self.page.add(record.view)
                 self.page.write()

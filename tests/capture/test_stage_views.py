@@ -168,6 +168,10 @@ def test_a_page_is_written_as_graphs_come(
     assert [graph["title"] for graph in graphs] == ["graph 0 lora", "graph 1 base"]
     assert about["texts"] == {"explain.txt": (tmp_path / "explain.txt").read_text()}
     assert graphs[0]["sources"].keys() == cm._session.backend.records[0].dump.sources.keys()
+    monkeypatch.setenv("LORAFX_DUMP", str(tmp_path / "later"))
+    cm(**feed(1, 4), adapter_names=["a1"])
+    _, (later,) = page_data(tmp_path / "later" / "index.html")
+    assert later["title"] == "graph 2 lora"
 
 
 def test_a_pass_that_fails_leaves_the_stages_before_it(plain: Case, tmp_path: Path) -> None:
