@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import math
+import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import Any
@@ -154,12 +154,12 @@ class AdapterHandler(BaseHandler):
             )
 
     def _check_sampling(self, body: dict[str, Any]) -> None:
-        for field, low, high in (("temperature", 0.0, math.inf), ("top_p", 0.0, 1.0)):
+        for field, low, high in (("temperature", 0.0, sys.float_info.max), ("top_p", 0.0, 1.0)):
             value = body.get(field)
             if value is None:
                 continue
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not low <= value <= high or not math.isfinite(value):
+            if not number or not low <= value <= high:
                 raise RequestError(
                     400,
                     f"`{field}` is a number from {low:g} to {high:g}; got {value!r}",

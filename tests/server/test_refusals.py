@@ -72,6 +72,7 @@ def test_unknown_names_are_404_and_name_the_nearest(server, path, name):
         ({"model": "tiny", "messages": [], "max_tokens": 0}, "at least 1"),
         ({"model": "tiny", "messages": [], "max_tokens": "7"}, "max_tokens"),
         ({"model": "tiny", "messages": [], "temperature": 0.7}, "--temperature"),
+        ({"model": "tiny", "messages": [], "temperature": 10**400}, "temperature"),
         ({"model": "tiny", "messages": [], "top_p": 2}, "top_p"),
         (
             {"model": "tiny", "messages": [], "chat_template_kwargs": {"tokenize": False}},

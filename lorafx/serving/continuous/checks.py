@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from transformers.generation.continuous_batching.cb_logits_processors import (
@@ -16,6 +17,9 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 
 from lorafx.errors import BatchError, ConfigError
+
+#: Scores are divided by the temperature in float32: lower ones would make them infinite.
+COLDEST = 1e-30
 
 
 def checked_prompt(model: Any, input_ids: Sequence[int]) -> list[int]:
@@ -41,21 +45,39 @@ def checked_prompt(model: Any, input_ids: Sequence[int]) -> list[int]:
     return prompt
 
 
-def check_limits(
-    request_id: str | None, max_new_tokens: int | None, eos_token_id: int | Sequence[int] | None
-) -> None:
-    """Look at what a request is called and where its answer ends.
+def check_name(request_id: str | None) -> None:
+    """Look at what a request is called.
+
+    Raises:
+        ConfigError: it is no string.
+    """
+    if request_id is not None and not isinstance(request_id, str):
+        raise ConfigError(f"request_id is a string; got {request_id!r}")
+
+
+def checked_limits(
+    max_new_tokens: int | None, eos_token_id: int | Iterable[int] | None
+) -> tuple[int | None, list[int] | None]:
+    """After how many tokens an answer ends, and with which; numbers of NumPy's and tensors are
+    numbers too.
 
     Raises:
         ConfigError: a value is of no use.
     """
-    if request_id is not None and not isinstance(request_id, str):
-        raise ConfigError(f"request_id is a string; got {request_id!r}")
-    if max_new_tokens is not None and not (_is_number(max_new_tokens) and max_new_tokens >= 0):
+    most = None if max_new_tokens is None else _number(max_new_tokens)
+    if max_new_tokens is not None and (most is None or most < 0):
         raise ConfigError(f"max_new_tokens is a number of tokens; got {max_new_tokens!r}")
-    ends = eos_token_id if isinstance(eos_token_id, list | tuple) else (eos_token_id,)
-    if eos_token_id is not None and not all(map(_is_number, ends)):
+    if eos_token_id is None:
+        return most, None
+    one = _number(eos_token_id)
+    given: list[Any] = [one]  # None where it is neither one number nor several
+    if one is None and isinstance(eos_token_id, Iterable):
+        with suppress(TypeError):  # a tensor without a dimension
+            given = list(eos_token_id)
+    ends = [number for token in given if (number := _number(token)) is not None]
+    if len(ends) < len(given):
         raise ConfigError(f"eos_token_id is a token id or a list of them; got {eos_token_id!r}")
+    return most, ends
 
 
 def check_sampling(
@@ -73,7 +95,7 @@ def check_sampling(
         raise ConfigError(f"the request's tokens cannot be chosen so: {error}") from error
     known = _vocabulary(model) or sys.maxsize
     for name, low, high in (
-        ("temperature", sys.float_info.min, sys.float_info.max),  # scores are divided by it
+        ("temperature", COLDEST, sys.float_info.max),
         ("top_p", 0.0, 1.0),
         ("top_k", 1, known),
     ):
@@ -81,8 +103,12 @@ def check_sampling(
             raise ConfigError(f"{name} is from {low:g} to {high:g}; got {given[name]!r}")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _number(value: Any) -> int | None:
+    """`value` where it is an integer, of Python, of NumPy or a tensor; else None."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def _vocabulary(model: Any) -> int | None:

@@ -17,7 +17,12 @@ from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.errors import BatchError, ConfigError, LorafxError
 from lorafx.progress import LOG
 from lorafx.serving.activation import column_of, warn_absent
-from lorafx.serving.continuous.checks import check_limits, check_sampling, checked_prompt
+from lorafx.serving.continuous.checks import (
+    check_name,
+    check_sampling,
+    checked_limits,
+    checked_prompt,
+)
 from lorafx.serving.continuous.eager import EAGER
 from lorafx.serving.continuous.outputs import Outputs
 from lorafx.serving.continuous.packed_call import PackedForward
@@ -137,7 +142,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             raise BatchError(f"the request was not queued. {denied}") from (
                 self.background_thread_status.fatal_error
             )
-        check_limits(request_id, max_new_tokens, eos_token_id)
+        check_name(request_id)
+        max_new_tokens, ends = checked_limits(max_new_tokens, eos_token_id)
         check_sampling(self.logit_processor, logit_processor_kwargs, self.compiled.model)
         prompt = checked_prompt(self.compiled.model, input_ids)
         ticket, begins = self._begun(self._ticket(adapter), prompt)
@@ -149,7 +155,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             num_children=self.num_return_sequences - 1,
             record_timestamps=record_timestamps,
             max_new_tokens=config.max_new_tokens if max_new_tokens is None else max_new_tokens,
-            eos_token_id=config.eos_token_id if eos_token_id is None else eos_token_id,
+            eos_token_id=config.eos_token_id if ends is None else ends,
             streaming=streaming,
             logit_processor_kwargs=logit_processor_kwargs,
             ticket=ticket,
