@@ -16,6 +16,8 @@ from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch._dynamo.variables.user_defined import UserDefinedObjectVariable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lorafx.ownership.memory import storage_of
+
 
 class NotAlike(Exception):
     """Two calls are not known to be traced alike."""
@@ -61,13 +63,6 @@ def _kind(value: Tensor) -> tuple[Any, ...]:
 
 def _size(size: Any) -> Any:
     return size.node.expr if isinstance(size, (torch.SymInt, torch.SymFloat)) else size
-
-
-def memory(value: Any) -> int | None:
-    """Which memory a strided tensor without data is in."""
-    if not isinstance(value, Tensor) or value.layout is not torch.strided:
-        return None
-    return value.untyped_storage()._cdata
 
 
 def plain(variable: Any) -> Any:
@@ -185,8 +180,9 @@ def results_of(
     """
     found: dict[fx.Node, Any] = {}
     given = {id(one): one for one in arguments.values.values()}
-    taken = {memory(_value(one)) for one in given.values() if isinstance(one, TensorVariable)}
-    own = {memory(node.meta["example_value"]) for node in inputs}
+    taken = {storage_of(_value(one)) for one in given.values() if isinstance(one, TensorVariable)}
+    values = (node.meta["example_value"] for node in inputs)
+    own = {storage_of(value) for value in values if isinstance(value, Tensor)}
 
     def look(item: Any) -> None:
         item = plain(item)
@@ -198,7 +194,7 @@ def results_of(
             for part in item.items:
                 look(part)
         elif type(item) is TensorVariable:
-            node, place = item.as_proxy().node, memory(_value(item))
+            node, place = item.as_proxy().node, storage_of(_value(item))
             view = place in own and not inputs_alone(node, inputs)
             if node not in made or place is None or place in taken or view:
                 raise NotAlike("a result is no new tensor")
