@@ -23,7 +23,7 @@ from lorafx.capture.bound_inputs import BoundInputs, bind, take_out
 from lorafx.capture.checks import Checks, InputPlaces
 from lorafx.capture.driver import AfterPass, run_pipeline
 from lorafx.capture.dropped_guards import drop_guards_on_marks
-from lorafx.capture.dump import GraphDump, own_folder
+from lorafx.capture.dump import GraphDump, beside_compiling, own_folder
 from lorafx.capture.executable import (
     Owner,
     by_activity,
@@ -237,8 +237,9 @@ class Backend:
             if folder is not None:
                 if self.page is None or self.page.folder != folder:
                     self.page = Page(folder, type(self.program.model).__name__)
-                self.page.add(record.view)
-                self.page.write()
+                with beside_compiling(folder):
+                    self.page.add(record.view)
+                    self.page.write()
 
     def owner(self, frame: Frame, weights: Sequence[int]) -> Owner:
         """How an executable of `frame` finds the program that it serves. `weights` are the

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import os
+import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +17,7 @@ import torch._logging
 from lorafx.capture.legend import legend
 from lorafx.capture.node_names import NodeNames, Renamer
 from lorafx.config import Options
+from lorafx.errors import LorafxWarning
 from lorafx.program.program import Program
 from lorafx.viewer.stages import Stage
 
@@ -42,6 +45,21 @@ def own_folder(program: Program) -> Path | None:
         number += 1
         found = folder / f"{type(program.model).__name__}-{number}"
     return found
+
+
+@contextmanager
+def beside_compiling(folder: Path) -> Iterator[None]:
+    """Around what is written while graphs are compiled: a folder that cannot be written to costs
+    the dump, not the graph."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(
+            f"there is no whole dump in {folder}, and models run without one: {error}. Change "
+            "Options(dump=...) or the variable LORAFX_DUMP",
+            LorafxWarning,
+            stacklevel=2,
+        )
 
 
 def traced(name: str, text: Callable[[], str]) -> None:
@@ -124,7 +142,8 @@ class GraphDump:
         index = len(self._stages) - 1
         traced(f"{self._file_title}_{index:02d}_{name}", lambda: self._text(index))
         if self.folder is not None:
-            self._write(index, self.folder)
+            with beside_compiling(self.folder):
+                self._write(index, self.folder)
 
     def source(self, name: str, text: str | Callable[[], str]) -> None:
         """Record a text that belongs to the graph, or what makes it where it is read."""
@@ -132,7 +151,8 @@ class GraphDump:
             self._sources[name] = text
             traced(f"{self._file_title}_{name}", text if callable(text) else lambda: text)
             if self.folder is not None:
-                self._write_source(name, self.folder)
+                with beside_compiling(self.folder):
+                    self._write_source(name, self.folder)
 
     def code(self, text: str) -> None:
         """Record what Inductor made of the graph, or of one of several that it consists of."""
@@ -166,7 +186,8 @@ class GraphDump:
 
     def _write_source(self, name: str, folder: Path) -> None:
         text = self._sources[name]
-        (self._target(folder) / name).write_text(text if isinstance(text, str) else text())
+        text = text if isinstance(text, str) else text()
+        (self._target(folder) / name).write_text(text, encoding="utf-8")
 
     def _text(self, index: int) -> str:
         """A stage with its heading and its legend."""
@@ -178,9 +199,10 @@ class GraphDump:
     def _write(self, index: int, folder: Path) -> None:
         target = self._target(folder)
         name, heading, _ = self._stages[index]
-        (target / f"{index:02d}-{name}.py").write_text(self._text(index))
+        (target / f"{index:02d}-{name}.py").write_text(self._text(index), encoding="utf-8")
         if index:
             before = self._stages[index - 1].name
             old, new = self._readable()[index - 1 : index + 1]
             changes = difflib.unified_diff(old, new, before, name, lineterm="", n=2)
-            (target / f"{index:02d}-{name}.diff").write_text("\n".join([heading, *changes, ""]))
+            text = "\n".join([heading, *changes, ""])
+            (target / f"{index:02d}-{name}.diff").write_text(text, encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING
 
-from lorafx.capture.dump import own_folder, traced
+from lorafx.capture.dump import beside_compiling, own_folder, traced
 from lorafx.explanation.report import Explanation
 
 if TYPE_CHECKING:
@@ -21,9 +21,10 @@ def write_beside_dumps(session: weakref.ref[Session]) -> None:
     traced("explain", lambda: str(Explanation.of(found)))
     folder = own_folder(found.program)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
         report = f"{Explanation.of(found)}\n"
-        (folder / "explain.txt").write_text(report)
-        if found.backend.page is not None:
-            found.backend.page.texts["explain.txt"] = report
-            found.backend.page.write()
+        with beside_compiling(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "explain.txt").write_text(report, encoding="utf-8")
+            if found.backend.page is not None:
+                found.backend.page.texts["explain.txt"] = report
+                found.backend.page.write()

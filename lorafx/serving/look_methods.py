@@ -122,7 +122,7 @@ class LookMethods:
         views = [record.view for record in records]
         write_page(target, type(self.model).__name__, views, reports, measured)
         for name, report in reports.items():
-            (target / name).write_text(report)
+            (target / name).write_text(report, encoding="utf-8")
         return target
 
     def __repr__(self) -> str:

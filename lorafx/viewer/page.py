@@ -52,7 +52,8 @@ class Page:
         if graph.stages:
             target = folder_of(self.folder, graph.title)
             target.mkdir(parents=True, exist_ok=True)
-            (target / "last.dot").write_text(to_dot(graph.stages[-1], graph.title))
+            dot = to_dot(graph.stages[-1], graph.title)
+            (target / "last.dot").write_text(dot, encoding="utf-8")
 
     def write(self) -> None:
         """Write the page and the trace with the graphs so far."""
