@@ -8,6 +8,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from pydantic import ValidationError
 from served import client_of, question
 
 from lorafx.server.app import ROUTES, build_app
@@ -78,6 +79,14 @@ def test_the_key_is_in_no_text_of_the_settings(files, monkeypatch) -> None:
     assert KEY not in repr(settings)
     assert settings.settings().api_key == KEY
     assert RaySettings(**given, api_key="other").settings().api_key == "other"
+    for wrong in ({"model": None}, {"apikey": KEY}, {"api_key": [KEY]}):
+        with pytest.raises(ValidationError) as refused:
+            RaySettings(**{**given, "api_key": KEY, **wrong})
+        assert next(iter(wrong)) in str(refused.value)
+        assert KEY not in str(refused.value)
+    with pytest.raises(ValidationError, match="Field required") as refused:
+        RaySettings(api_key=KEY)  # type: ignore[call-arg]
+    assert KEY not in str(refused.value)
 
 
 class Replicas:

@@ -43,7 +43,8 @@ class RaySettings(BaseModel):
             `health_check_period_s`, `max_queued_requests`, and the like; JSON on a command line.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    # What is given may hold the key.
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     model: str
     adapters: str
