@@ -22,7 +22,7 @@ from lorafx.program.roles import RoleTable
 from lorafx.reports.predicting import ROWS, predict
 from lorafx.reports.prediction import Prediction
 from lorafx.saved_graphs.folder import folder_of
-from lorafx.serving.compiled import CompiledModel, refuse_compiled
+from lorafx.serving.compiled import CompiledModel, refuse_compiled, refuse_other
 from lorafx.serving.example_inputs import derived_example, given_examples
 from lorafx.torch_compile.attach_model import attach as attach
 from lorafx.torch_compile.attached import session_of
@@ -121,12 +121,15 @@ def explain(
         rows: rows of x that strategies and times are for: requests of a decode step.
 
     Raises:
-        ConfigError: a configuration that cannot be honoured, or a device that is not known.
+        ConfigError: a configuration that cannot be honoured, a device that is not known, or what is
+            no model.
         TargetError, CheckpointError: as for `compile`.
     """
+    refuse_other(model)
     session = session_of(model)
     if session is not None and lora_config is None:
-        return Explanation.of(session)
+        with session.lock:
+            return Explanation.of(session)
     config = request_of(lora_config, {}, model).config
     inputs = list(_examples(model, example_inputs))
     return predict(model, config, Options.of(options), device, rows, inputs)

@@ -339,14 +339,19 @@ def compiled_of(model: object) -> CompiledModel | None:
     return next((found for found in each if found._attachment.rollback), None)
 
 
-def refuse_compiled(model: object) -> None:
-    """Raise CaptureError where `model` is served by what `lorafx.compile` returned, or is that, and
-    ConfigError where it is no model."""
+def refuse_other(model: object) -> None:
+    """Raise ConfigError where `model` is no model."""
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"{type(model).__name__} is no nn.Module; of a pipeline of diffusers, "
             "lorafx.compile_pipeline(pipe) compiles all models that carry LoRA"
         )
+
+
+def refuse_compiled(model: object) -> None:
+    """Raise CaptureError where `model` is served by what `lorafx.compile` returned, or is that, and
+    ConfigError where it is no model."""
+    refuse_other(model)
     if compiled_of(model) is not None:
         raise CaptureError(
             f"lorafx already compiled this {type(model).__name__}; use the compiled model, whose "

@@ -230,6 +230,8 @@ def test_options_and_devices() -> None:
     assert lorafx.explain(model, options=REFERENCE).packs[0].strategy == "aten"
     with pytest.raises(ConfigError, match="give one of cpu, cuda, A100"):
         lorafx.explain(model, device="abacus")
+    with pytest.raises(ConfigError, match=r"str is no nn\.Module"):
+        lorafx.explain("gpt2", CONFIG)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="rows = 0"):
         lorafx.explain(model, rows=0)
 
