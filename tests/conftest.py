@@ -46,6 +46,8 @@ def pytest_sessionfinish() -> None:
     gc.freeze()
 
 
+#: Models that were alive after the last collection.
+_KEPT = {"models": 0}
 #: What lorafx and Dynamo set while they capture.
 _SETTINGS: tuple[tuple[Any, str], ...] = (
     (shape_config, "use_duck_shape"),
@@ -73,11 +75,13 @@ def _torch_state() -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="module")
 def _few_models() -> Iterator[None]:
     """Dynamo's caches keep compiled models of earlier tests alive. Merges and new base weights look
-    through all models that are served, and these took nine tenths of their time."""
+    through all models that are served, and these took nine tenths of their time. A collection takes
+    seconds, so it is made where there is something to collect: fixtures keep some models."""
     yield
-    if len(sessions()) > 50:
+    if len(sessions()) > _KEPT["models"] + 50:
         torch._dynamo.reset()
         gc.collect()
+        _KEPT["models"] = len(sessions())
 
 
 @pytest.fixture

@@ -230,7 +230,7 @@ def test_keys_and_values_of_other_sizes_than_the_cache_is_for_are_refused(tmp_pa
     cm = case.compile()
     with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
         seen = StepLogits(engine)
-        work = [([3 + i, 4, 5, 6, 7, 8], f"a{i}") for i in range(4)]
+        work = [([3 + i, 4, 5, 6, 7, 8], f"a{i}") for i in range(2)]  # a try is a capture
         ids = [engine.add_request(p, adapter=a, max_new_tokens=6) for p, a in work]
         outputs = answers(engine, ids)
         assert engine.is_running()
