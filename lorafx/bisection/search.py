@@ -26,6 +26,7 @@ from lorafx.config import After
 from lorafx.errors import BatchError, ConfigError, VerifyError
 from lorafx.pass_order import CAPTURED, pipeline
 from lorafx.serving.compiled import CompiledModel, compiled_of
+from lorafx.serving.example_inputs import named_inputs
 from lorafx.serving.stages import Stages, staged
 
 MIXED: Batch = "mixed"
@@ -82,7 +83,7 @@ def bisect(
     if target is not None and target.exists() and any(target.iterdir()):
         raise ConfigError(f"{target} is not empty; name a folder that does not exist yet")
     roles = compiled.entry(compiled.model).roles
-    named = dict(inputs) if isinstance(inputs, Mapping) else dict(roles.bind(tuple(inputs), {}))
+    named = named_inputs(roles, inputs)
     rows = roles.rows(roles.spread(named))
     if rows != len(names):
         raise BatchError(f"{len(names)} adapter_names for a batch of {rows} requests")

@@ -11,26 +11,22 @@ from typing import Annotated, Any
 
 import typer
 
+from lorafx.cli.arguments import Adapters, Dtype, LanguageModel, Lowering
 from lorafx.cli.output import AsJson, lines, show_json, table
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="A folder with a language model, or a hub name.")],
-    adapters: Annotated[
-        list[str],
-        typer.Option(help="An adapter, or a folder of some; may be given several times."),
-    ],
+    model: LanguageModel,
+    adapters: Adapters,
     batch: Annotated[int, typer.Option(help="Requests of a batch.")] = 8,
     length: Annotated[
         list[int] | None, typer.Option(help="Tokens of a request: 1 and 128; may be repeated.")
     ] = None,
     blocks: Annotated[int, typer.Option(help="Blocks of interleaved measurements.")] = 20,
     seconds: Annotated[float, typer.Option(help="Of one measurement.")] = 0.1,
-    dtype: Annotated[
-        str | None, typer.Option(help="As torch names it; what the files say.")
-    ] = None,
+    dtype: Dtype = None,
     peft: Annotated[bool, typer.Option(help="Whether PEFT is measured beside.")] = True,
-    lowering: Annotated[str, typer.Option(help="As Options.lowering.")] = "auto",
+    lowering: Lowering = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Measure MODEL with your adapters: time over that of the base compiled by torch.compile.

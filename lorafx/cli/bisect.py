@@ -7,26 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
+from lorafx.cli.arguments import Adapters, Dtype, LanguageModel, Lowering
 from lorafx.cli.output import AsJson, lines, show_json
 
 
 def bisect(
-    model: Annotated[str, typer.Argument(help="A folder with a language model, or a hub name.")],
-    adapters: Annotated[
-        list[str],
-        typer.Option(help="An adapter, or a folder of some; may be given several times."),
-    ],
+    model: LanguageModel,
+    adapters: Adapters,
     folder: Annotated[
         Path | None, typer.Option(help="Where a program that shows a difference is written.")
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens of a request.")] = 16,
-    dtype: Annotated[
-        str | None, typer.Option(help="As torch names it; what the files say.")
-    ] = None,
+    dtype: Dtype = None,
     tolerance: Annotated[
         float | None, typer.Option(help="Largest relative error; by dtype where not given.")
     ] = None,
-    lowering: Annotated[str, typer.Option(help="As Options.lowering.")] = "auto",
+    lowering: Lowering = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Compare a batch of all adapters and the base with each adapter merged into MODEL's weights.

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lorafx.cli.arguments import Targets, target_modules
 from lorafx.cli.output import AsJson, lines, show_json
 
 
@@ -40,9 +41,7 @@ class Fit:
 
 def explain(
     model: Annotated[str, typer.Argument(help="A folder with a config.json, or a hub name.")],
-    target: Annotated[
-        list[str] | None, typer.Option(help="Module names, suffixes or all-linear.")
-    ] = None,
+    target: Targets = None,
     adapter: Annotated[
         list[str] | None, typer.Option(help="Does this adapter fit? May be given several times.")
     ] = None,
@@ -75,9 +74,7 @@ def explain(
     from lorafx.reports.prediction import Prediction
 
     module, sources = on_meta(model, dtype), adapters_in(adapter or [])
-    asked: Any = None if sources and not target else "all-linear"
-    if target and target != ["all-linear"]:
-        asked = target
+    asked = target_modules(target, sources)
     fits = [_fit(module, name, sources[name], asked, max_rank) for name in sources]
     rank = max_rank or max([16, *(fit.rank for fit in fits)])
     fitting = {fit.adapter: sources[fit.adapter] for fit in fits if fit.fits}

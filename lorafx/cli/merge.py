@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from lorafx.cli.arguments import Dtype
 from lorafx.cli.output import AsJson, show_json
 
 
@@ -15,9 +16,7 @@ def merge(
     model: Annotated[str, typer.Argument(help="A folder with a model, or a name on the hub.")],
     adapter: Annotated[str, typer.Argument(help="A folder, a file, or a name on the hub.")],
     folder: Annotated[Path, typer.Argument(help="Where to save the model; it must not exist.")],
-    dtype: Annotated[
-        str | None, typer.Option(help="As torch names it; what the files say.")
-    ] = None,
+    dtype: Dtype = None,
     max_shard_size: Annotated[str, typer.Option(help="Of one file.")] = "5GB",
     as_json: AsJson = False,
 ) -> None:

@@ -6,22 +6,18 @@ from typing import Annotated
 
 import typer
 
+from lorafx.cli.arguments import Adapters, Dtype, LanguageModel, Lowering
 from lorafx.cli.output import AsJson, lines, show_json
 
 
 def profile(
-    model: Annotated[str, typer.Argument(help="A folder with a language model, or a hub name.")],
-    adapters: Annotated[
-        list[str],
-        typer.Option(help="An adapter, or a folder of some; may be given several times."),
-    ],
+    model: LanguageModel,
+    adapters: Adapters,
     batch: Annotated[int, typer.Option(help="Requests of the batch.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens of a request.")] = 16,
     calls: Annotated[int, typer.Option(help="Calls that are measured.")] = 10,
-    dtype: Annotated[
-        str | None, typer.Option(help="As torch names it; what the files say.")
-    ] = None,
-    lowering: Annotated[str, typer.Option(help="As Options.lowering.")] = "auto",
+    dtype: Dtype = None,
+    lowering: Lowering = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Measure the base's product and the delta of each site, beside the byte floor.

@@ -3,10 +3,11 @@ without weights of the model."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from lorafx.cli.arguments import Targets, target_modules
 from lorafx.cli.output import AsJson, lines, show_json
 
 
@@ -16,9 +17,7 @@ def why(
     adapter: Annotated[
         list[str] | None, typer.Option(help="What has it for the module? May be given again.")
     ] = None,
-    target: Annotated[
-        list[str] | None, typer.Option(help="Module names, suffixes or all-linear.")
-    ] = None,
+    target: Targets = None,
     as_json: AsJson = False,
 ) -> None:
     """Show whether the module at PATH of MODEL carries LoRA and why, and which keys of adapters are
@@ -36,10 +35,9 @@ def why(
     from lorafx.prepare.marking import build_sites
 
     module, sources = on_meta(model), adapters_in(adapter or [])
-    asked: Any = None if sources and not target else "all-linear"
-    if target and target != ["all-linear"]:
-        asked = target
-    request = request_of(lorafx.LoraConfig(target_modules=asked), sources, module)
+    request = request_of(
+        lorafx.LoraConfig(target_modules=target_modules(target, sources)), sources, module
+    )
     _, sites = build_sites(module, request.config)
     told = why_before(module, request.config, sites, path, sources)
     if as_json:

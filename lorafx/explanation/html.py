@@ -3,11 +3,12 @@ so that it reads in light and dark themes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 
 from lorafx.explanation.report import Explanation
 from lorafx.explanation.text import graph_lines, seconds_line
+from lorafx.reports.table import Row, html_rows
 
 
 def page(report: Explanation) -> str:
@@ -47,13 +48,10 @@ def page(report: Explanation) -> str:
     return f"<div><b>{escape(first)}</b><ul>{lines}</ul>{''.join(parts)}</div>"
 
 
-def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    made = ["".join(f"<td>{escape(str(value))}</td>" for value in row) for row in rows]
-    if not made:
+def _table(title: str, columns: Sequence[str], rows: Sequence[Row]) -> str:
+    if not rows:
         return ""
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = "".join(f"<tr>{row}</tr>" for row in made)
-    return _details(f"{title}: {len(made)}", f"<table><tr>{head}</tr>{body}</table>")
+    return _details(f"{title}: {len(rows)}", f"<table>{html_rows(columns, rows)}</table>")
 
 
 def _details(title: str, body: str) -> str:

@@ -30,11 +30,16 @@ def text_table(columns: Sequence[str], rows: Iterable[Row]) -> list[str]:
 
 def html_table(title: str, columns: Sequence[str], rows: Iterable[Row]) -> str:
     """A table with a caption."""
+    return f"<table><caption>{escape(title)}</caption>{html_rows(columns, rows)}</table>"
+
+
+def html_rows(columns: Sequence[str], rows: Iterable[Row]) -> str:
+    """The rows of a table, those of `columns` first."""
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
     )
-    return f"<table><caption>{escape(title)}</caption><tr>{head}</tr>{body}</table>"
+    return f"<tr>{head}</tr>{body}"
 
 
 def size(count: float) -> str:

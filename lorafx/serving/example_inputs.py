@@ -145,6 +145,15 @@ def given_examples(roles: RoleTable, inputs: Any) -> tuple[Example, ...]:
     return tuple(examples)
 
 
+def named_inputs(roles: RoleTable, inputs: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
+    """The arguments of one call by name, from those by name or in their order.
+
+    Raises:
+        TypeError: there are more than the forward takes.
+    """
+    return dict(inputs if isinstance(inputs, Mapping) else roles.bind(tuple(inputs), {}))
+
+
 def derived_example(model: nn.Module, device: torch.device, rows: int, length: int) -> Example:
     """Requests of so many tokens each, for a model that takes token ids.
 

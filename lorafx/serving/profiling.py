@@ -29,6 +29,7 @@ from lorafx.pass_order import pipeline
 from lorafx.passes.pack import ALIASES, VIEWS
 from lorafx.reports.profile import Profile, ProfiledNode
 from lorafx.reports.stored import stored_bytes
+from lorafx.serving.example_inputs import named_inputs
 from lorafx.serving.stages import Stage, Stages, staged
 
 if TYPE_CHECKING:
@@ -66,8 +67,7 @@ def profiled(
     """See `CompiledModel.profile`."""
     if calls < 1:
         raise ConfigError(f"calls = {calls}: at least one call is measured")
-    roles = compiled.entry(compiled.model).roles
-    named = dict(inputs) if isinstance(inputs, Mapping) else dict(roles.bind(tuple(inputs), {}))
+    named = named_inputs(compiled.entry(compiled.model).roles, inputs)
     adapters = [name for name in dict.fromkeys(names) if name not in (None, "__base__")]
     if not adapters:
         raise BatchError("no request of the batch has an adapter, so there is no delta to profile")
