@@ -136,9 +136,12 @@ class PackedForward:
             return session.call(run, names, tokens=tokens, packed=True)
 
     def _holds(self) -> dict[Ticket, Hold]:
-        """The adapters of the step."""
-        tickets = [ticket_of(future.state) for future in self._batch()]
-        return {t: t.hold for t in tickets if t is not None and t.hold is not None}
+        """The adapters of the step; none where one has all of it, which tried alone would be the
+        same step again."""
+        tickets = dict.fromkeys(ticket_of(future.state) for future in self._batch())
+        holds = {t: t.hold for t in tickets if t is not None and t.hold is not None}
+        several = len({hold.stored.version for hold in holds.values()}) > 1
+        return holds if several or len(holds) < len(tickets) else {}
 
     def _refused(
         self,
