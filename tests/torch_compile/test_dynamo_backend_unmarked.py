@@ -217,6 +217,7 @@ def _two_models(plain: Case, inputs: dict[str, Tensor]) -> None:
 
 def test_a_model_without_lora_is_logged_once(caplog):
     """Somebody who forgot the options would otherwise serve the base model and not know why."""
+    caplog.set_level(logging.WARNING, "lorafx")
     net, x = nn.Sequential(nn.Linear(6, 9)), torch.randn(2, 6)
     for rows in (2, 3):
         torch.compile(net, backend="lorafx", options=REFERENCE, dynamic=False)(torch.randn(rows, 6))
