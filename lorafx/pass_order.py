@@ -35,11 +35,13 @@ from lorafx.passes.replace_rows import ReplaceRows
 from lorafx.passes.rescale import Rescale
 from lorafx.passes.select import Select
 from lorafx.passes.write_in_place import WriteInPlace
+from lorafx.program.pass_report import PassReport
 from lorafx.program.preparation import Preparation
 
 
 class ModelPass(Protocol):
-    """One step over the model. `run` returns how many items it found or made."""
+    """One step over the model. `run` returns how many items it found or made, and notes in the
+    preparation what they are."""
 
     @property
     def name(self) -> str: ...
@@ -121,17 +123,6 @@ def way_around(item: GraphPass) -> str:
         f"switch the pass off by Options(passes={{{item.name!r}: False}}), or bisect its edits "
         "with Options(max_edits=...)"
     )
-
-
-@dataclass(frozen=True)
-class PassReport:
-    """What one pass did. `nodes` counts the nodes of the graph after it; it is 0 for passes over
-    the model."""
-
-    name: str
-    edits: int
-    seconds: float
-    nodes: int = 0
 
 
 @dataclass(frozen=True)
@@ -228,9 +219,7 @@ def run_passes(
     run: Callable[[Pass], int],
     *,
     around: Callable[[Pass], AbstractContextManager[None]] = lambda _: nullcontext(),
-    after: Callable[[Pass, int, float], PassReport] = lambda item, edits, seconds: PassReport(
-        item.name, edits, seconds
-    ),
+    after: Callable[[Pass, int, float], PassReport],
 ) -> list[PassReport]:
     """Run passes in their order, over the model or over a graph.
 
@@ -255,8 +244,13 @@ def run_model_passes(
 
     It raises whatever a pass raises; the model is then as it was before.
     """
+
+    def noted(item: ModelPass, found: int, seconds: float) -> PassReport:
+        notes, model.notes = tuple(model.notes), []
+        return PassReport(item.name, found, seconds, end=time.perf_counter(), notes=notes)
+
     try:
-        return run_passes(passes, lambda item: item.run(model))
+        return run_passes(passes, lambda item: item.run(model), after=noted)
     except BaseException:
         model.rollback.run()
         raise

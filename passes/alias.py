@@ -15,7 +15,8 @@ from typing import ClassVar
 from torch._dynamo import OptimizedModule
 
 from lorafx.errors import CaptureError
-from lorafx.model.module_graph import ModuleGraph
+from lorafx.model.module_graph import ModuleGraph, join
+from lorafx.model.repeated import some
 from lorafx.program.preparation import Preparation
 
 
@@ -37,4 +38,10 @@ class Alias:
                     f"{where} is wrapped by torch.compile; pass the module itself "
                     "(`._orig_mod` of the wrapper), which lorafx compiles"
                 )
+            aliases = graph.paths(module)[1:]
+            if aliases:
+                model.notes.append(f"{path} is also {some(aliases)}: one module, with one delta")
+        for owners in graph.tied():
+            held = some([join(owner.path, owner.attribute) for owner in owners])
+            model.notes.append(f"{held} are one weight")
         return len(list(graph.modules()))

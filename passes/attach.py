@@ -30,6 +30,7 @@ from lorafx.model.convolutions import window_of
 from lorafx.model.marks import SiteMark
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.quantized import QuantisedModules, is_stored
+from lorafx.model.repeated import alike
 from lorafx.model.row_marks import RowMark, row_mark
 from lorafx.model.runtime import Runtime
 from lorafx.model.sites import Group, Site
@@ -48,6 +49,15 @@ class Attach:
     def run(self, model: Preparation) -> int:
         before = len(model.rollback)
         model.attachment = _attach(model.graph, model.sites, model.config, model.rollback)
+        config = model.config
+        model.notes += alike(
+            (
+                group.parent,
+                f"one bank for {' + '.join(group.members)}, {config.max_adapters} slots of rank "
+                f"up to {config.max_rank}, {group.bank.nbytes / 1e6:.3g} MB",
+            )
+            for group in model.attachment.groups
+        )
         return len(model.rollback) - before
 
 

@@ -1,4 +1,4 @@
-"""load: the adapters that were read go to host memory, and into slots while there are free ones."""
+"""load: the adapters that were read go to host memory; batches give them slots."""
 
 from __future__ import annotations
 
@@ -27,4 +27,6 @@ class LoadAdapters:
         )
         for adapter in model.adapters:
             model.store.load(adapter, model.origins.get(adapter.name))
+            held = model.store[adapter.name].nbytes / 1e6
+            model.notes.append(f"{adapter.name}: {held:.3g} MB of host memory, no slot yet")
         return len(model.adapters)

@@ -14,8 +14,14 @@ from typing import ClassVar
 
 from lorafx.kernels.triton.longer import UNIT, room_for
 from lorafx.model.packing import PackedGroup, pack_weights
+from lorafx.model.repeated import alike
 from lorafx.model.sites import Group
 from lorafx.program.preparation import Preparation
+
+_APART = (
+    "keep weights of their own: not all are plain dense parameters that nothing else shares, "
+    "of one dtype and device"
+)
 
 
 def _room(model: Preparation, group: Group) -> tuple[int, int]:
@@ -36,18 +42,25 @@ class PackWeights:
     def run(self, model: Preparation) -> int:
         # Only the pass `pack` reads packed weights, and what it merges is what `fuse` made.
         if not (model.options.runs("pack") and model.options.runs("fuse")):
+            model.notes.append("nothing: the pass pack, or fuse, is switched off")
             return 0
         attachment = model.attachment
         assert attachment is not None
         alone = model.graph.alone()
         packed: list[PackedGroup] = []
+        told: list[tuple[str, str]] = []
         for group in attachment.groups:
             pack = pack_weights(model.graph, group, alone, _room(model, group))
+            members = " + ".join(group.members)
             if pack is None:
+                if len(group.sites) > 1:
+                    told.append((group.parent, f"{members} {_APART}"))
                 continue
+            told.append((group.parent, f"the weights of {members} are views of one buffer"))
             packed.append(pack)
             for site in group.sites:
                 mark = attachment.marks[site.path]
                 mark.weight, mark.bias = pack.weight, pack.bias
         model.packed = tuple(packed)
+        model.notes += alike(told)
         return len(packed)

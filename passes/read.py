@@ -37,4 +37,10 @@ class Read:
                     strict=model.options.strict,
                 )
                 model.adapters.append(adapter)
+                own = f", rows of {len(adapter.own)} weights" if adapter.own else ""
+                model.notes.append(
+                    f"{name} from {adapter.source}: rank {adapter.rank}, factors for "
+                    f"{len(adapter.weights)} modules or parts{own}"
+                )
+                model.notes += (f"{name}: {note}" for note in adapter.notes)
         return len(model.adapters)

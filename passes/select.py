@@ -29,6 +29,7 @@ from lorafx.model.own_rows import own_refusal, rows_asked
 from lorafx.model.packed_names import PackedNames
 from lorafx.model.quantized import is_stored
 from lorafx.model.refusals import impossible, weight_of
+from lorafx.model.repeated import alike
 from lorafx.model.sites import Site
 from lorafx.model.weight_formats import is_wrapped
 from lorafx.program.preparation import Preparation
@@ -48,7 +49,9 @@ class Select:
     name: ClassVar[str] = "select"
 
     def run(self, model: Preparation) -> int:
-        model.sites = _Selection(model.graph, model.config).sites()
+        selection = _Selection(model.graph, model.config)
+        model.sites = selection.sites()
+        model.notes += selection.notes(model.sites)
         _check_plan(model.options, model.sites)
         return len(model.sites)
 
@@ -177,6 +180,25 @@ class _Selection:
         if self.problems:
             raise TargetError(_listed(self.problems))
         return tuple(found)
+
+    def notes(self, sites: Sequence[Site]) -> list[str]:
+        """What was selected, and why what could carry LoRA or was asked for was not."""
+        taken = {id(site.module) for site in sites}
+        for site in sites:  # what a site carries is selected with it
+            carried = (getattr(site.module, name, None) for name in site.eligible.carries)
+            taken.update(map(id, carried))
+        head = targets.output_embedding(self.graph.root)
+        chosen = (
+            (site.path, f"{type(site.module).__name__}, {site.in_features} -> {site.out_features}")
+            for site in sites
+        )
+        others = (
+            (item.path, f"not selected: {self.why_not(item)}")
+            for item in self.modules
+            if id(item.module) not in taken
+            and (item.entry is not None or self._targeted(item, head))
+        )
+        return [*alike(chosen), *alike(others)]
 
     def _targeted(self, item: Candidate, head: nn.Module | None) -> frozenset[str]:
         """The members of the module that are asked for, "" being one that has no names."""

@@ -23,7 +23,7 @@ from lorafx.capture.bound_inputs import BoundInputs, bind, take_out
 from lorafx.capture.checks import Checks, InputPlaces
 from lorafx.capture.driver import AfterPass, run_pipeline
 from lorafx.capture.dropped_guards import drop_guards_on_marks
-from lorafx.capture.dump import GraphDump, beside_compiling, own_folder
+from lorafx.capture.dump import GraphDump, beside_compiling, own_folder, traced
 from lorafx.capture.executable import (
     Owner,
     by_activity,
@@ -114,6 +114,9 @@ class Backend:
         frame.begins_call = called_directly(self.entered)
         frame.duck_shaped = duck_shaped()
         active = program.runtime.active
+        if not self.records:
+            for index, report in enumerate(program.prepared):
+                traced(f"model_{index:02d}_{report.name}", partial(str, report))
         both = not _guarded_on_activity(program)
         own = not both and not program.site_watch.missing and self.owns(frame)
         bound, graph = None, gm.graph
@@ -236,7 +239,9 @@ class Backend:
             folder = record.dump.folder
             if folder is not None:
                 if self.page is None or self.page.folder != folder:
-                    self.page = Page(folder, type(self.program.model).__name__)
+                    program = self.program
+                    name = type(program.model).__name__
+                    self.page = Page(folder, name, prepared=program.prepared)
                 with beside_compiling(folder):
                     self.page.add(record.view)
                     self.page.write()

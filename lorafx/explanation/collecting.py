@@ -68,9 +68,7 @@ def site_report(site: Site) -> SiteReport:
 
 def bank_report(group: Group) -> BankReport:
     """The bank of one group."""
-    parent = group.sites[0].path.rpartition(".")[0]
-    names = tuple(site.path.rpartition(".")[2] for site in group.sites)
-    return BankReport(parent, names, group.bank.nbytes)
+    return BankReport(group.parent, group.members, group.bank.nbytes)
 
 
 def adapter_report(session: Session, name: str, *, quick: bool = False) -> AdapterReport:

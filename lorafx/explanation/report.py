@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lorafx.pass_order import PassReport
+from lorafx.program.pass_report import PassReport
 
 if TYPE_CHECKING:
     from lorafx.session.session import Session

@@ -158,6 +158,16 @@ class Group:
     offsets: tuple[int, ...]
     bank: Bank
 
+    @property
+    def parent(self) -> str:
+        """Path of the module that holds the sites."""
+        return self.sites[0].path.rpartition(".")[0]
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """What the sites are called in `parent`; of the model itself "(root)"."""
+        return tuple(site.path.rpartition(".")[2] or "(root)" for site in self.sites)
+
     @cached_property
     def firsts(self) -> tuple[int, ...]:
         """The sibling of the bank that each site's first part is."""

@@ -110,7 +110,7 @@ def _mark(
     prepared = Preparation(
         model, request.config, options, request.adapters, request.origins, rollback=rollback
     )
-    run_model_passes(prepared)
+    reports = run_model_passes(prepared)
     attachment, store = prepared.attachment, prepared.store
     assert attachment is not None
     assert store is not None
@@ -123,5 +123,6 @@ def _mark(
         attachment.runtime,
         request.config,
         resolved(options, prepared.sites[0].device),
+        tuple(reports),
     )
     return Marked(program, attachment, store, taken)

@@ -31,6 +31,7 @@ class Preparation:
         attachment: groups, banks and marks (`attach`).
         store: the adapters in host memory, with slots (`load`).
         packed: siblings whose weights are views of one buffer (`pack_weights`).
+        notes: what the running pass has found and done, a line each.
         rollback: undoes what has been done to the model.
     """
 
@@ -45,4 +46,5 @@ class Preparation:
     attachment: Attachment | None = None
     store: AdapterStore | None = None
     packed: tuple[PackedGroup, ...] = ()
+    notes: list[str] = field(default_factory=list)
     rollback: Rollback = field(default_factory=Rollback)

@@ -26,6 +26,7 @@ from lorafx.program.derived import DerivedTensors, Holder
 from lorafx.program.frame import FrameInput
 from lorafx.program.handover import role_of
 from lorafx.program.own_memory import OwnMemory
+from lorafx.program.pass_report import PassReport
 from lorafx.program.remembered import Remembered, Versions, in_containers
 from lorafx.program.roles import Role, RoleTable, tensor_leaves
 
@@ -53,6 +54,8 @@ class Program:
     runtime: Runtime
     config: LoraConfig
     options: Options
+    #: What the passes over the model did.
+    prepared: tuple[PassReport, ...] = ()
     #: What is served at the moment. Written by sessions alone.
     batch: Batch = AT_REST
     #: Plain tensor attributes of modules that existed before the first call: constants. One that

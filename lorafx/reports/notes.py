@@ -9,14 +9,11 @@ from torch import nn
 from lorafx.config import LoraConfig
 from lorafx.model.candidates import by_raw_weight
 from lorafx.model.experts import expert_weights
-from lorafx.model.module_graph import ModuleGraph, Owner
+from lorafx.model.module_graph import ModuleGraph, Owner, join
+from lorafx.model.repeated import joined, shape_of, some
 from lorafx.model.sites import Site
 from lorafx.registry import lookup
-from lorafx.reports.patterns import joined, shape_of
 from lorafx.reports.prediction import Note
-
-#: Paths of one list that are told.
-_SHOWN = 3
 
 
 def notes_of(
@@ -99,7 +96,7 @@ def _aliases(sites: Sequence[Site]) -> list[Note]:
         Note(
             "alias",
             site.paths,
-            f"{site.path} is also {_some(site.aliases)}: one module, with one delta",
+            f"{site.path} is also {some(site.aliases)}: one module, with one delta",
         )
         for site in sites
         if site.aliases
@@ -117,11 +114,11 @@ def _tied(graph: ModuleGraph, sites: Sequence[Site]) -> list[Note]:
             continue
         if others:
             text = (
-                f"{_some(map(_name, of_sites))} is also {_some(map(_name, others))}, where no "
+                f"{some(map(_name, of_sites))} is also {some(map(_name, others))}, where no "
                 "delta is added"
             )
         else:
-            text = f"{_some(map(_name, of_sites))} are one weight; each has deltas of its own"
+            text = f"{some(map(_name, of_sites))} are one weight; each has deltas of its own"
         notes.append(Note("tied", tuple(one.path for one in owners), text))
     return notes
 
@@ -138,10 +135,4 @@ def _capacity(config: LoraConfig, distinct: Sequence[int]) -> list[Note]:
 
 
 def _name(owner: Owner) -> str:
-    return f"{owner.path}.{owner.attribute}".lstrip(".")
-
-
-def _some(names: Iterable[str]) -> str:
-    told = list(names)
-    more = f" and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
-    return ", ".join(told[:_SHOWN]) + more
+    return join(owner.path, owner.attribute)

@@ -36,12 +36,12 @@ from lorafx.model.forward_check import is_dense
 from lorafx.model.packing import packable
 from lorafx.model.quantized import is_stored
 from lorafx.model.refusals import weight_of
+from lorafx.model.repeated import shape_of
 from lorafx.model.sites import Group, Site
 from lorafx.passes.attach import allocate_groups
 from lorafx.prepare.marking import build_sites
 from lorafx.reports.dry_run import DryRunError, same_inputs
 from lorafx.reports.notes import notes_of
-from lorafx.reports.patterns import shape_of
 from lorafx.reports.prediction import (
     Overhead,
     PredictedPack,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from lorafx.reports.patterns import joined
+from lorafx.model.repeated import joined
 from lorafx.reports.table import html_table, over, size, text_table
 
 NoteKind = Literal[

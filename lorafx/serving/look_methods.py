@@ -120,7 +120,8 @@ class LookMethods:
         if self._profile is not None:
             reports["profile.txt"], measured = f"{self._profile}\n", self._profile.by_site()
         views = [record.view for record in records]
-        write_page(target, type(self.model).__name__, views, reports, measured)
+        prepared = self._session.program.prepared
+        write_page(target, type(self.model).__name__, views, reports, measured, prepared)
         for name, report in reports.items():
             (target / name).write_text(report, encoding="utf-8")
         return target

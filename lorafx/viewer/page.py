@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
+from lorafx.program.pass_report import PassReport
 from lorafx.viewer.dot import to_dot
 from lorafx.viewer.encode import graph_data, packed
 from lorafx.viewer.stages import GraphView
@@ -35,13 +37,14 @@ SCRIPTS = (
 class Page:
     """The page of one model's graphs, and the exports beside it.
 
-    index.html, trace.json, and in the folder of each graph last.dot, its last stage.
+    index.html, trace.json, model.txt, and in the folder of each graph last.dot, its last stage.
     """
 
     folder: Path
     model: str
     texts: dict[str, str] = field(default_factory=dict)  # reports on the model, by file name
     measured: Mapping[str, str] = field(default_factory=dict)  # by path of a site
+    prepared: Sequence[PassReport] = ()  # of the passes over the model
     _graphs: list[GraphView] = field(default_factory=list)
     _packed: list[str] = field(default_factory=list)
 
@@ -58,14 +61,25 @@ class Page:
     def write(self) -> None:
         """Write the page and the trace with the graphs so far."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        trace = trace_events(self.model, self._graphs)
+        trace = trace_events(self.model, self._graphs, self.prepared)
         (self.folder / "trace.json").write_text(json.dumps(trace))
+        told = "".join(f"{report}\n" for report in self.prepared)
+        (self.folder / "model.txt").write_text(told, encoding="utf-8")
         (self.folder / "index.html").write_text(self.html(), encoding="utf-8")
 
     def html(self) -> str:
         titles = [f"{graph.title}: {graph.reason}" for graph in self._graphs]
-        about = {"model": self.model, "graphs": titles, "texts": self.texts}
+        about: dict[str, Any] = {"model": self.model, "graphs": titles, "texts": self.texts}
         about["measured"] = dict(self.measured)
+        about["passes"] = [
+            {
+                "name": report.name,
+                "found": report.edits,
+                "seconds": round(report.seconds, 6),
+                "notes": report.notes,
+            }
+            for report in self.prepared
+        ]
         return _template().render(
             model=self.model,
             style=_part("style.css"),
@@ -86,14 +100,16 @@ def write_page(
     graphs: list[GraphView],
     texts: Mapping[str, str] | None = None,
     measured: Mapping[str, str] | None = None,
+    prepared: Sequence[PassReport] = (),
 ) -> None:
     """Write the page of `graphs`, and the exports beside it, at once.
 
     Args:
         texts: reports on the model, by file name.
         measured: what was measured of sites, by path.
+        prepared: what the passes over the model did.
     """
-    page = Page(folder, model, dict(texts or {}), measured or {})
+    page = Page(folder, model, dict(texts or {}), measured or {}, prepared)
     for graph in graphs:
         page.add(graph)
     page.write()

@@ -20,6 +20,7 @@ from torch import nn
 
 import lorafx
 from lorafx.explanation.text import seconds_line
+from lorafx.pass_order import MODEL_PASSES
 
 KINDS = ["llama", "vit", "plain"]
 
@@ -194,7 +195,10 @@ def test_stages_are_in_torchs_structured_trace(plain: Case) -> None:
     assert log.handlers == before
     names = [name for name, _, _ in cm._session.backend.records[0].dump.stages]
     expected = {f"lorafx_graph_0_lora_{i:02d}_{name}" for i, name in enumerate(names)}
-    assert set(found) == {*expected, "lorafx_explain"}
+    over_model = [f"lorafx_model_{i:02d}_{item.name}" for i, item in enumerate(MODEL_PASSES)]
+    assert set(found) == {*over_model, *expected, "lorafx_explain"}
+    assert found["lorafx_model_01_select"].startswith("select: 5, ")
+    assert "up: Linear, " in found["lorafx_model_01_select"]
     assert "up_gate_packed" in found["lorafx_graph_0_lora_08_pack"]
     assert found["lorafx_graph_0_lora_08_pack"].startswith("# graph 0 lora, after pack: 2 edits")
     assert "graphs: 1" in found["lorafx_explain"]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from viewed_graphs import HOSTILE, by_hand
 
+from lorafx.program.pass_report import PassReport
 from lorafx.viewer.dot import to_dot
 from lorafx.viewer.page import write_page
 from lorafx.viewer.stages import Span, exclusive
@@ -70,15 +71,19 @@ def test_graphviz_draws_it(tmp_path: Path) -> None:
 
 
 def test_the_trace_is_of_complete_events_that_nest() -> None:
-    trace = json.loads(json.dumps(trace_events("Model", [by_hand(), by_hand()])))
+    prepared = [PassReport("select", 2, 0.5, end=2.5, notes=("q: Linear",))]
+    trace = json.loads(json.dumps(trace_events("Model", [by_hand(), by_hand()], prepared)))
     events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     named = [event for event in trace["traceEvents"] if event["ph"] == "M"]
     assert {event["name"] for event in named} == {"process_name", "thread_name"}
     assert all({"name", "ph", "pid", "tid", "ts", "dur"} <= event.keys() for event in events)
-    first = {event["name"]: event for event in events if event["tid"] == 0}
+    (before,) = [event for event in events if event["tid"] == 0]
+    assert (before["name"], before["ts"], before["dur"]) == ("select", 0.0, 5e5)
+    assert before["args"] == {"found": 2, "notes": ["q: Linear"]}
+    first = {event["name"]: event for event in events if event["tid"] == 1}
     assert set(first) == {"Dynamo", "AOTAutograd", "passes", "pack"}
-    assert first["Dynamo"]["ts"] == 0.0
-    assert first["pack"]["ts"] == pytest.approx(2.25e6)
+    assert first["Dynamo"]["ts"] == pytest.approx(6e6)
+    assert first["pack"]["ts"] == pytest.approx(8.25e6)
     assert first["pack"]["args"] == {"edits": 1, "nodes": 5}
     for inner, outer in (("pack", "passes"), ("passes", "AOTAutograd")):
         assert first[outer]["ts"] <= first[inner]["ts"]

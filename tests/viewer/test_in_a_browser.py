@@ -12,6 +12,7 @@ from dense_merge import Case
 from tiny_models import FAMILIES
 from viewed_graphs import HOSTILE, by_hand, deep
 
+from lorafx.program.pass_report import PassReport
 from lorafx.viewer.page import write_page
 from lorafx.viewer.stages import GraphView
 
@@ -125,7 +126,7 @@ def test_the_diff_of_any_two_passes(window: Browser, page: Path) -> None:
 
 
 def test_at_the_width_of_a_phone(window: Browser, page: Path) -> None:
-    for tab in ("graph", "diff", "nodes", "sites", "files"):
+    for tab in ("graph", "diff", "nodes", "sites", "model", "files"):
         window.open(page, f"#graph=0&stage=pack&tab={tab}", width=390, height=844)
         assert window.run("return document.documentElement.scrollWidth") == 390
         assert window.run("return viewer.state.tab") == tab
@@ -187,6 +188,22 @@ def test_a_graph_that_was_loaded_has_files_alone(window: Browser, tmp_path: Path
     assert window.run("return viewer.stage.name") == "pack"
 
 
+def test_what_the_passes_over_the_model_did(window: Browser, page: Path) -> None:
+    window.open(page, "#graph=0&stage=pack&tab=graph")
+    names = "return [...document.querySelectorAll('.pass')].map((each) => each.dataset.pass)"
+    passes = window.run(names)
+    assert passes[:6] == ["alias", "select", "read", "attach", "load", "pack_weights"]
+    assert passes[6] == "captured"
+    window.click("[data-pass=select]")
+    assert window.run("return viewer.state.tab") == "model"
+    shown = text(window, "#view-model")
+    assert "model.layers.{0-1}.self_attn.q_proj: Linear, 24 -> 24" in shown
+    assert "model.layers.{0-1}.self_attn: one bank for q_proj + k_proj + v_proj" in shown
+    assert "no slot yet" in shown
+    window.click("[data-pass=fuse]")
+    assert window.run("return [viewer.state.tab, viewer.stage.name]") == ["graph", "fuse"]
+
+
 def test_what_was_measured_stands_with_its_site(window: Browser, tmp_path: Path) -> None:
     write_page(tmp_path, "Model", [by_hand()], measured={"layers.0.q": "0.25 ms"})
     window.open(tmp_path / "index.html", "#tab=sites&stage=pack&node=0/mm_packed")
@@ -196,8 +213,10 @@ def test_what_was_measured_stands_with_its_site(window: Browser, tmp_path: Path)
 
 
 def test_texts_are_texts(window: Browser, tmp_path: Path) -> None:
-    write_page(tmp_path, HOSTILE, [by_hand()], {"explain.txt": HOSTILE}, {"layers.0.q": HOSTILE})
-    for tab in ("graph", "diff", "nodes", "sites", "files"):
+    texts, measured = {"explain.txt": HOSTILE}, {"layers.0.q": HOSTILE}
+    prepared = [PassReport(HOSTILE, 1, 0.5, notes=(HOSTILE,))]
+    write_page(tmp_path, HOSTILE, [by_hand()], texts, measured, prepared)
+    for tab in ("graph", "diff", "nodes", "sites", "model", "files"):
         window.open(tmp_path / "index.html", f"#tab={tab}&stage=pack&node=0/relu_1")
         assert window.run("return document.images.length") == 0
         assert HOSTILE in text(window, "#details")

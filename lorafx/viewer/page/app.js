@@ -2,7 +2,8 @@
 "use strict";
 
 const byId = (id) => document.getElementById(id);
-const TABS = ["graph", "diff", "nodes", "sites", "files"];
+const OF_STAGES = ["graph", "diff", "nodes", "sites"];
+const TABS = [...OF_STAGES, "model", "files"];
 const LETTER = 7.3; // pixels of a letter in the diff
 const FILTERS = { sites: "Sites", packs: "Packs", refused: "Refused", changed: "Changed" };
 
@@ -22,6 +23,7 @@ class Viewer {
 
   async start() {
     this.about = await unpacked(byId("about"));
+    drawModel(byId("view-model"), this.about.passes);
     byId("graph").replaceChildren(...this.about.graphs.map((title, i) => new Option(title, i)));
     const wanted = new URLSearchParams(location.hash.slice(1));
     const number = Number(wanted.get("graph"));
@@ -70,7 +72,9 @@ class Viewer {
     const key = this.selected && this.selected.key;
     this.state.stage = index;
     this.stage = this.graph.stage(index);
-    drawTimeline(byId("timeline"), this.graph, index, (chosen) => this.showStage(chosen));
+    drawTimeline(
+      byId("timeline"), this.graph, index, (chosen) => this.chooseStage(chosen), this.about.passes, (chosen) => this.showModel(chosen),
+    );
     byId("diff-from").value = String(Math.max(0, index - 1));
     byId("diff-to").value = String(index);
     this.drawFilters();
@@ -79,9 +83,20 @@ class Viewer {
     this.refresh();
   }
 
+  chooseStage(index) {
+    if (this.state.tab === "model") this.showTab("graph");
+    this.showStage(index);
+  }
+
+  /** What a pass over the model did. */
+  showModel(index) {
+    this.showTab("model");
+    byId("view-model").children[index].scrollIntoView();
+  }
+
   /** A graph that was loaded from a folder of saved graphs has no stages, but files. */
   noStages(none) {
-    for (const name of TABS.slice(0, 4)) document.querySelector(`[data-tab=${name}]`).disabled = none;
+    for (const name of OF_STAGES) document.querySelector(`[data-tab=${name}]`).disabled = none;
     if (!none) return;
     this.stage = null;
     byId("details").hidden = true;
@@ -98,7 +113,7 @@ class Viewer {
       const button = document.querySelector(`[data-tab=${name}]`);
       button.setAttribute("aria-selected", String(name === tab));
     }
-    byId("filters").hidden = tab === "diff" || tab === "files";
+    byId("filters").hidden = !["graph", "nodes", "sites"].includes(tab);
     this.refresh();
   }
 

@@ -1,7 +1,8 @@
-// The timeline of the passes, what is known of one node, the table of sites.
+// The timeline of the passes, what those over the model did, what is known of one node, the table of sites.
 "use strict";
 
-function drawTimeline(container, graph, current, chosen) {
+/** The bar of what compiling took, then the passes: over the model, which `toModel` shows, and over the graph. */
+function drawTimeline(container, graph, current, chosen, prepared, toModel) {
   const total = Object.values(graph.seconds).reduce((sum, seconds) => sum + seconds, 0);
   const bar = element("div", "compile");
   Object.entries(graph.seconds).forEach(([name, seconds], i) => {
@@ -10,33 +11,53 @@ function drawTimeline(container, graph, current, chosen) {
     part.title = `${name}: ${secondsText(seconds)} of ${secondsText(total)}`;
     bar.append(part);
   });
-  const longest = Math.max(...graph.stages.map((stage) => stage.seconds), 1e-9);
+  const longest = Math.max(...[...prepared, ...graph.stages].map((each) => each.seconds), 1e-9);
   const passes = element("div", "passes");
   passes.setAttribute("role", "listbox");
+  prepared.forEach((pass, index) => {
+    const button = passButton(pass, `${pass.found} found`, secondsText(pass.seconds), longest);
+    button.classList.add("of-model");
+    button.classList.toggle("idle", pass.found === 0);
+    button.title = ["over the model", ...pass.notes.slice(0, 8)].join("\n");
+    button.addEventListener("click", () => toModel(index));
+    passes.append(button);
+  });
   graph.stages.forEach((stage, index) => {
     const count = graph.stage(index).entries.length;
     const before = index ? graph.stage(index - 1).entries.length : count;
     const edits = stage.edits === null ? `${count} nodes` : `${stage.edits} edit${stage.edits === 1 ? "" : "s"}`;
     const delta = count === before ? "" : `${count > before ? "+" : "−"}${Math.abs(count - before)}`;
-    const meter = element("span", "meter", element("i"));
-    meter.firstChild.style.width = `${Math.max(2, (100 * stage.seconds) / longest)}%`;
-    const button = element(
-      "button", `pass${stage.edits === 0 ? " idle" : ""}`,
-      element("b", "", stage.name),
-      element("span", "", [edits, delta].filter(Boolean).join(", ")),
-      element("span", "muted", stage.edits === null ? "as traced" : secondsText(stage.seconds)),
-      meter,
-    );
-    button.type = "button";
-    button.setAttribute("role", "option");
+    const time = stage.edits === null ? "as traced" : secondsText(stage.seconds);
+    const button = passButton(stage, [edits, delta].filter(Boolean).join(", "), time, longest);
+    button.classList.toggle("idle", stage.edits === 0);
     button.setAttribute("aria-selected", String(index === current));
-    button.dataset.pass = stage.name;
     button.addEventListener("click", () => chosen(index));
     passes.append(button);
   });
   container.replaceChildren(bar, passes);
   const selected = passes.querySelector("[aria-selected=true]");
   if (selected) passes.scrollLeft = selected.offsetLeft - passes.clientWidth / 2 + selected.clientWidth / 2;
+}
+
+function passButton(pass, did, time, longest) {
+  const meter = element("span", "meter", element("i"));
+  meter.firstChild.style.width = `${Math.max(2, (100 * pass.seconds) / longest)}%`;
+  const button = element(
+    "button", "pass", element("b", "", pass.name), element("span", "", did), element("span", "muted", time), meter,
+  );
+  button.type = "button";
+  button.setAttribute("role", "option");
+  button.dataset.pass = pass.name;
+  return button;
+}
+
+/** What the passes over the model found and did. */
+function drawModel(container, prepared) {
+  const parts = prepared.map((pass) => element(
+    "section", "", element("h3", "", pass.name, element("span", "muted", ` ${pass.found} found, ${secondsText(pass.seconds)}`)),
+    element("ul", "", ...pass.notes.map((note) => element("li", "", note))),
+  ));
+  container.replaceChildren(...(parts.length ? parts : [element("p", "muted", "Nothing is known of the passes over the model.")]));
 }
 
 /** The facts of one entry, as pairs of a word and a text or an element. */

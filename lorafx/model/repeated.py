@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 #: What stands for an index.
 INDEX = "*"
+#: Paths of one list that are told.
+_SHOWN = 3
 
 
 def shape_of(path: str) -> str:
@@ -30,3 +32,18 @@ def _place(names: tuple[str, ...]) -> str:
             runs.append([index])
     told = (f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
     return "{" + ",".join(told) + "}"
+
+
+def alike(told: Iterable[tuple[str, str]]) -> list[str]:
+    """Lines `path: text`, one for all paths of one `shape_of` that have the same text."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for path, text in told:
+        found.setdefault((shape_of(path), text), []).append(path)
+    return [f"{joined(paths)}: {text}" for (_, text), paths in found.items()]
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few of a list, and how many more there are."""
+    told = list(names)
+    more = f" and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
+    return ", ".join(told[:_SHOWN]) + more
