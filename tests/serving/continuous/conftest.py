@@ -1,0 +1,75 @@
+"""A Llama of one layer with eight adapters, and compiled models of it that tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dense_merge import REFERENCE, Case, build_case, save_adapter
+from tiny_models import Family
+
+import lorafx
+
+
+def eight(family: str | Family, folder: Path, **changes: Any) -> Case:
+    """A case with adapters a0 to a7."""
+    case = build_case(family, folder, **changes)
+    for seed in range(5, 8):
+        name = f"a{seed}"
+        case.folders[name] = save_adapter(
+            case.base, folder / name, rank=1 + seed % 4, targets="all-linear", seed=seed
+        )
+    return case
+
+
+@pytest.fixture(scope="session")
+def eight_of() -> Callable[..., Case]:
+    return eight
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """One layer, eight adapters."""
+    return eight("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=1)
+
+
+@pytest.fixture(scope="session")
+def _made() -> dict[int | None, Any]:
+    """Slots -> the compiled model."""
+    return {}
+
+
+@pytest.fixture
+def with_slots(llama: Case, _made: dict[int | None, Any]) -> Iterator[Callable[[int | None], Any]]:
+    """`llama` compiled with so many slots, None for one an adapter: each once. After the test it
+    has its own adapters and weights again, none of them pinned."""
+    used: list[Any] = []
+
+    def of(slots: int | None) -> Any:
+        if slots not in _made:
+            if slots is None:
+                _made[slots] = llama.compile()
+            else:
+                config = lorafx.LoraConfig(max_adapters=slots, max_rank=8)
+                _made[slots] = lorafx.compile(
+                    llama.model(), config, adapters=llama.folders, options=REFERENCE
+                )
+        used.append(_made[slots])
+        return _made[slots]
+
+    yield of
+    for cm in used:
+        cm.set_adapter(None)
+        for name in cm._session.store.pinned:
+            cm.unpin_adapter(name)
+        for name in set(cm.adapters) - set(llama.folders):
+            cm.unload_adapter(name)
+        for name, folder in llama.folders.items():
+            cm.load_adapter(folder, name)
+
+
+@pytest.fixture
+def cm(with_slots: Callable[[int | None], Any]) -> Any:
+    return with_slots(None)
