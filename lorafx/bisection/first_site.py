@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from lorafx.bisection.outputs import difference
 from lorafx.bisection.reference import Modules
 from lorafx.bisection.result import FirstSite
+from lorafx.capture.differences import difference
 from lorafx.graph.graph_nodes import module_path
 from lorafx.serving.stages import Stage
 

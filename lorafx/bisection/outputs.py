@@ -1,7 +1,4 @@
-"""Outputs of calls, and how far they are apart.
-
-error = max |got − want| / max(1, max |want|)        as lorafx.capture.verify has it
-"""
+"""Outputs of calls, and how far they are apart."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lorafx.capture.verify import TOLERANCE
+from lorafx.capture.differences import difference, tolerance
 
 Names = Sequence["str | None"]
 
@@ -54,23 +51,12 @@ class Outputs:
     @property
     def tolerance(self) -> float:
         """That of the least exact dtype."""
-        return max((TOLERANCE.get(leaf.dtype, 1e-4) for leaf in self.leaves), default=1e-4)
+        return max((tolerance(leaf.dtype) for leaf in self.leaves), default=0.0)
 
     def error(self, want: Outputs, mask: Tensor | None = None) -> float:
         """The largest error of a leaf. `mask` (B, T) leaves padding out, where a leaf is
         (B, T, ...)."""
         return max(map(difference, *_valid(self, want, mask)), default=0.0)
-
-
-def difference(got: Tensor, want: Tensor) -> float:
-    """The error of one tensor; infinite where shapes differ or something is no number."""
-    if got.shape != want.shape:
-        return float("inf")
-    if not want.numel():
-        return 0.0
-    scale = max(1.0, float(want.double().abs().max()))
-    error = float((got.double() - want.double()).abs().max()) / scale
-    return error if error == error else float("inf")
 
 
 def _valid(got: Outputs, want: Outputs, mask: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorafx.reports.table import html_table, text_table
+from lorafx.reports.writing import json_values
 
 Batch = Literal["mixed", "one adapter at a time"]
 
@@ -77,8 +78,10 @@ class Bisection:
     script: Path | None = None
 
     def json(self) -> dict[str, Any]:
-        """The fields, of JSON's own types."""
-        return {**asdict(self), "script": None if self.script is None else str(self.script)}
+        """The fields, of JSON's own types; null for an error that is no finite number."""
+        script = None if self.script is None else str(self.script)
+        found: dict[str, Any] = json_values({**asdict(self), "script": script})
+        return found
 
     def __str__(self) -> str:
         lines = [

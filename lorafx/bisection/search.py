@@ -25,6 +25,7 @@ from lorafx.bisection.result import Batch, Bisection, FirstSite, StageError
 from lorafx.config import After
 from lorafx.errors import BatchError, ConfigError, VerifyError
 from lorafx.pass_order import CAPTURED, pipeline
+from lorafx.reports.writing import check_room, written_into
 from lorafx.serving.compiled import CompiledModel, compiled_of
 from lorafx.serving.example_inputs import named_inputs
 from lorafx.serving.stages import Stages, staged
@@ -66,7 +67,7 @@ def bisect(
 
     Raises:
         ConfigError: not a compiled model, an adapter is merged, a sum of adapters, `folder` is not
-            empty, or what would have to be written cannot be.
+            empty or cannot be written to, or what would have to be written cannot be.
         BatchError: `adapter_names` is not as long as the batch, or no output is a tensor with a row
             for each request.
         MatchError: an adapter cannot be merged, so there is no reference.
@@ -80,8 +81,10 @@ def bisect(
         )
     names = _names(compiled, adapter_names)
     target = None if folder is None else Path(folder)
-    if target is not None and target.exists() and any(target.iterdir()):
-        raise ConfigError(f"{target} is not empty; name a folder that does not exist yet")
+    if target is not None:
+        check_room(target)
+        if target.exists() and any(target.iterdir()):
+            raise ConfigError(f"{target} is not empty; name a folder that does not exist yet")
     roles = compiled.entry(compiled.model).roles
     named = named_inputs(roles, inputs)
     rows = roles.rows(roles.spread(named))
@@ -90,7 +93,8 @@ def bisect(
     search = _Search.of(compiled, named, names, tolerance)
     found = search.run()
     if found.first is not None and target is not None:
-        found = replace(found, script=write(target, compiled, named, names, found))
+        with written_into(target):
+            found = replace(found, script=write(target, compiled, named, names, found))
     return found
 
 

@@ -16,15 +16,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from lorafx.capture.differences import difference, tolerance
 from lorafx.errors import VerifyError
 from lorafx.graph.context import Context
 from lorafx.pass_order import CAPTURED, GraphPass, way_around
 from lorafx.passes.outline.regions import bodies
 from lorafx.program.frame import fake_value
-
-#: Relative tolerance by dtype, of the largest magnitude in a result: accumulation order differs
-#: between stages and errors grow over layers.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
 def check_graph(pass_name: str, gm: fx.GraphModule, ctx: Context, outputs: Sequence[Any]) -> None:
@@ -155,7 +152,7 @@ class NumericCheck:
         return compared
 
     def _compare(self, stage: _Stage, reference: list[Any], results: list[Any]) -> float:
-        """The largest difference, over the largest magnitude of its output or 1."""
+        """The largest difference, as `lorafx.capture.differences` has it."""
         largest = 0.0
         for index, (want, got) in enumerate(zip(reference, results, strict=True)):
             if not isinstance(want, Tensor):
@@ -165,14 +162,13 @@ class NumericCheck:
                     self.result = f"numbers: pass {stage.name!r} changed output {index}"
                     raise VerifyError(f"{self.title}: pass {stage.name!r} changed output {index}")
                 continue
-            scale = float(want.abs().max()) if want.numel() else 0.0
-            error = float((want.double() - got.double()).abs().max()) if want.numel() else 0.0
-            if not error <= TOLERANCE.get(want.dtype, 1e-4) * max(scale, 1.0):
+            error = difference(got, want)
+            if error > tolerance(want.dtype):
                 self.result = f"numbers: pass {stage.name!r} changed them, by {error:.3g}"
                 raise VerifyError(
                     f"{self.title}: after pass {stage.name!r} output {index} differs by "
-                    f"{error:.3g} (largest magnitude {scale:.3g}). To serve the model "
-                    f"nevertheless, {stage.way_around}"
+                    f"{error:.3g} of its largest magnitude, or of 1 where that is less. To serve "
+                    f"the model nevertheless, {stage.way_around}"
                 )
-            largest = max(largest, error / max(scale, 1.0))
+            largest = max(largest, error)
         return largest

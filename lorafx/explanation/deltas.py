@@ -77,7 +77,8 @@ def _square(site: Site, factors: Factors) -> float:
     if factors.ranks is not None:  # what is behind an expert's own rank is not read
         within = torch.arange(b.shape[-2]) < factors.ranks[:, None]
         b = b * within[..., None]
-    square = ((a @ a.mT) * (b @ b.mT)).sum((-2, -1))
+    # Each is a square already: their product would leave float32 where ΔW itself does not.
+    square = ((a @ a.mT).double() * (b @ b.mT).double()).sum((-2, -1))
     scale = torch.as_tensor(factors.scale, dtype=square.dtype)
     return max(float((square * scale**2).sum()), 0.0)
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lorafx.program.pass_report import PassReport
+from lorafx.reports.writing import json_values
 
 if TYPE_CHECKING:
     from lorafx.session.session import Session
@@ -207,14 +208,17 @@ class Explanation:
         return sections(self)
 
     def json(self) -> dict[str, Any]:
-        """The fields, the summary and sums as values that the module `json` can write."""
-        adapters = [{**asdict(adapter), "norm": adapter.norm} for adapter in self.adapters]
-        return {
-            **asdict(self),
-            "adapters": adapters,
-            "seconds": self.seconds,
-            "summary": list(self.summary),
-        }
+        """The fields, the summary and sums, of JSON's own types; null for what is no finite
+        number, such as the norm of an adapter that holds NaN."""
+        found: dict[str, Any] = json_values(
+            {
+                **asdict(self),
+                "adapters": [{**asdict(own), "norm": own.norm} for own in self.adapters],
+                "seconds": self.seconds,
+                "summary": self.summary,
+            }
+        )
+        return found
 
     def __str__(self) -> str:
         parts = list(self.summary)

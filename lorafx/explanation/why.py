@@ -19,6 +19,7 @@ from lorafx.explanation.report import NodeReport, RefusalReport
 from lorafx.explanation.selection import Selection, registered, selection_of
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site
+from lorafx.reports.writing import json_values
 from lorafx.session.last_call import LastCall
 from lorafx.session.session import Session
 
@@ -94,8 +95,9 @@ class Why:
     graphs: tuple[InGraph, ...] = ()
 
     def json(self) -> dict[str, Any]:
-        """The fields as values that the module `json` can write."""
-        return asdict(self)
+        """The fields, of JSON's own types; null for what is no finite number."""
+        found: dict[str, Any] = json_values(asdict(self))
+        return found
 
     def __str__(self) -> str:
         return "\n  ".join(_lines(self))

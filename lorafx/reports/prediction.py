@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lorafx.model.repeated import joined
 from lorafx.reports.table import html_table, over, size, text_table
+from lorafx.reports.writing import json_values
 
 NoteKind = Literal[
     "refused", "device", "packs", "training", "not selected", "alias", "tied", "capacity"
@@ -161,8 +162,8 @@ class Prediction:
     notes: tuple[Note, ...]
 
     def json(self) -> dict[str, Any]:
-        """The fields, of JSON's own types."""
-        found: dict[str, Any] = asdict(self)
+        """The fields, of JSON's own types; null for what is no finite number."""
+        found: dict[str, Any] = json_values(asdict(self))
         rows = [*found["sites"], *found["packs"]]
         patterns = [item.pattern for item in self.sites] + [item.pattern for item in self.packs]
         for row, pattern in zip(rows, patterns, strict=True):

@@ -8,6 +8,7 @@ from typing import Any
 
 from lorafx.model.repeated import joined, shape_of
 from lorafx.reports.table import html_table, over, text_table
+from lorafx.reports.writing import json_values
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,9 @@ class Profile:
         return {path: "; ".join(texts) for path, texts in found.items()}
 
     def json(self) -> dict[str, Any]:
-        """The fields, of JSON's own types, and the ratios."""
-        found: dict[str, Any] = {**asdict(self), "sites": self.sites}
-        for row, node in zip(found["nodes"], self.nodes, strict=True):
-            row["measured"] = node.measured
+        """The fields, of JSON's own types, and the ratios; null for what is no finite number."""
+        nodes = [{**asdict(node), "measured": node.measured} for node in self.nodes]
+        found: dict[str, Any] = json_values({**asdict(self), "sites": self.sites, "nodes": nodes})
         return found
 
     def __str__(self) -> str:

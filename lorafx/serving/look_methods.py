@@ -13,6 +13,7 @@ from lorafx.explanation import Explanation
 from lorafx.explanation.collecting import report_of
 from lorafx.explanation.why import Why, why
 from lorafx.reports.profile import Profile
+from lorafx.reports.writing import written_into
 from lorafx.session.last_call import LastCall
 from lorafx.viewer.page import write_page
 
@@ -110,8 +111,16 @@ class LookMethods:
         """Write every captured graph, before and after each pass, as text and as diffs, with the
         code that was generated for it, `explain.txt`, and `index.html`, which shows all of it
         in a browser (docs/look_inside.md). Environment LORAFX_DUMP=folder does so as graphs come.
+
+        Raises:
+            ConfigError: the folder cannot be made, or written to.
         """
         target = Path(folder)
+        with written_into(target):
+            self._write(target)
+        return target
+
+    def _write(self, target: Path) -> None:
         records = self._session.backend.records
         for record in records:
             record.dump.write(target)
@@ -124,7 +133,6 @@ class LookMethods:
         write_page(target, type(self.model).__name__, views, reports, measured, prepared)
         for name, report in reports.items():
             (target / name).write_text(report, encoding="utf-8")
-        return target
 
     def __repr__(self) -> str:
         lines = report_of(self._session, quick=True).summary

@@ -125,7 +125,7 @@ def test_the_written_program_shows_the_difference(plain: Case, inputs: Any, tmp_
         lorafx.bisect(cm, inputs, NAMES, folder=moved)
 
 
-def test_what_cannot_be_bisected(plain: Case, inputs: Any) -> None:
+def test_what_cannot_be_bisected(plain: Case, inputs: Any, tmp_path: Path) -> None:
     cm = plain.compile()
     with pytest.raises(ConfigError, match=r"takes what lorafx\.compile returned"):
         lorafx.bisect(plain.base, inputs, NAMES)
@@ -133,6 +133,10 @@ def test_what_cannot_be_bisected(plain: Case, inputs: Any) -> None:
         lorafx.bisect(cm, inputs, NAMES[:3])
     with pytest.raises(ConfigError, match="not sums of them"):
         lorafx.bisect(cm, inputs, [{"a1": 0.5, "a0": 0.5}, None, None, None])
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(ConfigError, match=r"file.* cannot be written: .*file is a file"):
+            lorafx.bisect(cm, inputs, NAMES, folder=folder)
     with pytest.raises(lorafx.UnknownAdapterError):
         lorafx.bisect(cm, inputs, ["nobody"] * 4)
     cm.merge("a1")

@@ -9,7 +9,7 @@ import torch
 from dense_merge import Case
 from tiny_models import FAMILIES
 
-from lorafx import LorafxWarning
+from lorafx import ConfigError, LorafxWarning
 
 
 @pytest.mark.parametrize("rows", [["a0", None], [None, None]])
@@ -24,5 +24,7 @@ def test_a_folder_that_cannot_be_written_to_changes_no_graph(
         found = cm(**inputs, adapter_names=rows)
     assert not any("Dynamo failed" in str(one.message) for one in seen)
     assert cm.recompiles == 1
+    with pytest.raises(ConfigError, match=r"file/dump cannot be written: .*Name a folder"):
+        cm.dump(tmp_path / "file" / "dump")
     monkeypatch.delenv("LORAFX_DUMP")
     torch.testing.assert_close(found, plain.compile()(**inputs, adapter_names=rows))

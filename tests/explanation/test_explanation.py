@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 from dense_merge import REFERENCE, TOLERANCE, Case, error, save_adapter
 from expert_models import moe_case
+from safetensors.torch import load_file
 from tiny_models import FAMILIES
 from torch import nn
 
@@ -117,6 +119,28 @@ def test_all_forms_say_the_same(family: str, looked: Any) -> None:
     assert len(lines) <= 10
     assert lines[0] == "CompiledModel("
     assert lines[1].strip() == report.summary[0]
+
+
+def test_numbers_that_json_does_not_have(plain: Case, tmp_path: Path) -> None:
+    """Factors of 1e18 have a ΔW of 1e36, which float32 holds, and its square does not; the norm of
+    those of 1e30 is over all that a float32 of ΔW could hold."""
+    cm = plain.compile()
+    file = plain.folders["a0"] / "adapter_model.safetensors"
+    config = json.loads((file.parent / "adapter_config.json").read_text())
+    for name, scale in (("large", 1e18), ("over", 1e30)):
+        tensors = {key: own * scale for key, own in load_file(file).items()}
+        source = lorafx.AdapterSource(tensors, config=config)
+        cm.load_adapter(source, name)
+    report = cm.explain()
+    plainly, large, over = (by_name(report)[name].norm for name in ("a0", "large", "over"))
+    assert large == pytest.approx(plainly * 1e36, rel=1e-4)
+    assert not math.isfinite(over)
+    values = json.loads(json.dumps(report.json(), allow_nan=False))
+    found = {adapter["name"]: adapter["norm"] for adapter in values["adapters"]}
+    assert (found["large"], found["over"]) == (large, None)
+    path = by_name(report)["over"].sites[0]
+    told = cm.why(path, adapter="over").json()
+    assert json.loads(json.dumps(told, allow_nan=False))["adapter"]["norm"] is None
 
 
 def test_sizes_are_words(looked: Any) -> None:
