@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
@@ -27,7 +28,7 @@ from lorafx.serving.continuous.eager import EAGER
 from lorafx.serving.continuous.outputs import Outputs
 from lorafx.serving.continuous.packed_call import PackedForward
 from lorafx.serving.continuous.pages import AdapterPages
-from lorafx.serving.continuous.requests import AdapterRequest, Ticket, ticket_of
+from lorafx.serving.continuous.requests import AdapterRequest, Ticket
 from lorafx.serving.continuous.room import Room
 from lorafx.serving.continuous.scheduling import all_pinned, within_slots
 
@@ -285,32 +286,32 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         return processor
 
     def _generation_step(self) -> None:
-        processor = self._processor
+        processor, packed = self._processor, self._packed
+        step = processor.inputs_and_outputs
         try:
             processor._generation_step(self._forward)
         except torch.AcceleratorError:
             raise  # the device computes nothing any more: the engine ends, and says why
         except Exception as error:
             # The requests of this step fail; the others go on.
-            processor.handle_batch_error(_said(error))
-            processor.inputs_and_outputs.requests_in_batch = []
-            processor.scheduler._requests_to_fork.clear()
-            processor.scheduler.block_new_requests = False
+            own, packed.failed = packed.failed, {}
+            names = [future.state.request_id for future in step.requests_in_batch]
+            failed = {name: own.get(name, error) for name in names}
         else:
-            self._end_refused(processor)
+            failed, packed.failed = packed.failed, {}
+        if failed:
+            self._end(processor, failed)
 
-    def _end_refused(self, processor: Any) -> None:
-        """Have the requests of the step fail whose adapters were refused in it."""
-        refused, self._packed.refused = self._packed.refused, {}
-        if not refused:
-            return
+    def _end(self, processor: Any, failed: Mapping[str, Exception]) -> None:
+        """Have these requests of the step fail; the others have their new tokens."""
         step, scheduler = processor.inputs_and_outputs, processor.scheduler
+        said = _said(failed)
         kept: list[FutureRequestState] = []
         columns: list[int] = []  # of the new tokens, in their order
         column = 0
         for future in step.requests_in_batch:
-            state, ticket = future.state, ticket_of(future.state)
-            error = None if ticket is None else refused.get(ticket)
+            state = future.state
+            error = said.get(state.request_id)
             if error is None:
                 kept.append(future)
                 columns += [column] * future.has_new_token
@@ -325,15 +326,24 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         scheduler.block_new_requests = False
 
 
-def _said(error: Exception) -> LorafxError:
-    """What the requests of a step are told of `error`."""
-    if isinstance(error, LorafxError):
-        return error
-    LOG.error("a step of continuous batching failed, and its requests with it", exc_info=error)
-    return BatchError(
-        "this request failed with the others of its step: the model, or how tokens are chosen, "
-        f"raised {type(error).__name__}: {error}"
-    )
+def _said(failed: Mapping[str, Exception]) -> dict[str, LorafxError]:
+    """What requests that failed are told."""
+    said: dict[str, LorafxError] = {}
+    causes: dict[int, Exception] = {}
+    shared = Counter(map(id, failed.values()))
+    for name, error in failed.items():
+        if isinstance(error, LorafxError):
+            said[name] = error
+            continue
+        causes[id(error)] = error
+        several = shared[id(error)] > 1
+        said[name] = BatchError(
+            f"this request failed{' with others of its step' if several else ''}: the model, or "
+            f"how tokens are chosen, raised {type(error).__name__}: {error}"
+        )
+    for error in causes.values():
+        LOG.error("requests failed in a step of continuous batching", exc_info=error)
+    return said
 
 
 @contextmanager

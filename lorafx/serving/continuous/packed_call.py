@@ -5,26 +5,26 @@
     → compiled forward    as a call with T requests of one token each (`PACKED_DIMS`)
 
 All steps run the graphs with adapters, also those of the base alone, so that no step waits for a
-graph that others have not needed. Where a step is refused, each of its adapters is tried alone; the
-step runs without those that are refused then, whose requests fail. What a try has overwritten of
-the windows of a sliding attention is put back before the next. What the engine hands over are
-views of its own buffers; graphs depend on how tensors lie, so they get copies.
+graph that others have not needed. A step that fails is run in parts (`parts.py`), so that only the
+requests fail that cannot be served. A part has all tokens of the step, for the same graphs: those
+of other requests are copies of one of its own, of the base, and write nothing into the cache. What
+a part that fails has overwritten of the windows of a sliding attention is put back. What the engine
+hands over are views of its own buffers; graphs depend on how tensors lie, so they get copies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
-from lorafx.adapter_store.holding import Hold
 from lorafx.adapter_store.names import BASE
-from lorafx.errors import LorafxError
 from lorafx.serving.continuous.eager import EAGER, TracedEager
+from lorafx.serving.continuous.parts import OF_THE_DEVICE, in_parts
 from lorafx.serving.continuous.requests import AdapterRequest, Ticket, ticket_of
 from lorafx.serving.continuous.step_cache import StepCache
 
@@ -44,8 +44,9 @@ class PackedForward:
         batch: gives the requests of the step, in the order of their tokens.
 
     Attributes:
-        refused: the tickets of the last step whose adapters are refused, and why. Their tokens were
-            served as the base, and what came of them is nothing to anybody.
+        failed: the requests of the last step that failed, by their names, and why. What came of
+            them in a step that others have gone on from is nothing to anybody.
+        searches: whether a step that fails is run in parts.
     """
 
     def __init__(
@@ -54,7 +55,8 @@ class PackedForward:
         self._compiled = compiled
         self._batch = batch
         self._pages: StepCache | None = None
-        self.refused: dict[Ticket, LorafxError] = {}
+        self.failed: dict[str, Exception] = {}
+        self.searches = True
 
     def _supports_logits_to_keep(self) -> bool:
         """Asked by the engine: whether the head is only computed for tokens that need it."""
@@ -92,21 +94,20 @@ class PackedForward:
         single = logits_to_keep is not None and logits_to_keep.shape[0] == 1
         if logits_to_keep is not None:
             named["logits_to_keep"] = logits_to_keep.repeat(2) if single else logits_to_keep.clone()
-        self.refused = {}
+        self.failed = {}
+        batch = self._batch()
         with compiled._session.lock:
-            self._count()
-            holds = self._holds()
-            put_back = step.kept() if holds else None
+            self._count(batch)
+            put_back = step.kept() if self.searches and len(batch) > 1 else None
             try:
-                output = self._run(named, length)
-            except LorafxError:
+                output = self._run(named, length, batch)
+            except OF_THE_DEVICE:
+                raise
+            except Exception as error:
                 if put_back is None:
                     raise
-                self.refused = self._refused(named, length, holds, put_back)
-                if not self.refused:
-                    raise
-                put_back()
-                output = self._run(named, length)
+                put_back(None)
+                output = self._in_parts(named, length, batch, put_back, error)
         if single:
             output.logits = output.logits[:, :1]
         return output
@@ -120,11 +121,65 @@ class PackedForward:
         model: Any = self._compiled.model
         return _EAGER if model.config._attn_implementation == EAGER else _NOTHING
 
-    def _run(self, named: Mapping[str, Any], length: int, alone: Hold | None = None) -> Any:
-        """The model's output for these arguments, where adapters are active that are not refused,
-        or one `alone`. The session's lock is held."""
+    def _in_parts(
+        self,
+        named: Mapping[str, Any],
+        length: int,
+        batch: Sequence[FutureRequestState],
+        put_back: Callable[[Tensor | None], None],
+        error: Exception,
+    ) -> Any:
+        """The model's output for a step that failed with `error` as a whole, in its first part that
+        is served. Notes which requests fail.
+
+        Raises:
+            The error, where all of them do.
+        """
+        ids = named["input_ids"]
+        owners = _owners(batch, length)
+
+        def run(part: Sequence[int]) -> Any:
+            absent = ~torch.isin(owners, torch.tensor(part))
+            own = int(absent.long().argmin())
+            there = absent.to(ids.device)
+            tokens = {
+                name: torch.where(there, named[name][..., own : own + 1], named[name])
+                for name in ("input_ids", "position_ids")
+            }
+            cache = named["cache"].without(there)
+            try:
+                return self._run({**named, **tokens, "cache": cache}, length, batch, part)
+            except Exception:
+                put_back(~there)
+                raise
+
+        tickets = [ticket_of(future.state) for future in batch]
+        versions = [None if t is None or t.hold is None else t.hold.stored.version for t in tickets]
+        served, failed = in_parts(versions, run, error)
+        self.failed = {batch[place].state.request_id: why for place, why in failed.items()}
+        if not served:
+            raise error
+        (_, output), *others = served
+        output.logits = output.logits.clone()
+        of_rows = owners
+        if "logits_to_keep" in named:
+            of_rows = torch.tensor([i for i, future in enumerate(batch) if future.has_new_token])
+        for part, other in others:
+            rows = torch.isin(of_rows, torch.tensor(part)).nonzero()[:, 0].to(ids.device)
+            output.logits[:, rows] = other.logits[:, rows]
+        return output
+
+    def _run(
+        self,
+        named: Mapping[str, Any],
+        length: int,
+        batch: Sequence[FutureRequestState],
+        part: Sequence[int] | None = None,
+    ) -> Any:
+        """The model's output for these arguments, with the adapters of the requests, or of a part
+        of them. The session's lock is held."""
         compiled, session = self._compiled, self._compiled._session
-        names, tokens = self._tokens(length, alone)
+        names, tokens = self._tokens(length, batch, part)
         compiled._check_attached()
 
         def run() -> Any:
@@ -135,63 +190,40 @@ class PackedForward:
         with self._traced():
             return session.call(run, names, tokens=tokens, packed=True)
 
-    def _holds(self) -> dict[Ticket, Hold]:
-        """The adapters of the step; none where one has all of it, which tried alone would be the
-        same step again."""
-        tickets = dict.fromkeys(ticket_of(future.state) for future in self._batch())
-        holds = {t: t.hold for t in tickets if t is not None and t.hold is not None}
-        several = len({hold.stored.version for hold in holds.values()}) > 1
-        return holds if several or len(holds) < len(tickets) else {}
-
-    def _refused(
-        self,
-        named: Mapping[str, Any],
-        length: int,
-        holds: Mapping[Ticket, Hold],
-        put_back: Callable[[], None],
-    ) -> dict[Ticket, LorafxError]:
-        """The tickets of the step whose adapter is refused alone; none where what is refused is the
-        mix."""
-        errors: dict[int, LorafxError] = {}
-        for hold in {hold.stored.version: hold for hold in holds.values()}.values():
-            put_back()
-            try:
-                self._run(named, length, alone=hold)
-            except LorafxError as error:
-                errors[hold.stored.version] = error
-        return {
-            ticket: errors[hold.stored.version]
-            for ticket, hold in holds.items()
-            if hold.stored.version in errors
-        }
-
-    def _count(self) -> None:
+    def _count(self, batch: Sequence[FutureRequestState]) -> None:
         """Note how many tokens of each adapter are run."""
-        for future in self._batch():
+        for future in batch:
             ticket = ticket_of(future.state)
             if ticket is not None:
                 named = BASE if ticket.hold is None else str(ticket.hold.name)
                 self._compiled._session.tokens[named] += future.query_length
 
-    def _tokens(self, length: int, alone: Hold | None) -> tuple[list[str], Tensor]:
-        """The adapters of the step, and which of them each token uses: (1, T), -1 for the base and
-        for padding."""
-        store = self._compiled._session.store
+    def _tokens(
+        self, length: int, batch: Sequence[FutureRequestState], part: Sequence[int] | None
+    ) -> tuple[list[str], Tensor]:
+        """The adapters of the step, or of a part, and which of them each token uses: (1, T), -1 for
+        the base and for padding. A part leaves other tokens to the base, or to what is merged into
+        it, which then serves nothing else."""
+        session = self._compiled._session
+        store, merged = session.store, session.base.merged
         places: dict[str, int] = {}
         found: dict[Ticket | None, int] = {None: -1}
         numbers: list[int] = []
         counts: list[int] = []
-        for future in self._batch():
-            ticket = ticket_of(future.state)
+        for place, future in enumerate(batch):
+            ticket, count, state = ticket_of(future.state), future.query_length, future.state
+            if part is not None and place not in part:
+                absent = -1 if merged is None else places.setdefault(merged.name, len(places))
+                numbers += [absent]
+                counts += [count]
+                continue
             if ticket not in found:
                 assert ticket is not None
                 hold = ticket.hold
-                other = alone is not None and hold is not None and hold.stored is not alone.stored
-                if hold is None or other or ticket in self.refused:
+                if hold is None:
                     found[ticket] = -1
                 else:
                     found[ticket] = places.setdefault(store.held_name(hold), len(places))
-            count, state = future.query_length, future.state
             before = state.inactive(count) if isinstance(state, AdapterRequest) else 0
             numbers += [-1, found[ticket]]
             counts += [before, count - before]
@@ -199,6 +231,13 @@ class PackedForward:
         numbers.append(-1)
         tokens = torch.tensor(numbers).repeat_interleave(torch.tensor(counts))
         return list(places), tokens[None]
+
+
+def _owners(batch: Sequence[FutureRequestState], length: int) -> Tensor:
+    """Whose each token is, (T,), by the request's place in the step; -1 for padding."""
+    counts = [future.query_length for future in batch]
+    owners = torch.arange(len(batch)).repeat_interleave(torch.tensor(counts))
+    return nn.functional.pad(owners, (0, length - len(owners)), value=-1)
 
 
 def _laid_out(mask: Tensor | Mapping[str, Tensor]) -> Any:

@@ -66,6 +66,10 @@ class StepCache(PagedAttentionCache):
             layer: _place(allocator, layer) for layer, allocator in cache.layer_to_allocator.items()
         }
         self._windows = _windows(self.places.values(), self.pages)
+        self._trash = [
+            (allocator.read_trash_index, allocator.write_trash_index)
+            for allocator in cache.cache_allocators.values()
+        ]
         self.read: list[Tensor] = []
         self.write: list[Tensor] = []
 
@@ -73,7 +77,8 @@ class StepCache(PagedAttentionCache):
         """For a step that reads and writes these rows. Where nothing is read (transformers gives
         no rows then), the queries see the new tokens: a graph need not tell the two apart."""
         step = StepCache.__new__(StepCache)
-        step.pages, step.places, step._windows = self.pages, self.places, self._windows
+        step.pages, step.places = self.pages, self.places
+        step._windows, step._trash = self._windows, self._trash
         step.read = [
             rows.clone() if rows.numel() else self._unread(group, new)
             for group, (rows, new) in enumerate(zip(read, write, strict=True))
@@ -88,17 +93,34 @@ class StepCache(PagedAttentionCache):
                 return torch.full_like(new, window.sentinel)
         return new.clone()
 
-    def kept(self) -> Callable[[], None]:
+    def without(self, absent: Tensor) -> StepCache:
+        """For the same step without the tokens that are `absent`, (T,) bool: nothing is written for
+        them, and what they would have written is not read, which may be what was there before."""
+        windows = {window.group: window.sentinel for window in self._windows}
+        read, write = [], []
+        for group, (rows, new) in enumerate(zip(self.read, self.write, strict=True)):
+            unread, unwritten = self._trash[group]
+            unseen = torch.isin(rows, new[absent])
+            # Of a window the rows are read that tokens before have left there.
+            read.append(rows if group in windows else rows.masked_fill(unseen, unread))
+            write.append(new.masked_fill(absent, unwritten))
+        return self.step(read, write)
+
+    def kept(self) -> Callable[[Tensor | None], None]:
         """What puts back the rows that this step overwrites and reads, as windows do, so that it
-        may run again. A full cache gets rows that nobody has read."""
+        may run again; or those of some tokens, (T,) bool. A full cache gets rows that nobody has
+        read."""
         found = []
         for window in self._windows:
-            rows = (window.firsts[:, None] + self.write[window.group]).flatten()
-            found.append((window.table, rows, window.table.index_select(0, rows)))
+            rows = window.firsts[:, None] + self.write[window.group]
+            found.append((window.table, rows, window.table.index_select(0, rows.flatten())))
 
-        def put_back() -> None:
+        def put_back(tokens: Tensor | None) -> None:
             for table, rows, values in found:
-                table.index_copy_(0, rows, values)
+                back = torch.ones_like(rows, dtype=torch.bool)
+                if tokens is not None:
+                    back &= tokens
+                table.index_copy_(0, rows[back], values[back.flatten()])
 
         return put_back
 

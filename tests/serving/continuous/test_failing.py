@@ -12,27 +12,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dense_merge import Case, build_case
+from dense_merge import REFERENCE, Case, build_case
 from safetensors.torch import load_file
 from step_logits import StepLogits, answers, check_logits
-from torch import nn
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
+import lorafx
 from lorafx import BatchError, ConfigError
 
 pytestmark = pytest.mark.usefixtures("earlier_objects_frozen")
 
 PAGES = {"page_size": 4, "num_blocks": 12, "max_batch_tokens": 16}
 CONFIG = ContinuousBatchingConfig(**PAGES)
-#: Token ids from this one on are not in the table of `Limited`.
+#: Token ids from this one on are not in the table of `limit`.
 LIMIT = 50
 
 
-def test_an_adapter_that_is_refused_leaves_windows_as_they_were(tmp_path) -> None:
-    """Its requests come into steps that go on with prompts of others, which were cut into chunks:
-    such a chunk overwrites what it reads of the window, of four tokens."""
+def test_requests_that_fail_leave_windows_as_they_were(tmp_path) -> None:
+    """They come into steps that go on with prompts of others, which were cut into chunks: such a
+    chunk overwrites what it reads of the window, of four tokens. Some fail since their adapter is
+    refused, one since the model raises for its last token."""
     case = build_case("gemma3", tmp_path)
-    cm = case.compile()
+    model = case.model()
+    limit(model, torch.zeros(LIMIT, model.config.hidden_size))
+    cm = lorafx.compile(model, case.folders, options=REFERENCE)
     layer = cm.model.model.layers[0].self_attn
     plain = type(layer).forward
 
@@ -50,12 +53,15 @@ def test_an_adapter_that_is_refused_leaves_windows_as_they_were(tmp_path) -> Non
     config = ContinuousBatchingConfig(**{**PAGES, "num_blocks": 64})
     with cm.continuous_batching(None, config, warmup=False) as engine:
         seen = StepLogits(engine)
+        work: dict[str, str | None] = {}
         with engine.pause():
-            work = {
-                engine.add_request([*range(3 + i, 14 + i)], adapter=name, max_new_tokens=4): name
-                for i, name in enumerate(names)
-            }
-        outputs = answers(engine, list(work))
+            for i, name in enumerate([*fine[:2], *names]):
+                prompt = [*range(3 + i, 14 + i)]
+                work[engine.add_request(prompt, adapter=name, max_new_tokens=4)] = name
+                if i == 1:
+                    beyond = engine.add_request([3, LIMIT], adapter=None, max_new_tokens=4)
+        outputs = answers(engine, [*work, beyond])
+    assert "this request failed: the model" in outputs.pop(beyond).error
     for key in [key for key, name in work.items() if name in touched]:
         assert "k_proj" in outputs.pop(key).error
     check_logits(case, seen, outputs, work)
@@ -65,47 +71,71 @@ def touches(folder: Path, path: str) -> bool:
     return any(path in key for key in load_file(folder / "adapter_model.safetensors"))
 
 
-class Limited(nn.Embedding):
-    """An embedding that adds something of a table, which lacks the last tokens."""
+def limit(model: Any, table: torch.Tensor) -> None:
+    """Have the model add something of a table behind its layers, which lacks the last tokens."""
+    inner = model.model
+    plain = type(inner).forward
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return super().forward(ids) + self.table[ids]
+    class Limited(type(inner)):
+        def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+            output = plain(self, input_ids, **kwargs)
+            output.last_hidden_state = output.last_hidden_state + self.table[input_ids]
+            return output
+
+    inner.register_buffer("table", table)
+    inner.__class__ = Limited
 
 
 @pytest.fixture(scope="module")
 def limited(llama: Case) -> Case:
     base = copy.deepcopy(llama.base)
-    embedding = base.model.embed_tokens
-    embedding.register_buffer("table", embedding.weight[:LIMIT].flip(0))
-    embedding.__class__ = Limited
+    limit(base, base.model.embed_tokens.weight[:LIMIT].flip(0))
     return Case(base, llama.folders)
 
 
-def test_an_error_of_the_model_fails_the_requests_of_its_step(limited, caplog) -> None:
+def test_an_error_of_the_model_fails_the_requests_that_cause_it(limited, caplog) -> None:
     cm = limited.compile()
     eos: dict[str, Any] = {"eos_token_id": -1}
+    work: dict[str, str | None] = {}
+    outputs = {}
     with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
         seen = StepLogits(engine)
-        for adapter in ("a1", None, "a3") * 2:  # more than the cache holds at once
+        for adapter in ("a1", None, "a2") * 2:  # more than the cache holds at once
             with caplog.at_level(logging.ERROR, "lorafx"), engine.pause():
-                both = [
-                    engine.add_request([3, 4, 5, 6, LIMIT], adapter=adapter, max_new_tokens=9),
-                    engine.add_request([7, 8], adapter="a2", max_new_tokens=9),
-                ]
-            for output in answers(engine, both).values():
-                assert "failed with the others of its step" in output.error
-                assert "IndexError: index 50 is out of bounds" in output.error
+                bad = engine.add_request([3, 4, 5, 6, LIMIT], adapter=adapter, max_new_tokens=1)
+                for name in ("a2", None, "a2"):
+                    prompt = [7 + len(work), 8]
+                    added = engine.add_request(prompt, adapter=name, max_new_tokens=1, **eos)
+                    work[added] = name
+            outputs |= answers(engine, [*list(work)[-3:], bad])
+            error = outputs.pop(bad).error
+            assert error.startswith("this request failed: the model")
+            assert "IndexError: index 50 is out of bounds" in error
         assert caplog.records[-1].exc_info is not None
         assert engine.background_thread_status.can_accept_new_requests() is None
-        work = {
-            engine.add_request([5 + i, 4, 3], adapter=name, max_new_tokens=1, **eos): name
-            for i, name in enumerate(("a1", None, "a3", "a2"))
-        }
-        outputs = answers(engine, list(work))
         pool = engine.batch_processor.cache
         assert not engine.batch_processor.scheduler.active_requests
         assert all(not own.block_table for own in pool.cache_allocators.values())
     check_logits(limited, seen, outputs, work)
+
+
+def test_a_merged_adapter_is_served_beside_requests_that_are_refused(llama, cm) -> None:
+    """Alone beside tokens of the base it would be refused too."""
+    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
+        seen = StepLogits(engine)
+        with engine.pause():
+            cm.merge("a1")
+            names = ("a3", "a1", None, "a1")
+            work = {
+                engine.add_request([3 + i, 4, 5], adapter=name, max_new_tokens=3): name
+                for i, name in enumerate(names)
+            }
+        outputs = answers(engine, list(work))
+        for name in [name for name, adapter in work.items() if adapter != "a1"]:
+            assert "'a1' is merged into the base weights" in outputs.pop(name).error
+        cm.unmerge()
+    assert len(outputs) == 2
+    check_logits(llama, seen, outputs, work)
 
 
 def test_an_engine_whose_device_is_lost_says_that_it_has_stopped(cm) -> None:
