@@ -125,6 +125,58 @@ def test_the_diff_of_any_two_passes(window: Browser, page: Path) -> None:
     assert window.run("return document.querySelectorAll('.diff').length") < 200
 
 
+_DIFF = """
+const stage = (name) => viewer.graph.stage(viewer.graph.stages.findIndex((s) => s.name === name));
+const rows = diffRows(stage(arguments[0]), stage(arguments[1]));
+"""
+
+
+def test_layers_that_are_outlined_have_moved(window: Browser, page: Path) -> None:
+    window.open(page, "#graph=0&stage=outline&tab=diff")
+    counts = window.run(_DIFF + "return diffCounts(rows)", "lower", "outline")
+    # The calls, what takes their results apart, inputs and output of the body.
+    assert counts["removed"] == 0
+    assert counts["added"] < 50
+    assert counts["moved"] > 100
+    assert f"{counts['moved']} moved" in text(window, "#diff-counts")
+    folds = window.run(
+        "return [...document.querySelectorAll('.fold')].map((each) => each.textContent)"
+    )
+    for layer in (0, 1):
+        told = f"lines of model.layers.{layer}: a call of outlined_0 on the other side"
+        assert any(told in fold for fold in folds), folds
+    # Beside each line of the body stands that of the first layer.
+    pairs = window.run(
+        _DIFF
+        + "const body = rows.slice(rows.findIndex((row) => row.text === 'outlined_0'));"
+        + "return body.filter((r) => r.b && r.b.node.op === 'call_function')"
+        + ".map((r) => [r.a && r.a.node.target, r.b.node.target, r.a && r.a.node.path])",
+        "lower",
+        "outline",
+    )
+    assert len(pairs) > 50
+    assert all(target == other for target, other, _ in pairs)
+    assert {path for _, _, path in pairs if path} > {"model.layers.0.self_attn"}
+    assert not any(path.startswith("model.layers.1") for _, _, path in pairs)
+    back = window.run(_DIFF + "return diffCounts(rows)", "outline", "lower")
+    assert (back["added"], back["removed"]) == (0, counts["added"])
+    assert back["moved"] == counts["moved"]
+
+
+def test_what_replaces_a_node_stands_beside_it(window: Browser, page: Path) -> None:
+    """`fuse` makes a product and its site one node of another name and operator."""
+    window.open(page, "#graph=0&stage=fuse&tab=diff")
+    pairs = window.run(
+        _DIFF
+        + "return rows.filter((r) => r.kind === 'replaced' && r.b.sites.length && r.a.sites.length)"
+        + ".map((r) => [r.a.sites[0].path, r.b.sites[0].path])",
+        "rescale",
+        "fuse",
+    )
+    assert len(pairs) >= 10
+    assert all(one == other for one, other in pairs)
+
+
 def test_at_the_width_of_a_phone(window: Browser, page: Path) -> None:
     for tab in ("graph", "diff", "nodes", "sites", "model", "files"):
         window.open(page, f"#graph=0&stage=pack&tab={tab}", width=390, height=844)

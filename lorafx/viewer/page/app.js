@@ -209,8 +209,9 @@ class Viewer {
   showDiff({ keepPlace = false } = {}) {
     const [from, to] = ["diff-from", "diff-to"].map((id) => Number(byId(id).value));
     const rows = diffRows(this.graph.stage(from), this.graph.stage(to));
-    const { removed, added, changed } = diffCounts(rows);
-    byId("diff-counts").textContent = `${removed} removed, ${added} added, ${changed} changed`;
+    const { removed, added, changed, moved } = diffCounts(rows);
+    const outlined = moved ? `, ${moved} moved` : "";
+    byId("diff-counts").textContent = `${removed} removed, ${added} added, ${changed} changed${outlined}`;
     const { words } = this;
     const wanted = (row) => [row.a, row.b].some((entry) => entry && matches(entry, words));
     const shown = words.length ? rows.filter(wanted) : folded(rows, this.unfolded);
@@ -242,12 +243,12 @@ class Viewer {
       return made;
     };
     if (this.narrow) {
-      const kind = row.b ? row.kind : "removed";
+      const kind = row.b || row.kind === "moved" ? row.kind : "removed";
       return element("div", "diff one", side(row.b || row.a, row.other, kind));
     }
     const changed = row.kind === "changed";
-    const left = { same: "same", changed: "removed", replaced: "removed", removed: "removed" }[row.kind];
-    const right = { same: "same", changed: "added", replaced: "added", added: "added" }[row.kind];
+    const left = { changed: "removed", replaced: "removed" }[row.kind] || row.kind;
+    const right = { changed: "added", replaced: "added" }[row.kind] || row.kind;
     return element("div", "diff two", side(row.a, changed && row.b, left), side(row.b, changed && row.a, right));
   }
 

@@ -1,5 +1,6 @@
-// What changed between two stages. Names of nodes are unique in a graph, so the lines that both
-// have are the longest run of names in the same order (a patience diff): n log n for n nodes.
+// What changed between two stages. Lines that both have are the longest run of names in the same
+// order (a patience diff): n log n for n nodes. Between those, nodes are matched by what they compute
+// and where. Layers that became calls of one body are shown as moved into it.
 "use strict";
 
 const CONTEXT = 3;
@@ -24,43 +25,117 @@ function longestIncreasing(numbers) {
   return found.reverse();
 }
 
-function rowsOfPart(left, right) {
-  const places = new Map(right.map((entry, i) => [entry.node.name, i]));
-  const common = left.map((entry, i) => i).filter((i) => places.has(left[i].node.name));
-  const kept = longestIncreasing(common.map((i) => places.get(left[i].node.name)));
-  const rows = [];
-  let i = 0;
-  let j = 0;
-  const gap = (toI, toJ) => {
-    for (; i < toI || j < toJ; i += i < toI, j += j < toJ) {
-      const a = i < toI ? left[i] : null;
-      const b = j < toJ ? right[j] : null;
-      rows.push({ kind: a && b ? "replaced" : a ? "removed" : "added", a, b });
-    }
-  };
-  for (const each of kept) {
-    const at = common[each];
-    gap(at, places.get(left[at].node.name));
-    const [a, b] = [left[i++], right[j++]];
-    rows.push({ kind: a.node.line === b.node.line ? "same" : "changed", a, b });
+/** What makes a node of one stage the same as one of the other, the surest first. */
+const SAME_NODE = [
+  ({ node }) => node.name, // unique in a graph
+  ({ node }) => `${node.op} ${node.target} ${node.value} ${node.path}`,
+];
+/** What stands beside a node that is gone: what is computed for the same sites, or in the same module. */
+const SAME_PLACE = [
+  ({ sites }) => sites.map((site) => site.path).join(),
+  ({ node }) => node.path,
+];
+
+/** Indices of entries with the same key, in the same order on both sides. Of several the first is the other's first. */
+function pairsBy(key, left, right) {
+  const places = new Map();
+  right.forEach((entry, j) => {
+    const own = key(entry);
+    if (!own) return;
+    if (!places.has(own)) places.set(own, []);
+    places.get(own).push(j);
+  });
+  const taken = new Map();
+  const pairs = [];
+  left.forEach((entry, i) => {
+    const own = key(entry);
+    const at = taken.get(own) || 0;
+    taken.set(own, at + 1);
+    if (places.has(own) && at < places.get(own).length) pairs.push([i, places.get(own)[at]]);
+  });
+  return longestIncreasing(pairs.map(([, j]) => j)).map((at) => pairs[at]);
+}
+
+/** Rows of two runs of entries: pairs by the first of `keys`, and what lies between them by the others. */
+function aligned(left, right, keys = [...SAME_NODE, ...SAME_PLACE]) {
+  if (!keys.length || !left.length || !right.length) {
+    return Array.from({ length: Math.max(left.length, right.length) }, (_, at) => {
+      const [a, b] = [left[at] || null, right[at] || null];
+      return { kind: a && b ? "replaced" : a ? "removed" : "added", a, b };
+    });
   }
-  gap(left.length, right.length);
+  const [key, ...others] = keys;
+  const rows = [];
+  let [i, j] = [0, 0];
+  const between = (toI, toJ) => {
+    for (const row of aligned(left.slice(i, toI), right.slice(j, toJ), others)) rows.push(row);
+  };
+  for (const [atI, atJ] of pairsBy(key, left, right)) {
+    between(atI, atJ);
+    const [a, b] = [left[atI], right[atJ]];
+    const kind = a.node.line === b.node.line ? "same" : "changed";
+    rows.push({ kind: SAME_NODE.includes(key) ? kind : "replaced", a, b });
+    [i, j] = [atI + 1, atJ + 1];
+  }
+  between(left.length, right.length);
   return rows;
 }
 
-/** All rows of the diff of two stages, one part (the graph, a body) after the other. */
+/** The calls of bodies in the graph of `stage` that `other` does not have: the module that each computes, and the body. */
+function callsIn(stage, other) {
+  const bodyOf = (entry) => entry.inputs.find(({ node }) => node.op === "get_attr" && stage.names.includes(node.target));
+  return stage.entries
+    .filter((entry) => entry.part === 0 && entry.node.path && bodyOf(entry))
+    .map((entry) => ({ path: entry.node.path, body: bodyOf(entry).node.target }))
+    .filter(({ body }) => !other.names.includes(body));
+}
+
+/** Entries of `from` that are gone from the graph of `to`, each with the call that computes it there. */
+function movedInto(calls, from, to) {
+  const kept = new Set(to.entries.filter((entry) => entry.part === 0).map((entry) => entry.node.name));
+  const found = new Map();
+  let last = null;
+  for (const entry of calls.length ? from.entries : []) {
+    const { name, path } = entry.node;
+    if (entry.part !== 0 || kept.has(name)) continue;
+    // What passes have made may have no path; it stands among what it was made for.
+    if (path) last = calls.find((call) => path === call.path || path.startsWith(`${call.path}.`)) || null;
+    if (last) found.set(entry, last);
+  }
+  return found;
+}
+
+/** All rows of the diff of two stages, one part (the graph, a body) after the other. A layer that became the call of a body is "moved"; the body stands beside the first such layer. */
 function diffRows(from, to) {
+  if (callsIn(from, to).length) return diffRows(to, from).map(mirrored);
+  const calls = callsIn(to, from);
+  const moved = movedInto(calls, from, to);
   const names = [...new Set([...from.names, ...to.names])];
-  const lines = (stage, name) => {
-    const part = stage.names.indexOf(name);
-    return part < 0 ? [] : stage.entries.filter((entry) => entry.part === part);
-  };
+  const lines = (stage, name) => stage.entries.filter((entry) => stage.names[entry.part] === name);
   const rows = [];
   for (const name of names) {
     if (names.length > 1) rows.push({ kind: "head", text: name || "forward" });
-    rows.push(...rowsOfPart(lines(from, name), lines(to, name)));
+    const call = calls.find(({ body }) => body === name);
+    const left = call ? from.entries.filter((entry) => moved.get(entry) === call) : lines(from, name);
+    const gone = call ? [] : left.filter((entry) => moved.has(entry));
+    const rest = left.filter((entry) => call || !moved.has(entry));
+    for (const row of aligned(rest, lines(to, name))) {
+      while (gone.length && row.a && gone[0].index < row.a.index) rows.push(movedRow(gone.shift(), moved));
+      if (row.b || !call) rows.push(row);
+    }
+    rows.push(...gone.map((entry) => movedRow(entry, moved)));
   }
   return rows;
+}
+
+function movedRow(entry, moved) {
+  return { kind: "moved", a: entry, b: null, call: moved.get(entry) };
+}
+
+/** The row with its sides exchanged. */
+function mirrored(row) {
+  const kind = { removed: "added", added: "removed" }[row.kind] || row.kind;
+  return { ...row, kind, a: row.b || null, b: row.a || null };
 }
 
 function diffCounts(rows) {
@@ -69,27 +144,32 @@ function diffCounts(rows) {
     removed: count("removed", "replaced"),
     added: count("added", "replaced"),
     changed: count("changed"),
+    moved: count("moved"),
   };
 }
 
-/** Rows with long runs of equal lines folded, but for those in `open`. */
+/** Rows with long runs of equal lines folded, and layers that moved, but for those in `open`. */
 function folded(rows, open) {
   const found = [];
-  for (let i = 0; i < rows.length; ) {
-    let end = i;
-    while (end < rows.length && rows[end].kind === "same") end++;
-    const lead = i > 0 && rows[i - 1].kind !== "head" ? CONTEXT : 0;
-    const tail = end < rows.length && rows[end].kind !== "head" ? CONTEXT : 0;
-    if (end - i > lead + tail + 1 && !open.has(rows[i].a.key)) {
-      const hidden = end - i - lead - tail;
-      found.push(...rows.slice(i, i + lead));
-      found.push({ kind: "fold", key: rows[i].a.key, text: `${hidden} equal lines` });
-      found.push(...rows.slice(end - tail, end));
+  for (let i = 0, end; i < rows.length; i = end) {
+    const { kind, call } = rows[i];
+    end = i + 1;
+    if (kind !== "same" && kind !== "moved") {
+      found.push(rows[i]);
+      continue;
+    }
+    while (end < rows.length && rows[end].kind === kind && rows[end].call === call) end++;
+    const context = (row) => (kind === "same" && row && row.kind !== "head" ? CONTEXT : 0);
+    const lead = context(rows[i - 1]);
+    const tail = context(rows[end]);
+    const hidden = end - i - lead - tail;
+    const { key } = rows[i].a || rows[i].b;
+    if (hidden > 1 && !open.has(key)) {
+      const text = call ? `${hidden} lines of ${call.path}: a call of ${call.body} on the other side` : `${hidden} equal lines`;
+      found.push(...rows.slice(i, i + lead), { kind: "fold", key, text }, ...rows.slice(end - tail, end));
     } else {
       found.push(...rows.slice(i, end));
     }
-    if (end < rows.length) found.push(rows[end]);
-    i = end + 1;
   }
   return found;
 }
