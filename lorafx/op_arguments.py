@@ -8,8 +8,9 @@ differs: `in_order(FUSED, bound(site), weight=w, bias=b, transposed=False)`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -27,18 +28,33 @@ def op_of(node: fx.Node) -> Any:
     return node.args[0] if node.target is AUTO_FUNCTIONALIZED else node.target
 
 
+class _Argument(NamedTuple):
+    name: str
+    optional: bool
+    default: Any
+
+
+@functools.cache
+def _arguments(op: OpOverload) -> tuple[_Argument, ...]:
+    """What an op takes. torch makes new objects whenever a schema is asked."""
+    return tuple(
+        _Argument(item.name, item.has_default_value(), item.default_value)
+        for item in op._schema.arguments
+    )
+
+
 def bound(node: fx.Node) -> dict[str, Any]:
     """The arguments of an operator call by their names in its schema, defaults filled in."""
-    op = op_of(node)
+    op, kwargs = op_of(node), node.kwargs
     given = node.args if op is node.target else node.args[1:]
     values: dict[str, Any] = {}
-    for i, argument in enumerate(op._schema.arguments):
+    for i, (name, optional, default) in enumerate(_arguments(op)):
         if i < len(given):
-            values[argument.name] = given[i]
-        elif argument.name in node.kwargs:
-            values[argument.name] = node.kwargs[argument.name]
-        elif argument.has_default_value():
-            values[argument.name] = argument.default_value
+            values[name] = given[i]
+        elif name in kwargs:
+            values[name] = kwargs[name]
+        elif optional:
+            values[name] = default
     return values
 
 
@@ -51,16 +67,14 @@ def in_order(op: OpOverload, values: Mapping[str, Any], **others: Any) -> tuple[
     Raises:
         KeyError: an argument is missing, or one of `others` is none of the op's.
     """
-    arguments = op._schema.arguments
+    arguments = _arguments(op)
     if unknown := others.keys() - {argument.name for argument in arguments}:
         raise KeyError(f"{op} takes no {', '.join(sorted(unknown))}")
     values = {**values, **others}
     found: list[Any] = []
     needed = 0
-    for argument in arguments:
-        optional = argument.has_default_value()
-        default = argument.default_value if optional else None
-        value = values.get(argument.name, default) if optional else values[argument.name]
+    for name, optional, default in arguments:
+        value = values.get(name, default) if optional else values[name]
         found.append(value)
         same = value is default or (not isinstance(value, fx.Node) and value == default)
         needed = needed if optional and same else len(found)

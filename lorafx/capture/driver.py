@@ -69,5 +69,6 @@ def run_pipeline(
 
 
 def _is_impure(node: fx.Node) -> bool:
-    """Placeholders must stay (the executable's calling convention), and so must effects."""
-    return node.op == "placeholder" or node.is_impure()
+    """Placeholders must stay (the executable's calling convention), and so must effects. What has
+    users stays in any case, and is not looked at."""
+    return node.op == "placeholder" or bool(node.users) or node.is_impure()
