@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lorafx.adapter_store.names import BASE
 from lorafx.bisection.first_site import Run, beside, between, recorded
+from lorafx.bisection.lowered import CompiledParts
 from lorafx.bisection.outputs import Outputs, fresh
 from lorafx.bisection.reference import Reference, reference
 from lorafx.bisection.reproduction import write
@@ -156,13 +157,16 @@ class _Search:
         errors: list[StageError] = []
         with staged(self.compiled) as stages:
             first, site = self._first(stages, errors)
-        if first is None and served > self.tolerance:
-            lowering = self.compiled._session.program.options.lowering
-            first = f"lowering ({lowering})"
-            notes.append(
-                "the graphs after all passes are right, run operator by operator. Options(plan="
-                "{path: 'aten'}) takes single sites out of the generated code"
-            )
+            if first is None and served > self.tolerance:
+                lowering = self.compiled._session.program.options.lowering
+                first = f"lowering ({lowering})"
+                notes.append(
+                    "the graphs after all passes are right, run operator by operator. Options(plan="
+                    "{path: 'aten'}) takes single sites out of the generated code"
+                )
+                parts = self._compiled_parts(stages)
+                site = parts.site
+                notes += parts.notes
         if first == FIRST:
             own = self.compiled._session.program.options.passes
             early = [n for n, p in own.items() if isinstance(p, After) and p.after == CAPTURED]
@@ -187,6 +191,24 @@ class _Search:
         if wrong is None:
             return None, None
         return wrong, self._site(stages, wrong, names)
+
+    def _compiled_parts(self, stages: Stages) -> CompiledParts:
+        """What the lowering makes of the graphs in which a layer's operators stand in the graph
+        itself."""
+        parts = CompiledParts(stages.program_lowering, self.tolerance)
+        stages.current, stages.runner = stages.flat, parts.run
+        try:
+            self._call(self.names)
+        finally:
+            stages.runner = None
+        if not parts.notes:
+            parts.notes.append(
+                "compiled once more as the passes before outline left them, the graphs are right: "
+                "Options(passes={'outline': False}) goes without it"
+                if stages.flat != stages.names[-1]
+                else "compiled once more, the graphs are right"
+            )
+        return parts
 
     def _site(self, stages: Stages, wrong: str, names: Sequence[str]) -> FirstSite | None:
         batch = self._batch(wrong)

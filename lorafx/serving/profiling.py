@@ -25,7 +25,6 @@ from lorafx.errors import BatchError, ConfigError
 from lorafx.graph.expert_uses import is_grouped
 from lorafx.model.sites import Site
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, op_of
-from lorafx.pass_order import pipeline
 from lorafx.passes.pack import ALIASES, VIEWS
 from lorafx.reports.profile import Profile, ProfiledNode
 from lorafx.reports.stored import stored_bytes
@@ -43,8 +42,6 @@ _PRODUCTS = frozenset(
 )
 #: What a product's result goes through before the delta is added, and behind it.
 _BETWEEN = ALIASES | VIEWS | {aten.cat.default, aten.clone.default}
-#: The pass behind which the graph is no longer flat.
-_LAST = "outline"
 _LABEL = "lorafx node "
 
 
@@ -73,7 +70,7 @@ def profiled(
         raise BatchError("no request of the batch has an adapter, so there is no delta to profile")
     served = _served(compiled, named, names, calls)
     with staged(compiled) as stages:
-        stages.current, earlier = _flat_stage(compiled), len(compiled._session.backend.records)
+        stages.current, earlier = stages.flat, len(compiled._session.backend.records)
         graphs = _run(compiled, stages, named, names, calls)
         states = {
             state.site.path: state
@@ -153,12 +150,6 @@ def _wait(compiled: CompiledModel) -> None:
     device = compiled._session.program.runtime.device
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _flat_stage(compiled: CompiledModel) -> str:
-    """The last stage in which a layer's operators stand in the graph itself."""
-    names = [item.name for item in pipeline(compiled._session.program.options).graph]
-    return names[names.index(_LAST) - 1] if _LAST in names else names[-1]
 
 
 class _Labelled(fx.Interpreter):

@@ -20,6 +20,7 @@ from lorafx.capture.lowering import ReferenceLowering, lowering_for
 from lorafx.capture.verify import copied
 from lorafx.graph.context import Context
 from lorafx.pass_order import CAPTURED, GraphPass, pipeline
+from lorafx.passes.outline.outline import Outline
 from lorafx.serving.entry import entered
 
 if TYPE_CHECKING:
@@ -55,6 +56,12 @@ class Stages:
     current: str = ""
     graphs: list[dict[str, Stage]] = field(default_factory=list)
     runner: Callable[[Stage, Sequence[Any]], Any] | None = None
+
+    @property
+    def flat(self) -> str:
+        """The last stage in which a layer's operators stand in the graph itself."""
+        outlined = Outline.name in self.names
+        return self.names[self.names.index(Outline.name) - 1] if outlined else self.names[-1]
 
     # --- a lowering ---
 

@@ -1,0 +1,149 @@
+"""Where the compiled form of a right graph leaves tolerance.
+
+The same graph is compiled again with values from its inside as further results: those of the sites,
+then those of all nodes. What is computed before them may then be fused in another way, which hides
+some faults. So where nothing differs in this way, the graph is cut off behind one site after the
+other. The rest of the model goes on with the results of the graph that is run node by node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from lorafx.bisection.first_site import Run, between, recorded
+from lorafx.bisection.result import FirstSite
+from lorafx.capture.differences import difference
+from lorafx.capture.lowering import Lowering
+from lorafx.capture.verify import copied
+from lorafx.serving.stages import Stage
+
+
+@dataclass
+class CompiledParts:
+    """Looks for the first difference in the graphs that it is given, in the order of their calls.
+
+    Attributes:
+        site: where it was, once it was found.
+        notes: what was seen.
+    """
+
+    lowering: Lowering
+    tolerance: float
+    site: FirstSite | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def run(self, stage: Stage, given: Sequence[Any]) -> Any:
+        """The results of a stage, node by node; meanwhile its compiled form is looked at."""
+        runs: list[Run] = []
+        begun = _copies(given)  # operators may write into inputs
+        results = recorded(stage, given, runs)
+        if self.site is None and not self.notes:
+            self._compare(runs[0], begun, pytree.tree_leaves(results))
+        return results
+
+    def _compare(self, want: Run, given: Sequence[Any], results: Sequence[Any]) -> None:
+        stage = want.stage
+        got = self._compiled(stage.graph, given)
+        wrong = [
+            f"{index} by {error:.3g}"
+            for index, (own, other) in enumerate(zip(got, results, strict=True))
+            if isinstance(other, Tensor) and (error := difference(own, other)) > self.tolerance
+        ]
+        if not wrong:
+            return
+        self.notes.append(f"outputs of the compiled graph that differ: {', '.join(wrong)}")
+        values = _nodes(want)
+        sites = [node for node in values if node.name in stage.sites]
+        for shown in (sites, values):
+            found = between([want], [self._with_values(want, given, shown)], self.tolerance)
+            if found is not None and (not found.behind or shown is values):
+                self.site = found
+                return
+        self.site = self._by_cutting(want, given, sites)
+        if self.site is None:
+            self.notes.append(
+                "compiled with its values as further results, or cut off behind any site, the "
+                "graph is right: the fault is in what operators are fused into"
+            )
+
+    def _with_values(self, want: Run, given: Sequence[Any], nodes: Sequence[fx.Node]) -> Run:
+        """The values of these nodes, and of those that the graph returns."""
+        graph = copied(want.stage.graph)
+        output = graph.graph.output_node()
+        named = {node.name: node for node in graph.graph.nodes}
+        shown = list(dict.fromkeys([*nodes, *_returned(want)]))
+        output.args = ((*_listed(output), *(named[node.name] for node in shown)),)
+        graph.recompile()
+        results = self._compiled(graph, given)[-len(shown) :]
+        pairs = zip(shown, results, strict=True)
+        return Run(want.stage, {node.name: value for node, value in pairs})
+
+    def _by_cutting(
+        self, want: Run, given: Sequence[Any], sites: Sequence[fx.Node]
+    ) -> FirstSite | None:
+        """The first of `sites` behind which the graph, cut off there, is wrong. One that is wrong
+        makes those behind it wrong."""
+
+        def found(node: fx.Node) -> FirstSite | None:
+            cut = _cut_off(want.stage.graph, node)
+            value = self._compiled(cut, given)[0]
+            return between([want], [Run(want.stage, {node.name: value})], self.tolerance)
+
+        low, high, last = 0, len(sites), None
+        while low < high:
+            middle = (low + high) // 2
+            wrong = found(sites[middle])
+            low, high = (low, middle) if wrong else (middle + 1, high)
+            last = wrong or last
+        return last
+
+    def _compiled(self, gm: fx.GraphModule, given: Sequence[Any]) -> list[Any]:
+        """The results of the compiled graph."""
+        gm = copied(gm)  # whatever compiles a graph may change it
+        inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
+        run: Callable[[list[Any]], Any] = self.lowering.compile(gm, inputs)
+        return pytree.tree_leaves(run(_copies(given)))
+
+
+def _copies(given: Sequence[Any]) -> list[Any]:
+    return [item.clone() if isinstance(item, Tensor) else item for item in given]
+
+
+def _nodes(run: Run) -> list[fx.Node]:
+    """Those whose values can be compared."""
+    return [
+        node
+        for node in run.stage.graph.graph.nodes
+        if node.name in run.values and run.values[node.name].is_floating_point()
+    ]
+
+
+def _returned(run: Run) -> list[fx.Node]:
+    return [
+        node
+        for node in run.stage.graph.graph.output_node().all_input_nodes
+        if node.name in run.values
+    ]
+
+
+def _listed(output: fx.Node) -> Sequence[Any]:
+    (results,) = output.args
+    return results if isinstance(results, (tuple, list)) else (results,)
+
+
+def _cut_off(gm: fx.GraphModule, last: fx.Node) -> fx.GraphModule:
+    """A copy that ends with the node and returns it."""
+    cut = copied(gm)
+    behind = [node for node in cut.graph.nodes if node.op != "placeholder"]
+    (node,) = (node for node in behind if node.name == last.name)
+    cut.graph.output_node().args = ((node,),)
+    for other in reversed(behind[behind.index(node) + 1 : -1]):
+        cut.graph.erase_node(other)
+    cut.graph.eliminate_dead_code(lambda each: each.op == "placeholder" or each.is_impure())
+    cut.recompile()
+    return cut

@@ -1,0 +1,81 @@
+"""`lorafx.bisect` finds where what Inductor makes of right graphs is wrong. The fault is planted in
+Inductor: one of its own passes makes a product twice what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from dense_merge import save_adapter
+from torch import Tensor, fx, nn
+from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+import lorafx
+
+aten = torch.ops.aten
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.up, self.down = nn.Linear(6, 6), nn.Linear(6, 10), nn.Linear(10, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(self.first(x))))
+
+
+class Twice(CustomGraphPass):
+    """The product of `up`, whose results are 10 wide; `alone`: only in graphs of one result."""
+
+    def __init__(self, *, alone: bool) -> None:
+        self.alone = alone
+
+    def __call__(self, graph: fx.Graph) -> None:
+        if self.alone and len(graph.output_node().all_input_nodes) > 1:
+            return
+        for node in list(graph.nodes):
+            if node.target is aten.addmm.default and node.meta["val"].shape[-1] == 10:
+                with graph.inserting_after(node):
+                    twice = graph.call_function(aten.mul.Tensor, (node, 2.0))
+                twice.meta.update(node.meta)
+                node.replace_all_uses_with(twice, delete_user_cb=lambda user: user is not twice)
+
+    def uuid(self) -> str:
+        return f"twice the product of up, {self.alone}"
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[lorafx.CompiledModel]:
+    torch.manual_seed(0)
+    model, folder = Net().eval(), tmp_path_factory.mktemp("adapters")
+    folders = {
+        name: save_adapter(model, folder / name, rank=2, targets="all-linear", seed=seed)
+        for seed, name in enumerate(("a", "b"))
+    }
+    yield lorafx.compile(model, folders, options={"lowering": "inductor"})
+
+
+X, NAMES = {"x": torch.randn(3, 6)}, ["a", None, "b"]
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["always", "where nothing else is returned"])
+def test_a_wrong_product_is_found(
+    compiled: lorafx.CompiledModel, alone: bool, tmp_path: Path
+) -> None:
+    torch._dynamo.reset()
+    with config.patch(post_grad_custom_pre_pass=Twice(alone=alone)):
+        found = lorafx.bisect(compiled, X, NAMES, folder=tmp_path / "out")
+    assert found.first == "lowering (inductor)"
+    assert found.served > found.tolerance
+    assert all(stage.error <= found.tolerance for stage in found.stages)
+    assert found.site is not None
+    assert (found.site.paths, found.site.behind) == (("up",), False)
+    assert any(
+        note.startswith("outputs of the compiled graph that differ: 0 by") for note in found.notes
+    )
+    assert found.script is not None
+    assert found.script.is_file()
+    assert "first site up: at node" in str(found)
