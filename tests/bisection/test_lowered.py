@@ -3,7 +3,6 @@ Inductor: one of its own passes makes a product twice what it is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,21 +40,22 @@ class Twice(CustomGraphPass):
                 with graph.inserting_after(node):
                     twice = graph.call_function(aten.mul.Tensor, (node, 2.0))
                 twice.meta.update(node.meta)
-                node.replace_all_uses_with(twice, delete_user_cb=lambda user: user is not twice)
+                node.replace_all_uses_with(twice)
+                twice.args = (node, 2.0)
 
     def uuid(self) -> str:
         return f"twice the product of up, {self.alone}"
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[lorafx.CompiledModel]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> lorafx.CompiledModel:
     torch.manual_seed(0)
     model, folder = Net().eval(), tmp_path_factory.mktemp("adapters")
     folders = {
         name: save_adapter(model, folder / name, rank=2, targets="all-linear", seed=seed)
         for seed, name in enumerate(("a", "b"))
     }
-    yield lorafx.compile(model, folders, options={"lowering": "inductor"})
+    return lorafx.compile(model, folders, options={"lowering": "inductor"})
 
 
 X, NAMES = {"x": torch.randn(3, 6)}, ["a", None, "b"]
@@ -73,9 +73,8 @@ def test_a_wrong_product_is_found(
     assert all(stage.error <= found.tolerance for stage in found.stages)
     assert found.site is not None
     assert (found.site.paths, found.site.behind) == (("up",), False)
-    assert any(
-        note.startswith("outputs of the compiled graph that differ: 0 by") for note in found.notes
-    )
+    told = "outputs of the compiled graph that differ: 0 by "
+    assert any(note.startswith(told) for note in found.notes)
     assert found.script is not None
     assert found.script.is_file()
     assert "first site up: at node" in str(found)
