@@ -51,8 +51,9 @@ def bisect(
     eager mode; weights are put back bit for bit. The model's graphs are captured once more, kept
     after each pass, and run operator by operator with the model's own weights and banks, until the
     outputs differ. Then two stages are compared node by node. Where the graphs are right and the
-    answers are not, they are compiled a few times more, with values from inside. The graphs that serve stay as they
-    are; other calls wait. It takes the memory of the graph's values twice.
+    answers are not, they are compiled a few times more, with values from inside as results. The
+    graphs that serve stay as they are; other calls wait. It takes the memory of the graph's values
+    twice.
 
     Args:
         model: what `lorafx.compile` returned.
