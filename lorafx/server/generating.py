@@ -25,9 +25,8 @@ from lorafx.server.metrics import Metrics
 from lorafx.server.served_model import ServedModel
 from lorafx.serving.continuous.manager import AdapterBatchingManager
 
-#: What temperature 0 is where others sample in the same batch: the likeliest token, unless another
-#: is as likely to 1e-5.
-COLDEST = 1e-5
+#: How a request's tokens are chosen.
+SAMPLING = ("temperature", "top_k", "top_p")
 
 
 class Route:
@@ -99,14 +98,12 @@ class AdapterGeneration(CBGenerateManager):
 
     Args:
         route: to the engine.
-        sampled: whether the engine samples.
         room: the most tokens that a prompt and its answer may have together.
     """
 
-    def __init__(self, route: Route, sampled: bool, room: int) -> None:
+    def __init__(self, route: Route, room: int) -> None:
         super().__init__()
         self._cb: Any = route
-        self._sampled = sampled
         self._room = room
 
     def generate_streaming(
@@ -160,11 +157,7 @@ class AdapterGeneration(CBGenerateManager):
                 code="context_length_exceeded",
             )
         config.max_new_tokens = min(config.max_new_tokens, self._room - length)
-        if self._sampled:
-            self._cb.sampling = {
-                "temperature": max(float(config.temperature), COLDEST),
-                "top_p": float(config.top_p),
-            }
+        self._cb.sampling = {name: getattr(config, name) for name in SAMPLING}
 
 
 class Generation(GenerationState):
@@ -190,11 +183,6 @@ class Generation(GenerationState):
         """How tokens are chosen where a request does not say."""
         return self._engine.generation_config
 
-    @property
-    def sampled(self) -> bool:
-        """Whether tokens are sampled; otherwise each is the likeliest."""
-        return bool(self.config.do_sample)
-
     def use_continuous_batching(self, model: Any, modality: Any) -> bool:
         """Always."""
         return True
@@ -204,7 +192,7 @@ class Generation(GenerationState):
         adapter = self._served.adapter_of(model_id)
         label = BASE if adapter is None else adapter
         route = Route(self._engine, adapter, lambda: self._metrics.failed(label))
-        return AdapterGeneration(route, self.sampled, self.room)
+        return AdapterGeneration(route, self.room)
 
     def is_cb_alive(self) -> bool:
         """Whether the engine takes requests."""

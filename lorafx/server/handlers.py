@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import Any
@@ -21,31 +20,62 @@ from lorafx.server.errors import RequestError, status_of
 from lorafx.server.generating import Generation
 from lorafx.server.metrics import UNKNOWN, Metrics
 from lorafx.server.served_model import ServedModel
+from lorafx.serving.continuous.checks import RANGES
+from lorafx.serving.continuous.sampling import COLDEST
 
-#: Fields that would change the answer if they were honoured, with the values that ask for nothing.
-#: transformers' server ignores them, or honours them only without continuous batching.
+#: Fields that would change the answer if they were honoured, of OpenAI and of vLLM, with the values
+#: that ask for nothing. transformers' server ignores them, honours them only without continuous
+#: batching, or knows nothing of them.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "allowed_token_ids": (),
     "audio": (),
     "background": (False,),
+    "bad_words": ([],),
     "best_of": (1,),
+    "chat_template": (),
+    "continue_final_message": (False,),
     "conversation": (),
+    "documents": ([],),
     "echo": (False,),
     "frequency_penalty": (0,),
-    "function_call": ("auto",),
+    "function_call": ("auto", "none"),
     "functions": ([],),
     "generation_config": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
     "logit_bias": ({},),
+    "logits_processors": ([],),
     "logprobs": (False,),
+    "min_p": (0,),
+    "min_tokens": (0,),
     "modalities": (["text"],),
     "n": (1,),
     "presence_penalty": (0,),
     "previous_response_id": (),
+    "priority": (0,),
+    "prompt_logprobs": (),
+    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
     "stop": ([], ""),
+    "stop_token_ids": ([],),
+    "structured_outputs": (),
     "text": ({}, {"format": {"type": "text"}}),
     "tool_choice": ("auto",),
     "top_logprobs": (0,),
+    "truncate_prompt_tokens": (),
     "truncation": ("disabled",),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
 }
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -81,7 +111,7 @@ class AdapterHandler(BaseHandler):
         try:
             adapter = self._served.adapter_of(body.get("model"))
             label = BASE if adapter is None else adapter
-            self._check(body)
+            body = self._checked(body)
             try:
                 handler: Any = super()
                 response: StreamingResponse | JSONResponse
@@ -112,20 +142,32 @@ class AdapterHandler(BaseHandler):
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Any, Any]:
         return body["model"], self._served.compiled.model, self._served.tokenizer
 
+    def _validate_request(self, body: dict[str, Any]) -> None:
+        """transformers' look at the fields; it does not know all that are served."""
+        super()._validate_request({name: body[name] for name in body if name != "top_k"})
+
     def _build_generation_config(
         self, body: dict[str, Any], model_generation_config: GenerationConfig, use_cb: bool = False
     ) -> GenerationConfig:
         """Of the request; where it does not say, the server's."""
-        return super()._build_generation_config(body, self._generation.config, use_cb=use_cb)
+        config = super()._build_generation_config(body, self._generation.config, use_cb=use_cb)
+        config.top_k = body.get("top_k", config.top_k)
+        return config
 
-    def _check(self, body: dict[str, Any]) -> None:
-        """Raise RequestError for what would not be honoured, or would fail further on."""
+    def _checked(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The fields that say something.
+
+        Raises:
+            RequestError: one would not be honoured, or would fail further on.
+        """
+        body = {f: value for f, value in body.items() if value is not None or f == self.prompt}
         for field, values in NEUTRAL.items():
-            value = body.get(field)
-            if value is not None and value not in values:
+            if field in body and body.pop(field) not in values:
+                neutral = " or ".join(map(repr, values))
                 raise RequestError(
                     400,
-                    f"`{field}` is not served with continuous batching; leave it out",
+                    f"`{field}` is not served with continuous batching; leave it out"
+                    + (f", or send {neutral}" if neutral else ""),
                     param=field,
                 )
         for field in LENGTHS:
@@ -152,35 +194,29 @@ class AdapterHandler(BaseHandler):
                 f"got {given!r:.80}",
                 param="chat_template_kwargs",
             )
+        return body
 
     def _check_sampling(self, body: dict[str, Any]) -> None:
-        for field, low, high in (("temperature", 0.0, sys.float_info.max), ("top_p", 0.0, 1.0)):
+        for field, (low, high) in RANGES.items():
             value = body.get(field)
             if value is None:
                 continue
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not low <= value <= high:
+            kind = "an integer" if isinstance(low, int) else "a number"
+            number = isinstance(value, int if isinstance(low, int) else int | float)
+            if not number or isinstance(value, bool) or not low <= value <= high:
                 raise RequestError(
                     400,
-                    f"`{field}` is a number from {low:g} to {high:g}; got {value!r}",
+                    f"`{field}` is {kind} from {low:g} to {high:g}; got {value!r:.80}",
                     param=field,
                 )
-        sampled = self._generation.sampled
-        if body.get("seed") is not None:
-            if sampled:
-                raise RequestError(
-                    400,
-                    "`seed` is not served: requests of one batch draw from one generator; "
-                    "leave it out",
-                    param="seed",
-                )
-            del body["seed"]  # no number is drawn; transformers would set the process's seed
-        if not sampled and body.get("temperature"):
+        if body.pop("seed", None) is None:  # with one transformers would set the process's seed
+            return
+        if body.get("temperature", self._generation.config.temperature) >= COLDEST:
             raise RequestError(
                 400,
-                "this server takes the likeliest token; leave `temperature` out or send 0, or "
-                "have it started with --temperature",
-                param="temperature",
+                "`seed` is not served: requests of one batch draw from one generator; leave it "
+                "out, or send `temperature` 0, which draws nothing",
+                param="seed",
             )
 
     @staticmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -138,16 +137,13 @@ def _generation(settings: Settings, model: Any) -> GenerationConfig:
     if temperature is None:
         temperature = (own.temperature or 1.0) if own.do_sample else 0.0
     tokens = {name: getattr(own, name) for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
-    if temperature == 0:
-        return GenerationConfig(**tokens, do_sample=False)
-    # The engine lets requests choose what is not neutral at its start. The numbers next to one are
-    # one in float32, in which it reckons.
+    top_k, top_p = (own.top_k, own.top_p) if own.do_sample else (None, None)
     return GenerationConfig(
         **tokens,
-        do_sample=True,
-        temperature=math.nextafter(1.0, 2.0) if temperature == 1 else temperature,
-        top_p=math.nextafter(1.0, 0.0) if own.top_p in (None, 1.0) else own.top_p,
-        top_k=own.top_k if own.do_sample and own.top_k else 0,
+        do_sample=True,  # requests choose; temperature 0 takes the likeliest token
+        temperature=temperature,
+        top_k=top_k or 0,
+        top_p=1.0 if top_p is None else top_p,
     )
 
 

@@ -38,8 +38,8 @@ class Settings:
         page_size, num_blocks, max_batch_tokens, max_memory_percent: of the engine's cache and
             batches, as in transformers' `ContinuousBatchingConfig`; None for what that says, but on
             a CPU a tenth of the memory.
-        temperature: of requests that do not say; 0 takes the likeliest token, and then all requests
-            do. None for what the model's generation configuration says.
+        temperature: of requests that do not say; 0 takes the likeliest token. None for what the
+            model's generation configuration says.
         lowering, cache: as in `Options`.
         allow_runtime_loading: whether clients may load and unload adapters.
         adapter_root: the folder from which they may; None for `adapters`.

@@ -80,6 +80,51 @@ def test_answers_without_a_stream(files, server, path):
     assert answer["model"] == "tiny:a2"
 
 
+#: What clients of OpenAI and of vLLM send without asking for anything.
+NOTHING = {
+    **{"n": 1, "top_p": 1, "top_k": 0, "min_p": 0.0, "presence_penalty": 0, "seed": 7},
+    **{"frequency_penalty": 0.0, "repetition_penalty": 1.0, "stop": None, "logit_bias": None},
+    **{"logprobs": None, "best_of": None, "echo": False, "ignore_eos": False, "stop_token_ids": []},
+    **{"min_tokens": 0, "skip_special_tokens": True, "user": "me", "guided_json": None},
+}
+
+
+@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize(
+    "asked",
+    [{"temperature": 0, **NOTHING}, {**NOTHING}, {"temperature": 5.0, "top_k": 1}],
+    ids=["neutral", "without temperature", "top_k of one"],
+)
+def test_fields_that_ask_for_nothing(files, server, path, asked):
+    async def ask():
+        async with client_of(server) as client:
+            body = {"model": "tiny:a2", **question(path, "w9 w31 w8", 6, **asked)}
+            if path == "/v1/responses":
+                body.pop("echo", None), body.pop("user", None)
+            return await client.post(path, json={**body, "stream": True})
+
+    ids = (
+        files.tokenizer("w9 w31 w8")["input_ids"]
+        if path == "/v1/completions"
+        else files.chat_ids("w9 w31 w8")
+    )
+    answer = asyncio.run(ask())
+    assert answer.status_code == 200, answer.text
+    assert said(path, answer.text).strip() == files.text("a2", ids, 6)
+
+
+def test_a_request_may_draw_where_others_do_not(files, server):
+    """One in a hundred would give the likeliest tokens by chance."""
+
+    async def ask():
+        async with client_of(server) as client:
+            body = {"model": "tiny:a2", "prompt": "w9", "max_tokens": 40, "temperature": 50}
+            return await client.post("/v1/completions", json=body)
+
+    got = asyncio.run(ask()).json()["choices"][0]["text"].strip()
+    assert got != files.text("a2", files.tokenizer("w9")["input_ids"], 40)
+
+
 def test_long_answers_end_where_the_positions_do(files, server):
     async def ask(words):
         async with client_of(server) as client:

@@ -71,7 +71,11 @@ def test_unknown_names_are_404_and_name_the_nearest(server, path, name):
         ({"model": "tiny", "messages": [], "stop": ["w9"]}, "`stop`"),
         ({"model": "tiny", "messages": [], "max_tokens": 0}, "at least 1"),
         ({"model": "tiny", "messages": [], "max_tokens": "7"}, "max_tokens"),
-        ({"model": "tiny", "messages": [], "temperature": 0.7}, "--temperature"),
+        ({"model": "tiny", "messages": [], "temperature": 0.7, "seed": 3}, "`seed`"),
+        ({"model": "tiny", "messages": [], "min_p": 0.1}, "`min_p` .* or send 0"),
+        ({"model": "tiny", "messages": [], "ignore_eos": True}, "`ignore_eos`"),
+        ({"model": "tiny", "messages": [], "top_k": -2}, "top_k"),
+        ({"model": "tiny", "messages": [], "top_k": 1.5}, "an integer"),
         ({"model": "tiny", "messages": [], "temperature": 10**400}, "temperature"),
         ({"model": "tiny", "messages": [], "top_p": 2}, "top_p"),
         (
@@ -83,7 +87,7 @@ def test_unknown_names_are_404_and_name_the_nearest(server, path, name):
 def test_what_is_not_served_is_400(server, body, word):
     answer = post(server, CHAT, **body)
     assert answer.status_code == 400, answer.text
-    assert word in answer.json()["error"]["message"]
+    assert re.search(word, answer.json()["error"]["message"])
 
 
 def test_bodies_and_prompts_that_are_none(server):
@@ -120,7 +124,7 @@ def test_health_and_metrics(server):
     for _ in range(2):
         post(server, CHAT, model="tiny:a1", **question(CHAT, "w9 w10", 3))
     post(server, CHAT, model="tiny:a1", **question(CHAT, "w9 w10", 3, stream=True))
-    post(server, CHAT, model="tiny", **question(CHAT, "w9", 2, temperature=3))
+    post(server, CHAT, model="tiny", **question(CHAT, "w9", 2, n=3))
     post(server, CHAT, model="tiny:zzz", **question(CHAT, "w9", 2))
     after = counts(server)
 

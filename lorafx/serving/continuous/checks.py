@@ -10,16 +10,34 @@ import operator
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, SupportsFloat
 
+import torch
 from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessorList,
 )
 
 from lorafx.errors import BatchError, ConfigError
 
-#: Scores are divided by the temperature in float32: lower ones would make them infinite.
-COLDEST = 1e-30
+#: What a request may say of how its tokens are chosen. Temperatures become float32.
+RANGES: Mapping[str, tuple[float, float]] = {
+    "temperature": (0.0, float(torch.finfo(torch.float32).max)),
+    "top_k": (-1, sys.maxsize),
+    "top_p": (0.0, 1.0),
+}
+#: What else clients send, with the value that asks for nothing.
+NEUTRAL: Mapping[str, float] = {
+    "min_p": 0,
+    "typical_p": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "repetition_penalty": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "length_penalty": 1,
+    "no_repeat_ngram_size": 0,
+    "min_new_tokens": 0,
+}
 
 
 def checked_prompt(model: Any, input_ids: Sequence[int]) -> list[int]:
@@ -80,27 +98,54 @@ def checked_limits(
     return most, ends
 
 
-def check_sampling(
-    processors: ContinuousBatchingLogitsProcessorList, given: Mapping[str, Any], model: Any
-) -> None:
-    """Look at how a request wants its tokens chosen.
+def checked_sampling(
+    processors: ContinuousBatchingLogitsProcessorList, given: Mapping[str, Any], sampled: bool
+) -> dict[str, Any]:
+    """How a request wants its tokens chosen, without what asks for nothing.
 
     Raises:
         ConfigError: the engine was not started for such an argument, or no token can be chosen with
             its value.
     """
+    asked: dict[str, Any] = {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        low, high = RANGES.get(name, (None, None))
+        if low is None or high is None:
+            if name not in NEUTRAL or value != NEUTRAL[name]:
+                asked[name] = value
+            continue
+        whole = isinstance(low, int)
+        number = _number(value) if whole else _fraction(value)
+        if number is None or not low <= number <= high:
+            kind = "an integer" if whole else "a number"
+            raise ConfigError(f"{name} is {kind} from {low:g} to {high:g}; got {value!r}")
+        if name in processors.supported_keys:
+            asked[name] = number
+        elif sampled or name == "temperature":
+            nothing = (0,) if not sampled else (1,) if name != "top_k" else (0, -1)
+            if number not in nothing:
+                asked[name] = number
+        # Else the likeliest token is the likeliest of any number of tokens.
     try:
-        processors.check_kwargs(dict(given))
+        processors.check_kwargs(asked)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"the request's tokens cannot be chosen so: {error}") from error
-    known = _vocabulary(model) or sys.maxsize
-    for name, low, high in (
-        ("temperature", COLDEST, sys.float_info.max),
-        ("top_p", 0.0, 1.0),
-        ("top_k", 1, known),
-    ):
-        if name in given and not low <= given[name] <= high:
-            raise ConfigError(f"{name} is from {low:g} to {high:g}; got {given[name]!r}")
+        raise ConfigError(
+            f"this engine does not choose a request's tokens by {', '.join(asked)}: {error}. Start "
+            "it with GenerationConfig(do_sample=True) and "
+            "ContinuousBatchingConfig(per_request_processors=True) for temperature, top_k and top_p"
+        ) from error
+    return asked
+
+
+def _fraction(value: Any) -> float | None:
+    """`value` where it is a number; else None."""
+    if isinstance(value, bool) or not isinstance(value, SupportsFloat):
+        return None
+    with suppress(OverflowError, ValueError):
+        return float(value)
+    return None
 
 
 def _number(value: Any) -> int | None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -18,19 +16,21 @@ from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.errors import BatchError, ConfigError, LorafxError
 from lorafx.progress import LOG
 from lorafx.serving.activation import column_of, warn_absent
+from lorafx.serving.continuous import sampling
 from lorafx.serving.continuous.checks import (
     check_name,
-    check_sampling,
     checked_limits,
     checked_prompt,
+    checked_sampling,
 )
 from lorafx.serving.continuous.eager import EAGER
+from lorafx.serving.continuous.engine_config import possible, served_config
 from lorafx.serving.continuous.outputs import Outputs
 from lorafx.serving.continuous.packed_call import PackedForward
 from lorafx.serving.continuous.pages import AdapterPages
 from lorafx.serving.continuous.requests import AdapterRequest, Ticket
 from lorafx.serving.continuous.room import Room
-from lorafx.serving.continuous.scheduling import all_pinned, within_slots
+from lorafx.serving.continuous.scheduling import all_pinned
 
 if TYPE_CHECKING:
     from lorafx.serving.compiled import CompiledModel
@@ -76,11 +76,18 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 f"{type(model).__name__} has no generation_config, so it cannot generate; give a "
                 "generative model of transformers"
             )
-        served = _served(config)
-        with _possible(model):
+        served = served_config(config)
+        chosen = bool(given.do_sample and served.per_request_processors)
+        with possible(model):
             super().__init__(
-                model=model, generation_config=given, continuous_batching_config=served, **kwargs
+                model=model,
+                generation_config=sampling.asking(given) if chosen else given,
+                continuous_batching_config=served,
+                **kwargs,
             )
+        self.generation_config = given
+        if chosen:
+            sampling.own(self.logit_processor, given)
         #: Of the thread; `batch_processor` is taken away while that still runs.
         self._processor: Any = None
         self._packed = PackedForward(compiled, self._batch)
@@ -125,6 +132,10 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 effect on requests that have been added. An aLoRA adapter begins at the last
                 occurrence of its invocation tokens in the prompt. Without it, the default of
                 `set_adapter`.
+            logit_processor_kwargs: how the request's tokens are chosen: `temperature`, `top_k` and
+                `top_p`, where the engine samples and was given `per_request_processors=True`.
+                Temperature 0 takes the likeliest token, `top_k` 0 or -1 and `top_p` 1 leave all.
+                Of any engine, values that ask for nothing, and None.
             Otherwise as transformers' own.
 
         Returns:
@@ -145,7 +156,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             )
         check_name(request_id)
         max_new_tokens, ends = checked_limits(max_new_tokens, eos_token_id)
-        check_sampling(self.logit_processor, logit_processor_kwargs, self.compiled.model)
+        asked = checked_sampling(
+            self.logit_processor, logit_processor_kwargs, bool(self.generation_config.do_sample)
+        )
         prompt = checked_prompt(self.compiled.model, input_ids)
         ticket, begins = self._begun(self._ticket(adapter), prompt)
         request_id = self._named(request_id)
@@ -158,7 +171,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             max_new_tokens=config.max_new_tokens if max_new_tokens is None else max_new_tokens,
             eos_token_id=config.eos_token_id if ends is None else ends,
             streaming=streaming,
-            logit_processor_kwargs=logit_processor_kwargs,
+            logit_processor_kwargs=asked,
             ticket=ticket,
             begins=begins,
         )
@@ -269,7 +282,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         known = self.batch_processor
-        with _possible(self.model):
+        with possible(self.model):
             processor = super()._create_batch_processor()
         if processor is not known:
             self._processor = processor
@@ -288,6 +301,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     def _generation_step(self) -> None:
         processor, packed = self._processor, self._packed
         step = processor.inputs_and_outputs
+        draws = processor.do_sample and sampling.drawn(self.logit_processor)
+        processor.model_runner.do_sample = draws
         try:
             processor._generation_step(self._forward)
         except torch.AcceleratorError:
@@ -344,49 +359,3 @@ def _said(failed: Mapping[str, Exception]) -> dict[str, LorafxError]:
     for error in causes.values():
         LOG.error("requests failed in a step of continuous batching", exc_info=error)
     return said
-
-
-@contextmanager
-def _possible(model: Any) -> Iterator[None]:
-    """Around what transformers makes for its engine.
-
-    Raises:
-        ConfigError: it cannot, for this model or with these sizes.
-    """
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError(
-            f"transformers' engine cannot make a paged cache for {type(model).__name__}: {error}. "
-            "Change the ContinuousBatchingConfig if it is about sizes; otherwise call generate()"
-        ) from error
-
-
-#: What an engine's configuration may ask for that is not served here, and what it is then.
-_OFF: Mapping[str, Any] = {
-    "use_cuda_graph": False,
-    "use_async_batching": False,
-    "varlen_compile_config": None,
-    "decode_compile_config": None,
-}
-
-
-def _served(config: ContinuousBatchingConfig | None) -> ContinuousBatchingConfig:
-    """The configuration with what is not served switched off.
-
-    Raises:
-        ConfigError: it asks for something of that.
-    """
-    config = ContinuousBatchingConfig() if config is None else config
-    asked = [name for name in _OFF if getattr(config, name) not in (None, False, (False, False))]
-    if config.q_padding_interval_size or config.kv_padding_interval_size:
-        asked.append("padding intervals (for CUDA graphs)")
-    if config.default_compile_level:
-        asked.append("default_compile_level")
-    if asked:
-        raise ConfigError(
-            f"the ContinuousBatchingConfig asks for {', '.join(asked)}, which continuous batching "
-            "with adapters does not serve: lorafx compiles the model itself. Leave them out"
-        )
-    scheduler = within_slots(config.scheduler_type)
-    return dataclasses.replace(config, **_OFF, auto_switch_to_flash=False, scheduler_type=scheduler)

@@ -179,13 +179,14 @@ def sampling(llama: Case) -> Any:
         {"eos_token_id": "ab"},
         {"eos_token_id": [3, None]},
         {"eos_token_id": torch.tensor(0.5)},
-        {"temperature": 0.0},
-        {"temperature": 1e-45},
+        {"temperature": -0.5},
+        {"temperature": 10**400},
         {"temperature": float("nan")},
         {"temperature": "hot"},
         {"top_p": 1.5},
-        {"top_k": 0},
-        {"top_k": 62},
+        {"top_k": -2},
+        {"top_k": 0.5},
+        {"min_p": 0.1},
         {"top_q": 1},
     ],
     ids=str,
@@ -195,7 +196,7 @@ def test_a_request_that_asks_for_what_cannot_be_is_refused_at_once(sampling, ask
     with pytest.raises(ConfigError, match=next(iter(asked))):
         sampling.add_request([3, 4], "own", adapter="a1", **asked)
     assert not sampling._outputs._names
-    fine = {"temperature": 0.5, "top_k": 61, "top_p": 0.0}
+    fine = {"temperature": 0.5, "top_k": 62, "top_p": 0.0}
     one = sampling.add_request([3, 4], "own", adapter="a1", max_new_tokens=2, **fine)
     assert answers(sampling, [one])[one].error is None
 

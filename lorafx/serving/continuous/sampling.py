@@ -1,0 +1,135 @@
+"""How each request's tokens are chosen: transformers' processors of logits, with values per request
+that ask for nothing.
+
+    temperature  0 (below `COLDEST`) takes the likeliest token, as if nothing were drawn
+    top_k        0 and -1 leave all tokens, and so do more than there are
+    top_p        1 leaves all tokens
+
+transformers makes such a processor only where its value asks for something when the engine starts,
+and then sorts the vocabulary for every request. Here the processors are always there, and a step in
+which none of the requests asks for one skips it.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.configuration_utils import GenerationConfig
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessorList,
+    ContinuousBatchingTemperatureLogitsWarper,
+    ContinuousBatchingTopKLogitsWarper,
+    ContinuousBatchingTopPLogitsWarper,
+)
+from transformers.generation.continuous_batching.requests import FutureRequestState
+
+#: Lower temperatures take the likeliest token. It is vLLM's bound.
+COLDEST = 1e-5
+#: top_k of a request that leaves all tokens.
+ALL = torch.iinfo(torch.int32).max
+#: Values with which transformers makes its processors.
+_ASKING = {"temperature": 2.0, "top_k": 1, "top_p": 0.5}
+
+
+class Temperature(ContinuousBatchingTemperatureLogitsWarper):
+    """scores / temperature; at 0 nothing but the first of the highest scores is left.
+
+    Attributes:
+        drawn: whether a token of the step is drawn; otherwise each is the likeliest.
+        likeliest: whether one is the likeliest.
+    """
+
+    drawn = likeliest = True
+
+    def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> Tensor:
+        given = super().prepare_tensor_args(requests_with_new_token).view(torch.float32)
+        cold = given < COLDEST
+        self.likeliest, self.drawn = bool(cold.any()), not bool(cold.all())
+        return given.masked_fill(cold, 0.0).view(torch.int32)
+
+    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+        if not self.drawn:
+            return scores
+        if not self.likeliest:
+            return super().__call__(scores, tensor_arg)
+        temperatures = tensor_arg[: scores.shape[0]].view(torch.float32)[:, None]
+        cold = temperatures == 0
+        best = torch.full_like(scores, -torch.inf)
+        best.scatter_(-1, scores.argmax(-1, keepdim=True), 0.0)
+        return torch.where(cold, best, scores / temperatures.masked_fill(cold, 1.0))
+
+
+class TopK(ContinuousBatchingTopKLogitsWarper):
+    """The k highest scores; `asked` says whether a request of the step wants fewer than all."""
+
+    asked = True
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        int32_tensor.fill_(_count(self.top_k))
+
+    def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> Tensor:
+        states = [future.state for future in requests_with_new_token]
+        counts = [_count(s.logit_processor_kwargs.get("top_k", self.top_k)) for s in states]
+        self.asked = any(count != ALL for count in counts)
+        return torch.tensor(counts, dtype=torch.int32)
+
+    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+        if not self.asked:
+            return scores
+        return super().__call__(scores, tensor_arg.clamp(max=scores.shape[-1]))
+
+
+class TopP(ContinuousBatchingTopPLogitsWarper):
+    """The likeliest tokens that p holds; `asked` says whether a request of the step wants fewer
+    than all."""
+
+    asked = True
+
+    def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> Tensor:
+        shares = super().prepare_tensor_args(requests_with_new_token)
+        self.asked = bool((shares.view(torch.float32) < 1).any())
+        return shares
+
+    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+        return super().__call__(scores, tensor_arg) if self.asked else scores
+
+
+def _count(top_k: int) -> int:
+    return min(top_k, ALL) if top_k > 0 else ALL
+
+
+_OWN: dict[type, tuple[type, str]] = {
+    ContinuousBatchingTemperatureLogitsWarper: (Temperature, "temperature"),
+    ContinuousBatchingTopKLogitsWarper: (TopK, "top_k"),
+    ContinuousBatchingTopPLogitsWarper: (TopP, "top_p"),
+}
+
+
+def asking(config: GenerationConfig) -> GenerationConfig:
+    """`config` with values for which transformers makes each of the processors above."""
+    changed = copy.deepcopy(config)
+    for name, value in _ASKING.items():
+        setattr(changed, name, value)
+    return changed
+
+
+def own(processors: ContinuousBatchingLogitsProcessorList, config: GenerationConfig) -> None:
+    """Have transformers' processors be those above. Requests that do not say get what `config`
+    says."""
+    unsaid = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    for processor in processors.logits_processor:
+        found: Any = processor
+        for cls, (mine, name) in _OWN.items():
+            if isinstance(found, cls):
+                found.__class__ = mine
+                value = getattr(config, name)
+                setattr(found, name, unsaid[name] if value is None else value)
+
+
+def drawn(processors: ContinuousBatchingLogitsProcessorList) -> bool:
+    """Whether a token of the step that is being made is drawn, where the engine draws."""
+    found = [p for p in processors.logits_processor if isinstance(p, Temperature)]
+    return all(processor.drawn for processor in found)
