@@ -74,6 +74,7 @@ CASES: dict[str, tuple[str, bool, bool, tuple[int, ...], tuple[int, ...]]] = {
     "Llama, cache, reference, no stamps": ("llama", True, True, (2, 8, 32), ()),
     "Qwen3-Next, static": ("qwen3_next", False, True, (2, 8, 32), (32,)),
     "Qwen3-Next, dynamic": ("qwen3_next", True, True, (2, 8, 32), ()),
+    "Qwen3-MoE, dynamic": ("qwen3_moe", True, True, (2, 32), ()),
 }
 QUICK = 8  # layers at most of a quick run
 STEP_DEPTH = 8
@@ -121,11 +122,39 @@ def qwen3_next(layers: int) -> Any:
     )
 
 
-#: Constructor, and PEFT's target_modules. (PEFT takes Qwen3-Next's MLPs for experts, whose LoRA is
-#: on bare parameters.)
-FAMILIES: dict[str, tuple[Callable[[int], Any], str]] = {
-    "llama": (llama, r".*layers.*_proj"),
-    "qwen3_next": (qwen3_next, r".*_attn\.\w+_proj\w*"),
+def qwen3_moe(layers: int) -> Any:
+    """Eight experts, of which each token takes two."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            hidden_size=512,
+            intermediate_size=1408,
+            moe_intermediate_size=256,
+            num_experts=8,
+            num_experts_per_tok=2,
+            num_hidden_layers=layers,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            head_dim=64,
+            vocab_size=4096,
+            max_position_embeddings=512,
+        )
+    )
+
+
+#: Constructor, and what PEFT adapts. (It takes Qwen3-Next's MLPs for experts, whose LoRA is on bare
+#: parameters.)
+FAMILIES: dict[str, tuple[Callable[[int], Any], dict[str, Any]]] = {
+    "llama": (llama, {"target_modules": r".*layers.*_proj"}),
+    "qwen3_next": (qwen3_next, {"target_modules": r".*_attn\.\w+_proj\w*"}),
+    "qwen3_moe": (
+        qwen3_moe,
+        {
+            "target_modules": r".*_attn\.\w+_proj",
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        },
+    ),
 }
 
 
@@ -145,10 +174,10 @@ def start(
     import lorafx
 
     torch.manual_seed(0)
-    build, targets = FAMILIES[family]
+    build, adapted = FAMILIES[family]
     model = build(layers).eval().requires_grad_(False)
     with tempfile.TemporaryDirectory() as folder:
-        config = LoraConfig(r=16, lora_alpha=16, target_modules=targets, init_lora_weights=False)
+        config = LoraConfig(r=16, lora_alpha=16, init_lora_weights=False, **adapted)
         get_peft_model(copy.deepcopy(model), config).save_pretrained(folder)
         options = {"passes": {"outline": outlined}, "lowering": lowering, "stamps": stamps}
         cm = lorafx.compile(model, {"a": folder}, dynamic=dynamic, options=options)
