@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse
 from transformers.cli.serving.server import build_server
 
 from lorafx.server.authentication import Authentication
@@ -18,7 +19,7 @@ from lorafx.server.served_model import ServedModel
 from lorafx.serving.continuous.manager import AdapterBatchingManager
 
 #: transformers' routes that are kept. Others load any model, or unload this one.
-ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health")
+ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models")
 
 
 def build_app(
@@ -35,7 +36,7 @@ def build_app(
         adapter_root: the folder from which clients may load adapters; None: they may not.
         api_key: what requests have to come with, but for /health and /metrics; None for nothing.
     """
-    metrics = Metrics(served.compiled.stats)
+    metrics = Metrics(served.compiled.stats, engine.health)
     generation = Generation(served, engine, metrics)
     absent: Any = None  # the handlers of routes that are not kept
     app = build_server(
@@ -62,6 +63,13 @@ def build_app(
     @app.post("/v1/unload_lora_adapter")
     def unload_lora_adapter(body: dict) -> Response:
         return Response(loading.unload(body), media_type="text/plain")
+
+    @app.get("/health")
+    def health() -> JSONResponse:
+        reason = engine.unhealthy()
+        if reason is not None:
+            return JSONResponse({"status": "unhealthy", "reason": reason}, 503)
+        return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")
     def counts() -> Response:

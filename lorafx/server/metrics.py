@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from lorafx.serving.continuous.health import StepHealth
 from lorafx.session.statistics import Statistics
 
 #: The adapter of requests that ask for what there is not. Their own words would be labels without
@@ -19,9 +20,10 @@ class Metrics:
 
     Args:
         stats: gives the model's own counts, `CompiledModel.stats`.
+        health: of the engine.
     """
 
-    def __init__(self, stats: Callable[[], Statistics]) -> None:
+    def __init__(self, stats: Callable[[], Statistics], health: StepHealth) -> None:
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "lorafx_requests",
@@ -41,6 +43,7 @@ class Metrics:
             registry=self._registry,
         )
         self._registry.register(_Adapters(stats))
+        self._registry.register(_Steps(health))
 
     def began(self) -> None:
         """A request has come."""
@@ -82,6 +85,20 @@ class _Adapters:
         for adapter, count in stats.tokens.items():
             tokens.add_metric([adapter], count)
         yield tokens
+
+
+class _Steps:
+    """The steps of the engine that have failed, at the moment at which they are read."""
+
+    def __init__(self, health: StepHealth) -> None:
+        self._health = health
+
+    def collect(self) -> Iterator[Metric]:
+        yield CounterMetricFamily(
+            "lorafx_failed_steps",
+            "Steps of the engine that served nobody since the model failed",
+            value=self._health.failed,
+        )
 
 
 def _tiers(stats: Statistics) -> Iterator[Metric]:

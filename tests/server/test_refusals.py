@@ -8,7 +8,7 @@ import re
 import pytest
 from served import client_of, question, said
 
-from lorafx.errors import CaptureError
+from lorafx.errors import CaptureError, ProvenanceError
 
 CHAT = "/v1/chat/completions"
 
@@ -177,6 +177,47 @@ def test_requests_fail_alone(server, monkeypatch, error):
     monkeypatch.setattr(server.engine, "_forward", forward)
     assert counts(server)[failures] == before + 2
     assert post(server, CHAT, model="tiny:a1", **question(CHAT, "w9", 2)).status_code == 200
+    assert get(server, "/health").status_code == 200
+
+
+def test_a_model_that_fails_in_every_step(server, monkeypatch):
+    """Five steps in a row without one that succeeds; then one does."""
+    forward = server.engine._forward
+    failed = "lorafx_failed_steps_total"
+    before = counts(server)[failed]
+
+    def broken(**_):
+        raise IndexError("said by a prompt")
+
+    def ask(name="tiny:a1"):
+        return post(server, CHAT, model=name, **question(CHAT, "w9", 2)).status_code
+
+    monkeypatch.setattr(server.engine, "_forward", broken)
+    assert [ask() for _ in range(4)] == [500] * 4
+    assert get(server, "/health").status_code == 200
+    monkeypatch.setattr(server.engine, "_forward", forward)
+    assert ask() == 200
+    monkeypatch.setattr(server.engine, "_forward", broken)
+    assert [ask() for _ in range(5)] == [500] * 5
+    health = get(server, "/health")
+    assert health.status_code == 503
+    assert "The last 5 steps of the engine failed" in health.json()["reason"]
+    assert "IndexError" in health.json()["reason"]
+    assert "prompt" not in health.text
+    assert counts(server)[failed] == before + 9
+    monkeypatch.setattr(server.engine, "_forward", forward)
+    assert ask() == 200
+    assert get(server, "/health").json() == {"status": "ok"}
+
+
+def test_requests_that_are_refused_leave_an_engine_healthy(server, monkeypatch):
+    def refused(**_):
+        raise ProvenanceError("rows are not proved")
+
+    monkeypatch.setattr(server.engine, "_forward", refused)
+    for _ in range(6):
+        answer = post(server, CHAT, model="tiny:a1", **question(CHAT, "w9", 2))
+        assert answer.status_code == 500
     assert get(server, "/health").status_code == 200
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from ray.serve.metrics import Counter
 
+from lorafx.serving.continuous.health import StepHealth
 from lorafx.session.statistics import Statistics
 
 #: field of `Statistics` -> what is said of it
@@ -22,9 +23,11 @@ class Counts:
 
     Args:
         stats: gives the model's own counts, `CompiledModel.stats`.
+        health: of the engine.
     """
 
-    def __init__(self, stats: Callable[[], Statistics]) -> None:
+    def __init__(self, stats: Callable[[], Statistics], health: StepHealth) -> None:
+        self._health = health
         self._stats = stats
         self._said = Statistics(0, 0, 0, 0)
         self._counters = {
@@ -33,6 +36,10 @@ class Counts:
         self._tokens = Counter(
             "lorafx_tokens", "Tokens that have been run, prompts included", tag_keys=("adapter",)
         )
+        self._failed = Counter(
+            "lorafx_failed_steps", "Steps of the engine that served nobody since the model failed"
+        )
+        self._said_failed = 0
 
     def export(self) -> None:
         """Tell Ray what has been counted since it was told last."""
@@ -44,3 +51,7 @@ class Counts:
         for adapter, tokens in stats.tokens.items():
             if more := tokens - said.tokens.get(adapter, 0):
                 self._tokens.inc(more, {"adapter": adapter})
+        failed = self._health.failed
+        if more := failed - self._said_failed:
+            self._failed.inc(more)
+        self._said_failed = failed

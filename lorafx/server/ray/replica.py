@@ -31,7 +31,7 @@ class Replica:
     def __init__(self, settings: Settings, held: int) -> None:
         self._stack = ExitStack()
         self._server = self._stack.enter_context(opened(settings, lazily=True))
-        self._counts = Counts(self._server.compiled.stats)
+        self._counts = Counts(self._server.compiled.stats, self._server.engine.health)
         self._held = adapters = HeldAdapters(self._server.compiled, settings.folder_of)
 
         async def load(adapter: str) -> object:
@@ -45,17 +45,18 @@ class Replica:
         self._stack.close()
 
     def check_health(self) -> None:
-        """Raise BatchError where the engine takes no requests; Ray then replaces the replica.
+        """Raise BatchError where the engine takes no requests, or its last steps have all failed;
+        Ray then replaces the replica.
 
         Ray asks regularly, so counts are exported here too.
         """
         self._counts.export()
-        status = self._server.engine.background_thread_status
-        denied = status.can_accept_new_requests()
-        if denied is not None:
-            error = status.fatal_error
+        engine = self._server.engine
+        reason = engine.unhealthy()
+        if reason is not None:
+            error = engine.background_thread_status.fatal_error or engine.health.last
             raise BatchError(
-                f"the engine of this replica has ended. {denied} {error or ''}".rstrip()
+                f"the engine of this replica does not serve. {reason} {error or ''}".rstrip()
             ) from error
 
     async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[list[dict]]:

@@ -25,6 +25,7 @@ from lorafx.serving.continuous.checks import (
 )
 from lorafx.serving.continuous.eager import EAGER
 from lorafx.serving.continuous.engine_config import possible, served_config
+from lorafx.serving.continuous.health import StepHealth
 from lorafx.serving.continuous.outputs import Outputs
 from lorafx.serving.continuous.packed_call import PackedForward
 from lorafx.serving.continuous.pages import AdapterPages
@@ -93,6 +94,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._packed = PackedForward(compiled, self._batch)
         self._forward: Any = self._packed
         self._outputs = self.output_router = Outputs()
+        self.health = StepHealth()
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = False) -> None:
         """Have the model use an attention that is served."""
@@ -212,6 +214,12 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             self._processor = None
             self._packed.forget()
 
+    def unhealthy(self) -> str | None:
+        """Why the engine cannot be expected to serve requests: it has ended or is stopping, or
+        its last steps have all failed (`lorafx.serving.continuous.health`); None where it can. An
+        engine whose steps fail takes requests, and is healthy again after one that succeeds."""
+        return self.background_thread_status.can_accept_new_requests() or self.health.reason()
+
     def warmup(self) -> None:
         """Have the graphs of the engine's steps captured: of several tokens, and of one.
 
@@ -303,6 +311,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         step = processor.inputs_and_outputs
         draws = processor.do_sample and sampling.drawn(self.logit_processor)
         processor.model_runner.do_sample = draws
+        packed.searches = not self.health.failing
         try:
             processor._generation_step(self._forward)
         except torch.AcceleratorError:
@@ -314,6 +323,10 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             failed = {name: own.get(name, error) for name in names}
         else:
             failed, packed.failed = packed.failed, {}
+        if len(failed) == len(step.requests_in_batch):
+            self.health.nobody_served(failed.values())
+        else:
+            self.health.succeeded()
         if failed:
             self._end(processor, failed)
 
