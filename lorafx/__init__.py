@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lorafx import errors, layers
     from lorafx.adapter_store.saved import AdapterSource
-    from lorafx.api import attach, bisect, compile, explain
+    from lorafx.api import attach, bisect, compile, explain, profile, why
     from lorafx.config import After, LoraConfig, Options
     from lorafx.diffusers.compiled_pipeline import CompiledPipeline, compile_pipeline
     from lorafx.errors import (
@@ -81,17 +81,19 @@ __all__ = [
     "layers",
     "load_adapter",
     "pipeline",
+    "profile",
     "register",
     "register_oot",
     "unload_adapter",
     "unregister",
     "unregister_oot",
+    "why",
 ]
 
 #: Where the names come from that are no errors.
 _HOMES = {
     "lorafx.adapter_store.saved": ("AdapterSource",),
-    "lorafx.api": ("attach", "bisect", "compile", "explain"),
+    "lorafx.api": ("attach", "bisect", "compile", "explain", "profile", "why"),
     "lorafx.config": ("After", "LoraConfig", "Options"),
     "lorafx.diffusers.compiled_pipeline": ("CompiledPipeline", "compile_pipeline"),
     "lorafx.model.out_of_tree": ("register_oot", "unregister_oot"),

@@ -1,5 +1,5 @@
-"""The public entry points: `compile`, `explain`, `attach` (that of attach_model.py) and `bisect`
-(that of lorafx.bisection)."""
+"""The public entry points: `compile`, `explain`, `why`, `profile`, `attach` (that of
+attach_model.py) and `bisect` (that of lorafx.bisection)."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from lorafx.bisection.search import bisect as bisect
 from lorafx.config import Options
 from lorafx.errors import CapacityError, ConfigError, LorafxWarning
 from lorafx.explanation import Explanation
+from lorafx.explanation.why import Why, why_before
 from lorafx.prepare.configuration import request_of
-from lorafx.prepare.marking import mark
+from lorafx.prepare.marking import build_sites, mark
 from lorafx.program.roles import RoleTable
 from lorafx.reports.predicting import ROWS, predict
 from lorafx.reports.prediction import Prediction
+from lorafx.reports.profile import Profile
 from lorafx.saved_graphs.folder import folder_of
-from lorafx.serving.compiled import CompiledModel, refuse_compiled, refuse_other
-from lorafx.serving.example_inputs import derived_example, given_examples
+from lorafx.serving.compiled import CompiledModel, compiled_of, refuse_compiled, refuse_other
+from lorafx.serving.example_inputs import as_call, derived_example, given_examples
 from lorafx.torch_compile.attach_model import attach as attach
-from lorafx.torch_compile.attached import session_of
+from lorafx.torch_compile.attached import marked_session, session_of
+from lorafx.torch_compile.looking import profile_attached, why_attached
 
 
 def compile(
@@ -135,6 +138,84 @@ def explain(
     return predict(model, config, Options.of(options), device, rows, inputs)
 
 
+def why(
+    model: nn.Module,
+    path: str,
+    adapter: Any = None,
+    *,
+    lora_config: Any = None,
+    inputs: Mapping[str, Any] | Sequence[Any] | None = None,
+) -> Why:
+    """What became of the module at `path`, as `CompiledModel.why` says it, of any model.
+
+    Args:
+        model: what `compile` returned; what `attach` returned, or torch.compile for that; or a
+            model without LoRA, also on the meta device: the answer is then what `lora_config` would
+            make of the module.
+        path: any path of the module, also one that only adapters use.
+        adapter: the name of a loaded adapter; of a model without LoRA an adapter as `compile`
+            takes it, such as a folder.
+        lora_config: as for `compile`, for a model without LoRA. None for what `adapter` targets.
+        inputs: keyword arguments (or positional ones) of a call, to measure with by how much the
+            adapter changes what the module returns. A model that was attached keeps note of no
+            batch, so it is measured with these or not at all.
+
+    Raises:
+        ConfigError: there is no such module; the error names the nearest paths. Or `lora_config` or
+            `inputs` is given where it has no meaning.
+        UnknownAdapterError: the adapter is not loaded.
+        CheckpointError, UnsupportedAdapterError: the adapter cannot be read.
+
+    With `inputs` it also raises what a call raises.
+    """
+    compiled, session = compiled_of(model), session_of(model)
+    if lora_config is not None and (compiled is not None or session is not None):
+        raise ConfigError(
+            f"this {type(model).__name__} carries LoRA; lora_config is for models without it"
+        )
+    if compiled is not None:
+        return compiled.why(path, adapter, inputs=inputs)
+    if session is not None:
+        return why_attached(session, path, adapter, inputs)
+    refuse_other(model)
+    if inputs is not None:
+        raise ConfigError(
+            f"this {type(model).__name__} carries no LoRA, so there is nothing to measure with "
+            "inputs; give lorafx.compile(...) or lorafx.attach(...) the model first"
+        )
+    sources = {} if adapter is None else {"adapter": adapter}
+    config = request_of(lora_config, sources, model).config
+    _, sites = build_sites(model, config)
+    (told,) = why_before(model, config, sites, path, sources)
+    return told
+
+
+def profile(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | Sequence[Any],
+    adapter_names: Sequence[str | None],
+    *,
+    calls: int = 10,
+) -> Profile:
+    """Where the time of a call goes, as `CompiledModel.profile` measures it.
+
+    Args:
+        model: what `compile` returned, or what torch.compile returned for a model that was given to
+            `attach`. The arguments are those of `CompiledModel.profile`. Times of operators are of
+            graphs that are captured once more, as `compile` captures them.
+
+    Raises:
+        BatchError: no request has an adapter.
+        ConfigError: `calls` is not positive, or the model carries no LoRA or is not compiled.
+
+    It also raises what a call raises.
+    """
+    compiled = compiled_of(model)
+    if compiled is not None:
+        return compiled.profile(inputs, adapter_names, calls=calls)
+    return profile_attached(marked_session(model), model, inputs, adapter_names, calls)
+
+
 def _examples(
     model: nn.Module, given: Mapping[str, Any] | Sequence[Any] | None
 ) -> Iterator[Mapping[str, Any]]:
@@ -166,5 +247,4 @@ def _set_default(compiled: CompiledModel, active: Sequence[str]) -> None:
 
 def _capture(compiled: CompiledModel, inputs: Mapping[str, Any] | Sequence[Any]) -> None:
     """Capture the base's graph and the one with adapters."""
-    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (tuple(inputs), {})
-    compiled.capture(args, kwargs)
+    compiled.capture(*as_call(inputs))

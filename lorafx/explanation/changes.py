@@ -8,7 +8,7 @@ this module have made of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,12 @@ from lorafx.model.sites import Site
 from lorafx.program.roles import RoleTable
 from lorafx.session.session import Session
 
+#: Runs a model with an adapter, by its name, for all requests of a call with these arguments.
+Serve = Callable[[str, Sequence[Any], Mapping[str, Any]], None]
+
 
 def change_of(
-    session: Session, site: Site, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+    serve: Serve, site: Site, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> float | None:
     """The relative norm of what adapter `name` adds to what `site` returns for these arguments;
     None where the model does not call the site's module.
@@ -30,10 +33,6 @@ def change_of(
         LorafxError: the adapter cannot be served for such a call.
         Whatever the model raises.
     """
-    model, row_dims = session.program.model, session.program.config.row_dims
-    roles = RoleTable(model, row_dims)
-    named = roles.spread(roles.bind(tuple(args), kwargs))
-    rows = roles.rows(named)
     sums = [0.0, 0.0]
     before: list[Tensor] = []
 
@@ -45,6 +44,29 @@ def change_of(
         sums[0] += float((_tensor(output).double() - y).square().sum())
         sums[1] += float(y.square().sum())
 
+    hooks = [
+        site.marked.register_forward_hook(first, prepend=True),
+        site.marked.register_forward_hook(last),
+    ]
+    try:
+        serve(name, args, kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not sums[1]:
+        return None
+    return (sums[0] / sums[1]) ** 0.5
+
+
+def in_eager_mode(
+    session: Session, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    """Run the model that `lorafx.compile` serves, as `Serve`."""
+    model, row_dims = session.program.model, session.program.config.row_dims
+    roles = RoleTable(model, row_dims)
+    named = roles.spread(roles.bind(tuple(args), kwargs))
+    rows = roles.rows(named)
+
     def serve() -> None:
         session.set_batch(roles, named)
         with torch.no_grad(), session.module_paths():
@@ -53,18 +75,7 @@ def change_of(
     def run() -> None:
         session.run(session.running.in_forward(session.program.runtime.rows), serve)
 
-    hooks = [
-        site.marked.register_forward_hook(first, prepend=True),
-        site.marked.register_forward_hook(last),
-    ]
-    try:
-        session.call(run, [name] * (1 if rows is None else rows))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not sums[1]:
-        return None
-    return (sums[0] / sums[1]) ** 0.5
+    session.call(run, [name] * (1 if rows is None else rows))
 
 
 def _tensor(output: Any) -> Tensor:

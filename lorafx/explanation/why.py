@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lorafx.adapter_store.names import BASE
 from lorafx.config import LoraConfig
 from lorafx.errors import ConfigError, LorafxError
-from lorafx.explanation.changes import change_of
+from lorafx.explanation.changes import Serve, change_of
 from lorafx.explanation.collecting import graph_report
 from lorafx.explanation.deltas import deltas_of
 from lorafx.explanation.landings import Landed, landed
@@ -109,9 +109,13 @@ def why(
     adapter: str | None,
     call: tuple[Sequence[Any], Mapping[str, Any]] | None,
     last: LastCall | None,
+    serve: Serve,
 ) -> Why:
-    """What became of the module at `path` in a compiled model. `call`: arguments to measure with;
-    None for those of the `last` one.
+    """What became of the module at `path` in a marked model.
+
+    Args:
+        call: arguments to measure with; None for those of the `last` one.
+        serve: measures.
 
     Raises:
         ConfigError: there is no such module.
@@ -126,7 +130,7 @@ def why(
         if adapter == BASE:
             raise ConfigError(f"{BASE!r} is the base model, which has nothing for any module")
         store.check_known(adapter)
-        made = replace(made, adapter=_adapter(session, found, adapter, call, last))
+        made = replace(made, adapter=_adapter(session, found, adapter, call, last, serve))
     site = found.site
     if site is None:
         return made
@@ -193,6 +197,7 @@ def _adapter(
     name: str,
     call: tuple[Sequence[Any], Mapping[str, Any]] | None,
     last: LastCall | None,
+    serve: Serve,
 ) -> WhyAdapter:
     program, stored, site = session.program, session.store[name], found.site
     keys, notes = Landed(()), []
@@ -223,7 +228,7 @@ def _adapter(
         )
         return replace(made, notes=tuple(notes))
     try:
-        change = change_of(session, site, name, *arguments)
+        change = change_of(serve, site, name, *arguments)
     except LorafxError as error:
         if call is not None:
             raise

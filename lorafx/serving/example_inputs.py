@@ -145,6 +145,13 @@ def given_examples(roles: RoleTable, inputs: Any) -> tuple[Example, ...]:
     return tuple(examples)
 
 
+def as_call(
+    inputs: Mapping[str, Any] | Sequence[Any],
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """The arguments of one call, those in their order and those by name, from one of the two."""
+    return ((), inputs) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+
+
 def named_inputs(roles: RoleTable, inputs: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
     """The arguments of one call by name, from those by name or in their order.
 

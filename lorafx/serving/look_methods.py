@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
 from lorafx.explanation import Explanation
+from lorafx.explanation.changes import in_eager_mode
 from lorafx.explanation.collecting import report_of
 from lorafx.explanation.why import Why, why
 from lorafx.reports.profile import Profile
 from lorafx.reports.writing import written_into
+from lorafx.serving.example_inputs import as_call
 from lorafx.session.last_call import LastCall
 from lorafx.viewer.page import write_page
 
@@ -66,13 +69,12 @@ class LookMethods:
 
         With `inputs` it also raises what a call raises.
         """
-        call: tuple[Sequence[Any], Mapping[str, Any]] | None = None
-        if inputs is not None:
-            call = ((), inputs) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+        call = None if inputs is None else as_call(inputs)
         session = self._session
         session.refuse_running("why()")
         with session.lock:
-            return why(session, path, adapter, call, self._last_call[0])
+            serve = partial(in_eager_mode, session)
+            return why(session, path, adapter, call, self._last_call[0], serve)
 
     def profile(
         self,
@@ -104,7 +106,8 @@ class LookMethods:
 
         compiled = cast("CompiledModel", self)
         compiled._check_attached()
-        self._profile = profiled(compiled, inputs, adapter_names, calls)
+        serve = partial(compiled, adapter_names=list(adapter_names))
+        self._profile = profiled(compiled, inputs, adapter_names, calls, serve)
         return self._profile
 
     def dump(self, folder: str | os.PathLike[str]) -> Path:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -29,10 +29,7 @@ from lorafx.passes.pack import ALIASES, VIEWS
 from lorafx.reports.profile import Profile, ProfiledNode
 from lorafx.reports.stored import stored_bytes
 from lorafx.serving.example_inputs import named_inputs
-from lorafx.serving.stages import Stage, Stages, staged
-
-if TYPE_CHECKING:
-    from lorafx.serving.compiled import CompiledModel
+from lorafx.serving.stages import Stage, Staged, Stages, staged
 
 aten = torch.ops.aten
 
@@ -56,19 +53,20 @@ class _Measured:
 
 
 def profiled(
-    compiled: CompiledModel,
+    compiled: Staged,
     inputs: Mapping[str, Any] | Sequence[Any],
     names: Sequence[str | None],
     calls: int,
+    serve: Callable[..., Any],
 ) -> Profile:
-    """See `CompiledModel.profile`."""
+    """See `CompiledModel.profile`. `serve` makes the call, with arguments by name, as users do."""
     if calls < 1:
         raise ConfigError(f"calls = {calls}: at least one call is measured")
     named = named_inputs(compiled.entry(compiled.model).roles, inputs)
     adapters = [name for name in dict.fromkeys(names) if name not in (None, "__base__")]
     if not adapters:
         raise BatchError("no request of the batch has an adapter, so there is no delta to profile")
-    served = _served(compiled, named, names, calls)
+    served = _served(compiled, named, calls, serve)
     with staged(compiled) as stages:
         stages.current, earlier = stages.flat, len(compiled._session.backend.records)
         graphs = _run(compiled, stages, named, names, calls)
@@ -116,7 +114,7 @@ def profiled(
     )
 
 
-def _device(compiled: CompiledModel) -> str:
+def _device(compiled: Staged) -> str:
     device = compiled._session.program.runtime.device
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
@@ -131,7 +129,7 @@ def _notes(nodes: Iterable[ProfiledNode]) -> Iterator[str]:
 
 
 def _served(
-    compiled: CompiledModel, inputs: Mapping[str, Any], names: Sequence[str | None], calls: int
+    compiled: Staged, inputs: Mapping[str, Any], calls: int, serve: Callable[..., Any]
 ) -> float:
     """Median seconds of a call, after one that compiles."""
     times = []
@@ -139,14 +137,14 @@ def _served(
         given = copy.deepcopy(dict(inputs))
         _wait(compiled)
         start = time.perf_counter()
-        compiled(**given, adapter_names=list(names))
+        serve(**given)
         _wait(compiled)
         if at:
             times.append(time.perf_counter() - start)
     return statistics.median(times)
 
 
-def _wait(compiled: CompiledModel) -> None:
+def _wait(compiled: Staged) -> None:
     device = compiled._session.program.runtime.device
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -167,7 +165,7 @@ class _Labelled(fx.Interpreter):
 
 
 def _run(
-    compiled: CompiledModel,
+    compiled: Staged,
     stages: Stages,
     inputs: Mapping[str, Any],
     names: Sequence[str | None],
@@ -274,7 +272,7 @@ def _before(node: fx.Node) -> Iterable[fx.Node]:
 class _Floors:
     """Least traffic of sites with the adapters of a batch: 1 + bytes of A and B / bytes of W."""
 
-    def __init__(self, compiled: CompiledModel, adapters: Sequence[str]) -> None:
+    def __init__(self, compiled: Staged, adapters: Sequence[str]) -> None:
         session = compiled._session
         self.sites: dict[str, Site] = {site.path: site for site in compiled.sites}
         self.factors: dict[str, int] = {}

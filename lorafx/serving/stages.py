@@ -10,21 +10,37 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from lorafx.capture.backend import Backend
 from lorafx.capture.lowering import ReferenceLowering, lowering_for
 from lorafx.capture.verify import copied
 from lorafx.graph.context import Context
+from lorafx.model.sites import Site
 from lorafx.pass_order import CAPTURED, GraphPass, pipeline
 from lorafx.passes.outline.outline import Outline
-from lorafx.serving.entry import entered
+from lorafx.serving.entry import Entry, entered
+from lorafx.session.session import Session
 
-if TYPE_CHECKING:
-    from lorafx.serving.compiled import CompiledModel
+
+class Staged(Protocol):
+    """A model whose calls are made by entries: a `CompiledModel`, or what stands for one."""
+
+    _entries: Any
+    model: nn.Module
+
+    @property
+    def _session(self) -> Session: ...
+
+    @property
+    def sites(self) -> Sequence[Site]: ...
+
+    def entry(self, module: nn.Module) -> Entry: ...
+
+    def __call__(self, *, adapter_names: Sequence[Any], **inputs: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -104,7 +120,7 @@ class Stages:
 
 
 @contextmanager
-def staged(compiled: CompiledModel) -> Iterator[Stages]:
+def staged(compiled: Staged) -> Iterator[Stages]:
     """Inside, calls of the model run the stage that is chosen. Its lock is held, and its graphs and
     options are put back."""
     session = compiled._session
