@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -13,6 +13,22 @@ from lorafx.session.statistics import Statistics
 #: The adapter of requests that ask for what there is not. Their own words would be labels without
 #: end.
 UNKNOWN = "__unknown__"
+#: Fields of `Statistics` that are counted, and what is said of them.
+COUNTED: Mapping[str, str] = {
+    "hits": "Adapters of a batch that were in a slot already",
+    "loads": "Adapters that were written into a slot",
+    "evictions": "Adapters that lost their slot to another",
+    "waits": "Requests that were ready for a step and had no slot in it",
+}
+#: Likewise of `Tier`.
+COUNTED_OF_TIERS: Mapping[str, str] = {
+    "hits": "Adapters that were asked for and found in a tier",
+    "misses": "Adapters that were asked for and not in a tier",
+    "evictions": "Adapters that had to leave a tier",
+}
+TIER_BYTES = "Bytes of adapters in a tier; of the device's banks"
+TOKENS = "Tokens that have been run, prompts included"
+FAILED_STEPS = "Steps of the engine that served nobody since the model failed"
 
 
 class Metrics:
@@ -71,17 +87,10 @@ class _Adapters:
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
-        for name, text, value in (
-            ("hits", "Adapters of a batch that were in a slot already", stats.hits),
-            ("loads", "Adapters that were written into a slot", stats.loads),
-            ("evictions", "Adapters that lost their slot to another", stats.evictions),
-            ("waits", "Requests that were ready for a step and had no slot in it", stats.waits),
-        ):
-            yield CounterMetricFamily(f"lorafx_adapter_{name}", text, value=value)
+        for name, text in COUNTED.items():
+            yield CounterMetricFamily(f"lorafx_adapter_{name}", text, value=getattr(stats, name))
         yield from _tiers(stats)
-        tokens = CounterMetricFamily(
-            "lorafx_tokens", "Tokens that have been run, prompts included", labels=["adapter"]
-        )
+        tokens = CounterMetricFamily("lorafx_tokens", TOKENS, labels=["adapter"])
         for adapter, count in stats.tokens.items():
             tokens.add_metric([adapter], count)
         yield tokens
@@ -94,26 +103,16 @@ class _Steps:
         self._health = health
 
     def collect(self) -> Iterator[Metric]:
-        yield CounterMetricFamily(
-            "lorafx_failed_steps",
-            "Steps of the engine that served nobody since the model failed",
-            value=self._health.failed,
-        )
+        yield CounterMetricFamily("lorafx_failed_steps", FAILED_STEPS, value=self._health.failed)
 
 
 def _tiers(stats: Statistics) -> Iterator[Metric]:
     """What lies where: on the device, in host memory, in files."""
-    nbytes = GaugeMetricFamily(
-        "lorafx_tier_bytes", "Bytes of adapters in a tier; of the device's banks", labels=["tier"]
-    )
+    nbytes = GaugeMetricFamily("lorafx_tier_bytes", TIER_BYTES, labels=["tier"])
     for tier, of_tier in stats.tiers.items():
         nbytes.add_metric([tier], of_tier.nbytes)
     yield nbytes
-    for name, text in (
-        ("hits", "Adapters that were asked for and found in a tier"),
-        ("misses", "Adapters that were asked for and not in a tier"),
-        ("evictions", "Adapters that had to leave a tier"),
-    ):
+    for name, text in COUNTED_OF_TIERS.items():
         counted = CounterMetricFamily(f"lorafx_tier_{name}", text, labels=["tier"])
         for tier, of_tier in stats.tiers.items():
             counted.add_metric([tier], getattr(of_tier, name))

@@ -12,10 +12,12 @@ import openai
 import pytest
 import torch
 from pydantic import ValidationError
+from ray.serve.metrics import Counter, Gauge
 from served import SMALL
 
 from lorafx.errors import BatchError, CapacityError, ConfigError, UnknownAdapterError
 from lorafx.server.ray import RaySettings, build
+from lorafx.server.ray.counts import Counts
 from lorafx.server.ray.held import HeldAdapters
 from lorafx.server.ray.ingress import Answer
 from lorafx.server.ray.replica import Replica
@@ -227,6 +229,41 @@ def deployments(application: Any) -> tuple[Any, Any]:
 def test_bad_settings_are_refused_before_anything_is_started(files, change, error, word):
     with pytest.raises(error, match=word):
         build(settings_of(files, **change))
+
+
+def test_counts_are_told_to_ray(files, replica, monkeypatch):
+    """Each check of a replica's health tells what has come since; sizes are told as they are."""
+    told: dict[tuple[str, str], float] = {}
+
+    def inc(self, value=1.0, tags=None):
+        key = self.info["name"], *(tags or {"": ""}).values()
+        told[key] = told.get(key, 0) + value
+
+    def put(self, value, tags=None):
+        told[self.info["name"], tags["tier"]] = value
+
+    monkeypatch.setattr(Counter, "inc", inc)
+    monkeypatch.setattr(Gauge, "set", put)
+    monkeypatch.setattr(
+        replica, "_counts", Counts(replica._server.compiled.stats, replica._server.engine.health)
+    )
+    server = replica._server
+    for name in ("a0", "a3"):
+        server.compiled.load_adapter(files.adapters / name, name)
+        added = server.engine.add_request([5, 6], adapter=name, max_new_tokens=2)
+        assert server.engine.get_result(added, timeout=60).error is None
+        replica.check_health()
+    stats = server.compiled.stats()
+    for tier in ("device", "host", "disk"):
+        of_tier = stats.tiers[tier]
+        assert told["lorafx_tier_bytes", tier] == of_tier.nbytes > 0
+        for name in ("hits", "misses", "evictions"):
+            assert told.get((f"lorafx_tier_{name}", tier), 0) == getattr(of_tier, name)
+    assert told["lorafx_tier_misses", "device"] > 0
+    assert told["lorafx_tokens", "a3"] == stats.tokens["a3"]
+    assert told["lorafx_adapter_loads", ""] == stats.loads > 0
+    for name in ("a0", "a3"):
+        server.compiled.unload_adapter(name)
 
 
 def test_an_engine_whose_steps_fail_is_not_healthy(replica, monkeypatch):

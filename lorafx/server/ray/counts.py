@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ray.serve.metrics import Counter
+from ray.serve.metrics import Counter, Gauge
 
+from lorafx.server.metrics import COUNTED, COUNTED_OF_TIERS, FAILED_STEPS, TIER_BYTES, TOKENS
 from lorafx.serving.continuous.health import StepHealth
 from lorafx.session.statistics import Statistics
-
-#: field of `Statistics` -> what is said of it
-_TEXTS = {
-    "hits": "Adapters of a batch that were in a slot already",
-    "loads": "Adapters that were written into a slot",
-    "evictions": "Adapters that lost their slot to another",
-    "waits": "Requests that were ready for a step and had no slot in it",
-}
 
 
 class Counts:
@@ -27,31 +20,37 @@ class Counts:
     """
 
     def __init__(self, stats: Callable[[], Statistics], health: StepHealth) -> None:
-        self._health = health
         self._stats = stats
-        self._said = Statistics(0, 0, 0, 0)
-        self._counters = {
-            name: Counter(f"lorafx_adapter_{name}", text) for name, text in _TEXTS.items()
+        self._health = health
+        self._adapters = {
+            name: Counter(f"lorafx_adapter_{name}", text) for name, text in COUNTED.items()
         }
-        self._tokens = Counter(
-            "lorafx_tokens", "Tokens that have been run, prompts included", tag_keys=("adapter",)
-        )
-        self._failed = Counter(
-            "lorafx_failed_steps", "Steps of the engine that served nobody since the model failed"
-        )
-        self._said_failed = 0
+        self._tiers = {
+            name: Counter(f"lorafx_tier_{name}", text, tag_keys=("tier",))
+            for name, text in COUNTED_OF_TIERS.items()
+        }
+        self._nbytes = Gauge("lorafx_tier_bytes", TIER_BYTES, tag_keys=("tier",))
+        self._tokens = Counter("lorafx_tokens", TOKENS, tag_keys=("adapter",))
+        self._failed = Counter("lorafx_failed_steps", FAILED_STEPS)
+        #: (counter, what it is of) -> what Ray has been told
+        self._told: dict[tuple[Counter, str], int] = {}
 
     def export(self) -> None:
-        """Tell Ray what has been counted since it was told last."""
-        stats, said = self._stats(), self._said
-        self._said = stats
-        for name, counter in self._counters.items():
-            if more := getattr(stats, name) - getattr(said, name):
-                counter.inc(more)
+        """Tell Ray what has been counted since it was told last, and how large the tiers are."""
+        stats = self._stats()
+        for name, counter in self._adapters.items():
+            self._tell(counter, getattr(stats, name))
+        for tier, of_tier in stats.tiers.items():
+            self._nbytes.set(of_tier.nbytes, {"tier": tier})
+            for name, counter in self._tiers.items():
+                self._tell(counter, getattr(of_tier, name), "tier", tier)
         for adapter, tokens in stats.tokens.items():
-            if more := tokens - said.tokens.get(adapter, 0):
-                self._tokens.inc(more, {"adapter": adapter})
-        failed = self._health.failed
-        if more := failed - self._said_failed:
-            self._failed.inc(more)
-        self._said_failed = failed
+            self._tell(self._tokens, tokens, "adapter", adapter)
+        self._tell(self._failed, self._health.failed)
+
+    def _tell(self, counter: Counter, count: int, tag: str = "", value: str = "") -> None:
+        """Have `counter` be `count`, of what `tag` says."""
+        more = count - self._told.get((counter, value), 0)
+        if more:
+            counter.inc(more, {tag: value} if tag else {})
+            self._told[counter, value] = count
