@@ -3,7 +3,6 @@ restored."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,11 +14,11 @@ from lorafx.adapter_store.store import AdapterStore
 from lorafx.capture.lowering import resolved
 from lorafx.collector import collection_paused
 from lorafx.config import LoraConfig, Options
-from lorafx.errors import LorafxWarning
 from lorafx.interrupts import Rollback
 from lorafx.model.attachment import Attachment
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site
+from lorafx.model.training import warn_training
 from lorafx.pass_order import pipeline, run_model_passes
 from lorafx.passes.alias import Alias
 from lorafx.passes.select import Select
@@ -101,12 +100,7 @@ def _mark(
 ) -> Marked:
     check_names(request.config.row_dims, model)
     if model.training:
-        warnings.warn(
-            f"{type(model).__name__} is in training mode, so its dropout is active; call eval() "
-            "for inference",
-            LorafxWarning,
-            stacklevel=4,
-        )
+        warn_training(model, stacklevel=4)
     prepared = Preparation(
         model, request.config, options, request.adapters, request.origins, rollback=rollback
     )

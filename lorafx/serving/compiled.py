@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from types import MethodType
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from lorafx.explanation import write_beside_dumps
 from lorafx.interrupts import undisturbed
 from lorafx.model.attachment import Attachment
 from lorafx.model.sites import Site
+from lorafx.model.training import warn_training
 from lorafx.program.program import Program
 from lorafx.serving.activation import forward_of
 from lorafx.serving.adapter_methods import AdapterMethods
@@ -251,6 +252,12 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
         )
 
     # --- what it is and does ---
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module. Training mode is warned of: it makes the model's dropout active."""
+        if mode:
+            warn_training(self.model, stacklevel=2)
+        return super().train(mode)
 
     @property
     def sites(self) -> tuple[Site, ...]:

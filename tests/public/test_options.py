@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -277,8 +278,16 @@ def test_the_oracle_tells_adapters_apart(plain, inputs):
 
 def test_a_model_in_training_mode_is_warned_about():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout())
-    with pytest.warns(lorafx.LorafxWarning, match="training mode"):
-        lorafx.compile(model, lorafx.LoraConfig(target_modules=["0"]))
+    with pytest.warns(lorafx.LorafxWarning, match="training mode") as told:
+        cm = lorafx.compile(model, lorafx.LoraConfig(target_modules=["0"]))
+    assert [each.filename for each in told] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not cm.eval().training
+    with pytest.warns(lorafx.LorafxWarning, match="Sequential is in training mode") as told:
+        assert cm.train() is cm
+    assert [each.filename for each in told] == [__file__]
+    assert cm.model.training
 
 
 def test_without_a_compiler_the_model_runs_in_aten(monkeypatch):

@@ -1,0 +1,19 @@
+"""A model that is left in training mode, whose dropout changes every answer."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+
+from lorafx.errors import LorafxWarning
+
+
+def warn_training(model: nn.Module, stacklevel: int) -> None:
+    """Warn the caller `stacklevel` frames up that the model is in training mode."""
+    warnings.warn(
+        f"{type(model).__name__} is in training mode, so its dropout is active; call eval() for "
+        "inference",
+        LorafxWarning,
+        stacklevel=stacklevel + 1,
+    )
