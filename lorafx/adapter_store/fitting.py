@@ -145,7 +145,7 @@ def _own_weight(site: Site, weight: OwnWeight, bank: Bank) -> OwnWeight:
     return OwnWeight(
         host_copy(rows, bank.own.dtype, pin),
         None if bias is None else host_copy(bias, bank.own.dtype, pin),
-        weight.at,
+        None if weight.at is None else host_copy(weight.at, torch.int32, pin),
     )
 
 

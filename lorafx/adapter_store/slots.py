@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorafx.adapter_store.asked import evictable_for, no_slots, owning, too_many
+from lorafx.adapter_store.copy_streams import CopyStreams
 from lorafx.adapter_store.holding import staying
 from lorafx.adapter_store.names import members
 from lorafx.adapter_store.own_places import OwnPlaces
@@ -18,6 +19,8 @@ from lorafx.adapter_store.windows import arranged, window
 from lorafx.errors import LorafxError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lorafx.adapter_store.host_copies import HostTier
     from lorafx.adapter_store.stored import StoredAdapter
     from lorafx.model.sites import Group
@@ -40,12 +43,14 @@ class Slots:
         self._own = OwnPlaces(own_weights)
         self._widest = max((g.bank.width(g.bank.max_rank) for g in groups), default=1)
         self.max_adapters, self.host = max_adapters, host
+        self.copy_streams = CopyStreams(dict.fromkeys(g.bank.ranks.device for g in groups))
         #: As in lorafx.session.statistics.
         self.hits = self.loads = self.evictions = 0
         self._adapters: dict[str, StoredAdapter] = {}
         self._slots: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._pinned: set[str] = set()
-        self._last: tuple[tuple[str | None, ...], tuple[int, ...]] | None = None
+        #: The rows of the last batch, the slot of each, and all that they use.
+        self._last: tuple[tuple[str | None, ...], tuple[int, ...], tuple[int, ...]] | None = None
         self._written: set[int] = set()  # slots, inside `set_aside`
         self._aside: Any = None  # what the store held, inside `set_aside`
 
@@ -151,22 +156,54 @@ class Slots:
             self.host.written(copies[name])
             # Between here and the assignment the slot belongs to nobody: if the device fails
             # in the middle, the store still tells the truth.
-            self._write(slot, self._adapters[name])
+            self._write(slot, self._adapters[name], beside=True)
             self._slots[name] = slot
         return len(wanted) - len(missing)
 
-    def _write(self, slot: int, stored: StoredAdapter) -> None:
+    def _replace(self, stored: StoredAdapter) -> None:
+        """Write an adapter into the slot of the one that it replaces, where that has one."""
+        slot = self._slots.get(stored.name)
+        if slot is None:
+            return
+        if not self._fits(slot, stored):
+            del self._slots[stored.name]  # it gets one when a batch asks for it
+            self._clear(slot)
+            return
+        order = list(self._slots)
+        del self._slots[stored.name]
+        self._write(slot, stored)
+        self._slots[stored.name] = slot
+        for name in order[order.index(stored.name) + 1 :]:  # used as recently as before
+            self._slots.move_to_end(name)
+
+    def _write(self, slot: int, stored: StoredAdapter, *, beside: bool = False) -> None:
+        """Write an adapter into a slot: in the turn of the current stream, or `beside` it."""
+        taken = window(slot, stored.width, self.max_adapters)
         if self._aside is not None:
-            self._written.update(window(slot, stored.width, self.max_adapters))
+            self._written.update(taken)
         numbers, owners = self.host.numbers(stored), self._owners().values()
         place = self._own.take(slot, owners) if numbers.own else 0
-        for g, group in enumerate(self._groups):
-            factors, own = numbers.factors.get(g), numbers.own.get(g)
-            if factors or own:
-                group.bank.write(slot, factors or (), own, place)
-            else:
-                group.bank.clear(slot)
+
+        def write() -> list[object]:
+            sources: list[object] = [numbers]
+            for g, group in enumerate(self._groups):
+                factors, own = numbers.factors.get(g), numbers.own.get(g)
+                if factors or own:
+                    sources += group.bank.write(slot, factors or (), own, place)
+                else:
+                    sources += group.bank.clear(slot)
+            return sources
+
+        # The place of weights of its own may have been that of any slot.
+        behind = range(self.max_adapters) if numbers.own else taken
+        if beside:
+            self.copy_streams.copy(stored.name, taken, write, behind)
+        else:
+            self.copy_streams.use(behind)
+            write()
 
     def _clear(self, slot: int) -> None:
-        for group in self._groups:
-            group.bank.clear(slot)
+        def clear() -> list[Tensor]:
+            return [source for group in self._groups for source in group.bank.clear(slot)]
+
+        self.copy_streams.copy(f"slot {slot}", range(slot, slot + 1), clear)

@@ -29,7 +29,7 @@ from lorafx.adapter_store.mixing import mixed
 from lorafx.adapter_store.names import BASE, Mixture, adapters_among, check_name, members
 from lorafx.adapter_store.origins import Origin
 from lorafx.adapter_store.slots import Slots
-from lorafx.adapter_store.stored import BankPlace, StoredAdapter, check_spans
+from lorafx.adapter_store.stored import StoredAdapter, check_spans, places_of
 from lorafx.interrupts import free_after_fork, undisturbed
 
 if TYPE_CHECKING:
@@ -60,12 +60,7 @@ class AdapterStore(Slots):
         max_host_bytes: int | None = None,
     ) -> None:
         self._groups = tuple(groups)
-        places = {
-            site.part_path(part): BankPlace(g, site, part, *numbers)
-            for g, group in enumerate(self._groups)
-            for i, site in enumerate(group.sites)
-            for part, numbers in enumerate(zip(*group.ranges(i)[:2], strict=True))
-        }
+        places = places_of(self._groups)
         self._fitted = partial(fitted, places=places, groups=self._groups, max_rank=max_rank)
         own = max_adapters if own_weights is None else own_weights
         super().__init__(self._groups, max_adapters, own, HostTier(self._fitted, max_host_bytes))
@@ -253,20 +248,25 @@ class AdapterStore(Slots):
         key = tuple(names)
         with self._lock:
             if self._last is not None and self._last[0] == key:
+                self.copy_streams.use(self._last[2])
                 return list(self._last[1])  # decoding asks for the same rows step after step
-            self._let_go()
             wanted = adapters_among(key)
-            self._check_known(wanted)
-            if len(wanted) > self.max_adapters:
-                raise too_many(dict.fromkeys(wanted, 1), self.max_adapters)
-            self._mix(wanted)
-            self.hits += self._make_resident(wanted, held)
-            for name in wanted:
-                self._slots.move_to_end(name)
+            self.hits += self._give_slots(wanted, held)
             slots = [-1 if n is None or n == BASE else self._slots[n] for n in key]
-            self._last = key, tuple(slots)
+            used = [slot for name in wanted for slot in self._window(name, self._slots[name])]
+            self._last = key, tuple(slots), tuple(used)
             self._trim()
+            self.copy_streams.use(used)
             return slots
+
+    def fill(self, names: Sequence[str | None], held: frozenset[int] = frozenset()) -> list[int]:
+        """Give slots to these adapters before a batch asks for them; returns the slots. What does
+        not use these waits for no copy where `copy_streams.beside`. Raises as `acquire`."""
+        with self._lock:
+            wanted = adapters_among(names)
+            self._give_slots(wanted, held)
+            self._trim()
+            return [self._slots[name] for name in wanted]
 
     def refresh_magnitudes(self) -> None:
         """Take the norms of all loaded DoRA adapters, and the differences of adapters' own biases,
@@ -279,6 +279,7 @@ class AdapterStore(Slots):
             ConfigError: a base weight is in no known format any more.
         """
         with self._lock:
+            self.copy_streams.use(range(self.max_adapters))
             refresh(self._groups, self._adapters, self._slots)
 
     def nbytes(self) -> dict[str, int]:
@@ -300,21 +301,23 @@ class AdapterStore(Slots):
             self._lock = lock
             self._put_back()
 
+    def _give_slots(self, wanted: list[str], held: frozenset[int]) -> int:
+        """Give slots to the adapters of a batch, which are used now; how many had one."""
+        self._let_go()
+        self._check_known(wanted)
+        if len(wanted) > self.max_adapters:
+            raise too_many(dict.fromkeys(wanted, 1), self.max_adapters)
+        self._mix(wanted)
+        had = self._make_resident(wanted, held)
+        for name in wanted:
+            self._slots.move_to_end(name)
+        return had
+
     def _keep(self, stored: StoredAdapter) -> None:
         self._last = None
         self._unmix(stored.name)
         self._retire(stored.name)
-        slot = self._slots.get(stored.name)
-        if slot is not None and not self._fits(slot, stored):
-            del self._slots[stored.name]  # it gets one when a batch asks for it
-            self._clear(slot)
-        elif slot is not None:
-            order = list(self._slots)
-            del self._slots[stored.name]
-            self._write(slot, stored)
-            self._slots[stored.name] = slot
-            for name in order[order.index(stored.name) + 1 :]:  # used as recently as before
-                self._slots.move_to_end(name)
+        self._replace(stored)
         before = self._adapters.get(stored.name)
         if before is not None:
             self.host.forget(before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import ReferenceType
@@ -18,7 +18,7 @@ from lorafx.model.bank import Factors
 
 if TYPE_CHECKING:
     from lorafx.adapter_store.reading import LoraWeights
-    from lorafx.model.sites import Site
+    from lorafx.model.sites import Group, Site
 
 
 #: The version of an adapter that is stored now.
@@ -108,6 +108,16 @@ class BankPlace(NamedTuple):
     part: int
     sibling: int
     offset: int
+
+
+def places_of(groups: Sequence[Group]) -> dict[str, BankPlace]:
+    """Where the factors of each part of a site lie, by its path."""
+    return {
+        site.part_path(part): BankPlace(g, site, part, *numbers)
+        for g, group in enumerate(groups)
+        for i, site in enumerate(group.sites)
+        for part, numbers in enumerate(zip(*group.ranges(i)[:2], strict=True))
+    }
 
 
 def misfit(path: str, place: BankPlace, weights: LoraWeights, max_rank: int) -> str | None:

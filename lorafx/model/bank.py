@@ -207,12 +207,15 @@ class Bank:
         factors: Sequence[Factors],
         weight: OwnWeight | None = None,
         place: int = 0,
-    ) -> None:
+    ) -> list[Tensor]:
         """Make `slot` hold `factors`, and the rows of `weight` at `place` of those that the bank
         has room for, and nothing else, in place.
 
         Rows beyond a sibling's rank keep what they held: `ranks` says that they are not read, so
         it is written last, and every sibling without factors gets rank 0.
+
+        On CUDA it is only launched, on the current stream. What it is copied from must not change
+        before that is done: `factors`, `weight`, and what is returned, which was made for it.
         """
         slots = self._of_experts(slot)
         siblings = self.ranks.shape[1]
@@ -224,16 +227,18 @@ class Bank:
             self.B[slots, : f.rank, columns].copy_(f.B, non_blocking=True)
             ranks[:, f.sibling] = f.rank if f.ranks is None else f.ranks
             scales[:, f.sibling] = f.scale
-        self.scales[slots].copy_(scales)
+        made = [_sent(scales, self.scales[slots])]
         if self.alike is not None:
-            self.alike[slots].copy_(_alike(factors, ranks, scales))
-        self.ranks[slots].copy_(ranks)
-        self.write_by_column(slot, factors)
-        self._write_rows(slot, weight, place)
+            made.append(_sent(_alike(factors, ranks, scales), self.alike[slots]))
+        made.append(_sent(ranks, self.ranks[slots]))
+        made += self.write_by_column(slot, factors)
+        return made + self._write_rows(slot, weight, place)
 
     @torch.no_grad()
-    def write_by_column(self, slot: int, factors: Sequence[Factors]) -> None:
-        """Make `slot` rescale and shift outputs as `factors` say, and no others, in place."""
+    def write_by_column(self, slot: int, factors: Sequence[Factors]) -> list[Tensor]:
+        """Make `slot` rescale and shift outputs as `factors` say, and no others, in place. Returns
+        as `write`."""
+        made = []
         of_factors = [(self.gains, [f.gains for f in factors])]
         of_factors += [(self.shifts, [f.shift for f in factors])]
         for table, values in of_factors:
@@ -243,37 +248,42 @@ class Bank:
             for f, value in zip(factors, values, strict=True):
                 if value is not None:
                     row[f.offset : f.offset + f.B.shape[-1]] = value
-            table[slot].copy_(row)
+            made.append(_sent(row, table[slot]))
+        return made
 
     @torch.no_grad()
-    def clear(self, slot: int) -> None:
-        """Make `slot` a base slot: no sibling has a rank, no output another scale or bias."""
+    def clear(self, slot: int) -> list[Tensor]:
+        """Make `slot` a base slot: no sibling has a rank, no output another scale or bias. Returns
+        as `write`."""
         self.ranks[self._of_experts(slot)].zero_()
-        self.write_by_column(slot, ())
-        self._write_rows(slot, None)
+        return self.write_by_column(slot, ()) + self._write_rows(slot, None)
 
-    def _write_rows(self, slot: int, weight: OwnWeight | None, place: int = 0) -> None:
-        """Make `slot` have the rows of `weight` of its own, at `place`, and no others."""
+    def _write_rows(self, slot: int, weight: OwnWeight | None, place: int = 0) -> list[Tensor]:
+        """Make `slot` have the rows of `weight` of its own, at `place`, and no others. Returns as
+        `write`."""
         if self.own is None:
-            return
+            return []
         assert self.own_at is not None
         assert self.own_table is not None
         self.own_table[slot].fill_(-1)
         if weight is None:
-            return
-        count = len(weight.rows)
+            return []
+        count, later = len(weight.rows), self.own.is_cuda
         each = torch.arange(count, dtype=torch.int32, device=self.own_at.device)
-        at = each if weight.at is None else weight.at.to(each.device)
+        at = each if weight.at is None else weight.at.to(each.device, non_blocking=later)
         self.own[place, :count].copy_(weight.rows, non_blocking=True)
         if self.own_bias is not None:
             own_bias = self.own_bias[place, :count]
-            own_bias.zero_() if weight.bias is None else own_bias.copy_(weight.bias)
+            if weight.bias is None:
+                own_bias.zero_()
+            else:
+                own_bias.copy_(weight.bias, non_blocking=later)
         if self.kind == "embedding":
             self.own_at[place].fill_(-1)
             self.own_at[place, at.long()] = each
         else:
             self.own_at[place, :count] = at
-        self.own_table[slot].copy_(torch.tensor([place, count], dtype=torch.int32))
+        return [_sent(torch.tensor([place, count], dtype=torch.int32), self.own_table[slot])]
 
     def _of_experts(self, slot: int) -> slice:
         """The slots of the bank that are the model's slot `slot`, one per expert."""
@@ -286,6 +296,14 @@ class Bank:
             return self.A[slots, :, :rank]
         features = self.A.shape[2] // self.ranks.shape[1]
         return self.A[slots, :rank, sibling * features : (sibling + 1) * features]
+
+
+def _sent(source: Tensor, target: Tensor) -> Tensor:
+    """Copy `source`, of the host, into `target`; what it is copied from. From memory that is not
+    page-locked, the host would wait for all that its stream was to do before."""
+    source = source.pin_memory() if target.is_cuda else source
+    target.copy_(source, non_blocking=target.is_cuda)
+    return source
 
 
 def _by_factor(

@@ -10,6 +10,7 @@ from lorafx.adapter_store.saved import Source
 from lorafx.errors import BatchError, ConfigError
 from lorafx.interrupts import undisturbed
 from lorafx.session.loading import asked_name, load_adapter, unloading
+from lorafx.session.prefetching import prefetch
 
 if TYPE_CHECKING:
     from lorafx.session.session import Session
@@ -89,8 +90,10 @@ class AdapterMethods:
             ConfigError: it is merged.
             BatchError: the call that is running on this thread serves it.
         """
-        with self._session.lock:
-            undisturbed(unloading(self._session, name))
+        session = self._session
+        with session.lock:
+            session.locks.streams.follow(session.accelerators)
+            undisturbed(unloading(session, name))
 
     def pin_adapter(self, name: str) -> None:
         """Bring an adapter into a slot now and keep it there.
@@ -118,22 +121,28 @@ class AdapterMethods:
         """
         self._session.store.unpin(name)
 
-    def prefetch_adapters(self, names: Iterable[AdapterName]) -> None:
-        """Have adapters in host memory that its budget (`LoraConfig.max_host_bytes`) left no room
-        for, before a call asks for them. Their files are read here; calls of other threads go on
-        meanwhile. They stay until others are used more recently.
+    def prefetch_adapters(self, names: Iterable[AdapterName], *, slots: bool = False) -> None:
+        """Bring adapters nearer before a call asks for them; calls of other threads go on.
+
+        Those that the budget of host memory (`LoraConfig.max_host_bytes`) left no room for are read
+        here. They stay until others are used more recently.
+
+        Args:
+            names: of adapters, or sums, as in `forward`; None is the base model, which is there.
+            slots: also give them slots, in the place of those that were used least recently. On
+                CUDA their factors are copied on a stream of their own, beside the calls that are
+                running there; a call that uses one of them waits for its copy. This returns when
+                the copies have been launched. On a CPU it returns when they are done.
 
         Raises:
             UnknownAdapterError: a name that is not loaded.
             CheckpointError: a file has changed since it was loaded, or cannot be read.
             ConfigError: as `forward` for a sum.
+            CapacityError: with `slots`, more adapters than there are slots, or than those leave
+                free that are pinned, or used by a call around this one.
         """
         wanted = [one_name(name, "prefetch_adapters()") for name in names]
-        store = self._session.store
-        for name in wanted:
-            if name is not None:
-                store.check_known(name)
-        store.fetch(wanted)
+        prefetch(self._session, wanted, slots=slots)
 
     @property
     def adapter_versions(self) -> dict[str, int]:

@@ -178,9 +178,8 @@ class Session:
         """What `action` returns, while `running` is under way. The lock is held."""
         program, runtime = self.program, self.program.runtime
         self.locks.streams.follow(self.accelerators)
-        before, batch = self.running, program.batch
+        before, batch, rows, active = self.running, program.batch, runtime.rows, runtime.active
         others: list[bool] = []  # `list[bool]()` takes a microsecond
-        rows, active = runtime.rows, runtime.active
         # No context manager: an interrupt where its exit begins would leave all this, and the lock,
         # as it is in a call. Nothing can come between plain assignments.
         try:
@@ -196,6 +195,8 @@ class Session:
             if before.entries:  # what called this one from within goes on with its own batch
                 runtime.set_rows(rows)
                 runtime.active = active
+            else:
+                self.store.copy_streams.used()
 
     def set_batch(self, roles: RoleTable, named: Mapping[str, Any]) -> None:
         """Give every row of the call its slot, or every token.
@@ -288,9 +289,9 @@ class Session:
 
     def update(self, function: Callable[[], T]) -> T:
         """What `function` returns, which writes the base weights. The locks are held."""
-        thread = threading.get_ident()
+        running = self.running._replace(updating=True, thread=threading.get_ident())
         self.writes += 1
-        return self.run(self.running._replace(updating=True, thread=thread), function)
+        return self.run(running, function)
 
     def statistics(self) -> Statistics:
         """What adapters have done so far."""

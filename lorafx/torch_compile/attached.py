@@ -123,6 +123,8 @@ class AttachedSession(Session):
                 if before.depth:  # slots may have changed hands inside
                     outer = self.asked.names
                     self.serve(outer, self.store.acquire(outer), batch.call)
+                else:
+                    self.store.copy_streams.used()
 
     def after_fork(self, *, lost: bool) -> None:
         """As of any session; no block of another thread is open in a child."""

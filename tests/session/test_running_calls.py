@@ -330,9 +330,8 @@ def test_fork_while_another_thread_is_busy(pausing, meanwhile, monkeypatch, shal
 
     write = Bank.write
 
-    def writing(bank: Bank, slot: int, *what: Any) -> None:
-        write(bank, slot, *what)
-        stop()
+    def writing(bank: Bank, slot: int, *what: Any) -> list[Tensor]:
+        return (write(bank, slot, *what), stop())[0]
 
     lm = shallow.compile() if what == "generate" else None
     actions: dict[str, Callable[[], Any]] = {

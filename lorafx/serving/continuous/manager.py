@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -12,6 +12,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 
+from lorafx.adapter_store.holding import Hold
 from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.errors import BatchError, ConfigError, LorafxError
 from lorafx.progress import LOG
@@ -29,7 +30,7 @@ from lorafx.serving.continuous.health import StepHealth
 from lorafx.serving.continuous.outputs import Outputs
 from lorafx.serving.continuous.packed_call import PackedForward
 from lorafx.serving.continuous.pages import AdapterPages
-from lorafx.serving.continuous.requests import AdapterRequest, Ticket
+from lorafx.serving.continuous.requests import AdapterRequest, Ticket, ticket_of
 from lorafx.serving.continuous.room import Room
 from lorafx.serving.continuous.scheduling import all_pinned
 
@@ -91,7 +92,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             sampling.own(self.logit_processor, given)
         #: Of the thread; `batch_processor` is taken away while that still runs.
         self._processor: Any = None
-        self._packed = PackedForward(compiled, self._batch)
+        self._packed = PackedForward(compiled, self._batch, self._waiting)
         self._forward: Any = self._packed
         self._outputs = self.output_router = Outputs()
         self.health = StepHealth()
@@ -287,6 +288,19 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     def _batch(self) -> list[FutureRequestState]:
         """The requests of the step that is under way."""
         return list(self._processor.inputs_and_outputs.requests_in_batch)
+
+    def _waiting(self) -> Iterator[Hold]:
+        """The adapters of requests that are not in the step, in the order in which they may be in
+        the next; each once."""
+        scheduler = self._processor.scheduler
+        batch = {future.state.request_id for future in self._batch()}
+        began = [s for name, s in scheduler.active_requests.items() if name not in batch]
+        waits = [*scheduler.waiting_requests.values()]
+        with self.input_queue.mutex:
+            added = list(self.input_queue.queue)
+        tickets = dict.fromkeys(ticket_of(state) for state in (*began, *waits, *added))
+        holds = {t.hold.stored.version: t.hold for t in tickets if t is not None and t.hold}
+        yield from holds.values()
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         known = self.batch_processor

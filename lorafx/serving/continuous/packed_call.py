@@ -14,7 +14,7 @@ hands over are views of its own buffers; graphs depend on how tensors lie, so th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,13 @@ import torch
 from torch import Tensor, nn
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
+from lorafx.adapter_store.holding import Hold
 from lorafx.adapter_store.names import BASE
 from lorafx.serving.continuous.eager import EAGER, TracedEager
 from lorafx.serving.continuous.parts import OF_THE_DEVICE, in_parts
 from lorafx.serving.continuous.requests import AdapterRequest, Ticket, ticket_of
 from lorafx.serving.continuous.step_cache import StepCache
+from lorafx.session.prefetching import fill_ahead
 
 if TYPE_CHECKING:
     from lorafx.serving.compiled import CompiledModel
@@ -42,6 +44,7 @@ class PackedForward:
     Args:
         compiled: serves the model.
         batch: gives the requests of the step, in the order of their tokens.
+        waiting: gives the adapters of the others, in the order in which they may come.
 
     Attributes:
         failed: the requests of the last step that failed, by their names, and why. What came of
@@ -50,10 +53,14 @@ class PackedForward:
     """
 
     def __init__(
-        self, compiled: CompiledModel, batch: Callable[[], list[FutureRequestState]]
+        self,
+        compiled: CompiledModel,
+        batch: Callable[[], list[FutureRequestState]],
+        waiting: Callable[[], Iterable[Hold]],
     ) -> None:
         self._compiled = compiled
         self._batch = batch
+        self._waiting = waiting
         self._pages: StepCache | None = None
         self.failed: dict[str, Exception] = {}
         self.searches = True
@@ -108,6 +115,7 @@ class PackedForward:
                     raise
                 put_back(None)
                 output = self._in_parts(named, length, batch, put_back, error)
+            fill_ahead(compiled._session, self._waiting())  # while the step runs
         if single:
             output.logits = output.logits[:, :1]
         return output

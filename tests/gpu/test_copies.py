@@ -1,0 +1,91 @@
+"""Adapters on their way into slots while a GPU is busy: they arrive meanwhile, and no call reads a
+slot too early, or has one taken away under it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from dense_merge import Case
+from on_device import assert_served, captured, compiled_on, to
+from tiny_models import FAMILIES
+
+import lorafx
+
+#: Cycles for which a stream is busy: milliseconds, and about a second.
+BUSY, LONG = 20_000_000, 2_000_000_000
+SLOTS = 3
+
+
+@pytest.fixture
+def served(llama: Case, device: torch.device) -> tuple[Any, dict[str, torch.Tensor]]:
+    torch.manual_seed(1)
+    inputs = FAMILIES["llama"].inputs(2, 3)
+    config = lorafx.LoraConfig(target_modules=None, max_adapters=SLOTS, max_rank=16)
+    cm = compiled_on(llama, device, config)
+    # Captured; and what page-locked memory a copy needs is there, to allocate which waits.
+    for name in sorted(llama.folders):
+        cm(**to(inputs, device), adapter_names=[name, None])
+    torch.cuda.synchronize(device)
+    return cm, inputs
+
+
+def test_a_copy_arrives_while_a_call_is_running(served, llama: Case, device: torch.device) -> None:
+    cm, inputs = served
+    first, *_, missing = sorted(llama.folders)
+    cm(**to(inputs, device), adapter_names=[first, None])
+    for name in cm._session.store.resident.keys() - {first}:
+        cm.unload_adapter(name)
+        cm.load_adapter(llama.folders[name], name)
+    torch.cuda.synchronize(device)
+    busy = torch.cuda.Event()
+    torch.cuda._sleep(LONG)
+    running = cm(**to(inputs, device), adapter_names=[first, None])["logits"]
+    busy.record()
+    cm.prefetch_adapters([missing], slots=True)
+    (lane,) = cm._session.store.copy_streams._lanes
+    lane.copies[cm._session.store.resident[missing]].event.synchronize()
+    assert not busy.query()
+    names = [missing, first]
+    later = cm(**to(inputs, device), adapter_names=names)["logits"]
+    torch.cuda.synchronize(device)
+    assert_served(running, llama, [first, None], inputs)
+    assert_served(later, llama, names, inputs)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_calls_that_are_launched_ahead_read_their_own_adapters(
+    served, llama: Case, device: torch.device, apart: bool
+) -> None:
+    """Each slot is overwritten many times before the first call has begun; `apart`, calls and
+    copies are launched from different streams."""
+    cm, inputs = served
+    on_device, names = to(inputs, device), sorted(llama.folders)
+    mixes = [[a, b] for a in names for b in (*names, None) if a != b]
+    stream = torch.cuda.Stream(device) if apart else torch.cuda.current_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    answers = []
+    for number, mix in enumerate(mixes):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(BUSY)
+            answers.append(cm(**on_device, adapter_names=mix)["logits"])
+        if number % 3 and number + 1 < len(mixes):
+            cm.prefetch_adapters(mixes[number + 1], slots=True)
+        if number % 5 == 4:
+            cm.load_adapter(llama.folders[mix[0]], mix[0])
+    torch.cuda.synchronize(device)
+    for mix, answer in zip(mixes, answers, strict=True):
+        assert_served(answer, llama, mix, inputs)
+
+
+def test_a_captured_graph_keeps_its_slots(served, llama: Case, device: torch.device) -> None:
+    cm, inputs = served
+    on_device, names = to(inputs, device), sorted(llama.folders)
+    mix = names[:2]
+    graph = captured(lambda: cm(**on_device, adapter_names=mix)["logits"])
+    for name in names[2:]:
+        torch.cuda._sleep(BUSY)
+        graph.graph.replay()
+        cm.prefetch_adapters([name], slots=True)
+        assert_served(graph.replay(), llama, mix, inputs)
