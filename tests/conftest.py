@@ -16,6 +16,7 @@ from looked import Looked
 from torch import nn
 from torch.fx.experimental import _config as shape_config
 
+import lorafx
 from lorafx.call_stack import with_room
 from lorafx.session.session import sessions
 
@@ -91,6 +92,17 @@ def earlier_objects_frozen() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="class")
+def fixed_sizes() -> Iterator[None]:
+    """`lorafx.compile` captures graphs of fixed sizes where a test does not ask for others: at half
+    the cost of graphs for any batch size and length. (Of a class, so that a test outside of one has
+    it before the fixtures that compile, and Hypothesis takes it.)"""
+    defaults: Any = lorafx.compile.__kwdefaults__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(defaults, "dynamic", False)
+        yield
 
 
 @pytest.fixture(scope="session")

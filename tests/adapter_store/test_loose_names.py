@@ -18,7 +18,7 @@ from lorafx.layers import MergedColumnParallelLinear
 from lorafx.model.partition import spans
 from lorafx.prepare.marking import build_sites
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.usefixtures("fixed_sizes"), pytest.mark.quick]
 
 K = 4
 NAMES = ["a", "b", "c", "d"]

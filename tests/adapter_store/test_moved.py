@@ -18,7 +18,11 @@ import lorafx
 from lorafx.adapter_store.checkpoint import load_state
 from lorafx.errors import CheckpointError, ConfigError
 
-pytestmark = [pytest.mark.quick, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.usefixtures("fixed_sizes"),
+    pytest.mark.quick,
+    pytest.mark.filterwarnings("ignore"),
+]
 MAPPING = {r"^model\.layers": "model.language_model.layers"}
 
 

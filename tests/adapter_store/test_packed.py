@@ -18,6 +18,8 @@ import lorafx
 from lorafx.errors import CheckpointError, ConfigError, TargetError
 from lorafx.prepare.marking import build_sites
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 REFERENCE = {"lowering": "reference"}
 LAYERS = range(2)
 #: Adapters by what they touch; "part" leaves slices out.

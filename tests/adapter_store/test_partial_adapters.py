@@ -24,6 +24,8 @@ from torch import nn
 import lorafx
 from lorafx.errors import CheckpointError, LorafxWarning
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 REFERENCE = {"lowering": "reference"}
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 

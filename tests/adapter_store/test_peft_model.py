@@ -10,7 +10,7 @@ from lorafx.adapter_store.peft_model import is_peft_model, take_over
 from lorafx.adapter_store.peft_reader import read_adapter
 from lorafx.errors import CaptureError, CheckpointError, UnsupportedAdapterError
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.usefixtures("fixed_sizes"), pytest.mark.filterwarnings("ignore")]
 
 IDS = torch.arange(12).reshape(2, 6)
 

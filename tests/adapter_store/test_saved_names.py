@@ -21,6 +21,8 @@ from lorafx.adapter_store.peft_reader import read_adapter
 from lorafx.adapter_store.saved import AdapterState
 from lorafx.prepare.marking import build_sites
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 PREFIX = "base_model.model."
 #: What each wrapper makes of `base_model.model.<path>.lora_A.weight`.
 NAMINGS: dict[str, Callable[[str], str]] = {

@@ -21,7 +21,11 @@ from lorafx.adapter_store.checkpoint import load_state
 from lorafx.adapter_store.inspecting import config_of
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
 
-pytestmark = [pytest.mark.quick, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.usefixtures("fixed_sizes"),
+    pytest.mark.quick,
+    pytest.mark.filterwarnings("ignore"),
+]
 CONFIG = "adapter_config.json"
 
 

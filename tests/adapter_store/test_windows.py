@@ -13,7 +13,7 @@ from lorafx.adapter_store.store import AdapterStore
 from lorafx.adapter_store.windows import arranged, window
 from lorafx.errors import CapacityError
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.usefixtures("fixed_sizes"), pytest.mark.quick]
 
 SLOTS, SLOT_RANK, RANK = 6, 2, 7
 

@@ -19,6 +19,8 @@ from lorafx.errors import BaseWeightsError
 from lorafx.layers import FusedMoE, MergedColumnParallelLinear
 from lorafx.loading.weight_places import meet, volume
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 EXPERTS, WIDTH, INNER = 3, 16, 5
 
 

@@ -21,6 +21,8 @@ import lorafx
 from lorafx.base_weights.copies import repeats
 from lorafx.errors import BaseWeightsError, CaptureError
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 REFERENCE = {"lowering": "reference"}
 WIDTH = 32
 BASE = [None, None]

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from lorafx.errors import BaseWeightsError, ConfigError, MatchError
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 NAMES = ["d0", None, "p2", "d1", "d3", "d0"]
 
 

@@ -22,6 +22,8 @@ from torch import Tensor
 import lorafx
 from lorafx.errors import CheckpointError, ConfigError, MatchError, UnknownAdapterError
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 REFERENCE = {"lowering": "reference"}
 
 

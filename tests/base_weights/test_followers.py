@@ -17,6 +17,8 @@ import lorafx
 from lorafx.errors import BaseWeightsError
 from lorafx.layers import Int8ChannelLinearMethod, ReplicatedLinear, load_weights
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 NAMES = ["a", None, "b", "c"]
 IDS = {"input_ids": torch.randint(3, 61, (3, 5), generator=torch.Generator().manual_seed(1))}
 ROWS = ["a0", None, "a2"]

@@ -21,6 +21,8 @@ from lorafx.errors import (
     UnknownAdapterError,
 )
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 NAMES = ["a0", None, "a1", "a3"]
 
 

@@ -15,6 +15,8 @@ from tiny_models import VOCAB, Family, token_inputs
 import lorafx
 from lorafx.errors import MatchError
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 QV = ["q_proj", "v_proj"]
 
 

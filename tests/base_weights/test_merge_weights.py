@@ -28,6 +28,8 @@ import lorafx
 from lorafx import layers
 from lorafx.errors import MatchError
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 REFERENCE = {"lowering": "reference"}
 
 

@@ -19,6 +19,8 @@ import lorafx
 from lorafx.errors import BaseWeightsError, BatchError, CaptureError
 from lorafx.layers import Int8ChannelLinearMethod, ReplicatedLinear
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:

@@ -21,6 +21,8 @@ from torch import nn
 
 import lorafx
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 SEEDS = itertools.count(11)
 NAMES = ["a", None, "b"]
 #: Its loop over experts breaks the graph into many, by which tokens go where: only its weights are

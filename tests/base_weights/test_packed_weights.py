@@ -23,6 +23,8 @@ import lorafx
 from lorafx.errors import BaseWeightsError
 from lorafx.layers import FusedMoE, load_weights
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 REFERENCE = {"lowering": "reference"}
 NAMES = ["a", None, "b", "a"]
 IDS = {"input_ids": torch.randint(0, 20, (4, 7), generator=torch.Generator().manual_seed(1))}

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.errors import BatchError, CaptureError, MatchError
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 
 class Two(nn.Module):
     def __init__(self) -> None:

@@ -19,6 +19,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 import lorafx
 from lorafx.errors import BaseWeightsError, BatchError, CaptureError, CheckpointError, ConfigError
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 Pairs = list[tuple[str, Tensor]]
 IDS = {"input_ids": torch.randint(3, 61, (3, 5), generator=torch.Generator().manual_seed(1))}
 NAMES = ["a0", None, "a2"]

@@ -6,9 +6,12 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from dense_merge import TOLERANCE, Case, check_mixed, error
 from tiny_models import FAMILIES
+
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
 
 NAMES = ["a1", None, "a3"]
 

@@ -45,7 +45,10 @@ FIXED = {
 
 
 class Served:
-    """A base with three adapters on disk, compiled; and PEFT's model of the same."""
+    """A base with three adapters on disk, compiled; and PEFT's model of the same. `warmed`: the
+    graphs that a warm-up captured, where there was one."""
+
+    warmed = 0
 
     def __init__(self, family: str, folder: Path) -> None:
         self.base = random_base(family, **LAYERS[family])

@@ -13,6 +13,8 @@ from tiny_models import token_inputs
 import lorafx
 from lorafx.errors import CaptureError, CheckpointError, LorafxWarning, UnsupportedAdapterError
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 BATCH = {"input_ids": torch.arange(3, 15).reshape(2, 6)}
 
 

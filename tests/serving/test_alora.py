@@ -30,7 +30,11 @@ MIX = ("x", "y", None, "plain", "x", "y")
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> Served:
-    return Served("llama", tmp_path_factory.mktemp("adapters"))
+    """Warmed up for several requests of any length."""
+    served = Served("llama", tmp_path_factory.mktemp("adapters"))
+    served.cm.warmup(batch_sizes=(2,), lengths=(6,), generate=False)
+    served.warmed = served.cm.recompiles
+    return served
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +53,16 @@ def begun(inputs: dict[str, Tensor]) -> list[int | None]:
     ids[0, 1:3] = ids[0, 4:6] = torch.tensor([5, 6])  # the last one counts
     ids[1, 5] = ids[4, 5] = 7  # of row 4's adapter they are not
     return [4, 5, None, 0, None, None]
+
+
+def test_warm_up_knows_of_it(llama) -> None:
+    assert llama.warmed == 5  # {prompt, decode} × {base, adapters}, and one per token
+    cm, graphs = llama.cm, llama.cm.recompiles
+    inputs = inputs_of(4, 8)
+    inputs["input_ids"][1, 4] = 7
+    for names in (["x", "y", None, "plain"], ["y"] * 4):
+        cm(**inputs, adapter_names=names)
+    assert cm.recompiles == graphs
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -219,23 +233,13 @@ def test_more_adapters_than_slots_in_waves(llama) -> None:
         adapters=llama.folders,
         options={**REFERENCE, "overflow": "waves"},
     )
-    inputs = inputs_of(6, 9)
+    mix = [*MIX, "plain"]  # no wave of one row, which would have a graph of its own
+    inputs = inputs_of(len(mix), 9)
     begun(inputs)
-    got = cm(**inputs, adapter_names=list(MIX)).logits
-    for row, name in enumerate(MIX):
+    got = cm(**inputs, adapter_names=mix).logits
+    for row, name in enumerate(mix):
         seen, own = inputs["attention_mask"][row].bool(), one(inputs, row)
         assert error(got[row][seen], llama.alone(name, **own)[0][seen]) <= TOLERANCE
-
-
-def test_warm_up_knows_of_it(llama) -> None:
-    cm = llama.compile()
-    cm.warmup(batch_sizes=(2,), lengths=(6,), generate=False)
-    graphs = cm.recompiles
-    inputs = inputs_of(4, 8)
-    inputs["input_ids"][1, 4] = 7
-    for names in (["x", "y", None, "plain"], ["y"] * 4):
-        cm(**inputs, adapter_names=names)
-    assert cm.recompiles == graphs == 5  # {prompt, decode} × {base, adapters}, and one per token
 
 
 # --- what is refused ---
@@ -320,6 +324,7 @@ class Reads(nn.Module):
         return self.body(x)
 
 
+@pytest.mark.usefixtures("fixed_sizes")
 def test_other_methods_and_rows_that_are_no_tokens(tmp_path) -> None:
     torch.manual_seed(0)
     model = Reads().eval()
@@ -338,6 +343,7 @@ def test_other_methods_and_rows_that_are_no_tokens(tmp_path) -> None:
     cm(input_ids=ids, adapter_names=["body", None])
 
 
+@pytest.mark.usefixtures("fixed_sizes")
 def test_behind_routed_experts_it_is_refused(tmp_path) -> None:
     """Dispatch sorts the tokens, and which is which is not proved behind it."""
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}

@@ -14,6 +14,8 @@ from torch import nn
 import lorafx
 from lorafx.errors import CaptureError
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 
 def storages(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, each storage once."""

@@ -49,6 +49,12 @@ def served(case: SumCase) -> Any:
     return case.with_room()
 
 
+@pytest.fixture(scope="module")
+def narrow(case: SumCase) -> Any:
+    """With two slots, for engines."""
+    return case.with_room(max_adapters=2)
+
+
 def feed(rows: int, length: int = 5) -> dict[str, torch.Tensor]:
     torch.manual_seed(rows)
     return token_inputs(rows, length)
@@ -75,6 +81,7 @@ def test_a_weight_of_one_is_the_adapter_and_of_zero_the_base(case: SumCase, serv
     assert torch.equal(served(**inputs, adapter_names=names).logits, plain)
 
 
+@pytest.mark.usefixtures("fixed_sizes")
 def test_parts_of_packed_projections(case_of: Any) -> None:
     case = SumCase.of(case_of("phi3"))
     names = [{"a0": 0.7, "a1": -0.4}, None, {"a2": 0.5, "a1": 0.5, "a4": 2.0}, "a0"]
@@ -91,6 +98,7 @@ def test_as_peft_joins_adapters(case: SumCase, served: Any) -> None:
     assert error(served(**inputs, adapter_names=[MIX, MIX]).logits, want) <= TOLERANCE
 
 
+@pytest.mark.usefixtures("fixed_sizes")
 def test_routed_experts(tmp_path: Path) -> None:
     case = SumCase.of(moe_case("qwen3_moe", tmp_path))
     names = [{"params": 0.7, "older": 0.4}, None, {"older": -0.5}, "down", {"down": 1, "older": 2}]
@@ -133,6 +141,7 @@ def test_the_default(case: SumCase, served: Any) -> None:
         served.set_adapter(None)
 
 
+@pytest.mark.usefixtures("fixed_sizes")
 def test_a_sum_follows_its_adapters(case: SumCase) -> None:
     cm = case.with_room(max_adapters=3)
     inputs, host = feed(3), cm.memory()["host"]
@@ -178,6 +187,7 @@ def test_members_of_a_running_call_stay(case: SumCase, served: Any) -> None:
     assert len(raised) == 8
 
 
+@pytest.mark.usefixtures("fixed_sizes")
 def test_too_large_a_rank(case: SumCase) -> None:
     cm = case.compile()  # room for the largest of its adapters, 8
     inputs = feed(2)
@@ -222,6 +232,7 @@ def test_names_are_for_what_is_loaded(served: Any) -> None:
         served(**feed(2), adapter_names=["0.7·a0 + 0.3·a1", None])
 
 
+@pytest.mark.usefixtures("fixed_sizes")
 def test_what_is_not_linear_in_a_weight(tmp_path: Path) -> None:
     dora = SumCase.of(family_case("plain", tmp_path / "dora"))
     cm, inputs = dora.compile(), FAMILIES["plain"].inputs(3, 4)
@@ -248,8 +259,8 @@ def test_what_is_not_linear_in_a_weight(tmp_path: Path) -> None:
     check_mixed(cm, own, [{"own": 1.0, "low": 0.0}, {"low": 0.5}, "tokens"], inputs)
 
 
-def test_continuous_batching_with_more_sums_than_slots(case: SumCase) -> None:
-    cm = case.with_room(max_adapters=2)
+def test_continuous_batching_with_more_sums_than_slots(case: SumCase, narrow: Any) -> None:
+    cm = narrow
     names = [MIX, {"a1": 0.5}, None, {"a0": -1.0, "a3": 1.0}, "a2", {"rs": 2.0, "a0": 1.0}]
     prompts = [[3 + row, 4, 5, 6] for row in range(len(names))]
     outputs = cm.generate_batch(prompts, names, continuous_batching_config=PAGES, max_new_tokens=4)
@@ -261,8 +272,8 @@ def test_continuous_batching_with_more_sums_than_slots(case: SumCase) -> None:
         cm.generate_batch(prompts[:1], adapter_names=[{}])
 
 
-def test_a_request_keeps_the_sum_that_it_was_added_with(case: SumCase) -> None:
-    cm = case.with_room()
+def test_a_request_keeps_the_sum_that_it_was_added_with(case: SumCase, narrow: Any) -> None:
+    cm = narrow
     with cm.continuous_batching(None, PAGES, warmup=False) as engine:
         seen = StepLogits(engine)
         with engine.pause():
@@ -270,6 +281,7 @@ def test_a_request_keeps_the_sum_that_it_was_added_with(case: SumCase) -> None:
             cm.load_adapter(case.folders["a2"], "a0")
             new = engine.add_request([3, 4, 5], adapter=MIX, max_new_tokens=4)
         outputs = answers(engine, [old, new])
+    cm.load_adapter(case.folders["a0"], "a0")
     changed = SumCase(case.base, {**case.folders, "a0": case.folders["a2"]})
     check_logits(case, seen, {old: outputs[old]}, {old: MIX})
     check_logits(changed, seen, {new: outputs[new]}, {new: MIX})

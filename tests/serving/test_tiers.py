@@ -20,6 +20,8 @@ from torch import Tensor
 import lorafx
 from lorafx.errors import CheckpointError, ConfigError, UnknownAdapterError
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 EMBEDDING = "base_model.model.model.embed_tokens"
 NAMES = ["a0", "a1", "a2", "a3", "a4"]
 

@@ -43,13 +43,25 @@ class Captured:
 # --- nothing is compiled afterwards ---
 
 
-def test_forward_and_decode_compile_nothing(case_of) -> None:
+class Warm:
+    """`served` is warmed up for `forward` and decoding, with `graphs` graphs."""
+
+    def __init__(self, case: Case) -> None:
+        self.served = case.compile(options={"verify": "off"})
+        self.served.warmup(batch_sizes=(1, 2), lengths=(6,), generate=False)
+        self.graphs = self.served.recompiles
+
+
+@pytest.fixture(scope="module")
+def warm(shallow: Case) -> Warm:
+    return Warm(shallow)
+
+
+def test_forward_and_decode_compile_nothing(shallow: Case, warm: Warm) -> None:
     """One request and several, prompts and single tokens with a cache, any mix and none."""
-    case = case_of("qwen3", num_hidden_layers=1)
-    cm = case.compile(options={"verify": "off"})
-    cm.warmup(batch_sizes=(1, 2), lengths=(6,), generate=False)
+    cm = warm.served
     captured = Captured(cm)
-    assert cm.recompiles == 8  # {1, more} × {prompt, decode} × {base, adapters}
+    assert warm.graphs == 8  # {1, more} × {prompt, decode} × {base, adapters}
     torch.manual_seed(0)
     mixes = ([None], ["a1"], ["a0", None, "a2"], ["a3"] * 2, [None] * 4, ["a4", "a0", None, "a1"])
     for length, names in zip((3, 9, 5, 2, 7, 4), mixes, strict=True):
@@ -62,13 +74,13 @@ def test_forward_and_decode_compile_nothing(case_of) -> None:
             past_key_values=output.past_key_values,
             adapter_names=names,
         )
-    check_mixed(cm, case, ["a0", None, "a1"], token_inputs(3, 5))
+    check_mixed(cm, shallow, ["a0", None, "a1"], token_inputs(3, 5))
     assert not captured.more
 
 
-def test_generate_compiles_nothing(shallow: Case) -> None:
+def test_generate_compiles_nothing(shallow: Case, warm: Warm) -> None:
     """Prompts of equal lengths and padded ones, beams, batches of any mix and of none."""
-    cm = shallow.compile(options={"verify": "off"})
+    cm = warm.served
     cm.warmup(batch_sizes=(2,), lengths=(8,), generate=True)
     captured = Captured(cm)
     torch.manual_seed(0)
@@ -96,18 +108,31 @@ def test_requests_compile_nothing_under_inductor(shallow: Case) -> None:
     assert not captured.more
 
 
-def test_example_inputs_of_a_model_without_a_configuration(plain: Case) -> None:
+class Embedded(nn.Module):
+    """One linear behind an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(61, 6)
+        self.up = nn.Linear(6, 7)
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.up(self.embed(ids))}
+
+
+def test_example_inputs_of_a_model_without_a_configuration(small) -> None:
+    case = small(Embedded, ["up"], ["embed"])
     torch.manual_seed(0)
-    by_name, by_position, listed = (plain.compile() for _ in range(3))
+    by_name, by_position, listed = (case.compile() for _ in range(3))
     by_name.warmup(FEED(2, 4), batch_sizes=(1,))
     by_position.warmup((FEED(2, 4)["ids"],), batch_sizes=(1,))
     listed.warmup([FEED(2, 4), FEED(1, 4)], batch_sizes=(2,))
     for cm in (by_name, by_position, listed):
         captured = Captured(cm)
-        for names in (["a0", "a1", None], ["a2"], [None] * 4, [None]):
+        for names in (["a", "b", None], ["b"], [None] * 4, [None]):
             inputs = FEED(len(names), 6)
             got = cm(**inputs, adapter_names=names)["logits"]
-            assert error(got, plain.expected(names, inputs)) <= 1e-5
+            assert error(got, case.expected(names, inputs)) <= 1e-5
             cm(inputs["ids"], adapter_names=names)  # the same graph, given by position
         assert not captured.more
         assert cm.recompiles == 4  # {1, more} × {base, adapters}
@@ -218,12 +243,13 @@ def test_a_warmup_that_raises_leaves_no_trace(small, batch_sizes: tuple[int, ...
 
 
 def test_progress_is_shown_on_a_terminal_only(
-    plain: Case, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain.compile().warmup(FEED(2, 3), batch_sizes=(2,))
+    case = small(Embedded, ["up"])
+    case.compile().warmup(FEED(2, 3), batch_sizes=(2,))
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    plain.compile().warmup(FEED(2, 3), batch_sizes=(2,))
+    case.compile().warmup(FEED(2, 3), batch_sizes=(2,))
     shown = capsys.readouterr().err
     assert "warm-up 1 of 3: forward, 2 requests, no adapter" in shown
     assert "warm-up 3 of 3: forward, 2 requests, a mix: " in shown

@@ -15,7 +15,7 @@ from transformers import BatchEncoding
 import lorafx
 from lorafx.errors import BatchError, ConfigError, ProvenanceError, nearest
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.usefixtures("fixed_sizes"), pytest.mark.quick]
 
 __all__ = ["fresh_dynamo"]
 MIX = ["a", None, "b"]

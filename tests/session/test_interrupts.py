@@ -23,6 +23,8 @@ import lorafx
 from lorafx.errors import CaptureError
 from lorafx.session.running import IDLE
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 K = 6
 NAMES = ["a", None, "b", "c"]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.errors import BatchError, LorafxWarning, ProvenanceError
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.usefixtures("fixed_sizes"), pytest.mark.quick]
 
 __all__ = ["fresh_dynamo"]
 MIX = ["a", None, "b"]
@@ -108,7 +108,7 @@ def test_arguments_that_contradict_each_other(case):
 
 def test_a_model_that_its_user_compiles_warns_once_too(case):
     model, x = attached(case), {"x": torch.randn(3, 3, 6)}
-    call = compiled(model)
+    call = compiled(model, dynamic=False)
     served(call, model, ["a"] * 3, x)
     with pytest.warns(LorafxWarning, match=r"'x' has shape \(3, 3, 6\)"):
         served(call, model, MIX, x)

@@ -21,6 +21,8 @@ from lorafx.compat import no_mha_fast_path
 from lorafx.errors import BatchError, CapacityError, CaptureError
 from lorafx.model.bank import Bank
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 __all__ = ["fresh_dynamo"]
 K = 6
 MIXED = ["a", None, "b"]
@@ -61,6 +63,12 @@ def pausing(small) -> Case:
         case.base, case.folders["a"].parent / "c", rank=2, targets=["up", "down"], seed=9
     )
     return case
+
+
+@pytest.fixture(scope="module")
+def lm(shallow: Case) -> Any:
+    """A language model that tests share, for prompts of any length."""
+    return shallow.compile()
 
 
 def served(case: Case, slots: int = 2) -> Any:
@@ -139,8 +147,8 @@ def test_a_call_inside_of_a_forward_takes_no_slot_from_it(pausing, meanwhile):
     check(cm, pausing, ["c", None, "b"], x)
 
 
-def test_what_a_streamer_may_do(shallow):
-    cm = shallow.compile()
+def test_what_a_streamer_may_do(shallow, lm):
+    cm = lm
     prompt, names = {"input_ids": torch.ones(1, 3, dtype=torch.long)}, ["a0"]
     seen: list[Any] = []
 
@@ -166,6 +174,7 @@ def test_what_a_streamer_may_do(shallow):
     streamed = cm.generate(**prompt, **settings, adapter_names=names, streamer=Streamer())
     assert torch.equal(streamed, shallow.alone("a0").generate(**prompt, **settings))
     assert len(seen) == 5
+    cm.unload_adapter("new")
 
 
 def elsewhere(action: Callable[[], Any]) -> list[Any]:
@@ -198,9 +207,9 @@ def test_the_model_itself_on_another_thread_is_no_part_of_the_call(pausing, mean
     assert error(base, pausing.expected([None] * 3, {"x": x})) <= 1e-5
 
 
-def test_nor_is_it_of_generate(shallow):
+def test_nor_is_it_of_generate(shallow, lm):
     """Whose compiled forwards stand in for those of the model meanwhile."""
-    cm, inputs = shallow.compile(), {"input_ids": torch.arange(1, 7)[None]}
+    cm, inputs = lm, {"input_ids": torch.arange(1, 7)[None]}
     found: list[Any] = []
 
     class Streamer:
@@ -299,7 +308,7 @@ def _in_child(action: Callable[[], None], seconds: int = 30) -> int:
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
 @pytest.mark.parametrize("what", ["call", "generate", "slot", "weights", "merge", "warm-up"])
-def test_fork_while_another_thread_is_busy(pausing, meanwhile, monkeypatch, shallow, what):
+def test_fork_while_another_thread_is_busy(pausing, meanwhile, monkeypatch, shallow, lm, what):
     """Its locks are held by nobody in the child, and what it was doing is not half done there."""
     torch.set_num_threads(1)  # the threads of an OpenMP pool do not exist in a child
     case, x = pausing, rows()
@@ -333,7 +342,6 @@ def test_fork_while_another_thread_is_busy(pausing, meanwhile, monkeypatch, shal
     def writing(bank: Bank, slot: int, *what: Any) -> list[Tensor]:
         return (write(bank, slot, *what), stop())[0]
 
-    lm = shallow.compile() if what == "generate" else None
     actions: dict[str, Callable[[], Any]] = {
         "call": lambda: cm(x=x, adapter_names=["b", "b", "b"]),
         "generate": generate,

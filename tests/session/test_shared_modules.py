@@ -19,6 +19,8 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.errors import CaptureError, MatchError
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 NAMES = ["a", None, "b"]
 
 
@@ -63,11 +65,11 @@ class Pair:
         embed, head = ends(self.target)
         self.draft = Draft(*(shared_parameters(embed, head) if parameters else (embed, head)))
 
-    def compile(self, **options: Any) -> tuple[Any, Any]:
-        settings = {**REFERENCE, **options}
+    def compile(self, *, dynamic: bool = False) -> tuple[Any, Any]:
+        settings = {"options": REFERENCE, "dynamic": dynamic}
         return (
-            lorafx.compile(self.target, self.target_case.folders, options=settings),
-            lorafx.compile(self.draft, self.draft_case.folders, options=settings),
+            lorafx.compile(self.target, self.target_case.folders, **settings),
+            lorafx.compile(self.draft, self.draft_case.folders, **settings),
         )
 
 
@@ -126,7 +128,7 @@ def test_calls_of_both_in_turns(
 ) -> None:
     cases = request.getfixturevalue(family)
     pair = Pair(cases.target, cases.draft, parameters=parameters)
-    target, draft = pair.compile()
+    target, draft = pair.compile(dynamic=True)
     for length in (4, 5, 6):
         check(target, pair.target_case, length=length)
         check(draft, pair.draft_case, length=length)
@@ -171,7 +173,7 @@ def test_one_is_detached(pair: Pair, first: str) -> None:
 def test_a_draft_that_runs_inside_of_the_target_s_call(llama: SimpleNamespace) -> None:
     """As assisted generation does: between two steps of the target the draft proposes."""
     pair = Pair(llama.target, llama.draft)
-    target, draft = pair.compile()
+    target, draft = pair.compile(dynamic=True)
     ids = torch.tensor([[3, 4, 5]])
     seen = []
 

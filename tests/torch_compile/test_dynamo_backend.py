@@ -76,7 +76,7 @@ def test_equal_batch_and_length_are_two_symbols(plain):
 def test_blocks(plain):
     torch.manual_seed(0)
     model, inputs = attached(plain), feed(2, 4)
-    call = compiled(model)
+    call = compiled(model, dynamic=False)
     want = {name: plain.expected([name] * 2, inputs) for name in ("a0", "a1", None)}
     with torch.no_grad(), lorafx.adapters(model, "a0"):
         assert error(call(**inputs)["logits"], want["a0"]) <= 1e-5
@@ -101,7 +101,7 @@ def test_more_adapters_than_slots_in_nested_blocks(plain):
     model = lorafx.attach(
         plain.model(), config, adapters=plain.folders, options={"lowering": "reference"}
     )
-    call, inputs = compiled(model), feed(2, 4)
+    call, inputs = compiled(model, dynamic=False), feed(2, 4)
     with torch.no_grad(), lorafx.adapters(model, ["a0", None]):
         check(call, model, plain, ["a3", "a3"], inputs)
         got = call(**inputs)["logits"]
@@ -146,7 +146,7 @@ def test_arguments_with_other_rows_than_the_batch(small):
 def test_gradients_are_refused_with_adapters_and_the_base_trains(plain):
     torch.manual_seed(0)
     model, inputs = attached(plain).requires_grad_(True), feed(2, 4)
-    call, twin = compiled(model), plain.model().requires_grad_(True)
+    call, twin = compiled(model, dynamic=False), plain.model().requires_grad_(True)
     with (
         pytest.raises(CaptureError, match=r"torch\.no_grad\(\) or torch\.inference_mode\(\)"),
         lorafx.adapters(model, ["a0", "a1"]),
@@ -176,7 +176,7 @@ def test_without_a_compiler_or_with_another_one(plain):
 def test_adapters_come_and_go(plain, tmp_path):
     torch.manual_seed(0)
     model = attached(plain)
-    call, inputs = compiled(model), feed(2, 4)
+    call, inputs = compiled(model, dynamic=False), feed(2, 4)
     check(call, model, plain, ["a0", "a1"], inputs)
     captured = graphs(model)
     folder = save_adapter(plain.base, tmp_path / "new", rank=4, targets=["up", "down"], seed=9)
@@ -196,7 +196,7 @@ def test_adapters_come_and_go(plain, tmp_path):
 
 def test_detached_and_attached_again(plain):
     model, inputs = attached(plain), feed(2, 4)
-    call = compiled(model)
+    call = compiled(model, dynamic=False)
     check(call, model, plain, ["a0", "a1"], inputs)
     with pytest.raises(CaptureError, match="not inside"), lorafx.adapters(model, "a0"):
         lorafx.detach(model)
@@ -224,7 +224,7 @@ def test_models_that_cannot_be_attached_or_served(plain):
             lorafx.adapters(copied, "a0").__enter__()
         lorafx.detach(copied)
         lorafx.attach(copied, plain.folders, options={"lowering": "reference"})
-        check(compiled(copied), copied, plain, ["a0", None], feed(2, 3))
+        check(compiled(copied, dynamic=False), copied, plain, ["a0", None], feed(2, 3))
 
 
 def test_a_graph_captured_before_attaching_is_no_silent_no_op(plain):
@@ -241,7 +241,8 @@ def test_a_graph_captured_before_attaching_is_no_silent_no_op(plain):
 
 def test_options_of_torch_compile(plain):
     model, inputs = attached(plain), feed(2, 4)
-    check(compiled(model, options={"lowering": "reference"}), model, plain, ["a0", None], inputs)
+    call = compiled(model, options={"lowering": "reference"}, dynamic=False)
+    check(call, model, plain, ["a0", None], inputs)
     for options, message in (
         ({"verify": "off"}, "verify='off', but the model was attached with verify='lint'"),
         ({"lowring": "reference"}, "unknown option 'lowring'; nearest: lowering"),
@@ -257,7 +258,7 @@ def test_options_of_torch_compile(plain):
 def test_changed_weights(plain):
     """Packed weights that were split are packed again; what cannot be is refused."""
     model, inputs = attached(plain), feed(2, 4)
-    call = compiled(model)
+    call = compiled(model, dynamic=False)
     check(call, model, plain, ["a0", "a1"], inputs)
     model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
     check(call, model, plain, ["a0", "a1"], inputs)
@@ -269,7 +270,7 @@ def test_changed_weights(plain):
 def test_blocks_of_several_threads_wait_for_one_another(plain):
     torch.manual_seed(0)
     model, inputs = attached(plain), feed(3, 4)
-    call = compiled(model)
+    call = compiled(model, dynamic=False)
     mixes = (["a0", None, "a1"], ["a3", "a3", None], [None, "a2", "a0"])
     wanted = [plain.expected(names, inputs) for names in mixes]
     check(call, model, plain, mixes[0], inputs)
@@ -324,7 +325,7 @@ def test_a_peft_model_gives_its_adapters(plain):
     peft = pytest.importorskip("peft")
     wrapped = peft.PeftModel.from_pretrained(plain.model(), plain.folders["a0"], "x")
     model = lorafx.attach(wrapped, options={"lowering": "reference"})
-    call, inputs = compiled(model), feed(2, 4)
+    call, inputs = compiled(model, dynamic=False), feed(2, 4)
     got = served(call, model, ["x", None], inputs)
     assert error(got, plain.expected(["a0", None], inputs)) <= 1e-5
     report = str(lorafx.explain(model))
@@ -335,10 +336,11 @@ def test_a_peft_model_gives_its_adapters(plain):
         assert error(wrapped(**inputs)["logits"], plain.expected(["a0"] * 2, inputs)) <= 1e-5
 
 
+@pytest.mark.usefixtures("earlier_objects_frozen")
 def test_graphs_do_not_keep_a_model_alive(plain):
     """Dynamo keeps graphs by code object; what they hold would never be freed."""
     model, inputs = attached(plain), feed(2, 4)
-    call = compiled(model)
+    call = compiled(model, dynamic=False)
     check_base(call, plain, inputs)
     check(call, model, plain, ["a0", None], inputs)
     seen = weakref.ref(model)

@@ -21,7 +21,7 @@ def test_blocks(plain: Case) -> None:
     case, inputs = SumCase.of(plain), FAMILIES["plain"].inputs(3, 4)
     config, options = lorafx.LoraConfig(max_rank=16), {"lowering": "reference"}
     model = lorafx.attach(case.model(), config, adapters=case.folders, options=options)
-    call = compiled(model)
+    call = compiled(model, dynamic=False)
     for names in ([MIX, None, {"a2": 0.5}], ["a1", {"a1": -2.0, "a0": 1.0}, MIX]):
         got = served(call, model, names, inputs)  # type: ignore[arg-type]
         assert error(got, case.expected(names, inputs)) <= TOLERANCE  # type: ignore[arg-type]

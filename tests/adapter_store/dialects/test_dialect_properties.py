@@ -23,7 +23,11 @@ from lorafx.errors import (
 )
 from lorafx.prepare.marking import build_sites
 
-pytestmark = [pytest.mark.quick, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.usefixtures("fixed_sizes"),
+    pytest.mark.quick,
+    pytest.mark.filterwarnings("ignore"),
+]
 DIALECTS = sorted(WRITERS)
 
 

@@ -18,7 +18,11 @@ from lorafx.errors import (
     ConfigError,
 )
 
-pytestmark = [pytest.mark.quick, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.usefixtures("fixed_sizes"),
+    pytest.mark.quick,
+    pytest.mark.filterwarnings("ignore"),
+]
 DIALECTS = sorted(WRITERS)
 
 

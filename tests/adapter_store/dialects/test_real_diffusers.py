@@ -23,7 +23,7 @@ from lorafx.config import LoraConfig
 from lorafx.errors import CheckpointError
 from lorafx.prepare.marking import build_sites
 
-pytestmark = [pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.usefixtures("fixed_sizes"), pytest.mark.filterwarnings("ignore")]
 TARGETS = ["to_q", "to_v", "to_out.0", "conv1", "proj_in", "conv_shortcut"]
 #: The first implementation's names of two of the UNet's modules.
 SGM = {
