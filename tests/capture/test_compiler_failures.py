@@ -11,7 +11,7 @@ import oracle
 import pytest
 import torch
 from attached import attached, compiled, fresh_dynamo, served
-from dense_merge import REFERENCE, Case, check_mixed
+from dense_merge import Case, check_mixed
 from torch import Tensor, nn
 from torch._inductor.lowering import lowerings, register_lowering
 
@@ -112,7 +112,7 @@ def failing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_constants_that_a_forward_makes_are_compared(tmp_path: Path) -> None:
     c = case(tmp_path, Net(Scaled))
-    cm = c.compile()
+    cm = c.compile(dynamic=False)
     check_mixed(cm, c, MIXED, batch())
     (outlined,) = cm._session.backend.records[-1].outlined
     assert len(outlined.paths) == 3
@@ -122,14 +122,14 @@ def test_constants_that_a_forward_makes_are_compared(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("failing")
 def test_a_pass_that_fails_is_named_with_the_switch(tmp_path: Path) -> None:
     c = case(tmp_path, Net())
-    cm = c.compile()
+    cm = c.compile(dynamic=False)
     with pytest.raises(CaptureError, match=r"the pass 'outline' failed on a graph of Net: ") as got:
         cm(**batch(), adapter_names=MIXED)
     assert "the pass has a mistake" in str(got.value)
     assert "Options(passes={'outline': False})" in str(got.value)
     assert got.value.__cause__ is not None
     check_mixed(cm, c, [None, None, None], batch())
-    without = c.compile(options={**REFERENCE, "passes": {"outline": False}})
+    without = c.compile({"passes": {"outline": False}}, dynamic=False)
     check_mixed(without, c, MIXED, batch())
 
 
@@ -139,7 +139,7 @@ def test_a_block_of_adapters_raises_the_same(tmp_path: Path) -> None:
     c = case(tmp_path, Net())
     model = attached(c)
     with pytest.raises(CaptureError, match="the pass 'outline' failed on a graph of Net"):
-        served(compiled(model), model, MIXED, batch())
+        served(compiled(model, dynamic=False), model, MIXED, batch())
 
 
 def test_a_pass_that_cannot_be_switched_off(
@@ -150,7 +150,7 @@ def test_a_pass_that_cannot_be_switched_off(
 
     monkeypatch.setattr(Provenance, "run", run)
     required = Provenance().required
-    cm = case(tmp_path, Net()).compile()
+    cm = case(tmp_path, Net()).compile(dynamic=False)
     with pytest.raises(CaptureError, match="target_modules" if required else "Options") as got:
         cm(**batch(), adapter_names=MIXED)
     assert "TypeError: no" in str(got.value)
@@ -159,7 +159,7 @@ def test_a_pass_that_cannot_be_switched_off(
 @pytest.mark.usefixtures("no_lowering")
 def test_inductor_fails_and_the_base_answers_in_python(tmp_path: Path) -> None:
     c = case(tmp_path, Odd())
-    cm = c.compile(options={"lowering": "inductor"})
+    cm = c.compile({"lowering": "inductor"}, dynamic=False)
     with pytest.raises(LoweringError, match="nobody has written this one") as got:
         cm(**batch(), adapter_names=MIXED)
     assert "the lowering 'inductor' failed on a graph of Odd" in str(got.value)
@@ -169,13 +169,13 @@ def test_inductor_fails_and_the_base_answers_in_python(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(found, c.base(**batch())["logits"])
     check_mixed(cm, c, [None] * 3, batch())
-    check_mixed(c.compile(options=REFERENCE), c, MIXED, batch())
+    check_mixed(c.compile(dynamic=False), c, MIXED, batch())
 
 
 @pytest.mark.usefixtures("no_lowering")
 def test_a_base_call_of_which_a_part_has_run_is_not_run_again(tmp_path: Path) -> None:
     c = case(tmp_path, OddBehindBreak())
-    cm = c.compile(options={"lowering": "inductor"})
+    cm = c.compile({"lowering": "inductor"}, dynamic=False)
     with pytest.raises(LoweringError, match="run in Python from now on"):
         cm(**batch(), adapter_names=[None] * 3)
     check_mixed(cm, c, [None] * 3, batch())
@@ -184,6 +184,6 @@ def test_a_base_call_of_which_a_part_has_run_is_not_run_again(tmp_path: Path) ->
 
 
 def test_what_the_model_raises_stays_its_own(tmp_path: Path) -> None:
-    cm = case(tmp_path, Net()).compile()
+    cm = case(tmp_path, Net()).compile(dynamic=False)
     with pytest.raises(RuntimeError, match="same reduction dim"):
         cm(x=torch.randn(3, 4, K + 1), adapter_names=MIXED)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dense_merge import build_case, check_mixed
+from dense_merge import Case, check_mixed
 from tiny_models import token_inputs
 from torch._dynamo.guards import CheckFunctionManager
 
@@ -15,7 +15,7 @@ NAMES = ["a1", None, "a3"]
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_dynamo_makes_one_guard_on_marks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+    shallow: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
 ) -> None:
     """Graphs that are saved keep note of all guards, so Dynamo makes them before they are chosen.
     What is checked before each call is the same."""
@@ -28,11 +28,10 @@ def test_dynamo_makes_one_guard_on_marks(
         return build(self, guards, *args, **kwargs)
 
     monkeypatch.setattr(CheckFunctionManager, "build_guards", noting)
-    case = build_case("llama", tmp_path)
     options: dict[str, Any] = {"cache": str(tmp_path / "graphs")} if cached else {}
-    cm: Any = case.compile(options)
+    cm: Any = shallow.compile(options, dynamic=False)
     inputs = token_inputs(len(NAMES), 4)
-    check_mixed(cm, case, NAMES, inputs)
+    check_mixed(cm, shallow, NAMES, inputs)
     *before, last = made
     assert len(last) == 1
     assert last[0].endswith(".runtime.active")

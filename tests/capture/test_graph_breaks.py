@@ -26,13 +26,13 @@ MIXED = ["a", None, "b"]
 
 @pytest.fixture(params=["compile", "backend"])
 def serve_of(request: pytest.FixtureRequest) -> Callable[..., Serve]:
-    def by_compile(case: Case, config: Any) -> Serve:
-        cm = lorafx.compile(case.model(), config, adapters=case.folders, options=REFERENCE)
+    def by_compile(case: Case, config: Any, sizes: dict[str, bool]) -> Serve:
+        cm = lorafx.compile(case.model(), config, adapters=case.folders, options=REFERENCE, **sizes)
         return lambda names, inputs: cm(**inputs, adapter_names=names)["logits"]
 
-    def by_backend(case: Case, config: Any) -> Serve:
+    def by_backend(case: Case, config: Any, sizes: dict[str, bool]) -> Serve:
         model = lorafx.attach(case.model(), config, adapters=case.folders, options=REFERENCE)
-        call = compiled(model)
+        call = compiled(model, **sizes)
 
         def serve(names: Any, inputs: dict[str, Tensor]) -> Tensor:
             if names is not None:
@@ -42,8 +42,10 @@ def serve_of(request: pytest.FixtureRequest) -> Callable[..., Serve]:
 
         return serve
 
-    def make(case: Case, config: Any = None) -> Serve:
-        return by_compile(case, config) if request.param == "compile" else by_backend(case, config)
+    def make(case: Case, config: Any = None, *, fixed: bool = False) -> Serve:
+        """`fixed`: for inputs of one size each."""
+        by = by_compile if request.param == "compile" else by_backend
+        return by(case, config, {"dynamic": False} if fixed else {})
 
     return make
 
@@ -106,7 +108,7 @@ class BrokenOutsideBypass(BrokenOutside):
 def test_what_python_made_between_two_graphs_has_no_owner(small, serve_of, cls):
     torch.manual_seed(0)
     case, inputs = small(cls, ["first", "w"], ["first"]), features(3, 3)
-    serve = serve_of(case)
+    serve = serve_of(case, fixed=True)
     right(serve, case, ["a", "a", "a"], inputs)
     right(serve, case, ["b", None, "b"], inputs)
     with pytest.raises(ProvenanceError, match="at w it is not proved which request a row"):
@@ -123,7 +125,7 @@ def test_the_base_first_where_no_mark_stands_in_the_graph(small, serve_of):
     """Dynamo has no guard to tell a call with adapters by: its base graph drops the delta."""
     torch.manual_seed(0)
     case, inputs = small(Bypass, ["w"]), features(3, 4)
-    serve = serve_of(case)
+    serve = serve_of(case, fixed=True)
     assert torch.equal(serve(None, inputs), case.base(**inputs)["logits"])
     right(serve, case, MIXED, inputs)
     assert torch.equal(serve(None, inputs), case.base(**inputs)["logits"])
@@ -174,7 +176,7 @@ UNSEEN = pytest.mark.xfail(
 def test_a_module_whose_frame_cannot_be_broken(small, serve_of, cls):
     torch.manual_seed(0)
     case, inputs = small(cls, ["w"]), features(3, 3)
-    serve = serve_of(case)
+    serve = serve_of(case, fixed=True)
     right(serve, case, ["a", "a", "a"], inputs)
     right(serve, case, ["b", "b", "b"], inputs)
     assert torch.equal(serve(None, inputs), case.base(**inputs)["logits"])
@@ -182,7 +184,7 @@ def test_a_module_whose_frame_cannot_be_broken(small, serve_of, cls):
 
 def test_a_forward_of_its_own_in_a_frame_that_cannot_be_broken(small, serve_of):
     case, inputs = small(UnbreakableGated, ["w"]), features(3, 3)
-    serve = serve_of(case)
+    serve = serve_of(case, fixed=True)
     with pytest.raises(
         MatchError, match="at w: its class overrides forward, and a graph break puts"
     ):
@@ -236,7 +238,7 @@ class Loop(One):
 def test_a_graph_that_runs_twice_in_a_call(small, serve_of):
     torch.manual_seed(0)
     case, inputs = small(Loop, ["w"]), features(3, 3)
-    serve = serve_of(case)
+    serve = serve_of(case, fixed=True)
     right(serve, case, ["a", "a", "a"], inputs)
     with pytest.raises(ProvenanceError, match="at w a tensor comes from another place"):
         serve(MIXED, inputs)
@@ -268,7 +270,7 @@ def test_a_refusal_holds_for_the_layer_that_runs(small, serve_of):
     """All layers run one graph, captured for the first; the adapter touches another one."""
     torch.manual_seed(0)
     case, inputs = small(Stack, ["w"], ["layers.2.w"]), features(3, 3)
-    serve = serve_of(case)
+    serve = serve_of(case, fixed=True)
     right(serve, case, ["a", "a", "a"], inputs)
     with pytest.raises(ProvenanceError, match=r"at layers\.2\.w"):
         serve(["b", None, "b"], inputs)
@@ -279,8 +281,8 @@ def test_layers_with_lora_do_not_run_the_graph_of_one_without(small, serve_of):
     torch.manual_seed(0)
     case, inputs = small(Stack, ["layers.0.w"], ["layers.2.w"]), features(3, 3)
     with pytest.raises(CaptureError, match=r"layers\.2\.w shares a graph with a layer of the same"):
-        serve_of(case)(["b", "b", "b"], inputs)
+        serve_of(case, fixed=True)(["b", "b", "b"], inputs)
     torch._dynamo.reset()
-    serve = serve_of(case, lorafx.LoraConfig(target_modules=["w"]))
+    serve = serve_of(case, lorafx.LoraConfig(target_modules=["w"]), fixed=True)
     for name in ("b", "a"):
         right(serve, case, [name] * 3, inputs)

@@ -259,7 +259,7 @@ def test_layers_that_write_into_a_cache_are_traced_once(tmp_path: Path, seen: Se
     kept = []
     for switch in (False, True):
         torch._dynamo.reset()
-        cm: Any = case.compile(options(seen, switch))
+        cm: Any = case.compile(options(seen, switch), dynamic=False)
         cache = StaticCache(config=cm.model.config, max_cache_len=9)
         given = {"past_key_values": cache, "adapter_names": NAMES}
         kept.append([cm(input_ids=part, **given).logits for part in (ids[:, :5], ids[:, 5:])])

@@ -162,7 +162,7 @@ CHANGES: list[Callable[[Stack], None]] = [
 def test_what_is_replaced_is_refused_until_it_is_back(
     case: Case, change: Callable[[Stack], None], called: bool
 ) -> None:
-    cm = case.compile()
+    cm = case.compile(dynamic=False)
     model = cm.model
     if called:
         check(cm, case)
@@ -195,7 +195,7 @@ def test_what_is_replaced_is_refused_until_it_is_back(
 
 
 def test_adapters_that_touch_other_modules_are_served(case: Case) -> None:
-    cm = case.compile()
+    cm = case.compile(dynamic=False)
     check(cm, case)
     changed = case.model()
     replacement = frozen(nn.Linear(8, 5))
@@ -211,7 +211,7 @@ def test_adapters_that_touch_other_modules_are_served(case: Case) -> None:
 
 def test_other_modules_may_come_and_change(case: Case) -> None:
     """Their weights are known as weights, and `load_weights` writes to what is there."""
-    cm, changed = case.compile(), case.model()
+    cm, changed = case.compile(dynamic=False), case.model()
     check(cm, case)
     for model in (cm.model, changed):
         torch.manual_seed(7)
@@ -234,7 +234,7 @@ def test_other_modules_may_come_and_change(case: Case) -> None:
 
 
 def test_parameters_may_be_replaced(case: Case) -> None:
-    cm, changed = case.compile(), case.model()
+    cm, changed = case.compile(dynamic=False), case.model()
     check(cm, case)
     for model in (cm.model, changed):
         torch.manual_seed(7)
@@ -266,7 +266,7 @@ def test_packed_weights_that_are_no_plain_parameters_any_more(changed: str) -> N
 
 
 def test_a_merged_adapter_is_not_lost_with_its_module(case: Case) -> None:
-    cm = case.compile()
+    cm = case.compile(dynamic=False)
     old = cm.model.layers[0][0]
     cm.merge("a")
     cm.model.layers[0][0] = frozen(nn.Linear(8, 12))
@@ -278,13 +278,13 @@ def test_a_merged_adapter_is_not_lost_with_its_module(case: Case) -> None:
 
 
 def test_compiled_again_it_serves_the_new_module(case: Case) -> None:
-    cm, changed = case.compile(), case.model()
+    cm, changed = case.compile(dynamic=False), case.model()
     check(cm, case)
     replacement = frozen(nn.Linear(8, 12))
     cm.model.layers[0][0] = replacement
     changed.layers[0][0] = copy.deepcopy(replacement)
     model = cm.detach()
-    again = lorafx.compile(model, case.folders, options=REFERENCE)
+    again = lorafx.compile(model, case.folders, options=REFERENCE, dynamic=False)
     check(again, Case(changed, case.folders))
 
 
@@ -299,7 +299,7 @@ def test_resized_embeddings(tmp_path: Path) -> None:
         ),
     }
     case, batch = Case(base, folders), token_inputs(2, 5)
-    cm = case.compile()
+    cm = case.compile(dynamic=False)
     cm(**batch, adapter_names=["head", None])
     torch.manual_seed(0)
     cm.model.resize_token_embeddings(136)
@@ -315,7 +315,7 @@ def test_resized_embeddings(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", CHANGES)
 def test_attached_models(case: Case, change: Callable[[Stack], None]) -> None:
     model = lorafx.attach(case.model(), case.folders, options=REFERENCE)
-    call = compiled(model)
+    call = compiled(model, dynamic=False)
     want = case.expected(NAMES, inputs())
     assert error(served(call, model, NAMES, inputs()), want) <= TOLERANCE
     kept = [(module, dict(module._modules)) for module in model.modules()]
@@ -332,7 +332,7 @@ def test_attached_models(case: Case, change: Callable[[Stack], None]) -> None:
 def test_graphs_of_the_base_do_not_outlive_what_was_replaced(case: Case) -> None:
     """Where all marks are gone, Dynamo has nothing to guard on when they are back."""
     model = lorafx.attach(case.model(), case.folders, options=REFERENCE)
-    call = compiled(model)
+    call = compiled(model, dynamic=False)
     kept = model.layers
     everything(model)
     with torch.no_grad():
@@ -362,7 +362,7 @@ def test_attached_models_in_eager_mode(case: Case) -> None:
 
 def test_no_call_walks_the_model(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither in ordinary calls nor where modules of no model of lorafx's are made."""
-    cm = case.compile()
+    cm = case.compile(dynamic=False)
     check(cm, case)
     looks = []
     watch = cm._session.program.site_watch
@@ -375,7 +375,7 @@ def test_no_call_walks_the_model(case: Case, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_modules_that_a_forward_makes_are_compiled_as_ever(case: Case) -> None:
     """torch's hook on registered modules is traced with what registers one."""
-    cm = case.compile()
+    cm = case.compile(dynamic=False)
 
     def forward(x: Tensor) -> Tensor:
         holder = nn.Module()
@@ -388,7 +388,7 @@ def test_modules_that_a_forward_makes_are_compiled_as_ever(case: Case) -> None:
 
 
 def test_hooks_of_others_that_replace_what_is_registered(case: Case) -> None:
-    cm = case.compile()
+    cm = case.compile(dynamic=False)
     handle = register_module_module_registration_hook(
         lambda parent, name, child: frozen(nn.Linear(8, 12)) if name == "0" else None
     )

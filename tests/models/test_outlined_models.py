@@ -122,7 +122,7 @@ def test_two_kinds_of_layer_are_two_bodies(tmp_path):
     torch.manual_seed(0)
     kinds = ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]
     case = build_case("gemma3", tmp_path, num_hidden_layers=5, layer_types=kinds)
-    cm = case.compile()
+    cm = case.compile(dynamic=False)
     check_mixed(cm, case, NAMES, FAMILIES["gemma3"].inputs(4, 7))
     assert repeats(cm) == [
         ("model.layers.0", "model.layers.2", "model.layers.4"),
@@ -178,7 +178,7 @@ def test_hybrid_layers_are_two_bodies(tmp_path):
 
 
 def test_numeric_verification_and_dumps(deep, tmp_path):
-    cm = deep.compile({"verify": "numeric", "dump": str(tmp_path)})
+    cm = deep.compile({"verify": "numeric", "dump": str(tmp_path)}, dynamic=False)
     torch.manual_seed(0)
     check_mixed(cm, deep, NAMES, token_inputs(4, 6))
     text = next(tmp_path.glob("*/*-outline.py")).read_text()
@@ -191,7 +191,7 @@ def test_numeric_verification_and_dumps(deep, tmp_path):
 
 def test_max_edits_leaves_layers_alone(deep):
     torch.manual_seed(0)
-    cm = deep.compile({"max_edits": 0})
+    cm = deep.compile({"max_edits": 0}, dynamic=False)
     cm(**token_inputs(3, 5), adapter_names=["a0"] * 3)
     assert record(cm).outlined == []
 
@@ -200,7 +200,7 @@ def test_inductor_compiles_the_body_once(deep):
     torch.manual_seed(0)
     inputs = token_inputs(4, 6)
     inductor = {"lowering": "inductor"}
-    cm, off = deep.compile(inductor), deep.compile({**inductor, **OFF})
+    cm, off = deep.compile(inductor), deep.compile({**inductor, **OFF}, dynamic=False)
     check_mixed(cm, deep, NAMES, inputs)
     assert len(repeats(cm)[0]) == LAYERS
     got, want = (each(**inputs, adapter_names=NAMES).logits for each in (cm, off))

@@ -50,7 +50,7 @@ def test_tied_weights(tmp_path):
     # What trains both at once saves both.
     both = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
     tied = own_case(base, tmp_path / "tied", {"both": {"target_modules": QV, **both}})
-    check_mixed(tied.compile(), tied, ["both", None], inputs(2))
+    check_mixed(tied.compile(dynamic=False), tied, ["both", None], inputs(2))
 
 
 def test_scaled_embeddings(tmp_path):
@@ -60,7 +60,7 @@ def test_scaled_embeddings(tmp_path):
         "tokens": {"target_modules": QV, "trainable_token_indices": [3, 5]},
     }
     case = own_case(base, tmp_path, configs)
-    check_mixed(case.compile(), case, ["whole", None, "tokens"], inputs(3))
+    check_mixed(case.compile(dynamic=False), case, ["whole", None, "tokens"], inputs(3))
     model = attached(case)
     for name in configs:
         with lorafx.adapters(model, name), torch.no_grad():
@@ -97,7 +97,7 @@ def test_classifiers(config, model, targets, tmp_path):
     torch.manual_seed(0)
     x = right_padded(5, 6)
     x["input_ids"] *= x["attention_mask"]
-    check_mixed(case.compile(), case, ["a", None, "b", "plain", "a"], x)
+    check_mixed(case.compile(dynamic=False), case, ["a", None, "b", "plain", "a"], x)
 
 
 def test_room_by_a_peft_configuration(tmp_path):
@@ -107,7 +107,7 @@ def test_room_by_a_peft_configuration(tmp_path):
     case = own_case(base, tmp_path, {"a": plan})
     config = json.loads((case.folders["a"] / "adapter_config.json").read_text())
     assert config["modules_to_save"] == ["classifier", "score"]
-    cm = lorafx.compile(case.model(), config, options=REFERENCE)
+    cm = lorafx.compile(case.model(), config, options=REFERENCE, dynamic=False)
     assert "Linear, 24 -> 3, float32, room for 3 rows of an adapter's own" in str(cm.explain())
     cm.load_adapter(str(case.folders["a"]), "a")
     torch.manual_seed(0)
@@ -129,7 +129,7 @@ def test_an_adapter_for_each_token(tmp_path):
         tmp_path,
         {n: {"target_modules": ["up"], "modules_to_save": m} for n, m in plans.items()},
     )
-    cm, ids = case.compile(), torch.randint(VOCAB, (3, 4))
+    cm, ids = case.compile(dynamic=False), torch.randint(VOCAB, (3, 4))
     slots = torch.tensor([[0, -1, 1, 0], [1, 1, 0, -1], [-1, 0, 0, 1]])
     got = cm(input_ids=ids, adapter_slots=slots)["logits"]
     for slot, name in ((0, "whole"), (1, "head"), (-1, None)):
@@ -152,9 +152,8 @@ def test_a_base_with_a_larger_vocabulary(tmp_path):
     case = own_case(large, tmp_path / "large", {"new": saved})
     with pytest.raises(CheckpointError, match=r"has 65 rows.*resize_token_embeddings\(65\)"):
         lorafx.compile(small, case.folders)
-    cm = lorafx.compile(
-        case.model(), {**case.folders, "old": before.folders["old"]}, options=REFERENCE
-    )
+    folders = {**case.folders, "old": before.folders["old"]}
+    cm = lorafx.compile(case.model(), folders, options=REFERENCE, dynamic=False)
     x = inputs(3)
     got = cm(**x, adapter_names=["new", "old", None])["logits"]
     want = before.expected(["old"] * 3, x)[1]
@@ -180,7 +179,7 @@ def test_copies_of_a_resized_base(tmp_path):
     with pytest.raises(CheckpointError, match=r"LoraConfig\(modules_to_save=\.\.\.\)"):
         lorafx.compile(copy.deepcopy(base), {"a": tmp_path})
     asked = LoraConfig(["q_proj", "embed_tokens"], modules_to_save=["embed_tokens", "lm_head"])
-    cm = lorafx.compile(base, asked, adapters={"a": tmp_path}, options=REFERENCE)
+    cm = lorafx.compile(base, asked, adapters={"a": tmp_path}, options=REFERENCE, dynamic=False)
     x = inputs(2)
     x["input_ids"][0, 4] = VOCAB + 1
     got = cm(**x, adapter_names=["a", None])["logits"]
@@ -208,7 +207,7 @@ def test_what_peft_saves_of_itself_where_a_vocabulary_grew(tmp_path):
     head = "base_model.model.lm_head"
     copies = {f"{head}.original_module.weight", f"{head}.modules_to_save.weight"}
     assert copies <= saved.keys()
-    cm = lorafx.compile(resized(), {"a": tmp_path / "a"}, options=REFERENCE)
+    cm = lorafx.compile(resized(), {"a": tmp_path / "a"}, options=REFERENCE, dynamic=False)
     x = inputs(2)
     x["input_ids"][0, 4] = VOCAB + 1
     got = cm(**x, adapter_names=["a", None])["logits"]

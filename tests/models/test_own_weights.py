@@ -97,7 +97,7 @@ def test_generate(case, served):
 
 
 def test_in_inductors_code(case):
-    cm = case.compile({"lowering": "inductor", "verify": "numeric"})
+    cm = case.compile({"lowering": "inductor", "verify": "numeric"}, dynamic=False)
     for names in (NAMES, MIXES[0]):
         check_mixed(cm, case, names, inputs())
 
@@ -185,7 +185,7 @@ def test_a_peft_model_that_is_taken_over(case):
     wrapped = peft.PeftModel.from_pretrained(case.model(), str(case.folders["both"]), "both")
     wrapped.load_adapter(str(case.folders["head"]), "head")
     names = set(dict(wrapped.named_modules()))
-    cm = lorafx.compile(wrapped.eval(), options=REFERENCE)
+    cm = lorafx.compile(wrapped.eval(), options=REFERENCE, dynamic=False)
     assert isinstance(cm.model.lm_head, torch.nn.Linear)
     check_mixed(cm, case, ["head", "both", None], inputs(3))
     cm.detach()
@@ -200,7 +200,7 @@ def test_a_model_into_which_transformers_put_adapters(case):
     model = case.model()
     for name in ("both", "head"):
         model.load_adapter(str(case.folders[name]), name)
-    cm = lorafx.compile(model.eval(), options=REFERENCE)
+    cm = lorafx.compile(model.eval(), options=REFERENCE, dynamic=False)
     check_mixed(cm, case, ["head", "both", None], inputs(3))
 
 
@@ -209,7 +209,7 @@ def test_a_peft_model_with_trained_tokens(tmp_path):
     config = {"target_modules": QV, "trainable_token_indices": [3, 5]}
     case = own_case(base, tmp_path, {"tokens": config})
     wrapped = peft.PeftModel.from_pretrained(case.model(), str(case.folders["tokens"]), "tokens")
-    cm = lorafx.compile(wrapped.eval(), options=REFERENCE)
+    cm = lorafx.compile(wrapped.eval(), options=REFERENCE, dynamic=False)
     check_mixed(cm, case, ["tokens", None], inputs(2))
     cm.detach()
     with torch.no_grad():
@@ -231,7 +231,7 @@ def test_modules_of_other_kinds_are_refused_by_name(case, tmp_path):
 
 def test_room_for_tokens_by_a_peft_configuration(case):
     config = json.loads((case.folders["tokens"] / "adapter_config.json").read_text())
-    cm = lorafx.compile(case.model(), config, options=REFERENCE)
+    cm = lorafx.compile(case.model(), config, options=REFERENCE, dynamic=False)
     cm.load_adapter(str(case.folders["tokens"]), "tokens")
     check_mixed(cm, case, ["tokens", None], inputs(2))
 
@@ -239,7 +239,7 @@ def test_room_for_tokens_by_a_peft_configuration(case):
 def test_no_room(case):
     config = LoraConfig([*QV, "k_proj", "o_proj", "embed_tokens", "lm_head"])
     lora = {"lora": case.folders["lora"]}
-    cm = lorafx.compile(case.model(), config, adapters=lora, options=REFERENCE)
+    cm = lorafx.compile(case.model(), config, adapters=lora, options=REFERENCE, dynamic=False)
     with pytest.raises(CapacityError, match=r"LoraConfig\(modules_to_save=\['lm_head'\]\)"):
         cm.load_adapter(str(case.folders["head"]), "head")
     with pytest.raises(CapacityError, match=r"LoraConfig\(trainable_tokens=4\)"):

@@ -82,7 +82,7 @@ def test_mixed_batches(shallow: Case, served: Any) -> None:
 
 
 def test_under_inductor(shallow: Case) -> None:
-    cm = shallow.compile({"lowering": "inductor"})
+    cm = shallow.compile({"lowering": "inductor"}, dynamic=False)
     check_mixed(cm, shallow, MIXED, ids())
     graphs = cm.recompiles
     check_mixed(cm, shallow, ["down", "older", None, "params", "down"], ids(seed=3))
@@ -135,7 +135,7 @@ def test_ways_to_compute_the_experts(shallow: Case) -> None:
     """`set_experts_implementation` before compiling, and after it: the switch is noticed."""
     model = shallow.model()
     model.set_experts_implementation("batched_mm")
-    cm = lorafx.compile(model, shallow.folders, options=REFERENCE)
+    cm = lorafx.compile(model, shallow.folders, options=REFERENCE, dynamic=False)
     check_mixed(cm, shallow, MIXED, ids())
     graphs = cm.recompiles
     model.set_experts_implementation("grouped_mm")
@@ -149,7 +149,7 @@ def test_ways_to_compute_the_experts(shallow: Case) -> None:
 def test_a_loop_over_experts_is_refused(shallow: Case) -> None:
     model = shallow.model()
     model.set_experts_implementation("eager")
-    cm = lorafx.compile(model, shallow.folders, options=REFERENCE)
+    cm = lorafx.compile(model, shallow.folders, options=REFERENCE, dynamic=False)
     for names in (MIXED, ["down"] * 5):
         with pytest.raises(MatchError, match=r"(?s)layers.0.mlp.experts.*grouped_mm"):
             cm(**ids(), adapter_names=names)
@@ -227,7 +227,7 @@ def test_gates_and_experts_with_two_names(shallow: Case, tmp_path: Path) -> None
         want.model.layers[0].mlp.gate.weight += SCALE * (b @ a)
     case = Case(shallow.base, folders, dict.fromkeys(folders, want))
     alone = lorafx.explain(model, {"alias": folders["alias"]})
-    cm = lorafx.compile(model, folders, options=REFERENCE)
+    cm = lorafx.compile(model, folders, options=REFERENCE, dynamic=False)
     assert len(cm.sites) == 3
     assert all(site.path in str(alone) for site in cm.sites)
     check_mixed(cm, case, ["own", None, "alias"], ids(3))
@@ -286,7 +286,7 @@ def test_a_peft_model_with_wrapped_experts_is_taken_over(shallow: Case) -> None:
     with oracle.by_present_names(shallow.model()) as twin:
         model = oracle.PeftModel.from_pretrained(twin, str(shallow.folders["params"]), "params")
     before = dict(model.named_modules()).keys()
-    cm = lorafx.compile(model, options=REFERENCE)
+    cm = lorafx.compile(model, options=REFERENCE, dynamic=False)
     case = Case(shallow.base, shallow.folders, shallow.merged)
     check_mixed(cm, case, ["params", None, "params"], ids(3))
     cm.detach()

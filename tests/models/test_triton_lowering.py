@@ -57,7 +57,7 @@ def test_each_strategy_gives_the_merged_models_logits(plain: Case, strategy: str
 def test_transformers_models(case_of: Any, family: str) -> None:
     """Packed siblings with grouped queries; weights stored (in, out) with biases."""
     case = case_of(family, **{"num_hidden_layers": 1} if family == "llama" else {})
-    cm = case.compile(options=TRITON)
+    cm = case.compile(options=TRITON, dynamic=False)
     check_mixed(cm, case, NAMES, inputs_of(family))
     assert "aten" not in strategies(cm)
 
@@ -107,7 +107,7 @@ def test_room_in_the_packed_weights_is_written_in_place(case_of: Any) -> None:
     the products read the buffer itself, after it was written."""
     case = case_of("llama", **WHOLE["llama"])
     plan = dict.fromkeys(oracle.linears(case.base), "concat_apart")
-    cm = case.compile(options={**TRITON, "plan": plan, "weight_room": True})
+    cm = case.compile(options={**TRITON, "plan": plan, "weight_room": True}, dynamic=False)
     inputs = inputs_of("llama")
     output, codes = run_and_get_code(lambda: cm(**inputs, adapter_names=NAMES)["logits"])
     assert error(output, case.expected(NAMES, inputs)) <= TOLERANCE
@@ -139,13 +139,12 @@ def written_in_place(code: str) -> None:
 
 
 def test_base_rows_are_the_bases_own_bits(plain: Case) -> None:
-    cm = plain.compile(options=TRITON)
+    cm = plain.compile(options=TRITON, dynamic=False)
     inputs = inputs_of("plain")
     base = cm(**inputs)["logits"]
     for strategy in ("gemv", "segments"):
-        pinned = plain.compile(
-            options={**TRITON, "plan": dict.fromkeys(["up", "gate", "down", "head"], strategy)}
-        )
+        plan = dict.fromkeys(["up", "gate", "down", "head"], strategy)
+        pinned = plain.compile(options={**TRITON, "plan": plan}, dynamic=False)
         mixed = pinned(**inputs, adapter_names=NAMES)["logits"]
         assert torch.equal(mixed[1], base[1])
 
@@ -153,7 +152,7 @@ def test_base_rows_are_the_bases_own_bits(plain: Case) -> None:
 def test_generate_with_a_cache(shallow: Case) -> None:
     cm = shallow.compile(options=TRITON)
     ids = inputs_of("llama", 3, 5)["input_ids"]
-    kwargs = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    kwargs = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     got = cm.generate(ids, attention_mask=torch.ones_like(ids), adapter_names=NAMES[:3], **kwargs)
     for row, name in enumerate(NAMES[:3]):
         one = ids[row : row + 1]
@@ -162,7 +161,7 @@ def test_generate_with_a_cache(shallow: Case) -> None:
 
 
 def test_dumps_show_the_generated_sources(plain: Case, tmp_path: Any) -> None:
-    cm = plain.compile(options=TRITON)
+    cm = plain.compile(options=TRITON, dynamic=False)
     cm(**inputs_of("plain"), adapter_names=NAMES)
     cm.dump(tmp_path)
     sources = [path.read_text() for path in tmp_path.glob("*/kernel-*.py")]
@@ -179,13 +178,14 @@ def test_a_strategy_that_the_lowering_lacks_is_refused(plain: Case) -> None:
 
 
 def test_an_embedding_has_one_strategy(plain: Case) -> None:
-    cm = plain.compile(options={**TRITON, "plan": {"embed": "segments"}})
+    cm = plain.compile(options={**TRITON, "plan": {"embed": "segments"}}, dynamic=False)
     with pytest.raises(Exception, match="embeddings have a single strategy"):
         cm(**inputs_of("plain"), adapter_names=NAMES)
 
 
 def test_a_site_without_its_base_product_cannot_be_fused(plain: Case) -> None:
-    cm = plain.compile(options={**TRITON, "passes": {"fuse": False}, "plan": {"up": "epilogue"}})
+    options = {**TRITON, "passes": {"fuse": False}, "plan": {"up": "epilogue"}}
+    cm = plain.compile(options=options, dynamic=False)
     with pytest.raises(Exception, match="base product is not part of the node"):
         cm(**inputs_of("plain"), adapter_names=NAMES)
 
@@ -203,7 +203,7 @@ def test_a_captured_launch_reads_weights_and_banks_in_place_and_slots_from_a_cop
         return original(gm, inputs, **kwargs)
 
     monkeypatch.setattr(compile_fx, "compile_fx_inner", spy)
-    cm = plain.compile(options={"lowering": "inductor"})
+    cm = plain.compile(options={"lowering": "inductor"}, dynamic=False)
     cm(**inputs_of("plain"), adapter_names=NAMES)
     ((values, fixed),) = seen
     tensors = {i: value for i, value in enumerate(values) if isinstance(value, torch.Tensor)}

@@ -22,7 +22,8 @@ def inputs_of(family: str, rows: int = 5, length: int = 4) -> dict[str, torch.Te
 
 
 def planned(case: Case, plan: dict[str, str], **options: Any) -> Any:
-    return case.compile(options={**TRITON, "plan": plan, **options})
+    """Compiled for inputs of one size each."""
+    return case.compile(options={**TRITON, "plan": plan, **options}, dynamic=False)
 
 
 def strategies(cm: Any, part: str) -> set[str]:
@@ -42,9 +43,14 @@ MLP = {
 }
 
 
-def test_a_gated_mlp(shallow: Case) -> None:
+@pytest.fixture(scope="module")
+def gated(shallow: Case) -> Any:
+    return shallow.compile({**TRITON, "plan": MLP, "verify": "numeric"})
+
+
+def test_a_gated_mlp(shallow: Case, gated: Any) -> None:
     """Mixes, other numbers of requests and tokens: right, by the graphs that there are."""
-    cm = planned(shallow, MLP, verify="numeric")
+    cm = gated
     check_mixed(cm, shallow, NAMES, inputs_of("llama"))
     assert strategies(cm, "down_proj") == {"prologue"}
     assert strategies(cm, "gate_proj") == strategies(cm, "up_proj") == {"deferred"}
@@ -77,12 +83,11 @@ def test_transposed_weights_with_biases(case_of: Any) -> None:
     assert strategies(cm, "h.0.mlp.c_fc") == {"deferred"}
 
 
-def test_base_rows_are_the_bases_own_but_for_the_activation(shallow: Case) -> None:
+def test_base_rows_are_the_bases_own_but_for_the_activation(gated: Any) -> None:
     """Whatever their neighbours' adapters are, base rows keep their bits."""
-    cm = planned(shallow, MLP)
     inputs = inputs_of("llama")
-    some = cm(**inputs, adapter_names=NAMES).logits
-    others = cm(**inputs, adapter_names=["a4", None, "a0", "a3", None]).logits
+    some = gated(**inputs, adapter_names=NAMES).logits
+    others = gated(**inputs, adapter_names=["a4", None, "a0", "a3", None]).logits
     assert torch.equal(some[1], others[1])
     assert not torch.equal(some[0], others[0])
 

@@ -85,11 +85,12 @@ class Start:
         """Compile the model and call it; its answer is the oracle's. What became of its graph."""
         torch._dynamo.reset()
         case = Case(changed, self.case.folders)
-        given = {**REFERENCE, "cache": str(self.cache), **options}
+        given: Any = {"options": {**REFERENCE, "cache": str(self.cache), **options}}
+        given["dynamic"] = False  # captures are faster
         if config is None:
-            cm = lorafx.compile(case.model(), case.folders, options=given)
+            cm = lorafx.compile(case.model(), case.folders, **given)
         else:
-            cm = lorafx.compile(case.model(), config, adapters=case.folders, options=given)
+            cm = lorafx.compile(case.model(), config, adapters=case.folders, **given)
         check_mixed(cm, case, MIX, inputs())
         return [record.saved for record in cm._session.backend.records]
 

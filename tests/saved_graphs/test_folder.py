@@ -24,7 +24,7 @@ MIX = ("a0", None, "a1")
 def served(plain: Case, folder: Path) -> list[str]:
     """What became of the graphs of a model that begins now; its answer is the oracle's."""
     torch._dynamo.reset()
-    cm = plain.compile(options={**REFERENCE, "cache": str(folder)})
+    cm = plain.compile(options={**REFERENCE, "cache": str(folder)}, dynamic=False)
     torch.manual_seed(0)
     check_mixed(cm, plain, MIX, plain_inputs(3, 5))
     return [record.saved for record in cm._session.backend.records]
@@ -53,7 +53,7 @@ def test_broken_files_are_told_and_replaced(plain: Case, tmp_path: Path) -> None
 def test_a_folder_that_cannot_be_written_to_fails_no_call(plain: Case, tmp_path: Path) -> None:
     home = tmp_path / "graphs"
     torch._dynamo.reset()
-    cm = plain.compile(options={**REFERENCE, "cache": str(home)})
+    cm = plain.compile(options={**REFERENCE, "cache": str(home)}, dynamic=False)
     home.rmdir()
     home.write_text("a file")
     torch.manual_seed(0)
