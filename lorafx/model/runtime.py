@@ -171,10 +171,10 @@ class Runtime:
                     self._buffer.untyped_storage(), 0, (n,), (1,)
                 )
                 self._row_slots = slots
-            slots.copy_(torch.tensor(rows, dtype=torch.int32) if given is None else given)
+            _copy(torch.tensor(rows, dtype=torch.int32) if given is None else given, slots)
             if self.by_handle:
                 other = next((slot for slot in rows if slot != rows[0]), rows[0])
-                self.slots.copy_(torch.tensor([rows[0], other], dtype=torch.int32))
+                _copy(torch.tensor([rows[0], other], dtype=torch.int32), self.slots)
             else:
                 _SLOTS[self._key] = slots
 
@@ -190,3 +190,13 @@ class Runtime:
             self.use_handle()
         else:
             self._write(self.rows)
+
+
+def _copy(host: Tensor, slots: Tensor) -> None:
+    """Have `slots` be what `host` is, once the device has done what was launched before."""
+    if slots.device.type == "cuda":
+        # From memory that is not pinned the host would wait until then. torch keeps pinned memory
+        # until a copy from it is done.
+        slots.copy_(host.pin_memory(), non_blocking=True)
+    else:
+        slots.copy_(host)

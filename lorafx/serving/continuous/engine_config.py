@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingAsyncIOs
 
 from lorafx.errors import ConfigError
 from lorafx.serving.continuous.scheduling import within_slots
@@ -29,31 +31,46 @@ def possible(model: Any) -> Iterator[None]:
         ) from error
 
 
-#: What an engine's configuration may ask for that is not served here, and what it is then.
-_OFF: Mapping[str, Any] = {
-    "use_cuda_graph": False,
-    "use_async_batching": False,
-    "varlen_compile_config": None,
-    "decode_compile_config": None,
+#: What an engine's configuration may ask for that is not served here, and why.
+_REFUSED: Mapping[str, str] = {
+    "use_cuda_graph": (
+        "a replayed graph runs nothing on the host, where the slot of each token is written and "
+        "mixes are refused"
+    ),
+    "varlen_compile_config": "lorafx compiles the model itself",
+    "decode_compile_config": "lorafx compiles the model itself",
+    "default_compile_level": "lorafx compiles the model itself",
+    "q_padding_interval_size": "only CUDA graphs and compilation by the engine pad",
+    "kv_padding_interval_size": "only CUDA graphs and compilation by the engine pad",
 }
 
 
-def served_config(config: ContinuousBatchingConfig | None) -> ContinuousBatchingConfig:
+def served_config(
+    config: ContinuousBatchingConfig | None, device: torch.device
+) -> ContinuousBatchingConfig:
     """The configuration with what is not served switched off.
 
     Raises:
-        ConfigError: it asks for something of that.
+        ConfigError: it asks for something of that, or for what this device cannot do.
     """
     config = ContinuousBatchingConfig() if config is None else config
-    asked = [name for name in _OFF if getattr(config, name) not in (None, False, (False, False))]
-    if config.q_padding_interval_size or config.kv_padding_interval_size:
-        asked.append("padding intervals (for CUDA graphs)")
-    if config.default_compile_level:
-        asked.append("default_compile_level")
-    if asked:
+    for name, why in _REFUSED.items():
+        value = getattr(config, name)
+        if value and value != (False, False):
+            raise ConfigError(
+                f"ContinuousBatchingConfig({name}={value!r}) is not served with adapters: {why}. "
+                f"Leave {name} out"
+            )
+    able = ContinuousBatchingAsyncIOs._supported_device_types
+    if config.use_async_batching and device.type not in able:
         raise ConfigError(
-            f"the ContinuousBatchingConfig asks for {', '.join(asked)}, which continuous batching "
-            "with adapters does not serve: lorafx compiles the model itself. Leave them out"
+            "ContinuousBatchingConfig(use_async_batching=True) needs streams of a device of type "
+            f"{' or '.join(able)}, and the model is on {device}. Leave use_async_batching out"
         )
-    scheduler = within_slots(config.scheduler_type)
-    return dataclasses.replace(config, **_OFF, auto_switch_to_flash=False, scheduler_type=scheduler)
+    return dataclasses.replace(
+        config,
+        use_cuda_graph=False,
+        use_async_batching=bool(config.use_async_batching),
+        auto_switch_to_flash=False,
+        scheduler_type=within_slots(config.scheduler_type),
+    )

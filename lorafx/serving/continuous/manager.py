@@ -10,6 +10,10 @@ import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
+from transformers.generation.continuous_batching.input_outputs import (
+    ContinuousBatchingAsyncIOs,
+    ContinuousBatchingIOs,
+)
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 
 from lorafx.adapter_store.holding import Hold
@@ -30,6 +34,7 @@ from lorafx.serving.continuous.health import StepHealth
 from lorafx.serving.continuous.outputs import Outputs
 from lorafx.serving.continuous.packed_call import PackedForward
 from lorafx.serving.continuous.pages import AdapterPages
+from lorafx.serving.continuous.pairs import Pairs, drop, step_of
 from lorafx.serving.continuous.requests import AdapterRequest, Ticket, ticket_of
 from lorafx.serving.continuous.room import Room
 from lorafx.serving.continuous.scheduling import all_pinned
@@ -55,8 +60,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     Args:
         compiled: the model.
         generation_config: as there; None for the model's.
-        config: as there. Flash attention, CUDA graphs, compilation by the engine and asynchronous
-            batching are refused; the attention is "sdpa" or "eager".
+        config: as there. Flash attention, CUDA graphs and compilation by the engine are refused;
+            the attention is "sdpa" or "eager". Asynchronous batching is off where it is not asked
+            for, and needs a GPU.
 
     Raises:
         ConfigError: the model cannot be served by the engine, or the configuration asks for what is
@@ -78,7 +84,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 f"{type(model).__name__} has no generation_config, so it cannot generate; give a "
                 "generative model of transformers"
             )
-        served = served_config(config)
+        served = served_config(config, model.device)
         chosen = bool(given.do_sample and served.per_request_processors)
         with possible(model):
             super().__init__(
@@ -108,9 +114,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             )
         if name not in ("eager", "sdpa"):
             raise ConfigError(
-                f"{type(model).__name__} uses the attention {name!r}; continuous batching with "
-                'adapters serves "sdpa" and "eager". Call '
-                'model.set_attn_implementation("sdpa") before lorafx.compile'
+                f"{type(model).__name__} uses the attention {name!r}, whose rows are not followed "
+                'over a paged cache; continuous batching with adapters serves "sdpa" and "eager". '
+                'Call model.set_attn_implementation("sdpa") before lorafx.compile'
             )
         super().switch_to_cb_friendly_attn(model, auto_switch_to_flash=False)
 
@@ -284,10 +290,11 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             scheduler.waiting_requests_order.remove(name)
         scheduler.finish_request(name)
         scheduler.block_new_requests = False
+        drop(state)
 
     def _batch(self) -> list[FutureRequestState]:
         """The requests of the step that is under way."""
-        return list(self._processor.inputs_and_outputs.requests_in_batch)
+        return list(step_of(self._processor.inputs_and_outputs).requests_in_batch)
 
     def _waiting(self) -> Iterator[Hold]:
         """The adapters of requests that are not in the step, in the order in which they may be in
@@ -316,13 +323,15 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             cache.__class__ = AdapterPages
             cache.waiting = lambda request_id: scheduler.waiting_requests.get(request_id)
             cache.session = scheduler.session
+            if isinstance(processor.inputs_and_outputs, ContinuousBatchingAsyncIOs):
+                processor.inputs_and_outputs.__class__ = Pairs
             offloading: Any = processor.offloading_manager
             offloading.__class__ = Room
         return processor
 
     def _generation_step(self) -> None:
         processor, packed = self._processor, self._packed
-        step = processor.inputs_and_outputs
+        step = step_of(processor.inputs_and_outputs)
         draws = processor.do_sample and sampling.drawn(self.logit_processor)
         processor.model_runner.do_sample = draws
         packed.searches = not self.health.failing
@@ -342,11 +351,12 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         else:
             self.health.succeeded()
         if failed:
-            self._end(processor, failed)
+            self._end(step, failed)
 
-    def _end(self, processor: Any, failed: Mapping[str, Exception]) -> None:
+    def _end(self, step: ContinuousBatchingIOs, failed: Mapping[str, Exception]) -> None:
         """Have these requests of the step fail; the others have their new tokens."""
-        step, scheduler = processor.inputs_and_outputs, processor.scheduler
+        processor = self._processor
+        scheduler = processor.scheduler
         said = _said(failed)
         kept: list[FutureRequestState] = []
         columns: list[int] = []  # of the new tokens, in their order
@@ -362,9 +372,11 @@ class AdapterBatchingManager(ContinuousBatchingManager):
                 scheduler.finish_request(state.request_id)
                 forks = [other for other in scheduler._requests_to_fork if other is not state]
                 scheduler._requests_to_fork = forks
+                drop(state)
             column += future.has_new_token
-        step.output_ids[:, : len(columns)] = step.output_ids[:, columns]
-        step.requests_in_batch = kept
+        if step is processor.inputs_and_outputs:  # otherwise it is under way
+            step.output_ids[:, : len(columns)] = step.output_ids[:, columns]
+            step.requests_in_batch = kept
         scheduler.block_new_requests = False
 
 

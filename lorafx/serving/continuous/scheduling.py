@@ -19,6 +19,7 @@ from transformers.generation.continuous_batching.requests import (
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 
 from lorafx.errors import CapacityError, ConfigError, LorafxError, nearest
+from lorafx.serving.continuous.pairs import drop
 from lorafx.serving.continuous.requests import Ticket, ticket_of
 from lorafx.session.session import Session
 
@@ -68,6 +69,7 @@ class SlotsPerStep:
         cancelled: list[RequestState] = scheduler.clear_cancelled_requests()
         for state in cancelled:
             self.gone(state)
+            drop(state)
         if cancelled:
             own: Any = self
             own.block_new_requests = False  # as where a request has finished

@@ -1,0 +1,52 @@
+"""Continuous batching on streams of a GPU: with one step under way while the next is prepared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from dense_merge import Case
+from on_device import compiled_on
+from step_logits import answers, greedy
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+import lorafx
+
+PAGES = {"page_size": 4, "num_blocks": 64, "max_batch_tokens": 16}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_answers(llama: Case, device: torch.device, asynchronous: bool) -> None:
+    """Adapters take turns in two slots, and one is replaced while its requests are under way."""
+    config = ContinuousBatchingConfig(**PAGES, use_async_batching=asynchronous)
+    cm = compiled_on(llama, device, lorafx.LoraConfig(max_adapters=2, max_rank=8))
+    names = [None, *sorted(llama.folders)]
+    work = [([*range(3 + i, 6 + 3 * (i % 6) + i)], names[i % len(names)]) for i in range(24)]
+    with cm.continuous_batching(None, config) as engine:
+        with engine.pause():
+            ids = [
+                engine.add_request(prompt, adapter=name, max_new_tokens=9, eos_token_id=-1)
+                for prompt, name in work
+            ]
+        assert names[1] is not None
+        cm.load_adapter(llama.folders[str(names[2])], names[1])
+        outputs: dict[str, Any] = answers(engine, ids)
+    for added, (prompt, name) in zip(ids, work, strict=True):
+        output = outputs[added]
+        assert output.error is None, output.error
+        want = greedy(llama, name, prompt, 9)
+        got = [*prompt, *output.generated_tokens]
+        assert got[: len(want)] == want
+
+
+def test_slots_are_written_without_waiting(llama: Case, device: torch.device) -> None:
+    """Otherwise the host could not prepare a step while the one before is under way."""
+    cm = compiled_on(llama, device)
+    runtime = cm._session.program.runtime
+    runtime.set_rows([0, 1, -1, 0])
+    torch.cuda.synchronize(device)
+    torch.cuda._sleep(500_000_000)
+    runtime.set_rows([1, 0, 0, -1])
+    assert not torch.cuda.current_stream(device).query()
+    assert runtime.row_slots.tolist() == [1, 0, 0, -1]
