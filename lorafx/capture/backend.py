@@ -225,8 +225,9 @@ class Backend:
         inputs = dict(zip(nodes, frame.inputs, strict=True))
         names.note_inputs(frame, inputs)
         text = GraphText(names.mark)
-        dump.graph(CAPTURED, text.lines(gm))
-        dump.views.append(StageViews(text, names, inputs).stage(gm, CAPTURED))
+        printed = text.stage(gm)
+        dump.graph(CAPTURED, printed)
+        dump.views.append(StageViews(text, names, inputs).stage(gm, printed, CAPTURED))
         names.forget_nodes()
 
     @contextmanager

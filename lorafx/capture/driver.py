@@ -37,8 +37,9 @@ def run_pipeline(
     text = GraphText(names.mark, lambda node: states[node][0].site.path if node in states else "")
     names.note_inputs(ctx.frame, ctx.frame.by_node)
     views = StageViews(text, names, ctx.frame.by_node)
-    dump.graph(CAPTURED, text.lines(gm))
-    dump.views.append(views.stage(gm, CAPTURED, ctx))
+    printed = text.stage(gm)
+    dump.graph(CAPTURED, printed)
+    dump.views.append(views.stage(gm, printed, CAPTURED, ctx))
     if after_pass is not None:
         after_pass(None, gm)
 
@@ -52,8 +53,10 @@ def run_pipeline(
         nodes = len(gm.graph.nodes)
         names.note_pass(gm, ctx)
         dump.outlined = ctx.outlined
-        dump.graph(item.name, text.lines(gm), nodes=nodes, edits=edits, seconds=seconds)
-        dump.views.append(views.stage(gm, item.name, ctx, edits=edits, seconds=seconds))
+        printed = text.stage(gm)
+        dump.graph(item.name, printed, nodes=nodes, edits=edits, seconds=seconds)
+        view = views.stage(gm, printed, item.name, ctx, edits=edits, seconds=seconds)
+        dump.views.append(view)
         if after_pass is not None:
             after_pass(item, gm)
         return PassReport(item.name, edits, seconds, nodes)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch._logging
 
+from lorafx.capture.graph_text import PrintedStage, text_lines
 from lorafx.capture.legend import legend
 from lorafx.capture.node_names import NodeNames, Renamer
 from lorafx.config import Options
@@ -73,19 +74,19 @@ def traced(name: str, text: Callable[[], str]) -> None:
 
 
 class _Stage(NamedTuple):
-    """The graph after one pass; `lines` hold the numbers of nodes (lorafx.capture.node_names)."""
+    """The graph after one pass; its lines hold the numbers of nodes (lorafx.capture.node_names)."""
 
     name: str
     heading: str
-    lines: tuple[str, ...]
+    printed: PrintedStage
 
 
 @dataclass
 class GraphDump:
     """The graphs of one capture, kept as text and written as they come when a folder is given.
 
-    Lines are kept, which the stages have in common, and put together where they are read; names of
-    nodes and generated sources are made there too.
+    Printed nodes are kept, which the stages have in common. Lines are put together where they are
+    read; names of nodes and generated sources are made there too.
     """
 
     title: str
@@ -128,7 +129,7 @@ class GraphDump:
     def graph(
         self,
         name: str,
-        lines: tuple[str, ...],
+        printed: PrintedStage,
         *,
         nodes: int = 0,
         edits: int | None = None,
@@ -138,7 +139,7 @@ class GraphDump:
         heading = f"# {self.title}, after {name}"
         if edits is not None:
             heading += f": {edits} edits, {nodes} nodes, {seconds * 1e3:.1f} ms"
-        self._stages.append(_Stage(name, heading, lines))
+        self._stages.append(_Stage(name, heading, printed))
         index = len(self._stages) - 1
         traced(f"{self._file_title}_{index:02d}_{name}", lambda: self._text(index))
         if self.folder is not None:
@@ -172,7 +173,7 @@ class GraphDump:
         if self._renamer is None:
             self._renamer = Renamer(self.names.facts)
         for stage in self._stages[len(self._renamed) :]:
-            self._renamed.append(self._renamer.stage(stage.lines))
+            self._renamed.append(self._renamer.stage(text_lines(stage.printed)))
         return self._renamed
 
     @property

@@ -24,6 +24,7 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 
 from lorafx.graph.graph_nodes import module_path
+from lorafx.viewer.stages import NodeView
 
 Named = Callable[[fx.Node], str]
 
@@ -46,10 +47,59 @@ _INFIX: dict[Any, str] = {
 }
 
 
+class Printed:
+    """A node as some stages have it. It holds neither the node nor what the node holds.
+
+    Attributes:
+        line: the node as a line of the program.
+        value: dtype and shape of its result, or the size that it is; "" where it is neither.
+        source: the comment above it: module, place and line of the user's code.
+        placeholder: it is an argument of the program.
+        view: what `lorafx.capture.stage_views` makes of it.
+    """
+
+    __slots__ = ("line", "placeholder", "source", "value", "view")
+
+    def __init__(self, line: str, value: str, source: str, placeholder: bool) -> None:
+        self.line = line
+        self.value = value
+        self.source = source
+        self.placeholder = placeholder
+        self.view: NodeView | None = None
+
+
+#: A stage: the graph ("") and those of the modules that it calls, by their paths.
+PrintedStage = tuple[tuple[str, tuple[Printed, ...]], ...]
+
+
+def text_lines(stage: PrintedStage, name: str = "GraphModule") -> list[str]:
+    """The stage as a program."""
+    found: list[str] = []
+    for path, nodes in stage:
+        indent = _INDENT * (path.count(".") + 1) if path else ""
+        own = [f"class {path.rpartition('.')[2] or name}(torch.nn.Module):"]
+        own.append(f"{_INDENT}def forward(")
+        arguments = ["self", *(node.line for node in nodes if node.placeholder)]
+        own += [f"{_INDENT * 2}{argument}," for argument in arguments]
+        own.append(f"{_INDENT}):")
+        source = ""
+        for node in nodes:
+            if node.placeholder:
+                continue
+            if node.source and node.source != source:
+                own.append(f"{_INDENT * 2}# {node.source}")
+            source = node.source
+            own.append(node.line)
+        found += ["", *(indent + line for line in own)] if path else own
+    return found
+
+
 class GraphText:
     """Prints the stages of one graph. It keeps the graph's nodes: drop it when the last is printed.
 
-    A line is taken from the stage before where everything that it shows is the very same object.
+    A node is taken from the stage before where everything that its line shows is the very same
+    object. Stages are kept for every graph, and read only where somebody dumps, so lines are put
+    together where they are read.
 
     Args:
         named: what stands for a node's name.
@@ -63,42 +113,29 @@ class GraphText:
     ) -> None:
         self._named = named
         self._path_of = path_of
-        self._lines: dict[fx.Node, tuple[tuple[Any, ...], str]] = {}
-        #: Dtype and shape of each node's result, or the size that it is; "" where it is neither.
-        self.values: dict[fx.Node, str] = {}
+        self._printed: dict[fx.Node, tuple[tuple[Any, ...], Printed]] = {}
         self._sources: dict[tuple[Any, ...], str] = {}
 
-    def lines(self, gm: fx.GraphModule, name: str = "GraphModule") -> tuple[str, ...]:
-        """The graph of `gm`, and below it those of the modules that it calls."""
-        found = [f"class {name}(torch.nn.Module):", f"{_INDENT}def forward("]
-        found += [f"{_INDENT * 2}{line}," for line in ("self", *self._arguments(gm.graph))]
-        found.append(f"{_INDENT}):")
-        source = ""
-        for node in gm.graph.nodes:
-            if node.op == "placeholder":
-                continue
-            before, source = source, self._source(node)
-            if source and source != before:
-                found.append(f"{_INDENT * 2}# {source}")
-            found.append(self.line(node))
-        for child_name, child in gm.named_children():
-            if isinstance(child, fx.GraphModule):
-                found += ["", *(_INDENT + line for line in self.lines(child, child_name))]
-        return tuple(found)
+    def stage(self, gm: fx.GraphModule) -> PrintedStage:
+        """The graph of `gm`, and those of the modules that it calls."""
+        return tuple((name, tuple(map(self.printed, graph.nodes))) for name, graph in graphs(gm))
 
-    def _arguments(self, graph: fx.Graph) -> list[str]:
-        return [self.line(node) for node in graph.nodes if node.op == "placeholder"]
-
-    def line(self, node: fx.Node) -> str:
+    def printed(self, node: fx.Node) -> Printed:
         """One node; the very same object as before where nothing of it has changed."""
         shown = (node.name, node.target, node.args, node.kwargs, node.meta.get("val"))
-        before, line = self._lines.get(node, ((), ""))
-        if len(before) == len(shown) and all(map(operator.is_, before, shown)):
-            return line
-        value = self.values[node] = _value_text(node)
-        line = _line(node, self._named, value)
-        self._lines[node] = (shown, line)
-        return line
+        known = self._printed.get(node)
+        if known is not None and all(map(operator.is_, known[0], shown)):
+            return known[1]
+        value = _value_text(node)
+        line, source = _line(node, self._named, value), self._source(node)
+        made = Printed(line, value, source, node.op == "placeholder")
+        self._printed[node] = shown, made
+        return made
+
+    def view_of(self, node: fx.Node) -> NodeView | None:
+        """The view of a node as it was printed last."""
+        known = self._printed.get(node)
+        return None if known is None else known[1].view
 
     def _source(self, node: fx.Node) -> str:
         """The module and the line of its user's code that made the node."""
@@ -113,6 +150,15 @@ class GraphText:
             where = " ".join(filter(None, (path, f"({place})" if place else "")))
             self._sources[key] = ": ".join(filter(None, (where, code)))
         return self._sources[key]
+
+
+def graphs(gm: fx.GraphModule) -> list[tuple[str, fx.Graph]]:
+    """The graph of `gm` (""), and those of the modules that it calls, by their paths."""
+    return [
+        (name, module.graph)
+        for name, module in gm.named_modules()
+        if isinstance(module, fx.GraphModule)
+    ]
 
 
 _FRAME = re.compile(r'^ *File "(.+?)", line (\d+), in .*\n(.*)', re.MULTILINE)
@@ -174,7 +220,7 @@ def _value_text(node: fx.Node) -> str:
         # On a base's graph too, whose values are of any class.
         return f"{str(value.dtype).removeprefix('torch.')}{_text([*value.shape])}"
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return f"Sym({value})"
+        return f"Sym({_text(value)})"
     return ""
 
 
@@ -192,8 +238,14 @@ def _text(value: Any, named: Named = operator.attrgetter("name")) -> str:
     if isinstance(value, Tensor):
         return f"torch.Tensor(size={[*value.shape]}, dtype={value.dtype})"
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return str(value)
+        return _expression_text(value.node.expr)
     return _name(value) if callable(value) else repr(value)
+
+
+@functools.lru_cache(maxsize=1000)
+def _expression_text(expression: Any) -> str:
+    """sympy takes as long for a size as all else takes for a line, and sizes are few."""
+    return str(expression)
 
 
 def _container(value: Any, text: Callable[[Any], str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,14 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
-from lorafx.capture.graph_text import GraphText, target_text, users_line
+from lorafx.capture.graph_text import (
+    GraphText,
+    Printed,
+    PrintedStage,
+    graphs,
+    target_text,
+    users_line,
+)
 from lorafx.capture.node_names import NodeNames
 from lorafx.compat import size_hint
 from lorafx.graph.context import Context, SiteState
@@ -24,10 +31,11 @@ from lorafx.viewer.stages import NodeView, RefusalView, SiteView, Stage
 
 
 class StageViews:
-    """Views of the stages of one graph. It keeps the graph's nodes, as `GraphText` does.
+    """Views of the stages of one graph, which `text` has printed. It keeps the graph's nodes, as
+    `GraphText` does.
 
-    A node whose line `text` has not made anew keeps its view. Nodes are called by their numbers in
-    `names`, as in the lines: `lorafx.capture.dump` puts readable names there.
+    Nodes are called by their numbers in `names`, as in the lines: `lorafx.capture.dump` puts
+    readable names there.
     """
 
     def __init__(
@@ -36,12 +44,12 @@ class StageViews:
         self._text = text
         self._names = names
         self._inputs = inputs
-        self._views: dict[fx.Node, NodeView] = {}
         self._sources: dict[str, tuple[str, str]] = {}
 
     def stage(
         self,
         gm: fx.GraphModule,
+        printed: PrintedStage,
         name: str,
         ctx: Context | None = None,
         *,
@@ -51,31 +59,36 @@ class StageViews:
         """The graph of `gm` after the pass `name`, which has just ended."""
         end = time.perf_counter()
         paths = {} if ctx is None else _paths_of_calls(gm, ctx)
-        graphs = [(key, self._nodes(graph, ctx, paths)) for key, graph in _graphs(gm)]
+        found = [
+            (key, self._nodes(graph, nodes, ctx, paths))
+            for (key, graph), (_, nodes) in zip(graphs(gm), printed, strict=True)
+        ]
         return Stage(
             name,
             edits,
             seconds,
             end,
-            tuple(graphs),
+            tuple(found),
             {} if ctx is None else self._sites(ctx),
             () if ctx is None else _refusals(ctx),
         )
 
     def _nodes(
-        self, graph: fx.Graph, ctx: Context | None, paths: Mapping[fx.Node, str]
+        self,
+        graph: fx.Graph,
+        printed: Sequence[Printed],
+        ctx: Context | None,
+        paths: Mapping[fx.Node, str],
     ) -> tuple[NodeView, ...]:
         found = []
-        for node in graph.nodes:
-            line = self._text.line(node)
-            view = self._views.get(node)
-            if view is None or view.line is not line:
-                view = self._views[node] = self._view(node, line, ctx, paths)
-            found.append(view)
+        for node, own in zip(graph.nodes, printed, strict=True):
+            if own.view is None:
+                own.view = self._view(node, own, ctx, paths)
+            found.append(own.view)
         return tuple(found)
 
     def _view(
-        self, node: fx.Node, line: str, ctx: Context | None, paths: Mapping[fx.Node, str]
+        self, node: fx.Node, printed: Printed, ctx: Context | None, paths: Mapping[fx.Node, str]
     ) -> NodeView:
         value = node.meta.get("val", node.meta.get("example_value"))
         path, cls = paths.get(node) or module_path(node), _class_of(node)
@@ -91,9 +104,9 @@ class StageViews:
             node.name if node.op == "output" else self._names.mark(node),  # no line has its name
             node.op,
             target_text(node),
-            line,
+            printed.line,
             tuple(map(self._names.mark, node.all_input_nodes)),
-            self._text.values[node],
+            printed.value,
             path,
             cls,
             source,
@@ -118,8 +131,9 @@ class StageViews:
         for node, states in ctx.states.items():
             served = [_site(ctx, node, state) for state in states]
             for home in ctx.homes.get(node, (node,)):
-                if home in self._views:
-                    found.setdefault(self._views[home], []).extend(served)
+                view = self._text.view_of(home)
+                if view is not None:
+                    found.setdefault(view, []).extend(served)
         return {view: tuple(served) for view, served in found.items()}
 
 
@@ -129,16 +143,6 @@ def _place(item: FrameInput) -> tuple[str, str]:
     if sites:
         return sites[0].path, type(sites[0].module).__qualname__
     return (item.holder.path, "") if item.holder is not None else ("", "")
-
-
-def _graphs(gm: fx.GraphModule) -> list[tuple[str, fx.Graph]]:
-    """The graph of `gm`, and those of the modules that it calls."""
-    children = [
-        (name, module.graph)
-        for name, module in gm.named_modules()
-        if name and isinstance(module, fx.GraphModule)
-    ]
-    return [("", gm.graph), *children]
 
 
 def _paths_of_calls(gm: fx.GraphModule, ctx: Context) -> dict[fx.Node, str]:

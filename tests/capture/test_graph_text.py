@@ -11,7 +11,7 @@ from expecttest import assert_expected_inline
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lorafx.capture.graph_text import GraphText
+from lorafx.capture.graph_text import GraphText, text_lines
 
 pytestmark = pytest.mark.quick
 
@@ -47,7 +47,7 @@ def test_a_graph_reads_like_a_program() -> None:
     )
     nodes["y"].meta["nn_module_stack"] = {"1": ("L['self']._modules['up']", nn.Linear)}
     assert_expected_inline(
-        "\n".join(GraphText().lines(gm)),
+        "\n".join(text_lines(GraphText().stage(gm))),
         """\
 class GraphModule(torch.nn.Module):
     def forward(
@@ -67,11 +67,11 @@ class GraphModule(torch.nn.Module):
 def test_what_changes_between_stages_is_printed_anew() -> None:
     gm, nodes = graph()
     text = GraphText()
-    stages = [text.lines(gm)]
+    stages = [text_lines(text.stage(gm))]
 
     def stage() -> None:
-        stages.append(text.lines(gm))
-        assert stages[-1] == GraphText().lines(gm)
+        stages.append(text_lines(text.stage(gm)))
+        assert stages[-1] == text_lines(GraphText().stage(gm))
         assert stages[-1] != stages[-2]
 
     nodes["y"].target = aten.matmul.default
@@ -91,6 +91,6 @@ def test_what_changes_between_stages_is_printed_anew() -> None:
     body.graph.output(body.graph.placeholder("h"))
     gm.body = body
     stage()
-    assert text.lines(gm) == stages[-1]
+    assert text_lines(text.stage(gm)) == stages[-1]
     kept = {id(line) for line in stages[0]} & {id(line) for line in stages[-1]}
     assert len(kept) >= 3  # the same objects: stages share what they have in common

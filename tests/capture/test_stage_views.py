@@ -147,7 +147,7 @@ def test_the_dump_of_a_model_has_a_page(cm: Any, tmp_path: Path) -> None:
                 assert [node[0] for node in found] == [node.name for node in nodes]
         assert (tmp_path / record.title.replace(" ", "-") / "last.dot").exists()
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    of_first = {event["name"]: event for event in events if event["tid"] == 0 and "ts" in event}
+    of_first = {event["name"]: event for event in events if event["tid"] == 1 and "ts" in event}
     start, end = (of_first["passes"]["ts"], of_first["passes"]["ts"] + of_first["passes"]["dur"])
     for report in records[0].passes:
         event = of_first[report.name]
