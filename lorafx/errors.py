@@ -89,12 +89,14 @@ class CapacityError(LorafxError, ValueError):
 class BatchError(LorafxError, ValueError):
     """The rows of a batch and the adapters named for them do not fit together, an aLoRA adapter has
     no token ids to be looked for in, a method is called at a moment when a call is running, or the
-    model itself on another thread than that of the call that is running.
+    model itself on another thread than that of the call that is running, or a call is captured into
+    a CUDA graph while its adapters are on their way into slots.
 
     Way out: one name, or None, per row. Where another dimension holds the requests,
     LoraConfig(row_dims={argument: dim}). For an aLoRA adapter `input_ids`, `generate`, or
     `adapter_slots=` of shape (B, T). Call the method when the running call has returned.
-    Where several threads serve, call the compiled model; None in `adapter_names` is the base.
+    Where several threads serve, call the compiled model; None in `adapter_names` is the base. Call
+    the model once before a capture.
     """
 
 

@@ -21,6 +21,7 @@ from functools import partial
 from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
 from lorafx.errors import BatchError
 from lorafx.interrupts import undisturbed
@@ -50,6 +51,12 @@ class _Lane:
         self.users: dict[int, _Mark] = {}
         self._using: dict[int, torch.cuda.Stream] = {}  # those of the users that go on
         self._flying: deque[_Copy] = deque()  # in the order in which they end
+
+    def keep(self, tensors: Iterable[Tensor]) -> None:
+        """Have nobody else get the memory of these while a copy is on its way there."""
+        for tensor in tensors:
+            if tensor.device == self.device:
+                tensor.record_stream(self.stream)
 
     def use(self, slots: Iterable[int]) -> None:
         self._land()
@@ -93,10 +100,17 @@ class _Lane:
 
 class CopyStreams:
     """The streams of copies of one store, one for each CUDA device; nothing on others. Safe to use
-    from several threads."""
+    from several threads.
 
-    def __init__(self, devices: Iterable[torch.device]) -> None:
+    Args:
+        tensors: of the banks.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        devices = dict.fromkeys(tensor.device for tensor in tensors)
         self._lanes = [_Lane(device) for device in devices if device.type == "cuda"]
+        for lane in self._lanes:
+            lane.keep(tensors)
         self._lock = threading.RLock()
         #: Whether a call was captured into a CUDA graph.
         self.captured = False

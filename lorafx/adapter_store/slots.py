@@ -43,7 +43,7 @@ class Slots:
         self._own = OwnPlaces(own_weights)
         self._widest = max((g.bank.width(g.bank.max_rank) for g in groups), default=1)
         self.max_adapters, self.host = max_adapters, host
-        self.copy_streams = CopyStreams(dict.fromkeys(g.bank.ranks.device for g in groups))
+        self.copy_streams = CopyStreams([t for g in groups for t in g.bank.tensors.values()])
         #: As in lorafx.session.statistics.
         self.hits = self.loads = self.evictions = 0
         self._adapters: dict[str, StoredAdapter] = {}

@@ -3,6 +3,7 @@ slot too early, or has one taken away under it."""
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -39,9 +40,9 @@ def test_a_copy_arrives_while_a_call_is_running(served, llama: Case, device: tor
         cm.unload_adapter(name)
         cm.load_adapter(llama.folders[name], name)
     torch.cuda.synchronize(device)
-    busy = torch.cuda.Event()
-    torch.cuda._sleep(LONG)
     running = cm(**to(inputs, device), adapter_names=[first, None])["logits"]
+    busy = torch.cuda.Event()
+    torch.cuda._sleep(LONG)  # as if the call took that long
     busy.record()
     cm.prefetch_adapters([missing], slots=True)
     (lane,) = cm._session.store.copy_streams._lanes
@@ -89,3 +90,23 @@ def test_a_captured_graph_keeps_its_slots(served, llama: Case, device: torch.dev
         graph.graph.replay()
         cm.prefetch_adapters([name], slots=True)
         assert_served(graph.replay(), llama, mix, inputs)
+
+
+def test_memory_of_banks_that_are_gone_is_used_by_others_after_the_copies(
+    llama: Case, device: torch.device
+) -> None:
+    """What comes into the memory is not overwritten by a copy that was on its way there."""
+    config = lorafx.LoraConfig(target_modules=None, max_adapters=SLOTS, max_rank=16)
+    cm: Any = compiled_on(llama, device, config)
+    store = cm._session.store
+    (lane,) = store.copy_streams._lanes
+    with torch.cuda.stream(lane.stream):
+        torch.cuda._sleep(LONG)
+    cm.prefetch_adapters(sorted(llama.folders)[:SLOTS], slots=True)
+    shapes = [(bank.B.shape, bank.B.dtype) for bank in (g.bank for g in store._groups)]
+    cm.detach()
+    del cm, store, lane
+    gc.collect()
+    taken = [torch.full(shape, 7.0, dtype=dtype, device=device) for shape, dtype in shapes]
+    torch.cuda.synchronize(device)
+    assert all(bool((tensor == 7).all()) for tensor in taken)

@@ -59,6 +59,16 @@ class Stream:
         self.after |= other.after
 
 
+@dataclass
+class Memory:
+    """A tensor of a bank, as far as its memory goes."""
+
+    device: torch.device
+
+    def record_stream(self, stream: Stream) -> None:
+        assert stream.device == self.device
+
+
 @dataclass(eq=False)
 class Cuda:
     """Devices with a current stream each, on which the banks of a compiled model are in turn.
@@ -136,7 +146,8 @@ class Cuda:
             return result(entry, *args, **kwargs)
 
         patch.setattr(Entry, "_result", reading)
-        patch.setattr(session.store, "copy_streams", CopyStreams(self.devices))
+        memory: Any = [Memory(device) for device in self.devices]
+        patch.setattr(session.store, "copy_streams", CopyStreams(memory))
         patch.setattr(session.locks, "streams", Streams())
         patch.setattr(session, "accelerators", self.devices)
 

@@ -97,18 +97,22 @@ OPERATIONS = st.one_of(
     st.tuples(
         st.sampled_from(["replace", "replace", "unload", "pin"]), st.sampled_from([*ADAPTERS])
     ),
-    st.tuples(st.sampled_from(["capture", "replay", "measure", "measure"]), PAIRS),
+    st.tuples(
+        st.sampled_from(["capture", "again", "again", "replay", "measure", "measure"]), PAIRS
+    ),
 )
 
 
 def run(cm: Any, case: Case, cuda: Cuda, operations: Sequence[Any]) -> None:
     """Do this, on streams in turn; where no slot is left, nothing of it."""
+    last: tuple[str | None, ...] = (None, None)
     for stream, (what, of) in operations:
         captured = cm._session.store.copy_streams.captured
         cuda.on(0 if captured else stream)
         try:
-            if what == "step":
-                step(cm, *of)
+            if what in ("step", "again"):
+                last = of if what == "step" else last
+                step(cm, *last)
             elif what == "prefetch":
                 cm.prefetch_adapters(of, slots=True)
             elif what == "capture":
@@ -181,6 +185,28 @@ def test_a_slot_is_overwritten_when_the_steps_that_read_it_have_ended(cm, cuda: 
     assert "a" not in cm._session.store.resident
     assert waits(copies, first)
     assert free(copies, later)
+
+
+def test_steps_of_the_same_adapters_are_waited_for_each(cm, cuda: Cuda) -> None:
+    for stream in (0, 1, 2):
+        cuda.on(stream)
+        running = launched(cuda, lambda: step(cm, "b", "d"))[-2:]
+    copies = launched(cuda, lambda: cm.prefetch_adapters(["a", "c", "e"], slots=True))
+    assert waits([launch for launch in copies if launch.slots & {0, 1, 2}][-1:], running[-1:])
+    assert not cuda.clashes()
+
+
+def test_new_norms_take_turns_with_copies(cm, cuda: Cuda) -> None:
+    def measure() -> None:
+        cm._session.update(cm._session.store.refresh_magnitudes)
+
+    copies = launched(cuda, lambda: cm.prefetch_adapters(["d"], slots=True))
+    measured = launched(cuda, measure)
+    assert measured
+    assert waits(measured, copies)
+    copies = launched(cuda, lambda: cm.prefetch_adapters(["a", "b", "c"], slots=True))
+    assert "d" not in cm._session.store.resident
+    assert not cuda.clashes()
 
 
 def test_an_adapter_that_lost_its_slot_before_it_was_used_is_copied_again(cm, cuda: Cuda) -> None:
@@ -260,6 +286,7 @@ def test_after_a_capture_copies_take_turns_with_what_runs(cm, cuda: Cuda) -> Non
     step(cm, "a", "b")
     cuda.capturing = False
     replayed = launched(cuda, lambda: cuda.step(cm._session.program.runtime.rows))
+    cuda.on(1)
     copies = launched(cuda, lambda: cm.prefetch_adapters(["d"], slots=True))
     assert waits(copies, replayed)
     with pytest.raises(CapacityError):
