@@ -157,6 +157,13 @@ class LoweringError(LorafxError):
 _ALIKE = 0.6
 
 
+def some(names: Iterable[str], most: int = 3) -> str:
+    """A sentence fragment with the first names of a list, and how many more there are."""
+    told = list(names)
+    more = f" and {len(told) - most} more" if len(told) > most else ""
+    return ", ".join(told[:most]) + more
+
+
 def nearest(name: str, candidates: Iterable[str], count: int = 3, *, cutoff: float = _ALIKE) -> str:
     """A sentence fragment naming the closest candidates to `name`, or an empty string where none is
     near: at least `cutoff` alike, or another in one character."""

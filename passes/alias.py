@@ -14,9 +14,8 @@ from typing import ClassVar
 
 from torch._dynamo import OptimizedModule
 
-from lorafx.errors import CaptureError
+from lorafx.errors import CaptureError, some
 from lorafx.model.module_graph import ModuleGraph, join
-from lorafx.model.repeated import some
 from lorafx.program.preparation import Preparation
 
 

@@ -34,7 +34,6 @@ from lorafx.capture.executable import (
     with_lookups,
 )
 from lorafx.capture.failures import in_lowering, in_tracing
-from lorafx.capture.graph_text import GraphText
 from lorafx.capture.lowering import Lowering, code_noted, lowering_for
 from lorafx.capture.parts import Captured, Parts, foreign_operators, noted
 from lorafx.capture.record import GraphRecord
@@ -224,10 +223,7 @@ class Backend:
         names, nodes = dump.names, gm.graph.find_nodes(op="placeholder")
         inputs = dict(zip(nodes, frame.inputs, strict=True))
         names.note_inputs(frame, inputs)
-        text = GraphText(names.mark)
-        printed = text.stage(gm)
-        dump.graph(CAPTURED, printed)
-        dump.views.append(StageViews(text, names, inputs).stage(gm, printed, CAPTURED))
+        dump.add(StageViews(names, inputs).stage(gm, CAPTURED))
         names.forget_nodes()
 
     @contextmanager

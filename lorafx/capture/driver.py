@@ -9,7 +9,6 @@ from torch import fx
 
 from lorafx.capture.dump import GraphDump
 from lorafx.capture.failures import in_pass
-from lorafx.capture.graph_text import GraphText
 from lorafx.capture.stage_views import StageViews
 from lorafx.capture.verify import check_graph, output_values
 from lorafx.graph.context import Context
@@ -34,12 +33,13 @@ def run_pipeline(
     options = ctx.program.options
     outputs = output_values(gm)
     names, states = dump.names, ctx.states
-    text = GraphText(names.mark, lambda node: states[node][0].site.path if node in states else "")
     names.note_inputs(ctx.frame, ctx.frame.by_node)
-    views = StageViews(text, names, ctx.frame.by_node)
-    printed = text.stage(gm)
-    dump.graph(CAPTURED, printed)
-    dump.views.append(views.stage(gm, printed, CAPTURED, ctx))
+    views = StageViews(
+        names,
+        ctx.frame.by_node,
+        lambda node: states[node][0].site.path if node in states else "",
+    )
+    dump.add(views.stage(gm, CAPTURED, ctx))
     if after_pass is not None:
         after_pass(None, gm)
 
@@ -53,10 +53,7 @@ def run_pipeline(
         nodes = len(gm.graph.nodes)
         names.note_pass(gm, ctx)
         dump.outlined = ctx.outlined
-        printed = text.stage(gm)
-        dump.graph(item.name, printed, nodes=nodes, edits=edits, seconds=seconds)
-        view = views.stage(gm, printed, item.name, ctx, edits=edits, seconds=seconds)
-        dump.views.append(view)
+        dump.add(views.stage(gm, item.name, ctx, edits=edits, seconds=seconds))
         if after_pass is not None:
             after_pass(item, gm)
         return PassReport(item.name, edits, seconds, nodes)

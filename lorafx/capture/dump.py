@@ -10,17 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch._logging
 
-from lorafx.capture.graph_text import PrintedStage, text_lines
+from lorafx.capture.graph_text import text_lines
 from lorafx.capture.legend import legend
 from lorafx.capture.node_names import NodeNames, Renamer
+from lorafx.capture.stage_views import KeptStage
 from lorafx.config import Options
 from lorafx.errors import LorafxWarning
 from lorafx.program.program import Program
-from lorafx.viewer.stages import Stage
+from lorafx.viewer.page import folder_of
+from lorafx.viewer.stages import StageView
 
 
 def dump_folder(options: Options) -> Path | None:
@@ -73,14 +74,6 @@ def traced(name: str, text: Callable[[], str]) -> None:
     )
 
 
-class _Stage(NamedTuple):
-    """The graph after one pass; its lines hold the numbers of nodes (lorafx.capture.node_names)."""
-
-    name: str
-    heading: str
-    printed: PrintedStage
-
-
 @dataclass
 class GraphDump:
     """The graphs of one capture, kept as text and written as they come when a folder is given.
@@ -94,9 +87,7 @@ class GraphDump:
     names: NodeNames = field(default_factory=NodeNames)
     #: Of repeated layers, what one body computes.
     outlined: Sequence[object] = ()
-    #: The same stages for the viewer, with the numbers of nodes as well.
-    views: list[Stage] = field(default_factory=list)
-    _stages: list[_Stage] = field(default_factory=list)
+    _stages: list[KeptStage] = field(default_factory=list)
     _sources: dict[str, str | Callable[[], str]] = field(default_factory=dict)
     _renamed: list[list[str]] = field(default_factory=list)
     _renamer: Renamer | None = None
@@ -105,7 +96,7 @@ class GraphDump:
     def stages(self) -> list[tuple[str, str, str]]:
         """Of each stage the pass, a heading and the graph, its nodes by their readable names."""
         found = zip(self._stages, self._readable(), strict=True)
-        return [(stage.name, stage.heading, "\n".join(lines)) for stage, lines in found]
+        return [(kept.view.name, self._heading(kept), "\n".join(lines)) for kept, lines in found]
 
     @property
     def sources(self) -> dict[str, str]:
@@ -115,33 +106,22 @@ class GraphDump:
         }
 
     @property
-    def named_views(self) -> list[Stage]:
-        """`views` with the nodes by their readable names."""
+    def named_views(self) -> list[StageView]:
+        """The stages for the viewer, their nodes by their readable names."""
         self._readable()
         assert self._renamer is not None
-        named = self._renamer.named
-        found = {node: node for stage in self.views for _, nodes in stage.graphs for node in nodes}
+        named, views = self._renamer.named, [kept.view for kept in self._stages]
+        found = {node: node for stage in views for _, nodes in stage.graphs for node in nodes}
         for node in found:
             inputs = tuple(map(named, node.inputs))
             found[node] = replace(node, name=named(node.name), line=named(node.line), inputs=inputs)
-        return [stage.exchanged(found) for stage in self.views]
+        return [stage.exchanged(found) for stage in views]
 
-    def graph(
-        self,
-        name: str,
-        printed: PrintedStage,
-        *,
-        nodes: int = 0,
-        edits: int | None = None,
-        seconds: float = 0.0,
-    ) -> None:
-        """Record the graph after pass `name`, which `GraphText` has printed with `names`."""
-        heading = f"# {self.title}, after {name}"
-        if edits is not None:
-            heading += f": {edits} edits, {nodes} nodes, {seconds * 1e3:.1f} ms"
-        self._stages.append(_Stage(name, heading, printed))
+    def add(self, stage: KeptStage) -> None:
+        """Record the graph after a pass, which `StageViews` has kept with `names`."""
+        self._stages.append(stage)
         index = len(self._stages) - 1
-        traced(f"{self._file_title}_{index:02d}_{name}", lambda: self._text(index))
+        traced(f"{self._file_title}_{index:02d}_{stage.view.name}", lambda: self._text(index))
         if self.folder is not None:
             with beside_compiling(self.folder):
                 self._write(index, self.folder)
@@ -176,12 +156,20 @@ class GraphDump:
             self._renamed.append(self._renamer.stage(text_lines(stage.printed)))
         return self._renamed
 
+    def _heading(self, stage: KeptStage) -> str:
+        view = stage.view
+        heading = f"# {self.title}, after {view.name}"
+        if view.edits is None:
+            return heading
+        nodes = len(view.graphs[0][1])
+        return f"{heading}: {view.edits} edits, {nodes} nodes, {view.seconds * 1e3:.1f} ms"
+
     @property
     def _file_title(self) -> str:
         return self.title.replace(" ", "_")
 
     def _target(self, folder: Path) -> Path:
-        target = folder / self.title.replace(" ", "-")
+        target = folder_of(folder, self.title)
         target.mkdir(parents=True, exist_ok=True)
         return target
 
@@ -194,16 +182,16 @@ class GraphDump:
         """A stage with its heading and its legend."""
         lines = self._readable()[index]
         words = {symbol: size.words for symbol, size in self.names.symbols.items()}
-        top = [self._stages[index].heading, *legend(lines, words, self.outlined)]
+        top = [self._heading(self._stages[index]), *legend(lines, words, self.outlined)]
         return "\n".join([*top, *lines, ""])
 
     def _write(self, index: int, folder: Path) -> None:
         target = self._target(folder)
-        name, heading, _ = self._stages[index]
+        name = self._stages[index].view.name
         (target / f"{index:02d}-{name}.py").write_text(self._text(index), encoding="utf-8")
         if index:
-            before = self._stages[index - 1].name
+            before = self._stages[index - 1].view.name
             old, new = self._readable()[index - 1 : index + 1]
             changes = difflib.unified_diff(old, new, before, name, lineterm="", n=2)
-            text = "\n".join([heading, *changes, ""])
+            text = "\n".join([self._heading(self._stages[index]), *changes, ""])
             (target / f"{index:02d}-{name}.diff").write_text(text, encoding="utf-8")

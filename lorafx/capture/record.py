@@ -77,8 +77,7 @@ class GraphRecord:
         self.refusals, self.outlined = ctx.refusals, ctx.outlined
         self.checks.sites = [state.site.path for state in self.states]
         self.checks.refusals = [
-            RefusedSites(tuple(site.path for site in item.sites), item.when, item.reason)
-            for item in ctx.refusals
+            RefusedSites(item.paths, item.when, item.reason) for item in ctx.refusals
         ]
         self.checks.handover, self.checks.inside = ctx.handover, ctx.frame.inside
 

@@ -1,11 +1,11 @@
-"""The stages of a graph as plain values, for the viewer and the exports (`lorafx.viewer`)."""
+"""The stages of a graph as plain values, for dumps and for the viewer (`lorafx.viewer`)."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -27,21 +27,32 @@ from lorafx.graph.graph_nodes import module_path
 from lorafx.passes.outline.outline import INVOKE
 from lorafx.passes.outline.regions import is_view
 from lorafx.program.frame import FrameInput
-from lorafx.viewer.stages import NodeView, RefusalView, SiteView, Stage
+from lorafx.viewer.stages import NodeView, RefusalView, SiteView, StageView
+
+
+class KeptStage(NamedTuple):
+    """A stage as text, and as the viewer has it."""
+
+    printed: PrintedStage
+    view: StageView
 
 
 class StageViews:
-    """Views of the stages of one graph, which `text` has printed. It keeps the graph's nodes, as
-    `GraphText` does.
+    """Keeps the stages of one graph, and until the last of them the graph's nodes.
 
-    Nodes are called by their numbers in `names`, as in the lines: `lorafx.capture.dump` puts
-    readable names there.
+    Nodes are called by their numbers in `names`: `lorafx.capture.dump` puts readable names there.
+
+    Args:
+        path_of: as of `GraphText`.
     """
 
     def __init__(
-        self, text: GraphText, names: NodeNames, inputs: Mapping[fx.Node, FrameInput]
+        self,
+        names: NodeNames,
+        inputs: Mapping[fx.Node, FrameInput],
+        path_of: Callable[[fx.Node], str] = lambda node: "",
     ) -> None:
-        self._text = text
+        self._text = GraphText(names.mark, path_of)
         self._names = names
         self._inputs = inputs
         self._sources: dict[str, tuple[str, str]] = {}
@@ -49,29 +60,24 @@ class StageViews:
     def stage(
         self,
         gm: fx.GraphModule,
-        printed: PrintedStage,
         name: str,
         ctx: Context | None = None,
         *,
         edits: int | None = None,
         seconds: float = 0.0,
-    ) -> Stage:
+    ) -> KeptStage:
         """The graph of `gm` after the pass `name`, which has just ended."""
         end = time.perf_counter()
+        printed = self._text.stage(gm)
         paths = {} if ctx is None else _paths_of_calls(gm, ctx)
         found = [
             (key, self._nodes(graph, nodes, ctx, paths))
             for (key, graph), (_, nodes) in zip(graphs(gm), printed, strict=True)
         ]
-        return Stage(
-            name,
-            edits,
-            seconds,
-            end,
-            tuple(found),
-            {} if ctx is None else self._sites(ctx),
-            () if ctx is None else _refusals(ctx),
-        )
+        sites = {} if ctx is None else self._sites(ctx)
+        refusals = () if ctx is None else _refusals(ctx)
+        view = StageView(name, edits, seconds, end, tuple(found), sites, refusals)
+        return KeptStage(printed, view)
 
     def _nodes(
         self,
@@ -174,10 +180,7 @@ def _site(ctx: Context, node: fx.Node, state: SiteState) -> SiteView:
 
 
 def _refusals(ctx: Context) -> tuple[RefusalView, ...]:
-    return tuple(
-        RefusalView(tuple(site.path for site in item.sites), item.when, item.reason)
-        for item in ctx.refusals
-    )
+    return tuple(RefusalView(item.paths, item.when, item.reason) for item in ctx.refusals)
 
 
 def _class_of(node: fx.Node) -> str:

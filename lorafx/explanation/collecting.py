@@ -59,7 +59,7 @@ def site_report(site: Site) -> SiteReport:
         registered=site.eligible.cls.__name__,
         in_features=site.in_features,
         out_features=site.out_features,
-        dtype=str(site.dtype).removeprefix("torch."),
+        dtype=site.dtype_name,
         parts=tuple(parts) if len(parts) > 1 else (),
         loose=tuple(site.loose_names),
         own_rows=site.own_rows,
@@ -115,8 +115,7 @@ def graph_report(record: GraphRecord) -> GraphReport:
             for key, paths in nodes.items()
         ),
         refusals=tuple(
-            RefusalReport(tuple(site.path for site in item.sites), item.when, item.reason)
-            for item in record.refusals
+            RefusalReport(item.paths, item.when, item.reason) for item in record.refusals
         ),
         outlined=tuple(map(str, record.outlined)),
         saved=record.saved,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorafx.config import LoraConfig
-from lorafx.errors import ConfigError, nearest
+from lorafx.errors import ConfigError, nearest, some
 from lorafx.model import targets
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.sites import Site
@@ -69,8 +69,7 @@ def selection_of(
         rule = left_out(graph, config, module)
         below = [site.path for site in sites if not own or site.path.startswith(f"{own}.")]
         if below:
-            more = f" and {len(below) - 3} more" if len(below) > 3 else ""
-            rule += f". Sites below it: {', '.join(below[:3])}{more}"
+            rule += f". Sites below it: {some(below)}"
     return Selection(module, own, tuple(aliases), same, None, rule)
 
 

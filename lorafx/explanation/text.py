@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from lorafx.errors import some
 from lorafx.explanation.report import AdapterReport, Explanation, GraphReport, SiteReport
 
 Section = tuple[str, tuple[str, ...]]
@@ -73,7 +74,7 @@ def adapter_line(adapter: AdapterReport) -> str:
     elif adapter.norm is not None:
         found.append(f"norm of ΔW {adapter.norm:.3g}")
     if adapter.idle and not adapter.why_idle:
-        found.append(f"no effect at {len(adapter.idle)} of them ({_some(adapter.idle)})")
+        found.append(f"no effect at {len(adapter.idle)} of them ({some(adapter.idle, _MOST)})")
     return "; ".join([", ".join(found), *adapter.notes])
 
 
@@ -130,7 +131,7 @@ def _adapters(adapters: Iterable[AdapterReport]) -> str:
     on_device = sum(adapter.slot is not None for adapter in found)
     line = f"adapters: {len(found)} loaded, {on_device} in slots on the device"
     idle = [f"{adapter.name} ({adapter.why_idle})" for adapter in found if adapter.why_idle]
-    return line + (f"; without effect: {_some(idle)}" if idle else "")
+    return line + (f"; without effect: {some(idle, _MOST)}" if idle else "")
 
 
 def _graphs(graphs: Iterable[GraphReport], seconds: Mapping[str, float]) -> str:
@@ -164,19 +165,13 @@ def _unserved(report: Explanation) -> str:
         for path in refusal.sites
     )
     served = "every site that a graph has reached is served"
-    found = [f"refused: {_some(refused)}" if refused else served if report.graphs else ""]
+    found = [f"refused: {some(refused, _MOST)}" if refused else served if report.graphs else ""]
     if report.unreached:
-        found.append(f"not reached by a graph yet: {_some(report.unreached)}")
+        found.append(f"not reached by a graph yet: {some(report.unreached, _MOST)}")
     if report.replaced:
         found.append(f"{_count(len(report.replaced), 'site')} replaced since")
     numbers = dict.fromkeys(graph.verified for graph in report.graphs if graph.verified)
     return "; ".join(filter(None, [*found, *numbers])) or "no call has been made"
-
-
-def _some(names: Iterable[str]) -> str:
-    every = list(names)
-    rest = f" and {len(every) - _MOST} more" if len(every) > _MOST else ""
-    return ", ".join(every[:_MOST]) + rest
 
 
 def _count(number: int, what: str) -> str:

@@ -178,8 +178,7 @@ def _described(asked: str, found: Selection) -> Why:
     sizes = ""
     if site is not None:
         part = site if found.part is None else site.parts[found.part]
-        dtype = str(site.dtype).removeprefix("torch.")
-        sizes = f"{part.in_features} -> {part.out_features}, {dtype}"
+        sizes = f"{part.in_features} -> {part.out_features}, {site.dtype_name}"
     return Why(
         asked=asked,
         path=found.path,

@@ -71,8 +71,12 @@ class Refusal:
     when: When
     reason: str
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(site.path for site in self.sites)
+
     def describe(self) -> str:
-        return f"{', '.join(site.path or '(root)' for site in self.sites)}: {self.reason}"
+        return f"{', '.join(path or '(root)' for path in self.paths)}: {self.reason}"
 
 
 @dataclass

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 
 #: What stands for an index.
 INDEX = "*"
-#: Paths of one list that are told.
-_SHOWN = 3
 
 
 def shape_of(path: str) -> str:
@@ -40,10 +38,3 @@ def alike(told: Iterable[tuple[str, str]]) -> list[str]:
     for path, text in told:
         found.setdefault((shape_of(path), text), []).append(path)
     return [f"{joined(paths)}: {text}" for (_, text), paths in found.items()]
-
-
-def some(names: Iterable[str]) -> str:
-    """The first few of a list, and how many more there are."""
-    told = list(names)
-    more = f" and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
-    return ", ".join(told[:_SHOWN]) + more

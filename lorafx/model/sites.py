@@ -9,6 +9,7 @@ siblings that turn out to share an input. In the bank each part is a sibling of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -114,6 +115,11 @@ class Site:
             object.__setattr__(self, "parts", (whole,))
 
     @property
+    def dtype_name(self) -> str:
+        """As reports have it: "float32"."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def paths(self) -> tuple[str, ...]:
         return (self.path, *self.aliases)
 
@@ -150,6 +156,16 @@ def own_ranges(site: Site) -> Ranges:
     return Ranges(tuple(range(len(sizes))), (0, *accumulate(sizes[:-1])), sizes)
 
 
+def parent_of(siblings: Sequence[Site]) -> str:
+    """Path of the module that holds sibling sites."""
+    return siblings[0].path.rpartition(".")[0]
+
+
+def members_of(siblings: Sequence[Site]) -> tuple[str, ...]:
+    """What sibling sites are called in the module that holds them; the model itself "(root)"."""
+    return tuple(site.path.rpartition(".")[2] or "(root)" for site in siblings)
+
+
 @dataclass(frozen=True, eq=False)
 class Group:
     """Sibling sites over one bank. `offsets[i]` is site i's first column in the bank's B."""
@@ -161,12 +177,12 @@ class Group:
     @property
     def parent(self) -> str:
         """Path of the module that holds the sites."""
-        return self.sites[0].path.rpartition(".")[0]
+        return parent_of(self.sites)
 
     @property
     def members(self) -> tuple[str, ...]:
-        """What the sites are called in `parent`; of the model itself "(root)"."""
-        return tuple(site.path.rpartition(".")[2] or "(root)" for site in self.sites)
+        """What the sites are called in `parent`."""
+        return members_of(self.sites)
 
     @cached_property
     def firsts(self) -> tuple[int, ...]:

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from lorafx.config import LoraConfig
+from lorafx.errors import some
 from lorafx.model.candidates import by_raw_weight
 from lorafx.model.experts import expert_weights
 from lorafx.model.module_graph import ModuleGraph, Owner, join
-from lorafx.model.repeated import joined, shape_of, some
+from lorafx.model.repeated import joined, shape_of
 from lorafx.model.sites import Site
 from lorafx.registry import lookup
 from lorafx.reports.prediction import Note

@@ -37,7 +37,7 @@ from lorafx.model.packing import packable
 from lorafx.model.quantized import is_stored
 from lorafx.model.refusals import weight_of
 from lorafx.model.repeated import shape_of
-from lorafx.model.sites import Group, Site
+from lorafx.model.sites import Group, Site, members_of, parent_of
 from lorafx.passes.attach import allocate_groups
 from lorafx.prepare.marking import build_sites
 from lorafx.reports.dry_run import DryRunError, same_inputs
@@ -78,14 +78,6 @@ class _Node:
     slot_rank: int
     slots: int
     factor_dtype: torch.dtype
-
-    @property
-    def parent(self) -> str:
-        return self.sites[0].path.rpartition(".")[0]
-
-    @property
-    def members(self) -> tuple[str, ...]:
-        return tuple(site.path.rpartition(".")[2] or "(root)" for site in self.sites)
 
 
 @dataclass(frozen=True)
@@ -134,7 +126,7 @@ def predict(
     ]
     choices = [_choice(node, place, rows) for node in nodes]
     packs = [_pack(node, choice) for node, choice in zip(nodes, choices, strict=True)]
-    packed_with = {site.path: node.members for node in nodes for site in node.sites}
+    packed_with = {site.path: members_of(node.sites) for node in nodes for site in node.sites}
     return Prediction(
         model=type(model).__name__,
         device=place.name,
@@ -223,8 +215,8 @@ def _nodes(group: Group, together: Iterable[tuple[Site, ...]]) -> list[_Node]:
 
 def _pack(node: _Node, choice: _Choice) -> PredictedPack:
     return PredictedPack(
-        (node.parent,),
-        node.members,
+        (parent_of(node.sites),),
+        members_of(node.sites),
         node.bank_bytes,
         choice.strategy,
         choice.reason,
@@ -354,7 +346,7 @@ def _site_rows(
             tuple((part.name if part.selected else "", part.out_features) for part in site.parts)
             if len(site.parts) > 1
             else (),
-            str(site.dtype).removeprefix("torch."),
+            site.dtype_name,
             _weight_bytes(site),
             site.own_rows,
             packed_with[site.path],

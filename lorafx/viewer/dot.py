@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from lorafx.viewer.stages import NodeView, SiteView, Stage
+from lorafx.viewer.stages import NodeView, SiteView, StageView
 
 #: Inputs that are not shown: each is read by the one or two nodes of a module, and named there.
 _STATE = frozenset({"weight", "bank", "state", "packed", "symbol"})
 _SITE, _PACK, _REFUSED, _INPUT = "#cfe3ff", "#e5d5ff", "#ffd0cc", "#eeeeee"
 
 
-def to_dot(stage: Stage, title: str) -> str:
+def to_dot(stage: StageView, title: str) -> str:
     """The graph of `stage` and the bodies that it calls.
 
     Sites are blue, packs purple, what a refused site computes red. Parameters and banks are left
@@ -31,7 +31,7 @@ def to_dot(stage: Stage, title: str) -> str:
     return "\n".join([*lines, "}", ""])
 
 
-def _graph(stage: Stage, prefix: str, name: str, nodes: Sequence[NodeView]) -> Iterator[str]:
+def _graph(stage: StageView, prefix: str, name: str, nodes: Sequence[NodeView]) -> Iterator[str]:
     hidden = {node.name for node in nodes if node.kind in _STATE or node.op == "get_attr"}
     places = {node.name: f"{prefix}n{i}" for i, node in enumerate(nodes) if node.name not in hidden}
     refused = {path for refusal in stage.refusals for path in refusal.paths}

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterable
 from typing import Any
 
-from lorafx.viewer.stages import GraphView, NodeView, RefusalView, SiteView, Stage, exclusive
+from lorafx.viewer.stages import GraphView, NodeView, RefusalView, SiteView, StageView, exclusive
 
 
 def packed(value: Any) -> str:
@@ -57,7 +57,7 @@ def graph_data(graph: GraphView) -> dict[str, Any]:
 
 
 def _stage(
-    stage: Stage, numbers: dict[NodeView, int], sites: _Table, refusals: _Table
+    stage: StageView, numbers: dict[NodeView, int], sites: _Table, refusals: _Table
 ) -> dict[str, Any]:
     graphs = []
     for name, nodes in stage.graphs:

@@ -90,7 +90,7 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Stage:
+class StageView:
     """A graph after one pass.
 
     Attributes:
@@ -112,7 +112,7 @@ class Stage:
     def nodes(self) -> int:
         return sum(len(nodes) for _, nodes in self.graphs)
 
-    def exchanged(self, others: Mapping[NodeView, NodeView]) -> Stage:
+    def exchanged(self, others: Mapping[NodeView, NodeView]) -> StageView:
         """The stage with other views in the place of its own."""
         graphs = tuple((name, tuple(others[node] for node in nodes)) for name, nodes in self.graphs)
         sites = {others[node]: served for node, served in self.sites.items() if node in others}
@@ -133,7 +133,7 @@ class GraphView:
 
     title: str
     reason: str
-    stages: Sequence[Stage]
+    stages: Sequence[StageView]
     spans: Sequence[Span] = ()
     form: Mapping[str, str] = field(default_factory=dict)
     facts: Sequence[str] = ()

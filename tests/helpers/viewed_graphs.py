@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lorafx.viewer.stages import GraphView, NodeView, RefusalView, SiteView, Span, Stage
+from lorafx.viewer.stages import GraphView, NodeView, RefusalView, SiteView, Span, StageView
 
 HOSTILE = '</script><img src=x onerror="document.title=1">\u2028"\\'
 REASON = f"its weight is read by {HOSTILE}"
@@ -41,12 +41,12 @@ def by_hand() -> GraphView:
     packed = node("mm_packed", "call_function", "x", "w", path="layers.0.q", cls="Linear", **sized)
     later = replace(odd, inputs=("mm_packed",), line=odd.line.replace("mm_q, mm_k", "mm_packed"))
     refusals = (RefusalView(("layers.1.up",), "mixed", REASON),)
-    first = Stage(
+    first = StageView(
         *("captured", None, 0.0, 10.0),
         graphs=(("", (x, w, q, k, odd, end)),),
         sites={q: (site("layers.0.q"),), k: (site("layers.0.k"),)},
     )
-    last = Stage(
+    last = StageView(
         *("pack", 1, 0.25, 10.5),
         graphs=(("", (x, w, packed, later, end)),),
         sites={
@@ -68,7 +68,7 @@ def deep(layers: int, nodes: int) -> GraphView:
             last, before = f"add_{layer}_{number}", last
             found.append(node(last, "call_function", before, first, path=f"layers.{layer}.up"))
     return GraphView(
-        "graph 0", "the first", [Stage("captured", None, 0.0, 1.0, (("", (*found,)),))]
+        "graph 0", "the first", [StageView("captured", None, 0.0, 1.0, (("", (*found,)),))]
     )
 
 
