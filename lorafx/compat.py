@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -285,6 +286,13 @@ def keep_frame_guards(kept: Sequence[torch._guards.Guard]) -> None:
     """Have Dynamo make these guards and those that it is yet to find."""
     guards = torch._guards.GuardsSet(OrderedSet(kept))
     torch._guards.TracingContext.get().guards_context.dynamo_guards = guards
+
+
+def recorded_outputs() -> object | None:
+    """Where transformers notes what the outputs of each class of models can record, as soon as a
+    model of it is made; None where it is not imported."""
+    module = sys.modules.get("transformers.utils.output_capturing")
+    return getattr(module, "_CAN_RECORD_REGISTRY", None)
 
 
 def mark_fixed_shape(tensor: Tensor, dims: Sequence[int] | None = None) -> None:

@@ -16,7 +16,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lorafx.compat import frame_guards, keep_frame_guards, named_by_dynamo, source_text
+from lorafx.compat import (
+    frame_guards,
+    keep_frame_guards,
+    named_by_dynamo,
+    recorded_outputs,
+    source_text,
+)
 from lorafx.model.marks import SiteMark
 from lorafx.model.row_marks import RowMark
 
@@ -37,6 +43,30 @@ def drop_guards_on_marks() -> None:
         chosen = {id(guard) for guard in kept.values()}
         pairs = zip(guards, below, strict=True)
         keep_frame_guards([g for g, name in pairs if name not in marks or id(g) in chosen])
+
+
+def drop_guards_on_classes() -> None:
+    """For any frame of a model. transformers notes once, of each class whose first model is made,
+    what the class says its outputs can record. Dynamo guards all of these notes, so that a model of
+    another class would have every graph captured again."""
+    if (registry := recorded_outputs()) is None:
+        return
+    known: dict[str, bool] = {}
+
+    def of_registry(source: Any) -> bool:
+        while source is not None:
+            name = source_text(source)
+            if name.startswith("G[") and name not in known:
+                known[name] = named_by_dynamo(name) is registry
+            if known.get(name, False):
+                return True
+            source = getattr(source, "base", None)
+        return False
+
+    guards = frame_guards()
+    kept = [guard for guard in guards if not of_registry(guard.originating_source)]
+    if len(kept) < len(guards):
+        keep_frame_guards(kept)
 
 
 def marks_of_self(guards: Sequence[Any]) -> tuple[list[str | None], dict[str, SiteMark | RowMark]]:

@@ -6,11 +6,37 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dense_merge import Case, check_mixed
+import torch
+from dense_merge import REFERENCE, Case, check_mixed
 from tiny_models import token_inputs
 from torch._dynamo.guards import CheckFunctionManager
 
+import lorafx
+from lorafx.torch_compile.attached import marked_session
+
 NAMES = ["a1", None, "a3"]
+
+
+def test_a_model_of_another_class_captures_nothing(shallow: Case) -> None:
+    """transformers notes the class of each model that is made, in a dictionary that forwards
+    read."""
+    cm, inputs = shallow.compile(dynamic=False), token_inputs(len(NAMES), 4)
+    attached = lorafx.attach(shallow.model(), shallow.folders, options=REFERENCE)
+    call = torch.compile(attached, backend="lorafx", dynamic=False)
+
+    def graphs() -> tuple[int, int]:
+        check_mixed(cm, shallow, NAMES, inputs)
+        cm(**inputs)
+        with torch.no_grad(), lorafx.adapters(attached, NAMES):
+            call(**inputs)
+        return cm.recompiles, len(marked_session(attached).backend.records)
+
+    class Other(type(shallow.base)):  # type: ignore[misc]
+        """Of a name that no model has had."""
+
+    captured = graphs()
+    Other(shallow.base.config)
+    assert graphs() == captured == (2, 1)
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -11,7 +11,9 @@ this test:
 
 from __future__ import annotations
 
+import logging
 import shutil
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,18 @@ def plain_aten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Options.__init__, "__defaults__", ("reference", *others))
 
 
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    """What a page does to the level of a logger, or to the handlers of the root, ends with it."""
+    loggers = logging.getLogger(), logging.getLogger("lorafx")
+    levels, handlers = [log.level for log in loggers], [*loggers[0].handlers]
+    yield
+    loggers[0].handlers[:] = handlers
+    for log, level in zip(loggers, levels, strict=True):
+        log.setLevel(level)
+
+
+@pytest.mark.usefixtures("own_logging")
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(DOCS).as_posix())
 def test_page(
     path: Path,

@@ -13,6 +13,7 @@ from dialect_files import WRITERS, alpha, as_kohya, factors
 from diffusers import UNet2DConditionModel
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from served import Files, write_files
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -171,9 +172,15 @@ def test_bench_measures_all_arms_in_one_run(run) -> None:
     assert "must be positive" in said["message"]
 
 
-def test_bisect_finds_no_difference_in_a_right_model(run, tmp_path: Path) -> None:
-    adapters = ("--adapters", ADAPTERS / "upper", "--adapters", ADAPTERS / "copy")
-    asked = ("bisect", MODEL, *adapters, "--length", 4, "--lowering", "reference")
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """A Llama of one layer, for what captures many graphs."""
+    return write_files(tmp_path_factory.mktemp("tiny"), num_hidden_layers=1)
+
+
+def test_bisect_finds_no_difference_in_a_right_model(run, tiny: Files, tmp_path: Path) -> None:
+    adapters = ("--adapters", tiny.adapters / "a0", "--adapters", tiny.adapters / "a2")
+    asked = ("bisect", tiny.model, *adapters, "--length", 4, "--lowering", "reference")
     said = run(*asked, "--folder", tmp_path / "none")
     assert (said["first"], said["script"]) == (None, None)
     assert said["served"] <= 1e-5
@@ -186,13 +193,14 @@ def test_bisect_finds_no_difference_in_a_right_model(run, tmp_path: Path) -> Non
     assert (tmp_path / "out" / "model" / "config.json").is_file()
 
 
-def test_profile_has_a_row_for_each_site(run) -> None:
-    adapters = ("--adapters", ADAPTERS / "upper", "--adapters", ADAPTERS / "copy")
-    asked = ("profile", MODEL, *adapters, "--length", 4, "--calls", 1)
+def test_profile_has_a_row_for_each_site(run, tiny: Files) -> None:
+    folders = tiny.adapters / "a0", tiny.adapters / "a2"
+    adapters = ("--adapters", folders[0], "--adapters", folders[1])
+    asked = ("profile", tiny.model, *adapters, "--length", 4, "--calls", 1)
     said = run(*asked, "--batch", 3, "--lowering", "reference")
     assert (said["rows"], said["adapters"], said["calls"]) == (3, 2, 1)
-    fits = ("--adapter", ADAPTERS / "upper", "--adapter", ADAPTERS / "copy")
-    explained = run("explain", MODEL, *fits)["report"]["sites"]
+    fits = ("--adapter", folders[0], "--adapter", folders[1])
+    explained = run("explain", tiny.model, *fits)["report"]["sites"]
     sites = {path for row in explained for path in row["paths"]}
     assert {path for node in said["nodes"] for path in node["paths"]} == sites
     assert "must be positive" in run(*asked, "--batch", 0, code=1)["message"]

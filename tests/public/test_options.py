@@ -17,6 +17,8 @@ from tiny_models import FAMILIES
 import lorafx
 from lorafx.errors import ProvenanceError
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 NAMES = ["a1", None, "a3", "a0"]
 
 
@@ -113,7 +115,7 @@ def test_dumps(plain, inputs, tmp_path, monkeypatch):
 
 
 def test_explain(plain, inputs):
-    cm = plain.compile()
+    cm = plain.compile(dynamic=True)
     cm(**inputs, adapter_names=NAMES)
     cm(**inputs)
     text = str(cm.explain())

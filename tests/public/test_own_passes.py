@@ -17,6 +17,8 @@ from lorafx.errors import VerifyError
 from lorafx.graph.context import FUSED_OP, SITE_OP, Context
 from lorafx.program.frame import arguments_of
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 NAMES = ["a1", None, "a3", "a0"]
 
 

@@ -12,7 +12,7 @@ from lorafx.server.run import Opened
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    return write_files(tmp_path_factory.mktemp("served"))
+    return write_files(tmp_path_factory.mktemp("served"), num_hidden_layers=1)
 
 
 @pytest.fixture(scope="session")

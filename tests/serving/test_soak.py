@@ -17,7 +17,7 @@ LONG = pytest.mark.slow
 @pytest.mark.parametrize(
     ("seconds", "lowering"),
     [
-        (10, "reference"),
+        (6, "reference"),
         pytest.param(600, "reference", marks=LONG),
         pytest.param(120, "inductor", marks=LONG),
     ],
