@@ -120,6 +120,19 @@ class CopyStreams:
         """Whether copies run beside what the current stream does."""
         return bool(self._lanes) and not self.captured
 
+    def refuse_captured(self, names: Sequence[str]) -> None:
+        """Refuse to write these adapters into slots while a call is captured into a CUDA graph.
+
+        Raises:
+            BatchError: there are some, and one is.
+        """
+        if names and self._capturing():
+            raise BatchError(
+                f"{', '.join(map(repr, names))} would be written into the banks while a CUDA graph "
+                "is captured, and again by each replay; call the model with the same adapters once "
+                "before the capture"
+            )
+
     def use(self, slots: Iterable[int]) -> None:
         """Have what is launched from now on, on the current stream of each device, begin when these
         slots hold what was copied into them last; copies into them wait for it.
@@ -164,9 +177,13 @@ class CopyStreams:
         Args:
             write: launches copies on current streams, and returns what they are made from.
             behind: the slots whose uses it has to wait for; None for `slots`.
+
+        Raises:
+            BatchError: as `refuse_captured`.
         """
         behind = slots if behind is None else behind
-        if self._capturing() or not self.beside:
+        self.refuse_captured([name])
+        if not self.beside:
             self.use(behind)
             write()
             return

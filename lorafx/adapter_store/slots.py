@@ -126,6 +126,7 @@ class Slots:
         missing = [name for name in wanted if name not in self._slots]
         if not missing:
             return len(wanted)
+        self.copy_streams.refuse_captured(missing)
         every = {name: self._adapters[name].width for name in wanted}
         if self._arranged(every, {}) is None:
             raise too_many(every, self.max_adapters)
@@ -199,6 +200,7 @@ class Slots:
         if beside:
             self.copy_streams.copy(stored.name, taken, write, behind)
         else:
+            self.copy_streams.refuse_captured([stored.name])
             self.copy_streams.use(behind)
             write()
 

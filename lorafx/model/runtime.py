@@ -125,7 +125,8 @@ class Runtime:
             slots: one int a request, in [−1, capacity); or int32 (n,) on the host.
 
         Raises:
-            BatchError: no request, or a slot out of range; nothing has changed then.
+            BatchError: no request, or a slot out of range; or they differ from those of the last
+                forward while a CUDA graph is captured. Nothing has changed then.
         """
         rows = tuple(slots.tolist() if isinstance(slots, Tensor) else slots)
         if not rows:
@@ -139,6 +140,12 @@ class Runtime:
             )
         self._graph_slots = None  # what an interrupt may have left
         if rows != self.rows:  # a decode step repeats the last one's
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise BatchError(
+                    "the slots of other rows than the last call's would be written while a CUDA "
+                    "graph is captured, and again by each replay, which would then serve no other "
+                    "mix; make the same call right before the capture"
+                )
             self.rows = ()  # what is cut short in the middle is not taken for written
             self._write(rows, slots if isinstance(slots, Tensor) else None)
             self.rows = rows

@@ -34,6 +34,18 @@ def test_runtime_rows():
     assert runtime.slots.tolist() == [2, -1, 1]
 
 
+def test_what_is_captured_writes_no_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each replay would write them again."""
+    runtime = Runtime(3, torch.device("cpu"))
+    runtime.set_rows([0, 1])
+    runtime.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    runtime.set_rows([0, 1])
+    with pytest.raises(BatchError, match="make the same call right before the capture"):
+        runtime.set_rows([0, 2])
+    assert runtime.slots.tolist() == [0, 1] == list(runtime.rows)
+
+
 def test_runtime_writes_in_place_and_grows():
     runtime = Runtime(3, torch.device("cpu"))
     runtime.set_rows([0, 1])

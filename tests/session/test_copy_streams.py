@@ -279,6 +279,20 @@ def test_a_capture_waits_for_no_copy(cm, cuda: Cuda, monkeypatch: pytest.MonkeyP
     cuda.capturing = False
 
 
+def test_nothing_is_written_while_a_call_is_captured(cm, case: Case, cuda: Cuda) -> None:
+    """Each replay would write it again."""
+    step(cm, "a", None)
+    before = cm._session.store.resident
+    cuda.capturing = True
+    with pytest.raises(BatchError, match="'b' would be written into the banks"):
+        step(cm, "b", None)
+    with pytest.raises(BatchError, match="'a' would be written into the banks"):
+        cm.load_adapter(case.folders["a"], "a")
+    cuda.capturing = False
+    step(cm, "a", None)
+    assert cm._session.store.resident == before
+
+
 def test_after_a_capture_copies_take_turns_with_what_runs(cm, cuda: Cuda) -> None:
     """Replays of the graph are launched by others, and read the slots of the last call."""
     step(cm, "a", "b")
