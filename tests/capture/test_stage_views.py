@@ -122,7 +122,7 @@ class OddUse(nn.Module):
 
 
 def test_refusals_are_there_from_the_pass_that_makes_them(small: Callable[..., Case]) -> None:
-    cm = small(OddUse, ["up", "odd"], ["up"]).compile()
+    cm = small(OddUse, ["up", "odd"], ["up"]).compile(dynamic=False)
     cm(torch.randn(2, 6), adapter_names=["b", None])
     record = cm._session.backend.records[0]
     captured, *others = record.view.stages
@@ -160,7 +160,7 @@ def test_a_page_is_written_as_graphs_come(
     case_of: Callable[..., Case], family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORAFX_DUMP", str(tmp_path))
-    cm, feed = case_of(family).compile(), FAMILIES[family].inputs
+    cm, feed = case_of(family).compile(dynamic=False), FAMILIES[family].inputs
     cm(**feed(2, 4), adapter_names=["a0", None])
     assert len(page_data(tmp_path / "index.html")[1]) == 1
     cm(**feed(2, 4), adapter_names=[None, None])
@@ -179,7 +179,7 @@ def test_a_pass_that_fails_leaves_the_stages_before_it(plain: Case, tmp_path: Pa
         raise RuntimeError("this pass is wrong")
 
     passes = {"broken": lorafx.After("match", broken)}
-    cm = plain.compile({"passes": passes, "dump": str(tmp_path)})
+    cm = plain.compile({"passes": passes, "dump": str(tmp_path)}, dynamic=False)
     with pytest.raises(lorafx.LorafxError, match="this pass is wrong"):
         cm(**FAMILIES["plain"].inputs(2, 4), adapter_names=["a0", None])
     _, (graph, *_) = page_data(tmp_path / "index.html")

@@ -125,7 +125,7 @@ def test_eager_and_attached(kind: str, saved: tuple[nn.Module, dict[str, Path]])
     model = lorafx.attach(copy.deepcopy(case.model), case.folders, options=REFERENCE)
     with lorafx.adapters(model, ["a"] * 4), torch.no_grad():
         assert error(model(**given).logits, case.rows(["a"] * 4, given)) <= KINDS[kind][1]
-    compiled = torch.compile(model, backend="lorafx", dynamic=True)
+    compiled = torch.compile(model, backend="lorafx", dynamic=False)
     with lorafx.adapters(model, NAMES), torch.no_grad():
         assert error(compiled(**given).logits, case.rows(NAMES, given)) <= KINDS[kind][1]
     lorafx.detach(model)
@@ -135,7 +135,8 @@ def test_eager_and_attached(kind: str, saved: tuple[nn.Module, dict[str, Path]])
 def test_an_adapter_for_each_token(kind: str, saved: tuple[nn.Module, dict[str, Path]]) -> None:
     """The library's kernel keeps tokens in place, which no rule for its operator says."""
     case, given = case_of(kind, saved), inputs(2, 6)
-    cm = lorafx.compile(copy.deepcopy(case.model), case.folders, options=REFERENCE)
+    model = copy.deepcopy(case.model)
+    cm = lorafx.compile(model, case.folders, options=REFERENCE, dynamic=False)
     slots = torch.tensor([[-1, -1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
     got = cm(**given, adapter_slots=slots, adapter_names=["a", "b"]).logits
     plain = case.rows([None, "b"], given)
@@ -174,7 +175,7 @@ def test_banks_have_the_compute_dtype(saved: tuple[nn.Module, dict[str, Path]]) 
         )
         made.load_state_dict(linear.state_dict())
         setattr(model.get_submodule(parent), name, made.to("cpu"))
-    cm = lorafx.compile(model.eval(), folders, options=REFERENCE)
+    cm = lorafx.compile(model.eval(), folders, options=REFERENCE, dynamic=False)
     assert {group.bank.B.dtype for group in cm._session.program.groups} == {torch.bfloat16}
     assert not cm._session.program.packed
     given = inputs()
@@ -201,7 +202,7 @@ def test_a_subclass_weight_used_outside_of_its_module_is_refused(tmp_path: Path)
     plain = nn.ModuleDict({"inner": nn.Linear(64, 32, bias=False)})
     config = peft.LoraConfig(r=2, target_modules=["inner"], init_lora_weights=False)
     peft.get_peft_model(plain, config).save_pretrained(str(tmp_path))
-    cm = lorafx.compile(model, {"a": tmp_path}, options=REFERENCE)
+    cm = lorafx.compile(model, {"a": tmp_path}, options=REFERENCE, dynamic=False)
     x = torch.randn(2, 64)
     assert torch.equal(cm(x, adapter_names=[None, None]), model(x))
     with pytest.raises(
@@ -243,7 +244,7 @@ def test_experts_held_by_a_subclass_are_refused_by_name(tmp_path: Path) -> None:
     case, model = Oracle.of(plain, folders), copy.deepcopy(plain)
     weight = model.experts.w13_weight
     model.experts.w13_weight = nn.Parameter(TwoTensor(weight, weight.clone()), requires_grad=False)
-    cm = lorafx.compile(model, folders, options=REFERENCE)
+    cm = lorafx.compile(model, folders, options=REFERENCE, dynamic=False)
     x = torch.randn(2, 3, 6)
     for names in ([None, None], ["router", None]):
         assert difference([cm(x, adapter_names=names)], case.rows(names, {"x": x})) <= 1e-5

@@ -138,7 +138,7 @@ def test_the_bias_is_a_part_of_the_output(
 
 def test_new_base_weights(base: nn.Module, folders: dict[str, Path]) -> None:
     """A bias in the place of the base's stays what it is; one that is added moves with it."""
-    cm = lorafx.compile(copy.deepcopy(base), folders, options=REFERENCE)
+    cm = lorafx.compile(copy.deepcopy(base), folders, options=REFERENCE, dynamic=False)
     changed = tower()
     for parameter in changed.parameters():
         parameter.mul_(1.25)
@@ -148,7 +148,7 @@ def test_new_base_weights(base: nn.Module, folders: dict[str, Path]) -> None:
 
 def test_what_needs_room(base: nn.Module, folders: dict[str, Path]) -> None:
     config = lorafx.LoraConfig(target_modules=EVERY, max_rank=3)
-    cm = lorafx.compile(copy.deepcopy(base), config, options=REFERENCE)
+    cm = lorafx.compile(copy.deepcopy(base), config, options=REFERENCE, dynamic=False)
     with pytest.raises(CapacityError, match=r"LoraConfig\(lora_bias=True\)"):
         cm.load_adapter(folders["added"], "added")
 
@@ -183,7 +183,7 @@ def test_merging_into_a_quantised_weight(tmp_path: Path) -> None:
     folder = save(dense, tmp_path / "a", target_modules=["0"], lora_bias=True)
     bias = next(t for key, t in load_file(folder / FILE).items() if key.endswith("lora_B.bias"))
     torchao.quantize_(dense, torchao.Int8WeightOnlyConfig())
-    cm = lorafx.compile(dense, {"a": folder}, options=REFERENCE)
+    cm = lorafx.compile(dense, {"a": folder}, options=REFERENCE, dynamic=False)
     before = dense[0].bias.clone()
     cm.merge("a", requantize=True)
     assert torch.equal(dense[0].bias, before + 5 / 3 * bias)
@@ -202,7 +202,7 @@ def test_merging_into_linears_of_one_weight(tmp_path: Path) -> None:
         key: tensors[key.replace(".1.", ".0.")].clone() for key in tensors if ".bias" not in key
     }
     save_file({**tensors, **alike}, folder / FILE)
-    cm = lorafx.compile(base, {"a": folder}, options=REFERENCE)
+    cm = lorafx.compile(base, {"a": folder}, options=REFERENCE, dynamic=False)
     x = torch.randn(3, 8)
     served = cm(x, adapter_names=["a"] * 3)
     cm.merge("a")
@@ -222,10 +222,12 @@ def test_biases_of_the_whole_model(base: nn.Module, tmp_path: Path) -> None:
     config: dict[str, Any] = {"target_modules": ["left"], "bias": "all"}
     folders = {"all": save(base, tmp_path / "all", trained="out.bias", **config)}
     sites = lorafx.LoraConfig(target_modules=EVERY)
-    cm = lorafx.compile(copy.deepcopy(base), sites, adapters=folders, options=REFERENCE)
+    cm = lorafx.compile(
+        copy.deepcopy(base), sites, adapters=folders, options=REFERENCE, dynamic=False
+    )
     check(cm, base, folders, ["all", None])
     with pytest.raises(UnsupportedAdapterError, match=r"bias of out \(Linear\) was trained"):
-        lorafx.compile(copy.deepcopy(base), folders, options=REFERENCE)
+        lorafx.compile(copy.deepcopy(base), folders, options=REFERENCE, dynamic=False)
     norm = save(base, tmp_path / "norm", trained="norm.bias", **config)
     with pytest.raises(UnsupportedAdapterError, match=r"bias of norm \(LayerNorm\) was trained"):
         cm.load_adapter(norm, "norm")
@@ -251,7 +253,7 @@ def test_a_bias_that_equals_the_base_stays(base: nn.Module, tmp_path: Path) -> N
     """It was trained, and did not move; the base's may."""
     config: dict[str, Any] = {"target_modules": ["out"], "bias": "lora_only"}
     folders = {"still": save(base, tmp_path / "still", trained="no module", **config)}
-    cm = lorafx.compile(copy.deepcopy(base), folders, options=REFERENCE)
+    cm = lorafx.compile(copy.deepcopy(base), folders, options=REFERENCE, dynamic=False)
     changed = tower()
     changed.out.bias += 1
     cm.load_weights(changed.state_dict())

@@ -110,13 +110,13 @@ def test_generate(cases, served):
 
 def test_weights_that_are_stored_transposed(cases):
     case = cases("gpt2")
-    check_mixed(case.compile(), case, NAMES, inputs())
+    check_mixed(case.compile(dynamic=False), case, NAMES, inputs())
 
 
 @pytest.mark.parametrize("lowering", ["inductor", pytest.param("triton", marks=pytest.mark.slow)])
 def test_in_inductors_code(plain, lowering):
     """Packed siblings with biases, an embedding, and a module that is called twice."""
-    cm = plain.compile({"lowering": lowering, "verify": "numeric"})
+    cm = plain.compile({"lowering": lowering, "verify": "numeric"}, dynamic=False)
     check_mixed(cm, plain, NAMES, plain_inputs())
     before = graphs(cm)
     for names in MIXES:
@@ -130,7 +130,7 @@ def test_in_inductors_code(plain, lowering):
 
 @pytest.mark.parametrize("off", ["fuse", "pack", "provenance"])
 def test_without_a_pass(plain, off):
-    cm = plain.compile({"passes": {off: False}})
+    cm = plain.compile({"passes": {off: False}}, dynamic=False)
     names = ["d1"] * len(NAMES) if off == "provenance" else NAMES
     check_mixed(cm, plain, names, plain_inputs())
 
@@ -182,7 +182,9 @@ def test_the_scale_is_that_of_the_merged_weight(plain):
 def test_a_slot_keeps_no_scale_of_the_adapter_before(plain):
     """One slot: DoRA, a plain adapter over it, nothing."""
     config = lorafx.LoraConfig(max_adapters=1, max_rank=8, target_modules=list(PlainModelLinears))
-    cm = lorafx.compile(plain.model(), config, adapters=plain.folders, options=REFERENCE)
+    cm = lorafx.compile(
+        plain.model(), config, adapters=plain.folders, options=REFERENCE, dynamic=False
+    )
     banks = [group.bank.gains for group in cm._session.program.groups]
     for name in ("d1", "p2", "d3", "p2"):
         check_mixed(cm, plain, [name, None], plain_inputs(2))
@@ -212,7 +214,8 @@ def test_room_can_be_kept_for_later(plain, tmp_path):
 
 
 def test_without_room_nothing_is_different_and_dora_is_refused(plain):
-    cm = lorafx.compile(plain.model(), {"p2": plain.folders["p2"]}, options=REFERENCE)
+    one = {"p2": plain.folders["p2"]}
+    cm = lorafx.compile(plain.model(), one, options=REFERENCE, dynamic=False)
     assert all(group.bank.gains is None for group in cm._session.program.groups)
     cm(**plain_inputs(), adapter_names=["p2"] * len(NAMES))
     assert all(
@@ -233,7 +236,7 @@ def test_without_room_nothing_is_different_and_dora_is_refused(plain):
 
 def test_new_base_weights_are_measured_again(plain):
     """In place: neither graphs nor addresses change."""
-    cm = plain.compile()
+    cm = plain.compile(dynamic=False)
     check_mixed(cm, plain, NAMES, plain_inputs())
     before = graphs(cm), [group.bank.gains.data_ptr() for group in cm._session.program.groups]
     torch.manual_seed(7)
@@ -263,7 +266,7 @@ def test_an_output_without_any_weight_stays_zero(plain, tmp_path):
     folder = hand_made.save(base, tmp_path / "d", pairs)
     m = torch.rand(base.head.out_features) + 0.5
     add_magnitudes(folder, {"head": m})
-    cm = lorafx.compile(base, {"d": folder}, options=REFERENCE)
+    cm = lorafx.compile(base, {"d": folder}, options=REFERENCE, dynamic=False)
     assert bool((gains(cm, "d")["head"][5:] == 0).all())
     got = cm(**plain_inputs(1), adapter_names=["d"])["logits"]
     assert torch.equal(got[..., 5:], base.head.bias[5:].expand_as(got[..., 5:]))
@@ -277,7 +280,7 @@ def test_a_peft_model_that_is_taken_over(plain):
     wrapped = peft.PeftModel.from_pretrained(base, str(plain.folders["d1"]), "d1")
     wrapped.load_adapter(str(plain.folders["d3"]), "d3")
     x = plain_inputs(3)
-    cm = lorafx.compile(wrapped.eval(), options=REFERENCE)
+    cm = lorafx.compile(wrapped.eval(), options=REFERENCE, dynamic=False)
     check_mixed(cm, plain, ["d3", "d1", None], x)
     cm.detach()
     wrapped.set_adapter("d1")

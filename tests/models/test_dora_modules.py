@@ -36,7 +36,9 @@ def test_parts_of_packed_projections(tmp_path):
         "d3": ["k_proj", "up_proj", "in_proj_qkv", "o_proj"],
     }
     case = dora_case(apart, tmp_path, targets)
-    cm = lorafx.compile(packed, case.folders, options={**REFERENCE, "verify": "numeric"})
+    cm = lorafx.compile(
+        packed, case.folders, options={**REFERENCE, "verify": "numeric"}, dynamic=False
+    )
     check_mixed(cm, case, NAMES, {"input_ids": torch.arange(20).view(4, 5)})
 
 
@@ -49,7 +51,9 @@ def test_a_packed_name_for_projections_that_are_apart(tmp_path):
     add_magnitudes(folder, {path: m})
     names = ["q_proj", "k_proj", "v_proj"]
     config = lorafx.LoraConfig(target_modules=names, packed_modules={"qkv_proj": names})
-    cm = lorafx.compile(copy.deepcopy(apart), config, adapters={"d": folder}, options=REFERENCE)
+    cm = lorafx.compile(
+        copy.deepcopy(apart), config, adapters={"d": folder}, options=REFERENCE, dynamic=False
+    )
     merged = copy.deepcopy(apart)
     own = [merged.layers[0].get_submodule(name) for name in names]
     whole = rescaled_weight(torch.cat([module.weight for module in own]), pairs[path], m)
@@ -101,7 +105,7 @@ def test_weights_used_without_their_module(cls, tmp_path):
     torch.manual_seed(0)
     base = cls().eval().requires_grad_(False)
     case = dora_case(base, tmp_path, {"d0": ["w"], "d3": ["first", "w"], "p2": ["w"]})
-    cm = case.compile({"verify": "numeric"})
+    cm = case.compile({"verify": "numeric"}, dynamic=False)
     check_mixed(cm, case, NAMES, {"x": torch.randn(4, 3, 6)})
 
 
@@ -117,7 +121,7 @@ def test_a_weight_in_blocks_is_refused_for_dora_alone(tmp_path):
     case = dora_case(
         Blocks().eval().requires_grad_(False), tmp_path, {"d0": ["w"], "d3": ["first"], "p2": ["w"]}
     )
-    cm, x = case.compile(), {"x": torch.randn(3, 3, 6)}
+    cm, x = case.compile(dynamic=False), {"x": torch.randn(3, 3, 6)}
     check_mixed(cm, case, ["d3", None, "p2"], x)
     with pytest.raises(MatchError, match="DoRA cannot be applied at w: its weight is used in blo"):
         cm(**x, adapter_names=["d0", None, "p2"])
@@ -209,7 +213,10 @@ def test_a_quantised_base(quantised, tmp_path):
     torch.manual_seed(0)
     model = quantised()
     folder = dora_file(tmp_path / "d", 9, 6)
-    cm, x = lorafx.compile(model, {"d": folder}, options=REFERENCE), torch.randn(2, 3, 6)
+    cm, x = (
+        lorafx.compile(model, {"d": folder}, options=REFERENCE, dynamic=False),
+        torch.randn(2, 3, 6),
+    )
     weight = lorafx.dequantize(model.w)
     got = cm(x=x, adapter_names=["d", None])["logits"]
     want = F.linear(x[:1], merged_with(weight, folder), model.w.bias)
@@ -231,7 +238,7 @@ def test_outputs_that_ranks_share(tmp_path):
     for rank in range(2):
         model = rank_of_two(rank)
         load_weights(model, {"w.weight": weight})
-        cm = lorafx.compile(model, {"d": folder}, options=REFERENCE)
+        cm = lorafx.compile(model, {"d": folder}, options=REFERENCE, dynamic=False)
         found.append(cm(x=x, adapter_names=["d", None])["logits"])
     got = torch.cat(found, -1)
     assert error(got[:1], F.linear(x[:1], merged_with(weight, folder))) <= TOLERANCE
@@ -296,7 +303,7 @@ def test_experts_are_refused_by_name(tmp_path):
     folder = hand_made.random_factors(tmp_path / "d", "experts", 6, 8)
     add_magnitudes(folder, {"experts": torch.rand(6)})
     config = lorafx.LoraConfig(target_modules="experts.*", use_dora=True)
-    cm = lorafx.compile(Routed().eval(), config, options=REFERENCE)
+    cm = lorafx.compile(Routed().eval(), config, options=REFERENCE, dynamic=False)
     with pytest.raises(UnsupportedAdapterError) as caught:
         cm.load_adapter(folder, "d")
     assert "use_dora is set with factors of routed experts (experts)" in str(caught.value)

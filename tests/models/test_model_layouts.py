@@ -73,9 +73,9 @@ def strided_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 def test_models_of_strided_weights_and_activations(strided_case: Case, lowering: str) -> None:
     model = lay_out(strided_case.model())
     strides = {name: p.stride() for name, p in model.named_parameters()}
-    cm = lorafx.compile(
-        model, strided_case.folders, options={"lowering": lowering, "verify": "lint"}
-    )
+    options = {"lowering": lowering, "verify": "lint"}
+    dynamic = lowering == "reference"
+    cm = lorafx.compile(model, strided_case.folders, options=options, dynamic=dynamic)
     assert {name: p.stride() for name, p in model.named_parameters()} == strides
     torch.manual_seed(1)
     names = ["a", None, "b", "a"]
@@ -121,7 +121,8 @@ def test_a_graph_that_two_layers_share_knows_how_their_banks_lie(
     folder = save_adapter(base, tmp_path / "a", rank=2, targets=["q"])
     case = Case(base, {"a": folder})
     config = lorafx.LoraConfig(["layers.0.q", "layers.1.q", "layers.1.other"])
-    cm = lorafx.compile(case.model(), config, adapters=case.folders, options={"lowering": lowering})
+    options = {"lowering": lowering}
+    cm = lorafx.compile(case.model(), config, adapters=case.folders, options=options, dynamic=False)
     x = torch.randn(2, 3, 8)
     if lowering == "reference":
         got = cm(x, adapter_names=["a", "a"])["logits"]
@@ -151,7 +152,7 @@ def test_models_allocate_for_a_layout_what_the_base_does(tmp_path: Path) -> None
         lay, model = LAYOUTS.get(layout, lambda t: t), copy.deepcopy(base)
         if layout != "first two swapped":
             model.proj.weight = nn.Parameter(lay(model.proj.weight.detach()), requires_grad=False)
-        cm = lorafx.compile(model, {"a": folder}, options={"verify": "off"})
+        cm = lorafx.compile(model, {"a": folder}, options={"verify": "off"}, dynamic=False)
         laid, names = lay(x), ["a", None] * 4
         least = min(x.nbytes, model.proj.weight.numel() * 4, cm.memory()["banks"] // 3)
         calls = (lambda: cm(laid), lambda: cm(laid, adapter_names=names))  # noqa: B023

@@ -48,7 +48,7 @@ def test_trained_tokens_of_a_tied_head_alone(tokens, tmp_path):
     wrapped = peft.PeftModel.from_pretrained(case.model(), str(case.folders["tokens"])).eval()
     with torch.no_grad():
         want = wrapped(**x)["logits"][0]
-    got = case.compile()(**x, adapter_names=["tokens", None])["logits"]
+    got = case.compile(dynamic=False)(**x, adapter_names=["tokens", None])["logits"]
     assert error(got[0], want) <= TOLERANCE
     assert error(got[1], case.expected([None] * 2, x)[1]) <= TOLERANCE
 
@@ -59,7 +59,7 @@ def test_all_tokens_in_another_order(tmp_path):
     order = torch.randperm(count, generator=torch.Generator().manual_seed(1)).tolist()
     plan = {"trainable_token_indices": {"lm_head": order, "embed_tokens": order}}
     case = own_case(base, tmp_path, {"tokens": {"target_modules": QV, **plan}})
-    check_mixed(case.compile(), case, ["tokens", None], inputs(2))
+    check_mixed(case.compile(dynamic=False), case, ["tokens", None], inputs(2))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_an_embedding_without_added_tokens_keeps_them_hidden(tmp_path):
     with pytest.raises(ConfigError, match=f"base_vocab_size = {count + 5} .* has {count + 4}"):
         lorafx.compile(small, LoraConfig(QV, base_vocab_size=count + 5))
     config = LoraConfig(QV, base_vocab_size=count)
-    cm = lorafx.compile(small, config, adapters={"a": folder}, options=REFERENCE)
+    cm = lorafx.compile(small, config, adapters={"a": folder}, options=REFERENCE, dynamic=False)
     fixed = {"pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 2, "do_sample": False}
     got = cm.generate(**inputs(2), **fixed, adapter_names=["a", "a"])
     assert bool((got < count).all())

@@ -41,7 +41,7 @@ def test_a_transposed_weight_and_positions(tmp_path):
     }
     fixed = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
     case = own_case(base, tmp_path, {name: {**fixed, **plan} for name, plan in plans.items()})
-    check_mixed(case.compile(), case, ["conv", None, "positions", "tokens"], inputs(4))
+    check_mixed(case.compile(dynamic=False), case, ["conv", None, "positions", "tokens"], inputs(4))
 
 
 def test_repeated_layers(tmp_path):
@@ -51,7 +51,7 @@ def test_repeated_layers(tmp_path):
         "lora": {"target_modules": ["q_proj", "o_proj"]},
     }
     case = own_case(random_base("llama"), tmp_path, plans)
-    check_mixed(case.compile(), case, ["whole", None, "lora"], inputs(3))
+    check_mixed(case.compile(dynamic=False), case, ["whole", None, "lora"], inputs(3))
 
 
 class Offset(nn.Linear):
@@ -162,14 +162,14 @@ def test_uses_that_are_found(make, tmp_path):
     torch.manual_seed(0)
     case = saved_case(built(make()), tmp_path)
     ids = torch.randint(V, (3, 4))
-    check_mixed(case.compile(), case, ["own", None, "plain"], {"ids": ids})
+    check_mixed(case.compile(dynamic=False), case, ["own", None, "plain"], {"ids": ids})
 
 
 @pytest.mark.parametrize("make", [lambda: Model(Offset), Biasless, Again, Beside, Broken])
 def test_other_arithmetic_is_refused_and_other_adapters_are_served(make, tmp_path):
     torch.manual_seed(0)
     case = saved_case(built(make()), tmp_path)
-    cm, ids = case.compile(), torch.randint(V, (3, 4))
+    cm, ids = case.compile(dynamic=False), torch.randint(V, (3, 4))
     with pytest.raises(MatchError, match="an adapter has of its own for head cannot be applied"):
         cm(ids=ids, adapter_names=["own", None, "plain"])
     check_mixed(cm, case, ["plain", None, "plain"], {"ids": ids})

@@ -85,7 +85,7 @@ def test_loaded_quantised_then_a_peft_model_of_it(
         model(**given)
     tolerance = 1e-5 if kind == "torchao-int8" else ROUNDS
     want = Rounded(base, model, folders).rows(list(NAMES), given)
-    cm = lorafx.compile(model, folders, options=REFERENCE)
+    cm = lorafx.compile(model, folders, options=REFERENCE, dynamic=False)
     got = cm(**given, adapter_names=NAMES).logits
     assert error(got, want) <= tolerance
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_loaded_quantised_then_a_peft_model_of_it(
     wrapped.set_adapter("a")
     with torch.no_grad():
         theirs = wrapped(**given).logits
-    cm = lorafx.compile(wrapped, options=REFERENCE)
+    cm = lorafx.compile(wrapped, options=REFERENCE, dynamic=False)
     assert cm.model.model.layers[0].mlp.down_proj is layer.base_layer
     assert error(cm(**given, adapter_names=["a"] * 4).logits, theirs) <= tolerance
     assert error(cm(**given, adapter_names=NAMES).logits, got) <= tolerance
@@ -118,7 +118,7 @@ def test_state_dict_between_calls(saved: tuple[nn.Module, Path, dict[str, Path]]
     """bitsandbytes takes back in `state_dict()` what it did to the weights in the first call."""
     _, folder, folders = saved
     model, given = load(folder, "bitsandbytes-nf4"), inputs()
-    cm = lorafx.compile(model, folders, options=REFERENCE)
+    cm = lorafx.compile(model, folders, options=REFERENCE, dynamic=False)
     before = cm(**given, adapter_names=NAMES).logits
     keys = list(cm.model.state_dict())
     assert any(key.endswith("q_proj.weight.absmax") for key in keys)

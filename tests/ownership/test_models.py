@@ -10,10 +10,19 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from torch import nn
+from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._export.utils import _compiling_state_context
 from torch._inductor.decomposition import select_decomp_table
-from torch.export import Dim, export
-from torch.export.graph_signature import InputKind
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from lorafx.ownership.labels import Mixed, Own
@@ -116,6 +125,34 @@ def inputs_of(names, batch: int, time: int) -> dict[str, torch.Tensor]:
     return made
 
 
+def traced(
+    model: nn.Module, example: dict[str, torch.Tensor]
+) -> tuple[fx.GraphModule, list[torch.Tensor]]:
+    """The model as a functional ATen graph, and what its first inputs are: parameters and buffers.
+
+    Sizes of the others are symbols, but channels and sizes of images.
+    """
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+    def run(*values: torch.Tensor) -> list[torch.Tensor]:
+        state = dict(zip(held, values, strict=False))
+        inputs = dict(zip(example, values[len(held) :], strict=True))
+        found = torch.func.functional_call(model, state, kwargs=inputs)
+        return [value for value in tree_leaves(found) if isinstance(value, torch.Tensor)]
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
+    fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in held.values()]
+    for name, tensor in example.items():
+        symbols = 1 if name == "pixel_values" else 2
+        dims = [
+            DimDynamic.DYNAMIC if d < symbols else DimDynamic.STATIC for d in range(tensor.dim())
+        ]
+        fakes.append(mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dims)))
+    with torch.no_grad(), enable_python_dispatcher(), _compiling_state_context(), mode:
+        graph = make_fx(dispatch_functionalize(run), decomposition_table=select_decomp_table())
+        return graph(*fakes), list(held.values())
+
+
 @pytest.mark.parametrize("family", MODELS)
 def test_sites_are_proved_and_labels_hold(family, taint):
     torch.manual_seed(0)
@@ -123,16 +160,9 @@ def test_sites_are_proved_and_labels_hold(family, taint):
     cls = getattr(transformers, name)
     model = cls(cls.config_class(**config)).eval().requires_grad_(False)
     mark(model)
-    example = inputs_of(names, 3, 5)
-    dynamic = {n: dict.fromkeys(range(min(t.dim(), 2)), Dim.AUTO) for n, t in example.items()}
-    if "pixel_values" in dynamic:
-        dynamic["pixel_values"] = {0: Dim.AUTO}
-    program = export(model, (), example, dynamic_shapes=dynamic, strict=False)
-    program = program.run_decompositions(select_decomp_table())
-    gm = program.graph_module
-    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    gm, held = traced(model, inputs_of(names, 3, 5))
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    users = [n for n in placeholders if specs[n.name].kind is InputKind.USER_INPUT]
+    users = placeholders[len(held) :]
     seeds = {node: Own(0) if node in users else None for node in placeholders}
     batch = BatchSymbols.of(node.meta["val"].shape[0] for node in users)
     flow = flow_through(gm.graph, seeds, batch)
@@ -147,13 +177,6 @@ def test_sites_are_proved_and_labels_hold(family, taint):
     assert products
     assert not any(isinstance(flow.labels[node], Mixed) for node in products)
 
-    held = [
-        program.state_dict[specs[n.name].target]
-        if specs[n.name].target in program.state_dict
-        else program.constants[specs[n.name].target]
-        for n in placeholders
-        if n not in users
-    ]
     for requests, time in ((3, 6), (4, 4)):
         before = inputs_of(names, requests, time)
         after = {n: t.clone() for n, t in before.items()}
