@@ -41,6 +41,7 @@ def report_of(session: Session, *, quick: bool = False) -> Explanation:
         room=tuple(name for has, name in room if has),
         adapters=tuple(adapter_report(session, name, quick=quick) for name in session.store.names),
         passes=tuple(str(pipeline(program.options)).splitlines()),
+        prepared=program.prepared,
         graphs=tuple(map(graph_report, records)),
         unreached=tuple(unseen) if lora else (),
         replaced=tuple(program.site_watch.lines()),

@@ -154,6 +154,7 @@ class Explanation:
         slot_rank: the rank that each slot has room for by itself, where slots share room.
         room: what banks have room for beside factors: "DoRA's scales", "biases".
         passes: the passes in their order, as `lorafx.pipeline()` prints them.
+        prepared: what each pass over the model found and did; `notes` are its lines.
         unreached: sites that no graph has reached yet.
         replaced: what is not where it was when lorafx was given the model.
     """
@@ -168,6 +169,7 @@ class Explanation:
     room: tuple[str, ...] = ()
     adapters: tuple[AdapterReport, ...] = ()
     passes: tuple[str, ...] = ()
+    prepared: tuple[PassReport, ...] = ()
     graphs: tuple[GraphReport, ...] = ()
     unreached: tuple[str, ...] = ()
     replaced: tuple[str, ...] = ()
