@@ -3,6 +3,7 @@ note who comes after whom; tests/gpu/test_copies.py has a GPU's."""
 
 from __future__ import annotations
 
+import signal
 import weakref
 from collections.abc import Callable, Sequence
 from random import Random
@@ -337,6 +338,25 @@ def test_a_write_that_fails_is_waited_for_and_its_slot_is_nobodys(
     assert waits(
         [launch for launch in cuda.launches[-2:] if launch.device == broken.device], [broken]
     )
+
+
+def test_an_interrupt_leaves_nobody_on_the_stream_of_copies(
+    cm, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, current = Bank.write, dict(cuda.current)
+
+    def interrupted(bank: Bank, *args: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return write(bank, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bank, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cm.prefetch_adapters(["a"], slots=True)
+    assert cuda.current == current
+    assert "a" not in cm._session.store.resident
+    step(cm, "a", None)
+    assert not cuda.clashes()
 
 
 def test_a_place_of_own_weights_is_overwritten_when_its_last_reader_has_ended(
