@@ -37,10 +37,10 @@ class Read:
                     strict=model.options.strict,
                 )
                 model.adapters.append(adapter)
-                own = f", rows of {len(adapter.own)} weights" if adapter.own else ""
+                own = f"; weights with rows of its own: {len(adapter.own)}" if adapter.own else ""
                 model.notes.append(
-                    f"{name} from {adapter.source}: rank {adapter.rank}, factors for "
-                    f"{len(adapter.weights)} modules or parts{own}"
+                    f"{name} from {adapter.source}: rank {adapter.rank}; modules or parts with "
+                    f"factors: {len(adapter.weights)}{own}"
                 )
                 model.notes += (f"{name}: {note}" for note in adapter.notes)
         return len(model.adapters)

@@ -87,7 +87,7 @@ def beside(runs: Sequence[Run], modules: Modules, tolerance: float) -> FirstSite
 
 def _by_outputs(good: Run, bad: Run, tolerance: float) -> FirstSite | None:
     """Where the graph returns another node than before."""
-    pairs = zip(_returned(good), _returned(bad), strict=False)
+    pairs = zip(returned(good), returned(bad), strict=False)
     for was, now in pairs:
         if was.name in good.values and now.name in bad.values:
             error = difference(bad.values[now.name], good.values[was.name])
@@ -96,7 +96,8 @@ def _by_outputs(good: Run, bad: Run, tolerance: float) -> FirstSite | None:
     return None
 
 
-def _returned(run: Run) -> list[fx.Node]:
+def returned(run: Run) -> list[fx.Node]:
+    """The nodes that the graph returns."""
     return list(run.stage.graph.graph.output_node().all_input_nodes)
 
 

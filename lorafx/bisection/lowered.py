@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from lorafx.bisection.first_site import Run, between, recorded
+from lorafx.bisection.first_site import Run, between, recorded, returned
 from lorafx.bisection.result import FirstSite
 from lorafx.capture.differences import difference
 from lorafx.capture.lowering import Lowering
@@ -76,11 +76,11 @@ class CompiledParts:
         graph = copied(want.stage.graph)
         output = graph.graph.output_node()
         named = {node.name: node for node in graph.graph.nodes}
-        shown = list(dict.fromkeys([*nodes, *_returned(want)]))
-        output.args = ((*_listed(output), *(named[node.name] for node in shown)),)
+        shown = list(dict.fromkeys(n for n in (*nodes, *returned(want)) if n.name in want.values))
+        own = _listed(output)
+        output.args = ((*own, *(named[node.name] for node in shown)),)
         graph.recompile()
-        results = self._compiled(graph, given)[-len(shown) :]
-        pairs = zip(shown, results, strict=True)
+        pairs = zip(shown, self._compiled(graph, given)[len(own) :], strict=True)
         return Run(want.stage, {node.name: value for node, value in pairs})
 
     def _by_cutting(
@@ -120,14 +120,6 @@ def _nodes(run: Run) -> list[fx.Node]:
         node
         for node in run.stage.graph.graph.nodes
         if node.name in run.values and run.values[node.name].is_floating_point()
-    ]
-
-
-def _returned(run: Run) -> list[fx.Node]:
-    return [
-        node
-        for node in run.stage.graph.graph.output_node().all_input_nodes
-        if node.name in run.values
     ]
 
 

@@ -51,7 +51,7 @@ def test_each_pass_says_what_it_did(tmp_path):
     )
     (read,) = found["read"]
     assert read.startswith(f"a from {tmp_path / 'a'}")
-    assert read.endswith(": rank 2, factors for 4 modules or parts")
+    assert read.endswith(": rank 2; modules or parts with factors: 4")
     assert found["attach"][0].startswith(
         "layers.{0-1}: one bank for q + k + up, 3 slots of rank up to 2, "
     )
