@@ -17,6 +17,9 @@ right while a kernel runs, and only then:
   `tl.dot` stays wrong, so generated kernels do none.
 - There is no inline assembly. That of generated kernels orders launches and passes a number on.
 - A scalar that is kept as an array of one element is no index to numpy 2.4 and triton 3.6.
+- Two things take a third of the time, and go without: numpy's dtype of a value is looked up in a
+  table that is made for each look, and overflows of integers are looked for by operators of their
+  own, whose result is thrown away where `debug` is off.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +40,9 @@ from lorafx.errors import LoweringError
 
 # The interpreter patches triton.language and keeps the current program in a global.
 _LOCK = threading.RLock()
+
+#: numpy's dtypes by the names of triton's scalar types.
+_DTYPES: dict[str, np.dtype[Any]] = {}
 
 
 def _is_bf16(value: Any) -> bool:
@@ -87,6 +94,19 @@ def _pass_on(asm: str, constraints: str, args: Sequence[Any], **_: Any) -> Any:
     return args[0]
 
 
+def _kept(original: Callable[[Any], np.dtype[Any]]) -> Callable[[Any], np.dtype[Any]]:
+    """`original` (triton's dtype -> numpy's), asked once for each name of a scalar type."""
+
+    def look(dtype: Any) -> np.dtype[Any]:
+        name = dtype.scalar.name
+        found = _DTYPES.get(name)
+        if found is None:
+            found = _DTYPES[name] = original(dtype)
+        return found
+
+    return look
+
+
 def _scalars_as_indices(original: Callable[..., None]) -> Callable[..., None]:
     def patch(tensor: Any, scope: Any) -> None:
         original(tensor, scope)  # whose scope also takes back what follows
@@ -104,6 +124,8 @@ def _put_right() -> Iterator[None]:
         (tl, "max", _reduction(standard._elementwise_max)),
         (tl, "cumsum", _running_sum),
         (tl, "inline_asm_elementwise", _pass_on),
+        (interpreter, "_get_np_dtype", _kept(interpreter._get_np_dtype)),
+        (builder, "options", replace(builder.options, sanitize_overflow=builder.options.debug)),
         (interpreter, "_patch_lang_tensor", _scalars_as_indices(interpreter._patch_lang_tensor)),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]

@@ -29,13 +29,13 @@ def inputs() -> dict[str, torch.Tensor]:
 
 
 def wrong(case: Case, after: str, run: Callable[..., int]) -> Any:
-    return case.compile({"passes": {"mine": lorafx.After(after, run)}})
+    return case.compile({"passes": {"mine": lorafx.After(after, run)}}, dynamic=False)
 
 
 @pytest.mark.parametrize("family", ["llama", "vit"])
 def test_a_right_program_has_no_difference(case_of: Callable[..., Case], family: str) -> None:
     case = case_of("llama", num_hidden_layers=1) if family == "llama" else case_of(family)
-    cm = case.compile()
+    cm = case.compile(dynamic=family == "llama")
     given = FAMILIES[family].inputs(len(NAMES), 5)
     before = {name: tensor.clone() for name, tensor in cm.model.state_dict().items()}
     cm(**given, adapter_names=NAMES)
@@ -126,7 +126,7 @@ def test_the_written_program_shows_the_difference(plain: Case, inputs: Any, tmp_
 
 
 def test_what_cannot_be_bisected(plain: Case, inputs: Any, tmp_path: Path) -> None:
-    cm = plain.compile()
+    cm = plain.compile(dynamic=False)
     with pytest.raises(ConfigError, match=r"takes what lorafx\.compile returned"):
         lorafx.bisect(plain.base, inputs, NAMES)
     with pytest.raises(BatchError, match="3 adapter_names for a batch of 4"):

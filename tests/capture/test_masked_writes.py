@@ -140,7 +140,7 @@ def test_each_row_gets_its_own_features(small, cls, options):
 def test_positions_that_do_not_fit_the_requests_are_refused(small, cls, options):
     torch.manual_seed(0)
     case = small(cls, ["eye", "w"])
-    cm = lorafx.compile(case.model(), adapters=case.folders, options=options)
+    cm = case.compile(options, dynamic=False)
     fits, odd = batch(3), batch(3, counts=(2 * PER, 0, PER))
     cm(**fits, adapter_names=MIXED)
     with pytest.raises(BatchError, match=r"request 0 has 4 positions .* is 2, so"):
@@ -156,7 +156,7 @@ def test_positions_that_do_not_fit_the_requests_are_refused(small, cls, options)
 def test_python_knows_whose_features_land_where(small, cls):
     torch.manual_seed(0)
     case = small(cls, ["eye", "w"])
-    cm = lorafx.compile(case.model(), adapters=case.folders, options=REFERENCE)
+    cm = case.compile(dynamic=False)
     with pytest.raises(ProvenanceError, match="at w "):
         cm(**batch(3, counts=(2 * PER, 0, PER)), adapter_names=MIXED)
 

@@ -161,7 +161,7 @@ PAST = (KeptOut, InTry, InGenerator, InContext, Caught, ByForward, OfCopy)
 @pytest.mark.parametrize("cls", PAST)
 def test_weights_past_their_modules_are_refused(small, cls):
     case, inputs = small(cls, ["w"]), {"x": torch.randn(3, K)}
-    cm = case.compile()
+    cm = case.compile(dynamic=False)
     for names in BATCHES * 2:
         with pytest.raises(MatchError, match=rf"at w: aten.*{Path(__file__).name}"):
             cm(**inputs, adapter_names=names)
@@ -171,14 +171,14 @@ def test_weights_past_their_modules_are_refused(small, cls):
 @pytest.mark.parametrize("cls", PAST)
 def test_adapters_of_other_modules_are_served(small, cls):
     case, inputs = small(cls, ["first"]), {"x": torch.randn(3, K)}
-    found = case.compile()(**inputs, adapter_names=["a"] * 3)["logits"]
+    found = case.compile(dynamic=False)(**inputs, adapter_names=["a"] * 3)["logits"]
     assert error(found, case.expected(["a"] * 3, inputs)) <= 1e-5
 
 
 def test_a_function_that_is_given_up_later(small):
     """Its first calls, of the base and with an adapter, go another way."""
     case, x = small(Switched, ["w"]), torch.randn(3, K)
-    cm = case.compile()
+    cm = case.compile(dynamic=False)
     for names in (None, ["a"] * 3):
         cm(x=x, adapter_names=names)
     cm(x=x, kept_out=True)
@@ -192,13 +192,13 @@ def test_a_function_that_is_given_up_later(small):
 def test_attention_that_python_runs(small):
     case, inputs = small(InAttention, ["attention.out_proj"]), {"x": torch.randn(3, K)}
     with pytest.raises(MatchError, match=r"at attention\.out_proj: aten"):
-        case.compile()(**inputs, adapter_names=["a"] * 3)
+        case.compile(dynamic=False)(**inputs, adapter_names=["a"] * 3)
 
 
 @pytest.mark.parametrize("cls", [Called, Shape, Tied])
 def test_what_reads_no_weight_of_a_site_is_served(small, cls):
     case, inputs = small(cls, ["w"]), {"x": torch.randn(3, K)}
-    cm = case.compile()
+    cm = case.compile(dynamic=False)
     for _ in range(2):
         found = cm(**inputs, adapter_names=["a"] * 3)["logits"]
         assert error(found, case.expected(["a"] * 3, inputs)) <= 1e-5

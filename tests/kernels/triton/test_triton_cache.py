@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import interpreter
 from triton_cases import CPU, STRATEGIES, kernel_of, make_case, run
 
 from lorafx.errors import LoweringError
@@ -160,14 +161,15 @@ def test_interpreting_leaves_triton_as_it_was() -> None:
     """Kernels are compiled ahead of time in the process that interprets them."""
 
     def names() -> list[dict[str, object]]:
-        owners = (tl, tl.core, tl.math, tl.standard, tl.tensor)
+        owners = (tl, tl.core, tl.math, tl.standard, tl.tensor, interpreter)
         return [{n: getattr(o, n) for n in dir(o) if not n.startswith("__")} for o in owners]
 
-    before = names()
+    before, options = names(), interpreter.interpreter_builder.options
     case = make_case(K=24, sizes=(13, 8), slots=(2, -1, 0), rows=2, dtypes=(torch.bfloat16,) * 3)
     for strategy in STRATEGIES:
         run(case, strategy)
     assert names() == before
+    assert interpreter.interpreter_builder.options is options
     variant = next(iter(variants_for_aot("cuda90")))
     compiled = triton.compile(
         ASTSource(variant.function, variant.signature, {}, variant.attributes),
