@@ -10,10 +10,7 @@ import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
-from transformers.generation.continuous_batching.input_outputs import (
-    ContinuousBatchingAsyncIOs,
-    ContinuousBatchingIOs,
-)
+from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 
 from lorafx.adapter_store.holding import Hold
@@ -34,7 +31,7 @@ from lorafx.serving.continuous.health import StepHealth
 from lorafx.serving.continuous.outputs import Outputs
 from lorafx.serving.continuous.packed_call import PackedForward
 from lorafx.serving.continuous.pages import AdapterPages
-from lorafx.serving.continuous.pairs import Pairs, drop, step_of
+from lorafx.serving.continuous.pairs import drop, paired, step_of
 from lorafx.serving.continuous.requests import AdapterRequest, Ticket, ticket_of
 from lorafx.serving.continuous.room import Room
 from lorafx.serving.continuous.scheduling import all_pinned
@@ -198,7 +195,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         Raises:
             ConfigError: transformers has no paged cache for this model.
         """
-        if self.batch_processor is None:  # here, not in the thread, where nobody sees an error
+        if self.batch_processor is None:  # in the thread nobody sees an error
             self.batch_processor = self._create_batch_processor()
         super().start()
 
@@ -323,8 +320,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             cache.__class__ = AdapterPages
             cache.waiting = lambda request_id: scheduler.waiting_requests.get(request_id)
             cache.session = scheduler.session
-            if isinstance(processor.inputs_and_outputs, ContinuousBatchingAsyncIOs):
-                processor.inputs_and_outputs.__class__ = Pairs
+            self._packed.waits = not paired(processor.inputs_and_outputs)
             offloading: Any = processor.offloading_manager
             offloading.__class__ = Room
         return processor

@@ -14,9 +14,10 @@ hands over are views of its own buffers; graphs depend on how tensors lie, so th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,39 @@ _EAGER = TracedEager()
 _NOTHING = nullcontext()
 
 
+class LastTokens(NamedTuple):
+    """The last token of each request of a step.
+
+    Attributes:
+        places: those of the requests in the step, with a new token first.
+        tokens: those of their last tokens in the packed sequence.
+    """
+
+    places: list[int]
+    tokens: Tensor
+
+    @staticmethod
+    def of(batch: Sequence[FutureRequestState], device: torch.device) -> LastTokens:
+        """Of the requests of a step."""
+        ends = [*accumulate(future.query_length for future in batch)]
+        places = sorted(range(len(batch)), key=lambda place: not batch[place].has_new_token)
+        tokens = torch.tensor([ends[place] - 1 for place in places], dtype=torch.int32)
+        return LastTokens(places, tokens.to(device))
+
+    def check(self, output: Any, named: Mapping[str, Any], part: Collection[int]) -> None:
+        """Raise FloatingPointError where what comes of a request of `part` is not finite. In the
+        keys of one request that reaches the output of all, masked or not."""
+        logits = output.logits[0]
+        if "logits_to_keep" not in named:
+            logits = logits[self.tokens]
+        rows = [row for row, place in enumerate(self.places) if place in part]
+        if not logits[rows].amax(-1).isfinite().all():
+            raise FloatingPointError(
+                "the logits of its next token are not finite; look for infinite or very large "
+                "numbers in its adapter, or give the model a dtype with a larger range"
+            )
+
+
 class PackedForward:
     """Called by the engine in place of the model.
 
@@ -50,6 +84,7 @@ class PackedForward:
         failed: the requests of the last step that failed, by their names, and why. What came of
             them in a step that others have gone on from is nothing to anybody.
         searches: whether a step that fails is run in parts.
+        waits: whether the host waits for each step, and so may look at what came of it.
     """
 
     def __init__(
@@ -63,7 +98,7 @@ class PackedForward:
         self._waiting = waiting
         self._pages: StepCache | None = None
         self.failed: dict[str, Exception] = {}
-        self.searches = True
+        self.searches = self.waits = True
 
     def _supports_logits_to_keep(self) -> bool:
         """Asked by the engine: whether the head is only computed for tokens that need it."""
@@ -99,22 +134,32 @@ class PackedForward:
         }
         # Sizes of one have graphs of their own: a single last token is asked for twice.
         single = logits_to_keep is not None and logits_to_keep.shape[0] == 1
-        if logits_to_keep is not None:
-            named["logits_to_keep"] = logits_to_keep.repeat(2) if single else logits_to_keep.clone()
         self.failed = {}
         batch = self._batch()
+        last = None
+        if self.waits:
+            last = LastTokens.of(batch, input_ids.device)
+            if logits_to_keep is not None:
+                more = logits_to_keep.shape[0] - len(batch)
+                logits_to_keep = nn.functional.pad(last.tokens, (0, more))
+        if logits_to_keep is not None:
+            named["logits_to_keep"] = logits_to_keep.repeat(2) if single else logits_to_keep.clone()
         with compiled._session.lock:
             self._count(batch)
             put_back = step.kept() if self.searches and len(batch) > 1 else None
             try:
                 output = self._run(named, length, batch)
+                if last is not None:
+                    last.check(output, named, range(len(batch)))
             except OF_THE_DEVICE:
                 raise
             except Exception as error:
                 if put_back is None:
                     raise
                 put_back(None)
-                output = self._in_parts(named, length, batch, put_back, error)
+                output = self._in_parts(
+                    named, length, batch, put_back, error, others["cu_seq_lens_k"], last
+                )
             fill_ahead(compiled._session, self._waiting())  # while the step runs
         if single:
             output.logits = output.logits[:, :1]
@@ -136,6 +181,8 @@ class PackedForward:
         batch: Sequence[FutureRequestState],
         put_back: Callable[[Tensor | None], None],
         error: Exception,
+        key_counts: Mapping[str, Tensor],
+        last: LastTokens | None,
     ) -> Any:
         """The model's output for a step that failed with `error` as a whole, in its first part that
         is served. Notes which requests fail.
@@ -144,7 +191,12 @@ class PackedForward:
             The error, where all of them do.
         """
         ids = named["input_ids"]
-        owners = _owners(batch, length)
+        owners = _owners([future.query_length for future in batch], length)
+        cache: StepCache = named["cache"]
+        of_keys = [
+            _owners(key_counts[kind].diff().tolist(), rows.shape[0])
+            for kind, rows in zip(cache.kinds, cache.read, strict=True)
+        ]
 
         def run(part: Sequence[int]) -> Any:
             absent = ~torch.isin(owners, torch.tensor(part))
@@ -154,9 +206,15 @@ class PackedForward:
                 name: torch.where(there, named[name][..., own : own + 1], named[name])
                 for name in ("input_ids", "position_ids")
             }
-            cache = named["cache"].without(there)
+            absent_keys = [
+                ~torch.isin(of_group, torch.tensor(part)).to(ids.device) for of_group in of_keys
+            ]
+            changed = {**tokens, "cache": cache.without(there, absent_keys)}
             try:
-                return self._run({**named, **tokens, "cache": cache}, length, batch, part)
+                output = self._run({**named, **changed}, length, batch, part)
+                if last is not None:
+                    last.check(output, named, part)
+                return output
             except Exception:
                 put_back(~there)
                 raise
@@ -167,12 +225,12 @@ class PackedForward:
         self.failed = {batch[place].state.request_id: why for place, why in failed.items()}
         if not served:
             raise error
-        (_, output), *others = served
+        (_, output), *rest = served
         output.logits = output.logits.clone()
         of_rows = owners
         if "logits_to_keep" in named:
             of_rows = torch.tensor([i for i, future in enumerate(batch) if future.has_new_token])
-        for part, other in others:
+        for part, other in rest:
             rows = torch.isin(of_rows, torch.tensor(part)).nonzero()[:, 0].to(ids.device)
             output.logits[:, rows] = other.logits[:, rows]
         return output
@@ -241,10 +299,10 @@ class PackedForward:
         return list(places), tokens[None]
 
 
-def _owners(batch: Sequence[FutureRequestState], length: int) -> Tensor:
-    """Whose each token is, (T,), by the request's place in the step; -1 for padding."""
-    counts = [future.query_length for future in batch]
-    owners = torch.arange(len(batch)).repeat_interleave(torch.tensor(counts))
+def _owners(counts: Sequence[int], length: int) -> Tensor:
+    """Whose each of `length` tokens or keys is, by the request's place in the step; -1 for
+    padding. Each request has `counts` of them."""
+    owners = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     return nn.functional.pad(owners, (0, length - len(owners)), value=-1)
 
 

@@ -13,6 +13,8 @@ it is then known one step later.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from transformers.generation.continuous_batching.input_outputs import (
     ContinuousBatchingAsyncIOs,
@@ -39,6 +41,15 @@ class Pairs(ContinuousBatchingAsyncIOs):
             return super().infer_carry_over_ids()
         finally:
             step.req_id_to_new_token_position = positions
+
+
+def paired(ios: Any) -> bool:
+    """Whether steps are asynchronous; their pairs are those above then. The engine makes them."""
+    if not isinstance(ios, ContinuousBatchingAsyncIOs):
+        return False
+    found: Any = ios
+    found.__class__ = Pairs
+    return True
 
 
 def step_of(ios: ContinuousBatchingIOs | ContinuousBatchingAsyncIOs) -> ContinuousBatchingIOs:

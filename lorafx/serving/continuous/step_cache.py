@@ -55,6 +55,7 @@ class StepCache(PagedAttentionCache):
     Attributes:
         pages: (bytes,) uint8, all of the cache.
         places: layer index -> where its keys and values are.
+        kinds: of attention, by transformers' names.
         read: for each kind of attention, (N,) int64.
         write: likewise, (T,) int64.
     """
@@ -66,6 +67,7 @@ class StepCache(PagedAttentionCache):
             layer: _place(allocator, layer) for layer, allocator in cache.layer_to_allocator.items()
         }
         self._windows = _windows(self.places.values(), self.pages)
+        self.kinds = tuple(cache.cache_allocators)
         self._trash = [
             (allocator.read_trash_index, allocator.write_trash_index)
             for allocator in cache.cache_allocators.values()
@@ -77,7 +79,7 @@ class StepCache(PagedAttentionCache):
         """For a step that reads and writes these rows. Where nothing is read (transformers gives
         no rows then), the queries see the new tokens: a graph need not tell the two apart."""
         step = StepCache.__new__(StepCache)
-        step.pages, step.places = self.pages, self.places
+        step.pages, step.places, step.kinds = self.pages, self.places, self.kinds
         step._windows, step._trash = self._windows, self._trash
         step.read = [
             rows.clone() if rows.numel() else self._unread(group, new)
@@ -93,16 +95,18 @@ class StepCache(PagedAttentionCache):
                 return torch.full_like(new, window.sentinel)
         return new.clone()
 
-    def without(self, absent: Tensor) -> StepCache:
-        """For the same step without the tokens that are `absent`, (T,) bool: nothing is written for
-        them, and what they would have written is not read, which may be what was there before."""
-        windows = {window.group: window.sentinel for window in self._windows}
+    def without(self, absent: Tensor, absent_keys: Sequence[Tensor]) -> StepCache:
+        """For the same step without the tokens that are `absent`, (T,) bool, and for each kind of
+        attention the keys that only they see, (N,) bool: nothing is written for them, and instead
+        of their keys zeros are read."""
+        sentinels = {window.group: window.sentinel for window in self._windows}
         read, write = [], []
         for group, (rows, new) in enumerate(zip(self.read, self.write, strict=True)):
             unread, unwritten = self._trash[group]
-            unseen = torch.isin(rows, new[absent])
-            # Of a window the rows are read that tokens before have left there.
-            read.append(rows if group in windows else rows.masked_fill(unseen, unread))
+            unseen = absent_keys[group]
+            if group in sentinels:  # those stand for the tokens of the step
+                unseen = unseen & (rows != sentinels[group])
+            read.append(rows.masked_fill(unseen, unread))
             write.append(new.masked_fill(absent, unwritten))
         return self.step(read, write)
 

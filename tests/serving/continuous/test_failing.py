@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from dense_merge import REFERENCE, Case, build_case
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from step_logits import StepLogits, answers, check_logits
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
@@ -31,11 +32,12 @@ LIMIT = 50
 def test_requests_that_fail_leave_windows_as_they_were(tmp_path) -> None:
     """They come into steps that go on with prompts of others, which were cut into chunks: such a
     chunk overwrites what it reads of the window, of four tokens. Some fail since their adapter is
-    refused, one since the model raises for its last token."""
+    refused, one since the model raises for its last token, one since its adapter overflows."""
     case = build_case("gemma3", tmp_path)
     model = case.model()
     limit(model, torch.zeros(LIMIT, model.config.hidden_size))
-    cm = lorafx.compile(model, case.folders, options=REFERENCE)
+    folders = {**case.folders, "huge": overflowing(case.folders["a0"], tmp_path / "huge")}
+    cm = lorafx.compile(model, folders, options=REFERENCE)
     layer = cm.model.model.layers[0].self_attn
     plain = type(layer).forward
 
@@ -60,11 +62,52 @@ def test_requests_that_fail_leave_windows_as_they_were(tmp_path) -> None:
                 work[engine.add_request(prompt, adapter=name, max_new_tokens=4)] = name
                 if i == 1:
                     beyond = engine.add_request([3, LIMIT], adapter=None, max_new_tokens=4)
-        outputs = answers(engine, [*work, beyond])
+            prompt = [*range(20, 40)]
+            huge = engine.add_request(prompt, adapter="huge", max_new_tokens=4)
+            last = engine.add_request(prompt, adapter=fine[0], max_new_tokens=4)
+            work[last] = fine[0]
+        outputs = answers(engine, [*work, beyond, huge])
+    assert "the logits of its next token are not finite" in outputs.pop(huge).error
     assert "this request failed: the model" in outputs.pop(beyond).error
     for key in [key for key, name in work.items() if name in touched]:
         assert "k_proj" in outputs.pop(key).error
     check_logits(case, seen, outputs, work)
+
+
+def overflowing(folder: Path, copy: Path) -> Path:
+    """A copy of an adapter whose numbers are so large that what is computed from them is not
+    finite; of an adapter that touches no k_proj of layer 0, which is refused here."""
+    shutil.copytree(folder, copy)
+    tensors = load_file(copy / "adapter_model.safetensors")
+    save_file(
+        {name: tensor * 1e30 for name, tensor in tensors.items()},
+        copy / "adapter_model.safetensors",
+    )
+    return copy
+
+
+def test_an_adapter_that_overflows_fails_alone(llama, cm, tmp_path) -> None:
+    """What is not a number is not hidden by a mask, neither in the step nor in the cache."""
+    cm.load_adapter(overflowing(llama.folders["a2"], tmp_path / "huge"), "huge")
+    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
+        seen = StepLogits(engine)
+        graphs = None
+        for _ in range(2):  # pages that have held what is not a number are used again
+            with engine.pause():
+                work = {
+                    engine.add_request(
+                        [*range(3 + i, 12 + i)], adapter=name, max_new_tokens=3
+                    ): name
+                    for i, name in enumerate(("a1", "huge", None))
+                }
+            outputs = answers(engine, list(work))
+            (bad,) = [name for name, adapter in work.items() if adapter == "huge"]
+            error = outputs.pop(bad).error
+            assert error.startswith("this request failed: the model")
+            assert "not finite; look for infinite or very large numbers in its adapter" in error
+            check_logits(llama, seen, outputs, work)
+            assert graphs in (None, cm.recompiles)  # parts need no graphs of their own
+            graphs = cm.recompiles
 
 
 def touches(folder: Path, path: str) -> bool:
