@@ -30,9 +30,9 @@ feed = FAMILIES["plain"].inputs
 NAMES = ["a", None, "b"]
 
 
-def compiled(model: Any, case: Case, **options: Any) -> Any:
+def compiled(model: Any, case: Case, *, dynamic: bool = False, **options: Any) -> Any:
     wanted = {"adapters": case.folders, **REFERENCE, **options}
-    return torch.compile(model, backend="lorafx", dynamic=True, options=wanted)
+    return torch.compile(model, backend="lorafx", dynamic=dynamic, options=wanted)
 
 
 class Marked(nn.Module):
@@ -80,7 +80,7 @@ def test_two_models_of_one_class(small, cls, base_first):
     first = small(cls, ["w"])
     second, inputs = twin_of(first), {"x": torch.randn(3, 4, 6)}
     models = [first.model(), second.model()]
-    calls = [compiled(model, first) for model in models]
+    calls = [compiled(model, first, dynamic=True) for model in models]
     if base_first:
         for call, case in zip(calls, (first, second), strict=True):
             check_base(call, case, inputs)
@@ -106,9 +106,11 @@ def test_what_torch_compile_left_on_the_model_stays_there(small, way):
     model = case.model()
     wanted = {"adapters": case.folders, **REFERENCE}
     if way == "forward":
-        model.forward = torch.compile(model.forward, backend="lorafx", dynamic=True, options=wanted)
+        model.forward = torch.compile(
+            model.forward, backend="lorafx", dynamic=False, options=wanted
+        )
     else:
-        model.compile(backend="lorafx", dynamic=True, options=wanted)
+        model.compile(backend="lorafx", dynamic=False, options=wanted)
     left = vars(model).get("forward"), model._compiled_call_impl
     check_base(model, case, inputs)
     check(model, model, case, NAMES, inputs)
@@ -151,7 +153,8 @@ def test_a_transformers_model(shallow):
     check(call, model, shallow, ["a4", "a1"], token_inputs(2, 3))
     assert graphs(model) == 2  # one in inference mode
     lorafx.load_adapter(model, shallow.folders["a2"], "a4")
-    inputs = {"input_ids": torch.randint(3, 61, (2, 3))}
+    ids = torch.randint(3, 61, (2, 3))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     got = served(call, model, ["a4", None], inputs)
     assert error(got, shallow.expected(["a2", None], inputs)) <= 1e-5
 
