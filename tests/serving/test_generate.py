@@ -102,12 +102,11 @@ def test_sampling_a_mixed_batch(shallow, served):
 
 
 def test_positional_prompts_and_the_default_adapter(shallow, served):
-    ids = prompts(2)["input_ids"]
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs = prompts(2)
+    mask = inputs["attention_mask"]  # without padding the graphs are others
     served.set_adapter("a3")
     try:
-        mask = inputs["attention_mask"]  # without one the graphs are others
-        got = served.generate(ids, attention_mask=mask, **FIXED, do_sample=False)
+        got = served.generate(inputs["input_ids"], attention_mask=mask, **FIXED, do_sample=False)
     finally:
         served.set_adapter(None)
     assert torch.equal(got, oracle_tokens(shallow, ["a3"] * 2, inputs, do_sample=False))
