@@ -77,10 +77,15 @@ def _torch_state() -> Iterator[None]:
 def _few_models() -> Iterator[None]:
     """Dynamo's caches keep compiled models of earlier tests alive. Merges and new base weights look
     through all models that are served, and these took nine tenths of their time. A collection takes
-    seconds, so it is made where there is something to collect: fixtures keep some models."""
+    seconds, so it is made where there is something to collect: fixtures keep some models.
+
+    What earlier files left is frozen: each collection by Python itself, in the middle of some test,
+    went through ten million objects of theirs, which took five seconds."""
+    gc.freeze()
     yield
     if len(sessions()) > _KEPT["models"] + 50:
         torch._dynamo.reset()
+        gc.unfreeze()
         gc.collect()
         _KEPT["models"] = len(sessions())
 

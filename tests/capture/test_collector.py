@@ -19,6 +19,12 @@ from lorafx.collector import earlier_objects_spared
 from lorafx.graph.context import Context
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_frozen() -> None:
+    """The fixture of all files freezes what others left."""
+    gc.unfreeze()
+
+
 class Ring:
     """Garbage that only the collector finds."""
 

@@ -18,7 +18,7 @@ from torch._dynamo.variables.builder import VariableBuilder
 
 from lorafx.capture import replay_graph
 
-H, LAYERS = 6, 5
+H, LAYERS = 6, 4
 NAMES = ["a0", None, "a1"]
 
 
@@ -201,7 +201,7 @@ class Several(Block):
 
 class Passing(Stack):
     def __init__(self) -> None:
-        super().__init__(Several)
+        super().__init__(Several, 5)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         first = x = x.clone()
@@ -323,7 +323,7 @@ class Nested(Block):
     ("kind", "count"),
     [
         (Tied, LAYERS - 2),
-        (Changes, 2),
+        (Changes, LAYERS - 3),
         (Twice, 2 * LAYERS - 1),
         (Passing, 1),
         (Indexed, 0),

@@ -177,7 +177,7 @@ def test_the_norms_of_other_kinds(tmp_path: Path) -> None:
 
 
 def test_the_result_of_verifying_is_told(plain: Case) -> None:
-    cm = plain.compile({"verify": "numeric"})
+    cm = plain.compile({"verify": "numeric"}, dynamic=False)
     inputs = FAMILIES["plain"].inputs(2, 3)
     assert "the first calls do that" in cm.explain().summary[2]
     cm(**inputs, adapter_names=["a1", None])
@@ -190,7 +190,8 @@ def test_the_result_of_verifying_is_told(plain: Case) -> None:
         node.target = torch.ops.aten.sigmoid.default
         return 1
 
-    cm = plain.compile({"verify": "numeric", "passes": {"wrong": lorafx.After("fuse", wrong)}})
+    passes = {"wrong": lorafx.After("fuse", wrong)}
+    cm = plain.compile({"verify": "numeric", "passes": passes}, dynamic=False)
     with pytest.raises(lorafx.errors.VerifyError):
         cm(**inputs, adapter_names=["a1", None])
     (graph,) = cm.explain().graphs

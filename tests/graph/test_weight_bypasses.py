@@ -251,7 +251,7 @@ def by_hand(tmp_path: Path, cls: type[nn.Module], path: str, shape: tuple[int, i
 
 def test_multihead_attention_out_proj(tmp_path):
     case = by_hand(tmp_path, Attention, "attention.out_proj", (K, K))
-    check_dense(case.compile(), case, "attention.out_proj", features(4, 3))
+    check_dense(case.compile(dynamic=False), case, "attention.out_proj", features(4, 3))
 
 
 class FastPath(nn.Module):
@@ -267,7 +267,7 @@ class FastPath(nn.Module):
 def test_transformer_encoder_layers_take_no_fast_path_past_lora(tmp_path, path):
     shape = (10, K) if path.endswith("linear1") else (K, K)
     case = by_hand(tmp_path, FastPath, path, shape)
-    cm = case.compile()
+    cm = case.compile(dynamic=False)
     inputs = features(4, 3)
     before = torch.backends.mha.get_fastpath_enabled()
     check_dense(cm, case, path, inputs)
@@ -317,20 +317,20 @@ def tokens(rows: int, length: int) -> dict[str, Tensor]:
 def test_the_delta_of_a_scaled_embedding_is_scaled_with_it(small):
     case = small(ScaledEmbedding, ["embed"], ["embed", "head"])
     # PEFT merges into the weight, so that the forward scales the delta too.
-    check_mixed(case.compile(), case, NAMES, tokens(4, 3))
+    check_mixed(case.compile(dynamic=False), case, NAMES, tokens(4, 3))
 
 
 @pytest.mark.parametrize("end", ["embed", "head"])
 def test_a_tied_weight_of_which_only_one_end_is_selected(small, end):
     case = small(Tied, [end])
-    cm = case.compile()
+    cm = case.compile(dynamic=False)
     assert [site.path for site in cm.sites] == [end]
     check_mixed(cm, case, NAMES, tokens(4, 3))
 
 
 def test_both_ends_of_a_tied_weight(small):
     case = small(Tied, ["embed"], ["embed", "head"])
-    check_mixed(case.compile(), case, NAMES, tokens(4, 3))
+    check_mixed(case.compile(dynamic=False), case, NAMES, tokens(4, 3))
 
 
 class OneWeightTwice(nn.Module):
@@ -349,7 +349,7 @@ class OneWeightTwice(nn.Module):
 def test_two_modules_over_one_weight_of_which_one_is_selected(small):
     """Told apart by the module whose forward the use is in."""
     case = small(OneWeightTwice, ["w"])
-    check_mixed(case.compile(), case, NAMES, features(4, 3))
+    check_mixed(case.compile(dynamic=False), case, NAMES, features(4, 3))
 
 
 # Numbers that are no weight's, beside weights
@@ -384,4 +384,4 @@ def test_a_router_of_16_bits_is_no_part_of_a_weight_that_holds_the_same_numbers(
         parameter.data = numbers.bfloat16().float()
     router = case.base.gate.weight.flatten()
     assert all((case.base.w.weight == value).any() for value in router[:: len(router) // 32])
-    check_mixed(case.compile(), case, ["a", None, "a"], {"x": torch.randn(3, 2, 128)})
+    check_mixed(case.compile(dynamic=False), case, ["a", None, "a"], {"x": torch.randn(3, 2, 128)})

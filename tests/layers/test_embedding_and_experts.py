@@ -204,7 +204,7 @@ def test_experts_carry_stacked_factors(tmp_path):
         "stacked": merged,
         "peft": oracle.merged(base, folders["peft"]),
     }
-    cm = lorafx.compile(block, folders, options={"lowering": "reference"})
+    cm = lorafx.compile(block, folders, options={"lowering": "reference"}, dynamic=False)
     x, rows = torch.randn(4, 3, H), ["stacked", None, "peft", "stacked"]
     want = [models[row](x[i : i + 1]) for i, row in enumerate(rows)]
     oracle.assert_close(cm(x, adapter_names=rows), [torch.cat(want)])
@@ -254,7 +254,7 @@ def test_a_routers_delta_reaches_the_experts(tmp_path):
     cases = oracle.Oracle.of(reference, folders)
     block = Block().eval()
     load_weights(block, reference.state_dict())
-    cm = lorafx.compile(block, folders, options={"lowering": "reference"})
+    cm = lorafx.compile(block, folders, options={"lowering": "reference"}, dynamic=False)
     x, names = torch.randn(3, 4, H), ["a", None, "b"]
     want = cases.rows(names, {"x": x})
     oracle.assert_close(cm(x, adapter_names=names), want)

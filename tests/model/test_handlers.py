@@ -214,7 +214,7 @@ def test_wrong_handlers_are_errors_by_name(
     registered(WithBias, handler=handler)
     case, inputs = case_of(Tuples, tmp_path), {"x": torch.randn(2, 3, K)}
     if compiled:
-        cm = case.compile()
+        cm = case.compile(dynamic=False)
         with pytest.raises(MatchError, match=message):
             cm(**inputs, adapter_names=["b", None])
     else:
@@ -279,7 +279,7 @@ def test_routers_carry_the_delta_at_their_weights_use(tmp_path: Path, model: Any
     """In graphs without a handler; in eager mode they are refused by name."""
     case = case_of(model, tmp_path)
     inputs = {"x": torch.randn(4, 3, K)}
-    check_mixed(case.compile(), case, NAMES, inputs)
+    check_mixed(case.compile(dynamic=False), case, NAMES, inputs)
     eager = lorafx.attach(case.model(), case.folders, options=REFERENCE)
     with pytest.raises(
         MatchError, match=r"^middle \((Llama4|PhimoeTopK)Router\): its class overrides forward"
@@ -298,6 +298,6 @@ def logits_then_choose(module: Any, args: Any, kwargs: Any, output: Any, add: Ad
 def test_a_handler_serves_a_router_in_eager_mode_as_well(tmp_path: Path, registered: Any) -> None:
     registered(Llama4Router, handler=logits_then_choose)
     case, inputs = case_of(Llama4Like, tmp_path), {"x": torch.randn(4, 3, K)}
-    check_mixed(case.compile(), case, NAMES, inputs)
+    check_mixed(case.compile(dynamic=False), case, NAMES, inputs)
     eager = lorafx.attach(case.model(), case.folders, options=REFERENCE)
     assert error(run_eagerly(eager, "b", inputs), case.expected(["b"] * 4, inputs)) <= TOLERANCE
