@@ -75,7 +75,7 @@ def test_each_way_to_keep_by_each_way_to_multiply(layer: Case, kept: str, produc
 )
 def test_absorbed_in_every_forward(layer: Case, product: str) -> None:
     model = absorbed(layer, AbsorbedInForward, product)
-    cm = lorafx.compile(model, layer.folders, options=REFERENCE)
+    cm = lorafx.compile(model, layer.folders, options=REFERENCE, dynamic=False)
     check_mixed(cm, layer, NAMES, states(5, 4))
 
 
@@ -105,7 +105,7 @@ def test_absorbed_by_inductor(layer: Case) -> None:
 
 def test_absorbed_with_a_slot_a_token(layer: Case) -> None:
     model = absorbed(layer)
-    cm = lorafx.compile(model, layer.folders, options=REFERENCE)
+    cm = lorafx.compile(model, layer.folders, options=REFERENCE, dynamic=False)
     post_process(model)
     inputs = states(2, 4)
     slots = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]])
@@ -154,7 +154,7 @@ class TwoLayers(nn.Module):
 def test_layers_that_share_a_graph_have_parts_of_their_own(tmp_path, kept: str) -> None:
     case = case_of(TwoLayers, tmp_path)
     model = absorbed(case)
-    cm = lorafx.compile(model, case.folders, options=REFERENCE)
+    cm = lorafx.compile(model, case.folders, options=REFERENCE, dynamic=False)
     post_process(model, kept)
     for name in case.folders:
         check_mixed(cm, case, [name] * 3, states(3, 4))
@@ -187,7 +187,7 @@ def test_parts_of_a_weight_that_has_siblings(tmp_path, when: str) -> None:
     attention = model.self_attn
     if when == "before":
         post_process(model)
-    cm = lorafx.compile(model, case.folders, options=REFERENCE)
+    cm = lorafx.compile(model, case.folders, options=REFERENCE, dynamic=False)
     if when == "after":
         post_process(model)
     storages = {t.untyped_storage()._cdata for t in (attention.w_uk, attention.kv_b_proj.weight)}
@@ -223,7 +223,7 @@ def _slanted(attention: nn.Module) -> None:
 )
 def test_parts_that_no_rule_follows_are_refused_by_name(layer: Case, change) -> None:
     model = absorbed(layer)
-    cm = lorafx.compile(model, layer.folders, options=REFERENCE)
+    cm = lorafx.compile(model, layer.folders, options=REFERENCE, dynamic=False)
     post_process(model, "copies")
     change(model.self_attn)
     inputs = states(3, 4)
@@ -250,7 +250,7 @@ class Folded(AbsorbedAttention):
 
 def test_parts_of_another_make_are_refused_where_nothing_uses_the_weight(layer: Case) -> None:
     model = absorbed(layer, Folded)
-    cm = lorafx.compile(model, layer.folders, options=REFERENCE)
+    cm = lorafx.compile(model, layer.folders, options=REFERENCE, dynamic=False)
     post_process(model)
     model.self_attn.fold()
     inputs = states(3, 4)
@@ -262,7 +262,8 @@ def test_parts_of_another_make_are_refused_where_nothing_uses_the_weight(layer: 
 def test_excluded_projections_absorb_freely(layer: Case) -> None:
     model = absorbed(layer)
     chosen = lorafx.LoraConfig(target_modules=["o_proj"])
-    cm = lorafx.compile(model, chosen, adapters={"c": layer.folders["c"]}, options=REFERENCE)
+    folders = {"c": layer.folders["c"]}
+    cm = lorafx.compile(model, chosen, adapters=folders, options=REFERENCE, dynamic=False)
     post_process(model, "copies")
     check_mixed(cm, layer, ["c", None, "c"], states(3, 4))
 
