@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any, SupportsFloat
 
 import torch
+from transformers import GenerationConfig
 from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessorList,
 )
@@ -25,6 +26,8 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "top_k": (-1, sys.maxsize),
     "top_p": (0.0, 1.0),
 }
+#: What they are where nobody says.
+UNSAID: Mapping[str, float] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 #: What else clients send, with the value that asks for nothing.
 NEUTRAL: Mapping[str, float] = {
     "min_p": 0,
@@ -99,9 +102,12 @@ def checked_limits(
 
 
 def checked_sampling(
-    processors: ContinuousBatchingLogitsProcessorList, given: Mapping[str, Any], sampled: bool
+    processors: ContinuousBatchingLogitsProcessorList,
+    given: Mapping[str, Any],
+    config: GenerationConfig,
 ) -> dict[str, Any]:
-    """How a request wants its tokens chosen, without what asks for nothing.
+    """How a request wants its tokens chosen, without what asks for nothing, or for what an engine
+    of this `config` does anyway.
 
     Raises:
         ConfigError: the engine was not started for such an argument, or no token can be chosen with
@@ -113,7 +119,7 @@ def checked_sampling(
             continue
         low, high = RANGES.get(name, (None, None))
         if low is None or high is None:
-            if name not in NEUTRAL or value != NEUTRAL[name]:
+            if name not in NEUTRAL or _fraction(value) != NEUTRAL[name]:
                 asked[name] = value
             continue
         whole = isinstance(low, int)
@@ -123,10 +129,13 @@ def checked_sampling(
             raise ConfigError(f"{name} is {kind} from {low:g} to {high:g}; got {value!r}")
         if name in processors.supported_keys:
             asked[name] = number
-        elif sampled or name == "temperature":
-            nothing = (0,) if not sampled else (1,) if name != "top_k" else (0, -1)
-            if number not in nothing:
+        elif config.do_sample:
+            of_engine = getattr(config, name)
+            unsaid = UNSAID[name] if of_engine is None else of_engine
+            if max(number, 0) != unsaid:  # top_k -1 is 0
                 asked[name] = number
+        elif name == "temperature" and number:
+            asked[name] = number
         # Else the likeliest token is the likeliest of any number of tokens.
     try:
         processors.check_kwargs(asked)
@@ -143,7 +152,7 @@ def _fraction(value: Any) -> float | None:
     """`value` where it is a number; else None."""
     if isinstance(value, bool) or not isinstance(value, SupportsFloat):
         return None
-    with suppress(OverflowError, ValueError):
+    with suppress(OverflowError, RuntimeError, TypeError, ValueError):  # several, or no data
         return float(value)
     return None
 

@@ -141,7 +141,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             logit_processor_kwargs: how the request's tokens are chosen: `temperature`, `top_k` and
                 `top_p`, where the engine samples and was given `per_request_processors=True`.
                 Temperature 0 takes the likeliest token, `top_k` 0 or -1 and `top_p` 1 leave all.
-                Of any engine, values that ask for nothing, and None.
+                Of any engine, values that ask for nothing or for what it does anyway, and None.
             Otherwise as transformers' own.
 
         Returns:
@@ -162,13 +162,11 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             )
         check_name(request_id)
         max_new_tokens, ends = checked_limits(max_new_tokens, eos_token_id)
-        asked = checked_sampling(
-            self.logit_processor, logit_processor_kwargs, bool(self.generation_config.do_sample)
-        )
+        config = self.generation_config
+        asked = checked_sampling(self.logit_processor, logit_processor_kwargs, config)
         prompt = checked_prompt(self.compiled.model, input_ids)
         ticket, begins = self._begun(self._ticket(adapter), prompt)
         request_id = self._named(request_id)
-        config = self.generation_config
         state = AdapterRequest(
             request_id=request_id,
             initial_tokens=prompt,

@@ -26,6 +26,8 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
+from lorafx.serving.continuous.checks import UNSAID
+
 #: Lower temperatures take the likeliest token. It is vLLM's bound.
 COLDEST = 1e-5
 #: top_k of a request that leaves all tokens.
@@ -119,14 +121,13 @@ def asking(config: GenerationConfig) -> GenerationConfig:
 def own(processors: ContinuousBatchingLogitsProcessorList, config: GenerationConfig) -> None:
     """Have transformers' processors be those above. Requests that do not say get what `config`
     says."""
-    unsaid = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     for processor in processors.logits_processor:
         found: Any = processor
         for cls, (mine, name) in _OWN.items():
             if isinstance(found, cls):
                 found.__class__ = mine
                 value = getattr(config, name)
-                setattr(found, name, unsaid[name] if value is None else value)
+                setattr(found, name, UNSAID[name] if value is None else value)
 
 
 def drawn(processors: ContinuousBatchingLogitsProcessorList) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -118,6 +119,21 @@ def test_the_likeliest_token_beside_requests_that_draw(llama, engines) -> None:
     assert tokens != greedy(llama, "a1", [3, 4, 5], 40)[3:]
     (alone,) = answers(engine, [engine.add_request([3], max_new_tokens=3, temperature=0)]).values()
     assert [3, *alone.generated_tokens] == greedy(llama, None, [3], 3)  # a step that draws nothing
+
+
+def test_a_request_may_ask_for_what_its_engine_does_anyway(llama) -> None:
+    """Where it cannot choose; leaving all tokens is a choice too."""
+    cm = llama.compile()
+    drawing = copy.deepcopy(cm.model.generation_config)
+    drawing.do_sample, drawing.temperature, drawing.top_k, drawing.top_p = True, 0.7, None, 0.9
+    config = dataclasses.replace(CONFIG, per_request_processors=False)
+    with cm.continuous_batching(drawing, config, warmup=False) as engine:
+        fine = {"temperature": 0.7, "top_k": -1, "top_p": 0.9, "min_p": torch.tensor(0.0)}
+        added = engine.add_request([3], adapter="a2", max_new_tokens=1, **fine)
+        assert answers(engine, [added])[added].error is None
+        for name in ("temperature", "top_p"):
+            with pytest.raises(ConfigError, match=name):
+                engine.add_request([3], adapter="a2", **{name: 1.0})
 
 
 def test_an_engine_that_takes_the_likeliest_token(llama, engines) -> None:
