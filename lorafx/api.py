@@ -162,7 +162,7 @@ def why(
 
     Raises:
         ConfigError: there is no such module; the error names the nearest paths. Or `lora_config` or
-            `inputs` is given where it has no meaning.
+            `inputs` is given where it has no meaning, or `inputs` are no arguments of a call.
         UnknownAdapterError: the adapter is not loaded.
         CheckpointError, UnsupportedAdapterError: the adapter cannot be read.
 
@@ -206,13 +206,15 @@ def profile(
 
     Raises:
         BatchError: no request has an adapter.
-        ConfigError: `calls` is not positive, or the model carries no LoRA or is not compiled.
+        ConfigError: `calls` is no positive integer, or the model carries no LoRA or is not
+            compiled; or `inputs` are no arguments of a call.
 
     It also raises what a call raises.
     """
     compiled = compiled_of(model)
     if compiled is not None:
         return compiled.profile(inputs, adapter_names, calls=calls)
+    refuse_other(model)
     return profile_attached(marked_session(model), model, inputs, adapter_names, calls)
 
 

@@ -148,8 +148,19 @@ def given_examples(roles: RoleTable, inputs: Any) -> tuple[Example, ...]:
 def as_call(
     inputs: Mapping[str, Any] | Sequence[Any],
 ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """The arguments of one call, those in their order and those by name, from one of the two."""
-    return ((), inputs) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+    """The arguments of one call, those in their order and those by name, from one of the two.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if isinstance(inputs, Mapping):
+        return (), inputs
+    if isinstance(inputs, Sequence) and not isinstance(inputs, str):
+        return tuple(inputs), {}
+    raise ConfigError(
+        "inputs are the arguments of a call: a mapping of names to values, or a list or tuple of "
+        f"those in their order, also where there is one; got a {type(inputs).__name__}"
+    )
 
 
 def named_inputs(roles: RoleTable, inputs: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
@@ -157,8 +168,10 @@ def named_inputs(roles: RoleTable, inputs: Mapping[str, Any] | Sequence[Any]) ->
 
     Raises:
         TypeError: there are more than the forward takes.
+        ConfigError: they are neither.
     """
-    return dict(inputs if isinstance(inputs, Mapping) else roles.bind(tuple(inputs), {}))
+    args, kwargs = as_call(inputs)
+    return dict(roles.bind(args, {}) if args else kwargs)
 
 
 def derived_example(model: nn.Module, device: torch.device, rows: int, length: int) -> Example:

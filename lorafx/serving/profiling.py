@@ -60,8 +60,8 @@ def profiled(
     serve: Callable[..., Any],
 ) -> Profile:
     """See `CompiledModel.profile`. `serve` makes the call, with arguments by name, as users do."""
-    if calls < 1:
-        raise ConfigError(f"calls = {calls}: at least one call is measured")
+    if not isinstance(calls, int) or calls < 1:
+        raise ConfigError(f"calls = {calls!r}: at least one call is measured")
     named = named_inputs(compiled.entry(compiled.model).roles, inputs)
     adapters = [name for name in dict.fromkeys(names) if name not in (None, "__base__")]
     if not adapters:

@@ -53,6 +53,24 @@ def test_why(plain: Case, inputs: Any) -> None:
     check(call, model, plain, NAMES, inputs)
 
 
+def test_a_tensor_is_not_taken_for_a_list_of_arguments(plain: Case, inputs: Any) -> None:
+    model = attached(plain)
+    call = compiled(model)
+    (tensor,) = inputs.values()
+    told = lorafx.why(model, "embed", "a3", inputs=(tensor,))
+    assert told == lorafx.why(model, "embed", "a3", inputs=inputs)
+    for given in (tensor, "ids", 3):
+        kind = type(given).__name__
+        with pytest.raises(ConfigError, match=f"also where there is one; got a {kind}"):
+            lorafx.why(model, "embed", "a3", inputs=given)
+        with pytest.raises(ConfigError, match=f"also where there is one; got a {kind}"):
+            lorafx.profile(call, given, NAMES)
+    with pytest.raises(ConfigError, match="calls = '2'"):
+        lorafx.profile(call, inputs, NAMES, calls="2")
+    with pytest.raises(ConfigError, match=r"int is no nn\.Module"):
+        lorafx.profile(3, inputs, NAMES)
+
+
 def test_why_of_a_model_without_lora(plain: Case, inputs: Any) -> None:
     told = lorafx.why(plain.base, "up", plain.folders["a1"])
     assert told.selected
