@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+from transformers.generation.continuous_batching.requests import FutureRequestState
 
 from lorafx.errors import CaptureError, LorafxError, LoweringError, VerifyError
+from lorafx.serving.continuous.requests import ticket_of
 
 #: An engine whose last so many steps have failed is not healthy.
 IN_A_ROW = 5
@@ -34,9 +37,14 @@ class StepHealth:
         """A step has served at least one request."""
         self.in_a_row, self.last = 0, None
 
-    def nobody_served(self, errors: Iterable[Exception]) -> None:
-        """All requests of a step have failed, with these errors."""
-        for error in errors:
+    def nobody_served(
+        self, batch: Iterable[FutureRequestState], failed: Mapping[str, Exception]
+    ) -> None:
+        """All requests of a step have failed, with these errors by their names."""
+        for future in batch:
+            error, ticket = failed[future.state.request_id], ticket_of(future.state)
+            if isinstance(error, FloatingPointError) and ticket is not None and ticket.hold:
+                continue  # logits that are not finite are the adapter's, as far as anybody knows
             of_the_model = isinstance(error, CaptureError | LoweringError | VerifyError)
             if of_the_model or not isinstance(error, LorafxError):
                 self.failed += 1

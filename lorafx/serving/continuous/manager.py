@@ -341,7 +341,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         else:
             failed, packed.failed = packed.failed, {}
         if len(failed) == len(step.requests_in_batch):
-            self.health.nobody_served(failed.values())
+            self.health.nobody_served(step.requests_in_batch, failed)
         else:
             self.health.succeeded()
         if failed:
