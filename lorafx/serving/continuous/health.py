@@ -11,6 +11,8 @@ from lorafx.serving.continuous.requests import ticket_of
 
 #: An engine whose last so many steps have failed is not healthy.
 IN_A_ROW = 5
+#: Of its steps one in so many is run in parts, if it fails too.
+SEARCHED = 4
 
 
 class StepHealth:
@@ -27,11 +29,19 @@ class StepHealth:
         self.failed = 0
         self.in_a_row = 0
         self.last: Exception | None = None
+        self._passed_over = 0
 
     @property
     def failing(self) -> bool:
         """Whether as many steps in a row have failed that the next ones are expected to."""
         return self.in_a_row >= IN_A_ROW
+
+    def searches(self) -> bool:
+        """Whether the next step is run in parts if it fails; asked once for each step. That takes
+        several tries, which are in vain where the model fails for everybody. But where somebody
+        sends one bad request after the other, it serves those beside them, and ends the row."""
+        self._passed_over = (self._passed_over + 1) % SEARCHED if self.failing else 0
+        return self._passed_over == 0
 
     def succeeded(self) -> None:
         """A step has served at least one request."""

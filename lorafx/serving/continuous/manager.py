@@ -328,7 +328,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         step = step_of(processor.inputs_and_outputs)
         draws = processor.do_sample and sampling.drawn(self.logit_processor)
         processor.model_runner.do_sample = draws
-        packed.searches = not self.health.failing
+        packed.searches = self.health.searches()
         try:
             processor._generation_step(self._forward)
         except torch.AcceleratorError:

@@ -20,6 +20,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import lorafx
 from lorafx import BatchError, ConfigError
+from lorafx.serving.continuous.health import IN_A_ROW, SEARCHED
 
 pytestmark = pytest.mark.usefixtures("earlier_objects_frozen")
 
@@ -160,6 +161,25 @@ def test_an_error_of_the_model_fails_the_requests_that_cause_it(limited, caplog)
         assert not engine.batch_processor.scheduler.active_requests
         assert all(not own.block_table for own in pool.cache_allocators.values())
     check_logits(limited, seen, outputs, work)
+
+
+def test_an_engine_that_failed_again_and_again_serves_those_beside_bad_requests(limited) -> None:
+    """Somebody sends one request after the other for which the model raises."""
+    cm = limited.compile()
+    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
+        for _ in range(IN_A_ROW):
+            answers(engine, [engine.add_request([3, LIMIT], adapter=None, max_new_tokens=1)])
+        assert engine.unhealthy() is not None
+        served = []
+        for _ in range(SEARCHED):
+            with engine.pause():
+                bad = engine.add_request([3, LIMIT], adapter=None, max_new_tokens=1)
+                fine = engine.add_request([7, 8], adapter="a1", max_new_tokens=1)
+            outputs = answers(engine, [bad, fine])
+            assert outputs[bad].error is not None
+            served.append(outputs[fine].error is None)
+        assert any(served)
+        assert engine.unhealthy() is None
 
 
 def test_a_merged_adapter_is_served_beside_requests_that_are_refused(llama, cm) -> None:
