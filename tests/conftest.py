@@ -91,12 +91,10 @@ def _few_models() -> Iterator[None]:
 
 
 @pytest.fixture
-def earlier_objects_frozen() -> Iterator[None]:
-    """For tests that start engines: each that stops collects garbage twice, which takes a second
-    each among all that other tests left."""
+def earlier_objects_frozen() -> None:
+    """For tests that start engines: each that stops collects garbage twice, which takes seconds
+    each among all that earlier tests of the file left too."""
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="class")

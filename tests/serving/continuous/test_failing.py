@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import logging
 import shutil
 from itertools import pairwise
@@ -230,8 +229,6 @@ def sampling(llama: Case) -> Any:
     config = ContinuousBatchingConfig(**PAGES, per_request_processors=True)
     with cm.continuous_batching(generation, config, warmup=False) as engine:
         yield engine
-        gc.freeze()  # an engine that stops collects garbage
-    gc.unfreeze()
 
 
 @pytest.mark.parametrize(
