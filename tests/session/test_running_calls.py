@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import lorafx
 from lorafx.base_weights import merge
-from lorafx.compat import no_mha_fast_path
 from lorafx.errors import BatchError, CapacityError, CaptureError
 from lorafx.model.bank import Bank
 
@@ -279,17 +278,6 @@ def test_a_slot_that_could_not_be_written_is_nobodys(pausing, monkeypatch):
     monkeypatch.undo()
     assert calls
     check(cm, pausing, MIXED, x)
-
-
-def test_the_fast_path_of_attention_stays_off_for_whoever_needs_it_last():
-    """It is one switch of the process, and goes past all marks: two models on two threads."""
-    assert torch.backends.mha.get_fastpath_enabled()
-    with no_mha_fast_path():
-        inner = no_mha_fast_path()
-        inner.__enter__()
-    assert not torch.backends.mha.get_fastpath_enabled()
-    inner.__exit__(None, None, None)
-    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def _in_child(action: Callable[[], None], seconds: int = 30) -> int:

@@ -43,12 +43,10 @@ class Draft(nn.Module):
 
 def shared_parameters(embed: nn.Embedding, head: nn.Linear) -> tuple[nn.Module, nn.Module]:
     """Other modules over the same parameters."""
-    own = (
-        nn.Linear(head.in_features, head.out_features, bias=False),
-        nn.Embedding(*embed.weight.shape),
-    )
-    own[0].weight, own[1].weight = head.weight, embed.weight
-    return own[1], own[0]
+    ids = nn.Embedding(*embed.weight.shape)
+    logits = nn.Linear(head.in_features, head.out_features, bias=False)
+    ids.weight, logits.weight = embed.weight, head.weight
+    return ids, logits
 
 
 def ends(target: nn.Module) -> tuple[nn.Module, nn.Module]:
