@@ -80,22 +80,21 @@ QUICK = 8  # layers at most of a quick run
 STEP_DEPTH = 8
 ROWS = 8
 PROMPT = 5  # tokens
+#: Of each model.
+SIZES: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "vocab_size": 4096,
+    "max_position_embeddings": 512,
+}
 
 
 def llama(layers: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=512,
-            intermediate_size=1408,
-            num_hidden_layers=layers,
-            num_attention_heads=8,
-            num_key_value_heads=8,
-            vocab_size=4096,
-            max_position_embeddings=512,
-        )
-    )
+    return LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=layers))
 
 
 def qwen3_next(layers: int) -> Any:
@@ -104,20 +103,15 @@ def qwen3_next(layers: int) -> Any:
 
     return Qwen3NextForCausalLM(
         Qwen3NextConfig(
-            hidden_size=512,
-            intermediate_size=1408,
+            **SIZES,
             num_hidden_layers=layers,
             layer_types=["linear_attention", "full_attention"] * (layers // 2),
-            num_attention_heads=8,
-            num_key_value_heads=8,
             head_dim=64,
             linear_num_key_heads=4,
             linear_num_value_heads=8,
             linear_key_head_dim=64,
             linear_value_head_dim=64,
             mlp_only_layers=list(range(layers)),
-            vocab_size=4096,
-            max_position_embeddings=512,
         )
     )
 
@@ -128,17 +122,12 @@ def qwen3_moe(layers: int) -> Any:
 
     return Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
-            hidden_size=512,
-            intermediate_size=1408,
+            **SIZES,
             moe_intermediate_size=256,
             num_experts=8,
             num_experts_per_tok=2,
             num_hidden_layers=layers,
-            num_attention_heads=8,
-            num_key_value_heads=8,
             head_dim=64,
-            vocab_size=4096,
-            max_position_embeddings=512,
         )
     )
 

@@ -165,6 +165,17 @@ class CopyStreams:
                 for lane in self._lanes:
                     lane.used()
 
+    def write(self, name: str, slots: Iterable[int], write: Callable[[], object]) -> None:
+        """Have `write` fill slots with `name` in the turn of the current stream, behind what has
+        used these.
+
+        Raises:
+            BatchError: as `refuse_captured`.
+        """
+        self.refuse_captured([name])
+        self.use(slots)
+        write()
+
     def copy(
         self,
         name: str,
@@ -182,11 +193,10 @@ class CopyStreams:
             BatchError: as `refuse_captured`.
         """
         behind = slots if behind is None else behind
-        self.refuse_captured([name])
         if not self.beside:
-            self.use(behind)
-            write()
+            self.write(name, behind, write)
             return
+        self.refuse_captured([name])
         # Whole: an interrupt would leave the caller on the stream of copies.
         undisturbed(partial(self._copy, name, slots, write, behind))
 

@@ -200,9 +200,7 @@ class Slots:
         if beside:
             self.copy_streams.copy(stored.name, taken, write, behind)
         else:
-            self.copy_streams.refuse_captured([stored.name])
-            self.copy_streams.use(behind)
-            write()
+            self.copy_streams.write(stored.name, behind, write)
 
     def _clear(self, slot: int) -> None:
         def clear() -> list[Tensor]:

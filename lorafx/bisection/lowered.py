@@ -18,8 +18,9 @@ from torch.utils import _pytree as pytree
 from lorafx.bisection.first_site import Run, between, recorded, returned
 from lorafx.bisection.result import FirstSite
 from lorafx.capture.differences import difference
+from lorafx.capture.driver import stays
 from lorafx.capture.lowering import Lowering
-from lorafx.capture.verify import copied
+from lorafx.capture.verify import cloned, copied
 from lorafx.serving.stages import Stage
 
 
@@ -40,7 +41,7 @@ class CompiledParts:
     def run(self, stage: Stage, given: Sequence[Any]) -> Any:
         """The results of a stage, node by node; meanwhile its compiled form is looked at."""
         runs: list[Run] = []
-        begun = _copies(given)  # operators may write into inputs
+        begun = cloned(given)  # operators may write into inputs
         results = recorded(stage, given, runs)
         if self.site is None and not self.notes:
             self._compare(runs[0], begun, pytree.tree_leaves(results))
@@ -107,11 +108,7 @@ class CompiledParts:
         gm = copied(gm)  # whatever compiles a graph may change it
         inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
         run: Callable[[list[Any]], Any] = self.lowering.compile(gm, inputs)
-        return pytree.tree_leaves(run(_copies(given)))
-
-
-def _copies(given: Sequence[Any]) -> list[Any]:
-    return [item.clone() if isinstance(item, Tensor) else item for item in given]
+        return pytree.tree_leaves(run(cloned(given)))
 
 
 def _nodes(run: Run) -> list[fx.Node]:
@@ -136,6 +133,6 @@ def _cut_off(gm: fx.GraphModule, last: fx.Node) -> fx.GraphModule:
     cut.graph.output_node().args = ((node,),)
     for other in reversed(behind[behind.index(node) + 1 : -1]):
         cut.graph.erase_node(other)
-    cut.graph.eliminate_dead_code(lambda each: each.op == "placeholder" or each.is_impure())
+    cut.graph.eliminate_dead_code(stays)
     cut.recompile()
     return cut

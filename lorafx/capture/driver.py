@@ -45,7 +45,7 @@ def run_pipeline(
 
     def cleaned(item: GraphPass, edits: int, seconds: float) -> PassReport:
         start = time.perf_counter()
-        gm.graph.eliminate_dead_code(_is_impure)
+        gm.graph.eliminate_dead_code(stays)
         gm.recompile()
         if options.verify != "off":
             check_graph(item.name, gm, ctx, outputs)
@@ -68,7 +68,7 @@ def run_pipeline(
     return reports
 
 
-def _is_impure(node: fx.Node) -> bool:
-    """Placeholders must stay (the executable's calling convention), and so must effects. What has
-    users stays in any case, and is not looked at."""
+def stays(node: fx.Node) -> bool:
+    """Whether a node is no dead code. Placeholders must stay (the executable's calling convention),
+    and so must effects. What has users stays in any case, and is not looked at."""
     return node.op == "placeholder" or bool(node.users) or node.is_impure()

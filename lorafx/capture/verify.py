@@ -96,6 +96,11 @@ def copied(gm: fx.GraphModule) -> fx.GraphModule:
     return kept
 
 
+def cloned(values: Sequence[Any]) -> list[Any]:
+    """Arguments of a graph that it may write into."""
+    return [item.clone() if isinstance(item, Tensor) else item for item in values]
+
+
 @dataclass(frozen=True)
 class _Stage:
     """A copy of the graph as the pass `name` left it."""
@@ -139,9 +144,9 @@ class NumericCheck:
         for stage in self.stages[start:]:
             if stage.inputs != len(arguments):  # before `match` added the inputs of unmarked uses
                 continue
-            copies = [item.clone() if isinstance(item, Tensor) else item for item in arguments]
+            given = cloned(arguments)
             with torch.no_grad():
-                results = pytree.tree_leaves(stage.graph(*copies))
+                results = pytree.tree_leaves(stage.graph(*given))
             if reference is None:
                 reference = results
             else:

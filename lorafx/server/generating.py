@@ -23,10 +23,8 @@ from lorafx.adapter_store.names import BASE
 from lorafx.server.errors import RequestError
 from lorafx.server.metrics import Metrics
 from lorafx.server.served_model import ServedModel
+from lorafx.serving.continuous.checks import RANGES
 from lorafx.serving.continuous.manager import AdapterBatchingManager
-
-#: How a request's tokens are chosen.
-SAMPLING = ("temperature", "top_k", "top_p")
 
 
 class Route:
@@ -157,7 +155,7 @@ class AdapterGeneration(CBGenerateManager):
                 code="context_length_exceeded",
             )
         config.max_new_tokens = min(config.max_new_tokens, self._room - length)
-        self._cb.sampling = {name: getattr(config, name) for name in SAMPLING}
+        self._cb.sampling = {name: getattr(config, name) for name in RANGES}
 
 
 class Generation(GenerationState):

@@ -22,13 +22,14 @@ def prefetch(session: Session, names: Sequence[str | None], *, slots: bool) -> N
     for name in names:
         if name is not None:
             store.check_known(name)
-    kept = store.fetch(names)  # noqa: F841 - before the lock is taken
+    host_copies = store.fetch(names)  # read before the lock is taken
     if not slots:
         return
     with session.lock:
         if not store.copy_streams.beside:
             session.locks.streams.follow(session.accelerators)
         store.fill(names, _read(session))
+    del host_copies  # which had them stay in memory until here
 
 
 def fill_ahead(session: Session, holds: Iterable[Hold]) -> None:

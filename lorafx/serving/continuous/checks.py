@@ -117,11 +117,11 @@ def checked_sampling(
     for name, value in given.items():
         if value is None:
             continue
-        low, high = RANGES.get(name, (None, None))
-        if low is None or high is None:
+        if name not in RANGES:
             if name not in NEUTRAL or _fraction(value) != NEUTRAL[name]:
                 asked[name] = value
             continue
+        low, high = RANGES[name]
         whole = isinstance(low, int)
         number = _number(value) if whole else _fraction(value)
         if number is None or not low <= number <= high:
