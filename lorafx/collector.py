@@ -2,7 +2,8 @@
 
 A model of 10,000 modules has about a million objects. Each generation that fills up while its
 sites, banks and marks are made walks over all of them: that was 60 % of the time (1.2 s of 2.0).
-A capture makes as many, and much garbage: going through what was there before was a tenth of it.
+A capture makes as many, and much garbage: going through what was there before was a tenth of it,
+and going again through what it had made itself another tenth at 32 layers.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+#: The generation of all objects that are not frozen.
+_OLDEST = 2
 
 
 @contextmanager
@@ -29,13 +33,22 @@ def collection_paused() -> Iterator[None]:
 def earlier_objects_spared() -> Iterator[None]:
     """Inside, garbage is looked for only among the objects that are made there.
 
+    What outlasts a collection of the oldest generation is spared, too, until the block ends.
+
     Where something is frozen already, by the program or by another such block, nothing changes.
     """
     if gc.get_freeze_count():
         yield
         return
     gc.freeze()
+    gc.callbacks.append(_spare_survivors)
     try:
         yield
     finally:
+        gc.callbacks.remove(_spare_survivors)
         gc.unfreeze()
+
+
+def _spare_survivors(phase: str, info: dict[str, int]) -> None:
+    if phase == "stop" and info["generation"] == _OLDEST:
+        gc.freeze()

@@ -51,6 +51,22 @@ def test_garbage_is_found_among_what_a_block_makes() -> None:
 
 
 @pytest.mark.quick
+def test_what_outlasts_a_collection_is_not_looked_at_again() -> None:
+    callbacks = list(gc.callbacks)
+    with earlier_objects_spared():
+        lasting = Ring()
+        gc.collect()
+        young = weakref.ref(Ring())
+        kept = weakref.ref(lasting)
+        del lasting
+        gc.collect()
+        assert young() is None
+        assert kept() is not None
+    assert any(map(partial(operator.is_, kept()), gc.get_objects(generation=2)))
+    assert gc.callbacks == callbacks
+
+
+@pytest.mark.quick
 def test_an_error_puts_the_objects_back() -> None:
     with pytest.raises(KeyError), earlier_objects_spared():
         raise KeyError
