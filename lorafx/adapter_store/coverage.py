@@ -19,6 +19,7 @@ from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.reading import Reading
 from lorafx.config import LoraConfig
+from lorafx.errors import some
 from lorafx.model import targets
 from lorafx.model.expert_names import PROJECTIONS, Columns, covers, overlapping
 from lorafx.model.experts import ExpertWeight
@@ -68,11 +69,10 @@ class Coverage:
 
     def __str__(self) -> str:
         total = len(self.missing) + self.placed
-        more = f" and {len(self.missing) - 8} more" if len(self.missing) > 8 else ""
         return (
             f"its configuration targets {total} modules here, but its file has no factors "
             f"for {len(self.missing)} of them ({100 * len(self.missing) / total:.0f} %): "
-            f"{', '.join(self.missing[:8])}{more}"
+            f"{some(self.missing, 8)}"
         )
 
 

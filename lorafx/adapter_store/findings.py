@@ -12,7 +12,7 @@ from torch import Tensor
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.places import Places
 from lorafx.adapter_store.saved import AdapterState
-from lorafx.errors import CapacityError, CheckpointError, UnsupportedAdapterError
+from lorafx.errors import CapacityError, CheckpointError, UnsupportedAdapterError, some
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -135,5 +135,4 @@ def path_label(path: str) -> str:
 
 def listed(paths: list[str], most: int = 8) -> str:
     """The first of some paths, and how many there are besides."""
-    more = f" and {len(paths) - most} more" if len(paths) > most else ""
-    return ", ".join(map(path_label, paths[:most])) + more
+    return some(map(path_label, paths), most)

@@ -32,7 +32,7 @@ from lorafx.base_weights.changes import (
     copied,
     not_mergeable,
 )
-from lorafx.errors import CaptureError, ConfigError, LorafxError, MatchError
+from lorafx.errors import CaptureError, ConfigError, LorafxError, MatchError, some
 from lorafx.interrupts import Rollback, undisturbed
 from lorafx.model.packing import check_packed
 from lorafx.model.quantized import Stored, dequantize, requantize
@@ -274,9 +274,8 @@ def _lost(merged: Merged, why: str) -> str:
 def _refuse_touched(merged: Merged) -> None:
     touched = [str(item.holder) for item in merged.originals if item.touched]
     if touched:
-        more = f" and {len(touched) - 3} more" if len(touched) > 3 else ""
         raise CaptureError(
-            f"{', '.join(touched[:3])}{more}: something wrote or replaced these weights "
+            f"{some(touched)}: something wrote or replaced these weights "
             f"since {merged.name!r} was merged, and restoring the originals would undo "
             "that. Change base weights with load_weights(), which updates the merge too; "
             "or call unmerge(force=True), which puts the originals back anyway, and load "

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafx.errors import BaseWeightsError
+from lorafx.errors import BaseWeightsError, some
 from lorafx.loading.groups import GroupMember, TensorGroup
 from lorafx.loading.loadable_layer import LoadableLayer
 from lorafx.loading.resolve import Meaning, Resolver
@@ -23,6 +23,7 @@ from lorafx.loading.sources import Item
 from lorafx.loading.weight_places import Landing, Numbers, Shape, Target, meet, volume
 
 _SHOWN = 100
+_TOLD = 5  # names in a sentence
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class UpdatePlan:
             lacking = [name for name in group.names if name not in items]
             if lacking:
                 given = ", ".join(item.name for item in items.values())
-                text = f"{given}: needs {_some(lacking)} too"
+                text = f"{given}: needs {some(sorted(lacking), _TOLD)} too"
                 self.missing.extend(lacking)
                 if self._strict:
                     self._fault(text, *group.landings)
@@ -274,14 +275,14 @@ class UpdatePlan:
             isinstance(p, frozenset) for p in parts
         ):
             lacking = target.module.pieces(target.attribute) - frozenset().union(*parts)
-            some = _some(map(str, lacking))
-            return f"nothing in the checkpoint for slices {some}" if lacking else ""
+            told = some(sorted(map(str, lacking)), _TOLD)
+            return f"nothing in the checkpoint for slices {told}" if lacking else ""
         if any(isinstance(part, frozenset) for part in parts):
             # A loader of its own, of which nobody knows more than what is declared.
             shards = self._resolver.shards(target)
             pieces = frozenset().union(*parts)
             absent = [name for shard, name in shards.items() if not pieces & {None, shard}]
-            return f"nothing in the checkpoint for {_some(absent)}" if absent else ""
+            return f"nothing in the checkpoint for {some(sorted(absent), _TOLD)}" if absent else ""
         whole = target.tensor.numel()
         got = sum(volume(part) for part in {_box_key(part): part for part in parts}.values())
         if got >= whole:
@@ -292,7 +293,7 @@ class UpdatePlan:
             for i in range(first if target.tensor.dim() == 3 else 0)
             if not any(i in part[0] for part in parts)
         ]
-        which = f", nothing for experts {_some(experts)}" if experts else ""
+        which = f", nothing for experts {some(experts, _TOLD)}" if experts else ""
         return f"{got} of its {whole} numbers are in the checkpoint{which}"
 
     def _fault(self, problem: str, *found: Meaning | None) -> None:
@@ -333,10 +334,3 @@ def _unlike(found: Landing, numbers: Numbers) -> str:
 
 def _same(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
     return a.shape == b.shape and torch.equal(a.to(dtype), b.to(device=a.device, dtype=dtype))
-
-
-def _some(names: Any, count: int = 5) -> str:
-    names = sorted(names)
-    return ", ".join(names[:count]) + (
-        f" and {len(names) - count} more" if len(names) > count else ""
-    )

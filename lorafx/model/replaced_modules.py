@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from lorafx.errors import ReplacedModuleError
+from lorafx.errors import ReplacedModuleError, some
 from lorafx.model.module_graph import ModuleGraph, join
 from lorafx.model.sites import Site
 from lorafx.registry import lookup
@@ -161,8 +161,7 @@ class SiteWatch:
             elsewhere = places.get(id(edge.child))
             text += f" (now at {elsewhere})" if elsewhere is not None else ""
             if lost != [edge.path]:
-                more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-                text += f"; it holds {', '.join(lost[:3])}{more}"
+                text += f"; it holds {some(lost)}"
             found.append(text)
         return found[:3] + ([f"and {len(found) - 3} more places"] if len(found) > 3 else [])
 

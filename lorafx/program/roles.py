@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorafx.errors import BatchError, ConfigError, LorafxWarning, nearest
+from lorafx.errors import BatchError, ConfigError, LorafxWarning, nearest, some
 
 _BATCH_FIRST = 0
 
@@ -312,8 +312,7 @@ def sizes_of(named: Mapping[str, Any]) -> str:
     """The end of a message: the tensors among the arguments of a call, with their sizes."""
     tensors = ((name, value) for name, value in named.items() if isinstance(value, Tensor))
     said = [f"{name} {tuple(tensor.shape)}" for name, tensor in tensors]
-    more = f" and {len(said) - _SHOWN} more" if len(said) > _SHOWN else ""
-    return f"; the call has {', '.join(said[:_SHOWN])}{more}" if said else ""
+    return f"; the call has {some(said, _SHOWN)}" if said else ""
 
 
 _SHOWN = 8

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.adapter_store.peft_reader import Adapter, LoraWeights
-from lorafx.errors import BatchError, CapacityError, ConfigError, ProvenanceError
+from lorafx.errors import BatchError, CapacityError, ConfigError, ProvenanceError, some
 from lorafx.model.sites import Site
 from lorafx.progress import progress
 from lorafx.serving.activation import any_begins
@@ -131,10 +131,9 @@ def dummy_rank(sites: Sequence[Site], max_rank: int, rank: int | None = None) ->
         why = ""
         if multiple > 1:
             sharded = [f"{path} {count}" for path, count in shards.items() if count > 1]
-            more = f" and {len(sharded) - 3} more" if len(sharded) > 3 else ""
             why = (
                 f", rounded up to a multiple of {multiple} because LoRA ranks are sharded "
-                f"({', '.join(sharded[:3])}{more}),"
+                f"({some(sharded)}),"
             )
         raise CapacityError(
             f"warm-up adapters of {said} {wanted}{why} need rank {rounded}, over max_rank = "
