@@ -32,6 +32,8 @@ if "TORCH_TRACE" not in os.environ:
 # A capture makes millions of objects that live until it ends. At Python's own thresholds the
 # collector goes through all of them again and again, which is another tenth.
 gc.set_threshold(100_000, 20, 50)
+# Dynamo goes through them once more after each, which is a fiftieth.
+torch._dynamo.config.run_gc_after_compile = False
 
 
 @pytest.hookimpl(tryfirst=True)

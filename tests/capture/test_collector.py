@@ -15,14 +15,16 @@ from tiny_models import FAMILIES
 from torch import fx
 
 import lorafx
+from lorafx import collector
 from lorafx.collector import earlier_objects_spared
 from lorafx.graph.context import Context
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _nothing_frozen() -> None:
+@pytest.fixture(autouse=True)
+def _nothing_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fixture of all files freezes what others left."""
     gc.unfreeze()
+    monkeypatch.setattr(collector, "_ask_again", 0.0)
 
 
 class Ring:
@@ -83,6 +85,25 @@ def test_what_the_program_has_frozen_stays_frozen() -> None:
         assert all(item is not own for item in gc.get_objects())
     finally:
         gc.unfreeze()
+
+
+@pytest.mark.quick
+def test_what_is_frozen_is_not_counted_at_each_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    count = gc.get_freeze_count
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: counted.append(count()) or counted[-1])
+    gc.freeze()
+    try:
+        for _ in range(3):
+            with earlier_objects_spared():
+                pass
+        assert len(counted) == 1
+        monkeypatch.setattr(collector, "_ask_again", collector._ask_again - 3600)
+    finally:
+        gc.unfreeze()
+    with earlier_objects_spared():  # the program has let go of them
+        assert count()
+    assert not count()
 
 
 @pytest.mark.quick
