@@ -20,6 +20,7 @@ from lorafx.errors import ConfigError, nearest
 from lorafx.graph.context import Context
 from lorafx.passes.alias import Alias
 from lorafx.passes.attach import Attach
+from lorafx.passes.attend import Attend
 from lorafx.passes.fuse.fuse import Fuse
 from lorafx.passes.give_out import GiveOut
 from lorafx.passes.load import LoadAdapters
@@ -84,6 +85,7 @@ GRAPH_PASSES: tuple[GraphPass, ...] = (
     Provenance(),
     ReplaceRows(),
     Rescale(),
+    Attend(),
     Fuse(),
     Pack(),
     Plan(),

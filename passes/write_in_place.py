@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from lorafx.graph.context import Context
+from lorafx.kernels.cpu.paged_attention import PAGED_ATTENTION
 from lorafx.kernels.ops.paged_cache import PAGED_CACHE
 from lorafx.op_arguments import TRACED_WRITE, in_order
 
@@ -32,7 +33,7 @@ class _Writer:
     results: int
 
 
-_WRITERS = {PAGED_CACHE: _Writer("cache", 2)}
+_WRITERS = {PAGED_CACHE: _Writer("cache", 2), PAGED_ATTENTION: _Writer("cache", 1)}
 
 
 def writes_in_place(gm: fx.GraphModule) -> bool:
@@ -105,11 +106,13 @@ def _in_place(node: fx.Node, place: fx.Node) -> None:
     graph = node.graph
     with graph.inserting_before(node):
         call = graph.call_function(op, in_order(op, given, **{writer.argument: place}))  # type: ignore[arg-type]
-    call.meta = {**node.meta, "val": tuple(node.meta["val"][: writer.results])}
+    one = writer.results == 1
+    found = node.meta["val"][: writer.results]
+    call.meta = {**node.meta, "val": found[0] if one else tuple(found)}
     call.meta.pop("eager_input_vals", None)  # those of the functional call
     for user in list(node.users):
-        if user.target is operator.getitem and user.args[1] == writer.results:
-            user.replace_all_uses_with(place)
+        if user.target is operator.getitem and (one or user.args[1] == writer.results):
+            user.replace_all_uses_with(call if user.args[1] == 0 else place)
             graph.erase_node(user)
     node.replace_all_uses_with(call)
     graph.erase_node(node)

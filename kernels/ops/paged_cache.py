@@ -4,6 +4,8 @@ those that the queries see.
     key, value (1, H, T, D)   of the T new tokens of all sequences, one sequence after another
     cache (bytes,) uint8      all pages of all layers; rows of H · D numbers in it
     read (N,), write (T,)     rows of the layer's part of the cache, int64
+    seen (T, 2), mask         which of the N are of each token's request, and what its attention
+                              adds; read by lorafx.kernels.cpu.paged_attention alone
 
 The layer's keys begin at row `first_key`, its values at row `first_value`. A ring keeps a window: a
 new token takes the row of the one that leaves it, so the old rows are read first, and an entry of
@@ -23,7 +25,8 @@ from lorafx.kernels.ops.op_library import define
 
 SCHEMA = (
     "paged_cache(Tensor key, Tensor value, Tensor(a!) cache, Tensor read, Tensor write, "
-    "int first_key, int first_value, int sentinel, bool ring) -> (Tensor, Tensor)"
+    "int first_key, int first_value, int sentinel, bool ring, "
+    "Tensor? seen=None, Tensor? mask=None) -> (Tensor, Tensor)"
 )
 
 
@@ -37,6 +40,8 @@ def paged_cache(
     first_value: int,
     sentinel: int,
     ring: bool,
+    seen: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The keys and values that the queries see, (1, H, N, D), in the order of `read`."""
     new = (read == sentinel)[:, None, None] if ring else None
@@ -63,7 +68,7 @@ def _updated(
     return seen.transpose(0, 1).unsqueeze(0)
 
 
-def paged_cache_fake(key, value, cache, read, write, first_key, first_value, sentinel, ring):
+def paged_cache_fake(key, value, cache, read, *_):
     tokens = read.shape[0]
     return tuple(
         states.new_empty((tokens, states.shape[1], states.shape[3])).transpose(0, 1).unsqueeze(0)

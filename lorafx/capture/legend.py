@@ -46,6 +46,7 @@ OPS: Mapping[str, str] = {
     "triton_concat": "v behind the columns of x, and B behind those of W, for one product",
     "add_product": "y += x Wᵀ in place, the vendor's product",
     "paged_cache": "writes keys and values of new tokens into a paged cache, and reads it",
+    "paged_attention": "the same, and the attention to it, request by request",
     "stamp": "stands for a layer that is traced once",
 }
 

@@ -3,6 +3,7 @@
     paged_cache(key, value, ...)         Pooled(), Pooled()
     views, copies, casts, scaling        Pooled() again
     query · keys, weights · values       the rows of what is no pool
+    paged_attention(query, ...)          the rows of the queries
 
 An attention over pages mixes entries of several requests by nature; its mask says which of them a
 query sees. A row of its result stands where its query stood. Everything else that meets a pool, a
@@ -15,8 +16,9 @@ from collections.abc import Sequence
 
 from torch import fx
 
-import lorafx.kernels.ops.paged_cache  # noqa: F401  (defines the op)
+from lorafx.kernels.cpu.paged_attention import PAGED_ATTENTION
 from lorafx.kernels.ops.paged_cache import PAGED_CACHE
+from lorafx.op_arguments import bound
 from lorafx.ownership import contractions, pointwise, slices, views
 from lorafx.ownership.flow import Flow, Rule, each_output
 from lorafx.ownership.labels import Label, Mixed, Own, Pooled, Single
@@ -25,6 +27,14 @@ from lorafx.ownership.labels import Label, Mixed, Own, Pooled, Single
 def cached(node: fx.Node, flow: Flow) -> Label:
     """paged_cache(key, value, ...): what the queries of all requests see."""
     return each_output(node, Pooled())
+
+
+def attended(node: fx.Node, flow: Flow) -> Label:
+    """paged_attention(query, ...): each query (1, H, T, D) sees the keys of its own request."""
+    label = flow.label(bound(node)["query"])
+    if isinstance(label, Mixed) or (isinstance(label, Own) and label.dim == 2):
+        return label
+    return flow.lost(node, f"its queries are of {label}, where each is of a token")
 
 
 def read(node: fx.Node, flow: Flow, labels: Sequence[Single], rule: Rule | None) -> Label:
@@ -55,4 +65,7 @@ _CONTRACTING = frozenset(contractions.RULES.values()) - {
 }
 _MOVING = frozenset({*views.RULES.values(), slices.sliced, pointwise.pointwise})
 
-RULES: dict[object, Rule] = {PAGED_CACHE.overloadpacket: cached}
+RULES: dict[object, Rule] = {
+    PAGED_CACHE.overloadpacket: cached,
+    PAGED_ATTENTION.overloadpacket: attended,
+}

@@ -118,7 +118,7 @@ def test_dumps_are_readable(family: str, looked: Any, tmp_path: Path) -> None:
     cm = looked(family).cm
     record = cm._session.backend.records[0]
     stages = {name: text for name, _, text in record.dump.stages}
-    graph = (cm.dump(tmp_path) / "graph-0-lora" / "08-pack.py").read_text()
+    graph = (cm.dump(tmp_path) / "graph-0-lora" / "09-pack.py").read_text()
     for text in EXPECTED[family]:
         assert text in graph, text
     assert "_lora:" in stages["captured"]
@@ -142,7 +142,7 @@ def test_what_is_compiled_keeps_its_names(plain: Case, tmp_path: Path) -> None:
     assert compiled
     assert set(compiled) <= {each.raw for each in facts}
     assert not [name for name in compiled if "up_gate" in name or "_fused" in name]
-    assert "up_gate_packed:" in (tmp_path / "graph-0-lora" / "08-pack.py").read_text()
+    assert "up_gate_packed:" in (tmp_path / "graph-0-lora" / "09-pack.py").read_text()
 
 
 def test_generated_code_is_beside_the_graphs(tmp_path: Path, monkeypatch: Any) -> None:
@@ -160,7 +160,7 @@ def test_generated_code_is_beside_the_graphs(tmp_path: Path, monkeypatch: Any) -
     assert "lorafx_kernel" in kernels[0]
     for name in ("graph-0-lora", "graph-1-base"):
         assert "def call(" in (graph.parent / name / "inductor.py").read_text()
-    assert "module_0_fused" in (graph / "08-pack.py").read_text()
+    assert "module_0_fused" in (graph / "09-pack.py").read_text()
     assert "graphs: 2" in (graph.parent / "explain.txt").read_text()
     assert cm.dump(tmp_path / "again")
     for path in graph.iterdir():  # what is written as graphs come is what is written afterwards
@@ -197,7 +197,7 @@ def test_models_do_not_dump_over_one_another(small: Any, tmp_path: Path, monkeyp
     first, second = tmp_path / "dump", tmp_path / "dump" / "Up-2"
     for folder in (first, second):
         assert "graphs: 1" in (folder / "explain.txt").read_text()
-        assert (folder / "graph-0-lora" / "11-outline.py").exists()
+        assert (folder / "graph-0-lora" / "12-outline.py").exists()
     compiled[0].detach()
     again = case.compile(dynamic=False)
     again(torch.randn(2, 4), adapter_names=["b", None])

@@ -88,7 +88,7 @@ def dumped(folder: Path) -> list[str]:
 
 
 PASSES = ["captured", "write_in_place", "match", "give_out", "provenance", "replace_rows"]
-PASSES += ["rescale", "fuse", "pack", "plan", "lower", "outline"]
+PASSES += ["rescale", "attend", "fuse", "pack", "plan", "lower", "outline"]
 
 
 def test_dumps(plain, inputs, tmp_path, monkeypatch):
@@ -108,7 +108,7 @@ def test_dumps(plain, inputs, tmp_path, monkeypatch):
         assert dumped(tmp_path / folder) == expected
         assert "sites: 5" in (tmp_path / folder / "explain.txt").read_text()
         assert {"index.html", "trace.json"} <= {path.name for path in (tmp_path / folder).iterdir()}
-    text = (tmp_path / "method" / "graph-0-lora" / "08-pack.diff").read_text()
+    text = (tmp_path / "method" / "graph-0-lora" / "09-pack.diff").read_text()
     assert text.startswith("# graph 0 lora, after pack: 2 edits")
     assert "+" in text
     assert "lorafx.fused_linear" in text

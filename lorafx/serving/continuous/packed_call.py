@@ -123,11 +123,14 @@ class PackedForward:
         if self._pages is None or self._pages.pages is not cache.cache_tensor:
             self._pages = StepCache(cache)
         length = input_ids.shape[1]
-        step = self._pages.step(read_index, write_index)
+        masks = _laid_out(attention_mask)
+        step = self._pages.step(
+            read_index, write_index, *_by_kind(self._pages.kinds, length, masks, others)
+        )
         named: dict[str, Any] = {
             "input_ids": input_ids,
             "position_ids": position_ids,
-            "attention_mask": _laid_out(attention_mask),
+            "attention_mask": masks,
             "cache": step,
             "use_cache": False,
             "is_causal": False,
@@ -304,6 +307,22 @@ def _owners(counts: Sequence[int], length: int) -> Tensor:
     padding. Each request has `counts` of them."""
     owners = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     return nn.functional.pad(owners, (0, length - len(owners)), value=-1)
+
+
+def _by_kind(
+    kinds: Sequence[str], length: int, masks: Any, others: Mapping[str, Any]
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """For each kind of attention what the tokens see, and the mask; see StepCache. On a GPU the
+    host would have to wait for the first, and nothing asks for it."""
+    counts: Tensor = others["cu_seq_lens_q"].diff()
+    if counts.device.type != "cpu":
+        return [None] * len(kinds), [None] * len(kinds)
+    seen: list[Tensor | None] = []
+    for kind in kinds:
+        ends = others["cu_seq_lens_k"][kind].long()
+        of_tokens = torch.stack([ends[:-1], ends[1:]], 1).repeat_interleave(counts, 0)
+        seen.append(nn.functional.pad(of_tokens, (0, 0, 0, length - len(of_tokens))))
+    return seen, [masks if isinstance(masks, Tensor) else masks[kind] for kind in kinds]
 
 
 def _laid_out(mask: Tensor | Mapping[str, Tensor]) -> Any:

@@ -58,6 +58,9 @@ class StepCache(PagedAttentionCache):
         kinds: of attention, by transformers' names.
         read: for each kind of attention, (N,) int64.
         write: likewise, (T,) int64.
+        seen: likewise, (T, 2) int64, where in `read` the keys of each token's request begin and
+            end; None where attention to one request after the other gains nothing.
+        masks: likewise, the masks of the step, (1, 1, T, N), as the model is given them.
     """
 
     def __init__(self, cache: PagedAttentionCache) -> None:
@@ -74,8 +77,16 @@ class StepCache(PagedAttentionCache):
         ]
         self.read: list[Tensor] = []
         self.write: list[Tensor] = []
+        self.seen: list[Tensor | None] = []
+        self.masks: list[Tensor | None] = []
 
-    def step(self, read: Sequence[Tensor], write: Sequence[Tensor]) -> StepCache:
+    def step(
+        self,
+        read: Sequence[Tensor],
+        write: Sequence[Tensor],
+        seen: Sequence[Tensor | None] | None = None,
+        masks: Sequence[Tensor | None] | None = None,
+    ) -> StepCache:
         """For a step that reads and writes these rows. Where nothing is read (transformers gives
         no rows then), the queries see the new tokens: a graph need not tell the two apart."""
         step = StepCache.__new__(StepCache)
@@ -86,6 +97,8 @@ class StepCache(PagedAttentionCache):
             for group, (rows, new) in enumerate(zip(read, write, strict=True))
         ]
         step.write = [rows.clone() for rows in write]
+        step.seen = [None for _ in write] if seen is None else [*seen]
+        step.masks = [None for _ in write] if masks is None else [*masks]
         return step
 
     def _unread(self, group: int, new: Tensor) -> Tensor:
@@ -108,7 +121,7 @@ class StepCache(PagedAttentionCache):
                 unseen = unseen & (rows != sentinels[group])
             read.append(rows.masked_fill(unseen, unread))
             write.append(new.masked_fill(absent, unwritten))
-        return self.step(read, write)
+        return self.step(read, write, self.seen, self.masks)
 
     def kept(self) -> Callable[[Tensor | None], None]:
         """What puts back the rows that this step overwrites and reads, as windows do, so that it
@@ -151,6 +164,8 @@ class StepCache(PagedAttentionCache):
             place.first_value,
             place.sentinel,
             place.ring,
+            self.seen[place.group],
+            self.masks[place.group],
         )
 
 

@@ -94,6 +94,10 @@ def test_logits_of_every_step(eight_of, tmp_path, family, layers, attention, pag
         outputs = answers(engine, ids)
     check_logits(case, seen, outputs, dict(zip(ids, (w[1] for w in work), strict=True)))
     assert cm.recompiles == graphs
+    attended = [
+        r.edits for g in cm._session.backend.records for r in g.passes if r.name == "attend"
+    ]
+    assert attended == [layers if attention == "sdpa" else 0] * 2
     assert max(seen.steps) == PAGES["max_batch_tokens"]  # prompts were cut into chunks
     assert cm.stats().tokens["a0"] > 0
 

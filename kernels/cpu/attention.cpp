@@ -1,0 +1,252 @@
+// Attention over a paged cache on a CPU: each query reads the keys and values of its own request.
+//
+//     out[t, h] = Σ_j p[j] V[j],   p = softmax(cap(scale · q[t, h] · K[j]) + mask[t, j]),   j of seen[t]
+//
+// Rows of the cache that follow each other are one run, a page at most: its keys are planes of
+// shrink, its values of expand (tiles.h). Sums and softmax are float32, one run after the other with
+// the largest score so far taken off; what the mask hides of a whole run is not read.
+//
+// Before this text stand the generated preamble, vectors.h and tiles.h. The preamble sets the
+// parameters: element types X = W, Y = F32; LANES; D = K, numbers a head; HEADS of keys; GROUP,
+// queries' heads of each; ROW = HEADS · D = A_STRIDE = B_STRIDE; RUN = R, rows of a run at most;
+// MOST, rows of queries and heads of a unit of work; CAPPED; HIDDEN, from which on down the mask hides.
+extern "C" float tanhf(float);
+
+typedef void (*Body)(int64_t, int64_t, void*);
+struct Args {  // mirrors paged_attention.py
+    void* out;           // (T, H, D), contiguous
+    const void* query;   // rows of D numbers, `query_head` and `query_token` apart
+    const void* mask;    // (T, N), rows `mask_row` apart
+    void *keys, *values; // of the layer, in the cache: rows of ROW numbers, `key_rows`, `value_rows`
+    const void *new_keys, *new_values;  // (T, ROW), contiguous
+    const int64_t *read, *write, *seen; // (N,), (T,), (T, 2)
+    const float* sinks;                 // (H,) or none
+    int64_t tokens, count, key_rows, value_rows, query_head, query_token, mask_row, sentinel, ring;
+    int64_t threads;
+    float scale, cap;
+    int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
+};
+
+struct Unit {  // queries [token, token + tokens), keys [begin, end), heads of keys [head, head + heads)
+    int64_t token, tokens, begin, end, head, heads;
+};
+
+struct Call {
+    const Args* args;
+    const Unit* units;
+    const int64_t* places;  // (N,), rows of the cache; -1 - t for the new token t
+};
+
+struct State {  // of the rows of a unit: heads of keys, tokens, heads of a group
+    const X::T* x[MOST];
+    float* sums[MOST];
+    float top[MOST], total[MOST], bias[MOST * RUN], scores[MOST * RUN], acc[MOST * D];
+};
+
+struct Tile {  // rows [·] of one head with one run
+    State* s;
+    const W::T *keys, *values, *next;
+    float scale;
+    int size;
+};
+
+// e^x for x ≤ 0, relative error 2e-7; below -87 it is 0
+INLINE vec exp_of(vec x) {
+    const vec magic = (vec){} + 12582912.0f;
+    vec near = x < -87.0f ? (vec){} - 87.0f : x;
+    vec shifted = near * 1.44269504f + magic;
+    vec whole = shifted - magic;
+    vec r = near - whole * 0.693359375f + whole * 2.12194440e-4f;
+    vec p = 1.0f + r * (1.0f + r * (0.5f + r * (1.66666667e-1f + r * (4.16666667e-2f +
+            r * (8.33333333e-3f + r * 1.38888889e-3f)))));
+    vec e = p * (vec)(((bits)shifted << 23) + 0x3f800000);
+    return x < -87.0f ? (vec){} : e;
+}
+
+INLINE float largest(vec a) {
+    float most[LANES];
+    memcpy(most, &a, sizeof a);
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; i++)
+            most[i] = most[i + width] > most[i] ? most[i + width] : most[i];
+    return most[0];
+}
+
+template <int ROWS> INLINE void scores_of(const Tile* c, long m) {
+    shrink<ROWS>(c->s->x + m, c->keys, c->scale, c->s->scores + m * RUN, 0, c->size, c->next);
+}
+
+template <int ROWS> INLINE void add_values(const Tile* c, long m) {
+    expand<ROWS>(c->s->sums + m, 0, c->values, c->s->scores + m * RUN, c->size, D);
+}
+
+// The scores of a row become weights, and what was summed before is scaled to them.
+static void weigh(State* s, long row, const float* bias, int size, float cap) {
+    float* p = s->scores + row * RUN;
+#if CAPPED
+    for (int i = 0; i < size; i++) p[i] = cap * tanhf(p[i] / cap);
+#endif
+    for (int i = size; i % LANES; i++) p[i] = 0;  // where the bias is -infinity
+    vec most = (vec){} - __builtin_inff();
+    for (int i = 0; i < size; i += LANES) {
+        vec score = load_raw<vec>(p + i) + load_raw<vec>(bias + i);
+        memcpy(p + i, &score, sizeof score);
+        most = score > most ? score : most;
+    }
+    const float before = s->top[row], found = largest(most), top = found > before ? found : before;
+    if (top > before) {
+        const float less = exp_of((vec){} + (before - top))[0];
+        s->top[row] = top;
+        s->total[row] *= less;
+        for (long i = 0; i < D; i++) s->sums[row][i] *= less;
+    }
+    vec total = {};
+    for (int i = 0; i < size; i += LANES) {
+        vec weight = top == -__builtin_inff() ? (vec){} : exp_of(load_raw<vec>(p + i) - top);
+        memcpy(p + i, &weight, sizeof weight);
+        total += weight;
+    }
+    s->total[row] += sum(total);
+}
+
+// The mask of the unit's tokens for keys [j, j + size); the tokens [first, last) that see one of them.
+static void bias_of(const Args* g, const Unit* u, State* s, int64_t j, int size, long* first,
+                    long* last) {
+    *first = u->tokens, *last = 0;
+    for (long t = 0; t < u->tokens; t++) {
+        const X::T* mask = (const X::T*)g->mask + (u->token + t) * g->mask_row + j;
+        float* bias = s->bias + t * RUN;
+        bool seen = false;
+        for (int i = 0; i < size; i += LANES) {
+            const int left = size - i < LANES ? size - i : LANES;
+            vec part = X::widen(left == LANES ? load_raw<X::raw>(mask + i)
+                                              : load_first<X::raw>(mask + i, left * sizeof *mask));
+            memcpy(bias + i, &part, sizeof part);
+            for (int k = 0; k < left; k++) seen |= !(bias[i + k] <= HIDDEN);
+            for (int k = left; k < LANES; k++) bias[i + k] = -__builtin_inff();
+        }
+        if (!seen) continue;
+        if (*first > t) *first = t;
+        *last = t + 1;
+    }
+}
+
+static void attend(const Call* c, const Unit* u, State* s) {
+    const Args* g = c->args;
+    const long rows = u->tokens * GROUP;
+    for (long h = 0, row = 0; h < u->heads; h++)
+        for (long t = 0; t < u->tokens; t++)
+            for (long i = 0; i < GROUP; i++, row++) {
+                const long head = (u->head + h) * GROUP + i;
+                s->x[row] = (const X::T*)g->query + head * g->query_head + (u->token + t) * g->query_token;
+                s->sums[row] = s->acc + row * D;
+                s->top[row] = g->sinks ? g->sinks[head] : -__builtin_inff();
+                s->total[row] = g->sinks ? 1 : 0;
+            }
+    memset(s->acc, 0, u->heads * rows * D * sizeof(float));
+    for (int64_t j = u->begin, size; j < u->end; j += size) {
+        const int64_t place = c->places[j], step = place < 0 ? -1 : 1;
+        for (size = 1; size < RUN && j + size < u->end && c->places[j + size] == place + step * size;)
+            size++;
+        long first, last;
+        bias_of(g, u, s, j, size, &first, &last);
+        if (first >= last) continue;
+        const int64_t from = (place < 0 ? -1 - place : place) * ROW + u->head * D;
+        const W::T* keys = (const W::T*)(place < 0 ? g->new_keys : g->keys) + from;
+        const W::T* values = (const W::T*)(place < 0 ? g->new_values : g->values) + from;
+        for (long h = 0; h < u->heads; h++, keys += D, values += D) {
+            const Tile tile = {s, keys, values, h + 1 < u->heads ? keys + D : 0, g->scale, (int)size};
+            const long begin = h * rows + first * GROUP, end = h * rows + last * GROUP;
+            FOR_TILES(scores_of, &tile, begin, end)
+            for (long row = begin; row < end; row++)
+                weigh(s, row, s->bias + (row - h * rows) / GROUP * RUN, size, g->cap);
+            FOR_TILES(add_values, &tile, begin, end)
+        }
+    }
+    for (long h = 0, row = 0; h < u->heads; h++)
+        for (long t = 0; t < u->tokens; t++)
+            for (long i = 0; i < GROUP; i++, row++) {
+                const long head = (u->head + h) * GROUP + i;
+                X::T* out = (X::T*)g->out + ((u->token + t) * HEADS * GROUP + head) * D;
+                const float share = s->total[row] == 0 ? 0 : 1 / s->total[row];
+                for (long k = 0; k < D; k += LANES) {
+                    const long bytes = (D - k < LANES ? D - k : LANES) * sizeof(float);
+                    vec part = load_first<vec>(s->sums[row] + k, bytes) * share;
+                    X::raw narrow = X::narrow(part);
+                    memcpy(out + k, &narrow, bytes / sizeof(float) * sizeof *out);
+                }
+            }
+}
+
+static void run_units(int64_t begin, int64_t end, void* context) {
+    const Call* c = (const Call*)context;
+    State* s = (State*)malloc(sizeof *s);
+    for (int64_t unit = begin; s && unit < end; unit++) attend(c, c->units + unit, s);
+    if (!s) __atomic_store_n((int64_t*)&c->args->threads, -1, __ATOMIC_RELAXED);
+    free(s);
+}
+
+// Queries of one request, in tiles, each with as many heads as fit. Fewer where there are few requests.
+static int64_t units_of(const Args* g, Unit* units) {
+    int64_t found = 0, requests = 0;
+    for (int64_t t = 0; t < g->tokens; t++)
+        requests += !t || g->seen[2 * t] != g->seen[2 * t - 2] || g->seen[2 * t + 1] != g->seen[2 * t - 1];
+    const int64_t shares = requests < 4 * g->threads ? 4 * g->threads / requests : 1;
+    for (int64_t t = 0, next; t < g->tokens; t = next) {
+        const int64_t begin = g->seen[2 * t], end = g->seen[2 * t + 1];
+        for (next = t + 1; next < g->tokens && g->seen[2 * next] == begin && g->seen[2 * next + 1] == end;)
+            next++;
+        const int64_t fit = MOST / GROUP;
+        for (int64_t token = t, size; token < next; token += size) {
+            size = next - token < fit ? next - token : fit;
+            int64_t heads = fit / size, most = (HEADS + shares - 1) / shares;
+            heads = heads > most ? most : heads;
+            for (int64_t head = 0; head < HEADS; head += heads) {
+                const int64_t left = HEADS - head < heads ? HEADS - head : heads;
+                if (units) units[found] = {token, size, begin, end, head, left};
+                found++;
+            }
+        }
+    }
+    return found;
+}
+
+static void write_new(const Args* g) {
+    const size_t row = ROW * sizeof(W::T);
+    for (int64_t t = 0; t < g->tokens; t++) {
+        memcpy((char*)g->keys + g->write[t] * row, (const char*)g->new_keys + t * row, row);
+        memcpy((char*)g->values + g->write[t] * row, (const char*)g->new_values + t * row, row);
+    }
+}
+
+// 1: out of memory; 2: a row, or what a query sees, is outside of what there is
+extern "C" int32_t lorafx_kernel(Args* g) {
+    const int64_t rows = g->key_rows < g->value_rows ? g->key_rows : g->value_rows;
+    int64_t work = 0, fresh = 0;
+    for (int64_t t = 0; t < g->tokens; t++) {
+        const int64_t begin = g->seen[2 * t], end = g->seen[2 * t + 1];
+        if (g->write[t] < 0 || g->write[t] >= rows || begin < 0 || begin > end || end > g->count) return 2;
+        work += (end - begin) * ROW * GROUP;
+    }
+    int64_t* places = (int64_t*)malloc((g->count + 1) * sizeof *places);
+    if (!places) return 1;
+    int32_t status = 0;
+    for (int64_t j = 0; j < g->count && !status; j++) {
+        const bool is_new = g->ring && g->read[j] == g->sentinel;
+        if (is_new ? fresh >= g->tokens : g->read[j] < 0 || g->read[j] >= rows) status = 2;
+        places[j] = is_new ? -1 - fresh++ : g->read[j];
+    }
+    Unit* units = status ? 0 : (Unit*)malloc((units_of(g, 0) + 1) * sizeof *units);
+    if (units) {
+        if (!g->ring) write_new(g);
+        Call c = {g, units, places};
+        const int64_t count = units_of(g, units);
+        if (g->threads == 1 || work < SERIAL_WORK) run_units(0, count, &c);
+        else g->parallel(0, count, 1, run_units, &c);
+        if (g->ring) write_new(g);  // over rows that were just read
+    }
+    if (!status && (!units || g->threads < 0)) status = 1;
+    free(units);
+    free(places);
+    return status;
+}

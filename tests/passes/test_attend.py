@@ -1,0 +1,135 @@
+"""attend on graphs built by hand: attention to a paged cache becomes one operator."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from dense_merge import error
+from expecttest import assert_expected_inline
+from graph_text import shown
+from site_graphs import Finished, SiteGraph
+from toolchain import needs_compiler
+from torch import fx, nn
+
+from lorafx.kernels.ops.paged_cache import PAGED_CACHE
+from lorafx.passes.attend import Attend
+
+pytestmark = [pytest.mark.quick, needs_compiler]
+
+aten = torch.ops.aten
+TOKENS, COUNT, HEADS, SIZE = 3, 7, 2, 4
+_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu.default
+
+Change = Callable[[SiteGraph, fx.Node], fx.Node]
+
+
+class One(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Linear(4, 4)
+
+
+def built(
+    group: int = 1,
+    transposed: bool = True,
+    mask: Change = lambda g, mask: mask,
+    keys: Change = lambda g, keys: keys,
+    also: Callable[[SiteGraph, fx.Node, fx.Node], list[fx.Node]] = lambda g, keys, pages: [],
+    causal: bool = False,
+) -> Finished:
+    """Two requests: one token that sees four rows, and two that see three. `mask`, `keys` change
+    what attention takes; `also` is what else is computed of the keys and the cache."""
+    torch.manual_seed(0)
+    g = SiteGraph(One(), [0, 0, 0])
+    hidden = torch.zeros(1, 1, TOKENS, COUNT)
+    hidden[0, 0, 0, 4:] = hidden[0, 0, 1:, :4] = hidden[0, 0, 1, 6] = torch.finfo(torch.float32).min
+    queries = torch.randn(1, HEADS * group, TOKENS, SIZE)
+    values: list[Any] = [
+        queries.transpose(1, 2).contiguous().transpose(1, 2) if transposed else queries,
+        *torch.randn(2, 1, HEADS, TOKENS, SIZE).unbind(),
+        torch.randn(32 * HEADS * SIZE).view(torch.uint8),
+        torch.tensor([1, 2, 3, 4, 9, 10, 11]),
+        torch.tensor([4, 10, 11]),
+        torch.tensor([[0, 4], [4, 7], [4, 7]]),
+        hidden,
+    ]
+    q, k, v, pages, read, write, seen, m = (g.argument(value) for value in values)
+    cached = g.call(PAGED_CACHE, k, v, pages, read, write, 0, 16, -1, False, seen, m)
+    found = [g.call(operator.getitem, cached, place) for place in (0, 1)]
+    others = also(g, found[0], pages)
+    if group > 1:
+        for place, part in enumerate(found):
+            part = g.call(aten.unsqueeze.default, part, 2)
+            part = g.call(aten.expand.default, part, [1, HEADS, group, COUNT, SIZE])
+            part = g.call(aten.clone.default, part, memory_format=torch.contiguous_format)
+            found[place] = g.call(aten.view.default, part, [1, HEADS * group, COUNT, SIZE])
+    asked = q, keys(g, found[0]), found[1], 0.0, causal
+    both = g.call(_ATTENTION, *asked, attn_mask=mask(g, m), scale=0.4)
+    return g.output(g.call(operator.getitem, both, 0), *others)
+
+
+def test_the_graph_before_and_after() -> None:
+    done = built()
+    want = done.result()[0]
+    assert_expected_inline(
+        shown(done, Attend()),
+        """\
+paged_cache = lorafx.paged_cache(x_1, x_2, x_3, x_4, x_5, 0, 16, -1, False, x_6, x_7)
+getitem = getitem(paged_cache, 0)
+getitem_1 = getitem(paged_cache, 1)
+_scaled_dot_product_flash_attention_for_cpu =
+    aten._scaled_dot_product_flash_attention_for_cpu(x, getitem, getitem_1, 0.0, False,
+    attn_mask=x_7, scale=0.4)
+getitem_2 = getitem(_scaled_dot_product_flash_attention_for_cpu, 0)
+return getitem_2
+
+attend: 1 edit
+
+paged_attention = lorafx.paged_attention(x, x_1, x_2, x_3, x_4, x_5, x_6, x_7, 0, 16, -1,
+    False, 0.4)
+return paged_attention
+""",
+    )
+    assert error(done.result()[0], want) <= 1e-6
+
+
+def test_heads_that_are_repeated() -> None:
+    done = built(group=3)
+    want = done.result()[0]
+    assert done.run(Attend()) == 1
+    assert len(done.targets()) == 1
+    assert error(done.result()[0], want) <= 1e-6
+
+
+def test_queries_of_another_layout() -> None:
+    done = built(transposed=False)
+    want = done.result()[0]
+    assert done.run(Attend()) == 1
+    assert error(done.result()[0], want) <= 1e-6
+
+
+def added(g: SiteGraph, node: fx.Node) -> fx.Node:
+    return g.call(aten.add.Tensor, node, 1.0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mask": added},
+        {"mask": lambda g, mask: None},
+        {"keys": added},
+        {"also": lambda g, keys, pages: [added(g, keys)]},
+        {"also": lambda g, keys, pages: [g.call(aten.sum.default, pages)]},
+        {"causal": True},
+    ],
+    ids=["mask", "no mask", "keys", "keys elsewhere", "cache elsewhere", "causal"],
+)
+def test_anything_else_is_left_as_it_is(changes: Any) -> None:
+    done = built(**changes)
+    before = done.targets()
+    assert done.run(Attend()) == 0
+    assert done.targets() == before
