@@ -30,6 +30,7 @@ from lorafx.passes.outline.outline import Outline
 from lorafx.passes.pack import Pack
 from lorafx.passes.pack_weights import PackWeights
 from lorafx.passes.plan.plan import Plan
+from lorafx.passes.products import Products
 from lorafx.passes.provenance import Provenance
 from lorafx.passes.read import Read
 from lorafx.passes.replace_rows import ReplaceRows
@@ -90,6 +91,7 @@ GRAPH_PASSES: tuple[GraphPass, ...] = (
     Pack(),
     Plan(),
     Lower(),
+    Products(),
     Outline(),
 )
 

@@ -43,6 +43,7 @@ __all__ = [
     "builds_noted",
     "built_source",
     "delta_call",
+    "dtype_code",
     "embedding_delta_call",
     "expert_delta_call",
 ]
@@ -90,7 +91,8 @@ _LIBRARIES: list[ctypes.CDLL] = []  # keeps what the table points into
 
 
 @functools.cache
-def _dtype_code(dtype: torch.dtype) -> int:
+def dtype_code(dtype: torch.dtype) -> int:
+    """The number that torch's C interface has for `dtype`."""
     return int(ctypes.CFUNCTYPE(ctypes.c_int32)(torch_function(DTYPES[dtype]))())
 
 
@@ -102,7 +104,8 @@ def _dispatcher() -> ctypes.CDLL:
         LoweringError: no compiler, or a torch without the C interface.
     """
     folder = resources.files("lorafx.kernels.cpu")
-    texts = [folder.joinpath(name).read_text() for name in ("rows.h", "dispatcher.cpp")]
+    files = ("rows.h", "handles.h", "dispatcher.cpp")
+    texts = [folder.joinpath(name).read_text() for name in files]
     library = load_library(compile_library("\n".join(texts)))
     shims = (ctypes.c_void_p * len(SHIMS))(*(torch_function(name) for name in SHIMS))
     if library.lorafx_install(shims):
@@ -135,12 +138,12 @@ def _load(spec: DeltaSpec, kernel: int, path: Path) -> None:
         siblings=max(spec.siblings) + 1,
         last_column=spec.last_column,
         experts=spec.experts,
-        x_dtype=_dtype_code(spec.x_dtype),
-        bank_dtype=_dtype_code(spec.bank_dtype),
-        y_dtype=_dtype_code(spec.y_dtype),
-        int32=_dtype_code(torch.int32),
-        int64=_dtype_code(torch.int64),
-        float32=_dtype_code(torch.float32),
+        x_dtype=dtype_code(spec.x_dtype),
+        bank_dtype=dtype_code(spec.bank_dtype),
+        y_dtype=dtype_code(spec.y_dtype),
+        int32=dtype_code(torch.int32),
+        int64=dtype_code(torch.int64),
+        float32=dtype_code(torch.float32),
     )
     if dispatcher.lorafx_add(ctypes.byref(entry)):
         raise LoweringError("the table of generated CPU kernels is full")

@@ -29,6 +29,8 @@ OPS: Mapping[str, str] = {
     "fused_linear": "x Wᵀ + b and the deltas of one site, or of a pack of siblings",
     "fused_experts": "a product with the weights of routed experts and its deltas",
     "grouped_mm": "product of sorted rows with the weights of routed experts, by generated C++",
+    "dense_mm": "x Wᵀ, of few rows by generated C++",
+    "dense_addmm": "x Wᵀ + b, of few rows by generated C++",
     "add_delta": "adds the delta into y in place, in plain aten",
     "add_embedding_delta": "adds the delta of an embedding into y in place, in plain aten",
     "run_delta": "adds the delta into y in place, by generated C++ (kernel-*.cpp)",

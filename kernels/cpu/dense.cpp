@@ -1,0 +1,192 @@
+// Few rows times a dense weight on a CPU: y[m] = W x[m] + b, W (N, K), for batches that are too small
+// to hide the reading of W.
+//
+// Before this text stand the generated preamble and vectors.h. The preamble sets the parameters:
+// element types X, W, Y; LANES; TILE, the rows of a full tile; ACCUMULATORS, the vectors of sums that
+// registers hold; UNIT_BYTES, of W that a unit of work keeps in a cache; SERIAL_WORK. E is the type
+// that rows are multiplied in. All sizes come with the call, so one kernel serves every linear.
+//
+// The order of additions behind an element of y depends on K alone, never on the tile that computed
+// it: a row's result is bit-equal whatever its neighbours are, and however many.
+
+typedef void (*Body)(int64_t, int64_t, void*);
+struct Args {  // mirrors dispatcher.cpp
+    void* y;           // (M, N), contiguous
+    const void* x;     // (M, K), contiguous rows `x_stride` apart
+    const void* w;     // (N, K), contiguous rows `w_stride` apart
+    const void* bias;  // (N,), or null
+    int64_t rows, in_features, out_features, x_stride, w_stride, threads;
+    int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
+};
+
+// Columns are computed so many at a time; every tile's number of planes divides it.
+static const int GROUP = 24, MOST_GROUPS = 4;
+template <int ROWS> struct Planes {
+    static const int VALUE = ACCUMULATORS / ROWS < 8 ? ACCUMULATORS / ROWS : 8;
+};
+
+struct Call {
+    const Args* args;
+    E::T* x;        // rows `stride` apart, as pack_rows writes them
+    long stride;
+    long columns;  // of a unit of work
+};
+
+INLINE void put_four(float* v, vec four) { memcpy(v, &four, 16); }
+
+typedef Dot<E, W> D;
+
+// Elements between rows of x: an odd number of lines of a cache. Rows that lie 4 KB apart would fight
+// for the same few of them.
+INLINE long row_stride(long K) {
+    const long line = 64 / sizeof(E::T), lines = (K + line - 1) / line;
+    return (lines | 1) * line;
+}
+
+// One step of a tile. What there is less of, rows or planes, is held in registers.
+template <int ROWS, int N>
+INLINE void step(vec* acc, const E::T* x, long stride, const D::right* ws) {
+    if (ROWS <= N) {
+        D::left xs[ROWS];
+        UNROLL for (int row = 0; row < ROWS; row++) xs[row] = load_raw<D::left>(x + row * stride);
+        UNROLL for (int n = 0; n < N; n++)
+            UNROLL for (int row = 0; row < ROWS; row++)
+                acc[row * N + n] = D::add(acc[row * N + n], xs[row], ws[n]);
+    } else {
+        UNROLL for (int row = 0; row < ROWS; row++) {
+            D::left xs = load_raw<D::left>(x + row * stride);
+            UNROLL for (int n = 0; n < N; n++)
+                acc[row * N + n] = D::add(acc[row * N + n], xs, ws[n]);
+        }
+    }
+}
+
+// v[row][n] = W[n] · x[row] for ROWS × N pairs; `ahead` are the N planes that come next
+template <int ROWS, int N, bool FIRST>
+INLINE void dense_tile(const E::T* x, long x_stride, const W::T* w, long stride, long K,
+                       const W::T* ahead, float* v) {
+    vec acc[ROWS * N] = {};
+    D::right ws[N];
+    long k = 0;
+    for (; k + D::STEP <= K; k += D::STEP) {
+        UNROLL for (int n = 0; n < N; n++) {
+            // W comes as a stream from memory, so the first tile asks for what comes next
+            if (FIRST) __builtin_prefetch(ahead + n * stride + k, 0, 2);
+            ws[n] = load_raw<D::right>(w + n * stride + k);
+        }
+        step<ROWS, N>(acc, x + k, x_stride, ws);
+    }
+    if (k < K) {
+        UNROLL for (int n = 0; n < N; n++)
+            ws[n] = load_first<D::right>(w + n * stride + k, (K - k) * sizeof *w);
+        step<ROWS, N>(acc, x + k, x_stride, ws);
+    }
+    float sums[ROWS * N + 3];
+    int i = 0;
+#if SUM_FOUR
+    UNROLL for (; i + 4 <= ROWS * N; i += 4)
+        put_four(sums + i, sum_four(acc[i], acc[i + 1], acc[i + 2], acc[i + 3]));
+#endif
+    UNROLL for (; i < ROWS * N; i++) sums[i] = sum(acc[i]);
+    for (int row = 0; row < ROWS; row++) memcpy(v + row * GROUP, sums + row * N, N * sizeof *v);
+}
+
+// y for ROWS rows from `m`, columns [begin, end)
+template <int ROWS, bool FIRST>
+__attribute__((noinline)) static void columns(const Call* c, long m, long begin, long end) {
+    const Args* g = c->args;
+    const long K = g->in_features, N = g->out_features, stride = g->w_stride;
+    const int PLANES = Planes<ROWS>::VALUE;
+    const E::T* x = c->x + m * c->stride;
+    for (long column = begin; column < end; column += GROUP) {
+        const int size = end - column < GROUP ? end - column : GROUP;
+        float v[ROWS * GROUP + LANES];
+        int n = 0;
+        for (; n + PLANES <= size; n += PLANES) {
+            const W::T* w = (const W::T*)g->w + (column + n) * stride;
+            const W::T* ahead = column + n + 2 * PLANES <= N ? w + PLANES * stride : w;
+            dense_tile<ROWS, PLANES, FIRST>(x, c->stride, w, stride, K, ahead, v + n);
+        }
+        for (; n < size; n++) {
+            const W::T* w = (const W::T*)g->w + (column + n) * stride;
+            dense_tile<ROWS, 1, FIRST>(x, c->stride, w, stride, K, w, v + n);
+        }
+        for (int row = 0; row < ROWS; row++) {
+            Y::T* y = (Y::T*)g->y + (m + row) * N + column;
+            for (int i = 0; i < size; i += LANES) {
+                const int count = size - i < LANES ? size - i : LANES;
+                vec part = load_raw<vec>(v + row * GROUP + i);
+                if (g->bias) {
+                    const Y::T* b = (const Y::T*)g->bias + column + i;
+                    part += Y::widen(load_first<Y::raw>(b, count * sizeof *b));
+                }
+                Y::raw out = Y::narrow(part);
+                memcpy(y + i, &out, count * sizeof *y);
+            }
+        }
+    }
+}
+
+template <int ROWS> INLINE void tile(const Call* c, int rows, long m, long begin, long end) {
+    if constexpr (ROWS > 0) {
+        if (rows == ROWS && !m) columns<ROWS, true>(c, m, begin, end);
+        else if (rows == ROWS) columns<ROWS, false>(c, m, begin, end);
+        else tile<ROWS - 1>(c, rows, m, begin, end);
+    }
+}
+
+// The first row of tile t, of as equal sizes as can be.
+INLINE long first_row(long M, long t) {
+    return t * TILE < M ? t * TILE : M;
+}
+
+// x in the type that it is multiplied in, its rows filled up with zeros.
+static void pack_rows(int64_t first, int64_t last, void* context) {
+    const Call* c = (const Call*)context;
+    const long K = c->args->in_features;
+    for (int64_t m = first; m < last; m++) {
+        const X::T* x = (const X::T*)c->args->x + m * c->args->x_stride;
+        for (long k = 0; k < c->stride; k += D::STEP) {
+            const long count = K - k < D::STEP ? K - k < 0 ? 0 : K - k : D::STEP;
+#if WIDENED
+            vec part = X::widen(load_first<X::raw>(x + k, count * sizeof *x));
+#else
+            D::left part = load_first<D::left>(x + k, count * sizeof *x);
+#endif
+            memcpy(c->x + m * c->stride + k, &part, sizeof part);
+        }
+    }
+}
+
+static void run_units(int64_t first, int64_t last, void* context) {
+    const Call* c = (const Call*)context;
+    const long M = c->args->rows, N = c->args->out_features, tiles = (M + TILE - 1) / TILE;
+    for (int64_t unit = first; unit < last; unit++) {
+        const long begin = unit * c->columns, end = begin + c->columns < N ? begin + c->columns : N;
+        for (long t = 0; t < tiles; t++) {
+            const long m = first_row(M, t);
+            tile<TILE>(c, first_row(M, t + 1) - m, m, begin, end);
+        }
+    }
+}
+
+extern "C" int32_t lorafx_kernel(const Args* g) {
+    const long M = g->rows, K = g->in_features, N = g->out_features;
+    if (!M) return 0;
+    void* space = malloc(M * row_stride(K) * sizeof(E::T) + 64);
+    if (!space) return 1;
+    Call c = {g, (E::T*)(((uintptr_t)space + 63) & ~(uintptr_t)63), row_stride(K), GROUP};
+    for (int i = MOST_GROUPS; i > 1; i--)  // as many columns as a cache and the threads allow
+        if (i * GROUP * K * (long)sizeof(W::T) <= UNIT_BYTES && N >= 4 * g->threads * i * GROUP) {
+            c.columns = i * GROUP;
+            break;
+        }
+    const int64_t units = (N + c.columns - 1) / c.columns;
+    const bool serial = g->threads == 1 || M * K * N < SERIAL_WORK;
+    if (serial || M * K < SERIAL_WORK) pack_rows(0, M, &c);
+    else g->parallel(0, M, 1, pack_rows, &c);
+    if (serial) run_units(0, units, &c);
+    else g->parallel(0, units, 1, run_units, &c);
+    free(space);
+    return 0;
+}

@@ -1,0 +1,186 @@
+"""`lorafx::dense_mm` and `lorafx::dense_addmm`, products of any number of rows with a dense weight.
+
+    dense_mm      y = x Wᵀ           x (M, K), W (N, K), y (M, N)
+    dense_addmm   y = x Wᵀ + b       b (N,)
+
+On a CPU few rows are multiplied by generated code that reads W once (dense.cpp), more of them by
+aten.mm and addmm. That is decided at each call, in C++ (dense_op.cpp): a call costs what one of
+aten costs, and no graph depends on M. Where no compiler works, and on other devices, it is aten
+alone. A row computed by generated code is bit-equal in every batch that is computed so.
+
+Inference only: no gradient is registered.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+import warnings
+from importlib import resources
+
+import torch
+from torch import Tensor
+
+from lorafx.errors import LoweringError
+from lorafx.kernels.cpu.compiler import (
+    Isa,
+    best_isa,
+    compile_library,
+    load_library,
+    torch_function,
+)
+from lorafx.kernels.cpu.cpu import SHIMS, dtype_code
+from lorafx.kernels.cpu.cpu_source import ELEMENTS
+from lorafx.kernels.cpu.dense_source import dense_source
+from lorafx.kernels.cpu.grouped_mm import has_matrix_tiles
+from lorafx.kernels.ops.op_checks import require
+from lorafx.kernels.ops.op_library import define
+
+MORE_SHIMS = (
+    "aoti_torch_empty_strided",
+    "aoti_torch__reinterpret_tensor",
+    "aoti_torch_cpu_mm_out",
+    "aoti_torch_cpu_addmm_out",
+    "torch_list_size",
+    "torch_list_get_item",
+    "torch_delete_list",
+)
+
+#: Rows up to which the generated kernel is used. It takes 0.35 to 0.6 of aten.mm's time for up to
+#: 16 rows, 0.7 for 32 and 0.85 for 64 in float32 and bfloat16, and about as long for 128 (Zen 4,
+#: one thread, cold weights of 1024 × 1024 and 1024 × 2816).
+MOST_ROWS = 64
+#: In float16, which aten.mm multiplies at a quarter of the generated kernel's rate, also for 128.
+MOST_ROWS_FLOAT16 = 512
+#: In bfloat16 on a CPU whose matrix tiles aten.mm uses; a guess, measured on none.
+MOST_ROWS_WITH_TILES = 8
+
+_LOCK = threading.Lock()
+_LIBRARIES: list[ctypes.CDLL] = []  # keeps what the table points into
+
+
+def most_rows(dtype: torch.dtype) -> int:
+    """Rows up to which the generated kernel is used for `dtype`, 0 where there is none."""
+    if dtype not in ELEMENTS:
+        return 0
+    if dtype == torch.bfloat16 and has_matrix_tiles():
+        return MOST_ROWS_WITH_TILES
+    return MOST_ROWS_FLOAT16 if dtype == torch.float16 else MOST_ROWS
+
+
+@functools.cache
+def _op_library() -> ctypes.CDLL:
+    """The ops' CPU kernels in C++, loaded and registered.
+
+    Raises:
+        LoweringError: no compiler, or a torch without the C interface.
+    """
+    folder = resources.files("lorafx.kernels.cpu")
+    texts = [folder.joinpath(name).read_text() for name in ("handles.h", "dense_op.cpp")]
+    library = load_library(compile_library("\n".join(texts)))
+    names = (*SHIMS, *MORE_SHIMS)
+    shims = (ctypes.c_void_p * len(names))(*(torch_function(name) for name in names))
+    if library.lorafx_install(shims):
+        raise LoweringError("torch refused the CPU kernels of lorafx::dense_mm")
+    library.lorafx_add.argtypes = (ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p)
+    return library
+
+
+@functools.cache
+def ready(dtype: torch.dtype) -> bool:
+    """Whether there is a generated kernel for `dtype`, compiled if need be and loaded into this
+    process. Where there is none for want of a compiler it is warned about, once for each dtype."""
+    with _LOCK:
+        try:
+            isa = best_isa()
+            if dtype not in ELEMENTS or not generates(isa):
+                return False
+            use(dtype, isa, most_rows(dtype))
+        except LoweringError as error:
+            warnings.warn(f"products of few rows stay with aten: {error}", stacklevel=2)
+            return False
+    return True
+
+
+def generates(isa: Isa) -> bool:
+    """Whether kernels are generated for it: with narrower vectors nobody has measured them."""
+    return isa.lanes >= 8
+
+
+def use(dtype: torch.dtype, isa: Isa, rows: int) -> None:
+    """Have the ops use the kernel of `dtype` for `isa` for up to so many rows, in this process.
+
+    Raises:
+        LoweringError: no compiler works.
+    """
+    library = load_library(compile_library(dense_source(dtype, isa), isa.flags))
+    kernel = ctypes.cast(library.lorafx_kernel, ctypes.c_void_p)
+    _LIBRARIES.append(library)
+    _op_library().lorafx_add(dtype_code(dtype), rows, kernel)
+
+
+def dense_mm(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
+    """x (M, K) times Wᵀ for W (N, K), (M, N) contiguous.
+
+    Args:
+        sizes: what N consists of: columns that are multiplied part by part where rows are many,
+            which MKL is faster at (lorafx.kernels.cost.cost.split_is_faster); empty for one part.
+
+    Raises:
+        LoweringError: sizes that do not fit together.
+    """
+    # The CPU's own kernel takes this one's place where it can be had; a graph from a cache may be
+    # the first to ask for it.
+    if x.device.type == "cpu" and ready(x.dtype):
+        y: Tensor = torch.ops.lorafx.dense_mm(x, weight, sizes)
+        return y
+    _check("dense_mm", x, weight, sizes)
+    return torch.mm(x, weight.T)
+
+
+def dense_addmm(bias: Tensor, x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
+    """`dense_mm` and a bias (N,).
+
+    Raises:
+        LoweringError: sizes that do not fit together.
+    """
+    if x.device.type == "cpu" and ready(x.dtype):
+        y: Tensor = torch.ops.lorafx.dense_addmm(bias, x, weight, sizes)
+        return y
+    _check("dense_addmm", x, weight, sizes, bias)
+    return torch.addmm(bias, x, weight.T)
+
+
+def dense_mm_fake(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
+    _check("dense_mm", x, weight, sizes)
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def dense_addmm_fake(bias: Tensor, x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
+    _check("dense_addmm", x, weight, sizes, bias)
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _check(
+    op: str, x: Tensor, weight: Tensor, sizes: list[int], bias: Tensor | None = None
+) -> None:
+    require(op, x.dim() == 2 and weight.dim() == 2, "x is (M, K), weight (N, K)")
+    require(
+        op,
+        x.shape[1] == weight.shape[1],
+        f"x has {x.shape[1]} columns, weight has {weight.shape[1]}",
+    )
+    N = weight.shape[0]
+    require(op, not sizes or sum(sizes) == N, f"sizes {sizes} do not add up to {N}")
+    require(op, bias is None or bias.shape == (N,), f"bias is ({N},)")
+
+
+define("dense_mm(Tensor x, Tensor weight, int[] sizes) -> Tensor", dense_mm, dense_mm_fake)
+define(
+    "dense_addmm(Tensor bias, Tensor x, Tensor weight, int[] sizes) -> Tensor",
+    dense_addmm,
+    dense_addmm_fake,
+)
+DENSE_MM = torch.ops.lorafx.dense_mm.default
+DENSE_ADDMM = torch.ops.lorafx.dense_addmm.default

@@ -1,0 +1,66 @@
+// Tensors through torch's stable C interface, for libraries that register kernels of ops: handles of
+// tensors, and the functions that Python hands over as pointers.
+#include <stdint.h>
+#include <stdlib.h>
+
+#include <stdexcept>
+
+typedef void* Handle;
+typedef void (*Body)(int64_t, int64_t, void*);
+
+struct Shims {  // the order of SHIMS in cpu.py
+    int32_t (*library_init)(const char*, const char*, const char*, uint32_t, Handle*);
+    int32_t (*library_impl)(Handle, const char*, void (*)(uint64_t*, uint64_t, uint64_t), uint64_t);
+    uint64_t (*version)();
+    int32_t (*data_ptr)(Handle, void**);
+    int32_t (*dim)(Handle, int64_t*);
+    int32_t (*sizes)(Handle, int64_t**);
+    int32_t (*strides)(Handle, int64_t**);
+    int32_t (*dtype)(Handle, int32_t*);
+    int32_t (*delete_tensor)(Handle);
+    int32_t (*threads)(uint32_t*);
+    int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
+};
+static Shims torch;
+
+struct View {
+    char* data;
+    int64_t dim, *sizes, *strides;
+    int32_t dtype;
+
+    explicit View(uint64_t handle) {
+        Handle t = (Handle)handle;
+        void* p;
+        if (torch.data_ptr(t, &p) | torch.dim(t, &dim) | torch.sizes(t, &sizes) |
+            torch.strides(t, &strides) | torch.dtype(t, &dtype))
+            throw std::runtime_error("lorafx: a tensor without plain memory");
+        data = (char*)p;
+    }
+    bool contiguous() const {
+        int64_t expected = 1;
+        for (int64_t d = dim - 1; d >= 0; d--) {
+            if (sizes[d] != 1 && strides[d] != expected) return false;
+            expected *= sizes[d];
+        }
+        return true;
+    }
+    // Sizes (a, b, c), rows at this stride and slots at any: a bank, or some siblings' part.
+    bool is_bank(int64_t type, int64_t a, int64_t b, int64_t c, int64_t row) const {
+        return dtype == type && dim == 3 && sizes[0] == a && sizes[1] == b && sizes[2] == c &&
+               (b == 1 || strides[1] == row) && (c == 1 || strides[2] == 1);
+    }
+    bool is_table(int64_t type, int64_t a, int64_t b, int64_t outer) const {
+        return dtype == type && dim == 2 && sizes[0] == a && sizes[1] == b &&
+               (a == 1 || strides[0] == outer) && (b == 1 || strides[1] == 1);
+    }
+};
+
+static void require(bool condition, const char* message) {
+    if (!condition) throw std::runtime_error(message);
+}
+
+static uint32_t thread_count() {
+    uint32_t threads = 1;
+    torch.threads(&threads);
+    return threads;
+}

@@ -1,0 +1,134 @@
+"""Products with a dense weight become an op that multiplies few rows by generated code, on a CPU.
+
+    mm(x, Wᵀ)                                  →   dense_mm(x, W, [])
+    addmm(b, x, Wᵀ)                            →   dense_addmm(b, x, W, [])
+    cat([mm(x, W[:n]ᵀ), mm(x, W[n:]ᵀ)], 1)     →   dense_mm(x, W, [n, N - n])
+
+The op counts the rows when it runs (lorafx.kernels.cpu.dense). W is an input of the graph or a part
+of one; what a graph computes itself is left alone, and so is a product of always many rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+from lorafx.graph.context import Context
+from lorafx.kernels.cpu.dense import DENSE_ADDMM, DENSE_MM, most_rows, ready
+from lorafx.op_arguments import bound
+from lorafx.program.frame import fake_value
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Products:
+    """Products with weights become an op that has generated code for few rows, on a CPU."""
+
+    name: str = "products"
+    required: bool = False
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        if ctx.program.options.lowering != "inductor":
+            return 0
+        edits = 0
+        for find in (_side_by_side, _product):  # parts first: each is a product too
+            edits += sum(_replace(gm.graph, ctx, node, find) for node in [*gm.graph.nodes])
+        return edits
+
+
+class Product(NamedTuple):
+    """x Wᵀ + bias, where W has so many rows for each of its parts; none for one part."""
+
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    sizes: tuple[int, ...] = ()
+
+
+def _replace(
+    graph: fx.Graph, ctx: Context, node: fx.Node, find: Callable[[fx.Node], Product | None]
+) -> bool:
+    found = find(node) if node.users else None
+    if found is None or not _pays(found) or not ctx.take_edit():
+        return False
+    bias = () if found.bias is None else (found.bias,)
+    op = DENSE_ADDMM if bias else DENSE_MM
+    with graph.inserting_before(node):
+        new = ctx.call(graph, op, (*bias, found.x, found.weight, list(found.sizes)))
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)  # its parts have no reader then
+    return True
+
+
+def _pays(found: Product) -> bool:
+    """Whether there may be so few rows, of a type that a kernel is generated for."""
+    values = [fake_value(item) for item in found[:3] if item is not None]
+    rows, dtype = values[0].shape[0], values[0].dtype
+    if any(value.dtype != dtype or value.device.type != "cpu" for value in values):
+        return False
+    few = not isinstance(rows, int) or rows <= most_rows(dtype)
+    return few and ready(dtype)
+
+
+def _product(node: fx.Node) -> Product | None:
+    """A product with a weight that lies as (N, K)."""
+    if node.target is aten.mm.default:
+        call = bound(node)
+        x, right, bias = call["self"], call["mat2"], None
+    elif node.target is aten.addmm.default:
+        call = bound(node)
+        x, right, bias = call["mat1"], call["mat2"], call["self"]
+        if call["alpha"] != 1 or call["beta"] != 1 or fake_value(bias).dim() != 1:
+            return None
+        if fake_value(bias).shape[0] != fake_value(right).shape[1]:
+            return None
+    else:
+        return None
+    if right.target is not aten.permute.default or [*bound(right)["dims"]] != [1, 0]:
+        return None
+    weight = bound(right)["self"]
+    return Product(x, weight, bias) if _is_given(weight) else None
+
+
+def _is_given(weight: fx.Node) -> bool:
+    """Whether it is an input of the graph, or a part of one; of a known size."""
+    if not all(isinstance(size, int) for size in fake_value(weight).shape):
+        return False
+    while weight.target is aten.slice.Tensor:
+        weight = bound(weight)["self"]
+    return weight.op == "placeholder"
+
+
+def _side_by_side(node: fx.Node) -> Product | None:
+    """Products of one x with all rows of a weight, in their order."""
+    if node.target is not aten.cat.default or bound(node)["dim"] not in (1, -1):
+        return None
+    parts = [_product(item) for item in bound(node)["tensors"]]
+    found = [part for part in parts if part and parts[0] and part.x is parts[0].x]
+    if len(found) < max(len(parts), 2):
+        return None
+    weight = _whole([part.weight for part in found])
+    biases = [part.bias for part in found if part.bias is not None]
+    bias = _whole(biases) if len(biases) == len(found) else None
+    if weight is None or (biases and bias is None):
+        return None
+    sizes = tuple(fake_value(part.weight).shape[0] for part in found)
+    return Product(found[0].x, weight, bias, sizes)
+
+
+def _whole(parts: Sequence[fx.Node]) -> fx.Node | None:
+    """What consists of these slices of its first dimension, in their order."""
+    source, end = None, 0
+    for part in parts:
+        call = bound(part) if part.target is aten.slice.Tensor else {}
+        if not call or call["dim"] != 0 or call["step"] != 1 or call["start"] != end:
+            return None
+        if source not in (None, call["self"]):
+            return None
+        source, end = call["self"], end + fake_value(part).shape[0]
+    return source if source is not None and fake_value(source).shape[0] == end else None

@@ -1,0 +1,168 @@
+"""`lorafx::dense_mm` and `dense_addmm` against float64, for few rows and for many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from toolchain import needs_compiler
+from torch import Tensor
+
+from lorafx.errors import LoweringError
+from lorafx.kernels.cpu import dense
+from lorafx.kernels.cpu.compiler import Isa, best_isa, runnable_isas
+
+lora = torch.ops.lorafx
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ISAS = [isa for isa in runnable_isas() if dense.generates(isa)]
+
+
+def operands(
+    rows: int, features: int, columns: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(bias, x, weight), the weight somewhere in a larger buffer."""
+    torch.manual_seed(rows)
+    x = torch.randn(rows, features).to(dtype)
+    buffer = torch.randn(columns + 5, features).to(dtype)
+    return torch.randn(columns + 3).to(dtype)[3:], x, buffer[5:]
+
+
+def check(got: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Within the rounding of K products, their float32 sums and the result (Higham, Accuracy and
+    Stability of Numerical Algorithms, 3.1 and 3.5)."""
+    assert got.dtype == x.dtype
+    assert got.is_contiguous()
+    precise, sums = torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps
+    want = x.double() @ weight.double().T
+    size = x.double().abs() @ weight.double().abs().T
+    if bias is not None:
+        want, size = want + bias.double(), size + bias.double().abs()
+    bound = precise * want.abs() + (x.shape[1] + 2) * min(sums, precise) * size + 1e-7
+    assert bool(((got.double() - want).abs() <= bound).all())
+
+
+@pytest.fixture
+def choice() -> Iterator[None]:
+    """After the test, this process has the kernels and the limits of others again."""
+    yield
+    dense.ready.cache_clear()
+    assert all(dense.ready(dtype) for dtype in DTYPES)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+@pytest.mark.usefixtures("choice")
+def test_generated_kernels(isa: Isa, dtype: torch.dtype) -> None:
+    """Tiles of every height, columns that fill no group or vector, features that fill no step."""
+    dense.use(dtype, isa, 10**6)
+    for rows in (1, 2, 3, 4, 5, 6, 7, 13, 70):
+        for features, columns in ((1, 1), (40, 130), (129, 47)):
+            bias, x, weight = operands(rows, features, columns, dtype)
+            check(lora.dense_mm(x, weight, []), x, weight)
+            check(lora.dense_addmm(bias, x, weight, []), x, weight, bias)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("sizes", [[], [7, 0, 40]], ids=str)
+def test_any_number_of_rows(dtype: torch.dtype, sizes: list[int]) -> None:
+    """At the edge where the library takes over, which multiplies part by part."""
+    most = dense.most_rows(dtype)
+    for rows in (0, most, most + 1):
+        bias, x, weight = operands(rows, 33, 47, dtype)
+        check(lora.dense_mm(x, weight, sizes), x, weight)
+        check(lora.dense_addmm(bias, x, weight, sizes), x, weight, bias)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
+    _, x, weight = operands(dense.most_rows(dtype), 133, 75, dtype)
+    together = lora.dense_mm(x, weight, [])
+    for rows in (1, 2, 3, 5, 6, 7, 11, 32):
+        assert torch.equal(lora.dense_mm(x[:rows], weight, []), together[:rows])
+    assert torch.equal(lora.dense_mm(x[5:6], weight, []), together[5:6])
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [4, 100])
+def test_operands_that_are_views(rows: int) -> None:
+    bias, x, weight = operands(rows, 20, 30, torch.float32)
+    wide, deep = torch.randn(rows, 50), torch.randn(30, 50)
+    for view in (wide[:, 9:29], wide[:, :40:2], x.T.contiguous().T, x[:1].expand(rows, 20)):
+        check(lora.dense_mm(view, weight, []), view, weight)
+    for view in (deep[:, 9:29], deep[:, :40:2], weight.T.contiguous().T):
+        check(lora.dense_mm(x, view, [10, 20]), x, view)
+    for view in (torch.randn(60)[::2], bias[:1].expand(30)):
+        check(lora.dense_addmm(view, x, weight, [10, 20]), x, weight, view)
+
+
+@needs_compiler
+def test_values_that_are_not_finite() -> None:
+    """Features that fill no step are filled up with zeros, which must meet no infinity."""
+    _, x, weight = operands(3, 5, 9, torch.float32)
+    weight = torch.cat([weight, torch.full((1, 5), float("inf"))])[:-1]
+    x[1, 4], weight[2, 4] = float("nan"), float("inf")
+    got = lora.dense_mm(x, weight, [])
+    torch.testing.assert_close(got, x @ weight.T, equal_nan=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("sizes", [[], [3, 6]], ids=str)
+def test_opcheck(bias: bool, sizes: list[int]) -> None:
+    added, x, weight = operands(3, 5, 9, torch.float32)
+    op = lora.dense_addmm.default if bias else lora.dense_mm.default
+    arguments = (*([added] if bias else []), x, weight, sizes)
+    assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
+
+
+def test_without_a_compiler(monkeypatch) -> None:
+    """The ops' own implementations, which run until a kernel is loaded."""
+
+    def no_compiler() -> Isa:
+        raise LoweringError("no C++ compiler")
+
+    monkeypatch.setattr(dense, "best_isa", no_compiler)
+    dense.ready.cache_clear()
+    bias, x, weight = operands(3, 5, 9, torch.float32)
+    with pytest.warns(UserWarning, match="stay with aten: no C\\+\\+ compiler"):
+        check(dense.dense_mm(x, weight, []), x, weight)
+    check(dense.dense_addmm(bias, x, weight, [4, 5]), x, weight, bias)
+    dense.ready.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize("op", [lora.dense_mm, lambda *rest: lora.dense_addmm(_BIAS, *rest)])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, w, s: (x[:, :-1], w, s), "do not fit together|4 columns, weight has 5"),
+        (lambda x, w, s: (x, w[0], s), "do not fit together|weight \\(N, K\\)"),
+        (lambda x, w, s: (x, w, [3, 5]), "do not add up to"),
+        (lambda x, w, s: (x, w[:-1], []), "bias"),
+    ],
+)
+def test_bad_operands(op, change, message) -> None:
+    """Refused by the kernel, and by the fake one when a graph is traced."""
+    _, x, weight = operands(100, 5, 9, torch.float32)
+    if message == "bias" and op is lora.dense_mm:
+        pytest.skip("it takes none")
+    given = change(x, weight, [4, 5])
+    with pytest.raises(RuntimeError, match=message):
+        op(*given)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(item) if isinstance(item, Tensor) else item for item in given]
+        with pytest.raises((LoweringError, RuntimeError), match=message):
+            op(*fake)
+
+
+_BIAS = torch.randn(9)
+
+
+@needs_compiler
+def test_the_best_instruction_set_has_a_kernel() -> None:
+    assert dense.ready(torch.float32) == dense.generates(best_isa())
+    assert not dense.ready(torch.float64)

@@ -1,0 +1,179 @@
+"""products on graphs built by hand, and in compiled models whose batches grow and shrink."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from dense_merge import check_mixed, error
+from expecttest import assert_expected_inline
+from graph_text import shown
+from site_graphs import Finished, SiteGraph
+from tiny_models import FAMILIES
+from toolchain import needs_compiler
+from torch import fx, nn
+
+from lorafx.kernels.cpu.dense import most_rows
+from lorafx.passes.products import Products
+
+pytestmark = needs_compiler
+
+aten = torch.ops.aten
+K, N = 4, 6
+
+
+class Linears(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(K, N)
+        self.packed = nn.Linear(K, 2 * N)
+
+
+def start(rows: int = 3, dtype: torch.dtype = torch.float32) -> tuple[SiteGraph, fx.Node]:
+    torch.manual_seed(0)
+    g = SiteGraph(Linears().to(dtype), [0, -1, 2], lowering="inductor")
+    return g, g.argument(torch.randn(rows, K).to(dtype))
+
+
+def transposed(g: SiteGraph, weight: fx.Node) -> fx.Node:
+    return g.call(aten.permute.default, weight, [1, 0])
+
+
+def parts(g: SiteGraph, x: fx.Node, cuts: list[int], *, bias: bool) -> list[fx.Node]:
+    """Products of x with rows [cuts[i], cuts[i + 1]) of the packed weight."""
+    found = []
+    for begin, end in pairwise(cuts):
+        weight = g.call(aten.slice.Tensor, g.weight("packed"), 0, begin, end)
+        if bias:
+            own = g.call(aten.slice.Tensor, g.weight("packed", "bias"), 0, begin, end)
+            found.append(g.call(aten.addmm.default, own, x, transposed(g, weight)))
+        else:
+            found.append(g.call(aten.mm.default, x, transposed(g, weight)))
+    return found
+
+
+def check(done: Finished, edits: int, ops: list[str]) -> None:
+    want = done.result()
+    assert done.run(Products()) == edits
+    found = [name.partition(".")[0] for name in done.targets()]
+    assert [name for name in found if "mm" in name] == ops
+    for got, expected in zip(done.result(), want, strict=True):
+        assert error(got, expected) <= 1e-6
+
+
+def test_the_graph_before_and_after() -> None:
+    g, x = start()
+    up = g.call(aten.addmm.default, g.weight("up", "bias"), x, transposed(g, g.weight("up")))
+    both = g.call(aten.cat.default, parts(g, x, [0, 5, 2 * N], bias=False), 1)
+    assert_expected_inline(
+        shown(g.output(up, both), Products()),
+        """\
+permute = aten.permute(up_weight, [1, 0])
+addmm = aten.addmm(up_bias, x, permute)
+slice = aten.slice.Tensor(packed_weight, 0, 0, 5)
+permute_1 = aten.permute(slice, [1, 0])
+mm = aten.mm(x, permute_1)
+slice_1 = aten.slice.Tensor(packed_weight, 0, 5, 12)
+permute_2 = aten.permute(slice_1, [1, 0])
+mm_1 = aten.mm(x, permute_2)
+cat = aten.cat([mm, mm_1], 1)
+return addmm, cat
+
+products: 2 edits
+
+dense_addmm = lorafx.dense_addmm(up_bias, x, up_weight, [])
+dense_mm = lorafx.dense_mm(x, packed_weight, [5, 7])
+return dense_addmm, dense_mm
+""",
+    )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_parts_side_by_side(bias: bool) -> None:
+    g, x = start()
+    done = g.output(g.call(aten.cat.default, parts(g, x, [0, 1, 5, 2 * N], bias=bias), -1))
+    check(done, 1, ["dense_addmm" if bias else "dense_mm"])
+
+
+@pytest.mark.parametrize("cuts", [[1, 5, 2 * N], [0, 5, 11]], ids=str)
+def test_parts_that_are_not_all_of_the_weight(cuts: list[int]) -> None:
+    g, x = start()
+    done = g.output(g.call(aten.cat.default, parts(g, x, cuts, bias=False), 1))
+    check(done, 2, ["dense_mm", "dense_mm"])
+
+
+def test_parts_in_another_order_and_of_another_x() -> None:
+    g, x = start()
+    first, second = parts(g, x, [0, 5, 2 * N], bias=False)
+    turned = g.call(aten.cat.default, [second, first], 1)
+    other = parts(g, g.call(aten.relu.default, x), [0, 5, 2 * N], bias=False)[1]
+    mixed = g.call(aten.cat.default, [first, other], 1)
+    check(g.output(turned, mixed), 3, ["dense_mm"] * 3)
+
+
+def many(g: SiteGraph, x: fx.Node) -> fx.Node:
+    return g.call(aten.mm.default, x, transposed(g, g.weight("up")))
+
+
+def computed(g: SiteGraph, x: fx.Node) -> fx.Node:
+    weight = g.call(aten.relu.default, g.weight("up"))
+    return g.call(aten.mm.default, x, transposed(g, weight))
+
+
+def scaled(g: SiteGraph, x: fx.Node) -> fx.Node:
+    right = transposed(g, g.weight("up"))
+    node = g.call(aten.addmm.default, g.weight("up", "bias"), x, right)
+    node.kwargs = {"alpha": 2}
+    return node
+
+
+def added_by_rows(g: SiteGraph, x: fx.Node) -> fx.Node:
+    product = g.call(aten.mm.default, x, transposed(g, g.weight("packed")))
+    right = transposed(g, g.weight("packed"))
+    return g.call(aten.addmm.default, product, x, right)
+
+
+@pytest.mark.parametrize(
+    ("build", "rows", "dtype", "edits"),
+    [
+        (many, most_rows(torch.float32), torch.float32, 1),
+        (many, most_rows(torch.float32) + 1, torch.float32, 0),
+        (many, 3, torch.float64, 0),
+        (computed, 3, torch.float32, 0),
+        (scaled, 3, torch.float32, 0),
+        (added_by_rows, 3, torch.float32, 1),  # the product that it adds
+    ],
+)
+def test_what_is_left_alone(build, rows: int, dtype: torch.dtype, edits: int) -> None:
+    g, x = start(rows, dtype)
+    done = g.output(build(g, x))
+    want = done.result()
+    assert done.run(Products()) == edits
+    assert error(done.result()[0], want[0]) <= 1e-6
+
+
+@pytest.mark.parametrize("lowering", ["triton", "reference"])
+def test_other_lowerings(lowering: str) -> None:
+    g, x = start()
+    done = g.output(many(g, x))
+    program = done.ctx.program
+    program.options = replace(program.options, lowering=lowering)
+    assert done.run(Products()) == 0
+
+
+def test_a_batch_that_grows_and_shrinks(plain) -> None:
+    """One graph for few rows and many, with rows of the base; the head has no adapter's factors
+    beside it, and the fused linears have."""
+    torch.manual_seed(0)
+    cm = plain.compile(options={"lowering": "inductor"})
+    family = FAMILIES["plain"]
+    check_mixed(cm, plain, ["a0", None, "a1"], family.inputs(3, 5))
+    compiled = cm.recompiles
+    for rows, length in ((2, 3), (9, 7), (16, 9), (4, 16)):  # 6 to 144 rows
+        names = [(None, "a0", "a1")[row % 3] for row in range(rows)]
+        check_mixed(cm, plain, names, family.inputs(rows, length))
+    assert cm.recompiles == compiled
+    passes = cm._session.backend.records[0].passes
+    assert next(report.edits for report in passes if report.name == "products") > 0
