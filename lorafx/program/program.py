@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lorafx.config import LoraConfig, Options
 from lorafx.model.bank import Bank
+from lorafx.model.hook_watch import HookWatch
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.packing import PackedGroup
 from lorafx.model.quantized import QuantisedModules
@@ -75,6 +76,7 @@ class Program:
         self.replaced: set[str] = set()
         self.derived = DerivedTensors(self)
         self.site_watch = SiteWatch(self.graph, self.sites)
+        self.hook_watch = HookWatch(self.model, self.sites)
         self.own_memory = OwnMemory(self._own_tensors)
         self.quantised = QuantisedModules.of(module for _, module in self.graph.modules())
         self._by_weight: dict[int, list[Site]] = {}

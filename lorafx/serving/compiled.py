@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from types import MethodType
 from typing import Any, Self
@@ -19,6 +19,7 @@ from lorafx.errors import CaptureError, ConfigError
 from lorafx.explanation import write_beside_dumps
 from lorafx.interrupts import undisturbed
 from lorafx.model.attachment import Attachment
+from lorafx.model.hook_watch import hooks_of
 from lorafx.model.sites import Site
 from lorafx.model.training import warn_training
 from lorafx.program.program import Program
@@ -126,7 +127,7 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
         ) -> Any:
             def run() -> Any:
                 self._check_attached()  # it may have been detached while the call waited
-                return forward_of(self)(*args, **kwargs)
+                return self._called()(*args, **kwargs)
 
             return self._session.call(run, names, tokens=tokens, activated=by_token)
 
@@ -318,6 +319,14 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
                     f"a compiled model has no {name!r}; use {ELSEWHERE[name]}"
                 ) from None
             return delegated(self, name, getattr(self.model, name))
+
+    def _called(self) -> Callable[..., Any]:
+        """The forward of the running call; the call of the model around it, where the model has
+        hooks of its own."""
+        forward, session, model = forward_of(self), self._session, self.model
+        if not any(hooks_of(model)) or any(site.module is model for site in session.program.sites):
+            return forward  # that of a site is traced with its hooks
+        return partial(session.stand_ins.replacing, [(model, "forward", forward)], model)
 
     def _check_attached(self) -> None:
         if not self._attachment.rollback:

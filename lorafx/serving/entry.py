@@ -59,9 +59,9 @@ class Entry:
         self.roles = RoleTable(module, row_dims, function, packed=packed)
         self.per_token = per_token
         self.target = _target(session.program, module) if method is None else method
-        #: By what stands where sites stood (`SiteWatch.state`), the last such state and 0, which is
-        #: that all are there: guards alone would not tell them apart.
-        self.by_state = {0: self._new()}
+        #: By what stands where sites stood (`SiteWatch`) and the hooks of users (`HookWatch`), the
+        #: last such state and that of the model as given: guards alone would not tell them apart.
+        self.by_state = {_AS_GIVEN: self._new()}
         #: Calls of the base model run in Python: a compiler failed on them.
         self.in_python = False
         self.experts = [site for site in session.program.sites if site.expert_weight is not None]
@@ -88,7 +88,8 @@ class Entry:
             self._refuse_loops()
         elif self.in_python:
             return self._in_python(*args, **kwargs)
-        state = session.program.site_watch.state
+        sites, hooks = session.program.site_watch, session.program.hook_watch
+        state = sites.state, hooks.look()
         traced = self._traced(state)
         traced.unstarted = False
         try:
@@ -125,7 +126,8 @@ class Entry:
             warnings.warn(str(failure), LorafxWarning, stacklevel=2)
             return self._in_python(*args, **kwargs)
         finally:
-            if session.program.site_watch.state != state:  # noticed when a graph was captured
+            hooks.take_over()
+            if sites.state != state[0]:  # noticed when a graph was captured
                 self.by_state.pop(state, None)
 
     def _failure(self, error: BaseException) -> LorafxError | None:
@@ -174,10 +176,10 @@ class Entry:
         keep = functools.partial(keep_guards, self.module)
         return SavedGraphs(self.session.backend, option, entry, keep)
 
-    def _traced(self, state: int) -> Traced:
+    def _traced(self, state: tuple[int, int]) -> Traced:
         if state not in self.by_state:
-            kept = self.by_state.get(0)
-            self.by_state = {} if kept is None else {0: kept}
+            kept = self.by_state.get(_AS_GIVEN)
+            self.by_state = {} if kept is None else {_AS_GIVEN: kept}
             self.by_state[state] = self._new()
         return self.by_state[state]
 
@@ -204,6 +206,10 @@ class Entry:
         if looping:
             names = ", ".join(site.path for site in looping)
             raise MatchError(f"LoRA cannot be applied at {names}: {LOOP}")
+
+
+#: The state of a model whose modules and hooks are those that it had at first.
+_AS_GIVEN = (0, 0)
 
 
 def _plain_tokens(named: Mapping[str, Any]) -> dict[str, Any]:
