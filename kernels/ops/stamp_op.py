@@ -48,9 +48,10 @@ class Layout(NamedTuple):
 def without_data(value: Any, base: Any = None, other: Any = None) -> FakeTensor:
     """A tensor laid out like `value`: in memory of its own, or where it is a view of `base`, one of
     `other`. Operators with symbolic sizes take milliseconds to say as much."""
-    mode, layout = value.fake_mode, Layout.of(value)
+    layout = Layout.of(value)
     if base is None:
-        return layout.empty(mode)
+        return layout.empty(value.fake_mode)
+    mode = other.fake_mode
     with in_kernel_invocation_manager(mode):
         offset = value.storage_offset() - base.storage_offset() + other.storage_offset()
         meta = other.as_strided(layout.shape, layout.strides, offset)

@@ -40,6 +40,7 @@ from lorafx.capture.record import GraphRecord
 from lorafx.capture.stage_views import StageViews
 from lorafx.capture.stamps import Folded, fold, unfold
 from lorafx.capture.told import form_of, note_tracing, reason, tell, timed
+from lorafx.capture.unseen_inputs import UnseenInputs, around, leave_out
 from lorafx.capture.verify import NumericCheck
 from lorafx.compat import duck_shaped, ends_in_break, guarded_attributes, named_by_dynamo
 from lorafx.graph.context import Context
@@ -191,6 +192,8 @@ class Backend:
         """The executable of calls with adapters, made of `parts`."""
         compiler = _FrameCompiler(self, frame, record, lowering, parts)
         compiler.folded = fold(gm) if self.program.options.stamps else None
+        unseen = None if compiler.folded is None else leave_out(compiler.folded)
+        compiler.unseen = unseen
         trace = aot_autograd(
             fw_compiler=compiler,
             inference_compiler=compiler,
@@ -201,15 +204,18 @@ class Backend:
         noting = nullcontext() if self.noted is None else noted(parts)
         with in_tracing(), noting, timed(record.spans, "AOTAutograd"):
             try:
-                executable = trace(gm, examples)
+                if unseen is None:
+                    executable = trace(gm, examples)
+                else:
+                    executable = trace(unseen.module, [examples[p] for p in unseen.order.seen])
             except Exception:
                 if compiler.folded is None:
                     raise
                 # Nothing but the stamps was looked at: without them it is as it always was.
                 compiler.folded.restore()
-                compiler.folded = None
+                compiler.folded = compiler.unseen = None
                 executable = trace(gm, examples)
-        return checked(record.checks, owner, executable)
+        return checked(record.checks, owner, compiler.outer(executable))
 
     @contextmanager
     def lowering_timed(self, record: GraphRecord) -> Iterator[None]:
@@ -280,10 +286,16 @@ class _FrameCompiler:
         self.parts = parts
         #: What stands for layers in the graph that is traced; None where it stands for itself.
         self.folded: Folded | None = None
+        #: What is left out of the graph that is traced.
+        self.unseen: UnseenInputs | None = None
+        #: Makes of AOTAutograd's function one that takes all arguments.
+        self.outer: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda wrapped: wrapped
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         program, record, frame = self.backend.program, self.record, self.frame
         if self.folded is not None:
+            if self.unseen is not None:
+                inputs = self.unseen.put_back(gm.graph, inputs)
             unfold(gm.graph, self.folded)
             self.folded = None
         if self.backend.noted is not None:
@@ -311,7 +323,8 @@ class _FrameCompiler:
         # A stage that somebody chooses runs operator by operator as it is.
         staged = self.backend.keeper is not None
         operators = copy.deepcopy(gm) if ctx.handover.seen and not staged else None
-        with self.backend.lowering_timed(record):
+        told = nullcontext() if self.unseen is None else self.unseen.fixed_inputs_told()
+        with self.backend.lowering_timed(record), told:
             executable = self.lowering.compile(gm, [*inputs, *values])
         self.parts.lowered, self.parts.extra = executable, extra
         self.parts.whole = operators is None and numeric is None
@@ -326,4 +339,8 @@ class _FrameCompiler:
         whole = [node for node, item in frame.by_node.items() if item.sites and not item.part]
         weights = [frame.positions[node] for node in whole]
         owner = self.backend.owner(frame, weights)
-        return with_lookups(record.checks, owner, executable, extra, banks, numeric)
+        order = None if self.unseen is None else self.unseen.order
+        self.parts.order = order
+        found = with_lookups(record.checks, owner, executable, extra, banks, numeric)
+        inner, self.outer = around(order, found)
+        return inner

@@ -233,6 +233,7 @@ class _Conversion:
             "extra": parts.extra,
             "banks": parts.banks,
             "bound": parts.bound,
+            "order": parts.order,
             "wrappers": parts.wrappers,
             "record": graph.record.to_save(),
             "reached": (self._program.reached, self._program.replaced),
@@ -309,7 +310,8 @@ class _Loading:
         title = f"graph {len(self._backend.records)} {kind}"
         record = GraphRecord.loaded(title, second["record"], self._backend.several)
         parts = Parts(record.checks, second["base"], wrappers=second["wrappers"])
-        parts.extra, parts.banks, parts.bound = (second[n] for n in ("extra", "banks", "bound"))
+        parts.extra, parts.banks = second["extra"], second["banks"]
+        parts.bound, parts.order = second["bound"], second["order"]
         run = parts.executable(program, second["lowered"].load())
         code = SerializedCode.to_code_object(second["code"])
         hook = CleanupHook.create(
