@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
-from torch.library import custom_op, triton_op
+from torch.library import custom_op
 
 from lorafx.kernels.ops.bank_arguments import BankArgs, flat
 from lorafx.kernels.ops.fused_experts import check_ends
 from lorafx.kernels.ops.op_checks import require
 from lorafx.kernels.triton.triton_build import EXPERTS
+from lorafx.kernels.triton.triton_compat import generated_triton_op
 from lorafx.kernels.triton.triton_launch import Batch, Launch, activate, linear, shrink
 from lorafx.kernels.triton.triton_ops import (
     _checked,
@@ -91,7 +92,7 @@ def interpreted_experts(
     return _run(inputs, weight, offs, bank, rows, kernel, launch_interpreted)
 
 
-@triton_op("lorafx::triton_experts", mutates_args=())
+@generated_triton_op("lorafx::triton_experts", mutates_args=())
 @flat
 def triton_experts(
     inputs: Sequence[Tensor],

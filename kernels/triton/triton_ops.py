@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
-from torch.library import custom_op, triton_op, wrap_triton
+from torch.library import custom_op, wrap_triton
 
 from lorafx.compat import launches_directly
 from lorafx.kernels.ops.bank_arguments import BankArgs, flat
 from lorafx.kernels.ops.op_checks import check_bank, require
 from lorafx.kernels.triton.triton_build import LINEAR, LaunchPlan, plan_of
 from lorafx.kernels.triton.triton_cache import GeneratedKernel
-from lorafx.kernels.triton.triton_compat import allow_scratch, interpret
+from lorafx.kernels.triton.triton_compat import allow_scratch, generated_triton_op, interpret
 from lorafx.kernels.triton.triton_launch import (
     Batch,
     Launch,
@@ -310,7 +310,7 @@ def interpreted_embedding_delta_(
     _run_embedding_delta(y, ids, bank, rows, kernel, launch_interpreted)
 
 
-@triton_op("lorafx::triton_linear", mutates_args=())
+@generated_triton_op("lorafx::triton_linear", mutates_args=())
 @flat
 def triton_linear(
     x: Tensor,
@@ -330,7 +330,7 @@ def triton_linear(
     return _run_linear(x, weight, bias, bank, rows, kernel, launch_wrapped)
 
 
-@triton_op("lorafx::triton_delta_", mutates_args=("y",))
+@generated_triton_op("lorafx::triton_delta_", mutates_args=("y",))
 @flat
 def triton_delta_(
     y: Tensor,
@@ -350,7 +350,7 @@ def triton_delta_(
         _run_delta(y, x, bank, rows, kernel, launch_wrapped)
 
 
-@triton_op("lorafx::triton_embedding_delta_", mutates_args=("y",))
+@generated_triton_op("lorafx::triton_embedding_delta_", mutates_args=("y",))
 @flat
 def triton_embedding_delta_(
     y: Tensor,

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
-from torch.library import custom_op, triton_op
+from torch.library import custom_op
 
 from lorafx.kernels.ops.bank_arguments import BankArgs, flat
 from lorafx.kernels.ops.op_checks import require
 from lorafx.kernels.triton.activation import Leaf
 from lorafx.kernels.triton.triton_build import LaunchPlan
+from lorafx.kernels.triton.triton_compat import generated_triton_op
 from lorafx.kernels.triton.triton_launch import Batch, Launch, activate, linear, shrink
 from lorafx.kernels.triton.triton_ops import (
     _check_linear,
@@ -185,7 +186,7 @@ def interpreted_expand_(y: Tensor, v: Tensor, bank: BankArgs, rows: int, kernel:
     _run_expand(y, v, bank, rows, kernel, launch_interpreted)
 
 
-@triton_op("lorafx::triton_shrink", mutates_args=())
+@generated_triton_op("lorafx::triton_shrink", mutates_args=())
 @flat
 def triton_shrink(x: Tensor, bank: BankArgs, rows: int, kernel: int) -> Tensor:
     """v (P, M, J·R) float32 of x (M, K), in P planes to be added up: scale · A x for each row's
@@ -199,7 +200,7 @@ def triton_shrink(x: Tensor, bank: BankArgs, rows: int, kernel: int) -> Tensor:
     return _run_shrink(x, bank, rows, kernel, launch_wrapped)
 
 
-@triton_op("lorafx::triton_activate", mutates_args=())
+@generated_triton_op("lorafx::triton_activate", mutates_args=())
 @flat
 def triton_activate(
     inputs: Sequence[Tensor], bank: BankArgs, rows: int, kernel: int
@@ -218,7 +219,7 @@ def triton_activate(
     return _run_activate(inputs, bank, rows, kernel, launch_wrapped)
 
 
-@triton_op("lorafx::triton_expand_", mutates_args=("y",))
+@generated_triton_op("lorafx::triton_expand_", mutates_args=("y",))
 @flat
 def triton_expand_(y: Tensor, v: Tensor, bank: BankArgs, rows: int, kernel: int) -> None:
     """Adds v B into y (M, N) in place for v of `triton_activate`; base rows keep their bits.

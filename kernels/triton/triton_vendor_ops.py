@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
-from torch.library import custom_op, triton_op
+from torch.library import custom_op
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.ops.bank_arguments import BankArgs, flat
@@ -39,6 +39,7 @@ from lorafx.kernels.ops.op_checks import require
 from lorafx.kernels.ops.op_library import define
 from lorafx.kernels.triton.concat_launch import blocks_of, gather, layout_of, place
 from lorafx.kernels.triton.triton_build import CONCAT, LaunchPlan, plan_of
+from lorafx.kernels.triton.triton_compat import generated_triton_op
 from lorafx.kernels.triton.triton_launch import Batch, Launch, linear, shrink
 from lorafx.kernels.triton.triton_ops import (
     _check_linear,
@@ -86,7 +87,7 @@ def interpreted_expanded(
     return _run_expanded(x, bias, bank, rows, kernel, launch_interpreted)
 
 
-@triton_op("lorafx::triton_expanded", mutates_args=())
+@generated_triton_op("lorafx::triton_expanded", mutates_args=())
 @flat
 def triton_expanded(
     x: Tensor, bias: Tensor | None, bank: BankArgs, rows: int, kernel: int
@@ -170,7 +171,7 @@ def interpreted_concat_(
     _run_concat(x, w, bank, rows, first, row, kernel, launch_interpreted)
 
 
-@triton_op("lorafx::triton_concat_", mutates_args=("x", "w"))
+@generated_triton_op("lorafx::triton_concat_", mutates_args=("x", "w"))
 @flat
 def triton_concat_(
     x: Tensor, w: Tensor, bank: BankArgs, rows: int, first: int, row: int, kernel: int

@@ -8,6 +8,7 @@ import pytest
 import torch
 from delta_oracle import random_problem
 from torch import Tensor
+from torch._library import triton as triton_library
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -27,6 +28,7 @@ from lorafx.errors import LoweringError
 from lorafx.kernels.ops.bank_arguments import BankArgs
 from lorafx.kernels.triton import triton_ops
 from lorafx.kernels.triton.triton_build import LINEAR, TritonSpec, build, plan_of
+from lorafx.kernels.triton.triton_compat import generated_triton_op
 from lorafx.kernels.triton.triton_tiles import Tiles
 
 STRATEGY_OPS = {
@@ -251,3 +253,22 @@ def test_storage_types_round_like_torch(dtype: torch.dtype) -> None:
         for strategy in ("segments", "gemv"):
             got = run(laid, strategy)
             torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_sources_are_not_searched_for_kernels_when_ops_are_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There are none before they are generated, and the search took a sixth of an import."""
+
+    def search(function: object) -> list[object]:
+        raise AssertionError("searched")
+
+    monkeypatch.setattr(triton_library, "get_inner_triton_kernels", search)
+
+    def twice(x: Tensor) -> Tensor:
+        return x * 2
+
+    op = generated_triton_op("lorafx_tests::twice", mutates_args=())(twice)
+    assert torch.equal(op(torch.ones(2)), torch.full((2,), 2.0))
+    assert triton_library.get_triton_kernels_for_op("lorafx_tests::twice") == []
+    assert triton_library.get_inner_triton_kernels is search
