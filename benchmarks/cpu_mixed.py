@@ -3,13 +3,16 @@
 A Llama of hidden 1024, intermediate 2816 and 6 layers, LoRA of rank 16 on all its linears, fp32
 and bf16, decode [8, 1] and prefill [8, 128]. Time over the compiled base model in the same run:
 
-    python benchmarks/cpu_mixed.py [--quick] [--dtype fp32|bf16] [--case decode|prefill]
+    python benchmarks/cpu_mixed.py [--quick] [--dtype fp32|bf16] [--case decode|prefill] [--rows 16]
+
+With `--rows` so many requests a batch, with as many adapters as there are rows, at most eight.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +28,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 RANK = 16
 ADAPTERS = 8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SHAPES = {"decode": (8, 1), "prefill": (8, 128)}
+LENGTHS = {"decode": 1, "prefill": 128}
 
 
 def build_model(layers: int, dtype: torch.dtype) -> LlamaForCausalLM:
@@ -67,7 +70,8 @@ def peft_mixed(model: LlamaForCausalLM, paths: dict[str, str]) -> PeftModel:
 def check(model: LlamaForCausalLM, paths: dict[str, str], cm, ids: torch.Tensor) -> float:
     """Largest error of the mixed batch against dense merge in float64, over that of the merged
     model in the model's own dtype: about 1 when lorafx rounds no worse than a merged model."""
-    names = [*list(paths)[: ids.shape[0] - 1], None]
+    cycle = [name for name, _ in zip(itertools.cycle(paths), ids, strict=False)]
+    names = [*cycle[:-1], None] if len(cycle) > 1 else cycle
     got = cm(input_ids=ids, use_cache=False, adapter_names=names).logits.double()
     worst = 0.0
     for row, name in list(enumerate(names))[:: max(1, len(names) // 2)]:
@@ -82,11 +86,11 @@ def check(model: LlamaForCausalLM, paths: dict[str, str], cm, ids: torch.Tensor)
 
 
 def run_case(
-    dtype_name: str, case: str, layers: int, blocks: int, seconds: float
+    dtype_name: str, case: str, layers: int, blocks: int, seconds: float, rows: int = 8
 ) -> list[dict[str, object]]:
     dtype = DTYPES[dtype_name]
     model = build_model(layers, dtype)
-    ids = torch.randint(0, model.config.vocab_size, SHAPES[case])
+    ids = torch.randint(0, model.config.vocab_size, (rows, LENGTHS[case]))
     torch._dynamo.reset()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         paths = save_adapters(model, Path(folder))
@@ -94,7 +98,8 @@ def run_case(
         mixed = peft_mixed(model, paths)
         single_model = PeftModel.from_pretrained(copy.deepcopy(model), paths["a0"]).eval()
         single = torch.compile(single_model)
-        names = list(paths)
+        names = [name for name, _ in zip(itertools.cycle(paths), ids, strict=False)]
+        most = len(set(names))
         error = 0.0
         cm = lorafx.compile(copy.deepcopy(model), dict(paths))
         error = check(model, paths, cm, ids)
@@ -103,10 +108,10 @@ def run_case(
             return lambda: cm(input_ids=ids, use_cache=False, adapter_names=adapter_names)
 
         arms = {
-            "lorafx D=0": serve([None] * 8),
-            "lorafx D=1": serve([names[0]] * 8),
-            "lorafx D=8": serve(names),
-            "PEFT mixed, eager, D=8": lambda: mixed(
+            "lorafx D=0": serve([None] * rows),
+            "lorafx D=1": serve([names[0]] * rows),
+            f"lorafx D={most}": serve(names),
+            f"PEFT mixed, eager, D={most}": lambda: mixed(
                 input_ids=ids, use_cache=False, adapter_names=names
             ),
             "PEFT one adapter, compiled": lambda: single(input_ids=ids, use_cache=False),
@@ -114,7 +119,7 @@ def run_case(
         ratios = compare(
             lambda: base(input_ids=ids, use_cache=False), arms, blocks=blocks, seconds=seconds
         )
-    label = f"{case} {list(SHAPES[case])} {dtype_name}"
+    label = f"{case} {list(ids.shape)} {dtype_name}"
     print(f"\n{label}, {layers} layers; error over a merged model's own rounding: {error:.2f}")
     for ratio in ratios:
         print(f"  {ratio.arm:28s} {ratio}")
@@ -125,14 +130,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="2 layers, 5 blocks; nothing saved")
     parser.add_argument("--dtype", choices=DTYPES, action="append")
-    parser.add_argument("--case", choices=SHAPES, action="append")
+    parser.add_argument("--case", choices=LENGTHS, action="append")
+    parser.add_argument("--rows", type=int, nargs="+", default=[8])
     parser.add_argument("--out", default="benchmarks/results/cpu_mixed.json")
     options = parser.parse_args()
     layers, blocks, seconds = (2, 5, 0.02) if options.quick else (6, 20, 0.1)
     rows = []
     for dtype in options.dtype or DTYPES:
-        for case in options.case or SHAPES:
-            rows += run_case(dtype, case, layers, blocks, seconds)
+        for case in options.case or LENGTHS:
+            for count in options.rows:
+                rows += run_case(dtype, case, layers, blocks, seconds, count)
     if not options.quick:
         save(Path(options.out), "time over compiled base, Llama 1024/2816, r=16", rows)
 

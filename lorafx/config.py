@@ -186,6 +186,9 @@ class Options:
         overflow: what is done with a batch of more distinct adapters than there are slots: "refuse"
             raises CapacityError; with "waves" calls and `generate` run its rows in several batches
             and put the results back in their order (docs/adapter_store.md).
+        base_products: on a CPU, calls without an adapter multiply few rows by generated code, too,
+            as those with adapters do. Their results are then those of `torch.compile(model)` up to
+            rounding only, and no longer bit-equal.
         mode: a mode of torch.compile, which stands for settings of Inductor: "reduce-overhead",
             "max-autotune", "max-autotune-no-cudagraphs"; None, or "default", for none.
     """
@@ -202,6 +205,7 @@ class Options:
     stamps: bool = True
     cache: str | bool | None = None
     overflow: Overflow = "refuse"
+    base_products: bool = False
     mode: str | None = None
 
     @classmethod

@@ -35,10 +35,15 @@ class Products:
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         if ctx.program.options.lowering != "inductor":
             return 0
-        edits = 0
-        for find in (_side_by_side, _product):  # parts first: each is a product too
-            edits += sum(_replace(gm.graph, ctx, node, find) for node in [*gm.graph.nodes])
-        return edits
+        return replace_products(gm.graph, ctx.take_edit)
+
+
+def replace_products(graph: fx.Graph, allowed: Callable[[], bool] = lambda: True) -> int:
+    """Replace what `allowed` lets pass, which is asked for each product; how many those are."""
+    edits = 0
+    for find in (_side_by_side, _product):  # parts first: each is a product too
+        edits += sum(_replace(graph, node, find, allowed) for node in [*graph.nodes])
+    return edits
 
 
 class Product(NamedTuple):
@@ -51,15 +56,19 @@ class Product(NamedTuple):
 
 
 def _replace(
-    graph: fx.Graph, ctx: Context, node: fx.Node, find: Callable[[fx.Node], Product | None]
+    graph: fx.Graph,
+    node: fx.Node,
+    find: Callable[[fx.Node], Product | None],
+    allowed: Callable[[], bool],
 ) -> bool:
     found = find(node) if node.users else None
-    if found is None or not _pays(found) or not ctx.take_edit():
+    if found is None or not _pays(found) or not allowed():
         return False
     bias = () if found.bias is None else (found.bias,)
     op = DENSE_ADDMM if bias else DENSE_MM
     with graph.inserting_before(node):
-        new = ctx.call(graph, op, (*bias, found.x, found.weight, list(found.sizes)))
+        new = graph.call_function(op, (*bias, found.x, found.weight, list(found.sizes)))
+    new.meta["val"] = fake_value(node)  # as large, and contiguous too
     node.replace_all_uses_with(new)
     graph.erase_node(node)  # its parts have no reader then
     return True

@@ -22,8 +22,11 @@ from lorafx.capture.stamps import STAMP, Folded, NotUnfolded, fold, unfold
 from lorafx.compat import mode_settings, results_kept
 from lorafx.config import Options
 from lorafx.errors import LorafxWarning, LoweringError
+from lorafx.kernels.cpu import dense
 from lorafx.kernels.cpu.compiler import find_compiler
+from lorafx.passes import products
 from lorafx.passes.outline.regions import bodies
+from lorafx.passes.products import replace_products
 
 aten = torch.ops.aten
 
@@ -82,11 +85,13 @@ class InductorLowering:
     """Inductor. The rewritten graph is what its caches hash, so a changed pass cannot be stale.
 
     `patches` are Inductor's settings that a `mode` of torch.compile stands for. `stamps`: graphs of
-    the base, too, are traced one of several equal layers at a time.
+    the base, too, are traced one of several equal layers at a time. `products`: they, too, multiply
+    few rows by generated code.
     """
 
     patches: Mapping[str, Any] = field(default_factory=dict)
     stamps: bool = False
+    products: bool = False
 
     def begin(self, device: torch.device) -> None:
         if device.type == "cpu":
@@ -124,6 +129,8 @@ class InductorLowering:
 
         head_start.wait()
         patches = dict(self.patches)
+        if self.products and config.post_grad_custom_pre_pass is None:
+            patches["post_grad_custom_pre_pass"] = _generated_products()
         # What stands for a layer has no gradient, and no pass but Inductor's own may see it.
         if self.stamps and not torch.is_grad_enabled() and config.joint_custom_pre_pass is None:
             folded = fold(gm)
@@ -134,6 +141,20 @@ class InductorLowering:
         # A compiled backward, made later, keeps the settings too.
         compiled = compile_fx(gm, list(examples), config_patches=patches)
         return cast("Callable[..., Any]", compiled)
+
+
+def _generated_products() -> Any:
+    """What `products` does, as a pass of Inductor's own over a graph of the base."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    class Products(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            replace_products(graph)
+
+        def uuid(self) -> Any:
+            return get_hash_for_files((products.__file__, dense.__file__))
+
+    return Products()
 
 
 def _stamped(
@@ -238,4 +259,7 @@ def lowering_for(options: Options, patches: Mapping[str, Any] | None = None) -> 
     """The lowering that `Options.lowering` names; `patches` are settings of Inductor."""
     if options.lowering == "reference":
         return ReferenceLowering()
-    return InductorLowering({**mode_settings(options.mode), **(patches or {})}, options.stamps)
+    products_of_base = options.base_products and options.lowering == "inductor"
+    return InductorLowering(
+        {**mode_settings(options.mode), **(patches or {})}, options.stamps, products_of_base
+    )

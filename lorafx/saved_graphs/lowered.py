@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from lorafx.capture import head_start
 from lorafx.capture.lowering import NodeByNode
+from lorafx.kernels.cpu import dense
 from lorafx.kernels.cpu.cpu import DeltaSpec, build, build_all
 from lorafx.saved_graphs.fingerprints import Undescribed
 
@@ -53,6 +54,8 @@ class SavedLowered:
             Undescribed: a kernel is not what it was.
         """
         build_all(self.kernels)
+        for dtype in {spec.y_dtype for spec in self.kernels}:
+            dense.ready(dtype)
         for spec, kernel in self.kernels.items():
             if build(spec) != kernel:
                 raise Undescribed(f"the kernel of {spec} is another one here")

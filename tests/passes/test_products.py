@@ -14,6 +14,7 @@ from site_graphs import Finished, SiteGraph
 from tiny_models import FAMILIES
 from toolchain import needs_compiler
 from torch import fx, nn
+from torch._inductor.utils import run_and_get_code
 
 from lorafx.kernels.cpu.dense import most_rows
 from lorafx.passes.products import Products
@@ -177,3 +178,16 @@ def test_a_batch_that_grows_and_shrinks(plain) -> None:
     assert cm.recompiles == compiled
     passes = cm._session.backend.records[0].passes
     assert next(report.edits for report in passes if report.name == "products") > 0
+
+
+def test_calls_without_an_adapter(plain) -> None:
+    """Bit-equal to torch.compile, or by the same products where that is asked for: a request of
+    the base is the same alone and beside others then."""
+    inputs = FAMILIES["plain"].inputs(3, 5)
+    cm = plain.compile(options={"lowering": "inductor", "base_products": True})
+    alone, (code, *_) = run_and_get_code(lambda: cm(**inputs)["logits"])
+    assert "torch.ops.lorafx.dense_" in code
+    beside = cm(**inputs, adapter_names=["a0", None, "a1"])["logits"]
+    assert torch.equal(alone[1], beside[1])
+    with torch.no_grad():
+        assert error(alone, plain.base(**inputs)["logits"]) <= 1e-5
