@@ -29,9 +29,9 @@ def eager_attention(
     softcap: float | None = None,
     position_bias: Tensor | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention of (1, H, T, D) queries to what the cache holds for them: (1, T, H, D), and the
-    weights.
+    weights, where there are any.
 
     Raises:
         ConfigError: the model adds a bias by position, which knows of no pages; or it is called
@@ -44,17 +44,22 @@ def eager_attention(
             + ("it adds a bias by position" if cache is not None else "there is no paged cache")
             + "; call generate() for this model, outside continuous batching"
         )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    sinks = getattr(module, "sinks", None)
+    by_request = cache.attend(
+        query, key, value, module.layer_idx, attention_mask, scaling, softcap, sinks
+    )
+    if by_request is not None:
+        return by_request.transpose(1, 2), None
     key, value = cache.update(key, value, module.layer_idx, kwargs)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if attention_mask is not None:
         scores = scores + attention_mask
-    sinks = getattr(module, "sinks", None)
     if sinks is not None:
         scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(1, -1, scores.shape[2], 1)], -1)
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)

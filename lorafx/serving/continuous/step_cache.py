@@ -20,7 +20,11 @@ from transformers.generation.continuous_batching.cache_allocators import (
 )
 
 from lorafx.errors import ConfigError
+from lorafx.kernels.cpu.paged_attention import PAGED_ATTENTION
 from lorafx.kernels.ops.paged_cache import PAGED_CACHE
+
+#: In which its sums in float32 are as exact as attention otherwise is.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class LayerPlace(NamedTuple):
@@ -146,14 +150,7 @@ class StepCache(PagedAttentionCache):
     ) -> tuple[Tensor, Tensor]:
         """Write the keys and values (1, H, T, D) of a layer's new tokens; those that its queries
         see, (1, H, N, D)."""
-        place = self.places[layer_idx]
-        for states in (key_states, value_states):
-            if (states.shape[1], states.shape[3], states.dtype) != place.row:
-                raise ConfigError(
-                    f"layer {layer_idx} has keys or values of {states.shape[1]} heads, "
-                    f"{states.shape[3]} numbers each, {states.dtype}, and its cache is for "
-                    f"{place.row}, by the model's configuration; call generate() for this model"
-                )
+        place = self._place(layer_idx, key_states, value_states)
         return PAGED_CACHE(
             key_states,
             value_states,
@@ -167,6 +164,54 @@ class StepCache(PagedAttentionCache):
             self.seen[place.group],
             self.masks[place.group],
         )
+
+    def attend(
+        self,
+        query: Tensor,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        mask: Tensor | None,
+        scale: float,
+        cap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor | None:
+        """`update`, and the attention of the new tokens to it, (1, H, T, D); None, and nothing is
+        written, where it needs the keys of all requests: the mask is not the step's."""
+        place = self._place(layer_idx, key_states, value_states)
+        seen = self.seen[place.group]
+        known = query.dtype in _DTYPES and query.dtype == key_states.dtype
+        if seen is None or mask is None or mask is not self.masks[place.group] or not known:
+            return None
+        return PAGED_ATTENTION(
+            query,
+            key_states,
+            value_states,
+            self.pages,
+            self.read[place.group],
+            self.write[place.group],
+            seen,
+            mask,
+            place.first_key,
+            place.first_value,
+            place.sentinel,
+            place.ring,
+            scale,
+            0.0 if cap is None else cap,
+            sinks,
+        )
+
+    def _place(self, layer_idx: int, key_states: Tensor, value_states: Tensor) -> LayerPlace:
+        """Where a layer's keys and values are, which have to be of its sizes."""
+        place = self.places[layer_idx]
+        for states in (key_states, value_states):
+            if (states.shape[1], states.shape[3], states.dtype) != place.row:
+                raise ConfigError(
+                    f"layer {layer_idx} has keys or values of {states.shape[1]} heads, "
+                    f"{states.shape[3]} numbers each, {states.dtype}, and its cache is for "
+                    f"{place.row}, by the model's configuration; call generate() for this model"
+                )
+        return place
 
 
 def _windows(places: Iterable[LayerPlace], pages: Tensor) -> tuple[Window, ...]:

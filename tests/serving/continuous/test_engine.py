@@ -94,10 +94,10 @@ def test_logits_of_every_step(eight_of, tmp_path, family, layers, attention, pag
         outputs = answers(engine, ids)
     check_logits(case, seen, outputs, dict(zip(ids, (w[1] for w in work), strict=True)))
     assert cm.recompiles == graphs
-    attended = [
-        r.edits for g in cm._session.backend.records for r in g.passes if r.name == "attend"
-    ]
-    assert attended == [layers if attention == "sdpa" else 0] * 2
+    for graph in cm.dump(tmp_path / "dump").glob("graph-*"):
+        text = (graph / "07-attend.py").read_text()  # attention goes request by request
+        assert text.count("lorafx.paged_attention.default") == layers
+        assert "lorafx.paged_cache.default" not in text
     assert max(seen.steps) == PAGES["max_batch_tokens"]  # prompts were cut into chunks
     assert cm.stats().tokens["a0"] > 0
 

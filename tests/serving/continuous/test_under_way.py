@@ -251,9 +251,38 @@ GEMMA2 = Family(
 )
 
 
-def test_eager_attention_caps_its_scores(tmp_path):
+GPT_OSS = Family(
+    lambda **changes: transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(
+            **{
+                "vocab_size": 61,
+                "hidden_size": 24,
+                "intermediate_size": 20,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 10,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+                "sliding_window": 6,
+                "max_position_embeddings": 64,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+                **changes,
+            }
+        )
+    ),
+    (["q_proj"], ["v_proj"], ["k_proj"], ["o_proj"], ["q_proj", "v_proj"]),
+)
+
+
+@pytest.mark.parametrize("family", [GEMMA2, GPT_OSS], ids=["capped scores", "sinks"])
+def test_eager_attention(family, tmp_path):
     """One engine at a time uses it."""
-    case = build_case(GEMMA2, tmp_path)
+    case = build_case(family, tmp_path)
+    with torch.no_grad():
+        for name, parameter in case.base.named_parameters():
+            if name.endswith("sinks"):
+                parameter.normal_()
     case.base.set_attn_implementation("eager")
     cm = case.compile()
     with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
