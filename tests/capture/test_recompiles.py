@@ -47,10 +47,20 @@ def test_twenty_mixes_and_a_swap_on_one_graph(shallow):
     assert (cm.recompiles, frames()) == (captured, seen)
 
 
-def test_batch_as_long_as_the_sequence_is_no_common_symbol(plain):
+@pytest.fixture(scope="module")
+def square(plain):
+    """Captured for a batch as long as the sequence: the graph is for any."""
+    cm = plain.compile()
+    torch.manual_seed(0)
+    check_mixed(cm, plain, ["a0", None, "a1", "a3", "a2"], FAMILIES["plain"].inputs(5, 5))
+    assert cm.recompiles == 1
+    return cm
+
+
+def test_batch_as_long_as_the_sequence_is_no_common_symbol(plain, square):
     """(5, 5) then (5, 7): with duck shaping batch and length would be one symbol."""
     torch.manual_seed(0)
-    cm, feed = plain.compile(), FAMILIES["plain"].inputs
+    cm, feed = square, FAMILIES["plain"].inputs
     names = ["a0", None, "a1", "a3", "a2"]
     check_mixed(cm, plain, names, feed(5, 5))
     captured = cm.recompiles
@@ -79,25 +89,25 @@ def test_settings_are_the_users_own_but_while_a_graph_is_captured(small):
             found.append(torch.fx.experimental._config.use_duck_shape)
 
     case = small(Breaks, ["before", "after"])
-    cm = case.compile()
+    cm = case.compile(dynamic=False)
     for _ in range(2):
         check_mixed(cm, case, ["a", "b", "a"], {"x": torch.randn(3, 6)})
     assert found
     assert all(found)
 
 
-def test_growing_batches_beyond_the_first_buffer_of_slots(plain):
+def test_growing_batches_beyond_the_first_buffer_of_slots(plain, square):
     torch.manual_seed(0)
-    cm, feed = plain.compile(), FAMILIES["plain"].inputs
+    cm, feed = square, FAMILIES["plain"].inputs
     for rows in (3, 70, 5, 200):
         names = [("a0", None, "a1")[row % 3] for row in range(rows)]
         check_mixed(cm, plain, names, feed(rows, 2))
     assert cm.recompiles == 1
 
 
-def test_load_and_unload_between_calls(plain, tmp_path):
+def test_load_and_unload_between_calls(plain, square, tmp_path):
     torch.manual_seed(0)
-    cm, feed = plain.compile(), FAMILIES["plain"].inputs
+    cm, feed = square, FAMILIES["plain"].inputs
     check_mixed(cm, plain, ["a0", "a1", None], feed(3, 4))
     captured = cm.recompiles
     folder = save_adapter(plain.base, tmp_path / "new", rank=4, targets=["up", "down"], seed=9)
@@ -153,7 +163,7 @@ def test_twelve_layers_that_share_graphs_each_with_its_own_adapters(tmp_path):
         for name, plan in plans.items()
     }
     oracle = Oracle.of(base, folders)
-    cm = lorafx.compile(base, folders, options=REFERENCE)
+    cm = lorafx.compile(base, folders, options=REFERENCE, dynamic=False)
     inputs = {"x": torch.randn(4, 3, 8)}
     for name in ("some", "all", None, "some"):
         got = cm(**inputs, adapter_names=[name] * 4)["logits"]
@@ -173,7 +183,7 @@ def test_two_models_of_one_class(tmp_path):
             model, tmp_path / str(index), rank=2 + index, targets=["up", "gate", "head"], seed=index
         )
         oracles.append(Oracle.of(model, {"x": folder}))
-        compiled.append(lorafx.compile(model, {"x": folder}, options=REFERENCE))
+        compiled.append(lorafx.compile(model, {"x": folder}, options=REFERENCE, dynamic=False))
     torch.manual_seed(1)
     inputs = FAMILIES["plain"].inputs(3, 4)
     names = ["x", None, "x"]

@@ -163,10 +163,9 @@ def test_under_torch_compile(case):
     assert error(got, case.expected(["both"] * 2, inputs(2))) <= TOLERANCE
 
 
-def test_continuous_batching(case):
-    cm = case.compile()
+def test_continuous_batching(case, served):
     config = ContinuousBatchingConfig(page_size=4, num_blocks=64, max_batch_tokens=32)
-    with cm.continuous_batching(None, config) as engine:
+    with served.continuous_batching(None, config, warmup=False) as engine:
         seen = StepLogits(engine)
         asked = {
             engine.add_request(
