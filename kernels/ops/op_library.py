@@ -29,3 +29,8 @@ def define(
         torch.library.register_autograd(
             f"lorafx::{name}", backward, setup_context=setup_context, lib=_LIBRARY
         )
+
+
+def define_functional(name: str, functional: Callable[..., object]) -> None:
+    """What functionalization makes of `lorafx::<name>`, which writes into an argument."""
+    _LIBRARY.impl(name, functional, "Functionalize")

@@ -45,7 +45,7 @@ from lorafx.passes.outline.regions import is_pure, is_view
 from lorafx.program.frame import fake_value
 
 STAMP = torch.ops.lorafx.stamp.default
-COPY = torch.ops.aten.copy.default
+OVERWRITE = torch.ops.lorafx.overwrite.default
 #: Calls without a value that do nothing in a graph.
 _INERT = frozenset({torch._C._log_api_usage_once})
 #: Calls of Dynamo's graph below which a repeat is traced as quickly as it is stamped.
@@ -64,12 +64,10 @@ class _Kind:
         enter, leave: keys of the ops in front of the first one and behind it.
         others: of each other one its key, and by the modules that the first one's nodes were made
             in those that its own were.
-        made: how many of the results are new tensors; the others are copied into operands.
     """
 
     enter: int
     leave: int
-    made: int
     others: dict[int, dict[tuple[Any, ...], Any]]
 
 
@@ -186,7 +184,7 @@ def _stamp(
         keys[key] = stack
         for node in reversed(layer.nodes):
             graph.erase_node(node)
-    return _Kind(enter, leave, len(made), keys)
+    return _Kind(enter, leave, keys)
 
 
 def _finish(
@@ -203,8 +201,7 @@ def _finish(
     made = effects.made_by(layer)
     given, key = _note(graph, values, [*made, *changed])
     for node, item in zip(changed, given[len(made) :], strict=True):
-        copied = graph.call_method("copy_", (node, item))
-        copied.meta["example_value"] = copied.meta["val"] = fake_value(node)
+        graph.call_function(OVERWRITE, (node, item))
     passed = {layer.returned[at]: layer.taken[place] for at, place in effects.passed.items()}
     own = {*layer.nodes, *(item.args[0] for item in given)}
     for node, item in {**dict(zip(made, given, strict=False)), **passed}.items():
@@ -252,8 +249,8 @@ def unfold(graph: fx.Graph, folded: Folded) -> None:
             if order[call] < order[leave]:
                 raise NotUnfolded("layers were traced in another order")
             with graph.inserting_before(call), mode:
-                _expand(graph, body, enter, leave, call, stacks, kind.made)
-        _take_out(graph, leave, leave.args[0], kind.made)
+                _expand(graph, body, enter, leave, call, stacks)
+        _take_out(graph, leave, leave.args[0])
         _take_out(graph, enter, enter.args[0])
     folded.forget()
     if any(node.target is STAMP for node in graph.nodes):
@@ -301,7 +298,6 @@ def _expand(
     leave: fx.Node,
     call: fx.Node,
     stacks: dict[tuple[Any, ...], Any],
-    made: int,
 ) -> None:
     """The stamp `call` becomes a copy of the body on its own operands."""
     operands: Any = call.args[0]
@@ -316,7 +312,7 @@ def _expand(
             copy.meta["nn_module_stack"] = stacks[stack]
         new[node] = copy
     results: Any = leave.args[0]
-    _take_out(graph, call, [new.get(item, item) for item in results], made)
+    _take_out(graph, call, [new.get(item, item) for item in results])
 
 
 def _value(node: fx.Node, copy: fx.Node) -> Any:
@@ -332,15 +328,9 @@ def _value(node: fx.Node, copy: fx.Node) -> Any:
     return copy.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _take_out(graph: fx.Graph, call: fx.Node, values: Any, made: int | None = None) -> None:
-    """Whoever reads a result of `call` reads the value. Results from `made` on were copied into
-    inputs of the graph: so does whoever reads those."""
+def _take_out(graph: fx.Graph, call: fx.Node, values: Any) -> None:
+    """Whoever reads a result of `call` reads the value."""
     for item in list(call.users):
-        place: Any = item.args[1]
-        if made is not None and place >= made:
-            for copied in [user for user in item.users if user.target is COPY]:
-                copied.replace_all_uses_with(item)
-                graph.erase_node(copied)
-        item.replace_all_uses_with(values[place])
+        item.replace_all_uses_with(values[item.args[1]])
         graph.erase_node(item)
     graph.erase_node(call)
