@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from lorafx.errors import BatchError, ConfigError
 from lorafx.graph.expert_uses import is_grouped
+from lorafx.kernels.cpu.dense import DENSE_ADDMM, DENSE_MM
 from lorafx.model.sites import Site
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, op_of
 from lorafx.passes.pack import ALIASES, VIEWS
@@ -36,6 +37,7 @@ aten = torch.ops.aten
 _PRODUCTS = frozenset(
     {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
     | {aten.convolution.default, aten.embedding.default, aten.linear.default}
+    | {DENSE_MM, DENSE_ADDMM}
 )
 #: What a product's result goes through before the delta is added, and behind it.
 _BETWEEN = ALIASES | VIEWS | {aten.cat.default, aten.clone.default}
