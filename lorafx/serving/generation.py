@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -66,7 +66,7 @@ def _generate(
     forward = generating_forward_of(compiled, model, run, args, kwargs)
     encoders = [(part, "forward", compiled.entry(part)) for part in _encoders(model)]
     forwards: list[Replaced] = [(model, "forward", forward), *encoders]
-    attributes = [*forwards, *_modalities(compiled, model)]
+    attributes = [*forwards, *_modalities(compiled, model, kwargs)]
     return compiled._session.stand_ins.replacing(attributes, run, *args, **kwargs)
 
 
@@ -114,15 +114,28 @@ def _encoders(model: nn.Module) -> list[nn.Module]:
     return [] if encoder is model else [encoder]
 
 
-def _modalities(compiled: CompiledModel, model: nn.Module) -> list[Replaced]:
-    """The methods that `generate` has images and videos encoded by, before the first forward."""
+def _modalities(
+    compiled: CompiledModel, model: nn.Module, given: Mapping[str, Any]
+) -> list[Replaced]:
+    """The methods that `generate` has images and videos encoded by, before the first forward. In a
+    batch of several adapters whose images come one entry a prompt, the forward encodes them
+    instead: there it is proved whose they are."""
     if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         return []  # the forward encodes them
     base = getattr(model, "base_model", None)
-    found: list[Replaced] = []
-    for modality in ("image", "video"):
-        name = f"get_{modality}_features"
-        method = getattr(base, name, None)
-        if isinstance(base, nn.Module) and isinstance(method, MethodType):
-            found.append((base, name, compiled.entry(base, method=method)))
-    return found
+    names = [f"get_{modality}_features" for modality in ("image", "video")]
+    found = [(name, getattr(base, name, None)) for name in names]
+    methods = {name: method for name, method in found if isinstance(method, MethodType)}
+    if not isinstance(base, nn.Module) or not methods:
+        return []
+    adapters = compiled._session.asked.names
+    taken = {name for method in methods.values() for name in inspect.signature(method).parameters}
+    images = [value for name in taken if isinstance(value := given.get(name), torch.Tensor)]
+    each = all(image.dim() > 0 and len(image) == len(adapters) for image in images)
+    if len(set(adapters)) > 1 and each and hasattr(model, _ENCODES):
+        return [(model, _ENCODES, bool)]
+    return [(base, name, compiled.entry(base, method=own)) for name, own in methods.items()]
+
+
+#: By this transformers asks whether the model takes images that are encoded already.
+_ENCODES = "_supports_mm_encoder_outputs"
