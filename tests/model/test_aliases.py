@@ -22,6 +22,8 @@ from lorafx.errors import CheckpointError
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.prepare.marking import build_sites
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 K = 6
 NAMES = ["a", None, "b", "a"]
 EXPERTS = 5

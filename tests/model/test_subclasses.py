@@ -19,6 +19,8 @@ from lorafx import layers
 from lorafx.errors import MatchError
 from lorafx.registry import lookup
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 K, N = 6, 8
 NAMES = ["a", None, "b", "a"]
 

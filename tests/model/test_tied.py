@@ -21,6 +21,8 @@ from lorafx.config import LoraConfig
 from lorafx.model.module_graph import ModuleGraph, storage_key
 from lorafx.prepare.marking import build_sites
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 NAMES = ["both", "embed", None, "head", "both"]
 
 

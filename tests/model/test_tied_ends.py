@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.errors import MatchError
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 REFERENCE = {"lowering": "reference"}
 V, D = 24, 20
 
