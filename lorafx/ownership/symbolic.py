@@ -116,11 +116,18 @@ class Sizes:
     def learn(self, size: sympy.Expr, same: sympy.Expr) -> None:
         """Use `same` wherever `size`, another expression of the same number, occurs.
 
-        Only towards fewer operations, so that replacing comes to an end.
+        Only towards fewer operations, or from a symbol to a number, so that replacing comes to an
+        end. B·H = 4·B says that H, the heads of a cache, are 4: there are requests.
         """
-        if size != same and not size.is_Integer and same.count_ops() < size.count_ops():
-            self._learnt[size] = same
-            self._memo.clear()
+        if size == same or size.is_Integer:
+            return
+        if same.count_ops() >= size.count_ops():
+            each, number = divide(size, self.batch), divide(same, self.batch)
+            if each is None or not each.is_Symbol or number is None or not number.is_Integer:
+                return
+            size, same = each, number
+        self._learnt[size] = same
+        self._memo.clear()
 
     def shape(self, value: torch.Tensor) -> Shape:
         return tuple(self.unify(as_expr(size)) for size in value.shape)
