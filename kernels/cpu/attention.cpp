@@ -40,7 +40,8 @@ struct Call {
 struct State {  // of the rows of a unit: heads of keys, tokens, heads of a group
     const X::T* x[MOST];
     float* sums[MOST];
-    float top[MOST], total[MOST], bias[MOST * RUN], scores[MOST * RUN], acc[MOST * D];
+    vec total[MOST];  // to be added up
+    float top[MOST], bias[MOST * RUN], scores[MOST * RUN], acc[MOST * D];
 };
 
 struct Tile {  // rows [·] of one head with one run
@@ -64,6 +65,18 @@ INLINE vec exp_of(vec x) {
 }
 
 INLINE float largest(vec a) {
+#if SUM_FOUR
+#define HALVED(...)                                            \
+    {                                                          \
+        vec b = __builtin_shufflevector(a, a, __VA_ARGS__);    \
+        a = b > a ? b : a;                                     \
+    }
+    HALVED(8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)
+    HALVED(4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
+    HALVED(2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
+    HALVED(1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)
+    return a[0];
+#endif
     float most[LANES];
     memcpy(most, &a, sizeof a);
     for (int width = LANES / 2; width > 0; width /= 2)
@@ -100,13 +113,11 @@ static void weigh(State* s, long row, const float* bias, int size, float cap) {
         s->total[row] *= less;
         for (long i = 0; i < D; i++) s->sums[row][i] *= less;
     }
-    vec total = {};
     for (int i = 0; i < size; i += LANES) {
         vec weight = top == -__builtin_inff() ? (vec){} : exp_of(load_raw<vec>(p + i) - top);
         memcpy(p + i, &weight, sizeof weight);
-        total += weight;
+        s->total[row] += weight;
     }
-    s->total[row] += sum(total);
 }
 
 // The mask of the unit's tokens for keys [j, j + size); the tokens [first, last) that see one of them.
@@ -141,7 +152,8 @@ static void attend(const Call* c, const Unit* u, State* s) {
                 s->x[row] = (const X::T*)g->query + head * g->query_head + (u->token + t) * g->query_token;
                 s->sums[row] = s->acc + row * D;
                 s->top[row] = g->sinks ? g->sinks[head] : -__builtin_inff();
-                s->total[row] = g->sinks ? 1 : 0;
+                s->total[row] = (vec){};
+                if (g->sinks) s->total[row][0] = 1;
             }
     memset(s->acc, 0, u->heads * rows * D * sizeof(float));
     for (int64_t j = u->begin, size; j < u->end; j += size) {
@@ -168,7 +180,7 @@ static void attend(const Call* c, const Unit* u, State* s) {
             for (long i = 0; i < GROUP; i++, row++) {
                 const long head = (u->head + h) * GROUP + i;
                 X::T* out = (X::T*)g->out + ((u->token + t) * HEADS * GROUP + head) * D;
-                const float share = s->total[row] == 0 ? 0 : 1 / s->total[row];
+                const float total = sum(s->total[row]), share = total == 0 ? 0 : 1 / total;
                 for (long k = 0; k < D; k += LANES) {
                     const long bytes = (D - k < LANES ? D - k : LANES) * sizeof(float);
                     vec part = load_first<vec>(s->sums[row] + k, bytes) * share;
@@ -180,7 +192,7 @@ static void attend(const Call* c, const Unit* u, State* s) {
 
 static void run_units(int64_t begin, int64_t end, void* context) {
     const Call* c = (const Call*)context;
-    State* s = (State*)malloc(sizeof *s);
+    State* s = (State*)aligned_alloc(alignof(State), sizeof *s);
     for (int64_t unit = begin; s && unit < end; unit++) attend(c, c->units + unit, s);
     if (!s) __atomic_store_n((int64_t*)&c->args->threads, -1, __ATOMIC_RELAXED);
     free(s);
