@@ -51,7 +51,8 @@ MORE_SHIMS = (
 #: 16 rows, 0.7 for 32 and 0.85 for 64 in float32 and bfloat16, and about as long for 128 (Zen 4,
 #: one thread, cold weights of 1024 × 1024 and 1024 × 2816).
 MOST_ROWS = 64
-#: In float16, which aten.mm multiplies at a quarter of the generated kernel's rate, also for 128.
+#: In float16 where aten.mm has no instructions for it: there the generated kernel is 3 to 5 times
+#: as fast, from 4 rows to 512, and was not measured beyond.
 MOST_ROWS_FLOAT16 = 512
 #: In bfloat16 on a CPU whose matrix tiles aten.mm uses; a guess, measured on none.
 MOST_ROWS_WITH_TILES = 8
@@ -66,7 +67,14 @@ def most_rows(dtype: torch.dtype) -> int:
         return 0
     if dtype == torch.bfloat16 and has_matrix_tiles():
         return MOST_ROWS_WITH_TILES
-    return MOST_ROWS_FLOAT16 if dtype == torch.float16 else MOST_ROWS
+    return MOST_ROWS_FLOAT16 if dtype == torch.float16 and _half_is_slow() else MOST_ROWS
+
+
+@functools.cache
+def _half_is_slow() -> bool:
+    """Whether aten.mm converts float16 by itself, instead of leaving it to oneDNN."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)
+    return supported is not None and not supported()
 
 
 @functools.cache
