@@ -78,6 +78,8 @@ def _joined(decomposed: Callable[..., Any], tensors: Sequence[Tensor], dim: int 
 #: such an op behind those that read its result: seen on torch 2.13 in a graph of 1,500 nodes, where
 #: the router of a model was served without its adapter.
 _IN_ORDER = {"reorder_for_peak_memory": False}
+#: Code behind the generated module that times it when it is run as a script: lines for each input.
+_NO_HARNESS = {"benchmark_harness": False}
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ class InductorLowering:
         from torch._inductor import config
 
         head_start.wait()
-        with config.patch({**self.patches, **_IN_ORDER}), results_kept(inputs):
+        settings = config.patch({**self.patches, **_IN_ORDER, **_NO_HARNESS})
+        with settings, results_kept(inputs), _strides_unasked():
             # What compile_fx does for inference before its inner compile.
             gm = inductor._recursive_joint_graph_passes(gm)
             for module in (gm, *(body for _, body in bodies(gm))):
@@ -155,6 +158,22 @@ def _generated_products() -> Any:
             return get_hash_for_files((products.__file__, dense.__file__))
 
     return Products()
+
+
+@contextmanager
+def _strides_unasked() -> Iterator[None]:
+    """Inside, Inductor does not tell AOTAutograd the strides of results in numbers. Nobody asks for
+    them where there is no backward, and each takes a millisecond where sizes are symbols: there are
+    two results a layer with a cache."""
+    context = torch._guards.TracingContext.try_get()
+    if context is None or context.fakify_first_call:  # torch's splitting for DDP asks
+        yield
+        return
+    before, context.output_strides = context.output_strides, None
+    try:
+        yield
+    finally:
+        context.output_strides = before
 
 
 def _stamped(
