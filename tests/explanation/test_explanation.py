@@ -182,7 +182,7 @@ def test_the_result_of_verifying_is_told(plain: Case) -> None:
     assert "the first calls do that" in cm.explain().summary[2]
     cm(**inputs, adapter_names=["a1", None])
     (graph,) = cm.explain().graphs
-    assert graph.verified.startswith("numbers: 8 stages agree, from provenance to outline; the ")
+    assert graph.verified.startswith("numbers: 10 stages agree, from provenance to outline; the ")
     assert graph.verified in cm.explain().summary[4]
 
     def wrong(gm: torch.fx.GraphModule, ctx: Any) -> int:
@@ -226,8 +226,8 @@ def test_stages_are_in_torchs_structured_trace(plain: Case) -> None:
     assert set(found) == {*over_model, *expected, "lorafx_explain"}
     assert found["lorafx_model_01_select"].startswith("select: 5, ")
     assert "up: Linear, " in found["lorafx_model_01_select"]
-    assert "up_gate_packed" in found["lorafx_graph_0_lora_08_pack"]
-    assert found["lorafx_graph_0_lora_08_pack"].startswith("# graph 0 lora, after pack: 2 edits")
+    assert "up_gate_packed" in found["lorafx_graph_0_lora_09_pack"]
+    assert found["lorafx_graph_0_lora_09_pack"].startswith("# graph 0 lora, after pack: 2 edits")
     assert "graphs: 1" in found["lorafx_explain"]
     assert len(compiled) == 1  # beside Dynamo's of the same frame
 
