@@ -17,6 +17,8 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.errors import CaptureError, ProvenanceError
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 __all__ = ["fresh_dynamo"]
 K = 6
 MIXED = ["a", None, "b"]

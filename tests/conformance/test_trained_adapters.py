@@ -162,7 +162,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained
             }
             room = lorafx.LoraConfig(max_adapters=len(adapters), max_rank=8)
             options = {"lowering": "reference"}
-            cm = lorafx.compile(copy.deepcopy(base), room, adapters=folders, options=options)
+            cm = lorafx.compile(
+                copy.deepcopy(base), room, adapters=folders, options=options, dynamic=False
+            )
             made[model] = Trained(cm, {None: base, **alone}, inputs)
         return made[model]
 

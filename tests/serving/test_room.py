@@ -21,7 +21,7 @@ TARGETS = ["up", "down"]
 @pytest.fixture(scope="module")
 def served(plain) -> Any:
     config = lorafx.LoraConfig(target_modules=TARGETS, max_rank=4, max_adapters=2)
-    return lorafx.compile(plain.model(), config, options=REFERENCE)
+    return lorafx.compile(plain.model(), config, options=REFERENCE, dynamic=False)
 
 
 def check(served: Any, base: nn.Module, folder: Path, kind: type[Exception], said: str) -> None:
@@ -41,7 +41,8 @@ def check(served: Any, base: nn.Module, folder: Path, kind: type[Exception], sai
         assert found is not None
         settings[found[2]] = [*settings[found[2]], found[1]]
     case = Case(base, {"large": folder})
-    cm = lorafx.compile(case.model(), lorafx.LoraConfig(**settings), options=REFERENCE)
+    config = lorafx.LoraConfig(**settings)
+    cm = lorafx.compile(case.model(), config, options=REFERENCE, dynamic=False)
     cm.load_adapter(folder, "large")
     inputs = {"ids": torch.arange(8).view(2, 4)}
     got = cm(**inputs, adapter_names=["large", None])["logits"]
