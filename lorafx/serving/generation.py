@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from lorafx.errors import LorafxError
+from lorafx.errors import ConfigError, LorafxError
 from lorafx.serving.activation import generating_forward_of
 from lorafx.serving.added_tokens import without_added_tokens
 from lorafx.serving.refused import PAGED, refuse
@@ -60,6 +60,7 @@ def _generate(
     compiled: CompiledModel, model: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     kwargs.setdefault("disable_compile", True)
+    _refuse_offloading(model, kwargs)
     if model is compiled.model:
         args, kwargs = without_added_tokens(compiled._session, args, kwargs)
     # Entries first: each reads the module's own forward when it is made.
@@ -68,6 +69,17 @@ def _generate(
     forwards: list[Replaced] = [(model, "forward", forward), *encoders]
     attributes = [*forwards, *_modalities(compiled, model, kwargs)]
     return compiled._session.stand_ins.replacing(attributes, run, *args, **kwargs)
+
+
+def _refuse_offloading(model: nn.Module, given: Mapping[str, Any]) -> None:
+    """Raise ConfigError where the cache asks for streams of an accelerator, and there is none."""
+    config = given.get("generation_config") or getattr(model, "generation_config", None)
+    cache = given.get("cache_implementation") or getattr(config, "cache_implementation", None)
+    if isinstance(cache, str) and "offloaded" in cache and not torch.accelerator.is_available():
+        raise ConfigError(
+            f"cache_implementation={cache!r} copies the cache between an accelerator and the host, "
+            "and there is no accelerator here; leave it out, or use 'static' or 'dynamic'"
+        )
 
 
 def _nested(compiled: CompiledModel, module: nn.Module) -> Callable[..., Any]:
