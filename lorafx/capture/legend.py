@@ -50,6 +50,7 @@ OPS: Mapping[str, str] = {
     "paged_cache": "writes keys and values of new tokens into a paged cache, and reads it",
     "paged_attention": "the same, and the attention to it, request by request",
     "stamp": "stands for a layer that is traced once",
+    "overwrite": "writes what a stamp gives into the cache of its layer",
 }
 
 #: Their arguments that shapes alone do not explain.

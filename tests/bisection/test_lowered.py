@@ -10,7 +10,7 @@ import torch
 from dense_merge import save_adapter
 from torch import Tensor, fx, nn
 from torch._inductor import config
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 import lorafx
 from lorafx.kernels.cpu.dense import DENSE_ADDMM
@@ -44,8 +44,8 @@ class Twice(CustomGraphPass):
                 node.replace_all_uses_with(twice)
                 twice.args = (node, 2.0)
 
-    def uuid(self) -> str:
-        return f"twice the product of up, {self.alone}"
+    def uuid(self) -> tuple[bytes, bool]:
+        return get_hash_for_files((__file__,)), self.alone
 
 
 @pytest.fixture(scope="module")
