@@ -97,10 +97,6 @@ class Soak:
                 if "merged into" not in str(refused) or seen["merged"] == {None}:
                     raise
                 return None
-            except CaptureError as refused:
-                if "base weights" not in str(refused) or BROKEN not in seen["base"]:
-                    raise
-                return None
         return seen, result, names or ["default"] * len(PROMPTS)
 
     def call(self, rng: random.Random) -> None:
@@ -272,7 +268,11 @@ class Soak:
         (chosen,) = rng.choices(list(acts), list(acts.values()))
         begin = time.monotonic()
         try:
-            chosen(rng)
+            with self.book.call() as seen:
+                chosen(rng)
+        except CaptureError as refused:
+            if "base weights" not in str(refused) or BROKEN not in seen["base"]:
+                raise
         finally:
             self.longest = max(self.longest, time.monotonic() - begin)
         self.counts[chosen.__name__] += 1
