@@ -114,7 +114,8 @@ static void weigh(State* s, long row, const float* bias, int size, float cap) {
         for (long i = 0; i < D; i++) s->sums[row][i] *= less;
     }
     for (int i = 0; i < size; i += LANES) {
-        vec weight = top == -__builtin_inff() ? (vec){} : exp_of(load_raw<vec>(p + i) - top);
+        vec score = load_raw<vec>(p + i);  // below, what is no number stays none, whatever `top` is
+        vec weight = score == -__builtin_inff() ? (vec){} : exp_of(score - top);
         memcpy(p + i, &weight, sizeof weight);
         s->total[row] += weight;
     }

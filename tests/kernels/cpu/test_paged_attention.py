@@ -159,6 +159,18 @@ def test_what_is_no_number_stays_with_its_request() -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("part", ["query", "key"])
+def test_a_request_of_which_no_score_is_a_number_has_no_result(part: str) -> None:
+    call = step()
+    call[part][:, :, 0] = torch.nan
+    if part == "key":  # the only one that the request sees
+        call["seen"][0, 0] = call["seen"][0, 1] - 1
+    got = PAGED_ATTENTION(**call)
+    assert got[:, :, 0].isnan().all()
+    assert got[:, :, 1:].isfinite().all()
+
+
+@needs_compiler
 @pytest.mark.parametrize(("name", "value"), [("read", ROWS), ("write", -1), ("seen", COUNT + 1)])
 def test_places_outside_of_the_cache(name: str, value: int) -> None:
     call = step()
