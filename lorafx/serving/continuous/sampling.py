@@ -55,13 +55,15 @@ class Temperature(ContinuousBatchingTemperatureLogitsWarper):
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
         if not self.drawn:
             return scores
-        if not self.likeliest:
-            return super().__call__(scores, tensor_arg)
+        # Rows behind those of the requests with a new token have the temperatures of earlier steps.
         temperatures = tensor_arg[: scores.shape[0]].view(torch.float32)[:, None]
         cold = temperatures == 0
+        divided = scores / temperatures.masked_fill(cold, 1.0)
+        if not self.likeliest:
+            return divided
         best = torch.full_like(scores, -torch.inf)
         best.scatter_(-1, scores.argmax(-1, keepdim=True), 0.0)
-        return torch.where(cold, best, scores / temperatures.masked_fill(cold, 1.0))
+        return torch.where(cold, best, divided)
 
 
 class TopK(ContinuousBatchingTopKLogitsWarper):
