@@ -78,6 +78,12 @@ def runnable_isas() -> tuple[Isa, ...]:
     return tuple(isa for isa in ISAS if runs[isa.name])
 
 
+@functools.cache
+def has_matrix_tiles() -> bool:
+    """Whether torch.mm multiplies bfloat16 by the CPU's matrix tiles (AMX)."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
 def find_compiler() -> str:
     """The C++ compiler that Inductor would call.
 

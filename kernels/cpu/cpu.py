@@ -17,7 +17,6 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,9 @@ import torch
 from torch._ops import OpOverload
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.cpu.compiler import (
-    Isa,
-    best_isa,
-    compile_library,
-    load_library,
-    torch_function,
-)
+from lorafx.kernels.cpu.compiler import Isa, best_isa, compile_library, load_library
 from lorafx.kernels.cpu.cpu_source import DeltaSpec, source
+from lorafx.kernels.cpu.native_ops import dtype_code, register
 from lorafx.kernels.ops import ops
 from lorafx.kernels.ops.bank_arguments import Ranges
 
@@ -43,31 +37,9 @@ __all__ = [
     "builds_noted",
     "built_source",
     "delta_call",
-    "dtype_code",
     "embedding_delta_call",
     "expert_delta_call",
 ]
-
-SHIMS = (
-    "aoti_torch_library_init_impl",
-    "torch_library_impl",
-    "aoti_torch_abi_version",
-    "aoti_torch_get_data_ptr",
-    "aoti_torch_get_dim",
-    "aoti_torch_get_sizes",
-    "aoti_torch_get_strides",
-    "aoti_torch_get_dtype",
-    "aoti_torch_delete_tensor_object",
-    "torch_get_num_threads",
-    "torch_parallel_for",
-)
-DTYPES = {
-    torch.float32: "aoti_torch_dtype_float32",
-    torch.bfloat16: "aoti_torch_dtype_bfloat16",
-    torch.float16: "aoti_torch_dtype_float16",
-    torch.int32: "aoti_torch_dtype_int32",
-    torch.int64: "aoti_torch_dtype_int64",
-}
 
 
 class KernelEntry(ctypes.Structure):
@@ -91,26 +63,13 @@ _LIBRARIES: list[ctypes.CDLL] = []  # keeps what the table points into
 
 
 @functools.cache
-def dtype_code(dtype: torch.dtype) -> int:
-    """The number that torch's C interface has for `dtype`."""
-    return int(ctypes.CFUNCTYPE(ctypes.c_int32)(torch_function(DTYPES[dtype]))())
-
-
-@functools.cache
 def _dispatcher() -> ctypes.CDLL:
     """The dispatcher, built, loaded and registered as the ops' CPU kernels.
 
     Raises:
         LoweringError: no compiler, or a torch without the C interface.
     """
-    folder = resources.files("lorafx.kernels.cpu")
-    files = ("rows.h", "handles.h", "dispatcher.cpp")
-    texts = [folder.joinpath(name).read_text() for name in files]
-    library = load_library(compile_library("\n".join(texts)))
-    shims = (ctypes.c_void_p * len(SHIMS))(*(torch_function(name) for name in SHIMS))
-    if library.lorafx_install(shims):
-        raise LoweringError("torch refused the CPU kernels of lorafx::run_delta_")
-    return library
+    return register("lorafx::run_delta_", ("rows.h", "delta_args.h", "dispatcher.cpp"))
 
 
 @functools.cache

@@ -1,7 +1,7 @@
-"""The C++ source of one generated CPU kernel: constants, then vectors.h and delta.cpp.
+"""The C++ source of a generated kernel for deltas, and what the sources of all CPU kernels share.
 
 source(spec, isa) = #defines and constants of (dtypes, sizes, ranges, tiles)
-                    + vectors.h + tiles.h + rows.h + delta.cpp
+                    + vectors.h + tiles.h + rows.h + delta_args.h + delta.cpp
 """
 
 from __future__ import annotations
@@ -204,11 +204,12 @@ def source(spec: DeltaSpec, isa: Isa) -> str:
         f"static const long {name}[] = {{{', '.join(map(str, values))}}};"
         for name, values in tables.items()
     ]
-    return "\n".join([*lines, *templates("vectors.h", "tiles.h", "rows.h", "delta.cpp")])
+    files = ("vectors.h", "tiles.h", "rows.h", "delta_args.h", "delta.cpp")
+    return "\n".join([*lines, *templates(*files)])
 
 
 def templates(*names: str) -> list[str]:
-    """The texts of these files."""
+    """The texts of these files of this folder."""
     folder = resources.files("lorafx.kernels.cpu")
     return [folder.joinpath(name).read_text() for name in names]
 

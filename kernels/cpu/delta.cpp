@@ -1,6 +1,6 @@
 // LoRA delta on a CPU: y[m, range j] += (scale · A[s, i_j] x[m]) B[s, :r, range j], s = slot of row m.
 //
-// Before this text stand the generated preamble, vectors.h, tiles.h and rows.h. The preamble sets the
+// Before this text stand the generated preamble, vectors.h, tiles.h, rows.h and delta_args.h. The preamble sets the
 // parameters: element types X, W (bank), Y; LANES; K, R, G, COLUMNS; N; RANGES with SIBLING, OFFSET,
 // SIZE, START; EMBEDDING; TILE (rows of a tile), PLANES and PAIRS (accumulators a row of a full tile).
 // With ROUTED, row m is of expert e, and s is e · S + the slot of its request, S slots an expert.
@@ -10,26 +10,6 @@
 // shape of the tile that computed it, so a row's result is bit-equal whatever its neighbours are.
 
 // ---- rows ----------------------------------------------------------------------------------------
-
-typedef void (*Body)(int64_t, int64_t, void*);
-struct Args {  // mirrors dispatcher.cpp
-    void* y;
-    const void* x;
-    const void* a;
-    const void* b;
-    const int32_t* ranks;
-    const float* scales;
-    const int32_t* slots;
-    int64_t n, rows, capacity, vocabulary, threads;
-    int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
-    int64_t wide_ids;
-    const Rows *y_rows, *x_rows;
-    int64_t slot_a, slot_b, token_a;  // from one slot of A and B to the next, one token of A
-    const int32_t* alike;  // of routed rows only, as what follows
-    const void* experts;   // each row's, or with `ends` where each one's rows end
-    int64_t wide_experts, ends;
-};
-enum Status { DONE = 0, BAD_SLOT = 1, MIXED = 2, NO_MEMORY = 3, BAD_ID = 4 };
 
 struct Call {
     const Args* args;

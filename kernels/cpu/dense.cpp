@@ -1,23 +1,13 @@
 // Few rows times a dense weight on a CPU: y[m] = W x[m] + b, W (N, K), for batches that are too small
 // to hide the reading of W.
 //
-// Before this text stand the generated preamble and vectors.h. The preamble sets the parameters:
+// Before this text stand the generated preamble, vectors.h and dense_args.h. The preamble sets the parameters:
 // element types X, W, Y; LANES; TILE, the rows of a full tile; ACCUMULATORS, the vectors of sums that
 // registers hold; UNIT_BYTES, of W that a unit of work keeps in a cache; SERIAL_WORK. E is the type
 // that rows are multiplied in. All sizes come with the call, so one kernel serves every linear.
 //
 // The order of additions behind an element of y depends on K alone, never on the tile that computed
 // it: a row's result is bit-equal whatever its neighbours are, and however many.
-
-typedef void (*Body)(int64_t, int64_t, void*);
-struct Args {  // mirrors dispatcher.cpp
-    void* y;           // (M, N), contiguous
-    const void* x;     // (M, K), contiguous rows `x_stride` apart
-    const void* w;     // (N, K), contiguous rows `w_stride` apart
-    const void* bias;  // (N,), or null
-    int64_t rows, in_features, out_features, x_stride, w_stride, threads;
-    int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
-};
 
 // Columns are computed so many at a time; every tile's number of planes divides it.
 static const int GROUP = 24, MOST_GROUPS = 4;
@@ -135,11 +125,6 @@ template <int ROWS> INLINE void tile(const Call* c, int rows, long m, long begin
     }
 }
 
-// The first row of tile t, of as equal sizes as can be.
-INLINE long first_row(long M, long t) {
-    return t * TILE < M ? t * TILE : M;
-}
-
 // x in the type that it is multiplied in, its rows filled up with zeros.
 static void pack_rows(int64_t first, int64_t last, void* context) {
     const Call* c = (const Call*)context;
@@ -160,13 +145,11 @@ static void pack_rows(int64_t first, int64_t last, void* context) {
 
 static void run_units(int64_t first, int64_t last, void* context) {
     const Call* c = (const Call*)context;
-    const long M = c->args->rows, N = c->args->out_features, tiles = (M + TILE - 1) / TILE;
+    const long M = c->args->rows, N = c->args->out_features;
     for (int64_t unit = first; unit < last; unit++) {
         const long begin = unit * c->columns, end = begin + c->columns < N ? begin + c->columns : N;
-        for (long t = 0; t < tiles; t++) {
-            const long m = first_row(M, t);
-            tile<TILE>(c, first_row(M, t + 1) - m, m, begin, end);
-        }
+        for (long m = 0; m < M; m += TILE)
+            tile<TILE>(c, M - m < TILE ? M - m : TILE, m, begin, end);
     }
 }
 

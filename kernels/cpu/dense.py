@@ -17,7 +17,6 @@ import ctypes
 import functools
 import threading
 import warnings
-from importlib import resources
 
 import torch
 from torch import Tensor
@@ -27,17 +26,17 @@ from lorafx.kernels.cpu.compiler import (
     Isa,
     best_isa,
     compile_library,
+    has_matrix_tiles,
     load_library,
-    torch_function,
 )
-from lorafx.kernels.cpu.cpu import SHIMS, dtype_code
 from lorafx.kernels.cpu.cpu_source import ELEMENTS
 from lorafx.kernels.cpu.dense_source import dense_source
-from lorafx.kernels.cpu.grouped_mm import has_matrix_tiles
+from lorafx.kernels.cpu.native_ops import dtype_code, register
 from lorafx.kernels.ops.op_checks import require
 from lorafx.kernels.ops.op_library import define
 
-MORE_SHIMS = (
+#: What dense_op.cpp calls beside those of handles.h, in the order of its `struct DenseShims`.
+_MORE_SHIMS = (
     "aoti_torch_empty_strided",
     "aoti_torch__reinterpret_tensor",
     "aoti_torch_cpu_mm_out",
@@ -84,13 +83,7 @@ def _op_library() -> ctypes.CDLL:
     Raises:
         LoweringError: no compiler, or a torch without the C interface.
     """
-    folder = resources.files("lorafx.kernels.cpu")
-    texts = [folder.joinpath(name).read_text() for name in ("handles.h", "dense_op.cpp")]
-    library = load_library(compile_library("\n".join(texts)))
-    names = (*SHIMS, *MORE_SHIMS)
-    shims = (ctypes.c_void_p * len(names))(*(torch_function(name) for name in names))
-    if library.lorafx_install(shims):
-        raise LoweringError("torch refused the CPU kernels of lorafx::dense_mm")
+    library = register("lorafx::dense_mm", ("dense_args.h", "dense_op.cpp"), _MORE_SHIMS)
     library.lorafx_add.argtypes = (ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p)
     return library
 

@@ -2,10 +2,10 @@
 //
 //     dense_mm(x, weight, sizes) -> y            dense_addmm(bias, x, weight, sizes) -> y
 //
-// Which it is, is decided at each call, so a graph serves any number of rows. Before this text stands
-// handles.h.
+// Which it is, is decided at each call, so a graph serves any number of rows. Before this text stand
+// handles.h and dense_args.h.
 
-struct DenseShims {  // the order of SHIMS, then of MORE_SHIMS in dense.py
+struct DenseShims {  // the order of _SHIMS in native_ops.py, then of _MORE_SHIMS in dense.py
     Shims common;
     int32_t (*empty)(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*);
     int32_t (*view)(Handle, int64_t, const int64_t*, const int64_t*, int64_t, Handle*);
@@ -16,15 +16,6 @@ struct DenseShims {  // the order of SHIMS, then of MORE_SHIMS in dense.py
     int32_t (*delete_list)(Handle);
 };
 static DenseShims more;
-
-struct Args {  // mirrors dense.cpp
-    void* y;
-    const void* x;
-    const void* w;
-    const void* bias;
-    int64_t rows, in_features, out_features, x_stride, w_stride, threads;
-    int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
-};
 
 // By torch's number of a dtype; entries are written once, `run` last.
 struct Kernel {
@@ -133,7 +124,7 @@ extern "C" int32_t lorafx_install(const DenseShims* shims) {
     torch = more.common;
     Handle library;
     uint64_t version = torch.version();
-    return torch.library_init("lorafx", "CPU", "lorafx/kernels/dense_op.cpp", 1, &library) ||
+    return torch.library_init("lorafx", "CPU", "lorafx/kernels/cpu/dense_op.cpp", 1, &library) ||
            torch.library_impl(library, "dense_mm", dense_mm, version) ||
            torch.library_impl(library, "dense_addmm", dense_addmm, version);
 }

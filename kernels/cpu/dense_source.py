@@ -1,6 +1,7 @@
 """The C++ source of a kernel for few rows times a dense weight.
 
-dense_source(dtype, isa) = #defines and constants of (dtype, tiles) + vectors.h + dense.cpp
+dense_source(dtype, isa) = #defines and constants of (dtype, tiles)
+                           + vectors.h + dense_args.h + dense.cpp
 """
 
 from __future__ import annotations
@@ -35,5 +36,5 @@ def dense_source(dtype: torch.dtype, isa: Isa) -> str:
         f"#define E {'F32' if widened else ELEMENTS[dtype]}",
         f"#define WIDENED {int(widened)}",
     ]
-    texts = templates("vectors.h", "dense.cpp")
+    texts = templates("vectors.h", "dense_args.h", "dense.cpp")
     return "\n".join([f"// {isa.name}: {dtype}", *defines, *constants(sizes), *texts])

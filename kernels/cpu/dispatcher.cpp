@@ -3,28 +3,7 @@
 //     run_delta_(y!, x, A, B, ranks, scales, slots, rows, kernel) -> ()
 //     run_expert_delta_(y!, x, A, B, ranks, scales, slots, alike, experts, rows, count, ends, kernel)
 //
-// Registered through torch's stable C interface, whose functions Python hands over as pointers: no
-// torch header is read (0.1 s to compile instead of tens of seconds) and nothing is linked. A call
-// costs 2 µs from Python, where one through a Python kernel costs 20 µs and more. Before this text
-// stand rows.h and handles.h.
-
-struct Args {  // mirrors delta.cpp
-    void* y;
-    const void* x;
-    const void* a;
-    const void* b;
-    const int32_t* ranks;
-    const float* scales;
-    const int32_t* slots;
-    int64_t n, rows, capacity, vocabulary, threads;
-    int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
-    int64_t wide_ids;
-    const Rows *y_rows, *x_rows;
-    int64_t slot_a, slot_b, token_a;
-    const int32_t* alike;
-    const void* experts;
-    int64_t wide_experts, ends;
-};
+// Before this text stand handles.h, rows.h and delta_args.h.
 
 enum Op { LINEAR = 0, EMBEDDING = 1, ROUTED = 2 };
 struct Kernel {  // mirrors KernelEntry in cpu.py; what the generated code takes for granted
@@ -44,6 +23,17 @@ static const Kernel* find(int64_t id) {
         Kernel* k = __atomic_load_n(&table[i % CAPACITY], __ATOMIC_ACQUIRE);
         if (!k || k->id == id) return k;
     }
+}
+
+// Sizes (a, b, c), rows at this stride and slots at any: a bank, or some siblings' part.
+static bool is_bank(const View& v, int64_t type, int64_t a, int64_t b, int64_t c, int64_t row) {
+    return v.dtype == type && v.dim == 3 && v.sizes[0] == a && v.sizes[1] == b && v.sizes[2] == c &&
+           (b == 1 || v.strides[1] == row) && (c == 1 || v.strides[2] == 1);
+}
+
+static bool is_table(const View& v, int64_t type, int64_t a, int64_t b, int64_t outer) {
+    return v.dtype == type && v.dim == 2 && v.sizes[0] == a && v.sizes[1] == b &&
+           (a == 1 || v.strides[0] == outer) && (b == 1 || v.strides[1] == 1);
 }
 
 // The rows of a tensor: all its dimensions but the last, or all of them where `leading` says so.
@@ -87,7 +77,7 @@ static void check_routed(const Kernel* k, const Call& call, int64_t capacity, in
     const View &alike = *call.alike, &experts = *call.experts;
     require(call.count == k->experts && capacity % k->experts == 0,
             "lorafx: the bank is not for the number of experts that the kernel was generated for");
-    require(alike.is_table(k->int32, capacity, alike.dim == 2 ? alike.sizes[1] : -1, k->group) &&
+    require(is_table(alike, k->int32, capacity, alike.dim == 2 ? alike.sizes[1] : -1, k->group) &&
                 alike.sizes[1] >= k->siblings,
             "lorafx: alike (int32) is not (slots, siblings) of the kernel's bank");
     require((experts.dtype == k->int32 || experts.dtype == k->int64) && experts.dim == 1 &&
@@ -104,14 +94,14 @@ static void run(const uint64_t* stack, const Call& call) {
     int64_t capacity = ranks.dim == 2 ? ranks.sizes[0] : -1;
     int64_t vocabulary = embedding && a.dim == 3 ? a.sizes[1] : 0;
     int64_t siblings = ranks.dim == 2 ? ranks.sizes[1] : -1, K = k->in_features, R = k->rank;
-    require(siblings >= k->siblings && ranks.is_table(k->int32, capacity, siblings, k->group) &&
-                scales.is_table(k->float32, capacity, siblings, k->group),
+    require(siblings >= k->siblings && is_table(ranks, k->int32, capacity, siblings, k->group) &&
+                is_table(scales, k->float32, capacity, siblings, k->group),
             "lorafx: ranks (int32) and scales (float32) are not (slots, siblings) of the kernel's bank");
     int64_t shown = b.dim == 3 ? b.sizes[2] : -1;
     require(shown >= k->last_column &&
-                b.is_bank(k->bank_dtype, capacity, R, shown, k->columns) &&
-                (embedding ? a.is_bank(k->bank_dtype, capacity, vocabulary, R, a.strides[1])
-                           : a.is_bank(k->bank_dtype, capacity, R, siblings * K, k->group * K)),
+                is_bank(b, k->bank_dtype, capacity, R, shown, k->columns) &&
+                (embedding ? is_bank(a, k->bank_dtype, capacity, vocabulary, R, a.strides[1])
+                           : is_bank(a, k->bank_dtype, capacity, R, siblings * K, k->group * K)),
             "lorafx: A and B are not a bank of the kernel's dtype, sizes and strides, or part of one");
     require(slots.dtype == k->int32 && slots.dim == 1 && slots.contiguous(),
             "lorafx: slots is not a contiguous int32 vector");
@@ -147,12 +137,12 @@ static void run(const uint64_t* stack, const Call& call) {
                  call.experts && call.experts->dtype == k->int64,
                  call.ends};
     switch (k->run(&args)) {
-        case 0: break;
-        case 1: throw std::runtime_error("lorafx: a slot is outside the bank, or slots is empty");
-        case 2:
+        case DONE: break;
+        case BAD_SLOT: throw std::runtime_error("lorafx: a slot is outside the bank, or slots is empty");
+        case MIXED:
             throw std::runtime_error(
                 "lorafx: a mixed batch reached a site whose row ownership is not proved");
-        case 4: throw std::runtime_error("lorafx: a token id is outside the embedding");
+        case BAD_ID: throw std::runtime_error("lorafx: a token id is outside the embedding");
         default: throw std::runtime_error("lorafx: out of memory");
     }
 }
@@ -184,7 +174,7 @@ extern "C" int32_t lorafx_install(const Shims* shims) {
     torch = *shims;
     Handle library;
     uint64_t version = torch.version();
-    return torch.library_init("lorafx", "CPU", "lorafx/kernels/dispatcher.cpp", 1, &library) ||
+    return torch.library_init("lorafx", "CPU", "lorafx/kernels/cpu/dispatcher.cpp", 1, &library) ||
            torch.library_impl(library, "run_delta_", run_delta, version) ||
            torch.library_impl(library, "run_embedding_delta_", run_embedding_delta, version) ||
            torch.library_impl(library, "run_expert_delta_", run_expert_delta, version);

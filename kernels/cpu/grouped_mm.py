@@ -23,6 +23,7 @@ from lorafx.kernels.cpu.compiler import (
     Isa,
     best_isa,
     compile_library,
+    has_matrix_tiles,
     load_library,
     torch_function,
 )
@@ -75,12 +76,6 @@ def _groups(offs: Tensor) -> list[tuple[int, int]]:
 def _many_rows(dtype: torch.dtype) -> int:
     tiles = dtype == torch.bfloat16 and has_matrix_tiles()
     return MANY_ROWS_WITH_TILES if tiles else MANY_ROWS
-
-
-@functools.cache
-def has_matrix_tiles() -> bool:
-    """Whether torch.mm multiplies bfloat16 by the CPU's matrix tiles (AMX)."""
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], None]

@@ -1,5 +1,5 @@
-// Tensors through torch's stable C interface, for libraries that register kernels of ops: handles of
-// tensors, and the functions that Python hands over as pointers.
+// Tensors through torch's stable C interface, for libraries that register CPU kernels of ops: handles
+// of tensors, and the functions that Python hands over as pointers (native_ops.py).
 #include <stdint.h>
 #include <stdlib.h>
 
@@ -8,7 +8,7 @@
 typedef void* Handle;
 typedef void (*Body)(int64_t, int64_t, void*);
 
-struct Shims {  // the order of SHIMS in cpu.py
+struct Shims {  // the order of _SHIMS in native_ops.py
     int32_t (*library_init)(const char*, const char*, const char*, uint32_t, Handle*);
     int32_t (*library_impl)(Handle, const char*, void (*)(uint64_t*, uint64_t, uint64_t), uint64_t);
     uint64_t (*version)();
@@ -43,15 +43,6 @@ struct View {
             expected *= sizes[d];
         }
         return true;
-    }
-    // Sizes (a, b, c), rows at this stride and slots at any: a bank, or some siblings' part.
-    bool is_bank(int64_t type, int64_t a, int64_t b, int64_t c, int64_t row) const {
-        return dtype == type && dim == 3 && sizes[0] == a && sizes[1] == b && sizes[2] == c &&
-               (b == 1 || strides[1] == row) && (c == 1 || strides[2] == 1);
-    }
-    bool is_table(int64_t type, int64_t a, int64_t b, int64_t outer) const {
-        return dtype == type && dim == 2 && sizes[0] == a && sizes[1] == b &&
-               (a == 1 || strides[0] == outer) && (b == 1 || strides[1] == 1);
     }
 };
 

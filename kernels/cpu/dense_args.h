@@ -1,0 +1,12 @@
+// What lorafx::dense_mm and dense_addmm hand to the generated kernel of a dtype.
+#include <stdint.h>
+
+typedef void (*Body)(int64_t, int64_t, void*);
+struct Args {
+    void* y;           // (M, N), contiguous
+    const void* x;     // (M, K), contiguous rows `x_stride` apart
+    const void* w;     // (N, K), contiguous rows `w_stride` apart
+    const void* bias;  // (N,), or null
+    int64_t rows, in_features, out_features, x_stride, w_stride, threads;
+    int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
+};
