@@ -139,9 +139,9 @@ MIXES: Mapping[str, Mapping[str, tuple[tuple[int, int, int], ...]]] = {
 }
 LAYERS = ("q/k/v", "o", "gate/up", "down")
 MODELS = ("llama-8b", "qwen2.5-7b", "llama-70b")
+PROTOCOL = ("lorafx/cli/measuring.py", "benchmarks/protocol.py", "benchmarks/gpu_protocol.py")
 SHARED = (
-    "benchmarks/protocol.py",
-    "benchmarks/gpu_protocol.py",
+    *PROTOCOL,
     "benchmarks/gpu_cases.py",
     "benchmarks/gpu_compare.py",
 )
@@ -248,7 +248,7 @@ def step_job(
     place: int, label: str, estimate: float = 240.0, pins: Mapping[str, str] | None = None
 ) -> Job:
     """A whole step, by its place in gpu_model.STEPS."""
-    sources = ("benchmarks/gpu_model.py", *SHARED[:2], *WHOLE)
+    sources = ("benchmarks/gpu_model.py", *PROTOCOL, *WHOLE)
     run, inputs = "gpu_model:run_step", (*TUNED.inputs, *PERSISTENT_TUNED.inputs)
     arguments = {"place": place, "pins": pins}
     tiny = label if pins else label.partition(" ")[0]
@@ -258,7 +258,7 @@ def step_job(
 
 def generate_job(batch: int) -> Job:
     """Whole generation with a static cache and CUDA graphs, beside PEFT."""
-    sources = ("benchmarks/gpu_generate.py", "benchmarks/gpu_model.py", *SHARED[:2], *WHOLE)
+    sources = ("benchmarks/gpu_generate.py", "benchmarks/gpu_model.py", *PROTOCOL, *WHOLE)
     name, arguments = f"generate: batch {batch}", {"batch": batch}
     run, inputs = "gpu_generate:run_generate", TUNED.inputs
     tiny = "one request" if batch == 1 else "several"
@@ -266,7 +266,7 @@ def generate_job(batch: int) -> Job:
 
 
 def experts_job(kind: str) -> Job:
-    sources = ("benchmarks/moe.py", "benchmarks/moe_cases.py", *SHARED[:2], *WHOLE)
+    sources = ("benchmarks/moe.py", "benchmarks/moe_cases.py", *PROTOCOL, *WHOLE)
     name, arguments = f"experts: {kind}", {"kind": kind}
     return Job(name, "experts", "moe:run_on_gpu", arguments, sources, 240.0, inputs=(CALIBRATE,))
 
@@ -274,7 +274,7 @@ def experts_job(kind: str) -> Job:
 def expert_kernels_job(product: str, phase: str) -> Job:
     """One product with routed experts by itself."""
     name, arguments = f"expert kernels: {product} {phase}", {"product": product, "phase": phase}
-    sources = ("benchmarks/gpu_experts.py", *SHARED[:2], "kernels")
+    sources = ("benchmarks/gpu_experts.py", *PROTOCOL, "kernels")
     return Job(name, "experts", "gpu_experts:run_product", arguments, sources, 90.0, tiny=product)
 
 
@@ -282,7 +282,7 @@ def peer_experts_job(product: str, phase: str) -> Job:
     """One product with routed experts beside vLLM's fused op."""
     name, arguments = f"peers: vllm experts {product} {phase}", {"product": product, "phase": phase}
     files = ("gpu_experts.py", "peer_experts.py", "peers.py")
-    sources = (*(f"benchmarks/{file}" for file in files), *SHARED[:2], "kernels")
+    sources = (*(f"benchmarks/{file}" for file in files), *PROTOCOL, "kernels")
     tiny = f"experts {product}"
     return Job(
         name, "peers", "gpu_experts:run_peer", arguments, sources, needs=("vllm",), tiny=tiny

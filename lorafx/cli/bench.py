@@ -6,7 +6,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -39,7 +39,7 @@ def bench(
     """
     import torch
 
-    from lorafx.cli.measuring import measured
+    from lorafx.cli.measuring import compare
     from lorafx.cli.models import adapters_in, loaded
     from lorafx.errors import ConfigError
 
@@ -49,15 +49,23 @@ def bench(
     module = loaded(model, dtype)
     vocabulary = _vocabulary(module)
     way = _Ways.of(module, sources, batch, lowering, peft)
-    wait = torch.cuda.synchronize if module.device.type == "cuda" else None
     cases: list[dict[str, Any]] = []
     for tokens in length or (1, 128):
         ids = torch.randint(0, vocabulary, (batch, tokens), device=module.device)
         arms = {name: functools.partial(_call, *arm, ids) for name, arm in way.arms.items()}
         base = functools.partial(_call, way.base, None, ids)
-        results = measured(base, arms, blocks=blocks, seconds=seconds, wait=wait)
+        ratios = compare(base, arms, blocks=blocks, seconds=seconds, itself="base")
         case: dict[str, Any] = {"batch": batch, "tokens": tokens}
-        case["arms"] = [asdict(one) for one in results]
+        case["arms"] = [
+            {
+                "arm": ratio.arm,
+                "milliseconds": ratio.milliseconds,
+                "ratio": ratio.median,
+                "low": ratio.low,
+                "high": ratio.high,
+            }
+            for ratio in ratios
+        ]
         if way.peft is not None:
             got, want = (_call(run, way.mixed, ids) for run in (way.compiled, way.peft))
             case["difference"] = float((got - want).abs().max() / want.abs().max())
@@ -132,12 +140,15 @@ class _Ways:
 
 
 def _call(run: Any, names: Sequence[str | None] | None, ids: Any) -> Any:
-    """Logits of one forward."""
+    """Logits of one forward, when they are there."""
     import torch
 
     given = {} if names is None else {"adapter_names": names}
     with torch.no_grad():
-        return run(input_ids=ids, use_cache=False, **given).logits
+        logits = run(input_ids=ids, use_cache=False, **given).logits
+    if ids.is_cuda:
+        torch.cuda.synchronize()
+    return logits
 
 
 def _by_peft(module: Any, sources: Mapping[str, str], mixed: list[str]) -> Any | None:

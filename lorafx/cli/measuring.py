@@ -1,8 +1,9 @@
-"""Times of several ways to compute the same, side by side.
+"""The time of several ways to compute the same, side by side: `lorafx bench`, and benchmarks/.
 
-One process; arms interleaved as base, arm, arm, base in blocks of random order. Reported is the
-median of the paired ratios with a bootstrap 95 % interval. The base measured against itself gives
-the noise floor.
+One process. Arms run interleaved as base, arm, arm, base in blocks of random order; a block gives
+each arm two times, whose mean is paired with the base's of the same block. Reported is the median
+of the paired ratios with a bootstrap 95 % interval. The base is also measured against itself: that
+interval is the noise floor. A claim needs the bound of its interval, not the median.
 """
 
 from __future__ import annotations
@@ -19,54 +20,69 @@ _RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
-class Measured:
-    """An arm: milliseconds of a call, and its time over that of the base."""
+class Ratio:
+    """Time of an arm over that of the base: median and 95 % interval of paired ratios, and the
+    milliseconds of one call of the arm."""
 
     arm: str
-    milliseconds: float
-    ratio: float
+    median: float
     low: float
     high: float
+    milliseconds: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}] {self.milliseconds:.2f} ms"
 
 
-def measured(
-    base: Arm, arms: Mapping[str, Arm], *, blocks: int, seconds: float, wait: Arm | None = None
-) -> list[Measured]:
-    """Every arm, and the base against itself ("base"). `wait` ends what a device still does."""
-    dice = random.Random(0)
-    every = {"base": base, **arms}
-    for arm in every.values():  # compiles
-        for _ in range(3):
-            arm()
-    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in every}
-    for _ in range(blocks):
-        order = list(every)
-        dice.shuffle(order)
-        for name in order:
-            first, arm = _timed(base, seconds, wait), every[name]
-            both = _timed(arm, seconds, wait) + _timed(arm, seconds, wait)
-            pairs[name].append((both / 2, (first + _timed(base, seconds, wait)) / 2))
-    return [_summary(name, pairs[name], dice) for name in every]
-
-
-def _timed(arm: Arm, seconds: float, wait: Arm | None) -> float:
-    """Mean time of one call, over as many calls as fill `seconds`."""
-    start, calls = time.perf_counter(), 0
+def timed(arm: Arm, seconds: float) -> float:
+    """Mean time of one call, over as many calls as fill `seconds` (at least one)."""
+    start = time.perf_counter()
+    calls = 0
     while True:
         arm()
-        if wait is not None:
-            wait()
         calls += 1
         elapsed = time.perf_counter() - start
         if elapsed >= seconds:
             return elapsed / calls
 
 
-def _summary(name: str, pairs: list[tuple[float, float]], dice: random.Random) -> Measured:
+def compare(
+    base: Arm,
+    arms: Mapping[str, Arm],
+    *,
+    blocks: int = 20,
+    seconds: float = 0.05,
+    seed: int = 0,
+    timer: Callable[[Arm, float], float] = timed,
+    itself: str = "A/A",
+) -> list[Ratio]:
+    """Paired ratios over the base: of the base against itself, which is called `itself`, and of
+    every arm.
+
+    `timer` gives the seconds of one call of an arm, measured for about that long.
+    """
+    rng = random.Random(seed)
+    everything = {itself: base, **arms}
+    for arm in everything.values():  # compile and warm up
+        for _ in range(3):
+            arm()
+    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in everything}
+    for _ in range(blocks):
+        order = list(everything)
+        rng.shuffle(order)
+        for name in order:
+            first, arm = timer(base, seconds), everything[name]
+            both = timer(arm, seconds) + timer(arm, seconds)
+            pairs[name].append((both / 2, (first + timer(base, seconds)) / 2))
+    return [_ratio(name, pairs[name], rng) for name in everything]
+
+
+def _ratio(name: str, pairs: list[tuple[float, float]], rng: random.Random) -> Ratio:
     ratios = [arm / base for arm, base in pairs]
     medians = sorted(
-        statistics.median(dice.choices(ratios, k=len(ratios))) for _ in range(_RESAMPLES)
+        statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(_RESAMPLES)
     )
-    low, high = medians[_RESAMPLES // 40], medians[-_RESAMPLES // 40]
-    time_ms = statistics.median(arm for arm, _ in pairs) * 1e3
-    return Measured(name, time_ms, statistics.median(ratios), low, high)
+    outside = _RESAMPLES // 40  # on each side
+    low, high = medians[outside], medians[-1 - outside]
+    milliseconds = statistics.median(arm for arm, _ in pairs) * 1e3
+    return Ratio(name, statistics.median(ratios), low, high, milliseconds)
