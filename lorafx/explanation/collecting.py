@@ -16,7 +16,7 @@ from lorafx.explanation.report import (
     RefusalReport,
     SiteReport,
 )
-from lorafx.model.sites import Group, Site
+from lorafx.model.sites import Group, Site, room_of
 from lorafx.pass_order import pipeline
 from lorafx.session.session import Session
 
@@ -24,7 +24,6 @@ from lorafx.session.session import Session
 def report_of(session: Session, *, quick: bool = False) -> Explanation:
     """The report on a compiled model. `quick`: of what is known already; nothing is looked at."""
     program, config = session.program, session.program.config
-    room = ((config.use_dora, "DoRA's scales"), (config.lora_bias, "biases"))
     if not quick:
         program.look_at_modules()
     records = list(session.backend.records)
@@ -38,7 +37,7 @@ def report_of(session: Session, *, quick: bool = False) -> Explanation:
         slots=config.max_adapters,
         max_rank=config.max_rank,
         slot_rank=config.slot_rank,
-        room=tuple(name for has, name in room if has),
+        room=room_of(program.groups),
         adapters=tuple(adapter_report(session, name, quick=quick) for name in session.store.names),
         passes=tuple(str(pipeline(program.options)).splitlines()),
         prepared=program.prepared,

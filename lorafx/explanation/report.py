@@ -152,7 +152,8 @@ class Explanation:
         sites, banks, adapters, graphs: see there.
         slots, max_rank: adapters that the device holds, and their largest rank.
         slot_rank: the rank that each slot has room for by itself, where slots share room.
-        room: what banks have room for beside factors: "DoRA's scales", "biases".
+        room: what banks have room for beside factors: "DoRA's scales", "biases", "weights of
+            adapters' own".
         passes: the passes in their order, as `lorafx.pipeline()` prints them.
         prepared: what each pass over the model found and did; `notes` are its lines.
         unreached: sites that no graph has reached yet.

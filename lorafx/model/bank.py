@@ -197,6 +197,16 @@ class Bank:
         return {**named, **{name: tensor for name, tensor in more.items() if tensor is not None}}
 
     @property
+    def room(self) -> tuple[str, ...]:
+        """What it has room for beside factors, as reports say it."""
+        held = {
+            "DoRA's scales": self.gains,
+            "biases": self.shifts,
+            "weights of adapters' own": self.own,
+        }
+        return tuple(name for name, tensor in held.items() if tensor is not None)
+
+    @property
     def nbytes(self) -> int:
         return sum(map(_reach, self.tensors.values()))
 

@@ -9,7 +9,7 @@ siblings that turn out to share an input. In the bank each part is a sibling of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -202,3 +202,8 @@ class Group:
         siblings, offsets, sizes = own_ranges(self.sites[index])
         first, start = self.firsts[index], self.offsets[index]
         return Ranges(tuple(first + i for i in siblings), tuple(start + o for o in offsets), sizes)
+
+
+def room_of(groups: Iterable[Group]) -> tuple[str, ...]:
+    """What any of their banks has room for beside factors, as reports say it."""
+    return tuple(dict.fromkeys(name for group in groups for name in group.bank.room))

@@ -37,7 +37,7 @@ from lorafx.model.packing import packable
 from lorafx.model.quantized import is_stored
 from lorafx.model.refusals import weight_of
 from lorafx.model.repeated import shape_of
-from lorafx.model.sites import Group, Site, members_of, parent_of
+from lorafx.model.sites import Group, Site, members_of, parent_of, room_of
 from lorafx.passes.attach import allocate_groups
 from lorafx.prepare.marking import build_sites
 from lorafx.reports.dry_run import DryRunError, same_inputs
@@ -135,7 +135,7 @@ def predict(
         slots=config.max_adapters,
         max_rank=config.max_rank,
         slot_rank=config.slot_rank or config.max_rank,
-        extras=_extras(config, sites),
+        room=room_of(groups),
         sites=tuple(_site_rows(sites, packed_with)),
         packs=tuple(_alike(packs)),
         totals=_totals(model, groups, nodes, choices, config),
@@ -371,15 +371,3 @@ def _weight_bytes(site: Site) -> int:
     """Of the base weight as it is stored: of all that the module holds where it is packed."""
     weight = weight_of(site.module, site.eligible)
     return module_bytes(site.module) if weight is None else stored_bytes(weight)
-
-
-def _extras(config: LoraConfig, sites: Sequence[Site]) -> tuple[str, ...]:
-    return tuple(
-        text
-        for text, there in (
-            ("DoRA's scales", config.use_dora),
-            ("biases", config.lora_bias),
-            ("weights of adapters' own", any(site.own_rows for site in sites)),
-        )
-        if there
-    )

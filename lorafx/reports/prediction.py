@@ -144,7 +144,7 @@ class Prediction:
         lowering: as `Options.lowering`.
         rows: rows of x in the call that is predicted; requests of a decode step.
         slots, max_rank, slot_rank: of the banks.
-        extras: what the banks have room for beside factors, and no figure of time includes.
+        room: what the banks have room for beside factors, and no figure of time includes.
         sites, packs: by the order of the model.
     """
 
@@ -155,7 +155,7 @@ class Prediction:
     slots: int
     max_rank: int
     slot_rank: int
-    extras: tuple[str, ...]
+    room: tuple[str, ...]
     sites: tuple[PredictedSites, ...]
     packs: tuple[PredictedPack, ...]
     totals: Totals
@@ -203,8 +203,8 @@ class Prediction:
                 f"{self.device}: "
                 + _by_distinct({count: item.modelled for count, item in by.items()})
             )
-        if self.extras:
-            lines.append(f"not in these figures: {', '.join(self.extras)}")
+        if self.room:
+            lines.append(f"not in these figures: {', '.join(self.room)}")
         return lines
 
     def _modelled(self) -> str:
@@ -214,7 +214,7 @@ class Prediction:
         return "the sites" if count == every else f"{count} of {every} nodes"
 
     def _tables(self) -> list[tuple[str, tuple[str, ...], list[list[object]]]]:
-        beside = "".join(f" and {extra}" for extra in self.extras)
+        beside = "".join(f" and {name}" for name in self.room)
         if self.slot_rank < self.max_rank:
             beside = f", room for rank {self.slot_rank} in each{beside}"
         counts = [item.distinct for item in self.totals.overheads]
