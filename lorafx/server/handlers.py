@@ -20,7 +20,7 @@ from lorafx.server.errors import RequestError, status_of
 from lorafx.server.generating import Generation
 from lorafx.server.metrics import UNKNOWN, Metrics
 from lorafx.server.served_model import ServedModel
-from lorafx.serving.continuous.checks import RANGES
+from lorafx.serving.continuous.checks import RANGES, sampling_number, sampling_range
 from lorafx.serving.continuous.sampling import COLDEST
 
 #: Fields that would change the answer if they were honoured, of OpenAI and of vLLM, with the values
@@ -197,16 +197,12 @@ class AdapterHandler(BaseHandler):
         return body
 
     def _check_sampling(self, body: dict[str, Any]) -> None:
-        for field, (low, high) in RANGES.items():
+        for field in RANGES:
             value = body.get(field)
-            if value is None:
-                continue
-            kind = "an integer" if isinstance(low, int) else "a number"
-            number = isinstance(value, int if isinstance(low, int) else int | float)
-            if not number or isinstance(value, bool) or not low <= value <= high:
+            if value is not None and sampling_number(field, value) is None:
                 raise RequestError(
                     400,
-                    f"`{field}` is {kind} from {low:g} to {high:g}; got {value!r:.80}",
+                    f"`{field}` is {sampling_range(field)}; got {value!r:.80}",
                     param=field,
                 )
         if body.pop("seed", None) is None:  # with one transformers would set the process's seed

@@ -101,6 +101,19 @@ def checked_limits(
     return most, ends
 
 
+def sampling_number(name: str, value: Any) -> float | None:
+    """`value` where it is one that `name` of `RANGES` can have; else None."""
+    low, high = RANGES[name]
+    number = _number(value) if isinstance(low, int) else _fraction(value)
+    return number if number is not None and low <= number <= high else None
+
+
+def sampling_range(name: str) -> str:
+    """What `name` of `RANGES` can be, as messages say it."""
+    low, high = RANGES[name]
+    return f"{'an integer' if isinstance(low, int) else 'a number'} from {low:g} to {high:g}"
+
+
 def checked_sampling(
     processors: ContinuousBatchingLogitsProcessorList,
     given: Mapping[str, Any],
@@ -121,12 +134,9 @@ def checked_sampling(
             if name not in NEUTRAL or _fraction(value) != NEUTRAL[name]:
                 asked[name] = value
             continue
-        low, high = RANGES[name]
-        whole = isinstance(low, int)
-        number = _number(value) if whole else _fraction(value)
-        if number is None or not low <= number <= high:
-            kind = "an integer" if whole else "a number"
-            raise ConfigError(f"{name} is {kind} from {low:g} to {high:g}; got {value!r}")
+        number = sampling_number(name, value)
+        if number is None:
+            raise ConfigError(f"{name} is {sampling_range(name)}; got {value!r}")
         if name in processors.supported_keys:
             asked[name] = number
         elif config.do_sample:
