@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lorafx.capture.record import GraphRecord
 from lorafx.program.program import Program
-from lorafx.program.roles import PRIMARY
+from lorafx.program.row_dims import PRIMARY
 from lorafx.progress import LOG
 from lorafx.viewer.stages import Span
 

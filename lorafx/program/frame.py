@@ -17,7 +17,8 @@ from torch import Tensor, fx, nn
 from lorafx.compat import input_place, size_source, source_name
 from lorafx.errors import ProvenanceError
 from lorafx.model.sites import Group, Site
-from lorafx.program.roles import TOKEN_DIMS, Role, new_tokens
+from lorafx.program.roles import Role
+from lorafx.program.row_dims import TOKEN_DIMS, new_tokens
 from lorafx.program.stack import calling_modules
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from lorafx.adapter_store.names import BASE, adapters_among, members
 from lorafx.errors import BatchError, LorafxWarning, UnknownAdapterError
-from lorafx.program.roles import RoleTable, caches
+from lorafx.program.roles import RoleTable
+from lorafx.program.row_dims import caches
 from lorafx.session.requests import Names, Requests
 from lorafx.session.resting import refuse_elsewhere
 from lorafx.session.session import Session

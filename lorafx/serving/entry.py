@@ -29,7 +29,8 @@ from lorafx.errors import (
 from lorafx.model.experts import LOOP, loops
 from lorafx.model.packing import check_packed
 from lorafx.program.program import Program
-from lorafx.program.roles import IMAGES, TOKEN_DIMS, RoleTable
+from lorafx.program.roles import RoleTable
+from lorafx.program.row_dims import IMAGES, TOKEN_DIMS
 from lorafx.saved_graphs.saved_graphs import SavedGraphs
 from lorafx.serving.guards import keep_guards
 from lorafx.serving.tracked import tracked

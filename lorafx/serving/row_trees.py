@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.errors import BatchError
-from lorafx.program.roles import CACHES, ROW_DIMS, RoleTable
+from lorafx.program.roles import RoleTable
+from lorafx.program.row_dims import CACHES, ROW_DIMS
 
 #: What is no property of a row.
 PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)

@@ -1,0 +1,131 @@
+"""What arguments of known names hold: which dimension is the requests', which the tokens'.
+
+Names are those of transformers' forwards. `LoraConfig.row_dims` declares others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+#: By convention, where nothing says more.
+BATCH_FIRST = 0
+
+#: Arguments in the order in which they are asked for the number of requests.
+PRIMARY = (
+    "input_ids",
+    "inputs_embeds",
+    "pixel_values",
+    "input_values",
+    "input_features",
+    "decoder_input_ids",
+    "decoder_inputs_embeds",
+)
+
+#: Argument role -> dimension of the requests; None for what all requests share.
+ROW_DIMS: Mapping[str, int | None] = {
+    **dict.fromkeys(PRIMARY, BATCH_FIRST),
+    # masks and per-token types
+    "attention_mask": 0,
+    "decoder_attention_mask": 0,
+    "encoder_attention_mask": 0,
+    "cross_attention_mask": 0,
+    "global_attention_mask": 0,
+    "padding_mask": 0,
+    "input_mask": 0,
+    "pixel_mask": 0,
+    "pixel_attention_mask": 0,
+    "spatial_shapes": 0,
+    "bool_masked_pos": 0,
+    "mask_time_indices": 0,
+    "perm_mask": 0,
+    "target_mapping": 0,
+    "token_type_ids": 0,
+    "mm_token_type_ids": 0,
+    "qformer_input_ids": 0,
+    "qformer_attention_mask": 0,
+    "flattened_patches": 0,
+    "segment_ids": 0,
+    "langs": 0,
+    "lengths": 0,
+    "bbox": 0,
+    "labels": 0,
+    # states and caches
+    "encoder_hidden_states": 0,
+    "encoder_outputs": 0,
+    "past_key_values": 0,
+    "cache_params": 0,
+    "past_buckets_states": 0,
+    "state": 0,
+    "mems": 1,  # (memory length, batch, hidden)
+    # shared by all requests
+    "cache_position": None,
+    "head_mask": None,
+    "decoder_head_mask": None,
+    "cross_attn_head_mask": None,
+    "logits_to_keep": None,
+    "num_logits_to_keep": None,
+}
+
+#: The same for a packed call over a paged cache: (1, T) tokens of all sequences, one sequence after
+#: another. Each token is a request of its own here, with the slot of the request it is of.
+PACKED_DIMS: Mapping[str, int | None] = {
+    "input_ids": 1,
+    "inputs_embeds": 1,
+    "position_ids": 1,
+    "token_type_ids": 1,
+    "attention_mask": 2,  # (1, 1, T, keys)
+    "cache": None,
+    "logits_to_keep": None,
+}
+
+#: Arguments of a packed call whose values are places of tokens.
+PICKS = ("logits_to_keep",)
+
+#: Arguments whose channels and image size are constants of a graph. As symbols they pass through
+#: window partitions and rolls into expressions that tracing does not come to an end with (Swin).
+IMAGES = ("pixel_values",)
+
+#: Arguments that hold one entry per token -> that dimension; those of a call have one length T.
+TOKEN_DIMS: Mapping[str, int] = {
+    "input_ids": 1,
+    "inputs_embeds": 1,
+    "attention_mask": 1,
+    "token_type_ids": 1,
+    "position_ids": 1,
+}
+
+#: Arguments that hold what a model keeps of earlier tokens.
+CACHES = ("past_key_values", "cache_params", "past_buckets_states", "state", "mems")
+
+
+def caches(named: Mapping[str, Any]) -> list[Any]:
+    """The arguments of a call that hold what the model keeps of earlier tokens."""
+    return [named[name] for name in CACHES if named.get(name) is not None]
+
+
+def new_tokens(named: Mapping[str, Any]) -> dict[str, int]:
+    """The arguments of a call that hold one entry for each of its T tokens, with that dimension. A
+    mask has entries for the tokens of a cache too, or for pairs of tokens."""
+    cached = bool(caches(named))
+    return {
+        name: dim
+        for name, dim in TOKEN_DIMS.items()
+        if isinstance(value := named.get(name), Tensor)
+        and value.dim() > dim
+        and (name != "attention_mask" or (value.dim() == 2 and not cached))
+    }
+
+
+def _position_ids_dim(tensor: Tensor) -> int | None:
+    """(T,) is shared; (B, T) has requests first; (axes, B, T) is multi-axis rotary."""
+    return {0: None, 1: None, 2: 0}.get(tensor.dim(), 1)
+
+
+#: Roles whose dimension depends on the tensor's rank.
+RANKED: Mapping[str, Callable[[Tensor], int | None]] = {
+    "position_ids": _position_ids_dim,
+    "decoder_position_ids": _position_ids_dim,
+}
