@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lorafx.adapter_store.host_copies import HostCopy
-from lorafx.base_weights.adding import add_to, mark_of, write
+from lorafx.base_weights.adding import add_to, write
 from lorafx.base_weights.changes import (
     Change,
     Changes,
@@ -32,12 +31,18 @@ from lorafx.base_weights.changes import (
     copied,
     not_mergeable,
 )
+from lorafx.base_weights.merged import (
+    Merged,
+    MergedWeight,
+    MergeReport,
+    Original,
+    StoredOriginal,
+)
 from lorafx.errors import CaptureError, ConfigError, LorafxError, MatchError, some
 from lorafx.interrupts import Rollback, undisturbed
 from lorafx.model.packing import check_packed
-from lorafx.model.quantized import Stored, dequantize, requantize
-from lorafx.model.weight_formats import format_of, own_tensors
-from lorafx.program.derived import Holder
+from lorafx.model.quantized import dequantize, requantize
+from lorafx.model.weight_formats import own_tensors
 from lorafx.progress import progress
 from lorafx.session.running import BaseState
 from lorafx.session.session import Session
@@ -48,116 +53,6 @@ _HALF = (
     "a merge or unmerge was cut short, and the base weights hold a part of the adapter; "
     "call unmerge(force=True), or load_weights with all of them"
 )
-
-
-@dataclass(frozen=True)
-class MergedWeight:
-    """One base weight that holds W + ΔW.
-
-    Attributes:
-        name: path and attribute.
-        nbytes: of the weight.
-        error: ‖(W' − W) − ΔW‖ / ‖ΔW‖ in the Frobenius norm: how much of the update was lost by
-            rounding to the weight's dtype or quantised format. 0 where ΔW is zero.
-    """
-
-    name: str
-    nbytes: int
-    error: float
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge did.
-
-    Attributes:
-        adapter: the adapter's name.
-        weights: the weights that hold W + ΔW, in the order of the model's sites.
-        original_bytes: memory that the originals take until `unmerge`: the host's, and for
-            quantised weights that of their device.
-    """
-
-    adapter: str
-    weights: tuple[MergedWeight, ...]
-    original_bytes: int
-
-    @property
-    def error(self) -> float:
-        """The largest error of a weight."""
-        return max((weight.error for weight in self.weights), default=0.0)
-
-    def __str__(self) -> str:
-        return (
-            f"{self.adapter}: merged into {len(self.weights)} weights; rounding lost at "
-            f"most {self.error:.1e} of a weight's update; {self.original_bytes} bytes of "
-            "originals are kept"
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class _Original:
-    """A tensor as it was: its holder, its numbers in host memory, its look when last written."""
-
-    holder: Holder
-    tensor: Tensor
-    numbers: Tensor
-    mark: int | None = None
-
-    @classmethod
-    def of(cls, holder: Holder, tensor: Tensor) -> _Original:
-        return cls(holder, tensor, tensor.detach().to("cpu", copy=True))
-
-    @property
-    def nbytes(self) -> int:
-        return self.numbers.nbytes
-
-    @property
-    def touched(self) -> bool:
-        """Whether something else has written or replaced the tensor since."""
-        return self.holder.tensor is not self.tensor or mark_of(self.tensor) != self.mark
-
-    def written(self) -> _Original:
-        """As after the last write of ours."""
-        return _Original(self.holder, self.tensor, self.numbers, mark_of(self.tensor))
-
-    def restore(self) -> None:
-        write(self.tensor, self.numbers)
-
-
-class _StoredOriginal:
-    """A quantised weight as it was."""
-
-    touched = False  # formats do not tell
-
-    def __init__(self, holder: Holder, parameter: str | None) -> None:
-        self.holder = holder
-        self._stored = Stored(holder.module, parameter)
-        kept = format_of(holder.module, holder.attribute)
-        held = own_tensors(holder.module)
-        if kept is not None:
-            held = kept.tensors(holder.module, holder.attribute)
-        self.nbytes = sum(tensor.nbytes for tensor in held)
-
-    def written(self) -> _StoredOriginal:
-        return self
-
-    def restore(self) -> None:
-        self._stored.restore()
-
-
-@dataclass(frozen=True, eq=False)
-class Merged:
-    """The adapter that the base weights hold, and what they were before. Its host copy stays, so
-    that it can be merged again."""
-
-    report: MergeReport
-    requantize: bool
-    originals: tuple[_Original | _StoredOriginal, ...]
-    numbers: HostCopy
-
-    @property
-    def name(self) -> str:
-        return self.report.adapter
 
 
 def merge(session: Session, name: str, *, requantize: bool = False) -> MergeReport:
@@ -214,7 +109,7 @@ def _take_out(session: Session, merged: Merged) -> None:
     before = session.base
     session.base = before._replace(broken=_HALF)
     for item in reversed(merged.originals):
-        if isinstance(item, _StoredOriginal) or item.holder.tensor is item.tensor:
+        if item.in_place:
             item.restore()
     broken = "" if before.broken == _HALF else before.broken
     session.base = before._replace(merged=None, broken=broken)
@@ -328,15 +223,15 @@ def _write_merged(
     session: Session, name: str, numbers: HostCopy, changes: Changes, *, requantize: bool
 ) -> MergeReport:
     """Write W + ΔW into every weight; all are as before when one fails."""
-    originals: list[_Original | _StoredOriginal] = []
+    originals: list[Original | StoredOriginal] = []
     weights: list[MergedWeight] = []
 
     def follow(copies: Sequence[Copy], dense: Tensor) -> None:
         for copy in copies:
-            keep(_Original.of(copy.holder, copy.tensor))
+            keep(Original.of(copy.holder, copy.tensor))
             write(copy.tensor, copied(dense, copy))
 
-    def keep(item: _Original | _StoredOriginal) -> None:
+    def keep(item: Original | StoredOriginal) -> None:
         originals.append(item)
         rollback.add(item.restore)
 
@@ -345,14 +240,14 @@ def _write_merged(
     session.base = before._replace(broken=_HALF)  # said before it is so
     try:
         for change in changes.plain:
-            kept = _Original.of(change.holder, change.weight)
+            kept = Original.of(change.holder, change.weight)
             keep(kept)
             error = add_to(change.weight, change.weight, change.delta, str(change.holder))
             weights.append(MergedWeight(str(change.holder), kept.nbytes, error))
             if change.copies:
                 follow(change.copies, change.dense)
         for stored in changes.stored:
-            held = _StoredOriginal(stored.holder, _parameter(stored))
+            held = StoredOriginal(stored.holder, _parameter(stored))
             keep(held)
             weights.append(MergedWeight(str(stored.holder), held.nbytes, _requantized(stored)))
             if stored.copies:
