@@ -18,7 +18,7 @@ from torch.fx.experimental import _config as shape_config
 
 import lorafx
 from lorafx.call_stack import with_room
-from lorafx.session.session import sessions
+from lorafx.session.all_sessions import sessions
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -11,9 +11,7 @@ Entries of compiled models (lorafx.serving.entry) and blocks of `lorafx.adapters
 
 from __future__ import annotations
 
-import os
 import threading
-import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -32,6 +30,7 @@ from lorafx.errors import BatchError, CaptureError, ConfigError
 from lorafx.program.call import AT_REST, Batch, Call
 from lorafx.program.program import Program
 from lorafx.program.roles import RoleTable
+from lorafx.session import all_sessions
 from lorafx.session.reading import read_again
 from lorafx.session.requests import Names, Requests, check_tokens, not_looked_for, served_by
 from lorafx.session.running import IDLE, BaseState, Locks, Running
@@ -101,7 +100,7 @@ class Session:
         self.tokens: Counter[str] = Counter()
         self._served = _Served()
         store.read_with(partial(read_again, program))
-        _SESSIONS[id(self)] = self
+        all_sessions.add(self)
 
     @property
     def lock(self) -> threading.RLock:
@@ -372,29 +371,3 @@ class Session:
     def _have_neighbours_go_on(self, before: list[bool]) -> None:
         for other, active in zip(self.neighbours, before, strict=True):
             other.program.runtime.active = active
-
-
-#: All there are, also those that serve no more: a child process frees their locks.
-_SESSIONS: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
-
-
-def _all_sessions() -> list[Session]:
-    # A list at once: while somebody walked over it, another thread might change the dictionary.
-    found = (reference() for reference in _SESSIONS.valuerefs())
-    return [session for session in found if session is not None]
-
-
-def sessions() -> list[Session]:
-    """Those that serve a model: compiled ones, and marked ones that their users compile."""
-    return [session for session in _all_sessions() if session.serves]
-
-
-def _after_fork() -> None:
-    every = _all_sessions()
-    shared = {id(session.locks): session.locks for session in every}
-    lost = {key: locks.after_fork() for key, locks in shared.items()}
-    for session in every:
-        session.after_fork(lost=lost[id(session.locks)])
-
-
-os.register_at_fork(after_in_child=_after_fork)

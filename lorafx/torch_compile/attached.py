@@ -36,10 +36,11 @@ from lorafx.program.program import Program
 from lorafx.program.roles import RoleTable
 from lorafx.program.stack import RunningCall, generating, outermost_call, unwrapped
 from lorafx.serving.compiled import compiled_of
+from lorafx.session.all_sessions import sessions
 from lorafx.session.loading import asked_name
 from lorafx.session.loading import load_adapter as load_into
 from lorafx.session.requests import Requests, checked_names
-from lorafx.session.session import Session, sessions
+from lorafx.session.session import Session
 from lorafx.torch_compile.pending import first_call, until_marked
 
 
