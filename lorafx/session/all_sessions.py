@@ -1,5 +1,5 @@
-"""All sessions of this process: models with common weights find each other, and a forked child frees
-the locks."""
+"""All sessions of this process, by which models with common weights find each other, and by which a
+forked child frees the locks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Marked models that their users compile themselves: `adapters(model, names)` gives the rows.
+"""Sessions of marked models that their users compile themselves.
 
     with lorafx.adapters(model, ["sql", None]):      names → slots of the rows, for this block
         compiled(input_ids)                          graph → its session → rows checked → lookups
@@ -11,25 +11,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Final
 
 from torch import Tensor, nn
 
-from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.capture.backend import Backend
 from lorafx.capture.checks import Checks
-from lorafx.capture.failures import explained, own_error
 from lorafx.capture.traced import trace_again
 from lorafx.capture.tracking import Tracking, untracked
 from lorafx.capture.weights_in_python import WeightUses
-from lorafx.compat import block_settings, is_recompile_limit
-from lorafx.errors import BatchError, CaptureError, ConfigError
+from lorafx.compat import block_settings
+from lorafx.errors import CaptureError, ConfigError
 from lorafx.model.attachment import Attachment
-from lorafx.model.attachment import detach as remove_marks
 from lorafx.model.marks import SiteMark
 from lorafx.model.packing import check_packed
 from lorafx.program.program import Program
@@ -37,11 +34,8 @@ from lorafx.program.roles import RoleTable
 from lorafx.program.stack import RunningCall, generating, outermost_call, unwrapped
 from lorafx.serving.compiled import compiled_of
 from lorafx.session.all_sessions import sessions
-from lorafx.session.loading import asked_name
-from lorafx.session.loading import load_adapter as load_into
-from lorafx.session.requests import Requests, checked_names
+from lorafx.session.requests import Requests
 from lorafx.session.session import Session
-from lorafx.torch_compile.pending import first_call, until_marked
 
 
 class AttachedSession(Session):
@@ -241,7 +235,8 @@ def session_of(model: nn.Module) -> AttachedSession | None:
     return None
 
 
-def _marks(model: nn.Module) -> list[SiteMark]:
+def marks_of(model: nn.Module) -> list[SiteMark]:
+    """All marks on modules of the model, whose ever they are."""
     hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
     return [hook for hook in hooks if isinstance(hook, SiteMark)]
 
@@ -262,7 +257,7 @@ def marked_session(model: nn.Module) -> AttachedSession:
             "use the compiled model itself: calls take adapter_names=[...], set_adapter(name) "
             "chooses for calls that name none, and load_adapter(folder, name) is a method"
         )
-    marks = _marks(model)
+    marks = marks_of(model)
     if any(isinstance(mark.runtime.session, AttachedSession) for mark in marks):
         raise ConfigError(
             f"this {name} contains, or is part of, a model that LoRA was attached to; pass "
@@ -274,123 +269,3 @@ def marked_session(model: nn.Module) -> AttachedSession:
             "do; lorafx.detach() it and attach LoRA again"
         )
     raise ConfigError(f"this {name} carries no LoRA; call lorafx.attach(model, lora_config) first")
-
-
-def _session_if_marked(model: nn.Module) -> AttachedSession | None:
-    """The session of a model that is marked. Raises as `marked_session`."""
-    session = session_of(model)
-    known = session is None and (_marks(model) or compiled_of(model) is not None)
-    return marked_session(model) if known else session
-
-
-def _block(
-    model: nn.Module, session: AttachedSession | None, names: str | Sequence[str | None] | None
-) -> AbstractContextManager[None]:
-    session = session or _session_if_marked(model)  # another thread may have marked it
-    return until_marked(model, names) if session is None else session.block(names)
-
-
-@contextmanager
-def adapters(
-    model: nn.Module, adapter_names: AdapterName | Sequence[AdapterName]
-) -> Iterator[None]:
-    """Serve each request of the calls inside the block with its own adapter.
-
-    Blocks may be nested; the innermost one counts. When a block ends, also by an exception, what
-    was in effect before it is restored. Outside any block the model is the base model. Blocks of
-    one model on several threads wait for one another. A call outside any block does not wait, so
-    put it into a block of None where other threads serve adapters.
-
-    Args:
-        model: what `attach` returned, or a model that is compiled with `lora_config` among the
-            options of torch.compile, or what torch.compile returned for either.
-        adapter_names: one name per request, in the order of the batch, where None or "__base__" is
-            the base model, and {"sql": 0.7, "style": 0.3} a sum of adapters, or one at another
-            scale; or a single name, or sum, for all requests. Inside the model's own `generate`
-            several consecutive rows may belong to one request, as beams and returned sequences do.
-
-    Raises:
-        ConfigError: `adapter_names` is not a list of names, the model carries no LoRA, or an
-            adapter can be part of no sum (DoRA, weights of its own).
-        UnknownAdapterError: a name that is not loaded.
-        CapacityError: more distinct adapters than slots, or a sum of ranks over `max_rank`.
-
-    Nothing has changed then. For a model that its first call marks, that call raises these.
-    Calls inside the block raise what `CompiledModel.forward` raises.
-    """
-    names: str | Sequence[str | None] | None
-    if adapter_names is None or isinstance(adapter_names, (str, Mapping)):
-        names = one_name(adapter_names, "adapter_names")
-    else:
-        names = checked_names(adapter_names)
-    model = unwrapped(model)
-    try:
-        session = _session_if_marked(model)
-        with first_call(model, session is not None), _block(model, session, names):
-            yield
-    except Exception as error:
-        failure = own_error(error) or explained(error, type(model).__name__)
-        if failure is not None:
-            raise failure from error
-        if is_recompile_limit(error):
-            raise CaptureError(
-                f"{type(model).__name__} has as many graphs as Options.recompile_limit "
-                f"allows, and this call needs one more; raise the limit: {error}"
-            ) from error
-        raise
-
-
-def load_adapter(
-    model: nn.Module,
-    source: Any,
-    name: str | None = None,
-    *,
-    adapter_name: str | None = None,
-    strict: bool | None = None,
-) -> None:
-    """As `CompiledModel.load_adapter`, for a marked model.
-
-    Raises:
-        ConfigError: the model is not marked.
-        CheckpointError, UnsupportedAdapterError, CapacityError: nothing has changed then.
-    """
-    session = marked_session(model)
-    load_into(session, source, asked_name(session, name, adapter_name), strict)
-
-
-def unload_adapter(model: nn.Module, name: str) -> None:
-    """Forget an adapter of a marked model and free its slot.
-
-    Raises:
-        ConfigError: the model is not marked.
-        UnknownAdapterError: it is not loaded.
-        BatchError: the surrounding block serves it.
-    """
-    session = marked_session(model)
-    with session.lock:
-        if name != BASE and session.asks_for(name):
-            raise BatchError(f"{name!r} is being served; unload it after the block")
-        session.locks.streams.follow(session.accelerators)
-        session.store.unload(name)
-
-
-def detach(model: nn.Module) -> nn.Module:
-    """Take LoRA off a marked model, or one that `lorafx.compile` serves, and return the model.
-
-    This also works for copies and pickles of a marked model, which have no session. A
-    `peft.PeftModel` that was attached gets its wrappers back.
-
-    Raises:
-        CaptureError: called inside a block of `adapters`.
-        BatchError: called inside a call of the compiled model.
-    """
-    compiled = compiled_of(unwrapped(model))
-    if compiled is not None:
-        return compiled.detach()
-    session = session_of(model)
-    if session is not None:
-        with session.lock:
-            session.close()
-        return session.program.model
-    remove_marks(model)
-    return model
