@@ -12,6 +12,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingAsyncIOs
 
 from lorafx.errors import ConfigError
+from lorafx.serving.continuous.eager import EAGER
 from lorafx.serving.continuous.scheduling import within_slots
 
 
@@ -74,3 +75,24 @@ def served_config(
         auto_switch_to_flash=False,
         scheduler_type=within_slots(config.scheduler_type),
     )
+
+
+def check_attention(model: Any) -> None:
+    """Look at the attention that the model uses, before transformers has it read pages.
+
+    Raises:
+        ConfigError: its rows are not followed over pages, or another engine runs the model.
+    """
+    name = model.config._attn_implementation
+    if name == EAGER:
+        raise ConfigError(
+            f"{type(model).__name__} uses the attention {name!r}, as it does while an engine "
+            "runs it: one engine at a time serves a model with eager attention. End that one "
+            'first, or call model.set_attn_implementation("sdpa") before lorafx.compile'
+        )
+    if name not in ("eager", "sdpa"):
+        raise ConfigError(
+            f"{type(model).__name__} uses the attention {name!r}, whose rows are not followed "
+            'over a paged cache; continuous batching with adapters serves "sdpa" and "eager". '
+            'Call model.set_attn_implementation("sdpa") before lorafx.compile'
+        )

@@ -1,12 +1,14 @@
-"""Whether the steps of an engine succeed."""
+"""Whether the steps of an engine succeed, and what requests are told where they do not."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
-from lorafx.errors import CaptureError, LorafxError, LoweringError, VerifyError
+from lorafx.errors import BatchError, CaptureError, LorafxError, LoweringError, VerifyError
+from lorafx.progress import LOG
 from lorafx.serving.continuous.requests import ticket_of
 
 #: An engine whose last so many steps have failed is not healthy.
@@ -72,3 +74,23 @@ class StepHealth:
             f"The last {self.in_a_row} steps of the engine failed, the last one with "
             f"{type(last).__name__}; the log says more."
         )
+
+
+def as_told(failed: Mapping[str, Exception]) -> dict[str, LorafxError]:
+    """What requests that failed are told, by their names; the log has what was raised."""
+    said: dict[str, LorafxError] = {}
+    causes: dict[int, Exception] = {}
+    shared = Counter(map(id, failed.values()))
+    for name, error in failed.items():
+        if isinstance(error, LorafxError):
+            said[name] = error
+            continue
+        causes[id(error)] = error
+        several = shared[id(error)] > 1
+        said[name] = BatchError(
+            f"this request failed{' with others of its step' if several else ''}: the model, or "
+            f"how tokens are chosen, raised {type(error).__name__}: {error}"
+        )
+    for error in causes.values():
+        LOG.error("requests failed in a step of continuous batching", exc_info=error)
+    return said

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,7 +15,6 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from lorafx.adapter_store.holding import Hold
 from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.errors import BatchError, ConfigError, LorafxError
-from lorafx.progress import LOG
 from lorafx.serving.activation import column_of, warn_absent
 from lorafx.serving.continuous import sampling
 from lorafx.serving.continuous.checks import (
@@ -25,9 +23,8 @@ from lorafx.serving.continuous.checks import (
     checked_prompt,
     checked_sampling,
 )
-from lorafx.serving.continuous.eager import EAGER
-from lorafx.serving.continuous.engine_config import possible, served_config
-from lorafx.serving.continuous.health import StepHealth
+from lorafx.serving.continuous.engine_config import check_attention, possible, served_config
+from lorafx.serving.continuous.health import StepHealth, as_told
 from lorafx.serving.continuous.outputs import Outputs
 from lorafx.serving.continuous.packed_call import PackedForward
 from lorafx.serving.continuous.pages import AdapterPages
@@ -102,19 +99,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = False) -> None:
         """Have the model use an attention that is served."""
-        name = model.config._attn_implementation
-        if name == EAGER:
-            raise ConfigError(
-                f"{type(model).__name__} uses the attention {name!r}, as it does while an engine "
-                "runs it: one engine at a time serves a model with eager attention. End that one "
-                'first, or call model.set_attn_implementation("sdpa") before lorafx.compile'
-            )
-        if name not in ("eager", "sdpa"):
-            raise ConfigError(
-                f"{type(model).__name__} uses the attention {name!r}, whose rows are not followed "
-                'over a paged cache; continuous batching with adapters serves "sdpa" and "eager". '
-                'Call model.set_attn_implementation("sdpa") before lorafx.compile'
-            )
+        check_attention(model)
         super().switch_to_cb_friendly_attn(model, auto_switch_to_flash=False)
 
     def add_request(
@@ -239,8 +224,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     def _ticket(self, adapter: AdapterName | Default) -> Ticket:
         session = self.compiled._session
-        given = isinstance(adapter, Default)
-        name = session.default if given else one_name(adapter, "adapter")
+        unsaid = isinstance(adapter, Default)
+        name = session.default if unsaid else one_name(adapter, "adapter")
         if name is None or name == BASE:
             return Ticket()
         hold = session.store.hold(name)
@@ -351,7 +336,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         """Have these requests of the step fail; the others have their new tokens."""
         processor = self._processor
         scheduler = processor.scheduler
-        said = _said(failed)
+        said = as_told(failed)
         kept: list[FutureRequestState] = []
         columns: list[int] = []  # of the new tokens, in their order
         column = 0
@@ -372,23 +357,3 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             step.output_ids[:, : len(columns)] = step.output_ids[:, columns]
             step.requests_in_batch = kept
         scheduler.block_new_requests = False
-
-
-def _said(failed: Mapping[str, Exception]) -> dict[str, LorafxError]:
-    """What requests that failed are told."""
-    said: dict[str, LorafxError] = {}
-    causes: dict[int, Exception] = {}
-    shared = Counter(map(id, failed.values()))
-    for name, error in failed.items():
-        if isinstance(error, LorafxError):
-            said[name] = error
-            continue
-        causes[id(error)] = error
-        several = shared[id(error)] > 1
-        said[name] = BatchError(
-            f"this request failed{' with others of its step' if several else ''}: the model, or "
-            f"how tokens are chosen, raised {type(error).__name__}: {error}"
-        )
-    for error in causes.values():
-        LOG.error("requests failed in a step of continuous batching", exc_info=error)
-    return said
