@@ -17,6 +17,7 @@ from torch import nn
 from torch.fx.experimental import _config as shape_config
 
 import lorafx
+import lorafx.api  # and with it all ops, which tests call by their names
 from lorafx.call_stack import with_room
 from lorafx.session.all_sessions import sessions
 
