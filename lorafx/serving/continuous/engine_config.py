@@ -81,8 +81,15 @@ def check_attention(model: Any) -> None:
     """Look at the attention that the model uses, before transformers has it read pages.
 
     Raises:
-        ConfigError: its rows are not followed over pages, or another engine runs the model.
+        ConfigError: its rows are not followed over pages, or another engine runs the model; or the
+            model computes attention by itself, not by transformers' attention functions.
     """
+    # transformers' own engine takes such a model, and then each of its steps fails.
+    if not (model._supports_attention_backend or model._can_set_attn_implementation()):
+        raise ConfigError(
+            f"{type(model).__name__} computes attention by itself, not by transformers' attention "
+            "functions, so it cannot read a paged cache; call generate() for this model"
+        )
     name = model.config._attn_implementation
     if name == EAGER:
         raise ConfigError(

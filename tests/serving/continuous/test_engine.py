@@ -309,3 +309,14 @@ def test_a_model_without_a_paged_cache_is_refused(warmup):
     text = r"paged cache for Qwen3NextForCausalLM: .*linear_attention.*generate\(\)"
     with pytest.raises(ConfigError, match=text), block:
         pass
+
+
+@pytest.mark.parametrize("kind", ["Bloom", "Falcon"])  # of no attention to choose, and of its own
+def test_a_model_that_computes_attention_by_itself_is_refused(kind):
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=61, hidden_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    cm = lorafx.compile(model, LoraConfig(target_modules="all-linear"), options=REFERENCE)
+    with pytest.raises(ConfigError, match=rf"{kind}ForCausalLM computes attention by itself"):
+        cm.generate_batch([[3, 4]], continuous_batching_config=CONFIG)
