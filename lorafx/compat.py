@@ -20,10 +20,6 @@ import torch._inductor.config
 import torch.fx.experimental._config as shape_config
 from torch import Tensor, fx
 from torch._dynamo import guards, side_effects, symbolic_convert
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.sym_node import SymNode
-from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from torch.utils._ordered_set import OrderedSet
 
 _COMPILE_ARGUMENTS = inspect.signature(torch.compile).parameters
@@ -129,32 +125,6 @@ def capture_settings(
     finally:
         for config, name, own, _ in before:
             setattr(config, name, own)
-
-
-@contextmanager
-def results_kept(inputs: Sequence[Any]) -> Iterator[None]:
-    """Within, the fake mode of `inputs` keeps fake results, whatever `capture_settings` left.
-
-    Inductor propagates fake tensors through a graph several times. Without the cache each call of
-    an outlined layer interprets its body every time: 11.4 CPU seconds for 32 layers of Llama
-    instead of 4.1. Its keys tell symbols apart that are known to be equal, as the lengths of all
-    layers' caches are: such symbols become one.
-    """
-    mode = detect_fake_mode(list(inputs))
-    if mode is None:
-        yield
-        return
-    for tensor in (item for item in inputs if isinstance(item, FakeTensor)):
-        storage = (tensor.storage_offset(), tensor.untyped_storage().nbytes())
-        for size in (*tensor.shape, *tensor.stride(), *storage):
-            node = size.node if isinstance(size, torch.SymInt) else None
-            if isinstance(node, SymNode) and not has_free_unbacked_symbols(size):
-                node._expr = node.expr
-    before, mode.cache_enabled = mode.cache_enabled, True
-    try:
-        yield
-    finally:
-        mode.cache_enabled = before
 
 
 @contextmanager

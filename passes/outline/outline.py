@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
@@ -153,14 +154,14 @@ def _symbols(graph: fx.Graph, stretch: Stretch) -> list[fx.Node]:
             for size in sizes:
                 if isinstance(size, torch.SymInt):
                     needed |= size.node.expr.free_symbols
-    return [
-        node
-        for node in graph.nodes
-        if node.op == "placeholder"
-        and isinstance(fake_value(node), torch.SymInt)
-        and fake_value(node).node.expr in needed
-        and node not in stretch.operands
-    ]
+    # The lengths of all layers' caches may have become one symbol.
+    found: dict[sympy.Symbol, fx.Node] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        value = fake_value(node)
+        size = value.node.expr if isinstance(value, torch.SymInt) else None
+        if size in needed and (size not in found or node in stretch.operands):
+            found[size] = node
+    return [node for node in found.values() if node not in stretch.operands]
 
 
 def _body(
