@@ -4,9 +4,10 @@
                                       →      y = paged_attention(q, k, v, …, seen, mask)
 
 The mask of a step hides the keys of all other requests from a token. It is known to be the step's
-where attention takes the very input that the cache was handed as its mask. Keys and values may be
-repeated for the heads of a group. Where anything else reads them, what comes of the mask, or of the
-statistics of attention, and where no kernel is generated, the graph is left as it is.
+where attention takes the very input that the cache was handed as its mask, on a GPU padded, cut
+back and expanded, as its kernels need it to lie. Keys and values may be repeated for the heads of a
+group. Where anything else reads them, what comes of the mask, or of the statistics of attention,
+where torch has taken attention apart, and where no kernel is generated, the graph is left as it is.
 """
 
 from __future__ import annotations
@@ -21,15 +22,21 @@ import torch
 from torch import fx
 
 from lorafx.graph.context import Context
-from lorafx.kernels.cpu.paged_attention import PAGED_ATTENTION, kernel_of
+from lorafx.kernels.cpu.paged_attention import PAGED_ATTENTION
 from lorafx.kernels.ops.paged_cache import PAGED_CACHE
+from lorafx.kernels.triton.triton_attention import is_generated
 from lorafx.op_arguments import bound, in_order
 from lorafx.program.frame import fake_value
 
 aten = torch.ops.aten
 
-#: What torch makes of `scaled_dot_product_attention` on a CPU, where no statistics are asked for.
-_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu.default
+#: What torch makes of `scaled_dot_product_attention` with a mask where no statistics are asked for,
+#: on a CPU and on GPUs, and the name of the mask.
+_ATTENTION: dict[Any, str] = {
+    aten._scaled_dot_product_flash_attention_for_cpu.default: "attn_mask",
+    aten._scaled_dot_product_efficient_attention.default: "attn_bias",
+    aten._scaled_dot_product_cudnn_attention.default: "attn_bias",
+}
 _COPIES = (aten.clone.default,)
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
@@ -84,7 +91,7 @@ def _attention_of(cached: fx.Node) -> tuple[fx.Node, fx.Node, list[fx.Node]] | N
     if len(found) < 2 or found["key"] is not found["value"]:
         return None
     attention = found["key"]
-    if attention.target is not _ATTENTION:
+    if attention.target not in _ATTENTION:
         return None
     asked = bound(attention)
     ends = [node for node in between if attention in node.users]
@@ -158,7 +165,7 @@ def _fits(cached: fx.Node, found: tuple[fx.Node, fx.Node, list[fx.Node]]) -> boo
     attention, result, _ = found
     given, asked = bound(cached), bound(attention)
     seen, mask = given["seen"], given["mask"]
-    if seen is None or mask is None or asked["attn_mask"] is not mask:
+    if seen is None or mask is None or _unpadded(asked[_ATTENTION[attention.target]]) != mask:
         return False
     if asked["dropout_p"] or asked["is_causal"]:
         return False
@@ -170,7 +177,25 @@ def _fits(cached: fx.Node, found: tuple[fx.Node, fx.Node, list[fx.Node]]) -> boo
     if query.dim() != 4 or query.shape[0] != 1 or not _same(query.shape[3:], key.shape[3:]):
         return False
     laid = fake_value(result)
-    return (_transposed(laid) or laid.is_contiguous()) and kernel_of(*values) is not None
+    return (_transposed(laid) or laid.is_contiguous()) and is_generated(*values)
+
+
+def _unpadded(mask: fx.Node | None) -> fx.Node | None:
+    """What the mask that attention takes was before torch aligned it: padded at the end of its last
+    dimension, cut off there, copied, expanded to heads that it is broadcast to anyway."""
+    while mask is not None and mask.op == "call_function":
+        last = fake_value(mask).dim() - 1
+        args = bound(mask) if isinstance(mask.target, torch._ops.OpOverload) else {}
+        if mask.target is aten.constant_pad_nd.default:
+            aligned = len(args["pad"]) == 2 and args["pad"][0] == 0
+        elif mask.target is aten.slice.Tensor:
+            aligned = args["dim"] in (last, -1) and args["start"] in (0, None) and args["step"] == 1
+        else:
+            aligned = mask.target in (*_COPIES, aten.expand.default)
+        if not aligned:
+            return mask
+        mask = mask.all_input_nodes[0]
+    return mask
 
 
 def _transposed(result: torch.Tensor) -> bool:

@@ -6,8 +6,9 @@ holds, request by request.
 
 K and V are what `lorafx::paged_cache` returns for the same arguments. The mask of a step hides the
 keys of all other requests from a query; here they are not read. Sums are float32. On a CPU a
-generated kernel reads keys and values where they lie in the cache (attention.cpp). Elsewhere, and
-where it cannot be had, the host waits for `seen`, and each request is an attention of its own.
+generated kernel reads keys and values where they lie in the cache (attention.cpp), and so do those
+of a GPU (lorafx.kernels.triton.triton_attention). Elsewhere, and where none can be had, the host
+waits for `seen`, and each request is an attention of its own.
 """
 
 from __future__ import annotations
@@ -72,15 +73,40 @@ def paged_attention(
     Raises:
         LoweringError: sizes or dtypes that do not fit together, or a row outside of the cache.
     """
-    _check(query, key, value, read, write, seen, mask, sinks)
+    check_arguments(query, key, value, read, write, seen, mask, sinks)
     kernel = kernel_of(query, key, mask, cap)
+    if kernel is None:
+        given = query, key, value, cache, read, write, seen, mask
+        places = first_key, first_value, sentinel
+        return by_request(*given, *places, ring, scale, cap, sinks)
+    where = first_key, first_value, sentinel, ring
+    out = query.new_empty((1, query.shape[2], query.shape[1], query.shape[3]))
+    kernel(out, query, (key, value), cache, (read, write, seen), mask, where, scale, cap, sinks)
+    return out.transpose(1, 2)
+
+
+def by_request(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: Tensor,
+    read: Tensor,
+    write: Tensor,
+    seen: Tensor,
+    mask: Tensor,
+    first_key: int,
+    first_value: int,
+    sentinel: int,
+    ring: bool,
+    scale: float,
+    cap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """`paged_attention` without a generated kernel, on any device."""
     out = query.new_empty((1, query.shape[2], query.shape[1], query.shape[3]))
     where = first_key, first_value, sentinel, ring
-    if kernel is None:
-        keys, values = paged_cache(key, value, cache, read, write, *where)
-        _each_request(out[0], query[0], keys[0], values[0], seen, mask[0, 0], scale, cap, sinks)
-    else:
-        kernel(out, query, (key, value), cache, (read, write, seen), mask, where, scale, cap, sinks)
+    keys, values = paged_cache(key, value, cache, read, write, *where)
+    _each_request(out[0], query[0], keys[0], values[0], seen, mask[0, 0], scale, cap, sinks)
     return out.transpose(1, 2)
 
 
@@ -202,12 +228,12 @@ def paged_attention_fake(
     cap=0.0,
     sinks=None,
 ):
-    _check(query, key, value, read, write, seen, mask, sinks)
+    check_arguments(query, key, value, read, write, seen, mask, sinks)
     _, heads, tokens, size = query.shape
     return query.new_empty((1, tokens, heads, size)).transpose(1, 2)
 
 
-def _check(
+def check_arguments(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -217,6 +243,7 @@ def _check(
     mask: Tensor,
     sinks: Tensor | None,
 ) -> None:
+    """Raise LoweringError where sizes or dtypes do not fit together; the tensors may be fake."""
     op = "paged_attention"
     require(op, query.dim() == key.dim() == 4, "query and key are (1, heads, T, D)")
     require(op, key.shape == value.shape, f"key is {tuple(key.shape)}, value {tuple(value.shape)}")

@@ -5,7 +5,7 @@ those that the queries see.
     cache (bytes,) uint8      all pages of all layers; rows of H · D numbers in it
     read (N,), write (T,)     rows of the layer's part of the cache, int64
     seen (T, 2), mask         which of the N are of each token's request, and what its attention
-                              adds; read by lorafx.kernels.cpu.paged_attention alone
+                              adds; read by lorafx::paged_attention alone
 
 The layer's keys begin at row `first_key`, its values at row `first_value`. A ring keeps a window: a
 new token takes the row of the one that leaves it, so the old rows are read first, and an entry of

@@ -7,7 +7,7 @@
 
 Sizes are literals of the sources, so a variant is a shape; those here are the layers of
 Llama-3-8B (q/k/v, o, gate/up, down), the experts of Qwen3-30B-A3B, Mixtral and gpt-oss, odd sizes,
-and each dtype, for decode and prefill.
+and each dtype, for decode and prefill. Those of attention are in attention_variants.py.
 """
 
 from __future__ import annotations
@@ -19,13 +19,19 @@ from typing import Any
 import torch
 
 from lorafx.kernels.cpu.cpu_source import DeltaSpec
+from lorafx.kernels.tools.attention_variants import (
+    aligned_strides,
+    attention_kernels,
+    attention_types,
+)
 from lorafx.kernels.triton.activation import Activation, Leaf, Load
+from lorafx.kernels.triton.attention_spec import PagedAttentionSpec
 from lorafx.kernels.triton.longer import refusal
 from lorafx.kernels.triton.persistent_tiles import persistent_variants
 from lorafx.kernels.triton.strategy_tiles import STRATEGY_KERNELS, tiles_for
 from lorafx.kernels.triton.triton_build import AROUND, CONCAT, EXPERTS, ORDER_TILES, spec_for
 from lorafx.kernels.triton.triton_cache import GeneratedKernel, load
-from lorafx.kernels.triton.triton_source import TritonSpec
+from lorafx.kernels.triton.triton_source import AnySpec, TritonSpec
 from lorafx.kernels.triton.triton_tiles import ARCHITECTURES
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -45,7 +51,7 @@ class AotVariant:
 
     name: str
     kernel: GeneratedKernel
-    spec: TritonSpec | None
+    spec: AnySpec
     signature: dict[str, str]
     attributes: dict[tuple[int, ...], list[list[Any]]]
     num_warps: int
@@ -60,8 +66,10 @@ class AotVariant:
         return self.kernel.text
 
 
-def signature_of(kernel: GeneratedKernel, spec: TritonSpec | None) -> dict[str, str]:
+def signature_of(kernel: GeneratedKernel, spec: AnySpec) -> dict[str, str]:
     """Triton's type of each argument of a generated kernel."""
+    if isinstance(spec, PagedAttentionSpec):
+        return attention_types(kernel, POINTERS[spec.dtype])
     types = {"v_ptr": "*fp32", "p_ptr": "*fp32", "scales_ptr": "*fp32", "ids_ptr": "*i64"}
     if spec is not None:
         d = spec.delta
@@ -78,10 +86,12 @@ def signature_of(kernel: GeneratedKernel, spec: TritonSpec | None) -> dict[str, 
     return {name: types.get(name, default[name.endswith("_ptr")]) for name in kernel.jit.arg_names}
 
 
-def _attributes(signature: dict[str, str], spec: TritonSpec | None) -> dict[Any, Any]:
+def _attributes(signature: dict[str, str], spec: AnySpec) -> dict[Any, Any]:
     """Which arguments are multiples of 16: every pointer, and strides of aligned sizes."""
     aligned = {}
-    if spec is not None:
+    if isinstance(spec, PagedAttentionSpec):
+        aligned = aligned_strides(spec)
+    elif spec is not None:
         K, N = spec.delta.in_features, spec.out_features
         strides = {"stride_x": K, "stride_w": N if spec.transposed else K, "stride_y": N}
         strides |= {"slot_a": spec.delta.slot_rows, "token_a": spec.delta.max_rank}
@@ -219,7 +229,7 @@ def variants_for_aot(
     arch = ARCHITECTURES[architecture]
     seen: set[str] = set()
 
-    def variant(name: str, kernel: GeneratedKernel, spec: TritonSpec | None) -> AotVariant:
+    def variant(name: str, kernel: GeneratedKernel, spec: AnySpec) -> AotVariant:
         seen.add(kernel.key)
         signature = signature_of(kernel, spec)
         attributes = _attributes(signature, spec)
@@ -249,3 +259,6 @@ def variants_for_aot(
         kernel = load("persistent", spec, replace(tiles, overlap=arch.overlaps), arch)
         if kernel.key not in seen:
             yield variant(f"persistent/persistent/o_r16_bf16/tiles {number}", kernel, spec)
+    for name, kernel, paged in attention_kernels(arch):
+        if kernel.key not in seen:  # those of float32 are the same for few and many
+            yield variant(f"paged_attention/{name}", kernel, paged)

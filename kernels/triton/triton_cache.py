@@ -25,7 +25,7 @@ import torch
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.compiler import cache_folder
 from lorafx.kernels.triton import triton_compat
-from lorafx.kernels.triton.triton_source import KERNELS, TritonSpec, generator_hash, source
+from lorafx.kernels.triton.triton_source import KERNELS, AnySpec, generator_hash, source
 from lorafx.kernels.triton.triton_tiles import Architecture, Tiles
 
 #: What launches first, of those that another kernel reads the result of.
@@ -61,7 +61,7 @@ class GeneratedKernel:
         return self.path.read_text()
 
 
-def key_of(kernel: str, spec: TritonSpec | None, tiles: Tiles, arch: Architecture) -> str:
+def key_of(kernel: str, spec: AnySpec, tiles: Tiles, arch: Architecture) -> str:
     """The name under which the cache keeps a kernel."""
     parts = (
         *(kernel, repr(spec), repr(tiles), arch.name),
@@ -87,7 +87,7 @@ def _import(path: Path) -> ModuleType:
     return module
 
 
-def load(kernel: str, spec: TritonSpec | None, tiles: Tiles, arch: Architecture) -> GeneratedKernel:
+def load(kernel: str, spec: AnySpec, tiles: Tiles, arch: Architecture) -> GeneratedKernel:
     """The kernel, from the cache or generated now.
 
     Raises:

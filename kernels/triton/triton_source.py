@@ -13,6 +13,7 @@
     gather, place  B behind the columns of W, and v behind those of x, for one product of both
     order        the requests sorted by slot
     activate     h = f(…) of other tensors, and shrink for x = h
+    attend, attend_split, attend_sum, write_new    attention over a paged cache (attention_spec.py)
 
 With routed experts rows are sorted by expert, a tile is of one expert, and s is its (slot, expert).
 s is the slot of row m, r runs over the s-th adapter's own rank. Every size but those of the batch
@@ -33,6 +34,7 @@ import torch
 
 from lorafx.kernels.cpu.cpu_source import DeltaSpec
 from lorafx.kernels.triton.activation import MOST_FACTORS, Activation, delta_place
+from lorafx.kernels.triton.attention_spec import PagedAttentionSpec
 from lorafx.kernels.triton.longer import Layout, Longer
 from lorafx.kernels.triton.triton_tiles import Tiles, power_of_two
 
@@ -61,6 +63,10 @@ KERNELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "embedding_rows": ("rows", {"function": "expand_rows", "embedding": True}),
     "order": ("order", {}),
     "activate": ("shrink", {}),
+    "write_new": ("paged_attention", {"function": "write_new"}),
+    "attend": ("paged_attention", {"function": "attend", "split": False}),
+    "attend_split": ("paged_attention", {"function": "attend", "split": True}),
+    "attend_sum": ("paged_attention", {"function": "attend_sum"}),
 }
 
 
@@ -130,10 +136,16 @@ def _starts(sizes: tuple[int, ...]) -> list[int]:
     return [sum(sizes[:j]) for j in range(len(sizes))]
 
 
-def heading(kernel: str, spec: TritonSpec | None, tiles: Tiles) -> str:
+#: What a kernel is generated for; None for `order`, which depends on nothing.
+AnySpec = TritonSpec | PagedAttentionSpec | None
+
+
+def heading(kernel: str, spec: AnySpec, tiles: Tiles) -> str:
     """The comment that a generated file opens with: what it was made from."""
     lines = [f"Generated from {KERNELS[kernel][0]}.py.jinja: {kernel}."]
-    if spec is not None:
+    if isinstance(spec, PagedAttentionSpec):
+        lines.append(f"{spec}")
+    elif spec is not None:
         d = spec.delta
         dtypes = f"x {d.x_dtype}, bank {d.bank_dtype}, y {d.y_dtype}"
         lines.append(f"K {d.in_features}, rank at most {d.max_rank}, {d.group} siblings; {dtypes}")
@@ -269,10 +281,14 @@ def _leaf_deltas(spec: TritonSpec) -> list[dict[str, Any] | None]:
     return found
 
 
-def source(kernel: str, spec: TritonSpec | None, tiles: Tiles) -> str:
-    """The complete Python text of `kernel`; `spec` is None for `order`, which depends on none."""
+def source(kernel: str, spec: AnySpec, tiles: Tiles) -> str:
+    """The complete Python text of `kernel`."""
     template, constants = KERNELS[kernel]
-    filled = parameters(kernel, spec, tiles) if spec is not None else asdict(tiles)
+    filled = asdict(tiles)
+    if isinstance(spec, PagedAttentionSpec):
+        filled |= {**spec.parameters(), "dtype": TYPES[spec.dtype]}
+    elif spec is not None:
+        filled = parameters(kernel, spec, tiles)
     text = (
         _environment()
         .get_template(f"{template}.py.jinja")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from compile_only_gpu import compile_only_gpu
 from ptx_machine import Memory, run
@@ -37,6 +38,8 @@ def launch_ptx(
     for name, argument in zip(names, arguments, strict=True):
         if isinstance(argument, Tensor):
             passed.append(memory.hold(name, argument))
+        elif isinstance(argument, float):
+            passed.append(int(np.float32(argument).view(np.uint32)))
         elif argument != 1:
             passed.append(int(argument))
     run(ptx, passed, [int(size) for size in grid], memory)

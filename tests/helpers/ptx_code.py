@@ -51,6 +51,9 @@ class Instruction:
 def parse(ptx: str) -> tuple[list[Instruction], dict[str, int], int, list[str]]:
     ptx = re.sub(r"//.*", "", ptx)
     ptx = re.sub(r"(?m)^\s*\.(loc|file|reg|section|pragma)\b.*$", "", ptx)
+    ptx = re.sub(
+        r"(?m)^\.global .*= \{.*\};$", "", ptx
+    )  # a name for reflection, which nothing reads
     head, body = ptx.split("{", 1)
     parameters = re.findall(r"\.param \.\w+ (?:\.ptr \.global \.align \d+ )?(\w+)", head)
     threads = re.search(r"\.reqntid (\d+)", head)
@@ -86,6 +89,6 @@ def _operand(text: str) -> Any:
         return ("at", match[1], int(match[2] or "0", 0))
     if text.startswith("0f"):
         return int(text[2:], 16)
-    if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)", text):
-        return int(text, 0) & ((1 << 64) - 1)
+    if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", text):
+        return int(text.rstrip("U"), 0) & ((1 << 64) - 1)
     return text.split("|")[0]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from compile_only_gpu import on_cuda
 from dense_merge import error
 from expecttest import assert_expected_inline
 from graph_text import shown
@@ -23,6 +24,11 @@ pytestmark = [pytest.mark.quick, needs_compiler]
 aten = torch.ops.aten
 TOKENS, COUNT, HEADS, SIZE = 3, 7, 2, 4
 _ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu.default
+#: What torch makes of it on GPUs, with a mask.
+GPU_ATTENTION = (
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+)
 
 Change = Callable[[SiteGraph, fx.Node], fx.Node]
 
@@ -40,6 +46,9 @@ def built(
     keys: Change = lambda g, keys: keys,
     also: Callable[[SiteGraph, fx.Node, fx.Node], list[fx.Node]] = lambda g, keys, pages: [],
     causal: bool = False,
+    kernel: Any = _ATTENTION,
+    size: int = SIZE,
+    statistics: bool = False,
 ) -> Finished:
     """Two requests: one token that sees four rows, and two that see three. `mask`, `keys` change
     what attention takes; `also` is what else is computed of the keys and the cache."""
@@ -47,11 +56,11 @@ def built(
     g = SiteGraph(One(), [0, 0, 0])
     hidden = torch.zeros(1, 1, TOKENS, COUNT)
     hidden[0, 0, 0, 4:] = hidden[0, 0, 1:, :4] = hidden[0, 0, 1, 6] = torch.finfo(torch.float32).min
-    queries = torch.randn(1, HEADS * group, TOKENS, SIZE)
+    queries = torch.randn(1, HEADS * group, TOKENS, size)
     values: list[Any] = [
         queries.transpose(1, 2).contiguous().transpose(1, 2) if transposed else queries,
-        *torch.randn(2, 1, HEADS, TOKENS, SIZE).unbind(),
-        torch.randn(32 * HEADS * SIZE).view(torch.uint8),
+        *torch.randn(2, 1, HEADS, TOKENS, size).unbind(),
+        torch.randn(32 * HEADS * size).view(torch.uint8),
         torch.tensor([1, 2, 3, 4, 9, 10, 11]),
         torch.tensor([4, 10, 11]),
         torch.tensor([[0, 4], [4, 7], [4, 7]]),
@@ -64,12 +73,20 @@ def built(
     if group > 1:
         for place, part in enumerate(found):
             part = g.call(aten.unsqueeze.default, part, 2)
-            part = g.call(aten.expand.default, part, [1, HEADS, group, COUNT, SIZE])
+            part = g.call(aten.expand.default, part, [1, HEADS, group, COUNT, size])
             part = g.call(aten.clone.default, part, memory_format=torch.contiguous_format)
-            found[place] = g.call(aten.view.default, part, [1, HEADS * group, COUNT, SIZE])
-    asked = q, keys(g, found[0]), found[1], 0.0, causal
-    both = g.call(_ATTENTION, *asked, attn_mask=mask(g, m), scale=0.4)
-    return g.output(g.call(operator.getitem, both, 0), *others)
+            found[place] = g.call(aten.view.default, part, [1, HEADS * group, COUNT, size])
+    asked, hides = (q, keys(g, found[0]), found[1]), mask(g, m)
+    if kernel is _ATTENTION:
+        both = g.call(kernel, *asked, 0.0, causal, attn_mask=hides, scale=0.4)
+    else:
+        both = g.call(kernel, *asked, hides, statistics, 0.0, causal, scale=0.4)
+    if statistics:
+        others = [*others, g.call(operator.getitem, both, 1)]
+    done = g.output(g.call(operator.getitem, both, 0), *others)
+    if kernel is not _ATTENTION:
+        on_cuda(g.mode, done.gm)
+    return done
 
 
 def test_the_graph_before_and_after() -> None:
@@ -130,6 +147,54 @@ def added(g: SiteGraph, node: fx.Node) -> fx.Node:
 )
 def test_anything_else_is_left_as_it_is(changes: Any) -> None:
     done = built(**changes)
+    before = done.targets()
+    assert done.run(Attend()) == 0
+    assert done.targets() == before
+
+
+def aligned(g: SiteGraph, mask: fx.Node) -> fx.Node:
+    """As torch has masks of odd lengths lie for its own kernels."""
+    mask = g.call(aten.constant_pad_nd.default, mask, [0, 1], 0.0)
+    mask = g.call(aten.slice.Tensor, mask, -1, 0, COUNT)
+    return g.call(aten.expand.default, mask, [1, HEADS, TOKENS, COUNT])
+
+
+@pytest.mark.parametrize("mask", [aligned, lambda g, mask: mask], ids=["aligned", "as it is"])
+@pytest.mark.parametrize("kernel", GPU_ATTENTION, ids=lambda kernel: kernel.name())
+def test_on_a_gpu(kernel: Any, mask: Change) -> None:
+    """The values of the graph are on a GPU; the numbers are those of the operator on a CPU."""
+    done = built(kernel=kernel, mask=mask)
+    assert done.run(Attend()) == 1
+    assert done.targets() == ["paged_attention.default"]
+    assert error(done.result()[0], built().result()[0]) <= 1e-6
+
+
+def cut(g: SiteGraph, mask: fx.Node) -> fx.Node:
+    """Another mask: what hides the first key from a token hides the second from it."""
+    mask = g.call(aten.constant_pad_nd.default, mask, [1, 0], 0.0)
+    return g.call(aten.slice.Tensor, mask, -1, 0, COUNT)
+
+
+def later(g: SiteGraph, mask: fx.Node) -> fx.Node:
+    mask = g.call(aten.constant_pad_nd.default, mask, [0, 1], 0.0)
+    return g.call(aten.slice.Tensor, mask, -1, 1, COUNT + 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mask": added},
+        {"mask": cut},
+        {"mask": later},
+        {"mask": lambda g, mask: None},
+        {"causal": True},
+        {"statistics": True},
+        {"size": 300},  # which has no kernel
+    ],
+    ids=["mask", "cut", "later", "no mask", "causal", "statistics", "size"],
+)
+def test_what_is_left_on_a_gpu(changes: Any) -> None:
+    done = built(kernel=GPU_ATTENTION[0], **changes)
     before = done.targets()
     assert done.run(Attend()) == 0
     assert done.targets() == before

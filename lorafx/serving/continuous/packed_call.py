@@ -28,7 +28,7 @@ from lorafx.adapter_store.names import BASE
 from lorafx.serving.continuous.eager import EAGER, TracedEager
 from lorafx.serving.continuous.parts import OF_THE_DEVICE, in_parts
 from lorafx.serving.continuous.requests import AdapterRequest, Ticket, ticket_of
-from lorafx.serving.continuous.step_cache import StepCache
+from lorafx.serving.continuous.step_cache import ATTENDING_DEVICES, StepCache
 from lorafx.session.prefetching import fill_ahead
 
 if TYPE_CHECKING:
@@ -312,16 +312,19 @@ def _owners(counts: Sequence[int], length: int) -> Tensor:
 def _by_kind(
     kinds: Sequence[str], length: int, masks: Any, others: Mapping[str, Any]
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """For each kind of attention what the tokens see, and the mask; see StepCache. On a GPU the
-    host would have to wait for the first, and nothing asks for it."""
-    counts: Tensor = others["cu_seq_lens_q"].diff()
-    if counts.device.type != "cpu":
+    """For each kind of attention what the tokens see, and the mask; see StepCache. The host waits
+    for no device."""
+    ends_of_tokens: Tensor = others["cu_seq_lens_q"][1:].contiguous()
+    device = ends_of_tokens.device
+    if device.type not in ATTENDING_DEVICES:
         return [None] * len(kinds), [None] * len(kinds)
+    tokens = torch.arange(length, dtype=ends_of_tokens.dtype, device=device)
+    request = torch.searchsorted(ends_of_tokens, tokens, right=True)  # padding is behind the last
     seen: list[Tensor | None] = []
     for kind in kinds:
         ends = others["cu_seq_lens_k"][kind].long()
-        of_tokens = torch.stack([ends[:-1], ends[1:]], 1).repeat_interleave(counts, 0)
-        seen.append(nn.functional.pad(of_tokens, (0, 0, 0, length - len(of_tokens))))
+        of_requests = torch.stack([ends[:-1], ends[1:]], 1)
+        seen.append(nn.functional.pad(of_requests, (0, 0, 0, 1)).index_select(0, request))
     return seen, [masks if isinstance(masks, Tensor) else masks[kind] for kind in kinds]
 
 

@@ -22,9 +22,12 @@ from transformers.generation.continuous_batching.cache_allocators import (
 from lorafx.errors import ConfigError
 from lorafx.kernels.cpu.paged_attention import PAGED_ATTENTION
 from lorafx.kernels.ops.paged_cache import PAGED_CACHE
+from lorafx.kernels.triton.attention_spec import has_kernels
 
 #: In which its sums in float32 are as exact as attention otherwise is.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Types of devices on which it does not make the host wait; "cuda" is ROCm's too.
+ATTENDING_DEVICES = ("cpu", "cuda")
 
 
 class LayerPlace(NamedTuple):
@@ -180,8 +183,13 @@ class StepCache(PagedAttentionCache):
         written, where it needs the keys of all requests: the mask is not the step's."""
         place = self._place(layer_idx, key_states, value_states)
         seen = self.seen[place.group]
-        known = query.dtype in _DTYPES and query.dtype == key_states.dtype
-        if seen is None or mask is None or mask is not self.masks[place.group] or not known:
+        if seen is None or mask is None or mask is not self.masks[place.group]:
+            return None
+        if query.device.type == "cpu":
+            known = query.dtype in _DTYPES and query.dtype == key_states.dtype
+        else:
+            known = has_kernels(query, key_states, mask)
+        if not known:
             return None
         return PAGED_ATTENTION(
             query,

@@ -19,12 +19,13 @@ from lorafx.errors import LoweringError
 from lorafx.kernels.tools import aot
 from lorafx.kernels.tools.aot import TARGETS, Record, compile_variant
 from lorafx.kernels.tools.triton_variants import AotVariant, variants_for_aot
+from lorafx.kernels.triton.attention_spec import PagedAttentionSpec
 from lorafx.kernels.triton.triton_cache import load
 from lorafx.kernels.triton.triton_tiles import ARCHITECTURES
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "kernels.md"
 #: One variant a kernel, the layer o_proj of Llama-3-8B, whose row tiles are those of many requests,
-#: and kernels of routed experts for few rows each.
+#: and kernels of routed experts for few rows each; attention of Llama-3-8B's and gpt-oss's heads.
 CUT = (
     "split/split/o_r16_bf16/m64",
     "split/reduce/o_r16_bf16/m64",
@@ -44,6 +45,10 @@ CUT = (
     "grouped/shrink/qwen3_up_r16_bf16/m1",
     "grouped/epilogue/qwen3_up_r16_bf16/m1",
     "activated/activate/gptoss_down_r16_bf16/m1",
+    "paged_attention/attend/llama_bf16/many",
+    "paged_attention/attend_split/gptoss_bf16/few",
+    "paged_attention/attend_sum/llama_bf16",
+    "paged_attention/write_new/llama_bf16",
 )
 HALF = (torch.float16, torch.bfloat16)
 
@@ -52,8 +57,11 @@ def expected_matrix(variant: AotVariant, target: str) -> str | None:
     """The matrix instruction that a kernel with a dot of 16-bit types has to have."""
     spec, tiles = variant.spec, variant.kernel.tiles
     name = variant.kernel.name
-    if spec is None or "rows" in name or name in ("order", "gather"):
+    if spec is None or "rows" in name or name in ("order", "gather", "attend_sum", "write_new"):
         return None
+    if isinstance(spec, PagedAttentionSpec):
+        names = TARGETS[target].matrix if spec.dtype in HALF else [None]
+        return names[0] if tiles.block_m >= 64 else names[-1]
     # x Wᵀ is in the others
     without = ("expand", "expand_first", "shrink", "place", "activate", "reduce")
     product = variant.kernel.name not in without

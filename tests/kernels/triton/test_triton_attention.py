@@ -1,0 +1,215 @@
+"""The generated Triton kernels of `lorafx::paged_attention`, in Triton's interpreter, against the
+attention of each request by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from compile_only_gpu import compile_only_gpu
+from dense_merge import error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from on_ptx import launch as launch_ptx
+from paged_steps import TOLERANCE, paged_step
+from torch import Tensor
+
+from lorafx.kernels.cpu.paged_attention import by_request
+from lorafx.kernels.triton import attention_spec
+from lorafx.kernels.triton.attention_spec import FEW, PagedAttentionSpec, parts_for
+from lorafx.kernels.triton.triton_attention import attend
+from lorafx.kernels.triton.triton_ops import launch_interpreted
+from lorafx.kernels.triton.triton_tiles import ARCHITECTURES, Architecture
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def spec_of(call: dict[str, Any]) -> PagedAttentionSpec:
+    spec = PagedAttentionSpec.of(
+        *(call[name] for name in ("query", "key", "mask")),
+        capped=call["cap"] != 0,
+        sinks=call["sinks"] is not None,
+        ring=call["ring"],
+    )
+    assert spec is not None
+    return spec
+
+
+def run(
+    call: dict[str, Any],
+    launch: Any = launch_interpreted,
+    arch: Architecture = ARCHITECTURES["interpreter"],
+) -> Tensor:
+    arguments = {name: value for name, value in call.items() if name != "ring"}
+    return attend(launch, arch, spec_of(call), **arguments)
+
+
+def check(call: dict[str, Any], **how: Any) -> None:
+    expected = {**call, "cache": call["cache"].clone()}
+    want = by_request(**expected)
+    got = run(call, **how)
+    assert got.dtype == want.dtype
+    assert got.transpose(1, 2).is_contiguous()
+    assert error(got.double(), want.double()) <= TOLERANCE[got.dtype]
+    assert torch.equal(call["cache"], expected["cache"])
+
+
+#: (new tokens, those before) of each request: decode, a first token, a chunk, a short prompt.
+MIXED = [(1, 18), (1, 0), (1, 34), (5, 3), (2, 0)]
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "plain": (1, {}),
+    "parts": (3, {}),
+    "groups of four, size 80": (1, {"group": 4, "size": 80, "page": 16}),
+    "groups of eight, size 64, bfloat16": (2, {"group": 8, "size": 64, "dtype": BF16, "heads": 1}),
+    "groups of three, size 128, float16": (1, {"group": 3, "size": 128, "dtype": FP16, "heads": 1}),
+    "windows": (1, {"window": 5, "group": 2}),
+    "caps and sinks": (1, {"cap": 0.5, "sinks": True, "dtype": BF16, "size": 32}),
+    "windows, caps and sinks": (2, {"window": 9, "cap": 0.5, "sinks": True, "padding": 2}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_mixed_steps(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of requests that decode beside chunks of prompts; with keys in parts and without."""
+    parts, changes = CASES[case]
+    in_parts(parts, monkeypatch)
+    check(paged_step(MIXED, **changes))
+
+
+def test_a_chunk_of_several_tiles() -> None:
+    """A tile ends at a multiple of its tokens, and at the end of a request."""
+    check(paged_step([(3, 2), (35, 9), (1, 4)], heads=1))
+
+
+def in_parts(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_spec, "MOST_PARTS", parts)
+    monkeypatch.setattr(attention_spec, "WAVES", 1000)
+    monkeypatch.setattr(attention_spec, "LEAST_KEYS", 1)
+
+
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_any_step(data: st.DataObject) -> None:
+    request = st.tuples(st.integers(1, 6), st.integers(0, 40))
+    window = data.draw(st.sampled_from([0, 0, 1, 7]), label="window")
+    call = paged_step(
+        data.draw(st.lists(request, min_size=1, max_size=3), label="requests"),
+        dtype=data.draw(st.sampled_from([FP32, BF16, FP16]), label="dtype"),
+        heads=data.draw(st.integers(1, 2), label="heads"),
+        group=data.draw(st.sampled_from([1, 3, 4, 8]), label="group"),
+        size=data.draw(st.sampled_from([10, 16, 33]), label="size"),
+        page=data.draw(st.sampled_from([4, 16]), label="page"),
+        window=window,
+        cap=data.draw(st.sampled_from([0.0, 2.0]), label="cap"),
+        sinks=data.draw(st.booleans(), label="sinks"),
+        padding=data.draw(st.integers(0, 2), label="padding"),
+        seed=data.draw(st.integers(0, 99), label="seed"),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        in_parts(data.draw(st.sampled_from([1, 2, 5]), label="parts"), patch)
+        check(call)
+
+
+def test_layouts_that_models_have() -> None:
+    """Heads before tokens; keys and queries in one buffer; a mask that is part of a larger one."""
+    call = paged_step(MIXED, group=2)
+    call["query"] = call["query"].contiguous()
+    call["key"], call["value"] = torch.cat([call["key"], call["value"]], 3).split(16, 3)
+    call["mask"] = torch.nn.functional.pad(call["mask"], (0, 5))[..., :-5]
+    check(call)
+
+
+def test_what_is_no_number_stays_with_its_request() -> None:
+    call = paged_step([(1, 18), (6, 3), (1, 4)])
+    call["key"][:, :, 0] = torch.nan
+    call["value"][:, :, 7] = torch.inf
+    got = run(call)
+    assert got[:, :, 0].isnan().all()
+    assert got[:, :, 1:7].isfinite().all()
+    assert not got[:, :, 7].isfinite().any()
+
+
+def test_rows_outside_of_the_cache() -> None:
+    """Neither read nor written: who sees them gets what is no number, and nobody else."""
+    call = paged_step([(1, 18), (6, 3), (1, 4)])
+    rows = call["cache"].view(FP32).numel() // 32
+    call["read"][3], call["write"][0] = rows, -rows
+    before = call["cache"].clone()
+    got = run(call)
+    assert got[:, :, 0].isnan().all()
+    assert got[:, :, 1:].isfinite().all()
+    call["write"] = call["write"][1:]
+    written = torch.zeros(rows, dtype=torch.bool)
+    written[call["write"]] = written[call["write"] + call["first_key"]] = True
+    same = call["cache"].view(FP32).view(rows, 32) == before.view(FP32).view(rows, 32)
+    assert torch.equal(same.all(1), ~written)
+
+
+def test_what_is_hidden_from_all() -> None:
+    """A token whose keys are all hidden gets 0, with sinks too."""
+    call = paged_step([(1, 3), (2, 0)], sinks=True)
+    call["mask"][0, 0, 0] = -torch.inf
+    got = run(call)
+    assert got[:, :, 0].count_nonzero() == 0
+    assert got[:, :, 1:].isfinite().all()
+
+
+def test_what_has_no_kernel() -> None:
+    call = paged_step([(1, 3)], size=300)
+    sized = [call[name] for name in ("query", "key", "mask")]
+    assert PagedAttentionSpec.of(*sized) is None
+    assert PagedAttentionSpec.of(*(part.double()[..., :16] for part in sized)) is None
+    call = paged_step([(1, 3)])
+    query, key, mask = (call[name] for name in ("query", "key", "mask"))
+    assert PagedAttentionSpec.of(query, key, mask.half()) is None
+    assert PagedAttentionSpec.of(query.repeat(1, 65, 1, 1), key, mask) is None
+
+
+def test_parts_of_keys() -> None:
+    """More where there are fewer programs than processors, never of fewer than 256 keys."""
+    arch = ARCHITECTURES["cuda90"]
+    assert parts_for(arch.processors * 2, 100_000, arch) == 1
+    assert parts_for(8, 100_000, arch) == attention_spec.MOST_PARTS
+    assert parts_for(8, 1000, arch) == 3
+    assert parts_for(64, 100_000, arch) == 5
+    assert FEW > 1
+
+
+def test_one_binary_for_all_steps() -> None:
+    """Sizes of a step, places of a layer: neither is compiled for, not even where one is 1."""
+    binaries: dict[str, set[int]] = {}
+
+    def compiled(kernel: Any, grid: Any, arguments: Any) -> None:
+        options = {"num_warps": kernel.tiles.num_warps, "num_stages": kernel.tiles.num_stages}
+        found = kernel.jit.warmup(*arguments, grid=tuple(grid), **options)
+        binaries.setdefault(kernel.name, set()).add(id(found))
+
+    with compile_only_gpu():
+        for requests in ([(1, 5)], [(1, 15)], [(1, 3), (6, 9)], [(1, 700), (15, 0)]):
+            call = paged_step(requests, dtype=BF16)
+            run(call, compiled, ARCHITECTURES["cuda90"])
+            run({**call, "first_key": 1, "first_value": 16}, compiled, ARCHITECTURES["cuda90"])
+    assert {name: len(found) for name, found in binaries.items()} == dict.fromkeys(
+        ("write_new", "attend", "attend_split", "attend_sum"), 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("parts", "changes"),
+    [
+        (1, {"size": 16, "group": 4, "heads": 1, "dtype": BF16}),
+        (1, {"size": 12, "group": 3, "heads": 1, "dtype": FP16, "cap": 0.5, "sinks": True}),
+        (2, {"size": 20, "window": 5, "dtype": BF16, "sinks": True}),
+        (1, {"size": 10, "group": 2, "heads": 1}),
+    ],
+    ids=["groups", "caps and sinks", "windows in parts", "float32"],
+)
+def test_compiled_for_hopper(
+    parts: int, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is compiled for a step of few tokens, run from its PTX: rows that begin anywhere."""
+    in_parts(parts, monkeypatch)
+    with compile_only_gpu():
+        call = paged_step([(2, 70), (1, 9), (3, 0)], **changes)
+        check(call, launch=launch_ptx, arch=ARCHITECTURES["cuda90"])
