@@ -5,7 +5,8 @@
     cat([mm(x, W[:n]ᵀ), mm(x, W[n:]ᵀ)], 1)     →   dense_mm(x, W, [n, N - n])
 
 The op counts the rows when it runs (lorafx.kernels.cpu.dense). W is an input of the graph or a part
-of one; what a graph computes itself is left alone, and so is a product of always many rows.
+of one; what a graph computes itself is left alone, and so is a product of always many rows where
+aten is as fast.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import fx
 
 from lorafx.graph.context import Context
-from lorafx.kernels.cpu.dense import DENSE_ADDMM, DENSE_MM, most_rows, ready
+from lorafx.kernels.cpu.dense import DENSE_ADDMM, DENSE_MM, pays, ready
 from lorafx.op_arguments import bound
 from lorafx.program.frame import fake_value
 
@@ -75,13 +76,12 @@ def _replace(
 
 
 def _pays(found: Product) -> bool:
-    """Whether there may be so few rows, of a type that a kernel is generated for."""
+    """Whether the op may be faster than aten, for a type that a kernel is generated for."""
     values = [fake_value(item) for item in found[:3] if item is not None]
     rows, dtype = values[0].shape[0], values[0].dtype
     if any(value.dtype != dtype or value.device.type != "cpu" for value in values):
         return False
-    few = not isinstance(rows, int) or rows <= most_rows(dtype)
-    return few and ready(dtype)
+    return ready(dtype) and (not isinstance(rows, int) or pays(rows, dtype))
 
 
 def _product(node: fx.Node) -> Product | None:

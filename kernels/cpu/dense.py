@@ -4,9 +4,10 @@
     dense_addmm   y = x Wᵀ + b       b (N,)
 
 On a CPU few rows are multiplied by generated code that reads W once (dense.cpp), more of them by
-aten.mm and addmm. That is decided at each call, in C++ (dense_op.cpp): a call costs what one of
-aten costs, and no graph depends on M. Where no compiler works, and on other devices, it is aten
-alone. A row computed by generated code is bit-equal in every batch that is computed so.
+aten.mm and addmm, or by oneDNN where that is faster. That is decided at each call, in C++
+(dense_op.cpp): a call costs what one of aten costs, and no graph depends on M. Where no compiler
+works, and on other devices, it is aten alone. A row computed by generated code is bit-equal in
+every batch that is computed so.
 
 Inference only: no gradient is registered.
 """
@@ -28,6 +29,7 @@ from lorafx.kernels.cpu.compiler import (
     compile_library,
     has_matrix_tiles,
     load_library,
+    torch_function,
 )
 from lorafx.kernels.cpu.cpu_source import ELEMENTS
 from lorafx.kernels.cpu.dense_source import dense_source
@@ -60,6 +62,12 @@ _LOCK = threading.Lock()
 _LIBRARIES: list[ctypes.CDLL] = []  # keeps what the table points into
 
 
+def pays(rows: int, dtype: torch.dtype) -> bool:
+    """Whether so many rows are multiplied by anything else than aten. Asks for what `ready` says is
+    there."""
+    return rows <= most_rows(dtype) or bool(_op_library().lorafx_has_many(dtype_code(dtype)))
+
+
 def most_rows(dtype: torch.dtype) -> int:
     """Rows up to which the generated kernel is used for `dtype`, 0 where there is none."""
     if dtype not in ELEMENTS:
@@ -85,7 +93,27 @@ def _op_library() -> ctypes.CDLL:
     """
     library = register("lorafx::dense_mm", ("dense_args.h", "dense_op.cpp"), _MORE_SHIMS)
     library.lorafx_add.argtypes = (ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p)
+    library.lorafx_add_many.argtypes = (ctypes.c_int32, ctypes.c_void_p)
+    many_by_onednn(library)
     return library
+
+
+def many_by_onednn(library: ctypes.CDLL, wanted: bool | None = None) -> None:
+    """Have the ops multiply many rows in float32 by oneDNN, in this process, or by aten.mm.
+
+    aten.mm is MKL there; in 16 bits it is oneDNN anyway. Where MKL has general code alone, oneDNN
+    takes 0.65 to 0.8 of its time for 96 to 200 rows (Zen 4, one thread, cold weights).
+
+    Args:
+        wanted: None for what is faster on this CPU.
+
+    Raises:
+        LoweringError: oneDNN is asked for, and this torch has none.
+    """
+    if wanted is None:
+        wanted = torch.backends.mkldnn.is_available() and bool(library.lorafx_mm_is_slow())
+    linear = torch_function("aoti_torch_cpu__linear_pointwise") if wanted else None
+    library.lorafx_add_many(dtype_code(torch.float32), linear)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-// CPU kernels of lorafx::dense_mm and dense_addmm: few rows by generated code, many by the library.
+// CPU kernels of lorafx::dense_mm and dense_addmm: few rows by generated code, many by a library.
 //
 //     dense_mm(x, weight, sizes) -> y            dense_addmm(bias, x, weight, sizes) -> y
 //
@@ -24,6 +24,11 @@ struct Kernel {
 };
 static const int DTYPES = 64;
 static Kernel kernels[DTYPES];
+
+// oneDNN's product of many rows, mkldnn::_linear_pointwise, where it is faster than aten.mm.
+typedef int32_t (*Linear)(Handle x, Handle weight, Handle* bias, const char* attr, const double** scalars,
+                          int64_t count, const char** algorithm, Handle* y);
+static Linear linears[DTYPES];
 
 static void succeeds(int32_t status) { require(!status, "lorafx: a product failed"); }
 
@@ -59,16 +64,44 @@ static bool by_kernel(const View& x, const View& w, const View* bias, Handle y) 
     return !run(&args);
 }
 
-static void by_library(Handle x, const View& xs, Handle w, const View& ws, Handle bias,
-                       const View* bs, Handle list, Handle y) {
-    const int64_t M = xs.sizes[0], K = xs.sizes[1], N = ws.sizes[0];
+// How many columns item i of the list has; N in all, where it is empty.
+static int64_t part_size(Handle list, size_t count, size_t i, int64_t N) {
+    uint64_t size = N;
+    if (count) succeeds(more.list_item(list, i, &size));
+    return size;
+}
+
+static size_t check_parts(Handle list, int64_t N) {
     size_t count = 0;
     succeeds(more.list_size(list, &count));
+    int64_t sum = 0;
+    for (size_t i = 0; i < count; i++) {
+        const int64_t size = part_size(list, count, i, N);
+        require(size >= 0 && size <= N - sum, "lorafx: sizes are over N");
+        sum += size;
+    }
+    require(!count || sum == N, "lorafx: sizes do not add up to N");
+    return count;
+}
+
+static bool by_onednn(Handle x, const View& xs, Handle w, const View& ws, Handle bias,
+                      const View* bs, Handle* y) {
+    if (xs.dtype < 0 || xs.dtype >= DTYPES || xs.dtype != ws.dtype || (bs && bs->dtype != xs.dtype))
+        return false;
+    Linear linear = __atomic_load_n(linears + xs.dtype, __ATOMIC_ACQUIRE);
+    const int64_t M = xs.sizes[0], K = xs.sizes[1], N = ws.sizes[0];
+    if (!linear || M <= kernels[xs.dtype].most_rows || !K || !N) return false;
+    if (!ws.contiguous() || (bs && !bs->contiguous())) return false;  // oneDNN does not look
+    succeeds(linear(x, w, bias ? &bias : 0, "none", 0, 0, 0, y));
+    return true;
+}
+
+static void by_library(Handle x, const View& xs, Handle w, const View& ws, Handle bias,
+                       const View* bs, Handle list, size_t count, Handle y) {
+    const int64_t M = xs.sizes[0], K = xs.sizes[1], N = ws.sizes[0];
     int64_t first = 0;
     for (size_t i = 0; i < (count ? count : 1); i++) {
-        uint64_t size = N;
-        if (count) succeeds(more.list_item(list, i, &size));
-        require((int64_t)size >= 0 && first + (int64_t)size <= N, "lorafx: sizes are over N");
+        const int64_t size = part_size(list, count, i, N);
         Held out, right, own;
         part(&out, y, 2, M, size, N, 1, first);
         part(&right, w, 2, K, size, ws.strides[1], ws.strides[0], first);
@@ -79,7 +112,6 @@ static void by_library(Handle x, const View& xs, Handle w, const View& ws, Handl
             succeeds(more.mm(out.tensor, x, right.tensor));
         first += size;
     }
-    require(first == N, "lorafx: sizes do not add up to N");
 }
 
 struct List {
@@ -92,14 +124,15 @@ static Handle product(Handle bias, Handle x, Handle w, Handle list) {
     require(xs.dim == 2 && ws.dim == 2 && xs.sizes[1] == ws.sizes[1],
             "lorafx: x (M, K) and weight (N, K) do not fit together");
     const int64_t M = xs.sizes[0], N = ws.sizes[0], sizes[] = {M, N}, strides[] = {N ? N : 1, 1};
+    const View bs(bias ? View((uint64_t)bias) : View());
+    require(!bias || (bs.dim == 1 && bs.sizes[0] == N), "lorafx: bias is not (N,)");
+    const View* b = bias ? &bs : 0;
+    const size_t parts = check_parts(list, N);
     Held y;
-    succeeds(more.empty(2, sizes, strides, xs.dtype, 0, 0, &y.tensor));
-    if (bias) {
-        View bs((uint64_t)bias);
-        require(bs.dim == 1 && bs.sizes[0] == N, "lorafx: bias is not (N,)");
-        if (!by_kernel(xs, ws, &bs, y.tensor)) by_library(x, xs, w, ws, bias, &bs, list, y.tensor);
-    } else if (!by_kernel(xs, ws, 0, y.tensor))
-        by_library(x, xs, w, ws, 0, 0, list, y.tensor);
+    if (!by_onednn(x, xs, w, ws, bias, b, &y.tensor)) {
+        succeeds(more.empty(2, sizes, strides, xs.dtype, 0, 0, &y.tensor));
+        if (!by_kernel(xs, ws, b, y.tensor)) by_library(x, xs, w, ws, bias, b, list, parts, y.tensor);
+    }
     Handle result = y.tensor;
     y.tensor = 0;
     return result;
@@ -133,4 +166,22 @@ extern "C" void lorafx_add(int32_t dtype, int64_t most_rows, int32_t (*run)(cons
     if (dtype < 0 || dtype >= DTYPES) return;
     kernels[dtype].most_rows = most_rows;
     __atomic_store_n(&kernels[dtype].run, run, __ATOMIC_RELEASE);
+}
+
+// Whether aten.mm has the best instructions of this CPU: MKL takes AVX-512 on Intel's alone.
+extern "C" int32_t lorafx_mm_is_slow() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512f") && !__builtin_cpu_is("intel");
+#else
+    return 0;
+#endif
+}
+
+extern "C" void lorafx_add_many(int32_t dtype, Linear linear) {
+    if (dtype >= 0 && dtype < DTYPES) __atomic_store_n(linears + dtype, linear, __ATOMIC_RELEASE);
+}
+
+extern "C" int32_t lorafx_has_many(int32_t dtype) {
+    return dtype >= 0 && dtype < DTYPES && __atomic_load_n(linears + dtype, __ATOMIC_ACQUIRE);
 }

@@ -28,6 +28,7 @@ struct View {
     int64_t dim, *sizes, *strides;
     int32_t dtype;
 
+    View() {}
     explicit View(uint64_t handle) {
         Handle t = (Handle)handle;
         void* p;

@@ -16,6 +16,7 @@ from toolchain import needs_compiler
 from torch import fx, nn
 from torch._inductor.utils import run_and_get_code
 
+from lorafx.kernels.cpu import dense
 from lorafx.kernels.cpu.dense import most_rows
 from lorafx.passes.products import Products
 
@@ -140,7 +141,7 @@ def added_by_rows(g: SiteGraph, x: fx.Node) -> fx.Node:
     ("build", "rows", "dtype", "edits"),
     [
         (many, most_rows(torch.float32), torch.float32, 1),
-        (many, most_rows(torch.float32) + 1, torch.float32, 0),
+        (many, most_rows(torch.bfloat16) + 1, torch.bfloat16, 0),  # which is oneDNN's anyway
         (many, 3, torch.float64, 0),
         (computed, 3, torch.float32, 0),
         (scaled, 3, torch.float32, 0),
@@ -153,6 +154,19 @@ def test_what_is_left_alone(build, rows: int, dtype: torch.dtype, edits: int) ->
     want = done.result()
     assert done.run(Products()) == edits
     assert error(done.result()[0], want[0]) <= 1e-6
+
+
+@pytest.mark.parametrize("by_onednn", [False, True])
+def test_always_many_rows(by_onednn: bool) -> None:
+    """The op takes them where it has something that is faster than aten."""
+    if by_onednn and not torch.backends.mkldnn.is_available():
+        pytest.skip("a torch without oneDNN")
+    dense.ready(torch.float32)
+    dense.many_by_onednn(dense._op_library(), by_onednn)
+    try:
+        test_what_is_left_alone(many, most_rows(torch.float32) + 1, torch.float32, by_onednn)
+    finally:
+        dense.many_by_onednn(dense._op_library())
 
 
 @pytest.mark.parametrize("lowering", ["triton", "reference"])

@@ -50,6 +50,17 @@ def choice() -> Iterator[None]:
     assert all(dense.ready(dtype) for dtype in DTYPES)
 
 
+@pytest.fixture(params=["aten", "onednn"])
+def library(request) -> Iterator[None]:
+    """What multiplies many rows, on any CPU."""
+    if request.param == "onednn" and not torch.backends.mkldnn.is_available():
+        pytest.skip("a torch without oneDNN")
+    dense.ready(torch.float32)
+    dense.many_by_onednn(dense._op_library(), request.param == "onednn")
+    yield
+    dense.many_by_onednn(dense._op_library())
+
+
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
@@ -67,6 +78,7 @@ def test_generated_kernels(isa: Isa, dtype: torch.dtype) -> None:
 @needs_compiler
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("sizes", [[], [7, 0, 40]], ids=str)
+@pytest.mark.usefixtures("library")
 def test_any_number_of_rows(dtype: torch.dtype, sizes: list[int]) -> None:
     """At the edge where the library takes over, which multiplies part by part."""
     most = dense.most_rows(dtype)
@@ -88,6 +100,7 @@ def test_a_row_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("rows", [4, 100])
+@pytest.mark.usefixtures("library")
 def test_operands_that_are_views(rows: int) -> None:
     bias, x, weight = operands(rows, 20, 30, torch.float32)
     wide, deep = torch.randn(rows, 50), torch.randn(30, 50)
