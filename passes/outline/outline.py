@@ -154,14 +154,18 @@ def _symbols(graph: fx.Graph, stretch: Stretch) -> list[fx.Node]:
             for size in sizes:
                 if isinstance(size, torch.SymInt):
                     needed |= size.node.expr.free_symbols
-    # The lengths of all layers' caches may have become one symbol.
-    found: dict[sympy.Symbol, fx.Node] = {}
+    inputs: dict[sympy.Symbol, list[fx.Node]] = {}
     for node in graph.find_nodes(op="placeholder"):
         value = fake_value(node)
-        size = value.node.expr if isinstance(value, torch.SymInt) else None
-        if size in needed and (size not in found or node in stretch.operands):
-            found[size] = node
-    return [node for node in found.values() if node not in stretch.operands]
+        if isinstance(value, torch.SymInt) and value.node.expr in needed:
+            inputs.setdefault(value.node.expr, []).append(node)
+    # The lengths of all layers' caches may have become one symbol. Inductor calls an input as what
+    # it was: so the one that was this symbol is taken, and none of the others.
+    found: list[fx.Node] = []
+    for symbol, nodes in inputs.items():
+        own = [node for node in nodes if fake_value(node).node._expr == symbol]
+        found += own[:1] or nodes
+    return [node for node in found if node not in stretch.operands]
 
 
 def _body(
