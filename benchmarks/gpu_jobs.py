@@ -171,6 +171,7 @@ WHOLE = ("kernels", "passes", "lorafx")
 #: Seconds of a test file, and what it runs, where it is not a whole model.
 TESTS: Mapping[str, tuple[float, tuple[str, ...]]] = {
     "test_kernels.py": (90.0, KERNELS),
+    "test_paged_attention.py": (120.0, (*KERNELS, "tests/helpers/paged_steps.py")),
     "test_measuring.py": (100.0, (*KERNELS, *SHARED, "benchmarks/gpu_layers.py")),
 }
 HELPERS = ("tests/helpers/on_device.py", "tests/helpers/triton_cases.py", "tests/gpu/conftest.py")
@@ -278,6 +279,13 @@ def expert_kernels_job(product: str, phase: str) -> Job:
     return Job(name, "experts", "gpu_experts:run_product", arguments, sources, 90.0, tiny=product)
 
 
+def attention_job(phase: str) -> Job:
+    """Attention over a paged cache, beside torch's by a mask over the keys of all requests."""
+    files = ("benchmarks/gpu_attention.py", "benchmarks/paged_attention.py")
+    name, run, arguments = f"attention: {phase}", "gpu_attention:attend", {"phase": phase}
+    return Job(name, "steps", run, arguments, (*files, *SHARED[:2], *KERNELS), 120.0, tiny=phase)
+
+
 def peer_experts_job(product: str, phase: str) -> Job:
     """One product with routed experts beside vLLM's fused op."""
     name, arguments = f"peers: vllm experts {product} {phase}", {"product": product, "phase": phase}
@@ -321,6 +329,7 @@ def all_jobs() -> tuple[Job, ...]:
         step_job(2, "prefill [8, 1024], prologue", pins=PROLOGUE),
         step_job(2, "prefill [8, 1024], segments", pins=SEGMENTS),
         *(generate_job(batch) for batch in (8, 64, 1)),
+        *(attention_job(phase) for phase in ("decode", "chunks")),
         *(
             expert_kernels_job(product, phase)
             for phase in ("decode", "prefill")

@@ -3,7 +3,8 @@
 16 requests; 16 heads of 64 numbers, of which each or every fourth has keys of its own; pages of 16
 in random order. Cases: a token each at contexts of 64, 500 and 2,000; a prompt of 241 tokens beside
 15 such tokens; a chunk of 512 of one prompt. The base is `lorafx::paged_cache` and torch's
-attention by the mask over what it returns, as graphs have them without the pass `attend`.
+attention by the mask over what it returns, as graphs have them without the pass `attend`. On a GPU
+it is gpu_attention.py, a job of the GPU queue.
 
     python benchmarks/paged_attention.py [--quick] [--blocks N] [--out FILE]
 """
@@ -11,8 +12,9 @@ attention by the mask over what it returns, as graphs have them without the pass
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from protocol import as_row, compare, save
@@ -30,15 +32,19 @@ CASES: dict[str, list[tuple[int, int]]] = {
 }
 
 
-def arms(
-    lengths: Sequence[tuple[int, int]], keys: int, dtype: torch.dtype
-) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """The base and the operator, of `keys` heads of keys."""
+def step_of(
+    lengths: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    heads: int = HEADS,
+    keys: int = HEADS,
+    size: int = SIZE,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """What `lorafx::paged_attention` takes for a step of requests of these lengths."""
     torch.manual_seed(0)
     tokens, count = (sum(numbers) for numbers in zip(*lengths, strict=True))
     pages = [-(-have // PAGE) for _, have in lengths]
     order = torch.randperm(sum(pages))
-    cache = torch.randn(2 * PAGE * sum(pages) * keys * SIZE).to(dtype).view(torch.uint8)
     mask = torch.full((1, 1, tokens, count), torch.finfo(dtype).min, dtype=dtype)
     read, write, seen = [], [], []
     token = begin = page = 0
@@ -52,23 +58,43 @@ def arms(
         block.triu_(have - new + 1)
         token, begin, page = token + new, begin + have, page + own
     query, key, value = (
-        torch.randn(1, tokens, heads, SIZE).to(dtype).transpose(1, 2)
-        for heads in (HEADS, keys, keys)
+        torch.randn(1, tokens, own, size, device=device).to(dtype).transpose(1, 2)
+        for own in (heads, keys, keys)
     )
-    places = torch.cat(read), torch.cat(write)
-    where = 0, PAGE, -1, False
+    cache = torch.randn(2 * PAGE * sum(pages) * keys * size, device=device).to(dtype)
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        "cache": cache.view(torch.uint8),
+        "read": torch.cat(read).to(device),
+        "write": torch.cat(write).to(device),
+        "seen": torch.tensor(seen).to(device),
+        "mask": mask.to(device),
+        "first_key": 0,
+        "first_value": PAGE,
+        "sentinel": -1,
+        "ring": False,
+        "scale": size**-0.5,
+    }
 
-    def base() -> Tensor:
-        found = PAGED_CACHE(key, value, cache, *places, *where)
-        k, v = (part.repeat_interleave(HEADS // keys, 1) for part in found)
-        return torch.nn.functional.scaled_dot_product_attention(query, k, v, attn_mask=mask)
 
-    ranges = torch.tensor(seen)
+def by_mask(call: Mapping[str, Any]) -> Tensor:
+    """The base."""
+    names = ("key", "value", "cache", "read", "write")
+    where = (call[name] for name in ("first_key", "first_value", "sentinel", "ring"))
+    found = PAGED_CACHE(*(call[name] for name in names), *where)
+    query, group = call["query"], call["query"].shape[1] // call["key"].shape[1]
+    k, v = (part.repeat_interleave(group, 1) for part in found)
+    return torch.nn.functional.scaled_dot_product_attention(query, k, v, attn_mask=call["mask"])
 
-    def own_keys() -> Tensor:
-        return PAGED_ATTENTION(query, key, value, cache, *places, ranges, mask, *where, SIZE**-0.5)
 
-    return base, own_keys
+def arms(
+    lengths: Sequence[tuple[int, int]], keys: int, dtype: torch.dtype
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """The base and the operator, of `keys` heads of keys."""
+    call = step_of(lengths, dtype, keys=keys)
+    return lambda: by_mask(call), lambda: PAGED_ATTENTION(**call)
 
 
 def main() -> None:

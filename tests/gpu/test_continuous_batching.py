@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +39,35 @@ def test_answers(llama: Case, device: torch.device, asynchronous: bool) -> None:
         want = greedy(llama, name, prompt, 9)
         got = [*prompt, *output.generated_tokens]
         assert got[: len(want)] == want
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_goes_request_by_request(
+    llama: Case, device: torch.device, attention: str, tmp_path: Path
+) -> None:
+    """What torch makes of attention on this device is found in the graph."""
+    model = llama.model().to(device)
+    model.set_attn_implementation(attention)
+    cm = lorafx.compile(model, llama.folders, options={"lowering": "triton"})
+    work = [([*range(3, 6 + 4 * i)], name) for i, name in enumerate([None, *sorted(llama.folders)])]
+    config = ContinuousBatchingConfig(**PAGES)
+    with cm.continuous_batching(None, config) as engine:
+        graphs = cm.recompiles
+        ids = [
+            engine.add_request(prompt, adapter=name, max_new_tokens=5, eos_token_id=-1)
+            for prompt, name in work
+        ]
+        outputs: dict[str, Any] = answers(engine, ids)
+    assert cm.recompiles == graphs
+    for added, (prompt, name) in zip(ids, work, strict=True):
+        assert outputs[added].error is None, outputs[added].error
+        want = greedy(llama, name, prompt, 5)
+        assert [*prompt, *outputs[added].generated_tokens][: len(want)] == want
+    layers = llama.base.config.num_hidden_layers
+    for graph in cm.dump(tmp_path).glob("graph-*"):
+        text = next(graph.glob("*-attend.py")).read_text()
+        assert text.count("lorafx.paged_attention.default") == layers
+        assert "lorafx.paged_cache.default" not in text
 
 
 def test_slots_are_written_without_waiting(llama: Case, device: torch.device) -> None:
