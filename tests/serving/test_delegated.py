@@ -374,6 +374,20 @@ def test_generate_encodes_images_with_the_adapter(built):
 
 
 @pytest.mark.usefixtures("fixed_sizes")
+def test_images_of_a_model_that_was_never_called_belong_to_their_requests(built):
+    """Its first call registers hooks for the hidden states of the vision tower."""
+    cm, alone = built(llava)
+    batch, names = images(3), ["v", None, "l"]
+    got = cm(**batch, adapter_names=names)
+    want = [alone[name](**oracle.one_row(batch, row)).logits for row, name in enumerate(names)]
+    assert error(got.logits, torch.cat(want)) < 1e-5
+    tokens = cm.generate(**batch, **SHORT, adapter_names=names)
+    for row, name in enumerate(names):
+        want = alone[name].generate(**oracle.one_row(batch, row), **SHORT)
+        assert torch.equal(tokens[row : row + 1], want)
+
+
+@pytest.mark.usefixtures("fixed_sizes")
 def test_generate_of_a_model_inside_of_the_model(built):
     """BLIP-2's own `generate` never calls its forward, but the `generate` of its language model."""
     cm, alone = built(blip2)
