@@ -67,7 +67,7 @@ class BatchingMethods:
 
         Raises:
             ConfigError: transformers is too old, or the model or the configuration asks for
-                something that is not served (flash attention, CUDA graphs, a `base_vocab_size`).
+                something that is not served (CUDA graphs, a `base_vocab_size`).
             CaptureError: the model was detached.
         """
         self._check_attached()

@@ -6,12 +6,15 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingAsyncIOs
+from transformers.utils.generic import is_flash_attention_requested
 
 from lorafx.errors import ConfigError
+from lorafx.progress import LOG
 from lorafx.serving.continuous.eager import EAGER
 from lorafx.serving.continuous.scheduling import within_slots
 
@@ -77,8 +80,13 @@ def served_config(
     )
 
 
-def check_attention(model: Any) -> None:
-    """Look at the attention that the model uses, before transformers has it read pages.
+#: Models that have another attention while an engine runs them than flash attention.
+_SWITCHED: WeakSet[Any] = WeakSet()
+
+
+def served_attention(model: Any) -> str:
+    """The attention that an engine has the model use: "sdpa" or "eager", which is the model's own,
+    or "sdpa" where that is flash attention.
 
     Raises:
         ConfigError: its rows are not followed over pages, or another engine runs the model; or the
@@ -91,15 +99,55 @@ def check_attention(model: Any) -> None:
             "functions, so it cannot read a paged cache; call generate() for this model"
         )
     name = model.config._attn_implementation
-    if name == EAGER:
+    if name == EAGER or model in _SWITCHED:
+        kind = "eager" if name == EAGER else "flash"
         raise ConfigError(
             f"{type(model).__name__} uses the attention {name!r}, as it does while an engine "
-            "runs it: one engine at a time serves a model with eager attention. End that one "
+            f"runs it: one engine at a time serves a model with {kind} attention. End that one "
             'first, or call model.set_attn_implementation("sdpa") before lorafx.compile'
         )
-    if name not in ("eager", "sdpa"):
-        raise ConfigError(
-            f"{type(model).__name__} uses the attention {name!r}, whose rows are not followed "
-            'over a paged cache; continuous batching with adapters serves "sdpa" and "eager". '
-            'Call model.set_attn_implementation("sdpa") before lorafx.compile'
+    if is_flash_attention_requested(requested_attention_implementation=name):
+        if model._supports_sdpa and model._can_set_attn_implementation():
+            return "sdpa"
+    elif name in ("eager", "sdpa"):
+        return str(name)
+    raise ConfigError(
+        f"{type(model).__name__} uses the attention {name!r}, whose rows are not followed "
+        'over a paged cache; continuous batching with adapters serves "sdpa" and "eager". '
+        'Call model.set_attn_implementation("sdpa") before lorafx.compile'
+    )
+
+
+class OwnAttention:
+    """The attention of `model` while an engine runs it, where that is another than before."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._before: str | None = None
+
+    def take(self) -> None:
+        """Have the model use what is served.
+
+        Raises:
+            ConfigError: as `served_attention`.
+        """
+        model, served = self._model, served_attention(self._model)
+        before = model.config._attn_implementation
+        if served == before:
+            return
+        LOG.warning(
+            "%s uses the attention %r, whose kernels take the keys of all requests by lengths and "
+            "write into the cache by themselves; while the engine runs it uses %r, and %r after "
+            "that",
+            *(type(model).__name__, before, served, before),
         )
+        model.set_attn_implementation(served)
+        self._before = before
+        _SWITCHED.add(model)
+
+    def give_back(self) -> None:
+        """Have the model use what it used before; nothing where that was done."""
+        before, self._before = self._before, None
+        if before is not None:
+            _SWITCHED.discard(self._model)
+            self._model.set_attn_implementation(before)

@@ -23,7 +23,7 @@ from lorafx.serving.continuous.checks import (
     checked_prompt,
     checked_sampling,
 )
-from lorafx.serving.continuous.engine_config import check_attention, possible, served_config
+from lorafx.serving.continuous.engine_config import OwnAttention, possible, served_config
 from lorafx.serving.continuous.health import StepHealth, as_told
 from lorafx.serving.continuous.outputs import Outputs
 from lorafx.serving.continuous.packed_call import PackedForward
@@ -54,9 +54,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     Args:
         compiled: the model.
         generation_config: as there; None for the model's.
-        config: as there. Flash attention, CUDA graphs and compilation by the engine are refused;
-            the attention is "sdpa" or "eager". Asynchronous batching is off where it is not asked
-            for, and needs a GPU.
+        config: as there. CUDA graphs and compilation by the engine are refused. The attention is
+            "sdpa" or "eager"; a model with flash attention has "sdpa" for the time. Asynchronous
+            batching is off where it is not asked for, and needs a GPU.
 
     Raises:
         ConfigError: the model cannot be served by the engine, or the configuration asks for what is
@@ -80,13 +80,18 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             )
         served = served_config(config, model.device)
         chosen = bool(given.do_sample and served.per_request_processors)
-        with possible(model):
-            super().__init__(
-                model=model,
-                generation_config=sampling.asking(given) if chosen else given,
-                continuous_batching_config=served,
-                **kwargs,
-            )
+        self._attention = OwnAttention(model)
+        try:
+            with possible(model):
+                super().__init__(
+                    model=model,
+                    generation_config=sampling.asking(given) if chosen else given,
+                    continuous_batching_config=served,
+                    **kwargs,
+                )
+        except BaseException:
+            self._give_back_attention()
+            raise
         self.generation_config = given
         if chosen:
             sampling.own(self.logit_processor, given)
@@ -98,9 +103,16 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self.health = StepHealth()
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = False) -> None:
-        """Have the model use an attention that is served."""
-        check_attention(model)
+        """Have the model use an attention that is served, while the engine runs it."""
+        self._attention.take()
         super().switch_to_cb_friendly_attn(model, auto_switch_to_flash=False)
+
+    def _give_back_attention(self) -> None:
+        self._attention.give_back()
+        before, self._original_attn_impl = getattr(self, "_original_attn_impl", None), None
+        if before is not None:  # which transformers gives back where the engine has run
+            model: Any = self.compiled.model
+            model.set_attn_implementation(before)
 
     def add_request(
         self,
@@ -197,9 +209,15 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             thread.join(timeout)
             hard_stop, timeout = thread.is_alive(), None
         super().stop(block, timeout, keep_for_next_session, hard_stop)
+        self._give_back_attention()
         if not self.is_running() and not keep_for_next_session:
             self._processor = None
             self._packed.forget()
+
+    def destroy(self) -> None:
+        """As transformers' own. An engine that never ran gives back the model's attention too."""
+        super().destroy()
+        self._give_back_attention()
 
     def unhealthy(self) -> str | None:
         """Why the engine cannot be expected to serve requests: it has ended or is stopping, or

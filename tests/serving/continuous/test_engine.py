@@ -15,9 +15,12 @@ from dense_merge import REFERENCE, check_mixed
 from step_logits import StepLogits, answers, check_logits, greedy
 from tiny_models import Family
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 import lorafx
 from lorafx import BatchError, ConfigError, LoraConfig, UnknownAdapterError
+from lorafx.serving.continuous.manager import AdapterBatchingManager
 
 pytestmark = pytest.mark.usefixtures("earlier_objects_frozen")
 
@@ -288,9 +291,40 @@ def test_what_is_not_served_is_refused(cm, config, text):
         pass
 
 
-@pytest.mark.parametrize("warmup", [False, True])
-def test_a_model_without_a_paged_cache_is_refused(warmup):
-    """transformers' engine knows no cache for recurrent layers."""
+def test_a_model_with_flash_attention_has_another_while_an_engine_runs(llama, caplog, monkeypatch):
+    """Flash attention is what transformers takes for it: any attention of such a name. What is
+    registered here computes on a CPU, and has no package that transformers could load."""
+    load = "transformers.modeling_utils.lazy_import_flash_attention"
+    monkeypatch.setattr(load, lambda *arguments, **named: None)
+    transformers.AttentionInterface.register("flash_of_tests", sdpa_attention_forward)
+    transformers.AttentionMaskInterface.register("flash_of_tests", sdpa_mask)
+    model = llama.model()
+    model.set_attn_implementation("flash_of_tests")
+    cm = lorafx.compile(model, llama.folders, options=REFERENCE)
+    work = [([5, 6, 7, 8], "a1"), ([9, 8], None)]
+    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
+        assert model.config._attn_implementation == "sdpa"
+        assert (
+            "while the engine runs it uses 'sdpa', and 'flash_of_tests' after that" in caplog.text
+        )
+        with pytest.raises(ConfigError, match="one engine at a time serves a model with flash"):
+            cm.generate_batch([[3, 4]], continuous_batching_config=CONFIG)
+        assert model.config._attn_implementation == "sdpa"
+        outputs = serve(engine, work)
+    assert model.config._attn_implementation == "flash_of_tests"
+    for (prompt, name), output in zip(work, outputs.values(), strict=True):
+        assert prompt + output.generated_tokens == greedy(llama, name, prompt, 5)
+    for attention in ("flash_of_tests", "eager"):  # of an engine that never runs
+        model.set_attn_implementation(attention)
+        engine = AdapterBatchingManager(cm, config=CONFIG)
+        assert model.config._attn_implementation != attention
+        engine.destroy()
+        assert model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize(("attention", "warmup"), [("sdpa", False), ("eager", True)])
+def test_a_model_without_a_paged_cache_is_refused(attention, warmup):
+    """transformers' engine knows no cache for recurrent layers. The model keeps its attention."""
     config = transformers.Qwen3NextConfig(
         vocab_size=61,
         hidden_size=24,
@@ -304,11 +338,13 @@ def test_a_model_without_a_paged_cache_is_refused(warmup):
         layer_types=["linear_attention"],
     )
     model = transformers.Qwen3NextForCausalLM(config).eval()
+    model.set_attn_implementation(attention)
     cm = lorafx.compile(model, LoraConfig(target_modules="all-linear"), options=REFERENCE)
     block = cm.continuous_batching(None, CONFIG, warmup=warmup)
     text = r"paged cache for Qwen3NextForCausalLM: .*linear_attention.*generate\(\)"
     with pytest.raises(ConfigError, match=text), block:
         pass
+    assert model.config._attn_implementation == attention
 
 
 @pytest.mark.parametrize("kind", ["Bloom", "Falcon"])  # of no attention to choose, and of its own
