@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorafx.cli import main
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("fixed_sizes")]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL, ADAPTERS = EXAMPLES / "demo_model", EXAMPLES / "demo_adapters"
