@@ -9,7 +9,7 @@ import pytest
 import torch
 from dense_merge import REFERENCE
 from torch import nn
-from torch._dynamo import guards, side_effects
+from torch._dynamo import guards, output_graph, side_effects, symbolic_convert
 
 
 class Noting(nn.Module):
@@ -26,10 +26,11 @@ class Noting(nn.Module):
 
 @pytest.fixture
 def worked_out(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What Dynamo timed, and wrote about."""
+    """What Dynamo timed, wrote about, and looked for the names of."""
     done: list[str] = []
     times = guards.profile_guard_manager
     write = side_effects.SideEffects._format_side_effect_message
+    name = symbolic_convert.get_funcname
 
     def timed(*args: Any) -> float:
         done.append("guards")
@@ -39,7 +40,12 @@ def worked_out(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         done.append("side effects")
         return write(*args)
 
+    def named(*args: Any) -> str | None:
+        done.append("functions")
+        return name(*args)
+
     monkeypatch.setattr(guards, "profile_guard_manager", timed)
+    monkeypatch.setattr(symbolic_convert, "get_funcname", named)
     monkeypatch.setattr(side_effects.SideEffects, "_format_side_effect_message", written)
     return done
 
@@ -47,9 +53,10 @@ def worked_out(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("logged", [False, True])
 def test_only_where_it_is_logged(small, worked_out, monkeypatch, logged) -> None:
     policy = torch._dynamo.config.side_effect_replay_policy
-    timing = guards.profile_guard_manager
+    timing, naming = guards.profile_guard_manager, symbolic_convert.get_funcname
     if logged:
-        for log in (guards.guards_log, side_effects.side_effects_log):
+        logs = guards.guards_log, side_effects.side_effects_log, output_graph.trace_call_log
+        for log in logs:
             monkeypatch.setattr(log, "level", log.level)
             log.setLevel(logging.DEBUG)
     cm = small(Noting, ["linear"]).compile(REFERENCE)
@@ -58,6 +65,7 @@ def test_only_where_it_is_logged(small, worked_out, monkeypatch, logged) -> None
     result = cm(x, seen, adapter_names=["a", "__base__"])
     torch.testing.assert_close(seen["y"] + 1, result, rtol=1e-5, atol=1e-5)
     assert cm.recompiles == 1
-    assert set(worked_out) == ({"guards", "side effects"} if logged else set())
+    assert set(worked_out) == ({"guards", "side effects", "functions"} if logged else set())
     assert torch._dynamo.config.side_effect_replay_policy == policy
     assert guards.profile_guard_manager is timing
+    assert symbolic_convert.get_funcname is naming
