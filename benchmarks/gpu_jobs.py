@@ -283,7 +283,7 @@ def attention_job(phase: str) -> Job:
     """Attention over a paged cache, beside torch's by a mask over the keys of all requests."""
     files = ("benchmarks/gpu_attention.py", "benchmarks/paged_attention.py")
     name, run, arguments = f"attention: {phase}", "gpu_attention:attend", {"phase": phase}
-    return Job(name, "steps", run, arguments, (*files, *SHARED[:2], *KERNELS), 120.0, tiny=phase)
+    return Job(name, "steps", run, arguments, (*files, *SHARED[:2], *KERNELS), 200.0, tiny=phase)
 
 
 def peer_experts_job(product: str, phase: str) -> Job:

@@ -7,7 +7,7 @@
 
 What a token sees stays on the device: the grid has a program for each token, and all but the first
 of a tile end at once. Sizes of a step are arguments. So nothing waits for the device, and other
-mixes, lengths and layers need no other kernel.
+mixes, lengths and layers need no other kernel. All that steps may need is compiled at the first.
 
 Importing this module registers it for CUDA and ROCm devices. What has no kernels
 (`PagedAttentionSpec.of`) is computed there as on other devices. A kernel cannot raise: to a row
@@ -17,6 +17,9 @@ outside of the cache nothing is written, and a token that sees one gets what is 
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,9 +85,24 @@ def triton_attention(
     where = first_key, first_value, sentinel
     if spec is None:
         return by_request(*arguments, *where, ring, scale, cap, sinks)
-    with torch.cuda.device(query.device):  # where Triton launches
+    with torch.cuda.device_of(query):  # where Triton launches
         arch = architecture(query.device)
+        if (spec, query.device) not in _COMPILED:
+            for few, parts in itertools.product((True, False), (1, 2)):
+                how: dict[str, Any] = {"few": few, "parts": parts}
+                attend(_compile, arch, spec, *arguments, *where, scale, cap, sinks, **how)
+            _COMPILED.add((spec, query.device))
         return attend(launch_wrapped, arch, spec, *arguments, *where, scale, cap, sinks)
+
+
+#: What later steps may need is there, so that none of them waits for a compiler.
+_COMPILED: set[tuple[PagedAttentionSpec, torch.device]] = set()
+
+
+def _compile(kernel: GeneratedKernel, grid: Sequence[Any], arguments: Sequence[Any]) -> None:
+    """In place of a launch: what that would have Triton compile, which keeps it."""
+    options = {"num_warps": kernel.tiles.num_warps, "num_stages": kernel.tiles.num_stages}
+    kernel.jit.warmup(*arguments, grid=tuple(grid), **options)
 
 
 def attend(
@@ -105,15 +123,23 @@ def attend(
     scale: float,
     cap: float = 0.0,
     sinks: Tensor | None = None,
+    *,
+    few: bool | None = None,
+    parts: int | None = None,
 ) -> Tensor:
     """`triton_attention` by the kernels of `spec`; its reference is
-    `lorafx.kernels.cpu.paged_attention.by_request`."""
+    `lorafx.kernels.cpu.paged_attention.by_request`.
+
+    Args:
+        few: whether tiles are those of steps of few tokens; None: by the number of tokens.
+        parts: of the keys of a token; None: by the numbers of programs and keys.
+    """
     query, key, value, mask = (
         part if part.stride(3) == 1 else part.contiguous() for part in (query, key, value, mask)
     )
     read, write, seen = (part.contiguous() for part in (read, write, seen))
     heads, (_, H, tokens, D), count = spec.heads, query.shape, read.shape[0]
-    few = tokens <= FEW
+    few = tokens <= FEW if few is None else few
     out = query.new_empty((1, tokens, H, D))
     rows = cache.view(spec.dtype)
     limit = rows.numel() // (heads * D) - max(first_key, first_value)
@@ -138,7 +164,7 @@ def attend(
 
     whole = kernel("attend", spec, few, arch)
     tiles = -(-tokens // (whole.tiles.block_m // spec.group))
-    parts = parts_for(tiles * heads, count, arch)
+    parts = parts_for(tiles * heads, count, arch) if parts is None else parts
     if parts == 1:
         launch(whole, (tokens, heads), [*given, *own, out, *sizes, *tail])
     else:

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from lorafx.kernels.cpu.paged_attention import by_request
 from lorafx.kernels.triton import attention_spec
+from lorafx.kernels.triton import triton_attention as module
 from lorafx.kernels.triton.attention_spec import FEW, PagedAttentionSpec, parts_for
 from lorafx.kernels.triton.triton_attention import attend
+from lorafx.kernels.triton.triton_cache import GeneratedKernel
 from lorafx.kernels.triton.triton_ops import launch_interpreted
 from lorafx.kernels.triton.triton_tiles import ARCHITECTURES, Architecture
 
@@ -40,9 +42,10 @@ def run(
     call: dict[str, Any],
     launch: Any = launch_interpreted,
     arch: Architecture = ARCHITECTURES["interpreter"],
+    **how: Any,
 ) -> Tensor:
     arguments = {name: value for name, value in call.items() if name != "ring"}
-    return attend(launch, arch, spec_of(call), **arguments)
+    return attend(launch, arch, spec_of(call), **arguments, **how)
 
 
 def check(call: dict[str, Any], **how: Any) -> None:
@@ -70,22 +73,15 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_mixed_steps(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixed_steps(case: str) -> None:
     """Of requests that decode beside chunks of prompts; with keys in parts and without."""
     parts, changes = CASES[case]
-    in_parts(parts, monkeypatch)
-    check(paged_step(MIXED, **changes))
+    check(paged_step(MIXED, **changes), parts=parts)
 
 
 def test_a_chunk_of_several_tiles() -> None:
     """A tile ends at a multiple of its tokens, and at the end of a request."""
     check(paged_step([(3, 2), (35, 9), (1, 4)], heads=1))
-
-
-def in_parts(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_spec, "MOST_PARTS", parts)
-    monkeypatch.setattr(attention_spec, "WAVES", 1000)
-    monkeypatch.setattr(attention_spec, "LEAST_KEYS", 1)
 
 
 @settings(max_examples=8, deadline=None)
@@ -106,9 +102,7 @@ def test_any_step(data: st.DataObject) -> None:
         padding=data.draw(st.integers(0, 2), label="padding"),
         seed=data.draw(st.integers(0, 99), label="seed"),
     )
-    with pytest.MonkeyPatch.context() as patch:
-        in_parts(data.draw(st.sampled_from([1, 2, 5]), label="parts"), patch)
-        check(call)
+    check(call, parts=data.draw(st.sampled_from([1, 2, 5]), label="parts"))
 
 
 def test_layouts_that_models_have() -> None:
@@ -188,11 +182,37 @@ def test_one_binary_for_all_steps() -> None:
     with compile_only_gpu():
         for requests in ([(1, 5)], [(1, 15)], [(1, 3), (6, 9)], [(1, 700), (15, 0)]):
             call = paged_step(requests, dtype=BF16)
-            run(call, compiled, ARCHITECTURES["cuda90"])
-            run({**call, "first_key": 1, "first_value": 16}, compiled, ARCHITECTURES["cuda90"])
+            for parts in (1, 2):
+                how = {"launch": compiled, "arch": ARCHITECTURES["cuda90"], "parts": parts}
+                run(call, **how)
+                run({**call, "first_key": 1, "first_value": 16}, **how)
     assert {name: len(found) for name, found in binaries.items()} == dict.fromkeys(
         ("write_new", "attend", "attend_split", "attend_sum"), 1
     )
+
+
+def test_all_that_steps_need_is_compiled_at_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    launched: list[str] = []
+
+    def launch(kernel: GeneratedKernel, grid: Any, arguments: Any) -> None:
+        launched.append(kernel.key)
+        launch_interpreted(kernel, grid, arguments)
+
+    monkeypatch.setattr(module, "_COMPILED", set())
+    monkeypatch.setattr(module, "_compile", lambda kernel, *_: compiled.append(kernel.key))
+    monkeypatch.setattr(module, "launch_wrapped", launch)
+    monkeypatch.setattr(module, "architecture", lambda device: ARCHITECTURES["cuda90"])
+    module.triton_attention(**paged_step([(1, 3)], dtype=BF16, heads=1))
+    count = len(compiled)
+    assert count
+    for requests in ([(1, 600)], [(FEW, 2), (1, 5)]):
+        call = paged_step(requests, dtype=BF16, heads=1)
+        want = by_request(**call)
+        assert error(module.triton_attention(**call).double(), want.double()) <= TOLERANCE[BF16]
+    assert len(compiled) == count
+    assert set(launched) <= set(compiled)
+    assert len(set(launched)) == 5  # write_new, attend for few and for many, in parts, their sum
 
 
 @pytest.mark.parametrize(
@@ -205,11 +225,8 @@ def test_one_binary_for_all_steps() -> None:
     ],
     ids=["groups", "caps and sinks", "windows in parts", "float32"],
 )
-def test_compiled_for_hopper(
-    parts: int, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_for_hopper(parts: int, changes: dict[str, Any]) -> None:
     """What is compiled for a step of few tokens, run from its PTX: rows that begin anywhere."""
-    in_parts(parts, monkeypatch)
     with compile_only_gpu():
         call = paged_step([(2, 70), (1, 9), (3, 0)], **changes)
-        check(call, launch=launch_ptx, arch=ARCHITECTURES["cuda90"])
+        check(call, launch=launch_ptx, arch=ARCHITECTURES["cuda90"], parts=parts)
