@@ -110,7 +110,8 @@ def bind(
     last = [*banks, *packed]
     if not last:
         return None, list(examples)
-    order = [position for position in range(len(examples)) if position not in {*last}] + last
+    bound = {*last}
+    order = [position for position in range(len(examples)) if position not in bound] + last
     now = {before: position for position, before in enumerate(order)}
     groups = {id(group): group for group, _ in banks.values()}
     groups |= {id(program.packed[n].group): program.packed[n].group for n, _ in packed.values()}
@@ -118,8 +119,8 @@ def bind(
     _reorder(gm.graph, order)
     gm.recompile()
     frame.reorder(order)
-    bound = BoundInputs(tuple(banks.values()), tuple(packed.values()), tuple(weights))
-    return bound, [examples[position] for position in order]
+    found = BoundInputs(tuple(banks.values()), tuple(packed.values()), tuple(weights))
+    return found, [examples[position] for position in order]
 
 
 def _reorder(graph: fx.Graph, order: Sequence[int]) -> None:

@@ -250,9 +250,11 @@ class Replay:
                 adds too.
         """
         watch, effects = one.watch, tx.output.side_effects
-        for variable in self.changed[one.changes :]:
+        changed = self.changed[one.changes :]
+        apart = watch.apart() if changed else {}
+        for variable in changed:
             matters = _was_there(variable) or id(variable) in one.known
-            if matters and not watch.is_apart(variable):
+            if matters and id(variable) not in apart:
                 raise NotAlike("something was changed since")
         if not still(one.modes, tx):
             raise NotAlike("torch was set in another way")

@@ -100,8 +100,15 @@ def moved_inputs(
         else:
             found[node] = _input(node, source, moved, stacks, sizes, tx)
     if rest:
-        placeholders = tx.output.graph.find_nodes(op="placeholder")
-        known = {getattr(node.meta.get("grapharg"), "source", None): node for node in placeholders}
+        wanted = set(rest.values())
+        known: dict[Any, fx.Node] = {}
+        # What came with the other layer's tensors is among the last.
+        for node in reversed(tx.output.graph.find_nodes(op="placeholder", sort=False)):
+            source = getattr(node.meta.get("grapharg"), "source", None)
+            if source in wanted:
+                known.setdefault(source, node)
+                if len(known) == len(wanted):
+                    break
         for node, source in rest.items():
             if source not in known:
                 raise NotAlike(f"{source.name} is no input")

@@ -181,12 +181,12 @@ class Watch:
         if any(plain(item) in self.stored for item in self._read.values()):
             raise NotAlike("an item of a list is reached in two ways")
 
-    def is_apart(self, variable: Any) -> bool:
-        """Whether this is an item that the layer did not look at, or only as the one it picked."""
-        items, read = self._items.values(), self._read.values()
-        return any(plain(item) is variable for item in items) and not any(
-            plain(item) is variable for item in read
-        )
+    def apart(self) -> dict[int, Any]:
+        """The items that the layer did not look at, or only as those it picked, by identity."""
+        found = {id(one): one for one in map(plain, self._items.values())}
+        for item in self._read.values():
+            found.pop(id(plain(item)), None)
+        return found
 
     def attributes(self, others: Mapping[Any, Any] | None = None) -> dict[Any, Any]:
         """What had been stored in the items when the layer picked them, or is in those that another
@@ -216,10 +216,13 @@ class Watch:
             kinds = [(type(each), each.python_type()) for each in (item, pick.item)]
             if kinds[0] != kinds[1]:
                 raise NotAlike("an item is of another class")
-            if found.setdefault(pick.item, item) is not item or not self.is_apart(item):
+            if found.setdefault(pick.item, item) is not item:
                 raise NotAlike("an item is reached in two ways")
             if back.setdefault(item, pick.item) is not pick.item:
                 raise NotAlike("two items are one")
+        apart = self.apart() if found else {}
+        if any(id(item) not in apart for item in found.values()):
+            raise NotAlike("an item is reached in two ways")
         return found
 
 

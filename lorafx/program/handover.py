@@ -34,7 +34,7 @@ from lorafx.ownership.held import (
     same_owners,
 )
 from lorafx.ownership.labels import One, Own
-from lorafx.ownership.memory import Memory
+from lorafx.ownership.memory import Memory, storage_of
 from lorafx.ownership.real import alone
 from lorafx.ownership.symbolic import divide
 from lorafx.program.roles import Role
@@ -229,13 +229,16 @@ class Handover:
                 memory.write(tensor, _held(given, tensor, rows))
         if not isinstance(results, (list, tuple)):
             return
-        inputs = [item for item in arguments if isinstance(item, Tensor)]
+        inputs: dict[int | None, list[Tensor]] = {}
+        for item in arguments:
+            if isinstance(item, Tensor):
+                inputs.setdefault(storage_of(item), []).append(item)
         for position, tensor in enumerate(results):
             if not isinstance(tensor, Tensor):
                 continue
             held = _held(self.given.get(position), tensor, rows)
             if held is not None or not looked_at:
-                memory.note(tensor, held, inputs)
+                memory.note(tensor, held, inputs.get(storage_of(tensor), ()))
 
 
 def _held(given: Given | None, tensor: Tensor, rows: Rows | None) -> Held | None:

@@ -10,6 +10,7 @@ does one with a registered handler, which says itself where the delta goes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 import torch
@@ -115,10 +116,14 @@ class Match:
 def _uses(ctx: Context) -> dict[fx.Node, Use]:
     """All uses of weights of sites in the graph, by the node that computes y."""
     uses: dict[fx.Node, Use] = {}
+    held: dict[int, set[fx.Node]] = {}
+    for node, item in ctx.frame.by_node.items():
+        if item.holder is not None:
+            held.setdefault(id(item.holder.module), set()).add(node)
     for node, item in list(ctx.frame.by_node.items()):
         if item.kind != "weight" or any(site.eligible.kind == "experts" for site in item.sites):
             continue
-        for use in _uses_of_input(ctx, node, item):
+        for use in _uses_of_input(node, item, held):
             other = uses.get(use.node)
             if other is not None and not _same_stored(ctx, use, other):
                 joined = _joined(ctx, other, use)
@@ -134,8 +139,9 @@ def _same_stored(ctx: Context, use: Use, other: Use) -> bool:
     return use.stored and other.stored and items[use.weight].sites == items[other.weight].sites
 
 
-def _uses_of_input(ctx: Context, node: fx.Node, item: FrameInput) -> list[Use]:
-    """The uses of one input, the weight itself or what was made of it."""
+def _uses_of_input(node: fx.Node, item: FrameInput, held: Mapping[int, Set[fx.Node]]) -> list[Use]:
+    """The uses of one input, the weight itself or what was made of it. `held`: the inputs that a
+    module holds beside its weight, by the module's identity."""
     derived = item.derived
     if derived is None and any(site.eligible.kind == "conv" for site in item.sites):
         return convolution_uses(node)
@@ -149,11 +155,7 @@ def _uses_of_input(ctx: Context, node: fx.Node, item: FrameInput) -> list[Use]:
     if derived is None:
         transposed = any(site.eligible.transposed for site in item.sites)
         modules = {id(site.module) for site in item.sites}
-        scales = {
-            other
-            for other, state in ctx.frame.by_node.items()
-            if state.holder is not None and id(state.holder.module) in modules
-        }
+        scales = {other for module in modules for other in held.get(module, ())}
         return uses_of(node, transposed=transposed, scales=scales)
     if derived.form is not None:
         return uses_of(node, transposed=False, part=(derived.form, derived.shape))
