@@ -235,6 +235,7 @@ static void write_new(const Args* g) {
 // 1: out of memory; 2: a row, or what a query sees, is outside of what there is
 extern "C" int32_t lorafx_kernel(Args* g) {
     const int64_t rows = g->key_rows < g->value_rows ? g->key_rows : g->value_rows;
+    if (!g->tokens) return 0;
     int64_t work = 0, fresh = 0;
     for (int64_t t = 0; t < g->tokens; t++) {
         const int64_t begin = g->seen[2 * t], end = g->seen[2 * t + 1];

@@ -184,3 +184,11 @@ def test_places_outside_of_the_cache(name: str, value: int) -> None:
 @pytest.mark.parametrize("ring", [True, False])
 def test_opcheck(ring: bool) -> None:
     opcheck(PAGED_ATTENTION, tuple(step(ring=ring).values()))
+
+
+def test_no_tokens() -> None:
+    call = step()
+    for name, dim in (("query", 2), ("key", 2), ("value", 2), ("mask", 2), ("write", 0)):
+        call[name] = call[name].narrow(dim, 0, 0)
+    call["seen"] = call["seen"][:0]
+    assert PAGED_ATTENTION(**call).shape == (1, 2, 0, 10)
