@@ -189,6 +189,11 @@ class Options:
         base_products: on a CPU, calls without an adapter multiply few rows by generated code, too,
             as those with adapters do. Their results are then those of `torch.compile(model)` up to
             rounding only, and no longer bit-equal.
+        base_graphs: calls without an adapter have graphs of their own, which are those of
+            `torch.compile(model)`. False: they run the graphs with adapters, of which they use
+            none. Half as many graphs are compiled, most of all in `warmup`; results are the base's
+            up to rounding, a little later on a GPU; what is refused of every adapter is refused of
+            them, too.
         mode: a mode of torch.compile, which stands for settings of Inductor: "reduce-overhead",
             "max-autotune", "max-autotune-no-cudagraphs"; None, or "default", for none.
     """
@@ -206,6 +211,7 @@ class Options:
     cache: str | bool | None = None
     overflow: Overflow = "refuse"
     base_products: bool = False
+    base_graphs: bool = True
     mode: str | None = None
 
     @classmethod

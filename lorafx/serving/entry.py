@@ -135,8 +135,12 @@ class Entry:
         """What to raise for a failure of a compiler. The base model can answer by itself: after
         one of its calls has failed so, they run in Python."""
         model = type(self.module).__name__
-        if self.session.program.runtime.active:
-            return explained(error, model, "Calls without an adapter are served as before")
+        program = self.session.program
+        if program.runtime.active:
+            served = "Calls without an adapter are served as before"
+            if not program.options.base_graphs:
+                served = "Options(base_graphs=True) serves calls without an adapter"
+            return explained(error, model, served)
         failure = explained(error, model, "Calls without an adapter run in Python from now on")
         self.in_python = self.in_python or failure is not None
         return failure

@@ -255,7 +255,7 @@ class Session:
         if not self.backend.records:  # nothing has run yet
             program.note_constants()
         program.runtime.set_rows(slots if rows is None else rows)
-        program.runtime.active |= running.active
+        program.runtime.active |= running.active or not program.options.base_graphs
         distinct = dict.fromkeys(n for n, slot in zip(names, slots, strict=True) if slot >= 0)
         stored = tuple(self.store[name] for name in distinct if name is not None)
         served = self._served

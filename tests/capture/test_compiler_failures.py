@@ -183,6 +183,13 @@ def test_a_base_call_of_which_a_part_has_run_is_not_run_again(tmp_path: Path) ->
         cm(**batch(), adapter_names=MIXED)
 
 
+@pytest.mark.usefixtures("no_lowering")
+def test_a_base_call_without_a_graph_of_its_own(tmp_path: Path) -> None:
+    cm = case(tmp_path, Odd()).compile({"lowering": "inductor", "base_graphs": False})
+    with pytest.raises(LoweringError, match=r"Options\(base_graphs=True\) serves calls without"):
+        cm(**batch(), adapter_names=[None] * 3)
+
+
 def test_what_the_model_raises_stays_its_own(tmp_path: Path) -> None:
     cm = case(tmp_path, Net()).compile(dynamic=False)
     with pytest.raises(RuntimeError, match="same reduction dim"):

@@ -1,0 +1,116 @@
+"""`Options(base_graphs=False)`: calls without an adapter run the graphs of those with adapters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dense_merge import Case, check_mixed, error
+from tiny_models import FAMILIES, token_inputs
+from torch import nn
+
+import lorafx
+from lorafx.errors import ProvenanceError
+
+SHARED = {"base_graphs": False, "verify": "off"}
+
+
+@pytest.fixture(scope="module")
+def served(shallow: Case) -> lorafx.CompiledModel:
+    cm = shallow.compile(options=SHARED)
+    cm.warmup(batch_sizes=(1, 2), lengths=(6,), generate=False)
+    return cm
+
+
+def base(case: Case, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return case.base(**inputs).logits
+
+
+def test_half_as_many_graphs(shallow: Case, served: lorafx.CompiledModel) -> None:
+    torch.manual_seed(0)
+    assert served.recompiles == 4  # {1, more} × {prompt, decode}
+    for rows, names in ((3, [None] * 3), (1, [None]), (2, None)):
+        inputs = token_inputs(rows, 7)
+        got = served(**inputs, adapter_names=names).logits
+        assert error(got, base(shallow, inputs)) <= 1e-5
+    check_mixed(served, shallow, ["a0", None, "a1"], token_inputs(3, 5))
+    assert served.recompiles == 4
+
+
+def test_generate(shallow: Case, served: lorafx.CompiledModel) -> None:
+    torch.manual_seed(0)
+    inputs = token_inputs(2, 5)
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        want = shallow.base.generate(**inputs, **settings)
+    mixed = served.generate(**inputs, **settings, adapter_names=["a1", None])
+    captured = served.recompiles
+    assert torch.equal(served.generate(**inputs, **settings), want)
+    assert torch.equal(mixed[1], want[1])
+    assert served.recompiles == captured
+
+
+def test_merged_weights(shallow: Case) -> None:
+    torch.manual_seed(0)
+    cm, inputs = shallow.compile(options=SHARED), token_inputs(2, 5)
+    before = base(shallow, inputs)
+    assert error(cm(**inputs).logits, before) <= 1e-5
+    cm.merge("a1")
+    assert error(cm(**inputs).logits, shallow.expected(["a1"] * 2, inputs)) <= 1e-5
+    cm.unmerge()
+    assert error(cm(**inputs, adapter_names=[None] * 2).logits, before) <= 1e-5
+    assert cm.recompiles == 1
+
+
+def test_before_an_adapter_is_loaded(plain: Case) -> None:
+    torch.manual_seed(0)
+    config = lorafx.LoraConfig(max_adapters=2, max_rank=8)
+    cm = lorafx.compile(plain.model(), config, options={**SHARED, "lowering": "reference"})
+    inputs = FAMILIES["plain"].inputs(3, 4)
+    with torch.no_grad():
+        want = plain.base(**inputs)["logits"]
+    assert error(cm(**inputs)["logits"], want) <= 1e-5
+    for name in ("a0", "a1"):
+        cm.load_adapter(plain.folders[name], name)
+    check_mixed(cm, plain, ["a0", None, "a1"], inputs)
+    cm.unload_adapter("a0")
+    assert error(cm(**inputs)["logits"], want) <= 1e-5
+    assert cm.recompiles == 1
+
+
+def test_inductor_and_what_a_layer_by_itself_computes(plain: Case) -> None:
+    """Modules outside of calls are the base's, as ever."""
+    torch.manual_seed(0)
+    cm = plain.compile(options={**SHARED, "lowering": "inductor"})
+    inputs = FAMILIES["plain"].inputs(3, 5)
+    with torch.no_grad():
+        want = plain.base(**inputs)["logits"]
+        assert error(cm(**inputs)["logits"], want) <= 1e-5
+        check_mixed(cm, plain, ["a0", None, "a1"], inputs)
+        assert torch.equal(cm.model(**inputs)["logits"], want)
+    assert cm.recompiles == 1
+
+
+class Neighbours(nn.Module):
+    """Each request gets a share of another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.down = nn.Embedding(61, 6), nn.Linear(6, 7), nn.Linear(7, 6)
+
+    def forward(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        up = self.up(self.embed(ids))
+        return {"logits": self.down(up + up.flip(0))}
+
+
+def test_a_model_whose_rows_are_not_proved(small) -> None:
+    case = small(Neighbours, ["up", "down"])
+    torch.manual_seed(0)
+    cm, inputs = case.compile(options=SHARED), FAMILIES["plain"].inputs(3, 4)
+    with torch.no_grad():
+        assert error(cm(**inputs)["logits"], case.base(**inputs)["logits"]) <= 1e-5
+    with torch.no_grad():
+        want = case.alone("a")(**inputs)["logits"]
+    assert error(cm(**inputs, adapter_names=["a"] * 3)["logits"], want) <= 1e-5
+    with pytest.raises(ProvenanceError):
+        cm(**inputs, adapter_names=["a", None, "a"])
