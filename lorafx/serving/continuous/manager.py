@@ -322,6 +322,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             cache.waiting = lambda request_id: scheduler.waiting_requests.get(request_id)
             cache.session = scheduler.session
             self._packed.waits = not paired(processor.inputs_and_outputs)
+            sampling.likely_as_alone(processor.model_runner, self.logit_processor)
             offloading: Any = processor.offloading_manager
             offloading.__class__ = Room
         return processor

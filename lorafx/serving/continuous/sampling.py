@@ -42,9 +42,12 @@ class Temperature(ContinuousBatchingTemperatureLogitsWarper):
     Attributes:
         drawn: whether a token of the step is drawn; otherwise each is the likeliest.
         likeliest: whether one is the likeliest.
+        taken: the rows of the step whose tokens are the likeliest, (rows, 1) bool, and the scores
+            (rows, vocabulary) of all; None where there are none.
     """
 
     drawn = likeliest = True
+    taken: tuple[Tensor, Tensor] | None = None
 
     def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> Tensor:
         given = super().prepare_tensor_args(requests_with_new_token).view(torch.float32)
@@ -53,11 +56,12 @@ class Temperature(ContinuousBatchingTemperatureLogitsWarper):
         return given.masked_fill(cold, 0.0).view(torch.int32)
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
-        if not self.drawn:
-            return scores
         # Rows behind those of the requests with a new token have the temperatures of earlier steps.
         temperatures = tensor_arg[: scores.shape[0]].view(torch.float32)[:, None]
         cold = temperatures == 0
+        self.taken = (cold, scores) if self.likeliest else None
+        if not self.drawn:
+            return scores
         divided = scores / temperatures.masked_fill(cold, 1.0)
         if not self.likeliest:
             return divided
@@ -136,3 +140,23 @@ def drawn(processors: ContinuousBatchingLogitsProcessorList) -> bool:
     """Whether a token of the step that is being made is drawn, where the engine draws."""
     found = [p for p in processors.logits_processor if isinstance(p, Temperature)]
     return all(processor.drawn for processor in found)
+
+
+def likely_as_alone(runner: Any, processors: ContinuousBatchingLogitsProcessorList) -> None:
+    """Have the log probability of a token that is the likeliest be that of the model's own logits,
+    as of an engine that never draws. Beside requests that draw, it would be certain to be drawn."""
+    found = [p for p in processors.logits_processor if isinstance(p, Temperature)]
+    if not found or not runner.return_logprobs:
+        return
+    (temperature,), sample = found, runner._sample
+
+    def sampled(scores: Tensor, output_ids: Tensor) -> None:
+        sample(scores, output_ids)
+        if temperature.taken is None:
+            return
+        (cold, logits), rows = temperature.taken, slice(scores.shape[1])
+        tokens = output_ids[0, rows, None].long()
+        own = logits.log_softmax(-1).gather(-1, tokens)[:, 0].view(torch.int32)
+        output_ids[1, rows] = torch.where(cold[:, 0], own, output_ids[1, rows])
+
+    runner._sample = sampled

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("earlier_objects_frozen")
 CONFIG = ContinuousBatchingConfig(
     page_size=4, num_blocks=64, max_batch_tokens=16, per_request_processors=True
 )
+LOGPROBS = dataclasses.replace(CONFIG, return_logprobs=True)
 NOTHING = {"top_p": 1, "min_p": 0.0, "repetition_penalty": 1, "typical_p": None, "seed": None}
 
 
@@ -91,7 +92,7 @@ def engines(llama: Case) -> Iterator[dict[str, Any]]:
     drawing.do_sample, drawing.temperature = True, 3.0
     taking = copy.deepcopy(cm.model.generation_config)
     with (
-        cm.continuous_batching(drawing, CONFIG, warmup=False) as first,
+        cm.continuous_batching(drawing, LOGPROBS, warmup=False) as first,
         cm.continuous_batching(taking, CONFIG, warmup=False) as second,
     ):
         yield {"draws": first, "takes": second}
@@ -131,6 +132,22 @@ def test_requests_that_draw_beside_the_first_part_of_a_prompt(llama, engines) ->
         long = engine.add_request([*range(3, 60)], max_new_tokens=1, temperature=1.0)
     outputs = answers(engine, [long, drawn])
     assert [output.error for output in outputs.values()] == [None, None]
+
+
+def test_how_likely_the_likeliest_token_is_does_not_depend_on_others(llama, engines) -> None:
+    engine = engines["draws"]
+    for temperature in (2.0, 0.0):
+        with engine.pause():
+            engine.add_request([7, 8], max_new_tokens=3, temperature=temperature)
+            cold = engine.add_request(
+                [3, 4], adapter="a1", max_new_tokens=3, temperature=0, top_k=2
+            )
+        output = answers(engine, [cold])[cold]
+        ids = torch.tensor([[3, 4, *output.generated_tokens]])
+        with torch.no_grad():
+            logits = llama.alone("a1")(input_ids=ids)["logits"][0, 1:-1]
+        want = logits.log_softmax(-1).gather(-1, ids[0, 2:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(output.logprobs), want, atol=1e-5, rtol=1e-5)
 
 
 def test_a_request_may_ask_for_what_its_engine_does_anyway(llama) -> None:
