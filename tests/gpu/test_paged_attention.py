@@ -10,6 +10,7 @@ import pytest
 import torch
 from dense_merge import error
 from paged_steps import TOLERANCE, paged_step
+from torch.library import opcheck
 
 from lorafx.kernels.cpu.paged_attention import PAGED_ATTENTION, by_request
 
@@ -66,3 +67,8 @@ def test_results_are_the_same_every_time(device: torch.device) -> None:
     call = paged_step([(1, 5000)], **HEADS["llama"], dtype=BF16, device=device)
     first = PAGED_ATTENTION(**call)
     assert all(torch.equal(first, PAGED_ATTENTION(**call)) for _ in range(20))
+
+
+def test_opcheck(device: torch.device) -> None:
+    call = paged_step([(1, 9), (5, 0)], device=device)
+    opcheck(PAGED_ATTENTION, tuple(call.values()))

@@ -48,15 +48,15 @@ H200 = SimpleNamespace(
 class _Driver(DriverBase):
     """Names the target; every launch fails."""
 
-    def __init__(self) -> None:  # the base class looks for a device
-        pass
+    def __init__(self, capability: int) -> None:  # the base class looks for a device
+        self.capability = capability
 
     @classmethod
     def is_active(cls) -> bool:
         return True
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -95,13 +95,13 @@ class _Interface(device_interface.CudaInterface):
 
 
 @contextlib.contextmanager
-def compile_only_gpu() -> Iterator[None]:
-    """Inside, "cuda" is an H200 that only compiles."""
+def compile_only_gpu(capability: int = 90) -> Iterator[None]:
+    """Inside, "cuda" is an H200 that only compiles; plain launches do for another capability."""
     device_interface.init_device_reg()
     registered = device_interface.device_interfaces
     config = triton.runtime.driver
     before = config._active
-    config.set_active(_Driver())
+    config.set_active(_Driver(capability))
     has_triton.cache_clear()  # an earlier compilation for the CPU has asked
     try:
         with (

@@ -230,3 +230,10 @@ def test_compiled_for_hopper(parts: int, changes: dict[str, Any]) -> None:
     with compile_only_gpu():
         call = paged_step([(2, 70), (1, 9), (3, 0)], **changes)
         check(call, launch=launch_ptx, arch=ARCHITECTURES["cuda90"], parts=parts)
+
+
+def test_tiles_of_many_compiled_for_ampere() -> None:
+    """Whose matrix instructions the machine has. The first tile of the chunk is not full."""
+    with compile_only_gpu(80):
+        call = paged_step([(2, 70), (21, 30), (3, 0)], dtype=BF16, heads=1, group=3, size=40)
+        check(call, launch=launch_ptx, arch=ARCHITECTURES["cuda80"], few=False)
