@@ -10,17 +10,16 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch._dynamo
 import torch._inductor.config
 import torch.fx.experimental._config as shape_config
-from torch import Tensor, fx
+from torch import Tensor
 from torch._dynamo import guards, output_graph, side_effects, symbolic_convert
-from torch.utils._ordered_set import OrderedSet
 
 _COMPILE_ARGUMENTS = inspect.signature(torch.compile).parameters
 
@@ -162,62 +161,6 @@ def is_recompile_limit(error: BaseException) -> bool:
     return isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit)
 
 
-def captured_locals() -> Mapping[str, Any]:
-    """The local variables that the function that is being captured began with."""
-    translator = symbolic_convert.InstructionTranslator.current_tx()
-    return dict(translator.output.root_tx.f_locals)
-
-
-def ends_in_break() -> bool:
-    """Whether the graph that is being compiled ends where the function breaks, so that what it
-    returns goes on to another."""
-    translator = symbolic_convert.InstructionTranslator.current_tx()
-    reason = translator.output.compile_subgraph_reason
-    return reason is not None and bool(reason.graph_break)
-
-
-def capture_again(reason: str) -> NoReturn:
-    """From a backend: have Dynamo drop the graph and trace the function anew.
-
-    The error is the one restart that Dynamo lets pass from a backend. What the first trace tried
-    says nothing about the next one, which sees other modules.
-    """
-    translator = symbolic_convert.InstructionTranslator.current_tx()
-    translator.speculation_log.clear()
-    raise torch._dynamo.exc.TensorifyScalarRestartAnalysis(restart_reason=reason)
-
-
-def source_name(node: fx.Node) -> str:
-    """How Dynamo reached the graph input `node`: `L['input_ids']`."""
-    source = getattr(node.meta.get("grapharg"), "source", None)
-    return node.name if source is None else source_text(source)
-
-
-def size_source(node: fx.Node) -> tuple[Tensor, int] | None:
-    """Of which tensor, and of which of its dimensions, a graph input of the function that is being
-    captured is the size; None where that is not known."""
-    name, dot, size = source_name(node).rpartition(".size()[")
-    if not dot or not size[:-1].isdecimal():
-        return None
-    root = symbolic_convert.InstructionTranslator.current_tx().output.root_tx
-    # Dynamo's names of sources are expressions over the locals and globals of the function.
-    try:
-        value = eval(name, {"L": root.f_locals, "G": root.f_globals})
-    except Exception:  # an expression over something else, such as a closure
-        return None
-    return (value, int(size[:-1])) if isinstance(value, Tensor) else None
-
-
-def input_place(node: fx.Node, position: int) -> tuple[int, str | None]:
-    """Which of Dynamo's inputs a placeholder of AOTAutograd's stands for, and which part of it: the
-    attributes of a tensor subclass, its sizes and strides are inputs of their own."""
-    place, parts = node.meta.get("desc"), []
-    while place is not None and hasattr(place, "base"):
-        parts.append(getattr(place, "attr", "size"))
-        place = place.base
-    return getattr(place, "idx", position), ".".join(reversed(parts)) or None
-
-
 def mode_settings(mode: str | None) -> dict[str, Any]:
     """Inductor's settings that a `mode` of torch.compile stands for."""
     if mode is None or mode == "default":
@@ -225,53 +168,6 @@ def mode_settings(mode: str | None) -> dict[str, Any]:
     from torch._inductor import list_mode_options
 
     return dict(list_mode_options(mode))
-
-
-def duck_shaped() -> bool:
-    """Whether the capture that is running gives sizes that are equal by chance one symbol."""
-    context = torch._guards.TracingContext.try_get()
-    fake_mode = None if context is None else context.fake_mode
-    shape_env = None if fake_mode is None else fake_mode.shape_env
-    return shape_env is not None and shape_env.duck_shape
-
-
-def guarded_attributes(suffix: str) -> list[str]:
-    """The names, as Dynamo writes them, of what the frame that is being captured is guarded on and
-    that so end."""
-    return [name for guard in frame_guards() if (name := source_text(guard)).endswith(suffix)]
-
-
-def named_by_dynamo(name: str) -> Any:
-    """What this name stands for in the frame that is being captured; None where only Dynamo can
-    tell."""
-    root = symbolic_convert.InstructionTranslator.current_tx().output.root_tx
-    try:
-        return eval(name, {"L": root.f_locals, "G": root.f_globals})
-    except (AttributeError, LookupError, NameError, TypeError, SyntaxError):
-        return None
-
-
-def captured_self() -> Any:
-    """What `self` is in the function that is being captured; None where it has none."""
-    return symbolic_convert.InstructionTranslator.current_tx().output.root_tx.f_locals.get("self")
-
-
-def source_text(place: torch._guards.Source | torch._guards.Guard) -> str:
-    """A place, or that of a guard, as Dynamo writes it."""
-    name: Any = place.name
-    return str(name() if callable(name) else name)  # a method before torch 2.12
-
-
-def frame_guards() -> list[torch._guards.Guard]:
-    """What the frame that is being captured is guarded on so far."""
-    context = torch._guards.TracingContext.try_get()
-    return [] if context is None else list(context.guards_context.dynamo_guards)
-
-
-def keep_frame_guards(kept: Sequence[torch._guards.Guard]) -> None:
-    """Have Dynamo make these guards and those that it is yet to find."""
-    guards = torch._guards.GuardsSet(OrderedSet(kept))
-    torch._guards.TracingContext.get().guards_context.dynamo_guards = guards
 
 
 def recorded_outputs() -> object | None:

@@ -42,7 +42,7 @@ from lorafx.capture.stamps import Folded, fold, unfold
 from lorafx.capture.told import form_of, note_tracing, reason, tell, timed
 from lorafx.capture.unseen_inputs import UnseenInputs, around, leave_out
 from lorafx.capture.verify import NumericCheck
-from lorafx.compat import duck_shaped, ends_in_break, guarded_attributes, named_by_dynamo
+from lorafx.captured_frame import duck_shaped, ends_in_break, guarded_attributes, named_by_dynamo
 from lorafx.graph.context import Context
 from lorafx.kernels.cpu.cpu import builds_noted, built_source
 from lorafx.kernels.triton.triton_build import source_of

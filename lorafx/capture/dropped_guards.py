@@ -16,13 +16,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lorafx.compat import (
-    frame_guards,
-    keep_frame_guards,
-    named_by_dynamo,
-    recorded_outputs,
-    source_text,
-)
+from lorafx.captured_frame import frame_guards, keep_frame_guards, named_by_dynamo, source_text
+from lorafx.compat import recorded_outputs
 from lorafx.model.marks import SiteMark
 from lorafx.model.row_marks import RowMark
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from lorafx.compat import input_place, size_source, source_name
+from lorafx.captured_frame import input_place, size_source, source_name
 from lorafx.errors import ProvenanceError
 from lorafx.model.sites import Group, Site
 from lorafx.program.roles import Role

@@ -22,7 +22,7 @@ from lorafx.capture.executable import Owner, refusing
 from lorafx.capture.lowering import Lowering
 from lorafx.capture.parts import Parts
 from lorafx.capture.record import GraphRecord
-from lorafx.compat import captured_self
+from lorafx.captured_frame import captured_self
 from lorafx.errors import CaptureError
 from lorafx.explanation import write_beside_dumps
 from lorafx.model.attachment import Attachment

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from lorafx.capture.bound_inputs import BoundInputs
 from lorafx.capture.dropped_guards import ACTIVE, marks_of_self
-from lorafx.compat import frame_guards, keep_frame_guards, source_text
+from lorafx.captured_frame import frame_guards, keep_frame_guards, source_text
 from lorafx.model.row_marks import RowMark
 from lorafx.program.program import Program
 

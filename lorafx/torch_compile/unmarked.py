@@ -22,7 +22,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lorafx.adapter_store.peft_model import is_peft_model, peft_layers
-from lorafx.compat import capture_again, captured_locals
+from lorafx.captured_frame import capture_again, captured_locals
 from lorafx.config import Options
 from lorafx.errors import CaptureError, ConfigError, nearest
 from lorafx.pass_order import pipeline

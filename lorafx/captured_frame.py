@@ -1,0 +1,115 @@
+"""The frame that Dynamo is capturing while it calls a backend: what can be asked of it.
+
+Dynamo names places (`L['input_ids']`) by expressions over the function's locals and globals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+import torch._dynamo
+from torch import Tensor, fx
+from torch._dynamo import symbolic_convert
+from torch.utils._ordered_set import OrderedSet
+
+
+def _translator() -> Any:
+    """Dynamo's translator of the function, or of one that is inlined into it."""
+    return symbolic_convert.InstructionTranslator.current_tx()
+
+
+def captured_locals() -> Mapping[str, Any]:
+    """The local variables that the function that is being captured began with."""
+    return dict(_translator().output.root_tx.f_locals)
+
+
+def captured_self() -> Any:
+    """What `self` is in the function that is being captured; None where it has none."""
+    return captured_locals().get("self")
+
+
+def ends_in_break() -> bool:
+    """Whether the graph that is being compiled ends where the function breaks, so that what it
+    returns goes on to another."""
+    reason = _translator().output.compile_subgraph_reason
+    return reason is not None and bool(reason.graph_break)
+
+
+def capture_again(reason: str) -> NoReturn:
+    """From a backend: have Dynamo drop the graph and trace the function anew.
+
+    The error is the one restart that Dynamo lets pass from a backend. What the first trace tried
+    says nothing about the next one, which sees other modules.
+    """
+    _translator().speculation_log.clear()
+    raise torch._dynamo.exc.TensorifyScalarRestartAnalysis(restart_reason=reason)
+
+
+def source_name(node: fx.Node) -> str:
+    """How Dynamo reached the graph input `node`: `L['input_ids']`."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    return node.name if source is None else source_text(source)
+
+
+def size_source(node: fx.Node) -> tuple[Tensor, int] | None:
+    """Of which tensor, and of which of its dimensions, a graph input of the function that is being
+    captured is the size; None where that is not known."""
+    name, dot, size = source_name(node).rpartition(".size()[")
+    if not dot or not size[:-1].isdecimal():
+        return None
+    value = named_by_dynamo(name)
+    return (value, int(size[:-1])) if isinstance(value, Tensor) else None
+
+
+def input_place(node: fx.Node, position: int) -> tuple[int, str | None]:
+    """Which of Dynamo's inputs a placeholder of AOTAutograd's stands for, and which part of it: the
+    attributes of a tensor subclass, its sizes and strides are inputs of their own."""
+    place, parts = node.meta.get("desc"), []
+    while place is not None and hasattr(place, "base"):
+        parts.append(getattr(place, "attr", "size"))
+        place = place.base
+    return getattr(place, "idx", position), ".".join(reversed(parts)) or None
+
+
+def duck_shaped() -> bool:
+    """Whether the capture that is running gives sizes that are equal by chance one symbol."""
+    context = torch._guards.TracingContext.try_get()
+    fake_mode = None if context is None else context.fake_mode
+    shape_env = None if fake_mode is None else fake_mode.shape_env
+    return shape_env is not None and shape_env.duck_shape
+
+
+def guarded_attributes(suffix: str) -> list[str]:
+    """The names, as Dynamo writes them, of what the frame that is being captured is guarded on and
+    that so end."""
+    return [name for guard in frame_guards() if (name := source_text(guard)).endswith(suffix)]
+
+
+def named_by_dynamo(name: str) -> Any:
+    """What this name stands for in the frame that is being captured; None where only Dynamo can
+    tell."""
+    root = _translator().output.root_tx
+    try:
+        return eval(name, {"L": root.f_locals, "G": root.f_globals})
+    except Exception:  # an expression over something else, such as a closure
+        return None
+
+
+def source_text(place: torch._guards.Source | torch._guards.Guard) -> str:
+    """A place, or that of a guard, as Dynamo writes it."""
+    name: Any = place.name
+    return str(name() if callable(name) else name)  # a method before torch 2.12
+
+
+def frame_guards() -> list[torch._guards.Guard]:
+    """What the frame that is being captured is guarded on so far."""
+    context = torch._guards.TracingContext.try_get()
+    return [] if context is None else list(context.guards_context.dynamo_guards)
+
+
+def keep_frame_guards(kept: Sequence[torch._guards.Guard]) -> None:
+    """Have Dynamo make these guards and those that it is yet to find."""
+    guards = torch._guards.GuardsSet(OrderedSet(kept))
+    torch._guards.TracingContext.get().guards_context.dynamo_guards = guards
