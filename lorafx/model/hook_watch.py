@@ -27,16 +27,16 @@ def hooks_of(module: nn.Module) -> Iterator[tuple[int, Mapping[int, Any]]]:
 
 
 class HookWatch:
-    """The hooks of others on the modules of one model, of which those of `root` itself run around
-    its graphs, unless it is a site.
+    """The hooks of others on the modules of one model.
 
     Attributes:
+        around: whether those of `root` itself run around its graphs; those of a site are traced.
         state: 0 with the hooks that were there at first; another number whenever there are others.
     """
 
     def __init__(self, root: nn.Module, sites: Sequence[Site]) -> None:
         self._root = root
-        self._around = not any(site.module is root for site in sites)
+        self.around = all(site.module is not root for site in sites)
         self._states = itertools.count(1)
         self._own = frozenset[int]()
         self._first = self._current = self._look()
@@ -63,6 +63,6 @@ class HookWatch:
 
     def _look(self) -> frozenset[int]:
         self._seen = RemovableHandle.next_id
-        modules = (m for m in self._root.modules() if m is not self._root or not self._around)
+        modules = (m for m in self._root.modules() if m is not self._root or not self.around)
         self._kept = [found for module in modules for found in hooks_of(module)]
         return frozenset(number for number, _ in self._kept)

@@ -321,11 +321,11 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
             return delegated(self, name, getattr(self.model, name))
 
     def _called(self) -> Callable[..., Any]:
-        """The forward of the running call; the call of the model around it, where the model has
-        hooks of its own."""
+        """The forward of the running call; the call of the model around it, where hooks of the
+        model itself run around its graphs."""
         forward, session, model = forward_of(self), self._session, self.model
-        if not any(hooks_of(model)) or any(site.module is model for site in session.program.sites):
-            return forward  # that of a site is traced with its hooks
+        if not session.program.hook_watch.around or not any(hooks_of(model)):
+            return forward
         return partial(session.stand_ins.replacing, [(model, "forward", forward)], model)
 
     def _check_attached(self) -> None:
