@@ -155,6 +155,7 @@ def start(
     lowering: str = "auto",
     stamps: bool = True,
     cached: str | None = None,
+    **more_options: object,
 ) -> tuple[Any, Callable[[], Any]]:
     """A compiled model that has not run yet, and its first and every further call."""
     import torch
@@ -168,7 +169,12 @@ def start(
     with tempfile.TemporaryDirectory() as folder:
         config = LoraConfig(r=16, lora_alpha=16, init_lora_weights=False, **adapted)
         get_peft_model(copy.deepcopy(model), config).save_pretrained(folder)
-        options = {"passes": {"outline": outlined}, "lowering": lowering, "stamps": stamps}
+        options = {
+            "passes": {"outline": outlined},
+            "lowering": lowering,
+            "stamps": stamps,
+            **more_options,
+        }
         cm = lorafx.compile(model, {"a": folder}, dynamic=dynamic, options=options)
     ids = torch.randint(0, model.config.vocab_size, (ROWS, 1))
     names = ["a", None] * (ROWS // 2)

@@ -1,0 +1,98 @@
+"""Time of `warmup()` beside that of one graph, with graphs of the base's own and without.
+
+Each start is a process of its own with empty caches that builds the random Llama of
+compile_time.py, loads an adapter of rank 16 and compiles. "one graph" is a mixed call of `forward`;
+the others are calls of `warmup` with and without `Options(base_graphs=False)`. Seconds of wall
+time, and CPU seconds of the process and of the compilers that it starts.
+
+    python benchmarks/warm_up.py [--depth N] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+#: What is run: arguments of `warmup`, None for one mixed call; and whether the base has graphs of
+#: its own.
+ARMS: dict[str, tuple[dict[str, Any] | None, bool]] = {
+    "one graph": (None, True),
+    "generate, several requests": ({"generate": True, "batch_sizes": (4,)}, True),
+    "generate, several requests, shared": ({"generate": True, "batch_sizes": (4,)}, False),
+    "generate, shared": ({"generate": True}, False),
+    "all, shared": ({}, False),
+}
+
+
+def start(arm: str, layers: int) -> dict[str, Any]:
+    """One start of this process."""
+    import compile_time
+    import torch
+
+    asked, base_graphs = ARMS[arm]
+    cm, _ = compile_time.start("llama", layers, True, True, base_graphs=base_graphs)
+    ids = torch.randint(0, cm.model.config.vocab_size, (4, 5))
+    who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+    before = [compile_time.cpu_seconds(item) for item in who]
+    begin = time.perf_counter()
+    if asked is None:
+        cm(input_ids=ids, use_cache=False, adapter_names=["a", None] * 2)
+    else:
+        cm.warmup(**asked)
+    seconds = time.perf_counter() - begin
+    cpu, compilers = (
+        compile_time.cpu_seconds(item) - was for item, was in zip(who, before, strict=True)
+    )
+    return {"seconds": seconds, "cpu": cpu, "compilers": compilers, "graphs": cm.recompiles}
+
+
+def in_process(arm: str, layers: int, folder: str) -> dict[str, Any]:
+    environment = {
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+        "LORAFX_CACHE_DIR": f"{folder}/lorafx",
+    }
+    command = [sys.executable, __file__, "--run", json.dumps([arm, layers])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{arm} failed:\n{done.stderr[-4000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--depth", type=int, action="append", help="layers; 2 and 32 without it")
+    parser.add_argument("--arm", choices=ARMS, action="append")
+    parser.add_argument("--out", default="benchmarks/results/warm_up.json")
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run:
+        print(json.dumps(start(*json.loads(options.run))))
+        return
+    rows = []
+    for layers in options.depth or [2, 32]:
+        for arm in options.arm or ARMS:
+            with tempfile.TemporaryDirectory() as folder:
+                row = in_process(arm, layers, folder)
+            rows.append({"case": arm, "layers": layers, **row})
+            print(
+                f"{layers:3d} layers, {arm}: {row['graphs']} graphs, {row['seconds']:.1f} s "
+                f"(cpu {row['cpu']:.1f}, compilers {row['compilers']:.1f})",
+                flush=True,
+            )
+    from protocol import save
+
+    save(Path(options.out), "warmup of a Llama of hidden 512 beside one graph", rows)
+
+
+if __name__ == "__main__":
+    main()
