@@ -189,6 +189,7 @@ def test_images_that_no_adapter_touches_go_anywhere(small):
         expected = torch.stack([whole[i] for i, whole in enumerate(wholes)])
         assert error(found, expected) <= 1e-5
     case = small(Scattered, ["eye", "w"])
-    cm = lorafx.compile(case.model(), config, adapters=case.folders, options=REFERENCE)
+    fixed = {"options": REFERENCE, "dynamic": False}
+    cm = lorafx.compile(case.model(), config, adapters=case.folders, **fixed)
     with pytest.raises(ProvenanceError, match=r"at eye .* shared by all requests"):
         cm(**batch(3), adapter_names=MIXED)

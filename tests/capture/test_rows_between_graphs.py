@@ -126,6 +126,7 @@ def test_rows_that_python_moves_keep_their_owners(small, cls, targets, options):
         assert error(found, case.expected(names, inputs)) <= 1e-5, names
 
 
+@pytest.mark.usefixtures("fixed_sizes")
 def test_other_mixes_make_no_graph(small):
     case = small(InPieces, ["first", "w"])
     cm = lorafx.compile(case.model(), adapters=case.folders, options=REFERENCE)
@@ -166,6 +167,7 @@ class Summed(Layers):
         return self.w(summed(h))
 
 
+@pytest.mark.usefixtures("fixed_sizes")
 @pytest.mark.parametrize("cls", [ThroughNumbers, Summed, InBuffer])
 def test_what_has_no_one_owner_is_refused(small, cls):
     torch.manual_seed(0)
@@ -253,6 +255,7 @@ class OfReplacedBuffer(OfWrittenBuffer):
         return self.scratch * 2
 
 
+@pytest.mark.usefixtures("fixed_sizes")
 @pytest.mark.parametrize(
     "cls", [OfRequests, OfWeight, OfWrittenBuffer, OfBufferOfRequests, OfReplacedBuffer]
 )
