@@ -1,0 +1,154 @@
+"""Models of images and text: methods, and what `generate` has encoded before its first forward."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from dense_merge import REFERENCE, error, random_base, save_adapter
+from tiny_models import Family, token_inputs
+from torch import Tensor, nn
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+import lorafx
+from lorafx.errors import MatchError
+
+#: A prompt and a step: two sizes.
+SHORT = {"pad_token_id": 0, "eos_token_id": None, "min_new_tokens": 2, "max_new_tokens": 2}
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1} | {
+    "num_attention_heads": 2, "image_size": 8, "patch_size": 4
+}  # fmt: skip
+TEXT = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 61}
+
+
+def clip() -> nn.Module:
+    text = {**TEXT, "intermediate_size": 20, "eos_token_id": 60}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=10))
+
+
+def llava() -> nn.Module:
+    text = LlamaConfig(**TEXT, intermediate_size=20, num_key_value_heads=1)
+    vision = CLIPVisionConfig(**VISION, projection_dim=12)
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=60, vision_feature_layer=-1
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+def blip2() -> nn.Module:
+    text = {**TEXT, "model_type": "opt", "ffn_dim": 20, "word_embed_proj_dim": 12}
+    former = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return Blip2ForConditionalGeneration(
+        Blip2Config(
+            vision_config=VISION,
+            qformer_config={**former, "intermediate_size": 20, "encoder_hidden_size": 16},
+            text_config={**text, "max_position_embeddings": 64},
+            num_query_tokens=4,
+            image_token_index=60,
+        )
+    )
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Any:
+    """A model with an adapter "v" of its vision tower and "l" of its language model."""
+
+    def make(build: Any) -> tuple[Any, dict[str | None, Any]]:
+        base = random_base(Family(build, token_inputs, (), {}))
+        vision = r".*vision.*(q_proj|qkv|fc1|projector|visual_projection)"
+        language = r".*(language|text)_model.*(q_proj|fc1|up_proj)"
+        folders = {
+            name: save_adapter(base, tmp_path / name, rank=2, targets=targets, seed=2, gain=2)
+            for name, targets in (("v", vision), ("l", language))
+        }
+        merged = {name: oracle.merged(base, folder) for name, folder in folders.items()}
+        cm = lorafx.compile(copy.deepcopy(base), folders, options=REFERENCE)
+        return cm, {None: base, **merged}
+
+    return make
+
+
+@pytest.mark.usefixtures("fixed_sizes")
+def test_features_of_images_and_texts(built):
+    cm, alone = built(clip)
+    torch.manual_seed(0)
+    inputs = {"pixel_values": torch.randn(3, 3, 8, 8), **token_inputs(3, 5)}
+    pictures = {"pixel_values": inputs.pop("pixel_values")}
+    for method, given, name in (
+        ("get_image_features", pictures, "v"),
+        ("get_text_features", inputs, "l"),
+    ):
+        want = {key: getattr(model, method)(**given).pooler_output for key, model in alone.items()}
+        assert error(want[name], want[None]) > 1e-3
+        got = getattr(cm, method)(**given, adapter_names=[name, None, name]).pooler_output
+        assert (
+            error(got, torch.stack([want[n][i] for i, n in enumerate((name, None, name))])) < 1e-5
+        )
+        cm.set_adapter(name)
+        assert error(getattr(cm, method)(**given).pooler_output, want[name]) < 1e-5
+        cm.set_adapter(None)
+        assert torch.equal(getattr(cm, method)(**given).pooler_output, want[None])
+
+
+def images(rows: int) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    ids = torch.randint(3, 59, (rows, 9))
+    ids[:, 1:5] = 60
+    pixels = torch.randn(rows, 3, 8, 8)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+@pytest.mark.usefixtures("fixed_sizes")
+def test_generate_encodes_images_with_the_adapter(built):
+    """transformers has `get_image_features` run before the first forward."""
+    cm, alone = built(llava)
+    batch = images(2)
+    for name in ("v", "l", None):
+        want = alone[name].generate(**batch, **SHORT)
+        assert (name is None) == torch.equal(want, alone[None].generate(**batch, **SHORT))
+        assert torch.equal(cm.generate(**batch, **SHORT, adapter_names=[name] * 2), want)
+
+
+@pytest.mark.usefixtures("fixed_sizes")
+def test_images_of_a_model_that_was_never_called_belong_to_their_requests(built):
+    """Its first call registers hooks for the hidden states of the vision tower."""
+    cm, alone = built(llava)
+    batch, names = images(3), ["v", None, "l"]
+    got = cm(**batch, adapter_names=names)
+    want = [alone[name](**oracle.one_row(batch, row)).logits for row, name in enumerate(names)]
+    assert error(got.logits, torch.cat(want)) < 1e-5
+    tokens = cm.generate(**batch, **SHORT, adapter_names=names)
+    for row, name in enumerate(names):
+        want = alone[name].generate(**oracle.one_row(batch, row), **SHORT)
+        assert torch.equal(tokens[row : row + 1], want)
+
+
+@pytest.mark.usefixtures("fixed_sizes")
+def test_generate_of_a_model_inside_of_the_model(built):
+    """BLIP-2's own `generate` never calls its forward, but the `generate` of its language model."""
+    cm, alone = built(blip2)
+    batch = images(2)
+    want = {name: alone[name].generate(**batch, **SHORT) for name in ("l", None)}
+    assert not torch.equal(want["l"], want[None])
+    got = cm.generate(**batch, **SHORT, adapter_names=["l", None])
+    assert torch.equal(got, torch.stack([want["l"][0], want[None][1]]))
+    assert torch.equal(cm.generate(**batch, **SHORT), want[None])
+    with pytest.raises(
+        MatchError, match=r"vision_model\S* \(Linear\) runs outside.*'v' was requested"
+    ):
+        cm.generate(**batch, **SHORT, adapter_names=["v", None])
+    cm.set_adapter("l")
+    assert torch.equal(cm.generate(**batch, **SHORT), want["l"])
