@@ -192,7 +192,7 @@ def test_an_adapter_of_one_of_two_modules_with_the_same_parameters(
         apart, tmp_path / path, rank=2, targets=[], target_parameters=parameters
     )
     case = Case(apart, {"own": folder})
-    cm = lorafx.compile(base, {"own": folder}, options=REFERENCE)
+    cm = lorafx.compile(base, {"own": folder}, options=REFERENCE, dynamic=False)
     check_mixed(cm, case, ["own", None, "own"], {"x": torch.randn(3, 4, H)})
 
 
@@ -219,7 +219,7 @@ def test_bounds_of_fewer_experts_are_no_ends_of_groups(tmp_path: Path) -> None:
     both = ["experts.gate_up_proj", "experts.down_proj"]
     folder = oracle.save_adapter(base, tmp_path / "own", rank=2, targets=[], target_parameters=both)
     case = Case(base, {"own": folder})
-    cm = case.compile({"lowering": "inductor"})
+    cm = case.compile({"lowering": "inductor"}, dynamic=False)
     check_mixed(cm, case, ["own"], {"x": torch.randn(1, 12, H)})
 
 
