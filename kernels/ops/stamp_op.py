@@ -46,6 +46,13 @@ class Layout(NamedTuple):
             meta = nothing.as_strided(self.shape, self.strides)
         return FakeTensor(mode, meta, self.device)
 
+    def view_of(self, other: FakeTensor, offset: int | torch.SymInt) -> FakeTensor:
+        """A fake tensor so laid out, in the memory of `other` and so far behind its first."""
+        mode = other.fake_mode
+        with in_kernel_invocation_manager(mode):
+            meta = other.as_strided(self.shape, self.strides, offset + other.storage_offset())
+        return FakeTensor(mode, meta, self.device)
+
 
 def without_data(value: Any, base: Any = None, other: Any = None) -> FakeTensor:
     """A tensor laid out like `value`: in memory of its own, or where it is a view of `base`, one of
@@ -53,11 +60,7 @@ def without_data(value: Any, base: Any = None, other: Any = None) -> FakeTensor:
     layout = Layout.of(value)
     if base is None:
         return layout.empty(value.fake_mode)
-    mode = other.fake_mode
-    with in_kernel_invocation_manager(mode):
-        offset = value.storage_offset() - base.storage_offset() + other.storage_offset()
-        meta = other.as_strided(layout.shape, layout.strides, offset)
-    return FakeTensor(mode, meta, layout.device)
+    return layout.view_of(other, value.storage_offset() - base.storage_offset())
 
 
 #: By key, what the ops of a capture that is running return.

@@ -45,9 +45,13 @@ def run_pipeline(
 
     def cleaned(item: GraphPass, edits: int, seconds: float) -> PassReport:
         start = time.perf_counter()
-        gm.graph.eliminate_dead_code(stays)
+        for node in reversed(gm.graph.nodes):
+            if not stays(node):
+                gm.graph.erase_node(node)
         gm.recompile()
-        if options.verify != "off":
+        if options.verify == "off":
+            gm.graph.lint()
+        else:
             check_graph(item.name, gm, ctx, outputs)
         seconds += time.perf_counter() - start
         nodes = len(gm.graph.nodes)

@@ -37,7 +37,7 @@ from lorafx.capture.stamp_layers import (
     layers_of,
 )
 from lorafx.errors import CaptureError
-from lorafx.kernels.ops.stamp_op import LAYOUTS, Layout, without_data
+from lorafx.kernels.ops.stamp_op import LAYOUTS, Layout
 from lorafx.model.module_graph import storage_key
 from lorafx.passes.outline.isomorphism import Stretch
 from lorafx.passes.outline.outline import repeats
@@ -241,6 +241,7 @@ def unfold(graph: fx.Graph, folded: Folded) -> None:
         if mode is None or enter is None or leave is None:
             raise NotUnfolded("a layer that stands for others is not in the traced graph")
         body = _body(graph, enter, leave)
+        laid_out = {node: _LaidOut.of(node) for node in body}
         order = {node: index for index, node in enumerate(graph.nodes)}
         for key, stacks in kind.others.items():
             call = found.get(key)
@@ -249,7 +250,7 @@ def unfold(graph: fx.Graph, folded: Folded) -> None:
             if order[call] < order[leave]:
                 raise NotUnfolded("layers were traced in another order")
             with graph.inserting_before(call), mode:
-                _expand(graph, body, enter, leave, call, stacks)
+                _expand(graph, laid_out, enter, leave, call, stacks)
         _take_out(graph, leave, leave.args[0])
         _take_out(graph, enter, enter.args[0])
     folded.forget()
@@ -293,7 +294,7 @@ def _body(graph: fx.Graph, enter: fx.Node, leave: fx.Node) -> list[fx.Node]:
 
 def _expand(
     graph: fx.Graph,
-    body: Sequence[fx.Node],
+    body: Mapping[fx.Node, _LaidOut],
     enter: fx.Node,
     leave: fx.Node,
     call: fx.Node,
@@ -302,9 +303,9 @@ def _expand(
     """The stamp `call` becomes a copy of the body on its own operands."""
     operands: Any = call.args[0]
     new: dict[fx.Node, fx.Node] = {item: operands[item.args[1]] for item in enter.users}
-    for node in body:
+    for node, value in body.items():
         copy = graph.node_copy(node, lambda source: new.get(source, source))
-        copy.meta["val"] = _value(node, copy)
+        copy.meta["val"] = value.of_copy(copy)
         stack = tuple(node.meta.get("nn_module_stack") or ())
         if stack:
             if stack not in stacks:
@@ -315,17 +316,39 @@ def _expand(
     _take_out(graph, call, [new.get(item, item) for item in results])
 
 
-def _value(node: fx.Node, copy: fx.Node) -> Any:
-    """The fake value of a node's copy: in its own memory, or its operand's where it is a view."""
-    value = fake_value(node)
-    if not is_view(node) and isinstance(value, Tensor):
-        return without_data(value)
-    base, other = (fake_value(item.all_input_nodes[0]) for item in (node, copy))
-    plain = all(map(is_plain, (value, base, other))) and not (value.is_conj() or value.is_neg())
-    if plain and value.dtype == base.dtype and storage_key(value) == storage_key(base):
-        return without_data(value, base, other)
-    args, kwargs = fx.map_arg((copy.args, copy.kwargs), fake_value)
-    return copy.target(*args, **kwargs)  # type: ignore[operator]
+@dataclass(frozen=True)
+class _LaidOut:
+    """How a node's fake value is made again for a copy of the node.
+
+    Attributes:
+        layout: None where the operator has to tell.
+        mode: of a new tensor.
+        offset: of a view, behind the first element of its operand.
+    """
+
+    layout: Layout | None = None
+    mode: FakeTensorMode | None = None
+    offset: int | torch.SymInt = 0
+
+    @classmethod
+    def of(cls, node: fx.Node) -> _LaidOut:
+        value = fake_value(node)
+        if not is_view(node) and isinstance(value, FakeTensor):
+            return cls(Layout.of(value), value.fake_mode)
+        base: Any = fake_value(node.all_input_nodes[0]) if node.all_input_nodes else None
+        plain = is_plain(value) and is_plain(base) and not (value.is_conj() or value.is_neg())
+        if plain and value.dtype == base.dtype and storage_key(value) == storage_key(base):
+            return cls(Layout.of(value), offset=value.storage_offset() - base.storage_offset())
+        return cls()
+
+    def of_copy(self, copy: fx.Node) -> Any:
+        """In memory of its own, or its operand's where it is a view."""
+        if self.layout is not None and self.mode is not None:
+            return self.layout.empty(self.mode)
+        if self.layout is not None and is_plain(other := fake_value(copy.all_input_nodes[0])):
+            return self.layout.view_of(other, self.offset)
+        args, kwargs = fx.map_arg((copy.args, copy.kwargs), fake_value)
+        return copy.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _take_out(graph: fx.Graph, call: fx.Node, values: Any) -> None:
