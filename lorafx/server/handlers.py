@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import Any
@@ -109,6 +110,7 @@ class AdapterHandler(BaseHandler):
         label = UNKNOWN
         self._metrics.began()
         try:
+            _check_text(body)
             adapter = self._served.adapter_of(body.get("model"))
             label = BASE if adapter is None else adapter
             body = self._checked(body)
@@ -185,6 +187,15 @@ class AdapterHandler(BaseHandler):
                 f"the tokenizer of {self._served.name!r} has no chat template; ask "
                 "/v1/completions with a `prompt`",
             )
+        if not isinstance(body.get("suffix", ""), str):
+            raise RequestError(
+                400, f"`suffix` is a string; got {body['suffix']!r:.80}", param="suffix"
+            )
+        tools = body.get("tools", [])
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise RequestError(
+                400, f"`tools` is a list of objects; got {tools!r:.80}", param="tools"
+            )
         given = body.get("chat_template_kwargs") or {}
         own = inspect.signature(self._served.tokenizer.apply_chat_template).parameters
         if not isinstance(given, dict) or not own.keys().isdisjoint(given):
@@ -237,6 +248,18 @@ class AdapterHandler(BaseHandler):
                         f"{', '.join(TEXT_PARTS)}; got {kind or part!r:.80}",
                     )
         return BaseHandler.get_processor_inputs_from_messages(messages, modality)
+
+
+def _check_text(body: Mapping[str, Any]) -> None:
+    """Raise RequestError where the body holds what is no text, half of a surrogate pair, which
+    neither a tokenizer nor an answer can."""
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise RequestError(
+            400, f"the request holds {half!r}, half of a surrogate pair; send whole characters"
+        ) from error
 
 
 class Chat(AdapterHandler, ChatCompletionHandler):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 
 import pytest
@@ -14,9 +15,12 @@ CHAT = "/v1/chat/completions"
 
 
 def post(server, path, **body):
+    """ASCII, in which a request may hold half of a surrogate pair."""
+
     async def ask():
         async with client_of(server) as client:
-            return await client.post(path, json=body)
+            headers = {"content-type": "application/json"}
+            return await client.post(path, content=json.dumps(body), headers=headers)
 
     return asyncio.run(ask())
 
@@ -88,6 +92,23 @@ def test_what_is_not_served_is_400(server, body, word):
     answer = post(server, CHAT, **body)
     assert answer.status_code == 400, answer.text
     assert re.search(word, answer.json()["error"]["message"])
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses"])
+@pytest.mark.parametrize(
+    ("field", "value", "word"),
+    [
+        ("tools", ["get_weather"], "`tools` is a list of objects"),
+        ("tools", True, "`tools`"),
+        ("suffix", 3, "`suffix` is a string"),
+        ("user", "\ud800", "surrogate"),
+        ("model", "\ud800", "surrogate"),
+    ],
+)
+def test_fields_of_another_type_are_400(server, path, field, value, word):
+    answer = post(server, path, **{"model": "tiny", **question(path, "w9", 2), field: value})
+    assert answer.status_code == 400, answer.text
+    assert word in answer.json()["error"]["message"]
 
 
 def test_bodies_and_prompts_that_are_none(server):
