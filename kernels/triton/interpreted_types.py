@@ -12,6 +12,7 @@ code, which refuses what it refuses.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,8 @@ class _Shape:
 
 #: By sizes.
 _SHAPES: dict[tuple[int, ...], _Shape] = {}
+#: Names of what is built in, by the module or class that has them.
+_BUILTINS: dict[Any, list[str]] = {}
 
 
 def _sizes(shape: Any) -> tuple[int, ...]:
@@ -46,7 +49,7 @@ def _sizes(shape: Any) -> tuple[int, ...]:
 def _block_type(original: Callable[..., None]) -> Callable[..., None]:
     def make(self: Any, element_ty: Any, shape: Any) -> None:
         sizes = _sizes(shape)
-        known = _SHAPES.get(sizes)
+        known = _SHAPES.get(sizes) if sizes else None  # Triton refuses a block without sizes
         if known is None:
             original(self, element_ty, shape)
             constants = tl.core.tuple([tl.constexpr(size) for size in sizes])
@@ -61,9 +64,13 @@ def _block_type(original: Callable[..., None]) -> Callable[..., None]:
 
 def _tensor(original: Callable[..., None]) -> Callable[..., None]:
     def make(self: Any, handle: Any, type: Any) -> None:
-        known = _SHAPES.get(tuple(type.shape.values)) if type.is_block() else None
+        sizes = tuple(type.shape.values) if type.is_block() else ()
+        known = _SHAPES.get(sizes)
         if known is None:
             original(self, handle, type)
+            if not sizes:  # a scalar, whose type has no shape
+                none = tl.core.tuple([])
+                _SHAPES[()] = _Shape(none, self.shape, 1, self.numel, str(none))
             return
         self.handle, self.type, self.dtype = handle, type, type.scalar
         self.shape, self.numel = known.constants, known.count
@@ -105,6 +112,18 @@ def _broadcast(semantic: Any) -> Callable[[Any, Any], tuple[Any, Any]]:
     return broadcast
 
 
+def _builtins(pkg: Any, builder: Any, scope: Any) -> None:
+    """`interpreter._patch_builtin`, which looks through all members of `pkg` at every launch."""
+    names = _BUILTINS.get(pkg)
+    if names is None:
+        members = inspect.getmembers(pkg)
+        names = _BUILTINS[pkg] = [name for name, found in members if tl.core.is_builtin(found)]
+    for name in names:
+        member = getattr(pkg, name)
+        if tl.core.is_builtin(member):
+            interpreter._patch_attr(pkg, name, member, builder, scope)
+
+
 def with_known_shapes() -> Sequence[Change]:
     """Owner, attribute and value of each change, for as long as a kernel runs."""
     semantic = interpreter.interpreter_semantic
@@ -112,6 +131,7 @@ def with_known_shapes() -> Sequence[Change]:
         (tl.block_type, "__init__", _block_type(tl.block_type.__init__)),
         (tl.tensor, "__init__", _tensor(tl.tensor.__init__)),
         (semantic, "broadcast_impl_value", _broadcast(semantic)),
+        (interpreter, "_patch_builtin", _builtins),
     )
 
 
