@@ -91,7 +91,8 @@ static bool by_onednn(Handle x, const View& xs, Handle w, const View& ws, Handle
     Linear linear = __atomic_load_n(linears + xs.dtype, __ATOMIC_ACQUIRE);
     const int64_t M = xs.sizes[0], K = xs.sizes[1], N = ws.sizes[0];
     if (!linear || M <= kernels[xs.dtype].most_rows || !K || !N) return false;
-    if (!ws.contiguous() || (bs && !bs->contiguous())) return false;  // oneDNN does not look
+    // It copies x, and takes a bias for contiguous without a look.
+    if (!xs.contiguous() || !ws.contiguous() || (bs && !bs->contiguous())) return false;
     succeeds(linear(x, w, bias ? &bias : 0, "none", 0, 0, 0, y));
     return true;
 }
