@@ -282,14 +282,15 @@ def step_time(layers: int, blocks: int) -> list[dict[str, object]]:
     return [as_row(f"step, Llama, {layers} layers", ratio) for ratio in ratios]
 
 
-def in_process(function: str, *arguments: object, cache: Path) -> Any:
-    """The result of a function of this file in a fresh process with these cache folders."""
+def in_process(function: str, *arguments: object, cache: Path, file: str = __file__) -> Any:
+    """The result of a function of this file, or of another benchmark that takes `--run`, in a fresh
+    process with these cache folders."""
     environment = {
         **os.environ,
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "LORAFX_CACHE_DIR": str(cache / "lorafx"),
     }
-    command = [sys.executable, __file__, "--run", json.dumps([function, arguments])]
+    command = [sys.executable, file, "--run", json.dumps([function, arguments])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{function}{arguments} failed:\n{done.stderr[-4000:]}")

@@ -14,15 +14,14 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from compile_time import cpu_seconds, in_process
 
 ROWS = 8
 
@@ -59,11 +58,11 @@ def start(layers: int, lowering: str, folder: str) -> dict[str, Any]:
         return cm(input_ids=ids, use_cache=False, adapter_names=names).logits
 
     who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-    before = sum(sum(resource.getrusage(item)[:2]) for item in who)
+    before = sum(cpu_seconds(item) for item in who)
     begin = time.perf_counter()
     logits = call()
     seconds = time.perf_counter() - begin
-    cpu = sum(sum(resource.getrusage(item)[:2]) for item in who) - before
+    cpu = sum(cpu_seconds(item) for item in who) - before
     steps = []
     for _ in range(50):
         begin = time.perf_counter()
@@ -79,20 +78,6 @@ def start(layers: int, lowering: str, folder: str) -> dict[str, Any]:
     }
 
 
-def in_process(layers: int, lowering: str, folder: str) -> dict[str, Any]:
-    environment = {
-        **os.environ,
-        "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
-        "LORAFX_CACHE_DIR": f"{folder}/lorafx",
-    }
-    command = [sys.executable, __file__, "--run", json.dumps([layers, lowering, folder])]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"a start failed:\n{done.stderr[-4000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--depth", type=int, action="append", help="layers; 2 and 32 without it")
@@ -101,12 +86,14 @@ def main() -> None:
     parser.add_argument("--run", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
-        print(json.dumps(start(*json.loads(options.run))))
+        function, arguments = json.loads(options.run)
+        print(json.dumps(globals()[function](*arguments)))
         return
     rows: list[dict[str, object]] = []
     for layers in options.depth or [2, 32]:
         with tempfile.TemporaryDirectory() as folder:
-            pair = [in_process(layers, options.lowering, folder) for _ in range(2)]
+            arguments = "start", layers, options.lowering, folder
+            pair = [in_process(*arguments, cache=Path(folder), file=__file__) for _ in range(2)]
         assert pair[0]["sum"] == pair[1]["sum"], "the second start has another answer"
         for which, row in zip(("first", "second"), pair, strict=True):
             rows.append({"layers": layers, "start": which, **row})

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from compile_time import cpu_seconds, in_process
+from compile_time import start as start_llama
 
 #: What is run: arguments of `warmup`, None for one mixed call; and whether the base has graphs of
 #: its own.
@@ -34,38 +34,21 @@ ARMS: dict[str, tuple[dict[str, Any] | None, bool]] = {
 
 def start(arm: str, layers: int) -> dict[str, Any]:
     """One start of this process."""
-    import compile_time
     import torch
 
     asked, base_graphs = ARMS[arm]
-    cm, _ = compile_time.start("llama", layers, True, True, base_graphs=base_graphs)
+    cm, _ = start_llama("llama", layers, True, True, base_graphs=base_graphs)
     ids = torch.randint(0, cm.model.config.vocab_size, (4, 5))
     who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-    before = [compile_time.cpu_seconds(item) for item in who]
+    before = [cpu_seconds(item) for item in who]
     begin = time.perf_counter()
     if asked is None:
         cm(input_ids=ids, use_cache=False, adapter_names=["a", None] * 2)
     else:
         cm.warmup(**asked)
     seconds = time.perf_counter() - begin
-    cpu, compilers = (
-        compile_time.cpu_seconds(item) - was for item, was in zip(who, before, strict=True)
-    )
+    cpu, compilers = (cpu_seconds(item) - was for item, was in zip(who, before, strict=True))
     return {"seconds": seconds, "cpu": cpu, "compilers": compilers, "graphs": cm.recompiles}
-
-
-def in_process(arm: str, layers: int, folder: str) -> dict[str, Any]:
-    environment = {
-        **os.environ,
-        "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
-        "LORAFX_CACHE_DIR": f"{folder}/lorafx",
-    }
-    command = [sys.executable, __file__, "--run", json.dumps([arm, layers])]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{arm} failed:\n{done.stderr[-4000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 def main() -> None:
@@ -76,13 +59,14 @@ def main() -> None:
     parser.add_argument("--run", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
-        print(json.dumps(start(*json.loads(options.run))))
+        function, arguments = json.loads(options.run)
+        print(json.dumps(globals()[function](*arguments)))
         return
     rows = []
     for layers in options.depth or [2, 32]:
         for arm in options.arm or ARMS:
             with tempfile.TemporaryDirectory() as folder:
-                row = in_process(arm, layers, folder)
+                row = in_process("start", arm, layers, cache=Path(folder), file=__file__)
             rows.append({"case": arm, "layers": layers, **row})
             print(
                 f"{layers:3d} layers, {arm}: {row['graphs']} graphs, {row['seconds']:.1f} s "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from dense_merge import TOLERANCE, Case, error
 from torch import Tensor
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 
 class StepLogits:
@@ -53,6 +54,20 @@ def check_logits(
         got = torch.stack(seen.rows[name])
         assert got.shape == want.shape, name
         assert error(got, want) <= TOLERANCE, name
+
+
+def check_three_requests(case: Case, cm: Any) -> None:
+    """`check_logits` for two adapters and the base, in chunks and pages of few tokens; nothing is
+    compiled once the engine has started."""
+    config = ContinuousBatchingConfig(page_size=4, num_blocks=64, max_batch_tokens=12)
+    work = [([*range(3, 20)], "a0"), ([7, 8], None), ([*range(9, 18)], "a1")]
+    with cm.continuous_batching(None, config) as engine:
+        graphs = cm.recompiles
+        seen = StepLogits(engine)
+        ids = [engine.add_request(p, adapter=a, max_new_tokens=3) for p, a in work]
+        outputs = answers(engine, ids)
+    check_logits(case, seen, outputs, dict(zip(ids, (w[1] for w in work), strict=True)))
+    assert cm.recompiles == graphs
 
 
 def greedy(case: Case, adapter: str | None, prompt: Sequence[int], new: int) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 from dense_merge import REFERENCE
 from hand_made import factors, save
+from python_calls import calls_of
 from torch import nn
 
 import lorafx
@@ -30,22 +30,6 @@ class Layer(nn.Module):
 
 def build(layers: int) -> nn.Module:
     return nn.ModuleDict({"layers": nn.ModuleList(Layer() for _ in range(layers))}).eval()
-
-
-def calls_of(work: Callable[[], Any]) -> int:
-    """Python calls that `work` takes, generators' steps included."""
-    count = 0
-
-    def profile(frame: Any, event: str, argument: Any) -> None:
-        nonlocal count
-        count += event == "call"
-
-    sys.setprofile(profile)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-    return count
 
 
 def linears(model: nn.Module) -> list[str]:

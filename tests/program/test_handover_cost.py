@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from typing import Any
-
 import torch
+from python_calls import calls_of
 
 from lorafx.ownership.memory import Memory
 from lorafx.program.handover import Given, Handover, in_order_of
@@ -20,17 +18,11 @@ def calls_of_note(layers: int) -> int:
     for tensor in taken:
         memory.given(tensor, None)
     handover = Handover(given={place: Given(0) for place in range(2 * layers - 1)})
-    count = 0
 
-    def profile(frame: Any, event: str, argument: Any) -> None:
-        nonlocal count
-        count += event == "call"
-
-    sys.setprofile(profile)
-    try:
+    def note() -> None:
         handover.note(memory, taken, [*returned, *views], in_order_of(2), looked_at=False)
-    finally:
-        sys.setprofile(None)
+
+    count = calls_of(note)
     assert all(memory.look(tensor) is not None for tensor in returned)
     assert memory.look(views[0]) is None
     assert all(memory.computed(tensor) for tensor in (*taken, *views))

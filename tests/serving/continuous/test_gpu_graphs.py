@@ -7,11 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from step_logits import StepLogits, answers, check_logits
+from step_logits import check_three_requests
 from toolchain import needs_compiler
 from torch import Tensor
 from torch._C import DispatchKey
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -55,15 +54,7 @@ def traced_as_on_a_gpu() -> Iterator[None]:
 def test_logits_of_every_step(llama, tmp_path) -> None:
     """Lengths that are no multiples of eight, for which torch pads the mask, and cuts it."""
     cm = llama.compile()
-    config = ContinuousBatchingConfig(page_size=4, num_blocks=64, max_batch_tokens=12)
-    work = [([*range(3, 20)], "a0"), ([7, 8], None), ([*range(9, 18)], "a1")]
-    with cm.continuous_batching(None, config) as engine:
-        graphs = cm.recompiles
-        seen = StepLogits(engine)
-        ids = [engine.add_request(p, adapter=a, max_new_tokens=3) for p, a in work]
-        outputs = answers(engine, ids)
-    check_logits(llama, seen, outputs, dict(zip(ids, (w[1] for w in work), strict=True)))
-    assert cm.recompiles == graphs
+    check_three_requests(llama, cm)
     for graph in cm.dump(tmp_path).glob("graph-*"):
         before = next(graph.glob("*-match.py")).read_text()
         after = next(graph.glob("*-attend.py")).read_text()

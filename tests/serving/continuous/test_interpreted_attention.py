@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from step_logits import StepLogits, answers, check_logits
+from step_logits import check_three_requests
 from torch import Tensor
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from lorafx.kernels.cpu import paged_attention as module
 from lorafx.kernels.triton.attention_spec import PagedAttentionSpec
@@ -35,13 +34,5 @@ def test_logits_of_every_step(eight_of, tmp_path, monkeypatch: pytest.MonkeyPatc
     cm = case.compile()
     monkeypatch.setattr(module, "kernel_of", lambda *_: None)
     monkeypatch.setattr(module, "by_request", interpreted)
-    config = ContinuousBatchingConfig(page_size=4, num_blocks=64, max_batch_tokens=12)
-    work = [([*range(3, 20)], "a0"), ([7, 8], None), ([*range(9, 18)], "a1")]
-    with cm.continuous_batching(None, config) as engine:
-        graphs = cm.recompiles
-        seen = StepLogits(engine)
-        ids = [engine.add_request(p, adapter=a, max_new_tokens=3) for p, a in work]
-        outputs = answers(engine, ids)
-    check_logits(case, seen, outputs, dict(zip(ids, (w[1] for w in work), strict=True)))
-    assert cm.recompiles == graphs
+    check_three_requests(case, cm)
     assert {spec.ring for spec in used} == {True, False}
