@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from torch import Tensor
 
 from lorafx.adapter_store.config_source import CONFIG_FILE, raw_fields
 from lorafx.adapter_store.hub import downloaded, is_repository
+from lorafx.adapter_store.origins import stamp
 from lorafx.adapter_store.peft_config import PeftConfig
-from lorafx.adapter_store.pickled import load_pickled, unpickled
+from lorafx.adapter_store.pickled import load_pickled, unlike_plain, unpickled
 from lorafx.adapter_store.saved import AdapterSource, Saved
 from lorafx.errors import CheckpointError
 from lorafx.interrupts import undisturbed
@@ -73,10 +74,11 @@ def opened(asked: AdapterSource) -> Saved:
     except (OSError, ValueError) as exc:
         raise CheckpointError(f"{path} cannot be read: {exc}") from exc
     if single:
-        fields = None
+        fields, before = None, _stamps([path, path.parent / CONFIG_FILE])
         if path.name in WEIGHTS and (path.parent / CONFIG_FILE).is_file():
             fields = _checked(raw_fields(path.parent)) if asked.config is None else None
         tensors, metadata = _tensors(path)
+        _check_unchanged(path, before)
         return _saved(asked, tensors, metadata, str(path), fields)
     return _of_folder(asked, path)
 
@@ -84,6 +86,7 @@ def opened(asked: AdapterSource) -> Saved:
 def _of_folder(asked: AdapterSource, folder: Path) -> Saved:
     """What a folder holds; its configuration is checked before its weights are read."""
     fields, problem = None, None
+    before = _stamps(_candidates(folder))
     if asked.config is None:
         try:
             fields = _checked(raw_fields(folder))
@@ -93,10 +96,39 @@ def _of_folder(asked: AdapterSource, folder: Path) -> Saved:
             problem = error  # other dialects have none
     file = _weights(folder, problem)
     tensors, metadata = _tensors(file)
+    _check_unchanged(file, before)
     saved = _saved(asked, tensors, metadata, str(file), fields)
     if saved.fields is None and problem is not None and file.name in (SAFETENSORS, PICKLED):
         raise problem
     return saved
+
+
+def _stamps(files: Iterable[Path]) -> dict[str, tuple[int, int, int]]:
+    """These files as they are now, by name; not those that are absent."""
+    found = {}
+    for file in files:
+        with suppress(OSError, ValueError):  # the reader says that better
+            found[file.name] = stamp(file.stat())
+    return found
+
+
+def _candidates(folder: Path) -> Iterator[Path]:
+    """The files in `folder` of which an adapter may consist."""
+    with suppress(OSError, ValueError):
+        for file in folder.iterdir():
+            if file.name == CONFIG_FILE or file.suffix in _SUFFIXES:
+                yield file
+
+
+def _check_unchanged(file: Path, before: Mapping[str, tuple[int, int, int]]) -> None:
+    """Raise CheckpointError where the weights, or the configuration beside them, are not what they
+    were before they were read: α may be that of one version, and what it scales that of another."""
+    for name, now in _stamps([file, file.parent / CONFIG_FILE]).items():
+        if before.get(name) != now:
+            raise CheckpointError(
+                f"{file.parent / name} was written while the adapter was read, which may be half "
+                "of one version and half of another; load it again when it is complete"
+            )
 
 
 def _checked(found: tuple[dict[str, Any], str]) -> PeftConfig | dict[str, Any]:
@@ -150,6 +182,9 @@ def _in_memory(asked: AdapterSource, tensors: Mapping[str, Any]) -> Saved:
                 f"an adapter in memory maps names to tensors; it has {key!r:.80}: "
                 f"of class {type(tensor).__name__}"
             )
+        unlike = unlike_plain(tensor)
+        if unlike is not None:
+            raise CheckpointError(f"{where}: {key:.200} {unlike}; give a dense tensor")
     return _saved(asked, {key: t.detach() for key, t in tensors.items()}, {}, where, None)
 
 

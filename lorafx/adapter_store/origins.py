@@ -83,8 +83,9 @@ def _files(path: Path) -> tuple[tuple[str, int, int, int], ...]:
     else:
         beside = path.parent / CONFIG_FILE
         found = [path, beside] if beside.is_file() else [path]
-    return tuple((each.name, *_stamp(each.stat())) for each in sorted(found))
+    return tuple((each.name, *stamp(each.stat())) for each in sorted(found))
 
 
-def _stamp(status: os.stat_result) -> tuple[int, int, int]:
+def stamp(status: os.stat_result) -> tuple[int, int, int]:
+    """By what a file that was written again differs: inode, bytes, ns since 1970."""
     return status.st_ino, status.st_size, status.st_mtime_ns

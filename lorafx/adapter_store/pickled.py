@@ -61,7 +61,7 @@ def _loaded(content: BinaryIO, file: str) -> dict[str, Tensor]:
     ):
         raise CheckpointError(f"{file} does not hold a mapping from names to tensors")
     for key, tensor in tensors.items():
-        unlike = _unlike_plain(tensor)
+        unlike = unlike_plain(tensor)
         if unlike is not None:
             raise CheckpointError(f"{file}: {key[:200]!r} {unlike}; save it as a dense tensor")
     _check_claims(file, tensors, held)
@@ -91,7 +91,7 @@ def _held(content: BinaryIO, file: str) -> int:
     return held
 
 
-def _unlike_plain(tensor: Tensor) -> str | None:
+def unlike_plain(tensor: Tensor) -> str | None:
     """Why this is no dense tensor with values, or None where it is one."""
     if is_traceable_wrapper_subclass(tensor):
         return f"is a {type(tensor).__name__}"
@@ -101,8 +101,8 @@ def _unlike_plain(tensor: Tensor) -> str | None:
         return f"is a sparse tensor ({tensor.layout})"
     if tensor.is_quantized:
         return f"is a quantised tensor ({tensor.dtype})"
-    if tensor.device.type != "cpu":
-        return f"is on the device {tensor.device} and holds no values"
+    if tensor.is_meta:
+        return "is on the device meta and holds no values"
     return None
 
 

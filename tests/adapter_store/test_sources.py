@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 import lorafx
+from lorafx.adapter_store import opening
 from lorafx.adapter_store.checkpoint import load_state
 from lorafx.adapter_store.inspecting import config_of
 from lorafx.errors import CheckpointError, UnsupportedAdapterError
@@ -158,3 +159,40 @@ def test_a_folder_on_this_machine_comes_before_the_hub(
 def test_what_a_folder_asks_for_in_any_dialect(base, folder, tmp_path) -> None:
     mlx = config_of(as_mlx(folder, tmp_path / "mlx"))
     assert (mlx.max_rank, mlx.use_dora) == (config_of(folder).max_rank, False) == (2, False)
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_files_that_are_written_while_they_are_read(
+    base, folder, tmp_path, single, monkeypatch
+) -> None:
+    """α of the old version would scale the factors of the new one."""
+    own = Path(shutil.copytree(folder, tmp_path / "own"))
+    new = save_adapter(base, tmp_path / "new", rank=2, targets=["q_proj"], seed=5, lora_alpha=40)
+    read = opening._checked
+
+    def written_meanwhile(found: tuple[dict[str, object], str]) -> object:
+        for name in (CONFIG, WEIGHTS):
+            os.replace(new / name, own / name)
+        return read(found)
+
+    source = own / WEIGHTS if single else own
+    with monkeypatch.context() as patch:
+        patch.setattr(opening, "_checked", written_meanwhile)
+        with pytest.raises(CheckpointError, match="was written while the adapter was read"):
+            load_state(source, base)
+    assert load_state(source, base).config.lora_alpha == 40
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensor: tensor.to("meta"), "is on the device meta and holds no values"),
+        (lambda tensor: tensor.to_sparse(), "is a sparse tensor"),
+        (lambda tensor: torch.nested.as_nested_tensor([tensor]), "is a nested tensor"),
+    ],
+)
+def test_tensors_in_memory_that_are_not_dense(change, said, base, folder) -> None:
+    key, tensors = next(iter(load_file(folder / WEIGHTS))), load_file(folder / WEIGHTS)
+    source = lorafx.AdapterSource(tensors | {key: change(tensors[key])}, config=folder)
+    with pytest.raises(CheckpointError, match=f"given tensors: .*lora_A.* {said}.*; give a dense"):
+        load_state(source, base)
