@@ -26,6 +26,7 @@ class Resting:
 
         Raises:
             MatchError: it does.
+            BatchError: it is wanted by a call of another thread, between two of its forwards.
         """
         session = self._session
         running = session.running
@@ -36,6 +37,7 @@ class Resting:
         for name in wanted(session):
             if path not in session.store[name].sites:
                 continue
+            self.refuse_elsewhere()  # it is the call of another thread that wants it
             asked = (
                 f"{name!r} is the default that set_adapter chose"
                 if session.asked.alike

@@ -225,6 +225,28 @@ def test_nor_is_it_of_generate(shallow, lm):
     assert error(got, shallow.expected([None], inputs)) <= 1e-5
 
 
+def test_nor_is_a_part_between_its_steps(shallow, lm):
+    """Which no call requests there, whatever that of the other thread does."""
+    cm, hidden = lm, torch.randn(2, 24)
+    found: list[Any] = []
+
+    class Streamer:
+        def put(self, value: Tensor) -> None:
+            found.extend(elsewhere(lambda: cm.lm_head(hidden)))
+
+        def end(self) -> None: ...
+
+    cm.generate(
+        torch.arange(1, 7)[None], adapter_names=["a3"], max_new_tokens=2, streamer=Streamer()
+    )
+    assert found
+    for refused in found:
+        with pytest.raises(BatchError, match="Call the compiled model, which waits"):
+            raise refused
+    (base,) = elsewhere(lambda: cm.lm_head(hidden))
+    assert torch.equal(base, shallow.base.lm_head(hidden))
+
+
 def test_a_call_that_waited_for_detach_is_refused(pausing):
     cm, x = served(pausing), rows()
     found: list[BaseException] = []
