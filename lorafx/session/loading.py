@@ -9,6 +9,7 @@ from typing import Any
 from lorafx.adapter_store.names import members
 from lorafx.adapter_store.origins import Origin
 from lorafx.adapter_store.peft_reader import Adapter
+from lorafx.adapter_store.saved import AdapterSource
 from lorafx.errors import CheckpointError, ConfigError, ReplacedModuleError
 from lorafx.interrupts import undisturbed
 from lorafx.session.reading import read_for
@@ -48,7 +49,9 @@ def load_adapter(session: Session, source: Any, name: str, strict: bool | None =
         ReplacedModuleError: a module that it is for was replaced or taken out.
         BatchError: the call that is running on this thread serves it.
     """
-    load_parts([(session, source)], name, strict)
+    # `load_parts` takes None for a session without a part of the adapter, which forgets it.
+    given: Any = source
+    load_parts([(session, AdapterSource(given) if source is None else source)], name, strict)
 
 
 def load_parts(parts: Sequence[tuple[Session, Any]], name: str, strict: bool | None = None) -> None:

@@ -175,6 +175,14 @@ def test_absent_files(served, folder):
         served.cm.load_adapter(folder / "nowhere", "new")
 
 
+def test_no_source(served):
+    """As of an unset variable: the adapter of that name stays."""
+    for name in ("a0", "new"):
+        with pytest.raises(CheckpointError, match="not from a NoneType"):
+            served.cm.load_adapter(None, name)
+    assert "a0" in served.cm.adapters
+
+
 def test_a_checkpoint_for_another_model(served, case_of):
     with pytest.raises(CheckpointError, match="q_proj"):
         served.cm.load_adapter(case_of("llama").folders["a0"], "new")
