@@ -35,6 +35,11 @@ def mapped(state: AdapterState, mapping: Mapping[str, str]) -> AdapterState:
         ConfigError: an expression is none, or none of them matches a path.
         CheckpointError: two keys become one.
     """
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(
+            "key_mapping maps regular expressions to what takes the place of their matches, "
+            f"{{pattern: replacement}}; got {mapping!r:.80}"
+        )
     patterns = []
     for pattern, target in mapping.items():
         try:

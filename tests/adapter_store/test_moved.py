@@ -146,6 +146,7 @@ def test_what_did_not_move_stays(text, case: Case, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("mapping", "error", "message"),
     [
+        ([("^model", "a")], ConfigError, r"maps regular expressions .* got \[\('\^model'"),
         ({"(": "a"}, ConfigError, r"'\(' is no regular expression"),
         ({"^nothing": "a"}, ConfigError, "matches no path"),
         ({"^model": r"\9"}, ConfigError, "cannot become"),

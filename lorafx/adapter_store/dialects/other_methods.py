@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from lorafx.adapter_store.saved import Saved
 from lorafx.errors import UnsupportedAdapterError
@@ -18,7 +18,6 @@ _METHODS: Mapping[str, str] = {
     r"boft_[A-Za-z]+": "BOFT: rotations of the base weight",
     r"ia3_l(\..+)?": "IA³: scales of activations",
     r"vera_lambda_[bd]|vera_[AB](\..+)?": "VeRA: scales between random matrices that all share",
-    r"[ab][12]\.weight": "GLoRA",
     r"on_input|w_norm|b_norm": "a trained scale or norm of LyCORIS",
     r"diff(_b)?": "a whole difference of weights",
     r"lora_mid\.weight|lora_t[12]": "a Tucker decomposition (lora_mid)",
@@ -31,14 +30,18 @@ _METHODS: Mapping[str, str] = {
 _PATTERNS = [(re.compile(rf"(?:.*\.)?(?:{keys})"), method) for keys, method in _METHODS.items()]
 
 
+#: Of each module GLoRA has all of these. One alone is the weight of a module of that name.
+_GLORA = re.compile(r"((?:.*\.)?)[ab][12]\.weight")
+_OF_GLORA = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
+
+
 def refuse_other_methods(saved: Saved) -> None:
     """Raise UnsupportedAdapterError where keys belong to methods other than LoRA."""
     found: dict[str, list[str]] = {}
     for key in saved.tensors:
-        for pattern, method in _PATTERNS:
-            if pattern.fullmatch(key):
-                found.setdefault(method, []).append(key)
-                break
+        method = _method(key, saved.tensors)
+        if method is not None:
+            found.setdefault(method, []).append(key)
     if found:
         lines = "\n".join(
             f"  - {method}: {len(keys)} keys, such as {keys[0][:200]!r}"
@@ -48,3 +51,11 @@ def refuse_other_methods(saved: Saved) -> None:
             f"{saved.where} holds what is no LoRA:\n{lines}\nlorafx serves sums of s·B A alone; "
             f"{_MERGE}"
         )
+
+
+def _method(key: str, keys: Container[str]) -> str | None:
+    for pattern, method in _PATTERNS:
+        if pattern.fullmatch(key):
+            return method
+    part = _GLORA.fullmatch(key)
+    return "GLoRA" if part and all(part[1] + own in keys for own in _OF_GLORA) else None

@@ -280,6 +280,18 @@ def test_other_methods_are_refused_by_name(key: str, method: str, case: Case) ->
         load_state({key: torch.ones(2, 2)}, case.base)
 
 
+def test_modules_with_names_like_glora_s_parts() -> None:
+    model = nn.ModuleDict({"a1": nn.Linear(3, 2), "a2": nn.Linear(2, 3)})
+    factors = {"lora_A": torch.ones(1, 3), "lora_B": torch.ones(2, 1)}
+    tensors = {f"a1.{name}": value for name, value in factors.items()}
+    saved = {"a1.weight": model["a1"].weight, "a2.weight": model["a2"].weight}
+    state = load_state(lorafx.AdapterSource(tensors | saved, {"lora_alpha": 1}), model)
+    assert {"a1.lora_A.weight", "a1.lora_B.weight", "a1.weight"} <= set(state.tensors)
+    glora = {f"lora_unet_a.{part}.weight": torch.ones(2, 2) for part in ("a1", "a2", "b1", "b2")}
+    with pytest.raises(UnsupportedAdapterError, match=r"GLoRA: 4 keys"):
+        load_state(glora, model)
+
+
 def test_older_keys_of_diffusers(case: Case, tmp_path: Path) -> None:
     model = nn.ModuleDict({"attn1": nn.ModuleDict({"to_q": nn.Linear(3, 3)})})
     tensors = {
