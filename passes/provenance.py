@@ -41,6 +41,7 @@ from lorafx.program.frame import (
     FrameInput,
     batch_symbols,
     fake_value,
+    numbers_of_choices,
     several,
     token_inputs,
 )
@@ -223,7 +224,8 @@ def batch_of(frame: Frame) -> BatchSymbols:
     Raises:
         ProvenanceError: as `batch_symbols`.
     """
-    return BatchSymbols.of(batch_symbols(frame)).with_multiples(several(frame))
+    batch = BatchSymbols.of(batch_symbols(frame)).with_multiples(several(frame))
+    return batch.with_alike(numbers_of_choices(frame))
 
 
 def ask(graph: fx.Graph, fits: Iterable[fx.Node], slots: fx.Node, batch: BatchSymbols) -> None:

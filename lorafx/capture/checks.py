@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lorafx.errors import CaptureError, LorafxError, MatchError, ProvenanceError
+from lorafx.errors import BatchError, CaptureError, LorafxError, MatchError, ProvenanceError
 from lorafx.graph.context import When
 from lorafx.model.sites import Site
 from lorafx.ownership.held import Alone
@@ -43,6 +43,8 @@ class InputPlaces:
         derived: path of a site -> position and form of each tensor that holds part of its weight.
         assumed: position -> argument of those `requests` whose dimension is the convention's, until
             a warning has been given for it.
+        choices: those of `called` that hold several sequences of each request, in dimension 1: as
+            many in all of them.
         number: how many requests the graph is for, where inputs are of one request each.
     """
 
@@ -54,6 +56,7 @@ class InputPlaces:
     plain: list[int] = field(default_factory=list)
     derived: list[tuple[str, int, WeightForm | None]] = field(default_factory=list)
     assumed: dict[int, str] = field(default_factory=dict)
+    choices: list[tuple[int, int, str]] = field(default_factory=list)
     number: int | None = None
 
     @classmethod
@@ -82,11 +85,18 @@ class InputPlaces:
                     places.assumed[position] = item.role.argument
                 if item.kind == "argument":
                     places.called.append(places.requests[-1])
+                if frame.chosen(item):
+                    places.choices.append((position, 1, item.label))
             if item.kind == "argument" and item.role is not None and not frame.begins_call:
                 places.arguments[position] = item.role
             if item.kind == "state" and example.dim() > 1 and elsewhere:
                 places.plain.append(position)
         return places
+
+    @property
+    def conditional(self) -> bool:
+        """Whether what stands at some places has to be looked at before the graph runs."""
+        return bool(self.plain or self.derived or self.choices)
 
     def site(self, program: Program, path: str, arguments: Sequence[Any]) -> Site | None:
         """The site that stands in the running call where this one stood at capture."""
@@ -152,6 +162,19 @@ class InputPlaces:
         for position, argument in list(self.assumed.items()):
             if warn_ambiguous(argument, arguments[position], rows):
                 del self.assumed[position]
+
+    def check_choices(self, arguments: Sequence[Any]) -> None:
+        """Arguments that hold several sequences of each request hold as many.
+
+        Raises:
+            BatchError: they do not.
+        """
+        if len({arguments[position].shape[dim] for position, dim, _ in self.choices}) > 1:
+            given = ", ".join(f"{n} {tuple(arguments[p].shape)}" for p, _, n in self.choices)
+            raise BatchError(
+                f"the arguments hold different numbers of sequences for each request: {given}; "
+                "give (B, C, T) of all of them, with the same number C"
+            )
 
 
 #: Parts of adapters beside their factors: what cannot be done with them, and the setting of PEFT
@@ -239,7 +262,10 @@ class Checks:
                 LoRA, DoRA or a weight of the adapter's own cannot be applied to.
             ProvenanceError: the batch mixes adapters that touch a site whose rows have no proved
                 owner.
+            BatchError: as `InputPlaces.check_choices`.
         """
+        if not program.runtime.uniform:
+            self.places.check_choices(arguments)
         strangers = self.places.strangers(program, arguments)
         if strangers:
             raise CaptureError(

@@ -47,7 +47,7 @@ def checked(checks: Checks, owner: Owner, compiled: Callable[..., Any]) -> Calla
         call, handover = program.call, checks.handover
         handed = call is not None and (checks.several[0] or handover.fresh)
         rows = checks.rows(program, arguments) if handed else None
-        if checks.refusals or checks.places.plain or checks.places.derived:
+        if checks.refusals or checks.places.conditional:
             checks.check(program, arguments, alone=isinstance(rows, Alone))
         if call is None or not handed:
             return compiled(*arguments)

@@ -29,11 +29,12 @@ class BatchSymbols:
 
     `members` are what the sizes in the graph call B; `canonical` is the one that stands for all.
     A batch that was specialised to a number keeps that number. `multiples` are sizes that are
-    whole multiples of B.
+    whole multiples of B, and those of `alike` are equal to each other.
     """
 
     members: frozenset[sympy.Expr]
     multiples: frozenset[sympy.Expr] = frozenset()
+    alike: frozenset[sympy.Expr] = frozenset()
 
     @staticmethod
     def of(sizes: Iterable[int | torch.SymInt | sympy.Expr]) -> BatchSymbols:
@@ -62,6 +63,10 @@ class BatchSymbols:
         """The same, where these are known to be whole multiples of B."""
         return replace(self, multiples=frozenset(as_expr(size) for size in sizes) - self.members)
 
+    def with_alike(self, sizes: Iterable[int | torch.SymInt]) -> BatchSymbols:
+        """The same, where these are known to be equal to each other."""
+        return replace(self, alike=frozenset(as_expr(size) for size in sizes) - self.members)
+
     def each(self, size: int | torch.SymInt) -> sympy.Expr:
         """size / B, where size is known to be a whole multiple of B."""
         return FloorDiv(as_expr(size), self.canonical)
@@ -89,6 +94,9 @@ class Sizes:
         self.batch = batch.canonical
         self._unify = {m: self.batch for m in batch.members if m != self.batch}
         self._unify |= {m: self.batch * batch.each(m) for m in batch.multiples if m.is_Symbol}
+        if batch.alike:
+            one = min(batch.alike, key=lambda size: (not size.is_Integer, str(size)))
+            self._unify |= {size: one for size in batch.alike if size.is_Symbol and size != one}
         self._learnt: dict[sympy.Expr, sympy.Expr] = {}
         self._memo: dict[sympy.Expr, sympy.Expr] = {}
 

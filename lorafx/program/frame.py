@@ -18,7 +18,7 @@ from lorafx.captured_frame import input_place, size_source, source_name
 from lorafx.errors import ProvenanceError
 from lorafx.model.sites import Group, Site
 from lorafx.program.roles import Role
-from lorafx.program.row_dims import TOKEN_DIMS, new_tokens
+from lorafx.program.row_dims import TOKEN_DIMS, choices, new_tokens
 from lorafx.program.stack import calling_modules
 
 if TYPE_CHECKING:
@@ -104,6 +104,9 @@ class Frame:
         self.per_token = False
         #: Arguments that hold one entry per token, with that dimension.
         self.token_dims: Mapping[str, int] = TOKEN_DIMS
+        #: Arguments that hold several sequences of each request, in dimension 1: as many in all of
+        #: them, which the graph checks when it runs.
+        self.choices: tuple[str, ...] = ()
         self.by_node: dict[fx.Node, FrameInput] = {}
         #: Position of each placeholder among the arguments that the executable is called with.
         self.positions: dict[fx.Node, int] = {}
@@ -147,6 +150,7 @@ class Frame:
         frame = cls(_told_apart(program, placeholders, inputs, examples))
         if program.call is not None:
             frame.token_dims = new_tokens(program.call.named)
+            frame.choices = choices(program.call.named)
         frame.writable = tuple(
             position
             for position, (item, example) in enumerate(zip(inputs, examples, strict=True))
@@ -163,6 +167,11 @@ class Frame:
     def counted(self) -> tuple[int, ...]:
         """Positions of sizes that are taken for the number of requests."""
         return tuple(p for p, item in enumerate(self.inputs) if item.counts)
+
+    def chosen(self, item: FrameInput) -> bool:
+        """Whether an input holds as many sequences of each request as others of this kind."""
+        of = item.role.argument if item.kind == "argument" and item.role is not None else None
+        return of in self.choices
 
     @property
     def follows_another(self) -> bool:
@@ -335,6 +344,12 @@ def several(frame: Frame) -> list[Any]:
         for node, item in frame.by_node.items()
         if item.several_dim is not None
     ]
+
+
+def numbers_of_choices(frame: Frame) -> list[Any]:
+    """The sizes (SymInts or ints) that are the number of sequences of each request."""
+    chosen = [node for node, item in frame.by_node.items() if frame.chosen(item)]
+    return [fake_value(node).shape[1] for node in chosen]
 
 
 def token_inputs(frame: Frame) -> dict[fx.Node, int]:

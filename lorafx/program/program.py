@@ -311,7 +311,7 @@ class Program:
             return found
         for name, value in self.call.named.items():
             for tensor in tensor_leaves(value):
-                found[id(tensor)] = self.call.roles.role(name, tensor)
+                found[id(tensor)] = self.call.roles.role(name, tensor, self.call.named)
         return found
 
 

@@ -20,7 +20,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorafx.errors import BatchError, ConfigError, LorafxWarning, nearest, some
-from lorafx.program.row_dims import BATCH_FIRST, PACKED_DIMS, PICKS, PRIMARY, RANKED, ROW_DIMS
+from lorafx.program.row_dims import (
+    BATCH_FIRST,
+    PACKED_DIMS,
+    PICKS,
+    PRIMARY,
+    RANKED,
+    ROW_DIMS,
+    choices,
+)
 
 
 @dataclass(frozen=True)
@@ -114,8 +122,9 @@ class RoleTable:
             bound.arguments[name] = made
         return bound.args, bound.kwargs
 
-    def role(self, argument: str, tensor: Tensor) -> Role:
-        """The role of `tensor`, found in `argument` (itself, or a leaf of a container)."""
+    def role(self, argument: str, tensor: Tensor, call: Mapping[str, Any]) -> Role:
+        """The role of `tensor`, found in `argument` (itself, or a leaf of a container) of `call`,
+        which is the call's arguments by name."""
         if argument in self._row_dims:
             picks = self.packed and argument in PICKS and tensor.dim() == 1
             return Role(argument, self._row_dims[argument], picks=picks)
@@ -123,7 +132,8 @@ class RoleTable:
             return Role(argument, None)
         own = argument.rpartition(".")[2]
         if own in RANKED:
-            return Role(argument, RANKED[own](tensor))
+            several = argument in choices(call, argument.removesuffix(own))
+            return Role(argument, RANKED[own](tensor, several))
         if own in ROW_DIMS:
             return Role(argument, ROW_DIMS[own])
         if self._declares_roles:
@@ -141,7 +151,7 @@ class RoleTable:
         for name, value in named.items():
             if not isinstance(value, Tensor):
                 continue
-            role = self.role(name, value)
+            role = self.role(name, value, named)
             if not role.known or role.dim is None:
                 continue
             check_requests(name, value.shape, role.dim, rows, named)
@@ -155,7 +165,7 @@ class RoleTable:
         for name in order + [name for name in named if name not in order]:
             value = named[name]
             if isinstance(value, Tensor):
-                role = self.role(name, value)
+                role = self.role(name, value, named)
                 if role.known and role.dim is not None and value.dim() > role.dim:
                     return value.shape[role.dim]
         return None

@@ -119,13 +119,43 @@ def new_tokens(named: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def _position_ids_dim(tensor: Tensor) -> int | None:
-    """(T,) is shared; (B, T) has requests first; (axes, B, T) is multi-axis rotary."""
-    return {0: None, 1: None, 2: 0}.get(tensor.dim(), 1)
+#: Arguments that hold one entry per token -> their rank where a request is one sequence.
+_RANKS: Mapping[str, int] = {
+    "input_ids": 2,
+    "inputs_embeds": 3,
+    "attention_mask": 2,
+    "token_type_ids": 2,
+    "position_ids": 2,
+}
 
 
-#: Roles whose dimension depends on the tensor's rank.
-RANKED: Mapping[str, Callable[[Tensor], int | None]] = {
+def choices(named: Mapping[str, Any], prefix: str = "") -> tuple[str, ...]:
+    """The arguments of a call, behind `prefix`, whose dimension 1 holds the sequences of each
+    request: (B, C, T), as models for multiple choice take them. None where a request is one
+    sequence, as the tokens have it."""
+    given = {own: named.get(prefix + own) for own in _RANKS}
+    several = {
+        own: value
+        for own, value in given.items()
+        if isinstance(value, Tensor) and value.dim() == _RANKS[own] + 1
+    }
+    main = next((several[own] for own in PRIMARY if own in several), None)
+    if main is None:
+        return ()
+    return tuple(
+        prefix + own for own, value in several.items() if value.shape[:3] == main.shape[:3]
+    )
+
+
+def _position_ids_dim(tensor: Tensor, several: bool) -> int | None:
+    """(T,) is shared; (B, T) has requests first, and so has (B, C, T) where they have `several`
+    sequences each; (axes, B, T) is multi-axis rotary."""
+    return 0 if several else {0: None, 1: None, 2: 0}.get(tensor.dim(), 1)
+
+
+#: Roles whose dimension depends on the tensor's rank, and on whether requests have several
+#: sequences each.
+RANKED: Mapping[str, Callable[[Tensor, bool], int | None]] = {
     "position_ids": _position_ids_dim,
     "decoder_position_ids": _position_ids_dim,
 }

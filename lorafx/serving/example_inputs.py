@@ -95,7 +95,7 @@ class Example:
     def _fitted(self, name: str, value: Any, rows: int, length: int | None) -> Any:
         if not isinstance(value, Tensor):
             return value
-        role = self.roles.role(name, value)
+        role = self.roles.role(name, value, self.named)
         fitted = value
         if role.known and _holds(value, role.dim, self.rows):
             fitted = _repeated(fitted, role.dim, rows)

@@ -48,6 +48,8 @@ class Rows:
         self._roles, self._row_dims = roles, row_dims
         self.waves = [torch.tensor(list(wave)) for wave in waves]
         self.count = sum(map(len, waves))
+        #: The arguments of the call, by name.
+        self._named: Mapping[str, Any] = {}
         order = torch.cat(self.waves)
         #: For each row of the batch, its place among the rows of all waves.
         self.places = torch.empty_like(order)
@@ -57,6 +59,7 @@ class Rows:
 
     def check(self, named: Mapping[str, Any]) -> None:
         """Raise BatchError unless all arguments can be cut."""
+        self._named = named
         self._roles.check_rows(named, self.count)
         for name, value in named.items():
             self._check(name, value)
@@ -66,7 +69,7 @@ class Rows:
         if isinstance(value, PLAIN):
             return value
         if isinstance(value, Tensor):
-            dim = self._roles.role(name, value).dim
+            dim = self._roles.role(name, value, self._named).dim
             if dim is None or value.shape[dim] == 1 != self.count:
                 return value
             with torch.no_grad():
@@ -87,7 +90,7 @@ class Rows:
             return
         if isinstance(value, Tensor):
             declared = self._row_dims.get(name, 0)
-            role = self._roles.role(name, value)
+            role = self._roles.role(name, value, self._named)
             if not role.known or (declared is None and value.dim()):
                 what = "is declared to be shared" if role.known else "is in no table of roles"
                 _refuse(

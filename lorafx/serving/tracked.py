@@ -53,6 +53,6 @@ def _memory(session: Session) -> Memory | None:
     call.tracked = True
     for name, value in call.named.items():
         for tensor in tensor_leaves(value):
-            role = call.roles.role(name, tensor)
+            role = call.roles.role(name, tensor, call.named)
             call.memory.given(tensor, held_argument(role, tensor, rows))
     return call.memory

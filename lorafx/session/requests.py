@@ -123,7 +123,7 @@ def check_tokens(tokens: Tensor, roles: RoleTable, named: Mapping[str, Any]) -> 
     roles.check_rows(named, rows)
     for name, dim in new_tokens(named).items():
         value = named[name]
-        if roles.role(name, value).dim == 0 and value.shape[dim] != length:
+        if roles.role(name, value, named).dim == 0 and value.shape[dim] != length:
             raise BatchError(
                 f"adapter_slots has shape {(rows, length)}, and {name!r} {tuple(value.shape)}; "
                 "give one slot for each token of the call. Tokens that are in a cache already have "

@@ -1,0 +1,64 @@
+"""Models for multiple choice flatten (B, C, T) to (B·C, T): a request has C rows of the batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from dense_merge import Case, check_mixed, random_base
+from own_weights import own_case
+from tiny_models import VOCAB, Family
+
+from lorafx.errors import BatchError
+
+SIZES = {"vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 40, "pad_token_id": 0} | {
+    "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 66
+}  # fmt: skip
+
+
+def chosen(rows: int, choices: int, length: int) -> dict[str, torch.Tensor]:
+    """All that such a model takes, with choices of unequal lengths."""
+    torch.manual_seed(rows + choices)
+    ids = torch.randint(1, VOCAB, (rows, choices, length))
+    mask = torch.ones_like(ids)
+    mask[0, 1, 3:] = 0
+    positions = torch.arange(length).expand(rows, choices, length).contiguous()
+    kinds = torch.zeros_like(ids)
+    return {"input_ids": ids, "attention_mask": mask} | {
+        "token_type_ids": kinds, "position_ids": positions
+    }  # fmt: skip
+
+
+def built(model: Any, folder: Path, targets: list[str]) -> tuple[Any, Case]:
+    base = random_base(Family(lambda **_: model(model.config_class(**SIZES)), ()))
+    configs = {
+        "a": {"target_modules": [*targets, "dense"], "modules_to_save": ["classifier"]},
+        "b": {"target_modules": targets},
+    }
+    case = own_case(base, folder, configs)
+    return case.compile(), case
+
+
+@pytest.mark.parametrize(
+    ("model", "targets"),
+    [
+        (transformers.BertForMultipleChoice, ["query", "value"]),
+        (transformers.DebertaV2ForMultipleChoice, ["query_proj", "value_proj"]),
+    ],
+)
+def test_each_request_has_its_adapter_in_all_choices(model, targets, tmp_path):
+    cm, case = built(model, tmp_path, targets)
+    x = chosen(3, 2, 5)
+    check_mixed(cm, case, ["a", None, "b"], x)
+    captured = cm.recompiles
+    check_mixed(cm, case, ["b", "a", None, "a"], chosen(4, 3, 6))  # also other choices, longer
+    check_mixed(cm, case, [None, "b", "b"], x)
+    assert cm.recompiles == captured
+    if model is transformers.BertForMultipleChoice:
+        check_mixed(cm, case, ["a"], chosen(1, 3, 6))
+        x["attention_mask"] = torch.ones(3, 4, 5, dtype=torch.int64)
+        with pytest.raises(BatchError, match=r"\(3, 2, 5\).*\(3, 4, 5\).*the same number C"):
+            cm(**x, adapter_names=["a", None, "b"])
