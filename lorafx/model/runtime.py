@@ -68,7 +68,8 @@ class Runtime:
         resting: whom a mark asks when its layer runs in eager mode; None where that is what the
             batch wants.
 
-    Copies and pickles keep the batch, have slots of their own and no session.
+    Copies and pickles have slots of their own and no session. They keep the batch, unless a session
+    serves it: its call is none of theirs, and they are the base.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
@@ -187,7 +188,8 @@ class Runtime:
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_key", "_buffer", "_row_slots", "_graph_slots", "session", "resting")
-        return {k: v for k, v in vars(self).items() if k not in own}
+        state = {k: v for k, v in vars(self).items() if k not in own}
+        return state if self.session is None else {**state, **_AT_REST}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -197,6 +199,10 @@ class Runtime:
             self.use_handle()
         else:
             self._write(self.rows)
+
+
+#: What `clear` leaves.
+_AT_REST = {"rows": (-1,), "active": False, "uniform": True}
 
 
 def _copy(host: Tensor, slots: Tensor) -> None:

@@ -210,6 +210,14 @@ def test_detached_and_attached_again(plain):
     assert error(got, plain.expected(["a2", None], inputs)) <= 1e-5
 
 
+def test_a_copy_that_is_made_inside_a_block_is_the_base(plain):
+    model, inputs = attached(plain), feed(2, 4)
+    for names in ("a0", ["a0", None]):
+        with lorafx.adapters(model, names):
+            twin = copy.deepcopy(model)
+        check_base(twin, plain, inputs)
+
+
 def test_models_that_cannot_be_attached_or_served(plain):
     model = attached(plain)
     with pytest.raises(CaptureError, match="already carries a LoRA mark"):
