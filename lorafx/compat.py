@@ -277,3 +277,19 @@ def scratch_for_each_program() -> None:
     if not getattr(original, "_lorafx", False):
         cpp_scratch._lorafx = True  # type: ignore[attr-defined]
         setattr(CUDADeviceOpOverrides, "cpp_scratch", cpp_scratch)  # noqa: B010  for mypy
+
+
+def transform() -> str | None:
+    """What has put something else in the place of tensors, so that their numbers cannot be read or
+    written; None where nothing has. 0.2 µs."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func (vmap, grad, functionalize)"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace"
+    kinds = torch._C._TorchDispatchModeKey
+    if torch._C._len_torch_dispatch_stack() and any(
+        torch._C._get_dispatch_mode(kind) is not None
+        for kind in (kinds.FAKE, kinds.PROXY, kinds.FUNCTIONAL)
+    ):
+        return "torch.export, make_fx or a FakeTensorMode"
+    return None

@@ -11,6 +11,7 @@ from lorafx.errors import BatchError, ConfigError
 from lorafx.interrupts import undisturbed
 from lorafx.session.loading import asked_name, load_adapter, unloading
 from lorafx.session.prefetching import prefetch
+from lorafx.session.transforms import refuse_transformed
 
 if TYPE_CHECKING:
     from lorafx.session.session import Session
@@ -103,6 +104,7 @@ class AdapterMethods:
             CapacityError: every slot is pinned.
             BatchError: called inside a forward on this thread, for an adapter without a slot.
         """
+        refuse_transformed()
         session = self._session
         kept = session.store.fetch([name], resident=True)  # noqa: F841 - before the lock is taken
         with session.lock:  # a slot that it takes may be one that a running call reads

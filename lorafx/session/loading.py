@@ -14,6 +14,7 @@ from lorafx.errors import CheckpointError, ConfigError, ReplacedModuleError
 from lorafx.interrupts import undisturbed
 from lorafx.session.reading import read_for
 from lorafx.session.session import Session
+from lorafx.session.transforms import refuse_transformed
 
 #: The name of an adapter that is given without one, as in PEFT.
 _UNNAMED = "default"
@@ -57,6 +58,7 @@ def load_adapter(session: Session, source: Any, name: str, strict: bool | None =
 def load_parts(parts: Sequence[tuple[Session, Any]], name: str, strict: bool | None = None) -> None:
     """As `load_adapter`, into several models: each has the part of the adapter that stands beside
     it, or none of this name where that is None. Where one part cannot be loaded, none is."""
+    refuse_transformed()
     read = [
         None if source is None else (Origin.of(source), _read(session, source, name, strict))
         for session, source in parts

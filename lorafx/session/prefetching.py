@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from lorafx.adapter_store.holding import Hold
 from lorafx.errors import LorafxError
 from lorafx.session.session import Session
+from lorafx.session.transforms import refuse_transformed
 
 
 def prefetch(session: Session, names: Sequence[str | None], *, slots: bool) -> None:
@@ -18,6 +19,7 @@ def prefetch(session: Session, names: Sequence[str | None], *, slots: bool) -> N
         ConfigError: a sum of adapters that can be part of none.
         CapacityError: into slots, and there are not as many.
     """
+    refuse_transformed()
     store = session.store
     for name in names:
         if name is not None:

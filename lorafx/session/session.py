@@ -37,6 +37,7 @@ from lorafx.session.running import IDLE, BaseState, Locks, Running
 from lorafx.session.stand_ins import StandIns
 from lorafx.session.statistics import Statistics, statistics_of
 from lorafx.session.streams import accelerators
+from lorafx.session.transforms import refuse_transformed
 
 T = TypeVar("T")
 
@@ -143,7 +144,10 @@ class Session:
             CaptureError: an update of the base weights was interrupted, or lost a merge.
             ReplacedModuleError: a module that holds the merged adapter was replaced.
             CheckpointError: an adapter has to be read again, and its files have changed.
+
+        Also CaptureError as `refuse_transformed`.
         """
+        refuse_transformed()
         # Before the lock is taken: other calls go on while files are read.
         kept = self.fetched((self.default,) if names is None else names, tokens)  # noqa: F841
         with self.locks.calls:
@@ -300,7 +304,9 @@ class Session:
 
     def refuse_running(self, what: str) -> None:
         """Raise BatchError where a call or an update of the weights runs on this very thread, and
-        `what` is to be done after it. Asked before any lock is waited for."""
+        `what` is to be done after it; CaptureError as `refuse_transformed`. Asked before any lock
+        is waited for."""
+        refuse_transformed()
         running = self.running
         if running.updating and running.here:
             raise BatchError(

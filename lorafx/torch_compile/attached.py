@@ -36,6 +36,7 @@ from lorafx.serving.compiled import compiled_of
 from lorafx.session.all_sessions import sessions
 from lorafx.session.requests import Requests
 from lorafx.session.session import Session
+from lorafx.session.transforms import refuse_transformed
 
 
 class AttachedSession(Session):
@@ -77,6 +78,7 @@ class AttachedSession(Session):
             requests = Requests((names,), alike=True)
         else:
             requests = Requests(tuple(names))
+        refuse_transformed()
         program, runtime = self.program, self.program.runtime
         kept = self.fetched(requests.names)  # noqa: F841 - before the lock is taken
         with self.locks.calls, ExitStack() as settings:
