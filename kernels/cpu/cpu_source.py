@@ -21,6 +21,9 @@ ELEMENTS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 SERIAL_WORK = 1 << 15
 # With fewer rows per thread than this, a row's planes and columns are shared out instead of rows.
 SPLIT_ROWS = 2
+# A load of an adapter's factors from memory takes about as long as the work of so many rows that
+# find them in a cache (Zen 4, rank 16); 8 and 32 are as good.
+LOAD_ROWS = 16
 # Columns of one unit of work then.
 COLUMN_BLOCK = 512
 # Bytes that a stream of B is asked for ahead of its use; 512 was best of 0, 128 ... 1024 for decode
@@ -169,9 +172,6 @@ def source(spec: DeltaSpec, isa: Isa) -> str:
     """The complete C++ text of the kernel of `spec` for `isa`."""
     starts = [sum(spec.sizes[:j]) for j in range(len(spec.sizes))]
     blocks = sum(-(-size // COLUMN_BLOCK) for size in spec.sizes)
-    # More rows of one adapter find its factors in the cache. Of an adapter and expert there are few
-    # also in a long batch: asking for what is next saves a tenth to a third there.
-    streamed = isa.tile if spec.experts else 2
     features = 0 if spec.embedding else len(spec.sizes) * spec.in_features
     sizes = {
         **tile_sizes(isa),
@@ -183,12 +183,13 @@ def source(spec: DeltaSpec, isa: Isa) -> str:
         "A_STRIDE": spec.group * max(spec.in_features, 1),
         "B_STRIDE": spec.columns,
         "EXPERTS": spec.experts,
-        "PREFETCH_ROWS": streamed,
+        "PREFETCH_ROWS": isa.tile,
         "RANGES": len(spec.sizes),
         "BLOCK": COLUMN_BLOCK,
         "COLUMN_BLOCKS": blocks,
         "WORK": spec.max_rank * (features + sum(spec.sizes)),
         "SPLIT_ROWS": SPLIT_ROWS,
+        "LOAD_ROWS": LOAD_ROWS,
     }
     tables = {
         "SIBLING": spec.siblings,

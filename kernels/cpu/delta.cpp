@@ -16,7 +16,8 @@ struct Call {
     int32_t* order;  // active rows, sorted by slot
     int32_t* owner;  // owner[p] is the slot of row order[p]
     int64_t active;
-    float* v;  // only when one row's work is split
+    float* v;         // only when one row's work is split
+    int32_t* starts;  // where each thread's share of the rows begins, and after the last its end
     int32_t status;
 };
 
@@ -118,6 +119,49 @@ static void run_rows(int64_t begin, int64_t end, void* context) {
         else if (TILE > 2 && count >= 2) tile<2>(c, begin), begin += 2;
         else tile<1>(c, begin), begin += 1;
     }
+}
+
+// Rows of one slot share a load of its factors, which costs as much as the work of LOAD_ROWS rows. In
+// a step of decoding, where popular adapters have several rows and others one, equal numbers of rows
+// would be unequal work.
+
+// Whether no share costs more than `most`, in rows, when each takes rows while it may.
+static bool share_out(Call* c, int64_t shares, int64_t most) {
+    int64_t share = 0, room = most, p = 0;
+    c->starts[0] = 0;
+    while (p < c->active) {
+        int64_t stop = p + 1;
+        while (stop < c->active && c->owner[stop] == c->owner[p]) stop++;
+        while (p < stop) {
+            if (room <= LOAD_ROWS) {
+                if (++share == shares) return false;
+                c->starts[share] = p;
+                room = most;
+            }
+            int64_t taken = stop - p < room - LOAD_ROWS ? stop - p : room - LOAD_ROWS;
+            p += taken;
+            room -= LOAD_ROWS + taken;
+        }
+    }
+    while (share < shares) c->starts[++share] = c->active;
+    return true;
+}
+
+// The smallest `most` that suffices, by bisection.
+static void share_rows(Call* c, int64_t shares) {
+    int64_t low = LOAD_ROWS + (c->active + shares - 1) / shares, high = low;
+    while (!share_out(c, shares, high)) low = high + 1, high *= 2;
+    while (low < high) {
+        int64_t most = (low + high) / 2;
+        if (share_out(c, shares, most)) high = most;
+        else low = most + 1;
+    }
+    share_out(c, shares, high);
+}
+
+static void run_shares(int64_t begin, int64_t end, void* context) {
+    Call* c = (Call*)context;
+    for (; begin < end; begin++) run_rows(c->starts[begin], c->starts[begin + 1], context);
 }
 
 #if !EMBEDDING
@@ -254,14 +298,16 @@ extern "C" int32_t lorafx_kernel(const Args* g) {
     const int64_t total = g->y_rows->count;
     if (total == 0) return DONE;
     if (g->n == 0) return BAD_SLOT;
-    Call c = {g, 0, 0, 0, 0, DONE};
+    Call c = {g, 0, 0, 0, 0, 0, DONE};
     int32_t small[512];
-    size_t words = 2 * total + sorting_space(g);
+    const int64_t shares = g->threads;
+    size_t words = 2 * total + shares + 1 + sorting_space(g);
     int32_t* space = words <= 512 ? small : (int32_t*)malloc(words * sizeof *space);
     if (!space) return NO_MEMORY;
     c.order = space;
     c.owner = space + total;
-    c.status = sort_rows(&c, space + 2 * total);
+    c.starts = space + 2 * total;
+    c.status = sort_rows(&c, c.starts + shares + 1);
     if (c.status == DONE && c.active) {
         bool tiny = c.active * WORK < SERIAL_WORK || g->threads == 1;
 #if !EMBEDDING
@@ -274,7 +320,10 @@ extern "C" int32_t lorafx_kernel(const Args* g) {
         } else
 #endif
         if (tiny) run_rows(0, c.active, &c);
-        else g->parallel(0, c.active, 1, run_rows, &c);
+        else {
+            share_rows(&c, shares);
+            g->parallel(0, shares, 1, run_shares, &c);
+        }
     }
     if (space != small) free(space);
     return c.status;

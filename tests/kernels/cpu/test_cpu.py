@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 from delta_oracle import Problem, assert_delta, random_problem, sharing_room
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from toolchain import needs_compiler
 
 from lorafx.kernels.cpu.compiler import Isa, runnable_isas
@@ -195,6 +197,24 @@ def test_threads_do_not_change_a_bit(threads: int) -> None:
         torch.set_num_threads(1)
         assert torch.equal(run(p), result)
         torch.set_num_threads(before)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(-1, 3), min_size=6, max_size=80), st.integers(1, 9))
+def test_shares_of_threads_are_all_rows_once(slots: list[int], count: int) -> None:
+    """However many rows each adapter has, and however many threads there are."""
+    p = random_problem(
+        x_shape=(len(slots), 64), slots=slots, rows=1, sizes=(96, 33, 31), max_rank=16
+    )
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count)
+        shared = run(p)
+        torch.set_num_threads(1)
+        assert torch.equal(shared, run(p))
+    finally:
+        torch.set_num_threads(before)
+    assert_delta(p, shared)
 
 
 LAYOUTS = {
