@@ -21,6 +21,7 @@ from gpu_job import Context
 from paged_attention import by_mask, step_of
 from torch import Tensor
 
+from lorafx.kernels.ops.paged_attention import PagedStep
 from lorafx.kernels.triton.attention_spec import PagedAttentionSpec
 from lorafx.kernels.triton.triton_attention import architecture
 from lorafx.kernels.triton.triton_attention import attend as attend_to_pages
@@ -60,12 +61,12 @@ TINY_ARMS = ("own keys", "4 parts")
 
 def own_keys(call: dict[str, Any], how: dict[str, Any]) -> Tensor:
     """`lorafx::paged_attention` as a GPU has it; in Triton's interpreter on a CPU."""
-    spec = PagedAttentionSpec.of(call["query"], call["key"], call["mask"])
+    step = PagedStep(**call)
+    spec = PagedAttentionSpec.of(step)
     assert spec is not None
-    device = call["query"].device
+    device = step.query.device
     launch = launch_wrapped if device.type == "cuda" else launch_interpreted
-    arguments = {name: value for name, value in call.items() if name != "ring"}
-    return attend_to_pages(launch, architecture(device), spec, **arguments, **how)
+    return attend_to_pages(launch, architecture(device), spec, step, **how)
 
 
 def attend(context: Context, *, phase: str) -> None:

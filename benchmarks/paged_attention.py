@@ -20,7 +20,8 @@ import torch
 from protocol import as_row, compare, save
 from torch import Tensor
 
-from lorafx.kernels.cpu.paged_attention import PAGED_ATTENTION
+import lorafx.kernels.cpu.attention  # noqa: F401  its kernel
+from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION
 from lorafx.kernels.ops.paged_cache import PAGED_CACHE
 
 HEADS, SIZE, PAGE, REQUESTS = 16, 64, 16, 16

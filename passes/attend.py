@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from lorafx.graph.context import Context
-from lorafx.kernels.cpu.paged_attention import PAGED_ATTENTION
+from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PagedStep
 from lorafx.kernels.ops.paged_cache import PAGED_CACHE
 from lorafx.kernels.triton.triton_attention import is_generated
 from lorafx.op_arguments import bound, in_order
@@ -52,17 +52,13 @@ class Attend:
         edits = 0
         for cached in gm.graph.find_nodes(op="call_function", target=PAGED_CACHE):
             found = _attention_of(cached)
-            if found is None or not _fits(cached, found):
+            if found is None:
                 continue
             attention, result, between = found
-            given, asked = bound(cached), bound(attention)
-            scale = asked["scale"]
-            if scale is None:
-                scale = fake_value(asked["query"]).shape[-1] ** -0.5
+            call = _call(bound(cached), bound(attention))
+            if not _fits(cached, found) or not is_generated(PagedStep(*fx.map_arg(call, fake_value))):
+                continue
             with gm.graph.inserting_before(attention):
-                call = in_order(
-                    PAGED_ATTENTION, given, query=asked["query"], scale=scale, cap=0.0, sinks=None
-                )
                 node = ctx.call(gm.graph, PAGED_ATTENTION, call)
                 if not _transposed(fake_value(result)):  # torch says so of contiguous queries
                     node = ctx.call(
@@ -74,6 +70,16 @@ class Attend:
                 gm.graph.erase_node(old)
             edits += 1
         return edits
+
+
+def _call(given: dict[str, Any], asked: dict[str, Any]) -> tuple[Any, ...]:
+    """What `lorafx::paged_attention` takes for these of the cache and of attention."""
+    scale = asked["scale"]
+    if scale is None:
+        scale = fake_value(asked["query"]).shape[-1] ** -0.5
+    return in_order(
+        PAGED_ATTENTION, given, query=asked["query"], scale=scale, cap=0.0, sinks=None
+    )
 
 
 def _attention_of(cached: fx.Node) -> tuple[fx.Node, fx.Node, list[fx.Node]] | None:
@@ -172,12 +178,11 @@ def _fits(cached: fx.Node, found: tuple[fx.Node, fx.Node, list[fx.Node]]) -> boo
     others = {user for user in given["cache"].users if user is not cached}
     if any(node in others for node in _between(cached, attention)):
         return False
-    values = [fake_value(node) for node in (asked["query"], given["key"], mask)]
-    query, key = values[:2]
+    query, key = fake_value(asked["query"]), fake_value(given["key"])
     if query.dim() != 4 or query.shape[0] != 1 or not _same(query.shape[3:], key.shape[3:]):
         return False
     laid = fake_value(result)
-    return (_transposed(laid) or laid.is_contiguous()) and is_generated(*values)
+    return _transposed(laid) or laid.is_contiguous()
 
 
 def _unpadded(mask: fx.Node | None) -> fx.Node | None:

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from lorafx.graph.context import Context
-from lorafx.kernels.cpu.paged_attention import PAGED_ATTENTION
+from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION
 from lorafx.kernels.ops.paged_cache import PAGED_CACHE
 from lorafx.op_arguments import TRACED_WRITE, in_order
 

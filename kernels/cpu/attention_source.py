@@ -7,10 +7,8 @@ attention_source(spec, isa) = #defines and constants of (dtype, sizes, unit of w
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from lorafx.kernels.cpu.compiler import Isa
 from lorafx.kernels.cpu.cpu_source import (
@@ -20,6 +18,7 @@ from lorafx.kernels.cpu.cpu_source import (
     templates,
     tile_sizes,
 )
+from lorafx.kernels.ops.paged_attention import AttentionSpec, PagedStep
 
 # Rows of the cache that are read together at most, where they follow each other: a page or two.
 RUN = 32
@@ -29,34 +28,16 @@ MOST = 64
 STREAMED = 4
 
 
-@dataclass(frozen=True)
-class AttentionSpec:
-    """What a generated kernel for attention over a paged cache takes for granted.
-
-    Attributes:
-        dtype: of queries, keys, values, the mask and the result.
-        heads: of keys and values.
-        group: heads of queries for each of them.
-        size: numbers a head.
-        capped: whether scores are capped.
-    """
-
-    dtype: torch.dtype
-    heads: int
-    group: int
-    size: int
-    capped: bool
-
-    @classmethod
-    def of(cls, query: Tensor, key: Tensor, mask: Tensor, capped: bool) -> AttentionSpec | None:
-        """The spec for query (1, H, T, D) and key (1, G, T, D); None where no kernel is generated:
-        other types than 16- and 32-bit floats, or a mask of another type."""
-        heads, size = key.shape[1], key.shape[3]
-        if query.dtype not in ELEMENTS or {key.dtype, mask.dtype} != {query.dtype}:
-            return None
-        if not heads or not size or query.shape[1] % heads or query.device.type != "cpu":
-            return None
-        return cls(query.dtype, heads, query.shape[1] // heads, size, capped)
+def spec_of(step: PagedStep) -> AttentionSpec | None:
+    """The spec of a step, whose tensors may be fake; None where no kernel is generated: other
+    devices, other types than 16- and 32-bit floats, or a mask of another type."""
+    query, key, mask = step.query, step.key, step.mask
+    heads, size = key.shape[1], key.shape[3]
+    if query.dtype not in ELEMENTS or {key.dtype, mask.dtype} != {query.dtype}:
+        return None
+    if not heads or not size or query.shape[1] % heads or query.device.type != "cpu":
+        return None
+    return AttentionSpec.of_sizes(step)
 
 
 class AttentionArgs(ctypes.Structure):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from lorafx.kernels.ops.bank_arguments import flat
+from lorafx.kernels.ops.flat_arguments import flat
 
 _LIBRARY = torch.library.Library("lorafx", "FRAGMENT")
 
@@ -20,7 +20,7 @@ def define(
 ) -> None:
     """Define `lorafx::<name>` by its schema; `eager` runs on every device, without gradients unless
     `backward` gives them (as torch.library.register_autograd takes both). Both functions may take
-    a bank and its ranges as one argument each (lorafx.kernels.ops.bank_arguments)."""
+    arguments together (lorafx.kernels.ops.flat_arguments)."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, flat(eager), "CompositeExplicitAutograd")
@@ -38,4 +38,4 @@ def define_functional(name: str, functional: Callable[..., object]) -> None:
 
 def define_on(key: str, name: str, eager: Callable[..., object]) -> None:
     """What `lorafx::<name>` is on devices of torch's dispatch key `key`; that of ROCm is "CUDA"."""
-    _LIBRARY.impl(name, eager, key)
+    _LIBRARY.impl(name, flat(eager), key)

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from lorafx.kernels.ops.paged_attention import AttentionSpec, PagedStep
 from lorafx.kernels.triton.triton_tiles import Architecture, Tiles, power_of_two
 
 #: Numbers a head at most: of more, a tile's sums do not fit into registers.
@@ -34,54 +34,35 @@ MOST_PARTS, LEAST_KEYS = 16, 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def has_kernels(query: Tensor, key: Tensor, mask: Tensor) -> bool:
-    """Whether kernels are generated for query (1, H, T, D) and key (1, G, T, D), which may be fake.
-    Not for other types than 16- and 32-bit floats, a mask of another type, heads of more than
-    MOST_SIZE numbers, and groups of more than MOST_GROUP heads."""
+def has_kernels(step: PagedStep) -> bool:
+    """Whether kernels are generated for a step, whose tensors may be fake. Not for other types than
+    16- and 32-bit floats, a mask of another type, heads of more than MOST_SIZE numbers, and groups
+    of more than MOST_GROUP heads."""
+    query, key = step.query, step.key
     heads, size = key.shape[1], key.shape[3]
-    typed = query.dtype in _DTYPES and query.dtype == key.dtype and query.dtype == mask.dtype
+    typed = query.dtype in _DTYPES and query.dtype == key.dtype and query.dtype == step.mask.dtype
     sized = 0 < size <= MOST_SIZE and 0 < heads <= query.shape[1] <= MOST_GROUP * heads
     return typed and sized
 
 
 @dataclass(frozen=True)
-class PagedAttentionSpec:
-    """What generated kernels for attention over a paged cache take for granted.
+class PagedAttentionSpec(AttentionSpec):
+    """What generated Triton kernels take for granted.
 
     Attributes:
-        dtype: of queries, keys, values, the mask and the result.
-        heads: of keys and values.
-        group: heads of queries for each of them.
-        size: numbers a head.
-        capped: whether scores are capped.
         sinks: whether each head has a further score, whose value is 0.
         ring: whether new tokens are written after the old ones are read.
     """
 
-    dtype: torch.dtype
-    heads: int
-    group: int
-    size: int
-    capped: bool = False
     sinks: bool = False
     ring: bool = False
 
     @classmethod
-    def of(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        mask: Tensor,
-        *,
-        capped: bool = False,
-        sinks: bool = False,
-        ring: bool = False,
-    ) -> PagedAttentionSpec | None:
-        """The spec for query (1, H, T, D) and key (1, G, T, D); None where `has_kernels` is not."""
-        if not has_kernels(query, key, mask):
+    def of(cls, step: PagedStep) -> PagedAttentionSpec | None:
+        """The spec of a step; None where `has_kernels` is not."""
+        if not has_kernels(step):
             return None
-        heads, size = int(key.shape[1]), int(key.shape[3])
-        return cls(query.dtype, heads, int(query.shape[1]) // heads, size, capped, sinks, ring)
+        return cls.of_sizes(step, sinks=step.sinks is not None, ring=step.ring)
 
     def parameters(self) -> dict[str, Any]:
         """What the template is filled with, beside tiles and the name of the dtype."""

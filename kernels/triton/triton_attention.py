@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafx.kernels.cpu.paged_attention import by_request, check_arguments, kernel_of
+from lorafx.kernels.cpu.attention import kernel_of
 from lorafx.kernels.ops.op_library import define_on
+from lorafx.kernels.ops.paged_attention import PagedStep, by_request, check_step
 from lorafx.kernels.triton.attention_spec import (
     FEW,
     PagedAttentionSpec,
@@ -59,40 +60,19 @@ def _tiles(name: str, spec: PagedAttentionSpec, few: bool, arch: Architecture) -
     return attention_tiles(spec, few, arch)
 
 
-def triton_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cache: Tensor,
-    read: Tensor,
-    write: Tensor,
-    seen: Tensor,
-    mask: Tensor,
-    first_key: int,
-    first_value: int,
-    sentinel: int,
-    ring: bool,
-    scale: float,
-    cap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """`lorafx.kernels.cpu.paged_attention.paged_attention`, which says what it takes, on a GPU."""
-    check_arguments(query, key, value, read, write, seen, mask, sinks)
-    spec = PagedAttentionSpec.of(
-        query, key, mask, capped=cap != 0, sinks=sinks is not None, ring=ring
-    )
-    arguments = query, key, value, cache, read, write, seen, mask
-    where = first_key, first_value, sentinel
+def triton_attention(step: PagedStep) -> Tensor:
+    """`lorafx.kernels.ops.paged_attention.paged_attention`, with what it raises, on a GPU."""
+    check_step(step)
+    spec = PagedAttentionSpec.of(step)
     if spec is None:
-        return by_request(*arguments, *where, ring, scale, cap, sinks)
-    with torch.cuda.device_of(query):  # where Triton launches
-        arch = architecture(query.device)
-        if (spec, query.device) not in _COMPILED:
+        return by_request(step)
+    with torch.cuda.device_of(step.query):  # where Triton launches
+        arch = architecture(step.query.device)
+        if (spec, step.query.device) not in _COMPILED:
             for few, parts in itertools.product((True, False), (1, 2)):
-                how: dict[str, Any] = {"few": few, "parts": parts}
-                attend(_compile, arch, spec, *arguments, *where, scale, cap, sinks, **how)
-            _COMPILED.add((spec, query.device))
-        return attend(launch_wrapped, arch, spec, *arguments, *where, scale, cap, sinks)
+                attend(_compile, arch, spec, step, few=few, parts=parts)
+            _COMPILED.add((spec, step.query.device))
+        return attend(launch_wrapped, arch, spec, step)
 
 
 #: What later steps may need is there, so that none of them waits for a compiler.
@@ -109,39 +89,28 @@ def attend(
     launch: Launch,
     arch: Architecture,
     spec: PagedAttentionSpec,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cache: Tensor,
-    read: Tensor,
-    write: Tensor,
-    seen: Tensor,
-    mask: Tensor,
-    first_key: int,
-    first_value: int,
-    sentinel: int,
-    scale: float,
-    cap: float = 0.0,
-    sinks: Tensor | None = None,
+    step: PagedStep,
     *,
     few: bool | None = None,
     parts: int | None = None,
 ) -> Tensor:
     """`triton_attention` by the kernels of `spec`; its reference is
-    `lorafx.kernels.cpu.paged_attention.by_request`.
+    `lorafx.kernels.ops.paged_attention.by_request`.
 
     Args:
         few: whether tiles are those of steps of few tokens; None: by the number of tokens.
         parts: of the keys of a token; None: by the numbers of programs and keys.
     """
     query, key, value, mask = (
-        part if part.stride(3) == 1 else part.contiguous() for part in (query, key, value, mask)
+        part if part.stride(3) == 1 else part.contiguous()
+        for part in (step.query, step.key, step.value, step.mask)
     )
-    read, write, seen = (part.contiguous() for part in (read, write, seen))
+    read, write, seen = (part.contiguous() for part in (step.read, step.write, step.seen))
+    first_key, first_value, sinks = step.first_key, step.first_value, step.sinks
     heads, (_, H, tokens, D), count = spec.heads, query.shape, read.shape[0]
     few = tokens <= FEW if few is None else few
-    out = query.new_empty((1, tokens, H, D))
-    rows = cache.view(spec.dtype)
+    out = step.empty_result()
+    rows = step.cache.view(spec.dtype)
     limit = rows.numel() // (heads * D) - max(first_key, first_value)
     new = (*key.stride()[1:3], *value.stride()[1:3])
 
@@ -155,11 +124,11 @@ def attend(
         write_new()
     fresh: list[Tensor] = []
     if spec.ring:
-        is_new = read == sentinel
+        is_new = read == step.sentinel
         read, fresh = torch.where(is_new, -is_new.cumsum(0), read), [key, value]
     given = [query, rows, rows, *fresh, read, seen, mask]
     sizes = [tokens, count, first_key, first_value, limit, mask.stride(2)]
-    tail = [query.stride(1), query.stride(2), *(new if spec.ring else ()), scale, cap]
+    tail = [query.stride(1), query.stride(2), *(new if spec.ring else ()), step.scale, step.cap]
     own = [] if sinks is None else [sinks.float().contiguous()]
 
     whole = kernel("attend", spec, few, arch)
@@ -179,12 +148,11 @@ def attend(
     return out.transpose(1, 2)
 
 
-def is_generated(query: Tensor, key: Tensor, mask: Tensor) -> bool:
-    """Whether a generated kernel attends to pages for query (1, H, T, D) and key (1, G, T, D), on
-    their device; they may be fake."""
-    if query.device.type == "cuda":  # which ROCm's devices call themselves too
-        return has_kernels(query, key, mask)
-    return kernel_of(query, key, mask) is not None
+def is_generated(step: PagedStep) -> bool:
+    """Whether a generated kernel computes a step on its device; its tensors may be fake."""
+    if step.query.device.type == "cuda":  # which ROCm's devices call themselves too
+        return has_kernels(step)
+    return kernel_of(step) is not None
 
 
 define_on("CUDA", "paged_attention", triton_attention)

@@ -25,7 +25,8 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.library import custom_op, wrap_triton
 
 from lorafx.compat import launches_directly
-from lorafx.kernels.ops.bank_arguments import BankArgs, flat
+from lorafx.kernels.ops.bank_arguments import BankArgs
+from lorafx.kernels.ops.flat_arguments import flat
 from lorafx.kernels.ops.op_checks import check_bank, require
 from lorafx.kernels.triton.triton_build import LINEAR, LaunchPlan, plan_of
 from lorafx.kernels.triton.triton_cache import GeneratedKernel

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.library import custom_op
 
-from lorafx.kernels.ops.bank_arguments import BankArgs, flat
+from lorafx.kernels.ops.bank_arguments import BankArgs
+from lorafx.kernels.ops.flat_arguments import flat
 from lorafx.kernels.ops.op_checks import require
 from lorafx.kernels.triton.activation import Leaf
 from lorafx.kernels.triton.triton_build import LaunchPlan

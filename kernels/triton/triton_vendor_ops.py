@@ -34,7 +34,8 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.library import custom_op
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.ops.bank_arguments import BankArgs, flat
+from lorafx.kernels.ops.bank_arguments import BankArgs
+from lorafx.kernels.ops.flat_arguments import flat
 from lorafx.kernels.ops.op_checks import require
 from lorafx.kernels.ops.op_library import define
 from lorafx.kernels.triton.concat_launch import blocks_of, gather, layout_of, place

@@ -12,7 +12,7 @@ from dense_merge import error
 from paged_steps import TOLERANCE, paged_step
 from torch.library import opcheck
 
-from lorafx.kernels.cpu.paged_attention import PAGED_ATTENTION, by_request
+from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PagedStep, by_request
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -38,7 +38,7 @@ HEADS: dict[str, dict[str, Any]] = {
 def test_steps(device: torch.device, step: str, heads: str, dtype: torch.dtype) -> None:
     call = paged_step(STEPS[step], **HEADS[heads], dtype=dtype, device=device)
     expected = {**call, "cache": call["cache"].clone()}
-    want = by_request(**expected)
+    want = by_request(PagedStep(**expected))
     got = PAGED_ATTENTION(**call)
     assert error(got.double(), want.double()) <= TOLERANCE[dtype]
     assert torch.equal(call["cache"], expected["cache"])

@@ -20,7 +20,7 @@ from transformers.generation.continuous_batching.cache_allocators import (
 )
 
 from lorafx.errors import ConfigError
-from lorafx.kernels.cpu.paged_attention import PAGED_ATTENTION
+from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PagedStep
 from lorafx.kernels.ops.paged_cache import PAGED_CACHE
 from lorafx.kernels.triton.attention_spec import has_kernels
 
@@ -185,13 +185,7 @@ class StepCache(PagedAttentionCache):
         seen = self.seen[place.group]
         if seen is None or mask is None or mask is not self.masks[place.group]:
             return None
-        if query.device.type == "cpu":
-            known = query.dtype in _DTYPES and query.dtype == key_states.dtype
-        else:
-            known = has_kernels(query, key_states, mask)
-        if not known:
-            return None
-        return PAGED_ATTENTION(
+        step = PagedStep(
             query,
             key_states,
             value_states,
@@ -208,6 +202,11 @@ class StepCache(PagedAttentionCache):
             0.0 if cap is None else cap,
             sinks,
         )
+        if query.device.type == "cpu":
+            known = query.dtype in _DTYPES and query.dtype == key_states.dtype
+        else:
+            known = has_kernels(step)
+        return PAGED_ATTENTION(*step) if known else None
 
     def _place(self, layer_idx: int, key_states: Tensor, value_states: Tensor) -> LayerPlace:
         """Where a layer's keys and values are, which have to be of its sizes."""

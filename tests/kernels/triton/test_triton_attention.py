@@ -15,7 +15,7 @@ from on_ptx import launch as launch_ptx
 from paged_steps import TOLERANCE, paged_step
 from torch import Tensor
 
-from lorafx.kernels.cpu.paged_attention import by_request
+from lorafx.kernels.ops.paged_attention import PagedStep, by_request
 from lorafx.kernels.triton import attention_spec
 from lorafx.kernels.triton import triton_attention as module
 from lorafx.kernels.triton.attention_spec import FEW, PagedAttentionSpec, parts_for
@@ -28,12 +28,7 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def spec_of(call: dict[str, Any]) -> PagedAttentionSpec:
-    spec = PagedAttentionSpec.of(
-        *(call[name] for name in ("query", "key", "mask")),
-        capped=call["cap"] != 0,
-        sinks=call["sinks"] is not None,
-        ring=call["ring"],
-    )
+    spec = PagedAttentionSpec.of(PagedStep(**call))
     assert spec is not None
     return spec
 
@@ -44,13 +39,12 @@ def run(
     arch: Architecture = ARCHITECTURES["interpreter"],
     **how: Any,
 ) -> Tensor:
-    arguments = {name: value for name, value in call.items() if name != "ring"}
-    return attend(launch, arch, spec_of(call), **arguments, **how)
+    return attend(launch, arch, spec_of(call), PagedStep(**call), **how)
 
 
 def check(call: dict[str, Any], **how: Any) -> None:
     expected = {**call, "cache": call["cache"].clone()}
-    want = by_request(**expected)
+    want = by_request(PagedStep(**expected))
     got = run(call, **how)
     assert got.dtype == want.dtype
     assert got.transpose(1, 2).is_contiguous()
@@ -150,14 +144,13 @@ def test_what_is_hidden_from_all() -> None:
 
 
 def test_what_has_no_kernel() -> None:
-    call = paged_step([(1, 3)], size=300)
-    sized = [call[name] for name in ("query", "key", "mask")]
-    assert PagedAttentionSpec.of(*sized) is None
-    assert PagedAttentionSpec.of(*(part.double()[..., :16] for part in sized)) is None
-    call = paged_step([(1, 3)])
-    query, key, mask = (call[name] for name in ("query", "key", "mask"))
-    assert PagedAttentionSpec.of(query, key, mask.half()) is None
-    assert PagedAttentionSpec.of(query.repeat(1, 65, 1, 1), key, mask) is None
+    step = PagedStep(**paged_step([(1, 3)], size=300))
+    assert PagedAttentionSpec.of(step) is None
+    query, key, mask = (part.double()[..., :16] for part in (step.query, step.key, step.mask))
+    assert PagedAttentionSpec.of(step._replace(query=query, key=key, mask=mask)) is None
+    step = PagedStep(**paged_step([(1, 3)]))
+    assert PagedAttentionSpec.of(step._replace(mask=step.mask.half())) is None
+    assert PagedAttentionSpec.of(step._replace(query=step.query.repeat(1, 65, 1, 1))) is None
 
 
 def test_parts_of_keys() -> None:
@@ -203,13 +196,13 @@ def test_all_that_steps_need_is_compiled_at_the_first(monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, "_compile", lambda kernel, *_: compiled.append(kernel.key))
     monkeypatch.setattr(module, "launch_wrapped", launch)
     monkeypatch.setattr(module, "architecture", lambda device: ARCHITECTURES["cuda90"])
-    module.triton_attention(**paged_step([(1, 3)], dtype=BF16, heads=1))
+    module.triton_attention(PagedStep(**paged_step([(1, 3)], dtype=BF16, heads=1)))
     count = len(compiled)
     assert count
     for requests in ([(1, 600)], [(FEW, 2), (1, 5)]):
         call = paged_step(requests, dtype=BF16, heads=1)
-        want = by_request(**call)
-        assert error(module.triton_attention(**call).double(), want.double()) <= TOLERANCE[BF16]
+        want, got = (by(PagedStep(**call)) for by in (by_request, module.triton_attention))
+        assert error(got.double(), want.double()) <= TOLERANCE[BF16]
     assert len(compiled) == count
     assert set(launched) <= set(compiled)
     assert len(set(launched)) == 5  # write_new, attend for few and for many, in parts, their sum

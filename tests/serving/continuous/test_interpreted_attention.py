@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from step_logits import check_three_requests
 from torch import Tensor
 
-from lorafx.kernels.cpu import paged_attention as module
+from lorafx.kernels.cpu import attention as module
+from lorafx.kernels.ops.paged_attention import PagedStep
 from lorafx.kernels.triton.attention_spec import PagedAttentionSpec
 from lorafx.kernels.triton.triton_attention import attend
 from lorafx.kernels.triton.triton_ops import launch_interpreted
@@ -20,15 +19,11 @@ def test_logits_of_every_step(eight_of, tmp_path, monkeypatch: pytest.MonkeyPatc
     """Of layers with a window, whose cache is a ring, and of layers without one."""
     used: list[PagedAttentionSpec] = []
 
-    def interpreted(*arguments: Any) -> Tensor:
-        query, key, *others, ring, scale, cap, sinks = arguments
-        spec = PagedAttentionSpec.of(
-            query, key, others[5], capped=cap != 0, sinks=sinks is not None, ring=ring
-        )
+    def interpreted(step: PagedStep) -> Tensor:
+        spec = PagedAttentionSpec.of(step)
         assert spec is not None
         used.append(spec)
-        arch = ARCHITECTURES["interpreter"]
-        return attend(launch_interpreted, arch, spec, query, key, *others, scale, cap, sinks)
+        return attend(launch_interpreted, ARCHITECTURES["interpreter"], spec, step)
 
     case = eight_of("gemma3", tmp_path, num_hidden_layers=2)
     cm = case.compile()

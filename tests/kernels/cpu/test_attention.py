@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.library import opcheck
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.cpu import paged_attention as module
+from lorafx.kernels.cpu import attention as module
 from lorafx.kernels.cpu.compiler import runnable_isas
-from lorafx.kernels.cpu.paged_attention import PAGED_ATTENTION
+from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PagedStep
 from lorafx.kernels.ops.paged_cache import paged_cache
 
 #: What each token of a step sees of the 31 rows that are read: a request of one token that has 18,
@@ -116,7 +116,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_generated(case: str) -> None:
     call = step(**CASES[case])
-    assert module.kernel_of(call["query"], call["key"], call["mask"]) is not None
+    assert module.kernel_of(PagedStep(**call)) is not None
     check(call)
 
 

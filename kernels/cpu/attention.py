@@ -1,0 +1,96 @@
+"""`lorafx::paged_attention` on a CPU, by a generated kernel (attention.cpp).
+
+Importing this module registers it. Where no kernel can be had, each request is an attention of its
+own (lorafx.kernels.ops.paged_attention).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lorafx.errors import LoweringError
+from lorafx.kernels.cpu.attention_source import AttentionArgs, attention_source, spec_of
+from lorafx.kernels.cpu.compiler import (
+    Isa,
+    best_isa,
+    compile_library,
+    load_library,
+    torch_function,
+)
+from lorafx.kernels.ops.op_library import define_on
+from lorafx.kernels.ops.paged_attention import AttentionSpec, PagedStep, by_request, check_step
+
+Kernel = Callable[[PagedStep], Tensor]
+
+
+def cpu_attention(step: PagedStep) -> Tensor:
+    """`lorafx.kernels.ops.paged_attention.paged_attention`, with what it raises, on a CPU."""
+    check_step(step)
+    return (kernel_of(step) or by_request)(step)
+
+
+def kernel_of(step: PagedStep) -> Kernel | None:
+    """The generated kernel for these arguments, if there is one; they may be fake."""
+    spec = spec_of(step)
+    return None if spec is None else _built(spec)
+
+
+@functools.cache
+def _built(spec: AttentionSpec) -> Kernel | None:
+    try:
+        return build(spec, best_isa())
+    except LoweringError:
+        return None  # where deltas are built it is told why
+
+
+def build(spec: AttentionSpec, isa: Isa) -> Kernel:
+    """The kernel of `spec`.
+
+    Raises:
+        LoweringError: no compiler works.
+    """
+    library = load_library(compile_library(attention_source(spec, isa), isa.flags))
+    parallel = torch_function("torch_parallel_for")
+    width = spec.heads * spec.size * spec.dtype.itemsize
+
+    def run(step: PagedStep) -> Tensor:
+        out = step.empty_result()
+        query, mask = (
+            part if part.stride(3) == 1 else part.contiguous() for part in (step.query, step.mask)
+        )
+        new = [part.transpose(1, 2).contiguous() for part in (step.key, step.value)]
+        read, write, seen = (part.contiguous() for part in (step.read, step.write, step.seen))
+        sinks = None if step.sinks is None else step.sinks.float().contiguous()
+        pages, rows = step.cache.data_ptr(), step.cache.numel() // width
+        status = library.lorafx_kernel(
+            ctypes.byref(
+                AttentionArgs(
+                    *(out.data_ptr(), query.data_ptr(), mask.data_ptr()),
+                    *(pages + step.first_key * width, pages + step.first_value * width),
+                    *(part.data_ptr() for part in (*new, read, write, seen)),
+                    None if sinks is None else sinks.data_ptr(),
+                    *(query.shape[2], len(read), rows - step.first_key, rows - step.first_value),
+                    *(query.stride(1), query.stride(2), mask.stride(2)),
+                    *(step.sentinel, step.ring, torch.get_num_threads()),
+                    *(step.scale, step.cap, parallel),
+                )
+            )
+        )
+        if status == 1:
+            raise LoweringError("lorafx::paged_attention: out of memory")
+        if status:
+            raise LoweringError(
+                "lorafx::paged_attention: a row to read or write, or what a token sees, is outside "
+                f"of a cache of {rows} rows or of the {len(read)} that are read"
+            )
+        return out.transpose(1, 2)
+
+    return run
+
+
+define_on("CPU", "paged_attention", cpu_attention)

@@ -1,0 +1,165 @@
+"""`lorafx::paged_attention`: `lorafx::paged_cache`, and the attention of the new tokens to what it
+holds, request by request.
+
+    out[t, h] = Σ_j p[j] V[j],    p = softmax(cap(scale · q[t, h] · K[j]) + mask[t, j])
+                                  for seen[t, 0] ≤ j < seen[t, 1]
+
+K and V are what `lorafx::paged_cache` returns for the same arguments. The mask of a step hides the
+keys of all other requests from a query; here they are not read. Sums are float32. Generated kernels
+read keys and values where they lie in the cache: on a CPU (lorafx.kernels.cpu.attention) and on a
+GPU (lorafx.kernels.triton.triton_attention). Elsewhere, and where none can be had, the host waits
+for `seen`, and each request is an attention of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from lorafx.kernels.ops.op_checks import require
+from lorafx.kernels.ops.op_library import define
+from lorafx.kernels.ops.paged_cache import paged_cache
+
+SCHEMA = (
+    "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) cache, Tensor read, "
+    "Tensor write, Tensor seen, Tensor mask, int first_key, int first_value, int sentinel, "
+    "bool ring, float scale, float cap=0., Tensor? sinks=None) -> Tensor"
+)
+
+
+class PagedStep(NamedTuple):
+    """What the op takes: the new tokens of a step, T of them, in one layer.
+
+    Attributes:
+        query: (1, H, T, D), of all requests' new tokens.
+        key, value, cache, read, write, first_key, first_value, sentinel, ring: as
+            `lorafx::paged_cache` takes them, with G heads of keys, a divisor of H.
+        seen: int64 (T, 2), where in `read` the keys of each token's request begin and end. Tokens
+            that follow each other and have the same are of one request. One that sees none gets 0.
+        mask: (1, 1, T, N), added to the scores; half of the dtype's lowest number hides a key.
+        scale: of the scores.
+        cap: c of c · tanh(score / c), before the mask is added; 0 for none.
+        sinks: (H,), a further score of each head's, whose value is 0.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    cache: Tensor
+    read: Tensor
+    write: Tensor
+    seen: Tensor
+    mask: Tensor
+    first_key: int
+    first_value: int
+    sentinel: int
+    ring: bool
+    scale: float
+    cap: float = 0.0
+    sinks: Tensor | None = None
+
+    def empty_result(self) -> Tensor:
+        """(1, T, H, D), which the result is, transposed."""
+        _, heads, tokens, size = self.query.shape
+        return self.query.new_empty((1, tokens, heads, size))
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What generated kernels for it take for granted.
+
+    Attributes:
+        dtype: of queries, keys, values, the mask and the result.
+        heads: of keys and values.
+        group: heads of queries for each of them.
+        size: numbers a head.
+        capped: whether scores are capped.
+    """
+
+    dtype: torch.dtype
+    heads: int
+    group: int
+    size: int
+    capped: bool = False
+
+    @classmethod
+    def of_sizes(cls, step: PagedStep, **others: Any) -> Self:
+        """That of a step, whose tensors may be fake, and what else the class tells apart."""
+        heads, size = int(step.key.shape[1]), int(step.key.shape[3])
+        group = int(step.query.shape[1]) // heads
+        return cls(step.query.dtype, heads, group, size, capped=step.cap != 0, **others)
+
+
+def paged_attention(step: PagedStep) -> Tensor:
+    """The result of attention (1, H, T, D), a transposed (1, T, H, D).
+
+    Raises:
+        LoweringError: sizes or dtypes that do not fit together; of a generated kernel on a CPU also
+            a row outside of the cache.
+    """
+    check_step(step)
+    return by_request(step)
+
+
+def by_request(step: PagedStep) -> Tensor:
+    """The reference: `paged_attention` without a generated kernel, on any device."""
+    out = step.empty_result()
+    where = step.first_key, step.first_value, step.sentinel, step.ring
+    keys, values = paged_cache(step.key, step.value, step.cache, step.read, step.write, *where)
+    group = step.query.shape[1] // keys.shape[1]
+    ranges, counts = step.seen.unique_consecutive(dim=0, return_counts=True)
+    token = 0
+    for (begin, end), count in zip(ranges.tolist(), counts.tolist(), strict=True):
+        own = slice(token, token + count)
+        token += count
+        k, v = (
+            part[0, :, begin:end].repeat_interleave(group, 0).float() for part in (keys, values)
+        )
+        scores = step.query[0, :, own].float() @ k.mT * step.scale
+        if step.cap:
+            scores = torch.tanh(scores / step.cap) * step.cap
+        scores = scores + step.mask[0, 0, own, begin:end].float()
+        if step.sinks is not None:
+            sink = step.sinks.float()[:, None, None].expand(-1, count, 1)
+            scores = torch.cat([scores, sink], -1)
+        weights = scores.softmax(-1)[..., : end - begin]
+        out[0, own] = (weights @ v).transpose(0, 1).to(out.dtype)
+    return out.transpose(1, 2)
+
+
+def paged_attention_fake(step: PagedStep) -> Tensor:
+    check_step(step)
+    return step.empty_result().transpose(1, 2)
+
+
+def check_step(step: PagedStep) -> None:
+    """Raise LoweringError where sizes or dtypes do not fit together; the tensors may be fake."""
+    op = "paged_attention"
+    query, key, value, mask, sinks = step.query, step.key, step.value, step.mask, step.sinks
+    read, write, seen = step.read, step.write, step.seen
+    require(op, query.dim() == key.dim() == 4, "query and key are (1, heads, T, D)")
+    require(op, key.shape == value.shape, f"key is {tuple(key.shape)}, value {tuple(value.shape)}")
+    same = query.shape[0] == key.shape[0] == 1 and query.shape[2:] == key.shape[2:]
+    require(op, same, f"query is {tuple(query.shape)}, key {tuple(key.shape)}")
+    require(op, query.dtype == key.dtype == value.dtype, "query, key and value have one dtype")
+    heads = query.shape[1], key.shape[1]
+    require(op, heads[0] % heads[1] == 0, f"{heads[0]} heads of queries, {heads[1]} of keys")
+    tokens = query.shape[2]
+    require(op, seen.dim() == 2 and seen.shape[1] == 2, "seen is (T, 2)")
+    require(op, write.shape[0] == tokens and seen.shape[0] == tokens, "write and seen are of T")
+    ints = {part.dtype for part in (read, write, seen)}
+    require(op, ints == {torch.int64}, "read, write and seen are int64")
+    require(op, mask.dim() == 4 and mask.is_floating_point(), "mask is (1, 1, T, N), of floats")
+    require(
+        op,
+        mask.shape[2] == tokens and mask.shape[3] == read.shape[0],
+        f"mask is {tuple(mask.shape)} for {tokens} tokens and {read.shape[0]} rows",
+    )
+    require(op, sinks is None or sinks.shape == query.shape[1:2], "sinks is (H,)")
+
+
+define(SCHEMA, paged_attention, paged_attention_fake)
+PAGED_ATTENTION = torch.ops.lorafx.paged_attention.default
