@@ -16,8 +16,8 @@ import lorafx.kernels.triton.triton_ops  # noqa: F401  registers them
 from lorafx.kernels.cost.chips import chip_of
 from lorafx.kernels.cost.cost import AROUND, FUSED
 from lorafx.kernels.cost.work import Work
-from lorafx.kernels.cpu.cpu_source import DeltaSpec
 from lorafx.kernels.ops.bank_arguments import BankArgs
+from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.triton_build import TritonSpec
 from lorafx.kernels.triton.triton_vendor_ops import vendor_linear
 

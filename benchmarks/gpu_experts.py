@@ -32,7 +32,7 @@ from gpu_job import Context
 from torch import Tensor
 
 import lorafx.kernels.triton.triton_expert_ops  # noqa: F401  registers the op
-from lorafx.kernels.cpu.cpu_source import DeltaSpec
+from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.activation import Activation, Leaf, Load
 from lorafx.kernels.triton.triton_build import TritonSpec, build
 

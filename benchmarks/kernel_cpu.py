@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from protocol import as_row, compare, save
 
-from lorafx.kernels.cpu.cpu import DeltaSpec, build_all
+from lorafx.kernels.cpu.cpu import build_all
+from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 LAYERS, REQUESTS, RANK = 6, 8, 16
 PACKS = {"qkv": (1024, (1024,) * 3), "o": (1024, (1024,)), "gate_up": (1024, (2816,) * 2)}

@@ -26,21 +26,11 @@ from torch._ops import OpOverload
 import lorafx.kernels.ops.expert_ops  # noqa: F401  defines an op of the dispatcher
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.compiler import Isa, best_isa, compile_library, load_library
-from lorafx.kernels.cpu.cpu_source import DeltaSpec, source
+from lorafx.kernels.cpu.cpu_source import source
 from lorafx.kernels.cpu.native_ops import dtype_code, register
 from lorafx.kernels.ops import ops
 from lorafx.kernels.ops.bank_arguments import Ranges
-
-__all__ = [
-    "DeltaSpec",
-    "build",
-    "build_all",
-    "builds_noted",
-    "built_source",
-    "delta_call",
-    "embedding_delta_call",
-    "expert_delta_call",
-]
+from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 
 class KernelEntry(ctypes.Structure):

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 from lorafx.kernels.cost.chips import Chip
 from lorafx.kernels.cost.work import Work
-from lorafx.kernels.cpu.cpu_source import DeltaSpec
+from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.triton_tiles import Architecture, Tiles
 
 TileSet = Mapping[str, Tiles]

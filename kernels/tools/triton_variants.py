@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from lorafx.kernels.cpu.cpu_source import DeltaSpec
+from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.tools.attention_variants import (
     aligned_strides,
     attention_kernels,

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from lorafx.kernels.cost.chips import Chip, chip_of
-from lorafx.kernels.cpu.cpu_source import DeltaSpec
 from lorafx.kernels.ops.bank_arguments import BankArgs
+from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.tools.expert_problem import ExpertProblem
 from lorafx.kernels.tools.tile_cost import TileSet, fits, predicted
 from lorafx.kernels.triton.persistent_tiles import persistent_variants

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorafx.kernels.cpu.cpu_source import DeltaSpec
+from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 #: Factors of a leaf's delta that a kernel holds in registers at once.
 MOST_FACTORS = 64

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from lorafx.kernels.ops.delta_spec import FLOATS
 from lorafx.kernels.ops.paged_attention import AttentionSpec, PagedStep
 from lorafx.kernels.triton.triton_tiles import Architecture, Tiles, power_of_two
 
@@ -31,8 +32,6 @@ WAVES = 2
 #: Parts of the keys at most, and keys of a part at least.
 MOST_PARTS, LEAST_KEYS = 16, 256
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def has_kernels(step: PagedStep) -> bool:
     """Whether kernels are generated for a step, whose tensors may be fake. Not for other types than
@@ -40,7 +39,7 @@ def has_kernels(step: PagedStep) -> bool:
     of more than MOST_GROUP heads."""
     query, key = step.query, step.key
     heads, size = key.shape[1], key.shape[3]
-    typed = query.dtype in _DTYPES and query.dtype == key.dtype and query.dtype == step.mask.dtype
+    typed = query.dtype in FLOATS and query.dtype == key.dtype and query.dtype == step.mask.dtype
     sized = 0 < size <= MOST_SIZE and 0 < heads <= query.shape[1] <= MOST_GROUP * heads
     return typed and sized
 

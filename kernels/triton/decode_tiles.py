@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lorafx.kernels.cpu.cpu_source import DeltaSpec
+from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.triton_tiles import (
     Architecture,
     Tiles,

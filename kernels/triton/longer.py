@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorafx.kernels.cpu.cpu_source import DeltaSpec
+from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 #: Elements that columns come in: what a matrix instruction takes of K, and 32 bytes.
 UNIT = 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from lorafx.kernels.cpu.cpu_source import DeltaSpec
+from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.decode_tiles import split_tiles
 from lorafx.kernels.triton.persistent_tiles import persistent_tiles
 from lorafx.kernels.triton.triton_tiles import (

@@ -32,7 +32,7 @@ from typing import Any
 import jinja2
 import torch
 
-from lorafx.kernels.cpu.cpu_source import DeltaSpec
+from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.activation import MOST_FACTORS, Activation, delta_place
 from lorafx.kernels.triton.attention_spec import PagedAttentionSpec
 from lorafx.kernels.triton.longer import Layout, Longer

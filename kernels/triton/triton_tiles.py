@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lorafx.kernels.cpu.cpu_source import DeltaSpec
+from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 
 @dataclass(frozen=True)

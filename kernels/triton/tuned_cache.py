@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lorafx.kernels.cpu.compiler import cache_folder
-from lorafx.kernels.cpu.cpu_source import DeltaSpec
+from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton import triton_compat
 from lorafx.kernels.triton.strategy_tiles import TUNED
 from lorafx.kernels.triton.triton_source import generator_hash

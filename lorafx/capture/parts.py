@@ -24,7 +24,8 @@ from lorafx.capture.bound_inputs import BoundInputs
 from lorafx.capture.checks import Checks
 from lorafx.capture.executable import Layout, checked, for_base, with_lookups
 from lorafx.capture.unseen_inputs import Order, around
-from lorafx.kernels.cpu.cpu import DeltaSpec, builds_noted
+from lorafx.kernels.cpu.cpu import builds_noted
+from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.op_arguments import TRACED_WRITE
 
 if TYPE_CHECKING:

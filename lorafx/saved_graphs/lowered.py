@@ -21,7 +21,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from lorafx.capture import head_start
 from lorafx.capture.lowering import NodeByNode
 from lorafx.kernels.cpu import dense
-from lorafx.kernels.cpu.cpu import DeltaSpec, build, build_all
+from lorafx.kernels.cpu.cpu import build, build_all
+from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.saved_graphs.fingerprints import Undescribed
 
 #: Numbers in a tensor that the model's code writes out, such as `torch.tensor([])`.

@@ -42,7 +42,8 @@ from lorafx.kernels.cost.cost import (
 )
 from lorafx.kernels.cost.expert_cost import ExpertWork, estimate_experts
 from lorafx.kernels.cost.work import Estimate, Work
-from lorafx.kernels.cpu.cpu import DeltaSpec, build_all
+from lorafx.kernels.cpu.cpu import build_all
+from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.ops.bank_arguments import Ranges
 from lorafx.kernels.triton.longer import Longer, refusal
 from lorafx.kernels.triton.persistent_tiles import aligned_rows

@@ -20,7 +20,7 @@ from lorafx.graph.pointwise_region import SPLITS, NoRegion, PointwiseRegion
 from lorafx.kernels.cost.cost import estimate
 from lorafx.kernels.cost.prologue_cost import estimate_deferred, estimate_prologue
 from lorafx.kernels.cost.work import Work
-from lorafx.kernels.cpu.cpu_source import DeltaSpec
+from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.activation import MOST_FACTORS, Activation, Leaf, delta_place
 from lorafx.kernels.triton.triton_build import AROUND
 from lorafx.op_arguments import bound

@@ -17,7 +17,7 @@ from triton_cases import CPU, FP32
 
 import lorafx.kernels.triton.triton_expert_ops  # noqa: F401  registers it
 from lorafx.graph.pointwise_region import PointwiseRegion, region_of
-from lorafx.kernels.cpu.cpu_source import DeltaSpec
+from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.activation import Activation
 from lorafx.kernels.triton.triton_build import TritonSpec, build
 from lorafx.kernels.triton.triton_tiles import Tiles

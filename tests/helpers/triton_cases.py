@@ -23,7 +23,7 @@ from delta_oracle import Problem, dense_delta
 from torch import Tensor
 
 import lorafx.kernels.triton.triton_ops  # noqa: F401  registers the ops
-from lorafx.kernels.cpu.cpu_source import DeltaSpec
+from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.triton_build import AROUND, CONCAT, LINEAR, TritonSpec, build
 from lorafx.kernels.triton.triton_tiles import Tiles
 from lorafx.kernels.triton.triton_vendor_ops import vendor_linear

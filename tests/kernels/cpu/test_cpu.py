@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from toolchain import needs_compiler
 
 from lorafx.kernels.cpu.compiler import Isa, runnable_isas
-from lorafx.kernels.cpu.cpu import DeltaSpec, build, build_all
+from lorafx.kernels.cpu.cpu import build, build_all
+from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 lora = torch.ops.lorafx
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16

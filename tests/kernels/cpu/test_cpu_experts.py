@@ -15,7 +15,8 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 from lorafx.kernels.cpu.compiler import Isa, runnable_isas
-from lorafx.kernels.cpu.cpu import DeltaSpec, build, build_all, expert_delta_call
+from lorafx.kernels.cpu.cpu import build, build_all, expert_delta_call
+from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 lora = torch.ops.lorafx
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16

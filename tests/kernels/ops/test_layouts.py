@@ -27,7 +27,8 @@ from layouts import (
 from toolchain import needs_compiler
 from torch import Tensor
 
-from lorafx.kernels.cpu.cpu import DeltaSpec, build
+from lorafx.kernels.cpu.cpu import build
+from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 lora = torch.ops.lorafx
 

@@ -12,8 +12,9 @@ from torch.library import opcheck
 
 import lorafx.kernels.ops.ops  # noqa: F401  registers them
 from lorafx.errors import BatchError, LoweringError, ProvenanceError
-from lorafx.kernels.cpu.cpu import DeltaSpec, build
+from lorafx.kernels.cpu.cpu import build
 from lorafx.kernels.ops.delta import add_embedding_delta, add_linear_delta
+from lorafx.kernels.ops.delta_spec import DeltaSpec
 
 pytestmark = pytest.mark.quick
 
