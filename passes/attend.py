@@ -13,20 +13,20 @@ where torch has taken attention apart, and where no kernel is generated, the gra
 from __future__ import annotations
 
 import operator
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lorafx.graph.context import Context
 from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PagedStep
 from lorafx.kernels.ops.paged_cache import PAGED_CACHE
 from lorafx.kernels.triton.triton_attention import is_generated
 from lorafx.op_arguments import bound, in_order
-from lorafx.program.frame import fake_value
+from lorafx.program.frame import arguments_of, fake_value
 
 aten = torch.ops.aten
 
@@ -37,8 +37,15 @@ _ATTENTION: dict[Any, str] = {
     aten._scaled_dot_product_efficient_attention.default: "attn_bias",
     aten._scaled_dot_product_cudnn_attention.default: "attn_bias",
 }
-_COPIES = (aten.clone.default,)
-_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+#: What leaves elements in their order: always, or where it leaves the sizes as they are.
+_IN_ORDER = (
+    aten.clone.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+)
+_OF_SIZES = (aten.expand.default, aten.slice.Tensor)
 
 
 @dataclass(frozen=True)
@@ -50,25 +57,26 @@ class Attend:
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         edits = 0
-        for cached in gm.graph.find_nodes(op="call_function", target=PAGED_CACHE):
-            found = _attention_of(cached)
-            if found is None:
-                continue
-            attention, result, between = found
-            call = _call(bound(cached), bound(attention))
-            if not _fits(cached, found) or not is_generated(PagedStep(*fx.map_arg(call, fake_value))):
-                continue
-            with gm.graph.inserting_before(attention):
-                node = ctx.call(gm.graph, PAGED_ATTENTION, call)
-                if not _transposed(fake_value(result)):  # torch says so of contiguous queries
-                    node = ctx.call(
-                        gm.graph, aten.clone.default, (node,), memory_format=torch.contiguous_format
-                    )
-            node.meta = {**attention.meta, **node.meta}
-            result.replace_all_uses_with(node)
-            for old in (result, attention, *reversed(between), cached):
-                gm.graph.erase_node(old)
-            edits += 1
+        for target in _ATTENTION:
+            for attention in gm.graph.find_nodes(op="call_function", target=target):
+                read, result = _read(attention), _only_result(attention)
+                if read is None or result is None or not _fits(read[-1], attention):
+                    continue
+                call, laid = _call(bound(read[-1]), bound(attention)), fake_value(result)
+                if not (_transposed(laid) or laid.is_contiguous()):
+                    continue
+                if not is_generated(PagedStep(*fx.map_arg(call, fake_value))):
+                    continue
+                with gm.graph.inserting_before(attention):
+                    node = ctx.call(gm.graph, PAGED_ATTENTION, call)
+                    if not _transposed(laid):  # torch says so of contiguous queries
+                        as_it_was = {"memory_format": torch.contiguous_format}
+                        node = ctx.call(gm.graph, aten.clone.default, (node,), **as_it_was)
+                node.meta = {**attention.meta, **node.meta}
+                result.replace_all_uses_with(node)
+                for old in (result, attention, *read):
+                    gm.graph.erase_node(old)
+                edits += 1
         return edits
 
 
@@ -77,112 +85,73 @@ def _call(given: dict[str, Any], asked: dict[str, Any]) -> tuple[Any, ...]:
     scale = asked["scale"]
     if scale is None:
         scale = fake_value(asked["query"]).shape[-1] ** -0.5
-    return in_order(
-        PAGED_ATTENTION, given, query=asked["query"], scale=scale, cap=0.0, sinks=None
-    )
+    return in_order(PAGED_ATTENTION, given, query=asked["query"], scale=scale, cap=0.0, sinks=None)
 
 
-def _attention_of(cached: fx.Node) -> tuple[fx.Node, fx.Node, list[fx.Node]] | None:
-    """The attention that reads what `cached` returns, its result, and the nodes between, in their
-    order; None where something else reads any of these."""
-    found: dict[str, fx.Node] = {}
-    between: list[fx.Node] = []
-    for item in cached.users:
-        name = "key" if item.args[1] == 0 else "value"
-        chain = _repeated(item)
-        if chain is None or name in found:
-            return None
-        between += chain
-        found[name] = next(iter(chain[-1].users))
-    if len(found) < 2 or found["key"] is not found["value"]:
-        return None
-    attention = found["key"]
-    if attention.target not in _ATTENTION:
-        return None
+def _read(attention: fx.Node) -> list[fx.Node] | None:
+    """The nodes by which `attention` takes keys and values out of a paged cache, the later first,
+    and last the call of the cache; None where it takes others, or something else reads these."""
     asked = bound(attention)
-    ends = [node for node in between if attention in node.users]
-    if {asked["key"], asked["value"]} != set(ends) or asked["query"] in ends:
+    keys, values = _heads(asked["key"]), _heads(asked["value"])
+    if keys is None or values is None:
         return None
-    if _origin(asked["key"]) != (cached, 0) or _origin(asked["value"]) != (cached, 1):
+    between, cached = [*keys, *values], arguments_of(keys[-1])[0]
+    places = [arguments_of(chain[-1]) for chain in (keys, values)]
+    if places != [(cached, 0), (cached, 1)] or asked["query"] in between:
         return None
-    [*results] = attention.users
-    if len(results) != 1 or results[0].args[1] != 0:
+    if len(cached.users) != 2 or any(len(node.users) != 1 for node in between):
         return None
-    return attention, results[0], between
+    return [*between, cached]
 
 
-def _repeated(item: fx.Node) -> list[fx.Node] | None:
-    """`item` (1, G, N, D) and what repeats its heads for the queries of a group, (1, H, N, D), up
-    to the node that attention takes; None where it is anything else."""
-    _, heads, _, size = fake_value(item).shape
-    chain, steps = [item], ["item"]
-    while True:
-        node = chain[-1]
-        if len(node.users) != 1:
+def _heads(node: fx.Node) -> list[fx.Node] | None:
+    """`node` (1, H, N, D), what it is made of, and so on back to a result (1, G, N, D) of a paged
+    cache whose heads it repeats for the queries of a group; None where it is anything else.
+
+    Elements stay in their order but for one `expand`, of (1, G, 1, N, D) to (1, G, H / G, N, D).
+    """
+    chain, spread = [node], []
+    while (last := chain[-1]).target is not operator.getitem:
+        if last.target not in (*_IN_ORDER, *_OF_SIZES):
             return None
-        following = next(iter(node.users))
-        step = _step(following, node)
-        if step is None:
-            break
-        chain.append(following)
-        steps += [step] if step else []
-    if len(steps) == 1:
-        return chain
-    if steps != ["item", "unsqueeze", "expand", "view"]:
+        source = arguments_of(last)[0]
+        before, after = fake_value(source).shape, fake_value(last).shape
+        if last.target in _OF_SIZES and not _equal(before, after):
+            spread.append((last.target, before, after))
+        chain.append(source)
+    if arguments_of(last)[0].target is not PAGED_CACHE:
         return None
-    *_, (_, each, group, _, last) = (
-        fake_value(node).shape for node in chain if fake_value(node).dim() == 5
-    )
-    repeated = fake_value(chain[-1]).shape
-    whole = _same((each, last, repeated[1], repeated[3]), (heads, size, heads * group, size))
-    return chain if whole else None
-
-
-def _step(node: fx.Node, source: fx.Node) -> str | None:
-    """What `node` does to `source` on the way to more heads: "" for nothing; None where it is no
-    part of that."""
-    if node.op != "call_function" or node.args[0] is not source:
+    (_, heads, _, size), (_, every, _, own) = (fake_value(end).shape for end in (last, node))
+    if not spread:
+        return chain if _same((every, own), (heads, size)) else None
+    [(target, before, after), *others] = spread
+    if others or target is not aten.expand.default or not len(before) == len(after) == 5:
         return None
-    args = bound(node) if isinstance(node.target, torch._ops.OpOverload) else {}
-    if node.target in _COPIES:
-        return ""
-    if node.target is aten.slice.Tensor:
-        whole = args["start"] in (0, None) and args["end"] in (None, sys.maxsize)
-        return "" if whole and args["step"] == 1 else None
-    if node.target is aten.unsqueeze.default:
-        return "unsqueeze" if args["dim"] == 2 else None
-    if node.target is aten.expand.default:
-        return "expand"
-    if node.target in _VIEWS:
-        return "view"
-    return None
+    group = after[2]
+    one, many = ((*shape[:3], shape[4]) for shape in (before, after))
+    repeated = _same(one, (1, heads, 1, size)) and _same(many, (1, heads, group, size))
+    return chain if repeated and _same((every, own), (heads * group, size)) else None
 
 
-def _origin(node: fx.Node) -> tuple[fx.Node, int]:
-    """The call whose result `node` is made of, and which of its results."""
-    while node.target is not operator.getitem:
-        node = node.args[0]  # type: ignore[assignment]
-    return node.args[0], node.args[1]  # type: ignore[return-value]
+def _only_result(attention: fx.Node) -> fx.Node | None:
+    """What `attention` returns, where nothing reads its statistics."""
+    [*results] = attention.users
+    return results[0] if len(results) == 1 and arguments_of(results[0])[1] == 0 else None
 
 
-def _fits(cached: fx.Node, found: tuple[fx.Node, fx.Node, list[fx.Node]]) -> bool:
-    """Whether this attention is what a generated kernel computes, and nothing between it and the
-    cache sees what is written."""
-    attention, result, _ = found
+def _fits(cached: fx.Node, attention: fx.Node) -> bool:
+    """Whether this attention is one by the step's mask, and nothing between it and the cache sees
+    what is written."""
     given, asked = bound(cached), bound(attention)
     seen, mask = given["seen"], given["mask"]
     if seen is None or mask is None or _unpadded(asked[_ATTENTION[attention.target]]) != mask:
         return False
     if asked["dropout_p"] or asked["is_causal"]:
         return False
-    others = {user for user in given["cache"].users if user is not cached}
-    if any(node in others for node in _between(cached, attention)):
+    if any(cached < user < attention for user in given["cache"].users):
         return False
     query, key = fake_value(asked["query"]), fake_value(given["key"])
-    if query.dim() != 4 or query.shape[0] != 1 or not _same(query.shape[3:], key.shape[3:]):
-        return False
-    laid = fake_value(result)
-    return _transposed(laid) or laid.is_contiguous()
+    return query.dim() == 4 and query.shape[0] == 1 and _same(query.shape[3:], key.shape[3:])
 
 
 def _unpadded(mask: fx.Node | None) -> fx.Node | None:
@@ -196,7 +165,7 @@ def _unpadded(mask: fx.Node | None) -> fx.Node | None:
         elif mask.target is aten.slice.Tensor:
             aligned = args["dim"] in (last, -1) and args["start"] in (0, None) and args["step"] == 1
         else:
-            aligned = mask.target in (*_COPIES, aten.expand.default)
+            aligned = mask.target in (aten.clone.default, aten.expand.default)
         if not aligned:
             return mask
         mask = mask.all_input_nodes[0]
@@ -212,13 +181,11 @@ def _transposed(result: torch.Tensor) -> bool:
     )
 
 
-def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
-    found = []
-    node = first.next
-    while node is not last:
-        found.append(node)
-        node = node.next
-    return found
+def _equal(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """The same sizes, symbols among them."""
+    return len(one) == len(other) and all(
+        statically_known_true(a == b) for a, b in zip(one, other, strict=True)
+    )
 
 
 def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
