@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -54,6 +55,25 @@ from lorafx.program.stack import called_directly
 from lorafx.progress import progress
 from lorafx.viewer.page import Page
 from lorafx.viewer.stages import Span
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """One graph on its way to an executable.
+
+    Attributes:
+        frame: what Dynamo captured.
+        record: what `explain` and `dump` will show of it.
+        owner: finds the program that the executable serves.
+        lowering: compiles the graph.
+        parts: of the executable, filled in on the way.
+    """
+
+    frame: Frame
+    record: GraphRecord
+    owner: Owner
+    lowering: Lowering
+    parts: Parts
 
 
 class Backend:
@@ -138,15 +158,16 @@ class Backend:
             parts.foreign = foreign_operators(gm)
             inputs = gm.graph.find_nodes(op="placeholder")
             sources = [getattr(node.meta.get("grapharg"), "source", None) for node in inputs]
+        compilation = Compilation(frame, record, owner, lowering, parts)
         with progress(f"compiling {title}, {why}", logged=False), self.paged(record):
             if both:
                 # Whatever compiles a graph may change it.
                 with self.lowering_timed(record):
                     base = lowering.base(copy.deepcopy(gm), examples)
-                with_lora = self.compile_lora(gm, examples, frame, record, owner, lowering, parts)
+                with_lora = self.compile_lora(gm, examples, compilation)
                 executable = by_activity(owner, base, with_lora)
             elif active:
-                executable = self.compile_lora(gm, examples, frame, record, owner, lowering, parts)
+                executable = self.compile_lora(gm, examples, compilation)
                 if bound is not None:
                     executable = bound.around(program, executable)
                     take_out(gm, graph, bound.tensors(program))
@@ -180,28 +201,22 @@ class Backend:
             drop_guards_on_classes()
 
     def compile_lora(
-        self,
-        gm: fx.GraphModule,
-        examples: Sequence[Any],
-        frame: Frame,
-        record: GraphRecord,
-        owner: Owner,
-        lowering: Lowering,
-        parts: Parts,
+        self, gm: fx.GraphModule, examples: Sequence[Any], compilation: Compilation
     ) -> Callable[..., Any]:
-        """The executable of calls with adapters, made of `parts`."""
-        compiler = _FrameCompiler(self, frame, record, lowering, parts)
+        """The executable of calls with adapters."""
+        record = compilation.record
+        compiler = _FrameCompiler(self, compilation)
         compiler.folded = fold(gm) if self.program.options.stamps else None
         unseen = None if compiler.folded is None else leave_out(compiler.folded)
         compiler.unseen = unseen
         trace = aot_autograd(
             fw_compiler=compiler,
             inference_compiler=compiler,
-            decompositions=lowering.decompositions(),
+            decompositions=compilation.lowering.decompositions(),
             # Else what was written into is a result, and is copied back as a whole.
             keep_inference_input_mutations=writes_in_place(gm),
         )
-        noting = nullcontext() if self.noted is None else noted(parts)
+        noting = nullcontext() if self.noted is None else noted(compilation.parts)
         with in_tracing(), noting, timed(record.spans, "AOTAutograd"):
             try:
                 if unseen is None:
@@ -215,7 +230,7 @@ class Backend:
                 compiler.folded.restore()
                 compiler.folded = compiler.unseen = None
                 executable = trace(gm, examples)
-        return checked(record.checks, owner, compiler.outer(executable))
+        return checked(record.checks, compilation.owner, compiler.outer(executable))
 
     @contextmanager
     def lowering_timed(self, record: GraphRecord) -> Iterator[None]:
@@ -271,19 +286,12 @@ def _guarded_on_activity(program: Program) -> bool:
 class _FrameCompiler:
     """AOTAutograd's inference compiler for one frame."""
 
-    def __init__(
-        self,
-        backend: Backend,
-        frame: Frame,
-        record: GraphRecord,
-        lowering: Lowering,
-        parts: Parts,
-    ) -> None:
+    def __init__(self, backend: Backend, compilation: Compilation) -> None:
         self.backend = backend
-        self.frame = frame
-        self.record = record
-        self.lowering = lowering
-        self.parts = parts
+        self.frame = compilation.frame
+        self.record = compilation.record
+        self.lowering = compilation.lowering
+        self.parts = compilation.parts
         #: What stands for layers in the graph that is traced; None where it stands for itself.
         self.folded: Folded | None = None
         #: What is left out of the graph that is traced.

@@ -15,13 +15,11 @@ from typing import Any
 from torch import fx
 
 from lorafx.adapter_store.store import AdapterStore
-from lorafx.capture.backend import Backend
+from lorafx.capture.backend import Backend, Compilation
 from lorafx.capture.bound_inputs import BoundInputs
 from lorafx.capture.dropped_guards import drop_guards_on_classes
 from lorafx.capture.executable import Owner, refusing
 from lorafx.capture.lowering import Lowering
-from lorafx.capture.parts import Parts
-from lorafx.capture.record import GraphRecord
 from lorafx.captured_frame import captured_self
 from lorafx.errors import CaptureError
 from lorafx.explanation import write_beside_dumps
@@ -62,14 +60,7 @@ class AttachedBackend(Backend):
             return super().compile(gm, examples, lowering, per_token=per_token)
 
     def compile_lora(
-        self,
-        gm: fx.GraphModule,
-        examples: Sequence[Any],
-        frame: Frame,
-        record: GraphRecord,
-        owner: Owner,
-        lowering: Lowering,
-        parts: Parts,
+        self, gm: fx.GraphModule, examples: Sequence[Any], compilation: Compilation
     ) -> Callable[..., Any]:
         if wants_gradient(examples):
             return refusing(
@@ -79,8 +70,8 @@ class AttachedBackend(Backend):
                     "torch.inference_mode()"
                 )
             )
-        compiled = super().compile_lora(gm, examples, frame, record, owner, lowering, parts)
-        checks = record.checks
+        compiled = super().compile_lora(gm, examples, compilation)
+        owner, checks = compilation.owner, compilation.record.checks
 
         def run(*arguments: Any) -> Any:
             program = owner(arguments)
