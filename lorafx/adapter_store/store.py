@@ -18,18 +18,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
-from weakref import WeakSet
 
 from lorafx.adapter_store.asked import check_loaded, outgrown, too_many
 from lorafx.adapter_store.dora import refresh
 from lorafx.adapter_store.fitting import fitted
 from lorafx.adapter_store.holding import Hold, Retired
 from lorafx.adapter_store.host_copies import HostCopy, HostTier
-from lorafx.adapter_store.mixing import mixed
 from lorafx.adapter_store.names import BASE, Mixture, adapters_among, check_name, members
 from lorafx.adapter_store.origins import Origin
-from lorafx.adapter_store.slots import Slots
 from lorafx.adapter_store.stored import StoredAdapter, check_spans, places_of
+from lorafx.adapter_store.versions import Versions
 from lorafx.interrupts import free_after_fork, undisturbed
 
 if TYPE_CHECKING:
@@ -40,7 +38,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class AdapterStore(Slots):
+class AdapterStore(Versions):
     """Adapters by name over the banks of `groups`; safe to use from several threads.
 
     Args:
@@ -65,9 +63,6 @@ class AdapterStore(Slots):
         own = max_adapters if own_weights is None else own_weights
         super().__init__(self._groups, max_adapters, own, HostTier(self._fitted, max_host_bytes))
         self._lock = threading.RLock()
-        # Versions that requests hold though they were replaced or unloaded, and their names.
-        self._held: WeakSet[Hold] = WeakSet()
-        self._retired: dict[int, Retired] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -312,88 +307,6 @@ class AdapterStore(Slots):
         for name in wanted:
             self._slots.move_to_end(name)
         return had
-
-    def _keep(self, stored: StoredAdapter) -> None:
-        self._last = None
-        self._unmix(stored.name)
-        self._retire(stored.name)
-        self._replace(stored)
-        before = self._adapters.get(stored.name)
-        if before is not None:
-            self.host.forget(before)
-        self._adapters[stored.name] = stored
-        self.host.add(stored)
-
-    def _trim(self) -> None:
-        """Keep host memory within the budget: sums can be made again, and most adapters read."""
-        host = self.host
-        if not host.over or self._aside is not None:
-            return
-        held = {hold.stored.version for hold in list(self._held)}
-        for name in [n for n in self._adapters if isinstance(n, Mixture) and n not in self._slots]:
-            if self._adapters[name].version not in held:
-                undisturbed(partial(self._unload, name))
-        undisturbed(lambda: host.trim(lambda stored: stored.name in self._pinned))
-
-    def _retire(self, name: str) -> None:
-        """Give a version that requests hold, and its slot, a name of its own."""
-        self._let_go()
-        stored = self._adapters.get(name)
-        if stored is None or not any(hold.stored is stored for hold in list(self._held)):
-            return
-        self._last = None
-        stored.host = self.host.get(stored)  # which the request holds
-        self.host.forget(stored)
-        kept = self._retired[stored.version] = Retired(stored)
-        self._adapters[kept] = self._adapters.pop(name)
-        if name in self._slots:
-            self._slots[kept] = self._slots.pop(name)
-
-    def _let_go(self) -> None:
-        """Forget the retired versions that nobody holds any more."""
-        if not self._retired or self._aside is not None:
-            return
-        held = {hold.stored.version for hold in list(self._held)}
-        for version in self._retired.keys() - held:
-            self._forget(self._retired.pop(version))
-
-    def _forget(self, name: str) -> None:
-        self._last = None
-        self._pinned.discard(name)
-        if name not in self._adapters:  # retired
-            return
-        self.host.forget(self._adapters.pop(name))
-        slot = self._slots.pop(name, None)
-        if slot is not None:
-            self._clear(slot)
-
-    def _unload(self, name: str) -> None:
-        self._unmix(name)
-        self._retire(name)
-        self._forget(name)
-
-    def _mix(self, names: Sequence[str]) -> None:
-        """Make the sums among `names`, whose adapters are loaded. Of earlier ones that have no slot
-        the last few are kept."""
-        missing = [n for n in names if isinstance(n, Mixture) and n not in self._adapters]
-        if not missing:
-            return
-        sums = [name for name in self._adapters if isinstance(name, Mixture)]
-        idle = [name for name in sums if name not in self._slots and name not in names]
-        for name in idle[: max(0, len(idle) - self.max_adapters)]:
-            undisturbed(partial(self._unload, name))
-        summed = dict.fromkeys(own for name in missing for own in members(name))
-        copies = {own: self.host.numbers(self._adapters[own]) for own in summed}
-        for name in missing:
-            stored = mixed(name, self._adapters, copies, self._groups)
-            self._adapters[name] = stored
-            self.host.add(stored)
-
-    def _unmix(self, name: str) -> None:
-        """Forget the sums that an adapter is part of."""
-        sums = [own for own in self._adapters if isinstance(own, Mixture) and name in members(own)]
-        for own in sums:
-            self._unload(own)
 
     def _check_known(self, names: Sequence[str]) -> None:
         check_loaded(names, self._adapters, lambda: self.names)
