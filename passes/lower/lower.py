@@ -46,8 +46,8 @@ from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, product, region
 from lorafx.passes.lower.triton_graph import inline_triton_ops
 from lorafx.passes.lower.vendor_linear import VENDOR_OPS, product_of, vendor_linear
 from lorafx.passes.match.match_experts import ALIKE
-from lorafx.passes.plan.plan import cpu_spec, delta_spec
 from lorafx.passes.plan.prologues import DEFERRED, PROLOGUE, noted
+from lorafx.passes.plan.specs import cpu_spec, delta_spec
 from lorafx.program.frame import arguments_of, fake_value
 
 aten = torch.ops.aten

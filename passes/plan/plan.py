@@ -24,7 +24,6 @@ from lorafx.compat import size_hint
 from lorafx.errors import ConfigError
 from lorafx.graph.context import (
     EMBEDDING_OP,
-    EXPERT_OP,
     FUSED_OP,
     PLAIN_SITE_OPS,
     Context,
@@ -44,15 +43,13 @@ from lorafx.kernels.cost.expert_cost import ExpertWork, estimate_experts
 from lorafx.kernels.cost.work import Estimate, Work
 from lorafx.kernels.cpu.cpu import build_all
 from lorafx.kernels.ops.delta_spec import DeltaSpec
-from lorafx.kernels.ops.bank_arguments import Ranges
-from lorafx.kernels.triton.longer import Longer, refusal
+from lorafx.kernels.triton.longer import refusal
 from lorafx.kernels.triton.persistent_tiles import aligned_rows
 from lorafx.kernels.triton.triton_build import (
     AROUND,
     BY_DESCRIPTOR,
     CONCAT,
     EXPERTS,
-    TritonSpec,
     plan_of,
 )
 from lorafx.kernels.triton.triton_build import build as build_triton
@@ -63,6 +60,7 @@ from lorafx.op_arguments import bound
 from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, loops_on_host, region
 from lorafx.passes.pack import with_room
 from lorafx.passes.plan.prologues import DEFERRED, PROLOGUE, Prologues, note
+from lorafx.passes.plan.specs import cpu_spec, delta_spec, triton_spec
 from lorafx.program.frame import fake_value
 
 
@@ -339,45 +337,4 @@ def _floor(ctx: Context, node: fx.Node) -> str:
     return (
         f"byte floor at rank {rank}: {one:.2f} times the base weight's bytes with 1 adapter, "
         f"{eight:.2f} times with 8"
-    )
-
-
-def delta_spec(node: fx.Node) -> DeltaSpec:
-    """What a kernel for this node may take for granted; only metadata is read."""
-    call = bound(node)
-    if node.target is EMBEDDING_OP:
-        return DeltaSpec.of_embedding(*(fake_value(call[name]) for name in ("y", "A", "B")))
-    tensors = (fake_value(call[name]) for name in ("x", "A", "B", "ranks"))
-    return DeltaSpec.linear(fake_value(node), *tensors, *(call[name] for name in Ranges._fields))
-
-
-def cpu_spec(node: fx.Node) -> DeltaSpec:
-    """`delta_spec` of a kernel on a CPU, which finds the bank's slots of routed rows by itself."""
-    spec = delta_spec(node)
-    if node.target is EXPERT_OP:
-        return replace(spec, experts=bound(node)["count"])
-    if node.target is FUSED_EXPERTS:
-        return replace(spec, experts=int(fake_value(bound(node)["weight"]).shape[0]))
-    return spec
-
-
-def triton_spec(node: fx.Node) -> TritonSpec:
-    """`delta_spec`, and the base weight where it is part of the node."""
-    if node.target not in (FUSED_OP, FUSED_EXPERTS):
-        return TritonSpec(delta_spec(node))
-    call = bound(node)
-    weight, transposed = fake_value(call["weight"]), call["transposed"]
-    if node.target is FUSED_EXPERTS:
-        found = region(node)
-        activation = found.activation if isinstance(found, PointwiseRegion) else None
-        return TritonSpec(
-            *(delta_spec(node), weight.dtype, False, transposed),
-            experts=weight.shape[0],
-            activation=activation,
-        )
-    n, slots = fake_value(call["slots"]).shape[0], fake_value(call["B"]).shape[0]
-    return TritonSpec(
-        *(delta_spec(node), weight.dtype, call["bias"] is not None, transposed),
-        # as few blocks as the sizes of the graph allow
-        longer=Longer(requests=isinstance(n, int) and n < slots),
     )
