@@ -17,7 +17,8 @@ from lorafx.kernels.ops.bank_arguments import BankArgs
 from lorafx.kernels.ops.delta import row_slots
 from lorafx.kernels.triton.longer import Layout
 from lorafx.kernels.triton.triton_cache import GeneratedKernel
-from lorafx.kernels.triton.triton_launch import Batch, Launch
+from lorafx.kernels.triton.launchers import Launch
+from lorafx.kernels.triton.triton_launch import Batch
 from lorafx.kernels.triton.triton_source import TritonSpec
 
 

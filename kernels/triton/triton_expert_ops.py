@@ -24,13 +24,9 @@ from lorafx.kernels.ops.fused_experts import check_ends
 from lorafx.kernels.ops.op_checks import require
 from lorafx.kernels.triton.triton_build import EXPERTS
 from lorafx.kernels.triton.triton_compat import generated_triton_op
-from lorafx.kernels.triton.triton_launch import Batch, Launch, activate, linear, shrink
-from lorafx.kernels.triton.triton_ops import (
-    _checked,
-    _require_adjacent,
-    launch_interpreted,
-    launch_wrapped,
-)
+from lorafx.kernels.triton.triton_launch import Batch, activate, linear, shrink
+from lorafx.kernels.triton.launchers import Launch, launch_interpreted, launch_wrapped
+from lorafx.kernels.triton.triton_checks import checked_plan, require_adjacent
 from lorafx.kernels.triton.triton_prologue_ops import check_inputs
 
 OP = "triton_experts"
@@ -45,7 +41,7 @@ def _run(
     kernel: int,
     launch: Launch,
 ) -> Tensor:
-    plan = _checked(OP, kernel, EXPERTS, bank, rows)
+    plan = checked_plan(OP, kernel, EXPERTS, bank, rows)
     y = _fake(inputs, weight, offs, bank, rows, kernel)
     M = y.shape[0]
     if guard_or_false(M == 0):
@@ -62,7 +58,7 @@ def _run(
 
 
 def _fake(inputs, weight, offs, bank: BankArgs, rows, kernel):
-    plan = _checked(OP, kernel, EXPERTS, bank, rows)
+    plan = checked_plan(OP, kernel, EXPERTS, bank, rows)
     spec, d = plan.spec, plan.spec.delta
     K, N, E = d.in_features, spec.out_features, spec.experts
     S, M = bank.ranks.shape[0], check_inputs(OP, plan, inputs, bank.A)
@@ -72,9 +68,9 @@ def _fake(inputs, weight, offs, bank: BankArgs, rows, kernel):
         tuple(weight.shape) == shape and weight.dtype == spec.weight_dtype,
         f"the weight is {weight.dtype} {tuple(weight.shape)}, the kernel's {shape}",
     )
-    _require_adjacent(OP, weight=weight)
+    require_adjacent(OP, weight=weight)
     check_ends(OP, offs, E)
-    _require_adjacent(OP, offs=offs)
+    require_adjacent(OP, offs=offs)
     require(OP, S % E == 0, f"{E} experts do not divide {S} slots")
     return inputs[0].new_empty((M, N), dtype=d.y_dtype)
 

@@ -22,11 +22,9 @@ from torch import Tensor
 
 from lorafx.kernels.ops.bank_arguments import BankArgs
 from lorafx.kernels.ops.delta import row_slots
+from lorafx.kernels.triton.launchers import Launch
 from lorafx.kernels.triton.triton_cache import GeneratedKernel
 from lorafx.kernels.triton.triton_source import TritonSpec
-
-#: runs a kernel over a grid: compiled on a device, or in the interpreter
-Launch = Callable[[GeneratedKernel, Sequence[Any], Sequence[Any]], None]
 
 
 @dataclass(frozen=True)

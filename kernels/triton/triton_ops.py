@@ -16,145 +16,35 @@ Triton's interpreter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
-from torch.library import custom_op, wrap_triton
+from torch.library import custom_op
 
-from lorafx.compat import launches_directly
 from lorafx.kernels.ops.bank_arguments import BankArgs
 from lorafx.kernels.ops.flat_arguments import flat
-from lorafx.kernels.ops.op_checks import check_bank, require
+from lorafx.kernels.ops.op_checks import require
+from lorafx.kernels.triton.launchers import Launch, launch_interpreted, launch_wrapped
 from lorafx.kernels.triton.triton_build import LINEAR, LaunchPlan, plan_of
-from lorafx.kernels.triton.triton_cache import GeneratedKernel
-from lorafx.kernels.triton.triton_compat import allow_scratch, generated_triton_op, interpret
+from lorafx.kernels.triton.triton_checks import (
+    at_16_bytes,
+    check_linear,
+    check_y,
+    checked_plan,
+    require_adjacent,
+)
+from lorafx.kernels.triton.triton_compat import generated_triton_op
 from lorafx.kernels.triton.triton_launch import (
     Batch,
-    Launch,
     embedding_rows,
     expand_rows,
     linear,
     shrink,
     split,
 )
-
-
-def launch_wrapped(kernel: GeneratedKernel, grid: Sequence[Any], arguments: Sequence[Any]) -> None:
-    """Launches on the arguments' device, or adds the launch to the graph that is traced."""
-    options = {"num_warps": kernel.tiles.num_warps, "num_stages": kernel.tiles.num_stages}
-    if launches_directly():  # in a graph, lorafx.compat and Inductor see to it
-        if kernel.starts_early:
-            options["launch_pdl"] = True
-        if kernel.tiles.tma:
-            allow_scratch()
-    wrap_triton(kernel.jit)[tuple(grid)](*arguments, **options)
-
-
-def launch_interpreted(
-    kernel: GeneratedKernel, grid: Sequence[Any], arguments: Sequence[Any]
-) -> None:
-    """Runs the kernel in Triton's interpreter."""
-    interpret(kernel.jit, grid, arguments)
-
-
-def adjacent(tensor: Tensor) -> bool:
-    """Whether the elements of a row lie side by side, as the kernels read and write them."""
-    return guard_or_false(tensor.shape[-1] == 1) or guard_or_false(tensor.stride(-1) == 1)
-
-
-def at_16_bytes(tensor: Tensor) -> bool:
-    """Whether rows (the last dimension) begin at multiples of 16 bytes, as descriptors need it."""
-    size = tensor.element_size()
-    starts = (tensor.storage_offset(), *tensor.stride()[:-1])
-    return adjacent(tensor) and all(guard_or_false(start * size % 16 == 0) for start in starts)
-
-
-def _require_adjacent(op: str, **tensors: Tensor) -> None:
-    """A copy here would be one that nobody asked for; whoever builds a graph makes it, or plans
-    another strategy."""
-    for name, tensor in tensors.items():
-        require(
-            op,
-            adjacent(tensor),
-            f"the rows of {name} have strides {tuple(tensor.stride())}, but this kernel "
-            f"needs the elements of a row side by side; pass {name}.contiguous(), or use "
-            "lorafx::fused_linear or add_delta_",
-        )
-
-
-def _require_part(op: str, name: str, tensor: Tensor, strides: tuple[int, ...]) -> None:
-    """`tensor` has the strides of a bank, of which it may show some siblings."""
-    laid = all(
-        size == 1 or have == want
-        for size, have, want in zip(tensor.shape, tensor.stride(), strides, strict=True)
-    )
-    require(
-        op,
-        laid,
-        f"{name} has strides {tuple(tensor.stride())}, not {strides}: it is not part of the "
-        "bank that the kernel was made for",
-    )
-
-
-def _checked(
-    op: str, kernel: int, strategies: Sequence[str], bank: BankArgs, rows: Any
-) -> LaunchPlan:
-    # A triton_op's schema has no plain int: where Dynamo made the id a symbol, int() guards on it.
-    plan = plan_of(int(kernel))
-    d = plan.spec.delta
-    A, B, ranks, scales, slots = bank
-    require(op, plan.strategy in strategies, f"kernel {kernel} is one of {plan.strategy!r}")
-    check_bank(op, bank)
-    require(op, rows > 0, f"rows is {rows}; a kernel needs proved row ownership")
-    require(op, slots.shape[0] > 0, "slots is empty; give one slot per request")
-    require(op, A.dtype == d.bank_dtype, f"the bank is {A.dtype}, the kernel's {d.bank_dtype}")
-    R, group, columns = d.max_rank, d.group, d.columns
-    require(
-        op,
-        B.shape[1] == R and B.shape[2] >= d.last_column,
-        f"B is {tuple(B.shape)}, the kernel's (S, {R}, {d.last_column}) or wider",
-    )
-    require(op, ranks.shape[1] > max(d.siblings), f"ranks is for {ranks.shape[1]} siblings")
-    if not d.embedding:
-        factor = group * d.in_features
-        _require_part(op, "A", A, (d.slot_rows * factor, factor, 1))
-    _require_part(op, "B", B, (d.slot_rows * columns, columns, 1))
-    _require_part(op, "ranks", ranks, (group, 1))
-    _require_part(op, "scales", scales, (group, 1))
-    require(op, slots.is_contiguous(), "slots is not contiguous")
-    return plan
-
-
-def _check_linear(op: str, plan: LaunchPlan, x: Tensor, A: Tensor, y: Tensor | None = None) -> None:
-    d = plan.spec.delta
-    require(
-        op,
-        x.dim() == 2 and x.shape[1] == d.in_features and x.dtype == d.x_dtype,
-        f"x is {x.dtype} {tuple(x.shape)}, the kernel's {d.x_dtype} (M, {d.in_features})",
-    )
-    shown = (max(d.siblings) + 1) * d.in_features
-    require(
-        op,
-        A.shape[1] == d.max_rank and A.shape[2] >= shown,
-        f"A is {tuple(A.shape)}, the kernel's (S, {d.max_rank}, {shown}) or wider",
-    )
-    _require_adjacent(op, x=x)
-    if y is not None:
-        _check_y(op, plan, y, x.shape[0])
-
-
-def _check_y(op: str, plan: LaunchPlan, y: Tensor, rows: Any) -> None:
-    d, N = plan.spec.delta, plan.spec.out_features
-    require(
-        op,
-        y.dim() == 2 and y.shape[1] == N and y.dtype == d.y_dtype,
-        f"y is {y.dtype} {tuple(y.shape)}, the kernel's {d.y_dtype} (M, {N})",
-    )
-    require(op, y.shape[0] == rows, f"y has {y.shape[0]} rows, not {rows}")
-    _require_adjacent(op, y=y)
 
 
 def _run_linear(
@@ -166,7 +56,7 @@ def _run_linear(
     kernel: int,
     launch: Launch,
 ) -> Tensor:
-    plan = _checked("triton_linear", kernel, LINEAR, bank, rows)
+    plan = checked_plan("triton_linear", kernel, LINEAR, bank, rows)
     spec, M = plan.spec, x.shape[0]
     y = _linear_fake(x, weight, bias, bank, rows, kernel)
     if guard_or_false(M == 0):
@@ -184,9 +74,9 @@ def _run_linear(
 
 
 def _linear_fake(x, weight, bias, bank: BankArgs, rows, kernel):
-    plan = _checked("triton_linear", kernel, LINEAR, bank, rows)
+    plan = checked_plan("triton_linear", kernel, LINEAR, bank, rows)
     spec = plan.spec
-    _check_linear("triton_linear", plan, x, bank.A)
+    check_linear("triton_linear", plan, x, bank.A)
     K, N = spec.delta.in_features, spec.out_features
     shape = (K, N) if spec.transposed else (N, K)
     require(
@@ -199,7 +89,7 @@ def _linear_fake(x, weight, bias, bank: BankArgs, rows, kernel):
         (bias is not None) == spec.bias and (bias is None or bias.shape == (N,)),
         f"the kernel was made {'with' if spec.bias else 'without'} a bias of {N} columns",
     )
-    _require_adjacent("triton_linear", weight=weight)
+    require_adjacent("triton_linear", weight=weight)
     for name, tensor in (("x", x), ("weight", weight)) if plan.by_descriptor else ():
         require(
             "triton_linear",
@@ -237,8 +127,8 @@ def _delta_fake(y, x, bank: BankArgs, rows, kernel) -> None:
 
 
 def _delta_plan(y, x, bank, rows, kernel) -> LaunchPlan:
-    plan = _checked("triton_delta_", kernel, ("segments", "gemv"), bank, rows)
-    _check_linear("triton_delta_", plan, x, bank.A, y)
+    plan = checked_plan("triton_delta_", kernel, ("segments", "gemv"), bank, rows)
+    check_linear("triton_delta_", plan, x, bank.A, y)
     return plan
 
 
@@ -260,15 +150,15 @@ def _run_embedding_delta(
 
 def _embedding_fake(y, ids, bank: BankArgs, rows, kernel) -> None:
     op, rank = "triton_embedding_delta_", bank.A.shape[2]
-    plan = _checked(op, kernel, ("embedding",), bank, rows)
+    plan = checked_plan(op, kernel, ("embedding",), bank, rows)
     require(
         op,
         ids.dim() == 1 and ids.dtype in (torch.int32, torch.int64),
         f"ids is {ids.dtype} {tuple(ids.shape)}, the kernel's int32 or int64 (M,)",
     )
-    _require_adjacent(op, ids=ids)
+    require_adjacent(op, ids=ids)
     require(op, rank == plan.spec.delta.max_rank, f"A has rank {rank}")
-    _check_y(op, plan, y, ids.shape[0])
+    check_y(op, plan, y, ids.shape[0])
 
 
 @custom_op("lorafx::interpreted_linear", mutates_args=())

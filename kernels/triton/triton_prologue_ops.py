@@ -29,19 +29,13 @@ from lorafx.kernels.ops.op_checks import require
 from lorafx.kernels.triton.activation import Leaf
 from lorafx.kernels.triton.triton_build import LaunchPlan
 from lorafx.kernels.triton.triton_compat import generated_triton_op
-from lorafx.kernels.triton.triton_launch import Batch, Launch, activate, linear, shrink
-from lorafx.kernels.triton.triton_ops import (
-    _check_linear,
-    _check_y,
-    _checked,
-    _require_adjacent,
-    launch_interpreted,
-    launch_wrapped,
-)
+from lorafx.kernels.triton.triton_launch import Batch, activate, linear, shrink
+from lorafx.kernels.triton.launchers import Launch, launch_interpreted, launch_wrapped
+from lorafx.kernels.triton.triton_checks import check_linear, check_y, checked_plan, require_adjacent
 
 
 def _run_shrink(x: Tensor, bank: BankArgs, rows: Any, kernel: int, launch: Launch) -> Tensor:
-    plan = _checked("triton_shrink", kernel, ("deferred",), bank, rows)
+    plan = checked_plan("triton_shrink", kernel, ("deferred",), bank, rows)
     if guard_or_false(x.shape[0] == 0):
         return _shrink_fake(x, bank, rows, kernel)
     batch = Batch.of(x.shape[0], bank.slots, rows, plan.order, launch)
@@ -49,8 +43,8 @@ def _run_shrink(x: Tensor, bank: BankArgs, rows: Any, kernel: int, launch: Launc
 
 
 def _shrink_fake(x, bank: BankArgs, rows, kernel):
-    plan = _checked("triton_shrink", kernel, ("deferred",), bank, rows)
-    _check_linear("triton_shrink", plan, x, bank.A)
+    plan = checked_plan("triton_shrink", kernel, ("deferred",), bank, rows)
+    check_linear("triton_shrink", plan, x, bank.A)
     return _planes(plan, "shrink", x, x.shape[0])
 
 
@@ -62,7 +56,7 @@ def _planes(plan: LaunchPlan, name: str, like: Tensor, rows: Any) -> Tensor:
 def _run_activate(
     inputs: Sequence[Tensor], bank: BankArgs, rows: Any, kernel: int, launch: Launch
 ) -> tuple[Tensor, Tensor]:
-    plan = _checked("triton_activate", kernel, ("prologue",), bank, rows)
+    plan = checked_plan("triton_activate", kernel, ("prologue",), bank, rows)
     M = check_inputs("triton_activate", plan, inputs, bank.A)
     if guard_or_false(M == 0):
         return _activate_fake(inputs, bank, rows, kernel)
@@ -71,7 +65,7 @@ def _run_activate(
 
 
 def _activate_fake(inputs, bank: BankArgs, rows, kernel):
-    plan = _checked("triton_activate", kernel, ("prologue",), bank, rows)
+    plan = checked_plan("triton_activate", kernel, ("prologue",), bank, rows)
     M, d = check_inputs("triton_activate", plan, inputs, bank.A), plan.spec.delta
     h = inputs[0].new_empty((M, d.in_features), dtype=d.x_dtype)
     return h, _planes(plan, "activate", h, M)
@@ -81,7 +75,7 @@ def _run_expand(
     y: Tensor, v: Tensor, bank: BankArgs, rows: Any, kernel: int, launch: Launch
 ) -> None:
     _expand_fake(y, v, bank, rows, kernel)
-    plan, M = _checked("triton_expand_", kernel, ("prologue",), bank, rows), y.shape[0]
+    plan, M = checked_plan("triton_expand_", kernel, ("prologue",), bank, rows), y.shape[0]
     if guard_or_false(M == 0):
         return
     batch = Batch.of(M, bank.slots, rows, plan.order, launch)
@@ -90,8 +84,8 @@ def _run_expand(
 
 def _expand_fake(y, v, bank: BankArgs, rows, kernel) -> None:
     op = "triton_expand_"
-    plan = _checked(op, kernel, ("prologue",), bank, rows)
-    _check_y(op, plan, y, y.shape[0])
+    plan = checked_plan(op, kernel, ("prologue",), bank, rows)
+    check_y(op, plan, y, y.shape[0])
     _check_planes(op, v, (plan.kernels["expand"].tiles.parts, y.shape[0], plan.spec.planes))
 
 
@@ -108,7 +102,7 @@ def check_inputs(op: str, plan: LaunchPlan, inputs: Sequence[Tensor], A: Tensor)
     activation = plan.spec.activation
     if activation is None:
         require(op, len(inputs) == 1, f"{len(inputs)} inputs; the kernel takes x alone")
-        _check_linear(op, plan, inputs[0], A)
+        check_linear(op, plan, inputs[0], A)
         return inputs[0].shape[0]
     found = len(inputs)
     require(op, found == activation.inputs, f"{found} inputs, not {activation.inputs}")
@@ -135,7 +129,7 @@ def _check_leaf(op: str, index: int, leaf: Leaf, last: int, own: Sequence[Tensor
         f"input {index} is {table.dtype} {tuple(table.shape)}, the kernel's {leaf.dtype} with "
         f"more than {last} columns",
     )
-    _require_adjacent(op, input=table)
+    require_adjacent(op, input=table)
     rows = table.shape[0]
     if leaf.gathered:
         ids, *rest = rest
@@ -144,7 +138,7 @@ def _check_leaf(op: str, index: int, leaf: Leaf, last: int, own: Sequence[Tensor
             ids.dim() == 1 and ids.dtype in (torch.int32, torch.int64),
             f"the rows of input {index} are chosen by {ids.dtype} {tuple(ids.shape)}",
         )
-        _require_adjacent(op, ids=ids)
+        require_adjacent(op, ids=ids)
         rows = ids.shape[0]
     if leaf.delta is not None:
         v, B, ranks = rest

@@ -41,21 +41,16 @@ from lorafx.kernels.ops.op_library import define
 from lorafx.kernels.triton.concat_launch import blocks_of, gather, layout_of, place
 from lorafx.kernels.triton.triton_build import CONCAT, LaunchPlan, plan_of
 from lorafx.kernels.triton.triton_compat import generated_triton_op
-from lorafx.kernels.triton.triton_launch import Batch, Launch, linear, shrink
-from lorafx.kernels.triton.triton_ops import (
-    _check_linear,
-    _checked,
-    _require_adjacent,
-    launch_interpreted,
-    launch_wrapped,
-)
+from lorafx.kernels.triton.triton_launch import Batch, linear, shrink
+from lorafx.kernels.triton.launchers import Launch, launch_interpreted, launch_wrapped
+from lorafx.kernels.triton.triton_checks import check_linear, checked_plan, require_adjacent
 
 
 def _run_expanded(
     x: Tensor, bias: Tensor | None, bank: BankArgs, rows: Any, kernel: int, launch: Launch
 ) -> Tensor:
     y = _expanded_fake(x, bias, bank, rows, kernel)
-    plan = _checked("triton_expanded", kernel, ("expand_first",), bank, rows)
+    plan = checked_plan("triton_expanded", kernel, ("expand_first",), bank, rows)
     spec, M = plan.spec, x.shape[0]
     if guard_or_false(M == 0):
         return y
@@ -68,8 +63,8 @@ def _run_expanded(
 
 
 def _expanded_fake(x, bias, bank: BankArgs, rows, kernel):
-    plan = _checked("triton_expanded", kernel, ("expand_first",), bank, rows)
-    _check_linear("triton_expanded", plan, x, bank.A)
+    plan = checked_plan("triton_expanded", kernel, ("expand_first",), bank, rows)
+    check_linear("triton_expanded", plan, x, bank.A)
     N = plan.spec.out_features
     require(
         "triton_expanded",
@@ -128,7 +123,7 @@ def _run_concat(
 
 
 def _concat_plan(x, w, bank: BankArgs, rows, first, row, kernel) -> LaunchPlan:
-    plan = _checked("triton_concat_", kernel, CONCAT, bank, rows)
+    plan = checked_plan("triton_concat_", kernel, CONCAT, bank, rows)
     d, layout, first = plan.spec.delta, layout_of(plan.spec), int(first)
     left, right = layout.columns(blocks_of(plan.spec, bank))
     K, N = d.in_features, plan.spec.out_features
@@ -142,7 +137,7 @@ def _concat_plan(x, w, bank: BankArgs, rows, first, row, kernel) -> LaunchPlan:
         bank.A.shape[1] == d.max_rank and bank.A.shape[2] >= (max(d.siblings) + 1) * K,
         f"A is {tuple(bank.A.shape)}, not the kernel's bank's",
     )
-    _require_adjacent("triton_concat_", x=x)
+    require_adjacent("triton_concat_", x=x)
     require("triton_concat_", w.dim() == 2, f"W' is a matrix, not {w.dim()}-d")
     have, long = w.shape[::-1] if plan.spec.transposed else w.shape
     require(

@@ -31,7 +31,7 @@ from lorafx.kernels.cost.cost import (
 )
 from lorafx.kernels.cost.work import Work
 from lorafx.kernels.triton.triton_build import BY_DESCRIPTOR
-from lorafx.kernels.triton.triton_ops import adjacent, at_16_bytes
+from lorafx.kernels.triton.triton_checks import adjacent, at_16_bytes
 from lorafx.model.forward_check import is_dense
 from lorafx.model.packing import packable
 from lorafx.model.quantized import is_stored

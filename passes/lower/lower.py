@@ -40,7 +40,7 @@ from lorafx.kernels.cpu.grouped_mm import GROUPED_MM, kernel_of
 from lorafx.kernels.ops.bank_arguments import BankArgs
 from lorafx.kernels.triton import triton_expert_ops, triton_ops, triton_prologue_ops
 from lorafx.kernels.triton.triton_build import AROUND, EXPERTS, plan_of
-from lorafx.kernels.triton.triton_ops import adjacent, at_16_bytes
+from lorafx.kernels.triton.triton_checks import adjacent, at_16_bytes
 from lorafx.op_arguments import bound, in_order
 from lorafx.passes.fuse.fuse_experts import FUSED_EXPERTS, product, region
 from lorafx.passes.lower.triton_graph import inline_triton_ops

@@ -53,7 +53,7 @@ from lorafx.kernels.triton.triton_build import (
     plan_of,
 )
 from lorafx.kernels.triton.triton_build import build as build_triton
-from lorafx.kernels.triton.triton_ops import adjacent, at_16_bytes
+from lorafx.kernels.triton.triton_checks import adjacent, at_16_bytes
 from lorafx.model.bank import Bank
 from lorafx.model.sites import Part, Site
 from lorafx.op_arguments import bound

@@ -31,7 +31,7 @@ from lorafx.kernels.triton.triton_launch import (
     shrink,
     shrink_reference,
 )
-from lorafx.kernels.triton.triton_ops import launch_interpreted
+from lorafx.kernels.triton.launchers import launch_interpreted
 from lorafx.kernels.triton.triton_tiles import ARCHITECTURES
 
 ALL_ALIKE = 1 << 62

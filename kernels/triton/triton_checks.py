@@ -1,0 +1,113 @@
+"""What the ops of generated Triton kernels ask of their arguments, real or fake, before a launch.
+
+Every check raises LoweringError, which names the op and what does not fit the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+from lorafx.kernels.ops.bank_arguments import BankArgs
+from lorafx.kernels.ops.op_checks import check_bank, require
+from lorafx.kernels.triton.triton_build import LaunchPlan, plan_of
+
+
+def adjacent(tensor: Tensor) -> bool:
+    """Whether the elements of a row lie side by side, as the kernels read and write them."""
+    return guard_or_false(tensor.shape[-1] == 1) or guard_or_false(tensor.stride(-1) == 1)
+
+
+def at_16_bytes(tensor: Tensor) -> bool:
+    """Whether rows (the last dimension) begin at multiples of 16 bytes, as descriptors need it."""
+    size = tensor.element_size()
+    starts = (tensor.storage_offset(), *tensor.stride()[:-1])
+    return adjacent(tensor) and all(guard_or_false(start * size % 16 == 0) for start in starts)
+
+
+def require_adjacent(op: str, **tensors: Tensor) -> None:
+    """A copy here would be one that nobody asked for; whoever builds a graph makes it, or plans
+    another strategy."""
+    for name, tensor in tensors.items():
+        require(
+            op,
+            adjacent(tensor),
+            f"the rows of {name} have strides {tuple(tensor.stride())}, but this kernel "
+            f"needs the elements of a row side by side; pass {name}.contiguous(), or use "
+            "lorafx::fused_linear or add_delta_",
+        )
+
+
+def _require_part(op: str, name: str, tensor: Tensor, strides: tuple[int, ...]) -> None:
+    """`tensor` has the strides of a bank, of which it may show some siblings."""
+    laid = all(
+        size == 1 or have == want
+        for size, have, want in zip(tensor.shape, tensor.stride(), strides, strict=True)
+    )
+    require(
+        op,
+        laid,
+        f"{name} has strides {tuple(tensor.stride())}, not {strides}: it is not part of the "
+        "bank that the kernel was made for",
+    )
+
+
+def checked_plan(
+    op: str, kernel: int, strategies: Sequence[str], bank: BankArgs, rows: Any
+) -> LaunchPlan:
+    # A triton_op's schema has no plain int: where Dynamo made the id a symbol, int() guards on it.
+    plan = plan_of(int(kernel))
+    d = plan.spec.delta
+    A, B, ranks, scales, slots = bank
+    require(op, plan.strategy in strategies, f"kernel {kernel} is one of {plan.strategy!r}")
+    check_bank(op, bank)
+    require(op, rows > 0, f"rows is {rows}; a kernel needs proved row ownership")
+    require(op, slots.shape[0] > 0, "slots is empty; give one slot per request")
+    require(op, A.dtype == d.bank_dtype, f"the bank is {A.dtype}, the kernel's {d.bank_dtype}")
+    R, group, columns = d.max_rank, d.group, d.columns
+    require(
+        op,
+        B.shape[1] == R and B.shape[2] >= d.last_column,
+        f"B is {tuple(B.shape)}, the kernel's (S, {R}, {d.last_column}) or wider",
+    )
+    require(op, ranks.shape[1] > max(d.siblings), f"ranks is for {ranks.shape[1]} siblings")
+    if not d.embedding:
+        factor = group * d.in_features
+        _require_part(op, "A", A, (d.slot_rows * factor, factor, 1))
+    _require_part(op, "B", B, (d.slot_rows * columns, columns, 1))
+    _require_part(op, "ranks", ranks, (group, 1))
+    _require_part(op, "scales", scales, (group, 1))
+    require(op, slots.is_contiguous(), "slots is not contiguous")
+    return plan
+
+
+def check_linear(op: str, plan: LaunchPlan, x: Tensor, A: Tensor, y: Tensor | None = None) -> None:
+    d = plan.spec.delta
+    require(
+        op,
+        x.dim() == 2 and x.shape[1] == d.in_features and x.dtype == d.x_dtype,
+        f"x is {x.dtype} {tuple(x.shape)}, the kernel's {d.x_dtype} (M, {d.in_features})",
+    )
+    shown = (max(d.siblings) + 1) * d.in_features
+    require(
+        op,
+        A.shape[1] == d.max_rank and A.shape[2] >= shown,
+        f"A is {tuple(A.shape)}, the kernel's (S, {d.max_rank}, {shown}) or wider",
+    )
+    require_adjacent(op, x=x)
+    if y is not None:
+        check_y(op, plan, y, x.shape[0])
+
+
+def check_y(op: str, plan: LaunchPlan, y: Tensor, rows: Any) -> None:
+    d, N = plan.spec.delta, plan.spec.out_features
+    require(
+        op,
+        y.dim() == 2 and y.shape[1] == N and y.dtype == d.y_dtype,
+        f"y is {y.dtype} {tuple(y.shape)}, the kernel's {d.y_dtype} (M, {N})",
+    )
+    require(op, y.shape[0] == rows, f"y has {y.shape[0]} rows, not {rows}")
+    require_adjacent(op, y=y)
