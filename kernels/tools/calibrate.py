@@ -24,7 +24,7 @@ from lorafx.kernels.tools.triton_variants import representative_specs
 from lorafx.kernels.tools.tune import Problem, is_too_big, replay_seconds
 from lorafx.kernels.triton.persistent_tiles import persistent_tiles, persistent_variants
 from lorafx.kernels.triton.triton_build import TritonSpec, build, plan_of
-from lorafx.kernels.triton.triton_launch import Batch, linear
+from lorafx.kernels.triton.triton_launch import Base, Batch, linear
 from lorafx.kernels.triton.launchers import launch_interpreted, launch_wrapped
 from lorafx.kernels.triton.triton_tiles import architecture_of
 
@@ -115,17 +115,16 @@ def _persistent(side: int, rows: int, device: torch.device, clock: Clock) -> flo
     heuristic = persistent_tiles(spec.delta, rows, arch)
     own = heuristic["persistent"]
     launch = launch_interpreted if device.type == "cpu" else launch_wrapped
-    bank = BankArgs(*problem.bank)
-    batch = Batch.of(rows, bank.slots, 1, None, launch)
+    batch = Batch.of(rows, BankArgs(*problem.bank), 1, None, launch)
     v = torch.zeros((own.parts, rows, spec.planes), device=device)
-    base = problem.x, weight, None
+    base = Base(problem.x, weight, None)
     seconds = math.inf
     for variant in persistent_variants(spec.delta, rows, arch):
         tiles = {**heuristic, "persistent": replace(variant, parts=own.parts)}
         kernel = build(spec, "persistent", rows_hint=rows, device=device, tiles=tiles)
         assert kernel is not None
         product = plan_of(kernel).kernels["persistent"]
-        call = functools.partial(linear, product, spec, problem.y, v, base, bank, batch, launch)
+        call = functools.partial(linear, product, spec, problem.y, v, base, batch)
         try:
             seconds = min(seconds, clock("persistent GEMM", call))
         except Exception as error:

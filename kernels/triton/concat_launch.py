@@ -17,7 +17,6 @@ from lorafx.kernels.ops.bank_arguments import BankArgs
 from lorafx.kernels.ops.delta import row_slots
 from lorafx.kernels.triton.longer import Layout
 from lorafx.kernels.triton.triton_cache import GeneratedKernel
-from lorafx.kernels.triton.launchers import Launch
 from lorafx.kernels.triton.triton_launch import Batch
 from lorafx.kernels.triton.triton_source import TritonSpec
 
@@ -40,8 +39,7 @@ def gather(
     w: Tensor,
     first: int,
     row: int,
-    bank: BankArgs,
-    launch: Launch,
+    batch: Batch,
 ) -> Tensor:
     """Writes B into W' (N, …), or (…, N) where the spec is transposed, around the K columns from
     `first` on, in the N rows from `row` on.
@@ -50,14 +48,14 @@ def gather(
         (blocks, T) int32: whether B of a block has what is no number in each of T column tiles.
         W' has 0 in its place.
     """
+    bank = batch.bank
     blocks = blocks_of(spec, bank)
     tiles_n = sum(-(-size // kernel.tiles.block_n) for size in spec.delta.sizes)
     flags = torch.empty((blocks, tiles_n), dtype=torch.int32, device=w.device)
     strides = [w.stride(1), w.stride(0)] if spec.transposed else [w.stride(0), w.stride(1)]
     pointers = [bank.B, bank.ranks, bank.slots, w, flags]
-    launch(
-        kernel, (tiles_n, blocks), [*pointers, bank.ranks.shape[0], blocks, first, row, *strides]
-    )
+    scalars = [bank.ranks.shape[0], blocks, first, row, *strides]
+    batch.launch(kernel, (tiles_n, blocks), [*pointers, *scalars])
     return flags
 
 
@@ -66,17 +64,16 @@ def place(
     spec: TritonSpec,
     x: Tensor,
     flags: Tensor,
-    bank: BankArgs,
     batch: Batch,
-    launch: Launch,
 ) -> None:
     """Writes v into x' (M, …) around x; NaN for rows of slots that `flags` has something of."""
-    layout, blocks, tiles = layout_of(spec), blocks_of(spec, bank), kernel.tiles
+    bank, layout, tiles = batch.bank, layout_of(spec), kernel.tiles
+    blocks = blocks_of(spec, bank)
     columns = len(spec.delta.sizes) * layout.width
     grid = (batch.tiles(tiles.block_m), -(-columns // tiles.block_r))
     pointers = [x, bank.A, bank.ranks, bank.scales, flags, *batch.pointers]
     scalars = batch.arguments(bank.ranks.shape[0], blocks, layout.columns(blocks)[0], x.stride(0))
-    launch(kernel, grid, [*pointers, *scalars])
+    batch.launch(kernel, grid, [*pointers, *scalars])
 
 
 def longer_reference(

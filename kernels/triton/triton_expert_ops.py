@@ -24,7 +24,7 @@ from lorafx.kernels.ops.fused_experts import check_ends
 from lorafx.kernels.ops.op_checks import require
 from lorafx.kernels.triton.triton_build import EXPERTS
 from lorafx.kernels.triton.triton_compat import generated_triton_op
-from lorafx.kernels.triton.triton_launch import Batch, activate, linear, shrink
+from lorafx.kernels.triton.triton_launch import Base, Batch, activate, linear, shrink
 from lorafx.kernels.triton.launchers import Launch, launch_interpreted, launch_wrapped
 from lorafx.kernels.triton.triton_checks import checked_plan, require_adjacent
 from lorafx.kernels.triton.triton_prologue_ops import check_inputs
@@ -46,14 +46,14 @@ def _run(
     M = y.shape[0]
     if guard_or_false(M == 0):
         return y
-    batch = Batch.of(M, bank.slots, rows, None, launch, offs)
+    batch = Batch.of(M, bank, rows, None, launch, offs)
     first, last = plan.kernels.values()
     if plan.strategy == "activated":
-        x, v = activate(first, plan.spec, inputs, bank, batch, launch)
+        x, v = activate(first, plan.spec, inputs, batch)
     else:
         x = inputs[0]
-        v = shrink(first, plan.spec, x, bank, batch, launch)
-    linear(last, plan.spec, y, v, (x, weight, None), bank, batch, launch)
+        v = shrink(first, plan.spec, x, batch)
+    linear(last, plan.spec, y, v, Base(x, weight, None), batch)
     return y
 
 

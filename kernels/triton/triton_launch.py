@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,37 +29,40 @@ from lorafx.kernels.triton.triton_source import TritonSpec
 
 @dataclass(frozen=True)
 class Batch:
-    """Whose row each row is, as the kernels take it.
+    """The bank, whose row each row is as the kernels take it, and how they are run.
 
     Attributes:
         M: rows of x.
-        slots: (n,) int32, one a request.
+        bank: of the group; its slots are (n,), one a request.
         rows: rows a request, at most M: all rows alike is M rows of the first request.
         order: (count,) int32, the requests that have rows, sorted by slot; None: not sorted.
         count: requests that have rows.
         span: rows of one request, over all repetitions of the n requests in M.
+        launch: runs a kernel.
         offs: (E,), where the rows of each expert end, for rows sorted by expert; None: no experts.
     """
 
     M: Any
-    slots: Tensor
+    bank: BankArgs
     rows: Any
     order: Tensor | None
     count: Any
     span: Any
+    launch: Launch
     offs: Tensor | None = None
 
     @classmethod
     def of(
         cls,
         M: Any,
-        slots: Tensor,
+        bank: BankArgs,
         rows: Any,
         kernel: GeneratedKernel | None,
         launch: Launch,
         offs: Tensor | None = None,
     ) -> Batch:
         """The batch of an op's arguments; sorted where there is an `order` kernel."""
+        slots = bank.slots
         n = slots.shape[0]
         rows = torch.sym_min(rows, M)  # also keeps "all rows alike", 2⁶², out of 32-bit arithmetic
         count = torch.sym_min(n, _cdiv(M, rows))
@@ -68,7 +71,7 @@ class Batch:
         if kernel is not None:
             order = torch.empty(count, dtype=torch.int32, device=slots.device)
             launch(kernel, (_cdiv(count, kernel.tiles.block_m),), (slots, order, count))
-        return cls(M, slots, rows, order, count, span, offs)
+        return cls(M, bank, rows, order, count, span, launch, offs)
 
     def tiles(self, block: int) -> Any:
         """Tiles of `block` rows; a sorted batch may have a few places without a row at its end.
@@ -83,12 +86,12 @@ class Batch:
     def arguments(self, *tail: Any) -> list[Any]:
         """M, n, rows and, for sorted rows, span and count, followed by `tail`."""
         sorting = [] if self.order is None else [self.span, self.count]
-        return [self.M, self.slots.shape[0], self.rows, *sorting, *tail]
+        return [self.M, self.bank.slots.shape[0], self.rows, *sorting, *tail]
 
     @property
     def pointers(self) -> list[Tensor]:
         """slots and, for sorted rows, order or the experts' ends."""
-        return [t for t in (self.slots, self.order, self.offs) if t is not None]
+        return [t for t in (self.bank.slots, self.order, self.offs) if t is not None]
 
 
 def _cdiv(value: Any, by: Any) -> Any:
@@ -99,21 +102,19 @@ def shrink(
     kernel: GeneratedKernel,
     spec: TritonSpec,
     x: Tensor,
-    bank: BankArgs,
     batch: Batch,
-    launch: Launch,
 ) -> Tensor:
     """v (P, M, J·R) float32 of x (M, K), by `shrink` or `shrink_rows`.
 
     What a row's adapter has no factor for is not written, and must not be read.
     """
-    A, _, ranks, scales, _ = bank
+    A, _, ranks, scales, _ = batch.bank
     tiles, M = kernel.tiles, batch.M
     v = torch.empty((tiles.parts, M, spec.planes), dtype=torch.float32, device=x.device)
     tall = M if kernel.name == "shrink_rows" else batch.tiles(tiles.block_m) * tiles.lanes
     grid = (tall, _cdiv(spec.planes, tiles.block_r), tiles.parts)
     arguments = [x, A, ranks, scales, *batch.pointers, v]
-    launch(kernel, grid, arguments + batch.arguments(ranks.shape[0], v.stride(0), x.stride(0)))
+    batch.launch(kernel, grid, arguments + batch.arguments(ranks.shape[0], v.stride(0), x.stride(0)))
     return v
 
 
@@ -121,12 +122,10 @@ def activate(
     kernel: GeneratedKernel,
     spec: TritonSpec,
     inputs: Sequence[Tensor],
-    bank: BankArgs,
     batch: Batch,
-    launch: Launch,
 ) -> tuple[Tensor, Tensor]:
     """h (M, K) = f(inputs) and v = `shrink` of it; its reference is f and `shrink_reference`."""
-    A, _, ranks, scales, _ = bank
+    A, _, ranks, scales, _ = batch.bank
     activation = spec.activation
     assert activation is not None
     tiles, M, d = kernel.tiles, batch.M, spec.delta
@@ -141,7 +140,7 @@ def activate(
     tall = batch.tiles(tiles.block_m) * tiles.lanes
     grid = (tall, _cdiv(spec.planes, tiles.block_r), tiles.parts)
     scalars = batch.arguments(ranks.shape[0], v.stride(0), *strides, h.stride(0))
-    launch(kernel, grid, [*inputs, h, A, ranks, scales, *batch.pointers, v, *scalars])
+    batch.launch(kernel, grid, [*inputs, h, A, ranks, scales, *batch.pointers, v, *scalars])
     return h, v
 
 
@@ -163,10 +162,8 @@ def split(
     spec: TritonSpec,
     x: Tensor,
     weight: Tensor,
-    bank: BankArgs,
     y: Tensor,
     batch: Batch,
-    launch: Launch,
 ) -> tuple[Tensor | None, Tensor]:
     """The base product in parts of K, (Q, M, N) float32, and beside it `shrink`'s v.
 
@@ -174,7 +171,7 @@ def split(
 
     Its reference is the base product, the sum of the planes, and `shrink_reference`.
     """
-    A, _, ranks, scales, _ = bank
+    A, _, ranks, scales, _ = batch.bank
     tiles, M, N = kernel.tiles, batch.M, spec.out_features
     sums = None
     if tiles.split > 1:
@@ -186,8 +183,22 @@ def split(
     grid = (tiles_m * (shrinking + _cdiv(N, tiles.block_n) * tiles.split),)
     strides = [v.stride(0), target.stride(0), x.stride(0), weight.stride(0)]
     scalars = batch.arguments(ranks.shape[0], tiles_m, *strides)
-    launch(kernel, grid, [x, weight, A, ranks, scales, *batch.pointers, target, v, *scalars])
+    batch.launch(kernel, grid, [x, weight, A, ranks, scales, *batch.pointers, target, v, *scalars])
     return sums, v
+
+
+class Base(NamedTuple):
+    """What `linear` computes the base product of: x (M, K), the weight and the bias.
+
+    Attributes:
+        sums: the product's planes, for "reduce", which reads nothing else but the bias, as
+            "expand_first" does; None where y holds the product.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    sums: Tensor | None = None
 
 
 def linear(
@@ -195,26 +206,21 @@ def linear(
     spec: TritonSpec,
     y: Tensor,
     v: Tensor | None,
-    base: tuple[Tensor, Tensor, Tensor | None] | None,
-    bank: BankArgs,
+    base: Base | None,
     batch: Batch,
-    launch: Launch,
-    sums: Tensor | None = None,
 ) -> None:
     """Writes y (M, N), or adds to it where there is no base product.
 
     Args:
         v: shrink's planes; None where the kernel ("recompute") computes v itself.
-        base: x (M, K), the weight and the bias; None for "expand".
-        sums: the base product's planes, for "reduce", which reads nothing of `base` but the bias,
-            as "expand_first" does; None where y holds the product.
+        base: None for "expand".
     """
-    A, B, ranks, scales, _ = bank
+    A, B, ranks, scales, _ = batch.bank
     tiles = kernel.tiles
     pointers: list[Any] = []
     strides: list[Any] = []
     if base is not None:
-        x, weight, bias = base
+        x, weight, bias, sums = base
         if kernel.name not in ("reduce", "expand_first"):
             pointers += [x, weight]
             strides += [x.stride(0), weight.stride(-2)]
@@ -229,14 +235,14 @@ def linear(
     plane = [] if v is None else [v.stride(0)]
     scalars = batch.arguments(ranks.shape[0], tiles_m, *plane, *strides, y.stride(0))
     grid = (tiles.programs or tiles_m * tiles_n,)
-    launch(kernel, grid, [*pointers, *batch.pointers, y, *scalars])
+    batch.launch(kernel, grid, [*pointers, *batch.pointers, y, *scalars])
 
 
 def linear_reference(
     spec: TritonSpec,
     y: Tensor,
     v: Tensor,
-    base: tuple[Tensor, Tensor, Tensor | None] | None,
+    base: Base | None,
     bank: BankArgs,
     rows: int,
 ) -> None:
@@ -245,7 +251,7 @@ def linear_reference(
     d, R = spec.delta, spec.delta.max_rank
     acc = y.float()
     if base is not None:
-        x, weight, bias = base
+        x, weight, bias, _ = base
         acc = x.float() @ (weight if spec.transposed else weight.T).float()
         acc = acc if bias is None else acc + bias.float()
     for m, slot in enumerate(row_slots(slots, rows, y.shape[0]).tolist()):
@@ -264,16 +270,14 @@ def expand_rows(
     spec: TritonSpec,
     y: Tensor,
     v: Tensor,
-    bank: BankArgs,
     batch: Batch,
-    launch: Launch,
 ) -> None:
     """Adds v B into y (M, N) row by row; its reference is `linear_reference` without a base."""
-    B, ranks = bank.B, bank.ranks
+    B, ranks = batch.bank.B, batch.bank.ranks
     tiles_n = sum(_cdiv(size, kernel.tiles.block_n) for size in spec.delta.sizes)
     arguments = [v, B, ranks, *batch.pointers, y]
     scalars = batch.arguments(ranks.shape[0], v.stride(0), y.stride(0))
-    launch(kernel, (batch.M, tiles_n), arguments + scalars)
+    batch.launch(kernel, (batch.M, tiles_n), arguments + scalars)
 
 
 def embedding_rows(
@@ -281,17 +285,15 @@ def embedding_rows(
     spec: TritonSpec,
     y: Tensor,
     ids: Tensor,
-    bank: BankArgs,
     batch: Batch,
-    launch: Launch,
 ) -> None:
     """Adds scale · A[s, ids, :r] B[s, :r] into y (M, N).
 
     Its reference is `lorafx.kernels.ops.delta.add_embedding_delta`. An id outside the table adds
     nothing: a kernel cannot raise, and the base's own lookup has.
     """
-    A, B, ranks, scales, _ = bank
+    A, B, ranks, scales, _ = batch.bank
     tiles_n = _cdiv(spec.delta.columns, kernel.tiles.block_n)
     arguments = [ids, A, B, ranks, scales, *batch.pointers, y]
     scalars = batch.arguments(ranks.shape[0], A.shape[1], *A.stride()[:2], y.stride(0))
-    launch(kernel, (batch.M, tiles_n), arguments + scalars)
+    batch.launch(kernel, (batch.M, tiles_n), arguments + scalars)

@@ -38,6 +38,7 @@ from lorafx.kernels.triton.triton_checks import (
 )
 from lorafx.kernels.triton.triton_compat import generated_triton_op
 from lorafx.kernels.triton.triton_launch import (
+    Base,
     Batch,
     embedding_rows,
     expand_rows,
@@ -62,14 +63,14 @@ def _run_linear(
     if guard_or_false(M == 0):
         return y
     bias = None if bias is None else bias.contiguous()  # N elements; kernels take no stride of it
-    batch = Batch.of(M, bank.slots, rows, plan.order, launch)
+    batch = Batch.of(M, bank, rows, plan.order, launch)
     v, sums = None, None
     *before, last = plan.kernels.values()
     if "shrink" in plan.kernels:
-        v = shrink(before[0], spec, x, bank, batch, launch)
+        v = shrink(before[0], spec, x, batch)
     elif "split" in plan.kernels:
-        sums, v = split(before[0], spec, x, weight, bank, y, batch, launch)
-    linear(last, spec, y, v, (x, weight, bias), bank, batch, launch, sums)
+        sums, v = split(before[0], spec, x, weight, y, batch)
+    linear(last, spec, y, v, Base(x, weight, bias, sums), batch)
     return y
 
 
@@ -113,13 +114,13 @@ def _run_delta(
     spec, M = plan.spec, x.shape[0]
     if guard_or_false(M == 0):
         return
-    batch = Batch.of(M, bank.slots, rows, plan.order, launch)
+    batch = Batch.of(M, bank, rows, plan.order, launch)
     first, second = plan.kernels.values()
-    v = shrink(first, spec, x, bank, batch, launch)
+    v = shrink(first, spec, x, batch)
     if plan.strategy == "gemv":
-        expand_rows(second, spec, y, v, bank, batch, launch)
+        expand_rows(second, spec, y, v, batch)
     else:
-        linear(second, spec, y, v, None, bank, batch, launch)
+        linear(second, spec, y, v, None, batch)
 
 
 def _delta_fake(y, x, bank: BankArgs, rows, kernel) -> None:
@@ -144,8 +145,8 @@ def _run_embedding_delta(
     plan, M = plan_of(int(kernel)), ids.shape[0]
     if guard_or_false(M == 0):
         return
-    batch = Batch.of(M, bank.slots, rows, plan.order, launch)
-    embedding_rows(plan.kernels["embedding_rows"], plan.spec, y, ids, bank, batch, launch)
+    batch = Batch.of(M, bank, rows, plan.order, launch)
+    embedding_rows(plan.kernels["embedding_rows"], plan.spec, y, ids, batch)
 
 
 def _embedding_fake(y, ids, bank: BankArgs, rows, kernel) -> None:

@@ -38,8 +38,8 @@ def _run_shrink(x: Tensor, bank: BankArgs, rows: Any, kernel: int, launch: Launc
     plan = checked_plan("triton_shrink", kernel, ("deferred",), bank, rows)
     if guard_or_false(x.shape[0] == 0):
         return _shrink_fake(x, bank, rows, kernel)
-    batch = Batch.of(x.shape[0], bank.slots, rows, plan.order, launch)
-    return shrink(plan.kernels["shrink"], plan.spec, x, bank, batch, launch)
+    batch = Batch.of(x.shape[0], bank, rows, plan.order, launch)
+    return shrink(plan.kernels["shrink"], plan.spec, x, batch)
 
 
 def _shrink_fake(x, bank: BankArgs, rows, kernel):
@@ -60,8 +60,8 @@ def _run_activate(
     M = check_inputs("triton_activate", plan, inputs, bank.A)
     if guard_or_false(M == 0):
         return _activate_fake(inputs, bank, rows, kernel)
-    batch = Batch.of(M, bank.slots, rows, plan.order, launch)
-    return activate(plan.kernels["activate"], plan.spec, inputs, bank, batch, launch)
+    batch = Batch.of(M, bank, rows, plan.order, launch)
+    return activate(plan.kernels["activate"], plan.spec, inputs, batch)
 
 
 def _activate_fake(inputs, bank: BankArgs, rows, kernel):
@@ -78,8 +78,8 @@ def _run_expand(
     plan, M = checked_plan("triton_expand_", kernel, ("prologue",), bank, rows), y.shape[0]
     if guard_or_false(M == 0):
         return
-    batch = Batch.of(M, bank.slots, rows, plan.order, launch)
-    linear(plan.kernels["expand"], plan.spec, y, v, None, bank, batch, launch)
+    batch = Batch.of(M, bank, rows, plan.order, launch)
+    linear(plan.kernels["expand"], plan.spec, y, v, None, batch)
 
 
 def _expand_fake(y, v, bank: BankArgs, rows, kernel) -> None:

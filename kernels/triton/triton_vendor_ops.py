@@ -41,7 +41,7 @@ from lorafx.kernels.ops.op_library import define
 from lorafx.kernels.triton.concat_launch import blocks_of, gather, layout_of, place
 from lorafx.kernels.triton.triton_build import CONCAT, LaunchPlan, plan_of
 from lorafx.kernels.triton.triton_compat import generated_triton_op
-from lorafx.kernels.triton.triton_launch import Batch, linear, shrink
+from lorafx.kernels.triton.triton_launch import Base, Batch, linear, shrink
 from lorafx.kernels.triton.launchers import Launch, launch_interpreted, launch_wrapped
 from lorafx.kernels.triton.triton_checks import check_linear, checked_plan, require_adjacent
 
@@ -55,10 +55,10 @@ def _run_expanded(
     if guard_or_false(M == 0):
         return y
     bias = None if bias is None else bias.contiguous()  # N elements; kernels take no stride of it
-    batch = Batch.of(M, bank.slots, rows, plan.order, launch)
+    batch = Batch.of(M, bank, rows, plan.order, launch)
     first, second = plan.kernels.values()
-    v = shrink(first, spec, x, bank, batch, launch)
-    linear(second, spec, y, v, (x, x, bias), bank, batch, launch)
+    v = shrink(first, spec, x, batch)
+    linear(second, spec, y, v, Base(x, x, bias), batch)
     return y
 
 
@@ -116,10 +116,10 @@ def _run_concat(
     spec, M = plan.spec, x.shape[0]
     if guard_or_false(M == 0):
         return
-    batch = Batch.of(M, bank.slots, rows, plan.order, launch)
+    batch = Batch.of(M, bank, rows, plan.order, launch)
     behind_w, behind_x = plan.kernels.values()
-    flags = gather(behind_w, spec, w, int(first), int(row), bank, launch)
-    place(behind_x, spec, x, flags, bank, batch, launch)
+    flags = gather(behind_w, spec, w, int(first), int(row), batch)
+    place(behind_x, spec, x, flags, batch)
 
 
 def _concat_plan(x, w, bank: BankArgs, rows, first, row, kernel) -> LaunchPlan:

@@ -21,10 +21,12 @@ from triton_cases import (
     run,
 )
 
+from lorafx.kernels.ops.bank_arguments import BankArgs
 from lorafx.kernels.triton.strategy_tiles import tiles_for
 from lorafx.kernels.triton.triton_build import LINEAR, ORDER_TILES, plan_of
 from lorafx.kernels.triton.triton_cache import load
 from lorafx.kernels.triton.triton_launch import (
+    Base,
     Batch,
     linear,
     linear_reference,
@@ -129,7 +131,8 @@ def test_slots_change_under_one_kernel(strategy: str) -> None:
 def test_order(slots: list[int]) -> None:
     kernel = load("order", None, ORDER_TILES, INTERPRETER)
     tensor = torch.tensor(slots, dtype=torch.int32)
-    batch = Batch.of(len(slots), tensor, 1, kernel, launch_interpreted)
+    bank = BankArgs(*torch.empty(4, 0), tensor)
+    batch = Batch.of(len(slots), bank, 1, kernel, launch_interpreted)
     assert batch.order is not None
     assert torch.equal(batch.order, torch.argsort(tensor, stable=True).to(torch.int32))
 
@@ -140,8 +143,8 @@ def test_shrink_alone(strategy: str) -> None:
     case = make_case(K=70, sizes=(9, 9, 9), slots=(2, -1, 0, 1), rows=3, rank=5, siblings=(2, 0))
     p, spec = case.problem, plan_of(kernel_of(case, strategy)).spec
     kernel = next(iter(plan_of(kernel_of(case, strategy)).kernels.values()))
-    batch = Batch.of(12, p.slots, p.rows, None, launch_interpreted)
-    v = shrink(kernel, spec, p.x, p.bank, batch, launch_interpreted).sum(0)
+    batch = Batch.of(12, p.bank, p.rows, None, launch_interpreted)
+    v = shrink(kernel, spec, p.x, batch).sum(0)
     expected = shrink_reference(spec, p.x, p.bank, p.rows)
     live = expected != 0
     assert live.sum() > 20
@@ -159,12 +162,12 @@ def test_linear_alone(strategy: str) -> None:
     plan = plan_of(kernel_of(case, strategy, tiles))
     p, spec = case.problem, plan.spec
     v = shrink_reference(spec, p.x, p.bank, p.rows)
-    base = (p.x, case.weight, case.bias) if strategy in LINEAR else None
-    batch = Batch.of(12, p.slots, p.rows, None, launch_interpreted)
+    base = Base(p.x, case.weight, case.bias) if strategy in LINEAR else None
+    batch = Batch.of(12, p.bank, p.rows, None, launch_interpreted)
     got, expected = p.y.clone(), p.y.clone()
     planes = torch.where(v == 0, torch.nan, v)[None]
     kernel = list(plan.kernels.values())[-1]
-    linear(kernel, spec, got, planes, base, p.bank, batch, launch_interpreted)
+    linear(kernel, spec, got, planes, base, batch)
     linear_reference(spec, expected, v, base, p.bank, p.rows)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
