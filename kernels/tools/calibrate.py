@@ -22,10 +22,10 @@ from lorafx.kernels.cost.chips import Chip, assumed_chip, save_chip
 from lorafx.kernels.ops.bank_arguments import BankArgs
 from lorafx.kernels.tools.triton_variants import representative_specs
 from lorafx.kernels.tools.tune import Problem, is_too_big, replay_seconds
+from lorafx.kernels.triton.launchers import launch_interpreted, launch_wrapped
 from lorafx.kernels.triton.persistent_tiles import persistent_tiles, persistent_variants
 from lorafx.kernels.triton.triton_build import TritonSpec, build, plan_of
 from lorafx.kernels.triton.triton_launch import Base, Batch, linear
-from lorafx.kernels.triton.launchers import launch_interpreted, launch_wrapped
 from lorafx.kernels.triton.triton_tiles import architecture_of
 
 #: Seconds of one call, by a name that says what it does.

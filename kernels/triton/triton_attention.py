@@ -34,8 +34,8 @@ from lorafx.kernels.triton.attention_spec import (
     has_kernels,
     parts_for,
 )
-from lorafx.kernels.triton.triton_cache import GeneratedKernel, load
 from lorafx.kernels.triton.launchers import Launch, launch_wrapped
+from lorafx.kernels.triton.triton_cache import GeneratedKernel, load
 from lorafx.kernels.triton.triton_tiles import Architecture, Tiles, architecture_of, power_of_two
 
 architecture = functools.cache(architecture_of)

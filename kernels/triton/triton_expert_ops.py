@@ -11,22 +11,18 @@ expert has is read on the host. The torch reference is `lorafx::fused_experts`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
-from torch.library import custom_op
 
 from lorafx.kernels.ops.bank_arguments import BankArgs
-from lorafx.kernels.ops.flat_arguments import flat
 from lorafx.kernels.ops.fused_experts import check_ends
 from lorafx.kernels.ops.op_checks import require
+from lorafx.kernels.triton.generated_op import generated_op
+from lorafx.kernels.triton.launchers import Launch
 from lorafx.kernels.triton.triton_build import EXPERTS
-from lorafx.kernels.triton.triton_compat import generated_triton_op
-from lorafx.kernels.triton.triton_launch import Base, Batch, activate, linear, shrink
-from lorafx.kernels.triton.launchers import Launch, launch_interpreted, launch_wrapped
 from lorafx.kernels.triton.triton_checks import checked_plan, require_adjacent
+from lorafx.kernels.triton.triton_launch import Base, Batch, activate, linear, shrink
 from lorafx.kernels.triton.triton_prologue_ops import check_inputs
 
 OP = "triton_experts"
@@ -37,10 +33,15 @@ def _run(
     weight: Tensor,
     offs: Tensor,
     bank: BankArgs,
-    rows: Any,
+    rows: int,
     kernel: int,
     launch: Launch,
 ) -> Tensor:
+    """x times the weights of its rows' experts, with every range's delta: (M, N) of y's dtype.
+
+    Raises:
+        LoweringError: an argument that `kernel` was not made for.
+    """
     plan = checked_plan(OP, kernel, EXPERTS, bank, rows)
     y = _fake(inputs, weight, offs, bank, rows, kernel)
     M = y.shape[0]
@@ -75,39 +76,4 @@ def _fake(inputs, weight, offs, bank: BankArgs, rows, kernel):
     return inputs[0].new_empty((M, N), dtype=d.y_dtype)
 
 
-@custom_op("lorafx::interpreted_experts", mutates_args=())
-@flat
-def interpreted_experts(
-    inputs: Sequence[Tensor],
-    weight: Tensor,
-    offs: Tensor,
-    bank: BankArgs,
-    rows: int,
-    kernel: int,
-) -> Tensor:
-    """`triton_experts` in Triton's interpreter, for tensors on the CPU."""
-    return _run(inputs, weight, offs, bank, rows, kernel, launch_interpreted)
-
-
-@generated_triton_op("lorafx::triton_experts", mutates_args=())
-@flat
-def triton_experts(
-    inputs: Sequence[Tensor],
-    weight: Tensor,
-    offs: Tensor,
-    bank: BankArgs,
-    rows: int,
-    kernel: int,
-) -> Tensor:
-    """x times the weights of its rows' experts, with every range's delta: (M, N) of y's dtype.
-
-    Raises:
-        LoweringError: an argument that `kernel` was not made for.
-    """
-    if weight.device.type == "cpu":
-        return torch.ops.lorafx.interpreted_experts(inputs, weight, offs, *bank, rows, kernel)
-    return _run(inputs, weight, offs, bank, rows, kernel, launch_wrapped)
-
-
-triton_experts.register_fake(flat(_fake))
-interpreted_experts.register_fake(flat(_fake))
+triton_experts = generated_op("experts", _run, _fake)

@@ -13,7 +13,7 @@ they change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -113,8 +113,8 @@ def shrink(
     v = torch.empty((tiles.parts, M, spec.planes), dtype=torch.float32, device=x.device)
     tall = M if kernel.name == "shrink_rows" else batch.tiles(tiles.block_m) * tiles.lanes
     grid = (tall, _cdiv(spec.planes, tiles.block_r), tiles.parts)
-    arguments = [x, A, ranks, scales, *batch.pointers, v]
-    batch.launch(kernel, grid, arguments + batch.arguments(ranks.shape[0], v.stride(0), x.stride(0)))
+    scalars = batch.arguments(ranks.shape[0], v.stride(0), x.stride(0))
+    batch.launch(kernel, grid, [x, A, ranks, scales, *batch.pointers, v, *scalars])
     return v
 
 

@@ -8,26 +8,19 @@
 rows and the bank are those of lorafx.kernels.ops.ops, with rows > 0. The torch reference is
 `lorafx::fused_linear`, `add_delta_` and `add_embedding_delta_` with the same ranges.
 
-Each is a `triton_op`: AOTAutograd replaces it by its launches, which Inductor then compiles as its
-own, CUDA graphs capture, and ahead-of-time packages contain. On a CPU there is nothing to launch
-on, so the body calls an opaque op instead (`lorafx::interpreted_*`) that runs the same kernels in
-Triton's interpreter.
+How each is defined is in generated_op.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
-from torch.library import custom_op
 
 from lorafx.kernels.ops.bank_arguments import BankArgs
-from lorafx.kernels.ops.flat_arguments import flat
 from lorafx.kernels.ops.op_checks import require
-from lorafx.kernels.triton.launchers import Launch, launch_interpreted, launch_wrapped
+from lorafx.kernels.triton.generated_op import generated_op
+from lorafx.kernels.triton.launchers import Launch
 from lorafx.kernels.triton.triton_build import LINEAR, LaunchPlan, plan_of
 from lorafx.kernels.triton.triton_checks import (
     at_16_bytes,
@@ -36,7 +29,6 @@ from lorafx.kernels.triton.triton_checks import (
     checked_plan,
     require_adjacent,
 )
-from lorafx.kernels.triton.triton_compat import generated_triton_op
 from lorafx.kernels.triton.triton_launch import (
     Base,
     Batch,
@@ -53,10 +45,15 @@ def _run_linear(
     weight: Tensor,
     bias: Tensor | None,
     bank: BankArgs,
-    rows: Any,
+    rows: int,
     kernel: int,
     launch: Launch,
 ) -> Tensor:
+    """x (M, K) times the weight, with bias and every range's delta: (M, N) of y's dtype.
+
+    Raises:
+        LoweringError: an argument that `kernel` was not made for.
+    """
     plan = checked_plan("triton_linear", kernel, LINEAR, bank, rows)
     spec, M = plan.spec, x.shape[0]
     y = _linear_fake(x, weight, bias, bank, rows, kernel)
@@ -106,10 +103,15 @@ def _run_delta(
     y: Tensor,
     x: Tensor,
     bank: BankArgs,
-    rows: Any,
+    rows: int,
     kernel: int,
     launch: Launch,
 ) -> None:
+    """Adds every range's delta for x (M, K) into y (M, N) in place; base rows keep their bits.
+
+    Raises:
+        LoweringError: an argument that `kernel` was not made for.
+    """
     plan = _delta_plan(y, x, bank, rows, kernel)
     spec, M = plan.spec, x.shape[0]
     if guard_or_false(M == 0):
@@ -137,10 +139,15 @@ def _run_embedding_delta(
     y: Tensor,
     ids: Tensor,
     bank: BankArgs,
-    rows: Any,
+    rows: int,
     kernel: int,
     launch: Launch,
 ) -> None:
+    """Adds the delta of ids (M,) into y (M, N) in place; base rows keep their bits.
+
+    Raises:
+        LoweringError: an argument that `kernel` was not made for.
+    """
     _embedding_fake(y, ids, bank, rows, kernel)
     plan, M = plan_of(int(kernel)), ids.shape[0]
     if guard_or_false(M == 0):
@@ -162,111 +169,8 @@ def _embedding_fake(y, ids, bank: BankArgs, rows, kernel) -> None:
     check_y(op, plan, y, ids.shape[0])
 
 
-@custom_op("lorafx::interpreted_linear", mutates_args=())
-@flat
-def interpreted_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    bank: BankArgs,
-    rows: int,
-    kernel: int,
-) -> Tensor:
-    """`triton_linear` in Triton's interpreter, for tensors on the CPU."""
-    return _run_linear(x, weight, bias, bank, rows, kernel, launch_interpreted)
-
-
-@custom_op("lorafx::interpreted_delta_", mutates_args=("y",))
-@flat
-def interpreted_delta_(
-    y: Tensor,
-    x: Tensor,
-    bank: BankArgs,
-    rows: int,
-    kernel: int,
-) -> None:
-    """`triton_delta_` in Triton's interpreter, for tensors on the CPU."""
-    _run_delta(y, x, bank, rows, kernel, launch_interpreted)
-
-
-@custom_op("lorafx::interpreted_embedding_delta_", mutates_args=("y",))
-@flat
-def interpreted_embedding_delta_(
-    y: Tensor,
-    ids: Tensor,
-    bank: BankArgs,
-    rows: int,
-    kernel: int,
-) -> None:
-    """`triton_embedding_delta_` in Triton's interpreter, for tensors on the CPU."""
-    _run_embedding_delta(y, ids, bank, rows, kernel, launch_interpreted)
-
-
-@generated_triton_op("lorafx::triton_linear", mutates_args=())
-@flat
-def triton_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    bank: BankArgs,
-    rows: int,
-    kernel: int,
-) -> Tensor:
-    """x (M, K) times the weight, with bias and every range's delta: (M, N) of y's dtype.
-
-    Raises:
-        LoweringError: an argument that `kernel` was not made for.
-    """
-    if x.device.type == "cpu":
-        return torch.ops.lorafx.interpreted_linear(x, weight, bias, *bank, rows, kernel)
-    return _run_linear(x, weight, bias, bank, rows, kernel, launch_wrapped)
-
-
-@generated_triton_op("lorafx::triton_delta_", mutates_args=("y",))
-@flat
-def triton_delta_(
-    y: Tensor,
-    x: Tensor,
-    bank: BankArgs,
-    rows: int,
-    kernel: int,
-) -> None:
-    """Adds every range's delta for x (M, K) into y (M, N) in place; base rows keep their bits.
-
-    Raises:
-        LoweringError: an argument that `kernel` was not made for.
-    """
-    if x.device.type == "cpu":
-        torch.ops.lorafx.interpreted_delta_(y, x, *bank, rows, kernel)
-    else:
-        _run_delta(y, x, bank, rows, kernel, launch_wrapped)
-
-
-@generated_triton_op("lorafx::triton_embedding_delta_", mutates_args=("y",))
-@flat
-def triton_embedding_delta_(
-    y: Tensor,
-    ids: Tensor,
-    bank: BankArgs,
-    rows: int,
-    kernel: int,
-) -> None:
-    """Adds the delta of ids (M,) into y (M, N) in place; base rows keep their bits.
-
-    Raises:
-        LoweringError: an argument that `kernel` was not made for.
-    """
-    if y.device.type == "cpu":
-        torch.ops.lorafx.interpreted_embedding_delta_(y, ids, *bank, rows, kernel)
-    else:
-        _run_embedding_delta(y, ids, bank, rows, kernel, launch_wrapped)
-
-
-_FAKES: tuple[tuple[Any, Any, Callable[..., object]], ...] = (
-    (triton_linear, interpreted_linear, _linear_fake),
-    (triton_delta_, interpreted_delta_, _delta_fake),
-    (triton_embedding_delta_, interpreted_embedding_delta_, _embedding_fake),
+triton_linear = generated_op("linear", _run_linear, _linear_fake)
+triton_delta_ = generated_op("delta_", _run_delta, _delta_fake, mutates_args=("y",))
+triton_embedding_delta_ = generated_op(
+    "embedding_delta_", _run_embedding_delta, _embedding_fake, mutates_args=("y",)
 )
-for _traced, _opaque, _fake in _FAKES:
-    _traced.register_fake(flat(_fake))
-    _opaque.register_fake(flat(_fake))

@@ -21,20 +21,29 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
-from torch.library import custom_op
 
 from lorafx.kernels.ops.bank_arguments import BankArgs
-from lorafx.kernels.ops.flat_arguments import flat
 from lorafx.kernels.ops.op_checks import require
 from lorafx.kernels.triton.activation import Leaf
+from lorafx.kernels.triton.generated_op import generated_op
+from lorafx.kernels.triton.launchers import Launch
 from lorafx.kernels.triton.triton_build import LaunchPlan
-from lorafx.kernels.triton.triton_compat import generated_triton_op
+from lorafx.kernels.triton.triton_checks import (
+    check_linear,
+    check_y,
+    checked_plan,
+    require_adjacent,
+)
 from lorafx.kernels.triton.triton_launch import Batch, activate, linear, shrink
-from lorafx.kernels.triton.launchers import Launch, launch_interpreted, launch_wrapped
-from lorafx.kernels.triton.triton_checks import check_linear, check_y, checked_plan, require_adjacent
 
 
-def _run_shrink(x: Tensor, bank: BankArgs, rows: Any, kernel: int, launch: Launch) -> Tensor:
+def _run_shrink(x: Tensor, bank: BankArgs, rows: int, kernel: int, launch: Launch) -> Tensor:
+    """v (P, M, J·R) float32 of x (M, K), in P planes to be added up: scale · A x for each row's
+    adapter. What the adapter has no factor for is not written, and must not be read.
+
+    Raises:
+        LoweringError: an argument that `kernel` was not made for.
+    """
     plan = checked_plan("triton_shrink", kernel, ("deferred",), bank, rows)
     if guard_or_false(x.shape[0] == 0):
         return _shrink_fake(x, bank, rows, kernel)
@@ -54,8 +63,17 @@ def _planes(plan: LaunchPlan, name: str, like: Tensor, rows: Any) -> Tensor:
 
 
 def _run_activate(
-    inputs: Sequence[Tensor], bank: BankArgs, rows: Any, kernel: int, launch: Launch
+    inputs: Sequence[Tensor], bank: BankArgs, rows: int, kernel: int, launch: Launch
 ) -> tuple[Tensor, Tensor]:
+    """h (M, K) = f(inputs), of x's dtype, and v of h as `triton_shrink` gives it.
+
+    Args:
+        inputs: the leaves of the kernel's activation; each is followed by its ids where it is
+            gathered, and by v, B and ranks of the delta that it still lacks, where it lacks one.
+
+    Raises:
+        LoweringError: an argument that `kernel` was not made for.
+    """
     plan = checked_plan("triton_activate", kernel, ("prologue",), bank, rows)
     M = check_inputs("triton_activate", plan, inputs, bank.A)
     if guard_or_false(M == 0):
@@ -72,8 +90,13 @@ def _activate_fake(inputs, bank: BankArgs, rows, kernel):
 
 
 def _run_expand(
-    y: Tensor, v: Tensor, bank: BankArgs, rows: Any, kernel: int, launch: Launch
+    y: Tensor, v: Tensor, bank: BankArgs, rows: int, kernel: int, launch: Launch
 ) -> None:
+    """Adds v B into y (M, N) in place for v of `triton_activate`; base rows keep their bits.
+
+    Raises:
+        LoweringError: an argument that `kernel` was not made for.
+    """
     _expand_fake(y, v, bank, rows, kernel)
     plan, M = checked_plan("triton_expand_", kernel, ("prologue",), bank, rows), y.shape[0]
     if guard_or_false(M == 0):
@@ -158,80 +181,6 @@ def _check_leaf(op: str, index: int, leaf: Leaf, last: int, own: Sequence[Tensor
     return rows
 
 
-@custom_op("lorafx::interpreted_shrink", mutates_args=())
-@flat
-def interpreted_shrink(x: Tensor, bank: BankArgs, rows: int, kernel: int) -> Tensor:
-    """`triton_shrink` in Triton's interpreter, for tensors on the CPU."""
-    return _run_shrink(x, bank, rows, kernel, launch_interpreted)
-
-
-@custom_op("lorafx::interpreted_activate", mutates_args=())
-@flat
-def interpreted_activate(
-    inputs: Sequence[Tensor], bank: BankArgs, rows: int, kernel: int
-) -> tuple[Tensor, Tensor]:
-    """`triton_activate` in Triton's interpreter, for tensors on the CPU."""
-    return _run_activate(inputs, bank, rows, kernel, launch_interpreted)
-
-
-@custom_op("lorafx::interpreted_expand_", mutates_args=("y",))
-@flat
-def interpreted_expand_(y: Tensor, v: Tensor, bank: BankArgs, rows: int, kernel: int) -> None:
-    """`triton_expand_` in Triton's interpreter, for tensors on the CPU."""
-    _run_expand(y, v, bank, rows, kernel, launch_interpreted)
-
-
-@generated_triton_op("lorafx::triton_shrink", mutates_args=())
-@flat
-def triton_shrink(x: Tensor, bank: BankArgs, rows: int, kernel: int) -> Tensor:
-    """v (P, M, J·R) float32 of x (M, K), in P planes to be added up: scale · A x for each row's
-    adapter. What the adapter has no factor for is not written, and must not be read.
-
-    Raises:
-        LoweringError: an argument that `kernel` was not made for.
-    """
-    if x.device.type == "cpu":
-        return torch.ops.lorafx.interpreted_shrink(x, *bank, rows, kernel)
-    return _run_shrink(x, bank, rows, kernel, launch_wrapped)
-
-
-@generated_triton_op("lorafx::triton_activate", mutates_args=())
-@flat
-def triton_activate(
-    inputs: Sequence[Tensor], bank: BankArgs, rows: int, kernel: int
-) -> tuple[Tensor, Tensor]:
-    """h (M, K) = f(inputs), of x's dtype, and v of h as `triton_shrink` gives it.
-
-    Args:
-        inputs: the leaves of the kernel's activation; each is followed by its ids where it is
-            gathered, and by v, B and ranks of the delta that it still lacks, where it lacks one.
-
-    Raises:
-        LoweringError: an argument that `kernel` was not made for.
-    """
-    if inputs[0].device.type == "cpu":
-        return torch.ops.lorafx.interpreted_activate(inputs, *bank, rows, kernel)
-    return _run_activate(inputs, bank, rows, kernel, launch_wrapped)
-
-
-@generated_triton_op("lorafx::triton_expand_", mutates_args=("y",))
-@flat
-def triton_expand_(y: Tensor, v: Tensor, bank: BankArgs, rows: int, kernel: int) -> None:
-    """Adds v B into y (M, N) in place for v of `triton_activate`; base rows keep their bits.
-
-    Raises:
-        LoweringError: an argument that `kernel` was not made for.
-    """
-    if y.device.type == "cpu":
-        torch.ops.lorafx.interpreted_expand_(y, v, *bank, rows, kernel)
-    else:
-        _run_expand(y, v, bank, rows, kernel, launch_wrapped)
-
-
-for _traced, _opaque, _fake in (
-    (triton_shrink, interpreted_shrink, _shrink_fake),
-    (triton_activate, interpreted_activate, _activate_fake),
-    (triton_expand_, interpreted_expand_, _expand_fake),
-):
-    _traced.register_fake(flat(_fake))
-    _opaque.register_fake(flat(_fake))
+triton_shrink = generated_op("shrink", _run_shrink, _shrink_fake)
+triton_activate = generated_op("activate", _run_activate, _activate_fake)
+triton_expand_ = generated_op("expand_", _run_expand, _expand_fake, mutates_args=("y",))

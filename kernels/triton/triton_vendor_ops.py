@@ -26,29 +26,30 @@ copies y0 into another buffer first, or makes a product and a sum of it, which r
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
-from torch.library import custom_op
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.ops.bank_arguments import BankArgs
-from lorafx.kernels.ops.flat_arguments import flat
 from lorafx.kernels.ops.op_checks import require
 from lorafx.kernels.ops.op_library import define
 from lorafx.kernels.triton.concat_launch import blocks_of, gather, layout_of, place
+from lorafx.kernels.triton.generated_op import generated_op
+from lorafx.kernels.triton.launchers import Launch
 from lorafx.kernels.triton.triton_build import CONCAT, LaunchPlan, plan_of
-from lorafx.kernels.triton.triton_compat import generated_triton_op
-from lorafx.kernels.triton.triton_launch import Base, Batch, linear, shrink
-from lorafx.kernels.triton.launchers import Launch, launch_interpreted, launch_wrapped
 from lorafx.kernels.triton.triton_checks import check_linear, checked_plan, require_adjacent
+from lorafx.kernels.triton.triton_launch import Base, Batch, linear, shrink
 
 
 def _run_expanded(
-    x: Tensor, bias: Tensor | None, bank: BankArgs, rows: Any, kernel: int, launch: Launch
+    x: Tensor, bias: Tensor | None, bank: BankArgs, rows: int, kernel: int, launch: Launch
 ) -> Tensor:
+    """The bias and every range's delta for x (M, K): (M, N) of y's dtype, without base product.
+
+    Raises:
+        LoweringError: an argument that `kernel` was not made for.
+    """
     y = _expanded_fake(x, bias, bank, rows, kernel)
     plan = checked_plan("triton_expanded", kernel, ("expand_first",), bank, rows)
     spec, M = plan.spec, x.shape[0]
@@ -74,44 +75,28 @@ def _expanded_fake(x, bias, bank: BankArgs, rows, kernel):
     return x.new_empty((x.shape[0], N), dtype=plan.spec.delta.y_dtype)
 
 
-@custom_op("lorafx::interpreted_expanded", mutates_args=())
-@flat
-def interpreted_expanded(
-    x: Tensor, bias: Tensor | None, bank: BankArgs, rows: int, kernel: int
-) -> Tensor:
-    """`triton_expanded` in Triton's interpreter, for tensors on the CPU."""
-    return _run_expanded(x, bias, bank, rows, kernel, launch_interpreted)
-
-
-@generated_triton_op("lorafx::triton_expanded", mutates_args=())
-@flat
-def triton_expanded(
-    x: Tensor, bias: Tensor | None, bank: BankArgs, rows: int, kernel: int
-) -> Tensor:
-    """The bias and every range's delta for x (M, K): (M, N) of y's dtype, without base product.
-
-    Raises:
-        LoweringError: an argument that `kernel` was not made for.
-    """
-    if x.device.type == "cpu":
-        return torch.ops.lorafx.interpreted_expanded(x, bias, *bank, rows, kernel)
-    return _run_expanded(x, bias, bank, rows, kernel, launch_wrapped)
-
-
-triton_expanded.register_fake(flat(_expanded_fake))
-interpreted_expanded.register_fake(flat(_expanded_fake))
+triton_expanded = generated_op("expanded", _run_expanded, _expanded_fake)
 
 
 def _run_concat(
     x: Tensor,
     w: Tensor,
     bank: BankArgs,
-    rows: Any,
+    rows: int,
     first: int,
     row: int,
     kernel: int,
     launch: Launch,
 ) -> None:
+    """Writes the columns beside x in x' (M, K + …) and beside W in W' (N, K + …), in place.
+
+    Args:
+        first: where W's columns begin in W'. In x' those of x begin behind the left columns.
+        row: where W's rows begin in W'.
+
+    Raises:
+        LoweringError: an argument that `kernel` was not made for.
+    """
     plan = _concat_plan(x, w, bank, rows, first, row, kernel)
     spec, M = plan.spec, x.shape[0]
     if guard_or_false(M == 0):
@@ -158,37 +143,7 @@ def _concat_fake(x, w, bank: BankArgs, rows, first, row, kernel) -> None:
     _concat_plan(x, w, bank, rows, first, row, kernel)
 
 
-@custom_op("lorafx::interpreted_concat_", mutates_args=("x", "w"))
-@flat
-def interpreted_concat_(
-    x: Tensor, w: Tensor, bank: BankArgs, rows: int, first: int, row: int, kernel: int
-) -> None:
-    """`triton_concat_` in Triton's interpreter, for tensors on the CPU."""
-    _run_concat(x, w, bank, rows, first, row, kernel, launch_interpreted)
-
-
-@generated_triton_op("lorafx::triton_concat_", mutates_args=("x", "w"))
-@flat
-def triton_concat_(
-    x: Tensor, w: Tensor, bank: BankArgs, rows: int, first: int, row: int, kernel: int
-) -> None:
-    """Writes the columns beside x in x' (M, K + …) and beside W in W' (N, K + …), in place.
-
-    Args:
-        first: where W's columns begin in W'. In x' those of x begin behind the left columns.
-        row: where W's rows begin in W'.
-
-    Raises:
-        LoweringError: an argument that `kernel` was not made for.
-    """
-    if x.device.type == "cpu":
-        torch.ops.lorafx.interpreted_concat_(x, w, *bank, rows, first, row, kernel)
-    else:
-        _run_concat(x, w, bank, rows, first, row, kernel, launch_wrapped)
-
-
-triton_concat_.register_fake(flat(_concat_fake))
-interpreted_concat_.register_fake(flat(_concat_fake))
+triton_concat_ = generated_op("concat_", _run_concat, _concat_fake, mutates_args=("x", "w"))
 
 
 def add_product_(y: Tensor, x: Tensor, right: Tensor) -> None:

@@ -19,9 +19,9 @@ from lorafx.kernels.ops.paged_attention import PagedStep, by_request
 from lorafx.kernels.triton import attention_spec
 from lorafx.kernels.triton import triton_attention as module
 from lorafx.kernels.triton.attention_spec import FEW, PagedAttentionSpec, parts_for
+from lorafx.kernels.triton.launchers import launch_interpreted
 from lorafx.kernels.triton.triton_attention import attend
 from lorafx.kernels.triton.triton_cache import GeneratedKernel
-from lorafx.kernels.triton.launchers import launch_interpreted
 from lorafx.kernels.triton.triton_tiles import ARCHITECTURES, Architecture
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16

@@ -22,9 +22,9 @@ from triton_cases import BF16, FP16, FP32
 from lorafx.errors import LoweringError
 from lorafx.kernels.ops.bank_arguments import BankArgs
 from lorafx.kernels.triton import triton_expert_ops
+from lorafx.kernels.triton.launchers import launch_wrapped
 from lorafx.kernels.triton.strategy_tiles import tiles_for
 from lorafx.kernels.triton.triton_build import TritonSpec, build, plan_of
-from lorafx.kernels.triton.launchers import launch_wrapped
 from lorafx.kernels.triton.triton_tiles import ARCHITECTURES
 
 #: What grids are computed with.

@@ -27,6 +27,7 @@ from triton_cases import (
 from lorafx.errors import LoweringError
 from lorafx.kernels.ops.bank_arguments import BankArgs
 from lorafx.kernels.triton import triton_ops
+from lorafx.kernels.triton.launchers import launch_wrapped
 from lorafx.kernels.triton.triton_build import LINEAR, TritonSpec, build, plan_of
 from lorafx.kernels.triton.triton_compat import generated_triton_op
 from lorafx.kernels.triton.triton_tiles import Tiles
@@ -223,10 +224,10 @@ def test_launches_can_be_traced(strategy: str) -> None:
 
     def call(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *bank: Tensor) -> Tensor:
         rows = x.shape[0] // bank[-1].shape[0]
-        launch = triton_ops.launch_wrapped
+        own = BankArgs(*bank), rows, kernel, launch_wrapped
         if strategy in LINEAR:
-            return triton_ops._run_linear(x, weight, bias, BankArgs(*bank), rows, kernel, launch)
-        triton_ops._run_delta(y, x, BankArgs(*bank), rows, kernel, launch)
+            return triton_ops._run_linear(x, weight, bias, *own)
+        triton_ops._run_delta(y, x, *own)
         return y
 
     graph = make_fx(call, tracing_mode="symbolic")(*tensors).graph

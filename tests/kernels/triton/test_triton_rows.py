@@ -22,6 +22,7 @@ from triton_cases import (
 )
 
 from lorafx.kernels.ops.bank_arguments import BankArgs
+from lorafx.kernels.triton.launchers import launch_interpreted
 from lorafx.kernels.triton.strategy_tiles import tiles_for
 from lorafx.kernels.triton.triton_build import LINEAR, ORDER_TILES, plan_of
 from lorafx.kernels.triton.triton_cache import load
@@ -33,7 +34,6 @@ from lorafx.kernels.triton.triton_launch import (
     shrink,
     shrink_reference,
 )
-from lorafx.kernels.triton.launchers import launch_interpreted
 from lorafx.kernels.triton.triton_tiles import ARCHITECTURES
 
 ALL_ALIKE = 1 << 62
