@@ -20,6 +20,7 @@ from torch._dynamo.exc import ObservedException, Unsupported
 from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
 
 from lorafx.call_stack import with_room
+from lorafx.capture.logged_once import logged_once
 from lorafx.capture.recorded_outputs import hooks_registered
 from lorafx.capture.replay import replaying
 from lorafx.capture.told import conversion
@@ -110,7 +111,8 @@ class Traced:
                     unlogged=True,
                 )
                 replay = replaying(self._repeated())
-                with settings, earlier_objects_spared(), hooks_registered(), replay, conversion():
+                spared = earlier_objects_spared()
+                with settings, spared, hooks_registered(), logged_once(), replay, conversion():
                     if self._saved is not None and frame.f_code is self._code:
                         return with_room(self._saved.converted, convert, frame, *args, **kwargs)
                     return with_room(convert, frame, *args, **kwargs)

@@ -1,0 +1,68 @@
+"""Messages that are logged once do not break graphs.
+
+Dynamo breaks a graph at every method of a logger. Behind a break in the middle of a layer it is not
+always known which requests a tensor belongs to, so that a mixed batch would be refused for a
+warning (transformers' `sdpa` gives one where `output_attentions=True` asks for what it does not
+have). A method that remembers its calls (`functools.lru_cache`) runs once for equal arguments,
+whoever calls it, and returns nothing: so it is called when its call is traced, and the graph has
+nothing of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch._dynamo.variables import ConstantVariable, misc
+
+
+class _Local(threading.local):
+    converts = False
+
+
+_LOCAL = _Local()
+_LOCK = threading.Lock()
+_WATCHED: list[bool] = []
+
+
+@contextmanager
+def logged_once() -> Iterator[None]:
+    """Inside, this thread converts a frame of ours."""
+    _watch()
+    before, _LOCAL.converts = _LOCAL.converts, True
+    try:
+        yield
+    finally:
+        _LOCAL.converts = before
+
+
+def _watch() -> None:
+    """Have Dynamo tell of the methods of loggers whose calls it traces, from now on."""
+    image: Any = misc.LoggingLoggerVariable
+    with _LOCK:
+        if _WATCHED:
+            return
+        _WATCHED.append(True)
+        call = image.call_method
+
+        @functools.wraps(call)
+        def call_method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+            if _LOCAL.converts and _log(getattr(self.value, name, None), args, kwargs):
+                return ConstantVariable.create(None)
+            return call(self, tx, name, args, kwargs)
+
+        image.call_method = call_method
+
+
+def _log(method: Any, args: Any, kwargs: Any) -> bool:
+    """Call `method` with these arguments, as Dynamo has them; False where it is not one of those,
+    or an argument is known to the graph alone."""
+    if not isinstance(getattr(method, "__func__", None), functools._lru_cache_wrapper):
+        return False
+    if not all(value.is_python_constant() for value in (*args, *kwargs.values())):
+        return False
+    given = {name: value.as_python_constant() for name, value in kwargs.items()}
+    return method(*(value.as_python_constant() for value in args), **given) is None
