@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -95,6 +96,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self.generation_config = given
         if chosen:
             sampling.own(self.logit_processor, given)
+        #: In which the thread runs.
+        self._process: int | None = None
         #: Of the thread; `batch_processor` is taken away while that still runs.
         self._processor: Any = None
         self._packed = PackedForward(compiled, self._batch, self._waiting)
@@ -149,10 +152,11 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             CapacityError: every slot is pinned to another adapter; or as a call for a sum.
             ConfigError: `adapter` is no name, or as a call for a sum; or another argument has a
                 value with which no token can be generated.
-            BatchError: the engine is stopping, or has failed; a request of this name is under way;
+            BatchError: the engine is stopping, has failed, or runs in the process that this one was
+                forked from; a request of this name is under way;
                 `input_ids` are not token ids of the model, or none.
         """
-        denied = self.background_thread_status.can_accept_new_requests()
+        denied = self._denied()
         if denied is not None:
             raise BatchError(f"the request was not queued. {denied}") from (
                 self.background_thread_status.fatal_error
@@ -192,6 +196,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         """
         if self.batch_processor is None:  # in the thread nobody sees an error
             self.batch_processor = self._create_batch_processor()
+        self._process = os.getpid()
         super().start()
 
     def stop(
@@ -220,10 +225,11 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._give_back_attention()
 
     def unhealthy(self) -> str | None:
-        """Why the engine cannot be expected to serve requests: it has ended or is stopping, or
-        its last steps have all failed (`lorafx.serving.continuous.health`); None where it can. An
-        engine whose steps fail takes requests, and is healthy again after one that succeeds."""
-        return self.background_thread_status.can_accept_new_requests() or self.health.reason()
+        """Why the engine cannot be expected to serve requests: it has ended or is stopping, it runs
+        in the process that this one was forked from, or its last steps have all failed
+        (`lorafx.serving.continuous.health`); None where it can. An engine whose steps fail takes
+        requests, and is healthy again after one that succeeds."""
+        return self._denied() or self.health.reason()
 
     def warmup(self) -> None:
         """Have the graphs of the engine's steps captured: of several tokens, and of one.
@@ -239,6 +245,15 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             runner.run_one_warmup(self._forward, num_q_tokens=tokens, max_kv_read=tokens % 4)
         self.batch_processor.cache.reset()
         self.warmed_up = True
+
+    def _denied(self) -> str | None:
+        """Why no request is taken."""
+        if self._process not in (None, os.getpid()):
+            return (
+                "The engine's thread runs in the process that this one was forked from; start an "
+                "engine here, by continuous_batching()"
+            )
+        return self.background_thread_status.can_accept_new_requests()
 
     def _ticket(self, adapter: AdapterName | Default) -> Ticket:
         session = self.compiled._session

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -210,6 +211,24 @@ def test_cancelled_requests_and_calls_between_steps(llama, cm):
         check_mixed(cm, llama, ["a1"], inputs)
         outputs = answers(engine, [kept])
     check_logits(llama, seen, outputs, {kept: "a3"})
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
+def test_a_forked_child_has_no_engine(cm):
+    """Nor anybody who would answer what it adds to that of its parent."""
+    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                with pytest.raises(BatchError, match="start an engine here"):
+                    engine.add_request([3, 4], adapter="a1", max_new_tokens=1)
+                assert "forked from" in str(engine.unhealthy())
+                status = 0
+            finally:
+                os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+        assert engine.unhealthy() is None
 
 
 def test_generate_batch(llama, cm):
