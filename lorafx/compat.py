@@ -293,3 +293,12 @@ def transform() -> str | None:
     ):
         return "torch.export, make_fx or a FakeTensorMode"
     return None
+
+
+def tracing() -> bool:
+    """Whether this very thread traces what runs: for Dynamo, or inside of a `transform`. The rest
+    of torch.compiler.is_compiling() is the process's: it says so too while other threads compile.
+    """
+    return torch.compiler.is_dynamo_compiling() or (
+        torch.compiler.is_compiling() and transform() is not None
+    )

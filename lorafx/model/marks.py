@@ -30,6 +30,7 @@ import lorafx.kernels.ops.conv_ops
 import lorafx.kernels.ops.expert_ops
 import lorafx.kernels.ops.ops
 import lorafx.kernels.ops.row_ops  # noqa: F401  (all define torch.ops.lorafx)
+from lorafx.compat import tracing
 from lorafx.errors import MatchError, ProvenanceError
 from lorafx.kernels.ops.conv_ops import Window
 from lorafx.model.bank import Bank
@@ -96,17 +97,17 @@ class SiteMark:
         """
         runtime = self.runtime
         if not runtime.active:
-            if not torch.compiler.is_compiling() and runtime.resting is not None:
+            if not tracing() and runtime.resting is not None:
                 runtime.resting.refuse(self.path, self._name(module))
             return None
-        if not torch.compiler.is_compiling() and runtime.resting is not None:
+        if not tracing() and runtime.resting is not None:
             runtime.resting.refuse_elsewhere()
         if self.kind == "experts":
             return self._of_experts(module, output)
         if self.handler is not None:
             return self._handled(self.handler, module, args, kwargs, output)
         x = _input_of(args, kwargs)
-        traced = torch.compiler.is_compiling()
+        traced = tracing()
         several = isinstance(output, tuple) and not traced
         y = output[0] if several and output else output
         scale = self._output_scale(module)
@@ -141,7 +142,7 @@ class SiteMark:
         # As a plain tuple: a named one made here, while Dynamo traces, would have the graph depend
         # on an object of this process, and such graphs cannot be saved.
         own = (bank.own, bank.own_at, bank.own_table, bank.own_bias)
-        if self.stored and torch.compiler.is_compiling():
+        if self.stored and tracing():
             y = torch.ops.lorafx.rows_of(x, y)
         if self.kind == "embedding":
             scales = bank.scales if scale is None else bank.scales * scale
@@ -189,7 +190,7 @@ class SiteMark:
             calls += 1
             if not self._takes(x, y, start):
                 raise MatchError(self._misplaced(module, x, y, start))
-            if not torch.compiler.is_compiling():
+            if not tracing():
                 self._refuse_mixed()
             return self._with_delta(x, y, None, self._columns(start, y.shape[-1]))
 
@@ -235,7 +236,7 @@ class SiteMark:
     def _of_experts(self, module: nn.Module, output: Any) -> Tensor | None:
         """In a trace, a note that the experts ran; `match` finds the weight's use between two other
         products."""
-        traced = torch.compiler.is_compiling() and self.runtime.graph_passes
+        traced = tracing() and self.runtime.graph_passes
         if traced and isinstance(output, Tensor):
             return torch.ops.lorafx.expert_mark(output, self.bank.A)
         slots = [slot for slot in self.runtime.slots.tolist() if slot >= 0]
@@ -265,7 +266,7 @@ class SiteMark:
         # A forward of another class may shift the ids it is given or take something else first
         # (OPT's positions take the mask): only a pure scale is known to be safe.
         own = self.kind == "embedding" and self.derived and scale is None
-        if own and torch.compiler.is_compiling():
+        if own and tracing():
             return False
         if self.window is not None:
             return self._takes(x, output, 0)

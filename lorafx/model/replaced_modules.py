@@ -17,10 +17,10 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from lorafx.compat import tracing
 from lorafx.errors import ReplacedModuleError, some
 from lorafx.model.module_graph import ModuleGraph, join
 from lorafx.model.sites import Site
@@ -54,7 +54,7 @@ _REGISTRATIONS = _Registrations()
 
 def _registered(module: nn.Module, name: str, child: nn.Module | None) -> None:
     # Where a forward makes modules Dynamo traces this too, and is to guard on nothing in here.
-    if not torch.compiler.is_compiling() and id(module) in _REGISTRATIONS.parents:
+    if not tracing() and id(module) in _REGISTRATIONS.parents:
         _REGISTRATIONS.number += 1
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import lorafx.kernels.ops.row_ops  # noqa: F401  (defines torch.ops.lorafx.rows_of)
+from lorafx.compat import tracing
 from lorafx.model.runtime import Runtime
 from lorafx.registry import Eligible
 
@@ -37,7 +38,7 @@ class RowMark:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """The output as the rows of the first argument, or None where it stays as it is."""
-        if not self.runtime.active or not torch.compiler.is_compiling() or not args:
+        if not self.runtime.active or not tracing() or not args:
             return None
         x = args[0]
         if not isinstance(x, Tensor) or not isinstance(output, Tensor) or output.dim() == 0:

@@ -206,6 +206,25 @@ def test_the_model_itself_on_another_thread_is_no_part_of_the_call(pausing, mean
     assert error(base, pausing.expected([None] * 3, {"x": x})) <= 1e-5
 
 
+def test_nor_is_it_while_a_third_thread_compiles(pausing, meanwhile):
+    """torch.compiler.is_compiling() is true on all threads then."""
+    cm, x, names = served(pausing), rows(), ["a", "a", "a"]
+    check(cm, pausing, names, x)
+    found: list[Any] = []
+
+    def backend(graph: Any, examples: Any) -> Any:
+        found.extend(elsewhere(lambda: cm.model(x=x)))
+        return graph
+
+    def compiles() -> None:
+        elsewhere(lambda: torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2)))
+
+    meanwhile.append(compiles)
+    check(cm, pausing, names, x)
+    with pytest.raises(BatchError, match="another thread is in a call"):
+        raise found[0]
+
+
 def test_nor_is_it_of_generate(shallow, lm):
     """Whose compiled forwards stand in for those of the model meanwhile."""
     cm, inputs = lm, {"input_ids": torch.arange(1, 7)[None]}
