@@ -78,7 +78,7 @@ def _served(compiled: CompiledModel, owner: nn.Module, method: MethodType) -> Ca
         with session.lock:
             session.refuse_injected()
             if names is None and (session.default is None or session.running.updating):
-                return method(*args, **kwargs)
+                return session.beside_engine(functools.partial(method, *args, **kwargs))
             compiled._check_attached()
 
             def run() -> Any:

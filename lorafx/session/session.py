@@ -94,6 +94,9 @@ class Session:
         self.neighbours: tuple[Session, ...] = ()
         self.locks: Locks = Locks()
         self.accelerators: Final = accelerators(program.groups)
+        #: Around calls while an engine runs the model with an attention that only its steps can
+        #: use: by lorafx.serving.continuous.
+        self.beside: Callable[[Callable[[], Any]], Any] | None = None
         #: By continuous batching, as in lorafx.session.statistics.
         self.waits = 0
         #: How often new base weights were written, or begun to be: by lorafx.base_weights.
@@ -168,7 +171,14 @@ class Session:
                 self.program.refuse_missing(self.store[merged.name].sites)
             elif self.base.unmerged and not running.warming:
                 raise CaptureError(self.base.unmerged)
+            if not packed:
+                function = partial(self.beside_engine, function)
             return self.run(running.serving(requests), function)
+
+    def beside_engine(self, function: Callable[[], T]) -> T:
+        """What `function` returns, which runs the model outside of an engine's steps. The lock is
+        held."""
+        return function() if self.beside is None else self.beside(function)
 
     def fetched(self, names: Names, tokens: Tensor | None = None) -> list[HostCopy]:
         """What keeps the adapters of such a call in host memory; see `AdapterStore.fetch`."""

@@ -18,6 +18,7 @@ from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.errors import BatchError, ConfigError, LorafxError
 from lorafx.serving.activation import column_of, warn_absent
 from lorafx.serving.continuous import sampling
+from lorafx.serving.continuous.beside import BesideEngine
 from lorafx.serving.continuous.checks import (
     check_name,
     checked_limits,
@@ -82,6 +83,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         served = served_config(config, model.device)
         chosen = bool(given.do_sample and served.per_request_processors)
         self._attention = OwnAttention(model)
+        self._beside: BesideEngine | None = None
         try:
             with possible(model):
                 super().__init__(
@@ -108,7 +110,10 @@ class AdapterBatchingManager(ContinuousBatchingManager):
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = False) -> None:
         """Have the model use an attention that is served, while the engine runs it."""
         self._attention.take()
+        own = model.config._attn_implementation
         super().switch_to_cb_friendly_attn(model, auto_switch_to_flash=False)
+        if own != model.config._attn_implementation:
+            self._beside = BesideEngine(self.compiled._session, own)
 
     def _give_back_attention(self) -> None:
         self._attention.give_back()
@@ -116,6 +121,9 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         if before is not None:  # which transformers gives back where the engine has run
             model: Any = self.compiled.model
             model.set_attn_implementation(before)
+        beside, self._beside = self._beside, None
+        if beside is not None:
+            beside.end()
 
     def add_request(
         self,

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from dense_merge import Case, build_case
+from dense_merge import Case, build_case, check_mixed
 from step_logits import StepLogits, answers, check_logits, greedy
-from tiny_models import FAMILIES, Family
+from tiny_models import FAMILIES, Family, token_inputs
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import lorafx
@@ -277,7 +277,7 @@ GPT_OSS = Family(
 
 @pytest.mark.parametrize("family", [GEMMA2, GPT_OSS], ids=["capped scores", "sinks"])
 def test_eager_attention(family, tmp_path):
-    """One engine at a time uses it."""
+    """One engine at a time uses it; calls beside it use the model's own."""
     case = build_case(family, tmp_path)
     with torch.no_grad():
         for name, parameter in case.base.named_parameters():
@@ -294,5 +294,9 @@ def test_eager_attention(family, tmp_path):
         seen = StepLogits(engine)
         work = [([*range(3 + i, 9 + 3 * i)], f"a{i}") for i in range(5)]
         ids = [engine.add_request(p, adapter=a, max_new_tokens=4) for p, a in work]
+        if family is GEMMA2:
+            check_mixed(cm, case, ["a1", None, "a2"], token_inputs(3, 5))
+        assert cm.model.config._attn_implementation == "paged|eager"
         outputs = answers(engine, ids)
     check_logits(case, seen, outputs, dict(zip(ids, (a for _, a in work), strict=True)))
+    assert cm.model.config._attn_implementation == "eager"
