@@ -37,6 +37,7 @@ from lorafx.session.all_sessions import sessions
 from lorafx.session.requests import Requests
 from lorafx.session.session import Session
 from lorafx.session.transforms import refuse_transformed
+from lorafx.torch_compile.tasks import refuse_other_tasks
 
 
 class AttachedSession(Session):
@@ -133,9 +134,10 @@ class AttachedSession(Session):
         """Check the call that a graph serves, and give its rows their slots.
 
         Raises:
-            BatchError: names and rows do not fit together.
+            BatchError: names and rows do not fit together, or the block is another task's.
             CaptureError: the model was changed since.
         """
+        refuse_other_tasks()
         rows = checks.places.rows(arguments, called=True)
         # Between two graphs a size of one may be something that all requests share.
         if rows is not None and (rows > 1 or checks.begins_call):

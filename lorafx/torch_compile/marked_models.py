@@ -24,6 +24,7 @@ from lorafx.session.loading import load_adapter as load_into
 from lorafx.session.requests import checked_names
 from lorafx.torch_compile.attached import AttachedSession, marked_session, marks_of, session_of
 from lorafx.torch_compile.pending import first_call, until_marked
+from lorafx.torch_compile.tasks import block_of_this_task
 
 
 def _session_if_marked(model: nn.Module) -> AttachedSession | None:
@@ -49,7 +50,8 @@ def adapters(
     Blocks may be nested; the innermost one counts. When a block ends, also by an exception, what
     was in effect before it is restored. Outside any block the model is the base model. Blocks of
     one model on several threads wait for one another. A call outside any block does not wait, so
-    put it into a block of None where other threads serve adapters.
+    put it into a block of None where other threads serve adapters. Tasks of asyncio share a thread:
+    do not await inside a block.
 
     Args:
         model: what `attach` returned, or a model that is compiled with `lora_config` among the
@@ -64,6 +66,7 @@ def adapters(
             adapter can be part of no sum (DoRA, weights of its own).
         UnknownAdapterError: a name that is not loaded.
         CapacityError: more distinct adapters than slots, or a sum of ranks over `max_rank`.
+        BatchError: another task of asyncio is inside of a block on this thread.
 
     Nothing has changed then. For a model that its first call marks, that call raises these.
     Calls inside the block raise what `CompiledModel.forward` raises.
@@ -76,7 +79,8 @@ def adapters(
     model = unwrapped(model)
     try:
         session = _session_if_marked(model)
-        with first_call(model, session is not None), _block(model, session, names):
+        first = first_call(model, session is not None)
+        with block_of_this_task(), first, _block(model, session, names):
             yield
     except Exception as error:
         failure = own_error(error) or explained(error, type(model).__name__)

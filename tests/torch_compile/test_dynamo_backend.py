@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import gc
 import pickle
 import threading
 import weakref
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 import torch
@@ -295,6 +298,42 @@ def test_blocks_of_several_threads_wait_for_one_another(plain):
         thread.join()
     assert len(errors) == 60
     assert max(errors) <= 1e-5
+
+
+def test_tasks_of_asyncio_that_await_inside_a_block(plain):
+    """Another one would get its adapters, and so would all calls after blocks that end in another
+    order than they began."""
+    model, inputs = attached(plain), feed(2, 4)
+    call, names = compiled(model, dynamic=False), ["a0", None]
+    check(call, model, plain, names, inputs)
+
+    async def inside() -> None:
+        with torch.no_grad(), lorafx.adapters(model, names):
+            await asyncio.sleep(0)
+            got = call(**inputs)["logits"]
+            sub_task = asyncio.create_task(calls())
+            assert torch.equal(got, await sub_task)
+        assert error(got, plain.expected(names, inputs)) <= 1e-5
+
+    async def calls() -> torch.Tensor:
+        with torch.no_grad():
+            return call(**inputs)["logits"]
+
+    async def opens() -> None:
+        with lorafx.adapters(model, ["a1", "a2"]):
+            pass
+
+    async def both(other: Callable[[], Awaitable[Any]]) -> None:
+        first, second = asyncio.create_task(inside()), asyncio.create_task(other())
+        with pytest.raises(BatchError, match="Do not await inside a block"):
+            await second
+        await first
+
+    for other in (calls, opens):
+        asyncio.run(both(other))
+    with lorafx.adapters(model, ["a1", "a2"]):  # around a loop of its own
+        asyncio.run(inside())
+    check_base(call, plain, inputs)
 
 
 def test_generate_with_beams(shallow):
