@@ -85,19 +85,28 @@ class Habits:
         """Inside, calls that name no adapter are the base's; then the default is put back.
 
         It is `set_adapter(None)` for the length of a block, in all threads. Calls that name
-        adapters get them. A default that was unloaded inside is not put back.
+        adapters get them. Where blocks of several threads overlap, the last one that ends puts the
+        default back. A default that was unloaded inside is not put back.
 
         Raises:
             ConfigError: an adapter is merged.
             BatchError: as `set_adapter`.
         """
-        before = self._session.default
-        self.set_adapter(None)
+        session, blocks = self._session, self._session.disabling
+        with session.lock:
+            own = [session.default]
+            self.set_adapter(None)
+            blocks.append(own)
         try:
             yield
         finally:
-            if before is not None and before in self._session.store:
-                self.set_adapter(before)
+            with session.lock:
+                at = next(place for place, block in enumerate(blocks) if block is own)
+                del blocks[at]
+                if at < len(blocks):  # another thread's, or task's, which began in this one
+                    blocks[at][0] = blocks[at][0] or own[0]
+                elif own[0] is not None and own[0] in session.store:
+                    self.set_adapter(own[0])
 
     def compile(self, *_: Any, **__: Any) -> NoReturn:
         """Refused: this model is compiled already.

@@ -84,6 +84,8 @@ class Session:
         self.running: Running = IDLE
         #: The adapter of calls that name none: by `CompiledModel`.
         self.default: str | None = None
+        #: What the default was before each block of `disable_adapter` that is open: by that.
+        self.disabling: list[list[str | None]] = []
         #: What the base weights are: by lorafx.base_weights.
         self.base: BaseState = BaseState()
         #: The last call with adapters had graphs captured, or there was none: by

@@ -129,6 +129,26 @@ def test_the_default_adapter(served):
         served.cm.pin_adapter("gone")
 
 
+def test_blocks_without_the_default_that_overlap(served):
+    """As those of two threads do, or of two tasks of asyncio that await inside."""
+    cm = served.cm
+    cm.set_adapter("a1")
+    first, second = cm.disable_adapter(), cm.disable_adapter()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert cm.active_adapter is None
+    second.__exit__(None, None, None)
+    assert cm.active_adapter == "a1"
+    with cm.disable_adapter():
+        cm.set_adapter("a2")
+        with cm.disable_adapter():
+            assert cm.active_adapter is None
+        assert cm.active_adapter == "a2"
+    assert cm.active_adapter == "a1"
+    cm.set_adapter(None)
+
+
 def test_no_slot_is_left_beside_the_pinned_ones(served):
     served.cm.pin_adapter("a1")
     served.cm.pin_adapter("a3")
