@@ -113,13 +113,7 @@ class _Selection:
             members = targeted - self._excluded(item)
             named += bool(targeted)
             excluded += bool(targeted) and not members
-            rows = rows_asked(self.saved, self.tokens, item.paths)
-            if (
-                rows != 0
-                and item.entry is None
-                and not dict(item.module.named_parameters(recurse=False))
-            ):
-                rows = 0  # it holds what is meant
+            rows = self._rows_asked(item)
             if not members and rows == 0:
                 continue
             if is_empty(item.module):
@@ -129,18 +123,15 @@ class _Selection:
                 )
                 continue
             site = self._site(item, members)
-            if rows != 0:
-                reason = site if isinstance(site, str) else own_refusal(site)
-                if isinstance(site, str) or reason is not None:
-                    self.problems.append(
-                        f"{item.label} cannot have a weight of an adapter's own for each row "
-                        f"(modules_to_save, trainable_tokens): {reason}"
-                    )
-                    continue
-                every = site.weight_rows
-                site = replace(site, own_rows=every if rows is None else min(rows, every))
-            if isinstance(site, Site):
-                found.append(site)
+            reason = None if rows == 0 else site if isinstance(site, str) else own_refusal(site)
+            if reason is not None:
+                self.problems.append(
+                    f"{item.label} cannot have a weight of an adapter's own for each row "
+                    f"(modules_to_save, trainable_tokens): {reason}"
+                )
+            elif isinstance(site, Site):
+                every = site.weight_rows if rows != 0 else 0
+                found.append(replace(site, own_rows=every if rows is None else min(rows, every)))
             elif self.by_default:
                 left_out.append(f"{item.label}: {site}")
                 _warn(f"{item.label} carries no LoRA: {site}")
@@ -148,35 +139,10 @@ class _Selection:
                 theirs = isinstance(self.config.target_modules, targets.AdapterNames)
                 asked = " (an adapter has factors for it)" if theirs else ""
                 self.problems.append(f"{item.label}: {site}{self._candidates(item)}{asked}")
-        self.problems.extend(self._unnamed_targets())
-        self.problems.extend(
-            f"modules_to_save or trainable_tokens entry {entry!r} names no module of "
-            f"{type(self.graph.root).__qualname__}{self._nearest(entry)}"
-            for entry in (*self.saved, *self.tokens)
-            if not self._names_any(entry)
-        )
-        self.problems.extend(
-            f"packed_modules entry {name!r} matches no module, neither as a packed name nor "
-            f"as a member{self._nearest(name)}"
-            for name in self.packed.unused()
-        )
+        self.problems.extend(self._unnamed())
         self._unnamed_exclusions()
-        if not self.problems and named == 0 and not found:
-            self.problems.append(
-                f"target_modules={self.config.target_modules!r} names no module of "
-                f"{type(self.graph.root).__qualname__}"
-                f"{self._nearest(str(self.config.target_modules))}"
-            )
-        elif not self.problems and named == excluded and not found:
-            self.problems.append(
-                f"exclude_modules={self.config.exclude_modules!r} excludes every module "
-                f"that target_modules names ({named}); narrow one of the two"
-            )
-        elif not self.problems and not found:
-            self.problems.append(
-                f"target_modules names no module of {type(self.graph.root).__qualname__} "
-                f"that can carry LoRA: {'; '.join(left_out[:3])}"
-            )
+        if not self.problems and not found:
+            self.problems.append(self._nothing(named, excluded, left_out))
         if self.problems:
             raise TargetError(_listed(self.problems))
         return tuple(found)
@@ -248,16 +214,45 @@ class _Selection:
             "in target_modules"
         )
 
-    def _unnamed_targets(self) -> list[str]:
-        """A problem for each list entry that names no module at all."""
-        if self.target is None or isinstance(self.target, str):
-            return []
-        return [
-            f"target_modules entry {entry!r} names no module of "
-            f"{type(self.graph.root).__qualname__}{self._nearest(entry)}"
-            for entry in self.target
-            if not self._names_any(entry)
-        ]
+    def _rows_asked(self, item: Candidate) -> int | None:
+        """How many rows of its weight adapters may have of their own; None for all of them."""
+        rows = rows_asked(self.saved, self.tokens, item.paths)
+        container = item.entry is None and not dict(item.module.named_parameters(recurse=False))
+        return 0 if container else rows  # it holds what is meant
+
+    def _unnamed(self) -> Iterator[str]:
+        """A problem for each entry of the configuration that names no module at all."""
+        root = type(self.graph.root).__qualname__
+        lists = {
+            "target_modules": () if isinstance(self.target, str) else self.target or (),
+            "modules_to_save or trainable_tokens": (*self.saved, *self.tokens),
+        }
+        for field_name, entries in lists.items():
+            for entry in entries:
+                if not self._names_any(entry):
+                    near = self._nearest(entry)
+                    yield f"{field_name} entry {entry!r} names no module of {root}{near}"
+        for name in self.packed.unused():
+            yield (
+                f"packed_modules entry {name!r} matches no module, neither as a packed name nor "
+                f"as a member{self._nearest(name)}"
+            )
+
+    def _nothing(self, named: int, excluded: int, left_out: Sequence[str]) -> str:
+        """Why there is no site at all: `named` modules are asked for, `excluded` of them are
+        excluded."""
+        asked, root = self.config.target_modules, type(self.graph.root).__qualname__
+        if named == 0:
+            return f"target_modules={asked!r} names no module of {root}{self._nearest(str(asked))}"
+        if named == excluded:
+            return (
+                f"exclude_modules={self.config.exclude_modules!r} excludes every module "
+                f"that target_modules names ({named}); narrow one of the two"
+            )
+        return (
+            f"target_modules names no module of {root} that can carry LoRA: "
+            f"{'; '.join(left_out[:3])}"
+        )
 
     def _unnamed_exclusions(self) -> None:
         if self.exclude is None or isinstance(self.exclude, str):
