@@ -154,10 +154,18 @@ def read_adapter(
             LorafxWarning,
             stacklevel=2,
         )
-    own, notes = reading.own.found, state.notes
-    about_base = state.config.bias != "none", findings.compared
-    rest = reading.spans, own, notes, *about_base, state.config.invocation
-    return Adapter(name, weights, findings.largest, state.where, *rest)
+    return Adapter(
+        name,
+        weights,
+        findings.largest,
+        state.where,
+        spans=reading.spans,
+        own=reading.own.found,
+        notes=state.notes,
+        replaces_biases=state.config.bias != "none",
+        compared=findings.compared,
+        invocation=state.config.invocation,
+    )
 
 
 def _named_by(places: Places, config: PeftConfig, path: str) -> list[str]:
