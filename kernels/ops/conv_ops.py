@@ -40,9 +40,9 @@ _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: 
 class Window(NamedTuple):
     """How A's kernel moves over x: one entry for each spatial dimension, two of `pads`."""
 
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    pads: tuple[int, ...]
+    kernel: Sequence[int]
+    stride: Sequence[int]
+    pads: Sequence[int]
 
 
 def conv_site(
@@ -50,9 +50,7 @@ def conv_site(
     y: Tensor,
     bank: BankArgs,
     rows: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    pads: Sequence[int],
+    window: Window,
     gains: Tensor | None,
     addend: Tensor | None,
     shifts: Tensor | None,
@@ -64,14 +62,13 @@ def conv_site(
     Raises:
         ProvenanceError, BatchError: as `lorafx.kernels.ops.delta.row_slots` and `groups`.
     """
-    conv_site_fake(x, y, bank, rows, kernel, stride, pads, gains, addend, shifts)
+    conv_site_fake(x, y, bank, rows, window, gains, addend, shifts)
     out = y.clone(memory_format=torch.contiguous_format)
     if out.numel():
-        window = Window(tuple(kernel), tuple(stride), tuple(pads))
         add_conv_delta(out, x, bank, rows, window)
     if gains is None and shifts is None:
         return out
-    owner = row_slots(bank.slots, rows, len(y)).view(-1, *[1] * len(kernel))
+    owner = row_slots(bank.slots, rows, len(y)).view(-1, *[1] * len(window.kernel))
     last = out.movedim(1, -1)
     if gains is not None:
         last = rescaled_rows(last, gains, addend, owner)
@@ -80,7 +77,8 @@ def conv_site(
     return last.movedim(-1, 1).contiguous()
 
 
-def conv_site_fake(x, y, bank: BankArgs, rows, kernel, stride, pads, gains, addend, shifts):
+def conv_site_fake(x, y, bank: BankArgs, rows, window: Window, gains, addend, shifts):
+    kernel, stride, pads = window
     op, dims = "conv_site", len(kernel)
     check_bank(op, bank)
     require(op, dims in _CONVOLUTIONS, f"a kernel of {dims} dimensions")
