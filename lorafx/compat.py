@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,8 @@ import torch._inductor.config
 import torch.fx.experimental._config as shape_config
 from torch import Tensor
 from torch._dynamo import guards, output_graph, side_effects, symbolic_convert
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 _COMPILE_ARGUMENTS = inspect.signature(torch.compile).parameters
 
@@ -63,6 +66,25 @@ _CAPTURE: tuple[tuple[Any, str, Any], ...] = (
 )
 
 
+class _AnyGraphModule(type):
+    """Every graph module is one of `_Unwritten`, for `isinstance`."""
+
+    def __instancecheck__(cls, item: object) -> bool:
+        return isinstance(item, torch.fx.GraphModule)
+
+
+class _Unwritten(_LazyGraphModule, metaclass=_AnyGraphModule):
+    """A graph module whose Python code is written when it is called, if ever.
+
+    Dynamo puts run-time checks of sizes into its graph by way of a module that nobody calls, only
+    logs print, and torch.fx writes and compiles the code of: 4 % of the capture of 100 layers.
+    """
+
+
+#: torch.fx for Dynamo.
+_FX = SimpleNamespace(**{**vars(torch.fx), "GraphModule": _Unwritten})
+
+
 def _untimed(*_: Any) -> float:
     """For `profile_guard_manager`: the microseconds that a graph's guards take."""
     return 0.0
@@ -86,10 +108,11 @@ def _unlogged() -> Iterator[tuple[Any, str, Any]]:
     For each graph it times the guards, after it has emptied the processor's caches: 23 ms. For each
     object that the graph changes, as it does with the layers of a cache of keys, it writes where.
     For the name of the function that a node comes from it reads each source file token by token:
-    0.16 s of the first capture of a Llama.
+    0.16 s of the first capture of a Llama. `_Unwritten` has one more.
     """
     if "TORCH_TRACE" in os.environ:
         return
+    yield output_graph, "fx", _FX
     if not any(log.isEnabledFor(logging.DEBUG) for log in _LOGS_OF_LINES):
         yield symbolic_convert, "get_funcname", _unnamed
     if not guards.guards_log.isEnabledFor(logging.DEBUG):
@@ -140,6 +163,38 @@ def capture_settings(
     finally:
         for config, name, own, _ in before:
             setattr(config, name, own)
+
+
+#: Arguments of a wrapper in front of how many bytes its memory has.
+_IN_FRONT_OF_BYTES = 13
+
+
+@contextmanager
+def unsized_wrappers() -> Iterator[None]:
+    """Inside, AOTAutograd's wrappers of tensors do not say how many bytes their memory has. (Dynamo
+    holds its lock meanwhile.)
+
+    Nobody asks a wrapper. Where sizes are symbols it is arithmetic on them, which is traced with
+    the graph and then thrown away: 5 % of a capture.
+    """
+    name = "_make_wrapper_subclass"
+    before = vars(torch.Tensor).get(name)  # it is inherited
+    make: Callable[..., Any] = getattr(torch.Tensor, name)
+
+    def unsized(cls: type, *args: Any, **kwargs: Any) -> Any:
+        sized = len(args) == _IN_FRONT_OF_BYTES and args[1] is not None  # its strides
+        if sized and not kwargs and issubclass(cls, FunctionalTensor):
+            return make(cls, *args, 0)
+        return make(cls, *args, **kwargs)
+
+    setattr(torch.Tensor, name, unsized)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(torch.Tensor, name)
+        else:
+            setattr(torch.Tensor, name, before)
 
 
 @contextmanager

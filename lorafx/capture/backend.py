@@ -44,6 +44,7 @@ from lorafx.capture.told import form_of, note_tracing, reason, tell, timed
 from lorafx.capture.unseen_inputs import UnseenInputs, around, leave_out
 from lorafx.capture.verify import NumericCheck
 from lorafx.captured_frame import duck_shaped, ends_in_break, guarded_attributes, named_by_dynamo
+from lorafx.compat import unsized_wrappers
 from lorafx.graph.context import Context
 from lorafx.kernels.cpu.cpu import builds_noted, built_source
 from lorafx.kernels.triton.triton_build import source_of
@@ -217,7 +218,7 @@ class Backend:
             keep_inference_input_mutations=writes_in_place(gm),
         )
         noting = nullcontext() if self.noted is None else noted(compilation.parts)
-        with in_tracing(), noting, timed(record.spans, "AOTAutograd"):
+        with in_tracing(), noting, timed(record.spans, "AOTAutograd"), unsized_wrappers():
             try:
                 if unseen is None:
                     executable = trace(gm, examples)

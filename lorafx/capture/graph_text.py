@@ -166,6 +166,7 @@ _FRAME = re.compile(r'^ *File "(.+?)", line (\d+), in .*\n(.*)', re.MULTILINE)
 _INSIDE = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")
 
 
+@functools.lru_cache(maxsize=1000)
 def users_line(trace: str) -> tuple[str, str]:
     """Place and code of the innermost frame that is neither torch's nor lorafx's; where there is no
     other, of the innermost of torch's."""

@@ -70,9 +70,24 @@ def test_what_outlasts_a_collection_is_not_looked_at_again() -> None:
 
 @pytest.mark.quick
 def test_an_error_puts_the_objects_back() -> None:
+    before = gc.get_threshold()
     with pytest.raises(KeyError), earlier_objects_spared():
         raise KeyError
     assert not gc.get_freeze_count()
+    assert gc.get_threshold() == before
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("young", "inside"), [(700, 100_000), (200_000, 200_000), (0, 0)])
+def test_garbage_is_looked_for_less_often_never_more(young: int, inside: int) -> None:
+    own = gc.get_threshold()
+    gc.set_threshold(young, 11, 12)
+    try:
+        with earlier_objects_spared(), earlier_objects_spared():
+            assert gc.get_threshold() == (inside, 11, 12)
+        assert gc.get_threshold() == (young, 11, 12)
+    finally:
+        gc.set_threshold(*own)
 
 
 @pytest.mark.quick

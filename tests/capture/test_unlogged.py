@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from dense_merge import REFERENCE
-from torch import nn
+from torch import fx, nn
 from torch._dynamo import guards, output_graph, side_effects, symbolic_convert
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 
 class Noting(nn.Module):
@@ -26,11 +27,12 @@ class Noting(nn.Module):
 
 @pytest.fixture
 def worked_out(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What Dynamo timed, wrote about, and looked for the names of."""
+    """What Dynamo timed, wrote about, looked for the names of, and wrote the code of."""
     done: list[str] = []
     times = guards.profile_guard_manager
     write = side_effects.SideEffects._format_side_effect_message
     name = symbolic_convert.get_funcname
+    check_sizes = output_graph.insert_deferred_runtime_asserts
 
     def timed(*args: Any) -> float:
         done.append("guards")
@@ -44,6 +46,12 @@ def worked_out(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         done.append("functions")
         return name(*args)
 
+    def checking(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(gm, _LazyGraphModule) or not gm._needs_recompile():
+            done.append("code that nobody calls")
+        check_sizes(gm, *args, **kwargs)
+
+    monkeypatch.setattr(output_graph, "insert_deferred_runtime_asserts", checking)
     monkeypatch.setattr(guards, "profile_guard_manager", timed)
     monkeypatch.setattr(symbolic_convert, "get_funcname", named)
     monkeypatch.setattr(side_effects.SideEffects, "_format_side_effect_message", written)
@@ -69,3 +77,4 @@ def test_only_where_it_is_logged(small, worked_out, monkeypatch, logged) -> None
     assert torch._dynamo.config.side_effect_replay_policy == policy
     assert guards.profile_guard_manager is timing
     assert symbolic_convert.get_funcname is naming
+    assert output_graph.fx is fx
