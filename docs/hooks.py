@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
+from itertools import takewhile
 from pathlib import Path
 from posixpath import relpath
 from typing import Any
@@ -18,6 +19,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
+#: Folders whose files have a line each, and the kinds of files that do.
+SOURCES, TOLD = ("kernels", "lorafx", "passes"), (".py", ".cpp", ".h", ".js")
 EXAMPLE = re.compile(r"\]\((?:\.\./)*examples/(?:commits/)?(\w+)(?:\.py|\.patch)?\)")
 CONTRIBUTING = re.compile(r"\]\((?:\.\./)+CONTRIBUTING\.md")
 #: A page's name in the text that mkdocstrings makes of a docstring, or of lorafx's messages.
@@ -25,7 +28,11 @@ PAGE_NAME = re.compile(r"(?<![\w/>\"])docs/(\w+)\.md")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    made = {"examples.md": examples(), "contributing.md": (ROOT / "CONTRIBUTING.md").read_text()}
+    made = {
+        "examples.md": examples(),
+        "sources.md": sources(),
+        "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(),
+    }
     for path, text in made.items():
         files.append(File.generated(config, path, content=text))
     return files
@@ -50,6 +57,33 @@ def examples() -> str:
     for path in sorted((ROOT / "examples" / "commits").glob("*.patch")):
         parts.append(f"### {path.stem}\n\n{shown(path, 'diff', path.read_text().rstrip())}")
     return "\n\n".join(parts) + "\n"
+
+
+def sources() -> str:
+    """A page of every source file: the first lines of its docstring, or of the comment that it
+    opens with."""
+    parts = ["# Source files", "What each file says of itself, folder by folder."]
+    found = [path for name in SOURCES for path in (ROOT / name).rglob("*") if path.suffix in TOLD]
+    for folder in sorted({path.parent for path in found}):
+        inside = {path.name: opening(path) for path in sorted(found) if path.parent == folder}
+        package = inside.pop("__init__.py", "")
+        rows = [f"| `{name}` | {said} |" for name, said in inside.items() if said]
+        if package or rows:
+            parts.append(f"## {folder.relative_to(ROOT).as_posix()}\n\n{package}")
+        if rows:
+            parts.append("\n".join(["| file | what it is |", "|---|---|", *rows]))
+    return "\n\n".join(parts) + "\n"
+
+
+def opening(path: Path) -> str:
+    """The first paragraph of what a file says of itself, as a cell of a table."""
+    text = path.read_text()
+    if path.suffix == ".py":
+        said = ast.get_docstring(ast.parse(text)) or ""
+    else:
+        comment = takewhile(lambda line: line.startswith("//"), text.splitlines())
+        said = "\n".join(line.removeprefix("//").strip() for line in comment)
+    return " ".join(said.split("\n\n")[0].split()).replace("|", "\\|")
 
 
 def shown(path: Path, language: str, code: str) -> str:
