@@ -6,6 +6,7 @@ Dynamo names places (`L['input_ids']`) by expressions over the function's locals
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import CodeType
 from typing import Any, NoReturn
 
 import torch
@@ -23,6 +24,12 @@ def _translator() -> Any:
 def captured_locals() -> Mapping[str, Any]:
     """The local variables that the function that is being captured began with."""
     return dict(_translator().output.root_tx.f_locals)
+
+
+def captured_code() -> CodeType:
+    """That of the function that is being captured."""
+    code: CodeType = _translator().output.root_tx.f_code
+    return code
 
 
 def captured_self() -> Any:

@@ -28,6 +28,7 @@ STRATEGIES: Mapping[str, tuple[str, ...]] = {
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 Verify = Literal["off", "lint", "numeric"]
 Overflow = Literal["refuse", "waves"]
+BaseGraphs = bool | Literal["auto", "warmup"]
 
 
 @dataclass(frozen=True)
@@ -189,11 +190,16 @@ class Options:
         base_products: on a CPU, calls without an adapter multiply few rows by generated code, too,
             as those with adapters do. Their results are then those of `torch.compile(model)` up to
             rounding only, and no longer bit-equal.
-        base_graphs: calls without an adapter have graphs of their own, which are those of
-            `torch.compile(model)`. False: they run the graphs with adapters, of which they use
-            none. Half as many graphs are compiled, most of all in `warmup`; results are the base's
-            up to rounding, a little later on a GPU; what is refused of every adapter is refused of
-            them, too.
+        base_graphs: whether calls without an adapter have graphs of their own, which are those of
+            `torch.compile(model)`, bit for bit. True: they have. False: they run the graphs with
+            adapters, of which they use none, so that half as many graphs are compiled; their
+            results are the base's up to rounding. Where a graph with adapters cannot be compiled,
+            they have graphs of their own all the same. "warmup": they have those that `warmup`
+            compiles. A call for which there is none yet runs the graph with adapters where that is
+            compiled already, and compiles its own where neither is. "auto" is False on a CPU, where
+            graphs with adapters are as fast without one; "warmup" on a GPU, where each linear's
+            kernel would look at its rows' slots; True with `lowering="reference"`, and for models
+            with `nn.MultiheadAttention`, for whose own fast path adapters leave no room.
         mode: a mode of torch.compile, which stands for settings of Inductor: "reduce-overhead",
             "max-autotune", "max-autotune-no-cudagraphs"; None, or "default", for none.
     """
@@ -211,7 +217,7 @@ class Options:
     cache: str | bool | None = None
     overflow: Overflow = "refuse"
     base_products: bool = False
-    base_graphs: bool = True
+    base_graphs: BaseGraphs = "auto"
     mode: str | None = None
 
     @classmethod
@@ -238,6 +244,7 @@ class Options:
             ("lowering", ("auto", *STRATEGIES)),
             ("verify", ("off", "lint", "numeric")),
             ("overflow", ("refuse", "waves")),
+            ("base_graphs", ("auto", True, False, "warmup")),
             ("mode", (None, *MODES)),
         ):
             if getattr(self, name) not in allowed:

@@ -35,12 +35,13 @@ from lorafx.capture.executable import (
     with_lookups,
 )
 from lorafx.capture.failures import in_lowering, in_tracing
+from lorafx.capture.instances import Form, Instances
 from lorafx.capture.lowering import Lowering, code_noted, lowering_for
 from lorafx.capture.parts import Captured, Parts, foreign_operators, noted
 from lorafx.capture.record import GraphRecord
 from lorafx.capture.stage_views import StageViews
 from lorafx.capture.stamps import Folded, fold, unfold
-from lorafx.capture.told import form_of, note_tracing, reason, tell, timed
+from lorafx.capture.told import form_of, note_tracing, reason, tell, tell_instance, timed
 from lorafx.capture.unseen_inputs import UnseenInputs, around, leave_out
 from lorafx.capture.verify import NumericCheck
 from lorafx.captured_frame import duck_shaped, ends_in_break, guarded_attributes, named_by_dynamo
@@ -101,6 +102,19 @@ class Backend:
         self.lowering: Lowering = lowering_for(program.options)
         #: Gives what is told of each pass over a graph; None where nobody wants to know.
         self.keeper: Callable[[Context], AfterPass] | None = None
+        #: Graphs that may serve calls of other sizes.
+        self.instances = Instances()
+
+    def finds_instances(self, active: bool) -> bool:
+        """Whether a graph may serve calls of other sizes than it was captured for. Triton kernels
+        are planned for their rows; what torch.compile makes of the base for one request may differ
+        in bits; a graph that is looked at, or saved, is one of its own."""
+        options, device = self.program.options, self.program.runtime.device
+        if self.noted is not None or self.keeper is not None or self.shares_graphs:
+            return False
+        if device.type != "cpu" or options.lowering == "triton" or options.verify == "numeric":
+            return False
+        return active or options.lowering == "reference"
 
     def __call__(self, gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         """Compile a frame of calls with one slot a request."""
@@ -143,6 +157,20 @@ class Backend:
         bound, graph = None, gm.graph
         if active and own:
             bound, examples = bind(program, frame, gm, examples)
+        asked = form_of(program, begins_call=frame.begins_call, per_token=per_token)
+        form = None
+        if own and self.finds_instances(active):
+            form = Form.of(gm.graph, examples, (active, per_token))
+        count = len(examples) - (0 if bound is None else bound.count)
+        earlier = None if form is None else self.instances.find(form, count)
+        if earlier is not None:
+            title, executable = earlier
+            if bound is not None:
+                take_out(gm, graph, bound.tensors(program))
+            self.drop_guards(bound)
+            tell_instance(title, type(program.model).__name__, asked, spans)
+            return executable
+        begun = self.instances.begin()
         places = InputPlaces.of(frame, examples, shared=self.shares_graphs)
         self.several[0] |= frame.follows_another or bool(places.arguments) or ends_in_break()
         owner = self.owner(frame, [p for p, item in enumerate(frame.inputs) if item.sites])
@@ -151,9 +179,8 @@ class Backend:
         title += " per token" if per_token else ""
         dump = GraphDump(title, own_folder(program))
         checks = Checks(places, frame.begins_call, self.several)
-        form = form_of(program, begins_call=frame.begins_call, per_token=per_token)
-        why = reason(form, [earlier.form for earlier in self.records])
-        record = GraphRecord(title, lora, dump, checks, form=form, reason=why, spans=spans)
+        why = reason(asked, [record.form for record in self.records])
+        record = GraphRecord(title, lora, dump, checks, form=asked, reason=why, spans=spans)
         parts, sources = Parts(checks, bound=bound), []
         if self.noted is not None:  # before the graph is compiled, which may change it
             parts.foreign = foreign_operators(gm)
@@ -179,6 +206,8 @@ class Backend:
                 with self.lowering_timed(record), noting:
                     executable = lowering.base(gm, examples)
                 executable = for_base(checks, owner, executable)
+        if form is not None:
+            self.instances.keep(title, form, executable, count, begun)
         if own:
             self.drop_guards(bound)
         self.records.append(record)

@@ -42,6 +42,11 @@ class BoundInputs:
     packed: tuple[tuple[int, str], ...]
     weights: tuple[tuple[int, Site], ...]
 
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.banks) + len(self.packed)
+
     def tensors(self, program: Program) -> tuple[Tensor, ...]:
         """The inputs, in their order."""
         packs = [getattr(program.packed[number], name) for number, name in self.packed]

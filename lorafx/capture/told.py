@@ -22,7 +22,7 @@ from lorafx.capture.record import GraphRecord
 from lorafx.program.program import Program
 from lorafx.program.row_dims import PRIMARY
 from lorafx.progress import LOG
-from lorafx.viewer.stages import Span
+from lorafx.viewer.stages import Span, exclusive
 
 
 class _Local(threading.local):
@@ -96,13 +96,15 @@ def reason(form: Mapping[str, str], earlier: Sequence[Mapping[str, str]]) -> str
 
 def tell(record: GraphRecord, model: str) -> None:
     """Log the line of a graph that was compiled."""
-    found = record.seconds
-    parts = ", ".join(f"{what} {seconds:.1f}" for what, seconds in found.items())
-    LOG.info(
-        "%s of %s: %s; %.1f s (%s)",
-        record.title,
-        model,
-        record.reason,
-        sum(found.values()),
-        parts,
-    )
+    LOG.info("%s of %s: %s; %s", record.title, model, record.reason, _times(record.seconds))
+
+
+def tell_instance(title: str, model: str, form: Mapping[str, str], spans: Sequence[Span]) -> None:
+    """Log that a call of this form was captured, and is served by a graph that there is."""
+    sizes = ", ".join(form[what] for what in ("requests", "tokens") if what in form)
+    LOG.info("%s of %s serves %s, too; %s", title, model, sizes, _times(exclusive(spans)))
+
+
+def _times(seconds: Mapping[str, float]) -> str:
+    parts = ", ".join(f"{what} {time:.1f}" for what, time in seconds.items())
+    return f"{sum(seconds.values()):.1f} s ({parts})"

@@ -32,6 +32,13 @@ from lorafx.compat import capture_settings, entry_arguments
 _THIS_TIME = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT)
 
 
+class NotCompiled(BaseException):
+    """There is no graph for a call that may have none compiled. Nothing of the call has run.
+
+    No Exception: those, Dynamo may be set to suppress, and runs the frame in Python for good.
+    """
+
+
 class Saved(Protocol):
     """Graphs that were compiled elsewhere."""
 
@@ -74,6 +81,8 @@ class Traced:
         #: The last error came while the function itself was compiled, so that nothing of the call
         #: had run; not its rest behind a break.
         self.unstarted = False
+        #: The running call takes a graph that there is already, or raises NotCompiled.
+        self.compiled_only = False
         context: Any = torch._dynamo.optimize(
             backend,
             dynamic=dynamic,
@@ -101,6 +110,8 @@ class Traced:
 
         @functools.wraps(convert)  # with its attributes, which Dynamo asks for
         def noting(frame: Any, *args: Any, **kwargs: Any) -> ConvertFrameReturn:
+            if self.compiled_only and frame.f_code is self._code:
+                raise NotCompiled
             if frame.f_code in self.given_up:
                 return ConvertFrameReturn(frame_exec_strategy=_THIS_TIME)
             try:

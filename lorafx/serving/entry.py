@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.capture.failures import explained, own_error
-from lorafx.capture.traced import Traced
+from lorafx.capture.traced import NotCompiled, Traced
 from lorafx.compat import is_recompile_limit, mark_fixed_shape
 from lorafx.errors import (
     CaptureError,
@@ -31,7 +31,9 @@ from lorafx.model.packing import check_packed
 from lorafx.program.program import Program
 from lorafx.program.roles import RoleTable
 from lorafx.program.row_dims import IMAGES, TOKEN_DIMS
+from lorafx.progress import LOG
 from lorafx.saved_graphs.saved_graphs import SavedGraphs
+from lorafx.serving.base_roads import BaseRoads, Road
 from lorafx.serving.guards import keep_guards
 from lorafx.serving.tracked import tracked
 from lorafx.session.resting import refuse_elsewhere
@@ -63,8 +65,11 @@ class Entry:
         #: By what stands where sites stood (`SiteWatch`) and the hooks of users (`HookWatch`), the
         #: last such state and that of the model as given: guards alone would not tell them apart.
         self.by_state = {_AS_GIVEN: self._new()}
+        #: That of the last call.
+        self.traced = self.by_state[_AS_GIVEN]
         #: Calls of the base model run in Python: a compiler failed on them.
         self.in_python = False
+        self.base_roads = BaseRoads(session)
         self.experts = [site for site in session.program.sites if site.expert_weight is not None]
         functools.update_wrapper(self, function)
 
@@ -87,16 +92,52 @@ class Entry:
         session.program.quantised.settle_again()
         if session.program.runtime.active:
             self._refuse_loops()
-        elif self.in_python:
+            return self._run(args, kwargs)
+        if self.in_python:
             return self._in_python(*args, **kwargs)
+        *others, last = self.base_roads.roads(warming=session.running.warming)
+        for road in others:
+            try:
+                return self._on_road(road, args, kwargs)
+            except NotCompiled:
+                pass
+            except LorafxError as error:
+                self.base_roads.apart = True
+                LOG.info("%s without an adapter has graphs of its own now: %s", self.name, error)
+                if not self.traced.unstarted:
+                    raise
+        return self._on_road(last, args, kwargs)
+
+    def _on_road(self, road: Road, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Serve a call without an adapter.
+
+        Raises:
+            NotCompiled: there is no graph yet, and `road` compiles none.
+        """
+        runtime, records = self.session.program.runtime, self.session.backend.records
+        before = len(records)
+        runtime.active = road.lent
+        try:
+            return self._run(args, kwargs, compiled=road.compiled)
+        finally:
+            runtime.active = False
+            self.base_roads.owns |= not road.lent and len(records) > before
+
+    def _run(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, compiled: bool = False
+    ) -> Any:
+        """What the model returns; `compiled`: by a graph that is compiled already."""
+        session = self.session
         sites, hooks = session.program.site_watch, session.program.hook_watch
         state = sites.state, hooks.look()
-        traced = self._traced(state)
-        traced.unstarted = False
+        traced = self.traced = self._traced(state)
+        traced.unstarted, traced.compiled_only = False, compiled
         try:
             run = functools.partial(self._result, traced, *args, **kwargs)
             with torch.no_grad(), session.module_paths():
                 return tracked(session, run)
+        except NotCompiled:
+            raise
         except BaseException as error:
             own = own_error(error)
             if isinstance(own, ReplacedModuleError):
@@ -127,6 +168,7 @@ class Entry:
             warnings.warn(str(failure), LorafxWarning, stacklevel=2)
             return self._in_python(*args, **kwargs)
         finally:
+            traced.compiled_only = False
             hooks.take_over()
             if sites.state != state[0]:  # noticed when a graph was captured
                 self.by_state.pop(state, None)
@@ -137,10 +179,10 @@ class Entry:
         model = type(self.module).__name__
         program = self.session.program
         if program.runtime.active:
-            served = "Calls without an adapter are served as before"
-            if not program.options.base_graphs:
-                served = "Options(base_graphs=True) serves calls without an adapter"
-            return explained(error, model, served)
+            served = "are served as before"
+            if program.runtime.uniform and program.runtime.rows[0] < 0:
+                served = "have graphs of their own from now on"
+            return explained(error, model, f"Calls without an adapter {served}")
         failure = explained(error, model, "Calls without an adapter run in Python from now on")
         self.in_python = self.in_python or failure is not None
         return failure

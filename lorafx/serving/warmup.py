@@ -1,7 +1,8 @@
 """Warm-up: the graphs that serving needs, captured before the first request.
 
     calls = {forward, generate} × batch sizes × lengths × {no adapter, one adapter, a mix}
-    graphs = {batch 1, more} × {one token, more} × {cache form} × {no adapter, adapters}
+    graphs = {batch 1, more} × {one token, more} × {cache form} × {no adapter, adapters}, of which
+        some are one (lorafx.capture.instances, lorafx.serving.base_roads)
 
 Where an aLoRA adapter is loaded there is one more call of each, for the graphs of several tokens
 that have one slot per token.
@@ -219,7 +220,9 @@ def _calls(
     whole = [name for name in dummies if name != _BEGINS]
     first, last = whole[0], whole[-1]
     for example in plan.examples:
-        for variant in example.variants(plan.batch_sizes, plan.lengths):
+        variants = example.variants(plan.batch_sizes, plan.lengths)
+        # A graph of several requests may serve one, too, but not the other way round.
+        for variant in sorted(variants, key=lambda variant: variant.rows == 1):
             rows = variant.rows
             batches: dict[str, Names] = {
                 "no adapter": [None] * rows,

@@ -109,6 +109,11 @@ class Session:
         all_sessions.add(self)
 
     @property
+    def shares_graphs(self) -> bool:
+        """Whether all calls count as calls with an adapter. Entries decide for themselves."""
+        return False
+
+    @property
     def lock(self) -> threading.RLock:
         """See `Locks.calls`."""
         return self.locks.calls
@@ -271,7 +276,7 @@ class Session:
         if not self.backend.records:  # nothing has run yet
             program.note_constants()
         program.runtime.set_rows(slots if rows is None else rows)
-        program.runtime.active |= running.active or not program.options.base_graphs
+        program.runtime.active |= running.active or self.shares_graphs
         distinct = dict.fromkeys(n for n, slot in zip(names, slots, strict=True) if slot >= 0)
         stored = tuple(self.store[name] for name in distinct if name is not None)
         served = self._served

@@ -60,6 +60,11 @@ class AttachedSession(Session):
         program.runtime.session = self
         program.knowing_arguments = self.knowing_arguments
 
+    @property
+    def shares_graphs(self) -> bool:
+        """Whether blocks without an adapter run the graphs with adapters: only where users ask."""
+        return self.program.options.base_graphs is False
+
     def close(self) -> None:
         """Remove the marks; captured graphs serve the base model from then on. Raises CaptureError
         inside a block."""

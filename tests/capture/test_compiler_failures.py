@@ -176,6 +176,8 @@ def test_inductor_fails_and_the_base_answers_in_python(tmp_path: Path) -> None:
 def test_a_base_call_of_which_a_part_has_run_is_not_run_again(tmp_path: Path) -> None:
     c = case(tmp_path, OddBehindBreak())
     cm = c.compile({"lowering": "inductor"}, dynamic=False)
+    with pytest.raises(LoweringError, match="have graphs of their own from now on"):
+        cm(**batch(), adapter_names=[None] * 3)
     with pytest.raises(LoweringError, match="run in Python from now on"):
         cm(**batch(), adapter_names=[None] * 3)
     check_mixed(cm, c, [None] * 3, batch())
@@ -184,10 +186,21 @@ def test_a_base_call_of_which_a_part_has_run_is_not_run_again(tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("no_lowering")
-def test_a_base_call_without_a_graph_of_its_own(tmp_path: Path) -> None:
-    cm = case(tmp_path, Odd()).compile({"lowering": "inductor", "base_graphs": False})
-    with pytest.raises(LoweringError, match=r"Options\(base_graphs=True\) serves calls without"):
-        cm(**batch(), adapter_names=[None] * 3)
+def test_a_base_call_has_a_graph_of_its_own_where_that_with_adapters_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(self: Any, gm: Any, ctx: Any) -> int:
+        raise TypeError("no")
+
+    c = case(tmp_path, Net())
+    cm = c.compile({"base_graphs": False}, dynamic=False)
+    with monkeypatch.context() as broken:
+        broken.setattr(Provenance, "run", run)
+        check_mixed(cm, c, [None] * 3, batch())
+        assert [record.lora for record in cm._session.backend.records] == [False]
+    check_mixed(cm, c, MIXED, batch())
+    check_mixed(cm, c, [None] * 3, batch())
+    assert cm.recompiles == 2
 
 
 def test_what_the_model_raises_stays_its_own(tmp_path: Path) -> None:

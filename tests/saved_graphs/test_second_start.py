@@ -48,7 +48,7 @@ def start(
 ) -> Any:
     """`model`, compiled in a process that begins now as far as Dynamo knows."""
     torch._dynamo.reset()
-    options = {"lowering": lowering, "cache": str(cache)}
+    options = {"lowering": lowering, "cache": str(cache), "base_graphs": True}
     return lorafx.compile(model, case.folders, options=options, dynamic=dynamic)
 
 

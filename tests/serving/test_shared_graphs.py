@@ -1,4 +1,4 @@
-"""`Options(base_graphs=False)`: calls without an adapter run the graphs of those with adapters."""
+"""`Options.base_graphs`: which graphs calls without an adapter run."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def base(case: Case, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def test_half_as_many_graphs(shallow: Case, served: lorafx.CompiledModel) -> None:
     torch.manual_seed(0)
-    assert served.recompiles == 4  # {1, more} × {prompt, decode}
+    assert served.recompiles == 2  # {prompt, decode}
     for rows, names in ((3, [None] * 3), (1, [None]), (2, None)):
         inputs = token_inputs(rows, 7)
         got = served(**inputs, adapter_names=names).logits
         assert error(got, base(shallow, inputs)) <= 1e-5
     check_mixed(served, shallow, ["a0", None, "a1"], token_inputs(3, 5))
-    assert served.recompiles == 4
+    assert served.recompiles == 2
 
 
 def test_generate(shallow: Case, served: lorafx.CompiledModel) -> None:
@@ -81,7 +81,7 @@ def test_before_an_adapter_is_loaded(plain: Case) -> None:
 def test_inductor_and_what_a_layer_by_itself_computes(plain: Case) -> None:
     """Modules outside of calls are the base's, as ever."""
     torch.manual_seed(0)
-    cm = plain.compile(options={**SHARED, "lowering": "inductor"})
+    cm = plain.compile(options={"lowering": "inductor"})  # on a CPU they are shared by themselves
     inputs = FAMILIES["plain"].inputs(3, 5)
     with torch.no_grad():
         want = plain.base(**inputs)["logits"]
@@ -114,3 +114,57 @@ def test_a_model_whose_rows_are_not_proved(small) -> None:
     assert error(cm(**inputs, adapter_names=["a"] * 3)["logits"], want) <= 1e-5
     with pytest.raises(ProvenanceError):
         cm(**inputs, adapter_names=["a", None, "a"])
+
+
+def test_graphs_of_the_base_are_those_that_warm_up_made(shallow: Case) -> None:
+    """Until then calls without an adapter run the graphs with adapters, where there are some."""
+    torch.manual_seed(0)
+    cm = shallow.compile(options={"base_graphs": "warmup"})
+    inputs, wanted = token_inputs(3, 5), [True]
+    want = base(shallow, inputs)
+    check_mixed(cm, shallow, ["a0", None, "a1"], inputs)
+    assert error(cm(**inputs).logits, want) <= 1e-5
+    assert lora(cm) == wanted
+    plain = {"input_ids": inputs["input_ids"]}
+    assert torch.equal(cm(**plain).logits, base(shallow, plain))  # for which there is no graph yet
+    wanted.append(False)
+    assert error(cm(**inputs).logits, want) <= 1e-5
+    assert lora(cm) == wanted
+    cm.warmup(inputs, batch_sizes=(3,), lengths=(5,), generate=False)
+    wanted += [False, False, True]  # and a step
+    assert lora(cm) == wanted
+    assert torch.equal(cm(**inputs).logits, want)
+    check_mixed(cm, shallow, ["a0", None, "a1"], inputs)
+    assert lora(cm) == wanted
+
+
+def lora(cm: lorafx.CompiledModel) -> list[bool]:
+    """Which graphs are with adapters."""
+    return [record.lora for record in cm._session.backend.records]
+
+
+class Attentive(nn.Module):
+    """Attention of torch's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.up = nn.Linear(8, 7)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.up(self.attention(x, x, x, need_weights=False)[0])}
+
+
+def test_by_itself(small, plain: Case) -> None:
+    """What "auto" stands for follows from the device, the lowering and the model."""
+    inductor = {"lowering": "inductor"}
+    attentive = small(Attentive, ["up"])
+    for cm, asked in (
+        (plain.compile(options=inductor), False),
+        (plain.compile(options={"lowering": "reference"}), True),
+        (plain.compile(options={**inductor, "base_graphs": "warmup"}), "warmup"),
+        (attentive.compile(options=inductor), True),
+    ):
+        assert cm.entry(cm.model).base_roads.asked == asked
+    with pytest.raises(lorafx.ConfigError, match=r"Options.base_graphs must be one of auto"):
+        plain.compile(options={"base_graphs": "never"})

@@ -1,0 +1,344 @@
+"""A captured graph may be an earlier one with numbers in place of symbols.
+
+    compiled    f(ids [s0, s1], mask [s0, s1])     of several requests
+    captured    g(ids [1, s2], mask [1, s2])       of one
+    instance    g = f with s0 = 1, s1 = s2:        what f was compiled to serves g
+
+Dynamo takes a size of one for a constant, so a call of one request is captured anew, with guards of
+its own. But its graph is mostly the other one's, operator by operator: equal targets, literals and
+operands, and sizes that are equal once the earlier symbols stand for what the inputs have now. Then
+nothing is compiled. What AOTAutograd and the compiler found out about the earlier symbols has to be
+true of these sizes too, and is guarded here as it was there.
+
+An operator of size s0 means the same for s0 = 1: a tensor that is broadcast along s0 is broadcast
+by an operator of Dynamo's graph, which is compared. Strides along a size of one address nothing.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._C._dynamo.guards import GlobalStateGuard
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
+
+from lorafx.captured_frame import captured_code, source_name
+from lorafx.model.module_graph import storage_key
+
+_SIZES = (int, torch.SymInt)
+_LITERALS = (bool, float, complex, str, bytes)
+_PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch._ops.OperatorBase)
+
+
+class _NoForm(Exception):
+    """The graph holds something that is not compared."""
+
+
+@dataclass(frozen=True)
+class _Size:
+    """A number in a graph, or a symbol, or what is computed of some."""
+
+    expr: sympy.Expr
+
+
+@dataclass(frozen=True)
+class _Input:
+    """One input of a graph: `source` says where it is reached, `facts` what is equal for all sizes.
+    `sizes` and `strides` are empty for a size itself, which is `size`."""
+
+    source: str
+    facts: Hashable
+    sizes: tuple[sympy.Expr, ...] = ()
+    strides: tuple[sympy.Expr, ...] = ()
+    size: sympy.Expr | None = None
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a graph of Dynamo's computes, and of what.
+
+    Attributes:
+        inputs: in their order.
+        nodes: what is called, with what; sizes are no nodes.
+        code: of the function that was captured, which one entry has for itself.
+        context: what else a compiled graph rests on.
+    """
+
+    inputs: tuple[_Input, ...]
+    nodes: tuple[Hashable, ...]
+    code: CodeType
+    context: Hashable
+
+    @classmethod
+    def of(cls, graph: fx.Graph, examples: Sequence[Any], context: Hashable) -> Form | None:
+        """The form of the graph that is being captured, whose inputs are `examples`; None where it
+        has none. `context`: what else has to be equal."""
+        former = _Former()
+        placeholders = graph.find_nodes(op="placeholder")
+        try:
+            inputs = tuple(map(former.input, placeholders, examples))
+            nodes = [former.node(node) for node in graph.nodes if node.op != "placeholder"]
+        except _NoForm:
+            return None
+        strided = [item for item in examples if isinstance(item, Tensor)]
+        first: dict[int, int] = {}
+        shared = tuple(first.setdefault(storage_key(item), len(first)) for item in strided)
+        modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+        own = tuple(node for node in nodes if node is not None)
+        return cls(inputs, own, captured_code(), (context, shared, modes))
+
+
+class _Former:
+    def __init__(self) -> None:
+        self._numbers: dict[fx.Node, int] = {}
+
+    def input(self, node: fx.Node, example: Any) -> _Input:
+        value = node.meta.get("example_value")
+        source = source_name(node)
+        if isinstance(value, _SIZES):
+            return _Input(source, "size", size=_expression(value))
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            raise _NoForm
+        self._numbers[node] = len(self._numbers)
+        keys = torch._C._dispatch_keys(example).raw_repr()
+        kind = type(example), value.dtype, value.device, value.requires_grad, keys
+        offset = _expression(value.storage_offset())
+        if not offset.is_Integer:
+            raise _NoForm
+        flags = value.is_conj(), value.is_neg(), offset
+        sizes, strides = map(_expressions, (value.shape, value.stride()))
+        return _Input(source, (kind, flags), sizes, strides)
+
+    def node(self, node: fx.Node) -> Hashable:
+        """None for a size."""
+        if node.op not in ("call_function", "call_method", "output"):
+            raise _NoForm
+        if node.op != "output" and _of_sizes(node.meta.get("example_value")):
+            return None
+        form = (node.op, node.target, self.argument(node.args), self.argument(node.kwargs))
+        self._numbers[node] = len(self._numbers)
+        return form
+
+    def argument(self, value: Any) -> Hashable:
+        if isinstance(value, fx.Node):
+            if value in self._numbers:
+                return ("node", self._numbers[value])
+            return self.argument(value.meta["example_value"])
+        if isinstance(value, Mapping):
+            return ("mapping", tuple((key, self.argument(item)) for key, item in value.items()))
+        if isinstance(value, slice):
+            return ("slice", *map(self.argument, (value.start, value.stop, value.step)))
+        if isinstance(value, (list, tuple)):
+            return (isinstance(value, tuple), tuple(map(self.argument, value)))
+        if isinstance(value, _SIZES) and not isinstance(value, bool):
+            return _Size(_expression(value))
+        if isinstance(value, _LITERALS):  # 1.0 and True are equal in Python
+            return (type(value), repr(value))
+        if value is None or value is Ellipsis or isinstance(value, _PLAIN):
+            return ("plain", value)
+        raise _NoForm
+
+
+def _of_sizes(value: Any) -> bool:
+    """Whether a value is a size, or several: what is computed of them says which."""
+    leaves = pytree.tree_leaves(value)
+    return bool(leaves) and all(isinstance(leaf, (int, torch.SymInt)) for leaf in leaves)
+
+
+def _expression(value: int | torch.SymInt) -> sympy.Expr:
+    return sympy.Integer(value) if isinstance(value, int) else value.node.expr
+
+
+def _expressions(values: Sequence[int | torch.SymInt]) -> tuple[sympy.Expr, ...]:
+    return tuple(map(_expression, values))
+
+
+class _Values:
+    """What the symbols of an earlier graph stand for."""
+
+    def __init__(self) -> None:
+        self._known: dict[sympy.Expr, sympy.Expr] = {}
+        self._found: dict[sympy.Expr, sympy.Expr] = {}
+
+    def bind(self, symbol: sympy.Expr, value: sympy.Expr) -> bool:
+        """Whether an earlier size may stand for this one."""
+        if not symbol.is_Symbol:
+            return True  # compared when all are known
+        return self._known.setdefault(symbol, value) == value
+
+    def of(self, expr: Any) -> Any:
+        """The expression with the values in it; itself where a symbol is not known."""
+        if expr.is_Integer:
+            return expr
+        if expr not in self._found:
+            self._found[expr] = expr.xreplace(self._known)
+        return self._found[expr]
+
+    def known(self, expr: Any) -> bool:
+        """Whether there is a value for each of its symbols."""
+        return bool(expr.free_symbols <= self._known.keys())
+
+    def equal(self, earlier: Any, now: Any) -> bool:
+        """Whether an argument, or a part of a node, is the same."""
+        if isinstance(earlier, _Size):
+            return isinstance(now, _Size) and self.of(earlier.expr) == now.expr
+        if isinstance(earlier, tuple):
+            return (
+                isinstance(now, tuple)
+                and len(earlier) == len(now)
+                and all(map(self.equal, earlier, now))
+            )
+        return bool(earlier == now)
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """A graph that was compiled, by its title.
+
+    Attributes:
+        executable: takes the first `count` of the inputs.
+        found: what was found out about symbols while it was compiled.
+        state: torch's global state then.
+    """
+
+    title: str
+    form: Form
+    executable: Callable[..., Any]
+    count: int
+    found: tuple[Any, ...]
+    state: Any
+
+    def instance(self, form: Form, count: int, environment: ShapeEnv) -> Callable[..., Any] | None:
+        """What serves a graph of this form, called with its first `count` inputs; None where it is
+        no instance of this one. `environment` has its symbols."""
+        earlier = self.form
+        if earlier.code is not form.code or earlier.context != form.context:
+            return None
+        if len(earlier.nodes) != len(form.nodes):
+            return None
+        values = _matched(earlier.inputs, form.inputs)
+        if values is None or not all(map(values.equal, earlier.nodes, form.nodes)):
+            return None
+        places = self._places(form.inputs[:count], values)
+        if places is None or not self.state.check():
+            return None
+        if not all(map(values.known, self.found)):
+            return None
+        if not _hold([*map(values.of, self.found)], environment):
+            return None
+        compiled, pick = self.executable, operator.itemgetter(*places[0])
+        numbers = places[1]
+
+        def run(*arguments: Any) -> Any:
+            return compiled(*pick((*arguments, *numbers)))
+
+        return run
+
+    def _places(
+        self, inputs: Sequence[_Input], values: _Values
+    ) -> tuple[list[int], tuple[int, ...]] | None:
+        """For each input of the executable its place among those given now and `numbers`, which
+        are sizes that are numbers now; None where a size is nowhere."""
+        at = {item.source: place for place, item in enumerate(inputs)}
+        sized = {item.size: place for place, item in enumerate(inputs) if item.size is not None}
+        places: list[int] = []
+        numbers: list[int] = []
+        for item in self.form.inputs[: self.count]:
+            place = at.get(item.source)
+            if item.size is not None:
+                value = values.of(item.size)
+                if value.is_Integer:
+                    place = len(inputs) + len(numbers)
+                    numbers.append(int(value))
+                else:
+                    place = sized.get(value)
+            if place is None:
+                return None
+            places.append(place)
+        return (places, tuple(numbers)) if len(places) > 1 else None
+
+
+def _matched(earlier: Sequence[_Input], now: Sequence[_Input]) -> _Values | None:
+    """What the earlier inputs' symbols stand for; None where an input is another."""
+    values = _Values()
+    tensors = [[item for item in inputs if item.size is None] for inputs in (earlier, now)]
+    if len(tensors[0]) != len(tensors[1]):
+        return None
+    pairs = list(zip(*tensors, strict=True))
+    for one, other in pairs:
+        same = one.source == other.source and one.facts == other.facts
+        if not same or len(one.sizes) != len(other.sizes):
+            return None
+        if not all(map(values.bind, one.sizes, other.sizes)):
+            return None
+    given = {item.source: item.size for item in now if item.size is not None}
+    sizes = [(item.size, given.get(item.source)) for item in earlier if item.size is not None]
+    if not all(values.bind(size, value) for size, value in sizes if value is not None):
+        return None
+    for size, value in sizes:
+        if not values.known(size) or value not in (None, values.of(size)):
+            return None
+    for one, other in pairs:
+        if [*map(values.of, one.sizes)] != [*other.sizes]:
+            return None
+        strides = zip(one.strides, other.strides, other.sizes, strict=True)
+        if any(values.of(mine) != its for mine, its, size in strides if size != 1):
+            return None
+    return values
+
+
+def _hold(found: Sequence[Any], environment: ShapeEnv) -> bool:
+    """Whether all of this is so now; then it is guarded."""
+    hints = environment.backed_var_to_val
+    if any(expr.xreplace(hints) != sympy.true for expr in found):
+        return False
+    return all(expr == sympy.true or environment.create_symboolnode(expr) for expr in found)
+
+
+class Instances:
+    """The graphs of one program that may serve others."""
+
+    def __init__(self) -> None:
+        self._compiled: list[Compiled] = []
+
+    def find(self, form: Form, count: int) -> tuple[str, Callable[..., Any]] | None:
+        """The title of an earlier graph that the one is an instance of which is being captured, and
+        what serves it. It is called with its first `count` inputs."""
+        environment = _environment()
+        if environment is None:
+            return None
+        for each in self._compiled:
+            executable = each.instance(form, count, environment)
+            if executable is not None:
+                return each.title, executable
+        return None
+
+    def begin(self) -> int:
+        """How much is found out about symbols so far."""
+        environment = _environment()
+        return 0 if environment is None else len(environment.guards)
+
+    def keep(
+        self, title: str, form: Form, executable: Callable[..., Any], count: int, begun: int
+    ) -> None:
+        """Keep a graph that was compiled since `begin` gave `begun`, and whose executable takes the
+        first `count` of its inputs. Only one with symbols may have instances."""
+        environment = _environment()
+        symbols = any(size.free_symbols for item in form.inputs for size in item.sizes)
+        if environment is None or not symbols:
+            return
+        found = tuple(guard.expr for guard in environment.guards[begun:])
+        self._compiled.append(Compiled(title, form, executable, count, found, GlobalStateGuard()))
+
+
+def _environment() -> ShapeEnv | None:
+    context = torch._guards.TracingContext.try_get()
+    mode = None if context is None else context.fake_mode
+    return None if mode is None else mode.shape_env
