@@ -44,6 +44,7 @@ ROW_DIMS: Mapping[str, int | None] = {
     "target_mapping": 0,
     "token_type_ids": 0,
     "mm_token_type_ids": 0,
+    "query_embeds": 0,
     "qformer_input_ids": 0,
     "qformer_attention_mask": 0,
     "flattened_patches": 0,

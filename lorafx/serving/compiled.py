@@ -29,7 +29,7 @@ from lorafx.serving.base_methods import BaseMethods
 from lorafx.serving.batching_methods import BatchingMethods
 from lorafx.serving.delegated import delegated
 from lorafx.serving.entry import Entry, entered
-from lorafx.serving.generation import generate, nested_generates
+from lorafx.serving.generation import by_itself, generate, nested_generates
 from lorafx.serving.habits import ELSEWHERE, Habits
 from lorafx.serving.look_methods import LookMethods
 from lorafx.serving.warmup import warm_up
@@ -68,6 +68,7 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
         session = weakref.ref(self._session)
         self._session.backend.recorded = partial(write_beside_dumps, session)
         self._entries: dict[tuple[Any, ...], Entry] = {}
+        self._by_themselves: dict[int, Callable[..., Any]] = {}
         # In a list: an attribute of a module takes a microsecond to set.
         self._last_call: list[LastCall | None] = [None]
         try:
@@ -308,6 +309,13 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
     def generates(self) -> list[Replaced]:
         """`generate` of the model and of models inside it, within a call."""
         return nested_generates(self)
+
+    def by_itself(self, part: nn.Module) -> Callable[..., Any]:
+        """The forward of a part that a `generate` of the model's own may call. Dynamo guards on
+        the very function."""
+        if id(part) not in self._by_themselves:
+            self._by_themselves[id(part)] = by_itself(self, part)
+        return self._by_themselves[id(part)]
 
     def __getattr__(self, name: str) -> Any:
         try:

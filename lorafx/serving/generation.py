@@ -1,11 +1,11 @@
 """transformers' `generate` over compiled forwards.
 
 `generate` calls the model, and also calls parts of it directly: a separate encoder; the encoders of
-images and videos (`get_image_features`); models inside the model with a `generate` of their own.
-While it runs, these are replaced by their compiled versions, and restored whatever happens. The
-marks of any other part that it calls directly raise where adapters change it
-(lorafx.session.resting). transformers would compile static caches itself on some devices:
-`disable_compile` keeps it from nesting compilers.
+images and videos (`get_image_features`); models inside the model with a `generate` of their own. A
+model's own `generate` (BLIP-2's) calls any of its parts. While it runs, these are replaced by their
+compiled versions, and restored whatever happens. The marks of any other part that it calls directly
+raise where adapters change it (lorafx.session.resting). transformers would compile static caches
+itself on some devices: `disable_compile` keeps it from nesting compilers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lorafx.errors import ConfigError, LorafxError
 from lorafx.serving.activation import generating_forward_of
 from lorafx.serving.added_tokens import without_added_tokens
 from lorafx.serving.refused import PAGED, refuse
-from lorafx.session.resting import refuse_elsewhere
+from lorafx.session.resting import refuse_elsewhere, wanted
 from lorafx.session.stand_ins import Replaced
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _generate(
     # Entries first: each reads the module's own forward when it is made.
     forward = generating_forward_of(compiled, model, run, args, kwargs)
     encoders = [(part, "forward", compiled.entry(part)) for part in _encoders(model)]
-    forwards: list[Replaced] = [(model, "forward", forward), *encoders]
+    forwards: list[Replaced] = [(model, "forward", forward), *encoders, *_parts(compiled, model)]
     attributes = [*forwards, *_modalities(compiled, model, kwargs)]
     return compiled._session.stand_ins.replacing(attributes, run, *args, **kwargs)
 
@@ -124,6 +124,42 @@ def _encoders(model: nn.Module) -> list[nn.Module]:
     get_encoder: Callable[[], nn.Module] = getattr(model, "get_encoder")  # noqa: B009
     encoder = get_encoder()
     return [] if encoder is model else [encoder]
+
+
+def _parts(compiled: CompiledModel, model: nn.Module) -> list[Replaced]:
+    """The parts of the model that a `generate` of its own class may call by themselves, as far as
+    the adapters of the call change them; models inside of it have their own `generate`."""
+    mixin = getattr(sys.modules.get("transformers.generation.utils"), "GenerationMixin", None)
+    if getattr(type(model), "generate", None) is getattr(mixin, "generate", None):
+        return []  # it calls what `_generate` knows
+    session = compiled._session
+    paths = {path for name in wanted(session) for path in session.store[name].sites}
+    changed = {id(site.module) for site in session.program.sites if site.path in paths}
+    generating = {id(part) for part, _, _ in compiled.generates}
+    base = getattr(model, "base_model", model)
+    children = [*model.children(), *(base.children() if isinstance(base, nn.Module) else ())]
+    return [
+        (part, "forward", compiled.by_itself(part))
+        for part in dict.fromkeys(children)
+        if id(part) not in generating and any(id(own) in changed for own in part.modules())
+    ]
+
+
+def by_itself(compiled: CompiledModel, part: nn.Module) -> Callable[..., Any]:
+    """The forward of a part of the model: compiled, but inside of other calls what it was."""
+    own, entry, session = part.forward, compiled.entry(part), compiled._session
+    site = next((site for site in session.program.sites if site.module is part), None)
+
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or session.running.entries:
+            return own(*args, **kwargs)
+        output = entry(*args, **kwargs)
+        if site is not None:
+            session.served = site.path
+        return output
+
+    return forward
 
 
 def _modalities(

@@ -34,6 +34,9 @@ class Resting:
             return
         if any(other.running.entries for other in session.neighbours):
             return
+        if running.here and session.served == path:
+            session.served = None
+            return
         for name in wanted(session):
             if path not in session.store[name].sites:
                 continue

@@ -96,6 +96,9 @@ class Session:
         self.neighbours: tuple[Session, ...] = ()
         self.locks: Locks = Locks()
         self.accelerators: Final = accelerators(program.groups)
+        #: The path of a site whose compiled forward has just returned to the module's own call,
+        #: its delta included: by lorafx.serving.generation.
+        self.served: str | None = None
         #: Around calls while an engine runs the model with an attention that only its steps can
         #: use: by lorafx.serving.continuous.
         self.beside: Callable[[Callable[[], Any]], Any] | None = None

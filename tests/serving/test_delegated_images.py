@@ -28,6 +28,7 @@ from lorafx.errors import MatchError
 
 #: A prompt and a step: two sizes.
 SHORT = {"pad_token_id": 0, "eos_token_id": None, "min_new_tokens": 2, "max_new_tokens": 2}
+LOGITS = {**SHORT, "return_dict_in_generate": True, "output_logits": True}
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1} | {
     "num_attention_heads": 2, "image_size": 8, "patch_size": 4
 }  # fmt: skip
@@ -69,6 +70,7 @@ def built(tmp_path: Path) -> Any:
     def make(build: Any) -> tuple[Any, dict[str | None, Any]]:
         base = random_base(Family(build, token_inputs, (), {}))
         vision = r".*vision.*(q_proj|qkv|fc1|projector|visual_projection)"
+        vision += r"|qformer.*(query|dense)|language_projection"
         language = r".*(language|text)_model.*(q_proj|fc1|up_proj)"
         folders = {
             name: save_adapter(base, tmp_path / name, rank=2, targets=targets, seed=2, gain=2)
@@ -138,17 +140,25 @@ def test_images_of_a_model_that_was_never_called_belong_to_their_requests(built)
 
 @pytest.mark.usefixtures("fixed_sizes")
 def test_generate_of_a_model_inside_of_the_model(built):
-    """BLIP-2's own `generate` never calls its forward, but the `generate` of its language model."""
+    """BLIP-2's own `generate` never calls its forward, but its parts, and the `generate` of its
+    language model."""
     cm, alone = built(blip2)
-    batch = images(2)
-    want = {name: alone[name].generate(**batch, **SHORT) for name in ("l", None)}
-    assert not torch.equal(want["l"], want[None])
-    got = cm.generate(**batch, **SHORT, adapter_names=["l", None])
-    assert torch.equal(got, torch.stack([want["l"][0], want[None][1]]))
-    assert torch.equal(cm.generate(**batch, **SHORT), want[None])
-    with pytest.raises(
-        MatchError, match=r"vision_model\S* \(Linear\) runs outside.*'v' was requested"
-    ):
-        cm.generate(**batch, **SHORT, adapter_names=["v", None])
-    cm.set_adapter("l")
-    assert torch.equal(cm.generate(**batch, **SHORT), want["l"])
+    batch = images(3)
+    want = {name: alone[name].generate(**batch, **LOGITS) for name in ("v", "l", None)}
+    for name in ("v", "l"):
+        assert error(want[name].logits[0], want[None].logits[0]) > 1e-3
+    names = ["v", None, "l"]
+    got = cm.generate(**batch, **LOGITS, adapter_names=names)
+    for row, name in enumerate(names):
+        assert torch.equal(got.sequences[row], want[name].sequences[row])
+        for step, logits in enumerate(got.logits):
+            assert error(logits[row], want[name].logits[step][row]) < 1e-5
+    captured = cm.recompiles
+    got = cm.generate(**batch, **LOGITS, adapter_names=["l", "v", "v"])
+    assert error(got.logits[0][1:], want["v"].logits[0][1:]) < 1e-5
+    assert cm.recompiles == captured
+    assert torch.equal(cm.generate(**batch, **SHORT), want[None].sequences)
+    cm.set_adapter("v")
+    assert torch.equal(cm.generate(**batch, **SHORT), want["v"].sequences)
+    with pytest.raises(MatchError, match=r"vision_model\S* \(Linear\) runs outside.*'v' is the"):
+        cm.model.vision_model(batch["pixel_values"])
