@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -28,6 +29,7 @@ from lorafx.base_weights.adding import add_to
 from lorafx.base_weights.changes import Change, Copy, changes_of, copied, not_mergeable
 from lorafx.base_weights.deltas import Delta
 from lorafx.errors import CheckpointError, ConfigError
+from lorafx.loading.mapped_files import in_file
 from lorafx.model.module_graph import storage_key
 from lorafx.program.derived import Holder
 from lorafx.progress import progress
@@ -72,7 +74,7 @@ def export_merged(session: Session, name: str, folder: Path, *, max_shard_size: 
                         )
                     else:
                         save_file(tensors, folder / FILE, metadata={"format": "pt"})
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{folder} cannot be written: {error}") from error
     return folder
 
@@ -252,9 +254,7 @@ class _State:
         """A contiguous host tensor in a mapped file, of the shape and dtype of `like`."""
         if not like.numel():
             return torch.empty(like.shape, dtype=like.dtype)
-        path = self.room / str(next(self.numbers))
-        flat = torch.from_file(str(path), shared=True, size=like.numel(), dtype=like.dtype)
-        return flat.view(like.shape)
+        return in_file(self.room / str(next(self.numbers)), like)
 
 
 def _key(holder: Holder) -> tuple[int, str]:

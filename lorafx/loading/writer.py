@@ -9,11 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
+from lorafx.errors import CheckpointError
 from lorafx.interrupts import Rollback
 from lorafx.loading.groups import TensorGroup
+from lorafx.loading.mapped_files import in_file
 from lorafx.loading.resolve import Meaning
 from lorafx.loading.weight_places import Landing, is_expanded, memory_key
 from lorafx.model.module_graph import writing
@@ -69,9 +70,13 @@ class Journal:
         if self._folder is None or not tensor.numel():
             return tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
         file = self._folder / str(len(self._saved))
-        numbers = torch.from_file(
-            str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype
-        ).view(tensor.shape)
+        try:
+            numbers = in_file(file, tensor)
+        except OSError as error:
+            raise CheckpointError(
+                f"the old weights cannot be kept on disk until the update has ended: {error}. "
+                "TMPDIR names a folder with room; undo='memory' keeps them in host memory"
+            ) from error
         numbers.copy_(tensor)
         return numbers
 

@@ -58,6 +58,7 @@ class BaseMethods:
                 kind (floats for a quantised weight), different values for tied weights: all
                 problems at once. The old weights stay in service.
             ConfigError: `weights` is none of the above.
+            CheckpointError: the disk has no room for the old weights (`undo`), which stay.
             BatchError: a call, or another update, is running on this thread.
             MatchError: an adapter is merged, and cannot be merged into the new weights. They are
                 loaded; calls are refused until `merge` or `unmerge`.

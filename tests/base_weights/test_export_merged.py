@@ -9,8 +9,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from dense_merge import TOLERANCE, Case, build_case, error, random_base, save_adapter, valid
+from dense_merge import (
+    TOLERANCE,
+    Case,
+    build_case,
+    check_mixed,
+    error,
+    random_base,
+    save_adapter,
+    valid,
+)
 from expert_models import moe_case
+from full_disk import no_file_over
 from hand_made import factors, save
 from merging import bits, tied_case
 from packed_models import Packed, twins
@@ -227,6 +237,16 @@ def test_refusals(gpt2: Case, tmp_path: Path) -> None:
     file.write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         cm.export_merged("a0", file)
+
+
+@pytest.mark.parametrize("room", [0, 20_000])
+def test_a_full_disk(room: int, gpt2: Case, tmp_path: Path) -> None:
+    """For the merged weights, which are mapped files, and for the checkpoint."""
+    cm, inputs = gpt2.compile(), token_inputs(2, 4)
+    with no_file_over(room), pytest.raises(CheckpointError, match=r"be written: .*too large"):
+        cm.export_merged("a1", tmp_path / "full")
+    assert not list((tmp_path / "full").glob("*.safetensors"))
+    check_mixed(cm, gpt2, ["a1", None], inputs)
 
 
 def test_sizes_of_transformers_own_dtype(tmp_path: Path) -> None:
