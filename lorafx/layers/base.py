@@ -10,20 +10,27 @@ KV heads fewer than ranks lie in between. Inputs are cut in the same way.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lorafx.errors import CheckpointError, ConfigError
+from lorafx.errors import CheckpointError
+from lorafx.layers.options import LayerOptions
 from lorafx.layers.parallel import TensorParallel
-from lorafx.layers.quantization import QuantizeMethodBase, UnquantizedLinearMethod, add_weight
+from lorafx.layers.quantization import UnquantizedLinearMethod, add_weight
 from lorafx.loading.loadable_layer import LoadableLayer
 
-if TYPE_CHECKING:
-    import torch.distributed as dist
-
 ShardId = str | int | tuple[int, ...] | None
+
+
+class Cut(NamedTuple):
+    """The sizes of a layer as checkpoints have them, and this rank's part of each."""
+
+    input_size: int
+    output_sizes: Sequence[int]
+    input_part: int
+    output_parts: Sequence[int]
 
 
 class ParallelLayer(LoadableLayer):
@@ -50,33 +57,27 @@ class ParallelLayer(LoadableLayer):
 
     def __init__(
         self,
-        *,
-        input_size: int,
-        output_sizes: Sequence[int],
-        input_part: int,
-        output_parts: Sequence[int],
+        cut: Cut,
         bias: bool,
         tp: TensorParallel,
-        params_dtype: torch.dtype | None,
-        device: torch.device | str | None,
-        quant_method: QuantizeMethodBase | None,
-        prefix: str,
+        options: LayerOptions,
     ) -> None:
         super().__init__()
         self.tp = tp
         self.tp_size, self.tp_rank = tp.size, tp.rank
-        self.prefix = prefix
-        self.input_size, self.output_size = input_size, sum(output_sizes)
-        self.output_sizes = tuple(output_sizes)
-        self.input_size_per_partition = input_part
-        self.output_partition_sizes = tuple(output_parts)
-        self.output_size_per_partition = sum(output_parts)
-        self.params_dtype = params_dtype or torch.get_default_dtype()
+        self.prefix = options.get("prefix", "")
+        self.input_size, self.output_size = cut.input_size, sum(cut.output_sizes)
+        self.output_sizes = tuple(cut.output_sizes)
+        self.input_size_per_partition = cut.input_part
+        self.output_partition_sizes = tuple(cut.output_parts)
+        self.output_size_per_partition = sum(cut.output_parts)
+        self.params_dtype = options.get("params_dtype") or torch.get_default_dtype()
+        device, quant_method = options.get("device"), options.get("quant_method")
         self.quant_method = UnquantizedLinearMethod() if quant_method is None else quant_method
         self.quant_method.create_weights(
             self,
-            input_part,
-            list(output_parts),
+            cut.input_part,
+            list(cut.output_parts),
             self.input_size,
             self.output_size,
             self.params_dtype,
@@ -224,19 +225,3 @@ def _padded(target: Tensor, dim: int, length: int) -> Tensor:
         return target
     target.narrow(dim, length, room - length).zero_()
     return target.narrow(dim, 0, length)
-
-
-def checked_sizes(layer: str, **sizes: int) -> None:
-    """Sizes are positive integers.
-
-    Raises:
-        ConfigError: one is not.
-    """
-    for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
-            raise ConfigError(f"{layer}: {name} must be a positive integer, got {size!r}")
-
-
-def group_of(group: dist.ProcessGroup | None, disable_tp: bool) -> TensorParallel:
-    """The tensor-parallel group of a layer's constructor arguments."""
-    return TensorParallel() if disable_tp else TensorParallel.of(group)

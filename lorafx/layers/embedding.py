@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafx.errors import ConfigError
-from lorafx.layers.base import ParallelLayer, checked_sizes, group_of
-from lorafx.layers.linear import LayerOptions
+from lorafx.layers.base import Cut, ParallelLayer
+from lorafx.layers.options import LayerOptions, checked_sizes, group_of, label_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -42,29 +42,16 @@ class VocabParallelEmbedding(ParallelLayer):
     def _build(
         self, num_embeddings: int, embedding_dim: int, bias: bool, options: LayerOptions
     ) -> None:
-        prefix, name = options.get("prefix", ""), type(self).__name__
-        label = f"{prefix} ({name})" if prefix else name
+        label, tp = label_of(self, options), group_of(options)
         checked_sizes(label, num_embeddings=num_embeddings, embedding_dim=embedding_dim)
-        tp = group_of(options.get("tp_group"), options.get("disable_tp", False))
         if num_embeddings < tp.size:
             raise ConfigError(
                 f"{label}: num_embeddings = {num_embeddings} is less than tp_size = {tp.size}"
             )
         rows = -(-num_embeddings // tp.size)
         # The weight is (V, D): its outputs, as those of the head, are the vocabulary.
-        ParallelLayer.__init__(
-            self,
-            input_size=embedding_dim,
-            output_sizes=[num_embeddings],
-            input_part=embedding_dim,
-            output_parts=[rows],
-            bias=bias,
-            tp=tp,
-            params_dtype=options.get("params_dtype"),
-            device=options.get("device"),
-            quant_method=options.get("quant_method"),
-            prefix=prefix,
-        )
+        cut = Cut(embedding_dim, [num_embeddings], embedding_dim, [rows])
+        ParallelLayer.__init__(self, cut, bias, tp, options)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.num_embeddings_per_partition = rows
         self.first_index = tp.rank * rows

@@ -11,56 +11,21 @@ name, for messages), `tp_group` (a process group instead of all ranks) and `disa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, TypedDict
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from lorafx.layers.base import ParallelLayer, checked_sizes, group_of
+from lorafx.layers.base import Cut, ParallelLayer
+from lorafx.layers.options import LayerOptions, checked_sizes, group_of, label_of
 from lorafx.layers.parallel import TensorParallel
-from lorafx.layers.quantization import QuantizeMethodBase
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
     from typing_extensions import Unpack
-
-
-class LayerOptions(TypedDict, total=False):
-    """Keyword arguments that all layers take."""
-
-    params_dtype: torch.dtype | None
-    device: torch.device | str | None
-    quant_method: QuantizeMethodBase | None
-    prefix: str
-    tp_group: dist.ProcessGroup | None
-    disable_tp: bool
 
 
 class LinearBase(ParallelLayer):
     """Base of the linear layers; a subclass says how its sizes are cut among the ranks."""
-
-    def __init__(
-        self,
-        input_size: int,
-        output_sizes: Sequence[int],
-        input_part: int,
-        output_parts: Sequence[int],
-        bias: bool,
-        tp: TensorParallel,
-        options: LayerOptions,
-    ) -> None:
-        super().__init__(
-            input_size=input_size,
-            output_sizes=output_sizes,
-            input_part=input_part,
-            output_parts=output_parts,
-            bias=bias,
-            tp=tp,
-            params_dtype=options.get("params_dtype"),
-            device=options.get("device"),
-            quant_method=options.get("quant_method"),
-            prefix=options.get("prefix", ""),
-        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x)
@@ -72,11 +37,9 @@ class ReplicatedLinear(LinearBase):
     def __init__(
         self, input_size: int, output_size: int, bias: bool = True, **options: Unpack[LayerOptions]
     ) -> None:
-        checked_sizes(
-            _label(self, options.get("prefix")), input_size=input_size, output_size=output_size
-        )
-        tp = _group(options)
-        super().__init__(input_size, [output_size], input_size, [output_size], bias, tp, options)
+        checked_sizes(label_of(self, options), input_size=input_size, output_size=output_size)
+        cut = Cut(input_size, [output_size], input_size, [output_size])
+        super().__init__(cut, bias, group_of(options), options)
 
 
 class ColumnParallelLinear(LinearBase):
@@ -98,23 +61,22 @@ class ColumnParallelLinear(LinearBase):
         gather_output: bool = False,
         **options: Unpack[LayerOptions],
     ) -> None:
-        label = _label(self, options.get("prefix"))
+        label = label_of(self, options)
         checked_sizes(label, input_size=input_size, output_size=output_size)
-        tp = _group(options)
+        tp = group_of(options)
         part = tp.part(output_size, "output_size", label)
-        self._build(input_size, [output_size], [part], bias, tp, gather_output, options)
+        cut = Cut(input_size, [output_size], input_size, [part])
+        self._build(cut, bias, tp, gather_output, options)
 
     def _build(
         self,
-        input_size: int,
-        sizes: Sequence[int],
-        parts: Sequence[int],
+        cut: Cut,
         bias: bool,
         tp: TensorParallel,
         gather_output: bool,
         options: LayerOptions,
     ) -> None:
-        LinearBase.__init__(self, input_size, sizes, input_size, parts, bias, tp, options)
+        LinearBase.__init__(self, cut, bias, tp, options)
         self.gather_output = gather_output
 
     def forward(self, x: Tensor) -> Tensor:
@@ -157,13 +119,14 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
         gather_output: bool = False,
         **options: Unpack[LayerOptions],
     ) -> None:
-        label = _label(self, options.get("prefix"))
+        label = label_of(self, options)
         sizes = list(output_sizes)
         named = {f"output_sizes[{i}]": size for i, size in enumerate(sizes)}
         checked_sizes(label, input_size=input_size, slices=len(sizes), **named)
-        tp = _group(options)
+        tp = group_of(options)
         parts = [tp.part(size, name, label) for name, size in named.items()]
-        self._build(input_size, sizes, parts, bias, tp, gather_output, options)
+        cut = Cut(input_size, sizes, input_size, parts)
+        self._build(cut, bias, tp, gather_output, options)
 
 
 class QKVParallelLinear(ColumnParallelLinear):
@@ -200,7 +163,7 @@ class QKVParallelLinear(ColumnParallelLinear):
         gather_output: bool = False,
         **options: Unpack[LayerOptions],
     ) -> None:
-        label = _label(self, options.get("prefix"))
+        label = label_of(self, options)
         kv_heads = total_num_heads if total_num_kv_heads is None else total_num_kv_heads
         v_size = head_size if v_head_size is None else v_head_size
         checked_sizes(
@@ -211,7 +174,7 @@ class QKVParallelLinear(ColumnParallelLinear):
             total_num_heads=total_num_heads,
             total_num_kv_heads=kv_heads,
         )
-        tp = _group(options)
+        tp = group_of(options)
         heads = tp.part(total_num_heads, "total_num_heads", label)
         if tp.size > kv_heads and tp.size % kv_heads == 0:
             own_kv_heads, replicas = 1, tp.size // kv_heads
@@ -219,7 +182,8 @@ class QKVParallelLinear(ColumnParallelLinear):
             own_kv_heads, replicas = tp.part(kv_heads, "total_num_kv_heads", label), 1
         sizes = [total_num_heads * head_size, kv_heads * head_size, kv_heads * v_size]
         parts = [heads * head_size, own_kv_heads * head_size, own_kv_heads * v_size]
-        self._build(hidden_size, sizes, parts, bias, tp, gather_output, options)
+        cut = Cut(hidden_size, sizes, hidden_size, parts)
+        self._build(cut, bias, tp, gather_output, options)
         self.hidden_size, self.head_size, self.v_head_size = hidden_size, head_size, v_size
         self.total_num_heads, self.total_num_kv_heads = total_num_heads, kv_heads
         self.num_heads, self.num_kv_heads = heads, own_kv_heads
@@ -248,11 +212,12 @@ class RowParallelLinear(LinearBase):
         reduce_results: bool = True,
         **options: Unpack[LayerOptions],
     ) -> None:
-        label = _label(self, options.get("prefix"))
+        label = label_of(self, options)
         checked_sizes(label, input_size=input_size, output_size=output_size)
-        tp = _group(options)
+        tp = group_of(options)
         part = tp.part(input_size, "input_size", label)
-        super().__init__(input_size, [output_size], part, [output_size], bias, tp, options)
+        cut = Cut(input_size, [output_size], part, [output_size])
+        super().__init__(cut, bias, tp, options)
         self.input_is_parallel, self.reduce_results = input_is_parallel, reduce_results
 
     def forward(self, x: Tensor) -> Tensor:
@@ -267,12 +232,3 @@ class RowParallelLinear(LinearBase):
     def own_input(self, x: Tensor) -> Tensor:
         """This rank's part (…, input_size / tp_size) of what `forward` is given."""
         return x if self.input_is_parallel else self.piece_of_input(x, -1)
-
-
-def _label(layer: object, prefix: str | None) -> str:
-    name = type(layer).__name__
-    return f"{prefix} ({name})" if prefix else name
-
-
-def _group(options: LayerOptions) -> TensorParallel:
-    return group_of(options.get("tp_group"), options.get("disable_tp", False))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import lorafx.kernels.cpu.grouped_mm  # noqa: F401  defines the op
 from lorafx.errors import CheckpointError, ConfigError
-from lorafx.layers.base import checked_sizes, group_of
+from lorafx.layers.options import checked_sizes, group_of
 from lorafx.layers.quantization import add_weight
 from lorafx.loading.loadable_layer import LoadableLayer
 
@@ -78,7 +78,7 @@ class FusedMoE(LoadableLayer):
             raise ConfigError(
                 f"{self.label}: top_k = {top_k} must be between 1 and num_experts = {num_experts}"
             )
-        self.tp = group_of(tp_group, disable_tp)
+        self.tp = group_of({"tp_group": tp_group, "disable_tp": disable_tp})
         self.tp_size, self.tp_rank = self.tp.size, self.tp.rank
         self.num_experts, self.top_k, self.renormalize = num_experts, top_k, renormalize
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafx.layers.base import ParallelLayer
+from lorafx.layers.base import Cut, ParallelLayer
 from lorafx.layers.parallel import TensorParallel
 from lorafx.layers.sharding import LayerSharding
 
@@ -19,18 +19,14 @@ def layer(rank, ranks, inputs, row, slices):
 
     Column layers cut outputs (a slice has ranks / copies pieces), row layers their inputs.
     """
-    return ParallelLayer(
+    cut = Cut(
         input_size=inputs * ranks if row else inputs,
         output_sizes=[part if row else part * ranks // copies for part, copies in slices],
         input_part=inputs,
         output_parts=[part for part, _ in slices],
-        bias=True,
-        tp=TensorParallel(ranks, rank, "none"),
-        params_dtype=torch.float64,
-        device=None,
-        quant_method=None,
-        prefix="",
     )
+    tp = TensorParallel(ranks, rank, "none")
+    return ParallelLayer(cut, True, tp, {"params_dtype": torch.float64})
 
 
 @st.composite
