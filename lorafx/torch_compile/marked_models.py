@@ -126,6 +126,7 @@ def unload_adapter(model: nn.Module, name: str) -> None:
             raise BatchError(f"{name!r} is being served; unload it after the block")
         session.locks.streams.follow(session.accelerators)
         session.store.unload(name)
+        session.forget_served()
 
 
 def detach(model: nn.Module) -> nn.Module:

@@ -29,6 +29,7 @@ from lorafx.errors import (
     ProvenanceError,
     UnknownAdapterError,
 )
+from lorafx.torch_compile.attached import marked_session
 
 __all__ = ["fresh_dynamo"]
 feed = FAMILIES["plain"].inputs
@@ -191,7 +192,10 @@ def test_adapters_come_and_go(plain, tmp_path):
         lorafx.load_adapter(model, tmp_path, "none")
     with pytest.raises(BatchError, match="'new' is being served"), lorafx.adapters(call, "new"):
         lorafx.unload_adapter(model, "new")
+    kept = weakref.ref(marked_session(model).store["new"])
     lorafx.unload_adapter(call, "new")
+    gc.collect()
+    assert kept() is None
     with pytest.raises(UnknownAdapterError):
         served(call, model, ["new", None], inputs)
     assert graphs(model) == captured
