@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
 from lorafx.errors import BatchError, CaptureError, LorafxError, LoweringError, VerifyError
 from lorafx.progress import LOG
 from lorafx.serving.continuous.requests import ticket_of
+
+if TYPE_CHECKING:
+    from lorafx.serving.compiled import CompiledModel
 
 #: An engine whose last so many steps have failed is not healthy.
 IN_A_ROW = 5
@@ -74,6 +79,20 @@ class StepHealth:
             f"The last {self.in_a_row} steps of the engine failed, the last one with "
             f"{type(last).__name__}; the log says more."
         )
+
+
+def left(process: int | None, compiled: CompiledModel) -> str | None:
+    """Why an engine that runs in `process` serves nobody here any more; None where it may."""
+    if process not in (None, os.getpid()):
+        return (
+            "The engine's thread runs in the process that this one was forked from; start an "
+            "engine here, by continuous_batching()"
+        )
+    try:
+        compiled._check_attached()
+    except CaptureError as error:
+        return str(error)
+    return None
 
 
 def as_told(failed: Mapping[str, Exception]) -> dict[str, LorafxError]:

@@ -26,7 +26,7 @@ from lorafx.serving.continuous.checks import (
     checked_sampling,
 )
 from lorafx.serving.continuous.engine_config import OwnAttention, possible, served_config
-from lorafx.serving.continuous.health import StepHealth, as_told
+from lorafx.serving.continuous.health import StepHealth, as_told, left
 from lorafx.serving.continuous.outputs import Outputs
 from lorafx.serving.continuous.packed_call import PackedForward
 from lorafx.serving.continuous.pages import AdapterPages
@@ -161,7 +161,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
             ConfigError: `adapter` is no name, or as a call for a sum; or another argument has a
                 value with which no token can be generated.
             BatchError: the engine is stopping, has failed, or runs in the process that this one was
-                forked from; a request of this name is under way;
+                forked from; the model was detached; a request of this name is under way;
                 `input_ids` are not token ids of the model, or none.
         """
         denied = self._denied()
@@ -233,10 +233,10 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._give_back_attention()
 
     def unhealthy(self) -> str | None:
-        """Why the engine cannot be expected to serve requests: it has ended or is stopping, it runs
-        in the process that this one was forked from, or its last steps have all failed
-        (`lorafx.serving.continuous.health`); None where it can. An engine whose steps fail takes
-        requests, and is healthy again after one that succeeds."""
+        """Why the engine cannot be expected to serve requests: it has ended, is stopping or runs in
+        the process that this one was forked from, the model was detached, or its last steps have
+        all failed (`lorafx.serving.continuous.health`); None where it can. An engine whose steps
+        fail takes requests, and is healthy again after one that succeeds."""
         return self._denied() or self.health.reason()
 
     def warmup(self) -> None:
@@ -256,12 +256,8 @@ class AdapterBatchingManager(ContinuousBatchingManager):
 
     def _denied(self) -> str | None:
         """Why no request is taken."""
-        if self._process not in (None, os.getpid()):
-            return (
-                "The engine's thread runs in the process that this one was forked from; start an "
-                "engine here, by continuous_batching()"
-            )
-        return self.background_thread_status.can_accept_new_requests()
+        status = self.background_thread_status
+        return left(self._process, self.compiled) or status.can_accept_new_requests()
 
     def _ticket(self, adapter: AdapterName | Default) -> Ticket:
         session = self.compiled._session

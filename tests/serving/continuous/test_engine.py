@@ -231,6 +231,15 @@ def test_a_forked_child_has_no_engine(cm):
         assert engine.unhealthy() is None
 
 
+def test_an_engine_of_a_model_that_was_detached(llama):
+    cm = llama.compile()
+    with cm.continuous_batching(None, CONFIG, warmup=False) as engine:
+        cm.detach()
+        with pytest.raises(BatchError, match=r"not queued\. this model was detached"):
+            engine.add_request([3, 4], adapter=None, max_new_tokens=1)
+        assert "detached" in str(engine.unhealthy())
+
+
 def test_generate_batch(llama, cm):
     prompts, names = [[3, 4, 5], [6, 7], [3, 4, 5]], ["a1", None, "a3"]
     outputs = cm.generate_batch(prompts, names, continuous_batching_config=CONFIG, max_new_tokens=4)
