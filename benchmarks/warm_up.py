@@ -2,8 +2,9 @@
 
 Each start is a process of its own with empty caches that builds the random Llama of
 compile_time.py, loads an adapter of rank 16 and compiles. "one graph" is a mixed call of `forward`;
-the others are calls of `warmup` with and without `Options(base_graphs=False)`. Seconds of wall
-time, and CPU seconds of the process and of the compilers that it starts.
+the others are calls of `warmup`, with the default of `Options.base_graphs` and with graphs of the
+base's own. Seconds of wall time, CPU seconds of the process and of the compilers that it starts,
+and of each graph the seconds of each part. Some six minutes on two cores.
 
     python benchmarks/warm_up.py [--depth N] [--out FILE]
 """
@@ -21,14 +22,15 @@ from typing import Any
 from compile_time import cpu_seconds, in_process
 from compile_time import start as start_llama
 
-#: What is run: arguments of `warmup`, None for one mixed call; and whether the base has graphs of
-#: its own.
-ARMS: dict[str, tuple[dict[str, Any] | None, bool]] = {
-    "one graph": (None, True),
-    "generate, several requests": ({"generate": True, "batch_sizes": (4,)}, True),
-    "generate, several requests, shared": ({"generate": True, "batch_sizes": (4,)}, False),
-    "generate, shared": ({"generate": True}, False),
-    "all, shared": ({}, False),
+#: What is run: arguments of `warmup`, None for one mixed call; and `Options.base_graphs`.
+ARMS: dict[str, tuple[dict[str, Any] | None, bool | str]] = {
+    "one graph": (None, "auto"),
+    "all": ({}, "auto"),
+    "generate, several requests": ({"generate": True, "batch_sizes": (4,)}, "auto"),
+    "generate, several requests, graphs of the base": (
+        {"generate": True, "batch_sizes": (4,)},
+        True,
+    ),
 }
 
 
@@ -48,12 +50,21 @@ def start(arm: str, layers: int) -> dict[str, Any]:
         cm.warmup(**asked)
     seconds = time.perf_counter() - begin
     cpu, compilers = (cpu_seconds(item) - was for item, was in zip(who, before, strict=True))
-    return {"seconds": seconds, "cpu": cpu, "compilers": compilers, "graphs": cm.recompiles}
+    return {
+        "seconds": seconds,
+        "cpu": cpu,
+        "compilers": compilers,
+        "graphs": cm.recompiles,
+        "each": [
+            {"title": graph.title, "reason": graph.reason, **graph.seconds}
+            for graph in cm.explain().graphs
+        ],
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--depth", type=int, action="append", help="layers; 2 and 32 without it")
+    parser.add_argument("--depth", type=int, action="append", help="layers; 32 without it")
     parser.add_argument("--arm", choices=ARMS, action="append")
     parser.add_argument("--out", default="benchmarks/results/warm_up.json")
     parser.add_argument("--run", help=argparse.SUPPRESS)
@@ -63,7 +74,7 @@ def main() -> None:
         print(json.dumps(globals()[function](*arguments)))
         return
     rows = []
-    for layers in options.depth or [2, 32]:
+    for layers in options.depth or [32]:
         for arm in options.arm or ARMS:
             with tempfile.TemporaryDirectory() as folder:
                 row = in_process("start", arm, layers, cache=Path(folder), file=__file__)

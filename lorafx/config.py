@@ -141,8 +141,8 @@ class After:
             in place and returns how many edits it made. A new node needs its fake value in
             `meta["val"]`, as `ctx.call(graph, op, args)` gives it (`lorafx.graph.context.Context`).
             As after any pass, dead code is removed and the graph is recompiled, verified and
-            dumped. The pass runs for graphs with adapters; calls without one are compiled as the
-            base is.
+            dumped. The pass runs for graphs with adapters, not for those of the base's own
+            (`Options.base_graphs`).
     """
 
     after: str
@@ -187,9 +187,9 @@ class Options:
         overflow: what is done with a batch of more distinct adapters than there are slots: "refuse"
             raises CapacityError; with "waves" calls and `generate` run its rows in several batches
             and put the results back in their order (docs/adapter_store.md).
-        base_products: on a CPU, calls without an adapter multiply few rows by generated code, too,
-            as those with adapters do. Their results are then those of `torch.compile(model)` up to
-            rounding only, and no longer bit-equal.
+        base_products: on a CPU, graphs of the base's own (`base_graphs`) multiply few rows by
+            generated code, too, as those with adapters do. Their results are then those of
+            `torch.compile(model)` up to rounding only, and no longer bit-equal.
         base_graphs: whether calls without an adapter have graphs of their own, which are those of
             `torch.compile(model)`, bit for bit. True: they have. False: they run the graphs with
             adapters, of which they use none, so that half as many graphs are compiled; their

@@ -76,7 +76,10 @@ def test_forward_and_decode_compile_nothing(shallow: Case, warm: Warm) -> None:
 def test_generate_compiles_nothing(shallow: Case, warm: Warm) -> None:
     """Prompts of equal lengths and padded ones, beams, batches of any mix and of none."""
     cm = warm.served
-    cm.warmup(batch_sizes=(2,), lengths=(8,), generate=True)
+    before = cm.recompiles
+    cm.warmup(batch_sizes=(2, 1), lengths=(8,), generate=True)
+    # {prompt, steps} × {padded, not} × {base, adapters}; one request and beams need none
+    assert cm.recompiles - before == 8
     captured = Captured(cm)
     torch.manual_seed(0)
     fixed = {"pad_token_id": 0, "max_new_tokens": 4, "do_sample": False}
@@ -87,6 +90,13 @@ def test_generate_compiles_nothing(shallow: Case, warm: Warm) -> None:
         for row, name in enumerate(names):
             one = {key: value[row : row + 1] for key, value in inputs.items()}
             want = shallow.alone(name).generate(**one, **fixed)[0]
+            assert torch.equal(got[row][: len(want)], want)
+    for names, beams in ((["a1", None], 2), (["a2"], 1)):
+        inputs = token_inputs(len(names), 5)
+        got = cm.generate(**inputs, **fixed, num_beams=beams, adapter_names=names)
+        for row, name in enumerate(names):
+            one = {key: value[row : row + 1] for key, value in inputs.items()}
+            want = shallow.alone(name).generate(**one, **fixed, num_beams=beams)[0]
             assert torch.equal(got[row][: len(want)], want)
     assert not captured.more
 
