@@ -10,8 +10,9 @@ operands, and sizes that are equal once the earlier symbols stand for what the i
 nothing is compiled. What AOTAutograd and the compiler found out about the earlier symbols has to be
 true of these sizes too, and is guarded here as it was there.
 
-An operator of size s0 means the same for s0 = 1: a tensor that is broadcast along s0 is broadcast
-by an operator of Dynamo's graph, which is compared. Strides along a size of one address nothing.
+An operator of size s0 means the same for s0 = 1 where what it gives has the same sizes, which are
+compared too: `squeeze` keeps a dimension of s0 and drops one of 1. A tensor that is broadcast along
+s0 is broadcast by an operator of Dynamo's graph. Strides along a size of one address nothing.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Form:
 
     Attributes:
         inputs: in their order.
-        nodes: what is called, with what; sizes are no nodes.
+        nodes: what is called, with what, and the sizes of what it gives; sizes are no nodes.
         code: of the function that was captured, which one entry has for itself.
         context: what else a compiled graph rests on.
     """
@@ -120,9 +121,13 @@ class _Former:
         """None for a size."""
         if node.op not in ("call_function", "call_method", "output"):
             raise _NoForm
-        if node.op != "output" and _of_sizes(node.meta.get("example_value")):
+        value = None if node.op == "output" else node.meta.get("example_value")
+        if _of_sizes(value):
             return None
-        form = (node.op, node.target, self.argument(node.args), self.argument(node.kwargs))
+        tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+        sizes = tuple(tuple(map(_Size, _expressions(tensor.shape))) for tensor in tensors)
+        operands = self.argument(node.args), self.argument(node.kwargs)
+        form = (node.op, node.target, *operands, sizes)
         self._numbers[node] = len(self._numbers)
         return form
 

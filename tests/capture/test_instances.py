@@ -38,6 +38,17 @@ class Alone(Net):
         return {"logits": 2 * found["logits"]} if x.shape[0] == 1 else found
 
 
+class Squeezed(nn.Module):
+    """Drops the dimension of the requests where there is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(K, K), nn.Linear(K, K)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.down(torch.atleast_2d(self.up(x).mean(1).squeeze()))}
+
+
 def batch(rows: int, tokens: int = 4) -> dict[str, Tensor]:
     return {"x": torch.randn(rows, tokens, K)}
 
@@ -72,9 +83,10 @@ def test_calls_of_the_base(small) -> None:
     assert cm.recompiles == 1
 
 
-def test_what_is_another_computation(small) -> None:
+@pytest.mark.parametrize("net", [Alone, Squeezed])
+def test_what_is_another_computation(small, net: type[nn.Module]) -> None:
     torch.manual_seed(0)
-    case: Case = small(Alone, ["up", "down"])
+    case: Case = small(net, ["up", "down"])
     cm = case.compile()
     cm(**batch(3), adapter_names=MIX)
     check_mixed(cm, case, ["a"], batch(1))
