@@ -155,6 +155,8 @@ class CompiledPipeline:
         It also raises what a compiled model raises.
         """
         names = checked_names(adapter_names)
+        if names is not None and len(set(names)) > 1:
+            kwargs = _for_each_prompt(kwargs, len(names))
         given = _bound(self.pipe, args, kwargs)
         self._check(given)
         by_model: dict[str, Names | None] = dict.fromkeys(self.models)
@@ -312,6 +314,15 @@ def _bound(pipe: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping
     """The arguments of the pipeline's own call, by name."""
     signature = inspect.signature(type(pipe).__call__)
     return signature.bind_partial(None, *args, **kwargs).arguments
+
+
+def _for_each_prompt(arguments: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The arguments, with one text of what is to be avoided given for each prompt. Some pipelines
+    encode it once, for rows of all adapters."""
+    return {
+        name: [value] * count if "negative_prompt" in name and isinstance(value, str) else value
+        for name, value in arguments.items()
+    }
 
 
 def _check_prompts(arguments: Mapping[str, Any], count: int) -> None:

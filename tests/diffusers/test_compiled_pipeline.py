@@ -136,6 +136,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
         ("sd3", {}),
         ("flux", {}),
         ("flux", {"negative_prompt": NEGATIVE, "true_cfg_scale": 2.0}),
+        ("flux", {"negative_prompt": NEGATIVE[0], "true_cfg_scale": 2.0}),
     ],
 )
 def test_a_mixed_batch(kind: str, call: dict[str, Any], pair: Callable[[str], Pair]) -> None:
