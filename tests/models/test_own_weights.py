@@ -163,6 +163,7 @@ def test_under_torch_compile(case):
     assert error(got, case.expected(["both"] * 2, inputs(2))) <= TOLERANCE
 
 
+@pytest.mark.usefixtures("earlier_objects_frozen")
 def test_continuous_batching(case, served):
     config = ContinuousBatchingConfig(page_size=4, num_blocks=64, max_batch_tokens=32)
     with served.continuous_batching(None, config, warmup=False) as engine:

@@ -121,6 +121,7 @@ def test_what_a_process_gathers_as_it_compiles_is_no_difference(
     assert state(cm) == [LOADED]
 
 
+@pytest.mark.usefixtures("earlier_objects_frozen")
 def test_graphs_of_continuous_batching(shallow: Case, cache: Path) -> None:
     sizes = ContinuousBatchingConfig(page_size=4, num_blocks=64, max_batch_tokens=32)
     for found in (SAVED, LOADED):

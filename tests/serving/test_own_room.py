@@ -49,6 +49,7 @@ def test_a_sum_that_is_one_adapter_counts_before_it_is_made(case) -> None:
         cm(**inputs, adapter_names=[alone, "second", None, None])
 
 
+@pytest.mark.usefixtures("earlier_objects_frozen")
 def test_requests_of_an_engine_take_turns(case) -> None:
     cm = compiled(case)
     config = ContinuousBatchingConfig(page_size=4, num_blocks=64, max_batch_tokens=24)

@@ -259,6 +259,7 @@ def test_what_is_not_linear_in_a_weight(tmp_path: Path) -> None:
     check_mixed(cm, own, [{"own": 1.0, "low": 0.0}, {"low": 0.5}, "tokens"], inputs)
 
 
+@pytest.mark.usefixtures("earlier_objects_frozen")
 def test_continuous_batching_with_more_sums_than_slots(case: SumCase, narrow: Any) -> None:
     cm = narrow
     names = [MIX, {"a1": 0.5}, None, {"a0": -1.0, "a3": 1.0}, "a2", {"rs": 2.0, "a0": 1.0}]
@@ -272,6 +273,7 @@ def test_continuous_batching_with_more_sums_than_slots(case: SumCase, narrow: An
         cm.generate_batch(prompts[:1], adapter_names=[{}])
 
 
+@pytest.mark.usefixtures("earlier_objects_frozen")
 def test_a_request_keeps_the_sum_that_it_was_added_with(case: SumCase, narrow: Any) -> None:
     cm = narrow
     with cm.continuous_batching(None, PAGES, warmup=False) as engine:

@@ -141,8 +141,8 @@ print(next(t for n, _, t in cm._session.backend.records[-1].dump.stages if n == 
 
 
 def test_a_pass_switched_off_in_a_fresh_process_with_a_warm_cache(tmp_path, monkeypatch):
-    """Rewriting where Inductor's caches do not look would serve stale code."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    """Rewriting where Inductor's caches do not look would serve stale code. (The cache is the one
+    of all tests: in one of its own each process would try the CPU's instruction sets anew.)"""
     monkeypatch.setenv("PYTHONSAFEPATH", "1")
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(K, N)).eval().requires_grad_(False)
