@@ -129,8 +129,7 @@ def _encoders(model: nn.Module) -> list[nn.Module]:
 def _parts(compiled: CompiledModel, model: nn.Module) -> list[Replaced]:
     """The parts of the model that a `generate` of its own class may call by themselves, as far as
     the adapters of the call change them; models inside of it have their own `generate`."""
-    mixin = getattr(sys.modules.get("transformers.generation.utils"), "GenerationMixin", None)
-    if getattr(type(model), "generate", None) is getattr(mixin, "generate", None):
+    if not _overrides(model, "generate"):
         return []  # it calls what `_generate` knows
     session = compiled._session
     paths = {path for name in wanted(session) for path in session.store[name].sites}
@@ -143,6 +142,12 @@ def _parts(compiled: CompiledModel, model: nn.Module) -> list[Replaced]:
         for part in dict.fromkeys(children)
         if id(part) not in generating and any(id(own) in changed for own in part.modules())
     ]
+
+
+def _overrides(model: nn.Module, method: str) -> bool:
+    """Whether the class of `model` has another `method` than transformers' GenerationMixin."""
+    mixin = getattr(sys.modules.get("transformers.generation.utils"), "GenerationMixin", None)
+    return getattr(type(model), method, None) is not getattr(mixin, method, None)
 
 
 def by_itself(compiled: CompiledModel, part: nn.Module) -> Callable[..., Any]:
@@ -167,8 +172,10 @@ def _modalities(
 ) -> list[Replaced]:
     """The methods that `generate` has images and videos encoded by, before the first forward. In a
     batch of several adapters whose images come one entry a prompt, the forward encodes them
-    instead: there it is proved whose they are."""
-    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+    instead: there it is proved whose they are. An `_ENCODING` of the model's own has them encoded
+    in any case (Florence-2's encoder takes them among the text)."""
+    own_way = _overrides(model, _ENCODING)
+    if not own_way and "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         return []  # the forward encodes them
     base = getattr(model, "base_model", None)
     names = [f"get_{modality}_features" for modality in ("image", "video")]
@@ -180,10 +187,12 @@ def _modalities(
     taken = {name for method in methods.values() for name in inspect.signature(method).parameters}
     images = [value for name in taken if isinstance(value := given.get(name), torch.Tensor)]
     each = all(image.dim() > 0 and len(image) == len(adapters) for image in images)
-    if len(set(adapters)) > 1 and each and hasattr(model, _ENCODES):
+    if len(set(adapters)) > 1 and each and hasattr(model, _ENCODES) and not own_way:
         return [(model, _ENCODES, bool)]
     return [(base, name, compiled.entry(base, method=own)) for name, own in methods.items()]
 
 
+#: The step of `generate` that runs encoders.
+_ENCODING = "_maybe_prepare_encoder_kwargs_for_generation"
 #: By this transformers asks whether the model takes images that are encoded already.
 _ENCODES = "_supports_mm_encoder_outputs"
