@@ -224,14 +224,14 @@ class _Selection:
         """A problem for each entry of the configuration that names no module at all."""
         root = type(self.graph.root).__qualname__
         lists = {
-            "target_modules": () if isinstance(self.target, str) else self.target or (),
-            "modules_to_save or trainable_tokens": (*self.saved, *self.tokens),
+            "target_modules entry": () if isinstance(self.target, str) else self.target or (),
+            "modules_to_save or trainable_tokens entry": (*self.saved, *self.tokens),
         }
-        for field_name, entries in lists.items():
+        for what, entries in lists.items():
             for entry in entries:
                 if not self._names_any(entry):
                     near = self._nearest(entry)
-                    yield f"{field_name} entry {entry!r} names no module of {root}{near}"
+                    yield f"{what} {entry!r} names no module of {root}{near}"
         for name in self.packed.unused():
             yield (
                 f"packed_modules entry {name!r} matches no module, neither as a packed name nor "
