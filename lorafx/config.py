@@ -108,7 +108,8 @@ class LoraConfig:
                 raise ConfigError(f"LoraConfig.{name} must be a positive integer, got {value!r}")
         if self.slot_rank is not None and self.slot_rank > self.max_rank:
             raise ConfigError(
-                f"LoraConfig.slot_rank = {self.slot_rank} is over max_rank = {self.max_rank}"
+                f"LoraConfig.slot_rank = {self.slot_rank} is over max_rank = {self.max_rank}; "
+                "give less, or a larger max_rank"
             )
         saved = self.modules_to_save
         if isinstance(saved, str) or not all(isinstance(name, str) and name for name in saved):

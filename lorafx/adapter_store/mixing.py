@@ -169,7 +169,9 @@ def _scale(name: Mixture, each: Sequence[_Term]) -> tuple[float | Tensor, Tensor
     scales = torch.stack(own)
     scale = scales.gather(0, scales.abs().argmax(0, keepdim=True)).squeeze(0)
     if not bool(torch.isfinite(scale.float()).all()):
-        raise ConfigError(f"{name!r}: a scale of the sum is beyond the range of float32")
+        raise ConfigError(
+            f"{name!r}: a scale of the sum is beyond the range of float32; give smaller scales"
+        )
     shares = torch.where(scale != 0, scales / scale, 0.0)
     return scale.float() if experts else float(scale), shares
 

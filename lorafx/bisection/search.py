@@ -92,7 +92,9 @@ def bisect(
     named = named_inputs(roles, inputs)
     rows = roles.rows(roles.spread(named))
     if rows != len(names):
-        raise BatchError(f"{len(names)} adapter_names for a batch of {rows} requests")
+        raise BatchError(
+            f"{len(names)} adapter_names for a batch of {rows} requests; give one for each request"
+        )
     search = _Search.of(compiled, named, names, tolerance)
     found = search.run()
     if found.first is not None and target is not None:

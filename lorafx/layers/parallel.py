@@ -46,7 +46,10 @@ class TensorParallel:
             return cls()
         rank = dist.get_rank(group)
         if rank < 0:
-            raise ConfigError("this process is not a member of the given tensor-parallel group")
+            raise ConfigError(
+                "this process is not a member of the given tensor-parallel group; build the layer "
+                "on the group's ranks alone, or with a tp_group that this rank is in"
+            )
         size = dist.get_world_size(group)
         if size == 1:
             return cls()

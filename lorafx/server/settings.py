@@ -107,9 +107,14 @@ class Settings:
         self.options()
         folder = Path(self.model)
         if folder.is_dir() and not (folder / "config.json").is_file():
-            raise ConfigError(f"{folder} is no model: it has no config.json")
+            raise ConfigError(
+                f"{folder} is no model: it has no config.json; name a folder that save_pretrained "
+                "wrote, or a model of the hub"
+            )
         if not folder.is_dir() and (folder.is_absolute() or self.model.startswith(".")):
-            raise ConfigError(f"there is no folder {folder}")
+            raise ConfigError(
+                f"there is no folder {folder}; name a model's folder, or a model of the hub"
+            )
         root = self.root()
         if root is not None and not root.is_dir():
             raise ConfigError(f"{root}, from which adapters are to be loaded, is not a folder")
@@ -232,7 +237,7 @@ class Settings:
             if self.max_rank is not None and rank is not None and rank > self.max_rank:
                 raise CapacityError(
                     f"{name!r} in {folder} has rank {rank}, which is more than --max-rank "
-                    f"{self.max_rank}"
+                    f"{self.max_rank}; give --max-rank {rank} or more, or leave it out"
                 )
             if not any((folder / file).is_file() for file in WEIGHTS):
                 raise CheckpointError(
