@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from dense_merge import REFERENCE
 from torch import fx, nn
 from torch._dynamo import guards, output_graph, side_effects, symbolic_convert
 from torch.fx._lazy_graph_module import _LazyGraphModule
+
+from lorafx.compat import capture_settings
 
 
 class Noting(nn.Module):
@@ -78,3 +82,35 @@ def test_only_where_it_is_logged(small, worked_out, monkeypatch, logged) -> None
     assert guards.profile_guard_manager is timing
     assert symbolic_convert.get_funcname is naming
     assert output_graph.fx is fx
+
+
+@pytest.mark.quick
+def test_new_sizes_are_compared_as_sympy_does() -> None:
+    own, decided = sympy.Symbol.__gt__, []
+    decide = sympy.StrictGreaterThan._eval_fuzzy_relation
+
+    def deciding(one: Any, other: Any) -> Any:
+        decided.append((one, other))
+        return decide(one, other)
+
+    names = itertools.count()
+    known: list[dict[str, bool]] = [
+        {"integer": True, "positive": True},
+        {"integer": True, "positive": True, "even": True},
+        {"integer": True},
+        {},
+    ]
+    for assumed, other in itertools.product(known, (0, 1, 2, 1.0, sympy.Symbol("t"))):
+        size = sympy.Symbol(f"size{next(names)}", **assumed)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sympy.StrictGreaterThan, "_eval_fuzzy_relation", deciding)
+            decided.clear()
+            with capture_settings(8, unlogged=True):
+                got = size > other
+        spared = assumed == known[0] and other == 1 and type(other) is int
+        assert bool(decided) is not spared
+        want = own(size, other)
+        assert type(got) is type(want)
+        assert got == want
+        assert got.args == want.args
+    assert sympy.Symbol.__gt__ is own
