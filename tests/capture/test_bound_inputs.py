@@ -15,6 +15,8 @@ from torch._dynamo.utils import counters
 import lorafx
 from lorafx.errors import ReplacedModuleError
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
 NAMES = ["a", None, "b", "a"]
 
 

@@ -34,7 +34,7 @@ def test_mobilebert_of_equal_sizes(tmp_path: Path) -> None:
     }
     cases = oracle.Oracle.of(model, folders)
     with pytest.warns(lorafx.LorafxWarning, match=r"predictions\.dense \(Linear\) is left out"):
-        cm = lorafx.compile(model, folders, options=REFERENCE)
+        cm = lorafx.compile(model, folders, options=REFERENCE, dynamic=False)
     inputs, names = {"input_ids": torch.randint(0, 61, (3, 5))}, ["all", None, "some"]
     want = cases.rows(names, inputs)
     oracle.assert_close(cm(**inputs, adapter_names=names), want)
@@ -59,7 +59,7 @@ def test_no_inputs(tmp_path: Path, targets: str | list[str]) -> None:
     cases = oracle.Oracle.of(model, {"a": folder})
     config = lorafx.LoraConfig(target_modules=targets)
     with pytest.warns(lorafx.LorafxWarning, match=r"extra \(Linear\) is left out") as warned:
-        cm = lorafx.compile(model, config, adapters={"a": folder}, options=REFERENCE)
+        cm = lorafx.compile(model, config, adapters={"a": folder}, options=REFERENCE, dynamic=False)
     assert len([w for w in warned if issubclass(w.category, lorafx.LorafxWarning)]) == 1
     assert [site.path for site in cm.sites] == ["main"]
     x = torch.randn(2, 4)
