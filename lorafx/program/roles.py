@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lorafx.errors import BatchError, ConfigError, LorafxWarning, nearest, some
 from lorafx.program.row_dims import (
     BATCH_FIRST,
+    DECLARED_DIMS,
     PACKED_DIMS,
     PICKS,
     PRIMARY,
@@ -136,6 +137,8 @@ class RoleTable:
             return Role(argument, RANKED[own](tensor, several))
         if own in ROW_DIMS:
             return Role(argument, ROW_DIMS[own])
+        if self._declares_roles and own in DECLARED_DIMS:
+            return Role(argument, DECLARED_DIMS[own])
         if self._declares_roles:
             return Role(argument, None, known=False)
         return Role(argument, BATCH_FIRST, assumed=True)

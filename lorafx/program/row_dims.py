@@ -70,6 +70,23 @@ ROW_DIMS: Mapping[str, int | None] = {
     "num_logits_to_keep": None,
 }
 
+#: The same in models that declare roles: elsewhere such names are anybody's, and the sequence may
+#: come first.
+DECLARED_DIMS: Mapping[str, int | None] = dict.fromkeys(
+    (
+        # what is seen beside a text
+        *("visual_embeds", "visual_attention_mask", "visual_token_type_ids"),
+        *("visual_feats", "visual_pos"),
+        # time series
+        *("past_values", "past_time_features", "past_observed_mask", "observed_mask"),
+        *("future_values", "future_time_features", "future_observed_mask"),
+        *("static_categorical_features", "static_real_features"),
+        # trajectories
+        *("states", "actions", "rewards", "returns_to_go", "timesteps"),
+    ),
+    BATCH_FIRST,
+)
+
 #: The same for a packed call over a paged cache: (1, T) tokens of all sequences, one sequence after
 #: another. Each token is a request of its own here, with the slot of the request it is of.
 PACKED_DIMS: Mapping[str, int | None] = {
