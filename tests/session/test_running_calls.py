@@ -1,87 +1,30 @@
-"""What may not happen while a call runs: from its own thread, from others, in a forked child."""
+"""What may not happen while a call runs: from its own thread and from others."""
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from attached import attached, compiled, fresh_dynamo
-from attached import served as serve
-from dense_merge import Case, error, save_adapter
-from torch import Tensor, nn
+from attached import fresh_dynamo
+from dense_merge import Case, error
+from pausing import MIXED, check, meanwhile, pausing, rows, served
+from torch import Tensor
 
-import lorafx
-from lorafx.base_weights import merge
 from lorafx.errors import BatchError, CapacityError, CaptureError
 from lorafx.model.bank import Bank
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
 
-__all__ = ["fresh_dynamo"]
-K = 6
-MIXED = ["a", None, "b"]
-
-
-class Pausing(nn.Module):
-    """Between its two layers it runs what it is told to, outside of every graph."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(K, K), nn.Linear(K, K)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        h = torch.relu(self.up(x))
-        pause()
-        return {"logits": self.down(h)}
-
-
-_TODO: list[Callable[[], Any]] = []
-
-
-@torch._dynamo.disable
-def pause() -> None:
-    while _TODO:
-        _TODO.pop()()
-
-
-@pytest.fixture
-def meanwhile() -> Iterator[list[Callable[[], Any]]]:
-    yield _TODO
-    _TODO.clear()
-
-
-@pytest.fixture
-def pausing(small) -> Case:
-    case = small(Pausing, ["up", "down"])
-    case.folders["c"] = save_adapter(
-        case.base, case.folders["a"].parent / "c", rank=2, targets=["up", "down"], seed=9
-    )
-    return case
+__all__ = ["fresh_dynamo", "meanwhile", "pausing"]
 
 
 @pytest.fixture(scope="module")
 def lm(shallow: Case) -> Any:
     """A language model that tests share, for prompts of any length."""
     return shallow.compile()
-
-
-def served(case: Case, slots: int = 2) -> Any:
-    config = lorafx.LoraConfig(max_adapters=slots)
-    model = case.model()
-    return lorafx.compile(model, config, adapters=case.folders, options={"lowering": "reference"})
-
-
-def rows(count: int = 3) -> Tensor:
-    return torch.randn(count, 2, K)
-
-
-def check(cm: Any, case: Case, names: list[str | None], x: Tensor) -> None:
-    assert error(cm(x=x, adapter_names=names)["logits"], case.expected(names, {"x": x})) <= 1e-5
 
 
 def test_a_pin_on_another_thread_waits_for_the_call(pausing, meanwhile):
@@ -319,118 +262,3 @@ def test_a_slot_that_could_not_be_written_is_nobodys(pausing, monkeypatch):
     monkeypatch.undo()
     assert calls
     check(cm, pausing, MIXED, x)
-
-
-def _in_child(action: Callable[[], None], seconds: int = 30) -> int:
-    """The status of a forked child that runs `action`: 0 where all was well."""
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            signal.alarm(seconds)  # a child that waits for ever is killed
-            action()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitpid(child, 0)[1]
-
-
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
-@pytest.mark.parametrize("what", ["call", "generate", "slot", "weights", "merge", "warm-up"])
-def test_fork_while_another_thread_is_busy(pausing, meanwhile, monkeypatch, shallow, lm, what):
-    """Its locks are held by nobody in the child, and what it was doing is not half done there."""
-    torch.set_num_threads(1)  # the threads of an OpenMP pool do not exist in a child
-    case, x = pausing, rows()
-    cm = served(case)
-    check(cm, case, MIXED, x)
-    own = {name: value.clone() for name, value in cm.model.state_dict().items()}
-    there, go = threading.Event(), threading.Event()
-
-    def stop() -> None:
-        if threading.current_thread() is busy:
-            there.set()
-            assert go.wait(60)
-
-    def pairs() -> Iterator[tuple[str, Tensor]]:
-        yield "up.weight", torch.zeros(K, K)
-        stop()
-        yield from {**own, "up.weight": torch.ones(K, K)}.items()
-
-    def generate() -> None:
-        class Streamer:
-            def put(self, tokens: Tensor) -> None:
-                stop()
-
-            def end(self) -> None: ...
-
-        tokens = torch.ones(1, 3, dtype=torch.long)
-        lm.generate(tokens, max_new_tokens=3, streamer=Streamer(), adapter_names=["a0"])
-
-    write = Bank.write
-
-    def writing(bank: Bank, slot: int, *what: Any) -> list[Tensor]:
-        return (write(bank, slot, *what), stop())[0]
-
-    actions: dict[str, Callable[[], Any]] = {
-        "call": lambda: cm(x=x, adapter_names=["b", "b", "b"]),
-        "generate": generate,
-        "slot": lambda: cm.load_adapter(case.folders["c"], "a"),
-        "weights": lambda: cm.load_weights(pairs(), strict=False),
-        "merge": lambda: cm.merge("a"),
-        "warm-up": lambda: cm.warmup({"x": x}),
-    }
-    busy = threading.Thread(target=actions[what])
-    if what in ("call", "warm-up"):
-        meanwhile.append(stop)
-    if what == "slot":
-        monkeypatch.setattr(Bank, "write", writing)
-    if what == "merge":
-        monkeypatch.setattr(merge, "add_to", lambda *a, own=merge.add_to: (own(*a), stop())[0])
-    busy.start()
-    assert there.wait(60)
-
-    def answer() -> None:
-        if what == "generate":
-            inputs, names = {"input_ids": torch.ones(2, 4, dtype=torch.long)}, ["a1", None]
-            assert "forward" not in vars(lm.model)
-            got, want = lm(**inputs, adapter_names=names).logits, shallow.expected(names, inputs)
-            assert error(got, want) <= 1e-5
-            return
-        if what in ("weights", "merge"):
-            with pytest.raises(CaptureError, match="load_weights"):
-                cm(x=x, adapter_names=MIXED)
-            cm.load_weights(own)
-        check(cm, case, MIXED, x)
-        cm.pin_adapter("c")
-
-    status = _in_child(answer)
-    go.set()
-    busy.join(60)
-    assert status == 0
-
-
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
-def test_fork_while_another_thread_is_in_a_block(pausing):
-    torch.set_num_threads(1)
-    model = attached(pausing)
-    call, x = compiled(model), rows()
-    expected = pausing.expected(MIXED, {"x": x})
-    assert error(serve(call, model, MIXED, {"x": x}), expected) <= 1e-5
-    there, go = threading.Event(), threading.Event()
-
-    def block() -> None:
-        with lorafx.adapters(model, ["b", "b"]):
-            there.set()
-            assert go.wait(60)
-
-    (busy := threading.Thread(target=block)).start()
-    assert there.wait(60)
-
-    def answer() -> None:
-        assert error(serve(call, model, MIXED, {"x": x}), expected) <= 1e-5
-        lorafx.unload_adapter(model, "b")
-
-    status = _in_child(answer)
-    go.set()
-    busy.join(60)
-    assert status == 0
