@@ -188,13 +188,19 @@ def capture_settings(
 _IN_FRONT_OF_BYTES = 13
 
 
+#: More than any tensor has.
+ENOUGH_BYTES = 1 << 62
+
+
 @contextmanager
 def unsized_wrappers() -> Iterator[None]:
-    """Inside, AOTAutograd's wrappers of tensors do not say how many bytes their memory has. (Dynamo
+    """Inside, AOTAutograd's wrappers of tensors say that their memory has `ENOUGH_BYTES`. (Dynamo
     holds its lock meanwhile.)
 
-    Nobody asks a wrapper. Where sizes are symbols it is arithmetic on them, which is traced with
-    the graph and then thrown away: 5 % of a capture.
+    Where sizes are symbols, the true number is arithmetic on them, which is traced with the graph
+    and then thrown away: 5 % of a capture. A wrapper has no memory. Who asks is `as_strided_`,
+    whether there is enough of it (`torch.adaptive_avg_pool1d` calls it); what is wrapped is asked
+    too, and knows.
     """
     name = "_make_wrapper_subclass"
     before = vars(torch.Tensor).get(name)  # it is inherited
@@ -203,7 +209,7 @@ def unsized_wrappers() -> Iterator[None]:
     def unsized(cls: type, *args: Any, **kwargs: Any) -> Any:
         sized = len(args) == _IN_FRONT_OF_BYTES and args[1] is not None  # its strides
         if sized and not kwargs and issubclass(cls, FunctionalTensor):
-            return make(cls, *args, 0)
+            return make(cls, *args, ENOUGH_BYTES)
         return make(cls, *args, **kwargs)
 
     setattr(torch.Tensor, name, unsized)

@@ -150,7 +150,7 @@ def test_generated_code_is_beside_the_graphs(tmp_path: Path, monkeypatch: Any) -
     base = nn.Sequential(nn.Linear(8, 6)).eval().requires_grad_(False)
     folder = save_adapter(base, tmp_path / "a", rank=2, targets=["0"], seed=1)
     monkeypatch.setenv("LORAFX_DUMP", str(tmp_path / "dump"))
-    cm = lorafx.compile(base, {"a": folder}, options={"lowering": "inductor"})
+    cm = lorafx.compile(base, {"a": folder}, options={"lowering": "inductor", "base_graphs": True})
     x = torch.randn(3, 8)
     cm(x, adapter_names=["a", None, "a"])
     cm(x)
