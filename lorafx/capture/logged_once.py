@@ -11,50 +11,17 @@ nothing of it.
 from __future__ import annotations
 
 import functools
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch._dynamo.variables import ConstantVariable, misc
 
-
-class _Local(threading.local):
-    converts = False
+from lorafx.capture.interception import Interception
 
 
-_LOCAL = _Local()
-_LOCK = threading.Lock()
-_WATCHED: list[bool] = []
-
-
-@contextmanager
-def logged_once() -> Iterator[None]:
-    """Inside, this thread converts a frame of ours."""
-    _watch()
-    before, _LOCAL.converts = _LOCAL.converts, True
-    try:
-        yield
-    finally:
-        _LOCAL.converts = before
-
-
-def _watch() -> None:
-    """Have Dynamo tell of the methods of loggers whose calls it traces, from now on."""
-    image: Any = misc.LoggingLoggerVariable
-    with _LOCK:
-        if _WATCHED:
-            return
-        _WATCHED.append(True)
-        call = image.call_method
-
-        @functools.wraps(call)
-        def call_method(self: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
-            if _LOCAL.converts and _log(getattr(self.value, name, None), args, kwargs):
-                return ConstantVariable.create(None)
-            return call(self, tx, name, args, kwargs)
-
-        image.call_method = call_method
+def _call_method(call: Any, image: Any, tx: Any, name: str, args: Any, kwargs: Any) -> Any:
+    if _log(getattr(image.value, name, None), args, kwargs):
+        return ConstantVariable.create(None)
+    return call(image, tx, name, args, kwargs)
 
 
 def _log(method: Any, args: Any, kwargs: Any) -> bool:
@@ -66,3 +33,9 @@ def _log(method: Any, args: Any, kwargs: Any) -> bool:
         return False
     given = {name: value.as_python_constant() for name, value in kwargs.items()}
     return method(*(value.as_python_constant() for value in args), **given) is None
+
+
+_METHODS = Interception(misc.LoggingLoggerVariable, "call_method", _call_method)
+
+#: Inside, this thread converts a frame of ours.
+logged_once = _METHODS.on

@@ -8,56 +8,21 @@ traces the call of a module that is asked to record something.
 from __future__ import annotations
 
 import sys
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from torch._dynamo.variables import nn_module
 
+from lorafx.capture.interception import Interception
 from lorafx.compat import recorded_outputs
 
 
-class _Local(threading.local):
-    converts = False
-
-
-_LOCAL = _Local()
-_LOCK = threading.Lock()
-_WATCHED: list[bool] = []
-
-
-@contextmanager
-def hooks_registered() -> Iterator[None]:
-    """Inside, this thread converts a frame of ours: modules that Dynamo traces, and that are asked
-    to record outputs, have their hooks."""
-    _watch()
-    before, _LOCAL.converts = _LOCAL.converts, True
-    try:
-        yield
-    finally:
-        _LOCAL.converts = before
-
-
-def _watch() -> None:
-    """Have Dynamo tell of the modules that it is about to trace, from now on."""
-    image = nn_module.UnspecializedNNModuleVariable
-    with _LOCK:
-        if _WATCHED:
-            return
-        _WATCHED.append(True)
-        call = image.call_function
-
-        def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-            if _LOCAL.converts and _records(self.value, kwargs):
-                module: Any = sys.modules["transformers.utils.output_capturing"]
-                module.maybe_install_capturing_hooks(self.value)
-            return call(self, tx, args, kwargs)
-
-        # What others have noted on it stays there.
-        call_function.__dict__.update(vars(call))
-        setattr(image, "call_function", call_function)  # noqa: B010
+def _call_function(call: Any, image: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+    if _records(image.value, kwargs):
+        module: Any = sys.modules["transformers.utils.output_capturing"]
+        module.maybe_install_capturing_hooks(image.value)
+    return call(image, tx, args, kwargs)
 
 
 def _records(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
@@ -77,3 +42,10 @@ def _records(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
         if asked:
             return True
     return False
+
+
+_CALLS = Interception(nn_module.UnspecializedNNModuleVariable, "call_function", _call_function)
+
+#: Inside, this thread converts a frame of ours: modules that Dynamo traces, and that are asked to
+#: record outputs, have their hooks.
+hooks_registered = _CALLS.on
