@@ -24,6 +24,7 @@ from torch import Tensor
 from torch._dynamo import guards, output_graph, side_effects, symbolic_convert
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _COMPILE_ARGUMENTS = inspect.signature(torch.compile).parameters
 
@@ -264,7 +265,14 @@ def mark_fixed_shape(tensor: Tensor, dims: Sequence[int] | None = None) -> None:
     It does so by itself for what hangs on a module of torch.nn, and not on one of transformers:
     generated kernels need the sizes of GPT-2's banks as much as those of Llama's.
     """
-    torch._dynamo.mark_static(tensor, None if dims is None else list(dims))
+    fixed = range(tensor.dim()) if dims is None else dims
+    if is_traceable_wrapper_subclass(tensor):
+        torch._dynamo.mark_static(tensor, list(fixed))
+        return
+    # mark_static does so where nothing compiles, and another thing while any thread does.
+    found: Any = tensor
+    found._dynamo_static_indices = {*getattr(tensor, "_dynamo_static_indices", ()), *fixed}
+    found._has_dynamo_dim_marking = True
 
 
 def size_hint(size: int | torch.SymInt) -> int | None:

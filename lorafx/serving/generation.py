@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
+from lorafx.compat import tracing
 from lorafx.errors import ConfigError, LorafxError
 from lorafx.serving.activation import generating_forward_of
 from lorafx.serving.added_tokens import without_added_tokens
@@ -157,7 +158,7 @@ def by_itself(compiled: CompiledModel, part: nn.Module) -> Callable[..., Any]:
 
     @functools.wraps(own)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or session.running.entries:
+        if tracing() or session.running.entries:
             return own(*args, **kwargs)
         output = entry(*args, **kwargs)
         if site is not None:

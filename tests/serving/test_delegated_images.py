@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +108,27 @@ def test_features_of_images_and_texts(built):
         assert torch.equal(getattr(cm, method)(**given).pooler_output, want[None])
 
 
+@contextmanager
+def another_thread_that_compiles() -> Iterator[None]:
+    """torch.compiler.is_compiling() is true on all threads then."""
+    begun, done = threading.Event(), threading.Event()
+
+    def backend(graph: Any, examples: Any) -> Any:
+        begun.set()
+        assert done.wait(60)
+        return graph
+
+    add = torch.compile(lambda x: x + 1, backend=backend)
+    (thread := threading.Thread(target=add, args=(torch.ones(2),))).start()
+    assert begun.wait(60)
+    try:
+        assert torch.compiler.is_compiling()
+        yield
+    finally:
+        done.set()
+        thread.join(60)
+
+
 def images(rows: int) -> dict[str, Tensor]:
     torch.manual_seed(0)
     ids = torch.randint(3, 59, (rows, 9))
@@ -160,5 +184,7 @@ def test_generate_of_a_model_inside_of_the_model(built):
     assert torch.equal(cm.generate(**batch, **SHORT), want[None].sequences)
     cm.set_adapter("v")
     assert torch.equal(cm.generate(**batch, **SHORT), want["v"].sequences)
+    with another_thread_that_compiles():
+        assert torch.equal(cm.generate(**batch, **SHORT), want["v"].sequences)
     with pytest.raises(MatchError, match=r"vision_model\S* \(Linear\) runs outside.*'v' is the"):
         cm.model.vision_model(batch["pixel_values"])
