@@ -148,7 +148,7 @@ class Backend:
         frame.per_token = per_token
         frame.begins_call = called_directly(self.entered)
         frame.duck_shaped = duck_shaped()
-        active = program.runtime.active
+        active = bool(program.runtime.active)
         if not self.records:
             for index, report in enumerate(program.prepared):
                 traced(f"model_{index:02d}_{report.name}", partial(str, report))

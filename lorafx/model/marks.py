@@ -34,6 +34,7 @@ from lorafx.compat import tracing
 from lorafx.errors import MatchError, ProvenanceError
 from lorafx.kernels.ops.conv_ops import Window
 from lorafx.model.bank import Bank
+from lorafx.model.foreign_traces import refuse_at_rest, refuse_exported
 from lorafx.model.forward_check import Product, adds_up
 from lorafx.model.forward_check import is_dense as is_dense
 from lorafx.model.runtime import Runtime
@@ -97,9 +98,14 @@ class SiteMark:
         """
         runtime = self.runtime
         if not runtime.active:
-            if not tracing() and runtime.resting is not None:
-                runtime.resting.refuse(self.path, self._name(module))
+            if not tracing():
+                if runtime.resting is not None:
+                    runtime.resting.refuse(self.path, self._name(module))
+            elif runtime.active is None:
+                refuse_at_rest(runtime, self.path)
             return None
+        if runtime.by_handle and tracing():
+            refuse_exported()
         if not tracing() and runtime.resting is not None:
             runtime.resting.refuse_elsewhere()
         if self.kind == "experts":

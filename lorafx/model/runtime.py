@@ -55,7 +55,9 @@ class Runtime:
         capacity: slots there are; requests name 0 to capacity − 1, or −1.
         rows: the slots as host ints.
         active: some request uses an adapter. False makes every mark a no-op, so that a graph
-            captured then is the base model's own.
+            captured then is the base model's own. None does so outside of calls while an adapter
+            is the default: a trace that is none of lorafx's is refused then where the adapter
+            changes the layer, and Dynamo guards on it in graphs that others compile.
         uniform: all requests use the same slot, the only kind of batch that is right before the
             rows' owners are proved.
         graph_passes: graphs of this model go through lorafx's own passes. A mark that cannot add
@@ -81,6 +83,7 @@ class Runtime:
         self.resting: RefusesAtRest | None = None
         self._graph_slots: Tensor | None = None
         self.rows: tuple[int, ...] = ()
+        self.active: bool | None = False
         self._register()
         self.clear()
 

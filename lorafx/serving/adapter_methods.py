@@ -47,7 +47,7 @@ class AdapterMethods:
                     f"{merged.name!r} is merged and serves the calls that name no adapter; "
                     f"call unmerge() before set_adapter({name!r})"
                 )
-            self._session.default = name
+            self._session.choose(name)
 
     def load_adapter(
         self,

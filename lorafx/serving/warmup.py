@@ -177,13 +177,13 @@ def dummy(name: str, sites: Sequence[Site], rank: int, *, seed: int) -> Adapter:
 def _serving_dummies(session: Session, run: Callable[[], None]) -> None:
     """Run with no adapters but those that `run` loads; all is as before afterwards."""
     runtime = session.program.runtime
-    rows, warming = runtime.rows, session.running._replace(warming=True)
+    rows, active, warming = runtime.rows, runtime.active, session.running._replace(warming=True)
     try:
         session.run(warming, lambda: session.store.set_aside(run))
     finally:
         session.forget_served()
         runtime.set_rows(rows)
-        runtime.active = False
+        runtime.active = active
 
 
 @contextmanager

@@ -172,6 +172,6 @@ def unloading(session: Session, name: str) -> Callable[[], None]:
         session.store.unload(name)
         session.forget_served()
         if session.default is not None and name in members(session.default):
-            session.default = None
+            session.choose(None)
 
     return unload

@@ -16,14 +16,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, ClassVar, Final, NamedTuple, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 from torch import Tensor, nn
 
 from lorafx.adapter_store.host_copies import HostCopy
 from lorafx.adapter_store.names import members
 from lorafx.adapter_store.peft_model import notes_of_peft
-from lorafx.adapter_store.store import AdapterStore, StoredAdapter
+from lorafx.adapter_store.store import AdapterStore
 from lorafx.capture.backend import Backend
 from lorafx.compat import no_mha_fast_path
 from lorafx.errors import BatchError, CaptureError, ConfigError
@@ -34,6 +34,7 @@ from lorafx.session import all_sessions
 from lorafx.session.reading import read_again
 from lorafx.session.requests import Names, Requests, check_tokens, not_looked_for, served_by
 from lorafx.session.running import IDLE, BaseState, Locks, Running
+from lorafx.session.served import Served
 from lorafx.session.stand_ins import StandIns
 from lorafx.session.statistics import Statistics, statistics_of
 from lorafx.session.streams import accelerators
@@ -42,19 +43,6 @@ from lorafx.session.transforms import refuse_transformed
 T = TypeVar("T")
 
 _NOTHING: Final = nullcontext()
-
-
-class _Served(NamedTuple):
-    """The adapters that were served last, and the sites that they touch, that they rescale, of
-    whose weight they have rows of their own, and to whose outputs they add a bias; and one of them
-    that begins at a token (aLoRA)."""
-
-    adapters: tuple[StoredAdapter, ...] = ()
-    touched: frozenset[str] = frozenset()
-    rescaled: frozenset[str] = frozenset()
-    owned: frozenset[str] = frozenset()
-    shifted: frozenset[str] = frozenset()
-    begins: StoredAdapter | None = None
 
 
 class Session:
@@ -82,8 +70,10 @@ class Session:
         self._noted_before: Final = notes_of_peft(program.model)
         #: What is under way: by `run`, and by blocks of `lorafx.adapters`.
         self.running: Running = IDLE
-        #: The adapter of calls that name none: by `CompiledModel`.
+        #: The adapter of calls that name none: by `choose`.
         self.default: str | None = None
+        #: `Runtime.active` between calls: by `choose`.
+        self._at_rest: bool | None = False
         #: What the default was before each block of `disable_adapter` that is open: by that.
         self.disabling: list[list[str | None]] = []
         #: What the base weights are: by lorafx.base_weights.
@@ -107,7 +97,7 @@ class Session:
         #: How often new base weights were written, or begun to be: by lorafx.base_weights.
         self.writes = 0
         self.tokens: Counter[str] = Counter()
-        self._served = _Served()
+        self._served = Served()
         store.read_with(partial(read_again, program))
         all_sessions.add(self)
 
@@ -135,6 +125,12 @@ class Session:
     def asked(self) -> Requests:
         """The requests of the running call; without one those of the default."""
         return self.running.requests or Requests((self.default,), alike=True)
+
+    def choose(self, default: str | None) -> None:
+        """Have calls that name no adapter use this one. The lock is held."""
+        self.default, self._at_rest = default, False if default is None else None
+        if not self.running.depth:
+            self.program.runtime.active = self._at_rest
 
     # --- the protocol of a call ---
 
@@ -202,7 +198,7 @@ class Session:
         program, runtime = self.program, self.program.runtime
         self.locks.streams.follow(self.accelerators)
         before, batch, rows, active = self.running, program.batch, runtime.rows, runtime.active
-        others: list[bool] = []  # `list[bool]()` takes a microsecond
+        others: list[bool | None] = []  # `list[...]()` takes a microsecond
         # No context manager: an interrupt where its exit begins would leave all this, and the lock,
         # as it is in a call. Nothing can come between plain assignments.
         try:
@@ -212,7 +208,7 @@ class Session:
             return action()
         finally:
             # The marks stay on the model: called by itself it is the base model.
-            self.running, program.batch, runtime.active = before, batch, False
+            self.running, program.batch, runtime.active = before, batch, self._at_rest
             if others:
                 self._have_neighbours_go_on(others)
             if before.entries:  # what called this one from within goes on with its own batch
@@ -279,17 +275,13 @@ class Session:
         if not self.backend.records:  # nothing has run yet
             program.note_constants()
         program.runtime.set_rows(slots if rows is None else rows)
-        program.runtime.active |= running.active or self.shares_graphs
+        if running.active or self.shares_graphs:
+            program.runtime.active = True
         distinct = dict.fromkeys(n for n, slot in zip(names, slots, strict=True) if slot >= 0)
         stored = tuple(self.store[name] for name in distinct if name is not None)
         served = self._served
         if [id(adapter) for adapter in stored] != [id(adapter) for adapter in served.adapters]:
-            touched = frozenset().union(*(adapter.sites for adapter in stored))
-            rescaled = frozenset().union(*(adapter.rescaled for adapter in stored))
-            owned = frozenset().union(*(adapter.owned for adapter in stored))
-            shifted = frozenset().union(*(adapter.shifted for adapter in stored))
-            begins = next((adapter for adapter in stored if adapter.invocation), None)
-            served = self._served = _Served(stored, touched, rescaled, owned, shifted, begins)
+            served = self._served = Served.of(stored)
         if served.begins and not self.asked.placed:
             raise not_looked_for(served.begins.name, served.begins.invocation)
         sites = served.touched, served.rescaled, served.owned, served.shifted
@@ -298,7 +290,7 @@ class Session:
 
     def forget_served(self) -> None:
         """Keep no adapter that was served alive."""
-        self._served = _Served()
+        self._served = Served()
 
     def module_paths(self) -> AbstractContextManager[None]:
         """Around a call: weights are used by their modules, where marks are seen."""
@@ -381,11 +373,11 @@ class Session:
         they are `lost`."""
         if lost:
             program = self.program
-            self.running, program.batch, program.runtime.active = IDLE, AT_REST, False
+            self.running, program.batch, program.runtime.active = IDLE, AT_REST, self._at_rest
             self.stand_ins.put_back()
         self.store.after_fork()
 
-    def _have_neighbours_rest(self) -> list[bool]:
+    def _have_neighbours_rest(self) -> list[bool | None]:
         """Have the marks of the models that share modules with this one do nothing; whether they
         did something before."""
         runtimes = [other.program.runtime for other in self.neighbours]
@@ -394,6 +386,6 @@ class Session:
             runtime.active = False
         return before
 
-    def _have_neighbours_go_on(self, before: list[bool]) -> None:
+    def _have_neighbours_go_on(self, before: list[bool | None]) -> None:
         for other, active in zip(self.neighbours, before, strict=True):
             other.program.runtime.active = active

@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import lorafx
-from lorafx.errors import CaptureError
+from lorafx.errors import CaptureError, MatchError
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
 NAMES = ["a0", "a1"]
@@ -61,3 +61,56 @@ def test_refused_and_nothing_has_changed(way: str, served: SimpleNamespace) -> N
         WAYS[way](served, inputs["ids"])
     check_mixed(cm, served.case, NAMES, inputs)
     assert cm.recompiles == captured
+
+
+STRICT = pytest.mark.parametrize("strict", [False, True], ids=["python", "dynamo"])
+
+
+@STRICT
+def test_the_model_is_exported_as_calls_have_it(strict: bool, served: SimpleNamespace) -> None:
+    """Once it was exported as the base, whatever the default was."""
+    cm, ids = served.cm, plain_inputs(2, 4)["ids"]
+
+    def exported() -> torch.Tensor:
+        program = torch.export.export(cm.model, (ids,), strict=strict)
+        logits: torch.Tensor = program.module()(ids)["logits"]
+        return logits
+
+    base = served.case.expected([None, None], {"ids": ids})
+    torch.testing.assert_close(exported(), base)
+    cm.set_adapter("a0")
+    with pytest.raises(MatchError, match=r"'a0' is the default.*export what export_merged\("):
+        exported()
+    cm.set_adapter(None)
+    torch.testing.assert_close(exported(), base)
+
+
+def test_a_graph_of_others_is_the_base_only_where_calls_are(served: SimpleNamespace) -> None:
+    """Compiled by another backend before there was a default."""
+    cm, ids = served.cm, plain_inputs(2, 4)["ids"]
+    compiled = torch.compile(cm.model, backend="eager")
+    base = served.case.expected([None, None], {"ids": ids})
+    torch.testing.assert_close(compiled(ids)["logits"], base)
+    cm.set_adapter("a0")
+    with pytest.raises(Exception, match="'a0' is the default"):
+        compiled(ids)
+    cm(ids)
+    with pytest.raises(Exception, match="'a0' is the default"):
+        compiled(ids)
+    cm.set_adapter(None)
+    torch.testing.assert_close(compiled(ids)["logits"], base)
+
+
+@STRICT
+def test_an_attached_model_is_not_exported_in_a_block(strict: bool, plain: Case) -> None:
+    """The program served the adapters of whatever block ran around it later."""
+    model = lorafx.attach(plain.model(), plain.folders, options=REFERENCE)
+    ids = plain_inputs(2, 4)["ids"]
+    with (
+        pytest.raises(CaptureError, match=r"inside of a block.*export what export_merged\("),
+        lorafx.adapters(model, "a0"),
+    ):
+        torch.export.export(model, (ids,), strict=strict)
+    program = torch.export.export(model, (ids,), strict=strict)
+    base = plain.expected([None, None], {"ids": ids})
+    torch.testing.assert_close(program.module()(ids)["logits"], base)
