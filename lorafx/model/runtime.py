@@ -67,8 +67,7 @@ class Runtime:
             constant shape: whoever compiles the model, its graphs do not depend on how many
             requests were named. False: marks read the slots of all requests.
         session: what serves the model, None before and after; whoever finds a mark finds it here.
-        resting: whom a mark asks when its layer runs in eager mode; None where that is what the
-            batch wants.
+        resting: whom a mark asks when its layer runs in eager mode; None where nobody serves it.
 
     Copies and pickles have slots of their own and no session. They keep the batch, unless a session
     serves it: its call is none of theirs, and they are the base.

@@ -26,6 +26,7 @@ from lorafx.errors import (
     MatchError,
     ReplacedModuleError,
 )
+from lorafx.model.attachment import MARKS
 from lorafx.model.experts import LOOP, loops
 from lorafx.model.packing import check_packed
 from lorafx.program.program import Program
@@ -283,14 +284,27 @@ def _fix_image_sizes(named: Mapping[str, Any]) -> None:
 
 
 def _target(program: Program, module: nn.Module) -> Callable[..., Any]:
-    """What Dynamo traces. A module that is a site itself is traced with its hooks."""
-    if any(site.module is module for site in program.sites):
+    """What Dynamo traces. A module that is a site itself is traced with its hooks. Those of a part
+    of the model that are no marks run around its entry, where the part is called."""
+    forward: Callable[..., Any] = module.forward
+    if all(site.module is not module for site in program.sites):
+        return forward
+    if module is program.model:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             return module(*args, **kwargs)
 
         return call
-    return module.forward
+    marks = [hook for hook in module._forward_hooks.values() if isinstance(hook, MARKS)]
+
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        for mark in marks:
+            changed = mark(module, args, kwargs, output)
+            output = output if changed is None else changed
+        return output
+
+    return marked
 
 
 def entered(frame: FrameType) -> bool:

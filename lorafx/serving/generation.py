@@ -129,7 +129,8 @@ def _encoders(model: nn.Module) -> list[nn.Module]:
 
 def _parts(compiled: CompiledModel, model: nn.Module) -> list[Replaced]:
     """The parts of the model that a `generate` of its own class may call by themselves, as far as
-    the adapters of the call change them; models inside of it have their own `generate`."""
+    the adapters of the call change them: children, and the embedding of the text. Models inside of
+    it have their own `generate`."""
     if not _overrides(model, "generate"):
         return []  # it calls what `_generate` knows
     session = compiled._session
@@ -138,6 +139,9 @@ def _parts(compiled: CompiledModel, model: nn.Module) -> list[Replaced]:
     generating = {id(part) for part, _, _ in compiled.generates}
     base = getattr(model, "base_model", model)
     children = [*model.children(), *(base.children() if isinstance(base, nn.Module) else ())]
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    if isinstance(embedding, nn.Module):
+        children.append(embedding)
     return [
         (part, "forward", compiled.by_itself(part))
         for part in dict.fromkeys(children)

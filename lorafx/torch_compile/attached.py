@@ -37,7 +37,7 @@ from lorafx.session.all_sessions import sessions
 from lorafx.session.requests import Requests
 from lorafx.session.session import Session
 from lorafx.session.transforms import refuse_transformed
-from lorafx.torch_compile.tasks import refuse_other_tasks
+from lorafx.torch_compile.tasks import OtherTasks, refuse_other_tasks
 
 
 class AttachedSession(Session):
@@ -58,6 +58,7 @@ class AttachedSession(Session):
         self.given: Mapping[str, Any] | None = None
         program.runtime.use_handle()
         program.runtime.session = self
+        program.runtime.resting = OtherTasks()
         program.knowing_arguments = self.knowing_arguments
 
     @property

@@ -51,9 +51,20 @@ def block_of_this_task() -> Iterator[None]:
             _INSIDE.reset(before)
 
 
+class OtherTasks:
+    """What marks of an attached model ask in eager mode, where no graph asks."""
+
+    def refuse(self, path: str, layer: str) -> None:
+        """Nothing: where no adapter is active a layer is the base's."""
+
+    def refuse_elsewhere(self) -> None:
+        """As `refuse_other_tasks`."""
+        refuse_other_tasks()
+
+
 def refuse_other_tasks() -> None:
-    """Raise BatchError where a graph runs in a task that is not in the innermost block of its
-    thread."""
+    """Raise BatchError where a graph, or a layer, runs in a task that is not in the innermost block
+    of its thread."""
     blocks = _OPEN.blocks
     if not blocks or blocks[-1].task is None or _INSIDE.get() is blocks[-1]:
         return

@@ -68,16 +68,17 @@ def blip2() -> nn.Module:
 
 @pytest.fixture
 def built(tmp_path: Path) -> Any:
-    """A model with an adapter "v" of its vision tower and "l" of its language model."""
+    """A model with an adapter "v" of its vision tower and "l" of its language model, and others of
+    given targets."""
 
-    def make(build: Any) -> tuple[Any, dict[str | None, Any]]:
+    def make(build: Any, **others: Any) -> tuple[Any, dict[str | None, Any]]:
         base = random_base(Family(build, token_inputs, (), {}))
         vision = r".*vision.*(q_proj|qkv|fc1|projector|visual_projection)"
         vision += r"|qformer.*(query|dense)|language_projection"
         language = r".*(language|text)_model.*(q_proj|fc1|up_proj)"
         folders = {
             name: save_adapter(base, tmp_path / name, rank=2, targets=targets, seed=2, gain=2)
-            for name, targets in (("v", vision), ("l", language))
+            for name, targets in {"v": vision, "l": language, **others}.items()
         }
         merged = {name: oracle.merged(base, folder) for name, folder in folders.items()}
         cm = lorafx.compile(copy.deepcopy(base), folders, options=REFERENCE)
@@ -166,17 +167,17 @@ def test_images_of_a_model_that_was_never_called_belong_to_their_requests(built)
 def test_generate_of_a_model_inside_of_the_model(built):
     """BLIP-2's own `generate` never calls its forward, but its parts, and the `generate` of its
     language model."""
-    cm, alone = built(blip2)
+    cm, alone = built(blip2, e=["embed_tokens", "fc2"])
     batch = images(3)
-    want = {name: alone[name].generate(**batch, **LOGITS) for name in ("v", "l", None)}
-    for name in ("v", "l"):
+    want = {name: alone[name].generate(**batch, **LOGITS) for name in ("v", "l", "e", None)}
+    for name in ("v", "l", "e"):
         assert error(want[name].logits[0], want[None].logits[0]) > 1e-3
-    names = ["v", None, "l"]
-    got = cm.generate(**batch, **LOGITS, adapter_names=names)
-    for row, name in enumerate(names):
-        assert torch.equal(got.sequences[row], want[name].sequences[row])
-        for step, logits in enumerate(got.logits):
-            assert error(logits[row], want[name].logits[step][row]) < 1e-5
+    for names in (["v", None, "l"], ["v", "e", None]):
+        got = cm.generate(**batch, **LOGITS, adapter_names=names)
+        for row, name in enumerate(names):
+            assert torch.equal(got.sequences[row], want[name].sequences[row])
+            for step, logits in enumerate(got.logits):
+                assert error(logits[row], want[name].logits[step][row]) < 1e-5
     captured = cm.recompiles
     got = cm.generate(**batch, **LOGITS, adapter_names=["l", "v", "v"])
     assert error(got.logits[0][1:], want["v"].logits[0][1:]) < 1e-5
@@ -188,3 +189,22 @@ def test_generate_of_a_model_inside_of_the_model(built):
         assert torch.equal(cm.generate(**batch, **SHORT), want["v"].sequences)
     with pytest.raises(MatchError, match=r"vision_model\S* \(Linear\) runs outside.*'v' is the"):
         cm.model.vision_model(batch["pixel_values"])
+
+
+@pytest.mark.usefixtures("fixed_sizes")
+def test_a_hook_on_a_part_that_generate_calls_by_itself_runs_once(built):
+    """That of a site ran in its graph, and around it."""
+    cm, alone = built(blip2)
+    batch, calls = images(2), []
+
+    def halve(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        calls.append(module)
+        return output / 2
+
+    for model in (cm.model, alone["v"]):
+        model.language_projection.register_forward_hook(halve)
+    want = alone["v"].generate(**batch, **LOGITS)
+    del calls[:]
+    got = cm.generate(**batch, **LOGITS, adapter_names=["v"] * 2)
+    assert error(got.logits[0], want.logits[0]) < 1e-5
+    assert len(calls) == 1

@@ -335,6 +335,8 @@ def test_tasks_of_asyncio_that_await_inside_a_block(plain):
 
     for other in (calls, opens):
         asyncio.run(both(other))
+    call, names = model, ["a0", "a0"]  # not compiled: one adapter a block
+    asyncio.run(both(calls))
     with lorafx.adapters(model, ["a1", "a2"]):  # around a loop of its own
         asyncio.run(inside())
     check_base(call, plain, inputs)
