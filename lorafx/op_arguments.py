@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 
 #: Calls the op that is its first argument, which writes into others of them.
 AUTO_FUNCTIONALIZED = torch.ops.higher_order.auto_functionalized
@@ -35,8 +35,10 @@ class _Argument(NamedTuple):
 
 
 @functools.cache
-def _arguments(op: OpOverload) -> tuple[_Argument, ...]:
-    """What an op takes. torch makes new objects whenever a schema is asked."""
+def _arguments(op: OpOverload | OpOverloadPacket) -> tuple[_Argument, ...]:
+    """What an op takes, in Dynamo's graphs too, which call it by its name without an overload.
+    torch makes new objects whenever a schema is asked."""
+    op = op.default if isinstance(op, OpOverloadPacket) else op
     return tuple(
         _Argument(item.name, item.has_default_value(), item.default_value)
         for item in op._schema.arguments

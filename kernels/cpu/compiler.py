@@ -2,10 +2,10 @@
 
     path = cache / sha256(source, command, compiler's version).so
 
-A library is compiled in a temporary folder of the cache and renamed into place, so processes that
-race build it twice at worst and none sees half a file. Sources stay beside the libraries, to read.
-What is compiled here includes no torch header and links nothing, so it is valid for every torch
-version and takes about a second.
+A library is compiled once, whoever asks for it (lorafx.kernels.cpu.compilations), in a temporary
+folder of the cache, and renamed into place, so nobody sees half a file. Sources stay beside the
+libraries, to read. What is compiled here includes no torch header and links nothing, so it is valid
+for every torch version and takes about a second.
 
 What the kernels need of torch's Python internals is in this file.
 """
@@ -18,13 +18,13 @@ import hashlib
 import os
 import platform
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from lorafx.errors import LoweringError
+from lorafx.kernels.cpu.compilations import compiled
 
 BASE_FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-w"),
@@ -120,8 +120,11 @@ def cache_folder() -> Path:
     return path
 
 
-def compile_library(source: str, flags: tuple[str, ...] = ()) -> Path:
+def compile_library(source: str, flags: tuple[str, ...] = (), *, wait: bool = True) -> Path:
     """The shared library of `source`, from the cache or compiled now.
+
+    Args:
+        wait: where somebody else is compiling it, which then may not have ended.
 
     Raises:
         LoweringError: no compiler, or the compiler refuses the source.
@@ -129,24 +132,8 @@ def compile_library(source: str, flags: tuple[str, ...] = ()) -> Path:
     compiler = find_compiler()
     command = [compiler, *BASE_FLAGS, *flags]
     key = hashlib.sha256("\0".join([source, *command, _version_of(compiler)]).encode())
-    name = key.hexdigest()[:32]
-    folder = cache_folder()
-    library = folder / f"{name}.so"
-    if library.exists():
-        return library
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        text, built = Path(scratch, f"{name}.cpp"), Path(scratch, f"{name}.so")
-        text.write_text(source)
-        try:
-            done = subprocess.run(
-                [*command, str(text), "-o", str(built)], capture_output=True, text=True, check=False
-            )
-        except OSError as error:
-            raise LoweringError(f"{compiler} could not be started: {error}") from error
-        if done.returncode:
-            raise LoweringError(f"{compiler} refused a generated kernel:\n{done.stderr[-2000:]}")
-        os.replace(text, folder / f"{name}.cpp")
-        os.replace(built, library)
+    library = cache_folder() / f"{key.hexdigest()[:32]}.so"
+    compiled(command, source, library, wait=wait)
     return library
 
 

@@ -16,7 +16,7 @@ import hashlib
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import lorafx.kernels.ops.expert_ops  # noqa: F401  defines an op of the dispatc
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.compiler import Isa, best_isa, compile_library, load_library
 from lorafx.kernels.cpu.cpu_source import source
-from lorafx.kernels.cpu.native_ops import dtype_code, register
+from lorafx.kernels.cpu.native_ops import dtype_code, op_source, register
 from lorafx.kernels.ops import ops
 from lorafx.kernels.ops.bank_arguments import Ranges
 from lorafx.kernels.ops.delta_spec import DeltaSpec
@@ -47,6 +47,9 @@ class KernelEntry(ctypes.Structure):
     )
 
 
+#: What the dispatcher consists of, for `register`.
+DISPATCHER = ("rows.h", "delta_args.h", "dispatcher.cpp")
+
 _LOCK = threading.RLock()
 _BUILT: dict[tuple[DeltaSpec, str], int] = {}
 _NOTES: list[dict[DeltaSpec, int]] = []
@@ -60,7 +63,7 @@ def _dispatcher() -> ctypes.CDLL:
     Raises:
         LoweringError: no compiler, or a torch without the C interface.
     """
-    return register("lorafx::run_delta_", ("rows.h", "delta_args.h", "dispatcher.cpp"))
+    return register("lorafx::run_delta_", DISPATCHER)
 
 
 @functools.cache
@@ -153,8 +156,11 @@ def build_all(specs: Iterable[DeltaSpec]) -> dict[DeltaSpec, int | None]:
         isa = best_isa()
         todo = [spec for spec in wanted if spec.supported() and (spec, isa.name) not in _BUILT]
         with ThreadPoolExecutor(max_workers=4) as pool:
-            for future in [pool.submit(_compile, spec, isa) for spec in todo]:
-                future.exception()
+            jobs: list[Future[Any]] = [pool.submit(_compile, spec, isa) for spec in todo]
+            if todo:
+                jobs.append(pool.submit(compile_library, op_source(DISPATCHER)))
+            for job in jobs:
+                job.exception()
     return {spec: build(spec) for spec in wanted}
 
 

@@ -6,6 +6,7 @@ source(spec, isa) = #defines and constants of (dtypes, sizes, ranges, tiles)
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from importlib import resources
 
@@ -73,8 +74,12 @@ def source(spec: DeltaSpec, isa: Isa) -> str:
 
 def templates(*names: str) -> list[str]:
     """The texts of these files of this folder."""
-    folder = resources.files("lorafx.kernels.cpu")
-    return [folder.joinpath(name).read_text() for name in names]
+    return [_template(name) for name in names]
+
+
+@functools.cache
+def _template(name: str) -> str:
+    return resources.files("lorafx.kernels.cpu").joinpath(name).read_text()
 
 
 def tile_sizes(isa: Isa) -> dict[str, int]:

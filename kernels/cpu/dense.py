@@ -37,6 +37,8 @@ from lorafx.kernels.cpu.native_ops import dtype_code, register
 from lorafx.kernels.ops.op_checks import require
 from lorafx.kernels.ops.op_library import define
 
+#: What the ops' kernels in C++ consist of, for `register`.
+DENSE_OPS = ("dense_args.h", "dense_op.cpp")
 #: What dense_op.cpp calls beside those of handles.h, in the order of its `struct DenseShims`.
 _MORE_SHIMS = (
     "aoti_torch_empty_strided",
@@ -91,7 +93,7 @@ def _op_library() -> ctypes.CDLL:
     Raises:
         LoweringError: no compiler, or a torch without the C interface.
     """
-    library = register("lorafx::dense_mm", ("dense_args.h", "dense_op.cpp"), _MORE_SHIMS)
+    library = register("lorafx::dense_mm", DENSE_OPS, _MORE_SHIMS)
     library.lorafx_add.argtypes = (ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p)
     library.lorafx_add_many.argtypes = (ctypes.c_int32, ctypes.c_void_p)
     many_by_onednn(library)

@@ -48,6 +48,11 @@ def dtype_code(dtype: torch.dtype) -> int:
     return int(ctypes.CFUNCTYPE(ctypes.c_int32)(torch_function(_DTYPES[dtype]))())
 
 
+def op_source(files: Sequence[str]) -> str:
+    """The text of the library of these files of this folder, which is compiled without flags."""
+    return "\n".join(templates("handles.h", *files))
+
+
 def register(op: str, files: Sequence[str], more_shims: Sequence[str] = ()) -> ctypes.CDLL:
     """The library of these files of this folder, whose CPU kernels torch knows from now on.
 
@@ -59,7 +64,7 @@ def register(op: str, files: Sequence[str], more_shims: Sequence[str] = ()) -> c
     Raises:
         LoweringError: no compiler, or a torch without the C interface.
     """
-    library = load_library(compile_library("\n".join(templates("handles.h", *files))))
+    library = load_library(compile_library(op_source(files)))
     names = (*_SHIMS, *more_shims)
     shims = (ctypes.c_void_p * len(names))(*(torch_function(name) for name in names))
     if library.lorafx_install(shims):

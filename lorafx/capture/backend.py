@@ -141,7 +141,7 @@ class Backend:
         program = self.program
         spans: list[Span] = []
         note_tracing(spans)
-        lowering.begin(program.runtime.device)
+        lowering.begin(program)
         program.look_at_modules()
         program.refuse_missing(program.batch.touched if program.runtime.active else ())
         frame = Frame.of(program, gm.graph, examples)
@@ -170,6 +170,8 @@ class Backend:
             self.drop_guards(bound)
             tell_instance(title, type(program.model).__name__, asked, spans)
             return executable
+        if (both or active) and frame.carries_lora:
+            lowering.foresee(program, frame, gm.graph)
         begun = self.instances.begin()
         places = InputPlaces.of(frame, examples, shared=self.shares_graphs)
         self.several[0] |= frame.follows_another or bool(places.arguments) or ends_in_break()

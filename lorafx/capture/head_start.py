@@ -1,9 +1,13 @@
-"""What Inductor finds out about the machine once a process, found out while the model is traced.
+"""What need not wait for a graph, done while the model is traced.
 
-It compiles a few lines for each instruction set that the CPU has, and loads them: nine seconds from
-empty caches, one from full ones, nearly all of it in other processes. It also hashes all of Triton
-for the key of its caches, without a GPU too. Neither depends on the model, so a thread does it
-while Dynamo and AOTAutograd run, and Inductor finds the results where it keeps them itself.
+Inductor finds out about the machine once a process. It compiles a few lines for each instruction
+set that the CPU has, and loads them: nine seconds from empty caches, one from full ones, nearly all
+of it in other processes. It also hashes all of Triton for the key of its caches, without a GPU too.
+Neither depends on the model, so a thread does it while Dynamo and AOTAutograd run, and Inductor
+finds the results where it keeps them itself.
+
+lorafx's own kernels on a CPU follow from the model's sites, and from what these read in Dynamo's
+graph. Compilers run for them in the background, and the passes find the libraries in their cache.
 """
 
 from __future__ import annotations
@@ -11,9 +15,18 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import threading
+import weakref
 
 import torch
+from torch import fx
 
+from lorafx.kernels.cpu.compile_ahead import compile_ahead
+from lorafx.passes.plan.foreseen import before_tracing, in_captured
+from lorafx.program.frame import Frame
+from lorafx.program.program import Program
+
+#: Programs whose kernels were begun.
+_BEGUN: weakref.WeakSet[Program] = weakref.WeakSet()
 _started: threading.Thread | None = None
 
 
@@ -34,6 +47,18 @@ def begin() -> None:
     context = contextvars.copy_context()
     _started = threading.Thread(target=context.run, args=(_find_out,), daemon=True)
     _started.start()
+
+
+def compile_kernels(program: Program) -> None:
+    """Start with the kernels that any graph of `program` will ask for, once for each program."""
+    if program not in _BEGUN:
+        _BEGUN.add(program)
+        compile_ahead(before_tracing(program))
+
+
+def compile_kernels_of(program: Program, frame: Frame, graph: fx.Graph) -> None:
+    """Start with those that a graph of Dynamo's will ask for beside them."""
+    compile_ahead(in_captured(program, frame, graph))
 
 
 def wait() -> None:

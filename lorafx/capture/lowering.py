@@ -28,6 +28,8 @@ from lorafx.kernels.cpu.compiler import find_compiler
 from lorafx.passes import products
 from lorafx.passes.outline.regions import bodies
 from lorafx.passes.products import replace_products
+from lorafx.program.frame import Frame
+from lorafx.program.program import Program
 
 aten = torch.ops.aten
 
@@ -35,10 +37,13 @@ aten = torch.ops.aten
 class Lowering(Protocol):
     """Two roads: graphs with LoRA (`compile`) and graphs of the base model alone (`base`).
 
-    `begin` is called before a model is traced.
+    `begin` is called before a model is traced, and again for each of its graphs; `foresee` is shown
+    what Dynamo captured, before that is traced again.
     """
 
-    def begin(self, device: torch.device) -> None: ...
+    def begin(self, program: Program) -> None: ...
+
+    def foresee(self, program: Program, frame: Frame, graph: fx.Graph) -> None: ...
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]: ...
 
@@ -96,9 +101,14 @@ class InductorLowering:
     stamps: bool = False
     products: bool = False
 
-    def begin(self, device: torch.device) -> None:
-        if device.type == "cpu":
+    def begin(self, program: Program) -> None:
+        if program.runtime.device.type == "cpu":
             head_start.begin()
+            head_start.compile_kernels(program)
+
+    def foresee(self, program: Program, frame: Frame, graph: fx.Graph) -> None:
+        if program.runtime.device.type == "cpu":
+            head_start.compile_kernels_of(program, frame, graph)
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]:
         from torch._inductor import config
@@ -245,7 +255,10 @@ class NodeByNode:
 class ReferenceLowering:
     """Plain aten, node by node, on any device."""
 
-    def begin(self, device: torch.device) -> None:
+    def begin(self, program: Program) -> None:
+        pass
+
+    def foresee(self, program: Program, frame: Frame, graph: fx.Graph) -> None:
         pass
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]:

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-import torch
 from torch import fx, nn
 
 from lorafx.capture.backend import Backend
@@ -22,6 +21,8 @@ from lorafx.graph.context import Context
 from lorafx.model.sites import Site
 from lorafx.pass_order import CAPTURED, GraphPass, pipeline
 from lorafx.passes.outline.outline import Outline
+from lorafx.program.frame import Frame
+from lorafx.program.program import Program
 from lorafx.serving.entry import Entry, entered
 from lorafx.session.session import Session
 
@@ -81,8 +82,11 @@ class Stages:
 
     # --- a lowering ---
 
-    def begin(self, device: torch.device) -> None:
-        self.program_lowering.begin(device)
+    def begin(self, program: Program) -> None:
+        self.program_lowering.begin(program)
+
+    def foresee(self, program: Program, frame: Frame, graph: fx.Graph) -> None:
+        self.program_lowering.foresee(program, frame, graph)
 
     def decompositions(self) -> dict[Any, Callable[..., Any]]:
         found: dict[Any, Callable[..., Any]] = self.program_lowering.decompositions()

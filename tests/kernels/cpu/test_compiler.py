@@ -16,7 +16,7 @@ from delta_oracle import assert_delta, random_problem
 from toolchain import needs_compiler
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.cpu import compiler, cpu
+from lorafx.kernels.cpu import compilations, compiler, cpu
 from lorafx.kernels.cpu.compiler import Isa, compile_library, load_library
 from lorafx.kernels.cpu.cpu import build, delta_call, embedding_delta_call
 from lorafx.kernels.ops.delta_spec import DeltaSpec
@@ -48,7 +48,7 @@ def test_a_source_is_compiled_once(folder: Path, monkeypatch: pytest.MonkeyPatch
         raise AssertionError("the compiler was called again")
 
     monkeypatch.setattr(compiler, "find_compiler", lambda: find)
-    monkeypatch.setattr(compiler.subprocess, "run", refuse)
+    monkeypatch.setattr(compilations, "_run", refuse)
     assert compile_library(SOURCE) == path
     with pytest.raises(AssertionError, match="called again"):
         compile_library(SOURCE, ("-DOTHER",))

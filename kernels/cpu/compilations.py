@@ -1,0 +1,237 @@
+"""One run of the compiler for each library, among threads and among processes that share a cache.
+
+    compiled(...)    compiles a library, or waits for whoever is compiling it already
+    ahead(...)       has threads compile what will be asked for, while Python does something else
+
+In a process whoever comes first compiles. Among processes the source beside the library is the
+lock: it is held (flock) by the one that compiles. Where that cannot be had, for want of a file
+system that locks, or since a process keeps it for too long, a library is compiled twice, which is
+harmless: it is renamed into place.
+
+A process that ends takes its compilers along. A forked child knows nothing of its parent's.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import contextvars
+import fcntl
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TextIO
+
+from lorafx.errors import LoweringError
+
+#: Seconds to wait for a library that another process compiles; most take one.
+PATIENCE = 60.0
+#: Compilers at a time of what is compiled ahead, on a machine with many cores.
+MOST_AHEAD = 4
+
+_LOCK = threading.Lock()
+_UNDER_WAY: dict[Path, Future[None]] = {}
+_RUNNING: set[subprocess.Popen[str]] = set()
+_QUEUE: deque[Callable[[], object]] = deque()
+_WORKERS: set[threading.Thread] = set()
+_ended = False
+
+
+def compiled(command: Sequence[str], source: str, library: Path, *, wait: bool = True) -> None:
+    """Have `library` compiled from `source`.
+
+    Args:
+        command: the compiler and its flags.
+        wait: for a library that somebody else is compiling; otherwise it may not be there yet.
+
+    Raises:
+        LoweringError: the compiler cannot be started, or refuses the source.
+    """
+    while not library.exists():
+        with _LOCK:
+            other = _UNDER_WAY.get(library)
+            own: Future[None] = Future()
+            if other is None:
+                _UNDER_WAY[library] = own
+        if other is not None:
+            if not wait:
+                return
+            error = other.exception()
+            if isinstance(error, LoweringError):
+                raise error
+            continue  # there it is, or whoever compiled it was interrupted
+        failure: BaseException | None = None
+        try:
+            with _held(library.with_suffix(".cpp"), wait=wait) as file:
+                if file is not None and not library.exists():
+                    _compile(command, source, file, library)
+        except BaseException as error:
+            failure = error
+            raise
+        finally:
+            with _LOCK:
+                _UNDER_WAY.pop(library, None)
+            own.set_exception(failure) if failure else own.set_result(None)
+        if not wait:
+            return
+
+
+def ahead(tasks: Iterable[Callable[[], object]]) -> None:
+    """Run these one after the other in the background, as many at a time as there are cores beside
+    the one that traces. What fails there fails again where it is asked for, and is told there."""
+    for task in tasks:
+        context = contextvars.copy_context()  # with Inductor's settings, which name the compiler
+        _QUEUE.append(lambda task=task, context=context: context.run(task))  # type: ignore[misc]
+    with _LOCK:
+        for _ in range(min(len(_QUEUE), _spare_cores()) - len(_WORKERS)):
+            worker = threading.Thread(target=_work, name="lorafx compiling ahead", daemon=True)
+            _WORKERS.add(worker)
+            worker.start()
+
+
+def _spare_cores() -> int:
+    known = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    return min(max(cores - 1, 1), MOST_AHEAD)
+
+
+def _work() -> None:
+    while True:
+        with _LOCK:
+            if not _QUEUE or _ended:
+                _WORKERS.discard(threading.current_thread())
+                return
+            task = _QUEUE.popleft()
+        with contextlib.suppress(Exception):
+            task()
+
+
+@contextlib.contextmanager
+def _held(path: Path, *, wait: bool) -> Iterator[TextIO | None]:
+    """The file, which no other process holds at the same time, made if need be; None where one
+    does and is not waited for. Nor is it for longer than PATIENCE."""
+    deadline, pause = time.monotonic() + PATIENCE, 0.005
+    while True:
+        with path.open("a+") as file:
+            busy = _lock(file)
+            if busy and not wait:
+                yield None
+                return
+            # Whoever held it may have removed it.
+            if time.monotonic() > deadline or (not busy and _is_at(file, path)):
+                try:
+                    yield file
+                finally:
+                    # For a forked child too, which has inherited it.
+                    with contextlib.suppress(OSError):
+                        fcntl.flock(file, fcntl.LOCK_UN)
+                return
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
+
+
+def _lock(file: TextIO) -> bool:
+    """Lock it, unless another process has; true then."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there are no locks here
+        return False
+    return False
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _compile(command: Sequence[str], source: str, text: TextIO, library: Path) -> None:
+    text.seek(0)
+    if text.read() != source:
+        text.truncate(0)
+        text.write(source)
+        text.flush()
+    done = False
+    try:
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            built = Path(scratch, library.name)
+            _run([*command, text.name, "-o", str(built)])
+            built.replace(library)
+        done = True
+    finally:
+        if not done:
+            Path(text.name).unlink(missing_ok=True)
+
+
+def _run(command: Sequence[str]) -> None:
+    """Run the compiler, in a group of processes of its own: it starts others."""
+    try:
+        with _LOCK:
+            if _ended:
+                raise LoweringError("Python is shutting down")
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+            _RUNNING.add(process)
+    except OSError as error:
+        raise LoweringError(f"{command[0]} could not be started: {error}") from error
+    try:
+        _, errors = process.communicate()
+    except BaseException:
+        _stop(process)
+        raise
+    finally:
+        _RUNNING.discard(process)
+    if process.returncode:
+        raise LoweringError(f"{command[0]} refused a generated kernel:\n{errors[-2000:]}")
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    # GCC removes its temporary files on SIGTERM.
+    for each in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, each)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1)
+
+
+@atexit.register
+def _end() -> None:
+    """Stop the compilers, and wait until the threads that started them have tidied up."""
+    global _ended
+    with _LOCK:
+        _ended = True
+        running, workers = list(_RUNNING), list(_WORKERS)
+    for process in running:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+    for worker in workers:
+        worker.join(2)
+
+
+def _after_fork() -> None:
+    """The threads are the parent's, and so are their compilers."""
+    global _LOCK
+    _LOCK = threading.Lock()
+    for each in (_UNDER_WAY, _RUNNING, _QUEUE, _WORKERS):
+        each.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
