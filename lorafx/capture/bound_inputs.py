@@ -77,17 +77,23 @@ class _Binding:
     def __init__(self, bound: BoundInputs, program: Program) -> None:
         self.tensors = bound.tensors(program)
         self._program = program
-        self._positions = [position for position, _ in bound.weights]
+        first, *others = (position for position, _ in bound.weights)
+        # Of one position an itemgetter would give no tuple.
+        self._weights_of = operator.itemgetter(first, first, *others)
         self._sites = [site for _, site in bound.weights]
-        self._known = [program.weight_of(site) for site in self._sites]
+        self._known = self._now()
+
+    def _now(self) -> list[Tensor | None]:
+        """The weights, as `_weights_of` gives them."""
+        weights = [self._program.weight_of(site) for site in self._sites]
+        return [weights[0], *weights]
 
     def check(self, arguments: Sequence[Any]) -> None:
-        now = map(arguments.__getitem__, self._positions)
-        if not all(map(operator.is_, now, self._known)):
+        if not all(map(operator.is_, self._weights_of(arguments), self._known)):
             self._program.look_at_modules()
             self._program.refuse_missing(self._program.batch.touched)
             # A parameter was replaced, or what was is of no adapter of this batch.
-            self._known = [self._program.weight_of(site) for site in self._sites]
+            self._known = self._now()
 
 
 def bind(

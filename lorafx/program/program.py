@@ -15,7 +15,7 @@ from lorafx.config import LoraConfig, Options
 from lorafx.model.bank import Bank
 from lorafx.model.hook_watch import HookWatch
 from lorafx.model.module_graph import ModuleGraph
-from lorafx.model.packing import PackedGroup
+from lorafx.model.packing import PackedGroup, PackWatch
 from lorafx.model.quantized import QuantisedModules
 from lorafx.model.replaced_modules import SiteWatch
 from lorafx.model.runtime import Runtime
@@ -77,6 +77,7 @@ class Program:
         self.derived = DerivedTensors(self)
         self.site_watch = SiteWatch(self.graph, self.sites)
         self.hook_watch = HookWatch(self.model, self.sites)
+        self.pack_watch = PackWatch(self.packed)
         self.own_memory = OwnMemory(self._own_tensors)
         self.quantised = QuantisedModules.of(module for _, module in self.graph.modules())
         self._by_weight: dict[int, list[Site]] = {}

@@ -28,7 +28,6 @@ from lorafx.errors import (
 )
 from lorafx.model.attachment import MARKS
 from lorafx.model.experts import LOOP, loops
-from lorafx.model.packing import check_packed
 from lorafx.program.program import Program
 from lorafx.program.roles import RoleTable
 from lorafx.program.row_dims import IMAGES, TOKEN_DIMS
@@ -89,7 +88,7 @@ class Entry:
             named = kwargs = _plain_tokens(kwargs)
         session.set_batch(self.roles, self.roles.spread(named))
         _fix_image_sizes(named)
-        check_packed(session.program.packed)
+        session.program.pack_watch.check()
         session.program.quantised.settle_again()
         if session.program.runtime.active:
             self._refuse_loops()

@@ -149,7 +149,8 @@ class AttachedSession(Session):
         if rows is not None and (rows > 1 or checks.begins_call):
             check = partial(checks.places.check_rows, arguments)
             self.set_rows(self.asked, rows, check, self.program.call)
-        untracked(lambda _: check_packed(self.program.packed))
+        if not self.program.pack_watch.intact:
+            untracked(lambda _: check_packed(self.program.packed))
 
     @contextmanager
     def knowing_arguments(self) -> Iterator[None]:
