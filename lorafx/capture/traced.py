@@ -8,7 +8,8 @@ and resets these marks.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from traceback import walk_tb
 from types import CodeType, FunctionType, MethodType
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from torch._dynamo.exc import ObservedException, Unsupported
 from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
 
 from lorafx.call_stack import with_room
+from lorafx.capture.config_reads import plain_config_reads
 from lorafx.capture.logged_once import logged_once
 from lorafx.capture.recorded_outputs import hooks_registered
 from lorafx.capture.replay import replaying
@@ -123,7 +125,7 @@ class Traced:
                 )
                 replay = replaying(self._repeated())
                 spared = earlier_objects_spared()
-                with settings, spared, hooks_registered(), logged_once(), replay, conversion():
+                with settings, spared, _interceptions(), replay, conversion():
                     if self._saved is not None and frame.f_code is self._code:
                         return with_room(self._saved.converted, convert, frame, *args, **kwargs)
                     return with_room(convert, frame, *args, **kwargs)
@@ -137,6 +139,12 @@ class Traced:
                 raise
 
         return noting
+
+
+@contextmanager
+def _interceptions() -> Iterator[None]:
+    with hooks_registered(), logged_once(), plain_config_reads():
+        yield
 
 
 def _what_was_raised(error: Unsupported) -> str:
