@@ -32,6 +32,7 @@ def table(reports: Iterable[Report]) -> str:
         _missing(reference),
         _not_ok(reference),
         _ok(reference),
+        _others(),
         _routed(reference),
         _inductor(inductor, reference) if inductor else [],
     ]
@@ -142,6 +143,20 @@ def _ok(rows: Sequence[Report]) -> list[str]:
             "",
         ]
     return lines
+
+
+def _others() -> list[str]:
+    """Families that are no row of the sweep, whose inputs are of no kind of `tiny.KINDS`."""
+    return [
+        "## Those with other inputs",
+        "",
+        "What is neither a text nor an image nor audio is not part of the sweep. These have tests "
+        "of their own, by the same oracle: VisualBERT and LXMERT (what is seen beside a text), "
+        "PatchTST (time series) and Decision Transformer (trajectories) in "
+        "`tests/models/test_other_inputs.py`, multiple choice (BERT, DeBERTa-v2) in "
+        "`tests/models/test_multiple_choice.py`.",
+        "",
+    ]
 
 
 def _routed(rows: Sequence[Report]) -> list[str]:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import (
     DecisionTransformerConfig,
     DecisionTransformerModel,
+    LxmertConfig,
+    LxmertForQuestionAnswering,
     PatchTSTConfig,
     PatchTSTForPrediction,
     VisualBertConfig,
@@ -32,6 +34,19 @@ def visual_bert() -> nn.Module:
 def seen(rows: int) -> dict[str, Tensor]:
     embeds = {"visual_embeds": torch.randn(rows, 4, 20)}
     return {**token_inputs(rows, 6), **embeds, "visual_attention_mask": torch.ones(rows, 4)}
+
+
+def lxmert() -> nn.Module:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 40, "num_qa_labels": 3}
+    layers = {"l_layers": 1, "x_layers": 1, "r_layers": 1, "num_attention_heads": 4}
+    return LxmertForQuestionAnswering(LxmertConfig(**sizes, **layers, visual_feat_dim=20))
+
+
+def regions(rows: int) -> dict[str, Tensor]:
+    seen = {"visual_feats": torch.randn(rows, 4, 20), "visual_pos": torch.rand(rows, 4, 4)}
+    mask = torch.ones(rows, 4)
+    mask[0, 3] = 0
+    return {**token_inputs(rows, 6), **seen, "visual_attention_mask": mask}
 
 
 def series() -> nn.Module:
@@ -62,6 +77,7 @@ def steps(rows: int) -> dict[str, Tensor]:
     ("build", "inputs", "result"),
     [
         (visual_bert, seen, "logits"),
+        (lxmert, regions, "question_answering_score"),
         (series, values, "prediction_outputs"),
         (trajectory, steps, "action_preds"),
     ],
