@@ -33,6 +33,8 @@ from lorafx.model.own_rows import OWN_KINDS, is_input_embedding, own_refusal, ti
 from lorafx.model.sites import Site
 from lorafx.registry import lookup
 
+#: As many modules are named in an error.
+_NAMED = 8
 _TOKENS = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?$")
 
 
@@ -124,11 +126,13 @@ class OwnReading:
         self._graph: ModuleGraph | None = None
         self._apart: dict[str, tuple[int, ...] | None] = {}  # tokens by path, as they were saved
         self._reached: set[str] = set()  # paths of modules that have trained tokens
+        self._served: list[str] = []  # paths of modules that may have a weight of the adapter's own
         self.found: dict[str, OwnWeight] = {}
 
     def decode(self) -> dict[str, OwnWeight]:
         """Rows by the path of the site; `keys` are those that are dealt with."""
         modules = saved_modules(self.state, self.places, with_copies=True)
+        self._served = [each.path for each in modules if each.eligible and each.named]
         for saved in modules:
             self.keys.update(key for key, _ in saved.tensors.values())
             self.findings.compared |= not saved.named
@@ -166,8 +170,8 @@ class OwnReading:
         if not saved.eligible:
             self.findings.unsupported.append(
                 f"{label} was trained as a whole (modules_to_save), and only linears and "
-                "embeddings have another weight for each row; train the adapter without this "
-                "module, or merge it into a copy of the base model"
+                f"embeddings have another weight for each row; train the adapter {self._without()}"
+                ", or merge it into a copy of the base model"
             )
             return
         if site is None or not _has_room(site):
@@ -198,6 +202,12 @@ class OwnReading:
         if not self._sized(label, key, rows, bias, site):
             return
         self._keep(saved.path, site, OwnWeight(rows, bias))
+
+    def _without(self) -> str:
+        """How to train what can be served."""
+        if 0 < len(self._served) <= _NAMED:
+            return f"with modules_to_save={self._served}"
+        return "without this module"
 
     def _lacks(self, path: str, module: nn.Module, name: str) -> None:
         problem = (
