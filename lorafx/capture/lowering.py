@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from lorafx.capture import head_start
+from lorafx.capture.inductor_shortcuts import shortcuts
 from lorafx.capture.outlined_calls import interpreted_once
 from lorafx.capture.stamps import STAMP, Folded, NotUnfolded, fold, unfold
 from lorafx.compat import mode_settings
@@ -122,7 +123,7 @@ class InductorLowering:
 
         head_start.wait()
         settings = config.patch({**self.patches, **_IN_ORDER, **_NO_HARNESS})
-        with settings, interpreted_once(inputs), _strides_unasked():
+        with settings, interpreted_once(inputs), _strides_unasked(), shortcuts():
             # What compile_fx does for inference before its inner compile.
             gm = inductor._recursive_joint_graph_passes(gm)
             for module in (gm, *(body for _, body in bodies(gm))):

@@ -1,0 +1,118 @@
+"""Inductor spares itself work for logs, and comparisons of equal layouts: its code is the same."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from dense_merge import Case, build_case
+from torch._dynamo.repro import after_aot
+from torch._inductor import codecache, fx_utils
+from torch._inductor import ir as inductor_ir
+from torch._inductor.graph import GraphLowering
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from lorafx.capture import lowering
+from lorafx.capture.inductor_shortcuts import shortcuts
+
+IDS = torch.tensor([[7, 40, 12], [9, 9, 31], [60, 5, 17]])
+
+
+class Enough(Exception):
+    """Inductor has written its code, which nobody compiles here."""
+
+
+def code_of(case: Case, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What Inductor writes for a prompt into a cache of a fixed size."""
+    found: list[str] = []
+
+    def keep(code: str) -> None:
+        found.append(code)
+        raise Enough
+
+    monkeypatch.setattr(GraphLowering, "save_output_code", keep)
+    cm: Any = case.compile(options={"lowering": "inductor"}, dynamic=False)
+    past = transformers.StaticCache(config=cm.model.config, max_cache_len=8)
+    with pytest.raises(Exception, match="Enough"):
+        cm(input_ids=IDS, past_key_values=past, adapter_names=["a0", None, "a1"])
+    # Comments and the names of kernels say what else the process has traced.
+    return re.sub(r"#.*|cpp_fused_\w+", "", found[0])
+
+
+def noting(name: str, of: Callable[..., Any], asked: list[str]) -> Callable[..., Any]:
+    def called(*args: Any, **kwargs: Any) -> Any:
+        asked.append(name)
+        return of(*args, **kwargs)
+
+    return called
+
+
+def test_the_code_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = build_case("llama", tmp_path, num_hidden_layers=3)
+    asked: list[str] = []
+    asked_by = {
+        "debug_lines": codecache.FxGraphCachePickler,
+        "save_graph_repro": after_aot,
+        "require_exact_strides": inductor_ir.ExternKernel,
+    }
+    for name, owner in asked_by.items():
+        monkeypatch.setattr(owner, name, noting(name, getattr(owner, name), asked))
+    with monkeypatch.context() as without:
+        without.setattr(lowering, "shortcuts", nullcontext)
+        torch._dynamo.reset()
+        plain = code_of(case, without)
+    before = {name: asked.count(name) for name in asked}
+    assert before.keys() == asked_by.keys()
+    asked.clear()
+    torch._dynamo.reset()
+    assert code_of(case, monkeypatch) == plain
+    assert "outlined_0" in plain
+    assert set(asked) <= {"require_exact_strides"}
+    # What stays are operands that an operator has computed.
+    assert len(asked) < before["require_exact_strides"] / 2
+
+
+@pytest.mark.parametrize("keeper", ["debug", "trace"])
+def test_logs_that_are_kept_are_whole(monkeypatch: pytest.MonkeyPatch, keeper: str) -> None:
+    lines = codecache.FxGraphCachePickler.debug_lines
+    script = after_aot.save_graph_repro
+    if keeper == "trace":
+        monkeypatch.setenv("TORCH_TRACE", "/nowhere")
+    else:
+        level = codecache.log.level
+        codecache.log.setLevel(logging.DEBUG)
+        monkeypatch.setattr(codecache.log, "level", logging.DEBUG)
+        assert codecache.log.isEnabledFor(logging.DEBUG)
+    try:
+        with shortcuts():
+            assert codecache.FxGraphCachePickler.debug_lines is lines
+            assert (after_aot.save_graph_repro is script) == (keeper == "trace")
+    finally:
+        if keeper == "debug":
+            codecache.log.setLevel(level)
+    assert after_aot.save_graph_repro is script
+
+
+def test_layouts_are_compared_as_inductor_compares_them() -> None:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with mode:
+        one = torch.ones(2, 3)
+        others = [torch.ones(2, 3), torch.ones(3, 2).t(), torch.ones(2, 4), torch.ones(2, 3, 1)]
+        others += [torch.ones(2, 3, device="meta"), one.view(6)]
+    same = fx_utils._is_fake_tensor_same
+    known = [same(one, other, {}, check_storage=False) for other in others]
+    assert known == [True, False, False, False, False, False]
+    with shortcuts():
+        assert [
+            fx_utils._is_fake_tensor_same(one, other, {}, check_storage=False) for other in others
+        ] == known
+        assert not fx_utils._is_fake_tensor_same(one, others[0], {1: 1})  # other memory
+    assert fx_utils._is_fake_tensor_same is same
