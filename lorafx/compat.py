@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-import sympy
 import torch
 import torch._dynamo
 import torch._inductor.config
@@ -25,6 +24,8 @@ from torch._dynamo import guards, output_graph, side_effects, symbolic_convert
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lorafx.size_symbols import open_comparisons
 
 _COMPILE_ARGUMENTS = inspect.signature(torch.compile).parameters
 
@@ -83,23 +84,6 @@ class _Unwritten(_LazyGraphModule, metaclass=_AnyGraphModule):
     """
 
 
-#: What torch tells sympy of each symbol for a size.
-_SIZE = {"integer": True, "positive": True}
-_greater_than: Callable[[sympy.Symbol, Any], Any] = sympy.Symbol.__gt__
-
-
-def _greater(symbol: sympy.Symbol, other: Any) -> Any:
-    """`symbol > other`, without asking whether a size is greater than 1: that is open.
-
-    torch writes that down of each new size for a solver that is off, and sympy thinks about it for
-    0.3 ms: 2 % of the capture of 100 layers, each of which has eight sizes in its part of a cache.
-    """
-    known = getattr(symbol, "_assumptions_orig", None)
-    if type(other) is int and other == 1 and known == _SIZE:
-        return sympy.StrictGreaterThan(symbol, other, evaluate=False)
-    return _greater_than(symbol, other)
-
-
 #: torch.fx for Dynamo.
 _FX = SimpleNamespace(**{**vars(torch.fx), "GraphModule": _Unwritten})
 
@@ -127,12 +111,13 @@ def _unlogged() -> Iterator[tuple[Any, str, Any]]:
     For each graph it times the guards, after it has emptied the processor's caches: 23 ms. For each
     object that the graph changes, as it does with the layers of a cache of keys, it writes where.
     For the name of the function that a node comes from it reads each source file token by token:
-    0.16 s of the first capture of a Llama. `_Unwritten` and `_greater` spare more such work.
+    0.16 s of the first capture of a Llama. `_Unwritten` and `open_comparisons` spare more such
+    work.
     """
     if "TORCH_TRACE" in os.environ:
         return
     yield output_graph, "fx", _FX
-    yield sympy.Symbol, "__gt__", _greater
+    yield from open_comparisons()
     if not any(log.isEnabledFor(logging.DEBUG) for log in _LOGS_OF_LINES):
         yield symbolic_convert, "get_funcname", _unnamed
     if not guards.guards_log.isEnabledFor(logging.DEBUG):

@@ -10,10 +10,12 @@ import pytest
 import sympy
 import torch
 from dense_merge import REFERENCE
+from sympy.core import relational
 from torch import fx, nn
 from torch._dynamo import guards, output_graph, side_effects, symbolic_convert
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
+from lorafx import size_symbols
 from lorafx.compat import capture_settings
 
 
@@ -114,3 +116,35 @@ def test_new_sizes_are_compared_as_sympy_does() -> None:
         assert got == want
         assert got.args == want.args
     assert sympy.Symbol.__gt__ is own
+
+
+@pytest.mark.quick
+def test_new_sizes_are_equal_to_what_sympy_says(monkeypatch) -> None:
+    own, asked = relational.is_eq, []
+
+    def asking(one: Any, other: Any, assumptions: Any = None) -> bool | None:
+        asked.append((one, other))
+        return own(one, other, assumptions)
+
+    monkeypatch.setattr(size_symbols, "_equal", asking)
+    size, another = (sympy.Symbol(name, integer=True, positive=True) for name in ("one", "two"))
+    even = sympy.Symbol("three", integer=True, positive=True, even=True)
+    number = sympy.Symbol("four", integer=True)
+    items = [size, another, even, number, size + 1, 2 * size, sympy.Rational(1, 2), sympy.Float(3)]
+    items += map(sympy.Integer, (-1, 0, 1, 2, 7))
+    for one, other in itertools.product(items, items):
+        want = sympy.Eq(one, other)
+        unequal = sympy.Ne(one, other)
+        asked.clear()
+        with capture_settings(8, unlogged=True):
+            assert relational.is_eq is not own
+            assert relational.is_eq(one, other) is own(one, other)
+            decided = bool(asked)
+            got = sympy.Eq(one, other)
+            assert sympy.Ne(one, other) == unequal
+        positive = other in (1, 2, 7) and isinstance(other, sympy.Integer)
+        spared = one in (size, another) and other != one and (other in (size, another) or positive)
+        assert decided is not spared
+        assert type(got) is type(want)
+        assert got == want
+    assert relational.is_eq is own
