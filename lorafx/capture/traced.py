@@ -23,6 +23,7 @@ from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrate
 from lorafx.call_stack import with_room
 from lorafx.capture.config_reads import plain_config_reads
 from lorafx.capture.logged_once import logged_once
+from lorafx.capture.plain_fakes import plain_fakes
 from lorafx.capture.recorded_outputs import hooks_registered
 from lorafx.capture.replay import replaying
 from lorafx.capture.told import conversion
@@ -125,7 +126,7 @@ class Traced:
                 )
                 replay = replaying(self._repeated())
                 spared = earlier_objects_spared()
-                with settings, spared, _interceptions(), replay, conversion():
+                with settings, spared, _interceptions(), replay, conversion(), plain_fakes():
                     if self._saved is not None and frame.f_code is self._code:
                         return with_room(self._saved.converted, convert, frame, *args, **kwargs)
                     return with_room(convert, frame, *args, **kwargs)
