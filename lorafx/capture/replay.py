@@ -41,8 +41,9 @@ from lorafx.capture.replay_arguments import (
 )
 from lorafx.capture.replay_calls import Stacks, still
 from lorafx.capture.replay_graph import bound, inputs_of, moved_inputs, operators_of, sizes_read
-from lorafx.capture.replay_guards import Moved, Scope
+from lorafx.capture.replay_guards import Moved
 from lorafx.capture.replay_items import store, stores_of
+from lorafx.capture.replay_sources import Scope
 from lorafx.capture.replay_trace import Begun, Trace
 from lorafx.kernels.ops.stamp_op import without_data
 

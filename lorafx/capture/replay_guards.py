@@ -19,6 +19,7 @@ from torch._dynamo.source import NNModuleSource
 from torch._guards import ChainedSource, Guard, Source
 
 from lorafx.capture.replay_arguments import NotAlike, same_constant
+from lorafx.capture.replay_sources import Scope
 
 #: What Dynamo guards by what it is, wherever it is reached.
 _BY_IDENTITY = (type, ModuleType, FunctionType, MethodType, BuiltinFunctionType)
@@ -31,23 +32,6 @@ _HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )
-
-
-class Scope:
-    """What sources lead to, in the frame that is being converted."""
-
-    def __init__(self, tx: Any) -> None:
-        root = tx.output.root_tx
-        self._globals = {"G": root.f_globals, "L": root.f_locals}
-        self._locals: dict[str, Any] = {}
-        self._known: dict[Source, Any] = {}
-
-    def value(self, source: Source) -> Any:
-        """Raises NotAlike where only Dynamo can tell."""
-        try:
-            return source.get_value(self._globals, self._locals, self._known)
-        except Exception as error:
-            raise NotAlike(f"{type(error).__name__}: {error}") from error
 
 
 class _Exchanged:
@@ -251,18 +235,20 @@ class Moved:
 
     def install(self) -> None:
         """Guard the other layer. Guards on tensors are those of graph inputs, and are there."""
+        made = []
         for guard in self._guards.found:
             source, kind = guard.originating_source, guard.inner_create_fn().__name__
             if self.common(source) is None and kind != "TENSOR_MATCH":
-                install_guard(self._copied(guard, self.source(source)))
+                made.append(self._copied(guard, self.source(source)))
         for source in self._alike:
             known = self._output.side_effects[self.now(source)].source
             create = make_dupe_guard(self.source(source), known)
             if create is not None:
-                install_guard(Guard(self.source(source), create))
+                made.append(Guard(self.source(source), create))
         for guard in self._guards.hooks:
             if _keywords(guard)["key"] in self._hooks:
-                install_guard(self._copied(guard, guard.originating_source))
+                made.append(self._copied(guard, guard.originating_source))
+        install_guard(*made)
         for source in self._guards.ordered:
             if self.common(source) is None:
                 self._output.guard_on_key_order.add(self.source(source))

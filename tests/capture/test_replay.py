@@ -14,7 +14,6 @@ from dynamo_graphs import both_ways
 from hand_made import hand_case
 from layer_changes import activation, dtype, eps, hook, no_bias, own_forward, tied
 from torch import Tensor, nn
-from torch._dynamo.variables.builder import VariableBuilder
 
 from lorafx.capture import replay_graph
 
@@ -357,11 +356,11 @@ def test_layers_that_depend_on_more(
 def test_another_dynamo_traces_every_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
 
-    class Other(VariableBuilder):
+    class Other(replay_graph.InputBuilder):
         def __call__(self, value: object) -> Any:
             super().__call__(value)
             raise AttributeError("no such thing")
 
-    monkeypatch.setattr(replay_graph, "VariableBuilder", Other)
+    monkeypatch.setattr(replay_graph, "InputBuilder", Other)
     found = both_ways(monkeypatch, stack_run(case_of(Stack().eval(), tmp_path)))
     assert found.replayed == [0]
