@@ -23,7 +23,11 @@ from torch._dynamo.backends.common import aot_autograd
 from lorafx.capture.bound_inputs import BoundInputs, bind, take_out
 from lorafx.capture.checks import Checks, InputPlaces
 from lorafx.capture.driver import AfterPass, run_pipeline
-from lorafx.capture.dropped_guards import drop_guards_on_classes, drop_guards_on_marks
+from lorafx.capture.dropped_guards import (
+    drop_guards_on_classes,
+    drop_guards_on_marked_modules,
+    drop_guards_on_marks,
+)
 from lorafx.capture.dump import GraphDump, beside_compiling, own_folder, traced
 from lorafx.capture.executable import (
     Owner,
@@ -231,6 +235,7 @@ class Backend:
         if self.noted is None:  # a graph that is saved keeps note of all guards
             drop_guards_on_marks()
             drop_guards_on_classes()
+            drop_guards_on_marked_modules(watched=True)
 
     def compile_lora(
         self, gm: fx.GraphModule, examples: Sequence[Any], compilation: Compilation

@@ -17,7 +17,7 @@ from torch import fx
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.capture.backend import Backend, Compilation
 from lorafx.capture.bound_inputs import BoundInputs
-from lorafx.capture.dropped_guards import drop_guards_on_classes
+from lorafx.capture.dropped_guards import drop_guards_on_classes, drop_guards_on_marked_modules
 from lorafx.capture.executable import Owner, refusing
 from lorafx.capture.lowering import Lowering
 from lorafx.captured_frame import captured_self
@@ -89,6 +89,7 @@ class AttachedBackend(Backend):
     def drop_guards(self, bound: BoundInputs | None) -> None:
         drop_guards_of_attached(self.program, bound)
         drop_guards_on_classes()
+        drop_guards_on_marked_modules()
 
     def owner(self, frame: Frame, weights: Sequence[int]) -> Owner:
         # Dynamo keeps executables: what they hold is never freed, so they hold no model.

@@ -145,3 +145,26 @@ def test_layers_by_themselves_keep_all_guards(case: Case, kept: list[list[str]])
     for _ in range(2):
         check(model, model, case, ["a"] * 4, inputs())
     assert kept == []
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_hooks_that_users_add_are_noticed(case: Case, everywhere: bool) -> None:
+    """Of what torch.nn notes of a mark beside it Dynamo guards next to nothing."""
+    model = attached(case)
+    call = compiled(model)
+    before = served(call, model, NAMES, inputs())
+    linear = model.layers[2]["right"]
+
+    def halve(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        return output / 2 if module is linear else None
+
+    register = nn.modules.module.register_module_forward_hook
+    handle = (register if everywhere else linear.register_forward_hook)(halve, always_call=True)
+    try:
+        hooked = served(call, model, NAMES, inputs())
+        torch._dynamo.reset()
+        anew = served(call, model, NAMES, inputs())
+    finally:
+        handle.remove()
+    assert error(hooked, anew) <= TOLERANCE < error(hooked, before)
+    check(call, model, case, NAMES, inputs())
