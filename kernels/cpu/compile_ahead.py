@@ -23,7 +23,7 @@ from lorafx.kernels.cpu.compiler import (
     find_compiler,
 )
 from lorafx.kernels.cpu.cpu import DISPATCHER
-from lorafx.kernels.cpu.cpu_source import ELEMENTS, source
+from lorafx.kernels.cpu.cpu_source import ELEMENTS, flags_of, source
 from lorafx.kernels.cpu.dense import DENSE_OPS, generates
 from lorafx.kernels.cpu.dense_source import dense_source
 from lorafx.kernels.cpu.native_ops import op_source
@@ -66,7 +66,7 @@ def _tasks(foreseen: Foreseen) -> Iterator[Callable[[], object]]:
     deltas = [spec for spec in dict.fromkeys(foreseen.deltas) if spec.supported()]
     dense = [dtype for dtype in dict.fromkeys(foreseen.dense) if dtype in ELEMENTS]
     for spec in deltas:
-        yield partial(_compile, partial(source, spec))
+        yield partial(_compile, partial(source, spec), flags=flags_of)
     for product in dict.fromkeys(foreseen.products):
         yield partial(_compile, partial(product_source, product))
     if deltas:
@@ -77,7 +77,11 @@ def _tasks(foreseen: Foreseen) -> Iterator[Callable[[], object]]:
         yield partial(compile_library, op_source(DENSE_OPS), wait=False)
 
 
-def _compile(text: Callable[[Isa], str], wanted: Callable[[Isa], bool] = lambda isa: True) -> None:
+def _compile(
+    text: Callable[[Isa], str],
+    wanted: Callable[[Isa], bool] = lambda isa: True,
+    flags: Callable[[Isa], tuple[str, ...]] = lambda isa: isa.flags,
+) -> None:
     isa = best_isa()
     if wanted(isa):
-        compile_library(text(isa), isa.flags, wait=False)
+        compile_library(text(isa), flags(isa), wait=False)

@@ -26,7 +26,7 @@ from torch._ops import OpOverload
 import lorafx.kernels.ops.expert_ops  # noqa: F401  defines an op of the dispatcher
 from lorafx.errors import LoweringError
 from lorafx.kernels.cpu.compiler import Isa, best_isa, compile_library, load_library
-from lorafx.kernels.cpu.cpu_source import source
+from lorafx.kernels.cpu.cpu_source import flags_of, source
 from lorafx.kernels.cpu.native_ops import dtype_code, op_source, register
 from lorafx.kernels.ops import ops
 from lorafx.kernels.ops.bank_arguments import Ranges
@@ -72,9 +72,9 @@ def _warn_once(reason: str) -> None:
 
 
 def _compile(spec: DeltaSpec, isa: Isa) -> tuple[int, Path]:
-    text = source(spec, isa)
-    digest = hashlib.sha256("\0".join((text, *isa.flags)).encode()).digest()
-    return int.from_bytes(digest[:7], "big") + 1, compile_library(text, isa.flags)
+    text, flags = source(spec, isa), flags_of(isa)
+    digest = hashlib.sha256("\0".join((text, *flags)).encode()).digest()
+    return int.from_bytes(digest[:7], "big") + 1, compile_library(text, flags)
 
 
 def _load(spec: DeltaSpec, kernel: int, path: Path) -> None:

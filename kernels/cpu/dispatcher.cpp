@@ -138,12 +138,11 @@ static void run(const uint64_t* stack, const Call& call) {
                  call.ends};
     switch (k->run(&args)) {
         case DONE: break;
-        case BAD_SLOT: throw std::runtime_error("lorafx: a slot is outside the bank, or slots is empty");
+        case BAD_SLOT: throw Failure("lorafx: a slot is outside the bank, or slots is empty");
         case MIXED:
-            throw std::runtime_error(
-                "lorafx: a mixed batch reached a site whose row ownership is not proved");
-        case BAD_ID: throw std::runtime_error("lorafx: a token id is outside the embedding");
-        default: throw std::runtime_error("lorafx: out of memory");
+            throw Failure("lorafx: a mixed batch reached a site whose row ownership is not proved");
+        case BAD_ID: throw Failure("lorafx: a token id is outside the embedding");
+        default: throw Failure("lorafx: out of memory");
     }
 }
 

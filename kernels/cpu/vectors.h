@@ -106,18 +106,18 @@ static const uint16_t INTERLEAVE[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  
                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
 #endif
 
-// The order of additions is one tree, (low half + high half) down to one lane, in both forms.
-INLINE float sum(vec a) {
-    float total[LANES];
-    memcpy(total, &a, sizeof a);
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; i++) total[i] += total[i + width];
-    return total[0];
-}
-
+// The order of additions is one tree, (low half + high half) down to one lane, in all forms.
 #if LANES == 16 && defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define SUM_FOUR 1
+INLINE float sum(vec a) {
+    a += __builtin_shufflevector(a, a, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    a += __builtin_shufflevector(a, a, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    a += __builtin_shufflevector(a, a, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    a += __builtin_shufflevector(a, a, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    return a[0];
+}
+
 // Four sums for the price of one and a half: the halves of all four are added side by side.
 INLINE vec sum_four(vec a, vec b, vec c, vec d) {
 #define LOW_HALVES 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
@@ -133,6 +133,15 @@ INLINE vec sum_four(vec a, vec b, vec c, vec d) {
     return __builtin_shufflevector(q, q, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
 }
 #endif
+#endif
+#ifndef SUM_FOUR
+INLINE float sum(vec a) {
+    float total[LANES];
+    memcpy(total, &a, sizeof a);
+    UNROLL for (int width = LANES / 2; width > 0; width /= 2)
+        UNROLL for (int i = 0; i < width; i++) total[i] += total[i + width];
+    return total[0];
+}
 #endif
 
 // ---- one step of a dot product ---------------------------------------------------------------
