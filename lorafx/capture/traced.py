@@ -27,6 +27,7 @@ from lorafx.capture.plain_fakes import plain_fakes
 from lorafx.capture.recorded_outputs import hooks_registered
 from lorafx.capture.replay import replaying
 from lorafx.capture.told import conversion
+from lorafx.capture.whole_slices import whole_slices
 from lorafx.collector import earlier_objects_spared
 from lorafx.compat import capture_settings, entry_arguments
 
@@ -144,7 +145,7 @@ class Traced:
 
 @contextmanager
 def _interceptions() -> Iterator[None]:
-    with hooks_registered(), logged_once(), plain_config_reads():
+    with hooks_registered(), logged_once(), plain_config_reads(), whole_slices():
         yield
 
 

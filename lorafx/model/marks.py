@@ -96,28 +96,32 @@ class SiteMark:
             ProvenanceError: an eager forward of a batch that mixes adapters.
             BatchError: an eager forward on another thread than that of the call that is running.
         """
-        runtime = self.runtime
+        # Dynamo makes a frame of each function that is called here, a millisecond a site.
+        runtime, traced = self.runtime, tracing()
         if not runtime.active:
-            if not tracing():
+            if not traced:
                 if runtime.resting is not None:
                     runtime.resting.refuse(self.path, self._name(module))
             elif runtime.active is None:
                 refuse_at_rest(runtime, self.path)
             return None
-        if runtime.by_handle and tracing():
+        if runtime.by_handle and traced:
             refuse_exported()
-        if not tracing() and runtime.resting is not None:
+        if not traced and runtime.resting is not None:
             runtime.resting.refuse_elsewhere()
         if self.kind == "experts":
             return self._of_experts(module, output)
         if self.handler is not None:
             return self._handled(self.handler, module, args, kwargs, output)
-        x = _input_of(args, kwargs)
-        traced = tracing()
-        several = isinstance(output, tuple) and not traced
+        x: Any = args[0] if args else _first_tensor(kwargs)
+        several = not traced and isinstance(output, tuple)
         y = output[0] if several and output else output
-        scale = self._output_scale(module)
-        if not self._fits(x, y, scale):
+        scaled = self.kind == "embedding" and self.derived
+        scale = self._output_scale(module) if scaled else None
+        # A forward of another class may shift the ids it is given or take something else first
+        # (OPT's positions take the mask): only a pure scale is known to be safe.
+        unknown = traced and scaled and scale is None
+        if unknown or not self._takes(x, y, None):
             # Without a weight in the graph, match would have nothing to add the delta to.
             held = isinstance(getattr(module, self.weight_name, None), Tensor)
             if traced and runtime.graph_passes and held:
@@ -126,7 +130,9 @@ class SiteMark:
         if not traced:
             self._refuse_mixed()
             self._check_once(module, args, kwargs, x, output, scale)
-        bias, ranges = getattr(module, "bias", None), (self.siblings, self.offsets, self.sizes)
+        # What DoRA does not rescale; nothing else asks for it.
+        bias = None if self.bank.gains is None else getattr(module, "bias", None)
+        ranges = self.siblings, self.offsets, self.sizes
         y = self._with_delta(x, y, scale, ranges, bias if isinstance(bias, Tensor) else None)
         return _with_first(output, y) if several else y
 
@@ -205,24 +211,24 @@ class SiteMark:
             raise MatchError(self._lost(module, calls))
         return result
 
-    def _takes(self, x: Any, y: Any, start: int) -> bool:
-        """Whether y (…, n) has room for the delta's columns [start, start + n) for this x."""
+    def _takes(self, x: Any, y: Any, start: int | None) -> bool:
+        """Whether y (…, n) has room for the delta's columns [start, start + n) for this x, or for
+        all of them where `start` is None."""
         if not isinstance(x, Tensor) or not isinstance(y, Tensor) or y.dim() == 0:
             return False
         if self.kind == "embedding":
-            whole = start == 0 and y.shape[-1] == self.out_features
+            whole = not start and y.shape[-1] == self.out_features
             return whole and not x.is_floating_point() and x.shape == y.shape[:-1]
         if self.window is not None:
             dims = len(self.window.kernel) + 2
             channels = self.in_features // math.prod(self.window.kernel)
             fits = x.dim() == y.dim() == dims and x.shape[:2] == (y.shape[0], channels)
             return fits and y.shape[1] == self.out_features
-        return (
-            x.dim() > 0
-            and x.shape[-1] == self.in_features
-            and x.shape[:-1] == y.shape[:-1]
-            and 0 <= start <= self.out_features - y.shape[-1]
-        )
+        if x.dim() == 0 or x.shape[-1] != self.in_features or x.shape[:-1] != y.shape[:-1]:
+            return False
+        if start is None:
+            return y.shape[-1] == self.out_features
+        return 0 <= start <= self.out_features - y.shape[-1]
 
     def _columns(self, start: int, count: int) -> tuple[list[int], list[int], list[int]]:
         """(siblings, offsets, sizes) in the bank of the site's columns [start, start + count)."""
@@ -255,29 +261,15 @@ class SiteMark:
         return None
 
     def _output_scale(self, module: nn.Module) -> Tensor | float | None:
-        """The factor that a scaled embedding's forward multiplies W[ids] by, or None.
+        """The factor that a derived embedding's forward multiplies W[ids] by, or None.
 
         transformers keeps it in `embed_scale`, a number or a buffer that is cast to the
         weight's dtype; PEFT reads the same attribute.
         """
-        if self.kind != "embedding" or not self.derived:
-            return None
         scale = getattr(module, "embed_scale", None)
         if isinstance(scale, Tensor):
             return scale if self.stored else scale.to(getattr(module, self.weight_name).dtype)
         return scale
-
-    def _fits(self, x: Any, output: Any, scale: Tensor | float | None) -> bool:
-        """Whether the call maps (…, K) or ids (…) to (…, N)."""
-        # A forward of another class may shift the ids it is given or take something else first
-        # (OPT's positions take the mask): only a pure scale is known to be safe.
-        own = self.kind == "embedding" and self.derived and scale is None
-        if own and tracing():
-            return False
-        if self.window is not None:
-            return self._takes(x, output, 0)
-        whole = isinstance(output, Tensor) and output.shape[-1:] == (self.out_features,)
-        return whole and self._takes(x, output, 0)
 
     def _check_once(
         self,
@@ -355,10 +347,7 @@ def _with_first(output: tuple[Any, ...], y: Tensor) -> tuple[Any, ...]:
     return make((y, *output[1:]))
 
 
-def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The first positional argument, or else the first tensor among the keywords."""
-    if args:
-        return args[0]
+def _first_tensor(kwargs: dict[str, Any]) -> Tensor | None:
     for value in kwargs.values():
         if isinstance(value, Tensor):
             return value
