@@ -277,9 +277,10 @@ def test_frames_of_others_between_dynamo_and_the_backend(
     torch.testing.assert_close(got, served.oracle(slots, **inputs), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("cache", [DynamicCache, StaticCache])
-def test_tokens_behind_a_cache(tmp_path: Path, rows: int, cache: type) -> None:
+@pytest.mark.parametrize(
+    ("cache", "rows"), [(DynamicCache, 1), (DynamicCache, 3), (StaticCache, 3)]
+)
+def test_tokens_behind_a_cache(tmp_path: Path, cache: type, rows: int) -> None:
     """A sequence that comes in chunks gets what it gets as a whole: each token its own adapter."""
     served = Served(_llama, tmp_path)
     ids = torch.randint(0, VOCABULARY, (rows, 9))
