@@ -127,8 +127,6 @@ class CompiledPipeline:
         self.models = dict(models)
         # Those of a session are put back in a child process too.
         self._stand_ins = next(iter(self.models.values()))._session.stand_ins
-        for cm in self.models.values():
-            cm.entry(cm.model)  # it reads the model's own forward when it is made
 
     def __call__(
         self, *args: Any, adapter_names: Sequence[AdapterName] | None = None, **kwargs: Any

@@ -40,6 +40,7 @@ from lorafx.session.resting import Resting
 from lorafx.session.session import Session
 from lorafx.session.sharing import join, leave
 from lorafx.session.stand_ins import Replaced
+from lorafx.session.stand_ins import forward_of as forward_of_module
 
 
 class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMethods, nn.Module):
@@ -68,7 +69,7 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
         session = weakref.ref(self._session)
         self._session.backend.recorded = partial(write_beside_dumps, session)
         self._entries: dict[tuple[Any, ...], Entry] = {}
-        self._by_themselves: dict[int, Callable[..., Any]] = {}
+        self._by_themselves: dict[int, tuple[Entry, Callable[..., Any]]] = {}
         # In a list: an attribute of a module takes a microsecond to set.
         self._last_call: list[LastCall | None] = [None]
         try:
@@ -174,13 +175,17 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
         method: MethodType | None = None,
     ) -> Entry:
         """The compiled forward of `module`, which is the model or a part that is called directly,
-        or another method of it."""
-        key = id(module), per_token, packed, None if method is None else method.__func__
-        if key not in self._entries:
-            self._entries[key] = Entry(
-                self._session, module, per_token=per_token, packed=packed, method=method
+        or another method of it. A forward that has been put in the place of another has an entry
+        of its own, which takes the other's place."""
+        name = "forward" if method is None else method.__name__
+        own = forward_of_module(module) if method is None else method
+        key = id(module), per_token, packed, name
+        entry = self._entries.get(key)
+        if entry is None or not entry.compiles(own):
+            entry = self._entries[key] = Entry(
+                self._session, module, own, name, per_token=per_token, packed=packed
             )
-        return self._entries[key]
+        return entry
 
     def capture(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Capture the graphs for this call, without adapters and with them, by running it both
@@ -313,9 +318,10 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
     def by_itself(self, part: nn.Module) -> Callable[..., Any]:
         """The forward of a part that a `generate` of the model's own may call. Dynamo guards on
         the very function."""
-        if id(part) not in self._by_themselves:
-            self._by_themselves[id(part)] = by_itself(self, part)
-        return self._by_themselves[id(part)]
+        entry, known = self.entry(part), self._by_themselves.get(id(part))
+        if known is None or known[0] is not entry:
+            known = self._by_themselves[id(part)] = entry, by_itself(self, part)
+        return known[1]
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -41,27 +41,27 @@ from lorafx.session.session import Session
 
 
 class Entry:
-    """One module's forward, compiled, or `method` of it. Called in place of it, by users and by
-    `generate`."""
+    """One module's forward, compiled, or another method of it (`function`). Called in place of it,
+    by users and by `generate`."""
 
     def __init__(
         self,
         session: Session,
         module: nn.Module,
+        function: Callable[..., Any],
+        name: str = "forward",
         *,
         per_token: bool = False,
         packed: bool = False,
-        method: MethodType | None = None,
     ) -> None:
         self.session = session
         self.module = module
-        function = module.forward if method is None else method
-        own = "forward" if method is None else method.__name__
-        self.name = f"the {own} of {type(module).__name__}"
+        self.function = function
+        self.name = f"the {name} of {type(module).__name__}"
         row_dims = session.program.config.row_dims
         self.roles = RoleTable(module, row_dims, function, packed=packed)
         self.per_token = per_token
-        self.target = _target(session.program, module) if method is None else method
+        self.target = _target(session.program, module, function) if name == "forward" else function
         #: By what stands where sites stood (`SiteWatch`) and the hooks of users (`HookWatch`), the
         #: last such state and that of the model as given: guards alone would not tell them apart.
         self.by_state = {_AS_GIVEN: self._new()}
@@ -72,6 +72,16 @@ class Entry:
         self.base_roads = BaseRoads(session)
         self.experts = [site for site in session.program.sites if site.expert_weight is not None]
         functools.update_wrapper(self, function)
+
+    def compiles(self, function: Callable[..., Any]) -> bool:
+        """Whether this is what it compiles. Each access to a method makes a new one."""
+        own = self.function
+        return function is own or (
+            isinstance(own, MethodType)
+            and isinstance(function, MethodType)
+            and function.__func__ is own.__func__
+            and function.__self__ is own.__self__
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         session = self.session
@@ -282,10 +292,10 @@ def _fix_image_sizes(named: Mapping[str, Any]) -> None:
             mark_fixed_shape(value, (1, 2, 3))
 
 
-def _target(program: Program, module: nn.Module) -> Callable[..., Any]:
-    """What Dynamo traces. A module that is a site itself is traced with its hooks. Those of a part
-    of the model that are no marks run around its entry, where the part is called."""
-    forward: Callable[..., Any] = module.forward
+def _target(program: Program, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """What Dynamo traces, where `forward` is the module's own. A module that is a site itself is
+    traced with its hooks. Those of a part of the model that are no marks run around its entry,
+    where the part is called."""
     if all(site.module is not module for site in program.sites):
         return forward
     if module is program.model:

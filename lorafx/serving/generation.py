@@ -157,7 +157,8 @@ def _overrides(model: nn.Module, method: str) -> bool:
 
 def by_itself(compiled: CompiledModel, part: nn.Module) -> Callable[..., Any]:
     """The forward of a part of the model: compiled, but inside of other calls what it was."""
-    own, entry, session = part.forward, compiled.entry(part), compiled._session
+    entry, session = compiled.entry(part), compiled._session
+    own = entry.function
     site = next((site for site in session.program.sites if site.module is part), None)
 
     @functools.wraps(own)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable, Sequence
+from operator import itemgetter
+from types import MethodType
 from typing import Any, TypeVar
 
 from torch import nn
@@ -11,8 +15,10 @@ T = TypeVar("T")
 
 #: An attribute of a module and what it is while `generate` runs.
 Replaced = tuple[nn.Module, str, Callable[..., Any]]
-#: The attributes of a module, a name among them, and what it was, None where it was none.
-_Original = tuple[dict[str, Any], str, Any]
+#: The attributes of a module, a name among them, and what it was, None where it was none; of those
+#: that are replaced now the first has the least number.
+_Original = tuple[dict[str, Any], str, Any, int]
+_NUMBERS = itertools.count()
 
 
 class StandIns:
@@ -20,12 +26,16 @@ class StandIns:
 
     def __init__(self) -> None:
         self._originals: Sequence[_Original] = ()
+        _ALL.add(self)
 
     def replacing(
         self, attributes: Sequence[Replaced], action: Callable[..., T], *args: Any, **kw: Any
     ) -> T:
         """What `action` returns, with these attributes in place of the modules' own."""
-        own = [(vars(module), name, vars(module).get(name)) for module, name, _ in attributes]
+        own = [
+            (vars(module), name, vars(module).get(name), next(_NUMBERS))
+            for module, name, _ in attributes
+        ]
         outer = self._originals
         try:
             self._originals = (*outer, *own)
@@ -49,8 +59,31 @@ class StandIns:
 
 def _put_back(originals: Sequence[_Original]) -> None:
     """The first that was replaced last."""
-    for attributes, name, before in reversed(originals):
+    for attributes, name, before, _ in reversed(originals):
         if before is None:
             attributes.pop(name, None)
         else:
             attributes[name] = before
+
+
+#: Those of all sessions. Models may share modules.
+_ALL: weakref.WeakSet[StandIns] = weakref.WeakSet()
+
+
+def forward_of(module: nn.Module) -> Callable[..., Any]:
+    """The module's own forward, whatever stands in for it now."""
+    attributes = vars(module)
+    forward: Callable[..., Any] = module.forward
+    if "forward" not in attributes:
+        return forward
+    replaced = [
+        (number, before)
+        for each in list(_ALL)
+        for holder, name, before, number in each._originals
+        if holder is attributes and name == "forward"
+    ]
+    if not replaced:
+        return forward
+    _, before = min(replaced, key=itemgetter(0))
+    own: Callable[..., Any] = before or MethodType(type(module).forward, module)
+    return own

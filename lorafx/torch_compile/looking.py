@@ -54,7 +54,7 @@ class _Calls:
 
     def entry(self, module: nn.Module) -> Entry:
         if module not in self._entries:
-            self._entries[module] = Entry(self._session, module)
+            self._entries[module] = Entry(self._session, module, module.forward)
         return self._entries[module]
 
     def __call__(self, *, adapter_names: Sequence[Any], **inputs: Any) -> Any:

@@ -1,0 +1,71 @@
+"""Forwards that are put in the place of the model's own once it is served, as wrappers do that
+patch a model or its class. Entries went on with the one that was there at the first call."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from dense_merge import Case, check_mixed, error
+from tiny_models import plain_inputs, token_inputs
+from torch import nn
+
+NAMES = ["a0", None, "a1"]
+
+
+def tripled(original: Any) -> Any:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        output["logits"] = output["logits"] * -3
+        return output
+
+    return forward
+
+
+@pytest.mark.usefixtures("fixed_sizes")
+def test_of_the_model_or_of_its_class(plain: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    cm, inputs = plain.compile(), plain_inputs(3, 4)
+    want, base = plain.expected(NAMES, inputs) * -3, plain.expected([None] * 3, inputs) * -3
+    check_mixed(cm, plain, NAMES, inputs)
+    cls = type(cm.model)
+    patched = tripled(cls.forward)
+
+    def check_patched() -> None:
+        for _ in range(2):
+            assert error(cm(**inputs, adapter_names=NAMES)["logits"], want) <= 1e-5
+            assert error(cm(**inputs)["logits"], base) <= 1e-5
+
+    cm.model.forward = MethodType(patched, cm.model)
+    check_patched()
+    captured = cm.recompiles
+    check_patched()
+    assert cm.recompiles == captured
+    del cm.model.forward
+    check_mixed(cm, plain, NAMES, inputs)
+    with monkeypatch.context() as patch:
+        patch.setattr(cls, "forward", patched)
+        check_patched()
+    check_mixed(cm, plain, NAMES, inputs)
+
+
+@pytest.mark.usefixtures("fixed_sizes")
+def test_of_a_model_that_generates(shallow: Case) -> None:
+    cm, inputs = shallow.compile(), token_inputs(2, 5)
+    short = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    before = cm.generate(**inputs, **short, adapter_names=["a1", None])
+    models = {"a1": shallow.alone("a1"), None: shallow.base}
+    forward = tripled(type(cm.model).forward)
+    try:
+        for model in (cm.model, *models.values()):
+            model.forward = MethodType(forward, model)
+        got = cm.generate(**inputs, **short, adapter_names=["a1", None])
+        for row, model in enumerate(models.values()):
+            one = {name: value[row : row + 1] for name, value in inputs.items()}
+            assert torch.equal(got[row : row + 1], model.generate(**one, **short))
+        assert not torch.equal(got, before)
+        assert "forward" in vars(cm.model)
+    finally:
+        for model in models.values():
+            del model.forward
