@@ -24,6 +24,9 @@ SPLIT_ROWS = 2
 # A load of an adapter's factors from memory takes about as long as the work of so many rows that
 # find them in a cache (Zen 4, rank 16); 8 and 32 are as good.
 LOAD_ROWS = 16
+# Up to so many rows the threads share out ranges (q, k, v) one by one: with few adapters, shares of
+# whole rows are uneven. A long prompt has rows enough.
+FEW_ROWS = 64
 # Columns of one unit of work then.
 COLUMN_BLOCK = 512
 # Bytes that a stream of B is asked for ahead of its use; 512 was best of 0, 128 ... 1024 for decode
@@ -64,6 +67,7 @@ def source(spec: DeltaSpec, isa: Isa) -> str:
         "WORK": spec.max_rank * (features + sum(spec.sizes)),
         "SPLIT_ROWS": SPLIT_ROWS,
         "LOAD_ROWS": LOAD_ROWS,
+        "FEW_ROWS": FEW_ROWS,
     }
     tables = {
         "SIBLING": spec.siblings,

@@ -17,7 +17,8 @@ struct Call {
     int32_t* owner;  // owner[p] is the slot of row order[p]
     int64_t active;
     float* v;         // only when one row's work is split
-    int32_t* starts;  // where each thread's share of the rows begins, and after the last its end
+    int32_t* starts;  // where each thread's share begins, and after the last its end
+    int64_t parts;    // of a row that are shared out: its ranges one by one, or 1 for all together
     int32_t status;
 };
 
@@ -59,13 +60,15 @@ INLINE bool lookup(const Args* g, int slot, long m, int rank, float* v) {
 INLINE const W::T* next_a(const Call* c, long p, int range) {
     const Args* g = c->args;
     int slot = c->owner[p - 1];
+    if (c->parts > 1 && p < c->active && c->owner[p] == slot) return 0;
     for (int j = range + 1; j < RANGES; j++)
         if (source_of(g, slot, j) == j) return factor_a(g, slot, j);
     return p < c->active && c->owner[p] != slot ? factor_a(g, c->owner[p], 0) : 0;
 }
 #endif
 
-template <int ROWS> INLINE void tile(Call* c, long p) {
+// ROWS rows from order[p] on, ranges [from, to)
+template <int ROWS> INLINE void tile(Call* c, long p, int from, int to) {
     const Args* g = c->args;
     int slot = c->owner[p];
     float v[ROWS * R];
@@ -89,7 +92,7 @@ template <int ROWS> INLINE void tile(Call* c, long p) {
         c->status = NO_MEMORY;
         return;
     }
-    for (int j = 0, held = -1; j < RANGES; j++) {
+    for (int j = from, held = -1; j < to; j++) {
         int rank = rank_of(g, slot, j);
         if (!rank) continue;
         float scale = g->scales[(long)slot * G + SIBLING[j]];
@@ -98,7 +101,7 @@ template <int ROWS> INLINE void tile(Call* c, long p) {
             for (int k = 0; k < rank; k++)
                 for (int i = 0; i < AHEAD; i += 64)
                     __builtin_prefetch((const char*)(b + k * COLUMNS) + i, 0, 2);
-        if (j == 0 || source_of(g, slot, j) != held) {
+        if (j == from || source_of(g, slot, j) != held) {
             shrink<ROWS>(x.at, factor_a(g, slot, j), scale, v, 0, rank, next_a(c, p + ROWS, j));
             held = j;
         }
@@ -108,48 +111,71 @@ template <int ROWS> INLINE void tile(Call* c, long p) {
     ys.put_back();
 }
 
+// As many rows as fit into a tile, of `count` of one slot.
+INLINE long run_tile(Call* c, long p, long count, int from, int to) {
+    if (count >= TILE) return tile<TILE>(c, p, from, to), TILE;
+    if (TILE > 4 && count >= 4) return tile<4>(c, p, from, to), 4;
+    if (TILE > 2 && count >= 2) return tile<2>(c, p, from, to), 2;
+    return tile<1>(c, p, from, to), 1;
+}
+
 static void run_rows(int64_t begin, int64_t end, void* context) {
     Call* c = (Call*)context;
     while (begin < end) {
         long stop = begin + 1;
         while (stop < end && stop - begin < TILE && c->owner[stop] == c->owner[begin]) stop++;
-        long count = stop - begin;
-        if (count == TILE) tile<TILE>(c, begin), begin += TILE;
-        else if (TILE > 4 && count >= 4) tile<4>(c, begin), begin += 4;
-        else if (TILE > 2 && count >= 2) tile<2>(c, begin), begin += 2;
-        else tile<1>(c, begin), begin += 1;
+        begin += run_tile(c, begin, stop - begin, 0, RANGES);
     }
 }
 
+#if !EMBEDDING && !ROUTED
+// Places [begin, end): all rows of the first slot with their first range, again with the second, ...
+static void run_ranges(int64_t begin, int64_t end, void* context) {
+    Call* c = (Call*)context;
+    while (begin < end) {
+        long first = begin / RANGES, last = first + 1;
+        while (first > 0 && c->owner[first - 1] == c->owner[last - 1]) first--;
+        while (last < c->active && c->owner[last] == c->owner[first]) last++;
+        const long range = (begin - first * RANGES) / (last - first);
+        const long row = first + (begin - first * RANGES) % (last - first);
+        const long count = last - row < end - begin ? last - row : end - begin;
+        begin += run_tile(c, row, count, range, range + 1);
+    }
+}
+#endif
+
 // Rows of one slot share a load of its factors, which costs as much as the work of LOAD_ROWS rows. In
 // a step of decoding, where popular adapters have several rows and others one, equal numbers of rows
-// would be unequal work.
+// would be unequal work; and there are few slots to share out, so they are shared out range by range.
 
 // Whether no share costs more than `most`, in rows, when each takes rows while it may.
 static bool share_out(Call* c, int64_t shares, int64_t most) {
-    int64_t share = 0, room = most, p = 0;
+    int64_t share = 0, room = most, p = 0, at = 0;
     c->starts[0] = 0;
     while (p < c->active) {
         int64_t stop = p + 1;
         while (stop < c->active && c->owner[stop] == c->owner[p]) stop++;
-        while (p < stop) {
-            if (room <= LOAD_ROWS) {
-                if (++share == shares) return false;
-                c->starts[share] = p;
-                room = most;
+        for (int64_t part = 0; part < c->parts; part++)
+            for (int64_t left = stop - p; left > 0;) {
+                if (room <= LOAD_ROWS) {
+                    if (++share == shares) return false;
+                    c->starts[share] = at;
+                    room = most;
+                }
+                int64_t taken = left < room - LOAD_ROWS ? left : room - LOAD_ROWS;
+                at += taken;
+                left -= taken;
+                room -= LOAD_ROWS + taken;
             }
-            int64_t taken = stop - p < room - LOAD_ROWS ? stop - p : room - LOAD_ROWS;
-            p += taken;
-            room -= LOAD_ROWS + taken;
-        }
+        p = stop;
     }
-    while (share < shares) c->starts[++share] = c->active;
+    while (share < shares) c->starts[++share] = at;
     return true;
 }
 
 // The smallest `most` that suffices, by bisection.
 static void share_rows(Call* c, int64_t shares) {
-    int64_t low = LOAD_ROWS + (c->active + shares - 1) / shares, high = low;
+    int64_t low = LOAD_ROWS + (c->active * c->parts + shares - 1) / shares, high = low;
     while (!share_out(c, shares, high)) low = high + 1, high *= 2;
     while (low < high) {
         int64_t most = (low + high) / 2;
@@ -161,7 +187,14 @@ static void share_rows(Call* c, int64_t shares) {
 
 static void run_shares(int64_t begin, int64_t end, void* context) {
     Call* c = (Call*)context;
-    for (; begin < end; begin++) run_rows(c->starts[begin], c->starts[begin + 1], context);
+    for (; begin < end; begin++) {
+        const int64_t first = c->starts[begin], last = c->starts[begin + 1];
+#if !EMBEDDING && !ROUTED
+        if (c->parts > 1) run_ranges(first, last, context);
+        else
+#endif
+            run_rows(first, last, context);
+    }
 }
 
 #if !EMBEDDING
@@ -298,7 +331,7 @@ extern "C" int32_t lorafx_kernel(const Args* g) {
     const int64_t total = g->y_rows->count;
     if (total == 0) return DONE;
     if (g->n == 0) return BAD_SLOT;
-    Call c = {g, 0, 0, 0, 0, 0, DONE};
+    Call c = {g, 0, 0, 0, 0, 0, 1, DONE};
     int32_t small[512];
     const int64_t shares = g->threads;
     size_t words = 2 * total + shares + 1 + sorting_space(g);
@@ -321,6 +354,7 @@ extern "C" int32_t lorafx_kernel(const Args* g) {
 #endif
         if (tiny) run_rows(0, c.active, &c);
         else {
+            if (!EMBEDDING && !ROUTED && c.active <= FEW_ROWS) c.parts = RANGES;
             share_rows(&c, shares);
             g->parallel(0, shares, 1, run_shares, &c);
         }

@@ -59,7 +59,9 @@ INLINE void expand_tile(Y::T* const* y, long column, const W::T* b, const float*
         Pair bs[N];
         UNROLL for (int n = 0; n < N; n++) {
             const W::T* p = b + k * B_STRIDE + n * 2 * LANES;
-            if (ROWS <= PREFETCH_ROWS) __builtin_prefetch((const char*)p + AHEAD, 0, 2);
+            if (ROWS <= PREFETCH_ROWS)
+                for (int line = 0; line < 2 * LANES * (int)sizeof *p; line += 64)
+                    __builtin_prefetch((const char*)p + AHEAD + line, 0, 2);
             bs[n] = C::widen_bank(WHOLE ? load_raw<C::bank>(p)
                                         : load_first<C::bank>(p, last * sizeof *p));
         }
