@@ -11,7 +11,9 @@ batch warns once, because an error would go unnoticed.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -76,7 +78,7 @@ class RoleTable:
         whose own name has a role, as `encoder_outputs` has, stays whole."""
         found: dict[str, Any] = {}
         for name, value in named.items():
-            if self.spreads(name, value):
+            if not isinstance(value, _NO_DICT) and self.spreads(name, value):
                 found.update(self.spread({f"{name}.{key}": item for key, item in value.items()}))
             else:
                 found[name] = value
@@ -136,12 +138,12 @@ class RoleTable:
             several = argument in choices(call, argument.removesuffix(own))
             return Role(argument, RANKED[own](tensor, several))
         if own in ROW_DIMS:
-            return Role(argument, ROW_DIMS[own])
+            return _role(argument, ROW_DIMS[own])
         if self._declares_roles and own in DECLARED_DIMS:
-            return Role(argument, DECLARED_DIMS[own])
+            return _role(argument, DECLARED_DIMS[own])
         if self._declares_roles:
-            return Role(argument, None, known=False)
-        return Role(argument, BATCH_FIRST, assumed=True)
+            return _role(argument, None, known=False)
+        return _role(argument, BATCH_FIRST, assumed=True)
 
     def check_rows(self, named: Mapping[str, Any], rows: int) -> None:
         """Every argument that carries requests has `rows` of them, or one that all share. Warns
@@ -164,14 +166,24 @@ class RoleTable:
     def rows(self, named: Mapping[str, Any]) -> int | None:
         """Number of requests in the call, or None where no argument carries any."""
         named = self.spread(named)
-        order = [own for main in PRIMARY for own in named if own.rpartition(".")[2] == main]
-        for name in order + [name for name in named if name not in order]:
+        first = (own for main in PRIMARY for own in named if own.rpartition(".")[2] == main)
+        for name in itertools.chain(first, named):
             value = named[name]
             if isinstance(value, Tensor):
                 role = self.role(name, value, named)
                 if role.known and role.dim is not None and value.dim() > role.dim:
                     return value.shape[role.dim]
         return None
+
+
+#: What is no dict: to ask whether a tensor is a Mapping takes five times as long.
+_NO_DICT = (Tensor, int, float, str, type(None))
+
+
+@functools.lru_cache(maxsize=512)
+def _role(argument: str, dim: int | None, *, known: bool = True, assumed: bool = False) -> Role:
+    """Every call has the same ones, and one takes 0.8 µs to make."""
+    return Role(argument, dim, known=known, assumed=assumed)
 
 
 _DEPTH = 8  # how far containers are followed; a cache object refers to much that is no tensor

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType, MethodType
 from typing import Any
 
@@ -144,7 +145,8 @@ class Entry:
         traced.unstarted, traced.compiled_only = False, compiled
         try:
             run = functools.partial(self._result, traced, *args, **kwargs)
-            with torch.no_grad(), session.module_paths():
+            ungraded = torch.no_grad() if torch.is_grad_enabled() else nullcontext()
+            with ungraded, session.module_paths():
                 return tracked(session, run)
         except NotCompiled:
             raise
