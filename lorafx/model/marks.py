@@ -224,11 +224,11 @@ class SiteMark:
             channels = self.in_features // math.prod(self.window.kernel)
             fits = x.dim() == y.dim() == dims and x.shape[:2] == (y.shape[0], channels)
             return fits and y.shape[1] == self.out_features
-        if x.dim() == 0 or x.shape[-1] != self.in_features or x.shape[:-1] != y.shape[:-1]:
-            return False
+        columns = y.shape[-1]
+        fits = x.dim() > 0 and x.shape[-1] == self.in_features and x.shape[:-1] == y.shape[:-1]
         if start is None:
-            return y.shape[-1] == self.out_features
-        return 0 <= start <= self.out_features - y.shape[-1]
+            return fits and columns == self.out_features
+        return fits and 0 <= start <= self.out_features - columns
 
     def _columns(self, start: int, count: int) -> tuple[list[int], list[int], list[int]]:
         """(siblings, offsets, sizes) in the bank of the site's columns [start, start + count)."""
