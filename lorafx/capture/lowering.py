@@ -21,6 +21,7 @@ from lorafx.capture import head_start
 from lorafx.capture.inductor_shortcuts import shortcuts
 from lorafx.capture.outlined_calls import interpreted_once
 from lorafx.capture.stamps import STAMP, Folded, NotUnfolded, fold, unfold
+from lorafx.capture.written_back import write_back
 from lorafx.compat import mode_settings
 from lorafx.config import Options
 from lorafx.errors import LorafxWarning, LoweringError
@@ -122,6 +123,7 @@ class InductorLowering:
         from torch._inductor import config
 
         head_start.wait()
+        write_back(gm)
         settings = config.patch({**self.patches, **_IN_ORDER, **_NO_HARNESS})
         with settings, interpreted_once(inputs), _strides_unasked(), shortcuts():
             # What compile_fx does for inference before its inner compile.

@@ -1,0 +1,140 @@
+"""Outlined layers write into a cache themselves, where it is an input that nothing else reads.
+
+    before      k1, h1 = body(h0; K1, W1)     AOTAutograd overwrites K1 with k1 after the graph
+    after       h1 = body(h0; K1, W1)         the body ends in K1.copy_(k1), the graph returns K1
+
+AOTAutograd makes a graph functional: what it writes into an input is a result, which is copied into
+that input as a whole. A layer that writes one token's keys into a cache of a fixed size would copy
+the cache twice at each step: for the result, and back. A copy of a tensor into itself is none, and
+Inductor has a body that ends in such a copy write into its operand at once.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch._aot_autograd.descriptors import InputMutationAOTOutput
+
+from lorafx.passes.outline.outline import INVOKE
+from lorafx.program.frame import fake_value
+
+#: Arguments of a call in front of the body's operands: the body and its name.
+_OPERANDS = 2
+
+
+def write_back(gm: fx.GraphModule) -> int:
+    """Have the outlined bodies of `gm`, in place, write what is copied into inputs otherwise.
+    Returns how many inputs are written so.
+
+    Only on a CPU: elsewhere what calls a graph (CUDA graphs, copies of unaligned inputs) has to be
+    told of inputs that are written into, and nobody knows of those that a body writes into.
+    """
+    calls: dict[str, list[fx.Node]] = {}
+    for call in gm.graph.find_nodes(op="call_function", target=INVOKE):
+        calls.setdefault(str(call.args[1]), []).append(call)
+    written = _written(gm)
+    edits = 0
+    for group in calls.values():
+        found = [dict(_pairs(call, written)) for call in group]
+        common = {
+            result: operand
+            for result, operand in found[0].items()
+            if all(pairs.get(result) == operand for pairs in found)
+        }
+        body = getattr(gm, str(group[0].args[0].target))  # type: ignore[union-attr]
+        common = _allowed(body, common)
+        if common:
+            _change(gm, body, group, common, written)
+            edits += len(common) * len(group)
+    if edits:
+        gm.graph.lint()
+        gm.recompile()
+    return edits
+
+
+def _written(gm: fx.GraphModule) -> dict[fx.Node, fx.Node]:
+    """By what they are overwritten with, the inputs of the graph that AOTAutograd overwrites."""
+    output = gm.graph.output_node()
+    items: Any = output.args[0]
+    told = output.meta.get("desc") or ()
+    if len(told) != len(items):
+        return {}
+    inputs = {node.meta.get("desc"): node for node in gm.graph.find_nodes(op="placeholder")}
+    found: dict[fx.Node, fx.Node] = {}
+    for item, desc in zip(items, told, strict=True):
+        place = inputs.get(desc.mutated_input) if isinstance(desc, InputMutationAOTOutput) else None
+        if place is not None and isinstance(item, fx.Node) and list(items).count(item) == 1:
+            found[item] = place
+    return found
+
+
+def _pairs(call: fx.Node, written: dict[fx.Node, fx.Node]) -> Iterator[tuple[int, int]]:
+    """Places of the results of `call` that are only copied into an input that only `call` takes,
+    and the place of that input among its operands."""
+    operands: Sequence[Any] = call.args[_OPERANDS:]
+    for item in call.users:
+        place = written.get(item)
+        if place is None or item.target is not operator.getitem:
+            continue
+        if len(item.users) > 1 or set(place.users) != {call} or operands.count(place) != 1:
+            continue
+        if fake_value(place).device.type == "cpu" and _alike(fake_value(item), fake_value(place)):
+            yield item.args[1], operands.index(place)  # type: ignore[misc]
+
+
+def _alike(value: Any, place: Any) -> bool:
+    def layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+        numbers = (*tensor.shape, *tensor.stride())
+        exprs = (n.node.expr if isinstance(n, torch.SymInt) else n for n in numbers)
+        return (tensor.dtype, tensor.device, *exprs)
+
+    return layout(value) == layout(place)
+
+
+def _allowed(body: fx.GraphModule, pairs: dict[int, int]) -> dict[int, int]:
+    """Those that the body may write: results of its own, returned once, beside another result."""
+    results: Any = body.graph.output_node().args[0]
+    found = {
+        result: operand
+        for result, operand in pairs.items()
+        if isinstance(results[result], fx.Node)
+        and results[result].op == "call_function"
+        and list(results).count(results[result]) == 1
+    }
+    several = len({*found.values()}) == len(found)
+    return found if several and len(found) < len(results) else {}
+
+
+def _change(
+    gm: fx.GraphModule,
+    body: fx.GraphModule,
+    calls: Sequence[fx.Node],
+    pairs: dict[int, int],
+    written: dict[fx.Node, fx.Node],
+) -> None:
+    graph, output = body.graph, body.graph.output_node()
+    operands = graph.find_nodes(op="placeholder")
+    results: Any = output.args[0]
+    with graph.inserting_before(output):
+        for result, operand in pairs.items():
+            copy = graph.call_function(
+                torch.ops.aten.copy_.default, (operands[operand], results[result])
+            )
+            copy.meta["val"] = fake_value(operands[operand])
+    kept = [place for place in range(len(results)) if place not in pairs]
+    output.args = (tuple(results[place] for place in kept),)
+    body.recompile()
+    for call in calls:
+        values = call.meta["val"]
+        call.meta["val"] = tuple(values[place] for place in kept)
+        for item in list(call.users):
+            place: Any = item.args[1]
+            if place in pairs:
+                item.replace_all_uses_with(written[item])
+                gm.graph.erase_node(item)
+            else:
+                item.update_arg(1, kept.index(place))

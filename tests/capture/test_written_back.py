@@ -1,0 +1,171 @@
+"""Outlined layers write into a cache of a fixed size themselves, and only where nobody can tell."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from dense_merge import TOLERANCE, build_case, error
+from torch import Tensor, fx
+from torch._functorch._aot_autograd.descriptors import InputMutationAOTOutput, PlainAOTInput
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lorafx.capture import lowering
+from lorafx.capture.written_back import write_back
+from lorafx.passes.outline.outline import INVOKE
+
+aten = torch.ops.aten
+NAMES = ["a0", None, "a1"]
+
+
+def test_a_step_writes_into_a_static_cache_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+
+    def noting(gm: fx.GraphModule) -> int:
+        written.append(write_back(gm))
+        return written[-1]
+
+    monkeypatch.setattr(lowering, "write_back", noting)
+    case = build_case("llama", tmp_path)
+    cm: Any = case.compile(options={"lowering": "inductor"}, dynamic=False)
+    past = transformers.StaticCache(config=cm.model.config, max_cache_len=9)
+    ids = torch.tensor([[7, 40, 12, 5, 8], [9, 9, 31, 2, 4], [60, 5, 17, 33, 33]])
+    given = {"past_key_values": past, "adapter_names": NAMES}
+    parts = [ids[:, :3], ids[:, 3:4], ids[:, 4:]]
+    outputs = [cm(input_ids=parts[0], **given)["logits"]]
+    memory = [layer.keys.data_ptr() for layer in past.layers]
+    outputs += [cm(input_ids=part, **given)["logits"] for part in parts[1:]]
+    assert error(torch.cat(outputs, 1), case.expected(NAMES, {"input_ids": ids})) <= TOLERANCE
+    # The prompt makes the cache. Each layer has keys and values.
+    assert written == [0, 2 * len(past.layers)]
+    assert [layer.keys.data_ptr() for layer in past.layers] == memory
+    for layer in past.layers:
+        assert not layer.keys[:, :, 5:].any()
+        assert layer.keys[:, :, :5].square().sum((1, 3)).all()
+
+
+Change = Callable[[fx.Graph, list[fx.Node], list[fx.Node]], None]
+
+
+def stepped(change: Change | None = None, *, alone: bool = False) -> fx.GraphModule:
+    """Two calls of a body that adds x to a row of its cache, and returns the cache and its sum.
+    `change` is given the graph, its inputs (x, caches), and the updated caches. `alone`: the body
+    returns nothing else."""
+    mode = FakeTensorMode()
+    with mode:
+        x, cache = torch.ones(3), torch.zeros(2, 3)
+    inner = fx.Graph()
+    operands = [inner.placeholder(name) for name in "xc"]
+    place = inner.call_function(aten.select_scatter.default, (operands[1], operands[0], 0, 1))
+    total = inner.call_function(aten.sum.dim_IntList, (place, [0]))
+    for node, value in zip((*operands, place, total), (x, cache, cache, x), strict=True):
+        node.meta["val"] = value
+    inner.output((place,) if alone else (place, total))
+    root = torch.nn.Module()
+    root.body = fx.GraphModule({}, inner)
+    graph = fx.Graph()
+    inputs = [graph.placeholder(name) for name in ("x", "c0", "c1")]
+    for index, (node, value) in enumerate(zip(inputs, (x, cache, cache), strict=True)):
+        node.meta.update(val=value, desc=PlainAOTInput(index))
+    body = graph.get_attr("body")
+    caches, last = [], inputs[0]
+    for given in inputs[1:]:
+        call = graph.call_function(INVOKE, (body, "body", last, given))
+        call.meta["val"] = (cache,) if alone else (cache, x)
+        caches.append(graph.call_function(operator.getitem, (call, 0)))
+        caches[-1].meta["val"] = cache
+        if not alone:
+            last = graph.call_function(operator.getitem, (call, 1))
+            last.meta["val"] = x
+    output = graph.output((*caches, last))
+    output.meta["desc"] = [
+        *(InputMutationAOTOutput(PlainAOTInput(index)) for index in (1, 2)),
+        None,
+    ]
+    if change is not None:
+        change(graph, inputs, caches)
+    return fx.GraphModule(root, graph)
+
+
+def values() -> list[Tensor]:
+    return [torch.tensor([1.0, 2.0, 3.0]), torch.ones(2, 3), torch.full((2, 3), 2.0)]
+
+
+def overwritten(gm: fx.GraphModule) -> list[Tensor]:
+    """The caches as AOTAutograd leaves them, and the result."""
+    given = values()
+    *updated, result = gm(*given)
+    for place, value in zip(given[1:], updated, strict=True):
+        place.copy_(value)
+    return [*given[1:], result]
+
+
+def test_bodies_write_what_would_be_copied_back() -> None:
+    gm = stepped()
+    want = overwritten(stepped())
+    assert write_back(gm) == 2
+    given = values()
+    first, second, result = gm(*given)
+    assert (first is given[1], second is given[2]) == (True, True)
+    for got, wanted in zip((first, second, result), want, strict=True):
+        assert torch.equal(got, wanted)
+    calls = gm.graph.find_nodes(op="call_function", target=INVOKE)
+    assert [len(call.meta["val"]) for call in calls] == [1, 1]
+
+
+def reads_an_input(graph: fx.Graph, inputs: list[fx.Node], caches: list[fx.Node]) -> None:
+    """The first layer's cache as it was before is a result too."""
+    output = graph.output_node()
+    with graph.inserting_before(output):
+        old = graph.call_function(aten.sum.dim_IntList, (inputs[1], [0]))
+    output.update_arg(0, (*caches, old))
+
+
+def reads_a_result(graph: fx.Graph, inputs: list[fx.Node], caches: list[fx.Node]) -> None:
+    """The first layer's cache is read behind it, where the order of both is not told."""
+    output = graph.output_node()
+    with graph.inserting_before(output):
+        new = graph.call_function(aten.sum.dim_IntList, (caches[0], [0]))
+    output.update_arg(0, (*caches, new))
+
+
+def crosses(graph: fx.Graph, inputs: list[fx.Node], caches: list[fx.Node]) -> None:
+    """Each layer's cache is overwritten with the other one's."""
+    output = graph.output_node()
+    items: Any = output.args[0]
+    output.update_arg(0, (items[1], items[0], items[2]))
+
+
+def is_no_write(graph: fx.Graph, inputs: list[fx.Node], caches: list[fx.Node]) -> None:
+    """The second layer's cache is returned, and the input stays."""
+    graph.output_node().meta["desc"][1] = None
+
+
+def on_another_device(graph: fx.Graph, inputs: list[fx.Node], caches: list[fx.Node]) -> None:
+    with FakeTensorMode():
+        elsewhere = torch.zeros(2, 3, device="meta")
+    for node in (*inputs[1:], *caches):
+        node.meta["val"] = elsewhere
+
+
+@pytest.mark.parametrize(
+    "change", [reads_an_input, reads_a_result, crosses, is_no_write, on_another_device]
+)
+def test_nothing_is_written_that_somebody_may_see(change: Change) -> None:
+    gm = stepped(change)
+    want = overwritten(stepped(change))
+    assert write_back(gm) == 0
+    for got, wanted in zip(overwritten(gm), want, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_a_body_keeps_a_result() -> None:
+    """Without one nobody would know of the call."""
+    assert write_back(stepped(alone=True)) == 0
