@@ -225,6 +225,7 @@ class SiteMark:
             fits = x.dim() == y.dim() == dims and x.shape[:2] == (y.shape[0], channels)
             return fits and y.shape[1] == self.out_features
         columns = y.shape[-1]
+        # Whether they are equal: asked whether they differ, Dynamo binds the graph to these sizes.
         fits = x.dim() > 0 and x.shape[-1] == self.in_features and x.shape[:-1] == y.shape[:-1]
         if start is None:
             return fits and columns == self.out_features
