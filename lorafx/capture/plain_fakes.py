@@ -53,7 +53,7 @@ def _converted(self: Any, tensor: Tensor, shape_env: Any = None, **named: Any) -
         return _CONVERT(self, tensor, shape_env, **named)
     self.hit += 1
     self.arg_cnt += 1
-    with torch.inference_mode(tensor.is_inference()):
+    with torch.inference_mode(False):
         fake = _made(self, tensor, partial(callback, device=tensor.device))
         if tensor.requires_grad:
             fake.requires_grad = True
@@ -111,6 +111,7 @@ def _is_plain(tensor: Tensor) -> bool:
         and tensor.grad is None
         and not (
             tensor._is_view()
+            or tensor.is_inference()
             or tensor.is_nested
             or tensor.is_quantized
             or tensor.is_conj()
