@@ -25,6 +25,8 @@ def _var_getattr(read: Any, image: Any, tx: Any, name: str) -> Any:
 
 def _plain(image: Any, tx: Any, name: str) -> bool:
     """Whether `object.__getattribute__` gives the attribute `name` of what `image` stands for."""
+    if not hasattr(image, "generic_getattr"):  # torch before 2.13
+        return False
     module: Any = sys.modules.get("transformers.configuration_utils")
     config = image.value
     if module is None or not isinstance(config, module.PreTrainedConfig):

@@ -46,12 +46,9 @@ def _replacements() -> Iterator[tuple[Any, str, Callable[..., Any]]]:
         yield after_aot, "save_graph_repro", _no_script
         if not codecache.log.isEnabledFor(logging.DEBUG):
             yield codecache.FxGraphCachePickler, "debug_lines", _no_lines
-    same, constrain = fx_utils._is_fake_tensor_same, lowering.constrain_to_fake_tensor
-
-    def is_same(new: Any, old: Any, *args: Any, **kwargs: Any) -> bool:
-        if not kwargs.get("check_storage", True) and _laid_out_alike(new, old):
-            return True
-        return same(new, old, *args, **kwargs)
+    if hasattr(fx_utils, "_is_fake_tensor_same"):  # since torch 2.13
+        yield fx_utils, "_is_fake_tensor_same", _comparing(fx_utils._is_fake_tensor_same)
+    constrain = lowering.constrain_to_fake_tensor
 
     def constrained(operand: Any, wanted: Any) -> Any:
         inner = operand.data if isinstance(operand, ir.TensorBox) else operand
@@ -63,8 +60,16 @@ def _replacements() -> Iterator[tuple[Any, str, Callable[..., Any]]]:
                 return operand
         return constrain(operand, wanted)
 
-    yield fx_utils, "_is_fake_tensor_same", is_same
     yield lowering, "constrain_to_fake_tensor", constrained
+
+
+def _comparing(same: Callable[..., bool]) -> Callable[..., bool]:
+    def is_same(new: Any, old: Any, *args: Any, **kwargs: Any) -> bool:
+        if not kwargs.get("check_storage", True) and _laid_out_alike(new, old):
+            return True
+        return same(new, old, *args, **kwargs)
+
+    return is_same
 
 
 def _no_lines(*_: Any) -> list[str]:
