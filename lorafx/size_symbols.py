@@ -1,4 +1,5 @@
-"""Comparisons of symbols for sizes that are open, without sympy's thinking about them."""
+"""Sizes as expressions, and comparisons of their symbols that are open, without sympy's thinking
+about them."""
 
 from __future__ import annotations
 
@@ -6,12 +7,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import sympy
+import torch
 from sympy.core import relational
 
 #: What torch tells sympy of each symbol for a size.
 _SIZE = {"integer": True, "positive": True}
 _greater_than: Callable[[sympy.Symbol, Any], Any] = sympy.Symbol.__gt__
 _equal: Callable[..., bool | None] = relational.is_eq
+
+
+def size_expression(size: Any) -> Any:
+    """The expression of a symbolic size, any other as it is. Comparing two adds no guard."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def open_comparisons() -> Iterator[tuple[Any, str, Any]]:

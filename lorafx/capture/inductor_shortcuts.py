@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lorafx.size_symbols import size_expression
+
 
 @contextmanager
 def shortcuts() -> Iterator[None]:
@@ -55,7 +57,7 @@ def _replacements() -> Iterator[tuple[Any, str, Callable[..., Any]]]:
         buffer = inner.data if isinstance(inner, ir.StorageBox) else None
         if isinstance(buffer, ir.InputBuffer) and isinstance(wanted, Tensor):
             layout = buffer.layout
-            strides = tuple(map(_size, wanted.stride()))
+            strides = tuple(map(size_expression, wanted.stride()))
             if isinstance(layout, ir.FixedLayout) and tuple(layout.stride) == strides:
                 return operand
         return constrain(operand, wanted)
@@ -87,10 +89,6 @@ def _laid_out_alike(new: Any, old: Any) -> bool:
         return False
     return (
         new.device == old.device
-        and tuple(map(_size, new.shape)) == tuple(map(_size, old.shape))
-        and tuple(map(_size, new.stride())) == tuple(map(_size, old.stride()))
+        and tuple(map(size_expression, new.shape)) == tuple(map(size_expression, old.shape))
+        and tuple(map(size_expression, new.stride())) == tuple(map(size_expression, old.stride()))
     )
-
-
-def _size(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else size

@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from lorafx.kernels.ops.stamp_op import Layout
 from lorafx.model.module_graph import storage_key
 from lorafx.passes.outline.outline import INVOKE
+from lorafx.size_symbols import size_expression
 
 
 class _Known(NamedTuple):
@@ -87,8 +88,8 @@ def _key(body: Any, operands: Sequence[Any]) -> Hashable:
 def _described(value: Any) -> Any:
     if isinstance(value, FakeTensor) and value.layout is torch.strided:
         return (
-            tuple(map(_size, value.shape)),
-            tuple(map(_size, value.stride())),
+            tuple(map(size_expression, value.shape)),
+            tuple(map(size_expression, value.stride())),
             value.dtype,
             value.device,
             value.requires_grad,
@@ -97,12 +98,8 @@ def _described(value: Any) -> Any:
             type(value),
         )
     if isinstance(value, (torch.SymInt, int)) and not isinstance(value, bool):
-        return _size(value)
+        return size_expression(value)
     return None
-
-
-def _size(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def _are_new(results: Any, operands: Sequence[Any]) -> bool:

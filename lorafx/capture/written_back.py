@@ -21,6 +21,7 @@ from torch._functorch._aot_autograd.descriptors import InputMutationAOTOutput
 
 from lorafx.passes.outline.outline import INVOKE
 from lorafx.program.frame import fake_value
+from lorafx.size_symbols import size_expression
 
 #: Arguments of a call in front of the body's operands: the body and its name.
 _OPERANDS = 2
@@ -89,8 +90,7 @@ def _pairs(call: fx.Node, written: dict[fx.Node, fx.Node]) -> Iterator[tuple[int
 def _alike(value: Any, place: Any) -> bool:
     def layout(tensor: torch.Tensor) -> tuple[Any, ...]:
         numbers = (*tensor.shape, *tensor.stride())
-        exprs = (n.node.expr if isinstance(n, torch.SymInt) else n for n in numbers)
-        return (tensor.dtype, tensor.device, *exprs)
+        return (tensor.dtype, tensor.device, *map(size_expression, numbers))
 
     return layout(value) == layout(place)
 
