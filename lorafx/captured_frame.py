@@ -5,7 +5,7 @@ Dynamo names places (`L['input_ids']`) by expressions over the function's locals
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import CodeType
 from typing import Any, NoReturn
 
@@ -13,6 +13,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, fx
 from torch._dynamo import symbolic_convert
+from torch._dynamo.source import LocalSource
 from torch.utils._ordered_set import OrderedSet
 
 
@@ -120,3 +121,10 @@ def keep_frame_guards(kept: Sequence[torch._guards.Guard]) -> None:
     """Have Dynamo make these guards and those that it is yet to find."""
     guards = torch._guards.GuardsSet(OrderedSet(kept))
     torch._guards.TracingContext.get().guards_context.dynamo_guards = guards
+
+
+def guard_local(name: str, make: Callable[[Any, torch._guards.Guard], None]) -> None:
+    """Have Dynamo guard something more of the local variable `name`: it calls `make` with its
+    builder of guards."""
+    guard = LocalSource(name).make_guard(make)
+    torch._guards.TracingContext.get().guards_context.dynamo_guards.add(guard)

@@ -243,6 +243,15 @@ def recorded_outputs() -> object | None:
     return getattr(module, "_CAN_RECORD_REGISTRY", None)
 
 
+def add_function_guard(manager: Any, function: Callable[[Any], bool]) -> None:
+    """Have a manager of Dynamo's guards ask `function`, which is given what is guarded."""
+    said = [f"{function.__module__}.{function.__qualname__}"]
+    try:
+        manager.add_lambda_guard(function, said, None)
+    except TypeError:  # before it took the lines of users
+        manager.add_lambda_guard(function, said)
+
+
 def mark_fixed_shape(tensor: Tensor, dims: Sequence[int] | None = None) -> None:
     """Have Dynamo take the sizes of `tensor`, or those of `dims`, as constants in captures with
     `dynamic=True`.

@@ -235,7 +235,7 @@ class Backend:
         if self.noted is None:  # a graph that is saved keeps note of all guards
             drop_guards_on_marks()
             drop_guards_on_classes()
-            drop_guards_on_marked_modules(watched=True)
+            drop_guards_on_marked_modules()
 
     def compile_lora(
         self, gm: fx.GraphModule, examples: Sequence[Any], compilation: Compilation

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from torch import nn
 from torch._dynamo.guards import GuardBuilder
 
 from lorafx.captured_frame import frame_guards, keep_frame_guards, named_by_dynamo, source_text
@@ -72,30 +73,31 @@ def drop_guards_on_classes() -> None:
         keep_frame_guards(kept)
 
 
-def drop_guards_on_marked_modules(*, watched: bool = False) -> None:
-    """For any frame. Of a module with a hook Dynamo guards nine things that it does not ask of one
-    without. How many hooks there are tells whether the mark is still there, and alone. The rest
-    never changes:
+def drop_guards_on_marked_modules() -> list[nn.Module]:
+    """For any frame in whose calls somebody looks for hooks of others (lorafx.model.hook_watch). Of
+    a module with a hook Dynamo guards nine things that it does not ask of one without, and none of
+    them is needed:
 
     - a mark takes keyword arguments, and is not always called: it is the only hook with its number;
     - the module has no `__call__`, `_call_impl` or `_compiled_call_impl` of its own. Where it has
-      no hook, nobody asks.
+      no hook, nobody asks;
+    - where the mark is gone, `match` finds the weight without it, and the graph is the same.
 
-    Args:
-        watched: calls see hooks of others by themselves (lorafx.model.hook_watch), so that nothing
-            need be guarded. Where the mark is gone, `match` finds the weight without it, and the
-            graph is the same.
+    Returns:
+        The modules.
     """
     guards = frame_guards()
     names = [source_text(guard) for guard in guards]
+    of_hooks = [name for name in dict.fromkeys(names) if name.endswith(_HOOKS)]
     marked = {
-        name.removesuffix(_HOOKS)
-        for name in dict.fromkeys(names)
-        if name.endswith(_HOOKS) and _only_marks(named_by_dynamo(name))
+        name.removesuffix(_HOOKS): module
+        for name in of_hooks
+        if isinstance(module := named_by_dynamo(name.removesuffix(_HOOKS)), nn.Module)
+        and _only_marks(module._forward_hooks)
     }
     if not marked:
-        return
-    noted = [_WITH_KWARGS, _ALWAYS, *([_HOOKS] if watched else [])]
+        return []
+    noted = [_WITH_KWARGS, _ALWAYS, _HOOKS]
     constant = {module + name for module in marked for name in noted}
     for module in marked:
         with_kwargs = module + _WITH_KWARGS
@@ -107,6 +109,7 @@ def drop_guards_on_marked_modules(*, watched: bool = False) -> None:
         return name not in marked or _attribute(guard) not in _CALLS
 
     keep_frame_guards([g for g, name in zip(guards, names, strict=True) if needed(g, name)])
+    return list(marked.values())
 
 
 def _only_marks(hooks: Any) -> bool:

@@ -2,7 +2,8 @@
 
 Dynamo traces the hooks that a module has, and guards on them. On a module without any it guards on
 nothing, so graphs know nothing of a hook that comes later. No call walks the tree: torch numbers
-the hooks of a process one after another, so a call compares one number.
+the hooks of a process one after another, so a call compares one number: `HookWatch` for calls of
+`lorafx.compile`, `LaterHooks` in a guard of Dynamo's where users compile the model.
 """
 
 from __future__ import annotations
@@ -24,6 +25,29 @@ def hooks_of(module: nn.Module) -> Iterator[tuple[int, Mapping[int, Any]]]:
         for number, hook in hooks.items():
             if not isinstance(hook, MARKS):
                 yield number, hooks
+
+
+class LaterHooks:
+    """Whether others have registered hooks on some modules since this was made. Hooks that they
+    take away are not looked for."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = tuple(modules)
+        self._seen = RemovableHandle.next_id
+        self._known = self._numbers()
+
+    @property
+    def none(self) -> bool:
+        """Whether there are none. One comparison while nobody registers hooks anywhere."""
+        now = RemovableHandle.next_id
+        if self._seen != now:
+            if self._numbers() != self._known:
+                return False
+            self._seen = now
+        return True
+
+    def _numbers(self) -> list[int]:
+        return [number for module in self._modules for number, _ in hooks_of(module)]
 
 
 class HookWatch:

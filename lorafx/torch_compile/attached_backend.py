@@ -28,7 +28,7 @@ from lorafx.program.frame import Frame, wants_gradient
 from lorafx.program.program import Program
 from lorafx.program.stack import called_module
 from lorafx.torch_compile.attached import AttachedSession, running_session, session_of_weight
-from lorafx.torch_compile.mark_guards import drop_guards_of_attached
+from lorafx.torch_compile.mark_guards import drop_guards_of_attached, guard_later_hooks
 from lorafx.torch_compile.pending import waiting
 
 
@@ -89,7 +89,7 @@ class AttachedBackend(Backend):
     def drop_guards(self, bound: BoundInputs | None) -> None:
         drop_guards_of_attached(self.program, bound)
         drop_guards_on_classes()
-        drop_guards_on_marked_modules()
+        guard_later_hooks(self.program, drop_guards_on_marked_modules())
 
     def owner(self, frame: Frame, weights: Sequence[int]) -> Owner:
         # Dynamo keeps executables: what they hold is never freed, so they hold no model.

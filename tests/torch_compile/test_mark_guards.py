@@ -107,13 +107,15 @@ def test_models_of_one_class(case: Case) -> None:
 
 
 def test_a_mark_that_is_taken_away(case: Case) -> None:
-    """`match` finds the weight without its mark."""
+    """`match` finds the weight without its mark, so the graph is the same."""
     model = attached(case)
     call = compiled(model)
     check(call, model, case, NAMES, inputs())
     before = graphs()
-    hooks = model.layers[2]["right"]._forward_hooks
-    hooks.clear()
+    model.layers[2]["right"]._forward_hooks.clear()
+    check(call, model, case, NAMES, inputs())
+    assert graphs() == before
+    model.layers[0]["left"]._forward_hooks.clear()
     check(call, model, case, NAMES, inputs())
     assert graphs() == before + 1
     lorafx.detach(model)
@@ -145,6 +147,39 @@ def test_layers_by_themselves_keep_all_guards(case: Case, kept: list[list[str]])
     for _ in range(2):
         check(model, model, case, ["a"] * 4, inputs())
     assert kept == []
+
+
+def test_hooks_elsewhere_capture_nothing(case: Case) -> None:
+    """torch numbers all hooks of a process one after another."""
+    model = attached(case)
+    call = compiled(model)
+    check(call, model, case, NAMES, inputs())
+    before = graphs()
+    for _ in range(2):
+        nn.Linear(2, 2).register_forward_hook(lambda *_: None)
+        check(call, model, case, NAMES, inputs())
+    assert graphs() == before
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_hooks_in_front_of_modules_are_noticed(case: Case, before: bool) -> None:
+    """Beside a mark; and where one was there already, one more."""
+    model = attached(case)
+    call = compiled(model)
+    linear = model.layers[1]["left"]
+
+    def halve(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0] / 2,)
+
+    handles = [linear.register_forward_pre_hook(halve)] if before else []
+    first = served(call, model, NAMES, inputs())
+    handles.append(linear.register_forward_pre_hook(halve))
+    hooked = served(call, model, NAMES, inputs())
+    torch._dynamo.reset()
+    anew = served(call, model, NAMES, inputs())
+    for handle in handles:
+        handle.remove()
+    assert error(hooked, anew) <= TOLERANCE < error(hooked, first)
 
 
 @pytest.mark.parametrize("everywhere", [False, True])
