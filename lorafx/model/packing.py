@@ -7,7 +7,8 @@ The original parameters stay where and what they were (same objects, names, shap
 W lies between columns of the buffer that hold nothing of the model: each parameter then has gaps
 between its rows, and a storage of its own in the same memory, because transformers refuses to save
 a storage that several such tensors share. What splits the views again (`model.to(...)`,
-`load_state_dict(assign=True)`) is noticed before a call.
+`load_state_dict(assign=True)`) is noticed before a call. The parameters are packed anew then, in
+the same memory, unless somebody keeps that: `p.data, ema[name] = ema[name], p.data`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class PackedGroup:
     """One group whose base weights are views of `weight` (ΣN, K), biases of `bias` (ΣN,).
 
     With `room`, so many columns left and right, `weight` is (ΣN, left + K + right). Where only some
-    siblings have a bias, the others' part of `bias` is zero.
+    siblings have a bias, the others' part of `bias` is zero. Both stay the same objects, whatever
+    memory they lie in.
     """
 
     group: Group
@@ -42,31 +44,98 @@ class PackedGroup:
     room: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
-        left, right = self.room
-        inside = self.weight[:, left : self.weight.shape[1] - right]
-        #: Each parameter: the dictionary that holds it, its name there, its part of a buffer.
+        #: Each parameter: the dictionary that holds it, its name there, its rows.
         self.places = [
-            (site.module._parameters, name, self._part(buffer, apart, offset, site.out_features))
+            (site.module._parameters, name, slice(offset, offset + site.out_features))
             for site, offset in zip(self.group.sites, self.group.offsets, strict=True)
-            for name, buffer, apart in (
-                (site.eligible.weight, inside, any(self.room)),
-                ("bias", self.bias, False),
-            )
+            for name, buffer in ((site.eligible.weight, self.weight), ("bias", self.bias))
             if buffer is not None and site.module._parameters.get(name) is not None
         ]
-        # Looked at before every call, so addresses are read once; the buffers never move.
         self._holders = [parameters for parameters, _, _ in self.places]
         self._names = [name for _, name, _ in self.places]
-        self._addresses = [part.data_ptr() for _, _, part in self.places]
 
-    def _part(self, buffer: Tensor, apart: bool, start: int, rows: int) -> Tensor:
-        part = buffer[start : start + rows]
-        return torch.from_dlpack(part) if apart else part
+    def parts(self) -> list[Tensor]:
+        """Where the parameters are to lie."""
+        left, right = self.room
+        inside = self.weight[:, left : self.weight.shape[1] - right]
+        return [(self._bias if name == "bias" else inside)[rows] for _, name, rows in self.places]
+
+    @property
+    def _bias(self) -> Tensor:
+        assert self.bias is not None
+        return self.bias
+
+    @property
+    def addresses(self) -> list[int]:
+        """Those of `parts`."""
+        return list(map(Tensor.data_ptr, self.parts()))
 
     @property
     def intact(self) -> bool:
         """True while every sibling's parameter still is its view of the packed buffer."""
-        return _at(self._holders, self._names, self._addresses)
+        return _at(self._holders, self._names, self.addresses)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the parameters that are there now could lie in the buffers."""
+        for (parameters, name, _), part in zip(self.places, self.parts(), strict=True):
+            own = parameters.get(name)
+            if own is None or is_traceable_wrapper_subclass(own):
+                return False
+            if (own.shape, own.dtype, own.device) != (part.shape, part.dtype, part.device):
+                return False
+        return True
+
+    def holds(self, site: Site) -> bool:
+        """Whether what `site` multiplies by and adds is in the buffers as it is: since then its
+        weight may have been transposed in place, or it may have got a bias."""
+        own = site.module._parameters
+        parts = zip(self.places, self.parts(), strict=True)
+        mine = {name: part for (holder, name, _), part in parts if holder is own}
+        return (own.get("bias") is None or "bias" in mine) and all(
+            _laid_out(own.get(name)) == _laid_out(part) for name, part in mine.items()
+        )
+
+    def fill(self) -> None:
+        """Copy the parameters into the buffers and point them there: into other memory, where
+        somebody holds what was taken out of a parameter, and may put it back later."""
+        buffers = [tensor for tensor in (self.weight, self.bias) if tensor is not None]
+        for tensor, new in [(t, _zeros_like(t)) for t in buffers if self._taken_out(t)]:
+            tensor.data = new
+        for (parameters, name, _), part in zip(self.places, self.parts(), strict=True):
+            own: Any = parameters[name]
+            with writing(part):
+                part.copy_(own)
+                if any(self.room) and name != "bias":
+                    part = torch.from_dlpack(part)
+            own.data = part
+
+    def _taken_out(self, buffer: Tensor) -> bool:
+        """Whether other tensors lie in the memory of one of the buffers than parameters in their
+        places."""
+        uses = _uses(buffer) - _uses(buffer.new_empty(0))
+        for (parameters, name, _), part in zip(self.places, self.parts(), strict=True):
+            mine = self.bias if name == "bias" else self.weight
+            uses -= mine is buffer and _laid_out(parameters[name]) == _laid_out(part)
+        return uses > 0
+
+
+def _uses(tensor: Tensor) -> int:
+    """How many hold its memory, one more than that for being asked."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+def _zeros_like(tensor: Tensor) -> Tensor:
+    with torch.inference_mode(tensor.is_inference()):
+        return torch.zeros_like(tensor)
+
+
+def _laid_out(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    if tensor is None:
+        return None
+    # Of a dimension of one entry the stride says nothing.
+    strides = [n for n, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+    return (tensor.shape, strides, tensor.data_ptr())
 
 
 def _at(
@@ -108,7 +177,7 @@ def pack_weights(
         columns = sum(room) + sites[0].in_features
         buffer = weights[0].new_zeros((rows, columns))
         packed = PackedGroup(group, buffer, buffer.new_zeros(rows) if has_bias else None, room)
-    repack([packed])
+    packed.fill()
     for tensor in (packed.weight, packed.bias):
         if tensor is not None:
             mark_fixed_shape(tensor)
@@ -126,17 +195,21 @@ class PackWatch:
         self._packs = packs
         self._holders = [holder for packed in packs for holder in packed._holders]
         self._names = [name for packed in packs for name in packed._names]
-        self._addresses = [address for packed in packs for address in packed._addresses]
+        self._look()
+
+    def _look(self) -> None:
+        self._addresses = [address for packed in self._packs for address in packed.addresses]
 
     @property
     def intact(self) -> bool:
-        """True while every parameter still is its view of a packed buffer."""
+        """True while every parameter lies where its view of a packed buffer did at last."""
         return _at(self._holders, self._names, self._addresses)
 
     def check(self) -> None:
         """As `check_packed`, of these packs."""
         if not self.intact:
             check_packed(self._packs)
+            self._look()
 
 
 def check_packed(packs: Iterable[PackedGroup]) -> None:
@@ -156,32 +229,16 @@ def check_packed(packs: Iterable[PackedGroup]) -> None:
 
 
 def repack(packs: Sequence[PackedGroup]) -> PackedGroup | None:
-    """Point the parameters at the packed buffers, with the values that they have now.
+    """Pack the parameters anew, with the values that they have now.
 
     Returns the first group whose buffers cannot hold them, since shape, dtype, device or format
     have changed, or some are gone; nothing is changed then.
     """
-    held = []
-    for packed in packs:
-        for parameters, name, part in packed.places:
-            own = parameters.get(name)
-            if own is None or is_traceable_wrapper_subclass(own):
-                return packed
-            if (own.shape, own.dtype, own.device) != (part.shape, part.dtype, part.device):
-                return packed
-            held.append((own, part))
-    buffers = {part.untyped_storage().data_ptr() for _, part in held}
-    with torch.no_grad():
-        # Parameters may have changed places: read all that lie in a buffer before any is written.
-        values = [
-            own.clone() if own.untyped_storage().data_ptr() in buffers else own for own, _ in held
-        ]
-        for value, (_, part) in zip(values, held, strict=True):
-            with writing(part):
-                part.copy_(value)
-        for own, part in held:
-            own.data = part
-    return None
+    misfit = next((packed for packed in packs if not packed.fits), None)
+    if misfit is None:
+        for packed in packs:
+            packed.fill()
+    return misfit
 
 
 def packable(sites: Sequence[Site], alone: frozenset[int]) -> bool:

@@ -28,7 +28,6 @@ from lorafx.compat import block_settings
 from lorafx.errors import CaptureError, ConfigError
 from lorafx.model.attachment import Attachment
 from lorafx.model.marks import SiteMark
-from lorafx.model.packing import check_packed
 from lorafx.program.program import Program
 from lorafx.program.roles import RoleTable
 from lorafx.program.stack import RunningCall, generating, outermost_call, unwrapped
@@ -150,7 +149,7 @@ class AttachedSession(Session):
             check = partial(checks.places.check_rows, arguments)
             self.set_rows(self.asked, rows, check, self.program.call)
         if not self.program.pack_watch.intact:
-            untracked(lambda _: check_packed(self.program.packed))
+            untracked(lambda _: self.program.pack_watch.check())
 
     @contextmanager
     def knowing_arguments(self) -> Iterator[None]:

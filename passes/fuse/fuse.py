@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lorafx.graph.context import FUSED_OP, SITE_OP, Context, SiteState
 from lorafx.graph.weight_uses import RESHAPES, Use
@@ -88,11 +89,19 @@ def _fuse(graph: fx.Graph, ctx: Context, node: fx.Node, state: SiteState) -> Non
         else:
             fused = ctx.call(graph, FUSED_OP, arguments)
     fused.meta.update({key: node.meta[key] for key in COPIED if key in node.meta})
-    if _adds_own_bias(ctx, state.site, use):
+    if _adds_own_bias(ctx, state.site, use) and _is_packed(ctx, state.site):
         # A mark carries those of the group into the graph, where it does.
         state.packed_weight, state.packed_bias = call["weight"], call["bias"]
     node.replace_all_uses_with(fused)
     ctx.merge([node], fused, "fused")
+
+
+def _is_packed(ctx: Context, site: Site) -> bool:
+    """Whether the packed weights of the site's group, if it has some, hold what the site has."""
+    group, _ = ctx.program.home(site)
+    packs = [packed for packed in ctx.program.packed if packed.group is group]
+    with unset_fake_temporarily():  # passes run while AOTAutograd's fake mode is on
+        return all(packed.holds(site) for packed in packs)
 
 
 def _adds_own_bias(ctx: Context, site: Site, use: Use) -> bool:
