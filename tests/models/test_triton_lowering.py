@@ -12,6 +12,7 @@ import oracle
 import pytest
 import torch
 from dense_merge import TOLERANCE, Case, check_mixed, error
+from functorch.compile import make_boxed_func
 from tiny_models import FAMILIES
 from torch._inductor import compile_fx
 from torch._inductor.utils import run_and_get_code
@@ -150,9 +151,10 @@ def test_base_rows_are_the_bases_own_bits(plain: Case) -> None:
 
 
 def test_generate_with_a_cache(shallow: Case) -> None:
-    cm = shallow.compile(options=TRITON)
+    """One token from the prompts, and one from the cache."""
+    cm = shallow.compile(options=TRITON, dynamic=False)
     ids = inputs_of("llama", 3, 5)["input_ids"]
-    kwargs = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    kwargs = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
     got = cm.generate(ids, attention_mask=torch.ones_like(ids), adapter_names=NAMES[:3], **kwargs)
     for row, name in enumerate(NAMES[:3]):
         one = ids[row : row + 1]
@@ -196,11 +198,10 @@ def test_a_captured_launch_reads_weights_and_banks_in_place_and_slots_from_a_cop
     """What Inductor hands to CUDA graphs: a bank that were copied would cost its size a step, and a
     slots buffer taken for fixed would freeze the mix."""
     seen: list[tuple[list[Any], set[int]]] = []
-    original = compile_fx.compile_fx_inner
 
     def spy(gm: Any, inputs: Any, **kwargs: Any) -> Any:
         seen.append((list(inputs), set(kwargs["static_input_idxs"])))
-        return original(gm, inputs, **kwargs)
+        return make_boxed_func(gm)  # what is made of them costs a C++ kernel each
 
     monkeypatch.setattr(compile_fx, "compile_fx_inner", spy)
     cm = plain.compile(options={"lowering": "inductor"}, dynamic=False)

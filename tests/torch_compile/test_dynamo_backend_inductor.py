@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config as inductor_config
-from attached import check, fresh_dynamo, graphs
+from attached import attached, check, fresh_dynamo, graphs
 from tiny_models import FAMILIES, PlainModel
 from torch import Tensor, nn
 
@@ -88,7 +88,7 @@ class Broken(nn.Module):
 
 def test_fullgraph_is_an_error_where_the_model_breaks(small):
     case = small(Broken, ["w"])
-    model, inputs = lorafx.attach(case.model(), case.folders), {"x": torch.randn(3, 2, 6)}
+    model, inputs = attached(case), {"x": torch.randn(3, 2, 6)}
     whole = torch.compile(model, backend="lorafx", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"), torch.no_grad():
         whole(**inputs)

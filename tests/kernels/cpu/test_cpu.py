@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -121,14 +122,17 @@ def test_slots_of_an_embedding_that_share_room(dtype: torch.dtype) -> None:
         assert torch.equal(run(sharing_room(p, 2)), run(p))
 
 
+def of_two_tests(leading: tuple[int, ...], dtypes: tuple[torch.dtype, ...], **rows: Any) -> Problem:
+    """Sizes that the tests of instruction sets share: a kernel of each is compiled once."""
+    return random_problem(x_shape=(*leading, 77), sizes=(48, 17), max_rank=9, dtypes=dtypes, **rows)
+
+
 @pytest.mark.parametrize("isa", runnable_isas(), ids=lambda isa: isa.name)
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 def test_every_instruction_set(isa: Isa, dtype: torch.dtype) -> None:
     for batch in ("decode", "many rows"):
         leading, slots, rows = BATCHES[batch]
-        p = random_problem(
-            x_shape=(*leading, 77), slots=slots, rows=rows, max_rank=9, dtypes=(dtype,) * 3
-        )
+        p = of_two_tests(leading, (dtype,) * 3, slots=slots, rows=rows)
         assert_delta(p, run(p, isa))
 
 
@@ -144,19 +148,21 @@ def test_storage_types_round_like_torch(isa: Isa, dtype: torch.dtype, bank: str)
     values = torch.tensor([*edges, *torch.randn(54).tolist()]).to(dtype)
     deltas = torch.cat([torch.zeros(65), torch.randn(65) * 2.0**-8, torch.full((65,), 40.0)])
     wide = dtype if bank == "same" else FP32
-    p = random_problem(
-        x_shape=(3, 1), slots=(0,), rows=3, sizes=(65,), max_rank=1, dtypes=(wide, wide, dtype)
-    )
+    p = of_two_tests((3,), (wide, wide, dtype), slots=(0,), rows=3)
+    x, A, B = torch.zeros_like(p.x), torch.zeros_like(p.A[:1]), torch.zeros_like(p.B[:1])
+    x[:, 0] = 1
+    A[:, 0, ::77] = 1  # of each sibling; so δ is the first row of B
     p = p.with_(
         y=values.repeat(3, 1),
-        x=torch.ones(3, 1, dtype=wide),
-        A=torch.ones(1, 1, 1, dtype=wide),
-        ranks=torch.ones(1, 1, dtype=torch.int32),
-        scales=torch.ones(1, 1),
+        x=x,
+        A=A,
+        ranks=torch.ones(1, 2, dtype=torch.int32),
+        scales=torch.ones(1, 2),
     )
     flushed = torch.finfo(BF16).smallest_normal if dtype == BF16 and isa.dpbf16 else 0.0
     for row, delta in enumerate(deltas.view(3, 65).to(wide)):
-        one = p.with_(y=p.y[row : row + 1], x=p.x[:1], B=delta.view(1, 1, 65))
+        B[0, 0] = delta
+        one = p.with_(y=p.y[row : row + 1], x=p.x[:1], B=B)
         expected = (one.y.float() + delta.float()).to(dtype)
         torch.testing.assert_close(run(one, isa), expected, rtol=0, atol=flushed, equal_nan=True)
 
