@@ -93,7 +93,7 @@ def test_quantised_weights(quantised: tuple[Case, dict], how: str) -> None:
     case, state = quantised
     model = Latent(how).eval()
     model.load_state_dict(state)
-    cm = lorafx.compile(model, case.folders, options=REFERENCE)
+    cm = lorafx.compile(model, case.folders, options=REFERENCE, dynamic=False)
     model.post_process()
     check_mixed(cm, case, NAMES, {"x": torch.randn(5, 4, model.width)})
     assert "refused" not in str(cm.explain())
