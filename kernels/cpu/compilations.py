@@ -85,15 +85,19 @@ def compiled(command: Sequence[str], source: str, library: Path, *, wait: bool =
 
 def ahead(tasks: Iterable[Callable[[], object]]) -> None:
     """Run these one after the other in the background, as many at a time as there are cores beside
-    the one that traces. What fails there fails again where it is asked for, and is told there."""
+    the one that traces. What fails there fails again where it is asked for, and is told there. So
+    is all of it compiled there, where the process may start no thread."""
     for task in tasks:
         context = contextvars.copy_context()  # with Inductor's settings, which name the compiler
         _QUEUE.append(lambda task=task, context=context: context.run(task))  # type: ignore[misc]
     with _LOCK:
         for _ in range(min(len(_QUEUE), _spare_cores()) - len(_WORKERS)):
             worker = threading.Thread(target=_work, name="lorafx compiling ahead", daemon=True)
-            _WORKERS.add(worker)
-            worker.start()
+            try:
+                worker.start()
+            except RuntimeError:  # the process may have no more threads
+                return
+            _WORKERS.add(worker)  # which cannot have ended: that takes the lock
 
 
 def _spare_cores() -> int:
@@ -156,13 +160,13 @@ def _is_at(file: TextIO, path: Path) -> bool:
 
 
 def _compile(command: Sequence[str], source: str, text: TextIO, library: Path) -> None:
-    text.seek(0)
-    if text.read() != source:
-        text.truncate(0)
-        text.write(source)
-        text.flush()
     done = False
     try:
+        text.seek(0)
+        if text.read() != source:
+            text.truncate(0)
+            text.write(source)
+            text.flush()
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             built = Path(scratch, library.name)
             _run([*command, text.name, "-o", str(built)])

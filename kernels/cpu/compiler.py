@@ -127,13 +127,19 @@ def compile_library(source: str, flags: tuple[str, ...] = (), *, wait: bool = Tr
         wait: where somebody else is compiling it, which then may not have ended.
 
     Raises:
-        LoweringError: no compiler, or the compiler refuses the source.
+        LoweringError: no compiler, the compiler refuses the source, or the cache cannot be written.
     """
     compiler = find_compiler()
     command = [compiler, *BASE_FLAGS, *flags]
     key = hashlib.sha256("\0".join([source, *command, _version_of(compiler)]).encode())
-    library = cache_folder() / f"{key.hexdigest()[:32]}.so"
-    compiled(command, source, library, wait=wait)
+    try:
+        library = cache_folder() / f"{key.hexdigest()[:32]}.so"
+        compiled(command, source, library, wait=wait)
+    except OSError as error:
+        raise LoweringError(
+            f"generated kernels cannot be written to their cache: {error}; make room there, or set "
+            "LORAFX_CACHE_DIR to another folder"
+        ) from error
     return library
 
 

@@ -45,8 +45,10 @@ def begin() -> None:
     from torch.utils import cpp_extension  # noqa: F401
 
     context = contextvars.copy_context()
-    _started = threading.Thread(target=context.run, args=(_find_out,), daemon=True)
-    _started.start()
+    thread = threading.Thread(target=context.run, args=(_find_out,), daemon=True)
+    with contextlib.suppress(RuntimeError):  # the process may have no more threads
+        thread.start()
+        _started = thread
 
 
 def compile_kernels(program: Program) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -208,3 +209,23 @@ def test_tasks_run_beside_the_thread_that_asks() -> None:
     until(lambda: len(threads) == 3 and idle())
     assert threading.current_thread() not in threads
     assert all(thread.daemon for thread in threads)
+
+
+def test_a_process_that_has_no_more_threads() -> None:
+    """What would be compiled ahead is compiled where it is asked for."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    stack = threading.stack_size(1 << 32)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), hard))
+    try:
+        with pytest.raises(RuntimeError, match="thread"):
+            threading.Thread(target=print).start()
+        ahead([lambda: None])
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        threading.stack_size(stack)
+    assert idle()
+    done = threading.Event()
+    ahead([done.set])
+    assert done.wait(30)
+    until(idle)

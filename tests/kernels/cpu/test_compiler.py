@@ -8,11 +8,13 @@ import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from delta_oracle import assert_delta, random_problem
+from full_disk import no_file_over
 from toolchain import needs_compiler
 
 from lorafx.errors import LoweringError
@@ -67,6 +69,25 @@ def test_a_refused_source_is_an_error_with_the_compilers_words(folder: Path) -> 
     with pytest.raises(LoweringError, match=r"refused a generated kernel:\n.*nonsense"):
         compile_library("nonsense;")
     assert list(folder.iterdir()) == []
+
+
+@needs_compiler
+@pytest.mark.usefixtures("fresh_choice")
+@pytest.mark.parametrize("place", ["a file", "a full disk"])
+def test_a_cache_that_cannot_be_written(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LoRA runs in plain aten, as it does without a compiler."""
+    (tmp_path / "file").touch()
+    folder = tmp_path / ("file" if place == "a file" else "kernels")
+    monkeypatch.setenv("LORAFX_CACHE_DIR", str(folder))
+    cpu._warn_once.cache_clear()
+    room = no_file_over(16) if place == "a full disk" else nullcontext()
+    with room, pytest.warns(UserWarning, match="cannot be written.*set LORAFX_CACHE_DIR"):
+        assert build(_spec(104)) is None
+    if place == "a full disk":
+        assert list(folder.iterdir()) == []
+        assert build(_spec(104)) is not None
 
 
 def test_a_library_that_does_not_load(tmp_path: Path) -> None:
