@@ -7,7 +7,7 @@ by whoever calls.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorafx.adapter_store.asked import evictable_for, no_slots, owning, too_many
@@ -15,7 +15,7 @@ from lorafx.adapter_store.copy_streams import CopyStreams
 from lorafx.adapter_store.holding import staying
 from lorafx.adapter_store.names import members
 from lorafx.adapter_store.own_places import OwnPlaces
-from lorafx.adapter_store.windows import arranged, window
+from lorafx.adapter_store.windows import arranged, fit, window
 from lorafx.errors import LorafxError
 
 if TYPE_CHECKING:
@@ -58,15 +58,6 @@ class Slots:
         """The slots of adapters with weights of their own."""
         return {name: slot for name, slot in self._slots.items() if self._adapters[name].owned}
 
-    def _arranged(
-        self,
-        widths: Mapping[str, int],
-        slots: Mapping[str, int],
-        evictable: Sequence[str] = (),
-        kept: Collection[str] = (),
-    ) -> dict[str, int] | None:
-        return arranged(widths, slots, evictable, kept, self.max_adapters, self._widest)
-
     def _together(self, names: frozenset[str], *, own: bool) -> bool:
         pinned = staying(self._pinned, names)
         placed = owning(names | pinned, self._adapters) <= self._own.count
@@ -74,7 +65,7 @@ class Slots:
             return placed
         kept = {name: slot for name, slot in self._slots.items() if name in pinned}
         widths = {name: self._width(name) for name in names | pinned}
-        return self._arranged(widths, kept, (), kept) is not None
+        return fit(widths, kept, self.max_adapters, self._widest)
 
     def _window(self, name: str, slot: int) -> range:
         """The slots that a loaded adapter takes from `slot` on."""
@@ -128,7 +119,7 @@ class Slots:
             return len(wanted)
         self.copy_streams.refuse_captured(missing)
         every = {name: self._adapters[name].width for name in wanted}
-        if self._arranged(every, {}) is None:
+        if not fit(every, {}, self.max_adapters, self._widest):
             raise too_many(every, self.max_adapters)
         evictable, kept = evictable_for(wanted, self._slots, self._pinned, held)
         owners = self._owners()
@@ -138,7 +129,7 @@ class Slots:
         slots = {name: slot for name, slot in self._slots.items() if name not in evicted}
         widths = {name: self._adapters[name].width for name in [*slots, *missing]}
         staying = [name for name in evictable if name not in evicted]
-        places = self._arranged(widths, slots, staying, kept)
+        places = arranged(widths, slots, staying, kept, self.max_adapters, self._widest)
         if places is None:
             lacking = {name: widths[name] for name in missing}
             raise no_slots(lacking, kept.difference(wanted) or kept, self.max_adapters)

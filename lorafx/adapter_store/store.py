@@ -205,9 +205,16 @@ class AdapterStore(Versions):
 
     def held_name(self, hold: Hold) -> str:
         """The name by which `acquire` takes the version that is held."""
+        return self.held_names([hold])[0]
+
+    def held_names(self, holds: Iterable[Hold]) -> list[str]:
+        """The names by which `acquire` takes the versions that are held."""
         with self._lock:
-            current = self._adapters.get(hold.name)
-            return hold.name if current is hold.stored else self._retired[hold.stored.version]
+            loaded, retired = self._adapters, self._retired
+            return [
+                hold.name if loaded.get(hold.name) is hold.stored else retired[hold.stored.version]
+                for hold in holds
+            ]
 
     def set_aside(self, action: Callable[[], T]) -> T:
         """What `action` returns with an empty store; afterwards everything is as it was, in the

@@ -4,7 +4,7 @@
 
 The last slot has room for the largest rank (lorafx.model.bank), so a window may reach past it. That
 is why adapters fit wherever the widths of all but the widest sum up to less than the number of
-slots and no window has to stay where it is.
+slots and no window has to stay where it is (`fit`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,18 @@ def width_of(groups: Sequence[Group], factors: Mapping[int, Iterable[Factors]]) 
 def window(first: int, width: int, count: int) -> range:
     """Those of `count` slots that an adapter in slot `first` takes."""
     return range(first, min(first + width, count))
+
+
+def fit(widths: Mapping[str, int], kept: Mapping[str, int], count: int, widest: int) -> bool:
+    """Whether adapters of these widths find slots together, where those of `kept` stay in these.
+
+    `count` and `widest` as in `arranged`, which would say the same: that looks at each slot for
+    each adapter, and an engine asks in each step.
+    """
+    most = max(widths.values(), default=0)
+    if most > 1 and kept:
+        return arranged(widths, kept, (), kept, count, widest) is not None
+    return sum(widths.values()) - most < count
 
 
 def arranged(

@@ -10,7 +10,7 @@ from small_banks import SIZES, held, make_adapter, make_groups, same
 
 from lorafx.adapter_store.peft_reader import Adapter
 from lorafx.adapter_store.store import AdapterStore
-from lorafx.adapter_store.windows import arranged, window
+from lorafx.adapter_store.windows import arranged, fit, window
 from lorafx.errors import CapacityError
 
 pytestmark = [pytest.mark.usefixtures("fixed_sizes"), pytest.mark.quick]
@@ -60,6 +60,22 @@ def test_windows_never_overlap_and_what_is_kept_stays(data, count):
     windows |= {name: resident[name] for name in staying if name not in found}
     every = [slot for own in windows.values() for slot in own]
     assert len(every) == len(set(every))
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), count=st.integers(1, 8), widest=st.integers(1, 4))
+def test_adapters_fit_where_they_can_be_arranged(data, count, widest):
+    names = [f"a{i}" for i in range(data.draw(st.integers(1, 9)))]
+    widths = {name: data.draw(st.integers(1, widest)) for name in names}
+    taken: set[int] = set()
+    kept = {}
+    for name in data.draw(st.lists(st.sampled_from(names), unique=True)):
+        own = window(data.draw(st.integers(0, count - 1)), widths[name], count)
+        if taken.isdisjoint(own):
+            kept[name] = own[0]
+            taken |= set(own)
+    found = arranged(widths, kept, (), kept, count, widest)
+    assert fit(widths, kept, count, widest) == (found is not None)
 
 
 def test_one_of_the_largest_rank_fits_beside_as_many_small_ones_as_there_are_other_slots():

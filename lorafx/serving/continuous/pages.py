@@ -48,6 +48,8 @@ class AdapterPages(PagedAttentionCache):
 
     def mark_complete_blocks(self, state: RequestState, complete_blocks: dict[str, int]) -> None:
         """Let others find the blocks that the request's last step completed."""
+        if not complete_blocks:  # as after most steps: the tokens of all its steps are not needed
+            return
         seen: Any = SimpleNamespace(
             request_id=state.request_id,
             status=state.status,

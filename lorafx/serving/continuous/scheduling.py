@@ -8,7 +8,7 @@ goes before them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 from transformers.generation.continuous_batching.requests import (
@@ -81,9 +81,11 @@ class SlotsPerStep:
         pinned = store.pinned
         if not pinned:
             return candidates
+        tickets = [ticket_of(state) for state in candidates]
+        names = self._names(tickets)
         found = []
-        for state in candidates:
-            name = self._name(ticket_of(state))
+        for state, ticket in zip(candidates, tickets, strict=True):
+            name = None if ticket is None else names.get(ticket)
             own = frozenset(() if name is None else (name,))
             # Without room for its own weights a request says so in its step.
             if name is None or own <= pinned or store.fits(own) or not store.fits(own, own=True):
@@ -92,38 +94,39 @@ class SlotsPerStep:
                 self.fail(state, all_pinned(name, len(pinned)))
         return found
 
-    def _ready(self, candidates: Sequence[RequestState]) -> list[RequestState]:
+    def _ready(self, candidates: Sequence[RequestState]) -> Sequence[RequestState]:
         tickets = [ticket_of(state) for state in candidates]
-        names = {ticket: self._name(ticket) for ticket in tickets}
+        names = self._names(tickets)
+        if self.session.store.fits(frozenset(names.values())):
+            for waiting in names:
+                waiting.waited = 0
+            return candidates
         wanted: dict[str, int] = {}
-        for ticket, name in names.items():
-            if ticket is not None and name is not None:
-                wanted[name] = max(wanted.get(name, 0), ticket.waited)
+        for waiting, name in names.items():
+            wanted[name] = max(wanted.get(name, 0), waiting.waited)
         chosen = self._chosen(wanted)
         ready = []
         for state, ticket in zip(candidates, tickets, strict=True):
-            name = names[ticket]
-            if name is None or name in chosen:
+            if ticket is None or ticket not in names:
                 ready.append(state)
-            if ticket is not None and name is not None:
-                ticket.waited = 0 if name in chosen else ticket.waited + 1
-                self.session.waits += name not in chosen
+                continue
+            has_slot = names[ticket] in chosen
+            if has_slot:
+                ready.append(state)
+            ticket.waited = 0 if has_slot else ticket.waited + 1
+            self.session.waits += not has_slot
         return ready
 
-    def _name(self, ticket: Ticket | None) -> str | None:
-        return (
-            None
-            if ticket is None or ticket.hold is None
-            else self.session.store.held_name(ticket.hold)
-        )
+    def _names(self, tickets: Iterable[Ticket | None]) -> dict[Ticket, str]:
+        """The adapters of those tickets that have one, as the store knows them now."""
+        holds = {t: t.hold for t in tickets if t is not None and t.hold is not None}
+        return dict(zip(holds, self.session.store.held_names(holds.values()), strict=True))
 
     def _chosen(self, wanted: dict[str, int]) -> set[str]:
-        """Of the adapters that are wanted, with the steps that each has waited, those that are
-        served in this step."""
+        """Of the adapters that are wanted, which do not find slots together, with the steps that
+        each has waited, those that are served in this step."""
         store = self.session.store
         resident = store.resident
-        if store.fits(frozenset(wanted)):
-            return set(wanted)
 
         def first(name: str) -> tuple[bool, int, bool]:
             urgent = wanted[name] >= PATIENCE
@@ -131,6 +134,8 @@ class SlotsPerStep:
 
         chosen = frozenset[str]()
         for name in sorted(wanted, key=first):
+            if len(chosen) == store.max_adapters:
+                break
             # The first is let through where pinned ones leave no room for weights of its own: its
             # requests say so.
             lacking = not chosen and not store.fits(frozenset({name}), own=True)
