@@ -96,7 +96,7 @@ class GraphDump:
     def stages(self) -> list[tuple[str, str, str]]:
         """Of each stage the pass, a heading and the graph, its nodes by their readable names."""
         found = zip(self._stages, self._readable(), strict=True)
-        return [(kept.view.name, self._heading(kept), "\n".join(lines)) for kept, lines in found]
+        return [(kept.name, self._heading(kept), "\n".join(lines)) for kept, lines in found]
 
     @property
     def sources(self) -> dict[str, str]:
@@ -121,7 +121,7 @@ class GraphDump:
         """Record the graph after a pass, which `StageViews` has kept with `names`."""
         self._stages.append(stage)
         index = len(self._stages) - 1
-        traced(f"{self._file_title}_{index:02d}_{stage.view.name}", lambda: self._text(index))
+        traced(f"{self._file_title}_{index:02d}_{stage.name}", lambda: self._text(index))
         if self.folder is not None:
             with beside_compiling(self.folder):
                 self._write(index, self.folder)
@@ -157,12 +157,11 @@ class GraphDump:
         return self._renamed
 
     def _heading(self, stage: KeptStage) -> str:
-        view = stage.view
-        heading = f"# {self.title}, after {view.name}"
-        if view.edits is None:
+        heading = f"# {self.title}, after {stage.name}"
+        if stage.edits is None:
             return heading
-        nodes = len(view.graphs[0][1])
-        return f"{heading}: {view.edits} edits, {nodes} nodes, {view.seconds * 1e3:.1f} ms"
+        nodes = len(stage.printed[0][1])
+        return f"{heading}: {stage.edits} edits, {nodes} nodes, {stage.seconds * 1e3:.1f} ms"
 
     @property
     def _file_title(self) -> str:
@@ -187,10 +186,10 @@ class GraphDump:
 
     def _write(self, index: int, folder: Path) -> None:
         target = self._target(folder)
-        name = self._stages[index].view.name
+        name = self._stages[index].name
         (target / f"{index:02d}-{name}.py").write_text(self._text(index), encoding="utf-8")
         if index:
-            before = self._stages[index - 1].view.name
+            before = self._stages[index - 1].name
             old, new = self._readable()[index - 1 : index + 1]
             changes = difflib.unified_diff(old, new, before, name, lineterm="", n=2)
             text = "\n".join([self._heading(self._stages[index]), *changes, ""])

@@ -3,9 +3,10 @@
     # model.layers.0.mlp.up_proj (my_model.py:71): up = self.up_proj(x)
     mm: "float32[8, 352]" = torch.ops.aten.mm.default(view, permute)
 
-The line of code is the user's own, not that of torch or lorafx inside of it. A graph is printed
-after every pass, and a pass changes few of its nodes: a line is made anew only where its node has
-changed. (torch's own printer takes as long for one stage as a pass.)
+The line of code is the user's own, not that of torch or lorafx inside of it. A graph is kept after
+every pass, and a pass changes few of its nodes: what a line shows is noted anew only where its node
+has changed. Lines are put together where they are read. (torch's own printer takes as long for one
+stage as a pass.)
 """
 
 from __future__ import annotations
@@ -16,19 +17,27 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
+from torch.fx.node import map_aggregate
 
-from lorafx.graph.graph_nodes import module_path
-from lorafx.viewer.stages import NodeView
+from lorafx.graph.graph_nodes import plain_path
+from lorafx.size_symbols import size_expression
 
 Named = Callable[[fx.Node], str]
 
 _INDENT = "    "
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+#: What arguments hold that neither keeps anything alive nor changes.
+_PLAIN = (
+    *(int, float, complex, str, OpOverload, HigherOrderOperator),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
 #: Operators of Python that are written as such.
 _INFIX: dict[Any, str] = {
     operator.getitem: "{}[{}]",
@@ -47,25 +56,110 @@ _INFIX: dict[Any, str] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class AsText:
+    """Something of which its text is kept."""
+
+    text: str
+
+
 class Printed:
-    """A node as some stages have it. It holds neither the node nor what the node holds.
+    """A node as some stages have it. It holds neither the node nor tensors that the node holds.
 
     Attributes:
-        line: the node as a line of the program.
-        value: dtype and shape of its result, or the size that it is; "" where it is neither.
-        source: the comment above it: module, place and line of the user's code.
-        placeholder: it is an argument of the program.
-        view: what `lorafx.capture.stage_views` makes of it.
+        name: what stands for the node's name.
+        op, target: as the node has them; a target that nothing but its text is known of is that.
+        args, kwargs: the node's, with the nodes in them as they were printed.
+        dtype, shape: of the tensor that it returns; a symbolic size is an expression. None where it
+            returns none.
+        symbol: the size that it is, as text, or "".
+        path, trace, stack: what the metadata of the node say about the code that made it.
+        seen: what `lorafx.capture.stage_views` notes of it.
     """
 
-    __slots__ = ("line", "placeholder", "source", "value", "view")
+    __slots__ = (
+        "_line",
+        "_source",
+        "args",
+        "dtype",
+        "kwargs",
+        "name",
+        "op",
+        "path",
+        "seen",
+        "shape",
+        "stack",
+        "symbol",
+        "target",
+        "trace",
+    )
 
-    def __init__(self, line: str, value: str, source: str, placeholder: bool) -> None:
-        self.line = line
-        self.value = value
-        self.source = source
-        self.placeholder = placeholder
-        self.view: NodeView | None = None
+    def __init__(self, node: fx.Node, name: str, path: str, kept: Callable[[Any], Any]) -> None:
+        self.name = name
+        self.op = node.op
+        self.target = _kept_target(node.target)
+        self.args: Any = map_aggregate(node.args, kept)
+        self.kwargs: Any = map_aggregate(node.kwargs, kept)
+        value = node.meta.get("val", node.meta.get("example_value"))
+        self.dtype: torch.dtype | None = None
+        self.shape: tuple[Any, ...] | None = None
+        self.symbol = ""
+        if isinstance(value, Tensor):  # on a base's graph too, whose values are of any class
+            self.dtype, self.shape = value.dtype, tuple(map(size_expression, value.shape))
+        elif isinstance(value, _SYMBOLIC):
+            self.symbol = f"Sym({_text(value)})"
+        trace = node.meta.get("stack_trace")
+        self.trace = trace if isinstance(trace, str) else None
+        self.stack: Mapping[Any, Any] = node.meta.get("nn_module_stack") or {}
+        self.path = path
+        self._line: str | None = None
+        self._source: str | None = None
+        self.seen: Any = None
+
+    @property
+    def placeholder(self) -> bool:
+        """Whether it is an argument of the program."""
+        return self.op == "placeholder"
+
+    @property
+    def value(self) -> str:
+        """dtype and shape of its result, or the size that it is; "" where it is neither."""
+        if self.shape is None:
+            return self.symbol
+        sizes = ", ".join(map(_size_text, self.shape))
+        return f"{str(self.dtype).removeprefix('torch.')}[{sizes}]"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the nodes that it takes, each once."""
+        found: dict[str, None] = {}
+
+        def note(item: Any) -> Any:
+            if isinstance(item, Printed):
+                found[item.name] = None
+            return item
+
+        map_aggregate((self.args, self.kwargs), note)
+        return tuple(found)
+
+    @property
+    def line(self) -> str:
+        """The node as a line of the program."""
+        if self._line is None:
+            self._line = _line(self)
+        return self._line
+
+    @property
+    def source(self) -> str:
+        """The comment above it: module, place and line of the user's code."""
+        if self._source is None:
+            self._source = self.path
+            if self.trace is not None:
+                place, code = users_line(self.trace)
+                path = self.path or innermost_path(self.stack)
+                where = " ".join(filter(None, (path, f"({place})" if place else "")))
+                self._source = ": ".join(filter(None, (where, code)))
+        return self._source
 
 
 #: A stage: the graph ("") and those of the modules that it calls, by their paths.
@@ -113,8 +207,7 @@ class GraphText:
     ) -> None:
         self._named = named
         self._path_of = path_of
-        self._printed: dict[fx.Node, tuple[tuple[Any, ...], Printed]] = {}
-        self._sources: dict[tuple[Any, ...], str] = {}
+        self._printed: dict[fx.Node, tuple[Any, ...]] = {}
 
     def stage(self, gm: fx.GraphModule) -> PrintedStage:
         """The graph of `gm`, and those of the modules that it calls."""
@@ -122,34 +215,42 @@ class GraphText:
 
     def printed(self, node: fx.Node) -> Printed:
         """One node; the very same object as before where nothing of it has changed."""
-        shown = (node.name, node.target, node.args, node.kwargs, node.meta.get("val"))
         known = self._printed.get(node)
-        if known is not None and all(map(operator.is_, known[0], shown)):
-            return known[1]
-        value = _value_text(node)
-        line, source = _line(node, self._named, value), self._source(node)
-        made = Printed(line, value, source, node.op == "placeholder")
-        self._printed[node] = shown, made
+        if known is not None:
+            name, target, args, kwargs, value, printed = known
+            if (
+                args is node.args
+                and kwargs is node.kwargs
+                and value is node.meta.get("val")
+                and target is node.target
+                and name is node.name
+            ):
+                return printed  # type: ignore[no-any-return]
+        # No line has an output's name.
+        name = node.name if node.op == "output" else self._named(node)
+        path = "" if node.meta.get("nn_module_stack") else self._path_of(node)
+        made = Printed(node, name, path, self._kept)
+        value = node.meta.get("val")
+        self._printed[node] = node.name, node.target, node.args, node.kwargs, value, made
         return made
 
-    def view_of(self, node: fx.Node) -> NodeView | None:
-        """The view of a node as it was printed last."""
+    def latest(self, node: fx.Node) -> Printed | None:
+        """A node as it was printed last."""
         known = self._printed.get(node)
-        return None if known is None else known[1].view
+        return None if known is None else known[-1]
 
-    def _source(self, node: fx.Node) -> str:
-        """The module and the line of its user's code that made the node."""
-        trace, stack = node.meta.get("stack_trace"), node.meta.get("nn_module_stack")
-        path = "" if stack else self._path_of(node)
-        if not isinstance(trace, str):
-            return path
-        key = (trace, path, tuple(stack or ()))
-        if key not in self._sources:
-            path = path or module_path(node)
-            place, code = users_line(trace)
-            where = " ".join(filter(None, (path, f"({place})" if place else "")))
-            self._sources[key] = ": ".join(filter(None, (where, code)))
-        return self._sources[key]
+    def _kept(self, value: Any) -> Any:
+        """A part of an argument as it is kept."""
+        if value is None or isinstance(value, _PLAIN):
+            return value
+        if isinstance(value, fx.Node):
+            return self.latest(value) or self.printed(value)
+        return AsText(_text(value))
+
+
+def _kept_target(target: Any) -> Any:
+    plain = isinstance(target, (str, OpOverload, HigherOrderOperator)) or target in _INFIX
+    return target if plain else AsText(_text(target))
 
 
 def graphs(gm: fx.GraphModule) -> list[tuple[str, fx.Graph]]:
@@ -187,47 +288,51 @@ def _short_file(file: str) -> str:
     return os.path.relpath(file, max(inside, key=len)) if inside else file
 
 
-def target_text(node: fx.Node) -> str:
+def innermost_path(stack: Mapping[Any, Any]) -> str:
+    """The path of the last module of `nn_module_stack`, "" where there is none."""
+    return plain_path(next(reversed(stack.values()))[0]) if stack else ""
+
+
+def target_text(printed: Printed) -> str:
     """What the node calls or gets."""
-    return _text(node.target) if node.op == "call_function" else str(node.target)
+    target = printed.target
+    return _text(target) if printed.op == "call_function" else str(target)
 
 
-def _line(node: fx.Node, named: Named, value: str) -> str:
-    if node.op == "output":
-        return f"{_INDENT * 2}return {_text(node.args[0], named)}"
-    annotated = f'{named(node)}: "{value}"' if value else named(node)
-    if node.op == "placeholder":
+def _line(printed: Printed) -> str:
+    if printed.op == "output":
+        return f"{_INDENT * 2}return {_text(printed.args[0])}"
+    value = printed.value
+    annotated = f'{printed.name}: "{value}"' if value else printed.name
+    if printed.placeholder:
         return annotated
-    return f"{_INDENT * 2}{annotated} = {_value(node, named)}"
+    return f"{_INDENT * 2}{annotated} = {_value(printed)}"
 
 
-def _value(node: fx.Node, named: Named) -> str:
-    if node.op == "get_attr":
-        return f"self.{node.target}"
-    positional = [_text(item, named) for item in node.args]
-    keywords = [f"{key} = {_text(item, named)}" for key, item in node.kwargs.items()]
-    if node.op == "call_method":
-        return f"{positional[0]}.{node.target}({', '.join([*positional[1:], *keywords])})"
-    if node.op == "call_module":
-        return f"self.{node.target}({', '.join([*positional, *keywords])})"
-    if node.target in _INFIX and len(positional) == 2 and not keywords:
-        return _INFIX[node.target].format(*positional)
-    return f"{_text(node.target, named)}({', '.join([*positional, *keywords])})"
+def _value(printed: Printed) -> str:
+    target = printed.target
+    if printed.op == "get_attr":
+        return f"self.{target}"
+    positional = list(map(_text, printed.args))
+    keywords = [f"{key} = {_text(item)}" for key, item in printed.kwargs.items()]
+    if printed.op == "call_method":
+        return f"{positional[0]}.{target}({', '.join([*positional[1:], *keywords])})"
+    if printed.op == "call_module":
+        return f"self.{target}({', '.join([*positional, *keywords])})"
+    if target in _INFIX and len(positional) == 2 and not keywords:
+        return _INFIX[target].format(*positional)
+    return f"{_text(target)}({', '.join([*positional, *keywords])})"
 
 
-def _value_text(node: fx.Node) -> str:
-    value = node.meta.get("val", node.meta.get("example_value"))
-    if isinstance(value, Tensor):
-        # On a base's graph too, whose values are of any class.
-        return f"{str(value.dtype).removeprefix('torch.')}{_text([*value.shape])}"
-    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        return f"Sym({_text(value)})"
-    return ""
+def _size_text(size: Any) -> str:
+    return str(size) if isinstance(size, int) else _expression_text(size)
 
 
-def _text(value: Any, named: Named = operator.attrgetter("name")) -> str:
-    if isinstance(value, fx.Node):
-        return named(value)
+def _text(value: Any) -> str:
+    if isinstance(value, Printed):
+        return value.name
+    if isinstance(value, AsText):
+        return value.text
     if value is None or isinstance(value, (int, float, str)):
         return repr(value)
     if isinstance(value, OpOverload):
@@ -235,10 +340,10 @@ def _text(value: Any, named: Named = operator.attrgetter("name")) -> str:
     if isinstance(value, HigherOrderOperator):
         return f"torch.ops.higher_order.{value.name()}"
     if isinstance(value, (tuple, list, slice, Mapping)):
-        return _container(value, functools.partial(_text, named=named))
+        return _container(value)
     if isinstance(value, Tensor):
         return f"torch.Tensor(size={[*value.shape]}, dtype={value.dtype})"
-    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+    if isinstance(value, _SYMBOLIC):
         return _expression_text(value.node.expr)
     return _name(value) if callable(value) else repr(value)
 
@@ -249,14 +354,14 @@ def _expression_text(expression: Any) -> str:
     return str(expression)
 
 
-def _container(value: Any, text: Callable[[Any], str]) -> str:
+def _container(value: Any) -> str:
     if isinstance(value, tuple):
-        return f"({', '.join(map(text, value))}{',' * (len(value) == 1)})"
+        return f"({', '.join(map(_text, value))}{',' * (len(value) == 1)})"
     if isinstance(value, list):
-        return f"[{', '.join(map(text, value))}]"
+        return f"[{', '.join(map(_text, value))}]"
     if isinstance(value, slice):
-        return f"slice({', '.join(map(text, (value.start, value.stop, value.step)))})"
-    return "{" + ", ".join(f"{key!r}: {text(item)}" for key, item in value.items()) + "}"
+        return f"slice({', '.join(map(_text, (value.start, value.stop, value.step)))})"
+    return "{" + ", ".join(f"{key!r}: {_text(item)}" for key, item in value.items()) + "}"
 
 
 def _name(function: Callable[..., Any]) -> str:

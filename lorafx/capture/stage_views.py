@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -17,6 +19,7 @@ from lorafx.capture.graph_text import (
     Printed,
     PrintedStage,
     graphs,
+    innermost_path,
     target_text,
     users_line,
 )
@@ -30,11 +33,84 @@ from lorafx.program.frame import FrameInput
 from lorafx.viewer.stages import NodeView, RefusalView, SiteView, StageView
 
 
-class KeptStage(NamedTuple):
-    """A stage as text, and as the viewer has it."""
+@dataclass(frozen=True, eq=False)
+class KeptStage:
+    """A stage as text, and as the viewer has it; both are put together where they are read.
 
+    Attributes:
+        name, edits, seconds, end, refusals: as of `StageView`.
+        sites: of the nodes that serve any.
+    """
+
+    name: str
+    edits: int | None
+    seconds: float
+    end: float
     printed: PrintedStage
-    view: StageView
+    sites: Mapping[Printed, tuple[SiteView, ...]]
+    refusals: tuple[RefusalView, ...]
+
+    @cached_property
+    def view(self) -> StageView:
+        graphs = tuple(
+            (name, tuple(node.seen.view(node) for node in nodes)) for name, nodes in self.printed
+        )
+        sites = {node.seen.view(node): served for node, served in self.sites.items()}
+        return StageView(
+            self.name, self.edits, self.seconds, self.end, graphs, sites, self.refusals
+        )
+
+
+class _Seen:
+    """What a view of a node has beside what its line shows.
+
+    Attributes:
+        place: path and class of its module, where the metadata of the node do not say.
+        kind, free, flops: as of `NodeView`.
+        hints: sizes in numbers, by expression; those of all nodes of the graph.
+    """
+
+    __slots__ = ("_view", "flops", "free", "hints", "kind", "place")
+
+    def __init__(
+        self,
+        place: tuple[str, str] | None,
+        kind: str,
+        free: bool,
+        flops: int,
+        hints: Mapping[Any, int | None],
+    ) -> None:
+        self.place = place
+        self.kind = kind
+        self.free = free
+        self.flops = flops
+        self.hints = hints
+        self._view: NodeView | None = None
+
+    def view(self, printed: Printed) -> NodeView:
+        """The view of the node that was printed so; the very same object each time."""
+        if self._view is None:
+            path, cls = self.place or (innermost_path(printed.stack), _class_of(printed.stack))
+            shape = [
+                size if isinstance(size, int) else self.hints[size] for size in printed.shape or ()
+            ]
+            self._view = NodeView(
+                printed.name,
+                printed.op,
+                target_text(printed),
+                printed.line,
+                printed.inputs,
+                printed.value,
+                path,
+                cls,
+                *users_line(printed.trace or ""),
+                self.kind,
+                () if None in shape else tuple(size for size in shape if size is not None),
+                0 if printed.dtype is None else printed.dtype.itemsize,
+                self.free,
+                self.flops,
+            )
+        return self._view
 
 
 class StageViews:
@@ -53,9 +129,8 @@ class StageViews:
         path_of: Callable[[fx.Node], str] = lambda node: "",
     ) -> None:
         self._text = GraphText(names.mark, path_of)
-        self._names = names
         self._inputs = inputs
-        self._sources: dict[str, tuple[str, str]] = {}
+        self._hints: dict[Any, int | None] = {}
 
     def stage(
         self,
@@ -68,79 +143,49 @@ class StageViews:
     ) -> KeptStage:
         """The graph of `gm` after the pass `name`, which has just ended."""
         end = time.perf_counter()
-        printed = self._text.stage(gm)
         paths = {} if ctx is None else _paths_of_calls(gm, ctx)
-        found = [
-            (key, self._nodes(graph, nodes, ctx, paths))
-            for (key, graph), (_, nodes) in zip(graphs(gm), printed, strict=True)
-        ]
+        found = []
+        for key, graph in graphs(gm):
+            nodes = []
+            for node in graph.nodes:
+                printed = self._text.printed(node)
+                if printed.seen is None:
+                    printed.seen = self._seen(node, printed, ctx, paths)
+                nodes.append(printed)
+            found.append((key, tuple(nodes)))
         sites = {} if ctx is None else self._sites(ctx)
         refusals = () if ctx is None else _refusals(ctx)
-        view = StageView(name, edits, seconds, end, tuple(found), sites, refusals)
-        return KeptStage(printed, view)
+        return KeptStage(name, edits, seconds, end, tuple(found), sites, refusals)
 
-    def _nodes(
-        self,
-        graph: fx.Graph,
-        printed: Sequence[Printed],
-        ctx: Context | None,
-        paths: Mapping[fx.Node, str],
-    ) -> tuple[NodeView, ...]:
-        found = []
-        for node, own in zip(graph.nodes, printed, strict=True):
-            if own.view is None:
-                own.view = self._view(node, own, ctx, paths)
-            found.append(own.view)
-        return tuple(found)
-
-    def _view(
+    def _seen(
         self, node: fx.Node, printed: Printed, ctx: Context | None, paths: Mapping[fx.Node, str]
-    ) -> NodeView:
-        value = node.meta.get("val", node.meta.get("example_value"))
-        path, cls = paths.get(node) or module_path(node), _class_of(node)
-        if not path and ctx is not None and node in ctx.states:
-            site = ctx.states[node][0].site
-            path, cls = site.path, type(site.module).__qualname__
-        source, code = self._source(node)
-        item = self._inputs.get(node)
+    ) -> _Seen:
+        if printed.shape and not all(
+            isinstance(size, int) or size in self._hints for size in printed.shape
+        ):
+            value = node.meta.get("val", node.meta.get("example_value"))
+            self._hints.update(zip(printed.shape, map(size_hint, value.shape), strict=True))
+        place, item = None, self._inputs.get(node)
         if item is not None:
-            path, cls = _place(item)
+            place = _place(item)
+        elif node in paths:
+            place = paths[node] or module_path(node), _class_of(printed.stack)
+        elif ctx is not None and node in ctx.states and not module_path(node):
+            site = ctx.states[node][0].site
+            place = site.path, type(site.module).__qualname__
         free = node.op in ("placeholder", "get_attr", "output") or is_view(node)
-        return NodeView(
-            node.name if node.op == "output" else self._names.mark(node),  # no line has its name
-            node.op,
-            target_text(node),
-            printed.line,
-            tuple(map(self._names.mark, node.all_input_nodes)),
-            printed.value,
-            path,
-            cls,
-            source,
-            code,
-            item.kind if item is not None else "",
-            _sizes(value),
-            value.dtype.itemsize if isinstance(value, Tensor) else 0,
-            free,
-            _flops(node),
-        )
+        kind = item.kind if item is not None else ""
+        return _Seen(place, kind, free, _flops(node), self._hints)
 
-    def _source(self, node: fx.Node) -> tuple[str, str]:
-        trace = node.meta.get("stack_trace")
-        if not isinstance(trace, str):
-            return "", ""
-        if trace not in self._sources:
-            self._sources[trace] = users_line(trace)
-        return self._sources[trace]
-
-    def _sites(self, ctx: Context) -> dict[NodeView, tuple[SiteView, ...]]:
-        found: dict[NodeView, list[SiteView]] = {}
+    def _sites(self, ctx: Context) -> dict[Printed, tuple[SiteView, ...]]:
+        found: dict[Printed, list[SiteView]] = {}
         for node, states in ctx.states.items():
             served = [_site(ctx, node, state) for state in states]
             for home in ctx.homes.get(node, (node,)):
-                view = self._text.view_of(home)
-                if view is not None:
-                    found.setdefault(view, []).extend(served)
-        return {view: tuple(served) for view, served in found.items()}
+                printed = self._text.latest(home)
+                if printed is not None:
+                    found.setdefault(printed, []).extend(served)
+        return {printed: tuple(served) for printed, served in found.items()}
 
 
 def _place(item: FrameInput) -> tuple[str, str]:
@@ -183,8 +228,7 @@ def _refusals(ctx: Context) -> tuple[RefusalView, ...]:
     return tuple(RefusalView(item.paths, item.when, item.reason) for item in ctx.refusals)
 
 
-def _class_of(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
+def _class_of(stack: Mapping[Any, Any]) -> str:
     for _, cls in reversed(list(stack.values())):
         return cls.__qualname__ if isinstance(cls, type) else str(cls).rpartition(".")[2]
     return ""
