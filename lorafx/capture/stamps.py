@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -71,18 +71,33 @@ class _Kind:
     others: dict[int, dict[tuple[Any, ...], Any]]
 
 
+class _Before(NamedTuple):
+    """A node, and what it was before layers were folded and other passes saw it."""
+
+    node: fx.Node
+    op: str
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    name: str
+
+    @classmethod
+    def of(cls, node: fx.Node) -> _Before:
+        return cls(node, node.op, node.target, node.args, node.kwargs, node.name)
+
+
 @dataclass
 class Folded:
-    """What was folded in one graph of Dynamo's, and how that was before."""
+    """What was folded in one graph of Dynamo's, and how that was before: its nodes in order."""
 
     module: fx.GraphModule
-    before: fx.Graph
+    before: Sequence[_Before]
     kinds: list[_Kind] = field(default_factory=list)
 
     def restore(self) -> None:
-        """Put Dynamo's own graph back."""
+        """Put a graph like Dynamo's own back."""
         self.forget()
-        self.module.graph = self.before
+        self.module.graph = _rebuilt(self.before)
         self.module.recompile()
 
     def forget(self) -> None:
@@ -97,12 +112,7 @@ def fold(gm: fx.GraphModule) -> Folded | None:
     mode = next((v.fake_mode for v in values.values() if isinstance(v, FakeTensor)), None)
     if mode is None:
         return None
-    folded = Folded(gm, fx.Graph())
-    copied: dict[fx.Node, fx.Node] = {}
-    folded.before.output(folded.before.graph_copy(gm.graph, copied))
-    for node, copy in copied.items():
-        for name in vars(node).keys() - vars(copy).keys():  # what Dynamo has noted on inputs
-            setattr(copy, name, getattr(node, name))
+    folded = Folded(gm, list(map(_Before.of, gm.graph.nodes)))
     try:
         _fold(folded, values, mode)
     except Exception:  # without stamps the graph is traced as it always was
@@ -112,6 +122,19 @@ def fold(gm: fx.GraphModule) -> Folded | None:
         return None
     gm.recompile()
     return folded
+
+
+def _rebuilt(before: Sequence[_Before]) -> fx.Graph:
+    """The graph that these nodes were, some of which are erased."""
+    graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node, op, target, args, kwargs, name in before:
+        taken = fx.map_arg((args, kwargs), made.__getitem__)
+        copy = graph.create_node(op, target, *taken, name, node.type)
+        copy.meta = {key: item for key, item in node.meta.items() if key != "val"}
+        for key in vars(node).keys() - vars(copy).keys():  # what Dynamo has noted on inputs
+            setattr(copy, key, getattr(node, key))
+        made[node] = copy
+    return graph
 
 
 def _fold(folded: Folded, values: Mapping[fx.Node, Any], mode: FakeTensorMode) -> None:
@@ -321,32 +344,40 @@ class _LaidOut:
     """How a node's fake value is made again for a copy of the node.
 
     Attributes:
-        layout: None where the operator has to tell.
-        mode: of a new tensor.
+        layouts: of one tensor, or of several in a `kind`; none where the operator has to tell.
+        mode: of new tensors.
         offset: of a view, behind the first element of its operand.
     """
 
-    layout: Layout | None = None
+    layouts: tuple[Layout, ...] = ()
+    kind: Callable[[list[Any]], Any] | None = None
     mode: FakeTensorMode | None = None
     offset: int | torch.SymInt = 0
 
     @classmethod
     def of(cls, node: fx.Node) -> _LaidOut:
         value = fake_value(node)
-        if not is_view(node) and isinstance(value, FakeTensor):
-            return cls(Layout.of(value), value.fake_mode)
+        if not is_view(node):
+            if isinstance(value, FakeTensor):
+                return cls((Layout.of(value),), mode=value.fake_mode)
+            if isinstance(value, (list, tuple)) and value and all(map(is_plain, value)):
+                layouts = tuple(map(Layout.of, value))
+                if len({*map(storage_key, value)}) == len(value):
+                    return cls(layouts, value.__class__, value[0].fake_mode)
         base: Any = fake_value(node.all_input_nodes[0]) if node.all_input_nodes else None
         plain = is_plain(value) and is_plain(base) and not (value.is_conj() or value.is_neg())
         if plain and value.dtype == base.dtype and storage_key(value) == storage_key(base):
-            return cls(Layout.of(value), offset=value.storage_offset() - base.storage_offset())
+            offset = value.storage_offset() - base.storage_offset()
+            return cls((Layout.of(value),), offset=offset)
         return cls()
 
     def of_copy(self, copy: fx.Node) -> Any:
         """In memory of its own, or its operand's where it is a view."""
-        if self.layout is not None and self.mode is not None:
-            return self.layout.empty(self.mode)
-        if self.layout is not None and is_plain(other := fake_value(copy.all_input_nodes[0])):
-            return self.layout.view_of(other, self.offset)
+        if self.mode is not None:
+            values = [layout.empty(self.mode) for layout in self.layouts]
+            return values[0] if self.kind is None else self.kind(values)
+        if self.layouts and is_plain(other := fake_value(copy.all_input_nodes[0])):
+            return self.layouts[0].view_of(other, self.offset)
         args, kwargs = fx.map_arg((copy.args, copy.kwargs), fake_value)
         return copy.target(*args, **kwargs)  # type: ignore[operator]
 

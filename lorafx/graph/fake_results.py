@@ -6,26 +6,33 @@ takes milliseconds to say what it returns; a tensor laid out like an earlier res
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
-from typing import Any
+import operator
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from lorafx.kernels.ops.stamp_op import without_data
+from lorafx.kernels.ops.stamp_op import Layout
 from lorafx.model.module_graph import storage_key
 
 
-@dataclass(frozen=True)
-class _Known:
-    """A result, and where it is a view the operand in whose memory it lies, by its place."""
+class _Known(NamedTuple):
+    """How a result is laid out, and where it is a view the place of the operand in whose memory it
+    lies, and how far behind its first element."""
 
-    value: FakeTensor
-    base: FakeTensor | None
+    layout: Layout
     place: int | None
+    offset: int | torch.SymInt
+
+
+class _Results(NamedTuple):
+    """What a call returned: one tensor, or where `kind` is not None several of them in one."""
+
+    kind: Callable[[list[FakeTensor]], Any] | None
+    known: list[_Known]
 
 
 class FakeResults:
@@ -33,33 +40,50 @@ class FakeResults:
 
     def __init__(self, mode: FakeTensorMode) -> None:
         self._mode = mode
-        self._known: dict[Hashable, _Known] = {}
+        self._known: dict[Hashable, _Results] = {}
 
     def call(self, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What `target` returns for these fake values and constants. Tensors are new ones."""
+        if target is operator.getitem and isinstance(args[0], (list, tuple)):
+            return args[0][args[1]]
         key = _key((target, args, tuple(kwargs.items())))
-        known = None if key is None else self._known.get(key)
-        if known is None:
+        found = None if key is None else self._known.get(key)
+        if found is None:
             with self._mode:
                 value = target(*args, **kwargs)
             if key is not None:
                 self._note(key, value, args)
             return value
-        if known.place is None:
-            return without_data(known.value)
-        return without_data(known.value, known.base, _tensors(args)[known.place])
+        operands: list[Any] = []
+        if any(known.place is not None for known in found.known):
+            operands = _tensors(args)
+        values = [
+            layout.empty(self._mode) if place is None else layout.view_of(operands[place], offset)
+            for layout, place, offset in found.known
+        ]
+        return values[0] if found.kind is None else found.kind(values)
 
     def _note(self, key: Hashable, value: Any, args: tuple[Any, ...]) -> None:
-        if not _is_plain(value):
+        several = isinstance(value, (list, tuple))
+        values: Sequence[Any] = value if several else [value]
+        if not all(map(_is_plain, values)):
             return
         operands = _tensors(args)
-        shared = [
-            place for place, item in enumerate(operands) if storage_key(item) == storage_key(value)
-        ]
-        if not shared:
-            self._known[key] = _Known(value, None, None)
-        elif len(shared) == 1:
-            self._known[key] = _Known(value, operands[shared[0]], shared[0])
+        memory = list(map(storage_key, operands))
+        found: list[_Known] = []
+        new: set[int] = set()
+        for item in values:
+            own = storage_key(item)
+            if own in new or memory.count(own) > 1:
+                return  # in one memory with another result, or in either of two operands'
+            if own in memory:
+                place = memory.index(own)
+                offset = item.storage_offset() - operands[place].storage_offset()
+                found.append(_Known(Layout.of(item), place, offset))
+            else:
+                new.add(own)
+                found.append(_Known(Layout.of(item), None, 0))
+        self._known[key] = _Results(value.__class__ if several else None, found)
 
 
 def _tensors(args: tuple[Any, ...]) -> list[Any]:

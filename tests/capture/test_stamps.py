@@ -164,6 +164,20 @@ def test_layers_with_numbers_of_their_own_stay_apart(tmp_path: Path, seen: Seen)
     assert sorted(seen.layers[0]) == [2, 2]
 
 
+class Sorted(Block):
+    """Calls an operator that returns two tensors."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        values, places = super().forward(h).sort(dim=-1)
+        return values + places
+
+
+def test_operators_with_several_results_are_copied(tmp_path: Path, seen: Seen) -> None:
+    torch.manual_seed(0)
+    compare(case_of(Stack(Sorted).eval().requires_grad_(False), tmp_path), seen)
+    assert seen.layers == [[LAYERS]]
+
+
 class Writes(Block):
     """Writes into what it is given."""
 
