@@ -50,6 +50,7 @@ def _replacements() -> Iterator[tuple[Any, str, Callable[..., Any]]]:
             yield codecache.FxGraphCachePickler, "debug_lines", _no_lines
     if hasattr(fx_utils, "_is_fake_tensor_same"):  # since torch 2.13
         yield fx_utils, "_is_fake_tensor_same", _comparing(fx_utils._is_fake_tensor_same)
+        yield fx_utils, "sym_eq", _seeing(fx_utils.sym_eq)
     constrain = lowering.constrain_to_fake_tensor
 
     def constrained(operand: Any, wanted: Any) -> Any:
@@ -65,9 +66,21 @@ def _replacements() -> Iterator[tuple[Any, str, Callable[..., Any]]]:
     yield lowering, "constrain_to_fake_tensor", constrained
 
 
+def _seeing(equal: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Whether sizes are equal, where each is the same number or expression as the other."""
+
+    def is_equal(new: Any, old: Any) -> Any:
+        if not (isinstance(new, tuple) and isinstance(old, tuple)):
+            return equal(new, old)
+        alike = tuple(map(size_expression, new)) == tuple(map(size_expression, old))
+        return alike or equal(new, old)
+
+    return is_equal
+
+
 def _comparing(same: Callable[..., bool]) -> Callable[..., bool]:
     def is_same(new: Any, old: Any, *args: Any, **kwargs: Any) -> bool:
-        if not kwargs.get("check_storage", True) and _laid_out_alike(new, old):
+        if new is old or (not kwargs.get("check_storage", True) and _laid_out_alike(new, old)):
             return True
         return same(new, old, *args, **kwargs)
 

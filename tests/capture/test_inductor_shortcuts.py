@@ -118,4 +118,16 @@ def test_layouts_are_compared_as_inductor_compares_them() -> None:
             fx_utils._is_fake_tensor_same(one, other, {}, check_storage=False) for other in others
         ] == known
         assert not fx_utils._is_fake_tensor_same(one, others[0], {1: 1})  # other memory
+        assert fx_utils._is_fake_tensor_same([one, None], [one, None], {})
     assert fx_utils._is_fake_tensor_same is same
+
+
+@pytest.mark.skipif(not hasattr(fx_utils, "sym_eq"), reason="torch has no such function there")
+def test_sizes_are_seen_to_be_equal_without_a_solver() -> None:
+    env = ShapeEnv()
+    size, other = (env.create_unbacked_symint() for _ in range(2))
+    with shortcuts():
+        assert fx_utils.sym_eq((size, 3), (size, 3)) is True
+        assert fx_utils.sym_eq((2, 3), (2, 4)) is False
+        assert fx_utils.sym_eq((2, 3), (2, 3, 1)) is False
+        assert not fx_utils.statically_known_true(fx_utils.sym_eq((size, 3), (other, 3)))
