@@ -99,6 +99,8 @@ class Sizes:
             self._unify |= {size: one for size in batch.alike if size.is_Symbol and size != one}
         self._learnt: dict[sympy.Expr, sympy.Expr] = {}
         self._memo: dict[sympy.Expr, sympy.Expr] = {}
+        #: By identity tensors, which are held, and their shapes: rules ask again and again.
+        self._shapes: dict[int, tuple[torch.Tensor, Shape]] = {}
 
     def of(self, size: object) -> sympy.Expr | None:
         """An int, SymInt or node holding one, as an expression; None where it is neither."""
@@ -136,9 +138,14 @@ class Sizes:
             size, same = each, number
         self._learnt[size] = same
         self._memo.clear()
+        self._shapes.clear()
 
     def shape(self, value: torch.Tensor) -> Shape:
-        return tuple(self.unify(as_expr(size)) for size in value.shape)
+        known = self._shapes.get(id(value))
+        if known is None:
+            found = tuple(self.unify(as_expr(size)) for size in value.shape)
+            known = self._shapes[id(value)] = value, found
+        return known[1]
 
     def strides(self, value: torch.Tensor) -> Shape:
         return tuple(self.unify(as_expr(stride)) for stride in value.stride())

@@ -26,7 +26,8 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 #: bytes of the widest vector that Inductor's GPU kernels load at once
 VECTOR = 16
 _PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch._ops.OperatorBase)
-_NUMBERS = (bool, int, float, complex, str, bytes)
+_NUMBERS = (float, complex)
+_DISCRETE = (int, str, bytes)
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,10 @@ class _Former:
         return self.literal(value)
 
     def literal(self, value: Any) -> Hashable:
-        """By type and text: 1, 1.0 and True are equal in Python, and so are 0.0 and -0.0."""
+        """By type, and numbers that are no integers by text: 1, 1.0 and True are equal in Python,
+        and so are 0.0 and -0.0."""
+        if isinstance(value, _DISCRETE):
+            return (value.__class__, value)
         if value is None or isinstance(value, _PLAIN):
             return ("literal", value)
         if isinstance(value, _NUMBERS):
@@ -171,10 +175,14 @@ class _Former:
         # which differ where a checkpoint's tensors are views of one file.
         strides: Hashable = ("unknown", _Identity(value))
         if value.layout is torch.strided:
-            strides = tuple(self.literal(size) for size in value.stride())
-        shape = tuple(self.literal(size) for size in value.shape)
+            strides = self.sizes(value.stride())
+        shape = self.sizes(value.shape)
         flags = (value.is_conj(), value.is_neg())
         return ("tensor", value.__class__, value.dtype, value.device, shape, strides, flags)
+
+    def sizes(self, sizes: Sequence[Any]) -> Hashable:
+        """Numbers as they are, symbols as in `literal`."""
+        return tuple(size if isinstance(size, int) else self.literal(size) for size in sizes)
 
 
 @dataclass(frozen=True, eq=False)

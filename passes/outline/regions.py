@@ -88,8 +88,15 @@ def _barriers(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     An assignment to items, which only Dynamo's own graphs have, is a part of its layer there as
     methods that write are: `lorafx.capture.stamp_layers` tries what it writes into."""
     found: set[fx.Node] = set()
+    # torch asks several of its tables of an operator, and a graph has few operators.
+    pure: set[Any] = set()
     for node in nodes:
-        if node.op == "call_function" and node.target is not operator.setitem and not is_pure(node):
+        if node.op != "call_function" or node.target in pure or node.target is operator.setitem:
+            continue
+        if not _has_effect(node):
+            if isinstance(node.target, torch._ops.OpOverload):
+                pure.add(node.target)
+        elif not is_pure(node):
             found.add(node)
             # A call takes and returns tensors, so the results of a barrier are told apart there.
             found.update(user for user in node.users if user.target is operator.getitem)
@@ -103,9 +110,13 @@ def _barriers(nodes: Sequence[fx.Node]) -> set[fx.Node]:
 
 def is_pure(node: fx.Node) -> bool:
     """True where `node` neither mutates, nor draws random numbers, nor has another effect."""
-    if node.op == "get_attr" or _drops_nothing(node):
-        return True
-    return not (node.is_impure() or _mutates(node))
+    return node.op == "get_attr" or not _has_effect(node) or _drops_nothing(node)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Whether its operator has an effect, whatever it is called with; an operator of torch's says
+    so for all of its calls."""
+    return node.is_impure() or _mutates(node)
 
 
 def _drops_nothing(node: fx.Node) -> bool:
