@@ -207,7 +207,7 @@ class GraphText:
     ) -> None:
         self._named = named
         self._path_of = path_of
-        self._printed: dict[fx.Node, tuple[Any, ...]] = {}
+        self._printed: dict[fx.Node, tuple[str, Any, Any, Any, Any, Printed]] = {}
 
     def stage(self, gm: fx.GraphModule) -> PrintedStage:
         """The graph of `gm`, and those of the modules that it calls."""
@@ -225,7 +225,7 @@ class GraphText:
                 and target is node.target
                 and name is node.name
             ):
-                return printed  # type: ignore[no-any-return]
+                return printed
         # No line has an output's name.
         name = node.name if node.op == "output" else self._named(node)
         path = "" if node.meta.get("nn_module_stack") else self._path_of(node)
@@ -290,7 +290,7 @@ def _short_file(file: str) -> str:
 
 def innermost_path(stack: Mapping[Any, Any]) -> str:
     """The path of the last module of `nn_module_stack`, "" where there is none."""
-    return plain_path(next(reversed(stack.values()))[0]) if stack else ""
+    return plain_path([*stack.values()][-1][0]) if stack else ""
 
 
 def target_text(printed: Printed) -> str:

@@ -91,9 +91,6 @@ class _Seen:
         """The view of the node that was printed so; the very same object each time."""
         if self._view is None:
             path, cls = self.place or (innermost_path(printed.stack), _class_of(printed.stack))
-            shape = [
-                size if isinstance(size, int) else self.hints[size] for size in printed.shape or ()
-            ]
             self._view = NodeView(
                 printed.name,
                 printed.op,
@@ -105,7 +102,7 @@ class _Seen:
                 cls,
                 *users_line(printed.trace or ""),
                 self.kind,
-                () if None in shape else tuple(size for size in shape if size is not None),
+                _sizes(printed, self.hints),
                 0 if printed.dtype is None else printed.dtype.itemsize,
                 self.free,
                 self.flops,
@@ -163,7 +160,7 @@ class StageViews:
         if printed.shape and not all(
             isinstance(size, int) or size in self._hints for size in printed.shape
         ):
-            value = node.meta.get("val", node.meta.get("example_value"))
+            value: Any = node.meta.get("val", node.meta.get("example_value"))
             self._hints.update(zip(printed.shape, map(size_hint, value.shape), strict=True))
         place, item = None, self._inputs.get(node)
         if item is not None:
@@ -175,12 +172,35 @@ class StageViews:
             place = site.path, type(site.module).__qualname__
         free = node.op in ("placeholder", "get_attr", "output") or is_view(node)
         kind = item.kind if item is not None else ""
-        return _Seen(place, kind, free, _flops(node), self._hints)
+        return _Seen(place, kind, free, self._flops(node), self._hints)
+
+    def _flops(self, node: fx.Node) -> int:
+        """torch's own count (`torch.utils.flop_counter`), where it has one for the operator.
+
+        The formula is given shapes in numbers: to compare symbols would put guards on the graph.
+        """
+        formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
+        if formula is None:
+            return 0
+        shapes = {}
+        for source in node.all_input_nodes:
+            sizes = _sizes(self._text.printed(source), self._hints)
+            if not sizes:
+                return 0
+            shapes[source] = torch.Size(sizes)
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), shapes.__getitem__)
+        result = pytree.tree_map(_size, node.meta.get("val"))
+        try:
+            return int(formula(*args, **kwargs, out_val=result))
+        except Exception:  # a form of the operator that torch cannot count: nothing depends on it
+            return 0
 
     def _sites(self, ctx: Context) -> dict[Printed, tuple[SiteView, ...]]:
         found: dict[Printed, list[SiteView]] = {}
         for node, states in ctx.states.items():
-            served = [_site(ctx, node, state) for state in states]
+            own = self._text.latest(node)
+            sizes = () if own is None else _sizes(own, self._hints)
+            served = [_site(ctx, sizes, state) for state in states]
             for home in ctx.homes.get(node, (node,)):
                 printed = self._text.latest(home)
                 if printed is not None:
@@ -203,10 +223,9 @@ def _paths_of_calls(gm: fx.GraphModule, ctx: Context) -> dict[fx.Node, str]:
     return {node: next(paths[node.args[1]], "") for node in calls if node.args[1] in paths}
 
 
-def _site(ctx: Context, node: fx.Node, state: SiteState) -> SiteView:
+def _site(ctx: Context, sizes: tuple[int, ...], state: SiteState) -> SiteView:
     site = state.site
     rank = ctx.program.home(site)[0].bank.slot_rank
-    sizes = _sizes(node.meta.get("val"))
     read = {"linear": site.in_features * len(site.parts), "embedding": 0}.get(site.eligible.kind)
     flops = 0
     if sizes and read is not None:  # x Aᵀ for each part, and the sum with B
@@ -234,29 +253,14 @@ def _class_of(stack: Mapping[Any, Any]) -> str:
     return ""
 
 
-def _sizes(value: Any) -> tuple[int, ...]:
+def _sizes(printed: Printed, hints: Mapping[Any, int | None]) -> tuple[int, ...]:
     """The shape of a tensor in numbers; () where one of them depends on data."""
-    if not isinstance(value, Tensor):
-        return ()
-    sizes = [size_hint(size) for size in value.shape]
-    return () if None in sizes else tuple(size for size in sizes if size is not None)
+    sizes = [size if isinstance(size, int) else hints[size] for size in printed.shape or ()]
+    return tuple(size for size in sizes if size is not None) if None not in sizes else ()
 
 
-def _flops(node: fx.Node) -> int:
-    """torch's own count (`torch.utils.flop_counter`), where it has one for the operator.
-
-    The formula is given shapes in numbers: to compare symbols would put guards on the graph.
-    """
-    formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
-    if formula is None:
-        return 0
-    sizes = {source: _sizes(source.meta.get("val")) for source in node.all_input_nodes}
-    if not all(sizes.values()):
-        return 0
-    shapes = {source: torch.Size(found) for source, found in sizes.items()}
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), shapes.__getitem__)
-    result = pytree.tree_map(lambda item: torch.Size(_sizes(item)), node.meta.get("val"))
-    try:
-        return int(formula(*args, **kwargs, out_val=result))
-    except Exception:  # a form of the operator that torch cannot count: nothing depends on it
-        return 0
+def _size(value: Any) -> torch.Size:
+    """The same of a result as the node has it."""
+    sizes = map(size_hint, value.shape if isinstance(value, Tensor) else ())
+    found = [size for size in sizes if size is not None]
+    return torch.Size(found if isinstance(value, Tensor) and len(found) == value.dim() else ())

@@ -128,8 +128,8 @@ def _rebuilt(before: Sequence[_Before]) -> fx.Graph:
     """The graph that these nodes were, some of which are erased."""
     graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
     for node, op, target, args, kwargs, name in before:
-        taken = fx.map_arg((args, kwargs), made.__getitem__)
-        copy = graph.create_node(op, target, *taken, name, node.type)
+        taken: Any = fx.map_arg((args, kwargs), made.__getitem__)
+        copy = graph.create_node(op, target, taken[0], taken[1], name, node.type)
         copy.meta = {key: item for key, item in node.meta.items() if key != "val"}
         for key in vars(node).keys() - vars(copy).keys():  # what Dynamo has noted on inputs
             setattr(copy, key, getattr(node, key))

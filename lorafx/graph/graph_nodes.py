@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from typing import Any
@@ -45,6 +46,7 @@ def module_path(node: fx.Node) -> str:
 _ROOT = re.compile(r"^L\['\w+'\]")
 
 
+@functools.lru_cache(maxsize=4096)
 def plain_path(path: str) -> str:
     """Dynamo's module path as a dotted path: `L['self']._modules['model']` -> `model`."""
     text = _ROOT.sub("", path).replace(".__dict__['_modules']", "._modules")
