@@ -26,8 +26,13 @@ class Looked:
         wrapped.save_pretrained(str(folder))
         names = {name: case.folders[name] for name in ("a0", "a1", "a3")}
         config = lorafx.LoraConfig(max_rank=8, max_adapters=4)
+        # For any sizes whichever file asks first: some files compile for fixed ones by default.
         self.cm = lorafx.compile(
-            case.model(), config, adapters={**names, "idle": folder}, options=REFERENCE
+            case.model(),
+            config,
+            adapters={**names, "idle": folder},
+            dynamic=True,
+            options=REFERENCE,
         )
         self.inputs = FAMILIES[family].inputs(len(NAMES), 5)
         self.output = self.cm(**self.inputs, adapter_names=NAMES)["logits"]
