@@ -177,6 +177,7 @@ class Backend:
         if (both or active) and frame.carries_lora:
             lowering.foresee(program, frame, gm.graph)
         begun = self.instances.begin()
+        values = [n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder")]
         places = InputPlaces.of(frame, examples, shared=self.shares_graphs)
         self.several[0] |= frame.follows_another or bool(places.arguments) or ends_in_break()
         owner = self.owner(frame, [p for p, item in enumerate(frame.inputs) if item.sites])
@@ -212,6 +213,7 @@ class Backend:
                 with self.lowering_timed(record), noting:
                     executable = lowering.base(gm, examples)
                 executable = for_base(checks, owner, executable)
+        places.look_once(values)
         if form is not None:
             self.instances.keep(title, form, executable, count, begun)
         if own:

@@ -22,6 +22,7 @@ from lorafx.program.handover import Handover, Rows
 from lorafx.program.program import Program
 from lorafx.program.roles import Role, check_requests, warn_ambiguous
 from lorafx.program.weight_forms import WeightForm
+from lorafx.size_symbols import size_expression
 
 
 @dataclass
@@ -92,6 +93,16 @@ class InputPlaces:
             if item.kind == "state" and example.dim() > 1 and elsewhere:
                 places.plain.append(position)
         return places
+
+    def look_once(self, values: Sequence[Any]) -> None:
+        """Look at one of those inputs alone whose requests are as many as another's by a guard.
+
+        Args:
+            values: the inputs as Dynamo traced them. The graph is compiled, so that all guards on
+                sizes are there.
+        """
+        self.requests = _of_different_sizes(self.requests, values)
+        self.called = _of_different_sizes(self.called, values)
 
     @property
     def conditional(self) -> bool:
@@ -175,6 +186,19 @@ class InputPlaces:
                 f"the arguments hold different numbers of sequences for each request: {given}; "
                 "give (B, C, T) of all of them, with the same number C"
             )
+
+
+def _of_different_sizes(
+    places: Sequence[tuple[int, int, str]], values: Sequence[Any]
+) -> list[tuple[int, int, str]]:
+    """The first place of each size. A step with a cache has two for each layer."""
+    found: dict[Any, tuple[int, int, str]] = {}
+    for place in places:
+        position, dim, _ = place
+        value = values[position]
+        size = size_expression(value.shape[dim]) if isinstance(value, Tensor) else place
+        found.setdefault(size, place)
+    return list(found.values())
 
 
 #: Parts of adapters beside their factors: what cannot be done with them, and the setting of PEFT

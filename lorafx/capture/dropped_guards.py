@@ -58,6 +58,8 @@ def drop_guards_on_classes() -> None:
     known: dict[str, bool] = {}
 
     def of_registry(source: Any) -> bool:
+        if "G[" not in source_text(source):  # of nothing global, as most are
+            return False
         while source is not None:
             name = source_text(source)
             if name.startswith("G[") and name not in known:
@@ -135,6 +137,8 @@ def marks_of_self(guards: Sequence[Any]) -> tuple[list[str | None], dict[str, Si
 def _hook_above(guard: Any, seen: dict[str, Any]) -> str | None:
     """Where the hook below `self` is that this guard is about; it is noted in `seen`."""
     source = guard.originating_source
+    if _HOOKS not in source_text(source):  # most are about something else
+        return None
     while (base := getattr(source, "base", None)) is not None:
         if source_text(base).endswith(_HOOKS):
             name = source_text(source)

@@ -21,6 +21,8 @@ from torch._C import (
     _pop_torch_dispatch_stack,
     _push_on_torch_dispatch_stack,
 )
+from torch._dynamo import eval_frame
+from torch._dynamo.types import FrameAction, FrameExecStrategy
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _get_current_dispatch_mode,
@@ -84,15 +86,19 @@ class Tracking(TorchDispatchMode):
     def ignore_compile_internals(cls) -> bool:
         return True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would wrap what sees each operator; Dynamo is told below
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         named: Mapping[str, Any] = kwargs or {}
-        if self.over or not isinstance(func, torch._ops.OpOverload):
-            return func(*args, **named)
         memory = self.memory
         if memory is None and not (_takes_tensors(args) or _takes_tensors(named.values())):
             return func(*args, **named)  # of no weight
+        if self.over or not isinstance(func, torch._ops.OpOverload):
+            return func(*args, **named)
         operands = [*tensors_in(args), *tensors_in(dict(named))]
         before = {} if memory is None else {id(item): memory.look(item) for item in operands}
         results = func(*args, **named)
@@ -148,6 +154,12 @@ class Tracking(TorchDispatchMode):
         """Told of what an operator without tensors among its arguments returned."""
 
 
+# Dynamo traces neither this nor what it calls.
+eval_frame.set_code_exec_strategy(
+    Tracking.__torch_dispatch__.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
+)
+
+
 def running() -> Tracking | None:
     """The tracking that looks at operators now, where no other mode stands before it."""
     mode = _get_current_dispatch_mode()
@@ -181,11 +193,13 @@ def untracked(action: Callable[[Tracking | None], T]) -> T:
 def _takes_tensors(values: Iterable[object]) -> bool:
     """Whether tensors are among an operator's arguments."""
     for value in values:
-        if isinstance(value, Tensor):
-            return True
-        if isinstance(value, (list, tuple)) and _takes_tensors(value):
+        if isinstance(value, _MAY_HOLD) and (isinstance(value, Tensor) or _takes_tensors(value)):
             return True
     return False
+
+
+#: Tensors, and what holds some.
+_MAY_HOLD = (Tensor, list, tuple)
 
 
 #: Runs an iterator to its end, in C.

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch._dynamo
 from attached import attached, check, check_base, compiled, fresh_dynamo, graphs, served
-from dense_merge import error, save_adapter
+from dense_merge import TOLERANCE, error, save_adapter
 from tiny_models import FAMILIES, token_inputs
 from torch import nn
 from torch._dynamo.utils import counters
@@ -141,6 +141,29 @@ def test_arguments_with_other_rows_than_the_batch(small):
     with pytest.raises(BatchError, match=r"L\['shift'\]\" has shape \(2, 4\)"):
         served(call, model, ["a", None, "b"], {"x": x, "shift": torch.zeros(2, 4)})
     served(call, model, ["a", None, "b"], {"x": x, "shift": torch.zeros(1, 4)})
+
+
+def test_of_a_cache_the_rows_are_looked_at_once(shallow):
+    """Each layer has two tensors in it, with as many rows as the rest by Dynamo's guards."""
+    torch.manual_seed(0)
+    model, names = attached(shallow), ["a0", None, "a1"]
+    call = compiled(model, fullgraph=True)
+    tokens = torch.randint(0, model.config.vocab_size, (3, 6))
+    with torch.no_grad(), lorafx.adapters(model, names):
+        cache = call(input_ids=tokens[:, :4], use_cache=True).past_key_values
+        steps = [
+            call(input_ids=tokens[:, at : at + 1], past_key_values=cache).logits for at in (4, 5)
+        ]
+    want = shallow.expected(names, {"input_ids": tokens})
+    assert error(torch.cat(steps, 1), want[:, 4:]) <= TOLERANCE
+    step = marked_session(model).backend.records[-1].checks.places
+    assert [name for _, _, name in step.called] == ["L['kwargs']['input_ids']"]
+    with (
+        torch.no_grad(),
+        lorafx.adapters(model, names[:2]),
+        pytest.raises(BatchError, match="adapter_names has 2 entries, but the batch has 3 rows"),
+    ):
+        call(input_ids=tokens[:, 5:], past_key_values=cache)
 
 
 def test_gradients_are_refused_with_adapters_and_the_base_trains(plain):
