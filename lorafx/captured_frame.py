@@ -91,8 +91,10 @@ def duck_shaped() -> bool:
 
 def guarded_attributes(suffix: str) -> list[str]:
     """The names, as Dynamo writes them, of what the frame that is being captured is guarded on and
-    that so end."""
-    return [name for guard in frame_guards() if (name := source_text(guard)).endswith(suffix)]
+    that so end; but for guards that are only made when they are asked for."""
+    context = torch._guards.TracingContext.try_get()
+    guards = () if context is None else context.guards_context.dynamo_guards.inner
+    return [name for guard in guards if (name := source_text(guard)).endswith(suffix)]
 
 
 def named_by_dynamo(name: str) -> Any:

@@ -267,7 +267,7 @@ class Replay:
         stacks = Stacks(one.layer, one.name, one.outer, one.calls, layer, tx)
         sizes = one.sizes.renamed()
         nodes.update(moved_inputs(one.inputs, moved, stacks, sizes, tx))
-        moved.install()
+        moved.install(deferred=not self.tracing)  # a layer around it looks at its guards
         graph, tracer = tx.output.graph, tx.output.current_tracer
         read = one.read - nodes.keys()
 

@@ -16,22 +16,18 @@ from typing import Any
 from torch import nn
 from torch._dynamo.guards import install_guard, make_dupe_guard
 from torch._dynamo.source import NNModuleSource
-from torch._guards import ChainedSource, Guard, Source
+from torch._guards import Guard, Source
 
-from lorafx.capture.replay_arguments import NotAlike, same_constant
+from lorafx.capture.deferred_guards import defer
+from lorafx.capture.dropped_guards import ACTIVE
+from lorafx.capture.replay_arguments import NotAlike
+from lorafx.capture.replay_checks import Check, check_of, hooks_of, keywords_of
+from lorafx.capture.replay_places import NOTHING, Places
 from lorafx.capture.replay_sources import Scope
+from lorafx.captured_frame import source_text
 
 #: What Dynamo guards by what it is, wherever it is reached.
 _BY_IDENTITY = (type, ModuleType, FunctionType, MethodType, BuiltinFunctionType)
-_HOOKS = (
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
 
 
 class _Exchanged:
@@ -71,6 +67,20 @@ def _item_sources(items: Iterable[Any]) -> list[Source]:
     return [item.source for item in items if item.source is not None]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Planned:
+    """A guard of a traced layer: where its source stands, and how it is checked of another one."""
+
+    guard: Guard
+    place: int
+    holds: Check | None
+    #: Whether the check takes what is there.
+    looks: bool
+    #: Whether it is one that other layers get a copy of. Those on tensors are those of graph
+    #: inputs.
+    copied: bool
+
+
 class _Nowhere(Source):
     """Stands for the layer in sources that only need to be told apart."""
 
@@ -89,7 +99,7 @@ class Guards:
         self.items: list[Any] = []
         self._through_items = _Exchanged({})
         self._through = _Exchanged(dict.fromkeys(self.sources, _Nowhere()))
-        self._before = len(tx.output.guards)
+        self._before = len(tx.output.guards.inner)  # not those that are deferred
         self.found: list[Guard] = []
         #: New ones on what is not the layer's, which name one of its hooks.
         self.hooks: list[Guard] = []
@@ -138,22 +148,48 @@ class Guards:
         self._through = _Exchanged(dict.fromkeys([*self.sources, *roots], _Nowhere()))
         self._through_items = _Exchanged(dict.fromkeys(roots, _Nowhere()))
         names = [source.name for source in (self.sources[-1], *roots)]
-        for place, guard in enumerate(tx.output.guards):
+        for place, guard in enumerate(tx.output.guards.inner):
             if self.concerns(guard.originating_source):
                 self.found.append(guard)
             elif place >= self._before:
                 if any(name in guard.name for name in names):
                     raise NotAlike(f"{guard.name} is reached in two ways")
-                given = (each for each in _keywords(guard).values() if isinstance(each, Source))
+                given = (each for each in keywords_of(guard).values() if isinstance(each, Source))
                 if self.items and any(map(self.concerns, given)):
                     raise NotAlike(f"{guard.name} is also something else")
-                if "key" in _keywords(guard):
+                if "key" in keywords_of(guard):
                     self.hooks.append(guard)
         self.ordered = [each for each in tx.output.guard_on_key_order if self.concerns(each)]
+        self.places = Places(self.scope, {*self.sources, *roots}, self.concerns)
         if changed:
             own = Moved(self, tx, None, changed, {item: item for item in self.items})
             for guard in self.found:
                 own.common(guard.originating_source)
+
+    @functools.cached_property
+    def plan(self) -> list[_Planned]:
+        """What is checked of another layer, guard by guard."""
+        found = []
+        for guard in self.found:
+            holds, looks = check_of(guard)
+            copied = guard.inner_create_fn().__name__ != "TENSOR_MATCH"
+            place = self.places.place(guard.originating_source)
+            found.append(_Planned(guard, place, holds, looks, copied))
+        return found
+
+    @functools.cached_property
+    def duplicates(self) -> set[tuple[Source, Source | None]]:
+        """Sources that are guarded to lead to one object."""
+        return {
+            (each.guard.originating_source, keywords_of(each.guard).get("source_b"))
+            for each in self.plan
+            if each.guard.inner_create_fn().__name__ == "DUPLICATE_INPUT"
+        }
+
+    @functools.cached_property
+    def active(self) -> list[int]:
+        """Where the guards are that tell whether an adapter is active."""
+        return [each.place for each in self.plan if source_text(each.guard).endswith(ACTIVE)]
 
 
 class Moved:
@@ -182,7 +218,9 @@ class Moved:
         self._output = tx.output
         self.source: Callable[[Source], Source] = guards._exchanged(layer, items)
         self._roots = [*guards.sources, *_item_sources(items)]
-        self._hooks = _hooks(guards.module, module)
+        self._hooks = hooks_of(guards.module, module)
+        #: By places.
+        self._values: dict[int, Any] = {}
         self._common: dict[int, Source | None] = {}
         #: Sources of the traced layer where both lead to one object.
         self._alike: dict[Source, None] = {}
@@ -191,7 +229,21 @@ class Moved:
         return self._guards.scope.value(source)
 
     def now(self, source: Source) -> Any:
-        return self._guards.scope.value(self.source(source))
+        if not self._guards.concerns(source):
+            return self._guards.scope.value(source)
+        value = self._at(self._guards.places.place(source))
+        if value is NOTHING:
+            raise NotAlike(f"there is no {source.name}")
+        return value
+
+    def _at(self, place: int) -> Any:
+        """What the other layer has at a place, or NOTHING."""
+        if place not in self._values:
+            places = self._guards.places
+            base = places.bases[place]
+            before = NOTHING if base < 0 else self._at(base)
+            self._values[place] = places.after(place, before, self.source)
+        return self._values[place]
 
     def common(self, source: Source) -> Source | None:
         """The first part of a source of the traced layer where both layers lead to one object,
@@ -200,24 +252,33 @@ class Moved:
         Raises:
             NotAlike: a part in front of it is being changed.
         """
-        if not isinstance(source, ChainedSource) or not self._guards.concerns(source):
+        if not self._guards.concerns(source):
             return None
-        if source in self._roots:
+        return self._common_at(self._guards.places.place(source))
+
+    def _common_at(self, place: int) -> Source | None:
+        if place not in self._common:
+            self._common[place] = self._common_of(place)
+        return self._common[place]
+
+    def _common_of(self, place: int) -> Source | None:
+        places = self._guards.places
+        if not places.is_inside(place):
             return None
-        if id(source) not in self._common:
-            found = self.common(source.base)
-            if found is None:
-                try:
-                    before, value = self.before(source), self.now(source)
-                except NotAlike:  # the guard is on there being no such attribute
-                    before, value = None, self
-                if id(value) in self._changed:
-                    raise NotAlike(f"{source.name} is being changed")
-                if value is before and value in self._output.side_effects:
-                    self._alike[source] = None
-                    found = None if isinstance(value, _BY_IDENTITY) else source
-            self._common[id(source)] = found
-        return self._common[id(source)]
+        base = places.bases[place]
+        found = None if base < 0 else self._common_at(base)
+        if found is not None:
+            return found
+        before, value = places.before(place), self._at(place)
+        if before is NOTHING or value is NOTHING:  # the guard is on there being no such attribute
+            return None
+        source = places.sources[place]
+        if id(value) in self._changed:
+            raise NotAlike(f"{source.name} is being changed")
+        if value is before and value in self._output.side_effects:
+            self._alike[source] = None
+            return None if isinstance(value, _BY_IDENTITY) else source
+        return None
 
     def is_new(self, value: Any, source: Source) -> bool:
         """Whether Dynamo has met this value nowhere else than at the other layer's `source`."""
@@ -226,34 +287,53 @@ class Moved:
 
     def check(self) -> None:
         """Raise NotAlike where a guard does not hold for the other layer."""
-        for guard in self._guards.found:
-            if self.common(guard.originating_source) is None:
-                kind = guard.inner_create_fn().__name__
-                holds = _HOLDS.get(kind)
-                if holds is None or not holds(self, guard):
-                    raise NotAlike(f"{kind} of {guard.name}")
+        places = self._guards.places
+        for each in self._guards.plan:
+            if self._common_at(each.place) is not None:
+                continue
+            before = value = None
+            if each.looks:
+                before, value = places.before(each.place), self._at(each.place)
+            nothing = before is NOTHING or value is NOTHING
+            if nothing or each.holds is None or not each.holds(before, value, each.guard, self):
+                raise NotAlike(f"{each.guard.inner_create_fn().__name__} of {each.guard.name}")
 
-    def install(self) -> None:
-        """Guard the other layer. Guards on tensors are those of graph inputs, and are there."""
+    @property
+    def originals(self) -> list[Guard]:
+        """The guards of the traced layer that the other one needs too."""
+        plan = self._guards.plan
+        return [each.guard for each in plan if each.copied and self._common[each.place] is None]
+
+    def install(self, *, deferred: bool) -> None:
+        """Guard the other layer, which has been checked. `deferred`: some when they are asked for.
+
+        What tells runtimes apart is asked for at once.
+        """
         made = []
-        for guard in self._guards.found:
-            source, kind = guard.originating_source, guard.inner_create_fn().__name__
-            if self.common(source) is None and kind != "TENSOR_MATCH":
-                made.append(self._copied(guard, self.source(source)))
+        if deferred and all(self._common_at(place) is not None for place in self._guards.active):
+            defer(self)
+        else:
+            made += map(self.copied, self.originals)
         for source in self._alike:
             known = self._output.side_effects[self.now(source)].source
+            if self.common(source) is None and (source, known) in self._guards.duplicates:
+                continue  # there is a copy
             create = make_dupe_guard(self.source(source), known)
             if create is not None:
                 made.append(Guard(self.source(source), create))
         for guard in self._guards.hooks:
-            if _keywords(guard)["key"] in self._hooks:
-                made.append(self._copied(guard, guard.originating_source))
+            if keywords_of(guard)["key"] in self._hooks:
+                made.append(self._copy(guard, guard.originating_source))
         install_guard(*made)
         for source in self._guards.ordered:
             if self.common(source) is None:
                 self._output.guard_on_key_order.add(self.source(source))
 
-    def _copied(self, guard: Guard, source: Source) -> Guard:
+    def copied(self, guard: Guard) -> Guard:
+        """A guard of the traced layer, on the other one."""
+        return self._copy(guard, self.source(guard.originating_source))
+
+    def _copy(self, guard: Guard, source: Source) -> Guard:
         create = guard.create_fn
         if isinstance(create, functools.partial):
             named = dict(create.keywords)
@@ -268,104 +348,3 @@ class Moved:
     def key(self, key: Any) -> Any:
         """The key in a dictionary of the other layer: hooks have numbers of their own."""
         return self._hooks.get(key, key) if type(key) is int else key
-
-
-def _keywords(guard: Guard) -> dict[str, Any]:
-    create = guard.create_fn
-    return create.keywords if isinstance(create, functools.partial) else {}
-
-
-def _hooks(one: nn.Module, other: nn.Module) -> dict[int, int]:
-    """By the numbers of one module's hooks those of another's."""
-    found: dict[int, int] = {}
-    mine, theirs = list(one.modules()), list(other.modules())
-    if [type(module) for module in mine] != [type(module) for module in theirs]:
-        raise NotAlike("made of other modules")
-    for a, b in zip(mine, theirs, strict=True):
-        for name in ("__dict__", "_parameters", "_buffers", "_modules"):
-            if getattr(a, name).keys() != getattr(b, name).keys():
-                raise NotAlike("other attributes")
-        for name in _HOOKS:
-            if len(getattr(a, name)) != len(getattr(b, name)):
-                raise NotAlike("other hooks")
-            found.update(zip(getattr(a, name), getattr(b, name), strict=True))
-    return found
-
-
-def _values(moved: Moved, guard: Guard) -> tuple[Any, Any]:
-    return moved.before(guard.originating_source), moved.now(guard.originating_source)
-
-
-def _identical(moved: Moved, guard: Guard) -> bool:
-    one, other = _values(moved, guard)
-    return one is other
-
-
-def _equal(moved: Moved, guard: Guard) -> bool:
-    return same_constant(*_values(moved, guard))
-
-
-def _type(moved: Moved, guard: Guard) -> bool:
-    one, other = _values(moved, guard)
-    return type(one) is type(other)
-
-
-def _length(moved: Moved, guard: Guard) -> bool:
-    one, other = _values(moved, guard)
-    return type(one) is type(other) and len(one) == len(other)
-
-
-def _keys(moved: Moved, guard: Guard) -> bool:
-    one, other = _values(moved, guard)
-    return type(one) is type(other) and same_constant(list(one), list(other))
-
-
-def _contains(moved: Moved, guard: Guard) -> bool:
-    one, other = _values(moved, guard)
-    key = _keywords(guard)["key"]
-    return type(one) is type(other) and (key in one) == (moved.key(key) in other)
-
-
-def _absent(moved: Moved, guard: Guard) -> bool:
-    one, other = _values(moved, guard)
-    name = _keywords(guard)["attr"]
-    return type(one) is type(other) and (name in vars(one)) == (name in vars(other))
-
-
-def _has(moved: Moved, guard: Guard) -> bool:
-    source, name = guard.originating_source, _keywords(guard).get("attr")
-    if name is None:  # before torch 2.12 it is the last part of the source
-        source, name = source.base, source.member  # type: ignore[attr-defined]
-    one, other = moved.before(source), moved.now(source)
-    return type(one) is type(other) and hasattr(one, name) == hasattr(other, name)
-
-
-def _duplicate(moved: Moved, guard: Guard) -> bool:
-    return moved.now(guard.originating_source) is moved.now(_keywords(guard)["source_b"])
-
-
-def _not_none(moved: Moved, guard: Guard) -> bool:
-    one, other = _values(moved, guard)
-    return (one is None) == (other is None)
-
-
-#: By the names of Dynamo's guards, whether one holds for another layer as for the traced one. What
-#: is not here is not known to.
-_HOLDS: dict[str, Callable[[Moved, Guard], bool]] = {
-    **dict.fromkeys(
-        ("ID_MATCH", "CLOSURE_MATCH", "FUNCTION_MATCH", "CLASS_MATCH", "MODULE_MATCH"), _identical
-    ),
-    "BUILTIN_MATCH": _identical,
-    **dict.fromkeys(("CONSTANT_MATCH", "EQUALS_MATCH", "BOOL_MATCH", "NONE_MATCH"), _equal),
-    "TYPE_MATCH": _type,
-    "TENSOR_MATCH": _type,  # the rest is looked at in the graph's input
-    "SEQUENCE_LENGTH": _length,
-    "EMPTY_NN_MODULE_HOOKS_DICT": _length,
-    "DICT_KEYS_MATCH": _keys,
-    "DICT_CONTAINS": _contains,
-    "DICT_NOT_CONTAINS": _contains,
-    "NOT_PRESENT_IN_GENERIC_DICT": _absent,
-    "HASATTR": _has,
-    "DUPLICATE_INPUT": _duplicate,
-    "NOT_NONE_MATCH": _not_none,
-}

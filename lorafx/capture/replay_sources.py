@@ -11,21 +11,33 @@ from torch._guards import ChainedSource, Source
 from lorafx.capture.replay_arguments import NotAlike
 
 #: What a source leads to that another one begins with.
-_BASE = "base"
+BASE = "base"
 
 
 @functools.lru_cache(maxsize=4096)
 def _step(template: str) -> CodeType:
     """How a source leads on from the one that it begins with, as code."""
-    return compile(template.format(_BASE), "<source>", "eval")
+    return compile(template.format(BASE), "<source>", "eval")
+
+
+def step_of(source: ChainedSource) -> CodeType | None:
+    """Code that leads on to `source` from what it begins with, `BASE`; None where only Dynamo can
+    tell."""
+    if type(source).get_value is not ChainedSource.get_value:
+        return None
+    return _step(source._name_template)
 
 
 class Scope:
-    """What sources lead to, in the frame that is being converted."""
+    """What sources lead to, in the frame that is being converted.
+
+    Attributes:
+        globals: what code of `step_of` is evaluated in.
+    """
 
     def __init__(self, tx: Any) -> None:
         root = tx.output.root_tx
-        self._globals = {"G": root.f_globals, "L": root.f_locals}
+        self.globals = {"G": root.f_globals, "L": root.f_locals}
         self._locals: dict[str, Any] = {}
         self._known: dict[Source, Any] = {}
 
@@ -40,11 +52,9 @@ class Scope:
         """What `Source.get_value` gives, which compiles its expression each time."""
         if source in self._known:
             return self._known[source]
-        if type(source).get_value is not ChainedSource.get_value or not isinstance(
-            source, ChainedSource
-        ):
-            return source.get_value(self._globals, self._locals, self._known)
-        step = _step(source._name_template)
-        value = eval(step, self._globals, {_BASE: self._value(source.base)})
+        step = step_of(source) if isinstance(source, ChainedSource) else None
+        if step is None or not isinstance(source, ChainedSource):
+            return source.get_value(self.globals, self._locals, self._known)
+        value = eval(step, self.globals, {BASE: self._value(source.base)})
         self._known[source] = value
         return value

@@ -50,7 +50,7 @@ class Captured:
         places = {node: f"%{place}" for place, node in enumerate(nodes)}
         self.graphs.append([_NUMBERED.sub(plain, _line(node, places)) for node in nodes])
         guards = torch._guards.TracingContext.get().guards_context.dynamo_guards
-        self.guards.append({_NUMBERED.sub("", _guard(guard)) for guard in guards})
+        self.guards.append({guard_text(guard) for guard in guards})
         running = replay._LOCAL.replay
         self.replayed.append(0 if running is None else running.replayed)
 
@@ -74,7 +74,8 @@ def _layouts(value: Any) -> Any:
     return [_layouts(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _guard(guard: Any) -> str:
+def guard_text(guard: Any) -> str:
+    """Kind, source and what else a guard says, without numbers."""
     create, more = guard.create_fn, ""
     if isinstance(create, functools.partial):
         more = str(
@@ -85,7 +86,7 @@ def _guard(guard: Any) -> str:
             }
         )
         create = create.func
-    return f"{create.__name__} {guard.name} {more}"
+    return _NUMBERED.sub("", f"{create.__name__} {guard.name} {more}")
 
 
 @contextmanager

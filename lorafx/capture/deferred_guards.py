@@ -1,0 +1,120 @@
+"""Guards on replayed layers are made when a frame's guards are asked for, and not before.
+
+A layer has some 480 guards, of which three fifths are on marks and hooks and are dropped
+(`lorafx.capture.dropped_guards`), and a fifth are on hooks that Dynamo is set not to guard. What is
+dropped of a traced layer is dropped of those that are replayed from it: so it is asked of the
+traced ones alone, and of what they keep a copy is made for each of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch._dynamo
+from torch._dynamo.guards import GuardBuilder
+from torch._guards import Guard, GuardsSet, Source, TracingContext
+
+
+class Copies(Protocol):
+    """The guards of a traced layer that another layer needs too."""
+
+    #: Of the traced layer.
+    originals: Collection[Guard]
+
+    def copied(self, guard: Guard) -> Guard:
+        """One of them, on the other layer."""
+        ...
+
+
+class DeferredGuards(GuardsSet):
+    """The guards of a frame, with some that are made as soon as somebody looks at them."""
+
+    def __init__(self, guards: GuardsSet) -> None:
+        # As it is, with what Dynamo of this version notes beside the guards.
+        self.__dict__.update(vars(guards))
+        self._deferred: list[Copies] = []
+
+    def defer(self, copies: Copies) -> None:
+        self._deferred.append(copies)
+
+    def take(self) -> list[Copies]:
+        """What was deferred, which is the caller's to make from now on."""
+        taken, self._deferred = self._deferred, []
+        return taken
+
+    def _complete(self) -> None:
+        if taken := self.take():
+            _make(self, taken, self.inner)
+
+    def __iter__(self) -> Iterator[Guard]:
+        self._complete()
+        return super().__iter__()
+
+    def __len__(self) -> int:
+        self._complete()
+        return super().__len__()
+
+    def __bool__(self) -> bool:
+        self._complete()
+        return super().__bool__()
+
+    def __sub__(self, other: GuardsSet) -> GuardsSet:
+        self._complete()
+        return super().__sub__(other)
+
+    def clear(self) -> None:
+        self.take()
+        super().clear()
+
+    def get_guards_for_source(self, source: Source) -> list[Guard]:
+        self._complete()
+        return super().get_guards_for_source(source)
+
+    def remove_guards_with_source(self, source: Source) -> None:
+        self._complete()
+        super().remove_guards_with_source(source)
+
+
+def defer(copies: Copies) -> None:
+    """Have the guards of the frame that is being captured include these as soon as somebody looks
+    at them."""
+    context: Any = TracingContext.get().guards_context
+    if context.skip_install:
+        return
+    if not isinstance(context.dynamo_guards, DeferredGuards):
+        context.dynamo_guards = DeferredGuards(context.dynamo_guards)
+    context.dynamo_guards.defer(copies)
+
+
+@contextmanager
+def decided_on_traced() -> Iterator[None]:
+    """Inside, the frame that is being captured has no guards that were deferred; afterwards those
+    whose originals it has then."""
+    context: Any = TracingContext.get().guards_context
+    guards = context.dynamo_guards
+    taken = guards.take() if isinstance(guards, DeferredGuards) else []
+    yield
+    _make(context.dynamo_guards, taken, context.dynamo_guards.inner, needed=_is_needed)
+
+
+def _make(
+    guards: GuardsSet,
+    deferred: Collection[Copies],
+    there: Collection[Guard],
+    needed: Any = lambda guard: True,
+) -> None:
+    """Add to `guards` copies of those originals that are `there`."""
+    known = {id(guard) for guard in there if needed(guard)}
+    for copies in deferred:
+        for guard in copies.originals:
+            if id(guard) in known:
+                guards.add(copies.copied(guard), collect_debug_stack=False)
+
+
+def _is_needed(guard: Guard) -> bool:
+    """Whether Dynamo makes anything of a guard."""
+    unguarded = torch._dynamo.config.skip_nnmodule_hook_guards
+    return not (unguarded and guard.create_fn is GuardBuilder.EMPTY_NN_MODULE_HOOKS_DICT)
