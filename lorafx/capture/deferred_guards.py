@@ -21,8 +21,10 @@ from torch._guards import Guard, GuardsSet, Source, TracingContext
 class Copies(Protocol):
     """The guards of a traced layer that another layer needs too."""
 
-    #: Of the traced layer.
-    originals: Collection[Guard]
+    @property
+    def originals(self) -> Collection[Guard]:
+        """Of the traced layer."""
+        ...
 
     def copied(self, guard: Guard) -> Guard:
         """One of them, on the other layer."""
@@ -47,7 +49,7 @@ class DeferredGuards(GuardsSet):
 
     def _complete(self) -> None:
         if taken := self.take():
-            _make(self, taken, self.inner)
+            _make(self, taken)
 
     def __iter__(self) -> Iterator[Guard]:
         self._complete()
@@ -92,25 +94,25 @@ def defer(copies: Copies) -> None:
 @contextmanager
 def decided_on_traced() -> Iterator[None]:
     """Inside, the frame that is being captured has no guards that were deferred; afterwards those
-    whose originals it has then."""
+    whose originals were not dropped inside."""
     context: Any = TracingContext.get().guards_context
     guards = context.dynamo_guards
     taken = guards.take() if isinstance(guards, DeferredGuards) else []
+    before = {id(guard): guard for guard in guards.inner}
     yield
-    _make(context.dynamo_guards, taken, context.dynamo_guards.inner, needed=_is_needed)
+    after = {id(guard) for guard in context.dynamo_guards.inner}
+    idle = [guard for guard in before.values() if not _is_needed(guard)]
+    dropped = (before.keys() - after).union(map(id, idle))
+    _make(context.dynamo_guards, taken, without=dropped)
 
 
 def _make(
-    guards: GuardsSet,
-    deferred: Collection[Copies],
-    there: Collection[Guard],
-    needed: Any = lambda guard: True,
+    guards: GuardsSet, deferred: Collection[Copies], without: Collection[int] = frozenset()
 ) -> None:
-    """Add to `guards` copies of those originals that are `there`."""
-    known = {id(guard) for guard in there if needed(guard)}
+    """Add copies of the originals to `guards`, but for those `without`, by identity."""
     for copies in deferred:
         for guard in copies.originals:
-            if id(guard) in known:
+            if id(guard) not in without:
                 guards.add(copies.copied(guard), collect_debug_stack=False)
 
 

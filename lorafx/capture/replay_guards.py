@@ -309,7 +309,7 @@ class Moved:
 
         What tells runtimes apart is asked for at once.
         """
-        made = []
+        made: list[Guard] = []
         if deferred and all(self._common_at(place) is not None for place in self._guards.active):
             defer(self)
         else:

@@ -13,10 +13,11 @@ from dynamo_graphs import guard_text
 from tiny_models import token_inputs
 from torch._dynamo.guards import CheckFunctionManager, GuardBuilder
 from torch._dynamo.source import LocalSource
-from torch._guards import Guard, GuardsSet
+from torch._guards import Guard, GuardsSet, TracingContext, tracing
+from torch._subclasses import FakeTensorMode
 from torch.utils.hooks import RemovableHandle
 
-from lorafx.capture.deferred_guards import DeferredGuards
+from lorafx.capture.deferred_guards import DeferredGuards, decided_on_traced, defer
 
 NAMES = ["a1", None, "a3"]
 
@@ -61,21 +62,39 @@ def test_what_is_built_is_what_all_traced_layers_keep(
 
 
 def test_deferred_guards_are_there_when_they_are_looked_at() -> None:
-    """Unless what they are copies of is there no longer; and once."""
+    """And once."""
+    guards, kept, _ = of_two()
+    guards.defer(Copied([kept]))
+    assert len(guards.inner) == 2
+    assert [guard.name for guard in guards][2:] == ["L['kept of another']"]
+    assert len(guards) == 3
+    guards.defer(Copied([kept]))
+    assert len(guards) == 3
+    guards.defer(Copied([kept]))
+    guards.clear()
+    assert not guards
+
+
+def test_what_is_dropped_of_a_traced_layer_is_dropped_of_others() -> None:
+    """And what was exchanged for another guard before is not."""
+    guards, kept, dropped = of_two()
+    context = TracingContext(FakeTensorMode())
+    context.guards_context.dynamo_guards = guards
+    with tracing(context):
+        defer(Copied([kept, dropped]))
+        guards.inner.discard(kept)
+        with decided_on_traced():
+            assert [guard.name for guard in guards] == ["L['dropped']"]
+            guards.inner.discard(dropped)
+    assert [guard.name for guard in guards] == ["L['kept of another']"]
+
+
+def of_two() -> tuple[DeferredGuards, Guard, Guard]:
     kept, dropped = (LocalSource(name).make_guard(_TYPE) for name in ("kept", "dropped"))
     guards = DeferredGuards(GuardsSet())
     for guard in (kept, dropped):
         guards.add(guard, collect_debug_stack=False)
-    guards.defer(Copied([kept, dropped]))
-    assert list(guards.inner) == [kept, dropped]
-    guards.inner.discard(dropped)
-    assert [guard.name for guard in guards] == ["L['kept']", "L['kept of another']"]
-    assert len(guards) == 2
-    guards.defer(Copied([kept]))
-    assert len(guards) == 2
-    guards.defer(Copied([kept]))
-    guards.clear()
-    assert not guards
+    return guards, kept, dropped
 
 
 _TYPE: Any = GuardBuilder.TYPE_MATCH
