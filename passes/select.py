@@ -86,7 +86,7 @@ class _Selection:
         exact = () if self.target is None or isinstance(self.target, str) else self.target
         found = {entry: self.graph.find(entry) for entry in exact}
         self.walked = {id(module) for module in found.values()} - {id(None)}
-        if isinstance(self.target, targets.SavedNames):
+        if isinstance(self.target, targets.SavedTargets):
             self.target = targets.Entries(e for e, module in found.items() if module is None)
         self.eligible_paths = [item.path for item in self.modules if item.entry is not None]
 
@@ -195,7 +195,7 @@ class _Selection:
         if targeted:
             return f"it cannot carry LoRA: {self._site(item, targeted)}"
         if not self.by_default:
-            if isinstance(spec, targets.SavedNames):
+            if isinstance(spec, targets.SavedTargets):
                 return "no adapter that was given has factors for it"
             return f"target_modules={spec!r:.200} does not name it"
         kind = type(item.module).__name__

@@ -39,7 +39,7 @@ from lorafx.kernels.tools.triton_variants import AotVariant, variants_for_aot
 
 
 @dataclass(frozen=True)
-class Target:
+class AotTarget:
     """A chip to compile for.
 
     Attributes:
@@ -55,11 +55,11 @@ class Target:
 
 
 #: by architecture of lorafx.kernels.triton.triton_tiles
-TARGETS: Mapping[str, Target] = {
-    "cuda80": Target(GPUTarget("cuda", 80, 32), 163 << 10, 255, ("mma.sync",)),
-    "cuda90": Target(GPUTarget("cuda", 90, 32), 227 << 10, 255, ("wgmma.mma_async", "mma.sync")),
-    "cuda100": Target(GPUTarget("cuda", 100, 32), 227 << 10, 255, ("tcgen05.mma", "mma.sync")),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 << 10, 512, ("v_mfma",)),
+TARGETS: Mapping[str, AotTarget] = {
+    "cuda80": AotTarget(GPUTarget("cuda", 80, 32), 163 << 10, 255, ("mma.sync",)),
+    "cuda90": AotTarget(GPUTarget("cuda", 90, 32), 227 << 10, 255, ("wgmma.mma_async", "mma.sync")),
+    "cuda100": AotTarget(GPUTarget("cuda", 100, 32), 227 << 10, 255, ("tcgen05.mma", "mma.sync")),
+    "gfx942": AotTarget(GPUTarget("hip", "gfx942", 64), 64 << 10, 512, ("v_mfma",)),
 }
 
 
@@ -78,7 +78,7 @@ class Record:
         registers: a thread; on AMD vector and accumulation registers together.
         local_bytes: of local memory a thread, more than PARKED when registers were spilled.
         shared_bytes: of shared memory a program.
-        matrix: names of `Target.matrix` whose instructions are in the code, and how many.
+        matrix: names of `AotTarget.matrix` whose instructions are in the code, and how many.
         unsafe: `wgmma` still in flight when the registers of their left operand may be reused.
         widest: columns of its widest `wgmma`.
         tma: loads by TMA.

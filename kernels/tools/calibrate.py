@@ -25,7 +25,7 @@ from lorafx.kernels.tools.tune import Problem, is_too_big, replay_seconds
 from lorafx.kernels.triton.launchers import launch_interpreted, launch_wrapped
 from lorafx.kernels.triton.persistent_tiles import persistent_tiles, persistent_variants
 from lorafx.kernels.triton.triton_build import TritonSpec, build, plan_of
-from lorafx.kernels.triton.triton_launch import Base, Batch, linear
+from lorafx.kernels.triton.triton_launch import Base, LaunchArgs, linear
 from lorafx.kernels.triton.triton_tiles import architecture_of
 
 #: Seconds of one call, by a name that says what it does.
@@ -115,7 +115,7 @@ def _persistent(side: int, rows: int, device: torch.device, clock: Clock) -> flo
     heuristic = persistent_tiles(spec.delta, rows, arch)
     own = heuristic["persistent"]
     launch = launch_interpreted if device.type == "cpu" else launch_wrapped
-    batch = Batch.of(rows, BankArgs(*problem.bank), 1, None, launch)
+    batch = LaunchArgs.of(rows, BankArgs(*problem.bank), 1, None, launch)
     v = torch.zeros((own.parts, rows, spec.planes), device=device)
     base = Base(problem.x, weight, None)
     seconds = math.inf

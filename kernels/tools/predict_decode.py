@@ -52,7 +52,7 @@ MODELS: Mapping[str, Model] = {
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerLinears:
     """The linears of a layer, for one batch."""
 
     works: tuple[Work, ...]
@@ -71,7 +71,7 @@ class Layer:
         return (self.base + self.rest) / (sum(map(model, self.works)) + self.rest)
 
 
-def layers(linears: Linears) -> Iterator[Layer]:
+def layers(linears: Linears) -> Iterator[LayerLinears]:
     def works(rows: int, distinct: int) -> tuple[Work, ...]:
         settings = (rows, distinct, RANK, torch.bfloat16)
         return tuple(Work(K, sizes, *settings) for K, sizes in linears.values())
@@ -80,7 +80,7 @@ def layers(linears: Linears) -> Iterator[Layer]:
     for rows in BATCHES:
         for distinct in ADAPTERS:
             if distinct <= rows:
-                yield Layer(works(rows, distinct), rest)
+                yield LayerLinears(works(rows, distinct), rest)
 
 
 def table(linears: Linears) -> str:

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from lorafx.kernels.ops.bank_arguments import BankArgs
 from lorafx.kernels.ops.delta import row_slots
-from lorafx.kernels.triton.longer import Layout
+from lorafx.kernels.triton.longer import ConcatLayout
 from lorafx.kernels.triton.triton_cache import GeneratedKernel
-from lorafx.kernels.triton.triton_launch import Batch
+from lorafx.kernels.triton.triton_launch import LaunchArgs
 from lorafx.kernels.triton.triton_source import TritonSpec
 
 
-def layout_of(spec: TritonSpec) -> Layout:
+def layout_of(spec: TritonSpec) -> ConcatLayout:
     """Where the columns of a node by a strategy that makes x and W longer lie."""
     assert spec.longer is not None
-    return Layout.of(spec.delta, spec.longer)
+    return ConcatLayout.of(spec.delta, spec.longer)
 
 
 def blocks_of(spec: TritonSpec, bank: BankArgs) -> Any:
@@ -39,7 +39,7 @@ def gather(
     w: Tensor,
     first: int,
     row: int,
-    batch: Batch,
+    batch: LaunchArgs,
 ) -> Tensor:
     """Writes B into W' (N, …), or (…, N) where the spec is transposed, around the K columns from
     `first` on, in the N rows from `row` on.
@@ -64,7 +64,7 @@ def place(
     spec: TritonSpec,
     x: Tensor,
     flags: Tensor,
-    batch: Batch,
+    batch: LaunchArgs,
 ) -> None:
     """Writes v into x' (M, …) around x; NaN for rows of slots that `flags` has something of."""
     bank, layout, tiles = batch.bank, layout_of(spec), kernel.tiles

@@ -34,7 +34,7 @@ class Longer:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ConcatLayout:
     """Where the columns lie.
 
     Attributes:
@@ -50,7 +50,7 @@ class Layout:
     apart: bool
 
     @classmethod
-    def of(cls, delta: DeltaSpec, longer: Longer) -> Layout:
+    def of(cls, delta: DeltaSpec, longer: Longer) -> ConcatLayout:
         """The layout of a node's columns."""
         count = len(delta.sizes)
         left = count // 2 if longer.apart else 0

@@ -22,7 +22,7 @@ from lorafx.kernels.triton.generated_op import generated_op
 from lorafx.kernels.triton.launchers import Launch
 from lorafx.kernels.triton.triton_build import EXPERTS
 from lorafx.kernels.triton.triton_checks import checked_plan, require_adjacent
-from lorafx.kernels.triton.triton_launch import Base, Batch, activate, linear, shrink
+from lorafx.kernels.triton.triton_launch import Base, LaunchArgs, activate, linear, shrink
 from lorafx.kernels.triton.triton_prologue_ops import check_inputs
 
 OP = "triton_experts"
@@ -47,7 +47,7 @@ def _run(
     M = y.shape[0]
     if guard_or_false(M == 0):
         return y
-    batch = Batch.of(M, bank, rows, None, launch, offs)
+    batch = LaunchArgs.of(M, bank, rows, None, launch, offs)
     first, last = plan.kernels.values()
     if plan.strategy == "activated":
         x, v = activate(first, plan.spec, inputs, batch)

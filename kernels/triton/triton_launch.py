@@ -28,7 +28,7 @@ from lorafx.kernels.triton.triton_source import TritonSpec
 
 
 @dataclass(frozen=True)
-class Batch:
+class LaunchArgs:
     """The bank, whose row each row is as the kernels take it, and how they are run.
 
     Attributes:
@@ -60,7 +60,7 @@ class Batch:
         kernel: GeneratedKernel | None,
         launch: Launch,
         offs: Tensor | None = None,
-    ) -> Batch:
+    ) -> LaunchArgs:
         """The batch of an op's arguments; sorted where there is an `order` kernel."""
         slots = bank.slots
         n = slots.shape[0]
@@ -102,7 +102,7 @@ def shrink(
     kernel: GeneratedKernel,
     spec: TritonSpec,
     x: Tensor,
-    batch: Batch,
+    batch: LaunchArgs,
 ) -> Tensor:
     """v (P, M, J·R) float32 of x (M, K), by `shrink` or `shrink_rows`.
 
@@ -122,7 +122,7 @@ def activate(
     kernel: GeneratedKernel,
     spec: TritonSpec,
     inputs: Sequence[Tensor],
-    batch: Batch,
+    batch: LaunchArgs,
 ) -> tuple[Tensor, Tensor]:
     """h (M, K) = f(inputs) and v = `shrink` of it; its reference is f and `shrink_reference`."""
     A, _, ranks, scales, _ = batch.bank
@@ -163,7 +163,7 @@ def split(
     x: Tensor,
     weight: Tensor,
     y: Tensor,
-    batch: Batch,
+    batch: LaunchArgs,
 ) -> tuple[Tensor | None, Tensor]:
     """The base product in parts of K, (Q, M, N) float32, and beside it `shrink`'s v.
 
@@ -207,7 +207,7 @@ def linear(
     y: Tensor,
     v: Tensor | None,
     base: Base | None,
-    batch: Batch,
+    batch: LaunchArgs,
 ) -> None:
     """Writes y (M, N), or adds to it where there is no base product.
 
@@ -270,7 +270,7 @@ def expand_rows(
     spec: TritonSpec,
     y: Tensor,
     v: Tensor,
-    batch: Batch,
+    batch: LaunchArgs,
 ) -> None:
     """Adds v B into y (M, N) row by row; its reference is `linear_reference` without a base."""
     B, ranks = batch.bank.B, batch.bank.ranks
@@ -285,7 +285,7 @@ def embedding_rows(
     spec: TritonSpec,
     y: Tensor,
     ids: Tensor,
-    batch: Batch,
+    batch: LaunchArgs,
 ) -> None:
     """Adds scale · A[s, ids, :r] B[s, :r] into y (M, N).
 

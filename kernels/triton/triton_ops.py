@@ -31,7 +31,7 @@ from lorafx.kernels.triton.triton_checks import (
 )
 from lorafx.kernels.triton.triton_launch import (
     Base,
-    Batch,
+    LaunchArgs,
     embedding_rows,
     expand_rows,
     linear,
@@ -60,7 +60,7 @@ def _run_linear(
     if guard_or_false(M == 0):
         return y
     bias = None if bias is None else bias.contiguous()  # N elements; kernels take no stride of it
-    batch = Batch.of(M, bank, rows, plan.order, launch)
+    batch = LaunchArgs.of(M, bank, rows, plan.order, launch)
     v, sums = None, None
     *before, last = plan.kernels.values()
     if "shrink" in plan.kernels:
@@ -116,7 +116,7 @@ def _run_delta(
     spec, M = plan.spec, x.shape[0]
     if guard_or_false(M == 0):
         return
-    batch = Batch.of(M, bank, rows, plan.order, launch)
+    batch = LaunchArgs.of(M, bank, rows, plan.order, launch)
     first, second = plan.kernels.values()
     v = shrink(first, spec, x, batch)
     if plan.strategy == "gemv":
@@ -152,7 +152,7 @@ def _run_embedding_delta(
     plan, M = plan_of(int(kernel)), ids.shape[0]
     if guard_or_false(M == 0):
         return
-    batch = Batch.of(M, bank, rows, plan.order, launch)
+    batch = LaunchArgs.of(M, bank, rows, plan.order, launch)
     embedding_rows(plan.kernels["embedding_rows"], plan.spec, y, ids, batch)
 
 

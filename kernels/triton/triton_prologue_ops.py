@@ -34,7 +34,7 @@ from lorafx.kernels.triton.triton_checks import (
     checked_plan,
     require_adjacent,
 )
-from lorafx.kernels.triton.triton_launch import Batch, activate, linear, shrink
+from lorafx.kernels.triton.triton_launch import LaunchArgs, activate, linear, shrink
 
 
 def _run_shrink(x: Tensor, bank: BankArgs, rows: int, kernel: int, launch: Launch) -> Tensor:
@@ -47,7 +47,7 @@ def _run_shrink(x: Tensor, bank: BankArgs, rows: int, kernel: int, launch: Launc
     plan = checked_plan("triton_shrink", kernel, ("deferred",), bank, rows)
     if guard_or_false(x.shape[0] == 0):
         return _shrink_fake(x, bank, rows, kernel)
-    batch = Batch.of(x.shape[0], bank, rows, plan.order, launch)
+    batch = LaunchArgs.of(x.shape[0], bank, rows, plan.order, launch)
     return shrink(plan.kernels["shrink"], plan.spec, x, batch)
 
 
@@ -78,7 +78,7 @@ def _run_activate(
     M = check_inputs("triton_activate", plan, inputs, bank.A)
     if guard_or_false(M == 0):
         return _activate_fake(inputs, bank, rows, kernel)
-    batch = Batch.of(M, bank, rows, plan.order, launch)
+    batch = LaunchArgs.of(M, bank, rows, plan.order, launch)
     return activate(plan.kernels["activate"], plan.spec, inputs, batch)
 
 
@@ -101,7 +101,7 @@ def _run_expand(
     plan, M = checked_plan("triton_expand_", kernel, ("prologue",), bank, rows), y.shape[0]
     if guard_or_false(M == 0):
         return
-    batch = Batch.of(M, bank, rows, plan.order, launch)
+    batch = LaunchArgs.of(M, bank, rows, plan.order, launch)
     linear(plan.kernels["expand"], plan.spec, y, v, None, batch)
 
 

@@ -35,7 +35,7 @@ import torch
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.kernels.triton.activation import MOST_FACTORS, Activation, delta_place
 from lorafx.kernels.triton.attention_spec import PagedAttentionSpec
-from lorafx.kernels.triton.longer import Layout, Longer
+from lorafx.kernels.triton.longer import ConcatLayout, Longer
 from lorafx.kernels.triton.triton_tiles import Tiles, power_of_two
 
 TYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16"}
@@ -238,7 +238,7 @@ def _columns(spec: TritonSpec) -> dict[str, Any]:
     """What a template needs to know of the columns that x and W get."""
     if spec.longer is None:
         return {}
-    layout = Layout.of(spec.delta, spec.longer)
+    layout = ConcatLayout.of(spec.delta, spec.longer)
     return {
         "width": layout.width,
         "left": layout.left,

@@ -39,7 +39,7 @@ from lorafx.kernels.triton.generated_op import generated_op
 from lorafx.kernels.triton.launchers import Launch
 from lorafx.kernels.triton.triton_build import CONCAT, LaunchPlan, plan_of
 from lorafx.kernels.triton.triton_checks import check_linear, checked_plan, require_adjacent
-from lorafx.kernels.triton.triton_launch import Base, Batch, linear, shrink
+from lorafx.kernels.triton.triton_launch import Base, LaunchArgs, linear, shrink
 
 
 def _run_expanded(
@@ -56,7 +56,7 @@ def _run_expanded(
     if guard_or_false(M == 0):
         return y
     bias = None if bias is None else bias.contiguous()  # N elements; kernels take no stride of it
-    batch = Batch.of(M, bank, rows, plan.order, launch)
+    batch = LaunchArgs.of(M, bank, rows, plan.order, launch)
     first, second = plan.kernels.values()
     v = shrink(first, spec, x, batch)
     linear(second, spec, y, v, Base(x, x, bias), batch)
@@ -101,7 +101,7 @@ def _run_concat(
     spec, M = plan.spec, x.shape[0]
     if guard_or_false(M == 0):
         return
-    batch = Batch.of(M, bank, rows, plan.order, launch)
+    batch = LaunchArgs.of(M, bank, rows, plan.order, launch)
     behind_w, behind_x = plan.kernels.values()
     flags = gather(behind_w, spec, w, int(first), int(row), batch)
     place(behind_x, spec, x, flags, batch)

@@ -7,11 +7,11 @@ from torch import nn
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.model.module_graph import ModuleGraph, join
 from lorafx.model.packed_names import PackedNames
-from lorafx.model.targets import SavedNames, is_all_linear, output_embedding
+from lorafx.model.targets import SavedTargets, is_all_linear, output_embedding
 from lorafx.registry import lookup
 
 
-def picked(config: PeftConfig, model: nn.Module) -> SavedNames:
+def picked(config: PeftConfig, model: nn.Module) -> SavedTargets:
     """Paths of the modules, and of the 3-D parameters, that PEFT would put LoRA on.
 
     A targeted matrix is named by the module that holds it. Modules may be named by packed names.
@@ -29,4 +29,4 @@ def picked(config: PeftConfig, model: nn.Module) -> SavedNames:
                 found[path if parameter.dim() < 3 else join(path, name)] = None
     packed = PackedNames(ModuleGraph.of(model)).named()
     found.update((path, None) for path, _ in packed if config.matches(path))
-    return SavedNames(found)
+    return SavedTargets(found)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lorafx.model.sites import Membership, Site
 
 #: A site and the number of one of its parts.
-Place = tuple["Site", int]
+SitePart = tuple["Site", int]
 _WEIGHT = ".weight"
 #: What a wrapper of PEFT's calls the module that it wraps.
 WRAPPED = "base_layer"
@@ -44,7 +44,7 @@ class SiteLanding:
         missing: why factors may not be placed here, "" where they may.
     """
 
-    places: tuple[Place, ...]
+    places: tuple[SitePart, ...]
     saved: str
     loose: str = ""
     missing: str = ""
@@ -54,7 +54,7 @@ class SiteLanding:
         """Equal for landings that mean the same."""
         return (self.loose, *((id(site), part) for site, part in self.places))
 
-    def fitting(self, rows: Mapping[str, int]) -> tuple[Place, ...] | None:
+    def fitting(self, rows: Mapping[str, int]) -> tuple[SitePart, ...] | None:
         """The places that the factors cover; None where that cannot be told.
 
         `rows` are those of B under each of the site's loose names that an adapter has factors for:
@@ -71,7 +71,7 @@ class SiteLanding:
         return self.places[start:end]
 
 
-def saved_sizes(place: Place) -> tuple[int, int]:
+def saved_sizes(place: SitePart) -> tuple[int, int]:
     """(K, N) of a part as a checkpoint has it: of the whole module where it is sharded."""
     site, index = place
     part = site.parts[index]
@@ -163,7 +163,7 @@ class Places:
         found = {id(s.module) for s in sites if any(part.selected for part in s.parts)}
         return found | {id(experts.module) for experts in self.experts.selected}
 
-    def packed_names(self) -> Iterator[tuple[str, str, tuple[Place, ...]]]:
+    def packed_names(self) -> Iterator[tuple[str, str, tuple[SitePart, ...]]]:
         """(path, `Landing.loose`, places) of what parts of packed sites would be called unpacked,
         and the other way round."""
         return ((path, found.loose, found.places) for path, found in self._packed.items())
@@ -197,7 +197,7 @@ class Places:
 
 def _packed(sites: Sequence[Site]) -> dict[str, SiteLanding]:
     """What each name means that parts of packed sites would have unpacked, and that packs sites."""
-    named: dict[str, list[Place]] = {}
+    named: dict[str, list[SitePart]] = {}
     loose: dict[str, SiteLanding] = {}
     members: dict[str, list[tuple[Membership, Site]]] = {}
     for site in sites:
@@ -217,7 +217,7 @@ def _packed(sites: Sequence[Site]) -> dict[str, SiteLanding]:
     return joined | loose | {path: _only(own) for path, own in named.items()}
 
 
-def _checked(places: tuple[Place, ...], saved: str) -> SiteLanding:
+def _checked(places: tuple[SitePart, ...], saved: str) -> SiteLanding:
     closed = [site.part_path(i) for site, i in places if not site.parts[i].selected]
     closed += places[0][0].closed_names
     return SiteLanding(places, saved, missing=not_selected(closed) if closed else "")
@@ -230,7 +230,7 @@ def not_selected(names: Sequence[str]) -> str:
     )
 
 
-def _only(places: Sequence[Place]) -> SiteLanding:
+def _only(places: Sequence[SitePart]) -> SiteLanding:
     """The one part that has this name."""
     if len(places) == 1:
         return _checked(tuple(places), "")

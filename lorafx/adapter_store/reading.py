@@ -24,7 +24,7 @@ from lorafx.adapter_store.loose_names import given_rows, settled, undivided
 from lorafx.adapter_store.lora_weights import LoraWeights
 from lorafx.adapter_store.own_reading import OwnReading, same
 from lorafx.adapter_store.peft_keys import TRAINING_KEYS, FactorKey, parse, without_prefix
-from lorafx.adapter_store.places import Place, SiteLanding, saved_sizes
+from lorafx.adapter_store.places import SiteLanding, SitePart, saved_sizes
 from lorafx.model.convolutions import convolution_of, matrices
 from lorafx.model.refusals import unsupported
 from lorafx.registry import is_empty, lookup
@@ -223,7 +223,7 @@ class Reading:
         return made
 
     def _magnitude(
-        self, label: str, keys: dict[str, FactorKey], places: tuple[Place, ...], count: int
+        self, label: str, keys: dict[str, FactorKey], places: tuple[SitePart, ...], count: int
     ) -> Tensor | None:
         """DoRA's m (count,) of a landing; None where it has none, or a problem was noted."""
         if "m" not in keys:
@@ -246,7 +246,7 @@ class Reading:
         return m
 
     def _bias(
-        self, label: str, keys: dict[str, FactorKey], places: tuple[Place, ...], count: int
+        self, label: str, keys: dict[str, FactorKey], places: tuple[SitePart, ...], count: int
     ) -> Tensor | None:
         """The bias of lora_B (count,) of a landing; None where it has none, or a problem was
         noted."""
@@ -261,7 +261,12 @@ class Reading:
         return self.biases.checked(key, bias, label, [site for site, _ in places], count)
 
     def _divides(
-        self, key: str, b: Tensor, rank: int, landing: SiteLanding, places: tuple[Place, ...] | None
+        self,
+        key: str,
+        b: Tensor,
+        rank: int,
+        landing: SiteLanding,
+        places: tuple[SitePart, ...] | None,
     ) -> bool:
         """Whether the rows of a B that serves several parts are those of all parts together."""
         if places is not None and tuple(b.shape) == (_rows(places), rank):
@@ -345,7 +350,7 @@ def _alike(first: LoraWeights, second: LoraWeights) -> bool:
     return same and torch.equal(first.A, second.A) and torch.equal(first.B, second.B)
 
 
-def _rows(places: tuple[Place, ...]) -> int:
+def _rows(places: tuple[SitePart, ...]) -> int:
     return sum(saved_sizes(place)[1] for place in places)
 
 

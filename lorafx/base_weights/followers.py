@@ -23,7 +23,7 @@ from lorafx.base_weights.changes import Copy, copied
 from lorafx.base_weights.copies import Repeat, repeats
 from lorafx.errors import CheckpointError
 from lorafx.layers.quantization import QuantizeMethodBase
-from lorafx.loading.loader import Derived
+from lorafx.loading.loader import DerivedWeights
 from lorafx.loading.weight_places import Target
 from lorafx.loading.writer import Journal
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _HOOK = "process_weights_after_loading"
 
 
-class DerivedCopies(Derived):
+class DerivedCopies(DerivedWeights):
     """The copies that a model holds, as they are before an update."""
 
     def __init__(self, program: Program) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lorafx.reports.table import html_table, text_table
 from lorafx.reports.writing import json_values
 
-Batch = Literal["mixed", "one adapter at a time"]
+BatchKind = Literal["mixed", "one adapter at a time"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class StageError:
     """
 
     name: str
-    batch: Batch
+    batch: BatchKind
     error: float
 
 

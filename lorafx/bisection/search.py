@@ -22,7 +22,7 @@ from lorafx.bisection.lowered import CompiledParts
 from lorafx.bisection.outputs import Outputs, fresh
 from lorafx.bisection.reference import Reference, reference
 from lorafx.bisection.reproduction import write
-from lorafx.bisection.result import Batch, Bisection, FirstSite, StageError
+from lorafx.bisection.result import BatchKind, Bisection, FirstSite, StageError
 from lorafx.config import After
 from lorafx.errors import BatchError, ConfigError, VerifyError
 from lorafx.pass_order import CAPTURED, pipeline
@@ -31,8 +31,8 @@ from lorafx.serving.compiled import CompiledModel, compiled_of
 from lorafx.serving.example_inputs import named_inputs
 from lorafx.serving.stages import Stages, staged
 
-MIXED: Batch = "mixed"
-ALONE: Batch = "one adapter at a time"
+MIXED: BatchKind = "mixed"
+ALONE: BatchKind = "one adapter at a time"
 #: The first stage in which all uses of weights have their deltas, and the first that knows rows.
 FIRST, KNOWS_ROWS = "match", "provenance"
 
@@ -247,7 +247,7 @@ class _Search:
                 found.setdefault(path, []).append(joined)
         return found
 
-    def _batch(self, stage: str) -> Batch:
+    def _batch(self, stage: str) -> BatchKind:
         """What a stage is asked for."""
         order = self._order
         return ALONE if order.index(stage) < order.index(KNOWS_ROWS) else MIXED
@@ -260,7 +260,7 @@ class _Search:
     def _adapters(self) -> list[str]:
         return [name for name in dict.fromkeys(self.names) if name is not None]
 
-    def _error(self, batch: Batch) -> float:
+    def _error(self, batch: BatchKind) -> float:
         rows = len(self.names)
         if batch == MIXED:
             return self._call(self.names).error(self.mixed, self.mask)

@@ -30,7 +30,7 @@ from lorafx.program.stack import calling_modules
 Owner = Callable[[Sequence[Any]], "Program | None"]
 
 #: Sizes, strides and dtype of a bank's tensor that a graph takes.
-Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+BankLayout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 def checked(checks: Checks, owner: Owner, compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,7 +106,7 @@ def with_lookups(
     owner: Owner,
     compiled: Callable[[list[Any]], Any],
     extra: Sequence[tuple[int, int, str]],
-    banks: Sequence[Layout | None],
+    banks: Sequence[BankLayout | None],
     numeric: NumericCheck | None,
 ) -> Callable[..., Any]:
     """The graph with the inputs that the passes added, in AOTAutograd's boxed convention."""
@@ -216,7 +216,7 @@ def _looked_up(
     program: Program,
     arguments: Sequence[Any],
     extra: Sequence[tuple[int, int, str]],
-    banks: Sequence[Layout | None],
+    banks: Sequence[BankLayout | None],
     rooms: frozenset[tuple[int, int, str]],
     nulls: dict[int, Tensor],
 ) -> list[Any]:
@@ -263,7 +263,7 @@ def _looked_up(
     return found
 
 
-def _zeros(layout: Layout, device: torch.device) -> Tensor:
+def _zeros(layout: BankLayout, device: torch.device) -> Tensor:
     """A tensor of this layout whose memory holds zeros, gaps included."""
     shape, strides, dtype = layout
     reach = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))

@@ -164,14 +164,14 @@ def _generated_products() -> Any:
     """What `products` does, as a pass of Inductor's own over a graph of the base."""
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-    class Products(CustomGraphPass):
+    class BaseProducts(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
             replace_products(graph)
 
         def uuid(self) -> Any:
             return get_hash_for_files((products.__file__, dense.__file__))
 
-    return Products()
+    return BaseProducts()
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 from lorafx.capture.bound_inputs import BoundInputs
 from lorafx.capture.checks import Checks
-from lorafx.capture.executable import Layout, checked, for_base, with_lookups
+from lorafx.capture.executable import BankLayout, checked, for_base, with_lookups
 from lorafx.capture.unseen_inputs import Order, around
 from lorafx.kernels.cpu.cpu import builds_noted
 from lorafx.kernels.ops.delta_spec import DeltaSpec
@@ -141,7 +141,7 @@ class Parts:
     lowered: Any = None
     kernels: dict[DeltaSpec, int] = field(default_factory=dict)
     extra: list[tuple[int, int, str]] = field(default_factory=list)
-    banks: list[Layout | None] = field(default_factory=list)
+    banks: list[BankLayout | None] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
     wrappers: Wrappers | None = None
     bound: BoundInputs | None = None

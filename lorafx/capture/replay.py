@@ -43,7 +43,7 @@ from lorafx.capture.replay_calls import Stacks, still
 from lorafx.capture.replay_graph import bound, inputs_of, moved_inputs, operators_of, sizes_read
 from lorafx.capture.replay_guards import Moved
 from lorafx.capture.replay_items import store, stores_of
-from lorafx.capture.replay_sources import Scope
+from lorafx.capture.replay_sources import FrameScope
 from lorafx.capture.replay_trace import Begun, Trace
 from lorafx.kernels.ops.stamp_op import without_data
 
@@ -96,7 +96,7 @@ class Replay:
     #: Calls that were not traced.
     replayed: int = 0
     _output: Any = None
-    _scope: Scope | None = None
+    _scope: FrameScope | None = None
     _traces: dict[type, list[Trace]] = field(default_factory=dict)
     #: What has been changed in the frame, once for each change.
     changed: list[Any] = field(default_factory=list)
@@ -160,9 +160,9 @@ class Replay:
             self.changed.clear()
             self.at.clear()
 
-    def scope(self, tx: Any) -> Scope:
+    def scope(self, tx: Any) -> FrameScope:
         if self._scope is None:
-            self._scope = Scope(tx)
+            self._scope = FrameScope(tx)
         return self._scope
 
     def note(self, output: Any, variable: Any, name: str | None) -> None:

@@ -22,8 +22,8 @@ from lorafx.capture.deferred_guards import defer
 from lorafx.capture.dropped_guards import ACTIVE
 from lorafx.capture.replay_arguments import NotAlike
 from lorafx.capture.replay_checks import Check, check_of, hooks_of, keywords_of
-from lorafx.capture.replay_places import NOTHING, Places
-from lorafx.capture.replay_sources import Scope
+from lorafx.capture.replay_places import NOTHING, SourcePlaces
+from lorafx.capture.replay_sources import FrameScope
 from lorafx.captured_frame import source_text
 
 #: What Dynamo guards by what it is, wherever it is reached.
@@ -91,7 +91,7 @@ class Guards:
     Made before it is traced, and completed by `end`.
     """
 
-    def __init__(self, tx: Any, scope: Scope, layer: Any) -> None:
+    def __init__(self, tx: Any, scope: FrameScope, layer: Any) -> None:
         self.scope = scope
         self.module: nn.Module = layer.value
         self.sources = _sources(layer)
@@ -160,7 +160,7 @@ class Guards:
                 if "key" in keywords_of(guard):
                     self.hooks.append(guard)
         self.ordered = [each for each in tx.output.guard_on_key_order if self.concerns(each)]
-        self.places = Places(self.scope, {*self.sources, *roots}, self.concerns)
+        self.places = SourcePlaces(self.scope, {*self.sources, *roots}, self.concerns)
         if changed:
             own = Moved(self, tx, None, changed, {item: item for item in self.items})
             for guard in self.found:

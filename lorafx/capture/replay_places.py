@@ -17,13 +17,13 @@ from typing import Any
 from torch._guards import ChainedSource, Source
 
 from lorafx.capture.replay_arguments import NotAlike
-from lorafx.capture.replay_sources import BASE, Scope, step_of
+from lorafx.capture.replay_sources import BASE, FrameScope, step_of
 
 #: Where there is nothing, or nothing that could be found.
 NOTHING = object()
 
 
-class Places:
+class SourcePlaces:
     """Sources that lead through a layer.
 
     Args:
@@ -36,7 +36,7 @@ class Places:
     """
 
     def __init__(
-        self, scope: Scope, roots: Collection[Source], concerns: Callable[[Source], bool]
+        self, scope: FrameScope, roots: Collection[Source], concerns: Callable[[Source], bool]
     ) -> None:
         self.scope, self._roots, self._concerns = scope, set(roots), concerns
         self.sources: list[Source] = []
@@ -87,7 +87,7 @@ class Places:
             return NOTHING
 
 
-def value_at(scope: Scope, source: Source) -> Any:
+def value_at(scope: FrameScope, source: Source) -> Any:
     """What a source leads to, or NOTHING."""
     try:
         return scope.value(source)

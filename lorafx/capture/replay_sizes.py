@@ -24,7 +24,7 @@ from lorafx.capture.replay_guards import Guards
 from lorafx.kernels.ops.stamp_op import Layout
 
 
-class Sizes:
+class LayerSizes:
     """The symbols that come with a layer, and what is found out about them while it is traced."""
 
     def __init__(self, tx: Any) -> None:
@@ -88,7 +88,7 @@ class Sizes:
 class Renamed:
     """The symbols of another layer in place of the traced one's."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: LayerSizes) -> None:
         self._sizes, self._environment = sizes, sizes.environment
         self._found = list(reversed(sizes.found))
         self._known = set(self._environment.backed_var_to_val)

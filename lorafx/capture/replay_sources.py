@@ -28,7 +28,7 @@ def step_of(source: ChainedSource) -> CodeType | None:
     return _step(source._name_template)
 
 
-class Scope:
+class FrameScope:
     """What sources lead to, in the frame that is being converted.
 
     Attributes:

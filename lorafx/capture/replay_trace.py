@@ -11,7 +11,7 @@ from lorafx.capture.replay_arguments import Arguments, reachable
 from lorafx.capture.replay_calls import Modes, modes
 from lorafx.capture.replay_guards import Guards
 from lorafx.capture.replay_items import Store, Watch
-from lorafx.capture.replay_sizes import Sizes
+from lorafx.capture.replay_sizes import LayerSizes
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Trace:
     inputs: dict[fx.Node, Any]
     results: dict[fx.Node, Any]
     stores: list[Store]
-    sizes: Sizes
+    sizes: LayerSizes
     read: set[fx.Node]
     watch: Watch
     known: dict[int, Any]
@@ -63,7 +63,7 @@ class Begun:
         self.outer = len(tx.nn_module_stack)
         self.calls = dict(tx.num_calls)
         self.guards = Guards(tx, replay.scope(tx), layer)
-        self.sizes = Sizes(tx)
+        self.sizes = LayerSizes(tx)
         #: What the call changes: of what is stored, the attributes.
         self.changed: list[tuple[Any, str | None]] = []
         self.watch = Watch(tx, self.guards, args, kwargs, watched=not replay.tracing)

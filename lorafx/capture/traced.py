@@ -43,7 +43,7 @@ class NotCompiled(BaseException):
     """
 
 
-class Saved(Protocol):
+class Precompiled(Protocol):
     """Graphs that were compiled elsewhere."""
 
     def converted(
@@ -77,7 +77,7 @@ class Traced:
         recompile_limit: int,
         sizes_by_data: Callable[[], bool],
         keep_guards: Callable[[Sequence[Any]], Sequence[bool]] | None = None,
-        saved: Saved | None = None,
+        saved: Precompiled | None = None,
         repeated: Callable[[], nn.Module | None] = lambda: None,
     ) -> None:
         #: What functions raised that were given up for it.

@@ -114,7 +114,7 @@ def _named_by(config: LoraConfig, site: Site) -> str:
             return f"target_modules={target!r:.80} matches its path"
     else:
         found = [entry for entry in target if targets.names(targets.Entries([entry]), names)]
-        whose = "the adapters' own names have" if isinstance(target, targets.SavedNames) else ""
+        whose = "the adapters' own names have" if isinstance(target, targets.SavedTargets) else ""
         if found:
             return f"{whose or 'target_modules has'} {', '.join(map(repr, found[:3]))}"
     if site.own_rows:

@@ -24,7 +24,7 @@ from lorafx.loading.loadable_layer import LoadableLayer
 ShardId = str | int | tuple[int, ...] | None
 
 
-class Cut(NamedTuple):
+class ShardSizes(NamedTuple):
     """The sizes of a layer as checkpoints have them, and this rank's part of each."""
 
     input_size: int
@@ -57,7 +57,7 @@ class ParallelLayer(LoadableLayer):
 
     def __init__(
         self,
-        cut: Cut,
+        cut: ShardSizes,
         bias: bool,
         tp: TensorParallel,
         options: LayerOptions,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafx.errors import ConfigError
-from lorafx.layers.base import Cut, ParallelLayer
+from lorafx.layers.base import ParallelLayer, ShardSizes
 from lorafx.layers.options import LayerOptions, checked_sizes, group_of, label_of
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class VocabParallelEmbedding(ParallelLayer):
             )
         rows = -(-num_embeddings // tp.size)
         # The weight is (V, D): its outputs, as those of the head, are the vocabulary.
-        cut = Cut(embedding_dim, [num_embeddings], embedding_dim, [rows])
+        cut = ShardSizes(embedding_dim, [num_embeddings], embedding_dim, [rows])
         ParallelLayer.__init__(self, cut, bias, tp, options)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.num_embeddings_per_partition = rows

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from lorafx.layers.base import Cut, ParallelLayer
+from lorafx.layers.base import ParallelLayer, ShardSizes
 from lorafx.layers.options import LayerOptions, checked_sizes, group_of, label_of
 from lorafx.layers.parallel import TensorParallel
 
@@ -38,7 +38,7 @@ class ReplicatedLinear(LinearBase):
         self, input_size: int, output_size: int, bias: bool = True, **options: Unpack[LayerOptions]
     ) -> None:
         checked_sizes(label_of(self, options), input_size=input_size, output_size=output_size)
-        cut = Cut(input_size, [output_size], input_size, [output_size])
+        cut = ShardSizes(input_size, [output_size], input_size, [output_size])
         super().__init__(cut, bias, group_of(options), options)
 
 
@@ -65,12 +65,12 @@ class ColumnParallelLinear(LinearBase):
         checked_sizes(label, input_size=input_size, output_size=output_size)
         tp = group_of(options)
         part = tp.part(output_size, "output_size", label)
-        cut = Cut(input_size, [output_size], input_size, [part])
+        cut = ShardSizes(input_size, [output_size], input_size, [part])
         self._build(cut, bias, tp, gather_output, options)
 
     def _build(
         self,
-        cut: Cut,
+        cut: ShardSizes,
         bias: bool,
         tp: TensorParallel,
         gather_output: bool,
@@ -125,7 +125,7 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
         checked_sizes(label, input_size=input_size, slices=len(sizes), **named)
         tp = group_of(options)
         parts = [tp.part(size, name, label) for name, size in named.items()]
-        cut = Cut(input_size, sizes, input_size, parts)
+        cut = ShardSizes(input_size, sizes, input_size, parts)
         self._build(cut, bias, tp, gather_output, options)
 
 
@@ -182,7 +182,7 @@ class QKVParallelLinear(ColumnParallelLinear):
             own_kv_heads, replicas = tp.part(kv_heads, "total_num_kv_heads", label), 1
         sizes = [total_num_heads * head_size, kv_heads * head_size, kv_heads * v_size]
         parts = [heads * head_size, own_kv_heads * head_size, own_kv_heads * v_size]
-        cut = Cut(hidden_size, sizes, hidden_size, parts)
+        cut = ShardSizes(hidden_size, sizes, hidden_size, parts)
         self._build(cut, bias, tp, gather_output, options)
         self.hidden_size, self.head_size, self.v_head_size = hidden_size, head_size, v_size
         self.total_num_heads, self.total_num_kv_heads = total_num_heads, kv_heads
@@ -216,7 +216,7 @@ class RowParallelLinear(LinearBase):
         checked_sizes(label, input_size=input_size, output_size=output_size)
         tp = group_of(options)
         part = tp.part(input_size, "input_size", label)
-        cut = Cut(input_size, [output_size], part, [output_size])
+        cut = ShardSizes(input_size, [output_size], part, [output_size])
         super().__init__(cut, bias, tp, options)
         self.input_is_parallel, self.reduce_results = input_is_parallel, reduce_results
 

@@ -22,7 +22,7 @@ from lorafx.loading.writer import Journal, Writer
 from lorafx.model.module_graph import storage_key
 
 
-class Derived:
+class DerivedWeights:
     """What a model computes from its weights and has to follow them: nothing."""
 
     def holds(self, target: Target) -> bool:
@@ -50,12 +50,12 @@ class Loading:
         *,
         strict: bool,
         live: bool = True,
-        derived: Derived | None = None,
+        derived: DerivedWeights | None = None,
     ) -> None:
         """`strict`, `live`: see `UpdatePlan`."""
         self.source = source
         self.plan = UpdatePlan(resolver, strict=strict, stable=source.stable, live=live)
-        self._derived = derived or Derived()
+        self._derived = derived or DerivedWeights()
         targets = (*resolver.names.required, *resolver.names.optional)
         self._storages = {storage_key(target.tensor) for target in targets}
         #: Copies of tensors that were given and lie in the model's own weights.

@@ -32,7 +32,7 @@ def is_dense(weight: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class Product:
+class ModuleProduct:
     """x Wᵀ of one module, or W[ids] times `scale`.
 
     Attributes:
@@ -56,7 +56,7 @@ class Product:
 
 @torch.no_grad()
 def adds_up(
-    product: Product,
+    product: ModuleProduct,
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],

@@ -35,7 +35,7 @@ from lorafx.errors import MatchError, ProvenanceError
 from lorafx.kernels.ops.conv_ops import Window
 from lorafx.model.bank import Bank
 from lorafx.model.foreign_traces import refuse_at_rest, refuse_exported
-from lorafx.model.forward_check import Product, adds_up
+from lorafx.model.forward_check import ModuleProduct, adds_up
 from lorafx.model.forward_check import is_dense as is_dense
 from lorafx.model.runtime import Runtime
 from lorafx.registry import Handler, Kind
@@ -284,7 +284,7 @@ class SiteMark:
         """Refuse a forward to whose output the delta cannot be added; asked on the first call."""
         if self.checked or not (self.derived or isinstance(output, tuple)):
             return
-        product = Product(self.kind, self.weight_name, self.transposed, scale)
+        product = ModuleProduct(self.kind, self.weight_name, self.transposed, scale)
         if self.stored:  # nothing to compare with: a single output passes
             right = not isinstance(output, tuple)
         else:

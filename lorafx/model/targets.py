@@ -29,12 +29,12 @@ class Entries(tuple[str, ...]):
         return frozenset(self)
 
 
-class SavedNames(Entries):
+class SavedTargets(Entries):
     """Modules that a checkpoint names. Where an entry is the path of a module it names that one
     alone: a head called `output` does not stand for every `attention.output`."""
 
 
-class AdapterNames(SavedNames):
+class AdapterNames(SavedTargets):
     """What the given adapters name, where the user names no modules: then no module of the model
     was left out by anybody."""
 

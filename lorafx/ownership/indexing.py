@@ -36,7 +36,7 @@ def compose(
     return outer.rows * index.rows, index.perm
 
 
-class Layout:
+class IndexedDims:
     """Where dimensions go when x is indexed by tensors at some of its dimensions.
 
     `at`: {dimension of x: index tensor}; `first`: where the index dimensions start in the result;
@@ -65,11 +65,11 @@ def is_boolean(arg: fx.Node) -> bool:
     return arg.meta["val"].dtype in (torch.bool, torch.uint8)
 
 
-def layout(node: fx.Node, flow: Flow, x: fx.Node, indices: list[Any]) -> Layout | None:
+def layout(node: fx.Node, flow: Flow, x: fx.Node, indices: list[Any]) -> IndexedDims | None:
     """None where an index is a boolean mask: its result has as many rows as it has ones."""
     if any(t is not None and is_boolean(t) for t in indices):
         return None
-    return Layout(flow, len(flow.shape(x)), indices)
+    return IndexedDims(flow, len(flow.shape(x)), indices)
 
 
 def read(node: fx.Node, flow: Flow, x: fx.Node, indices: list[Any]) -> Single:
@@ -149,7 +149,9 @@ def written(node: fx.Node, flow: Flow, x: fx.Node, indices: list[Any], values: o
     return flow.agree(node, labels)
 
 
-def landed(node: fx.Node, flow: Flow, x: fx.Node, where: Layout, label: Own, role: str) -> Single:
+def landed(
+    node: fx.Node, flow: Flow, x: fx.Node, where: IndexedDims, label: Own, role: str
+) -> Single:
     """The label in x's numbering of something owned in the numbering of the result x[indices].
 
     Row i is written to v(i) = (p[i] // k) mod m of dimension d: with the owner of row i equal to

@@ -33,7 +33,7 @@ from lorafx.ownership.held import (
 )
 
 #: sizes, strides, offset
-Place: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], int]
+Geometry: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], int]
 
 
 @dataclass(eq=False)
@@ -43,7 +43,7 @@ class _Block:
     ref: StorageWeakRef
     version: int
     itemsize: int
-    views: dict[Place, Held | None] = field(default_factory=dict)
+    views: dict[Geometry, Held | None] = field(default_factory=dict)
     #: (elements of the storage,) int16, once a view was asked for that was not labelled.
     cells: Tensor | None = None
 
@@ -144,7 +144,7 @@ class Memory:
         block = None if key is None else self._blocks.get(key)
         return None if block is None or block.ref.expired() else block
 
-    def _seen(self, block: _Block, tensor: Tensor, place: Place) -> Held | None:
+    def _seen(self, block: _Block, tensor: Tensor, place: Geometry) -> Held | None:
         elements = _elements(tensor)
         for (size, stride, offset), held in block.views.items():
             everything = not offset and math.prod(size) == elements and _apart(size, stride)
@@ -181,7 +181,7 @@ def storage_of(tensor: Tensor) -> int | None:
     return tensor.untyped_storage()._cdata
 
 
-def _place(tensor: Tensor) -> Place:
+def _place(tensor: Tensor) -> Geometry:
     return tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset())
 
 
@@ -199,7 +199,7 @@ def _apart(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
-def _spread(cells: Tensor, held: Held | None, place: Place) -> bool:
+def _spread(cells: Tensor, held: Held | None, place: Geometry) -> bool:
     """Write a view's label into the cells of its storage; false where elements of the view that
     lie in one place may have different owners."""
     size, stride, offset = place

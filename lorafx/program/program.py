@@ -28,7 +28,7 @@ from lorafx.program.frame import FrameInput
 from lorafx.program.handover import role_of
 from lorafx.program.own_memory import OwnMemory
 from lorafx.program.pass_report import PassReport
-from lorafx.program.remembered import Remembered, Versions, in_containers
+from lorafx.program.remembered import Remembered, TensorVersions, in_containers
 from lorafx.program.roles import Role, RoleTable, tensor_leaves
 
 #: What every site op takes of a bank, and what those that rescale take besides.
@@ -104,7 +104,7 @@ class Program:
         self.remembered.keep(in_containers(self.model))
         plain = [tensor for _, tensor in _plain_attributes(self.model)]
         self.constants = {id(tensor): weakref.ref(tensor) for tensor in plain}
-        self.versions = Versions([*self.model.buffers(), *plain])
+        self.versions = TensorVersions([*self.model.buffers(), *plain])
 
     def look_at_modules(self) -> None:
         """Know what the model consists of now: modules, parameters and buffers may have come, gone

@@ -55,7 +55,7 @@ def in_containers(model: nn.Module) -> Iterator[Tensor]:
                 yield from (item for item in items if isinstance(item, Tensor))
 
 
-class Versions:
+class TensorVersions:
     """The versions that tensors of a model had when it was compiled."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:

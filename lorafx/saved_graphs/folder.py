@@ -28,7 +28,7 @@ _MAGIC = b"lorafx graph 1\n"
 
 
 @dataclass(frozen=True)
-class Entry:
+class SavedGraph:
     """One saved graph as the command shows it."""
 
     path: Path
@@ -147,7 +147,7 @@ def _taken_apart(data: bytes) -> tuple[dict[str, object], bytes]:
     return header, body
 
 
-def entries(folder: Path) -> Iterator[Entry]:
+def entries(folder: Path) -> Iterator[SavedGraph]:
     """What is in the folder; files that cannot be read have no model's name."""
     for path in sorted(folder.glob("*/*.graph")):
         try:
@@ -158,7 +158,7 @@ def entries(folder: Path) -> Iterator[Entry]:
         except (BrokenFile, OSError):
             header, size, when = {}, 0, time.time()
         model, title = str(header.get("model", "?")), str(header.get("title", "?"))
-        yield Entry(path, model, title, size, when)
+        yield SavedGraph(path, model, title, size, when)
 
 
 def clear(folder: Path, older_than: float = 0.0) -> int:

@@ -82,7 +82,7 @@ _NO_LEVEL = -1
 
 
 @dataclass(frozen=True)
-class Place:
+class GuardedPlace:
     """What one guard asked about a place, by the guard's kind and argument."""
 
     source: Source
@@ -102,7 +102,7 @@ class SavedGuards:
     """
 
     guards: list[Guard]
-    places: list[Place]
+    places: list[GuardedPlace]
     texts: list[str]
     same: list[int]
     key_order: set[Source]
@@ -124,11 +124,11 @@ class SavedGuards:
         """
         if output.torch_function_mode_stack or output.functorch_layers or _in_forward_mode():
             raise Undescribed("a mode of torch that is on")
-        places: dict[Place, None] = {}
+        places: dict[GuardedPlace, None] = {}
         for guard in guards:
             kind = guard.create_fn_name()
             if kind not in _STATE:
-                places.setdefault(Place(guard.originating_source, kind, _argument(guard)))
+                places.setdefault(GuardedPlace(guard.originating_source, kind, _argument(guard)))
         texts, same = _look(list(places), output.local_scope, output.global_scope, prints)
         state = output.dump_guards_state()
         return cls(
@@ -203,7 +203,7 @@ def value_at(
 
 
 def _look(
-    places: Sequence[Place],
+    places: Sequence[GuardedPlace],
     f_locals: dict[str, Any],
     f_globals: dict[str, Any],
     prints: Fingerprints,
@@ -225,7 +225,7 @@ def _look(
     return texts, same
 
 
-def _text(place: Place, value: Any, prints: Fingerprints) -> str:
+def _text(place: GuardedPlace, value: Any, prints: Fingerprints) -> str:
     """Raises Undescribed where what the guard compares has no text."""
     kind, argument = place.kind, place.argument
     if kind == "TENSOR_MATCH":

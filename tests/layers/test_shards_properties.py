@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafx.layers.base import Cut, ParallelLayer
+from lorafx.layers.base import ParallelLayer, ShardSizes
 from lorafx.layers.parallel import TensorParallel
 from lorafx.layers.sharding import LayerSharding
 
@@ -19,7 +19,7 @@ def layer(rank, ranks, inputs, row, slices):
 
     Column layers cut outputs (a slice has ranks / copies pieces), row layers their inputs.
     """
-    cut = Cut(
+    cut = ShardSizes(
         input_size=inputs * ranks if row else inputs,
         output_sizes=[part if row else part * ranks // copies for part, copies in slices],
         input_part=inputs,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.errors import MatchError, UnsupportedAdapterError
 from lorafx.layers import FusedMoE, Int8ChannelLinearMethod, ReplicatedLinear, load_weights
-from lorafx.layers.base import Cut
+from lorafx.layers.base import ShardSizes
 from lorafx.layers.linear import LinearBase
 from lorafx.layers.parallel import TensorParallel
 
@@ -229,7 +229,7 @@ def rank_of_two(rank: int, *, row: bool = False, bias: bool = False) -> nn.Modul
     """A rank's share of a linear (8, 6); what the ranks' collectives do is left out."""
     tp = TensorParallel(2, rank, "none")
     parts = (6, [8], 3, [8]) if row else (6, [8], 6, [4])
-    return Wrapped(LinearBase(Cut(*parts), bias, tp, {})).eval().requires_grad_(False)
+    return Wrapped(LinearBase(ShardSizes(*parts), bias, tp, {})).eval().requires_grad_(False)
 
 
 def test_outputs_that_ranks_share(tmp_path):

@@ -41,7 +41,7 @@ class LayerPlace(NamedTuple):
     row: tuple[int, int, torch.dtype]  # heads, numbers a head
 
 
-class Window(NamedTuple):
+class WindowGroup(NamedTuple):
     """Layers that keep a window, in one group, with rows of one size.
 
     Attributes:
@@ -221,7 +221,7 @@ class StepCache(PagedAttentionCache):
         return place
 
 
-def _windows(places: Iterable[LayerPlace], pages: Tensor) -> tuple[Window, ...]:
+def _windows(places: Iterable[LayerPlace], pages: Tensor) -> tuple[WindowGroup, ...]:
     rings = [place for place in places if place.ring]
     found = []
     for group, sentinel, row in dict.fromkeys((p.group, p.sentinel, p.row) for p in rings):
@@ -230,7 +230,7 @@ def _windows(places: Iterable[LayerPlace], pages: Tensor) -> tuple[Window, ...]:
         heads, numbers, dtype = row
         flat, width = pages.view(dtype), heads * numbers
         table = flat[: flat.numel() // width * width].view(-1, width)
-        found.append(Window(group, sentinel, table, torch.tensor(firsts, device=pages.device)))
+        found.append(WindowGroup(group, sentinel, table, torch.tensor(firsts, device=pages.device)))
     return tuple(found)
 
 

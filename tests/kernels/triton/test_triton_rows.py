@@ -28,7 +28,7 @@ from lorafx.kernels.triton.triton_build import LINEAR, ORDER_TILES, plan_of
 from lorafx.kernels.triton.triton_cache import load
 from lorafx.kernels.triton.triton_launch import (
     Base,
-    Batch,
+    LaunchArgs,
     linear,
     linear_reference,
     shrink,
@@ -132,7 +132,7 @@ def test_order(slots: list[int]) -> None:
     kernel = load("order", None, ORDER_TILES, INTERPRETER)
     tensor = torch.tensor(slots, dtype=torch.int32)
     bank = BankArgs(*torch.empty(4, 0), tensor)
-    batch = Batch.of(len(slots), bank, 1, kernel, launch_interpreted)
+    batch = LaunchArgs.of(len(slots), bank, 1, kernel, launch_interpreted)
     assert batch.order is not None
     assert torch.equal(batch.order, torch.argsort(tensor, stable=True).to(torch.int32))
 
@@ -143,7 +143,7 @@ def test_shrink_alone(strategy: str) -> None:
     case = make_case(K=70, sizes=(9, 9, 9), slots=(2, -1, 0, 1), rows=3, rank=5, siblings=(2, 0))
     p, spec = case.problem, plan_of(kernel_of(case, strategy)).spec
     kernel = next(iter(plan_of(kernel_of(case, strategy)).kernels.values()))
-    batch = Batch.of(12, p.bank, p.rows, None, launch_interpreted)
+    batch = LaunchArgs.of(12, p.bank, p.rows, None, launch_interpreted)
     v = shrink(kernel, spec, p.x, batch).sum(0)
     expected = shrink_reference(spec, p.x, p.bank, p.rows)
     live = expected != 0
@@ -163,7 +163,7 @@ def test_linear_alone(strategy: str) -> None:
     p, spec = case.problem, plan.spec
     v = shrink_reference(spec, p.x, p.bank, p.rows)
     base = Base(p.x, case.weight, case.bias) if strategy in LINEAR else None
-    batch = Batch.of(12, p.bank, p.rows, None, launch_interpreted)
+    batch = LaunchArgs.of(12, p.bank, p.rows, None, launch_interpreted)
     got, expected = p.y.clone(), p.y.clone()
     planes = torch.where(v == 0, torch.nan, v)[None]
     kernel = list(plan.kernels.values())[-1]

@@ -24,7 +24,7 @@ from triton_cases import (
 
 from lorafx.errors import LoweringError
 from lorafx.kernels.triton.concat_launch import blocks_of, layout_of, longer_reference
-from lorafx.kernels.triton.longer import Layout, Longer
+from lorafx.kernels.triton.longer import ConcatLayout, Longer
 from lorafx.kernels.triton.triton_build import TritonSpec, build, plan_of
 from lorafx.kernels.triton.triton_vendor_ops import vendor_linear
 
@@ -163,7 +163,7 @@ def test_where_columns_lie() -> None:
 
     def spans(longer: Longer, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
         case = make_case(K=80, sizes=sizes, slots=(0,), rank=5)
-        layout = Layout.of(case.spec.delta, longer)
+        layout = ConcatLayout.of(case.spec.delta, longer)
         return [layout.span(place, 2) for place in layout.places]
 
     assert spans(Longer(), (64, 16, 16)) == [(0, 80 + 96)] * 3
