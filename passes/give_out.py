@@ -3,11 +3,11 @@
     y' = site(x, y), x of no request  →  copies[i] = site(x, y) with request i's delta, (n, …)
 
 (position projections, position bias nets, learned tables). The product y is computed once, its
-deltas once per request. What follows y' is also computed once per request (`ownership/replay.py`),
-up to where it is broadcast along the requests: there each copy goes to its request, and shapes are
-what they were (`ownership/joins.py`). The ordinary rules of `provenance` then have to prove the
-rows of the sites. Where they do not, or the replay cannot get that far, the graph stays as it was,
-and `provenance` refuses the site with the reason.
+deltas once per request. So is what follows y' (`ownership/vectorize.py`), up to where it is
+broadcast along the requests: there each copy goes to its request, and shapes are what they were
+(`ownership/joins.py`). The ordinary rules of `provenance` then have to prove the rows of the sites.
+Where they do not, or a rule is missing on the way, the graph stays as it was, and `provenance`
+refuses the site with the reason.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from lorafx.ownership.joins import by_owner, by_size
 from lorafx.ownership.labels import Label
 from lorafx.ownership.pointwise import unlabelled
 from lorafx.ownership.propagate import called_by, flow_through, rule_for
-from lorafx.ownership.replay import OTHER_TYPE, Ended, Replay
 from lorafx.ownership.site_rules import input_of
 from lorafx.ownership.symbolic import BatchSymbols
+from lorafx.ownership.vectorize import OTHER_TYPE, Ended, Vectorizer
 from lorafx.passes.provenance import Unproved, batch_of, row_map, seeds_of, slots_of
 from lorafx.program.frame import Frame, fake_value
 
@@ -141,7 +141,7 @@ class Attempt:
     ) -> None:
         self.graph, self.roots = graph, roots
         self.before = set(graph.nodes)
-        self.replay = Replay(graph, flow, Emitter(graph, batch))
+        self.replay = Vectorizer(graph, flow, Emitter(graph, batch))
         self.sites: dict[fx.Node, fx.Node] = {}
         self._of: dict[fx.Node, set[fx.Node]] = {}
         self._inputs: list[tuple[fx.Node, fx.Node, fx.Node]] = []

@@ -21,13 +21,13 @@ from lorafx.op_arguments import bound
 from lorafx.ownership import contractions, pointwise
 from lorafx.ownership.labels import Mixed, Own
 from lorafx.ownership.propagate import called_by, rule_for
-from lorafx.ownership.replay import Ended, Replay
 from lorafx.ownership.symbolic import ONE, Shape, divide
+from lorafx.ownership.vectorize import Ended, Vectorizer
 
 aten = torch.ops.aten
 
 
-def by_size(node: fx.Node, replay: Replay) -> fx.Node | None:
+def by_size(node: fx.Node, replay: Vectorizer) -> fx.Node | None:
     """The result of a shared `node` that repeats its operand once for each request, with copy i in
     repetition i; None where it does something else."""
     if not replay.flow.batch.is_Symbol:
@@ -40,7 +40,7 @@ def by_size(node: fx.Node, replay: Replay) -> fx.Node | None:
     return _broadcast(node, replay) if rule_for(node.target)[0] is pointwise.pointwise else None
 
 
-def _broadcast(node: fx.Node, replay: Replay) -> fx.Node | None:
+def _broadcast(node: fx.Node, replay: Vectorizer) -> fx.Node | None:
     """Pointwise, against something shared that has an entry for each request (a mask of zeros)."""
     flow, new = replay.flow, replay.flow.shape(node)
     dims = [d for d, size in enumerate(new) if size == flow.batch]
@@ -52,14 +52,14 @@ def _broadcast(node: fx.Node, replay: Replay) -> fx.Node | None:
     return replay.emit(node.target, *args, **kwargs)
 
 
-def _size_at(replay: Replay, arg: fx.Node, dim: int, ndim: int) -> sympy.Expr:
+def _size_at(replay: Vectorizer, arg: fx.Node, dim: int, ndim: int) -> sympy.Expr:
     """The size of an operand along a dimension of the `ndim` that it is broadcast to."""
     shape = replay.flow.shape(arg)
     at = dim - ndim + len(shape)
     return shape[at] if at >= 0 else ONE
 
 
-def _expanded(node: fx.Node, replay: Replay) -> fx.Node | None:
+def _expanded(node: fx.Node, replay: Vectorizer) -> fx.Node | None:
     flow, first = replay.flow, node.args[0]
     assert isinstance(first, fx.Node)
     new = flow.shape(node)
@@ -73,7 +73,7 @@ def _expanded(node: fx.Node, replay: Replay) -> fx.Node | None:
     return replay.emit(aten.expand.default, line, sizes)
 
 
-def _repeated(node: fx.Node, replay: Replay) -> fx.Node | None:
+def _repeated(node: fx.Node, replay: Vectorizer) -> fx.Node | None:
     """Tiling along dimension d: index i of n·size belongs to repetition i // size."""
     flow, first, repeats = replay.flow, node.args[0], list(bound(node)["repeats"])
     assert isinstance(first, fx.Node)
@@ -91,7 +91,7 @@ def _repeated(node: fx.Node, replay: Replay) -> fx.Node | None:
     return replay.emit(aten.reshape.default, copies, [*sizes[:d], -1, *sizes[d:]])
 
 
-def by_owner(node: fx.Node, replay: Replay) -> list[tuple[fx.Node, fx.Node]]:
+def by_owner(node: fx.Node, replay: Vectorizer) -> list[tuple[fx.Node, fx.Node]]:
     """For each operand of `node` with copies, what takes its place.
 
     Raises:
@@ -118,7 +118,7 @@ def by_owner(node: fx.Node, replay: Replay) -> list[tuple[fx.Node, fx.Node]]:
     return [(arg, _given(node, replay, arg, shape, single)) for arg in operands]
 
 
-def _given(node: fx.Node, replay: Replay, arg: fx.Node, shape: Shape, own: Own) -> fx.Node:
+def _given(node: fx.Node, replay: Vectorizer, arg: fx.Node, shape: Shape, own: Own) -> fx.Node:
     """The copies of `arg` along the owner's dimension of `shape`, to which it is broadcast."""
     flow, dim = replay.flow, own.dim
     if _size_at(replay, arg, dim, len(shape)) != ONE:
@@ -145,7 +145,7 @@ def _given(node: fx.Node, replay: Replay, arg: fx.Node, shape: Shape, own: Own) 
     return replay.emit(aten.reshape.default, wide, [*kept[:dim], -1, *kept[dim:]])
 
 
-def _placed(replay: Replay, node: fx.Node, ndim: int, dim: int) -> fx.Node:
+def _placed(replay: Vectorizer, node: fx.Node, ndim: int, dim: int) -> fx.Node:
     """Copies of `node`, broadcast to `ndim` dimensions of which `dim` has one entry, with the
     copies along that dimension."""
     copies = replay.emit(aten.squeeze.dim, replay.wide(node, ndim), dim + 1)

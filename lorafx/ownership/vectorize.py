@@ -1,10 +1,10 @@
-"""Operators once more, on one copy per request of what all requests share.
+"""Operators vectorised over requests: once more, on one copy per request of what all share.
 
     t (…) depends on no request    →    copies of t (n, …), where copies[i] is request i's
 
 Every rule keeps op(copies)[i] = op(copies[i]): the operator runs on tensors with one dimension more
 in front, and what it says about dimensions is said one further on. Operators that no rule knows end
-the replay, as do operands in places where a rule expects something shared.
+it, as do operands in places where a rule expects something shared.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from lorafx.ownership.site_rules import GIVEN_DIM, input_name
 from lorafx.ownership.symbolic import ONE, equal
 
 aten, prims = torch.ops.aten, torch.ops.prims
-Rule = Callable[[fx.Node, "Replay"], fx.Node]
+BatchingRule = Callable[[fx.Node, "Vectorizer"], fx.Node]
 #: One number for all requests does not widen what it meets, a number for each request may.
 OTHER_TYPE = "the copies have another dtype than the original"
 
 
 class Ended(Exception):
-    """The replay cannot go past a node."""
+    """The vectorised part of the graph ends before a node."""
 
     def __init__(self, node: fx.Node, why: str) -> None:
         name = "the graph's result" if node.op == "output" else operator_name(node)
         super().__init__(f"{name}: {why}" + ("" if node.op == "output" else f" ({place(node)})"))
 
 
-class Replay:
+class Vectorizer:
     """Copies of shared nodes, added to their graph in its order.
 
     Attributes:
@@ -85,7 +85,7 @@ class Replay:
         if self.flow.shape(x)[: len(rows)] != rows:
             raise Ended(node, "x and y have rows of other sizes")
 
-        def copied(node: fx.Node, replay: Replay) -> fx.Node:
+        def copied(node: fx.Node, replay: Vectorizer) -> fx.Node:
             copies = {name: self.copies_of(x), "y": self.copies_of(y)}
             return self.emit(op, *in_order(op, call, **copies))
 
@@ -93,7 +93,7 @@ class Replay:
         new.meta[GIVEN_DIM] = 0
         return new
 
-    def _tried(self, node: fx.Node, rule: Rule) -> fx.Node:
+    def _tried(self, node: fx.Node, rule: BatchingRule) -> fx.Node:
         try:
             return rule(node, self)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
@@ -139,7 +139,7 @@ class Replay:
                 raise Ended(node, "an operand that should be the same for all requests is not")
 
 
-def _rebuilt(node: fx.Node, replay: Replay, args: dict[str, Any]) -> fx.Node:
+def _rebuilt(node: fx.Node, replay: Vectorizer, args: dict[str, Any]) -> fx.Node:
     """The operator with these arguments, by their names."""
     schema = node.target._schema  # type: ignore[union-attr]
     given = [args[one.name] for one in schema.arguments if not one.kwarg_only]
@@ -150,7 +150,7 @@ def _rebuilt(node: fx.Node, replay: Replay, args: dict[str, Any]) -> fx.Node:
 # --- rules ---
 
 
-def _pointwise(node: fx.Node, replay: Replay) -> fx.Node:
+def _pointwise(node: fx.Node, replay: Vectorizer) -> fx.Node:
     ndim = len(replay.flow.shape(node))
 
     def wide(arg: fx.Node) -> fx.Node:
@@ -165,7 +165,9 @@ def _pointwise(node: fx.Node, replay: Replay) -> fx.Node:
 _DIMS = ("dim", "dims", "dim0", "dim1")
 
 
-def _along(node: fx.Node, replay: Replay, *, all_if_none: bool = False, more: int = 0) -> fx.Node:
+def _along(
+    node: fx.Node, replay: Vectorizer, *, all_if_none: bool = False, more: int = 0
+) -> fx.Node:
     """An operator of one tensor that says which dimensions it works along."""
     args = bound(node)
     first = node.args[0]
@@ -188,17 +190,17 @@ def _along(node: fx.Node, replay: Replay, *, all_if_none: bool = False, more: in
     return _rebuilt(node, replay, args)
 
 
-def _reduced(node: fx.Node, replay: Replay) -> fx.Node:
+def _reduced(node: fx.Node, replay: Vectorizer) -> fx.Node:
     if "dim" not in bound(node):
         raise Ended(node, "it reduces all dimensions")
     return _along(node, replay, all_if_none=True)
 
 
-def _unsqueezed(node: fx.Node, replay: Replay) -> fx.Node:
+def _unsqueezed(node: fx.Node, replay: Vectorizer) -> fx.Node:
     return _along(node, replay, more=1)
 
 
-def _squeezed(node: fx.Node, replay: Replay) -> fx.Node:
+def _squeezed(node: fx.Node, replay: Vectorizer) -> fx.Node:
     first = node.args[0]
     assert isinstance(first, fx.Node)
     if "dim" in bound(node):
@@ -207,13 +209,13 @@ def _squeezed(node: fx.Node, replay: Replay) -> fx.Node:
     return replay.emit(aten.squeeze.dims, replay.copies[first], dims)
 
 
-def _permuted(node: fx.Node, replay: Replay) -> fx.Node:
+def _permuted(node: fx.Node, replay: Vectorizer) -> fx.Node:
     first, dims = node.args[0], bound(node)["dims"]
     dims = [0, *(wrap(dim, len(dims)) + 1 for dim in dims)]
     return replay.emit(aten.permute.default, replay.copies[first], dims)  # type: ignore[index]
 
 
-def _turned(node: fx.Node, replay: Replay) -> fx.Node:
+def _turned(node: fx.Node, replay: Vectorizer) -> fx.Node:
     first = node.args[0]
     assert isinstance(first, fx.Node)
     copies = replay.copies[first]
@@ -222,7 +224,7 @@ def _turned(node: fx.Node, replay: Replay) -> fx.Node:
     return replay.emit(aten.transpose.int, copies, 1, 2)
 
 
-def _viewed(node: fx.Node, replay: Replay) -> fx.Node:
+def _viewed(node: fx.Node, replay: Vectorizer) -> fx.Node:
     args = bound(node)
     size = args.get("size", args.get("shape"))
     if not isinstance(size, (list, tuple)):
@@ -231,19 +233,19 @@ def _viewed(node: fx.Node, replay: Replay) -> fx.Node:
     return replay.emit(aten.reshape.default, copies, [replay.count, *size])
 
 
-def _expanded(node: fx.Node, replay: Replay) -> fx.Node:
+def _expanded(node: fx.Node, replay: Vectorizer) -> fx.Node:
     size = bound(node)["size"]
     wide = replay.wide(node.args[0], len(size))  # type: ignore[arg-type]
     return replay.emit(aten.expand.default, wide, [replay.count, *size])
 
 
-def _repeated(node: fx.Node, replay: Replay) -> fx.Node:
+def _repeated(node: fx.Node, replay: Vectorizer) -> fx.Node:
     repeats = bound(node)["repeats"]
     wide = replay.wide(node.args[0], len(repeats))  # type: ignore[arg-type]
     return replay.emit(aten.repeat.default, wide, [1, *repeats])
 
 
-def _joined(node: fx.Node, replay: Replay) -> fx.Node:
+def _joined(node: fx.Node, replay: Vectorizer) -> fx.Node:
     """cat and stack of tensors some of which have copies."""
     args = bound(node)
     tensors, n = args["tensors"], len(replay.flow.shape(node))
@@ -253,7 +255,7 @@ def _joined(node: fx.Node, replay: Replay) -> fx.Node:
     return replay.emit(node.target, copies, wrap(args["dim"], n) + 1)
 
 
-def _indexed(node: fx.Node, replay: Replay) -> fx.Node:
+def _indexed(node: fx.Node, replay: Vectorizer) -> fx.Node:
     """x[indices] with the same indices for all requests."""
     x, indices = node.args[0], list(bound(node)["indices"])
     replay.only(node, x)
@@ -263,7 +265,7 @@ def _indexed(node: fx.Node, replay: Replay) -> fx.Node:
     return replay.emit(node.target, replay.copies[x], [None, *indices])  # type: ignore[index]
 
 
-def _written(node: fx.Node, replay: Replay) -> fx.Node:
+def _written(node: fx.Node, replay: Vectorizer) -> fx.Node:
     """select_scatter, slice_scatter: src laid over a part of x."""
     args = bound(node)
     x, src = args.pop("self"), args.pop("src")
@@ -272,7 +274,7 @@ def _written(node: fx.Node, replay: Replay) -> fx.Node:
     return replay.emit(node.target, *copies, *args.values())
 
 
-def _gathered(node: fx.Node, replay: Replay) -> fx.Node:
+def _gathered(node: fx.Node, replay: Vectorizer) -> fx.Node:
     args = bound(node)
     x, index = args["self"], args["index"]
     replay.only(node, x)
@@ -280,7 +282,7 @@ def _gathered(node: fx.Node, replay: Replay) -> fx.Node:
     return replay.emit(node.target, replay.copies[x], dim, replay.copies_of(index))
 
 
-def _as_it_is(node: fx.Node, replay: Replay) -> fx.Node:
+def _as_it_is(node: fx.Node, replay: Vectorizer) -> fx.Node:
     """It counts dimensions from the last one."""
     replay.only(node, node.args[0])
     return replay.emit(
@@ -291,7 +293,7 @@ def _as_it_is(node: fx.Node, replay: Replay) -> fx.Node:
     )
 
 
-def _product(node: fx.Node, replay: Replay) -> fx.Node:
+def _product(node: fx.Node, replay: Vectorizer) -> fx.Node:
     """mm (n, m, k) by (k, p) or (n, k, p), addmm with a bias of one dimension."""
     args = bound(node)
     a, b = args.get("self"), args.get("mat2")
@@ -313,7 +315,7 @@ def _product(node: fx.Node, replay: Replay) -> fx.Node:
     return replay.emit(aten.reshape.default, found, [sizes[0], sizes[1], -1])
 
 
-def _batched_product(node: fx.Node, replay: Replay) -> fx.Node:
+def _batched_product(node: fx.Node, replay: Vectorizer) -> fx.Node:
     pairs = [replay.copies_of(arg) for arg in node.args]  # type: ignore[arg-type]
     sizes = [[replay.size_of(pair, dim) for dim in range(4)] for pair in pairs]
     flat = [
@@ -324,12 +326,12 @@ def _batched_product(node: fx.Node, replay: Replay) -> fx.Node:
     return replay.emit(aten.reshape.default, found, [*sizes[0][:3], sizes[1][3]])
 
 
-def _item(node: fx.Node, replay: Replay) -> fx.Node:
+def _item(node: fx.Node, replay: Vectorizer) -> fx.Node:
     several, index = node.args
     return replay.emit(operator.getitem, replay.copies[several], index)  # type: ignore[index]
 
 
-RULES: dict[object, Rule] = {
+RULES: dict[object, BatchingRule] = {
     **dict.fromkeys(
         (aten.view, aten._unsafe_view, aten.reshape, aten._reshape_copy, aten.view_copy), _viewed
     ),
@@ -364,7 +366,7 @@ RULES: dict[object, Rule] = {
 }  # fmt: skip
 
 
-def _rule(node: fx.Node) -> Rule | None:
+def _rule(node: fx.Node) -> BatchingRule | None:
     if node.target is operator.getitem:
         return _item
     packet = called_by(node)
