@@ -12,7 +12,7 @@ from torch import fx
 
 from lorafx.errors import ConfigError, nearest
 
-Lowering = Literal["auto", "inductor", "triton", "reference"]
+LoweringName = Literal["auto", "inductor", "triton", "reference"]
 #: How a LoRA node can be computed, by lowering; "aten" is the op's own implementation.
 STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "inductor": ("generated", "aten"),
@@ -205,7 +205,7 @@ class Options:
             "max-autotune", "max-autotune-no-cudagraphs"; None, or "default", for none.
     """
 
-    lowering: Lowering = "auto"
+    lowering: LoweringName = "auto"
     verify: Verify = "lint"
     passes: Mapping[str, bool | After] = field(default_factory=dict)
     max_edits: int | None = None

@@ -25,7 +25,7 @@ from lorafx.model.expert_names import folded
 from lorafx.model.experts import expert_weights
 from lorafx.model.marks import is_dense
 from lorafx.model.module_graph import ModuleGraph
-from lorafx.model.own_rows import own_refusal, rows_asked
+from lorafx.model.own_row_limits import own_refusal, rows_asked
 from lorafx.model.packed_names import PackedNames
 from lorafx.model.quantized import is_stored
 from lorafx.model.refusals import impossible, weight_of

@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.jit import get_jit_fn_file_line
 
-Change = tuple[Any, str, Any]
+AttributePatch = tuple[Any, str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +124,7 @@ def _builtins(pkg: Any, builder: Any, scope: Any) -> None:
             interpreter._patch_attr(pkg, name, member, builder, scope)
 
 
-def with_known_shapes() -> Sequence[Change]:
+def with_known_shapes() -> Sequence[AttributePatch]:
     """Owner, attribute and value of each change, for as long as a kernel runs."""
     semantic = interpreter.interpreter_semantic
     return (

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lorafx.adapter_store.dialects.registry import dialect_of
+from lorafx.adapter_store.dialects.all_dialects import dialect_of
 from lorafx.adapter_store.expanding import expanded
 from lorafx.adapter_store.moved import mapped, moved
 from lorafx.adapter_store.opening import PICKLED as PICKLED

@@ -17,14 +17,14 @@ from lorafx.model.packed_names import renamed
 from lorafx.model.partition import spans
 
 #: Rows of B by loose name, by the identity of the packed site.
-Rows = Mapping[int, Mapping[str, int]]
+RowCounts = Mapping[int, Mapping[str, int]]
 
 
 def given_rows(
     landings: Mapping[object, SiteLanding],
     factors: Mapping[object, Mapping[str, FactorKey]],
     tensors: Mapping[str, Tensor],
-) -> Rows:
+) -> RowCounts:
     """What a file has for loose names."""
     found: dict[int, dict[str, int]] = {}
     for meant, landing in landings.items():
@@ -35,7 +35,7 @@ def given_rows(
     return found
 
 
-def undivided(landing: SiteLanding, rows: Rows) -> str:
+def undivided(landing: SiteLanding, rows: RowCounts) -> str:
     """Which slices there are, and what the names of `landing`'s site have to do with them."""
     sizes = [saved_sizes(place)[1] for place in landing.places]
     named = ", ".join(
@@ -53,7 +53,7 @@ def undivided(landing: SiteLanding, rows: Rows) -> str:
     return f"{landing.loose} takes some of {named}, while {beside} takes all others"
 
 
-def settled(landing: SiteLanding, rows: Rows) -> dict[str, range]:
+def settled(landing: SiteLanding, rows: RowCounts) -> dict[str, range]:
     """The slices of each loose name of `landing`'s site, by its path, that the rows leave no doubt
     about: also of names that the file has no factors for."""
     if not landing.loose:

@@ -29,7 +29,7 @@ from lorafx.adapter_store.saved import AdapterState
 from lorafx.model.bank import OwnWeight
 from lorafx.model.candidates import by_raw_weight
 from lorafx.model.module_graph import ModuleGraph
-from lorafx.model.own_rows import OWN_KINDS, is_input_embedding, own_refusal, tied_paths
+from lorafx.model.own_row_limits import OWN_KINDS, is_input_embedding, own_refusal, tied_paths
 from lorafx.model.sites import Site
 from lorafx.registry import lookup
 

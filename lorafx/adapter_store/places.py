@@ -82,7 +82,7 @@ def saved_sizes(place: SitePart) -> tuple[int, int]:
 
 
 #: Of a saved path.
-Meaning = SiteLanding | ExpertPlace | nn.Module | None
+SavedMeaning = SiteLanding | ExpertPlace | nn.Module | None
 
 
 class Places:
@@ -96,10 +96,10 @@ class Places:
         sites = [site for site in sites if site.expert_weight is None]
         self._by_module = {id(site.module): site for site in sites}
         self._packed = _packed(sites)
-        self._meanings: dict[str, Meaning] = {}
+        self._meanings: dict[str, SavedMeaning] = {}
         self._known: list[str] | None = None
 
-    def meaning(self, path: str) -> Meaning:
+    def meaning(self, path: str) -> SavedMeaning:
         """What `path` means: a site or parts of some, something of routed experts, a module that is
         neither; None where it means nothing."""
         if path not in self._meanings:
@@ -107,7 +107,7 @@ class Places:
             self._meanings[path] = next((found for found in readings if found is not None), None)
         return self._meanings[path]
 
-    def _meaning(self, reading: str, saved: str) -> Meaning:
+    def _meaning(self, reading: str, saved: str) -> SavedMeaning:
         walked = self._names.walk(reading)
         site = None if walked.rest else self._by_module.get(id(walked.module))
         if site is not None:

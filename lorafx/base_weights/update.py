@@ -19,7 +19,7 @@ from lorafx.errors import ConfigError
 from lorafx.interrupts import Rollback
 from lorafx.loading.loader import Loading
 from lorafx.loading.resolve import Resolver
-from lorafx.loading.sources import Source, Weights, source_of
+from lorafx.loading.sources import Weights, WeightSource, source_of
 from lorafx.loading.writer import Journal, Undo
 from lorafx.model.packing import check_packed
 from lorafx.session.session import Session
@@ -64,7 +64,7 @@ def update_weights(
     return report
 
 
-def _update(session: Session, source: Source, *, strict: bool, undo: Undo) -> WeightUpdate:
+def _update(session: Session, source: WeightSource, *, strict: bool, undo: Undo) -> WeightUpdate:
     program = session.program
     program.look_at_modules()
     program.refuse_missing()

@@ -19,7 +19,7 @@ from lorafx.bisection.reference import Modules
 from lorafx.bisection.result import FirstSite
 from lorafx.capture.differences import difference
 from lorafx.graph.graph_nodes import module_path
-from lorafx.serving.stages import Stage
+from lorafx.serving.staged_graphs import Stage
 
 
 @dataclass

@@ -21,7 +21,7 @@ from lorafx.capture.differences import difference
 from lorafx.capture.driver import stays
 from lorafx.capture.lowering import Lowering
 from lorafx.capture.verify import cloned, copied
-from lorafx.serving.stages import Stage
+from lorafx.serving.staged_graphs import Stage
 
 
 @dataclass

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lorafx.capture.differences import difference, tolerance
-
-Names = Sequence["str | None"]
+from lorafx.session.requests import Names
 
 
 @dataclass(frozen=True)

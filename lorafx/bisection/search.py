@@ -29,7 +29,7 @@ from lorafx.pass_order import CAPTURED, pipeline
 from lorafx.reports.writing import check_room, written_into
 from lorafx.serving.compiled import CompiledModel, compiled_of
 from lorafx.serving.example_inputs import named_inputs
-from lorafx.serving.stages import Stages, staged
+from lorafx.serving.staged_graphs import Stages, staged
 
 MIXED: BatchKind = "mixed"
 ALONE: BatchKind = "one adapter at a time"

@@ -31,7 +31,7 @@ from lorafx.capture.dropped_guards import (
 )
 from lorafx.capture.dump import GraphDump, beside_compiling, own_folder, traced
 from lorafx.capture.executable import (
-    Owner,
+    ProgramLookup,
     by_activity,
     checked,
     for_base,
@@ -78,7 +78,7 @@ class Compilation:
 
     frame: Frame
     record: GraphRecord
-    owner: Owner
+    owner: ProgramLookup
     lowering: Lowering
     parts: Parts
 
@@ -306,7 +306,7 @@ class Backend:
                     self.page.add(record.view)
                     self.page.write()
 
-    def owner(self, frame: Frame, weights: Sequence[int]) -> Owner:
+    def owner(self, frame: Frame, weights: Sequence[int]) -> ProgramLookup:
         """How an executable of `frame` finds the program that it serves. `weights` are the
         positions of sites' weights among the arguments that it is called with."""
         program = self.program  # no other model shares this backend's graphs

@@ -2,8 +2,8 @@
 
     arguments → checks of this batch → what `match` added, looked up → graph → results noted
 
-An executable keeps nothing of one layer or model: it finds the program by the arguments (`Owner`),
-and banks by the weight at their position.
+An executable keeps nothing of one layer or model: it finds the program by the arguments
+(`ProgramLookup`), and banks by the weight at their position.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ from lorafx.program.stack import calling_modules
 
 #: The program that a graph serves in the running call, by the arguments that it is called with;
 #: None where the call is of a model without LoRA.
-Owner = Callable[[Sequence[Any]], "Program | None"]
+ProgramLookup = Callable[[Sequence[Any]], "Program | None"]
 
 #: Sizes, strides and dtype of a bank's tensor that a graph takes.
 BankLayout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
-def checked(checks: Checks, owner: Owner, compiled: Callable[..., Any]) -> Callable[..., Any]:
+def checked(
+    checks: Checks, owner: ProgramLookup, compiled: Callable[..., Any]
+) -> Callable[..., Any]:
     """The graph among others of one call: what it cannot serve is refused, what it takes from
     others is checked, what it returns is noted."""
 
@@ -103,7 +105,7 @@ def looked_at(
 
 def with_lookups(
     checks: Checks,
-    owner: Owner,
+    owner: ProgramLookup,
     compiled: Callable[[list[Any]], Any],
     extra: Sequence[tuple[int, int, str]],
     banks: Sequence[BankLayout | None],
@@ -128,7 +130,7 @@ def with_lookups(
 
 
 def by_activity(
-    owner: Owner, base: Callable[..., Any], lora: Callable[..., Any]
+    owner: ProgramLookup, base: Callable[..., Any], lora: Callable[..., Any]
 ) -> Callable[..., Any]:
     """Two graphs of one frame that no mark stands in, so that no guard of Dynamo tells calls with
     adapters from calls without."""
@@ -141,7 +143,7 @@ def by_activity(
     return run
 
 
-def while_missing(owner: Owner, compiled: Callable[..., Any]) -> Callable[..., Any]:
+def while_missing(owner: ProgramLookup, compiled: Callable[..., Any]) -> Callable[..., Any]:
     """A graph that was captured while another module stood where a site was. Dynamo may call it
     when the site is back: it does not guard on hooks that were not there.
 
@@ -177,7 +179,7 @@ def refusing(error: LorafxError) -> Callable[..., Any]:
     return run
 
 
-def for_base(checks: Checks, owner: Owner, base: Callable[..., Any]) -> Callable[..., Any]:
+def for_base(checks: Checks, owner: ProgramLookup, base: Callable[..., Any]) -> Callable[..., Any]:
     """The graph of the base model."""
     if not checks.places.plain:
         return base  # no other kind of call can get it

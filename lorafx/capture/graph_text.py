@@ -29,7 +29,7 @@ from torch.fx.node import map_aggregate
 from lorafx.graph.graph_nodes import plain_path
 from lorafx.size_symbols import size_expression
 
-Named = Callable[[fx.Node], str]
+NameOf = Callable[[fx.Node], str]
 
 _INDENT = "    "
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -202,8 +202,8 @@ class GraphText:
 
     def __init__(
         self,
-        named: Named = operator.attrgetter("name"),
-        path_of: Named = lambda node: "",
+        named: NameOf = operator.attrgetter("name"),
+        path_of: NameOf = lambda node: "",
     ) -> None:
         self._named = named
         self._path_of = path_of

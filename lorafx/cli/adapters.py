@@ -10,18 +10,18 @@ import typer
 
 from lorafx.cli.output import AsJson, lines, show_json, table
 
-Dialect = Annotated[
+DialectOption = Annotated[
     str | None, typer.Option(help="peft, diffusers, kohya, mlx or loralib; told by the keys.")
 ]
 Config = Annotated[
     Path | None, typer.Option(help="JSON file of the configuration, where none lies beside it.")
 ]
-Adapter = Annotated[str, typer.Argument(help="A folder, a file, or a name on the hub.")]
+AdapterArgument = Annotated[str, typer.Argument(help="A folder, a file, or a name on the hub.")]
 
 
 def inspect(
-    adapter: Adapter,
-    dialect: Dialect = None,
+    adapter: AdapterArgument,
+    dialect: DialectOption = None,
     model: Annotated[
         str | None, typer.Option(help="Folder with a config.json; shows what it would refuse.")
     ] = None,
@@ -90,9 +90,9 @@ def _fields(config: Path | None) -> dict[str, Any] | None:
 
 
 def convert(
-    adapter: Adapter,
+    adapter: AdapterArgument,
     folder: Annotated[Path, typer.Argument(help="The PEFT folder to write; it must not exist.")],
-    dialect: Dialect = None,
+    dialect: DialectOption = None,
     model: Annotated[
         str | None,
         typer.Option(help="Folder with a config.json; needed where names have no dots (kohya)."),

@@ -10,10 +10,10 @@ from lorafx import __version__
 from lorafx.cli.adapters import convert, inspect
 from lorafx.cli.bench import bench
 from lorafx.cli.bisect import bisect
+from lorafx.cli.cache import clear_saved, list_saved
 from lorafx.cli.explain import explain
 from lorafx.cli.merge import merge
 from lorafx.cli.profile import profile
-from lorafx.cli.saved import clear_saved, list_saved
 from lorafx.cli.serve import serve
 from lorafx.cli.why import why
 

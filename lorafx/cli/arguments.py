@@ -17,7 +17,7 @@ Adapters = Annotated[
 #: The option `--dtype`.
 Dtype = Annotated[str | None, typer.Option(help="As torch names it; what the files say.")]
 #: The option `--lowering`.
-Lowering = Annotated[str, typer.Option(help="As Options.lowering.")]
+LoweringOption = Annotated[str, typer.Option(help="As Options.lowering.")]
 #: The option `--target`.
 Targets = Annotated[list[str] | None, typer.Option(help="Module names, suffixes or all-linear.")]
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorafx.cli.arguments import Adapters, Dtype, LanguageModel, Lowering
+from lorafx.cli.arguments import Adapters, Dtype, LanguageModel, LoweringOption
 from lorafx.cli.output import AsJson, lines, show_json, table
 
 
@@ -26,7 +26,7 @@ def bench(
     seconds: Annotated[float, typer.Option(help="Of one measurement.")] = 0.1,
     dtype: Dtype = None,
     peft: Annotated[bool, typer.Option(help="Whether PEFT is measured beside.")] = True,
-    lowering: Lowering = "auto",
+    lowering: LoweringOption = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Measure MODEL with your adapters: time over that of the base compiled by torch.compile.

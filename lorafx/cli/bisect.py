@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorafx.cli.arguments import Adapters, Dtype, LanguageModel, Lowering
+from lorafx.cli.arguments import Adapters, Dtype, LanguageModel, LoweringOption
 from lorafx.cli.output import AsJson, lines, show_json
 
 
@@ -22,7 +22,7 @@ def bisect(
     tolerance: Annotated[
         float | None, typer.Option(help="Largest relative error; by dtype where not given.")
     ] = None,
-    lowering: Lowering = "auto",
+    lowering: LoweringOption = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Compare a batch of all adapters and the base with each adapter merged into MODEL's weights.

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lorafx.cli.arguments import Adapters, Dtype, LanguageModel, Lowering
+from lorafx.cli.arguments import Adapters, Dtype, LanguageModel, LoweringOption
 from lorafx.cli.output import AsJson, lines, show_json
 
 
@@ -17,7 +17,7 @@ def profile(
     length: Annotated[int, typer.Option(help="Tokens of a request.")] = 16,
     calls: Annotated[int, typer.Option(help="Calls that are measured.")] = 10,
     dtype: Dtype = None,
-    lowering: Lowering = "auto",
+    lowering: LoweringOption = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Measure the base's product and the delta of each site, beside the byte floor.

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import nn
 
+from lorafx.adapter_store.dialects.all_dialects import dialect_of
 from lorafx.adapter_store.dialects.components import DENOISERS
-from lorafx.adapter_store.dialects.registry import dialect_of
 from lorafx.adapter_store.opening import opened
 from lorafx.adapter_store.saved import AdapterSource
 from lorafx.errors import CaptureError, CheckpointError, ConfigError, LorafxWarning, nearest

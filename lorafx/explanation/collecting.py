@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from lorafx.capture.record import GraphRecord, seen_sites
-from lorafx.explanation.deltas import deltas_of, known_deltas
+from lorafx.explanation.delta_norms import deltas_of, known_deltas
 from lorafx.explanation.report import (
     AdapterReport,
     BankReport,

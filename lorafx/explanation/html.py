@@ -8,7 +8,7 @@ from html import escape
 
 from lorafx.explanation.report import Explanation
 from lorafx.explanation.text import graph_lines, seconds_line
-from lorafx.reports.table import Row, html_rows
+from lorafx.reports.table import TableRow, html_rows
 
 
 def page(report: Explanation) -> str:
@@ -48,7 +48,7 @@ def page(report: Explanation) -> str:
     return f"<div><b>{escape(first)}</b><ul>{lines}</ul>{''.join(parts)}</div>"
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Row]) -> str:
+def _table(title: str, columns: Sequence[str], rows: Sequence[TableRow]) -> str:
     if not rows:
         return ""
     return _details(f"{title}: {len(rows)}", f"<table>{html_rows(columns, rows)}</table>")

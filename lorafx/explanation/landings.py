@@ -9,7 +9,7 @@ from torch import nn
 from lorafx.adapter_store.checkpoint import load_state
 from lorafx.adapter_store.expert_places import ExpertPlace
 from lorafx.adapter_store.peft_keys import parse
-from lorafx.adapter_store.places import Meaning, Places, SiteLanding
+from lorafx.adapter_store.places import Places, SavedMeaning, SiteLanding
 from lorafx.errors import nearest
 from lorafx.explanation.selection import Selection
 from lorafx.model.sites import Site
@@ -44,7 +44,7 @@ def landed(source: Any, model: nn.Module, sites: tuple[Site, ...], found: Select
     return Landed((), f"none of its {len(state.tensors)} keys is for this module{near}")
 
 
-def _means(meaning: Meaning, found: Selection) -> bool:
+def _means(meaning: SavedMeaning, found: Selection) -> bool:
     if isinstance(meaning, SiteLanding):
         return any(
             site is found.site and found.part in (None, part) for site, part in meaning.places

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from lorafx.adapter_store.names import BASE
 from lorafx.config import LoraConfig
 from lorafx.errors import ConfigError, LorafxError
-from lorafx.explanation.changes import Serve, change_of
 from lorafx.explanation.collecting import graph_report
-from lorafx.explanation.deltas import deltas_of
+from lorafx.explanation.delta_norms import deltas_of
 from lorafx.explanation.landings import Landed, landed
+from lorafx.explanation.measured_changes import Serve, change_of
 from lorafx.explanation.report import NodeReport, RefusalReport
 from lorafx.explanation.selection import Selection, registered, selection_of
 from lorafx.model.module_graph import ModuleGraph

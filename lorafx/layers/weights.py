@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lorafx.layers.quantization import QuantizeMethodBase
 from lorafx.loading.loader import Loading
 from lorafx.loading.sources import source_of
-from lorafx.loading.stacked import Stacked, StackedResolver
+from lorafx.loading.stacked import StackedName, StackedResolver
 from lorafx.loading.weight_places import memory_key
 from lorafx.model.module_graph import ModuleGraph
 
@@ -22,7 +22,7 @@ from lorafx.model.module_graph import ModuleGraph
 def load_weights(
     model: nn.Module,
     weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
-    stacked: Sequence[Stacked] | None = None,
+    stacked: Sequence[StackedName] | None = None,
     strict: bool = True,
 ) -> set[str]:
     """Load checkpoint tensors into the parameters and persistent buffers of `model`.

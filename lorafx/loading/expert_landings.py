@@ -16,7 +16,7 @@ from torch import nn
 
 from lorafx.errors import CheckpointError
 from lorafx.loading.loadable_layer import LoadableLayer
-from lorafx.loading.names import Names
+from lorafx.loading.weight_names import WeightNames
 from lorafx.loading.weight_places import Box, Cut, Landing, Shard, Target
 from lorafx.model.expert_names import PROJECTIONS, ExpertMeaning, Half, meaning
 from lorafx.model.experts import ExpertWeight, expert_weights
@@ -29,7 +29,7 @@ _SHARDS: dict[Half, str] = {"gate": "w1", "up": "w3"}
 class ExpertLandings:
     """Finds the places of tensors of routed experts in one model."""
 
-    def __init__(self, names: Names) -> None:
+    def __init__(self, names: WeightNames) -> None:
         self._names = names
         self._weights: dict[int, tuple[ExpertWeight, ...]] = {}
 

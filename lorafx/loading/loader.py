@@ -15,7 +15,7 @@ from torch import Tensor
 from lorafx.errors import CheckpointError
 from lorafx.loading.groups import GroupMember
 from lorafx.loading.resolve import Meaning, Resolver
-from lorafx.loading.sources import Item, Source
+from lorafx.loading.sources import Item, WeightSource
 from lorafx.loading.update_plan import UpdatePlan
 from lorafx.loading.weight_places import OwnLoader, Target
 from lorafx.loading.writer import Journal, Writer
@@ -46,7 +46,7 @@ class Loading:
     def __init__(
         self,
         resolver: Resolver,
-        source: Source,
+        source: WeightSource,
         *,
         strict: bool,
         live: bool = True,

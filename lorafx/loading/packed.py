@@ -16,7 +16,7 @@ from torch import nn
 
 from lorafx.loading.groups import GroupMember, JointGroup
 from lorafx.loading.loadable_layer import LoadableLayer
-from lorafx.loading.names import Names
+from lorafx.loading.weight_names import WeightNames
 from lorafx.loading.weight_places import Box, Cut, Landing, OwnLoader, Target, at
 from lorafx.model.module_graph import join
 from lorafx.model.packed_names import PackedMember, PackedNames, renamed
@@ -27,7 +27,7 @@ from lorafx.registry import lookup
 class PackedLandings:
     """Finds the places of packed projections, and of projections that are packed, in one model."""
 
-    def __init__(self, names: Names, packed: PackedNames) -> None:
+    def __init__(self, names: WeightNames, packed: PackedNames) -> None:
         self._names = names
         self._packed = packed
         self._joints: dict[str, JointGroup] = {}

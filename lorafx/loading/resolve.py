@@ -17,8 +17,8 @@ from torch import nn
 from lorafx.loading.conversions import Conversions
 from lorafx.loading.expert_landings import ExpertLandings
 from lorafx.loading.groups import GroupMember
-from lorafx.loading.names import Names
 from lorafx.loading.packed import PackedLandings
+from lorafx.loading.weight_names import WeightNames
 from lorafx.loading.weight_places import Landing, Shape, Target, at
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.packed_names import PackedModules, PackedNames
@@ -34,7 +34,7 @@ class Resolver:
 
     def __init__(self, graph: ModuleGraph, model: nn.Module, packed: PackedModules | None) -> None:
         """Raises ConfigError for a malformed declaration of packed names."""
-        self.names = Names(graph, model)
+        self.names = WeightNames(graph, model)
         self._experts = ExpertLandings(self.names)
         self._packed = PackedLandings(self.names, PackedNames(graph, packed))
         self._conversions = Conversions(model, self.names.transforms)

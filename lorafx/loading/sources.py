@@ -28,9 +28,9 @@ from lorafx.errors import CheckpointError, ConfigError
 from lorafx.interrupts import undisturbed
 from lorafx.loading.weight_places import Numbers, Shape
 
-Pairs = Iterable[tuple[str, Tensor]]
+NamedTensors = Iterable[tuple[str, Tensor]]
 #: What `load_weights` takes.
-Weights = Mapping[str, Tensor] | Pairs | Callable[[], Pairs] | str | os.PathLike[str]
+Weights = Mapping[str, Tensor] | NamedTensors | Callable[[], NamedTensors] | str | os.PathLike[str]
 
 _INDEX = "model.safetensors.index.json"
 _DTYPES = {
@@ -63,7 +63,7 @@ class Item(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightSource:
     """A kind of source: `items` goes through all of it.
 
     Attributes:
@@ -76,7 +76,7 @@ class Source:
     stable: bool
 
 
-def source_of(weights: Weights) -> Source:
+def source_of(weights: Weights) -> WeightSource:
     """The source that `weights` is.
 
     Raises:
@@ -84,15 +84,15 @@ def source_of(weights: Weights) -> Source:
         CheckpointError: a path without safetensors.
     """
     if isinstance(weights, (str, os.PathLike)):
-        return Source(_Files(_files(Path(weights))).items, repeatable=True, stable=True)
+        return WeightSource(_Files(_files(Path(weights))).items, repeatable=True, stable=True)
     if isinstance(weights, Mapping):
-        return Source(lambda: _given(weights.items()), repeatable=True, stable=True)
+        return WeightSource(lambda: _given(weights.items()), repeatable=True, stable=True)
     if isinstance(weights, Sequence):
-        return Source(lambda: _given(weights), repeatable=True, stable=True)
+        return WeightSource(lambda: _given(weights), repeatable=True, stable=True)
     if isinstance(weights, Iterable):
-        return Source(lambda: _given(weights), repeatable=False, stable=False)
+        return WeightSource(lambda: _given(weights), repeatable=False, stable=False)
     if callable(weights):
-        return Source(lambda: _given(weights()), repeatable=True, stable=False)
+        return WeightSource(lambda: _given(weights()), repeatable=True, stable=False)
     raise ConfigError(
         "weights are (name, tensor) pairs, a mapping, a path of safetensors, or a function that "
         f"gives pairs; got {type(weights).__name__}"

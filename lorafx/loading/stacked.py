@@ -17,13 +17,15 @@ from lorafx.loading.weight_places import Landing, Shape, at
 from lorafx.model.module_graph import ModuleGraph
 
 #: (segments of the parameter's name, segments of the checkpoint's name, shard id)
-Stacked = tuple[str, str, Any]
+StackedName = tuple[str, str, Any]
 
 
 class StackedResolver(Resolver):
     """Looks names up in a mapping, before all other ways of naming but the model's own names."""
 
-    def __init__(self, graph: ModuleGraph, model: nn.Module, stacked: Sequence[Stacked]) -> None:
+    def __init__(
+        self, graph: ModuleGraph, model: nn.Module, stacked: Sequence[StackedName]
+    ) -> None:
         super().__init__(graph, model, None)
         self._stacked = stacked
 

@@ -49,7 +49,7 @@ from lorafx.reports.prediction import (
     Prediction,
     Totals,
 )
-from lorafx.reports.stored import module_bytes, stored_bytes
+from lorafx.reports.stored_bytes import module_bytes, stored_bytes
 
 #: Numbers of distinct adapters in a batch that are predicted.
 DISTINCT = (1, 8, 32)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-Row = Sequence[object]
+TableRow = Sequence[object]
 
 
-def text_table(columns: Sequence[str], rows: Iterable[Row]) -> list[str]:
+def text_table(columns: Sequence[str], rows: Iterable[TableRow]) -> list[str]:
     """Lines with the cells of each column below one another; numbers end where their column does.
 
     Empty without rows.
@@ -28,12 +28,12 @@ def text_table(columns: Sequence[str], rows: Iterable[Row]) -> list[str]:
     ]
 
 
-def html_table(title: str, columns: Sequence[str], rows: Iterable[Row]) -> str:
+def html_table(title: str, columns: Sequence[str], rows: Iterable[TableRow]) -> str:
     """A table with a caption."""
     return f"<table><caption>{escape(title)}</caption>{html_rows(columns, rows)}</table>"
 
 
-def html_rows(columns: Sequence[str], rows: Iterable[Row]) -> str:
+def html_rows(columns: Sequence[str], rows: Iterable[TableRow]) -> str:
     """The rows of a table, those of `columns` first."""
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join(

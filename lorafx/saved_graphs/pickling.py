@@ -1,7 +1,7 @@
 """Pickles of what belongs to one program: what the process has already is named, not copied.
 
 a site, a group, the program, a module    its place in the program
-names that each process chooses           what stands for them (`Names`)
+names that each process chooses           what stands for them (`PortableNames`)
 tensors                                   refused: a graph holds none of the model's numbers
 """
 
@@ -19,19 +19,19 @@ from lorafx.program.program import Program
 from lorafx.saved_graphs.fingerprints import Undescribed
 
 #: Names that Dynamo and lorafx choose anew in each process, by what stands for them in files.
-Names = Mapping[str, str]
+PortableNames = Mapping[str, str]
 
 #: The key of the slots that the program's marks read, the global that holds the compiled graph, the
 #: one that holds the built-in functions. `<module x>` is a global that holds Python's module x.
 SLOTS, GRAPH, BUILTINS = "<slots>", "<graph>", "<builtins>"
 
 
-def to_stand_ins(names: Names) -> Names:
+def to_stand_ins(names: PortableNames) -> PortableNames:
     """What to rename names to for a file."""
     return {name: stand_in for stand_in, name in names.items()}
 
 
-def renamed(text: str, names: Names) -> str:
+def renamed(text: str, names: PortableNames) -> str:
     """`text`, which is one of the names or an expression with them in it."""
     if text in names:
         return names[text]
@@ -41,7 +41,7 @@ def renamed(text: str, names: Names) -> str:
     return text
 
 
-def dump(value: object, program: Program, names: Names) -> bytes:
+def dump(value: object, program: Program, names: PortableNames) -> bytes:
     """The pickle of `value`.
 
     Raises:
@@ -52,13 +52,13 @@ def dump(value: object, program: Program, names: Names) -> bytes:
     return buffer.getvalue()
 
 
-def load(data: bytes, program: Program, names: Names) -> Any:
+def load(data: bytes, program: Program, names: PortableNames) -> Any:
     """What was pickled, with the program's own objects in their places."""
     return _Unpickler(io.BytesIO(data), program, names).load()
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, program: Program, names: Names) -> None:
+    def __init__(self, file: io.BytesIO, program: Program, names: PortableNames) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
         self._names = to_stand_ins(names)
         self._places: dict[int, tuple[str, Any]] = {
@@ -88,7 +88,7 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, program: Program, names: Names) -> None:
+    def __init__(self, file: io.BytesIO, program: Program, names: PortableNames) -> None:
         super().__init__(file)
         self._program, self._names = program, names
 

@@ -42,16 +42,16 @@ from lorafx.saved_graphs.fingerprints import Fingerprints, Undescribed
 from lorafx.saved_graphs.guards import SavedGuards
 from lorafx.saved_graphs.inputs import SavedInputs
 from lorafx.saved_graphs.key import can_save, entry_key
-from lorafx.saved_graphs.lowered import SavedLowered
+from lorafx.saved_graphs.lowered_graph import SavedLowered
 from lorafx.saved_graphs.pickling import (
     BUILTINS,
     GRAPH,
     SLOTS,
-    Names,
+    PortableNames,
     dump,
     load,
 )
-from lorafx.saved_graphs.sources import changed_file, source_files
+from lorafx.saved_graphs.source_files import changed_file, source_files
 from lorafx.viewer.stages import Span
 
 _MODULE = "<module {}>"
@@ -242,7 +242,7 @@ class _Conversion:
         halves = [dump(half, self._program, names) for half in (first, second)]
         return pickle.dumps((modules, *halves)), graph.record
 
-    def _names(self, code: CodeType) -> Names:
+    def _names(self, code: CodeType) -> PortableNames:
         """The names that Dynamo's bytecode and guards have for things of this process."""
         assert self._guards is not None
         names = {

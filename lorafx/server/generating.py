@@ -23,8 +23,8 @@ from lorafx.adapter_store.names import BASE
 from lorafx.server.errors import RequestError
 from lorafx.server.metrics import Metrics
 from lorafx.server.served_model import ServedModel
-from lorafx.serving.continuous.checks import RANGES
 from lorafx.serving.continuous.manager import AdapterBatchingManager
+from lorafx.serving.continuous.request_checks import RANGES
 
 
 class Route:

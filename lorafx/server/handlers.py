@@ -21,7 +21,7 @@ from lorafx.server.errors import RequestError, status_of
 from lorafx.server.generating import Generation
 from lorafx.server.metrics import UNKNOWN, Metrics
 from lorafx.server.served_model import ServedModel
-from lorafx.serving.continuous.checks import RANGES, sampling_number, sampling_range
+from lorafx.serving.continuous.request_checks import RANGES, sampling_number, sampling_range
 from lorafx.serving.continuous.sampling import COLDEST
 
 #: Fields that would change the answer if they were honoured, of OpenAI and of vLLM, with the values

@@ -158,7 +158,7 @@ class BatchingMethods:
 
 
 def _collected(engine: AdapterBatchingManager, ids: Sequence[str]) -> dict[str, GenerationOutput]:
-    from lorafx.serving.continuous.outputs import further
+    from lorafx.serving.continuous.engine_outputs import further
 
     count = engine.num_return_sequences - 1
     wanted = [name for one in ids for name in (*further(one, count), one)]

@@ -23,8 +23,8 @@ from lorafx.model.hook_watch import hooks_of
 from lorafx.model.sites import Site
 from lorafx.model.training import warn_training
 from lorafx.program.program import Program
-from lorafx.serving.activation import forward_of
 from lorafx.serving.adapter_methods import AdapterMethods
+from lorafx.serving.alora import forward_of
 from lorafx.serving.base_methods import BaseMethods
 from lorafx.serving.batching_methods import BatchingMethods
 from lorafx.serving.delegated import delegated

@@ -35,7 +35,7 @@ from lorafx.program.row_dims import IMAGES, TOKEN_DIMS
 from lorafx.progress import LOG
 from lorafx.saved_graphs.saved_graphs import SavedGraphs
 from lorafx.serving.base_roads import BaseRoads, Road
-from lorafx.serving.guards import keep_guards
+from lorafx.serving.checked_guards import keep_guards
 from lorafx.serving.tracked import tracked
 from lorafx.session.resting import refuse_elsewhere
 from lorafx.session.session import Session

@@ -22,8 +22,8 @@ from torch import nn
 
 from lorafx.compat import tracing
 from lorafx.errors import ConfigError, LorafxError
-from lorafx.serving.activation import generating_forward_of
 from lorafx.serving.added_tokens import without_added_tokens
+from lorafx.serving.alora import generating_forward_of
 from lorafx.serving.refused import PAGED, refuse
 from lorafx.session.resting import refuse_elsewhere, wanted
 from lorafx.session.stand_ins import Replaced

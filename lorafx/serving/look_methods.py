@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from lorafx.explanation import Explanation
-from lorafx.explanation.changes import in_eager_mode
 from lorafx.explanation.collecting import report_of
+from lorafx.explanation.measured_changes import in_eager_mode
 from lorafx.explanation.why import Why, why
 from lorafx.reports.profile import Profile
 from lorafx.reports.writing import written_into

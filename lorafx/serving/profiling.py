@@ -28,9 +28,9 @@ from lorafx.model.sites import Site
 from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, op_of
 from lorafx.passes.pack import ALIASES, VIEWS
 from lorafx.reports.profile import Profile, ProfiledNode
-from lorafx.reports.stored import stored_bytes
+from lorafx.reports.stored_bytes import stored_bytes
 from lorafx.serving.example_inputs import named_inputs
-from lorafx.serving.stages import Stage, Staged, Stages, staged
+from lorafx.serving.staged_graphs import Stage, Staged, Stages, staged
 
 aten = torch.ops.aten
 

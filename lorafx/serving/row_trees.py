@@ -33,7 +33,7 @@ _WAY_OUT = (
 )
 
 
-class Rows:
+class BatchRows:
     """The rows of one batch in waves.
 
     Args:
@@ -153,7 +153,7 @@ class Joined:
         padding: what fills sequences that have ended; None where nothing is known to.
     """
 
-    def __init__(self, rows: Rows, *, several: bool, padding: int | None = None) -> None:
+    def __init__(self, rows: BatchRows, *, several: bool, padding: int | None = None) -> None:
         self._rows, self._several, self._padding = rows, several, padding
 
     def of(self, results: Sequence[Any]) -> Any:

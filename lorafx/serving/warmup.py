@@ -30,7 +30,7 @@ from lorafx.adapter_store.peft_reader import Adapter, LoraWeights
 from lorafx.errors import BatchError, CapacityError, ConfigError, ProvenanceError, some
 from lorafx.model.sites import Site
 from lorafx.progress import progress
-from lorafx.serving.activation import any_begins
+from lorafx.serving.alora import any_begins
 from lorafx.serving.example_inputs import Example, decode_step, derived_example, given_examples
 from lorafx.session.session import Session
 
@@ -45,7 +45,7 @@ NEW_TOKENS = 3
 #: The dummy that begins at a token.
 _BEGINS = "warm-up aLoRA"
 
-Names = list["str | None"]
+NameList = list["str | None"]
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def _calls(
         # A graph of several requests may serve one, too, but not the other way round.
         for variant in sorted(variants, key=lambda variant: variant.rows == 1):
             rows = variant.rows
-            batches: dict[str, Names] = {
+            batches: dict[str, NameList] = {
                 "no adapter": [None] * rows,
                 "one adapter": [first] * rows,
             }
@@ -261,7 +261,7 @@ def _call(run: Callable[..., None], mixed: bool, *arguments: Any) -> Callable[[]
     return call
 
 
-def _forward(compiled: CompiledModel, example: Example, names: Names) -> None:
+def _forward(compiled: CompiledModel, example: Example, names: NameList) -> None:
     """The call, and one more token with the cache that it returned."""
     inputs = dict(example.named)
     output = compiled(**inputs, adapter_names=names)
@@ -271,7 +271,7 @@ def _forward(compiled: CompiledModel, example: Example, names: Names) -> None:
 
 
 def _generate(
-    compiled: CompiledModel, example: Example, names: Names, settings: Mapping[str, Any]
+    compiled: CompiledModel, example: Example, names: NameList, settings: Mapping[str, Any]
 ) -> None:
     compiled.generate(**example.prompt(), **settings, adapter_names=names)
 

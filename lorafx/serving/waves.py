@@ -20,7 +20,7 @@ from lorafx.adapter_store.names import BASE
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.errors import BatchError
 from lorafx.program.roles import RoleTable
-from lorafx.serving.row_trees import PLAIN, Joined, Rows
+from lorafx.serving.row_trees import PLAIN, BatchRows, Joined
 from lorafx.session.requests import Names
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def call_in_waves(
         given = len(names) if tokens is None else len(tokens)
         if waves is None or roles.rows(roles.bind(tuple(args), kwargs)) != given:
             return call(args, kwargs, names, tokens)
-        rows = Rows(roles, compiled._session.program.config.row_dims, waves)
+        rows = BatchRows(roles, compiled._session.program.config.row_dims, waves)
         rows.check(roles.bind(tuple(args), kwargs))
         results = []
         for at, wave in enumerate(waves):
@@ -106,7 +106,7 @@ def generate_in_waves(
         if roles.rows(named) != len(names):
             return call(args, kwargs, names, None)
         settings: Any = bound.get("generation_config") or getattr(model, "generation_config", None)
-        rows = Rows(roles, config.row_dims, waves)
+        rows = BatchRows(roles, config.row_dims, waves)
         shared = {name for name, value in bound.items() if _is_shared(name, value, settings)}
         rows.check({name: value for name, value in named.items() if name not in shared})
         _refuse_caches(named)

@@ -12,7 +12,7 @@ from lorafx.adapter_store.peft_reader import Adapter
 from lorafx.adapter_store.saved import AdapterSource
 from lorafx.errors import CheckpointError, ConfigError, ReplacedModuleError
 from lorafx.interrupts import undisturbed
-from lorafx.session.reading import read_for
+from lorafx.session.adapter_files import read_for
 from lorafx.session.session import Session
 from lorafx.session.transforms import refuse_transformed
 

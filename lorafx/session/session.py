@@ -31,7 +31,7 @@ from lorafx.program.call import AT_REST, Batch, Call
 from lorafx.program.program import Program
 from lorafx.program.roles import RoleTable
 from lorafx.session import all_sessions
-from lorafx.session.reading import read_again
+from lorafx.session.adapter_files import read_again
 from lorafx.session.requests import Names, Requests, check_tokens, not_looked_for, served_by
 from lorafx.session.running import IDLE, BaseState, Locks, Running
 from lorafx.session.served import Served

@@ -18,7 +18,7 @@ from lorafx.adapter_store.store import AdapterStore
 from lorafx.capture.backend import Backend, Compilation
 from lorafx.capture.bound_inputs import BoundInputs
 from lorafx.capture.dropped_guards import drop_guards_on_classes, drop_guards_on_marked_modules
-from lorafx.capture.executable import Owner, refusing
+from lorafx.capture.executable import ProgramLookup, refusing
 from lorafx.capture.lowering import Lowering
 from lorafx.captured_frame import captured_self
 from lorafx.errors import CaptureError
@@ -91,7 +91,7 @@ class AttachedBackend(Backend):
         drop_guards_on_classes()
         guard_later_hooks(self.program, drop_guards_on_marked_modules())
 
-    def owner(self, frame: Frame, weights: Sequence[int]) -> Owner:
+    def owner(self, frame: Frame, weights: Sequence[int]) -> ProgramLookup:
         # Dynamo keeps executables: what they hold is never freed, so they hold no model.
         program, adopt = weakref.ref(self.program), self.adopt
         if any(item.kind in ("bank", "slots") for item in frame.inputs):

@@ -28,7 +28,7 @@ from lorafx.kernels.cpu.compile_ahead import Foreseen
 from lorafx.kernels.cpu.compiler import PROBE
 from lorafx.kernels.cpu.product_source import ProductSpec
 from lorafx.kernels.ops.delta_spec import DeltaSpec
-from lorafx.serving.stages import staged
+from lorafx.serving.staged_graphs import staged
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
 NAMES = ["a1", None, "a3"]

@@ -18,7 +18,7 @@ from served import SMALL
 from lorafx.errors import BatchError, CapacityError, ConfigError, UnknownAdapterError
 from lorafx.server.ray import RaySettings, build
 from lorafx.server.ray.counts import Counts
-from lorafx.server.ray.held import HeldAdapters
+from lorafx.server.ray.held_adapters import HeldAdapters
 from lorafx.server.ray.ingress import Answer
 from lorafx.server.ray.replica import Replica
 

@@ -18,7 +18,7 @@ import lorafx
 from lorafx.errors import BatchError, ConfigError
 from lorafx.reports.profile import Profile
 from lorafx.serving.profiling import _nodes_of
-from lorafx.serving.stages import staged
+from lorafx.serving.staged_graphs import staged
 
 NAMES = ["a1", None, "a3", "a1"]
 

@@ -14,7 +14,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper
 
 import lorafx
 from lorafx.errors import BatchError, CapacityError, ConfigError, UnknownAdapterError
-from lorafx.serving.row_trees import Joined, Rows
+from lorafx.serving.row_trees import BatchRows, Joined
 from lorafx.serving.waves import waves_of
 
 NAMES = ["a1", None, "a3", "a0", "a1", "a4", "a2"]
@@ -248,7 +248,7 @@ def test_results_that_rows_do_not_share():
     class Roles:
         pass
 
-    rows = Rows(Roles(), {}, [[0, 2], [1]])
+    rows = BatchRows(Roles(), {}, [[0, 2], [1]])
     joined = Joined(rows, several=False)
     with pytest.raises(BatchError, match="is 1 for some rows"):
         joined.of([{"steps": 1}, {"steps": 2}])

@@ -12,7 +12,7 @@ from ray import serve
 from lorafx.errors import BatchError, LorafxError
 from lorafx.server.errors import error_response
 from lorafx.server.ray.counts import Counts
-from lorafx.server.ray.held import HeldAdapters
+from lorafx.server.ray.held_adapters import HeldAdapters
 from lorafx.server.run import opened
 from lorafx.server.settings import Settings
 

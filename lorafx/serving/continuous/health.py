@@ -11,7 +11,7 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from lorafx.errors import BatchError, CaptureError, LorafxError, LoweringError, VerifyError
 from lorafx.progress import LOG
-from lorafx.serving.continuous.requests import ticket_of
+from lorafx.serving.continuous.adapter_requests import ticket_of
 
 if TYPE_CHECKING:
     from lorafx.serving.compiled import CompiledModel

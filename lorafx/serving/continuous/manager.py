@@ -16,22 +16,22 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 from lorafx.adapter_store.holding import Hold
 from lorafx.adapter_store.names import BASE, AdapterName, one_name
 from lorafx.errors import BatchError, ConfigError, LorafxError
-from lorafx.serving.activation import column_of, warn_absent
+from lorafx.serving.alora import column_of, warn_absent
 from lorafx.serving.continuous import sampling
+from lorafx.serving.continuous.adapter_requests import AdapterRequest, Ticket, ticket_of
 from lorafx.serving.continuous.beside import BesideEngine
-from lorafx.serving.continuous.checks import (
+from lorafx.serving.continuous.engine_config import OwnAttention, possible, served_config
+from lorafx.serving.continuous.engine_outputs import EngineOutputs
+from lorafx.serving.continuous.health import StepHealth, as_told, left
+from lorafx.serving.continuous.packed_call import PackedForward
+from lorafx.serving.continuous.pages import AdapterPages
+from lorafx.serving.continuous.pairs import drop, paired, step_of
+from lorafx.serving.continuous.request_checks import (
     check_name,
     checked_limits,
     checked_prompt,
     checked_sampling,
 )
-from lorafx.serving.continuous.engine_config import OwnAttention, possible, served_config
-from lorafx.serving.continuous.health import StepHealth, as_told, left
-from lorafx.serving.continuous.outputs import Outputs
-from lorafx.serving.continuous.packed_call import PackedForward
-from lorafx.serving.continuous.pages import AdapterPages
-from lorafx.serving.continuous.pairs import drop, paired, step_of
-from lorafx.serving.continuous.requests import AdapterRequest, Ticket, ticket_of
 from lorafx.serving.continuous.room import Room
 from lorafx.serving.continuous.scheduling import all_pinned
 
@@ -104,7 +104,7 @@ class AdapterBatchingManager(ContinuousBatchingManager):
         self._processor: Any = None
         self._packed = PackedForward(compiled, self._batch, self._waiting)
         self._forward: Any = self._packed
-        self._outputs = self.output_router = Outputs()
+        self._outputs = self.output_router = EngineOutputs()
         self.health = StepHealth()
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = False) -> None:

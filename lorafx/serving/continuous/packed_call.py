@@ -5,11 +5,12 @@
     → compiled forward    as a call with T requests of one token each (`PACKED_DIMS`)
 
 All steps run the graphs with adapters, also those of the base alone, so that no step waits for a
-graph that others have not needed. A step that fails is run in parts (`parts.py`), so that only the
-requests fail that cannot be served. A part has all tokens of the step, for the same graphs: those
-of other requests are copies of one of its own, of the base, and write nothing into the cache. What
-a part that fails has overwritten of the windows of a sliding attention is put back. What the engine
-hands over are views of its own buffers; graphs depend on how tensors lie, so they get copies.
+graph that others have not needed. A step that fails is run in parts (`isolate_failures.py`), so
+that only the requests fail that cannot be served. A part has all tokens of the step, for the same
+graphs: those of other requests are copies of one of its own, of the base, and write nothing into
+the cache. What a part that fails has overwritten of the windows of a sliding attention is put back.
+What the engine hands over are views of its own buffers; graphs depend on how tensors lie, so they
+get copies.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from transformers.generation.continuous_batching.requests import FutureRequestSt
 
 from lorafx.adapter_store.holding import Hold
 from lorafx.adapter_store.names import BASE
+from lorafx.serving.continuous.adapter_requests import AdapterRequest, Ticket, ticket_of
 from lorafx.serving.continuous.eager import EAGER, TracedEager
-from lorafx.serving.continuous.parts import OF_THE_DEVICE, in_parts
-from lorafx.serving.continuous.requests import AdapterRequest, Ticket, ticket_of
+from lorafx.serving.continuous.isolate_failures import OF_THE_DEVICE, in_parts
 from lorafx.serving.continuous.step_cache import ATTENDING_DEVICES, StepCache
 from lorafx.session.prefetching import fill_ahead
 

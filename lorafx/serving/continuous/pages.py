@@ -20,7 +20,7 @@ from typing import Any
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.generation.continuous_batching.requests import RequestState
 
-from lorafx.serving.continuous.requests import AdapterRequest
+from lorafx.serving.continuous.adapter_requests import AdapterRequest
 from lorafx.session.session import Session
 
 #: Tokens that carry the salt: as many 32-bit numbers as a digest has, at most.

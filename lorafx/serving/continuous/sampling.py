@@ -26,7 +26,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
-from lorafx.serving.continuous.checks import UNSAID
+from lorafx.serving.continuous.request_checks import UNSAID
 
 #: Lower temperatures take the likeliest token. It is vLLM's bound.
 COLDEST = 1e-5

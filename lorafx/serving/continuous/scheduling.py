@@ -19,8 +19,8 @@ from transformers.generation.continuous_batching.requests import (
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 
 from lorafx.errors import CapacityError, ConfigError, LorafxError, nearest
+from lorafx.serving.continuous.adapter_requests import Ticket, ticket_of
 from lorafx.serving.continuous.pairs import drop
-from lorafx.serving.continuous.requests import Ticket, ticket_of
 from lorafx.session.session import Session
 
 _SUFFIX = ", adapters within slots"

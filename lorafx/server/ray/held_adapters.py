@@ -13,7 +13,7 @@ from lorafx.errors import UnknownAdapterError
 from lorafx.serving.compiled import CompiledModel
 
 
-class Held:
+class HeldAdapter:
     """An adapter as Ray keeps it.
 
     Args:
@@ -41,13 +41,13 @@ class HeldAdapters:
         self._compiled = compiled
         self._folder_of = folder_of
         self._users: Counter[str] = Counter()
-        #: What Ray keeps, as the number of the `Held` that it has.
+        #: What Ray keeps, as the number of the `HeldAdapter` that it has.
         self._kept: dict[str, int] = {}
         self._numbers = 0
         self._changing = asyncio.Lock()
         self._unloading: set[asyncio.Task[None]] = set()
 
-    async def load(self, name: str) -> Held:
+    async def load(self, name: str) -> HeldAdapter:
         """Have an adapter loaded until Ray drops what is returned.
 
         Raises:
@@ -74,7 +74,7 @@ class HeldAdapters:
                 del self._users[name]
                 self._unload_soon(name)
 
-    async def _load(self, name: str) -> Held:
+    async def _load(self, name: str) -> HeldAdapter:
         async with self._changing:
             if name not in self._compiled.adapters:
                 folder = self._folder_of(name)
@@ -89,7 +89,7 @@ class HeldAdapters:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._drop, name, number)
 
-        return Held(drop)
+        return HeldAdapter(drop)
 
     def _drop(self, name: str, number: int) -> None:
         if self._kept.get(name) == number:  # else it has been loaded again

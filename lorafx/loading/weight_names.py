@@ -10,7 +10,7 @@ from lorafx.model.module_graph import ModuleGraph, join
 from lorafx.model.saved_names import SavedNames
 
 
-class Names(SavedNames):
+class WeightNames(SavedNames):
     """Walks names of tensors through one model.
 
     Attributes:

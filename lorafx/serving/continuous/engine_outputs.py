@@ -15,7 +15,7 @@ def further(name: str, count: int) -> list[str]:
     return [f"{name}__child#{i}" for i in range(count)]
 
 
-class Outputs(OutputRouter):
+class EngineOutputs(OutputRouter):
     """transformers' router. Where a request fails before its further sequences have begun, they
     fail with it."""
 
