@@ -10,8 +10,6 @@ import pytest
 
 import lorafx
 
-pytestmark = pytest.mark.quick
-
 LAZY = """
 import sys
 import lorafx
@@ -50,6 +48,7 @@ def test_importing_lorafx_imports_what_it_needs_on_demand() -> None:
     subprocess.run([sys.executable, "-c", LAZY], check=True, timeout=120)
 
 
+@pytest.mark.quick
 def test_the_names_of_the_package() -> None:
     assert set(lorafx.__all__) <= set(dir(lorafx))
     with pytest.raises(AttributeError, match="'lorafx' has no attribute 'compiled'"):

@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.quick
-
 ROOT = Path(__file__).resolve().parents[2]
 LINKS = {"lorafx/passes": "../passes", "lorafx/kernels": "../kernels"}
 FOLDERS = (".ci", "benchmarks", "docs", "examples", "kernels", "lorafx", "passes", "tests")

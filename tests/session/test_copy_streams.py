@@ -1,5 +1,5 @@
 """Copies into slots run beside steps, and never into a slot that a step may read. The streams here
-note who comes after whom; tests/gpu/test_copies.py has a GPU's."""
+note who comes after whom; tests/gpu/test_gpu_copies.py has a GPU's."""
 
 from __future__ import annotations
 

@@ -17,8 +17,6 @@ from lorafx.viewer.page import write_page
 from lorafx.viewer.stages import Span, exclusive
 from lorafx.viewer.trace import trace_events
 
-pytestmark = pytest.mark.quick
-
 _TOKEN = re.compile(r'\s*("(?:[^"\\]|\\.)*"|->|[{}\[\]=;,]|[\w.]+)')
 
 
@@ -41,6 +39,7 @@ def parsed(text: str) -> tuple[dict[str, str], list[tuple[str, str]]]:
     return labels, edges
 
 
+@pytest.mark.quick
 def test_dot_has_the_nodes_and_edges_of_the_stage() -> None:
     labels, edges = parsed(to_dot(by_hand().stages[-1], f"graph {HOSTILE}".replace("\u2028", "")))
     names = {key: label.splitlines()[0] for key, label in labels.items()}
@@ -54,6 +53,7 @@ def test_dot_has_the_nodes_and_edges_of_the_stage() -> None:
     assert packed.splitlines() == ["mm_packed", "aten.mm.default", "w", "float32[2, 4]"]
 
 
+@pytest.mark.quick
 def test_dot_colours_packs_and_refusals() -> None:
     text = to_dot(by_hand().stages[-1], "graph")
     colours = dict(re.findall(r'\[label="(\w+)\\n.*fillcolor="(#\w+)"', text))
@@ -70,6 +70,7 @@ def test_graphviz_draws_it(tmp_path: Path) -> None:
     assert len(re.findall(r"^edge ", done.stdout, re.MULTILINE)) == 3
 
 
+@pytest.mark.quick
 def test_the_trace_is_of_complete_events_that_nest() -> None:
     prepared = [PassReport("select", 2, 0.5, end=2.5, notes=("q: Linear",))]
     trace = json.loads(json.dumps(trace_events("Model", [by_hand(), by_hand()], prepared)))
@@ -92,6 +93,7 @@ def test_the_trace_is_of_complete_events_that_nest() -> None:
     assert trace_events("Model", [])["traceEvents"][0]["args"] == {"name": "lorafx: Model"}
 
 
+@pytest.mark.quick
 def test_seconds_are_counted_once() -> None:
     spans = [Span("b", 1.0, 2.0), Span("c", 1.25, 1.5), Span("a", 0.0, 4.0), Span("b", 2.0, 3.0)]
     assert exclusive(spans) == {"a": 2.0, "b": 1.75, "c": 0.25}
