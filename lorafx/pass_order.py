@@ -23,6 +23,7 @@ from lorafx.passes.attach import Attach
 from lorafx.passes.attend import Attend
 from lorafx.passes.fuse.fuse import Fuse
 from lorafx.passes.give_out import GiveOut
+from lorafx.passes.join import Join
 from lorafx.passes.load import LoadAdapters
 from lorafx.passes.lower.lower import Lower
 from lorafx.passes.match.match import Match
@@ -92,6 +93,7 @@ GRAPH_PASSES: tuple[GraphPass, ...] = (
     Plan(),
     Lower(),
     Products(),
+    Join(),
     Outline(),
 )
 

@@ -38,7 +38,7 @@ class KernelEntry(ctypes.Structure):
 
     _fields_ = (
         ("id", ctypes.c_int64),
-        ("run", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("run", "begin", "end")),
         *((name, ctypes.c_int64) for name in ("op", "in_features", "out_features")),
         *((name, ctypes.c_int64) for name in ("rank", "group", "columns", "siblings")),
         *((name, ctypes.c_int64) for name in ("last_column", "experts")),
@@ -48,7 +48,7 @@ class KernelEntry(ctypes.Structure):
 
 
 #: What the dispatcher consists of, for `register`.
-DISPATCHER = ("rows.h", "delta_args.h", "dispatcher.cpp")
+DISPATCHER = ("rows.h", "delta_args.h", "epilogue.h", "dispatcher.cpp")
 
 _LOCK = threading.RLock()
 _BUILT: dict[tuple[DeltaSpec, str], int] = {}
@@ -57,7 +57,7 @@ _LIBRARIES: list[ctypes.CDLL] = []  # keeps what the table points into
 
 
 @functools.cache
-def _dispatcher() -> ctypes.CDLL:
+def dispatcher() -> ctypes.CDLL:
     """The dispatcher, built, loaded and registered as the ops' CPU kernels.
 
     Raises:
@@ -78,10 +78,13 @@ def _compile(spec: DeltaSpec, isa: Isa) -> tuple[int, Path]:
 
 
 def _load(spec: DeltaSpec, kernel: int, path: Path) -> None:
-    dispatcher, library = _dispatcher(), load_library(path)
+    library, table = load_library(path), dispatcher()
+    beside = not spec.embedding and not spec.experts
     entry = KernelEntry(
         id=kernel,
         run=ctypes.cast(library.lorafx_kernel, ctypes.c_void_p),
+        begin=ctypes.cast(library.lorafx_begin, ctypes.c_void_p) if beside else None,
+        end=ctypes.cast(library.lorafx_end, ctypes.c_void_p) if beside else None,
         op=2 if spec.experts else int(spec.embedding),  # `enum Op` of dispatcher.cpp
         in_features=spec.in_features,
         out_features=sum(spec.sizes),
@@ -98,7 +101,7 @@ def _load(spec: DeltaSpec, kernel: int, path: Path) -> None:
         int64=dtype_code(torch.int64),
         float32=dtype_code(torch.float32),
     )
-    if dispatcher.lorafx_add(ctypes.byref(entry)):
+    if table.lorafx_add(ctypes.byref(entry)):
         raise LoweringError("the table of generated CPU kernels is full")
     _LIBRARIES.append(library)
     ops.KERNELS[kernel] = Ranges(spec.siblings, spec.offsets, spec.sizes)
@@ -132,7 +135,7 @@ def build(spec: DeltaSpec, isa: Isa | None = None) -> int | None:
         try:
             isa = isa or best_isa()
             if (spec, isa.name) not in _BUILT:
-                _dispatcher()
+                dispatcher()
                 kernel, path = _compile(spec, isa)
                 _load(spec, kernel, path)
                 _BUILT[spec, isa.name] = kernel

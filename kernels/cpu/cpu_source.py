@@ -2,6 +2,7 @@
 
 source(spec, isa) = #defines and constants of (dtypes, sizes, ranges, tiles)
                     + vectors.h + tiles.h + rows.h + delta_args.h + delta.cpp
+                    + epilogue.h + delta_beside.cpp, where y is a product with a dense weight
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ def source(spec: DeltaSpec, isa: Isa) -> str:
         f"static const long {name}[] = {{{', '.join(map(str, values))}}};"
         for name, values in tables.items()
     ]
-    files = ("vectors.h", "tiles.h", "rows.h", "delta_args.h", "delta.cpp")
+    files = ["vectors.h", "tiles.h", "rows.h", "delta_args.h", "delta.cpp"]
+    if not spec.embedding and not spec.experts:
+        files += ["epilogue.h", "delta_beside.cpp"]
     return "\n".join([*lines, *templates(*files)])
 
 

@@ -1,13 +1,15 @@
 // Few rows times a dense weight on a CPU: y[m] = W x[m] + b, W (N, K), for batches that are too small
 // to hide the reading of W.
 //
-// Before this text stand the generated preamble, vectors.h and dense_args.h. The preamble sets the parameters:
-// element types X, W, Y; LANES; TILE, the rows of a full tile; ACCUMULATORS, the vectors of sums that
-// registers hold; UNIT_BYTES, of W that a unit of work keeps in a cache; SERIAL_WORK. E is the type
+// Before this text stand the generated preamble, vectors.h, epilogue.h and dense_args.h. The preamble
+// sets the parameters: element types X, W, Y; LANES; TILE, the rows of a full tile; ACCUMULATORS, the vectors of sums that
+// registers hold; UNIT_BYTES, of W that a unit of work keeps in a cache; SERIAL_WORK; EPILOGUE_COLUMNS; SPINS. E is the type
 // that rows are multiplied in. All sizes come with the call, so one kernel serves every linear.
 //
 // The order of additions behind an element of y depends on K alone, never on the tile that computed
 // it: a row's result is bit-equal whatever its neighbours are, and however many.
+
+#include <sched.h>
 
 // Columns are computed so many at a time; every tile's number of planes divides it.
 static const int GROUP = 24, MOST_GROUPS = 4;
@@ -20,6 +22,7 @@ struct Call {
     E::T* x;        // rows `stride` apart, as pack_rows writes them
     long stride;
     long columns;  // of a unit of work
+    int64_t begun, done;  // units of the epilogue
 };
 
 INLINE void put_four(float* v, vec four) { memcpy(v, &four, 16); }
@@ -143,13 +146,36 @@ static void pack_rows(int64_t first, int64_t last, void* context) {
     }
 }
 
+// Each unit is for the thread that comes first, so nobody waits for one that is not under way.
+static void run_before(Call* c, const Epilogue* e) {
+    for (int64_t unit; (unit = __atomic_fetch_add(&c->begun, 1, __ATOMIC_RELAXED)) < e->units;) {
+        e->before(e->context, unit);
+        __atomic_fetch_add(&c->done, 1, __ATOMIC_RELEASE);
+    }
+}
+
+static void run_after(Call* c, const Epilogue* e, long begin, long end) {
+    for (int i = 0; __atomic_load_n(&c->done, __ATOMIC_ACQUIRE) < e->units; i++)
+        if (i >= SPINS) sched_yield();
+    e->after(e->context, begin, end);
+}
+
 static void run_units(int64_t first, int64_t last, void* context) {
-    const Call* c = (const Call*)context;
+    Call* c = (Call*)context;
+    const Epilogue* e = c->args->epilogue;
+    if (e) run_before(c, e);
+    long pending = first * c->columns;  // the first column that the epilogue waits for
     const long M = c->args->rows, N = c->args->out_features;
     for (int64_t unit = first; unit < last; unit++) {
         const long begin = unit * c->columns, end = begin + c->columns < N ? begin + c->columns : N;
         for (long m = 0; m < M; m += TILE)
             tile<TILE>(c, M - m < TILE ? M - m : TILE, m, begin, end);
+        if (e && unit + 1 == last) run_after(c, e, pending, end);
+        else if (e && end - pending >= EPILOGUE_COLUMNS) {
+            const long stop = end - (end - pending) % (2 * LANES);  // whole pairs of vectors
+            run_after(c, e, pending, stop);
+            pending = stop;
+        }
     }
 }
 
@@ -158,7 +184,7 @@ extern "C" int32_t lorafx_kernel(const Args* g) {
     if (!M) return 0;
     void* space = malloc(M * row_stride(K) * sizeof(E::T) + 64);
     if (!space) return 1;
-    Call c = {g, (E::T*)(((uintptr_t)space + 63) & ~(uintptr_t)63), row_stride(K), GROUP};
+    Call c = {g, (E::T*)(((uintptr_t)space + 63) & ~(uintptr_t)63), row_stride(K), GROUP, 0, 0};
     for (int i = MOST_GROUPS; i > 1; i--)  // as many columns as a cache and the threads allow
         if (i * GROUP * K * (long)sizeof(W::T) <= UNIT_BYTES && N >= 4 * g->threads * i * GROUP) {
             c.columns = i * GROUP;

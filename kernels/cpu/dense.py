@@ -38,7 +38,7 @@ from lorafx.kernels.ops.op_checks import require
 from lorafx.kernels.ops.op_library import define
 
 #: What the ops' kernels in C++ consist of, for `register`.
-DENSE_OPS = ("dense_args.h", "dense_op.cpp")
+DENSE_OPS = ("epilogue.h", "dense_args.h", "dense_op.cpp")
 #: What dense_op.cpp calls beside those of handles.h, in the order of its `struct DenseShims`.
 _MORE_SHIMS = (
     "aoti_torch_empty_strided",
@@ -67,7 +67,7 @@ _LIBRARIES: list[ctypes.CDLL] = []  # keeps what the table points into
 def pays(rows: int, dtype: torch.dtype) -> bool:
     """Whether so many rows are multiplied by anything else than aten. Asks for what `ready` says is
     there."""
-    return rows <= most_rows(dtype) or bool(_op_library().lorafx_has_many(dtype_code(dtype)))
+    return rows <= most_rows(dtype) or bool(op_library().lorafx_has_many(dtype_code(dtype)))
 
 
 def most_rows(dtype: torch.dtype) -> int:
@@ -87,7 +87,7 @@ def _half_is_slow() -> bool:
 
 
 @functools.cache
-def _op_library() -> ctypes.CDLL:
+def op_library() -> ctypes.CDLL:
     """The ops' CPU kernels in C++, loaded and registered.
 
     Raises:
@@ -148,7 +148,7 @@ def use(dtype: torch.dtype, isa: Isa, rows: int) -> None:
     library = load_library(compile_library(dense_source(dtype, isa), isa.flags))
     kernel = ctypes.cast(library.lorafx_kernel, ctypes.c_void_p)
     _LIBRARIES.append(library)
-    _op_library().lorafx_add(dtype_code(dtype), rows, kernel)
+    op_library().lorafx_add(dtype_code(dtype), rows, kernel)
 
 
 def dense_mm(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:

@@ -1,5 +1,5 @@
-// What lorafx::dense_mm and dense_addmm hand to the generated kernel of a dtype.
-#include <stdint.h>
+// What lorafx::dense_mm and dense_addmm hand to the generated kernel of a dtype. Before this text
+// stands epilogue.h.
 
 typedef void (*Body)(int64_t, int64_t, void*);
 struct Args {
@@ -9,4 +9,5 @@ struct Args {
     const void* bias;  // (N,), or null
     int64_t rows, in_features, out_features, x_stride, w_stride, threads;
     int32_t (*parallel)(int64_t, int64_t, int64_t, Body, void*);
+    const Epilogue* epilogue;  // or null
 };

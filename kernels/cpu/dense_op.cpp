@@ -2,8 +2,12 @@
 //
 //     dense_mm(x, weight, sizes) -> y            dense_addmm(bias, x, weight, sizes) -> y
 //
-// Which it is, is decided at each call, so a graph serves any number of rows. Before this text stand
-// handles.h and dense_args.h.
+//     dense_mm_delta(x, weight, sizes, A, B, ranks, scales, slots, rows, kernel) -> y
+//     dense_addmm_delta(bias, x, weight, sizes, A, B, ranks, scales, slots, rows, kernel) -> y
+//
+// Which it is, is decided at each call, so a graph serves any number of rows. The latter two add the
+// delta that run_delta_ adds: of few rows in the product's parallel region, of many after it. Before
+// this text stand handles.h, epilogue.h and dense_args.h.
 
 struct DenseShims {  // the order of _SHIMS in native_ops.py, then of _MORE_SHIMS in dense.py
     Shims common;
@@ -24,6 +28,16 @@ struct Kernel {
 };
 static const int DTYPES = 64;
 static Kernel kernels[DTYPES];
+
+// lorafx_run_delta of dispatcher.cpp, and what the ops hand to it: y, x, A, B, ranks, scales, slots.
+typedef void (*RunDelta)(const uint64_t* operands, int64_t rows, uint64_t kernel,
+                         int32_t (*product)(void*, const Epilogue*), void* context);
+static RunDelta run_delta;
+struct Delta {
+    uint64_t operands[7];
+    int64_t rows;
+    uint64_t kernel;
+};
 
 // oneDNN's product of many rows, mkldnn::_linear_pointwise, where it is faster than aten.mm.
 typedef int32_t (*Linear)(Handle x, Handle weight, Handle* bias, const char* attr, const double** scalars,
@@ -48,7 +62,18 @@ static void part(Held* out, Handle tensor, int64_t dim, int64_t rows, int64_t si
     succeeds(more.view(tensor, dim, sizes + 2 - dim, strides + 2 - dim, first * stride, &out->tensor));
 }
 
-static bool by_kernel(const View& x, const View& w, const View* bias, Handle y) {
+struct FewRows {
+    int32_t (*run)(const Args*);
+    Args args;
+};
+static int32_t with_epilogue(void* context, const Epilogue* epilogue) {
+    FewRows* few = (FewRows*)context;
+    few->args.epilogue = epilogue;
+    return few->run(&few->args);
+}
+
+// With a delta, y has that too where this returns true.
+static bool by_kernel(const View& x, const View& w, const View* bias, Handle y, const Delta* delta) {
     if (x.dtype < 0 || x.dtype >= DTYPES || x.dtype != w.dtype || (bias && bias->dtype != x.dtype))
         return false;
     const Kernel* k = kernels + x.dtype;
@@ -59,9 +84,11 @@ static bool by_kernel(const View& x, const View& w, const View* bias, Handle y) 
     if (bias && N > 1 && bias->strides[0] != 1) return false;
     void* data;
     succeeds(torch.data_ptr(y, &data));
-    const Args args = {data, x.data, w.data, bias ? bias->data : 0, M, K, N, x.strides[0],
-                       w.strides[0], (int64_t)thread_count(), torch.parallel};
-    return !run(&args);
+    FewRows few = {run, {data, x.data, w.data, bias ? bias->data : 0, M, K, N, x.strides[0],
+                         w.strides[0], (int64_t)thread_count(), torch.parallel, 0}};
+    if (!delta) return !run(&few.args);
+    run_delta(delta->operands, delta->rows, delta->kernel, with_epilogue, &few);
+    return true;
 }
 
 // How many columns item i of the list has; N in all, where it is empty.
@@ -120,7 +147,7 @@ struct List {
     ~List() { more.delete_list(handle); }
 };
 
-static Handle product(Handle bias, Handle x, Handle w, Handle list) {
+static Handle product(Handle bias, Handle x, Handle w, Handle list, Delta* delta = 0) {
     View xs((uint64_t)x), ws((uint64_t)w);
     require(xs.dim == 2 && ws.dim == 2 && xs.sizes[1] == ws.sizes[1],
             "lorafx: x (M, K) and weight (N, K) do not fit together");
@@ -130,9 +157,16 @@ static Handle product(Handle bias, Handle x, Handle w, Handle list) {
     const View* b = bias ? &bs : 0;
     const size_t parts = check_parts(list, N);
     Held y;
+    bool added = false;
     if (!by_onednn(x, xs, w, ws, bias, b, &y.tensor)) {
         succeeds(more.empty(2, sizes, strides, xs.dtype, 0, 0, &y.tensor));
-        if (!by_kernel(xs, ws, b, y.tensor)) by_library(x, xs, w, ws, bias, b, list, parts, y.tensor);
+        if (delta) delta->operands[0] = (uint64_t)y.tensor;
+        if (by_kernel(xs, ws, b, y.tensor, delta)) added = true;
+        else by_library(x, xs, w, ws, bias, b, list, parts, y.tensor);
+    }
+    if (delta && !added) {
+        delta->operands[0] = (uint64_t)y.tensor;
+        run_delta(delta->operands, delta->rows, delta->kernel, 0, 0);
     }
     Handle result = y.tensor;
     y.tensor = 0;
@@ -153,6 +187,30 @@ static void dense_addmm(uint64_t* stack, uint64_t, uint64_t) {
     stack[0] = (uint64_t)product(bias.tensor, x.tensor, w.tensor, list.handle);
 }
 
+// What stands behind the list of sizes: the bank, rows, kernel.
+static Delta delta_of(const uint64_t* stack, const Held& x, const Held* bank) {
+    return {{0, (uint64_t)x.tensor, (uint64_t)bank[0].tensor, (uint64_t)bank[1].tensor,
+             (uint64_t)bank[2].tensor, (uint64_t)bank[3].tensor, (uint64_t)bank[4].tensor},
+            (int64_t)stack[5],
+            stack[6]};
+}
+static void dense_mm_delta(uint64_t* stack, uint64_t, uint64_t) {
+    Held x, w, bank[5];
+    x.tensor = (Handle)stack[0], w.tensor = (Handle)stack[1];
+    for (int i = 0; i < 5; i++) bank[i].tensor = (Handle)stack[3 + i];
+    List list = {(Handle)stack[2]};
+    Delta delta = delta_of(stack + 3, x, bank);
+    stack[0] = (uint64_t)product(0, x.tensor, w.tensor, list.handle, &delta);
+}
+static void dense_addmm_delta(uint64_t* stack, uint64_t, uint64_t) {
+    Held bias, x, w, bank[5];
+    bias.tensor = (Handle)stack[0], x.tensor = (Handle)stack[1], w.tensor = (Handle)stack[2];
+    for (int i = 0; i < 5; i++) bank[i].tensor = (Handle)stack[4 + i];
+    List list = {(Handle)stack[3]};
+    Delta delta = delta_of(stack + 4, x, bank);
+    stack[0] = (uint64_t)product(bias.tensor, x.tensor, w.tensor, list.handle, &delta);
+}
+
 extern "C" int32_t lorafx_install(const DenseShims* shims) {
     more = *shims;
     torch = more.common;
@@ -161,6 +219,16 @@ extern "C" int32_t lorafx_install(const DenseShims* shims) {
     return torch.library_init("lorafx", "CPU", "lorafx/kernels/cpu/dense_op.cpp", 1, &library) ||
            torch.library_impl(library, "dense_mm", dense_mm, version) ||
            torch.library_impl(library, "dense_addmm", dense_addmm, version);
+}
+
+// The ops with deltas, which `run` adds; called once.
+extern "C" int32_t lorafx_install_deltas(RunDelta run) {
+    run_delta = run;
+    Handle library;
+    uint64_t version = torch.version();
+    return torch.library_init("lorafx", "CPU", "lorafx/kernels/cpu/dense_op.cpp", 1, &library) ||
+           torch.library_impl(library, "dense_mm_delta", dense_mm_delta, version) ||
+           torch.library_impl(library, "dense_addmm_delta", dense_addmm_delta, version);
 }
 
 extern "C" void lorafx_add(int32_t dtype, int64_t most_rows, int32_t (*run)(const Args*)) {

@@ -1,7 +1,7 @@
 """The C++ source of a kernel for few rows times a dense weight.
 
 dense_source(dtype, isa) = #defines and constants of (dtype, tiles)
-                           + vectors.h + dense_args.h + dense.cpp
+                           + vectors.h + epilogue.h + dense_args.h + dense.cpp
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from lorafx.kernels.cpu.cpu_source import (
 
 #: Bytes of W in a unit of work, which later tiles of rows find in a cache of the core.
 UNIT_BYTES = 1 << 18
+#: Columns of y that an epilogue takes at once; 64 to 1024 are as good (Zen 4, 16 rows, float32).
+EPILOGUE_COLUMNS = 256
+#: How often a thread looks whether the others are done before it lets another one run.
+SPINS = 1 << 10
 
 
 def dense_source(dtype: torch.dtype, isa: Isa) -> str:
@@ -30,11 +34,13 @@ def dense_source(dtype: torch.dtype, isa: Isa) -> str:
         "ACCUMULATORS": 24 if isa.lanes == 16 else 12,
         "UNIT_BYTES": UNIT_BYTES,
         "SERIAL_WORK": SERIAL_WORK,
+        "EPILOGUE_COLUMNS": EPILOGUE_COLUMNS,
+        "SPINS": SPINS,
     }
     defines = [
         *element_defines(isa, dtype, dtype, dtype),
         f"#define E {'F32' if widened else ELEMENTS[dtype]}",
         f"#define WIDENED {int(widened)}",
     ]
-    texts = templates("vectors.h", "dense_args.h", "dense.cpp")
+    texts = templates("vectors.h", "epilogue.h", "dense_args.h", "dense.cpp")
     return "\n".join([f"// {isa.name}: {dtype}", *defines, *constants(sizes), *texts])

@@ -3,12 +3,14 @@
 //     run_delta_(y!, x, A, B, ranks, scales, slots, rows, kernel) -> ()
 //     run_expert_delta_(y!, x, A, B, ranks, scales, slots, alike, experts, rows, count, ends, kernel)
 //
-// Before this text stand handles.h, rows.h and delta_args.h.
+// Before this text stand handles.h, rows.h, delta_args.h and epilogue.h.
 
 enum Op { LINEAR = 0, EMBEDDING = 1, ROUTED = 2 };
 struct Kernel {  // mirrors KernelEntry in cpu.py; what the generated code takes for granted
     int64_t id;
-    int32_t (*run)(const void*);
+    int32_t (*run)(const Args*);
+    int32_t (*begin)(const Args*, Epilogue*);  // beside the product y; null where there is none
+    int32_t (*end)(Epilogue*);
     int64_t op, in_features, out_features, rank, group, columns, siblings, last_column, experts;
     int64_t x_dtype, bank_dtype, y_dtype, int32, int64, float32;
 };
@@ -86,7 +88,22 @@ static void check_routed(const Kernel* k, const Call& call, int64_t capacity, in
             "that says where its rows end");
 }
 
-static void run(const uint64_t* stack, const Call& call) {
+static void check_status(int32_t status) {
+    switch (status) {
+        case DONE: break;
+        case BAD_SLOT: throw Failure("lorafx: a slot is outside the bank, or slots is empty");
+        case MIXED:
+            throw Failure("lorafx: a mixed batch reached a site whose row ownership is not proved");
+        case BAD_ID: throw Failure("lorafx: a token id is outside the embedding");
+        default: throw Failure("lorafx: out of memory");
+    }
+}
+
+// Computes y by the kernel of its dtype, with the epilogue, where that is not null.
+typedef int32_t (*Product)(void* context, const Epilogue*);
+
+// With a product, y is computed on the way.
+static void run(const uint64_t* stack, const Call& call, Product product = 0, void* context = 0) {
     const Kernel* k = kernel_of(call.kernel, call.op);
     const bool embedding = call.op == EMBEDDING;
     View y(stack[0]), x(stack[1]), a(stack[2]), b(stack[3]), ranks(stack[4]), scales(stack[5]),
@@ -136,14 +153,12 @@ static void run(const uint64_t* stack, const Call& call) {
                  call.experts ? call.experts->data : 0,
                  call.experts && call.experts->dtype == k->int64,
                  call.ends};
-    switch (k->run(&args)) {
-        case DONE: break;
-        case BAD_SLOT: throw Failure("lorafx: a slot is outside the bank, or slots is empty");
-        case MIXED:
-            throw Failure("lorafx: a mixed batch reached a site whose row ownership is not proved");
-        case BAD_ID: throw Failure("lorafx: a token id is outside the embedding");
-        default: throw Failure("lorafx: out of memory");
-    }
+    if (!product) return check_status(k->run(&args));
+    Epilogue epilogue;
+    check_status(k->begin(&args, &epilogue));
+    const int32_t failed = product(context, &epilogue);
+    check_status(k->end(&epilogue));
+    require(!failed, "lorafx: out of memory");
 }
 
 struct Owned {  // a boxed kernel owns the tensors on its stack
@@ -167,6 +182,13 @@ static void run_expert_delta(uint64_t* stack, uint64_t, uint64_t) {
     View alike(stack[7]), experts(stack[8]);
     run(stack, {ROUTED, stack[12], (int64_t)stack[9], &alike, &experts, (int64_t)stack[10],
                 (stack[11] & 0xff) != 0});
+}
+
+// y of `product` and its delta, or without a product the delta of y. The operands are y, x, A, B,
+// ranks, scales, slots, which stay the caller's.
+extern "C" void lorafx_run_delta(const uint64_t* operands, int64_t rows, uint64_t kernel,
+                                 Product product, void* context) {
+    run(operands, {LINEAR, kernel, rows}, product, context);
 }
 
 extern "C" int32_t lorafx_install(const Shims* shims) {

@@ -31,6 +31,8 @@ OPS: Mapping[str, str] = {
     "grouped_mm": "product of sorted rows with the weights of routed experts, by generated C++",
     "dense_mm": "x Wᵀ, of few rows by generated C++",
     "dense_addmm": "x Wᵀ + b, of few rows by generated C++",
+    "dense_mm_delta": "x Wᵀ and the deltas, of few rows by generated C++ as one",
+    "dense_addmm_delta": "x Wᵀ + b and the deltas, of few rows by generated C++ as one",
     "add_delta": "adds the delta into y in place, in plain aten",
     "add_embedding_delta": "adds the delta of an embedding into y in place, in plain aten",
     "run_delta": "adds the delta into y in place, by generated C++ (kernel-*.cpp)",

@@ -3,8 +3,9 @@
     served       the compiled model by the clock
     operators    the lowered graph, operator by operator: the same products and delta kernels
 
-Inductor fuses what stands between, so times of single operators are of the second. A site's node
-is the delta's operator; the product is what its y is made of.
+Inductor fuses what stands between, and on a CPU a product and its delta are one operator as served
+(`join`), so times of single operators are of the second. A site's node is the delta's operator; the
+product is what its y is made of.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def profiled(
         raise BatchError("no request of the batch has an adapter, so there is no delta to profile")
     served = _served(compiled, named, calls, serve)
     with staged(compiled) as stages:
-        stages.current, earlier = stages.flat, len(compiled._session.backend.records)
+        stages.current, earlier = stages.apart, len(compiled._session.backend.records)
         graphs = _run(compiled, stages, named, names, calls)
         states = {
             state.site.path: state

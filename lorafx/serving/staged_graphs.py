@@ -20,6 +20,7 @@ from lorafx.capture.verify import copied
 from lorafx.graph.context import Context
 from lorafx.model.sites import Site
 from lorafx.pass_order import CAPTURED, GraphPass, pipeline
+from lorafx.passes.join import Join
 from lorafx.passes.outline.outline import Outline
 from lorafx.program.frame import Frame
 from lorafx.program.program import Program
@@ -79,6 +80,12 @@ class Stages:
         """The last stage in which a layer's operators stand in the graph itself."""
         outlined = Outline.name in self.names
         return self.names[self.names.index(Outline.name) - 1] if outlined else self.names[-1]
+
+    @property
+    def apart(self) -> str:
+        """The last such stage in which a product and its delta are operators of their own."""
+        joined = Join.name in self.names
+        return self.names[self.names.index(Join.name) - 1] if joined else self.flat
 
     # --- a lowering ---
 

@@ -13,7 +13,7 @@ from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 import lorafx
-from lorafx.kernels.cpu.dense import DENSE_ADDMM
+from lorafx.kernels.cpu.dense_delta import DENSE_ADDMM_DELTA
 
 aten = torch.ops.aten
 
@@ -37,7 +37,7 @@ class Twice(CustomGraphPass):
         if self.alone and len(graph.output_node().all_input_nodes) > 1:
             return
         for node in list(graph.nodes):
-            if node.target is DENSE_ADDMM and node.meta["val"].shape[-1] == 10:
+            if node.target is DENSE_ADDMM_DELTA and node.meta["val"].shape[-1] == 10:
                 with graph.inserting_after(node):
                     twice = graph.call_function(aten.mul.Tensor, (node, 2.0))
                 twice.meta.update(node.meta)

@@ -51,7 +51,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
 
     for module in (compiler, compile_ahead, cpu, dense, grouped_mm, native_ops):
         monkeypatch.setattr(module, "compile_library", noting)
-    for cache in (cpu._dispatcher, dense._op_library, dense.ready, grouped_mm._built):
+    for cache in (cpu.dispatcher, dense.op_library, dense.ready, grouped_mm._built):
         cache.cache_clear()
     monkeypatch.setattr(cpu, "_BUILT", {})
     return found

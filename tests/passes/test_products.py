@@ -162,11 +162,11 @@ def test_always_many_rows(by_onednn: bool) -> None:
     if by_onednn and not torch.backends.mkldnn.is_available():
         pytest.skip("a torch without oneDNN")
     dense.ready(torch.float32)
-    dense.many_by_onednn(dense._op_library(), by_onednn)
+    dense.many_by_onednn(dense.op_library(), by_onednn)
     try:
         test_what_is_left_alone(many, most_rows(torch.float32) + 1, torch.float32, by_onednn)
     finally:
-        dense.many_by_onednn(dense._op_library())
+        dense.many_by_onednn(dense.op_library())
 
 
 @pytest.mark.parametrize("lowering", ["triton", "reference"])

@@ -133,7 +133,7 @@ const rows = diffRows(stage(arguments[0]), stage(arguments[1]));
 
 def test_layers_that_are_outlined_have_moved(window: Browser, page: Path) -> None:
     window.open(page, "#graph=0&stage=outline&tab=diff")
-    counts = window.run(_DIFF + "return diffCounts(rows)", "products", "outline")
+    counts = window.run(_DIFF + "return diffCounts(rows)", "join", "outline")
     # The calls, what takes their results apart, inputs and output of the body.
     assert counts["removed"] == 0
     assert counts["added"] < 50
@@ -151,14 +151,14 @@ def test_layers_that_are_outlined_have_moved(window: Browser, page: Path) -> Non
         + "const body = rows.slice(rows.findIndex((row) => row.text === 'outlined_0'));"
         + "return body.filter((r) => r.b && r.b.node.op === 'call_function')"
         + ".map((r) => [r.a && r.a.node.target, r.b.node.target, r.a && r.a.node.path])",
-        "products",
+        "join",
         "outline",
     )
     assert len(pairs) > 50
     assert all(target == other for target, other, _ in pairs)
     assert {path for _, _, path in pairs if path} > {"model.layers.0.self_attn"}
     assert not any(path.startswith("model.layers.1") for _, _, path in pairs)
-    back = window.run(_DIFF + "return diffCounts(rows)", "outline", "products")
+    back = window.run(_DIFF + "return diffCounts(rows)", "outline", "join")
     assert (back["added"], back["removed"]) == (0, counts["added"])
     assert back["moved"] == counts["moved"]
 

@@ -56,9 +56,9 @@ def library(request) -> Iterator[None]:
     if request.param == "onednn" and not torch.backends.mkldnn.is_available():
         pytest.skip("a torch without oneDNN")
     dense.ready(torch.float32)
-    dense.many_by_onednn(dense._op_library(), request.param == "onednn")
+    dense.many_by_onednn(dense.op_library(), request.param == "onednn")
     yield
-    dense.many_by_onednn(dense._op_library())
+    dense.many_by_onednn(dense.op_library())
 
 
 @needs_compiler

@@ -1,0 +1,186 @@
+"""`lorafx::dense_mm_delta` and `dense_addmm_delta` against two ops, bit by bit, and float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from delta_oracle import Problem, assert_delta, random_problem
+from toolchain import needs_compiler
+from torch import Tensor
+
+from lorafx.errors import LoweringError
+from lorafx.kernels.cpu import cpu, dense, dense_delta
+from lorafx.kernels.ops.delta_spec import DeltaSpec
+
+pytestmark = needs_compiler
+
+lora = torch.ops.lorafx
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=[1, 3], autouse=True)
+def threads(request):
+    """With one thread there is no region; three share out uneven numbers of units."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def problem_of(slots: list[int], dtype: torch.dtype, **changes) -> Problem:
+    settings = {"sizes": (13, 300, 70), "max_rank": 19, "rows": 1, "seed": len(slots)}
+    settings |= {"x_shape": (len(slots) * settings["rows"], 133), "slots": slots, **changes}
+    return random_problem(dtypes=(dtype,) * 3, **settings)
+
+
+def kernel_of(p: Problem) -> int:
+    spec = DeltaSpec.linear(p.y, p.x, p.A, p.B, p.ranks, p.siblings, p.offsets, p.sizes)
+    kernel = cpu.build(spec)
+    assert kernel is not None
+    return kernel
+
+
+def base_of(p: Problem) -> tuple[Tensor, Tensor]:
+    """(bias, weight) for x and y of the problem."""
+    torch.manual_seed(0)
+    N, K = p.y.shape[-1], p.x.shape[-1]
+    return torch.randn(N).to(p.x.dtype), torch.randn(N, K).to(p.x.dtype)
+
+
+def check(p: Problem, x: Tensor | None = None) -> Tensor:
+    """y of the joined ops, which is right and has the bits of the two."""
+    x = p.x if x is None else x
+    (bias, weight), kernel = base_of(p), kernel_of(p)
+    arguments = (*p.bank, p.rows, kernel)
+    for products, deltas in (
+        ((lora.dense_mm, (x, weight, [])), lora.dense_mm_delta),
+        ((lora.dense_addmm, (bias, x, weight, [])), lora.dense_addmm_delta),
+    ):
+        op, operands = products
+        y = op(*operands)
+        apart = y.clone()
+        lora.run_delta_(apart, x, *arguments)
+        assert dense_delta.ready(x.dtype)
+        together = deltas(*operands, *arguments)
+        assert together.is_contiguous()
+        assert torch.equal(together, apart)
+        assert_delta(p.with_(y=y, x=x), together)
+    return together
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "slots",
+    [
+        [0],
+        [-1, -1, -1],
+        [3, -1, 0],
+        [0] * 7 + [1, 1, 1, 2, 2, -1, 0, 1],
+        [0, 1, 2, 3, -1] * 12,
+        [1] * 40,
+    ],
+    ids=lambda slots: f"{len(slots)} rows",
+)
+def test_rows_of_all_kinds(slots: list[int], dtype: torch.dtype) -> None:
+    """Slots of rank 19 to rank 0 of the second sibling, and columns that fill no vector."""
+    check(problem_of(slots, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_columns(dtype: torch.dtype) -> None:
+    """Several shares of columns a thread, ranges that begin within one."""
+    check(problem_of([2, 0, 0, 1, 0, -1, 3, 0], dtype, sizes=(1031, 2, 900)))
+
+
+@pytest.mark.parametrize("rank", [1, 4, 8, 16, 33])
+def test_ranks(rank: int) -> None:
+    check(problem_of([0, 0, 0, 1, 2, -1, 1], torch.float32, max_rank=rank, sizes=(96,)))
+
+
+def test_some_siblings_of_a_bank() -> None:
+    check(problem_of([0, 1, -1, 1], torch.float32, siblings=(2, 0)))
+
+
+def test_several_rows_a_request() -> None:
+    p = problem_of([0, -1, 2], torch.float32, rows=5, x_shape=(15, 133))
+    check(p)
+
+
+@pytest.mark.parametrize("rows", [0, 64, 65, 200])
+def test_the_library_takes_over_from_some_rows_on(rows: int) -> None:
+    check(
+        problem_of(
+            [0, 1, -1, 2] * (rows // 4) + [0] * (rows % 4) or [0],
+            torch.float32,
+            x_shape=(rows, 133),
+        )
+    )
+
+
+def test_x_that_is_a_view() -> None:
+    p = problem_of([0, 1, -1, 2], torch.float32)
+    wide = torch.randn(4, 400)
+    for x in (wide[:, 9:142], wide[:, :266:2], p.x.T.contiguous().T, p.x[:1].expand(4, 133)):
+        check(p, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_is_the_same_in_every_batch(dtype: torch.dtype) -> None:
+    slots = [0, -1, 1, 1, 2, 0, 0, 3, -1, 0, 0, 0, 0, 1]
+    whole = problem_of(slots, dtype)
+    (_, weight), kernel = base_of(whole), kernel_of(whole)
+    together = lora.dense_mm_delta(whole.x, weight, [], *whole.bank, 1, kernel)
+    assert torch.equal(together[1:2], lora.dense_mm(whole.x[1:2], weight, []))
+    for some in ([0], [1, 8], [2, 5, 13], [0, 5, 6, 9, 10, 11, 12]):
+        bank = whole.bank._replace(slots=whole.slots[some])
+        alone = lora.dense_mm_delta(whole.x[some], weight, [], *bank, 1, kernel)
+        assert torch.equal(alone, together[some])
+
+
+@pytest.mark.parametrize("slots", [[0, 4], []], ids=str)
+def test_slots_that_are_none(slots: list[int]) -> None:
+    p = problem_of([0, 1], torch.float32)
+    (_, weight), kernel = base_of(p), kernel_of(p)
+    bank = p.bank._replace(slots=torch.tensor(slots, dtype=torch.int32))
+    with pytest.raises(RuntimeError, match="slot is outside the bank"):
+        lora.dense_mm_delta(p.x, weight, [], *bank, 1, kernel)
+
+
+def test_kernels_that_are_none() -> None:
+    p = problem_of([0, 1], torch.float32)
+    (_, weight), _ = base_of(p), kernel_of(p)
+    assert dense_delta.ready(torch.float32)
+    with pytest.raises((RuntimeError, LoweringError), match="kernel"):
+        lora.dense_mm_delta(p.x, weight, [], *p.bank, 1, 12345)
+    other = problem_of([0, 1], torch.float32, sizes=(14, 20))
+    with pytest.raises(RuntimeError, match="lorafx:"):
+        lora.dense_mm_delta(p.x, weight, [], *p.bank, 1, kernel_of(other))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_opcheck(bias: bool) -> None:
+    p = problem_of([0, -1, 1], torch.float32, max_rank=3)
+    (added, weight), kernel = base_of(p), kernel_of(p)
+    op = lora.dense_addmm_delta.default if bias else lora.dense_mm_delta.default
+    # What lies beyond a slot's rank is NaN, which opcheck's comparisons of inputs do not expect.
+    bank = p.bank._replace(A=p.A.nan_to_num(), B=p.B.nan_to_num())
+    arguments = (*([added] if bias else []), p.x, weight, [13, 370], *bank, 1, kernel)
+    assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
+
+
+def test_before_the_kernels_are_there(monkeypatch) -> None:
+    """The ops' own implementations, which also run off the CPU."""
+    monkeypatch.setattr(dense_delta, "ready", lambda dtype: False)
+    p = problem_of([0, -1, 1], torch.float32)
+    (bias, weight), kernel = base_of(p), kernel_of(p)
+    for got, y in (
+        (
+            dense_delta.dense_mm_delta(p.x, weight, [], p.bank, 1, kernel),
+            dense.dense_mm(p.x, weight, []),
+        ),
+        (
+            dense_delta.dense_addmm_delta(bias, p.x, weight, [], p.bank, 1, kernel),
+            dense.dense_addmm(bias, p.x, weight, []),
+        ),
+    ):
+        assert_delta(p.with_(y=y), got)
