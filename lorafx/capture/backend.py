@@ -41,10 +41,10 @@ from lorafx.capture.executable import (
 )
 from lorafx.capture.failures import in_lowering, in_tracing
 from lorafx.capture.instances import Form, Instances
+from lorafx.capture.late_kernels import kernels_left, when_compiled
 from lorafx.capture.lowering import Lowering, code_noted, lowering_for
 from lorafx.capture.parts import Captured, Parts, foreign_operators, noted
 from lorafx.capture.record import GraphRecord
-from lorafx.capture.stage_views import StageViews
 from lorafx.capture.stamps import Folded, fold, unfold
 from lorafx.capture.told import form_of, note_tracing, reason, tell, tell_instance, timed
 from lorafx.capture.unseen_inputs import UnseenInputs, around, leave_out
@@ -54,7 +54,6 @@ from lorafx.compat import unsized_wrappers
 from lorafx.graph.context import Context
 from lorafx.kernels.cpu.cpu import builds_noted, built_source
 from lorafx.kernels.triton.triton_build import source_of
-from lorafx.pass_order import CAPTURED
 from lorafx.passes.write_in_place import writes_in_place
 from lorafx.program.frame import ONE_SLOT, SLOTS, Frame
 from lorafx.program.program import Program
@@ -208,7 +207,7 @@ class Backend:
                     executable = bound.around(program, executable)
                     take_out(gm, graph, bound.tensors(program))
             else:
-                self.dump_base(gm, frame, dump)
+                dump.add_base(gm, frame)
                 noting = nullcontext() if self.noted is None else noted(parts)
                 parts.base = True
                 with self.lowering_timed(record), noting:
@@ -220,12 +219,10 @@ class Backend:
         if own:
             self.drop_guards(bound)
         self.records.append(record)
-        tell(record, type(program.model).__name__)
         if self.noted is not None:
             alone = not both and not program.site_watch.missing
             self.noted(Captured(record, frame, sources, parts if alone else None))
-        if self.recorded is not None:
-            self.recorded()
+        when_compiled(partial(self.compiled, record), partial(self.failed, record, executable))
         return while_missing(owner, executable) if program.site_watch.missing else executable
 
     def owns(self, frame: Frame) -> bool:
@@ -278,16 +275,22 @@ class Backend:
         """Around what the lowering does."""
         name = self.program.options.lowering
         noting = nullcontext() if name == "reference" else code_noted(record.dump.code)
-        with in_lowering(name), timed(record.spans, name), noting:
+        # A dump is written with all times in it.
+        beside = self.program.runtime.device.type == "cpu" and record.dump.folder is None
+        leaving = kernels_left(name, record.spans) if beside else nullcontext()
+        with in_lowering(name), timed(record.spans, name), noting, leaving:
             yield
 
-    def dump_base(self, gm: fx.GraphModule, frame: Frame, dump: GraphDump) -> None:
-        """Keep a graph that no pass sees."""
-        names, nodes = dump.names, gm.graph.find_nodes(op="placeholder")
-        inputs = dict(zip(nodes, frame.inputs, strict=True))
-        names.note_inputs(frame, inputs)
-        dump.add(StageViews(names, inputs).stage(gm, CAPTURED))
-        names.forget_nodes()
+    def compiled(self, record: GraphRecord) -> None:
+        """All kernels of the graph are there."""
+        tell(record, type(self.program.model).__name__)
+        if self.recorded is not None:
+            self.recorded()
+
+    def failed(self, record: GraphRecord, executable: Callable[..., Any]) -> None:
+        """A kernel of the graph could not be compiled."""
+        self.records.remove(record)
+        self.instances.forget(executable)
 
     @contextmanager
     def paged(self, record: GraphRecord) -> Iterator[None]:

@@ -12,13 +12,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch._logging
+from torch import fx
 
 from lorafx.capture.graph_text import text_lines
 from lorafx.capture.legend import legend
 from lorafx.capture.node_names import NodeNames, Renamer
-from lorafx.capture.stage_views import KeptStage
+from lorafx.capture.stage_views import KeptStage, StageViews
 from lorafx.config import Options
 from lorafx.errors import LorafxWarning
+from lorafx.pass_order import CAPTURED
+from lorafx.program.frame import Frame
 from lorafx.program.program import Program
 from lorafx.viewer.page import folder_of
 from lorafx.viewer.stages import StageView
@@ -125,6 +128,13 @@ class GraphDump:
         if self.folder is not None:
             with beside_compiling(self.folder):
                 self._write(index, self.folder)
+
+    def add_base(self, gm: fx.GraphModule, frame: Frame) -> None:
+        """Record a graph that no pass sees."""
+        inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), frame.inputs, strict=True))
+        self.names.note_inputs(frame, inputs)
+        self.add(StageViews(self.names, inputs).stage(gm, CAPTURED))
+        self.names.forget_nodes()
 
     def source(self, name: str, text: str | Callable[[], str]) -> None:
         """Record a text that belongs to the graph, or what makes it where it is read."""

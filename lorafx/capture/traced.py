@@ -22,6 +22,7 @@ from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrate
 
 from lorafx.call_stack import with_room
 from lorafx.capture.config_reads import plain_config_reads
+from lorafx.capture.late_kernels import kernels_awaited
 from lorafx.capture.logged_once import logged_once
 from lorafx.capture.plain_fakes import plain_fakes
 from lorafx.capture.recorded_outputs import hooks_registered
@@ -96,7 +97,7 @@ class Traced:
         callback = getattr(context, "callback", None)  # none where Dynamo is switched off
         if callback is not None:
             converter = callback._torchdynamo_orig_backend
-            converter._inner_convert = self._noting(converter._inner_convert)
+            converter._inner_convert = self._noting(kernels_awaited(converter._inner_convert))
         self._recompile_limit = recompile_limit
         self._symbolic = bool(dynamic)
         self._sizes_by_data = sizes_by_data
