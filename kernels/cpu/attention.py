@@ -25,7 +25,7 @@ from lorafx.kernels.cpu.compiler import (
 from lorafx.kernels.ops.op_library import define_on
 from lorafx.kernels.ops.paged_attention import AttentionSpec, PagedStep, by_request, check_step
 
-Kernel = Callable[[PagedStep], Tensor]
+AttentionKernel = Callable[[PagedStep], Tensor]
 
 
 def cpu_attention(step: PagedStep) -> Tensor:
@@ -34,21 +34,21 @@ def cpu_attention(step: PagedStep) -> Tensor:
     return (kernel_of(step) or by_request)(step)
 
 
-def kernel_of(step: PagedStep) -> Kernel | None:
+def kernel_of(step: PagedStep) -> AttentionKernel | None:
     """The generated kernel for these arguments, if there is one; they may be fake."""
     spec = spec_of(step)
     return None if spec is None else _built(spec)
 
 
 @functools.cache
-def _built(spec: AttentionSpec) -> Kernel | None:
+def _built(spec: AttentionSpec) -> AttentionKernel | None:
     try:
         return build(spec, best_isa())
     except LoweringError:
         return None  # where deltas are built it is told why
 
 
-def build(spec: AttentionSpec, isa: Isa) -> Kernel:
+def build(spec: AttentionSpec, isa: Isa) -> AttentionKernel:
     """The kernel of `spec`.
 
     Raises:

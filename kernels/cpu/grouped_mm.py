@@ -78,10 +78,10 @@ def _many_rows(dtype: torch.dtype) -> int:
     return MANY_ROWS_WITH_TILES if tiles else MANY_ROWS
 
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+GroupedKernel = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
-def kernel_of(x: Tensor, weight: Tensor) -> Kernel | None:
+def kernel_of(x: Tensor, weight: Tensor) -> GroupedKernel | None:
     """The generated kernel for these operands, if there is one; they may be fake."""
     on_cpu = x.device.type == weight.device.type == "cpu"
     spec = ProductSpec.of(x, weight) if on_cpu else None
@@ -89,14 +89,14 @@ def kernel_of(x: Tensor, weight: Tensor) -> Kernel | None:
 
 
 @functools.cache
-def _built(spec: ProductSpec) -> Kernel | None:
+def _built(spec: ProductSpec) -> GroupedKernel | None:
     try:
         return build(spec, best_isa())
     except LoweringError:
         return None  # where deltas are built it is told why
 
 
-def build(spec: ProductSpec, isa: Isa) -> Kernel:
+def build(spec: ProductSpec, isa: Isa) -> GroupedKernel:
     """The kernel of `spec`, for y (M, N) contiguous, x, weight and offs as `grouped_mm` takes them.
 
     Raises:

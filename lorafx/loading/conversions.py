@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lorafx.loading.groups import ConvertedGroup, GroupMember
-from lorafx.loading.weight_places import Box, Landing, Shape
+from lorafx.loading.weight_places import Box, Landing, WeightShape
 
 
 class Conversions:
@@ -93,7 +93,7 @@ class Conversions:
 
     def _undone(
         self, converter: Any, targets: dict[str, torch.Size]
-    ) -> dict[str, tuple[str, Shape]]:
+    ) -> dict[str, tuple[str, WeightShape]]:
         """(pattern, shape) by name of what `converter` makes tensors of these shapes from."""
         undoing = deepcopy(converter).reverse_transform()
         key = ""

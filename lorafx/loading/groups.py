@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafx.loading.weight_places import Landing, Shape
+from lorafx.loading.weight_places import Landing, WeightShape
 from lorafx.model.partition import spans
 
 
@@ -37,7 +37,7 @@ class TensorGroup(ABC):
     landings: tuple[Landing, ...]
 
     @abstractmethod
-    def misfit(self, shapes: Mapping[str, Shape]) -> str:
+    def misfit(self, shapes: Mapping[str, WeightShape]) -> str:
         """Why tensors of these shapes do not fill it, "" where they do."""
 
     @abstractmethod
@@ -63,7 +63,7 @@ class JointGroup(TensorGroup):
         self.path, self.names, self.landings, self._dim = whole.path, names, (whole,), dim
         self._slices = slices
 
-    def misfit(self, shapes: Mapping[str, Shape]) -> str:
+    def misfit(self, shapes: Mapping[str, WeightShape]) -> str:
         whole, dim = self.landings[0].shape, self._dim
         assert whole is not None
         given = [shapes[name] for name in self.names]
@@ -94,13 +94,13 @@ class ConvertedGroup(TensorGroup):
         converter: Any,
         key: str,
         landings: tuple[Landing, ...],
-        sources: Mapping[str, tuple[str, Shape]],
+        sources: Mapping[str, tuple[str, WeightShape]],
     ) -> None:
         """`sources`: the pattern of the converter and the shape, by the tensor's name."""
         self.path, self.names, self.landings = key, tuple(sources), landings
         self._model, self._converter, self._sources = model, converter, sources
 
-    def misfit(self, shapes: Mapping[str, Shape]) -> str:
+    def misfit(self, shapes: Mapping[str, WeightShape]) -> str:
         wrong = [
             f"{name} has shape {shapes[name]}, expected {shape}"
             for name, (_, shape) in self._sources.items()

@@ -19,7 +19,7 @@ from lorafx.loading.expert_landings import ExpertLandings
 from lorafx.loading.groups import GroupMember
 from lorafx.loading.packed import PackedLandings
 from lorafx.loading.weight_names import WeightNames
-from lorafx.loading.weight_places import Landing, Shape, Target, at
+from lorafx.loading.weight_places import Landing, Target, WeightShape, at
 from lorafx.model.module_graph import ModuleGraph
 from lorafx.model.packed_names import PackedModules, PackedNames
 from lorafx.model.saved_names import Walked, nearest_names
@@ -44,7 +44,7 @@ class Resolver:
         ]
         self._advised = 0
 
-    def meaning(self, name: str, shape: Shape) -> Meaning | None:
+    def meaning(self, name: str, shape: WeightShape) -> Meaning | None:
         """What a tensor of this name and shape means; None where the model has no place for it.
 
         Of several meanings the first whose shape fits, or the first of all where none does.

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lorafx.errors import CheckpointError, ConfigError
 from lorafx.interrupts import undisturbed
-from lorafx.loading.weight_places import Numbers, Shape
+from lorafx.loading.weight_places import Numbers, WeightShape
 
 NamedTensors = Iterable[tuple[str, Tensor]]
 #: What `load_weights` takes.
@@ -56,7 +56,7 @@ class Item(NamedTuple):
     """
 
     name: str
-    shape: Shape
+    shape: WeightShape
     numbers: Numbers
     read: Callable[[], Tensor]
     given: Tensor | None = None

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from lorafx.loading.resolve import Meaning, Resolver
-from lorafx.loading.weight_places import Landing, Shape, at
+from lorafx.loading.weight_places import Landing, WeightShape, at
 from lorafx.model.module_graph import ModuleGraph
 
 #: (segments of the parameter's name, segments of the checkpoint's name, shard id)
@@ -29,7 +29,7 @@ class StackedResolver(Resolver):
         super().__init__(graph, model, None)
         self._stacked = stacked
 
-    def meaning(self, name: str, shape: Shape) -> Meaning | None:
+    def meaning(self, name: str, shape: WeightShape) -> Meaning | None:
         if self._own(name) is None:
             found = {
                 candidate: at(own, candidate, shard_id)

@@ -20,7 +20,7 @@ from lorafx.loading.groups import GroupMember, TensorGroup
 from lorafx.loading.loadable_layer import LoadableLayer
 from lorafx.loading.resolve import Meaning, Resolver
 from lorafx.loading.sources import Item
-from lorafx.loading.weight_places import Landing, Numbers, Shape, Target, meet, volume
+from lorafx.loading.weight_places import Landing, Numbers, Target, WeightShape, meet, volume
 
 _SHOWN = 100
 _TOLD = 5  # names in a sentence
@@ -97,7 +97,7 @@ class UpdatePlan:
         weights that serve; persistent buffers may be left out then."""
         self._resolver, self._strict, self._stable, self._live = resolver, strict, stable, live
         self.meanings: dict[str, Meaning] = {}
-        self.planned: dict[str, tuple[Shape, Numbers]] = {}
+        self.planned: dict[str, tuple[WeightShape, Numbers]] = {}
         self.problems: list[str] = []
         self.ignored: list[str] = []
         self.missing: list[str] = []
@@ -322,7 +322,7 @@ def _box_key(part: tuple[range, ...]) -> tuple[tuple[int, int, int], ...]:
     return tuple((r.start, r.stop, r.step) for r in part)
 
 
-def _misshapen(found: Landing, shape: Shape) -> str:
+def _misshapen(found: Landing, shape: WeightShape) -> str:
     if found.shape is None or found.shape == tuple(shape):
         return ""
     return f"the checkpoint's tensor has shape {tuple(shape)}, expected {found.shape}"

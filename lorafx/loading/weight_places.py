@@ -23,7 +23,7 @@ from lorafx.errors import CheckpointError
 from lorafx.loading.loadable_layer import LoadableLayer
 from lorafx.model.module_graph import storage_key, writing
 
-Shape = tuple[int, ...]
+WeightShape = tuple[int, ...]
 
 
 class Numbers(NamedTuple):
@@ -115,7 +115,7 @@ class Box(WeightPlace):
         return Box(self.target, self.box, (*leading, b, a))
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> WeightShape:
         """Sizes in the checkpoint's order."""
         return tuple(len(self.box[dim]) for dim in self.order)
 
@@ -160,7 +160,7 @@ class Shard(WeightPlace):
         return self.target.module
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> WeightShape:
         """Of the checkpoint's tensor, which is the whole layer's.
 
         Raises:
@@ -236,7 +236,7 @@ class Landing:
     """
 
     path: str
-    shape: Shape | None
+    shape: WeightShape | None
     cuts: tuple[Cut, ...]
     wrong: str = ""
     turned: bool | None = None

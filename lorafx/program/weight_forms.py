@@ -23,7 +23,7 @@ RUN = 4
 #: The cosine from which two rows are taken for one row in two scales or precisions.
 ALIKE = 0.995
 
-Size = Any  # int or SymInt
+AnySize = Any  # int or SymInt
 
 
 class Axis(NamedTuple):
@@ -81,7 +81,7 @@ class WeightForm(NamedTuple):
         index = index % axis.period if axis.period else index
         return self._replace(axes=self.axes[:dim] + self.axes[dim + 1 :]).moved(axis, index)
 
-    def reshaped(self, before: Sequence[Size], after: Sequence[Size]) -> WeightForm | None:
+    def reshaped(self, before: Sequence[AnySize], after: Sequence[AnySize]) -> WeightForm | None:
         """Row-major view from sizes `before` to `after`; None where an index of the result is no
         single step through W."""
         left = [
@@ -113,14 +113,14 @@ class WeightForm(NamedTuple):
         return None if left else self._replace(axes=tuple(reversed(axes)))
 
 
-def same_size(a: Size, b: Size) -> bool:
+def same_size(a: AnySize, b: AnySize) -> bool:
     """Equal as ints or as symbols; never by a hint, which would add a guard."""
     if isinstance(a, int) or isinstance(b, int):
         return isinstance(a, int) and isinstance(b, int) and a == b
     return a.node.expr == b.node.expr
 
 
-def _divides(part: Size, size: Size) -> bool:
+def _divides(part: AnySize, size: AnySize) -> bool:
     return isinstance(part, int) and isinstance(size, int) and part < size and size % part == 0
 
 
@@ -139,7 +139,9 @@ def _split(axis: Axis, inner: int) -> tuple[Axis, Axis] | None:
     return None
 
 
-def _merged(left_size: Size, left: Axis, size: Size, axis: Axis) -> tuple[Size, Axis] | None:
+def _merged(
+    left_size: AnySize, left: Axis, size: AnySize, axis: Axis
+) -> tuple[AnySize, Axis] | None:
     """Two neighbouring dimensions as one."""
     total = left_size * size
     if left.fixed and axis.fixed:

@@ -33,8 +33,8 @@ from lorafx.model.sites import Site, own_ranges
 from lorafx.op_arguments import bound, in_order, rebind
 from lorafx.passes.match.match_convolutions import insert_conv_site, other_arithmetic
 from lorafx.passes.match.match_experts import insert_expert_sites
-from lorafx.passes.match.origins import addends_of, depends_on, origin_of
 from lorafx.passes.match.own_bias import check_addends, refuse_other_uses
+from lorafx.passes.match.result_origins import addends_of, depends_on, origin_of
 from lorafx.passes.match.unreached import replaced_sites
 from lorafx.program.frame import FrameInput, fake_value
 

@@ -10,7 +10,7 @@ from lorafx.graph.context import Context, Refusal
 from lorafx.graph.weight_uses import Use
 from lorafx.model.sites import Site
 from lorafx.op_arguments import bound
-from lorafx.passes.match.origins import followed
+from lorafx.passes.match.result_origins import followed
 
 aten = torch.ops.aten
 
