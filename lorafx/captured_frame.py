@@ -5,7 +5,8 @@ Dynamo names places (`L['input_ids']`) by expressions over the function's locals
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import CodeType
 from typing import Any, NoReturn
 
@@ -14,6 +15,9 @@ import torch._dynamo
 from torch import Tensor, fx
 from torch._dynamo import symbolic_convert
 from torch._dynamo.source import LocalSource
+from torch._guards import GuardsSet, TracingContext
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._ordered_set import OrderedSet
 
 
@@ -81,18 +85,28 @@ def input_place(node: fx.Node, position: int) -> tuple[int, str | None]:
     return getattr(place, "idx", position), ".".join(reversed(parts)) or None
 
 
+def fake_mode() -> FakeTensorMode | None:
+    """Whose tensors stand for those of the frame that is being captured."""
+    context = TracingContext.try_get()
+    return None if context is None else context.fake_mode
+
+
+def symbols_of_frame() -> ShapeEnv | None:
+    """The symbols of the frame that is being captured, and what is known of them."""
+    mode = fake_mode()
+    return None if mode is None else mode.shape_env
+
+
 def duck_shaped() -> bool:
     """Whether the capture that is running gives sizes that are equal by chance one symbol."""
-    context = torch._guards.TracingContext.try_get()
-    fake_mode = None if context is None else context.fake_mode
-    shape_env = None if fake_mode is None else fake_mode.shape_env
-    return shape_env is not None and shape_env.duck_shape
+    symbols = symbols_of_frame()
+    return symbols is not None and symbols.duck_shape
 
 
 def guarded_attributes(suffix: str) -> list[str]:
     """The names, as Dynamo writes them, of what the frame that is being captured is guarded on and
     that so end; but for guards that are only made when they are asked for."""
-    context = torch._guards.TracingContext.try_get()
+    context = TracingContext.try_get()
     guards = () if context is None else context.guards_context.dynamo_guards.inner
     return [name for guard in guards if (name := source_text(guard)).endswith(suffix)]
 
@@ -115,18 +129,63 @@ def source_text(place: torch._guards.Source | torch._guards.Guard) -> str:
 
 def frame_guards() -> list[torch._guards.Guard]:
     """What the frame that is being captured is guarded on so far."""
-    context = torch._guards.TracingContext.try_get()
+    context = TracingContext.try_get()
     return [] if context is None else list(context.guards_context.dynamo_guards)
 
 
 def keep_frame_guards(kept: Sequence[torch._guards.Guard]) -> None:
     """Have Dynamo make these guards and those that it is yet to find."""
-    guards = torch._guards.GuardsSet(OrderedSet(kept))
-    torch._guards.TracingContext.get().guards_context.dynamo_guards = guards
+    put_guard_set(GuardsSet(OrderedSet(kept)))
+
+
+def guard_set() -> GuardsSet:
+    """Where Dynamo collects the guards of the frame that is being captured."""
+    return TracingContext.get().guards_context.dynamo_guards
+
+
+def put_guard_set(guards: GuardsSet) -> None:
+    """Have Dynamo collect the frame's guards there."""
+    TracingContext.get().guards_context.dynamo_guards = guards
+
+
+def takes_no_guards() -> bool:
+    """Whether what is being traced of the frame adds no guards to it."""
+    context: Any = TracingContext.get().guards_context
+    return bool(context.skip_install)
 
 
 def guard_local(name: str, make: Callable[[Any, torch._guards.Guard], None]) -> None:
     """Have Dynamo guard something more of the local variable `name`: it calls `make` with its
     builder of guards."""
     guard = LocalSource(name).make_guard(make)
-    torch._guards.TracingContext.get().guards_context.dynamo_guards.add(guard)
+    guard_set().add(guard)
+
+
+def traced_metadata() -> Any:
+    """What AOTAutograd knows of the inputs and outputs of the graph that it has traced, and tells
+    the compiler (`ViewAndMutationMeta`)."""
+    return TracingContext.get().fw_metadata
+
+
+@contextmanager
+def strides_unasked() -> Iterator[None]:
+    """Inside, Inductor does not tell AOTAutograd the strides of results in numbers. Nobody asks for
+    them where there is no backward, and each takes a millisecond where sizes are symbols: there are
+    two results a layer with a cache."""
+    context = TracingContext.try_get()
+    if context is None or context.fakify_first_call:  # torch's splitting for DDP asks
+        yield
+        return
+    before, context.output_strides = context.output_strides, None
+    try:
+        yield
+    finally:
+        context.output_strides = before
+
+
+@contextmanager
+def outside_of_frames() -> Iterator[None]:
+    """Inside, AOTAutograd and Inductor, which ask what is being captured, find a context without a
+    frame: they put together what was compiled before."""
+    with torch._guards.tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv()))):
+        yield

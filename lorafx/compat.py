@@ -1,6 +1,6 @@
 """The differences between the versions of torch that lorafx runs on, in one place.
 
-Settings of Dynamo and of symbolic shapes are changed only here too.
+Settings of Dynamo, of AOTAutograd and of symbolic shapes are changed only here too.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
 import torch._dynamo
+import torch._functorch.config
 import torch._inductor.config
 import torch.fx.experimental._config as shape_config
 from torch import Tensor
@@ -220,6 +221,11 @@ def block_settings(recompile_limit: int, *, sizes_by_data: bool = False) -> Iter
             yield
         finally:
             config.recompile_limit = before
+
+
+def traced_anew() -> AbstractContextManager[None]:
+    """Inside, AOTAutograd traces each graph, and takes none from torch's cache."""
+    return torch._functorch.config.patch(enable_autograd_cache=False)
 
 
 def is_recompile_limit(error: BaseException) -> bool:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch._dynamo
 from torch._dynamo.guards import GuardBuilder
-from torch._guards import Guard, GuardsSet, Source, TracingContext
+from torch._guards import Guard, GuardsSet, Source
+
+from lorafx.captured_frame import guard_set, put_guard_set, takes_no_guards
 
 
 class Copies(Protocol):
@@ -83,27 +85,28 @@ class DeferredGuards(GuardsSet):
 def defer(copies: Copies) -> None:
     """Have the guards of the frame that is being captured include these as soon as somebody looks
     at them."""
-    context: Any = TracingContext.get().guards_context
-    if context.skip_install:
+    if takes_no_guards():
         return
-    if not isinstance(context.dynamo_guards, DeferredGuards):
-        context.dynamo_guards = DeferredGuards(context.dynamo_guards)
-    context.dynamo_guards.defer(copies)
+    guards = guard_set()
+    if not isinstance(guards, DeferredGuards):
+        guards = DeferredGuards(guards)
+        put_guard_set(guards)
+    guards.defer(copies)
 
 
 @contextmanager
 def decided_on_traced() -> Iterator[None]:
     """Inside, the frame that is being captured has no guards that were deferred; afterwards those
     whose originals were not dropped inside."""
-    context: Any = TracingContext.get().guards_context
-    guards = context.dynamo_guards
+    guards = guard_set()
     taken = guards.take() if isinstance(guards, DeferredGuards) else []
     before = {id(guard): guard for guard in guards.inner}
     yield
-    after = {id(guard) for guard in context.dynamo_guards.inner}
+    left = guard_set()
+    after = {id(guard) for guard in left.inner}
     idle = [guard for guard in before.values() if not _is_needed(guard)]
     dropped = (before.keys() - after).union(map(id, idle))
-    _make(context.dynamo_guards, taken, without=dropped)
+    _make(left, taken, without=dropped)
 
 
 def _make(

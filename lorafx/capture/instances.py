@@ -30,7 +30,7 @@ from torch._C._dynamo.guards import GlobalStateGuard
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from lorafx.captured_frame import captured_code, source_name
+from lorafx.captured_frame import captured_code, source_name, symbols_of_frame
 from lorafx.model.module_graph import storage_key
 
 _SIZES = (int, torch.SymInt)
@@ -316,7 +316,7 @@ class Instances:
     def find(self, form: Form, count: int) -> tuple[str, Callable[..., Any]] | None:
         """The title of an earlier graph that the one is an instance of which is being captured, and
         what serves it. It is called with its first `count` inputs."""
-        environment = _environment()
+        environment = symbols_of_frame()
         if environment is None:
             return None
         for each in self._compiled:
@@ -327,7 +327,7 @@ class Instances:
 
     def begin(self) -> int:
         """How much is found out about symbols so far."""
-        environment = _environment()
+        environment = symbols_of_frame()
         return 0 if environment is None else len(environment.guards)
 
     def keep(
@@ -335,7 +335,7 @@ class Instances:
     ) -> None:
         """Keep a graph that was compiled since `begin` gave `begun`, and whose executable takes the
         first `count` of its inputs. Only one with symbols may have instances."""
-        environment = _environment()
+        environment = symbols_of_frame()
         symbols = any(size.free_symbols for item in form.inputs for size in item.sizes)
         if environment is None or not symbols:
             return
@@ -345,9 +345,3 @@ class Instances:
     def forget(self, executable: Callable[..., Any]) -> None:
         """Of a graph that could not be compiled."""
         self._compiled = [each for each in self._compiled if each.executable is not executable]
-
-
-def _environment() -> ShapeEnv | None:
-    context = torch._guards.TracingContext.try_get()
-    mode = None if context is None else context.fake_mode
-    return None if mode is None else mode.shape_env

@@ -22,6 +22,7 @@ from lorafx.capture.inductor_shortcuts import shortcuts
 from lorafx.capture.outlined_calls import interpreted_once
 from lorafx.capture.stamps import STAMP, Folded, NotUnfolded, fold, unfold
 from lorafx.capture.written_back import write_back
+from lorafx.captured_frame import strides_unasked
 from lorafx.compat import mode_settings
 from lorafx.config import Options
 from lorafx.errors import LorafxWarning, LoweringError
@@ -125,7 +126,7 @@ class InductorLowering:
         head_start.wait()
         write_back(gm)
         settings = config.patch({**self.patches, **_IN_ORDER, **_NO_HARNESS})
-        with settings, interpreted_once(inputs), _strides_unasked(), shortcuts():
+        with settings, interpreted_once(inputs), strides_unasked(), shortcuts():
             # What compile_fx does for inference before its inner compile.
             gm = inductor._recursive_joint_graph_passes(gm)
             for module in (gm, *(body for _, body in bodies(gm))):
@@ -172,22 +173,6 @@ def _generated_products() -> Any:
             return get_hash_for_files((products.__file__, dense.__file__))
 
     return BaseProducts()
-
-
-@contextmanager
-def _strides_unasked() -> Iterator[None]:
-    """Inside, Inductor does not tell AOTAutograd the strides of results in numbers. Nobody asks for
-    them where there is no backward, and each takes a millisecond where sizes are symbols: there are
-    two results a layer with a cache."""
-    context = torch._guards.TracingContext.try_get()
-    if context is None or context.fakify_first_call:  # torch's splitting for DDP asks
-        yield
-        return
-    before, context.output_strides = context.output_strides, None
-    try:
-        yield
-    finally:
-        context.output_strides = before
 
 
 def _stamped(

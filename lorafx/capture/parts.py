@@ -24,6 +24,8 @@ from lorafx.capture.bound_inputs import BoundInputs
 from lorafx.capture.checks import Checks
 from lorafx.capture.executable import BankLayout, checked, for_base, with_lookups
 from lorafx.capture.unseen_inputs import Order, around
+from lorafx.captured_frame import outside_of_frames
+from lorafx.compat import traced_anew
 from lorafx.kernels.cpu.cpu import builds_noted
 from lorafx.kernels.ops.delta_spec import DeltaSpec
 from lorafx.op_arguments import TRACED_WRITE
@@ -54,8 +56,6 @@ class Wrappers:
     def around(self, compiled: Callable[[list[Any]], Any]) -> Callable[..., Any]:
         """The function that AOTAutograd returned, around this graph in the boxed convention."""
         from torch._functorch._aot_autograd.aot_autograd_result import BundledAOTAutogradResult
-        from torch._subclasses import FakeTensorMode
-        from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
         result: Any = cast(Any, BundledAOTAutogradResult)(
             compiled_fw=None,  # only read where torch itself loads the graph
@@ -75,8 +75,7 @@ class Wrappers:
             guards_expr=None,
             serialized_bw_module=None,
         )
-        context = torch._guards.TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
-        with torch._guards.tracing(context):
+        with outside_of_frames():
             run = result._apply_runtime_wrappers(compiled, None, False, self.config)
 
         def unboxed(*arguments: Any) -> Any:
@@ -89,8 +88,7 @@ class Wrappers:
 def noted(parts: Parts) -> Iterator[None]:
     """Note in `parts` what AOTAutograd and the lowering make in the block."""
     # From torch's cache would come a function that nobody can look into.
-    traced = torch._functorch.config.patch(enable_autograd_cache=False)
-    with builds_noted() as kernels, _wrappers_noted() as wrappers, traced:
+    with builds_noted() as kernels, _wrappers_noted() as wrappers, traced_anew():
         yield
     parts.kernels = kernels
     if wrappers:

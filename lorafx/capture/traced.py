@@ -1,8 +1,8 @@
 """A function under Dynamo, and code that Dynamo would stop tracing for good.
 
 Dynamo marks a code object as not to be traced after an error, a break that it cannot resume from,
-or too many graphs. Models share code objects, and a model outlives an error. Only this module reads
-and resets these marks.
+or too many graphs. Models share code objects, and a model outlives an error. Only this module
+makes, reads and resets these marks.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from lorafx.compat import capture_settings, entry_arguments
 #: A function that is not compiled now runs in Python this time; what it calls, and its next call,
 #: are looked at as ever.
 _THIS_TIME = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT)
+#: A function that Dynamo leaves alone, with all that it calls.
+_NEVER = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
 
 
 class NotCompiled(BaseException):
@@ -188,6 +190,11 @@ def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     own.__kwdefaults__ = plain.__kwdefaults__
     own.__dict__.update(plain.__dict__)
     return MethodType(own, function.__self__) if isinstance(function, MethodType) else own
+
+
+def never_traced(code: CodeType) -> None:
+    """Have Dynamo trace neither this function nor what it calls."""
+    eval_frame.set_code_exec_strategy(code, _NEVER)
 
 
 def trace_again(error: BaseException) -> None:

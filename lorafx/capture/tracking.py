@@ -21,14 +21,13 @@ from torch._C import (
     _pop_torch_dispatch_stack,
     _push_on_torch_dispatch_stack,
 )
-from torch._dynamo import eval_frame
-from torch._dynamo.types import FrameAction, FrameExecStrategy
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _get_current_dispatch_mode,
     _get_current_dispatch_mode_stack,
 )
 
+from lorafx.capture.traced import never_traced
 from lorafx.capture.weights_in_python import WeightUses
 from lorafx.ownership.held import Held
 from lorafx.ownership.memory import Memory, storage_of
@@ -154,10 +153,7 @@ class Tracking(TorchDispatchMode):
         """Told of what an operator without tensors among its arguments returned."""
 
 
-# Dynamo traces neither this nor what it calls.
-eval_frame.set_code_exec_strategy(
-    Tracking.__torch_dispatch__.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
-)
+never_traced(Tracking.__torch_dispatch__.__code__)
 
 
 def running() -> Tracking | None:

@@ -31,6 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lorafx.capture.stamp_layers import is_plain
 from lorafx.capture.stamps import STAMP, Folded, NotUnfolded
+from lorafx.captured_frame import fake_mode, traced_metadata
 from lorafx.kernels.ops.stamp_op import Layout, without_data
 from lorafx.model.module_graph import storage_key
 
@@ -112,7 +113,7 @@ class UnseenInputs:
             NotUnfolded: the inputs are not those that were expected.
         """
         order, nodes = self.order, graph.find_nodes(op="placeholder")
-        mode = torch._guards.TracingContext.get().fake_mode
+        mode = fake_mode()
         if mode is None or len(inputs) != len(nodes) or len(nodes) != len(order.seen):
             raise NotUnfolded("AOTAutograd has other inputs than it was given")
         for place, node in enumerate(nodes):
@@ -166,7 +167,7 @@ class UnseenInputs:
     @contextmanager
     def fixed_inputs_told(self) -> Iterator[None]:
         """Inside, Inductor is told which of all inputs stay where they are."""
-        metadata: Any = torch._guards.TracingContext.get().fw_metadata
+        metadata = traced_metadata()
         before = metadata.static_input_indices
         seen = [self.order.seen[place] for place in before]
         metadata.static_input_indices = sorted([*seen, *self._fixed])

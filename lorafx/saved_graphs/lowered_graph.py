@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from lorafx.capture import head_start
 from lorafx.capture.lowering import NodeByNode
+from lorafx.captured_frame import outside_of_frames
 from lorafx.kernels.cpu import dense_delta
 from lorafx.kernels.cpu.cpu import build, build_all
 from lorafx.kernels.ops.delta_spec import DeltaSpec
@@ -114,7 +115,6 @@ def _from_inductor(data: bytes) -> Boxed:
         "is_backward": False,
     }
     head_start.wait()
-    context = torch._guards.TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
-    with torch._guards.tracing(context):
+    with outside_of_frames():
         found: Boxed = forward.post_compile(forward.load([]), settings)
     return found
