@@ -11,6 +11,7 @@ import threading
 from typing import Final, NamedTuple, Protocol
 
 from lorafx.interrupts import free_after_fork
+from lorafx.program.call import Batch
 from lorafx.session.requests import Requests
 from lorafx.session.streams import Streams
 
@@ -62,6 +63,22 @@ class Running(NamedTuple):
 
 #: Nothing is under way.
 IDLE = Running()
+
+
+class Around(NamedTuple):
+    """What was under way before a call or block began inside, and goes on after it.
+
+    Attributes:
+        running: as of then.
+        batch: of the program.
+        rows: `Runtime.rows`.
+        active: `Runtime.active`.
+    """
+
+    running: Running
+    batch: Batch
+    rows: tuple[int, ...]
+    active: bool | None
 
 
 class Named(Protocol):

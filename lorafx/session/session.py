@@ -33,7 +33,7 @@ from lorafx.program.roles import RoleTable
 from lorafx.session import all_sessions
 from lorafx.session.adapter_files import read_again
 from lorafx.session.requests import Names, Requests, check_tokens, not_looked_for, served_by
-from lorafx.session.running import IDLE, BaseState, Locks, Running
+from lorafx.session.running import IDLE, Around, BaseState, Locks, Running
 from lorafx.session.served import Served
 from lorafx.session.stand_ins import StandIns
 from lorafx.session.statistics import Statistics, statistics_of
@@ -73,7 +73,7 @@ class Session:
         #: The adapter of calls that name none: by `choose`.
         self.default: str | None = None
         #: `Runtime.active` between calls: by `choose`.
-        self._at_rest: bool | None = False
+        self.at_rest: bool | None = False
         #: What the default was before each block of `disable_adapter` that is open: by that.
         self.disabling: list[list[str | None]] = []
         #: What the base weights are: by lorafx.base_weights.
@@ -128,9 +128,9 @@ class Session:
 
     def choose(self, default: str | None) -> None:
         """Have calls that name no adapter use this one. The lock is held."""
-        self.default, self._at_rest = default, False if default is None else None
+        self.default, self.at_rest = default, False if default is None else None
         if not self.running.depth:
-            self.program.runtime.active = self._at_rest
+            self.program.runtime.active = self.at_rest
 
     # --- the protocol of a call ---
 
@@ -196,11 +196,12 @@ class Session:
     def run(self, running: Running, action: Callable[[], T]) -> T:
         """What `action` returns, while `running` is under way. The lock is held."""
         program, runtime = self.program, self.program.runtime
-        self.locks.streams.follow(self.accelerators)
-        before, batch, rows, active = self.running, program.batch, runtime.rows, runtime.active
+        around = self.pause()
+        before, batch = around.running, around.batch
         others: list[bool | None] = []  # `list[...]()` takes a microsecond
-        # No context manager: an interrupt where its exit begins would leave all this, and the lock,
-        # as it is in a call. Nothing can come between plain assignments.
+        # No context manager, nor a function for the first line of what takes back: an interrupt
+        # where either begins would leave all this, and the lock, as it is in a call. Nothing can
+        # come between plain assignments.
         try:
             self.running = running
             if self.neighbours and running.entries > before.entries:
@@ -208,14 +209,26 @@ class Session:
             return action()
         finally:
             # The marks stay on the model: called by itself it is the base model.
-            self.running, program.batch, runtime.active = before, batch, self._at_rest
+            self.running, program.batch, runtime.active = before, batch, self.at_rest
             if others:
                 self._have_neighbours_go_on(others)
-            if before.entries:  # what called this one from within goes on with its own batch
-                runtime.set_rows(rows)
-                runtime.active = active
-            else:
-                self.store.copy_streams.used()
+            self.go_on(around)
+
+    def pause(self) -> Around:
+        """What is under way, and goes on after what begins here: a call, or a block. The lock is
+        held."""
+        self.locks.streams.follow(self.accelerators)
+        program, runtime = self.program, self.program.runtime
+        return Around(self.running, program.batch, runtime.rows, runtime.active)
+
+    def go_on(self, around: Around) -> None:
+        """Serve what was paused, whose note is taken back already, with its own slots."""
+        if around.running.entries:  # what called this one from within goes on with its own batch
+            runtime = self.program.runtime
+            runtime.set_rows(around.rows)
+            runtime.active = around.active
+        else:
+            self.store.copy_streams.used()
 
     def set_batch(self, roles: RoleTable, named: Mapping[str, Any]) -> None:
         """Give every row of the call its slot, or every token.
@@ -373,7 +386,7 @@ class Session:
         they are `lost`."""
         if lost:
             program = self.program
-            self.running, program.batch, program.runtime.active = IDLE, AT_REST, self._at_rest
+            self.running, program.batch, program.runtime.active = IDLE, AT_REST, self.at_rest
             self.stand_ins.put_back()
         self.store.after_fork()
 

@@ -34,6 +34,7 @@ from lorafx.program.stack import RunningCall, generating, outermost_call, unwrap
 from lorafx.serving.compiled import compiled_of
 from lorafx.session.all_sessions import sessions
 from lorafx.session.requests import Requests
+from lorafx.session.running import Around
 from lorafx.session.session import Session
 from lorafx.session.transforms import refuse_transformed
 from lorafx.torch_compile.tasks import OtherTasks, refuse_other_tasks
@@ -89,9 +90,9 @@ class AttachedSession(Session):
         kept = self.fetched(requests.names)  # noqa: F841 - before the lock is taken
         with self.locks.calls, ExitStack() as settings:
             self.refuse_injected()
-            self.locks.streams.follow(self.accelerators)
+            around = self.pause()
+            before, batch = around.running, around.batch
             slots = self.store.acquire(requests.names)
-            before, batch = self.running, program.batch
             try:
                 self.running = before.serving(requests)
                 _BLOCKS.append(self)
@@ -118,16 +119,21 @@ class AttachedSession(Session):
                 trace_again(error)
                 raise
             finally:
+                self.running, program.batch, runtime.active = before, batch, self.at_rest
                 if tracking is not None:
                     tracking.uses = None
-                self.running, program.batch, runtime.active = before, batch, False
                 if _BLOCKS.count(self) > before.depth:
                     _BLOCKS.remove(self)
-                if before.depth:  # slots may have changed hands inside
-                    outer = self.asked.names
-                    self.serve(outer, self.store.acquire(outer), batch.call)
-                else:
-                    self.store.copy_streams.used()
+                self.go_on(around)
+
+    def go_on(self, around: Around) -> None:
+        """As of any session; a block around goes on with its requests, whose slots may have changed
+        hands inside."""
+        if around.running.depth:
+            names = self.asked.names
+            self.serve(names, self.store.acquire(names), around.batch.call)
+        else:
+            super().go_on(around)
 
     def after_fork(self, *, lost: bool) -> None:
         """As of any session; no block of another thread is open in a child."""
