@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from lorafx.adapter_store.config_source import CONFIG_FILE, raw_fields
 from lorafx.adapter_store.hub import downloaded, is_repository
-from lorafx.adapter_store.origins import stamp
+from lorafx.adapter_store.origins import OpenedSource, stamp
 from lorafx.adapter_store.peft_config import PeftConfig
 from lorafx.adapter_store.pickled import load_pickled, unlike_plain, unpickled
 from lorafx.adapter_store.saved import AdapterSource, Saved
@@ -55,6 +56,8 @@ def opened(asked: AdapterSource) -> Saved:
         CheckpointError: absent, truncated, or of another format.
         UnsupportedAdapterError: a PEFT configuration that lorafx cannot honour.
     """
+    if isinstance(asked, OpenedSource):
+        return replace(asked.saved, component=asked.component)
     source = asked.source
     if isinstance(source, Mapping):
         return _in_memory(asked, source)

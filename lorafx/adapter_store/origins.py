@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafx.adapter_store.config_source import CONFIG_FILE
-from lorafx.adapter_store.saved import AdapterSource
+from lorafx.adapter_store.saved import AdapterSource, Saved
 from lorafx.errors import CheckpointError
 
 #: Files of these kinds in an adapter's folder may be read. What else lies there may change.
@@ -34,9 +34,11 @@ class Origin:
 
     @classmethod
     def of(cls, source: Any) -> Origin | None:
-        """The origin of what is about to be read from `source`; None for an adapter in memory or on
-        the hub, and for what cannot be listed, which the reader says better."""
+        """The origin of what is about to be read from `source`, or was; None for an adapter in
+        memory or on the hub, and for what cannot be listed, which the reader says better."""
         asked = source if isinstance(source, AdapterSource) else AdapterSource(source)
+        if isinstance(asked, OpenedSource):
+            return asked.read_from()
         if not isinstance(asked.source, (str, os.PathLike)):
             return None
         path = Path(os.path.abspath(asked.source))
@@ -75,6 +77,26 @@ class Origin:
             f"no room for it in host memory, and {self.path} is not what it was: {why}. "
             "load_adapter() loads what is there now"
         )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OpenedSource(AdapterSource):
+    """A source that was read already, for several models that each take their component of it.
+
+    Attributes:
+        saved: all that it holds.
+        origin: as it was before that was read.
+    """
+
+    saved: Saved
+    origin: Origin | None
+
+    def read_from(self) -> Origin | None:
+        """Where its component can be read again."""
+        origin = self.origin
+        if origin is None:
+            return None
+        return replace(origin, source=replace(origin.source, component=self.component))
 
 
 def _files(path: Path) -> tuple[tuple[str, int, int, int], ...]:

@@ -19,6 +19,7 @@ from torch import nn
 from lorafx.adapter_store.dialects.all_dialects import dialect_of
 from lorafx.adapter_store.dialects.components import DENOISERS
 from lorafx.adapter_store.opening import opened
+from lorafx.adapter_store.origins import OpenedSource, Origin
 from lorafx.adapter_store.saved import AdapterSource
 from lorafx.errors import CaptureError, CheckpointError, ConfigError, LorafxWarning, nearest
 
@@ -85,15 +86,17 @@ def _pipeline_class() -> type:
 
 
 def parts_of(source: Any, pipe: Any, models: Mapping[str, nn.Module]) -> dict[str, AdapterSource]:
-    """The part of an adapter that is for each of `models`. Warns where it has one for a model that
-    the pipeline was loaded without.
+    """The part of an adapter that is for each of `models`, of one reading of its files. Warns where
+    it has one for a model that the pipeline was loaded without.
 
     Raises:
         CheckpointError: it cannot be read, or has a part for a model of the pipeline that is not
             compiled, or that the pipeline does not have.
     """
     asked = source if isinstance(source, AdapterSource) else AdapterSource(source)
+    origin = Origin.of(asked)
     saved = opened(asked)
+    whole = OpenedSource(**vars(asked), saved=saved, origin=origin)
     named = dialect_of(saved, asked.dialect).components(saved)
     found: dict[str, AdapterSource] = {}
     for name in named if asked.component is None else (asked.component,):
@@ -105,7 +108,7 @@ def parts_of(source: Any, pipe: Any, models: Mapping[str, nn.Module]) -> dict[st
                     f"{found[model].component}, which are both {model} here; say which by "
                     "AdapterSource(..., component=...)"
                 )
-            found[model] = replace(asked, component=name or None)
+            found[model] = replace(whole, component=name or None)
             continue
         known = getattr(pipe, "components", {})
         if name in known and known[name] is None:

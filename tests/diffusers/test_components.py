@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import tiny_pipelines as tiny
 import torch
+from dense_merge import REFERENCE
 from torch import Tensor, nn
 
 import lorafx
+from lorafx.adapter_store import opening
+from lorafx.adapter_store.origins import Origin
 from lorafx.adapter_store.peft_reader import read_adapter
 from lorafx.config import LoraConfig
 from lorafx.diffusers.components import loadable, parts_of
@@ -59,6 +64,46 @@ def test_each_model_reads_its_part(file: str, flux: Any) -> None:
         (path,) = adapter.weights
         ends = ("to_q", "to_out.0") if name == "transformer" else ("q_proj",)
         assert path.endswith(ends)
+
+
+def test_files_are_read_once_for_all_models(
+    flux: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def load_file(file: Path, **given: Any) -> dict[str, Tensor]:
+        read.append(Path(file).name)
+        return safetensors.torch.load_file(file, **given)
+
+    monkeypatch.setattr(opening, "load_file", load_file)
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("a", "b")}
+    for file in files.values():
+        safetensors.torch.save_file(FILES["kohya, by the first implementation's names"], file)
+    compiled = lorafx.compile_pipeline(flux, adapters=files, options=REFERENCE)
+    try:
+        assert sorted(read) == ["a.safetensors", "b.safetensors"]
+        assert [cm.adapters for cm in compiled.models.values()] == [("a", "b")] * 2
+        compiled.load_adapter(files["a"], "c")
+        assert len(read) == 3
+    finally:
+        compiled.detach()
+
+
+def test_a_part_is_read_again_from_where_it_was(flux: Any, tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    safetensors.torch.save_file(FILES["diffusers"], file)
+    part = parts_of(file, flux, loadable(flux, None))["text_encoder"]
+    origin = Origin.of(part)
+    assert origin is not None
+    again = opening.opened(origin.source)
+    assert again.component == "text_encoder"
+    assert type(origin.source) is lorafx.AdapterSource  # which keeps no tensors
+    with file.open("ab") as more:
+        more.write(b" ")
+    late = Origin.of(part)
+    assert late is not None
+    with pytest.raises(CheckpointError, match="'a' has to be read again"):
+        late.check("a")
 
 
 def test_parts_that_are_for_no_model(flux: Any) -> None:
