@@ -71,12 +71,11 @@ _OVERWRITING = (aten.copy_, aten.fill_, aten.zero_)
 @cache
 def functional(func: Any) -> Any:
     """The operator that computes what this one writes in place."""
-    packet, overload = func.overloadpacket, func._overloadname
-    name = packet._qualified_op_name.removeprefix("aten::")
-    if name.endswith("_") and not name.endswith("__"):
-        twin = getattr(aten, name[:-1], None)
-        return getattr(twin, overload, func)
-    return func
+    if not func._schema.is_mutable:
+        return func
+    name = func.overloadpacket._qualified_op_name.removeprefix("aten::")
+    twin = getattr(aten, name.removesuffix("_"), None)  # torch's rule for names of its own
+    return getattr(twin, func._overloadname, func)
 
 
 def held_results(
