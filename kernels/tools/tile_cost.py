@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from enum import Flag, auto
 
 from lorafx.kernels.cost.chips import Chip
 from lorafx.kernels.cost.work import Work
@@ -22,8 +23,30 @@ from lorafx.kernels.triton.triton_tiles import Architecture, Tiles
 TileSet = Mapping[str, Tiles]
 
 LATENCY = 0.8e-6  # seconds from asking device memory to having: assumed
-BASE_KERNELS = ("split", "epilogue", "recompute", "persistent")  # with a loop over W
 ACCUMULATORS = 128  # registers a thread that a tile's sums may take of 255
+
+
+class Does(Flag):
+    """What a kernel does, as far as its cost depends on it. One that does none of this adds
+    deltas, of v, to what others computed."""
+
+    SHRINK = auto()  # computes v = x A
+    BASE = auto()  # loops over W
+    BY_ROW = auto()  # takes one row a program, without matrix instructions
+
+
+DOES: Mapping[str, Does] = {
+    "shrink": Does.SHRINK,
+    "activate": Does.SHRINK,
+    "shrink_rows": Does.SHRINK | Does.BY_ROW,
+    "expand_rows": Does.BY_ROW,
+    "embedding_rows": Does.BY_ROW,
+    "split": Does.BASE,
+    "epilogue": Does.BASE,
+    "recompute": Does.BASE,
+    "persistent": Does.BASE,
+    **dict.fromkeys(("expand", "expand_first", "reduce", "gather", "place"), Does(0)),
+}
 
 
 def shared_bytes(tiles: Tiles, spec: DeltaSpec) -> int:
@@ -38,10 +61,11 @@ def shared_bytes(tiles: Tiles, spec: DeltaSpec) -> int:
 
 def fits(name: str, tiles: Tiles, spec: DeltaSpec, arch: Architecture) -> bool:
     """Whether a kernel can run so: shared memory, sums in registers."""
-    if name in BASE_KERNELS and shared_bytes(tiles, spec) > arch.shared_kib * 1024:
+    does = DOES[name]
+    if Does.BASE in does and shared_bytes(tiles, spec) > arch.shared_kib * 1024:
         return False
-    wide = tiles.block_r if name in ("shrink", "activate") else tiles.block_n
-    if "rows" not in name:
+    wide = tiles.block_r if Does.SHRINK in does else tiles.block_n
+    if Does.BY_ROW not in does:
         return tiles.block_m * wide <= ACCUMULATORS * arch.warp * tiles.num_warps
     return tiles.block_n * tiles.block_r <= ACCUMULATORS * arch.warp * tiles.num_warps
 
@@ -74,26 +98,26 @@ def _kernel(name: str, tiles: Tiles, work: Work, arch: Architecture, experts: in
     """Modelled seconds of one kernel, cut up by `tiles`."""
     M, K, N, G = work.rows, work.in_features, work.columns, len(work.sizes)
     A, B = work.distinct * work.rank * G * K, work.distinct * work.rank * N
-    rows_alone = "rows" in name
-    tall = M if rows_alone else math.ceil(M / tiles.block_m)
+    does = DOES[name]
+    by_row, base = Does.BY_ROW in does, Does.BASE in does
+    tall = M if by_row else math.ceil(M / tiles.block_m)
     wide: int
     memory: float
     l2: float
     planes = 2.0 * G * work.rank * M * tiles.parts  # of v, float32 beside elements of half of that
-    if name.startswith("shrink") or name == "activate":
+    if Does.SHRINK in does:
         wide = math.ceil(G * work.rank / tiles.block_r)
         programs = tall * wide * tiles.parts
         # "activate" reads two halves of x and writes x
         memory, l2 = A + M * K * (3 if name == "activate" else 1) + planes, wide * M * K
-        flops = 2.0 * tall * (1 if rows_alone else tiles.block_m) * G * work.rank * K
-        in_flight = tiles.block_k * (tiles.block_r + (1 if rows_alone else tiles.block_m))
+        flops = 2.0 * tall * (1 if by_row else tiles.block_m) * G * work.rank * K
+        in_flight = tiles.block_k * (tiles.block_r + (1 if by_row else tiles.block_m))
     else:
         wide = sum(math.ceil(size / tiles.block_n) for size in work.sizes)
         programs = tall * wide * (tiles.split if name == "split" else 1)
-        base = name in BASE_KERNELS
         memory = B + M * N * (1 if base else 2) + (A if name == "recompute" else planes)
         l2 = tall * B + wide * (0 if name == "recompute" else planes)
-        flops = 2.0 * tall * (1 if rows_alone else tiles.block_m) * work.rank * N
+        flops = 2.0 * tall * (1 if by_row else tiles.block_m) * work.rank * N
         in_flight = tiles.block_n * (tiles.block_r if not base else tiles.block_k)
         if name in ("split", "reduce"):
             l2 += 2.0 * tiles.split * M * N  # of y, likewise
@@ -116,7 +140,7 @@ def _kernel(name: str, tiles: Tiles, work: Work, arch: Architecture, experts: in
 def _occupancy(name: str, tiles: Tiles, work: Work, arch: Architecture) -> int:
     """Programs that one processor runs at a time."""
     threads = 2048 // (arch.warp * tiles.num_warps)
-    if name not in BASE_KERNELS:
+    if Does.BASE not in DOES[name]:
         return max(threads // 2, 1)
     stage = tiles.block_k * (tiles.block_m + tiles.block_n) * work.dtype.itemsize
     return max(min(threads, arch.shared_kib * 1024 // (stage * tiles.num_stages)), 1)
