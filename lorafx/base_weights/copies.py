@@ -21,11 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from lorafx.errors import ConfigError
 from lorafx.model.experts import expert_weights
 from lorafx.model.module_graph import storage_key
-from lorafx.model.quantized import dequantize
-from lorafx.program.derived import Holder, is_near, is_numbers, is_varied
+from lorafx.program.derived import Holder, held_by, is_near, is_numbers, is_varied, numbers_of
 from lorafx.program.weight_forms import ALIKE, WeightForm, copied_form, in_runs, repeats_numbers
 from lorafx.registry import lookup
 
@@ -50,13 +48,10 @@ class Weight:
         """(rows, columns) as numbers, dequantised where they are quantised; None where they cannot
         be had."""
         module, experts = self.holder.module, self.kind == "experts"
-        try:
-            dense = dequantize(module, self.holder.attribute if experts else None)
-        except ConfigError:
+        dense = numbers_of(module, self.holder.attribute if experts else None)
+        if dense is None or not dense.numel() or dense.dim() < 2:
             return None
-        if not is_numbers(dense) or not dense.numel():
-            return None
-        return dense.flatten(0, -2) if dense.dim() >= 2 else None
+        return dense.flatten(0, -2)
 
 
 @dataclass(frozen=True)
@@ -109,19 +104,16 @@ def _tensors(model: nn.Module) -> Iterator[tuple[Holder, Tensor]]:
         weights = {weight.name for weight in experts or ()}
         computes = experts is not None or lookup(module) is not None
         kept = module._buffers.keys() - module._non_persistent_buffers_set
-        for place in (module._parameters, module._buffers, vars(module)):
-            for name, value in place.items():
-                if not isinstance(value, Tensor) or value.dim() < 2 or not is_numbers(value):
-                    continue
-                holder = Holder(path, module, name)
-                parameter = isinstance(value, nn.Parameter)
-                # Linears and the like have parameters and scales of their own.
-                if computes and (
-                    parameter or name in kept or name in weights or holder.is_own_weight
-                ):
-                    continue
-                if parameter or storage_key(value) not in own:
-                    yield holder, value
+        for name, value in held_by(module):
+            if value.dim() < 2 or not is_numbers(value):
+                continue
+            holder = Holder(path, module, name)
+            parameter = isinstance(value, nn.Parameter)
+            # Linears and the like have parameters and scales of their own.
+            if computes and (parameter or name in kept or name in weights or holder.is_own_weight):
+                continue
+            if parameter or storage_key(value) not in own:
+                yield holder, value
 
 
 def _weights(model: nn.Module) -> Iterator[Weight]:

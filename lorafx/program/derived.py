@@ -177,10 +177,9 @@ class DerivedTensors:
     def _holders(self, wanted: set[int]) -> dict[int, Holder]:
         found: dict[int, Holder] = {}
         for path, module in self._program.model.named_modules():
-            for place in (module._parameters, module._buffers, vars(module)):
-                for name, value in place.items():
-                    if isinstance(value, Tensor) and id(value) in wanted:
-                        found.setdefault(id(value), Holder(path, module, name))
+            for name, value in held_by(module):
+                if id(value) in wanted:
+                    found.setdefault(id(value), Holder(path, module, name))
         return found
 
     def _likely(self, holder: Holder | None, taken: set[int]) -> Iterator[Site]:
@@ -250,6 +249,15 @@ class DerivedTensors:
         )
 
 
+def held_by(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that a module itself holds, by the attributes' names: parameters, buffers and
+    plain attributes."""
+    for place in (module._parameters, module._buffers, vars(module)):
+        for name, value in place.items():
+            if isinstance(value, Tensor):
+                yield name, value
+
+
 def is_near(path: str, module: str) -> bool:
     """Whether `path` is a child or a grandchild of `module`."""
     inside = not module or path.startswith(f"{module}.")
@@ -268,13 +276,19 @@ def has_numbers(site: Site) -> bool:
 
 def dense_weight(site: Site) -> Tensor | None:
     """W (N, K) as numbers, whatever holds it; None where nothing can read it."""
+    dense = numbers_of(site.module)
+    sizes = (site.out_features, site.in_features)
+    return dense if dense is not None and tuple(dense.shape) == sizes else None
+
+
+def numbers_of(module: nn.Module, attribute: str | None = None) -> Tensor | None:
+    """The module's weight, or another of its parameters, as it is used, whatever holds it; None
+    where nothing can read it."""
     try:
-        dense = dequantize(site.module)
+        dense = dequantize(module, attribute)
     except ConfigError:
         return None
-    if not is_numbers(dense):
-        return None
-    return dense if tuple(dense.shape) == (site.out_features, site.in_features) else None
+    return dense if is_numbers(dense) else None
 
 
 def is_varied(tensor: Tensor) -> bool:
