@@ -12,6 +12,7 @@ gc.set_threshold(100_000, 20, 50)
 # ruff: noqa: E402
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from lorafx.call_stack import with_room
 from lorafx.session.all_sessions import sessions
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# A shell has what it runs in the background ignore SIGINT, which some tests raise.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # torch writes every graph and guard into this logger as soon as it has a handler, and pytest gives
 # one to each logger that does not propagate: a tenth of a capture's time, for text nobody reads.
