@@ -167,7 +167,7 @@ def by_itself(compiled: CompiledModel, part: nn.Module) -> Callable[..., Any]:
             return own(*args, **kwargs)
         output = entry(*args, **kwargs)
         if site is not None:
-            session.served = site.path
+            session.returned_from = site.path
         return output
 
     return forward

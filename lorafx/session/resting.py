@@ -34,8 +34,8 @@ class Resting:
             return
         if any(other.running.entries for other in session.neighbours):
             return
-        if running.here and session.served == path:
-            session.served = None
+        if running.here and session.returned_from == path:
+            session.returned_from = None
             return
         for name in wanted(session):
             if path not in session.store[name].sites:

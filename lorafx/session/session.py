@@ -12,7 +12,6 @@ Entries of compiled models (lorafx.serving.entry) and blocks of `lorafx.adapters
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -36,7 +35,7 @@ from lorafx.session.requests import Names, Requests, check_tokens, not_looked_fo
 from lorafx.session.running import IDLE, Around, BaseState, Locks, Running
 from lorafx.session.served import Served
 from lorafx.session.stand_ins import StandIns
-from lorafx.session.statistics import Statistics, statistics_of
+from lorafx.session.statistics import Counts, Statistics, statistics_of
 from lorafx.session.streams import accelerators
 from lorafx.session.transforms import refuse_transformed
 
@@ -48,8 +47,9 @@ _NOTHING: Final = nullcontext()
 class Session:
     """What all calls of one model share.
 
-    What is not final is a value that is replaced whole, by whom the comment says. `locks.calls` is
-    held by whoever replaces `running`, `default` or `base`.
+    What is not final is a value that is replaced whole, by whom the comment says; `counts` and
+    `disabling` are changed in place. `locks.calls` is held by whoever replaces `running`, `default`
+    or `base`, or changes `disabling`.
     """
 
     #: Whether it can serve beside sessions of models that share modules with this one.
@@ -60,6 +60,7 @@ class Session:
     ) -> None:
         self.program: Final = program
         self.store: Final = store
+        #: What compiles its graphs; another one inside of lorafx.serving.staged_graphs: by that.
         self.backend = backend
         self.dynamic: Final = dynamic
         self.stand_ins: Final = StandIns()
@@ -75,7 +76,7 @@ class Session:
         #: `Runtime.active` between calls: by `choose`.
         self.at_rest: bool | None = False
         #: What the default was before each block of `disable_adapter` that is open: by that.
-        self.disabling: list[list[str | None]] = []
+        self.disabling: Final[list[list[str | None]]] = []
         #: What the base weights are: by lorafx.base_weights.
         self.base: BaseState = BaseState()
         #: The last call with adapters had graphs captured, or there was none: by
@@ -88,16 +89,12 @@ class Session:
         self.accelerators: Final = accelerators(program.groups)
         #: The path of a site whose compiled forward has just returned to the module's own call,
         #: its delta included: by lorafx.serving.generation.
-        self.served: str | None = None
+        self.returned_from: str | None = None
         #: Around calls while an engine runs the model with an attention that only its steps can
         #: use: by lorafx.serving.continuous.
         self.beside: Callable[[Callable[[], Any]], Any] | None = None
-        #: By continuous batching, as in lorafx.session.statistics.
-        self.waits = 0
-        #: How often new base weights were written, or begun to be: by lorafx.base_weights.
-        self.writes = 0
-        self.tokens: Counter[str] = Counter()
-        self._served = Served()
+        self.counts: Final = Counts()
+        self._last_served = Served()  # by `serve`
         store.read_with(partial(read_again, program))
         all_sessions.add(self)
 
@@ -215,8 +212,7 @@ class Session:
             self.go_on(around)
 
     def pause(self) -> Around:
-        """What is under way, and goes on after what begins here: a call, or a block. The lock is
-        held."""
+        """What is under way, and goes on after the call or block that begins. The lock is held."""
         self.locks.streams.follow(self.accelerators)
         program, runtime = self.program, self.program.runtime
         return Around(self.running, program.batch, runtime.rows, runtime.active)
@@ -224,9 +220,8 @@ class Session:
     def go_on(self, around: Around) -> None:
         """Serve what was paused, whose note is taken back already, with its own slots."""
         if around.running.entries:  # what called this one from within goes on with its own batch
-            runtime = self.program.runtime
-            runtime.set_rows(around.rows)
-            runtime.active = around.active
+            self.program.runtime.set_rows(around.rows)
+            self.program.runtime.active = around.active
         else:
             self.store.copy_streams.used()
 
@@ -292,9 +287,9 @@ class Session:
             program.runtime.active = True
         distinct = dict.fromkeys(n for n, slot in zip(names, slots, strict=True) if slot >= 0)
         stored = tuple(self.store[name] for name in distinct if name is not None)
-        served = self._served
+        served = self._last_served
         if [id(adapter) for adapter in stored] != [id(adapter) for adapter in served.adapters]:
-            served = self._served = Served.of(stored)
+            served = self._last_served = Served.of(stored)
         if served.begins and not self.asked.placed:
             raise not_looked_for(served.begins.name, served.begins.invocation)
         sites = served.touched, served.rescaled, served.owned, served.shifted
@@ -303,7 +298,7 @@ class Session:
 
     def forget_served(self) -> None:
         """Keep no adapter that was served alive."""
-        self._served = Served()
+        self._last_served = Served()
 
     def module_paths(self) -> AbstractContextManager[None]:
         """Around a call: weights are used by their modules, where marks are seen."""
@@ -318,12 +313,12 @@ class Session:
     def update(self, function: Callable[[], T]) -> T:
         """What `function` returns, which writes the base weights. The locks are held."""
         running = self.running._replace(updating=True, thread=threading.get_ident())
-        self.writes += 1
+        self.counts.writes += 1
         return self.run(running, function)
 
     def statistics(self) -> Statistics:
         """What adapters have done so far."""
-        return statistics_of(self.store, self.waits, self.tokens)
+        return statistics_of(self.store, self.counts)
 
     # --- what may not be done now ---
 

@@ -76,7 +76,7 @@ def refresh_elsewhere(session: Session) -> None:
         if any(storage_key(tensor) in own for _, tensor in _tensors(other.program.model)):
             with other.lock:
                 other.locks.streams.follow(other.accelerators)
-                other.writes += 1
+                other.counts.writes += 1
                 other.store.refresh_magnitudes()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -51,13 +52,28 @@ class Statistics:
     tiers: Mapping[str, Tier] = field(default_factory=dict)
 
 
-def statistics_of(store: AdapterStore, waits: int, tokens: Mapping[str, int]) -> Statistics:
-    """The counts of a session with this store."""
+@dataclass
+class Counts:
+    """What a session counts by itself, in place.
+
+    Attributes:
+        waits, tokens: as in `Statistics`: by continuous batching.
+        writes: how often new base weights were written, or begun to be: by updates of the session
+            and of others that share them.
+    """
+
+    waits: int = 0
+    tokens: Counter[str] = field(default_factory=Counter)
+    writes: int = 0
+
+
+def statistics_of(store: AdapterStore, counts: Counts) -> Statistics:
+    """What adapters have done in a session with this store."""
     host, sizes = store.host, store.nbytes()
-    counts = store.hits, store.loads, store.evictions
+    slots = store.hits, store.loads, store.evictions
     tiers = {
-        "device": Tier(*counts, sizes["banks"]),
+        "device": Tier(*slots, sizes["banks"]),
         "host": Tier(host.hits, host.misses, host.evictions, sizes["host"]),
         "disk": Tier(host.misses - host.changed, host.changed, 0, sizes["disk"]),
     }
-    return Statistics(*counts, waits, dict(tokens), tiers)
+    return Statistics(*slots, counts.waits, dict(counts.tokens), tiers)

@@ -266,7 +266,7 @@ class PackedForward:
             ticket = ticket_of(future.state)
             if ticket is not None:
                 named = BASE if ticket.hold is None else str(ticket.hold.name)
-                self._compiled._session.tokens[named] += future.query_length
+                self._compiled._session.counts.tokens[named] += future.query_length
 
     def _tokens(
         self, length: int, batch: Sequence[FutureRequestState], part: Sequence[int] | None

@@ -43,7 +43,7 @@ class AdapterPages(PagedAttentionCache):
         state, base = self.waiting(request_id), self.session.base
         if isinstance(state, AdapterRequest):
             # Blocks that it fills after new weights were loaded are not for those that come then.
-            state.weights = 2 * self.session.writes + (base.merged is not None)
+            state.weights = 2 * self.session.counts.writes + (base.merged is not None)
         return int(super().search_prefix_match(request_id, self._salted(state, prompt_ids)))
 
     def mark_complete_blocks(self, state: RequestState, complete_blocks: dict[str, int]) -> None:

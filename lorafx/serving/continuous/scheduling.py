@@ -114,7 +114,7 @@ class SlotsPerStep:
             if has_slot:
                 ready.append(state)
             ticket.waited = 0 if has_slot else ticket.waited + 1
-            self.session.waits += not has_slot
+            self.session.counts.waits += not has_slot
         return ready
 
     def _names(self, tickets: Iterable[Ticket | None]) -> dict[Ticket, str]:
