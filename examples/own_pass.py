@@ -12,6 +12,7 @@ from torch import fx, nn
 
 import lorafx
 from lorafx.graph.context import Context
+from lorafx.op_arguments import bound
 
 aten = torch.ops.aten
 PRODUCTS = (aten.mm.default, aten.addmm.default)
@@ -22,7 +23,7 @@ def count_work(gm: fx.GraphModule, ctx: Context) -> int:
     base = 0
     for product in PRODUCTS:
         for node in gm.graph.find_nodes(op="call_function", target=product):
-            inputs, outputs = node.args[-1].meta["val"].shape
+            inputs, outputs = bound(node)["mat2"].meta["val"].shape
             base += inputs * outputs
     rank = ctx.program.config.max_rank
     sites = [state.site for states in ctx.states.values() for state in states]

@@ -60,6 +60,18 @@ def bound(node: fx.Node) -> dict[str, Any]:
     return values
 
 
+def operand(node: fx.Node) -> Any:
+    """The first argument of a call, by position or by name: what a view is of, what is cast."""
+    if node.args and node.target is not AUTO_FUNCTIONALIZED:
+        return node.args[0]
+    return next(iter(bound(node).values()))
+
+
+def index_of(node: fx.Node) -> Any:
+    """Which item of its operand a call of `operator.getitem` gets; it has no schema."""
+    return node.args[1]
+
+
 def in_order(op: OpOverload, values: Mapping[str, Any], **others: Any) -> tuple[Any, ...]:
     """The positional arguments of a call of `op`: `others`, and the rest of them from `values`.
 

@@ -25,8 +25,8 @@ from lorafx.graph.context import Context
 from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION, PagedStep
 from lorafx.kernels.ops.paged_cache import PAGED_CACHE
 from lorafx.kernels.triton.triton_attention import is_generated
-from lorafx.op_arguments import bound, in_order
-from lorafx.program.frame import arguments_of, fake_value
+from lorafx.op_arguments import bound, in_order, index_of, operand
+from lorafx.program.frame import fake_value
 
 aten = torch.ops.aten
 
@@ -95,8 +95,8 @@ def _read(attention: fx.Node) -> list[fx.Node] | None:
     keys, values = _heads(asked["key"]), _heads(asked["value"])
     if keys is None or values is None:
         return None
-    between, cached = [*keys, *values], arguments_of(keys[-1])[0]
-    places = [arguments_of(chain[-1]) for chain in (keys, values)]
+    between, cached = [*keys, *values], operand(keys[-1])
+    places = [(operand(chain[-1]), index_of(chain[-1])) for chain in (keys, values)]
     if places != [(cached, 0), (cached, 1)] or asked["query"] in between:
         return None
     if len(cached.users) != 2 or any(len(node.users) != 1 for node in between):
@@ -114,12 +114,12 @@ def _heads(node: fx.Node) -> list[fx.Node] | None:
     while (last := chain[-1]).target is not operator.getitem:
         if last.target not in (*_IN_ORDER, *_OF_SIZES):
             return None
-        source = arguments_of(last)[0]
+        source = operand(last)
         before, after = fake_value(source).shape, fake_value(last).shape
         if last.target in _OF_SIZES and not _equal(before, after):
             spread.append((last.target, before, after))
         chain.append(source)
-    if arguments_of(last)[0].target is not PAGED_CACHE:
+    if operand(last).target is not PAGED_CACHE:
         return None
     (_, heads, _, size), (_, every, _, own) = (fake_value(end).shape for end in (last, node))
     if not spread:
@@ -136,7 +136,7 @@ def _heads(node: fx.Node) -> list[fx.Node] | None:
 def _only_result(attention: fx.Node) -> fx.Node | None:
     """What `attention` returns, where nothing reads its statistics."""
     [*results] = attention.users
-    return results[0] if len(results) == 1 and arguments_of(results[0])[1] == 0 else None
+    return results[0] if len(results) == 1 and index_of(results[0]) == 0 else None
 
 
 def _fits(cached: fx.Node, attention: fx.Node) -> bool:
@@ -168,7 +168,7 @@ def _unpadded(mask: fx.Node | None) -> fx.Node | None:
             aligned = mask.target in (aten.clone.default, aten.expand.default)
         if not aligned:
             return mask
-        mask = mask.all_input_nodes[0]
+        mask = operand(mask)
     return mask
 
 

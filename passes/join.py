@@ -18,7 +18,7 @@ from torch import fx
 from lorafx.graph.context import Context
 from lorafx.kernels.cpu.dense import DENSE_ADDMM, DENSE_MM
 from lorafx.kernels.cpu.dense_delta import DENSE_ADDMM_DELTA, DENSE_MM_DELTA, ready
-from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, in_order, op_of
+from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, in_order, index_of, op_of
 from lorafx.program.frame import fake_value
 
 _JOINED = {DENSE_MM: DENSE_MM_DELTA, DENSE_ADDMM: DENSE_ADDMM_DELTA}
@@ -49,7 +49,7 @@ def _joins(delta: fx.Node) -> bool:
     product = call["y"]
     if product.target not in _JOINED or len(product.users) > 1:
         return False
-    if any(own.target is not operator.getitem or own.args[1] != 1 for own in readers):
+    if any(own.target is not operator.getitem or index_of(own) != 1 for own in readers):
         return False
     return bound(product)["x"] is call["x"] and ready(fake_value(product).dtype)
 

@@ -20,7 +20,7 @@ from torch import fx
 from lorafx.graph.context import Context
 from lorafx.kernels.ops.paged_attention import PAGED_ATTENTION
 from lorafx.kernels.ops.paged_cache import PAGED_CACHE
-from lorafx.op_arguments import TRACED_WRITE, in_order
+from lorafx.op_arguments import TRACED_WRITE, bound, in_order, index_of
 
 _COPY = torch.ops.aten.copy_.default
 
@@ -77,22 +77,27 @@ def _written(place: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
         if len(users) > 1 or not _writes(following, base):
             return [], []
         chain.append(following)
-        results = _WRITERS[following.args[0]].results  # type: ignore[index]
-        after = [user for user in following.users if user.args[1] == results]
+        results = _WRITERS[_called(following)].results
+        after = [user for user in following.users if index_of(user) == results]
         if len(after) != 1:
             return [], []
         base = after[0]
 
 
+def _called(node: fx.Node) -> Any:
+    """The operator that a functional call is of: that call has no schema."""
+    return node.args[0]
+
+
 def _copies_into(node: fx.Node, place: fx.Node) -> bool:
-    return node.target is _COPY and node.args[0] is place and not node.users
+    return node.target is _COPY and bound(node)["self"] is place and not node.users
 
 
 def _writes(node: fx.Node, base: fx.Node) -> bool:
     """Whether `node` calls one of the writers with `base`, all of it, as what is written into."""
-    if node.target is not TRACED_WRITE or node.args[0] not in _WRITERS:
+    if node.target is not TRACED_WRITE or _called(node) not in _WRITERS:
         return False
-    argument = _WRITERS[node.args[0]].argument  # type: ignore[index]
+    argument = _WRITERS[_called(node)].argument
     bases: Any = node.kwargs.get("_all_bases", ())
     whole = node.kwargs.get(f"_{argument}_base_index") == 0
     return bool(whole) and len(bases) == 1 and bases[0] is base
@@ -100,19 +105,19 @@ def _writes(node: fx.Node, base: fx.Node) -> bool:
 
 def _in_place(node: fx.Node, place: fx.Node) -> None:
     """Replace a functional call by one of the operator itself, which writes into `place`."""
-    op = node.args[0]
-    writer = _WRITERS[op]  # type: ignore[index]
+    op = _called(node)
+    writer = _WRITERS[op]
     given = {name: value for name, value in node.kwargs.items() if not name.startswith("_")}
     graph = node.graph
     with graph.inserting_before(node):
-        call = graph.call_function(op, in_order(op, given, **{writer.argument: place}))  # type: ignore[arg-type]
+        call = graph.call_function(op, in_order(op, given, **{writer.argument: place}))
     one = writer.results == 1
     found = node.meta["val"][: writer.results]
     call.meta = {**node.meta, "val": found[0] if one else tuple(found)}
     call.meta.pop("eager_input_vals", None)  # those of the functional call
     for user in list(node.users):
-        if user.target is operator.getitem and (one or user.args[1] == writer.results):
-            user.replace_all_uses_with(call if user.args[1] == 0 else place)
+        if user.target is operator.getitem and (one or index_of(user) == writer.results):
+            user.replace_all_uses_with(call if index_of(user) == 0 else place)
             graph.erase_node(user)
     node.replace_all_uses_with(call)
     graph.erase_node(node)

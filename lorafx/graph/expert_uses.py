@@ -10,14 +10,15 @@ W (E, N, K), or (E, K, N) where it is stored transposed, seen through casts and 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import fx
 
 from lorafx.graph.weight_uses import SAME_VALUE
 from lorafx.kernels.cpu.grouped_mm import GROUPED_MM
-from lorafx.program.frame import arguments_of, fake_value
+from lorafx.op_arguments import bound
+from lorafx.program.frame import fake_value
 
 aten = torch.ops.aten
 
@@ -84,7 +85,6 @@ def _interpret(weight: fx.Node, form: _Form, user: fx.Node) -> _Form | ExpertUse
     value = fake_value(user)
     if value is None or isinstance(value, (int, torch.SymInt)):
         return None
-    arguments = arguments_of(user)
     if user.target in SAME_VALUE:
         return _Form(user, form.in_first, form.ids)
     if user.target in SWAPS:
@@ -95,13 +95,14 @@ def _interpret(weight: fx.Node, form: _Form, user: fx.Node) -> _Form | ExpertUse
             return _Form(user, not form.in_first, form.ids)
         return unknown("its dimensions are permuted")
     if user.target is aten.index.Tensor and form.ids is None:
-        indices = [index for index in arguments[1] if index is not None]
-        first = len(indices) == 1 and arguments[1][0] is indices[0]
+        given = bound(user)["indices"]
+        indices = [index for index in given if index is not None]
+        first = len(indices) == 1 and given[0] is indices[0]
         if first and fake_value(indices[0]).dim() == 1 and not _is_mask(indices[0]):
             return _Form(user, form.in_first, indices[0])
         return unknown("it is not indexed by one expert per row")
     if is_grouped(user):
-        x, held, offs = (*arguments, None)[:3]
+        x, held, offs, _ = grouped(user)
         if held is form.node and form.in_first and form.ids is None and offs is not None:
             return ExpertUse("sorted", weight, user, x, offs)
         return unknown("a grouped product with x W in place of x Wᵀ")
@@ -111,7 +112,8 @@ def _interpret(weight: fx.Node, form: _Form, user: fx.Node) -> _Form | ExpertUse
 
 
 def _batched(weight: fx.Node, form: _Form, user: fx.Node, unknown: Any) -> ExpertUse:
-    left, right = arguments_of(user)
+    call = bound(user)
+    left, right = call["self"], call["mat2"]
     kind: ExpertUseKind = "all" if form.ids is None else "chosen"
     if right is form.node and left is not form.node and form.in_first:
         one = kind == "all" or _is_one(fake_value(left).shape[1])
@@ -140,10 +142,28 @@ def is_grouped(node: fx.Node) -> bool:
     return packet is not None and packet is getattr(namespace, FALLBACK[1], None)
 
 
+class Grouped(NamedTuple):
+    """What a product of sorted rows takes; `plain` where that is all."""
+
+    x: Any
+    weight: Any
+    offs: Any
+    plain: bool
+
+
+def grouped(node: fx.Node) -> Grouped:
+    """The arguments of a node that `is_grouped`; torch's own op has other names for them."""
+    call = bound(node)
+    if node.target in GROUPED:
+        others = call["bias"], call["out_dtype"]
+        return Grouped(call["self"], call["mat2"], call["offs"], not any(others))
+    return Grouped(call["input"], call["weight"], call["offs"], True)
+
+
 def _order(user: fx.Node) -> list[int]:
     if user.target is aten.permute.default:
-        return [int(dim) % 3 for dim in arguments_of(user)[1]]
-    order = [0, 1, 2]
-    first, second = (int(dim) % 3 for dim in arguments_of(user)[1:3])
+        return [int(dim) % 3 for dim in bound(user)["dims"]]
+    order, call = [0, 1, 2], bound(user)
+    first, second = (int(call[name]) % 3 for name in ("dim0", "dim1"))
     order[first], order[second] = order[second], order[first]
     return order

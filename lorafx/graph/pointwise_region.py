@@ -21,8 +21,8 @@ from torch import fx
 
 from lorafx.kernels.triton.activation import Activation, Leaf, Load
 from lorafx.kernels.triton.triton_source import TYPES
-from lorafx.op_arguments import bound
-from lorafx.program.frame import arguments_of, fake_value
+from lorafx.op_arguments import bound, index_of, operand
+from lorafx.program.frame import fake_value
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -125,20 +125,21 @@ class _Builder:
         return self.named[key]
 
     def _computed(self, node: fx.Node, start: int, step: int) -> str:
-        arguments = arguments_of(node)
         columns = _columns(node)
         if columns is not None:
             source, first, stride = columns
             return self.value(source, first + stride * start, stride * step)
-        if node.target in SAME and not _other(node, 1):
-            return self.value(arguments[0], start, step)
-        if node.target in CASTS and _float(arguments[0]):
-            return self._cast(node, self.value(arguments[0], start, step))
+        if node.target in SAME:
+            return self.value(operand(node), start, step)
+        if node.target in CASTS and _float(operand(node)):
+            return self._cast(node, self.value(operand(node), start, step))
         form = _form(node)
         if form is None:
             return self._leaf(node, start, step)
         operands = [
-            self._operand(node, item, start, step) for item in arguments if item is not None
+            self._operand(node, item, start, step)
+            for name, item in bound(node).items()
+            if name != "alpha" and item is not None
         ]
         return self._line(form.format(*operands))
 
@@ -189,33 +190,36 @@ class _Builder:
 
 def _form(node: fx.Node) -> str | None:
     """The expression of a pointwise operator; None where it is none, or an unknown one."""
-    if node.op != "call_function" or node.kwargs:
+    if node.op != "call_function":
         return None
     value = fake_value(node)
     if not isinstance(value, torch.Tensor) or value.dtype not in TYPES:
         return None
-    arguments = arguments_of(node)
     if node.target is aten.pow.Tensor_Scalar:
-        return POWERS.get(arguments[1]) if isinstance(arguments[1], (int, float)) else None
+        exponent = bound(node)["exponent"]
+        return POWERS.get(exponent) if isinstance(exponent, (int, float)) else None
     if node.target is aten.clamp.default:
-        low, high = (*arguments[1:], None, None)[:2]
+        call = bound(node)
+        low, high = call["min"], call["max"]
         if low is None or high is None:
             return FORMS[aten.clamp_max.default if low is None else aten.clamp_min.default]
         return f"tl.minimum({FORMS[aten.clamp_min.default]}, {{2}}, {_ALL})"
-    return FORMS.get(node.target)
+    form = FORMS.get(node.target)
+    return form if form is not None and bound(node).get("alpha", 1) == 1 else None
 
 
 def _columns(node: fx.Node) -> tuple[fx.Node, int, int] | None:
     """(source, start, step) where `node` is columns of `source`."""
-    arguments = arguments_of(node)
     if node.target is aten.slice.Tensor:
         return _slice(node)
-    if node.target is operator.getitem and isinstance(arguments[0], fx.Node):
-        split, index = arguments
+    if node.target is operator.getitem:
+        split, index = operand(node), index_of(node)
         if split.target not in SPLITS or not isinstance(index, int):
             return None
-        source, sizes, dim = bound(split).values()
-        if dim not in (fake_value(source).dim() - 1, -1):
+        call = bound(split)
+        source = call["self"]
+        sizes = call["split_size" if split.target is aten.split.Tensor else "split_sizes"]
+        if call["dim"] not in (fake_value(source).dim() - 1, -1):
             return None
         first = index * sizes if isinstance(sizes, int) else sum(sizes[:index])
         return source, first, 1
@@ -240,7 +244,8 @@ def _gathered(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """(table, ids) where `node` is table[ids], rows of a matrix."""
     if node.target is not aten.index.Tensor:
         return None
-    table, indices = arguments_of(node)
+    call = bound(node)
+    table, indices = call["self"], call["indices"]
     whole = len(indices) == 1 and fake_value(table).dim() == 2
     if not whole or fake_value(indices[0]).dtype not in (torch.int32, torch.int64):
         return None
@@ -250,8 +255,3 @@ def _gathered(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 def _float(node: Any) -> bool:
     value = fake_value(node) if isinstance(node, fx.Node) else None
     return isinstance(value, torch.Tensor) and value.dtype in TYPES
-
-
-def _other(node: fx.Node, count: int) -> bool:
-    """Whether it has more positional arguments than so many."""
-    return len(arguments_of(node)) > count

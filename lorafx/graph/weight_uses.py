@@ -26,8 +26,8 @@ from torch import fx
 
 from lorafx.kernels.ops.grouped_ops import Blocks
 from lorafx.model.forward_check import is_dense
-from lorafx.op_arguments import bound
-from lorafx.program.frame import arguments_of, fake_value
+from lorafx.op_arguments import bound, index_of, operand
+from lorafx.program.frame import fake_value
 from lorafx.program.weight_forms import FIXED, Axis, WeightForm, same_size
 
 aten = torch.ops.aten
@@ -174,11 +174,11 @@ def _interpret(held: _Held, user: fx.Node) -> list[_Held | Use]:
     value = fake_value(user)
     if value is None or isinstance(value, (int, torch.SymInt)):
         return []
-    for table, handler in _HANDLERS:
-        if user.target in table:
-            outcome = handler(held, user)
-            return outcome if isinstance(outcome, list) else [outcome]
-    return [held.unknown(user, f"no rule for {user.target}")]
+    handler = _HANDLERS.get(user.target)
+    if handler is None:
+        return [held.unknown(user, f"no rule for {user.target}")]
+    outcome = handler(held, user)
+    return outcome if isinstance(outcome, list) else [outcome]
 
 
 def _same(held: _Held, user: fx.Node) -> _Held:
@@ -191,10 +191,10 @@ def _swap(held: _Held, user: fx.Node) -> _Held:
     if user.target is aten.t.default:
         order = list(reversed(range(dims)))
     elif user.target is aten.permute.default:
-        order = [int(dim) % dims for dim in arguments_of(user)[1]]
+        order = [int(dim) % dims for dim in bound(user)["dims"]]
     else:
-        order = list(range(dims))
-        first, second = (int(dim) % dims for dim in arguments_of(user)[1:3])
+        order, call = list(range(dims)), bound(user)
+        first, second = (int(call[name]) % dims for name in ("dim0", "dim1"))
         order[first], order[second] = order[second], order[first]
     return held.as_node(user, held.form.permuted(order), plain=True)
 
@@ -226,8 +226,8 @@ def _slice(held: _Held, user: fx.Node) -> _Held | Use:
 
 
 def _select(held: _Held, user: fx.Node) -> _Held | Use:
-    _, dim, index = arguments_of(user)
-    dim %= len(held.form.axes)
+    call = bound(user)
+    dim, index = call["dim"] % len(held.form.axes), call["index"]
     size = held.sizes[dim]
     if not isinstance(index, int) or not isinstance(size, int):
         return held.unknown(user, "it is indexed by a size that is not constant")
@@ -252,7 +252,7 @@ def _taken_apart(held: _Held, user: fx.Node) -> list[_Held | Use]:
         if item.target is not operator.getitem:
             found.append(held.unknown(item, "several of its parts are used together"))
             continue
-        start, form = sum(sizes[: arguments_of(item)[1]]), held.form
+        start, form = sum(sizes[: index_of(item)]), held.form
         found.append(
             _part(held, item, form.selected(dim, start) if single else form.sliced(dim, start, 1))
         )
@@ -261,7 +261,8 @@ def _taken_apart(held: _Held, user: fx.Node) -> list[_Held | Use]:
 
 def _scaled(held: _Held, user: fx.Node) -> _Held | Use:
     """Stored numbers times the scale of their module, the weight dequantised where it is used."""
-    first, second = arguments_of(user)
+    call = bound(user)
+    first, second = call["self"], call["other"]
     other = second if first is held.node else first
     scale = _input_of(other) if isinstance(other, fx.Node) else None
     same_sizes = _sizes(fake_value(user)) == held.sizes
@@ -270,18 +271,21 @@ def _scaled(held: _Held, user: fx.Node) -> _Held | Use:
     return replace(held, node=user, stored=False)
 
 
-def _operands(user: fx.Node) -> tuple[Any, Any, Any]:
-    """(bias, left, right) of a matrix product."""
-    if user.target in (aten.addmm.default, aten.baddbmm.default):
-        bias, left, right = arguments_of(user)[:3]
-        return bias, left, right
-    left, right = arguments_of(user)[:2]
-    return None, left, right
+#: What products call their addend, where they have one, their left operand and their right one.
+_PRODUCTS: dict[Any, tuple[str, str, str]] = {
+    aten.mm.default: ("", "self", "mat2"),
+    aten.bmm.default: ("", "self", "mat2"),
+    aten.addmm.default: ("self", "mat1", "mat2"),
+    aten.baddbmm.default: ("self", "batch1", "batch2"),
+}
 
 
 def _product(held: _Held, user: fx.Node) -> Use:
-    bias, left, right = _operands(user)
-    if any(user.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
+    call = bound(user)
+    addend, *operands = _PRODUCTS[user.target]
+    bias = call.get(addend)
+    left, right = (call[name] for name in operands)
+    if any(call.get(name, 1) != 1 for name in ("alpha", "beta")):
         return held.unknown(user, "a product with alpha or beta other than 1")
     if left is right or bias is held.node:
         return held.unknown(user, "it is multiplied by itself")
@@ -335,31 +339,28 @@ def _by_blocks(
 
 
 def _embedding(held: _Held, user: fx.Node) -> Use:
-    if arguments_of(user)[0] is not held.node or not held.is_whole(out=0, into=1):
+    call = bound(user)
+    if call["weight"] is not held.node or not held.is_whole(out=0, into=1):
         return held.unknown(user, "an embedding lookup in a rearranged weight")
-    return Use("embedding", held.weight, user, x=arguments_of(user)[1], plain=held.plain)
+    return Use("embedding", held.weight, user, x=call["indices"], plain=held.plain)
 
 
 _Handler = Callable[[_Held, fx.Node], "_Held | Use | list[_Held | Use]"]
-_HANDLERS: tuple[tuple[frozenset[Any], _Handler], ...] = (
-    (SAME_VALUE, _same),
-    (frozenset({aten.t.default, aten.permute.default, aten.transpose.int}), _swap),
-    (frozenset({aten.expand.default}), _expand),
-    (RESHAPES, _reshape),
-    (frozenset({aten.slice.Tensor}), _slice),
-    (frozenset({aten.select.int}), _select),
-    (
-        frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}),
-        _taken_apart,
+_HANDLERS: dict[Any, _Handler] = {
+    **dict.fromkeys(SAME_VALUE, _same),
+    **dict.fromkeys((aten.t.default, aten.permute.default, aten.transpose.int), _swap),
+    aten.expand.default: _expand,
+    **dict.fromkeys(RESHAPES, _reshape),
+    aten.slice.Tensor: _slice,
+    aten.select.int: _select,
+    **dict.fromkeys(
+        (aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int), _taken_apart
     ),
-    (
-        frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}),
-        _product,
-    ),
-    (frozenset({aten.linear.default}), _linear),
-    (frozenset({aten.embedding.default}), _embedding),
-    (frozenset({aten.mul.Tensor}), _scaled),
-)
+    **dict.fromkeys(_PRODUCTS, _product),
+    aten.linear.default: _linear,
+    aten.embedding.default: _embedding,
+    aten.mul.Tensor: _scaled,
+}
 
 
 def is_constant(node: fx.Node) -> bool:
@@ -370,7 +371,8 @@ def is_constant(node: fx.Node) -> bool:
 def _input_of(node: fx.Node) -> fx.Node | None:
     """The graph input that `node` is, seen through views and casts."""
     while node.op == "call_function" and (node.target in SAME_VALUE or node.target in RESHAPES):
-        if not isinstance(arguments_of(node)[0], fx.Node):
+        source = operand(node)
+        if not isinstance(source, fx.Node):
             return None
-        node = arguments_of(node)[0]
+        node = source
     return node if node.op == "placeholder" else None

@@ -10,18 +10,19 @@ import torch
 import torch.distributed as dist
 from torch import fx
 
+from lorafx.op_arguments import operand
 from lorafx.ownership.flow import Flow, Rule
 from lorafx.ownership.labels import Label, Own
 
 
 def kept(node: fx.Node, flow: Flow) -> Label:
     """Each entry where it was."""
-    return flow.label(node.all_input_nodes[0])
+    return flow.label(operand(node))
 
 
 def gathered(node: fx.Node, flow: Flow) -> Label:
     """The ranks' tensors one after another: only what is owned along another dimension is kept."""
-    label = flow.label(node.all_input_nodes[0])
+    label = flow.label(operand(node))
     if isinstance(label, Own) and label.dim == 0:
         return flow.lost(node, "the ranks' requests are gathered along their own dimension")
     return label

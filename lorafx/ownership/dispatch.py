@@ -12,7 +12,7 @@ import operator
 import torch
 from torch import fx
 
-from lorafx.op_arguments import bound
+from lorafx.op_arguments import bound, index_of, operand
 from lorafx.ownership.flow import Flow
 from lorafx.ownership.labels import Digit
 from lorafx.ownership.symbolic import ONE, equal
@@ -32,14 +32,15 @@ def iota(node: fx.Node, flow: Flow) -> Digit | None:
 
 def vector_order(node: fx.Node, flow: Flow) -> Digit | None:
     """The indices of a vector sort: a permutation, and the inverse of the one it sorts."""
-    sort = node.args[0] if node.target is operator.getitem else node
+    sort = operand(node) if node.target is operator.getitem else node
     if not isinstance(sort, fx.Node) or not isinstance(sort.target, torch._ops.OpOverload):
         return None
     packet = sort.target.overloadpacket
-    indices = packet == aten.sort and node is not sort and node.args[1] == 1
+    indices = packet == aten.sort and node is not sort and index_of(node) == 1
     if not (indices or (packet == aten.argsort and node is sort)):
         return None
-    keys, shape = sort.args[0], flow.shape(sort.args[0])
+    keys = operand(sort)
+    shape = flow.shape(keys)
     if len(shape) != 1:
         return None
     known = flow.digit(keys)

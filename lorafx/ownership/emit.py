@@ -75,7 +75,7 @@ class Emitter:
                 known.setdefault(value.node.expr, node)  # inside of what it is unified with
 
     def call(
-        self, before: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any
+        self, before: fx.Node, target: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> fx.Node:
         """A call_function node before `before`, with its fake value."""
         with self.graph.inserting_before(before):

@@ -17,7 +17,7 @@ import sympy
 import torch
 from torch import fx
 
-from lorafx.op_arguments import bound
+from lorafx.op_arguments import bound, operand
 from lorafx.ownership import contractions, pointwise
 from lorafx.ownership.labels import Mixed, Own
 from lorafx.ownership.propagate import called_by, rule_for
@@ -60,7 +60,7 @@ def _size_at(replay: Vectorizer, arg: fx.Node, dim: int, ndim: int) -> sympy.Exp
 
 
 def _expanded(node: fx.Node, replay: Vectorizer) -> fx.Node | None:
-    flow, first = replay.flow, node.args[0]
+    flow, first = replay.flow, operand(node)
     assert isinstance(first, fx.Node)
     new = flow.shape(node)
     dims = [d for d, size in enumerate(new) if size == flow.batch]
@@ -75,7 +75,7 @@ def _expanded(node: fx.Node, replay: Vectorizer) -> fx.Node | None:
 
 def _repeated(node: fx.Node, replay: Vectorizer) -> fx.Node | None:
     """Tiling along dimension d: index i of n·size belongs to repetition i // size."""
-    flow, first, repeats = replay.flow, node.args[0], list(bound(node)["repeats"])
+    flow, first, repeats = replay.flow, operand(node), list(bound(node)["repeats"])
     assert isinstance(first, fx.Node)
     dims = [d for d, times in enumerate(repeats) if flow.size(times) == flow.batch]
     if len(dims) != 1:

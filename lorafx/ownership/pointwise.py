@@ -10,7 +10,7 @@ import torch
 import torch._inductor.inductor_prims  # defines prims.fma
 from torch import fx
 
-from lorafx.op_arguments import bound
+from lorafx.op_arguments import bound, operand
 from lorafx.ownership.flow import Flow, Rule, each_output, outputs
 from lorafx.ownership.labels import Digit, Label, Own
 from lorafx.ownership.symbolic import divide, equal, is_multiple
@@ -35,10 +35,11 @@ def pointwise(node: fx.Node, flow: Flow) -> Label:
 
 def same_as_first(node: fx.Node, flow: Flow) -> Label:
     """The first argument's entries, each where it was; other operands depend on no request."""
-    others = flow.agree(node, [flow.label(arg) for arg in node.all_input_nodes[1:]])
+    first = operand(node)
+    others = flow.agree(node, [flow.label(a) for a in node.all_input_nodes if a is not first])
     if others is not None:
         return flow.lost(node, f"an operand that should be shared is {others}")
-    return each_output(node, flow.label(node.all_input_nodes[0]))
+    return each_output(node, flow.label(first))
 
 
 def copied(node: fx.Node, flow: Flow) -> Label:
@@ -64,7 +65,7 @@ def searched(node: fx.Node, flow: Flow) -> Label:
 
 def scalar_read(node: fx.Node, flow: Flow) -> Label:
     """item(): a size read from data is ignored, another number read from requests is not."""
-    label = flow.label(node.all_input_nodes[0])
+    label = flow.label(operand(node))
     if isinstance(node.meta.get("val"), (int, torch.SymInt)) or label is None:
         return None
     return flow.lost(node, "a number computed from all requests")
@@ -72,9 +73,9 @@ def scalar_read(node: fx.Node, flow: Flow) -> Label:
 
 def as_real(node: fx.Node, flow: Flow) -> Label:
     """view_as_real and view_as_complex add or drop a last dimension of two."""
-    label = flow.label(node.all_input_nodes[0])
+    label = flow.label(operand(node))
     if isinstance(label, Own) and label.dim >= min(
-        len(flow.shape(node)), len(flow.shape(node.args[0]))
+        len(flow.shape(node)), len(flow.shape(operand(node)))
     ):
         return flow.lost(node, "the owner dimension holds the parts of complex numbers")
     return label
@@ -218,12 +219,13 @@ def cast_digit(node: fx.Node, flow: Flow) -> Digit | None:
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.dtype not in (torch.int32, torch.int64):
         return None
-    return flow.digit(node.all_input_nodes[0])
+    return flow.digit(operand(node))
 
 
 def divided_digit(node: fx.Node, flow: Flow) -> Digit | None:
     """t // k: ((w // rows) mod m) // k = (w // (rows·k)) mod (m / k) where k divides m."""
-    digit, k = flow.digit(node.args[0]), flow.size(node.args[1])
+    args = bound(node)
+    digit, k = flow.digit(args["self"]), flow.size(args["other"])
     if digit is None or k is None or not k.is_positive or not rounds_down(node):
         return None
     modulus = divide(digit.modulus, k)
@@ -240,7 +242,8 @@ def rounds_down(node: fx.Node) -> bool:
 
 def remainder_digit(node: fx.Node, flow: Flow) -> Digit | None:
     """t mod k, where k divides the modulus."""
-    digit, k = flow.digit(node.args[0]), flow.size(node.args[1])
+    args = bound(node)
+    digit, k = flow.digit(args["self"]), flow.size(args["other"])
     if digit is None or k is None or not k.is_positive or not is_multiple(digit.modulus, k):
         return None
     return Digit(digit.dim, digit.rows, k, digit.perm)

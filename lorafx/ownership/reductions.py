@@ -8,12 +8,13 @@ they are owned through p.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import torch
 from torch import fx
 
-from lorafx.op_arguments import bound
+from lorafx.op_arguments import bound, index_of, operand
 from lorafx.ownership.flow import Flow, Rule, each_output, outputs, wrap_all
 from lorafx.ownership.labels import Label, Own
 from lorafx.ownership.pointwise import same_as_first
@@ -21,16 +22,12 @@ from lorafx.ownership.pointwise import same_as_first
 aten, prims = torch.ops.aten, torch.ops.prims
 
 
-def first_tensor(node: fx.Node) -> fx.Node:
-    return node.all_input_nodes[0]
-
-
 def reduced(node: fx.Node, flow: Flow) -> Label:
     """Reductions over `dim` or `dims`; none given (or an empty list) means all."""
-    label, args = flow.label(node.args[0]), bound(node)
+    label, args = flow.label(operand(node)), bound(node)
     if not isinstance(label, Own):
         return each_output(node, label)
-    n = len(flow.shape(node.args[0]))
+    n = len(flow.shape(operand(node)))
     dims = wrap_all(args.get("dim", args.get("dims")), n)
     if label.dim in dims:
         return each_output(node, flow.lost(node, f"reduced over the owner dimension of {label}"))
@@ -42,28 +39,29 @@ def reduced(node: fx.Node, flow: Flow) -> Label:
 
 def scanned(node: fx.Node, flow: Flow) -> Label:
     """Softmax, cumulative sums, fft, top-k: the shape's dimensions stay, `dim` is worked along."""
-    label, args = flow.label(first_tensor(node)), bound(node)
+    label, args = flow.label(operand(node)), bound(node)
     if not isinstance(label, Own):
         return each_output(node, label)
-    if label.dim in wrap_all(args.get("dim"), len(flow.shape(first_tensor(node)))):
+    if label.dim in wrap_all(args.get("dim"), len(flow.shape(operand(node)))):
         return each_output(node, flow.lost(node, f"works along the owner dimension of {label}"))
     return each_output(node, label)
 
 
 def sort_dim(node: fx.Node, flow: Flow) -> bool:
     """The sort is that of a vector."""
-    return len(flow.shape(node.args[0])) == 1
+    return len(flow.shape(operand(node))) == 1
 
 
 def sorted_values(node: fx.Node, flow: Flow) -> Label:
     """sort: (values, indices). A vector's values are x[p] with p the indices."""
-    label = flow.label(node.args[0])
+    label = flow.label(operand(node))
     if not isinstance(label, Own) or not sort_dim(node, flow):
         return scanned(node, flow)
     lost = flow.lost(node, "the order of all requests' entries")
     if not isinstance(node.meta["val"], (tuple, list)):
         return lost  # argsort: the indices alone
-    indices = next((u for u in node.users if u.args[1:] == (1,)), None)
+    items = (user for user in node.users if user.target is operator.getitem)
+    indices = next((item for item in items if index_of(item) == 1), None)
     if label.perm is not None or indices is None:
         return lost, lost
     return Own(0, label.rows, indices), lost
@@ -94,7 +92,7 @@ def normalised(over: Callable[[fx.Node, Flow, int], bool], leading: bool = True)
 def trailing(node: fx.Node, flow: Flow, dim: int) -> bool:
     """layer_norm, rms_norm: the last len(normalized_shape) dimensions."""
     args = bound(node)
-    return dim >= len(flow.shape(node.args[0])) - len(args["normalized_shape"])
+    return dim >= len(flow.shape(operand(node))) - len(args["normalized_shape"])
 
 
 def groups(node: fx.Node, flow: Flow, dim: int) -> bool:

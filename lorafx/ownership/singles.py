@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch import fx
 
-from lorafx.op_arguments import bound
+from lorafx.op_arguments import bound, operand
 from lorafx.ownership.flow import Flow, each_output, outputs, wrap
 from lorafx.ownership.labels import Label, Mixed, One, Own, Single
 from lorafx.ownership.symbolic import ONE, equal
@@ -39,8 +39,8 @@ def taken_apart(node: fx.Node, flow: Flow) -> Label | None:
     packet = getattr(node.target, "overloadpacket", None)
     if packet not in CUTS:
         return None
-    args, own = bound(node), flow.label(node.args[0])
-    shape = flow.shape(node.args[0])
+    args, own = bound(node), flow.label(operand(node))
+    shape = flow.shape(operand(node))
     if not isinstance(own, Own) or own.dim != wrap(args.get("dim", 0), len(shape)):
         return None
     length = shape[own.dim]

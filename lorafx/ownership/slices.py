@@ -13,7 +13,7 @@ import sympy
 import torch
 from torch import fx
 
-from lorafx.op_arguments import bound
+from lorafx.op_arguments import bound, index_of, operand
 from lorafx.ownership.flow import Flow, Rule, each_output, outputs, wrap
 from lorafx.ownership.labels import Digit, Label, Mixed, Own, Single
 from lorafx.ownership.symbolic import ONE, divide, equal
@@ -30,13 +30,13 @@ def piece(node: fx.Node, flow: Flow, own: Own, start: sympy.Expr, size: sympy.Ex
 
 def is_full(node: fx.Node, flow: Flow, dim: int, step: object) -> bool:
     """The slice keeps the whole dimension."""
-    return step == 1 and equal(flow.shape(node)[dim], flow.shape(node.args[0])[dim])
+    return step == 1 and equal(flow.shape(node)[dim], flow.shape(operand(node))[dim])
 
 
 def sliced(node: fx.Node, flow: Flow) -> Label:
     """slice(dim, start, end, step), also narrow(dim, start, length)."""
-    label, args = flow.label(node.args[0]), bound(node)
-    shape = flow.shape(node.args[0])
+    label, args = flow.label(operand(node)), bound(node)
+    shape = flow.shape(operand(node))
     dim = wrap(args["dim"], len(shape))
     step, start = args.get("step", 1), args.get("start")
     if not isinstance(label, Own) or label.dim != dim or is_full(node, flow, dim, step):
@@ -55,7 +55,7 @@ def sliced(node: fx.Node, flow: Flow) -> Label:
 
 
 def sliced_digit(node: fx.Node, flow: Flow) -> Digit | None:
-    digit, args = flow.digit(node.args[0]), bound(node)
+    digit, args = flow.digit(operand(node)), bound(node)
     if digit is None:
         return None
     dim = wrap(args["dim"], len(flow.shape(node)))
@@ -64,8 +64,8 @@ def sliced_digit(node: fx.Node, flow: Flow) -> Digit | None:
 
 def split(node: fx.Node, flow: Flow) -> Label:
     """split, split_with_sizes, chunk and their kin: one label a piece."""
-    label, args = flow.label(node.args[0]), bound(node)
-    dim = wrap(args.get("dim", 0), len(flow.shape(node.args[0])))
+    label, args = flow.label(operand(node)), bound(node)
+    dim = wrap(args.get("dim", 0), len(flow.shape(operand(node))))
     if not isinstance(label, Own) or label.dim != dim:
         return each_output(node, label)
     start, labels = sympy.Integer(0), []
@@ -78,9 +78,10 @@ def split(node: fx.Node, flow: Flow) -> Label:
 
 def item_of(node: fx.Node, flow: Flow) -> Label:
     """operator.getitem: one output of an operator with several."""
-    label = flow.labels.get(node.all_input_nodes[0])
+    label = flow.labels.get(operand(node))
     if isinstance(label, tuple):
-        return label[node.args[1]] if isinstance(node.args[1], int) else None
+        index = index_of(node)
+        return label[index] if isinstance(index, int) else None
     return label
 
 
@@ -154,7 +155,7 @@ def diagonal_written(node: fx.Node, flow: Flow) -> Label:
 
 def glu_halves(node: fx.Node, flow: Flow) -> Label:
     """glu(dim): the two halves of a dimension meet."""
-    label = flow.label(node.args[0])
+    label = flow.label(operand(node))
     dim = wrap(bound(node)["dim"], len(flow.shape(node)))
     if isinstance(label, Own) and label.dim == dim:
         half = piece(node, flow, label, flow.shape(node)[dim], flow.shape(node)[dim])

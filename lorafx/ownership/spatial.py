@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from lorafx.op_arguments import bound
+from lorafx.op_arguments import bound, operand
 from lorafx.ownership.flow import Flow, Rule, each_output
 from lorafx.ownership.labels import Label, Own
 from lorafx.ownership.pointwise import same_as_first
@@ -45,7 +45,7 @@ def in_front_of(trailing: int) -> Rule:
     def rule(node: fx.Node, flow: Flow) -> Label:
         label = same_as_first(node, flow)
         one = label[0] if isinstance(label, tuple) else label
-        if isinstance(one, Own) and one.dim >= len(flow.shape(node.args[0])) - trailing:
+        if isinstance(one, Own) and one.dim >= len(flow.shape(operand(node))) - trailing:
             return each_output(node, flow.lost(node, f"works over the owner dimension of {one}"))
         return label
 

@@ -23,7 +23,7 @@ import sympy
 import torch
 from torch import fx
 
-from lorafx.op_arguments import bound
+from lorafx.op_arguments import bound, operand
 from lorafx.ownership import contractions, pointwise, reductions, slices, spatial, views
 from lorafx.ownership import site_rules as sites
 from lorafx.ownership.flow import Flow, outputs, wrap, wrap_all
@@ -117,7 +117,7 @@ class Alignment:
     def _state(self, node: fx.Node) -> States:
         n = outputs(node)[0].dim()  # type: ignore[union-attr]
         if node.target is operator.getitem:
-            found = self.states[node.args[0]]  # type: ignore[index]
+            found = self.states[operand(node)]
             return found if len(found) == n else (LOST,) * n
         if not isinstance(node.target, torch._ops.OpOverload):
             return (LOST,) * n
@@ -139,22 +139,22 @@ class Alignment:
         elif reductions.RULES.get(packet) is reductions.reduced:
             found = self._reduced(node)
         elif packet in (aten._softmax, aten.softmax, aten._safe_softmax, aten.cumsum):
-            found = self.of(node.args[0])
+            found = self.of(operand(node))
         elif packet == aten.embedding:
             found = (*self.of(bound(node)["indices"]), None)
         elif sites.RULES.get(packet) is sites.rows_of:
-            found = self.of(node.args[1])
+            found = self.of(bound(node)["y"])
             if LOST in found[:-1]:
-                found = (*self.of(node.args[0])[: n - 1], None)
+                found = (*self.of(sites.input_of(node))[: n - 1], None)
         elif packet in sites.RULES:
-            found = self.of(node.args[1])
+            found = self.of(bound(node)["y"])
         elif (
             pointwise.RULES.get(packet) is pointwise.pointwise
             or torch.Tag.pointwise in node.target.tags
         ):
             found = self._broadcast(node.all_input_nodes, n)
         elif packet in spatial.RULES:
-            found = self.of(node.all_input_nodes[0])[:1] + (LOST,) * (n - 1)
+            found = self.of(operand(node))[:1] + (LOST,) * (n - 1)
         else:
             found = (LOST,) * n
         return tuple(found) if len(found) == n else (LOST,) * n
@@ -177,10 +177,10 @@ class Alignment:
 
     def _moved(self, node: fx.Node, renumber: views.Renumber) -> States:
         """Permutations and their like: what cannot stay (a roll, a pad) is lost where it was."""
-        n, kept = len(self.shape(node)), self.of(node.args[0])
+        n, kept = len(self.shape(node)), self.of(operand(node))
         states: list[State] = [None] * n
         for d, state in enumerate(kept):
-            if state is None or self.shape(node.args[0])[d] == ONE:
+            if state is None or self.shape(operand(node))[d] == ONE:
                 continue
             to = renumber(node, self.flow, d)
             if to is not None:
@@ -190,9 +190,9 @@ class Alignment:
         return tuple(states)
 
     def _viewed(self, node: fx.Node) -> States:
-        old, new = self.shape(node.args[0]), self.shape(node)
+        old, new = self.shape(operand(node)), self.shape(node)
         states: list[State] = [None] * len(new)
-        for d, state in enumerate(self.of(node.args[0])):
+        for d, state in enumerate(self.of(operand(node))):
             if state is None or old[d] == ONE:
                 continue
             lost = state is LOST
@@ -223,14 +223,14 @@ class Alignment:
         return tuple(self._met(x, y) for x, y in zip(out, bias, strict=True))
 
     def _cut(self, node: fx.Node) -> States:
-        args, states = bound(node), list(self.of(node.args[0]))
+        args, states = bound(node), list(self.of(operand(node)))
         dim = wrap(args["dim"], len(states))
         if states[dim] is not None and not slices.is_full(node, self.flow, dim, args["step"]):
             states[dim] = LOST
         return tuple(states)
 
     def _split(self, node: fx.Node) -> States:
-        states = list(self.of(node.args[0]))
+        states = list(self.of(operand(node)))
         dim = wrap(bound(node).get("dim", 0), len(states))
         states[dim] = None if states[dim] is None else LOST
         return tuple(states)
@@ -249,7 +249,7 @@ class Alignment:
         return tuple(states)
 
     def _reduced(self, node: fx.Node) -> States:
-        args, states = bound(node), list(self.of(node.args[0]))
+        args, states = bound(node), list(self.of(operand(node)))
         dims = wrap_all(args.get("dim", args.get("dims")), len(states))
         if args.get("keepdim", args.get("keepdims", False)):
             return tuple(None if d in dims else s for d, s in enumerate(states))

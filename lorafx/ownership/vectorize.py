@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lorafx.op_arguments import bound, in_order
+from lorafx.op_arguments import bound, in_order, index_of, operand
 from lorafx.ownership import pointwise
 from lorafx.ownership.emit import Emitter
 from lorafx.ownership.flow import Flow, operator_name, outputs, place, wrap
@@ -102,7 +102,7 @@ class Vectorizer:
 
     # --- what rules use ---
 
-    def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    def emit(self, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
         return self.emitter.call(self.before, target, *args, **kwargs)
 
     @property
@@ -170,7 +170,7 @@ def _along(
 ) -> fx.Node:
     """An operator of one tensor that says which dimensions it works along."""
     args = bound(node)
-    first = node.args[0]
+    first = operand(node)
     replay.only(node, first)
     assert isinstance(first, fx.Node)
     n = len(replay.flow.shape(first))
@@ -201,7 +201,7 @@ def _unsqueezed(node: fx.Node, replay: Vectorizer) -> fx.Node:
 
 
 def _squeezed(node: fx.Node, replay: Vectorizer) -> fx.Node:
-    first = node.args[0]
+    first = operand(node)
     assert isinstance(first, fx.Node)
     if "dim" in bound(node):
         return _along(node, replay)
@@ -210,13 +210,13 @@ def _squeezed(node: fx.Node, replay: Vectorizer) -> fx.Node:
 
 
 def _permuted(node: fx.Node, replay: Vectorizer) -> fx.Node:
-    first, dims = node.args[0], bound(node)["dims"]
+    first, dims = operand(node), bound(node)["dims"]
     dims = [0, *(wrap(dim, len(dims)) + 1 for dim in dims)]
-    return replay.emit(aten.permute.default, replay.copies[first], dims)  # type: ignore[index]
+    return replay.emit(aten.permute.default, replay.copies[first], dims)
 
 
 def _turned(node: fx.Node, replay: Vectorizer) -> fx.Node:
-    first = node.args[0]
+    first = operand(node)
     assert isinstance(first, fx.Node)
     copies = replay.copies[first]
     if len(replay.flow.shape(first)) < 2:
@@ -229,19 +229,19 @@ def _viewed(node: fx.Node, replay: Vectorizer) -> fx.Node:
     size = args.get("size", args.get("shape"))
     if not isinstance(size, (list, tuple)):
         raise Ended(node, "a view of the bits as another type")
-    copies = replay.copies[node.args[0]]  # type: ignore[index]
+    copies = replay.copies[operand(node)]
     return replay.emit(aten.reshape.default, copies, [replay.count, *size])
 
 
 def _expanded(node: fx.Node, replay: Vectorizer) -> fx.Node:
     size = bound(node)["size"]
-    wide = replay.wide(node.args[0], len(size))  # type: ignore[arg-type]
+    wide = replay.wide(operand(node), len(size))
     return replay.emit(aten.expand.default, wide, [replay.count, *size])
 
 
 def _repeated(node: fx.Node, replay: Vectorizer) -> fx.Node:
     repeats = bound(node)["repeats"]
-    wide = replay.wide(node.args[0], len(repeats))  # type: ignore[arg-type]
+    wide = replay.wide(operand(node), len(repeats))
     return replay.emit(aten.repeat.default, wide, [1, *repeats])
 
 
@@ -257,12 +257,12 @@ def _joined(node: fx.Node, replay: Vectorizer) -> fx.Node:
 
 def _indexed(node: fx.Node, replay: Vectorizer) -> fx.Node:
     """x[indices] with the same indices for all requests."""
-    x, indices = node.args[0], list(bound(node)["indices"])
+    x, indices = operand(node), list(bound(node)["indices"])
     replay.only(node, x)
     at = [d for d, index in enumerate(indices) if index is not None]
     if any(is_boolean(indices[d]) for d in at) or at != list(range(at[0], at[0] + len(at))):
         raise Ended(node, "indexed by a mask, or at dimensions that are not neighbours")
-    return replay.emit(node.target, replay.copies[x], [None, *indices])  # type: ignore[index]
+    return replay.emit(node.target, replay.copies[x], [None, *indices])
 
 
 def _written(node: fx.Node, replay: Vectorizer) -> fx.Node:
@@ -284,13 +284,10 @@ def _gathered(node: fx.Node, replay: Vectorizer) -> fx.Node:
 
 def _as_it_is(node: fx.Node, replay: Vectorizer) -> fx.Node:
     """It counts dimensions from the last one."""
-    replay.only(node, node.args[0])
-    return replay.emit(
-        node.target,
-        replay.copies[node.args[0]],  # type: ignore[index]
-        *node.args[1:],
-        **node.kwargs,
-    )
+    first, args = operand(node), bound(node)
+    replay.only(node, first)
+    args[next(iter(args))] = replay.copies[first]
+    return replay.emit(node.target, *in_order(node.target, args))  # type: ignore[arg-type]
 
 
 def _product(node: fx.Node, replay: Vectorizer) -> fx.Node:
@@ -316,7 +313,8 @@ def _product(node: fx.Node, replay: Vectorizer) -> fx.Node:
 
 
 def _batched_product(node: fx.Node, replay: Vectorizer) -> fx.Node:
-    pairs = [replay.copies_of(arg) for arg in node.args]  # type: ignore[arg-type]
+    args = bound(node)
+    pairs = [replay.copies_of(args[name]) for name in ("self", "mat2")]
     sizes = [[replay.size_of(pair, dim) for dim in range(4)] for pair in pairs]
     flat = [
         replay.emit(aten.reshape.default, pair, [-1, *size[2:]])
@@ -327,8 +325,7 @@ def _batched_product(node: fx.Node, replay: Vectorizer) -> fx.Node:
 
 
 def _item(node: fx.Node, replay: Vectorizer) -> fx.Node:
-    several, index = node.args
-    return replay.emit(operator.getitem, replay.copies[several], index)  # type: ignore[index]
+    return replay.emit(operator.getitem, replay.copies[operand(node)], index_of(node))
 
 
 RULES: dict[object, BatchingRule] = {

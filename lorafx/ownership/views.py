@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import fx
 
-from lorafx.op_arguments import bound
+from lorafx.op_arguments import bound, operand
 from lorafx.ownership.flow import Flow, Rule, each_output, wrap, wrap_all
 from lorafx.ownership.labels import Digit, Label, Own
 from lorafx.ownership.symbolic import ONE, divide, equal, never_negative, product, reshaped
@@ -28,18 +28,18 @@ Renumber = Callable[[fx.Node, Flow, int], "int | None"]
 def view_of(node: fx.Node, flow: Flow, carried: Placed) -> Placed | None:
     """Row-major reshape of the first argument into the node's shape."""
     modulus = carried.modulus if isinstance(carried, Digit) else flow.batch
-    old, new = flow.shape(node.args[0]), flow.shape(node)
+    old, new = flow.shape(operand(node)), flow.shape(node)
     found = reshaped(carried.dim, carried.rows, modulus, old, new, carried.perm is not None)
     return replace(carried, dim=found[0], rows=found[1]) if found is not None else None
 
 
 def view(node: fx.Node, flow: Flow) -> Label:
-    label = flow.label(node.args[0])
+    label = flow.label(operand(node))
     if not isinstance(label, Own):
         return label
     there = view_of(node, flow, label)
     if there is None:
-        old, new = flow.shape(node.args[0]), flow.shape(node)
+        old, new = flow.shape(operand(node)), flow.shape(node)
         return flow.lost(node, f"{label} cannot be followed from sizes {old} to {new}")
     return there
 
@@ -65,13 +65,13 @@ def learn_sizes(node: fx.Node, flow: Flow) -> None:
             flow.sizes.learn(flow.shape(node)[dim], size)
     if open_dim is not None:
         rest = product(size for dim, size in enumerate(sizes) if dim != open_dim)
-        exact = divide(product(flow.shape(node.args[0])), rest)
+        exact = divide(product(flow.shape(operand(node))), rest)
         if exact is not None:
             flow.sizes.learn(flow.shape(node)[open_dim], exact)
 
 
 def view_digit(node: fx.Node, flow: Flow) -> Digit | None:
-    digit = flow.digit(node.args[0])
+    digit = flow.digit(operand(node))
     return view_of(node, flow, digit) if digit is not None else None
 
 
@@ -79,14 +79,14 @@ def moved(renumber: Renumber, why: str) -> tuple[Rule, Callable]:
     """A rule (and its twin for digits) that sends dimension d of the first argument elsewhere."""
 
     def rule(node: fx.Node, flow: Flow) -> Label:
-        label = flow.label(node.args[0])
+        label = flow.label(operand(node))
         if not isinstance(label, Own):
             return each_output(node, label)
         dim = renumber(node, flow, label.dim)
         return each_output(node, flow.lost(node, why) if dim is None else label.at(dim))
 
     def digits(node: fx.Node, flow: Flow) -> Digit | None:
-        digit = flow.digit(node.args[0])
+        digit = flow.digit(operand(node))
         dim = renumber(node, flow, digit.dim) if digit is not None else None
         return digit.at(dim) if digit is not None and dim is not None else None
 
@@ -94,7 +94,7 @@ def moved(renumber: Renumber, why: str) -> tuple[Rule, Callable]:
 
 
 def ndim(node: fx.Node, flow: Flow) -> int:
-    return len(flow.shape(node.args[0]))
+    return len(flow.shape(operand(node)))
 
 
 def permuted(node: fx.Node, flow: Flow, dim: int) -> int | None:
@@ -122,7 +122,7 @@ def unsqueezed(node: fx.Node, flow: Flow, dim: int) -> int | None:
 
 def squeezed(node: fx.Node, flow: Flow, dim: int) -> int | None:
     """An owner dimension has B > 1 entries or more and is never squeezed away."""
-    args, shape = bound(node), flow.shape(node.args[0])
+    args, shape = bound(node), flow.shape(operand(node))
     dims = args.get("dim", args.get("dimensions"))
     asked = wrap_all(dims, len(shape))
     gone = [d for d in sorted(asked) if shape[d] == ONE]
@@ -181,10 +181,10 @@ def last_dims_padded(node: fx.Node, flow: Flow, dim: int) -> int | None:
 
 def repeated(node: fx.Node, flow: Flow) -> Label:
     """Tiling: i goes to i + j·size, the same request, since size is a whole number of periods."""
-    label = flow.label(node.args[0])
+    label = flow.label(operand(node))
     if not isinstance(label, Own):
         return label
-    args, old = bound(node), flow.shape(node.args[0])
+    args, old = bound(node), flow.shape(operand(node))
     repeats = args["repeats"] if "repeats" in args else args["dims"]
     dim = label.dim + len(flow.shape(node)) - len(old)
     times = repeats[dim - len(flow.shape(node))] if len(repeats) >= len(old) - label.dim else 1
@@ -195,7 +195,7 @@ def repeated(node: fx.Node, flow: Flow) -> Label:
 
 def repeat_interleaved(node: fx.Node, flow: Flow) -> Label:
     """repeat_interleave by a number: rows become rows·k along the repeated dimension."""
-    label, args = flow.label(node.args[0]), bound(node)
+    label, args = flow.label(operand(node)), bound(node)
     k, dim = flow.size(args.get("repeats")), args.get("dim")
     if not isinstance(label, Own):
         return label
@@ -208,7 +208,7 @@ def repeat_interleaved(node: fx.Node, flow: Flow) -> Label:
 
 def as_strided(node: fx.Node, flow: Flow) -> Label:
     """Only windows of a dense input that stay inside one step of its leading owner dimension."""
-    label, args = flow.label(node.args[0]), bound(node)
+    label, args = flow.label(operand(node)), bound(node)
     if not isinstance(label, Own):
         return label
     value = args["self"].meta["val"]

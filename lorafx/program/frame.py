@@ -288,11 +288,6 @@ def fake_value(node: fx.Node) -> Any:
     return node.meta.get("val")
 
 
-def arguments_of(node: fx.Node) -> tuple[Any, ...]:
-    """The node's positional arguments; fx's own type for them is a union of everything."""
-    return node.args
-
-
 def batch_symbols(frame: Frame) -> set[Any]:
     """The symbols (or ints) that are the number of requests, by contract, in this frame's graph.
 

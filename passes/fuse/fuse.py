@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from lorafx.graph.context import FUSED_OP, SITE_OP, Context, SiteState
 from lorafx.graph.weight_uses import RESHAPES, Use
 from lorafx.model.sites import Site
-from lorafx.op_arguments import bound, in_order
+from lorafx.op_arguments import bound, in_order, operand
 from lorafx.passes.fuse.fuse_experts import fuse_experts
-from lorafx.program.frame import arguments_of, fake_value
+from lorafx.program.frame import fake_value
 
 aten = torch.ops.aten
 FUSIBLE = frozenset({aten.mm.default, aten.addmm.default, aten.linear.default})
@@ -63,14 +63,14 @@ def _fusible(node: fx.Node, state: SiteState) -> bool:
     while chain is not use.node:
         if chain.target not in RESHAPES or len(chain.users) != 1:
             return False
-        chain = chain.args[0]
+        chain = operand(chain)
     return len(use.node.users) == 1
 
 
 def _unviewed(node: Any, until: Any) -> Any:
     """`node` without the views on top of it, stopping at `until`."""
     while node is not until and isinstance(node, fx.Node) and node.target in RESHAPES:
-        node = arguments_of(node)[0]
+        node = operand(node)
     return node
 
 

@@ -13,10 +13,10 @@ from torch import fx
 
 import lorafx.kernels.ops.fused_experts  # noqa: F401  defines the op
 from lorafx.graph.context import EXPERT_OP, Context
-from lorafx.graph.expert_uses import GROUPED, is_grouped
+from lorafx.graph.expert_uses import GROUPED, grouped, is_grouped
 from lorafx.graph.pointwise_region import NoRegion, PointwiseRegion, region_of
 from lorafx.op_arguments import bound, in_order
-from lorafx.program.frame import arguments_of, fake_value
+from lorafx.program.frame import fake_value
 
 aten = torch.ops.aten
 FUSED_EXPERTS = torch.ops.lorafx.fused_experts.default
@@ -34,13 +34,14 @@ def fuse_experts(graph: fx.Graph, ctx: Context, node: fx.Node) -> bool:
     x, y, experts = call["x"], call["y"], call["experts"]
     if not is_grouped(y) or len(y.users) != 1:
         return False
-    own_x, right, offs, *rest = arguments_of(y)
-    swapped = right.target is aten.permute.default and list(arguments_of(right)[1]) == [0, 2, 1]
-    weight = arguments_of(right)[0] if swapped else right
+    own_x, right, offs, alone = grouped(y)
+    turned = bound(right) if right.target is aten.permute.default else {}
+    swapped = bool(turned) and list(turned["dims"]) == [0, 2, 1]
+    weight = turned["self"] if swapped else right
     search = bound(experts) if experts.target is aten.searchsorted.Tensor else {}
     by_ends = search.get("sorted_sequence") is offs
     dtypes = {fake_value(item).dtype for item in (x, weight, y)}
-    plain = weight.op == "placeholder" and len(dtypes) == 1 and not any(rest) and not y.kwargs
+    plain = weight.op == "placeholder" and len(dtypes) == 1 and alone
     if own_x is not x or not by_ends or not plain or not ctx.take_edit():
         return False
     base = {"weight": weight, "offs": offs, "transposed": not swapped}

@@ -30,7 +30,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 
 from lorafx.graph.context import EMBEDDING_OP, EXPERT_OP, FUSED_OP, PLAIN_SITE_OPS, SITE_OP, Context
-from lorafx.graph.expert_uses import is_grouped
+from lorafx.graph.expert_uses import grouped, is_grouped
 from lorafx.graph.graph_nodes import call_in_place
 from lorafx.graph.pointwise_region import PointwiseRegion
 from lorafx.graph.strategy import GENERATED, strategy_of
@@ -48,7 +48,7 @@ from lorafx.passes.lower.vendor_linear import VENDOR_OPS, product_of, vendor_lin
 from lorafx.passes.match.match_experts import ALIKE
 from lorafx.passes.plan.prologues import DEFERRED, PROLOGUE, noted
 from lorafx.passes.plan.specs import cpu_spec, delta_spec
-from lorafx.program.frame import arguments_of, fake_value
+from lorafx.program.frame import fake_value
 
 aten = torch.ops.aten
 ADD_DELTA = torch.ops.lorafx.add_delta_.default
@@ -176,10 +176,10 @@ def _generated_product(graph: fx.Graph, ctx: Context, y: fx.Node) -> fx.Node:
     """The grouped product y by a generated kernel, where there is one."""
     if not is_grouped(y) or ctx.program.options.lowering != "inductor":
         return y
-    x, weight, offs, *rest = arguments_of(y)
+    x, weight, offs, plain = grouped(y)
     values = fake_value(x), fake_value(weight)
-    plain = not any(rest) and not y.kwargs and values[0].dtype == values[1].dtype
-    if y.target is GROUPED_MM or not plain or kernel_of(*values) is None:
+    known = plain and values[0].dtype == values[1].dtype and kernel_of(*values) is not None
+    if y.target is GROUPED_MM or not known:
         return y
     with graph.inserting_before(y):
         product = ctx.call(graph, GROUPED_MM, (x, weight, offs))

@@ -29,7 +29,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from lorafx.compat import launch_dependents_early, scratch_for_each_program
 from lorafx.errors import LoweringError
-from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, op_of
+from lorafx.op_arguments import AUTO_FUNCTIONALIZED, bound, index_of, op_of
 
 EMPTY = torch.ops.aten.empty.memory_format
 KERNEL_CALL = torch.ops.higher_order.triton_kernel_wrapper_functional
@@ -84,7 +84,7 @@ def _replace(
         # Where op returns nothing, None stands for that before what it has written.
         shift = 1 if returned == 0 else 0
         for user in list(node.users):  # getitem: what op returns, then what it has written
-            index = user.args[1]
+            index = index_of(user)
             assert user.target is operator.getitem
             assert isinstance(index, int)
             replaced[user] = results[index - shift]

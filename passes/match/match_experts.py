@@ -20,7 +20,7 @@ from lorafx.graph.expert_uses import ExpertUse, expert_uses
 from lorafx.model.experts import LOOP
 from lorafx.model.marks import UNPROVED, is_dense
 from lorafx.model.sites import Site, own_ranges
-from lorafx.op_arguments import bound, in_order
+from lorafx.op_arguments import bound, in_order, index_of, operand
 from lorafx.program.frame import fake_value
 
 aten = torch.ops.aten
@@ -144,7 +144,7 @@ def _from_0(graph: fx.Graph, ctx: Context, ids: fx.Node, count: int) -> fx.Node:
     """Indices as 0 … E - 1: -1 is the last expert of W[ids]. Those of topk and sort are so."""
     source = ids
     while source.target in SAME_INDICES or source.target in RANKINGS or _position(source) == 0:
-        source = source.all_input_nodes[0]
+        source = operand(source)
     if _position(source) == 1:
         return ids
     wrapped = ctx.call(graph, aten.add.Tensor, (ids, count))
@@ -154,9 +154,9 @@ def _from_0(graph: fx.Graph, ctx: Context, ids: fx.Node, count: int) -> fx.Node:
 
 def _position(node: fx.Node) -> int | None:
     """0 for the values that topk and sort give, 1 for their indices, None for anything else."""
-    if node.target is not operator.getitem or node.all_input_nodes[0].target not in RANKINGS:
+    if node.target is not operator.getitem or operand(node).target not in RANKINGS:
         return None
-    return int(node.args[1])  # type: ignore[arg-type]
+    return int(index_of(node))
 
 
 def _numbers(graph: fx.Graph, ctx: Context, count: Any, device: torch.device) -> fx.Node:

@@ -9,8 +9,7 @@ from torch import fx
 
 from lorafx.graph.context import ROWS_OF
 from lorafx.graph.weight_uses import RESHAPES, SAME_VALUE, Use, is_constant
-from lorafx.op_arguments import bound
-from lorafx.program.frame import arguments_of
+from lorafx.op_arguments import bound, operand
 
 aten = torch.ops.aten
 
@@ -38,11 +37,11 @@ def followed(
     added: list[tuple[fx.Node, fx.Node]] = []
     while isinstance(node, fx.Node) and node not in uses:
         if node.target in SAME_VALUE or node.target in RESHAPES:
-            node = arguments_of(node)[0]
+            node = operand(node)
         elif node.target is ROWS_OF:
             node = bound(node)["y"]
-        elif node.target is aten.add.Tensor and node.kwargs.get("alpha", 1) == 1:
-            left, right = arguments_of(node)
+        elif node.target is aten.add.Tensor and (call := bound(node))["alpha"] == 1:
+            left, right = call["self"], call["other"]
             if isinstance(right, fx.Node) and is_constant(right):
                 added.append((node, right))
                 node = left

@@ -19,7 +19,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from lorafx.op_arguments import bound
+from lorafx.op_arguments import bound, operand
 from lorafx.program.frame import fake_value
 
 aten = torch.ops.aten
@@ -101,9 +101,9 @@ def _barriers(nodes: Sequence[fx.Node]) -> set[fx.Node]:
             # A call takes and returns tensors, so the results of a barrier are told apart there.
             found.update(user for user in node.users if user.target is operator.getitem)
             if node.target is aten.copy_.default:
-                source: Any = node.args[1]
+                source: Any = bound(node)["src"]
                 while isinstance(source, fx.Node) and is_view(source):
-                    source = source.args[0]
+                    source = operand(source)
                 found.add(source)
     return found
 
@@ -134,7 +134,7 @@ def is_view(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     if node.target is operator.getitem:
-        return is_view(node.args[0])  # type: ignore[arg-type]
+        return is_view(operand(node))
     schema = getattr(node.target, "_schema", None)
     return schema is not None and any(item.alias_info is not None for item in schema.returns)
 

@@ -5,8 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from by_keyword import by_keyword
+from torch import fx
 
+from lorafx.ownership.flow import Flow
 from lorafx.ownership.labels import Mixed, Own
+from lorafx.ownership.propagate import flow_through
+from lorafx.ownership.symbolic import BatchSymbols
 
 pytestmark = pytest.mark.quick
 
@@ -96,6 +101,20 @@ BATCH_FIRST = {
 }
 
 
+def kept(label: object) -> object:
+    """A label without the reason for which there is none."""
+    if isinstance(label, tuple):
+        return tuple(map(kept, label))
+    return Mixed if isinstance(label, Mixed) else label
+
+
+def relabelled(gm: fx.GraphModule, flow: Flow) -> Flow:
+    """The labels of a graph that has changed since `flow`, from its one input's."""
+    (x,) = gm.graph.find_nodes(op="placeholder")
+    seed = flow.labels[x]
+    return flow_through(gm.graph, {x: seed}, BatchSymbols.of([x.meta["val"].shape[seed.dim]]))
+
+
 @pytest.mark.parametrize("name", BATCH_FIRST)
 def test_batch_first(name, labelled, taint):
     fn, expected = BATCH_FIRST[name]
@@ -110,14 +129,15 @@ def test_batch_first(name, labelled, taint):
     changed = X.clone()
     changed[1] += 1.5
     assert taint(gm, flow, [X], [changed], 1, 3) == []
+    by_keyword(gm.graph)
+    again = relabelled(gm, flow)
+    for node, label in flow.labels.items():
+        assert kept(again.labels[node]) == kept(label), node
 
 
 def test_an_operand_that_a_rule_does_not_look_at_is_not_forgotten(trace):
     """A reduction's packet also holds max(a, b): shared on the left, owned on the right."""
-    from torch import fx
-
     from lorafx.ownership.propagate import propagate
-    from lorafx.ownership.symbolic import BatchSymbols
 
     gm = trace(lambda x, y: x + y, [X, X.clone()])
     shared, owned = (n for n in gm.graph.nodes if n.op == "placeholder")
@@ -154,7 +174,6 @@ def test_unknown_operator_is_loud(labelled):
 
 def test_input_without_a_label_is_mixed(trace):
     from lorafx.ownership.propagate import propagate
-    from lorafx.ownership.symbolic import BatchSymbols
 
     gm = trace(lambda x, y: x + y, [X, X.clone()])
     first, second = (n for n in gm.graph.nodes if n.op == "placeholder")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from by_keyword import by_keyword
 
 from lorafx.ownership.labels import Own
 from lorafx.ownership.symbolic import BatchSymbols
@@ -68,6 +69,9 @@ def test_rows_in_order(name, labelled):
     (result,) = next(n for n in gm.graph.nodes if n.op == "output").args
     rows = places.rows_in_order(result, label, len(flow.shape(result)) - 1)
     assert (None if rows is None else str(rows)) == expected
+    by_keyword(gm.graph)
+    again = Alignment(gm.graph, flow, BatchSymbols.of([x.meta["val"].shape[1]]), {x: 1})
+    assert again.states == places.states
 
 
 @pytest.mark.parametrize(

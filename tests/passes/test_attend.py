@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from by_keyword import by_keyword
 from compile_only_gpu import on_cuda
 from dense_merge import error
 from expecttest import assert_expected_inline
@@ -114,9 +115,12 @@ return paged_attention
     assert error(done.result()[0], want) <= 1e-6
 
 
-def test_heads_that_are_repeated() -> None:
+@pytest.mark.parametrize("named", [False, True])
+def test_heads_that_are_repeated(named: bool) -> None:
     done = built(group=3)
     want = done.result()[0]
+    if named:
+        by_keyword(done.gm.graph)
     assert done.run(Attend()) == 1
     assert len(done.targets()) == 1
     assert error(done.result()[0], want) <= 1e-6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from by_keyword import by_keyword
 from dense_merge import error
 from expecttest import assert_expected_inline
 from graph_text import shown
@@ -12,15 +13,16 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorafx.graph.context import FUSED_OP
+from lorafx.op_arguments import bound
 from lorafx.passes.fuse.fuse import Fuse
 from lorafx.passes.match.match import Match
-from lorafx.program.frame import arguments_of
 
 pytestmark = pytest.mark.quick
 
 aten = torch.ops.aten
 K, N, B, T = 4, 6, 3, 2
 ROWS = [0, -1, 2]
+PLACE = ("siblings", "offsets", "sizes", "rows", "transposed")
 
 
 class One(nn.Module):
@@ -80,6 +82,28 @@ return fused_linear
     )
 
 
+@pytest.mark.parametrize("cls", [One, Bare, Transposed])
+def test_arguments_by_name(cls):
+    """With the bias added behind the product, where it is no argument of that."""
+    g, x = start(cls)
+    if cls is One:
+        y = product(g, x)
+    else:
+        weight = g.weight("w")
+        right = weight if cls is Transposed else g.call(aten.transpose.int, weight, 0, 1)
+        y = g.call(aten.mm.default, g.call(aten.view.default, x, [B * T, K]), right)
+        if cls is Transposed:
+            y = g.call(aten.add.Tensor, g.weight("w", "bias"), y)
+        y = g.call(aten.view.default, y, [B, T, N])
+    done = g.output(g.mark("w", x, y, rows=T))
+    want = done.result()[0]
+    by_keyword(done.gm.graph)
+    assert done.run(Match(), Fuse()) == (cls is not Transposed)
+    assert done.ctx.states
+    assert not done.refusals()
+    assert error(done.result()[0], want) <= 1e-6
+
+
 @pytest.mark.parametrize("cls", [One, Transposed])
 def test_a_linear_and_its_site_become_one_node(cls):
     g, x = start(cls)
@@ -88,10 +112,10 @@ def test_a_linear_and_its_site_become_one_node(cls):
     assert done.run(Match(), Fuse()) == 1
     assert done.targets() == ["fused_linear.default"]
     (node,) = done.ctx.states
-    arguments = arguments_of(node)
+    call = bound(node)
     assert node.target is FUSED_OP
-    assert arguments[0] is x
-    assert list(arguments[8:]) == [[0], [0], [N], T, cls is Transposed]
+    assert call["x"] is x
+    assert [call[name] for name in PLACE] == [[0], [0], [N], T, cls is Transposed]
     assert done.ctx.states[node][0].form == "fused"
     assert error(done.result()[0], want) <= 1e-6
     assert error(want, g.merged("w", done.values[0])) <= 1e-5

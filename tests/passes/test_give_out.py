@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from by_keyword import by_keyword
 from expecttest import assert_expected_inline
 from graph_text import shown
 from random_programs import STEPS
@@ -177,10 +178,13 @@ GIVEN = (
 )  # fmt: skip
 
 
-def rewritten(fn, batch=3, time=5, static=()):
-    """The graph of fn with copies given out and rows proved, and the proofs."""
+def rewritten(fn, batch=3, time=5, static=(), named=False):
+    """The graph of fn with copies given out and rows proved, and the proofs; `named` where calls
+    give their arguments by name."""
     x = torch.randn(batch, time, K, dtype=torch.float64)
     gm = programs.graphs.trace_function(fn, [x, torch.zeros(batch, dtype=torch.int32)], static)
+    if named:
+        by_keyword(gm.graph)
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     batch = BatchSymbols.of(node.meta["val"].shape[0] for node in inputs)
     seeds = {inputs[0]: Own(0), inputs[1]: None}
@@ -221,6 +225,14 @@ def test_mixed_batch_equals_requests_run_alone(fn):
 def test_a_number_of_requests_that_is_a_constant(fn):
     """Where nothing has to be told from another size of the same number."""
     gm, proofs, _ = rewritten(fn, static=(0, 1))
+    assert all(isinstance(proof, RowMap) for proof in proofs.values()), proofs
+    equals_requests_alone(gm, fn, 3, 5)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("fn", GIVEN, ids=lambda fn: fn.__name__)
+def test_arguments_by_name(fn):
+    gm, proofs, _ = rewritten(fn, named=True)
     assert all(isinstance(proof, RowMap) for proof in proofs.values()), proofs
     equals_requests_alone(gm, fn, 3, 5)
 

@@ -10,10 +10,10 @@ from graph_text import shown
 from site_graphs import SiteGraph
 from torch import nn
 
+from lorafx.op_arguments import bound
 from lorafx.passes.fuse.fuse import Fuse
 from lorafx.passes.match.match import Match
 from lorafx.passes.pack import Pack
-from lorafx.program.frame import arguments_of
 
 pytestmark = pytest.mark.quick
 
@@ -21,6 +21,7 @@ aten = torch.ops.aten
 K, B, T = 4, 3, 2
 ROWS = [0, -1, 2]
 SIZES = {"q": 6, "k": 2, "v": 3}
+PLACE = ("siblings", "offsets", "sizes", "rows")
 
 
 class Siblings(nn.Module):
@@ -84,13 +85,13 @@ def test_siblings_of_one_input_become_one_node(biases):
     assert done.run(Match(), Fuse(), Pack()) == 1
     assert done.targets() == ["fused_linear.default", "split_with_sizes.default", *["getitem"] * 3]
     ((node, states),) = done.ctx.states.items()
-    arguments = arguments_of(node)
+    call = bound(node)
     assert [state.site.path for state in states] == ["q", "k", "v"]
     assert {state.form for state in states} == {"packed"}
-    assert list(arguments[8:12]) == [[0, 1, 2], [0, 6, 8], [6, 2, 3], T]
+    assert [call[name] for name in PLACE] == [[0, 1, 2], [0, 6, 8], [6, 2, 3], T]
     (packed,) = g.program.packed
-    assert done.values[done.ctx.frame.positions[arguments[1]]] is packed.weight
-    assert (arguments[2] is not None) == bool(biases)
+    assert done.values[done.ctx.frame.positions[call["weight"]]] is packed.weight
+    assert (call["bias"] is not None) == bool(biases)
     check(g, done, [(name, done.values[0]) for name in SIZES])
 
 

@@ -15,7 +15,7 @@ import lorafx
 from lorafx import pass_order
 from lorafx.errors import VerifyError
 from lorafx.graph.context import FUSED_OP, SITE_OP, Context
-from lorafx.program.frame import arguments_of
+from lorafx.op_arguments import bound
 
 pytestmark = pytest.mark.usefixtures("fixed_sizes")
 
@@ -54,7 +54,7 @@ class Loses:
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         for node in gm.graph.find_nodes(op="call_function", target=SITE_OP):
-            node.replace_all_uses_with(arguments_of(node)[1])
+            node.replace_all_uses_with(bound(node)["y"])
             gm.graph.erase_node(node)
         return 1
 
