@@ -99,8 +99,9 @@ def _writes(node: fx.Node, base: fx.Node) -> bool:
         return False
     argument = _WRITERS[_called(node)].argument
     bases: Any = node.kwargs.get("_all_bases", ())
-    whole = node.kwargs.get(f"_{argument}_base_index") == 0
-    return bool(whole) and len(bases) == 1 and bases[0] is base
+    # Of a view there is also which.
+    view = {name: value for name, value in node.kwargs.items() if name.startswith(f"_{argument}_")}
+    return view == {f"_{argument}_base_index": 0} and len(bases) == 1 and bases[0] is base
 
 
 def _in_place(node: fx.Node, place: fx.Node) -> None:

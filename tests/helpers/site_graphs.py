@@ -18,17 +18,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lorafx
 from lorafx.capture.verify import check_graph, output_signature
 from lorafx.graph.context import EMBEDDING_OP, SITE_OP, Context
 from lorafx.model.sites import Site
+from lorafx.op_arguments import in_order
 from lorafx.program.frame import Frame, FrameInput
 from lorafx.program.program import BANK_FIELDS, Program
 from lorafx.program.roles import Role
 
 SLOTS, RANK = 3, 2
+
+
+def _names(op: OpOverload) -> list[str]:
+    return [argument.name for argument in op._schema.arguments]
 
 
 @dataclass
@@ -72,19 +78,25 @@ class Finished:
 
 @dataclass
 class SiteGraph:
-    """Builder of one graph. `rows` are the slots of the requests."""
+    """Builder of one graph. `rows` are the slots of the requests; `own` are the modules of which
+    adapters may have whole weights of their own."""
 
     module: nn.Module
     rows: Sequence[int]
     lowering: str = "reference"
     targets: Any = None
     dora: bool = False
+    own: Sequence[str] = ()
     graph: fx.Graph = field(default_factory=fx.Graph)
     root: nn.Module = field(default_factory=nn.Module)
 
     def __post_init__(self) -> None:
         config = lorafx.LoraConfig(
-            target_modules=self.targets, max_adapters=SLOTS, max_rank=RANK, use_dora=self.dora
+            target_modules=self.targets,
+            max_adapters=SLOTS,
+            max_rank=RANK,
+            use_dora=self.dora,
+            modules_to_save=self.own,
         )
         self.compiled = lorafx.compile(
             self.module.eval().requires_grad_(False), config, options={"lowering": self.lowering}
@@ -151,6 +163,13 @@ class SiteGraph:
                 group, _ = self.program.home(self.site(path))
                 if group.bank.gains is not None:
                     self.input(group.bank.gains)
+                self.own_rows(path)
+
+    def own_rows(self, path: str) -> dict[str, fx.Node]:
+        """What a site takes of the rows that adapters have of their own."""
+        group, _ = self.program.home(self.site(path))
+        held = group.bank.own_rows._asdict().items()
+        return {name: self.input(tensor) for name, tensor in held if tensor is not None}
 
     def packed(self, path: str) -> tuple[fx.Node | None, fx.Node | None]:
         group, _ = self.program.home(self.site(path))
@@ -178,12 +197,18 @@ class SiteGraph:
         """What the hook of the site leaves in a trace."""
         site = self.site(path)
         group, index = self.program.home(site)
+        own = self.own_rows(path)
         if site.eligible.kind == "embedding":
-            return self.call(EMBEDDING_OP, x, y, *self.bank(path), rows)
+            given = (x, y, *self.bank(path), rows)
+            call = dict(zip(_names(EMBEDDING_OP), given, strict=False))
+            return self.call(EMBEDDING_OP, *in_order(EMBEDDING_OP, call, **own))
         packed = self.packed(path)
         place = (*map(list, group.ranges(index)), rows)
         gains = [] if group.bank.gains is None else [self.input(group.bank.gains), None]
-        return self.call(SITE_OP, x, y, *self.bank(path), *place, *packed, *gains)
+        given = (x, y, *self.bank(path), *place, *packed, *gains)
+        if own:
+            given = in_order(SITE_OP, dict(zip(_names(SITE_OP), given, strict=False)), **own)
+        return self.call(SITE_OP, *given)
 
     def output(self, *nodes: fx.Node) -> Finished:
         self.graph.output(tuple(nodes))

@@ -9,8 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers.integrations.moe  # noqa: F401  registers grouped_mm_fallback
+from by_keyword import by_keyword
 from compile_only_gpu import CUDA, compile_only_gpu, on_cuda
 from dense_merge import error
+from expecttest import assert_expected_inline
+from graph_text import shown
 from site_graphs import Finished, SiteGraph
 from torch import Tensor, fx, nn
 
@@ -63,8 +66,14 @@ def cumulative(g: SiteGraph, y: fx.Node) -> fx.Node:
 
 
 def graph_of(
-    act: Act, *, lowering: str = "triton", dtype: torch.dtype = torch.float32, loop: bool = True
+    act: Act,
+    *,
+    lowering: str = "triton",
+    dtype: torch.dtype = torch.float32,
+    loop: bool = True,
+    named: bool = False,
 ) -> tuple[SiteGraph, Finished]:
+    """Two products with experts; `named` where calls give their arguments by name."""
     torch.manual_seed(0)
     g = SiteGraph(Model(dtype), ROWS, lowering=lowering, targets=["experts"])
     x = g.argument(torch.randn(M, H).to(dtype))
@@ -76,6 +85,8 @@ def graph_of(
     h = act(g, y)
     out = g.call(product, h, g.call(aten.permute.default, weights[1], [0, 2, 1]), ends)
     done = g.output(out, y) if act is both_read else g.output(out)
+    if named:
+        by_keyword(done.gm.graph)
     done.run(Match())
     for node in done.ctx.states:  # as provenance would: EACH rows a request
         rebind(node, rows=EACH)
@@ -127,6 +138,58 @@ def test_every_plan_gives_the_same(up: str, down: str) -> None:
     assert ops.count("grouped_mm_fallback.default") == 2 - ops.count("triton_experts.default")
     assert ("silu.default" in ops) == (down != "activated")
     assert error(*done.result(), want) <= 1e-5
+
+
+def test_the_graph_before_and_after() -> None:
+    _, done = graph_of(silu)
+    assert_expected_inline(
+        shown(done, Fuse()),
+        """\
+permute = aten.permute(experts_gate_up_proj_gate_up_proj, [0, 2, 1])
+grouped_mm_fallback = transformers.grouped_mm_fallback(x, permute, x_1)
+iota = prims.iota(12, start=0, step=1, dtype=torch.int32, device=cpu, requires_grad=False)
+searchsorted = aten.searchsorted.Tensor(x_1, iota, out_int32=True, right=True)
+expert_site = lorafx.expert_site(x, grouped_mm_fallback, bank, slots, searchsorted, [0, 1],
+    [0, 16], [16, 16], 4, 3)
+slice = aten.slice.Tensor(expert_site, 1, 0, 16)
+slice_1 = aten.slice.Tensor(expert_site, 1, 16, 32)
+silu = aten.silu(slice)
+mul = aten.mul.Tensor(silu, slice_1)
+permute_1 = aten.permute(experts_down_proj_down_proj, [0, 2, 1])
+grouped_mm_fallback_1 = transformers.grouped_mm_fallback(mul, permute_1, x_1)
+iota_1 = prims.iota(12, start=0, step=1, dtype=torch.int32, device=cpu, requires_grad=False)
+searchsorted_1 = aten.searchsorted.Tensor(x_1, iota_1, out_int32=True, right=True)
+expert_site_1 = lorafx.expert_site(mul, grouped_mm_fallback_1, bank, slots, searchsorted_1,
+    [0], [0], [32], 4, 3)
+return expert_site_1
+
+fuse: 2 edits
+
+iota = prims.iota(12, start=0, step=1, dtype=torch.int32, device=cpu, requires_grad=False)
+searchsorted = aten.searchsorted.Tensor(x_1, iota, out_int32=True, right=True)
+fused_experts = lorafx.fused_experts(x, experts_gate_up_proj_gate_up_proj, x_1, bank, slots,
+    searchsorted, [0, 1], [0, 16], [16, 16], 4, False)
+slice = aten.slice.Tensor(fused_experts, 1, 0, 16)
+slice_1 = aten.slice.Tensor(fused_experts, 1, 16, 32)
+silu = aten.silu(slice)
+mul = aten.mul.Tensor(silu, slice_1)
+iota_1 = prims.iota(12, start=0, step=1, dtype=torch.int32, device=cpu, requires_grad=False)
+searchsorted_1 = aten.searchsorted.Tensor(x_1, iota_1, out_int32=True, right=True)
+fused_experts_1 = lorafx.fused_experts(mul, experts_down_proj_down_proj, x_1, bank, slots,
+    searchsorted_1, [0], [0], [32], 4, False)
+return fused_experts_1
+""",
+    )
+
+
+def test_arguments_by_name() -> None:
+    _, done = graph_of(silu, named=True)
+    assert done.run(Fuse()) == 2
+    done.run(Plan(), Lower())
+    assert strategies(done) == {UP: "grouped", DOWN: "activated"}
+    _, plain = graph_of(silu, lowering="reference")
+    plain.run(Fuse())
+    assert error(*done.result(), *plain.result()) <= 1e-5
 
 
 def test_the_plan_chooses_fused_kernels_for_few_rows() -> None:
