@@ -35,7 +35,7 @@ from lorafx.session.requests import Names, Requests, check_tokens, not_looked_fo
 from lorafx.session.running import IDLE, Around, BaseState, Locks, Running
 from lorafx.session.served import Served
 from lorafx.session.stand_ins import StandIns
-from lorafx.session.statistics import Counts, Statistics, statistics_of
+from lorafx.session.statistics import SessionCounts, Statistics, statistics_of
 from lorafx.session.streams import accelerators
 from lorafx.session.transforms import refuse_transformed
 
@@ -93,7 +93,7 @@ class Session:
         #: Around calls while an engine runs the model with an attention that only its steps can
         #: use: by lorafx.serving.continuous.
         self.beside: Callable[[Callable[[], Any]], Any] | None = None
-        self.counts: Final = Counts()
+        self.counts: Final = SessionCounts()
         self._last_served = Served()  # by `serve`
         store.read_with(partial(read_again, program))
         all_sessions.add(self)

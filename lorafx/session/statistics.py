@@ -53,7 +53,7 @@ class Statistics:
 
 
 @dataclass
-class Counts:
+class SessionCounts:
     """What a session counts by itself, in place.
 
     Attributes:
@@ -67,7 +67,7 @@ class Counts:
     writes: int = 0
 
 
-def statistics_of(store: AdapterStore, counts: Counts) -> Statistics:
+def statistics_of(store: AdapterStore, counts: SessionCounts) -> Statistics:
     """What adapters have done in a session with this store."""
     host, sizes = store.host, store.nbytes()
     slots = store.hits, store.loads, store.evictions
