@@ -141,7 +141,7 @@ class Attempt:
     ) -> None:
         self.graph, self.roots = graph, roots
         self.before = set(graph.nodes)
-        self.replay = Vectorizer(graph, flow, Emitter(graph, batch))
+        self.vectorizer = Vectorizer(graph, flow, Emitter(graph, batch))
         self.sites: dict[fx.Node, fx.Node] = {}
         self._of: dict[fx.Node, set[fx.Node]] = {}
         self._inputs: list[tuple[fx.Node, fx.Node, fx.Node]] = []
@@ -152,7 +152,7 @@ class Attempt:
         """Rewrite the graph; returns the roots for which that is impossible, with the reason."""
         failed: dict[fx.Node, str] = {}
         for node in [node for node in self.graph.nodes if node in self.before]:
-            shared = [arg for arg in node.all_input_nodes if arg in self.replay.copies]
+            shared = [arg for arg in node.all_input_nodes if arg in self.vectorizer.copies]
             if not shared and node not in self.roots:
                 continue
             self._of[node] = {node} & self.roots
@@ -169,29 +169,29 @@ class Attempt:
         return failed
 
     def _visit(self, node: fx.Node, shared: list[fx.Node]) -> None:
-        replay = self.replay
-        replay.before = node
+        vectorizer = self.vectorizer
+        vectorizer.before = node
         if node.op != "call_function":
             raise Ended(node, "it is returned once for all requests")
-        label = replay.flow.labels[node]
+        label = vectorizer.flow.labels[node]
         if is_site(node):
             if node.target not in (SITE_OP, EMBEDDING_OP) or label is not None:
                 raise Ended(node, "no rule copies what this operator computes")
-            replay.copies[node] = self.sites[node] = replay.site(node)
+            vectorizer.copies[node] = self.sites[node] = vectorizer.site(node)
         elif rule_for(node.target)[0] is unlabelled and fake_value(node) is not None:
             for arg in shared:  # whose sizes it asks for
-                self._put(node, arg, replay.emit(aten.select.int, replay.copies[arg], 0, 0))
+                self._put(node, arg, vectorizer.emit(aten.select.int, vectorizer.copies[arg], 0, 0))
         elif node.target is ROWS_OF:
             y = bound(node)["y"]
-            if y in replay.copies:
-                replay.copies[node] = replay.copies[y]
+            if y in vectorizer.copies:
+                vectorizer.copies[node] = vectorizer.copies[y]
         elif label is not None and not _is_shared(label):
-            for arg, new in by_owner(node, replay):
+            for arg, new in by_owner(node, vectorizer):
                 self._put(node, arg, new)
         else:
-            joined = by_size(node, replay)
+            joined = by_size(node, vectorizer)
             if joined is None:
-                replay.copies[node] = replay.replayed(node)
+                vectorizer.copies[node] = vectorizer.vectorized(node)
             elif _types(fake_value(joined)) != _types(fake_value(node)):
                 raise Ended(node, OTHER_TYPE)
             else:
@@ -229,7 +229,7 @@ class Attempt:
 
     def _computed(self, node: fx.Node) -> object:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), fake_value)
-        with enable_python_dispatcher(), self.replay.emitter.fake_mode or nullcontext():
+        with enable_python_dispatcher(), self.vectorizer.emitter.fake_mode or nullcontext():
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def unproved(self, flow: Flow) -> dict[fx.Node, str]:

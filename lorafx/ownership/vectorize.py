@@ -52,7 +52,7 @@ class Vectorizer:
         self.copies: dict[fx.Node, fx.Node] = {}
         self.before: fx.Node = next(iter(graph.nodes))
 
-    def replayed(self, node: fx.Node) -> fx.Node:
+    def vectorized(self, node: fx.Node) -> fx.Node:
         """The copies of `node`, some of whose operands have copies.
 
         Raises:
@@ -85,7 +85,7 @@ class Vectorizer:
         if self.flow.shape(x)[: len(rows)] != rows:
             raise Ended(node, "x and y have rows of other sizes")
 
-        def copied(node: fx.Node, replay: Vectorizer) -> fx.Node:
+        def copied(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
             copies = {name: self.copies_of(x), "y": self.copies_of(y)}
             return self.emit(op, *in_order(op, call, **copies))
 
@@ -139,41 +139,41 @@ class Vectorizer:
                 raise Ended(node, "an operand that should be the same for all requests is not")
 
 
-def _rebuilt(node: fx.Node, replay: Vectorizer, args: dict[str, Any]) -> fx.Node:
+def _rebuilt(node: fx.Node, vectorizer: Vectorizer, args: dict[str, Any]) -> fx.Node:
     """The operator with these arguments, by their names."""
     schema = node.target._schema  # type: ignore[union-attr]
     given = [args[one.name] for one in schema.arguments if not one.kwarg_only]
     named = {one.name: args[one.name] for one in schema.arguments if one.kwarg_only}
-    return replay.emit(node.target, *given, **named)
+    return vectorizer.emit(node.target, *given, **named)
 
 
 # --- rules ---
 
 
-def _pointwise(node: fx.Node, replay: Vectorizer) -> fx.Node:
-    ndim = len(replay.flow.shape(node))
+def _pointwise(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
+    ndim = len(vectorizer.flow.shape(node))
 
     def wide(arg: fx.Node) -> fx.Node:
-        return replay.wide(arg, ndim) if arg in replay.copies else arg
+        return vectorizer.wide(arg, ndim) if arg in vectorizer.copies else arg
 
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), wide)
     if kwargs.get("memory_format") not in (torch.contiguous_format, torch.preserve_format):
         kwargs = {name: value for name, value in kwargs.items() if name != "memory_format"}
-    return replay.emit(node.target, *args, **kwargs)
+    return vectorizer.emit(node.target, *args, **kwargs)
 
 
 _DIMS = ("dim", "dims", "dim0", "dim1")
 
 
 def _along(
-    node: fx.Node, replay: Vectorizer, *, all_if_none: bool = False, more: int = 0
+    node: fx.Node, vectorizer: Vectorizer, *, all_if_none: bool = False, more: int = 0
 ) -> fx.Node:
     """An operator of one tensor that says which dimensions it works along."""
     args = bound(node)
     first = operand(node)
-    replay.only(node, first)
+    vectorizer.only(node, first)
     assert isinstance(first, fx.Node)
-    n = len(replay.flow.shape(first))
+    n = len(vectorizer.flow.shape(first))
     for name in _DIMS:
         if name not in args:
             continue
@@ -186,111 +186,113 @@ def _along(
             args[name] = wrap(value, n + more) + 1
         else:
             args[name] = [wrap(dim, n + more) + 1 for dim in value]
-    args[next(iter(args))] = replay.copies[first]
-    return _rebuilt(node, replay, args)
+    args[next(iter(args))] = vectorizer.copies[first]
+    return _rebuilt(node, vectorizer, args)
 
 
-def _reduced(node: fx.Node, replay: Vectorizer) -> fx.Node:
+def _reduced(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
     if "dim" not in bound(node):
         raise Ended(node, "it reduces all dimensions")
-    return _along(node, replay, all_if_none=True)
+    return _along(node, vectorizer, all_if_none=True)
 
 
-def _unsqueezed(node: fx.Node, replay: Vectorizer) -> fx.Node:
-    return _along(node, replay, more=1)
+def _unsqueezed(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
+    return _along(node, vectorizer, more=1)
 
 
-def _squeezed(node: fx.Node, replay: Vectorizer) -> fx.Node:
+def _squeezed(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
     first = operand(node)
     assert isinstance(first, fx.Node)
     if "dim" in bound(node):
-        return _along(node, replay)
-    dims = [d + 1 for d, size in enumerate(replay.flow.shape(first)) if size == ONE]
-    return replay.emit(aten.squeeze.dims, replay.copies[first], dims)
+        return _along(node, vectorizer)
+    dims = [d + 1 for d, size in enumerate(vectorizer.flow.shape(first)) if size == ONE]
+    return vectorizer.emit(aten.squeeze.dims, vectorizer.copies[first], dims)
 
 
-def _permuted(node: fx.Node, replay: Vectorizer) -> fx.Node:
+def _permuted(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
     first, dims = operand(node), bound(node)["dims"]
     dims = [0, *(wrap(dim, len(dims)) + 1 for dim in dims)]
-    return replay.emit(aten.permute.default, replay.copies[first], dims)
+    return vectorizer.emit(aten.permute.default, vectorizer.copies[first], dims)
 
 
-def _turned(node: fx.Node, replay: Vectorizer) -> fx.Node:
+def _turned(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
     first = operand(node)
     assert isinstance(first, fx.Node)
-    copies = replay.copies[first]
-    if len(replay.flow.shape(first)) < 2:
-        return replay.emit(aten.alias.default, copies)
-    return replay.emit(aten.transpose.int, copies, 1, 2)
+    copies = vectorizer.copies[first]
+    if len(vectorizer.flow.shape(first)) < 2:
+        return vectorizer.emit(aten.alias.default, copies)
+    return vectorizer.emit(aten.transpose.int, copies, 1, 2)
 
 
-def _viewed(node: fx.Node, replay: Vectorizer) -> fx.Node:
+def _viewed(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
     args = bound(node)
     size = args.get("size", args.get("shape"))
     if not isinstance(size, (list, tuple)):
         raise Ended(node, "a view of the bits as another type")
-    copies = replay.copies[operand(node)]
-    return replay.emit(aten.reshape.default, copies, [replay.count, *size])
+    copies = vectorizer.copies[operand(node)]
+    return vectorizer.emit(aten.reshape.default, copies, [vectorizer.count, *size])
 
 
-def _expanded(node: fx.Node, replay: Vectorizer) -> fx.Node:
+def _expanded(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
     size = bound(node)["size"]
-    wide = replay.wide(operand(node), len(size))
-    return replay.emit(aten.expand.default, wide, [replay.count, *size])
+    wide = vectorizer.wide(operand(node), len(size))
+    return vectorizer.emit(aten.expand.default, wide, [vectorizer.count, *size])
 
 
-def _repeated(node: fx.Node, replay: Vectorizer) -> fx.Node:
+def _repeated(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
     repeats = bound(node)["repeats"]
-    wide = replay.wide(operand(node), len(repeats))
-    return replay.emit(aten.repeat.default, wide, [1, *repeats])
+    wide = vectorizer.wide(operand(node), len(repeats))
+    return vectorizer.emit(aten.repeat.default, wide, [1, *repeats])
 
 
-def _joined(node: fx.Node, replay: Vectorizer) -> fx.Node:
+def _joined(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
     """cat and stack of tensors some of which have copies."""
     args = bound(node)
-    tensors, n = args["tensors"], len(replay.flow.shape(node))
-    if any(len(replay.flow.shape(t)) != len(replay.flow.shape(tensors[0])) for t in tensors):
+    tensors, n = args["tensors"], len(vectorizer.flow.shape(node))
+    if any(
+        len(vectorizer.flow.shape(t)) != len(vectorizer.flow.shape(tensors[0])) for t in tensors
+    ):
         raise Ended(node, "it joins tensors of unequal numbers of dimensions")
-    copies = [replay.copies_of(t) for t in tensors]
-    return replay.emit(node.target, copies, wrap(args["dim"], n) + 1)
+    copies = [vectorizer.copies_of(t) for t in tensors]
+    return vectorizer.emit(node.target, copies, wrap(args["dim"], n) + 1)
 
 
-def _indexed(node: fx.Node, replay: Vectorizer) -> fx.Node:
+def _indexed(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
     """x[indices] with the same indices for all requests."""
     x, indices = operand(node), list(bound(node)["indices"])
-    replay.only(node, x)
+    vectorizer.only(node, x)
     at = [d for d, index in enumerate(indices) if index is not None]
     if any(is_boolean(indices[d]) for d in at) or at != list(range(at[0], at[0] + len(at))):
         raise Ended(node, "indexed by a mask, or at dimensions that are not neighbours")
-    return replay.emit(node.target, replay.copies[x], [None, *indices])
+    return vectorizer.emit(node.target, vectorizer.copies[x], [None, *indices])
 
 
-def _written(node: fx.Node, replay: Vectorizer) -> fx.Node:
+def _written(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
     """select_scatter, slice_scatter: src laid over a part of x."""
     args = bound(node)
     x, src = args.pop("self"), args.pop("src")
-    args["dim"] = wrap(args["dim"], len(replay.flow.shape(x))) + 1
-    copies = replay.copies_of(x), replay.copies_of(src)
-    return replay.emit(node.target, *copies, *args.values())
+    args["dim"] = wrap(args["dim"], len(vectorizer.flow.shape(x))) + 1
+    copies = vectorizer.copies_of(x), vectorizer.copies_of(src)
+    return vectorizer.emit(node.target, *copies, *args.values())
 
 
-def _gathered(node: fx.Node, replay: Vectorizer) -> fx.Node:
+def _gathered(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
     args = bound(node)
     x, index = args["self"], args["index"]
-    replay.only(node, x)
-    dim = wrap(args["dim"], len(replay.flow.shape(x))) + 1
-    return replay.emit(node.target, replay.copies[x], dim, replay.copies_of(index))
+    vectorizer.only(node, x)
+    dim = wrap(args["dim"], len(vectorizer.flow.shape(x))) + 1
+    return vectorizer.emit(node.target, vectorizer.copies[x], dim, vectorizer.copies_of(index))
 
 
-def _as_it_is(node: fx.Node, replay: Vectorizer) -> fx.Node:
+def _as_it_is(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
     """It counts dimensions from the last one."""
     first, args = operand(node), bound(node)
-    replay.only(node, first)
-    args[next(iter(args))] = replay.copies[first]
-    return replay.emit(node.target, *in_order(node.target, args))  # type: ignore[arg-type]
+    vectorizer.only(node, first)
+    args[next(iter(args))] = vectorizer.copies[first]
+    return vectorizer.emit(node.target, *in_order(node.target, args))  # type: ignore[arg-type]
 
 
-def _product(node: fx.Node, replay: Vectorizer) -> fx.Node:
+def _product(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
     """mm (n, m, k) by (k, p) or (n, k, p), addmm with a bias of one dimension."""
     args = bound(node)
     a, b = args.get("self"), args.get("mat2")
@@ -298,34 +300,34 @@ def _product(node: fx.Node, replay: Vectorizer) -> fx.Node:
     if "mat1" in args:
         bias, a, b = a, args["mat1"], b
         plain = args.get("beta", 1) == 1 and args.get("alpha", 1) == 1
-        if bias in replay.copies or len(replay.flow.shape(bias)) != 1 or not plain:
+        if bias in vectorizer.copies or len(vectorizer.flow.shape(bias)) != 1 or not plain:
             raise Ended(node, "the addend of the product is not a bias")
     assert isinstance(a, fx.Node)
     assert isinstance(b, fx.Node)
-    if b in replay.copies:
-        found = replay.emit(aten.bmm.default, replay.copies_of(a), replay.copies[b])
-        return found if bias is None else replay.emit(aten.add.Tensor, found, bias)
-    copies = replay.copies[a]
-    sizes = [replay.size_of(copies, dim) for dim in range(3)]
-    flat = replay.emit(aten.reshape.default, copies, [-1, sizes[2]])
-    found = replay.emit(node.target, *((flat, b) if bias is None else (bias, flat, b)))
-    return replay.emit(aten.reshape.default, found, [sizes[0], sizes[1], -1])
+    if b in vectorizer.copies:
+        found = vectorizer.emit(aten.bmm.default, vectorizer.copies_of(a), vectorizer.copies[b])
+        return found if bias is None else vectorizer.emit(aten.add.Tensor, found, bias)
+    copies = vectorizer.copies[a]
+    sizes = [vectorizer.size_of(copies, dim) for dim in range(3)]
+    flat = vectorizer.emit(aten.reshape.default, copies, [-1, sizes[2]])
+    found = vectorizer.emit(node.target, *((flat, b) if bias is None else (bias, flat, b)))
+    return vectorizer.emit(aten.reshape.default, found, [sizes[0], sizes[1], -1])
 
 
-def _batched_product(node: fx.Node, replay: Vectorizer) -> fx.Node:
+def _batched_product(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
     args = bound(node)
-    pairs = [replay.copies_of(args[name]) for name in ("self", "mat2")]
-    sizes = [[replay.size_of(pair, dim) for dim in range(4)] for pair in pairs]
+    pairs = [vectorizer.copies_of(args[name]) for name in ("self", "mat2")]
+    sizes = [[vectorizer.size_of(pair, dim) for dim in range(4)] for pair in pairs]
     flat = [
-        replay.emit(aten.reshape.default, pair, [-1, *size[2:]])
+        vectorizer.emit(aten.reshape.default, pair, [-1, *size[2:]])
         for pair, size in zip(pairs, sizes, strict=True)
     ]
-    found = replay.emit(aten.bmm.default, *flat)
-    return replay.emit(aten.reshape.default, found, [*sizes[0][:3], sizes[1][3]])
+    found = vectorizer.emit(aten.bmm.default, *flat)
+    return vectorizer.emit(aten.reshape.default, found, [*sizes[0][:3], sizes[1][3]])
 
 
-def _item(node: fx.Node, replay: Vectorizer) -> fx.Node:
-    return replay.emit(operator.getitem, replay.copies[operand(node)], index_of(node))
+def _item(node: fx.Node, vectorizer: Vectorizer) -> fx.Node:
+    return vectorizer.emit(operator.getitem, vectorizer.copies[operand(node)], index_of(node))
 
 
 RULES: dict[object, BatchingRule] = {
