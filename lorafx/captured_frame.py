@@ -6,7 +6,7 @@ Dynamo names places (`L['input_ids']`) by expressions over the function's locals
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import CodeType
 from typing import Any, NoReturn
 
@@ -181,6 +181,12 @@ def strides_unasked() -> Iterator[None]:
         yield
     finally:
         context.output_strides = before
+
+
+def traced_as_now() -> AbstractContextManager[Any]:
+    """Once, at any time: what is put into torch's structured trace inside is about the frame that
+    is being captured now."""
+    return torch._guards.compile_context(torch._guards.CompileContext.try_get())
 
 
 @contextmanager

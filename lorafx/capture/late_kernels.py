@@ -24,6 +24,7 @@ from inspect import currentframe
 from typing import Any, ParamSpec, TypeVar
 
 from lorafx.capture.failures import in_lowering
+from lorafx.captured_frame import traced_as_now
 from lorafx.viewer.stages import Span
 
 P = ParamSpec("P")
@@ -142,5 +143,11 @@ def when_compiled(compiled: Callable[[], None], failed: Callable[[], None]) -> N
     if _LOCAL.conversion is None:
         compiled()
         return
-    _LOCAL.conversion.compiled.append(compiled)
+    traced = traced_as_now()
+
+    def tell() -> None:
+        with traced:
+            compiled()
+
+    _LOCAL.conversion.compiled.append(tell)
     _LOCAL.conversion.failed.append(failed)

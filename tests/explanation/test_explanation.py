@@ -182,7 +182,7 @@ def test_the_result_of_verifying_is_told(plain: Case) -> None:
     assert "the first calls do that" in cm.explain().summary[2]
     cm(**inputs, adapter_names=["a1", None])
     (graph,) = cm.explain().graphs
-    assert graph.verified.startswith("numbers: 10 stages agree, from provenance to outline; the ")
+    assert graph.verified.startswith("numbers: 11 stages agree, from provenance to outline; the ")
     assert graph.verified in cm.explain().summary[4]
 
     def wrong(gm: torch.fx.GraphModule, ctx: Any) -> int:
