@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from dense_merge import REFERENCE
-from lorafx.serving.guards import keep_guards
+from lorafx.serving.checked_guards import keep_guards
 from torch import nn
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.source import AttrSource, LocalSource
