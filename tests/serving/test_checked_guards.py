@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from dense_merge import REFERENCE
-from lorafx.serving.checked_guards import keep_guards
 from torch import nn
 from torch._dynamo.guards import GuardBuilder
 from torch._dynamo.source import AttrSource, LocalSource
@@ -16,6 +15,7 @@ from torch._guards import Source
 
 import lorafx
 from lorafx.captured_frame import source_text
+from lorafx.serving.checked_guards import keep_guards
 from lorafx.torch_compile.attached import marks_of
 
 pytestmark = pytest.mark.quick
