@@ -16,8 +16,6 @@ from contextlib import contextmanager
 
 #: How many more objects there are to be in a block before its youngest are looked through.
 _YOUNG = 100_000
-#: The generation of all objects that are not frozen.
-_OLDEST = 2
 #: Python counts what is frozen one by one: 0.1 s where a program of ten million objects has frozen
 #: them. So it is asked for a thousandth of the time at most.
 _ASKED_FOR = 1e-3
@@ -42,7 +40,9 @@ def collection_paused() -> Iterator[None]:
 def earlier_objects_spared() -> Iterator[None]:
     """Inside, garbage is looked for only among the objects that are made there, and less often.
 
-    What outlasts a collection of the oldest generation is spared, too, until the block ends.
+    What outlasts one collection is spared, too, until the block ends: of the 6 million objects that
+    a capture of 100 layers makes, 5 % are garbage that outlasts one, and to look for those was 3 %
+    of its time.
 
     Where something is frozen already, by the program or by another such block, nothing is frozen.
     """
@@ -75,7 +75,7 @@ def _looked_for_less_often() -> Iterator[None]:
 
 
 def _spare_survivors(phase: str, info: dict[str, int]) -> None:
-    if phase == "stop" and info["generation"] == _OLDEST:
+    if phase == "stop":
         gc.freeze()
 
 

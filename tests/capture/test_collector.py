@@ -53,11 +53,12 @@ def test_garbage_is_found_among_what_a_block_makes() -> None:
 
 
 @pytest.mark.quick
-def test_what_outlasts_a_collection_is_not_looked_at_again() -> None:
+@pytest.mark.parametrize("generation", [0, 1, 2])
+def test_what_outlasts_a_collection_is_not_looked_at_again(generation: int) -> None:
     callbacks = list(gc.callbacks)
     with earlier_objects_spared():
         lasting = Ring()
-        gc.collect()
+        gc.collect(generation)
         young = weakref.ref(Ring())
         kept = weakref.ref(lasting)
         del lasting
