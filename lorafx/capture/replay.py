@@ -278,7 +278,7 @@ class Replay:
             sizes.reach(node)
             nodes[node] = copy = graph.node_copy(node, operand)
             if "example_value" in node.meta:
-                copy.meta["example_value"] = sizes.value(node.meta["example_value"], tx.fake_mode)
+                copy.meta["example_value"] = sizes.value(node, tx.fake_mode)
             copy.meta["nn_module_stack"] = stacks.of(node)
             copy.meta["source_fn_stack"] = [(copy.name, node.meta["source_fn_stack"][0][1])]
             tracer._used_names.add(copy.name)

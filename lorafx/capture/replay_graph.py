@@ -104,12 +104,18 @@ def moved_inputs(
     """
     found: dict[fx.Node, fx.Node] = {}
     rest: dict[fx.Node, Any] = {}
-    with _one_stack_trace(tx.output.root_tracer) as trace:
+    for source in inputs.values():
+        if not isinstance(source, TensorPropertySource) and moved.common(source) is None:
+            _check_input(source, moved)
+    sizes.check(moved)
+    tracer = tx.output.root_tracer
+    with _one_stack_trace(tracer) as trace, sizes.settled(moved.source):
         for node, source in inputs.items():
             if moved.common(source) is not None:
                 found[node] = node
             elif isinstance(source, TensorPropertySource):  # a size, which comes with its tensor
-                rest[node] = moved.source(source)
+                if not sizes.is_settled(node):
+                    rest[node] = moved.source(source)
             else:
                 found[node] = _input(node, source, moved, stacks, sizes, tx)
                 trace.append(found[node].meta.get("stack_trace"))
@@ -150,15 +156,27 @@ def _one_stack_trace(tracer: Any) -> Iterator[list[str | None]]:
         del tracer._maybe_preserve_original_meta
 
 
-def _input(
-    node: fx.Node, source: Any, moved: Moved, stacks: Stacks, sizes: Renamed, tx: Any
-) -> fx.Node:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_input(source: Any, moved: Moved) -> None:
+    """Raise NotAlike where the other layer has no input of its own at this source, or it is marked
+    in another way."""
     value, before = moved.now(source), moved.before(source)
-    number = isinstance(value, int) and not isinstance(value, bool)
-    if not number and not (isinstance(value, Tensor) and moved.is_new(value, source)):
+    if not _is_number(value) and not (isinstance(value, Tensor) and moved.is_new(value, source)):
         raise NotAlike(f"{source.name} is also something else")
     if any(getattr(value, name, None) != getattr(before, name, None) for name in _MARKS):
         raise NotAlike(f"{source.name} is marked in another way")
+
+
+def _input(
+    node: fx.Node, source: Any, moved: Moved, stacks: Stacks, sizes: Renamed, tx: Any
+) -> fx.Node:
+    value = moved.now(source)
+    number = _is_number(value)
+    if not number and not moved.is_new(value, source):
+        raise NotAlike(f"{source.name} is also another input")
     outer = tx.nn_module_stack
     try:
         tx.nn_module_stack = stacks.of(node)

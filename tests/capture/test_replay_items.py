@@ -35,6 +35,14 @@ class Other(Part):
     factor = 3.0
 
 
+class Compares(Part):
+    """Whether there is as much of the two decides what is done."""
+
+    def update(self, h: Tensor) -> Tensor:
+        same = self.kept.shape[1] == h.shape[1]
+        return h + (self.kept if same else self.kept.mean(1, keepdim=True))
+
+
 class Cache:
     def __init__(self, parts: list[Part]) -> None:
         self.parts = parts
@@ -164,3 +172,37 @@ def test_layers_that_write_into_items_of_a_list(
 
     found = both_ways(monkeypatch, run)
     assert found.replayed[0] == count
+
+
+@pytest.mark.parametrize(
+    ("lengths", "count", "graphs"), [([5, 5, 5, 5], 2, LAYERS + 1), ([5, 5, 3, 5], 1, LAYERS)]
+)
+def test_sizes_of_items_that_layers_compare(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lengths: list[int],
+    count: int,
+    graphs: int,
+) -> None:
+    """A size that a layer finds to be another one's is that of the other layers as well, and is
+    guarded: what has other sizes is another graph."""
+    torch.manual_seed(0)
+    base = Model(Block).eval().requires_grad_(False)
+    paths = [f"layers.{index}.up" for index in range(LAYERS)]
+    case: Case = hand_case(base, tmp_path, a0=paths, a1=paths[1:])
+    x = torch.randn(3, 5, H)
+
+    def cache(lengths: list[int]) -> Cache:
+        found: list[Part] = [Compares() for _ in lengths]
+        for part, length in zip(found, lengths, strict=True):
+            part.kept = torch.ones(3, length, H)
+        return Cache(found)
+
+    def run(options: dict[str, Any]) -> Any:
+        cm: Any = case.compile(options, dynamic=True)
+        kinds = [lengths, *([*[5] * place, 2, *[5] * (3 - place)] for place in range(LAYERS))]
+        return [cm(x=x, cache=cache(kind), adapter_names=NAMES)["logits"] for kind in kinds]
+
+    found = both_ways(monkeypatch, run)
+    assert found.replayed[0] == count
+    assert len(found.graphs) == graphs

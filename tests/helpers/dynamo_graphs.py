@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.hooks import RemovableHandle
 
 from lorafx.capture import replay
@@ -33,11 +34,13 @@ class Captured:
         graphs: of each node its kind, what it calls or how it is reached, its arguments, the
             modules' calls that it was made in, and how its value is laid out.
         guards: kind, source and what else each guard says.
+        sizes: what is guarded of sizes, as Python.
         replayed: how many layers were replayed.
     """
 
     graphs: list[list[str]] = field(default_factory=list)
     guards: list[set[str]] = field(default_factory=list)
+    sizes: list[set[str]] = field(default_factory=list)
     replayed: list[int] = field(default_factory=list)
 
     def note(self, gm: fx.GraphModule) -> None:
@@ -92,14 +95,20 @@ def guard_text(guard: Any) -> str:
 @contextmanager
 def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Captured]:
     """What is captured of lorafx's models inside, from Dynamo's and the hooks' beginning."""
-    found, compiled = Captured(), Backend.compile
+    found, compiled, produce = Captured(), Backend.compile, ShapeEnv.produce_guards_verbose
 
     def noting(self: Backend, gm: fx.GraphModule, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         found.note(gm)
         return compiled(self, gm, *args, **kwargs)
 
+    def producing(self: ShapeEnv, *args: Any, **kwargs: Any) -> Any:
+        made = produce(self, *args, **kwargs)
+        found.sizes.append({_NUMBERED.sub("", text) for text in made[0].exprs})
+        return made
+
     with monkeypatch.context() as patch:
         patch.setattr(Backend, "compile", noting)
+        patch.setattr(ShapeEnv, "produce_guards_verbose", producing)
         torch._dynamo.reset()
         RemovableHandle.next_id = 0
         yield found
@@ -107,7 +116,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Captured]:
 
 def both_ways(monkeypatch: pytest.MonkeyPatch, run: Callable[[dict[str, Any]], Any]) -> Captured:
     """What is captured with layers replayed: the graphs that are captured without, guards that
-    are at least theirs, and the same bits."""
+    are at least theirs, the same ones on sizes, and the same bits."""
     found: list[Captured] = []
     results: list[Any] = []
     for stamps in (False, True):
@@ -116,6 +125,7 @@ def both_ways(monkeypatch: pytest.MonkeyPatch, run: Callable[[dict[str, Any]], A
         found.append(one)
     without, replayed = found
     assert without.graphs == replayed.graphs
+    assert without.sizes == replayed.sizes
     for mine, other in zip(without.guards, replayed.guards, strict=True):
         assert mine <= other
     assert without.replayed == [0] * len(without.graphs)
