@@ -15,6 +15,7 @@ import torch._dynamo
 from torch import Tensor, fx
 from torch._dynamo import symbolic_convert
 from torch._dynamo.source import LocalSource
+from torch._functorch._aot_autograd.schemas import OutputType
 from torch._guards import GuardsSet, TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -165,6 +166,15 @@ def traced_metadata() -> Any:
     """What AOTAutograd knows of the inputs and outputs of the graph that it has traced, and tells
     the compiler (`ViewAndMutationMeta`)."""
     return TracingContext.get().fw_metadata
+
+
+def inputs_given_back() -> set[int]:
+    """Places of the results, among those of the traced function, for which AOTAutograd gives the
+    caller one of its inputs, whatever the graph computes there."""
+    context = TracingContext.try_get()
+    metadata = None if context is None else context.fw_metadata
+    told = () if metadata is None else metadata.output_info
+    return {place for place, info in enumerate(told) if info.output_type is OutputType.is_input}
 
 
 @contextmanager

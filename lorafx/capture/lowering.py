@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from lorafx.capture import head_start
+from lorafx.capture.added_lengths import add_lengths
 from lorafx.capture.inductor_shortcuts import shortcuts
 from lorafx.capture.outlined_calls import interpreted_once
 from lorafx.capture.stamps import STAMP, Folded, NotUnfolded, fold, unfold
@@ -125,6 +126,7 @@ class InductorLowering:
 
         head_start.wait()
         write_back(gm)
+        add_lengths(gm)
         settings = config.patch({**self.patches, **_IN_ORDER, **_NO_HARNESS})
         with settings, interpreted_once(inputs), strides_unasked(), shortcuts():
             # What compile_fx does for inference before its inner compile.
