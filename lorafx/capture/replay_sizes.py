@@ -152,6 +152,7 @@ class Renamed:
         self._pairs: list[tuple[Any, Any]] = []
         #: By expressions of the traced layer.
         self._expressions: dict[Any, Any] = {}
+        self._sizes_made: dict[Any, Any] = {}
         #: By the traced layer's symbols what no symbol was made for.
         self._settled: dict[sympy.Symbol, sympy.Basic] = {}
 
@@ -304,8 +305,13 @@ class Renamed:
             return self._environment.create_symboolnode(self._named(size.node._expr))
         if not isinstance(size, torch.SymInt):
             return size
-        found = self._named(size.node._expr)
-        return self._environment.create_symintnode(found, hint=size.node.hint)
+        expression = size.node._expr
+        found = self._sizes_made.get(expression)
+        if found is None:
+            named, hint = self._named(expression), size.node.hint
+            found = self._environment.create_symintnode(named, hint=hint)
+            self._sizes_made[expression] = found
+        return found
 
 
 def _numbers(value: Any) -> tuple[Any, ...]:
