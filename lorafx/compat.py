@@ -23,9 +23,11 @@ import torch.fx.experimental._config as shape_config
 from torch import Tensor
 from torch._dynamo import guards, output_graph, side_effects, symbolic_convert
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx import graph as fx_graph
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lorafx.node_arguments import TREES
 from lorafx.size_symbols import open_comparisons
 
 _COMPILE_ARGUMENTS = inspect.signature(torch.compile).parameters
@@ -112,11 +114,12 @@ def _unlogged() -> Iterator[tuple[Any, str, Any]]:
     For each graph it times the guards, after it has emptied the processor's caches: 23 ms. For each
     object that the graph changes, as it does with the layers of a cache of keys, it writes where.
     For the name of the function that a node comes from it reads each source file token by token:
-    0.16 s of the first capture of a Llama. `_Unwritten` and `open_comparisons` spare more such
-    work.
+    0.16 s of the first capture of a Llama. `_Unwritten`, `open_comparisons` and `TREES` spare more
+    such work.
     """
     if "TORCH_TRACE" in os.environ:
         return
+    yield fx_graph, "pytree", TREES
     yield output_graph, "fx", _FX
     yield from open_comparisons()
     if not any(log.isEnabledFor(logging.DEBUG) for log in _LOGS_OF_LINES):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import logging
-from typing import Any
+import warnings
+from typing import Any, NamedTuple
 
 import pytest
 import sympy
@@ -13,7 +15,11 @@ from dense_merge import REFERENCE
 from sympy.core import relational
 from torch import fx, nn
 from torch._dynamo import guards, output_graph, side_effects, symbolic_convert
+from torch.fx import graph as fx_graph
 from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.immutable_collections import immutable_dict, immutable_list
+from torch.utils import _pytree as pytree
 
 from lorafx import size_symbols
 from lorafx.compat import capture_settings
@@ -148,3 +154,50 @@ def test_new_sizes_are_equal_to_what_sympy_says(monkeypatch) -> None:
         assert type(got) is type(want)
         assert got == want
     assert relational.is_eq is own
+
+
+class Own(list):
+    """A list that torch's registry of trees does not know."""
+
+
+class Pair(NamedTuple):
+    one: Any
+    other: Any
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "tree",
+    [
+        ((), {}),
+        ((1, None, "one", 2.0, True, torch.float32), {"device": torch.device("cpu")}),
+        (immutable_list([1, [2, (3,)]]), immutable_dict({"b": {"d": 1, "c": [2]}, "a": 3})),
+        ([Own([1, 2]), Pair(3, [4]), torch.Size([5, 6])], slice(7, 8), torch.ops.aten.mm.default),
+        (collections.OrderedDict(b=1, a=[2]), collections.deque([3, (4,)]), {5, 6}),
+        7,
+    ],
+)
+def test_leaves_of_arguments_are_those_of_the_registry(tree) -> None:
+    with capture_settings(8, unlogged=True):
+        got = list(fx_graph.pytree.tree_iter(tree))
+        assert fx_graph.pytree.tree_iter is not pytree.tree_iter
+        alone = list(fx_graph.pytree.tree_iter(tree, is_leaf=lambda item: item is tree))
+    assert fx_graph.pytree is pytree
+    assert got == list(pytree.tree_iter(tree))
+    assert list(map(type, got)) == list(map(type, pytree.tree_iter(tree)))
+    assert alone == [tree]
+
+
+@pytest.mark.quick
+def test_a_size_among_arguments_is_warned_of_as_ever() -> None:
+    size = ShapeEnv().create_unbacked_symint()
+
+    def warned(unlogged: bool) -> list[str]:
+        graph = fx.Graph()
+        x = graph.placeholder("x")
+        with capture_settings(8, unlogged=unlogged), warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            graph.call_function(torch.ops.aten.view.default, (x, [size, 1]))
+        return [str(item.message) for item in found]
+
+    assert warned(True) == warned(False)
