@@ -39,7 +39,7 @@ class Layout(NamedTuple):
 
     def empty(self, mode: FakeTensorMode) -> FakeTensor:
         """A fake tensor so laid out, in memory of its own."""
-        with in_kernel_invocation_manager(mode):
+        with torch._C._DisableTorchDispatch():
             # To allocate a symbolic size takes twenty times as long, all of it arithmetic on
             # symbols; nobody asks how large this memory is, only whose.
             nothing = torch.empty(0, dtype=self.dtype, device="meta")
