@@ -10,8 +10,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch.utils import _pytree as pytree
+from torch import fx
+from torch.fx.node import map_aggregate
 from torch.utils.flop_counter import flop_registry
 
 from lorafx.capture.graph_text import (
@@ -66,24 +66,22 @@ class _Seen:
 
     Attributes:
         place: path and class of its module, where the metadata of the node do not say.
-        kind, free, flops: as of `NodeView`.
+        kind, free: as of `NodeView`.
         hints: sizes in numbers, by expression; those of all nodes of the graph.
     """
 
-    __slots__ = ("_view", "flops", "free", "hints", "kind", "place")
+    __slots__ = ("_view", "free", "hints", "kind", "place")
 
     def __init__(
         self,
         place: tuple[str, str] | None,
         kind: str,
         free: bool,
-        flops: int,
         hints: Mapping[Any, int | None],
     ) -> None:
         self.place = place
         self.kind = kind
         self.free = free
-        self.flops = flops
         self.hints = hints
         self._view: NodeView | None = None
 
@@ -105,7 +103,7 @@ class _Seen:
                 _sizes(printed, self.hints),
                 0 if printed.dtype is None else printed.dtype.itemsize,
                 self.free,
-                self.flops,
+                _flops(printed, self.hints),
             )
         return self._view
 
@@ -172,28 +170,7 @@ class StageViews:
             place = site.path, type(site.module).__qualname__
         free = node.op in ("placeholder", "get_attr", "output") or is_view(node)
         kind = item.kind if item is not None else ""
-        return _Seen(place, kind, free, self._flops(node), self._hints)
-
-    def _flops(self, node: fx.Node) -> int:
-        """torch's own count (`torch.utils.flop_counter`), where it has one for the operator.
-
-        The formula is given shapes in numbers: to compare symbols would put guards on the graph.
-        """
-        formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
-        if formula is None:
-            return 0
-        shapes = {}
-        for source in node.all_input_nodes:
-            sizes = _sizes(self._text.printed(source), self._hints)
-            if not sizes:
-                return 0
-            shapes[source] = torch.Size(sizes)
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), shapes.__getitem__)
-        result = pytree.tree_map(_size, node.meta.get("val"))
-        try:
-            return int(formula(*args, **kwargs, out_val=result))
-        except Exception:  # a form of the operator that torch cannot count: nothing depends on it
-            return 0
+        return _Seen(place, kind, free, self._hints)
 
     def _sites(self, ctx: Context) -> dict[Printed, tuple[SiteView, ...]]:
         found: dict[Printed, list[SiteView]] = {}
@@ -259,8 +236,25 @@ def _sizes(printed: Printed, hints: Mapping[Any, int | None]) -> tuple[int, ...]
     return tuple(size for size in sizes if size is not None) if None not in sizes else ()
 
 
-def _size(value: Any) -> torch.Size:
-    """The same of a result as the node has it."""
-    sizes = map(size_hint, value.shape if isinstance(value, Tensor) else ())
-    found = [size for size in sizes if size is not None]
-    return torch.Size(found if isinstance(value, Tensor) and len(found) == value.dim() else ())
+def _flops(printed: Printed, hints: Mapping[Any, int | None]) -> int:
+    """torch's own count (`torch.utils.flop_counter`), where it has one for the operator.
+
+    The formula is given shapes in numbers: to compare symbols would put guards on the graph.
+    """
+    formula = flop_registry.get(getattr(printed.target, "overloadpacket", None))
+    if formula is None:
+        return 0
+
+    def shape(item: Any) -> Any:
+        if not isinstance(item, Printed):
+            return item
+        sizes = _sizes(item, hints)
+        if not sizes:
+            raise ValueError("no tensor, or one of sizes that depend on data")
+        return torch.Size(sizes)
+
+    try:
+        args, kwargs = map_aggregate((printed.args, printed.kwargs), shape)
+        return int(formula(*args, **kwargs, out_val=torch.Size(_sizes(printed, hints))))
+    except Exception:  # also a form of the operator that torch cannot count: nothing depends on it
+        return 0
