@@ -114,14 +114,16 @@ class _Former:
             if value in self.own:
                 return ("node", self.own[value])
             return ("operand", self.operands.setdefault(value, len(self.operands)))
-        if isinstance(value, Mapping):
-            return ("mapping", tuple((key, self.argument(item)) for key, item in value.items()))
-        if isinstance(value, slice):
-            parts = (value.start, value.stop, value.step)
-            return ("slice", tuple(self.argument(part) for part in parts))
+        if value is None or isinstance(value, _DISCRETE):  # most of what is no node
+            return self.literal(value)
         if isinstance(value, (list, tuple)):
             kind = "tuple" if isinstance(value, tuple) else "list"
-            return (kind, tuple(self.argument(item) for item in value))
+            return (kind, tuple(map(self.argument, value)))
+        if isinstance(value, slice):
+            parts = (value.start, value.stop, value.step)
+            return ("slice", tuple(map(self.argument, parts)))
+        if isinstance(value, Mapping):
+            return ("mapping", tuple((key, self.argument(item)) for key, item in value.items()))
         return self.literal(value)
 
     def literal(self, value: Any) -> Hashable:
@@ -139,14 +141,15 @@ class _Former:
 
     def expression(self, expr: sympy.Basic) -> sympy.Basic:
         """`expr` in the stretch's own symbols."""
-        if expr not in self.expressions:
+        known = self.expressions.get(expr)
+        if known is None:
             for symbol in sorted(expr.free_symbols, key=str):
                 number = self.symbols.setdefault(symbol, len(self.symbols))
                 self.numbered[symbol] = sympy.Dummy(
                     f"size{number}", dummy_index=number, integer=True, nonnegative=True
                 )
-            self.expressions[expr] = expr.xreplace(self.numbered)
-        return self.expressions[expr]
+            known = self.expressions[expr] = expr.xreplace(self.numbered)
+        return known
 
     def result(self, node: fx.Node) -> Hashable:
         """The metadata of what `node` returns. A node without a fake value equals no other."""
@@ -165,11 +168,11 @@ class _Former:
         return self.literal(offset)
 
     def value(self, value: Any) -> Hashable:
-        if isinstance(value, (list, tuple)):
-            return tuple(self.value(item) for item in value)
-        if isinstance(value, Mapping):  # what a Triton kernel has written, by argument
-            return ("mapping", tuple((key, self.value(item)) for key, item in value.items()))
         if not isinstance(value, Tensor):
+            if isinstance(value, (list, tuple)):
+                return tuple(map(self.value, value))
+            if isinstance(value, Mapping):  # what a Triton kernel has written, by argument
+                return ("mapping", tuple((key, self.value(item)) for key, item in value.items()))
             return self.literal(value)
         # The storage offset is left out: it follows from the arguments and from the operands' own,
         # which differ where a checkpoint's tensors are views of one file.
@@ -182,7 +185,12 @@ class _Former:
 
     def sizes(self, sizes: Sequence[Any]) -> Hashable:
         """Numbers as they are, symbols as in `literal`."""
-        return tuple(size if isinstance(size, int) else self.literal(size) for size in sizes)
+        return tuple(
+            [
+                size if isinstance(size, int) else ("symbol", self.expression(size.node.expr))
+                for size in sizes
+            ]
+        )
 
 
 @dataclass(frozen=True, eq=False)
