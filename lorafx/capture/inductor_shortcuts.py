@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,8 @@ def shortcuts() -> Iterator[None]:
       compile the graph again, unless such logs are kept: 3 % of the capture of 32 layers;
     - sees that layouts are equal where they are the same numbers and expressions, before it asks a
       solver: as it compares each call of an outlined layer with the body, and as it has operands
-      laid out in the way that they are.
+      laid out in the way that they are;
+    - works out once whether tensors so laid out have gaps: it asks for each result.
     """
     replaced = list(_replacements())
     before = [(owner, name, vars(owner)[name]) for owner, name, _ in replaced]
@@ -56,14 +57,42 @@ def _replacements() -> Iterator[tuple[Any, str, Callable[..., Any]]]:
     def constrained(operand: Any, wanted: Any) -> Any:
         inner = operand.data if isinstance(operand, ir.TensorBox) else operand
         buffer = inner.data if isinstance(inner, ir.StorageBox) else None
-        if isinstance(buffer, ir.InputBuffer) and isinstance(wanted, Tensor):
+        if isinstance(buffer, ir.Buffer) and isinstance(wanted, Tensor):
             layout = buffer.layout
-            strides = tuple(map(size_expression, wanted.stride()))
+            strides = _expressions(wanted.stride())
             if isinstance(layout, ir.FixedLayout) and tuple(layout.stride) == strides:
                 return operand
         return constrain(operand, wanted)
 
     yield lowering, "constrain_to_fake_tensor", constrained
+    yield ir, "significant_strides_equal", _equal_strides(ir.significant_strides_equal)
+    dense = torch._prims_common.is_non_overlapping_and_dense_or_false
+    yield torch._prims_common, "is_non_overlapping_and_dense_or_false", _once_a_layout(dense)
+
+
+def _expressions(sizes: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(map(size_expression, sizes))
+
+
+def _equal_strides(equal: Callable[[Any, Any, Any], bool]) -> Callable[[Any, Any, Any], bool]:
+    def are_equal(one: Any, other: Any, shape: Any) -> bool:
+        return _expressions(one) == _expressions(other) or equal(one, other, shape)
+
+    return are_equal
+
+
+def _once_a_layout(dense: Callable[[Tensor], bool]) -> Callable[[Tensor], bool]:
+    known: dict[Any, bool] = {}
+
+    def is_dense(tensor: Tensor) -> bool:
+        if tensor.layout is not torch.strided:
+            return dense(tensor)
+        layout = (_expressions(tensor.shape), _expressions(tensor.stride()))
+        if layout not in known:
+            known[layout] = dense(tensor)
+        return known[layout]
+
+    return is_dense
 
 
 def _seeing(equal: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
@@ -72,8 +101,7 @@ def _seeing(equal: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     def is_equal(new: Any, old: Any) -> Any:
         if not (isinstance(new, tuple) and isinstance(old, tuple)):
             return equal(new, old)
-        alike = tuple(map(size_expression, new)) == tuple(map(size_expression, old))
-        return alike or equal(new, old)
+        return _expressions(new) == _expressions(old) or equal(new, old)
 
     return is_equal
 
@@ -102,6 +130,6 @@ def _laid_out_alike(new: Any, old: Any) -> bool:
         return False
     return (
         new.device == old.device
-        and tuple(map(size_expression, new.shape)) == tuple(map(size_expression, old.shape))
-        and tuple(map(size_expression, new.stride())) == tuple(map(size_expression, old.stride()))
+        and _expressions(new.shape) == _expressions(old.shape)
+        and _expressions(new.stride()) == _expressions(old.stride())
     )
