@@ -45,7 +45,6 @@ from lorafx.capture.replay_guards import Moved
 from lorafx.capture.replay_items import store, stores_of
 from lorafx.capture.replay_sources import FrameScope
 from lorafx.capture.replay_trace import Begun, Trace
-from lorafx.graph.graph_nodes import copy_of
 from lorafx.kernels.ops.stamp_op import without_data
 
 #: Traces of a class that are kept; its layers are of more kinds where none of these fits.
@@ -277,7 +276,7 @@ class Replay:
 
         for node in one.operators:
             sizes.reach(node)
-            nodes[node] = copy = copy_of(node, graph, operand)
+            nodes[node] = copy = graph.node_copy(node, operand)
             if "example_value" in node.meta:
                 copy.meta["example_value"] = sizes.value(node, tx.fake_mode)
             copy.meta["nn_module_stack"] = stacks.of(node)

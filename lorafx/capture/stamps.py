@@ -37,7 +37,6 @@ from lorafx.capture.stamp_layers import (
     layers_of,
 )
 from lorafx.errors import CaptureError
-from lorafx.graph.graph_nodes import copy_of
 from lorafx.kernels.ops.stamp_op import LAYOUTS, Layout
 from lorafx.model.module_graph import storage_key
 from lorafx.passes.outline.isomorphism import Stretch
@@ -328,7 +327,7 @@ def _expand(
     operands: Any = call.args[0]
     new: dict[fx.Node, fx.Node] = {item: operands[item.args[1]] for item in enter.users}
     for node, value in body.items():
-        copy = copy_of(node, graph, lambda source: new.get(source, source))
+        copy = graph.node_copy(node, lambda source: new.get(source, source))
         copy.meta["val"] = value.of_copy(copy)
         stack = tuple(node.meta.get("nn_module_stack") or ())
         if stack:

@@ -32,7 +32,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from lorafx.capture.stamp_layers import is_plain
 from lorafx.capture.stamps import STAMP, Folded, NotUnfolded
 from lorafx.captured_frame import fake_mode, traced_metadata
-from lorafx.graph.graph_nodes import copy_of
 from lorafx.kernels.ops.stamp_op import Layout, without_data
 from lorafx.model.module_graph import storage_key
 
@@ -199,7 +198,7 @@ def leave_out(folded: Folded) -> UnseenInputs | None:
             copied[node] = graph.call_function(STAMP, (given, node.args[1]))
             copied[node].meta = dict(node.meta)
         else:
-            copied[node] = copy_of(node, graph, copied.__getitem__)
+            copied[node] = graph.node_copy(node, copied.__getitem__)
         for name in vars(node).keys() - vars(copied[node]).keys():
             setattr(copied[node], name, getattr(node, name))
     order = Order(

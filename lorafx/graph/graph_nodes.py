@@ -1,11 +1,10 @@
-"""New nodes of a graph, and where a node came from."""
+"""New nodes of a functional ATen graph, and where a node came from."""
 
 from __future__ import annotations
 
 import functools
 import operator
 import re
-from collections.abc import Callable
 from typing import Any
 
 from torch import fx
@@ -33,19 +32,6 @@ def call_in_place(graph: fx.Graph, op: OpOverload, arguments: tuple[Any, ...]) -
         written = graph.call_function(operator.getitem, (both, 1))
     written.meta["val"] = value
     return written
-
-
-def copy_of(node: fx.Node, graph: fx.Graph, operand: Callable[[fx.Node], Any]) -> fx.Node:
-    """A copy of a node at the insertion point of `graph`, on what `operand` gives for its operands.
-
-    As `fx.Graph.node_copy`, which takes twice as long: it looks for sizes among all operands.
-    """
-    copy = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
-    copy.args = fx.map_arg(node.args, operand)
-    if node.kwargs:
-        copy.kwargs = fx.map_arg(node.kwargs, operand)
-    copy.meta = dict(node.meta)
-    return copy
 
 
 def module_path(node: fx.Node) -> str:
