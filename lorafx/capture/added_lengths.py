@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._functorch._aot_autograd.descriptors import InputMutationAOTOutput, PlainAOTOutput
 
 from lorafx.captured_frame import inputs_given_back
@@ -70,7 +70,25 @@ def _overwriting(output: fx.Node) -> list[fx.Node]:
         if set(item.users) == {output}
         and _is_longer(item)
         and found == [bound(item)["self"].meta.get("desc")]
+        and not _returned(bound(item)["self"], item, output)
     ]
+
+
+def _returned(length: fx.Node, total: fx.Node, output: fx.Node) -> bool:
+    """Whether the length from before may be returned too: Inductor takes copies that change nothing
+    for what they are of, which is overwritten by then."""
+    dtype, found = fake_value(length).dtype, [length]
+    met = {total}
+    while found:
+        for user in found.pop().users:
+            if user is output:
+                return True
+            value = None if user in met else fake_value(user)
+            met.add(user)
+            several = isinstance(value, (tuple, list))
+            if several or (isinstance(value, Tensor) and value.dtype == dtype):
+                found.append(user)
+    return False
 
 
 def _is_longer(node: fx.Node) -> bool:

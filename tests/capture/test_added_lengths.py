@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 from dense_merge import TOLERANCE, build_case, error
-from torch import Tensor, fx
+from hand_made import hand_case
+from torch import Tensor, fx, nn
 from torch._functorch._aot_autograd.descriptors import (
     InputMutationAOTOutput,
     PlainAOTInput,
@@ -53,6 +54,27 @@ def test_the_lengths_of_a_static_cache_grow_by_one_operator(
         layer.cumulative_length is length
         for layer, length in zip(past.layers, lengths, strict=True)
     )
+
+
+class ReturnsOld(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, lengths: list[Tensor]) -> dict[str, Any]:
+        old = [lengths[0].clone(), (lengths[1] + 0).expand(2)]
+        for length in lengths:
+            length += x.shape[1]
+        return {"logits": self.up(x), "old": old}
+
+
+def test_lengths_from_before_are_returned_as_they_were(tmp_path: Path) -> None:
+    case = hand_case(ReturnsOld(), tmp_path, a0=["up"])
+    cm: Any = case.compile({"lowering": "inductor"}, dynamic=False)
+    lengths = [torch.tensor(2), torch.tensor(5)]
+    out = cm(x=torch.randn(2, 3, 16), lengths=lengths, adapter_names=["a0", None])
+    assert [*map(int, lengths)] == [5, 8]
+    assert [each.tolist() for each in out["old"]] == [2, [5, 5]]
 
 
 Change = Callable[[fx.Graph, list[fx.Node], list[fx.Node]], None]
