@@ -152,7 +152,7 @@ def put_guard_set(guards: GuardsSet) -> None:
 def takes_no_guards() -> bool:
     """Whether what is being traced of the frame adds no guards to it."""
     context: Any = TracingContext.get().guards_context
-    return bool(context.skip_install)
+    return bool(getattr(context, "skip_install", False))  # torch 2.11 has no such frames
 
 
 def guard_local(name: str, make: Callable[[Any, torch._guards.Guard], None]) -> None:

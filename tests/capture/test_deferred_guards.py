@@ -70,6 +70,13 @@ def test_deferred_guards_are_there_when_they_are_looked_at() -> None:
     assert len(guards) == 3
     guards.defer(Copied([kept]))
     assert len(guards) == 3
+
+
+@pytest.mark.skipif(
+    not hasattr(GuardsSet, "clear"), reason="torch's sets of guards cannot be emptied"
+)
+def test_a_set_that_is_emptied_forgets_deferred_guards() -> None:
+    guards, kept, _ = of_two()
     guards.defer(Copied([kept]))
     guards.clear()
     assert not guards
