@@ -98,8 +98,10 @@ class LayerSizes:
     def _settled(self, operators: Collection[fx.Node]) -> dict[sympy.Symbol, sympy.Basic]:
         """What sizes of the layer's tensors have become. An input that is such a size may be read
         as a symbol of its own."""
-        named = hasattr(self.environment, "_generate_unique_id")  # since torch 2.7
-        if self.environment.should_record_events or not named:
+        # Torch 2.11 has no such counter. There a layer of a cache that grows would have other sizes
+        # than the rest, and would not be outlined with them.
+        known_to_fit = hasattr(self.environment, "_replacements_version_counter")
+        if self.environment.should_record_events or not known_to_fit:
             return {}
         taken = {item for node in operators for item in node.all_input_nodes}
         read = {
