@@ -32,7 +32,7 @@ from lorafx.kernels.cpu.compiler import find_compiler
 from lorafx.passes import products
 from lorafx.passes.outline.regions import bodies
 from lorafx.passes.products import replace_products
-from lorafx.program.frame import Frame
+from lorafx.program.frame import Frame, fake_value
 from lorafx.program.program import Program
 
 aten = torch.ops.aten
@@ -130,7 +130,9 @@ class InductorLowering:
         settings = config.patch({**self.patches, **_IN_ORDER, **_NO_HARNESS})
         with settings, interpreted_once(inputs), strides_unasked(), shortcuts():
             # What compile_fx does for inference before its inner compile.
+            traced: Any = gm.graph.output_node().args[0]
             gm = inductor._recursive_joint_graph_passes(gm)
+            _keep_apart(gm, traced)
             for module in (gm, *(body for _, body in bodies(gm))):
                 output = next(node for node in module.graph.nodes if node.op == "output")
                 output.meta["user_visible_output_idxs"] = [
@@ -161,6 +163,22 @@ class InductorLowering:
         # A compiled backward, made later, keeps the settings too.
         compiled = compile_fx(gm, list(examples), config_patches=patches)
         return cast("Callable[..., Any]", compiled)
+
+
+def _keep_apart(gm: fx.GraphModule, traced: Sequence[Any]) -> None:
+    """Have results that have become inputs, as in `n + 0`, be tensors of their own. `traced` holds
+    the results as AOTAutograd knows them: it overwrites inputs after the graph."""
+    output = gm.graph.output_node()
+    items: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+    for place, (item, before) in enumerate(zip(items, traced, strict=True)):
+        became_input = isinstance(item, fx.Node) and item.op == "placeholder" and item is not before
+        if became_input and isinstance(fake_value(item), Tensor):
+            with gm.graph.inserting_before(output):
+                items[place] = copy = gm.graph.call_function(torch.ops.aten.clone.default, (item,))
+            copy.meta.update(val=fake_value(item).clone())
+    if items != list(output.args[0]):  # type: ignore[arg-type]
+        output.args = (tuple(items),)
+        gm.recompile()
 
 
 def _generated_products() -> Any:

@@ -62,7 +62,8 @@ class ReturnsOld(nn.Module):
         self.up = nn.Linear(16, 16)
 
     def forward(self, x: Tensor, lengths: list[Tensor]) -> dict[str, Any]:
-        old = [lengths[0].clone(), (lengths[1] + 0).expand(2)]
+        zero = torch.zeros((), dtype=torch.int64)
+        old = [lengths[0].clone(), (lengths[1] + 0).expand(2), lengths[0] + zero]
         for length in lengths:
             length += x.shape[1]
         return {"logits": self.up(x), "old": old}
@@ -74,7 +75,7 @@ def test_lengths_from_before_are_returned_as_they_were(tmp_path: Path) -> None:
     lengths = [torch.tensor(2), torch.tensor(5)]
     out = cm(x=torch.randn(2, 3, 16), lengths=lengths, adapter_names=["a0", None])
     assert [*map(int, lengths)] == [5, 8]
-    assert [each.tolist() for each in out["old"]] == [2, [5, 5]]
+    assert [each.tolist() for each in out["old"]] == [2, [5, 5], 2]
 
 
 Change = Callable[[fx.Graph, list[fx.Node], list[fx.Node]], None]
