@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch._functorch._aot_autograd.descriptors import InputMutationAOTOutput, PlainAOTOutput
 
+from lorafx.capture.written_back import described_results
 from lorafx.captured_frame import inputs_given_back
 from lorafx.kernels.ops.add_each_op import ADD_EACH
 from lorafx.op_arguments import bound
@@ -31,7 +32,7 @@ def add_lengths(gm: fx.GraphModule) -> int:
     """
     output = gm.graph.output_node()
     sums: dict[Any, list[fx.Node]] = {}
-    for node in _overwriting(output):
+    for node in _overwriting(gm):
         sums.setdefault(bound(node)["other"], []).append(node)
     edits = 0
     for number, nodes in sums.items():
@@ -50,15 +51,12 @@ def add_lengths(gm: fx.GraphModule) -> int:
     return edits
 
 
-def _overwriting(output: fx.Node) -> list[fx.Node]:
+def _overwriting(gm: fx.GraphModule) -> list[fx.Node]:
     """Sums of an input and a number which are read for nothing but to overwrite that input."""
-    items: Any = output.args[0]
-    told = output.meta.get("desc") or ()
-    if len(told) != len(items):
-        return []
+    output = gm.graph.output_node()
     unread = inputs_given_back()
     places: dict[fx.Node, list[Any]] = {}
-    for item, desc in zip(items, told, strict=True):
+    for item, desc in described_results(gm):
         if isinstance(desc, PlainAOTOutput) and desc.idx in unread:
             continue
         if isinstance(item, fx.Node):

@@ -89,7 +89,7 @@ class LayerSizes:
             raise NotAlike("an operator was added in another way")
         for node in operators:
             for value in pytree.tree_leaves(node.meta.get("example_value")):
-                if not self._concern(value):
+                if not self.concern(value):
                     continue
                 if not _can_be_made(value):
                     raise NotAlike(f"{node.name} has a value that is no plain tensor")
@@ -130,7 +130,7 @@ class LayerSizes:
         """Whether an input of the layer is a size that is known to be something else."""
         return not _symbols(node.meta["example_value"]).isdisjoint(self.settled)
 
-    def _concern(self, value: Any) -> bool:
+    def concern(self, value: Any) -> bool:
         """Whether one of the symbols is in a value of a node."""
         return not self.own.isdisjoint(_symbols(value))
 
@@ -294,7 +294,7 @@ class Renamed:
         if isinstance(value, (list, tuple)):
             items = [self._value(each, mode) for each in value]
             return torch.Size(items) if isinstance(value, torch.Size) else type(value)(items)
-        if self._sizes.own.isdisjoint(_symbols(value)):
+        if not self._sizes.concern(value):
             return value
         if not isinstance(value, Tensor):
             return self._size(value)

@@ -57,18 +57,23 @@ def write_back(gm: fx.GraphModule) -> int:
     return edits
 
 
-def _written(gm: fx.GraphModule) -> dict[fx.Node, fx.Node]:
-    """By what they are overwritten with, the inputs of the graph that AOTAutograd overwrites."""
+def described_results(gm: fx.GraphModule) -> list[tuple[Any, Any]]:
+    """What a graph returns, each with AOTAutograd's description of it; none where it has none."""
     output = gm.graph.output_node()
     items: Any = output.args[0]
     told = output.meta.get("desc") or ()
-    if len(told) != len(items):
-        return {}
+    return list(zip(items, told, strict=True)) if len(told) == len(items) else []
+
+
+def _written(gm: fx.GraphModule) -> dict[fx.Node, fx.Node]:
+    """By what they are overwritten with, the inputs of the graph that AOTAutograd overwrites."""
+    results = described_results(gm)
+    items = [item for item, _ in results]
     inputs = {node.meta.get("desc"): node for node in gm.graph.find_nodes(op="placeholder")}
     found: dict[fx.Node, fx.Node] = {}
-    for item, desc in zip(items, told, strict=True):
+    for item, desc in results:
         place = inputs.get(desc.mutated_input) if isinstance(desc, InputMutationAOTOutput) else None
-        if place is not None and isinstance(item, fx.Node) and list(items).count(item) == 1:
+        if place is not None and isinstance(item, fx.Node) and items.count(item) == 1:
             found[item] = place
     return found
 
