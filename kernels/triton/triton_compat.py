@@ -20,7 +20,7 @@ right while a kernel runs, and only then:
 - A scalar that is kept as an array of one element is no index to numpy 2.4 and triton 3.6.
 - Two things take a third of the time, and go without: numpy's dtype of a value is looked up in a
   table that is made for each look, and overflows of integers are looked for by operators of their
-  own, whose result is thrown away where `debug` is off. `interpreted_types.py` has a third one.
+  own, whose result is thrown away where `debug` is off.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ from torch.library import triton_op
 from triton.runtime import _allocation, interpreter
 
 from lorafx.errors import LoweringError
-from lorafx.kernels.triton.interpreted_types import rewritten, with_known_shapes
 
 # The interpreter patches triton.language and keeps the current program in a global.
 _LOCK = threading.RLock()
@@ -131,7 +130,6 @@ def _put_right() -> Iterator[None]:
         (interpreter, "_get_np_dtype", _kept(interpreter._get_np_dtype)),
         (builder, "options", replace(builder.options, sanitize_overflow=builder.options.debug)),
         (interpreter, "_patch_lang_tensor", _scalars_as_indices(interpreter._patch_lang_tensor)),
-        *with_known_shapes(),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
     builder.cast_impl, builder.create_dot = _cast(builder.cast_impl), _dot
@@ -155,6 +153,13 @@ class _Executor(interpreter.GridExecutor):
         pass
 
 
+def _rewritten(kernel: Any) -> Callable[..., None]:
+    """The function of `kernel` as the interpreter runs it, made once for each."""
+    if not isinstance(kernel, interpreter.InterpretedFunction):  # no TRITON_INTERPRET
+        kernel = interpreter.InterpretedFunction(kernel.fn)
+    return kernel.rewrite()
+
+
 def interpret(kernel: Any, grid: Sequence[int], arguments: Sequence[Any]) -> None:
     """Runs `kernel` over `grid` on CPU tensors, in Triton's interpreter.
 
@@ -164,7 +169,7 @@ def interpret(kernel: Any, grid: Sequence[int], arguments: Sequence[Any]) -> Non
     function = kernel.fn  # what @triton.jit was put on
     with _LOCK, _put_right(), np.errstate(all="ignore"):  # a NaN in x is not the kernel's fault
         try:
-            _Executor(rewritten(kernel), kernel.arg_names, tuple(grid))(*arguments)
+            _Executor(_rewritten(kernel), kernel.arg_names, tuple(grid))(*arguments)
         except interpreter.InterpreterError as error:
             raise LoweringError(
                 f"{function.__name__} of {function.__code__.co_filename} failed in Triton's"
