@@ -136,30 +136,14 @@ def frame_guards() -> list[torch._guards.Guard]:
 
 def keep_frame_guards(kept: Sequence[torch._guards.Guard]) -> None:
     """Have Dynamo make these guards and those that it is yet to find."""
-    put_guard_set(GuardsSet(OrderedSet(kept)))
-
-
-def guard_set() -> GuardsSet:
-    """Where Dynamo collects the guards of the frame that is being captured."""
-    return TracingContext.get().guards_context.dynamo_guards
-
-
-def put_guard_set(guards: GuardsSet) -> None:
-    """Have Dynamo collect the frame's guards there."""
-    TracingContext.get().guards_context.dynamo_guards = guards
-
-
-def takes_no_guards() -> bool:
-    """Whether what is being traced of the frame adds no guards to it."""
-    context: Any = TracingContext.get().guards_context
-    return bool(getattr(context, "skip_install", False))  # torch 2.11 has no such frames
+    TracingContext.get().guards_context.dynamo_guards = GuardsSet(OrderedSet(kept))
 
 
 def guard_local(name: str, make: Callable[[Any, torch._guards.Guard], None]) -> None:
     """Have Dynamo guard something more of the local variable `name`: it calls `make` with its
     builder of guards."""
     guard = LocalSource(name).make_guard(make)
-    guard_set().add(guard)
+    TracingContext.get().guards_context.dynamo_guards.add(guard)
 
 
 def traced_metadata() -> Any:

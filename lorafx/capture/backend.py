@@ -22,7 +22,6 @@ from torch._dynamo.backends.common import aot_autograd
 
 from lorafx.capture.bound_inputs import BoundInputs, bind, take_out
 from lorafx.capture.checks import Checks, InputPlaces
-from lorafx.capture.deferred_guards import decided_on_traced
 from lorafx.capture.driver import AfterPass, run_pipeline
 from lorafx.capture.dropped_guards import (
     drop_guards_on_classes,
@@ -233,10 +232,9 @@ class Backend:
         """Dynamo has not made its guards yet of a frame that is this program's in every call.
         `bound`: the inputs that its graph does not load."""
         if self.noted is None:  # a graph that is saved keeps note of all guards
-            with decided_on_traced():
-                drop_guards_on_marks()
-                drop_guards_on_classes()
-                drop_guards_on_marked_modules()
+            drop_guards_on_marks()
+            drop_guards_on_classes()
+            drop_guards_on_marked_modules()
 
     def compile_lora(
         self, gm: fx.GraphModule, examples: Sequence[Any], compilation: Compilation

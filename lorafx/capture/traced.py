@@ -15,20 +15,15 @@ from types import CodeType, FunctionType, MethodType
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from torch._dynamo import convert_frame, eval_frame, trace_rules
 from torch._dynamo.exc import ObservedException, Unsupported
 from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
 
 from lorafx.call_stack import with_room
-from lorafx.capture.config_reads import plain_config_reads
 from lorafx.capture.late_kernels import kernels_awaited
 from lorafx.capture.logged_once import logged_once
-from lorafx.capture.plain_fakes import plain_fakes
 from lorafx.capture.recorded_outputs import hooks_registered
-from lorafx.capture.replay import replaying
 from lorafx.capture.told import conversion
-from lorafx.capture.whole_slices import whole_slices
 from lorafx.collector import earlier_objects_spared
 from lorafx.compat import capture_settings, entry_arguments
 
@@ -81,7 +76,6 @@ class Traced:
         sizes_by_data: Callable[[], bool],
         keep_guards: Callable[[Sequence[Any]], Sequence[bool]] | None = None,
         saved: Precompiled | None = None,
-        repeated: Callable[[], nn.Module | None] = lambda: None,
     ) -> None:
         #: What functions raised that were given up for it.
         self.given_up: dict[CodeType, str] = {}
@@ -104,7 +98,6 @@ class Traced:
         self._symbolic = bool(dynamic)
         self._sizes_by_data = sizes_by_data
         self._saved = saved
-        self._repeated = repeated
         function = _with_own_code(function)
         self._code = function.__code__
         self.call: Callable[..., Any] = context(function)
@@ -128,9 +121,8 @@ class Traced:
                     symbolic=self._symbolic,
                     unlogged=True,
                 )
-                replay = replaying(self._repeated())
                 spared = earlier_objects_spared()
-                with settings, spared, _interceptions(), replay, conversion(), plain_fakes():
+                with settings, spared, _interceptions(), conversion():
                     if self._saved is not None and frame.f_code is self._code:
                         return with_room(self._saved.converted, convert, frame, *args, **kwargs)
                     return with_room(convert, frame, *args, **kwargs)
@@ -148,7 +140,7 @@ class Traced:
 
 @contextmanager
 def _interceptions() -> Iterator[None]:
-    with hooks_registered(), logged_once(), plain_config_reads(), whole_slices():
+    with hooks_registered(), logged_once():
         yield
 
 
