@@ -6,7 +6,7 @@ Dynamo names places (`L['input_ids']`) by expressions over the function's locals
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from types import CodeType
 from typing import Any, NoReturn
 
@@ -98,6 +98,11 @@ def symbols_of_frame() -> ShapeEnv | None:
     return None if mode is None else mode.shape_env
 
 
+def size_expression(size: Any) -> Any:
+    """The expression of a symbolic size, any other as it is. Comparing two adds no guard."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
 def duck_shaped() -> bool:
     """Whether the capture that is running gives sizes that are equal by chance one symbol."""
     symbols = symbols_of_frame()
@@ -175,12 +180,6 @@ def strides_unasked() -> Iterator[None]:
         yield
     finally:
         context.output_strides = before
-
-
-def traced_as_now() -> AbstractContextManager[Any]:
-    """Once, at any time: what is put into torch's structured trace inside is about the frame that
-    is being captured now."""
-    return torch._guards.compile_context(torch._guards.CompileContext.try_get())
 
 
 @contextmanager
