@@ -6,7 +6,7 @@ Dynamo names places (`L['input_ids']`) by expressions over the function's locals
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from types import CodeType
 from typing import Any, NoReturn
 
@@ -98,6 +98,11 @@ def symbols_of_frame() -> ShapeEnv | None:
     return None if mode is None else mode.shape_env
 
 
+def size_expression(size: Any) -> Any:
+    """The expression of a symbolic size, any other as it is. Comparing two adds no guard."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
 def duck_shaped() -> bool:
     """Whether the capture that is running gives sizes that are equal by chance one symbol."""
     symbols = symbols_of_frame()
@@ -136,30 +141,14 @@ def frame_guards() -> list[torch._guards.Guard]:
 
 def keep_frame_guards(kept: Sequence[torch._guards.Guard]) -> None:
     """Have Dynamo make these guards and those that it is yet to find."""
-    put_guard_set(GuardsSet(OrderedSet(kept)))
-
-
-def guard_set() -> GuardsSet:
-    """Where Dynamo collects the guards of the frame that is being captured."""
-    return TracingContext.get().guards_context.dynamo_guards
-
-
-def put_guard_set(guards: GuardsSet) -> None:
-    """Have Dynamo collect the frame's guards there."""
-    TracingContext.get().guards_context.dynamo_guards = guards
-
-
-def takes_no_guards() -> bool:
-    """Whether what is being traced of the frame adds no guards to it."""
-    context: Any = TracingContext.get().guards_context
-    return bool(getattr(context, "skip_install", False))  # torch 2.11 has no such frames
+    TracingContext.get().guards_context.dynamo_guards = GuardsSet(OrderedSet(kept))
 
 
 def guard_local(name: str, make: Callable[[Any, torch._guards.Guard], None]) -> None:
     """Have Dynamo guard something more of the local variable `name`: it calls `make` with its
     builder of guards."""
     guard = LocalSource(name).make_guard(make)
-    guard_set().add(guard)
+    TracingContext.get().guards_context.dynamo_guards.add(guard)
 
 
 def traced_metadata() -> Any:
@@ -191,12 +180,6 @@ def strides_unasked() -> Iterator[None]:
         yield
     finally:
         context.output_strides = before
-
-
-def traced_as_now() -> AbstractContextManager[Any]:
-    """Once, at any time: what is put into torch's structured trace inside is about the frame that
-    is being captured now."""
-    return torch._guards.compile_context(torch._guards.CompileContext.try_get())
 
 
 @contextmanager

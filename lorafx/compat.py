@@ -6,13 +6,10 @@ Settings of Dynamo, of AOTAutograd and of symbolic shapes are changed only here 
 from __future__ import annotations
 
 import inspect
-import logging
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -21,14 +18,7 @@ import torch._functorch.config
 import torch._inductor.config
 import torch.fx.experimental._config as shape_config
 from torch import Tensor
-from torch._dynamo import guards, output_graph, side_effects, symbolic_convert
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.fx import graph as fx_graph
-from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
-from lorafx.node_arguments import TREES
-from lorafx.size_symbols import open_comparisons
 
 _COMPILE_ARGUMENTS = inspect.signature(torch.compile).parameters
 
@@ -72,73 +62,12 @@ _CAPTURE: tuple[tuple[Any, str, Any], ...] = (
 )
 
 
-class _AnyGraphModule(type):
-    """Every graph module is one of `_Unwritten`, for `isinstance`."""
-
-    def __instancecheck__(cls, item: object) -> bool:
-        return isinstance(item, torch.fx.GraphModule)
-
-
-class _Unwritten(_LazyGraphModule, metaclass=_AnyGraphModule):
-    """A graph module whose Python code is written when it is called, if ever.
-
-    Dynamo puts run-time checks of sizes into its graph by way of a module that nobody calls, only
-    logs print, and torch.fx writes and compiles the code of: 4 % of the capture of 100 layers.
-    """
-
-
-#: torch.fx for Dynamo.
-_FX = SimpleNamespace(**{**vars(torch.fx), "GraphModule": _Unwritten})
-
-
-def _untimed(*_: Any) -> float:
-    """For `profile_guard_manager`: the microseconds that a graph's guards take."""
-    return 0.0
-
-
-#: Dynamo's logs of lines that it traces, which name the function of each.
-_LOGS_OF_LINES = (
-    output_graph.trace_call_log,
-    symbolic_convert.trace_call_log,
-    symbolic_convert.trace_source_log,
-)
-
-
-def _unnamed(*_: Any) -> None:
-    """For `get_funcname`: the name of the function at a line of a file."""
-
-
-def _unlogged() -> Iterator[tuple[Any, str, Any]]:
-    """Settings that spare what Dynamo does for logs only, where nothing keeps these logs.
-
-    For each graph it times the guards, after it has emptied the processor's caches: 23 ms. For each
-    object that the graph changes, as it does with the layers of a cache of keys, it writes where.
-    For the name of the function that a node comes from it reads each source file token by token:
-    0.16 s of the first capture of a Llama. `_Unwritten`, `open_comparisons` and `TREES` spare more
-    such work.
-    """
-    if "TORCH_TRACE" in os.environ:
-        return
-    yield fx_graph, "pytree", TREES
-    yield output_graph, "fx", _FX
-    yield from open_comparisons()
-    if not any(log.isEnabledFor(logging.DEBUG) for log in _LOGS_OF_LINES):
-        yield symbolic_convert, "get_funcname", _unnamed
-    if not guards.guards_log.isEnabledFor(logging.DEBUG):
-        yield guards, "profile_guard_manager", _untimed
-    config = torch._dynamo.config
-    policy = config.side_effect_replay_policy
-    if policy == "info" and not side_effects.side_effects_log.isEnabledFor(logging.INFO):
-        yield config, "side_effect_replay_policy", "silent"
-
-
 @contextmanager
 def capture_settings(
     recompile_limit: int,
     *,
     sizes_by_data: bool = False,
     symbolic: bool = False,
-    unlogged: bool = False,
 ) -> Iterator[None]:
     """The settings of `_CAPTURE`, and the recompile limit where `torch.compile` takes none.
 
@@ -147,7 +76,6 @@ def capture_settings(
     `symbolic`: sizes of arguments are symbols. To keep the fake result of an operator, and to make
     it again for an equal call, costs more then than to call the operator: a capture of 2 or 8
     layers of Llama takes 12 to 20 % less CPU time without that cache.
-    `unlogged`: as `_unlogged` says.
 
     What is right already is not written: a block of `lorafx.adapters` does this at every call.
     """
@@ -158,8 +86,6 @@ def capture_settings(
         wanted = (*wanted, (torch._dynamo.config, "capture_dynamic_output_shape_ops", True))
     if symbolic:
         wanted = (*wanted, (torch._dynamo.config, "fake_tensor_cache_enabled", False))
-    if unlogged:
-        wanted = (*wanted, *_unlogged())
     before = [
         (config, name, own, value)
         for config, name, value in wanted
@@ -172,44 +98,6 @@ def capture_settings(
     finally:
         for config, name, own, _ in before:
             setattr(config, name, own)
-
-
-#: Arguments of a wrapper in front of how many bytes its memory has.
-_IN_FRONT_OF_BYTES = 13
-
-
-#: More than any tensor has.
-ENOUGH_BYTES = 1 << 62
-
-
-@contextmanager
-def unsized_wrappers() -> Iterator[None]:
-    """Inside, AOTAutograd's wrappers of tensors say that their memory has `ENOUGH_BYTES`. (Dynamo
-    holds its lock meanwhile.)
-
-    Where sizes are symbols, the true number is arithmetic on them, which is traced with the graph
-    and then thrown away: 5 % of a capture. A wrapper has no memory. Who asks is `as_strided_`,
-    whether there is enough of it (`torch.adaptive_avg_pool1d` calls it); what is wrapped is asked
-    too, and knows.
-    """
-    name = "_make_wrapper_subclass"
-    before = vars(torch.Tensor).get(name)  # it is inherited
-    make: Callable[..., Any] = getattr(torch.Tensor, name)
-
-    def unsized(cls: type, *args: Any, **kwargs: Any) -> Any:
-        sized = len(args) == _IN_FRONT_OF_BYTES and args[1] is not None  # its strides
-        if sized and not kwargs and issubclass(cls, FunctionalTensor):
-            return make(cls, *args, ENOUGH_BYTES)
-        return make(cls, *args, **kwargs)
-
-    setattr(torch.Tensor, name, unsized)
-    try:
-        yield
-    finally:
-        if before is None:
-            delattr(torch.Tensor, name)
-        else:
-            setattr(torch.Tensor, name, before)
 
 
 @contextmanager

@@ -26,7 +26,6 @@ from torch.fx.experimental import _config as shape_config
 
 import lorafx
 import lorafx.api  # and with it all ops, which tests call by their names
-from lorafx.call_stack import with_room
 from lorafx.session.all_sessions import sessions
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -43,17 +42,9 @@ if "TORCH_TRACE" not in os.environ:
 
 # Dynamo collects garbage after each capture, which is a fiftieth.
 torch._dynamo.config.run_gc_after_compile = False
-# And in what `torch.compile` captures it times the guards, behind a flush of all the CPU's caches:
-# that is a tenth where graphs are small. (Captures of lorafx.compile leave it out themselves.)
+# And it times the guards, behind a flush of all the CPU's caches: that is a tenth where graphs are
+# small.
 torch._dynamo.guards.profile_guard_manager = lambda *arguments: 0.0
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool:
-    """As pytest's own. What users compile by torch.compile, and what the oracles do, is as deep as
-    captures of lorafx, which see to this themselves."""
-    runner: Any = item.config.pluginmanager.getplugin("runner")
-    return with_room(runner.pytest_runtest_protocol, item, nextitem)
 
 
 def pytest_sessionfinish() -> None:

@@ -22,7 +22,6 @@ from torch._dynamo.backends.common import aot_autograd
 
 from lorafx.capture.bound_inputs import BoundInputs, bind, take_out
 from lorafx.capture.checks import Checks, InputPlaces
-from lorafx.capture.deferred_guards import decided_on_traced
 from lorafx.capture.driver import AfterPass, run_pipeline
 from lorafx.capture.dropped_guards import (
     drop_guards_on_classes,
@@ -41,7 +40,6 @@ from lorafx.capture.executable import (
 )
 from lorafx.capture.failures import in_lowering, in_tracing
 from lorafx.capture.instances import Form, Instances
-from lorafx.capture.late_kernels import kernels_left, when_compiled
 from lorafx.capture.lowering import Lowering, code_noted, lowering_for
 from lorafx.capture.parts import Captured, Parts, foreign_operators, noted
 from lorafx.capture.record import GraphRecord
@@ -50,7 +48,6 @@ from lorafx.capture.told import form_of, note_tracing, reason, tell, tell_instan
 from lorafx.capture.unseen_inputs import UnseenInputs, around, leave_out
 from lorafx.capture.verify import NumericCheck
 from lorafx.captured_frame import duck_shaped, ends_in_break, guarded_attributes, named_by_dynamo
-from lorafx.compat import unsized_wrappers
 from lorafx.graph.context import Context
 from lorafx.kernels.cpu.cpu import builds_noted, built_source
 from lorafx.kernels.triton.triton_build import source_of
@@ -222,7 +219,9 @@ class Backend:
         if self.noted is not None:
             alone = not both and not program.site_watch.missing
             self.noted(Captured(record, frame, sources, parts if alone else None))
-        when_compiled(partial(self.compiled, record), partial(self.failed, record, executable))
+        tell(record, type(program.model).__name__)
+        if self.recorded is not None:
+            self.recorded()
         return while_missing(owner, executable) if program.site_watch.missing else executable
 
     def owns(self, frame: Frame) -> bool:
@@ -233,10 +232,9 @@ class Backend:
         """Dynamo has not made its guards yet of a frame that is this program's in every call.
         `bound`: the inputs that its graph does not load."""
         if self.noted is None:  # a graph that is saved keeps note of all guards
-            with decided_on_traced():
-                drop_guards_on_marks()
-                drop_guards_on_classes()
-                drop_guards_on_marked_modules()
+            drop_guards_on_marks()
+            drop_guards_on_classes()
+            drop_guards_on_marked_modules()
 
     def compile_lora(
         self, gm: fx.GraphModule, examples: Sequence[Any], compilation: Compilation
@@ -255,7 +253,7 @@ class Backend:
             keep_inference_input_mutations=writes_in_place(gm),
         )
         noting = nullcontext() if self.noted is None else noted(compilation.parts)
-        with in_tracing(), noting, timed(record.spans, "AOTAutograd"), unsized_wrappers():
+        with in_tracing(), noting, timed(record.spans, "AOTAutograd"):
             try:
                 if unseen is None:
                     executable = trace(gm, examples)
@@ -275,22 +273,8 @@ class Backend:
         """Around what the lowering does."""
         name = self.program.options.lowering
         noting = nullcontext() if name == "reference" else code_noted(record.dump.code)
-        # A dump is written with all times in it.
-        beside = self.program.runtime.device.type == "cpu" and record.dump.folder is None
-        leaving = kernels_left(name, record.spans) if beside else nullcontext()
-        with in_lowering(name), timed(record.spans, name), noting, leaving:
+        with in_lowering(name), timed(record.spans, name), noting:
             yield
-
-    def compiled(self, record: GraphRecord) -> None:
-        """All kernels of the graph are there."""
-        tell(record, type(self.program.model).__name__)
-        if self.recorded is not None:
-            self.recorded()
-
-    def failed(self, record: GraphRecord, executable: Callable[..., Any]) -> None:
-        """A kernel of the graph could not be compiled."""
-        self.records.remove(record)
-        self.instances.forget(executable)
 
     @contextmanager
     def paged(self, record: GraphRecord) -> Iterator[None]:

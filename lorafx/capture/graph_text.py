@@ -26,8 +26,8 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx.node import map_aggregate
 
+from lorafx.captured_frame import size_expression
 from lorafx.graph.graph_nodes import plain_path
-from lorafx.size_symbols import size_expression
 
 NameOf = Callable[[fx.Node], str]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lorafx.size_symbols import size_expression
+from lorafx.captured_frame import size_expression
 
 
 @contextmanager

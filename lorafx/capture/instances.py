@@ -341,7 +341,3 @@ class Instances:
             return
         found = tuple(guard.expr for guard in environment.guards[begun:])
         self._compiled.append(Compiled(title, form, executable, count, found, GlobalStateGuard()))
-
-    def forget(self, executable: Callable[..., Any]) -> None:
-        """Of a graph that could not be compiled."""
-        self._compiled = [each for each in self._compiled if each.executable is not executable]

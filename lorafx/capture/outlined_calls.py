@@ -19,10 +19,10 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from lorafx.captured_frame import size_expression
 from lorafx.kernels.ops.stamp_op import Layout
 from lorafx.model.module_graph import storage_key
 from lorafx.passes.outline.outline import INVOKE
-from lorafx.size_symbols import size_expression
 
 
 class _Known(NamedTuple):

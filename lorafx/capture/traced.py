@@ -8,28 +8,19 @@ makes, reads and resets these marks.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from traceback import walk_tb
 from types import CodeType, FunctionType, MethodType
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from torch._dynamo import convert_frame, eval_frame, trace_rules
 from torch._dynamo.exc import ObservedException, Unsupported
 from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
 
-from lorafx.call_stack import with_room
-from lorafx.capture.config_reads import plain_config_reads
-from lorafx.capture.late_kernels import kernels_awaited
 from lorafx.capture.logged_once import logged_once
-from lorafx.capture.plain_fakes import plain_fakes
 from lorafx.capture.recorded_outputs import hooks_registered
-from lorafx.capture.replay import replaying
 from lorafx.capture.told import conversion
-from lorafx.capture.whole_slices import whole_slices
-from lorafx.collector import earlier_objects_spared
 from lorafx.compat import capture_settings, entry_arguments
 
 #: A function that is not compiled now runs in Python this time; what it calls, and its next call,
@@ -81,7 +72,6 @@ class Traced:
         sizes_by_data: Callable[[], bool],
         keep_guards: Callable[[Sequence[Any]], Sequence[bool]] | None = None,
         saved: Precompiled | None = None,
-        repeated: Callable[[], nn.Module | None] = lambda: None,
     ) -> None:
         #: What functions raised that were given up for it.
         self.given_up: dict[CodeType, str] = {}
@@ -99,12 +89,11 @@ class Traced:
         callback = getattr(context, "callback", None)  # none where Dynamo is switched off
         if callback is not None:
             converter = callback._torchdynamo_orig_backend
-            converter._inner_convert = self._noting(kernels_awaited(converter._inner_convert))
+            converter._inner_convert = self._noting(converter._inner_convert)
         self._recompile_limit = recompile_limit
         self._symbolic = bool(dynamic)
         self._sizes_by_data = sizes_by_data
         self._saved = saved
-        self._repeated = repeated
         function = _with_own_code(function)
         self._code = function.__code__
         self.call: Callable[..., Any] = context(function)
@@ -126,14 +115,11 @@ class Traced:
                     self._recompile_limit,
                     sizes_by_data=self._sizes_by_data(),
                     symbolic=self._symbolic,
-                    unlogged=True,
                 )
-                replay = replaying(self._repeated())
-                spared = earlier_objects_spared()
-                with settings, spared, _interceptions(), replay, conversion(), plain_fakes():
+                with settings, hooks_registered(), logged_once(), conversion():
                     if self._saved is not None and frame.f_code is self._code:
-                        return with_room(self._saved.converted, convert, frame, *args, **kwargs)
-                    return with_room(convert, frame, *args, **kwargs)
+                        return self._saved.converted(convert, frame, *args, **kwargs)
+                    return convert(frame, *args, **kwargs)
             except Unsupported as error:
                 if isinstance(error.__cause__, ObservedException):
                     self.given_up[frame.f_code] = _what_was_raised(error)
@@ -144,12 +130,6 @@ class Traced:
                 raise
 
         return noting
-
-
-@contextmanager
-def _interceptions() -> Iterator[None]:
-    with hooks_registered(), logged_once(), plain_config_reads(), whole_slices():
-        yield
 
 
 def _what_was_raised(error: Unsupported) -> str:

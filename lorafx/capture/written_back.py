@@ -19,9 +19,9 @@ import torch
 from torch import fx
 from torch._functorch._aot_autograd.descriptors import InputMutationAOTOutput
 
+from lorafx.captured_frame import size_expression
 from lorafx.passes.outline.outline import INVOKE
 from lorafx.program.frame import fake_value
-from lorafx.size_symbols import size_expression
 
 #: Arguments of a call in front of the body's operands: the body and its name.
 _OPERANDS = 2

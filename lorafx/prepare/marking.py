@@ -3,7 +3,9 @@ restored."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +14,6 @@ from torch import nn
 from lorafx.adapter_store.peft_model import TakenOver, is_peft_model, peft_layers, take_over
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.capture.lowering import resolved
-from lorafx.collector import collection_paused
 from lorafx.config import LoraConfig, Options
 from lorafx.interrupts import Rollback
 from lorafx.model.attachment import Attachment
@@ -60,7 +61,7 @@ def mark(
             rollback.add(taken.restore)
             model = taken.base
             sources = {**taken.adapters, **sources}
-        with collection_paused():
+        with _collection_paused():
             request = request_of(lora_config, sources, model)
             if taken is not None and len(taken.active) > 1 and lora_config is None:
                 request = _with_room(request, taken, model)
@@ -68,6 +69,20 @@ def mark(
     except BaseException:
         rollback.run()
         raise
+
+
+@contextmanager
+def _collection_paused() -> Iterator[None]:
+    """Inside, Python does not look for garbage. Marks, banks and sites of a model of 10,000 modules
+    are about a million objects, all of which last: to walk over them again and again took 60 % of
+    the time (1.2 s of 2.0)."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _with_room(request: Request, taken: TakenOver, model: nn.Module) -> Request:
@@ -85,7 +100,7 @@ def build_sites(model: nn.Module, config: LoraConfig) -> tuple[ModuleGraph, tupl
         TargetError: targets that name nothing or cannot carry LoRA, all in one error.
         ConfigError: a target specification of another form.
     """
-    with collection_paused():
+    with _collection_paused():
         found = Preparation(model, config)
         run_model_passes(found, (Alias(), Select()))
     return found.graph, found.sites

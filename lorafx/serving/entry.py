@@ -215,7 +215,6 @@ class Entry:
             sizes_by_data=lambda: session.program.quantised.sizes_by_data,
             keep_guards=None if saved is None else saved.keep_guards,
             saved=saved,
-            repeated=lambda: session.program.model if session.program.options.stamps else None,
         )
 
     def _saved(self) -> SavedGraphs | None:
