@@ -2,11 +2,16 @@
 # what it is built from. Which package index pip uses is left to pip's own configuration.
 
 PYTHON ?= python3
-VENV := .venv
+# Another torch than the pinned one, in an environment of its own: make test TORCH=2.13.0
+TORCH ?=
+VENV := .venv$(if $(TORCH),-$(TORCH))
 BIN := $(VENV)/bin
 # What `make demo` needs, and what tests, linters and benchmarks need beside it.
 DEMO := $(VENV)/demo-installed
 STAMP := $(VENV)/installed
+PINS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
+# A build of torch for CUDA names its triton; the CPU build of 2.13.0 names none.
+TRITON_2.13.0 := 3.7.1
 
 # The folders passes/ and kernels/ at the root must not shadow other packages: keep the working
 # directory and the scripts' folders off sys.path.
@@ -30,6 +35,7 @@ help:
 	@echo "make gpu-report  what is measured on which GPU, stale, failed, never run"
 	@echo "make gpu-check   what make gpu runs, in a tiny form on the CPU"
 	@echo "make clean     remove .venv, caches and dumps"
+	@echo "make ... TORCH=2.13.0   the same with another torch, in .venv-2.13.0"
 
 demo: $(DEMO)
 	$(BIN)/python examples/demo.py
@@ -62,12 +68,12 @@ lint: $(STAMP)
 
 # mkdocstrings reads the sources and imports none of them.
 docs: $(DEMO)
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[docs]'
+	$(BIN)/pip install -q -c $(PINS) --no-build-isolation -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # The plot of README.md, from the committed results.
 pictures: $(STAMP)
-	$(BIN)/pip install -q -c constraints.txt matplotlib
+	$(BIN)/pip install -q -c $(PINS) matplotlib
 	$(BIN)/python benchmarks/plot.py
 
 # The benchmarks import one another from their folder, which PYTHONSAFEPATH keeps off sys.path.
@@ -90,13 +96,14 @@ gpu-report:
 $(DEMO): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("The pinned packages need Python 3.11 or later; this is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt torch setuptools
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[demo]'
+	$(if $(TORCH),sed -e 's/^torch==.*/torch==$(TORCH)/' -e 's/^triton==.*/triton$(if $(TRITON_$(TORCH)),==$(TRITON_$(TORCH)))/' constraints.txt >$(PINS))
+	$(BIN)/python -m pip install -q -c $(PINS) torch setuptools
+	$(BIN)/python -m pip install -q -c $(PINS) --no-build-isolation -e '.[demo]'
 	@touch $@
 
 $(STAMP): $(DEMO)
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[test]'
+	$(BIN)/python -m pip install -q -c $(PINS) --no-build-isolation -e '.[test]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) dumps site build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-* dumps site build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
