@@ -98,6 +98,7 @@ def fitted(
         shifted,
         adapter.invocation,
         None if adapter.compared else origin,
+        adapter.keys if origin is None or adapter.compared else {},
         width=width_of(groups, factors),
     )
 

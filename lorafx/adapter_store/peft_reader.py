@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import nn
+from torch import Size, nn
 
 from lorafx.adapter_store.checkpoint import load_state
 from lorafx.adapter_store.coverage import Scope, coverage
@@ -52,6 +52,7 @@ class Adapter:
             kept that differ from the model's.
         invocation: the tokens from which on it is active (aLoRA); empty where it always is.
         compared: its file holds copies of base weights, which were compared with the model's.
+        keys: its keys, in PEFT's names, with the shapes of their tensors.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Adapter:
     replaces_biases: bool = False
     compared: bool = False
     invocation: tuple[int, ...] = ()
+    keys: Mapping[str, Size] = field(default_factory=dict)
 
     @property
     def magnitudes(self) -> tuple[str, ...]:
@@ -165,6 +167,7 @@ def read_adapter(
         replaces_biases=state.config.bias != "none",
         compared=findings.compared,
         invocation=state.config.invocation,
+        keys={key: tensor.shape for key, tensor in state.tensors.items()},
     )
 
 

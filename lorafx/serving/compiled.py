@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from types import MethodType
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor, nn
 
+from lorafx.adapter_store.handed_over import without_wrappers
 from lorafx.adapter_store.names import AdapterName
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.base_weights.merge import merged_of
@@ -21,10 +23,11 @@ from lorafx.interrupts import undisturbed
 from lorafx.model.attachment import Attachment
 from lorafx.model.hook_watch import hooks_of
 from lorafx.model.sites import Site
-from lorafx.model.training import warn_training
 from lorafx.program.program import Program
 from lorafx.serving.adapter_methods import AdapterMethods
 from lorafx.serving.alora import forward_of
+from lorafx.serving.as_module import AsModule, signature_of
+from lorafx.serving.backward import refusing_backward
 from lorafx.serving.base_methods import BaseMethods
 from lorafx.serving.batching_methods import BatchingMethods
 from lorafx.serving.delegated import delegated
@@ -43,7 +46,9 @@ from lorafx.session.stand_ins import Replaced
 from lorafx.session.stand_ins import forward_of as forward_of_module
 
 
-class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMethods, nn.Module):
+class CompiledModel(
+    LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMethods, AsModule, nn.Module
+):
     """A model that serves its base and many LoRA adapters in one batch.
 
     `model` is the model that was given, with the same classes, names, `state_dict()` and
@@ -52,8 +57,9 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
     does: they are compiled where an adapter is wanted, and run as they are where none is. Parts of
     the model (`cm.lm_head`, `cm.get_encoder()`) and `model` itself run as the base when they are
     called directly, and raise where the default adapter changes them. This object is for inference
-    only: gradients are off. Calls from several threads wait for one another. Its class is a
-    subclass with the name of the model's class, by which transformers' pipelines choose.
+    only: gradients are off, and `backward` of a loss raises. Calls from several threads wait for
+    one another. Its class is a subclass with the name of the model's class, by which transformers'
+    pipelines choose, and with the signature of its forward.
     """
 
     def __new__(cls, program: Program, *_: Any) -> CompiledModel:
@@ -63,7 +69,7 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
         self, program: Program, attachment: Attachment, store: AdapterStore, dynamic: bool | None
     ) -> None:
         super().__init__()
-        self.model = program.model
+        self.stand_for(program.model)
         self._attachment = attachment
         self._session = Session(program, store, Backend(program, entered), dynamic)
         session = weakref.ref(self._session)
@@ -134,7 +140,7 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
             return self._session.call(run, names, tokens=tokens, activated=by_token)
 
         self._last_call[0] = LastCall.of(args, kwargs)
-        return call_in_waves(self, call, args, kwargs, names, tokens)
+        return refusing_backward(call_in_waves(self, call, args, kwargs, names, tokens))
 
     @untraced
     def generate(
@@ -261,12 +267,6 @@ class CompiledModel(LookMethods, Habits, AdapterMethods, BaseMethods, BatchingMe
 
     # --- what it is and does ---
 
-    def train(self, mode: bool = True) -> Self:
-        """As of any module. Training mode is warned of: it makes the model's dropout active."""
-        if mode:
-            warn_training(self.model, stacklevel=2)
-        return super().train(mode)
-
     @property
     def sites(self) -> tuple[Site, ...]:
         """The modules that can carry LoRA, by canonical path with their aliases."""
@@ -357,15 +357,20 @@ _CLASSES: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
 
 def _class_of(model: type[nn.Module]) -> type[CompiledModel]:
     if model not in _CLASSES:
-        own = {"__doc__": CompiledModel.__doc__}
+        forward = untraced(inspect.unwrap(CompiledModel.forward))
+        forward.__signature__ = signature_of(model, forward)
+        own = {"__doc__": CompiledModel.__doc__, "forward": forward}
         _CLASSES[model] = type(model.__name__, (CompiledModel,), own)
     return _CLASSES[model]
 
 
 def compiled_of(model: object) -> CompiledModel | None:
-    """What serves `model`, the one that was given to `lorafx.compile` or what that returned."""
+    """What serves `model`, the one that was given to `lorafx.compile` (a PeftModel too) or what
+    that returned."""
     if isinstance(model, CompiledModel):
         return model
+    if isinstance(model, nn.Module):
+        model = without_wrappers(model)
     each = (found for found in list(_COMPILED) if found.model is model)
     return next((found for found in each if found._attachment.rollback), None)
 

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Final
 
 from torch import Tensor, nn
 
+from lorafx.adapter_store.handed_over import without_wrappers
 from lorafx.adapter_store.store import AdapterStore
 from lorafx.capture.backend import Backend
 from lorafx.capture.checks import Checks
@@ -244,7 +245,7 @@ def running_session() -> AttachedSession | None:
 
 def session_of(model: nn.Module) -> AttachedSession | None:
     """The session of a marked model, also through what torch.compile returned for it."""
-    wanted = unwrapped(model)
+    wanted = without_wrappers(unwrapped(model))
     for session in sessions():
         if session.program.model is wanted and isinstance(session, AttachedSession):
             return session
