@@ -117,8 +117,9 @@ def check_name(name: object) -> None:
 
 def refuse_swapped(source: object, name: str) -> None:
     """Raise ConfigError where `source` is no path, nor a name on the hub, and `name` is a path."""
-    text = isinstance(source, str) and not {"/", os.sep} & set(source)
-    if text and not os.path.exists(source) and os.path.exists(name):
+    if not isinstance(source, str) or {"/", os.sep} & set(source):
+        return
+    if not os.path.exists(source) and os.path.exists(name):
         raise ConfigError(
             f"there is no folder {source!r} to load an adapter named {name!r} from, but a path of "
             f"that name: the source comes first, as in load_adapter({name!r}, {source!r}), or in "
