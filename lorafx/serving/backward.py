@@ -15,7 +15,7 @@ class _Refusal(torch.autograd.Function):
 
     @staticmethod
     def forward(_: Any, loss: Tensor, leaf: Tensor) -> Tensor:
-        return loss.view_as(loss)
+        return loss.clone()  # users may write into it
 
     @staticmethod
     def backward(*_: Any) -> NoReturn:

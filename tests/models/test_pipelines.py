@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 import lorafx
+from lorafx.errors import CaptureError
 
 pytestmark = [
     pytest.mark.usefixtures("fixed_sizes"),
@@ -235,6 +236,20 @@ def test_a_trainer_evaluates_as_with_the_merged_model(labelled, removing, tmp_pa
     found, wanted = got.predict(rows), want.predict(rows)
     for mine, theirs in zip(_arrays(found), _arrays(wanted), strict=True):
         assert error(torch.from_numpy(mine), torch.from_numpy(theirs)) <= 1e-5
+
+
+def test_a_trainer_that_is_to_train_is_told_what_to_train(tmp_path):
+    build, labels = LABELLED["classes"]
+    cm, _ = served(build(), tmp_path / "mine")
+    rows = Rows(input_ids=ids(), **labels)
+    before = {name: value.clone() for name, value in cm.state_dict().items()}
+    arguments = transformers.TrainingArguments(str(tmp_path / "out"), report_to=[], use_cpu=True)
+    trainer = transformers.Trainer(model=cm, args=arguments, train_dataset=rows, eval_dataset=rows)
+    with pytest.raises(CaptureError, match="train with PEFT"):
+        trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in cm.state_dict().items())
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert not cm.training
 
 
 def _arrays(found: Any) -> list[Any]:
