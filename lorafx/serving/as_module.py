@@ -27,7 +27,7 @@ class AsModule(nn.Module):
     model: nn.Module
     _session: Session
 
-    def stand_for(self, model: nn.Module) -> None:
+    def _stand_for(self, model: nn.Module) -> None:
         """Have the parameters, buffers and children of `model`: the very dictionaries."""
         shared = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
         # Past __setattr__, which would make the model a child.

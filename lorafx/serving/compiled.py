@@ -69,7 +69,7 @@ class CompiledModel(
         self, program: Program, attachment: Attachment, store: AdapterStore, dynamic: bool | None
     ) -> None:
         super().__init__()
-        self.stand_for(program.model)
+        self._stand_for(program.model)
         self._attachment = attachment
         self._session = Session(program, store, Backend(program, entered), dynamic)
         session = weakref.ref(self._session)
