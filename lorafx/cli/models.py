@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lorafx.adapter_store.hub import check_model
 from lorafx.errors import ConfigError
 
 
@@ -87,6 +88,7 @@ def adapters_in(folders: Sequence[str]) -> dict[str, str]:
 
 @contextmanager
 def _readable(model: str) -> Iterator[None]:
+    check_model(model)
     try:
         yield
     except ImportError as error:

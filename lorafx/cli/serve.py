@@ -58,7 +58,9 @@ def serve(
     from lorafx.server.requirements import check_requirements
 
     check_requirements()
-    from lorafx.server.run import run
     from lorafx.server.settings import Settings
 
-    run(Settings(**{**given, "target": tuple(target or ())}))
+    settings = Settings(**{**given, "target": tuple(target or ())})
+    from lorafx.server.run import run
+
+    run(settings)

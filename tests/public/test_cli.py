@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import lorafx
+from lorafx.adapter_store.inspecting import inspected
 from lorafx.cli import main
 
 pytestmark = pytest.mark.quick
@@ -84,6 +87,47 @@ def test_an_absent_adapter_is_one_line_and_a_failure(run, monkeypatch, tmp_path:
     said = json.loads(run("inspect", absent, "--json", code=1))
     assert said["error"] == "CheckpointError"
     assert absent in said["message"]
+
+
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [
+        ("nope", "no such model in the hub's local cache; the hub cannot be asked"),
+        ("owner/nope", "no such model in the hub's local cache; the hub cannot be asked"),
+        ("a/b/nope", "name a model's folder, or a model of the hub"),
+        ("./nope", "name a model's folder"),
+    ],
+)
+def test_an_absent_model_is_said_at_once(run, monkeypatch, name: str, way_out: str) -> None:
+    """transformers would try again for half a minute where nobody answers."""
+
+    def wait(seconds: float) -> None:
+        raise AssertionError(f"waits {seconds} s for the hub")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", wait)
+    with socket.socket() as taken:  # which does not listen: connections are refused
+        taken.bind(("127.0.0.1", 0))
+        hub = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub)
+        for command in (["explain", name], ["why", name, "q_proj"], ["merge", name, "a", "out"]):
+            said = json.loads(run(*command, "--json", code=1))
+            assert said["error"] == "ConfigError"
+            assert said["message"].startswith(
+                f"{name} cannot be loaded: there is no folder of that"
+            )
+            assert way_out in said["message"]
+
+
+def test_an_absent_adapter_is_not_told_to_be_a_string(run, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = json.loads(run("inspect", "nope", "--json", code=1))
+    assert said["message"] == (
+        "adapter folder nope does not exist; name a folder or a file, or an adapter on the hub "
+        '("owner/name")'
+    )
+    with pytest.raises(lorafx.CheckpointError, match="give the name as a string"):
+        inspected(Path("owner/nope"))
 
 
 def test_help_the_version_and_wrong_usage(run, capsys: pytest.CaptureFixture[str]) -> None:

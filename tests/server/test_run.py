@@ -100,6 +100,8 @@ def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
     [
         ({"model": "{tmp}/absent"}, "no folder"),
         ({"model": "{tmp}"}, "config.json"),
+        ({"model": "a/b/c"}, "no folder of that name; name"),
+        ({"model": "nope"}, "no folder of that name, and no such model in the hub's local cache"),
         ({"adapters": "{tmp}/absent"}, "not a folder"),
         ({"adapters": "{tmp}/none"}, "no adapter to serve"),
         ({"adapters": "{tmp}/broken"}, "adapter_config.json"),
