@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -42,6 +43,7 @@ def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
     arguments += ["--temperature", "1", "--slot-rank", "4", "--max-host-bytes", "1000000"]
     monkeypatch.setattr("sys.argv", ["lorafx", *arguments, *OPTIONS])
     monkeypatch.setenv("LORAFX_API_KEY", "s3cret")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     key = {"Authorization": "Bearer s3cret"}
     process = os.getpid()
     came = threading.Barrier(2)
@@ -91,7 +93,14 @@ def test_a_signal_lets_streams_end(files, monkeypatch, capfd):
     ids = files.tokenizer("w9 w12")["input_ids"]
     assert said(path, text).strip() == files.text("a1", ids, 40)
     assert signal.getsignal(signal.SIGTERM) is before
-    assert f"serving 'tiny' and 5 adapters on {url}/v1" in capfd.readouterr().out
+    shown = capfd.readouterr()
+    assert re.search(f"serving 'tiny' and 5 adapters on {url}/v1, ready after [0-9.]+ s", shown.out)
+    phases = (
+        *("importing torch and the server", "loading tiny", "adding 5 adapters"),
+        "compiling the engine's steps, ahead of requests",
+    )
+    for phase in phases:
+        assert re.search(f"lorafx: {phase}: [0-9.]+ s", shown.err), phase
 
 
 @pytest.mark.quick
