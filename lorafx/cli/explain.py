@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
@@ -55,9 +56,17 @@ def explain(
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option(help="cpu, cuda (that of this machine), A100, H200, B200 or MI300X."),
+        typer.Option(
+            "--on",
+            "--device",
+            help="What is modelled: cpu, cuda (that of this machine), a100, h100, h200, b200 or "
+            "mi300x.",
+        ),
     ] = None,
     rows: Annotated[int, typer.Option(help="Requests of the decode step that is modelled.")] = 64,
+    glossary: Annotated[
+        bool, typer.Option("--glossary", help="Also what the words of the report mean.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the sites, packs and banks that lorafx would give MODEL, what they cost, and whether
@@ -89,6 +98,8 @@ def explain(
         show_json({"model": model, "adapters": told, "report": report.json()})
     else:
         lines([*map(str, fits), str(report)])
+        if glossary:
+            lines(["words", textwrap.indent(report.glossary(), "  ")])
     if not all(fit.fits for fit in fits):
         raise typer.Exit(1)
 

@@ -58,9 +58,33 @@ def test_explain_predicts_for_a_dtype_and_a_chip(run) -> None:
     assert {site["dtype"] for site in report["sites"]} == {"bfloat16"}
     assert all(item["modelled"] > 1 for item in report["totals"]["overheads"])
     said = json.loads(run("explain", model, "--device", "abacus", "--json", code=1))
-    assert "give one of cpu, cuda, A100" in said["message"]
+    assert "give one of cpu, cuda, A100, H100" in said["message"]
+    said = json.loads(run("explain", model, "--on", "h10", "--json", code=1))
+    assert "nearest: h100" in said["message"]
+
+    def modelled(chip: str) -> tuple[str, float | None]:
+        asked = ("--dtype", "bfloat16", "--on", chip, "--rows", "4096", "--json")
+        report = json.loads(run("explain", model, *asked))["report"]
+        return report["device"], report["totals"]["overheads"][0]["modelled"]
+
+    assert modelled("cpu") == ("cpu", None)
+    found = dict(map(modelled, ("h100", "H200", "mi300x")))
+    assert list(found) == ["H100", "H200", "MI300X"]
+    assert len({*found.values()}) == 3
     said = json.loads(run("explain", model, "--dtype", "nothing", "--json", code=1))
     assert "no dtype of this name" in said["message"]
+
+
+def test_explain_has_its_glossary_on_request_only(run) -> None:
+    asked = ("explain", str(EXAMPLES / "demo_model"))
+    meaning = "  bank      the factors of all slots of one group, on the device"
+    plain, glossed = run(*asked), run(*asked, "--glossary")
+    assert meaning not in plain
+    assert glossed.startswith(plain)
+    words = glossed.removeprefix(plain).splitlines()
+    assert words[0] == "words"
+    assert meaning in words
+    assert not any(line.startswith("  pinned") for line in words)  # which the report does not say
 
 
 def test_explain_tells_the_memory_of_slots_that_are_smaller_than_the_largest_rank(run) -> None:
