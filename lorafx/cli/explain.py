@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorafx.cli.arguments import Targets, target_modules
+from lorafx.cli.arguments import Targets, as_option, target_modules
 from lorafx.cli.output import AsJson, lines, show_json
 
 
@@ -125,6 +125,6 @@ def _fit(module: Any, name: str, source: str, target: Any, max_rank: int | None)
                 max_rank=max_rank,
             )
     except LorafxError as error:
-        return Fit(name, False, problem=str(error))
+        return Fit(name, False, problem=error.spelled(as_option))
     notes = [str(one.message) for one in seen if issubclass(one.category, LorafxWarning)]
     return Fit(name, True, found.rank, len(found.weights), tuple(notes))

@@ -192,7 +192,12 @@ def test_explain_answers_whether_adapters_fit(run, tmp_path: Path) -> None:
     assert [fit["fits"] for fit in found["adapters"]] == [False, True]
     assert "128" in found["adapters"][0]["problem"]
     assert found["report"]["totals"]["sites"] == 6
-    run("explain", model, "--adapter", adapters / "reverse", "--max-rank", "4", code=1)
+    said = run("explain", model, "--adapter", adapters / "reverse", "--max-rank", "4", code=1)
+    assert "give --max-rank 16" in said
+    said = run("explain", model, "--adapter", adapters / "reverse", "--target", "q_proj", code=1)
+    assert "add it to --target" in said
+    said = json.loads(run("explain", model, "--max-adapters", "0", "--json", code=1))
+    assert said["message"] == "--max-adapters must be a positive integer, got 0"
 
 
 def test_inspect_says_the_dialect_the_size_and_the_features(run, tmp_path: Path) -> None:

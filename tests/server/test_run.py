@@ -155,6 +155,14 @@ def test_a_folder_may_be_one_adapter_or_hold_other_things(files, tmp_path):
 
 
 @pytest.mark.quick
+def test_the_command_names_its_own_options(files, monkeypatch):
+    asked = ["lorafx", "serve", str(files.model), "--adapters", str(files.adapters)]
+    monkeypatch.setattr("sys.argv", [*asked, "--lowering", "refrence"])
+    with pytest.raises(SystemExit, match=r"^lorafx: --lowering must be one of auto, "):
+        main()
+
+
+@pytest.mark.quick
 def test_the_room_that_adapters_get(files):
     given = {"max_adapters": 5, "slot_rank": 2, "max_host_bytes": 10_000}
     settings = Settings(str(files.model), files.adapters, **given)
