@@ -127,8 +127,9 @@ def explain(
         example_inputs: arguments of a call, to see which siblings share an input. Token ids need
             not be given. The forward runs on the meta device, so it computes shapes alone.
         device: what the figures are for: "cpu", "cuda" for the GPU of this machine, or "A100",
-            "H200", "B200", "MI300X". None for where the model's parameters are; with all of them on
-            the meta device the GPU of this machine, and the H200 where there is none.
+            "H100", "H200", "B200", "MI300X", in any case. None for where the model's parameters
+            are; with all of them on the meta device the GPU of this machine, and the H200 where
+            there is none.
         rows: rows of x that strategies and times are for: requests of a decode step.
 
     Raises:

@@ -80,7 +80,7 @@ class BatchingMethods:
         )
         try:
             if warmup:
-                with progress("warming up continuous batching"), torch.no_grad():
+                with progress("compiling the engine's steps, ahead of requests"), torch.no_grad():
                     manager.warmup()
             manager.start()
             yield manager
