@@ -121,3 +121,110 @@ def test_rows_that_are_moved_unseen_are_refused(small, write, first):
         cm(**inputs, adapter_names=MIXED)
     with pytest.raises(ProvenanceError, match=r"at w "):
         cm(**inputs, adapter_names=MIXED)
+
+
+class OfEqualRows(Written):
+    """Rows change places when they are equal, and back when they are not."""
+
+    def rest(self, h: Tensor) -> Tensor:
+        h = h * 0
+        self.written(h)
+        y = self.w(h)
+        self.written(y)
+        return y
+
+
+@pytest.mark.usefixtures("fixed_sizes")
+def test_equal_rows_that_numpy_may_move_are_refused(small):
+    case, inputs = small(writing(by_numpy, OfEqualRows), ["w"]), {"x": torch.randn(3, 5, K)}
+    cm = lorafx.compile(case.model(), adapters=case.folders, options=REFERENCE)
+    with pytest.raises(ProvenanceError, match=r"at w .* was handed to numpy"):
+        cm(**inputs, adapter_names=MIXED)
+
+
+class InBuffer(Written):
+    """Rows cross in a buffer, of which the model holds an array."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(3, 5, K))
+        self.arrays = [self.rows.numpy()]
+
+    def rest(self, h: Tensor) -> Tensor:
+        self.written(h)
+        return self.w(self.rows + 0 * h)
+
+    @torch._dynamo.disable
+    def written(self, h: Tensor) -> None:
+        self.array()[:] = h.numpy(force=True)[::-1]
+
+    def array(self) -> np.ndarray:
+        return self.arrays[0]
+
+
+class InBufferOfCall(InBuffer):
+    """As `InBuffer`, and the array is made in each call."""
+
+    def array(self) -> np.ndarray:
+        return self.rows.numpy()
+
+
+class InDict(InBuffer):
+    """Rows cross in a tensor that a dict of the model holds from call to call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = {"rows": torch.zeros(3, 5, K)}
+        self.arrays = [self.kept["rows"].numpy()]
+
+    def rest(self, h: Tensor) -> Tensor:
+        self.written(h)
+        return self.w(self.kept["rows"] + 0 * h)
+
+
+@pytest.mark.usefixtures("fixed_sizes")
+@pytest.mark.parametrize("cls", [InBuffer, InBufferOfCall, InDict])
+def test_rows_that_cross_in_the_models_own_memory_unseen_are_refused(small, cls):
+    torch.manual_seed(0)
+    case, inputs = small(cls, ["w"]), {"x": torch.randn(3, 5, K)}
+    model = cls()
+    model.load_state_dict(case.model().state_dict())
+    cm = lorafx.compile(model.eval(), adapters=case.folders, options=REFERENCE)
+    cm(**inputs, adapter_names=["a"] * 3)
+    with pytest.raises(ProvenanceError, match=r"at w "):
+        cm(**inputs, adapter_names=MIXED)
+
+
+class Read(Written):
+    """Python reads between the graphs, and moves rows in ways that are seen."""
+
+    def rest(self, h: Tensor) -> Tensor:
+        self.written(h)
+        h = h[torch.arange(h.shape[0]).roll(1)]
+        torch._dynamo.graph_break()
+        return self.w(h).roll(-1, 0)
+
+
+def as_numbers(h: Tensor) -> None:
+    assert len(h.tolist()) == len(h)
+    assert float(h.sum()) < h.numel()
+
+
+def of_a_copy(h: Tensor) -> None:
+    h.clone().numpy().sort(0)
+
+
+def read_by_address(h: Tensor) -> None:
+    assert len(ctypes.string_at(h.data_ptr(), h.nbytes)) == h.untyped_storage().nbytes()
+    assert np.isfinite(np.from_dlpack(h)).all()
+
+
+@pytest.mark.usefixtures("fixed_sizes")
+@pytest.mark.parametrize("write", [as_numbers, of_a_copy, read_by_address])
+def test_what_is_only_read_keeps_its_owners(small, write):
+    torch.manual_seed(0)
+    case, inputs = small(writing(write, Read), ["first", "w"]), {"x": torch.randn(3, 5, K)}
+    cm = lorafx.compile(case.model(), adapters=case.folders, options=REFERENCE)
+    for names in (["a"] * 3, MIXED, ["b", "a", None]):
+        found = cm(**inputs, adapter_names=names)["logits"]
+        assert error(found, case.expected(names, inputs)) <= 1e-5, names
