@@ -9,12 +9,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from attached import compiled, fresh_dynamo, served
 from dense_merge import REFERENCE, error
 from torch import Tensor, nn
 
 import lorafx
 from lorafx.errors import ProvenanceError
 
+__all__ = ["fresh_dynamo"]
 K = 6
 MIXED = ["a", None, "b"]
 
@@ -156,7 +158,7 @@ class InBuffer(Written):
 
     @torch._dynamo.disable
     def written(self, h: Tensor) -> None:
-        self.array()[:] = h.numpy(force=True)[::-1]
+        self.array()[:] = np.array(h.tolist())[::-1]
 
     def array(self) -> np.ndarray:
         return self.arrays[0]
@@ -192,7 +194,7 @@ def test_rows_that_cross_in_the_models_own_memory_unseen_are_refused(small, cls)
     cm = lorafx.compile(model.eval(), adapters=case.folders, options=REFERENCE)
     cm(**inputs, adapter_names=["a"] * 3)
     with pytest.raises(ProvenanceError, match=r"at w "):
-        cm(**inputs, adapter_names=MIXED)
+        cm(x=torch.randn(3, 5, K), adapter_names=MIXED)
 
 
 class Read(Written):
@@ -228,3 +230,29 @@ def test_what_is_only_read_keeps_its_owners(small, write):
     for names in (["a"] * 3, MIXED, ["b", "a", None]):
         found = cm(**inputs, adapter_names=names)["logits"]
         assert error(found, case.expected(names, inputs)) <= 1e-5, names
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("write", [by_numpy, by_dlpack])
+def test_the_same_of_a_marked_model(small, write):
+    torch.manual_seed(0)
+    case, inputs = small(writing(write), ["w"]), {"x": torch.randn(3, 5, K)}
+    model = lorafx.attach(case.model(), adapters=case.folders, options=REFERENCE)
+    call = compiled(model, dynamic=False)
+    found = served(call, model, [None] * 3, inputs)
+    assert torch.equal(found, case.base(**inputs)["logits"])
+    with pytest.raises(ProvenanceError, match=r"at w "):
+        served(call, model, MIXED, inputs)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_the_memory_of_a_marked_model(small):
+    torch.manual_seed(0)
+    case, inputs = small(InBuffer, ["w"]), {"x": torch.randn(3, 5, K)}
+    model = InBuffer()
+    model.load_state_dict(case.model().state_dict())
+    lorafx.attach(model.eval(), adapters=case.folders, options=REFERENCE)
+    call = compiled(model, dynamic=False)
+    served(call, model, ["a"] * 3, inputs)
+    with pytest.raises(ProvenanceError, match=r"at w "):
+        served(call, model, MIXED, {"x": torch.randn(3, 5, K)})
