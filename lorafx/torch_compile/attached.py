@@ -155,6 +155,10 @@ class AttachedSession(Session):
         if rows is not None and (rows > 1 or checks.begins_call):
             check = partial(checks.places.check_rows, arguments)
             self.set_rows(self.asked, rows, check, self.program.call)
+        call = self.program.call
+        if call is not None and checks.begins_call and checks.several[0]:
+            if not self.program.runtime.uniform:
+                untracked(lambda _: call.memory.own(self.program.buffers()))
         if not self.program.pack_watch.intact:
             untracked(lambda _: self.program.pack_watch.check())
 
