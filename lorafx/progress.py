@@ -22,9 +22,10 @@ LOG = logging.getLogger("lorafx")
 
 #: Seconds of compiling before it is said, elsewhere than on a terminal.
 PATIENCE = 5.0
-#: Seconds before a terminal has a line of a capture that nothing has been compiled for.
-_TRACING_SHOWN = 1.0
+#: Seconds after which the line of a terminal is written anew.
+_TICK = 1.0
 
+_LOCK = threading.Lock()  # of lines on the terminal
 _warned = False
 
 
@@ -42,7 +43,7 @@ class Work:
         self.what = what
         self.terminal = None if sys.stderr is None or not sys.stderr.isatty() else sys.stderr
         self._start = time.perf_counter()
-        self._shown = False
+        self._shown = self._ended = False
         self._length = 0  # of its open line
 
     @property
@@ -51,20 +52,33 @@ class Work:
         return time.perf_counter() - self._start
 
     def show(self, what: str | None = None) -> None:
-        """Show on a terminal what it is, which is `what` from now on if that is given."""
+        """Show on a terminal what it is, which is `what` from now on if that is given, and for how
+        long it has been so."""
         self.what = what or self.what
-        if self.terminal is not None:
-            self._shown = True
-            line = f"lorafx: {self.what} ..."[: shutil.get_terminal_size().columns - 1]
+        with _LOCK:
+            if self.terminal is None or self._ended:
+                return
+            line = f"lorafx: {self.what} ... {self.seconds:.0f} s"
+            line = line[: shutil.get_terminal_size().columns - 1]
             self._write(line, end="")
-            self._length, Work._open = len(line), self
+            self._length, self._shown, Work._open = len(line), True, self
 
     def end(self) -> None:
         """End its line, if it has one, with its time."""
-        if self._shown:
-            self._shown = False
-            self._write(f"lorafx: {self.what}: {self.seconds:.1f} s", end="\n")
-            Work._open = None
+        with _LOCK:
+            if self._shown and not self._ended:
+                self._write(f"lorafx: {self.what}: {self.seconds:.1f} s", end="\n")
+                Work._open = None
+            self._ended = True
+
+    def watch(self, ended: threading.Event) -> None:
+        """Until it has ended, write its line anew, or warn of it."""
+        if self.terminal is None:
+            if not ended.wait(PATIENCE):
+                _warn(self)
+            return
+        while not ended.wait(_TICK):
+            self.show()
 
     def _write(self, text: str, end: str) -> None:
         """In place of its own open line, or below that of others."""
@@ -96,21 +110,17 @@ def progress(what: str) -> Iterator[None]:
 def compiling(what: str) -> Iterator[Work]:
     """Around a capture, and what is compiled for it. A terminal has its line after a second, or as
     soon as the block calls `show`; elsewhere it is warned of as the module says."""
-    work = Work(what)
-    if work.terminal is not None:
-        alarm = threading.Timer(_TRACING_SHOWN, work.show)
-    else:
-        alarm = threading.Timer(PATIENCE, _warn, (work,))
-    awaited = work.terminal is not None or _to_be_warned()
-    if awaited:
-        alarm.daemon = True
-        alarm.start()
+    work, ended = Work(what), threading.Event()
+    watch = threading.Thread(target=work.watch, args=(ended,), daemon=True)
+    watched = work.terminal is not None or _to_be_warned()
+    if watched:
+        watch.start()
     try:
         yield work
     finally:
-        if awaited:
-            alarm.cancel()
-            alarm.join()
+        if watched:
+            ended.set()
+            watch.join()
         work.end()
 
 

@@ -44,7 +44,7 @@ def conversion(name: str) -> Iterator[None]:
     """Around Dynamo's conversion of a frame, which it does one at a time, of the function that is
     called `name`."""
     before = _LOCAL.begun, _LOCAL.work
-    with compiling(f"tracing {name}") as work:
+    with compiling(f"compiling {name}") as work:
         _LOCAL.begun, _LOCAL.work = time.perf_counter(), work
         try:
             yield

@@ -82,7 +82,7 @@ def test_the_warning_comes_while_it_compiles_and_says_what(
 ) -> None:
     cm = plain.compile(options={"passes": {"wait": lorafx.After("captured", _until_warned)}})
     cm(**FEED(2, 4), adapter_names=["a0", None])
-    what = "(tracing the forward of PlainModel|compiling graph 0 lora of PlainModel, first call)"
+    what = "(compiling the forward of PlainModel|compiling graph 0 lora of PlainModel, first call)"
     assert re.match(rf"lorafx is {what}: \d+ s so far", warnings(caplog)[0])
 
 
@@ -112,13 +112,13 @@ def test_a_terminal_has_a_line_instead(
 ) -> None:
     """With all the time that the capture took, tracing included."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setattr(progress, "_TRACING_SHOWN", 1e6)
+    monkeypatch.setattr(progress, "_TICK", 1e6)
     cm = plain.compile()
     capsys.readouterr()  # reading of adapters
     cm(**FEED(2, 4), adapter_names=["a0", None])
     shown = capsys.readouterr().err
     assert re.fullmatch(
-        r"lorafx: compiling graph 0 lora of PlainModel, first call \.\.\."
+        r"lorafx: compiling graph 0 lora of PlainModel, first call \.\.\. \d s"
         r"\rlorafx: compiling graph 0 lora of PlainModel, first call: (\d+\.\d) s *\n",
         shown,
     )
@@ -134,14 +134,14 @@ def test_no_line_of_a_graph_that_needs_no_compiling(
     cm = plain.compile()
     cm(**FEED(2, 4), adapter_names=["a0", None])
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setattr(progress, "_TRACING_SHOWN", 1e6)
+    monkeypatch.setattr(progress, "_TICK", 1e6)
     cm(**FEED(1, 4), adapter_names=["a0"])
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(progress, "_TRACING_SHOWN", 0.0)
+    monkeypatch.setattr(progress, "_TICK", 0.01)
     torch.compiler.reset()
     cm(**FEED(1, 4), adapter_names=["a0"])
     shown = capsys.readouterr().err
-    assert shown.startswith("lorafx: tracing the forward of PlainModel ...\r")
+    assert shown.startswith("lorafx: compiling the forward of PlainModel ... ")
 
 
 def test_a_graph_that_must_be_new_says_why(shallow: Case) -> None:
