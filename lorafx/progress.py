@@ -29,7 +29,7 @@ _LOCK = threading.Lock()  # of lines on the terminal
 _warned = False
 
 
-class Work:
+class LongWork:
     """Long work that is under way, and its line on the terminal, where standard error is one.
 
     Attributes:
@@ -37,7 +37,7 @@ class Work:
         terminal: where its line goes; None without a terminal.
     """
 
-    _open: Work | None = None  # whose line has not ended
+    _open: LongWork | None = None  # whose line has not ended
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -61,14 +61,14 @@ class Work:
             line = f"lorafx: {self.what} ... {self.seconds:.0f} s"
             line = line[: shutil.get_terminal_size().columns - 1]
             self._write(line, end="")
-            self._length, self._shown, Work._open = len(line), True, self
+            self._length, self._shown, LongWork._open = len(line), True, self
 
     def end(self) -> None:
         """End its line, if it has one, with its time."""
         with _LOCK:
             if self._shown and not self._ended:
                 self._write(f"lorafx: {self.what}: {self.seconds:.1f} s", end="\n")
-                Work._open = None
+                LongWork._open = None
             self._ended = True
 
     def watch(self, ended: threading.Event) -> None:
@@ -82,9 +82,9 @@ class Work:
 
     def _write(self, text: str, end: str) -> None:
         """In place of its own open line, or below that of others."""
-        if Work._open is self:
+        if LongWork._open is self:
             text = f"\r{text.ljust(self._length)}"
-        elif Work._open is not None:
+        elif LongWork._open is not None:
             text = f"\n{text}"
         print(text, end=end, flush=True, file=self.terminal)
 
@@ -96,7 +96,7 @@ def progress(what: str) -> Iterator[None]:
 
     What is shown inside the block gets lines of its own.
     """
-    work = Work(what)
+    work = LongWork(what)
     work.show()
     try:
         yield
@@ -107,10 +107,10 @@ def progress(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def compiling(what: str) -> Iterator[Work]:
+def compiling(what: str) -> Iterator[LongWork]:
     """Around a capture, and what is compiled for it. A terminal has its line after a second, or as
     soon as the block calls `show`; elsewhere it is warned of as the module says."""
-    work, ended = Work(what), threading.Event()
+    work, ended = LongWork(what), threading.Event()
     watch = threading.Thread(target=work.watch, args=(ended,), daemon=True)
     watched = work.terminal is not None or _to_be_warned()
     if watched:
@@ -128,7 +128,7 @@ def _to_be_warned() -> bool:
     return not _warned and LOG.isEnabledFor(logging.WARNING) and not LOG.isEnabledFor(logging.INFO)
 
 
-def _warn(work: Work) -> None:
+def _warn(work: LongWork) -> None:
     global _warned
     if _to_be_warned():
         _warned = True

@@ -24,13 +24,13 @@ from lorafx.capture.record import GraphRecord
 from lorafx.captured_frame import failed_guard
 from lorafx.program.program import Program
 from lorafx.program.row_dims import PRIMARY
-from lorafx.progress import LOG, Work, compiling
+from lorafx.progress import LOG, LongWork, compiling
 from lorafx.viewer.stages import Span, exclusive
 
 
 class _Local(threading.local):
     begun: float | None = None
-    work: Work | None = None
+    work: LongWork | None = None
 
 
 _LOCAL = _Local()
