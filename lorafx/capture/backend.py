@@ -46,7 +46,7 @@ from lorafx.capture.lowering import Lowering, code_noted, lowering_for
 from lorafx.capture.parts import Captured, Parts, foreign_operators, noted
 from lorafx.capture.record import GraphRecord
 from lorafx.capture.stamps import Folded, fold, unfold
-from lorafx.capture.told import form_of, note_tracing, reason, tell, tell_instance, timed
+from lorafx.capture.told import form_of, note_tracing, reason, shown, tell, tell_instance, timed
 from lorafx.capture.unseen_inputs import UnseenInputs, around, leave_out
 from lorafx.capture.verify import NumericCheck
 from lorafx.captured_frame import duck_shaped, ends_in_break, guarded_attributes, named_by_dynamo
@@ -58,7 +58,6 @@ from lorafx.passes.write_in_place import writes_in_place
 from lorafx.program.frame import ONE_SLOT, SLOTS, Frame
 from lorafx.program.program import Program
 from lorafx.program.stack import called_directly
-from lorafx.progress import progress
 from lorafx.viewer.page import Page
 from lorafx.viewer.stages import Span
 
@@ -194,7 +193,7 @@ class Backend:
             inputs = gm.graph.find_nodes(op="placeholder")
             sources = [getattr(node.meta.get("grapharg"), "source", None) for node in inputs]
         compilation = Compilation(frame, record, owner, lowering, parts)
-        with progress(f"compiling {title}, {why}", logged=False), self.paged(record):
+        with shown(f"{title} of {type(program.model).__name__}, {why}"), self.paged(record):
             if both:
                 # Whatever compiles a graph may change it.
                 with self.lowering_timed(record):

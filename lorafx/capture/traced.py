@@ -64,6 +64,7 @@ class Traced:
     reached the caller; if the function gets over it, it stays untraced.
 
     Args:
+        name: what users call the function.
         sizes_by_data: whether operators whose results' sizes depend on data are captured too, asked
             at each capture.
         keep_guards: says which of a new graph's guards are checked before each call; all where it
@@ -76,6 +77,7 @@ class Traced:
         function: Callable[..., Any],
         backend: Callable[..., Any],
         *,
+        name: str,
         dynamic: bool | None,
         recompile_limit: int,
         sizes_by_data: Callable[[], bool],
@@ -100,6 +102,7 @@ class Traced:
         if callback is not None:
             converter = callback._torchdynamo_orig_backend
             converter._inner_convert = self._noting(kernels_awaited(converter._inner_convert))
+        self._name = name
         self._recompile_limit = recompile_limit
         self._symbolic = bool(dynamic)
         self._sizes_by_data = sizes_by_data
@@ -130,7 +133,8 @@ class Traced:
                 )
                 replay = replaying(self._repeated())
                 spared = earlier_objects_spared()
-                with settings, spared, _interceptions(), replay, conversion(), plain_fakes():
+                tracing = conversion(self._name)
+                with settings, spared, _interceptions(), replay, tracing, plain_fakes():
                     if self._saved is not None and frame.f_code is self._code:
                         return with_room(self._saved.converted, convert, frame, *args, **kwargs)
                     return with_room(convert, frame, *args, **kwargs)

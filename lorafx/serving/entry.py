@@ -210,6 +210,7 @@ class Entry:
         return Traced(
             self.target,
             session.backend.per_token if self.per_token else session.backend,
+            name=self.name,
             dynamic=session.dynamic,
             recompile_limit=session.program.options.recompile_limit,
             sizes_by_data=lambda: session.program.quantised.sizes_by_data,
@@ -271,19 +272,28 @@ class Entry:
 _AS_GIVEN = (0, 0)
 
 
+#: Arguments with a number for each token.
+_TOKENS = (*TOKEN_DIMS, "labels")
+
+
 def _plain_tokens(named: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments, with token ids and masks that are views copied, 8 bytes per token. Dynamo
-    guards on strides and on what a tensor is a view of, so `ids[:, -1:]` would cause a graph."""
-    return {
-        name: value.clone(memory_format=torch.contiguous_format)
-        if name in TOKEN_DIMS
-        and isinstance(value, Tensor)
-        and value._is_view()
-        and value.dim() == 2
-        and not value.is_floating_point()
-        else value
-        for name, value in named.items()
-    }
+    """The arguments, with token ids, masks and labels that are views copied, 8 bytes per token.
+    Dynamo guards on strides and on what a tensor is a view of, so `ids[:, -1:]` would cause a
+    graph. So is what is given twice, as in `labels=ids`: Dynamo guards on that, too."""
+    given: set[int] = set()
+    plain = {}
+    for name, value in named.items():
+        if (
+            name in _TOKENS
+            and isinstance(value, Tensor)
+            and value.dim() == 2
+            and not value.is_floating_point()
+        ):
+            if value._is_view() or id(value) in given:
+                value = value.clone(memory_format=torch.contiguous_format)
+            given.add(id(value))
+        plain[name] = value
+    return plain
 
 
 def _fix_image_sizes(named: Mapping[str, Any]) -> None:
