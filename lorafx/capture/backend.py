@@ -42,6 +42,7 @@ from lorafx.capture.executable import (
 from lorafx.capture.failures import in_lowering, in_tracing
 from lorafx.capture.instances import Form, Instances
 from lorafx.capture.late_kernels import kernels_left, when_compiled
+from lorafx.capture.lookup_search import lookups_of
 from lorafx.capture.lowering import Lowering, code_noted, lowering_for
 from lorafx.capture.parts import Captured, Parts, foreign_operators, noted
 from lorafx.capture.record import GraphRecord
@@ -187,7 +188,7 @@ class Backend:
         checks = Checks(places, frame.begins_call, self.several)
         why = reason(asked, [record.form for record in self.records])
         record = GraphRecord(title, lora, dump, checks, form=asked, reason=why, spans=spans)
-        parts, sources = Parts(checks, bound=bound), []
+        parts, sources = Parts(checks, bound=bound, lookups=lookups_of(graph, frame)), []
         if self.noted is not None:  # before the graph is compiled, which may change it
             parts.foreign = foreign_operators(gm)
             inputs = gm.graph.find_nodes(op="placeholder")
@@ -199,9 +200,10 @@ class Backend:
                 with self.lowering_timed(record):
                     base = lowering.base(copy.deepcopy(gm), examples)
                 with_lora = self.compile_lora(gm, examples, compilation)
-                executable = by_activity(owner, base, with_lora)
+                executable = parts.lookups.around(by_activity(owner, base, with_lora))
             elif active:
                 executable = self.compile_lora(gm, examples, compilation)
+                executable = parts.lookups.around(executable)
                 if bound is not None:
                     executable = bound.around(program, executable)
                     take_out(gm, graph, bound.tensors(program))
@@ -211,7 +213,7 @@ class Backend:
                 parts.base = True
                 with self.lowering_timed(record), noting:
                     executable = lowering.base(gm, examples)
-                executable = for_base(checks, owner, executable)
+                executable = parts.lookups.around(for_base(checks, owner, executable))
         places.look_once(values)
         if form is not None:
             self.instances.keep(title, form, executable, count, begun)

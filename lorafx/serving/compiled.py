@@ -22,6 +22,7 @@ from lorafx.explanation import write_beside_dumps
 from lorafx.interrupts import undisturbed
 from lorafx.model.attachment import Attachment
 from lorafx.model.hook_watch import hooks_of
+from lorafx.model.keywords import BY_ROW, refuse_slips
 from lorafx.model.sites import Site
 from lorafx.program.program import Program
 from lorafx.serving.adapter_methods import AdapterMethods
@@ -30,6 +31,7 @@ from lorafx.serving.as_module import AsModule, signature_of
 from lorafx.serving.backward import refusing_backward
 from lorafx.serving.base_methods import BaseMethods
 from lorafx.serving.batching_methods import BatchingMethods
+from lorafx.serving.call_inputs import check_tensors
 from lorafx.serving.delegated import delegated
 from lorafx.serving.entry import Entry, entered
 from lorafx.serving.generation import by_itself, generate, nested_generates
@@ -99,10 +101,11 @@ class CompiledModel(
         """The model's forward with an adapter for each row.
 
         Args:
-            adapter_names: one name per request, in the order of the batch; None or "__base__" is
-                the base model, and {"sql": 0.7, "style": 0.3} a sum of adapters, or one at another
-                scale. An aLoRA adapter serves the tokens of its row from the last occurrence of
-                its invocation tokens in `input_ids` on. Without `adapter_names` every row uses the
+            adapter_names: one name per request, in the order of the batch, or a list of one for
+                all; None or "__base__" is the base model, and {"sql": 0.7, "style": 0.3} a sum of
+                adapters, or one at another scale. An aLoRA adapter serves the tokens of its row
+                from the last occurrence of its invocation tokens in `input_ids` on. Without
+                `adapter_names` every row uses the
                 default of `set_adapter`.
             adapter_slots: integers (B, T), the adapter of each token as an index into
                 `adapter_names`, or without it into `adapters`; -1 is the base model. It serves
@@ -112,8 +115,10 @@ class CompiledModel(
             *args, **kwargs: of the model's own forward.
 
         Raises:
-            ConfigError: `adapter_names` is not a list of names; or a sum has a weight that is no
-                finite number, or an adapter that is not linear in it (DoRA, weights of its own).
+            ConfigError: `adapter_names` is not a list of names; a sum has a weight that is no
+                finite number, or an adapter that is not linear in it (DoRA, weights of its own); or
+                a keyword is a slip for one of these, or another library's for it, and the model
+                declares none of that name.
             BatchError: `adapter_names` or `adapter_slots` does not fit the batch; or an aLoRA
                 adapter has no `input_ids` to be looked for in, or a cache whose tokens are not
                 known.
@@ -124,6 +129,7 @@ class CompiledModel(
             CaptureError: the model was detached, moved, or needs more graphs than allowed.
         """
         self._check_attached()
+        refuse_slips(kwargs, self.model.forward, self.model)
         names = checked_names(adapter_names)
         tokens = None
         if adapter_slots is not None:
@@ -160,6 +166,9 @@ class CompiledModel(
         It also raises what `forward` raises.
         """
         self._check_attached()
+        own = getattr(self.model, "generate", self.model.forward)
+        refuse_slips(kwargs, own, self.model, BY_ROW)
+        check_tensors({"input_ids": args[0], **kwargs} if args else kwargs)
 
         def call(
             args: Sequence[Any], kwargs: Mapping[str, Any], names: Names | None, _: Any
