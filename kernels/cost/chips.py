@@ -67,16 +67,11 @@ CHIPS: Mapping[tuple[str, int | str], Chip] = {
     ),
 }
 DEFAULT_CHIP = CHIPS["cuda", 90]
-#: By name, for predictions. The H100 is the H200's chip with slower memory, 3.35 of 4.8 TB/s in the
-#: data sheets, of which the same part is assumed to be reached.
-NAMED_CHIPS: Mapping[str, Chip] = {
-    chip.name: chip
-    for chip in (
-        CHIPS["cuda", 80],
-        replace(DEFAULT_CHIP, name="H100", bandwidth=DEFAULT_CHIP.bandwidth * 3.35 / 4.8),
-        *list(CHIPS.values())[1:],
-    )
-}
+#: The H200's chip with slower memory: 3.35 of 4.8 TB/s in the data sheets, of which the same part
+#: is assumed to be reached.
+H100 = replace(DEFAULT_CHIP, name="H100", bandwidth=DEFAULT_CHIP.bandwidth * 3.35 / 4.8)
+#: What predictions can be for, by name.
+NAMED_CHIPS: Mapping[str, Chip] = {chip.name: chip for chip in (*CHIPS.values(), H100)}
 
 
 def chip_of(device: torch.device) -> Chip:
